@@ -35,7 +35,7 @@ from tunewright.api.context import ProjectContext
 from tunewright.config.io import write_config
 from tunewright.config.project import CONFIG_FILE, ProjectFolder, create_project
 from tunewright.core.progress import LogReporter
-from tunewright.data.dedup.leakage import leak
+from tunewright.data.dedup.leakage import measure_leakage
 from tunewright.data.versions import MANIFEST, Member, version_folder
 from tunewright.evaluation.arm_runner import Answered
 from tunewright.evaluation.arms import plan_of
@@ -208,7 +208,7 @@ def freeze(project: Path, golden: Path) -> None:
     if evidence.narrowing is not None:
         first = [dev[place] for place in first_items(dev, evidence.narrowing.items, opened.folder.config.seed)]
         _write(golden / "first.jsonl.gz", _rows(first, answered(evidence.narrowing.arms, first, "dev"), intents))
-    near = leak(arm_runner.version, opened.folder.config.seed, opened.reporter).as_dict()
+    near = measure_leakage(arm_runner.version, opened.folder.config.seed, opened.reporter).as_dict()
     near["nearest"] = [{**row, "of": None} for row in near["nearest"]]
     _write(golden / "leak.jsonl.gz", [near])
     shutil.copy(folder / EVIDENCE_FILE, golden)

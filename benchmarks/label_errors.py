@@ -28,7 +28,8 @@ from tunewright.config.project import CONFIG_FILE, create_project
 from tunewright.core.progress import LogReporter
 from tunewright.data.add import add
 from tunewright.data.examples import Example, Message
-from tunewright.data.review.suspects import suspects, text_features
+from tunewright.data.review.label_models import text_features
+from tunewright.data.review.suspects import suspects
 from tunewright.data.versions import DatasetVersion, Member, load_version
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))

@@ -20,8 +20,8 @@ from tunewright.config import Config, DataConfig
 from tunewright.config.project import ProjectFolder
 from tunewright.core.progress import LogReporter
 from tunewright.data.add import add
-from tunewright.data.dedup.leakage import leak
-from tunewright.data.review.suspects import class_like
+from tunewright.data.dedup.leakage import measure_leakage
+from tunewright.data.examples import class_like
 from tunewright.data.splits import assign_splits
 from tunewright.data.versions import DatasetVersion, load_version
 from tunewright.examples.legal_citations import PAIRS_FILE, project_files
@@ -63,7 +63,7 @@ def _version(root: Path, files: list[Path], similarity: float) -> tuple[DatasetV
 
 
 def _leaks(version: DatasetVersion) -> dict[str, Any]:
-    report = leak(version, 0, _Silent())
+    report = measure_leakage(version, 0, _Silent())
     counts = report.histogram("test")
     similarity = version.manifest.settings.dedup_threshold
     row = f"{similarity:>10} {len(version.members):>7,} " + " ".join(f"{count:>5}" for count in counts)

@@ -28,8 +28,8 @@ from tunewright.cli.evaluate import evidence_tables, prompting_tables
 from tunewright.cli.verdict import verdict_text
 from tunewright.config.io import load_config
 from tunewright.config.project import CONFIG_FILE
-from tunewright.data.dedup.leakage import Leak, LeakReport, Nearest
-from tunewright.data.dedup.output_leakage import OutputLeak
+from tunewright.data.dedup.leakage import LeakageRate, LeakageReport, NearestTrainingRow
+from tunewright.data.dedup.output_leakage import OutputLeakage
 from tunewright.data.versions import MANIFEST, Manifest, load_version
 from tunewright.evaluation.arms import plan_of
 from tunewright.evaluation.distance import scores_by_distance
@@ -151,15 +151,15 @@ def _advice_anew() -> Advice:
 
 
 @cache
-def _leak() -> LeakReport:
+def _leak() -> LeakageReport:
     """How near held-out rows are to training rows, the shares of this split counted anew."""
     (recorded,) = _rows("leak")
-    nearest = tuple(Nearest(**row) for row in recorded["nearest"])
+    nearest = tuple(NearestTrainingRow(**row) for row in recorded["nearest"])
     on_test = [row.similarity for row in nearest if row.split == "test"]
-    leaks = [Leak(**each) for each in recorded["leaks"]]
+    leaks = [LeakageRate(**each) for each in recorded["leaks"]]
     counted = [replace(each, here=sum(s >= each.threshold for s in on_test) / len(on_test)) for each in leaks]
-    outputs = OutputLeak(test=295, outputs=77, templates=77, overlaps=(), natural="outputs are labels")
-    return LeakReport(recorded["version"], recorded["held_out"], nearest, tuple(counted), outputs)
+    outputs = OutputLeakage(test=295, outputs=77, templates=77, overlaps=(), natural="outputs are labels")
+    return LeakageReport(recorded["version"], recorded["held_out"], nearest, tuple(counted), outputs)
 
 
 def _differences(ours: Any, theirs: Any, place: str = "") -> Iterator[str]:

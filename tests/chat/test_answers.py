@@ -1,4 +1,4 @@
-"""Where answers end: the limit against a count, the stop strings by form."""
+"""Ends of answers: the limit against a count, the stop strings by form."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _Pair:
 
 
 def _pairs(lengths: list[int]) -> Any:
-    """Answers of so many bytes; each has its end token besides."""
+    """Return answers of given numbers of bytes, without the end token."""
     return [
         _Pair(SimpleNamespace(messages=(Message("user", "x"), Message("assistant", "a" * (length - 1)))))
         for length in lengths
@@ -35,21 +35,21 @@ def _pairs(lengths: list[int]) -> Any:
 
 @given(st.lists(st.integers(2, 60), min_size=1, max_size=250))
 @settings(max_examples=25, deadline=None)
-def test_the_limit_is_a_quarter_more_than_what_holds_99_answers_of_100(lengths: list[int]) -> None:
+def test_answer_limit_is_the_99th_percentile_and_a_quarter(lengths: list[int]) -> None:
     usual = min(n for n in lengths if sum(length <= n for length in lengths) >= 0.99 * len(lengths))
     expected = usual + max(8, -(-usual // 4))
     assert answer_limit(Config(), CHAT, _pairs(lengths)) == expected
 
 
-def test_one_stray_long_answer_does_not_decide_the_limit() -> None:
+def test_answer_limit_ignores_one_long_answer() -> None:
     assert answer_limit(Config(), CHAT, _pairs([10] * 150 + [500])) == 18
 
 
-def test_the_recipes_limit_counts_where_it_has_one() -> None:
+def test_answer_limit_is_the_configs_when_set() -> None:
     assert answer_limit(Config(evaluate=EvaluateConfig(max_new_tokens=3)), CHAT, []) == 3
 
 
-def test_the_plain_form_ends_at_its_headings_and_a_template_at_its_end_token() -> None:
+def test_stop_strings_are_the_headings_for_the_plain_form_only() -> None:
     assert stop_strings(Config(), PLAIN) == PLAIN_STOPS
     assert stop_strings(Config(), CHAT) == ()
     for chat in (PLAIN, CHAT):
@@ -58,8 +58,8 @@ def test_the_plain_form_ends_at_its_headings_and_a_template_at_its_end_token() -
 
 
 @pytest.mark.parametrize("turn", ["user", "assistant"])
-def test_what_the_plain_form_writes_after_an_answer_is_a_stop_string(turn: str) -> None:
-    """A base that goes on as its prompt does is cut where the answer ended."""
+def test_stop_strings_match_the_next_turn_of_the_plain_form(turn: str) -> None:
+    """A base that continues like its prompt is cut at the end of the answer."""
     prompt = PLAIN.template.render([Message("user", "Q")], generation_prompt=True)
     following = Message("user", "Q2") if turn == "user" else Message("assistant", "A2")
     whole = PLAIN.template.render([Message("user", "Q"), Message("assistant", "A"), following], generation_prompt=False)

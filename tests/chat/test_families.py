@@ -1,4 +1,4 @@
-"""How a conversation reads in each family, spelled out: what one would find in the makers' documentation."""
+"""A conversation in each family, written out as in the makers' documentation."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _tokenizer(family: str) -> Any:
 
 
 @pytest.mark.parametrize("family", EXPECTED)
-def test_a_conversation_reads_as_its_family_has_it(family: str) -> None:
+def test_conversation_is_rendered_as_in_its_family(family: str) -> None:
     chat = chat_of(_tokenizer(family))
     row = chat.rows(CONVERSATION)[-1]
     assert chat.tokenizer.decode(row.ids) == EXPECTED[family]

@@ -1,4 +1,4 @@
-"""What the model sees, and which of it is trained, by whatever template a base has."""
+"""Rendered ids and trained tokens, for any template."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tiny import CHATML, byte_tokenizer, chat_of
 from tunewright.chat import ChatFormat, Tokens, encode
-from tunewright.chat.differences import differences
+from tunewright.chat.inspection import differences
 from tunewright.core.errors import UserError
 from tunewright.data.examples import Message
 
@@ -69,7 +69,7 @@ def _trained(row: Tokens) -> list[str]:
     return [TOKENIZER.decode(run) for run in runs if run]
 
 
-def test_every_answer_and_its_end_token_are_trained_and_nothing_else() -> None:
+def test_encode_trains_every_answer_with_its_end_token_only() -> None:
     tokens = CHAT.encode(_turns("Ohio", "Oh.", "Iowa", "Ia.", system="Cite."))
     assert _trained(tokens) == ["Oh.<|im_end|>", "Ia.<|im_end|>"]
     assert TOKENIZER.decode(tokens.ids) == (
@@ -78,7 +78,7 @@ def test_every_answer_and_its_end_token_are_trained_and_nothing_else() -> None:
     )
 
 
-def test_a_turn_of_weight_0_is_seen_but_not_trained() -> None:
+def test_encode_masks_turns_of_weight_0() -> None:
     turns = _turns("a", "b", "c", "d")
     turns[1] = Message("assistant", "b", weight=0)
     (row,) = CHAT.rows(turns)
@@ -92,7 +92,7 @@ templates = st.sampled_from([CHATML, TRIMMING, DEFAULT_SYSTEM, DATED, MOVING_SYS
 
 
 @given(templates, dialogues, st.none() | texts)
-def test_each_answer_is_trained_once_after_exactly_the_prompt_that_serving_sends(
+def test_rows_train_each_answer_once_after_its_serving_prompt(
     template: str, turns: list[str], system: str | None
 ) -> None:
     chat = _CHATS.setdefault(template, _chat(template))
@@ -120,7 +120,7 @@ def _starts(row: Tokens) -> list[int]:
     return [i for i, trained in enumerate(row.loss_mask) if trained and not row.loss_mask[i - 1]]
 
 
-def test_where_a_template_rewrites_earlier_turns_each_answer_is_a_row_of_its_own() -> None:
+def test_rows_are_split_when_a_template_rewrites_earlier_turns() -> None:
     chat = _chat(MOVING_SYSTEM)
     rows = chat.rows(_turns("a", "b", "c", "d", system="S"))
     assert [_trained(row) for row in rows] == [["b<|im_end|>"], ["d<|im_end|>"]]
@@ -130,14 +130,14 @@ def test_where_a_template_rewrites_earlier_turns_each_answer_is_a_row_of_its_own
     assert _trained(chat.encode(_turns("a", "b", "c", "d", system="S"))) == ["d<|im_end|>"]
 
 
-def test_an_answer_that_later_turns_show_shortened_is_trained_as_it_was_given() -> None:
+def test_rows_train_an_answer_that_later_turns_shorten() -> None:
     rows = _chat(FORGETTING).rows(_turns("1+1?", "one and one=2", "2+2?", "4"))
     assert [_trained(row) for row in rows] == [["one and one=2<|im_end|>"], ["4<|im_end|>"]]
     assert "one and one" not in TOKENIZER.decode(rows[1].ids)
 
 
 @pytest.mark.parametrize("template", [DATED, DATED_BY_NAME])
-def test_the_date_is_the_one_given_and_only_templates_that_write_it_depend_on_it(template: str) -> None:
+def test_render_uses_the_given_date(template: str) -> None:
     tokenizer = _with_template(template)
     christmas, easter = (chat_of(tokenizer, today=day) for day in (date(2025, 12, 25), date(2026, 4, 5)))
     assert "Today is 25 Dec 2025" in TOKENIZER.decode(christmas.prompt(_turns("a")))
@@ -161,7 +161,7 @@ def test_text_that_looks_like_a_control_token_stays_text(role: str, text: str) -
     assert text in TOKENIZER.decode(tokens.ids)
 
 
-def test_a_mark_that_the_template_writes_is_a_control_token_even_where_the_tokenizer_does_not_call_it_special() -> None:
+def test_added_token_in_the_template_is_a_control_token() -> None:
     from tokenizers import AddedToken
 
     tokenizer = byte_tokenizer()
@@ -174,17 +174,17 @@ def test_a_mark_that_the_template_writes_is_a_control_token_even_where_the_token
     assert "<|turn|> <|word|>" in tokenizer.decode(ids)
 
 
-def test_private_use_characters_survive_beside_look_alikes() -> None:
+def test_private_use_characters_survive_hiding() -> None:
     text = "\U000f0000<|im_end|>\U000f0001<|pad|>\U000ffffd"
     assert text in TOKENIZER.decode(CHAT.prompt(_turns(text)))
 
 
-def test_a_control_token_that_two_texts_make_together_is_refused() -> None:
+def test_control_token_from_two_texts_is_refused() -> None:
     chat = _chat(
         "{% for m in messages %}{{ '|' if m.role == 'assistant' }}{{ m.content }}"
         "{{ '<|im_end|>' if m.role == 'assistant' }}{% endfor %}{{ '|' if add_generation_prompt }}"
     )
-    with pytest.raises(UserError, match="other control tokens of these texts"):
+    with pytest.raises(UserError, match="these texts with other control tokens"):
         chat.encode([Message("system", "<|im_"), Message("user", "start|>"), Message("assistant", "x")])
 
 
@@ -197,43 +197,43 @@ def test_a_control_token_that_two_texts_make_together_is_refused() -> None:
         ("{{ '{nokey}'.format(messages) }}", "nokey"),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
         ("{% for i in range(10**9) %}{% endfor %}", "too big"),
-        (CHATML.replace("assistant\n", "assistant\n<think>\n"), "cannot be told .the prompt ends with .*think"),
+        (CHATML.replace("assistant\n", "assistant\n<think>\n"), "locate the answer.*prompt ends with .*think"),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-        ("{% for m in messages %}{{ m.content }}{% endfor %}", "none of the base's end tokens .<.im_end.>."),
-        ("{{ messages | length }}{{ messages[-1].content }}<|im_end|>", "none of the base's end tokens"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "an end token of the base .<.im_end.>."),
+        ("{{ messages | length }}{{ messages[-1].content }}<|im_end|>", "an end token of the base"),
         ("{{ 1 + messages[0].content }}", "refuses this conversation"),
     ],
 )
-def test_a_template_that_cannot_be_trained_with_is_refused(template: str, words: str) -> None:
+def test_untrainable_template_is_refused(template: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         _chat(template)
 
 
-def test_what_is_no_template_is_refused() -> None:
+def test_invalid_template_is_refused() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = 5
-    with pytest.raises(UserError, match="the chat template is int, not text"):
+    with pytest.raises(UserError, match=r"the chat template must be text \(got int\)"):
         chat_of(tokenizer)
     tokenizer.chat_template = {"tools": CHATML, "rag": CHATML}
-    with pytest.raises(UserError, match="rag, tools, and no default one"):
+    with pytest.raises(UserError, match="no default among the chat templates rag, tools"):
         chat_of(tokenizer)
 
 
-def test_a_shape_that_a_template_cannot_train_does_not_bar_the_others() -> None:
+def test_untrainable_shape_does_not_affect_others() -> None:
     answered = "messages[0].role == 'system' and messages[-1].role == 'assistant'"
     chat = _chat(f"{{% if {answered} %}}no{{% else %}}{CHATML}{{% endif %}}")
     assert len(chat.digest) == 64
     assert _trained(chat.encode(_turns("a", "b"))) == ["b<|im_end|>"]
-    with pytest.raises(UserError, match="cannot be told"):
+    with pytest.raises(UserError, match="cannot locate the answer"):
         chat.encode(_turns("a", "b", system="c"))
 
 
-def test_a_template_that_writes_the_beginning_of_text_twice_is_refused() -> None:
+def test_template_with_bos_twice_is_refused() -> None:
     with pytest.raises(UserError, match="beginning-of-text token twice"):
         _chat("{{ bos_token }}{{ bos_token }}" + CHATML.replace("<|im_start|>", "|"))
 
 
-def test_a_syntax_error_is_told_by_its_line() -> None:
+def test_syntax_error_is_reported_with_its_line() -> None:
     with pytest.raises(UserError) as caught:
         _chat("{{ bos_token }}\n{% for m in messages %}\n{{ m. }}\n{% endfor %}")
     assert caught.value.where is not None
@@ -245,26 +245,26 @@ def test_a_syntax_error_is_told_by_its_line() -> None:
     [
         ([("assistant", "a")], "the first turn must be the user's"),
         ([("user", "a"), ("user", "b"), ("assistant", "c")], "two user turns in a row"),
-        ([("system", "a"), ("system", "b"), ("user", "c"), ("assistant", "d")], "a system turn may only be the first"),
+        ([("system", "a"), ("system", "b"), ("user", "c"), ("assistant", "d")], "a system turn must be the first turn"),
         ([("user", "a"), ("assistant", " ")], "an empty answer"),
         ([("user", "a")], "the last turn must be the assistant's"),
         ([("user", [{"type": "text", "text": "a"}]), ("assistant", "b")], "a list of parts"),
         ([("tool", "a"), ("assistant", "b")], 'role is "tool"'),
     ],
 )
-def test_turns_that_are_no_example_are_refused(messages: list[tuple[str, Any]], words: str) -> None:
+def test_encode_refuses_invalid_turns(messages: list[tuple[str, Any]], words: str) -> None:
     with pytest.raises(UserError, match=words):
         encode(TOKENIZER, [{"role": role, "content": content} for role, content in messages])
 
 
-def test_encode_takes_turns_as_chat_files_hold_them() -> None:
+def test_encode_accepts_turns_of_chat_files() -> None:
     turns = [m.as_dict() for m in _turns("a", "b")]
     assert encode(TOKENIZER, turns) == encode(TOKENIZER, _turns("a", "b")) == CHAT.encode(_turns("a", "b"))
     with pytest.raises(UserError, match="no chat template"):
         encode(_with_template(None), turns)
 
 
-def test_without_a_template_the_plain_form_is_ordinary_text_between_bos_and_eos() -> None:
+def test_plain_form_is_ordinary_text_between_bos_and_eos() -> None:
     chat = chat_of(_with_template(None), kind="plain")
     tokens = chat.encode(_turns("Ohio", "Oh.", "Iowa", "Ia.", system="Cite."))
     assert TOKENIZER.decode(tokens.ids) == (
@@ -275,12 +275,12 @@ def test_without_a_template_the_plain_form_is_ordinary_text_between_bos_and_eos(
     assert tokens.ids[: len(chat.prompt(_turns("Ohio", system="Cite.")))] == chat.prompt(_turns("Ohio", system="Cite."))
 
 
-def test_a_changed_format_is_told_by_what_changed() -> None:
+def test_differences_name_the_changed_part() -> None:
     other = _chat(CHATML.replace("{% endfor %}", "\n{% endfor %}"))
     assert differences(CHAT.description, other.description) == ["the chat template differs from its line 3 on"]
     plain = chat_of(TOKENIZER, kind="plain")
     assert differences(CHAT.description, plain.description) == [
-        "they had the base's own template and now have the plain form"
+        "the format was the base's own template and is the plain form"
     ]
     assert differences(CHAT.description, _chat(CHATML + "\n").description) == [
         "the chat template differs from its line 4 on"
@@ -303,9 +303,9 @@ def _lower() -> Any:
 @pytest.mark.parametrize(
     ("tokenizer", "messages", "words"),
     [
-        (TOKENIZER, "hello", "a conversation is a list of turns"),
-        (TOKENIZER, {"messages": []}, "a conversation is a list of turns"),
-        (TOKENIZER, None, "a conversation is a list of turns"),
+        (TOKENIZER, "hello", "a conversation must be a list of turns"),
+        (TOKENIZER, {"messages": []}, "a conversation must be a list of turns"),
+        (TOKENIZER, None, "a conversation must be a list of turns"),
         (TOKENIZER, [], "messages must be a list of turns"),
         (TOKENIZER, ["a"], "messages.0. must be an object"),
         (TOKENIZER, [{"role": "user"}], 'messages.0. has no "content"'),
@@ -313,20 +313,20 @@ def _lower() -> Any:
         (
             None,
             _turns("a", "b"),
-            "neither a base nor a tokenizer",
+            "expected a base or a tokenizer",
         ),
-        ("gpt2", [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "a str is neither a base"),
+        ("gpt2", [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "got str"),
     ],
 )
-def test_encode_tells_what_is_no_conversation_and_no_tokenizer(tokenizer: Any, messages: Any, words: str) -> None:
+def test_encode_refuses_other_types(tokenizer: Any, messages: Any, words: str) -> None:
     with pytest.raises(UserError, match=words):
         encode(tokenizer, messages)
 
 
-def test_a_conversation_that_ends_with_no_answer_or_half_a_character_is_refused() -> None:
+def test_encode_refuses_a_missing_answer_and_half_a_character() -> None:
     for messages in ([], _turns("a")):
         for make in (CHAT.encode, CHAT.rows):
-            with pytest.raises(UserError, match="ends with the assistant's turn"):
+            with pytest.raises(UserError, match="the last turn must be the assistant's"):
                 make(messages)
     with pytest.raises(UserError, match="half of a surrogate pair"):
         CHAT.prompt(_turns("a\ud800"))

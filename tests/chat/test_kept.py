@@ -12,7 +12,7 @@ from tokenizers import AddedToken, normalizers, pre_tokenizers
 
 from tiny import CHATML, byte_tokenizer
 from tunewright.chat import ChatFormat, chat_format, encode
-from tunewright.chat.kept import kept_format
+from tunewright.chat.opening import cached_format
 from tunewright.config import ChatConfig
 from tunewright.data.examples import Message
 
@@ -21,7 +21,7 @@ TURNS = [Message("user", "A <|new|> Ohio 12"), Message("assistant", "Oh. <|new|>
 
 def _kept(tokenizer: Any) -> ChatFormat:
     ends = frozenset([tokenizer.eos_token_id])
-    return kept_format(tokenizer, stop_ids=ends, kind="own", today=ChatConfig().date)
+    return cached_format(tokenizer, stop_ids=ends, kind="own", today=ChatConfig().date)
 
 
 def _fresh(tokenizer: Any) -> ChatFormat:
@@ -29,7 +29,7 @@ def _fresh(tokenizer: Any) -> ChatFormat:
     return chat_format(tokenizer, stop_ids=ends, kind="own", today=ChatConfig().date)
 
 
-def test_kept_format_is_reused_while_the_tokenizer_stays_the_same() -> None:
+def test_cached_format_is_reused_while_the_tokenizer_is_unchanged() -> None:
     tokenizer, other = byte_tokenizer(), byte_tokenizer()
     first, second = _kept(tokenizer), _kept(tokenizer)
     assert second.encoder is first.encoder
@@ -64,7 +64,7 @@ def _split_digits(tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     "change", [_set_template, _add_special_token, _add_token_that_the_template_writes, _lower_case, _split_digits]
 )
-def test_kept_format_is_made_again_when_the_tokenizer_changes(change: Callable[[Any], None]) -> None:
+def test_cached_format_is_recreated_when_the_tokenizer_changes(change: Callable[[Any], None]) -> None:
     tokenizer = byte_tokenizer()
     before, encoder = encode(tokenizer, TURNS), _kept(tokenizer).encoder
     change(tokenizer)
@@ -75,7 +75,7 @@ def test_kept_format_is_made_again_when_the_tokenizer_changes(change: Callable[[
         assert expected != before
 
 
-def test_kept_format_does_not_keep_the_tokenizer() -> None:
+def test_cached_format_does_not_keep_the_tokenizer_alive() -> None:
     tokenizer = byte_tokenizer()
     encode(tokenizer, TURNS)
     alive = weakref.ref(tokenizer)

@@ -66,7 +66,7 @@ def _stripped(messages: Messages) -> Messages:
 
 
 def _without_last_spaces(messages: Messages) -> Messages:
-    """What Mistral's encoder cuts off an answer, and the templates that mistral-common writes leave."""
+    """Strip white space that Mistral's encoder cuts from an answer, but mistral-common's templates keep."""
     return [{**m, "content": m["content"].rstrip(" ")} if m["role"] == "assistant" else m for m in messages]
 
 
@@ -80,7 +80,7 @@ stripped_conversations = st.builds(
 @pytest.mark.parametrize("version", MISTRAL_VERSIONS)
 @unhurried
 @given(messages=conversations)
-def test_mistral_conversations_are_encoded_as_mistral_encodes_them(version: Mistral, messages: Messages) -> None:
+def test_mistral_conversations_match_mistral_common(version: Mistral, messages: Messages) -> None:
     if version in makers.WRITTEN:
         messages = _without_last_spaces(messages)
     assert _ids(makers.mistral_tokenizer(version), messages) == makers.mistral_reference(version, messages)
@@ -88,7 +88,7 @@ def test_mistral_conversations_are_encoded_as_mistral_encodes_them(version: Mist
 
 @unhurried
 @given(messages=stripped_conversations)
-def test_llama2_conversations_are_encoded_as_its_generation_code_encodes_them(messages: Messages) -> None:
+def test_llama2_conversations_match_llamas_generation_code(messages: Messages) -> None:
     assert _ids(makers.llama2_tokenizer(), messages) == makers.llama2_reference(messages)
 
 
@@ -96,7 +96,7 @@ def test_llama2_conversations_are_encoded_as_its_generation_code_encodes_them(me
 @pytest.mark.parametrize("generation_prompt", [True, False])
 @unhurried
 @given(messages=conversations.filter(lambda messages: all(m["content"].strip() for m in messages)))
-def test_llama3_conversations_are_encoded_as_meta_encodes_them_stripped(
+def test_llama3_conversations_match_metas_chat_format(
     family: Llama3, generation_prompt: bool, messages: Messages
 ) -> None:
     expected = _stripped(messages)
@@ -118,7 +118,7 @@ TOKENIZERS: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("name", TOKENIZERS)
 @unhurried
 @given(messages=conversations.filter(lambda messages: messages[-1]["role"] == "assistant"))
-def test_a_template_adds_the_answer_behind_the_prompt(name: str, messages: Messages) -> None:
+def test_template_appends_the_answer_to_the_prompt(name: str, messages: Messages) -> None:
     tokenizer = TOKENIZERS[name]()
     prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
     assert tokenizer.apply_chat_template(messages, tokenize=False).startswith(prompt)
@@ -126,21 +126,21 @@ def test_a_template_adds_the_answer_behind_the_prompt(name: str, messages: Messa
 
 @pytest.mark.parametrize("name", ["llama2", *(v for v in MISTRAL_VERSIONS if v not in makers.WRITTEN)])
 @pytest.mark.parametrize("roles", [["assistant"], ["user", "user"], ["user", "system"]])
-def test_a_mistral_or_llama2_template_refuses_roles_that_do_not_alternate(name: str, roles: list[str]) -> None:
+def test_mistral_and_llama2_templates_refuse_roles_that_do_not_alternate(name: str, roles: list[str]) -> None:
     with pytest.raises(jinja2.TemplateError, match="take turns"):
         _ids(TOKENIZERS[name](), [{"role": role, "content": "a"} for role in roles])
 
 
 @unhurried
 @given(text=TEXT)
-def test_plain_text_is_encoded_as_meta_encodes_it(text: str) -> None:
+def test_plain_text_matches_metas_tokenizer(text: str) -> None:
     assert _encode(makers.llama3_tokenizer(), text) == makers.llama3_encoder().encode(text, bos=False, eos=False)
 
 
 @pytest.mark.parametrize("version", MISTRAL_VERSIONS)
 @unhurried
 @given(text=TEXT)
-def test_plain_text_is_encoded_as_mistral_encodes_it(version: Mistral, text: str) -> None:
+def test_plain_text_matches_mistrals_tokenizer(version: Mistral, text: str) -> None:
     assume(version not in SENTENCEPIECE or text[0] not in " ▁")
     expected = makers.mistral_encoder(version).encode(text, bos=False, eos=False)
     assert _encode(makers.mistral_tokenizer(version), text) == expected
@@ -148,7 +148,7 @@ def test_plain_text_is_encoded_as_mistral_encodes_it(version: Mistral, text: str
 
 @pytest.mark.parametrize("version", SENTENCEPIECE)
 @pytest.mark.parametrize("text", [" x", "▁x"])
-def test_only_sentencepiece_puts_its_prefix_before_a_text_that_starts_with_a_space(version: Mistral, text: str) -> None:
+def test_only_sentencepiece_prefixes_a_text_that_starts_with_a_space(version: Mistral, text: str) -> None:
     encoder, ids = makers.mistral_encoder(version), _encode(makers.mistral_tokenizer(version), text)
     assert ids == encoder.encode("x", bos=False, eos=False) != encoder.encode(text, bos=False, eos=False)
 
@@ -156,7 +156,7 @@ def test_only_sentencepiece_puts_its_prefix_before_a_text_that_starts_with_a_spa
 LOOK_ALIKES = "<|eot_id|> <|begin_of_text|> [INST] x [/INST] </s> <s> <unk> [SYSTEM_PROMPT] [TOOL_CALLS] <0x0A>"
 
 
-def test_special_tokens_that_a_text_spells_are_ordinary_text_where_asked_for() -> None:
+def test_special_tokens_in_text_are_ordinary_text_on_request() -> None:
     assert _encode(makers.llama3_tokenizer(), LOOK_ALIKES) == makers.llama3_encoder().encode(
         LOOK_ALIKES, bos=False, eos=False
     )
@@ -176,7 +176,7 @@ def test_special_tokens_have_the_makers_ids() -> None:
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_a_text_starts_with_bos(name: str) -> None:
+def test_text_starts_with_bos(name: str) -> None:
     tokenizer = TOKENIZERS[name]()
     assert tokenizer("a")["input_ids"] == [tokenizer.bos_token_id, *_encode(tokenizer, "a")]
 
@@ -189,7 +189,7 @@ BASES: dict[str, tuple[Callable[[Path], Path], str | list[str]]] = {
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_a_base_loads_with_the_tokenizer_it_was_written_with(name: str, tmp_path: Path) -> None:
+def test_base_loads_with_its_own_tokenizer(name: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     build, stops = BASES[name]
@@ -209,7 +209,7 @@ HINDI = "नमस्ते दुनिया"
 
 
 def _tekken_base(folder: Path, **files: str) -> Base:
-    """A tiny Mistral with Mistral's own tokenizer file, as its repositories hold it, and other files beside it."""
+    """A tiny Mistral with Mistral's own tokenizer file, as its repositories hold it, and other files next to it."""
     makers.build_mistral_base(folder, "v13")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (folder / name).unlink(missing_ok=True)
@@ -219,9 +219,9 @@ def _tekken_base(folder: Path, **files: str) -> Base:
     return resolve_base(str(folder), None, folder.parent, LogReporter())
 
 
-def test_tekken_json_alone_asks_whether_the_model_is_instruction_tuned(tmp_path: Path) -> None:
+def test_tekken_json_alone_requires_chat_template_setting(tmp_path: Path) -> None:
     base = _tekken_base(tmp_path / "base")
-    with pytest.raises(UserError, match="may be a base model, or an instruction-tuned one") as caught:
+    with pytest.raises(UserError, match="unknown whether the model is instruction-tuned") as caught:
         open_chat(base)
     assert "chat.template to own" in (caught.value.fix or "")
     own = open_chat(base, ChatConfig(template="own"))
@@ -232,7 +232,7 @@ def test_tekken_json_alone_asks_whether_the_model_is_instruction_tuned(tmp_path:
 
 
 @pytest.mark.parametrize("name", ["chat_template.jinja", "chat_template.json", "tokenizer_config.json"])
-def test_the_template_beside_tekken_json_is_the_bases(name: str, tmp_path: Path) -> None:
+def test_template_next_to_tekken_json_is_used(name: str, tmp_path: Path) -> None:
     template = (makers.TEMPLATES / "mistral_v7_tekken.jinja").read_text(encoding="utf-8")
     text = template if name.endswith(".jinja") else json.dumps({"chat_template": template})
     base = _tekken_base(tmp_path / "base", **{name.replace(".", "__"): text})
@@ -241,7 +241,7 @@ def test_the_template_beside_tekken_json_is_the_bases(name: str, tmp_path: Path)
     assert "tekken.json" in base.files
 
 
-def test_tekken_json_decides_over_a_tokenizer_json_with_another_rule(tmp_path: Path) -> None:
+def test_tekken_json_overrides_a_tokenizer_json_with_another_rule(tmp_path: Path) -> None:
     """Mistral published tokenizer.json files whose rule cuts text otherwise than its own encoder."""
     folder = makers.build_mistral_base(tmp_path / "base", "v13")
     wrong = _with_llama3_rule(folder)
@@ -250,7 +250,7 @@ def test_tekken_json_decides_over_a_tokenizer_json_with_another_rule(tmp_path: P
     assert _encode(load_tokenizer(wrong), HINDI) == makers.mistral_encoder("v13").encode(HINDI, bos=False, eos=False)
 
 
-def test_a_tokenizer_json_with_the_wrong_rule_is_mended_where_transformers_knows_it(tmp_path: Path) -> None:
+def test_tokenizer_json_with_a_wrong_rule_is_corrected(tmp_path: Path) -> None:
     folder = makers.build_mistral_base(tmp_path / "base", "v13")
     base = _with_llama3_rule(folder)
     config = json.loads((folder / "config.json").read_text())

@@ -47,9 +47,7 @@ def _project(folder: Path, base: Path) -> Path:
 
 
 @pytest.mark.parametrize("maker", BASES)
-def test_a_served_dialogue_has_the_ids_that_training_saw(
-    maker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_served_dialogue_has_the_ids_of_training(maker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = BASES[maker](tmp_path / "base")
     folder = _project(tmp_path / "project", base)
     assert run("train", "--force", "-p", folder).code == 0
@@ -74,13 +72,13 @@ def test_a_served_dialogue_has_the_ids_that_training_saw(
     assert len(rows) == (2 if maker == "mistral-v3" else 1)
 
 
-def test_encode_takes_a_base(tmp_path: Path) -> None:
+def test_encode_accepts_a_base(tmp_path: Path) -> None:
     base = resolve_base(str(makers.build_mistral_base(tmp_path, "v7")), None, tmp_path, LogReporter())
     messages = _dialogue(3)
     assert list(encode(base, messages).ids) == makers.mistral_reference("v7", messages)
 
 
-def test_llama_3_s_template_on_its_base_model_is_refused_and_the_plain_form_is_not(tmp_path: Path) -> None:
+def test_llama3_template_on_its_base_model_is_refused_but_not_the_plain_form(tmp_path: Path) -> None:
     """Llama 3's base models were never trained on the tokens that chat templates are made of."""
     base = makers.build_llama3_base(tmp_path / "base", "llama3")
     weights = load_file(base / "model.safetensors")

@@ -10,7 +10,7 @@ import pytest
 
 import makers
 from tiny import byte_tokenizer, chat_of
-from tunewright.chat.view import view
+from tunewright.chat.inspection import view
 from tunewright.data.examples import Message
 
 TOKENIZERS: dict[str, Callable[[], Any]] = {
@@ -21,7 +21,7 @@ TOKENIZERS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
-def test_the_texts_of_all_tokens_are_the_conversation(kind: str) -> None:
+def test_view_texts_join_to_the_conversation(kind: str) -> None:
     chat = chat_of(TOKENIZERS[kind]())
     messages = [Message("user", "Where is Zoë's café, 東京?\n\n [INST]"), Message("assistant", "Here.  There.")]
     tokens = chat.encode(messages)
@@ -35,7 +35,7 @@ def test_the_texts_of_all_tokens_are_the_conversation(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
-def test_bytes_that_are_no_whole_character_are_shown_as_bytes(kind: str) -> None:
+def test_view_shows_incomplete_characters_as_bytes(kind: str) -> None:
     chat = chat_of(TOKENIZERS[kind]())
     views = view(chat, chat.encode([Message("user", "\U0001f9ff"), Message("assistant", "x")]))
     assert [v.text for v in views if v.text.startswith("<0x")] == ["<0xF0>", "<0x9F>", "<0xA7>", "<0xBF>"]

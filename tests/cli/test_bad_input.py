@@ -96,7 +96,7 @@ def test_the_same_pairs_under_another_system_turn_are_told(project: Path) -> Non
     config = project / "tunewright.yaml"
     config.write_text(config.read_text().replace("data:\n", "data:\n  system_prompt: Name the first colour.\n"))
     ran = tunewright("data", "add", project / "pairs.jsonl", "-p", project)
-    assert (ran.code, "120 new rows: the version before has the same pair" in ran.stderr) == (0, True)
+    assert (ran.code, "120 new rows with a pair that the previous version has" in ran.stderr) == (0, True)
 
 
 def test_a_file_in_the_way_of_a_project_is_told(tmp_path: Path) -> None:

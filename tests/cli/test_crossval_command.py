@@ -253,7 +253,7 @@ def test_without_a_cross_fit_the_newest_adapter_judges(project: Path) -> None:
     shutil.rmtree(project / ".tunewright" / "crossval")
     document, told = _suspects(project)
     assert document["judged_by"] is None
-    assert "The loss of a trained adapter would rank them" in told
+    assert "Use --adapter NAME to rank them by an adapter's loss" in told
     trained = tunewright("train", "-p", project, "--json").document["adapter"]
     assert _suspects(project)[0]["judged_by"] == trained
 

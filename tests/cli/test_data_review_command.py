@@ -15,7 +15,7 @@ import pytest
 from command_line import pairs, tunewright, write_jsonl
 from terminal import Terminal
 from tunewright.cli import commands
-from tunewright.data.review.status import standing
+from tunewright.data.review.report import review_status
 from tunewright.data.versions import load_version
 
 
@@ -48,7 +48,7 @@ def press(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 def _status(project: Path) -> str:
-    told = standing(project / "dataset")
+    told = review_status(project / "dataset")
     assert told is not None
     return told.split(" ", 2)[2]
 
@@ -104,7 +104,7 @@ def test_an_edit_opens_the_editor_and_becomes_a_version(
 
 @pytest.mark.parametrize(
     ("script", "told"),
-    [("exit 1", "The editor failed"), ("true", "as it was"), ("printf '\\377' > $1", "The editor failed")],
+    [("exit 1", "The editor failed"), ("true", "is unchanged"), ("printf '\\377' > $1", "The editor failed")],
 )
 def test_an_editor_that_fails_or_changes_nothing_gives_no_verdict(
     project: Path, press: list[str], monkeypatch: pytest.MonkeyPatch, script: str, told: str
@@ -167,7 +167,7 @@ def test_suspects_are_listed_and_reviewed_apart(project: Path, press: list[str])
     assert document["accuracy"] < 0.65
     shown = tunewright("data", "suspects", "--top", "2", "-p", project)
     assert first["place"] in shown.stdout
-    assert "Suspects of an earlier call with the same rows and settings" in " ".join(shown.stderr.split())
+    assert "Using cached suspects for the same rows and settings" in " ".join(shown.stderr.split())
     press += "rwq"
     ran = tunewright("data", "review", "--suspects", "-p", project)
     assert "label: " in ran.stderr

@@ -8,7 +8,7 @@ from pathlib import Path
 from command_line import Ran, tiny_project, tunewright
 from tunewright.data.versions import load_version
 
-TOLD = r"(\d+) of (\d+) {split} references are longer than the limit of 4 tokens.*? (\d+) tokens would fit all of"
+TOLD = r"(\d+) of (\d+) {split} references are longer than the limit of 4 tokens.*? (\d+) tokens fit all of"
 
 
 def _told(ran: Ran, split: str) -> list[re.Match[str]]:

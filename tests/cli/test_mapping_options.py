@@ -48,7 +48,7 @@ def test_options_take_the_place_of_the_config_s(project: Path) -> None:
     [
         (["check", "--rows", "data"], "none is named"),
         (["check", "FILE", "--rows", ""], "it is empty"),
-        (["check", "FILE", "--rows", "data["], "not a JMESPath expression"),
+        (["check", "FILE", "--rows", "data["], "invalid JMESPath expression"),
         (["add", "FILE", "--rows", "*[]", "--input", "{{ q", "--output", "a"], "data.input (--input)"),
         (["add", "FILE", "--rows", "*[]", "--input", "{{ q }}"], "there is no data.output"),
         (["add", "FILE", "--rows", "*[]", "--input", "question", "--output", "answer"], "no file is a CSV"),
@@ -57,7 +57,7 @@ def test_options_take_the_place_of_the_config_s(project: Path) -> None:
             "no row has both the keys q and answer",
         ),
         (["check", "FILE", "--rows", "*[]", "--input", "q", "--output", "answer"], "Keys of the first rows: q, a"),
-        (["check", "FILE", "--fix", "OUT", "--rows", "nothing"], "finds nothing"),
+        (["check", "FILE", "--fix", "OUT", "--rows", "nothing"], "selects nothing"),
     ],
 )
 def test_an_option_that_cannot_be_is_one_message_and_changes_nothing(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from command_line import pairs, tiny_project, tunewright, write_jsonl
-from tunewright.data.outputs import output_template
+from tunewright.data.examples import output_template
 from tunewright.data.versions import load_version
 
 COLUMNS = ["city", "river", "state", "peak", "lake", "road", "town", "port"]

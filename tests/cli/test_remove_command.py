@@ -71,7 +71,7 @@ def test_a_purge_is_told_by_verify_and_by_what_still_has_the_text(project: Path)
     assert "customer ACME asked" in verified.stdout + verified.stderr
     old = tunewright("data", "log", "-p", project, "--json").document["versions"][0]["digest"]
     refused = tunewright("data", "checkout", old, "-p", project)
-    assert (refused.code, "no longer whole" in refused.stderr) == (2, True)
+    assert (refused.code, "is incomplete" in refused.stderr) == (2, True)
     compared = tunewright("data", "diff", old, "-p", project)
     assert (compared.code, "1 row was purged since" in compared.stderr + compared.stdout) == (0, True)
 
@@ -79,11 +79,11 @@ def test_a_purge_is_told_by_verify_and_by_what_still_has_the_text(project: Path)
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--because", "x"), "no rows are named"),
+        (("--because", "x"), "no rows are selected"),
         (("--where", "output == 'no such'", "--because", "x"), "no row of version"),
-        (("--where", "output ==", "--because", "x"), "not a JMESPath expression"),
-        (("--source", "no.jsonl", "--because", "x"), "no row came from a file no.jsonl"),
-        (("--keys", "no.txt", "--because", "x"), "cannot be read"),
+        (("--where", "output ==", "--because", "x"), "invalid JMESPath expression"),
+        (("--source", "no.jsonl", "--because", "x"), "no row was read from a file no.jsonl"),
+        (("--keys", "no.txt", "--because", "x"), "cannot read the file"),
         (("--group", "customer=x", "--because", "x"), "no row has the group"),
         (("--where", "output == 'red'", "--because", " "), "a removal needs a reason"),
     ],

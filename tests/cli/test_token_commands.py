@@ -51,7 +51,7 @@ def test_of_two_files_of_one_name_the_folder_has_to_be_given(tmp_path: Path, tin
         path = write_jsonl(folder / name / "x.jsonl", pairs(30, seed=number))
         assert tunewright("data", "add", path, "-p", folder).code == 0
     ran = tunewright("data", "show", "x.jsonl:1", "-p", folder)
-    assert (ran.code, "2 added files are called x.jsonl" in ran.stderr) == (2, True)
+    assert (ran.code, "2 added files are named x.jsonl" in ran.stderr) == (2, True)
     shown = tunewright("data", "show", "b/x.jsonl:1", "-p", folder, "--json").document
     assert shown["messages"][0]["content"] == pairs(30, seed=1)[0]["prompt"]
 
@@ -73,7 +73,7 @@ def test_tokens_are_shown_one_by_one_with_those_that_are_trained(project: Path) 
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ("pairs.jsonl:121", "no row came from line 121 of pairs.jsonl; its last row is at line 120"),
+        ("pairs.jsonl:121", "no row was read from line 121 of pairs.jsonl (last row: line 120)"),
         ("pairs.jsonl:" + "9" * 5000, "has no row"),
         ("other.jsonl:1", "Added files: pairs.jsonl"),
         ("zzz", "has no row 'zzz'"),
@@ -202,7 +202,7 @@ def test_look_alikes_are_counted_and_trained_as_text(tmp_path: Path, tiny_base_f
 @pytest.mark.parametrize(
     ("chat", "words"),
     [
-        ("template: plain", "they had the base's own template and now have the plain form"),
+        ("template: plain", "the format was the base's own template and is the plain form"),
         ("date: 2025-01-01", None),
     ],
 )
@@ -258,7 +258,7 @@ def test_a_base_without_a_template_goes_the_whole_road_in_the_plain_form(tmp_pat
     folder = tiny_project(tmp_path / "project", base)
     ran = tunewright("run", "-p", folder)
     assert ran.code in {0, 3, 4}, ran.stderr
-    assert "has no chat template: conversations are written in the plain form" in ran.stderr
+    assert "has no chat template: using the plain form" in ran.stderr
     assert find_adapter(folder / "adapters").lineage["chat"]["kind"] == "plain"
     config = folder / "tunewright.yaml"
     config.write_text(config.read_text() + "chat:\n  template: own\n")
@@ -272,7 +272,7 @@ def test_a_base_without_a_template_goes_the_whole_road_in_the_plain_form(tmp_pat
         (
             "generation_config.json",
             '{"eos_token_id": [257, 999999]}',
-            "names 999999, which the tokenizer has no",
+            "has ids without a token in the tokenizer: 999999",
         ),
         ("generation_config.json", '{"eos_token_id": "257"}', "eos_token_id"),
         ("generation_config.json", '{"eos_token_id": [[257]]}', "eos_token_id"),

@@ -1,4 +1,4 @@
-"""What the data tests share: a listening reporter, pairs, projects."""
+"""Helpers of the data tests: a recording reporter, pairs, projects."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class _Counting(LogTask):
 
 
 class Listener(LogReporter):
-    """Remembers what it was told."""
+    """A reporter that records messages."""
 
     def __init__(self) -> None:
         self.said: list[str] = []

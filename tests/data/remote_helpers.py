@@ -1,4 +1,4 @@
-"""What the tests of push and pull share: places to push to, a project with data, and one without.
+"""Helpers of the push and pull tests: places to push to, a project with data, and one without.
 
 PYTEST_DONT_REWRITE: the tests have imported it before pytest takes the fixtures from it, and nothing is asserted here.
 """

@@ -1,4 +1,4 @@
-"""What the review tests share: a small dataset, and verdicts without a terminal."""
+"""Helpers of the review tests: a small dataset, and verdicts without a terminal."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from data_helpers import Listener, Pair, new_project, unlike_pairs, write_jsonl
 
 from tunewright.config.project import ProjectFolder
 from tunewright.data.add import add
-from tunewright.data.review.passes import Review
+from tunewright.data.review.report import review_status
 from tunewright.data.review.reviews import Verdict
-from tunewright.data.review.status import standing
+from tunewright.data.review.session import ReviewSession
 from tunewright.data.versions import DatasetVersion, load_version
 
 
@@ -27,32 +27,34 @@ def add_pairs(project: ProjectFolder, pairs: list[Pair]) -> DatasetVersion:
     return load_version(project.dataset)
 
 
-def review(project: ProjectFolder, reviewer: str = "ada", *, second: bool = False, redraw: bool = False) -> Review:
+def review(
+    project: ProjectFolder, reviewer: str = "ada", *, second: bool = False, redraw: bool = False
+) -> ReviewSession:
     """A pass over the current version's sample."""
     version = load_version(project.dataset)
-    return Review(project.dataset, version, reviewer, Listener(), second=second, redraw=redraw)
+    return ReviewSession(project.dataset, version, reviewer, Listener(), second=second, redraw=redraw)
 
 
-def judge_next(under_way: Review, *verdicts: Verdict, output: str = "a better answer") -> list[str]:
+def judge_next(session: ReviewSession, *verdicts: Verdict, output: str = "a better answer") -> list[str]:
     """Give these verdicts on the next rows; the rows' keys."""
     keys = []
     for verdict in verdicts:
-        card = under_way.next()
+        card = session.next()
         assert card is not None
-        under_way.judge(card, verdict, output if verdict == "edit" else None)
+        session.judge(card, verdict, output if verdict == "edit" else None)
         keys.append(card.member.key)
     return keys
 
 
 def right(count: int) -> list[Verdict]:
-    """So many right verdicts."""
+    """Record a number of right verdicts."""
     return ["right"] * count
 
 
 def status(project: ProjectFolder) -> str:
-    """What every command says of the current version, without its name."""
-    told = standing(project.dataset)
-    assert told is not None
-    name, digest, rest = told.split(" ", 2)
+    """Return the review status of the current version, without its name."""
+    reported = review_status(project.dataset)
+    assert reported is not None
+    name, digest, rest = reported.split(" ", 2)
     assert (name, digest) == ("Version", load_version(project.dataset).digest[:12])
     return rest

@@ -26,7 +26,7 @@ BANKS = (
 
 @dataclass(frozen=True)
 class Sample:
-    """A text and all that is in it, as (kind, value); ``name`` says how it was made."""
+    """A text and its findings as (kind, value); ``name`` says how it was made."""
 
     name: str
     text: str
@@ -200,7 +200,7 @@ def openai(rng: Random) -> str:
     )
 
 
-# The kinds whose value is all that has to be there.
+# Kinds that need no context.
 VALUES: dict[str, Make] = {
     "private_key": private_key,
     "github_token": lambda rng: rng.choice(
@@ -245,7 +245,7 @@ CONTEXTS = [
 
 
 def _named(kind: str, rng: Random) -> Sample:
-    """The kinds that need something beside them."""
+    """Return samples of kinds that need context."""
     if kind == "aws_secret":
         secret = pick(rng, LETTERS, 20) + "7aB" + pick(rng, ALNUM + "/+", 17)
         key = VALUES["aws_key_id"](rng)
@@ -308,10 +308,10 @@ def shaped(*shapes: str) -> Make:
     return make
 
 
-# What looks like one and is none.
+# Lookalikes.
 NEGATIVES: dict[str, Make] = {
     "git commit": shaped("commit " + "~" * 40, "fixed in " + "~" * 7, "fixed in " + "~" * 12),
-    "git commit beside AWS": shaped(f"AWS deploy of {'~' * 40}, secret rotated"),
+    "git commit near AWS": shaped(f"AWS deploy of {'~' * 40}, secret rotated"),
     "SHA-256": shaped("sha256:" + "~" * 64),
     "npm integrity": lambda rng: f'"integrity": "sha512-{base64.b64encode(rng.randbytes(64)).decode()}"',
     "UUID": lambda rng: f"request {uuid.UUID(int=rng.getrandbits(128), version=4)}",
@@ -367,6 +367,6 @@ NEGATIVES: dict[str, Make] = {
 
 
 def negatives(seed: int, each: int) -> list[Sample]:
-    """``each`` samples of everything that looks like one and is none."""
+    """Return ``each`` samples of all lookalikes."""
     rng = Random(seed)
     return [Sample(name, make(rng)) for name, make in NEGATIVES.items() for _ in range(each)]

@@ -28,23 +28,23 @@ UNSETTLED: Finding = "unsettled"
 
 @pytest.mark.parametrize("limit", [0.01, 0.05, 0.2])
 @pytest.mark.parametrize("allowed", [0, 1, 2, 5, 12])
-def test_a_fixed_size_is_the_smallest_that_keeps_the_promise(allowed: int, limit: float) -> None:
+def test_fixed_size_is_the_smallest_that_proves_the_limit(allowed: int, limit: float) -> None:
     size = fixed_size(allowed, limit)
     assert binom.cdf(allowed, size, limit) <= 0.05 < binom.cdf(allowed, size - 1, limit)
 
 
-def test_fixed_sizes_are_those_of_the_published_tables() -> None:
+def test_fixed_size_matches_published_tables() -> None:
     assert [fixed_size(allowed) for allowed in range(6)] == [59, 93, 124, 153, 181, 208]
 
 
 @given(st.integers(1, 500), st.data(), st.sampled_from([0.9, 0.95, 0.99]))
-def test_the_upper_bound_is_clopper_and_pearsons(checked: int, data: st.DataObject, level: float) -> None:
+def test_upper_bound_is_clopper_pearson(checked: int, data: st.DataObject, level: float) -> None:
     wrong = data.draw(st.integers(0, checked))
     exact = binomtest(wrong, checked, alternative="less").proportion_ci(level, method="exact").high
     assert upper_bound(wrong, checked, level) == pytest.approx(exact, abs=1e-9)
 
 
-def test_nothing_checked_bounds_nothing() -> None:
+def test_upper_bound_is_one_when_nothing_is_checked() -> None:
     assert upper_bound(0, 0) == 1.0
 
 
@@ -68,7 +68,7 @@ def _all_ways(plan: SequentialPlan, share: float, most: int = 3000) -> tuple[flo
     return accept, reject, mean
 
 
-def test_the_sequential_plan_errs_no_more_often_than_it_promises() -> None:
+def test_sequential_plan_keeps_its_error_rates() -> None:
     plan = SequentialPlan()
     accept_good, reject_good, mean_good = _all_ways(plan, 0.01)
     accept_bad, reject_bad, mean_bad = _all_ways(plan, 0.05)
@@ -81,7 +81,7 @@ def test_the_sequential_plan_errs_no_more_often_than_it_promises() -> None:
 
 
 @pytest.mark.parametrize("share", [0.01, 0.03, 0.05, 0.1])
-def test_judging_simulated_samples_decides_as_often_as_the_exact_walk_says(share: float) -> None:
+def test_judge_decides_simulated_samples_at_the_exact_rate(share: float) -> None:
     plan, draw, runs = SequentialPlan(), random.Random(0), 1500
     accept, _, mean = _all_ways(plan, share)
     outcomes = [judge(plan, _drawn(draw, share), rows=10**9) for _ in range(runs)]
@@ -98,7 +98,7 @@ def _drawn(draw: random.Random, share: float) -> map[Finding]:
 
 
 @given(st.integers(0, 400), st.integers(0, 8), st.sampled_from([SequentialPlan(), FixedPlan(allowed=2)]))
-def test_so_many_right_rows_as_needed_are_accepted_and_not_one_fewer(
+def test_sequential_plan_accepts_after_exactly_the_needed_right_rows(
     checked: int, wrong: int, plan: SequentialPlan | FixedPlan
 ) -> None:
     wrong = min(wrong, checked)
@@ -110,7 +110,7 @@ def test_so_many_right_rows_as_needed_are_accepted_and_not_one_fewer(
 
 
 @given(st.lists(st.sampled_from(["right"] * 30 + ["wrong", "unsettled"]), max_size=300), st.integers(0, 2))
-def test_settling_a_row_never_turns_a_decision_round(found: list[Finding], allowed: int) -> None:
+def test_judge_never_reverses_a_decision_when_a_row_is_settled(found: list[Finding], allowed: int) -> None:
     """Whatever the unsettled rows turn out to be, an accepted version is not rejected, nor the other way round."""
     for plan in (SequentialPlan(), FixedPlan(allowed=allowed)):
         now = judge(plan, found, rows=10**6)
@@ -119,14 +119,14 @@ def test_settling_a_row_never_turns_a_decision_round(found: list[Finding], allow
             assert {now.decision, later.decision} != {"accepted", "rejected"}
 
 
-def test_what_is_found_after_the_decision_changes_nothing() -> None:
+def test_judge_ignores_findings_after_the_decision() -> None:
     right = [RIGHT] * 80
     decided = judge(SequentialPlan(), right, rows=10_000)
     assert (decided.decision, decided.wrong) == ("accepted", 0)
     assert judge(SequentialPlan(), [*right, *([WRONG] * 50)], rows=10_000) == decided
 
 
-def test_the_fixed_plan_accepts_at_its_size_and_rejects_as_soon_as_it_must() -> None:
+def test_fixed_plan_accepts_at_its_size_and_rejects_at_once() -> None:
     plan = FixedPlan(allowed=1)
     assert judge(plan, [RIGHT] * 92, rows=10_000).decision == "go on"
     assert judge(plan, [RIGHT] * 92, rows=10_000).needed == 1
@@ -136,7 +136,7 @@ def test_the_fixed_plan_accepts_at_its_size_and_rejects_as_soon_as_it_must() -> 
     assert judge(plan, [WRONG, WRONG], rows=10_000).decision == "rejected"
 
 
-def test_skipped_rows_do_not_help_to_accept() -> None:
+def test_judge_does_not_accept_skipped_rows() -> None:
     plan = SequentialPlan()
     clean = judge(plan, [RIGHT] * 80, rows=10_000)
     skipping: list[Finding] = ["unsettled" if i % 10 == 0 else "right" for i in range(80)]
@@ -145,7 +145,7 @@ def test_skipped_rows_do_not_help_to_accept() -> None:
     assert judge(plan, skipping, rows=10_000).upper > 0.05
 
 
-def test_of_a_version_checked_whole_the_share_itself_decides() -> None:
+def test_judge_uses_the_true_share_when_all_rows_are_checked() -> None:
     few = [RIGHT] * 39 + [WRONG]
     found = judge(SequentialPlan(), few, rows=40)
     assert (found.decision, found.whole, found.upper) == ("accepted", True, 1 / 40)
@@ -155,7 +155,7 @@ def test_of_a_version_checked_whole_the_share_itself_decides() -> None:
     assert judge(SequentialPlan(), [RIGHT] * 12, rows=20).needed == 8
 
 
-def test_the_sample_depends_on_version_and_draw_and_on_no_order_of_rows() -> None:
+def test_sample_order_depends_on_version_and_draw_only() -> None:
     keys = [f"{n:064x}" for n in range(200)]
     order = sample_order(keys, "a" * 64, 0)
     assert sorted(order) == keys
@@ -164,7 +164,7 @@ def test_the_sample_depends_on_version_and_draw_and_on_no_order_of_rows() -> Non
     assert sample_order(keys, "a" * 64, 1) != order
 
 
-def test_each_row_is_as_likely_in_the_sample_as_any_other() -> None:
+def test_sample_order_is_uniform() -> None:
     from scipy.stats import chisquare
 
     keys = [f"{n:064x}" for n in range(20)]
@@ -175,6 +175,6 @@ def test_each_row_is_as_likely_in_the_sample_as_any_other() -> None:
     assert chisquare(list(counts.values())).pvalue > 0.001
 
 
-def test_a_plan_whose_good_share_is_not_below_its_limit_is_refused() -> None:
+def test_sequential_plan_refuses_a_good_share_at_or_above_the_limit() -> None:
     with pytest.raises(ValueError, match="good must be below limit"):
         SequentialPlan(good=0.05, limit=0.05)

@@ -44,7 +44,7 @@ def _snapshot(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_add_counts_as_families_only_clusters_with_another_output(tmp_path: Path) -> None:
+def test_add_counts_only_clusters_with_several_outputs_as_families(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p", "data: {conflicts: accept}\n")
     near = "a question of some length about the court of one county, number {}"
     other = "quite another request that has to do with the weather of town {}"
@@ -68,7 +68,7 @@ def test_add_warns_of_test_rows_whose_answer_no_training_row_has(tmp_path: Path)
     assert absent
     [warned] = [warned for warned in listener.warned if "no training row has" in warned]
     assert warned.startswith(f"{len(absent)} of {tested} test rows have an answer that no training row has")
-    assert f"at most {1 - len(absent) / tested:.1%} of the test right" in warned
+    assert f"at most {1 - len(absent) / tested:.1%} on the test split" in warned
     assert f'"{absent[0].example.output}": 1' in warned
 
 
@@ -104,7 +104,7 @@ def _assert_no_leak(version: DatasetVersion, threshold: float = 0.8) -> None:
                 assert jaccard(texts[i], texts[j]) < threshold, (a, b)
 
 
-def test_pairs_become_a_version_with_three_splits(tmp_path: Path) -> None:
+def test_add_creates_a_version_with_three_splits(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     result = _add(project, *unlike_pairs(200))
     version = load_version(project.dataset)
@@ -117,7 +117,7 @@ def test_pairs_become_a_version_with_three_splits(tmp_path: Path) -> None:
 
 @few_examples
 @given(seed=st.integers(0, 10_000), similarity=st.sampled_from([0.5, 0.8]))
-def test_no_two_inputs_at_the_threshold_ever_straddle_the_split(
+def test_add_keeps_near_equal_inputs_in_one_split(
     tmp_path_factory: pytest.TempPathFactory, seed: int, similarity: float
 ) -> None:
     """In the first version and in those made of it, where new rows bridge old clusters."""
@@ -138,9 +138,7 @@ def test_no_two_inputs_at_the_threshold_ever_straddle_the_split(
 
 @few_examples
 @given(seed=st.integers(0, 10_000))
-def test_neither_the_order_of_rows_nor_their_division_into_files_decides_anything(
-    tmp_path_factory: pytest.TempPathFactory, seed: int
-) -> None:
+def test_add_ignores_the_order_of_rows_and_files(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
     folder = tmp_path_factory.mktemp("order")
     pairs = _families(25, seed)
     pairs += random.Random(seed).choices(pairs, k=5)
@@ -158,7 +156,7 @@ def test_neither_the_order_of_rows_nor_their_division_into_files_decides_anythin
 
 @few_examples
 @given(seed=st.integers(0, 10_000))
-def test_adding_the_same_file_again_changes_nothing(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
+def test_add_changes_nothing_when_the_file_is_known(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
     project = new_project(tmp_path_factory.mktemp("again") / "p", ACCEPT)
     pairs = _families(25, seed)
     first = _add(project, *pairs)
@@ -171,7 +169,7 @@ def test_adding_the_same_file_again_changes_nothing(tmp_path_factory: pytest.Tem
     assert _snapshot(project.dataset) == before
 
 
-def test_every_row_of_the_files_is_accounted_for(tmp_path: Path) -> None:
+def test_add_records_the_fate_of_every_row(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     pairs = _families(60, 1)
     path = write_jsonl(project.root / "pairs.jsonl", [*pairs, pairs[0], ("no answer", "")])
@@ -194,12 +192,12 @@ def test_every_row_of_the_files_is_accounted_for(tmp_path: Path) -> None:
         else:
             assert line["reason"] == "an empty answer"
     assert any(f"{path}:{len(pairs) + 2}: an empty answer" in warning for warning in listener.warned)
-    [told] = [w for w in listener.warned if "left out, with the input" in w]
-    assert told.startswith(f"{len(result.duplicates)} rows")
+    [reported] = [w for w in listener.warned if "left out as duplicate" in w]
+    assert reported.startswith(f"{len(result.duplicates)} rows")
     assert str(tmp_path) not in (folder / "manifest.json").read_text()
 
 
-def test_a_dropped_row_is_told_with_the_row_it_repeats(tmp_path: Path) -> None:
+def test_add_reports_a_dropped_row_with_the_row_it_repeats(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p", "data: {duplicates: drop}\n")
     text = "what is the monthly fee for a late card payment"
     pairs = unlike_pairs(20)
@@ -212,7 +210,7 @@ def test_a_dropped_row_is_told_with_the_row_it_repeats(tmp_path: Path) -> None:
     assert any("more.jsonl:6 repeats version" in warning for warning in listener.warned)
 
 
-def test_a_new_conflict_is_refused_by_file_and_line_and_a_known_one_is_not(tmp_path: Path) -> None:
+def test_add_refuses_new_conflicts_only(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     _add(project, *unlike_pairs(20), ("capital of Australia", "Sydney"))
     before = _snapshot(project.dataset)
@@ -228,20 +226,20 @@ def test_a_new_conflict_is_refused_by_file_and_line_and_a_known_one_is_not(tmp_p
     assert _add(project, ("capital of Australia", "Canberra"), *unlike_pairs(3, seed=5)).added == 3
 
 
-def test_case_and_white_space_make_no_other_input(tmp_path: Path) -> None:
+def test_add_ignores_case_and_white_space_of_inputs(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     _add(project, *unlike_pairs(20), ("capital of Australia", "Sydney"))
     with pytest.raises(UserError, match="1 input with different outputs"):
         _add(project, (" Capital of  australia", "Canberra"))
 
 
-def test_outputs_that_repeat_another_spelling_of_the_input_are_no_conflict(tmp_path: Path) -> None:
+def test_add_accepts_outputs_that_repeat_the_spelling_of_the_input(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     echoes = [("play Let It Be", '{"track": "Let It Be"}'), ("play let it be", '{"track": "let it be"}')]
     assert _add(project, *unlike_pairs(20), *echoes).conflicts == ()
 
 
-def test_an_accepted_conflict_is_kept_grouped_and_shown(tmp_path: Path) -> None:
+def test_add_keeps_and_groups_accepted_conflicts(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p", ACCEPT)
     listener = Listener()
     pairs = [*unlike_pairs(20), ("capital of Australia", "Sydney"), ("capital of Australia", "Canberra")]
@@ -255,7 +253,7 @@ def test_an_accepted_conflict_is_kept_grouped_and_shown(tmp_path: Path) -> None:
     assert len({m.cluster for m in members}) == 1
 
 
-def test_all_faulty_rows_are_listed_and_nothing_is_added(tmp_path: Path) -> None:
+def test_add_lists_all_faulty_rows_and_adds_nothing(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     good = write_jsonl(tmp_path / "good.jsonl", unlike_pairs(20))
     bad = write_jsonl(tmp_path / "bad.jsonl", [("a", ""), *unlike_pairs(3, seed=2), ("b", "")])
@@ -266,7 +264,7 @@ def test_all_faulty_rows_are_listed_and_nothing_is_added(tmp_path: Path) -> None
     assert not project.dataset.exists()
 
 
-def test_faults_are_listed_by_cause_with_three_places(tmp_path: Path) -> None:
+def test_add_lists_faults_by_cause_with_three_places(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     with pytest.raises(UserError) as caught:
         _add(project, *[("a", "")] * 70, ("", "b"))
@@ -280,7 +278,7 @@ def test_faults_are_listed_by_cause_with_three_places(tmp_path: Path) -> None:
     assert lines[4] == f"  {path}:71: an empty user turn [E401 $.prompt]"
 
 
-def test_skipped_rows_are_counted_by_cause_and_all_in_the_record(tmp_path: Path) -> None:
+def test_add_counts_skipped_rows_by_cause_and_records_each(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     path = write_jsonl(tmp_path / "pairs.jsonl", [*unlike_pairs(20), *[("a", "")] * 70])
     listener = Listener()
@@ -292,20 +290,20 @@ def test_skipped_rows_are_counted_by_cause_and_all_in_the_record(tmp_path: Path)
     assert skipped == list(range(21, 91))
 
 
-def test_three_rows_are_too_few_and_leave_no_version(tmp_path: Path) -> None:
+def test_add_refuses_three_rows(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
-    with pytest.raises(UserError, match="3 independent clusters"):
+    with pytest.raises(UserError, match="3 distinct rows in 3 clusters"):
         _add(project, *unlike_pairs(3))
     with pytest.raises(UserError, match="no dataset version yet"):
         load_version(project.dataset)
 
 
-def test_no_file_at_all_is_a_user_error(tmp_path: Path) -> None:
+def test_add_refuses_an_empty_list_of_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no file to add"):
         add(new_project(tmp_path / "p"), [], Listener())
 
 
-def test_a_bridge_moves_training_rows_to_the_test_and_says_so(tmp_path: Path) -> None:
+def test_add_reports_rows_that_a_bridge_moves_to_test(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p", ACCEPT)
     pairs = unlike_pairs(60)
     _add(project, *pairs)
@@ -324,23 +322,23 @@ def test_a_bridge_moves_training_rows_to_the_test_and_says_so(tmp_path: Path) ->
     _assert_no_leak(load_version(project.dataset))
 
 
-def test_a_cluster_that_holds_much_of_the_data_is_told(tmp_path: Path) -> None:
+def test_add_warns_of_a_large_cluster(tmp_path: Path) -> None:
     listener = Listener()
     family = [(f"the circuit court of the county of number {i:02}", f"{i}") for i in range(30)]
     _add(new_project(tmp_path / "p"), *unlike_pairs(60), *family, listener=listener)
     assert any("one cluster holds 30 of 90 rows" in w for w in listener.warned)
 
 
-def test_few_training_pairs_are_told(tmp_path: Path) -> None:
+def test_add_warns_of_few_training_pairs(tmp_path: Path) -> None:
     few, enough = Listener(), Listener()
     _add(new_project(tmp_path / "few"), *unlike_pairs(600), listener=few)
     _add(new_project(tmp_path / "enough"), *unlike_pairs(640), listener=enough)
-    [told] = [w for w in few.warned if "480 training pairs, fewer than 500" in w]
-    assert "test" not in told, "the warning of test clusters says what the test shows"
+    [reported] = [w for w in few.warned if "480 training pairs, fewer than 500" in w]
+    assert "test" not in reported, "the warning of test clusters says what the test shows"
     assert enough.warned == []
 
 
-def test_a_changed_similarity_makes_a_new_version_of_the_same_rows(tmp_path: Path) -> None:
+def test_add_creates_a_version_when_the_similarity_changes(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     text = "abcdefghijklmnopqrstuvwxyz"
     pairs = [*unlike_pairs(40), (text, "x"), (text[:-5], "y")]
@@ -353,7 +351,7 @@ def test_a_changed_similarity_makes_a_new_version_of_the_same_rows(tmp_path: Pat
     assert second.version.counts.clusters == first.version.counts.clusters - 1
 
 
-def test_two_files_of_one_name_stay_apart_in_the_records(tmp_path: Path) -> None:
+def test_add_distinguishes_files_of_one_name(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
@@ -378,7 +376,7 @@ def _dialogue(number: int, **first: int) -> dict[str, object]:
     return {"messages": turns}
 
 
-def test_a_row_with_other_weights_takes_the_place_of_the_one_that_was_there(tmp_path: Path) -> None:
+def test_add_replaces_a_row_with_other_weights(tmp_path: Path) -> None:
     project = new_project(tmp_path / "project")
     plain = _write_rows(tmp_path / "plain.jsonl", [_dialogue(n) for n in range(60)])
     masked = _write_rows(tmp_path / "masked.jsonl", [_dialogue(n, weight=0) for n in range(20)])
@@ -396,7 +394,7 @@ def test_a_row_with_other_weights_takes_the_place_of_the_one_that_was_there(tmp_
     assert not add(project, [plain, masked], Listener()).created
 
 
-def test_of_equal_turns_in_one_import_the_masked_ones_count(tmp_path: Path) -> None:
+def test_add_keeps_the_masked_row_of_equal_turns(tmp_path: Path) -> None:
     rows = [_dialogue(n) for n in range(60)] + [_dialogue(n, weight=0) for n in range(20)]
     versions = []
     for name, order in (("a", rows), ("b", rows[::-1])):

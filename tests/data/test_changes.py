@@ -1,4 +1,4 @@
-"""What differs between versions, who brought a row in, which adapters saw it."""
+"""Differences between versions, origins of rows, and the adapters that used them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import add
 from tunewright.data.versions import DatasetVersion, Member, list_versions, load_version, short, version_folder
-from tunewright.data.versions.change_text import diff_text, marked, word_changes
-from tunewright.data.versions.changes import blame, diff, trained_on, where
+from tunewright.data.versions.diff import diff, diff_text, marked, word_changes
+from tunewright.data.versions.trace import blame, trained_adapters, uses_of_row
 
 FIRST = unlike_pairs(60, seed=1)
 ACCEPTING = {"conflicts": "accept"}
@@ -46,7 +46,7 @@ def _add(project: ProjectFolder, *pairs: tuple[str, str]) -> DatasetVersion:
     return load_version(project.dataset)
 
 
-def test_a_version_does_not_differ_from_itself(project: ProjectFolder) -> None:
+def test_diff_is_empty_for_the_same_version(project: ProjectFolder) -> None:
     version = load_version(project.dataset)
     same = diff(version, version)
     assert same.same
@@ -56,7 +56,7 @@ def test_a_version_does_not_differ_from_itself(project: ProjectFolder) -> None:
     assert "the same rows in the same splits" in diff_text(same)
 
 
-def test_added_removed_edited_and_moved_rows_are_told_apart(project: ProjectFolder) -> None:
+def test_diff_distinguishes_added_removed_edited_and_moved_rows(project: ProjectFolder) -> None:
     a = load_version(project.dataset)
     gone, edited, moved = _of(a, "train", 3)
     other = with_output(edited, "another answer")
@@ -77,7 +77,7 @@ def test_added_removed_edited_and_moved_rows_are_told_apart(project: ProjectFold
     assert there.comparable
 
 
-def test_every_row_is_in_exactly_one_group_of_a_diff(project: ProjectFolder) -> None:
+def test_diff_puts_every_row_in_exactly_one_group(project: ProjectFolder) -> None:
     a = load_version(project.dataset)
     b = next_version(project, lambda m: None if m.key[0] in "01" else with_output(m, "x") if m.key[0] in "23" else m)
     found = diff(a, b)
@@ -90,7 +90,7 @@ def test_every_row_is_in_exactly_one_group_of_a_diff(project: ProjectFolder) -> 
 
 
 @pytest.mark.parametrize("split", ["train", "dev", "test"])
-def test_scores_stay_comparable_unless_a_test_row_changes(project: ProjectFolder, split: str) -> None:
+def test_diff_is_comparable_unless_a_test_row_changes(project: ProjectFolder, split: str) -> None:
     a = load_version(project.dataset)
     row = _of(a, split)[0]
     b = next_version(project, lambda m: with_output(m, "edited") if m.key == row.key else m)
@@ -102,7 +102,7 @@ def test_scores_stay_comparable_unless_a_test_row_changes(project: ProjectFolder
     assert words in diff_text(found)
 
 
-def test_a_row_that_leaves_the_test_or_joins_it_makes_scores_incomparable(project: ProjectFolder) -> None:
+def test_diff_is_not_comparable_when_a_row_enters_or_leaves_test(project: ProjectFolder) -> None:
     a = load_version(project.dataset)
     out, into = _of(a, "test")[0], _of(a, "train")[0]
     swap = {out.key: "train", into.key: "test"}
@@ -110,7 +110,7 @@ def test_a_row_that_leaves_the_test_or_joins_it_makes_scores_incomparable(projec
     assert diff(a, b).test_rows_changed == 2
 
 
-def test_of_several_outputs_of_one_input_only_the_changed_one_is_an_edit(project: ProjectFolder) -> None:
+def test_diff_pairs_only_changed_outputs_of_one_input(project: ProjectFolder) -> None:
     a = _add(project, ("one question", "yes"), ("one question", "no"))
     yes = next(m for m in a.members if m.example.output == "yes")
     b = next_version(project, lambda m: with_output(m, "maybe") if m.key == yes.key else m)
@@ -119,7 +119,7 @@ def test_of_several_outputs_of_one_input_only_the_changed_one_is_an_edit(project
     assert (found.added, found.removed) == ((), ())
 
 
-def test_settings_and_sources_that_differ_are_told(tmp_path: Path) -> None:
+def test_diff_reports_changed_settings_and_sources(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p", "data: {dedup_threshold: 0.8}\n")
     add(project, [write_jsonl(tmp_path / "first.jsonl", FIRST)], Listener())
     a = load_version(project.dataset)
@@ -135,14 +135,14 @@ def test_settings_and_sources_that_differ_are_told(tmp_path: Path) -> None:
 
 
 @given(before=st.text(max_size=60), after=st.text(max_size=60))
-def test_word_changes_hold_both_texts_whole(before: str, after: str) -> None:
+def test_word_changes_contain_both_texts(before: str, after: str) -> None:
     pieces = word_changes(before, after)
     assert "".join(text for mark, text in pieces if mark != "new") == before
     assert "".join(text for mark, text in pieces if mark != "gone") == after
     assert all(text for _, text in pieces)
 
 
-def test_changed_words_are_marked_and_far_text_is_cut() -> None:
+def test_marked_marks_changed_words_and_cuts_distant_text() -> None:
     assert marked("the court of Polk County", "the court of Lee County") == "the court of [-Polk-]{+Lee+} County"
     assert marked("same", "same") == "same"
     long = "word " * 200
@@ -154,7 +154,7 @@ def test_changed_words_are_marked_and_far_text_is_cut() -> None:
     assert f"({len('x' * 900):,} characters)" in marked("a", "x" * 900)
 
 
-def test_the_text_of_a_diff_counts_what_it_does_not_show(project: ProjectFolder) -> None:
+def test_diff_text_counts_hidden_rows(project: ProjectFolder) -> None:
     a = load_version(project.dataset)
     b = next_version(project, lambda m: with_output(m, f"{m.example.output} indeed"))
     text = diff_text(diff(a, b), most=7)
@@ -164,7 +164,7 @@ def test_the_text_of_a_diff_counts_what_it_does_not_show(project: ProjectFolder)
     assert "{+ indeed+}" in text
 
 
-def test_blame_finds_the_import_a_row_came_from(project: ProjectFolder) -> None:
+def test_blame_returns_the_import_of_a_row(project: ProjectFolder) -> None:
     first = load_version(project.dataset)
     second = _add(project, *unlike_pairs(20, seed=2))
     old, new = first.members[0], next(m for m in second.members if m.key not in {n.key for n in first.members})
@@ -176,11 +176,11 @@ def test_blame_finds_the_import_a_row_came_from(project: ProjectFolder) -> None:
     found = blame(project.dataset, second, new.key)
     assert (found.version.digest, found.source) == (second.digest, "more.jsonl")
     assert found.version.author
-    assert (found.edit_of, found.beside, found.older_missing) == ((), (), None)
+    assert (found.edit_of, found.conflicts_with, found.older_missing) == ((), (), None)
     assert json.loads(json.dumps(found.as_dict()))["version"]["message"] == "more"
 
 
-def test_blame_names_the_row_that_an_edit_came_from(project: ProjectFolder) -> None:
+def test_blame_returns_the_row_before_an_edit(project: ProjectFolder) -> None:
     first = load_version(project.dataset)
     row = first.members[5]
     other = with_output(row, "better")
@@ -194,34 +194,34 @@ def test_blame_names_the_row_that_an_edit_came_from(project: ProjectFolder) -> N
     assert (found.source, found.line, found.reviewers) == ("dataset/reviews.jsonl", 3, ("Ada",))
 
 
-def test_blame_tells_a_conflict_from_an_edit(project: ProjectFolder) -> None:
+def test_blame_distinguishes_conflicts_from_edits(project: ProjectFolder) -> None:
     row = load_version(project.dataset).members[5]
     version = _add(project, (row.example.input_text, "quite another answer"))
     other = next(m for m in version.members if m.example.output == "quite another answer")
     found = blame(project.dataset, version, other.key)
-    assert (found.edit_of, found.beside) == ((), (row.key,))
+    assert (found.edit_of, found.conflicts_with) == ((), (row.key,))
 
 
-def test_a_row_that_was_away_is_blamed_on_the_version_that_brought_it_back(project: ProjectFolder) -> None:
+def test_blame_returns_the_version_that_restored_a_row(project: ProjectFolder) -> None:
     row = load_version(project.dataset).members[5]
     next_version(project, lambda m: None if m.key == row.key else m)
     version = _add(project, (row.example.input_text, row.example.output), *unlike_pairs(5, seed=3))
     assert blame(project.dataset, version, row.key).version.digest == version.digest
 
 
-def test_blame_says_where_the_history_ends(project: ProjectFolder) -> None:
+def test_blame_returns_the_missing_parent(project: ProjectFolder) -> None:
     first = load_version(project.dataset)
     second = _add(project, *unlike_pairs(20, seed=2))
     shutil.rmtree(version_folder(project.dataset, first.digest))
     assert blame(project.dataset, second, first.members[0].key).older_missing == first.digest
 
 
-def test_blame_of_an_unknown_row_is_refused(project: ProjectFolder) -> None:
+def test_blame_refuses_an_unknown_row(project: ProjectFolder) -> None:
     with pytest.raises(UserError, match="has no row 'abc'"):
         blame(project.dataset, load_version(project.dataset), "abc")
 
 
-def test_the_author_is_git_s_user_name(project: ProjectFolder) -> None:
+def test_current_author_is_gits_user_name(project: ProjectFolder) -> None:
     subprocess.run(["git", "init", "-q"], cwd=project.root, check=True)
     subprocess.run(["git", "config", "user.name", "Ada Lovelace"], cwd=project.root, check=True)
     assert _add(project, *unlike_pairs(20, seed=2)).manifest.author == "Ada Lovelace"
@@ -238,7 +238,7 @@ def _lineage(version: DatasetVersion, *left_out: str) -> dict[str, Any]:
     return {"dataset": {"digest": version.digest}, "rendering": rendering}
 
 
-def test_where_tells_which_adapters_saw_a_row(project: ProjectFolder) -> None:
+def test_uses_of_row_lists_the_adapters_of_a_row(project: ProjectFolder) -> None:
     first = load_version(project.dataset)
     second = _add(project, *unlike_pairs(20, seed=2))
     new = next(m for m in second.examples("train") if m.key not in {n.key for n in first.members})
@@ -249,7 +249,7 @@ def test_where_tells_which_adapters_saw_a_row(project: ProjectFolder) -> None:
     _adapter(project, "e-foreign", {})
     _adapter(project, "f-old", {"dataset": {"digest": second.digest}})
     _adapter(project, ".half", "not json")
-    found = where(project.dataset, project.adapters, new.key)
+    found = uses_of_row(project.dataset, project.adapters, new.key)
     uses = {s.adapter: s.use for s in found}
     assert uses == {
         "a-one": "absent",
@@ -260,22 +260,24 @@ def test_where_tells_which_adapters_saw_a_row(project: ProjectFolder) -> None:
         "f-old": "unknown",
     }
     assert all(s.reason for s in found if s.use == "unknown")
-    assert trained_on(found) == ["b-two"]
+    assert trained_adapters(found) == ["b-two"]
     for split in ("dev", "test"):
         row = _of(second, split)[0]
-        assert {s.use for s in where(project.dataset, project.adapters, row.key) if s.adapter == "b-two"} == {split}
+        assert {s.use for s in uses_of_row(project.dataset, project.adapters, row.key) if s.adapter == "b-two"} == {
+            split
+        }
 
 
-def test_where_refuses_a_lineage_that_cannot_be_read(project: ProjectFolder) -> None:
-    assert where(project.dataset, project.adapters, "abc") == ()
+def test_uses_of_row_refuses_an_unreadable_lineage(project: ProjectFolder) -> None:
+    assert uses_of_row(project.dataset, project.adapters, "abc") == ()
     for broken in ("{", "[]"):
         _adapter(project, "broken", broken)
-        with pytest.raises(UserError, match="not a lineage"):
-            where(project.dataset, project.adapters, "abc")
+        with pytest.raises(UserError, match="lineage"):
+            uses_of_row(project.dataset, project.adapters, "abc")
         shutil.rmtree(project.adapters)
 
 
-def test_versions_of_earlier_releases_are_read(project: ProjectFolder) -> None:
+def test_versions_of_earlier_releases_are_readable(project: ProjectFolder) -> None:
     path = version_folder(project.dataset, load_version(project.dataset).digest) / "manifest.json"
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps({k: v for k, v in manifest.items() if k not in ("author", "imports", "seal")}))
@@ -286,7 +288,7 @@ def test_versions_of_earlier_releases_are_read(project: ProjectFolder) -> None:
     assert blame(project.dataset, second, old.members[0].key).version.digest == old.digest
 
 
-def test_diff_counts_a_row_as_regrouped_when_its_cluster_has_other_rows_not_another_name(
+def test_diff_counts_a_row_as_regrouped_only_when_cluster_members_change(
     project: ProjectFolder,
 ) -> None:
     a = load_version(project.dataset)

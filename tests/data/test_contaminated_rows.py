@@ -1,4 +1,4 @@
-"""Training rows that hold a test row or a benchmark item: told when they are added, left out on request."""
+"""Training rows that contain a test row or a benchmark item: reported on adding, left out on request."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _holding(project: ProjectFolder) -> Path:
     return write_jsonl(project.root / "holding.jsonl", [*PAIRS, (f"Tell me. {ITEM} Be brief.", "the long lake")])
 
 
-def test_a_training_row_that_holds_a_benchmark_item_is_named_and_kept(tmp_path: Path) -> None:
+def test_add_reports_and_keeps_a_training_row_with_a_benchmark_item(tmp_path: Path) -> None:
     project = _with_benchmark(tmp_path / "p")
     listener = Listener()
     result = add(project, [_holding(project)], listener)
@@ -35,12 +35,12 @@ def test_a_training_row_that_holds_a_benchmark_item_is_named_and_kept(tmp_path: 
     assert row.split == "train"
     [hit] = result.contaminated
     assert (hit.row, hit.source, hit.item, hit.how) == (row.key, "lakes.jsonl", 0, "contained")
-    told = next(w for w in listener.warned if "benchmark item" in w)
-    assert "holding.jsonl:101 holds or is a piece of item 1 of lakes.jsonl" in told
-    assert "kept" in told
+    reported = next(w for w in listener.warned if "benchmark item" in w)
+    assert "holding.jsonl:101 contains or is part of item 1 of lakes.jsonl" in reported
+    assert "kept" in reported
 
 
-def test_drop_leaves_it_out_and_says_so_in_every_record(tmp_path: Path) -> None:
+def test_add_drops_contaminated_rows_and_records_them(tmp_path: Path) -> None:
     project = _with_benchmark(tmp_path / "p", "  contaminated: drop\n")
     listener = Listener()
     result = add(project, [_holding(project)], listener)
@@ -56,7 +56,7 @@ def test_drop_leaves_it_out_and_says_so_in_every_record(tmp_path: Path) -> None:
     assert not again.created
 
 
-def test_what_was_left_out_stays_out_whatever_is_added_in_between(tmp_path: Path) -> None:
+def test_dropped_contaminated_rows_stay_out_in_later_versions(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p", "data: {contaminated: drop}\n")
     add(project, [write_jsonl(tmp_path / "pairs.jsonl", PAIRS)], Listener())
     tests = load_version(project.dataset).examples("test")
@@ -72,7 +72,7 @@ def test_what_was_left_out_stays_out_whatever_is_added_in_between(tmp_path: Path
         assert (again.created, again.added, len({hit.row for hit in again.contaminated})) == (False, 0, len(tests))
 
 
-def test_a_training_row_that_holds_a_test_row_is_named(tmp_path: Path) -> None:
+def test_add_reports_a_training_row_with_a_test_row(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     add(project, [write_jsonl(tmp_path / "pairs.jsonl", PAIRS)], Listener())
     held_out = load_version(project.dataset).examples("test")[0]
@@ -82,7 +82,7 @@ def test_a_training_row_that_holds_a_test_row_is_named(tmp_path: Path) -> None:
     assert (hit.source, hit.how) == ("the test split", "contained")
 
 
-def test_a_benchmark_that_cannot_be_read_is_named_and_nothing_is_written(tmp_path: Path) -> None:
+def test_add_refuses_an_unreadable_benchmark(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p", "data: {benchmarks: [nowhere.jsonl]}\n")
     with pytest.raises(UserError, match=r"nowhere\.jsonl"):
         add(project, [write_jsonl(tmp_path / "pairs.jsonl", PAIRS)], Listener())
@@ -96,7 +96,7 @@ def _intents(rows: int = 40) -> list[tuple[str, str]]:
     return [pair for name in names for pair in [(name, name), *((next(said)[0], name) for _ in range(rows))]]
 
 
-def test_drop_keeps_all_rows_of_a_label_that_equals_a_test_input(tmp_path: Path) -> None:
+def test_add_keeps_rows_whose_label_equals_a_test_input(tmp_path: Path) -> None:
     pairs = _intents()
     for seed in range(200):  # until a one-word input is a test row
         project = new_project(tmp_path / f"p{seed}", f"seed: {seed}\ndata: {{contaminated: drop}}\n")
@@ -108,15 +108,15 @@ def test_drop_keeps_all_rows_of_a_label_that_equals_a_test_input(tmp_path: Path)
     pytest.fail("no one-word input was ever a test row")
 
 
-def test_a_class_that_loses_most_of_its_rows_is_named_with_counts(tmp_path: Path) -> None:
+def test_add_warns_of_a_class_that_loses_most_of_its_rows(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p", "data: {contaminated: drop, benchmarks: [items.jsonl]}\n")
     pairs = _intents()
     items = [json.dumps(prompt) + "\n" for prompt, intent in pairs if intent == "timer"]
     (tmp_path / "p" / "items.jsonl").write_text("".join(items))
     listener = Listener()
     result = add(project, [write_jsonl(tmp_path / "intents.jsonl", pairs)], listener)
-    told = [w for w in listener.warned if w.startswith("The class")]
-    assert len(told) == 1
-    assert told[0].startswith(f'The class "timer" loses {result.left_out} of its {result.left_out} training rows')
+    reported = [w for w in listener.warned if w.startswith("The class")]
+    assert len(reported) == 1
+    assert reported[0].startswith(f'The class "timer" loses {result.left_out} of its {result.left_out} training rows')
     assert result.left_out == len(items)
     assert not any(m.example.output == "timer" for m in load_version(project.dataset).members)

@@ -20,7 +20,7 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import add
 from tunewright.data.remove import remove
-from tunewright.data.selecting import Selection
+from tunewright.data.selection import Selection
 from tunewright.data.versions import checkout, load_version, locked
 from tunewright.data.versions.verify import verify
 
@@ -91,7 +91,7 @@ def _assert_old_or_new(project: ProjectFolder, old: str, new: str) -> str:
     return version.digest
 
 
-def test_killed_at_any_of_eighty_file_calls_the_dataset_is_the_old_or_the_new(template: Path, tmp_path: Path) -> None:
+def test_dataset_is_the_old_or_the_new_version_when_killed_at_any_file_call(template: Path, tmp_path: Path) -> None:
     project = _fresh(template, tmp_path / "w")
     old, new = load_version(project.dataset).digest, _add_second(project)
     out = FORK.SimpleQueue()
@@ -113,7 +113,7 @@ def test_killed_at_any_of_eighty_file_calls_the_dataset_is_the_old_or_the_new(te
     assert seen == {old, new}
 
 
-def test_killed_at_twenty_random_times_the_dataset_is_the_old_or_the_new(template: Path, tmp_path: Path) -> None:
+def test_dataset_is_the_old_or_the_new_version_when_killed_at_random_times(template: Path, tmp_path: Path) -> None:
     project = _fresh(template, tmp_path / "w")
     old = load_version(project.dataset).digest
     began = time.perf_counter()
@@ -139,16 +139,14 @@ def _hold(dataset: Path, ready: Any, done: Any) -> None:
         done.get()
 
 
-def test_of_two_writers_at_once_the_second_is_told_and_a_killed_writer_holds_nothing(
-    template: Path, tmp_path: Path
-) -> None:
+def test_lock_refuses_a_second_writer_and_ends_with_its_process(template: Path, tmp_path: Path) -> None:
     project = _fresh(template, tmp_path / "w")
     old = load_version(project.dataset).digest
     ready, done = FORK.SimpleQueue(), FORK.SimpleQueue()
     child = FORK.Process(target=_hold, args=(project.dataset, ready, done))
     child.start()
     ready.get()
-    with pytest.raises(UserError, match="another command is adding to this dataset"):
+    with pytest.raises(UserError, match="another command is changing this dataset"):
         _add_second(project)
     assert load_version(project.dataset).digest == old
     child.kill()
@@ -156,9 +154,7 @@ def test_of_two_writers_at_once_the_second_is_told_and_a_killed_writer_holds_not
     assert _add_second(project) == load_version(project.dataset).digest != old
 
 
-def test_a_stop_by_ctrl_c_leaves_no_row_of_the_files_that_were_added(
-    template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_add_leaves_no_rows(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tunewright.data.versions import store
 
     project = _fresh(template, tmp_path / "w")
@@ -174,13 +170,13 @@ def test_a_stop_by_ctrl_c_leaves_no_row_of_the_files_that_were_added(
     assert {path: path.read_bytes() for path in project.dataset.rglob("*") if path.is_file()} == before
 
 
-def test_a_missing_head_is_damage_and_nothing_is_added_beside_the_versions(template: Path, tmp_path: Path) -> None:
+def test_missing_head_is_reported_and_nothing_is_added(template: Path, tmp_path: Path) -> None:
     project = _fresh(template, tmp_path / "w")
     old, new = load_version(project.dataset).digest, _add_second(project)
     (project.dataset / "HEAD").unlink()
     [damage] = verify(project.dataset, Listener()).damage
     assert damage.where == str(project.dataset / "HEAD")
-    with pytest.raises(UserError, match="which version is current is missing"):
+    with pytest.raises(UserError, match="HEAD, which names the current version, is missing"):
         _add_second(project)
     checkout(project.dataset, old)
     assert _add_second(project) == new
@@ -207,9 +203,7 @@ def _purge_and_die_at(project: ProjectFolder, call: int) -> None:
     _purge(project)
 
 
-def test_a_purge_killed_at_any_of_its_file_calls_is_finished_when_it_is_repeated(
-    template: Path, tmp_path: Path
-) -> None:
+def test_purge_killed_at_any_file_call_is_finished_when_repeated(template: Path, tmp_path: Path) -> None:
     """The version stays whole meanwhile: what is damaged is at most what the log says is purged."""
     project = _fresh(template, tmp_path / "w")
     _add_second(project)
@@ -233,9 +227,9 @@ def test_a_purge_killed_at_any_of_its_file_calls_is_finished_when_it_is_repeated
         assert child.exitcode == -signal.SIGKILL
         load_version(project.dataset)
         damage = verify(project.dataset, Listener()).damage
-        told = ("was purged on", "metadata of purged rows is here")
-        assert all(any(words in each.what for words in told) for each in damage), damage
-        halfway += any(told[1] in each.what for each in damage)
+        reported = ("was purged on", "metadata of purged rows is still here")
+        assert all(any(words in each.what for words in reported) for each in damage), damage
+        halfway += any(reported[1] in each.what for each in damage)
         _purge(project)
         assert verify(project.dataset, Listener()).damage == ()
         kept = b"".join(path.read_bytes() for path in project.dataset.rglob("*") if path.is_file())

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tunewright.core.errors import UserError
-from tunewright.data.dedup.decontaminate import Hit, contaminated, read_items
+from tunewright.data.dedup.decontaminate import Hit, find_hits, read_items
 from tunewright.data.examples import Example, Message
 
 DATA = Path(__file__).parents[2] / ".." / "shared" / "data"
@@ -22,19 +22,19 @@ ITEM = "Which of these gases do plants take out of the air to make sugar?"
 
 
 def _hits(row: str, items: list[str], output: str = "ok") -> list[tuple[int, str]]:
-    found = contaminated({"row": example(row, output)}, {"suite": items}, Listener())
+    found = find_hits({"row": example(row, output)}, {"suite": items}, Listener())
     return [(hit.item, hit.how) for hit in found]
 
 
 def _suite(name: str) -> list[str]:
     path = DATA / SUITES[name]
     if not path.is_file():
-        pytest.skip(f"the {name} file is not beside this checkout")
+        pytest.skip(f"the {name} file is not next to this checkout")
     return read_items(path)
 
 
 @pytest.mark.parametrize("name", SUITES)
-def test_planted_copies_of_real_items_are_all_found(name: str) -> None:
+def test_find_hits_finds_all_planted_copies(name: str) -> None:
     items = _suite(name)
     draw = random.Random(0)
     chosen = draw.sample(range(len(items)), 100)
@@ -51,31 +51,31 @@ def test_planted_copies_of_real_items_are_all_found(name: str) -> None:
         }.items():
             rows[f"{kind} {number}"] = example(copy, "x")
             planted[f"{kind} {number}"] = number
-    hits = contaminated(rows, {name: items}, Listener())
+    hits = find_hits(rows, {name: items}, Listener())
     # Some suites have an item twice, so a copy may be one of more than its own item.
     assert {(hit.row, hit.item) for hit in hits} >= set(planted.items())
     assert {hit.how for hit in hits if hit.row.startswith("verbatim") and planted[hit.row] == hit.item} == {"equal"}
 
 
 @pytest.mark.parametrize("name", SUITES)
-def test_bank_questions_hold_no_item_of_a_real_suite(name: str) -> None:
+def test_find_hits_finds_nothing_of_a_suite_in_bank_questions(name: str) -> None:
     path = DATA / "banking77" / "train.csv"
     if not path.is_file():
-        pytest.skip("the BANKING77 files are not beside this checkout")
+        pytest.skip("the BANKING77 files are not next to this checkout")
     with path.open(newline="", encoding="utf-8") as file:
         rows = {str(i): example(row["text"], row["category"]) for i, row in enumerate(csv.DictReader(file))}
-    assert contaminated(rows, {name: _suite(name)}, Listener()) == []
+    assert find_hits(rows, {name: _suite(name)}, Listener()) == []
 
 
-def test_suites_hold_no_items_of_each_other() -> None:
+def test_find_hits_finds_nothing_of_one_suite_in_another() -> None:
     suites = {name: _suite(name) for name in SUITES}
     for name, items in suites.items():
         rows = {str(i): example(item, "x") for i, item in enumerate(items)}
         others = {other: texts for other, texts in suites.items() if other != name}
-        assert contaminated(rows, others, Listener()) == []
+        assert find_hits(rows, others, Listener()) == []
 
 
-def test_a_short_item_is_found_inside_a_longer_row_and_a_short_row_inside_a_longer_item() -> None:
+def test_find_hits_finds_short_items_in_rows_and_short_rows_in_items() -> None:
     short = "where can I change my card"
     assert _hits(f"Hi there! {short.upper()}, and does it cost anything these days?", ["x y z", short]) == [
         (1, "contained")
@@ -85,31 +85,31 @@ def test_a_short_item_is_found_inside_a_longer_row_and_a_short_row_inside_a_long
     ]
 
 
-def test_a_few_words_count_only_as_a_whole_row() -> None:
+def test_find_hits_matches_a_few_words_only_as_a_whole_row() -> None:
     assert _hits("lost card", ["Lost card!"]) == [(0, "equal")]
     assert _hits("my lost card was found by a neighbour of mine", ["Lost card!"]) == []
 
 
-def test_an_output_that_holds_an_item_is_a_hit() -> None:
+def test_find_hits_includes_outputs_that_contain_an_item() -> None:
     assert _hits("Write a question for a test.", [ITEM, "other"], output=f"Here is one: {ITEM}") == [(0, "contained")]
 
 
-def test_a_piece_of_a_long_item_is_an_overlap_scored_by_its_longest_run() -> None:
+def test_find_hits_scores_an_overlap_by_its_longest_run() -> None:
     words = [f"w{i}" for i in range(40)]
-    hits = contaminated(
+    hits = find_hits(
         {"row": example("before " + " ".join(words[5:25]) + " after", "x")}, {"suite": [" ".join(words)]}, Listener()
     )
     assert hits == [Hit("row", "suite", 0, "overlap", 20 / 40)]
 
 
-def test_a_phrase_that_many_items_share_is_no_hit() -> None:
+def test_find_hits_ignores_phrases_of_many_items() -> None:
     phrase = "your entire answer has to be in lower case letters and must not have any commas at all"
     items = [f"{topic} {topic}: {phrase}" for topic in "abcdefghijklmnop"]
     assert _hits(f"Tell me of the sea, {phrase}", items) == []
     assert _hits(f"Tell me of the sea, {phrase}", items[:3]) == [(0, "overlap"), (1, "overlap"), (2, "overlap")]
 
 
-def test_the_instruction_before_every_item_is_not_what_is_looked_for() -> None:
+def test_find_hits_ignores_an_instruction_before_every_item() -> None:
     header = "Answer with one of the labels fees cards or loans and nothing else whatever the customer says:"
     tests = [f"{header} where is my new card today", f"{header} what does a wire cost"]
     assert _hits(f"{header} how do I get a loan", tests) == []
@@ -117,25 +117,25 @@ def test_the_instruction_before_every_item_is_not_what_is_looked_for() -> None:
     assert _hits("I asked: what does a wire cost?", tests) == [(1, "contained")]
 
 
-def test_system_turns_do_not_count() -> None:
+def test_find_hits_ignores_system_turns() -> None:
     row = Example((Message("system", ITEM), Message("user", "hello"), Message("assistant", "hi")))
-    assert contaminated({"row": row}, {"suite": [ITEM]}, Listener()) == []
+    assert find_hits({"row": row}, {"suite": [ITEM]}, Listener()) == []
 
 
 @given(st.lists(st.text("ab. \n", max_size=40), min_size=1, max_size=6), st.text("AB,", max_size=9))
-def test_an_item_as_a_row_is_always_found(items: list[str], extra: str) -> None:
+def test_find_hits_always_finds_an_item_that_is_a_row(items: list[str], extra: str) -> None:
     for number, item in enumerate(items):
         found = _hits(f"{item}!", [*items, extra])
         assert ((number, "equal") in found) == any(c.isalnum() for c in item)
 
 
-def test_progress_ends_at_the_number_of_rows() -> None:
+def test_find_hits_advances_progress_to_the_number_of_rows() -> None:
     listener = Listener()
-    contaminated({"a": example("x", "y"), "b": example("z", "y")}, {"suite": [ITEM]}, listener)
+    find_hits({"a": example("x", "y"), "b": example("z", "y")}, {"suite": [ITEM]}, listener)
     assert listener.steps == {"looking for test items": (2, 2)}
 
 
-def test_items_are_read_from_strings_and_from_the_usual_or_the_named_field(tmp_path: Path) -> None:
+def test_read_items_accepts_strings_and_known_or_named_fields(tmp_path: Path) -> None:
     file = tmp_path / "suite.jsonl"
     file.write_text('"one"\n{"answer": "no", "question": "two"}\n\n{"prompt": "three\u2028"}\n', encoding="utf-8-sig")
     assert read_items(file) == ["one", "two", "three\u2028"]
@@ -170,7 +170,7 @@ def test_read_items_names_every_place_that_it_looked_in(tmp_path: Path) -> None:
         ('{"text": 3}', "no text in"),
     ],
 )
-def test_a_line_without_a_text_is_refused_with_its_place(tmp_path: Path, text: str, what: str) -> None:
+def test_read_items_refuses_a_line_without_text(tmp_path: Path, text: str, what: str) -> None:
     file = tmp_path / "suite.jsonl"
     file.write_text(f'"fine"\n{text}\n')
     with pytest.raises(UserError, match=what) as error:
@@ -178,29 +178,27 @@ def test_a_line_without_a_text_is_refused_with_its_place(tmp_path: Path, text: s
     assert error.value.where == f"{file}:2"
 
 
-def test_a_file_that_is_not_there_is_a_users_mistake(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot be read"):
+def test_read_items_refuses_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot read the file"):
         read_items(tmp_path / "none.jsonl")
 
 
 @pytest.mark.parametrize("output", ["cancel", "Cancel my order", "cancel my order, please now"])
-def test_an_output_is_no_hit_when_it_is_short_or_a_label(output: str) -> None:
+def test_find_hits_ignores_short_outputs_and_labels(output: str) -> None:
     rows = {"row": example("something else entirely", output)}
-    assert contaminated(rows, {"suite": [output]}, Listener(), labels={output}) == []
+    assert find_hits(rows, {"suite": [output]}, Listener(), labels={output}) == []
     long = len(output.split()) >= 5
-    assert bool(contaminated(rows, {"suite": [output]}, Listener())) == long
+    assert bool(find_hits(rows, {"suite": [output]}, Listener())) == long
 
 
-def test_an_output_is_no_hit_when_it_is_a_piece_of_a_longer_item() -> None:
+def test_find_hits_ignores_an_output_that_is_part_of_an_item() -> None:
     clause = "terminate this agreement on thirty days notice"
     item = f"The parties agree that either of them may {clause} to the other side"
     assert _hits("which clause is it", [item], output=clause) == []
     assert _hits(clause, [item]) == [(0, "contained")]
 
 
-def test_an_earlier_reply_is_no_hit_when_it_is_short() -> None:
+def test_find_hits_ignores_short_earlier_replies() -> None:
     turns = (Message("user", "a question"), Message("assistant", "weather"), Message("user", "more"))
     row = Example((*turns, Message("assistant", "yes")))
-    assert contaminated({"row": row}, {"suite": ["weather", "more"]}, Listener()) == [
-        Hit("row", "suite", 1, "equal", 1.0)
-    ]
+    assert find_hits({"row": row}, {"suite": ["weather", "more"]}, Listener()) == [Hit("row", "suite", 1, "equal", 1.0)]

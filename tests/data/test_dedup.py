@@ -56,7 +56,7 @@ def _brute(texts: Sequence[str], threshold: float) -> dict[tuple[int, int], floa
 
 
 @given(texts_like_each_other, st.sampled_from([0.05, 0.2, 1 / 3, 0.5, 0.6, 2 / 3, 0.7, 0.75, 0.8, 0.9, 1.0]))
-def test_the_search_finds_exactly_the_pairs_that_brute_force_finds(texts: list[str], threshold: float) -> None:
+def test_near_pairs_match_brute_force(texts: list[str], threshold: float) -> None:
     assert _found(texts, threshold) == pytest.approx(_brute(texts, threshold))
 
 
@@ -66,7 +66,7 @@ WAYS: list[Way] = [(kind, pairs) for kind in ("_by_rare_shingles", "_by_parts") 
 
 @contextmanager
 def _many_texts(way: Way) -> Iterator[None]:
-    """Join few texts as many are: by one kind of signatures, in blocks from so many pairs of one signature on."""
+    """Join few texts like many: by one kind of signatures, in blocks from a number of pairs of one signature."""
     kind, pairs = way
     signed = patch.object(partition.SizeClass, "_signed", getattr(partition.SizeClass, kind))
     with signed, patch.multiple(partition, _FEW=0, _GAIN=0, _MANY=pairs):
@@ -79,7 +79,7 @@ def _many_texts(way: Way) -> Iterator[None]:
     st.sampled_from([0.2, 0.5, 2 / 3, 0.75, 0.8, 0.9, 1.0]),
     st.sampled_from(WAYS),
 )
-def test_signatures_find_exactly_the_pairs_that_brute_force_finds(texts: list[str], threshold: float, way: Way) -> None:
+def test_signature_candidates_match_brute_force(texts: list[str], threshold: float, way: Way) -> None:
     with _many_texts(way):
         assert _found(texts, threshold) == pytest.approx(_brute(texts, threshold))
 
@@ -103,7 +103,7 @@ templated_texts = st.lists(
 
 @settings(deadline=None)  # each example is joined in several ways
 @given(templated_texts, st.sampled_from([0.6, 0.75, 0.8, 0.9]), st.sampled_from(WAYS))
-def test_templated_texts_are_joined_exactly(texts: list[str], threshold: float, way: Way) -> None:
+def test_near_pairs_of_templated_texts_are_exact(texts: list[str], threshold: float, way: Way) -> None:
     expected = _brute(texts, threshold)
     assert _found(texts, threshold) == pytest.approx(expected)
     labels = _components(len(texts), expected)
@@ -131,7 +131,7 @@ def _components(count: int, pairs: Iterable[tuple[int, int]]) -> list[int]:
     st.sampled_from([1, 4, 128]),
     st.randoms(),
 )
-def test_duplicates_are_those_of_a_loop_over_all_rows(
+def test_find_duplicates_matches_a_loop_over_all_rows(
     inputs: list[str], threshold: float, outputs: int, kept: int, many: int, draw: random.Random
 ) -> None:
     """Row by row, against the kept rows of the same output, with groups of rows on both sides of each limit."""
@@ -151,8 +151,8 @@ def test_duplicates_are_those_of_a_loop_over_all_rows(
     assert {row: (repeat.of, repeat.similarity) for row, repeat in found.items()} == expected
 
 
-def test_characters_of_all_scripts_are_told_apart() -> None:
-    """So many different ones that their pairs are numbered by sorting and not by a table."""
+def test_shingles_distinguish_characters_of_all_scripts() -> None:
+    """Return characters whose pairs are numbered by sorting, because there are too many for a table."""
     letters = [chr(c) for c in range(0x21, 0x1FFFF) if chr(c).isalpha()]
     texts = ["".join(letters[i : i + 4]) for i in range(0, len(letters), 4)]
     assert len(texts) > 10_000
@@ -160,12 +160,12 @@ def test_characters_of_all_scripts_are_told_apart() -> None:
 
 
 @given(st.text(max_size=12), st.text(max_size=12))
-def test_the_similarity_is_jaccard_of_character_4_grams(a: str, b: str) -> None:
+def test_similarities_are_jaccard_of_character_4_grams(a: str, b: str) -> None:
     assert _found([a, b], 0.01).get((1, 0), 0.0) == pytest.approx(jaccard(a, b))
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.8])
-def test_the_search_misses_nothing_in_long_texts_and_over_many_blocks(threshold: float) -> None:
+def test_near_pairs_are_complete_for_long_texts_and_many_blocks(threshold: float) -> None:
     """Templates with slots and edited copies of long texts, as in real families."""
     draw = random.Random(0)
     texts = []
@@ -185,9 +185,9 @@ def test_the_search_misses_nothing_in_long_texts_and_over_many_blocks(threshold:
             assert _found(texts, threshold) == expected
 
 
-@pytest.mark.skipif(not BANKING77.is_file(), reason="the BANKING77 files are not beside this checkout")
+@pytest.mark.skipif(not BANKING77.is_file(), reason="the BANKING77 files are not next to this checkout")
 @pytest.mark.parametrize("threshold", [0.5, 0.7, 0.8])
-def test_the_search_misses_nothing_in_real_questions(threshold: float) -> None:
+def test_near_pairs_are_complete_for_real_questions(threshold: float) -> None:
     with BANKING77.open(newline="", encoding="utf-8") as file:
         rows = [example(row["text"], row["category"]) for row in csv.DictReader(file)]
     texts = comparison_texts(rows[:2500])
@@ -198,8 +198,8 @@ def test_the_search_misses_nothing_in_real_questions(threshold: float) -> None:
             assert _found(texts, threshold) == expected
 
 
-@pytest.mark.skipif(not BANKING77.is_file(), reason="the BANKING77 files are not beside this checkout")
-def test_duplicates_and_clusters_are_the_same_however_many_rows_there_are() -> None:
+@pytest.mark.skipif(not BANKING77.is_file(), reason="the BANKING77 files are not next to this checkout")
+def test_find_duplicates_and_clusters_do_not_depend_on_block_size() -> None:
     with BANKING77.open(newline="", encoding="utf-8") as file:
         rows = [example(row["text"], row["category"]) for row in csv.DictReader(file)]
     rows = list({row.pair_key: row for row in rows}.values())[:3000]
@@ -212,13 +212,13 @@ def test_duplicates_and_clusters_are_the_same_however_many_rows_there_are() -> N
         assert find_duplicates(rows, 0, 0.75, Listener()) == dropped
 
 
-def test_an_instruction_in_every_input_is_not_compared() -> None:
+def test_comparison_texts_exclude_an_instruction_in_every_input() -> None:
     words = ["the fee for late payment", "how to close an account", "what a wire costs", "lost my card abroad"]
     texts = comparison_texts([example(f"Classify  this QUESTION:\n{w}\nAnswer with one label.", "x") for w in words])
     assert texts == [f"{w}" for w in words]
 
 
-def test_only_whole_words_that_all_inputs_share_are_left_out() -> None:
+def test_comparison_texts_exclude_whole_words_only() -> None:
     assert comparison_texts([example("court of appeal 12", "x"), example("court of appeal 13", "y")]) == ["12", "13"]
     assert comparison_texts([example("same text", "x"), example("Same  text", "y")]) == ["same text", "same text"]
     assert comparison_texts([example("pay", "x"), example("pay now", "y")]) == ["pay", "pay now"]
@@ -226,7 +226,7 @@ def test_only_whole_words_that_all_inputs_share_are_left_out() -> None:
 
 
 @given(st.lists(st.text(max_size=30), max_size=8))
-def test_comparison_texts_are_equal_only_where_inputs_are(inputs: list[str]) -> None:
+def test_comparison_texts_are_equal_only_if_inputs_are(inputs: list[str]) -> None:
     """Leaving out what all share loses no difference (case, white space and Unicode form apart)."""
     rows = [example(text, "x") for text in inputs]
     texts = comparison_texts(rows)
@@ -234,7 +234,7 @@ def test_comparison_texts_are_equal_only_where_inputs_are(inputs: list[str]) -> 
     assert [a == b for a in texts for b in texts] == [a == b for a in whole for b in whole]
 
 
-def test_near_equal_input_with_equal_output_is_a_duplicate_and_with_another_output_it_is_not() -> None:
+def test_find_duplicates_requires_equal_outputs() -> None:
     near = "what is the monthly fee for a late card payment"
     rows = [
         example(near, "fees"),
@@ -245,13 +245,13 @@ def test_near_equal_input_with_equal_output_is_a_duplicate_and_with_another_outp
     assert find_duplicates(rows, 0, 0.8, Listener()) == {1: Repeat(0, jaccard(near, near + "?"))}
 
 
-def test_the_same_input_under_another_instruction_is_no_duplicate() -> None:
+def test_find_duplicates_requires_equal_system_turns() -> None:
     rows = [example("Buy now, buy cheap", "yes", "Is this spam?"), example("Buy now, buy cheap", "yes", "English?")]
     assert find_duplicates(rows, 0, 0.8, Listener()) == {}
     assert len(set(find_clusters(rows, 0.8, Listener()))) == 1
 
 
-def test_earlier_turns_are_part_of_the_input() -> None:
+def test_find_duplicates_compares_earlier_turns() -> None:
     def talk(first: str) -> Example:
         turns = [("user", first), ("assistant", "Yes?"), ("user", "How long?"), ("assistant", "Two days.")]
         return Example(tuple(Message(role, text) for role, text in turns))  # type: ignore[arg-type]
@@ -260,7 +260,7 @@ def test_earlier_turns_are_part_of_the_input() -> None:
     assert find_duplicates(rows, 0, 0.8, Listener()) == {}
 
 
-def test_a_chain_of_small_differences_is_not_eaten_up() -> None:
+def test_find_duplicates_keeps_rows_of_a_chain() -> None:
     """Each row is near the next but not the one after: only rows near a kept one go."""
     text = "abcdefghijklmnopqrstuvwxyz0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
     chain = [text[i * 3 : i * 3 + 40].swapcase() + "." for i in range(6)]
@@ -275,14 +275,14 @@ def test_a_chain_of_small_differences_is_not_eaten_up() -> None:
             assert dropped[row].similarity == pytest.approx(max(near.values()))
 
 
-def test_rows_of_an_earlier_version_are_never_dropped() -> None:
+def test_find_duplicates_never_drops_kept_rows() -> None:
     rows = [example("the very same question", "a"), example("the very same question ", "a")]
     assert list(find_duplicates(rows, 0, 0.8, Listener())) == [1]
     assert find_duplicates(rows, 2, 0.8, Listener()) == {}
 
 
 @given(texts_like_each_other, st.sampled_from([0.3, 0.5, 0.8]), st.randoms())
-def test_clusters_are_the_connected_components_of_near_pairs(
+def test_find_clusters_are_the_connected_components_of_near_pairs(
     inputs: list[str], threshold: float, draw: random.Random
 ) -> None:
     rows = list({e.pair_key: e for e in (example(t, f"{i}") for i, t in enumerate(inputs))}.values())
@@ -300,7 +300,7 @@ def test_clusters_are_the_connected_components_of_near_pairs(
     assert find_clusters([row for row, _ in shuffled], threshold, Listener()) == [name for _, name in shuffled]
 
 
-def test_clusters_grow_together_over_many_blocks_and_stay_apart() -> None:
+def test_find_clusters_join_over_many_blocks() -> None:
     """Long chains in random order among rows of their own: no block sees more than a piece of a chain."""
     draw = random.Random(1)
     chains = []
@@ -314,7 +314,7 @@ def test_clusters_grow_together_over_many_blocks_and_stay_apart() -> None:
     assert find_clusters(rows, 0.8, Listener()) == [name[row.pair_key] for row in rows]
 
 
-def test_the_largest_clusters_come_first_with_two_rows_far_apart() -> None:
+def test_largest_clusters_are_sorted_with_two_dissimilar_rows() -> None:
     letters = "".join(random.Random(2).choices("abcdefghijklmnopqrstuvwxyz", k=200))
     chain = [example(letters[i * 4 : i * 4 + 60], "x") for i in range(30)]
     pair = [example("a card lost abroad on a Sunday", "x"), example("a card lost abroad on a Sunday!", "y")]
@@ -329,7 +329,7 @@ def test_the_largest_clusters_come_first_with_two_rows_far_apart() -> None:
     assert largest_clusters([], [], 3) == []
 
 
-def test_progress_ends_at_the_number_of_examples() -> None:
+def test_find_clusters_advances_progress_to_the_number_of_examples() -> None:
     listener = Listener()
     find_clusters([example(*pair) for pair in unlike_pairs(300)], 0.8, listener)
     assert listener.steps == {"clustering": (300, 300)}

@@ -14,19 +14,19 @@ from hypothesis import strategies as st
 
 from tunewright.config import DataConfig
 from tunewright.core.errors import UserError
-from tunewright.data.readers import Reading, read_pairs
+from tunewright.data.readers import ReadResult, read_pairs
 
 A, B, C = ({"prompt": text, "completion": "x"} for text in "abc")
 
 
-def _read(folder: Path, document: Any, rows: str | None, name: str = "rows.json", **config: Any) -> Reading:
+def _read(folder: Path, document: Any, rows: str | None, name: str = "rows.json", **config: Any) -> ReadResult:
     path = folder / name
     text = document if isinstance(document, str) else json.dumps(document, indent=1)
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
     return read_pairs(path, DataConfig(rows=rows, **config))
 
 
-def _places(reading: Reading) -> list[tuple[int, str]]:
+def _places(reading: ReadResult) -> list[tuple[int, str]]:
     return [(row.line, row.example.input_text) for row in reading.rows]
 
 
@@ -42,13 +42,13 @@ def _places(reading: Reading) -> list[tuple[int, str]]:
         ({"data": [A, B]}, "data[?prompt == 'b']", [(7, "b")]),
     ],
 )
-def test_rows_are_found_with_the_lines_that_they_start_at(
+def test_document_rows_have_their_lines(
     tmp_path: Path, document: Any, rows: str, places: list[tuple[int, str]]
 ) -> None:
     reading = _read(tmp_path, document, rows)
     assert (_places(reading), reading.faults) == (places, [])
     assert reading.notes == [
-        f"{tmp_path / 'rows.json'}: rows at {rows} of a JSON document: prompt/completion pairs, since rows have "
+        f"{tmp_path / 'rows.json'}: rows at {rows} of a JSON document: prompt/completion pairs, because rows have "
         "prompt and completion"
     ]
 
@@ -69,7 +69,7 @@ _texts = st.text(alphabet='ab{}[]"\\\n:,é ', max_size=6)
     ),
     st.sampled_from([None, 0, 2]),
 )
-def test_lines_are_those_of_a_plain_search_for_each_row(
+def test_document_rows_have_the_lines_of_a_plain_search(
     tmp_path_factory: pytest.TempPathFactory, groups: dict[str, list[dict[str, Any]]], indent: int | None
 ) -> None:
     """Each row has its number in it, by which the text can be searched: an independent way to its line.
@@ -99,21 +99,21 @@ def test_lines_are_those_of_a_plain_search_for_each_row(
     assert len(reading.rows) == number
 
 
-def test_the_keys_above_a_row_are_for_templates(tmp_path: Path) -> None:
+def test_template_gets_the_keys_above_a_row(tmp_path: Path) -> None:
     document = {"Get": {"train": [{"t": "a"}, {"t": "b"}]}, "Set": {"test": [{"t": "c"}]}}
     reading = _read(tmp_path, document, "*.*[][]", input="{{ t }}", output="{{ above | join('/') }}")
     assert [row.example.output for row in reading.rows] == ["Get/train/0", "Get/train/1", "Set/test/0"]
 
 
-def test_rows_that_the_expression_makes_are_told_by_number_and_the_note_says_so(tmp_path: Path) -> None:
+def test_document_rows_are_numbered_when_the_expression_creates_them(tmp_path: Path) -> None:
     document = {"1": {"ask": "a", "say": "x"}, "2": {"ask": "b", "say": None}}
     reading = _read(tmp_path, document, "values(@)[].{prompt: ask, completion: say}")
     assert _places(reading) == [(1, "a")]
     assert [(fault.line, fault.code) for fault in reading.faults] == [(2, "E305")]
-    assert "rows are told by their number in what data.rows finds" in reading.notes[0]
+    assert "places are row numbers in the result of data.rows" in reading.notes[0]
 
 
-def test_items_that_are_no_objects_are_faults_by_their_number(tmp_path: Path) -> None:
+def test_document_rows_that_are_not_objects_are_faults(tmp_path: Path) -> None:
     reading = _read(tmp_path, {"data": [A, 7, "x", None, [B], B]}, "data[*]")
     assert _places(reading) == [(1, "a"), (5, "b")]
     assert [(fault.line, fault.code) for fault in reading.faults] == [(2, "E103"), (3, "E103"), (4, "E103")]
@@ -122,17 +122,23 @@ def test_items_that_are_no_objects_are_faults_by_their_number(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("document", "rows", "words", "where", "fix"),
     [
-        ({"data": [A]}, "data[", "not a JMESPath expression", "data.rows (--rows)", "values(@)"),
-        ({"data": [A]}, "rows", "'rows' finds nothing in ", "data.rows (--rows)", "The document's keys: data."),
+        ({"data": [A]}, "data[", "invalid JMESPath expression", "data.rows (--rows)", "values(@)"),
+        ({"data": [A]}, "rows", "'rows' selects nothing in ", "data.rows (--rows)", "The document's keys: data."),
         (
             [{"sentences": [A], "sql": "b"}],
             "[].sentence[]",
-            "finds nothing",
+            "selects nothing",
             "data.rows (--rows)",
             "keys sentences, sql.",
         ),
-        ({"data": A}, "data", "'data' finds one object, not a list of rows", "data.rows (--rows)", "keys: data"),
-        ({"data": [A]}, "length(data)", "finds a number, not a list", "data.rows (--rows)", "keys: data"),
+        (
+            {"data": A},
+            "data",
+            "'data' selects one object instead of a list of rows",
+            "data.rows (--rows)",
+            "keys: data",
+        ),
+        ({"data": [A]}, "length(data)", "selects a number instead of a list", "data.rows (--rows)", "keys: data"),
         ({"data": [A]}, "nothing(@)", "Unknown function", "data.rows (--rows)", None),
         ({"data": [A]}, "values(data)", "fails on", "data.rows (--rows)", None),
         (
@@ -143,11 +149,11 @@ def test_items_that_are_no_objects_are_faults_by_their_number(tmp_path: Path) ->
             "JSON Lines",
         ),
         ('{"data": [{"prompt": "a",\n}]}', "data", "not one JSON document", "rows.json:2", None),
-        ('{"data": [{}],\n "data": [{}]}', "data", 'the key "data" stands twice', "rows.json:1", "Keep one of the two"),
+        ('{"data": [{}],\n "data": [{}]}', "data", 'duplicate key "data"', "rows.json:1", "Keep one of the two"),
         ('{"data": [{}],\n\n "x": NaN}', "data", "NaN is not JSON", "rows.json:3", "Write text"),
-        ('{"data": [{}],\n "\udce9": "é"}', "data", "not UTF-8: a foreign byte in line 2", "rows.json:2", "UTF-8"),
+        ('{"data": [{}],\n "\udce9": "é"}', "data", "not UTF-8: invalid byte in line 2", "rows.json:2", "UTF-8"),
         ("[" * 100_000, "data", "nested too deep", "rows.json", None),
-        ("", "data", "the file is empty", "rows.json", None),
+        ("", "data", "the file has no rows", "rows.json", None),
         ("q,a\nx,y\n", "data", "is a table", "data.rows (--rows)", "Leave it out"),
     ],
     ids=[
@@ -168,7 +174,7 @@ def test_items_that_are_no_objects_are_faults_by_their_number(tmp_path: Path) ->
         "csv",
     ],
 )
-def test_what_is_no_document_with_such_rows_is_refused_once(
+def test_document_without_rows_is_refused_once(
     tmp_path: Path, document: Any, rows: str, words: str, where: str, fix: str | None
 ) -> None:
     name = "rows.csv" if words == "is a table" else "rows.json"
@@ -179,7 +185,7 @@ def test_what_is_no_document_with_such_rows_is_refused_once(
     assert fix is None or fix in (caught.value.fix or "")
 
 
-def test_a_fault_of_the_text_inside_a_row_costs_that_row_only(tmp_path: Path) -> None:
+def test_document_fault_affects_its_row_only(tmp_path: Path) -> None:
     rows = ['{"prompt": "a", "completion": "x"}', '{"prompt": "b", "prompt": "c", "completion": "x"}']
     rows += [
         '{"prompt": NaN, "completion": "x"}',
@@ -189,11 +195,11 @@ def test_a_fault_of_the_text_inside_a_row_costs_that_row_only(tmp_path: Path) ->
     text = '{"data": [\n' + ",\n".join(rows) + "\n]}"
     reading = _read(tmp_path, text, "data")
     assert _places(reading) == [(2, "a"), (7, "é")]
-    told = [(fault.line, fault.code, fault.reason) for fault in reading.faults]
-    assert told == [
-        (3, "E104", 'the key "prompt" stands twice'),
+    reported = [(fault.line, fault.code, fault.reason) for fault in reading.faults]
+    assert reported == [
+        (3, "E104", 'duplicate key "prompt"'),
         (4, "E105", "NaN is not JSON"),
-        (5, "E101", "not UTF-8: a foreign byte in line 6"),
+        (5, "E101", "not UTF-8: invalid byte in line 6"),
     ]
 
 
@@ -208,7 +214,7 @@ def test_a_fault_of_the_text_inside_a_row_costs_that_row_only(tmp_path: Path) ->
 )
 @pytest.mark.parametrize("indent", [None, 1])
 @pytest.mark.parametrize("config", [{}, {"input": "q", "output": "a"}, {"input": "{{ q }}", "output": "{{ a }}"}])
-def test_a_document_that_holds_the_rows_is_refused_with_the_option_that_finds_them(
+def test_document_of_rows_is_refused_with_the_option_for_it(
     tmp_path: Path, document: Any, hint: str, indent: int | None, config: dict[str, Any]
 ) -> None:
     with pytest.raises(UserError) as caught:
@@ -217,20 +223,20 @@ def test_a_document_that_holds_the_rows_is_refused_with_the_option_that_finds_th
     assert caught.value.where == f"{tmp_path / 'rows.json'}:1"
 
 
-def test_one_row_of_a_known_kind_is_a_row_though_it_holds_objects(tmp_path: Path) -> None:
+def test_single_known_row_is_a_row_when_it_contains_objects(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     assert len(_read(tmp_path, {"messages": turns}, None).rows) == 1
     assert [fault.code for fault in _read(tmp_path, {"messages": turns, "sytem": "x"}, None).faults] == ["E201"]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "saved"])
-def test_data_rows_is_refused_for_tables_that_have_none(tmp_path: Path, kind: str) -> None:
+def test_data_rows_is_refused_for_tables(tmp_path: Path, kind: str) -> None:
     import datasets
 
     datasets.disable_progress_bars()
     table = datasets.Dataset.from_list([A])
     table.to_parquet(str(tmp_path / "rows")) if kind == "parquet" else table.save_to_disk(str(tmp_path / "rows"))
-    with pytest.raises(UserError, match=r"data\.rows finds rows in a JSON document"):
+    with pytest.raises(UserError, match=r"data\.rows requires a JSON document"):
         read_pairs(tmp_path / "rows", DataConfig(rows="data"))
 
 
@@ -241,7 +247,7 @@ QUERIES = [
 FROM_PARENT = {"input": "{{ text }}", "output": "{{ parent.sql[0] }}"}
 
 
-def test_the_object_above_a_row_is_for_templates_and_groups(tmp_path: Path) -> None:
+def test_parent_is_available_to_templates_and_groups(tmp_path: Path) -> None:
     groups = ("parent.sql[0]", "parent.id", "parent.parent.name")
     document = {"name": "geo", "queries": QUERIES}
     reading = _read(tmp_path, document, "queries[].sentences[]", group_by=groups, **FROM_PARENT)
@@ -257,10 +263,10 @@ def test_the_object_above_a_row_is_for_templates_and_groups(tmp_path: Path) -> N
     ]
 
 
-def test_array_of_objects_that_hold_the_rows_is_refused_with_the_expression(tmp_path: Path) -> None:
+def test_array_of_objects_with_rows_is_refused_with_the_expression(tmp_path: Path) -> None:
     path = tmp_path / "queries.json"
     path.write_text(json.dumps(QUERIES))
-    with pytest.raises(UserError, match="seem to hold the rows") as refusal:
+    with pytest.raises(UserError, match="seem to contain them") as refusal:
         read_pairs(path, DataConfig())
     assert "--rows '[].sentences[]'" in (refusal.value.fix or "")
     assert "sql, id, sentences" in (refusal.value.fix or "")
@@ -268,46 +274,46 @@ def test_array_of_objects_that_hold_the_rows_is_refused_with_the_expression(tmp_
     assert len(read_pairs(path, DataConfig(input="{{ id }}", output="{{ sql[0] }}")).rows) == 2
 
 
-def test_note_names_parent_and_above_where_a_template_takes_them(tmp_path: Path) -> None:
+def test_note_names_parent_and_above_when_a_template_uses_them(tmp_path: Path) -> None:
     reading = _read(tmp_path, QUERIES, "[].sentences[]", **FROM_PARENT)
     assert any("to the input and parent to the output" in note for note in reading.notes), reading.notes
     reading = _read(tmp_path, QUERIES, "[].sentences[]", input="{{ text }}", output="{{ above | join('/') }}")
     assert any("to the input and above to the output" in note for note in reading.notes), reading.notes
 
 
-def test_a_group_above_the_rows_is_refused_when_no_row_has_it(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"'parent.sqls\[0\]' finds nothing above any row") as refusal:
-        _read(tmp_path, QUERIES, "[].sentences[]", group_by=("parent.sqls[0]",), **FROM_PARENT)
+def test_group_above_the_rows_is_refused_when_no_row_has_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"'parent.sqls\[0\]' selects nothing above any row") as refusal:
+        _read(tmp_path, QUERIES, "[].sentences[]", groups=("parent.sqls[0]",), **FROM_PARENT)
     assert (refusal.value.where, refusal.value.fix) == (
         "data.group_by",
         "Keys of the object above a row: sql, id, sentences.",
     )
-    with pytest.raises(UserError, match="finds nothing above any row") as refusal:
-        _read(tmp_path, [{"prompt": "a", "completion": "b"}], "[]", group_by=("parent.id",))
-    assert refusal.value.fix == "data.rows finds rows below no object."
-    with pytest.raises(UserError, match="finds nothing above any row"):  # rows that the expression makes
-        _read(tmp_path, QUERIES, "[].{prompt: sql[0], completion: 'x'}", group_by=("parent.id",))
+    with pytest.raises(UserError, match="selects nothing above any row") as refusal:
+        _read(tmp_path, [{"prompt": "a", "completion": "b"}], "[]", groups=("parent.id",))
+    assert refusal.value.fix == "There are no objects above the rows."
+    with pytest.raises(UserError, match="selects nothing above any row"):  # rows that the expression makes
+        _read(tmp_path, QUERIES, "[].{prompt: sql[0], completion: 'x'}", groups=("parent.id",))
 
 
-def test_a_group_above_the_rows_is_a_fault_of_each_row_that_lacks_it(tmp_path: Path) -> None:
+def test_group_above_the_rows_is_a_fault_of_rows_without_it(tmp_path: Path) -> None:
     document = [QUERIES[0], {**QUERIES[1], "id": None}, {**QUERIES[1], "id": ["x"]}]
     reading = _read(tmp_path, document, "[].sentences[]", group_by=("parent.id",), **FROM_PARENT)
     assert len(reading.rows) == 2
     assert [(fault.code, fault.reason) for fault in reading.faults] == [
-        ("E205", "data.group_by: 'parent.id' finds nothing above the row"),
+        ("E205", "data.group_by: 'parent.id' selects nothing above the row"),
         ("E205", "parent.id is list, not text or a number"),
     ]
     provided = _read(tmp_path, document[:2], "[].sentences[]", group_by=("parent.id || ''",), **FROM_PARENT)
     assert [row.groups for row in provided.rows] == [{"parent.id || ''": "7"}, {"parent.id || ''": "7"}, {}]
 
 
-def test_a_group_above_the_rows_is_refused_when_it_is_no_expression(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not a JMESPath expression") as refusal:
-        _read(tmp_path, QUERIES, "[].sentences[]", group_by=("parent.sql[0",), **FROM_PARENT)
+def test_group_above_the_rows_is_refused_when_the_expression_is_invalid(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="invalid JMESPath expression") as refusal:
+        _read(tmp_path, QUERIES, "[].sentences[]", groups=("parent.sql[0",), **FROM_PARENT)
     assert refusal.value.where == "data.group_by"
 
 
-def test_parent_is_a_plain_key_when_there_is_no_document(tmp_path: Path) -> None:
+def test_parent_is_a_plain_key_without_a_document(tmp_path: Path) -> None:
     rows = '{"t": "a", "parent": {"n": "x"}, "parent.id": "1"}\n{"t": "b", "parent": {"n": "y"}, "parent.id": "2"}\n'
     config = {"input": "{{ t }}", "output": "{{ parent.n }}", "group_by": ("parent.id",)}
     reading = _read(tmp_path, rows, None, "rows.jsonl", **config)
@@ -317,6 +323,7 @@ def test_parent_is_a_plain_key_when_there_is_no_document(tmp_path: Path) -> None
     ]
 
 
-def test_a_template_with_parent_is_a_fault_when_no_object_stands_above(tmp_path: Path) -> None:
+def test_template_with_parent_is_a_fault_without_an_object_above(tmp_path: Path) -> None:
     reading = _read(tmp_path, [{"text": "a"}], "[]", **FROM_PARENT)
-    assert [fault.reason for fault in reading.faults] == ["data.output uses parent, and no object stands above the row"]
+    reason = "data.output uses parent, but there is no object above the row"
+    assert [fault.reason for fault in reading.faults] == [reason]

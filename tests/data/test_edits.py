@@ -11,11 +11,11 @@ from review_helpers import judge_next, review, reviewed_project, status
 
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
-from tunewright.data.review.edits import apply_edits, replaced
-from tunewright.data.review.passes import Card
+from tunewright.data.review.edits import apply_edits, superseded_keys
 from tunewright.data.review.report import review_report
+from tunewright.data.review.session import ReviewItem
 from tunewright.data.versions import load_version
-from tunewright.data.versions.find import find_row
+from tunewright.data.versions.trace import find_row
 
 
 @pytest.fixture
@@ -24,11 +24,11 @@ def project(tmp_path: Path) -> ProjectFolder:
 
 
 def _edit(project: ProjectFolder, key: str, output: str, reviewer: str = "ada") -> None:
-    under_way = review(project, reviewer)
-    under_way.judge(Card(under_way.members[key], 1), "edit", output)
+    session = review(project, reviewer)
+    session.judge(ReviewItem(session.members[key], 1), "edit", output)
 
 
-def test_an_edit_changes_the_answer_and_neither_split_nor_cluster_of_any_row(project: ProjectFolder) -> None:
+def test_apply_edits_changes_answers_but_not_splits_or_clusters(project: ProjectFolder) -> None:
     before = load_version(project.dataset)
     keys = [m.key for m in before.members if m.split == "test"][:2]
     for key in keys:
@@ -52,7 +52,7 @@ def _family() -> list[Pair]:
     return [*unlike_pairs(40), *((f"{stem}{name}", f"court {name}") for name in ("Adams", "Adama", "Adamb"))]
 
 
-def test_a_cluster_stays_together_under_the_name_of_its_smallest_key(tmp_path: Path) -> None:
+def test_apply_edits_names_clusters_after_their_smallest_key(tmp_path: Path) -> None:
     project = reviewed_project(tmp_path / "p", pairs=_family())
     before = load_version(project.dataset)
     first = next(m for m in before.members if m.example.input_text.endswith("Adams"))
@@ -65,7 +65,7 @@ def test_a_cluster_stays_together_under_the_name_of_its_smallest_key(tmp_path: P
         first = next(m for m in family if m.example.input_text.endswith("Adams"))
 
 
-def test_an_edit_that_makes_two_rows_one_is_told(tmp_path: Path) -> None:
+def test_apply_edits_reports_rows_that_become_one(tmp_path: Path) -> None:
     pairs = [*unlike_pairs(40), ("the same question as ever", "yes"), ("the same question as ever", "no")]
     project = reviewed_project(tmp_path / "p", pairs=pairs)
     before = load_version(project.dataset)
@@ -74,12 +74,12 @@ def test_an_edit_that_makes_two_rows_one_is_told(tmp_path: Path) -> None:
     listener = Listener()
     result = apply_edits(project, listener)
     assert [e.collapsed for e in result.edited] == [True]
-    assert any("became one" in warned for warned in listener.warned)
+    assert any("were merged" in warned for warned in listener.warned)
     counts = load_version(project.dataset).manifest.counts
     assert (counts.rows, counts.conflicts, counts.duplicates) == (41, 0, 1)
 
 
-def test_edits_that_reviewers_disagree_on_are_left_and_told(project: ProjectFolder) -> None:
+def test_apply_edits_reports_and_skips_disputed_edits(project: ProjectFolder) -> None:
     keys = [m.key for m in load_version(project.dataset).members[:3]]
     _edit(project, keys[0], "one answer")
     _edit(project, keys[0], "another answer", "ben")
@@ -93,17 +93,17 @@ def test_edits_that_reviewers_disagree_on_are_left_and_told(project: ProjectFold
     assert json.loads(json.dumps(result.as_dict()))["edited"][0]["before"] == keys[1]
 
 
-def test_an_edit_taken_back_is_not_applied(project: ProjectFolder) -> None:
-    under_way = review(project)
-    judge_next(under_way, "edit")
-    under_way.undo()
+def test_apply_edits_skips_withdrawn_edits(project: ProjectFolder) -> None:
+    session = review(project)
+    judge_next(session, "edit")
+    session.undo()
     before = load_version(project.dataset).digest
     with pytest.raises(UserError, match="no row of the current version has an edit"):
         apply_edits(project, Listener())
     assert load_version(project.dataset).digest == before
 
 
-def test_a_new_version_is_reviewed_anew_and_applied_edits_are_not_applied_twice(project: ProjectFolder) -> None:
+def test_applied_edits_start_a_new_review_and_are_not_applied_twice(project: ProjectFolder) -> None:
     judge_next(review(project), "edit")
     apply_edits(project, Listener())
     assert status(project) == "not reviewed"
@@ -111,24 +111,24 @@ def test_a_new_version_is_reviewed_anew_and_applied_edits_are_not_applied_twice(
         apply_edits(project, Listener())
 
 
-def test_an_edited_row_is_found_by_its_line_in_the_log(project: ProjectFolder) -> None:
+def test_find_row_finds_an_edited_row_by_its_line_in_the_log(project: ProjectFolder) -> None:
     judge_next(review(project), "right", "edit", output="found by its line")
     apply_edits(project, Listener())
     version = load_version(project.dataset)
     assert find_row(project.dataset, version, "reviews.jsonl:3").example.output == "found by its line"
 
 
-def test_what_was_replaced_leads_to_the_present_row_through_several_edits(project: ProjectFolder) -> None:
+def test_superseded_keys_follow_several_edits(project: ProjectFolder) -> None:
     key = start = load_version(project.dataset).members[0].key
     for output in ("first", "second"):
         _edit(project, key, output)
         key = apply_edits(project, Listener()).edited[0].now
     version = load_version(project.dataset)
-    assert replaced(project.dataset, version.manifest)[start] == key
-    assert {m.key for m in version.members} >= set(replaced(project.dataset, version.manifest).values())
+    assert superseded_keys(project.dataset, version.manifest)[start] == key
+    assert {m.key for m in version.members} >= set(superseded_keys(project.dataset, version.manifest).values())
 
 
-def test_an_edit_back_to_the_first_answer_brings_the_first_row_back(project: ProjectFolder) -> None:
+def test_apply_edits_restores_the_first_row_when_edited_back(project: ProjectFolder) -> None:
     first, other = load_version(project.dataset).members[:2]
     _edit(project, first.key, "first")
     changed = apply_edits(project, Listener()).edited[0].now
@@ -137,10 +137,10 @@ def test_an_edit_back_to_the_first_answer_brings_the_first_row_back(project: Pro
     edited = {e.before: e.now for e in apply_edits(project, Listener()).edited}
     assert edited[changed] == first.key
     version = load_version(project.dataset)
-    assert replaced(project.dataset, version.manifest) == edited
+    assert superseded_keys(project.dataset, version.manifest) == edited
 
 
-def test_edits_that_lead_back_to_an_earlier_version_make_it_current_and_say_so(project: ProjectFolder) -> None:
+def test_apply_edits_makes_an_existing_version_current(project: ProjectFolder) -> None:
     before = load_version(project.dataset)
     first = before.members[0]
     _edit(project, first.key, "first")
@@ -149,21 +149,21 @@ def test_edits_that_lead_back_to_an_earlier_version_make_it_current_and_say_so(p
     listener = Listener()
     assert apply_edits(project, listener).version == before.manifest
     assert load_version(project.dataset).digest == before.digest
-    assert any("was there already" in warned for warned in listener.warned)
+    assert any("exists already" in warned for warned in listener.warned)
 
 
-def test_a_secret_in_a_log_from_elsewhere_does_not_become_a_version(project: ProjectFolder) -> None:
+def test_apply_edits_refuses_secrets(project: ProjectFolder) -> None:
     before = load_version(project.dataset)
     _edit(project, before.members[0].key, "pay with 4539 1488 0343 6467")
-    with pytest.raises(UserError, match=r"by ada holds a secret \(payment card number\)"):
+    with pytest.raises(UserError, match=r"by ada contains a secret \(payment card number\)"):
         apply_edits(project, Listener())
     assert load_version(project.dataset).digest == before.digest
 
 
-def test_disputed_edits_are_not_offered_to_be_applied(project: ProjectFolder) -> None:
+def test_waiting_edits_exclude_disputed_ones(project: ProjectFolder) -> None:
     version = load_version(project.dataset)
     for reviewer, output in (("ada", "one"), ("ben", "two")):
         _edit(project, version.members[0].key, output, reviewer)
     report = review_report(project.dataset, version)
     assert (report.edits, report.disputed) == (0, 1)
-    assert any("reviewers disagree" in line for line in report.lines)
+    assert any("disputed edits" in line for line in report.lines)

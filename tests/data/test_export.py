@@ -1,4 +1,4 @@
-"""A version as a file for other tools: what comes back is what went out, and what a format cannot hold is refused."""
+"""A version as a file for other tools: round trips, and rows that a format cannot represent."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _conversations(draw: st.DrawFn) -> Example:
 @few_examples
 @given(examples=st.lists(_conversations(), min_size=1, max_size=5))
 @pytest.mark.parametrize("form", ["chat", "parquet"])
-def test_chat_and_parquet_come_back_as_the_same_examples(
+def test_export_to_chat_and_parquet_round_trips(
     version: DatasetVersion, tmp_path_factory: pytest.TempPathFactory, form: Format, examples: list[Example]
 ) -> None:
     path = tmp_path_factory.mktemp("out") / ("rows.jsonl" if form == "chat" else "rows.parquet")
@@ -82,7 +82,7 @@ def test_chat_and_parquet_come_back_as_the_same_examples(
     system=st.none() | _TEXT,
     form=st.sampled_from(["csv", "alpaca"]),
 )
-def test_one_turn_rows_come_back_from_csv_and_alpaca_as_the_same_examples(
+def test_export_to_csv_and_alpaca_round_trips_for_one_turn_rows(
     version: DatasetVersion,
     tmp_path_factory: pytest.TempPathFactory,
     pairs: list[tuple[str, str]],
@@ -101,7 +101,7 @@ def test_one_turn_rows_come_back_from_csv_and_alpaca_as_the_same_examples(
     assert result.system == (system if form == "csv" else None)
 
 
-def test_only_the_split_that_was_asked_for_is_written(version: DatasetVersion, tmp_path: Path) -> None:
+def test_export_writes_only_the_given_split(version: DatasetVersion, tmp_path: Path) -> None:
     for split in (None, "train", "dev", "test"):
         path = tmp_path / f"{split}.jsonl"
         result = export(version, path, "chat", Listener(), split=split)
@@ -110,7 +110,7 @@ def test_only_the_split_that_was_asked_for_is_written(version: DatasetVersion, t
         assert result.as_dict()["rows"] == len(expected)
 
 
-def test_files_look_as_other_tools_expect_them(version: DatasetVersion, tmp_path: Path) -> None:
+def test_export_writes_the_usual_layout_of_each_format(version: DatasetVersion, tmp_path: Path) -> None:
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     changed = _with(version, [example('say "hi",\nplease', "hi", "Be brief.")])
@@ -150,37 +150,39 @@ _TWO_TURNS = Example((Message("user", "a"), Message("assistant", "b"), Message("
         ("csv", [example("a", "b"), example("c", "d", "two"), example("e", "f")], "system turns"),
     ],
 )
-def test_what_a_format_cannot_hold_is_refused_by_name(
+def test_export_refuses_rows_that_a_format_cannot_represent(
     version: DatasetVersion, tmp_path: Path, form: Format, rows: list[Example], words: str
 ) -> None:
     changed = _with(version, rows if words == "system turns" else [*rows, example("fine", "fine")])
     odd = rows[1] if words == "system turns" else rows[0]
-    with pytest.raises(UserError, match=f"{form} cannot hold {words}.* 1 of .* rows .*{odd.pair_key[:12]}"):
+    with pytest.raises(UserError, match=f"{form} cannot represent {words}.* 1 of .* rows .*{odd.pair_key[:12]}"):
         export(changed, tmp_path / "out.file", form, Listener())
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_that_is_there_is_not_overwritten(version: DatasetVersion, tmp_path: Path) -> None:
+def test_export_does_not_overwrite_a_file(version: DatasetVersion, tmp_path: Path) -> None:
     path = tmp_path / "mine.jsonl"
     path.write_text("mine")
-    with pytest.raises(UserError, match="already there"):
+    with pytest.raises(UserError, match="exists already"):
         export(version, path, "chat", Listener())
     assert path.read_text() == "mine"
 
 
 @pytest.mark.parametrize(("form", "split"), [("xml", None), ("chat", "exam")])
-def test_unknown_formats_and_splits_are_told(version: DatasetVersion, tmp_path: Path, form: str, split: str) -> None:
+def test_export_refuses_unknown_formats_and_splits(
+    version: DatasetVersion, tmp_path: Path, form: str, split: str
+) -> None:
     with pytest.raises(UserError, match="unknown"):
         export(version, tmp_path / "x", form, Listener(), split=split)  # type: ignore[arg-type]
 
 
-def test_a_split_without_rows_is_told(version: DatasetVersion, tmp_path: Path) -> None:
+def test_export_refuses_an_empty_split(version: DatasetVersion, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no dev rows"):
         export(_with(version, [example("a", "b")]), tmp_path / "x", "chat", Listener(), split="dev")
 
 
 @pytest.mark.parametrize("form", ["chat", "alpaca", "csv", "parquet"])
-def test_an_interrupted_export_leaves_nothing(
+def test_export_leaves_nothing_when_interrupted(
     version: DatasetVersion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: Format
 ) -> None:
     def interrupted(_: int) -> None:

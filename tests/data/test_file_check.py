@@ -1,4 +1,4 @@
-"""Checking files and correcting copies: every fault is told, and nothing is changed that could be meant otherwise."""
+"""Checking files and correcting copies: every fault is reported, and only unambiguous faults are repaired."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def _fixed(tmp_path: Path, rows: list[Any], data: DataConfig = DATA) -> tuple[li
     return written, [change for change in changes if change.code is not None]
 
 
-def test_all_faults_of_all_files_are_told_and_counted_by_code(tmp_path: Path) -> None:
+def test_check_files_counts_faults_of_all_files_by_code(tmp_path: Path) -> None:
     first = _file(tmp_path, [GOOD, {"prompt": "a"}, {"messages": [USER]}, 7])
     second = _file(tmp_path, [{"prompt": "a", "completion": " "}, GOOD, GOOD, {"prompt": "b"}], "more.jsonl")
     listener = Listener()
     check = check_files([first, second], DATA, listener)
-    told = [(Path(f.source).name, f.line, f.code) for f in check.faults]
-    assert told == [
+    reported = [(Path(f.source).name, f.line, f.code) for f in check.faults]
+    assert reported == [
         ("pairs.jsonl", 2, "E202"),
         ("pairs.jsonl", 3, "E407"),
         ("pairs.jsonl", 4, "E103"),
@@ -58,12 +58,12 @@ def test_all_faults_of_all_files_are_told_and_counted_by_code(tmp_path: Path) ->
     assert listener.steps["checking"] == (size, size)
 
 
-def test_the_check_finds_what_adding_would_refuse(tmp_path: Path) -> None:
+def test_check_files_finds_the_faults_of_add(tmp_path: Path) -> None:
     path = _file(tmp_path, [GOOD, {"prompt": "a"}, {"messages": [USER]}, 7, GOOD])
     assert list(check_files([path], DATA, Listener()).faults) == read_pairs(path, DATA).faults
 
 
-def test_an_unreadable_file_is_told_and_the_others_are_checked(tmp_path: Path) -> None:
+def test_check_files_continues_after_an_unreadable_file(tmp_path: Path) -> None:
     array = tmp_path / "cut.json"
     array.write_text(f"[\n{json.dumps(GOOD)},\n{json.dumps({'prompt': 'a'})},\n")
     check = check_files([tmp_path / "none.jsonl", array, _file(tmp_path, [GOOD])], DATA, Listener())
@@ -76,7 +76,7 @@ def test_an_unreadable_file_is_told_and_the_others_are_checked(tmp_path: Path) -
     assert "2 files not readable to the end" in check.summary
 
 
-def test_the_check_s_document_is_json(tmp_path: Path) -> None:
+def test_check_files_result_is_json(tmp_path: Path) -> None:
     path = _file(tmp_path, [GOOD, {"messages": [USER, {**ANSWER, "name": "Ann"}]}])
     document = json.loads(json.dumps(check_files([path], DATA, Listener()).as_dict()))
     assert (document["ok"], document["counts"]) == (False, {"E309": 1})
@@ -85,13 +85,13 @@ def test_the_check_s_document_is_json(tmp_path: Path) -> None:
     assert fault["fix"]
 
 
-def test_good_files_are_ok(tmp_path: Path) -> None:
+def test_check_files_is_ok_for_valid_files(tmp_path: Path) -> None:
     check = check_files([_file(tmp_path, [GOOD, GOOD])], DATA, Listener())
     assert (check.ok, check.counts, check.files[0].notes != ()) == (True, {}, True)
 
 
 @pytest.mark.parametrize(
-    ("turns", "mended", "codes"),
+    ("turns", "repaired", "codes"),
     [
         ([{**USER, "name": "Ann"}, ANSWER], [USER, ANSWER], ["E309"]),
         ([USER, {**ANSWER, "refusal": None, "tool_calls": []}], [USER, ANSWER], ["E303", "E204"]),
@@ -110,11 +110,11 @@ def test_good_files_are_ok(tmp_path: Path) -> None:
         ([USER, {"role": "user", "content": "\n"}, ANSWER], [USER, ANSWER], ["E406"]),
     ],
 )
-def test_what_leaves_no_choice_is_mended_and_listed(
-    tmp_path: Path, turns: list[Any], mended: list[Any], codes: list[str]
+def test_fix_file_repairs_and_lists_unambiguous_faults(
+    tmp_path: Path, turns: list[Any], repaired: list[Any], codes: list[str]
 ) -> None:
     written, changes = _fixed(tmp_path, [GOOD, {"messages": turns}])
-    assert written == [GOOD, {"messages": mended}]
+    assert written == [GOOD, {"messages": repaired}]
     assert [(c.line, c.code, c.left_out) for c in changes] == [(2, code, False) for code in codes]
     assert all(str(change).startswith(f"{tmp_path / 'pairs.jsonl'}:2: ") for change in changes)
 
@@ -137,19 +137,19 @@ def test_what_leaves_no_choice_is_mended_and_listed(
         (7, "E103"),
     ],
 )
-def test_a_row_without_a_safe_mend_is_left_out_by_name(tmp_path: Path, row: Any, code: str) -> None:
+def test_fix_file_leaves_out_rows_without_a_safe_repair(tmp_path: Path, row: Any, code: str) -> None:
     written, changes = _fixed(tmp_path, [GOOD, row, GOOD])
     assert written == [GOOD, GOOD]
     assert [(c.line, c.code, c.left_out) for c in changes] == [(2, code, True)]
 
 
-def test_a_row_that_is_mended_in_part_is_left_out_and_no_mend_of_it_is_claimed(tmp_path: Path) -> None:
+def test_fix_file_claims_no_repair_for_a_row_left_out(tmp_path: Path) -> None:
     turns = [{**USER, "name": "Ann"}, {"role": "assistant", "content": None}]
     _, changes = _fixed(tmp_path, [GOOD, {"messages": turns}])
     assert [(c.code, c.left_out) for c in changes] == [("E305", True)]
 
 
-def test_the_copy_has_no_byte_order_mark_and_is_utf8_and_both_are_listed(tmp_path: Path) -> None:
+def test_fix_file_writes_utf8_without_byte_order_mark(tmp_path: Path) -> None:
     row = json.dumps({"prompt": "café", "completion": "b"}, ensure_ascii=False) + "\n"
     for name, content, words in (
         ("mark", codecs.BOM_UTF8 + row.encode(), "byte-order mark"),
@@ -164,7 +164,7 @@ def test_the_copy_has_no_byte_order_mark_and_is_utf8_and_both_are_listed(tmp_pat
         assert check_files([tmp_path / f"{name}.out"], DATA, Listener()).ok
 
 
-def test_other_kinds_become_chat_rows_with_their_groups_and_without_the_config_s_system_turn(tmp_path: Path) -> None:
+def test_fix_file_writes_chat_rows_with_groups_and_without_system_turn(tmp_path: Path) -> None:
     path = tmp_path / "pairs.csv"
     path.write_text("q,a,customer,id\nhi,ho,7,1\nhe,ha,,2\n")
     data = DataConfig(input="q", output="a", group_by=("customer",), drop_columns=("id",), system_prompt="Be brief.")
@@ -179,25 +179,25 @@ def test_other_kinds_become_chat_rows_with_their_groups_and_without_the_config_s
     assert [row.groups for row in again.rows] == [row.groups for row in read_pairs(path, data).rows]
 
 
-def test_a_weight_of_0_is_kept(tmp_path: Path) -> None:
+def test_fix_file_keeps_a_weight_of_0(tmp_path: Path) -> None:
     row = {"messages": [USER, {**ANSWER, "weight": 0}, USER, {**ANSWER, "weight": 1}]}
     written, changes = _fixed(tmp_path, [row])
     assert ([m.get("weight") for m in written[0]["messages"]], changes) == ([None, 0, None, None], [])
 
 
-def test_no_file_is_replaced_least_of_all_the_one_that_is_read(tmp_path: Path) -> None:
+def test_fix_file_never_overwrites_a_file(tmp_path: Path) -> None:
     path, other = _file(tmp_path, [GOOD]), _file(tmp_path, [GOOD], "other.jsonl")
     (tmp_path / "link").symlink_to(path)
-    for out, words in ((path, "replace the file"), (tmp_path / "link", "replace the file"), (other, "already")):
+    for out, words in ((path, "overwrite"), (tmp_path / "link", "overwrite"), (other, "already")):
         before = out.read_bytes()
         with pytest.raises(UserError, match=words):
             fix_file(path, out, DATA)
         assert out.read_bytes() == before
 
 
-def test_where_no_row_is_left_nothing_is_written(tmp_path: Path) -> None:
+def test_fix_file_writes_nothing_when_no_row_is_left(tmp_path: Path) -> None:
     path = _file(tmp_path, [7, {"prompt": "a"}])
-    with pytest.raises(UserError, match="no row is left"):
+    with pytest.raises(UserError, match="every row has a fault"):
         fix_file(path, tmp_path / "out.jsonl", DATA)
     assert [p.name for p in tmp_path.iterdir()] == ["pairs.jsonl"]
 
@@ -217,7 +217,7 @@ _turns = st.lists(
 
 
 @given(st.lists(st.fixed_dictionaries({"messages": _turns}), max_size=5))
-def test_a_copy_has_no_faults_and_every_row_of_the_file_is_in_it_or_named(
+def test_fix_file_copy_is_valid_and_accounts_for_every_row(
     tmp_path_factory: pytest.TempPathFactory, rows: list[Any]
 ) -> None:
     folder = tmp_path_factory.mktemp("fix")
@@ -230,7 +230,7 @@ def test_a_copy_has_no_faults_and_every_row_of_the_file_is_in_it_or_named(
     assert faulty == {change.line for change in changes if change.code is not None}
 
 
-def test_secrets_are_counted_by_kind_without_their_values(tmp_path: Path) -> None:
+def test_check_files_counts_secrets_without_values(tmp_path: Path) -> None:
     card = "4539 1488 0343 6467"
     path = _file(tmp_path, [{"prompt": f"charge {card}", "completion": "done"}, {"prompt": "a", "completion": "b"}])
     checked = check_files([path], DataConfig(), Listener())

@@ -58,9 +58,7 @@ def _unticketed(rows: list[Row]) -> list[Row]:
 
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10_000))
-def test_no_group_ever_straddles_the_split_and_a_test_group_stays_test(
-    tmp_path_factory: pytest.TempPathFactory, seed: int
-) -> None:
+def test_groups_stay_in_one_split_and_test_groups_in_test(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
     project = new_project(tmp_path_factory.mktemp("groups") / "p", GROUPED)
     rows = _unticketed(_rows(90, seed, customers=60))
     held_out: set[str] = set()
@@ -73,14 +71,14 @@ def test_no_group_ever_straddles_the_split_and_a_test_group_stays_test(
         held_out = test
 
 
-def test_a_value_of_one_key_is_not_that_of_another(tmp_path: Path) -> None:
+def test_groups_of_different_keys_are_distinct(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p", GROUPED)
     rows = [{**row, "customer": str(i), "ticket": i + 1} for i, row in enumerate(_rows(40, 1, 5))]
     result = _add(project, rows)
     assert result.version.counts.clusters == 40
 
 
-def test_a_new_row_follows_its_group_into_the_test(tmp_path: Path) -> None:
+def test_new_row_follows_its_group_into_test(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p", GROUPED)
     rows = _unticketed([{**row, "customer": f"c{i}"} for i, row in enumerate(_rows(40, 2, 1))])
     _add(project, rows)
@@ -92,7 +90,7 @@ def test_a_new_row_follows_its_group_into_the_test(tmp_path: Path) -> None:
     assert (follower.split, follower.groups) == ("test", tested.groups)
 
 
-def test_the_group_of_a_dropped_duplicate_binds_the_row_that_it_repeats(tmp_path: Path) -> None:
+def test_group_of_a_dropped_duplicate_binds_the_kept_row(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p", GROUPED)
     rows = _unticketed([{**row, "customer": f"c{i}"} for i, row in enumerate(_rows(30, 3, 1))])
     _add(project, [*rows, {**rows[0], "customer": "other"}])
@@ -100,7 +98,7 @@ def test_the_group_of_a_dropped_duplicate_binds_the_row_that_it_repeats(tmp_path
     assert kept.groups == ("customer=c0", "customer=other")
 
 
-def test_groups_named_later_are_told_by_adding_the_file_again(tmp_path: Path) -> None:
+def test_groups_named_later_are_read_when_the_file_is_added_again(tmp_path: Path) -> None:
     """Also where no cluster changes by them: the next row of the group has to find it."""
     project = new_project(tmp_path / "p", "data: {drop_columns: [customer, ticket]}\n")
     rows = _unticketed([{**row, "customer": f"c{i}"} for i, row in enumerate(_rows(40, 4, 1))])
@@ -112,45 +110,45 @@ def test_groups_named_later_are_told_by_adding_the_file_again(tmp_path: Path) ->
     assert again.created
     assert (again.added, again.known) == (0, 39)
     assert again.version.splits == first.version.splits
-    assert any("1 row of the version before without the group customer" in warning for warning in listener.warned)
+    assert any("1 row of the previous version without the group customer" in warning for warning in listener.warned)
     assert again.version.settings.group_by == ("customer", "ticket")
 
 
-def test_a_row_without_the_key_is_a_fault(tmp_path: Path) -> None:
+def test_row_without_a_group_key_is_a_fault(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p", GROUPED)
-    with pytest.raises(UserError, match=r'missing key "ticket", which data\.group_by names'):
+    with pytest.raises(UserError, match=r'missing key "ticket" of data\.group_by'):
         _add(project, [*_rows(30, 5, 9), {"prompt": "a", "completion": "b", "customer": "c"}])
 
 
 @given(st.lists(st.text(), max_size=3), st.booleans())
-def test_a_member_with_groups_reads_as_it_was_written(groups: list[str], mixed: bool) -> None:
+def test_member_with_groups_round_trips(groups: list[str], mixed: bool) -> None:
     place = Place("train", "b" * 64, tuple(sorted(set(groups))), mixed)
     line = member_line("a" * 64, place)
     assert line.count("\n") == 1
     assert places_of(line) == {"a" * 64: place}
 
 
-def test_a_changed_group_is_found_by_line(tmp_path: Path) -> None:
+def test_changed_group_is_reported_with_its_line(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p", GROUPED)
     result = _add(project, _unticketed(_rows(40, 6, 30)))
     path = version_folder(project.dataset, result.version.digest) / "members.tsv"
     lines = path.read_text(encoding="utf-8").split("\n")
     lines[3] = lines[3].replace('{"groups":', '{"group":')
     path.write_text("\n".join(lines), encoding="utf-8")
-    with pytest.raises(UserError, match="not a member"):
+    with pytest.raises(UserError, match="invalid member"):
         load_version(project.dataset)
     [damage] = verify(project.dataset, Listener()).damage
     assert damage.where == f"{path}:4"
 
 
-def test_a_secret_as_a_group_s_value_is_refused_and_redaction_keeps_the_group(tmp_path: Path) -> None:
+def test_secret_group_value_is_refused_and_redaction_keeps_the_group(tmp_path: Path) -> None:
     """Values are kept with the version as they are, in a file that is committed and pushed."""
     project = new_project(tmp_path / "p", GROUPED)
     card = "4539 1488 0343 6467"
     rows = _unticketed([{**row, "customer": f"c{i}"} for i, row in enumerate(_rows(40, 7, 1))])
     rows[3]["customer"] = rows[9]["customer"] = card
     rows[5]["customer"] = "maria.lopez@uni-bonn.de"
-    with pytest.raises(UserError, match="2 secrets as values of groups or metadata, nothing was added") as caught:
+    with pytest.raises(UserError, match="2 secrets in groups or metadata, nothing was added") as caught:
         _add(project, rows)
     assert "rows.jsonl:4: payment card number in the group customer" in caught.value.what
     assert card not in str(caught.value)
@@ -165,7 +163,7 @@ def test_a_secret_as_a_group_s_value_is_refused_and_redaction_keeps_the_group(tm
     assert len(sharing) == 1
 
 
-def test_add_refuses_and_redacts_a_group_value_that_is_a_password_by_its_name(tmp_path: Path) -> None:
+def test_add_refuses_and_redacts_a_group_value_that_is_a_password(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p", "data: {group_by: [password]}\n")
     rows = _unticketed([{**row, "password": f"hunter{i}xyz!"} for i, row in enumerate(_rows(40, 7, 1))])
     with pytest.raises(UserError, match="password in the group password"):
@@ -174,14 +172,14 @@ def test_add_refuses_and_redacts_a_group_value_that_is_a_password_by_its_name(tm
     assert not any("xyz!" in path.read_text(encoding="utf-8") for path in project.dataset.rglob("*.jsonl"))
 
 
-def test_personal_data_as_a_group_s_value_is_told(tmp_path: Path) -> None:
+def test_personal_data_in_a_group_value_is_reported(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p", GROUPED)
     rows = _unticketed([{**row, "customer": f"c{i}@uni-bonn.de"} for i, row in enumerate(_rows(40, 7, 1))])
     listener = Listener()
     _add(project, rows, listener)
-    [told] = [warning for warning in listener.warned if "values of groups" in warning]
-    assert "and 30 more" in told
-    assert "@" not in told
+    [reported] = [warning for warning in listener.warned if "in groups or metadata" in warning]
+    assert "and 30 more" in reported
+    assert "@" not in reported
 
 
 @pytest.mark.parametrize(
@@ -192,7 +190,7 @@ def test_personal_data_as_a_group_s_value_is_told(tmp_path: Path) -> None:
         (lambda i: f"c{i // 2}", None),
     ],
 )
-def test_a_group_that_separates_nothing_is_warned_of(
+def test_add_warns_of_a_group_that_separates_nothing(
     tmp_path: Path, customer: Callable[[int], str], words: str | None
 ) -> None:
     project = new_project(tmp_path / "p", "data: {group_by: [customer]}\n")
@@ -204,10 +202,10 @@ def test_a_group_that_separates_nothing_is_warned_of(
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     if words is not None and words.startswith("all"):
-        with pytest.raises(UserError, match="too few to split") as refusal:
+        with pytest.raises(UserError, match="too few independent rows to split") as refusal:
             add(project, [path], listener)
         assert "data.group_by (customer) joins rows that share a value" in str(refusal.value.fix)
     else:
         add(project, [path], listener)
-    told = [w for w in listener.warned if w.startswith("data.group_by:")]
-    assert [words in w for w in told] == [True] if words is not None else not told
+    reported = [w for w in listener.warned if w.startswith("data.group_by:")]
+    assert [words in w for w in reported] == [True] if words is not None else not reported

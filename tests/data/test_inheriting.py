@@ -26,9 +26,7 @@ def _splits(project: ProjectFolder) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("named", [".", "dataset"])
-def test_shared_inputs_keep_their_split_under_another_system_turn_seed_and_output(
-    tmp_path: Path, old: ProjectFolder, named: str
-) -> None:
+def test_inherit_split_keeps_splits_of_shared_inputs(tmp_path: Path, old: ProjectFolder, named: str) -> None:
     new = new_project(tmp_path / "new", "seed: 7\ndata: {system_prompt: Be terse.}\n")
     rows = [(f" {text.upper()}", f"new {answer}") for text, answer in unlike_pairs(60)[5:]]
     listener = Listener()
@@ -42,16 +40,14 @@ def test_shared_inputs_keep_their_split_under_another_system_turn_seed_and_outpu
     about = result.version.split_from
     assert about is not None
     assert (about.name, about.digest, about.rows) == ("old", load_version(old.dataset).digest, 55)
-    assert any("55 of 75 rows are there too" in said for said in listener.said)
+    assert any("55 of 75 rows inherited" in said for said in listener.said)
     # What comes later keeps it too.
     add(new, [write_jsonl(tmp_path / "more.jsonl", unlike_pairs(20, seed=4))], Listener())
     later = {text.strip().casefold(): split for text, split in _splits(new).items()}
     assert {text: later[text] for text in shared} == shared
 
 
-def test_a_cluster_follows_the_row_in_it_that_is_held_out_and_the_move_is_told(
-    tmp_path: Path, old: ProjectFolder
-) -> None:
+def test_inherit_split_moves_a_cluster_with_its_held_out_row(tmp_path: Path, old: ProjectFolder) -> None:
     before = _splits(old)
     test = next(text for text, split in before.items() if split == "test")
     new = new_project(tmp_path / "new")
@@ -62,7 +58,7 @@ def test_a_cluster_follows_the_row_in_it_that_is_held_out_and_the_move_is_told(
     assert {text: now[text] for text in before} == before
 
 
-def test_rows_that_change_sides_because_a_cluster_joins_them_are_counted(tmp_path: Path) -> None:
+def test_inherit_split_counts_rows_that_move(tmp_path: Path) -> None:
     text = "what is the monthly fee for a late payment by credit card in {} if I pay it by hand"
     old = new_project(tmp_path / "old", "data: {dedup_threshold: 0.99}\n")
     family = [(text.format(f"{n:02}"), f"answer {n}") for n in range(10, 40)]
@@ -71,19 +67,19 @@ def test_rows_that_change_sides_because_a_cluster_joins_them_are_counted(tmp_pat
     new = new_project(tmp_path / "new")
     listener = Listener()
     add(new, [tmp_path / "a.jsonl"], listener, split_from=old.root)
-    [told] = [said for said in listener.said if said.startswith("Split from old")]
-    assert "changed sides" in told
+    [reported] = [said for said in listener.said if said.startswith("Split from old")]
+    assert "moved, because" in reported
     assert {split for t, split in _splits(new).items() if t.startswith("what")} == {"test"}
 
 
 @pytest.mark.parametrize("case", ["nothing there", "nothing shared", "not fresh"])
-def test_a_split_that_cannot_be_inherited_is_refused(tmp_path: Path, old: ProjectFolder, case: str) -> None:
+def test_inherit_split_refuses_impossible_cases(tmp_path: Path, old: ProjectFolder, case: str) -> None:
     new = new_project(tmp_path / "new")
     other = write_jsonl(tmp_path / "other.jsonl", unlike_pairs(30, seed=8))
     words = {
         "nothing there": "no dataset there",
-        "nothing shared": "no row of version",
-        "not fresh": "split of its own",
+        "nothing shared": "share no pair or input with version",
+        "not fresh": "already has a split",
     }
     if case == "not fresh":
         add(new, [other], Listener())

@@ -16,17 +16,9 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.data.add import add
-from tunewright.data.review.kept import kept_suspects
-from tunewright.data.review.suspects import (
-    ACCURATE,
-    AnswerLoss,
-    Found,
-    Nearest,
-    Suspect,
-    class_like,
-    find_suspects,
-    suspects,
-)
+from tunewright.data.examples import class_like
+from tunewright.data.review.label_models import NeighborIndex, Suspect
+from tunewright.data.review.suspects import ACCURATE, AnswerLoss, SuspectList, cached_suspects, find_suspects, suspects
 from tunewright.data.versions import DatasetVersion, load_version
 
 TOPICS = {
@@ -64,7 +56,7 @@ def _inputs(version: DatasetVersion, found: list[Suspect]) -> list[str]:
     return [by_key[s.key] for s in found]
 
 
-def test_wrong_classes_come_first_each_with_what_other_rows_suggest(tmp_path: Path) -> None:
+def test_suspects_ranks_wrong_classes_first_with_suggestions(tmp_path: Path) -> None:
     pairs, bad = _topical(400, 20)
     version = _version(tmp_path / "p", pairs)
     listener = Listener()
@@ -82,12 +74,12 @@ def test_wrong_classes_come_first_each_with_what_other_rows_suggest(tmp_path: Pa
     assert done == total > 0
 
 
-def test_the_same_version_gives_the_same_suspects(tmp_path: Path) -> None:
+def test_suspects_are_deterministic(tmp_path: Path) -> None:
     version = _version(tmp_path / "p", _topical(200, 10)[0])
     assert suspects(version, Listener()) == suspects(version, Listener())
 
 
-def test_wrong_rows_of_one_cluster_do_not_vouch_for_each_other(tmp_path: Path) -> None:
+def test_suspects_finds_several_wrong_rows_of_one_cluster(tmp_path: Path) -> None:
     """A model that had seen one of them would believe the others: folds go by cluster."""
     odd = ("qqqq xxxx", "xxxx zzzz", "zzzz qqqq", "xxxx wwww", "wwww qqqq")
     twins = [f"lost card number {words}" for words in odd]
@@ -110,7 +102,7 @@ def _unaccepted(version: DatasetVersion) -> DatasetVersion:
     return replace(version, manifest=version.manifest.model_copy(update={"settings": settings}))
 
 
-def test_conflicts_come_first_and_name_the_other_row(tmp_path: Path) -> None:
+def test_suspects_ranks_conflicts_first_with_the_other_row(tmp_path: Path) -> None:
     pairs, _ = _topical(200, 0)
     other = next(t for t in TOPICS if t != pairs[0][1])
     version = _unaccepted(_version(tmp_path / "p", [*pairs, (pairs[0][0], other)]))
@@ -122,7 +114,7 @@ def test_conflicts_come_first_and_name_the_other_row(tmp_path: Path) -> None:
     assert len({s.key for s in found}) == len(found)
 
 
-def test_accepted_conflicts_are_no_suspects_as_such(tmp_path: Path) -> None:
+def test_suspects_excludes_accepted_conflicts(tmp_path: Path) -> None:
     pairs, _ = _topical(200, 0)
     other = next(t for t in TOPICS if t != pairs[0][1])
     version = _version(tmp_path / "p", [*pairs, (pairs[0][0], other)])
@@ -130,7 +122,7 @@ def test_accepted_conflicts_are_no_suspects_as_such(tmp_path: Path) -> None:
     assert {s.reason for s in suspects(version, Listener())} == {"label"}
 
 
-def test_accepting_conflicts_once_is_remembered_by_later_versions(tmp_path: Path) -> None:
+def test_accepted_conflicts_are_recorded_in_later_versions(tmp_path: Path) -> None:
     project = reviewed_project(tmp_path / "p", pairs=unlike_pairs(40))
     strict = project.config.model_copy(update={"data": project.config.data.model_copy(update={"conflicts": "error"})})
     more = write_jsonl(project.root / "more.jsonl", unlike_pairs(20, seed=9))
@@ -139,7 +131,7 @@ def test_accepting_conflicts_once_is_remembered_by_later_versions(tmp_path: Path
 
 
 @pytest.mark.parametrize("recorded", ["accept", None])
-def test_references_of_one_input_are_ranked_by_loss_and_not_as_conflicts(tmp_path: Path, recorded: str | None) -> None:
+def test_suspects_ranks_references_of_one_input_by_loss(tmp_path: Path, recorded: str | None) -> None:
     pairs = [(question, f"{answer} {n}") for question, answer in unlike_pairs(40) for n in range(3)]
     version = _version(tmp_path / "p", pairs)
     version = version if recorded else _unaccepted(version)
@@ -164,7 +156,7 @@ def _many_labels(wrong: int) -> tuple[list[Pair], set[str]]:
     return [(q, labels.get(i, label)) for i, (q, label) in enumerate(pairs)], {pairs[i][0] for i in bad}
 
 
-def test_answers_that_repeat_are_judged_by_their_other_rows(tmp_path: Path) -> None:
+def test_suspects_ranks_repeated_answers_by_their_other_rows(tmp_path: Path) -> None:
     pairs, bad = _many_labels(60)
     version = _version(tmp_path / "p", pairs)
     assert not class_like([pair[1] for pair in pairs])
@@ -174,7 +166,7 @@ def test_answers_that_repeat_are_judged_by_their_other_rows(tmp_path: Path) -> N
     assert all(0 <= s.score <= 1 for s in found)
 
 
-def test_rows_of_one_cluster_do_not_vouch_for_their_answer(tmp_path: Path) -> None:
+def test_suspects_ignores_rows_of_the_same_cluster(tmp_path: Path) -> None:
     pairs, _ = _many_labels(0)
     words = pairs[0][0].split()[:3]
     twins = [(f"{words[i]} {words[(i + 1) % 3]} {words[(i + 2) % 3]} {n}", "label 299") for i, n in enumerate("xyz")]
@@ -199,26 +191,26 @@ def test_suspects_judges_repeated_answers_when_the_split_is_by_output_template(t
     assert len(set(_inputs(version, found[:60])) & bad) >= 54
 
 
-def test_suspects_gives_each_reason_why_rows_are_not_judged(tmp_path: Path) -> None:
+def test_suspects_reports_why_rows_cannot_be_judged(tmp_path: Path) -> None:
     pairs, _ = _many_labels(0)
     version = _version(tmp_path / "p", [*pairs, *unlike_pairs(100, seed=5)])
     members = [m if m.example.output != "label 7" else replace(m, cluster="one") for m in version.members]
-    told = Listener()
-    suspects(replace(version, members=tuple(members)), told)
-    said = next(said for said in told.said if "104 of 1,300 rows are not judged" in said)
+    reported = Listener()
+    suspects(replace(version, members=tuple(members)), reported)
+    said = next(said for said in reported.said if "104 of 1,300 rows cannot be judged" in said)
     assert "100 with an answer that no other row has" in said
     assert "4 with an answer that only rows of their own cluster have" in said
 
 
-def test_free_text_and_labels_in_one_set_are_both_ranked(tmp_path: Path) -> None:
+def test_suspects_ranks_free_text_and_labels_together(tmp_path: Path) -> None:
     pairs, _ = _many_labels(20)
     version = _version(tmp_path / "p", [*pairs, *unlike_pairs(100, seed=5)])
     losses = {m.key: AnswerLoss(n, 0) for n, m in enumerate(version.members)}
     found = suspects(version, Listener(), losses=losses)
     assert {s.reason for s in found[:6]} == {"label", "loss"}
-    told = Listener()
-    suspects(version, told)
-    assert any("100 of 1,300 rows are not judged" in said for said in told.said)
+    reported = Listener()
+    suspects(version, reported)
+    assert any("100 of 1,300 rows cannot be judged" in said for said in reported.said)
 
 
 def _rare_topics(wrong: int) -> tuple[list[Pair], set[str]]:
@@ -238,7 +230,7 @@ def _rare_topics(wrong: int) -> tuple[list[Pair], set[str]]:
     return labelled, {pairs[i][0] for i in bad}
 
 
-def test_find_suspects_ranks_classes_by_centroids_when_the_model_of_other_rows_is_often_wrong(tmp_path: Path) -> None:
+def test_find_suspects_ranks_by_centroids_when_the_out_of_fold_model_is_inaccurate(tmp_path: Path) -> None:
     pairs, bad = _rare_topics(20)
     version = _version(tmp_path / "p", pairs)
     assert class_like([pair[1] for pair in pairs])
@@ -246,19 +238,19 @@ def test_find_suspects_ranks_classes_by_centroids_when_the_model_of_other_rows_i
     found = find_suspects(version, listener)
     assert found.accuracy is not None
     assert found.accuracy < ACCURATE
-    assert any(f"gives {found.accuracy:.0%} of the rows their answer, too few" in warned for warned in listener.warned)
+    assert any(f"the answers of {found.accuracy:.0%} of the rows, too few" in warned for warned in listener.warned)
     assert len(bad & set(_inputs(version, found.suspects))) >= 0.6 * len(bad)
 
 
-def test_find_suspects_reports_the_accuracy_of_the_model_of_other_rows(tmp_path: Path) -> None:
+def test_find_suspects_reports_the_accuracy_of_the_out_of_fold_model(tmp_path: Path) -> None:
     listener = Listener()
     found = find_suspects(_version(tmp_path / "p", _topical(400, 20)[0]), listener)
     assert found.accuracy is not None
     assert found.accuracy > 0.9
-    assert any("A model of other rows gives 9" in said for said in listener.said)
+    assert any("An out-of-fold model predicts the answers of 9" in said for said in listener.said)
 
 
-def test_suspects_ranks_an_input_that_is_its_own_answer_last(tmp_path: Path) -> None:
+def test_suspects_ranks_an_input_equal_to_its_answer_last(tmp_path: Path) -> None:
     pairs, bad = _many_labels(60)
     echoes = [(label, label) for label in ("label 7", "label 8", "label 9")]
     version = _version(tmp_path / "p", [*pairs, *echoes])
@@ -267,7 +259,7 @@ def test_suspects_ranks_an_input_that_is_its_own_answer_last(tmp_path: Path) -> 
     assert len(set(found[:60]) & bad) >= 54
 
 
-def test_suspects_breaks_ties_by_the_likeness_to_another_answer(tmp_path: Path) -> None:
+def test_suspects_breaks_ties_by_similarity_to_another_answer(tmp_path: Path) -> None:
     """Rows that share no letter with their answer's others all have the score 1."""
     draw = random.Random(0)
     halves = ("abcdefghijklm", "nopqrstuvwxyz")
@@ -283,21 +275,21 @@ def test_suspects_breaks_ties_by_the_likeness_to_another_answer(tmp_path: Path) 
     assert alike[0] > alike[-1]
 
 
-def test_suspects_that_are_kept_are_not_found_again_and_say_what_the_first_call_said(tmp_path: Path) -> None:
-    def find(reporter: Reporter) -> Found:
-        reporter.warn("3 rows are not judged")
+def test_cached_suspects_returns_the_list_and_messages_of_the_first_call(tmp_path: Path) -> None:
+    def find(reporter: Reporter) -> SuspectList:
+        reporter.warn("3 rows cannot be judged")
         reporter.say("looked")
-        return Found([Suspect("ab", 0.5, "label", "why")], accuracy=0.4)
+        return SuspectList([Suspect("ab", 0.5, "label", "why")], accuracy=0.4)
 
     file, listener = tmp_path / "kept" / "x.json", Listener()
-    first = kept_suspects(file, find, Listener())
-    again = kept_suspects(file, lambda _: pytest.fail("found again"), listener)
+    first = cached_suspects(file, find, Listener())
+    again = cached_suspects(file, lambda _: pytest.fail("found again"), listener)
     assert again == first
-    assert listener.warned == ["3 rows are not judged"]
+    assert listener.warned == ["3 rows cannot be judged"]
     assert str(file) in listener.said[0]
 
 
-def test_near_equal_rows_of_another_class_come_next_the_doubtful_one_of_them_first(tmp_path: Path) -> None:
+def test_suspects_ranks_near_duplicates_of_another_class_second(tmp_path: Path) -> None:
     pairs, _ = _topical(300, 0)
     question = "the lost card was stolen with my wallet so block the missing card"
     near = [(question, "card lost"), (question + "s", "exchange rate")]
@@ -308,7 +300,7 @@ def test_near_equal_rows_of_another_class_come_next_the_doubtful_one_of_them_fir
     assert set(_inputs(version, found)) >= {question}
 
 
-def test_families_of_free_text_are_no_suspects(tmp_path: Path) -> None:
+def test_suspects_excludes_clusters_of_free_text(tmp_path: Path) -> None:
     stem = "which court sits in the county of "
     pairs = [*unlike_pairs(60), *((f"{stem}{name}", f"court {name}") for name in ("Adams", "Adama", "Adamb"))]
     listener = Listener()
@@ -316,26 +308,26 @@ def test_families_of_free_text_are_no_suspects(tmp_path: Path) -> None:
     assert any("an answer that no other row has" in said for said in listener.said)
 
 
-def test_free_text_is_ranked_by_loss_where_it_is_known(tmp_path: Path) -> None:
+def test_suspects_ranks_free_text_by_known_losses(tmp_path: Path) -> None:
     version = _version(tmp_path / "p", unlike_pairs(60))
     losses = {m.key: AnswerLoss(number / 10, 1) for number, m in enumerate(version.members[:50])}
     listener = Listener()
     found = suspects(version, listener, losses=losses)
     assert [s.key for s in found] == [m.key for m in version.members[49:43:-1]]
     assert "loss 4.90 per token of the answer, 1.00 without its input" in found[0].detail
-    assert any("10 rows of 60 have no loss" in warned for warned in listener.warned)
+    assert any("10 of 60 rows are not ranked" in warned for warned in listener.warned)
     with pytest.raises(UserError, match="the loss of row"):
         suspects(version, Listener(), losses={version.members[0].key: AnswerLoss(float("nan"), 0)})
 
 
-def test_losses_that_are_not_used_are_told(tmp_path: Path) -> None:
+def test_suspects_warns_of_ignored_losses(tmp_path: Path) -> None:
     version = _version(tmp_path / "p", _topical(200, 0)[0])
     listener = Listener()
     suspects(version, listener, losses={version.members[0].key: AnswerLoss(1, 1)})
-    assert any("Losses are not used" in warned for warned in listener.warned)
+    assert any("Losses are ignored" in warned for warned in listener.warned)
 
 
-def test_a_class_that_no_independent_row_shares_is_told_and_not_judged(tmp_path: Path) -> None:
+def test_suspects_reports_a_class_without_independent_rows(tmp_path: Path) -> None:
     version = _version(tmp_path / "p", [*_topical(200, 0)[0], ("quite another thing entirely", "singular")])
     listener = Listener()
     found = suspects(version, listener, share=1)
@@ -344,24 +336,24 @@ def test_a_class_that_no_independent_row_shares_is_told_and_not_judged(tmp_path:
 
 
 @pytest.mark.parametrize("share", [0, -1, 1.5, float("nan")])
-def test_a_share_that_is_none_is_refused(tmp_path: Path, share: float) -> None:
+def test_suspects_refuses_an_invalid_share(tmp_path: Path, share: float) -> None:
     with pytest.raises(UserError, match="share"):
         suspects(_version(tmp_path / "p", unlike_pairs(30)), Listener(), share=share)
 
 
 @given(st.integers(1, 400), st.integers(1, 2000))
-def test_answers_are_classes_up_to_200_with_5_rows_each(classes: int, rows: int) -> None:
+def test_class_like_holds_up_to_200_answers_with_5_rows_each(classes: int, rows: int) -> None:
     outputs = [str(number % classes) for number in range(rows)]
     different = min(classes, rows)
     assert class_like(outputs) == (2 <= different <= 200 and rows >= 5 * different)
 
 
-def test_the_nearest_rows_are_the_most_similar_and_never_the_row_itself(tmp_path: Path) -> None:
+def test_neighbor_index_returns_the_most_similar_other_rows(tmp_path: Path) -> None:
     base = "please block the lost card that was stolen with the wallet"
     pairs = [*unlike_pairs(60), (base, "a"), (base + " today", "b"), (base.replace("lost", "gone"), "c")]
     version = _version(tmp_path / "p", pairs)
     row = next(m for m in version.members if m.example.input_text == base)
-    near = Nearest(version).of(row.key, 2)
+    near = NeighborIndex(version).of(row.key, 2)
     assert {m.example.output for _, m in near} == {"b", "c"}
     assert near[0][0] >= near[1][0]
     assert all(0 < similarity <= 1.0001 for similarity, _ in near)

@@ -13,21 +13,21 @@ import real_data
 from tunewright.core.errors import UserError
 from tunewright.data.dedup import comparison_texts
 from tunewright.data.dedup.leakage import (
-    LeakReport,
-    Nearest,
-    leak,
+    LeakageReport,
+    NearestTrainingRow,
+    measure_leakage,
     nearest_training,
     score_by_distance,
     score_by_template,
 )
-from tunewright.data.dedup.output_leakage import output_leak
+from tunewright.data.dedup.output_leakage import measure_output_leakage
 from tunewright.data.examples import Example
 from tunewright.data.splits import Split
 from tunewright.data.versions import Counts, DatasetVersion, Manifest, Member, Settings
 from tunewright.evidence.schema import Item
 from tunewright.evidence.statistics import wilson
 
-NO_OUTPUTS = output_leak([])
+NO_OUTPUTS = measure_output_leakage([])
 
 
 def _version(rows: Sequence[tuple[Example, Split]]) -> DatasetVersion:
@@ -49,12 +49,12 @@ def _mixed(count: int) -> list[tuple[Example, Split]]:
     return [(example(text, str(i)), draw.choice(splits)) for i, text in enumerate(texts)]
 
 
-def test_the_nearest_training_row_of_each_held_out_row_is_that_of_brute_force() -> None:
+def test_measure_leakage_matches_brute_force() -> None:
     version = _version(_mixed(300))
     texts = dict(
         zip([m.key for m in version.members], comparison_texts([m.example for m in version.members]), strict=True)
     )
-    report = leak(version, 0, Listener())
+    report = measure_leakage(version, 0, Listener())
     train = [m.key for m in version.members if m.split == "train"]
     assert [row.key for row in report.nearest] == [m.key for m in version.members if m.split != "train"]
     for row in report.nearest:
@@ -69,55 +69,59 @@ def test_the_nearest_training_row_of_each_held_out_row_is_that_of_brute_force() 
     assert nearest_training(version, Listener()) == of_test
 
 
-def test_the_random_leak_is_near_what_pairs_of_copies_make_likely() -> None:
+def test_measure_leakage_estimates_random_leakage_of_paired_copies() -> None:
     """Every row has one copy, so a test row leaks where its copy is in training: with the share of training rows."""
     rows: list[tuple[Example, Split]] = []
     for i, (text, _) in enumerate(unlike_pairs(500)):
         split: Split = "test" if i < 50 else "dev" if i < 100 else "train"
         rows += [(example(text, "a"), split), (example(f"{text}.", "b"), split)]
-    report = leak(_version(rows), 0, Listener())
+    report = measure_leakage(_version(rows), 0, Listener())
     assert [at.here for at in report.leaks] == [0, 0, 0]
     for at in report.leaks:
         assert at.random == pytest.approx(0.8, abs=0.05)
 
 
-def test_the_histogram_counts_every_measured_row_in_its_tenth() -> None:
+def test_histogram_counts_every_measured_row() -> None:
     at = [0.0, 0.05, 0.1, 0.3, 0.7, 0.79, 0.9, 1.0]
-    nearest = tuple(Nearest(str(i), "test", None, s) for i, s in enumerate(at))
-    report = LeakReport("d", len(at), (*nearest, Nearest("dev", "dev", None, 0.5)), (), NO_OUTPUTS)
+    nearest = tuple(NearestTrainingRow(str(i), "test", None, s) for i, s in enumerate(at))
+    report = LeakageReport("d", len(at), (*nearest, NearestTrainingRow("dev", "dev", None, 0.5)), (), NO_OUTPUTS)
     assert report.histogram("test") == [2, 1, 0, 1, 0, 0, 0, 2, 0, 2]
     assert report.histogram("dev") == [0, 0, 0, 0, 0, 1, 0, 0, 0, 0]
     assert json.loads(json.dumps(report.as_dict()))["histogram"]["dev"] == report.histogram("dev")
 
 
-def test_a_row_with_nothing_in_common_has_no_nearest() -> None:
+def test_measure_leakage_returns_no_nearest_row_without_overlap() -> None:
     rows: list[tuple[Example, Split]] = [(example("abcdefgh", "x"), "train"), (example("123456", "y"), "test")]
-    (row,) = leak(_version(rows), 0, Listener()).nearest
+    (row,) = measure_leakage(_version(rows), 0, Listener()).nearest
     assert (row.of, row.similarity) == (None, 0)
 
 
-def test_a_sample_is_named() -> None:
+def test_measure_leakage_warns_of_a_sample() -> None:
     listener = Listener()
-    report = leak(_version(_mixed(300)), 0, listener, most=10)
+    report = measure_leakage(_version(_mixed(300)), 0, listener, most=10)
     assert len(report.nearest) == 10
-    assert listener.warned == [f"10 of {report.held_out} held-out rows are compared with the training rows: a sample."]
+    assert listener.warned == [f"A sample of 10 of {report.held_out} held-out rows is compared with the training rows."]
 
 
-@pytest.mark.skipif(not (real_data.SHARED / "banking77").is_dir(), reason="BANKING77 is not beside this checkout")
-def test_a_random_tenth_of_banking77_leaks_one_row_in_seven_at_0_7() -> None:
+@pytest.mark.skipif(not (real_data.SHARED / "banking77").is_dir(), reason="BANKING77 is not next to this checkout")
+def test_random_tenth_of_banking77_leaks_one_row_in_seven_at_0_7() -> None:
     rows = list({e.pair_key: e for e in real_data.banking77()}.values())
     draw = random.Random(0)
     draw.shuffle(rows)
     tenth = len(rows) // 10
-    report = leak(_version([(e, "test" if i < tenth else "train") for i, e in enumerate(rows)]), 0, Listener())
+    report = measure_leakage(
+        _version([(e, "test" if i < tenth else "train") for i, e in enumerate(rows)]), 0, Listener()
+    )
     at = report.leaks[0]
     assert 0.12 < at.random < 0.18
     assert at.here == pytest.approx(at.random, abs=0.03)
 
 
-def test_scores_by_distance_are_wilson_intervals_of_each_band() -> None:
+def test_score_by_distance_has_wilson_intervals() -> None:
     near = [0.1] * 40 + [0.75] * 60
-    report = LeakReport("d", 100, tuple(Nearest(str(i), "test", None, s) for i, s in enumerate(near)), (), NO_OUTPUTS)
+    report = LeakageReport(
+        "d", 100, tuple(NearestTrainingRow(str(i), "test", None, s) for i, s in enumerate(near)), (), NO_OUTPUTS
+    )
     items = [
         Item(
             key=str(i),
@@ -138,8 +142,8 @@ def test_scores_by_distance_are_wilson_intervals_of_each_band() -> None:
     assert far.as_dict()["exact_match"] == 0.75
 
 
-def test_every_arm_is_scored_and_a_foreign_item_is_refused() -> None:
-    report = LeakReport("d", 1, (Nearest("k", "test", None, 1.0),), (), NO_OUTPUTS)
+def test_score_by_distance_covers_every_arm_and_refuses_unknown_items() -> None:
+    report = LeakageReport("d", 1, (NearestTrainingRow("k", "test", None, 1.0),), (), NO_OUTPUTS)
     item = Item(key="k", cluster="c", input="i", reference="r", answers={"tuned": "r", "zero-shot": "s"}, scores={})
     assert [(s.arm, s.exact) for s in score_by_distance([item], report)] == [("tuned", 1), ("zero-shot", 0)]
     with pytest.raises(UserError, match="not among the measured rows"):
@@ -148,7 +152,7 @@ def test_every_arm_is_scored_and_a_foreign_item_is_refused() -> None:
         score_by_template([item], {"other": True}, "abcdef")
 
 
-def test_score_by_template_counts_each_arm_on_seen_and_on_new_templates() -> None:
+def test_score_by_template_separates_seen_and_new_templates() -> None:
     items = [
         Item(
             key=str(i), cluster="c", input="i", reference="r", answers={"a": "r" if i % 3 else "x", "b": "x"}, scores={}

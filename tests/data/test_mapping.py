@@ -1,4 +1,4 @@
-"""Input and ideal output by templates: what they write, what they refuse, and what is told of it."""
+"""Input and ideal output by templates: rendered text, errors and notes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tunewright.config import DataConfig
 from tunewright.config.io import load_config
 from tunewright.core.errors import UserError
-from tunewright.data.readers import Reading, read_pairs
+from tunewright.data.readers import ReadResult, read_pairs
 from tunewright.data.readers.file_check import check_files, fix_file
 
 ROW = {"id": 7, "title": "Mitosis", "parts": [{"text": "é", "ok": True}, {"text": "<b>"}], "gold": 1, "note": None}
@@ -29,7 +29,7 @@ def _jsonl(folder: Path, *rows: Any) -> Path:
     return path
 
 
-def _read(folder: Path, output: str, *rows: Any, **config: Any) -> Reading:
+def _read(folder: Path, output: str, *rows: Any, **config: Any) -> ReadResult:
     data = DataConfig(**{"input": "{{ title }}", "output": output, **config})
     return read_pairs(_jsonl(folder, *(rows or (ROW,))), data)
 
@@ -50,7 +50,7 @@ def _read(folder: Path, output: str, *rows: Any, **config: Any) -> Reading:
         ("{{ 'a\\nb' }}", "a\nb"),
     ],
 )
-def test_a_template_writes_text_of_the_row(tmp_path: Path, template: str, text: str) -> None:
+def test_template_renders_text_of_the_row(tmp_path: Path, template: str, text: str) -> None:
     reading = _read(tmp_path, template)
     assert [row.example.output for row in reading.rows] == [text]
 
@@ -62,9 +62,7 @@ def test_a_template_writes_text_of_the_row(tmp_path: Path, template: str, text: 
         max_leaves=6,
     )
 )
-def test_tojson_writes_what_python_reads_back_with_the_keys_in_order(
-    tmp_path_factory: pytest.TempPathFactory, value: Any
-) -> None:
+def test_tojson_round_trips_with_ordered_keys(tmp_path_factory: pytest.TempPathFactory, value: Any) -> None:
     text = json.dumps(value, ensure_ascii=False)
     reading = _read(tmp_path_factory.mktemp("json"), "={{ x | tojson }}", {"title": "a", "x": value})
     if any("\ud800" <= c <= "\udfff" for c in text):
@@ -89,12 +87,10 @@ def test_tojson_writes_what_python_reads_back_with_the_keys_in_order(
         ("{{ gold == 1 }}", "E305", "is bool, not text"),
         ("{{ parts | map(attribute='text') }}", "E305", "is generator, not text"),
         ("{% if gold == 2 %}x{% endif %}", "E401", "an empty answer"),
-        ("answer", "E207", 'missing key "answer", which data.output names'),
+        ("answer", "E207", 'missing key "answer" of data.output'),
     ],
 )
-def test_a_row_that_a_template_cannot_be_written_from_is_a_fault_and_the_others_are_read(
-    tmp_path: Path, template: str, code: str, words: str
-) -> None:
+def test_template_failure_is_a_fault_of_its_row(tmp_path: Path, template: str, code: str, words: str) -> None:
     good = {"title": "a", "missing": "b", "parts": [{"text": "c", "ok": "d"}] * 6, "Title": "x", "answer": "y"}
     reading = _read(tmp_path, template, ROW, {**good, "gold": 2, "note": "n"})
     assert [(fault.line, fault.code) for fault in reading.faults if fault.line == 1] == [(1, code)]
@@ -106,20 +102,20 @@ def test_a_row_that_a_template_cannot_be_written_from_is_a_fault_and_the_others_
     [
         ({"output": "{{ title"}, "line 1: unexpected end of template", "data.output (--output)"),
         ({"output": "\n{{ title | nothing }}"}, "line 2: No filter named 'nothing'", "data.output (--output)"),
-        ({"input": "{% for %}"}, "not a template that can be read", "data.input (--input)"),
-        ({"output": None}, "data.input is a template, and there is no data.output", "data.output (--output)"),
-        ({"output": "{{ title }}"}, "input and output at once", "data.output (--output)"),
+        ({"input": "{% for %}"}, "invalid template", "data.input (--input)"),
+        ({"output": None}, "data.input is a template, but data.output is not set", "data.output (--output)"),
+        ({"output": "{{ title }}"}, "both input and output", "data.output (--output)"),
         (
             {"output": "{{ gold }}", "drop_columns": ("gold",)},
-            'uses the key "gold", which data.drop_columns leaves out',
+            'uses the key "gold", which data.drop_columns drops',
             "data.drop_columns",
         ),
-        ({"output": "{% include 'x' %}"}, "takes in another one", "data.output (--output)"),
-        ({"output": "{{ above[0] }}"}, "there is no data.rows", "data.output (--output)"),
+        ({"output": "{% include 'x' %}"}, "includes another template", "data.output (--output)"),
+        ({"output": "{{ above[0] }}"}, "requires data.rows", "data.output (--output)"),
         ({"output": "{{ [1, 2] | random }}"}, "No filter named 'random'", "data.output (--output)"),
     ],
 )
-def test_a_template_that_is_none_is_refused_before_any_file_is_read(
+def test_invalid_template_is_refused_before_reading(
     tmp_path: Path, config: dict[str, Any], words: str, where: str
 ) -> None:
     data = DataConfig(**{"input": "{{ title }}", "output": "gold", **config})
@@ -133,12 +129,12 @@ def test_a_template_that_is_none_is_refused_before_any_file_is_read(
         assert caught.value.where == where
 
 
-def test_the_note_says_what_is_mapped_and_other_keys_are_metadata(tmp_path: Path) -> None:
+def test_note_names_mapped_keys_and_other_keys_are_metadata(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     reading = _read(tmp_path, "{{ parts[gold].text }}", ROW, {**ROW, "extra": 1}, drop_columns=("id",))
     assert reading.notes == [
-        f"{path}: JSON Lines: mapped pairs, since the config maps title to the input and parts, gold to the output",
-        f"{path}: left out, as data.drop_columns says: id",
+        f"{path}: JSON Lines: mapped pairs, because the config maps title to the input and parts, gold to the output",
+        f"{path}: dropped by data.drop_columns: id",
     ]
     whole = _read(tmp_path, "{{ row | tojson }}")
     assert len(whole.notes) == 1
@@ -146,7 +142,7 @@ def test_the_note_says_what_is_mapped_and_other_keys_are_metadata(tmp_path: Path
     assert reading.rows[1].metadata == {"extra": 1}
 
 
-def test_a_template_may_stand_beside_the_name_of_a_key_whose_value_is_checked_as_ever(tmp_path: Path) -> None:
+def test_template_and_key_name_can_be_combined(tmp_path: Path) -> None:
     reading = _read(tmp_path, "title", ROW, {**ROW, "title": 4}, input="{{ gold }}?")
     assert [(row.example.input_text, row.example.output) for row in reading.rows] == [("1?", "Mitosis")]
     assert [(fault.code, fault.path) for fault in reading.faults] == [("E305", "$.title")]
@@ -177,7 +173,7 @@ def _saved(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 @pytest.mark.parametrize("write", [_csv, _parquet, _saved])
-def test_tables_are_mapped_by_columns_of_any_name_and_only_those_are_read(tmp_path: Path, write: Any) -> None:
+def test_tables_read_only_the_mapped_columns(tmp_path: Path, write: Any) -> None:
     rows = [{"Customer Question": f"q{i}", "reply": f"r{i}", "day": "Monday", "seen": "x"} for i in range(3)]
     data = DataConfig(input='{{ day }}: {{ row["Customer Question"] }}', output="{{ reply }}.")
     path = write(tmp_path / "rows", rows)
@@ -192,14 +188,14 @@ def test_tables_are_mapped_by_columns_of_any_name_and_only_those_are_read(tmp_pa
     assert json.loads(whole.rows[1].example.output) == rows[1]
 
 
-def test_lists_and_dates_of_parquet_are_values_of_a_template(tmp_path: Path) -> None:
+def test_template_gets_lists_and_dates_of_parquet(tmp_path: Path) -> None:
     rows = [{"q": ["a", "b"], "when": datetime.date(2024, 7, 26), "a": {"x": 1.5, "y": None}}]
     data = DataConfig(input="{{ q | join(', ') }} on {{ when }}", output="{{ a | tojson }}")
     [row] = read_pairs(_parquet(tmp_path / "rows", rows), data).rows
     assert (row.example.input_text, row.example.output) == ("a, b on 2024-07-26", '{"x": 1.5}')
 
 
-def test_a_corrected_copy_has_the_mapped_pairs_and_says_what_was_left_out(tmp_path: Path) -> None:
+def test_fix_file_writes_mapped_pairs_and_lists_dropped_keys(tmp_path: Path) -> None:
     path = _jsonl(tmp_path, ROW, {"title": "b"}, {**ROW, "title": "c"})
     data = DataConfig(input="{{ title }}", output="{{ gold }}")
     assert check_files([path], data, Listener()).counts == {"E207": 1}
@@ -210,7 +206,7 @@ def test_a_corrected_copy_has_the_mapped_pairs_and_says_what_was_left_out(tmp_pa
     assert written.rows[0].metadata == {key: ROW[key] for key in ("id", "parts")}
 
 
-def test_a_config_file_holds_templates_of_several_lines(tmp_path: Path) -> None:
+def test_config_file_accepts_multiline_templates(tmp_path: Path) -> None:
     path = tmp_path / "tunewright.yaml"
     path.write_text('data:\n  input: |-\n    {{ title }}\n    {{ gold }}\n  output: "{{ gold }}"\n')
     [row] = read_pairs(_jsonl(tmp_path, ROW), load_config(path).data).rows

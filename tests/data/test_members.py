@@ -29,7 +29,7 @@ def _save(dataset: Path, text: str, parent: str | None) -> str:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(seed=st.integers(0, 10_000), steps=st.integers(1, 12), most=st.integers(1, 30))
-def test_every_version_of_any_history_reads_back_as_it_was(
+def test_members_of_any_history_round_trip(
     tmp_path_factory: pytest.TempPathFactory, seed: int, steps: int, most: int
 ) -> None:
     dataset = tmp_path_factory.mktemp("members")
@@ -60,7 +60,7 @@ def _history(dataset: Path, versions: int) -> list[str]:
     return digests
 
 
-def test_one_row_more_costs_a_line_and_readers_never_go_through_more_than_the_rows_themselves(tmp_path: Path) -> None:
+def test_members_file_grows_by_a_line_and_chains_stay_short(tmp_path: Path) -> None:
     digests = _history(tmp_path, 120)
     sizes = [(tmp_path / "versions" / d[:12] / "members.tsv").stat().st_size for d in digests]
     whole = [len(read_members(tmp_path, d)) for d in digests]
@@ -76,15 +76,15 @@ def test_one_row_more_costs_a_line_and_readers_never_go_through_more_than_the_ro
 @pytest.mark.parametrize(
     ("line", "old", "new", "words", "at"),
     [
-        (0, "from\t", "fram\t", "not a member", ":1"),
+        (0, "from\t", "fram\t", "invalid member", ":1"),
         (0, "from\t0", "from\t!", "not the name of a version", ":1"),
-        (1, "+", "*", "not a change of the members", ":2"),
-        (1, "+", "-", "takes away a member that was not there", ":2"),
-        (1, "test", "exam", "not a member", ":2"),
+        (1, "+", "*", "invalid change", ":2"),
+        (1, "+", "-", "removes a member that does not exist", ":2"),
+        (1, "test", "exam", "invalid member", ":2"),
         (1, "test", "train", "the members were changed", ""),
     ],
 )
-def test_a_changed_difference_is_told_by_file_and_line(
+def test_changed_members_are_reported_by_file_and_line(
     tmp_path: Path, line: int, old: str, new: str, words: str, at: str
 ) -> None:
     digests = _history(tmp_path, 3)
@@ -101,9 +101,9 @@ def test_a_changed_difference_is_told_by_file_and_line(
         assert caught.value.where == f"{path}{at}"
 
 
-def test_versions_that_build_on_each_other_are_told(tmp_path: Path) -> None:
+def test_versions_that_build_on_each_other_are_refused(tmp_path: Path) -> None:
     digests = _history(tmp_path, 2)
     path = tmp_path / "versions" / digests[0][:12] / "members.tsv"
     path.write_text(f"from\t{digests[1][:12]}\n")
-    with pytest.raises(UserError, match="differs from itself"):
+    with pytest.raises(UserError, match="builds on itself"):
         read_members(tmp_path, digests[1])

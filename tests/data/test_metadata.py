@@ -19,11 +19,11 @@ from tunewright.core.errors import UserError
 from tunewright.data.add import add
 from tunewright.data.readers import read_pairs
 from tunewright.data.readers.file_check import check_files, fix_file
-from tunewright.data.readers.metadata import MOST_CHARACTERS
+from tunewright.data.readers.validate import MOST_CHARACTERS
 from tunewright.data.remove import remove
-from tunewright.data.selecting import Selection
+from tunewright.data.selection import Selection
 from tunewright.data.versions import load_version, version_folder
-from tunewright.data.versions.origins import metadata_by_key, places_by_key
+from tunewright.data.versions.trace import metadata_by_key, places_by_key
 
 Row = dict[str, Any]
 
@@ -67,7 +67,7 @@ def _record(project: ProjectFolder) -> list[Row]:
 @pytest.mark.parametrize(
     ("write", "name"), [(_jsonl, "a.jsonl"), (_array, "a.json"), (_csv, "a.csv"), (_parquet, "a.parquet")]
 )
-def test_extra_keys_are_metadata_in_every_kind_of_file(
+def test_extra_keys_become_metadata_in_every_format(
     tmp_path: Path, write: Callable[[Path, list[Row]], Path], name: str
 ) -> None:
     rows = [{"prompt": "a", "completion": "b", "id": "r1", "source": "mail", "empty": ""}]
@@ -76,10 +76,10 @@ def test_extra_keys_are_metadata_in_every_kind_of_file(
     assert [row.metadata for row in reading.rows] == [{"id": "r1", "source": "mail"}]
     ignoring = read_pairs(tmp_path / name, DataConfig(drop_columns=("source",)))
     assert [row.metadata for row in ignoring.rows] == [{"id": "r1"}]
-    assert any("left out, as data.drop_columns says: source" in note for note in ignoring.notes)
+    assert any("dropped by data.drop_columns: source" in note for note in ignoring.notes)
 
 
-def test_values_of_tables_become_json_and_what_json_lacks_is_told(tmp_path: Path) -> None:
+def test_table_values_become_json_and_others_are_reported(tmp_path: Path) -> None:
     row = {"prompt": "a", "completion": "b", "day": datetime.date(2026, 1, 2), "n": {"x": [1, None]}, "raw": b"\xff"}
     path = _parquet(tmp_path / "a.parquet", [row])
     reading = read_pairs(path, DataConfig())
@@ -87,19 +87,19 @@ def test_values_of_tables_become_json_and_what_json_lacks_is_told(tmp_path: Path
     assert any("not kept as metadata" in note and note.endswith("raw (1 row)") for note in reading.notes)
 
 
-def test_a_long_value_is_not_kept_and_counted(tmp_path: Path) -> None:
+def test_long_values_are_dropped_and_counted(tmp_path: Path) -> None:
     reading = read_pairs(_jsonl(tmp_path / "a.jsonl", _rows(3, text="x" * MOST_CHARACTERS)), DataConfig())
     assert [row.metadata for row in reading.rows] == [{}] * 3
     assert any(note.endswith("longer than 1,000 characters: text (3 rows)") for note in reading.notes)
 
 
-def test_a_foreign_byte_in_a_column_that_is_not_used_costs_no_row(tmp_path: Path) -> None:
+def test_invalid_byte_in_an_unused_column_is_no_fault(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes("prompt,completion,note\né,b,".encode() + b"\xff\n")
     assert [row.metadata for row in read_pairs(path, DataConfig()).rows] == [{}]
 
 
-def test_metadata_is_in_the_record_and_in_no_digest(tmp_path: Path) -> None:
+def test_metadata_is_recorded_without_changing_digests(tmp_path: Path) -> None:
     plain, project = new_project(tmp_path / "plain"), new_project(tmp_path / "p")
     rows = _rows()
     first = add(plain, [_jsonl(tmp_path / "a.jsonl", rows)], Listener())
@@ -119,7 +119,7 @@ def test_metadata_is_in_the_record_and_in_no_digest(tmp_path: Path) -> None:
         assert places[member.key] == f"a.jsonl:{number + 1}"
 
 
-def test_newer_metadata_of_a_known_row_is_kept_with_the_next_version(tmp_path: Path) -> None:
+def test_newer_metadata_of_a_known_row_is_stored_with_the_next_version(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     rows = _rows(20, rating=1)
     path = _jsonl(tmp_path / "a.jsonl", rows)
@@ -127,10 +127,10 @@ def test_newer_metadata_of_a_known_row_is_kept_with_the_next_version(tmp_path: P
     listener = Listener()
     again = [{**row, "rating": 2} for row in rows]
     assert not add(project, [_jsonl(path, again)], listener).created
-    assert any("metadata of 20 known rows is not kept" in warned for warned in listener.warned)
+    assert any("metadata of 20 known rows was not stored" in warned for warned in listener.warned)
     first = Listener()
     add(project, [_jsonl(path, [again[0]])], first)
-    assert any("metadata of 1 known row is not kept" in warned for warned in first.warned)
+    assert any("metadata of 1 known row was not stored" in warned for warned in first.warned)
     assert not any("Kept as metadata" in said for said in listener.said)
     more = [{"prompt": q, "completion": a, "rating": 3} for q, a in unlike_pairs(5, seed=4)]
     add(project, [_jsonl(path, [*again, *more])], Listener())
@@ -138,10 +138,10 @@ def test_newer_metadata_of_a_known_row_is_kept_with_the_next_version(tmp_path: P
     assert sorted(value["rating"] for value in found.values()) == [2] * 20 + [3] * 5
     unchanged = Listener()
     add(project, [path], unchanged)
-    assert not any("not kept" in warned for warned in unchanged.warned)
+    assert not any("not stored" in warned for warned in unchanged.warned)
 
 
-def test_new_metadata_of_a_purged_row_is_not_in_the_record(tmp_path: Path) -> None:
+def test_metadata_of_a_purged_row_is_not_recorded(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     rows = _rows(20)
     add(project, [_jsonl(tmp_path / "a.jsonl", rows)], Listener())
@@ -157,7 +157,7 @@ def test_new_metadata_of_a_purged_row_is_not_in_the_record(tmp_path: Path) -> No
     assert f"Kept as metadata: owner ({25 - len(gone)} rows)" in listener.said
 
 
-def test_add_does_not_warn_of_metadata_when_an_unchanged_file_is_added_again(tmp_path: Path) -> None:
+def test_add_does_not_warn_of_metadata_when_the_file_is_unchanged(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p", "data: {contaminated: drop}\n")
     rows = _rows(60)
     spaced = {**rows[5], "prompt": f" {rows[5]['prompt'].upper()}"}
@@ -170,7 +170,7 @@ def test_add_does_not_warn_of_metadata_when_an_unchanged_file_is_added_again(tmp
     remove(project, Selection(where="output == 'answer 7'"), "wrong", Listener())
     listener = Listener()
     assert not add(project, [path, tmp_path / "b.jsonl"], listener).created
-    assert not any("not kept" in warned for warned in listener.warned)
+    assert not any("not stored" in warned for warned in listener.warned)
     rows[3]["id"] = "changed"
     add(project, [_jsonl(path, rows)], listener)
     assert any("metadata of 1 known row" in warned for warned in listener.warned)
@@ -178,16 +178,16 @@ def test_add_does_not_warn_of_metadata_when_an_unchanged_file_is_added_again(tmp
     assert add(project, [_jsonl(path, rows)], Listener()).created
     unchanged = Listener()
     add(project, [path], unchanged)
-    assert not any("not kept" in warned for warned in unchanged.warned)
+    assert not any("not stored" in warned for warned in unchanged.warned)
 
 
 @pytest.mark.parametrize("value", ["4539148803436467", 4539148803436467, {"pay": ["4539 1488 0343 6467"]}])
-def test_a_secret_in_metadata_is_refused_by_place_and_redacted(tmp_path: Path, value: Any) -> None:
+def test_secret_metadata_is_refused_by_place_and_redacted(tmp_path: Path, value: Any) -> None:
     project = new_project(tmp_path / "p")
     rows = _rows()
     rows[3]["note"] = value
     path = _jsonl(tmp_path / "a.jsonl", rows)
-    with pytest.raises(UserError, match="1 secrets as values of groups or metadata, nothing was added") as caught:
+    with pytest.raises(UserError, match="1 secrets in groups or metadata, nothing was added") as caught:
         add(project, [path], Listener())
     assert f"{path}:4: payment card number in the key note" in str(caught.value)
     assert "4539" not in str(caught.value)
@@ -205,12 +205,12 @@ def test_a_secret_in_metadata_is_refused_by_place_and_redacted(tmp_path: Path, v
         {"login": [{"dbPassword": ["hunter2xyz!"]}]},
     ],
 )
-def test_add_refuses_and_redacts_a_password_that_only_its_key_shows(tmp_path: Path, extra: dict[str, Any]) -> None:
+def test_add_refuses_and_redacts_a_password_known_by_its_key(tmp_path: Path, extra: dict[str, Any]) -> None:
     project = new_project(tmp_path / "p")
     rows = _rows()
     rows[3] |= extra
     path = _jsonl(tmp_path / "a.jsonl", rows)
-    with pytest.raises(UserError, match="1 secrets as values of groups or metadata, nothing was added") as caught:
+    with pytest.raises(UserError, match="1 secrets in groups or metadata, nothing was added") as caught:
         add(project, [path], Listener())
     assert f"{path}:4: password in the key {next(iter(extra))}" in str(caught.value)
     assert "hunter2" not in str(caught.value)
@@ -220,7 +220,7 @@ def test_add_refuses_and_redacts_a_password_that_only_its_key_shows(tmp_path: Pa
     assert not any("hunter2" in file.read_text(encoding="utf-8") for file in project.dataset.rglob("*.jsonl"))
 
 
-def test_add_refuses_and_redacts_a_key_that_is_a_secret(tmp_path: Path) -> None:
+def test_add_refuses_and_redacts_a_key_with_a_secret(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     rows = _rows()
     rows[3]["4539148803436467"] = "paid"
@@ -232,7 +232,7 @@ def test_add_refuses_and_redacts_a_key_that_is_a_secret(tmp_path: Path) -> None:
     assert not any("4539" in file.read_text(encoding="utf-8") for file in project.dataset.rglob("*.jsonl"))
 
 
-def test_add_takes_ordinary_keys_whose_values_are_no_passwords(tmp_path: Path) -> None:
+def test_add_accepts_ordinary_metadata(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     extra = {
         "password": True,
@@ -247,23 +247,23 @@ def test_add_takes_ordinary_keys_whose_values_are_no_passwords(tmp_path: Path) -
     }
     listener = Listener()
     add(project, [_jsonl(tmp_path / "a.jsonl", [row | extra for row in _rows()])], listener)
-    assert not any("data as values" in warned for warned in listener.warned)
+    assert not any("data in groups or metadata" in warned for warned in listener.warned)
     assert all(line["metadata"] == extra for line in _record(project))
 
 
-def test_personal_data_in_metadata_is_a_warning(tmp_path: Path) -> None:
+def test_add_warns_of_personal_data_in_metadata(tmp_path: Path) -> None:
     listener = Listener()
     path = _jsonl(tmp_path / "a.jsonl", _rows(20, by="maria@uni-bonn.de"))
     add(new_project(tmp_path / "p"), [path], listener)
     assert any("e-mail address in the key by" in warned for warned in listener.warned)
 
 
-def test_a_corrected_copy_has_the_metadata_but_no_key_that_would_change_the_row(tmp_path: Path) -> None:
+def test_fix_file_keeps_metadata_except_chat_keys(tmp_path: Path) -> None:
     path = _jsonl(tmp_path / "a.jsonl", [{"q": "a", "r": "b", "id": 7, "system": "x"}])
     changes = fix_file(path, tmp_path / "out.jsonl", DataConfig(input="q", output="r"))
     [row] = read_pairs(tmp_path / "out.jsonl", DataConfig()).rows
     assert (row.metadata, len(row.example.messages)) == ({"id": 7}, 2)
-    assert any(change.what == "keys that are not in the copy: system" for change in changes)
+    assert any(change.what == "keys not in the copy: system" for change in changes)
 
 
 def test_metadata_is_shown_and_exported_on_request(tmp_path: Path) -> None:
@@ -279,4 +279,4 @@ def test_metadata_is_shown_and_exported_on_request(tmp_path: Path) -> None:
     assert tunewright("data", "export", out, "--metadata", "-p", project.root).code == 0
     assert sorted(row.metadata["id"] for row in read_pairs(out, DataConfig()).rows) == list(range(20))
     refused = tunewright("data", "export", tmp_path / "x.csv", "--format", "csv", "--metadata", "-p", project.root)
-    assert (refused.code, "csv has no place for metadata" in refused.stderr) == (2, True)
+    assert (refused.code, "--metadata requires the format chat (got csv)" in refused.stderr) == (2, True)

@@ -13,8 +13,9 @@ from tunewright.core.errors import UserError
 from tunewright.data.add import AddResult, add
 from tunewright.data.review.suspects import AnswerLoss, suspects
 from tunewright.data.versions import DatasetVersion, load_version, version_folder
-from tunewright.data.versions.changes import blame, diff
+from tunewright.data.versions.diff import diff
 from tunewright.data.versions.export import export
+from tunewright.data.versions.trace import blame
 
 MIXED = "data:\n  mix: {source: generic.jsonl, fraction: 0.2}\n"
 GENERIC = [
@@ -36,7 +37,7 @@ def _mixed(version: DatasetVersion) -> set[str]:
     return {m.key for m in version.members if m.mixed}
 
 
-def test_the_fraction_is_of_all_training_rows_and_only_those_have_mix_in(tmp_path: Path) -> None:
+def test_mix_fraction_is_of_training_rows_only(tmp_path: Path) -> None:
     project = _project(tmp_path / "p", GENERIC)
     result = _add(project, unlike_pairs(100))
     version = load_version(project.dataset)
@@ -51,7 +52,7 @@ def test_the_fraction_is_of_all_training_rows_and_only_those_have_mix_in(tmp_pat
     assert {m.example.output for m in mixed} <= {output for _, output in GENERIC}
 
 
-def test_the_same_seed_draws_the_same_and_another_draws_others(tmp_path: Path) -> None:
+def test_mix_draw_depends_on_the_seed(tmp_path: Path) -> None:
     one, same, other = (
         _project(tmp_path / name, GENERIC, f"seed: {seed}\n{MIXED}") for name, seed in (("a", 1), ("b", 1), ("c", 2))
     )
@@ -60,7 +61,7 @@ def test_the_same_seed_draws_the_same_and_another_draws_others(tmp_path: Path) -
     assert drawn[0] != drawn[2]
 
 
-def test_a_larger_version_has_the_mix_in_of_the_smaller_one_and_more(tmp_path: Path) -> None:
+def test_mix_draw_of_a_larger_version_extends_the_smaller_one(tmp_path: Path) -> None:
     project = _project(tmp_path / "p", GENERIC)
     _add(project, unlike_pairs(100))
     before = load_version(project.dataset)
@@ -70,7 +71,7 @@ def test_a_larger_version_has_the_mix_in_of_the_smaller_one_and_more(tmp_path: P
     assert not any(m.mixed for m in diff(before, after).removed)
 
 
-def test_held_out_rows_near_ones_and_benchmark_items_are_never_mixed_in(tmp_path: Path) -> None:
+def test_mix_excludes_held_out_rows_near_ones_and_benchmark_items(tmp_path: Path) -> None:
     pairs = unlike_pairs(100)
     plain = new_project(tmp_path / "plain")
     _add(plain, pairs)
@@ -90,16 +91,16 @@ def test_held_out_rows_near_ones_and_benchmark_items_are_never_mixed_in(tmp_path
     assert {m.example.output for m in version.members if m.mixed} == {output for _, output in GENERIC[:12]}
     assert result.version.mix is not None
     assert result.version.mix.left_out == len(bad)
-    [told] = [warning for warning in listener.warned if "passed over" in warning]
+    [reported] = [warning for warning in listener.warned if "of the mix-in rejected" in warning]
     for line in range(1, 6):
-        assert f"generic.jsonl:{line}: " in told
-    assert "AKIA" not in told
-    assert any("gives 12 rows to mix in, not the 20" in warning for warning in listener.warned)
+        assert f"generic.jsonl:{line}: " in reported
+    assert "AKIA" not in reported
+    assert any("has only 12 usable rows to mix in (data.mix asks for 20)" in warning for warning in listener.warned)
     records = (version_folder(project.dataset, version.digest) / "imports.jsonl").read_text(encoding="utf-8")
     assert sum(json.loads(line)["fate"] == "not mixed" for line in records.splitlines()) == len(bad)
 
 
-def test_a_row_of_the_mix_in_that_becomes_a_pair_of_the_domain_is_one(tmp_path: Path) -> None:
+def test_mix_row_becomes_a_domain_row_when_added(tmp_path: Path) -> None:
     project = _project(tmp_path / "p", GENERIC)
     _add(project, unlike_pairs(100))
     row = next(m for m in load_version(project.dataset).members if m.mixed)
@@ -109,7 +110,7 @@ def test_a_row_of_the_mix_in_that_becomes_a_pair_of_the_domain_is_one(tmp_path: 
     assert not after.mixed
 
 
-def test_suspects_are_rows_of_the_domain_and_blame_names_the_mix_in_s_file(tmp_path: Path) -> None:
+def test_suspects_excludes_the_mix_and_blame_names_its_file(tmp_path: Path) -> None:
     project = _project(tmp_path / "p", [*GENERIC, (GENERIC[0][0], "another answer")])
     _add(project, unlike_pairs(100))
     version = load_version(project.dataset)
@@ -121,7 +122,7 @@ def test_suspects_are_rows_of_the_domain_and_blame_names_the_mix_in_s_file(tmp_p
     assert GENERIC[found.line - 1][1] == row.example.output
 
 
-def test_each_version_records_only_the_rows_of_the_mix_in_that_are_new(tmp_path: Path) -> None:
+def test_imports_record_only_new_rows_of_the_mix(tmp_path: Path) -> None:
     project = _project(tmp_path / "p", GENERIC)
     drawn = []
     for count in (100, 160):
@@ -131,7 +132,7 @@ def test_each_version_records_only_the_rows_of_the_mix_in_that_are_new(tmp_path:
     assert drawn == [20, 12]
 
 
-def test_an_export_says_how_many_of_its_rows_are_mixed_in(tmp_path: Path) -> None:
+def test_export_warns_of_mixed_in_rows(tmp_path: Path) -> None:
     project = _project(tmp_path / "p", GENERIC)
     _add(project, unlike_pairs(100))
     listener = Listener()
@@ -139,7 +140,7 @@ def test_an_export_says_how_many_of_its_rows_are_mixed_in(tmp_path: Path) -> Non
     assert any("20 of the 120 rows are generic mix-in" in warning for warning in listener.warned)
 
 
-def test_a_mix_in_taken_out_of_the_config_leaves_the_next_version(tmp_path: Path) -> None:
+def test_mix_removed_from_the_config_leaves_the_next_version(tmp_path: Path) -> None:
     project = _project(tmp_path / "p", GENERIC)
     _add(project, unlike_pairs(100))
     (project.root / "tunewright.yaml").write_text("")
@@ -150,18 +151,16 @@ def test_a_mix_in_taken_out_of_the_config_leaves_the_next_version(tmp_path: Path
 
 @pytest.mark.parametrize(
     ("generic", "message"),
-    [([], "the file is empty"), ([("a", "")], "an empty answer"), ([unlike_pairs(3)[0]] * 3, "may be mixed in")],
+    [([], "the file has no rows"), ([("a", "")], "an empty answer"), ([unlike_pairs(3)[0]] * 3, "can be mixed in")],
 )
-def test_a_mix_in_that_cannot_be_used_is_refused_and_nothing_is_written(
-    tmp_path: Path, generic: list[Pair], message: str
-) -> None:
+def test_mix_is_refused_when_unusable(tmp_path: Path, generic: list[Pair], message: str) -> None:
     project = _project(tmp_path / "p", generic)
     with pytest.raises(UserError, match=message):
         _add(project, unlike_pairs(100))
     assert not (project.dataset / "HEAD").exists()
 
 
-def test_a_missing_mix_in_is_named(tmp_path: Path) -> None:
+def test_mix_is_refused_when_the_file_is_missing(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p", MIXED)
     with pytest.raises(UserError, match=r"generic\.jsonl"):
         _add(project, unlike_pairs(100))

@@ -12,8 +12,8 @@ from command_line import tunewright
 from tunewright.core.errors import UserError
 from tunewright.data.add import add
 from tunewright.data.pii import find, redact, scan, warned
-from tunewright.data.pii.findings import Finder
 from tunewright.data.pii.names import open_presidio, presidio_finder
+from tunewright.data.pii.secret_patterns import Finder
 from tunewright.data.versions import load_version
 
 NAMES = {
@@ -40,7 +40,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def names(model: str) -> Finder:
-    """What finds them."""
+    """Return the finder."""
     return open_presidio(model)
 
 
@@ -48,7 +48,7 @@ def _found(text: str, names: Finder) -> list[tuple[str, str]]:
     return [(each.kind, text[each.start : each.end]) for each in find(text, names)]
 
 
-def test_names_places_and_origins_are_found_and_neither_firms_nor_dates(names: Finder) -> None:
+def test_presidio_finder_finds_names_places_and_origins_only(names: Finder) -> None:
     text = "Maria Weber of Acme, a Dutch woman, moves to Bonn in May; mail maria@uni-bonn.de"
     assert _found(text, names) == [
         ("person", "Maria Weber"),
@@ -59,17 +59,17 @@ def test_names_places_and_origins_are_found_and_neither_firms_nor_dates(names: F
     assert [kind for kind, _ in _found(text, lambda _: [])] == ["email"]
 
 
-def test_they_count_as_personal_data_and_no_value_is_told(names: Finder) -> None:
+def test_names_are_personal_data_reported_without_values(names: Finder) -> None:
     result = scan([("a.jsonl:1", example("I am Maria Weber", "Hello from Bonn"))], also=names)
     assert result.counts == {"person": 1, "location": 1}
     assert result.of("secret") == ()
-    told = warned(result)
-    assert "a.jsonl:1: person's name in messages[0] (user), 5-16" in told
-    assert "place: 1" in told
-    assert not any(value in told + repr(result) for value in ("Maria", "Bonn"))
+    reported = warned(result)
+    assert "a.jsonl:1: person's name in messages[0] (user), 5-16" in reported
+    assert "place: 1" in reported
+    assert not any(value in reported + repr(result) for value in ("Maria", "Bonn"))
 
 
-def test_both_sides_of_a_pair_get_the_same_placeholder_and_redacting_again_changes_nothing(names: Finder) -> None:
+def test_redact_gives_a_name_one_placeholder_in_both_sides(names: Finder) -> None:
     given = example(
         "I am Maria Weber of Bonn, maria@uni-bonn.de. Ana and Anaïs know me; 李明 too.", "Maria Weber? Ana?"
     )
@@ -82,7 +82,7 @@ def test_both_sides_of_a_pair_get_the_same_placeholder_and_redacting_again_chang
     assert redact(redacted, also=names) == (redacted, {})
 
 
-def test_of_a_name_that_runs_into_a_pattern_s_finding_or_a_placeholder_the_rest_counts() -> None:
+def test_presidio_findings_are_cut_at_other_findings() -> None:
     presidio = pytest.importorskip("presidio_analyzer", reason="presidio-analyzer is not installed")
 
     class Greedy(presidio.LocalRecognizer):  # type: ignore[misc, name-defined]
@@ -110,14 +110,14 @@ def test_of_a_name_that_runs_into_a_pattern_s_finding_or_a_placeholder_the_rest_
     assert [m.content for m in redacted.messages] == ["<PERSON_2> <<EMAIL_1>>, <PERSON_1>", "<PERSON_1>"]
 
 
-def test_kinds_that_are_allowed_stay_while_others_go(names: Finder) -> None:
+def test_redact_keeps_allowed_kinds(names: Finder) -> None:
     given = example("I am Maria Weber", "Come to Bonn")
     redacted, counts = redact(given, also=names, allow=["location"])
     assert redacted.output == "Come to Bonn"
     assert counts == {"person": 1}
 
 
-def test_the_command_line_warns_of_names_and_redacts_them(model: str, tmp_path: Path) -> None:
+def test_cli_warns_of_names_and_redacts_them(model: str, tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     pairs = [*unlike_pairs(60), ("Who lives in Bonn?", "Maria Weber lives there")]
     path = write_jsonl(tmp_path / "pairs.jsonl", pairs)
@@ -131,9 +131,7 @@ def test_the_command_line_warns_of_names_and_redacts_them(model: str, tmp_path: 
     assert "<PERSON_1> lives there" in outputs
 
 
-def test_without_presidio_the_extra_is_named_and_nothing_changes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_open_presidio_names_the_extra_when_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "presidio_analyzer", None)
     project = new_project(tmp_path / "p")
     path = write_jsonl(tmp_path / "pairs.jsonl", unlike_pairs(60))
@@ -143,7 +141,7 @@ def test_without_presidio_the_extra_is_named_and_nothing_changes(
     assert not project.dataset.exists()
 
 
-def test_a_model_that_is_not_there_or_finds_no_names_is_told(model: str, tmp_path: Path) -> None:
+def test_open_presidio_refuses_missing_and_unsuitable_models(model: str, tmp_path: Path) -> None:
     import spacy
 
     with pytest.raises(UserError, match="'xx_no_such_model' cannot be loaded") as caught:

@@ -15,9 +15,8 @@ from data_helpers import WORDS, Listener, example, jaccard, new_project, unlike_
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import AddResult, add
-from tunewright.data.dedup.output_leakage import near_overlap, new_templates, output_leak
-from tunewright.data.examples import normalised
-from tunewright.data.outputs import output_template
+from tunewright.data.dedup.output_leakage import measure_output_leakage, near_overlap, new_templates
+from tunewright.data.examples import normalised, output_template
 from tunewright.data.splits import Split
 from tunewright.data.versions import Member, load_version
 
@@ -39,9 +38,9 @@ def _members(count: int, templates: int, seed: int = 0) -> list[Member]:
     return [Member(row, row.pair_key, draw.choice(splits), row.pair_key) for row in rows]
 
 
-def test_output_leak_counts_what_a_loop_counts() -> None:
+def test_measure_output_leakage_matches_a_loop() -> None:
     members = _members(300, 60)
-    found = output_leak(members)
+    found = measure_output_leakage(members)
     train = [m.example.output for m in members if m.split == "train"]
     test = [m.example.output for m in members if m.split == "test"]
     known = sum(any(normalised(a) == normalised(b) for b in train) for a in test)
@@ -52,9 +51,9 @@ def test_output_leak_counts_what_a_loop_counts() -> None:
     assert 0 < known < alike
 
 
-def test_output_leak_chance_is_the_mean_of_simulated_splits() -> None:
+def test_measure_output_leakage_matches_simulated_splits() -> None:
     members = _members(200, 80)
-    found = output_leak(members)
+    found = measure_output_leakage(members)
     sizes = Counter(m.split for m in members)
     rng = np.random.default_rng(0)
     templates = [output_template(m.example.output) for m in members]
@@ -68,7 +67,7 @@ def test_output_leak_chance_is_the_mean_of_simulated_splits() -> None:
     assert chance == pytest.approx(np.mean(shares), abs=0.01)
 
 
-def test_near_overlap_is_that_of_brute_force() -> None:
+def test_near_overlap_matches_brute_force() -> None:
     members = _members(200, 40)
     outputs = [normalised(m.example.output) for m in members]
     listener = Listener()
@@ -86,10 +85,10 @@ def test_near_overlap_is_that_of_brute_force() -> None:
     assert all(done == total for done, total in listener.steps.values())
 
 
-def test_near_overlap_of_a_sample_is_close_to_that_of_all() -> None:
+def test_near_overlap_of_a_sample_is_close_to_the_full_value() -> None:
     members = _members(6_000, 3_000)
     found = near_overlap(members, 0.8, 0, Listener())
-    assert found.here == pytest.approx(output_leak(members).share("template"), abs=0.08)
+    assert found.here == pytest.approx(measure_output_leakage(members).share("template"), abs=0.08)
 
 
 @pytest.mark.parametrize(
@@ -97,14 +96,17 @@ def test_near_overlap_of_a_sample_is_close_to_that_of_all() -> None:
     [
         (["cancel my order", "what is the weather"] * 100, "outputs are labels"),
         ([f"{i} EUR" for i in range(300)], "most outputs have fewer than 5 words"),
-        ([f'{{"name": "{i}", "city": "{i * 7}", "street": "{i}"}}' for i in range(300)], "most outputs have one of a"),
+        (
+            [f'{{"name": "{i}", "city": "{i * 7}", "street": "{i}"}}' for i in range(300)],
+            "most outputs have one of few templates",
+        ),
     ],
 )
-def test_output_leak_is_natural(outputs: list[str], reason: str) -> None:
+def test_measure_output_leakage_recognises_natural_overlap(outputs: list[str], reason: str) -> None:
     splits: list[Split] = ["train", "train", "dev", "test"]
     rows = [example(text, output) for (text, _), output in zip(unlike_pairs(len(outputs)), outputs, strict=True)]
     members = [Member(row, row.pair_key, splits[i % 4], row.pair_key) for i, row in enumerate(rows)]
-    found = output_leak(members)
+    found = measure_output_leakage(members)
     assert found.natural is not None
     assert found.natural.startswith(reason)
     assert not found.high
@@ -127,11 +129,11 @@ def _add(project: ProjectFolder, pairs: Pairs, listener: Listener | None = None,
 def test_add_warns_when_the_test_has_known_templates(tmp_path: Path) -> None:
     listener = Listener()
     result = _add(new_project(tmp_path / "p"), _queries(400, 30), listener)
-    told = [w for w in listener.warned if "output template" in w]
-    assert len(told) == 1
-    assert told[0].startswith(f"{result.outputs.share('template'):.0%} of the test rows")
-    assert "data.split_by: output_template" in told[0]
-    assert "data.group_by" in told[0]
+    reported = [w for w in listener.warned if "output template" in w]
+    assert len(reported) == 1
+    assert reported[0].startswith(f"{result.outputs.share('template'):.0%} of the test rows")
+    assert "data.split_by: output_template" in reported[0]
+    assert "data.group_by" in reported[0]
     free = Listener()
     _add(new_project(tmp_path / "free"), [(a, b) for (a, _), (b, _) in pairwise(unlike_pairs(400))], free)
     assert not any("output template" in w for w in free.warned)
@@ -161,7 +163,7 @@ def test_split_by_output_template_keeps_templates_apart_in_later_versions_too(tm
 
 def test_split_by_output_template_is_refused_when_templates_are_too_few(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p", "data: {split_by: output_template}\n")
-    with pytest.raises(UserError, match="too few to split") as refusal:
+    with pytest.raises(UserError, match="too few independent rows to split") as refusal:
         _add(project, _queries(300, 5))
     assert "data.split_by: output_template joins rows" in str(refusal.value.fix)
 
@@ -173,8 +175,8 @@ def test_split_by_output_template_is_refused_when_a_version_was_split_by_input(t
     with pytest.raises(UserError, match="was split by input, and") as refusal:
         _add(ProjectFolder(project.root), _queries(300, 40))
     assert refusal.value.where == "data.split_by"
-    assert "Start a new dataset" in str(refusal.value.fix)
-    assert "--split-from cannot keep this split" in str(refusal.value.fix)
+    assert "start a new dataset" in str(refusal.value.fix)
+    assert "add the files again without --split-from" in str(refusal.value.fix)
     new = new_project(tmp_path / "new", "data: {split_by: output_template}\n")
     with pytest.raises(UserError, match=r"p was split by input, and \d+ of its 300 rows here") as refusal:
         _add(new, _queries(300, 40), split_from=project.root)

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunewright.data.examples import normalised
-from tunewright.data.outputs import labels_among, output_template, template_groups
+from tunewright.data.examples import labels_among, normalised, output_template, template_groups
 
 WORDS = st.text(alphabet="abcdefgh ,.;()=", min_size=1, max_size=20)
 NUMBERS = st.one_of(
@@ -99,5 +98,5 @@ def test_labels_among_are_all_outputs_when_class_like() -> None:
     assert labels_among(["yes", "no "] * 5) == {"yes", "no"}
 
 
-def test_labels_among_are_none_when_not_class_like() -> None:
+def test_labels_among_is_empty_when_not_class_like() -> None:
     assert labels_among([f"text {i}" for i in range(300)] + ["I cannot help with that."] * 5) == frozenset()

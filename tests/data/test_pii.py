@@ -1,4 +1,4 @@
-"""Secrets and personal data: what is found and what is not, that no value is ever told, and consistent redaction."""
+"""Secrets and personal data: findings, lookalikes, reports without values, and consistent redaction."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _small_numbers(address: str) -> bool:
 
 
 @pytest.mark.parametrize("name", BY_KIND)
-def test_every_kind_is_found_whole_and_by_its_name(name: str) -> None:
+def test_find_detects_every_kind_completely(name: str) -> None:
     samples = [sample for sample in POSITIVES if sample.name == name]
     if name == "ip_address":  # four numbers under 100 are a section or a version unless they are called an address
         samples = [sample for sample in samples if not _small_numbers(sample.expected[0][1])]
@@ -57,14 +57,14 @@ def test_every_kind_is_found_whole_and_by_its_name(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in NEGATIVES if name != "bare 16 digits"])
-def test_what_only_looks_like_one_is_not_found(name: str) -> None:
+def test_find_ignores_lookalikes(name: str) -> None:
     found = [(sample.text, _found(sample.text)) for sample in negatives(seed=11, each=100) if sample.name == name]
     wrong = [(text, kinds) for text, kinds in found if kinds]
     # Of wrong IBANs, one in some hundreds ends like a phone number.
     assert len(wrong) <= (1 if name == "bad IBAN" else 0), wrong
 
 
-def test_of_bare_numbers_of_16_digits_only_those_pass_that_a_card_could_have() -> None:
+def test_find_accepts_only_plausible_card_numbers() -> None:
     samples = [sample.text for sample in negatives(seed=11, each=400) if sample.name == "bare 16 digits"]
     found = [text for text in samples if find(text)]
     assert len(found) < 0.05 * len(samples)
@@ -91,7 +91,7 @@ def test_of_bare_numbers_of_16_digits_only_those_pass_that_a_card_could_have() -
         ("https://maria@uni-bonn.de/ and https://host:8080/a@b", []),
     ],
 )
-def test_the_surroundings_decide(text: str, kinds: list[str]) -> None:
+def test_find_uses_the_context(text: str, kinds: list[str]) -> None:
     assert [kind for kind, _ in _found(text)] == kinds
 
 
@@ -107,7 +107,7 @@ def test_the_surroundings_decide(text: str, kinds: list[str]) -> None:
         "password: Blue#Moon",
     ],
 )
-def test_a_plain_password_is_found_by_its_name(text: str) -> None:
+def test_find_detects_a_password_by_its_name(text: str) -> None:
     assert [kind for kind, _ in _found(text)] == ["password"]
     redacted, _ = redact(_example("x", text, "ok"))
     assert "<PASSWORD_1>" in redacted.messages[1].content
@@ -136,11 +136,11 @@ def test_a_plain_password_is_found_by_its_name(text: str) -> None:
         "password: https://x.io/a1b2c3",
     ],
 )
-def test_what_only_speaks_of_a_password_is_no_password(text: str) -> None:
+def test_find_ignores_mentions_of_passwords(text: str) -> None:
     assert "password" not in [kind for kind, _ in _found(text)]
 
 
-def test_a_token_in_a_url_is_named_as_the_token_and_a_password_is_no_e_mail_address() -> None:
+def test_find_prefers_tokens_in_urls_and_no_email_in_passwords() -> None:
     ((_, token),) = _sample("gitlab_token").expected
     assert _found(f"git clone https://oauth2:{token}@gitlab.com/a/b.git") == [("gitlab_token", token)]
     assert _found("amqp://svc:hunter2Zq@mail.startup.io") == [("url_credentials", "svc:hunter2Zq")]
@@ -148,12 +148,12 @@ def test_a_token_in_a_url_is_named_as_the_token_and_a_password_is_no_e_mail_addr
     assert _found("psql postgres://ann:p@ss!word9@db.startup.io/x") == [("url_credentials", "ann:p@ss!word9")]
 
 
-def test_a_cut_off_private_key_is_found_as_far_as_it_goes_and_the_prose_behind_it_is_not_taken() -> None:
+def test_find_detects_a_truncated_private_key_without_the_text_after_it() -> None:
     key = _sample("private_key").expected[0][1].partition("\n-----END")[0]
     assert _found(f"{key}\n\nCan you see my key?") == [("private_key", key)]
 
 
-def test_checksums_agree_with_published_numbers() -> None:
+def test_checksums_match_published_numbers() -> None:
     # An expired token that shows the format, from the gist of a library for it (therootcompany/base62-token.js).
     assert checksummed("ghp_" + "zQWBuTSOoRi4A9spHcVY5ncnsDkxkJ" + "0mLq17")
     # The registry's examples (SWIFT, IBAN registry) and the card processors' test numbers.
@@ -169,7 +169,7 @@ def test_checksums_agree_with_published_numbers() -> None:
 
 
 @given(st.text("0123456789", min_size=11, max_size=18), st.data())
-def test_one_wrong_digit_breaks_card_numbers_and_ibans(body: str, data: st.DataObject) -> None:
+def test_checksums_fail_when_a_digit_is_wrong(body: str, data: st.DataObject) -> None:
     place, step = data.draw(st.integers(0, len(body) - 1)), data.draw(st.integers(1, 9))
     wrong = body[:place] + str((int(body[place]) + step) % 10) + body[place + 1 :]
     card, iban = with_luhn(body), with_iban_check("DE", body)
@@ -180,7 +180,7 @@ def test_one_wrong_digit_breaks_card_numbers_and_ibans(body: str, data: st.DataO
 
 
 @given(st.text(max_size=200) | st.text("0123456789 .-+()@:/AKIsk_xogh", max_size=200))
-def test_findings_are_in_order_apart_and_within_the_text(text: str) -> None:
+def test_find_returns_ordered_disjoint_findings(text: str) -> None:
     end = 0
     for finding in find(text):
         assert end <= finding.start < finding.end <= len(text)
@@ -188,16 +188,22 @@ def test_findings_are_in_order_apart_and_within_the_text(text: str) -> None:
         end = finding.end
 
 
-def test_no_value_is_told_anywhere() -> None:
+def test_scan_reports_no_values() -> None:
     rows = [(f"a.jsonl:{i}", _example("Answer.", sample.text, "Yes.")) for i, sample in enumerate(POSITIVES, start=1)]
     result = scan(rows)
-    told = [repr(result), json.dumps(result.as_dict()), warned(result), str(blocked(result)), *map(str, result.places)]
+    reported = [
+        repr(result),
+        json.dumps(result.as_dict()),
+        warned(result),
+        str(blocked(result)),
+        *map(str, result.places),
+    ]
     for sample in POSITIVES:
         for _, value in sample.expected:
-            assert not any(value in text for text in told)
+            assert not any(value in text for text in reported)
 
 
-def test_a_scan_says_row_turn_and_offsets_and_counts_by_kind() -> None:
+def test_scan_reports_row_turn_and_offsets_and_counts() -> None:
     mail, other = "maria@uni-bonn.de", "b.ok@startup.io"
     rows = [
         ("a.jsonl:3", _example(f"Sign as {other}.", "Hello", f"Write to {mail} or {other}")),
@@ -216,7 +222,7 @@ def test_a_scan_says_row_turn_and_offsets_and_counts_by_kind() -> None:
     assert list(listener.steps.values()) == [(2, 2)]
 
 
-def test_the_refusal_names_file_line_turn_and_kind_and_says_how_to_go_on() -> None:
+def test_blocked_names_place_kind_and_fix() -> None:
     key, card = _sample("stripe_key").expected[0][1], "4539148803436467"
     rows = [
         ("a.jsonl:8", _example("Answer.", f"key {key}", "Thanks")),
@@ -230,7 +236,7 @@ def test_the_refusal_names_file_line_turn_and_kind_and_says_how_to_go_on() -> No
     assert warned(scan(rows)) == ""
 
 
-def test_the_warning_counts_all_and_lists_some() -> None:
+def test_warned_counts_all_and_lists_some() -> None:
     rows = [(f"a.jsonl:{i}", _example("x", f"I am m{i}@uni-bonn.de", "Hello")) for i in range(1, 26)]
     result = scan(rows)
     text = warned(result)
@@ -240,7 +246,7 @@ def test_the_warning_counts_all_and_lists_some() -> None:
     assert "and 15 more" in text
 
 
-def test_both_sides_of_a_pair_get_the_same_placeholder_however_a_value_is_written() -> None:
+def test_redact_gives_a_value_one_placeholder_in_any_spelling() -> None:
     example = _example(
         "Be brief.",
         "I am Maria@uni-bonn.de, my friend is b.ok@startup.io. Card 4539 1488 0343 6467, call me at 415 555 2671",
@@ -255,7 +261,7 @@ def test_both_sides_of_a_pair_get_the_same_placeholder_however_a_value_is_writte
     assert counts == {"email": 4, "card": 2, "phone": 2}
 
 
-def test_a_secret_that_only_its_neighbour_gives_away_is_replaced_in_every_turn() -> None:
+def test_redact_replaces_a_value_in_every_turn() -> None:
     sample = next(s for s in POSITIVES if s.name == "aws_secret" and len(s.expected) == 2)
     (secret,) = [value for kind, value in sample.expected if kind == "aws_secret"]
     assert find(f"It was {secret}.") == []
@@ -263,18 +269,18 @@ def test_a_secret_that_only_its_neighbour_gives_away_is_replaced_in_every_turn()
     assert redacted.output == "It was <AWS_SECRET_1>."
 
 
-def test_numbers_go_on_behind_placeholders_that_are_there() -> None:
+def test_redact_continues_existing_placeholder_numbers() -> None:
     redacted, counts = redact(_example("x", "From <EMAIL_2>", "To maria@uni-bonn.de"))
     assert redacted.output == "To <EMAIL_3>"
     assert counts == {"email": 1}
 
 
-def test_an_example_without_findings_is_returned_as_it_is() -> None:
+def test_redact_returns_an_example_without_findings_unchanged() -> None:
     example = Example((Message("user", "Hello <EMAIL_1>"), Message("assistant", "Hi", 0), Message("assistant", "Ok")))
     assert redact(example) == (example, {})
 
 
-def test_weights_and_roles_stay() -> None:
+def test_redact_keeps_weights_and_roles() -> None:
     turns = (Message("user", "a@uni-bonn.de"), Message("assistant", "a@uni-bonn.de", 0), Message("user", "b"))
     redacted, _ = redact(Example((*turns, Message("assistant", "c"))))
     assert [(m.role, m.weight) for m in redacted.messages] == [
@@ -285,21 +291,21 @@ def test_weights_and_roles_stay() -> None:
     ]
 
 
-def test_kinds_that_are_allowed_are_counted_and_told_but_neither_block_nor_warn() -> None:
+def test_allowed_kinds_are_counted_and_reported_only() -> None:
     key, mail = _sample("stripe_key").expected[0][1], "maria@uni-bonn.de"
     rows = [("a.jsonl:8", _example("Answer.", f"key {key}", f"Ask {mail}, or call 415-555-2671"))]
     result = scan(rows, allow=["stripe_key", "phone"])
     assert result.counts == {"stripe_key": 1, "email": 1, "phone": 1}
     assert result.of("secret") == ()
     assert [place.finding.kind for place in result.of("personal")] == ["email"]
-    told = let_through(result)
-    assert told.count("\n") == 0
-    assert "Stripe live key: 1, phone number: 1, in 1 row" in told
-    assert key not in told
+    reported = let_through(result)
+    assert reported.count("\n") == 0
+    assert "Stripe live key: 1, phone number: 1, in 1 row" in reported
+    assert key not in reported
     assert let_through(scan(rows)) == ""
 
 
-def test_what_is_allowed_is_not_redacted_not_even_in_part() -> None:
+def test_redact_keeps_allowed_values_completely() -> None:
     example = _example("x", "Write to ann@uni-bonn.de or call 415-555-2671", "Not ann@uni-bonn.de: 415-555-2671")
     redacted, counts = redact(example, allow=["phone"])
     assert [m.content for m in redacted.messages][1:] == [
@@ -315,14 +321,14 @@ def test_what_is_allowed_is_not_redacted_not_even_in_part() -> None:
     ]
 
 
-def test_the_config_knows_every_kind_that_is_found() -> None:
+def test_config_accepts_every_kind() -> None:
     assert set(get_args(Findable)) == set(LABELS)
     assert DataConfig.model_validate({"allow": ["phone"]}).allow == ("phone",)
     with pytest.raises(ValidationError, match="github_token"):
         DataConfig.model_validate({"allow": ["telephone"]})
 
 
-def test_a_data_set_with_allowed_kinds_is_added_and_the_refusal_names_the_way(tmp_path: Path) -> None:
+def test_add_accepts_allowed_kinds_and_the_error_names_the_option(tmp_path: Path) -> None:
     key = _sample("stripe_key").expected[0][1]
     pairs = [*unlike_pairs(60), ("Which key is for tests?", f"It is {key}")]
     path = write_jsonl(tmp_path / "pairs.jsonl", pairs)
@@ -335,12 +341,12 @@ def test_a_data_set_with_allowed_kinds_is_added_and_the_refusal_names_the_way(tm
     listener = Listener()
     added = add(ProjectFolder(project.root, changed), [path], listener)
     assert (added.added, added.personal) == (61, {"stripe_key": 1})
-    assert any("Let through, as data.allow says: Stripe live key: 1" in said for said in listener.said)
+    assert any("Permitted by data.allow: Stripe live key: 1" in said for said in listener.said)
 
 
 @settings(max_examples=300)
 @given(st.lists(st.sampled_from(POSITIVES), min_size=1, max_size=5), st.sampled_from([" ", "\n", ", ", "; "]))
-def test_what_is_redacted_holds_nothing_more_and_is_not_changed_again(samples: list[Sample], between: str) -> None:
+def test_redact_is_complete_and_idempotent(samples: list[Sample], between: str) -> None:
     texts = [sample.text for sample in samples]
     example = _example(texts[0], between.join(texts), between.join(reversed(texts)))
     found = sum(len(find(message.content)) for message in example.messages)
@@ -352,6 +358,6 @@ def test_what_is_redacted_holds_nothing_more_and_is_not_changed_again(samples: l
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real data sets are not there")
 @pytest.mark.parametrize("name", ["banking77", "snips_slots", "pubmedqa"])
-def test_nothing_is_found_in_real_data_that_holds_nothing(name: str) -> None:
+def test_find_detects_nothing_in_clean_real_data(name: str) -> None:
     rows = [(f"{name}:{i}", example) for i, example in enumerate(DATA_SETS[name](), start=1)]
     assert scan(rows).counts == {}

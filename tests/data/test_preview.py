@@ -14,9 +14,9 @@ from tunewright.config import Config
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import add
-from tunewright.data.preview import Effect, preview
+from tunewright.data.plan import Effect, preview
 from tunewright.data.remove import remove
-from tunewright.data.selecting import Selection
+from tunewright.data.selection import Selection
 from tunewright.data.versions import load_version
 
 
@@ -73,22 +73,22 @@ def test_preview_counts_rows_that_were_removed_earlier(tmp_path: Path) -> None:
     gone = remove(project, Selection(where="split == 'train' && contains(output, '1')"), "wrong", Listener()).rows
     effect = _effect(project, path)
     assert (effect.removed, effect.added, effect.known) == (len(gone), 0, 60 - len(gone))
-    told = tunewright("data", "check", path, "-p", project.root)
-    assert f"removed earlier {len(gone)}" in " ".join((told.stderr + told.stdout).split())
+    reported = tunewright("data", "check", path, "-p", project.root)
+    assert f"removed earlier {len(gone)}" in " ".join((reported.stderr + reported.stdout).split())
 
 
-def test_every_refusal_of_adding_is_in_the_preview(tmp_path: Path) -> None:
+def test_preview_collects_every_error_of_add(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     rows = [*_rows(30), {"promt": "a", "completion": "b"}, {"prompt": "x", "completion": "password: hunter2"}]
     rows.append({**rows[0], "completion": "another"})
     path = _file(tmp_path / "new.jsonl", rows)
     found = preview(project, [path], Listener())
     assert not found.ok
-    told = [refusal.what.splitlines()[0] for refusal in found.refusals]
-    assert told == [
+    reported = [refusal.what.splitlines()[0] for refusal in found.refusals]
+    assert reported == [
         "1 faulty row, nothing would be added",
         "1 secret in 1 row, nothing would be added (password: 1)",
-        "1 input with different outputs, nothing would be added; which is right?",
+        "1 input with different outputs, nothing would be added",
     ]
     assert found.effect is not None
     assert found.effect.conflicts == 1
@@ -101,18 +101,18 @@ def test_every_refusal_of_adding_is_in_the_preview(tmp_path: Path) -> None:
     assert not project.dataset.exists() or not list(project.dataset.glob("versions/*"))
 
 
-def test_too_few_rows_are_a_refusal_of_the_preview_too(tmp_path: Path) -> None:
+def test_preview_includes_the_error_for_too_few_rows(tmp_path: Path) -> None:
     found = preview(new_project(tmp_path / "p"), [_file(tmp_path / "a.jsonl", _rows(3))], Listener())
     assert (found.ok, found.effect) == (False, None)
-    assert "3 independent clusters" in found.refusals[0].what
+    assert "in 3 clusters" in found.refusals[0].what
 
 
-def test_the_command_prints_causes_and_splits_and_its_exit_code_is_that_of_adding(tmp_path: Path) -> None:
+def test_check_command_prints_causes_and_splits_with_the_exit_code_of_add(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     bad = _file(tmp_path / "bad.jsonl", [*_rows(30), *[{"promt": "a", "completion": "b"}] * 5])
-    told = tunewright("data", "check", bad, "-p", project.root)
-    text = " ".join((told.stderr + told.stdout).split())
-    assert told.code == 2
+    reported = tunewright("data", "check", bad, "-p", project.root)
+    text = " ".join((reported.stderr + reported.stdout).split())
+    assert reported.code == 2
     assert '5 rows: unknown key "promt", did you mean "prompt"? [E201 $.promt]' in text
     assert f"{bad}:31, {bad}:32, {bad}:33 and 2 more" in text
     assert "would refuse these files (exit code 2). Nothing was written." in text
@@ -120,12 +120,12 @@ def test_the_command_prints_causes_and_splits_and_its_exit_code_is_that_of_addin
     assert len(document["faults"]) == 5
     assert [split["rows"] for split in document["effect"]["splits"]] == [24, 3, 3]
     good = _file(tmp_path / "good.jsonl", _rows(30))
-    told = tunewright("data", "check", good, "-p", project.root)
-    assert (told.code, "would add these files" in told.stderr + told.stdout) == (0, True)
+    reported = tunewright("data", "check", good, "-p", project.root)
+    assert (reported.code, "would add these files" in reported.stderr + reported.stdout) == (0, True)
     assert not project.dataset.exists()
 
 
-def test_conflicts_may_be_accepted_for_the_preview(tmp_path: Path) -> None:
+def test_preview_accepts_conflicts_on_request(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     rows = _rows(30)
     path = _file(tmp_path / "a.jsonl", [*rows, {**rows[0], "completion": "another"}])
@@ -134,9 +134,7 @@ def test_conflicts_may_be_accepted_for_the_preview(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("setting", "warned"), [("error", False), ("accept", True)])
-def test_preview_warns_of_kept_conflicts_only_where_they_are_accepted(
-    tmp_path: Path, setting: str, warned: bool
-) -> None:
+def test_preview_warns_of_conflicts_only_when_accepted(tmp_path: Path, setting: str, warned: bool) -> None:
     project = new_project(tmp_path / "p", f"data: {{conflicts: {setting}}}\n")
     rows = _rows(30)
     listener = Listener()
@@ -145,7 +143,7 @@ def test_preview_warns_of_kept_conflicts_only_where_they_are_accepted(
     assert bool(found.refusals) is not warned
 
 
-def test_check_with_the_options_of_add_has_its_numbers(tmp_path: Path) -> None:
+def test_check_command_has_the_numbers_of_add_with_its_options(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     rows = _rows(40)
     add(project, [_file(tmp_path / "old.jsonl", rows[:36])], Listener())
@@ -160,7 +158,7 @@ def test_check_with_the_options_of_add_has_its_numbers(tmp_path: Path) -> None:
     options = ("--skip-bad", "--redact", "--replace", "--restore")
     plain = tunewright("data", "check", path, "-p", project.root)
     assert plain.code == 2
-    assert "add them with --replace" in " ".join((plain.stderr + plain.stdout).split())
+    assert "use --replace" in " ".join((plain.stderr + plain.stdout).split())
     for some in (options[1:], (options[0], *options[2:]), (*options[:2], options[3])):
         assert tunewright("data", "check", path, *some, "-p", project.root).code == 2
     before = _everything(project.root)
@@ -176,7 +174,7 @@ def test_check_with_the_options_of_add_has_its_numbers(tmp_path: Path) -> None:
     ]
 
 
-def test_check_refuses_options_that_nothing_would_read(tmp_path: Path) -> None:
+def test_check_command_refuses_options_without_effect(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     path = _file(tmp_path / "a.jsonl", _rows(30))
     fixed = tunewright("data", "check", path, "--fix", tmp_path / "b.jsonl", "--replace", "-p", project.root)
@@ -185,16 +183,16 @@ def test_check_refuses_options_that_nothing_would_read(tmp_path: Path) -> None:
     assert (version.code, "--skip-bad is for files, and none is named" in version.stderr) == (2, True)
 
 
-def test_skipped_rows_are_promised_to_imports_only_if_others_are_added(tmp_path: Path) -> None:
+def test_preview_mentions_imports_only_if_rows_are_added(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     listener = Listener()
     rows = [*_rows(30), {"promt": "a", "completion": "b"}, {"prompt": "x", "completion": "password: hunter2"}]
     with pytest.raises(UserError, match="1 secret in 1 row"):
         add(project, [_file(tmp_path / "a.jsonl", rows)], listener, skip_bad=True)
-    assert "If the others are added, imports.jsonl lists each" in listener.warned[0]
+    assert "The new version's imports.jsonl lists each" in listener.warned[0]
 
 
-def test_images_are_one_cause(tmp_path: Path) -> None:
+def test_faults_group_images_as_one_cause(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     turns = [{"role": "user", "content": [{"type": "image_url"}]}, {"role": "assistant", "content": "x"}]
     path = _file(tmp_path / "a.jsonl", [*_rows(20), *[{"messages": turns}] * 4])
@@ -210,7 +208,7 @@ def test_conflict_refusal_is_short_and_the_json_lists_all_when_most_inputs_have_
     path = _file(project.root / "pairs.jsonl", [{"prompt": text, "completion": answer} for text, answer in rows])
     found = preview(project, [path], Listener())
     [refusal] = found.refusals
-    assert "Every input has several outputs: if these are references, --accept-conflicts keeps them." in str(refusal)
+    assert "Every input has several outputs. If these are alternative references" in str(refusal)
     assert (str(refusal).count(start), str(refusal).count("and 6 more outputs")) == (3, 3)
     assert "and 27 more: `tunewright data check FILE --json` lists all" in str(refusal)
     listed = found.as_dict()["conflicts"]
@@ -226,4 +224,4 @@ def test_conflict_refusal_names_the_option_when_the_version_before_accepted_conf
     more = _file(project.root / "more.jsonl", [{**question, "completion": "maybe"}])
     with pytest.raises(UserError, match="1 input with different outputs") as caught:
         add(strict, [more], Listener())
-    assert "The version before accepted conflicts by that option" in (caught.value.fix or "")
+    assert "The previous version accepted conflicts with that option" in (caught.value.fix or "")

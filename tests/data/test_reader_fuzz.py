@@ -85,22 +85,24 @@ def _dumped(value: Any) -> bytes:
 
 
 @given(_pieces(), RECIPES)
-def test_json_lines_of_any_bytes(folder: Path, content: bytes, data: DataConfig) -> None:
+def test_json_lines_survive_any_bytes(folder: Path, content: bytes, data: DataConfig) -> None:
     _check_bytes(folder, "a.jsonl", content, data)
 
 
 @given(st.lists(_json, min_size=1, max_size=4), RECIPES)
-def test_json_lines_of_any_values(folder: Path, values: list[Any], data: DataConfig) -> None:
+def test_json_lines_survive_any_values(folder: Path, values: list[Any], data: DataConfig) -> None:
     _check_bytes(folder, "b.jsonl", PAIR + b"\n" + b"\n".join(map(_dumped, values)), data)
 
 
 @given(_pieces(b"[" + PAIR + b",", PAIR + b"]"), RECIPES)
-def test_a_json_array_of_any_bytes(folder: Path, content: bytes, data: DataConfig) -> None:
+def test_json_array_survives_any_bytes(folder: Path, content: bytes, data: DataConfig) -> None:
     _check_bytes(folder, "c.json", b"[" + content, data)
 
 
 @given(st.lists(st.one_of(_json, st.dictionaries(_keys, _json, max_size=4)), max_size=4), st.integers(0, 2), RECIPES)
-def test_json_objects_and_arrays_of_any_values(folder: Path, values: list[Any], indent: int, data: DataConfig) -> None:
+def test_json_objects_and_arrays_survive_any_values(
+    folder: Path, values: list[Any], indent: int, data: DataConfig
+) -> None:
     text = json.dumps(values, indent=indent) if indent else "\n".join(json.dumps(value, indent=1) for value in values)
     _check_bytes(folder, "d.json", text.encode(), data)
 
@@ -121,7 +123,7 @@ _documents = st.one_of(
     data=RECIPES,
     foreign=st.one_of(st.none(), st.integers(0, 50)),
 )
-def test_rows_in_a_json_document(
+def test_document_rows_survive_any_document(
     folder: Path, content: bytes, expression: str, data: DataConfig, foreign: int | None
 ) -> None:
     if foreign is not None:
@@ -130,7 +132,7 @@ def test_rows_in_a_json_document(
 
 
 @given(_pieces(b"q,a\n", b"q\ta\n", b"prompt,completion\n", b";", b"|", b'""', b"q,a,id,b,x\n"), RECIPES)
-def test_csv_of_any_bytes(folder: Path, content: bytes, data: DataConfig) -> None:
+def test_csv_survives_any_bytes(folder: Path, content: bytes, data: DataConfig) -> None:
     _check_bytes(folder, "f.csv", content, data)
 
 
@@ -139,7 +141,7 @@ def test_csv_of_any_bytes(folder: Path, content: bytes, data: DataConfig) -> Non
     st.sampled_from(["g.json", "g.jsonl", "g.csv", "g.tsv", "g.txt", "g.parquet", "g"]),
     RECIPES,
 )
-def test_any_bytes_under_any_name(folder: Path, content: bytes, name: str, data: DataConfig) -> None:
+def test_readers_survive_any_bytes_under_any_name(folder: Path, content: bytes, name: str, data: DataConfig) -> None:
     _check_bytes(folder, name, content, data)
 
 
@@ -176,7 +178,7 @@ def _damaged(content: bytes, damages: list[tuple[str, float, int]]) -> bytes:
 
 
 @given(_damages, RECIPES)
-def test_damaged_parquet(folder: Path, damages: list[tuple[str, float, int]], data: DataConfig) -> None:
+def test_parquet_survives_damage(folder: Path, damages: list[tuple[str, float, int]], data: DataConfig) -> None:
     _check_bytes(folder, "h.parquet", b"PAR1" + _damaged(_parquet(), damages)[4:], data)
 
 
@@ -206,7 +208,7 @@ def _write(folder: Path, files: dict[str, bytes]) -> Path:
 
 
 @given(file=st.sampled_from(_FILES), damages=_damages, data=RECIPES)
-def test_a_saved_dataset_with_a_damaged_file(
+def test_saved_dataset_survives_a_damaged_file(
     folder: Path, saved: dict[str, bytes], file: str, damages: list[tuple[str, float, int]], data: DataConfig
 ) -> None:
     _check(_write(folder / "damaged", {**saved, file: _damaged(saved[file], damages)}), data)
@@ -237,7 +239,7 @@ _meta = st.one_of(
 
 
 @given(draw=st.data(), file=st.sampled_from(_FILES[:2]), data=RECIPES, gone=st.booleans())
-def test_a_saved_dataset_whose_description_says_something_else(
+def test_saved_dataset_survives_a_wrong_description(
     folder: Path, saved: dict[str, bytes], draw: st.DataObject, file: str, data: DataConfig, gone: bool
 ) -> None:
     described = _changed(json.loads(saved[file]), draw.draw)
@@ -301,6 +303,6 @@ _templates = st.one_of(
 
 @given(_templates, st.lists(st.dictionaries(_keys, _json, max_size=4), min_size=1, max_size=3))
 @example("{{ q | upper }}", [{"q": None}])
-def test_any_template_over_any_rows(folder: Path, template: str, rows: list[Any]) -> None:
+def test_templates_survive_any_rows(folder: Path, template: str, rows: list[Any]) -> None:
     data = DataConfig(input="x {{ q }}", output=template)
     _check_bytes(folder, "i.jsonl", b"\n".join(map(_dumped, rows)), data)

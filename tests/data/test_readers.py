@@ -1,4 +1,4 @@
-"""Files of pairs: what is read, what is refused, and that each fault is told with its line."""
+"""Files of pairs: supported and refused content, and faults with their lines."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from hypothesis import strategies as st
 from tunewright.config import DataConfig
 from tunewright.core.errors import UserError
 from tunewright.data.examples import Message
-from tunewright.data.readers import Reading, read_pairs
+from tunewright.data.readers import ReadResult, read_pairs
 
 CONFIG = DataConfig(input="q", output="a")
 PAIR = b'{"prompt": "two and two?", "completion": "four"}\n'
 
 
-def _read(tmp_path: Path, content: bytes, name: str = "pairs.jsonl", config: DataConfig = CONFIG) -> Reading:
+def _read(tmp_path: Path, content: bytes, name: str = "pairs.jsonl", config: DataConfig = CONFIG) -> ReadResult:
     path = tmp_path / name
     path.write_bytes(content)
     return read_pairs(path, config)
 
 
-def _faults(reading: Reading) -> list[tuple[int, str]]:
+def _faults(reading: ReadResult) -> list[tuple[int, str]]:
     return [(fault.line, fault.reason) for fault in reading.faults]
 
 
@@ -41,19 +41,19 @@ def _weighted(weight: Any) -> bytes:
     return json.dumps({"messages": turns}).encode()
 
 
-def test_a_chat_row_keeps_every_turn(tmp_path: Path) -> None:
+def test_chat_row_keeps_every_turn(tmp_path: Path) -> None:
     turns = [("system", "Be brief."), ("user", "hi"), ("assistant", "hello"), ("user", "bye"), ("assistant", " ciao ")]
     reading = _read(tmp_path, _turns(*turns))
     assert [(m.role, m.content) for m in reading.rows[0].example.messages] == turns
     assert not reading.faults
 
 
-def test_a_prompt_and_its_completion_are_one_user_and_one_assistant_turn(tmp_path: Path) -> None:
+def test_prompt_and_completion_become_user_and_assistant_turns(tmp_path: Path) -> None:
     reading = _read(tmp_path, PAIR)
     assert reading.rows[0].example.messages == (Message("user", "two and two?"), Message("assistant", "four"))
 
 
-def test_a_turn_s_weight_is_kept_and_makes_another_example_only_where_it_is_0(tmp_path: Path) -> None:
+def test_weight_0_is_kept_and_weight_1_changes_nothing(tmp_path: Path) -> None:
     def turns(**first: int) -> bytes:
         rows: list[dict[str, Any]] = [
             {"role": "user", "content": "a"},
@@ -69,7 +69,7 @@ def test_a_turn_s_weight_is_kept_and_makes_another_example_only_where_it_is_0(tm
     assert type(zero).from_dicts([m.as_dict() for m in zero.messages]) == zero
 
 
-def test_the_config_s_system_turn_goes_where_there_is_none(tmp_path: Path) -> None:
+def test_system_turn_of_the_config_is_added_when_missing(tmp_path: Path) -> None:
     own = _turns(("system", "mine"), ("user", "a"), ("assistant", "b"))
     reading = _read(tmp_path, PAIR + own, config=DataConfig(system_prompt="the config's"))
     assert [row.example.messages[0].content for row in reading.rows] == ["the config's", "mine"]
@@ -84,7 +84,7 @@ def test_the_config_s_system_turn_goes_where_there_is_none(tmp_path: Path) -> No
         (b"{}", 'missing key "completion", "prompt"'),
         (b'{"question": "a", "answer": "b"}', 'unknown key "question", "answer"'),
         (b'{"prompt": "a", "completion": "b", "prompts": 1}', 'unknown key "prompts", did you mean "prompt"?'),
-        (b'{"prompt": "a", "completion": "b", "completion": "c"}', '"completion" stands twice'),
+        (b'{"prompt": "a", "completion": "b", "completion": "c"}', 'duplicate key "completion"'),
         (b'{"prompt": "a", "completion": ""}', "an empty answer"),
         (b'{"prompt": "a", "completion": " \\n"}', "an empty answer"),
         (b'{"prompt": "", "completion": "b"}', "an empty user turn"),
@@ -100,10 +100,10 @@ def test_the_config_s_system_turn_goes_where_there_is_none(tmp_path: Path) -> No
         (b'{"messages": [{"role": "user"}]}', 'messages[0] has no "content"'),
         (b'{"messages": [{"role": "user", "content": "a", "name": "b"}]}', 'unknown key "name"'),
         (b'{"messages": [{"role": "user", "content": "a", "weight": 0}]}', "messages[0] has a weight"),
-        (_weighted(2), "messages[1].weight is 2; it is 1 (trained) or 0"),
+        (_weighted(2), "messages[1].weight is 2 (expected 1, trained, or 0"),
         (_weighted(True), "messages[1].weight is true"),
         (_weighted(0), "the last turn has the weight 0"),
-        (b'{"messages": [{"role": "assistant", "content": "a", "tool_calls": []}]}', "tool calls cannot be trained"),
+        (b'{"messages": [{"role": "assistant", "content": "a", "tool_calls": []}]}', "tool calls are not supported"),
         (b'{"messages": [{"role": "tool", "content": "a"}]}', 'messages[0].role is "tool"'),
         (b'{"messages": [{"role": ["user"], "content": "a"}]}', "messages[0].role is"),
         (_turns(("user", None), ("assistant", "b")), "messages[0].content is null"),
@@ -113,13 +113,13 @@ def test_the_config_s_system_turn_goes_where_there_is_none(tmp_path: Path) -> No
         (_turns(("assistant", "a")), "the first turn must be the user's"),
         (_turns(("user", "a"), ("user", "b"), ("assistant", "c")), "two user turns in a row"),
         (_turns(("user", "a"), ("assistant", "b"), ("assistant", "c")), "two assistant turns in a row"),
-        (_turns(("user", "a"), ("system", "b"), ("assistant", "c")), "a system turn may only be the first"),
+        (_turns(("user", "a"), ("system", "b"), ("assistant", "c")), "a system turn must be the first turn"),
         (b"[" * 100_000, "nested too deep"),
-        (b'{"prompt": ' + b"9" * 5000 + b', "completion": "b"}', "not JSON that can be read"),
-        (b'{"prompt": "' + b"x" * 100_000 + b'", "completion": "b"}', "100,001 characters; the limit is 32,000"),
+        (b'{"prompt": ' + b"9" * 5000 + b', "completion": "b"}', "unreadable JSON"),
+        (b'{"prompt": "' + b"x" * 100_000 + b'", "completion": "b"}', "100,001 characters (limit 32,000"),
     ],
 )
-def test_a_faulty_row_is_told_and_its_neighbours_are_read(tmp_path: Path, row: bytes, words: str) -> None:
+def test_faulty_row_is_reported_and_the_others_are_read(tmp_path: Path, row: bytes, words: str) -> None:
     reading = _read(tmp_path, PAIR + b"\n" + row + b"\r\n" + PAIR)
     assert [r.line for r in reading.rows] == [1, 4]
     [(line, reason)] = _faults(reading)
@@ -127,7 +127,7 @@ def test_a_faulty_row_is_told_and_its_neighbours_are_read(tmp_path: Path, row: b
     assert words in reason
 
 
-def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
+def test_byte_order_mark_is_not_part_of_the_text(tmp_path: Path) -> None:
     assert not _read(tmp_path, b"\xef\xbb\xbf" + PAIR).faults
     assert not _read(tmp_path, b"\xef\xbb\xbfq,a\nhi,ho\n", "pairs.csv").faults
 
@@ -138,7 +138,7 @@ def test_line_separators_inside_text_do_not_break_rows(tmp_path: Path) -> None:
     assert reading.rows[0].example.input_text == "a\u2028b\x85c"
 
 
-def test_text_is_kept_in_composed_form_so_that_equal_keys_mean_equal_text(tmp_path: Path) -> None:
+def test_text_is_normalised_to_nfc(tmp_path: Path) -> None:
     one, other = (
         _read(tmp_path, json.dumps({"prompt": "caf\u00e9", "completion": "b"}).encode()),
         _read(tmp_path, json.dumps({"prompt": "cafe\u0301", "completion": "b"}).encode()),
@@ -149,26 +149,24 @@ def test_text_is_kept_in_composed_form_so_that_equal_keys_mean_equal_text(tmp_pa
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("pairs.jsonl", b"", "the file is empty"),
-        ("pairs.jsonl", b"\xef\xbb\xbf", "the file is empty"),
-        ("pairs.jsonl", b"\n \n", "the file is empty"),
-        ("pairs.csv", b"", "the file is empty"),
-        ("pairs.csv", b"q,a\n", "the file is empty"),
-        ("pairs.xlsx", b"PK", "not a kind of file"),
-        ("pairs.jsonl", '{"prompt": "a"}'.encode("utf-16") + b"x", "not UTF-16"),
+        ("pairs.jsonl", b"", "the file has no rows"),
+        ("pairs.jsonl", b"\xef\xbb\xbf", "the file has no rows"),
+        ("pairs.jsonl", b"\n \n", "the file has no rows"),
+        ("pairs.csv", b"", "the file has no rows"),
+        ("pairs.csv", b"q,a\n", "the file has no rows"),
+        ("pairs.xlsx", b"PK", "unsupported file format"),
+        ("pairs.jsonl", '{"prompt": "a"}'.encode("utf-16") + b"x", "invalid UTF-16"),
         ("pairs.jsonl", '{"prompt": "a"}'.encode("utf-16-le"), "UTF-16 without a byte-order mark"),
         ("pairs.json", b'[\n  {"prompt": "a", "completion": "b"}\n', "the array does not end"),
-        ("pairs.csv", b'q,a\n"hi,ho\n', "not CSV"),
-        ("pairs.csv", b'q,a\n"hi"x,ho\n', "not CSV"),
+        ("pairs.csv", b'q,a\n"hi,ho\n', "unreadable CSV"),
+        ("pairs.csv", b'q,a\n"hi"x,ho\n', "unreadable CSV"),
         ("pairs.csv", b"x,y\nhi,ho\n", 'no column named "q"'),
         ("pairs.csv", b"q,q,a\nhi,ho,he\n", 'more than one column named "q"'),
         ("pairs.csv", b"q,\xff\xc3\xa9\nhi,ho\n", "not UTF-8"),
         ("pairs.csv", b"q,a\nhi,h\x81\n", "neither UTF-8 nor cp1252"),
     ],
 )
-def test_a_file_that_cannot_be_read_as_a_whole_gets_one_message(
-    tmp_path: Path, name: str, content: bytes, words: str
-) -> None:
+def test_unreadable_file_gets_one_error(tmp_path: Path, name: str, content: bytes, words: str) -> None:
     with pytest.raises(UserError) as caught:
         _read(tmp_path, content, name)
     assert words in caught.value.what
@@ -176,49 +174,49 @@ def test_a_file_that_cannot_be_read_as_a_whole_gets_one_message(
     assert str(tmp_path / name) in caught.value.where
 
 
-def test_an_unknown_column_is_answered_with_those_there_are(tmp_path: Path) -> None:
+def test_unknown_column_error_lists_the_columns(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Columns: text, category"):
         _read(tmp_path, b"text,category\nhi,ho\n", "pairs.csv")
 
 
-def test_a_csv_without_column_names_in_the_config_asks_for_them(tmp_path: Path) -> None:
+def test_csv_without_known_columns_asks_for_them(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--input COLUMN --output COLUMN") as caught:
         _read(tmp_path, b"text,category\nhi,ho\n", "pairs.csv", DataConfig())
     assert "text, category" in str(caught.value)
 
 
-def test_input_and_output_cannot_be_one_column(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="input and output at once"):
+def test_input_and_output_must_differ(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="both input and output"):
         _read(tmp_path, b"q,a\nhi,ho\n", "pairs.csv", DataConfig(input="q", output="q"))
 
 
-def test_a_missing_file_and_a_folder_are_told(tmp_path: Path) -> None:
+def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         read_pairs(tmp_path / "none.jsonl", CONFIG)
     folder = tmp_path / "folder.jsonl"
     folder.mkdir()
-    with pytest.raises(UserError, match="a folder, not a file"):
+    with pytest.raises(UserError, match="expected a file, got a folder"):
         read_pairs(folder, CONFIG)
 
 
-def test_csv_fields_with_commas_quotes_and_line_breaks_and_the_line_that_each_row_starts_at(tmp_path: Path) -> None:
+def test_csv_handles_quotes_and_line_breaks_with_correct_lines(tmp_path: Path) -> None:
     content = b'q,a\r\n"one, ""two""\nthree",x\r\n\r\nfour,y\r\nfive\r\nsix,\r\nsev\xffen\xc3\xa9,z\r\n"a\nb\nc",w\r\n'
     reading = _read(tmp_path, content, "pairs.csv")
     rows = [(r.line, r.example.input_text, r.example.output) for r in reading.rows]
     assert rows == [(2, 'one, "two"\nthree', "x"), (5, "four", "y"), (9, "a\nb\nc", "w")]
-    assert _faults(reading) == [(6, "1 fields where the header has 2"), (7, "an empty answer"), (8, "not UTF-8")]
+    assert _faults(reading) == [(6, "1 fields (the header has 2)"), (7, "an empty answer"), (8, "not UTF-8")]
 
 
-def test_csv_columns_without_a_name_of_their_own_are_told(tmp_path: Path) -> None:
+def test_csv_reports_unnamed_columns(tmp_path: Path) -> None:
     reading = _read(tmp_path, b"id,q,a,when,when,\n1,hi,ho,now,then,x\n", "pairs.csv")
-    assert f"{tmp_path / 'pairs.csv'}: columns that are not used: when, (without a name)" in reading.notes
+    assert f"{tmp_path / 'pairs.csv'}: unused columns: when, (without a name)" in reading.notes
     assert reading.rows[0].metadata == {"id": "1"}
 
 
-def test_a_csv_field_longer_than_python_s_own_limit_is_one_faulty_row(tmp_path: Path) -> None:
+def test_csv_field_beyond_pythons_limit_is_one_fault(tmp_path: Path) -> None:
     reading = _read(tmp_path, b"q,a\n" + b"x" * 200_000 + b",b\nhi,ho\n", "pairs.csv")
     assert len(reading.rows) == 1
-    assert _faults(reading) == [(2, "200,001 characters; the limit is 32,000 (data.max_characters)")]
+    assert _faults(reading) == [(2, "200,001 characters (limit 32,000, data.max_characters)")]
 
 
 @pytest.mark.parametrize(("name", "content"), [("pairs.jsonl", PAIR * 9), ("pairs.csv", b'q,a\n"x\ny",z\n' * 9)])
@@ -240,7 +238,7 @@ def test_progress_counts_every_byte(tmp_path: Path, name: str, content: bytes) -
         max_size=8,
     )
 )
-def test_csv_and_jsonl_of_the_same_pairs_read_as_the_same_examples(
+def test_csv_and_jsonl_of_the_same_pairs_give_the_same_examples(
     tmp_path_factory: pytest.TempPathFactory, pairs: list[tuple[str, str]]
 ) -> None:
     folder = tmp_path_factory.mktemp("same")
@@ -254,13 +252,13 @@ def test_csv_and_jsonl_of_the_same_pairs_read_as_the_same_examples(
     assert len(from_json.rows) == len(pairs)
 
 
-def test_read_pairs_names_the_column_that_a_header_misspells(tmp_path: Path) -> None:
+def test_read_pairs_suggests_the_column_for_a_misspelt_header(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("promt,completion,id\na,b,1\n", encoding="utf-8")
     with pytest.raises(UserError, match='unknown column "promt", did you mean "prompt"\\?') as caught:
         read_pairs(path, DataConfig())
     assert caught.value.where == f"{path}:1"
-    assert str(caught.value.fix).startswith("Correct the header, or say --input COLUMN")
+    assert str(caught.value.fix).startswith("Correct the header, or use --input COLUMN")
     path.write_text("question,answer\na,b\n", encoding="utf-8")
-    with pytest.raises(UserError, match="which columns hold the input and the ideal output"):
+    with pytest.raises(UserError, match="unknown columns for the input and the ideal output"):
         read_pairs(path, DataConfig())

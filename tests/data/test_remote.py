@@ -15,14 +15,14 @@ from remote_helpers import Place, add_rows, pull_from, push_to
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.versions import checkout, list_versions, load_version, short
-from tunewright.data.versions.place import Place as RemotePlace
 from tunewright.data.versions.remote import pull, push
+from tunewright.data.versions.remote_store import RemoteStore
 from tunewright.data.versions.verify import verify
 
 pytest_plugins = ["remote_helpers"]
 
 
-def test_what_is_pushed_is_pulled_as_the_same_versions(one: ProjectFolder, two: ProjectFolder, place: Place) -> None:
+def test_pull_creates_the_pushed_versions(one: ProjectFolder, two: ProjectFolder, place: Place) -> None:
     add_rows(one, 30, 2)
     pushed = push_to(one, place)
     pulled = pull_from(two, place)
@@ -33,7 +33,7 @@ def test_what_is_pushed_is_pulled_as_the_same_versions(one: ProjectFolder, two: 
     assert pushed.versions == pulled.versions == tuple(m.digest for m in list_versions(one.dataset))
 
 
-def test_only_what_the_other_side_lacks_is_copied(one: ProjectFolder, two: ProjectFolder, place: Place) -> None:
+def test_push_copies_only_what_is_missing(one: ProjectFolder, two: ProjectFolder, place: Place) -> None:
     first = push_to(one, place)
     before = place.files
     pull_from(two, place)
@@ -55,7 +55,7 @@ def test_only_what_the_other_side_lacks_is_copied(one: ProjectFolder, two: Proje
     assert first.bytes > more.bytes
 
 
-def test_work_goes_back_and_forth(one: ProjectFolder, two: ProjectFolder, place: Place) -> None:
+def test_push_and_pull_alternate_between_copies(one: ProjectFolder, two: ProjectFolder, place: Place) -> None:
     for turn in range(3):
         for mine, other in ((one, two), (two, one)):
             push_to(mine, place)
@@ -65,7 +65,7 @@ def test_work_goes_back_and_forth(one: ProjectFolder, two: ProjectFolder, place:
     assert len(list_versions(two.dataset)) == 6
 
 
-def test_the_side_that_is_ahead_stays_as_it_is(one: ProjectFolder, two: ProjectFolder, place: Place) -> None:
+def test_push_does_not_change_a_copy_that_is_ahead(one: ProjectFolder, two: ProjectFolder, place: Place) -> None:
     first = load_version(one.dataset).digest
     push_to(one, place)
     pull_from(two, place)
@@ -80,9 +80,7 @@ def test_the_side_that_is_ahead_stays_as_it_is(one: ProjectFolder, two: ProjectF
     assert load_version(two.dataset).digest == first
 
 
-def test_histories_that_went_apart_are_refused_with_what_differs(
-    one: ProjectFolder, two: ProjectFolder, place: Place
-) -> None:
+def test_push_refuses_diverged_histories(one: ProjectFolder, two: ProjectFolder, place: Place) -> None:
     common = load_version(one.dataset).digest
     push_to(one, place)
     pull_from(two, place)
@@ -106,7 +104,7 @@ def test_histories_that_went_apart_are_refused_with_what_differs(
     assert len(load_version(two.dataset).members) == 70
 
 
-def test_two_datasets_with_nothing_in_common_are_refused(one: ProjectFolder, two: ProjectFolder, place: Place) -> None:
+def test_push_refuses_unrelated_datasets(one: ProjectFolder, two: ProjectFolder, place: Place) -> None:
     push_to(one, place)
     add_rows(two, 30, 9)
     for refused in (push_to, pull_from):
@@ -114,14 +112,14 @@ def test_two_datasets_with_nothing_in_common_are_refused(one: ProjectFolder, two
             refused(two, place)
 
 
-def test_an_interrupted_push_leaves_the_former_version_current_and_can_be_repeated(
+def test_interrupted_push_keeps_the_former_version_and_can_be_repeated(
     one: ProjectFolder, two: ProjectFolder, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = load_version(one.dataset).digest
     push_to(one, place)
     add_rows(one, 30, 2)
     add_rows(one, 30, 3)
-    write = RemotePlace.write
+    write = RemoteStore.write
     for stop in range(8, -1, -1):
         calls = iter(range(100))
 
@@ -130,10 +128,10 @@ def test_an_interrupted_push_leaves_the_former_version_current_and_can_be_repeat
                 raise KeyboardInterrupt
             write(self, name, data)
 
-        monkeypatch.setattr(RemotePlace, "write", stopping)
+        monkeypatch.setattr(RemoteStore, "write", stopping)
         with pytest.raises(KeyboardInterrupt):
             push_to(one, place)
-        monkeypatch.setattr(RemotePlace, "write", write)
+        monkeypatch.setattr(RemoteStore, "write", write)
         if stop == 5:
             pull_from(two, place)
             assert load_version(two.dataset).digest == first
@@ -146,7 +144,7 @@ def test_an_interrupted_push_leaves_the_former_version_current_and_can_be_repeat
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "members.tsv", "imports.jsonl", "manifest.json"])
 @pytest.mark.parametrize("damage", ["changed", "lost"])
-def test_nothing_that_was_changed_becomes_current(
+def test_pull_refuses_changed_files(
     one: ProjectFolder, two: ProjectFolder, place: Place, name: str, damage: str
 ) -> None:
     first = load_version(one.dataset).digest
@@ -167,7 +165,7 @@ def test_nothing_that_was_changed_becomes_current(
     assert verify(two.dataset, Listener()).ok
 
 
-def test_a_row_that_is_not_in_the_push_is_named(one: ProjectFolder, two: ProjectFolder, place: Place) -> None:
+def test_pull_reports_a_missing_row(one: ProjectFolder, two: ProjectFolder, place: Place) -> None:
     version = load_version(one.dataset)
     push_to(one, place)
     path = f"versions/{short(version.digest)}/rows.jsonl"
@@ -178,7 +176,7 @@ def test_a_row_that_is_not_in_the_push_is_named(one: ProjectFolder, two: Project
     assert list_versions(two.dataset) == []
 
 
-def test_a_version_that_was_changed_here_is_not_pushed(one: ProjectFolder, place: Place) -> None:
+def test_push_refuses_a_changed_version(one: ProjectFolder, place: Place) -> None:
     member = load_version(one.dataset).members[0]
     path = one.dataset / "rows" / f"{member.key[:2]}.jsonl"
     path.write_text(path.read_text().replace(member.example.output, "something else"))
@@ -187,52 +185,50 @@ def test_a_version_that_was_changed_here_is_not_pushed(one: ProjectFolder, place
     assert place.files == {}
 
 
-def test_a_head_that_is_none_is_told(one: ProjectFolder, place: Place) -> None:
+def test_pull_refuses_an_invalid_head(one: ProjectFolder, place: Place) -> None:
     place.write("HEAD", b"ref: refs/heads/main\n")
     for refused in (push_to, pull_from):
-        with pytest.raises(UserError, match="HEAD is no digest"):
+        with pytest.raises(UserError, match="invalid version digest in HEAD"):
             refused(one, place)
 
 
-def test_pulling_from_where_nothing_was_pushed_is_told(two: ProjectFolder, place: Place) -> None:
-    with pytest.raises(UserError, match="no dataset was pushed there"):
+def test_pull_refuses_an_empty_remote(two: ProjectFolder, place: Place) -> None:
+    with pytest.raises(UserError, match="the remote has no dataset"):
         pull_from(two, place)
 
 
-def test_pushing_without_a_version_is_told(two: ProjectFolder, place: Place) -> None:
+def test_push_refuses_a_dataset_without_versions(two: ProjectFolder, place: Place) -> None:
     with pytest.raises(UserError, match="no dataset"):
         push_to(two, place)
 
 
-def test_somebody_who_pushes_at_the_same_time_is_noticed(
-    one: ProjectFolder, place: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    head = RemotePlace.head
+def test_push_detects_a_concurrent_push(one: ProjectFolder, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = RemoteStore.head
     answers = iter([None, "0" * 64])
-    monkeypatch.setattr(RemotePlace, "head", lambda self: next(answers))
+    monkeypatch.setattr(RemoteStore, "head", lambda self: next(answers))
     with pytest.raises(UserError, match="at the same time"):
         push_to(one, place)
-    monkeypatch.setattr(RemotePlace, "head", head)
+    monkeypatch.setattr(RemoteStore, "head", head)
     assert "HEAD" not in place.files
 
 
-def test_a_project_s_own_dataset_folder_is_no_place_to_push_to(one: ProjectFolder, two: ProjectFolder) -> None:
+def test_push_refuses_a_projects_dataset_folder(one: ProjectFolder, two: ProjectFolder) -> None:
     add_rows(two, 30, 2)
     before = sorted(p for p in two.dataset.rglob("*"))
     for verb in (push, pull):
-        with pytest.raises(UserError, match="own dataset folder"):
+        with pytest.raises(UserError, match="a project's dataset folder"):
             verb(one.dataset, str(two.dataset), Listener())
     assert sorted(p for p in two.dataset.rglob("*")) == before
 
 
 @pytest.mark.parametrize("url", ["nosuch://bucket/x", "http://127.0.0.1:9/x"])
-def test_a_place_that_cannot_be_used_is_the_user_s_to_mend(one: ProjectFolder, url: str) -> None:
+def test_unusable_remote_is_a_user_error(one: ProjectFolder, url: str) -> None:
     with pytest.raises(UserError) as caught:
         push(one.dataset, url, Listener())
     assert caught.value.where == url
 
 
-def test_a_folder_that_may_not_be_written_is_told(one: ProjectFolder, tmp_path: Path) -> None:
+def test_push_reports_a_folder_without_write_permission(one: ProjectFolder, tmp_path: Path) -> None:
     if os.geteuid() == 0:
         pytest.skip("root may write everywhere")
     there = tmp_path / "there"
@@ -241,9 +237,7 @@ def test_a_folder_that_may_not_be_written_is_told(one: ProjectFolder, tmp_path: 
         push(one.dataset, str(there), Listener())
 
 
-def test_where_an_old_version_is_lost_the_later_ones_are_pushed_that_do_not_build_on_it(
-    one: ProjectFolder, two: ProjectFolder, place: Place
-) -> None:
+def test_push_copies_versions_that_do_not_need_a_lost_one(one: ProjectFolder, two: ProjectFolder, place: Place) -> None:
     first = load_version(one.dataset).digest
     add_rows(one, 200, 2)
     shutil.rmtree(one.dataset / "versions" / short(first))
@@ -252,11 +246,11 @@ def test_where_an_old_version_is_lost_the_later_ones_are_pushed_that_do_not_buil
     assert load_version(two.dataset) == load_version(one.dataset)
 
 
-def test_where_a_lost_version_is_needed_the_push_names_it(one: ProjectFolder, place: Place) -> None:
+def test_push_reports_a_lost_version_that_is_needed(one: ProjectFolder, place: Place) -> None:
     first = load_version(one.dataset).digest
     add_rows(one, 3, 2)
     shutil.rmtree(one.dataset / "versions" / short(first))
-    with pytest.raises(UserError, match="cannot be read") as caught:
+    with pytest.raises(UserError, match="cannot read the members") as caught:
         push_to(one, place)
     assert short(first) in caught.value.what
     assert place.files == {}

@@ -1,4 +1,4 @@
-"""Removals and purges travel: no pull brings text back, a push erases it there, whoever comes first."""
+"""Removals and purges travel: no pull restores text, and a push erases it there, in any order."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import add
 from tunewright.data.remove import RemoveResult, remove
-from tunewright.data.review.reviews import Judged, append_reviews
-from tunewright.data.selecting import Selection
+from tunewright.data.review.reviews import VerdictEvent, append_reviews
+from tunewright.data.selection import Selection
 from tunewright.data.versions import load_version
-from tunewright.data.versions.place import Place as There
+from tunewright.data.versions.remote_store import RemoteStore
 from tunewright.data.versions.removals import read_removals
 from tunewright.data.versions.verify import verify
 
@@ -43,13 +43,11 @@ def _has_text(project: ProjectFolder) -> bool:
 def _edit(project: ProjectFolder, key: str) -> None:
     when = "2026-11-25T10:00:00.000+00:00"
     output = "sorry, Countess Lovelace"
-    edit = Judged(key=key, verdict="edit", output=output, version="0" * 64, reviewer="ada", when=when)
+    edit = VerdictEvent(key=key, verdict="edit", output=output, version="0" * 64, reviewer="ada", when=when)
     append_reviews(project.dataset, [edit])
 
 
-def test_a_push_erases_the_text_there_and_a_pull_erases_it_on_the_other_side(
-    one: ProjectFolder, two: ProjectFolder, place: Place
-) -> None:
+def test_push_and_pull_erase_purged_text(one: ProjectFolder, two: ProjectFolder, place: Place) -> None:
     _edit(one, _with_secret(one))
     push_to(one, place)
     pull_from(two, place)
@@ -69,9 +67,7 @@ def test_a_push_erases_the_text_there_and_a_pull_erases_it_on_the_other_side(
     assert place.files == files
 
 
-def test_a_fresh_pull_after_a_purge_is_whole_and_has_no_text(
-    one: ProjectFolder, two: ProjectFolder, place: Place
-) -> None:
+def test_pull_after_a_purge_is_complete_without_the_text(one: ProjectFolder, two: ProjectFolder, place: Place) -> None:
     _with_secret(one)
     _purge(one)
     add_rows(one, 20, 5)
@@ -83,9 +79,7 @@ def test_a_fresh_pull_after_a_purge_is_whole_and_has_no_text(
     assert add(two, [path], Listener()).added == 0
 
 
-def test_a_side_that_has_not_pulled_the_purge_does_not_push_the_text_again(
-    one: ProjectFolder, two: ProjectFolder, place: Place
-) -> None:
+def test_push_does_not_restore_purged_text(one: ProjectFolder, two: ProjectFolder, place: Place) -> None:
     key = _with_secret(one)
     push_to(one, place)
     pull_from(two, place)
@@ -106,7 +100,7 @@ def test_a_side_that_has_not_pulled_the_purge_does_not_push_the_text_again(
     assert not _has_text(two)
 
 
-def test_a_removed_row_stays_out_on_the_other_side(one: ProjectFolder, two: ProjectFolder, place: Place) -> None:
+def test_removed_row_stays_out_in_the_other_copy(one: ProjectFolder, two: ProjectFolder, place: Place) -> None:
     key = _with_secret(one)
     names = one.root / "keys.txt"
     names.write_text(key)
@@ -117,30 +111,30 @@ def test_a_removed_row_stays_out_on_the_other_side(one: ProjectFolder, two: Proj
     assert add(two, [one.root.parent / "secret.jsonl"], Listener()).added == 0
 
 
-def test_an_interrupted_erasure_is_finished_by_the_next_push(
+def test_interrupted_erasure_is_finished_by_the_next_push(
     one: ProjectFolder, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _with_secret(one)
     push_to(one, place)
     _purge(one)
-    write = There.write
+    write = RemoteStore.write
 
-    def refuse(self: There, name: str, data: bytes) -> None:
+    def refuse(self: RemoteStore, name: str, data: bytes) -> None:
         if name.endswith("rows.jsonl") and b'"key"' in data and name in before:
             raise UserError("permission denied", where=name, fix="Ask for the right to write.")
         write(self, name, data)
 
     before = set(place.files)
     with monkeypatch.context() as patch:
-        patch.setattr(There, "write", refuse)
-        with pytest.raises(UserError, match="text of purged rows could not be erased there: permission denied"):
+        patch.setattr(RemoteStore, "write", refuse)
+        with pytest.raises(UserError, match="could not erase the text of purged rows on the remote: permission denied"):
             push_to(one, place)
     assert any(b"Lovelace" in data for data in place.files.values())
     push_to(one, place)
     assert [name for name, data in place.files.items() if b"Lovelace" in data] == []
 
 
-def test_a_changed_log_of_removals_is_refused_there_and_named_by_verify_here(
+def test_changed_log_of_removals_is_refused_and_reported_by_verify(
     one: ProjectFolder, two: ProjectFolder, tmp_path: Path
 ) -> None:
     place = Place(str(tmp_path / "there"))
@@ -157,9 +151,7 @@ def test_a_changed_log_of_removals_is_refused_there_and_named_by_verify_here(
     assert any("removed.jsonl:1" in damage.where for damage in found.damage)
 
 
-def test_a_pull_that_fails_leaves_the_current_version_whole_though_its_rows_are_purged_there(
-    one: ProjectFolder, two: ProjectFolder, tmp_path: Path
-) -> None:
+def test_failed_pull_keeps_the_current_version_complete(one: ProjectFolder, two: ProjectFolder, tmp_path: Path) -> None:
     place = Place(str(tmp_path / "there"))
     _with_secret(one)
     push_to(one, place)
@@ -177,7 +169,7 @@ def test_a_pull_that_fails_leaves_the_current_version_whole_though_its_rows_are_
     assert not _has_text(two)
 
 
-def test_text_that_comes_back_by_hand_is_named_by_verify(tmp_path: Path) -> None:
+def test_verify_reports_restored_purged_text(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     write_jsonl(tmp_path / "all.jsonl", [*unlike_pairs(40), (SECRET, "sorry")])
     add(project, [tmp_path / "all.jsonl"], Listener())
@@ -231,16 +223,14 @@ def test_push_and_pull_erase_the_metadata_of_purged_rows(
     assert manifests[0] == manifests[1] == manifests[2]
 
 
-def test_push_of_a_side_that_has_not_pulled_the_purge_brings_no_metadata_back(
-    one: ProjectFolder, two: ProjectFolder, place: Place
-) -> None:
+def test_push_does_not_restore_purged_metadata(one: ProjectFolder, two: ProjectFolder, place: Place) -> None:
     push_to(one, place)
     pull_from(two, place)
     _add_with_metadata(two)
     _add_with_metadata(one)
     _purge(one)
     remove(one, Selection(where="source == 'named.jsonl'"), "wrong", Listener())
-    There(place.url, place.options or None).write(
+    RemoteStore(place.url, place.options or None).write(
         "removed/all.jsonl", (one.dataset / "removed.jsonl").read_bytes()
     )  # the purge is there, and the version that lost its rows is not
     push_to(two, place)
@@ -248,23 +238,23 @@ def test_push_of_a_side_that_has_not_pulled_the_purge_brings_no_metadata_back(
     assert verify(two.dataset, Listener()).ok
 
 
-def test_a_pull_reads_metadata_whose_erasure_was_stopped_halfway_and_the_next_push_finishes_it(
+def test_pull_reads_half_erased_metadata_and_the_next_push_finishes(
     one: ProjectFolder, two: ProjectFolder, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _add_with_metadata(one)
     push_to(one, place)
     _purge(one)
-    write = There.write
+    write = RemoteStore.write
     before = set(place.files)
 
-    def refuse(self: There, name: str, data: bytes) -> None:
+    def refuse(self: RemoteStore, name: str, data: bytes) -> None:
         if name.endswith("imports.jsonl") and name in before:
             raise UserError("permission denied", where=name, fix="Ask for the right to write.")
         write(self, name, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(There, "write", refuse)
-        with pytest.raises(UserError, match="could not be erased there: permission denied"):
+        patch.setattr(RemoteStore, "write", refuse)
+        with pytest.raises(UserError, match=r"could not erase .* on the remote: permission denied"):
             push_to(one, place)
     assert _metadata_there(place) != []
     pull_from(two, place)

@@ -14,18 +14,15 @@ from tunewright.core.errors import UserError
 from tunewright.data.review.edits import apply_edits
 from tunewright.data.review.reviews import read_reviews
 from tunewright.data.versions import load_version
-from tunewright.data.versions.changes import blame
-from tunewright.data.versions.find import find_row
-from tunewright.data.versions.place import Place as RemotePlace
 from tunewright.data.versions.remote import push
+from tunewright.data.versions.remote_store import RemoteStore
+from tunewright.data.versions.trace import blame, find_row
 from tunewright.data.versions.verify import verify
 
 pytest_plugins = ["remote_helpers"]
 
 
-def test_two_reviewers_share_their_verdicts_by_push_and_pull(
-    one: ProjectFolder, two: ProjectFolder, place: Place
-) -> None:
+def test_push_and_pull_share_verdicts(one: ProjectFolder, two: ProjectFolder, place: Place) -> None:
     push_to(one, place)
     pull_from(two, place)
     judge_next(review(one, "ada"), "right", "wrong")
@@ -43,7 +40,7 @@ def test_two_reviewers_share_their_verdicts_by_push_and_pull(
     assert here.events == there.events
     assert here.stacks == there.stacks
     assert here.finding(mine[0]) == "unsettled"  # Ada called right what Ben called wrong
-    assert here.standing(mine[2]).get("ben") is None  # taken back
+    assert here.current_verdicts(mine[2]).get("ben") is None  # taken back
     before = place.files
     for verb, project in ((push_to, one), (pull_from, one), (push_to, two), (pull_from, two)):
         assert (verb(project, place).reviews, verb(project, place).bytes) == (0, 0)
@@ -51,7 +48,7 @@ def test_two_reviewers_share_their_verdicts_by_push_and_pull(
     assert verify(one.dataset, Listener()).ok
 
 
-def test_two_who_push_reviews_at_the_same_moment_lose_none(
+def test_concurrent_pushes_lose_no_reviews(
     one: ProjectFolder, two: ProjectFolder, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     push_to(one, place)
@@ -60,7 +57,7 @@ def test_two_who_push_reviews_at_the_same_moment_lose_none(
     judge_next(review(two, "ben"), "wrong")
     with monkeypatch.context() as patched:
         # Both look before either writes.
-        patched.setattr(RemotePlace, "reviews", lambda self, reporter: [])
+        patched.setattr(RemoteStore, "reviews", lambda self, reporter: [])
         push_to(one, place)
         push_to(two, place)
     pull_from(one, place)
@@ -69,7 +66,7 @@ def test_two_who_push_reviews_at_the_same_moment_lose_none(
     assert len(read_reviews(one.dataset).events) == 4
 
 
-def test_reviews_travel_also_where_one_side_is_ahead(one: ProjectFolder, two: ProjectFolder, place: Place) -> None:
+def test_reviews_are_copied_when_one_copy_is_ahead(one: ProjectFolder, two: ProjectFolder, place: Place) -> None:
     push_to(one, place)
     pull_from(two, place)
     add_rows(one, 30, 2)
@@ -83,9 +80,7 @@ def test_reviews_travel_also_where_one_side_is_ahead(one: ProjectFolder, two: Pr
 
 
 @pytest.mark.parametrize("damage", ["changed", "shortened"])
-def test_reviews_that_were_changed_there_are_refused_and_nothing_here_changes(
-    one: ProjectFolder, two: ProjectFolder, place: Place, damage: str
-) -> None:
+def test_pull_refuses_changed_reviews(one: ProjectFolder, two: ProjectFolder, place: Place, damage: str) -> None:
     push_to(one, place)
     pull_from(two, place)
     judge_next(review(one, "ada"), "right", "wrong")
@@ -103,9 +98,7 @@ def test_reviews_that_were_changed_there_are_refused_and_nothing_here_changes(
     assert not (two.dataset / "reviews.jsonl").exists()
 
 
-def test_an_edit_s_record_leads_to_the_verdict_also_where_that_is_on_another_line(
-    one: ProjectFolder, two: ProjectFolder, place: Place
-) -> None:
+def test_edit_record_finds_its_verdict_on_another_line(one: ProjectFolder, two: ProjectFolder, place: Place) -> None:
     push_to(one, place)
     pull_from(two, place)
     judge_next(review(two, "ben"), "right", "right", "right", "right")
@@ -122,7 +115,7 @@ def test_an_edit_s_record_leads_to_the_verdict_also_where_that_is_on_another_lin
         assert find_row(project.dataset, version, f"reviews.jsonl:{line}").key == now
 
 
-def test_half_a_last_review_is_not_pushed_and_told(one: ProjectFolder, place: Place) -> None:
+def test_push_skips_and_reports_half_a_review(one: ProjectFolder, place: Place) -> None:
     judge_next(review(one), "right")
     path = one.dataset / "reviews.jsonl"
     path.write_bytes(path.read_bytes() + b'{"draw":0,"ev')

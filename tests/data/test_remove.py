@@ -16,16 +16,15 @@ from hypothesis import strategies as st
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import AddResult, add
-from tunewright.data.purge import find_holders
+from tunewright.data.purge import find_copies
 from tunewright.data.remove import RemoveResult, remove
 from tunewright.data.review.edits import apply_edits
-from tunewright.data.review.reviews import PURGED, Judged, append_reviews, read_reviews
-from tunewright.data.selecting import Selection
+from tunewright.data.review.reviews import PURGED, VerdictEvent, append_reviews, read_reviews
+from tunewright.data.selection import Selection
 from tunewright.data.versions import checkout, list_versions, load_version, version_folder
-from tunewright.data.versions.changes import diff
-from tunewright.data.versions.find import find_row
-from tunewright.data.versions.origins import metadata_by_key
+from tunewright.data.versions.diff import diff
 from tunewright.data.versions.removals import read_removals
+from tunewright.data.versions.trace import find_row, metadata_by_key
 from tunewright.data.versions.verify import verify
 
 WHEN = "2026-11-25T10:00:00.000+00:00"
@@ -97,11 +96,11 @@ def test_remove_takes_out_the_rows_that_a_file_names_by_key_prefix_or_object(pro
         ('{"id": 3}\n', "not a row's key"),
         ('{"suspects": [{"key": "0123456789"}, {"id": 1}]}', "item 2: not a row's key"),
         ('["0123456789", "abcdef012345"]', "item 1: no row has the key 0123456789"),
-        ('{"suspects": []}', "there is no key in it"),
+        ('{"suspects": []}', "the file has no key"),
         ("row,from\n0123456789,x\n", "2: no row has the key 0123456789"),
         ("row;from\n0123456789\n", "1 fields where the header has 2"),
         ("{broken\n", "not a JSON object"),
-        ("\n", "there is no key in it"),
+        ("\n", "the file has no key"),
     ],
 )
 def test_remove_refuses_a_file_of_keys_that_names_no_row(project: ProjectFolder, lines: str, words: str) -> None:
@@ -123,7 +122,7 @@ def test_remove_takes_rows_by_query(project: ProjectFolder) -> None:
 
 @pytest.mark.parametrize(
     ("where", "words"),
-    [("output ==", "not a JMESPath"), ("contains(line, 'a')", "it fails on row"), ("a", "no row of")],
+    [("output ==", "invalid JMESPath"), ("contains(line, 'a')", "the expression fails on row"), ("a", "no row of")],
 )
 def test_remove_refuses_a_query_that_fails_or_matches_nothing(project: ProjectFolder, where: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
@@ -133,14 +132,14 @@ def test_remove_refuses_a_query_that_fails_or_matches_nothing(project: ProjectFo
 def test_remove_takes_rows_by_the_file_that_brought_them(project: ProjectFolder) -> None:
     (project.root / "c.jsonl").write_bytes((project.root / "b.jsonl").read_bytes())
     _add(project, "c.jsonl")
-    with pytest.raises(UserError, match=r"no row came from a file c\.jsonl"):
+    with pytest.raises(UserError, match=r"no row was read from a file c\.jsonl"):
         _remove(project, source="c.jsonl")
     removed = _remove(project, source=str(project.root / "b.jsonl"))
     assert {row.source for row in removed.rows} == {"b.jsonl"}
     assert len(removed.rows) == 10
 
 
-def test_remove_says_which_rows_of_a_file_another_one_brought(project: ProjectFolder) -> None:
+def test_remove_counts_rows_that_another_file_had_first(project: ProjectFolder) -> None:
     both = (project.root / "b.jsonl").read_text().splitlines()[:3]
     more = [json.dumps({"prompt": p, "completion": c, "customer": None}) for p, c in unlike_pairs(4, seed=7)]
     (project.root / "c.jsonl").write_text("\n".join([*both, *more]) + "\n")
@@ -148,7 +147,7 @@ def test_remove_says_which_rows_of_a_file_another_one_brought(project: ProjectFo
     listener = Listener()
     assert len(_remove(project, listener, source="c.jsonl").rows) == 4
     assert any(
-        warned.startswith("Rows of c.jsonl that stay: 3 came from another file first") for warned in listener.warned
+        warned.startswith("3 rows of c.jsonl stay, because another file had them first") for warned in listener.warned
     )
 
 
@@ -163,11 +162,11 @@ def test_remove_needs_a_reason_and_a_selection(project: ProjectFolder) -> None:
     with pytest.raises(UserError, match="needs a reason"):
         _remove(project, because=" ", source="b.jsonl")
     assert _remove(project, because="", source="b.jsonl", dry_run=True).rows
-    with pytest.raises(UserError, match="no rows are named"):
+    with pytest.raises(UserError, match="no rows are selected"):
         _remove(project)
 
 
-def test_a_dry_run_says_what_would_go_and_changes_nothing(project: ProjectFolder) -> None:
+def test_dry_run_lists_rows_and_changes_nothing(project: ProjectFolder) -> None:
     before = _snapshot(project.dataset)
     result = _remove(project, source="b.jsonl", dry_run=True, purge_text=True)
     assert (result.dry_run, result.created, len(result.rows), result.purged) == (True, False, 10, 0)
@@ -186,7 +185,7 @@ def test_remove_refuses_to_leave_too_little(project: ProjectFolder, where: str, 
     assert _snapshot(project.dataset) == before
 
 
-def test_a_removed_row_stays_out_when_its_file_is_added_again(project: ProjectFolder) -> None:
+def test_removed_row_stays_out_when_its_file_is_added_again(project: ProjectFolder) -> None:
     [key] = _train_rows(project, 1)
     place = find_row(project.dataset, load_version(project.dataset), key)
     names = project.root / "keys.txt"
@@ -196,21 +195,21 @@ def test_a_removed_row_stays_out_when_its_file_is_added_again(project: ProjectFo
     again = _add(project, "a.jsonl", "b.jsonl", listener=listener)
     assert (again.added, again.created, len(again.removed)) == (0, False, 1)
     assert key not in _keys(project)
-    [told] = [w for w in listener.warned if "removed earlier" in w]
-    assert "--restore" in told
-    assert "mislabelled" in told
+    [reported] = [w for w in listener.warned if "removed earlier" in w]
+    assert "--restore" in reported
+    assert "mislabelled" in reported
     with pytest.raises(UserError, match="the row was removed: mislabelled"):
         find_row(project.dataset, load_version(project.dataset), again.removed[0].rpartition("/")[2])
     # Also where nothing but case, white space and the system turn differ.
     same = {"prompt": f" {place.example.input_text.upper()} ", "completion": place.example.output, "customer": None}
     (project.root / "same.jsonl").write_text(json.dumps(same))
     assert _add(project, "same.jsonl").added == 0
-    # With its label mended it is another row.
+    # With a corrected label, it is another row.
     (project.root / "mended.jsonl").write_text(json.dumps({**same, "completion": "the right answer"}))
     assert _add(project, "mended.jsonl").added == 1
 
 
-def test_restore_brings_removed_rows_back_for_good(project: ProjectFolder) -> None:
+def test_restore_adds_removed_rows_permanently(project: ProjectFolder) -> None:
     removed = _remove(project, source="b.jsonl")
     assert len(_keys(project)) == 40
     back = _add(project, "b.jsonl", restore=True)
@@ -222,23 +221,23 @@ def test_restore_brings_removed_rows_back_for_good(project: ProjectFolder) -> No
     assert _add(project, "b.jsonl").removed != ()
 
 
-def test_a_removal_that_leads_back_to_an_earlier_version_still_keeps_the_rows_out(project: ProjectFolder) -> None:
+def test_removal_holds_when_an_earlier_version_becomes_current(project: ProjectFolder) -> None:
     first = list_versions(project.dataset)[0].digest
     if _remove(project, source="b.jsonl").version.digest != first:
         pytest.skip("the rows of b.jsonl changed clusters of the others")
     assert _add(project, "b.jsonl").added == 0
 
 
-def test_the_row_that_an_edit_replaced_does_not_come_back_for_the_removed_one(project: ProjectFolder) -> None:
+def test_superseded_row_does_not_return_for_a_removed_edit(project: ProjectFolder) -> None:
     [key] = _train_rows(project, 1)
-    edit = Judged(key=key, verdict="edit", output="better", version="0" * 64, reviewer="ada", when=WHEN)
+    edit = VerdictEvent(key=key, verdict="edit", output="better", version="0" * 64, reviewer="ada", when=WHEN)
     append_reviews(project.dataset, [edit])
     apply_edits(project, Listener())
     _remove(project, where="output == 'better'")
     assert _add(project, "a.jsonl", "b.jsonl").added == 0
 
 
-def test_remove_counts_adapters_and_evaluations_that_saw_the_rows(project: ProjectFolder) -> None:
+def test_remove_counts_adapters_and_evaluations_with_the_rows(project: ProjectFolder) -> None:
     version = load_version(project.dataset)
     for name, left_out in (("one-0123456789ab", []), ("two-0123456789ab", ["x"])):
         folder = project.adapters / name
@@ -261,7 +260,7 @@ def test_remove_counts_adapters_and_evaluations_that_saw_the_rows(project: Proje
 
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 1000), which=st.sets(st.integers(0, 59), min_size=1, max_size=20))
-def test_what_is_left_keeps_its_place_and_what_went_does_not_come_back(
+def test_remove_keeps_the_places_of_other_rows(
     tmp_path_factory: pytest.TempPathFactory, seed: int, which: set[int]
 ) -> None:
     project = new_project(tmp_path_factory.mktemp("left") / "p", "data: {conflicts: accept}\n")
@@ -291,7 +290,7 @@ def test_what_is_left_keeps_its_place_and_what_went_does_not_come_back(
     assert _keys(project) == kept.keys()
 
 
-def test_a_removed_row_of_the_mix_in_is_not_drawn_again(tmp_path: Path) -> None:
+def test_removed_row_of_the_mix_is_not_drawn_again(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p", "data: {mix: {source: generic.jsonl, fraction: 0.1}}\n")
     write_jsonl(project.root / "generic.jsonl", unlike_pairs(20, seed=5))
     write_jsonl(project.root / "all.jsonl", unlike_pairs(60))
@@ -325,7 +324,7 @@ def _holding(root: Path, secret: str) -> list[str]:
 
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 1000), count=st.integers(1, 4), step=st.sampled_from(["edit", "replace", "removed before"]))
-def test_after_a_purge_no_file_has_the_text_and_all_digests_hold(
+def test_purge_leaves_no_text_and_keeps_digests_valid(
     tmp_path_factory: pytest.TempPathFactory, seed: int, count: int, step: str
 ) -> None:
     """The row's former texts included: of an edit, of a replacement, or of a version that no longer has it."""
@@ -335,7 +334,7 @@ def test_after_a_purge_no_file_has_the_text_and_all_digests_hold(
     gone = [m for text, m in rows.items() if "Zoë" in text]
     if step == "edit":
         said = [
-            Judged(
+            VerdictEvent(
                 key=m.key, verdict="edit", output=f"an edit for {m.key}", version="0" * 64, reviewer="ada", when=WHEN
             )
             for m in gone
@@ -361,42 +360,42 @@ def test_after_a_purge_no_file_has_the_text_and_all_digests_hold(
     assert [m.digest for m in list_versions(project.dataset)][: len(before)] == before
 
 
-def test_a_purged_row_stays_out_and_cannot_be_restored(tmp_path: Path) -> None:
+def test_purged_row_stays_out_and_cannot_be_restored(tmp_path: Path) -> None:
     project = _secret_project(tmp_path / "p", ["Ada-Lovelace-1815"])
     _remove(project, where="contains(input, 'Lovelace')", because="she asked", purge_text=True)
     listener = Listener()
     assert _add(project, "all.jsonl", listener=listener).added == 0
     assert any("purged on" in warned and "she asked" in warned for warned in listener.warned)
-    with pytest.raises(UserError, match="nothing was added: purged rows cannot be restored"):
+    with pytest.raises(UserError, match=r"nothing was added: .* purged and cannot be restored"):
         _add(project, "all.jsonl", restore=True)
 
 
-def test_a_version_with_purged_rows_is_refused_and_still_compared(tmp_path: Path) -> None:
+def test_version_with_purged_rows_is_refused_but_compared(tmp_path: Path) -> None:
     project = _secret_project(tmp_path / "p", ["Ada-Lovelace-1815"])
     old = load_version(project.dataset).digest
     _remove(project, where="contains(input, 'Lovelace')", because="she asked", purge_text=True)
-    with pytest.raises(UserError, match=r"no longer whole: 1 row purged on .*: she asked"):
+    with pytest.raises(UserError, match=r"is incomplete: 1 row purged on .*: she asked"):
         checkout(project.dataset, old)
     before = load_version(project.dataset, old, without_purged=True)
     found = diff(before, load_version(project.dataset))
     assert (len(found.removed), len(found.purged)) == (0, 1)
 
 
-def test_a_purge_takes_the_text_of_edits_that_wait_out_of_the_reviews(tmp_path: Path) -> None:
+def test_purge_erases_pending_edits(tmp_path: Path) -> None:
     project = _secret_project(tmp_path / "p", ["Ada-Lovelace-1815"])
     row = next(m for m in load_version(project.dataset).members if "Lovelace" in m.example.input_text)
     other = next(m for m in load_version(project.dataset).members if m.key != row.key)
     for key, output in ((other.key, "kept"), (row.key, "sorry, Countess Lovelace")):
-        edit = Judged(key=key, verdict="edit", output=output, version="0" * 64, reviewer="ada", when=WHEN)
+        edit = VerdictEvent(key=key, verdict="edit", output=output, version="0" * 64, reviewer="ada", when=WHEN)
         append_reviews(project.dataset, [edit])
     _remove(project, where="contains(input, 'Lovelace')", because="she asked", purge_text=True)
     reviews = read_reviews(project.dataset)
-    assert [reviews.standing(key)["ada"].output for key in (other.key, row.key)] == ["kept", PURGED]
+    assert [reviews.current_verdicts(key)["ada"].output for key in (other.key, row.key)] == ["kept", PURGED]
     assert reviews.lines == (1, 2)
     assert verify(project.dataset, Listener()).ok
 
 
-def test_a_purge_names_the_files_that_still_have_the_text(tmp_path: Path) -> None:
+def test_purge_lists_files_with_the_text(tmp_path: Path) -> None:
     project = _secret_project(tmp_path / "p", ['Ada "Countess" Lovelace'])
     (project.root / "evaluations").mkdir()
     (project.root / "evaluations" / "report.html").write_text(
@@ -412,7 +411,7 @@ def test_a_purge_names_the_files_that_still_have_the_text(tmp_path: Path) -> Non
     assert any("all.jsonl: text of 1 row" in warned for warned in listener.warned)
 
 
-def test_a_purge_names_the_groups_that_stay_in_the_members_of_old_versions(project: ProjectFolder) -> None:
+def test_purge_lists_groups_in_members_of_old_versions(project: ProjectFolder) -> None:
     listener = Listener()
     result = _remove(project, listener, groups=("customer=C3",), because="C3 asked", purge_text=True)
     [holder] = [h for h in result.holders if "members.tsv" in h.path]
@@ -420,7 +419,7 @@ def test_a_purge_names_the_groups_that_stay_in_the_members_of_old_versions(proje
     assert any("customer=C3" in warned for warned in listener.warned)
 
 
-def test_a_purge_names_the_rows_that_stay_with_the_same_input(tmp_path: Path) -> None:
+def test_purge_lists_remaining_rows_with_the_same_input(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p", "data: {conflicts: accept}\n")
     write_jsonl(
         project.root / "all.jsonl",
@@ -431,7 +430,7 @@ def test_a_purge_names_the_rows_that_stay_with_the_same_input(tmp_path: Path) ->
     assert [m.example.output for m in load_version(project.dataset).members if m.key in result.same_input] == ["no"]
 
 
-def test_purge_names_the_source_file_of_rows_that_templates_made(tmp_path: Path) -> None:
+def test_purge_lists_the_source_file_of_templated_rows(tmp_path: Path) -> None:
     config = 'data: {input: "{% for word in words %}{{ word }} {% endfor %}", output: "{{ code }}"}\n'
     project = new_project(tmp_path / "p", config)
     rows = [{"words": text.split(), "code": int(answer.split()[1])} for text, answer in unlike_pairs(40)]
@@ -444,17 +443,17 @@ def test_purge_names_the_source_file_of_rows_that_templates_made(tmp_path: Path)
         h for h in _remove(project, listener, where=f"key == '{key}'", purge_text=True).holders if h.path[0] == "w"
     ]
     assert (holder.path, holder.rows) == ("words.jsonl", 1)
-    assert f"words.jsonl: text of 1 row (read from it at line {line}, in another spelling)" in "".join(listener.warned)
+    assert f"words.jsonl: text of 1 row (read from it at line {line}, with other text)" in "".join(listener.warned)
 
 
-def test_find_holders_agrees_with_a_plain_search_across_the_ends_of_chunks(tmp_path: Path) -> None:
+def test_find_copies_matches_a_plain_search_across_chunks(tmp_path: Path) -> None:
     project = _secret_project(tmp_path / "p", ["Grace-Hopper-1906"])
     row = next(m for m in load_version(project.dataset).members if "Hopper" in m.example.input_text)
     text = row.example.input_text.encode()
     for shift in range(-len(text), 2):
         (project.root / f"big{shift}.txt").write_bytes(b"x" * ((1 << 20) + shift) + text)
     (project.root / "all.jsonl").unlink()
-    found = [h for h in find_holders(project.root, project.dataset, [row.example], Listener()) if h.rows]
+    found = [h for h in find_copies(project.root, project.dataset, [row.example], Listener()) if h.rows]
     assert len(found) == len(text) + 2
 
 
@@ -500,13 +499,13 @@ def test_purge_erases_metadata_from_every_version_and_keeps_that_of_other_rows(t
     result = _purge_zoë(project, listener=listener)
     assert result.holders == ()
     assert [_holding(project.root, text) for text in ("zoë", "Zoë", "Zo\\u00eb")] == [[], [], []]
-    assert "Removed 1 kept lists of suspects: they quote rows." in listener.said
+    assert "Deleted 1 cached list of suspects, because they quote rows." in listener.said
     assert verify(project.dataset, Listener()).damage == ()
     assert [(m.digest, m.parent, m.counts) for m in list_versions(project.dataset)][:3] == before
     assert len(metadata_by_key(project.dataset, load_version(project.dataset).manifest)) == 60
 
 
-def test_purge_of_a_row_of_earlier_versions_returns_the_manifest_as_it_is_on_disk(tmp_path: Path) -> None:
+def test_purge_of_earlier_rows_returns_the_manifest_on_disk(tmp_path: Path) -> None:
     project = _with_metadata(tmp_path)
     first = list_versions(project.dataset)[0]
     _remove(project, where="contains(input, 'Zoë')", because="wrong")
@@ -517,7 +516,7 @@ def test_purge_of_a_row_of_earlier_versions_returns_the_manifest_as_it_is_on_dis
 
 
 @pytest.mark.parametrize("config", ["", "data: {duplicates: drop}\n"])
-def test_purge_erases_the_metadata_of_rows_that_repeat_the_purged_one(tmp_path: Path, config: str) -> None:
+def test_purge_erases_metadata_of_duplicates(tmp_path: Path, config: str) -> None:
     project = new_project(tmp_path / "p", config)
     rows = [_row(q, a) for q, a in unlike_pairs(40)]
     text = "my name is Zoë-Lovelace and I lost my card on the way to the station"
@@ -528,7 +527,7 @@ def test_purge_erases_the_metadata_of_rows_that_repeat_the_purged_one(tmp_path: 
     assert verify(project.dataset, Listener()).ok
 
 
-def test_purge_erases_the_metadata_of_the_row_that_was_replaced(tmp_path: Path) -> None:
+def test_purge_erases_metadata_of_replaced_rows(tmp_path: Path) -> None:
     project = _with_metadata(tmp_path)
     new = _row("my name is Zoë-Lovelace and I lost it", "mended", id="zoë-mended")
     _add_rows(project, "mended.jsonl", [new], replace=True)
@@ -539,7 +538,7 @@ def test_purge_erases_the_metadata_of_the_row_that_was_replaced(tmp_path: Path) 
     assert _holding(project.root, "zoë") == []
 
 
-def test_metadata_of_rows_that_stay_out_is_not_kept(tmp_path: Path) -> None:
+def test_metadata_of_skipped_rows_is_not_stored(tmp_path: Path) -> None:
     project = _with_metadata(tmp_path)
     _purge_zoë(project)
     result = _add_rows(
@@ -554,7 +553,7 @@ def test_metadata_of_rows_that_stay_out_is_not_kept(tmp_path: Path) -> None:
     assert _holding(project.root, "zoë") == []
 
 
-def test_purge_does_not_seal_imports_that_were_changed_before(tmp_path: Path) -> None:
+def test_purge_does_not_seal_changed_imports(tmp_path: Path) -> None:
     project = _with_metadata(tmp_path)
     folder = version_folder(project.dataset, list_versions(project.dataset)[0].digest)
     path = folder / "imports.jsonl"
@@ -564,10 +563,10 @@ def test_purge_does_not_seal_imports_that_were_changed_before(tmp_path: Path) ->
     assert _holding(project.root, "zoë") == []
     assert (folder / "manifest.json").read_bytes() == manifest
     [damage] = verify(project.dataset, Listener()).damage
-    assert "the records of imports were changed" in damage.what
+    assert "the import records were changed" in damage.what
 
 
-def test_metadata_is_seen_by_where(tmp_path: Path) -> None:
+def test_where_query_sees_metadata(tmp_path: Path) -> None:
     project = _with_metadata(tmp_path)
     result = _remove(project, where="metadata.id == 'id-17' || contains(metadata.meta.at || '', 'zoë')")
     assert sorted(row.document["metadata"]["id"] for row in result.rows) == ["id-17", "ticket-of-zoë-later"]

@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 
 from tunewright.config.project import ProjectFolder
 from tunewright.data.add import AddResult, add
-from tunewright.data.dedup import Repeat
-from tunewright.data.repeats import cluster_counts, exact_repeats
+from tunewright.data.dedup import Repeat, cluster_counts, exact_repeats
 from tunewright.data.review.edits import apply_edits
-from tunewright.data.review.reviews import Judged, append_reviews
+from tunewright.data.review.reviews import VerdictEvent, append_reviews
 from tunewright.data.versions import load_version, version_folder
 
 THIRTY_TWO = "patient is 32 weeks pregnant and has been bleeding since monday evening"
@@ -26,7 +25,7 @@ def _add(project: ProjectFolder, *pairs: tuple[str, str], name: str = "pairs.jso
     return add(project, [write_jsonl(project.root / name, pairs)], listener), listener
 
 
-def test_near_equal_inputs_with_equal_output_are_kept_in_one_cluster_and_counted(tmp_path: Path) -> None:
+def test_near_duplicates_are_kept_in_one_cluster_and_counted(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     result, listener = _add(project, *unlike_pairs(20), (THIRTY_TWO, "urgent"), (THIRTY_FOUR, "urgent"))
     version = load_version(project.dataset)
@@ -44,14 +43,14 @@ def test_near_equal_inputs_with_equal_output_are_kept_in_one_cluster_and_counted
     assert [(r["fate"], r["near"]) for r in records if "near" in r] == [("added", kept.of)]
 
 
-def test_near_equal_inputs_with_equal_output_are_left_out_when_asked(tmp_path: Path) -> None:
+def test_near_duplicates_are_dropped_on_request(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p", "data: {duplicates: drop}\n")
     result, _ = _add(project, *unlike_pairs(20), (THIRTY_TWO, "urgent"), (THIRTY_FOUR, "urgent"))
     assert (result.added, len(result.duplicates), result.near_duplicates) == (21, 1, ())
     assert (result.version.counts.near_duplicates, result.version.settings.duplicates) == (0, "drop")
 
 
-def test_the_count_of_near_duplicates_outlives_a_change_to_drop(tmp_path: Path) -> None:
+def test_near_duplicate_count_survives_a_change_to_drop(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     _add(project, *unlike_pairs(20), (THIRTY_TWO, "urgent"), (THIRTY_FOUR, "urgent"))
     (project.root / "tunewright.yaml").write_text("data: {duplicates: drop}\n")
@@ -60,18 +59,18 @@ def test_the_count_of_near_duplicates_outlives_a_change_to_drop(tmp_path: Path) 
     assert (result.version.counts.near_duplicates, len(result.duplicates)) == (1, 1)
 
 
-def test_an_edit_that_makes_a_near_duplicate_is_counted(tmp_path: Path) -> None:
+def test_near_duplicate_from_an_edit_is_counted(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     result, _ = _add(project, *unlike_pairs(20), (THIRTY_TWO, "urgent"), (THIRTY_FOUR, "can wait"))
     assert result.version.counts.near_duplicates == 0
     row = next(m for m in load_version(project.dataset).members if m.example.output == "can wait")
     when = "2026-11-25T10:00:00+00:00"
-    edit = Judged(key=row.key, verdict="edit", output="urgent", version="0" * 64, reviewer="ada", when=when)
+    edit = VerdictEvent(key=row.key, verdict="edit", output="urgent", version="0" * 64, reviewer="ada", when=when)
     append_reviews(project.dataset, [edit])
     assert apply_edits(project, Listener()).version.counts.near_duplicates == 1
 
 
-def test_equal_inputs_up_to_case_and_white_space_are_exact_duplicates_and_others_are_not() -> None:
+def test_exact_duplicates_ignore_case_and_white_space_of_inputs() -> None:
     rows = [
         example("Capital  of Australia", "Canberra"),
         example("capital of australia", "Canberra "),
@@ -87,7 +86,7 @@ def test_equal_inputs_up_to_case_and_white_space_are_exact_duplicates_and_others
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["a b", "A  b", "a c", "b"]), st.sampled_from(["x", " x", "y"]))))
-def test_what_stays_has_no_exact_duplicate_and_all_that_goes_has_one(pairs: list[tuple[str, str]]) -> None:
+def test_exact_repeats_are_complete_and_correct(pairs: list[tuple[str, str]]) -> None:
     rows = [example(text, output) for text, output in pairs]
     gone = exact_repeats(rows, 0)
     stay = [(" ".join(t.split()).casefold(), o.strip()) for i, (t, o) in enumerate(pairs) if i not in gone]

@@ -1,4 +1,4 @@
-"""Mended labels: `data add --replace` puts a file's outputs in the place of those that the dataset has."""
+"""Corrected labels: `data add --replace` replaces the dataset's outputs by a file's."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
+from tunewright.core.wording import excerpts
 from tunewright.data.add import AddResult, add
-from tunewright.data.notices import excerpts
 from tunewright.data.remove import remove
 from tunewright.data.review.edits import apply_edits
-from tunewright.data.review.reviews import Judged, append_reviews
-from tunewright.data.selecting import Selection
+from tunewright.data.review.reviews import VerdictEvent, append_reviews
+from tunewright.data.selection import Selection
 from tunewright.data.versions import load_version
-from tunewright.data.versions.changes import blame, diff
-from tunewright.data.versions.find import find_row
+from tunewright.data.versions.diff import diff
+from tunewright.data.versions.trace import blame, find_row
 from tunewright.data.versions.verify import verify
 
 
@@ -41,63 +41,63 @@ def _answers(project: ProjectFolder) -> dict[str, list[str]]:
 
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 1000), changed=st.sets(st.integers(0, 39), min_size=1))
-def test_replace_takes_the_file_s_outputs_and_keeps_every_split(
+def test_replace_changes_outputs_and_keeps_splits(
     tmp_path_factory: pytest.TempPathFactory, seed: int, changed: set[int]
 ) -> None:
     project = new_project(tmp_path_factory.mktemp("replace") / "p")
     pairs = unlike_pairs(40, seed)
     _add(project, pairs)
     before = load_version(project.dataset)
-    mended = [(text, f"mended {i}" if i in changed else answer) for i, (text, answer) in enumerate(pairs)]
-    result, _ = _add(project, mended, "mended.jsonl", replace=True)
+    corrected = [(text, f"corrected {i}" if i in changed else answer) for i, (text, answer) in enumerate(pairs)]
+    result, _ = _add(project, corrected, "corrected.jsonl", replace=True)
     after = load_version(project.dataset)
     assert (len(result.replaced), result.added, result.known) == (len(changed), 0, 40 - len(changed))
-    assert _answers(project) == {text: [answer] for text, answer in mended}
+    assert _answers(project) == {text: [answer] for text, answer in corrected}
     splits = [{m.example.input_text: m.split for m in version.members} for version in (before, after)]
     assert splits[0] == splits[1]
     assert len(diff(before, after).edited) == len(changed)
     assert verify(project.dataset, Listener()).ok
     # The old file changes nothing, and neither does the new one.
-    for rows, name, gone in ((pairs, "pairs.jsonl", len(changed)), (mended, "mended.jsonl", 0)):
+    for rows, name, gone in ((pairs, "pairs.jsonl", len(changed)), (corrected, "corrected.jsonl", 0)):
         again, _ = _add(project, rows, name)
         assert (again.created, again.known, len(again.superseded)) == (False, 40 - gone, gone)
 
 
-def test_without_replace_a_mended_file_is_refused_as_before(tmp_path: Path) -> None:
+def test_add_without_replace_refuses_a_corrected_file(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     _add(project, unlike_pairs(40))
     with pytest.raises(UserError, match="40 inputs with different outputs"):
         _add(project, [(text, "another") for text, _ in unlike_pairs(40)])
 
 
-def test_a_replacement_is_told_with_both_outputs_and_blamed_on_its_line(tmp_path: Path) -> None:
+def test_replace_reports_both_outputs_and_blame_finds_its_line(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     pairs = unlike_pairs(40)
     _add(project, pairs)
-    result, listener = _add(project, [("  " + pairs[3][0].upper(), "mended")], "mended.jsonl", replace=True)
+    result, listener = _add(project, [("  " + pairs[3][0].upper(), "corrected")], "corrected.jsonl", replace=True)
     [row] = result.replaced
-    assert (row.line, row.output, row.outputs_before) == (1, "mended", ("answer 3",))
-    assert any('mended.jsonl:1: "answer 3" → "mended"' in said for said in listener.said)
+    assert (row.line, row.output, row.outputs_before) == (1, "corrected", ("answer 3",))
+    assert any('corrected.jsonl:1: "answer 3" → "corrected"' in said for said in listener.said)
     version = load_version(project.dataset)
     found = blame(project.dataset, version, row.key)
-    assert (found.source, found.line) == ("mended.jsonl", 1)
+    assert (found.source, found.line) == ("corrected.jsonl", 1)
     assert find_row(project.dataset, version, "pairs.jsonl:4").key == row.key
 
 
 @pytest.mark.parametrize("purge", [False, True])
-def test_the_place_of_a_replaced_row_says_that_it_was_removed(tmp_path: Path, purge: bool) -> None:
+def test_find_row_reports_a_removed_replacement(tmp_path: Path, purge: bool) -> None:
     project = new_project(tmp_path / "p")
     [(question, _), *others] = unlike_pairs(60)
     _add(project, [(question, "old"), *others])
-    _add(project, [(question, "new")], "mended.jsonl", replace=True)
+    _add(project, [(question, "new")], "corrected.jsonl", replace=True)
     remove(project, Selection(where="output == 'new'"), "ACME asked", Listener(), purge_text=purge)
-    for place in ("pairs.jsonl:1", "mended.jsonl:1"):
+    for place in ("pairs.jsonl:1", "corrected.jsonl:1"):
         with pytest.raises(UserError, match="the row was removed: ACME asked"):
             find_row(project.dataset, load_version(project.dataset), place)
 
 
 @pytest.mark.parametrize("rows", [None, "data"])
-def test_rows_of_a_one_line_document_are_found_by_their_numbers(tmp_path: Path, rows: str | None) -> None:
+def test_find_row_finds_rows_of_a_one_line_document_by_number(tmp_path: Path, rows: str | None) -> None:
     project = new_project(tmp_path / "p", f"data: {{rows: {rows}}}\n" if rows else "")
     pairs = [{"prompt": question, "completion": answer} for question, answer in unlike_pairs(30)]
     path = project.root / "rows.json"
@@ -119,84 +119,84 @@ def test_rows_of_a_one_line_document_are_found_by_their_numbers(tmp_path: Path, 
 LONG = "SELECT CITYalias0.CITY_NAME FROM CITY AS CITYalias0 WHERE CITYalias0.POPULATION > 150000 AND "
 
 
-def test_messages_show_long_outputs_where_they_differ(tmp_path: Path) -> None:
+def test_messages_show_long_outputs_at_their_difference(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     [(question, _), *others] = unlike_pairs(30)
     _add(project, [(question, f"{LONG}STATE_NAME = 'texas'"), *others])
-    mended = (question, f"{LONG}STATE_NAME = 'ohio'")
-    with pytest.raises(UserError, match="which is right") as caught:
-        _add(project, [mended], "mended.jsonl")
+    corrected = (question, f"{LONG}STATE_NAME = 'ohio'")
+    with pytest.raises(UserError, match="with different outputs") as caught:
+        _add(project, [corrected], "corrected.jsonl")
     apart = "STATE_NAME = 'texas'\"", "STATE_NAME = 'ohio'\""
     assert all(text in caught.value.what for text in apart)
-    _, listener = _add(project, [mended], "mended.jsonl", replace=True)
-    [told] = [said for said in listener.said if "1 row replaced" in said]
-    assert all(text in told for text in apart)
+    _, listener = _add(project, [corrected], "corrected.jsonl", replace=True)
+    [reported] = [said for said in listener.said if "1 row replaced" in said]
+    assert all(text in reported for text in apart)
     several = [(question, f"{LONG}STATE_NAME = '{state}'") for state in ("iowa", "utah")]
-    with pytest.raises(UserError, match="which is right") as caught:
+    with pytest.raises(UserError, match="several outputs for") as caught:
         _add(project, several, "several.jsonl", replace=True)
     assert "'iowa'" in caught.value.what
     assert "'utah'" in caught.value.what
 
 
-def test_excerpts_tell_each_output_apart_from_the_most_similar_one() -> None:
-    told = excerpts([f"{LONG}one", f"{LONG}two", "short", f"{LONG}one"])
-    assert told[0] == told[3] == '"…CITYalias0.POPULATION > 150000 AND one"'
-    assert told[1:3] == ['"…CITYalias0.POPULATION > 150000 AND two"', '"short"']
+def test_excerpts_distinguish_similar_outputs() -> None:
+    reported = excerpts([f"{LONG}one", f"{LONG}two", "short", f"{LONG}one"])
+    assert reported[0] == reported[3] == '"…CITYalias0.POPULATION > 150000 AND one"'
+    assert reported[1:3] == ['"…CITYalias0.POPULATION > 150000 AND two"', '"short"']
     assert excerpts([LONG]) == [f'"{LONG[:59]}…"']
 
 
-def test_replace_keeps_the_input_as_the_dataset_spells_it(tmp_path: Path) -> None:
+def test_replace_keeps_the_spelling_of_the_input(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     pairs = unlike_pairs(40)
     _add(project, pairs)
     before = load_version(project.dataset)
-    other = [(f"  {text.upper()}", f"mended {i}") for i, (text, _) in enumerate(pairs)]
-    result, listener = _add(project, other, "mended.jsonl", replace=True)
+    other = [(f"  {text.upper()}", f"corrected {i}") for i, (text, _) in enumerate(pairs)]
+    result, listener = _add(project, other, "corrected.jsonl", replace=True)
     after = load_version(project.dataset)
     assert (result.added, len(result.replaced)) == (0, 40)
-    assert _answers(project) == {text: [f"mended {i}"] for i, (text, _) in enumerate(pairs)}
+    assert _answers(project) == {text: [f"corrected {i}"] for i, (text, _) in enumerate(pairs)}
     changes = diff(before, after)
     assert (len(changes.edited), len(changes.added), len(changes.removed)) == (40, 0, 0)
     tested = result.version.counts.test
-    assert f"Of the test, {tested} replaced: scores of the two versions cannot be compared." in listener.warned
+    assert f"{tested} test rows were replaced: scores of the two versions are not comparable." in listener.warned
     assert verify(project.dataset, Listener()).ok
-    again, _ = _add(project, other, "mended.jsonl", replace=True)
+    again, _ = _add(project, other, "corrected.jsonl", replace=True)
     assert (again.created, again.replaced) == (False, ())
 
 
-def test_replace_leaves_an_edited_answer_where_the_file_spells_the_input_otherwise(tmp_path: Path) -> None:
+def test_replace_keeps_a_reviewers_edit_under_another_spelling(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     pairs = unlike_pairs(40)
     _add(project, pairs)
     row = next(m for m in load_version(project.dataset).members if m.example.output == "answer 3")
     when = "2026-11-25T10:00:00.000+00:00"
-    edit = Judged(key=row.key, verdict="edit", output="reviewed", version="0" * 64, reviewer="ada", when=when)
+    edit = VerdictEvent(key=row.key, verdict="edit", output="reviewed", version="0" * 64, reviewer="ada", when=when)
     append_reviews(project.dataset, [edit])
     apply_edits(project, Listener())
-    result, listener = _add(project, [(pairs[3][0].upper(), "answer 3")], "mended.jsonl", replace=True)
+    result, listener = _add(project, [(pairs[3][0].upper(), "answer 3")], "corrected.jsonl", replace=True)
     assert (result.created, result.replaced) == (False, ())
     assert any("a reviewer edited the answer" in warned for warned in listener.warned)
 
 
-def test_a_replacement_can_be_replaced_back(tmp_path: Path) -> None:
+def test_replace_can_be_reverted(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     pairs = unlike_pairs(40)
     _add(project, pairs)
-    mended = [(pairs[3][0], "mended"), *unlike_pairs(3, 5)]
-    _add(project, mended, "mended.jsonl", replace=True)
-    assert _answers(project)[pairs[3][0]] == ["mended"]
+    corrected = [(pairs[3][0], "corrected"), *unlike_pairs(3, 5)]
+    _add(project, corrected, "corrected.jsonl", replace=True)
+    assert _answers(project)[pairs[3][0]] == ["corrected"]
     _add(project, pairs, replace=True)
     assert _answers(project)[pairs[3][0]] == ["answer 3"]
-    again, _ = _add(project, mended, "mended.jsonl")
+    again, _ = _add(project, corrected, "corrected.jsonl")
     assert not again.created
 
 
-def test_a_file_with_two_outputs_for_one_input_replaces_nothing(tmp_path: Path) -> None:
+def test_replace_refuses_two_outputs_of_one_input(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     pairs = unlike_pairs(40)
     first, _ = _add(project, pairs)
     with pytest.raises(
-        UserError, match="nothing was replaced: the files have several outputs for 1 known input;"
+        UserError, match="nothing was replaced: the files have several outputs for 1 known input"
     ) as caught:
         _add(project, [(pairs[3][0], "one"), (pairs[3][0], "two")], replace=True)
     assert "pairs.jsonl:1" in caught.value.what
@@ -212,22 +212,22 @@ def _with_references(folder: Path) -> ProjectFolder:
     return project
 
 
-@pytest.mark.parametrize("given", [[("one place by the river", "mended")], _REFERENCES[:1], _REFERENCES[:6]])
+@pytest.mark.parametrize("given", [[("one place by the river", "corrected")], _REFERENCES[:1], _REFERENCES[:6]])
 def test_replace_refuses_when_the_file_has_fewer_outputs_of_an_input(tmp_path: Path, given: list[Pair]) -> None:
     project = _with_references(tmp_path / "p")
     before = load_version(project.dataset).digest
     with pytest.raises(UserError, match="1 input with more outputs") as caught:
-        _add(project, given, "mended.jsonl", replace=True)
-    assert "mended.jsonl:1" in caught.value.what
+        _add(project, given, "corrected.jsonl", replace=True)
+    assert "corrected.jsonl:1" in caught.value.what
     assert "data remove --keys" in (caught.value.fix or "")
     assert load_version(project.dataset).digest == before
 
 
-def test_replace_exchanges_single_outputs_when_the_file_has_all(tmp_path: Path) -> None:
+def test_replace_changes_single_outputs_when_the_file_has_all(tmp_path: Path) -> None:
     project = _with_references(tmp_path / "p")
-    mended = [("one place by the river", "mended"), *_REFERENCES[1:], ("one place by the river", "an eighth")]
-    result, listener = _add(project, mended, "mended.jsonl", replace=True)
-    assert sorted(_answers(project)["one place by the river"]) == sorted(output for _, output in mended)
+    corrected = [("one place by the river", "corrected"), *_REFERENCES[1:], ("one place by the river", "an eighth")]
+    result, listener = _add(project, corrected, "corrected.jsonl", replace=True)
+    assert sorted(_answers(project)["one place by the river"]) == sorted(output for _, output in corrected)
     [row] = result.replaced
     assert row.outputs_before == ("reference 0",)
     assert (result.added, result.known) == (1, 6)
@@ -235,13 +235,13 @@ def test_replace_exchanges_single_outputs_when_the_file_has_all(tmp_path: Path) 
     assert verify(project.dataset, Listener()).ok
 
 
-def test_replace_changes_nothing_when_the_file_has_the_same_outputs(tmp_path: Path) -> None:
+def test_replace_changes_nothing_when_outputs_are_equal(tmp_path: Path) -> None:
     project = _with_references(tmp_path / "p")
     result, _ = _add(project, _REFERENCES, "again.jsonl", replace=True)
     assert (result.created, result.known, result.replaced) == (False, 7, ())
 
 
-def test_replace_takes_several_outputs_for_one_when_conflicts_are_accepted(tmp_path: Path) -> None:
+def test_replace_accepts_several_outputs_with_accepted_conflicts(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p", "data: {conflicts: accept}\n")
     pairs = unlike_pairs(40)
     _add(project, pairs)
@@ -249,49 +249,49 @@ def test_replace_takes_several_outputs_for_one_when_conflicts_are_accepted(tmp_p
     assert sorted(_answers(project)[pairs[3][0]]) == ["one", "two"]
 
 
-def test_superseded_rows_come_back_when_they_are_restored(tmp_path: Path) -> None:
+def test_restore_adds_superseded_rows(tmp_path: Path) -> None:
     project = _with_references(tmp_path / "p")
-    mended = [("one place by the river", "mended"), *_REFERENCES[1:]]
-    _add(project, mended, "mended.jsonl", replace=True)
+    corrected = [("one place by the river", "corrected"), *_REFERENCES[1:]]
+    _add(project, corrected, "corrected.jsonl", replace=True)
     left_out, listener = _add(project, _REFERENCES)
     assert (left_out.created, left_out.known, left_out.superseded) == (False, 6, (f"{project.root}/pairs.jsonl:1",))
-    assert any("1 row superseded earlier by --replace and left out; --restore" in said for said in listener.said)
+    assert any("1 row left out, superseded by --replace earlier. --restore" in said for said in listener.said)
     back, listener = _add(project, _REFERENCES, restore=True)
     assert (back.added, back.superseded) == (1, ())
     assert not any("Nothing to restore" in said for said in listener.said)
     assert len(_answers(project)["one place by the river"]) == 8
 
 
-def test_replace_brings_superseded_outputs_back_when_the_file_has_all(tmp_path: Path) -> None:
+def test_replace_restores_superseded_outputs_when_the_file_has_all(tmp_path: Path) -> None:
     project = _with_references(tmp_path / "p")
-    mended = [("one place by the river", "mended"), *_REFERENCES[1:]]
-    _add(project, mended, "mended.jsonl", replace=True)
-    result, _ = _add(project, [*mended, _REFERENCES[0]], "all.jsonl", replace=True)
+    corrected = [("one place by the river", "corrected"), *_REFERENCES[1:]]
+    _add(project, corrected, "corrected.jsonl", replace=True)
+    result, _ = _add(project, [*corrected, _REFERENCES[0]], "all.jsonl", replace=True)
     assert (result.added, result.superseded) == (1, ())
     assert len(_answers(project)["one place by the river"]) == 8
 
 
-def test_an_edit_of_a_reviewer_outlives_the_file_that_it_mended(tmp_path: Path) -> None:
+def test_reviewers_edit_survives_the_original_file(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     pairs = unlike_pairs(40)
     _add(project, pairs)
     row = next(m for m in load_version(project.dataset).members if m.example.output == "answer 3")
     when = "2026-11-25T10:00:00.000+00:00"
-    edit = Judged(key=row.key, verdict="edit", output="reviewed", version="0" * 64, reviewer="ada", when=when)
+    edit = VerdictEvent(key=row.key, verdict="edit", output="reviewed", version="0" * 64, reviewer="ada", when=when)
     append_reviews(project.dataset, [edit])
     apply_edits(project, Listener())
     result, listener = _add(project, pairs, replace=True)
     assert (result.created, result.replaced) == (False, ())
-    assert any("1 row not replaced: a reviewer edited the answer" in warned for warned in listener.warned)
+    assert any("1 row not replaced, because a reviewer edited the answer" in warned for warned in listener.warned)
 
 
-def test_groups_go_to_the_row_that_replaces(tmp_path: Path) -> None:
+def test_replacing_row_gets_the_groups(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p", "data: {group_by: [customer]}\n")
     rows = [{"prompt": p, "completion": c, "customer": f"C{i}"} for i, (p, c) in enumerate(unlike_pairs(40))]
     path = project.root / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     add(project, [path], Listener())
-    path.write_text(json.dumps({**rows[3], "completion": "mended", "customer": None}) + "\n")
+    path.write_text(json.dumps({**rows[3], "completion": "corrected", "customer": None}) + "\n")
     add(project, [path], Listener(), replace=True)
-    mended = next(m for m in load_version(project.dataset).members if m.example.output == "mended")
-    assert mended.groups == ("customer=C3",)
+    corrected = next(m for m in load_version(project.dataset).members if m.example.output == "corrected")
+    assert corrected.groups == ("customer=C3",)

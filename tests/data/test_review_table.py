@@ -15,9 +15,8 @@ from review_helpers import judge_next, review, reviewed_project, right, status
 from tunewright.config.project import ProjectFolder
 from tunewright.core.csv import restored_cell
 from tunewright.core.errors import UserError
-from tunewright.data.review.passes import Review
 from tunewright.data.review.reviews import read_reviews
-from tunewright.data.review.table import Imported, export_csv, import_csv
+from tunewright.data.review.session import Imported, ReviewSession, export_csv, import_csv
 from tunewright.data.versions import load_version
 
 Row = dict[str, str]
@@ -58,7 +57,7 @@ def _import(project: ProjectFolder, path: Path, reviewer: str = "ada") -> Import
     return import_csv(path, project.dataset, load_version(project.dataset), reviewer)
 
 
-def test_the_export_holds_the_texts_exactly_in_the_order_of_the_sample(project: ProjectFolder) -> None:
+def test_export_csv_contains_exact_texts_in_sample_order(project: ProjectFolder) -> None:
     _, rows = _export(project)
     members = {m.key: m for m in load_version(project.dataset).members}
     assert [row["row"] for row in rows] == review(project).order
@@ -69,7 +68,7 @@ def test_the_export_holds_the_texts_exactly_in_the_order_of_the_sample(project: 
     assert [row["input"] for row in rows if "1+1" in row["input"]] == ["'=1+1"]  # no formula for the spreadsheet
 
 
-def test_the_export_says_where_each_row_is_from(project: ProjectFolder) -> None:
+def test_export_csv_contains_the_place_of_each_row(project: ProjectFolder) -> None:
     _, rows = _export(project)
     lines = [json.loads(line) for line in (project.root / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
     members = {m.key: m for m in load_version(project.dataset).members}
@@ -80,7 +79,7 @@ def test_the_export_says_where_each_row_is_from(project: ProjectFolder) -> None:
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
 @pytest.mark.parametrize("line_end", ["\n", "\r\n"])
-def test_filled_in_verdicts_count_as_those_of_a_pass(project: ProjectFolder, delimiter: str, line_end: str) -> None:
+def test_import_csv_counts_verdicts_like_a_session(project: ProjectFolder, delimiter: str, line_end: str) -> None:
     path, rows = _export(project)
     for row in rows:
         row["verdict"] = " Right "
@@ -90,7 +89,7 @@ def test_filled_in_verdicts_count_as_those_of_a_pass(project: ProjectFolder, del
     _save(path, rows, delimiter, line_end)
     assert _import(project, path) == Imported(recorded=len(rows) - 1, known=0, blank=1)
     reviews = read_reviews(project.dataset)
-    assert reviews.standing(rows[5]["row"])["ada"].output == "better,\nover two lines"
+    assert reviews.current_verdicts(rows[5]["row"])["ada"].output == "better,\nover two lines"
     assert reviews.finding(rows[6]["row"]) == "unsettled"
     assert reviews.finding(rows[7]["row"]) is None
     line = status(project)
@@ -98,7 +97,7 @@ def test_filled_in_verdicts_count_as_those_of_a_pass(project: ProjectFolder, del
     assert line.endswith(", 1 unsettled")
 
 
-def test_importing_twice_records_nothing_twice(project: ProjectFolder) -> None:
+def test_import_csv_records_nothing_twice(project: ProjectFolder) -> None:
     path, rows = _export(project, 3)
     rows[0]["verdict"] = "right"
     _save(path, rows)
@@ -119,19 +118,19 @@ def _twice(rows: list[Row]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "reported"),
     [
-        (_changed("verdict", "maybe"), "the verdict is 'maybe'"),
+        (_changed("verdict", "maybe"), "invalid verdict 'maybe'"),
         (_changed("row", "0" * 64), "has no row"),
         (_changed("answer", "2026-01-02"), "the answer was changed"),
-        (_changed("new_output", "better"), "needs the verdict edit"),
-        (_changed("verdict", "edit"), "an edit needs a new_output"),
-        (_changed("draw", "first"), "the draw is 'first'"),
-        (_twice, "again"),
+        (_changed("new_output", "better"), "requires the verdict edit"),
+        (_changed("verdict", "edit"), "verdict edit requires new_output"),
+        (_changed("draw", "first"), "invalid draw 'first'"),
+        (_twice, "duplicate of line"),
     ],
 )
-def test_a_faulty_row_is_named_by_its_line_and_nothing_is_recorded(
-    project: ProjectFolder, change: Callable[[list[Row]], None], told: str
+def test_import_csv_names_a_faulty_row_and_records_nothing(
+    project: ProjectFolder, change: Callable[[list[Row]], None], reported: str
 ) -> None:
     path, rows = _export(project, 4)
     for row in rows:
@@ -139,14 +138,14 @@ def test_a_faulty_row_is_named_by_its_line_and_nothing_is_recorded(
     change(rows)
     _save(path, rows)
     before = (project.dataset / "reviews.jsonl").read_bytes()
-    with pytest.raises(UserError, match=told) as refused:
+    with pytest.raises(UserError, match=reported) as refused:
         _import(project, path)
     assert f"{path}:" in str(refused.value)
     assert (project.dataset / "reviews.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "reported"),
     [
         (b"", "missing or repeated column: row"),
         (b"row,verdict\nabc,right\n", "missing or repeated column: draw, answer, new_output"),
@@ -155,16 +154,16 @@ def test_a_faulty_row_is_named_by_its_line_and_nothing_is_recorded(
         (b'row,draw,answer,verdict,new_output\n"a\n', "invalid CSV"),
     ],
 )
-def test_a_file_that_is_no_export_is_refused(project: ProjectFolder, content: bytes, told: str) -> None:
+def test_import_csv_refuses_other_files(project: ProjectFolder, content: bytes, reported: str) -> None:
     path = project.root / "bad.csv"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=reported):
         _import(project, path)
     with pytest.raises(UserError, match="cannot be read"):
         _import(project, project.root / "missing.csv")
 
 
-def test_an_export_never_replaces_a_file_and_says_when_nothing_is_left(project: ProjectFolder) -> None:
+def test_export_csv_does_not_overwrite_and_reports_an_empty_queue(project: ProjectFolder) -> None:
     path, _ = _export(project)
     with pytest.raises(UserError, match="the file already exists"):
         export_csv(path, review(project), 5)
@@ -173,31 +172,31 @@ def test_an_export_never_replaces_a_file_and_says_when_nothing_is_left(project: 
         export_csv(project.root / "more.csv", review(project), 5)
 
 
-def test_a_secret_in_an_edited_answer_is_refused_before_it_is_on_record(project: ProjectFolder) -> None:
+def test_import_csv_refuses_a_secret(project: ProjectFolder) -> None:
     path, rows = _export(project)
     card = "4539 1488 0343 6467"
     for row in rows:
         row["verdict"] = "right"
     rows[2] |= {"verdict": "edit", "new_output": f"pay with {card}"}
     _save(path, rows)
-    with pytest.raises(UserError, match=r"the new_output holds a secret \(payment card number\)") as caught:
+    with pytest.raises(UserError, match=r"new_output contains a secret \(payment card number\)") as caught:
         _import(project, path)
     assert card not in str(caught.value)
-    assert read_reviews(project.dataset).standing(rows[2]["row"]) == {}
+    assert read_reviews(project.dataset).current_verdicts(rows[2]["row"]) == {}
     allowed = import_csv(path, project.dataset, load_version(project.dataset), "ada", ["card"])
     assert allowed.recorded == len(rows)
 
 
-def test_in_a_pass_too(project: ProjectFolder) -> None:
-    under_way = review(project)
-    card = under_way.next()
+def test_session_refuses_a_secret(project: ProjectFolder) -> None:
+    session = review(project)
+    card = session.next()
     assert card is not None
-    assert under_way.edit(card, "pay with 4539 1488 0343 6467").startswith("The answer holds a secret (payment card")
-    assert under_way.next() == card
+    assert session.edit(card, "pay with 4539 1488 0343 6467").startswith("The answer contains a secret (payment card")
+    assert session.next() == card
 
 
-def test_export_names_the_way_when_no_row_could_be_judged_as_a_suspect(project: ProjectFolder) -> None:
-    none = Review(project.dataset, load_version(project.dataset), "ada", Listener(), suspects=[])
+def test_export_csv_suggests_an_adapter_when_no_row_can_be_judged(project: ProjectFolder) -> None:
+    none = ReviewSession(project.dataset, load_version(project.dataset), "ada", Listener(), suspects=[])
     with pytest.raises(UserError, match="there are no suspects to export") as caught:
         export_csv(project.root / "suspects.csv", none, 100)
     assert "--adapter base" in (caught.value.fix or "")

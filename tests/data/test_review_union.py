@@ -1,4 +1,4 @@
-"""Logs of reviews that are united: no verdict is lost, and neither order nor clocks decide what stands."""
+"""Merged logs of reviews: no verdict is lost, whatever the order and the clocks."""
 
 from __future__ import annotations
 
@@ -15,26 +15,28 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json
 from tunewright.data.review.acceptance import FixedPlan, SequentialPlan
 from tunewright.data.review.reviews import (
-    Drawn,
+    DrawEvent,
     Event,
-    Judged,
-    Undone,
+    UndoEvent,
     Verdict,
+    VerdictEvent,
     append_reviews,
+    merge_reviews,
     read_reviews,
-    unite_reviews,
 )
 
 SECONDS = st.integers(0, 3).map(lambda s: f"2026-11-24T12:00:0{s}+00:00")
 REVIEWERS = st.sampled_from(["ada", "ben"])
 KEYS = st.sampled_from(["k1", "k2"])
 WORDS: st.SearchStrategy[Verdict] = st.sampled_from(["right", "wrong", "skip"])
-VERDICTS_GIVEN = st.builds(Judged, version=st.just("v"), reviewer=REVIEWERS, when=SECONDS, key=KEYS, verdict=WORDS)
-UNDONE = st.builds(Undone, version=st.just("v"), reviewer=REVIEWERS, when=SECONDS, key=KEYS)
+VERDICTS_GIVEN = st.builds(
+    VerdictEvent, version=st.just("v"), reviewer=REVIEWERS, when=SECONDS, key=KEYS, verdict=WORDS
+)
+UNDONE = st.builds(UndoEvent, version=st.just("v"), reviewer=REVIEWERS, when=SECONDS, key=KEYS)
 PLANS: st.SearchStrategy[SequentialPlan | FixedPlan] = st.sampled_from(
     [SequentialPlan(), FixedPlan(), FixedPlan(allowed=2)]
 )
-DRAWN = st.builds(Drawn, version=st.just("v"), reviewer=REVIEWERS, when=SECONDS, draw=st.integers(0, 2), plan=PLANS)
+DRAWN = st.builds(DrawEvent, version=st.just("v"), reviewer=REVIEWERS, when=SECONDS, draw=st.integers(0, 2), plan=PLANS)
 LOGS = st.lists(VERDICTS_GIVEN | UNDONE | DRAWN, max_size=8)
 
 fast = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -52,13 +54,13 @@ def _log(root: Path, name: str, old: Sequence[Event], new: Sequence[Event]) -> P
 
 def _united(into: Path, *others: Path) -> Path:
     for other in others:
-        unite_reviews(into, read_reviews(other).events)
+        merge_reviews(into, read_reviews(other).events)
     return into
 
 
 @fast
 @given(prefix=LOGS, olds=st.tuples(LOGS, LOGS, LOGS), news=st.tuples(LOGS, LOGS, LOGS))
-def test_a_union_is_the_same_in_any_order_and_however_often(
+def test_merge_reviews_is_commutative_and_idempotent(
     prefix: list[Event], olds: tuple[list[Event], ...], news: tuple[list[Event], ...]
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -77,19 +79,17 @@ def test_a_union_is_the_same_in_any_order_and_however_often(
         one, other = read_reviews(left), read_reviews(right)
         assert one.events == other.events
         assert one.stacks == other.stacks
-        assert one.drawn("v") == other.drawn("v")
+        assert one.latest_draw("v") == other.latest_draw("v")
         assert set(alone.events) <= set(one.events)
         after = (left / "reviews.jsonl").read_bytes()
         assert after.startswith(before)  # lines that others cite stay where they are
-        assert unite_reviews(left, other.events) == []
+        assert merge_reviews(left, other.events) == []
         assert (left / "reviews.jsonl").read_bytes() == after
 
 
 @fast
 @given(mine=LOGS, theirs=LOGS)
-def test_what_a_reviewer_said_on_one_machine_stands_whatever_others_said(
-    mine: list[Event], theirs: list[Event]
-) -> None:
+def test_merge_reviews_keeps_a_reviewers_order(mine: list[Event], theirs: list[Event]) -> None:
     mine = [event for event in mine if event.reviewer == "ada"]
     theirs = [event for event in theirs if event.reviewer == "ben"]
     with tempfile.TemporaryDirectory() as folder:
@@ -97,12 +97,12 @@ def test_what_a_reviewer_said_on_one_machine_stands_whatever_others_said(
         alone = [read_reviews(a), read_reviews(b)]
         both = read_reviews(_united(a, b))
         for key in ("k1", "k2"):
-            assert both.standing(key) == {**alone[0].standing(key), **alone[1].standing(key)}
+            assert both.current_verdicts(key) == {**alone[0].current_verdicts(key), **alone[1].current_verdicts(key)}
 
 
 @fast
 @given(st.lists(st.tuples(st.sampled_from("ab"), VERDICTS_GIVEN | UNDONE), max_size=12))
-def test_a_reviewer_who_goes_from_machine_to_machine_takes_the_order_along_whatever_the_clocks(
+def test_merge_reviews_orders_a_reviewer_across_machines(
     steps: list[tuple[str, Event]],
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -111,54 +111,54 @@ def test_a_reviewer_who_goes_from_machine_to_machine_takes_the_order_along_whate
         for name, event in steps:
             _united(logs[name], logs["b" if name == "a" else "a"])
             append_reviews(logs[name], [event])
-            assert not isinstance(event, Drawn)
+            assert not isinstance(event, DrawEvent)
             stack = stacks.setdefault((event.key, event.reviewer), [])
-            if isinstance(event, Judged):
+            if isinstance(event, VerdictEvent):
                 stack.append(event.verdict)
             elif stack:
                 stack.pop()
         found = read_reviews(_united(logs["a"], logs["b"]))
         for (key, reviewer), stack in stacks.items():
-            stands = found.standing(key).get(reviewer)
+            stands = found.current_verdicts(key).get(reviewer)
             assert (stands.verdict if stands else None) == (stack[-1] if stack else None)
 
 
-def _judged(key: str, when: str = "2026-11-24T12:00:00+00:00", **facts: str) -> Judged:
-    return Judged.model_validate(
+def _judged(key: str, when: str = "2026-11-24T12:00:00+00:00", **facts: str) -> VerdictEvent:
+    return VerdictEvent.model_validate(
         {"key": key, "verdict": "right", "version": "v", "reviewer": "ada", "when": when, **facts}
     )
 
 
-def test_of_two_samples_drawn_apart_the_first_one_s_plan_holds(tmp_path: Path) -> None:
+def test_merge_reviews_keeps_the_plan_of_the_first_draw(tmp_path: Path) -> None:
     facts = {"version": "v", "draw": 0, "reviewer": "ada"}
-    first = Drawn.model_validate({**facts, "when": "2026-11-24T12:00:00+00:00", "plan": {"kind": "fixed"}})
-    later = Drawn.model_validate({**facts, "when": "2026-11-24T13:00:00+00:00", "plan": {"kind": "sequential"}})
+    first = DrawEvent.model_validate({**facts, "when": "2026-11-24T12:00:00+00:00", "plan": {"kind": "fixed"}})
+    later = DrawEvent.model_validate({**facts, "when": "2026-11-24T13:00:00+00:00", "plan": {"kind": "sequential"}})
     a, b = _log(tmp_path, "a", [], [later]), _log(tmp_path, "b", [], [first])
-    found = read_reviews(_united(a, b)).drawn("v")
+    found = read_reviews(_united(a, b)).latest_draw("v")
     assert found is not None
     assert found.plan == FixedPlan()
 
 
-def test_a_line_that_is_there_twice_counts_once(tmp_path: Path) -> None:
-    undo = Undone(version="v", reviewer="ada", when="2026-11-24T12:00:00+00:00", key="k")
+def test_duplicate_line_counts_once(tmp_path: Path) -> None:
+    undo = UndoEvent(version="v", reviewer="ada", when="2026-11-24T12:00:00+00:00", key="k")
     dataset = _log(tmp_path, "a", [], [_judged("k"), _judged("k", verdict="wrong"), undo])
     path = dataset / "reviews.jsonl"
     path.write_text(path.read_text() + path.read_text().splitlines()[-1] + "\n")
-    assert read_reviews(dataset).standing("k")["ada"].verdict == "right"
+    assert read_reviews(dataset).current_verdicts("k")["ada"].verdict == "right"
 
 
-def test_half_a_last_line_is_replaced_by_what_comes(tmp_path: Path) -> None:
+def test_half_a_last_line_is_overwritten(tmp_path: Path) -> None:
     a, b = _log(tmp_path, "a", [], [_judged("k1")]), _log(tmp_path, "b", [], [_judged("k2")])
     whole = (a / "reviews.jsonl").read_bytes()
     (a / "reviews.jsonl").write_bytes(whole + whole[:30])
-    added = unite_reviews(a, read_reviews(b).events)
-    assert [event.key for event in added if isinstance(event, Judged)] == ["k2"]
+    added = merge_reviews(a, read_reviews(b).events)
+    assert [event.key for event in added if isinstance(event, VerdictEvent)] == ["k2"]
     assert not read_reviews(a).torn
     assert len(read_reviews(a).events) == 2
 
 
 @pytest.mark.parametrize("changed", ["verdict", "when", "reviewer"])
-def test_a_changed_line_is_refused_by_name_before_anything_is_added(tmp_path: Path, changed: str) -> None:
+def test_merge_reviews_refuses_a_changed_line(tmp_path: Path, changed: str) -> None:
     dataset = _log(tmp_path, "a", [], [_judged("k1"), _judged("k2")])
     path = dataset / "reviews.jsonl"
     lines = path.read_text().splitlines()
@@ -167,7 +167,7 @@ def test_a_changed_line_is_refused_by_name_before_anything_is_added(tmp_path: Pa
     path.write_text(f"{lines[0]}\n{canonical_json(event)}\n")
     before = path.read_bytes()
     for act in (lambda: read_reviews(dataset), lambda: append_reviews(dataset, [_judged("k3")])):
-        with pytest.raises(UserError, match="does not have its digest") as caught:
+        with pytest.raises(UserError, match="its digest does not match") as caught:
             act()
         assert caught.value.where == f"{path}:2"
     assert path.read_bytes() == before

@@ -16,9 +16,9 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.data.review.acceptance import FixedPlan, SequentialPlan, sample_order
-from tunewright.data.review.passes import Review, check_options
-from tunewright.data.review.reviews import Judged, append_reviews, read_reviews
-from tunewright.data.review.suspects import Suspect
+from tunewright.data.review.label_models import Suspect
+from tunewright.data.review.reviews import VerdictEvent, append_reviews, read_reviews
+from tunewright.data.review.session import ReviewSession, check_options
 from tunewright.data.versions import load_version
 
 
@@ -27,29 +27,29 @@ def project(tmp_path: Path) -> ProjectFolder:
     return reviewed_project(tmp_path / "p")
 
 
-def _judged(key: str, **changes: object) -> Judged:
+def _judged(key: str, **changes: object) -> VerdictEvent:
     fields = {"key": key, "verdict": "right", "version": "v", "reviewer": "ada", "when": now()}
-    return Judged.model_validate({**fields, **changes})
+    return VerdictEvent.model_validate({**fields, **changes})
 
 
-def test_a_version_that_nobody_looked_at_is_not_reviewed(project: ProjectFolder) -> None:
+def test_status_is_not_reviewed_without_reviews(project: ProjectFolder) -> None:
     assert status(project) == "not reviewed"
 
 
-def test_right_rows_lead_to_acceptance_and_the_status_says_on_what_grounds(project: ProjectFolder) -> None:
-    under_way = review(project)
+def test_right_rows_lead_to_acceptance_with_grounds(project: ProjectFolder) -> None:
+    session = review(project)
     assert status(project) == "under review: 0 of 0 wrong, at least 72 more to check"
-    judge_next(under_way, *right(71))
+    judge_next(session, *right(71))
     assert status(project) == "under review: 0 of 71 wrong, at least 1 more to check"
-    judge_next(under_way, "right")
+    judge_next(session, "right")
     assert status(project) == "accepted: 0 of 72 wrong, under 5% at 95%"
-    assert under_way.next() is None
+    assert session.next() is None
 
 
-def test_the_fixed_plan_asks_for_59_rows(project: ProjectFolder) -> None:
+def test_fixed_plan_needs_59_rows(project: ProjectFolder) -> None:
     version = load_version(project.dataset)
-    under_way = Review(project.dataset, version, "ada", Listener(), plan=FixedPlan())
-    judge_next(under_way, *right(59))
+    session = ReviewSession(project.dataset, version, "ada", Listener(), plan=FixedPlan())
+    judge_next(session, *right(59))
     assert status(project) == "accepted: 0 of 59 wrong, under 5% at 95%"
 
 
@@ -58,29 +58,29 @@ def test_wrong_rows_lead_to_rejection(project: ProjectFolder) -> None:
     assert status(project) == "rejected: 2 of 2 wrong, not under 5%"
 
 
-def test_rows_come_in_the_order_that_the_digest_decides(project: ProjectFolder) -> None:
+def test_session_shows_rows_in_the_order_of_the_digest(project: ProjectFolder) -> None:
     version = load_version(project.dataset)
     order = sample_order([m.key for m in version.members], version.digest, 0)
     assert judge_next(review(project), *right(5)) == order[:5]
 
 
-def test_a_pass_goes_on_where_the_last_one_was_left(project: ProjectFolder) -> None:
+def test_session_resumes_the_last_one(project: ProjectFolder) -> None:
     first = judge_next(review(project), "right", "right", "wrong")
     later = judge_next(review(project), "right")
     assert later[0] not in first
     assert status(project).startswith("under review: 1 of 4 wrong")
 
 
-def test_a_skipped_row_counts_as_unsettled_and_comes_again_in_the_next_pass(project: ProjectFolder) -> None:
-    under_way = review(project)
-    (skipped,) = judge_next(under_way, "skip")
-    judge_next(under_way, "right")
+def test_skipped_row_is_unsettled_and_returns_in_the_next_session(project: ProjectFolder) -> None:
+    session = review(project)
+    (skipped,) = judge_next(session, "skip")
+    judge_next(session, "right")
     assert status(project).endswith(", 1 unsettled")
     assert judge_next(review(project), "right") == [skipped]
     assert "unsettled" not in status(project)
 
 
-def test_undo_takes_back_the_latest_verdict_also_in_a_later_pass_and_is_itself_on_record(
+def test_undo_withdraws_the_latest_verdict_and_is_recorded(
     project: ProjectFolder,
 ) -> None:
     keys = judge_next(review(project), "right", "wrong")
@@ -96,25 +96,25 @@ def test_undo_takes_back_the_latest_verdict_also_in_a_later_pass_and_is_itself_o
     assert [json.loads(line)["event"] for line in log] == ["draw", "verdict", "verdict", "undo"]
 
 
-def test_undo_takes_back_no_verdict_of_another_reviewer(project: ProjectFolder) -> None:
+def test_undo_ignores_other_reviewers(project: ProjectFolder) -> None:
     judge_next(review(project, "ada"), "right")
     assert review(project, "ben").undo() is None
     assert status(project).startswith("under review: 0 of 1 wrong")
 
 
-def test_verdicts_survive_a_new_version_and_other_order_of_rows(project: ProjectFolder) -> None:
+def test_verdicts_survive_a_new_version(project: ProjectFolder) -> None:
     version = load_version(project.dataset)
-    # All rows of the version, so that whichever the next sample begins with was looked at.
+    # All rows of the version, so that the first row of the next sample was reviewed.
     append_reviews(project.dataset, [_judged(m.key, version=version.digest) for m in version.members])
     add_pairs(project, [*reversed(unlike_pairs(200)), ("one row more, unlike any other 123", "answer")])
-    under_way = review(project)
-    found = under_way.outcome
+    session = review(project)
+    found = session.outcome
     assert found is not None
     new = ({m.key for m in load_version(project.dataset).members} - {m.key for m in version.members}).pop()
-    assert found.checked == min(under_way.order.index(new), 72)
+    assert found.checked == min(session.order.index(new), 72)
 
 
-def test_a_verdict_dies_when_the_text_of_its_row_changes(tmp_path: Path) -> None:
+def test_verdict_ends_when_the_text_changes(tmp_path: Path) -> None:
     pairs = unlike_pairs(60)
     before = reviewed_project(tmp_path / "before", pairs=pairs)
     after = reviewed_project(tmp_path / "after", pairs=[(pairs[0][0], "another answer"), *pairs[1:]])
@@ -124,7 +124,7 @@ def test_a_verdict_dies_when_the_text_of_its_row_changes(tmp_path: Path) -> None
     assert [m.example.output for m in new.members if reviews.finding(m.key) is None] == ["another answer"]
 
 
-def test_reviewers_who_disagree_leave_a_row_unsettled(project: ProjectFolder) -> None:
+def test_disagreement_leaves_a_row_unsettled(project: ProjectFolder) -> None:
     (key,) = judge_next(review(project, "ada"), "right")
     judge_next(review(project, "ben", second=True), "wrong")
     assert read_reviews(project.dataset).finding(key) == "unsettled"
@@ -134,7 +134,7 @@ def test_reviewers_who_disagree_leave_a_row_unsettled(project: ProjectFolder) ->
     assert read_reviews(project.dataset).finding(key) == "right"
 
 
-def test_a_disputed_row_is_shown_to_a_third_reviewer_and_not_again_to_the_two(project: ProjectFolder) -> None:
+def test_disputed_row_is_shown_to_a_third_reviewer_only(project: ProjectFolder) -> None:
     (key,) = judge_next(review(project, "ada"), "right")
     judge_next(review(project, "ben", second=True), "wrong")
     offered = {name: card.member.key for name in ("ada", "ben", "cyd") if (card := review(project, name).next())}
@@ -142,14 +142,14 @@ def test_a_disputed_row_is_shown_to_a_third_reviewer_and_not_again_to_the_two(pr
     assert key not in (offered["ada"], offered["ben"])
 
 
-def test_a_second_reviewer_judges_what_the_first_judged_and_no_more(project: ProjectFolder) -> None:
+def test_second_review_covers_exactly_the_judged_rows(project: ProjectFolder) -> None:
     keys = judge_next(review(project, "ada"), "right", "skip", "wrong")
     second = review(project, "ben", second=True)
     assert judge_next(second, "right", "wrong") == [keys[0], keys[2]]
     assert second.next() is None
 
 
-def test_a_redraw_is_another_sample_and_stays_on_record(project: ProjectFolder) -> None:
+def test_redraw_is_another_recorded_sample(project: ProjectFolder) -> None:
     judge_next(review(project), "wrong", "wrong")
     again = review(project, redraw=True)
     judge_next(again, *right(3))
@@ -158,57 +158,57 @@ def test_a_redraw_is_another_sample_and_stays_on_record(project: ProjectFolder) 
     assert [event["draw"] for event in drawn if event["event"] == "draw"] == [0, 1]
 
 
-def test_another_plan_for_the_same_sample_is_refused(project: ProjectFolder) -> None:
+def test_another_plan_for_a_sample_is_refused(project: ProjectFolder) -> None:
     review(project)
     version = load_version(project.dataset)
     with pytest.raises(UserError, match="another plan"):
-        Review(project.dataset, version, "ada", Listener(), plan=FixedPlan(allowed=5))
-    Review(project.dataset, version, "ada", Listener(), plan=SequentialPlan())
-    Review(project.dataset, version, "ada", Listener(), plan=FixedPlan(allowed=5), redraw=True)
+        ReviewSession(project.dataset, version, "ada", Listener(), plan=FixedPlan(allowed=5))
+    ReviewSession(project.dataset, version, "ada", Listener(), plan=SequentialPlan())
+    ReviewSession(project.dataset, version, "ada", Listener(), plan=FixedPlan(allowed=5), redraw=True)
     # 208 by the plan, but 200 rows are all there are.
     assert status(project) == "under review: 0 of 0 wrong, at least 200 more to check, draw 2"
 
 
-def test_suspects_are_reviewed_apart_and_count_only_where_the_sample_reaches_them(project: ProjectFolder) -> None:
+def test_suspects_are_reviewed_apart_from_the_sample(project: ProjectFolder) -> None:
     version = load_version(project.dataset)
     order = review(project).order
     suspect = Suspect(order[-1], 1.0, "label", "other rows suggest otherwise")
-    apart = Review(project.dataset, version, "ada", Listener(), suspects=[suspect])
+    apart = ReviewSession(project.dataset, version, "ada", Listener(), suspects=[suspect])
     card = apart.next()
     assert card is not None
     assert card.why == "label: other rows suggest otherwise"
     apart.judge(card, "wrong")
     assert apart.next() is None
-    assert apart.status == "suspects: 1 of 1 looked at"
+    assert apart.status == "suspects: 1 of 1 reviewed"
     assert status(project).startswith("under review: 0 of 0 wrong")
     assert json.loads((project.dataset / "reviews.jsonl").read_text().splitlines()[-1]).get("draw") is None
 
 
-def test_an_edit_without_a_change_or_a_text_is_no_verdict(project: ProjectFolder) -> None:
-    under_way = review(project)
-    card = under_way.next()
+def test_edit_without_a_change_is_no_verdict(project: ProjectFolder) -> None:
+    session = review(project)
+    card = session.next()
     assert card is not None
-    assert "as it was" in under_way.edit(card, card.member.example.output)
-    assert "empty" in under_way.edit(card, " \n")
-    assert "editor failed" in under_way.edit(card, None)
-    assert under_way.next() == card
-    assert under_way.edit(card, "better") == ""
-    assert under_way.next() != card
+    assert "is unchanged" in session.edit(card, card.member.example.output)
+    assert "empty" in session.edit(card, " \n")
+    assert "editor failed" in session.edit(card, None)
+    assert session.next() == card
+    assert session.edit(card, "better") == ""
+    assert session.next() != card
 
 
 @pytest.mark.parametrize("cut", [2, 20, 60])
-def test_half_a_line_left_by_a_crash_costs_that_verdict_alone(project: ProjectFolder, cut: int) -> None:
+def test_half_a_line_loses_only_its_verdict(project: ProjectFolder, cut: int) -> None:
     keys = judge_next(review(project), "right", "right", "right")
     path = project.dataset / "reviews.jsonl"
     path.write_bytes(path.read_bytes()[:-cut])
     listener = Listener()
-    again = Review(project.dataset, load_version(project.dataset), "ada", listener)
+    again = ReviewSession(project.dataset, load_version(project.dataset), "ada", listener)
     assert ["cut off by a crash" in warned for warned in listener.warned] == [True]
     assert judge_next(again, "wrong") == [keys[2]]
     assert [e.event for e in read_reviews(project.dataset).events] == ["draw", *["verdict"] * 3]
 
 
-def test_a_last_line_whose_end_an_editor_left_out_counts(project: ProjectFolder) -> None:
+def test_last_line_without_line_end_counts(project: ProjectFolder) -> None:
     judge_next(review(project), "right")
     path = project.dataset / "reviews.jsonl"
     path.write_bytes(path.read_bytes().rstrip(b"\n"))
@@ -219,7 +219,7 @@ def test_a_last_line_whose_end_an_editor_left_out_counts(project: ProjectFolder)
 @pytest.mark.parametrize(
     "line", ["{}", "nonsense", '{"event": "verdict"}', '{"event": "undo", "key": 1}', "[1, 2]", "\x00"]
 )
-def test_a_line_that_is_no_review_is_named(project: ProjectFolder, line: str) -> None:
+def test_invalid_line_is_named(project: ProjectFolder, line: str) -> None:
     judge_next(review(project), "right")
     path = project.dataset / "reviews.jsonl"
     path.write_text(line + "\n" + path.read_text())
@@ -229,9 +229,7 @@ def test_a_line_that_is_no_review_is_named(project: ProjectFolder, line: str) ->
 
 
 @given(st.binary(max_size=80), st.integers(0, 300))
-def test_no_damage_to_the_log_ends_in_a_traceback(
-    tmp_path_factory: pytest.TempPathFactory, damage: bytes, at: int
-) -> None:
+def test_damaged_log_never_causes_a_traceback(tmp_path_factory: pytest.TempPathFactory, damage: bytes, at: int) -> None:
     folder = tmp_path_factory.mktemp("log")
     append_reviews(folder, [_judged("a"), _judged("b", verdict="edit", output="c")])
     path = folder / "reviews.jsonl"
@@ -249,7 +247,7 @@ def _append_many(folder: Path, name: str) -> None:
         append_reviews(folder, [_judged(f"{name}{number}", reviewer=name, verdict="edit", output="x" * 9000)])
 
 
-def test_two_who_write_at_once_lose_nothing(tmp_path: Path) -> None:
+def test_concurrent_writers_lose_nothing(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     writers = [context.Process(target=_append_many, args=(tmp_path, name)) for name in ("ada", "ben")]
     for writer in writers:
@@ -259,7 +257,7 @@ def test_two_who_write_at_once_lose_nothing(tmp_path: Path) -> None:
     assert len(read_reviews(tmp_path).events) == 100
 
 
-def test_options_that_would_be_ignored_are_refused() -> None:
+def test_check_options_refuses_ignored_options() -> None:
     def check(*given: str, message: bool = False) -> None:
         actions = {name: name in given for name in ("--status", "--export", "--import", "--apply")}
         choices = {name: name in given for name in ("--suspects", "--second", "--fixed", "--redraw")}

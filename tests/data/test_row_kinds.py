@@ -1,4 +1,4 @@
-"""The kinds of rows that people have: each is told by its keys and read as the same conversation."""
+"""Row formats: each is recognised by its keys and read as the same conversation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tunewright.config import DataConfig
-from tunewright.data.readers import Fault, Reading, read_pairs
+from tunewright.data.readers import Fault, ReadResult, read_pairs
 from tunewright.data.readers.row_errors import CODES
 from tunewright.data.readers.validate import RowError, example_from_object
 
@@ -20,7 +20,7 @@ CHAT = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": ANS
 SHARED = [{"from": "human", "value": ASKED}, {"from": "gpt", "value": ANSWERED}]
 
 
-def _read(tmp_path: Path, rows: list[Any], data: DataConfig | None = None) -> Reading:
+def _read(tmp_path: Path, rows: list[Any], data: DataConfig | None = None) -> ReadResult:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return read_pairs(path, data or DataConfig())
@@ -38,22 +38,20 @@ def _turns(row: Any, data: DataConfig | None = None) -> list[tuple[str, str, int
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"messages": CHAT}, "OpenAI chats, since rows have messages[].role/content"),
+        ({"messages": CHAT}, "OpenAI chats, because rows have messages[].role/content"),
         ({"messages": CHAT, "tools": []}, "OpenAI chats"),
-        ({"prompt": ASKED, "completion": ANSWERED}, "prompt/completion pairs, since rows have prompt and completion"),
-        ({"instruction": ASKED, "output": ANSWERED}, "Alpaca instructions, since rows have instruction and output"),
+        ({"prompt": ASKED, "completion": ANSWERED}, "prompt/completion pairs, because rows have prompt and completion"),
+        ({"instruction": ASKED, "output": ANSWERED}, "Alpaca instructions, because rows have instruction and output"),
         ({"instruction": ASKED, "input": "", "output": ANSWERED, "history": [], "system": ""}, "Alpaca"),
-        ({"conversations": SHARED}, "ShareGPT conversations, since rows have conversations[].from/value"),
-        ({"conversations": CHAT}, "ShareGPT conversations, since rows have conversations[].role/content"),
-        ({"interactions": CHAT}, "Mistral conversations, since rows have interactions[].role/content"),
+        ({"conversations": SHARED}, "ShareGPT conversations, because rows have conversations[].from/value"),
+        ({"conversations": CHAT}, "ShareGPT conversations, because rows have conversations[].role/content"),
+        ({"interactions": CHAT}, "Mistral conversations, because rows have interactions[].role/content"),
         ({"messages": [{"role": m["role"], "text": m["content"]} for m in CHAT]}, "messages[].role/text"),
         ({"messages": CHAT, "system_prompt": None}, "Mistral conversations"),
-        ({"conversation": CHAT}, "Together conversations, since rows have conversation[].role/content"),
+        ({"conversation": CHAT}, "Together conversations, because rows have conversation[].role/content"),
     ],
 )
-def test_each_kind_of_row_is_the_same_example_and_the_note_says_what_told_it(
-    tmp_path: Path, row: Any, words: str
-) -> None:
+def test_each_format_gives_the_same_example_and_a_note(tmp_path: Path, row: Any, words: str) -> None:
     reading = _read(tmp_path, [row])
     assert [r.example for r in reading.rows] == [example_from_object({"messages": CHAT}, DataConfig())]
     [note] = reading.notes
@@ -61,12 +59,12 @@ def test_each_kind_of_row_is_the_same_example_and_the_note_says_what_told_it(
     assert words in note
 
 
-def test_kinds_that_are_mixed_in_one_file_are_all_told_with_their_numbers(tmp_path: Path) -> None:
+def test_mixed_formats_are_reported_with_counts(tmp_path: Path) -> None:
     notes = _read(tmp_path, [{"messages": CHAT}, {"conversations": SHARED}, {"messages": CHAT}]).notes
     assert ["2 rows of OpenAI chats" in notes[0], "1 row of ShareGPT" in notes[1]] == [True, True]
 
 
-def test_alpaca_s_input_stands_below_the_instruction_and_its_history_before(tmp_path: Path) -> None:
+def test_alpaca_input_follows_the_instruction_and_history_precedes_it(tmp_path: Path) -> None:
     row = {
         "instruction": "Translate.",
         "input": "chat",
@@ -92,12 +90,12 @@ def test_alpaca_s_input_stands_below_the_instruction_and_its_history_before(tmp_
         {"interactions": CHAT, "system": "Be brief."},
     ],
 )
-def test_a_system_turn_beside_the_turns_comes_first(row: Any) -> None:
+def test_system_key_becomes_the_first_turn(row: Any) -> None:
     assert _turns(row)[0] == ("system", "Be brief.", 1)
     assert len(_turns(row)) == 3
 
 
-def test_mistral_s_only_last_trains_the_last_answer_alone() -> None:
+def test_mistral_only_last_trains_the_last_answer_only() -> None:
     assert [weight for *_, weight in _turns({"messages": CHAT * 2, "only_last": True})] == [1, 0, 1, 1]
     assert [weight for *_, weight in _turns({"messages": CHAT * 2, "only_last": False})] == [1, 1, 1, 1]
 
@@ -106,15 +104,15 @@ def test_mistral_s_only_last_trains_the_last_answer_alone() -> None:
     ("row", "code", "path", "words"),
     [
         ({"text": "a whole document"}, "E203", "$.text", "Together's general format"),
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "E203", "$.chosen", "preferences"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "E203", "$.chosen", "preference rows"),
         (
             {"input": {}, "preferred_output": [], "non_preferred_output": []},
             "E203",
             "$.preferred_output",
-            "preferences",
+            "preference rows",
         ),
         ({"input_ids": [1], "attention_mask": [1], "labels": [1]}, "E203", "$.input_ids", "tokenizer"),
-        ({"messages": CHAT, "tools": [{"type": "function"}]}, "E204", "$.tools", "tools cannot be trained"),
+        ({"messages": CHAT, "tools": [{"type": "function"}]}, "E204", "$.tools", "tools are not supported"),
         ({"conversations": [{"from": "observation", "value": "a"}]}, "E204", "$.conversations[0]", "observation"),
         ({"messages": CHAT, "sytem": "x"}, "E201", "$.sytem", 'unknown key "sytem", did you mean "system"?'),
         ({"mesages": CHAT}, "E201", "$.mesages", 'did you mean "messages"?'),
@@ -132,26 +130,24 @@ def test_mistral_s_only_last_trains_the_last_answer_alone() -> None:
         ({"messages": [CHAT[0], {"role": "assistant", "content": " "}]}, "E401", "$.messages[1].content", "empty"),
         ({"messages": [*CHAT, CHAT[1]]}, "E406", "$.messages[2]", "two assistant turns"),
         ({"messages": [*CHAT, CHAT[0]]}, "E407", "$.messages[2]", "the last turn"),
-        ({"messages": CHAT, "system_prompt": "a", "system": "b"}, "E404", "$.system_prompt", "only be the first"),
+        ({"messages": CHAT, "system_prompt": "a", "system": "b"}, "E404", "$.system_prompt", "must be the first"),
         ({"messages": CHAT, "only_last": "yes"}, "E305", "$.only_last", "neither true nor false"),
     ],
 )
-def test_a_fault_has_a_code_a_place_in_the_row_and_what_to_do(
-    tmp_path: Path, row: Any, code: str, path: str, words: str
-) -> None:
+def test_fault_has_code_place_and_fix(tmp_path: Path, row: Any, code: str, path: str, words: str) -> None:
     fault = _fault(tmp_path, row)
     assert (fault.code, fault.path, fault.fix) == (code, path, CODES[code][1])
     assert words in fault.reason
     assert str(fault) == f"{tmp_path / 'rows.jsonl'}:1: {fault.reason}"
 
 
-def test_a_thousand_unknown_keys_do_not_make_a_thousand_words(tmp_path: Path) -> None:
+def test_fault_names_at_most_eight_keys(tmp_path: Path) -> None:
     fault = _fault(tmp_path, {f"key{i}": "x" for i in range(1000)})
     assert "and 992 more" in fault.reason
     assert len(fault.reason) < 300
 
 
-def test_keys_that_the_config_names_are_input_and_output(tmp_path: Path) -> None:
+def test_configured_keys_are_input_and_output(tmp_path: Path) -> None:
     data = DataConfig(input="question", output="answer")
     reading = _read(tmp_path, [{"question": ASKED, "answer": ANSWERED}], data)
     assert reading.rows[0].example.output == ANSWERED
@@ -162,7 +158,7 @@ def test_keys_that_the_config_names_are_input_and_output(tmp_path: Path) -> None
     assert _fault(tmp_path, {"question": ASKED, "answer": ANSWERED, "answers": "law"}, data).code == "E201"
 
 
-def test_groups_travel_with_their_rows_and_null_is_no_group(tmp_path: Path) -> None:
+def test_groups_are_read_and_null_is_no_group(tmp_path: Path) -> None:
     data = DataConfig(group_by=("customer", "document"))
     pair = {"prompt": ASKED, "completion": ANSWERED}
     rows = [{**pair, "customer": "Acme", "document": 12}, {**pair, "customer": None, "document": 12.0}]
@@ -173,27 +169,27 @@ def test_groups_travel_with_their_rows_and_null_is_no_group(tmp_path: Path) -> N
     assert _read(tmp_path, [pair]).rows[0].groups == {}
 
 
-def test_a_key_of_the_row_itself_can_be_a_group(tmp_path: Path) -> None:
+def test_used_key_can_be_a_group(tmp_path: Path) -> None:
     row = {"instruction": "Translate.", "input": "chat", "output": "cat"}
     [read] = _read(tmp_path, [row], DataConfig(group_by=("instruction",))).rows
     assert (read.groups, read.example.input_text) == ({"instruction": "Translate."}, "Translate.\nchat")
 
 
-def test_ignored_keys_are_left_out_and_told_once(tmp_path: Path) -> None:
+def test_ignored_keys_are_dropped_and_reported_once(tmp_path: Path) -> None:
     row = {"prompt": ASKED, "completion": ANSWERED, "id": 4, "source": {"url": "x"}}
     reading = _read(tmp_path, [row, row], DataConfig(drop_columns=("id", "source", "date")))
     assert len(reading.rows) == 2
     assert [note for note in reading.notes if "data.drop_columns" in note] == [
-        f"{tmp_path / 'rows.jsonl'}: left out, as data.drop_columns says: id, source"
+        f"{tmp_path / 'rows.jsonl'}: dropped by data.drop_columns: id, source"
     ]
 
 
-def test_a_name_cannot_be_ignored_and_used() -> None:
+def test_ignored_key_cannot_be_used() -> None:
     with pytest.raises(ValueError, match="drop_columns names customer, which input, output or group_by use"):
         DataConfig(group_by=("customer",), drop_columns=("customer",))
 
 
-def test_every_code_is_in_the_documentation_with_its_meaning_and_remedy() -> None:
+def test_every_code_is_documented() -> None:
     lines = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8").splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| E")]
     assert {code: (meaning, fix) for code, meaning, fix, _ in rows} == CODES
@@ -221,7 +217,7 @@ _keys = st.one_of(
 
 
 @given(st.dictionaries(_keys, _values, max_size=5))
-def test_any_object_is_an_example_or_a_fault_with_a_known_code(row: dict[str, Any]) -> None:
+def test_any_object_is_an_example_or_a_known_fault(row: dict[str, Any]) -> None:
     try:
         example = example_from_object(row, DataConfig(input="q", output="a", group_by=("g",), drop_columns=("id",)))
     except RowError as error:

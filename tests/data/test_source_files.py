@@ -10,7 +10,7 @@ from data_helpers import Listener, new_project, unlike_pairs
 
 import tunewright
 from tunewright.core.errors import UserError
-from tunewright.data.readers.files import source_files
+from tunewright.data.readers.sources import source_files
 
 
 def _pairs(path: Path, seed: int = 0, count: int = 12) -> Path:
@@ -20,16 +20,16 @@ def _pairs(path: Path, seed: int = 0, count: int = 12) -> Path:
     return path
 
 
-def test_a_folder_stands_for_its_files_and_others_are_named(tmp_path: Path) -> None:
+def test_source_files_expands_a_folder_and_names_other_files(tmp_path: Path) -> None:
     wanted = [_pairs(tmp_path / "d" / name) for name in ("a.jsonl", "deep/x.json", "z.csv")]
     for name in ("README.md", ".hidden.jsonl", ".git/y.jsonl"):
         _pairs(tmp_path / "d" / name)
     listener = Listener()
     assert source_files([tmp_path / "d"], listener) == wanted
-    assert listener.warned == [f"{tmp_path / 'd'}: 1 file not read, by the ends of their names: README.md"]
+    assert listener.warned == [f"{tmp_path / 'd'}: 1 file ignored because of the suffix: README.md"]
 
 
-def test_source_files_names_files_by_their_path_in_the_folder(tmp_path: Path) -> None:
+def test_source_files_names_files_relative_to_the_folder(tmp_path: Path) -> None:
     for name in ("dup/x/f.csv", "dup/y/f.csv", "dup/x/notes.md"):
         _pairs(tmp_path / name)
     listener = Listener()
@@ -38,20 +38,20 @@ def test_source_files_names_files_by_their_path_in_the_folder(tmp_path: Path) ->
     assert listener.warned[0].endswith(": x/notes.md")
 
 
-def test_a_pattern_stands_for_what_it_matches_in_order_and_no_file_twice(tmp_path: Path) -> None:
+def test_source_files_expands_a_pattern_without_duplicates(tmp_path: Path) -> None:
     files = [_pairs(tmp_path / f"p{n}.jsonl") for n in (3, 1, 2)]
     assert source_files([files[0], str(tmp_path / "p*.jsonl")], Listener()) == [files[0], files[1], files[2]]
     with pytest.raises(UserError, match="no file matches this pattern"):
         source_files([tmp_path / "q*.jsonl"], Listener())
 
 
-def test_a_folder_without_pairs_is_refused(tmp_path: Path) -> None:
+def test_source_files_refuses_a_folder_without_pairs(tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
-    with pytest.raises(UserError, match="a folder without a file of pairs"):
+    with pytest.raises(UserError, match="the folder has no files of pairs"):
         source_files([tmp_path / "d"], Listener())
 
 
-def test_a_saved_dataset_is_one_source_also_within_a_folder(tmp_path: Path) -> None:
+def test_source_files_treats_a_saved_dataset_as_one_source(tmp_path: Path) -> None:
     import datasets
 
     datasets.disable_progress_bars()
@@ -62,7 +62,7 @@ def test_a_saved_dataset_is_one_source_also_within_a_folder(tmp_path: Path) -> N
     assert source_files([tmp_path / "d"], Listener()) == [other, saved]
 
 
-def test_a_folder_is_added_and_checked_like_its_files(tmp_path: Path) -> None:
+def test_folder_is_added_and_checked_like_its_files(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     first, second = _pairs(project.root / "data" / "a.jsonl"), _pairs(project.root / "data" / "b.jsonl", seed=1)
     data = tunewright.open(project.root).data

@@ -26,13 +26,13 @@ def _rows(clusters: dict[str, list[str]], splits: dict[str, Split]) -> Counter[S
     return Counter(splits[name] for name, keys in clusters.items() for _ in keys)
 
 
-def test_single_rows_are_split_80_10_10() -> None:
+def test_assign_splits_is_80_10_10_for_single_rows() -> None:
     clusters = _clusters([1] * 1000)
     assert _rows(clusters, assign_splits(clusters, {}, CONFIG, 0)) == {"train": 800, "dev": 100, "test": 100}
 
 
 @given(st.lists(st.integers(1, 30), min_size=10, max_size=60), st.integers(0, 5))
-def test_every_split_has_rows_and_shares_are_not_overrun(sizes: list[int], seed: int) -> None:
+def test_assign_splits_fills_every_split_within_its_share(sizes: list[int], seed: int) -> None:
     clusters = _clusters(sizes)
     splits = assign_splits(clusters, {}, CONFIG, seed)
     rows = _rows(clusters, splits)
@@ -45,20 +45,20 @@ def test_every_split_has_rows_and_shares_are_not_overrun(sizes: list[int], seed:
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_assign_splits_takes_no_cluster_over_a_third_of_a_split_while_others_fit(seed: int) -> None:
+def test_assign_splits_takes_large_clusters_last(seed: int) -> None:
     clusters = _clusters([1] * 300 + [25] * 10)
     splits = assign_splits(clusters, {}, CONFIG, seed)
     assert all(splits[name] == "train" for name, keys in clusters.items() if len(keys) == 25)
 
 
-def test_small_clusters_are_left_for_dev_and_train_where_the_rest_is_one_large_family() -> None:
+def test_assign_splits_leaves_small_clusters_for_dev_and_train() -> None:
     clusters = _clusters([1] * 9 + [100])
     rows = _rows(clusters, assign_splits(clusters, {}, CONFIG, 0))
     assert rows == {"test": 8, "dev": 1, "train": 100}
 
 
 @given(st.lists(st.integers(1, 5), min_size=10, max_size=30), st.randoms())
-def test_the_order_of_clusters_decides_nothing_and_the_seed_does(sizes: list[int], draw: random.Random) -> None:
+def test_assign_splits_ignores_the_order_of_clusters(sizes: list[int], draw: random.Random) -> None:
     clusters = _clusters(sizes)
     names = list(clusters)
     draw.shuffle(names)
@@ -66,13 +66,13 @@ def test_the_order_of_clusters_decides_nothing_and_the_seed_does(sizes: list[int
     assert assign_splits(shuffled, {}, CONFIG, 3) == assign_splits(clusters, {}, CONFIG, 3)
 
 
-def test_another_seed_draws_another_test_set() -> None:
+def test_assign_splits_depends_on_the_seed() -> None:
     clusters = _clusters([1] * 100)
     assert assign_splits(clusters, {}, CONFIG, 0) != assign_splits(clusters, {}, CONFIG, 1)
 
 
 @given(st.lists(st.integers(1, 6), min_size=10, max_size=30), st.lists(st.integers(1, 6), max_size=30))
-def test_old_clusters_stay_where_they_are_when_new_ones_come(old: list[int], new: list[int]) -> None:
+def test_assign_splits_keeps_old_clusters_in_place(old: list[int], new: list[int]) -> None:
     before = _clusters(old)
     first = assign_splits(before, {}, CONFIG, 0)
     former = {key: first[name] for name, keys in before.items() for key in keys}
@@ -85,29 +85,29 @@ def test_old_clusters_stay_where_they_are_when_new_ones_come(old: list[int], new
     ("parts", "split"),
     [(("train", "test"), "test"), (("dev", "test"), "test"), (("train", "dev"), "dev"), (("train", "train"), "train")],
 )
-def test_a_bridge_between_clusters_goes_to_the_side_that_was_held_out(parts: tuple[Split, Split], split: Split) -> None:
+def test_assign_splits_puts_a_bridge_into_the_held_out_split(parts: tuple[Split, Split], split: Split) -> None:
     former: dict[str, Split] = {"a": parts[0], "b": parts[1], "t": "test", "d": "dev", "r": "train"}
     clusters = {"bridge": ["a", "b", "new"], "t": ["t"], "d": ["d"], "r": ["r"]} | _clusters([1] * 10)
     assert assign_splits(clusters, former, CONFIG, 0)["bridge"] == split
 
 
-def test_too_few_clusters_say_how_many_there_are_and_how_many_are_needed() -> None:
-    with pytest.raises(UserError, match=r"3 different rows make 3 independent clusters.*at least 10"):
+def test_assign_splits_refuses_too_few_clusters_with_numbers() -> None:
+    with pytest.raises(UserError, match=r"3 distinct rows in 3 clusters .minimum 10"):
         assign_splits(_clusters([1, 1, 1]), {}, CONFIG, 0)
 
 
-def test_one_giant_cluster_points_at_the_instruction_in_every_input() -> None:
+def test_assign_splits_suggests_data_system_for_one_giant_cluster() -> None:
     with pytest.raises(UserError, match=r"One cluster holds 500 rows.*data\.system_prompt"):
         assign_splits(_clusters([500, 1, 1]), {}, CONFIG, 0)
 
 
-def test_a_split_that_would_be_left_empty_is_refused() -> None:
+def test_assign_splits_refuses_an_empty_split() -> None:
     former: dict[str, Split] = {f"c{i}-0": "test" for i in range(12)}
     with pytest.raises(UserError, match="no cluster is left for train"):
         assign_splits(_clusters([1] * 12), former, CONFIG, 0)
 
 
-def test_clusters_with_rows_of_one_group_are_joined_by_any_chain() -> None:
+def test_join_groups_joins_clusters_through_chains() -> None:
     clusters = {"a": ["a", "a2"], "b": ["b"], "c": ["c"], "d": ["d"], "e": ["e"]}
     groups = {"d": ["customer=ACME"], "a2": ["customer=ACME", "file=1"], "c": ["file=1"], "b": ["file=2"]}
     assert join_groups(clusters, groups) == {"a": ["a", "a2", "c", "d"], "b": ["b"], "e": ["e"]}
@@ -120,9 +120,7 @@ groupings = st.dictionaries(
 
 
 @given(groupings, st.randoms())
-def test_joined_clusters_are_the_smallest_that_split_no_cluster_and_no_group(
-    groups: dict[str, list[str]], draw: random.Random
-) -> None:
+def test_join_groups_is_minimal(groups: dict[str, list[str]], draw: random.Random) -> None:
     clusters = _clusters([2] * 12)
     names = list(clusters)
     draw.shuffle(names)
@@ -151,7 +149,7 @@ rows_of_a_version = st.lists(
 
 
 @given(st.lists(rows_of_a_version, min_size=1, max_size=4), st.integers(0, 3), st.booleans())
-def test_no_near_pair_and_no_group_ever_straddles_in_any_sequence_of_versions(
+def test_splits_separate_near_pairs_and_groups_in_any_history(
     batches: list[list[tuple[str, str, str]]], seed: int, by_class: bool
 ) -> None:
     """Every version's rows are clustered, joined and split as a whole; a test row stays a test row for ever."""
@@ -181,7 +179,7 @@ def test_no_near_pair_and_no_group_ever_straddles_in_any_sequence_of_versions(
 
 
 @given(st.lists(st.integers(5, 60), min_size=2, max_size=20), st.integers(0, 3))
-def test_each_class_has_its_share_to_the_row_where_rows_are_single(sizes: list[int], seed: int) -> None:
+def test_assign_splits_gives_each_class_its_exact_share_for_single_rows(sizes: list[int], seed: int) -> None:
     classes = {f"{label}-{i}": str(label) for label, size in enumerate(sizes) for i in range(size)}
     clusters = {key: [key] for key in classes}
     splits = assign_splits(clusters, {}, CONFIG, seed, classes)
@@ -193,7 +191,9 @@ def test_each_class_has_its_share_to_the_row_where_rows_are_single(sizes: list[i
 
 
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(0, 3)), min_size=60, max_size=200), st.integers(0, 3))
-def test_classes_have_their_shares_within_what_whole_clusters_allow(kinds: list[tuple[int, int]], seed: int) -> None:
+def test_assign_splits_gives_classes_their_shares_within_whole_clusters(
+    kinds: list[tuple[int, int]], seed: int
+) -> None:
     """No further off than the largest cluster is large, and the split as a whole is as full as without classes."""
     clusters = _clusters([size for size, _ in kinds])
     classes = {key: str(kind) for (_, kind), keys in zip(kinds, clusters.values(), strict=True) for key in keys}
@@ -206,7 +206,7 @@ def test_classes_have_their_shares_within_what_whole_clusters_allow(kinds: list[
             assert abs(counts[kind] - 0.1 * total) <= 6
 
 
-def test_a_rare_class_is_not_left_out_of_the_test_by_chance() -> None:
+def test_assign_splits_puts_a_rare_class_into_test() -> None:
     classes = {f"r{i}": "rare" for i in range(10)} | {f"o{i}": "often" for i in range(990)}
     clusters = {key: [key] for key in classes}
     for seed in range(20):
@@ -214,7 +214,7 @@ def test_a_rare_class_is_not_left_out_of_the_test_by_chance() -> None:
         assert [sum(splits[key] == s for key in classes if classes[key] == "rare") for s in SPLITS] == [8, 1, 1]
 
 
-def test_later_rows_of_a_class_fill_up_what_the_test_lacks_of_it() -> None:
+def test_assign_splits_fills_lacking_classes_of_test_later() -> None:
     clusters = {f"a{i}": [f"a{i}"] for i in range(100)}
     classes = dict.fromkeys(clusters, "a")
     first = assign_splits(clusters, {}, CONFIG, 0, classes)

@@ -16,7 +16,7 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import add
 from tunewright.data.versions import checkout, list_versions, load_version, short, version_folder
-from tunewright.data.versions.changes import blame
+from tunewright.data.versions.trace import blame
 from tunewright.data.versions.verify import verify
 
 
@@ -48,7 +48,7 @@ def _files(dataset: Path) -> list[Path]:
     return sorted(p for p in dataset.rglob("*") if p.is_file())
 
 
-def test_a_whole_dataset_has_no_damage(project: ProjectFolder) -> None:
+def test_verify_finds_no_damage_in_an_intact_dataset(project: ProjectFolder) -> None:
     listener = Listener()
     found = verify(project.dataset, listener)
     assert (found.ok, found.rows, found.versions, found.unsealed) == (True, 75, 2, ())
@@ -60,7 +60,7 @@ def test_a_whole_dataset_has_no_damage(project: ProjectFolder) -> None:
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
-def test_a_flipped_bit_anywhere_is_found_in_its_file(pristine: ProjectFolder, data: st.DataObject) -> None:
+def test_verify_finds_a_flipped_bit_anywhere(pristine: ProjectFolder, data: st.DataObject) -> None:
     path = data.draw(st.sampled_from(_files(pristine.dataset)))
     whole = path.read_bytes()
     at = data.draw(st.integers(0, len(whole) - 1))
@@ -74,7 +74,7 @@ def test_a_flipped_bit_anywhere_is_found_in_its_file(pristine: ProjectFolder, da
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
-def test_a_flipped_bit_in_a_row_names_line_and_row(pristine: ProjectFolder, data: st.DataObject) -> None:
+def test_verify_names_line_and_row_of_a_flipped_bit(pristine: ProjectFolder, data: st.DataObject) -> None:
     path = data.draw(st.sampled_from(sorted(pristine.dataset.glob("rows/*.jsonl"))))
     whole = path.read_bytes()
     lines = whole.splitlines(keepends=True)
@@ -93,7 +93,7 @@ def test_a_flipped_bit_in_a_row_names_line_and_row(pristine: ProjectFolder, data
         path.write_bytes(whole)
     mine = [d for d in damage if d.where == f"{path}:{number + 1}"]
     assert len(mine) == 1
-    # A key that no longer parses is told by the versions that miss it, in a second damage.
+    # A key that no longer parses is reported again, by the versions that miss it.
     if key in mine[0].rows:
         assert set(mine[0].versions) == needed
     else:
@@ -104,7 +104,7 @@ def _first(project: ProjectFolder) -> str:
     return list_versions(project.dataset)[0].digest
 
 
-def test_all_damage_is_told_and_not_only_the_first(project: ProjectFolder) -> None:
+def test_verify_collects_all_damage(project: ProjectFolder) -> None:
     rows = load_version(project.dataset).members
     changed = [m for m in rows if m.key[:2] != rows[0].key[:2]][:3]
     for member in changed:
@@ -114,8 +114,8 @@ def test_all_damage_is_told_and_not_only_the_first(project: ProjectFolder) -> No
     (version_folder(project.dataset, _first(project)) / "imports.jsonl").unlink()
     (project.dataset / "HEAD").write_text("0" * 64)
     found = verify(project.dataset, Listener())
-    told = [key for d in found.damage for key in d.rows]
-    assert {m.key for m in changed} | {rows[0].key} <= set(told)
+    reported = [key for d in found.damage for key in d.rows]
+    assert {m.key for m in changed} | {rows[0].key} <= set(reported)
     assert {Path(d.where).name for d in found.damage} >= {"imports.jsonl", "HEAD"}
     assert not found.ok
     assert short(rows[0].key) in "\n".join(map(str, found.damage))
@@ -131,7 +131,7 @@ def _change_members(project: ProjectFolder, number: int, old: str, new: str) -> 
     return path
 
 
-def test_changed_members_name_the_line_and_the_versions_that_build_on_them(project: ProjectFolder) -> None:
+def test_verify_names_changed_members_and_dependent_versions(project: ProjectFolder) -> None:
     versions = tuple(sorted(m.digest for m in list_versions(project.dataset)))
     member = load_version(project.dataset, _first(project)).members[7]
     path = _change_members(project, 7, f"\t{member.split}\t", "\texam\t")
@@ -139,7 +139,7 @@ def test_changed_members_name_the_line_and_the_versions_that_build_on_them(proje
     assert (damage.where, damage.rows, damage.versions) == (f"{path}:8", (member.key,), versions)
 
 
-def test_a_flipped_digit_of_a_key_in_the_members_names_the_line(project: ProjectFolder) -> None:
+def test_verify_names_the_line_of_a_flipped_digit(project: ProjectFolder) -> None:
     key = load_version(project.dataset, _first(project)).members[7].key
     wrong = key[:20] + ("0" if key[20] != "0" else "1") + key[21:]
     path = _change_members(project, 7, key, wrong)
@@ -147,7 +147,7 @@ def test_a_flipped_digit_of_a_key_in_the_members_names_the_line(project: Project
     assert (f"{path}:8", (wrong,)) in [(d.where, d.rows) for d in damage]
 
 
-def test_a_change_of_the_split_alone_is_found_by_the_digest(project: ProjectFolder) -> None:
+def test_verify_finds_a_changed_split(project: ProjectFolder) -> None:
     version = load_version(project.dataset, _first(project))
     number = next(i for i, m in enumerate(version.members) if m.split == "train")
     path = _change_members(project, number, "\ttrain\t", "\ttest\t")
@@ -156,7 +156,7 @@ def test_a_change_of_the_split_alone_is_found_by_the_digest(project: ProjectFold
     assert damage.where == str(path)
 
 
-def test_a_changed_message_or_author_breaks_the_seal(project: ProjectFolder) -> None:
+def test_verify_finds_a_changed_message_or_author(project: ProjectFolder) -> None:
     path = version_folder(project.dataset, _first(project)) / "manifest.json"
     path.write_text(path.read_text().replace('"first"', '"frist"'))
     (damage,) = verify(project.dataset, Listener()).damage
@@ -164,21 +164,21 @@ def test_a_changed_message_or_author_breaks_the_seal(project: ProjectFolder) -> 
     assert "seal" in damage.what
 
 
-def test_a_changed_record_of_an_import_is_told(project: ProjectFolder) -> None:
+def test_verify_finds_a_changed_import_record(project: ProjectFolder) -> None:
     path = version_folder(project.dataset, _first(project)) / "imports.jsonl"
     path.write_text(path.read_text().replace('"line":3', '"line":4'))
     (damage,) = verify(project.dataset, Listener()).damage
     assert damage.where.startswith(str(path))
 
 
-def test_a_missing_parent_is_told_and_that_the_version_builds_on_it(project: ProjectFolder) -> None:
+def test_verify_reports_a_missing_parent(project: ProjectFolder) -> None:
     first, second = _first(project), load_version(project.dataset).digest
     shutil.rmtree(version_folder(project.dataset, first))
     damage = verify(project.dataset, Listener()).damage
     assert [(short(first) in str(d), d.versions) for d in damage] == [(True, (second,))] * 2
 
 
-def test_versions_of_earlier_releases_are_whole_and_named_as_unsealed(project: ProjectFolder) -> None:
+def test_verify_accepts_versions_of_earlier_releases_as_unsealed(project: ProjectFolder) -> None:
     path = version_folder(project.dataset, _first(project)) / "manifest.json"
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps({k: v for k, v in manifest.items() if k not in ("author", "imports", "seal")}))
@@ -187,19 +187,19 @@ def test_versions_of_earlier_releases_are_whole_and_named_as_unsealed(project: P
     assert found.unsealed == (_first(project),)
 
 
-def test_a_changed_review_and_half_a_one_name_their_lines(project: ProjectFolder) -> None:
+def test_verify_names_changed_and_half_reviews(project: ProjectFolder) -> None:
     path = project.dataset / "reviews.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     lines[2] = lines[2].replace('"wrong"', '"right"')
     path.write_text("".join(lines) + lines[1][:40])
     found = verify(project.dataset, Listener())
     assert [d.where for d in found.damage] == [f"{path}:3", f"{path}:6"]
-    assert "does not have its digest" in found.damage[0].what
+    assert "its digest does not match" in found.damage[0].what
     assert "half a review" in found.damage[1].what
     assert found.reviews == 4
 
 
-def test_reviews_of_earlier_releases_are_whole_and_counted(project: ProjectFolder) -> None:
+def test_verify_counts_reviews_of_earlier_releases(project: ProjectFolder) -> None:
     path = project.dataset / "reviews.jsonl"
     events = [json.loads(line) for line in path.read_text().splitlines()]
     old = [{k: v for k, v in event.items() if k not in ("digest", "nth")} for event in events]
@@ -208,7 +208,7 @@ def test_reviews_of_earlier_releases_are_whole_and_counted(project: ProjectFolde
     assert (found.ok, found.reviews, found.undigested) == (True, 5, 5)
 
 
-def test_without_a_dataset_there_is_nothing_to_verify(tmp_path: Path) -> None:
+def test_verify_refuses_a_project_without_dataset(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no dataset version"):
         verify(tmp_path / "dataset", Listener())
 

@@ -36,14 +36,14 @@ def _add_second(project: ProjectFolder) -> str:
     return add(project, [path], Listener(), message="second").version.digest
 
 
-def test_versions_are_listed_from_the_first_to_the_last(project: ProjectFolder) -> None:
+def test_list_versions_sorts_from_first_to_last(project: ProjectFolder) -> None:
     first = load_version(project.dataset).digest
     second = _add_second(project)
     manifests = list_versions(project.dataset)
     assert [(m.digest, m.parent, m.message) for m in manifests] == [(first, None, "first"), (second, first, "second")]
 
 
-def test_a_project_without_data_has_no_versions(tmp_path: Path) -> None:
+def test_list_versions_is_empty_without_data(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     assert list_versions(project.dataset) == []
     for digest in (None, "abc"):
@@ -51,7 +51,7 @@ def test_a_project_without_data_has_no_versions(tmp_path: Path) -> None:
             load_version(project.dataset, digest)
 
 
-def test_a_version_is_found_by_the_beginning_of_its_digest(project: ProjectFolder) -> None:
+def test_load_version_accepts_the_beginning_of_a_digest(project: ProjectFolder) -> None:
     first = load_version(project.dataset).digest
     second = _add_second(project)
     assert load_version(project.dataset).digest == second
@@ -64,7 +64,7 @@ def test_a_version_is_found_by_the_beginning_of_its_digest(project: ProjectFolde
         load_version(project.dataset, "")
 
 
-def test_digests_can_be_checked_by_hand(project: ProjectFolder) -> None:
+def test_digests_can_be_recomputed(project: ProjectFolder) -> None:
     version = load_version(project.dataset)
     folder = project.dataset / "versions" / short(version.digest)
     assert hashlib.sha256((folder / "members.tsv").read_bytes()).hexdigest() == version.digest
@@ -74,7 +74,7 @@ def test_digests_can_be_checked_by_hand(project: ProjectFolder) -> None:
     assert version.manifest.splits["test"] == version.split_digest("test")
 
 
-def test_a_new_version_leaves_the_old_one_s_rows_and_folder_alone(project: ProjectFolder) -> None:
+def test_new_version_leaves_old_files_unchanged(project: ProjectFolder) -> None:
     before = load_version(project.dataset)
     folder = project.dataset / "versions" / short(before.digest)
     files = {p.name: p.read_bytes() for p in folder.iterdir()}
@@ -83,7 +83,7 @@ def test_a_new_version_leaves_the_old_one_s_rows_and_folder_alone(project: Proje
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == files
 
 
-def test_versions_of_two_branches_keep_each_other_s_rows(project: ProjectFolder, tmp_path: Path) -> None:
+def test_branches_share_rows_without_conflict(project: ProjectFolder, tmp_path: Path) -> None:
     first = load_version(project.dataset).digest
     second = _add_second(project)
     (project.dataset / "HEAD").write_text(first + "\n")
@@ -93,7 +93,7 @@ def test_versions_of_two_branches_keep_each_other_s_rows(project: ProjectFolder,
     assert list_versions(project.dataset)[0].digest == first
 
 
-def test_a_changed_row_is_found_by_file_and_key(project: ProjectFolder) -> None:
+def test_load_version_names_a_changed_row(project: ProjectFolder) -> None:
     member = load_version(project.dataset).members[0]
     path = project.dataset / "rows" / f"{member.key[:2]}.jsonl"
     path.write_text(path.read_text().replace(member.example.output, "something else"))
@@ -104,7 +104,7 @@ def test_a_changed_row_is_found_by_file_and_key(project: ProjectFolder) -> None:
     assert caught.value.where.startswith(str(path))
 
 
-def test_a_lost_row_and_a_lost_file_are_found(project: ProjectFolder) -> None:
+def test_load_version_reports_lost_rows_and_files(project: ProjectFolder) -> None:
     member = load_version(project.dataset).members[0]
     path = project.dataset / "rows" / f"{member.key[:2]}.jsonl"
     path.write_text("".join(line for line in path.read_text().splitlines(True) if member.key not in line))
@@ -118,7 +118,7 @@ def test_a_lost_row_and_a_lost_file_are_found(project: ProjectFolder) -> None:
 @pytest.mark.parametrize(
     "line", ["garbage", "[]", "{}", '{"key": 1, "messages": null}', '{"key": "a", "messages": [{"role": "user"}]}']
 )
-def test_a_line_that_is_no_row_is_told(project: ProjectFolder, line: str) -> None:
+def test_load_version_reports_an_invalid_line(project: ProjectFolder, line: str) -> None:
     member = load_version(project.dataset).members[0]
     path = project.dataset / "rows" / f"{member.key[:2]}.jsonl"
     path.write_text(line + "\n")
@@ -132,11 +132,11 @@ def test_a_line_that_is_no_row_is_told(project: ProjectFolder, line: str) -> Non
     [
         (lambda text: text.replace("\ttest\t", "\ttrain\t", 1), "the members were changed"),
         (lambda text: text.split("\n", 1)[1], "the members were changed"),
-        (lambda text: text.replace("\ttest\t", "\texam\t", 1), "not a member"),
-        (lambda text: text.replace("\t", " "), "not a member"),
+        (lambda text: text.replace("\ttest\t", "\texam\t", 1), "invalid member"),
+        (lambda text: text.replace("\t", " "), "invalid member"),
     ],
 )
-def test_changed_members_are_found(project: ProjectFolder, change: Callable[[str], str], words: str) -> None:
+def test_load_version_reports_changed_members(project: ProjectFolder, change: Callable[[str], str], words: str) -> None:
     path = project.dataset / "versions" / short(load_version(project.dataset).digest) / "members.tsv"
     path.write_text(change(path.read_text()))
     with pytest.raises(UserError, match=words) as caught:
@@ -145,7 +145,7 @@ def test_changed_members_are_found(project: ProjectFolder, change: Callable[[str
     assert caught.value.where.startswith(str(path))
 
 
-def test_a_changed_manifest_is_told(project: ProjectFolder) -> None:
+def test_load_version_reports_a_changed_manifest(project: ProjectFolder) -> None:
     path = project.dataset / "versions" / short(load_version(project.dataset).digest) / "manifest.json"
     manifest = json.loads(path.read_text())
     changes: list[object] = [{**manifest, "counts": {}}, {**manifest, "digest": "0" * 64}, []]
@@ -156,15 +156,15 @@ def test_a_changed_manifest_is_told(project: ProjectFolder) -> None:
 
 
 @pytest.mark.parametrize("head", ["", "0" * 64, "..", "\x00"])
-def test_a_head_that_names_no_version_is_told(project: ProjectFolder, head: str) -> None:
+def test_load_version_reports_an_invalid_head(project: ProjectFolder, head: str) -> None:
     (project.dataset / "HEAD").write_text(head)
     with pytest.raises(UserError, match="the current version") as caught:
         load_version(project.dataset)
     assert caught.value.where == str(project.dataset / "HEAD")
 
 
-def test_a_dataset_has_one_writer_at_a_time(project: ProjectFolder) -> None:
-    with locked(project.dataset), pytest.raises(UserError, match="another command is adding"):
+def test_locked_allows_one_writer(project: ProjectFolder) -> None:
+    with locked(project.dataset), pytest.raises(UserError, match="another command is changing"):
         _add_second(project)
     assert _add_second(project) == load_version(project.dataset).digest
 
@@ -181,7 +181,7 @@ class _CrashAt:
             raise KeyboardInterrupt
 
 
-def test_a_crash_at_any_write_leaves_the_old_version_or_the_new(
+def test_crash_at_any_write_leaves_the_old_version_or_the_new(
     project: ProjectFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = load_version(project.dataset)
@@ -215,7 +215,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_on_a_full_disk_the_old_version_stays_and_is_whole(small_disk: Path, tmp_path: Path) -> None:
+def test_full_disk_leaves_the_old_version_complete(small_disk: Path, tmp_path: Path) -> None:
     project = new_project(small_disk / "p")
     add(project, [write_jsonl(tmp_path / "first.jsonl", FIRST)], Listener())
     old = load_version(project.dataset)

@@ -53,6 +53,6 @@ def test_an_output_that_is_tied_to_the_input_has_no_table_of_its_own(tmp_path: P
 
 def test_a_template_that_writes_a_token_the_base_never_learnt_is_refused_by_its_name(tmp_path: Path) -> None:
     base = _base(tmp_path, _empty("model.embed_tokens", END, 0.0))
-    with pytest.raises(UserError, match=r"never learnt the token <\|im_end\|>:") as caught:
+    with pytest.raises(UserError, match=r"untrained embedding of the token <\|im_end\|>,") as caught:
         open_chat(base)
     assert "chat.template to plain" in str(caught.value.fix)

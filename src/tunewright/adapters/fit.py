@@ -20,7 +20,7 @@ def require_fit(adapter: Adapter, base: Base, chat: ChatFormat) -> None:
     Raises:
         UserError: naming what differs.
     """
-    from tunewright.chat.differences import differences
+    from tunewright.chat.inspection import differences
 
     adapter.verify()
     if "chat" not in adapter.lineage:

@@ -206,7 +206,7 @@ class Adviser:
     def _train_lengths(self) -> list[int]:
         """Tokens of the training answers, their end tokens included."""
         chat = self.generator.chat
-        rows = chat.tokens([chat.layouts(m.example.messages)[-1] for m in self.version.domain_of("train")])
+        rows = chat.tokens([chat.rendered_rows(m.example.messages)[-1] for m in self.version.domain_of("train")])
         return [answer_length(row.loss_mask) for row in rows]
 
     def _tokens(self, texts: Sequence[str]) -> list[int]:

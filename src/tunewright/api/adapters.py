@@ -17,7 +17,7 @@ from tunewright.adapters.vllm_compat import require_batchable
 from tunewright.api.context import ProjectContext
 from tunewright.config import Quantize
 from tunewright.core.errors import UserError
-from tunewright.data.versions.author import current_author
+from tunewright.data.versions.version import current_author
 from tunewright.evidence.schema import EVIDENCE_FILE, load_evidence
 from tunewright.evidence.verdict import Decision, verdict
 

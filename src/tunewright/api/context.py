@@ -11,7 +11,7 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.data.versions import DatasetVersion, load_version
-from tunewright.data.versions.author import current_author
+from tunewright.data.versions.version import current_author
 from tunewright.models.bases import Base, resolve_base
 
 if TYPE_CHECKING:

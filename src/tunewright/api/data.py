@@ -16,28 +16,29 @@ from tunewright.core.io import digest
 from tunewright.core.progress import Reporter
 from tunewright.data.add import AddResult, add
 from tunewright.data.readers import require_columns
-from tunewright.data.readers.files import source_files
+from tunewright.data.readers.sources import source_files
 from tunewright.data.versions import DatasetVersion, Manifest, Member, checkout, list_versions, load_version
-from tunewright.data.versions.find import find_row
-from tunewright.data.versions.making import clusters_by_split
+from tunewright.data.versions.trace import find_row
+from tunewright.data.versions.version import clusters_by_split
 from tunewright.evidence.schema import Item, find_evaluation, load_evidence, load_items
 from tunewright.evidence.split_power import SplitPower, report_split_power, split_power, warn_of_few_dev_clusters
 
 if TYPE_CHECKING:
-    from tunewright.data.dedup.contamination import Contamination
-    from tunewright.data.dedup.leakage import BandScore, LeakReport, TemplateScore
-    from tunewright.data.preview import Preview
+    from tunewright.data.dedup.decontaminate import Contamination
+    from tunewright.data.dedup.leakage import BandScore, LeakageReport, TemplateScore
+    from tunewright.data.plan import Preview
     from tunewright.data.readers.file_check import Change
     from tunewright.data.remove import RemoveResult
     from tunewright.data.review.edits import EditResult
-    from tunewright.data.review.passes import Review
+    from tunewright.data.review.label_models import Suspect
     from tunewright.data.review.report import ReviewReport
-    from tunewright.data.review.suspects import Found, Suspect
-    from tunewright.data.review.table import Imported
+    from tunewright.data.review.session import Imported, ReviewSession
+    from tunewright.data.review.suspects import SuspectList
     from tunewright.data.splits import Split
-    from tunewright.data.versions.changes import Blame, Diff, Sighting
+    from tunewright.data.versions.diff import Diff
     from tunewright.data.versions.export import Exported, Format
     from tunewright.data.versions.remote import Transfer
+    from tunewright.data.versions.trace import RowOrigin, RowUse
     from tunewright.data.versions.verify import Verification
     from tunewright.training.lengths import LengthReport
 
@@ -158,7 +159,7 @@ class DatasetApi:
             UserError: no row matches, or too few would be left.
         """
         from tunewright.data.remove import remove
-        from tunewright.data.selecting import Selection
+        from tunewright.data.selection import Selection
 
         selection = Selection(None if keys is None else Path(keys), where, source, tuple(groups))
         return remove(self._project, selection, because, self._reporter, dry_run=dry_run, purge_text=purge)
@@ -179,8 +180,7 @@ class DatasetApi:
         split_from: str | Path | None = None,
     ) -> Preview:
         """Return what :meth:`add` would do with files of pairs, every fault included; options as for ``add``."""
-        from tunewright.data.add import Arrival
-        from tunewright.data.preview import preview
+        from tunewright.data.plan import AddOptions, preview
 
         paths = source_files(files, self._reporter)
         data = self._mapped(paths, rows, input_column, output_column)
@@ -191,7 +191,7 @@ class DatasetApi:
             skip_bad=skip_bad,
             redact=redact,
             presidio=presidio,
-            arrival=Arrival(replace, restore, None if split_from is None else Path(split_from)),
+            options=AddOptions(replace, restore, None if split_from is None else Path(split_from)),
         )
 
     def fix_file(
@@ -249,13 +249,13 @@ class DatasetApi:
 
     def metadata(self, key: str) -> dict[str, Any]:
         """Return the metadata that the file of a row of the current version had, by the row's whole key."""
-        from tunewright.data.versions.origins import metadata_by_key
+        from tunewright.data.versions.trace import metadata_by_key
 
         return metadata_by_key(self._dataset, self.version().manifest).get(key, {})
 
     def cluster_counts(self, member: Member) -> tuple[int, int]:
         """Return how many rows of the current version share a row's cluster, and how many of those its output."""
-        from tunewright.data.repeats import cluster_counts
+        from tunewright.data.dedup import cluster_counts
 
         return cluster_counts(self.version(), member)
 
@@ -268,13 +268,13 @@ class DatasetApi:
         limit = min(self._project.config.train.max_length, context_length(base))
         return measure_lengths(self._context.chat, base.spec, self.version(), limit, self._reporter)
 
-    def leakage(self) -> LeakReport:
+    def leakage(self) -> LeakageReport:
         """Return how near held-out rows are to training rows, and how near a random split would have brought them."""
-        from tunewright.data.dedup.leakage import leak
+        from tunewright.data.dedup.leakage import measure_leakage
 
-        return leak(self.version(), self._project.config.seed, self._reporter)
+        return measure_leakage(self.version(), self._project.config.seed, self._reporter)
 
-    def scores_by_distance(self, report: LeakReport, evaluation: str | Path) -> list[BandScore]:
+    def scores_by_distance(self, report: LeakageReport, evaluation: str | Path) -> list[BandScore]:
         """Return an evaluation's exact match by how near its items are to the training rows.
 
         Raises:
@@ -333,7 +333,7 @@ class DatasetApi:
 
     def contamination(self, files: Iterable[str | Path] = ()) -> Contamination:
         """Training rows that hold a test input, an item of the config's benchmarks, or one of these files."""
-        from tunewright.data.dedup.contamination import contamination
+        from tunewright.data.dedup.decontaminate import contamination
 
         return contamination(self._project, self.version(), [Path(f) for f in files], self._reporter)
 
@@ -346,9 +346,9 @@ class DatasetApi:
         Raises:
             UserError: an adapter is named where answers are classes, which a model of other rows judges better.
         """
-        from tunewright.data.review.kept import FOLDER, kept_suspects
-        from tunewright.data.review.suspects import METHOD, class_like, find_suspects
-        from tunewright.data.versions.origins import places_by_key
+        from tunewright.data.examples import class_like
+        from tunewright.data.review.suspects import FOLDER, METHOD, cached_suspects, find_suspects
+        from tunewright.data.versions.trace import places_by_key
 
         version = self.version()
         project = self._project
@@ -365,7 +365,7 @@ class DatasetApi:
 
             who = judging(project, version, self._context.base, self._context.chat, self._reporter, adapter)
 
-        def find(reporter: Reporter) -> Found:
+        def find(reporter: Reporter) -> SuspectList:
             losses = None
             if who is not None:
                 losses = row_losses(project, self._context.base, self._context.chat, who, reporter)
@@ -378,7 +378,7 @@ class DatasetApi:
             "method": METHOD,
         }
         file = project.work / FOLDER / f"{digest(decides)[:16]}.json"
-        found = kept_suspects(file, find, self._reporter)
+        found = cached_suspects(file, find, self._reporter)
         places = places_by_key(self._dataset, version.manifest)
         return SuspectsResult(version, found.suspects, who.judged_by if who else None, places, found.accuracy)
 
@@ -391,7 +391,7 @@ class DatasetApi:
         second: bool = False,
         fixed: int | None = None,
         redraw: bool = False,
-    ) -> Review:
+    ) -> ReviewSession:
         """A pass over a random sample of the current version's rows (drawn now, if there is none), or its suspects.
 
         Args:
@@ -406,9 +406,9 @@ class DatasetApi:
             UserError: another plan than that of the sample there is, or options that exclude each other.
         """
         from tunewright.data.review.acceptance import FixedPlan
-        from tunewright.data.review.passes import Review, default_reviewer
+        from tunewright.data.review.session import ReviewSession, default_reviewer
 
-        return Review(
+        return ReviewSession(
             self._dataset,
             self.version(),
             default_reviewer() if reviewer is None else reviewer,
@@ -422,8 +422,7 @@ class DatasetApi:
 
     def import_reviews(self, file: str | Path, reviewer: str | None = None) -> Imported:
         """Record the verdicts of a filled-in spreadsheet: all of them, or none if a row is faulty."""
-        from tunewright.data.review.passes import default_reviewer
-        from tunewright.data.review.table import import_csv
+        from tunewright.data.review.session import default_reviewer, import_csv
 
         name = default_reviewer() if reviewer is None else reviewer
         return import_csv(Path(file), self._dataset, self.version(), name, self._project.config.data.allow)
@@ -442,29 +441,28 @@ class DatasetApi:
 
     def diff(self, a: str, b: str | None = None) -> Diff:
         """Return what differs between two versions (the second: the current one by default)."""
-        from tunewright.data.versions.changes import diff
+        from tunewright.data.versions.diff import diff
 
         before, after = (load_version(self._dataset, digest, without_purged=True) for digest in (a, b))
         return diff(before, after)
 
-    def blame(self, row: str) -> Blame:
+    def blame(self, row: str) -> RowOrigin:
         """Return how a row of the current version came into the dataset; ``row`` as in :meth:`show`."""
-        from tunewright.data.versions.changes import blame
+        from tunewright.data.versions.trace import blame
 
         version = self.version()
         return blame(self._dataset, version, find_row(self._dataset, version, row).key)
 
-    def trained_by(self, row: str) -> tuple[str, tuple[Sighting, ...]]:
+    def trained_by(self, row: str) -> tuple[str, tuple[RowUse, ...]]:
         """Return a row's key, and what each adapter's training did with it.
 
         Args:
             row: as in :meth:`show`; also a key that only earlier versions have, since adapters may have seen it there.
         """
-        from tunewright.data.versions.changes import where
-        from tunewright.data.versions.find import find_key
+        from tunewright.data.versions.trace import find_key, uses_of_row
 
         key = find_key(self._dataset, self.version(), row)
-        return key, where(self._dataset, self._project.adapters, key)
+        return key, uses_of_row(self._dataset, self._project.adapters, key)
 
     def checkout(self, version: str) -> Manifest:
         """Make a version that is there the current one, by its digest or the beginning of it."""
@@ -484,7 +482,7 @@ class DatasetApi:
         ``metadata`` puts the keys that the rows' files had besides into chat rows.
         """
         from tunewright.data.versions.export import export
-        from tunewright.data.versions.origins import metadata_by_key
+        from tunewright.data.versions.trace import metadata_by_key
 
         chosen = self.version(version)
         extra = metadata_by_key(self._dataset, chosen.manifest) if metadata else None

@@ -42,7 +42,7 @@ class EvaluationsApi(ProjectContext):
         Raises:
             UserError: no evaluation, no name, or a sample of another size exists.
         """
-        from tunewright.data.versions.author import current_author
+        from tunewright.data.versions.version import current_author
         from tunewright.evaluation.human_eval.session import BlindReview
 
         folder = _folder(self.evaluation(evaluation, dev=False))

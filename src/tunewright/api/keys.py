@@ -18,7 +18,7 @@ from tunewright.adapters.keys import (
 )
 from tunewright.api.context import ProjectContext
 from tunewright.core.errors import UserError
-from tunewright.data.versions.author import current_author
+from tunewright.data.versions.version import current_author
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.data.review.acceptance import judge, sample_order
 from tunewright.data.review.reviews import findings, read_reviews
-from tunewright.data.versions.manifest import read_manifest
 from tunewright.data.versions.members import read_places
 from tunewright.data.versions.store import version_folder
+from tunewright.data.versions.version import read_manifest
 from tunewright.evidence.causes import Known, Labels
 from tunewright.evidence.learning_curve import find_curve
 from tunewright.evidence.schema import Evidence
@@ -58,7 +58,7 @@ def _labels(dataset: Path, version: str) -> Labels | None:
         reviews = read_reviews(dataset)
     except UserError:
         return None  # evidence alone is enough for a verdict
-    drawn = reviews.drawn(version)
+    drawn = reviews.latest_draw(version)
     if drawn is None:
         return Labels(len(places), manifest.counts.conflicts)
     found = judge(drawn.plan, findings(reviews, sample_order(sorted(places), version, drawn.draw)), len(places))

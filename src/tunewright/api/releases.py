@@ -146,7 +146,7 @@ class ReleasesApi:
             chosen = adapter_of(self._context, candidate.adapter, candidate.digest)
             self._require_servable(chosen, alias, state)
             if engine is None and before.grounds.isolation is not None:
-                engine = cast(EngineName, before.grounds.isolation.engine)
+                engine = cast("EngineName", before.grounds.isolation.engine)
             test, passes = self._tested(state, alias, chosen, engine, untested)
             if not passes:
                 return DeployResult(None, None, test)

@@ -1,4 +1,4 @@
-"""Conversations to tokens, in the base's own chat template."""
+"""Conversations to token ids and loss mask, with the base's chat template."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tunewright.chat.format import ChatFormat, Tokens, chat_format
-from tunewright.chat.kept import kept_format
-from tunewright.chat.opening import open_chat
+from tunewright.chat.opening import cached_format, open_chat
 from tunewright.config import ChatConfig, DataConfig
 from tunewright.core.errors import UserError
 from tunewright.data.examples import Message
@@ -18,20 +17,20 @@ __all__ = ["ChatFormat", "Tokens", "chat_format", "encode", "open_chat"]
 
 
 def encode(tokenizer_or_base: Any, messages: Sequence[Message | Mapping[str, Any]]) -> Tokens:
-    """Ids of a whole conversation, and for each whether it is trained: the answers, with their end tokens.
+    """Return the token ids of a conversation, and the loss mask: true for answers and their end tokens.
 
-    The format of a tokenizer is made by the first call, and again when the tokenizer has changed. For many
-    conversations with a base, make the format once: ``open_chat(base)`` has ``encode``, ``prompt`` and ``rows``.
+    The format of a tokenizer is cached until the tokenizer changes. For many conversations with a base, use
+    ``open_chat(base)``, which has ``encode``, ``prompt`` and ``rows``.
 
     Args:
         tokenizer_or_base: a :class:`Base`, or a transformers tokenizer with a chat template.
-        messages: turns as :class:`Message` or as chat files hold them; the last is the assistant's.
+        messages: turns, as :class:`Message` or dicts as in chat files; the last is the assistant's.
 
     Raises:
-        UserError: turns that are no example, or a template that cannot be used.
+        UserError: invalid turns, or an unusable template.
     """
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
-        raise UserError("a conversation is a list of turns", where="messages")
+        raise UserError("a conversation must be a list of turns", where="messages")
     turns = [m.as_dict() if isinstance(m, Message) else m for m in messages]
     try:
         example = example_from_object({"messages": turns}, DataConfig(max_characters=2**31))
@@ -42,8 +41,8 @@ def encode(tokenizer_or_base: Any, messages: Sequence[Message | Mapping[str, Any
     eos = getattr(tokenizer_or_base, "eos_token_id", None)
     if eos is None:
         raise UserError(
-            f"a {type(tokenizer_or_base).__name__} is neither a base nor a tokenizer with an end-of-text token",
+            f"expected a base or a tokenizer with eos_token_id (got {type(tokenizer_or_base).__name__})",
             where="tokenizer_or_base",
         )
-    chat = kept_format(tokenizer_or_base, stop_ids=frozenset([eos]), kind="own", today=ChatConfig().date)
+    chat = cached_format(tokenizer_or_base, stop_ids=frozenset([eos]), kind="own", today=ChatConfig().date)
     return chat.encode(example.messages)

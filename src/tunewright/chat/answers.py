@@ -1,4 +1,4 @@
-"""Where answers end: the limit and the stop strings that evaluation, training and serving generate under."""
+"""Ends of answers: the token limit and the stop strings of evaluation, training and serving."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from tunewright.generation.requests import Completion
 
 PLAIN_STOPS = tuple(f"{line}### {heading}" for heading in ("Instruction", "Response") for line in ("\n\n", "\n"))
-"""The plain form's headings: a base that goes on after an answer, instead of ending it, writes the next turn."""
+"""Headings of the plain form: a base that does not end its answer continues with the next turn."""
 
 
 def stop_strings(config: Config, chat: ChatFormat) -> tuple[str, ...]:
-    """Return what ends an answer beside the base's end tokens: the config's, else the plain form's headings.
+    """Return the stop strings: the config's, else the headings of the plain form.
 
-    A base's own chat template ends turns with a token, so it has none unless the config names some.
+    A base's own chat template ends turns with a token, so that it needs none.
     """
     if config.evaluate.stop is not None:
         return config.evaluate.stop
@@ -33,15 +33,15 @@ def stop_strings(config: Config, chat: ChatFormat) -> tuple[str, ...]:
 
 
 def answer_text(chat: ChatFormat, completion: Completion) -> str:
-    """Return what a completed answer says, up to the stop string that ended it."""
+    """Return the text of a completion, up to the stop string that ended it."""
     return chat.text(completion.ids) if completion.before_stop is None else completion.before_stop
 
 
 def constraint_on(chat: ChatFormat, grammar: Grammar) -> Constraint:
-    """Return the grammar over this format's answers.
+    """Return the grammar as a constraint on this format's answers.
 
     Raises:
-        UserError: the grammar engine does not take it.
+        UserError: the grammar engine refuses it.
     """
     from tunewright.generation.constraints import Constraint, around_answers
 
@@ -52,10 +52,10 @@ def constraint_on(chat: ChatFormat, grammar: Grammar) -> Constraint:
 
 
 def answer_limit(config: Config, chat: ChatFormat, members: Iterable[Member]) -> int:
-    """Return the longest answer in tokens: the config's, else the 99th percentile of these with room.
+    """Return the token limit of answers: the config's, else the 99th percentile of these members with a margin.
 
-    The room is a quarter of it, at least 8 tokens. The very longest answer may be a stray one, and every answer that
-    comes to no end runs as far as the limit.
+    The margin is a quarter, at least 8 tokens. The longest answer may be an outlier, and each answer that does not end
+    costs the whole limit.
     """
     if config.evaluate.max_new_tokens is not None:
         return config.evaluate.max_new_tokens
@@ -65,23 +65,23 @@ def answer_limit(config: Config, chat: ChatFormat, members: Iterable[Member]) ->
 
 
 def answer_lengths(chat: ChatFormat, examples: Sequence[Example]) -> list[int]:
-    """Return the tokens of each example's last answer, its end token included."""
-    last_turns = [chat.layouts(example.messages)[-1] for example in examples]
+    """Return the number of tokens of each example's last answer, including the end token."""
+    last_turns = [chat.rendered_rows(example.messages)[-1] for example in examples]
     return [answer_length(row.loss_mask) for row in chat.tokens(last_turns)]
 
 
 def warn_of_longer_references(
     chat: ChatFormat, examples: Sequence[Example], limit: int, split: str, reporter: Reporter
 ) -> None:
-    """Warn of references longer than ``limit`` tokens, and say which limit would fit all; before they are answered."""
+    """Warn of references longer than ``limit`` tokens, with the limit that would fit all."""
     lengths = answer_lengths(chat, examples)
     if longer := sum(length > limit for length in lengths):
         reporter.warn(
             f"evaluate.max_new_tokens: {longer:,} of {len(lengths):,} {split} references are longer than the limit of "
-            f"{limit:,} tokens, so right answers to them are cut off. {max(lengths):,} tokens would fit all of {split}."
+            f"{limit:,} tokens, so right answers would be cut off. {max(lengths):,} tokens fit all of {split}."
         )
 
 
 def answer_length(loss_mask: Sequence[bool]) -> int:
-    """Tokens of the last trained turn, which ends the row."""
+    """Return the number of tokens of the last trained turn, which ends the row."""
     return next((n for n, trained in enumerate(reversed(loss_mask)) if not trained), len(loss_mask))

@@ -1,7 +1,11 @@
-"""One way from a conversation to token ids and the tokens to train, for training, evaluation and serving alike.
+"""Conversations to token ids and loss mask, shared by training, evaluation and serving.
 
-The base's own chat template decides. The trained part needs no markers in the template: an assistant turn is what a
-rendering with the turn adds to the rendering that asks for it.
+The base's own chat template decides, and needs no markers of the trained part. An assistant turn is the text that the
+rendering with the turn adds to the rendering of its prompt:
+
+    render(messages[:i], generation_prompt=True)        <user> Hi <assistant>
+    render(messages[:i + 1], generation_prompt=False)   <user> Hi <assistant> Hello <end>
+    trained                                                                   ^^^^^^^^^^^
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ _SHAPES: tuple[tuple[Role, ...], ...] = (
 
 @dataclass(frozen=True)
 class Tokens:
-    """A conversation as token ids, and for each whether it is trained."""
+    """Token ids of a conversation, and the loss mask: true for trained tokens."""
 
     ids: tuple[int, ...]
     loss_mask: tuple[bool, ...]
@@ -40,29 +44,29 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """One row to be: pieces of a rendered conversation in order, each with whether it is trained."""
+class RenderedRow:
+    """Pieces of a rendered conversation, each with its loss mask, before encoding."""
 
     segments: tuple[tuple[tuple[Piece, ...], bool], ...]
 
 
 @dataclass(frozen=True)
 class UserTurn:
-    """What a model needs to write a conversation's first user turn itself."""
+    """Token ids and texts that let a model generate a conversation's first user turn."""
 
     opening: tuple[int, ...]
-    """Ids up to where the user's text begins."""
+    """Ids up to the beginning of the user's text."""
     end_ids: frozenset[int]
-    """Tokens that end it."""
+    """Ids that end the turn."""
     end_text: str | None
-    """The ordinary text that ends it, of a template that has no token for that (Llama 2's ``[/INST]``)."""
+    """Ordinary text that ends the turn, if the template has no token for it (Llama 2's ``[/INST]``)."""
     begin_text: str | None
-    """The ordinary text that then begins it: a base that goes on after an answer writes the next turn."""
+    """Ordinary text that begins the turn, which a base writes if it does not end its answer."""
 
 
 @dataclass(frozen=True)
 class _Turn:
-    """An assistant turn: the text that asks for it, and the text that ends with its end token."""
+    """An assistant turn: the text of its prompt, and the text up to its end token."""
 
     prompt: str
     shown: str
@@ -73,7 +77,7 @@ class _Turn:
 class ChatFormat:
     """A tokenizer, its chat template and the tokens that end an answer.
 
-    Use :func:`chat_format` or :func:`tunewright.chat.open_chat` to make one.
+    Create one with :func:`chat_format` or :func:`tunewright.chat.open_chat`.
     """
 
     tokenizer: Any
@@ -83,34 +87,34 @@ class ChatFormat:
     _control_by_shape: dict[tuple[tuple[Role, ...], bool], list[int]] = field(default_factory=dict, repr=False)
 
     def prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """Ids of the conversation so far, up to where the assistant's next answer begins.
+        """Return the ids of the conversation up to the beginning of the assistant's next answer.
 
         Raises:
             UserError: the template refuses this conversation.
         """
-        hidden, stands_for = self.encoder.hide(messages)
+        hidden, stand_ins = self.encoder.hide(messages)
         text = self.template.render(hidden, generation_prompt=True)
         cuts = [len(earlier) for earlier in self._prompts(hidden) if text.startswith(earlier)]
         self._check_control(text, messages, generation_prompt=True)
-        return self.tokens([self._layout(text, cuts, [], stands_for)])[0].ids
+        return self.tokens([self._rendered_row(text, cuts, [], stand_ins)])[0].ids
 
     def continuation(self, text: str) -> tuple[int, ...]:
-        """Ids of text to go on from as it stands, without the template; what looks like a control token stays text.
+        """Return the ids of text to continue, without the template; text that looks like a control token stays text.
 
         Raises:
-            UserError: the tokenizer makes a control token out of plain text.
+            UserError: the tokenizer encodes plain text as a control token.
         """
         start = " " if self.encoder.space_first and not text.startswith(" ") else ""
         ((_, ids),) = self.encoder.ids([start + text]).items()
         return (self.bos_id, *ids) if self.adds_bos else tuple(ids)
 
     def user_turn(self) -> UserTurn:
-        """Return how the first user turn begins and ends, after whatever system turn the template writes by itself."""
-        mark = "\ue000"  # private use: no template writes it, and none takes it for white space
+        """Return how the first user turn begins and ends, after the template's default system turn, if any."""
+        mark = "\ue000"  # private use: in no template, and not white space
         text = self.template.render([Message("user", mark)], generation_prompt=True)
         before, after = text.split(mark)
-        # A space before a word belongs to the word's first token: "[INST] " ends with a token that no text begins with.
-        opening = self.tokens([self._layout(before.rstrip(" "), [], [], {})])[0].ids
+        # A space belongs to the first token of the word after it, so "[INST] " would end with a wrong token.
+        opening = self.tokens([self._rendered_row(before.rstrip(" "), [], [], {})])[0].ids
         control = self.encoder.control_places(after)
         if control and not after[: control[0][1]].strip():
             return UserTurn(opening, self.stop_ids | {control[0][0]}, None, None)
@@ -119,49 +123,49 @@ class ChatFormat:
         return UserTurn(opening, self.stop_ids, after.strip().split("\n")[0], begin_text)
 
     def encode(self, messages: Sequence[Message]) -> Tokens:
-        """Ids of the whole conversation, and which are trained: assistant turns of weight 1 with their end tokens.
+        """Return the ids and the loss mask of a conversation: assistant turns of weight 1 are trained, with end tokens.
 
-        Of a template that shows earlier turns differently as the conversation grows, only the turns are trained that
-        are shown here as they were asked for; :meth:`rows` has them all.
+        If a template renders earlier turns differently in longer conversations, only turns rendered as in their own
+        prompt are trained; :meth:`rows` covers all turns.
 
         Raises:
             UserError: the template refuses this conversation, or leaves an answer without an end token.
         """
-        hidden, stands_for = self.encoder.hide(_answered(messages))
+        hidden, stand_ins = self.encoder.hide(_answered(messages))
         turns = self._assistant_turns(hidden)
-        return self.tokens([self._row(turns[-1].shown, turns, stands_for)])[0]
+        return self.tokens([self._row(turns[-1].shown, turns, stand_ins)])[0]
 
     def rows(self, messages: Sequence[Message]) -> list[Tokens]:
-        """What to train on: the whole conversation as one row where it grows by appending, else a row for each turn.
+        """Return the rows to train on: one row if the conversation grows by appending, else a row for each turn.
 
         Raises:
             UserError: as :meth:`encode`.
         """
-        return self.tokens(self.layouts(messages))
+        return self.tokens(self.rendered_rows(messages))
 
-    def layouts(self, messages: Sequence[Message]) -> list[Layout]:
-        """The rows before their ids are known; :meth:`tokens` turns many of them into ids faster than one by one."""
-        hidden, stands_for = self.encoder.hide(_answered(messages))
+    def rendered_rows(self, messages: Sequence[Message]) -> list[RenderedRow]:
+        """Return the rows of a conversation before encoding; :meth:`tokens` encodes many of them at once."""
+        hidden, stand_ins = self.encoder.hide(_answered(messages))
         turns = self._assistant_turns(hidden)
         whole = turns[-1].shown
         if all(whole.startswith(turn.shown) for turn in turns if turn.trained):
-            return [self._row(whole, turns, stands_for)]
+            return [self._row(whole, turns, stand_ins)]
         return [
-            self._row(turn.shown, [*_untrained(turns[:place]), turn], stands_for)
+            self._row(turn.shown, [*_untrained(turns[:place]), turn], stand_ins)
             for place, turn in enumerate(turns)
             if turn.trained
         ]
 
-    def tokens(self, layouts: Sequence[Layout]) -> list[Tokens]:
-        """Rows as ids and masks; each distinct text is encoded once.
+    def tokens(self, rendered: Sequence[RenderedRow]) -> list[Tokens]:
+        """Encode rendered rows; each distinct text is encoded once.
 
         Raises:
-            UserError: the tokenizer makes a control token out of plain text.
+            UserError: the tokenizer encodes plain text as a control token.
         """
-        runs = (p for row in layouts for pieces, _ in row.segments for p in pieces if isinstance(p, str))
+        runs = (p for row in rendered for pieces, _ in row.segments for p in pieces if isinstance(p, str))
         known = self.encoder.ids(runs)
         rows = []
-        for row in layouts:
+        for row in rendered:
             ids: list[int] = []
             mask: list[bool] = []
             for pieces, trained in row.segments:
@@ -178,11 +182,11 @@ class ChatFormat:
         return rows
 
     def text(self, ids: Sequence[int]) -> str:
-        """Return what an answer's ids say, without its special tokens."""
+        """Return the text of an answer, without special tokens."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def texts(self, many: Sequence[Sequence[int]]) -> list[str]:
-        """Return what each list of ids says, special tokens included."""
+        """Return the text of each list of ids, including special tokens."""
         texts: list[str] = self.tokenizer.backend_tokenizer.decode_batch(
             [list(ids) for ids in many], skip_special_tokens=False
         )
@@ -190,12 +194,12 @@ class ChatFormat:
 
     @property
     def bos_id(self) -> int:
-        """The token that begins a text; -1 where the tokenizer has none."""
+        """Id of the BOS token; -1 without one."""
         return -1 if self.tokenizer.bos_token_id is None else int(self.tokenizer.bos_token_id)
 
     @cached_property
     def adds_bos(self) -> bool:
-        """True if the tokenizer itself puts BOS before every text; where the template doesn't write it, we do."""
+        """True if the tokenizer adds BOS to each text, so that BOS is added if the template does not write it."""
         ids: list[int] = self.tokenizer("a")["input_ids"]
         return ids[0] == self.bos_id
 
@@ -206,12 +210,12 @@ class ChatFormat:
 
     @cached_property
     def bos_opens_turns(self) -> bool:
-        """True if the template writes BOS more than once, as a mark of turns (Llama 2; SmolLM2's ``<|im_start|>``)."""
+        """True if the template writes BOS several times, as a mark of turns (Llama 2; SmolLM2's ``<|im_start|>``)."""
         return any(self._control_ids(text).count(self.bos_id) > 1 for text in self._neutrals())
 
     @cached_property
     def description(self) -> dict[str, Any]:
-        """All that decides the rendering, as JSON; lineages keep it so that a difference can be named."""
+        """JSON document of everything that decides the rendering; lineages store it to report differences."""
         probes = [self._probe(roles) for roles in self._accepted]
         return {
             "kind": self.template.kind,
@@ -233,7 +237,7 @@ class ChatFormat:
 
     @cached_property
     def used_control_ids(self) -> frozenset[int]:
-        """The control tokens that conversations are written with."""
+        """Control tokens in rendered conversations."""
         return frozenset(token for text in self._neutrals() for token in self._control_ids(text))
 
     def _assistant_turns(self, messages: Sequence[Message]) -> list[_Turn]:
@@ -247,10 +251,11 @@ class ChatFormat:
         return turns
 
     def _answer_start(self, prompt: str, shown: str) -> int:
-        """Where in ``shown`` the answer begins.
+        """Return the beginning of the answer in ``shown``.
 
-        Mistral's public templates show the system text in the last user turn only while that is unanswered: then the
-        answer begins where what ends the prompt (its last control token, and what follows that) stands last.
+        Mistral's public templates render the system text in the last user turn only while that is unanswered. The
+        prompt is then not a prefix, and the answer begins after the last occurrence of the prompt's end: its last
+        control token and the text after it.
         """
         if shown.startswith(prompt):
             return len(prompt)
@@ -259,8 +264,8 @@ class ChatFormat:
         place = shown.rfind(mark) if mark else -1
         if place < 0 or self._control_ids(prompt) != self._control_ids(shown[: place + len(mark)]):
             raise UserError(
-                "the chat template shows the prompt differently once it is answered: what of it is the answer "
-                f"cannot be told (the prompt ends with {prompt[-20:]!r})",
+                "cannot locate the answer, because the chat template renders the prompt differently once it is "
+                f"answered (the prompt ends with {prompt[-20:]!r})",
                 where=self.template.name,
                 fix=PLAIN_INSTEAD,
             )
@@ -270,48 +275,48 @@ class ChatFormat:
         return [self.template.render(messages[:place], generation_prompt=True) for place in _assistant_places(messages)]
 
     def _answer_end(self, answer: str) -> int:
-        """Where the answer's end token ends. What a template writes after it is never generated, so not trained."""
+        """Return the end of the answer's end token. Later text is never generated, so it is not trained."""
         ends = [end for token, _, end in self.encoder.control_places(answer) if token in self.stop_ids]
         if ends:
             return ends[0]
         names = ", ".join(self._end_tokens)
         raise UserError(
-            f"the chat template ends the answer with none of the base's end tokens ({names}): the model would never "
+            f"the chat template does not end answers with an end token of the base ({names}), so the model would not "
             "learn to stop",
             where=self.template.name,
             fix=PLAIN_INSTEAD,
         )
 
-    def _row(self, text: str, turns: Sequence[_Turn], stands_for: dict[int, str]) -> Layout:
+    def _row(self, text: str, turns: Sequence[_Turn], stand_ins: dict[int, str]) -> RenderedRow:
         cuts = [len(turn.prompt) for turn in turns if text.startswith(turn.prompt)]
         trained = [
             (len(turn.prompt), len(turn.shown)) for turn in turns if turn.trained and text.startswith(turn.shown)
         ]
-        return self._layout(text, cuts, trained, stands_for)
+        return self._rendered_row(text, cuts, trained, stand_ins)
 
-    def _layout(
-        self, text: str, cuts: Sequence[int], trained: Sequence[tuple[int, int]], stands_for: dict[int, str]
-    ) -> Layout:
-        """Pieces of ``text``; no token straddles a cut, since a prompt's ids don't depend on the answer to come."""
+    def _rendered_row(
+        self, text: str, cuts: Sequence[int], trained: Sequence[tuple[int, int]], stand_ins: dict[int, str]
+    ) -> RenderedRow:
+        """Split ``text`` at the cuts, so that no token spans one and a prompt's ids do not depend on the answer."""
         bounds = sorted({0, len(text), *cuts, *(place for span in trained for place in span)})
         spans = set(trained)
-        return Layout(
+        return RenderedRow(
             tuple(
-                (tuple(self.encoder.pieces(text[start:end], stands_for, start=start == 0)), (start, end) in spans)
+                (tuple(self.encoder.pieces(text[start:end], stand_ins, start=start == 0)), (start, end) in spans)
                 for start, end in pairwise(bounds)
             )
         )
 
     def _check_control(self, text: str, messages: Sequence[Message], *, generation_prompt: bool) -> None:
-        """Which control tokens a conversation has is a matter of its roles, never of what its messages say."""
+        """Check that the control tokens depend on the conversation's roles only, not on its messages."""
         shape = (tuple(m.role for m in messages), generation_prompt)
         if shape not in self._control_by_shape:
             if len(self._control_by_shape) >= _MOST_SHAPES:
-                self._control_by_shape.clear()  # a server meets shapes without end
+                self._control_by_shape.clear()  # the number of shapes on a server is unbounded
             self._control_by_shape[shape] = self._control_ids(self._neutral(*shape))
         if self._control_ids(text) != self._control_by_shape[shape]:
             raise UserError(
-                "the chat template makes other control tokens of these texts than of ordinary ones",
+                "the chat template renders these texts with other control tokens than ordinary texts",
                 where=self.template.name,
                 fix=PLAIN_INSTEAD,
             )
@@ -326,7 +331,7 @@ class ChatFormat:
         return self._control_ids(self._neutral(roles, generation_prompt=roles[-1] == "user"))
 
     def _probe(self, roles: Sequence[Role]) -> list[int] | None:
-        """Ids of a conversation whose texts try a tokenizer's rules; None where the template refuses it."""
+        """Return the ids of a conversation that probes the tokenizer's rules; None if the template refuses it."""
         messages = [Message(role, f" {role}\n\n1234 d'été  <s>[INST]<|eot_id|> 🙂 ") for role in roles]
         try:
             return list(self.prompt(messages) if roles[-1] == "user" else self.encode(messages).ids)
@@ -335,7 +340,7 @@ class ChatFormat:
 
     @cached_property
     def _accepted(self) -> list[tuple[Role, ...]]:
-        """The shapes of conversation, of a few that tell templates apart, that the template renders."""
+        """Probe conversations that the template accepts."""
         accepted: list[tuple[Role, ...]] = []
         for roles in _SHAPES:
             try:
@@ -350,11 +355,11 @@ class ChatFormat:
 
 
 def chat_format(tokenizer: Any, *, stop_ids: frozenset[int], kind: TemplateKind, today: date) -> ChatFormat:
-    """Return the format that this tokenizer's conversations have.
+    """Return the chat format of a tokenizer.
 
     Raises:
-        UserError: no template (where its own is asked for), a template that cannot be used, or a tokenizer whose
-            rules are not understood.
+        UserError: the tokenizer lacks a template of its own (``kind``), the template cannot be used, or the
+            tokenizer's rules are not supported.
     """
     template = Template.of(tokenizer, kind, today)
     neutral = template.render([Message("user", "x")], generation_prompt=True)
@@ -364,15 +369,13 @@ def chat_format(tokenizer: Any, *, stop_ids: frozenset[int], kind: TemplateKind,
 
 
 def _check_rules(chat: ChatFormat) -> None:
-    """Hold the encoder to the tokenizer's own call, on a text where the two may not differ, and try an answer."""
+    """Compare the encoder with the tokenizer's own call on a text without control tokens in messages; try an answer."""
     text = chat.template.render([Message("user", "What's  new,\n\nZoë?")], generation_prompt=True)
-    (tokens,) = chat.tokens([chat._layout(text, [], [], {})])
+    (tokens,) = chat.tokens([chat._rendered_row(text, [], [], {})])
     own: list[int] = chat.tokenizer(text, add_special_tokens=False)["input_ids"]
     ours = list(tokens.ids)
     if ours not in (own, [chat.bos_id, *own]):
-        raise UserError(
-            "the tokenizer follows rules that are not understood", where=chat.template.name, fix="Use another base."
-        )
+        raise UserError("the tokenizer's rules are not supported", where=chat.template.name, fix="Use another base.")
     if ours[:2] == [chat.bos_id] * 2:
         raise UserError(
             "the chat template writes the beginning-of-text token twice", where=chat.template.name, fix=PLAIN_INSTEAD
@@ -382,7 +385,7 @@ def _check_rules(chat: ChatFormat) -> None:
 
 def _answered(messages: Sequence[Message]) -> Sequence[Message]:
     if not messages or messages[-1].role != "assistant":
-        raise UserError("a conversation to train on ends with the assistant's turn", where="messages")
+        raise UserError("the last turn must be the assistant's", where="messages")
     return messages
 
 

@@ -1,4 +1,4 @@
-"""A chat template at work: messages in, text out, with the date pinned."""
+"""Rendering of chat templates, with the date pinned."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tunewright.data.examples import Message
 
 TemplateKind = Literal["own", "plain"]
 
-PLAIN_INSTEAD = "Mend the template in the base's tokenizer files, or set chat.template to plain."
+PLAIN_INSTEAD = "Correct the template in the base's tokenizer files, or set chat.template to plain."
 
 PLAIN_FORM = """\
 {{- bos_token }}
@@ -31,22 +31,22 @@ PLAIN_FORM = """\
     {{- '### Response:\\n' }}
 {%- endif %}
 """
-"""For bases without a chat template: the headings of Stanford Alpaca (Taori et al. 2023), which are ordinary text, and
-of special tokens only those that pre-training puts around every document."""
+"""Template for bases without one: the headings of Stanford Alpaca (Taori et al. 2023), which are ordinary text, with
+only the special tokens that pre-training puts around each document."""
 
 
 @dataclass(frozen=True)
 class Template:
-    """A Jinja chat template and all that it sees besides the messages."""
+    """A Jinja chat template with its other variables."""
 
     kind: TemplateKind
     source: str
     special_tokens: Mapping[str, str]
-    """The tokenizer's special tokens, by their names in templates (``bos_token``, …)."""
+    """Special tokens of the tokenizer, by their names in templates (``bos_token``, …)."""
     today: date
-    """Today, for templates that ask for it."""
+    """Date for templates that use it."""
     name: str
-    """The tokenizer's, for messages."""
+    """Name of the tokenizer, for messages."""
 
     @classmethod
     def of(cls, tokenizer: Any, kind: TemplateKind, today: date) -> Template:
@@ -64,11 +64,11 @@ class Template:
 
     @property
     def uses_date(self) -> bool:
-        """True if what it writes depends on the day."""
+        """True if the rendered text depends on the date."""
         return "strftime_now" in self.source or "date_string" in self.source
 
     def render(self, messages: Sequence[Message], *, generation_prompt: bool) -> str:
-        """Return the conversation as text; with ``generation_prompt``, up to where the assistant's next answer begins.
+        """Return the conversation as text; with ``generation_prompt``, up to the beginning of the next answer.
 
         Raises:
             UserError: the template refuses this conversation.
@@ -82,7 +82,7 @@ class Template:
                     "documents": None,
                     "add_generation_prompt": generation_prompt,
                     "strftime_now": datetime.combine(self.today, time()).strftime,
-                    "date_string": self.today.strftime("%d %b %Y"),  # what Llama's templates call it
+                    "date_string": self.today.strftime("%d %b %Y"),  # the name in Llama's templates
                 }
             )
         except Exception as error:
@@ -92,8 +92,8 @@ class Template:
         return str(text)
 
     def _compiled(self) -> Any:
-        # transformers' own sandbox (cached there): templates behave as in apply_chat_template, which itself leaves no
-        # way to set the date of templates that call strftime_now.
+        # transformers' sandbox (cached there), so that templates behave as in apply_chat_template, which has no way to
+        # set the date for templates that call strftime_now.
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
         try:
@@ -111,7 +111,7 @@ def _own(tokenizer: Any, name: str) -> str:
     if isinstance(source, dict):
         if "default" not in source:
             named = ", ".join(sorted(source))
-            raise UserError(f"it has the chat templates {named}, and no default one", where=name, fix=PLAIN_INSTEAD)
+            raise UserError(f"no default among the chat templates {named}", where=name, fix=PLAIN_INSTEAD)
         source = source["default"]
     if not source:
         raise UserError(
@@ -120,5 +120,5 @@ def _own(tokenizer: Any, name: str) -> str:
             fix="Use the instruction-tuned variant of this base, or set chat.template to plain.",
         )
     if not isinstance(source, str):
-        raise UserError(f"the chat template is {type(source).__name__}, not text", where=name, fix=PLAIN_INSTEAD)
+        raise UserError(f"the chat template must be text (got {type(source).__name__})", where=name, fix=PLAIN_INSTEAD)
     return source

@@ -1,4 +1,4 @@
-"""From a template's text to token ids, keeping apart what the template wrote and what a message says."""
+"""Encoding of rendered conversations, with control tokens from the template only, never from a message."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from typing import Any
 from tunewright.core.errors import UserError
 from tunewright.data.examples import Message
 
-# Piece of a rendered text: a control token's id, or the text between two of them.
+# A piece of rendered text: a control token's id, or the text between two of them.
 Piece = int | str
 
-_STAND_INS = range(0xF0000, 0xFFFFE)  # Private Use Area A: no assigned meaning, never white space
+_STAND_INS = range(0xF0000, 0xFFFFE)  # Private Use Area A: unassigned, and never white space
 
 
 class TextEncoder:
-    """Encodes rendered conversations with a tokenizer's own vocabulary and rules.
+    """Encoder of rendered conversations, with a tokenizer's own vocabulary and rules.
 
-    Only control tokens that the template wrote become control ids. Text that looks like one is spelled out, as the
-    makers' encoders do (Meta's ``ChatFormat``, ``mistral-common``); transformers' ``sanitize_control_tokens`` would
-    also cut the text around it, which gives other ids.
+    Only control tokens from the template become control ids. Similar text in messages is encoded as ordinary text, as
+    in the makers' encoders (Meta's ``ChatFormat``, ``mistral-common``). transformers' ``sanitize_control_tokens`` would
+    also split the text around it, which gives other ids.
 
     Args:
         tokenizer: a tokenizer of the ``tokenizers`` library.
-        written: what the template writes around ordinary messages: tokens in it that the tokenizer lists as added are
-            control tokens even if it doesn't call them special.
+        written: the template's text around ordinary messages: the tokenizer's added tokens in it are control tokens
+            even if they are not special.
 
     Raises:
-        UserError: the tokenizer is of another kind.
+        UserError: the tokenizer has another type.
     """
 
     def __init__(self, tokenizer: Any, written: str) -> None:
         if getattr(tokenizer, "backend_tokenizer", None) is None:
             raise UserError(
-                f"a tokenizer of the kind {type(tokenizer).__name__} cannot be used",
+                f"unsupported tokenizer type {type(tokenizer).__name__}",
                 where=str(tokenizer.name_or_path),
-                fix="Give the base with its tokenizer.json.",
+                fix="Use a base with tokenizer.json.",
             )
         added = {token.content: token for token in tokenizer.added_tokens_decoder.values() if token.content.strip()}
         control = {text: token for text, token in added.items() if token.special or text in written}
@@ -51,22 +51,22 @@ class TextEncoder:
         backend.no_padding()
         backend.add_special_tokens([token for token in control.values() if not token.special])
         backend.encode_special_tokens = True
-        # SentencePiece's space before a text's first word: here, every run but the first follows a control token.
+        # SentencePiece puts a space before a text's first word; here, all runs but the first follow a control token.
         self.space_first = _without_space_first(backend)
         self._backend = backend
-        self._unknown = tokenizer.unk_token_id  # what a tokenizer makes of characters that it has no token for
+        self._unknown = tokenizer.unk_token_id  # id of characters without a token
 
     def hide(self, messages: Sequence[Message]) -> tuple[list[Message], dict[int, str]]:
-        """Messages in which one character stands for each text that looks like a control token, and what it stands for.
+        """Replace texts that look like control tokens by one character each; return the messages and the replacements.
 
-        Stand-ins survive whatever a template does to a text (trim, split, join), and cannot become control tokens.
+        The characters survive the template's operations (trim, split, join), and cannot become control tokens.
 
         Raises:
-            UserError: half of a surrogate pair, which no tokenizer takes.
+            UserError: half of a surrogate pair, which no tokenizer accepts.
         """
         for message in messages:
             if not message.content.isascii() and any("\ud800" <= c <= "\udfff" for c in message.content):
-                raise UserError(f"half of a surrogate pair in the {message.role} turn: it stands for no character")
+                raise UserError(f"half of a surrogate pair in the {message.role} turn, which is not a character")
         found = {text for m in messages for text in self._look_alike.findall(m.content)}
         if not found:
             return list(messages), {}
@@ -80,15 +80,15 @@ class TextEncoder:
         return hidden, {code: text for text, code in stand_ins.items()}
 
     def control_places(self, text: str) -> list[tuple[int, int, int]]:
-        """Return the control tokens that the template wrote: each one's id, where it begins and where it ends."""
+        """Return id, begin and end of each control token from the template."""
         return [(self.control[m.group().strip()], m.start(), m.end()) for m in self._written.finditer(text)]
 
     def pieces(self, text: str, hidden: Mapping[int, str], *, start: bool) -> list[Piece]:
-        """Control ids and the runs of text between them, with hidden texts put back.
+        """Return control ids and the runs of text between them, with hidden texts restored.
 
         Args:
-            text: a part of a rendered conversation that doesn't begin or end inside a control token.
-            hidden: what stand-ins stand for.
+            text: a part of a rendered conversation that does not begin or end inside a control token.
+            hidden: the replacements of ``hide``.
             start: whether this is the conversation's beginning.
         """
         pieces: list[Piece] = []
@@ -108,7 +108,7 @@ class TextEncoder:
         """Return the ids of each distinct run of text.
 
         Raises:
-            UserError: the vocabulary spells a control token, so that text could become one.
+            UserError: plain text becomes a control token.
         """
         distinct = list(dict.fromkeys(runs))
         encoded = self._backend.encode_batch_fast(distinct, add_special_tokens=False)
@@ -117,18 +117,18 @@ class TextEncoder:
         for run, found in ids.items():
             if not forbidden.isdisjoint(found):
                 token = self._backend.id_to_token(next(i for i in found if i in forbidden))
-                raise UserError(f"the tokenizer makes the control token {token} out of the plain text {run[:60]!r}")
+                raise UserError(f"the tokenizer encodes the plain text {run[:60]!r} as the control token {token}")
         return ids
 
 
 def _as_written(token: Any) -> str:
-    """Return a pattern for the token in a template's text; some take the white space beside them along."""
+    """Return a pattern for the token in rendered text, with adjacent white space if the token strips it."""
     content = str(token.content)
     return (r"\s*" if token.lstrip else "") + re.escape(content) + (r"\s*" if token.rstrip else "")
 
 
 def _without_space_first(backend: Any) -> bool:
-    """Stop a SentencePiece tokenizer from putting a space before its first word; whether it did."""
+    """Stop a SentencePiece tokenizer from putting a space before the first word; return whether it did so."""
     first = backend.pre_tokenizer
     if getattr(first, "prepend_scheme", None) != "first":
         return False

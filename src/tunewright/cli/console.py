@@ -155,10 +155,10 @@ class Session:
         if project is None or not (project / "dataset").is_dir():
             return
         from tunewright.config.project import ProjectFolder
-        from tunewright.data.review.status import standing
+        from tunewright.data.review.report import review_status
 
         try:
-            text = standing(ProjectFolder(project).dataset)
+            text = review_status(ProjectFolder(project).dataset)
         except UserError as error:
             text = f"The review status of the current version cannot be read: {error.what}"
         if text is not None:

@@ -20,10 +20,10 @@ from tunewright.core.wording import count_of
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from tunewright.data.dedup.contamination import Contamination
-    from tunewright.data.dedup.leakage import BandScore, LeakReport, TemplateScore
-    from tunewright.data.dedup.output_leakage import OutputLeak
-    from tunewright.data.preview import Effect, Preview
+    from tunewright.data.dedup.decontaminate import Contamination
+    from tunewright.data.dedup.leakage import BandScore, LeakageReport, TemplateScore
+    from tunewright.data.dedup.output_leakage import OutputLeakage
+    from tunewright.data.plan import Effect, Preview
     from tunewright.data.versions import Manifest
     from tunewright.training.lengths import LengthReport
 
@@ -239,7 +239,7 @@ def version_table(versions: Sequence[Manifest], current: Manifest | None = None)
 
 def preview_text(preview: Preview) -> str:
     """Return what is in the files, each reason why `data add` would refuse them, and what it would do otherwise."""
-    from tunewright.data.readers.metadata import counted
+    from tunewright.data.readers.validate import counted
 
     checked = preview.files
     lines = [note for file in checked.files for note in file.notes]
@@ -276,7 +276,7 @@ def _effect_lines(effect: Effect, ok: bool) -> list[str]:
     return lines
 
 
-def leakage_text(report: LeakReport, bands: Sequence[BandScore], templates: Sequence[TemplateScore] = ()) -> str:
+def leakage_text(report: LeakageReport, bands: Sequence[BandScore], templates: Sequence[TemplateScore] = ()) -> str:
     """Return a histogram of similarities next to a random split's, and scores by distance and by output template."""
     counts = [dev + test for dev, test in zip(report.histogram("dev"), report.histogram("test"), strict=True)]
     lines = [f"Held-out rows by the similarity of their nearest training row, version {report.version[:12]}"]
@@ -306,7 +306,7 @@ _TEMPLATES = {"seen": "output template in training", "new": "new output template
 _OVERLAPS = {"identical": "an identical output", "template": "the same output template", "near": "a near-equal output"}
 
 
-def _output_lines(found: OutputLeak) -> list[str]:
+def _output_lines(found: OutputLeakage) -> list[str]:
     about = f"{found.outputs:,} different outputs, {found.templates:,} different templates"
     if found.natural is not None:
         return [f"Outputs in training and test are alike by nature: {found.natural} ({about})"]

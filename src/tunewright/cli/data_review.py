@@ -24,9 +24,9 @@ from tunewright.core.errors import UserError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from tunewright.data.review.passes import Card, Review
+    from tunewright.data.review.label_models import NeighborIndex, Suspect
     from tunewright.data.review.reviews import Verdict
-    from tunewright.data.review.suspects import Nearest, Suspect
+    from tunewright.data.review.session import ReviewItem, ReviewSession
     from tunewright.data.versions import DatasetVersion
 
 VERDICT_KEYS: dict[str, Verdict] = {"r": "right", "w": "wrong", "s": "skip"}
@@ -81,8 +81,7 @@ def data_review(
     Keys: r right, w wrong, e edit in $EDITOR, s skip, u undo, q quit. A review resumes where it stopped. With --status,
     the exit code is 0 for accepted, 3 for rejected, 4 for undecided.
     """
-    from tunewright.data.review.passes import check_options
-    from tunewright.data.review.table import export_csv
+    from tunewright.data.review.session import check_options, export_csv
 
     chosen = {"--suspects": suspects, "--adapter": adapter is not None, "--second": second}
     check_options(
@@ -120,10 +119,10 @@ def _show_status(run: Session) -> int:
     return report.exit_code
 
 
-def _pass(run: Session, review: Review) -> None:
-    from tunewright.data.review.suspects import Nearest
+def _pass(run: Session, review: ReviewSession) -> None:
+    from tunewright.data.review.label_models import NeighborIndex
 
-    nearest = Nearest(review.version)
+    nearest = NeighborIndex(review.version)
     note = ""
     while (card := review.next()) is not None:
         run.console.clear()
@@ -141,7 +140,7 @@ def _pass(run: Session, review: Review) -> None:
             note = f"Unknown key {key!r}."
 
 
-def _screen(review: Review, card: Card, nearest: Nearest, note: str) -> list[RenderableType]:
+def _screen(review: ReviewSession, card: ReviewItem, nearest: NeighborIndex, note: str) -> list[RenderableType]:
 
     table = Table(title="Nearest rows", title_justify="left", expand=True)
     table.add_column("like", justify="right", no_wrap=True)
@@ -166,7 +165,7 @@ def _screen(review: Review, card: Card, nearest: Nearest, note: str) -> list[Ren
 
 def _suspects_table(found: Sequence[Suspect], version: DatasetVersion, places: Mapping[str, str]) -> RenderableType:
 
-    from tunewright.data.review.suspects import excerpt
+    from tunewright.data.review.label_models import excerpt
 
     by_key = {m.key: m for m in version.members}
     table = Table()

@@ -18,10 +18,10 @@ from tunewright.core.io import canonical_json
 from tunewright.core.wording import count_of
 
 if TYPE_CHECKING:
-    from tunewright.chat.view import TokenView
+    from tunewright.chat.inspection import TokenView
     from tunewright.data.remove import RemoveResult
     from tunewright.data.versions import Member
-    from tunewright.data.versions.changes import Blame
+    from tunewright.data.versions.trace import RowOrigin
 
 Row = Annotated[str, typer.Argument(help="First digits of the row's key, or FILE:LINE of an added file.")]
 
@@ -47,7 +47,7 @@ def data_show(
 
 
 def _show_tokens(run: Session, member: Member) -> None:
-    from tunewright.chat.view import view
+    from tunewright.chat.inspection import view
     from tunewright.training.rows import row_faults, told_by
 
     chat = run.project.chat
@@ -83,12 +83,12 @@ def data_blame(run: Session, row: Row) -> None:
 @command(data_app, "trained-by", example="tunewright data trained-by pairs.jsonl:7")
 def data_trained_by(run: Session, row: Row) -> None:
     """List the adapters that were trained on a row."""
-    from tunewright.data.versions.changes import trained_on
+    from tunewright.data.versions.trace import trained_adapters
 
     key, found = run.project.data.trained_by(row)
     lines = [f"{s.adapter}: {s.use}{f' ({s.reason})' if s.reason else ''}" for s in found]
     run.show(
-        {"key": key, "trained_on": trained_on(found), "adapters": [s.as_dict() for s in found]},
+        {"key": key, "trained_on": trained_adapters(found), "adapters": [s.as_dict() for s in found]},
         "\n".join(lines) if lines else "No adapter has been trained yet.",
     )
 
@@ -141,7 +141,7 @@ def data_remove(
     run.show(done.as_dict(), "\n".join(_removal_lines(done, purging=purge)))
 
 
-def _blame_text(found: Blame) -> str:
+def _blame_text(found: RowOrigin) -> str:
     version = found.version
     lines = [
         f"row {found.key[:12]}, version {version.digest[:12]} of {to_the_second(version.created)}"
@@ -152,7 +152,7 @@ def _blame_text(found: Blame) -> str:
         lines.append(f"from {found.source}:{found.line}")
     lines += [f"reviewed by {', '.join(found.reviewers)}"] if found.reviewers else []
     lines += [f"replaces {key[:12]}, which has the same input and another output" for key in found.edit_of]
-    lines += [f"next to {key[:12]}, which has the same input and another output" for key in found.beside]
+    lines += [f"next to {key[:12]}, which has the same input and another output" for key in found.conflicts_with]
     if found.older_missing:
         lines.append(f"or from an older version: {found.older_missing[:12]}, its parent, is not here")
     return "\n".join(lines)

@@ -41,7 +41,7 @@ def data_diff(
     b: Annotated[str | None, typer.Argument(help="The newer version.", show_default="the current one")] = None,
 ) -> None:
     """Compare two versions: rows added, removed and edited, and whether their scores are comparable."""
-    from tunewright.data.versions.change_text import diff_text
+    from tunewright.data.versions.diff import diff_text
 
     found = run.project.data.diff(a, b)
     run.show(found.as_dict(), diff_text(found))
@@ -110,7 +110,7 @@ def _transfer_text(done: Transfer, other: str) -> str:
 @command(data_app, "verify", example="tunewright data verify")
 def data_verify(run: Session) -> int | None:
     """Check every row, version and review against its digest. Exit code 1 if anything has changed."""
-    from tunewright.data.versions.removals import purge_told
+    from tunewright.data.versions.removals import describe_purges
 
     found = run.project.data.verify()
     warn = run.reporter.warn
@@ -123,7 +123,7 @@ def data_verify(run: Session) -> int | None:
         rows = count_of(found.unneeded, "row")
         warn(f"{rows} left by a stopped command, in no version. The next command removes them.")
     if found.purges:
-        run.reporter.say(f"{purge_told(found.purges)}. Their text is gone, their digests are in place.")
+        run.reporter.say(f"{describe_purges(found.purges)}. Their text is gone, their digests are in place.")
     counts = f"{count_of(found.rows, 'row')}, {count_of(found.versions, 'version')}, "
     counts += f"{count_of(found.reviews, 'record')} of reviews"
     text = f"{counts}: all as written." if found.ok else "\n".join([counts, *map(str, found.damage)])

@@ -1,8 +1,51 @@
-"""Counts with their nouns."""
+"""Counts, lists and excerpts for messages."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
 
 
 def count_of(number: int, thing: str) -> str:
     """Return a count with its noun: ``1 row``, ``1,200 rows``."""
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+_LONGEST = 60  # characters of an excerpt
+
+
+_BEFORE = 20  # characters shown before the first difference of two long texts
+
+
+def listed(lines: Iterable[str], count: int, most: int, where_all: str) -> str:
+    """Return the first ``most`` lines, then the number left out and ``where_all``, which says where to find them."""
+    shown = [f"  {line}" for _, line in zip(range(most), lines, strict=False)]
+    if count > most:
+        shown.append(f"  and {count - most} more: {where_all}")
+    return "\n".join(shown)
+
+
+def excerpts(texts: Sequence[str]) -> list[str]:
+    """Return a quoted excerpt of at most 60 characters of each text, chosen so that different texts look different.
+
+    The excerpt of a text that shares a longer beginning with another starts shortly before their first difference.
+    """
+    lines = [" ".join(text.split()) for text in texts]
+    return [_distinct(line, [other for other in lines if other != line]) for line in lines]
+
+
+def _distinct(line: str, others: Sequence[str]) -> str:
+    same = max((_equal_until(line, other) for other in others), default=0)
+    if same < _LONGEST - 1:
+        return f'"{_cut(line)}"'
+    # At a word, unless that is longer than what is shown before the difference.
+    start = line.rfind(" ", same - 2 * _BEFORE, same - _BEFORE) + 1 or same - _BEFORE
+    return f'"…{_cut(line[start:])}"'
+
+
+def _equal_until(one: str, other: str) -> int:
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _cut(line: str) -> str:
+    return line if len(line) <= _LONGEST else line[: _LONGEST - 1] + "…"

@@ -1,1 +1,1 @@
-"""From raw files to an immutable, leak-free dataset version."""
+"""Datasets: raw files to immutable versions with leak-free splits."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -16,7 +18,7 @@ ROLES: tuple[str, ...] = get_args(Role)
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation."""
+    """A turn of a conversation."""
 
     role: Role
     content: str
@@ -24,7 +26,7 @@ class Message:
     """0 for an assistant turn that is shown to the model but not trained (as in OpenAI's chat format)."""
 
     def as_dict(self) -> dict[str, str | int]:
-        """Return the turn as JSON files hold it."""
+        """Return the turn as JSON files have it."""
         turn: dict[str, str | int] = {"role": self.role, "content": self.content}
         return turn if self.weight == 1 else {**turn, "weight": self.weight}
 
@@ -37,7 +39,7 @@ class Example:
 
     @property
     def prompt(self) -> tuple[Message, ...]:
-        """All that comes before the ideal output."""
+        """All turns before the ideal output."""
         return self.messages[:-1]
 
     @property
@@ -47,32 +49,32 @@ class Example:
 
     @property
     def input_text(self) -> str:
-        """The turns that tell this example from others: the prompt without its system turns."""
+        """Text of the prompt without its system turns."""
         return "\n".join(m.content for m in self.prompt if m.role != "system")
 
     @cached_property
     def pair_key(self) -> str:
-        """SHA-256 of the whole conversation (NFC, canonical JSON): the example's identity."""
+        """SHA-256 of the conversation (NFC, canonical JSON): the example's identity."""
         return digest([_canonical(m) for m in self.messages])
 
     @cached_property
     def input_key(self) -> str:
-        """SHA-256 of the prompt alone."""
+        """SHA-256 of the prompt."""
         return digest([_canonical(m) for m in self.prompt])
 
     @cached_property
-    def asked(self) -> str:
-        """SHA-256 of the prompt with case and white space set aside (see ``in_conflict``)."""
+    def prompt_key(self) -> str:
+        """SHA-256 of the prompt, ignoring case and white space (see ``in_conflict``)."""
         return digest([[m.role, normalised(m.content)] for m in self.prompt])
 
     @cached_property
-    def question(self) -> str:
-        """SHA-256 of the prompt without system turns, case and white space set aside."""
+    def question_key(self) -> str:
+        """SHA-256 of the prompt without system turns, ignoring case and white space."""
         return digest(self._question())
 
     @cached_property
-    def said(self) -> str:
-        """SHA-256 of the question as in ``question`` and the output without the white space around it."""
+    def content_key(self) -> str:
+        """SHA-256 of the prompt as in ``question_key``, and of the output without surrounding white space."""
         return digest([*self._question(), self.output.strip()])
 
     def _question(self) -> list[list[str]]:
@@ -85,9 +87,9 @@ class Example:
 
 
 def in_conflict(examples: Sequence[Example]) -> bool:
-    """Return whether different examples that ask the same (equal ``asked``) are given different outputs.
+    """Return whether examples with the same ``prompt_key`` have different outputs.
 
-    Where inputs differ in case or white space, so may outputs, which often repeat a part of them.
+    Outputs may differ in case or white space if inputs do, since outputs often repeat a part of the input.
     """
     if len(examples) < 2:
         return False
@@ -96,13 +98,74 @@ def in_conflict(examples: Sequence[Example]) -> bool:
 
 
 def normalised(text: str) -> str:
-    """NFC, case folded, white space collapsed: what is left tells inputs apart."""
-    # Casefolding can leave a letter decomposed, hence NFC on both sides of it.
+    """Return the text in NFC, case folded, with white space collapsed."""
+    # Case folding can decompose a letter, hence NFC before and after it.
     folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
     return " ".join(folded.split())
 
 
 def _canonical(message: Message) -> list[str | int]:
-    # A weight of 1 is left out, so that it makes no other example of a pair than no weight does.
+    # A weight of 1 is left out, so that a pair has the same key with and without it.
     turn: list[str | int] = [message.role, unicodedata.normalize("NFC", message.content)]
     return turn if message.weight == 1 else [*turn, message.weight]
+
+
+# A string in double or single quotes, including doubled or escaped quotes; or a number. An apostrophe inside a word
+# opens no string, and a digit inside a name ("t1", "city_name0") begins no number. Repetitions are possessive, so that
+# unpaired quotes cause no backtracking.
+_LITERAL = re.compile(
+    r"""
+    (?P<string> "(?:[^"\\]|\\.|"")*+" | (?<!\w)'(?:[^'\\]|\\.|'')*+'(?!\w) )
+    | (?<!\w)[-+]?\d++(?:[.,:/-]\d++)*+
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+_COLON = re.compile(r"\s*:(?!:)")
+
+REPEATED = 0.5
+"""Share of rows that must share their answer with another row for answers to be judged by other rows."""
+
+MOST_CLASSES = 200
+ROWS_PER_CLASS = 5
+
+
+def output_template(output: str) -> str:
+    """Return the output with its literals masked: ``where city = "austin"`` gives ``where city = <string>``.
+
+    Strings in double or single quotes become ``<string>``; numbers, dates and times become ``<number>``. A string
+    before a colon is a key, as in JSON, and stays (``::`` is a cast, not a colon). Case and white space are ignored.
+    Free text without quotes and digits is its own template.
+    """
+    text = normalised(output)
+
+    def masked(match: re.Match[str]) -> str:
+        if match["string"] is None:
+            return "<number>"
+        return match[0] if _COLON.match(text, match.end()) else "<string>"
+
+    return _LITERAL.sub(masked, text)
+
+
+def template_groups(outputs: Mapping[str, str]) -> dict[str, str]:
+    """Return the template of each output that shares it with another, as a group value by the same keys."""
+    templates = {key: output_template(output) for key, output in outputs.items()}
+    counts = Counter(templates.values())
+    return {key: f"output_template={template}" for key, template in templates.items() if counts[template] > 1}
+
+
+def labels_among(outputs: Sequence[str]) -> frozenset[str]:
+    """Return the distinct outputs, stripped, if they are labels (``class_like``); else the empty set."""
+    stripped = [output.strip() for output in outputs]
+    return frozenset(stripped) if class_like(stripped) else frozenset()
+
+
+def class_like(outputs: Sequence[str]) -> bool:
+    """Return whether answers are classes: at most 200 distinct ones, with 5 or more rows each on average."""
+    different = len(set(outputs))
+    return 1 < different <= MOST_CLASSES and len(outputs) >= ROWS_PER_CLASS * different
+
+
+def answers_repeat(outputs: Sequence[str]) -> bool:
+    """Return whether at least half of the rows share their answer with another row, as with 1,000 labels."""
+    counts = Counter(outputs)
+    return len(counts) > 1 and sum(n for n in counts.values() if n > 1) >= REPEATED * len(outputs)

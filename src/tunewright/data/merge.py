@@ -1,4 +1,4 @@
-"""The rows of the version before and the new ones, without what repeats."""
+"""Merging new rows into the rows of the current version, without duplicates."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 from tunewright.config import Duplicates
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
-from tunewright.data.arrivals import Replacement, made_by_replacement, supersede, withhold
-from tunewright.data.dedup import find_duplicates
+from tunewright.data.dedup import exact_repeats, find_duplicates, near_repeats
 from tunewright.data.examples import Example, in_conflict
-from tunewright.data.notices import Conflict, Duplicate, Replaced, conflicting
+from tunewright.data.notices import Conflict, Duplicate, ReplacedRow, conflicting
 from tunewright.data.readers import SourceRow
-from tunewright.data.repeats import exact_repeats, near_repeats
-from tunewright.data.review.edits import replaced
+from tunewright.data.remove import withhold
+from tunewright.data.replace import Replacement, made_by_replacement, supersede
+from tunewright.data.review.edits import superseded_keys
 from tunewright.data.splits import Split
 from tunewright.data.versions import DatasetVersion, has_version, load_version, short
 from tunewright.data.versions.removals import Removal
@@ -25,49 +25,49 @@ from tunewright.data.versions.removals import Removal
 
 @dataclass(frozen=True)
 class Merge:
-    """The domain's rows of the parent version and the new ones, without what repeats; all by pair key."""
+    """The domain rows of the parent version and the new rows, deduplicated; all by pair key."""
 
     parent: DatasetVersion | None
     rows: list[SourceRow]
-    """All that were read; those that replace others have the input as the parent spells it."""
+    """All rows read; those that replace others have the input as the parent spells it."""
     kept: dict[str, Example]
     first: dict[str, SourceRow]
-    """Where each new pair key was read first, dropped ones included."""
+    """First row read with each new pair key, dropped ones included."""
     dropped: dict[str, tuple[str, float]]
-    """New pair key: the kept one that it repeats, and their similarity."""
+    """New pair key to the kept one that it repeats, and their similarity."""
     reweighted: dict[str, str]
-    """New pair key: the parent's one of the same turns, other weights, that it replaces."""
+    """New pair key to the parent's key with the same turns and other weights, which it replaces."""
     edited: dict[str, str]
-    """Pair key that an edit has replaced since: what came of it."""
+    """Pair key that an edit replaced, to the key that replaced it."""
     superseded: frozenset[str]
-    """Pair keys that were read and that an earlier replacement took out; they stay out if they are in ``edited``."""
+    """Pair keys read that an earlier replacement superseded; they stay out if they are in ``edited``."""
     replacement: Replacement
-    """Kept rows that take the place of the parent's ones of the same input, other outputs, because that was asked."""
+    """Kept rows that replace the parent's rows of the same input and another output (``replace``)."""
     withheld: dict[str, Removal]
-    """Pair key that was read and stays out, because it was removed earlier: its removal."""
+    """Pair key that stays out because it was removed earlier, to its removal."""
     near: dict[str, tuple[str, float]]
-    """Kept pair key: the kept one that it nearly repeats, and their similarity."""
+    """Kept pair key to the kept one that it nearly repeats, and their similarity."""
 
     @property
     def former(self) -> dict[str, Split]:
-        """The split that each row had in the parent, mix-in apart."""
+        """Split of each row in the parent, without the mix-in."""
         splits = {m.key: m.split for m in self.parent.domain} if self.parent else {}
         splits |= {new: splits[old] for new, old in self.reweighted.items() if old in splits}
         return splits | {new: splits[olds[0]] for new, olds in self.replacement.olds.items() if olds[0] in splits}
 
     def place(self, key: str) -> str:
-        """Where people find a row: file:line, or the version that has it."""
+        """Return where to find a row: FILE:LINE, or the version that has it."""
         row = self.first.get(key)
         if row is not None:
             return f"{row.source}:{row.line}"
         return f"version {short(self.parent.digest if self.parent else '')}, row {short(key)}"
 
     def stands_for(self, key: str) -> str:
-        """Return the kept row in which a read one is: itself, the one that it repeats, or what an edit made of it."""
+        """Return the kept row for a read one: itself, the row that it repeats, or the row that an edit made of it."""
         return self.dropped[key][0] if key in self.dropped else self.edited.get(key, key)
 
     def fate(self, row: SourceRow) -> dict[str, Any]:
-        """Return what became of a row, as imports.jsonl tells it: known, duplicate (of which, how similar) or added."""
+        """Return the record of imports.jsonl for a row: added, known, duplicate, replaced or removed."""
         key = row.example.pair_key
         if key in self.withheld:
             return {"fate": "removed", "key": key, "reason": self.withheld[key].because}
@@ -90,7 +90,7 @@ class Merge:
         return {"near": like, "similarity": round(similarity, 4)}
 
     def near_duplicates(self, keys: Collection[str]) -> tuple[Duplicate, ...]:
-        """Return the new rows among ``keys`` that nearly repeat a kept one, in the order of files and lines."""
+        """Return the new rows among ``keys`` that nearly repeat a kept one, sorted by file and line."""
         found = [
             Duplicate(row.source, row.line, key, of, self.place(of), similarity)
             for key, (of, similarity) in self.near.items()
@@ -98,18 +98,18 @@ class Merge:
         ]
         return tuple(sorted(found, key=lambda d: (d.source, d.line)))
 
-    def replaced(self) -> tuple[Replaced, ...]:
-        """Return the rows that took the place of others, in the order of files and lines."""
+    def replaced(self) -> tuple[ReplacedRow, ...]:
+        """Return the rows that replaced others, sorted by file and line."""
         before = {m.key: m.example for m in self.parent.domain} if self.parent else {}
         found = [
-            Replaced(row.source, row.line, key, row.example.output, olds, tuple(before[old].output for old in olds))
+            ReplacedRow(row.source, row.line, key, row.example.output, olds, tuple(before[old].output for old in olds))
             for key, olds in self.replacement.olds.items()
             for row in (self.replacement.rows[key],)
         ]
         return tuple(sorted(found, key=lambda r: (r.source, r.line)))
 
     def duplicates(self, rows: Sequence[SourceRow]) -> tuple[Duplicate, ...]:
-        """Return the rows that were dropped, with those that they repeat."""
+        """Return the dropped rows, with the rows that they repeat."""
         fates = [(row, fate) for row in rows if "of" in (fate := self.fate(row))]
         return tuple(
             Duplicate(row.source, row.line, fate["key"], fate["of"], self.place(fate["of"]), fate["similarity"])
@@ -117,10 +117,10 @@ class Merge:
         )
 
     def conflicts(self) -> tuple[Conflict, ...]:
-        """Return the inputs that have several outputs; case and white space make no other input."""
+        """Return the inputs with several outputs; inputs that differ in case or white space are the same."""
         by_input: dict[str, list[str]] = defaultdict(list)
         for key, example in sorted(self.kept.items()):
-            by_input[example.asked].append(key)
+            by_input[example.prompt_key].append(key)
         return tuple(
             Conflict(
                 input=self.kept[keys[0]].input_text,
@@ -133,17 +133,17 @@ class Merge:
         )
 
     def fresh(self, conflicts: Sequence[Conflict]) -> list[Conflict]:
-        """Return the conflicts that a new row is part of."""
+        """Return the conflicts that involve a new row."""
         return [conflict for conflict in conflicts if any(key in self.first for key in conflict.keys)]
 
     def refusal(self, fresh: Sequence[Conflict]) -> UserError:
-        """Return the refusal of conflicts that new rows make."""
-        inputs = len({example.asked for example in self.kept.values()})
+        """Return the error for conflicts that new rows cause."""
+        inputs = len({example.prompt_key for example in self.kept.values()})
         accepted = self.parent is not None and self.parent.manifest.settings.conflicts == "accept"
         return conflicting(fresh, inputs, accepted=accepted)
 
     def groups(self, rows: Sequence[SourceRow]) -> dict[str, tuple[str, ...]]:
-        """The group values of each kept row, sorted: those that it had, and those of the rows that it stands for."""
+        """Return the sorted group values of each kept row, with those of the rows that it stands for."""
         values: dict[str, set[str]] = defaultdict(set)
         replacing = {old: new for new, old in self.reweighted.items()}
         replacing |= {old: new for new, olds in self.replacement.olds.items() for old in olds}
@@ -165,21 +165,21 @@ def merge(
     restore: bool = False,
     accept: bool = False,
 ) -> Merge:
-    """Merge the rows that were read into the current version, if there is one.
+    """Merge rows into the current version, if there is one.
 
     Args:
-        similarity: inputs at or above it, with the same output, are near-duplicates.
-        duplicates: ``drop`` keeps the first of near-duplicates, or the known one; ``keep`` leaves out exact ones alone.
-        replace: a row takes the place of known ones with its input and another output.
-        restore: take rows in that were removed or superseded earlier.
-        accept: inputs may have several outputs, which ``replace`` then replaces together.
+        similarity: rows with the same output and inputs at or above it are near-duplicates.
+        duplicates: ``drop`` keeps the known or first of near-duplicates; ``keep`` drops only exact ones.
+        replace: let rows replace known ones with the same input and another output.
+        restore: add rows that were removed or superseded earlier.
+        accept: allow several outputs of an input, which ``replace`` then replaces together.
 
     Raises:
-        UserError: a row that was purged is to be restored, or the rows of an input cannot replace (``supersede``).
+        UserError: ``restore`` meets a purged row, or rows cannot replace others (``supersede``).
     """
     parent = load_version(dataset) if has_version(dataset) else None
     known = {m.key: m.example for m in parent.domain} if parent else {}
-    replacing = replaced(dataset, parent.manifest) if parent else {}
+    replacing = superseded_keys(dataset, parent.manifest) if parent else {}
     edited = {old: now for old, now in replacing.items() if old not in known and now in known}
     read = rows
     rows, withheld = withhold(dataset, rows, known.keys() | edited.keys(), replacing, restore=restore)
@@ -200,7 +200,7 @@ def merge(
             first.setdefault(row.example.pair_key, row)
     again = {_turns(row.example) for row in rows if row.example.pair_key in known}
     there = {_turns(example): key for key, example in known.items() if _turns(example) not in again}
-    # By weights (what is masked anywhere is masked) and key, so that the order of rows in the files decides nothing.
+    # Sorted by weights (a turn masked in one row is masked) and key, so that the files' order has no influence.
     new = sorted(first, key=lambda key: (sum(m.weight for m in first[key].example.messages), key))
     reweighted: dict[str, str] = {}
     for key in new:

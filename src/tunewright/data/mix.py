@@ -1,28 +1,34 @@
-"""The generic mix-in: instruction data that is not of the domain, among the training rows, against forgetting."""
+"""The generic mix-in: instruction data from outside the domain, added to the training rows against forgetting."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from tunewright.config import Config, DataConfig, MixConfig
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
-from tunewright.data import notices
-from tunewright.data.mix_filter import unfit
+from tunewright.data import notices, pii
+from tunewright.data.dedup import comparison_texts
+from tunewright.data.dedup.decontaminate import find_hits
+from tunewright.data.dedup.similarity import near_pairs
+from tunewright.data.dedup.sketches import Indices, Mask
+from tunewright.data.examples import Example
 from tunewright.data.readers import SourceRow, read_pairs, source_digest, source_size
-from tunewright.data.readers.metadata import counted
-from tunewright.data.versions import Member, Mix, Source
+from tunewright.data.readers.validate import counted
+from tunewright.data.versions import Member, Mix, Source, short
 
 _SPARE = 50  # rows looked at beyond those that are needed, so that a few that are left out cost no second look
 
 
 @dataclass(frozen=True)
-class Mixed:
-    """The rows that were drawn, as members of the training split; and those that came up and were left out, and why."""
+class DrawnMix:
+    """The rows drawn, as members of the training split, and the rows rejected, with reasons."""
 
     members: list[Member]
     rows: list[SourceRow]
@@ -39,21 +45,21 @@ def mix_in(
     benchmarks: dict[str, list[str]],
     reporter: Reporter,
     removed: Collection[str] = (),
-) -> Mixed:
-    """Draw the mix-in for a version of these domain rows.
+) -> DrawnMix:
+    """Draw the mix-in for these domain rows.
 
-    Rows come in an order drawn from the seed and their keys, so that a version with more training rows has those of the
-    version before and more. Passed over, with the reason: rows with an input of the domain or one nearly equal to it,
-    rows that hold a held-out row or a benchmark item, and rows with secrets.
+    The seed and the rows' keys decide the order, so that a version with more training rows keeps the previous draw and
+    extends it. Rows are rejected if their input is (nearly) equal to one of the domain, if they contain a held-out row
+    or a benchmark item, or if they contain secrets.
 
     Args:
-        root: the project's folder, from which the source is named.
-        domain: all rows of the domain with their splits.
+        root: the project's folder, to which the source's path is relative.
+        domain: all domain rows with their splits.
         benchmarks: file name to the texts of its items.
         removed: pair keys of rows that were removed earlier.
 
     Raises:
-        UserError: the source cannot be read, has faulty rows, or nothing in it may be used.
+        UserError: the source cannot be read, has faulty rows, or has no usable row.
     """
     path = root / mix.source
     rows = _read(path, config.data, mix, config.seed, reporter)
@@ -69,7 +75,7 @@ def mix_in(
     while len(drawn) < wanted and looked < len(fresh):
         batch = fresh[looked : looked + wanted - len(drawn) + _SPARE]
         examples = {row.example.pair_key: row.example for row in batch}
-        reasons = unfit(examples, domain, config.data, benchmarks, reporter, "the mix-in")
+        reasons = exclusion_reasons(examples, domain, config.data, benchmarks, reporter, "the mix-in")
         for row in batch:
             if len(drawn) == wanted:
                 break
@@ -80,18 +86,18 @@ def mix_in(
             else:
                 left_out.append((row, reason))
     if not drawn:
-        raise UserError("no row of it may be mixed in", where=f"data.mix.source: {path}", fix=_first(left_out))
+        raise UserError("no row of the file can be mixed in", where=f"data.mix.source: {path}", fix=_first(left_out))
     source = Source(name=Path(mix.source).as_posix(), sha256=source_digest(path), rows=len(rows))
     members = [
         Member(row.example, row.example.pair_key, "train", row.example.pair_key, mixed=True)
         for row in sorted(drawn, key=lambda row: row.example.pair_key)
     ]
     about = Mix(source=source, fraction=mix.fraction, drawn=len(drawn), left_out=len(left_out))
-    return Mixed(members, drawn, left_out, wanted, about)
+    return DrawnMix(members, drawn, left_out, wanted, about)
 
 
 def _read(path: Path, data: DataConfig, mix: MixConfig, seed: int, reporter: Reporter) -> list[SourceRow]:
-    """Return the source's different rows, in the order of the draw."""
+    """Return the source's distinct rows, in draw order."""
     own = DataConfig(
         rows=mix.rows,
         input=mix.input,
@@ -105,7 +111,7 @@ def _read(path: Path, data: DataConfig, mix: MixConfig, seed: int, reporter: Rep
         raise notices.faulty(reading.faults)
     extra = Counter(key for row in reading.rows for key in row.metadata)
     if extra:
-        reporter.say(f"{path}: not kept with the rows that are mixed in: {counted(extra)}")
+        reporter.say(f"{path}: metadata not kept for mixed-in rows: {counted(extra)}")
     first: dict[str, SourceRow] = {}
     for row in reading.rows:
         first.setdefault(row.example.pair_key, row)
@@ -119,3 +125,56 @@ def _lot(seed: int, key: str) -> bytes:
 def _first(left_out: Sequence[tuple[SourceRow, str]]) -> str:
     row, reason = left_out[0]
     return f"Name another file. Its first row, {row.source}:{row.line}: {reason}."
+
+
+def exclusion_reasons(
+    examples: Mapping[str, Example],
+    domain: Sequence[Member],
+    data: DataConfig,
+    benchmarks: Mapping[str, Sequence[str]],
+    reporter: Reporter,
+    what: str,
+) -> dict[str, str]:
+    """Return the reason to reject each row from outside the domain that cannot be trained on, by key.
+
+    Such rows are nearly equal to a domain row, contain a held-out row or a benchmark item, or contain secrets.
+
+    Args:
+        examples: rows from outside the domain, by pair key.
+        domain: all domain rows with their splits.
+        data: the similarity threshold, and the secrets that are allowed.
+        benchmarks: file name to the texts of its items.
+        reporter: shows the progress.
+        what: name of the rows in the progress title.
+    """
+    held_out = [m for m in domain if m.split != "train"]
+    reasons = _near(examples, domain, data.dedup_threshold, reporter, what)
+    against = {"held-out rows": [m.example.input_text for m in held_out], **benchmarks}
+    for hit in find_hits(examples, against, reporter):
+        reasons.setdefault(hit.row, f"{hit.how} with item {hit.item + 1} of {hit.source}")
+    for place in pii.scan(list(examples.items()), reporter, allow=data.allow).of("secret"):
+        reasons.setdefault(place.row, f"contains a secret ({pii.LABELS[place.finding.kind]})")
+    return reasons
+
+
+def _near(
+    examples: Mapping[str, Example], domain: Sequence[Member], similarity: float, reporter: Reporter, what: str
+) -> dict[str, str]:
+    keys = list(examples)
+    texts = comparison_texts([*examples.values(), *(m.example for m in domain)])
+
+    def wanted(first: Indices, second: Indices) -> Mask:
+        mask: Mask = (np.minimum(first, second) < len(keys)) & (np.maximum(first, second) >= len(keys))
+        return mask
+
+    reasons: dict[str, str] = {}
+    for pairs in near_pairs(texts, similarity, wanted, reporter, f"comparing {what} with the domain"):
+        for pair in zip(pairs.first.tolist(), pairs.second.tolist(), strict=True):
+            row, other = sorted(pair)
+            reasons.setdefault(keys[row], _near_to(domain[other - len(keys)]))
+    return reasons
+
+
+def _near_to(member: Member) -> str:
+    held_out = "" if member.split == "train" else f"held-out ({member.split}) "
+    return f"nearly equal to the {held_out}row {short(member.key)}"

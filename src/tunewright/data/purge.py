@@ -1,7 +1,7 @@
-"""Erasing the text and metadata of rows from a dataset for good, and finding what else in the project has the text.
+"""Erasing the text and metadata of rows from a dataset, and finding other files of the project with the text.
 
-Digests stay: pair keys are in the members of old versions, whose own digests are made of them. What a key was is in no
-file of the dataset any more; that it was purged, when and why, is in the log of removals.
+Digests stay, because the digests of old versions are computed from pair keys. The log of removals says which keys were
+purged, when and why.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from pathlib import Path
 import numpy as np
 
 from tunewright.core.progress import Reporter
+from tunewright.core.wording import count_of, listed
 from tunewright.data.examples import Example
-from tunewright.data.notices import listed
-from tunewright.data.review.kept import forget_suspects
 from tunewright.data.review.reviews import redact_reviews
-from tunewright.data.selecting import Origins, read_origins
+from tunewright.data.review.suspects import remove_cached_suspects
+from tunewright.data.selection import Origins, read_origins
 from tunewright.data.versions import Member, erase_purged
-from tunewright.data.versions.removals import Removal, append_removals, purge_told, read_removals
+from tunewright.data.versions.removals import Removal, append_removals, describe_purges, read_removals
 from tunewright.data.versions.rows import has_rows, read_rows
 
 FEWEST_CHARACTERS = 12
-"""Shorter texts are not searched for: they stand in files that have nothing to do with the row."""
+"""Shorter texts are not searched for: they occur in unrelated files."""
 
 _LONGEST = 400  # characters of a text that are searched for
 _ANCHOR = 8  # bytes
@@ -41,8 +41,8 @@ _COMPRESSED = (b"PK\x03\x04", b"\x1f\x8b", b"(\xb5/\xfd", b"PAR1", b"BZh", b"\xf
 
 
 @dataclass(frozen=True)
-class Holder:
-    """A file that has text of purged rows, of how many; None: it was not searched, and ``note`` says why."""
+class RemainingCopy:
+    """A file with text of purged rows. ``rows`` is None if it was not searched; ``note`` says why."""
 
     path: str
     rows: int | None
@@ -55,11 +55,11 @@ class Holder:
 
 def purge(
     root: Path, dataset: Path, events: Sequence[Removal], rows: Mapping[str, Member], reporter: Reporter
-) -> tuple[Holder, ...]:
-    """Erase the text of rows from the dataset, and list what else in the project has it; the caller holds the lock.
+) -> tuple[RemainingCopy, ...]:
+    """Erase the text of rows from the dataset, and list other files with it; the caller holds the lock.
 
-    Killed at any moment, the dataset is valid: the log of removals is written before the rows are erased, and whoever
-    takes the lock next erases what it names.
+    The dataset stays valid if the process is killed: the log of removals is written before the rows are erased, and the
+    next holder of the lock erases the rows that it names.
 
     Args:
         root: the project's folder.
@@ -67,29 +67,29 @@ def purge(
         rows: the rows by pair key.
 
     Returns:
-        The files that still have some of the text.
+        The files that still contain some of the text.
     """
     return _erase(root, dataset, events, {key: m.example for key, m in rows.items()}, _grouped(rows), reporter)
 
 
-def _grouped(rows: Mapping[str, Member]) -> tuple[Holder, ...]:
-    """Return the groups of purged rows stay: the digests of versions are made of them."""
+def _grouped(rows: Mapping[str, Member]) -> tuple[RemainingCopy, ...]:
+    """Report the group values that remain, because the digests of versions are computed from them."""
     values = sorted({value for m in rows.values() for value in m.groups})
     if not values:
         return ()
     named = ", ".join(values[:_GROUPS]) + (f" and {len(values) - _GROUPS:,} more" if len(values) > _GROUPS else "")
-    note = f"only their groups, of which the versions' digests are made: {named}"
-    return (Holder("dataset/versions/*/members.tsv", sum(bool(m.groups) for m in rows.values()), note),)
+    note = f"only their groups, which are part of the versions' digests: {named}"
+    return (RemainingCopy("dataset/versions/*/members.tsv", sum(bool(m.groups) for m in rows.values()), note),)
 
 
-def take_over(dataset: Path, events: Sequence[Removal], reporter: Reporter) -> tuple[Holder, ...]:
-    """Add another side's removals to the log, and purge here what was purged there; the caller holds the lock."""
+def merge_removals(dataset: Path, events: Sequence[Removal], reporter: Reporter) -> tuple[RemainingCopy, ...]:
+    """Add a remote's removals to the log, and purge the rows that were purged there; the caller holds the lock."""
     new = read_removals(dataset).lacking(events)
     purged = [event.key for event in new if event.event == "purged"]
     there = has_rows(dataset / "rows", purged)
     if new:
-        told = purge_told([event for event in new if event.event == "purged"])
-        reporter.say(f"{len(new):,} records of removals are new here{f'; {told}' if told else ''}.")
+        purges = describe_purges([event for event in new if event.event == "purged"])
+        reporter.say(f"Received {count_of(len(new), 'removal record')}{f': {purges}' if purges else ''}.")
     return _erase(dataset.parent, dataset, new, read_rows(dataset / "rows", there), (), reporter)
 
 
@@ -98,27 +98,29 @@ def _erase(
     dataset: Path,
     events: Sequence[Removal],
     rows: Mapping[str, Example],
-    grouped: tuple[Holder, ...],
+    grouped: tuple[RemainingCopy, ...],
     reporter: Reporter,
-) -> tuple[Holder, ...]:
+) -> tuple[RemainingCopy, ...]:
     purged = {event.key for event in events if event.event == "purged"}
     redact_reviews(dataset, purged)
-    if purged and (forgotten := forget_suspects(root)):
-        reporter.say(f"Removed {forgotten:,} kept lists of suspects: they quote rows.")
-    # Looked for while the text is still known, and told before it is erased: after that nobody could.
-    holders = (*grouped, *_holders(root, dataset, rows, reporter)) if rows else ()
+    if purged and (forgotten := remove_cached_suspects(root)):
+        reporter.say(f"Deleted {count_of(forgotten, 'cached list')} of suspects, because they quote rows.")
+    # The search needs the text, so it comes before the erasure.
+    holders = (*grouped, *_remaining_copies(root, dataset, rows, reporter)) if rows else ()
     if holders:
-        told = listed(map(str, holders), len(holders), _MOST, "--json lists all")
-        reporter.warn(f"The purge does not reach these files, which are yours to erase or to keep:\n{told}")
+        lines = listed(map(str, holders), len(holders), _MOST, "--json lists all")
+        reporter.warn(f"The purge does not change these files. Delete or keep them yourself:\n{lines}")
     append_removals(dataset, read_removals(dataset).lacking(events))
     erase_purged(dataset)
     return holders
 
 
-def _holders(root: Path, dataset: Path, rows: Mapping[str, Example], reporter: Reporter) -> Iterator[Holder]:
-    """Find the files with text of rows; those that the rows were read from are named whatever is found in them."""
+def _remaining_copies(
+    root: Path, dataset: Path, rows: Mapping[str, Example], reporter: Reporter
+) -> Iterator[RemainingCopy]:
+    """Find the files with text of rows; the files that the rows were read from are always listed."""
     sources = {holder.path: holder for holder in _sources(root, read_origins(dataset), rows)}
-    for holder in find_holders(root, dataset, rows.values(), reporter):
+    for holder in find_copies(root, dataset, rows.values(), reporter):
         source = sources.get(holder.path)
         if source is None or (holder.rows or 0) >= (source.rows or 0):
             sources.pop(holder.path, None)
@@ -126,8 +128,8 @@ def _holders(root: Path, dataset: Path, rows: Mapping[str, Example], reporter: R
     yield from sources.values()
 
 
-def _sources(root: Path, origins: Origins, keys: Iterable[str]) -> Iterator[Holder]:
-    """The files that rows were read from and that are still there: templates may have made the rows' text of them."""
+def _sources(root: Path, origins: Origins, keys: Iterable[str]) -> Iterator[RemainingCopy]:
+    """Yield the existing files that rows were read from, since templates may have changed the text."""
     read: dict[str, set[str]] = defaultdict(set)
     for key in keys:
         for name in origins.again.get(key, ()):
@@ -138,14 +140,14 @@ def _sources(root: Path, origins: Origins, keys: Iterable[str]) -> Iterator[Hold
             lines = sorted(origins.first[key][1] for key in there if origins.first[key][0] == name)
             shown = f"{', '.join(map(str, lines[:_GROUPS]))}{' …' if len(lines) > _GROUPS else ''}"
             places = f" at line{'' if len(lines) == 1 else 's'} {shown}" if lines else ""
-            yield Holder(path, len(there), f"read from it{places}, in another spelling")
+            yield RemainingCopy(path, len(there), f"read from it{places}, with other text")
 
 
-def find_holders(root: Path, dataset: Path, rows: Iterable[Example], reporter: Reporter) -> Iterator[Holder]:
-    """Find the files below a folder that have an input or output of these rows, the dataset's own rows apart.
+def find_copies(root: Path, dataset: Path, rows: Iterable[Example], reporter: Reporter) -> Iterator[RemainingCopy]:
+    """Find the files below a folder that contain an input or output of these rows, except the dataset's own rows.
 
-    Texts are searched for as they are and as JSON, CSV and HTML spell them, to their first 400 characters; those of
-    fewer than 12 characters are not. Weights are not searched; compressed files are named.
+    The first 400 characters of each text are searched for, plain and as JSON, CSV and HTML; texts of fewer than 12
+    characters are skipped. Weights are not searched; compressed files are listed.
     """
     needles = _needles(rows)
     files = sorted(_files(root, dataset / "rows"))
@@ -157,7 +159,7 @@ def find_holders(root: Path, dataset: Path, rows: Iterable[Example], reporter: R
             task.advance(note=path.name)
     repository = next((folder for folder in (root, *root.resolve().parents) if (folder / ".git").exists()), None)
     if repository is not None:
-        yield Holder(str(repository / ".git"), None, "commits keep what was committed; git filter-repo rewrites them")
+        yield RemainingCopy(str(repository / ".git"), None, "git history keeps it; git filter-repo rewrites history")
 
 
 def _files(root: Path, apart: Path) -> Iterator[Path]:
@@ -170,7 +172,7 @@ def _files(root: Path, apart: Path) -> Iterator[Path]:
 
 
 def _needles(rows: Iterable[Example]) -> dict[bytes, set[int]]:
-    """Return what is searched for, to the numbers of the rows that have it."""
+    """Map each byte string to search for to the numbers of the rows that have it."""
     needles: dict[bytes, set[int]] = defaultdict(set)
     for number, example in enumerate(rows):
         for message in example.messages:
@@ -187,19 +189,19 @@ def _spellings(text: str) -> set[str]:
     return {text, text.replace('"', '""'), html.escape(text), html.escape(text, quote=False), *as_json}
 
 
-def _search(path: Path, name: str, needles: Mapping[bytes, set[int]]) -> Holder | None:
+def _search(path: Path, name: str, needles: Mapping[bytes, set[int]]) -> RemainingCopy | None:
     try:
         data = path.read_bytes()
     except OSError as error:
-        return Holder(name, None, f"it cannot be read: {error.strerror}")
+        return RemainingCopy(name, None, f"unreadable: {error.strerror}")
     if data.startswith(_COMPRESSED):
-        return Holder(name, None, "it is compressed")
+        return RemainingCopy(name, None, "compressed")
     found = set().union(*(needles[needle] for needle in _found(data, needles)))
-    return Holder(name, len(found)) if found else None
+    return RemainingCopy(name, len(found)) if found else None
 
 
 def _found(data: bytes, needles: Iterable[bytes]) -> set[bytes]:
-    """Return the needles that are in the data, by their first bytes: the time does not grow with their number."""
+    """Return the needles in the data, indexed by their first bytes, so that time does not grow with their number."""
     by_anchor: dict[int, list[bytes]] = defaultdict(list)
     for needle in needles:
         by_anchor[int.from_bytes(needle[:_ANCHOR], "little")].append(needle)

@@ -1,4 +1,4 @@
-"""Taking rows out of a dataset with a reason: a new version, a log that keeps them out, on request a purge."""
+"""Removing rows from a dataset: a new version, a log that keeps them out, and optionally a purge of their text."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
-from tunewright.data.purge import Holder, purge
-from tunewright.data.repeats import count_near_repeats
-from tunewright.data.review.edits import replaced
-from tunewright.data.selecting import Origins, Selection, read_elsewhere_first, read_origins, row_document, select
+from tunewright.core.wording import count_of, listed
+from tunewright.data.dedup import count_near_repeats
+from tunewright.data.purge import RemainingCopy, purge
+from tunewright.data.readers import SourceRow
+from tunewright.data.review.edits import superseded_keys
+from tunewright.data.selection import Origins, Selection, read_elsewhere_first, read_origins, row_document, select
 from tunewright.data.splits import MINIMUM_CLUSTERS, SPLITS, Split
 from tunewright.data.versions import (
     DatasetVersion,
@@ -28,19 +30,19 @@ from tunewright.data.versions import (
     locked,
     save_version,
 )
-from tunewright.data.versions.author import current_author
-from tunewright.data.versions.changes import Seen, seen_by
-from tunewright.data.versions.making import LeftOut, new_manifest, renamed
 from tunewright.data.versions.members import Place, read_places
-from tunewright.data.versions.removals import Removal, append_removals, purge_told, read_removals
+from tunewright.data.versions.removals import Removal, append_removals, describe_purges, read_removals
 from tunewright.data.versions.rows import read_rows
+from tunewright.data.versions.trace import AdapterExposure, adapter_exposure
+from tunewright.data.versions.version import ImportCounts, current_author, new_manifest, rename_clusters
 
+_MOST = 10
 _ITEM_KEY = re.compile(rb'^\{"key": ?"([0-9a-f]{64})"', re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Removed:
-    """One row that goes: its place, and its document as ``--where`` sees it; without texts where they are purged."""
+    """A removed row: its place, and its document as ``--where`` sees it (empty after a purge)."""
 
     key: str
     split: Split
@@ -51,11 +53,11 @@ class Removed:
 
 @dataclass(frozen=True)
 class RemoveResult:
-    """What was removed, or would be (``dry_run``), and who saw it.
+    """The rows removed, or to be removed (``dry_run``), and the adapters and evaluations that used them.
 
-    ``version`` is current afterwards. ``created`` says whether it is new: it is not where a version of just the rows
-    that stay was there already, or where a purge names only rows of earlier versions. ``rows`` are those of the
-    current version, ``earlier`` counts rows that only earlier versions have and whose text is purged with theirs.
+    ``version`` is current afterwards. ``created`` is false if a version of the remaining rows exists already, or if a
+    purge names only rows of earlier versions. ``rows`` are those of the current version; ``earlier`` counts rows that
+    only earlier versions have and whose text is purged too.
     """
 
     version: Manifest
@@ -64,24 +66,24 @@ class RemoveResult:
     because: str
     rows: tuple[Removed, ...]
     earlier: int
-    adapters: tuple[Seen, ...]
+    adapters: tuple[AdapterExposure, ...]
     evaluations: dict[str, int]
-    """Evaluations that measured on some of the rows: how many."""
+    """Evaluation to the number of these rows that it measured on."""
     same_input: tuple[str, ...]
-    """Keys of rows that stay and have the input of one that goes."""
+    """Keys of remaining rows with the same input as a removed one."""
     purged: int
-    """How many rows' text was erased from all versions; 0 without a purge."""
-    holders: tuple[Holder, ...]
-    """Files of the project that still have text of purged rows."""
+    """Number of rows whose text was erased from all versions; 0 without a purge."""
+    holders: tuple[RemainingCopy, ...]
+    """Files of the project that still contain text of purged rows."""
 
     @property
     def splits(self) -> dict[Split, int]:
-        """How many rows of each split go."""
+        """Number of removed rows by split."""
         counts = Counter(row.split for row in self.rows)
         return {split: counts[split] for split in SPLITS}
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the result as ``--json`` prints it."""
+        """Return the JSON document that ``--json`` prints."""
         return {**asdict(self), "version": self.version.model_dump(mode="json"), "splits": self.splits}
 
 
@@ -94,24 +96,26 @@ def remove(
     dry_run: bool = False,
     purge_text: bool = False,
 ) -> RemoveResult:
-    """Take rows out of the current version, which makes a new one; no file brings them back unless it is asked to.
+    """Remove rows from the current version, which creates a new one; files do not bring them back without ``restore``.
 
     Args:
-        selection: which rows; with ``purge_text`` also rows that only earlier versions have.
-        because: the reason, kept with the version and in the log of removals; may be empty for a dry run.
+        selection: the rows; with ``purge_text`` also rows that only earlier versions have.
+        because: the reason, stored with the version and in the log of removals; may be empty for a dry run.
         dry_run: change nothing.
-        purge_text: erase the rows' text from all versions too, with that of the rows that edits made them of and of
-            former rows with the same input. What else in the project has the text is listed.
+        purge_text: erase the rows' text from all versions too, with the text of rows that they were edited from and
+            of former rows with the same input. Other files of the project with the text are listed.
 
     Raises:
-        UserError: no reason, no row matches, or too few rows, or none of a split, would be left. Nothing has changed.
+        UserError: no reason, no matching row, or too few rows left in the dataset or in a split. Nothing has changed.
     """
     dataset = project.dataset
     because = " ".join(because.split())
     if not because and not dry_run:
-        raise UserError("a removal needs a reason", where="--because", fix='For example --because "mislabelled".')
+        raise UserError("--because is missing: a removal needs a reason", fix='For example --because "mislabelled".')
     if current_manifest(dataset) is None:
-        raise UserError("there is no dataset version yet", where=str(dataset), fix="`tunewright data add` makes one.")
+        raise UserError(
+            "there is no dataset version yet", where=str(dataset), fix="Create one: tunewright data add FILE"
+        )
     with locked(dataset):
         parent = load_version(dataset)
         origins = read_origins(dataset)
@@ -123,15 +127,15 @@ def remove(
             before = [e for e in purged_before.values() if e.because == because] if purge_text else []
             if not before:
                 raise _nothing(selection, parent, purge_text)
-            reporter.say(f"Nothing more to purge: {purge_told(before)}")
+            reporter.say(f"Nothing more to purge: {describe_purges(before)}")
         if stay := read_elsewhere_first(selection, current.values(), origins, dataset):
             reporter.warn(
-                f"Rows of {selection.source} that stay: {stay:,} came from another file first. Name that file too, or "
-                "the rows by --keys."
+                f"{stay:,} rows of {selection.source} stay, because another file had them first. Name that file too, "
+                "or name the rows with --keys."
             )
         going = [m for m in chosen if m.key in current]
         left = [m for m in parent.members if m.key not in {m.key for m in going}]
-        family = _family(dataset, parent, chosen, members, {m.key for m in left}) if purge_text else {}
+        family = _with_former_rows(dataset, parent, chosen, members, {m.key for m in left}) if purge_text else {}
         result = _result(project, parent, going, family, left, origins, because)
         if going:
             _require_enough(left)
@@ -140,10 +144,10 @@ def remove(
         version, there = parent.manifest, {manifest.digest for manifest in list_versions(dataset)}
         if going:
             version = _save(project, parent, going, left, origins, because, reporter)
-        holders: tuple[Holder, ...] = ()
+        holders: tuple[RemainingCopy, ...] = ()
         if family:
             holders = purge(project.root, dataset, _events(family, because, "purged", project), family, reporter)
-            # The purge may have sealed it again, without metadata.
+            # The purge may have rewritten the manifest, without metadata.
             version = current_manifest(dataset) or version
     rows = tuple(replace(row, document={}) if purge_text else row for row in result.rows)
     purged = len(family)
@@ -154,11 +158,11 @@ def remove(
 def _nothing(selection: Selection, parent: DatasetVersion, purging: bool) -> UserError:
     where = "any version" if purging else f"version {parent.digest[:12]}"
     fix = "`tunewright data show ROW --json` shows a row's fields."
-    return UserError(f"no row of {where} matches {selection.told}", where="data remove", fix=fix)
+    return UserError(f"no row of {where} matches {selection.options_text}", where="data remove", fix=fix)
 
 
 def _all_members(dataset: Path, parent: DatasetVersion) -> dict[str, Member]:
-    """Return the rows of all versions that have their text, in the place that the latest version gives each."""
+    """Return the rows of all versions that still have text, each with its place in the latest version."""
     places: dict[str, Place] = {}
     for manifest in list_versions(dataset):
         places |= read_places(dataset, manifest.digest)
@@ -167,19 +171,19 @@ def _all_members(dataset: Path, parent: DatasetVersion) -> dict[str, Member]:
     return members | {m.key: m for m in parent.members}
 
 
-def _family(
+def _with_former_rows(
     dataset: Path,
     parent: DatasetVersion,
     chosen: Sequence[Member],
     members: Mapping[str, Member],
     left: Collection[str],
 ) -> dict[str, Member]:
-    """Return the chosen rows and, of those that are not current, what they were made of and what has their input."""
+    """Return the chosen rows, with former rows that they were edited from or that have their input."""
     family = {m.key for m in chosen}
-    became = replaced(dataset, parent.manifest)
+    became = superseded_keys(dataset, parent.manifest)
     family |= {old for old, now in became.items() if now in family and old in members}
-    questions = {members[key].example.question for key in family}
-    family |= {key for key, m in members.items() if m.example.question in questions}
+    questions = {members[key].example.question_key for key in family}
+    family |= {key for key, m in members.items() if m.example.question_key in questions}
     return {key: members[key] for key in sorted(family) if key not in left}
 
 
@@ -193,8 +197,8 @@ def _result(
     because: str,
 ) -> RemoveResult:
     keys = {m.key for m in going} | family.keys()
-    former = {old for old, now in replaced(project.dataset, parent.manifest).items() if now in keys}
-    questions = {m.example.question for m in (*going, *family.values())}
+    former = {old for old, now in superseded_keys(project.dataset, parent.manifest).items() if now in keys}
+    questions = {m.example.question_key for m in (*going, *family.values())}
     documents = [row_document(m, origins) for m in going]
     return RemoveResult(
         version=parent.manifest,
@@ -203,16 +207,16 @@ def _result(
         because=because,
         rows=tuple(Removed(m.key, m.split, d["source"], d["line"], d) for m, d in zip(going, documents, strict=True)),
         earlier=len(family.keys() - {m.key for m in going}),
-        adapters=seen_by(project.dataset, project.adapters, sorted(keys | former)),
+        adapters=adapter_exposure(project.dataset, project.adapters, sorted(keys | former)),
         evaluations=_measured(project.evaluations, keys | former),
-        same_input=tuple(m.key for m in left if m.example.question in questions),
+        same_input=tuple(m.key for m in left if m.example.question_key in questions),
         purged=0,
         holders=(),
     )
 
 
 def _measured(evaluations: Path, keys: Collection[str]) -> dict[str, int]:
-    """Return how many of these rows each evaluation measured on, by its folder's name."""
+    """Count the rows that each evaluation measured on, by its folder's name."""
     found: dict[str, int] = {}
     for path in sorted(evaluations.glob("[!.]*/items.jsonl")):
         if count := sum(key.decode() in keys for key in _ITEM_KEY.findall(path.read_bytes())):
@@ -232,8 +236,8 @@ def _require_enough(left: Iterable[Member]) -> None:
             )
     if len(clusters) < MINIMUM_CLUSTERS:
         raise UserError(
-            f"{len(domain):,} rows in {len(clusters)} independent clusters would be left, nothing was removed; train, "
-            f"dev and test need at least {MINIMUM_CLUSTERS}",
+            f"only {len(domain):,} rows in {len(clusters)} independent clusters would be left (minimum "
+            f"{MINIMUM_CLUSTERS} clusters), nothing was removed",
             where="data remove",
             fix="Add rows first, or remove fewer.",
         )
@@ -242,7 +246,7 @@ def _require_enough(left: Iterable[Member]) -> None:
 def _events(rows: Mapping[str, Member], because: str, event: Any, project: ProjectFolder) -> list[Removal]:
     by, when = current_author(project.root), now()
     return [
-        Removal(event=event, key=key, said=m.example.said, because=because, when=when, by=by)
+        Removal(event=event, key=key, said=m.example.content_key, because=because, when=when, by=by)
         for key, m in sorted(rows.items())
     ]
 
@@ -256,10 +260,10 @@ def _save(
     because: str,
     reporter: Reporter,
 ) -> Manifest:
-    # The log first: a row that is logged and still there is removed by the same command again, but one that is gone
-    # and not logged would come back with its file.
+    # The log comes first. After a crash, a row that is logged but still there is removed by the same command again; a
+    # row that is gone but not logged would come back with its file.
     append_removals(project.dataset, _events({m.key: m for m in going}, because, "removed", project))
-    members = renamed(left)
+    members = rename_clusters(left)
     settings = parent.manifest.settings
     near = parent.manifest.counts.near_duplicates
     mix = parent.manifest.mix
@@ -269,7 +273,7 @@ def _save(
         settings,
         message=f"{len(going):,} row{'' if len(going) == 1 else 's'} removed: {because}",
         sources=[],
-        left_out=LeftOut(),
+        left_out=ImportCounts(),
         mix=mix and mix.model_copy(update={"drawn": sum(m.mixed for m in members)}),
         near_duplicates=count_near_repeats(members, settings.dedup_threshold, reporter) if near else 0,
     )
@@ -279,3 +283,75 @@ def _save(
         for (source, line), key in sorted(places)
     ]
     return save_version(project.dataset, version, members, imports, reporter)
+
+
+def withhold(
+    dataset: Path,
+    rows: Sequence[SourceRow],
+    known: Collection[str],
+    replacing: Mapping[str, str],
+    *,
+    restore: bool,
+) -> tuple[list[SourceRow], dict[str, Removal]]:
+    """Separate the rows that may be added from those that were removed earlier.
+
+    A row stays out because of its own removal, that of the row that an edit made of it, or that of a row with the same
+    content: system turns, and case and white space of the input, are ignored.
+
+    Args:
+        known: pair keys of the version, which never stay out.
+        replacing: pair key to the key that an edit made of it.
+        restore: add removed rows; purged ones are refused.
+
+    Returns:
+        The rows to add, and the removal of each pair key that stays out.
+
+    Raises:
+        UserError: ``restore`` meets a purged row.
+    """
+    log = read_removals(dataset)
+    if not log.out:
+        return list(rows), {}
+    coming: list[SourceRow] = []
+    held: dict[str, Removal] = {}
+    purged: list[SourceRow] = []
+    for row in rows:
+        key = row.example.pair_key
+        removal = (
+            None if key in known else log.holding(replacing.get(key, key), row.example.content_key) or log.out.get(key)
+        )
+        if removal is None or (restore and removal.event == "removed"):
+            coming.append(row)
+        else:
+            held[key] = removal
+            if restore:
+                purged.append(row)
+    if purged:
+        places = listed((f"{r.source}:{r.line}" for r in purged), len(purged), _MOST, "leave out --restore to see all")
+        raise UserError(
+            f"nothing was added: {len(purged):,} rows of the files were purged and cannot be restored\n{places}",
+            where="--restore",
+            fix="Delete the rows from the file, or add it without --restore, which skips them.",
+        )
+    return coming, held
+
+
+def withheld_notice(rows: Sequence[SourceRow], held: Mapping[str, Removal]) -> str:
+    """Return the warning for rows that stay out because they were removed earlier."""
+    found = [(row, held[row.example.pair_key]) for row in rows if row.example.pair_key in held]
+    entries = (f"{row.source}:{row.line} ({e.event} on {e.day}: {e.because})" for row, e in found)
+    lines = listed(entries, len(found), _MOST, "the version's imports.jsonl lists all")
+    back = " --restore adds those that were not purged." if any(e.event == "removed" for _, e in found) else ""
+    return f"{count_of(len(found), 'row')} left out, removed earlier.{back}\n{lines}"
+
+
+def removals_ended_by(dataset: Path, rows: Sequence[SourceRow]) -> list[Removal]:
+    """Return the removals that end because these rows were added."""
+    log = read_removals(dataset)
+    found = (log.holding(row.example.pair_key, row.example.content_key) for row in rows)
+    return list(dict.fromkeys(removal for removal in found if removal is not None and removal.event == "removed"))
+
+
+def restore_event(removal: Removal, folder: Path) -> Removal:
+    """Return an event that ends a removal now."""
+    return removal.model_copy(update={"event": "restored", "when": now(), "by": current_author(folder)})

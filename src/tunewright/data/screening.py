@@ -1,4 +1,4 @@
-"""Secrets and personal data in rows that are added: refused, told, let through or replaced."""
+"""Secrets and personal data in added rows: refused, reported, allowed or replaced."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from dataclasses import dataclass, replace
 from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json
 from tunewright.core.progress import Reporter
+from tunewright.core.wording import listed
 from tunewright.data import pii
-from tunewright.data.notices import listed
-from tunewright.data.pii.findings import Finder, Finding
 from tunewright.data.pii.names import open_presidio
+from tunewright.data.pii.secret_patterns import Finder, Finding
 from tunewright.data.readers import SourceRow
-from tunewright.data.readers.metadata import texts_of
+from tunewright.data.readers.validate import texts_of
 
 _MOST = 10
 
 
 @dataclass(frozen=True)
-class Screened:
-    """The rows, with placeholders where ``redacted`` counts them by kind; ``personal`` counts what was left in."""
+class ScreenedRows:
+    """Rows after screening. ``redacted`` counts placeholders by kind, ``personal`` the findings left in."""
 
     rows: list[SourceRow]
     redacted: dict[str, int]
@@ -31,16 +31,16 @@ class Screened:
 
 def screen(
     rows: list[SourceRow], allow: Sequence[str], reporter: Reporter, *, redact: bool, presidio: str | None
-) -> Screened:
-    """Look for secrets and personal data.
+) -> ScreenedRows:
+    """Search rows for secrets and personal data.
 
     Args:
-        allow: kinds that are let through, and told.
-        redact: put placeholders for them.
-        presidio: a spaCy model to look for names and places with too.
+        allow: kinds that are permitted, and reported.
+        redact: replace findings by placeholders.
+        presidio: a spaCy model that finds names and places too.
 
     Raises:
-        UserError: a secret that is neither replaced nor let through, by place; or presidio or its model is missing.
+        UserError: a secret that is neither replaced nor allowed, by place; or presidio or its model is missing.
     """
     also = open_presidio(presidio) if presidio else None
     redacted: Counter[str] = Counter()
@@ -49,13 +49,13 @@ def screen(
     rows = _with_clean_values(rows, also, allow, reporter, redact=redact)
     placed = [(f"{row.source}:{row.line}", row.example) for row in rows]
     found = pii.scan(placed, reporter, also=also, allow=allow)
-    if told := pii.let_through(found):
-        reporter.say(told)
+    if allowed := pii.let_through(found):
+        reporter.say(allowed)
     if found.of("secret"):
         raise pii.blocked(found)
     if found.of("personal"):
         reporter.warn(pii.warned(found))
-    return Screened(rows, dict(redacted), dict(found.counts))
+    return ScreenedRows(rows, dict(redacted), dict(found.counts))
 
 
 def _redacted(
@@ -70,35 +70,35 @@ def _redacted(
             done.append(replace(row, example=example))
             task.advance()
     if counts:
-        told = ", ".join(f"{count:,} {pii.LABELS[kind]}" for kind, count in sorted(counts.items()))
-        reporter.say(f"Placeholders put for {told}")
+        kinds = ", ".join(f"{count:,} {pii.LABELS[kind]}" for kind, count in sorted(counts.items()))
+        reporter.say(f"Replaced by placeholders: {kinds}")
     return done, counts
 
 
 def _with_clean_values(
     rows: list[SourceRow], also: Finder | None, allow: Sequence[str], reporter: Reporter, *, redact: bool
 ) -> list[SourceRow]:
-    """The rows with no secret as a value of a group or of metadata, for these are kept with the version as they are.
+    """Return the rows without secrets in group values and metadata, which the version stores unchanged.
 
-    A text is replaced as a whole, by a digest of it, so that rows of one group still share it.
+    A text is replaced as a whole by its digest, so that rows of one group still share a value.
 
     Raises:
-        UserError: a value holds a secret, and is not to be replaced.
+        UserError: a value contains a secret, and ``redact`` is not set.
     """
     found: dict[tuple[str, str], list[Finding]] = {}
-    told: dict[str, list[str]] = {"secret": [], "personal": []}
+    places: dict[str, list[str]] = {"secret": [], "personal": []}
 
     def looked_at(name: str, text: str, row: SourceRow, where: str) -> bool:
         if (name, text) not in found:
             found[name, text] = [f for f in pii.find_in_value(name, text, also) if f.kind not in allow]
         for finding in found[name, text]:
-            told[finding.category].append(f"{row.source}:{row.line}: {pii.LABELS[finding.kind]} in {where}")
+            places[finding.category].append(f"{row.source}:{row.line}: {pii.LABELS[finding.kind]} in {where}")
         return bool(found[name, text])
 
     clean = []
     for row in rows:
         bad_groups = [name for name, value in row.groups.items() if looked_at(name, value, row, f"the group {name}")]
-        # A key that holds a secret itself is not named: the message would spread it.
+        # A key that contains a secret is not named: the message would leak it.
         bad_names = {key: _digested(key) for key in row.metadata if looked_at("", key, row, "a key's name")}
         texts = [(key, *each) for key, value in row.metadata.items() for each in texts_of(value, key)]
         bad_keys = {
@@ -115,19 +115,18 @@ def _with_clean_values(
     if redact:
         values = len({text for (_, text), findings in found.items() if findings})
         if values:
-            reporter.say(f"Digests put for {values:,} values of groups and metadata")
+            reporter.say(f"Replaced by digests: {values:,} values of groups and metadata")
         return clean
-    if told["secret"]:
+    if places["secret"]:
         raise UserError(
-            f"{len(told['secret']):,} secrets as values of groups or metadata, nothing was added\n"
-            f"{_places(told['secret'])}",
-            fix="Name the key in data.drop_columns (a group: group by something else), or add the rows with --redact, "
-            "which puts a digest in the value's place.",
+            f"{len(places['secret']):,} secrets in groups or metadata, nothing was added\n{_places(places['secret'])}",
+            fix="Name the key in data.drop_columns (for a group, use another key), or use --redact, which replaces "
+            "values by digests.",
         )
-    if told["personal"]:
+    if places["personal"]:
         reporter.warn(
-            "personal data as values of groups or metadata, which are kept with the version as they are; --redact puts "
-            f"digests in their place, data.drop_columns leaves a key out.\n{_places(told['personal'])}"
+            "personal data in groups or metadata, which the version stores unchanged. --redact replaces values by "
+            f"digests; data.drop_columns drops a key.\n{_places(places['personal'])}"
         )
     return clean
 
@@ -136,5 +135,5 @@ def _digested(value: str) -> str:
     return f"redacted-{hashlib.sha256(value.encode()).hexdigest()[:16]}"
 
 
-def _places(told: Sequence[str]) -> str:
-    return listed(told, len(told), _MOST, "--redact replaces all of them")
+def _places(lines: Sequence[str]) -> str:
+    return listed(lines, len(lines), _MOST, "--redact replaces all of them")

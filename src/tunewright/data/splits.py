@@ -1,4 +1,4 @@
-"""Train, dev and test, by cluster: what is alike stays on one side, in this version and in every later one."""
+"""Assignment of clusters to train, dev and test: similar rows stay in one split, also in later versions."""
 
 from __future__ import annotations
 
@@ -20,16 +20,15 @@ LARGEST = 1 / 3
 
 
 def join_groups(clusters: Mapping[str, Sequence[str]], group_of: Mapping[str, Collection[str]]) -> dict[str, list[str]]:
-    """Clusters joined wherever rows share a group value, by any chain of rows and values.
+    """Join the clusters whose rows share a group value, through any chain of rows and values.
 
     Args:
         clusters: cluster name to the pair keys in it.
-        group_of: pair key to its group values, such as "customer=ACME". Keys in no cluster (dropped duplicates) count
-            for nothing; pass those of earlier versions' rows too, or their groups are forgotten.
+        group_of: pair key to its group values, such as "customer=ACME", for rows of earlier versions too. Keys in no
+            cluster (dropped duplicates) are ignored.
 
     Returns:
-        The joined clusters, each named by the first of its parts' names: as those are their smallest pair keys, so is
-        this.
+        The joined clusters, each named after the smallest of its parts' names, which is its smallest pair key.
     """
     parent = {name: name for name in clusters}
 
@@ -57,21 +56,20 @@ def assign_splits(
     seed: int,
     class_of: Mapping[str, str] | None = None,
 ) -> dict[str, Split]:
-    """Return the split of every cluster.
+    """Return the split of each cluster.
 
-    A cluster with a row that was ever held out for the test stays in the test, then likewise for dev and train. New
-    clusters come in an order drawn from the seed and their names; they fill the test and then dev up to their shares
-    of the rows, without going over (a cluster too large for what is left is passed over), and the rest is for training.
-    Clusters larger than a third of a split come after the others, except where classes get their shares: two of them
-    would decide what is measured there.
+    A cluster with a row of the former test split stays in test; likewise for dev, then train. The seed and the names
+    decide the order of new clusters, which fill test and then dev up to their shares of the rows. A cluster that does
+    not fit is skipped, and the rest is for training. Without classes, clusters larger than a third of a split come
+    last, since two of them would dominate its scores.
 
     Args:
         clusters: cluster name to the pair keys in it.
-        former: the split of each pair key in the version before.
+        former: the split of each pair key in the previous version.
         data: the shares of dev and test.
         seed: decides the order of new clusters.
-        class_of: the class of each pair key, to give each class its share too, as far as whole clusters and the
-            splits that are settled allow; None: not stratified.
+        class_of: the class of each pair key, to stratify as far as whole clusters and settled splits allow; None: do
+            not stratify.
 
     Raises:
         UserError: too few clusters for three splits.
@@ -85,7 +83,7 @@ def assign_splits(
     for split, share in goals:
         held = [name for name, s in splits.items() if s == split]
         room = round(share * total) - sum(len(clusters[name]) for name in held)
-        # Each split that still has nothing keeps a claim on one of the free clusters.
+        # Each empty split reserves one of the free clusters.
         most = len(free) - len({"train", "dev", "test"} - {split} - set(splits.values()))
         if class_of is None:
             # sorted is stable: the smaller ones keep their order
@@ -101,14 +99,14 @@ def assign_splits(
     for split in SPLITS:
         if split not in splits.values():
             raise UserError(
-                f"no cluster is left for {split}: the new rows join clusters that were apart",
-                fix="Add rows that are independent of those already there, or leave out the ones that join clusters.",
+                f"no cluster is left for {split}: the new rows join separate clusters",
+                fix="Add rows that are independent of the existing ones, or leave out the rows that join clusters.",
             )
     return splits
 
 
 def _settled(clusters: Mapping[str, Sequence[str]], former: Mapping[str, Split]) -> dict[str, Split]:
-    """Return the split of each cluster that has rows of the version before."""
+    """Return the split of each cluster that has rows of the previous version."""
     splits: dict[str, Split] = {}
     for name, keys in clusters.items():
         before = {former[key] for key in keys if key in former}
@@ -122,7 +120,7 @@ def _settled(clusters: Mapping[str, Sequence[str]], former: Mapping[str, Split])
 def _fill(
     free: Sequence[str], clusters: Mapping[str, Sequence[str]], room: int, most: int, allowed: Callable[[str], bool]
 ) -> list[str]:
-    """Return which free clusters go into a split with room for so many rows: in their order, each that fits."""
+    """Return the free clusters to put into a split with ``room`` rows left: in order, each that fits."""
     taken: list[str] = []
     for name in free:
         if len(clusters[name]) <= room and len(taken) < most and allowed(name):
@@ -132,7 +130,7 @@ def _fill(
 
 
 class _Classes:
-    """How many rows of each class one split still lacks."""
+    """Number of rows of each class that a split still lacks."""
 
     def __init__(
         self,
@@ -161,17 +159,19 @@ class _Classes:
         return fits
 
     def cost(self, name: str) -> float:
-        """Return how much further from their shares the cluster would bring its classes, in squared rows."""
+        """Return the increase of the squared distance of its classes from their shares, if the cluster is taken.
+        The lacking rows of a class change from l to l - c, so the square changes by c (c - 2 l).
+        """
         return sum(count * (count - 2 * self.lacking[label]) for label, count in self.counts[name].items())
 
 
 def _fill_by_class(
     free: Sequence[str], clusters: Mapping[str, Sequence[str]], room: int, most: int, classes: _Classes
 ) -> list[str]:
-    """As ``_fill``, but first only what no class has too much of, then what brings the classes nearest to their shares.
+    """Fill a split by class: first clusters that exceed no class's share, then those that bring classes nearest to it.
 
-    The second round is the largest remainder method where clusters are single rows: it deals out the rows that are left
-    when every class has its share rounded down.
+    For clusters of single rows, the second round is the largest remainder method: it distributes the rows that are left
+    when each class has its share rounded down.
     """
     taken = _fill(free, clusters, room, most, classes.take_if_lacking)
     room -= sum(len(clusters[name]) for name in taken)
@@ -183,7 +183,7 @@ def _fill_by_class(
         if len(clusters[name]) > room:
             continue
         now = classes.cost(name)
-        if now > cost:  # others of its classes were taken since: its turn comes later
+        if now > cost:  # clusters of its classes were taken since: requeue it at its present cost
             heapq.heappush(rest, (now, place, name))
             continue
         classes.take(name)
@@ -196,23 +196,23 @@ def _too_few(clusters: Mapping[str, Sequence[str]], data: DataConfig) -> UserErr
     total = sum(len(keys) for keys in clusters.values())
     largest = max((len(keys) for keys in clusters.values()), default=0)
     what = (
-        f"too few to split: {total} different rows make {len(clusters)} independent clusters, and train, dev and test "
-        f"need at least {MINIMUM_CLUSTERS}"
+        f"too few independent rows to split: {total} distinct rows in {len(clusters)} clusters (minimum "
+        f"{MINIMUM_CLUSTERS})"
     )
-    fix = "Add more pairs: some hundreds are a fair start."
+    fix = "Add more pairs: a few hundred are a good start."
     if data.split_by == "output_template" and total >= MINIMUM_CLUSTERS:
         fix = (
-            f"data.split_by: output_template joins rows whose outputs differ only in quoted strings and numbers, here "
-            f"up to {largest} of them. Set data.split_by: input, or add pairs whose outputs have other forms."
+            f"data.split_by: output_template joins rows whose outputs differ only in quoted strings and numbers (up to "
+            f"{largest} rows here). Set data.split_by: input, or add pairs whose outputs have other forms."
         )
     elif data.group_by and total >= MINIMUM_CLUSTERS:
         fix = (
-            f"One cluster holds {largest} rows. data.group_by ({', '.join(data.group_by)}) joins rows that share a "
-            "value: group by something smaller, or add pairs of other groups."
+            f"One cluster holds {largest} rows, because data.group_by ({', '.join(data.group_by)}) joins rows that "
+            "share a value. Group by a finer key, or add pairs of other groups."
         )
     elif largest > total / 2 and total >= MINIMUM_CLUSTERS:
         fix = (
-            f"One cluster holds {largest} rows, because their inputs are nearly equal. If that is an instruction "
-            "written into each of them, move it to data.system_prompt; else add pairs with other inputs."
+            f"One cluster holds {largest} rows, because their inputs are nearly equal. If each row repeats an "
+            "instruction, move it to data.system_prompt; else add pairs with other inputs."
         )
     return UserError(what, fix=fix)

@@ -1,10 +1,11 @@
-"""What a new version would hold: clusters, splits, no training row with what is measured on, the mix-in."""
+"""Contents of a new version: clusters, splits, decontamination and mix-in."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tunewright.config import Config
@@ -13,64 +14,63 @@ from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.data import notices
 from tunewright.data.dedup import find_clusters, largest_clusters
-from tunewright.data.dedup.decontaminate import TEST, Hit, How, contaminated, item_names, read_items, training_hits
-from tunewright.data.dedup.output_leakage import OutputLeak, output_leak
+from tunewright.data.dedup.decontaminate import TEST, Hit, MatchKind, find_hits, item_names, read_items, training_hits
+from tunewright.data.dedup.output_leakage import OutputLeakage, measure_output_leakage
+from tunewright.data.examples import Example, class_like, labels_among, template_groups
 from tunewright.data.merge import Merge
-from tunewright.data.mix import Mixed, mix_in
-from tunewright.data.notices import Largest, Move
-from tunewright.data.outputs import labels_among, template_groups
+from tunewright.data.mix import DrawnMix, mix_in
+from tunewright.data.notices import LargeCluster, SplitChange
 from tunewright.data.readers import SourceRow
-from tunewright.data.review.suspects import class_like
-from tunewright.data.splits import Split, assign_splits, join_groups
-from tunewright.data.versions import DatasetVersion, Member
-from tunewright.data.versions.making import renamed
+from tunewright.data.splits import SPLITS, Split, assign_splits, join_groups
+from tunewright.data.versions import DatasetVersion, Member, load_version, short
 from tunewright.data.versions.removals import read_removals
+from tunewright.data.versions.version import SplitFrom, rename_clusters
 
 _LARGEST = 5
 
 
 @dataclass(frozen=True)
-class VersionBuilder:
-    """What a new version would hold, mix-in included, and what was found on the way."""
+class VersionDraft:
+    """Contents of a new version, with its mix-in, and findings for messages."""
 
     members: list[Member]
-    moved: tuple[Move, ...]
+    moved: tuple[SplitChange, ...]
     hits: tuple[Hit, ...]
-    held: list[tuple[str, How, str]]  # the hits as people read them
-    left_out: frozenset[str]  # pair keys of training rows that hold an item of a test or benchmark
-    mixed: Mixed | None
-    largest: tuple[Largest, ...]
-    outputs: OutputLeak
+    held: list[tuple[str, MatchKind, str]]  # the hits for messages: place, kind of match, item
+    left_out: frozenset[str]  # pair keys of training rows that contain a test row or benchmark item
+    mixed: DrawnMix | None
+    largest: tuple[LargeCluster, ...]
+    outputs: OutputLeakage
 
     def fate(self, row: SourceRow, merged: Merge) -> dict[str, Any]:
-        """Return what became of a row that was read."""
+        """Return the record of imports.jsonl for a row."""
         fate = merged.fate(row)
         return {**fate, "fate": "contaminated"} if fate.get("of", fate["key"]) in self.left_out else fate
 
 
-def contents(
+def draft_version(
     project: ProjectFolder,
     merged: Merge,
     rows: Sequence[SourceRow],
     reporter: Reporter,
     inherited: Mapping[str, Split] | None = None,
-) -> VersionBuilder:
-    """Cluster, split, search and mix.
+) -> VersionDraft:
+    """Cluster and split the rows, look for contamination, and draw the mix-in.
 
     Args:
-        merged: the rows that the version keeps.
-        rows: those that were read, with their groups.
-        inherited: the split that rows of a new dataset had in another one.
+        merged: the rows of the version.
+        rows: the rows read, with their groups.
+        inherited: the split that rows have in another dataset, for a new one.
 
     Raises:
-        UserError: too few rows to split, or a file of benchmark items or the mix-in that cannot be used.
+        UserError: too few rows to split, or an unusable file of benchmark items or mix-in.
     """
     config = project.config
     benchmarks = {name: read_items(project.root / name) for name in config.data.benchmarks}
     dropping = config.data.contaminated == "drop"
     training = _to_train(merged, benchmarks, reporter) if dropping else frozenset()
     domain = _domain(merged, rows, config, training, reporter, inherited or {})
-    # Phrases that rows share with an item are left to `data leakage`.
+    # Shared phrases ("overlap") are reported by `data leakage` only.
     hits = tuple(hit for hit in training_hits(domain, benchmarks, reporter) if hit.how != "overlap")
     items = item_names(hits, domain)
     held = [(merged.place(hit.row), hit.how, item) for hit, item in zip(hits, items, strict=True)]
@@ -79,30 +79,30 @@ def contents(
         reporter.warn(notices.contaminated(held, dropping=True))
         left_out = frozenset(hit.row for hit in hits)
         notices.warn_of_lost_classes(domain, left_out, reporter)
-        domain = renamed([m for m in domain if m.key not in left_out])
+        domain = rename_clusters([m for m in domain if m.key not in left_out])
     former = merged.former
-    moved = tuple(Move(m.key, former[m.key], m.split) for m in domain if former.get(m.key, m.split) != m.split)
+    moved = tuple(SplitChange(m.key, former[m.key], m.split) for m in domain if former.get(m.key, m.split) != m.split)
     mix = config.data.mix
     removed = read_removals(project.dataset).out
     mixed = mix_in(project.root, config, mix, domain, benchmarks, reporter, removed) if mix else None
     families = largest_clusters([m.example for m in domain], [m.cluster for m in domain], _LARGEST)
     largest = tuple(
-        Largest(f.rows, domain[f.ends[0]].example.input_text, domain[f.ends[1]].example.input_text, f.similarity)
+        LargeCluster(f.rows, domain[f.ends[0]].example.input_text, domain[f.ends[1]].example.input_text, f.similarity)
         for f in families
     )
     members = sorted([*domain, *(mixed.members if mixed else [])], key=lambda m: m.key)
-    return VersionBuilder(members, moved, hits, held, left_out, mixed, largest, output_leak(domain))
+    return VersionDraft(members, moved, hits, held, left_out, mixed, largest, measure_output_leakage(domain))
 
 
 def _to_train(merged: Merge, benchmarks: Mapping[str, Sequence[str]], reporter: Reporter) -> frozenset[str]:
-    """New rows that hold a known test input or a benchmark item.
+    """Return the new rows that contain a known test input or a benchmark item.
 
-    Dealt out to dev or test, a row that was left out before would come back with the next adding of its file.
+    Such a row must not go to dev or test: a row left out earlier would return when its file is added again.
     """
     new = {key: merged.kept[key] for key in merged.first if key in merged.kept}
     tests = [m.example.input_text for m in merged.parent.domain_of("test")] if merged.parent else []
     labels = labels_among([example.output for example in merged.kept.values()])
-    hits = contaminated(new, {TEST: tests, **benchmarks}, reporter, labels)
+    hits = find_hits(new, {TEST: tests, **benchmarks}, reporter, labels)
     return frozenset(hit.row for hit in hits if hit.how != "overlap")
 
 
@@ -114,9 +114,9 @@ def _domain(
     reporter: Reporter,
     inherited: Mapping[str, Split],
 ) -> list[Member]:
-    """Return the rows of the domain with clusters, joined where they share a group (or an output template), and splits.
+    """Return the domain rows with splits and clusters, joined where rows share a group or an output template.
 
-    Rows of ``training`` are not dealt out: they are for training, unless their cluster is held out already.
+    Rows of ``training`` are trained on, unless their cluster is held out already.
     """
     keys = sorted(merged.kept)
     names = find_clusters([merged.kept[key] for key in keys], config.data.dedup_threshold, reporter)
@@ -145,9 +145,9 @@ def _domain(
 def _refuse_another_split(
     parent: DatasetVersion, clusters: Mapping[str, Sequence[str]], former: Mapping[str, Split], config: Config
 ) -> None:
-    """Refuse to split by templates what was split by inputs, where templates lie on both sides.
+    """Refuse to split by template if the dataset was split by input and templates are in several splits.
 
-    All rows of such a template would follow one of them into the test, most of the training rows among them.
+    All rows of such a template would follow one of them into the test split, with most of the training rows.
     """
     if parent.manifest.settings.split_by == config.data.split_by or config.data.split_by == "input":
         return
@@ -155,8 +155,99 @@ def _refuse_another_split(
     if torn:
         raise UserError(
             f"the dataset was split by input, and {sum(map(len, torn)):,} of its {len(former):,} rows have output "
-            "templates on both sides",
+            "templates in several splits",
             where="data.split_by",
-            fix="Start a new dataset: move the dataset folder away and add the files again. --split-from cannot keep "
-            "this split, because it has those templates on both sides. Or set data.split_by: input.",
+            fix="Set data.split_by: input, or start a new dataset: move the dataset folder away and add the files "
+            "again without --split-from.",
         )
+
+
+@dataclass(frozen=True)
+class InheritedSplit:
+    """Split of another dataset's version, for the rows that a new dataset shares with it."""
+
+    version: DatasetVersion
+    name: str
+    splits: dict[str, Split]
+
+    @property
+    def about(self) -> SplitFrom:
+        """The record for the manifest."""
+        return SplitFrom(name=self.name, digest=self.version.digest, rows=len(self.splits))
+
+
+def inherit_split(path: Path, parent: DatasetVersion | None, rows: Mapping[str, Example]) -> InheritedSplit:
+    """Find the split of each row in another dataset's current version.
+
+    A row inherits the split of its pair, else of the rows with its question: the prompt without system turns, ignoring
+    case and white space. If the question is in several splits, test comes before dev and dev before train.
+
+    Args:
+        path: a project's folder, or its dataset folder.
+        parent: the current version of this dataset, which must be None.
+        rows: the rows of the new dataset by pair key.
+
+    Raises:
+        UserError: this dataset has a version already, the other has none, or no row is shared.
+    """
+    where = f"--split-from {path}"
+    if parent is not None:
+        raise UserError(
+            f"this dataset already has a split (version {short(parent.digest)})",
+            where=where,
+            fix="Start a new project: only a dataset's first version can inherit a split.",
+        )
+    dataset = path / "dataset" if (path / "dataset").is_dir() else path
+    if not (dataset / "versions").is_dir():
+        raise UserError("no dataset there", where=where, fix="Name a project's folder, or its dataset folder.")
+    version = load_version(dataset)
+    by_key: dict[str, Split] = {m.key: m.split for m in version.domain}
+    by_question: dict[str, Split] = {}
+    for split in SPLITS:  # test comes last and stays
+        by_question |= {m.example.question_key: split for m in version.domain_of(split)}
+    found = {key: by_key.get(key) or by_question.get(example.question_key) for key, example in rows.items()}
+    splits = {key: split for key, split in found.items() if split is not None}
+    if not splits:
+        raise UserError(f"these files share no pair or input with version {short(version.digest)} there", where=where)
+    return InheritedSplit(version, dataset.resolve().parent.name, splits)
+
+
+def refuse_torn_templates(inherited: InheritedSplit, rows: Mapping[str, Example]) -> None:
+    """Refuse to inherit a split by input if output templates are in several splits.
+
+    All rows of such a template would follow one of them into the test split, with most of the training rows.
+
+    Args:
+        inherited: the split.
+        rows: the rows of the new dataset by pair key.
+
+    Raises:
+        UserError: rows of one template have several splits.
+    """
+    if inherited.version.manifest.settings.split_by == "output_template":
+        return
+    of_template: dict[str, list[Split]] = {}
+    for key, template in template_groups({key: rows[key].output for key in inherited.splits}).items():
+        of_template.setdefault(template, []).append(inherited.splits[key])
+    torn = sum(len(splits) for splits in of_template.values() if len(set(splits)) > 1)
+    if torn:
+        raise UserError(
+            f"{inherited.name} was split by input, and {torn:,} of its {len(inherited.splits):,} rows here have output "
+            "templates in several splits",
+            where="--split-from",
+            fix="Leave out --split-from to split a new dataset by template, or set data.split_by: input.",
+        )
+
+
+def inheritance_notice(inherited: InheritedSplit, members: Iterable[Member]) -> str:
+    """Return the notice on the inherited split."""
+    now = {m.key: m.split for m in members if not m.mixed}
+    counts = ", ".join(f"{sum(now.get(key) == split for key in inherited.splits):,} {split}" for split in SPLITS)
+    moved = sum(now.get(key, split) != split for key, split in inherited.splits.items())
+    text = (
+        f"Split from {inherited.name}, version {short(inherited.version.digest)}: {len(inherited.splits):,} of "
+        f"{len(now):,} rows inherited ({counts})"
+    )
+    if moved:
+        text += f"; {moved:,} of them moved, because they share a cluster with a held-out row"
+    return text

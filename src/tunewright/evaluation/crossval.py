@@ -24,7 +24,7 @@ from tunewright.data.dedup.leakage import nearest_training
 from tunewright.data.dedup.output_leakage import new_templates
 from tunewright.data.splits import SPLITS
 from tunewright.data.versions import DatasetVersion, Member
-from tunewright.data.versions.author import current_author
+from tunewright.data.versions.version import current_author
 from tunewright.evaluation.access_log import Ledger
 from tunewright.evaluation.arm_runner import (
     Answered,

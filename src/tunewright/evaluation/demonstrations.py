@@ -81,7 +81,7 @@ class Demonstrations:
         self._train = train
         self._seed = seed
         self._clusters = np.array([m.cluster for m in train])
-        self._asked = [m.example.asked for m in train]
+        self._asked = [m.example.prompt_key for m in train]
         self._draws: dict[int, list[Member]] = {}
         self._retrievers: dict[RetrieverName, Retriever] = {}
         self._orders: dict[tuple[RetrieverName, str], list[int]] = {}

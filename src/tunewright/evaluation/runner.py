@@ -14,7 +14,7 @@ from tunewright.core.progress import Reporter
 from tunewright.data.dedup.leakage import nearest_training
 from tunewright.data.dedup.output_leakage import new_templates
 from tunewright.data.versions import Member
-from tunewright.data.versions.author import current_author
+from tunewright.data.versions.version import current_author
 from tunewright.evaluation.access_log import LEDGER, Ledger
 from tunewright.evaluation.arm_runner import Answered, ArmRunner, measured_arm, measured_with, scored_arms
 from tunewright.evaluation.arms import TUNED, TUNED_CONSTRAINED, ZERO_SHOT, ArmPlan, plan_of, tuned_retrieved

@@ -336,7 +336,8 @@ class Schedule:
         chat = self._arm_runner.generator.chat
         rows = self._arm_runner.version.domain_of("train")[:_SAMPLED]
         lengths = [
-            answer_length(row.loss_mask) for row in chat.tokens([chat.layouts(m.example.messages)[-1] for m in rows])
+            answer_length(row.loss_mask)
+            for row in chat.tokens([chat.rendered_rows(m.example.messages)[-1] for m in rows])
         ]
         return min(fmean(lengths), self._arm_runner.limit)
 

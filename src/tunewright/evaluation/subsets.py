@@ -9,7 +9,7 @@ from itertools import accumulate, pairwise
 
 from tunewright.core.errors import UserError
 from tunewright.data.versions import DatasetVersion, Member, keys_digest, members_digest, short
-from tunewright.data.versions.making import count_families
+from tunewright.data.versions.version import count_families
 
 
 def subset_versions(version: DatasetVersion, shares: Sequence[float], seed: int) -> list[DatasetVersion]:

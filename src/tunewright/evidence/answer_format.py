@@ -90,7 +90,7 @@ def _json(outputs: Sequence[str]) -> tuple[str, Check] | None:
 
 
 def _label(outputs: Sequence[str]) -> tuple[str, Check] | None:
-    from tunewright.data.review.suspects import class_like
+    from tunewright.data.examples import class_like
 
     stripped = [text.strip() for text in outputs]
     if not class_like(stripped):

@@ -40,7 +40,7 @@ def measured_metrics(scorers: Sequence[Scorer], *, several: bool) -> dict[str, M
 
 def count_references(examples: Sequence[Example]) -> References | None:
     """Count the items' inputs and references; None where no input has several references."""
-    of_input = {e.asked: references for e, references in zip(examples, references_of(examples), strict=True)}
+    of_input = {e.prompt_key: references for e, references in zip(examples, references_of(examples), strict=True)}
     several = sum(len(references) > 1 for references in of_input.values())
     if not several:
         return None

@@ -134,7 +134,7 @@ class Scores:
 def references_of(examples: Sequence[Example], among: Sequence[Example] | None = None) -> list[tuple[str, ...]]:
     """Return each example's references: its own output, then the other outputs of the same input and system turn.
 
-    Inputs are the same as in ``Example.asked``; outputs that differ only in outer white space count once.
+    Inputs are the same as in ``Example.prompt_key``; outputs that differ only in outer white space count once.
 
     Args:
         examples: the rows.
@@ -150,7 +150,7 @@ def references_of(examples: Sequence[Example], among: Sequence[Example] | None =
 
 
 def _same_input(example: Example) -> tuple[str, tuple[str, ...]]:
-    return example.asked, tuple(m.content for m in example.prompt if m.role == "system")
+    return example.prompt_key, tuple(m.content for m in example.prompt if m.role == "system")
 
 
 def score_all(

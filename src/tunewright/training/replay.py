@@ -14,7 +14,7 @@ from tunewright.core.io import digest
 from tunewright.core.progress import Reporter
 from tunewright.data.dedup.decontaminate import read_items
 from tunewright.data.examples import Example
-from tunewright.data.mix_filter import unfit
+from tunewright.data.mix import exclusion_reasons
 from tunewright.data.versions import DatasetVersion, Member
 from tunewright.engines.choice import AnswerEngine, answer_engine
 from tunewright.engines.vllm.answers import VllmAnswers
@@ -153,7 +153,7 @@ def outsiders(
                 reasons[key] = f"longer than {limit:,} tokens"
         fit = {key: example for key, example in examples.items() if key not in reasons}
         if fit:
-            reasons |= unfit(fit, version.domain, project.config.data, benchmarks, reporter, "samples")
+            reasons |= exclusion_reasons(fit, version.domain, project.config.data, benchmarks, reporter, "samples")
         return reasons
 
     return screen

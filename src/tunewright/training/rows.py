@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from tunewright.chat.format import ChatFormat, Layout, Tokens
+from tunewright.chat.format import ChatFormat, RenderedRow, Tokens
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.data.examples import Message
@@ -46,13 +46,13 @@ class EncodedRows:
 
 def encode_members(chat: ChatFormat, members: Sequence[Member], max_length: int) -> EncodedRows:
     """Encode examples and check every row; those over ``max_length`` tokens are set apart whole, never cut."""
-    layouts: list[Layout] = []
+    layouts: list[RenderedRow] = []
     owners: list[Member] = []
     told: list[list[Message]] = []
     faults: list[str] = []
     for member in members:
         try:
-            laid_out = chat.layouts(member.example.messages)
+            laid_out = chat.rendered_rows(member.example.messages)
         except UserError as error:
             faults.append(f"{name_of(member)}: {error.what}")
             continue

@@ -1,10 +1,10 @@
-"""Examples too alike to be independent: which to drop as duplicates, and which to keep on one side of the split."""
+"""Similar examples: duplicates to drop, and clusters to keep in one split."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 from tunewright.core.progress import Reporter
 from tunewright.data.dedup.similarity import link, nearest_kept, shingle_matrix, similarities
 from tunewright.data.examples import Example, normalised
+from tunewright.data.versions import DatasetVersion, Member
 
 
 @dataclass(frozen=True)
@@ -24,21 +25,21 @@ class Repeat:
 
 
 def comparison_texts(examples: Sequence[Example]) -> list[str]:
-    """What is compared of each example: its input, normalised, without the words that all inputs begin or end with.
+    """Return the text to compare for each example: its normalised input without the words common to all inputs.
 
-    Normalised is NFC, casefolded, white space collapsed. An instruction written into every input says nothing about
-    which inputs are alike; left in, it would make all of them alike.
+    Texts are in NFC, casefolded, with white space collapsed. The common words at the beginning and the end, such as an
+    instruction in every input, would make all inputs similar.
     """
     return distinctive([e.input_text for e in examples])
 
 
 def distinctive(texts: Sequence[str]) -> list[str]:
-    """Each text, normalised, without the words that all of them begin or end with; see :func:`comparison_texts`."""
+    """Return each text normalised, without the words that all begin or end with; see :func:`comparison_texts`."""
     texts = [normalised(text) for text in texts]
     different = set(texts)
     if len(different) < 2:
         return texts
-    # Cut at the edge of a word: half a word belongs to what differs.
+    # Cut at a word boundary: a word that is only partly common belongs to the difference.
     head = len(re.sub(r"\w+$", "", _common_head(different)))
     backwards = [text[head:][::-1] for text in different]
     tail = len(re.sub(r"\w+$", "", _common_head(backwards)))
@@ -46,25 +47,25 @@ def distinctive(texts: Sequence[str]) -> list[str]:
 
 
 def _common_head(texts: Collection[str]) -> str:
-    """Return the longest beginning that all texts share: that of the first and the last in sorted order."""
+    """Return the longest common beginning: that of the first and the last text in sorted order."""
     low, high = min(texts), max(texts)
     same = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))
     return low[:same]
 
 
 def find_duplicates(examples: Sequence[Example], kept: int, threshold: float, reporter: Reporter) -> dict[int, Repeat]:
-    """Rows that repeat an earlier one: near-equal input, the same output and the same system turn.
+    """Return the rows that repeat an earlier one: near-equal input, same output and same system turn.
 
-    Rows are taken in their order and compared with those kept so far, so that a chain of small differences is not
-    eaten up from end to end. Near-equal input with another output is no duplicate: that difference may be the task.
+    Rows are compared in order with those kept so far, so that a chain of small differences is not dropped as a whole.
+    A near-equal input with another output is not a duplicate, since the difference may be the task.
 
     Args:
-        examples: all rows, the most deserving first.
-        kept: the first ``kept`` rows stay, whatever they resemble.
+        examples: all rows, in order of preference.
+        kept: number of first rows that are always kept.
         threshold: Jaccard similarity of the inputs' character 4-grams, in (0, 1].
 
     Returns:
-        For each dropped row its most similar kept row.
+        The most similar kept row of each dropped row.
     """
     numbers: dict[tuple[tuple[str, ...], str], int] = {}
     answers = np.array([numbers.setdefault(_answer(e), len(numbers)) for e in examples], dtype=np.int64)
@@ -79,14 +80,14 @@ def find_duplicates(examples: Sequence[Example], kept: int, threshold: float, re
 
 
 def _answer(example: Example) -> tuple[tuple[str, ...], str]:
-    """Return what has to be equal in duplicates besides the input: "yes" to another instruction is another answer."""
+    """Return the parts of an example that are equal in duplicates: system turns and output."""
     return tuple(m.content for m in example.prompt if m.role == "system"), example.output.strip()
 
 
 def find_clusters(examples: Sequence[Example], threshold: float, reporter: Reporter) -> list[str]:
-    """For each row the name of its cluster: rows linked by any chain of near-equal inputs share one.
+    """Return the cluster name of each row: rows linked by a chain of near-equal inputs share one.
 
-    A cluster's name is the smallest pair key in it, so names depend on the set of rows and not on their order.
+    A cluster's name is its smallest pair key, so that names do not depend on the order of rows.
 
     Args:
         examples: all rows, each pair key once.
@@ -100,14 +101,14 @@ def find_clusters(examples: Sequence[Example], threshold: float, reporter: Repor
 
 
 @dataclass(frozen=True)
-class Family:
-    """A cluster of several rows, and two of them that have little in common: how far its chains reach.
+class ClusterSpan:
+    """A cluster of several rows, with two dissimilar rows that show how far its chains reach.
 
     Attributes:
         name: the cluster's name.
-        rows: how many it has.
-        ends: numbers of two rows far apart.
-        similarity: Jaccard similarity of the two; below the threshold only where a chain links them.
+        rows: number of its rows.
+        ends: indices of two dissimilar rows.
+        similarity: Jaccard similarity of the two; below the threshold if only a chain links them.
     """
 
     name: str
@@ -116,16 +117,16 @@ class Family:
     similarity: float
 
 
-def largest_clusters(examples: Sequence[Example], clusters: Sequence[str], count: int) -> list[Family]:
-    """Return the largest clusters of more than one row, the largest first, each with two of its least similar rows.
+def largest_clusters(examples: Sequence[Example], clusters: Sequence[str], count: int) -> list[ClusterSpan]:
+    """Return the largest clusters of more than one row, largest first, each with two dissimilar rows.
 
-    The two are found in two sweeps, as the ends of a tree's longest path are: the row least like the first, then the
-    row least like that one. There may be two that are still less alike.
+    The two rows are found in two sweeps, like the ends of a tree's longest path: the row least similar to the first,
+    then the row least similar to that one. This is a heuristic; a less similar pair may exist.
 
     Args:
         examples: all rows.
         clusters: each row's cluster, as from ``find_clusters`` or joined further.
-        count: how many at most.
+        count: maximum number of clusters.
     """
     sizes = Counter(clusters)
     names = [name for name in sorted(sizes, key=lambda n: (-sizes[n], n))[:count] if sizes[name] > 1]
@@ -137,13 +138,50 @@ def largest_clusters(examples: Sequence[Example], clusters: Sequence[str], count
         one, _ = _least_like(matrix, 0)
         other, similarity = _least_like(matrix, one)
         ends = sorted((rows[one], rows[other]))
-        families.append(Family(name, len(rows), (ends[0], ends[1]), similarity))
+        families.append(ClusterSpan(name, len(rows), (ends[0], ends[1]), similarity))
     return families
 
 
 def _least_like(matrix: Any, row: int) -> tuple[int, float]:
-    """Return the other row of a shingle matrix that is least similar to this one, and how similar it is."""
+    """Return the row of a shingle matrix that is least similar to this one, and the similarity."""
     similarity = similarities(matrix[[row]], matrix).toarray()[0]
     similarity[row] = np.inf
     least = int(np.argmin(similarity))
     return least, float(similarity[least])
+
+
+def exact_repeats(examples: Sequence[Example], kept: int) -> dict[int, Repeat]:
+    """Return the rows with the same prompt as an earlier one, and its output and system turn.
+
+    Prompts are compared after NFC, case folding and collapsing of white space; outputs without surrounding white space;
+    system turns exactly.
+
+    Args:
+        examples: all rows, in order of preference.
+        kept: number of first rows that are always kept.
+    """
+    first: dict[tuple[str, tuple[str, ...], str], int] = {}
+    repeats: dict[int, Repeat] = {}
+    for row, example in enumerate(examples):
+        system = tuple(m.content for m in example.prompt if m.role == "system")
+        earlier = first.setdefault((example.prompt_key, system, example.output.strip()), row)
+        if earlier != row and row >= kept:
+            repeats[row] = Repeat(earlier, 1.0)
+    return repeats
+
+
+def near_repeats(examples: Sequence[Example], similarity: float, reporter: Reporter) -> dict[int, Repeat]:
+    """Return the rows that ``data.duplicates: drop`` would leave out, each with the one it repeats."""
+    return find_duplicates(examples, 0, similarity, reporter)
+
+
+def count_near_repeats(members: Iterable[Member], similarity: float, reporter: Reporter) -> int:
+    """Count the domain rows that nearly repeat another one."""
+    return len(near_repeats([m.example for m in members if not m.mixed], similarity, reporter))
+
+
+def cluster_counts(version: DatasetVersion, member: Member) -> tuple[int, int]:
+    """Count the rows of the member's cluster, and those of them with its output, including the member."""
+    cluster = [m for m in version.members if m.cluster == member.cluster]
+    output = member.example.output.strip()
+    return len(cluster), sum(m.example.output.strip() == output for m in cluster)

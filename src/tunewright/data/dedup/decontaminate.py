@@ -1,16 +1,16 @@
-"""Rows that hold an item of a test or of a general-capability suite, word for word or nearly so.
+"""Rows that contain an item of a test split or of a benchmark, word for word or nearly so.
 
-After GPT-3 (Brown et al. 2020, arXiv 2005.14165, appendix C): texts are compared as words in lower case without
-punctuation, a shared run of 13 words is a hit, and runs that many items have are boilerplate and count for nothing.
-Most rows of a domain are shorter than 13 words, so a text with fewer is looked for as a whole; and one with fewer than
-5 words, which may stand anywhere by chance, counts only where it is the whole row.
+The method follows GPT-3 (Brown et al. 2020, arXiv 2005.14165, appendix C). Texts are compared as words in lower case
+without punctuation; a shared run of 13 words is a hit, and runs of many items are ignored as boilerplate. Most domain
+rows are shorter, so a text with fewer than 13 words is searched for as a whole. A text with fewer than 5 words, which
+may occur by chance, counts only if it is the whole row.
 
-An assistant turn counts only where it holds an item, since a text that quotes a benchmark teaches it. It does not count
+An assistant turn counts if it contains an item, since a text that quotes a benchmark teaches it. It does not count
 
-- with fewer than 5 words, or as a label: ``cancel`` as an output says nothing of the test input ``cancel``;
-- as a piece of an item: an answer that quotes its own input (a name, a clause) may well stand in another input too.
+- with fewer than 5 words, or as a label: the output ``cancel`` does not reveal the test input ``cancel``;
+- as a part of an item: an answer that quotes its input (a name, a clause) may occur in another input too.
 
-Outputs are compared with outputs in ``output_leak``.
+``output_leakage`` compares outputs with outputs.
 """
 
 from __future__ import annotations
@@ -25,71 +25,71 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, Literal
 
+from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
-from tunewright.data.examples import Example
-from tunewright.data.outputs import labels_among
-from tunewright.data.versions import Member, short
+from tunewright.data.examples import Example, labels_among
+from tunewright.data.versions import DatasetVersion, Member, short
 
 RUN = 13  # words
 FEWEST = 5  # words
 CONTAINED = 0.8  # of an item's runs
-BOILERPLATE = 10  # items: a run that more of one source have is a phrase of the suite
+BOILERPLATE = 10  # items: a run of more items of a source is a phrase of the suite
 FIELDS = ("question", "query", "prompt", "instruction", "input", "text")
 
-How = Literal["equal", "contained", "overlap"]
+MatchKind = Literal["equal", "contained", "overlap"]
 Words = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Hit:
-    """A row that holds an item of a source.
+    """A row that contains an item of a source.
 
     Attributes:
         row: the row's key.
         source: the name of the source.
-        item: the item's number in it, from 0.
-        how: equal (one of the row's turns is the item), contained (the row holds at least 80% of the item's runs of
-            words, or its input is itself a piece of the item), overlap (it holds some of them).
-        score: for equal and contained the share of the runs that is shared; for overlap the longest shared run of
-            words, as a share of the item's words.
+        item: the item's index in it.
+        how: equal (one of the row's turns is the item), contained (the row has at least 80% of the item's runs of
+            words, or its input is a part of the item), overlap (the row has some of the runs).
+        score: for equal and contained the share of the runs; for overlap the longest shared run of words, as a share
+            of the item's words.
     """
 
     row: str
     source: str
     item: int
-    how: How
+    how: MatchKind
     score: float
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the hit as ``--json`` prints it."""
+        """Return the JSON document that ``--json`` prints."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class _Source:
-    """A source's items, without the words that all of them begin with, ready to be looked for."""
+    """Index of a source's items, without their common first words."""
 
     name: str
     items: list[Words]
     equal: dict[Words, list[int]]
-    runs: dict[int, dict[Words, list[int]]]  # length of a run to runs to the items that have them, no boilerplate
-    counted: Counter[int]  # how many of these runs an item has
+    runs: dict[int, dict[Words, list[int]]]  # length to run to the items with it, without boilerplate
+    counted: Counter[int]  # number of these runs by item
 
 
-def contaminated(
+def find_hits(
     rows: Mapping[str, Example],
     against: Mapping[str, Sequence[str]],
     reporter: Reporter,
     labels: Collection[str] = frozenset(),
 ) -> list[Hit]:
-    """The rows that hold an item of any source, each with its best hit per item, in order of row, source and item.
+    """Return the best hit of each row and item, sorted by row, source and item.
 
     Args:
-        rows: training rows (or a generic mix-in) by key; user turns count, and assistant turns that are not short.
-        against: the name of each source, such as "test split" or a file's, to the texts of its items.
+        rows: training rows (or a generic mix-in) by key; user turns and longer assistant turns are searched.
+        against: name of each source, such as "test split" or a file's, to the texts of its items.
         reporter: shows the progress.
-        labels: outputs that are labels (``labels_among``): as assistant turns they do not count.
+        labels: outputs that are labels (``labels_among``), which are ignored as assistant turns.
     """
     sources = [_source(name, texts) for name, texts in against.items()]
     hits: dict[tuple[str, str, int], Hit] = {}
@@ -117,20 +117,20 @@ TEST = "the test split"
 
 
 def training_hits(members: Sequence[Member], benchmarks: Mapping[str, Sequence[str]], reporter: Reporter) -> list[Hit]:
-    """Return the training rows that hold a test input or a benchmark item.
+    """Return the hits of training rows on test inputs and benchmark items.
 
     Args:
-        members: all rows of a version, or of one to be; an item's number in ``TEST`` counts its test rows, in order.
-        benchmarks: the name of each file to the texts of its items.
+        members: all rows of a version or of a draft; an item's index in ``TEST`` counts the test rows, in order.
+        benchmarks: name of each file to the texts of its items.
         reporter: shows the progress.
     """
     training = {m.key: m.example for m in members if m.split == "train"}
     against = {TEST: [m.example.input_text for m in _tests(members)], **benchmarks}
-    return contaminated(training, against, reporter, labels_among([m.example.output for m in members]))
+    return find_hits(training, against, reporter, labels_among([m.example.output for m in members]))
 
 
 def item_names(hits: Sequence[Hit], members: Sequence[Member]) -> list[str]:
-    """Return what people are told of each hit's item: the test row's key, or the file and the item's number, from 1."""
+    """Return a name for each hit's item: the test row's key, or the file and the item's number, from 1."""
     tests = _tests(members)
     return [
         f"test row {short(tests[hit.item].key)}" if hit.source == TEST else f"item {hit.item + 1} of {hit.source}"
@@ -147,17 +147,17 @@ def read_items(path: Path, field: str | None = None) -> list[str]:
 
     Args:
         path: the file.
-        field: the field; None: the first of question, query, prompt, instruction, input and text that an object has,
-            else the last user turn of its ``messages``.
+        field: the field; None: the first of question, query, prompt, instruction, input and text in an object, else
+            the last user turn of its ``messages``.
 
     Raises:
-        UserError: cannot be read, or a line without such a text (naming file and line).
+        UserError: the file cannot be read, or a line has no such text (names file and line).
     """
     try:
-        # Not splitlines: it also cuts at the line and page separators that texts may hold.
+        # Not splitlines, which also splits at line and page separators inside texts.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", where=str(path), fix="Name a JSONL file.") from None
+        raise UserError(f"cannot read the file: {error.strerror}", where=str(path), fix="Name a JSONL file.") from None
     except UnicodeDecodeError as error:
         raise UserError(f"not UTF-8: {error.reason}", where=str(path), fix="Name a JSONL file in UTF-8.") from None
     return [_item(line, field, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line.strip()]
@@ -167,7 +167,7 @@ def _item(line: str, field: str | None, where: str) -> str:
     try:
         value = json.loads(line)
     except ValueError as error:
-        raise UserError(f"not JSON: {error}", where=where, fix="Put one JSON value on each line.") from None
+        raise UserError(f"not JSON: {error}", where=where, fix="Write one JSON value per line.") from None
     if isinstance(value, dict):
         named = next((value[name] for name in ([field] if field else FIELDS) if name in value), None)
         value = _last_user_turn(value.get("messages")) if named is None and field is None else named
@@ -176,14 +176,14 @@ def _item(line: str, field: str | None, where: str) -> str:
         raise UserError(
             f"no text in {looked_for}",
             where=where,
-            fix='Write each item as a JSON string, as an object such as {"question": "..."}, or as a chat with '
-            "messages, whose last user turn is the item.",
+            fix='Write each item as a JSON string, as an object such as {"question": "..."}, or as a chat whose last '
+            "user turn is the item.",
         )
     return value
 
 
 def _last_user_turn(messages: object) -> object:
-    """Return what the user said last in a chat export: a text, or its text parts joined; None where nothing is."""
+    """Return the last user turn of a chat export, with text parts joined; None if there is none."""
     turns = [turn for turn in messages if isinstance(turn, dict)] if isinstance(messages, list) else []
     content = next((turn.get("content") for turn in reversed(turns) if turn.get("role") == "user"), None)
     if not isinstance(content, list):
@@ -203,7 +203,7 @@ def _runs(words: Words, length: int) -> Iterator[Words]:
 
 def _source(name: str, texts: Sequence[str]) -> _Source:
     whole = [words_of(text) for text in texts]
-    # "Question:" before every item, or an instruction: a copy may well come without it.
+    # A copy may lack a common beginning such as "Question:" or an instruction.
     head = _common_head(set(whole))
     items = [words[head:] for words in whole]
     equal: dict[Words, list[int]] = defaultdict(list)
@@ -222,15 +222,15 @@ def _source(name: str, texts: Sequence[str]) -> _Source:
 
 
 def _common_head(texts: Collection[Words]) -> int:
-    """How many words all texts begin with: as many as the first and the last in sorted order; 0 for a single text."""
+    """Return the number of words that all texts begin with (those of the first and last, sorted); 0 for one text."""
     if len(texts) < 2:
         return 0
     low, high = min(texts), max(texts)
     return next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))
 
 
-def _found(turns: Sequence[Words], source: _Source) -> Iterator[tuple[int, How, float]]:
-    """The items that these turns hold, each once."""
+def _found(turns: Sequence[Words], source: _Source) -> Iterator[tuple[int, MatchKind, float]]:
+    """Yield the items that these turns contain, each once."""
     equal = {number for turn in turns for number in source.equal.get(turn, ())}
     yield from ((number, "equal", 1.0) for number in equal)
     shared: Counter[int] = Counter()
@@ -253,7 +253,7 @@ def _longest(a: Words, b: Words) -> int:
 
 
 def _holding(source: _Source, pieces: Mapping[Words, Sequence[str]]) -> Iterator[tuple[int, str]]:
-    """The items that hold a short turn as a whole, with the keys of its rows, unless many items do."""
+    """Yield the items that contain a whole short turn, with the keys of its rows, unless many items do."""
     lengths = sorted({len(piece) for piece in pieces})
     holders: dict[Words, set[int]] = defaultdict(set)
     for number, words in enumerate(source.items):
@@ -264,3 +264,65 @@ def _holding(source: _Source, pieces: Mapping[Words, Sequence[str]]) -> Iterator
     for piece, numbers in holders.items():
         if len(numbers) <= BOILERPLATE:
             yield from ((number, row) for number in numbers for row in pieces[piece])
+
+
+@dataclass(frozen=True)
+class ContaminatedRow:
+    """A training row that contains an item; ``item`` is the item's name, ``mixed`` marks the mix-in."""
+
+    row: str
+    item: str
+    source: str
+    how: MatchKind
+    score: float
+    mixed: bool
+
+
+@dataclass(frozen=True)
+class Contamination:
+    """Result of a search: number of items by source, and the hits, most certain first."""
+
+    looked_for: dict[str, int]
+    found: tuple[ContaminatedRow, ...]
+
+    def rows(self, source: str) -> Counter[MatchKind]:
+        """Count the training rows with an item of a source, by their most certain kind of match."""
+        best: dict[str, MatchKind] = {}
+        for held in self.found:
+            if held.source == source:
+                best.setdefault(held.row, held.how)
+        return Counter(best.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the JSON document that ``--json`` prints."""
+        return asdict(self)
+
+
+_SUREST: tuple[MatchKind, ...] = ("equal", "contained", "overlap")
+
+
+def contamination(
+    project: ProjectFolder, version: DatasetVersion, files: Sequence[Path], reporter: Reporter
+) -> Contamination:
+    """Search all training rows, including the mix-in, for test inputs and benchmark items.
+
+    Args:
+        project: its config names benchmarks, relative to its folder.
+        files: further files of items for ``read_items``.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    benchmarks = {name: read_items(project.root / name) for name in project.config.data.benchmarks}
+    benchmarks |= {str(path): read_items(path) for path in files}
+    mixed = {m.key for m in version.members if m.mixed}
+    hits = sorted(training_hits(version.members, benchmarks, reporter), key=_rank)
+    found = tuple(
+        ContaminatedRow(hit.row, item, hit.source, hit.how, round(hit.score, 4), hit.row in mixed)
+        for hit, item in zip(hits, item_names(hits, version.members), strict=True)
+    )
+    return Contamination({TEST: len(version.examples("test")), **{n: len(i) for n, i in benchmarks.items()}}, found)
+
+
+def _rank(hit: Hit) -> tuple[int, float, str]:
+    return _SUREST.index(hit.how), -hit.score, hit.row

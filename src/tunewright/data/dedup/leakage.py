@@ -1,4 +1,4 @@
-"""How near the held-out rows are to the training rows, what a random split would have leaked, scores by distance."""
+"""Similarity of held-out to training rows, the expected leakage of a random split, and scores by distance."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter, Task
 from tunewright.data.dedup import comparison_texts
-from tunewright.data.dedup.output_leakage import OutputLeak, near_overlap, output_leak
+from tunewright.data.dedup.output_leakage import OutputLeakage, measure_output_leakage, near_overlap
 from tunewright.data.dedup.similarity import shingle_matrix, verified
 from tunewright.data.dedup.sketches import Indices, Sketches
 from tunewright.data.splits import Split
@@ -22,19 +22,19 @@ from tunewright.data.versions import DatasetVersion, Member
 THRESHOLDS = (0.7, 0.8, 0.9)
 BANDS = ((0.0, 0.2), (0.2, 0.4), (0.4, 0.6), (0.6, 0.8), (0.8, 1.0))
 MOST_HELD_OUT = 5_000
-_MOST_COUNTED = 20_000  # rows whose near-equal ones are all counted; of more, a sample's
-_FIRST_OTHERS = 64  # rows compared first: where most are near-equal, they are enough
-_SURE = 1e-4  # a row is counted as leaked for sure where a random split misses it less often
-_BLOCK = 128  # held-out rows compared at once with all training rows, at most
-_CELLS = 16_000_000  # similarities held at once: bounds the memory, not the result
+_MOST_COUNTED = 20_000  # rows whose near-equal rows are all counted; with more rows, a sample is used
+_FIRST_OTHERS = 64  # rows compared first, which are enough if most rows are near-equal
+_SURE = 1e-4  # a row counts as leaked for sure if a random split misses it less often
+_BLOCK = 128  # maximum number of held-out rows compared at once with all training rows
+_CELLS = 16_000_000  # similarities held at once; bounds the memory, not the result
 _ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
-class Nearest:
-    """A held-out row, its most similar training row (Jaccard of character 4-grams), and that similarity.
+class NearestTrainingRow:
+    """A held-out row, its most similar training row (Jaccard of character 4-grams), and the similarity.
 
-    ``of`` is None where no training row has a 4-gram in common.
+    ``of`` is None if no training row has a 4-gram in common.
     """
 
     key: str
@@ -44,8 +44,8 @@ class Nearest:
 
 
 @dataclass(frozen=True)
-class Leak:
-    """The share of test rows with a training row at or above a similarity: in this split, and in a random one."""
+class LeakageRate:
+    """Share of test rows with a training row at or above a similarity, in this split and in a random one."""
 
     threshold: float
     here: float
@@ -53,25 +53,25 @@ class Leak:
 
 
 @dataclass(frozen=True)
-class LeakReport:
-    """How near a version's held-out rows are to its training rows.
+class LeakageReport:
+    """Similarity of a version's held-out rows to its training rows.
 
     Attributes:
         version: the version's digest.
-        held_out: how many rows dev and test have; ``nearest`` has as many, or a random sample of them.
+        held_out: number of rows in dev and test; ``nearest`` has all of them, or a random sample.
         nearest: the measured rows, sorted by key.
-        leaks: at 0.7, 0.8 and 0.9; the random splits have the sizes of this one, and their shares are the mean of all.
-        outputs: how many test rows have an output, or its template, that training rows have too.
+        leaks: at 0.7, 0.8 and 0.9; the share of random splits is the mean over all splits of the same sizes.
+        outputs: test rows with an output, or its template, that training rows have too.
     """
 
     version: str
     held_out: int
-    nearest: tuple[Nearest, ...]
-    leaks: tuple[Leak, ...]
-    outputs: OutputLeak
+    nearest: tuple[NearestTrainingRow, ...]
+    leaks: tuple[LeakageRate, ...]
+    outputs: OutputLeakage
 
     def histogram(self, split: Split) -> list[int]:
-        """Counts of a split's measured rows with nearest similarity in [0, 0.1), [0.1, 0.2) … [0.9, 1]."""
+        """Count a split's measured rows with nearest similarity in [0, 0.1), [0.1, 0.2) … [0.9, 1]."""
         counts = [0] * 10
         for row in self.nearest:
             if row.split == split:
@@ -79,13 +79,13 @@ class LeakReport:
         return counts
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the report as ``--json`` prints it."""
+        """Return the JSON document that ``--json`` prints."""
         histogram = {split: self.histogram(split) for split in ("dev", "test")}
         return {**asdict(self), "outputs": self.outputs.as_dict(), "histogram": histogram}
 
 
-class Answered(Protocol):
-    """An evaluated test item: ``evaluation.evidence.Item`` is one."""
+class EvaluatedItem(Protocol):
+    """An evaluated test item, such as ``evidence.schema.Item``."""
 
     @property
     def key(self) -> str: ...
@@ -97,9 +97,9 @@ class Answered(Protocol):
 
 @dataclass(frozen=True)
 class BandScore:
-    """An arm's exact match on the items whose nearest training row has a similarity in [low, high).
+    """Exact match of an arm on the items whose nearest training row has a similarity in [low, high).
 
-    The last band has 1 in it. ``interval`` is Wilson's, at 95%, and takes items for independent.
+    The last band includes 1. ``interval`` is Wilson's 95% interval, which assumes independent items.
     """
 
     arm: str
@@ -110,15 +110,15 @@ class BandScore:
     interval: tuple[float, float]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the score as ``--json`` prints it."""
+        """Return the JSON document that ``--json`` prints."""
         return {**asdict(self), "exact_match": self.exact / self.items}
 
 
 @dataclass(frozen=True)
 class TemplateScore:
-    """An arm's exact match on the items whose output template training rows have (seen), or on the others (new).
+    """Exact match of an arm on the items whose output template training rows have (seen), or on the others (new).
 
-    ``interval`` is Wilson's, at 95%, and takes items for independent.
+    ``interval`` is Wilson's 95% interval, which assumes independent items.
     """
 
     arm: str
@@ -128,18 +128,18 @@ class TemplateScore:
     interval: tuple[float, float]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the score as ``--json`` prints it."""
+        """Return the JSON document that ``--json`` prints."""
         return {**asdict(self), "exact_match": self.exact / self.items}
 
 
-def leak(version: DatasetVersion, seed: int, reporter: Reporter, most: int = MOST_HELD_OUT) -> LeakReport:
-    """Measure every held-out row of a version against its training rows.
+def measure_leakage(version: DatasetVersion, seed: int, reporter: Reporter, most: int = MOST_HELD_OUT) -> LeakageReport:
+    """Measure the similarity of each held-out row of a version to its training rows.
 
     Args:
         version: with rows in train and test.
-        seed: decides the random splits, and the sample where there is one.
-        reporter: is warned if only a sample is measured.
-        most: held-out rows measured at most: each is compared with all training rows.
+        seed: decides the random splits, and the sample if there is one.
+        reporter: receives a warning if only a sample is measured.
+        most: maximum number of held-out rows, each of which is compared with all training rows.
     """
     members = version.members
     texts = comparison_texts([m.example for m in members])
@@ -148,19 +148,19 @@ def leak(version: DatasetVersion, seed: int, reporter: Reporter, most: int = MOS
     measured = held_out
     if len(held_out) > most:
         measured = np.sort(np.random.default_rng(seed).choice(held_out, most, replace=False))
-        reporter.warn(f"{most:,} of {len(held_out):,} held-out rows are compared with the training rows: a sample.")
+        reporter.warn(f"A sample of {most:,} of {len(held_out):,} held-out rows is compared with the training rows.")
     nearest = _nearest(members, texts, measured, train, reporter)
     of_test = [row.similarity for row in nearest if row.split == "test"]
     tests = sum(m.split == "test" for m in members)
     chances = _random_leaks(texts, tests, len(train), seed, reporter)
     leaks = tuple(
-        Leak(threshold, float(np.mean([s >= threshold for s in of_test])) if of_test else 0.0, chance)
+        LeakageRate(threshold, float(np.mean([s >= threshold for s in of_test])) if of_test else 0.0, chance)
         for threshold, chance in zip(THRESHOLDS, chances, strict=True)
     )
-    outputs = output_leak(members)
+    outputs = measure_output_leakage(members)
     near = near_overlap(members, version.manifest.settings.dedup_threshold, seed, reporter)
     outputs = replace(outputs, overlaps=(*outputs.overlaps, near))
-    return LeakReport(version.digest, len(held_out), tuple(nearest), leaks, outputs)
+    return LeakageReport(version.digest, len(held_out), tuple(nearest), leaks, outputs)
 
 
 def nearest_training(version: DatasetVersion, reporter: Reporter, split: Split = "test") -> dict[str, float]:
@@ -174,7 +174,7 @@ def nearest_training(version: DatasetVersion, reporter: Reporter, split: Split =
 
 def _nearest(
     members: Sequence[Member], texts: Sequence[str], held_out: Indices, train: Indices, reporter: Reporter
-) -> list[Nearest]:
+) -> list[NearestTrainingRow]:
     matrix = shingle_matrix(texts).astype(np.float32)
     sizes = np.diff(matrix.indptr)
     training = matrix[train]
@@ -184,24 +184,24 @@ def _nearest(
         for start in range(0, len(held_out), step):
             rows = held_out[start : start + step]
             block = matrix[rows]
-            # Dense on one side: where inputs are made from templates, nearly every two rows share a shingle. The
-            # others' shingles that no row of the block has are left out first.
+            # One side is dense: with inputs from templates, nearly all pairs share a shingle. Shingles that no row of
+            # the block has are dropped first.
             columns = np.unique(block.indices)
             shared = training[:, columns] @ block[:, columns].toarray().T  # [train, rows]
             similarity_of = shared / (sizes[train, None] + sizes[rows] - shared.astype(np.float64))
             best, nearest = similarity_of.max(axis=0), similarity_of.argmax(axis=0)
             for row, similarity, place in zip(rows.tolist(), best.tolist(), nearest.tolist(), strict=True):
                 of = members[int(train[place])].key if similarity else None
-                found.append(Nearest(members[row].key, members[row].split, of, similarity))
+                found.append(NearestTrainingRow(members[row].key, members[row].split, of, similarity))
             task.advance(len(rows))
     return found
 
 
 def _random_leaks(texts: Sequence[str], tests: int, training: int, seed: int, reporter: Reporter) -> list[float]:
-    """For each threshold the mean share of a random test that has a near-equal input in the random training rows.
+    """Return the expected share of test rows with a near-equal training row in a random split, for each threshold.
 
-    The mean over all random splits is known without drawing any: a row with k near-equal ones has none of them among
-    the training rows with a hypergeometric chance. So k is counted, and only as far as it matters.
+    The mean over all random splits is computed without drawing any: for a row with k near-equal rows, the number of
+    them in training is hypergeometric. So k is counted, up to the point where the probability of none is negligible.
     """
     from scipy.stats import hypergeom
 
@@ -212,11 +212,11 @@ def _random_leaks(texts: Sequence[str], tests: int, training: int, seed: int, re
     asked, others = np.arange(count), rng.permutation(count)
     if count > _MOST_COUNTED:
         asked = np.sort(rng.choice(count, MOST_HELD_OUT, replace=False))
-        reporter.say(f"What a random split leaks is estimated from {len(asked):,} of {count:,} rows.")
+        reporter.say(f"The leakage of a random split is estimated from {len(asked):,} of {count:,} rows.")
     missed = 1 - training / max(count - 1, 1)
     enough = max(math.ceil(math.log(_SURE) / math.log(missed)), 1) if missed > 0 else 1
     shares = []
-    with reporter.task("looking for what a random split leaks", len(THRESHOLDS) * count, "comparisons") as task:
+    with reporter.task("estimating the leakage of a random split", len(THRESHOLDS) * count, "comparisons") as task:
         for threshold in THRESHOLDS:
             near = _near_counts(rows, asked, others, threshold, enough, task)
             shares.append(float(np.mean(hypergeom.sf(0, count - 1, near[asked], training))))
@@ -224,7 +224,7 @@ def _random_leaks(texts: Sequence[str], tests: int, training: int, seed: int, re
 
 
 def _near_counts(rows: Any, asked: Indices, others: Indices, threshold: float, enough: int, task: Task) -> Indices:
-    """How many of the other rows are near each of the asked ones, [rows]; no longer counted from ``enough`` on."""
+    """Count the other rows near each of the ``asked`` ones, [rows]; counting stops at ``enough``."""
     sizes = np.diff(rows.indptr).astype(np.int64)
     sketches = Sketches(rows, sizes, threshold, int(np.quantile(sizes, 0.9)))
     near: Indices = np.zeros(len(sizes), dtype=np.int64)
@@ -240,10 +240,10 @@ def _near_counts(rows: Any, asked: Indices, others: Indices, threshold: float, e
     return near
 
 
-def score_by_distance(items: Iterable[Answered], report: LeakReport) -> list[BandScore]:
-    """Each arm's exact match (outer white space and Unicode form apart) by how near the items are to the training rows.
+def score_by_distance(items: Iterable[EvaluatedItem], report: LeakageReport) -> list[BandScore]:
+    """Return each arm's exact match (ignoring outer white space and Unicode form) by distance from the training rows.
 
-    A score that falls with the distance was earned by likeness; the bands without items are left out.
+    A score that falls with the distance comes from similarity to training rows. Bands without items are left out.
 
     Raises:
         UserError: an item is not among the report's rows.
@@ -255,13 +255,13 @@ def score_by_distance(items: Iterable[Answered], report: LeakReport) -> list[Ban
     ]
 
 
-def score_by_template(items: Iterable[Answered], new: Mapping[str, bool], version: str) -> list[TemplateScore]:
-    """Return each arm's exact match on the items whose output template training rows have, and on the others.
+def score_by_template(items: Iterable[EvaluatedItem], new: Mapping[str, bool], version: str) -> list[TemplateScore]:
+    """Return each arm's exact match on items with an output template of training rows, and on the others.
 
     Args:
         items: the items of an evaluation.
         new: whether no training row has the template, by pair key (``new_templates``).
-        version: the digest of the version that ``new`` is of.
+        version: the digest of the version of ``new``.
 
     Raises:
         UserError: an item is not among the rows of ``new``.
@@ -272,14 +272,14 @@ def score_by_template(items: Iterable[Answered], new: Mapping[str, bool], versio
     ]
 
 
-def _exact(items: Iterable[Answered], place: Mapping[str, int], version: str) -> list[tuple[str, int, int, int]]:
-    """For each arm and place, in their order: how many items there are, and how many have an exact answer."""
+def _exact(items: Iterable[EvaluatedItem], place: Mapping[str, int], version: str) -> list[tuple[str, int, int, int]]:
+    """Return arm, place, number of items and number of exact answers, sorted."""
     counts: dict[tuple[str, int], list[int]] = {}
     for item in items:
         if item.key not in place:
             raise UserError(
                 f"the evaluated item {item.key[:12]} is not among the measured rows of version {version[:12]}",
-                fix="Measure the leak of the version that was evaluated, all of its held-out rows.",
+                fix="Measure the leakage of all held-out rows of the version that was evaluated.",
             )
         for arm, answer in item.answers.items():
             count = counts.setdefault((arm, place[item.key]), [0, 0])
@@ -289,12 +289,12 @@ def _exact(items: Iterable[Answered], place: Mapping[str, int], version: str) ->
 
 
 def band_of(similarity: float) -> int:
-    """Return the number of the band, from 0, that a similarity lies in."""
+    """Return the index of a similarity's band."""
     return min(int(similarity * len(BANDS) + _ROUNDING), len(BANDS) - 1)
 
 
 def _spelling(text: str) -> str:
-    """Return what exact match compares, as in ``tunewright.metrics``."""
+    """Return the text that exact match compares, as in ``tunewright.metrics``."""
     return unicodedata.normalize("NFC", text).strip()
 
 

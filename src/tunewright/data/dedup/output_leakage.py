@@ -1,7 +1,7 @@
-"""Test rows whose output, or its template, is in training: how many here, and how many in a random split.
+"""Test rows whose output, or its template, is in training: their share here, and in a random split.
 
-A split by input keeps no output apart. Where outputs are made from templates (queries, code, forms), a model can score
-by choosing a template that it has seen.
+A split by input does not separate outputs. If outputs follow templates (queries, code, forms), a model can score by
+choosing a template that it has seen.
 """
 
 from __future__ import annotations
@@ -18,49 +18,47 @@ from tunewright.core.progress import Reporter
 from tunewright.data.dedup.decontaminate import FEWEST, words_of
 from tunewright.data.dedup.similarity import shingle_matrix
 from tunewright.data.dedup.sketches import Indices
-from tunewright.data.examples import normalised
-from tunewright.data.outputs import output_template
-from tunewright.data.review.suspects import class_like
+from tunewright.data.examples import class_like, normalised, output_template
 from tunewright.data.splits import MINIMUM_CLUSTERS, Split
 from tunewright.data.versions import Member
 
 HIGH = 0.5
-"""Share of the test rows from which on known output templates are worth a warning."""
+"""Share of test rows with known output templates from which a warning is given."""
 
 _TEST: tuple[Split, ...] = ("test",)
 _SAMPLE = 500  # rows compared with all others
-_CELLS = 4_000_000  # similarities held at once: bounds the memory, not the result
+_CELLS = 4_000_000  # similarities held at once; bounds the memory, not the result
 _ROUNDING = 1e-6
 
-How = Literal["identical", "template", "near"]
+OverlapKind = Literal["identical", "template", "near"]
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """The share of test rows with a training row of the same or a near-equal output.
+    """Share of test rows with the same or a near-equal output as a training row.
 
     Attributes:
-        how: identical (case and white space set aside), template (equal by ``output_template``), near (Jaccard
-            similarity of character 4-grams at or above the version's ``dedup_threshold``).
+        how: identical (ignoring case and white space), template (equal by ``output_template``), near (Jaccard
+            similarity of character 4-grams at or above the version's ``similarity``).
         here: in this split.
-        random: the share to be expected in a random split of the same sizes.
+        random: the expected share in a random split of the same sizes.
     """
 
-    how: How
+    how: OverlapKind
     here: float
     random: float
 
 
 @dataclass(frozen=True)
-class OutputLeak:
-    """How much of the test's outputs training has shown.
+class OutputLeakage:
+    """Overlap of the test split's outputs with those of the training split.
 
     Attributes:
-        test: test rows.
-        outputs: different outputs of all rows, case and white space set aside.
-        templates: different templates of all rows.
+        test: number of test rows.
+        outputs: number of distinct outputs of all rows, ignoring case and white space.
+        templates: number of distinct templates of all rows.
         overlaps: one for each ``how`` that was measured.
-        natural: why outputs share this much by nature, so that it is no leak; None where it may be one.
+        natural: reason why such an overlap is natural and not leakage; None if it may be leakage.
     """
 
     test: int
@@ -69,30 +67,30 @@ class OutputLeak:
     overlaps: tuple[Overlap, ...]
     natural: str | None
 
-    def share(self, how: How) -> float:
-        """Return the share of test rows that overlap in this way."""
+    def share(self, how: OverlapKind) -> float:
+        """Return the share of test rows with this kind of overlap."""
         return next(each.here for each in self.overlaps if each.how == how)
 
     @property
     def high(self) -> bool:
-        """True if it is worth a warning."""
+        """True if the overlap deserves a warning."""
         return self.natural is None and self.share("template") >= HIGH
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the measurement as ``--json`` prints it."""
+        """Return the JSON document that ``--json`` prints."""
         return {**asdict(self), "high": self.high}
 
 
-def output_leak(members: Sequence[Member]) -> OutputLeak:
-    """Measure identical outputs and equal templates, in time linear in the rows; near-equal ones are ``near_overlap``.
+def measure_output_leakage(members: Sequence[Member]) -> OutputLeakage:
+    """Measure identical outputs and equal templates, in linear time; ``near_overlap`` measures near-equal ones.
 
     Args:
-        members: the rows of a version, or of one to be; the generic mix-in does not count.
+        members: the rows of a version or of a draft; the generic mix-in is ignored.
     """
     domain = [m for m in members if not m.mixed]
     identical = _numbers(domain, normalised)
     template = _numbers(domain, output_template)
-    return OutputLeak(
+    return OutputLeakage(
         test=sum(m.split == "test" for m in domain),
         outputs=len(np.unique(identical)),
         templates=len(np.unique(template)),
@@ -102,11 +100,11 @@ def output_leak(members: Sequence[Member]) -> OutputLeak:
 
 
 def new_templates(members: Sequence[Member], splits: Collection[Split] = _TEST) -> dict[str, bool] | None:
-    """Return for each test row, by key, whether no training row has its output template; None where that says nothing.
+    """Return whether each test row, by key, has an output template of no training row; None if that is uninformative.
 
     Args:
-        members: the rows of a version; the generic mix-in does not count.
-        splits: whose rows are asked for.
+        members: the rows of a version; the generic mix-in is ignored.
+        splits: the splits whose rows are returned.
     """
     domain = [m for m in members if not m.mixed]
     if _natural(domain, _numbers(domain, output_template)) is not None:
@@ -123,17 +121,17 @@ def _natural(domain: Sequence[Member], template: Indices) -> str | None:
         return f"most outputs have fewer than {FEWEST} words"
     sizes = np.bincount(template)
     if len(sizes) < MINIMUM_CLUSTERS or 2 * int(sizes.max()) > len(outputs):
-        return "most outputs have one of a few forms"
+        return "most outputs have one of few templates"
     return None
 
 
 def _numbers(members: Sequence[Member], reduced: Callable[[str], str]) -> Indices:
-    """Equal numbers for rows whose outputs are equal when reduced, from 0 without gaps, [rows]."""
+    """Number the rows' distinct reduced outputs from 0, [rows]."""
     known: dict[str, int] = {}
     return np.array([known.setdefault(reduced(m.example.output), len(known)) for m in members], dtype=np.int64)
 
 
-def _overlap(how: How, domain: Sequence[Member], numbers: Indices) -> Overlap:
+def _overlap(how: OverlapKind, domain: Sequence[Member], numbers: Indices) -> Overlap:
     training = {int(n) for n, m in zip(numbers, domain, strict=True) if m.split == "train"}
     here = [int(n) in training for n, m in zip(numbers, domain, strict=True) if m.split == "test"]
     others = np.bincount(numbers)[numbers] - 1
@@ -141,15 +139,16 @@ def _overlap(how: How, domain: Sequence[Member], numbers: Indices) -> Overlap:
 
 
 def _chance(others: Indices, domain: Sequence[Member]) -> float:
-    """The mean probability that some of a row's ``others`` are trained on, if the training rows are drawn at random.
+    """Return the mean probability that some of a row's ``others`` are among random training rows.
 
-    Of n - 1 other rows, T are training rows: none of k is among them with probability C(n-1-k, T) / C(n-1, T).
+    Of n - 1 other rows, T are training rows: none of k is among them with probability C(n-1-k, T) / C(n-1, T), computed
+    with log-gamma functions.
     """
     if len(domain) < 2:
         return 0.0
     rest = len(domain) - 1
     training = min(sum(m.split == "train" for m in domain), rest)
-    outside = np.minimum(others, rest - training)  # more than that cannot all be outside
+    outside = np.minimum(others, rest - training)  # more of them cannot all be outside of training
     none = gammaln(rest - outside + 1) - gammaln(rest - outside - training + 1)
     none -= gammaln(rest + 1) - gammaln(rest - training + 1)
     return _mean(np.where(others > outside, 1.0, -np.expm1(none)))
@@ -164,7 +163,7 @@ def near_overlap(members: Sequence[Member], threshold: float, seed: int, reporte
     """Measure near-equal outputs exactly, on random samples of at most 500 test rows and 500 rows of all.
 
     Args:
-        members: the rows of a version; the generic mix-in does not count.
+        members: the rows of a version; the generic mix-in is ignored.
         threshold: Jaccard similarity of the outputs' character 4-grams, in (0, 1].
         seed: decides the samples.
         reporter: shows the progress.
@@ -189,11 +188,11 @@ def _sample(rng: np.random.Generator, rows: list[int]) -> list[int]:
 
 
 def _near_rows(texts: Sequence[str], asked: Indices, weights: Indices, threshold: float, reporter: Reporter) -> Indices:
-    """For each text that is asked for, the sums of the weights of all texts near-equal to it, itself included.
+    """Return the sums of the weights of all texts near-equal to each asked text, including itself.
 
     Args:
-        texts: different texts.
-        asked: numbers of some of them.
+        texts: distinct texts.
+        asked: indices of some of them.
         weights: [texts, kinds].
 
     Returns:
@@ -205,7 +204,7 @@ def _near_rows(texts: Sequence[str], asked: Indices, weights: Indices, threshold
     place = np.argsort(order)
     matrix, sizes, weights = matrix[order].astype(np.float32), sizes[order], weights[order].astype(np.float64)
     by_size = np.argsort(place[asked])
-    # What no text that is asked for has is in no intersection.
+    # Shingles of no asked text cannot be in an intersection.
     matrix = matrix[:, np.unique(matrix[place[asked]].indices)]
     block = max(1, _CELLS // max(matrix.shape))
     sums = np.zeros((len(asked), weights.shape[1]), dtype=np.int64)
@@ -213,10 +212,10 @@ def _near_rows(texts: Sequence[str], asked: Indices, weights: Indices, threshold
         for start in range(0, len(asked), block):
             some = by_size[start : start + block]
             mine = place[asked[some]]
-            # Sets whose sizes differ by more than the threshold cannot be near-equal.
+            # Jaccard >= threshold implies threshold <= |A| / |B| <= 1 / threshold.
             low = int(np.searchsorted(sizes, threshold * sizes[mine[0]] - _ROUNDING))
             high = int(np.searchsorted(sizes, sizes[mine[-1]] / threshold + _ROUNDING, side="right"))
-            # Dense on one side: where outputs are made from templates, nearly all of them share some shingle.
+            # One side is dense: with outputs from templates, nearly all pairs share a shingle.
             shared = (matrix[low:high] @ matrix[mine].toarray().T).astype(np.float64)  # [texts, some]
             near = shared / (sizes[low:high, None] + sizes[mine] - shared) >= threshold
             sums[some] = near.T.astype(np.float64) @ weights[low:high]

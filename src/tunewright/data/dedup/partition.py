@@ -1,7 +1,7 @@
-"""Candidates for near-equal texts: exact, and never much slower than comparing the sketches of all with all.
+"""Candidate pairs of near-equal texts: exact, and never much slower than comparing the sketches of all pairs.
 
-Texts of like size are joined together. A few of them are compared all with all, by their sketches (``sketches``). Of
-many, only those are compared that share a signature, and of two kinds of signatures the cheaper one is taken:
+Texts of similar size are joined together. Few texts are compared all with all, by their sketches (``sketches``). Of
+many texts, only those that share a signature are compared, with the cheaper of two kinds of signatures:
 
 - Two sets that overlap enough share one of their rarest members, so a text's rarest 4-grams are its signatures (prefix
   filtering: Chaudhuri et al. 2006, "A Primitive Operator for Similarity Joins in Data Cleaning"; fewer of them for the
@@ -26,14 +26,14 @@ import numpy.typing as npt
 from tunewright.core.progress import Task
 from tunewright.data.dedup.sketches import ROUNDING, Indices, Mask, Sketches, mixed
 
-_FEW = 4_000  # texts that are compared all with all: signing them would take longer
-_EQUAL_PARTS = 6  # parts that near-equal texts share at least: more tell candidates apart better, and cost more time
-_SPREAD = 1.1  # sizes handled together: a wider spread makes weaker signatures
-_CELLS = 4_000_000  # pairs held at once: bounds the memory, not the result
-_MANY = 1 << 14  # pairs of one signature from which on their sketches are compared in a block
-_DEAR = 20  # a pair that is looked up takes as long as this many that are compared in a block
-_GAIN = 2  # how much less work signatures must make than comparing all with all
-_LARGE_LABEL = 0.02  # share of texts with one label from which on leaving out their pairs pays
+_FEW = 4_000  # maximum number of texts compared all with all, since signing would take longer
+_EQUAL_PARTS = 6  # minimum number of parts that near-equal texts share: more are more selective, and slower
+_SPREAD = 1.1  # ratio of sizes handled together: a wider spread gives weaker signatures
+_CELLS = 4_000_000  # pairs held at once; bounds the memory, not the result
+_MANY = 1 << 14  # pairs of one signature from which their sketches are compared in a block
+_DEAR = 20  # cost of a pair looked up, in pairs compared in a block
+_GAIN = 2  # minimum factor of work that signatures must save over comparing all pairs
+_LARGE_LABEL = 0.02  # share of texts with one label from which skipping their pairs pays
 
 Pairs = tuple[Indices, Indices]
 
@@ -51,7 +51,7 @@ class _Signed:
     smaller_begins: Indices
 
     def pairs(self, large: _Large | None = None) -> Indices:
-        """Return how many pairs each signature makes, without those of texts that have one of the large labels."""
+        """Return the number of pairs by signature, without pairs of texts that share a large label."""
         pairs: Indices = np.diff(self.larger_begins) * np.diff(self.smaller_begins)
         for number in range(large.count if large else 0):
             assert large is not None
@@ -61,7 +61,7 @@ class _Signed:
         return pairs
 
     def work(self, large: _Large | None = None) -> int:
-        """Return what comparing all these pairs takes, in pairs that are compared in a block."""
+        """Return the cost of comparing all pairs, in pairs compared in a block."""
         pairs = self.pairs(large)
         return int(np.sum(np.where(pairs >= _MANY, pairs + _MANY, _DEAR * pairs)))
 
@@ -82,7 +82,7 @@ class _Signed:
         return self.where(np.minimum(*lows) < np.maximum(*highs))
 
     def lists(self, mask: Mask) -> Iterator[Pairs]:
-        """For each of these signatures the texts that look and those that are found."""
+        """Yield the larger and the smaller texts of each masked signature."""
         for i in np.flatnonzero(mask).tolist():
             yield (
                 self.larger[self.larger_begins[i] : self.larger_begins[i + 1]],
@@ -92,13 +92,13 @@ class _Signed:
 
 @dataclass(frozen=True)
 class _Large:
-    """The labels that many texts have: of each text the number of its label, -1: none of these."""
+    """Labels of many texts: ``number`` has the index of each text's label, -1 for other labels."""
 
     number: npt.NDArray[np.int64]
     count: int
 
     def split(self, rows: Indices, columns: Indices) -> Iterator[Pairs]:
-        """All pairs of rows and columns, but those that have one of these labels."""
+        """Yield all pairs of rows and columns, except pairs that share one of these labels."""
         mine, theirs = self.number[rows], self.number[columns]
         for number in np.unique(mine).tolist():
             yield rows[mine == number], columns if number < 0 else columns[theirs != number]
@@ -118,7 +118,7 @@ def _cut(places: Indices, begins: Indices, mask: Mask) -> Pairs:
 
 
 def _by_signature(signatures: Indices, places: Indices, larger: Mask, smaller: Mask) -> _Signed:
-    """Entries [entries] by signature: whether its text may be the larger one by it, and whether the smaller one.
+    """Group entries by signature; ``larger`` and ``smaller`` say which side of a pair the text may be.
 
     Signatures of a single text are left out.
     """
@@ -132,7 +132,7 @@ def _by_signature(signatures: Indices, places: Indices, larger: Mask, smaller: M
 
 
 class SizeClass:
-    """Texts of like size, to be joined: each near-equal pair is found in the class of its larger text.
+    """Texts of similar size, to be joined: each near-equal pair is found in the class of its larger text.
 
     Args:
         rows: 0/1 csr matrix [texts, shingles], whose columns run from the rarest shingle to the most frequent, sorted.
@@ -152,7 +152,7 @@ class SizeClass:
         self._by_signature = self._signed() if len(self._texts) > _FEW else None
 
     def in_line(self) -> Iterator[Pairs]:
-        """Candidates of each text and the one before it: they link most of a family without all its pairs."""
+        """Yield candidate pairs of neighbours, which link most of a cluster without all its pairs."""
         lists = [(np.arange(len(self._texts)), np.array([0]))]
         if (signed := self._by_signature) is not None:
             lists += [(signed.larger, signed.larger_begins), (signed.smaller, signed.smaller_begins)]
@@ -165,11 +165,11 @@ class SizeClass:
                 yield self._texts[first], self._texts[second]
 
     def candidates(self, labels: Indices | None, task: Task) -> Iterator[Pairs]:
-        """Pairs of text numbers that may be near-equal: none that is gets lost, some come again.
+        """Yield pairs of text indices that may be near-equal: all near-equal ones, some repeatedly.
 
         Args:
-            labels: of all texts; pairs of texts with equal labels may be left out. May change between the pairs.
-            task: is advanced by the texts that are the larger ones here.
+            labels: labels of all texts; pairs with equal labels may be left out. They may change between the pairs.
+            task: advanced by the larger texts of this class.
         """
         steps = _Steps(task, int(np.count_nonzero(self._large)))
         for first, second in self._meetings(labels, steps):
@@ -177,7 +177,7 @@ class SizeClass:
         steps.end()
 
     def _meetings(self, labels: Indices | None, steps: _Steps) -> Iterator[Pairs]:
-        """The same as places in the class."""
+        """Yield the pairs of ``candidates`` as positions in the class."""
         signed, large = self._by_signature, _Large(np.full(len(self._texts), -1), 0)
         if labels is not None:
             large = _large_labels(labels[self._texts])
@@ -198,7 +198,7 @@ class SizeClass:
                 yield from self._compared(rows, columns, labels, steps)
 
     def _all_with_all(self, large: _Large, labels: Indices | None, steps: _Steps) -> Iterator[Pairs]:
-        """All pairs of texts whose sketches are alike, but those that have one of the large labels."""
+        """Yield all pairs of texts with similar sketches, except pairs that share a large label."""
         for number in range(large.count):
             mine, others = large.number == number, (large.number > number) | (large.number < 0)
             yield from self._compared(np.flatnonzero(mine & self._large), np.flatnonzero(others), labels, steps)
@@ -221,7 +221,7 @@ class SizeClass:
             steps.done(compared)
 
     def _looked_up(self, signed: _Signed, labels: Indices | None, steps: _Steps) -> Iterator[Pairs]:
-        """Pairs of the texts of one signature."""
+        """Yield the likely pairs of texts that share a signature."""
         looking = np.diff(signed.larger_begins)
         number = np.repeat(np.arange(len(looking)), looking)
         found = np.diff(signed.smaller_begins)[number]
@@ -236,7 +236,7 @@ class SizeClass:
             at = to
 
     def _likely(self, first: Indices, second: Indices, labels: Indices | None) -> Pairs:
-        """Return those of the pairs that may be near-equal, and have not one label, each once."""
+        """Return the pairs that may be near-equal and have different labels, each once."""
         ask = (self._large[first] | self._large[second]) & (first != second)
         if labels is not None:
             ask &= labels[self._texts[first]] != labels[self._texts[second]]
@@ -246,7 +246,7 @@ class SizeClass:
         return keys // len(self._texts), keys % len(self._texts)
 
     def _signed(self) -> _Signed:
-        """Return the texts by the kind of signatures that makes less work."""
+        """Return the texts by the cheaper kind of signatures."""
         rare = self._by_rare_shingles()
         if rare.work() <= _DEAR * len(self._texts):
             return rare
@@ -254,7 +254,7 @@ class SizeClass:
         return min(rare, parts, key=_Signed.work)
 
     def _by_rare_shingles(self) -> _Signed:
-        """By the rarest shingles, as many as near-equal texts share one of.
+        """Index texts by their rarest shingles, as many as guarantee a common one in near-equal texts.
 
         Of n shingles that have at least o in common with another text, one of the n - o + 1 rarest is among these. A
         text of n has threshold * n or more in common with a smaller one, and of texts that are no smaller than the
@@ -270,7 +270,7 @@ class SizeClass:
         return _by_signature(self._rows.indices[either], texts, larger[either], smaller[either])
 
     def _by_parts(self) -> _Signed:
-        """By the rarest of the signatures in parts.
+        """Index texts by the rarest of their part signatures.
 
         Texts that differ in at most ``_different`` shingles are equal in ``_EQUAL_PARTS`` parts.
         """
@@ -295,7 +295,7 @@ class SizeClass:
 
 
 def size_classes(rows: Any, sizes: Indices, threshold: float) -> Iterator[SizeClass]:
-    """The classes of all texts, from small to large."""
+    """Yield the classes of all texts, from small to large."""
     low, top = int(sizes.min(initial=1)), int(sizes.max(initial=0))
     while low <= top:
         high = max(low, math.floor(low * _SPREAD))

@@ -1,7 +1,7 @@
 """All pairs of texts whose character 4-grams overlap enough, found exactly.
 
-``partition`` and ``sketches`` find candidates, and each of these is verified here. They miss no pair, which MinHash
-cannot promise, and one missed pair is one leak into the test.
+``partition`` and ``sketches`` find candidates, which are verified here. They miss no pair, unlike MinHash: a missed
+pair would be a leak into the test split.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from tunewright.data.dedup.sketches import Indices, Mask, Sketches, Wanted
 Similarities = npt.NDArray[np.float64]
 Near = tuple[Indices, Indices, Similarities]
 
-SHINGLE = 4  # characters: of a word's inflections and typing errors, most 4-grams survive
-_MANY_IN_GROUP = 128  # texts from which on a group is compared with its kept texts only
-_BLOCK = 512  # texts of a group whose order matters, compared at once
-_BATCH = 50_000  # candidates verified at once: what one batch links, the next one need not look at
-_CELLS = 4_000_000  # shingles held at once while pairs are verified: bounds the memory, not the result
+SHINGLE = 4  # characters: most 4-grams survive a word's inflections and typing errors
+_MANY_IN_GROUP = 128  # size from which a group is compared with its kept texts only
+_BLOCK = 512  # texts of a large group compared at once
+_BATCH = 50_000  # candidates verified at once; pairs linked by one batch are skipped in the next
+_CELLS = 4_000_000  # shingles held at once during verification; bounds the memory, not the result
 _TABLE = 1 << 24  # entries: some 130 MB
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs of text numbers at or above the threshold: ``first`` > ``second``, each once."""
+    """Pairs of text indices at or above the threshold, with ``first`` > ``second``, each once."""
 
     first: Indices
     second: Indices
@@ -49,7 +49,7 @@ def shingles(text: str) -> set[str]:
 def near_pairs(
     texts: Sequence[str], threshold: float, wanted: Wanted, reporter: Reporter, title: str
 ) -> Iterator[Pairs]:
-    """All pairs with a Jaccard similarity of their shingles at or above the threshold, each once, in batches.
+    """Yield all pairs with a Jaccard similarity of their shingles at or above the threshold, each once, in batches.
 
     Args:
         texts: the texts.
@@ -71,7 +71,7 @@ def near_pairs(
 
 
 def link(texts: Sequence[str], threshold: float, reporter: Reporter, title: str) -> Indices:
-    """For each text the number of the first one that it is linked with by any chain of near-equal texts, [texts].
+    """Return the index of the first text that each text is linked with by a chain of near-equal texts, [texts].
 
     Args:
         texts: the texts.
@@ -103,7 +103,7 @@ def link(texts: Sequence[str], threshold: float, reporter: Reporter, title: str)
 def nearest_kept(
     texts: Sequence[str], groups: Indices, kept: int, threshold: float, reporter: Reporter, title: str
 ) -> Pairs:
-    """Return each text that is near one before it in its group that is kept, with the most similar of those; ascending.
+    """Return each text that is near a kept earlier text of its group, with the most similar one, in ascending order.
 
     A text is kept unless it is near one that is; of equally similar ones the first is taken.
 
@@ -138,7 +138,7 @@ def nearest_kept(
 
 
 class _KeptSearch:
-    """The search of :func:`nearest_kept`, over texts in order of group and number; pairs are of places in it."""
+    """State of :func:`nearest_kept`, over texts sorted by group and index; pairs are positions in that order."""
 
     def __init__(self, texts: Sequence[str], always: Mask, threshold: float) -> None:
         self._rows, self._threshold, self._always = shingle_matrix(texts), threshold, always
@@ -148,7 +148,7 @@ class _KeptSearch:
         self._gone = np.zeros(len(texts), dtype=bool)
 
     def small_groups(self, places: Indices, begins: Indices, task: Task) -> Iterator[Near]:
-        """Of small groups all pairs, many groups at once; each place comes with where its group begins."""
+        """Settle all pairs of small groups, many groups at once; ``begins`` has the begin of each place's group."""
         pairs = np.concatenate([[0], np.cumsum(places - begins)])
         at = 0
         while at < len(places):
@@ -160,7 +160,7 @@ class _KeptSearch:
             at = to
 
     def large_group(self, places: Indices, task: Task) -> Iterator[Near]:
-        """Of a large group each text with those that are kept: few, where most are near-equal."""
+        """Settle a large group by comparing each text with the kept ones, which are few if most are near-equal."""
         new = np.flatnonzero(~self._always[places])
         kept = [places[self._always[places]]]
         task.advance(len(places) - len(new))
@@ -177,7 +177,7 @@ class _KeptSearch:
             task.advance(len(some), f"{sum(map(len, kept)):,} kept of an output with {len(places):,} rows")
 
     def _met(self, places: Indices, others: Indices | None) -> Near:
-        """Near pairs of these places with others that come before, or with each other."""
+        """Return the near pairs of these places with earlier ones among ``others``, or with each other."""
         pairs = [(first, second) for first, second, _ in self._sketches.meetings(places, others)]
         if not pairs:
             return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), np.empty(0)
@@ -193,7 +193,7 @@ class _KeptSearch:
         return verified(self._rows, self._sizes, first[ask], second[ask], self._threshold)
 
     def _settled(self, first: Indices, second: Indices, similarity: Similarities) -> Near:
-        """Decide in order which of these texts go, given all near pairs that they are the later text of."""
+        """Decide in order which of these texts are dropped, given all near pairs with an earlier text."""
         order = np.argsort(first, kind="stable")
         first, second, similarity = first[order], second[order], similarity[order]
         begins = np.flatnonzero(np.diff(first, prepend=-1))
@@ -204,14 +204,14 @@ class _KeptSearch:
 
 
 def _best(first: Indices, second: Indices, similarity: Similarities) -> Near:
-    """Of each first text the most similar second one."""
+    """Return the most similar second text of each first one."""
     order = np.lexsort((second, -similarity, first))
     order = order[np.flatnonzero(np.diff(first[order], prepend=-1))]
     return first[order], second[order], similarity[order]
 
 
 def _join(labels: Indices, first: Indices, second: Indices) -> None:
-    """Give the texts of each pair, and all that have their labels, one label: the lowest number among them."""
+    """Merge the labels of each pair's texts, in place: all texts with either label get the lowest index."""
     if not len(first):
         return
     count = len(labels)
@@ -223,7 +223,7 @@ def _join(labels: Indices, first: Indices, second: Indices) -> None:
 
 
 def _batches(candidates: Iterator[tuple[Indices, Indices]], wanted: Wanted) -> Iterator[tuple[Indices, Indices]]:
-    """The candidates that are wanted, first > second, many at a time."""
+    """Yield the wanted candidates in batches, with first > second."""
     held: list[tuple[Indices, Indices]] = []
     count = 0
     for first, second in candidates:
@@ -238,7 +238,7 @@ def _batches(candidates: Iterator[tuple[Indices, Indices]], wanted: Wanted) -> I
 
 
 def _wanted_still(held: Sequence[tuple[Indices, Indices]], wanted: Wanted) -> Iterator[tuple[Indices, Indices]]:
-    """What is held, in batches of like size; of each only what its turn finds wanted."""
+    """Yield the held pairs in batches, of each batch only those still wanted."""
     first, second = (np.concatenate(parts) for parts in zip(*held, strict=True))
     for start in range(0, len(first), _BATCH):
         a, b = first[start : start + _BATCH], second[start : start + _BATCH]
@@ -249,7 +249,7 @@ def _wanted_still(held: Sequence[tuple[Indices, Indices]], wanted: Wanted) -> It
 def verified(
     rows: Any, sizes: Indices, first: Indices, second: Indices, threshold: float
 ) -> tuple[Indices, Indices, Similarities]:
-    """Return those of the pairs that are at or above the threshold."""
+    """Return the pairs at or above the threshold."""
     shared = _shared(rows, sizes, first, second)
     similarity = shared / (sizes[first] + sizes[second] - shared)
     near = similarity >= threshold
@@ -273,7 +273,7 @@ def shingle_matrix(texts: Sequence[str]) -> Any:
 
 
 def similarities(some: Any, others: Any) -> Any:
-    """Jaccard similarities [some, others] of the rows of two shingle matrices with the same columns; csr, no zeros."""
+    """Return the Jaccard similarities [some, others] of two shingle matrices with the same columns, as csr."""
     shared = coo_array(some @ others.T)
     sizes, other_sizes = np.diff(some.indptr), np.diff(others.indptr)
     union = sizes[shared.row] + other_sizes[shared.col] - shared.data
@@ -281,7 +281,7 @@ def similarities(some: Any, others: Any) -> Any:
 
 
 def _shingle_numbers(texts: Sequence[str], lengths: Indices, counts: Indices, ends: Indices) -> Indices:
-    """Return a number for each shingle of each text, one after the other: arithmetic on arrays, not a million dicts.
+    """Return a number for each shingle of each text, consecutively, computed by array operations.
 
     Numbers of characters make numbers of pairs of them, and these make numbers of 4-grams. Each text is followed by
     zeros, which no character has: so a short text is one shingle that no other equals.
@@ -297,12 +297,12 @@ def _shingle_numbers(texts: Sequence[str], lengths: Indices, counts: Indices, en
 
 
 def _paired(first: Indices, second: Indices) -> Indices:
-    """Numbers for pairs of numbers, from 0 without gaps. There are less than 2^31 different ones, so none overflows."""
+    """Number the distinct pairs from 0. There are fewer than 2^31, so the products do not overflow."""
     return _numbered(first * (int(second.max(initial=0)) + 1) + second)
 
 
 def _numbered(values: npt.NDArray[Any]) -> Indices:
-    """Equal numbers for equal values, from 0 without gaps; by a table where one is small enough, else by sorting."""
+    """Number the distinct values from 0, by a table if it is small enough, else by sorting."""
     top = int(values.max(initial=0)) + 1
     if top > _TABLE:
         return np.unique(values, return_inverse=True)[1].astype(np.int64)
@@ -313,7 +313,7 @@ def _numbered(values: npt.NDArray[Any]) -> Indices:
 
 
 def _shared(rows: Any, sizes: Indices, first: Indices, second: Indices) -> Indices:
-    """Return how many shingles the two rows of each pair have in common."""
+    """Return the number of common shingles of each pair of rows."""
     parts = max(1, math.ceil(int(np.sum(sizes[first] + sizes[second])) / _CELLS))
     counts = [
         rows[a].multiply(rows[b]).sum(axis=1)

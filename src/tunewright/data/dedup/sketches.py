@@ -1,8 +1,8 @@
-"""Bit sketches of sets: a few words for each set that rule out most pairs at some nanoseconds a pair.
+"""Bit sketches of sets: a few words per set that rule out most pairs within nanoseconds.
 
-A bit is the parity of the members that are hashed to it, so each member in which two sets differ flips one bit: two
-sets that differ in d members have sketches that differ in at most d bits (Sandes et al. 2020, "Bitmap Filter: Speeding
-up Exact Set Similarity Joins with Bitwise Operations"). The filter loses no pair, whatever the hash.
+A bit is the parity of the members hashed to it, so each member in which two sets differ flips one bit. Two sets that
+differ in d members have sketches that differ in at most d bits (Sandes et al. 2020, "Bitmap Filter: Speeding up Exact
+Set Similarity Joins with Bitwise Operations"). The filter never loses a near-equal pair, whatever the hash.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Sketches:
         rows: 0/1 csr matrix [sets, members].
         sizes: how many members each set has.
         threshold: Jaccard similarity, in (0, 1].
-        typical: the size that the number of bits is chosen for; larger sets are compared as well, only less sharply.
+        typical: the set size for which the number of bits is chosen; the filter is weaker for larger sets.
     """
 
     def __init__(self, rows: Any, sizes: Indices, threshold: float, typical: int) -> None:
@@ -52,7 +52,7 @@ class Sketches:
             self._words[:, start : start + step] = packed.T
 
     def likely(self, first: Indices, second: Indices) -> Mask:
-        """Return which of the pairs may be near-equal."""
+        """Return a mask of the pairs that may be near-equal."""
         sizes, others = self.sizes[first], self.sizes[second]
         mask: Mask = np.minimum(sizes, others) >= self._threshold * np.maximum(sizes, others) - ROUNDING
         left = np.flatnonzero(mask)
@@ -66,7 +66,7 @@ class Sketches:
     def meetings(
         self, rows: Indices, columns: Indices | None = None, wanted: Wanted | None = None
     ) -> Iterator[tuple[Indices, Indices, int]]:
-        """All pairs of a row and another set among the columns that may be near-equal.
+        """Yield all pairs of a row and another set among the columns that may be near-equal.
 
         Without columns: all pairs of rows, each once.
 
@@ -106,7 +106,7 @@ class Sketches:
 
 
 def _differing(words: Words, others: Words) -> npt.NDArray[Any]:
-    """Return how many bits each sketch of [words, rows] differs in from each of [words, columns]; [rows, columns]."""
+    """Return the Hamming distances [rows, columns] of sketches [words, rows] and [words, columns]."""
     count = np.zeros((words.shape[1], others.shape[1]), dtype=np.uint8 if len(words) < 4 else np.uint32)
     for mine, theirs in zip(words, others, strict=True):
         count += np.bitwise_count(mine[:, None] ^ theirs)
@@ -114,7 +114,7 @@ def _differing(words: Words, others: Words) -> npt.NDArray[Any]:
 
 
 def mixed(values: Words) -> Words:
-    """Integers scattered over 64 bits: the finalizer of SplitMix64 (Steele et al. 2014)."""
+    """Hash integers to 64 bits with the finalizer of SplitMix64 (Steele et al. 2014)."""
     values = values + np.uint64(0x9E3779B97F4A7C15)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,4 +1,4 @@
-"""Secrets and personal data in examples: found by precise patterns, told without their values, replaced on request."""
+"""Secrets and personal data in examples: found by precise patterns, reported without values, replaced on request."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ from typing import Any
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter, Reporter
 from tunewright.data.examples import Example, Role
-from tunewright.data.pii.findings import Finder, Finding
 from tunewright.data.pii.names import NAME_LABELS
 from tunewright.data.pii.personal_patterns import PERSONAL
-from tunewright.data.pii.secret_patterns import SECRETS, Category, Pattern
+from tunewright.data.pii.secret_patterns import SECRETS, Category, Finder, Finding, Pattern
 
 _MOST_SECRETS = 50
 _MOST_PERSONAL = 10
-_STEP = 1000  # rows between two signs of progress
+_STEP = 1000  # rows between progress updates
 
 PATTERNS: tuple[Pattern, ...] = SECRETS + PERSONAL
-# By the names that data.allow and placeholders have.
+# Keys are the names in data.allow and placeholders.
 LABELS: dict[str, str] = {pattern.kind: pattern.label for pattern in PATTERNS} | NAME_LABELS
 
-# A text that has none of these holds nothing that any pattern finds: most texts are done after one search.
+# A text without any of these has no match of any pattern, so most texts need one search only.
 _NUMBERS = (
     r"\d(?:[ .()/-]{0,3}\d){6}",  # cards, phone and social security numbers
     r"[A-Z]{2}\d\d[ -]?[A-Z0-9]{4}",  # IBANs
@@ -37,8 +36,8 @@ _PLACEHOLDER = re.compile(rf"<({'|'.join(kind.upper() for kind in LABELS)})_(\d+
 
 
 @dataclass(frozen=True)
-class Place:
-    """A finding and where it stands: the row (file:line), the turn's index in ``messages`` and its role."""
+class LocatedFinding:
+    """A finding with its place: the row (FILE:LINE), the turn's index in ``messages`` and its role."""
 
     row: str
     message: int
@@ -52,14 +51,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Scan:
-    """All that was found in some rows, in their order; the kinds in ``allow`` are let through."""
+    """All findings in some rows, in order; the kinds in ``allow`` are permitted."""
 
     rows: int
-    places: tuple[Place, ...]
+    places: tuple[LocatedFinding, ...]
     allow: frozenset[str] = frozenset()
 
-    def of(self, category: Category) -> tuple[Place, ...]:
-        """The findings that block ("secret") or those that are only told ("personal"), without what is let through."""
+    def of(self, category: Category) -> tuple[LocatedFinding, ...]:
+        """Return the findings of a category, without permitted kinds."""
         wanted = (place for place in self.places if place.finding.kind not in self.allow)
         return tuple(place for place in wanted if place.finding.category == category)
 
@@ -69,40 +68,41 @@ class Scan:
         return dict(Counter(place.finding.kind for place in self.places).most_common())
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the scan as ``--json`` prints it."""
+        """Return the JSON document that ``--json`` prints."""
         places = [asdict(place) for place in self.places]
         return {"rows": self.rows, "counts": self.counts, "places": places, "allow": sorted(self.allow)}
 
 
 def find(text: str, also: Finder | None = None) -> list[Finding]:
-    """The secrets and personal data in a text, by position; no two overlap: the more specific wins, then the longer.
+    """Return the secrets and personal data in a text, sorted by position.
 
-    Of what ``also`` finds, the parts count that are neither found by a pattern nor placeholders.
+    Findings do not overlap: the more specific pattern wins, then the longer match. Findings of ``also`` are cut to the
+    parts that are neither matched by a pattern nor placeholders.
     """
     found = _find_by_patterns(text)
     return found if also is None else sorted([*found, *_rest(text, found, also(text))], key=lambda each: each.start)
 
 
 def find_in_value(name: str, text: str, also: Finder | None = None) -> list[Finding]:
-    """Return the secrets and personal data in a value, by position in it, ``name`` being the key or column it is under.
+    """Return the secrets and personal data in a value, sorted by position, given the name of its key or column.
 
-    Some secrets are recognised only after their name, such as a password. ``userPassword`` counts as ``user_Password``.
+    Some secrets, such as passwords, are recognised only after their name. ``userPassword`` counts as ``user_Password``.
     """
     found = find(text, also)
     if not name:
         return found
     head = f"{_CAMEL_CASE.sub('_', name)}: "
     kinds = {finding.kind for finding in found}
-    # Secrets alone: as personal data, a date under "call" would be a phone number.
+    # Only secrets: a date under "call" would be taken for a phone number.
     named = [f for f in _find_by_patterns(head + text) if f.category == "secret" and f.start >= len(head)]
     named = [f for f in named if f.kind not in kinds]
     return found + [replace(f, start=f.start - len(head), end=f.end - len(head)) for f in named]
 
 
 def _rest(text: str, found: Sequence[Finding], more: Sequence[Finding]) -> list[Finding]:
-    """The parts of ``more`` outside of what was found and of placeholders, without white space and signs around them.
+    """Return the parts of ``more`` outside of findings and placeholders, stripped of white space and punctuation.
 
-    A model takes "Maria maria@uni-bonn.de" for one name; the name has to go even so.
+    A model may take "Maria maria@uni-bonn.de" for one name; the name must still be replaced.
     """
     taken = bytearray(len(text))
     spans = [(each.start, each.end) for each in found] + [match.span() for match in _PLACEHOLDER.finditer(text)]
@@ -147,13 +147,13 @@ def scan(
     also: Finder | None = None,
     allow: Collection[str] = (),
 ) -> Scan:
-    """Search all turns of examples, each given with its place (file:line).
+    """Search all turns of examples, each given with its place (FILE:LINE).
 
     Args:
-        also: finds more than the patterns do, such as names (``open_presidio``).
-        allow: kinds that are meant to be there: found and counted, but neither a secret nor personal data of the scan.
+        also: an additional finder, such as one of names (``open_presidio``).
+        allow: permitted kinds: counted, but not reported as secrets or personal data.
     """
-    places: list[Place] = []
+    places: list[LocatedFinding] = []
     system_turns: dict[str, list[Finding]] = {}  # rows of a domain share them
     with (reporter or LogReporter()).task("looking for secrets", len(rows), "examples") as task:
         for number, (row, example) in enumerate(rows, start=1):
@@ -163,7 +163,7 @@ def scan(
                     findings = find(message.content, also)
                     if message.role == "system":
                         system_turns[message.content] = findings
-                places += [Place(row, index, message.role, finding) for finding in findings]
+                places += [LocatedFinding(row, index, message.role, finding) for finding in findings]
             if number % _STEP == 0:
                 task.advance(_STEP)
         task.advance(len(rows) % _STEP)
@@ -173,13 +173,13 @@ def scan(
 def redact(
     example: Example, *, also: Finder | None = None, allow: Collection[str] = ()
 ) -> tuple[Example, dict[str, int]]:
-    """The example with a placeholder such as ``<EMAIL_1>`` for each finding, and how many were replaced, by kind.
+    """Return the example with a placeholder such as ``<EMAIL_1>`` for each finding, and counts by kind.
 
-    A value has the same placeholder in all turns, however it is spaced, and is replaced also in a turn where it would
-    not be found by itself. Redacting again changes nothing.
+    A value has the same placeholder in all turns, whatever its spacing, and is replaced in all turns. Redacting again
+    changes nothing.
 
     Args:
-        also, allow: as for ``scan``; what is let through is not replaced.
+        also, allow: as for ``scan``; permitted kinds are not replaced.
     """
     texts = [message.content for message in example.messages]
     names: dict[tuple[str, str], str] = {}
@@ -188,7 +188,7 @@ def redact(
         for kind, number in _PLACEHOLDER.findall(text):
             last[kind.lower()] = max(last[kind.lower()], int(number))
     counts = Counter[str]()
-    # Again, because what stood beside a value may be found only when the value is gone.
+    # Repeat, since a replacement can expose a match in the text next to it.
     while True:
         found = [find(text, also) for text in texts]
         if all(finding.kind in allow for findings in found for finding in findings):
@@ -216,11 +216,11 @@ def _replaced(
     counts: Counter[str],
     again: Callable[[str], str],
 ) -> str:
-    """Return the text with placeholders for its findings, and what ``again`` makes of the text between them."""
+    """Return the text with placeholders for its findings; ``again`` transforms the text between them."""
     parts, end = [], 0
     for finding in findings:
         value = text[finding.start : finding.end]
-        name = names.get((finding.kind, _identity(finding.kind, value)))  # none: it is let through, as it is
+        name = names.get((finding.kind, _identity(finding.kind, value)))  # None for permitted kinds
         parts += [again(text[end : finding.start]), name or value]
         if name is not None:
             counts[finding.kind] += 1
@@ -229,12 +229,12 @@ def _replaced(
 
 
 def _occurrences(names: dict[tuple[str, str], str], counts: Counter[str]) -> Callable[[str], str]:
-    """Return a function that replaces further occurrences of the values that have a name, the longest first."""
+    """Return a function that replaces further occurrences of known values, longest first."""
     longest_first = sorted(((_bare(value), kind, value) for kind, value in names), key=lambda each: -len(each[0]))
 
     def replace_again(text: str) -> str:
         bare_text = _bare(text)
-        # Nearly always none, and compiling an expression for each example would take most of the time.
+        # Usually empty. Compiling an expression for each example would dominate the run time.
         there = [(kind, value) for bare, kind, value in longest_first if bare in bare_text]
         for kind, value in there:
             text, count = re.subn(_spelled(kind, value), names[kind, value], text)
@@ -252,7 +252,7 @@ def _bare(text: str) -> str:
 
 
 def _identity(kind: str, value: str) -> str:
-    """Return what is the same in all spellings of a value."""
+    """Return a value normalised over its spellings."""
     if kind in _SPACED:
         return _bare(value)
     return value.lower() if kind == "email" else value
@@ -267,54 +267,54 @@ def _spelled(kind: str, value: str) -> str:
     return rf"{'(?i)' if kind == 'email' else ''}(?<![A-Za-z0-9]){re.escape(value)}(?![A-Za-z0-9])"
 
 
-def told_secrets(text: str, allow: Collection[str] = ()) -> str:
-    """Return the secrets in a text by kind, such as "GitHub token, payment card number"; empty if there is none."""
+def secret_kinds(text: str, allow: Collection[str] = ()) -> str:
+    """Return the kinds of secrets in a text, such as "GitHub token, payment card number"; empty without secrets."""
     kinds = dict.fromkeys(f.kind for f in find(text) if f.category == "secret" and f.kind not in allow)
     return ", ".join(LABELS[kind] for kind in kinds)
 
 
 def blocked(scan: Scan) -> UserError:
-    """Return the refusal of rows with secrets: where each is and what it is, never the value."""
+    """Return the error for rows with secrets: place and kind of each, never the value."""
     secrets = scan.of("secret")
     assert secrets, "there is no secret in the scan"
     kinds = sorted({place.finding.kind for place in secrets})
     return UserError(
         f"{_count(len(secrets), 'secret')} in {_rows(secrets)}, nothing was added ({_kinds(secrets)})\n"
         f"{_listed(secrets, _MOST_SECRETS)}",
-        fix="Take them out, or add the rows with --redact, which puts a placeholder such as "
-        f"<{secrets[0].finding.kind.upper()}_1> in their place. Whoever had the file has had them: revoke what can be. "
-        f"If they are meant to be there: data.allow: [{', '.join(kinds)}]",
+        fix="Delete them, or use --redact, which replaces them by placeholders such as "
+        f"<{secrets[0].finding.kind.upper()}_1>. Revoke secrets that others may have seen. If they are intended, set "
+        f"data.allow: [{', '.join(kinds)}]",
     )
 
 
 def warned(scan: Scan) -> str:
-    """Return the warning of personal data; empty if there is none."""
+    """Return the warning on personal data; empty without any."""
     personal = scan.of("personal")
     if not personal:
         return ""
     return (
-        f"personal data in {_rows(personal)} ({_kinds(personal)}); a model can repeat what it was trained on. Is it "
-        f"meant to be there? --redact puts placeholders in its place.\n{_listed(personal, _MOST_PERSONAL)}"
+        f"personal data in {_rows(personal)} ({_kinds(personal)}). A model can repeat its training data; --redact "
+        f"replaces personal data by placeholders.\n{_listed(personal, _MOST_PERSONAL)}"
     )
 
 
 def let_through(scan: Scan) -> str:
-    """Return what ``data.allow`` let through, in one line; empty if nothing."""
+    """Return a line on the findings that ``data.allow`` permits; empty without any."""
     allowed = [place for place in scan.places if place.finding.kind in scan.allow]
-    return f"Let through, as data.allow says: {_kinds(allowed)}, in {_rows(allowed)}" if allowed else ""
+    return f"Permitted by data.allow: {_kinds(allowed)}, in {_rows(allowed)}" if allowed else ""
 
 
-def _kinds(places: Iterable[Place]) -> str:
-    """ "GitHub token: 2, e-mail address: 1"."""
+def _kinds(places: Iterable[LocatedFinding]) -> str:
+    """Return counts by kind: "GitHub token: 2, e-mail address: 1"."""
     counts = Counter(place.finding.kind for place in places)
     return ", ".join(f"{LABELS[kind]}: {count:,}" for kind, count in counts.most_common())
 
 
-def _rows(places: Iterable[Place]) -> str:
+def _rows(places: Iterable[LocatedFinding]) -> str:
     return _count(len({place.row for place in places}), "row")
 
 
-def _listed(places: Sequence[Place], most: int) -> str:
+def _listed(places: Sequence[LocatedFinding], most: int) -> str:
     lines = [f"  {place}" for place in places[:most]]
     if len(places) > most:
         lines.append(f"  and {len(places) - most:,} more: the result lists all")

@@ -1,6 +1,6 @@
-"""Names and places, which no pattern can tell: found by presidio with a spaCy model that the user has installed.
+"""Names and places, found by presidio with a spaCy model that the user installs.
 
-Presidio's own patterns (e-mail, cards, phone numbers, …) are not used: those in this package check more.
+Presidio's patterns (e-mail, cards, phone numbers, …) are not used: those of this package check more.
 """
 
 from __future__ import annotations
@@ -10,30 +10,29 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from tunewright.core.errors import UserError
-from tunewright.data.pii.findings import Finder, Finding
+from tunewright.data.pii.secret_patterns import Finder, Finding
 
 if TYPE_CHECKING:
     from presidio_analyzer import AnalyzerEngine
     from spacy.language import Language
 
-# Presidio's entities, as kinds of finding. Not its dates (nearly all are nobody's) and organisations, which presidio
-# itself leaves out: "Has many false positives" (presidio-analyzer 2.2, conf/default.yaml).
+# Presidio's entities by kind of finding. Dates are left out (most are not personal), and so are organisations, which
+# presidio's default ignores: "Has many false positives" (presidio-analyzer 2.2, conf/default.yaml).
 _KINDS = {"PERSON": "person", "LOCATION": "location", "NRP": "nrp"}
 NAME_LABELS = {"person": "person's name", "location": "place", "nrp": "nationality, religion or politics"}
 
-_REMEMBERED = 1 << 16  # texts: classes of answers repeat, and a text is searched again after it was redacted
+_REMEMBERED = 1 << 16  # texts: answers repeat, and a text is searched again after redaction
 _WHERE = "--presidio"
 
 
 def open_presidio(model: str) -> Finder:
-    """Return a finder of names and places by presidio and a spaCy model.
+    """Return a finder of names and places that uses presidio and a spaCy model.
 
     Args:
-        model: the name of an installed spaCy model, such as en_core_web_lg, or a folder with one. It decides the
-            language.
+        model: an installed spaCy model, such as en_core_web_lg, or a folder with one. It decides the language.
 
     Raises:
-        UserError: presidio is not installed, or there is no such model, or one that finds neither names nor places.
+        UserError: presidio or the model is not installed, or the model finds neither names nor places.
     """
     try:
         import presidio_analyzer  # noqa: F401
@@ -50,7 +49,7 @@ def open_presidio(model: str) -> Finder:
             where=_WHERE,
             fix=f"Install it: python -m spacy download {model}. Installed: {there}.",
         ) from None
-    nlp.max_length = sys.maxsize  # data.max_characters says how long a conversation may be
+    nlp.max_length = sys.maxsize  # data.max_characters limits the length of a conversation
     language = str(nlp.lang)
     return presidio_finder(_analyzer(nlp, language, model), language)
 
@@ -76,7 +75,7 @@ def _analyzer(nlp: Language, language: str, model: str) -> AnalyzerEngine:
         labels_to_ignore=sorted(labels - named), model_to_presidio_entity_mapping=entities
     )
     engine = SpacyNlpEngine(ner_model_configuration=configuration)
-    # Loaded already: by itself it would try to download what it does not find.
+    # Set the loaded model: presidio would try to download a missing one.
     engine.nlp = {language: nlp}  # type: ignore[assignment]
     recognizer = SpacyRecognizer(supported_language=language, supported_entities=list(_KINDS))
     registry = RecognizerRegistry(recognizers=[recognizer], supported_languages=[language])
@@ -84,7 +83,7 @@ def _analyzer(nlp: Language, language: str, model: str) -> AnalyzerEngine:
 
 
 def presidio_finder(analyzer: AnalyzerEngine, language: str) -> Finder:
-    """Return a finder by an analyzer with recognizers of one's own: its PERSON, LOCATION and NRP are told."""
+    """Return a finder that uses a given analyzer; it reports PERSON, LOCATION and NRP."""
     entities = sorted(_KINDS.keys() & set(analyzer.get_supported_entities(language)))
 
     @lru_cache(_REMEMBERED)

@@ -1,4 +1,4 @@
-"""What payment cards, account numbers and personal data look like, by checksum, numbering plan and context."""
+"""Patterns of payment cards, account numbers and personal data, checked by checksum, numbering plan and context."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _CARDS_OF_NOBODY = words(  # the processors' test numbers: they pay for nothing
     "378734493671000 6011111111111117 6011000990139424 6011000000000004 30569309025904 38520000023237 "
     "3056930009020004 36227206271667 3566002020360505 3530111333300000"
 )
-# What stands before a number that is none of ours: an order's, a docket's, a book's.
+# Words before a number that is not personal, such as that of an order, a docket or a book.
 _NUMBERED = re.compile(
     r"(?:\b(?:order|invoice|case|docket|ticket|ref|reference|tracking|shipment|parcel|isbn|issn|sku|part|model|serial|"
     r"imei|version|policy|claim|batch|lot|patent|doi|pmid|transaction|booking|ean|upc|id)s?\b|#)"
@@ -120,7 +120,7 @@ def _email(match: re.Match[str]) -> bool:
 
 
 def _fictional(digits: str) -> bool:
-    """555-01xx (NANPA), Ofcom's numbers for drama, and counting digits are nobody's."""
+    """Return whether a number is fictional: 555-01xx (NANPA), Ofcom's numbers for drama, or counting digits."""
     return (
         re.search(r"55501\d\d$", digits) is not None
         or re.fullmatch(r"(?:44|0)(?:0?207946\d{4}|0?7700900\d{3}|0?1632960\d{3})", digits) is not None
@@ -131,12 +131,12 @@ def _fictional(digits: str) -> bool:
 
 
 def _north_american(digits: str) -> bool:
-    """NXX-NXX-XXXX, N from 2 to 9 and no N11 (North American Numbering Plan)."""
+    """Return whether a number has the form NXX-NXX-XXXX, with N from 2 to 9 and not N11 (NANP)."""
     return re.fullmatch(r"1?[2-9](?!11)\d\d[2-9](?!11)\d\d\d{4}", digits) is not None
 
 
 def _international(match: re.Match[str]) -> bool:
-    """E.164: a country code that is assigned, at most 15 digits; no coordinate such as +40.7127837."""
+    """Return whether a number follows E.164: assigned country code, up to 15 digits, not a coordinate (+40.7127837)."""
     number = value(match)
     digits = re.sub(r"\D", "", number.replace("(0)", "")).removeprefix("00")
     if number[0] == "0" and not re.search(r"[ ./()-]", number):
@@ -154,7 +154,7 @@ def _national_american(match: re.Match[str]) -> bool:
 
 
 def _national(match: re.Match[str]) -> bool:
-    """Return the trunk's 0, and 10 or 11 digits in all (Britain, France, Germany, Italy, Japan, Australia)."""
+    """Return whether a number has the trunk prefix 0 and 10 or 11 digits (GB, FR, DE, IT, JP, AU)."""
     digits = _digits(match)
     return 10 <= len(digits) <= 11 and not _fictional(digits) and not _numbered(match)
 
@@ -163,7 +163,7 @@ _DATE = re.compile(r"(?:19|20)\d\d([-. ])\d\d\1\d\d\b|\d\d([-. ])\d\d\2(?:19|20)
 
 
 def _called(match: re.Match[str]) -> bool:
-    """After "phone", "call" and the like any 7 to 13 digits do; dates and 1 000 000 do not."""
+    """Return whether 7 to 13 digits after a word such as "phone" are a number, and not a date or 1 000 000."""
     number, digits = match["value"], _digits(match)
     if _DATE.match(number) or re.fullmatch(r"\d{1,2}(?: \d{3})+|\d{1,3}(?:\.\d{1,3}){3}", number):
         return False
@@ -171,7 +171,7 @@ def _called(match: re.Match[str]) -> bool:
 
 
 def _ssn(match: re.Match[str]) -> bool:
-    """The areas, groups and serials that are given out (Social Security Administration: no 000, 666, 9xx, 00, 0000)."""
+    """Return whether area, group and serial are assigned (not 000, 666, 9xx; not 00; not 0000)."""
     digits = _digits(match)
     given = re.fullmatch(r"(?!000|666|9)\d{3}(?!00)\d\d(?!0000)\d{4}", digits) is not None
     return given and digits not in _SSNS_OF_NOBODY and not _numbered(match)
@@ -188,7 +188,7 @@ _VERSION_CONTEXT = re.compile(
 
 
 def _ip_address(match: re.Match[str]) -> bool:
-    """Public addresses only (IANA's registries); four small numbers are a section or a version unless called one."""
+    """Return whether an address is public (IANA's registries); four small numbers may be a section or a version."""
     try:
         address = ipaddress.ip_address(match["value"])
     except ValueError:

@@ -1,4 +1,4 @@
-"""What secrets look like: keys and tokens by their makers' prefixes, checked by whatever else a true one satisfies."""
+"""Patterns of secrets: keys and tokens by their issuers' prefixes, with further checks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import binascii
 import json
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -25,7 +25,7 @@ _FEWEST_DIFFERENT = 8  # of at least 16 random characters so few differ less tha
 
 @dataclass(frozen=True)
 class Pattern:
-    """One shape of a kind; a kind may have several.
+    """One pattern of a kind of finding; a kind may have several.
 
     Args:
         kind: its name, as placeholders spell it: ``email`` is replaced by ``<EMAIL_1>``.
@@ -33,7 +33,7 @@ class Pattern:
         category: a secret lets its holder in or pay; personal data says who somebody is.
         regex: matches it; the group ``value`` is the finding, if there is one.
         cues: every match, or what is near it, has one of these: texts without any are not searched.
-        check: what a match has to satisfy besides.
+        check: further condition on a match.
         rank: where two findings overlap, the lower rank wins, then the longer.
     """
 
@@ -47,17 +47,17 @@ class Pattern:
 
 
 def words(text: str) -> frozenset[str]:
-    """Return a set written as one line of words."""
+    """Return the set of words in a line."""
     return frozenset(text.split())
 
 
 def value(match: re.Match[str]) -> str:
-    """Return the text that is found: the group ``value``, or all that matches."""
+    """Return the matched text: the group ``value``, or the whole match."""
     return match["value"] if "value" in match.re.groupindex else match[0]
 
 
 def made_up(token: str) -> bool:
-    """Return whether a token says itself that it is none: "your-api-key", "xxxx", AKIAIOSFODNN7EXAMPLE, aaaaaaaa."""
+    """Return whether a token is a placeholder: "your-api-key", "xxxx", AKIAIOSFODNN7EXAMPLE, aaaaaaaa."""
     return _MADE_UP.search(token) is not None or len(set(token)) < _FEWEST_DIFFERENT
 
 
@@ -79,7 +79,7 @@ def _checksummed(match: re.Match[str]) -> bool:
 
 
 def _json_web_token(match: re.Match[str]) -> bool:
-    """Return the header decodes to a JSON object that names an algorithm (RFC 7515); jwt.io's John Doe is nobody."""
+    """Return whether the header is a JSON object with an algorithm (RFC 7515), except jwt.io's sample token."""
     header = match[0].partition(".")[0]
     try:
         decoded = json.loads(base64.urlsafe_b64decode(header + "=" * (-len(header) % 4)))
@@ -90,7 +90,7 @@ def _json_web_token(match: re.Match[str]) -> bool:
 
 
 def _private_key(match: re.Match[str]) -> bool:
-    """At least 64 characters of base64: the shortest keys (Ed25519) have as many, "..." has none."""
+    """Return whether there are at least 64 characters of base64, the length of the shortest keys (Ed25519)."""
     return sum(map(len, re.findall(r"[A-Za-z0-9+/=]{16,}", match["body"]))) >= 64 and not made_up(match["body"])
 
 
@@ -98,8 +98,8 @@ _AWS_CONTEXT = re.compile(r"(?<![A-Z0-9])A(?:KI|SI)A[A-Z2-7]{16}|(?<!<)aws.?secr
 _AWS_NEAR = 160  # characters between a secret key and what says that it is one
 
 
-def _beside_aws_key(match: re.Match[str]) -> bool:
-    """Forty characters of base64 are a secret key only beside a key id or a name that says so."""
+def _near_aws_key(match: re.Match[str]) -> bool:
+    """Require a key id or a telling name near 40 characters of base64."""
     near = match.string[max(0, match.start() - _AWS_NEAR) : match.end() + _AWS_NEAR]
     token = match[0]
     mixed = all(re.search(kind, token) for kind in ("[a-z]", "[A-Z]", "[0-9]"))
@@ -116,7 +116,7 @@ _HOSTS_OF_NOBODY = re.compile(
 
 
 def _real_password(match: re.Match[str]) -> bool:
-    """Not a variable, not the word "password", and not for a host that is nobody's (RFC 2606)."""
+    """Return whether a password is not a variable, the word "password" or for an example host (RFC 2606)."""
     password = match["password"]
     stands_for_one = (
         password.lower() in _PASSWORDS_OF_NOBODY or _VARIABLE.fullmatch(password) or _MADE_UP.search(password)
@@ -131,7 +131,7 @@ _MAIL = re.compile(r"[\w.+-]+@[\w-]+\.[\w.]+")
 
 
 def _plain_password(match: re.Match[str]) -> bool:
-    """Letters with a digit, or a sign among them: prose ("password: required") and code (os.environ) have neither."""
+    """Return whether letters are mixed with digits or signs, unlike in prose and code (os.environ)."""
     token = match["value"]
     mixed = re.search("[A-Za-z]", token) and re.search(r"\d|[@#$%^&*!+=~](?=.)", token)
     placeholder = token.lower() in _PASSWORDS_OF_NOBODY or _VARIABLE.fullmatch(token) or _NO_PASSWORD.search(token)
@@ -139,12 +139,12 @@ def _plain_password(match: re.Match[str]) -> bool:
 
 
 def _key_after_name(match: re.Match[str]) -> bool:
-    """Azure's storage keys are 64 random bytes."""
+    """Return whether the value decodes to 64 random bytes, like Azure's storage keys."""
     return len(base64.b64decode(match["value"])) == 64 and not made_up(match["value"])
 
 
 def _token(body: str, flags: int = 0) -> re.Pattern[str]:
-    """Return a token that stands alone: no letter, digit or hyphen goes on before or behind it."""
+    """Return a pattern for a token without a letter, digit or hyphen before or after it."""
     return re.compile(rf"(?<![A-Za-z0-9])(?:{body})(?![\w-])", flags | re.ASCII)
 
 
@@ -195,7 +195,7 @@ SECRETS: tuple[Pattern, ...] = (
         "secret",
         re.compile(r"(?<![A-Za-z0-9/+=])[A-Za-z0-9/+]{40}(?![A-Za-z0-9/+=])|(?<==)[A-Za-z0-9/+]{40}(?![A-Za-z0-9/+=])"),
         ("AKIA", "ASIA", "ecret", "ECRET"),
-        _beside_aws_key,
+        _near_aws_key,
     ),
     Pattern("google_key", "Google API key", "secret", _token(r"AIza[\w-]{35}"), ("AIza",)),
     Pattern("azure_key", "Azure storage key", "secret", re.compile(_AZURE, re.I | re.A), ("==",), _key_after_name),
@@ -241,3 +241,17 @@ SECRETS: tuple[Pattern, ...] = (
         rank=2,
     ),
 )
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A secret or a piece of personal data at ``text[start:end]``; the value itself is never kept."""
+
+    kind: str
+    category: Category
+    start: int
+    end: int
+
+
+Finder = Callable[[str], Sequence[Finding]]
+"""Searches a text for findings beyond the patterns, such as names; they are reported and replaced alike."""

@@ -1,4 +1,4 @@
-"""Files of pairs: JSON Lines, JSON arrays, CSV, Parquet and saved datasets, in the kinds of rows that people have."""
+"""Files of pairs: JSON Lines, JSON arrays, CSV, Parquet and saved datasets, with rows of several formats."""
 
 from __future__ import annotations
 
@@ -15,12 +15,18 @@ from tunewright.core.io import file_digest
 from tunewright.core.progress import Task
 from tunewright.core.wording import count_of
 from tunewright.data.examples import Example
-from tunewright.data.readers.metadata import MOST_CHARACTERS, counted, metadata_of
 from tunewright.data.readers.row_errors import json_path
-from tunewright.data.readers.schemas import conversation_of
+from tunewright.data.readers.schemas import parse_conversation
 from tunewright.data.readers.sources import check_mapping, open_source, require_columns
 from tunewright.data.readers.tables import source_size
-from tunewright.data.readers.validate import RowError, example_from_turns, groups_of
+from tunewright.data.readers.validate import (
+    MOST_CHARACTERS,
+    RowError,
+    counted,
+    example_from_turns,
+    groups_of,
+    metadata_of,
+)
 
 __all__ = [
     "Fault",
@@ -38,12 +44,11 @@ __all__ = [
 
 @dataclass(frozen=True)
 class SourceRow:
-    """An example and where it was read.
+    """An example with its place in a file.
 
-    ``source`` is the file as the user named it, ``line`` the line (from 1) that the row starts at, in Parquet and saved
-    datasets the number of the row (from 1), as it is for rows that data.rows makes and where several rows of a JSON
-    document start on one line. ``groups`` has the row's
-    values of the config's data.group_by, ``metadata`` those of keys that nothing uses.
+    ``source`` is the file as the user named it. ``line`` (from 1) is the line where the row starts; it is the number of
+    the row if there are no lines (Parquet, saved datasets, rows created by data.rows), or if rows share a line.
+    ``groups`` has the row's values of data.group_by, ``metadata`` those of unused keys.
     """
 
     example: Example
@@ -55,7 +60,7 @@ class SourceRow:
 
 @dataclass(frozen=True)
 class Fault:
-    """A row that is no example: why, as a stable code too (docs/formats.md), where in the row, and what to do."""
+    """An invalid row: reason, stable code (docs/formats.md), place in the row, and fix."""
 
     source: str
     line: int
@@ -70,17 +75,17 @@ class Fault:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """All that one file holds: examples, faulty rows, and what the user should know besides."""
+class ReadResult:
+    """Content of one file: examples, faults, and notes for the user."""
 
     rows: list[SourceRow]
     faults: list[Fault]
     notes: list[str]
 
 
-def read_pairs(path: Path, data: DataConfig, task: Task | None = None) -> Reading:
-    """Read a file of pairs, all of it into memory; arguments and errors are those of ``scan_pairs``."""
-    reading = Reading([], [], [])
+def read_pairs(path: Path, data: DataConfig, task: Task | None = None) -> ReadResult:
+    """Read a file of pairs into memory; arguments and errors are those of ``scan_pairs``."""
+    reading = ReadResult([], [], [])
     for row in scan_pairs(path, data, reading.notes, task):
         if isinstance(row, Fault):
             reading.faults.append(row)
@@ -90,16 +95,16 @@ def read_pairs(path: Path, data: DataConfig, task: Task | None = None) -> Readin
 
 
 def scan_pairs(path: Path, data: DataConfig, notes: list[str], task: Task | None = None) -> Iterator[SourceRow | Fault]:
-    """The rows of a file of pairs one by one, faulty ones as such; a file of any length is read in little memory.
+    """Yield the rows of a file of pairs, faulty ones as ``Fault``, with memory independent of the file's length.
 
     Args:
-        data: the config's names of columns and keys, its system turn and its limit of characters.
-        notes: gets what the user should know: what kind of rows were found and why, encoding, keys that are not kept.
-        task: advanced by the bytes that are read, ``source_size(path)`` in all.
+        data: the config's columns, keys, system turn and character limit.
+        notes: receives notes for the user: the format of the rows and the reason, encoding, dropped keys.
+        task: advanced by the bytes read, ``source_size(path)`` in total.
 
     Raises:
-        UserError: the file as a whole cannot be read: missing, empty, of another kind or encoding, a column that is
-            not there, JSON or CSV that breaks off, a config's template or JMESPath that is none.
+        UserError: the file cannot be read (missing, empty, unknown format or encoding, missing column, truncated JSON
+            or CSV), or a template or JMESPath of the config is invalid.
     """
     source = open_source(path, data, notes, task)
     kinds: Counter[tuple[str, str]] = Counter()
@@ -112,7 +117,7 @@ def scan_pairs(path: Path, data: DataConfig, notes: list[str], task: Task | None
             if isinstance(row, RowError):
                 raise row
             ignored.update(row.keys() & data.drop_columns)
-            conversation = conversation_of(row, data, above, parent)
+            conversation = parse_conversation(row, data, above, parent)
             kinds[conversation.kind, conversation.reason] += 1
             example = example_from_turns(conversation.turns, data)
             metadata, too_long = metadata_of(row, conversation, data)
@@ -121,29 +126,29 @@ def scan_pairs(path: Path, data: DataConfig, notes: list[str], task: Task | None
         except RowError as fault:
             yield fault_of(fault, path, line)
     if not count:
-        raise UserError("the file is empty: there is no row in it", where=str(path))
-    notes.extend(_told(path, source.kind, kinds))
+        raise UserError("the file has no rows", where=str(path))
+    notes.extend(_format_notes(path, source.kind, kinds))
     if left_out:
-        what = f"no text or number, or longer than {MOST_CHARACTERS:,} characters"
-        notes.append(f"{path}: not kept as metadata, because a value is {what}: {counted(left_out)}")
+        what = f"not text or a number, or longer than {MOST_CHARACTERS:,} characters"
+        notes.append(f"{path}: not kept as metadata, because values are {what}: {counted(left_out)}")
     if ignored:
         names = ", ".join(name for name in data.drop_columns if name in ignored)
-        notes.append(f"{path}: left out, as data.drop_columns says: {names}")
+        notes.append(f"{path}: dropped by data.drop_columns: {names}")
 
 
-def _told(path: Path, container: str, kinds: Counter[tuple[str, str]]) -> Iterator[str]:
+def _format_notes(path: Path, container: str, kinds: Counter[tuple[str, str]]) -> Iterator[str]:
     for (kind, reason), count in kinds.most_common():
         of = f"{count_of(count, 'row')} of " if len(kinds) > 1 else ""
-        yield f"{path}: {container}: {of}{kind}, since {reason}"
+        yield f"{path}: {container}: {of}{kind}, because {reason}"
 
 
 def fault_of(error: RowError, path: Path, line: int) -> Fault:
-    """Return the fault that an error makes of a file's row."""
+    """Return an error of a row as a fault of its file."""
     return Fault(str(path), line, str(error), error.code, json_path(error.path), error.fix)
 
 
 def source_digest(path: Path) -> str:
-    """SHA-256 (64 hex digits) of a file, or of the names and digests of all files below a folder."""
+    """Return the SHA-256 of a file, or of the names and digests of all files below a folder."""
     if path.is_file():
         return file_digest(path)
     whole: Any = hashlib.sha256()

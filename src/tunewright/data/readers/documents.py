@@ -1,4 +1,4 @@
-"""Rows inside one JSON document, where a JMESPath expression finds them."""
+"""Rows inside a JSON document, selected by a JMESPath expression."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jmespath.exceptions import JMESPathError
 from tunewright.core.errors import UserError
 from tunewright.data.readers.encodings import foreign_places
 from tunewright.data.readers.json_rows import RawRow, numbers_note
-from tunewright.data.readers.parents import PARENT, Parent, compiled, refuse_unfound
+from tunewright.data.readers.mapping import PARENT, Parent, compile_jmespath, refuse_unfound
 from tunewright.data.readers.row_errors import CODES, JsonPath
 from tunewright.data.readers.validate import RowError, row_object
 
@@ -28,17 +28,17 @@ _MOST_KEYS = 8
 
 @dataclass
 class _Document:
-    """A whole JSON text, what it says, and where its objects and faults stand in it."""
+    """A JSON text, its value, and the places of its objects and faults."""
 
     text: str
     path: Path
     value: Any = None
     objects: list[dict[str, Any]] = field(default_factory=list)
-    """In the order in which they end, which is that of the decoder."""
+    """In the order of their ends, as the decoder yields them."""
     spans: list[tuple[int, int]] = field(default_factory=list)
-    """Where each of ``objects`` begins and ends."""
+    """Begin and end of each of ``objects``."""
     faults: list[tuple[int, RowError]] = field(default_factory=list)
-    """By place: what is wrong in the text, though it can be read."""
+    """Faults of the text that do not prevent reading, sorted by place."""
 
     def line(self, place: int) -> int:
         """Return the line (from 1) of a place in the text."""
@@ -57,27 +57,26 @@ def check_expression(expression: str) -> jmespath.parser.ParsedResult:
     """Return the compiled expression.
 
     Raises:
-        UserError: it is no JMESPath.
+        UserError: the expression is not valid JMESPath.
     """
-    return compiled(expression, _WHERE, "Such as values(@), *[] or data.rows: docs/formats.md.")
+    return compile_jmespath(expression, _WHERE, "Such as values(@), *[] or data.rows: docs/formats.md.")
 
 
 def document_rows(
     text: TextIO, path: Path, expression: str, notes: list[str], groups: Sequence[str] = ()
 ) -> Iterator[RawRow]:
-    """The objects that an expression finds in a JSON document; the whole document is held in memory.
+    """Yield the objects that an expression selects in a JSON document, which is held in memory.
 
-    A row that stands in the document as it is has its line (or, if two of them start on one line, all have their
-    numbers), and the keys and objects above it. If an item is anything
-    else, such as an object that the expression makes, every row is told by its number in the result (from 1), and a
-    note says so.
+    A row that is an object of the document has its line, its path and the objects above it. Rows have numbers instead
+    of lines if two of them start on one line. If an item is anything else, such as an object that the expression
+    creates, rows have their numbers in the result, from 1, with a note.
 
     Args:
-        groups: those of data.group_by that stand above the rows.
+        groups: the groups of data.group_by that are above the rows.
 
     Raises:
-        UserError: not one JSON document, by file and line; an expression that fails on it or finds no list; a group
-            that is found above no row.
+        UserError: not one JSON document (with file and line), an expression that fails or does not select a list, or a
+            group that is above no row.
     """
     whole = text.read()
     if not whole.strip():
@@ -86,15 +85,15 @@ def document_rows(
     found = _found(document, expression)
     places = {id(each): number for number, each in enumerate(document.objects)}
     if all(id(item) in places for item in found):
-        yield from _placed(document, found, places, groups, notes)
+        yield from _rows_in_place(document, found, places, groups, notes)
         return
     refuse_unfound(groups, [None], path)
     if document.faults:
         place, fault = document.faults[0]
         raise _refused(document, place, fault)
     notes.append(
-        f"{path}: rows are told by their number in what data.rows finds, not by their line, since not all of them "
-        "are objects that stand in the document"
+        f"{path}: places are row numbers in the result of data.rows, not lines, because not all rows are objects of "
+        "the document"
     )
     for number, item in enumerate(found, start=1):
         try:
@@ -120,24 +119,24 @@ def _read(text: str, path: Path) -> _Document:
     except json.JSONDecodeError as error:
         extra = error.msg == "Extra data"
         what = "text after the end of the document" if extra else error.msg
-        fix = "data.rows looks into one JSON document; JSON Lines and an array of rows need none." if extra else None
+        fix = "data.rows is for one JSON document; leave it out for JSON Lines or an array of rows." if extra else None
         raise UserError(f"not one JSON document: {what}", where=f"{path}:{error.lineno}", fix=fix) from None
     except RecursionError:
-        raise UserError("not JSON that can be read: nested too deep", where=str(path)) from None
+        raise UserError("unreadable JSON: nested too deep", where=str(path)) from None
     except ValueError as error:  # a whole number of more digits than Python reads
-        raise UserError(f"not JSON that can be read: {error}", where=str(path)) from None
+        raise UserError(f"unreadable JSON: {error}", where=str(path)) from None
     document.spans, constants = _tokens(text)
     faults = [(at, RowError("E105", f"{name} is not JSON")) for at, name in constants]
-    faults += [(document.spans[n][0], RowError("E104", f'the key "{key}" stands twice')) for n, key in doubles.items()]
+    faults += [(document.spans[n][0], RowError("E104", f'duplicate key "{key}"')) for n, key in doubles.items()]
     faults += [
-        (at, RowError("E101", f"not UTF-8: a foreign byte in line {document.line(at)}")) for at in foreign_places(text)
+        (at, RowError("E101", f"not UTF-8: invalid byte in line {document.line(at)}")) for at in foreign_places(text)
     ]
     document.faults = sorted(faults, key=lambda fault: fault[0])
     return document
 
 
 def _tokens(text: str) -> tuple[list[tuple[int, int]], list[tuple[int, str]]]:
-    """The spans of a valid JSON text's objects, in the order in which they end; and what is no JSON, but was read."""
+    """Return the spans of a JSON text's objects, in the order of their ends, and constants that JSON does not allow."""
     spans: list[tuple[int, int]] = []
     constants: list[tuple[int, str]] = []
     open_at: list[int] = []
@@ -159,8 +158,8 @@ def _found(document: _Document, expression: str) -> list[Any]:
         raise UserError(f"{expression!r} fails on {document.path}: {error}", where=_WHERE) from None
     if isinstance(found, list) and found:
         return found
-    what = "nothing" if found is None or found == [] else f"{_kind(found)}, not a list of rows,"
-    raise UserError(f"{expression!r} finds {what} in {document.path}", where=_WHERE, fix=_shape(document.value))
+    what = "nothing" if found is None or found == [] else f"{_kind(found)} instead of a list of rows"
+    raise UserError(f"{expression!r} selects {what} in {document.path}", where=_WHERE, fix=_shape(document.value))
 
 
 def _kind(value: Any) -> str:
@@ -169,24 +168,22 @@ def _kind(value: Any) -> str:
 
 def _shape(value: Any) -> str:
     if isinstance(value, dict):
-        return f"The document's keys: {keys_told(value)}."
+        return f"The document's keys: {list_keys(value)}."
     items = [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
     if not items:
-        return "The document has no object, and a row is one."
-    there = keys_told(dict.fromkeys(key for item in items for key in item))
-    return (
-        f"The document is an array, and its objects have the keys {there}. If they are the rows, leave data.rows out."
-    )
+        return "The document has no objects, and rows are objects."
+    there = list_keys(dict.fromkeys(key for item in items for key in item))
+    return f"The document is an array of objects with the keys {there}. If they are the rows, leave data.rows out."
 
 
-def keys_told(keys: Iterable[str]) -> str:
-    """Return keys in words, the first eight of them."""
+def list_keys(keys: Iterable[str]) -> str:
+    """Return at most eight keys as text."""
     names = list(keys)
     more = f" and {len(names) - _MOST_KEYS:,} more" if len(names) > _MOST_KEYS else ""
     return f"{', '.join(names[:_MOST_KEYS])}{more}"
 
 
-def _placed(
+def _rows_in_place(
     document: _Document, found: list[Any], places: dict[int, int], groups: Sequence[str], notes: list[str]
 ) -> Iterator[RawRow]:
     spans = [document.spans[places[id(item)]] for item in found]
@@ -197,44 +194,44 @@ def _placed(
             covered.add(at)
             at += 1
     for number, (place, fault) in enumerate(document.faults):
-        if number not in covered:  # a key of the document that stands twice may have cost rows
+        if number not in covered:  # a duplicate key of the document may have hidden rows
             raise _refused(document, place, fault)
-    ways = _ways(document.value, {id(item) for item in found})
-    refuse_unfound(groups, (parent for _, parent in ways.values()), document.path)
+    paths = _paths_to(document.value, {id(item) for item in found})
+    refuse_unfound(groups, (parent for _, parent in paths.values()), document.path)
     starts = {start for start, _ in spans}
     numbered = len({document.line(start) for start in starts}) < len(starts)
     if numbered:
         notes.append(numbers_note(document.path))
     for number, (item, (start, end)) in enumerate(zip(found, spans, strict=True), start=1):
         line = number if numbered else document.line(start)
-        yield RawRow(line, document.fault_in(start, end) or item, *ways[id(item)])
+        yield RawRow(line, document.fault_in(start, end) or item, *paths[id(item)])
 
 
-def _ways(value: Any, wanted: set[int]) -> dict[int, tuple[JsonPath, Parent | None]]:
-    """Return the keys and indices from the document down to each wanted object, and the objects above it."""
-    ways: dict[int, tuple[JsonPath, Parent | None]] = {}
+def _paths_to(value: Any, wanted: set[int]) -> dict[int, tuple[JsonPath, Parent | None]]:
+    """Return the path from the document to each wanted object, and the objects above it."""
+    paths: dict[int, tuple[JsonPath, Parent | None]] = {}
     ahead: list[tuple[JsonPath, Parent | None, Any]] = [((), None, value)]
     while ahead:
-        way, parent, inner = ahead.pop()
+        path, parent, inner = ahead.pop()
         if id(inner) in wanted:
-            ways[id(inner)] = way, parent
+            paths[id(inner)] = path, parent
         if isinstance(inner, dict):
-            # Copied, so that "parent" is no key of the document; its values are not.
+            # A shallow copy, so that "parent" does not become a key of the document.
             above: Parent | None = {**inner, PARENT: parent}
             items: Iterable[tuple[str | int, Any]] = inner.items()
         else:
             above, items = parent, enumerate(inner)
-        ahead += [((*way, key), above, each) for key, each in items if isinstance(each, dict | list)]
-    return ways
+        ahead += [((*path, key), above, each) for key, each in items if isinstance(each, dict | list)]
+    return paths
 
 
 def _refused(document: _Document, place: int, fault: RowError) -> UserError:
     where = f"{document.path}:{document.line(place)}"
-    return UserError(f"{fault}, outside the rows that data.rows finds", where=where, fix=CODES[fault.code][1])
+    return UserError(f"{fault}, outside the rows that data.rows selects", where=where, fix=CODES[fault.code][1])
 
 
 def rows_hint(document: dict[str, Any]) -> str | None:
-    """Return the expression that finds the rows in a document whose values seem to hold them; None where none do."""
+    """Return the expression for the rows in a document whose values seem to contain them; None if none do."""
     if not document:
         return None
     if all(isinstance(value, dict) for value in document.values()):
@@ -246,7 +243,7 @@ def rows_hint(document: dict[str, Any]) -> str | None:
 
 
 def array_hint(items: Sequence[dict[str, Any]]) -> str | None:
-    """The expression that finds the rows in the objects of an array that all have a list of objects under one key."""
+    """Return the expression for rows in the objects of an array, if all have a list of objects under one key."""
     keys = [key for key in items[0] if all(_holds_rows(item.get(key)) for item in items)] if items else []
     return f"[].{_key(keys[0])}[]" if keys else None
 

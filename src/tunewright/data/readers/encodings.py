@@ -1,4 +1,4 @@
-"""Which encoding a text file is in, told from its bytes; a file is read in one encoding or refused."""
+"""Detection of a text file's encoding from its bytes; a file has one encoding or is refused."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ _BEYOND_ASCII = re.compile("[\x80-\ud7ff\ue000-\U0010ffff]")
 
 @dataclass(frozen=True)
 class Encoding:
-    """How a file's bytes become text."""
+    """The encoding of a file."""
 
     codec: str
     name: str
     mark: bool = False
-    """The file begins with a byte-order mark."""
+    """True if the file begins with a byte-order mark."""
     first_line: int = 0
     """For cp1252: the first line that is not UTF-8."""
     excerpt: str = ""
-    """That line, as it is read."""
+    """Part of that line as decoded."""
 
 
 def find_encoding(path: Path) -> Encoding:
-    """Return the encoding of a whole text file.
+    """Return the encoding of a text file.
 
-    A byte-order mark decides. Without one it is UTF-8, if all bytes are; else cp1252, of which latin-1's text is a
-    part, if fewer than one in a hundred of the sequences beyond ASCII are UTF-8's. What stands between is a UTF-8 file
-    with foreign bytes in it: its codec is utf-8, and those rows are faults.
+    A byte-order mark decides. Without one, the encoding is UTF-8 if all bytes are valid. It is cp1252, which includes
+    the text of latin-1, if fewer than 1% of the sequences beyond ASCII are valid UTF-8. Otherwise the file is UTF-8
+    with invalid bytes, and rows with them are faults.
 
     Raises:
-        UserError: UTF-16 or UTF-32 that breaks off, or bytes of no encoding that is read here, with file and line.
+        UserError: truncated UTF-16 or UTF-32, or an unsupported encoding, with file and line.
     """
     with path.open("rb") as file:
         head = file.read(4096)
@@ -58,10 +58,10 @@ def find_encoding(path: Path) -> Encoding:
             if head.startswith(mark):
                 if codec != "utf-8-sig" and not _is_all(file, codec):
                     line = _first_bad_line(path, codec)
-                    raise UserError(f"not {name}, as its byte-order mark says", where=f"{path}:{line}", fix=_SAVE)
+                    raise UserError(f"invalid {name} despite its byte-order mark", where=f"{path}:{line}", fix=_SAVE)
                 return Encoding(codec, name, mark=True)
         if head.count(0) * 3 > len(head):
-            raise UserError("UTF-16 without a byte-order mark, or no text", where=str(path), fix=_SAVE)
+            raise UserError("UTF-16 without a byte-order mark, or not text", where=str(path), fix=_SAVE)
         if _is_all(file, "utf-8"):
             return Encoding("utf-8", "UTF-8")
     return _eight_bit(path)
@@ -127,17 +127,17 @@ def _around_foreign(text: str) -> str:
 
 
 def note_on(path: Path, encoding: Encoding) -> str | None:
-    """Return what the user is told of an encoding that nothing in the file declares."""
+    """Return the note on an encoding that was guessed."""
     if encoding.codec != "cp1252":
         return None
     return (
-        f"{path}: read as cp1252 (Windows, Western European; latin-1's text is a part of it), since line "
-        f'{encoding.first_line} is not UTF-8. It reads "{encoding.excerpt}": if that is wrong, save the file as UTF-8.'
+        f"{path}: read as cp1252 (Windows, Western European; includes latin-1), because line {encoding.first_line} is "
+        f'not UTF-8. That line has "{encoding.excerpt}": if this is wrong, save the file as UTF-8.'
     )
 
 
 def escaped(text: str) -> int | None:
-    """Where the first byte stands that is not UTF-8, in text read by ``open_text``."""
+    """Return the position of the first byte that is not UTF-8, in text from ``open_text``."""
     if text.isascii():
         return None
     found = _ESCAPED.search(text)
@@ -145,12 +145,12 @@ def escaped(text: str) -> int | None:
 
 
 def foreign_places(text: str) -> list[int]:
-    """Where all the bytes stand that are not UTF-8, in text read by ``open_text``."""
+    """Return the positions of all bytes that are not UTF-8, in text from ``open_text``."""
     return [] if text.isascii() else [found.start() for found in _ESCAPED.finditer(text)]
 
 
 class _Counting(io.RawIOBase):
-    """A file that tells a task how many bytes of it were read."""
+    """A file that reports the bytes read to a task."""
 
     def __init__(self, file: BinaryIO, task: Task) -> None:
         self.file, self.task = file, task
@@ -168,7 +168,7 @@ class _Counting(io.RawIOBase):
 
 @contextmanager
 def open_text(path: Path, encoding: Encoding, task: Task | None = None) -> Iterator[TextIO]:
-    """The text of a file; lines end at ``\\n`` only, and foreign bytes in UTF-8 become lone surrogates."""
+    """Open a file as text; lines end at ``\\n`` only, and invalid bytes in UTF-8 become lone surrogates."""
     errors = "surrogateescape" if encoding.codec.startswith("utf-8") else "strict"
     with path.open("rb", buffering=0 if task else -1) as file:
         counted: Any = _Counting(file, task) if task else None

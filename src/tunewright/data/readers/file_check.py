@@ -6,9 +6,9 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,16 +19,15 @@ from tunewright.core.progress import Reporter, Task
 from tunewright.core.wording import count_of
 from tunewright.data.pii import LABELS, find_in_value
 from tunewright.data.readers import Fault, SourceRow, check_mapping, scan_pairs, source_size
-from tunewright.data.readers.metadata import metadata_of, texts_of
-from tunewright.data.readers.repair import mend
-from tunewright.data.readers.schemas import Conversation, Turn, conversation_of
+from tunewright.data.readers.row_errors import RowError, place
+from tunewright.data.readers.schemas import Conversation, Turn, parse_conversation
 from tunewright.data.readers.sources import Source, open_source
-from tunewright.data.readers.validate import RowError, example_from_turns, groups_of
+from tunewright.data.readers.validate import example_from_turns, groups_of, metadata_of, texts_of
 
 
 @dataclass(frozen=True)
 class CheckedFile:
-    """One file: how many rows are examples, how many are faulty, and why it cannot be read (to its end), if so."""
+    """Result for one file: numbers of examples and faulty rows, and the error if it cannot be read to the end."""
 
     source: str
     examples: int
@@ -40,7 +39,7 @@ class CheckedFile:
 
 @dataclass(frozen=True)
 class FileCheck:
-    """All that is wrong with some files."""
+    """Result of a check of several files."""
 
     files: tuple[CheckedFile, ...]
     faults: tuple[Fault, ...]
@@ -54,25 +53,25 @@ class FileCheck:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many faults there are of each code."""
+        """Number of faults by code."""
         return dict(sorted(Counter(fault.code for fault in self.faults).items()))
 
     @property
     def summary(self) -> str:
-        """Rows and faults in one sentence, and secrets by kind in another."""
+        """Text on rows and faults, and on secrets by kind."""
         examples = sum(file.examples for file in self.files)
         unreadable = sum(file.unreadable is not None for file in self.files)
         faulty = count_of(len(self.faults), "faulty row")
-        told = [f"{count_of(examples, 'example')} and {faulty} in {count_of(len(self.files), 'file')}"]
+        lines = [f"{count_of(examples, 'example')} and {faulty} in {count_of(len(self.files), 'file')}"]
         if unreadable:
-            told[0] += f", {count_of(unreadable, 'file')} not readable to the end"
+            lines[0] += f", {count_of(unreadable, 'file')} not readable to the end"
         if self.secrets:
             kinds = ", ".join(f"{LABELS[kind]}: {count:,}" for kind, count in self.secrets.items())
-            told.append(f"secrets ({kinds}): `tunewright data add` refuses them, by line, unless it has --redact")
-        return "\n".join(told)
+            lines.append(f"secrets ({kinds}): `tunewright data add` refuses them without --redact")
+        return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the check as ``--json`` prints it."""
+        """Return the JSON document that ``--json`` prints."""
         return {"ok": self.ok, "counts": self.counts, **asdict(self)}
 
 
@@ -81,11 +80,11 @@ def check_files(
 ) -> FileCheck:
     """Read files row by row and collect every fault.
 
-    ``rows`` gets the rows that are examples; without it they are not held, so that files of any length can be checked.
-    A file that cannot be read is told in the result, and the others are checked all the same.
+    ``rows`` receives the examples; without it they are not held, so that files of any length can be checked. A file
+    that cannot be read is part of the result, and the other files are checked.
 
     Raises:
-        UserError: the config's templates or JMESPath are none.
+        UserError: a template or JMESPath of the config is invalid.
     """
     check_mapping(data)
     faults: list[Fault] = []
@@ -124,33 +123,32 @@ def _checked(
 
 @dataclass(frozen=True)
 class Change:
-    """What a corrected copy has otherwise than the file, by the file's line; no ``code`` where there was no fault."""
+    """A difference between a corrected copy and the file; ``code`` is None if there was no fault."""
 
     source: str
     line: int
     code: str | None
     what: str
     left_out: bool = False
-    """The row is not in the copy, because there is no safe way to mend it."""
+    """True if the row is not in the copy, because no safe repair exists."""
 
     def __str__(self) -> str:
         return f"{self.source}:{self.line}: {self.what}"
 
 
 def fix_file(path: Path, out: Path, data: DataConfig, task: Task | None = None) -> list[Change]:
-    """Write a corrected copy of a file of pairs as chat rows (JSON Lines, UTF-8), and list each change.
+    """Write a corrected copy of a file of pairs as chat rows (JSON Lines, UTF-8), and return each change.
 
-    A fault is mended where that leaves no choice (docs/formats.md); a row with any other fault is left out and named.
-    The config's system turn is not written: it is put before pairs when they are added.
+    A fault is repaired if there is only one way to do so (docs/formats.md); rows with other faults are left out and
+    listed. The config's system turn is not written, since it is put before pairs when they are added.
 
     Raises:
-        UserError: ``out`` exists or is the file itself, no row is left, what ``scan_pairs`` raises, a full disk.
-            Nothing is written then.
+        UserError: ``out`` exists, no row is left, the errors of ``scan_pairs``, a full disk. Nothing is written then.
     """
     if out.exists():
         same = path.exists() and out.samefile(path)
-        what = "the copy would replace the file that it is made of" if same else "there is a file already"
-        raise UserError(what, where=str(out), fix="Name a new file; nothing is corrected in place.")
+        what = "the copy would overwrite the original" if same else "the file exists already"
+        raise UserError(what, where=str(out), fix="Name a new file; files are not corrected in place.")
     notes: list[str] = []
     source = open_source(path, data, notes, task)
     changes: list[Change] = []
@@ -161,7 +159,7 @@ def fix_file(path: Path, out: Path, data: DataConfig, task: Task | None = None) 
             copy.write(json.dumps(row, ensure_ascii=False) + "\n")
             written += 1
         if not written:
-            raise UserError("no row is left to copy", where=str(path), fix="Check the file: each row has a fault.")
+            raise UserError("every row has a fault that cannot be repaired", where=str(path), fix="Correct the file.")
     return _changes_of_the_whole(path, source, notes) + changes
 
 
@@ -169,7 +167,7 @@ def _changes_of_the_whole(path: Path, source: Source, notes: Sequence[str]) -> l
     changes = [Change(str(path), 1, None, note.removeprefix(f"{path}: ")) for note in notes]
     encoding = source.encoding
     if encoding and encoding.mark:
-        changes.insert(0, Change(str(path), 1, None, f"{encoding.name} with a byte-order mark: now UTF-8 without one"))
+        changes.insert(0, Change(str(path), 1, None, f"{encoding.name} with a byte-order mark written as plain UTF-8"))
     return changes
 
 
@@ -180,7 +178,7 @@ def _fixed_rows(path: Path, source: Source, data: DataConfig, changes: list[Chan
             if isinstance(row, RowError):
                 raise row
             groups = groups_of(row, data, parent)
-            conversation = conversation_of(row, data, above, parent)
+            conversation = parse_conversation(row, data, above, parent)
             turns, done = _mended(conversation, data)
             metadata, lost = metadata_of(row, conversation, data)
         except RowError as fault:
@@ -188,32 +186,32 @@ def _fixed_rows(path: Path, source: Source, data: DataConfig, changes: list[Chan
             continue
         if conversation.kind not in kinds and conversation.kind != "OpenAI chats":
             kinds.add(conversation.kind)
-            what = f"{conversation.kind} written as chat rows, here and below"
+            what = f"{conversation.kind} written as chat rows, from here on"
             changes.append(Change(str(path), line, None, what))
         dropped = [key for key in data.drop_columns if key in row]
         if dropped:
-            changes.append(Change(str(path), line, None, f"left out, as data.drop_columns says: {', '.join(dropped)}"))
+            changes.append(Change(str(path), line, None, f"dropped by data.drop_columns: {', '.join(dropped)}"))
         changes += [Change(str(path), line, code, what) for code, what in done]
-        lost += [key for key in metadata if key in _CHAT_KEYS]  # in a chat row they would mean something
+        lost += [key for key in metadata if key in _CHAT_KEYS]  # these keys have a meaning in chat rows
         if lost:
-            changes.append(Change(str(path), line, None, f"keys that are not in the copy: {', '.join(lost)}"))
+            changes.append(Change(str(path), line, None, f"keys not in the copy: {', '.join(lost)}"))
             metadata = {key: value for key, value in metadata.items() if key not in lost}
         plain = {key: groups.get(key) for key in data.group_by}
         yield {**metadata, **plain, "messages": [_written(turn) for turn in turns]}
 
 
 def _mended(conversation: Conversation, data: DataConfig) -> tuple[list[Turn], list[tuple[str, str]]]:
-    """The turns without faults, and each mend with the code of its fault; raises the first fault without a mend."""
+    """Return the repaired turns, and each repair with its code; raises the first fault without a repair."""
     turns, done = list(conversation.turns), []
     while True:
         try:
             example_from_turns(turns, data)
         except RowError as fault:
-            mended = mend(turns, fault)
-            if mended is None:
+            repaired = repair_turns(turns, fault)
+            if repaired is None:
                 raise
-            turns = mended[0]
-            done.append((fault.code, mended[1]))
+            turns = repaired[0]
+            done.append((fault.code, repaired[1]))
         else:
             return turns, done
 
@@ -228,7 +226,7 @@ _CHAT_KEYS = {"messages", "system", "system_prompt", "only_last"}
 
 @contextmanager
 def _new_file(path: Path) -> Iterator[TextIO]:
-    """A new text file, written row by row, that is there only if nothing was raised."""
+    """Yield a new text file that is discarded if an exception is raised."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -241,3 +239,112 @@ def _new_file(path: Path) -> Iterator[TextIO]:
             Path(name).rename(path)
         finally:
             Path(name).unlink(missing_ok=True)
+
+
+Repaired = tuple[list[Turn], str]
+"""The repaired turns, and a description of the repair."""
+
+_OTHER_NAMES = {"human": "user", "gpt": "assistant", "developer": "system"}
+
+
+def repair_turns(turns: Sequence[Turn], error: RowError) -> Repaired | None:
+    """Repair one fault of these turns; None if there is no safe repair."""
+    repair = _REPAIRS.get(error.code)
+    at = next((i for i, turn in enumerate(turns) if turn.content_path == error.path), None)
+    if at is None:
+        at = next((i for i, turn in enumerate(turns) if turn.path and error.path[: len(turn.path)] == turn.path), None)
+    if repair is None or at is None:
+        return None
+    return repair(list(turns), at, error)
+
+
+def _key(turns: list[Turn], at: int, error: RowError) -> Repaired | None:
+    """Drop a key without a value, or a name, which no chat template renders."""
+    key = str(error.path[-1])
+    if key not in turns[at].rest or (error.code != "E309" and turns[at].rest[key] not in (None, "", [], {})):
+        return None
+    return _without(turns, at, key, f"{place(error.path)} left out")
+
+
+def _repair_weight(turns: list[Turn], at: int, error: RowError) -> Repaired | None:
+    weight = turns[at].rest["weight"]
+    nothing = weight is None or (turns[at].role != "assistant" and weight == 0 and not isinstance(weight, bool))
+    return _without(turns, at, "weight", f"{place(error.path)} left out: it has no effect") if nothing else None
+
+
+def _without(turns: list[Turn], at: int, key: str, what: str) -> Repaired:
+    rest = {name: value for name, value in turns[at].rest.items() if name != key}
+    turns[at] = replace(turns[at], rest=rest)
+    return turns, what
+
+
+def _role(turns: list[Turn], at: int, error: RowError) -> Repaired | None:
+    role = turns[at].role
+    if not isinstance(role, str):
+        return None
+    plain = role.strip().lower()
+    known = _OTHER_NAMES.get(plain, plain)
+    if known not in ("system", "user", "assistant"):
+        return None
+    turns[at] = replace(turns[at], role=known)
+    return turns, f'the role of {place(error.path)} is "{known}" instead of "{role}"'
+
+
+def _parts(turns: list[Turn], at: int, error: RowError) -> Repaired | None:
+    """Join parts that are all text, without separator, like chat templates."""
+    texts = [_part_text(part) for part in turns[at].content]
+    if not texts or None in texts:
+        return None
+    turns[at] = replace(turns[at], content="".join(text for text in texts if text is not None))
+    return turns, f"{place(error.path)}: {len(texts)} parts joined to one text"
+
+
+def _part_text(part: Any) -> str | None:
+    if isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text":
+        return part["text"] if isinstance(part["text"], str) else None
+    return None
+
+
+def _blank(turns: list[Turn], at: int, error: RowError) -> Repaired | None:
+    """Drop a blank last turn after an answer, or a blank system turn."""
+    last = at == len(turns) - 1 and any(turn.role == "assistant" for turn in turns[:at])
+    if not last and not (at == 0 and turns[0].role == "system"):
+        return None
+    del turns[at]
+    return turns, f"{place(error.path)} left out: it is empty"
+
+
+def _repeat(turns: list[Turn], at: int, _error: RowError) -> Repaired | None:
+    """Drop one of two consecutive turns of a role if it is blank or a repetition."""
+    before, here = turns[at - 1], turns[at]
+    if here.content == before.content and here.rest == before.rest:
+        del turns[at]
+        return turns, f"{place(here.path)} left out: it repeats the previous turn"
+    for drop, turn in ((at - 1, before), (at, here)):
+        if isinstance(turn.content, str) and not turn.content.strip():
+            del turns[drop]
+            return turns, f"{place(turn.path)} left out: it is empty"
+    return None
+
+
+def _unanswered(turns: list[Turn], _at: int, _error: RowError) -> Repaired | None:
+    """Drop the turns after the last trained answer, which would not be trained on."""
+    answers = [i for i, turn in enumerate(turns) if turn.role == "assistant" and turn.rest.get("weight", 1) == 1]
+    if not answers:
+        return None
+    left = [place(turn.path) for turn in turns[answers[-1] + 1 :]]
+    return turns[: answers[-1] + 1], f"{', '.join(left)} left out: no trained answer follows"
+
+
+_REPAIRS: dict[str, Callable[[list[Turn], int, RowError], Repaired | None]] = {
+    "E204": _key,
+    "E303": _key,
+    "E304": _role,
+    "E306": _parts,
+    "E307": _repair_weight,
+    "E308": _unanswered,
+    "E309": _key,
+    "E401": _blank,
+    "E406": _repeat,
+    "E407": _unanswered,
+}

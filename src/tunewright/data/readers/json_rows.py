@@ -1,4 +1,4 @@
-"""Rows in JSON: one object per line, one array, or objects one after another over several lines."""
+"""Rows in JSON: one object per line, one array, or consecutive objects over several lines."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from typing import Any, NamedTuple, TextIO
 
 from tunewright.core.errors import UserError
 from tunewright.data.readers.encodings import escaped
-from tunewright.data.readers.parents import Parent
+from tunewright.data.readers.mapping import Parent
 from tunewright.data.readers.row_errors import JsonPath
 from tunewright.data.readers.validate import RowError, json_decoder, parse_json_row, row_object
 
 
 class RawRow(NamedTuple):
-    """The line that a row starts at (its number where several start on one line), and the row or why it is none."""
+    """A row, or its error, with the line where it starts (its number if several start on one line)."""
 
     line: int
     row: dict[str, Any] | RowError
     above: JsonPath = ()
-    """In a document that holds rows, the keys and indices that lead to this one."""
+    """For a row inside a document: its path."""
     parent: Parent | None = None
-    """In a document that holds rows, the objects above this one."""
+    """For a row inside a document: the objects above it."""
 
 
 _CHUNK = 1 << 16
-_LONGEST = 1 << 26  # characters: a quote that is never closed must not read the rest of a large file into memory
+_LONGEST = 1 << 26  # characters: an unclosed quote must not read the rest of a large file into memory
 _SPACE = re.compile(r"[ \t\n\r]*")
 _PLAIN = json.JSONDecoder()
 
 
 def json_lines(text: TextIO) -> Iterator[RawRow]:
-    """JSON Lines; blank lines are no rows."""
+    """Yield the rows of JSON Lines, skipping blank lines."""
     for number, line in enumerate(text, start=1):
         if line.isspace():
             continue
@@ -45,10 +45,10 @@ def json_lines(text: TextIO) -> Iterator[RawRow]:
 
 
 def json_array(text: TextIO, path: Path) -> Iterator[RawRow]:
-    """The items of one array, read one by one.
+    """Yield the items of an array, read one by one.
 
     Raises:
-        UserError: what is not JSON, by file and line: where its row ends cannot be known.
+        UserError: invalid JSON, with file and line, since the end of the row is unknown.
     """
     cursor = _Cursor(text, path)
     cursor.peek()
@@ -70,7 +70,7 @@ def json_array(text: TextIO, path: Path) -> Iterator[RawRow]:
 
 
 def json_objects(text: TextIO, path: Path) -> Iterator[RawRow]:
-    """Objects one after another, each over several lines.
+    """Yield consecutive objects, each over several lines.
 
     Raises:
         UserError: as for ``json_array``.
@@ -80,13 +80,13 @@ def json_objects(text: TextIO, path: Path) -> Iterator[RawRow]:
         yield cursor.row()
 
 
-def told_apart(rows: Iterator[RawRow], path: Path, notes: list[str]) -> Iterator[RawRow]:
-    """The rows, with their numbers (from 1) in place of their lines if the second starts on the line of the first.
+def number_if_ambiguous(rows: Iterator[RawRow], path: Path, notes: list[str]) -> Iterator[RawRow]:
+    """Yield the rows, with numbers (from 1) instead of lines if the first two start on one line.
 
-    A place has to name one row: ``json.dump`` writes all of an array on one line.
+    A place must be unique, and ``json.dump`` writes an array on one line.
 
     Args:
-        notes: gets that places are numbers.
+        notes: receives the note that places are numbers.
     """
     first = next(rows, None)
     if first is None:
@@ -107,12 +107,12 @@ def told_apart(rows: Iterator[RawRow], path: Path, notes: list[str]) -> Iterator
 
 
 def numbers_note(path: Path) -> str:
-    """Return the note that places in a file are the numbers of its rows."""
+    """Return the note that places are row numbers."""
     return f"{path}: places are row numbers (FILE:NUMBER), not lines, because several rows start on one line"
 
 
 class _Cursor:
-    """A place in a text of which only a part is in memory."""
+    """A position in a text that is only partly in memory."""
 
     def __init__(self, text: TextIO, path: Path) -> None:
         self.text, self.path = text, path
@@ -121,7 +121,7 @@ class _Cursor:
         self.line = 1
 
     def peek(self) -> str:
-        """Return the next character that is no white space, "" at the end."""
+        """Return the next character other than white space; "" at the end."""
         while True:
             match = _SPACE.match(self.buffer, self.at)
             assert match is not None
@@ -132,7 +132,7 @@ class _Cursor:
                 return ""
 
     def step(self) -> None:
-        """Pass the character that ``peek`` showed."""
+        """Skip the character that ``peek`` returned."""
         self._move(self.at + 1)
 
     def row(self) -> RawRow:
@@ -151,11 +151,11 @@ class _Cursor:
             except ValueError as error:  # a whole number of more digits than Python reads
                 raise self.refusal(str(error)) from None
             if end == len(self.buffer) and self._more():
-                continue  # a number may go on
+                continue  # a number may continue
             foreign = escaped(self.buffer[self.at : end])
             if foreign is not None:
                 line = start + self.buffer.count("\n", self.at, self.at + foreign)
-                value = RowError("E101", f"not UTF-8: a foreign byte in line {line}")
+                value = RowError("E101", f"not UTF-8: invalid byte in line {line}")
             self._move(end)
             return RawRow(start, value)
 
@@ -167,16 +167,14 @@ class _Cursor:
             return fault, _PLAIN.raw_decode(self.buffer, self.at)[1]
 
     def _is_cut(self, error: json.JSONDecodeError) -> bool:
-        """Return whether the error may come from the end of the part in memory, and not from the file."""
+        """Return whether the error may come from the end of the buffer."""
         return error.msg.startswith("Unterminated string") or error.pos >= len(self.buffer) - 16
 
     def _more(self) -> bool:
         held = len(self.buffer) - self.at
         if held > _LONGEST:
-            raise self.refusal(
-                f"a row of more than {_LONGEST:,} characters; if it is a document of rows, see data.rows"
-            )
-        # Twice what is held, so that a long row is not decoded anew for each small piece of it.
+            raise self.refusal(f"a row of more than {_LONGEST:,} characters (for a document of rows, see data.rows)")
+        # Double the buffer, so that a long row is not decoded again for each small piece of it.
         chunk = self.text.read(max(_CHUNK, held))
         self.buffer, self.at = self.buffer[self.at :] + chunk, 0
         return bool(chunk)
@@ -186,9 +184,9 @@ class _Cursor:
         self.at = to
 
     def refusal(self, reason: str) -> UserError:
-        """Return the file cannot be read from here on."""
+        """Return the error that the file cannot be read from here on."""
         return UserError(
-            f"not JSON that can be read from here on: {reason}",
+            f"unreadable JSON from here on: {reason}",
             where=f"{self.path}:{self.line}",
-            fix="Mend it there, or write one object per line: then a fault costs one row, not the rest of the file.",
+            fix="Correct it, or write one object per line, so that a fault affects one row only.",
         )

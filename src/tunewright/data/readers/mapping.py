@@ -1,68 +1,154 @@
-"""Input and ideal output out of a row: by the name of a key each, or by a Jinja template over the whole row."""
+"""Config-defined values of a row: input and output by key or Jinja template, and groups from objects above the row."""
 
 from __future__ import annotations
 
 import datetime
 import json
 import math
-from collections.abc import Mapping as AnyMapping
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cached_property, lru_cache
 from typing import Any
 
+import jmespath
 from jinja2 import StrictUndefined, Template, TemplateError, TemplateSyntaxError, Undefined, meta, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jmespath.exceptions import JMESPathError
 
 from tunewright.config import DataConfig
 from tunewright.core.errors import UserError
-from tunewright.data.readers.parents import PARENT, Parent
 from tunewright.data.readers.row_errors import JsonPath, RowError
+
+PARENT = "parent"
+Parent = Mapping[str, Any]
+"""The nearest object above a row, with the next one above it under the key ``parent``."""
+
+_MOST_KEYS = 8
+
+
+def compile_jmespath(expression: str, where: str, fix: str) -> jmespath.parser.ParsedResult:
+    """Return the compiled JMESPath expression.
+
+    Raises:
+        UserError: the expression is invalid.
+    """
+    try:
+        return jmespath.compile(expression)
+    except (JMESPathError, RecursionError) as error:
+        what = f"invalid JMESPath expression: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        raise UserError(what, where=where, fix=fix) from None
+
+
+def names_parent(group: str, data: DataConfig) -> bool:
+    """Return whether a key of ``data.group_by`` is a JMESPath above the row, such as ``parent.id``."""
+    return data.rows is not None and group.startswith((f"{PARENT}.", f"{PARENT}["))
+
+
+def check_groups(data: DataConfig) -> None:
+    """Refuse a group above the rows that is not a JMESPath.
+
+    Raises:
+        UserError: the group is invalid.
+    """
+    for group in data.group_by:
+        if names_parent(group, data):
+            _expression(group)
+
+
+@lru_cache(maxsize=16)
+def _expression(group: str) -> jmespath.parser.ParsedResult:
+    return compile_jmespath(
+        group, "data.group_by", "Such as parent.id, parent.sql[0] or parent.parent.title: docs/formats.md."
+    )
+
+
+def value_above(group: str, parent: Parent | None) -> Any:
+    """Return a group's value for the rows below an object.
+
+    Raises:
+        RowError: nothing is found there, or the expression fails.
+    """
+    try:
+        value = _expression(group).search({PARENT: parent})
+    except (JMESPathError, RecursionError) as error:
+        raise RowError("E205", f"data.group_by: {group!r} fails above the row: {error}") from None
+    if value is None:
+        raise RowError("E205", f"data.group_by: {group!r} selects nothing above the row")
+    return value
+
+
+def refuse_unfound(groups: Iterable[str], parents: Iterable[Parent | None], path: object) -> None:
+    """Refuse a group that is not found above any row of a document.
+
+    Args:
+        groups: names of groups above the rows.
+        parents: the object above each row; None where there is none.
+        path: the document's.
+
+    Raises:
+        UserError: the group is not found; names the existing keys.
+    """
+    different = list({id(parent): parent for parent in parents}.values())
+    for group in groups:
+        if not any(_found(group, parent) for parent in different):
+            keys = list(dict.fromkeys(key for parent in different[:1] if parent for key in parent if key != PARENT))
+            named = ", ".join(keys[:_MOST_KEYS]) + (f" and {len(keys) - _MOST_KEYS} more" * (len(keys) > _MOST_KEYS))
+            fix = f"Keys of the object above a row: {named}." if keys else "There are no objects above the rows."
+            raise UserError(f"{group!r} selects nothing above any row of {path}", where="data.group_by", fix=fix)
+
+
+def _found(group: str, parent: Parent | None) -> bool:
+    try:
+        value_above(group, parent)
+    except RowError:
+        return False
+    return True
+
 
 _ROW, _ABOVE = "row", "above"
 _PLAIN = (str, int, float, Decimal, datetime.date, datetime.time)
-# What a template's own operations raise over values that they were not written for.
+# Exceptions of template operations on unexpected values.
 _FAILURES = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError)
 
 
 @dataclass(frozen=True)
-class Side:
-    """One side of the pair: ``data.input`` or ``data.output``, and how a row becomes its text."""
+class MappedField:
+    """A side of the pair (``data.input`` or ``data.output``), by key or template."""
 
     field: str
     text: str
-    """As the config has it."""
+    """Text in the config."""
     template: Template | None
     keys: tuple[str, ...]
-    """The row's keys that are used, in order."""
+    """Keys of the row that are used, in order."""
     whole_row: bool = False
-    """The template takes ``row`` as a whole, so that any key may be used."""
+    """True if the template uses ``row`` as a whole, so that any key may be used."""
     outside: tuple[str, ...] = ()
-    """Of ``above`` and ``parent`` those that the template takes."""
+    """The variables among ``above`` and ``parent`` that the template uses."""
 
     @property
     def from_parent(self) -> bool:
-        """The template takes ``parent``, the object above the row."""
+        """True if the template uses ``parent``, the object above the row."""
         return PARENT in self.outside
 
     @property
     def path(self) -> JsonPath:
-        """The place in the row that faults of this side name: its key, or for a template the row."""
+        """Place in the row for faults of this side: its key, or for a template the row."""
         return (self.text,) if self.template is None else ()
 
-    def value(self, row: AnyMapping[str, Any], above: JsonPath, parent: Parent | None = None) -> Any:
-        """Return what stands there: a key's value as it is, or a template's text.
+    def value(self, row: Mapping[str, Any], above: JsonPath, parent: Parent | None = None) -> Any:
+        """Return the value of the key, or the text of the template.
 
         Raises:
-            RowError: the row lacks what is used, or the template fails or writes a value that is no text.
+            RowError: a missing key, or a template that fails or renders a value that is not text.
         """
         if self.template is None:
             if self.text not in row:
-                raise RowError("E207", f'missing key "{self.text}", which {self.field} names')
+                raise RowError("E207", f'missing key "{self.text}" of {self.field}')
             return row[self.text]
         if self.from_parent and parent is None:
-            raise RowError("E207", f"{self.field} uses parent, and no object stands above the row")
+            raise RowError("E207", f"{self.field} uses parent, but there is no object above the row")
         from_above = {PARENT: parent} if self.from_parent else {}
         try:
             return self.template.render({**row, _ROW: row, _ABOVE: above, **from_above})
@@ -73,20 +159,20 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Mapping:
-    """How rows become pairs by the config."""
+class PairMapping:
+    """The config's mapping from rows to pairs."""
 
-    input: Side
-    output: Side
+    input: MappedField
+    output: MappedField
 
     @property
     def templated(self) -> bool:
-        """True if a side is a template; if none is, rows without both keys may be of another kind."""
+        """True if a side is a template; without templates, rows without both keys may have another format."""
         return self.input.template is not None or self.output.template is not None
 
     @cached_property
     def keys(self) -> frozenset[str]:
-        """The row's keys that are used by name."""
+        """Keys of the row that are used by name."""
         return frozenset((*self.input.keys, *self.output.keys))
 
     @property
@@ -96,7 +182,7 @@ class Mapping:
 
     @property
     def reason(self) -> str:
-        """The words that tell of the mapping: ``the config maps question to the input and reply to the output``."""
+        """Text on the mapping: ``the config maps question to the input and reply to the output``."""
         sides = ((self.input, "input"), (self.output, "output"))
         return "the config maps " + " and ".join(f"{_named(side)} to the {name}" for side, name in sides)
 
@@ -106,39 +192,37 @@ class Mapping:
         return [*named, *(name for name in header if self.whole_row and name not in named)]
 
 
-def _named(side: Side) -> str:
+def _named(side: MappedField) -> str:
     whole = ["the whole row"] if side.whole_row else []
     return ", ".join([*side.keys, *whole, *side.outside]) or "a fixed text"
 
 
-def mapping_of(data: DataConfig) -> Mapping | None:
-    """Return the config's mapping, or None where it does not name both sides and neither is a template.
+def pair_mapping(data: DataConfig) -> PairMapping | None:
+    """Return the config's mapping, or None if a side is not named and there is no template.
 
     Raises:
-        UserError: a template that is none, or without the other side; a key used that data.drop_columns leaves out.
+        UserError: an invalid template, a template without the other side, or a key that data.drop_columns drops.
     """
     return _mapping(data.input, data.output, data.drop_columns, data.rows is not None)
 
 
 @lru_cache(maxsize=16)
-def _mapping(input_: str | None, output: str | None, ignore: tuple[str, ...], in_document: bool) -> Mapping | None:
+def _mapping(input_: str | None, output: str | None, ignore: tuple[str, ...], in_document: bool) -> PairMapping | None:
     if input_ is None or output is None:
         for field_name, given, other in (("input", input_, "output"), ("output", output, "input")):
             if given is not None and _is_template(given):
-                what = f"data.{field_name} is a template, and there is no data.{other}"
-                raise UserError(what, where=_where(other), fix="Give both: a template, or the name of a key.")
+                what = f"data.{field_name} is a template, but data.{other} is not set"
+                raise UserError(what, where=_where(other), fix="Set both, to a template or the name of a key.")
         return None
     if input_ == output:
-        raise UserError(f'"{input_}" cannot be input and output at once', where=_where("output"))
+        raise UserError(f'"{input_}" cannot be both input and output', where=_where("output"))
     sides = [_side(name, text, in_document) for name, text in (("input", input_), ("output", output))]
     for side in sides:
         left_out = [key for key in side.keys if key in ignore]
         if left_out:
-            what = f'{side.field} uses the key "{left_out[0]}", which data.drop_columns leaves out'
-            raise UserError(
-                what, where="data.drop_columns", fix="Take it out of data.drop_columns, or out of the template."
-            )
-    return Mapping(*sides)
+            what = f'{side.field} uses the key "{left_out[0]}", which data.drop_columns drops'
+            raise UserError(what, where="data.drop_columns", fix="Remove it there, or from the template.")
+    return PairMapping(*sides)
 
 
 def _is_template(text: str) -> bool:
@@ -149,24 +233,24 @@ def _where(name: str) -> str:
     return f"data.{name} (--{name})"
 
 
-def _side(name: str, text: str, in_document: bool) -> Side:
+def _side(name: str, text: str, in_document: bool) -> MappedField:
     if not _is_template(text):
-        return Side(f"data.{name}", text, None, (text,))
+        return MappedField(f"data.{name}", text, None, (text,))
     try:
         tree = _ENVIRONMENT.parse(text)
         template = _ENVIRONMENT.from_string(text)
         names = meta.find_undeclared_variables(tree)
     except (TemplateSyntaxError, SyntaxError) as error:
         reason = error.message if isinstance(error, TemplateSyntaxError) else error.msg
-        what = f"not a template that can be read: line {error.lineno}: {reason}"
+        what = f"invalid template: line {error.lineno}: {reason}"
         raise UserError(what, where=_where(name), fix=_HELP) from None
     except RecursionError:
-        raise UserError("not a template that can be read: nested too deep", where=_where(name), fix=_HELP) from None
+        raise UserError("invalid template: nested too deep", where=_where(name), fix=_HELP) from None
     if any(True for _ in meta.find_referenced_templates(tree)):
-        raise UserError("a template that takes in another one, which is not to be had", where=_where(name), fix=_HELP)
+        raise UserError("the template includes another template, which is not supported", where=_where(name), fix=_HELP)
     if _ABOVE in names and not in_document:
-        what = "the template uses above, the keys above a row in its document, and there is no data.rows"
-        raise UserError(what, where=_where(name), fix="Say where the rows are in the document: data.rows (--rows).")
+        what = "the template uses above, which requires data.rows"
+        raise UserError(what, where=_where(name), fix="Set the place of the rows in the document: data.rows (--rows).")
     picked = [
         each.arg.value
         for each in tree.find_all(nodes.Getitem)
@@ -175,7 +259,7 @@ def _side(name: str, text: str, in_document: bool) -> Side:
     whole = sum(map(_is_row, tree.find_all(nodes.Name))) > len(picked)
     outside = {_ABOVE, PARENT} if in_document else {_ABOVE}
     keys = dict.fromkeys([*_in_order(tree, names - outside - {_ROW}), *picked])
-    return Side(f"data.{name}", text, template, tuple(keys), whole, tuple(sorted(outside & names)))
+    return MappedField(f"data.{name}", text, template, tuple(keys), whole, tuple(sorted(outside & names)))
 
 
 def _is_row(node: nodes.Node) -> bool:
@@ -186,25 +270,23 @@ def _in_order(tree: nodes.Template, names: set[str]) -> list[str]:
     return [node.name for node in tree.find_all(nodes.Name) if node.name in names]
 
 
-_HELP = (
-    "Templates are Jinja's over the row's keys, such as {{ question }} or {{ row[\"my column\"] }}: docs/formats.md."
-)
+_HELP = 'Use a Jinja template over the row\'s keys, such as {{ question }} or {{ row["my column"] }} (docs/formats.md).'
 
 
 def _text(value: Any) -> Any:
-    """What an expression writes; a value without one plain spelling is the row's fault, not "None" in an answer."""
+    """Return the value of an expression; a value without a plain text form is a fault, not "None" in an answer."""
     if isinstance(value, Undefined) or (isinstance(value, _PLAIN) and not isinstance(value, bool)):
         if isinstance(value, float) and not math.isfinite(value):
             raise RowError("E305", f"{value} is not text")
         return value
     kind = "null" if value is None else type(value).__name__
-    raise RowError("E305", f"a value of the template is {kind}, not text; tojson, join or default can write it")
+    raise RowError("E305", f"a value of the template is {kind}, not text (use tojson, join or default)")
 
 
 def _tojson(value: Any, indent: int | None = None) -> str:
-    """JSON as an answer has it: UTF-8, keys in the row's order, nothing escaped for HTML."""
+    """Return JSON for an answer: not ASCII-escaped, keys in the row's order, no escaping for HTML."""
     if isinstance(value, Undefined):
-        str(value)  # raises what is undefined
+        str(value)  # raises UndefinedError
     return json.dumps(value, ensure_ascii=False, indent=indent, allow_nan=False)
 
 
@@ -213,7 +295,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
         undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True, finalize=_text
     )
     environment.filters["tojson"] = _tojson
-    # What comes out otherwise at each call would make another example of the same row.
+    # Results that change with each call would make different examples of the same row.
     del environment.filters["random"], environment.globals["lipsum"]
     return environment
 

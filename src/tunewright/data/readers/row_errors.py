@@ -1,4 +1,4 @@
-"""Why a row is no example: stable codes, the place inside the row, and what to do (docs/formats.md lists them)."""
+"""Faults of rows: stable codes, the place inside the row, and the fix (listed in docs/formats.md)."""
 
 from __future__ import annotations
 
@@ -7,43 +7,43 @@ import re
 JsonPath = tuple[str | int, ...]
 
 CODES: dict[str, tuple[str, str]] = {
-    "E101": ("a byte that the file's encoding does not have", "Save the file in one encoding, UTF-8."),
+    "E101": ("an invalid byte for the file's encoding", "Save the file as UTF-8."),
     "E102": ("not JSON", "Write one JSON object per line, or one JSON array."),
     "E103": ("a row that is not an object", "Write each row as an object with named keys."),
-    "E104": ("a key that stands twice in one object", "Keep one of the two: they may differ."),
-    "E105": ("NaN or Infinity, which JSON does not have", "Write text, or leave the row out."),
-    "E106": ("lists or objects nested too deep to be read", "Leave the row out, or flatten it."),
+    "E104": ("a duplicate key in one object", "Keep one of the two values."),
+    "E105": ("NaN or Infinity, which JSON does not allow", "Write text, or leave the row out."),
+    "E106": ("lists or objects nested too deep", "Flatten the row, or leave it out."),
     "E107": ("a CSV row with more or fewer fields than the header", "Put fields with delimiters or quotes in quotes."),
-    "E201": ("a key that no known kind of row has", "Correct its spelling, or name it in data.drop_columns."),
+    "E201": ("a key of no known row format", "Correct its spelling, or name it in data.drop_columns."),
     "E202": (
-        "a key that this kind of row needs is missing",
-        "Add it, or name your keys by data.input and data.output.",
+        "a missing key of this row format",
+        "Add it, or name your keys in data.input and data.output.",
     ),
-    "E203": ("a kind of row that has no input with an ideal output", "Write prompt and completion, or messages."),
-    "E204": ("tools or tool calls, which are not trained", "Write the call as the text of a turn."),
+    "E203": ("a row format without an input and an ideal output", "Write prompt and completion, or messages."),
+    "E204": ("tools or tool calls, which are not supported", "Write the call as the text of a turn."),
     "E205": (
-        "a group's value that is missing or not plain",
+        "a missing or invalid group value",
         "Give each row the key of data.group_by: text, number or null.",
     ),
     "E206": ("turns that are not a list", "Write a list of at least one user and one assistant turn."),
     "E207": (
-        "a row that lacks what data.input or data.output uses",
-        "Add it, or have the template provide for rows without it: is defined, default.",
+        "a missing key of data.input or data.output",
+        "Add it, or handle rows without it in the template (is defined, default).",
     ),
-    "E208": ("an image, and only text is trained", "Leave such rows out, or name the key in data.drop_columns."),
+    "E208": ("an image; only text is supported", "Leave such rows out, or name the key in data.drop_columns."),
     "E301": ("a turn that is not an object", "Write each turn as an object with a role and its content."),
     "E302": ("a turn without role or content", "Give the turn both."),
-    "E303": ("a key that a turn does not have", "Take it out: a turn is a role, its content and perhaps a weight."),
-    "E304": ("an unknown role", "Write system, user or assistant."),
-    "E305": ("a value that is not text", "Write text in quotes; leave out rows that have none."),
+    "E303": ("an unknown key of a turn", "Delete it: a turn has role, content and optionally weight."),
+    "E304": ("an unknown role", "Use system, user or assistant."),
+    "E305": ("a value that is not text", "Write text in quotes, or leave the row out."),
     "E306": ("a text given as a list of parts", "Join the texts of its parts."),
-    "E307": ("a weight that says nothing", "Give assistant turns the weight 1 or 0, and other turns none."),
+    "E307": ("an invalid weight", "Give assistant turns the weight 1 or 0, and other turns none."),
     "E308": ("a last turn that is not trained", "End the conversation at its last trained answer."),
-    "E309": ("a turn with a name", "Take the name out: chat templates do not write it."),
+    "E309": ("a turn with a name", "Delete the name, which chat templates do not render."),
     "E401": ("an empty text", "Fill it in, or leave the row out."),
-    "E402": ("half of a surrogate pair, which is no character", "Mend the text where it was cut."),
-    "E403": ("a conversation of too many characters", "Shorten it, or raise data.max_characters."),
-    "E404": ("a system turn that is not the first, or a second one", "Keep one system turn, at the beginning."),
+    "E402": ("half of a surrogate pair, which is not a character", "Correct the text where it was cut."),
+    "E403": ("a conversation with too many characters", "Shorten it, or raise data.max_characters."),
+    "E404": ("a system turn that is not the first turn", "Keep one system turn, at the beginning."),
     "E405": ("a first turn that is not the user's", "Begin with the user's turn, after the system turn."),
     "E406": ("two turns of one role in a row", "Merge them, or add the turn between them."),
     "E407": ("a last turn that is not the assistant's", "End with the ideal output."),
@@ -52,7 +52,7 @@ CODES: dict[str, tuple[str, str]] = {
 
 
 class RowError(ValueError):
-    """Why a row is no example, and where in the row; the caller knows its file and line."""
+    """A fault of a row, with its place in the row; the caller knows file and line."""
 
     def __init__(self, code: str, reason: str, path: JsonPath = ()) -> None:
         assert code in CODES, code
@@ -62,12 +62,12 @@ class RowError(ValueError):
 
     @property
     def fix(self) -> str:
-        """What to do about it."""
+        """The action that fixes the fault."""
         return CODES[self.code][1]
 
 
 def json_path(path: JsonPath) -> str:
-    """Return a place inside a row as a JSONPath (RFC 9535): ``$.messages[2].content``; ``$`` is the row."""
+    """Return a place in a row as JSONPath (RFC 9535), such as ``$.messages[2].content``; ``$`` is the row."""
     steps = []
     for step in path:
         if isinstance(step, int):
@@ -81,5 +81,5 @@ def json_path(path: JsonPath) -> str:
 
 
 def place(path: JsonPath) -> str:
-    """Return the same for a sentence: ``messages[2].content``."""
+    """Return a place in a row for messages, such as ``messages[2].content``."""
     return json_path(path)[1:].removeprefix(".")

@@ -1,4 +1,4 @@
-"""The kinds of rows that people have, told apart by their keys, and the turns in each."""
+"""Row formats, distinguished by their keys, and the turns in each."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tunewright.config import DataConfig
-from tunewright.data.readers.mapping import mapping_of
-from tunewright.data.readers.parents import Parent
+from tunewright.data.readers.mapping import Parent, pair_mapping
 from tunewright.data.readers.row_errors import JsonPath, RowError, place
 
 ROW_SHAPES = '{"messages": [...]} or {"prompt": "...", "completion": "..."}'
@@ -20,34 +19,34 @@ _SHARE_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
 _TOOL_ROLES = ("tool", "function", "function_call", "observation")
 _TOOL_KEYS = ("tools", "available_tools", "functions", "tool_calls", "function_call")
 _UNTRAINABLE = {
-    "chosen": "rows of preferences (chosen, rejected) have two outputs and say which is better",
-    "rejected": "rows of preferences (chosen, rejected) have two outputs and say which is better",
-    "preferred_output": "rows of preferences (Together, OpenAI) have two outputs and say which is better",
-    "input_ids": "rows of token ids belong to one base's tokenizer",
-    "text": "rows of plain text (Together's general format) do not tell the input from the ideal output",
+    "chosen": "preference rows (chosen, rejected) have two outputs",
+    "rejected": "preference rows (chosen, rejected) have two outputs",
+    "preferred_output": "preference rows (Together, OpenAI) have two outputs",
+    "input_ids": "rows of token ids depend on one base's tokenizer",
+    "text": "rows of plain text (Together's general format) do not separate input and ideal output",
 }
 
 KNOWN_KEYS = frozenset(
     ("messages", "interactions", "conversation", "conversations", "instruction", "prompt", "completion", *_UNTRAINABLE)
 )
-"""By each of these an object is a row, be it a faulty one."""
+"""An object with one of these keys is a row, if a faulty one."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn as a file has it, unchecked: whatever stands for role and content, and where."""
+    """An unchecked turn of a file, with the places of role and content."""
 
     role: Any
     content: Any
     path: JsonPath
     content_path: JsonPath
     rest: Mapping[str, Any] = field(default_factory=dict)
-    """Keys besides role and content."""
+    """Keys other than role and content."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """The turns of a row, the kind of row (as people call it), the keys that told, and all keys that it uses."""
+    """The turns of a row, the name of its format, the reason for choosing it, and the keys that it uses."""
 
     kind: str
     reason: str
@@ -55,22 +54,22 @@ class Conversation:
     keys: frozenset[str] = frozenset()
 
 
-def conversation_of(
+def parse_conversation(
     row: Mapping[str, Any], data: DataConfig, above: JsonPath = (), parent: Parent | None = None
 ) -> Conversation:
-    """Return the unchecked turns of a row of any known kind; keys in data.drop_columns are not looked at.
+    """Return the unchecked turns of a row in any supported format, ignoring keys in data.drop_columns.
 
     Args:
-        above: the keys and indices that lead to the row in a document, for templates of the config.
-        parent: the objects above the row in a document, for the same.
+        above: the path of the row in its document, for templates of the config.
+        parent: the objects above the row in its document, for templates of the config.
 
     Raises:
-        RowError: no known kind, missing keys, a key that a known one was mistyped for, turns that are no list of
-            objects, a template that fails. Other keys are no faults: ``metadata_of`` keeps them.
+        RowError: an unknown format, missing or misspelt keys, turns that are not a list of objects, or a failing
+            template. Other keys are allowed: ``metadata_of`` keeps them.
     """
     if data.drop_columns:
         row = {key: value for key, value in row.items() if key not in data.drop_columns}
-    mapping = mapping_of(data)
+    mapping = pair_mapping(data)
     if mapping is not None and mapping.templated:
         sides = (("user", mapping.input), ("assistant", mapping.output))
         turns = tuple(Turn(role, side.value(row, above, parent), side.path, side.path) for role, side in sides)
@@ -101,7 +100,7 @@ def conversation_of(
 
 
 def _used(row: Mapping[str, Any], needed: set[str], also: Collection[str], data: DataConfig) -> frozenset[str]:
-    """Return the keys that this kind of row uses; refuse a row without a needed one, or with a mistyped one."""
+    """Return the keys that this row format uses; refuse a row with a missing or misspelt one."""
     used = frozenset((*needed, *also, *_TOOL_KEYS))
     if row.keys() == needed:
         return used
@@ -109,24 +108,24 @@ def _used(row: Mapping[str, Any], needed: set[str], also: Collection[str], data:
         if key in _TOOL_KEYS and key not in {*needed, *also, *data.group_by}:
             if row[key] in (None, [], "", "[]"):
                 continue
-            raise RowError("E204", f'the row has "{key}": tools cannot be trained', (key,))
+            raise RowError("E204", f'the row has "{key}": tools are not supported', (key,))
     unknown = [key for key in row if key not in used and key not in data.group_by]
     meant = {key: known for key in unknown if (known := misspelt(key, (*needed, *also)))}
-    told = [f'unknown key "{key}", did you mean "{known}"?' for key, known in list(meant.items())[:_MOST_KEYS]]
+    faults = [f'unknown key "{key}", did you mean "{known}"?' for key, known in list(meant.items())[:_MOST_KEYS]]
     missing = [key for key in sorted(needed) if key not in row and key not in meant.values()]
     if missing:
         others = [key for key in unknown if key not in meant]
-        told = [f"unknown key {_quoted(others)}"] * bool(others) + told + [f"missing key {_quoted(missing)}"]
+        faults = [f"unknown key {_quoted(others)}"] * bool(others) + faults + [f"missing key {_quoted(missing)}"]
         of = ROW_SHAPES if needed <= {"messages", "prompt", "completion"} else _quoted([*sorted(needed), *also])
-        told[-1] += f": a row is {of}"
-    if told:
+        faults[-1] += f": a row is {of}"
+    if faults:
         first = (next(iter(meant or unknown)),) if unknown else ()
-        raise RowError("E201" if unknown else "E202", " and ".join(told).replace("? and ", " and "), first)
+        raise RowError("E201" if unknown else "E202", " and ".join(faults).replace("? and ", " and "), first)
     return used
 
 
 def mistyped(row: Mapping[str, Any]) -> dict[str, str]:
-    """Keys of a row without any known key that seem to be misspellings of one, and which."""
+    """Return the keys that seem to be misspellings of known ones, in a row without any known key."""
     if not KNOWN_KEYS.isdisjoint(row):
         return {}
     known = KNOWN_KEYS - _UNTRAINABLE.keys()
@@ -134,7 +133,7 @@ def mistyped(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def misspelt(key: str, known: Iterable[str]) -> str | None:
-    """Return the known key that this one seems to be a misspelling of; ``prompt_id`` is none of ``prompt``."""
+    """Return the known key that this one seems to misspell; ``prompt_id`` does not misspell ``prompt``."""
     plain = key.strip().lower()
     near = difflib.get_close_matches(plain, sorted(known), n=1, cutoff=_NEAR)
     return near[0] if near and plain.count("_") == near[0].count("_") else None
@@ -147,14 +146,14 @@ def _refuse_images(row: Mapping[str, Any], data: DataConfig) -> None:
 
 
 def _quoted(keys: Sequence[str]) -> str:
-    told = ", ".join(f'"{key}"' for key in keys[:_MOST_KEYS])
-    return f"{told} and {len(keys) - _MOST_KEYS:,} more" if len(keys) > _MOST_KEYS else told
+    text = ", ".join(f'"{key}"' for key in keys[:_MOST_KEYS])
+    return f"{text} and {len(keys) - _MOST_KEYS:,} more" if len(keys) > _MOST_KEYS else text
 
 
 def _refuse_untrainable(row: Mapping[str, Any], data: DataConfig) -> None:
     for key, reason in _UNTRAINABLE.items():
         if key in row and key not in data.group_by and "completion" not in row and "output" not in row:
-            raise RowError("E203", f"{reason}: they cannot be trained on here", (key,))
+            raise RowError("E203", f"{reason}, which is not supported", (key,))
 
 
 def _pair(row: Mapping[str, Any], prompt: str, completion: str) -> tuple[Turn, ...]:
@@ -165,7 +164,7 @@ def _pair(row: Mapping[str, Any], prompt: str, completion: str) -> tuple[Turn, .
 
 
 def _alpaca(row: Mapping[str, Any], data: DataConfig) -> Conversation:
-    """Stanford Alpaca's row, with LLaMA-Factory's system and history (its data/README.md): input below instruction."""
+    """Parse Stanford Alpaca's format, with LLaMA-Factory's system and history (its data/README.md)."""
     keys = _used(row, {"instruction", "output"}, ("input", "system", "history"), data)
     history = row.get("history")
     if history is None:
@@ -190,7 +189,7 @@ def _alpaca(row: Mapping[str, Any], data: DataConfig) -> Conversation:
 
 
 def _system(row: Mapping[str, Any], *keys: str) -> list[Turn]:
-    """Return the system turn that a key beside the turns holds; an absent, null or empty one is none."""
+    """Return the system turn from a key next to the turns; none if the key is absent, null or empty."""
     return [Turn("system", row[key], (key,), (key,)) for key in keys if row.get(key) not in (None, "")]
 
 
@@ -207,12 +206,12 @@ def _renamed(turn: Turn) -> Turn:
     if not isinstance(turn.role, str):
         return turn
     if turn.role in _TOOL_ROLES:
-        raise RowError("E204", f'{place(turn.path)} is from "{turn.role}": tool calls cannot be trained', turn.path)
+        raise RowError("E204", f'{place(turn.path)} is from "{turn.role}": tool calls are not supported', turn.path)
     return replace(turn, role=_SHARE_ROLES.get(turn.role, turn.role))
 
 
 def _chat(row: Mapping[str, Any], key: str, data: DataConfig) -> Conversation:
-    """OpenAI's and Together's rows, and Mistral's: interactions for messages, text for content, a system_prompt."""
+    """Parse OpenAI's and Together's formats, and Mistral's with interactions, text and system_prompt."""
     mistral = key == "interactions" or not {"system", "system_prompt", "only_last"}.isdisjoint(row)
     used = _used(row, {key}, ("system", "system_prompt", "only_last"), data)
     turns = _listed(row, key, ("role",), ("content", "text"))
@@ -237,7 +236,7 @@ def _flag(row: Mapping[str, Any], key: str) -> bool:
 
 
 def _listed(row: Mapping[str, Any], key: str, roles: Sequence[str], contents: Sequence[str]) -> list[Turn]:
-    """The turns in a list of objects; the first of ``roles`` and ``contents`` are the names that errors ask for."""
+    """Return the turns in a list of objects; errors name the first of ``roles`` and of ``contents``."""
     turns = row[key]
     if not isinstance(turns, list) or not turns:
         raise RowError("E206", f"{key} must be a list of turns", (key,))
@@ -254,7 +253,7 @@ def _turn(turn: Any, path: JsonPath, roles: Sequence[str], contents: Sequence[st
             raise RowError("E303", f"{place(path)} has both {_quoted(there)}", path)
         calls = [name for name in _TOOL_KEYS if turn.get(name)]
         if not there and calls:
-            raise RowError("E204", f'{place(path)} has "{calls[0]}": tool calls cannot be trained', path)
+            raise RowError("E204", f'{place(path)} has "{calls[0]}": tool calls are not supported', path)
         if not there:
             raise RowError("E302", f'{place(path)} has no "{known[0]}"', path)
         names.append(there[0])

@@ -1,27 +1,27 @@
-"""What kind of file this is, told from its content, and its rows before they are checked."""
+"""Detection of a file's format from its content, and access to its unchecked rows."""
 
 from __future__ import annotations
 
+import glob
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, TextIO
 
 from tunewright.config import DataConfig
 from tunewright.core.errors import UserError
-from tunewright.core.progress import Task
-from tunewright.data.readers.documents import array_hint, check_expression, document_rows, keys_told, rows_hint
+from tunewright.core.progress import Reporter, Task
+from tunewright.data.readers.documents import array_hint, check_expression, document_rows, list_keys, rows_hint
 from tunewright.data.readers.encodings import Encoding, find_encoding, note_on, open_text
-from tunewright.data.readers.json_rows import RawRow, json_array, json_lines, json_objects, told_apart
-from tunewright.data.readers.mapping import mapping_of
-from tunewright.data.readers.parents import check_groups, names_parent
-from tunewright.data.readers.schemas import KNOWN_KEYS, conversation_of, mistyped
+from tunewright.data.readers.json_rows import RawRow, json_array, json_lines, json_objects, number_if_ambiguous
+from tunewright.data.readers.mapping import check_groups, names_parent, pair_mapping
+from tunewright.data.readers.schemas import KNOWN_KEYS, mistyped, parse_conversation
 from tunewright.data.readers.tables import DELIMITERS, csv_rows, delimiter_of, parquet_rows, saved_rows
 from tunewright.data.readers.validate import RowError, parse_json_row
 
-_KINDS = "What is read: JSON Lines, a JSON array, CSV or TSV, Parquet, a folder that datasets' save_to_disk wrote."
+_KINDS = "Supported: JSON Lines, a JSON array, CSV or TSV, Parquet, a folder written by datasets' save_to_disk."
 JSON_NAMES = (".jsonl", ".ndjson", ".json")
 SAVED = ("state.json", "dataset_dict.json")
 """A folder with one of these was written by ``Dataset.save_to_disk``."""
@@ -38,25 +38,25 @@ _LOOKED_AT = 20  # rows that decide whether names of columns, or an array's obje
 
 @dataclass(frozen=True)
 class Source:
-    """How a file holds rows ("JSON Lines"), the rows, read as they are asked for, and the encoding if it is text."""
+    """A file's format ("JSON Lines"), its rows as an iterator, and the encoding of text."""
 
     kind: str
     rows: Iterator[RawRow]
     encoding: Encoding | None = None
     table: bool = False
-    """Rows are read by columns."""
+    """True if the rows have columns."""
 
 
 def open_source(path: Path, data: DataConfig, notes: list[str], task: Task | None = None) -> Source:
-    """Look at the beginning of a file (the name decides only where the content does not) and get its rows ready.
+    """Detect the format of a file from its beginning, and from its name if the content is ambiguous.
 
     Args:
-        notes: gets what the user should know: encoding, columns that are not used, rows without lines.
-        task: advanced by the bytes that are read.
+        notes: receives notes for the user: encoding, unused columns, rows without lines.
+        task: advanced by the bytes read.
 
     Raises:
-        UserError: nothing there, no kind of file that is read, an encoding that is not, a config that maps rows by
-            no template or JMESPath; from ``rows``, what the readers raise.
+        UserError: a missing file, an unknown format or encoding, or an invalid template or JMESPath in the config;
+            from ``rows``, the errors of the readers.
     """
     check_mapping(data)
     if path.is_dir():
@@ -68,15 +68,15 @@ def open_source(path: Path, data: DataConfig, notes: list[str], task: Task | Non
         raise UserError("no such file", where=str(path)) from None
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL in it
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot be opened: {reason}", where=str(path)) from None
+        raise UserError(f"cannot open the file: {reason}", where=str(path)) from None
     if not path.is_file():
-        raise UserError("not a file that can be read twice", where=str(path), fix="Save it as a file first.")
+        raise UserError("not a regular file", where=str(path), fix="Save it as a file first.")
     if magic == _PARQUET:
         _refuse_rows(data, "Parquet", path)
         return Source("Parquet", parquet_rows(path, data, notes, task), table=True)
     for archive, what in _ARCHIVES.items():
         if magic.startswith(archive):
-            raise UserError(f"not a kind of file that can be read: {what}", where=str(path), fix=_KINDS)
+            raise UserError(f"unsupported file format: {what}", where=str(path), fix=_KINDS)
     encoding = find_encoding(path)
     note = note_on(path, encoding)
     if note:
@@ -90,12 +90,12 @@ def open_source(path: Path, data: DataConfig, notes: list[str], task: Task | Non
 
 
 def check_mapping(data: DataConfig) -> None:
-    """Refuse what the config maps rows by, before any file is read.
+    """Check the templates and JMESPaths of the config, before any file is read.
 
     Raises:
-        UserError: data.input or data.output is a template that is none, data.rows or a group above it no JMESPath.
+        UserError: data.input or data.output is an invalid template, or data.rows or data.group_by an invalid JMESPath.
     """
-    mapping_of(data)
+    pair_mapping(data)
     check_groups(data)
     if data.rows is not None:
         check_expression(data.rows)
@@ -103,13 +103,13 @@ def check_mapping(data: DataConfig) -> None:
 
 def _refuse_rows(data: DataConfig, kind: str, path: Path) -> None:
     if data.rows is not None:
-        what = f"data.rows finds rows in a JSON document, and {path} is {kind}"
+        what = f"data.rows requires a JSON document ({path} is {kind})"
         raise UserError(what, where="data.rows (--rows)", fix="Leave it out for this file.")
 
 
 def _open_folder(path: Path, data: DataConfig, notes: list[str], task: Task | None) -> Source:
     if not any((path / name).is_file() for name in SAVED):
-        raise UserError("a folder, not a file", where=str(path), fix="Name the files in it.")
+        raise UserError("expected a file, got a folder", where=str(path), fix="Name the files in it.")
     _refuse_rows(data, "a saved dataset", path)
     return Source("a saved dataset", saved_rows(path, data, notes, task), table=True)
 
@@ -134,27 +134,31 @@ def _text_reader(head: str, path: Path, data: DataConfig, notes: list[str]) -> t
             text, path, expression, notes, above
         )
     if start.startswith("[") and (named_json or start[1:].lstrip().startswith("{")):
-        return "a JSON array", lambda text: _no_nested_rows(told_apart(json_array(text, path), path, notes), path, data)
+        return "a JSON array", lambda text: _no_nested_rows(
+            number_if_ambiguous(json_array(text, path), path, notes), path, data
+        )
     if any(_is_object(line) for line in lines[: 20 if named_json else 1]):
         return "JSON Lines", lambda text: _no_document(json_lines(text), path, data)
     if start.startswith("{") and suffix not in _TABLE_NAMES[:3]:
         if len(lines) > 1 and not lines[1].lstrip().startswith("{"):
             kind = "JSON objects over several lines"
-            return kind, lambda text: _no_document(told_apart(json_objects(text, path), path, notes), path, data)
+            return kind, lambda text: _no_document(
+                number_if_ambiguous(json_objects(text, path), path, notes), path, data
+            )
         return "JSON Lines", json_lines
     delimiter = delimiter_of(head, data)
     several = bool(lines) and delimiter in lines[0]
     if named_json and not several:
         return "JSON Lines", json_lines
     if suffix not in _TABLE_NAMES and not several:
-        raise UserError("not a kind of file that can be read", where=str(path), fix=_KINDS)
+        raise UserError("unsupported file format", where=str(path), fix=_KINDS)
     _refuse_rows(data, "a table", path)
     kind = f"CSV, {DELIMITERS[delimiter]}-separated" if several else "CSV"
     return kind, lambda text: csv_rows(text, path, delimiter, data, notes)
 
 
 def _no_nested_rows(rows: Iterator[RawRow], path: Path, data: DataConfig) -> Iterator[RawRow]:
-    """The rows, unless the first ones are no rows themselves but all seem to hold some."""
+    """Yield the rows, but refuse an array whose objects seem to contain the rows."""
     first = list(islice(rows, 1))
     objects = [raw.row for raw in first if isinstance(raw.row, dict)]
     if array_hint(objects) and _no_row(objects[0], data):
@@ -164,33 +168,33 @@ def _no_nested_rows(rows: Iterator[RawRow], path: Path, data: DataConfig) -> Ite
         faults = [_no_row(row, data) for row in objects]
         if all(faults):
             raise UserError(
-                f"an array of objects that are no rows themselves, and seem to hold the rows ({faults[0]})",
+                f"the objects of the array are not rows, but seem to contain them ({faults[0]})",
                 where=f"{path}:{first[0].line}",
-                fix=f"Say where in them they are: --rows {shlex.quote(hint)}, or set data.rows (docs/formats.md). "
-                f"Keys of the objects: {keys_told(objects[0])}.",
+                fix=f"Use --rows {shlex.quote(hint)}, or set data.rows (docs/formats.md). "
+                f"Keys of the objects: {list_keys(objects[0])}.",
             )
     yield from first
     yield from rows
 
 
 def _no_row(row: dict[str, Any], data: DataConfig) -> RowError | None:
-    """Return why an object without any known key is no row; None where it may be one."""
+    """Return the error of an object without any known key; None if it may be a row."""
     if not row.keys().isdisjoint(KNOWN_KEYS) or mistyped(row):
         return None
     try:
-        conversation_of(row, data)
+        parse_conversation(row, data)
     except RowError as fault:
         return fault
     return None
 
 
 def _no_document(rows: Iterator[RawRow], path: Path, data: DataConfig) -> Iterator[RawRow]:
-    """The rows, unless the only one is no row itself but seems to hold them."""
+    """Yield the rows, but refuse a single object that seems to contain the rows."""
     first = list(islice(rows, 2))
     document = first[0].row if len(first) == 1 else None
     if isinstance(document, dict) and (hint := rows_hint(document)) and (fault := _no_row(document, data)):
         raise UserError(
-            f"one object that is no row itself, and seems to hold the rows ({fault})",
+            f"the only object is not a row, but seems to contain the rows ({fault})",
             where=f"{path}:{first[0].line}",
             fix=f"Say where in it they are: --rows {shlex.quote(hint)}, or set data.rows (docs/formats.md).",
         )
@@ -213,7 +217,7 @@ def require_columns(paths: Sequence[Path], data: DataConfig, where: str) -> None
     Raises:
         UserError: as it says, with the keys that are there; or as ``open_source``.
     """
-    mapping = mapping_of(data)
+    mapping = pair_mapping(data)
     if mapping is not None and mapping.templated:
         return
     there: dict[str, None] = {}
@@ -229,5 +233,73 @@ def require_columns(paths: Sequence[Path], data: DataConfig, where: str) -> None
     raise UserError(
         f"no file is a CSV or another table, and no row has both the keys {data.input} and {data.output}",
         where=where,
-        fix=f"Keys of the first rows: {keys_told(there)}." if there else None,
+        fix=f"Keys of the first rows: {list_keys(there)}." if there else None,
     )
+
+
+SUFFIXES = (*JSON_NAMES, ".csv", ".tsv", ".tab", ".psv", ".parquet")
+"""Suffixes of files of pairs in a folder; a file that is named directly may have any suffix."""
+
+_MOST_NAMED = 5
+
+
+def source_files(named: Iterable[str | Path], reporter: Reporter) -> list[Path]:
+    """Return the files to read, each once, with folders and glob patterns expanded, sorted by name.
+
+    A folder that ``Dataset.save_to_disk`` wrote is one source. Of other folders, all files below with one of
+    ``SUFFIXES`` are read; hidden files are ignored, and other files are reported.
+
+    Raises:
+        UserError: a folder without such a file, or a pattern without a match.
+    """
+    found: list[Path] = []
+    for name in named:
+        path = Path(name)
+        if path.is_dir() and not _saved(path):
+            found += _in_folder(path, reporter)
+        elif not path.exists() and glob.has_magic(str(name)):
+            matches = sorted(map(Path, glob.glob(str(name), recursive=True)))  # noqa: PTH207 a pattern may be absolute
+            files = [match for match in matches if match.is_file() or _saved(match)]
+            if not files:
+                raise UserError("no file matches this pattern", where=str(name))
+            base = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
+            reporter.say(f"{name}: {_file_count(files)} to read: {_relative_names(files, base)}")
+            found += files
+        else:
+            found.append(path)
+    return list(dict.fromkeys(found))
+
+
+def _in_folder(folder: Path, reporter: Reporter) -> list[Path]:
+    below = [path for path in sorted(folder.rglob("*")) if not _hidden(path.relative_to(folder))]
+    saved = [path for path in below if path.is_dir() and _saved(path)]
+    files = [path for path in below if path.is_file() and not any(path.is_relative_to(one) for one in saved)]
+    taken = sorted([*saved, *(path for path in files if path.suffix.lower() in SUFFIXES)])
+    others = [path for path in files if path not in set(taken)]
+    if not taken:
+        raise UserError(
+            "the folder has no files of pairs", where=str(folder), fix=f"Supported suffixes: {', '.join(SUFFIXES)}."
+        )
+    reporter.say(f"{folder}: {_file_count(taken)} to read: {_relative_names(taken, folder)}")
+    if others:
+        reporter.warn(
+            f"{folder}: {_file_count(others)} ignored because of the suffix: {_relative_names(others, folder)}"
+        )
+    return taken
+
+
+def _saved(path: Path) -> bool:
+    return any((path / name).is_file() for name in SAVED)
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _file_count(files: list[Path]) -> str:
+    return f"{len(files):,} file{'' if len(files) == 1 else 's'}"
+
+
+def _relative_names(files: list[Path], folder: Path) -> str:
+    more = f" and {len(files) - _MOST_NAMED:,} more" if len(files) > _MOST_NAMED else ""
+    return ", ".join(path.relative_to(folder).as_posix() for path in files[:_MOST_NAMED]) + more

@@ -1,4 +1,4 @@
-"""Rows in tables: CSV with any usual delimiter, Parquet, saved ``datasets`` folders; and which columns are read."""
+"""Rows in tables (CSV with common delimiters, Parquet, saved ``datasets`` folders) and the choice of columns."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.progress import Task
 from tunewright.data.readers.encodings import escaped
 from tunewright.data.readers.json_rows import RawRow
-from tunewright.data.readers.mapping import mapping_of
+from tunewright.data.readers.mapping import pair_mapping
 from tunewright.data.readers.schemas import misspelt
 from tunewright.data.readers.validate import RowError
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     import pyarrow as pa  # type: ignore[import-untyped]
 
 DELIMITERS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "bar"}
-_CSV_FIELD_LIMIT = 2**31 - 1  # Python's own default refuses 131,072 characters before data.max_characters is asked
+_CSV_FIELD_LIMIT = 2**31 - 1  # Python's default limit of 131,072 characters would apply before data.max_characters
 _BATCH = 1024
-_SNIFFED = 50  # rows that decide on the delimiter
+_SNIFFED = 50  # rows that decide the delimiter
 
-# Columns by which a table is read without being told how: those it must have, those it may have.
+# Known sets of columns: required and optional ones.
 _KNOWN_COLUMNS = (
     (("messages",), ("system", "system_prompt", "only_last", "tools")),
     (("interactions",), ("system", "system_prompt", "only_last", "tools")),
@@ -41,16 +41,16 @@ _KNOWN_COLUMNS = (
 def columns(
     header: Sequence[str], where: str, data: DataConfig, notes: list[str], *, nested: bool
 ) -> tuple[list[str], list[str]]:
-    """The columns that are used (by input and output, or a known kind of row, and the groups'), and others to keep.
+    """Return the columns used for input, output and groups, and the other columns to keep as metadata.
 
     Args:
-        nested: whether a cell can hold lists.
+        nested: whether cells can contain lists.
 
     Raises:
-        UserError: columns that are not there, stand twice, or are not told.
+        UserError: missing, duplicate or unspecified columns.
     """
     there = f"Columns: {', '.join(header)}"
-    mapping = mapping_of(data)
+    mapping = pair_mapping(data)
     if mapping is not None:
         names = mapping.columns(header)
     else:
@@ -59,9 +59,9 @@ def columns(
             absent = {name for needed, _ in _KNOWN_COLUMNS for name in needed} - set(header)
             near = [(name, misspelt(name, absent)) for name in header]
             meant = ", ".join(f'unknown column "{name}", did you mean "{like}"?' for name, like in near if like)
-            do = "Correct the header, or say" if meant else "Say"
+            do = "Correct the header, or use" if meant else "Use"
             raise UserError(
-                meant or "which columns hold the input and the ideal output?",
+                meant or "unknown columns for the input and the ideal output",
                 where=where,
                 fix=f"{do} --input COLUMN --output COLUMN, or set data.input and data.output. {there}",
             )
@@ -70,17 +70,17 @@ def columns(
     for name in names:
         if header.count(name) != 1:
             what = "no column" if name not in header else "more than one column"
-            why = ", which data.group_by names" if name in data.group_by else ""
+            why = " (data.group_by)" if name in data.group_by else ""
             raise UserError(f'{what} named "{name}"{why}', where=where, fix=there)
     others = [name for name in header if name not in names and name not in data.drop_columns]
-    # A CSV's cell holds no list of turns; of columns of one name, or of none, nobody could say which is which.
+    # A CSV cell cannot contain a list of turns, and columns with duplicate or empty names are ambiguous.
     kept = [name for name in others if name and header.count(name) == 1 and (nested or name != "history")]
     unused = list(dict.fromkeys(name or "(without a name)" for name in others if name not in kept))
     if unused:
-        notes.append(f"{where.rsplit(':', 1)[0]}: columns that are not used: {', '.join(unused)}")
+        notes.append(f"{where.rsplit(':', 1)[0]}: unused columns: {', '.join(unused)}")
     ignored = [name for name in header if name in data.drop_columns]
     if ignored:
-        notes.append(f"{where.rsplit(':', 1)[0]}: left out, as data.drop_columns says: {', '.join(ignored)}")
+        notes.append(f"{where.rsplit(':', 1)[0]}: dropped by data.drop_columns: {', '.join(ignored)}")
     return names, kept
 
 
@@ -93,8 +93,8 @@ def _known(header: Sequence[str], nested: bool) -> list[str] | None:
 
 
 def delimiter_of(head: str, data: DataConfig) -> str:
-    """The delimiter under which the first lines make the best table: with the config's columns, else most alike."""
-    mapping = mapping_of(data)
+    """Return the delimiter that gives the config's columns, else the most regular table, in the first lines."""
+    mapping = pair_mapping(data)
     best, best_score = ",", (False, 0.0, 0)
     for delimiter in DELIMITERS:
         rows = _parsed(head, delimiter)
@@ -118,16 +118,16 @@ def _parsed(head: str, delimiter: str) -> list[list[str]]:
                 rows.append(row)
             if len(rows) > _SNIFFED:
                 break
-    except csv.Error:  # told when the file is read, by its line
+    except csv.Error:  # reported with its line when the file is read
         pass
     return rows
 
 
 def csv_rows(text: TextIO, path: Path, delimiter: str, data: DataConfig, notes: list[str]) -> Iterator[RawRow]:
-    """The rows below the header; a line break inside quotes belongs to its field, blank lines are no rows.
+    """Yield the rows below the header; line breaks in quotes belong to the field, and blank lines are skipped.
 
     Raises:
-        UserError: columns as in ``columns``; quotes that don't match, by file and line.
+        UserError: the errors of ``columns``, or unbalanced quotes, with file and line.
     """
     csv.field_size_limit(_CSV_FIELD_LIMIT)
     reader = csv.reader(text, delimiter=delimiter, strict=True)
@@ -148,15 +148,15 @@ def csv_rows(text: TextIO, path: Path, delimiter: str, data: DataConfig, notes: 
             start = reader.line_num + 1
     except csv.Error as error:
         raise UserError(
-            f"not CSV that can be read from here on: {error}",
+            f"unreadable CSV from here on: {error}",
             where=f"{path}:{start}",
-            fix='Text with a delimiter, a quote or a line break stands in quotes, and a quote in it is doubled: "".',
+            fix='Quote text with a delimiter, a quote or a line break, and double quotes in it: "".',
         ) from None
 
 
 def _csv_row(fields: list[str], width: int, places: dict[str, int], used: Sequence[str]) -> dict[str, Any] | RowError:
     if len(fields) != width:
-        return RowError("E107", f"{len(fields)} fields where the header has {width}")
+        return RowError("E107", f"{len(fields)} fields (the header has {width})")
     row = {name: fields[at] for name, at in places.items()}
     for name in used:
         if escaped(row[name]) is not None:
@@ -166,7 +166,7 @@ def _csv_row(fields: list[str], width: int, places: dict[str, int], used: Sequen
 
 @contextmanager
 def _reading(path: Path, what: str) -> Iterator[None]:
-    """Turn what Arrow finds wrong with a file into a UserError."""
+    """Convert Arrow's errors into UserErrors."""
     import pyarrow as pa
 
     try:
@@ -174,14 +174,14 @@ def _reading(path: Path, what: str) -> Iterator[None]:
     except UserError:
         raise
     except (pa.ArrowException, OSError, ValueError, OverflowError, KeyError, TypeError) as error:
-        raise UserError(f"not {what} that can be read: {error}", where=str(path)) from error
+        raise UserError(f"unreadable as {what}: {error}", where=str(path)) from error
 
 
 def parquet_rows(path: Path, data: DataConfig, notes: list[str], task: Task | None) -> Iterator[RawRow]:
-    """The rows of a Parquet file; they are counted from 1, and null in an object is the same as absent.
+    """Yield the rows of a Parquet file, numbered from 1; null in an object counts as absent.
 
     Raises:
-        UserError: a damaged file, or columns as in ``columns``.
+        UserError: a damaged file, or the errors of ``columns``.
     """
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
@@ -193,22 +193,22 @@ def parquet_rows(path: Path, data: DataConfig, notes: list[str], task: Task | No
 
 
 def saved_rows(folder: Path, data: DataConfig, notes: list[str], task: Task | None) -> Iterator[RawRow]:
-    """The rows of a folder that ``Dataset.save_to_disk`` wrote, counted from 1.
+    """Yield the rows of a folder that ``Dataset.save_to_disk`` wrote, counted from 1.
 
     Raises:
-        UserError: a damaged folder, several splits, or columns as in ``columns``.
+        UserError: a damaged folder, several splits, or the errors of ``columns``.
     """
     from datasets import DatasetDict, load_from_disk
 
     with _reading(folder, "a saved dataset"):
         try:
             saved = load_from_disk(str(folder))
-        except Exception as error:  # whatever datasets' own code trips over in a damaged description
-            raise UserError(f"not a saved dataset that can be read: {error!r}", where=str(folder)) from error
+        except Exception as error:  # a damaged description can raise anything in datasets' code
+            raise UserError(f"unreadable as a saved dataset: {error!r}", where=str(folder)) from error
         if isinstance(saved, DatasetDict):
             splits = ", ".join(str(folder / name) for name in saved)
-            fix = f"Name those you want: {splits}."
-            raise UserError("a saved dataset of several splits", where=str(folder), fix=fix)
+            fix = f"Name one or more of them: {splits}."
+            raise UserError("the saved dataset has several splits", where=str(folder), fix=fix)
         used, others = columns(saved.column_names, f"{folder}:1", data, notes, nested=True)
         table = saved.select_columns([*used, *others]).with_format("arrow")
         batches = (batch for part in table.iter(_BATCH) for batch in part.to_batches())
@@ -219,22 +219,22 @@ def _arrow_rows(
     batches: Iterator[pa.RecordBatch], schema: pa.Schema, rows: int, size: int, task: Task | None
 ) -> Iterator[RawRow]:
     labels = _class_names(schema)
-    number = told = 0
+    number = reported = 0
     for batch in batches:
-        batch.validate(full=True)  # Arrow trusts offsets: in a damaged file they may point out of memory
+        batch.validate(full=True)  # Arrow trusts offsets, which may point out of memory in a damaged file
         for row in batch.to_pylist():
             number += 1
             yield RawRow(number, {name: _plain(value, labels.get(name)) for name, value in row.items()})
         if task is not None:
             done = size * number // max(rows, 1)
-            task.advance(done - told)
-            told = done
-    if task is not None and told < size:
-        task.advance(size - told)
+            task.advance(done - reported)
+            reported = done
+    if task is not None and reported < size:
+        task.advance(size - reported)
 
 
 def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
-    """Return the texts of ``datasets.ClassLabel`` columns, which hold numbers."""
+    """Return the names of ``datasets.ClassLabel`` columns, whose values are numbers."""
     described = (schema.metadata or {}).get(b"huggingface")
     if described is None:
         return {}
@@ -247,7 +247,7 @@ def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
 
 
 def _plain(value: Any, names: list[str] | None) -> Any:
-    """The value without null keys of objects, which Arrow adds where other rows have one; a class by its name."""
+    """Return the value with class names, and without the null keys that Arrow adds to objects."""
     if names is not None and isinstance(value, int) and 0 <= value < len(names):
         return names[value]
     if isinstance(value, dict):
@@ -258,6 +258,6 @@ def _plain(value: Any, names: list[str] | None) -> Any:
 
 
 def source_size(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder."""
+    """Return the bytes of a file, or of all files below a folder."""
     files = [path] if path.is_file() else path.rglob("*")
     return sum(file.stat().st_size for file in files if file.is_file())

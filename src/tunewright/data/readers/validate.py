@@ -1,25 +1,29 @@
-"""From one row of a file to an example, or to the reason why it is none."""
+"""Validation of a row: example, groups and metadata, or a RowError."""
 
 from __future__ import annotations
 
+import datetime
 import json
+import math
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
 from typing import Any, Literal
 
 from tunewright.config import DataConfig
 from tunewright.data.examples import ROLES, Example, Message
-from tunewright.data.readers.parents import Parent, names_parent, value_above
+from tunewright.data.readers.mapping import Parent, names_parent, value_above
 from tunewright.data.readers.row_errors import RowError, place
-from tunewright.data.readers.schemas import ROW_SHAPES, Turn, conversation_of
+from tunewright.data.readers.schemas import ROW_SHAPES, Conversation, Turn, parse_conversation
 
 __all__ = ["RowError", "example_from_object", "example_from_turns", "groups_of", "json_decoder", "parse_json_row"]
 
 
 def parse_json_row(line: bytes | str) -> dict[str, Any]:
-    """One line of JSON as an object; keys that stand twice, NaN and Infinity are faults, as in RFC 8259 and 7493.
+    """Return a line of JSON as an object; duplicate keys, NaN and Infinity are faults, as in RFC 8259 and 7493.
 
-    A byte that is no UTF-8 may stand in a ``str`` as Python's surrogateescape writes it.
+    In a ``str``, bytes that are not UTF-8 may be lone surrogates, as from Python's surrogateescape.
 
     Raises:
         RowError: not UTF-8, not JSON, not an object.
@@ -41,12 +45,12 @@ def parse_json_row(line: bytes | str) -> dict[str, Any]:
     except RowError:
         raise
     except ValueError as error:  # a whole number of more digits than Python reads
-        raise RowError("E102", f"not JSON that can be read: {error}") from None
+        raise RowError("E102", f"unreadable JSON: {error}") from None
     return row_object(row)
 
 
 def row_object(value: Any) -> dict[str, Any]:
-    """Return the value, if it is an object.
+    """Return the value, which must be an object.
 
     Raises:
         RowError: it is something else.
@@ -61,7 +65,7 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(row) < len(pairs):
         keys = [key for key, _ in pairs]
         double = next(key for key in keys if keys.count(key) > 1)
-        raise RowError("E104", f'the key "{double}" stands twice')
+        raise RowError("E104", f'duplicate key "{double}"')
     return row
 
 
@@ -70,35 +74,35 @@ def _refuse_constant(name: str) -> None:
 
 
 json_decoder = json.JSONDecoder(object_pairs_hook=_without_doubles, parse_constant=_refuse_constant)
-"""Raises RowError for keys that stand twice, NaN and Infinity."""
+"""Raises RowError for duplicate keys, NaN and Infinity."""
 
 
 def example_from_object(row: Mapping[str, Any], data: DataConfig) -> Example:
-    """Return the example in a row of any kind that ``conversation_of`` knows.
+    """Return the example in a row of any supported format.
 
     Raises:
-        RowError: unknown, missing or mixed keys, or what ``example_from_turns`` refuses.
+        RowError: unknown, missing or mixed keys, or the errors of ``example_from_turns``.
     """
-    return example_from_turns(conversation_of(row, data).turns, data)
+    return example_from_turns(parse_conversation(row, data).turns, data)
 
 
 def groups_of(row: Mapping[str, Any], data: DataConfig, parent: Parent | None = None) -> dict[str, str]:
-    """Return the values of the config's data.group_by in a row, as text; a null or empty value is no group.
+    """Return the row's values of data.group_by, as text; null and empty values are left out.
 
     Args:
-        parent: the objects above the row in its document, for groups that stand there.
+        parent: the objects above the row in its document, for groups from there.
 
     Raises:
-        RowError: a key of data.group_by that the row does not have, or a list or an object in it.
+        RowError: the row lacks a key of data.group_by, or its value is a list or an object.
     """
     groups = {}
     for key in data.group_by:
         above = names_parent(key, data)
         if not above and key not in row:
-            raise RowError("E205", f'missing key "{key}", which data.group_by names')
+            raise RowError("E205", f'missing key "{key}" of data.group_by')
         value = value_above(key, parent) if above else row[key]
         if isinstance(value, float) and value.is_integer():
-            value = int(value)  # tables write whole numbers as 12.0 where the column has gaps
+            value = int(value)  # tables write whole numbers as 12.0 if the column has gaps
         if isinstance(value, bool | dict | list | bytes):
             path = () if above else (key,)
             what = key if above else place(path)
@@ -109,12 +113,12 @@ def groups_of(row: Mapping[str, Any], data: DataConfig, parent: Parent | None = 
 
 
 def example_from_turns(turns: Sequence[Turn], data: DataConfig) -> Example:
-    """Return the example made of these turns, after the config's system turn if they have none of their own.
+    """Return the example with these turns, preceded by the config's system turn if they have none.
 
-    Texts are kept in Unicode's composed form (NFC), so that equal digests mean equal text.
+    Texts are normalised to NFC, so that equal digests mean equal text.
 
     Raises:
-        RowError: turns out of order, an unknown role or key, an empty or too long text, half a surrogate pair.
+        RowError: turns out of order, an unknown role or key, an empty or overlong text, half a surrogate pair.
     """
     messages = [_message(turn) for turn in turns]
     if data.system_prompt is not None and messages[0].role != "system":
@@ -126,11 +130,11 @@ def example_from_turns(turns: Sequence[Turn], data: DataConfig) -> Example:
             what = "answer" if message.role == "assistant" else f"{message.role} turn"
             raise RowError("E401", f"an empty {what}", turn.content_path)
         if _has_half_pair(message.content):
-            reason = f"half of a surrogate pair in the {message.role} turn: it stands for no character"
+            reason = f"half of a surrogate pair in the {message.role} turn, which is not a character"
             raise RowError("E402", reason, turn.content_path)
     characters = sum(len(message.content) for message in messages)
     if characters > data.max_characters:
-        raise RowError("E403", f"{characters:,} characters; the limit is {data.max_characters:,} (data.max_characters)")
+        raise RowError("E403", f"{characters:,} characters (limit {data.max_characters:,}, data.max_characters)")
     return Example(tuple(Message(m.role, unicodedata.normalize("NFC", m.content), m.weight) for m in messages))
 
 
@@ -145,12 +149,12 @@ def _has_half_pair(text: str) -> bool:
 
 
 def _message(turn: Turn) -> Message:
-    # Of a million turns nearly all are right: nothing is put into words before something is wrong.
+    # Nearly all of a million turns are valid, so texts are formatted only for faults.
     if turn.rest:
         _check_rest(turn)
     if turn.role not in ROLES:
         role = json.dumps(turn.role, default=str)
-        raise RowError("E304", f"{place(turn.path)}.role is {role}; roles are {', '.join(ROLES)}", turn.path)
+        raise RowError("E304", f"{place(turn.path)}.role is {role} (expected {', '.join(ROLES)})", turn.path)
     if not isinstance(turn.content, str):
         raise _not_text(turn)
     return Message(turn.role, turn.content, _weight(turn) if "weight" in turn.rest else 1)
@@ -161,52 +165,131 @@ def _check_rest(turn: Turn) -> None:
     for key in turn.rest:
         path = (*turn.path, key)
         if key in ("tool_calls", "function_call"):
-            reason = f'{name} has "{key}": tool calls cannot be trained; write the call as the text of a turn'
+            reason = f'{name} has "{key}": tool calls are not supported'
             raise RowError("E204", reason, path)
         if key == "name":
-            reason = f'{name} has the unknown key "name": chat templates do not write who is speaking'
+            reason = f'{name} has the unknown key "name", which chat templates do not render'
             raise RowError("E309", reason, path)
         if key != "weight":
-            reason = f'{name} has the unknown key "{key}": a turn is a role, its content and perhaps a weight'
+            reason = f'{name} has the unknown key "{key}" (expected role, content and optionally weight)'
             raise RowError("E303", reason, path)
 
 
 def _weight(turn: Turn) -> Literal[0, 1]:
     weight, name, path = turn.rest["weight"], place(turn.path), (*turn.path, "weight")
     if weight not in (0, 1) or isinstance(weight, bool):
-        told = json.dumps(weight, default=str)
-        raise RowError("E307", f"{name}.weight is {told}; it is 1 (trained) or 0 (shown, but not trained)", path)
+        value = json.dumps(weight, default=str)
+        raise RowError("E307", f"{name}.weight is {value} (expected 1, trained, or 0, not trained)", path)
     if turn.role != "assistant":
-        raise RowError("E307", f"{name} has a weight; only assistant turns are trained, so only they have one", path)
+        raise RowError("E307", f"{name} has a weight, but only assistant turns are trained", path)
     return 1 if weight == 1 else 0
 
 
 def _not_text(turn: Turn) -> RowError:
     value, name = turn.content, place(turn.content_path)
     if isinstance(value, list) and any(isinstance(p, dict) and "image" in str(p.get("type")) for p in value):
-        reason = f"images are not supported: {name} holds one; take it out, or leave the example out"
+        reason = f"images are not supported: {name} contains one"
         return RowError("E208", reason, turn.content_path)
     if isinstance(value, list):
-        return RowError("E306", f"{name} is a list of parts, not text: join the texts of its parts", turn.content_path)
+        return RowError("E306", f"{name} is a list of parts, not text", turn.content_path)
     kind = "null" if value is None else type(value).__name__
     return RowError("E305", f"{name} is {kind}, not text", turn.content_path)
 
 
 def _check_order(messages: Sequence[Message], turns: Sequence[Turn]) -> None:
-    """System first or nowhere, then user and assistant in turn, the assistant last: what chat templates render."""
+    """Check the order that chat templates render: optional system, then user and assistant in turn, assistant last."""
     start = 1 if messages[0].role == "system" else 0
     for i in range(start, len(messages)):
         if messages[i].role == "system":
-            raise RowError("E404", "a system turn may only be the first", turns[i].path)
+            raise RowError("E404", "a system turn must be the first turn", turns[i].path)
     for i in range(start, len(messages)):
         role = messages[i].role
         if role != ("user", "assistant")[(i - start) % 2]:
             if i == start:
                 raise RowError("E405", "the first turn must be the user's", turns[i].path)
-            reason = f"two {role} turns in a row; user and assistant must alternate"
+            reason = f"two {role} turns in a row (user and assistant must alternate)"
             raise RowError("E406", reason, turns[i].path)
     if len(messages) - start < 2 or messages[-1].role != "assistant":
-        raise RowError("E407", "the last turn must be the assistant's: it is the ideal output", turns[-1].path)
+        raise RowError("E407", "the last turn must be the assistant's, which is the ideal output", turns[-1].path)
     if messages[-1].weight == 0:
-        reason = "the last turn has the weight 0, but it is the ideal output: end the conversation earlier"
+        reason = "the last turn has the weight 0, but it is the ideal output"
         raise RowError("E308", reason, (*turns[-1].path, "weight"))
+
+
+MOST_CHARACTERS = 1_000
+"""Maximum length of a metadata value as JSON, since longer ones would make a version's files large in git."""
+
+_MOST_COUNTED_KEYS = 12  # named in a message
+_ABSENT = (None, "")  # tables have empty cells or null for keys that are absent in JSON
+
+
+def metadata_of(
+    row: Mapping[str, Any], conversation: Conversation, data: DataConfig
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the row's unused keys with JSON values, and the keys whose values cannot be kept.
+
+    Null and empty values are left out. Values longer than ``MOST_CHARACTERS``, or without a JSON form, are not kept.
+    """
+    kept: dict[str, Any] = {}
+    left_out: list[str] = []
+    if row.keys() <= conversation.keys:
+        return kept, left_out
+    for key, given in row.items():
+        if key in conversation.keys or key in data.group_by or key in data.drop_columns:
+            continue
+        try:
+            value = _json_value(given)
+            text = json.dumps({key: value}, ensure_ascii=False, allow_nan=False)
+            text.encode()
+        except (ValueError, TypeError, RecursionError):
+            left_out.append(key)
+            continue
+        if value in _ABSENT:
+            continue
+        if len(text) > MOST_CHARACTERS:
+            left_out.append(key)
+        else:
+            kept[key] = value
+    return kept, left_out
+
+
+def _json_value(value: Any) -> Any:
+    """Return the value in a JSON form; values without one raise TypeError or ValueError when serialised."""
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, Decimal):
+        return str(value)
+    if isinstance(value, float) and math.isnan(value):
+        return None  # tables use NaN for missing numbers
+    if isinstance(value, Mapping):
+        return {key: _json_value(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_value(inner) for inner in value]
+    return value
+
+
+def counted(keys: Counter[str]) -> str:
+    """Return keys with their numbers of rows: ``id (8,776 rows), source (12)``."""
+    unit = " rows"
+    parts = []
+    for key, count in keys.most_common(_MOST_COUNTED_KEYS):
+        parts.append(f"{key} ({count:,}{unit if count != 1 else ' row'})")
+        unit = ""
+    more = f" and {len(keys) - _MOST_COUNTED_KEYS:,} more keys" if len(keys) > _MOST_COUNTED_KEYS else ""
+    return ", ".join(parts) + more
+
+
+def texts_of(value: Any, name: str = "") -> Iterable[tuple[str, str]]:
+    """Yield all texts and numbers in a metadata value, and the keys of its objects, for a scan for secrets.
+
+    Each comes with the nearest key above it, or ``name``, since a password is often recognised only by its key.
+    """
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield "", str(key)
+            yield from texts_of(inner, str(key))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from texts_of(inner, name)
+    elif not isinstance(value, bool):
+        yield name, str(value)

@@ -1,1 +1,1 @@
-"""People's verdicts on rows: suspects, acceptance sampling, edits."""
+"""Review of rows by people: suspects, acceptance sampling, edits."""

@@ -1,7 +1,7 @@
-"""Acceptance sampling: how many rows of a version have to be checked before one may say "under 5% wrong, at 95%".
+"""Acceptance sampling: the rows to check before a version can be called "under 5% wrong, at 95% confidence".
 
-Two plans, both with exact distributions: Wald's sequential test, which stops as soon as it knows, and a fixed-size plan
-for those who have to name a number beforehand. Neither knows of disk or terminal.
+There are two plans: Wald's sequential test, which stops as early as possible, and a fixed-size plan with exact
+binomial probabilities, for a number that is known beforehand.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ LIMIT = 0.05
 CONFIDENCE = 0.95
 
 
-class _Plan(BaseModel):
+class _SamplingPlan(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class SequentialPlan(_Plan):
+class SequentialPlan(_SamplingPlan):
     """Wald's sequential probability ratio test (A. Wald 1945, "Sequential Tests of Statistical Hypotheses", sec. 3).
 
-    A version with a share of ``limit`` wrong is accepted with a chance of at most about ``beta``; one with a share of
-    ``good`` is rejected with a chance of at most about ``alpha``.
+    A version with a share of ``limit`` wrong is accepted with probability at most about ``beta``; one with a share of
+    ``good`` wrong is rejected with probability at most about ``alpha``.
     """
 
     kind: Literal["sequential"] = "sequential"
@@ -46,11 +46,11 @@ class SequentialPlan(_Plan):
 
     @property
     def confidence(self) -> float:
-        """The chance that a version at the limit is not accepted."""
+        """Probability that a version at the limit is not accepted."""
         return 1 - self.beta
 
     def decide(self, checked: int, wrong: int, unsettled: int = 0) -> Decision:
-        """Return the decision after so many rows; an unsettled one counts against whichever decision is asked for."""
+        """Return the decision after ``checked`` rows; unsettled rows count against either decision."""
         if self._evidence(checked, wrong + unsettled) <= math.log(self.beta / (1 - self.alpha)):
             return "accepted"
         if self._evidence(checked, wrong) >= math.log((1 - self.beta) / self.alpha):
@@ -58,18 +58,18 @@ class SequentialPlan(_Plan):
         return "go on"
 
     def needed(self, checked: int, wrong: int) -> int:
-        """Return how many more rows, if all are right, it takes to accept."""
+        """Return the number of further rows, if all are right, until acceptance."""
         left = self._evidence(checked, wrong) - math.log(self.beta / (1 - self.alpha))
         return max(0, math.ceil(left / math.log((1 - self.good) / (1 - self.limit))))
 
     def _evidence(self, checked: int, wrong: int) -> float:
-        """Return the log of how much likelier these counts are at the limit than at the good share."""
+        """Return the log-likelihood ratio of these counts: at ``limit`` against at ``good``."""
         right = checked - wrong
         return wrong * math.log(self.limit / self.good) + right * math.log((1 - self.limit) / (1 - self.good))
 
 
-class FixedPlan(_Plan):
-    """Check ``size`` rows, accept with at most ``allowed`` wrong ones: the smallest size that keeps the promise."""
+class FixedPlan(_SamplingPlan):
+    """A plan that checks ``size`` rows and accepts at most ``allowed`` wrong ones, with the smallest valid size."""
 
     kind: Literal["fixed"] = "fixed"
     allowed: Annotated[int, Field(ge=0, le=1000)] = 0
@@ -78,45 +78,45 @@ class FixedPlan(_Plan):
 
     @property
     def size(self) -> int:
-        """How many rows are to be checked."""
+        """Number of rows to check."""
         return fixed_size(self.allowed, self.limit, self.confidence)
 
     def decide(self, checked: int, wrong: int, unsettled: int = 0) -> Decision:
-        """Return the decision after so many rows; too many wrong ones end it early."""
+        """Return the decision after ``checked`` rows; too many wrong ones end the test early."""
         if wrong > self.allowed:
             return "rejected"
         done = checked >= self.size and wrong + unsettled <= self.allowed
         return "accepted" if done else "go on"
 
     def needed(self, checked: int, wrong: int) -> int:
-        """Return how many more rows are to be checked."""
+        """Return the number of further rows to check."""
         return max(0, self.size - checked) if wrong <= self.allowed else 0
 
 
-Plan = Annotated[SequentialPlan | FixedPlan, Field(discriminator="kind")]
+SamplingPlan = Annotated[SequentialPlan | FixedPlan, Field(discriminator="kind")]
 
 
 def fixed_size(allowed: int, limit: float = LIMIT, confidence: float = CONFIDENCE) -> int:
-    """The smallest n for which at most ``allowed`` wrong of n has a chance of 1 - confidence or less at the limit.
+    """Return the smallest sample size with at most ``allowed`` wrong rows that proves the limit.
 
-    Exact binomial: the least n with P(X <= allowed | n, limit) <= 1 - confidence; at 5% and 95%, for 0 to 5 allowed:
-    59, 93, 124, 153, 181, 208.
+    Exact binomial: the least n with P(X <= allowed | n, limit) <= 1 - confidence. At 5% and 95%, for 0 to 5 allowed,
+    n is 59, 93, 124, 153, 181, 208.
     """
     from scipy.stats import binom
 
     low, high = allowed, allowed + 1
     while binom.cdf(allowed, high, limit) > 1 - confidence:
         low, high = high, 2 * high
-    while high - low > 1:  # P falls as n grows: too small at low, enough at high
+    while high - low > 1:  # P falls as n grows: n is too small at low and enough at high
         middle = (low + high) // 2
         low, high = (middle, high) if binom.cdf(allowed, middle, limit) > 1 - confidence else (low, middle)
     return high
 
 
 def upper_bound(wrong: int, checked: int, confidence: float = CONFIDENCE) -> float:
-    """Return the one-sided upper bound of the share wrong (Clopper and Pearson 1934); 1 where nothing has been checked.
+    """Return the one-sided upper bound of the share wrong (Clopper and Pearson 1934); 1 if nothing was checked.
 
-    It is that of a sample whose size was fixed beforehand; a sequential plan's promise is its own ``beta``.
+    It holds for a sample size that was fixed beforehand; a sequential plan's guarantee is its ``beta``.
     """
     if wrong >= checked:
         return 1.0
@@ -127,11 +127,10 @@ def upper_bound(wrong: int, checked: int, confidence: float = CONFIDENCE) -> flo
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where a plan stands. ``wrong`` of ``checked`` were wrong; ``unsettled`` of them were skipped or are disputed.
+    """State of a plan. Of ``checked`` rows, ``wrong`` are wrong and ``unsettled`` were skipped or are disputed.
 
-    ``upper`` is the bound of ``upper_bound`` with unsettled rows taken as wrong; ``needed`` says how many more rows it
-    takes at the least to accept, if these and the unsettled ones are right; ``whole`` that every row of the version was
-    checked, so that nothing is estimated.
+    ``upper`` is ``upper_bound`` with unsettled rows counted as wrong. ``needed`` is the minimum number of further rows
+    until acceptance. ``whole`` is true if every row of the version was checked, so that nothing is estimated.
     """
 
     decision: Decision
@@ -144,12 +143,12 @@ class Outcome:
 
 
 def judge(plan: SequentialPlan | FixedPlan, findings: Iterable[Finding], rows: int) -> Outcome:
-    """Follow a plan through its sample, in the order drawn, up to the first decision.
+    """Follow a plan through its sample, in draw order, up to the first decision.
 
     Args:
-        plan: decides.
-        findings: those of the first rows of the sample, up to the first row without any.
-        rows: how many rows the version has. When all of them are checked the share wrong is known, and counts itself.
+        plan: the plan.
+        findings: findings of the sample, up to the first row without one.
+        rows: number of rows of the version. Once all are checked, the true share decides.
     """
     checked = wrong = unsettled = 0
     decision: Decision = "go on"
@@ -171,8 +170,8 @@ def judge(plan: SequentialPlan | FixedPlan, findings: Iterable[Finding], rows: i
 
 
 def sample_order(keys: Sequence[str], version: str, draw: int) -> list[str]:
-    """All pair keys in the order in which they are to be checked: a simple random sample, however many are taken.
+    """Return all pair keys in checking order: any beginning of it is a simple random sample.
 
-    Decided by the version's digest and the draw's number alone, so nobody can choose it and anybody can check it.
+    The version's digest and the draw's number alone decide the order, so that it cannot be chosen and can be verified.
     """
     return sorted(keys, key=lambda key: hashlib.sha256(f"{version}:{draw}:{key}".encode()).digest())

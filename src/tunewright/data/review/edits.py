@@ -1,4 +1,4 @@
-"""Answers that reviewers wrote become a new dataset version."""
+"""Applying reviewers' edits: a new dataset version with the corrected answers."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.io import file_digest, text_lines
 from tunewright.core.progress import Reporter
+from tunewright.data.dedup import count_near_repeats
 from tunewright.data.examples import Example
-from tunewright.data.pii import told_secrets
-from tunewright.data.repeats import count_near_repeats
-from tunewright.data.review.reviews import REVIEWS_FILE, Judged, Reviews, event_digest, read_reviews
+from tunewright.data.pii import secret_kinds
+from tunewright.data.review.reviews import REVIEWS_FILE, ReviewLog, VerdictEvent, event_digest, read_reviews
 from tunewright.data.versions import (
     DatasetVersion,
     Manifest,
@@ -27,15 +27,15 @@ from tunewright.data.versions import (
     save_version,
     short,
 )
-from tunewright.data.versions.making import LeftOut, new_manifest, renamed
+from tunewright.data.versions.version import ImportCounts, new_manifest, rename_clusters
 
 
 @dataclass(frozen=True)
-class Edited:
-    """A row that got a better answer: its former and its present pair key, who wrote it and on which line of the log.
+class AppliedEdit:
+    """A row with an edited answer: former and present pair key, reviewers, and line of the log.
 
-    ``review`` is the verdict's digest: it names the verdict also in a log where it is on another line.
-    ``collapsed``: the version had the pair with that answer already, so two rows became one.
+    ``review`` is the verdict's digest, which identifies it in a log where it has another line. ``collapsed`` is true if
+    the version already had the pair with that answer, so that two rows became one.
     """
 
     before: str
@@ -48,15 +48,15 @@ class Edited:
 
 @dataclass(frozen=True)
 class EditResult:
-    """The new version, which is current, and the rows in it that were edited."""
+    """The new version, which is current, and its edited rows."""
 
     version: Manifest
-    edited: tuple[Edited, ...]
+    edited: tuple[AppliedEdit, ...]
     disputed: tuple[str, ...]
-    """Pair keys that reviewers gave different answers, or that another called right: left as they are."""
+    """Pair keys of disputed edits (different answers, or a verdict "right"), left unchanged."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the result as ``--json`` prints it."""
+        """Return the JSON document that ``--json`` prints."""
         return {
             "version": self.version.model_dump(mode="json"),
             "edited": [asdict(edit) for edit in self.edited],
@@ -65,14 +65,14 @@ class EditResult:
 
 
 def apply_edits(project: ProjectFolder, reporter: Reporter, *, message: str = "") -> EditResult:
-    """Make a version of the current one in which edited rows have their new answer; splits stay as they are.
+    """Create a version of the current one with the edited answers; splits are unchanged.
 
-    A row keeps its cluster: that depends on its input, and only where data.split_by says so on its output, which the
-    next `data add` looks at again. Where the pair with the new answer is there
-    already, the two rows become one, and this is told.
+    A row keeps its cluster, which depends on its input. With data.split_by: output_template it depends on the output
+    too; the next `data add` recomputes it. If the pair with the new answer exists already, the two rows become one,
+    with a warning.
 
     Raises:
-        UserError: there is no edit of a row of the current version, or the dataset cannot be read or written.
+        UserError: no agreed edit of a row of the current version, or the dataset cannot be read or written.
     """
     dataset = project.dataset
     with locked(dataset):
@@ -81,19 +81,19 @@ def apply_edits(project: ProjectFolder, reporter: Reporter, *, message: str = ""
         chosen, disputed = _chosen(reviews, parent)
         if disputed:
             named = ", ".join(short(key) for key in disputed[:10])
-            reporter.warn(f"{len(disputed):,} edited rows are left as they are, because reviewers disagree: {named}")
+            reporter.warn(f"{len(disputed):,} edited rows left unchanged, because reviewers disagree: {named}")
         if not chosen:
             raise UserError(
                 "no row of the current version has an edit that reviewers agree on",
                 where=str(dataset / REVIEWS_FILE),
-                fix="`tunewright data review` records them, with the key e.",
+                fix="Record edits in `tunewright data review` with the key e.",
             )
         _refuse_secrets(chosen, project.config.data.allow)
         members, edited = _apply(parent, chosen, reviews)
         collapsed = [e for e in edited if e.collapsed]
         if collapsed:
             named = ", ".join(f"{short(e.before)} became {short(e.now)}" for e in collapsed[:10])
-            reporter.warn(f"{len(collapsed):,} edited rows repeat a row that is there, so they became one: {named}")
+            reporter.warn(f"{len(collapsed):,} edited rows duplicate an existing row and were merged: {named}")
         names = sorted({name for e in edited for name in e.reviewers})
         own = f"{len(edited):,} answers edited in review ({', '.join(names)})"
         source = Source(
@@ -105,7 +105,7 @@ def apply_edits(project: ProjectFolder, reporter: Reporter, *, message: str = ""
             parent.manifest.settings,
             message=f"{own}: {message}" if message else own,
             sources=[source],
-            left_out=LeftOut(duplicates=len(collapsed)),
+            left_out=ImportCounts(duplicates=len(collapsed)),
             mix=parent.manifest.mix,
             near_duplicates=count_near_repeats(members, parent.manifest.settings.dedup_threshold, reporter),
         )
@@ -113,12 +113,12 @@ def apply_edits(project: ProjectFolder, reporter: Reporter, *, message: str = ""
     return EditResult(version, tuple(edited), tuple(disputed))
 
 
-def _chosen(reviews: Reviews, version: DatasetVersion) -> tuple[dict[str, list[Judged]], list[str]]:
-    """Return the edits that all who judged a row agree on, by pair key; and the keys of those that they don't."""
-    chosen: dict[str, list[Judged]] = {}
+def _chosen(reviews: ReviewLog, version: DatasetVersion) -> tuple[dict[str, list[VerdictEvent]], list[str]]:
+    """Return the edits that all reviewers of a row agree on, by pair key, and the keys of disputed ones."""
+    chosen: dict[str, list[VerdictEvent]] = {}
     disputed: list[str] = []
     for member in version.domain:
-        said = [judged for judged in reviews.standing(member.key).values() if judged.verdict != "skip"]
+        said = [judged for judged in reviews.current_verdicts(member.key).values() if judged.verdict != "skip"]
         edits = [judged for judged in said if judged.verdict == "edit"]
         if not edits:
             continue
@@ -129,22 +129,22 @@ def _chosen(reviews: Reviews, version: DatasetVersion) -> tuple[dict[str, list[J
     return chosen, disputed
 
 
-def _refuse_secrets(chosen: dict[str, list[Judged]], allow: Collection[str]) -> None:
-    """A log that came from elsewhere may hold what no reviewer here could have recorded."""
+def _refuse_secrets(chosen: dict[str, list[VerdictEvent]], allow: Collection[str]) -> None:
+    """Refuse edits with secrets, which a log from elsewhere may contain."""
     for key, edits in chosen.items():
-        if found := told_secrets(edits[0].output or "", allow):
+        if found := secret_kinds(edits[0].output or "", allow):
             raise UserError(
-                f"the edited answer of row {short(key)} by {edits[0].reviewer} holds a secret ({found})",
+                f"the edited answer of row {short(key)} by {edits[0].reviewer} contains a secret ({found})",
                 where=REVIEWS_FILE,
-                fix="Have the row judged again, without it. Whoever had the log has had it: revoke what can be.",
+                fix="Review the row again without the secret. Revoke the secret: it is in the log.",
             )
 
 
 def _apply(
-    parent: DatasetVersion, chosen: dict[str, list[Judged]], reviews: Reviews
-) -> tuple[list[Member], list[Edited]]:
+    parent: DatasetVersion, chosen: dict[str, list[VerdictEvent]], reviews: ReviewLog
+) -> tuple[list[Member], list[AppliedEdit]]:
     members = {m.key: m for m in parent.members if m.key not in chosen}
-    edited: list[Edited] = []
+    edited: list[AppliedEdit] = []
     for member in parent.members:
         if member.key not in chosen:
             continue
@@ -156,12 +156,12 @@ def _apply(
         names = tuple(sorted(judged.reviewer for judged in chosen[member.key]))
         first = chosen[member.key][0]
         line, review = reviews.line(first), event_digest(first)
-        edited.append(Edited(member.key, key, names, line, review, collapsed=key in members))
+        edited.append(AppliedEdit(member.key, key, names, line, review, collapsed=key in members))
         members.setdefault(key, replace(member, example=example, key=key))
-    return renamed(list(members.values())), edited
+    return rename_clusters(list(members.values())), edited
 
 
-def _imports(edited: Sequence[Edited], source: Source) -> list[dict[str, Any]]:
+def _imports(edited: Sequence[AppliedEdit], source: Source) -> list[dict[str, Any]]:
     return [
         {
             "source": source.name,
@@ -176,11 +176,11 @@ def _imports(edited: Sequence[Edited], source: Source) -> list[dict[str, Any]]:
     ]
 
 
-def replaced(dataset: Path, manifest: Manifest) -> dict[str, str]:
-    """Return the rows that edits took out of a version or those before it: former pair key to the one that came of it.
+def superseded_keys(dataset: Path, manifest: Manifest) -> dict[str, str]:
+    """Return the pair keys that edits replaced in a version or its ancestors: former key to present key.
 
-    A file with the former row may be added again; the row is then known, and its edit stands. Rows that
-    `data add --replace` put in another's place count as edits.
+    If a file with the former row is added again, the row is known and the edit stays. Rows that `data add --replace`
+    replaced count as edits.
     """
     steps: dict[str, str] = {}
     for path in reversed(import_files(dataset, manifest)):
@@ -194,7 +194,7 @@ def replaced(dataset: Path, manifest: Manifest) -> dict[str, str]:
     return steps
 
 
-def waiting_edits(reviews: Reviews, version: DatasetVersion) -> tuple[int, int]:
-    """Return how many rows of a version have an edit that is not in it yet: agreed on, and disputed."""
+def waiting_edits(reviews: ReviewLog, version: DatasetVersion) -> tuple[int, int]:
+    """Count the pending edits of a version: agreed, and disputed."""
     chosen, disputed = _chosen(reviews, version)
     return len(chosen), len(disputed)

@@ -1,16 +1,88 @@
-"""Where the review of a version stands: acceptance, bound, agreement of reviewers, edits that wait."""
+"""State of a version's review: acceptance, upper bound, agreement of reviewers, pending edits."""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from tunewright.data.review.acceptance import Outcome
-from tunewright.data.review.agreement import Agreement, agreements
+from tunewright.data.review.acceptance import Outcome, judge, sample_order
 from tunewright.data.review.edits import waiting_edits
-from tunewright.data.review.reviews import Drawn, outcome, read_reviews, status_line
-from tunewright.data.versions import DatasetVersion
+from tunewright.data.review.reviews import DrawEvent, ReviewLog, findings, outcome, read_reviews, status_line
+from tunewright.data.versions import DatasetVersion, current_manifest, short
+from tunewright.data.versions.members import read_places
+
+_Z = 1.959964  # the normal distribution's 97.5% point
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Agreement of two reviewers on rows that both judged right or wrong (an edit counts as wrong).
+
+    ``kappa`` is None if all verdicts are the same, since chance agreement is then 1. ``low`` and ``high`` are its 95%
+    interval; None also if they agree on every row, since the large-sample variance is then 0.
+    """
+
+    reviewers: tuple[str, str]
+    rows: int
+    agreed: int
+    kappa: float | None
+    low: float | None
+    high: float | None
+
+    def __str__(self) -> str:
+        text = f"{' and '.join(self.reviewers)} agree on {self.agreed:,} of {self.rows:,} rows"
+        if self.kappa is None:
+            return f"{text}; kappa is undefined, because all verdicts are the same"
+        interval = "" if self.low is None else f" (95% interval {self.low:.2f} to {self.high:.2f})"
+        return f"{text}; Cohen's kappa {self.kappa:.2f}{interval}"
+
+
+def agreements(reviews: ReviewLog) -> list[Agreement]:
+    """Return the agreement of each pair of reviewers with a row in common."""
+    verdicts: dict[str, dict[str, bool]] = {}
+    for key in reviews.stacks:
+        for name, judged in reviews.current_verdicts(key).items():
+            if judged.verdict != "skip":
+                verdicts.setdefault(name, {})[key] = judged.verdict == "right"
+    found = []
+    for a, b in combinations(sorted(verdicts), 2):
+        both = sorted(verdicts[a].keys() & verdicts[b].keys())
+        if both:
+            found.append(agreement((a, b), [verdicts[a][key] for key in both], [verdicts[b][key] for key in both]))
+    return found
+
+
+def agreement(reviewers: tuple[str, str], first: Sequence[bool], second: Sequence[bool]) -> Agreement:
+    """Return Cohen's kappa (1960) of two reviewers' verdicts on the same rows, with its large-sample 95% interval.
+
+    The variance is that of Fleiss, Cohen and Everitt 1969, "Large sample standard errors of kappa and weighted kappa",
+    equation 13; the interval is clipped to [-1, 1].
+    """
+    rows = len(first)
+    counts = Counter(zip(first, second, strict=True))
+    kinds = (True, False)
+    share = {(i, j): counts[i, j] / rows for i in kinds for j in kinds}
+    of_first = {i: share[i, True] + share[i, False] for i in kinds}
+    of_second = {j: share[True, j] + share[False, j] for j in kinds}
+    observed = share[True, True] + share[False, False]
+    chance = sum(of_first[i] * of_second[i] for i in kinds)
+    agreed = counts[True, True] + counts[False, False]
+    if math.isclose(chance, 1):
+        return Agreement(reviewers, rows, agreed, None, None, None)
+    kappa = (observed - chance) / (1 - chance)
+    if agreed == rows:
+        return Agreement(reviewers, rows, agreed, kappa, None, None)
+    same = sum(share[i, i] * (1 - (of_first[i] + of_second[i]) * (1 - kappa)) ** 2 for i in kinds)
+    other = sum(share[i, j] * (of_second[i] + of_first[j]) ** 2 for i in kinds for j in kinds if i != j)
+    spread = same + (1 - kappa) ** 2 * other - (kappa - chance * (1 - kappa)) ** 2
+    half = _Z * math.sqrt(max(spread, 0) / rows) / (1 - chance)
+    return Agreement(reviewers, rows, agreed, kappa, max(kappa - half, -1), min(kappa + half, 1))
+
 
 _EXIT_CODES = {"accepted": 0, "rejected": 3, "go on": 4}
 
@@ -21,42 +93,40 @@ class ReviewReport:
 
     version: str
     outcome: Outcome | None
-    drawn: Drawn | None
+    drawn: DrawEvent | None
     agreements: tuple[Agreement, ...]
     edits: int
-    """Edited rows that are not in a version yet."""
+    """Edited rows that are not in a version yet: number."""
     disputed: int
-    """Edited rows whose reviewers disagree: they stay as they are."""
+    """Edited rows whose reviewers disagree, which stay unchanged: number."""
 
     @property
     def status(self) -> str:
-        """One line: accepted, rejected, under review or not reviewed."""
+        """State in one line: accepted, rejected, under review or not reviewed."""
         if self.outcome is None or self.drawn is None:
             return "not reviewed"
         return status_line(self.outcome, self.drawn.plan, self.drawn.draw)
 
     @property
     def exit_code(self) -> int:
-        """0 accepted, 3 rejected, 4 not decided."""
+        """Exit code: 0 accepted, 3 rejected, 4 undecided."""
         return _EXIT_CODES[self.outcome.decision] if self.outcome else _EXIT_CODES["go on"]
 
     @property
     def lines(self) -> list[str]:
-        """What people want to know besides."""
-        told = [str(agreement) for agreement in self.agreements]
+        """Further lines of the report: bound, agreement, pending edits."""
+        lines = [str(agreement) for agreement in self.agreements]
         if self.outcome is not None and self.drawn is not None and self.outcome.checked and not self.outcome.whole:
             level = f"{100 * self.drawn.plan.confidence:g}%"
-            told.insert(0, f"At most {self.outcome.upper:.1%} of the rows are wrong, at {level} (Clopper-Pearson).")
+            lines.insert(0, f"At most {self.outcome.upper:.1%} of the rows are wrong, at {level} (Clopper-Pearson).")
         if self.edits:
-            told.append(
-                f"{self.edits:,} rows have an edit: `tunewright data review --apply` makes a version with them."
-            )
+            lines.append(f"{self.edits:,} rows have pending edits: `tunewright data review --apply` applies them.")
         if self.disputed:
-            told.append(f"{self.disputed:,} rows have edits that reviewers disagree on: they stay as they are.")
-        return told
+            lines.append(f"{self.disputed:,} rows have disputed edits and stay unchanged.")
+        return lines
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the report as ``--json`` prints it."""
+        """Return the JSON document that ``--json`` prints."""
         return {
             "version": self.version,
             "status": self.status,
@@ -70,12 +140,33 @@ class ReviewReport:
 
 
 def review_report(dataset: Path, version: DatasetVersion) -> ReviewReport:
-    """Read the log and say where the version stands."""
+    """Return the state of a version's review."""
     reviews = read_reviews(dataset)
     return ReviewReport(
         version.digest,
         outcome(reviews, version),
-        reviews.drawn(version.digest),
+        reviews.latest_draw(version.digest),
         tuple(agreements(reviews)),
         *waiting_edits(reviews, version),
     )
+
+
+def review_status(dataset: Path) -> str | None:
+    """Return the review state of the current version in one line; None if there is no version.
+
+    An example is "Version 1f3a… accepted: 0 of 72 wrong, under 5% at 95%". Only the list of members is read, not the
+    rows, so that every command can print it.
+
+    Raises:
+        UserError: the version's files or the log of reviews were changed.
+    """
+    manifest = current_manifest(dataset)
+    if manifest is None:
+        return None
+    reviews = read_reviews(dataset)
+    drawn = reviews.latest_draw(manifest.digest)
+    if drawn is None:
+        return f"Version {short(manifest.digest)} not reviewed"
+    keys = sorted(key for key, place in read_places(dataset, manifest.digest).items() if not place.mixed)
+    found = judge(drawn.plan, findings(reviews, sample_order(keys, manifest.digest, drawn.draw)), len(keys))
+    return f"Version {short(manifest.digest)} {status_line(found, drawn.plan, drawn.draw)}"

@@ -1,10 +1,10 @@
-"""What people found when they checked rows: dataset/reviews.jsonl, one event a line, only ever appended to.
+"""The log of row reviews: dataset/reviews.jsonl, one event per line, append-only.
 
-Verdicts are kept by pair key, so they outlive reordering and new versions, and die with the text they were given on.
+Verdicts are stored by pair key, so that they survive reordering and new versions, and end with the text they judge.
 
-Two logs are united by adding to each the events that only the other has: lines stay where they are, for others cite
-them, so the logs then hold the same events in different orders. What decides is therefore not the order of lines but
-that of (when, nth), which ``append_reviews`` keeps rising for each reviewer, whatever the clock says.
+Two logs are merged by appending to each the events that only the other has. Lines keep their places, because other
+files cite them, so the merged logs have the same events in different orders. Events are therefore ordered by
+(when, nth), which ``append_reviews`` keeps increasing for each reviewer, whatever the clock says.
 """
 
 from __future__ import annotations
@@ -23,13 +23,21 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json, write_text, writing
 from tunewright.core.io import digest as json_digest
-from tunewright.data.review.acceptance import Finding, FixedPlan, Outcome, Plan, SequentialPlan, judge, sample_order
+from tunewright.data.review.acceptance import (
+    Finding,
+    FixedPlan,
+    Outcome,
+    SamplingPlan,
+    SequentialPlan,
+    judge,
+    sample_order,
+)
 from tunewright.data.versions import DatasetVersion
 
 REVIEWS_FILE = "reviews.jsonl"
 Verdict = Literal["right", "wrong", "edit", "skip"]
 PURGED = "[purged]"
-"""What stands where a reviewer's answer was whose row was purged."""
+"""Text that replaces the reviewer's answer if the row was purged."""
 VERDICTS: tuple[Verdict, ...] = ("right", "wrong", "edit", "skip")
 
 _DIGITS = 16
@@ -42,121 +50,120 @@ class _Event(BaseModel):
     version: str
     reviewer: str
     when: str
-    """UTC, ISO 8601, in whole seconds: so written, later is greater."""
+    """UTC, ISO 8601, in whole seconds, so that strings sort by time."""
     nth: Annotated[int, Field(ge=0)] | None = None
-    """Its place among this reviewer's events of one second; None (earlier releases): as the file's lines count it."""
+    """Number among this reviewer's events of one second; None (earlier releases): in the order of lines."""
     digest: Annotated[str, Field(pattern=f"^[0-9a-f]{{{_DIGITS}}}$")] | None = None
-    """The first digits of the SHA-256 of the rest; lines of earlier releases have none."""
+    """First digits of the SHA-256 of the rest; lines of earlier releases have none."""
 
 
-class Judged(_Event):
-    """A verdict on a row. ``draw`` is the sample's number; None: among the suspects, apart from any sample."""
+class VerdictEvent(_Event):
+    """A verdict on a row. ``draw`` is the sample's number; None: the row was reviewed as a suspect."""
 
     event: Literal["verdict"] = "verdict"
     key: str
     verdict: Verdict
     output: str | None = None
-    """The better answer; there if, and only if, the verdict is ``edit``."""
+    """The corrected answer; set if and only if the verdict is ``edit``."""
     draw: int | None = None
 
 
-class Undone(_Event):
-    """The reviewer takes back the latest of their verdicts on a row that stands."""
+class UndoEvent(_Event):
+    """Withdrawal of the reviewer's latest valid verdict on a row."""
 
     event: Literal["undo"] = "undo"
     key: str
 
 
-class Drawn(_Event):
-    """A sample of a version was drawn, under a plan. Number 0 is the first; more of them are there to be seen."""
+class DrawEvent(_Event):
+    """The draw of a version's sample under a plan, numbered from 0; every redraw stays in the log."""
 
     event: Literal["draw"] = "draw"
     draw: int
-    plan: Plan
+    plan: SamplingPlan
 
 
-Event = Judged | Undone | Drawn
+Event = VerdictEvent | UndoEvent | DrawEvent
 _EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="event")])
 
 
 @dataclass(frozen=True)
-class Reviews:
-    """All events, by time, and what stands of the verdicts: pair key, then reviewer, to verdicts, latest last."""
+class ReviewLog:
+    """All events by time, and the valid verdicts: pair key, then reviewer, to verdicts, latest last."""
 
     events: tuple[Event, ...]
-    stacks: dict[str, dict[str, list[Judged]]]
+    stacks: dict[str, dict[str, list[VerdictEvent]]]
     lines: tuple[int, ...] = ()
-    """The line of each event, from 1."""
+    """Line of each event, from 1."""
     torn: bool = False
-    """The file ends in half a line: a crash cut off the last event."""
+    """True if the file ends in half a line, because a crash cut off the last event."""
 
-    def standing(self, key: str) -> dict[str, Judged]:
+    def current_verdicts(self, key: str) -> dict[str, VerdictEvent]:
         """Return the verdict of each reviewer on a row."""
         return {name: stack[-1] for name, stack in self.stacks.get(key, {}).items() if stack}
 
     def finding(self, key: str) -> Finding | None:
-        """What reviewers say of a row together: unsettled if all skipped it or they disagree; None: not looked at."""
-        verdicts = {judged.verdict for judged in self.standing(key).values()}
+        """Return the reviewers' joint finding: unsettled if all skipped or they disagree; None: not reviewed."""
+        verdicts = {judged.verdict for judged in self.current_verdicts(key).values()}
         said = {"right" if verdict == "right" else "wrong" for verdict in verdicts - {"skip"}}
         if len(said) == 1:
             return "right" if "right" in said else "wrong"
         return "unsettled" if verdicts else None
 
-    def drawn(self, version: str) -> Drawn | None:
-        """The latest sample of a version; where two drew it apart from each other, under the plan that was first."""
-        found = [e for e in self.events if isinstance(e, Drawn) and e.version == version]
+    def latest_draw(self, version: str) -> DrawEvent | None:
+        """Return the latest sample of a version; of two independent draws of one number, the first."""
+        found = [e for e in self.events if isinstance(e, DrawEvent) and e.version == version]
         return max(found, key=lambda e: e.draw) if found else None
 
-    def line(self, event: Judged) -> int:
-        """Return the line that an event is on."""
+    def line(self, event: VerdictEvent) -> int:
+        """Return the line of an event."""
         return next(line for line, each in zip(self.lines, self.events, strict=True) if each is event)
 
-    def cited(self, record: Mapping[str, Any]) -> int | None:
-        """Return the line of the verdict that an edit's record in imports.jsonl cites; None: it is not in this log.
+    def cited_line(self, record: Mapping[str, Any]) -> int | None:
+        """Return the line of the verdict that an edit in imports.jsonl cites; None: not in this log.
 
-        The record's own line is that of the log where the edit was applied, which another side's may be.
+        The record's line is that of the log where the edit was applied, which may be another copy's.
         """
         if not self.events:
             return int(record["line"])
         edits = [
             (line, event)
             for line, event in zip(self.lines, self.events, strict=True)
-            if isinstance(event, Judged) and event.verdict == "edit" and event.key == record["before"]
+            if isinstance(event, VerdictEvent) and event.verdict == "edit" and event.key == record["before"]
         ]
         if "review" in record:
             return next((line for line, event in edits if event_digest(event) == record["review"]), None)
         theirs = [line for line, event in edits if event.reviewer in record["reviewers"]]
         return record["line"] if record["line"] in theirs else theirs[-1] if theirs else None
 
-    def latest(self, version: str, reviewer: str) -> Judged | None:
-        """Return the verdict that ``reviewer`` gave last on this version, of those that stand."""
+    def latest(self, version: str, reviewer: str) -> VerdictEvent | None:
+        """Return the reviewer's latest valid verdict on this version."""
         theirs = [stack[-1] for names in self.stacks.values() if (stack := names.get(reviewer))]
         alive = {id(judged) for judged in theirs if judged.version == version}
-        return next((e for e in reversed(self.events) if isinstance(e, Judged) and id(e) in alive), None)
+        return next((e for e in reversed(self.events) if isinstance(e, VerdictEvent) and id(e) in alive), None)
 
 
-def read_reviews(dataset: Path) -> Reviews:
-    """Return all reviews of a dataset; there may be none.
+def read_reviews(dataset: Path) -> ReviewLog:
+    """Return the reviews of a dataset; the log may be empty.
 
     Raises:
-        UserError: naming file and line: not an event, or it was changed.
+        UserError: a line is not an event, or was changed.
     """
     path = dataset / REVIEWS_FILE
     data = path.read_bytes() if path.is_file() else b""
     whole, torn = whole_lines(data)
     read = sorted(events_in(whole, str(path)), key=lambda each: _order(each[1]))
     events = [event for _, event in read]
-    return Reviews(tuple(events), _stacks(events), tuple(line for line, _ in read), torn)
+    return ReviewLog(tuple(events), _stacks(events), tuple(line for line, _ in read), torn)
 
 
 def events_in(data: bytes, where: str) -> list[tuple[int, Event]]:
-    """The events of a log and the lines that they are on, from 1; each event has its ``nth``, and no digest any more.
+    """Return the events of a log with their lines, from 1; each has its ``nth``, and no digest.
 
-    Two events that are equal then are one and the same, in whichever logs they are. One that is there twice, as a merge
-    by git may leave it, counts once.
+    Equal events in different logs are the same event. A duplicate, which a merge by git may leave, counts once.
 
     Raises:
-        UserError: naming the line: not an event, or it was changed.
+        UserError: a line is not an event, or was changed.
     """
     found: dict[Event, int] = {}
     counts = Counter[tuple[str, str]]()
@@ -176,21 +183,21 @@ def _order(event: Event) -> tuple[str, int | None, str, str]:
 
 
 def event_digest(event: Event) -> str:
-    """Return what names an event in every log that has it: the first 16 digits of the SHA-256 of its canonical JSON."""
+    """Return the identifier of an event in all logs: 16 digits of the SHA-256 of its canonical JSON."""
     return json_digest(event.model_dump(mode="json", exclude_none=True, exclude={"digest"}))[:_DIGITS]
 
 
 def event_line(event: Event) -> str:
-    """Return an event as a line of the log, with its digest."""
+    """Return an event as a line of the log, with digest."""
     facts = event.model_dump(mode="json", exclude_none=True, exclude={"digest"})
     return canonical_json({**facts, "digest": event_digest(event)}) + "\n"
 
 
 def parse_event(line: bytes, where: str) -> Event:
-    """Return the event on a line.
+    """Parse a line of the log.
 
     Raises:
-        UserError: it is none, or it does not have its digest.
+        UserError: the line is not an event, or its digest does not match.
     """
     try:
         event = _EVENT.validate_json(line)
@@ -198,15 +205,15 @@ def parse_event(line: bytes, where: str) -> Event:
         first = error.errors(include_url=False)[0]
         what = f"not a review: {'.'.join(map(str, first['loc']))} {first['msg']}"
         raise UserError(what, where=where, fix=_RESTORE) from None
-    if isinstance(event, Judged) and (event.verdict == "edit") != (event.output is not None):
-        raise UserError("not a review: an edit, and only an edit, has an output", where=where, fix=_RESTORE)
+    if isinstance(event, VerdictEvent) and (event.verdict == "edit") != (event.output is not None):
+        raise UserError("invalid review: `output` belongs to an edit, and only to an edit", where=where, fix=_RESTORE)
     if event.digest is not None and event_line(event).encode() != line + b"\n":
-        raise UserError("the review was changed: it does not have its digest", where=where, fix=_RESTORE)
+        raise UserError("the review was changed: its digest does not match", where=where, fix=_RESTORE)
     return event
 
 
 def whole_lines(data: bytes) -> tuple[bytes, bool]:
-    """A log without half a last line, and whether there was one; to a whole one that lacks its line end it is added."""
+    """Return a log without half a last line, and whether there was one; a missing last line end is added."""
     end = data.rfind(b"\n") + 1
     tail = data[end:]
     if not tail:
@@ -218,21 +225,21 @@ def whole_lines(data: bytes) -> tuple[bytes, bool]:
     return data + b"\n", False
 
 
-def _stacks(events: Sequence[Event]) -> dict[str, dict[str, list[Judged]]]:
-    stacks: dict[str, dict[str, list[Judged]]] = {}
+def _stacks(events: Sequence[Event]) -> dict[str, dict[str, list[VerdictEvent]]]:
+    stacks: dict[str, dict[str, list[VerdictEvent]]] = {}
     for event in events:
-        if isinstance(event, Judged):
+        if isinstance(event, VerdictEvent):
             stacks.setdefault(event.key, {}).setdefault(event.reviewer, []).append(event)
-        elif isinstance(event, Undone) and stacks.get(event.key, {}).get(event.reviewer):
+        elif isinstance(event, UndoEvent) and stacks.get(event.key, {}).get(event.reviewer):
             stacks[event.key][event.reviewer].pop()
     return stacks
 
 
 def append_reviews(dataset: Path, events: Sequence[Event]) -> None:
-    """Add events to the end; what a crash left of half a line goes first. Writers take turns.
+    """Append events, after removing half a line that a crash left; the file is locked.
 
-    An event that is no later than its reviewer's last, by a clock that stands behind another machine's or within a
-    second, gets that one's time and the next place in it.
+    An event that is not later than its reviewer's last one (same second, or a slow clock) gets that one's time and the
+    next number.
 
     Raises:
         UserError: the disk is full or refuses, or the log was changed by hand.
@@ -254,11 +261,11 @@ def append_reviews(dataset: Path, events: Sequence[Event]) -> None:
     _extend(dataset, stamped)
 
 
-def unite_reviews(dataset: Path, events: Sequence[Event]) -> list[Event]:
-    """Add those events of other logs (as ``events_in`` reads them) that this one lacks, behind the lines that are here.
+def merge_reviews(dataset: Path, events: Sequence[Event]) -> list[Event]:
+    """Append the events of other logs (from ``events_in``) that this one lacks.
 
     Returns:
-        The events that were added.
+        The events added.
 
     Raises:
         UserError: the disk is full or refuses, or the log was changed by hand.
@@ -269,14 +276,14 @@ def unite_reviews(dataset: Path, events: Sequence[Event]) -> list[Event]:
 
 
 def lacking(events: Sequence[Event], known: Sequence[Event]) -> list[Event]:
-    """Return those of the events that are not known, once each, by time."""
+    """Return the events that are not known, without duplicates, by time."""
     there = {event_digest(event) for event in known}
     new = {event_digest(event): event for event in events}
     return sorted((event for name, event in new.items() if name not in there), key=_order)
 
 
 def _extend(dataset: Path, news: Callable[[Sequence[Event]], list[Event]]) -> list[Event]:
-    """Add to the log what ``news`` makes of the events in it, before anybody else writes."""
+    """Append the events that ``news`` returns for the events in the log, while the file is locked."""
     path = dataset / REVIEWS_FILE
     with writing(path), _held(path) as file:
         file.seek(0)
@@ -286,7 +293,7 @@ def _extend(dataset: Path, news: Callable[[Sequence[Event]], list[Event]]) -> li
         if added:
             if len(whole) < len(data):
                 file.truncate(len(whole))
-            missing = whole[len(data) :]  # the line end that an editor may have left out
+            missing = whole[len(data) :]  # a line end that an editor left out
             file.write(missing + "".join(map(event_line, added)).encode())
             file.flush()
             os.fsync(file.fileno())
@@ -295,25 +302,25 @@ def _extend(dataset: Path, news: Callable[[Sequence[Event]], list[Event]]) -> li
 
 @contextmanager
 def _held(path: Path) -> Iterator[BinaryIO]:
-    """Open the log for reading and appending while nobody else writes it."""
+    """Open the log for reading and appending, locked."""
     while True:
         with path.open("a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            # A purge may have put another file in its place while this one was waited for.
+            # While this process waited for the lock, a purge may have replaced the file.
             if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
                 yield file
                 return
 
 
 def without_purged(event: Event, purged: Collection[str]) -> Event:
-    """Return an event as it is kept once these pair keys are purged: an edit of one keeps its place, not its text."""
-    if isinstance(event, Judged) and event.output is not None and event.key in purged:
+    """Return the event as stored after a purge of these pair keys: an edit loses its text."""
+    if isinstance(event, VerdictEvent) and event.output is not None and event.key in purged:
         return event.model_copy(update={"output": PURGED, "digest": None})
     return event
 
 
 def redact_reviews(dataset: Path, purged: Collection[str]) -> None:
-    """Take the answers that reviewers wrote for purged rows out of the log; every event stays on its line.
+    """Remove the answers that reviewers wrote for purged rows; each event keeps its line.
 
     Raises:
         UserError: the disk is full or refuses, or the log was changed by hand.
@@ -334,17 +341,17 @@ def redact_reviews(dataset: Path, purged: Collection[str]) -> None:
             write_text(path, text)
 
 
-def outcome(reviews: Reviews, version: DatasetVersion) -> Outcome | None:
-    """Where the acceptance of a version stands; None where no sample has been drawn."""
-    drawn = reviews.drawn(version.digest)
+def outcome(reviews: ReviewLog, version: DatasetVersion) -> Outcome | None:
+    """Return the state of a version's acceptance test; None if no sample was drawn."""
+    drawn = reviews.latest_draw(version.digest)
     if drawn is None:
         return None
     order = sample_order([m.key for m in version.domain], version.digest, drawn.draw)
     return judge(drawn.plan, findings(reviews, order), len(order))
 
 
-def findings(reviews: Reviews, order: Sequence[str]) -> Iterator[Finding]:
-    """The findings of the first rows of a sample, up to the first row that nobody has looked at."""
+def findings(reviews: ReviewLog, order: Sequence[str]) -> Iterator[Finding]:
+    """Yield the findings of a sample, up to the first row without a review."""
     for key in order:
         found = reviews.finding(key)
         if found is None:
@@ -353,7 +360,7 @@ def findings(reviews: Reviews, order: Sequence[str]) -> Iterator[Finding]:
 
 
 def status_line(found: Outcome, plan: SequentialPlan | FixedPlan, draw: int = 0) -> str:
-    """Return an outcome in words, such as "accepted: 0 of 72 wrong, under 5% at 95%"."""
+    """Return an outcome as text, such as "accepted: 0 of 72 wrong, under 5% at 95%"."""
     count = f"{found.wrong:,} of {found.checked:,} wrong"
     promise = f"under {100 * plan.limit:g}%"
     extra = [f"{found.unsettled:,} unsettled"] if found.unsettled else []

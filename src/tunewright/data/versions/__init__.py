@@ -1,45 +1,45 @@
-"""Dataset versions: immutable sets of examples with their splits, named by a digest that no row order changes.
+"""Dataset versions: immutable sets of examples with their splits, named by a digest that ignores row order.
 
 dataset/HEAD                           the current version's digest
 dataset/rows/AB.jsonl                  the rows of all versions (see ``rows``)
-dataset/removed.jsonl                  rows taken out on purpose (see ``removals``)
+dataset/removed.jsonl                  rows removed on purpose (see ``removals``)
 dataset/versions/DIGEST12/members.tsv  pair key, split, cluster: the version's digest is theirs (see ``members``)
-                          manifest.json  where the version came from, what is in it, under which settings
-                          imports.jsonl  what became of every row of the files that were added
+                          manifest.json  origin, counts and settings of the version
+                          imports.jsonl  the fate of each row of the added files
 """
 
-from tunewright.data.versions.erasing import IMPORTS
-from tunewright.data.versions.manifest import (
-    MANIFEST,
-    Counts,
-    Manifest,
-    Mix,
-    Settings,
-    Source,
-    manifest_seal,
-    read_manifest,
-    short,
-)
 from tunewright.data.versions.store import (
     VERSION_FILES,
-    DatasetVersion,
-    Member,
     ancestry,
     checkout,
     current_manifest,
     erase_purged,
     has_version,
     import_files,
-    keys_digest,
     list_versions,
     load_version,
     locked,
-    members_digest,
-    members_text,
     save_version,
     unfinished,
     version_folder,
     write_head,
+)
+from tunewright.data.versions.version import (
+    IMPORTS,
+    MANIFEST,
+    Counts,
+    DatasetVersion,
+    Manifest,
+    Member,
+    Mix,
+    Settings,
+    Source,
+    keys_digest,
+    manifest_seal,
+    members_digest,
+    members_text,
+    read_manifest,
+    short,
 )
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""A dataset version as a file that other tools read; what a format cannot hold is refused by name."""
+"""Export of a dataset version to a file for other tools."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -27,7 +27,7 @@ _NAMED = 5  # rows named in a refusal
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written; ``system`` is the turn that all rows share and that CSV has no place for."""
+    """Result of an export; ``system`` is the turn that all rows share and that CSV cannot store."""
 
     path: Path
     format: Format
@@ -37,15 +37,8 @@ class Exported:
     system: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the result as ``--json`` prints it."""
-        return {
-            "path": str(self.path),
-            "format": self.format,
-            "version": self.version,
-            "split": self.split,
-            "rows": self.rows,
-            "system": self.system,
-        }
+        """Return the JSON document that ``--json`` prints."""
+        return {**asdict(self), "path": str(self.path)}
 
 
 def export(
@@ -57,22 +50,22 @@ def export(
     split: Split | None = None,
     metadata: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Exported:
-    """Write a version, or one split of it, as a file; it is written whole or not at all.
+    """Write a version, or one split of it, to a file, atomically.
 
     chat: JSON lines of ``{"messages": [...]}`` (OpenAI's format). alpaca: one JSON array of instruction, input (always
     empty), output and, where a row has a system turn, system. csv: the columns prompt and completion. parquet: the
     column messages, zstd, with the version's digest in the schema's metadata.
 
     Args:
-        metadata: by pair key, keys to put into a row of chat before its messages; None: rows have messages only.
+        metadata: pair key to the keys to put before the messages of a chat row; None: write messages only.
 
     Raises:
-        UserError: metadata in another format than chat, rows that the format cannot hold (named, nothing is written),
-            a file that is there already, an empty split, an unknown format or split, a full disk.
+        UserError: metadata in a format other than chat, rows that the format cannot represent (named; nothing is
+            written), an existing file, an empty split, an unknown format or split, a full disk.
     """
     _check(path, form, split)
     if metadata is not None and form != "chat":
-        raise UserError(f"{form} has no place for metadata", where="--metadata", fix="Export as chat.")
+        raise UserError(f"--metadata requires the format chat (got {form})", fix="Export as chat.")
     members = [m for m in version.members if split in (None, m.split)]
     if not members:
         raise UserError(f"version {short(version.digest)} has no {split} rows", where="--split")
@@ -90,13 +83,13 @@ def export(
     mixed = sum(m.mixed for m in members)
     if mixed:
         reporter.warn(
-            f"{mixed:,} of the {len(members):,} rows are generic mix-in, which the file does not say: added to a "
-            "dataset, they would be pairs of its domain."
+            f"{mixed:,} of the {len(members):,} rows are generic mix-in, which the file does not mark. Added to a "
+            "dataset, they would become domain rows."
         )
     if system is not None:
         reporter.warn(
-            f"CSV has no place for the system turn that all {len(members):,} rows share: it is not in {path}. To read "
-            f"the file back as the same examples, set data.system_prompt to: {system}"
+            f"CSV cannot store the system turn that all {len(members):,} rows share: it is not in {path}. To read the "
+            f"file back as the same examples, set data.system_prompt to: {system}"
         )
     return Exported(path, form, version.digest, split, len(members), system)
 
@@ -107,14 +100,14 @@ def _check(path: Path, form: Format, split: Split | None) -> None:
     if split is not None and split not in SPLITS:
         raise UserError(f"unknown split {split!r}", where="--split", fix=f"Splits: {', '.join(SPLITS)}.")
     if path.exists():
-        raise UserError("already there", where=str(path), fix="Choose another name, or remove it first.")
+        raise UserError("the file exists already", where=str(path), fix="Choose another name, or delete it first.")
 
 
 def _fit(members: Sequence[Member], form: Format) -> str | None:
-    """Return the system turn that every row has, where the format has no place for it.
+    """Return the system turn that all rows share, if the format cannot store it.
 
     Raises:
-        UserError: rows that the format cannot hold.
+        UserError: rows that the format cannot represent.
     """
     if form in ("chat", "parquet"):
         return None
@@ -139,7 +132,7 @@ def _refuse(members: Sequence[Member], form: Format, what: str, wrong: Callable[
     if found:
         more = f" and {len(found) - _NAMED:,} more" if len(found) > _NAMED else ""
         raise UserError(
-            f"{form} cannot hold {what}, and {len(found):,} of {len(members):,} rows have them: "
+            f"{form} cannot represent {what}, which {len(found):,} of {len(members):,} rows have: "
             f"{', '.join(found[:_NAMED])}{more}",
             where="--format",
             fix="Export as chat or parquet.",
@@ -165,7 +158,7 @@ def _write_alpaca(path: Path, examples: Sequence[Example]) -> None:
 
 def _write_csv(path: Path, examples: Sequence[Example]) -> None:
     text = io.StringIO(newline="")
-    # Everything in quotes: some readers take a lone carriage return outside of quotes for a line break.
+    # Quote every field: some readers take a lone carriage return outside of quotes for a line break.
     writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
     writer.writerow(["prompt", "completion"])
     writer.writerows([e.prompt[-1].content, e.output] for e in examples)
@@ -177,7 +170,7 @@ def _write_parquet(path: Path, examples: Sequence[Example], facts: dict[str, str
     from pyarrow import parquet
 
     fields = [pa.field("role", pa.string(), nullable=False), pa.field("content", pa.string(), nullable=False)]
-    # Only where a row needs it: some readers refuse turns with a key they do not know.
+    # Only if a row needs it: some readers refuse turns with an unknown key.
     if any(m.weight != 1 for e in examples for m in e.messages):
         fields.append(pa.field("weight", pa.int8()))
     schema = pa.schema([pa.field("messages", pa.list_(pa.struct(fields)), nullable=False)], metadata=facts)
@@ -188,7 +181,7 @@ def _write_parquet(path: Path, examples: Sequence[Example], facts: dict[str, str
 
 @contextmanager
 def _new_file(path: Path) -> Iterator[Path]:
-    """A temporary file that becomes ``path`` at the end, and only if nothing was raised."""
+    """Yield a temporary file that replaces ``path`` at the end, unless an exception is raised."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

@@ -1,12 +1,12 @@
-"""Which rows are in a version: dataset/versions/DIGEST12/members.tsv, sorted lines of pair key, split and cluster.
+"""Members of a version: dataset/versions/DIGEST12/members.tsv, sorted lines of pair key, split and cluster.
 
-A row of a group, or of the generic mix-in, has a fourth field that says so, as JSON:
+A row with groups, or of the generic mix-in, has a fourth field with JSON:
 
     KEY	SPLIT	CLUSTER	{"groups":["customer=ACME"]}
     KEY	train	CLUSTER	{"mix":true}
 
-The SHA-256 of these lines is the version's digest. A version that differs little from the one it was made from has only
-the difference in its file, so that a row more costs a line and not a copy of all lines, in git as on disk:
+The SHA-256 of these lines is the version's digest. The file of a version that differs little from its parent has only
+the difference, so that an added row costs a line, in git and on disk:
 
     from	DIGEST12
     -	KEY	SPLIT	CLUSTER
@@ -31,7 +31,7 @@ MEMBERS = "members.tsv"
 
 
 class Place(NamedTuple):
-    """Where a row is in a version: split and cluster, its groups ("customer=ACME", sorted), whether it is mix-in."""
+    """Place of a row in a version: split, cluster, sorted groups ("customer=ACME"), and whether it is mix-in."""
 
     split: Split
     cluster: str
@@ -47,7 +47,7 @@ _FROM = "from\t"
 
 @dataclass(frozen=True)
 class _Link:
-    """One version's file: all lines, or those that differ from its parent's; ``folder`` is the version's."""
+    """A version's file: all lines, or the difference from its parent; ``folder`` is the version's."""
 
     where: str
     folder: str
@@ -62,14 +62,14 @@ def members_sha256(text: str) -> str:
 
 
 def read_members(dataset: Path, digest: str, data: bytes | None = None, where: str = "") -> str:
-    """Return all members of a version, one a line, verified against its digest.
+    """Return the lines of all members of a version, verified against its digest.
 
     Args:
-        digest: the version's whole digest.
-        data, where: its file and the name of that in errors, if it is not in the dataset (yet).
+        digest: the version's full digest.
+        data, where: content and name of its file, if it is not in the dataset yet.
 
     Raises:
-        UserError: naming the file, and the line where one can be told: something was changed, or is missing.
+        UserError: something was changed or is missing; names the file, and the line if known.
     """
     chain = _chain(dataset, digest, data, where)
     text = _text(chain)
@@ -77,17 +77,17 @@ def read_members(dataset: Path, digest: str, data: bytes | None = None, where: s
         for count, link in enumerate(chain, start=1):
             actual = members_sha256(_text(chain[:count]))
             if actual[:12] != link.folder:
-                raise _wrong(f"the members were changed: their digest is {actual[:12]}", link.where)
+                raise _wrong(f"the members were changed (digest {actual[:12]})", link.where)
     return text
 
 
 def read_places(dataset: Path, digest: str) -> Places:
-    """Return the place of each pair key in a version, verified, without its rows; ``digest`` is whole."""
+    """Return the place of each pair key in a version, verified, without reading rows; ``digest`` is the full one."""
     return places_of(read_members(dataset, digest))
 
 
 def places_of(text: str) -> Places:
-    """Places by pair key, from verified lines of members."""
+    """Return the place of each pair key, from verified lines."""
     places: Places = {}
     for line in text_lines(text):
         key, split, cluster, *rest = line.split("\t")
@@ -97,7 +97,7 @@ def places_of(text: str) -> Places:
 
 
 def member_line(key: str, place: Place) -> str:
-    """Return the one spelling of a member, with the line break."""
+    """Return the line of a member, with the line break."""
     more: dict[str, Any] = {"groups": list(place.groups)} if place.groups else {}
     if place.mixed:
         more["mix"] = True
@@ -105,10 +105,10 @@ def member_line(key: str, place: Place) -> str:
 
 
 def _read_more(field: str) -> tuple[tuple[str, ...], bool]:
-    """Groups and mix-in of the fourth field.
+    """Return groups and mix-in from the fourth field.
 
     Raises:
-        ValueError: it is not what ``member_line`` writes.
+        ValueError: ``member_line`` would write it otherwise.
     """
     more = json.loads(field)
     if not isinstance(more, dict) or not more or more.keys() - {"groups", "mix"} or canonical_json(more) != field:
@@ -129,9 +129,9 @@ def _is_more(field: str) -> bool:
 
 
 def members_file(dataset: Path, text: str, parent: str | None) -> str:
-    """Return what a version's file holds: its lines, or their difference from its parent's.
+    """Return the content of a version's file: all lines, or the difference from its parent.
 
-    All differences that a reader goes through come to at most half of the lines themselves.
+    The chain of differences that a reader has to apply is at most half as large as all lines.
     """
     if parent is None or not (dataset / "versions" / parent[:12]).is_dir():
         return text
@@ -144,7 +144,7 @@ def members_file(dataset: Path, text: str, parent: str | None) -> str:
 
 
 def _chain(dataset: Path, digest: str, data: bytes | None = None, where: str = "") -> list[_Link]:
-    """Return the files that make up a version's members: the one that has all lines first, the version's own last."""
+    """Return the chain of files that make up a version's members: the full one first, the version's own last."""
     links: list[_Link] = []
     step: str | None = digest[:12]
     while step is not None:
@@ -154,13 +154,13 @@ def _chain(dataset: Path, digest: str, data: bytes | None = None, where: str = "
                 data, where = path.read_bytes(), str(path)
             except OSError as error:
                 if links:
-                    what = f"differs from version {step}, whose members cannot be read: {error.strerror}"
+                    what = f"cannot read the members of version {step}, which it builds on: {error.strerror}"
                     raise _wrong(what, f"{where}:1") from None
-                raise _wrong(f"cannot be read: {error.strerror}", str(path)) from None
+                raise _wrong(f"cannot read the members: {error.strerror}", str(path)) from None
         links.append(_link(data, where, step))
         step = links[-1].parent
         if any(link.folder == step for link in links):
-            raise _wrong("the version differs from itself", where)
+            raise _wrong("the version builds on itself", where)
     return links[::-1]
 
 
@@ -173,12 +173,12 @@ def _link(data: bytes, where: str, folder: str) -> _Link:
         fields = line.split("\t")
         if parent is not None and number > 1:
             if fields.pop(0) not in ("-", "+"):
-                raise _wrong("not a change of the members: + or -, pair key, split and cluster", f"{where}:{number}")
+                raise _wrong("invalid change: expected + or -, pair key, split and cluster", f"{where}:{number}")
         elif parent is not None or lines == [""]:
             continue
         known = len(fields) == 3 or (len(fields) == 4 and _is_more(fields[3]))
         if not known or fields[1] not in SPLITS:
-            raise _wrong("not a member: pair key, split and cluster", f"{where}:{number}")
+            raise _wrong("invalid member: expected pair key, split and cluster", f"{where}:{number}")
     kept = tuple(lines[1:]) if parent is not None else tuple(line for line in lines if line)
     return _Link(where, folder, kept, parent, len(data))
 
@@ -189,7 +189,7 @@ def _text(chain: Sequence[_Link]) -> str:
         for number, line in enumerate(link.lines, start=2):
             sign, _, member = line.partition("\t")
             if (sign == "-") != (member in members):
-                does = "takes away a member that was not there" if sign == "-" else "adds a member that was there"
+                does = "removes a member that does not exist" if sign == "-" else "adds a member that exists already"
                 raise _wrong(does, f"{link.where}:{number}")
             if sign == "-":
                 members.remove(member)

@@ -1,7 +1,7 @@
 """The rows of all dataset versions, as plain text that git can show: dataset/rows/AB.jsonl.
 
-AB are the first two digits of the pair key. A line is ``{"key": ..., "messages": [...]}``, lines are sorted by key, and
-a file only ever gains rows, so every version can be read at any time, after a crash too.
+AB are the first two digits of the pair key. A line is ``{"key": ..., "messages": [...]}`` and lines are sorted by key.
+Except for purges, files only gain rows, so that every version can be read at any time, also after a crash.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _KEY = re.compile(rb'"key":"([0-9a-f]{64})"')
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a file of rows, as it was written; ``line`` counts from 1."""
+    """A valid line of a file of rows; ``line`` counts from 1."""
 
     line: int
     key: str
@@ -34,7 +34,7 @@ class Row:
 
 @dataclass(frozen=True)
 class BadRow:
-    """One line that is not what was written: why, and the keys that it claims or that its text has."""
+    """An invalid line: the reason, and the keys that it states or that its text has."""
 
     line: int
     keys: tuple[str, ...]
@@ -43,17 +43,17 @@ class BadRow:
 
 
 def row_line(key: str, example: Example) -> str:
-    """Return the one spelling of a row, without the line break."""
+    """Return the line of a row, without the line break."""
     return canonical_json({"key": key, "messages": [m.as_dict() for m in example.messages]})
 
 
 def rows_text(examples: Mapping[str, Example]) -> str:
-    """Return a file of rows, sorted by pair key; empty where there are none."""
+    """Return the content of a file of rows, sorted by pair key."""
     return "".join(row_line(key, example) + "\n" for key, example in sorted(examples.items()))
 
 
 def scan_rows(data: bytes) -> Iterator[Row | BadRow]:
-    """Every line of a file of rows, each checked against its key and its spelling."""
+    """Yield every line of a file of rows, each checked against its key and its spelling."""
     for number, line in enumerate(data.splitlines(), start=1):
         claimed = tuple(key.decode() for key in _KEY.findall(line))
         try:
@@ -61,7 +61,7 @@ def scan_rows(data: bytes) -> Iterator[Row | BadRow]:
             key, example = row["key"], Example.from_dicts(row["messages"])
             actual = example.pair_key
             spelled = row_line(key, example).encode()
-        # ValueError: half a surrogate pair, which no encoding can hold
+        # ValueError: half a surrogate pair, which no encoding represents
         except (RowError, KeyError, TypeError, AttributeError, ValueError) as error:
             yield BadRow(number, claimed, f"not a row of a dataset ({error})")
             continue
@@ -79,7 +79,7 @@ def parse_rows(data: bytes, where: str) -> dict[str, Example]:
     """Return the examples in a file of rows, by pair key; ``where`` names the file in errors.
 
     Raises:
-        UserError: naming line and key: a row is not what its key says.
+        UserError: a row does not match its key; names line and key.
     """
     rows: dict[str, Example] = {}
     for row in scan_rows(data):
@@ -90,7 +90,7 @@ def parse_rows(data: bytes, where: str) -> dict[str, Example]:
 
 
 def write_rows(folder: Path, examples: Mapping[str, Example], reporter: Reporter) -> None:
-    """Add examples, by pair key; files that have them all are left alone."""
+    """Add examples by pair key; files that have them all are not rewritten."""
     shards: dict[str, dict[str, Example]] = defaultdict(dict)
     for key, example in examples.items():
         shards[key[:2]][key] = example
@@ -104,7 +104,7 @@ def write_rows(folder: Path, examples: Mapping[str, Example], reporter: Reporter
 
 
 def has_rows(folder: Path, keys: Iterable[str]) -> set[str]:
-    """Return which of these pair keys have a row in the files."""
+    """Return the pair keys that have a row in the files."""
     shards: dict[str, set[str]] = defaultdict(set)
     for key in keys:
         shards[key[:2]].add(key)
@@ -117,7 +117,7 @@ def has_rows(folder: Path, keys: Iterable[str]) -> set[str]:
 
 
 def remove_rows(folder: Path, keys: Iterable[str]) -> None:
-    """Take rows out that no version has; those that are not there are none the less gone."""
+    """Remove rows that no version needs; missing ones are ignored."""
     shards: dict[str, set[str]] = defaultdict(set)
     for key in keys:
         shards[key[:2]].add(key)
@@ -136,7 +136,7 @@ def read_rows(folder: Path, keys: Iterable[str]) -> dict[str, Example]:
     """Return the examples of these pair keys, each checked against its key.
 
     Raises:
-        UserError: naming file and key: a row is missing, or is not what its key says.
+        UserError: a row is missing, or does not match its key; names file and key.
     """
     wanted: dict[str, set[str]] = defaultdict(set)
     for key in keys:
@@ -145,7 +145,7 @@ def read_rows(folder: Path, keys: Iterable[str]) -> dict[str, Example]:
     for prefix, mine in sorted(wanted.items()):
         path = folder / f"{prefix}.jsonl"
         if not path.is_file():
-            raise UserError("rows of the dataset are missing: no such file", where=str(path), fix=_RESTORE)
+            raise UserError("rows of the dataset are missing: the file does not exist", where=str(path), fix=_RESTORE)
         shard = parse_rows(path.read_bytes(), str(path))
         lost = sorted(mine - shard.keys())
         if lost:

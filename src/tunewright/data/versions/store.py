@@ -1,4 +1,4 @@
-"""Loading, saving and switching versions: rows first, HEAD last, one writer at a time."""
+"""Loading, saving and checking out versions: rows first, HEAD last, one writer at a time."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +18,21 @@ from tunewright.core.clock import to_the_second
 from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json, new_folder, text_lines, write_json, write_text, writing
 from tunewright.core.progress import Reporter
-from tunewright.data.examples import Example
-from tunewright.data.splits import Split
-from tunewright.data.versions.author import current_author
-from tunewright.data.versions.erasing import IMPORTS, erased_metadata
-from tunewright.data.versions.manifest import MANIFEST, Manifest, manifest_seal, read_manifest, short
-from tunewright.data.versions.members import MEMBERS, Place, member_line, members_file, members_sha256, read_places
-from tunewright.data.versions.removals import REMOVED_FILE, purge_told, read_removals
+from tunewright.data.versions.members import MEMBERS, members_file, read_places
+from tunewright.data.versions.removals import REMOVED_FILE, describe_purges, erased_metadata, read_removals
 from tunewright.data.versions.rows import has_rows, read_rows, remove_rows, write_rows
+from tunewright.data.versions.version import (
+    IMPORTS,
+    MANIFEST,
+    DatasetVersion,
+    Manifest,
+    Member,
+    current_author,
+    manifest_seal,
+    members_text,
+    read_manifest,
+    short,
+)
 
 UNFINISHED = "rows/.unfinished"
 VERSION_FILES = (MEMBERS, IMPORTS, MANIFEST)
@@ -35,73 +40,12 @@ VERSION_FILES = (MEMBERS, IMPORTS, MANIFEST)
 _RESTORE = "Restore the dataset folder, from git for example."
 
 
-@dataclass(frozen=True)
-class Member:
-    """An example's place in a version."""
-
-    example: Example
-    key: str
-    split: Split
-    cluster: str
-    groups: tuple[str, ...] = ()
-    """Values of data.group_by that the row shares with others, such as "customer=ACME"; sorted."""
-    mixed: bool = False
-    """Whether it is of the generic mix-in: trained on, but no pair of the domain."""
-
-
-@dataclass(frozen=True)
-class DatasetVersion:
-    """A loaded and verified version; members are sorted by pair key."""
-
-    manifest: Manifest
-    members: tuple[Member, ...]
-    purged: tuple[str, ...] = ()
-    """Pair keys of its rows whose text was purged since: they are not among the members."""
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the sorted members, 64 hex digits."""
-        return self.manifest.digest
-
-    @cached_property
-    def domain(self) -> tuple[Member, ...]:
-        """The members without the generic mix-in: what is reviewed, retrieved and measured."""
-        return tuple(member for member in self.members if not member.mixed)
-
-    def examples(self, split: Split) -> list[Member]:
-        """Return the members of one split, sorted by pair key; the training split has the generic mix-in."""
-        return [member for member in self.members if member.split == split]
-
-    def domain_of(self, split: Split) -> list[Member]:
-        """Return the members of one split without the generic mix-in, sorted by pair key."""
-        return [member for member in self.domain if member.split == split]
-
-    def split_digest(self, split: Split) -> str:
-        """SHA-256 of the split's sorted pair keys: equal digests mean the same examples."""
-        return keys_digest(member.key for member in self.members if member.split == split)
-
-
-def keys_digest(keys: Iterable[str]) -> str:
-    """SHA-256 of a set of pair keys."""
-    return hashlib.sha256("".join(f"{key}\n" for key in sorted(keys)).encode()).hexdigest()
-
-
-def members_text(members: Iterable[Member]) -> str:
-    """Return the members, one a line, sorted: the SHA-256 of this text is the version's digest."""
-    return "".join(sorted(member_line(m.key, Place(m.split, m.cluster, m.groups, m.mixed)) for m in members))
-
-
-def members_digest(members: Iterable[Member]) -> str:
-    """Return the version digest of these members, in any order."""
-    return members_sha256(members_text(members))
-
-
 @contextmanager
 def locked(dataset: Path) -> Iterator[None]:
-    """Hold the dataset for one writer; the lock dies with its process. What a killed writer left is cleared away.
+    """Lock the dataset for one writer, and remove leftovers of killed writers; the lock ends with the process.
 
     Raises:
-        UserError: somebody else is writing, or the folder cannot be made.
+        UserError: another process is writing, or the folder cannot be created.
     """
     with writing(dataset):
         dataset.mkdir(parents=True, exist_ok=True)
@@ -111,7 +55,7 @@ def locked(dataset: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                "another command is adding to this dataset", where=str(dataset), fix="Wait for it, then run this again."
+                "another command is changing this dataset", where=str(dataset), fix="Wait for it, then run this again."
             ) from None
         _clear_leftovers(dataset)
         yield
@@ -121,16 +65,16 @@ def locked(dataset: Path) -> Iterator[None]:
 
 @contextmanager
 def unfinished(dataset: Path, keys: Iterable[str]) -> Iterator[None]:
-    """While rows are written whose version is not there yet: what is left of them after a stop is known and cleared.
+    """Mark rows as unfinished until their version is written, so that the next writer can remove leftovers.
 
     Args:
-        keys: the pair keys of rows that no version has yet.
+        keys: pair keys of rows that no version has yet.
     """
     write_text(dataset / UNFINISHED, "".join(f"{key}\n" for key in sorted(keys)))
     try:
         yield
     except BaseException:
-        # A full disk may refuse this too: then the next writer does it.
+        # If this fails too, as on a full disk, the next writer does it.
         with suppress(UserError, OSError):
             _clear_unfinished(dataset)
         raise
@@ -138,7 +82,7 @@ def unfinished(dataset: Path, keys: Iterable[str]) -> Iterator[None]:
 
 
 def _clear_unfinished(dataset: Path) -> None:
-    """Remove the rows of a version that was never finished, unless another version has them."""
+    """Remove the rows of an unfinished version, unless another version has them."""
     marker = dataset / UNFINISHED
     if not marker.is_file():
         return
@@ -151,10 +95,10 @@ def _clear_unfinished(dataset: Path) -> None:
 
 
 def erase_purged(dataset: Path) -> int:
-    """Erase the text of purged rows that is still in the dataset, and their metadata in every version's imports.
+    """Erase the text of purged rows from the dataset, and their metadata from every version's imports.
 
     Returns:
-        How many rows had text.
+        The number of rows with text.
     """
     purged = read_removals(dataset).purged
     if not purged:
@@ -172,7 +116,7 @@ def erase_purged(dataset: Path) -> int:
 
 
 def _clear_leftovers(dataset: Path) -> None:
-    """Remove what writers that were killed left: whoever holds the lock has nothing of its own there yet."""
+    """Remove leftovers of killed writers, before the holder of the lock writes anything."""
     _clear_unfinished(dataset)
     erase_purged(dataset)
     marker = dataset.glob(f"{Path(UNFINISHED).parent}/.{Path(UNFINISHED).name}.*")
@@ -201,13 +145,13 @@ def save_version(
     imports: Sequence[Mapping[str, Any]],
     reporter: Reporter,
 ) -> Manifest:
-    """Write a version and make it the current one: rows first, HEAD last, so a crash leaves the old one or the new.
+    """Write a version and make it current: rows first, HEAD last, so that a crash leaves the old version or the new.
 
     Returns:
-        The manifest on disk: with author and seal; where the version was there already, the one that it has.
+        The manifest on disk, with author and seal; for an existing version, the stored one.
 
     Raises:
-        UserError: the disk is full or refuses; the former version stays current and whole.
+        UserError: the disk is full or not writable; the former version stays current and complete.
     """
     known = read_places(dataset, manifest.parent) if manifest.parent else {}
     with unfinished(dataset, (m.key for m in members if m.key not in known)):
@@ -227,8 +171,8 @@ def _save(
     if version_folder(dataset, manifest.digest).exists():
         there = read_manifest(version_folder(dataset, manifest.digest))
         reporter.warn(
-            f"Version {short(there.digest)} was there already, made {to_the_second(there.created)}: it is current "
-            "again, with the message, parent and imports that it has."
+            f"Version {short(there.digest)} exists already (created {to_the_second(there.created)}) and is current "
+            "again, with its stored message, parent and imports."
         )
         sealed = there
     else:
@@ -242,25 +186,24 @@ def _save(
 
 
 def _news(dataset: Path, parent: str | None, imports: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-    """The records of an import without what the imports before it say already.
+    """Yield the records of an import that earlier imports do not have.
 
-    A file that grows is added again and again, and a mix-in drawn each time: it is the new rows that there is
-    something to say of.
+    A growing file is added many times, and a mix-in is drawn each time; only new rows need a record.
     """
     manifest = next((m for m in list_versions(dataset) if m.digest == parent), None)
     if manifest is None or all(record["fate"] in ("added", "duplicate", "skipped") for record in imports):
         yield from imports
         return
-    told: dict[tuple[str, int], tuple[str, str]] = {}
+    recorded: dict[tuple[str, int], tuple[str, str]] = {}
     metadata: dict[tuple[str, int], Any] = {}
     for path in reversed(import_files(dataset, manifest)):
         for line in text_lines(path.read_text(encoding="utf-8")):
             record = json.loads(line)
-            told[record["source"], record["line"]] = record["fate"], record.get("of", record.get("key", ""))
+            recorded[record["source"], record["line"]] = record["fate"], record.get("of", record.get("key", ""))
             metadata[record["source"], record["line"]] = record.get("metadata")
     mixed = {key for key, place in read_places(dataset, manifest.digest).items() if place.mixed}
     for record in imports:
-        fate, before = record["fate"], told.get((record["source"], record["line"]))
+        fate, before = record["fate"], recorded.get((record["source"], record["line"]))
         known = fate == "known" and before is not None and before[1] == record["key"]
         known = known and metadata.get((record["source"], record["line"])) == record.get("metadata")
         again = fate in ("contaminated", "not mixed", "removed") and before == (fate, record.get("of", record["key"]))
@@ -275,18 +218,18 @@ def _sealed(manifest: Manifest, imports: str, author: str | None) -> Manifest:
 
 
 def write_head(dataset: Path, digest: str) -> None:
-    """Make a version the current one."""
+    """Make a version current."""
     write_text(dataset / "HEAD", digest + "\n")
 
 
 def checkout(dataset: Path, digest: str) -> Manifest:
-    """Make an existing version the current one; the next `data add` builds on it.
+    """Make an existing version current; the next `data add` builds on it.
 
     Args:
-        digest: a version's digest or the beginning of it.
+        digest: a version's digest or its beginning.
 
     Raises:
-        UserError: no such version, several begin so, it was changed, or another command is writing.
+        UserError: no such version, an ambiguous beginning, a changed version, or another command is writing.
     """
     if not (dataset / "versions").is_dir():
         raise _none_yet(dataset)
@@ -301,12 +244,12 @@ def load_version(dataset: Path, digest: str | None = None, *, without_purged: bo
 
     Args:
         dataset: the project's dataset folder.
-        digest: a version's digest or the beginning of it; None: the current version.
-        without_purged: leave rows out whose text was purged, instead of refusing the version.
+        digest: a version's digest or its beginning; None: the current version.
+        without_purged: leave out rows whose text was purged, instead of refusing the version.
 
     Raises:
-        UserError: there is none, several begin so, something in it was changed (naming file and key), or text of it
-            was purged.
+        UserError: no such version, an ambiguous beginning, a changed row or member (names file and key), or purged
+            text.
     """
     manifest = current_manifest(dataset) if digest is None else _find(dataset, digest)
     if manifest is None:
@@ -315,7 +258,7 @@ def load_version(dataset: Path, digest: str | None = None, *, without_purged: bo
     purged = {key: purge for key, purge in read_removals(dataset).purged.items() if key in places}
     if purged and not without_purged:
         raise UserError(
-            f"version {short(manifest.digest)} is no longer whole: {purge_told(purged.values())}",
+            f"version {short(manifest.digest)} is incomplete: {describe_purges(purged.values())}",
             where=str(dataset / REMOVED_FILE),
             fix="Use a later version: `tunewright data log` lists them.",
         )
@@ -325,7 +268,7 @@ def load_version(dataset: Path, digest: str | None = None, *, without_purged: bo
 
 
 def _none_yet(dataset: Path) -> UserError:
-    return UserError("there is no dataset version yet", where=str(dataset), fix="`tunewright data add FILE` makes one.")
+    return UserError("there is no dataset version yet", where=str(dataset), fix="Create one: tunewright data add FILE")
 
 
 def has_version(dataset: Path) -> bool:
@@ -334,7 +277,7 @@ def has_version(dataset: Path) -> bool:
 
 
 def list_versions(dataset: Path) -> list[Manifest]:
-    """Return the manifests of all versions, each after the one it was made from, else by age."""
+    """Return the manifests of all versions, parents first, else by age."""
     folder = dataset / "versions"
     paths = [p for p in folder.iterdir() if not p.name.startswith(".")] if folder.is_dir() else []
     manifests = sorted((read_manifest(path) for path in paths), key=lambda m: (m.created, m.digest))
@@ -348,7 +291,7 @@ def list_versions(dataset: Path) -> list[Manifest]:
 
 
 def ancestry(dataset: Path, manifest: Manifest) -> list[Manifest]:
-    """A version and all that it was made from, the newest first; it ends where a parent is not in the dataset."""
+    """Return a version and its ancestors, newest first, up to a parent that the dataset lacks."""
     by_digest = {m.digest: m for m in list_versions(dataset)}
     line: list[Manifest] = []
     step: Manifest | None = manifest
@@ -359,27 +302,27 @@ def ancestry(dataset: Path, manifest: Manifest) -> list[Manifest]:
 
 
 def import_files(dataset: Path, manifest: Manifest) -> list[Path]:
-    """Return the imports.jsonl of a version and of all that it was made from, the newest first."""
+    """Return the imports.jsonl of a version and of its ancestors, newest first."""
     return [version_folder(dataset, m.digest) / IMPORTS for m in ancestry(dataset, manifest)]
 
 
 def version_folder(dataset: Path, digest: str) -> Path:
-    """Where a version is kept."""
+    """Return the folder of a version."""
     return dataset / "versions" / short(digest)
 
 
 def current_manifest(dataset: Path) -> Manifest | None:
-    """Return the current version's manifest, if there is one.
+    """Return the current version's manifest; None if there is no version.
 
     Raises:
-        UserError: HEAD names a version that is not there, or is missing where it has been.
+        UserError: HEAD names a missing version, or was deleted.
     """
     head = dataset / "HEAD"
     if not head.is_file():
-        # One version without it is the first, whose writer was killed; so is any number that came by a stopped pull.
+        # Without HEAD, a single version comes from a killed first writer, and several from an interrupted pull.
         if len(list(dataset.glob("versions/[!.]*"))) > 1 and not (dataset / UNFINISHED).exists():
-            fix = "Restore it, from git for example, or say which version is current: tunewright data checkout VERSION"
-            raise UserError("the file that says which version is current is missing", where=str(head), fix=fix)
+            fix = "Restore it, from git for example, or choose a version: tunewright data checkout VERSION"
+            raise UserError("HEAD, which names the current version, is missing", where=str(head), fix=fix)
         return None
     digest = head.read_text(encoding="utf-8", errors="replace").strip()
     folder = version_folder(dataset, digest)
@@ -397,6 +340,6 @@ def _find(dataset: Path, digest: str) -> Manifest:
         raise UserError(
             f"{len(found) or 'no'} dataset version{'s begin' if found else ' begins'} with {digest!r}",
             where=str(dataset),
-            fix=f"Versions: {names}" if names else "`tunewright data add FILE` makes one.",
+            fix=f"Versions: {names}" if names else "Create one: tunewright data add FILE",
         )
     return found[0]

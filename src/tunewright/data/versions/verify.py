@@ -1,4 +1,4 @@
-"""Checking a whole dataset folder: all rows, versions and reviews against their digests; all that is wrong."""
+"""Verification of a dataset folder: all rows, versions and reviews against their digests."""
 
 from __future__ import annotations
 
@@ -26,18 +26,17 @@ from tunewright.data.versions import (
     read_manifest,
     short,
 )
-from tunewright.data.versions.erasing import erased_metadata
 from tunewright.data.versions.members import MEMBERS, places_of, read_members
-from tunewright.data.versions.removals import REMOVED_FILE, Removal, Removals, parse_removal
+from tunewright.data.versions.removals import REMOVED_FILE, Removal, Removals, erased_metadata, parse_removal
 from tunewright.data.versions.rows import BadRow, scan_rows
 
 
 @dataclass(frozen=True)
-class Damage:
-    """One thing that is not as it was written: a file, with the line where one can be told; and whom it concerns.
+class IntegrityIssue:
+    """An integrity issue: the file, with line if known, and the rows and versions concerned.
 
-    ``rows`` are pair keys (where a key was damaged, the one that is there and the one that it should be), ``versions``
-    the digests of the versions that need them.
+    ``rows`` are pair keys (for a damaged key, the stored and the expected one); ``versions`` are the digests of the
+    versions that need them.
     """
 
     where: str
@@ -53,43 +52,46 @@ class Damage:
 
 @dataclass(frozen=True)
 class Verification:
-    """All damage to a dataset; ``unsealed`` versions are of earlier releases: no digest covers manifest and imports.
+    """Result of a verification.
 
-    ``reviews`` counts the records of reviews, of which ``undigested`` are of earlier releases: no digest covers them.
+    ``unsealed`` versions come from earlier releases: no digest covers manifest and imports. ``reviews`` counts review
+    records, of which ``undigested`` come from earlier releases and have no digest.
     """
 
     rows: int
     versions: int
     reviews: int
     undigested: int
-    damage: tuple[Damage, ...]
+    damage: tuple[IntegrityIssue, ...]
     unsealed: tuple[str, ...]
     unneeded: int
-    """Rows that no version has: a stopped command left them, or a version's folder is gone."""
+    """Rows that no version needs, after an interrupted command or the loss of a version's folder: number."""
     purges: tuple[Removal, ...] = ()
-    """The rows of versions whose text was purged."""
+    """Purges of rows that versions need."""
 
     @property
     def ok(self) -> bool:
-        """True if everything is as it was written."""
+        """True if there is no damage."""
         return not self.damage
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the result as ``--json`` prints it."""
+        """Return the JSON document that ``--json`` prints."""
         document = {**asdict(self), "purges": [purge.model_dump(mode="json") for purge in self.purges]}
         return {"ok": self.ok, **document}
 
 
 def verify(dataset: Path, reporter: Reporter) -> Verification:
-    """Check every file of every version and the log of reviews, and collect all that is wrong.
+    """Check every file of every version and the log of reviews, and collect all issues.
 
     Raises:
-        UserError: there is no dataset at all, or a file cannot be read.
+        UserError: there is no dataset, or a file cannot be read.
     """
     shards = sorted(dataset.glob("rows/[!.]*.jsonl"))
     folders = sorted(p for p in dataset.glob("versions/[!.]*") if p.is_dir())
     if not shards and not folders:
-        raise UserError("there is no dataset version yet", where=str(dataset), fix="`tunewright data add` makes one.")
+        raise UserError(
+            "there is no dataset version yet", where=str(dataset), fix="Create one: tunewright data add FILE"
+        )
     store = _Store()
     damage, store.purged = _check_removals(dataset / REMOVED_FILE)
     with reporter.task("verifying", len(shards) + len(folders), "files and versions") as task:
@@ -101,16 +103,16 @@ def verify(dataset: Path, reporter: Reporter) -> Verification:
             checks.append(_VersionCheck(folder, store, {f.name for f in folders}))
             task.advance(note=folder.name)
     damage += [
-        Damage(where, bad.reason, bad.keys, tuple(sorted({d for key in bad.keys for d in store.needed[key]})))
+        IntegrityIssue(where, bad.reason, bad.keys, tuple(sorted({d for key in bad.keys for d in store.needed[key]})))
         for where, bad in store.bad
     ]
     damage += _merged([each for check in checks for each in check.damage])
     try:
         current_manifest(dataset)
     except UserError as error:
-        # A manifest that cannot be read was told of above; a HEAD that is missing or names no version was not.
+        # An unreadable manifest is reported above; a missing or invalid HEAD is not.
         if error.where == str(dataset / "HEAD"):
-            damage.append(Damage(error.where, error.what))
+            damage.append(IntegrityIssue(error.where, error.what))
     reviews, undigested, bad_reviews = _check_reviews(dataset / REVIEWS_FILE)
     damage += bad_reviews
     unsealed = tuple(c.manifest.digest for c in checks if c.manifest is not None and c.manifest.seal is None)
@@ -119,8 +121,8 @@ def verify(dataset: Path, reporter: Reporter) -> Verification:
     return Verification(len(store.good), len(folders), reviews, undigested, tuple(damage), unsealed, unneeded, purges)
 
 
-def _check_reviews(path: Path) -> tuple[int, int, list[Damage]]:
-    """How many reviews are whole, how many of them have no digest, and each line that is not as it was written."""
+def _check_reviews(path: Path) -> tuple[int, int, list[IntegrityIssue]]:
+    """Return the number of valid reviews, the number without digest, and the invalid lines."""
     if not path.is_file():
         return 0, 0, []
     data = _read(path)
@@ -131,18 +133,18 @@ def _check_reviews(path: Path) -> tuple[int, int, list[Damage]]:
         try:
             event = parse_event(line, f"{path}:{number}")
         except UserError as error:
-            damage.append(Damage(error.where or str(path), error.what))
+            damage.append(IntegrityIssue(error.where or str(path), error.what))
         else:
             good += 1
             undigested += event.digest is None
     if torn:
         last = whole.count(b"\n") + 1
-        damage.append(Damage(f"{path}:{last}", "half a review: it does not count, and the next review takes its place"))
+        damage.append(IntegrityIssue(f"{path}:{last}", "half a review: ignored, and overwritten by the next review"))
     return good, undigested, damage
 
 
-def _check_removals(path: Path) -> tuple[list[Damage], dict[str, Removal]]:
-    """Return the lines of the log of removals that are not as they were written, and the purges of the others."""
+def _check_removals(path: Path) -> tuple[list[IntegrityIssue], dict[str, Removal]]:
+    """Return the invalid lines of the log of removals, and the purges in the others."""
     if not path.is_file():
         return [], {}
     damage, events = [], []
@@ -150,13 +152,13 @@ def _check_removals(path: Path) -> tuple[list[Damage], dict[str, Removal]]:
         try:
             events += [parse_removal(line, f"{path}:{number}")] if line.strip() else []
         except UserError as error:
-            damage.append(Damage(error.where or str(path), error.what))
+            damage.append(IntegrityIssue(error.where or str(path), error.what))
     return damage, Removals(tuple(events)).purged
 
 
-def _merged(damage: list[Damage]) -> list[Damage]:
-    """Damage to a file that several versions build on is one damage that concerns them all."""
-    whom: dict[Damage, set[str]] = defaultdict(set)
+def _merged(damage: list[IntegrityIssue]) -> list[IntegrityIssue]:
+    """Merge issues of a file that several versions build on into one that names them all."""
+    whom: dict[IntegrityIssue, set[str]] = defaultdict(set)
     for each in damage:
         whom[replace(each, versions=())].update(each.versions)
     return [replace(each, versions=tuple(sorted(versions))) for each, versions in whom.items()]
@@ -164,7 +166,7 @@ def _merged(damage: list[Damage]) -> list[Damage]:
 
 @dataclass
 class _Store:
-    """The rows that are there, those that are damaged, and which versions need which."""
+    """Valid and invalid rows, and the versions that need each."""
 
     good: set[str] = field(default_factory=set)
     bad: list[tuple[str, BadRow]] = field(default_factory=list)
@@ -178,21 +180,21 @@ class _Store:
                 self.bad.append((f"{path}:{row.line}", row))
                 self.bad_keys |= set(row.keys)
             elif row.key[:2] != path.stem:
-                bad = BadRow(row.line, (row.key,), f"the row {row.key} does not belong in this file")
+                bad = BadRow(row.line, (row.key,), f"the row {row.key} belongs in another file")
                 self.bad.append((f"{path}:{row.line}", bad))
             elif row.key in self.purged:
-                reason = f"the row {row.key} was purged on {self.purged[row.key].day}, and its text is here"
+                reason = f"the row {row.key} was purged on {self.purged[row.key].day}, but its text is still here"
                 self.bad.append((f"{path}:{row.line}", BadRow(row.line, (row.key,), reason)))
             else:
                 self.good.add(row.key)
 
 
 class _VersionCheck:
-    """One version's folder: what is wrong in it."""
+    """Check of one version's folder."""
 
     def __init__(self, folder: Path, store: _Store, folders: set[str]) -> None:
         self.folder = folder
-        self.damage: list[Damage] = []
+        self.damage: list[IntegrityIssue] = []
         self.manifest: Manifest | None = None
         try:
             self.manifest = read_manifest(folder)
@@ -205,24 +207,24 @@ class _VersionCheck:
 
     def _add(self, where: str | Path, what: str, *rows: str) -> None:
         versions = (self.manifest.digest,) if self.manifest else ()
-        self.damage.append(Damage(str(where), what, rows, versions))
+        self.damage.append(IntegrityIssue(str(where), what, rows, versions))
 
     def _check_manifest(self, manifest: Manifest, folders: set[str]) -> None:
         path = self.folder / MANIFEST
         if manifest.seal is not None and manifest.seal != manifest_seal(json.loads(_read(path))):
-            self._add(path, "the manifest was changed: it does not have its seal")
+            self._add(path, "the manifest was changed: its seal does not match")
         if manifest.parent is not None and short(manifest.parent) not in folders:
-            self._add(path, f"the version that it was made from, {short(manifest.parent)}, is missing")
+            self._add(path, f"the parent version {short(manifest.parent)} is missing")
 
     def _check_members(self, store: _Store) -> None:
         if self.manifest is None:
-            return  # which digest the members should have is not known
+            return  # the expected digest is unknown
         dataset = self.folder.parent.parent
         path = self.folder / MEMBERS
         try:
             places = places_of(read_members(dataset, self.manifest.digest))
         except UserError as error:
-            # It may be the file of a version that this one builds on.
+            # The error may concern a version that this one builds on.
             self._add_members(error, store)
             return
         there = store.good | store.bad_keys
@@ -232,7 +234,7 @@ class _VersionCheck:
                 self._add(path, f"a row is missing in rows/{key[:2]}.jsonl", key)
         for split in SPLITS:
             if self.manifest.splits.get(split) != keys_digest(k for k, place in places.items() if place.split == split):
-                self._add(self.folder / MANIFEST, f"the digest of the {split} split is not that of its rows")
+                self._add(self.folder / MANIFEST, f"the digest of the {split} split does not match its rows")
 
     def _add_members(self, error: UserError, store: _Store) -> None:
         file, _, line = (error.where or "").rpartition(":")
@@ -256,9 +258,11 @@ class _VersionCheck:
         if self.manifest is not None and store.purged:
             left = erased_metadata(data, _read(self.folder / MANIFEST), store.purged.keys())
             if left:
-                what = "metadata of purged rows is here: the next command that changes the dataset erases it"
+                what = "metadata of purged rows is still here: the next command that changes the dataset erases it"
                 self._add(path, what)
-                data = data if MANIFEST in left else left[IMPORTS]  # what the manifest expects after half an erasure
+                data = (
+                    data if MANIFEST in left else left[IMPORTS]
+                )  # the manifest expects this after an interrupted erasure
         expected = self.manifest.imports if self.manifest else None
         if expected is not None and hashlib.sha256(data).hexdigest() == expected:
             return
@@ -271,15 +275,15 @@ class _VersionCheck:
                 fine = False
             if not fine:
                 found = True
-                self._add(f"{path}:{number}", "not a record of an import")
+                self._add(f"{path}:{number}", "invalid import record")
         if expected is not None and not found:
-            self._add(path, "the records of imports were changed: they do not have their digest")
+            self._add(path, "the import records were changed: their digest does not match")
 
 
 def _odd_lines(data: bytes, store: _Store) -> Iterator[tuple[int, str, str]]:
-    """The lines of a changed members.tsv that cannot be right by themselves, and the key in each."""
+    """Yield the inconsistent lines of a changed members.tsv: number, issue and key."""
     rows = [line.split("\t") for line in text_lines(data.decode(errors="replace"))]
-    whole = not rows or rows[0][0] != "from"  # else what differs from another version
+    whole = not rows or rows[0][0] != "from"  # else a difference from another version
     splits = {row[2]: row[1] for row in rows if whole and row[0] == row[2]}  # by the row that names a cluster
     for number, row in enumerate(rows, start=1):
         if row[0] == "from":
@@ -297,4 +301,4 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", where=str(path)) from None
+        raise UserError(f"cannot read the file: {error.strerror}", where=str(path)) from None

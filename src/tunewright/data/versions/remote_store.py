@@ -1,4 +1,4 @@
-"""The other side of a push or a pull: its files, and the user's mistakes for what a file system raises."""
+"""Remote storage of a dataset: its files, and UserErrors for the exceptions of file systems."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.data.review.reviews import Event, event_line, events_in, without_purged
 from tunewright.data.versions import IMPORTS, MANIFEST, Manifest, keys_digest, short
-from tunewright.data.versions.erasing import erased_metadata
-from tunewright.data.versions.removals import Removal
+from tunewright.data.versions.removals import Removal, erased_metadata
 from tunewright.data.versions.removals import events_in as removals_in
 
 REVIEWS = "reviews"
 REMOVED = "removed"
 ALL_REMOVED = "removed/all.jsonl"
 ERASED = "erased"
-AGAIN = "Restore the file, or push the version again from a side that has it whole, after removing its folder there."
+AGAIN = "Restore the file, or delete the version's folder there and push it again from a complete copy."
 
 _ROW_KEY = re.compile(rb'{"key":"([0-9a-f]{64})"')
 _CREDENTIALS = "Check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the profile that AWS_PROFILE names"
@@ -31,13 +30,13 @@ _BUCKETS = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss"}
 
 
 def _loaded(module: str, name: str) -> type[Exception] | None:
-    """Return an exception of a library that is there only if somebody needed it."""
+    """Return an exception class of a library, if it has been imported."""
     found: type[Exception] | None = getattr(sys.modules.get(module), name, None)
     return found
 
 
 def _refused() -> tuple[type[Exception], ...]:
-    """Return what a file system raises; those of S3 and HTTP are no OSErrors, and there only where those are in use."""
+    """Return the exceptions of file systems; those of S3 and HTTP are not OSErrors, and may not be imported."""
     names = (
         ("botocore.exceptions", "BotoCoreError"),
         ("botocore.exceptions", "ClientError"),
@@ -48,7 +47,7 @@ def _refused() -> tuple[type[Exception], ...]:
 
 
 def _code(error: Exception) -> str:
-    """S3's own name for what went wrong, which s3fs keeps in the cause of an OSError."""
+    """Return S3's error code, which s3fs keeps in the cause of an OSError."""
     for each in (error, error.__cause__):
         response = getattr(each, "response", None)
         if isinstance(response, dict):
@@ -56,9 +55,9 @@ def _code(error: Exception) -> str:
     return ""
 
 
-def _told(error: Exception) -> tuple[str, str]:
-    """Return what an exception says to whoever gave the URL, and what to do."""
-    told = getattr(error, "strerror", None) or str(error) or type(error).__name__
+def _explained(error: Exception) -> tuple[str, str]:
+    """Return the message and the fix for an exception."""
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     code = _code(error)
     no_credentials = _loaded("botocore.exceptions", "NoCredentialsError")
     no_connection = _loaded("botocore.exceptions", "ConnectionError")
@@ -67,14 +66,14 @@ def _told(error: Exception) -> tuple[str, str]:
     if no_credentials is not None and isinstance(error, no_credentials):
         return "there are no credentials", f"{_CREDENTIALS}."
     if code and isinstance(error, PermissionError):
-        return f"the credentials were refused ({told})", f"{_CREDENTIALS}, and that they may read and write there."
+        return f"access denied ({reason})", f"{_CREDENTIALS}, and that they allow reading and writing."
     if no_connection is not None and isinstance(error, no_connection):
-        return f"cannot be reached: {told}", "Check the network, and AWS_ENDPOINT_URL if the bucket is not at AWS."
-    return f"cannot be reached or used: {told}", "Check the URL, the network and your rights."
+        return f"cannot connect: {reason}", "Check the network, and AWS_ENDPOINT_URL if the bucket is not at AWS."
+    return f"the remote cannot be used: {reason}", "Check the URL, the network and your permissions."
 
 
-class Place:
-    """The other side: files by their path below the URL, and the user's mistakes for what a file system raises."""
+class RemoteStore:
+    """The files below a URL; exceptions of the file system become UserErrors."""
 
     def __init__(self, url: str, options: dict[str, Any] | None) -> None:
         import fsspec  # type: ignore[import-untyped]
@@ -91,9 +90,9 @@ class Place:
         with self._refusals():
             if self.fs.exists(f"{self.root}/rows"):
                 raise UserError(
-                    "this is a project's own dataset folder",
+                    "this is a project's dataset folder",
                     where=url,
-                    fix="Use a folder that is there only for pushes.",
+                    fix="Use a separate folder for pushes.",
                 )
 
     @contextmanager
@@ -102,12 +101,12 @@ class Place:
             yield
         except ImportError as error:
             extra = "pip install 'tunewright[s3]'" if self.url.startswith(("s3://", "s3a://")) else None
-            fix = f"Install it: {extra}" if extra else "Install the package that such a URL needs."
+            fix = f"Install it: {extra}" if extra else "Install the fsspec package for this URL."
             raise UserError(str(error), where=self.url, fix=fix) from None
         except _refused() as error:
             if isinstance(error, UserError):
                 raise
-            what, fix = _told(error)
+            what, fix = _explained(error)
             raise UserError(what, where=self.url, fix=fix) from error
 
     def read_if_there(self, name: str) -> bytes | None:
@@ -127,15 +126,15 @@ class Place:
         return data
 
     def has(self, digest: str) -> bool:
-        """Return whether a version is there, whole."""
+        """Return whether the remote has a complete version."""
         with self._refusals():
             return bool(self.fs.exists(f"{self.root}/versions/{short(digest)}/{MANIFEST}"))
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a whole file, or leave what was there: fsspec moves it into place when the transaction ends."""
+        """Write a file atomically: fsspec moves it into place at the end of the transaction."""
         path = f"{self.root}/{name}"
         with self._refusals():
-            if self.has_folders:  # in a bucket there are none, and a bucket of a mistyped name must not be made
+            if self.has_folders:  # buckets have no folders, and makedirs would create a bucket with a mistyped name
                 self.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
             with self.fs.transaction, self.fs.open(path, "wb") as file:
                 file.write(data)
@@ -146,7 +145,7 @@ class Place:
             self.fs.rm_file(f"{self.root}/{name}")
 
     def versions(self) -> list[str]:
-        """Return the names of the folders of all versions there, of whichever branch."""
+        """Return the folder names of all versions on the remote, of any branch."""
         with self._refusals():
             try:
                 listed = self.fs.ls(f"{self.root}/versions", detail=False)
@@ -156,29 +155,29 @@ class Place:
         return sorted(name for name in names if re.fullmatch("[0-9a-f]{12}", name))
 
     def removals(self, reporter: Reporter) -> list[Removal]:
-        """Return all events of the logs of removals there.
+        """Return all events of the remote's logs of removals.
 
         Raises:
-            UserError: naming the file: it was changed.
+            UserError: a file was changed; names it.
         """
-        # A web server that lists no files has all of them in one.
+        # For web servers that do not list files, one file has all events.
         events = removals_in(self.read_if_there(ALL_REMOVED) or b"", f"{self.url}/{ALL_REMOVED}")
         for name in self._names(REMOVED, reporter):
             path = f"{REMOVED}/{name}"
             data = self.read(path)
             events += removals_in(data, f"{self.url}/{path}")
             if short(hashlib.sha256(data).hexdigest()) != name.removesuffix(".jsonl"):
-                what = "it was changed: it does not have its digest"
+                what = "the file was changed: its digest does not match"
                 raise UserError(what, where=f"{self.url}/{path}", fix="Restore the file.")
         return events
 
     def erase(self, purged: Collection[str], reporter: Reporter) -> int:
-        """Erase the text and metadata of purged rows from all versions and reviews there; return from how many files.
+        """Erase the text and metadata of purged rows from the remote, and return the number of changed files.
 
-        Which purges were carried out is marked, so that the next push does not look through everything again.
+        A marker records the purges carried out, so that the next push does not search all files again.
 
         Raises:
-            UserError: a file cannot be written: it still has the text, and is named.
+            UserError: a file cannot be written, and still contains the text; names it.
         """
         marker = f"{ERASED}/{short(keys_digest(purged))}"
         if not purged or self.read_if_there(marker) is not None:
@@ -200,12 +199,12 @@ class Place:
         if changed:
             reporter.say(f"Erased the text of purged rows from {changed:,} files of {self.url}.")
         if changed and not self.has_folders:
-            reporter.warn("A bucket with versioning keeps the files' former content until you delete it there.")
+            reporter.warn("If the bucket has versioning, it keeps the former content: delete it there.")
         return changed
 
     def _erase_metadata(self, folder: str, purged: Collection[str]) -> int:
         imports, manifest = (self.read_if_there(f"{folder}/{name}") for name in (IMPORTS, MANIFEST))
-        if imports is None or manifest is None:  # a push was stopped before the manifest, and writes all of it again
+        if imports is None or manifest is None:  # an interrupted push, which will write the files again
             return 0
         files = erased_metadata(imports, manifest, purged)
         for name, data in files.items():
@@ -228,30 +227,30 @@ class Place:
             self.write(name, data)
         except UserError as error:
             raise UserError(
-                f"the text of purged rows could not be erased there: {error.what}",
+                f"could not erase the text of purged rows on the remote: {error.what}",
                 where=f"{self.url}/{name}",
-                fix=f"It still has them. {error.fix or ''} Then push again.",
+                fix=f"The file still contains the text. {error.fix or ''} Then push again.",
             ) from error
 
     def head(self) -> str | None:
-        """Return the digest of the version that was pushed last.
+        """Return the digest of the latest pushed version.
 
         Raises:
-            UserError: HEAD holds something else.
+            UserError: HEAD is invalid.
         """
         data = self.read_if_there("HEAD")
         if data is None:
             return None
         digest = data.decode(errors="replace").strip()
         if not re.fullmatch("[0-9a-f]{64}", digest):
-            raise UserError(f"HEAD is no digest of a version: {digest[:80]!r}", where=f"{self.url}/HEAD", fix=AGAIN)
+            raise UserError(f"invalid version digest in HEAD: {digest[:80]!r}", where=f"{self.url}/HEAD", fix=AGAIN)
         return digest
 
     def reviews(self, reporter: Reporter) -> list[Event]:
-        """Return all events of reviews there.
+        """Return all review events on the remote.
 
         Raises:
-            UserError: naming the file: it was changed.
+            UserError: a file was changed; names it.
         """
         events: list[Event] = []
         for name in self._names(REVIEWS, reporter):
@@ -259,28 +258,28 @@ class Place:
             data = self.read(path)
             events += [event for _, event in events_in(data, f"{self.url}/{path}")]
             if short(hashlib.sha256(data).hexdigest()) != name.removesuffix(".jsonl"):
-                # Each line has its digest, so it is lines that are missing, or here twice.
+                # Each line has a valid digest, so lines are missing or duplicated.
                 raise UserError(
-                    "it was changed: it does not have its digest",
+                    "the file was changed: its digest does not match",
                     where=f"{self.url}/{path}",
-                    fix="Restore the file; or remove it, and let those who have its reviews push again.",
+                    fix="Restore the file, or delete it and push again from the copies that have its reviews.",
                 )
         return events
 
     def _names(self, folder: str, reporter: Reporter) -> list[str]:
-        """Return the files in a folder; none where there is no such folder."""
+        """Return the files in a folder; empty if it does not exist."""
         with self._refusals():
             try:
                 listed = self.fs.ls(f"{self.root}/{folder}", detail=False)
             except FileNotFoundError:
                 if self.is_web and folder == REVIEWS:
-                    reporter.warn(f"No reviews were copied: {self.url} has none, or does not list its files.")
+                    reporter.warn(f"No reviews were copied: {self.url} has none, or does not list files.")
                 return []
         names = (str(path).rstrip("/").rsplit("/", 1)[-1] for path in listed)
         return sorted(name for name in names if re.fullmatch(r"[0-9a-f]{12}\.jsonl", name))
 
     def line(self, head: str, stop: Collection[str] = ()) -> list[Manifest]:
-        """The version ``head`` and those that it was made from, newest first, up to those in ``stop`` or not there."""
+        """Return the version ``head`` and its ancestors, newest first, up to a version in ``stop`` or a missing one."""
         line = [self._manifest(head)]
         while (parent := line[-1].parent) is not None and parent not in stop and self.has(parent):
             if any(m.digest == parent for m in line):
@@ -295,10 +294,10 @@ class Place:
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             key = ".".join(map(str, first["loc"]))
-            what = f"not a version's manifest: {key} {first['msg']}"
+            what = f"invalid manifest: {key} {first['msg']}"
             raise UserError(what, where=f"{self.url}/{name}", fix=AGAIN) from None
         if manifest.digest != digest:
             raise UserError(
-                f"the manifest is that of version {short(manifest.digest)}", where=f"{self.url}/{name}", fix=AGAIN
+                f"the manifest belongs to version {short(manifest.digest)}", where=f"{self.url}/{name}", fix=AGAIN
             )
         return manifest

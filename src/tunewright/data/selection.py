@@ -1,4 +1,4 @@
-"""Which rows to take out of a dataset: by key, by query, by the file that they came from, by group."""
+"""Selection of rows by key, query, source file or group."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tunewright.core.csv import read_sheet
 from tunewright.core.errors import UserError
 from tunewright.core.io import text_lines
 from tunewright.data.versions import IMPORTS, Member, list_versions, short, version_folder
-from tunewright.data.versions.find import source_name
+from tunewright.data.versions.trace import source_name
 
 _FEWEST_DIGITS = 4
 _MOST = 10
@@ -26,7 +26,7 @@ _MOST = 10
 
 @dataclass(frozen=True)
 class Selection:
-    """Which rows: those that every option given here matches; of several groups, a row needs one."""
+    """Options that select rows: a row must match each option that is set, and one of several groups."""
 
     keys: Path | None = None
     where: str | None = None
@@ -34,8 +34,8 @@ class Selection:
     groups: tuple[str, ...] = ()
 
     @property
-    def told(self) -> str:
-        """The selection as the command line spells it."""
+    def options_text(self) -> str:
+        """The selection as command-line options."""
         options = {"--keys": self.keys, "--where": self.where, "--source": self.source}
         parts = [f"{name} {value}" for name, value in options.items() if value is not None]
         return " ".join([*parts, *(f"--group {group}" for group in self.groups)])
@@ -43,24 +43,24 @@ class Selection:
 
 @dataclass(frozen=True)
 class Origins:
-    """Where rows were read: first, and in which other files again."""
+    """The files that rows were read from, and their metadata."""
 
     first: dict[str, tuple[str, int]] = field(default_factory=dict)
     again: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
-    """Pair key to all files that have it, the first one included."""
+    """Pair key to all files that have it, including the first."""
     metadata: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """The newest of each pair key whose file had any."""
+    """Pair key to the newest metadata, if its file had any."""
 
     @property
     def sources(self) -> list[str]:
-        """All files that rows came from."""
+        """Files that rows came from."""
         return sorted({source for names in self.again.values() for source in names})
 
 
 def read_origins(dataset: Path) -> Origins:
-    """Return where each row of any version was read, and its metadata, by pair key.
+    """Return the place and metadata of each row of any version, by pair key.
 
-    A row that was edited has those of its former one.
+    An edited row has those of the row before the edit.
     """
     origins = Origins()
     for manifest in list_versions(dataset):
@@ -110,15 +110,13 @@ def select(
 
     Args:
         members: those to choose from, by pair key.
-        former: keys that a file of keys may name though their rows are gone already.
+        former: keys of removed rows, which a file of keys may name.
 
     Raises:
-        UserError: no option is given, or one cannot be read or names nothing.
+        UserError: no option is set, or one is invalid or matches nothing.
     """
-    if not selection.told:
-        raise UserError(
-            "no rows are named", where="data remove", fix="Name them by --keys, --where, --source or --group."
-        )
+    if not selection.options_text:
+        raise UserError("no rows are selected", where="data remove", fix="Use --keys, --where, --source or --group.")
     found = dict(members)
     if selection.keys is not None:
         named = _named(selection.keys, members, set(former))
@@ -136,7 +134,7 @@ def select(
 
 
 def read_elsewhere_first(selection: Selection, members: Iterable[Member], origins: Origins, dataset: Path) -> int:
-    """Return how many rows ``--source`` leaves, because another file brought them before that one had them too."""
+    """Count the rows of a source that stay because another file had them first."""
     if selection.source is None:
         return 0
     source = source_name(selection.source, origins.sources, dataset.parent, "--source")
@@ -156,28 +154,28 @@ def _named(path: Path, members: Mapping[str, Member], former: set[str]) -> set[s
         if len(matching) == 1:
             found.add(matching[0])
         else:
-            what = f"{len(matching)} rows begin with" if matching else "no row has the key"
+            what = f"{len(matching)} keys begin with" if matching else "no row has the key"
             wrong.append(f"  {where}: {what} {name}")
     if wrong:
         more = f"\n  and {len(wrong) - _MOST:,} more" if len(wrong) > _MOST else ""
-        lines_told = "\n".join(wrong[:_MOST])
-        raise UserError(f"{len(wrong):,} keys name no row, nothing was removed\n{lines_told}{more}", where="--keys")
+        lines = "\n".join(wrong[:_MOST])
+        raise UserError(f"{len(wrong):,} keys match no single row, nothing was removed\n{lines}{more}", where="--keys")
     if not found:
-        raise UserError("there is no key in it", where=str(path))
+        raise UserError("the file has no key", where=str(path))
     return found
 
 
 def _names(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield each place in a file of keys, and the JSON value or the text there.
+    """Yield each place in a file of keys, with the JSON value or the text there.
 
-    The file has a key or a JSON object on each line, is a JSON document as `data show`, `data suspects` and
-    `data remove` print it with --json, or a CSV with a column `key` or, as `data review --export` writes it, `row`.
+    The file has a key or a JSON object per line, or is the --json output of `data show`, `data suspects` or
+    `data remove`. A CSV with a column `key` or `row` (`data review --export`) works too.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise UserError(f"cannot be read: {reason}", where=str(path)) from None
+        raise UserError(f"cannot read the file: {reason}", where=str(path)) from None
     if text.lstrip()[:1] in ("{", "["):
         try:
             document = json.loads(text)
@@ -200,7 +198,7 @@ def _names(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _listed(document: Any) -> list[Any]:
-    """Return the rows of a JSON document: an array's items, those under `suspects` or `rows`, or the one that it is."""
+    """Return the rows of a JSON document: an array's items, those under `suspects` or `rows`, or the document."""
     if isinstance(document, dict) and "key" not in document:
         document = next((document[name] for name in ("suspects", "rows") if name in document), document)
     return document if isinstance(document, list) else [document]
@@ -221,8 +219,8 @@ def _key_of(given: Any, where: str) -> str:
         raise UserError(
             f"not a row's key: {str(name)[:80]!r}",
             where=where,
-            fix=f"Write a key on each line, or at least {_FEWEST_DIGITS} of its first digits, or an object with `key`. "
-            "Output of `data suspects --json` or `data show --json`, or CSV with a column `key` or `row`, will do too.",
+            fix=f"Write one key per line (at least its first {_FEWEST_DIGITS} digits) or an object with `key`. Output "
+            "of `data suspects --json` or `data show --json`, and CSV with a column `key` or `row`, work too.",
         )
     return name.lower()
 
@@ -232,7 +230,11 @@ def _checked(groups: Sequence[str], members: Iterable[Member]) -> set[str]:
     missing = [group for group in groups if group not in there]
     if missing:
         names = sorted({value.partition("=")[0] for value in there})
-        fix = f"Groups here: {', '.join(f'{n}=…' for n in names)}." if names else "No row has a group (data.group_by)."
+        fix = (
+            f"Existing groups: {', '.join(f'{n}=…' for n in names)}."
+            if names
+            else "No row has a group (data.group_by)."
+        )
         raise UserError(f"no row has the group {missing[0]!r}", where="--group", fix=fix)
     return set(groups)
 
@@ -242,13 +244,13 @@ def _query(expression: str) -> Any:
         compiled = jmespath.compile(expression)
     except JMESPathError as error:
         what = str(error).splitlines()[0]
-        raise UserError(f"not a JMESPath expression: {what}", where="--where", fix=_EXAMPLES) from None
+        raise UserError(f"invalid JMESPath expression: {what}", where="--where", fix=_EXAMPLES) from None
 
     def matches(document: dict[str, Any]) -> bool:
         try:
             value = compiled.search(document)
         except JMESPathError as error:
-            what = f"it fails on row {short(document['key'])}: {error}"
+            what = f"the expression fails on row {short(document['key'])}: {error}"
             raise UserError(what, where="--where", fix=_EXAMPLES) from None
         return value is not None and value is not False and value not in ("", [], {})
 

@@ -1,0 +1,359 @@
+"""A reviewer's session over the rows of a version, in a terminal or by a spreadsheet."""
+
+from __future__ import annotations
+
+import getpass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tunewright.core.clock import now
+from tunewright.core.csv import one_line_end, read_sheet, refuse_faulty, restored_cell, write_sheet
+from tunewright.core.errors import UserError
+from tunewright.core.progress import Reporter
+from tunewright.data.pii import secret_kinds
+from tunewright.data.review.acceptance import FixedPlan, Outcome, SequentialPlan, judge, sample_order
+from tunewright.data.review.label_models import Suspect
+from tunewright.data.review.reviews import (
+    VERDICTS,
+    DrawEvent,
+    UndoEvent,
+    Verdict,
+    VerdictEvent,
+    append_reviews,
+    findings,
+    read_reviews,
+    status_line,
+)
+from tunewright.data.versions import DatasetVersion, Member
+from tunewright.data.versions.trace import places_by_key
+
+
+@dataclass(frozen=True)
+class ReviewItem:
+    """A row to review: its number in the queue, from 1, and the reason if it is a suspect."""
+
+    member: Member
+    number: int
+    why: str | None = None
+
+
+class ReviewSession:
+    """A session over the version's sample or suspects; each verdict is written before the next row is shown.
+
+    Args:
+        dataset: the project's dataset folder.
+        version: the rows.
+        reviewer: name of the reviewer.
+        reporter: receives a message if a sample is drawn.
+        plan: for the first sample or a redraw; None: the existing sample's plan, or the sequential one.
+        redraw: draw another sample, which is recorded in the log.
+        suspects: rows to review instead of the sample.
+        second: review rows again that others have reviewed, blind.
+        allow: kinds of secrets that answers may contain (data.allow).
+
+    Raises:
+        UserError: a plan other than the existing sample's, or mutually exclusive options.
+    """
+
+    def __init__(
+        self,
+        dataset: Path,
+        version: DatasetVersion,
+        reviewer: str,
+        reporter: Reporter,
+        *,
+        plan: SequentialPlan | FixedPlan | None = None,
+        redraw: bool = False,
+        suspects: Sequence[Suspect] | None = None,
+        second: bool = False,
+        allow: Collection[str] = (),
+    ) -> None:
+        if not reviewer.strip():
+            raise UserError("the reviewer's name is empty", where="--reviewer", fix="Pass a name.")
+        if suspects is not None and (plan is not None or redraw):
+            raise UserError("--suspects cannot be combined with options of the sample's plan or draw")
+        self.dataset = dataset
+        self.version = version
+        self.reviewer = reviewer
+        self.second = second
+        self.allow = allow
+        self.members = {m.key: m for m in version.domain}
+        self._skipped: set[str] = set()  # not offered again in this session
+        self.reviews = read_reviews(dataset)
+        if self.reviews.torn:
+            reporter.warn("The last review in reviews.jsonl was cut off by a crash and is ignored: review it again.")
+        self.why = {s.key: f"{s.reason}: {s.detail}" for s in suspects or ()}
+        self.drawn = None if suspects is not None else self._draw(plan, redraw, reporter)
+        self.order = [s.key for s in suspects or ()] if self.drawn is None else self._order(self.drawn)
+
+    def _order(self, drawn: DrawEvent) -> list[str]:
+        return sample_order(list(self.members), self.version.digest, drawn.draw)
+
+    def _draw(self, plan: SequentialPlan | FixedPlan | None, redraw: bool, reporter: Reporter) -> DrawEvent:
+        before = self.reviews.latest_draw(self.version.digest)
+        if before is not None and not redraw:
+            if plan is not None and plan != before.plan:
+                raise UserError(
+                    f"this version's sample has another plan ({before.plan.kind})",
+                    fix="Omit the plan to continue, or draw another sample with --redraw, which is recorded.",
+                )
+            return before
+        number = 0 if before is None else before.draw + 1
+        chosen = plan or (before.plan if before else SequentialPlan())
+        drawn = DrawEvent(draw=number, plan=chosen, version=self.version.digest, reviewer=self.reviewer, when=now())
+        self._append(drawn)
+        reporter.say(f"Drew sample {number + 1} of version {self.version.digest[:12]} (recorded in reviews.jsonl)")
+        return drawn
+
+    def _append(self, event: VerdictEvent | UndoEvent | DrawEvent) -> None:
+        append_reviews(self.dataset, [event])
+        self.reviews = read_reviews(self.dataset)
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """State of the version's acceptance test; None for suspects, which are not a sample."""
+        if self.drawn is None:
+            return None
+        return judge(self.drawn.plan, findings(self.reviews, self.order), len(self.order))
+
+    @property
+    def status(self) -> str:
+        """State in one line; for suspects, the number reviewed."""
+        found = self.outcome
+        if self.drawn is not None and found is not None:
+            return status_line(found, self.drawn.plan, self.drawn.draw)
+        done = sum(self.reviews.finding(key) is not None for key in self.order)
+        return f"suspects: {done:,} of {len(self.order):,} reviewed"
+
+    def next(self) -> ReviewItem | None:
+        """Return the next row to review; None if the sample has decided or the queue is empty."""
+        if self.drawn is not None and not self.second:
+            found = self.outcome
+            if found is not None and found.decision != "go on":
+                return None
+        for number, key in enumerate(self.order, start=1):
+            if key not in self._skipped and self._open(key):
+                return self._card(key, number)
+        return None
+
+    @property
+    def needed(self) -> int:
+        """Minimum number of rows until the version can be accepted; for suspects, the number left."""
+        found = self.outcome
+        if self.drawn is not None and found is not None:
+            return found.needed
+        return sum(self._open(key) for key in self.order)
+
+    def upcoming(self, most: int) -> list[ReviewItem]:
+        """Return at most ``most`` next rows, for review outside of this session."""
+        numbered = ((number, key) for number, key in enumerate(self.order, start=1) if self._open(key))
+        return [self._card(key, number) for (number, key), _ in zip(numbered, range(most), strict=False)]
+
+    def _card(self, key: str, number: int) -> ReviewItem:
+        return ReviewItem(self.members[key], number, self.why.get(key))
+
+    def _open(self, key: str) -> bool:
+        current = self.reviews.current_verdicts(key)
+        mine = current.get(self.reviewer)
+        if self.second:
+            judged = any(name != self.reviewer and other.verdict != "skip" for name, other in current.items())
+            return judged and (mine is None or mine.verdict == "skip")
+        # A row that was skipped or is disputed stays open for reviewers who have not judged it.
+        unsettled = self.reviews.finding(key) in (None, "unsettled")
+        return unsettled and (mine is None or mine.verdict == "skip")
+
+    def judge(self, card: ReviewItem, verdict: Verdict, output: str | None = None) -> None:
+        """Record a verdict; an edit needs the corrected answer."""
+        assert (verdict == "edit") == (output is not None), "an edit, and only an edit, has an output"
+        draw = self.drawn.draw if self.drawn is not None else None
+        self._append(
+            VerdictEvent(
+                key=card.member.key,
+                verdict=verdict,
+                output=output,
+                draw=draw,
+                version=self.version.digest,
+                reviewer=self.reviewer,
+                when=now(),
+            )
+        )
+        if verdict == "skip":
+            self._skipped.add(card.member.key)
+
+    def edit(self, card: ReviewItem, output: str | None) -> str:
+        """Record an edit, unless ``output`` is unusable (None: the editor failed); return a message to show."""
+        if output is None:
+            return "The editor failed, or the text is not UTF-8: no verdict."
+        if output == card.member.example.output:
+            return "The answer is unchanged: no verdict."
+        if found := secret_kinds(output, self.allow):
+            return f"The answer contains a secret ({found}): no verdict."
+        if not output.strip():
+            return "The answer is empty: no verdict. If no answer is right, press w."
+        self.judge(card, "edit", output)
+        return ""
+
+    def undo(self) -> ReviewItem | None:
+        """Withdraw this reviewer's latest verdict on this version, also from an earlier session; return its row."""
+        last = self.reviews.latest(self.version.digest, self.reviewer)
+        if last is None or last.key not in self.members:
+            return None
+        self._append(UndoEvent(key=last.key, version=self.version.digest, reviewer=self.reviewer, when=now()))
+        self._skipped.discard(last.key)
+        return self._card(last.key, self.order.index(last.key) + 1 if last.key in self.order else 0)
+
+
+def check_options(actions: Mapping[str, bool], choices: Mapping[str, bool], message: bool) -> None:
+    """Refuse options that would be ignored: several actions, or a choice of rows with an action that takes none.
+
+    Args:
+        actions: --status, --export, --import, --apply, and whether each is set.
+        choices: the options that choose rows, and whether each is set.
+        message: whether --message is set, which requires --apply.
+
+    Raises:
+        UserError: naming the options.
+    """
+    given = [name for name, there in actions.items() if there]
+    chosen = [name for name, there in choices.items() if there]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} are mutually exclusive", fix="Use one at a time.")
+    if given and chosen and given != ["--export"]:
+        raise UserError(f"{given[0]} cannot be combined with {' '.join(chosen)}", fix="Leave it out.")
+    if "--adapter" in chosen and "--suspects" not in chosen:
+        raise UserError("--adapter requires --suspects", fix="Add --suspects.")
+    if message and given != ["--apply"]:
+        raise UserError("--message requires --apply", fix="Add --apply, or leave it out.")
+
+
+def default_reviewer() -> str:
+    """Return the login name.
+
+    Raises:
+        UserError: the user has no login name, as in some containers.
+    """
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # KeyError: before Python 3.13
+        raise UserError("you have no login name", where="--reviewer", fix="Pass a name.") from None
+
+
+EXPORT_COLUMNS = ("row", "from", "draw", "why", "input", "answer", "verdict", "new_output")
+_IMPORTED_COLUMNS = ("row", "draw", "answer", "verdict", "new_output")
+
+
+@dataclass(frozen=True)
+class Imported:
+    """Result of an import: verdicts recorded, verdicts known already, rows without one."""
+
+    recorded: int
+    known: int
+    blank: int
+
+
+def export_csv(path: Path, review: ReviewSession, most: int) -> int:
+    """Write at most ``most`` next rows of the review as CSV, and return their number.
+
+    Raises:
+        UserError: no suspects, no row left to review, an existing file, or a full disk.
+    """
+    cards = review.upcoming(most)
+    if not review.order and review.drawn is None:
+        raise UserError(
+            "there are no suspects to export: no row is suspicious, or no row could be judged",
+            where="--suspects",
+            fix="Free-text answers are ranked by a model's loss: add --adapter base or --adapter NAME.",
+        )
+    if not cards:
+        raise UserError(
+            "no row is left to review", fix="`tunewright data review --status` shows the state of the review."
+        )
+    rows = []
+    places = places_by_key(review.dataset, review.version.manifest)
+    draw = "" if review.drawn is None else str(review.drawn.draw)
+    for card in cards:
+        key, output = card.member.key, card.member.example.output
+        rows.append([key, places.get(key, ""), draw, card.why or "", _prompt(card), output, "", ""])
+    write_sheet(path, EXPORT_COLUMNS, rows)
+    return len(cards)
+
+
+def _prompt(card: ReviewItem) -> str:
+    turns = card.member.example.prompt
+    return turns[0].content if len(turns) == 1 else "\n\n".join(f"{m.role}: {m.content}" for m in turns)
+
+
+def import_csv(
+    path: Path, dataset: Path, version: DatasetVersion, reviewer: str, allow: Collection[str] = ()
+) -> Imported:
+    """Record all verdicts of a filled-in export, or none if a row is faulty.
+
+    Args:
+        allow: kinds of secrets that answers may contain (data.allow).
+
+    Raises:
+        UserError: the file cannot be read, or has faulty rows (named by line).
+    """
+    members = {m.key: m for m in version.domain}
+    reviews = read_reviews(dataset)
+    events: list[VerdictEvent] = []
+    faults: list[str] = []
+    known = blank = 0
+    seen: dict[str, int] = {}
+    for line, fields in read_sheet(path, _IMPORTED_COLUMNS, "tunewright data review --export"):
+        fields |= {name: restored_cell(fields[name]) for name in ("answer", "new_output")}
+        fault = _fault(fields, members, allow)
+        if fields["row"] in seen and not fault:
+            fault = f"duplicate of line {seen[fields['row']]}"
+        seen.setdefault(fields["row"], line)
+        verdict = fields["verdict"].strip().lower()
+        if fault:
+            faults.append(f"{path}:{line}: {fault}")
+        elif not verdict:
+            blank += 1
+        else:
+            event = _event(fields, verdict, version, reviewer)
+            current = reviews.current_verdicts(event.key).get(reviewer)
+            if current is not None and (current.verdict, current.output) == (event.verdict, event.output):
+                known += 1
+            else:
+                events.append(event)
+    refuse_faulty(faults)
+    if events:
+        append_reviews(dataset, events)
+    return Imported(len(events), known, blank)
+
+
+def _fault(fields: Mapping[str, str], members: Mapping[str, Member], allow: Collection[str]) -> str | None:
+    verdict, output = fields["verdict"].strip().lower(), fields["new_output"]
+    member = members.get(fields["row"])
+    if member is None:
+        return f"the version has no row {fields['row'][:12]!r}: its text changed, or the export is of another version"
+    if verdict not in ("", *VERDICTS):
+        return f"invalid verdict {fields['verdict']!r}: use {', '.join(VERDICTS)} or leave it empty"
+    if (verdict == "edit") != bool(output.strip()):
+        return "verdict edit requires new_output" if verdict == "edit" else "new_output requires the verdict edit"
+    if one_line_end(fields["answer"]) != one_line_end(member.example.output):
+        return "the answer was changed: keep it, and write the corrected one in new_output"
+    if output and one_line_end(output) == one_line_end(member.example.output):
+        return "new_output equals the present answer"
+    if found := secret_kinds(output, allow):
+        return f"new_output contains a secret ({found})"
+    if fields["draw"].strip() and not fields["draw"].strip().isdecimal():
+        return f"invalid draw {fields['draw']!r}: keep the column as exported"
+    return None
+
+
+def _event(fields: Mapping[str, str], verdict: str, version: DatasetVersion, reviewer: str) -> VerdictEvent:
+    draw = fields["draw"].strip()
+    given: Verdict = next(v for v in VERDICTS if v == verdict)
+    return VerdictEvent(
+        key=fields["row"],
+        verdict=given,
+        output=one_line_end(fields["new_output"]) if given == "edit" else None,
+        draw=int(draw) if draw else None,
+        version=version.digest,
+        reviewer=reviewer,
+        when=now(),
+    )

@@ -1,0 +1,364 @@
+"""Tracing rows: by key or FILE:LINE to a row, to the import that added it, and to the adapters that used it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tunewright.core.errors import UserError
+from tunewright.core.io import text_lines
+from tunewright.data.review.edits import superseded_keys
+from tunewright.data.review.reviews import read_reviews
+from tunewright.data.versions import (
+    IMPORTS,
+    DatasetVersion,
+    Manifest,
+    Member,
+    ancestry,
+    import_files,
+    list_versions,
+    load_version,
+    short,
+    version_folder,
+)
+from tunewright.data.versions.members import Place, Places, read_places
+from tunewright.data.versions.removals import read_removals
+
+
+def find_row(dataset: Path, version: DatasetVersion, row: str) -> Member:
+    """Return the member that ``row`` names: the first digits of its key, or ``FILE:LINE`` of an imported file.
+
+    Raises:
+        UserError: no such row, an ambiguous beginning, or a row that was left out (with the reason).
+    """
+    place = re.fullmatch(r"(.+):(\d{1,12})", row)
+    key = _key_at(dataset, version, place[1], int(place[2])) if place else row.lower()
+    found = [m for m in version.members if key and m.key.startswith(key)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UserError(f"{len(found)} rows begin with {row!r}", where="ROW", fix="Give more digits.")
+    if key in (out := read_removals(dataset).out):  # the row that an edit or a replacement made of this one
+        raise UserError(f"the row was removed: {out[key].because}", where=row)
+    raise UserError(
+        f"version {version.digest[:12]} has no row {row!r}",
+        where="ROW",
+        fix="Give the first digits of a row's key, or FILE:LINE of an added file.",
+    )
+
+
+def find_key(dataset: Path, version: DatasetVersion, row: str) -> str:
+    """Return the key of the row that ``row`` names, in this version, else in any version (a removed row).
+
+    Raises:
+        UserError: as for :func:`find_row`.
+    """
+    known = {m.key for m in version.members}
+    if re.fullmatch("[0-9a-fA-F]{4,64}", row) and not any(key.startswith(row.lower()) for key in known):
+        digests = (manifest.digest for manifest in list_versions(dataset))
+        found = {key for digest in digests for key in read_places(dataset, digest) if key.startswith(row.lower())}
+        if len(found) > 1:
+            raise UserError(f"{len(found)} rows begin with {row!r}", where="ROW", fix="Give more digits.")
+        if found:
+            return found.pop()
+    return find_row(dataset, version, row).key
+
+
+def _key_at(dataset: Path, version: DatasetVersion, file: str, line: int) -> str:
+    imports = list(_imported(dataset, version))
+    source = source_name(file, sorted({row["source"] for row in imports}), dataset.parent)
+    found = next((row for row in imports if row["source"] == source and row["line"] == line), None)
+    if found is None:
+        last = max(row["line"] for row in imports if row["source"] == source)
+        raise UserError(f"no row was read from line {line} of {source} (last row: line {last})", where="ROW")
+    if found["fate"] == "skipped":
+        raise UserError(f"the row was left out: {found['reason']}", where=f"{file}:{line}")
+    if found["fate"] == "removed":
+        raise UserError(f"the row was removed: {found['reason']}", where=f"{file}:{line}")
+    if found["fate"] == "not mixed":
+        raise UserError(f"the row was not mixed in: {found['reason']}", where=f"{file}:{line}")
+    if found["fate"] == "contaminated":
+        what = "the row was left out: it contains a test input or a benchmark item"
+        raise UserError(what, where=f"{file}:{line}")
+    key = str(found.get("of", found["key"]))
+    return superseded_keys(dataset, version.manifest).get(key, key)
+
+
+def source_name(file: str, sources: Sequence[str], root: Path, where: str = "ROW") -> str:
+    """Return the added file that ``file`` names: by its name in the project, its path, or its file name."""
+    path = Path(file).resolve()
+    within = path.relative_to(root.resolve()).as_posix() if path.is_relative_to(root.resolve()) else None
+    for name in filter(None, (file, within)):
+        if name in sources:
+            return name
+    same = [source for source in sources if Path(source).name == path.name]
+    if len(same) == 1:
+        return same[0]
+    what = f"{len(same)} added files are named {path.name}" if same else f"no row was read from a file {file}"
+    raise UserError(what, where=where, fix=f"Added files: {', '.join(sources)}.")
+
+
+def _imported(dataset: Path, version: DatasetVersion) -> Iterator[dict[str, Any]]:
+    """Yield the import records of a version, newest import first."""
+    reviews = read_reviews(dataset)
+    for path in import_files(dataset, version.manifest):
+        for line in text_lines(path.read_text(encoding="utf-8")):
+            record = json.loads(line)
+            if record["fate"] == "edited":
+                record["line"] = reviews.cited_line(record)
+                if record["line"] is None:  # the verdict is in another copy's log
+                    continue
+            yield record
+
+
+_PRESENT = ("added", "known", "mixed", "replaced")
+"""Fates in imports.jsonl of rows that are in the version; a duplicate's file and metadata belong to another row."""
+
+
+def places_by_key(dataset: Path, manifest: Manifest) -> dict[str, str]:
+    """Return ``FILE:LINE`` of the first row with each pair key; an edited row has the place of the original."""
+    places: dict[str, str] = {}
+    for key, record in _records(dataset, manifest):
+        places[key] = f"{record['source']}:{record['line']}"  # records come newest first, so the oldest wins
+    return places
+
+
+def metadata_by_key(dataset: Path, manifest: Manifest) -> dict[str, dict[str, Any]]:
+    """Return the newest metadata of each pair key that has any."""
+    found: dict[str, dict[str, Any]] = {}
+    for key, record in _records(dataset, manifest):
+        if "metadata" in record:
+            found.setdefault(key, record["metadata"])
+    return found
+
+
+def read_metadata(dataset: Path, manifest: Manifest) -> dict[str, list[dict[str, Any]]]:
+    """Return the metadata of each pair key, from the newest record of each place, exact duplicates included."""
+    found: dict[tuple[str, int], tuple[str, dict[str, Any]]] = {}
+    edits = superseded_keys(dataset, manifest)
+    for path in import_files(dataset, manifest):
+        for line in text_lines(path.read_text(encoding="utf-8")):
+            record: dict[str, Any] = json.loads(line)
+            there = record["fate"] in _PRESENT or (record["fate"] == "duplicate" and record["of"] == record["key"])
+            if there and "metadata" in record:
+                key = edits.get(record["key"], record["key"])
+                found.setdefault((record["source"], record["line"]), (key, record["metadata"]))
+    by_key: dict[str, list[dict[str, Any]]] = {}
+    for key, metadata in found.values():
+        by_key.setdefault(key, []).append(metadata)
+    return by_key
+
+
+def _records(dataset: Path, manifest: Manifest) -> Iterator[tuple[str, dict[str, Any]]]:
+    edits = superseded_keys(dataset, manifest)
+    for path in import_files(dataset, manifest):
+        for line in text_lines(path.read_text(encoding="utf-8")):
+            record: dict[str, Any] = json.loads(line)
+            if record["fate"] in _PRESENT and "key" in record:
+                yield edits.get(record["key"], record["key"]), record
+
+
+@dataclass(frozen=True)
+class RowOrigin:
+    """Origin of a row in the dataset.
+
+    ``source`` and ``line`` are its place, if an import records it. ``edit_of`` are pair keys with the same input that
+    the previous version had and this one lacks; ``conflicts_with`` are those that it still has. ``older_missing`` is
+    the parent, if the dataset lacks it.
+    """
+
+    key: str
+    version: Manifest
+    source: str | None
+    line: int | None
+    edit_of: tuple[str, ...]
+    conflicts_with: tuple[str, ...]
+    reviewers: tuple[str, ...]
+    older_missing: str | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the JSON document that ``--json`` prints."""
+        return {**asdict(self), "version": self.version.model_dump(mode="json")}
+
+
+def blame(dataset: Path, version: DatasetVersion, key: str) -> RowOrigin:
+    """Return the version that added a row, and the place where it was read.
+
+    Args:
+        key: the row's full pair key.
+
+    Raises:
+        UserError: the version lacks the row, or an older version was changed by hand.
+    """
+    if all(m.key != key for m in version.members):
+        raise UserError(f"version {short(version.digest)} has no row {key!r}", where="ROW")
+    line = ancestry(dataset, version.manifest)
+    first = 0
+    while first + 1 < len(line) and key in read_places(dataset, line[first + 1].digest):
+        first += 1
+    brought = line[first]
+    parent = line[first + 1] if first + 1 < len(line) else None
+    edit_of, conflicts_with = _same_input(dataset, version, brought, parent, key)
+    record = _import_of(dataset, brought, key) or {}
+    place = record.get("line")
+    if record.get("fate") == "edited":
+        place = read_reviews(dataset).cited_line(record)
+    return RowOrigin(
+        key=key,
+        version=brought,
+        source=record.get("source") if place is not None else None,
+        line=place,
+        edit_of=edit_of,
+        conflicts_with=conflicts_with,
+        reviewers=tuple(record.get("reviewers", ())),
+        older_missing=brought.parent if parent is None else None,
+    )
+
+
+def _same_input(
+    dataset: Path, version: DatasetVersion, brought: Manifest, parent: Manifest | None, key: str
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the parent's other rows with this row's input: those that the version dropped, and those that it kept."""
+    if parent is None:
+        return (), ()
+    asked = next(m.example.input_key for m in version.members if m.key == key)
+    former = load_version(dataset, parent.digest, without_purged=True)
+    before = [m.key for m in former.members if m.example.input_key == asked]
+    there = read_places(dataset, brought.digest)
+    return tuple(k for k in before if k not in there), tuple(k for k in before if k in there)
+
+
+def _import_of(dataset: Path, manifest: Manifest, key: str) -> dict[str, Any] | None:
+    path = version_folder(dataset, manifest.digest) / IMPORTS
+    for number, text in enumerate(text_lines(path.read_text(encoding="utf-8")), start=1):
+        if key not in text:
+            continue
+        try:
+            record: dict[str, Any] = json.loads(text)
+        except json.JSONDecodeError:
+            raise UserError("invalid import record", where=f"{path}:{number}", fix="Restore the file.") from None
+        if record.get("fate") in ("added", "edited", "replaced", "mixed") and record.get("key") == key:
+            return record
+    return None
+
+
+Use = Literal["trained", "left out", "dev", "test", "absent", "unknown"]
+
+
+@dataclass(frozen=True)
+class RowUse:
+    """Use of a row by one adapter's training: ``dev`` selected the checkpoint, ``absent`` means not in the version.
+
+    ``reason`` explains an unknown use, or gives the length of a row that was too long; else it is empty.
+    """
+
+    adapter: str
+    version: str | None
+    use: Use
+    reason: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the JSON document that ``--json`` prints."""
+        return asdict(self)
+
+
+def uses_of_row(dataset: Path, adapters: Path, key: str) -> tuple[RowUse, ...]:
+    """Return the use of a row by each adapter of a project, sorted by name.
+
+    Args:
+        dataset: the project's dataset folder.
+        adapters: the project's folder of adapters.
+        key: the row's full pair key, of any version.
+
+    Raises:
+        UserError: an unreadable lineage or version.
+    """
+    return next(iter(row_uses(dataset, adapters, [key]).values()))
+
+
+def row_uses(dataset: Path, adapters: Path, keys: Iterable[str]) -> dict[str, tuple[RowUse, ...]]:
+    """Return the uses of several rows, by key; see :func:`uses_of_row`."""
+    digests = {m.digest for m in list_versions(dataset)}
+    lineages = list(_lineages(adapters))
+    places: dict[str, Places] = {}
+    found: dict[str, tuple[RowUse, ...]] = {}
+    for key in keys:
+        row: list[RowUse] = []
+        for name, lineage in lineages:
+            version = (lineage.get("dataset") or {}).get("digest")
+            if version not in digests:
+                reason = (
+                    f"dataset version {short(version)} is not here"
+                    if version
+                    else "its lineage names no dataset version"
+                )
+                row.append(RowUse(name, version, "unknown", reason))
+                continue
+            if version not in places:
+                places[version] = read_places(dataset, version)
+            row.append(_row_use(name, version, places[version].get(key), lineage, key))
+        found[key] = tuple(row)
+    return found
+
+
+def _row_use(name: str, version: str, place: Place | None, lineage: dict[str, Any], key: str) -> RowUse:
+    if place is None:
+        return RowUse(name, version, "absent")
+    if place.split != "train":
+        return RowUse(name, version, place.split)
+    rendering = lineage.get("rendering")
+    if rendering is None:
+        return RowUse(name, version, "unknown", "its lineage does not say which training rows were left out")
+    for row in rendering["train"]["left_out"]:
+        if row["key"] == key:
+            return RowUse(name, version, "left out", f"{row['tokens']:,} tokens")
+    return RowUse(name, version, "trained")
+
+
+def _lineages(adapters: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for path in sorted(adapters.glob("[!.]*/lineage.json")):
+        try:
+            lineage = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"unreadable lineage: {error}", where=str(path)) from None
+        if not isinstance(lineage, dict):
+            raise UserError("invalid lineage: expected a JSON object", where=str(path))
+        yield path.parent.name, lineage
+
+
+@dataclass(frozen=True)
+class AdapterExposure:
+    """Number of given rows in an adapter's training, dev and test data.
+
+    For ``unknown`` rows, its lineage or dataset version has no information.
+    """
+
+    adapter: str
+    version: str | None
+    trained: int
+    dev: int
+    test: int
+    unknown: int
+
+
+def adapter_exposure(dataset: Path, adapters: Path, keys: Iterable[str]) -> tuple[AdapterExposure, ...]:
+    """Return the adapters whose data has, or may have, any of these rows, sorted by name."""
+    counts: dict[tuple[str, str | None], Counter[Use]] = defaultdict(Counter)
+    for row in row_uses(dataset, adapters, keys).values():
+        for found in row:
+            counts[found.adapter, found.version][found.use] += 1
+    return tuple(
+        AdapterExposure(name, version, uses["trained"], uses["dev"], uses["test"], uses["unknown"])
+        for (name, version), uses in counts.items()
+        if uses.keys() & {"trained", "dev", "test", "unknown"}
+    )
+
+
+def trained_adapters(row_uses: Sequence[RowUse]) -> list[str]:
+    """Return the names of the adapters that were trained on the row."""
+    return [s.adapter for s in row_uses if s.use == "trained"]

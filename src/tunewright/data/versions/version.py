@@ -1,0 +1,315 @@
+"""A version's manifest (manifest.json, sealed) and members, and the manifest of a new version."""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import shutil
+import subprocess
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tunewright.config import Duplicates
+from tunewright.core.clock import now
+from tunewright.core.errors import UserError
+from tunewright.core.io import digest as json_digest
+from tunewright.data.examples import Example, in_conflict, normalised
+from tunewright.data.splits import SPLITS, Split
+from tunewright.data.versions.members import Place, member_line, members_sha256
+
+MANIFEST = "manifest.json"
+IMPORTS = "imports.jsonl"
+
+_RESTORE = "Restore the dataset folder, from git for example."
+
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Source(_Record):
+    """A file that a version's new rows came from; ``rows`` counts the readable ones."""
+
+    name: str
+    sha256: str
+    rows: int
+
+
+class Counts(_Record):
+    """Counts of a version (rows to conflicts, mixed) and of its import (the others).
+
+    A family is a cluster with several inputs and several outputs (in versions of earlier releases, any cluster of
+    several rows). A conflict is an input with several outputs. ``mixed`` rows belong to the generic mix-in and are
+    counted in rows, train and clusters too. ``near_duplicates`` are the rows that ``data.duplicates: drop`` would leave
+    out.
+    """
+
+    rows: int
+    train: int
+    dev: int
+    test: int
+    clusters: int
+    families: int
+    conflicts: int
+    duplicates: int
+    skipped: int
+    moved: int
+    mixed: int = 0
+    near_duplicates: int = 0
+
+    @property
+    def domain(self) -> dict[Split, int]:
+        """Rows of each split, without the mix-in."""
+        return {"train": self.train - self.mixed, "dev": self.dev, "test": self.test}
+
+
+class Settings(_Record):
+    """Settings that decided clusters and splits, and whether inputs may have several outputs.
+
+    ``conflicts`` is "accept" from the first import that accepted them; None in versions of earlier releases.
+    """
+
+    dedup_threshold: float
+    val_size: float
+    test_size: float
+    seed: int
+    group_by: tuple[str, ...] = ()
+    conflicts: Literal["error", "accept"] | None = None
+    split_by: Literal["input", "output_template"] = "input"
+    duplicates: Duplicates = "drop"  # versions of earlier releases lack the setting, and dropped them
+
+
+class Mix(_Record):
+    """The generic mix-in of a version: its file, its share of the training rows, and the rows drawn.
+
+    ``left_out`` rows were drawn and rejected: (nearly) held-out rows, benchmark items, rows with secrets.
+    """
+
+    source: Source
+    fraction: float
+    drawn: int
+    left_out: int
+
+
+class SplitFrom(_Record):
+    """The version whose split this one inherited: its project's folder, its digest, and the number of shared rows."""
+
+    name: str
+    digest: Digest
+    rows: int
+
+
+class Manifest(_Record):
+    """A version's manifest. ``created`` is UTC, ISO 8601; ``splits`` maps each split to its digest.
+
+    ``imports`` is the SHA-256 of imports.jsonl, ``seal`` that of the manifest's own canonical JSON without the seal.
+    Versions of earlier releases have no author, no imports and no seal.
+    """
+
+    digest: Digest
+    parent: Digest | None
+    created: str
+    message: str
+    sources: tuple[Source, ...]
+    counts: Counts
+    splits: dict[Split, str]
+    settings: Settings
+    mix: Mix | None = None
+    split_from: SplitFrom | None = None
+    author: str | None = None
+    imports: Digest | None = None
+    seal: Digest | None = None
+
+
+def short(digest: str) -> str:
+    """Return the first 12 digits, used for folders and messages."""
+    return digest[:12]
+
+
+def manifest_seal(document: Mapping[str, Any]) -> str:
+    """Return the seal of a manifest's JSON document: the digest of all other fields."""
+    return json_digest({name: value for name, value in document.items() if name != "seal"})
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Return the manifest in a version's folder."""
+    path = folder / MANIFEST
+    try:
+        manifest = Manifest.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read the manifest: {error.strerror}", where=str(path), fix=_RESTORE) from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"invalid manifest: {key} {first['msg']}", where=str(path), fix=_RESTORE) from None
+    if short(manifest.digest) != folder.name:
+        raise UserError(f"the manifest belongs to version {short(manifest.digest)}", where=str(path), fix=_RESTORE)
+    return manifest
+
+
+def current_author(folder: Path) -> str | None:
+    """Return git's user.name for this folder, else the login name, else None."""
+    if shutil.which("git"):
+        command = ["git", "config", "user.name"]
+        result = subprocess.run(
+            command, cwd=folder, capture_output=True, encoding="utf-8", errors="replace", check=False
+        )
+        if name := " ".join(result.stdout.split()):
+            return name
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a process whose user has no name, in a container for example
+        return None
+
+
+@dataclass(frozen=True)
+class Member:
+    """An example with its place in a version."""
+
+    example: Example
+    key: str
+    split: Split
+    cluster: str
+    groups: tuple[str, ...] = ()
+    """Values of data.group_by that the row shares with others, such as "customer=ACME"; sorted."""
+    mixed: bool = False
+    """True for rows of the generic mix-in, which are trained on but are not domain rows."""
+
+
+@dataclass(frozen=True)
+class DatasetVersion:
+    """A loaded and verified version; members are sorted by pair key."""
+
+    manifest: Manifest
+    members: tuple[Member, ...]
+    purged: tuple[str, ...] = ()
+    """Pair keys of rows whose text was purged since, and which are not among the members."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the sorted members, 64 hex digits."""
+        return self.manifest.digest
+
+    @cached_property
+    def domain(self) -> tuple[Member, ...]:
+        """Members without the generic mix-in, which are reviewed, retrieved and measured."""
+        return tuple(member for member in self.members if not member.mixed)
+
+    def examples(self, split: Split) -> list[Member]:
+        """Return the members of one split, sorted by pair key; the training split includes the generic mix-in."""
+        return [member for member in self.members if member.split == split]
+
+    def domain_of(self, split: Split) -> list[Member]:
+        """Return the members of one split without the generic mix-in, sorted by pair key."""
+        return [member for member in self.domain if member.split == split]
+
+    def split_digest(self, split: Split) -> str:
+        """Return the SHA-256 of the split's sorted pair keys: equal digests mean the same examples."""
+        return keys_digest(member.key for member in self.members if member.split == split)
+
+
+def keys_digest(keys: Iterable[str]) -> str:
+    """Return the SHA-256 of a set of pair keys."""
+    return hashlib.sha256("".join(f"{key}\n" for key in sorted(keys)).encode()).hexdigest()
+
+
+def members_text(members: Iterable[Member]) -> str:
+    """Return the members as sorted lines, whose SHA-256 is the version's digest."""
+    return "".join(sorted(member_line(m.key, Place(m.split, m.cluster, m.groups, m.mixed)) for m in members))
+
+
+def members_digest(members: Iterable[Member]) -> str:
+    """Return the version digest of these members, in any order."""
+    return members_sha256(members_text(members))
+
+
+@dataclass(frozen=True)
+class ImportCounts:
+    """Rows that an import left out as duplicates or as faulty, and rows whose split changed."""
+
+    duplicates: int = 0
+    skipped: int = 0
+    moved: int = 0
+
+
+def new_manifest(
+    members: Sequence[Member],
+    parent: DatasetVersion | None,
+    settings: Settings,
+    *,
+    message: str,
+    sources: Sequence[Source],
+    left_out: ImportCounts,
+    mix: Mix | None,
+    near_duplicates: int = 0,
+    split_from: SplitFrom | None = None,
+) -> Manifest:
+    """Return the manifest of a new version; author, imports and seal are set when it is saved."""
+    return Manifest(
+        digest=members_digest(members),
+        parent=parent.digest if parent else None,
+        created=now(),
+        message=message,
+        sources=tuple(sources),
+        counts=_counts(members, left_out, near_duplicates),
+        splits={split: keys_digest(m.key for m in members if m.split == split) for split in SPLITS},
+        settings=settings,
+        mix=mix,
+        split_from=split_from,
+    )
+
+
+def _counts(members: Sequence[Member], left_out: ImportCounts, near_duplicates: int) -> Counts:
+    asked: dict[str, list[Example]] = defaultdict(list)
+    for member in members:
+        asked[member.example.prompt_key].append(member.example)
+    splits = Counter(m.split for m in members)
+    return Counts(
+        rows=len(members),
+        **{split: splits[split] for split in SPLITS},
+        clusters=len({m.cluster for m in members}),
+        families=count_families(members),
+        conflicts=sum(map(in_conflict, asked.values())),
+        duplicates=left_out.duplicates,
+        skipped=left_out.skipped,
+        moved=left_out.moved,
+        mixed=sum(m.mixed for m in members),
+        near_duplicates=near_duplicates,
+    )
+
+
+def count_families(members: Sequence[Member]) -> int:
+    """Count the clusters that have several inputs and several outputs, ignoring case and white space."""
+    inputs: dict[str, set[str]] = defaultdict(set)
+    outputs: dict[str, set[str]] = defaultdict(set)
+    for m in members:
+        inputs[m.cluster].add(m.example.prompt_key)
+        outputs[m.cluster].add(normalised(m.example.output))
+    return sum(len(inputs[cluster]) > 1 and len(outputs[cluster]) > 1 for cluster in inputs)
+
+
+def clusters_by_split(members: Sequence[Member]) -> dict[Split, int]:
+    """Count the clusters of each split, without the mix-in."""
+    return {split: len({m.cluster for m in members if m.split == split and not m.mixed}) for split in SPLITS}
+
+
+def cluster_sizes(members: Sequence[Member], split: Split) -> tuple[int, ...]:
+    """Return the sizes of a split's clusters, without the mix-in, largest first."""
+    sizes = Counter(m.cluster for m in members if m.split == split and not m.mixed)
+    return tuple(sorted(sizes.values(), reverse=True))
+
+
+def rename_clusters(members: Sequence[Member]) -> list[Member]:
+    """Return the sorted members, with each cluster named after its smallest key, after rows were added or removed."""
+    names: dict[str, str] = {}
+    for member in members:
+        names[member.cluster] = min(names.get(member.cluster, member.key), member.key)
+    return sorted((replace(m, cluster=names[m.cluster]) for m in members), key=lambda m: m.key)
