@@ -283,16 +283,16 @@ def test_note_names_parent_and_above_when_a_template_uses_them(tmp_path: Path) -
 
 def test_group_above_the_rows_is_refused_when_no_row_has_it(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"'parent.sqls\[0\]' selects nothing above any row") as refusal:
-        _read(tmp_path, QUERIES, "[].sentences[]", groups=("parent.sqls[0]",), **FROM_PARENT)
+        _read(tmp_path, QUERIES, "[].sentences[]", group_by=("parent.sqls[0]",), **FROM_PARENT)
     assert (refusal.value.where, refusal.value.fix) == (
         "data.group_by",
         "Keys of the object above a row: sql, id, sentences.",
     )
     with pytest.raises(UserError, match="selects nothing above any row") as refusal:
-        _read(tmp_path, [{"prompt": "a", "completion": "b"}], "[]", groups=("parent.id",))
+        _read(tmp_path, [{"prompt": "a", "completion": "b"}], "[]", group_by=("parent.id",))
     assert refusal.value.fix == "There are no objects above the rows."
     with pytest.raises(UserError, match="selects nothing above any row"):  # rows that the expression makes
-        _read(tmp_path, QUERIES, "[].{prompt: sql[0], completion: 'x'}", groups=("parent.id",))
+        _read(tmp_path, QUERIES, "[].{prompt: sql[0], completion: 'x'}", group_by=("parent.id",))
 
 
 def test_group_above_the_rows_is_a_fault_of_rows_without_it(tmp_path: Path) -> None:
@@ -309,7 +309,7 @@ def test_group_above_the_rows_is_a_fault_of_rows_without_it(tmp_path: Path) -> N
 
 def test_group_above_the_rows_is_refused_when_the_expression_is_invalid(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="invalid JMESPath expression") as refusal:
-        _read(tmp_path, QUERIES, "[].sentences[]", groups=("parent.sql[0",), **FROM_PARENT)
+        _read(tmp_path, QUERIES, "[].sentences[]", group_by=("parent.sql[0",), **FROM_PARENT)
     assert refusal.value.where == "data.group_by"
 
 
