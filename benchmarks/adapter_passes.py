@@ -6,7 +6,7 @@ PROJECT has a trained adapter, of which each row may have a copy of its own. Eac
 a thread beside the one that loaded the base and has computed before, as in a server:
 
     as it is        with both
-    one by one      each adapter is multiplied with by itself where rows decode, too (models/lora_stack.py left out)
+    one by one      each adapter is multiplied with by itself where rows decode, too (generation/batched_lora.py off)
     helpers kept    the loading thread's helpers stay beside the passes' own (models/threads.py left out)
 
 Prints a table of medians, and writes benchmarks/results/adapter_passes.json.
@@ -32,7 +32,7 @@ from load_shown import machine
 from rich.console import Console
 from rich.table import Table
 
-from tunewright.adapters.lora_weights import read_matrices
+from tunewright.adapters.lora_weights import load_lora_weights
 from tunewright.adapters.registry import find_adapter
 from tunewright.api.context import ProjectContext
 from tunewright.config.project import ProjectFolder
@@ -41,7 +41,7 @@ from tunewright.core.progress import LogReporter
 from tunewright.generation.batched_lora import Lora
 from tunewright.generation.decoding import Batch
 from tunewright.generation.requests import Request
-from tunewright.generation.threads import release_cores
+from tunewright.generation.threads import release_openmp_threads
 from tunewright.models.loading import load_model
 
 SIDES = ("as it is", "one by one", "helpers kept")
@@ -61,7 +61,7 @@ def main() -> None:
     if options.side:
         with ExitStack() as without:
             if options.side == "one by one":
-                without.enter_context(patch("tunewright.generation.lora_dispatch._MANY", options.rows + 1))
+                without.enter_context(patch("tunewright.generation.lora_dispatch._STACK_FROM_CPU", options.rows + 1))
             print(json.dumps(measure(options)))
         return
     about = machine(options.threads)
@@ -82,13 +82,13 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     opened = ProjectContext(ProjectFolder(options.project), LogReporter())
     model: Any = load_model(opened.base, opened.folder.config.train.dtype, "none")
     batch = Batch(model, stop_ids=(), pad_id=0)
-    loras = read_matrices(find_adapter(opened.folder.adapters).folder, model)
+    loras = load_lora_weights(find_adapter(opened.folder.adapters).folder, model)
     for row in range(options.rows):
         own = {name: Lora(lora.down.clone(), lora.up.clone(), lora.scale) for name, lora in loras.items()}
-        batch.put(f"{row:03}", own)
+        batch.add_adapter(f"{row:03}", own)
     torch.ones(2**20).norm()  # the loading thread has helpers from here on
     if options.side != "helpers kept":
-        release_cores()
+        release_openmp_threads()
     took: dict[str, float] = {}
     passes = threading.Thread(target=lambda: took.update(passes_of(batch, options)))
     passes.start()

@@ -3,7 +3,7 @@
     python benchmarks/attention_speed.py
 
 Forward and backward of one layer of the bundled base's shape (9 query heads, 3 key heads of 64), 16 rows. Prints the
-best of 15 runs of each and the ratio, for several prefixes and suffixes: why training/shared_prefix/attention.py takes
+best of 15 runs of each and the ratio, for several prefixes and suffixes: why training/packing/attention.py takes
 the one up to SHORT tokens and the other beyond. Prints a table and one JSON line.
 """
 

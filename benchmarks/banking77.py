@@ -37,7 +37,7 @@ from tunewright.config.project import CONFIG_FILE, ProjectFolder, create_project
 from tunewright.core.progress import LogReporter
 from tunewright.data.dedup.leakage import measure_leakage
 from tunewright.data.versions import MANIFEST, Member, version_folder
-from tunewright.evaluation.arm_runner import Answered
+from tunewright.evaluation.answer_journal import Answer
 from tunewright.evaluation.arms import plan_of
 from tunewright.evaluation.prompt_search import first_items
 from tunewright.evidence.schema import EVIDENCE_FILE, Arm, find_evaluation, load_evidence, load_items
@@ -194,7 +194,7 @@ def freeze(project: Path, golden: Path) -> None:
     arm_runner = opened.arm_runner(adapter)
     intents = {member.example.output for member in arm_runner.version.members}
 
-    def answered(arms: Sequence[Arm], members: Sequence[Member], split: str) -> dict[str, list[Answered]]:
+    def answered(arms: Sequence[Arm], members: Sequence[Member], split: str) -> dict[str, list[Answer]]:
         return {arm.name: arm_runner.answers(plan_of(arm), members, split, adapter) for arm in arms}
 
     test, dev = (arm_runner.version.examples(split) for split in ("test", "dev"))
@@ -223,7 +223,7 @@ def freeze(project: Path, golden: Path) -> None:
 
 def _rows(
     members: Sequence[Member],
-    answers: Mapping[str, Sequence[Answered]],
+    answers: Mapping[str, Sequence[Answer]],
     intents: Collection[str],
     nearest: Mapping[str, float | None] | None = None,
 ) -> list[dict[str, Any]]:
@@ -239,7 +239,7 @@ def _rows(
     ]
 
 
-def _answer(given: Answered, intents: Collection[str]) -> list[Any]:
+def _answer(given: Answer, intents: Collection[str]) -> list[Any]:
     """The text, whether it ran into the token limit, and how many tokens its prompt and itself have."""
     return [kept(given.text, intents), given.truncated, len(given.prompt), given.tokens]
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tunewright.config import PRESETS
-from tunewright.models.memory.estimate import Load, Way, need
+from tunewright.models.memory.estimate import BatchShape, TrainingSetup, estimate
 from tunewright.models.memory.shape import read_shape
 
 TARGETS: tuple[str, ...] = PRESETS["all-linear"]["target_modules"]
@@ -77,12 +77,12 @@ def measure(case: tuple[str, str, bool, tuple[int, int, int, int]]) -> dict[str,
     from tunewright.models.loading import load_model
     from tunewright.models.quiet import quiet_transformers
     from tunewright.training import trainer  # noqa: F401  (what it imports is the runtime's)
-    from tunewright.training.adapter import keep_float32, lora_config
+    from tunewright.training.lora import keep_float32, lora_config
     from tunewright.training.packing import Group, attention, pack
-    from tunewright.training.packing.fused_loss import add_token_losses, token_losses_of
+    from tunewright.training.packing.fused_loss import add_token_losses, batch_token_losses
 
     dtype, quantize, checkpointing, numbers = case
-    load = Load(*numbers)
+    load = BatchShape(*numbers)
     settings = TrainConfig.model_validate(
         {"preset": "all-linear", "dtype": dtype, "quantization": quantize, "lora_r": RANK}
     )
@@ -108,7 +108,7 @@ def measure(case: tuple[str, str, bool, tuple[int, int, int, int]]) -> dict[str,
         optimizer = torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], fused=True)
         for _ in range(2):
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-                loss = token_losses_of(model, batch).mean()
+                loss = batch_token_losses(model, batch).mean()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -119,8 +119,8 @@ def measure(case: tuple[str, str, bool, tuple[int, int, int, int]]) -> dict[str,
         train(LlamaForCausalLM(tiny).to(getattr(torch, dtype)), tiny_batch)
         before = _status("VmRSS")
         train(load_model(base, dtype, settings.quantization), batch)
-    way = Way(TARGETS, RANK, settings.dtype, nf4=quantize == "nf4", checkpointing=checkpointing)
-    told = need(shape, way, load)
+    setup = TrainingSetup(TARGETS, RANK, settings.dtype, nf4=quantize == "nf4", checkpointing=checkpointing)
+    told = estimate(shape, setup, load)
     return {
         "dtype": dtype,
         "quantize": quantize,

@@ -29,6 +29,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from tunewright.adapters.lineage import packages
 from tunewright.adapters.registry import Adapter
 from tunewright.api import Project
 from tunewright.api.context import ProjectContext
@@ -42,7 +43,6 @@ from tunewright.evaluation.forgetting import ForgettingMeter
 from tunewright.evaluation.scaling import scale
 from tunewright.evidence.statistics import effective_items, wilson
 from tunewright.examples import legal_citations
-from tunewright.training.lineage import packages
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 

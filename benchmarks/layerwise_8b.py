@@ -24,13 +24,13 @@ from gpu_cases.training import RANK, TARGETS, Clock, TimedRun, config_of, same_l
 
 from tunewright.core.io import write_json
 from tunewright.core.progress import LogReporter
-from tunewright.models.memory.estimate import Load, Way, need
+from tunewright.models.memory.estimate import BatchShape, TrainingSetup, estimate
 from tunewright.models.memory.shape import Shape
 from tunewright.models.quiet import quiet_transformers
 
 RESULTS = Path(__file__).with_name("results") / "layerwise_8b.json"
 STEPS = 3
-LOAD = Load(rows=2, shared=32, own=16, trained=8)
+LOAD = BatchShape(rows=2, shared=32, own=16, trained=8)
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     measured = _train(TOY if options.toy else SHAPES["8b"])
     peak = _resident("VmHWM") - before
-    needed = need(TOY if options.toy else SHAPES["8b"], Way(TARGETS, RANK, nf4=True), LOAD)
+    needed = estimate(TOY if options.toy else SHAPES["8b"], TrainingSetup(TARGETS, RANK, nf4=True), LOAD)
     document = {
         "machine": machine(),
         "date": datetime.date.today().isoformat(),

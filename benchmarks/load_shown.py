@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from tunewright.training.lineage import packages
+from tunewright.adapters.lineage import packages
 
 
 def machine(threads: int) -> dict[str, Any]:

@@ -104,11 +104,11 @@ def build(shape: Shape, *, nf4: bool, place: str | None = None) -> Any:
             part.weight = nn.Parameter(ones, requires_grad=False)
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(place)
     if nf4:
-        from tunewright.models.quantized import held_in_nf4
+        from tunewright.models.quantized import disable_repacking
 
         # The mark that transformers leaves on a base that it quantized itself.
         model.is_loaded_in_4bit = True
-        held_in_nf4(model)
+        disable_repacking(model)
     assert not any(weight.is_meta for weight in model.parameters())
     return model.eval()
 

@@ -29,7 +29,6 @@ train:
   epochs: 1
   save_steps: 2
   eval_max_samples: 0
-  torch_compile: "off"
 evaluate:
   num_fewshot: [2]
   max_new_tokens: 8

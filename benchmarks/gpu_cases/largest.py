@@ -10,8 +10,8 @@ from gpu_cases.bases import shape_of
 from gpu_cases.reporting import Report
 from gpu_cases.training import RANK, same_length_rows, train_ours
 from tunewright.config import TrainConfig
-from tunewright.models.memory.estimate import PROCESS_RUNTIME, Load
-from tunewright.models.memory.plan import Memory, memory_at_hand, plan
+from tunewright.models.memory.estimate import PROCESS_RUNTIME, BatchShape
+from tunewright.models.memory.plan import Memory, available_memory, plan
 
 LENGTH, TRAINED = 2048, 32
 TOY_LENGTH, TOY_TRAINED = 256, 8
@@ -22,15 +22,17 @@ def run(report: Report, toy: bool, *, beyond: bool) -> None:
     """Train two steps with that many rows; `beyond` has no bar: what it shows is how much was kept back."""
     length, trained = (TOY_LENGTH, TOY_TRAINED) if toy else (LENGTH, TRAINED)
     shape = shape_of("8b", toy)
-    memory = TOY_MEMORY if toy else memory_at_hand(None)
+    memory = TOY_MEMORY if toy else available_memory(None)
     settings = TrainConfig(preset="all-linear", lora_r=RANK)
     planned = plan("8b", shape, settings, memory, rows=1, length=length, shared=0, answer=trained)
-    ways = [each for each in planned.ways if not each.way.nf4 and each.way.checkpointing == torch.cuda.is_available()]
-    (way,) = ways
-    fits = way.largest[length]
+    setups = [
+        each for each in planned.setups if not each.setup.nf4 and each.setup.checkpointing == torch.cuda.is_available()
+    ]
+    (setup,) = setups
+    fits = setup.largest[length]
     assert fits, f"no row of {length} tokens fits into {memory.source}"
     rows = math.ceil(1.1 * fits) if beyond else fits
-    asked = same_length_rows(shape, Load(rows, 0, length, trained))
+    asked = same_length_rows(shape, BatchShape(rows, 0, length, trained))
     trained_run = train_ours(shape, asked, rows, 2, nf4=False)
     at_once = trained_run.micro_batch
     report(

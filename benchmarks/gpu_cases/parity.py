@@ -16,9 +16,9 @@ from gpu_cases.bases import build, shape_of
 from gpu_cases.reporting import Report, relative_error
 from tunewright.config import TrainConfig
 from tunewright.models.loading import device
-from tunewright.training.adapter import keep_float32, lora_config
+from tunewright.training.lora import keep_float32, lora_config
 from tunewright.training.packing import attention, pack
-from tunewright.training.packing.fused_loss import add_token_losses, token_losses_of
+from tunewright.training.packing.fused_loss import add_token_losses, batch_token_losses
 
 BAR = 1.25
 """Packed may be this many times as far from float32 as the rows one by one are."""
@@ -83,7 +83,7 @@ def _adapted(base: Any, adapter: dict[str, Tensor], *, ours: bool) -> Any:
 def _packed(model: Any, rows: list[list[int]], labels: list[list[int]]) -> tuple[float, Tensor]:
     batch = pack(rows, labels, share=True).to(device())
     with torch.autocast(device().split(":")[0], dtype=torch.bfloat16):
-        loss = token_losses_of(model, batch).sum() / len(batch.targets)
+        loss = batch_token_losses(model, batch).sum() / len(batch.targets)
     loss.backward()
     return float(loss), _taken(model)
 

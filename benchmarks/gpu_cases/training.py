@@ -28,7 +28,7 @@ from gpu_cases.reporting import Report, Skipped, host_syncs, peak_flops, synchro
 from tunewright.chat.format import Tokens
 from tunewright.config import PRESETS, Config
 from tunewright.core.progress import LogReporter
-from tunewright.models.memory.estimate import Load, Way, need
+from tunewright.models.memory.estimate import BatchShape, TrainingSetup, estimate
 from tunewright.models.memory.shape import Shape
 from tunewright.models.quiet import quiet_transformers
 from tunewright.training.run import Run
@@ -36,11 +36,11 @@ from tunewright.training.run import Run
 TARGETS: tuple[str, ...] = PRESETS["all-linear"]["target_modules"]
 RANK = 16
 STEPS = 10
-LOAD = Load(rows=8, shared=384, own=128, trained=32)
+LOAD = BatchShape(rows=8, shared=384, own=128, trained=32)
 MEMORY_BAR = 0.1
 """The estimate may be this share off what was allocated."""
 TOY_STEPS = 4
-TOY_LOAD = Load(rows=4, shared=24, own=8, trained=4)
+TOY_LOAD = BatchShape(rows=4, shared=24, own=8, trained=4)
 
 
 @dataclass
@@ -170,14 +170,14 @@ def account(size: Shape, trained: Trained, row_tokens: float, computed: int | No
     }
 
 
-def _require_memory(size: Shape, load: Load, *, nf4: bool) -> None:
+def _require_memory(size: Shape, load: BatchShape, *, nf4: bool) -> None:
     """Check that the card is large enough by the estimate.
 
     Raises:
         Skipped: it is not.
     """
     if torch.cuda.is_available():
-        needed = need(size, Way(TARGETS, RANK, nf4=nf4, checkpointing=True, card=True), load).total
+        needed = estimate(size, TrainingSetup(TARGETS, RANK, nf4=nf4, checkpointing=True, card=True), load).total
         there = torch.cuda.get_device_properties(0).total_memory
         if needed > there:
             raise Skipped(f"needs {needed / 1e9:.0f} GB, and the card has {there / 1e9:.0f} GB")
@@ -187,20 +187,20 @@ def _finite(loss: float) -> bool:
     return loss == loss and abs(loss) != float("inf")
 
 
-def _predicted(size: Shape, load: Load, *, nf4: bool) -> int:
+def _predicted(size: Shape, load: BatchShape, *, nf4: bool) -> int:
     """Bytes that the memory estimate expects the allocator to hand out: all parts but the runtime."""
     on_card = torch.cuda.is_available()
-    needed = need(size, Way(TARGETS, RANK, nf4=nf4, checkpointing=on_card, card=on_card), load)
+    needed = estimate(size, TrainingSetup(TARGETS, RANK, nf4=nf4, checkpointing=on_card, card=on_card), load)
     return needed.total - needed.runtime
 
 
-def same_length_rows(size: Shape, load: Load) -> list[Tokens]:
+def same_length_rows(size: Shape, load: BatchShape) -> list[Tokens]:
     """Return the rows of one step: random ids with the same first tokens."""
     drawn = torch.randint(5, size.vocabulary, (load.rows, load.shared + load.own), generator=_seeded()).tolist()
     return [_row(drawn[0][: load.shared] + row[load.shared :], load.trained) for row in drawn]
 
 
-def varied_rows(size: Shape, load: Load, steps: int) -> list[Tokens]:
+def varied_rows(size: Shape, load: BatchShape, steps: int) -> list[Tokens]:
     """Return rows for ``steps`` steps, of lengths from a quarter of the load's to four times that."""
     generator = _seeded()
     length = load.shared + load.own
@@ -226,8 +226,6 @@ def config_of(rows: int, epochs: int, *, nf4: bool, liger: bool = False) -> Conf
         "epochs": epochs,
         "batch_size": rows,
         "quantization": "nf4" if nf4 else "none",
-        # So few steps never pay for compiling, and deciding that takes steps too.
-        "torch_compile": "off",
         "eval_max_samples": 0,
         "eval_steps": 10**6,
         "save_steps": 10**6,

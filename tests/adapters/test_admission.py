@@ -1,4 +1,4 @@
-"""Good adapters come in as they are, ours and peft's; what is stored is what was checked."""
+"""Valid adapters are imported unchanged, ours and peft's; the stored files are the checked ones."""
 
 from __future__ import annotations
 
@@ -50,9 +50,7 @@ def _keys_of_my_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 # Good ones
 
 
-def test_ours_comes_in_to_the_byte_and_is_evaluated_as_where_it_was_trained(
-    trained: Path, ours: Path, other: Path
-) -> None:
+def test_imported_own_adapter_is_identical_and_evaluates_the_same(trained: Path, ours: Path, other: Path) -> None:
     ran = import_adapter(other, ours)
     assert ran.code == 0, ran.stderr
     assert (ran.document["adapter"], ran.document["lineage"]) == (ours.name, "its own")
@@ -70,10 +68,10 @@ def test_ours_comes_in_to_the_byte_and_is_evaluated_as_where_it_was_trained(
     assert shown["evaluations"] == [{"id": evidence.id, "decision": verdict(evidence).decision}]
 
 
-def test_pefts_own_is_served_as_peft_answers(stock: Path, other: Path, tiny_base_folder: Path) -> None:
+def test_imported_peft_adapter_is_served_as_peft_answers(stock: Path, other: Path, tiny_base_folder: Path) -> None:
     ran = import_adapter(other, stock, "--base-matches")
     assert ran.code == 0, ran.stderr
-    assert "README.md is not taken along." in ran.stderr
+    assert "README.md is not imported." in ran.stderr
     name = ran.document["adapter"]
     assert name == f"stock-{adapter_digest(stock)[:12]}"
     stored = Path(ran.document["folder"])
@@ -95,7 +93,7 @@ def test_pefts_own_is_served_as_peft_answers(stock: Path, other: Path, tiny_base
     assert answer["choices"][0]["message"]["content"] == opened.chat.text(expected.tolist())
 
 
-def test_it_says_who_stated_what_and_nothing_that_is_not_known(stock: Path, other: Path) -> None:
+def test_import_records_statements_and_nothing_unknown(stock: Path, other: Path) -> None:
     assert import_adapter(other, stock, "--base-matches", "--quantize", "nf4").code == 0
     (adapter,) = api.open(other).adapters.list()
     lineage = adapter.lineage
@@ -108,11 +106,11 @@ def test_it_says_who_stated_what_and_nothing_that_is_not_known(stock: Path, othe
     assert tunewright("data", "trained-by", "pairs.jsonl:1", "-p", other).stdout.startswith(f"{adapter.name}: unknown")
 
 
-def test_the_system_prompt_of_a_foreign_adapter_is_what_is_stated(stock: Path, ours: Path, other: Path) -> None:
+def test_system_prompt_of_a_foreign_adapter_is_the_stated_one(stock: Path, ours: Path, other: Path) -> None:
     assert import_adapter(other, stock, "--base-matches", "--system-prompt", "Cite the cafe\u0301.").code == 0
     (adapter,) = api.open(other).adapters.list()
     assert system_prompt(adapter, other / "dataset") == SystemPrompt("Cite the café.")
-    assert "It has a lineage of its own" in refused_import(other, ours, "--system-prompt", "Cite.")
+    assert "has its own lineage" in refused_import(other, ours, "--system-prompt", "Cite.")
     assert "The system prompt is empty" in refused_import(other, stock, "--base-matches", "--system-prompt", " ")
 
 
@@ -142,7 +140,7 @@ def _tar(mode: Any) -> Callable[[Path, Path], Path]:
         ("a.tbz", _tar("w:bz2")),
     ],
 )
-def test_archives_bring_what_the_folder_has(
+def test_archives_import_the_same_files_as_the_folder(
     name: str, write: Callable[[Path, Path], Path], ours: Path, other: Path, tmp_path: Path
 ) -> None:
     ran = import_adapter(other, write(ours, tmp_path / name))
@@ -153,7 +151,7 @@ def test_archives_bring_what_the_folder_has(
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
-def test_sixteen_bits_come_in_too(dtype: Any, other: Path, tmp_path: Path) -> None:
+def test_16_bit_weights_are_imported(dtype: Any, other: Path, tmp_path: Path) -> None:
     weights = {name: weight.astype(dtype) for name, weight in lora_weights().items()}
     assert import_adapter(other, write_adapter(tmp_path / "good", weights=weights), "--base-matches").code == 0
 
@@ -169,8 +167,8 @@ def test_sixteen_bits_come_in_too(dtype: Any, other: Path, tmp_path: Path) -> No
         {"layers_to_transform": 0},
     ],
 )
-def test_modules_ranks_and_scales_are_those_that_peft_makes(changes: dict[str, Any], tiny_base_folder: Path) -> None:
-    """And so whatever passes the check of names and shapes is all that peft loads."""
+def test_modules_ranks_and_scales_equal_those_of_peft(changes: dict[str, Any], tiny_base_folder: Path) -> None:
+    """So peft loads exactly the weights that pass the checks of names and shapes."""
     values: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], **changes}
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_base_folder), LoraConfig(**values))
     prefix = "base_model.model."
@@ -183,10 +181,10 @@ def test_modules_ranks_and_scales_are_those_that_peft_makes(changes: dict[str, A
 
 
 @pytest.mark.parametrize("size", [0.5, 0.9, 1.1, 2.0])
-def test_the_cap_on_the_change_is_the_norm_of_the_product_over_the_bases(
+def test_change_limit_is_the_ratio_of_frobenius_norms(
     size: float, other: Path, tmp_path: Path, tiny_base_folder: Path
 ) -> None:
-    """Brute force: scale·BA is computed whole, and brought to ``size`` times the cap of 2."""
+    """Brute force: scale·BA is computed in full, and scaled to ``size`` times the limit of 2."""
     weights = lora_weights(seed=3)
     stem = "base_model.model.model.layers.1.self_attn.v_proj"
     base = load_file(tiny_base_folder / "model.safetensors")["model.layers.1.self_attn.v_proj.weight"]
@@ -195,13 +193,13 @@ def test_the_cap_on_the_change_is_the_norm_of_the_product_over_the_bases(
     ran = import_adapter(other, write_adapter(tmp_path / "large", weights=weights), "--base-matches")
     assert ran.code == (0 if size < 1 else 2)
     if size > 1:
-        assert f"by {2 * size:.1f} times their norm" in ran.document["error"]["what"]
+        assert f"is {2 * size:.1f} times their norm" in ran.document["error"]["what"]
 
 
 # Quarantine
 
 
-def test_what_is_stored_is_what_was_checked_whatever_becomes_of_the_source(
+def test_stored_files_are_the_checked_ones_when_the_source_changes(
     stock: Path, other: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checked = tree(stock)
@@ -219,7 +217,7 @@ def test_what_is_stored_is_what_was_checked_whatever_becomes_of_the_source(
     assert [stored[name] for name in (CONFIG, WEIGHTS)] == [checked[name] for name in (CONFIG, WEIGHTS)]
 
 
-def test_a_file_that_becomes_a_link_after_it_was_looked_at_is_not_followed(
+def test_file_replaced_by_a_link_is_not_followed(
     stock: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tunewright.adapters.admission import quarantine
@@ -235,10 +233,10 @@ def test_a_file_that_becomes_a_link_after_it_was_looked_at_is_not_followed(
             (stock / CONFIG).symlink_to(secret)
 
     monkeypatch.setattr(quarantine, "_require_plain", then_swap)
-    assert "cannot be read: Too many levels of symbolic links" in refused_import(other, stock, "--base-matches")
+    assert "Cannot be read: Too many levels of symbolic links" in refused_import(other, stock, "--base-matches")
 
 
-def test_what_a_killed_import_left_goes_with_the_next_and_a_running_one_is_let_be(stock: Path, other: Path) -> None:
+def test_import_removes_leftovers_of_killed_imports_only(stock: Path, other: Path) -> None:
     import fcntl
     import os
 
@@ -255,11 +253,11 @@ def test_what_a_killed_import_left_goes_with_the_next_and_a_running_one_is_let_b
         os.close(handle)
 
 
-def test_what_is_not_there_is_said(other: Path) -> None:
+def test_import_reports_a_missing_source(other: Path) -> None:
     assert "there is no such folder or archive" in refused_import(other, Path("nowhere"))
 
 
-def test_an_adapter_of_an_adapter_that_is_here_is_not_written_over(stock: Path, other: Path) -> None:
+def test_import_of_a_known_adapter_overwrites_nothing(stock: Path, other: Path) -> None:
     first = import_adapter(other, stock, "--base-matches").document
     before = tree(other)
     second = import_adapter(other, stock, "--base-matches").document
@@ -268,7 +266,7 @@ def test_an_adapter_of_an_adapter_that_is_here_is_not_written_over(stock: Path, 
     assert Adapter(Path(first["folder"])).imported is not None
 
 
-def test_without_a_name_the_one_that_was_trained_here_is_meant(stock: Path, trained: Path, tmp_path: Path) -> None:
+def test_find_adapter_prefers_one_trained_here_without_a_name(stock: Path, trained: Path, tmp_path: Path) -> None:
     project = Path(shutil.copytree(trained, tmp_path / "mixed"))
     (own,) = list_adapters(project / "adapters")
     assert import_adapter(project, stock, "--base-matches").code == 0

@@ -1,4 +1,4 @@
-"""What a foreign adapter says of itself, and who signed it, is held to the project."""
+"""A foreign adapter's claims and signatures, checked against the project."""
 
 from __future__ import annotations
 
@@ -35,47 +35,47 @@ def _keys_of_my_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 # What it says of itself
 
 
-def test_without_digests_the_base_has_to_be_stated(stock: Path, other: Path) -> None:
+def test_import_requires_a_stated_base_without_digests(stock: Path, other: Path) -> None:
     told = refused_import(other, stock)
-    assert "does not say by digest which base and chat template it was trained with" in told
+    assert "does not name its base and chat template by digest" in told
     assert "--base-matches" in told
 
 
-def test_with_digests_nothing_is_to_be_stated(ours: Path, other: Path) -> None:
-    assert "its lineage says so by digest" in refused_import(other, ours, "--base-matches")
+def test_import_refuses_statements_with_digests(ours: Path, other: Path) -> None:
+    assert "The lineage already says so by digest" in refused_import(other, ours, "--base-matches")
 
 
-def test_another_base_is_refused_by_the_files_that_differ(ours: Path, tmp_path: Path) -> None:
+def test_import_refuses_another_base_and_names_the_differing_files(ours: Path, tmp_path: Path) -> None:
     project = tiny_project(tmp_path / "elsewhere", build_base(tmp_path / "another-base", seed=1))
     told = refused_import(project, ours)
     assert "and the base here is" in told
     assert "other model.safetensors" in told
 
 
-def test_another_chat_template_is_refused(ours: Path, other: Path) -> None:
+def test_import_refuses_another_chat_template(ours: Path, other: Path) -> None:
     claim(ours, template_digest="0" * 64)
-    assert "it was trained with another chat template" in refused_import(other, ours)
+    assert "The adapter was trained with another chat template" in refused_import(other, ours)
 
 
-def test_a_lineage_of_other_weights_is_refused(ours: Path, other: Path) -> None:
+def test_import_refuses_a_lineage_of_other_weights(ours: Path, other: Path) -> None:
     weights = load_file(ours / WEIGHTS)
     save_file({name: weight * np.float32(0.5) for name, weight in weights.items()}, ours / WEIGHTS)
     (ours / MANIFEST).unlink()
-    assert "its lineage is that of other weights" in refused_import(other, ours)
+    assert "The lineage belongs to other weights" in refused_import(other, ours)
 
 
 @pytest.mark.parametrize(
     ("gone", "changes", "words"),
     [
-        (("dataset",), {}, "not a lineage of this version of tunewright: dataset: Field required"),
+        (("dataset",), {}, "Not a lineage of this version of tunewright: dataset: Field required"),
         ((), {"created": "whenever"}, "created: String should match"),
-        ((), {"seed": "\x1b]0;owned\x07"}, "a text holds the control character 0x1b"),
-        ((), {"packages": {"\x9b2J": "1"}}, "a text holds the control character 0x9b"),
+        ((), {"seed": "\x1b]0;owned\x07"}, "A text has the control character 0x1b"),
+        ((), {"packages": {"\x9b2J": "1"}}, "A text has the control character 0x9b"),
         ((), {"training": {"kept_step": 1}}, "training.seconds"),
         ((), {"scaled": {"parent": 7}}, "scaled.parent"),
     ],
 )
-def test_a_lineage_that_is_none_is_refused(
+def test_import_refuses_an_invalid_lineage(
     gone: tuple[str, ...], changes: dict[str, Any], words: str, ours: Path, other: Path
 ) -> None:
     claim(ours, *gone, **changes)
@@ -85,20 +85,18 @@ def test_a_lineage_that_is_none_is_refused(
 @pytest.mark.parametrize(
     ("file", "line", "words"),
     [
-        ("metrics.jsonl", b'{"step": "one"}\n', "metrics.jsonl:1: not a line of metrics"),
-        ("metrics.jsonl", b'{"step": NaN}\n', "NaN is no number of JSON"),
-        ("replay.jsonl", b'{"messages": [{"role": "root", "content": ""}]}\n', "replay.jsonl:1: not a conversation"),
+        ("metrics.jsonl", b'{"step": "one"}\n', "metrics.jsonl:1: Not a line of metrics"),
+        ("metrics.jsonl", b'{"step": NaN}\n', "NaN is not a JSON number"),
+        ("replay.jsonl", b'{"messages": [{"role": "root", "content": ""}]}\n', "replay.jsonl:1: Not a conversation"),
     ],
 )
-def test_records_of_a_training_that_are_none_are_refused(
-    file: str, line: bytes, words: str, ours: Path, other: Path
-) -> None:
+def test_import_refuses_invalid_training_records(file: str, line: bytes, words: str, ours: Path, other: Path) -> None:
     (ours / file).write_bytes(line)
     write_manifest(ours, ours.name)
     assert words in refused_import(other, ours)
 
 
-def test_earlier_checkpoints_are_held_to_the_same(ours: Path, other: Path) -> None:
+def test_import_checks_earlier_checkpoints_alike(ours: Path, other: Path) -> None:
     path = next(ours.glob(f"checkpoints/*/{WEIGHTS}"))
     weights = load_file(path)
     name = sorted(weights)[0]
@@ -106,36 +104,34 @@ def test_earlier_checkpoints_are_held_to_the_same(ours: Path, other: Path) -> No
     save_file(weights, path)
     write_manifest(ours, ours.name)
     told = refused_import(other, ours)
-    assert f"checkpoints/{path.parent.name}/{WEIGHTS}, {name}: 1 of its" in told
+    assert f"checkpoints/{path.parent.name}/{WEIGHTS}, {name}: 1 of " in told
     path.unlink()
     write_manifest(ours, ours.name)
-    assert f"it is missing: {WEIGHTS}" in refused_import(other, ours)
+    assert f"{WEIGHTS} is missing" in refused_import(other, ours)
 
 
-def test_a_manifest_that_is_not_of_these_files_is_refused(ours: Path, other: Path) -> None:
+def test_import_refuses_a_manifest_of_other_files(ours: Path, other: Path) -> None:
     (ours / "metrics.jsonl").write_text("{}\n")
-    assert "it is not what its manifest says: metrics.jsonl has changed" in refused_import(other, ours)
+    assert "The files differ from the manifest: metrics.jsonl has changed" in refused_import(other, ours)
 
 
-def test_a_manifest_of_another_name_is_refused(ours: Path, other: Path) -> None:
+def test_import_refuses_a_manifest_of_another_name(ours: Path, other: Path) -> None:
     write_manifest(ours, "tiny-000000000000")
-    assert "its manifest is that of tiny-000000000000" in refused_import(other, ours)
+    assert "The manifest names tiny-000000000000" in refused_import(other, ours)
     write_manifest(ours, ours.name)
-    assert "its manifest names it" in refused_import(other, ours, "--name", "mine")
+    assert "The manifest names the adapter already" in refused_import(other, ours, "--name", "mine")
 
 
-def test_a_name_is_no_path(stock: Path, other: Path, tmp_path: Path) -> None:
+def test_import_refuses_a_path_as_name(stock: Path, other: Path, tmp_path: Path) -> None:
     for name in ("../evil", "Evil", "évil", "a" * 60, ""):
         folder = stock if name else Path(shutil.copytree(stock, tmp_path / "Ünnamed"))
         options = ["--name", name] if name else []
-        assert "is no name" in refused_import(other, folder, "--base-matches", *options)
+        assert "Invalid name" in refused_import(other, folder, "--base-matches", *options)
     assert import_adapter(other, stock, "--base-matches", "--name", "mine").document["adapter"].startswith("mine-")
 
 
-def test_an_adapter_that_only_claims_to_be_done_does_not_keep_the_project_from_training(
-    ours: Path, other: Path
-) -> None:
-    """The claim is of the very inputs that this project would train on, and the weights are not what comes of them."""
+def test_unsigned_claim_of_inputs_does_not_prevent_training(ours: Path, other: Path) -> None:
+    """The claim names the inputs that this project would train on; the weights are others."""
     weights = load_file(ours / WEIGHTS)
     save_file({name: weight * np.float32(0.5) for name, weight in weights.items()}, ours / WEIGHTS)
     claim(ours, digest=adapter_digest(ours))
@@ -159,7 +155,7 @@ def _signed(folder: Path, project: Path, name: str = "ann", *, trust: bool = Tru
         api.open(project).keys.trust(name)
 
 
-def test_signed_by_a_trusted_key_it_comes_in_signed_and_what_it_claims_is_believed(ours: Path, other: Path) -> None:
+def test_import_believes_claims_signed_by_a_trusted_key(ours: Path, other: Path) -> None:
     _signed(ours, other)
     assert import_adapter(other, ours).document["signed"] == "signed"
     (adapter,) = api.open(other).adapters.list()
@@ -167,32 +163,32 @@ def test_signed_by_a_trusted_key_it_comes_in_signed_and_what_it_claims_is_believ
     assert tunewright("adapters", "verify", "-p", other).code == 0
 
 
-def test_where_keys_are_trusted_unsigned_and_untrusted_ones_stay_out_unless_asked_for(ours: Path, other: Path) -> None:
+def test_import_refuses_unsigned_adapters_when_keys_are_trusted(ours: Path, other: Path) -> None:
     new_private_key("ann")
     api.open(other).keys.trust("ann")
-    assert "it is unsigned, and this project trusts keys" in refused_import(other, ours)
+    assert "The adapter is unsigned, and this project requires a trusted signature" in refused_import(other, ours)
     _signed(ours, other, "bob", trust=False)
-    assert "it is untrusted, and this project trusts keys" in refused_import(other, ours)
+    assert "The adapter is untrusted, and this project requires a trusted signature" in refused_import(other, ours)
     assert import_adapter(other, ours, "--unsigned").document["signed"] == "untrusted"
     assert tunewright("adapters", "verify", "-p", other).code == 4
-    with pytest.raises(UserError, match="it is untrusted"):
+    with pytest.raises(UserError, match="The adapter is untrusted"):
         api.open(other).serve([ours.name])
 
 
-def test_a_signature_of_something_else_keeps_it_out_even_with_unsigned(ours: Path, other: Path) -> None:
+def test_import_refuses_a_foreign_signature_even_with_unsigned(ours: Path, other: Path) -> None:
     _signed(ours, other)
     claim(ours, seed=7)
     assert "the signature of ann is of another manifest" in refused_import(other, ours, "--unsigned")
 
 
-def test_a_revoked_key_keeps_it_out_even_with_unsigned(ours: Path, other: Path) -> None:
+def test_import_refuses_a_revoked_key_even_with_unsigned(ours: Path, other: Path) -> None:
     _signed(ours, other)
     assert tunewright("keys", "revoke", "ann", "--because", "it leaked", "-p", other).code == 0
     assert "ann was revoked on" in refused_import(other, ours, "--unsigned")
 
 
-def test_a_signature_without_a_manifest_is_refused(ours: Path, other: Path) -> None:
+def test_import_refuses_a_signature_without_a_manifest(ours: Path, other: Path) -> None:
     _signed(ours, other)
     (ours / MANIFEST).unlink()
-    assert f"a signature, and no {MANIFEST}" in refused_import(other, ours)
+    assert f"a signature but no {MANIFEST}" in refused_import(other, ours)
     assert (ours / SIGNATURE).exists()

@@ -1,4 +1,4 @@
-"""Every hostile adapter of the corpus is refused for its own reason, and leaves the disk as it was."""
+"""Every hostile adapter of the corpus is refused for its own reason, and leaves the disk unchanged."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def _no_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own_keys(tmp_path, monkeypatch)
 
 
-def test_the_corpus_is_large_and_what_it_changes_is_admitted_unchanged(project: Path, tmp_path: Path) -> None:
-    """What is refused below is refused for what was done to it: the same adapter without that comes in."""
+def test_hostile_corpus_is_large_and_its_base_adapter_is_imported(project: Path, tmp_path: Path) -> None:
+    """The adapter that the corpus modifies is valid: without the modification it is imported."""
     assert len(CORPUS) >= 40
     ran = tunewright("adapters", "import", write_adapter(tmp_path / "good"), "--base-matches", "-p", project, "--json")
     assert ran.code == 0, ran.stderr
@@ -31,7 +31,7 @@ def test_the_corpus_is_large_and_what_it_changes_is_admitted_unchanged(project: 
 
 
 @pytest.mark.parametrize("name", CORPUS)
-def test_refused_for_its_own_reason_with_nothing_left_behind(name: str, project: Path, tmp_path: Path) -> None:
+def test_hostile_adapter_is_refused_for_its_reason_and_leaves_nothing(name: str, project: Path, tmp_path: Path) -> None:
     build, words = CORPUS[name]
     source = build(tmp_path)
     before = tree(project)

@@ -1,4 +1,4 @@
-"""What is read of an adapter without touching the base, against what peft builds into it."""
+"""LoRA weights read without changing the base, against what peft builds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from peft.tuners.lora.layer import LoraLayer
 from safetensors.torch import load_file, save_file
 
 from decoding_helpers import llama
-from tunewright.adapters.lora_weights import read_matrices
+from tunewright.adapters.lora_weights import load_lora_weights
 from tunewright.adapters.registry import CONFIG, WEIGHTS
 from tunewright.core.errors import UserError
 from tunewright.generation.lora_dispatch import LoraDispatch
@@ -57,7 +57,7 @@ def _base(dtype: torch.dtype) -> Any:
 
 
 def _save(folder: Path, config: LoraConfig, weights_in: torch.dtype = torch.float32) -> None:
-    """What peft writes of an adapter that has an effect."""
+    """Save an adapter with an effect by peft."""
     wrapped: Any = get_peft_model(llama().float(), config)
     torch.manual_seed(4)
     for name, weight in wrapped.named_parameters():
@@ -75,7 +75,7 @@ def _save(folder: Path, config: LoraConfig, weights_in: torch.dtype = torch.floa
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     weights_in=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
-def test_whatever_the_configuration_it_is_what_peft_loads_to_the_bit(
+def test_load_lora_weights_equals_peft_for_any_configuration(
     config: dict[str, Any], targets: dict[str, Any], dtype: torch.dtype, weights_in: torch.dtype
 ) -> None:
     with tempfile.TemporaryDirectory() as place:
@@ -86,7 +86,7 @@ def test_whatever_the_configuration_it_is_what_peft_loads_to_the_bit(
             assume(False)  # nothing that it could be for, or what excludes itself: peft does not make it
         base = _base(dtype)
         names = [name for name, _ in base.named_modules()]
-        read = read_matrices(folder, base)
+        read = load_lora_weights(folder, base)
         assert [name for name, _ in base.named_modules()] == names
         wrapped = PeftModel.from_pretrained(_base(dtype), folder).eval()
     built = {
@@ -103,12 +103,12 @@ def test_whatever_the_configuration_it_is_what_peft_loads_to_the_bit(
             assert torch.equal(ours, theirs.t())
             assert ours.stride() == theirs.t().stride()
     beside = LoraDispatch(base, mixed=True)
-    beside.put("default", read)
+    beside.add("default", read)
     with torch.inference_mode():
         expected = wrapped(input_ids=IDS).logits
-        with beside.answering(["default", "default"]):
+        with beside.use_adapters(["default", "default"]):
             found = base(input_ids=IDS).logits
-        with LoraDispatch(wrapped, mixed=True).answering(["default", "default"]):
+        with LoraDispatch(wrapped, mixed=True).use_adapters(["default", "default"]):
             before = wrapped(input_ids=IDS).logits
         plain = base(input_ids=IDS).logits
     assert torch.equal(found, before), "as rows of a PeftModel are answered"
@@ -131,25 +131,23 @@ PLAIN: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "
         ({"alora_invocation_tokens": [3]}, "alora_invocation_tokens"),
         ({"layer_replication": [(0, 2), (1, 2)]}, "layer_replication"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
-        ({"target_modules": ["embed_tokens", "q_proj"]}, "embed_tokens, which is no linear layer"),
+        ({"target_modules": ["embed_tokens", "q_proj"]}, "embed_tokens is not a linear layer"),
     ],
 )
-def test_more_than_plain_lora_is_refused_and_what_it_is_is_named(
-    more: dict[str, Any], named: str, tmp_path: Path
-) -> None:
+def test_load_lora_weights_refuses_other_kinds_by_name(more: dict[str, Any], named: str, tmp_path: Path) -> None:
     get_peft_model(llama().float(), LoraConfig(**PLAIN | more)).save_pretrained(str(tmp_path))
     with pytest.raises(UserError, match=named):
-        read_matrices(tmp_path, llama().float())
+        load_lora_weights(tmp_path, llama().float())
 
 
-def test_a_key_that_this_peft_does_not_know_is_refused_unless_it_says_nothing(tmp_path: Path) -> None:
+def test_load_lora_weights_refuses_unknown_keys_with_an_effect(tmp_path: Path) -> None:
     _save(tmp_path, LoraConfig(**PLAIN))
     said = json.loads((tmp_path / CONFIG).read_text())
     (tmp_path / CONFIG).write_text(json.dumps(said | {"use_tomorrow": False}))
-    assert len(read_matrices(tmp_path, llama().float())) == 4
+    assert len(load_lora_weights(tmp_path, llama().float())) == 4
     (tmp_path / CONFIG).write_text(json.dumps(said | {"use_tomorrow": True}))
     with pytest.raises(UserError, match="use_tomorrow: true"):
-        read_matrices(tmp_path, llama().float())
+        load_lora_weights(tmp_path, llama().float())
 
 
 NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -159,12 +157,15 @@ NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     ("change", "told"),
     [
         (lambda tensors: tensors.pop(NAME), f"{NAME} is missing"),
-        (lambda tensors: tensors.update({NAME.replace("q_proj", "k_proj"): tensors[NAME].clone()}), "not called for"),
-        (lambda tensors: tensors.update({NAME: tensors[NAME][:3].clone()}), r"is \[3, 64\], and with this base"),
-        (lambda tensors: tensors.update({NAME: tensors[NAME][:, :32].clone()}), r"is \[4, 32\], and with this base"),
+        (
+            lambda tensors: tensors.update({NAME.replace("q_proj", "k_proj"): tensors[NAME].clone()}),
+            "not part of the configuration",
+        ),
+        (lambda tensors: tensors.update({NAME: tensors[NAME][:3].clone()}), r"is \[3, 64\]; with this base"),
+        (lambda tensors: tensors.update({NAME: tensors[NAME][:, :32].clone()}), r"is \[4, 32\]; with this base"),
     ],
 )
-def test_weights_that_peft_would_leave_out_or_make_up_are_refused(
+def test_load_lora_weights_refuses_missing_and_unexpected_weights(
     change: Callable[[dict[str, Any]], Any], told: str, tmp_path: Path
 ) -> None:
     _save(tmp_path, LoraConfig(**PLAIN))
@@ -172,24 +173,24 @@ def test_weights_that_peft_would_leave_out_or_make_up_are_refused(
     change(tensors)
     save_file(tensors, tmp_path / WEIGHTS)
     with pytest.raises(UserError, match=told):
-        read_matrices(tmp_path, llama().float())
+        load_lora_weights(tmp_path, llama().float())
 
 
-def test_files_that_cannot_be_read_are_told(tmp_path: Path) -> None:
+def test_load_lora_weights_reports_unreadable_files(tmp_path: Path) -> None:
     _save(tmp_path, LoraConfig(**PLAIN))
     (tmp_path / WEIGHTS).write_bytes(b"no safetensors")
     with pytest.raises(UserError, match="cannot be read"):
-        read_matrices(tmp_path, llama().float())
+        load_lora_weights(tmp_path, llama().float())
     said = {"peft_type": "LORA", "target_modules": ".*_proj", "layers_to_transform": [0]}
     (tmp_path / CONFIG).write_text(json.dumps(said))
-    with pytest.raises(UserError, match="peft does not take"):
-        read_matrices(tmp_path, llama().float())
+    with pytest.raises(UserError, match="peft rejects"):
+        load_lora_weights(tmp_path, llama().float())
 
 
-def test_what_was_read_does_not_change_with_the_file(tmp_path: Path) -> None:
-    """Reading maps the file; a write into it would otherwise be an answer of nobody's adapter."""
+def test_loaded_weights_do_not_change_with_the_file(tmp_path: Path) -> None:
+    """Reading maps the file, so a later write could change the answers."""
     _save(tmp_path, LoraConfig(**PLAIN))
-    read = read_matrices(tmp_path, llama().float())
+    read = load_lora_weights(tmp_path, llama().float())
     before = {name: lora.down.clone() for name, lora in read.items()}
     with (tmp_path / WEIGHTS).open("r+b") as file:
         size = file.seek(0, 2)

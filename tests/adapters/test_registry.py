@@ -33,7 +33,7 @@ def _store(tmp_path: Path, name: str, content: bytes, created: str = "2026-01-01
     )
 
 
-def test_a_stored_adapter_is_named_by_its_content_and_reads_back(tmp_path: Path) -> None:
+def test_stored_adapter_is_named_by_its_content(tmp_path: Path) -> None:
     adapter = _store(tmp_path, "courts", b"one")
     assert adapter.name == f"courts-{adapter.digest[:12]}"
     assert adapter.history == [{"step": 1, "loss": 2.5}]
@@ -50,29 +50,29 @@ def test_checkpoints_are_in_the_order_of_their_steps(tmp_path: Path) -> None:
     assert list(adapter.checkpoints) == ["step-5", "step-40", "step-100"]
 
 
-def test_a_changed_adapter_is_refused(tmp_path: Path) -> None:
+def test_verify_refuses_a_changed_adapter(tmp_path: Path) -> None:
     adapter = _store(tmp_path, "courts", b"one")
     (adapter.folder / WEIGHTS).write_bytes(b"One")
-    with pytest.raises(UserError, match="not the ones that were stored"):
+    with pytest.raises(UserError, match="changed since they were stored"):
         adapter.verify()
     (adapter.folder / WEIGHTS).unlink()
-    with pytest.raises(UserError, match=f"missing: {WEIGHTS}"):
+    with pytest.raises(UserError, match=f"Missing files: {WEIGHTS}"):
         adapter.verify()
 
 
-def test_an_adapter_is_found_by_a_beginning_that_only_one_has(tmp_path: Path) -> None:
+def test_find_adapter_accepts_a_unique_prefix(tmp_path: Path) -> None:
     old = _store(tmp_path, "courts", b"one", created="2026-01-01")
     new = _store(tmp_path, "courts", b"two", created="2026-02-01")
     folder = tmp_path / "adapters"
     assert [a.name for a in list_adapters(folder)] == [old.name, new.name]
     assert find_adapter(folder) == new
     assert find_adapter(folder, old.name[:-4]) == old
-    with pytest.raises(UserError, match="2 adapters begin with 'courts'"):
+    with pytest.raises(UserError, match="2 adapters start with 'courts'"):
         find_adapter(folder, "courts")
-    with pytest.raises(UserError, match="no adapter is called 'x'"):
+    with pytest.raises(UserError, match="No adapter is named 'x'"):
         find_adapter(folder, "x")
 
 
-def test_no_adapter_yet_says_what_to_do(tmp_path: Path) -> None:
+def test_find_adapter_names_the_command_when_there_is_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="tunewright train"):
         find_adapter(tmp_path)

@@ -1,4 +1,4 @@
-"""Signatures: over every file and what the adapter was made of, by keys that a project trusts, or not."""
+"""Signatures over every file and the inputs' digests, by trusted and other keys."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tunewright.adapters.keys import PrivateKey, TrustedKeys, new_private_key, p
 from tunewright.adapters.manifest import LOCAL, MANIFEST, SIGNATURE
 from tunewright.adapters.registry import CONFIG, LINEAGE, WEIGHTS, Adapter, store_adapter
 from tunewright.adapters.signing import PAYLOAD_TYPE, sign, signing_key, store_signer
-from tunewright.adapters.trust import require_sound, standing
+from tunewright.adapters.trust import require_trusted, trust_status
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, write_json
 
@@ -62,9 +62,9 @@ def _store(tmp_path: Path, signer: PrivateKey | None, seed: int = 0, inputs: str
     return store_adapter(place, "courts", weights, {"step-5": weights}, lineage, history, servable=True, signer=signer)
 
 
-def test_a_signed_adapter_is_signed_and_says_by_whom(tmp_path: Path, ann: PrivateKey) -> None:
+def test_signed_adapter_names_its_signer(tmp_path: Path, ann: PrivateKey) -> None:
     adapter = _store(tmp_path, ann)
-    found = standing(adapter, _trusting(tmp_path, ann))
+    found = trust_status(adapter, _trusting(tmp_path, ann))
     assert (found.state, found.keys, found.reasons) == ("signed", ("ann",), ("signed by ann",))
 
 
@@ -115,85 +115,83 @@ def _link(folder: Path) -> None:
         (_flip(CONFIG), f"{CONFIG} has changed"),
         (_flip(f"checkpoints/step-5/{WEIGHTS}"), f"checkpoints/step-5/{WEIGHTS} has changed"),
         (_flip("metrics.jsonl"), "metrics.jsonl has changed"),
-        (_flip(MANIFEST), "not JSON that can be trusted"),
+        (_flip(MANIFEST), "Not strict JSON"),
         (_reason, f"{LINEAGE} has changed"),
         (_pickle, "adapter_model.bin is not in the manifest"),
-        (_link, "it is no plain file"),
+        (_link, "may have only plain files"),
         (lambda folder: (folder / "metrics.jsonl").unlink(), "metrics.jsonl is missing"),
-        (lambda folder: (folder / LINEAGE).unlink(), "not a lineage that can be read"),
+        (lambda folder: (folder / LINEAGE).unlink(), "The lineage cannot be read"),
     ],
 )
-def test_whatever_is_changed_after_signing_is_tampered_and_named(
+def test_any_change_after_signing_is_tampered_and_named(
     change: Callable[[Path], None], words: str, tmp_path: Path, ann: PrivateKey
 ) -> None:
     adapter = _store(tmp_path, ann)
     change(adapter.folder)
-    found = standing(Adapter(adapter.folder), _trusting(tmp_path, ann))
+    found = trust_status(Adapter(adapter.folder), _trusting(tmp_path, ann))
     assert found.state == "tampered"
     assert any(words in reason for reason in found.reasons), found.reasons
-    with pytest.raises(UserError, match="it is tampered"):
-        require_sound(Adapter(adapter.folder), TrustedKeys(tmp_path / "no-keys"))
+    with pytest.raises(UserError, match="The adapter is tampered"):
+        require_trusted(Adapter(adapter.folder), TrustedKeys(tmp_path / "no-keys"))
 
 
-def test_a_manifest_written_anew_over_changed_files_is_no_longer_what_was_signed(
-    tmp_path: Path, ann: PrivateKey
-) -> None:
+def test_rewritten_manifest_invalidates_the_signature(tmp_path: Path, ann: PrivateKey) -> None:
     from tunewright.adapters.registry import write_manifest
 
     adapter = _store(tmp_path, ann)
     _reason(adapter.folder)
     write_manifest(adapter.folder, adapter.name)
-    found = standing(Adapter(adapter.folder), _trusting(tmp_path, ann))
+    found = trust_status(Adapter(adapter.folder), _trusting(tmp_path, ann))
     assert (found.state, found.reasons) == ("tampered", ("the signature of ann is of another manifest",))
 
 
-def test_a_signature_does_not_go_with_another_name(tmp_path: Path, ann: PrivateKey) -> None:
+def test_signature_is_invalid_for_another_name(tmp_path: Path, ann: PrivateKey) -> None:
     adapter = _store(tmp_path, ann)
     renamed = adapter.folder.rename(adapter.folder.with_name(adapter.name.replace("courts", "forums")))
-    found = standing(Adapter(renamed), _trusting(tmp_path, ann))
+    found = trust_status(Adapter(renamed), _trusting(tmp_path, ann))
     assert found.state == "tampered"
-    assert f"its manifest is that of {adapter.name}" in found.reasons
+    assert f"the manifest names {adapter.name}" in found.reasons
 
 
-def test_a_signature_does_not_go_with_another_adapter(tmp_path: Path, ann: PrivateKey) -> None:
+def test_signature_is_invalid_for_another_adapter(tmp_path: Path, ann: PrivateKey) -> None:
     one, two = _store(tmp_path, ann), _store(tmp_path, None, seed=1)
     (two.folder / SIGNATURE).write_bytes((one.folder / SIGNATURE).read_bytes())
-    assert standing(two, _trusting(tmp_path, ann)).state == "tampered"
+    assert trust_status(two, _trusting(tmp_path, ann)).state == "tampered"
 
 
-def test_unsigned_untrusted_and_revoked_are_told_apart(tmp_path: Path, ann: PrivateKey) -> None:
+def test_unsigned_untrusted_and_revoked_are_distinguished(tmp_path: Path, ann: PrivateKey) -> None:
     bob = new_private_key("bob")
     unsigned, by_bob, by_ann = (_store(tmp_path, key, seed=n) for n, key in enumerate([None, bob, ann]))
     trusted = _trusting(tmp_path, ann)
-    assert standing(unsigned, trusted).state == "unsigned"
-    assert standing(by_bob, trusted).state == "untrusted"
-    assert standing(by_bob, trusted).keys == (bob.id[:16],)
+    assert trust_status(unsigned, trusted).state == "unsigned"
+    assert trust_status(by_bob, trusted).state == "untrusted"
+    assert trust_status(by_bob, trusted).keys == (bob.id[:16],)
     trusted.revoke("ann", "the laptop was stolen", "bob")
-    found = standing(by_ann, TrustedKeys(trusted.folder))
+    found = trust_status(by_ann, TrustedKeys(trusted.folder))
     assert found.state == "revoked"
     assert "the laptop was stolen" in found.reasons[0]
 
 
-def test_with_trusted_keys_only_their_adapters_are_sound_and_without_any_whole_ones_are(
-    tmp_path: Path, ann: PrivateKey
-) -> None:
+def test_require_trusted_needs_a_signature_only_with_trusted_keys(tmp_path: Path, ann: PrivateKey) -> None:
     unsigned, signed = _store(tmp_path, None), _store(tmp_path, ann, seed=1)
     none = TrustedKeys(tmp_path / "no-keys")
-    require_sound(unsigned, none)
-    require_sound(signed, none)
+    require_trusted(unsigned, none)
+    require_trusted(signed, none)
     trusted = _trusting(tmp_path, ann)
-    require_sound(signed, trusted)
-    with pytest.raises(UserError, match="it is unsigned: no signature, and this project trusts keys"):
-        require_sound(unsigned, trusted)
+    require_trusted(signed, trusted)
+    with pytest.raises(
+        UserError, match="The adapter is unsigned: no signature, and this project requires a trusted signature"
+    ):
+        require_trusted(unsigned, trusted)
     assert sign(unsigned.folder, ann)
-    require_sound(unsigned, trusted)
+    require_trusted(unsigned, trusted)
     assert not sign(unsigned.folder, ann)
 
 
-def test_two_may_sign_and_one_that_is_trusted_is_enough(tmp_path: Path, ann: PrivateKey) -> None:
+def test_one_trusted_signature_of_two_is_enough(tmp_path: Path, ann: PrivateKey) -> None:
     adapter = _store(tmp_path, new_private_key("bob"))
     sign(adapter.folder, ann)
-    found = standing(adapter, _trusting(tmp_path, ann))
+    found = trust_status(adapter, _trusting(tmp_path, ann))
     assert (found.state, len(found.keys)) == ("signed", 2)
 
 
@@ -204,21 +202,21 @@ def test_the_same_adapter_from_other_inputs_keeps_its_signature(tmp_path: Path, 
     assert again.was_trained_by(digest("inputs"))
     assert again.was_trained_by(digest("other inputs"))
     assert (adapter.folder / LOCAL).exists()
-    assert standing(again, _trusting(tmp_path, ann)).state == "signed"
+    assert trust_status(again, _trusting(tmp_path, ann)).state == "signed"
 
 
-def test_an_adapter_of_an_earlier_tunewright_is_unsigned_and_its_change_is_seen(tmp_path: Path) -> None:
+def test_adapter_without_manifest_is_unsigned_and_its_change_is_detected(tmp_path: Path) -> None:
     adapter = _store(tmp_path, None)
     (adapter.folder / MANIFEST).unlink()
-    assert standing(adapter, _trusting(tmp_path)).state == "unsigned"
+    assert trust_status(adapter, _trusting(tmp_path)).state == "unsigned"
     _flip(CONFIG)(adapter.folder)
-    assert standing(adapter, _trusting(tmp_path)).state == "tampered"
+    assert trust_status(adapter, _trusting(tmp_path)).state == "tampered"
 
 
 # Keys
 
 
-def test_a_private_key_is_its_owners_alone_and_outside_of_the_project(tmp_path: Path, ann: PrivateKey) -> None:
+def test_private_key_is_owner_only_and_outside_the_project(tmp_path: Path, ann: PrivateKey) -> None:
     assert stat.S_IMODE(ann.path.stat().st_mode) == 0o600
     assert stat.S_IMODE(ann.path.parent.stat().st_mode) == 0o700
     assert (tmp_path / "project") not in ann.path.parents
@@ -226,31 +224,31 @@ def test_a_private_key_is_its_owners_alone_and_outside_of_the_project(tmp_path: 
     assert len(list(ann.path.parent.iterdir())) == 1
 
 
-def test_a_private_key_that_others_can_read_is_not_used(tmp_path: Path, ann: PrivateKey) -> None:
+def test_private_key_readable_by_others_is_refused(tmp_path: Path, ann: PrivateKey) -> None:
     ann.path.chmod(0o640)
-    with pytest.raises(UserError, match=r"others can read this private key \(mode 640\)"):
+    with pytest.raises(UserError, match=r"Other users can read this private key \(mode 640\)"):
         private_key("ann").sign(b"message")
 
 
-def test_a_key_is_never_written_over(ann: PrivateKey) -> None:
+def test_key_is_never_overwritten(ann: PrivateKey) -> None:
     before = ann.path.read_bytes()
-    with pytest.raises(UserError, match="you have a key 'ann' already"):
+    with pytest.raises(UserError, match="You have a key 'ann' already"):
         new_private_key("ann")
     assert ann.path.read_bytes() == before
 
 
 @pytest.mark.parametrize("name", ["", "Ann", "../ann", "a" * 64, "änn", ".ann", "ann/bob", "ann\n"])
-def test_a_key_has_a_name_that_is_no_path(name: str) -> None:
-    with pytest.raises(UserError, match="is no name"):
+def test_key_name_cannot_be_a_path(name: str) -> None:
+    with pytest.raises(UserError, match="Invalid name"):
         new_private_key(name)
 
 
-def test_a_key_that_was_revoked_is_not_trusted_again(tmp_path: Path, ann: PrivateKey) -> None:
+def test_revoked_key_cannot_be_trusted_again(tmp_path: Path, ann: PrivateKey) -> None:
     trusted = _trusting(tmp_path, ann)
     trusted.revoke("ann", "lost", None)
-    with pytest.raises(UserError, match="this key was revoked on"):
+    with pytest.raises(UserError, match="This key was revoked on"):
         TrustedKeys(trusted.folder).trust("ann-again", ann.public_key, None)
-    with pytest.raises(UserError, match="it was revoked on"):
+    with pytest.raises(UserError, match="The key was revoked on"):
         TrustedKeys(trusted.folder).revoke("ann", "lost", None)
 
 
@@ -260,32 +258,32 @@ def test_only_the_public_half_of_an_ed25519_key_is_trusted(tmp_path: Path, ann: 
         trusted.trust("ann", ann.path.read_text(), None)
     other = ec.generate_private_key(ec.SECP256R1())
     public = other.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
-    with pytest.raises(UserError, match="not a key for Ed25519"):
+    with pytest.raises(UserError, match="Not an Ed25519 key"):
         trusted.trust("other", public, None)
-    with pytest.raises(UserError, match="not a public key"):
+    with pytest.raises(UserError, match="Not a public key"):
         trusted.trust("other", "nothing of the kind", None)
     path = ann.path.with_name("other.pem")
     path.write_bytes(other.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
     path.chmod(0o600)
-    with pytest.raises(UserError, match="not a key for Ed25519"):
+    with pytest.raises(UserError, match="Not an Ed25519 key"):
         private_key("other").sign(b"message")
     assert not trusted.folder.exists()
 
 
-def test_a_changed_file_of_a_trusted_key_is_refused(tmp_path: Path, ann: PrivateKey) -> None:
+def test_changed_trusted_key_file_is_refused(tmp_path: Path, ann: PrivateKey) -> None:
     trusted = _trusting(tmp_path, ann)
     path = trusted.folder / "ann.json"
     whole = path.read_text()
     path.write_text(whole.replace(ann.id, "0" * 64))
-    with pytest.raises(UserError, match="its name or its ID is not that of the key"):
+    with pytest.raises(UserError, match="The file's name or ID does not match its key"):
         TrustedKeys(trusted.folder)
     path.write_text(whole.replace('"name"', '"id": "", "name"'))
-    with pytest.raises(UserError, match="the key 'id' is there twice"):
+    with pytest.raises(UserError, match="the key 'id' is repeated"):
         TrustedKeys(trusted.folder)
 
 
 class _Heard:
-    """A reporter that keeps what it is told."""
+    """Records messages."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
@@ -294,7 +292,7 @@ class _Heard:
         self.said.append(message)
 
 
-def test_who_signs_what_is_stored_is_said_and_why_nobody_does(tmp_path: Path) -> None:
+def test_store_signer_reports_the_key_or_the_reason(tmp_path: Path) -> None:
     keys, heard = tmp_path / "project" / "keys", _Heard()
     assert store_signer(keys, heard) is None  # type: ignore[arg-type]
     assert heard.said == []  # without keys signing is not in use
@@ -309,5 +307,5 @@ def test_who_signs_what_is_stored_is_said_and_why_nobody_does(tmp_path: Path) ->
     assert store_signer(keys, heard) is None  # type: ignore[arg-type]
     assert "several of your keys could sign (ann, bob)" in heard.said[-1]
     assert signing_key(TrustedKeys(keys), "bob") == bob
-    with pytest.raises(UserError, match="you have no key 'eve'"):
+    with pytest.raises(UserError, match="You have no key 'eve'"):
         signing_key(TrustedKeys(keys), "eve")

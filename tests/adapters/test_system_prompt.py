@@ -47,20 +47,20 @@ def _adapter(folder: Path, **lineage: Any) -> Adapter:
         (["A", "B", None], None, "2 of its 3 training rows have 2 different system turns, and 1 have none"),
     ],
 )
-def test_a_lineage_has_the_system_turn_that_all_rows_share_and_else_the_reason(
+def test_lineage_has_the_shared_system_turn_or_the_reason(
     tmp_path: Path, systems: list[str | None], text: str | None, why: str | None
 ) -> None:
     adapter = _adapter(tmp_path / "adapter", **{KEY: _lineage_of(systems)})
     assert system_prompt(adapter, tmp_path / "nowhere") == SystemPrompt(text, why)
 
 
-def test_an_adapter_without_lineage_is_not_known_to_have_one(tmp_path: Path) -> None:
+def test_adapter_without_lineage_has_an_unknown_system_prompt(tmp_path: Path) -> None:
     found = system_prompt(_adapter(tmp_path / "adapter"), tmp_path / "nowhere")
     assert (found.text, "imported without a lineage" in str(found.why_none)) == (None, True)
 
 
 @pytest.mark.parametrize("claim", [{"text": 7}, {"text": "x", "rows": "many", "without": 0, "distinct": 1}, "x"])
-def test_a_foreign_lineage_may_not_claim_something_else(project: Path, tmp_path: Path, claim: Any) -> None:
+def test_foreign_lineage_with_an_invalid_system_prompt_is_refused(project: Path, tmp_path: Path, claim: Any) -> None:
     adapter = find_adapter(project / "adapters")
     data = json.dumps({**adapter.lineage, KEY: claim}).encode()
     check_lineage(json.dumps(adapter.lineage).encode(), "here")
@@ -84,7 +84,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) ->
     return folder
 
 
-def test_training_writes_it_down_whatever_is_mixed_in(project: Path) -> None:
+def test_training_records_the_system_prompt_with_any_mix_in(project: Path) -> None:
     adapter = find_adapter(project / "adapters")
     assert adapter.lineage["dataset"]["mix"]["drawn"] > 0
     assert adapter.lineage[KEY]["text"] == SYSTEM
@@ -93,9 +93,7 @@ def test_training_writes_it_down_whatever_is_mixed_in(project: Path) -> None:
     assert tunewright("adapters", "show", "-p", project, "--json").document["system_prompt"]["text"] == SYSTEM
 
 
-def test_an_older_lineage_is_completed_from_the_dataset_version_where_that_is_here(
-    project: Path, tmp_path: Path
-) -> None:
+def test_older_lineage_takes_the_system_prompt_from_the_dataset_version(project: Path, tmp_path: Path) -> None:
     lineage = {name: value for name, value in find_adapter(project / "adapters").lineage.items() if name != KEY}
     older = _adapter(tmp_path / "older", **lineage)
     assert system_prompt(older, project / "dataset") == SystemPrompt(SYSTEM)

@@ -1,4 +1,4 @@
-"""What vLLM would not load is refused before training and before it is kept; so are weights that are no numbers."""
+"""Adapters that vLLM would not load are refused before training and before storing, like non-finite weights."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ IDS = torch.arange(3, 43)[None]
 
 
 def _saved(base: Path, folder: Path, **model_config: Any) -> Path:
-    """An adapter as peft saves it."""
+    """Save an adapter by peft."""
     values: dict[str, Any] = {"r": 4, "target_modules": ["q_proj"]} | model_config
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     get_peft_model(model, LoraConfig(**values)).save_pretrained(str(folder))
     return folder
 
 
-def test_plain_lora_of_any_kind_that_vllm_loads_passes(tiny_base_folder: Path, tmp_path: Path) -> None:
+def test_check_adapter_accepts_plain_lora_that_vllm_loads(tiny_base_folder: Path, tmp_path: Path) -> None:
     kinds: list[dict[str, Any]] = [
         {},
         {"use_rslora": True},
@@ -43,20 +43,24 @@ def test_plain_lora_of_any_kind_that_vllm_loads_passes(tiny_base_folder: Path, t
 
 
 @pytest.mark.parametrize(
-    ("config", "words", "key"),
+    ("model_config", "words", "key"),
     [
         ({"use_dora": True}, "vLLM does not load DoRA", "use_dora"),
-        ({"lora_bias": True}, "biases beside the LoRA weights", "lora_bias"),
+        ({"lora_bias": True}, "biases in addition to the LoRA weights", "lora_bias"),
         ({"bias": "lora_only"}, "trained biases .bias: lora_only", "bias"),
-        ({"modules_to_save": ["lm_head"]}, "whole layers beside the LoRA weights .lm_head", "modules_to_save"),
-        ({"init_lora_weights": "pissa"}, "changes the base .pissa. and that was not converted", "init_lora_weights"),
+        ({"modules_to_save": ["lm_head"]}, "complete layers besides the LoRA weights .lm_head", "modules_to_save"),
+        (
+            {"init_lora_weights": "pissa"},
+            "unconverted adapter whose initialization changes the base .pissa.",
+            "init_lora_weights",
+        ),
         ({"init_lora_weights": "olora"}, "changes the base .olora.", "init_lora_weights"),
         ({"r": 600}, r"a rank over 512 .it is 600", "r"),
         ({"rank_pattern": {"q_proj": 513}}, r"a rank over 512 .it is 513", "r"),
         ({"alora_invocation_tokens": [5]}, "activated LoRA", "alora_invocation_tokens"),
     ],
 )
-def test_what_vllm_does_not_load_is_not_kept(
+def test_check_adapter_refuses_what_vllm_does_not_load(
     model_config: dict[str, Any], words: str, key: str, tiny_base_folder: Path, tmp_path: Path
 ) -> None:
     folder = _saved(tiny_base_folder, tmp_path, task_type="CAUSAL_LM", **model_config)
@@ -66,7 +70,7 @@ def test_what_vllm_does_not_load_is_not_kept(
     check_adapter(folder, servable=False)
 
 
-def test_pissa_that_was_converted_passes(tiny_base_folder: Path, tmp_path: Path) -> None:
+def test_check_adapter_accepts_converted_pissa(tiny_base_folder: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_base_folder, dtype=torch.float32)
     tuned = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa"))
     tuned.save_pretrained(str(tmp_path / "start"))
@@ -77,17 +81,17 @@ def test_pissa_that_was_converted_passes(tiny_base_folder: Path, tmp_path: Path)
     check_adapter(tmp_path / "converted", servable=True)
 
 
-def test_a_tensor_that_is_no_lora_weight_is_not_kept(tiny_base_folder: Path, tmp_path: Path) -> None:
+def test_check_adapter_refuses_a_tensor_that_is_not_lora(tiny_base_folder: Path, tmp_path: Path) -> None:
     folder = _saved(tiny_base_folder, tmp_path)
     weights = load_file(folder / WEIGHTS)
     save_file(weights | {"base_model.model.model.norm.weight": torch.ones(64)}, folder / WEIGHTS)
-    with pytest.raises(UserError, match=r"model\.norm\.weight, which is no weight of LoRA"):
+    with pytest.raises(UserError, match=r"model\.norm\.weight, which is not a LoRA weight"):
         check_adapter(folder, servable=True)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("servable", [True, False])
-def test_a_weight_that_is_no_number_is_named_and_never_kept(
+def test_check_adapter_names_a_non_finite_weight(
     value: float, servable: bool, tiny_base_folder: Path, tmp_path: Path
 ) -> None:
     folder = _saved(tiny_base_folder, tmp_path)
@@ -95,12 +99,12 @@ def test_a_weight_that_is_no_number_is_named_and_never_kept(
     name = sorted(weights)[-1]
     weights[name][0, 0] = value
     save_file(weights, folder / WEIGHTS)
-    with pytest.raises(UserError, match=f"1 of {weights[name].numel():,} weights of {name} are no finite"):
+    with pytest.raises(UserError, match=f"1 of {weights[name].numel():,} weights of {name} are not finite"):
         check_adapter(folder, servable=servable)
 
 
 @pytest.mark.parametrize(("keys", "where"), [({"use_dora": True}, "train.use_dora"), ({"lora_r": 600}, "train.lora_r")])
-def test_a_config_that_vllm_would_not_serve_is_refused_by_its_key(keys: dict[str, Any], where: str) -> None:
+def test_require_servable_refuses_by_config_key(keys: dict[str, Any], where: str) -> None:
     with pytest.raises(UserError, match="vLLM does not load") as caught:
         require_servable(TrainConfig(**keys))
     assert caught.value.where == where
@@ -125,8 +129,8 @@ def _project(folder: Path, base: Path, **train: Any) -> Path:
 
 
 @pytest.mark.parametrize("command", ["train", "run", "crossval"])
-def test_a_config_for_dora_is_refused_before_the_base_is_even_looked_for(command: str, tmp_path: Path) -> None:
-    folder = _project(tmp_path / "project", tmp_path / "no-such-base", use_dora=True)
+def test_train_refuses_dora_before_resolving_the_base(command: str, tmp_path: Path) -> None:
+    folder = _project(tmp_path / "project", tmp_path / "no-such-base", dora=True)
     ran = tunewright(command, "--project", folder)
     assert ran.code == 2
     assert "train.use_dora: vLLM does not load DoRA" in ran.stderr
@@ -134,12 +138,8 @@ def test_a_config_for_dora_is_refused_before_the_base_is_even_looked_for(command
 
 
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
-def test_dora_trains_saves_loads_and_is_evaluated_but_not_served(
-    quantize: str, tmp_path: Path, tiny_base_folder: Path
-) -> None:
-    folder = _project(
-        tmp_path / "project", tiny_base_folder, use_dora=True, require_vllm_compatible=False, quantization=quantize
-    )
+def test_dora_is_trained_and_evaluated_but_not_served(quantize: str, tmp_path: Path, tiny_base_folder: Path) -> None:
+    folder = _project(tmp_path / "project", tiny_base_folder, dora=True, servable=False, quantize=quantize)
     ran = tunewright("train", "--project", folder, "--json")
     assert ran.code == 0, ran.stderr
     adapter = Adapter(Path(ran.document["folder"]))
@@ -150,12 +150,12 @@ def test_dora_trains_saves_loads_and_is_evaluated_but_not_served(
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
     ran = tunewright("evaluate", "--project", folder)
     assert ran.code in {0, 3, 4}, ran.stderr
-    with pytest.raises(UserError, match="DoRA cannot answer in one batch with others") as caught:
+    with pytest.raises(UserError, match="DoRA cannot share a batch with other adapters") as caught:
         api.open(folder).serve([adapter.name])
     assert caught.value.where == adapter.name
 
 
-def test_dora_computes_what_its_paper_says(tmp_path: Path, tiny_base_folder: Path) -> None:
+def test_dora_matches_its_paper(tmp_path: Path, tiny_base_folder: Path) -> None:
     """W' = m (W + s BA) / |W + s BA|, row by row (Liu et al. 2024, equation 5)."""
     folder = _project(tmp_path / "project", tiny_base_folder, use_dora=True, require_vllm_compatible=False)
     adapter = _same_logits_as(folder, tiny_base_folder, scale=32 / 16)

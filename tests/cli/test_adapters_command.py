@@ -157,7 +157,7 @@ def test_where_keys_are_trusted_nothing_unsigned_is_released_whatever_the_reason
         assert tunewright(*arguments, "-p", project).code == 0
     deploy = ("deploy", "colours", _name(project), "--force", "--because", "a try", "-p", project)
     ran = tunewright(*deploy)
-    assert (ran.code, "it is unsigned" in ran.stderr) == (2, True)
+    assert (ran.code, "The adapter is unsigned" in ran.stderr) == (2, True)
     assert tunewright("adapters", "sign", "-p", project).code == 0
     assert tunewright(*deploy).code == 0
 

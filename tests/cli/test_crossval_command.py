@@ -246,7 +246,7 @@ def test_a_named_adapter_judges_all_rows_and_what_it_was_trained_on_is_told(proj
     assert "was trained on 72 of the 90 rows" in told
     assert "`tunewright crossval` makes adapters" in told
     unknown = tunewright("data", "suspects", "--adapter", "x", "-p", project)
-    assert (unknown.code, "no adapter is called 'x'" in unknown.stderr) == (2, True)
+    assert (unknown.code, "No adapter is named 'x'" in unknown.stderr) == (2, True)
 
 
 def test_without_a_cross_fit_the_newest_adapter_judges(project: Path) -> None:

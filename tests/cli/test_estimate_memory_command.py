@@ -42,7 +42,7 @@ def test_json_has_bytes_by_part_and_what_fits(base: Path, tmp_path: Path) -> Non
     )  # fmt: skip
     told = ran.document
     assert told["parameters"] == 6_738_415_616
-    assert told["memory"] == {"bytes": 24_000_000_000, "card": True, "source": "a card with 24GB"}
+    assert told["memory"] == {"bytes": 24_000_000_000, "card": True, "source": "a GPU with 24GB"}
     assert told["batch"] == {"rows": 4, "shared": 300, "own": 212, "trained": 212, "length": 512, "tokens": 1148}
     assert [(w["name"], w["gradient_checkpointing"]) for w in told["ways"]] == [
         ("LoRA bfloat16", False),

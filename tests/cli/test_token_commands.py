@@ -239,7 +239,7 @@ def test_an_adapter_of_a_version_that_did_not_record_its_rendering_is_refused(pr
     lineage.write_text(json.dumps({k: v for k, v in json.loads(lineage.read_text()).items() if k != "chat"}))
     (folder / "manifest.json").unlink()  # which such a version did not write either
     ran = tunewright("evaluate", "-p", other)
-    assert (ran.code, "does not say how its conversations were written" in ran.stderr) == (2, True)
+    assert (ran.code, "does not record the chat format" in ran.stderr) == (2, True)
 
 
 def test_other_words_for_the_same_training_find_the_adapter_that_is_there(project: Path, tmp_path: Path) -> None:
@@ -276,8 +276,8 @@ def test_a_base_without_a_template_goes_the_whole_road_in_the_plain_form(tmp_pat
         ),
         ("generation_config.json", '{"eos_token_id": "257"}', "eos_token_id"),
         ("generation_config.json", '{"eos_token_id": [[257]]}', "eos_token_id"),
-        ("generation_config.json", "{", "the generation settings cannot be read"),
-        ("tokenizer_config.json", "[]", "the tokenizer cannot be read"),
+        ("generation_config.json", "{", "The generation settings cannot be read"),
+        ("tokenizer_config.json", "[]", "The tokenizer cannot be read"),
     ],
 )
 def test_odd_files_of_a_base_are_told(tmp_path: Path, file: str, content: str, words: str) -> None:

@@ -16,7 +16,7 @@ from fold_helpers import version_of
 from tunewright.api import Project
 from tunewright.core.errors import UserError
 from tunewright.data.versions import Member
-from tunewright.evaluation.answer_journal import Generation
+from tunewright.evaluation.answer_journal import Answer
 from tunewright.evaluation.generations import Generator
 from tunewright.evaluation.prompt_search import first_items
 
@@ -62,11 +62,12 @@ def answering(monkeypatch: pytest.MonkeyPatch, project: Project, right: dict[str
 
     def answer(
         self: Generator, title: str, prompts: Sequence[Any], limit: int, adapter: object, *, constrained: bool
-    ) -> list[Generation]:
+    ) -> list[Answer]:
         name = title.split(" on ")[0]
         asked.append((name, len(prompts)))
         members = [questions[prompt[-20:]] for prompt in prompts]
-        return [Generation(m.example.output if _luck(m) < right.get(name, 0.0) else "no", False) for m in members]
+        texts = [m.example.output if _luck(m) < right.get(name, 0.0) else "no" for m in members]
+        return [Answer(text, False, prompt, len(text)) for text, prompt in zip(texts, prompts, strict=True)]
 
     monkeypatch.setattr(Generator, "answer", answer)
     return asked

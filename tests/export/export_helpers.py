@@ -1,4 +1,4 @@
-"""Bases with adapters that have an effect, and what an exported file is held to."""
+"""Bases with adapters that have an effect, and references for exported files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TEXTS = (
     "def f(x):\n    return x ** 2  # done\n\n\n",
     "A",
 )
-"""What tells tokenizers' rules apart: digits, contractions, white space, other scripts."""
+"""Texts that distinguish tokenizers' rules: digits, contractions, white space, other scripts."""
 
 CHATS: tuple[tuple[Message, ...], ...] = tuple(
     messages

@@ -1,4 +1,4 @@
-"""``export`` through the command line, on a tiny trained project: what is kept, and what is not."""
+"""``export`` through the command line, on a tiny trained project: kept and removed results."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from tunewright.export import templates
 from tunewright.export.gguf import model as gguf_model
 from tunewright.export.gguf import tokenizer as gguf_tokenizer
 from tunewright.export.record import Export
-from tunewright.export.weights import Change, read_changes
+from tunewright.export.weights import LoraDelta, read_deltas
 
 
 def _trained(folder: Path, architecture: Literal["llama", "mistral"], quantize: str = "none") -> Path:
-    """A project on a bfloat16 base whose attention looks at something, with an adapter that has an effect."""
+    """Return a project on a bfloat16 base with effective attention, and an adapter that has an effect."""
     base = build_base(folder / "base", architecture)
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     for name, weight in model.named_parameters():
@@ -66,7 +66,7 @@ def _ids(project: Path) -> list[list[int]]:
     return [tokenizer(text)["input_ids"] for text in ("What is as red as blue?", "navy teal coral 17")]
 
 
-def test_the_merged_folder_is_what_peft_computes_and_what_is_told_of_it_is_true(project: Path) -> None:
+def test_merged_folder_computes_as_peft_and_its_record_is_true(project: Path) -> None:
     ran = tunewright("export", "merge", "-p", project, "--json")
     assert ran.code == 0, ran.stderr
     folder = Path(ran.document["folder"])
@@ -95,7 +95,7 @@ def test_the_merged_folder_is_what_peft_computes_and_what_is_told_of_it_is_true(
     assert record == {key: ran.document[key] for key in record}
 
 
-def test_a_second_time_it_is_found_and_a_changed_or_foreign_folder_is_refused(project: Path) -> None:
+def test_export_finds_its_result_and_refuses_changed_or_foreign_folders(project: Path) -> None:
     folder = Path(tunewright("export", "merge", "-p", project, "--json").document["folder"])
     again = tunewright("export", "merge", "-p", project, "--json")
     assert (again.code, again.document["made"]) == (0, False)
@@ -108,14 +108,14 @@ def test_a_second_time_it_is_found_and_a_changed_or_foreign_folder_is_refused(pr
     (folder / "config.json").write_text("{}", encoding="utf-8")
     changed = tunewright("export", "merge", "-p", project)
     assert changed.code == 2
-    assert "no longer what was exported: config.json" in changed.stderr
+    assert "Exported files have changed: config.json" in changed.stderr
 
     foreign = tunewright("export", "merge", "-p", project, "--to", project / "dataset")
     assert foreign.code == 2
-    assert "nothing that was exported" in foreign.stderr
+    assert "is not an export" in foreign.stderr
 
 
-def test_gguf_and_ollama_of_a_trained_adapter_are_run_and_kept(project: Path) -> None:
+def test_gguf_and_ollama_exports_are_run_and_kept(project: Path) -> None:
     exports = project / "exports"
     for arguments in (["gguf"], ["gguf", "--merged"], ["gguf", "--merged", "--type", "q8_0"]):
         ran = tunewright("export", *arguments, "-p", project, "--json")
@@ -144,15 +144,15 @@ def _fault(arguments: list[str], told: str) -> Callable[[Callable[[pytest.Monkey
 
 @_fault(["merge"], "it is the base")
 def merged_with_nothing(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(merging, "read_changes", lambda folder: {})
+    patch.setattr(merging, "read_deltas", lambda folder: {})
 
 
 @_fault(["merge"], "of the adapter's effect")
 def twice_the_scale(patch: pytest.MonkeyPatch) -> None:
-    def doubled(folder: Path) -> dict[str, Change]:
-        return {name: replace(change, scale=2 * change.scale) for name, change in read_changes(folder).items()}
+    def doubled(folder: Path) -> dict[str, LoraDelta]:
+        return {name: replace(change, scale=2 * change.scale) for name, change in read_deltas(folder).items()}
 
-    patch.setattr(merging, "read_changes", doubled)
+    patch.setattr(merging, "read_deltas", doubled)
 
 
 @_fault(["merge"], "to other tokens than training did")
@@ -170,13 +170,13 @@ def another_template_in_the_file(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(gguf_tokenizer, "exported_template", lambda *given: templates.exported_template(*given) + "\n ")
 
 
-@_fault(["gguf", "--merged"], "llama.cpp does not take the file")
+@_fault(["gguf", "--merged"], "llama.cpp rejected the file")
 def a_file_that_is_none(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(gguf_model, "add_tokenizer", lambda *given: None)
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_planted_fault_is_found_and_nothing_but_the_figures_is_left(
+def test_export_detects_a_planted_fault_and_keeps_only_the_record(
     name: str, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments, plant, told = FAULTS[name]
@@ -196,12 +196,12 @@ def test_a_planted_fault_is_found_and_nothing_but_the_figures_is_left(
         assert [path.suffix for path in (project / "exports").iterdir()] != [".json"]
 
 
-def test_over_nf4_both_ways_are_measured_and_the_closer_one_is_taken(tmp_path: Path) -> None:
+def test_merge_over_nf4_measures_both_methods_and_takes_the_closer(tmp_path: Path) -> None:
     project = _trained(tmp_path, "llama", "nf4")
     ran = tunewright("export", "merge", "-p", project, "--json")
     ways = {way["way"]: way["kl"] for way in ran.document["ways"]}
     assert ways.keys() == {"original", "dequantized"}
     assert ran.document["way"] == min(ways, key=lambda way: ways[way]) == "dequantized"
     assert ways["original"] > 2 * ways["dequantized"]
-    assert f"Merged on the {ran.document['way']} base" in ran.stderr
+    assert f"Merged into the {ran.document['way']} base" in ran.stderr
     assert ran.code == 0, ran.document["shortcomings"]

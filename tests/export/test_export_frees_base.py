@@ -1,4 +1,4 @@
-"""Exports hold one base at a time, whichever ways to merge they measure."""
+"""Exports hold one base at a time, whatever merge methods they measure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from one_base import counted_bases
 def test_merge_holds_one_base_at_a_time(
     quantize: str, bases: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_base_folder: Path
 ) -> None:
-    """The trained model, over NF4 the two ways to merge, and the merged folder."""
+    """This covers the trained model, both merge methods over NF4, and the merged folder."""
     project = tiny_project(tmp_path / "project", tiny_base_folder, count=80)
     config = project / "tunewright.yaml"
     text = config.read_text().replace("epochs: 2", f"epochs: 1\n  eval_max_samples: 0\n  quantization: {quantize}")

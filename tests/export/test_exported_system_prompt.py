@@ -1,4 +1,4 @@
-"""An exported model asked with a user's turn alone gets the system prompt that the adapter was trained with."""
+"""An exported model adds the trained system prompt to conversations without one."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _exported(project: Path, *arguments: str) -> tuple[Path, str]:
     return Path(ran.document["folder"]), "\n".join(ran.document["notes"])
 
 
-def test_a_merged_models_template_adds_it(project: Path) -> None:
+def test_merged_template_adds_the_system_prompt(project: Path) -> None:
     folder, notes = _exported(project, "merge")
     assert f'its chat template adds the trained system prompt where there is none: "{SYSTEM}"' in notes
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -61,7 +61,7 @@ def test_a_merged_models_template_adds_it(project: Path) -> None:
         assert tuple(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)) == ids
 
 
-def test_a_merged_gguf_files_template_adds_it_in_llama_cpp(project: Path) -> None:
+def test_merged_gguf_template_adds_the_system_prompt_in_llama_cpp(project: Path) -> None:
     folder, notes = _exported(project, "gguf", "--merged")
     assert "its chat template adds the trained system prompt" in notes
     with running(next(folder.glob("*.gguf")), 512) as engine:
@@ -69,19 +69,19 @@ def test_a_merged_gguf_files_template_adds_it_in_llama_cpp(project: Path) -> Non
             assert tuple(engine.prompt_ids([Message(t["role"], t["content"]) for t in turns])) == ids
 
 
-def test_a_lora_file_has_no_place_for_it_and_the_export_says_so(project: Path) -> None:
+def test_lora_file_export_notes_the_missing_system_prompt(project: Path) -> None:
     _, notes = _exported(project, "gguf")
     assert f"the adapter's file alone has no system prompt: send the trained one: {SYSTEM}" in notes
 
 
 @pytest.mark.parametrize("options", [(), ("--lora",)])
-def test_a_modelfile_has_it_as_its_system(project: Path, options: tuple[str, ...]) -> None:
+def test_modelfile_has_the_system_prompt(project: Path, options: tuple[str, ...]) -> None:
     folder, notes = _exported(project, "ollama", *options)
     assert f'\nSYSTEM """{SYSTEM}"""\n' in (folder / "Modelfile").read_text(encoding="utf-8")
     assert "the Modelfile's SYSTEM is the trained system prompt" in notes
 
 
-def test_an_export_from_before_the_system_prompt_is_not_taken_for_the_same(project: Path, tmp_path: Path) -> None:
+def test_export_without_system_prompt_is_not_reused(project: Path, tmp_path: Path) -> None:
     folder, _ = _exported(project, "merge", "--to", str(tmp_path / "merged"))
     record = json.loads((folder / "export.json").read_text(encoding="utf-8"))
     assert record["made_of"].pop("system_prompt") == SYSTEM

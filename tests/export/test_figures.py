@@ -1,4 +1,4 @@
-"""How far an artefact is from the trained model, against numpy and scipy; and what is too far."""
+"""Distances of artifacts from the trained model, against numpy and scipy; and their limits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from scipy.special import log_softmax
 from scipy.stats import entropy
 
-from tunewright.export.observing import Listed, distance
+from tunewright.export.observing import TopTokens, distance
 from tunewright.export.parity import LIMITS, Figures, shortcomings
 from tunewright.export.probe import places
 
@@ -19,7 +19,7 @@ def _distributions(seed: int, spread: float = 2.0) -> Any:
     return log_softmax(np.random.default_rng(seed).normal(scale=spread, size=(5, 300)), axis=1)
 
 
-def test_distances_are_those_of_scipy() -> None:
+def test_distance_equals_that_of_scipy() -> None:
     ours, theirs = _distributions(0), _distributions(1)
     found = distance(torch.tensor(ours), torch.tensor(theirs))
     np.testing.assert_allclose(found.kl.numpy(), entropy(np.exp(ours), np.exp(theirs), axis=1), rtol=1e-9)
@@ -30,13 +30,13 @@ def test_distances_are_those_of_scipy() -> None:
 
 
 @pytest.mark.parametrize("listed", [150, 300])
-def test_of_tokens_that_are_not_listed_only_the_sum_counts(listed: int) -> None:
+def test_distance_counts_only_the_sum_of_unlisted_tokens(listed: int) -> None:
     ours, theirs = _distributions(0), _distributions(0) + 0.3 * _distributions(2, 0.2)
     theirs = log_softmax(theirs, axis=1)
     seen, wanted = [], []
     for p, q in zip(np.exp(ours), np.exp(theirs), strict=True):
         top = np.argsort(-q)[:listed]
-        seen.append(Listed(torch.tensor(top.copy()), torch.tensor(np.log(q[top]))))
+        seen.append(TopTokens(torch.tensor(top.copy()), torch.tensor(np.log(q[top]))))
         grouped = [np.append(d[top], max(1 - d[top].sum(), 0)) for d in (p, q)]
         wanted.append(entropy(*grouped) if listed < 300 else entropy(p, q))
     found = distance(torch.tensor(ours), seen)
@@ -46,16 +46,16 @@ def test_of_tokens_that_are_not_listed_only_the_sum_counts(listed: int) -> None:
     torch.testing.assert_close(found.max_logit, whole.max_logit)
 
 
-def test_a_likely_token_that_is_not_listed_moved_at_least_to_below_the_last() -> None:
+def test_distance_bounds_an_unlisted_likely_token() -> None:
     ours = torch.tensor(_distributions(0)[:1])
     order = ours[0].argsort(descending=True)
-    seen = Listed(order[1:200], ours[0][order[1:200]])
+    seen = TopTokens(order[1:200], ours[0][order[1:200]])
     found = distance(ours, [seen])
     assert float(found.max_logit) == pytest.approx(float(ours[0][order[0]] - ours[0][order[199]]))
     assert not found.same_top.item()
 
 
-def test_places_are_spread_from_the_first_token_to_the_end() -> None:
+def test_places_spread_from_the_first_token_to_the_end() -> None:
     assert places(3, ended=True) == [0, 1, 2, 3]
     assert places(3, ended=False) == [0, 1, 2]
     assert places(0, ended=True) == [0]
@@ -88,7 +88,7 @@ GOOD: dict[str, Any] = {
         ({}, None),
         ({"kl": 0.5, "lost": 1.0, "from_base": 0.0}, "it is the base"),
         ({"kl": 0.05, "lost": 0.1}, "lost 10.0% of the adapter's effect"),
-        ({"effect": 1e-5, "lost": 0.0}, "the adapter itself changes nothing"),
+        ({"effect": 1e-5, "lost": 0.0}, "the adapter has no effect"),
         ({"kl": 0.1, "lost": 0.01, "effect": 10.0}, "mean KL 0.1 nats"),
         ({"max_logit": 4.0}, "a log-probability moved by 4.00"),
         ({"top1": 0.5}, "the likeliest token is the same at 50.0%"),
@@ -97,7 +97,7 @@ GOOD: dict[str, Any] = {
         ({"rendered": 31}, "renders 1 of 32 prompts to other tokens"),
     ],
 )
-def test_each_figure_can_fail_alone(changes: dict[str, Any], told: str | None) -> None:
+def test_shortcomings_reports_each_figure_alone(changes: dict[str, Any], told: str | None) -> None:
     for limits in LIMITS.values():
         found = shortcomings(Figures(**(GOOD | changes)), limits)
         if told is None:
@@ -107,7 +107,7 @@ def test_each_figure_can_fail_alone(changes: dict[str, Any], told: str | None) -
             assert len(found) == (2 if changes.get("kl", 0) > limits.kl and changes.get("lost", 0) > limits.lost else 1)
 
 
-def test_of_few_places_and_prompts_two_may_differ() -> None:
+def test_shortcomings_tolerates_two_differences() -> None:
     few = GOOD | {"prompts": 5, "rendered": 5, "places": 20}
     for same in ({"top1": 0.9}, {"greedy": 0.6}):
         assert shortcomings(Figures(**(few | same)), LIMITS["16-bit"]) == []

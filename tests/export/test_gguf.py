@@ -20,7 +20,7 @@ from tunewright.export.gguf.lora import write_lora
 from tunewright.export.gguf.model import write_model
 from tunewright.export.gguf.tensors import FileType
 from tunewright.export.llamacpp import LlamaCpp, running
-from tunewright.export.weights import Weights, read_changes
+from tunewright.export.weights import Weights, read_deltas
 from tunewright.models.bases import Base
 
 
@@ -44,7 +44,7 @@ BASES: dict[str, Callable[[Path], Path]] = {
 
 def _written(base: Base, path: Path, file_type: FileType = "f16", adapter: Path | None = None) -> ChatFormat:
     chat = open_chat(base)
-    changes = read_changes(adapter) if adapter else {}
+    changes = read_deltas(adapter) if adapter else {}
     write_model(path, "tiny", Weights(base, "float32", changes), base, chat, file_type, LogReporter())
     return chat
 
@@ -57,9 +57,7 @@ def _log_probs(engine: LlamaCpp, ids: list[int], vocabulary: int) -> torch.Tenso
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_llama_cpp_renders_conversations_to_the_ids_of_training_and_finds_the_same_tokens_likely(
-    name: str, tmp_path: Path
-) -> None:
+def test_llama_cpp_renders_the_training_ids_and_predicts_alike(name: str, tmp_path: Path) -> None:
     base = open_base(BASES[name](tmp_path / "base"))
     chat = _written(base, tmp_path / "model.gguf")
     model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32)
@@ -76,7 +74,7 @@ def test_llama_cpp_renders_conversations_to_the_ids_of_training_and_finds_the_sa
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral"])
 @pytest.mark.parametrize("file_type", ["f16", "q8_0"])
-def test_transformers_reads_the_merged_file_back_as_what_peft_computes(
+def test_transformers_reads_the_merged_gguf_as_peft_computes(
     architecture: Any, file_type: FileType, tmp_path: Path
 ) -> None:
     base = open_base(in_bfloat16(build_base(tmp_path / "base", architecture)))
@@ -95,13 +93,11 @@ def test_transformers_reads_the_merged_file_back_as_what_peft_computes(
 
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 3, "down_proj": 20}}])
 @pytest.mark.parametrize("architecture", ["llama", "mistral"])
-def test_llama_cpp_puts_the_lora_file_on_the_base_as_peft_does(
-    architecture: Any, settings: dict[str, Any], tmp_path: Path
-) -> None:
+def test_llama_cpp_applies_the_lora_file_as_peft(architecture: Any, settings: dict[str, Any], tmp_path: Path) -> None:
     base = open_base(in_bfloat16(build_base(tmp_path / "base", architecture)))
     adapter = adapted(base.folder, tmp_path / "adapter", **settings)
     chat = _written(base, tmp_path / "model.gguf")
-    weights = Weights(base, "bfloat16", read_changes(adapter.folder))
+    weights = Weights(base, "bfloat16", read_deltas(adapter.folder))
     assert write_lora(tmp_path / "lora.gguf", adapter.name, weights, base, "f16", LogReporter()) == []
     ids = list(chat.prompt(CHATS[0]))
     wanted = peft_logits(base.folder, adapter.folder, [ids])[0][-1].double().log_softmax(-1)
@@ -112,7 +108,7 @@ def test_llama_cpp_puts_the_lora_file_on_the_base_as_peft_does(
     assert float((plain.double().log_softmax(-1) - wanted).abs().max()) > 0.1
 
 
-def test_tied_embeddings_stay_tied_and_stretched_positions_are_those_of_transformers(tmp_path: Path) -> None:
+def test_gguf_keeps_tied_embeddings_and_scaled_positions(tmp_path: Path) -> None:
     import gguf
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -141,15 +137,15 @@ def test_tied_embeddings_stay_tied_and_stretched_positions_are_those_of_transfor
     assert float((ours.log_softmax(-1) - theirs).abs().max()) < 0.02
 
 
-def test_dora_has_no_lora_file_and_a_foreign_tokenizer_no_gguf(tmp_path: Path) -> None:
+def test_gguf_refuses_dora_and_unknown_tokenizers(tmp_path: Path) -> None:
     base = open_base(build_base(tmp_path / "base"))
     adapter = adapted(base.folder, tmp_path / "adapter", use_dora=True)
-    weights = Weights(base, "float32", read_changes(adapter.folder))
-    with pytest.raises(UserError, match="does not have DoRA"):
+    weights = Weights(base, "float32", read_deltas(adapter.folder))
+    with pytest.raises(UserError, match="does not support DoRA"):
         write_lora(tmp_path / "lora.gguf", adapter.name, weights, base, "f16", LogReporter())
     tokenizer = base.folder / "tokenizer.json"
     text = tokenizer.read_text(encoding="utf-8")
     assert '"add_prefix_space": false' in text
     tokenizer.write_text(text.replace('"add_prefix_space": false', '"add_prefix_space": true', 1), encoding="utf-8")
-    with pytest.raises(UserError, match="does not cut texts"):
+    with pytest.raises(UserError, match="no known pre-tokenization rule"):
         _written(open_base(base.folder), tmp_path / "model.gguf")

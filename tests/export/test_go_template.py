@@ -1,4 +1,4 @@
-"""Go templates of chat formats: what Go's own text/template makes of them, fed as Ollama feeds it."""
+"""Go templates of chat formats, rendered by Go's own text/template with Ollama's data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tiny import byte_tokenizer, chat_of
 from tunewright.chat import ChatFormat
 from tunewright.core.errors import UserError
 from tunewright.data.examples import Message
-from tunewright.export.go_template import GoTemplate, check_go_template, conversations, go_template, strips
+from tunewright.export.go_template import GoTemplate, check_go_template, conversations, go_template, strips_whitespace
 from tunewright.export.ollama import modelfile, modelfile_system
 
 # As template.Execute of Ollama does for a template that reads .Messages: neighbours of one role become one message,
@@ -117,7 +117,7 @@ def found() -> dict[str, tuple[ChatFormat, GoTemplate]]:
 
 
 def _by_go(jobs: list[dict[str, Any]], folder: Path) -> list[list[str]]:
-    """What Go's text/template renders."""
+    """Render with Go's text/template."""
     program = folder / "main.go"
     program.write_text(PROGRAM, encoding="utf-8")
     go = Path(sys.executable).parent / "go"
@@ -127,7 +127,7 @@ def _by_go(jobs: list[dict[str, Any]], folder: Path) -> list[list[str]]:
     return rendered
 
 
-def test_go_renders_random_conversations_as_the_chat_templates_do(
+def test_go_template_renders_as_the_chat_template(
     found: dict[str, tuple[ChatFormat, GoTemplate]], tmp_path: Path
 ) -> None:
     asked = {
@@ -168,7 +168,7 @@ def _template_of(text: str) -> str:
         "{{ .System }} \\n # no",
     ],
 )
-def test_a_modelfiles_system_prompt_is_read_back_as_it_was(text: str) -> None:
+def test_modelfile_system_prompt_is_read_back_unchanged(text: str) -> None:
     chat = chat_of(byte_tokenizer())
     line = modelfile_system(text)
     assert line is not None
@@ -179,7 +179,7 @@ def test_a_modelfiles_system_prompt_is_read_back_as_it_was(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ['one\n"""\ntwo', 'one """  \ntwo', 'one """\n', "a\u00a0b", "bell\x07"])
-def test_a_system_prompt_that_ollama_would_read_otherwise_is_not_written(text: str) -> None:
+def test_modelfile_omits_a_system_prompt_that_ollama_would_change(text: str) -> None:
     assert modelfile_system(text) is None
     assert _read_modelfile(f'FROM x\nSYSTEM """{text}"""\n').get("SYSTEM") != text
 
@@ -215,34 +215,34 @@ def _unquoted(value: str) -> str | None:
     return value
 
 
-def test_where_the_system_text_goes_is_learnt(found: dict[str, tuple[ChatFormat, GoTemplate]]) -> None:
+def test_go_template_learns_the_place_of_the_system_text(found: dict[str, tuple[ChatFormat, GoTemplate]]) -> None:
     places = {name: made.system_place for name, (_, made) in found.items()}
     assert places["Mistral v3"] == "end"
     assert {place for name, place in places.items() if name != "Mistral v3"} == {"front"}
-    assert {name for name, (chat, _) in found.items() if strips(chat)} == {"Llama 3", "Llama 3.1", "Llama 2"}
+    assert {name for name, (chat, _) in found.items() if strips_whitespace(chat)} == {"Llama 3", "Llama 3.1", "Llama 2"}
 
 
-def test_a_wrong_text_anywhere_is_found(found: dict[str, tuple[ChatFormat, GoTemplate]]) -> None:
+def test_check_go_template_finds_any_wrong_text(found: dict[str, tuple[ChatFormat, GoTemplate]]) -> None:
     for chat, made in found.values():
         for part in ("start", "between", "answer", "next", "ask"):
             wrong = replace(made, **{part: getattr(made, part) + "x"})
-            with pytest.raises(UserError, match="cannot be told as a Go template"):
+            with pytest.raises(UserError, match="cannot be written as a Go template"):
                 check_go_template(wrong, chat)
 
 
 @pytest.mark.parametrize(
     "content", ["m['content'] ~ loop.index", "m['content'] ~ (m['content'] | length)", "m['content'].replace('a', 'b')"]
 )
-def test_a_format_that_looks_at_more_than_roles_and_order_is_refused(content: str) -> None:
+def test_go_template_refuses_formats_beyond_roles_and_order(content: str) -> None:
     chat = _with_template(
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{{ " + content + " }}{{ '<|im_end|>' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
-    with pytest.raises(UserError, match="cannot be told as a Go template"):
+    with pytest.raises(UserError, match="cannot be written as a Go template"):
         go_template(chat)
 
 
-def test_a_modelfile_answers_greedily_and_stops_where_training_did() -> None:
+def test_modelfile_is_greedy_and_has_the_stop_tokens_of_training() -> None:
     chat = chat_of(byte_tokenizer())
     lines = modelfile("T", chat, ("\n### Instruction",), "base.gguf", "lora.gguf", 2048).splitlines()
     assert lines == [
@@ -258,7 +258,7 @@ def test_a_modelfile_answers_greedily_and_stops_where_training_did() -> None:
     ]
 
 
-def test_a_system_text_may_be_refused() -> None:
+def test_go_template_accepts_formats_without_system_text() -> None:
     chat = _with_template(
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
         "{% for m in messages %}{{ '<|im_start|>' + m['content'] + '<|im_end|>' }}{% endfor %}"

@@ -1,4 +1,4 @@
-"""The chat template that goes along with an exported model, rendered by transformers alone."""
+"""The chat template of an exported model, rendered by transformers alone."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ FORMATS: dict[str, Callable[[], ChatFormat]] = {
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_transformers_renders_it_to_the_ids_of_training_on_any_day(name: str) -> None:
+def test_exported_template_renders_the_training_ids_on_any_day(name: str) -> None:
     chat = FORMATS[name]()
     ids = [chat.prompt(messages) for messages in CHATS]
     tokenizer = chat.tokenizer
@@ -53,7 +53,7 @@ def test_transformers_renders_it_to_the_ids_of_training_on_any_day(name: str) ->
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_transformers_puts_the_system_prompt_before_conversations_that_have_none(name: str) -> None:
+def test_exported_template_adds_the_system_prompt_where_it_is_missing(name: str) -> None:
     chat = FORMATS[name]()
     with_system = [(Message("system", SYSTEM), *messages) for messages in CHATS]
     ids = [chat.prompt(messages) for messages in with_system]

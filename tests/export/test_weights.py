@@ -1,4 +1,4 @@
-"""Merged weights: as peft merges them, in float32, and cast once."""
+"""Merged weights: equal to peft's in float32, and cast once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from tiny import build_base
 from tunewright.core.errors import UserError
-from tunewright.export.weights import Weights, read_changes
+from tunewright.export.weights import Weights, read_deltas
 from tunewright.models.loading import load_model
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -26,14 +26,14 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_merged_weights_are_those_that_peft_merges_in_float32(
+def test_merged_weights_equal_those_of_peft_in_float32(
     kind: str, architecture: Literal["llama", "mistral"], tmp_path: Path
 ) -> None:
     base = open_base(build_base(tmp_path / "base", architecture))
     adapter = adapted(base.folder, tmp_path / "adapter", **KINDS[kind])
     model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32)
     merged = dict(PeftModel.from_pretrained(model, adapter.folder).merge_and_unload().named_parameters())
-    ours = Weights(base, "float32", read_changes(adapter.folder))
+    ours = Weights(base, "float32", read_deltas(adapter.folder))
     assert set(ours) == set(merged)
     for name in ours:
         torch.testing.assert_close(ours[name], merged[name].detach(), rtol=1e-5, atol=1e-6)
@@ -41,10 +41,10 @@ def test_merged_weights_are_those_that_peft_merges_in_float32(
     assert len(changed) == 14
 
 
-def test_what_is_stored_is_the_float32_sum_cast_once_and_the_rest_bit_for_bit(tmp_path: Path) -> None:
+def test_stored_weights_are_cast_once_and_others_are_identical(tmp_path: Path) -> None:
     base = open_base(in_bfloat16(build_base(tmp_path / "base")))
     adapter = adapted(base.folder, tmp_path / "adapter", target_modules=["q_proj"])
-    weights = Weights(base, "bfloat16", read_changes(adapter.folder))
+    weights = Weights(base, "bfloat16", read_deltas(adapter.folder))
     for name in weights:
         stored = weights.stored(name)
         assert stored.dtype == torch.bfloat16
@@ -52,7 +52,7 @@ def test_what_is_stored_is_the_float32_sum_cast_once_and_the_rest_bit_for_bit(tm
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_dequantized_weights_are_those_that_bitsandbytes_holds_in_training(dtype: str, tmp_path: Path) -> None:
+def test_dequantized_weights_equal_those_of_bitsandbytes(dtype: str, tmp_path: Path) -> None:
     from bitsandbytes.functional import dequantize_4bit
 
     base = open_base(build_base(tmp_path / "base"))
@@ -71,21 +71,19 @@ def test_dequantized_weights_are_those_that_bitsandbytes_holds_in_training(dtype
     ("settings", "told"),
     [
         ({"bias": "all"}, "trained biases"),
-        ({"modules_to_save": ["lm_head"]}, "whole layers"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "no LoRA weight of a linear layer"),
-        ({"target_modules": ["embed_tokens"]}, "no LoRA weight of a linear layer"),
+        ({"modules_to_save": ["lm_head"]}, "complete layers"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "is not a LoRA weight of a linear layer"),
+        ({"target_modules": ["embed_tokens"]}, "is not a LoRA weight of a linear layer"),
     ],
 )
-def test_what_is_more_than_lora_over_the_decoder_is_refused(
-    settings: dict[str, Any], told: str, tmp_path: Path
-) -> None:
+def test_read_deltas_refuses_more_than_decoder_lora(settings: dict[str, Any], told: str, tmp_path: Path) -> None:
     base = build_base(tmp_path / "base")
     adapter = adapted(base, tmp_path / "adapter", **settings)
     with pytest.raises(UserError, match=told):
-        read_changes(adapter.folder)
+        read_deltas(adapter.folder)
 
 
-def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
+def test_weights_refuse_an_adapter_of_another_base(tmp_path: Path) -> None:
     adapter = adapted(build_base(tmp_path / "base"), tmp_path / "adapter")
     other: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     config = other.config
@@ -93,5 +91,5 @@ def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
     type(other)(config).save_pretrained(tmp_path / "other")
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "other" / file).write_bytes((tmp_path / "base" / file).read_bytes())
-    with pytest.raises(UserError, match=r"as a matrix of \(.*128.*\), and it is one of \(64, 64\)"):
-        Weights(open_base(tmp_path / "other"), "float32", read_changes(adapter.folder))
+    with pytest.raises(UserError, match=r"as a matrix of shape \(.*128.*\), but its shape is \(64, 64\)"):
+        Weights(open_base(tmp_path / "other"), "float32", read_deltas(adapter.folder))

@@ -1,4 +1,4 @@
-"""Many adapters' matrices beside each other, held to peft's own way to mix adapters in a batch."""
+"""Stacked weights of many adapters, compared with peft's own mixed batches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 
 from decoding_helpers import llama
 from tunewright.generation import lora_dispatch
-from tunewright.generation.batched_lora import Lora, Places
+from tunewright.generation.batched_lora import AdapterSlots, Lora
 from tunewright.generation.lora_dispatch import BASE_ROW, LoraDispatch
 
 LAYERS = [["q_proj", "v_proj"], ["q_proj"], ["down_proj", "o_proj"], ["q_proj", "down_proj"]]
@@ -24,7 +24,7 @@ CONFIGS = {
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    """Seven adapters of unlike rank, scale and layers."""
+    """Return a model with seven adapters of different rank, scale and layers."""
     (first, config), *others = CONFIGS.items()
     wrapped: Any = get_peft_model(llama().float(), config, first)
     for name, other in others:
@@ -47,7 +47,7 @@ def _loras(model: Any, adapter: str) -> dict[str, Lora]:
 
 
 def _logits(model: Any, adapters: LoraDispatch, names: list[str | None]) -> torch.Tensor:
-    with torch.inference_mode(), adapters.answering(names):
+    with torch.inference_mode(), adapters.use_adapters(names):
         found: torch.Tensor = model(input_ids=_ids(names)).logits
     return found
 
@@ -67,40 +67,40 @@ PASSES = st.lists(st.lists(st.sampled_from([None, *CONFIGS]), min_size=1, max_si
 
 @settings(max_examples=40, deadline=None)
 @given(passes=PASSES, room=st.sampled_from([0, 4, 5, 100]))
-def test_whoever_was_asked_before_each_row_is_answered_as_peft_answers_it(
+def test_stacked_adapters_answer_as_peft_after_any_requests(
     model: Any, passes: list[list[str | None]], room: int
 ) -> None:
     base = llama().float()
     adapters = LoraDispatch(base, mixed=True)
     for name in CONFIGS:
-        adapters.put(name, _loras(model, name))
+        adapters.add(name, _loras(model, name))
     with pytest.MonkeyPatch.context() as patch:
-        largest = max(sum(lora.bytes for lora in _loras(model, name).values()) for name in CONFIGS)
-        patch.setattr(lora_dispatch, "MOST_BYTES", room * largest)
+        largest = max(sum(lora.nbytes for lora in _loras(model, name).values()) for name in CONFIGS)
+        patch.setattr(lora_dispatch, "MAX_BYTES", room * largest)
         for names in passes:
             torch.testing.assert_close(_logits(base, adapters, names), _as_peft(model, names))
 
 
 @pytest.mark.parametrize("how", ["put again", "dropped and put"])
-def test_an_adapter_that_has_changed_under_its_name_answers_as_it_is_now(model: Any, how: str) -> None:
+def test_replaced_adapter_answers_with_its_new_weights(model: Any, how: str) -> None:
     base, names = llama().float(), list(CONFIGS)
     adapters = LoraDispatch(base, mixed=True)
     for name in names:
-        adapters.put(name, _loras(model, name))
+        adapters.add(name, _loras(model, name))
     asked: list[str | None] = [*names, None]
     before = _logits(base, adapters, asked)
     other = {layer: Lora(lora.down, -lora.up, lora.scale) for layer, lora in _loras(model, names[2]).items()}
     if how == "dropped and put":
-        adapters.drop(names[2])
-    adapters.put(names[2], other)
+        adapters.remove(names[2])
+    adapters.add(names[2], other)
     after = _logits(base, adapters, asked)
     same = [row for row in range(len(asked)) if row != 2]
     assert torch.equal(after[same], before[same])
     assert not torch.allclose(after[2], before[2], atol=1e-3)
     fresh = llama().float()
     single = LoraDispatch(fresh, mixed=True)
-    single.put(names[2], other)
-    with torch.inference_mode(), single.answering([names[2]]):
+    single.add(names[2], other)
+    with torch.inference_mode(), single.use_adapters([names[2]]):
         expected = fresh(input_ids=_ids(asked)[2:3]).logits
     torch.testing.assert_close(after[2:3], expected)
 
@@ -109,13 +109,13 @@ def test_an_adapter_that_has_changed_under_its_name_answers_as_it_is_now(model: 
     passes=st.lists(st.sets(st.sampled_from("abcdefghij"), max_size=6), max_size=30),
     room=st.lists(st.integers(0, 8), min_size=1, max_size=3),
 )
-def test_each_adapter_has_one_place_and_keeps_it_while_it_is_asked_for(passes: list[set[str]], room: list[int]) -> None:
-    places = Places()
+def test_adapter_keeps_its_slot_while_it_is_requested(passes: list[set[str]], room: list[int]) -> None:
+    places = AdapterSlots()
     before: tuple[str | None, ...] = ()
     rooms = sorted(room, reverse=True)  # it shrinks when a larger adapter comes
     for number, asked in enumerate(map(sorted, passes)):
         most = rooms[number * len(rooms) // len(passes)]
-        placed = places.take(asked, most)
+        placed = places.assign(asked, most)
         if len(asked) > most:
             assert placed is None
             continue

@@ -1,4 +1,4 @@
-"""Constrained answers: held to re, jsonschema and membership; and left alone where they match anyway."""
+"""Constrained answers, checked against re, jsonschema and membership; matching answers stay unchanged."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SCHEMA: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    """Random weights that end an answer now and then, with a few logits more than there are tokens."""
+    """Return random weights that end an answer now and then, with a few more logits than tokens."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -50,7 +50,7 @@ def model() -> Any:
 
 
 def _constraint(**how: Any) -> Constraint:
-    return Constraint(Grammar.of(ConstrainConfig(**how), Path()), TOKENIZER, STOP_IDS)
+    return Constraint(Grammar.from_config(ConstrainConfig(**how), Path()), TOKENIZER, STOP_IDS)
 
 
 def _requests(texts: Sequence[str], constraint: Constraint | None, limit: int = 60, **how: Any) -> list[Request]:
@@ -87,7 +87,7 @@ PROMPTS = st.lists(st.text("abcXYZ 0,{", min_size=1, max_size=8), min_size=1, ma
 @pytest.mark.parametrize(("constraint", "right"), KINDS, ids=["choices", "regex", "json"])
 @given(PROMPTS, st.sampled_from([0.0, 1.5]))
 @settings(max_examples=12, deadline=None)
-def test_every_answer_that_is_not_cut_at_the_limit_matches(
+def test_constrained_answers_match_unless_cut_at_the_limit(
     model: Any, constraint: Constraint, right: Callable[[str], bool], prompts: list[str], temperature: float
 ) -> None:
     for completion in _answers(model, _requests(prompts, constraint, temperature=temperature, seed=1)):
@@ -103,11 +103,11 @@ def test_most_free_answers_of_this_model_do_not_match(model: Any) -> None:
 
 @given(PROMPTS)
 @settings(max_examples=15, deadline=None)
-def test_an_answer_that_matches_anyway_is_unchanged(model: Any, prompts: list[str]) -> None:
+def test_constraint_leaves_a_matching_answer_unchanged(model: Any, prompts: list[str]) -> None:
     free = _answers(model, _requests(prompts, None, limit=30))
     whole = [completion for completion in free if completion.finish == "stop" and completion.ids]
     texts = sorted({_text(completion) for completion in whole} | {"another"})
-    # The grammar reads text: bytes that are none cannot be asked of it.
+    # The grammar reads text: skip answers with bytes that are not text.
     loose = _constraint(regex=r"(?s).*")
     held = _answers(model, _requests(prompts, loose, limit=30))
     readable = ["\ufffd" not in _text(completion) for completion in free]
@@ -131,7 +131,7 @@ def test_free_and_constrained_rows_share_a_batch(model: Any) -> None:
 
 @given(st.text(max_size=12), st.sampled_from(range(3)))
 @settings(max_examples=60, deadline=None)
-def test_a_text_matches_the_grammar_just_where_the_independent_check_says_so(text: str, kind: int) -> None:
+def test_constraint_matches_exactly_when_an_independent_check_does(text: str, kind: int) -> None:
     constraint, right = KINDS[kind]
     assert constraint.matches(text) == right(text.strip())
 
@@ -144,7 +144,7 @@ def test_texts_of_each_grammar_match_it_alone(text: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["bytes", "mistral-v3", "llama2"])
-def test_an_answer_as_the_chat_format_writes_it_is_allowed_token_by_token(name: str) -> None:
+def test_constraint_allows_answers_in_the_chat_format(name: str) -> None:
     """SentencePiece's first token has a space before the word; Llama 2's form writes a space after the answer, too."""
     makes: dict[str, Callable[[], Any]] = {
         "mistral-v3": lambda: makers.mistral_tokenizer("v3"),
@@ -152,7 +152,7 @@ def test_an_answer_as_the_chat_format_writes_it_is_allowed_token_by_token(name: 
         "bytes": byte_tokenizer,
     }
     chat = chat_of(makes[name]())
-    constraint = constraint_on(chat, Grammar.of(ConstrainConfig(choices=("Yes indeed", "No")), Path()))
+    constraint = constraint_on(chat, Grammar.from_config(ConstrainConfig(choices=("Yes indeed", "No")), Path()))
     written = chat.encode([Message("user", "Is it?"), Message("assistant", "Yes indeed")])
     answer = [token for token, trained in zip(written.ids, written.loss_mask, strict=True) if trained]
     guide = constraint.start()
@@ -160,7 +160,7 @@ def test_an_answer_as_the_chat_format_writes_it_is_allowed_token_by_token(name: 
         allowed = np.unpackbits(np.frombuffer(guide.allowed(), dtype=np.uint8), bitorder="little")
         assert allowed[token]
         if token not in chat.stop_ids:
-            guide.take(token)
+            guide.advance(token)
     assert constraint.matches(chat.text(answer))
 
 
@@ -172,17 +172,17 @@ def test_an_answer_as_the_chat_format_writes_it_is_allowed_token_by_token(name: 
         ({"json_schema": {"type": "object", "not": {}}}, "not"),
     ],
 )
-def test_what_the_engine_does_not_take_is_the_users_to_change(how: dict[str, Any], told: str) -> None:
-    with pytest.raises(UserError, match=rf"(?s)evaluate\.structured_outputs: .*{told}"):
+def test_constraint_refuses_grammars_that_the_engine_rejects(how: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=rf"(?s)evaluate\.constrain: .*{told}"):
         _constraint(**how)
 
 
-def test_a_schemas_file_is_read_and_its_faults_are_told(tmp_path: Path) -> None:
+def test_grammar_reads_a_schema_file_and_reports_its_faults(tmp_path: Path) -> None:
     (tmp_path / "answer.json").write_text(json.dumps(SCHEMA))
     config = ConstrainConfig(json_schema="answer.json")
-    assert Grammar.of(config, tmp_path) == Grammar.of(ConstrainConfig(json_schema=SCHEMA), tmp_path)
+    assert Grammar.from_config(config, tmp_path) == Grammar.from_config(ConstrainConfig(json_schema=SCHEMA), tmp_path)
     (tmp_path / "answer.json").write_text("{")
-    with pytest.raises(UserError, match=r"answer\.json: not a JSON schema"):
-        Grammar.of(config, tmp_path)
-    with pytest.raises(UserError, match=r"other\.json: no such JSON schema"):
-        Grammar.of(ConstrainConfig(json_schema="other.json"), tmp_path)
+    with pytest.raises(UserError, match=r"answer\.json: Not valid JSON"):
+        Grammar.from_config(config, tmp_path)
+    with pytest.raises(UserError, match=r"other\.json: No such JSON schema"):
+        Grammar.from_config(ConstrainConfig(json_schema="other.json"), tmp_path)

@@ -1,4 +1,4 @@
-"""The decoding loop against Hugging Face's own, one prompt at a time, whatever shares the batch."""
+"""The decoding loop against Hugging Face's own, one prompt at a time, for any other rows in the batch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from decoding_helpers import ADAPTERS, PAD, STOPS, VOCABULARY, llama, mistral, reference
-from tunewright.adapters.lora_weights import read_matrices
+from tunewright.adapters.lora_weights import load_lora_weights
 from tunewright.core.errors import UserError
 from tunewright.generation.decoding import Batch, Completion, PrefillState, Request, Row, generate, prefill_groups
 
@@ -36,7 +36,7 @@ def _generate(model: Any, requests: list[Request], batch_size: int) -> list[Comp
     return generate(model, requests, stop_ids=STOPS, pad_id=PAD, batch_size=batch_size)
 
 
-def test_a_full_batch_of_ragged_prompts_answers_as_each_alone(plain: Any) -> None:
+def test_batch_of_ragged_prompts_answers_each_as_alone(plain: Any) -> None:
     requests = _requests(14)
     expected = [reference(plain, request) for request in requests]
     assert {completion.finish for completion in expected} == {"stop", "length"}
@@ -44,8 +44,8 @@ def test_a_full_batch_of_ragged_prompts_answers_as_each_alone(plain: Any) -> Non
         assert _generate(plain, requests, batch_size) == expected
 
 
-def test_the_head_gets_one_column_that_is_whole_in_memory(plain: Any) -> None:
-    """Of a view into all columns torch makes a copy of the head for each row: two thirds of a prefill's time."""
+def test_head_gets_one_contiguous_column(plain: Any) -> None:
+    """For a view into all columns torch copies the head for each row: two thirds of a prefill's time."""
     seen: list[tuple[tuple[int, ...], bool]] = []
     hook = plain.lm_head.register_forward_pre_hook(lambda _, x: seen.append((x[0].shape, x[0].is_contiguous())))
     try:
@@ -69,7 +69,7 @@ class _Reads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
-def test_a_pass_of_padded_rows_reads_nothing_back_from_its_masks(kind: str) -> None:
+def test_padded_pass_copies_no_mask_to_the_host(kind: str) -> None:
     model = llama() if kind == "llama" else mistral(8)
     batch = Batch(model, stop_ids=STOPS, pad_id=PAD)
     with _Reads() as reads:
@@ -81,7 +81,7 @@ def test_a_pass_of_padded_rows_reads_nothing_back_from_its_masks(kind: str) -> N
     assert kind == "mistral" or reads.count > 0
 
 
-def test_the_model_s_attention_is_its_own_again_after_each_pass(plain: Any) -> None:
+def test_attention_implementation_is_restored_after_each_pass(plain: Any) -> None:
     before = plain.config._attn_implementation
     batch = Batch(plain, stop_ids=STOPS, pad_id=PAD)
     batch.admit(_requests(2))
@@ -124,7 +124,7 @@ def expected(tenants: Any) -> list[Completion]:
     return [reference(tenants, request) for request in POOL]
 
 
-# What to do next: admit so many requests, or begin to read them and read on, take a row out, or decode a token.
+# Actions: admit requests, or start and continue a chunked prefill, cancel a row, or decode a token.
 ACTIONS = st.lists(
     st.one_of(
         st.tuples(st.just("admit"), st.integers(1, 4)),
@@ -139,7 +139,7 @@ ACTIONS = st.lists(
 
 @given(actions=ACTIONS, order=st.permutations(range(len(POOL))))
 @settings(max_examples=25, deadline=None)
-def test_whoever_comes_and_goes_the_others_answers_stay_the_same(
+def test_answers_do_not_depend_on_other_rows_joining_and_leaving(
     tenants: Any, expected: list[Completion], actions: list[tuple[str, int]], order: list[int]
 ) -> None:
     batch = Batch(tenants, stop_ids=STOPS, pad_id=PAD)
@@ -147,12 +147,12 @@ def test_whoever_comes_and_goes_the_others_answers_stay_the_same(
     for action, number in [*actions, *[("read", 1000)] * len(POOL), ("admit", len(POOL)), ("step", 30)]:
         if action in ("admit", "begin") and waiting:
             coming, waiting = waiting[:number], waiting[number:]
-            readings.append(batch.begin([POOL[index] for index in coming]))
+            readings.append(batch.start_prefill([POOL[index] for index in coming]))
             rows |= zip(coming, readings[-1].rows, strict=True)
             if action == "admit":
-                assert batch.read(readings.pop())
+                assert batch.prefill(readings.pop())
         elif action == "read" and readings:
-            if batch.read(readings[0], number):
+            if batch.prefill(readings[0], number):
                 del readings[0]
         elif action == "cancel" and number < len(batch.rows):
             leaving = batch.rows[number]
@@ -185,7 +185,7 @@ def on_disk(tenants: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     order=st.permutations(range(len(POOL))),
 )
 @settings(max_examples=25, deadline=None)
-def test_whichever_adapters_come_and_go_answers_under_way_stay_the_same(
+def test_answers_do_not_depend_on_adapters_added_and_removed(
     on_disk: Path, expected: list[Completion], actions: list[tuple[str, str]], order: list[int]
 ) -> None:
     base = llama()
@@ -193,11 +193,11 @@ def test_whichever_adapters_come_and_go_answers_under_way_stay_the_same(
     loaded, waiting, rows = set[str | None]({None}), list(order), dict[int, Row]()
     for action, adapter in [*actions, *(("load", name) for name in ADAPTERS), *[("step", "")] * 30]:
         if action == "load":
-            batch.put(adapter, read_matrices(on_disk / adapter, base))
+            batch.add_adapter(adapter, load_lora_weights(on_disk / adapter, base))
             loaded.add(adapter)
         elif action == "unload":
             if all(row.request.adapter != adapter for row in batch.rows):
-                batch.drop(adapter)
+                batch.remove_adapter(adapter)
                 loaded.discard(adapter)
         elif batch.rows:
             batch.step()
@@ -210,7 +210,7 @@ def test_whichever_adapters_come_and_go_answers_under_way_stay_the_same(
     assert {index: row.completion for index, row in rows.items()} == dict(enumerate(expected))
 
 
-def test_a_seed_samples_the_same_answer_in_any_company(tenants: Any) -> None:
+def test_seed_samples_the_same_answer_in_any_batch(tenants: Any) -> None:
     sampled = [
         Request(r.prompt_ids, r.adapter, 20, temperature=0.9, top_p=0.95, seed=seed)
         for seed, r in enumerate(_requests(6, None, "two"))
@@ -230,14 +230,14 @@ def test_without_a_seed_each_answer_is_drawn_afresh(tenants: Any) -> None:
 
 
 @pytest.mark.parametrize("how", [{"temperature": 1e-300}, {"temperature": 5e-324}, {"temperature": 1.0, "top_p": 1e-9}])
-def test_hardly_any_temperature_or_nucleus_is_greedy(tenants: Any, how: dict[str, Any]) -> None:
+def test_tiny_temperature_or_top_p_is_greedy(tenants: Any, how: dict[str, Any]) -> None:
     (request,) = _requests(1)
     sampled = Request(request.prompt_ids, None, 20, seed=3, **how)
     greedy = Request(request.prompt_ids, None, 20)
     assert _generate(tenants, [sampled], 1) == _generate(tenants, [greedy], 1)
 
 
-def test_each_finished_request_is_told_once_with_its_index(tenants: Any) -> None:
+def test_on_finished_is_called_once_for_each_request(tenants: Any) -> None:
     requests = _requests(9, None, "one")
     told: dict[int, Completion] = {}
 
@@ -249,11 +249,11 @@ def test_each_finished_request_is_told_once_with_its_index(tenants: Any) -> None
     assert [told[index] for index in range(9)] == answers
 
 
-def test_no_requests_no_answers(tenants: Any) -> None:
+def test_generate_returns_nothing_without_requests(tenants: Any) -> None:
     assert _generate(tenants, [], 4) == []
 
 
-def test_an_unknown_adapter_is_refused_and_leaves_the_batch_as_it_was(tenants: Any) -> None:
+def test_unknown_adapter_is_refused_and_leaves_the_batch_unchanged(tenants: Any) -> None:
     first, second = _requests(2)
     batch = Batch(tenants, stop_ids=STOPS, pad_id=PAD)
     (row,) = batch.admit([first])
@@ -284,7 +284,7 @@ def test_an_adapter_that_cannot_share_a_batch_is_refused_by_name() -> None:
         _generate(model, _requests(4, None, "tuned"), 4)
 
 
-def test_dora_answers_where_all_rows_are_its_own_and_the_base_where_none_is() -> None:
+def test_dora_answers_when_all_rows_are_its_own() -> None:
     model = _with_dora()
     plain = llama()
     base, tuned = _requests(12), _requests(12, "tuned")
@@ -295,7 +295,7 @@ def test_dora_answers_where_all_rows_are_its_own_and_the_base_where_none_is() ->
 
 
 @given(st.lists(st.integers(1, 9000), max_size=40))
-def test_prefill_groups_hold_everyone_once_and_little_padding(lengths: list[int]) -> None:
+def test_prefill_groups_have_every_prompt_once_and_little_padding(lengths: list[int]) -> None:
     groups = prefill_groups(lengths)
     assert sorted(place for group in groups for place in group) == list(range(len(lengths)))
     for group in groups:

@@ -1,4 +1,4 @@
-"""Caches with room against transformers' own DynamicCache."""
+"""Caches with spare columns against transformers' own DynamicCache."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from tunewright.generation.kv_cache import ROOM, merge, new_cache, select
+from tunewright.generation.kv_cache import SPARE_COLUMNS, merge, new_cache, select
 
 HEADS, SIZE, LAYERS = 2, 4, 3
 
@@ -19,7 +19,7 @@ def _states(rows: int, time: int, seed: int) -> Tensor:
 
 
 def _filled(cache: Any, rows: int, times: list[int], seed: int = 0) -> Any:
-    """Give a cache columns piece by piece; the same numbers for the same seed."""
+    """Fill a cache with columns chunk by chunk; the same numbers for the same seed."""
     for piece, time in enumerate(times):
         for layer in range(LAYERS):
             place = 100 * seed + 10 * piece + layer
@@ -36,7 +36,9 @@ def _places(cache: Cache) -> list[int]:
     return [states.untyped_storage().data_ptr() for pair in _contents(cache) for states in pair]
 
 
-@pytest.mark.parametrize("times", [[1], [5, 1, 1], [1] * (2 * ROOM + 3), [ROOM, 1, ROOM + 1, 1], [3, 200, 1]])
+@pytest.mark.parametrize(
+    "times", [[1], [5, 1, 1], [1] * (2 * SPARE_COLUMNS + 3), [SPARE_COLUMNS, 1, SPARE_COLUMNS + 1, 1], [3, 200, 1]]
+)
 def test_new_cache_holds_what_dynamic_cache_holds(times: list[int]) -> None:
     found, expected = _filled(new_cache(), 2, times), _filled(DynamicCache(), 2, times)
     assert found.get_seq_length() == expected.get_seq_length() == sum(times)
@@ -46,14 +48,14 @@ def test_new_cache_holds_what_dynamic_cache_holds(times: list[int]) -> None:
 def test_new_cache_is_copied_once_in_as_many_tokens_as_it_has_room_for() -> None:
     cache = _filled(new_cache(), 2, [7])
     places = {tuple(_places(cache))}
-    for number in range(1, 3 * ROOM):
+    for number in range(1, 3 * SPARE_COLUMNS):
         _filled(cache, 2, [1], seed=number)
         places.add(tuple(_places(cache)))
     assert len(places) == 3
 
 
 @pytest.mark.parametrize("then", [[], [1, 1]])
-def test_select_keeps_rows_and_last_columns_that_grow_on(then: list[int]) -> None:
+def test_select_keeps_rows_and_last_columns_and_can_grow(then: list[int]) -> None:
     cache = _filled(new_cache(), 4, [9, 1])
     before = _contents(cache)
     select(cache, [3, 1], 6)
@@ -75,7 +77,7 @@ def test_select_copies_nothing_where_all_rows_and_columns_stay() -> None:
     assert _places(cache) != places
 
 
-def test_merge_pads_the_shorter_on_the_left_with_numbers_and_leaves_both_as_they_were() -> None:
+def test_merge_pads_the_shorter_with_zeros_and_changes_neither() -> None:
     first, second = _filled(new_cache(), 2, [5]), _filled(new_cache(), 3, [2], seed=1)
     before = [states.clone() for cache in (first, second) for pair in _contents(cache) for states in pair]
     merged = merge(first, second)

@@ -1,4 +1,4 @@
-"""One pass for rows of many adapters, against PEFT's own way to mix them in a batch."""
+"""One pass for rows of many adapters, against PEFT's own mixed batches."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CONFIGS = {
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    """Adapters of unlike rank, scale and layers."""
+    """Return a model with adapters of different rank, scale and layers."""
     names = list(CONFIGS)
     wrapped: Any = get_peft_model(llama().float(), CONFIGS[names[0]], names[0])
     for name in names[1:]:
@@ -40,35 +40,35 @@ def model() -> Any:
 
 @settings(max_examples=30, deadline=None)
 @given(names=st.lists(st.sampled_from([None, *CONFIGS]), min_size=1, max_size=9), tokens=st.integers(1, 5))
-def test_rows_are_answered_as_peft_answers_them(model: Any, names: list[str | None], tokens: int) -> None:
+def test_dispatch_answers_rows_as_peft(model: Any, names: list[str | None], tokens: int) -> None:
     ids = torch.randint(8, 128, (len(names), tokens), generator=torch.Generator().manual_seed(tokens))
     with torch.inference_mode():
         expected = model(input_ids=ids, adapter_names=[name or BASE_ROW for name in names]).logits
-        with LoraDispatch(model, mixed=True).answering(names):
+        with LoraDispatch(model, mixed=True).use_adapters(names):
             found = model(input_ids=ids).logits
     torch.testing.assert_close(found, expected)
 
 
-def test_afterwards_the_model_is_as_it_was_also_after_a_failure(model: Any) -> None:
+def test_dispatch_restores_the_model_also_after_a_failure(model: Any) -> None:
     ids = torch.tensor([[9, 10, 11]])
     adapters = LoraDispatch(model, mixed=True)
     model.set_adapter("wide")
     with torch.inference_mode():
         before = model(input_ids=ids).logits
-        with pytest.raises(RuntimeError), adapters.answering(["narrow"]):
+        with pytest.raises(RuntimeError), adapters.use_adapters(["narrow"]):
             raise RuntimeError
         assert torch.equal(model(input_ids=ids).logits, before)
 
 
-def test_the_base_s_precision_is_kept_and_the_sum_is_rounded_once() -> None:
-    """As PEFT adds one adapter's change, with which it was trained: in float32, rounded to the base's type after."""
+def test_dispatch_keeps_the_base_dtype_and_rounds_the_sum_once() -> None:
+    """PEFT adds one adapter's delta in float32 and rounds once, as in training."""
     wrapped: Any = get_peft_model(llama().to(torch.bfloat16), CONFIGS["narrow"], "narrow", autocast_adapter_dtype=True)
     torch.nn.init.normal_(wrapped.base_model.model.model.layers[0].self_attn.q_proj.lora_B["narrow"].weight)
     wrapped.eval()
     ids = torch.tensor([[9, 10, 11], [12, 13, 14]])
     with torch.inference_mode():
         expected = wrapped(input_ids=ids).logits
-        with LoraDispatch(wrapped, mixed=True).answering(["narrow", "narrow"]):
+        with LoraDispatch(wrapped, mixed=True).use_adapters(["narrow", "narrow"]):
             found = wrapped(input_ids=ids).logits
     assert found.dtype == torch.bfloat16
     assert torch.equal(found, expected)
@@ -78,7 +78,7 @@ BESIDE = ["wide", "narrow", "scaled"]
 
 
 def _loras(model: Any, adapter: str) -> dict[str, Lora]:
-    """Copies of what an adapter of a PeftModel brings, by the names of the base's layers."""
+    """Return copies of a PeftModel adapter's weights, by the names of the base's layers."""
     return {
         name.removeprefix("base_model.model."): Lora(
             layer.lora_A[adapter].weight.detach().clone().t(),
@@ -91,7 +91,7 @@ def _loras(model: Any, adapter: str) -> dict[str, Lora]:
 
 
 def _logits(model: Any, adapters: LoraDispatch, names: list[str | None], ids: torch.Tensor) -> torch.Tensor:
-    with torch.inference_mode(), adapters.answering(names):
+    with torch.inference_mode(), adapters.use_adapters(names):
         found: torch.Tensor = model(input_ids=ids).logits
     return found
 
@@ -102,16 +102,16 @@ def _logits(model: Any, adapters: LoraDispatch, names: list[str | None], ids: to
     tokens=st.integers(1, 5),
     others=st.lists(st.tuples(st.sampled_from(BESIDE), st.booleans()), max_size=8),
 )
-def test_adapters_beside_a_base_answer_as_peft_s_own_whatever_came_and_went_before(
+def test_added_adapters_answer_as_peft_after_any_history(
     model: Any, names: list[str | None], tokens: int, others: list[tuple[str, bool]]
 ) -> None:
     base = llama().float()
     adapters = LoraDispatch(base, mixed=True)
     for name, put in [*others, *((name, True) for name in names if name is not None)]:
         if put:
-            adapters.put(name, _loras(model, name))
+            adapters.add(name, _loras(model, name))
         else:
-            adapters.drop(name)
+            adapters.remove(name)
     ids = torch.randint(8, 128, (len(names), tokens), generator=torch.Generator().manual_seed(tokens))
     found = _logits(base, adapters, names, ids)
     assert torch.equal(found, _logits(model, LoraDispatch(model, mixed=True), names, ids))
@@ -120,7 +120,7 @@ def test_adapters_beside_a_base_answer_as_peft_s_own_whatever_came_and_went_befo
     torch.testing.assert_close(found, expected)
 
 
-def test_a_base_is_the_same_before_with_and_after_adapters_beside_it_and_nothing_of_them_stays(model: Any) -> None:
+def test_base_is_unchanged_by_added_adapters_and_nothing_of_them_stays(model: Any) -> None:
     base, ids = llama().float(), torch.tensor([[9, 10, 11]])
     before = {name: weight.clone() for name, weight in base.state_dict().items()}
     parts = [(name, type(part), sorted(vars(part))) for name, part in base.named_modules()]
@@ -128,13 +128,13 @@ def test_a_base_is_the_same_before_with_and_after_adapters_beside_it_and_nothing
     adapters = LoraDispatch(base, mixed=True)
     loras = _loras(model, "wide")
     held = [weakref.ref(lora.down) for lora in loras.values()]
-    adapters.put("wide", loras)
+    adapters.add("wide", loras)
     del loras
     adapters.require(["wide"])
     assert not torch.equal(_logits(base, adapters, ["wide"], ids), plain)
     assert torch.equal(_logits(base, adapters, [None], ids), plain)
-    adapters.drop("wide")
-    adapters.drop("wide")  # once more does no harm
+    adapters.remove("wide")
+    adapters.remove("wide")  # once more does no harm
     with pytest.raises(ValueError, match="no adapter wide"):
         adapters.require(["wide"])
     assert not any(ref() is not None for ref in held)
@@ -144,15 +144,15 @@ def test_a_base_is_the_same_before_with_and_after_adapters_beside_it_and_nothing
     assert torch.equal(base(input_ids=ids).logits, plain)
 
 
-def test_an_adapter_for_a_layer_that_the_base_has_not_leaves_everything_as_it_was(model: Any) -> None:
+def test_adding_an_adapter_for_a_missing_layer_changes_nothing(model: Any) -> None:
     base, ids = llama().float(), torch.tensor([[9, 10, 11]])
     adapters = LoraDispatch(base, mixed=True)
-    adapters.put("wide", _loras(model, "wide"))
+    adapters.add("wide", _loras(model, "wide"))
     before = _logits(base, adapters, ["wide"], ids)
     lora = next(iter(_loras(model, "narrow").values()))
     for name in ("narrow", "wide"):
         with pytest.raises(AttributeError):
-            adapters.put(name, {"model.layers.0.self_attn.q_proj": lora, "model.layers.9.self_attn.q_proj": lora})
+            adapters.add(name, {"model.layers.0.self_attn.q_proj": lora, "model.layers.9.self_attn.q_proj": lora})
     assert torch.equal(_logits(base, adapters, ["wide"], ids), before)
     with pytest.raises(ValueError, match="no adapter narrow"):
         adapters.require(["narrow"])
@@ -171,8 +171,8 @@ def _trained_as(fused: bool, dtype: torch.dtype) -> Any:
     return wrapped.eval()
 
 
-def test_answers_while_training_are_those_of_the_evaluation_to_the_bit() -> None:
-    """Training's own layers, under the autocast that transformers' trainer has, against peft's without."""
+def test_answers_during_training_equal_those_of_evaluation_to_the_bit() -> None:
+    """Training's own layers under autocast, as in transformers' trainer, against peft's without."""
     ids = torch.tensor([[9, 10, 11], [12, 13, 14]])
     names: list[str | None] = ["default", "default"]
     training, evaluation = _trained_as(True, torch.bfloat16), _trained_as(False, torch.bfloat16)
@@ -182,17 +182,17 @@ def test_answers_while_training_are_those_of_the_evaluation_to_the_bit() -> None
     assert torch.equal(found, _logits(evaluation, LoraDispatch(evaluation, mixed=False), names, ids))
 
 
-def test_attached_layers_answer_pass_after_pass_and_are_the_model_s_own_afterwards(model: Any) -> None:
+def test_attached_layers_answer_many_passes_and_are_restored(model: Any) -> None:
     base, ids = llama().float(), torch.tensor([[9, 10, 11], [12, 13, 14]])
     plain = base(input_ids=ids).logits
     adapters = LoraDispatch(base, mixed=True)
-    adapters.put("wide", _loras(model, "wide"))
+    adapters.add("wide", _loras(model, "wide"))
     passes: list[list[str | None]] = [["wide", None], ["wide", None], [None, None], ["narrow", "wide"], [None, "wide"]]
     found = []
     with pytest.raises(RuntimeError), adapters.attached():
         for names in passes:
             if "narrow" in names:
-                adapters.put("narrow", _loras(model, "narrow"))  # on layers that had none before
+                adapters.add("narrow", _loras(model, "narrow"))  # on layers that had none before
             found.append(_logits(base, adapters, names, ids))
         with pytest.raises(AssertionError):
             base(input_ids=ids)  # whose rows are these?
@@ -207,10 +207,10 @@ def test_attached_layers_answer_pass_after_pass_and_are_the_model_s_own_afterwar
 def test_attached_layers_are_set_once_for_many_passes(model: Any) -> None:
     base, ids = llama().float(), torch.tensor([[9, 10, 11]])
     adapters = LoraDispatch(base, mixed=True)
-    adapters.put("wide", _loras(model, "wide"))
+    adapters.add("wide", _loras(model, "wide"))
     layer = base.model.layers[0].self_attn.q_proj
     with adapters.attached():
         before = layer.forward
         _logits(base, adapters, ["wide"], ids)
-        with adapters.answering([None]):
+        with adapters.use_adapters([None]):
             assert layer.forward is before

@@ -1,4 +1,4 @@
-"""Shared prompts: the choice of beginnings against a search token by token, the answers against Hugging Face's own."""
+"""Shared prompts: the chosen prefixes against a search token by token, the answers against Hugging Face's own."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from decoding_helpers import PAD, STOPS, VOCABULARY, reference
 from tunewright.generation.decoding import Batch, Request, generate
-from tunewright.generation.prefixes import Shared, shared_prefixes
+from tunewright.generation.prefixes import SharedPrefix, shared_prefixes
 
 PROMPTS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8).map(tuple), max_size=6)
 
 
 def _most_saved(prompts: Sequence[tuple[int, ...]], cost: int, beginning: tuple[int, ...] = ()) -> int:
-    """With this beginning for all that go on from it, or with longer ones, token by token; or with none."""
+    """Return the most tokens saved with this prefix for all its prompts, with longer ones, or with none."""
     length = len(beginning)
     having = [p for p in prompts if p[:length] == beginning and len(p) > length]
     if not having:
@@ -29,30 +29,30 @@ def _most_saved(prompts: Sequence[tuple[int, ...]], cost: int, beginning: tuple[
 
 @given(PROMPTS, st.integers(1, 6))
 @settings(max_examples=150, deadline=None)
-def test_no_other_beginnings_save_more_than_the_chosen_ones(prompts: list[tuple[int, ...]], cost: int) -> None:
+def test_shared_prefixes_save_as_much_as_brute_force(prompts: list[tuple[int, ...]], cost: int) -> None:
     chosen = shared_prefixes(prompts, cost)
-    places = [place for group in chosen for place in group.places]
+    places = [place for group in chosen for place in group.indices]
     assert len(places) == len(set(places))
     for group in chosen:
-        assert all(prompts[p][: group.length] == prompts[group.places[0]][: group.length] for p in group.places)
-        assert all(len(prompts[place]) > group.length for place in group.places)
-    saved = sum(group.length * (len(group.places) - 1) - cost for group in chosen)
+        assert all(prompts[p][: group.length] == prompts[group.indices[0]][: group.length] for p in group.indices)
+        assert all(len(prompts[place]) > group.length for place in group.indices)
+    saved = sum(group.length * (len(group.indices) - 1) - cost for group in chosen)
     assert saved == _most_saved(prompts, cost)
 
 
-def test_prompts_that_each_begin_the_next_make_no_deep_recursion() -> None:
+def test_shared_prefixes_does_not_recurse_for_nested_prompts() -> None:
     prompts = [tuple(range(length)) for length in range(1, 3000)]
-    (group,) = [g for g in shared_prefixes(prompts) if 2999 - 1 in g.places]
+    (group,) = [g for g in shared_prefixes(prompts) if 2999 - 1 in g.indices]
     assert group.length > 1000
 
 
-def test_a_short_beginning_of_few_prompts_is_not_worth_a_pass() -> None:
+def test_shared_prefixes_ignores_a_short_prefix_of_few_prompts() -> None:
     assert shared_prefixes([(1, 2, 3, n) for n in range(10)]) == []
-    assert shared_prefixes([(1, 2, 3, n) for n in range(100)]) == [Shared(tuple(range(100)), 3)]
+    assert shared_prefixes([(1, 2, 3, n) for n in range(100)]) == [SharedPrefix(tuple(range(100)), 3)]
 
 
 def _task(instruction: int, rows: int, adapter: str | None = None, longest: int = 12) -> list[Request]:
-    """Requests that begin with one instruction of so many tokens."""
+    """Return requests that start with one instruction of ``length`` tokens."""
     draw = random.Random(instruction)
     shared = tuple(draw.randrange(8, VOCABULARY) for _ in range(instruction))
     return [
@@ -72,7 +72,7 @@ def _mixed(tasks: Sequence[list[Request]]) -> list[Request]:
 
 
 class _Counted:
-    """How many token positions go through the model while this is open, and in how many passes."""
+    """Counts the token positions and passes that go through the model while it is open."""
 
     def __init__(self, model: Any) -> None:
         self.passes = self.tokens = 0
@@ -101,20 +101,20 @@ def test_several_shared_prompts_answer_as_each_alone(plain: Any) -> None:
         assert _generate(plain, requests, batch_size) == expected
 
 
-def test_adapters_do_not_share_a_prompt_with_each_other_or_the_base(tenants: Any) -> None:
+def test_adapters_share_no_prefix_with_each_other_or_the_base(tenants: Any) -> None:
     tasks = [_task(30, 4, adapter) for adapter in (None, "one", "two")]
     requests = _mixed(tasks)
     assert _generate(tenants, requests, 5) == [reference(tenants, request) for request in requests]
 
 
-def test_a_shared_prompt_goes_through_the_model_once(plain: Any) -> None:
+def test_shared_prefix_goes_through_the_model_once(plain: Any) -> None:
     requests = [Request((*range(8, 58), 60 + n), None, 1) for n in range(20)]
     with _Counted(plain) as counted:
         _generate(plain, requests, 10)
     assert (counted.passes, counted.tokens) == (3, 50 + 20)
 
 
-def test_a_prefix_of_another_prompt_or_adapter_is_refused(tenants: Any) -> None:
+def test_admit_refuses_a_prefix_of_another_prompt_or_adapter(tenants: Any) -> None:
     batch = Batch(tenants, stop_ids=STOPS, pad_id=PAD)
     prefix = batch.prefix((8, 9), "one")
     for request in (

@@ -43,7 +43,7 @@ def test_next_tokens_follow_the_model_s_distribution(temperature: float, top_p: 
     seed=st.integers(0, 2**31), top_p=st.floats(0.01, 0.999), spread=st.sampled_from([0.1, 1.0, 5.0]),
     prefilter=st.integers(1, 300),
 )  # fmt: skip
-def test_nucleus_is_transformers_s_with_any_prefilter_that_is_whole(
+def test_nucleus_equals_that_of_transformers_with_any_sufficient_prefilter(
     seed: int, top_p: float, spread: float, prefilter: int
 ) -> None:
     logits = _logits(3, 200, seed, spread).double()
@@ -55,7 +55,7 @@ def test_nucleus_is_transformers_s_with_any_prefilter_that_is_whole(
     assert torch.equal(whole, (expected.sum(-1) <= prefilter) | (prefilter >= 200))
 
 
-def test_nucleus_takes_the_lowest_ids_of_a_tie_with_and_without_a_prefilter() -> None:
+def test_nucleus_keeps_the_lowest_ids_of_a_tie() -> None:
     probabilities = torch.tensor([[0.1, 0.2, 0.1, 0.3, 0.1, 0.1, 0.1]], dtype=torch.float64)
     for prefilter in (5, 7):
         kept, whole = nucleus(probabilities, torch.tensor([[0.65]]).double(), prefilter)
@@ -64,7 +64,7 @@ def test_nucleus_takes_the_lowest_ids_of_a_tie_with_and_without_a_prefilter() ->
 
 
 @pytest.mark.parametrize("prefilter", [1, 4, 64])
-def test_next_tokens_are_the_same_whatever_the_prefilter_holds(prefilter: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_next_tokens_do_not_depend_on_the_prefilter(prefilter: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some rows find their nucleus in it, others do not and are sorted whole."""
     logits = torch.cat([_logits(6, 500, spread=0.2), _logits(6, 500, spread=8.0)])
     settings_of = [{"top_p": p} for p in (0.3, 0.9, 0.99, 1.0, 0.5, 0.95)] * 2
@@ -81,7 +81,7 @@ def test_next_tokens_are_the_same_whatever_the_prefilter_holds(prefilter: int, m
 
 @given(order=st.permutations(range(9)), alone=st.integers(0, 8))
 @settings(max_examples=30, deadline=None)
-def test_next_tokens_of_a_row_do_not_depend_on_its_company(order: list[int], alone: int) -> None:
+def test_next_tokens_of_a_row_do_not_depend_on_other_rows(order: list[int], alone: int) -> None:
     logits = _logits(9, 3000)
     hows: list[dict[str, Any]] = [{"temperature": 0.0}, {"top_p": 0.9}, {"temperature": 0.5}] * 3
 
@@ -95,7 +95,7 @@ def test_next_tokens_of_a_row_do_not_depend_on_its_company(order: list[int], alo
     assert together == drawn(list(range(9)))
 
 
-def test_next_tokens_of_greedy_rows_are_the_likeliest_and_take_no_number() -> None:
+def test_next_tokens_of_greedy_rows_are_the_likeliest_and_draw_nothing() -> None:
     logits = _logits(4, 100)
     rows = [_row(place, temperature=0.0) for place in range(4)]
     assert next_tokens(logits, rows) == logits.argmax(-1).tolist()
@@ -116,8 +116,8 @@ def test_draw_never_takes_a_token_of_probability_0() -> None:
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.9])
-def test_next_tokens_raises_where_logits_are_not_numbers(top_p: float) -> None:
+def test_next_tokens_raises_when_logits_are_not_finite(top_p: float) -> None:
     logits = _logits(2, 50)
     logits[1, 7] = torch.nan
-    with pytest.raises(ValueError, match="logits are not numbers"):
+    with pytest.raises(ValueError, match="logits are not finite"):
         next_tokens(logits, [_row(0, top_p=top_p), _row(1, top_p=top_p)])

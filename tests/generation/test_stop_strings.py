@@ -1,4 +1,4 @@
-"""Stop strings in the decoding loop: found wherever token boundaries fall, against a search in the whole answer."""
+"""Stop strings in the decoding loop, found across token boundaries, against a search in the full answer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _decode(ids: Sequence[int]) -> str:
 
 
 ANSWERS = [reference(MODEL, Request(prompt, None, 24)) for prompt in PROMPTS]
-# Stop strings that are in some answer, from anywhere to anywhere in it, beside those that are in none.
+# Stop strings from anywhere in some answer, and some that are in no answer.
 INSIDE = st.builds(
     lambda answer, start, length: _decode(answer.ids)[start : start + length],
     st.sampled_from(ANSWERS),
@@ -43,7 +43,7 @@ def _cut(text: str, stops: Sequence[str]) -> str | None:
 
 @given(STOP_STRINGS, st.integers(1, 10))
 @settings(max_examples=40, deadline=None)
-def test_an_answer_ends_before_its_first_stop_string_and_is_whole_without_one(stops: list[str], batch: int) -> None:
+def test_answer_ends_before_its_first_stop_string(stops: list[str], batch: int) -> None:
     requests = [Request(prompt, None, 24, stop=tuple(stops)) for prompt in PROMPTS]
     told = generate(MODEL, requests, stop_ids=STOPS, pad_id=PAD, batch_size=batch, decode=_decode)
     for completion, whole in zip(told, ANSWERS, strict=True):
@@ -57,7 +57,7 @@ def test_an_answer_ends_before_its_first_stop_string_and_is_whole_without_one(st
         assert _cut(_decode(completion.ids[:-1]), stops) is None
 
 
-def test_a_row_that_meets_its_stop_string_makes_room_at_once() -> None:
+def test_row_leaves_the_batch_at_its_stop_string() -> None:
     passes: list[int] = []
     hook = MODEL.register_forward_pre_hook(lambda _m, _a, k: passes.append(len(k["input_ids"])), with_kwargs=True)
     first = _decode(ANSWERS[0].ids[:1])

@@ -1,4 +1,4 @@
-"""Text while it is made: the pieces are the whole, in whole characters, and stop strings never show."""
+"""Incremental text: the pieces join to the full text, in whole characters, and stop strings never show."""
 
 from __future__ import annotations
 
@@ -35,24 +35,24 @@ def _pieces(stream: Any, tokens: Sequence[int]) -> list[str]:
 
 
 @given(st.text(st.characters(codec="utf-8", exclude_characters="\ufffd")))
-def test_pieces_are_whole_characters_and_together_the_text(text: str) -> None:
+def test_detokenizer_yields_whole_characters_that_join_to_the_text(text: str) -> None:
     pieces = _pieces(Detokenizer(_decode), BYTES.encode(text, add_special_tokens=False))
     assert "".join(pieces) == text
     assert all("\ufffd" not in piece for piece in pieces)
 
 
-def test_a_character_comes_with_its_last_byte() -> None:
+def test_detokenizer_yields_a_character_with_its_last_byte() -> None:
     pieces = _pieces(Detokenizer(_decode), BYTES.encode("a€b", add_special_tokens=False))
     assert pieces == ["a", "", "", "€", "b", ""]
 
 
-def test_a_character_that_the_end_cuts_off_shows_as_a_replacement_character() -> None:
+def test_flush_replaces_a_cut_off_character() -> None:
     tokens = BYTES.encode("a€", add_special_tokens=False)
     assert _pieces(Detokenizer(_decode), tokens[:-1]) == ["a", "", "", "\ufffd"]
 
 
 @given(st.lists(st.sampled_from(range(256))))
-def test_bytes_that_are_no_text_read_as_the_whole_reads(tokens: list[int]) -> None:
+def test_detokenizer_reads_invalid_bytes_like_the_full_text(tokens: list[int]) -> None:
     assert "".join(_pieces(Detokenizer(_decode), tokens)) == _decode(tokens)
 
 
@@ -85,14 +85,14 @@ def test_text_ends_before_the_first_stop_string_however_it_arrives(pieces: list[
     assert (sent + filtered.flush(), filtered.stopped) == (passed, stopped)
 
 
-def test_what_may_become_a_stop_string_waits_and_the_rest_does_not() -> None:
+def test_stop_filter_holds_back_only_a_possible_stop_string() -> None:
     filtered = StopFilter(["END"])
     assert [filtered.push(piece) for piece in ("x", "E", "N", "E", "ND!")] == ["x", "", "", "EN", ""]
     assert filtered.stopped
 
 
 @pytest.mark.parametrize("stops", [("€",), ("b€",)])
-def test_a_stop_string_is_found_across_the_bytes_of_a_character(stops: tuple[str, ...]) -> None:
+def test_stop_string_is_found_across_the_bytes_of_a_character(stops: tuple[str, ...]) -> None:
     stream = TextStream(_decode, stops)
     text = ""
     for token in BYTES.encode("ab€c", add_special_tokens=False):

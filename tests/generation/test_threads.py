@@ -1,4 +1,4 @@
-"""Whose helpers a process has, in a process of its own."""
+"""OpenMP workers of a process, tested in a child process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 HELPERS = """
 import os, torch
-from tunewright.generation.threads import release_cores
+from tunewright.generation.threads import release_openmp_threads
 def threads():
     return len(os.listdir("/proc/self/task"))
 torch.set_num_threads(3)
@@ -17,7 +17,7 @@ before = threads()
 numbers = torch.arange(2**20, dtype=torch.float32)
 norm = numbers.norm()
 computing = threads()
-release_cores()
+release_openmp_threads()
 after = threads()
 print(computing - before, computing - after, bool(numbers.norm() == norm))
 """
@@ -29,5 +29,5 @@ def _said(script: str) -> str:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
-def test_a_thread_that_hands_its_model_over_keeps_no_helpers_and_can_compute_again() -> None:
+def test_release_openmp_threads_keeps_no_workers_and_allows_new_ones() -> None:
     assert _said(HELPERS) == "2 2 True"

@@ -19,7 +19,7 @@ from tunewright.config import Config
 from tunewright.core.progress import LogReporter
 from tunewright.models.bases import Base
 from tunewright.models.families import ATTENTION, MLP
-from tunewright.models.memory.estimate import Load
+from tunewright.models.memory.estimate import BatchShape
 from tunewright.models.memory.shape import Shape
 from tunewright.training.run import Run
 
@@ -83,7 +83,7 @@ def _in_4_bits(linear: Any, dtype: Any) -> Any:
     )
 
 
-def rows(load: Load, seed: int = 0) -> list[Tokens]:
+def rows(load: BatchShape, seed: int = 0) -> list[Tokens]:
     """Return rows of random ids that begin alike, as many and as long as ``load`` says."""
     luck = random.Random(seed)
     prefix = [luck.randrange(3, 250) for _ in range(load.shared)]
@@ -116,4 +116,4 @@ def train(
         config = Config.model_validate({"train": settings})
         run = Run(config, Base("fake", Path(folder), None, "LlamaForCausalLM", {}), Path(folder), LogReporter())
         history, _ = run.fit(model, byte_tokenizer(), train_rows, dev_rows, None, None, replay)
-        return history, run.how()
+        return history, run.details()

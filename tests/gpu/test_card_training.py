@@ -1,4 +1,4 @@
-"""``tunewright train`` on a card: everything on it, nothing of the square of the tokens, and few waits for it."""
+"""``tunewright train`` on a GPU: everything stays on it, nothing is quadratic in tokens, and it rarely waits."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fake_models import SHAPES, build, rows, train
 
 from tunewright.config import TrainConfig
 from tunewright.core.errors import UserError
-from tunewright.models.memory.estimate import Load
-from tunewright.training.adapter import require_precision
+from tunewright.models.memory.estimate import BatchShape
+from tunewright.training.lora import require_precision
 
 BATCH, MICRO = 4, 2
-LOAD = Load(rows=BATCH, shared=24, own=12, trained=4)
+LOAD = BatchShape(rows=BATCH, shared=24, own=12, trained=4)
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def _run(
     mistral: bool = False,
     window: int | None = None,
     layers: int = 2,
-    load: Load = LOAD,
+    load: BatchShape = LOAD,
     capability: tuple[int, int] = (9, 0),
     **settings: Any,
 ) -> Report:
@@ -76,7 +76,7 @@ def _run(
         ("llama-3-70b", {"nf4": True}),
     ],
 )
-def test_training_is_on_the_card_whole(card: CardProcess, name: str, options: dict[str, Any]) -> None:
+def test_training_stays_on_the_gpu(card: CardProcess, name: str, options: dict[str, Any]) -> None:
     """The choice of the micro-batch, steps of two pieces with a checkpointed backward pass, dev loss, checkpoint."""
     report = card.run(_run, name, **options)
     assert [sorted({"loss", "eval_loss"} & row.keys()) for row in report.history] == [["loss"], ["eval_loss"]]
@@ -86,14 +86,14 @@ def test_training_is_on_the_card_whole(card: CardProcess, name: str, options: di
 
 
 @pytest.mark.parametrize("options", [{}, {"nf4": True}, {"mistral": True, "window": 8}])
-def test_replay_with_divergences_is_on_the_card_whole(card: CardProcess, options: dict[str, Any]) -> None:
-    report = card.run(_run, "tiny", 3, replay={"samples": 4, "kl_coef": 0.5}, **options)
+def test_kl_replay_stays_on_the_gpu(card: CardProcess, options: dict[str, Any]) -> None:
+    report = card.run(_run, "tiny", 3, replay={"samples": 4, "kl": 0.5}, **options)
     assert {"loss", "pair_loss", "replay_kl"} <= report.history[0].keys()
     assert not [copy for copy in report.copies if copy.in_layer]
 
 
-@pytest.mark.parametrize(("replay", "reads"), [(None, 2), ({"samples": 4, "kl_coef": 0.5}, 3)])
-def test_step_reads_from_the_card_only_what_it_logs(
+@pytest.mark.parametrize(("replay", "reads"), [(None, 2), ({"samples": 4, "kl": 0.5}, 3)])
+def test_step_copies_only_logged_values_from_the_gpu(
     card: CardProcess, replay: dict[str, Any] | None, reads: int
 ) -> None:
     """The loss and the gradient's norm, which transformers logs, and with replay the parts of the loss in one read.
@@ -107,13 +107,13 @@ def test_step_reads_from_the_card_only_what_it_logs(
     assert _blocking(more) == _blocking(fewer)
 
 
-def test_dev_loss_is_read_from_the_card_once(card: CardProcess) -> None:
+def test_dev_loss_is_copied_from_the_gpu_once(card: CardProcess) -> None:
     report = card.run(_run, "tiny")
-    assert [read.where.split()[-1] for read in report.syncs].count("_measured") == 1
-    assert not [copy for copy in report.copies if copy.blocking and copy.where.endswith("_measured")]
+    assert [read.where.split()[-1] for read in report.syncs].count("_evaluation_metrics") == 1
+    assert not [copy for copy in report.copies if copy.blocking and copy.where.endswith("_evaluation_metrics")]
 
 
-def test_pieces_of_a_micro_batch_go_to_the_card_without_waiting(card: CardProcess) -> None:
+def test_micro_batch_chunks_move_to_the_gpu_without_waiting(card: CardProcess) -> None:
     fewer, more = (card.run(_in_smaller_pieces, steps) for steps in (2, 3))
     assert len(more.syncs) - len(fewer.syncs) == 2
     assert _blocking(more) == _blocking(fewer)
@@ -136,13 +136,13 @@ def _blocking(report: Report) -> Counter[str]:
 
 
 @pytest.mark.parametrize("nf4", [False, True])
-def test_no_tensor_has_the_square_of_the_tokens(card: CardProcess, nf4: bool) -> None:
-    load = Load(rows=32, shared=100, own=120, trained=4)
-    report = card.run(_run, "tiny", nf4=nf4, load=load, micro_batch_size=load.rows)
+def test_training_allocates_no_quadratic_tensor(card: CardProcess, nf4: bool) -> None:
+    load = BatchShape(rows=32, shared=100, own=120, trained=4)
+    report = card.run(_run, "tiny", nf4=nf4, load=load, micro_batch=load.rows)
     assert report.largest[0] < load.tokens**2 / 8, report.largest
 
 
-def test_gradients_of_what_rows_share_are_summed_in_float32(card: CardProcess) -> None:
+def test_gradients_of_shared_tokens_are_summed_in_float32(card: CardProcess) -> None:
     """Keys and values of a prefix, and states that several answers begin from."""
     launches = card.run(_run, "tiny").launches
     sums = ("index_add", "index_add_", "index_put", "index_put_")
@@ -150,7 +150,7 @@ def test_gradients_of_what_rows_share_are_summed_in_float32(card: CardProcess) -
 
 
 @pytest.mark.parametrize("options", [{}, {"nf4": True}, {"mistral": True, "window": 8}])
-def test_card_before_ampere_trains_in_float32_without_flash_attention(
+def test_gpu_before_ampere_trains_in_float32_without_flash_attention(
     card: CardProcess, options: dict[str, Any]
 ) -> None:
     report = card.run(_run, "tiny", dtype="float32", capability=(7, 5), **options)
@@ -168,7 +168,7 @@ def _precision(dtype: str, capability: tuple[int, int]) -> str | None:
     return None
 
 
-def test_bfloat16_is_refused_on_a_card_before_ampere(card: CardProcess) -> None:
+def test_bfloat16_is_refused_on_a_gpu_before_ampere(card: CardProcess) -> None:
     assert card.run(_precision, "bfloat16", (7, 5)) == (
         "train.dtype: bfloat16 needs a card of compute capability 8.0 (Ampere) or later, and fake card has 7.5"
     )

@@ -68,13 +68,13 @@ def _decode(names: Sequence[str | None], layers: int = LAYERS, mistral: bool = F
     with FakeCard():
         batch = Batch(model, stop_ids=[], pad_id=0)
         for name in set(names) - {None}:
-            batch.put(str(name), _loras(model))
+            batch.add_adapter(str(name), _loras(model))
     requests = [Request(tuple(range(5, 25 + index)), name, 50, **how) for index, name in enumerate(names)]
     with batch.attached():
         seen = {"prefix": _measured(lambda: batch.prefix(requests[0].prompt_ids[:9], names[0]))}
-        reading = batch.begin(requests)
-        seen["piece"] = _measured(lambda: batch.read(reading, 8 * len(requests)))
-        seen["prefill"] = _measured(lambda: batch.read(reading))
+        reading = batch.start_prefill(requests)
+        seen["piece"] = _measured(lambda: batch.prefill(reading, 8 * len(requests)))
+        seen["prefill"] = _measured(lambda: batch.prefill(reading))
         _measured(batch.step)  # makes what the following ones have
         seen["token"] = _measured(batch.step)
         others = [replace(request, adapter=names[0]) for request in requests[:2]]
@@ -110,7 +110,7 @@ def test_decoding_an_8b_takes_a_bounded_number_of_launches_copies_and_syncs(card
 
 
 @pytest.mark.parametrize("how", [{"top_p": 1.0}, {"top_p": 0.9}])
-def test_sampling_on_the_card_adds_one_copy_and_no_sync(card: CardProcess, how: dict[str, float]) -> None:
+def test_sampling_on_the_gpu_adds_one_copy_and_no_sync(card: CardProcess, how: dict[str, float]) -> None:
     greedy = card.run(_decode, ["a"] * 4, 2)
     sampled = card.run(_decode, ["a"] * 4, 2, temperature=0.7, seed=1, **how)
     assert len(sampled["token"].copies) == len(greedy["token"].copies) + 1
@@ -118,7 +118,7 @@ def test_sampling_on_the_card_adds_one_copy_and_no_sync(card: CardProcess, how: 
     assert sampled["token"].launches - greedy["token"].launches <= 40
 
 
-def test_decoding_a_mistral_with_a_sliding_window_stays_on_the_card(card: CardProcess) -> None:
+def test_decoding_with_a_sliding_window_stays_on_the_gpu(card: CardProcess) -> None:
     seen = card.run(_decode, ["a", None, "b"], 2, True)
     assert all(each.in_layers == [] for each in seen.values())
     assert (len(seen["token"].copies), len(seen["token"].syncs)) == (1, 1)
@@ -135,8 +135,8 @@ def _answers_while_training(quantize: str, dropout: float) -> tuple[list[str], _
     from tunewright.config import TrainConfig
     from tunewright.core.progress import LogReporter
     from tunewright.generation.decoding import Request
-    from tunewright.training.adapter import keep_float32, lora_config
     from tunewright.training.dev import DevTask
+    from tunewright.training.lora import keep_float32, lora_config
 
     settings: Any = {"preset": "all-linear", "quantization": quantize, "lora_dropout": dropout}
     requests = tuple(Request(tuple(range(5, 15 + row)), "default", 6) for row in range(4))
@@ -157,7 +157,7 @@ def _answers_while_training(quantize: str, dropout: float) -> tuple[list[str], _
 
 
 @pytest.mark.parametrize(("quantize", "dropout"), [("nf4", 0.0), ("none", 0.0), ("none", 0.1), ("nf4", 0.1)])
-def test_dev_answers_while_training_stay_on_the_card(card: CardProcess, quantize: str, dropout: float) -> None:
+def test_dev_answers_during_training_stay_on_the_gpu(card: CardProcess, quantize: str, dropout: float) -> None:
     answers, seen = card.run(_answers_while_training, quantize, dropout)
     assert len(answers) == 4
     assert seen.in_layers == []

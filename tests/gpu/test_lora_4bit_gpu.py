@@ -17,10 +17,9 @@ def _training_pass(fused: bool, checkpointing: bool) -> tuple[int, int, list[str
     from peft import LoraConfig, get_peft_model
 
     from tunewright.config import TrainConfig
-    from tunewright.training.adapter import keep_float32
-    from tunewright.training.lora import use_fused_lora
+    from tunewright.training.lora import keep_float32, use_fused_lora
     from tunewright.training.packing import attention, pack
-    from tunewright.training.packing.fused_loss import add_token_losses, token_losses_of
+    from tunewright.training.packing.fused_loss import add_token_losses, batch_token_losses
 
     config = LoraConfig(
         r=16, lora_alpha=32, task_type="CAUSAL_LM", target_modules=list(TrainConfig(preset="all-linear").target_modules)
@@ -45,7 +44,7 @@ def _training_pass(fused: bool, checkpointing: bool) -> tuple[int, int, list[str
         card.copies.clear()
         before = card.now
         with torch.autocast("cuda", torch.bfloat16):
-            losses = token_losses_of(model, batch)
+            losses = batch_token_losses(model, batch)
         losses.sum().backward()
     return (
         card.peak - before,
@@ -55,7 +54,7 @@ def _training_pass(fused: bool, checkpointing: bool) -> tuple[int, int, list[str
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_fused_4bit_layers_launch_less_than_peft_s_and_take_no_more_memory(
+def test_fused_4bit_layers_launch_less_than_peft_and_need_no_more_memory(
     card: CardProcess, checkpointing: bool
 ) -> None:
     peak, launches, in_layers = card.run(_training_pass, True, checkpointing)

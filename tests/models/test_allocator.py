@@ -1,4 +1,4 @@
-"""The allocator's setting: in the environment when a command first imports torch, and the user's own wins."""
+"""The allocator's setting: in the environment before torch is imported, and the user's own takes precedence."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _folder(path: Path) -> Path:
     return path
 
 
-def test_vllm_gets_no_allocator_setting_but_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_gets_only_the_users_allocator_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(*ALLOCATOR)
     assert ALLOCATOR[0] not in plan(_folder(tmp_path / "one"), Path("python"), [], {}).variables
     monkeypatch.setenv(ALLOCATOR[0], "max_split_size_mb:512")

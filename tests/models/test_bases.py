@@ -1,4 +1,4 @@
-"""Finding a base: what is taken, and what is refused with which words."""
+"""Finding a base: accepted and refused ones, with their messages."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _edit_config(base: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def test_a_folder_is_found_from_the_project_and_its_digest_is_of_its_content(base: Path, tmp_path: Path) -> None:
+def test_resolve_base_finds_a_folder_and_digests_its_content(base: Path, tmp_path: Path) -> None:
     here = _resolve("base", tmp_path)
     copied = shutil.copytree(base, tmp_path / "elsewhere" / "copy")
     assert here.architecture == "LlamaForCausalLM"
@@ -46,7 +46,7 @@ def test_a_folder_is_found_from_the_project_and_its_digest_is_of_its_content(bas
     assert _resolve("base", tmp_path).digest != here.digest
 
 
-def test_a_mistral_is_taken(tmp_path: Path) -> None:
+def test_resolve_base_accepts_a_mistral(tmp_path: Path) -> None:
     build_base(tmp_path / "mistral", "mistral")
     assert _resolve("mistral", tmp_path).architecture == "MistralForCausalLM"
 
@@ -56,57 +56,57 @@ def test_a_mistral_is_taken(tmp_path: Path) -> None:
     [
         ({"architectures": ["Qwen2ForCausalLM"]}, "architecture Qwen2ForCausalLM is not supported"),
         ({"architectures": []}, "architecture unknown"),
-        ({"auto_map": {"AutoModel": "evil.Model"}}, "run code of its own"),
+        ({"auto_map": {"AutoModel": "evil.Model"}}, "needs custom code"),
         ({"quantization_config": {"quant_method": "gptq"}}, "already quantized .gptq."),
     ],
 )
-def test_a_base_of_the_wrong_kind_is_refused(base: Path, tmp_path: Path, values: dict[str, Any], words: str) -> None:
+def test_resolve_base_refuses_unsupported_bases(base: Path, tmp_path: Path, values: dict[str, Any], words: str) -> None:
     _edit_config(base, **values)
     with pytest.raises(UserError, match=words) as caught:
         _resolve("base", tmp_path)
     assert caught.value.where == str(base / "config.json")
 
 
-def test_a_folder_without_weights_is_refused(base: Path, tmp_path: Path) -> None:
+def test_resolve_base_refuses_a_folder_without_weights(base: Path, tmp_path: Path) -> None:
     (base / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"no weights: model\.safetensors missing"):
+    with pytest.raises(UserError, match=r"Missing weights: model\.safetensors"):
         _resolve("base", tmp_path)
 
 
-def test_pickled_weights_are_refused_and_the_reason_told(base: Path, tmp_path: Path) -> None:
+def test_resolve_base_refuses_pickled_weights_with_the_reason(base: Path, tmp_path: Path) -> None:
     (base / "model.safetensors").rename(base / "pytorch_model.bin")
     with pytest.raises(UserError, match="can run code"):
         _resolve("base", tmp_path)
 
 
-def test_a_missing_shard_is_named(base: Path, tmp_path: Path) -> None:
+def test_resolve_base_names_a_missing_shard(base: Path, tmp_path: Path) -> None:
     (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-2.safetensors"}}))
-    with pytest.raises(UserError, match=r"model-2\.safetensors missing"):
+    with pytest.raises(UserError, match=r"Missing weights: model-2\.safetensors"):
         _resolve("base", tmp_path)
 
 
 def test_damaged_weights_are_refused(base: Path, tmp_path: Path) -> None:
     weights = base / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(UserError, match="damaged weights"):
+    with pytest.raises(UserError, match="Damaged weights"):
         _resolve("base", tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe"])
-def test_a_config_that_is_no_config_is_refused(base: Path, tmp_path: Path, content: bytes) -> None:
+def test_resolve_base_refuses_an_invalid_config(base: Path, tmp_path: Path, content: bytes) -> None:
     (base / "config.json").write_bytes(content)
-    with pytest.raises(UserError, match=r"not JSON|not a model configuration"):
+    with pytest.raises(UserError, match=r"Not valid JSON|must be a JSON object"):
         _resolve("base", tmp_path)
 
 
-def test_a_folder_without_a_tokenizer_is_refused(base: Path, tmp_path: Path) -> None:
+def test_resolve_base_refuses_a_folder_without_a_tokenizer(base: Path, tmp_path: Path) -> None:
     (base / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match=r"no tokenizer\.json"):
+    with pytest.raises(UserError, match=r"No tokenizer: none of tokenizer\.json"):
         _resolve("base", tmp_path)
 
 
 @pytest.mark.parametrize("spec", ["./nowhere", "just-a-word", "bundled:other", "s3:a/b"])
-def test_a_name_that_is_nothing_is_refused(tmp_path: Path, spec: str) -> None:
+def test_resolve_base_refuses_an_unknown_name(tmp_path: Path, spec: str) -> None:
     with pytest.raises(UserError) as caught:
         _resolve(spec, tmp_path)
     assert caught.value.where == "base"
@@ -115,7 +115,7 @@ def test_a_name_that_is_nothing_is_refused(tmp_path: Path, spec: str) -> None:
 
 @pytest.mark.usefixtures("base")
 def test_only_hub_ids_have_a_revision(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="only a hub id has a revision"):
+    with pytest.raises(UserError, match="Only a hub id has a revision"):
         _resolve("base", tmp_path, revision="main")
 
 
@@ -182,7 +182,7 @@ def hub(tiny_base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     thread.join()
 
 
-def test_a_hub_base_is_pinned_to_its_commit_and_then_needs_no_hub(
+def test_hub_base_is_pinned_to_its_commit_and_then_needs_no_hub(
     hub: ThreadingHTTPServer, tmp_path: Path, tiny_base_folder: Path
 ) -> None:
     first = _resolve("org/tiny", tmp_path)
@@ -201,7 +201,7 @@ def test_a_hub_base_is_pinned_to_its_commit_and_then_needs_no_hub(
         ({"quantization_config": {"quant_method": "fp8"}}, "already quantized .fp8."),
     ],
 )
-def test_a_hub_base_that_is_refused_costs_no_download_of_its_weights(
+def test_refused_hub_base_downloads_no_weights(
     hub: ThreadingHTTPServer, base: Path, tmp_path: Path, values: dict[str, Any], words: str
 ) -> None:
     _edit_config(base, **values)
@@ -211,7 +211,7 @@ def test_a_hub_base_that_is_refused_costs_no_download_of_its_weights(
     assert [path.name for path in (tmp_path / "hub-cache").rglob("*.*") if path.suffix == ".safetensors"] == []
 
 
-def test_weights_that_a_hub_base_holds_twice_are_fetched_once(
+def test_duplicate_weights_of_a_hub_base_are_downloaded_once(
     hub: ThreadingHTTPServer, base: Path, tmp_path: Path
 ) -> None:
     before = _resolve(str(base), tmp_path).digest
@@ -232,24 +232,22 @@ def test_weights_that_a_hub_base_holds_twice_are_fetched_once(
     ],
 )
 @pytest.mark.usefixtures("hub")
-def test_what_the_hub_refuses_is_told(tmp_path: Path, spec: str, revision: str | None, words: str) -> None:
+def test_hub_refusals_are_reported(tmp_path: Path, spec: str, revision: str | None, words: str) -> None:
     with pytest.raises(UserError, match=words):
         _resolve(spec, tmp_path, revision)
     assert not (tmp_path / "base.lock.json").exists()
 
 
-def test_an_unreachable_hub_is_told(hub: ThreadingHTTPServer, tmp_path: Path) -> None:
+def test_unreachable_hub_is_reported(hub: ThreadingHTTPServer, tmp_path: Path) -> None:
     url = f"http://127.0.0.1:{hub.server_port}"
     hub.shutdown()
     hub.server_close()
-    with pytest.raises(UserError, match=f"org/tiny is not .* and the hub .{url}. cannot be reached: ConnectError"):
+    with pytest.raises(UserError, match=f"org/tiny is not .* and the hub .{url}. is unreachable: ConnectError"):
         _resolve("org/tiny", tmp_path)
 
 
 @pytest.mark.parametrize("answers", ["resolve_base", "base_config"])
-def test_hub_that_accepts_and_never_answers_is_given_up(
-    answers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hub_that_never_responds_is_abandoned(answers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -257,20 +255,20 @@ def test_hub_that_accepts_and_never_answers_is_given_up(
         monkeypatch.setattr(constants, "ENDPOINT", url)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-        with pytest.raises(UserError, match=r"cannot be reached: (no answer within 3 s|ReadTimeout)") as caught:
+        with pytest.raises(UserError, match=r"is unreachable: (no response within 3 s|ReadTimeout)") as caught:
             getattr(bases, answers)("org/tiny", None, tmp_path, LogReporter())
     assert caught.value.fix is not None
-    assert "give its folder as `base`" in caught.value.fix
+    assert "use its folder as `base`" in caught.value.fix
 
 
-def test_hub_whose_name_is_not_resolved_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unresolved_hub_name_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     url = "http://hub.invalid"
     monkeypatch.setattr(constants, "ENDPOINT", url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
-    with pytest.raises(UserError, match=r"the hub .http://hub\.invalid. cannot be reached"):
+    with pytest.raises(UserError, match=r"the hub .http://hub\.invalid. is unreachable"):
         _resolve("org/tiny", tmp_path)
 
 
@@ -284,11 +282,11 @@ def test_cached_base_is_used_in_a_new_project_when_hub_is_gone(hub: ThreadingHTT
     assert json.loads((project / "base.lock.json").read_text()) == {"org/tiny@main": COMMIT}
 
 
-def test_base_at_hand_asks_nothing_of_the_hub(hub: ThreadingHTTPServer, tmp_path: Path) -> None:
-    assert bases.base_at_hand("org/tiny", None, tmp_path, LogReporter()) is None
+def test_local_base_does_not_ask_the_hub(hub: ThreadingHTTPServer, tmp_path: Path) -> None:
+    assert bases.local_base("org/tiny", None, tmp_path, LogReporter()) is None
     first = _resolve("org/tiny", tmp_path)
     hub.shutdown()
     hub.server_close()
-    found = bases.base_at_hand("org/tiny", None, tmp_path, LogReporter())
+    found = bases.local_base("org/tiny", None, tmp_path, LogReporter())
     assert found is not None
     assert found.folder == first.folder

@@ -1,4 +1,4 @@
-"""What training needs of memory: parameters, bytes by part, and what fits."""
+"""Memory of training: parameters, bytes by part, and fitting micro-batches."""
 
 from __future__ import annotations
 
@@ -20,17 +20,16 @@ from tunewright.models.families import ATTENTION, FAMILIES
 from tunewright.models.loading import drop_vision
 from tunewright.models.memory import estimate as fit_memory
 from tunewright.models.memory.estimate import (
-    Load,
-    Way,
+    BatchShape,
+    TrainingSetup,
     adapter_copies,
     attention_saved,
+    estimate,
     layer_saved,
-    need,
     weight_bytes,
 )
-from tunewright.models.memory.plan import memory_at_hand, plan
+from tunewright.models.memory.plan import available_memory, gigabytes, parse_size, plan
 from tunewright.models.memory.shape import Shape, read_shape
-from tunewright.models.memory.sizes import gigabytes, parse_size
 
 LLAMA, MISTRAL = "LlamaForCausalLM", "MistralForCausalLM"
 LLAMA_2_7B: dict[str, Any] = {
@@ -135,7 +134,7 @@ def _shape(folder: Path, config: dict[str, Any]) -> Shape:
         (MIXTRAL_8X7B, 46_702_792_704),
     ],
 )
-def test_parameters_are_those_of_transformers_text_model(
+def test_shape_counts_the_parameters_of_transformers_text_model(
     tmp_path: Path, config: dict[str, Any], parameters: int
 ) -> None:
     import transformers
@@ -151,7 +150,7 @@ def test_parameters_are_those_of_transformers_text_model(
 
 
 @pytest.mark.parametrize("extra", [{"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}])
-def test_tied_embeddings_and_biases_are_counted(tmp_path: Path, extra: dict[str, Any]) -> None:
+def test_shape_counts_tied_embeddings_and_biases(tmp_path: Path, extra: dict[str, Any]) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = {**LLAMA_31_8B, "num_hidden_layers": 2, **extra}
@@ -163,14 +162,14 @@ def test_tied_embeddings_and_biases_are_counted(tmp_path: Path, extra: dict[str,
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({**LLAMA_2_7B, "hidden_size": "wide"}, "not a configuration of"),
-        ({**LLAMA_2_7B, "num_attention_heads": 0}, "not a configuration of"),
-        ({**LLAMA_2_7B, "num_hidden_layers": -1}, "its sizes make no model"),
-        ({**LLAMA_2_7B, "num_key_value_heads": 5}, "its sizes make no model"),
+        ({**LLAMA_2_7B, "hidden_size": "wide"}, "Not a valid configuration of"),
+        ({**LLAMA_2_7B, "num_attention_heads": 0}, "Not a valid configuration of"),
+        ({**LLAMA_2_7B, "num_hidden_layers": -1}, "Invalid model sizes"),
+        ({**LLAMA_2_7B, "num_key_value_heads": 5}, "Invalid model sizes"),
         ({**LLAMA_2_7B, "architectures": ["Qwen2ForCausalLM"]}, "is not supported"),
     ],
 )
-def test_a_config_that_makes_no_model_is_refused(tmp_path: Path, config: dict[str, Any], words: str) -> None:
+def test_read_shape_refuses_invalid_configs(tmp_path: Path, config: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         _shape(tmp_path, config)
 
@@ -211,7 +210,7 @@ def _with_lora(base: Any, targets: tuple[str, ...]) -> Any:
     return model.train()
 
 
-def _batch(load: Load, vocabulary: int = TINY.vocabulary) -> Any:
+def _batch(load: BatchShape, vocabulary: int = TINY.vocabulary) -> Any:
     from tunewright.training.packing import Group, pack
 
     generator = torch.Generator().manual_seed(0)
@@ -227,8 +226,8 @@ def _batch(load: Load, vocabulary: int = TINY.vocabulary) -> Any:
 
 
 def _saved_bytes(model: Any, batch: Any, dtype: str) -> int:
-    """Bytes of all that autograd keeps, parameters apart, each storage once."""
-    from tunewright.training.packing.fused_loss import token_losses_of
+    """Count the bytes that autograd keeps, without parameters, each storage once."""
+    from tunewright.training.packing.fused_loss import batch_token_losses
 
     parameters = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     kept: dict[int, Any] = {}
@@ -243,20 +242,27 @@ def _saved_bytes(model: Any, batch: Any, dtype: str) -> int:
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"),
     ):
-        _loss = token_losses_of(model, batch).sum()
+        _loss = batch_token_losses(model, batch).sum()
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("targets", [CLASSIC, ALL_LINEAR, ("o_proj", "up_proj")])
 @pytest.mark.parametrize(
-    "load", [Load(2, 0, 16, 4), Load(2, 10, 16, 4), Load(3, 0, 140, 7), Load(2, 131, 16, 4), Load(2, 131, 150, 150)]
+    "load",
+    [
+        BatchShape(2, 0, 16, 4),
+        BatchShape(2, 10, 16, 4),
+        BatchShape(3, 0, 140, 7),
+        BatchShape(2, 131, 16, 4),
+        BatchShape(2, 131, 150, 150),
+    ],
 )
-def test_a_layer_keeps_to_the_byte_what_autograd_saves(dtype: Any, targets: tuple[str, ...], load: Load) -> None:
+def test_layer_saved_equals_what_autograd_saves(dtype: Any, targets: tuple[str, ...], load: BatchShape) -> None:
     one, two = (_saved_bytes(_model(dtype, targets, layers), _batch(load), dtype) for layers in (1, 2))
-    way = Way(targets, 5, dtype)
-    copies = adapter_copies(replace(TINY, layers=1), way)
-    assert two - one == layer_saved(TINY, way, load.tokens) + attention_saved(TINY, way, load) + copies
+    setup = TrainingSetup(targets, 5, dtype)
+    copies = adapter_copies(replace(TINY, layers=1), setup)
+    assert two - one == layer_saved(TINY, setup, load.tokens) + attention_saved(TINY, setup, load) + copies
 
 
 def _experts_model(dtype: str, targets: tuple[str, ...], layers: int, shape: Shape = EXPERTS) -> Any:
@@ -281,23 +287,25 @@ def _experts_model(dtype: str, targets: tuple[str, ...], layers: int, shape: Sha
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("targets", [CLASSIC, ATTENTION])
-@pytest.mark.parametrize("load", [Load(2, 0, 16, 4), Load(2, 10, 16, 4), Load(2, 131, 150, 150)])
-def test_experts_saved_equals_what_autograd_saves(dtype: Any, targets: tuple[str, ...], load: Load) -> None:
+@pytest.mark.parametrize("load", [BatchShape(2, 0, 16, 4), BatchShape(2, 10, 16, 4), BatchShape(2, 131, 150, 150)])
+def test_experts_saved_equals_what_autograd_saves(dtype: Any, targets: tuple[str, ...], load: BatchShape) -> None:
     one, two = (_saved_bytes(_experts_model(dtype, targets, layers), _batch(load), dtype) for layers in (1, 2))
-    way = Way(targets, 5, dtype)
-    copies = adapter_copies(replace(EXPERTS, layers=1), way)
-    assert two - one == layer_saved(EXPERTS, way, load.tokens) + attention_saved(EXPERTS, way, load) + copies
+    setup = TrainingSetup(targets, 5, dtype)
+    copies = adapter_copies(replace(EXPERTS, layers=1), setup)
+    assert two - one == layer_saved(EXPERTS, setup, load.tokens) + attention_saved(EXPERTS, setup, load) + copies
 
 
 @pytest.mark.parametrize("experts", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("load", [Load(8, 0, 100, 1), Load(8, 60, 40, 40)])
-def test_the_peak_of_a_step_is_the_allocators(experts: bool, dtype: Any, checkpointing: bool, load: Load) -> None:
+@pytest.mark.parametrize("load", [BatchShape(8, 0, 100, 1), BatchShape(8, 60, 40, 40)])
+def test_estimate_equals_the_allocator_peak_of_a_step(
+    experts: bool, dtype: Any, checkpointing: bool, load: BatchShape
+) -> None:
     """Every allocation of a step, as torch's profiler sees them, against the sum of the parts."""
     from torch.profiler import ProfilerActivity, profile
 
-    from tunewright.training.packing.fused_loss import token_losses_of
+    from tunewright.training.packing.fused_loss import batch_token_losses
 
     shape = Shape(3, 192, 512, 6, 2, 32, 4000, tied=False, attention_bias=False, mlp_bias=False)
     build, targets = _model, ALL_LINEAR
@@ -309,7 +317,7 @@ def test_the_peak_of_a_step_is_the_allocators(experts: bool, dtype: Any, checkpo
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-            loss = token_losses_of(model, batch).sum()
+            loss = batch_token_losses(model, batch).sum()
         loss.backward()
         model.zero_grad(set_to_none=True)
 
@@ -322,14 +330,14 @@ def test_the_peak_of_a_step_is_the_allocators(experts: bool, dtype: Any, checkpo
     for event in sorted(allocations, key=lambda event: event.start_ns()):
         now += event.nbytes()
         peak = max(peak, now)
-    way = Way(targets, 5, dtype, checkpointing=checkpointing)
-    told = need(shape, way, load)
-    assert told.activations + told.attention + told.head + told.working + adapter_copies(shape, way) == pytest.approx(
+    setup = TrainingSetup(targets, 5, dtype, checkpointing=checkpointing)
+    told = estimate(shape, setup, load)
+    assert told.activations + told.attention + told.head + told.working + adapter_copies(shape, setup) == pytest.approx(
         peak, rel=0.15
     )
 
 
-def test_bytes_in_nf4_are_those_of_bitsandbytes() -> None:
+def test_nf4_weight_bytes_equal_those_of_bitsandbytes() -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
     shape = Shape(1, 256, 512, 4, 2, 64, 100, tied=True, attention_bias=False, mlp_bias=False)
     total = 0
@@ -341,7 +349,7 @@ def test_bytes_in_nf4_are_those_of_bitsandbytes() -> None:
         )
         parts = (packed, state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
         total += sum(part.numel() * part.element_size() for part in parts)
-    assert weight_bytes(shape, Way(ALL_LINEAR, 8, nf4=True)) - 2 * shape.other_parameters == total
+    assert weight_bytes(shape, TrainingSetup(ALL_LINEAR, 8, nf4=True)) - 2 * shape.other_parameters == total
 
 
 def _plan(shape: Shape, gpu: str, preset: Any = "all-linear", rows: int = 1, length: int = 2048) -> Any:
@@ -349,7 +357,7 @@ def _plan(shape: Shape, gpu: str, preset: Any = "all-linear", rows: int = 1, len
         "base",
         shape,
         TrainConfig(preset=preset),
-        memory_at_hand(gpu),
+        available_memory(gpu),
         rows=rows,
         length=length,
         shared=0,
@@ -357,21 +365,21 @@ def _plan(shape: Shape, gpu: str, preset: Any = "all-linear", rows: int = 1, len
     )
 
 
-def test_seven_billion_fit_with_lora_into_24_gb(tmp_path: Path) -> None:
+def test_plan_fits_a_7b_with_lora_into_24_gb(tmp_path: Path) -> None:
     for config in (LLAMA_2_7B, MISTRAL_7B):
         told = _plan(_shape(tmp_path, config), "24GB")
-        checkpointed = next(p for p in told.ways if p.way.checkpointing and not p.way.nf4)
+        checkpointed = next(p for p in told.setups if p.setup.checkpointing and not p.setup.nf4)
         assert checkpointed.asked.total <= 24e9
         assert checkpointed.largest[2048] >= 1
-        whole = next(p for p in told.ways if not p.way.checkpointing and not p.way.nf4)
+        whole = next(p for p in told.setups if not p.setup.checkpointing and not p.setup.nf4)
         assert whole.largest[4096] == 0
 
 
-def test_seventy_billion_in_4_bit_fit_on_an_80_gb_card_and_in_16_do_not(tmp_path: Path) -> None:
+def test_plan_fits_a_70b_into_80_gb_in_4_bits_but_not_in_16(tmp_path: Path) -> None:
     told = _plan(_shape(tmp_path, LLAMA_31_70B), "80GB")
-    fits = {(p.way.nf4, p.way.checkpointing): p.asked.total <= 80e9 for p in told.ways}
+    fits = {(p.setup.nf4, p.setup.checkpointing): p.asked.total <= 80e9 for p in told.setups}
     assert fits == {(False, False): False, (False, True): False, (True, False): False, (True, True): True}
-    assert all(p.longest == 0 for p in told.ways if not p.way.nf4)
+    assert all(p.longest == 0 for p in told.setups if not p.setup.nf4)
 
 
 @settings(max_examples=30, deadline=None)
@@ -382,25 +390,25 @@ def test_seventy_billion_in_4_bit_fit_on_an_80_gb_card_and_in_16_do_not(tmp_path
     nf4=st.booleans(),
     checkpointing=st.booleans(),
 )
-def test_more_rows_or_tokens_never_need_less_on_a_card(
+def test_estimate_grows_with_rows_and_tokens_on_a_gpu(
     rows: int, shared: int, own: int, nf4: bool, checkpointing: bool
 ) -> None:
-    way = Way(ALL_LINEAR, 8, nf4=nf4, checkpointing=checkpointing, card=True)
-    here = need(TINY, way, Load(rows, shared, own, 1)).total
-    assert need(TINY, way, Load(rows + 1, shared, own, 1)).total > here
-    assert need(TINY, way, Load(rows, shared, own + 1, 1)).total > here
-    assert need(TINY, way, Load(rows, shared + 1, own, 1)).total > here
+    setup = TrainingSetup(ALL_LINEAR, 8, nf4=nf4, checkpointing=checkpointing, card=True)
+    here = estimate(TINY, setup, BatchShape(rows, shared, own, 1)).total
+    assert estimate(TINY, setup, BatchShape(rows + 1, shared, own, 1)).total > here
+    assert estimate(TINY, setup, BatchShape(rows, shared, own + 1, 1)).total > here
+    assert estimate(TINY, setup, BatchShape(rows, shared + 1, own, 1)).total > here
     if rows > 1 and shared:
-        assert need(TINY, way, Load(rows, 0, shared + own, 1)).total > here  # computed once, it takes less
+        assert estimate(TINY, setup, BatchShape(rows, 0, shared + own, 1)).total > here  # computed once, it takes less
 
 
-def test_the_largest_that_fits_is_the_largest(tmp_path: Path) -> None:
+def test_plan_finds_the_largest_micro_batch_that_fits(tmp_path: Path) -> None:
     shape = _shape(tmp_path, LLAMA_31_8B)
-    for planned in _plan(shape, "24GB").ways:
+    for planned in _plan(shape, "24GB").setups:
         for length, rows in planned.largest.items():
             if rows:
-                assert need(shape, planned.way, Load(rows, 0, length, length)).total <= 24e9
-            assert need(shape, planned.way, Load(rows + 1, 0, length, length)).total > 24e9
+                assert estimate(shape, planned.setup, BatchShape(rows, 0, length, length)).total <= 24e9
+            assert estimate(shape, planned.setup, BatchShape(rows + 1, 0, length, length)).total > 24e9
 
 
 @pytest.mark.parametrize(
@@ -413,15 +421,15 @@ def test_the_largest_that_fits_is_the_largest(tmp_path: Path) -> None:
         ("512MB", 512_000_000),
     ],
 )
-def test_sizes_are_read(text: str, size: int) -> None:
+def test_parse_size_reads_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "24", "GB", "24 apples", "-1GB", "0GB", "24GBs", "KB", "1e3GB", "inf GB"])
-def test_memory_at_hand_refuses_text_that_is_no_size(text: str) -> None:
+def test_available_memory_refuses_text_that_is_not_a_size(text: str) -> None:
     assert parse_size(text) is None
-    with pytest.raises(UserError, match="is neither a size of memory nor a known card") as caught:
-        memory_at_hand(text)
+    with pytest.raises(UserError, match="is neither a memory size nor a known GPU") as caught:
+        available_memory(text)
     assert caught.value.where == "--gpu"
 
 
@@ -440,44 +448,44 @@ def test_memory_at_hand_refuses_text_that_is_no_size(text: str) -> None:
         ("l40s", "L40S"),
     ],
 )
-def test_card_named_finds_card_as_people_and_torch_write_it(text: str, name: str) -> None:
+def test_card_named_finds_gpus_by_common_spellings(text: str, name: str) -> None:
     assert card_named(text, "--gpu").name == name
-    assert memory_at_hand(text).bytes == card_named(name, "--gpu").bytes
+    assert available_memory(text).bytes == card_named(name, "--gpu").bytes
 
 
-def test_card_named_gives_memory_of_nvidia_smi() -> None:
+def test_card_named_returns_the_memory_of_nvidia_smi() -> None:
     assert card_named("RTX 4090", "--gpu").bytes == 24564 << 20
 
 
 @pytest.mark.parametrize(
     ("text", "what", "fix"),
     [
-        ("a100", "sold with different memory", "a100-40gb or a100-80gb"),
-        ("v100", "sold with different memory", "v100-16gb or v100-32gb"),
-        ("rtx 4091", "nor a known card", "RTX 4090"),
-        ("RTX 4090 Laptop GPU", "nor a known card", "RTX 4090"),
-        ("abacus", "nor a known card", "such as 24GB or 24GiB"),
+        ("a100", "exists with different memory sizes", "a100-40gb or a100-80gb"),
+        ("v100", "exists with different memory sizes", "v100-16gb or v100-32gb"),
+        ("rtx 4091", "nor a known GPU", "RTX 4090"),
+        ("RTX 4090 Laptop GPU", "nor a known GPU", "RTX 4090"),
+        ("abacus", "nor a known GPU", "such as 24GB or 24GiB"),
     ],
 )
-def test_card_named_refuses_unknown_name_with_near_ones(text: str, what: str, fix: str) -> None:
+def test_card_named_refuses_unknown_names_and_suggests_similar_ones(text: str, what: str, fix: str) -> None:
     with pytest.raises(UserError, match=what) as caught:
         card_named(text, "--gpu")
     assert caught.value.fix is not None
     assert fix in caught.value.fix
 
 
-def test_sizes_are_written_for_people() -> None:
+def test_gigabytes_formats_sizes() -> None:
     assert [gigabytes(size) for size in (13_476_831_232, 52_000_000, 0)] == ["13.5 GB", "0.05 GB", "0.00 GB"]
 
 
-def test_without_a_size_the_memory_here_is_told_with_its_source() -> None:
-    here = memory_at_hand(None)
+def test_available_memory_names_the_source_of_this_machine() -> None:
+    here = available_memory(None)
     assert here.bytes > 0
     assert here.card == torch.cuda.is_available()
     assert "free" in here.source or "left" in here.source
 
 
-def test_numbers_that_two_places_need_agree() -> None:
+def test_constants_of_estimate_and_training_agree() -> None:
     from tunewright.training.packing import attention, fused_loss
 
     assert fit_memory.TILE_LOGITS == fused_loss.TILE_LOGITS

@@ -18,14 +18,13 @@ from safetensors.torch import load_file
 from command_line import tiny_project
 from command_line import tunewright as run
 from tiny import ARCHITECTURES, KINDS, Kind, build_base
-from tunewright.adapters.lora_weights import read_matrices
+from tunewright.adapters.lora_weights import load_lora_weights
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
 from tunewright.engines.vllm.engine import VllmSettings
 from tunewright.generation.lora_dispatch import LoraDispatch
-from tunewright.models.bases import Base, resolve_base, tensor_files
-from tunewright.models.embeddings import untrained_tokens
+from tunewright.models.bases import Base, resolve_base, tensor_files, untrained_tokens
 from tunewright.models.families import ATTENTION, FAMILIES, MLP, VISION, module_name, text_name
 from tunewright.models.loading import load_model, with_adapters
 
@@ -39,7 +38,7 @@ def _open(folder: Path) -> Base:
 
 
 def _whole(base: Path) -> Any:
-    """The model as anybody else loads it: by its own class, vision tower included."""
+    """Load the model by its own class, including the vision tower."""
     (architecture,) = json.loads((base / "config.json").read_text())["architectures"]
     return getattr(transformers, architecture).from_pretrained(base, dtype=torch.float32).eval()
 
@@ -53,7 +52,7 @@ def kind(request: pytest.FixtureRequest) -> Kind:
 
 @pytest.fixture(scope="module")
 def project(kind: Kind, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project on a base of this family, with a trained adapter that has an effect."""
+    """Return a project on a base of this family, with a trained adapter that has an effect."""
     folder = tmp_path_factory.mktemp(kind)
     base = build_base(folder / "base", kind)
     if FAMILIES[ARCHITECTURES[kind]].vision:
@@ -77,7 +76,7 @@ def _adapter(project: Path) -> Path:
 
 
 @pytest.mark.parametrize("each", KINDS)
-def test_load_computes_what_the_whole_model_computes(each: Kind, tmp_path: Path) -> None:
+def test_load_model_computes_what_the_full_model_computes(each: Kind, tmp_path: Path) -> None:
     base = build_base(tmp_path / "base", each)
     model = load_model(_open(base), "float32", "none")
     assert not [name for name, _ in model.named_modules() if any(part in name for part in VISION)]
@@ -86,7 +85,7 @@ def test_load_computes_what_the_whole_model_computes(each: Kind, tmp_path: Path)
 
 
 @pytest.mark.parametrize("each", KINDS)
-def test_text_name_names_every_module_and_tensor_of_a_family_alike(each: Kind, tmp_path: Path) -> None:
+def test_text_name_maps_modules_and_tensors_of_a_family_to_equal_names(each: Kind, tmp_path: Path) -> None:
     base = build_base(tmp_path / "base", each)
     model = load_model(_open(base), "float32", "none")
     layers = [name for name, _ in model.named_modules() if name.endswith("_proj")]
@@ -111,7 +110,7 @@ def test_untrained_tokens_are_found_in_the_text_models_embeddings(each: Kind, tm
 
 
 @pytest.mark.parametrize("each", [kind for kind in KINDS if kind != "mixtral"])
-def test_nf4_holds_the_linear_layers_of_the_text_model_and_nothing_else(each: Kind, tmp_path: Path) -> None:
+def test_nf4_quantizes_only_linear_layers_of_the_text_model(each: Kind, tmp_path: Path) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
     model = load_model(_open(build_base(tmp_path / "base", each)), "float32", "nf4")
     held = {name for name, part in model.named_modules() if isinstance(part, bitsandbytes.nn.Linear4bit)}
@@ -120,7 +119,7 @@ def test_nf4_holds_the_linear_layers_of_the_text_model_and_nothing_else(each: Ki
         assert model(input_ids=IDS).logits.isfinite().all()
 
 
-def test_nf4_of_a_mixture_of_experts_is_refused(tmp_path: Path) -> None:
+def test_nf4_is_refused_for_a_mixture_of_experts(tmp_path: Path) -> None:
     base = build_base(tmp_path / "base", "mixtral")
     project = tiny_project(tmp_path / "project", base, count=80)
     config = project / "tunewright.yaml"
@@ -128,12 +127,12 @@ def test_nf4_of_a_mixture_of_experts_is_refused(tmp_path: Path) -> None:
     assert run("data", "add", project / "pairs.jsonl", "-p", project).code == 0
     ran = run("train", "-p", project)
     assert ran.code == 2
-    assert "train.quantization: Mixtral cannot be held in NF4" in ran.stderr
-    with pytest.raises(UserError, match="Mixtral cannot be held in NF4"):
+    assert "train.quantization: Mixtral cannot be quantized to NF4" in ran.stderr
+    with pytest.raises(UserError, match="Mixtral cannot be quantized to NF4"):
         load_model(_open(base), "float32", "nf4")
 
 
-def test_a_target_that_a_family_does_not_have_is_refused_with_those_that_it_has(tmp_path: Path) -> None:
+def test_require_targets_refuses_missing_layers_and_lists_valid_ones(tmp_path: Path) -> None:
     project = tiny_project(tmp_path / "project", build_base(tmp_path / "base", "mixtral"), count=80)
     assert run("data", "add", project / "pairs.jsonl", "-p", project).code == 0
     for command in (["train"], ["estimate-memory", "--gpu", "24GB"]):
@@ -143,16 +142,14 @@ def test_a_target_that_a_family_does_not_have_is_refused_with_those_that_it_has(
         assert "Set train.target_modules to [q_proj, k_proj, v_proj, o_proj]" in ran.stderr
 
 
-def test_fit_has_a_way_without_nf4_for_each_family_and_with_it_where_it_can_be_held(project: Path, kind: Kind) -> None:
+def test_plan_includes_nf4_only_for_families_that_support_it(project: Path, kind: Kind) -> None:
     plan = run("estimate-memory", "--gpu", "24GB", "-p", project, "--json").document
     weights = load_model(_open(project.parent / "base"), "float32", "none")
     assert plan["parameters"] == sum(weight.numel() for weight in weights.parameters())
     assert {way["name"].split()[0] for way in plan["ways"]} == ({"LoRA"} if kind == "mixtral" else {"LoRA", "QLoRA"})
 
 
-def test_an_adapter_loads_in_peft_on_the_original_class_and_computes_what_it_does_here(
-    project: Path, kind: Kind
-) -> None:
+def test_adapter_computes_the_same_in_peft_on_the_original_class(project: Path, kind: Kind) -> None:
     from peft import PeftModel
 
     adapter, base = _adapter(project), _open(project.parent / "base")
@@ -166,7 +163,7 @@ def test_an_adapter_loads_in_peft_on_the_original_class_and_computes_what_it_doe
     with safe_open(adapter / "adapter_model.safetensors", "pt") as weights:
         assert {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in weights.keys()} == wanted  # noqa: SIM118
     here = load_model(base, "float32", "none")
-    assert set(read_matrices(adapter, here)) == wanted
+    assert set(load_lora_weights(adapter, here)) == wanted
     ours = PeftModel.from_pretrained(here, adapter).eval()
     with torch.inference_mode():
         found = ours(input_ids=IDS).logits
@@ -175,21 +172,21 @@ def test_an_adapter_loads_in_peft_on_the_original_class_and_computes_what_it_doe
             assert not torch.allclose(found, ours(input_ids=IDS).logits, atol=1e-3)
 
 
-def test_a_batch_of_base_and_adapter_answers_each_as_alone(project: Path) -> None:
-    """The engine peft serves tenants so: their matrices beside the base's layers, rows mixed."""
+def test_mixed_batch_of_base_and_adapter_answers_each_as_alone(project: Path) -> None:
+    """The peft engine serves tenants so: their weights are added to the base's layers, rows mixed."""
     base = _open(project.parent / "base")
     model = load_model(base, "float32", "none")
     adapters = LoraDispatch(model, mixed=True)
-    adapters.put("tuned", read_matrices(_adapter(project), model))
+    adapters.add("tuned", load_lora_weights(_adapter(project), model))
     alone: Any = with_adapters(load_model(base, "float32", "none"), {"tuned": _adapter(project)})
     with torch.inference_mode():
-        with adapters.answering(["tuned", None]):
+        with adapters.use_adapters(["tuned", None]):
             mixed = model(input_ids=torch.cat([IDS, IDS])).logits
         torch.testing.assert_close(mixed[0], alone(input_ids=IDS).logits[0], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(mixed[1], model(input_ids=IDS).logits[0], atol=1e-4, rtol=1e-4)
 
 
-def test_an_adapter_of_another_project_is_imported_by_the_names_of_its_family(project: Path, tmp_path: Path) -> None:
+def test_import_accepts_the_module_names_of_each_family(project: Path, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     for name in ("tunewright.yaml", "dataset"):
         (tmp_path / "other" / name).symlink_to(project / name)
@@ -206,7 +203,7 @@ def test_an_adapter_of_another_project_is_imported_by_the_names_of_its_family(pr
     assert "exclude_modules" in ran.document["error"]["where"]
 
 
-def test_vllm_finds_each_of_an_adapters_layers(project: Path, kind: Kind) -> None:
+def test_vllm_finds_each_layer_of_an_adapter(project: Path, kind: Kind) -> None:
     """By the prefixes that vLLM's source maps (mistral3.py, hf_to_vllm_mapper); vLLM is not run on these families."""
     mapping = {"model.language_model.": "language_model.model.", "model.": "model."}
     with safe_open(_adapter(project) / "adapter_model.safetensors", "pt") as weights:
@@ -218,7 +215,7 @@ def test_vllm_finds_each_of_an_adapters_layers(project: Path, kind: Kind) -> Non
 
 
 @pytest.mark.parametrize("vision", [False, True])
-def test_vllm_is_started_without_images_where_a_base_reads_them(vision: bool, tmp_path: Path) -> None:
+def test_vllm_starts_without_images_for_a_vision_base(vision: bool, tmp_path: Path) -> None:
     settings = VllmSettings(tmp_path, False, tmp_path, "bfloat16", 1, 16, 4, vision=vision)
     options = settings.options()
     assert ("--limit-mm-per-prompt" in options) == vision
@@ -226,14 +223,14 @@ def test_vllm_is_started_without_images_where_a_base_reads_them(vision: bool, tm
         assert json.loads(options[options.index("--limit-mm-per-prompt") + 1]) == {"image": 0}
 
 
-def test_a_trained_adapter_is_evaluated(project: Path) -> None:
+def test_trained_adapter_is_evaluated(project: Path) -> None:
     ran = run("evaluate", "-p", project, "--json")
     assert ran.code in (0, 3, 4), ran.stderr
 
 
 @pytest.fixture(scope="module")
 def merged(project: Path) -> Iterator[Path]:
-    """The adapter merged into its base."""
+    """Return the adapter merged into its base."""
     ran = run("export", "merge", "-p", project, "--json")
     assert ran.code == 0, ran.stderr
     folder = Path(ran.document["folder"])
@@ -241,9 +238,7 @@ def merged(project: Path) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def test_a_merged_model_loads_with_the_original_class_and_is_base_and_adapter(
-    merged: Path, project: Path, kind: Kind
-) -> None:
+def test_merged_model_loads_with_the_original_class(merged: Path, project: Path, kind: Kind) -> None:
     from peft import PeftModel
 
     base = project.parent / "base"
@@ -261,8 +256,8 @@ def test_a_merged_model_loads_with_the_original_class_and_is_base_and_adapter(
 
 
 @pytest.mark.parametrize("each", ["mistral3", "mistral3-ministral3"])
-def test_an_adapter_trained_in_nf4_is_merged_and_leaves_the_vision_tower_as_it_was(each: Kind, tmp_path: Path) -> None:
-    """One of the two ways to merge quantizes the decoder's layers; those of the same name in the tower are not."""
+def test_merge_over_nf4_leaves_the_vision_tower_unchanged(each: Kind, tmp_path: Path) -> None:
+    """One of the two merge methods quantizes the decoder's layers; the tower has layers of the same names."""
     pytest.importorskip("bitsandbytes")
     base = build_base(tmp_path / "base", each)
     project = tiny_project(tmp_path / "project", base, count=80)
@@ -297,17 +292,15 @@ def test_gguf_is_exported_or_refused_by_name(project: Path, kind: Kind) -> None:
     [
         (
             {"architectures": ["Llama4ForConditionalGeneration"]},
-            "Llama 4 is not supported: its experts cannot be held in 4 bits",
+            "Llama 4 is not supported: its experts cannot be quantized to 4 bits",
         ),
         ({"architectures": ["Llama4ForCausalLM"]}, "Llama 4 is not supported"),
-        ({"architectures": ["Qwen2ForCausalLM"]}, "the architecture Qwen2ForCausalLM is not supported"),
+        ({"architectures": ["Qwen2ForCausalLM"]}, "The architecture Qwen2ForCausalLM is not supported"),
         ({"text_config": {"model_type": "mistral4"}}, "is mistral4; supported is mistral or ministral3"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "the weights are already quantized .fp8"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "The weights are already quantized .fp8"),
     ],
 )
-def test_a_base_that_is_not_supported_ends_the_command_with_2_and_what_to_do(
-    values: dict[str, Any], words: str, tmp_path: Path
-) -> None:
+def test_unsupported_base_exits_with_2_and_a_fix(values: dict[str, Any], words: str, tmp_path: Path) -> None:
     base = build_base(tmp_path / "base", "mistral3-ministral3")
     model_config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(model_config | values))
@@ -323,7 +316,7 @@ def test_a_base_that_is_not_supported_ends_the_command_with_2_and_what_to_do(
         assert wanted in error["fix"]
 
 
-def test_an_image_in_an_example_is_refused_by_name(tmp_path: Path) -> None:
+def test_image_in_an_example_is_refused_by_name(tmp_path: Path) -> None:
     part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
     rows = [
         {"messages": [{"role": "user", "content": [part]}, {"role": "assistant", "content": "a cat"}]},
@@ -335,7 +328,7 @@ def test_an_image_in_an_example_is_refused_by_name(tmp_path: Path) -> None:
     assert "images are not supported: messages[0].content holds one" in " ".join(ran.stderr.split())
 
 
-def test_every_test_that_the_table_names_exists() -> None:
+def test_models_page_names_only_existing_tests() -> None:
     root = Path(__file__).parents[2]
     named = set(re.findall(r"`(test_\w+)`", (root / "docs" / "models.md").read_text(encoding="utf-8")))
     there = {

@@ -77,7 +77,7 @@ def _trained(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_the_seven_linear_layers_are_in_four_bits_and_nothing_else_is(
+def test_nf4_quantizes_exactly_the_seven_linear_layers(
     architecture: Literal["llama", "mistral"], dtype: str, tmp_path: Path
 ) -> None:
     from bitsandbytes.nn import Linear4bit
@@ -116,7 +116,7 @@ def _reference(weight: Tensor, codes: Tensor) -> Tensor:
     return (NF4[nearest] * (held + mean)[:, None]).reshape(weight.shape)
 
 
-def test_dequantized_weights_are_those_of_the_paper(base: Base) -> None:
+def test_dequantized_weights_match_the_nf4_paper(base: Base) -> None:
     from bitsandbytes.functional import dequantize_4bit
 
     whole, quantized = load_model(base, "float32", "none"), load_model(base, "float32", "nf4")
@@ -136,7 +136,7 @@ def test_dequantized_weights_are_those_of_the_paper(base: Base) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_look_at_the_dev_split_changes_neither_logits_nor_gradients(base: Base, dtype: str) -> None:
+def test_eval_mode_changes_neither_logits_nor_gradients_over_nf4(base: Base, dtype: str) -> None:
     """On a CPU with AVX512-BF16, bitsandbytes by itself leaves no gradient at all after one evaluation."""
     model = _tuned(base, dtype)
     logits, gradients = _trained(model)
@@ -152,13 +152,13 @@ def test_a_look_at_the_dev_split_changes_neither_logits_nor_gradients(base: Base
         assert torch.equal(gradients_again[name], gradient), name
 
 
-def test_bitsandbytes_still_has_the_switch_that_is_turned_off() -> None:
+def test_bitsandbytes_has_the_repacking_switch() -> None:
     from bitsandbytes.nn import Linear4bit
 
     assert hasattr(Linear4bit(64, 64), "support_avx512bf16_for_cpu")
 
 
-def test_checkpointing_of_activations_changes_no_gradient(base: Base) -> None:
+def test_activation_checkpointing_changes_no_gradient(base: Base) -> None:
     model = _tuned(base)
     passes: list[None] = []
     model.get_base_model().model.layers[0].mlp.register_forward_pre_hook(lambda *_: passes.append(None))
@@ -173,7 +173,7 @@ def test_checkpointing_of_activations_changes_no_gradient(base: Base) -> None:
         torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-6, atol=0)
 
 
-def test_rows_of_one_batch_with_different_adapters_answer_as_each_alone(base: Base, tmp_path: Path) -> None:
+def test_mixed_batch_over_nf4_answers_each_row_as_alone(base: Base, tmp_path: Path) -> None:
     from tunewright.generation.decoding import Request, generate
     from tunewright.models.loading import with_adapters
 
@@ -196,19 +196,19 @@ def test_rows_of_one_batch_with_different_adapters_answer_as_each_alone(base: Ba
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_an_adapter_beside_the_base_answers_as_peft_s_own_layers_do(dtype: str, base: Base, tmp_path: Path) -> None:
-    from tunewright.adapters.lora_weights import read_matrices
+def test_added_adapter_over_nf4_answers_as_peft_layers(dtype: str, base: Base, tmp_path: Path) -> None:
+    from tunewright.adapters.lora_weights import load_lora_weights
     from tunewright.generation.lora_dispatch import LoraDispatch
     from tunewright.models.loading import with_adapters
 
     _tuned(base).save_pretrained(tmp_path)
     model: Any = load_model(base, dtype, "nf4")
     adapters = LoraDispatch(model, mixed=True)
-    adapters.put("tuned", read_matrices(tmp_path, model))
+    adapters.add("tuned", load_lora_weights(tmp_path, model))
     wrapped: Any = with_adapters(load_model(base, dtype, "nf4"), {"tuned": tmp_path})
     ids = torch.cat([IDS, IDS + 1])
     with torch.inference_mode():
-        with adapters.answering(["tuned", None]):
+        with adapters.use_adapters(["tuned", None]):
             found = model(input_ids=ids).logits
         assert torch.equal(found, wrapped(input_ids=ids, adapter_names=["tuned", "__base__"]).logits)
         assert not torch.equal(found, model(input_ids=ids).logits)
@@ -224,7 +224,7 @@ def _installed(version: str | None) -> Any:
 
 
 @pytest.mark.parametrize(("version", "told"), [(None, "it is not installed"), ("0.45.5", "0.45.5 is installed")])
-def test_without_bitsandbytes_the_pip_line_is_told_and_nothing_falls_back(
+def test_load_model_names_the_pip_command_without_bitsandbytes(
     version: str | None, told: str, base: Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tunewright.models.quantized.package_version", _installed(version))

@@ -15,7 +15,7 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.io import write_json
 from tunewright.core.progress import LogReporter
-from tunewright.models.memory.plan import memory_at_hand, plan
+from tunewright.models.memory.plan import available_memory, plan
 from tunewright.models.memory.shape import read_shape
 
 LLAMA_2_7B = {
@@ -67,8 +67,8 @@ def test_require_room_refuses_exactly_where_one_short_row_does_not_fit(
     opened = _opened(tmp_path, "none")
     shape = read_shape(tmp_path / "llama-2-7b" / "config.json")
     settings = opened.folder.config.train
-    card = memory_at_hand("24GB")
-    least = plan("7b", shape, settings, card, rows=1, length=SHORT_ROW, shared=0, answer=SHORT_ROW).ways[1].least
+    card = available_memory("24GB")
+    least = plan("7b", shape, settings, card, rows=1, length=SHORT_ROW, shared=0, answer=SHORT_ROW).setups[1].least
     assert 13.5e9 < least < 15e9  # the weights alone are 13.5 GB
     (warned,) = _room(opened, monkeypatch, least)
     assert "may not fit" in warned

@@ -1,7 +1,4 @@
-"""Command lines as processes of their own that can be killed, without the seconds that importing torch takes each.
-
-A server imports once and forks for every command; nothing else differs from ``python -m tunewright``.
-"""
+"""Command lines in child processes that can be killed, without importing torch in each."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended: its exit code (negative: the signal that killed it) and what it said on stderr."""
+    """A command's exit code (negative: the signal that killed it) and its stderr."""
 
     code: int
     stdout: str
@@ -31,7 +28,7 @@ class Ended:
 
 
 class Command:
-    """A command under way."""
+    """A running command."""
 
     def __init__(self, server: Server, pids: list[int], folder: Path) -> None:
         self.server = server
@@ -40,7 +37,7 @@ class Command:
 
     @property
     def stderr(self) -> str:
-        """What it has said so far."""
+        """Return its stderr so far."""
         return (self.folder / "stderr").read_text(encoding="utf-8")
 
     def send(self, *signals: signal.Signals) -> None:
@@ -79,7 +76,7 @@ class Server:
             arguments: as after ``python -m tunewright``.
             killed_at: (pattern, n): it is killed at its nth change of a path that fits the pattern.
             file_limit: the largest file that it may write, in bytes.
-            processes: so many, as torchrun would start them; ``killed_at`` and ``file_limit`` are for the first.
+            processes: their number, started as by torchrun; ``killed_at`` and ``file_limit`` are for the first.
             environment: variables besides, as a launcher sets them.
         """
         self.count += 1
@@ -114,7 +111,7 @@ class Server:
         ).wait()
 
     def answer(self) -> int:
-        """The server's next line."""
+        """Return the server's next line."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line, "the server has died"

@@ -1,4 +1,4 @@
-"""Projects with replay on a base of random weights, for the tests of both halves: the draw, and training on it."""
+"""Projects with replay on a base of random weights, for drawing and for training."""
 
 from __future__ import annotations
 

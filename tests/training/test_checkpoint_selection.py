@@ -1,4 +1,4 @@
-"""Which evaluation's adapter is kept, when training stops early, and when it is called overfitting."""
+"""Choice of the kept adapter, early stopping and overfitting warnings."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from tunewright.training.checkpoint_selection import (
     Evaluation,
-    best_of,
+    best_evaluation,
     evaluations,
+    evaluations_to_keep,
+    out_of_patience,
     overfitting,
-    runs_out_of_patience,
-    worth_keeping,
 )
 
 
@@ -35,8 +35,8 @@ def _steps(*dev: tuple[float, float | None]) -> list[Evaluation]:
         ([(0.5, None), (0.3, None), (0.4, None)], 20),  # no answers: the loss alone
     ],
 )
-def test_the_best_is_by_metric_then_loss_then_earliest(dev: list[tuple[float, float | None]], best: int) -> None:
-    assert best_of(_steps(*dev)).step == best
+def test_best_evaluation_is_by_metric_then_loss_then_earliest(dev: list[tuple[float, float | None]], best: int) -> None:
+    assert best_evaluation(_steps(*dev)).step == best
 
 
 scores = st.tuples(st.sampled_from([0.1, 0.2, 0.3]), st.sampled_from([0.0, 0.5, 1.0]))
@@ -49,19 +49,19 @@ def test_patience_counts_evaluations_since_the_best_so_far(dev: list[tuple[float
     for loss, metric in dev:
         better = (metric, -loss) > best
         best, waited = ((metric, -loss), 0) if better else (best, waited + 1)
-    assert runs_out_of_patience(_steps(*dev), patience) == (waited >= patience)
-    assert not runs_out_of_patience(_steps(*dev), None)
+    assert out_of_patience(_steps(*dev), patience) == (waited >= patience)
+    assert not out_of_patience(_steps(*dev), None)
 
 
 @given(st.lists(scores, min_size=1, max_size=30))
-def test_nine_adapters_at_most_are_worth_keeping_and_none_of_them_was_let_go_of_before(
+def test_at_most_nine_adapters_are_kept_and_none_was_removed_before(
     dev: list[tuple[float, float]],
 ) -> None:
     evaluated = _steps(*dev)
     there: set[int] = set()
     for count in range(1, len(evaluated) + 1):
         there.add(evaluated[count - 1].step)
-        kept = {e.step for e in worth_keeping(evaluated[:count])}
+        kept = {e.step for e in evaluations_to_keep(evaluated[:count])}
         assert kept <= there
         there = kept
         assert len(kept) <= 9
@@ -74,11 +74,11 @@ def _curves(dev: list[float], train: list[float]) -> list[Evaluation]:
     return [_evaluation(10 * (n + 1), d, None, t) for n, (d, t) in pairs]
 
 
-def test_two_rises_of_dev_while_training_falls_are_called_overfitting_in_words() -> None:
+def test_overfitting_warns_after_two_dev_rises_while_training_falls() -> None:
     told = overfitting(_curves([0.9, 0.6, 0.7, 0.8], [1.0, 0.5, 0.3, 0.1]))
     assert told is not None
     assert "the dev loss has risen for 2 evaluations (0.600 → 0.700 → 0.800)" in told
-    assert "training loss went on falling (0.500 → 0.300 → 0.100)" in told
+    assert "training loss kept falling (0.500 → 0.300 → 0.100)" in told
     assert "epoch 2 (step 20)" in told
 
 
@@ -91,11 +91,11 @@ def test_two_rises_of_dev_while_training_falls_are_called_overfitting_in_words()
         ([0.9, 0.8, 0.7, 0.6], [0.9, 0.8, 0.7, 0.6]),
     ],
 )
-def test_nothing_else_is_called_overfitting(dev: list[float], train: list[float]) -> None:
+def test_overfitting_warns_of_nothing_else(dev: list[float], train: list[float]) -> None:
     assert overfitting(_curves(dev, train)) is None
 
 
-def test_an_evaluation_knows_the_mean_training_loss_since_the_one_before() -> None:
+def test_evaluation_has_the_mean_training_loss_since_the_previous_one() -> None:
     history: list[dict[str, Any]] = [
         {"step": 1, "epoch": 0.5, "loss": 4.0},
         {"step": 2, "epoch": 1.0, "loss": 2.0},
@@ -106,7 +106,7 @@ def test_an_evaluation_knows_the_mean_training_loss_since_the_one_before() -> No
     assert evaluations(history) == [Evaluation(2, 1.0, 2.5, 0.25, 3.0), Evaluation(3, 1.5, 2.0, None, 1.0)]
 
 
-def test_with_replay_the_training_loss_is_that_of_the_pairs() -> None:
+def test_training_loss_is_that_of_the_pairs_with_replay() -> None:
     history: list[dict[str, Any]] = [
         {"step": 1, "epoch": 0.2, "loss": 2.0, "pair_loss": 4.0, "replay_kl": 0.0},
         {"step": 2, "epoch": 0.4, "loss": 0.5, "replay_kl": 0.5},  # of replayed rows alone
@@ -118,8 +118,8 @@ def test_with_replay_the_training_loss_is_that_of_the_pairs() -> None:
     assert [e.train_loss for e in evaluations(history)] == [3.5, None]
 
 
-def test_overfitting_shows_in_the_pairs_though_replay_hides_it() -> None:
-    """Replay's divergence grows as the adapter leaves the base, so that the loss of both together rises."""
+def test_overfitting_uses_the_pairs_loss_with_replay() -> None:
+    """Replay's divergence grows as the adapter leaves the base, so the total loss rises."""
     history: list[dict[str, Any]] = []
     for step, (pairs, kl, dev) in enumerate([(1.0, 0.0, 0.9), (0.6, 0.6, 1.0), (0.3, 1.4, 1.1)], start=1):
         parts = {"loss": (pairs + kl) / 2, "pair_loss": pairs, "replay_kl": kl}

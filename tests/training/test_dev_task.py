@@ -1,4 +1,4 @@
-"""The dev rows that are answered while training."""
+"""Dev rows that are answered during training."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_dev_task_answers_equal_prompts_once_and_scores_every_row(tiny_base_fold
     assert [r.prompt_ids for r in task.requests] == [
         chat.prompt([Message("user", asked)]) for asked in ("one", "two", "three")
     ]
-    assert task.worth(["c", "x", "d"]) == 4 / 5  # any reference of "one" counts
+    assert task.score(["c", "x", "d"]) == 4 / 5  # any reference of "one" counts
 
 
 def test_dev_task_scores_a_sample_by_the_references_of_all_dev_rows(tiny_base_folder: Path, tmp_path: Path) -> None:
@@ -38,4 +38,4 @@ def test_dev_task_scores_a_sample_by_the_references_of_all_dev_rows(tiny_base_fo
     task = dev_task(Config.model_validate(settings), tmp_path, open_chat(base), rows, rows, 512, LogReporter())
     assert task is not None
     assert (len(task.requests), len(task.examples)) == (1, 2)
-    assert [task.worth([letter]) for letter in "abcdx"] == [1, 1, 1, 1, 0]
+    assert [task.score([letter]) for letter in "abcdx"] == [1, 1, 1, 1, 0]

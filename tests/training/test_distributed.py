@@ -1,4 +1,4 @@
-"""Several processes train one adapter: the numbers of one process, one voice, one end."""
+"""Several processes train one adapter: the numbers of one process, one report, one end."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tunewright.training.packing.order import StepBatches, random_order
 def test_processes_share_each_step_and_every_row_is_trained_on_once(
     rows: int, shape: tuple[int, int], passes: int, epoch: int
 ) -> None:
-    """Whatever is left for the last step, all make as many passes, and a step has the rows it has in one process."""
+    """All processes make equally many passes, and a step has the same rows as in one process."""
     count, micro = shape
     step = count * micro * passes
     ids = [[1] * (n % 7 + 1) for n in range(rows)]
@@ -75,15 +75,15 @@ def alone(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path, serv
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path, server: Server) -> tuple[Adapter, str]:
-    """What two processes trained, and what they said."""
+    """Return what two processes trained, and their messages."""
     folder = _project(tmp_path_factory.mktemp("pair") / "project", tiny_base_folder)
     ended = server.run("train", "-p", folder, processes=2)
     assert ended.code == 0, ended.stderr
     return find_adapter(folder / "adapters"), ended.stdout + ended.stderr
 
 
-def test_two_processes_come_to_the_losses_and_the_adapter_of_one(alone: Adapter, pair: tuple[Adapter, str]) -> None:
-    """With prompts shared, gradients accumulated, and an epoch's last step of one row: one process has none of it."""
+def test_two_processes_give_the_losses_and_adapter_of_one(alone: Adapter, pair: tuple[Adapter, str]) -> None:
+    """Prompts are shared, gradients accumulated, and an epoch's last step has one row: one process gets none."""
     from safetensors.torch import load_file
 
     together, said = pair
@@ -102,10 +102,10 @@ def test_two_processes_come_to_the_losses_and_the_adapter_of_one(alone: Adapter,
     assert said.count("Trained: ") == said.count("Loading ") == said.count("Epoch 1") == 1
 
 
-def test_with_replay_two_processes_come_to_the_losses_of_one(
+def test_two_processes_with_replay_give_the_losses_of_one(
     tmp_path: Path, tiny_base_folder: Path, server: Server
 ) -> None:
-    """In all their parts, which are means over tokens that the processes have different numbers of."""
+    """All parts are means over tokens, of which the processes have different numbers."""
     adapters = []
     for count in (1, 2):
         folder = _project(tmp_path / f"of-{count}", tiny_base_folder, epochs=1)
@@ -123,7 +123,7 @@ def test_with_replay_two_processes_come_to_the_losses_of_one(
         assert {**alone, **ours} == pytest.approx({**together, **ours}, rel=1e-3, abs=1e-5)
 
 
-def test_a_stop_comes_to_all_processes_at_one_step_and_they_go_on(
+def test_stop_reaches_all_processes_at_one_step_and_they_resume(
     pair: tuple[Adapter, str], tmp_path: Path, tiny_base_folder: Path, server: Server
 ) -> None:
     """The signal reaches only one of them."""
@@ -133,17 +133,19 @@ def test_a_stop_comes_to_all_processes_at_one_step_and_they_go_on(
     command.send(signal.SIGTERM)
     stopped = command.wait()
     assert stopped.code == 130, stopped.stderr
-    assert stopped.stderr.count("which is saved.") == stopped.stderr.count("the same command resumes from there") == 1
+    assert (
+        stopped.stderr.count("This step is saved.") == stopped.stderr.count("the same command resumes from there") == 1
+    )
     assert "Traceback" not in stopped.stderr
     went_on = server.run("train", "-p", folder, processes=2)
-    assert went_on.stderr.count("Going on from step") == 1
+    assert went_on.stderr.count("Resuming from step") == 1
     assert find_adapter(folder / "adapters").digest == pair[0].digest
 
 
-def test_killed_together_they_go_on_together(
+def test_killed_processes_resume_together(
     pair: tuple[Adapter, str], tmp_path: Path, tiny_base_folder: Path, server: Server
 ) -> None:
-    """The main process dies while it writes; the other one says so, and ends."""
+    """The main process dies while it writes; the other one reports it and exits."""
     folder = _project(tmp_path / "project", tiny_base_folder)
     ended = server.run("train", "-p", folder, processes=2, killed_at=(f"*/checkpoint-15/*{MANIFEST}*", 1))
     assert ended.code == -signal.SIGKILL
@@ -153,9 +155,7 @@ def test_killed_together_they_go_on_together(
     assert find_adapter(folder / "adapters").digest == pair[0].digest
 
 
-def test_an_error_in_one_process_ends_all_with_one_message(
-    tmp_path: Path, tiny_base_folder: Path, server: Server
-) -> None:
+def test_error_in_one_process_ends_all_with_one_message(tmp_path: Path, tiny_base_folder: Path, server: Server) -> None:
     folder = _project(tmp_path / "project", tiny_base_folder)
     ended = server.run("train", "-p", folder, processes=2, file_limit=100_000)
     assert ended.code == 2
@@ -171,11 +171,11 @@ def test_an_error_in_one_process_ends_all_with_one_message(
         (
             "batch_size: 12\n  micro_batch_size: 4",
             2,
-            "each of 2 processes has 6 rows of a batch, which is no multiple of 4",
+            "Each of 2 processes has 6 rows of a batch, which is not a multiple of 4",
         ),
     ],
 )
-def test_a_batch_that_cannot_be_shared_is_refused_once(
+def test_batch_that_cannot_be_shared_is_refused_once(
     batch: str, count: int, words: str, tmp_path: Path, tiny_base_folder: Path, server: Server
 ) -> None:
     folder = _project(tmp_path / "project", tiny_base_folder, batch=batch)
@@ -194,21 +194,21 @@ def test_other_commands_run_in_one_process(tmp_path: Path, tiny_base_folder: Pat
 
 def test_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(UserError, match="DeepSpeed was asked for"):
-        distributed.join()
+    with pytest.raises(UserError, match="DeepSpeed is not supported"):
+        distributed.init()
 
 
-def test_a_launch_that_starts_one_process_only_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not distributed.lonely_launch()
+def test_launch_of_a_single_process_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not distributed.single_process_launch()
     for key, value in {"ACCELERATE_USE_CPU": "True", "MASTER_PORT": "29500"}.items():
         monkeypatch.setenv(key, value)
-    assert distributed.lonely_launch()
+    assert distributed.single_process_launch()
 
 
-def test_torchrun_passes_a_signal_on_and_the_step_is_saved(
+def test_torchrun_forwards_a_signal_and_the_step_is_saved(
     pair: tuple[Adapter, str], tmp_path: Path, tiny_base_folder: Path, server: Server
 ) -> None:
-    """The launcher itself, as people start it; processes of the server go on from where it was stopped."""
+    """Uses the real launcher; processes of the fork server resume from its checkpoint."""
     folder = _project(tmp_path / "project", tiny_base_folder)
     run = [sys.executable, "-m", "torch.distributed.run"]
     source = Path(__file__).parents[2] / "src"
@@ -223,8 +223,8 @@ def test_torchrun_passes_a_signal_on_and_the_step_is_saved(
         launcher.send_signal(signal.SIGINT)
         launcher.wait()
         said.seek(0)
-        assert said.read().count("which is saved.") == 1
-    assert server.run("train", "-p", folder, processes=2).stderr.count("Going on from step") == 1
+        assert said.read().count("This step is saved.") == 1
+    assert server.run("train", "-p", folder, processes=2).stderr.count("Resuming from step") == 1
     assert find_adapter(folder / "adapters").digest == pair[0].digest
 
 

@@ -1,4 +1,4 @@
-"""A run that must not go on: what counts as broken, and what a normal run may do."""
+"""Divergence checks: which runs are stopped, and what a normal run may do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tunewright.data.examples import Example, Message
 from tunewright.data.versions import Member
-from tunewright.training.divergence import BrokenRunError, fault
+from tunewright.training.divergence import UnstableRunError, fault
 
 VOCABULARY = 32_000
 CHANCE = math.log(VOCABULARY)
@@ -22,31 +22,31 @@ def _member(number: int) -> Member:
 
 
 def _first_fault(losses: list[float]) -> int | None:
-    """The step, from 1, at which a run with these losses is stopped."""
+    """Return the step, from 1, at which a run with these losses is stopped."""
     steps = range(1, len(losses) + 1)
     return next((n for n in steps if fault(losses[n - 1], 1.0, losses[:n], VOCABULARY)), None)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_loss_or_gradient_that_is_no_number_is_a_fault_at_once(bad: float) -> None:
+def test_fault_reports_a_non_finite_loss_or_gradient_at_once(bad: float) -> None:
     assert fault(bad, 1.0, [bad], VOCABULARY) == f"the loss is {bad}"
     told = fault(0.5, bad, [0.5], VOCABULARY)
     assert told is not None
     assert "gradient" in told
 
 
-def test_worse_than_chance_for_five_steps_is_an_explosion() -> None:
+def test_fault_reports_five_steps_worse_than_chance() -> None:
     assert _first_fault([2.0, 1.5, *[CHANCE + 2] * 6]) == 7
     assert _first_fault([2.0, 1.5, *[CHANCE + 2] * 4, 2.0]) is None
 
 
-def test_ten_steps_above_all_of_the_first_ten_are_an_explosion() -> None:
+def test_fault_reports_ten_steps_above_all_of_the_first_ten() -> None:
     falling = [2.0 - 0.1 * n for n in range(10)]
     assert _first_fault([*falling, *[0.8] * 20, *[3.5] * 12]) == 40
     assert _first_fault([*falling, *[3.5] * 9, 1.0, *[3.5] * 9]) is None
 
 
-def test_a_base_that_begins_above_chance_is_given_the_time_to_learn() -> None:
+def test_fault_tolerates_a_base_that_starts_above_chance() -> None:
     start = CHANCE + 4
     assert _first_fault([start - 0.1 * n for n in range(40)]) is None
 
@@ -59,7 +59,7 @@ def test_a_base_that_begins_above_chance_is_given_the_time_to_learn() -> None:
     bump=st.floats(1.0, 1.2),
     spikes=st.sets(st.integers(1, 59), max_size=3),
 )
-def test_a_run_that_learns_is_never_stopped(
+def test_fault_never_stops_a_run_that_learns(
     start: float, floor: float, noise: list[float], bump: float, spikes: set[int]
 ) -> None:
     """Noisy batches, a rise at the end of the warm-up (steps 4 to 9), single spikes."""
@@ -70,9 +70,9 @@ def test_a_run_that_learns_is_never_stopped(
     assert _first_fault(losses) is None
 
 
-def test_the_rows_of_the_step_are_named_by_key_and_text() -> None:
+def test_diverged_error_names_the_rows_of_the_step() -> None:
     members = [_member(n) for n in range(30)]
-    error = BrokenRunError("the loss is nan", 7, [3, *range(10, 20), 99]).as_user_error(members)
+    error = UnstableRunError("the loss is nan", 7, [3, *range(10, 20), 99]).as_user_error(members)
     assert "the loss is nan at step 7" in error.what
     assert members[3].key[:12] in error.what
     assert "'question 3'" in error.what

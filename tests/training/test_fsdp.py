@@ -1,4 +1,4 @@
-"""FSDP: two processes divide the base, and come to the numbers of one that holds it whole."""
+"""FSDP: two processes shard the base, and give the numbers of one process with the full base."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _trained(server: Server, folder: Path, **how: Any) -> Adapter:
 
 @pytest.fixture(scope="module")
 def divided(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path, server: Server) -> Adapter:
-    """What two processes with half a base each trained, prompts shared."""
+    """Return what two processes with half a base each trained, prompts shared."""
     folder = _project(tmp_path_factory.mktemp("divided") / "project", tiny_base_folder)
     return _trained(server, folder, processes=2, environment=FSDP)
 
@@ -77,24 +77,26 @@ def _require_alike(whole: Adapter, pieces: Adapter) -> None:
         assert (values - weights[1][name]).abs().max() <= 1e-3 * values.abs().max(), name
 
 
-def test_half_a_base_in_each_process_gives_the_losses_and_the_adapter_of_a_whole_one(
+def test_fsdp_gives_the_losses_and_adapter_of_one_process(
     divided: Adapter, tmp_path: Path, tiny_base_folder: Path, server: Server
 ) -> None:
-    """Prompts shared, a last step of one row, and dev rows answered: two in one process, one in the other."""
+    """Prompts are shared, the last step has one row, and dev rows are answered: two in one process, one elsewhere."""
     whole = _trained(server, _project(tmp_path / "project", tiny_base_folder))
     assert whole.lineage["training"]["rows"] % 8 == 1
     assert (whole.lineage["training"]["bytes_held"], divided.lineage["training"]["processes"]) == (None, 2)
     _require_alike(whole, divided)
 
 
-def test_without_shared_prompts_too(tmp_path: Path, tiny_base_folder: Path, server: Server) -> None:
+def test_fsdp_gives_the_adapter_of_one_process_without_shared_prompts(
+    tmp_path: Path, tiny_base_folder: Path, server: Server
+) -> None:
     whole = _trained(server, _project(tmp_path / "whole", tiny_base_folder, "off"))
     pieces = _trained(server, _project(tmp_path / "pieces", tiny_base_folder, "off"), processes=2, environment=FSDP)
     _require_alike(whole, pieces)
 
 
-def test_each_process_holds_half_of_the_weights(divided: Adapter, tiny_base_folder: Path) -> None:
-    """Of base and adapter; float32 in the file as in memory."""
+def test_fsdp_process_holds_half_of_the_weights(divided: Adapter, tiny_base_folder: Path) -> None:
+    """Base and adapter are counted; they are float32 in the file as in memory."""
     from safetensors.torch import load_file
 
     files = [tiny_base_folder / "model.safetensors", divided.folder / "adapter_model.safetensors"]
@@ -104,7 +106,7 @@ def test_each_process_holds_half_of_the_weights(divided: Adapter, tiny_base_fold
     assert [bytes_ == pytest.approx(whole / 2, rel=0.01) for bytes_ in held] == [True, True], (held, whole)
 
 
-def test_killed_while_it_saves_it_goes_on_to_the_same_adapter(
+def test_fsdp_resumes_to_the_same_adapter_when_killed_while_saving(
     divided: Adapter, tmp_path: Path, tiny_base_folder: Path, server: Server
 ) -> None:
     folder = _project(tmp_path / "project", tiny_base_folder)
@@ -117,16 +119,16 @@ def test_killed_while_it_saves_it_goes_on_to_the_same_adapter(
     assert "pytorch_model_fsdp.bin" in str(files) and "optimizer.bin" in str(files)
     alone = server.run("train", "-p", folder)
     assert alone.code == 2
-    assert "this run began with FSDP, and is to go on without" in " ".join(alone.stderr.split())
+    assert "This run started with FSDP and cannot resume without it" in " ".join(alone.stderr.split())
     went_on = server.run("train", "-p", folder, processes=2, environment=FSDP)
     assert went_on.code == 0, went_on.stderr
-    assert went_on.stderr.count("Going on from step 5") == 1
+    assert went_on.stderr.count("Resuming from step 5") == 1
     assert find_adapter(folder / "adapters").digest == divided.digest
 
 
 @pytest.fixture(scope="module")
 def divided_in_4_bits(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path, server: Server) -> Adapter:
-    """What two processes with half of a base in NF4 each trained."""
+    """Return what two processes with half of an NF4 base each trained."""
     folder = _project(tmp_path_factory.mktemp("divided") / "nf4", tiny_base_folder, also="  quantization: nf4\n")
     return _trained(server, folder, processes=2, environment=FSDP)
 
@@ -164,41 +166,34 @@ def test_fsdp_over_nf4_resumes_to_the_same_adapter_when_killed_while_saving(
     assert killed.code == -signal.SIGKILL
     resumed = server.run("train", "-p", folder, processes=2, environment=FSDP)
     assert resumed.code == 0, resumed.stderr
-    assert resumed.stderr.count("Going on from step 5") == 1
+    assert resumed.stderr.count("Resuming from step 5") == 1
     assert find_adapter(folder / "adapters").digest == divided_in_4_bits.digest
 
 
-@pytest.mark.parametrize(
-    ("also", "words"),
-    [
-        ("  replay: {samples: 6}\n", "replay needs passes of the base that processes make by themselves"),
-        ("  torch_compile: 'on'\n", "compiled parts have not been tried on a base in pieces"),
-    ],
-)
-def test_what_a_base_in_pieces_cannot_have_is_refused_once(
-    also: str, words: str, tmp_path: Path, tiny_base_folder: Path, server: Server
+def test_train_refuses_replay_once_when_fsdp_shards_the_base(
+    tmp_path: Path, tiny_base_folder: Path, server: Server
 ) -> None:
-    folder = _project(tmp_path / "project", tiny_base_folder, also=also)
+    folder = _project(tmp_path / "project", tiny_base_folder, also="  replay: {samples: 6}\n")
     ended = server.run("train", "-p", folder, processes=2, environment=FSDP)
     assert ended.code == 2
     assert ended.stderr.count("Error: ") == 1
-    assert words in " ".join(ended.stderr.split())
+    assert "Replay is not supported with FSDP" in " ".join(ended.stderr.split())
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"FSDP_VERSION": "1"}, "FSDP's first version is not supported"),
-        ({"FSDP_OFFLOAD_PARAMS": "true"}, "offloading the pieces is not supported"),
-        ({"FSDP_IGNORED_MODULES": "lm_head"}, "leaving modules out of the division is not supported"),
-        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "FSDP's recomputing of activations"),
-        ({"WORLD_SIZE": "1", "RANK": "0"}, "there is one process"),
+        ({"FSDP_VERSION": "1"}, "FSDP version 1 is not supported"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, "Offloading parameters is not supported"),
+        ({"FSDP_IGNORED_MODULES": "lm_head"}, "Ignoring modules is not supported"),
+        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "FSDP's activation checkpointing"),
+        ({"WORLD_SIZE": "1", "RANK": "0"}, "needs at least 2 processes"),
     ],
 )
-def test_settings_that_are_not_supported_are_refused(
+def test_init_refuses_unsupported_fsdp_settings(
     settings: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for key, value in {**FSDP, "WORLD_SIZE": "2", "RANK": "0", **settings}.items():
         monkeypatch.setenv(key, value)
     with pytest.raises(UserError, match=words):
-        distributed.join()
+        distributed.init()

@@ -20,9 +20,7 @@ def _reference(states: Tensor, head: nn.Linear, targets: Tensor, weights: Tensor
 
 
 @pytest.mark.parametrize("tile", [1, 40, 120, 1 << 25])
-def test_losses_and_gradients_are_cross_entropy_s_in_tiles_of_any_size(
-    tile: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_token_losses_equal_cross_entropy_for_any_tile_size(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head_module, "TILE_LOGITS", tile)
     torch.manual_seed(0)
     head = nn.Linear(16, 37, bias=False).requires_grad_(False)
@@ -35,7 +33,7 @@ def test_losses_and_gradients_are_cross_entropy_s_in_tiles_of_any_size(
     torch.testing.assert_close(states.grad, gradient)
 
 
-def test_a_head_that_is_trained_gets_its_gradient() -> None:
+def test_token_losses_train_a_head_that_requires_grad() -> None:
     torch.manual_seed(0)
     head = nn.Linear(16, 37, bias=False)
     token_losses(torch.randn(5, 16), head, torch.randint(37, (5,))).sum().backward()
@@ -43,7 +41,7 @@ def test_a_head_that_is_trained_gets_its_gradient() -> None:
     assert head.weight.grad.abs().sum() > 0
 
 
-def test_without_gradients_only_losses_are_computed() -> None:
+def test_token_losses_compute_no_gradient_without_grad() -> None:
     torch.manual_seed(0)
     head = nn.Linear(16, 37, bias=False).requires_grad_(False)
     states, targets = torch.randn(11, 16), torch.randint(37, (11,))

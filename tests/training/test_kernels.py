@@ -1,4 +1,4 @@
-"""Liger's kernels as an option: refused where they cannot run, and only the layers' kernels are replaced."""
+"""Optional Liger kernels: refused where they cannot run, and only the layers' kernels are replaced."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_train_refuses_liger_without_the_package_or_a_card(tmp_path: Path, tiny_
     assert needed in " ".join(ran.stderr.split())
 
 
-def test_require_liger_names_the_missing_card_when_the_package_is_there(
+def test_require_liger_names_the_missing_gpu_when_the_package_is_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if torch.cuda.is_available():
@@ -42,7 +42,7 @@ def test_require_liger_names_the_missing_card_when_the_package_is_there(
         (tmp_path / "liger_kernel").mkdir()
         (tmp_path / "liger_kernel" / "__init__.py").touch()
         monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UserError, match="run on a CUDA card, and there is none"):
+    with pytest.raises(UserError, match="need a CUDA GPU, and none is present"):
         require_liger(True)
 
 
@@ -51,7 +51,7 @@ def test_require_liger_asks_for_nothing_when_the_option_is_off() -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
-def test_liger_arguments_are_all_that_its_function_takes(kind: str) -> None:
+def test_liger_kernels_cover_all_arguments_of_its_function(kind: str) -> None:
     patches = pytest.importorskip("liger_kernel.transformers.monkey_patch", reason="needs tunewright[liger]")
     signature = inspect.signature(patches.MODEL_TYPE_TO_APPLY_LIGER_FN[kind])
     signature.bind(model=None, **LIGER_KERNELS)

@@ -1,4 +1,4 @@
-"""LoRA over a base in 4 bits as one step of autograd, against peft's own layer and against the memory estimate."""
+"""LoRA over a 4-bit base as one autograd step, against peft's own layer and against the memory estimate."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ from tunewright.core.progress import LogReporter
 from tunewright.models.bases import resolve_base
 from tunewright.models.families import ATTENTION, MLP
 from tunewright.models.loading import load_model
-from tunewright.models.memory.estimate import Load, Way, adapter_copies, attention_saved, layer_saved
+from tunewright.models.memory.estimate import BatchShape, TrainingSetup, adapter_copies, attention_saved, layer_saved
 from tunewright.models.memory.shape import Shape
-from tunewright.models.quantized import held_in_nf4
-from tunewright.training.adapter import lora_config
-from tunewright.training.lora import use_fused_lora
+from tunewright.models.quantized import disable_repacking
+from tunewright.training.lora import lora_config, use_fused_lora
 from tunewright.training.lora_4bit import FusedLinear4bit
 
 ALL_LINEAR = tuple(PRESETS["all-linear"]["target_modules"])
@@ -37,7 +36,7 @@ def _layers(dtype: torch.dtype, *, fused: bool, adapters: int = 1, bias: bool = 
     torch.manual_seed(0)
     base = Linear4bit(128, 192, bias=bias, compute_dtype=dtype, compress_statistics=True, quant_type="nf4")
     model: Any = nn.Sequential(base.to("cpu"))
-    held_in_nf4(model)
+    disable_repacking(model)
     model.is_loaded_in_4bit = True  # as transformers does; peft asks for it
     assert base.weight.dtype == torch.uint8
     config = LoraConfig(**{"r": 8, "lora_alpha": 20, "target_modules": ["0"], **changes})
@@ -55,7 +54,7 @@ def _layers(dtype: torch.dtype, *, fused: bool, adapters: int = 1, bias: bool = 
 
 
 def _pass(model: Any, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
-    """Output and gradients of one pass under autocast, as transformers' trainer has it in bfloat16."""
+    """Return output and gradients of one pass under autocast, as in transformers' bfloat16 training."""
     x = x.clone().requires_grad_()
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=x.dtype == torch.bfloat16):
@@ -187,7 +186,7 @@ def _model(dtype: torch.dtype, layers: int) -> Any:
                     whole.in_features, whole.out_features, bias=False, compute_dtype=dtype, quant_type="nf4"
                 )
                 setattr(part, name, packed.to("cpu"))
-    held_in_nf4(base)
+    disable_repacking(base)
     for weight in base.parameters():
         weight.requires_grad_(False)
     base.set_attn_implementation(attention.NAME)
@@ -199,10 +198,10 @@ def _model(dtype: torch.dtype, layers: int) -> Any:
     return model.train()
 
 
-def _saved_bytes(model: Any, load: Load, dtype: torch.dtype) -> int:
+def _saved_bytes(model: Any, load: BatchShape, dtype: torch.dtype) -> int:
     """Count the bytes that autograd keeps, parameters apart, each storage once."""
     from tunewright.training.packing import Group, pack
-    from tunewright.training.packing.fused_loss import token_losses_of
+    from tunewright.training.packing.fused_loss import batch_token_losses
 
     generator = torch.Generator().manual_seed(0)
     draw = torch.randint(0, SHAPE.vocabulary, (load.rows + 1, max(load.shared, load.own)), generator=generator).tolist()
@@ -222,20 +221,20 @@ def _saved_bytes(model: Any, load: Load, dtype: torch.dtype) -> int:
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16),
     ):
-        _loss = token_losses_of(model, batch).sum()
+        _loss = batch_token_losses(model, batch).sum()
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("load", [Load(2, 10, 16, 4), Load(3, 0, 140, 7), Load(2, 131, 150, 150)])
-def test_memory_estimate_is_what_autograd_keeps_over_nf4_to_the_byte(dtype: torch.dtype, load: Load) -> None:
+@pytest.mark.parametrize("load", [BatchShape(2, 10, 16, 4), BatchShape(3, 0, 140, 7), BatchShape(2, 131, 150, 150)])
+def test_memory_estimate_is_what_autograd_keeps_over_nf4_to_the_byte(dtype: torch.dtype, load: BatchShape) -> None:
     one, two = (_saved_bytes(_model(dtype, layers), load, dtype) for layers in (1, 2))
-    way = Way(ALL_LINEAR, 5, "float32" if dtype == torch.float32 else "bfloat16", nf4=True)
+    way = TrainingSetup(ALL_LINEAR, 5, "float32" if dtype == torch.float32 else "bfloat16", nf4=True)
     copies = adapter_copies(replace(SHAPE, layers=1), way)
     assert two - one == layer_saved(SHAPE, way, load.tokens) + attention_saved(SHAPE, way, load) + copies
 
 
-def test_lora_config_of_a_config_over_nf4_builds_fused_layers(tiny_base_folder: Path) -> None:
+def test_lora_config_builds_fused_layers_over_nf4(tiny_base_folder: Path) -> None:
     base = resolve_base(str(tiny_base_folder), None, tiny_base_folder, LogReporter())
     settings = TrainConfig(preset="all-linear", quantization="nf4")
     model: Any = get_peft_model(load_model(base, "float32", "nf4"), lora_config(settings))

@@ -1,4 +1,4 @@
-"""The micro-batch: chosen by a real pass, halved where memory runs out, with the gradients of the whole step."""
+"""Micro-batch size: chosen by a real pass, halved if memory runs out, with the gradients of the full step."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _memory_for(monkeypatch: pytest.MonkeyPatch, rows: int, after: int = 0) -> l
     It runs out in the backward pass, when half of the gradients have been added up already.
     """
     passes: list[int] = []
-    original: Losses = fused_loss.token_losses_of
+    original: Losses = fused_loss.batch_token_losses
 
     def losses_of(model: Any, batch: Any, *others: Any) -> torch.Tensor:
         if not model.training:
@@ -62,7 +62,7 @@ def _memory_for(monkeypatch: pytest.MonkeyPatch, rows: int, after: int = 0) -> l
                 "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
             )
 
-    monkeypatch.setattr(trainer_module, "token_losses_of", losses_of)
+    monkeypatch.setattr(trainer_module, "batch_token_losses", losses_of)
     return passes
 
 
@@ -86,7 +86,7 @@ def _train(folder: Path) -> tuple[Any, list[str]]:
     return tunewright.open(folder, heard).train().adapter, heard.lines
 
 
-def test_a_batch_that_fits_is_taken_whole_and_said(tmp_path: Path, tiny_base_folder: Path) -> None:
+def test_micro_batch_keeps_a_batch_that_fits_and_reports_it(tmp_path: Path, tiny_base_folder: Path) -> None:
     adapter, lines = _train(_project(tmp_path / "p", tiny_base_folder))
     assert any(re.match(r"Micro-batch: 8 rows; the longest batch, [\d,]+ tokens, fits", line) for line in lines)
     assert adapter.lineage["training"]["micro_batch_size"] == 8
@@ -94,7 +94,7 @@ def test_a_batch_that_fits_is_taken_whole_and_said(tmp_path: Path, tiny_base_fol
 
 @pytest.mark.parametrize("after", [0, 3])
 @pytest.mark.parametrize("asked", ["8", "4"])
-def test_halves_have_the_gradients_of_the_whole_step(
+def test_halved_micro_batches_give_the_gradients_of_the_step(
     tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch, after: int, asked: str
 ) -> None:
     whole, _ = _train(_project(tmp_path / "whole", tiny_base_folder, micro_batch_size=asked))
@@ -102,8 +102,8 @@ def test_halves_have_the_gradients_of_the_whole_step(
         passes = _memory_for(patch, rows=2, after=after)
         halved, lines = _train(_project(tmp_path / "halved", tiny_base_folder, micro_batch_size=asked))
     assert max(passes[after + 3 :]) <= 2
-    assert halved.lineage["training"]["micro_batch_size"] == 2
-    told = [line for line in lines if "Micro-batch: 2 rows of the" in line or "the step is done again with 2" in line]
+    assert halved.lineage["training"]["micro_batch"] == 2
+    told = [line for line in lines if "Micro-batch: 2 rows of the" in line or "This step is repeated with 2" in line]
     assert told
     expected, got = _weights(whole.folder), _weights(halved.folder)
     for name, weight in expected.items():
@@ -112,9 +112,7 @@ def test_halves_have_the_gradients_of_the_whole_step(
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
-def test_the_trying_pass_changes_nothing(
-    tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_probing_pass_changes_nothing(tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With dropout, which draws random numbers, the adapter is that of a run whose micro-batch was known before."""
     tried, _ = _train(_project(tmp_path / "tried", tiny_base_folder, lora_dropout=0.1))
     keep: Any = MicroBatch.__init__
@@ -128,17 +126,17 @@ def test_the_trying_pass_changes_nothing(
     assert tried.digest == untried.digest
 
 
-def test_one_row_that_does_not_fit_is_the_users_to_mend(
+def test_halve_raises_when_one_row_does_not_fit(
     tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = _project(tmp_path / "p", tiny_base_folder)
     _memory_for(monkeypatch, rows=0)
-    with pytest.raises(UserError, match="too little memory") as caught:
+    with pytest.raises(UserError, match="Not enough memory") as caught:
         _train(folder)
     assert "tunewright estimate-memory" in (caught.value.fix or "")
 
 
-def test_a_run_that_goes_on_keeps_its_micro_batch(tmp_path: Path) -> None:
+def test_resumed_run_keeps_its_micro_batch(tmp_path: Path) -> None:
     micro = MicroBatch(8, tmp_path, LogReporter())
     assert micro.rows is None
     micro.choose(4, 100)

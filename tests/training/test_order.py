@@ -1,4 +1,4 @@
-"""The order of training rows, and what sharing prompts is said to save in it."""
+"""The order of training rows, and the reported saving of shared prompts in it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_order_depends_on_seed_and_epoch_alone() -> None:
     assert epochs[0] != epochs[1] != epochs[2]
 
 
-def test_step_is_a_random_sample_whatever_the_rows_lengths_and_prefixes() -> None:
+def test_step_is_a_random_sample_independent_of_lengths_and_prefixes() -> None:
     """How often two rows meet in a step depends neither on their lengths nor on a document that they share."""
     document = [5] * 90
     rows = [
@@ -75,7 +75,7 @@ def test_micro_batches_of_a_step_keep_shared_prefixes_together() -> None:
     assert together >= 8  # of 16; of batches of four random rows one in 64 would be of one document
 
 
-def test_processes_get_about_as_many_tokens_of_a_step() -> None:
+def test_processes_get_similar_numbers_of_tokens() -> None:
     rows = _rows(256, longest=400)
     shares = [StepBatches(rows, 0, step_rows=64, micro_batch=16, process=rank, processes=4) for rank in range(4)]
     tokens = [sum(len(rows[row]) for batch in share for row in batch) for share in shares]
@@ -100,11 +100,11 @@ def test_random_order_draws_from_no_global_generator() -> None:
         ({"setting": "off"}, False, "2.7 times fewer tokens"),
         ({"dropout": 0.1}, False, "dropout"),
         ({"dropout": 0.1, "setting": "on"}, True, "2.7 times fewer tokens"),
-        ({"rows": [[place, *range(30)] for place in range(64)]}, False, "next to none"),
+        ({"rows": [[place, *range(30)] for place in range(64)]}, False, "too little in common"),
         ({"rows": [[place, *range(30)] for place in range(64)], "setting": "on"}, True, "1.0 times fewer tokens"),
     ],
 )
-def test_prompts_are_shared_where_that_saves_tokens_and_what_is_decided_is_said(
+def test_measure_sharing_shares_when_it_saves_tokens_and_reports_the_reason(
     change: dict[str, Any], share: bool, reason: str
 ) -> None:
     rows = [[*range(200), *range(300 + place, 400 + place)] for place in range(64)]

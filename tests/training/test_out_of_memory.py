@@ -1,4 +1,4 @@
-"""Memory that really runs out: a limit on the address space of a process that trains."""
+"""Memory that really runs out: a limit on the address space of a training process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BATCH = 8
 
 
 class _Limiting(LogReporter):
-    """Says all on stdout; once the micro-batch is chosen, leaves room for seven tenths of what that pass took."""
+    """Prints all messages; once the micro-batch is chosen, leaves seven tenths of the memory of that pass."""
 
     def say(self, message: str) -> None:
         print(message, flush=True)  # noqa: T201
@@ -73,9 +73,9 @@ def _project(folder: Path, base: Path, micro_batch: int) -> Path:
     ]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "tunewright.yaml").write_text(
-        f"name: wide\nbase_model: {base}\ndata:\n  sources: [pairs.jsonl]\n"
-        f"train:\n  batch_size: {BATCH}\n  micro_batch_size: {micro_batch}\n  epochs: 1\n  dtype: float32\n"
-        "  learning_rate: 0.003\n  prefix_sharing: 'off'\n  torch_compile: 'off'\n  eval_max_samples: 0\n"
+        f"name: wide\nbase: {base}\ndata:\n  sources: [pairs.jsonl]\n"
+        f"train:\n  batch_size: {BATCH}\n  micro_batch: {micro_batch}\n  epochs: 1\n  dtype: float32\n"
+        "  learning_rate: 0.003\n  prefix_sharing: 'off'\n  eval_max_samples: 0\n"
     )
     return folder
 
@@ -88,8 +88,10 @@ def _weights(project: Path) -> dict[str, Any]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit and /proc are Linux's")
-def test_a_step_that_memory_really_ran_out_in_is_done_again_in_halves(tmp_path: Path) -> None:
-    """Torch's own allocator fails, somewhere in the pass; the adapter is that of a run that had the halves at once."""
+def test_step_is_repeated_in_halves_when_memory_runs_out(tmp_path: Path) -> None:
+    """Torch's own allocator fails during the pass; the adapter equals that of a run that used the halves from the
+    start.
+    """
     import torch
 
     base = _wide_base(tmp_path / "base")
@@ -105,7 +107,7 @@ def test_a_step_that_memory_really_ran_out_in_is_done_again_in_halves(tmp_path: 
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert int(re.findall(r"took (\d+)", ran.stdout)[0]) > 200 << 20, "enough to tell 8 rows from 4"
     assert "Micro-batch: 8 rows; the longest batch" in ran.stdout
-    told = "Memory ran out in step 1 with 8 rows at once: the step is done again with 4, and so are those after it."
+    told = "Memory ran out in step 1 with 8 rows at once. This step is repeated with 4 rows"
     assert ran.stdout.count("Memory ran out") == 1, ran.stdout
     assert told in ran.stdout
     halves = _project(tmp_path / "halves", base, BATCH // 2)

@@ -1,4 +1,4 @@
-"""Packed batches with shared prefixes: the loss and every gradient are those of the rows one by one."""
+"""Packed batches with shared prefixes: loss and gradients equal those of separate rows."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tunewright.models.families import ATTENTION, FAMILIES, MLP
 from tunewright.models.loading import drop_vision, load_model
 from tunewright.training.lora import use_fused_lora
 from tunewright.training.packing import Group, attention, pack, plan_groups
-from tunewright.training.packing.fused_loss import add_token_losses, token_losses_of
+from tunewright.training.packing.fused_loss import add_token_losses, batch_token_losses
 from tunewright.training.packing.layout import Sequences
 from tunewright.training.packing.plan import GROUP_COST, common_prefix, computed_tokens
 from tunewright.training.rows import IGNORED
@@ -46,7 +46,7 @@ def _model(
     layers: int = 2,
     fused: bool = True,
 ) -> Any:
-    """A random model with LoRA whose B matrices are not zero, so that A's gradients are not either."""
+    """Return a random model with LoRA whose B matrices are not zero, so that A's gradients are not zero either."""
     shape: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 8 * heads,
@@ -83,7 +83,7 @@ def _gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
 
 
 def _one_by_one(model: Any, rows: Rows, labels: Rows) -> tuple[Tensor, dict[str, Tensor]]:
-    """The reference: each row alone through transformers' own attention, and its own logits."""
+    """Compute the reference: each row alone through transformers' own attention and logits."""
     model.base_model.model.set_attn_implementation("eager")
     wanted = sum(label != IGNORED for row in labels for label in row[1:])
     total = torch.zeros(())
@@ -99,14 +99,14 @@ def _packed(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     attention.register()
     model.base_model.model.set_attn_implementation(attention.NAME)
-    loss = token_losses_of(model, pack(rows, labels, share=share, groups=groups)).mean()
+    loss = batch_token_losses(model, pack(rows, labels, share=share, groups=groups)).mean()
     return loss.detach(), _gradients(model, loss)
 
 
 def _assert_equal(ours: tuple[Tensor, dict[str, Tensor]], reference: tuple[Tensor, dict[str, Tensor]]) -> None:
     """Within float32 rounding: relative 1e-5 for each LoRA matrix's gradient as a whole.
 
-    A gradient that cancels out (of the query's weights, where there is but one key) is held to the size of the whole:
+    A gradient that cancels out (of the query's weights, where there is but one key) is compared with the whole:
     a tenth of it times 1e-5 is eight times float32's own step.
     """
     assert float(ours[0]) == pytest.approx(float(reference[0]), rel=1e-5)
@@ -118,7 +118,7 @@ def _assert_equal(ours: tuple[Tensor, dict[str, Tensor]], reference: tuple[Tenso
 
 
 def _rows(prefixes: Sequence[int], suffixes: Sequence[int], answers: Sequence[int], seed: int = 0) -> tuple[Rows, Rows]:
-    """Row i: one of the prefixes (by turns), its own rest of the prompt, and its answer, which is trained."""
+    """Return rows: one of the prefixes in turn, the rest of the prompt, and the trained answer."""
     luck = random.Random(seed)
     shared = [[luck.randrange(VOCABULARY) for _ in range(length)] for length in prefixes]
     rows, labels = [], []
@@ -133,7 +133,7 @@ def _rows(prefixes: Sequence[int], suffixes: Sequence[int], answers: Sequence[in
 CASES = {
     "one instruction": _rows([13], [4, 7, 2, 9], [3, 1, 5, 2]),
     "one-token completions": _rows([13], [4, 7, 2, 9], [1, 1, 1, 1]),
-    "prompt wholly shared": _rows([13], [0, 0, 0], [4, 2, 6]),
+    "prompt fully shared": _rows([13], [0, 0, 0], [4, 2, 6]),
     "several prefixes": _rows([13, 21, 9], [4, 7, 2, 9, 1, 3, 5], [3, 1, 5, 2, 2, 4, 1]),
     "nothing shared": _rows([0], [14, 17, 12, 9], [3, 1, 5, 2]),
     "one row": _rows([13], [5], [4]),
@@ -158,9 +158,7 @@ CASES = {
         ("mixtral", {"window": 6}),
     ],
 )
-def test_loss_and_every_gradient_equal_those_of_the_rows_one_by_one(
-    case: str, kind: Kind, shape: dict[str, Any]
-) -> None:
+def test_packed_loss_and_gradients_equal_those_of_separate_rows(case: str, kind: Kind, shape: dict[str, Any]) -> None:
     rows, labels = CASES[case]
     model = _model(kind, **shape)
     reference = _one_by_one(model, rows, labels)
@@ -175,7 +173,7 @@ def test_loss_and_every_gradient_equal_those_of_the_rows_one_by_one(
     st.sampled_from([None, 5]),
     st.integers(0, 99),
 )
-def test_any_batch_has_the_loss_and_gradients_of_its_rows(
+def test_packed_loss_and_gradients_equal_those_of_separate_rows_for_any_batch(
     prefixes: list[int], suffixes: list[tuple[int, int]], window: int | None, seed: int
 ) -> None:
     rests, answers = zip(*suffixes, strict=True)
@@ -195,7 +193,7 @@ def test_trained_turns_within_a_shared_prefix_count_once_for_each_row() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_checkpointing_of_activations_changes_no_gradient(kind: Kind) -> None:
+def test_activation_checkpointing_changes_no_gradient(kind: Kind) -> None:
     rows, labels = CASES["several prefixes"]
     model = _model(kind)
     plain = _packed(model, rows, labels)
@@ -205,7 +203,7 @@ def test_checkpointing_of_activations_changes_no_gradient(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_over_a_base_in_nf4_they_are_equal_too(tiny_base_folder: Path, checkpointing: bool) -> None:
+def test_packed_gradients_equal_those_of_separate_rows_over_nf4(tiny_base_folder: Path, checkpointing: bool) -> None:
     base = resolve_base(str(tiny_base_folder), None, tiny_base_folder, LogReporter())
     quantized = load_model(base, "float32", "nf4")
     add_token_losses(quantized)
@@ -218,14 +216,14 @@ def test_over_a_base_in_nf4_they_are_equal_too(tiny_base_folder: Path, checkpoin
     _assert_equal(_packed(model, rows, labels), reference)
 
 
-def test_peft_s_own_lora_layers_give_the_same_gradients() -> None:
+def test_fused_lora_gives_the_gradients_of_peft_layers() -> None:
     rows, labels = CASES["one instruction"]
     _assert_equal(
         _packed(_model("llama", fused=True), rows, labels), _one_by_one(_model("llama", fused=False), rows, labels)
     )
 
 
-def test_in_bfloat16_long_and_short_suffixes_stay_near_float32() -> None:
+def test_bfloat16_attention_is_close_to_float32_for_long_and_short_suffixes() -> None:
     rows, labels = _rows([30], [3, 140, 150, 9], [4, 3, 2, 5])
     model = _model("llama")
     reference = _one_by_one(model, rows, labels)
@@ -239,16 +237,17 @@ def test_in_bfloat16_long_and_short_suffixes_stay_near_float32() -> None:
 def _sequence_by_sequence(
     query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scaling: float, window: int | None
 ) -> Tensor:
-    """Attention over ragged sequences by its documented meaning, in a loop."""
+    """Compute attention over variable-length sequences in a loop, by its documented meaning."""
     shared = query.shape[1] // key.shape[1]
     outputs = []
     for i in range(sequences.count):
-        q = query[sequences.ends_q[i] : sequences.ends_q[i + 1]]
+        q = query[sequences.cu_seqlens_q[i] : sequences.cu_seqlens_q[i + 1]]
         k, v = (
-            each[sequences.ends_k[i] : sequences.ends_k[i + 1]].repeat_interleave(shared, 1) for each in (key, value)
+            each[sequences.cu_seqlens_k[i] : sequences.cu_seqlens_k[i + 1]].repeat_interleave(shared, 1)
+            for each in (key, value)
         )
-        assert len(q) <= sequences.longest_q
-        assert len(k) <= sequences.longest_k
+        assert len(q) <= sequences.max_seqlen_q
+        assert len(k) <= sequences.max_seqlen_k
         place = torch.arange(len(k) - len(q), len(k))[:, None]
         seen = torch.arange(len(k)) <= place
         if window is not None:
@@ -261,10 +260,8 @@ def _sequence_by_sequence(
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("case", CASES)
-def test_ragged_sequences_attend_as_the_blocks_do_with_the_same_gradients(
-    case: str, share: bool, window: int | None
-) -> None:
-    """What a card computes (tests/gpu runs the same with FlashAttention's own interface), here in float64."""
+def test_varlen_attention_equals_block_attention_and_its_gradients(case: str, share: bool, window: int | None) -> None:
+    """This is the GPU's computation in float64 (tests/gpu runs it with FlashAttention's own interface)."""
     torch.manual_seed(0)
     batch = pack(*CASES[case], share=share)
     tokens = batch.input_ids.shape[1]
@@ -274,7 +271,9 @@ def test_ragged_sequences_attend_as_the_blocks_do_with_the_same_gradients(
     inputs = [each.requires_grad_() for each in (query, key, value)]
 
     blocks = attention.attend(None, query, key, value, None, layout=batch.layout, scaling=0.3, sliding_window=window)[0]
-    sequences = attention.ragged(query, key, value, batch.layout.sequences, 0.3, window, _sequence_by_sequence)[None]
+    sequences = attention.varlen_attention(
+        query, key, value, batch.layout.sequences, 0.3, window, _sequence_by_sequence
+    )[None]
 
     torch.testing.assert_close(sequences, blocks)
     gradients = [torch.autograd.grad((each * wanted).sum(), inputs) for each in (sequences, blocks)]
@@ -283,7 +282,7 @@ def test_ragged_sequences_attend_as_the_blocks_do_with_the_same_gradients(
 
 
 @pytest.mark.parametrize("rows", [2, 8, 64, 256])
-def test_gathered_gradients_are_rounded_once_at_any_number_of_rows(rows: int) -> None:
+def test_gather_rounds_gradients_once_for_any_number_of_rows(rows: int) -> None:
     """Against float64: rounding a sum to bfloat16 once leaves 0.17% (2^-9 over root 3 of a uniform mantissa)."""
     generator = torch.Generator().manual_seed(rows)
     prefix, size = 16, 512
@@ -308,17 +307,17 @@ def test_gathered_gradients_are_rounded_once_at_any_number_of_rows(rows: int) ->
 
 @pytest.mark.parametrize("window", [None, 4096])
 @pytest.mark.parametrize("grouped", [True, False])
-def test_options_of_varlen_attn_are_those_of_the_torch_that_is_installed(window: int | None, grouped: bool) -> None:
+def test_varlen_options_match_the_installed_torch(window: int | None, grouped: bool) -> None:
     from torch.nn.attention.varlen import varlen_attn
 
-    options = attention.flash_options(0.1, window, grouped=grouped)
+    options = attention.varlen_options(0.1, window, grouped=grouped)
     bound = signature(varlen_attn).bind(*range(7), **options).arguments
     assert bound["window_size"] == ((-1, 0) if window is None else (4095, 0))
     assert bound["scale"] == 0.1
 
 
 def _all_tensors(value: Any) -> list[Tensor]:
-    """Every tensor of a batch, whatever it is nested in."""
+    """Return every tensor of a batch, at any depth."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, (list, tuple)):
@@ -329,7 +328,7 @@ def _all_tensors(value: Any) -> list[Tensor]:
 
 
 def test_packed_batch_moves_all_of_its_tensors() -> None:
-    """Those of replay and of padded blocks too; DDP moves none of them."""
+    """This includes those of replay and of padded blocks; DDP moves none of them."""
     rows, labels = CASES["several prefixes"]
     batch = pack(rows, labels, share=True, replayed=[place % 2 == 0 for place in range(len(rows))])
     here, there = _all_tensors(batch), _all_tensors(batch.to("meta"))
@@ -337,8 +336,8 @@ def test_packed_batch_moves_all_of_its_tensors() -> None:
     assert {tensor.device.type for tensor in there} == {"meta"}
 
 
-def test_packed_batch_makes_no_mask_of_the_square_of_its_tokens() -> None:
-    """Nothing as large as [T, T] is made: neither a mask nor scores, on the CPU either."""
+def test_packed_batch_makes_no_quadratic_mask() -> None:
+    """Nothing as large as [T, T] is allocated, neither a mask nor scores, also on the CPU."""
     rows, labels = _rows([40], [8] * 32, [4] * 32)
     batch = pack(rows, labels, share=True)
     tokens = batch.input_ids.shape[1]
@@ -355,11 +354,11 @@ def test_packed_batch_makes_no_mask_of_the_square_of_its_tokens() -> None:
     attention.register()
     model.base_model.model.set_attn_implementation(attention.NAME)
     with Watch():
-        token_losses_of(model, batch).sum().backward()
+        batch_token_losses(model, batch).sum().backward()
     assert largest < tokens**2 / 4
 
 
-def test_prefixes_are_chosen_as_by_trying_all_groupings_of_neighbours() -> None:
+def test_plan_groups_equals_brute_force_over_all_groupings() -> None:
     luck = random.Random(3)
     for _ in range(60):
         rows = [[luck.randrange(2) for _ in range(luck.randrange(1, 60))] for _ in range(luck.randrange(1, 7))]
@@ -391,10 +390,10 @@ def _cost(ordered: Rows, cuts: int) -> int:
     return total
 
 
-def test_linear_work_and_keys_grow_with_rows_and_never_with_the_square_of_the_packed_length() -> None:
+def test_packed_work_grows_linearly_with_rows() -> None:
     rows, labels = _rows([200], [10] * 64, [4] * 64)
     batch = pack(rows, labels, share=True)
     assert batch.input_ids.numel() == 200 + 64 * 14
-    assert batch.layout.sequences.key_places is not None
-    assert len(batch.layout.sequences.key_places) == 200 + 64 * 214
+    assert batch.layout.sequences.key_indices is not None
+    assert len(batch.layout.sequences.key_indices) == 200 + 64 * 214
     assert batch.predict_from.numel() == batch.targets.numel() == 64 * 4

@@ -1,4 +1,4 @@
-"""A run that pauses to be measured goes on as if it never had, and is measured as it stands."""
+"""A run that pauses to be measured ends like an uninterrupted one, and is measured at its current state."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import tunewright
 from command_line import tiny_project
 from tunewright.api import Project
 from tunewright.core.progress import LogReporter
-from tunewright.training.checkpoints import whole_checkpoint
+from tunewright.training.checkpoints import latest_complete_checkpoint
 from tunewright.training.train import Paused, TrainResult, train, train_until
 
 
@@ -37,14 +37,14 @@ def unstopped(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) 
     return _opened_project(tmp_path_factory.mktemp("pausing") / "project", tiny_base_folder).train()
 
 
-def test_pauses_change_nothing_and_each_is_measured_once_it_is_reached(
+def test_paused_run_ends_with_the_same_adapter_and_measures_each_pause(
     unstopped: TrainResult, tmp_path: Path, tiny_base_folder: Path
 ) -> None:
-    """In the middle of an epoch, at its end where a run measures by itself, and one step on."""
+    """Pauses are in the middle of an epoch, at its end where the run evaluates anyway, and one step later."""
     project, work = _opened_project(tmp_path / "project", tiny_base_folder), tmp_path / "work"
     middle = _until(project, work, 7)
     assert (middle.step, middle.best.step) == (7, 7)
-    checkpoint = whole_checkpoint(work)
+    checkpoint = latest_complete_checkpoint(work)
     assert checkpoint is not None and checkpoint.name == "checkpoint-7"
     assert middle.best.dev_loss == pytest.approx(_plain_dev_loss(tiny_base_folder, checkpoint, project), rel=1e-5)
     again = _until(project, work, 7)  # as after a kill between the pause and what it is for
@@ -63,12 +63,12 @@ def test_pauses_change_nothing_and_each_is_measured_once_it_is_reached(
 
 
 def _numbers(result: TrainResult) -> list[dict[str, Any]]:
-    """The history without speeds."""
+    """Return the history without speeds."""
     return [{key: row[key] for key in row if key != "tokens_per_s"} for row in result.adapter.history]
 
 
 def _plain_dev_loss(base: Path, adapter: Path, project: Project) -> float:
-    """The mean loss of dev's trained tokens by transformers and peft alone, row after row."""
+    """Compute the mean loss of dev's trained tokens with transformers and peft alone, row by row."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM

@@ -1,4 +1,4 @@
-"""QLoRA: an adapter trained over a base in NF4, from the config to the evidence."""
+"""QLoRA: an adapter trained over an NF4 base, from the config to the evidence."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ IDS = torch.arange(3, 43)[None]
 
 
 class _StopsAfter(LogReporter, LogTask):
-    """Presses Ctrl-C when training has made so many steps."""
+    """Presses Ctrl-C after a number of training steps."""
 
     def __init__(self, steps: int) -> None:
         self.left = steps
@@ -45,7 +45,7 @@ class _StopsAfter(LogReporter, LogTask):
 
 
 class _Told(LogReporter):
-    """Keeps what it is told."""
+    """Records messages."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
@@ -59,7 +59,7 @@ class _Told(LogReporter):
 
 
 def _opened_project(folder: Path, base: Path, reporter: LogReporter | None = None, **train: Any) -> Project:
-    """A project whose train section has these keys too."""
+    """Return a project with these keys in its train section."""
     if not folder.exists():
         tiny_project(folder, base)
         config = folder / "tunewright.yaml"
@@ -85,7 +85,7 @@ def _warned(opened: Project) -> list[str]:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
-    """A project with an adapter trained over NF4."""
+    """Return a project with an adapter trained over NF4."""
     folder = tmp_path_factory.mktemp("qlora") / "project"
     _opened_project(folder, tiny_base_folder).train()
     return folder
@@ -98,7 +98,7 @@ def adapter(project: Path) -> Adapter:
     return result.adapter
 
 
-def test_the_loss_falls_and_lineage_says_how_the_base_was_held(adapter: Adapter) -> None:
+def test_qlora_loss_falls_and_lineage_records_quantization(adapter: Adapter) -> None:
     losses = [row["loss"] for row in adapter.history if "loss" in row]
     dev = [row["eval_loss"] for row in adapter.history if "eval_loss" in row]
     assert sum(losses[-4:]) < sum(losses[:4]) - 0.5
@@ -107,10 +107,10 @@ def test_the_loss_falls_and_lineage_says_how_the_base_was_held(adapter: Adapter)
     assert adapter.lineage["packages"]["bitsandbytes"].startswith("0.")
 
 
-def test_dev_loss_is_that_of_the_adapter_on_a_base_loaded_in_nf4(
+def test_dev_loss_equals_that_of_the_adapter_on_an_nf4_base(
     project: Path, adapter: Adapter, tiny_base_folder: Path
 ) -> None:
-    """Row by row, with transformers' own attention and loss: what training measured is what evaluation will."""
+    """Row by row, with transformers' own attention and loss, as evaluation measures it later."""
     opened = tunewright.open(project)
     told = adapter.lineage["training"]
     kept = next(epoch for epoch in told["epochs"] if epoch["step"] == told["kept_step"])
@@ -153,7 +153,7 @@ def test_peft_loads_the_adapter_on_an_nf4_base_and_on_a_16_bit_base(adapter: Ada
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_trained_weights_stay_float32(dtype: str, tiny_base_folder: Path, tmp_path: Path) -> None:
-    """trl rounds those over a quantized base to bfloat16; small steps would then change nothing."""
+    """trl rounds those over a quantized base to bfloat16, where small steps would change nothing."""
     opened = _opened_project(tmp_path / "project", tiny_base_folder)
     trained = _set(opened.folder.root, "dtype: float32", f"dtype: {dtype}").train().adapter
     assert trained.lineage["training"]["kept_step"]
@@ -163,13 +163,13 @@ def test_trained_weights_stay_float32(dtype: str, tiny_base_folder: Path, tmp_pa
         assert not torch.equal(weight, weight.bfloat16().float()), name
 
 
-def test_gradients_of_a_packed_batch_are_those_of_its_rows_one_by_one(tiny_base_folder: Path) -> None:
+def test_qlora_packed_gradients_equal_those_of_separate_rows(tiny_base_folder: Path) -> None:
     from peft import get_peft_model
 
     from tunewright.config import TrainConfig
-    from tunewright.training.adapter import lora_config
+    from tunewright.training.lora import lora_config
     from tunewright.training.packing import attention, pack
-    from tunewright.training.packing.fused_loss import add_token_losses, token_losses_of
+    from tunewright.training.packing.fused_loss import add_token_losses, batch_token_losses
 
     base = resolve_base(str(tiny_base_folder), None, tiny_base_folder, LogReporter())
     rows = [[3, 4, 5, 6, 7, n, 9 + n, 11] for n in range(20, 26)] + [[3, 4, 5, 40, 41], [50, 51, 52]]
@@ -191,7 +191,7 @@ def test_gradients_of_a_packed_batch_are_those_of_its_rows_one_by_one(tiny_base_
         if packed:
             batch = pack(rows, labels, share=True)
             assert batch.input_ids.shape[1] < sum(map(len, rows))
-            token_losses_of(model, batch).sum().backward()
+            batch_token_losses(model, batch).sum().backward()
         else:
             for row, wanted in zip(rows, labels, strict=True):
                 out = model(input_ids=torch.tensor([row]), labels=torch.tensor([wanted]))
@@ -211,14 +211,14 @@ def test_gradients_of_a_packed_batch_are_those_of_its_rows_one_by_one(tiny_base_
 def test_a_stopped_run_goes_on_to_the_same_adapter(
     after: int, adapter: Adapter, tmp_path: Path, tiny_base_folder: Path
 ) -> None:
-    """In the first epoch, and in the second one, after a look at the dev split."""
+    """Stops are in the first epoch, and in the second one after an evaluation."""
     folder = tmp_path / "project"
     with pytest.raises(KeyboardInterrupt):
         _opened_project(folder, tiny_base_folder, _StopsAfter(after)).train()
     assert _opened_project(folder, tiny_base_folder).train().adapter.digest == adapter.digest
 
 
-def test_evaluation_holds_the_base_as_the_adapter_was_trained_on_it(project: Path, adapter: Adapter) -> None:
+def test_evaluation_quantizes_the_base_as_training_did(project: Path, adapter: Adapter) -> None:
     as_trained = tunewright.open(project).evaluate().evidence
     assert as_trained.lineage["decoding"]["quantization"] == "nf4"
     assert "bitsandbytes" in as_trained.lineage["packages"]
@@ -237,9 +237,7 @@ def test_evaluation_holds_the_base_as_the_adapter_was_trained_on_it(project: Pat
     _set(project, "evaluate:\n  quantization: none\n", "evaluate:\n")
 
 
-def test_adapters_over_nf4_and_over_a_whole_base_are_two_and_are_not_served_together(
-    project: Path, adapter: Adapter
-) -> None:
+def test_nf4_and_unquantized_adapters_differ_and_are_not_served_together(project: Path, adapter: Adapter) -> None:
     opened = _set(project, "quantization: nf4", "quantization: none")
     other = opened.train().adapter
     assert other.digest != adapter.digest

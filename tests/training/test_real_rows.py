@@ -1,4 +1,4 @@
-"""Every row of real data becomes a whole row to train on, in the makers' own tokens."""
+"""Every row of real data becomes a complete training row in the model makers' own tokens."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ TOKENIZERS: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
 @pytest.mark.parametrize("data_set", DATA_SETS)
-def test_every_real_row_has_one_bos_its_whole_answer_and_a_trained_end(data_set: str, tokenizer: str) -> None:
+def test_real_rows_have_one_bos_a_complete_answer_and_a_trained_end(data_set: str, tokenizer: str) -> None:
     if not (SHARED / data_set).is_dir():
-        pytest.skip(f"the data set {data_set} is not beside the project")
+        pytest.skip(f"the data set {data_set} is not next to the project")
     examples = [e for e in DATA_SETS[data_set]() if all(m.content.strip() for m in e.messages)]
     assert len(examples) >= 1000
     members = [Member(e, e.pair_key, "train", e.pair_key) for e in examples]

@@ -1,4 +1,4 @@
-"""A run that is killed, stopped, starved of room or damaged ends with the adapter of one that was left alone."""
+"""A run that is killed, stopped, out of disk space or damaged ends with the adapter of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _project(folder: Path, base: Path, epochs: int = STEPS // 12) -> Path:
 
 
 def _left_alone(folder: Path, server: Server) -> str:
-    """The digest of the adapter of a run that is left alone."""
+    """Return the adapter's digest of an undisturbed run."""
     assert server.run("train", "-p", folder).code == 0
     return find_adapter(folder / "adapters").digest
 
@@ -53,23 +53,23 @@ def unkilled(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path, s
 
 
 def _whole(folder: Path) -> list[int]:
-    """The steps of the checkpoints that are whole."""
+    """Return the steps of the complete checkpoints."""
     manifests = folder.glob(f".tunewright/training/*/checkpoint-*/{MANIFEST}")
     return sorted(int(m.parent.name.removeprefix("checkpoint-")) for m in manifests)
 
 
 def _reach(command: Command, folder: Path, step: int) -> None:
-    """Wait until there is a whole checkpoint of this step or a later one."""
+    """Wait until there is a complete checkpoint of this step or a later one."""
     until = time.monotonic() + 60
     while max(_whole(folder), default=0) < step:
         assert time.monotonic() < until, command.stderr
         time.sleep(0.002)
 
 
-def test_a_run_killed_at_ten_random_moments_ends_with_the_same_adapter(
+def test_run_killed_at_ten_random_moments_ends_with_the_same_adapter(
     tmp_path: Path, tiny_base_folder: Path, server: Server
 ) -> None:
-    """Five kills strike by the clock, five at a change of a file: a checkpoint, an epoch's adapter, the stored one."""
+    """Five kills happen by the clock, five at a change of a file: a checkpoint, an epoch's adapter, the stored one."""
     chance, steps = random.Random(7), 96
     unkilled = _left_alone(_project(tmp_path / "unkilled", tiny_base_folder, epochs=8), server)
     folder = _project(tmp_path / "project", tiny_base_folder, epochs=8)
@@ -94,14 +94,14 @@ def test_a_run_killed_at_ten_random_moments_ends_with_the_same_adapter(
         ended = command.wait()
         assert ended.code == -signal.SIGKILL, ended
         assert not [p for p in folder.glob("adapters/*") if not p.name.startswith(".")]
-        assert loading or not before or f"Going on from step {before} of {steps}" in ended.stderr
+        assert loading or not before or f"Resuming from step {before} of {steps}" in ended.stderr
         struck.add(max(_whole(folder), default=0))
     assert len(struck) >= 5  # and so not all at one place
     assert list((folder / "adapters").iterdir())  # cut off by the last kill
     last = server.run("train", "-p", folder, "--json")
     assert last.code == 0
     assert json.loads(last.stdout)["trained"]
-    assert f"Going on from step {steps}" in last.stderr
+    assert f"Resuming from step {steps}" in last.stderr
     assert find_adapter(folder / "adapters").digest == unkilled
     assert len(list((folder / "adapters").iterdir())) == 1
     assert not list((folder / ".tunewright" / "training").iterdir())
@@ -118,15 +118,15 @@ def test_ctrl_c_and_sigterm_save_the_step_first(
     ended = command.wait()
     assert ended.code == 130
     step = max(_whole(folder))
-    assert f"Stopped at step {step} of {STEPS}, which is saved." in ended.stderr
+    assert f"Stopped at step {step} of {STEPS}. This step is saved." in ended.stderr
     assert "the same command resumes from there" in ended.stderr
     last = server.run("train", "-p", folder)
-    assert f"Going on from step {step} of {STEPS}" in last.stderr
+    assert f"Resuming from step {step} of {STEPS}" in last.stderr
     assert find_adapter(folder / "adapters").digest == unkilled
 
 
 def _slow_evaluations(folder: Path, base: Path) -> Path:
-    """A project of 24 steps whose two evaluations answer for a second: no answer of this base ends by itself."""
+    """Return a project of 24 steps whose two evaluations answer for a second, since this base never ends one."""
     _project(folder, base, epochs=2)
     config = folder / "tunewright.yaml"
     config.write_text(
@@ -138,12 +138,12 @@ def _slow_evaluations(folder: Path, base: Path) -> Path:
 
 
 def _history(folder: Path) -> list[dict[str, float]]:
-    """The run's metrics so far."""
+    """Return the run's metrics so far."""
     files = list(folder.glob(".tunewright/training/*/metrics.jsonl"))
     return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
-def test_stop_cuts_an_evaluation_off_and_resumed_run_makes_up_for_it(
+def test_resumed_run_makes_the_evaluation_that_a_stop_cut_off(
     tmp_path: Path, tiny_base_folder: Path, server: Server
 ) -> None:
     unstopped = _left_alone(_slow_evaluations(tmp_path / "unstopped", tiny_base_folder), server)
@@ -151,7 +151,7 @@ def test_stop_cuts_an_evaluation_off_and_resumed_run_makes_up_for_it(
     for stop in range(2):  # in the evaluation after step 12, and as that is made up for
         command = server.start("train", "-p", folder)
         until = time.monotonic() + 120
-        reached = "Going on from step 12" if stop else "loss"
+        reached = "Resuming from step 12" if stop else "loss"
         while reached not in command.stderr if stop else len(_history(folder)) < 12:
             assert time.monotonic() < until, command.stderr
             time.sleep(0.01)
@@ -160,18 +160,18 @@ def test_stop_cuts_an_evaluation_off_and_resumed_run_makes_up_for_it(
         ended = command.wait()
         assert ended.code == 130
         assert ended.stderr.count("\nStopping: ") == 1
-        assert ("Stopped at step 12 of 24, which is saved." in ended.stderr) or stop
+        assert ("Stopped at step 12 of 24. This step is saved." in ended.stderr) or stop
         assert [row["step"] for row in _history(folder) if "eval_loss" in row] == []
         assert _whole(folder) == [5, 10, 12][-2:]
     last = server.run("train", "-p", folder)
     assert last.code == 0, last.stderr
-    assert "Going on from step 12 of 24" in last.stderr
+    assert "Resuming from step 12 of 24" in last.stderr
     adapter = find_adapter(folder / "adapters")
     assert adapter.digest == unstopped
     assert [epoch["step"] for epoch in adapter.lineage["training"]["epochs"]] == [12, 24]
 
 
-def test_a_second_signal_interrupts_at_once(
+def test_second_signal_interrupts_at_once(
     tmp_path: Path, tiny_base_folder: Path, server: Server, unkilled: str
 ) -> None:
     folder = _project(tmp_path / "project", tiny_base_folder)
@@ -185,8 +185,8 @@ def test_a_second_signal_interrupts_at_once(
     assert find_adapter(folder / "adapters").digest == unkilled
 
 
-def test_two_processes_do_not_train_the_same_adapter_at_once(tmp_path: Path) -> None:
-    with working_folder(tmp_path / "work"), pytest.raises(UserError, match="another process is training this adapter"):
+def test_second_process_cannot_train_the_same_adapter(tmp_path: Path) -> None:
+    with working_folder(tmp_path / "work"), pytest.raises(UserError, match="Another process is training this adapter"):
         working_folder(tmp_path / "work").__enter__()
     with working_folder(tmp_path / "work"):
         pass
@@ -194,7 +194,9 @@ def test_two_processes_do_not_train_the_same_adapter_at_once(tmp_path: Path) -> 
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path, server: Server) -> Path:
-    """A project whose run was killed while checkpoint 30 was written: 25 and 24 are whole, and two epochs kept."""
+    """Return a project whose run was killed while checkpoint 30 was written: 25 and 24 are complete, and two epochs
+    kept.
+    """
     folder = _project(tmp_path_factory.mktemp("killed") / "project", tiny_base_folder)
     ended = server.run("train", "-p", folder, killed_at=(f"*/checkpoint-30/*{MANIFEST}*", 1))
     assert ended.code == -signal.SIGKILL
@@ -212,16 +214,16 @@ def _flip(path: Path) -> None:
 @pytest.mark.parametrize(
     ("flipped", "missing", "goes_on", "words"),
     [
-        ([], [], 25, "checkpoint-30 was cut off while being written, and is not used"),
+        ([], [], 25, "Ignoring checkpoint-30: it was cut off while it was written"),
         (["checkpoint-25/adapter_model.safetensors"], [], 24, "adapter_model.safetensors has changed"),
         (["checkpoint-25/optimizer.pt"], [], 24, "optimizer.pt has changed"),
         ([], ["checkpoint-25/trainer_state.json"], 24, "trainer_state.json is missing"),
         (["evaluated/step-24/adapter_config.json"], [], 24, "evaluated/step-24: adapter_config.json has changed"),
         (["evaluated/step-12/adapter_model.safetensors"], [], None, "evaluated/step-12: adapter_model.safetensors has"),
-        (["checkpoint-25/rng_state.pth", "checkpoint-24/scheduler.pt"], [], None, "training starts from the beginning"),
+        (["checkpoint-25/rng_state.pth", "checkpoint-24/scheduler.pt"], [], None, "Training starts from the beginning"),
     ],
 )
-def test_a_damaged_checkpoint_is_named_and_an_older_one_used(
+def test_damaged_checkpoint_is_named_and_an_older_one_is_used(
     flipped: list[str],
     missing: list[str],
     goes_on: int | None,
@@ -242,7 +244,7 @@ def test_a_damaged_checkpoint_is_named_and_an_older_one_used(
     assert ended.code == 0, ended.stderr
     told = " ".join(ended.stderr.split())
     assert words in told
-    assert (f"Going on from step {goes_on} of {STEPS}" if goes_on else "training starts from the beginning") in told
+    assert (f"Resuming from step {goes_on} of {STEPS}" if goes_on else "Training starts from the beginning") in told
     assert find_adapter(folder / "adapters").digest == unkilled
 
 
@@ -258,9 +260,7 @@ def _small_disk(folder: Path, size: str) -> Iterator[Path]:
         subprocess.run(["umount", folder], check=True)
 
 
-def test_a_disk_that_fills_up_costs_no_checkpoint(
-    tmp_path: Path, tiny_base_folder: Path, server: Server, unkilled: str
-) -> None:
+def test_full_disk_loses_no_checkpoint(tmp_path: Path, tiny_base_folder: Path, server: Server, unkilled: str) -> None:
     with _small_disk(tmp_path / "disk", "32m") as disk:
         folder = _project(disk / "project", tiny_base_folder)
         filler = disk / "filler"
@@ -282,11 +282,11 @@ def test_a_disk_that_fills_up_costs_no_checkpoint(
         assert reached == sorted(reached)
         assert reached[-1] >= 5
         last = server.run("train", "-p", folder)
-        assert f"Going on from step {reached[-1]} of {STEPS}" in last.stderr
+        assert f"Resuming from step {reached[-1]} of {STEPS}" in last.stderr
         assert find_adapter(folder / "adapters").digest == unkilled
 
 
-def test_a_disk_that_turns_read_only_is_told_and_costs_nothing(
+def test_read_only_disk_is_reported_and_loses_nothing(
     tmp_path: Path, killed: Path, server: Server, unkilled: str
 ) -> None:
     with _small_disk(tmp_path / "disk", "32m") as disk:
@@ -297,16 +297,16 @@ def test_a_disk_that_turns_read_only_is_told_and_costs_nothing(
         assert ended.code == 2, ended.stderr
         assert "the file system is read-only" in " ".join(ended.stderr.split())
         subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
-        assert "Going on from step 25" in server.run("train", "-p", folder).stderr
+        assert "Resuming from step 25" in server.run("train", "-p", folder).stderr
         assert find_adapter(folder / "adapters").digest == unkilled
 
 
-def test_a_limit_on_the_size_of_files_is_told(tmp_path: Path, killed: Path, server: Server, unkilled: str) -> None:
-    """What a quota does, which needs a file system that was set up for one."""
+def test_file_size_limit_is_reported(tmp_path: Path, killed: Path, server: Server, unkilled: str) -> None:
+    """A file-size limit acts like a quota, which would need a file system set up for it."""
     folder = tmp_path / "project"
     shutil.copytree(killed, folder)
     ended = server.run("train", "-p", folder, file_limit=200_000)
     assert ended.code == 2, ended.stderr
-    assert "the file exceeds the size limit of this system" in " ".join(ended.stderr.split())
-    assert "Going on from step 25" in server.run("train", "-p", folder).stderr
+    assert "a file grew over the size that is allowed here" in " ".join(ended.stderr.split())
+    assert "Resuming from step 25" in server.run("train", "-p", folder).stderr
     assert find_adapter(folder / "adapters").digest == unkilled

@@ -1,4 +1,4 @@
-"""Replay: training on what the base wrote holds the adapter to the base there, and is kept with it."""
+"""Replay: training on the base's own conversations keeps the adapter close to the base, and is stored with it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter, LogTask, Task
 from tunewright.data.examples import Message
 from tunewright.training import self_samples
-from tunewright.training.packing.fused_loss import divergences
+from tunewright.training.packing.fused_loss import kl_divergences
 from tunewright.training.replay import draw_replay, replay_inputs
 from tunewright.training.sweep.sweep import Sweep
 from tunewright.training.train import TrainResult
@@ -46,7 +46,7 @@ def replayed(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -
 
 
 class _Interrupting(LogReporter):
-    """Presses Ctrl-C when training has made so many steps."""
+    """Presses Ctrl-C after a number of training steps."""
 
     def __init__(self, after: int) -> None:
         self.after = after
@@ -67,7 +67,7 @@ class _Counting(LogTask):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_what_was_trained_on_is_kept_with_the_adapter(replayed: TrainResult) -> None:
+def test_replayed_conversations_are_kept_with_the_adapter(replayed: TrainResult) -> None:
     adapter = replayed.adapter
     told = adapter.lineage["replay"]
     assert told["samples"] == len(adapter.replayed) == 6
@@ -78,7 +78,7 @@ def test_what_was_trained_on_is_kept_with_the_adapter(replayed: TrainResult) -> 
     assert adapter.lineage["config"]["train"]["replay"] == {"samples": 6, "kl_coef": 1.0}
 
 
-def test_the_training_loss_beside_the_dev_loss_is_that_of_the_pairs(replayed: TrainResult) -> None:
+def test_reported_training_loss_is_that_of_the_pairs(replayed: TrainResult) -> None:
     steps = [row for row in replayed.adapter.history if "loss" in row]
     assert all("pair_loss" in row for row in steps)
     assert any("replay_kl" in row for row in steps)
@@ -108,7 +108,7 @@ def test_replay_is_part_of_what_decides_the_adapter(
 
 
 @pytest.mark.parametrize("after", [1, 14])
-def test_a_stopped_run_with_replay_goes_on_to_the_same_adapter(
+def test_stopped_run_with_replay_resumes_to_the_same_adapter(
     after: int, replayed: TrainResult, tmp_path: Path, tiny_base_folder: Path
 ) -> None:
     folder = tmp_path / "project"
@@ -117,7 +117,7 @@ def test_a_stopped_run_with_replay_goes_on_to_the_same_adapter(
     assert replay_project(folder, tiny_base_folder).train().adapter.digest == replayed.adapter.digest
 
 
-def test_replay_and_a_mix_in_go_together(tmp_path: Path, tiny_base_folder: Path) -> None:
+def test_replay_works_together_with_a_mix_in(tmp_path: Path, tiny_base_folder: Path) -> None:
     folder = tmp_path / "project"
     tiny_project(folder, tiny_base_folder)
     generic = [{"prompt": f"Write a poem about number {n}.", "completion": f"{n}, oh {n}."} for n in range(30)]
@@ -136,7 +136,7 @@ def test_replay_and_a_mix_in_go_together(tmp_path: Path, tiny_base_folder: Path)
     assert lineage["replay"]["rows"] == 6
 
 
-def test_a_sweep_counts_the_rows_that_there_are_and_not_those_that_were_wanted(
+def test_sweep_counts_the_rows_drawn_and_not_those_requested(
     tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(self_samples, "_FEWEST_CHUNKS", 1)
@@ -155,7 +155,7 @@ def test_a_sweep_counts_the_rows_that_there_are_and_not_those_that_were_wanted(
     assert [row["step"] for row in adapter.history if "loss" in row][-1] == progress.steps == sweep.steps
 
 
-def test_replay_on_a_base_in_nf4_holds_to_that_base(tmp_path: Path, tiny_base_folder: Path) -> None:
+def test_replay_uses_the_nf4_base_as_reference(tmp_path: Path, tiny_base_folder: Path) -> None:
     pytest.importorskip("bitsandbytes")
     opened = replay_project(tmp_path / "project", tiny_base_folder, "  replay: {samples: 3}\n  quantization: nf4\n")
     lineage = opened.train().adapter.lineage
@@ -167,7 +167,7 @@ def test_replay_on_a_base_in_nf4_holds_to_that_base(tmp_path: Path, tiny_base_fo
 
 
 def _model(base: Path, share: bool, kl: float | None, tmp_path: Path) -> Any:
-    """A trainer whose adapter is no longer the base."""
+    """Return a trainer whose adapter differs from the base."""
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM
     from trl import SFTConfig
@@ -215,10 +215,10 @@ def _rows() -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("kl", [2.5, None])
-def test_a_steps_loss_is_told_in_its_two_parts(
+def test_step_loss_is_logged_in_two_parts(
     share: bool, kl: float | None, tmp_path: Path, tiny_base_folder: Path
 ) -> None:
-    """Two micro-batches; against the losses of the same rows in batches of one kind each."""
+    """Two micro-batches are compared with the same rows in batches of one kind each."""
     trainer, rows = _model(tiny_base_folder, share, kl, tmp_path), _rows()
     model = trainer.model
 
@@ -228,7 +228,7 @@ def test_a_steps_loss_is_told_in_its_two_parts(
 
     pairs, replay = alone(False), alone(True)
     tokens = {flag: sum(len(_trained(r)) for r in rows if r["replayed"] == flag) for flag in (False, True)}
-    trainer.log({"loss": 0.0})  # a step's losses are told once
+    trainer.log({"loss": 0.0})  # a step's losses are logged once
     step = sum(float(trainer.training_step(model, trainer.collate(part), 27)) for part in (rows[:2], rows[2:]))
     trainer.log({"loss": step})
     told = trainer.state.log_history[-1]
@@ -249,10 +249,10 @@ def _trained(row: dict[str, Any]) -> list[int]:
 
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("most_logits", [1 << 25, 1 << 11])
-def test_on_replayed_rows_the_loss_is_the_divergence_from_the_base(
+def test_replay_loss_is_the_divergence_from_the_base(
     share: bool, most_logits: int, tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against probabilities summed token by token, one row at a time, by the same model with its adapter off and on."""
+    """Compared with probabilities summed token by token, one row at a time, with the adapter off and on."""
     from tunewright.training.packing import fused_loss
 
     monkeypatch.setattr(fused_loss, "TILE_LOGITS", most_logits)  # the smaller: in parts
@@ -283,9 +283,7 @@ def test_on_replayed_rows_the_loss_is_the_divergence_from_the_base(
             assert torch.allclose(ours[name], weight.grad, rtol=1e-4, atol=1e-6), name
 
 
-def test_an_adapter_that_is_still_the_base_has_no_divergence_and_no_pull(
-    tmp_path: Path, tiny_base_folder: Path
-) -> None:
+def test_replay_loss_and_gradient_are_zero_for_an_untrained_adapter(tmp_path: Path, tiny_base_folder: Path) -> None:
     trainer = _model(tiny_base_folder, True, 1.0, tmp_path)
     for name, weight in trainer.model.named_parameters():
         if "lora_B" in name:
@@ -298,7 +296,7 @@ def test_an_adapter_that_is_still_the_base_has_no_divergence_and_no_pull(
     assert max(grads) < 1e-6
 
 
-def test_the_adapters_weights_are_trained_after_the_base_was_asked(tmp_path: Path, tiny_base_folder: Path) -> None:
+def test_adapter_weights_get_gradients_after_the_reference_pass(tmp_path: Path, tiny_base_folder: Path) -> None:
     trainer = _model(tiny_base_folder, True, 1.0, tmp_path)
     trainable = {n for n, p in trainer.model.named_parameters() if p.requires_grad}
     trainer.compute_loss(trainer.model, trainer.collate(_rows()))
@@ -306,21 +304,21 @@ def test_the_adapters_weights_are_trained_after_the_base_was_asked(tmp_path: Pat
     assert trainer.model.get_model_status().enabled is True
 
 
-def test_a_divergence_is_never_negative_and_moves_only_the_adapters_side() -> None:
+def test_kl_divergences_are_non_negative_and_train_only_the_adapter() -> None:
     torch.manual_seed(0)
     head = torch.nn.Linear(8, 50, bias=False)
     on, off = torch.randn(7, 8, requires_grad=True), torch.randn(7, 8, requires_grad=True)
-    values = divergences(on, off, head)
+    values = kl_divergences(on, off, head)
     assert bool((values >= 0).all())
     values.sum().backward()
     assert on.grad is not None
     assert off.grad is None
 
 
-def test_holding_to_the_base_keeps_it_where_learning_its_words_does_not(
+def test_kl_replay_stays_closer_to_the_base_than_training_on_its_tokens(
     replayed: TrainResult, tmp_path: Path, tiny_base_folder: Path
 ) -> None:
-    """Trained on the same pairs, an adapter held to the base by much is nearer to it than one that is not at all."""
+    """Of two adapters trained on the same pairs, the one with a large divergence weight stays closer to the base."""
     held = replay_project(tmp_path / "held", tiny_base_folder, "  replay: {samples: 24, kl_coef: 3}\n").train().adapter
     plain = replay_project(tmp_path / "plain", tiny_base_folder, "  replay: null\n").train().adapter
     chat = chat_of(byte_tokenizer())
@@ -330,7 +328,7 @@ def test_holding_to_the_base_keeps_it_where_learning_its_words_does_not(
 
 
 def _distance(folder: Path, replayed: TrainResult, chat: ChatFormat, base: Path) -> float:
-    """Mean divergence from the base over the answers that were replayed."""
+    """Return the mean divergence from the base over the replayed answers."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -352,7 +350,7 @@ def _distance(folder: Path, replayed: TrainResult, chat: ChatFormat, base: Path)
 # By vLLM
 
 
-def test_replay_by_vllm_is_drawn_before_the_base_is_loaded_and_is_another_adapters(
+def test_replay_by_vllm_is_drawn_before_loading_and_changes_the_identity(
     tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install_fake(monkeypatch, tmp_path)
@@ -374,7 +372,7 @@ def test_replay_by_vllm_is_drawn_before_the_base_is_loaded_and_is_another_adapte
 
     before = set(children_of(os.getpid()))
     # The stand-in writes turns that come to no end.
-    with pytest.raises(UserError, match=r"nothing that the base writes can be used: .* cut off at the token limit"):
+    with pytest.raises(UserError, match=r"The base writes no usable sample: .* cut off at the token limit"):
         draw_replay(project, opened.data.version(), opened.base, opened.chat, never, 100, LogReporter())
     left = [child for child in children_of(os.getpid()) if child not in before and alive(child)]
     assert not left, "the training base has the memory"

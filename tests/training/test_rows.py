@@ -1,4 +1,4 @@
-"""Rows for the trainer: each is checked, none is cut, and the digest tells whether training saw the same."""
+"""Training rows: each is checked, none is cut, and the digest identifies what training saw."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
 from tunewright.data.examples import Example, Message
 from tunewright.data.versions import Member
-from tunewright.training.rows import encode_members, render_digest, row_faults, told_by, training_rows
+from tunewright.training.rows import encode_members, expected_messages, render_digest, row_faults, training_rows
 
 CHAT = chat_of(byte_tokenizer())
 
@@ -34,7 +34,7 @@ class _Warned(LogReporter):
 SHORT, LONG = _member("a", "b"), _member("a" * 100, "b")
 
 
-def test_a_long_example_is_refused_with_its_length_and_never_cut() -> None:
+def test_training_rows_refuses_a_long_example_with_its_length() -> None:
     length = len(CHAT.encode(LONG.example.messages).ids)
     with pytest.raises(UserError, match=f"{LONG.key[:12]}.*{length} tokens"):
         training_rows(CHAT, [SHORT, LONG], length - 1, "error", LogReporter())
@@ -42,14 +42,14 @@ def test_a_long_example_is_refused_with_its_length_and_never_cut() -> None:
     assert [len(row.ids) for row in rows] == [len(CHAT.encode(SHORT.example.messages).ids), length]
 
 
-def test_a_long_example_is_left_out_whole_and_named_where_the_config_says_drop() -> None:
+def test_training_rows_drops_and_names_a_long_example_when_configured() -> None:
     reporter = _Warned()
     encoded = training_rows(CHAT, [LONG, SHORT], 60, "drop", reporter)
     assert encoded.rows == [CHAT.encode(SHORT.example.messages)]
     assert [row.member for row in encoded.too_long] == [LONG]
     (warning,) = reporter.warnings
     assert LONG.key[:12] in warning
-    with pytest.raises(UserError, match="no example is left"):
+    with pytest.raises(UserError, match="No example is short enough"):
         training_rows(CHAT, [LONG], 60, "drop", reporter)
 
 
@@ -61,23 +61,23 @@ def _change(tokens: Tokens, ids: dict[int, int], mask: dict[int, bool]) -> Token
 
 
 def _fault(chat: ChatFormat, row: Tokens, member: Member) -> str | None:
-    (fault,) = row_faults(chat, [row], told_by(member, 1))
+    (fault,) = row_faults(chat, [row], expected_messages(member, 1))
     return fault
 
 
-def test_every_kind_of_broken_row_is_told() -> None:
+def test_row_faults_reports_every_kind_of_broken_row() -> None:
     tokens = CHAT.encode(SHORT.example.messages)
     last = len(tokens.ids) - 1
     letter = tokens.ids[-2]
     assert _fault(CHAT, tokens, SHORT) is None
     for broken, words in [
         (_change(tokens, {0: letter}, {}), "beginning-of-text tokens"),
-        (_change(tokens, {}, {last: False, last - 1: False}), "no token of it would be trained"),
-        (_change(tokens, {}, {last: False}), "without a trained end token"),
-        (_change(tokens, {last: letter}, {}), "without a trained end token"),
+        (_change(tokens, {}, {last: False, last - 1: False}), "no token would be trained"),
+        (_change(tokens, {}, {last: False}), "has no trained end token"),
+        (_change(tokens, {last: letter}, {}), "has no trained end token"),
         (_change(tokens, {last - 1: letter + 1}, {}), "the answer's tokens read 'c', not 'b'"),
         (_change(tokens, {}, {last - 1: False}), "the answer's tokens read ''"),
-        (_change(tokens, {}, {last - 3: True}), "without a trained end token"),
+        (_change(tokens, {}, {last - 3: True}), "has no trained end token"),
     ]:
         fault = _fault(CHAT, broken, SHORT)
         assert fault is not None
@@ -109,7 +109,7 @@ LONGER = [*SYSTEM, Message("user", "Iowa"), Message("assistant", "Ia.")]
         ("message['content']", "message['content'] | upper", "'OH. CT.', not"),
     ],
 )
-def test_a_template_that_leaves_out_or_changes_what_a_message_says_is_told(before: str, after: str, words: str) -> None:
+def test_row_faults_reports_a_template_that_drops_or_changes_text(before: str, after: str, words: str) -> None:
     tokenizer = byte_tokenizer()
     assert before in CHATML
     tokenizer.chat_template = CHATML.replace(before, after)
@@ -122,7 +122,7 @@ def test_a_template_that_leaves_out_or_changes_what_a_message_says_is_told(befor
 
 
 @pytest.mark.parametrize("unknown", ["<unk>", None])
-def test_a_character_that_the_tokenizer_has_no_token_for_is_told(unknown: str | None) -> None:
+def test_row_faults_reports_a_character_without_a_token(unknown: str | None) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -140,7 +140,7 @@ def test_a_character_that_the_tokenizer_has_no_token_for_is_told(unknown: str | 
     assert "the tokens don't spell the user turn 'aqa'" in fault
 
 
-def test_rows_of_one_answer_each_need_not_show_earlier_answers_whole() -> None:
+def test_row_faults_accepts_shortened_earlier_answers_with_one_answer_a_row() -> None:
     tokenizer = byte_tokenizer()
     shorter = "(message['content'] if loop.last else message.content.split('=')[-1])"
     tokenizer.chat_template = CHATML.replace("message['content']", shorter)
@@ -148,7 +148,7 @@ def test_rows_of_one_answer_each_need_not_show_earlier_answers_whole() -> None:
     assert (len(encoded.rows), encoded.faults) == (2, [])
 
 
-def test_an_example_that_the_template_refuses_is_named_and_the_others_are_still_checked() -> None:
+def test_encode_members_names_a_refused_example_and_checks_the_others() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{% if messages | length > 2 %}{{ raise_exception('one turn only') }}{% endif %}" + CHATML
     many = _member("a", "b", "c", "d")
@@ -159,7 +159,7 @@ def test_an_example_that_the_template_refuses_is_named_and_the_others_are_still_
     assert "one turn only" in fault
 
 
-def test_the_render_digest_changes_with_any_id_and_any_mask() -> None:
+def test_render_digest_changes_with_any_id_and_mask() -> None:
     rows = [CHAT.encode(m.example.messages) for m in (SHORT, LONG)]
     digests = {
         render_digest(rows),

@@ -1,4 +1,4 @@
-"""What the base writes itself: where its turns begin and end, what is drawn, and what of that is of use."""
+"""Self-samples of the base: the start and end of its turns, the draw, and usable samples."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tunewright.data.examples import Example, Message, normalised
 from tunewright.generation.decoding import Completion, generate
 from tunewright.models.loading import load_model
 from tunewright.training import self_samples
-from tunewright.training.replay import draw_replay, outsiders
+from tunewright.training.replay import draw_replay, sample_filter
 from tunewright.training.self_samples import BATCH, Sampler, _answer, _instruction
 
 
@@ -49,7 +49,7 @@ def _sampler(project: Project, load: Any, seed: int = 0, purpose: str = "replay"
         (mistral_tokenizer("tekken"), "own", "<s>[INST]", {"</s>", "[/INST]"}),
     ],
 )
-def test_a_user_turn_begins_with_the_template_and_ends_with_its_token(
+def test_user_turn_starts_with_the_template_and_ends_with_its_token(
     tokenizer: Any, kind: Any, opening: str, ends: set[str]
 ) -> None:
     turn = chat_of(tokenizer, kind).user_turn()
@@ -77,7 +77,7 @@ def test_the_opening_is_how_a_prompt_begins(tokenizer: Any) -> None:
     assert chat.prompt([Message("user", "What is the time?")])[: len(opening)] == opening
 
 
-def test_turns_that_end_with_text_are_cut_there_and_others_come_to_no_end() -> None:
+def test_instruction_is_cut_at_end_text_and_missing_without_an_end() -> None:
     chat = chat_of(byte_tokenizer(), "plain")
 
     def wrote(text: str, finish: Any) -> Completion:
@@ -94,7 +94,7 @@ def test_turns_that_end_with_text_are_cut_there_and_others_come_to_no_end() -> N
 # The draw
 
 
-def test_a_draw_is_a_function_of_the_seed_and_is_kept(tmp_path: Path, tiny_base_folder: Path) -> None:
+def test_draw_depends_on_the_seed_alone_and_is_kept(tmp_path: Path, tiny_base_folder: Path) -> None:
     project = replay_project(tmp_path / "a", tiny_base_folder)
     model = load_model(project.base, "float32", "none")
     first = _sampler(project, lambda: model).draw(5, lambda examples: {}, finished=True)
@@ -112,7 +112,7 @@ def test_a_draw_is_a_function_of_the_seed_and_is_kept(tmp_path: Path, tiny_base_
     )
 
 
-def test_a_small_draw_of_the_same_rows_is_the_beginning_of_a_larger_one(tmp_path: Path, tiny_base_folder: Path) -> None:
+def test_small_draw_is_the_start_of_a_larger_one(tmp_path: Path, tiny_base_folder: Path) -> None:
     project = replay_project(tmp_path / "project", tiny_base_folder)
     model = load_model(project.base, "float32", "none")
     large = _sampler(project, lambda: model).draw(8, lambda examples: {}, finished=True)
@@ -142,7 +142,7 @@ def test_draw_writes_no_more_than_asked_for_when_that_is_less_than_half_a_chunk(
     assert asked == [chunk] * 2 * -(-wanted // chunk), "instructions and answers"
 
 
-def test_samples_of_no_use_are_left_out_by_number_and_counted(tmp_path: Path, tiny_base_folder: Path) -> None:
+def test_draw_leaves_out_unusable_samples_and_counts_them(tmp_path: Path, tiny_base_folder: Path) -> None:
     project = replay_project(tmp_path / "project", tiny_base_folder)
     model = load_model(project.base, "float32", "none")
     sampler = _sampler(project, lambda: model)
@@ -164,13 +164,13 @@ def test_samples_of_no_use_are_left_out_by_number_and_counted(tmp_path: Path, ti
     assert drawn.left_out[unfinished.number] == self_samples.CUT_OFF
     numbers = {s.number for s in drawn.used} | set(drawn.left_out)
     assert numbers == set(range(max(s.number for s in whole) + 1)), "each sample is used or has a reason"
-    assert f"{len(drawn.used)} of {len(numbers)} samples" in drawn.told()
+    assert f"{len(drawn.used)} of {len(numbers)} samples" in drawn.summary()
 
 
-def test_no_sample_is_near_the_domain_or_holds_a_held_out_row(tmp_path: Path, tiny_base_folder: Path) -> None:
+def test_no_sample_is_similar_to_the_domain_or_a_held_out_row(tmp_path: Path, tiny_base_folder: Path) -> None:
     project = replay_project(tmp_path / "project", tiny_base_folder)
     version = project.data.version()
-    screen = outsiders(project.folder, version, project.chat, 400, project.reporter)
+    screen = sample_filter(project.folder, version, project.chat, 400, project.reporter)
     test, train = version.examples("test")[0].example.input_text, version.examples("train")[0].example.input_text
     told = {
         "copy of a training row": train + ".",
@@ -187,17 +187,17 @@ def test_no_sample_is_near_the_domain_or_holds_a_held_out_row(tmp_path: Path, ti
     assert "longer than 400 tokens" in reasons["too long"]
 
 
-def test_a_base_that_writes_nothing_of_use_is_refused(
+def test_draw_refuses_a_base_without_usable_samples(
     tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(self_samples, "ANSWER_TOKENS", 1)
     monkeypatch.setattr(self_samples, "INSTRUCTION_TOKENS", 1)
-    with pytest.raises(UserError, match="nothing that the base writes can be used") as caught:
+    with pytest.raises(UserError, match="The base writes no usable sample") as caught:
         replay_project(tmp_path / "project", tiny_base_folder).train()
     assert caught.value.where == "train.replay"
 
 
-def test_without_replay_nothing_is_drawn(tmp_path: Path, tiny_base_folder: Path) -> None:
+def test_draw_replay_draws_nothing_without_replay(tmp_path: Path, tiny_base_folder: Path) -> None:
     project = replay_project(tmp_path / "project", tiny_base_folder, "")
 
     def never() -> Any:
@@ -208,7 +208,7 @@ def test_without_replay_nothing_is_drawn(tmp_path: Path, tiny_base_folder: Path)
 
 
 @pytest.mark.parametrize("value", ["selff", "{samples: 0}", "{kl_coef: 0}", "{kl_coef: -1}", "{fraction: 0.1}"])
-def test_a_replay_that_is_none_is_refused_with_its_line(value: str, tmp_path: Path, tiny_base_folder: Path) -> None:
+def test_config_refuses_an_invalid_replay_with_its_line(value: str, tmp_path: Path, tiny_base_folder: Path) -> None:
     project = replay_project(tmp_path / "project", tiny_base_folder)
     file = project.folder.root / "tunewright.yaml"
     file.write_text(file.read_text().replace("replay: {samples: 6}", f"replay: {value}"))
@@ -217,7 +217,7 @@ def test_a_replay_that_is_none_is_refused_with_its_line(value: str, tmp_path: Pa
     assert "replay" in str(caught.value)
 
 
-def test_the_word_self_means_the_defaults() -> None:
+def test_replay_self_means_the_defaults() -> None:
     from tunewright.config import ReplayConfig, TrainConfig
 
     assert TrainConfig.model_validate({"replay": "self"}).replay == ReplayConfig()

@@ -1,4 +1,4 @@
-"""Successive halving against a brute-force reference, with budgets, stops and trials that come to nothing."""
+"""Successive halving against a brute-force reference, with budgets, stops and diverging trials."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from tunewright.training.sweep.search_space import (
     Schedule,
     Trial,
     default_rates,
-    fitting_rate,
     halving_schedule,
     make_trials,
+    suggested_rate,
 )
 from tunewright.training.sweep.successive_halving import FIRST_STEPS, Progress, SuccessiveHalving
 
@@ -47,7 +47,7 @@ def _head(trials: list[Trial], schedule: Schedule) -> Head:
 
 
 class World:
-    """Trials that take known times and come to known losses; it keeps what was asked of it."""
+    """Trials with known times and losses; it records requests."""
 
     def __init__(self, losses: dict[tuple[str, int], float]) -> None:
         self.losses = losses
@@ -77,7 +77,7 @@ class World:
 def _brute_force(
     names: list[str], rungs: tuple[int, ...], losses: dict[tuple[str, int], float]
 ) -> tuple[str, list[tuple[str, int]]]:
-    """The schedule written out: everybody, then the better half, and so on."""
+    """Write the schedule out: all trials, then the better half, and so on."""
     calls = []
     for rung in rungs:
         calls += [(name, rung) for name in names]
@@ -88,7 +88,7 @@ def _brute_force(
 
 @given(st.integers(1, 13), st.integers(1, 200), st.randoms(use_true_random=False))
 @settings(max_examples=25, deadline=None)  # every line of the ledger is synced to disk
-def test_it_goes_as_the_schedule_written_out(
+def test_sweep_follows_the_written_out_schedule(
     tmp_path_factory: pytest.TempPathFactory, n: int, steps: int, rng: Random
 ) -> None:
     trials, schedule = _trials(n), halving_schedule(n, steps, steps)
@@ -107,7 +107,7 @@ def test_six_trials_are_compared_after_a_quarter_and_a_half() -> None:
 
 @given(st.floats(100, 6000), st.randoms(use_true_random=False))
 @settings(max_examples=30, deadline=None)
-def test_the_budget_is_kept_and_as_many_trials_as_fit_are_run(
+def test_sweep_keeps_the_budget_and_runs_as_many_trials_as_fit(
     tmp_path_factory: pytest.TempPathFactory, budget: float, rng: Random
 ) -> None:
     trials, schedule = _trials(6), halving_schedule(6, 120, 50)
@@ -138,7 +138,7 @@ def test_the_budget_is_kept_and_as_many_trials_as_fit_are_run(
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=6), st.randoms(use_true_random=False))
 @settings(max_examples=15, deadline=None)
-def test_a_stopped_sweep_goes_on_and_nothing_is_run_twice(
+def test_stopped_sweep_resumes_without_repeating_work(
     tmp_path_factory: pytest.TempPathFactory, stops: list[int], rng: Random
 ) -> None:
     trials, schedule = _trials(6), halving_schedule(6, 40, 20)
@@ -157,7 +157,7 @@ def test_a_stopped_sweep_goes_on_and_nothing_is_run_twice(
     assert (winner.name if winner else None, world.calls) == (expected, calls)
 
 
-def test_a_larger_budget_goes_on_with_what_was_left_out(tmp_path: Path) -> None:
+def test_larger_budget_resumes_with_the_trials_left_out(tmp_path: Path) -> None:
     trials, schedule = _trials(6), halving_schedule(6, 120, 120)
     losses = {(t.name, rung): 6.0 - n for n, t in enumerate(trials) for rung in schedule.rungs}
     world = World(losses)
@@ -171,7 +171,7 @@ def test_a_larger_budget_goes_on_with_what_was_left_out(tmp_path: Path) -> None:
     assert world.calls[: len(calls)] == calls
 
 
-def test_a_trial_whose_loss_is_no_number_is_out(tmp_path: Path) -> None:
+def test_trial_with_a_non_finite_loss_is_out(tmp_path: Path) -> None:
     trials, schedule = _trials(6), halving_schedule(6, 40, 40)
     losses = {("t0", 10): math.nan, ("t1", 10): math.nan, ("t5", 10): 0.5, ("t4", 10): 0.6}
     losses |= {("t5", 20): math.nan, ("t4", 20): 0.4}
@@ -184,13 +184,13 @@ def test_a_trial_whose_loss_is_no_number_is_out(tmp_path: Path) -> None:
     assert again.calls == []
 
 
-def test_if_all_come_to_nothing_there_is_no_winner(tmp_path: Path) -> None:
+def test_sweep_has_no_winner_when_all_trials_diverge(tmp_path: Path) -> None:
     trials, schedule = _trials(2), halving_schedule(2, 40, 40)
     world = World({(t.name, 20): math.nan for t in trials})
     assert world.halving(tmp_path, trials, schedule, None).run() is None
 
 
-def test_the_ledger_says_what_happened_and_is_only_added_to(tmp_path: Path) -> None:
+def test_ledger_records_events_and_is_append_only(tmp_path: Path) -> None:
     trials, schedule = _trials(3), halving_schedule(3, 40, 40)
     world = World({("t0", 20): 0.3, ("t1", 20): 0.1, ("t2", 20): 0.2})
     world.stop_before = 2
@@ -218,13 +218,13 @@ def test_the_ledger_says_what_happened_and_is_only_added_to(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("fault", ["{}", "no json", '{"event": "measured"}'])
-def test_a_ledger_that_was_changed_is_told_with_its_line(tmp_path: Path, fault: str) -> None:
+def test_changed_ledger_is_refused_with_its_line(tmp_path: Path, fault: str) -> None:
     trials, schedule = _trials(2), halving_schedule(2, 10, 10)
     World({}).halving(tmp_path, trials, schedule, None).run()
     path = tmp_path / LEDGER
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], fault, *lines[2:]]) + "\n")
-    with pytest.raises(UserError, match="not a line of a ledger") as caught:
+    with pytest.raises(UserError, match="Not a valid ledger line") as caught:
         World({}).halving(tmp_path, trials, schedule, None)
     assert caught.value.where == f"{path}:2"
     path.write_text(_head(_trials(3), schedule).model_dump_json() + "\n")
@@ -235,13 +235,13 @@ def test_a_ledger_that_was_changed_is_told_with_its_line(tmp_path: Path, fault: 
 # What is tried
 
 
-def test_the_fitting_rate_is_that_of_the_published_fit() -> None:
+def test_suggested_rate_matches_the_published_fit() -> None:
     """Values of the published formula, rounded: an 8B Llama, a 70B one, and a small one."""
-    assert [f"{fitting_rate(width):.1e}" for width in (4096, 8192, 576)] == ["2.9e-04", "1.7e-04", "1.3e-03"]
+    assert [f"{suggested_rate(width):.1e}" for width in (4096, 8192, 576)] == ["2.9e-04", "1.7e-04", "1.3e-03"]
 
 
 @given(st.floats(1e-6, 0.5), st.sampled_from([64, 576, 2048, 4096, 8192]))
-def test_the_recipes_own_rate_is_among_the_three(own: float, width: int) -> None:
+def test_default_rates_include_the_config_rate(own: float, width: int) -> None:
     rates = default_rates(own, width)
     assert own in rates
     assert len(set(rates)) == len(rates) == 3
@@ -249,7 +249,7 @@ def test_the_recipes_own_rate_is_among_the_three(own: float, width: int) -> None
     assert sum(rate != own for rate in rates) == 2
 
 
-def test_both_presets_are_tried_at_each_rate_and_the_config_itself_first() -> None:
+def test_make_trials_combines_presets_and_rates_with_the_config_first() -> None:
     own = TrainConfig(epochs=2, lora_r=8)
     trials = make_trials(own, [1e-3, 2e-4, 5e-3])
     assert [t.name for t in trials] == [
@@ -266,6 +266,6 @@ def test_both_presets_are_tried_at_each_rate_and_the_config_itself_first() -> No
 
 
 @pytest.mark.parametrize("rates", [[0.0], [2.0], [math.nan], [1e-3, 1e-3]])
-def test_rates_that_are_none_are_refused(rates: list[float]) -> None:
+def test_make_trials_refuses_invalid_rates(rates: list[float]) -> None:
     with pytest.raises(UserError):
         make_trials(TrainConfig(), rates)

@@ -1,4 +1,4 @@
-"""Training: what is learnt, what is kept, and that a stopped run ends where an unstopped one does."""
+"""Training: what is learnt and kept, and that a stopped run ends like an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tunewright.training.trainer import Trainer
 
 
 class Interrupting(LogReporter):
-    """Presses Ctrl-C when training has made so many steps."""
+    """Presses Ctrl-C after a number of training steps."""
 
     def __init__(self, after: int) -> None:
         self.after = after
@@ -58,7 +58,7 @@ def unstopped(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) 
     return _opened_project(tmp_path_factory.mktemp("train") / "project", tiny_base_folder).train()
 
 
-def test_the_loss_falls_and_both_curves_are_kept(unstopped: TrainResult) -> None:
+def test_train_lowers_the_loss_and_keeps_both_curves(unstopped: TrainResult) -> None:
     history = unstopped.adapter.history
     losses = [row["loss"] for row in history if "loss" in row]
     dev = [row["eval_loss"] for row in history if "eval_loss" in row]
@@ -67,7 +67,7 @@ def test_the_loss_falls_and_both_curves_are_kept(unstopped: TrainResult) -> None
     assert dev[1] < dev[0]
 
 
-def test_the_rate_warms_up_over_a_tenth_and_then_falls(unstopped: TrainResult) -> None:
+def test_learning_rate_warms_up_over_a_tenth_and_then_falls(unstopped: TrainResult) -> None:
     rates = [row["learning_rate"] for row in unstopped.adapter.history if "loss" in row]
     peak = max(rates)
     assert peak == pytest.approx(0.003)
@@ -93,7 +93,7 @@ def test_the_adapter_loads_in_peft_and_changes_the_base(unstopped: TrainResult, 
 def test_a_stopped_run_goes_on_to_the_same_adapter(
     after: int, unstopped: TrainResult, tmp_path: Path, tiny_base_folder: Path
 ) -> None:
-    """In the first steps, on a checkpoint's step, at an epoch's end, in the middle of one, and after the last step."""
+    """Stops: in the first steps, on a checkpoint's step, at an epoch's end, in its middle, and after the last step."""
     folder = tmp_path / "project"
     with pytest.raises(KeyboardInterrupt):
         _opened_project(folder, tiny_base_folder, Interrupting(after)).train()
@@ -106,10 +106,10 @@ def test_a_stopped_run_goes_on_to_the_same_adapter(
     assert not work.exists()
 
 
-def test_step_that_outlasts_a_stop_is_abandoned_and_the_one_before_is_saved(
+def test_stop_abandons_a_long_step_and_saves_the_previous_one(
     tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With dropout, the abandoned passes have drawn random numbers, which the resumed step draws once more."""
+    """The abandoned passes have drawn random numbers for dropout, which the resumed step draws again."""
 
     def project(name: str) -> Project:
         folder = tiny_project(tmp_path / name, tiny_base_folder)
@@ -141,7 +141,7 @@ def test_step_that_outlasts_a_stop_is_abandoned_and_the_one_before_is_saved(
     assert stopped.train().adapter.digest == unstopped.adapter.digest
 
 
-def test_the_same_inputs_are_not_trained_twice_and_another_seed_is(
+def test_train_skips_known_inputs_and_trains_another_seed(
     unstopped: TrainResult, tmp_path: Path, tiny_base_folder: Path
 ) -> None:
     folder = tmp_path / "project"
@@ -158,7 +158,7 @@ def test_the_same_inputs_are_not_trained_twice_and_another_seed_is(
     assert other.adapter.digest != first.adapter.digest
 
 
-def test_an_example_over_the_limit_is_named_and_nothing_is_cut(tmp_path: Path, tiny_base_folder: Path) -> None:
+def test_train_names_an_overlong_example_and_cuts_nothing(tmp_path: Path, tiny_base_folder: Path) -> None:
     folder = tmp_path / "project"
     project = _opened_project(folder, tiny_base_folder)
     config = folder / "tunewright.yaml"
@@ -170,7 +170,7 @@ def test_an_example_over_the_limit_is_named_and_nothing_is_cut(tmp_path: Path, t
     assert project.data.version().examples("train")
 
 
-def test_fewer_than_fifty_pairs_are_refused_unless_forced(tmp_path: Path, tiny_base_folder: Path) -> None:
+def test_train_refuses_fewer_than_fifty_pairs_unless_forced(tmp_path: Path, tiny_base_folder: Path) -> None:
     folder = tiny_project(tmp_path / "project", tiny_base_folder, count=60)
     project = _opened_project(folder, tiny_base_folder)
     for go in (project.train, project.run):
@@ -184,11 +184,11 @@ def test_fewer_than_fifty_pairs_are_refused_unless_forced(tmp_path: Path, tiny_b
     assert project.evaluate().evaluated
 
 
-def test_enough_pairs_leave_no_word_of_force(unstopped: TrainResult) -> None:
+def test_lineage_records_no_force_when_there_are_enough_pairs(unstopped: TrainResult) -> None:
     assert "forced" not in unstopped.adapter.lineage
 
 
-def test_labels_are_the_answers_ids_and_nothing_else() -> None:
+def test_labels_are_the_answer_ids_only() -> None:
     from tunewright.chat import Tokens
 
     columns = as_columns([Tokens((5, 6, 7, 8), (False, False, True, True))])

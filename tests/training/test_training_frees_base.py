@@ -1,4 +1,4 @@
-"""A trained model is freed before the next base is loaded, through the project's own verbs."""
+"""A trained model is freed before the next base is loaded, through the project's own commands."""
 
 from __future__ import annotations
 

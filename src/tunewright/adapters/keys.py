@@ -1,10 +1,10 @@
-"""Keys that adapters are signed with: private ones outside of any project, public ones that a project trusts within it.
+"""Signing keys: private keys outside any project, and the public keys that a project trusts.
 
   DATA/keys/NAME.pem      private, PKCS #8, readable by its owner alone; DATA is the user's data folder for tunewright
-  PROJECT/keys/NAME.json  public, and who trusted it when; made to be committed to git
+  PROJECT/keys/NAME.json  public, with who trusted it and when; meant to be committed to git
 
-Ed25519 (RFC 8032), as the package cryptography has it. A key's ID is the SHA-256 of its SubjectPublicKeyInfo (RFC 5280)
-in DER.
+Ed25519 (RFC 8032) from the package cryptography. A key's ID is the SHA-256 of its SubjectPublicKeyInfo (RFC 5280) in
+DER.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
 
-class Act(Record):
-    """Who did something when (UTC, ISO 8601), and why where that was asked for."""
+class KeyEvent(Record):
+    """An action on a key: who, when (UTC, ISO 8601), and why if a reason is required."""
 
     at: str
     by: str | None
@@ -40,14 +40,14 @@ class Act(Record):
 
 
 class TrustedKey(Record):
-    """A public key as a project holds it; one that was revoked stays, so that nobody trusts it by mistake again."""
+    """A public key in a project. A revoked key stays on record, so that it is not trusted again by mistake."""
 
     name: Name
     id: Digest
     public_key: str
     """SubjectPublicKeyInfo, PEM."""
-    trusted: Act
-    revoked: Act | None = None
+    trusted: KeyEvent
+    revoked: KeyEvent | None = None
 
     def verifies(self, signature: bytes, message: bytes) -> bool:
         """Return whether this key made the signature (64 bytes) over the message."""
@@ -62,13 +62,13 @@ class TrustedKey(Record):
 
 @dataclass(frozen=True)
 class PrivateKey:
-    """A key of this user's own."""
+    """One of the user's private keys."""
 
     path: Path
 
     @property
     def name(self) -> str:
-        """As the user calls it."""
+        """Return the key's name."""
         return self.path.stem
 
     @cached_property
@@ -79,19 +79,19 @@ class PrivateKey:
         try:
             key = load_pem_private_key(_read_secret(self.path), password=None)
         except (ValueError, TypeError) as error:
-            raise UserError(f"not a private key: {error}", where=str(self.path)) from None
+            raise UserError(f"Not a private key: {error}", where=str(self.path)) from None
         if not isinstance(key, Ed25519PrivateKey):
-            raise UserError("not a key for Ed25519", where=str(self.path))
+            raise UserError("Not an Ed25519 key", where=str(self.path))
         return key
 
     @property
     def public_key(self) -> str:
-        """The half that others may have: SubjectPublicKeyInfo, PEM."""
+        """Return the public half: SubjectPublicKeyInfo, PEM."""
         return _pem(self._key.public_key())
 
     @property
     def id(self) -> str:
-        """SHA-256 of the public half, 64 hex digits."""
+        """Return the SHA-256 of the public half, 64 hex digits."""
         return _identity(self._key.public_key())
 
     def sign(self, message: bytes) -> bytes:
@@ -100,33 +100,33 @@ class PrivateKey:
 
 
 def private_folder() -> Path:
-    """Where this user's private keys are: no project's folder, so that none is committed or copied with one."""
+    """Return the folder of this user's private keys, outside any project so that none is committed."""
     return platformdirs.user_data_path("tunewright") / "keys"
 
 
 def private_keys() -> list[PrivateKey]:
-    """This user's own keys, by name."""
+    """Return this user's private keys, by name."""
     return [PrivateKey(path) for path in sorted(private_folder().glob("*.pem"))]
 
 
 def private_key(name: str) -> PrivateKey:
-    """This user's key of that name.
+    """Return this user's key of that name.
 
     Raises:
         UserError: there is none.
     """
     known = {key.name: key for key in private_keys()}
     if name not in known:
-        there = f"There are: {', '.join(known)}." if known else f"`tunewright keys create {name}` makes it."
-        raise UserError(f"you have no key {name!r}", where=str(private_folder()), fix=there)
+        fix = f"Your keys: {', '.join(known)}." if known else f"`tunewright keys create {name}` creates it."
+        raise UserError(f"You have no key {name!r}", where=str(private_folder()), fix=fix)
     return known[name]
 
 
 def new_private_key(name: str) -> PrivateKey:
-    """Make a key.
+    """Create a key.
 
     Raises:
-        UserError: a name that is none, or that a key has already.
+        UserError: an invalid name, or one that a key has already.
     """
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
@@ -138,26 +138,26 @@ def new_private_key(name: str) -> PrivateKey:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         path.parent.chmod(0o700)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        # Never readable by others, not even for a moment: a mode set afterwards would leave one.
+        # Created with its mode: setting it afterwards would leave a moment in which others can read the key.
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-            os.link(temporary, path)  # unlike a rename, it replaces nothing
+            os.link(temporary, path)  # unlike a rename, a link never replaces a file
         except FileExistsError:
-            raise UserError(f"you have a key {name!r} already", where=str(path), fix="Choose another name.") from None
+            raise UserError(f"You have a key {name!r} already", where=str(path), fix="Choose another name.") from None
         finally:
             temporary.unlink(missing_ok=True)
     return PrivateKey(path)
 
 
 class TrustedKeys:
-    """The keys that a project trusts, or did.
+    """The keys that a project trusts or has revoked.
 
     Raises:
-        UserError: a file of them that is not as it was written.
+        UserError: a key's file has changed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -166,7 +166,7 @@ class TrustedKeys:
 
     @property
     def valid(self) -> list[TrustedKey]:
-        """Those that were not revoked; with none, nothing has to be signed."""
+        """Return the keys that are not revoked; without any, adapters need no signature."""
         return [key for key in self.all if key.revoked is None]
 
     def find(self, identity: str) -> TrustedKey | None:
@@ -177,40 +177,44 @@ class TrustedKeys:
         """Add a key (PEM).
 
         Raises:
-            UserError: no key, or the name or the key is known already.
+            UserError: not a key, or the name or the key is known already.
         """
         _require_name(name)
         identity = _identity(_read_public(public_key, name))
         for known in self.all:
             if known.id == identity and known.revoked:
                 raise UserError(
-                    f"this key was revoked on {known.revoked.at} as {known.name}: {known.revoked.because}",
+                    f"This key was revoked on {known.revoked.at} as {known.name}: {known.revoked.because}",
                     where=str(self.folder),
-                    fix="Make another: tunewright keys create NAME",
+                    fix="Create another: tunewright keys create NAME",
                 )
             if known.id == identity or known.name == name:
-                what = "the project trusts this key already" if known.id == identity else "the name is another key's"
-                raise UserError(f"{what}, as {known.name}", where=str(self.folder / f"{known.name}.json"))
+                what = (
+                    f"The project trusts this key already, as {known.name}"
+                    if known.id == identity
+                    else f"Another key is named {known.name}"
+                )
+                raise UserError(what, where=str(self.folder / f"{known.name}.json"))
         return self._write(
-            TrustedKey(name=name, id=identity, public_key=_normal(public_key, name), trusted=Act(at=now(), by=by))
+            TrustedKey(name=name, id=identity, public_key=_normal(public_key, name), trusted=KeyEvent(at=now(), by=by))
         )
 
     def revoke(self, name: str, because: str, by: str | None) -> TrustedKey:
-        """Trust a key no longer: what it signed counts for nothing from now on, whenever that was.
+        """Revoke a key: all of its signatures become invalid, whenever they were made.
 
         Raises:
-            UserError: no such key, no reason, or it was revoked before.
+            UserError: no such key, no reason, or a key that is revoked already.
         """
         key = next((known for known in self.all if known.name == name), None)
         if key is None:
-            there = ", ".join(known.name for known in self.all)
-            fix = f"There are: {there}." if there else "It trusts none."
-            raise UserError(f"the project trusts no key {name!r}", where=str(self.folder), fix=fix)
+            known_names = ", ".join(known.name for known in self.all)
+            fix = f"Its keys: {known_names}." if known_names else "The project has no keys."
+            raise UserError(f"The project trusts no key {name!r}", where=str(self.folder), fix=fix)
         if key.revoked is not None:
-            raise UserError(f"it was revoked on {key.revoked.at}", where=str(self.folder / f"{name}.json"))
+            raise UserError(f"The key was revoked on {key.revoked.at}", where=str(self.folder / f"{name}.json"))
         if not because.strip():
-            raise UserError("no reason is given", where="--because")
-        return self._write(key.model_copy(update={"revoked": Act(at=now(), by=by, because=because.strip())}))
+            raise UserError("The reason must not be empty", where="--because")
+        return self._write(key.model_copy(update={"revoked": KeyEvent(at=now(), by=by, because=because.strip())}))
 
     def _write(self, key: TrustedKey) -> TrustedKey:
         write_json(self.folder / f"{key.name}.json", key.model_dump(mode="json"))
@@ -222,20 +226,20 @@ def _read_trusted(path: Path) -> TrustedKey:
     fix = "Restore it, from git for example."
     key = parse_record(TrustedKey, path.read_bytes(), str(path))
     if key.name != path.stem or key.id != _identity(_read_public(key.public_key, str(path))):
-        raise UserError("its name or its ID is not that of the key in it", where=str(path), fix=fix)
+        raise UserError("The file's name or ID does not match its key", where=str(path), fix=fix)
     return key
 
 
 def _read_secret(path: Path) -> bytes:
-    """Return a private key's file, if only its owner can read it (as ssh has it)."""
+    """Return a private key's file if only its owner can read it, as ssh requires."""
     handle = os.open(path, os.O_RDONLY)
     with os.fdopen(handle, "rb") as file:
         facts = os.fstat(file.fileno())
         if facts.st_uid != os.getuid() or stat.S_IMODE(facts.st_mode) & 0o077:
             raise UserError(
-                f"others can read this private key (mode {stat.S_IMODE(facts.st_mode):o}): it is not used",
+                f"Other users can read this private key (mode {stat.S_IMODE(facts.st_mode):o})",
                 where=str(path),
-                fix=f"If nobody has: chmod 600 {path}. Else revoke it and make another.",
+                fix=f"Run chmod 600 {path}. If somebody may have read it, revoke it and create another.",
             )
         return file.read()
 
@@ -248,11 +252,11 @@ def _read_public(pem: str, where: str) -> Ed25519PublicKey:
     try:
         key = load_pem_public_key(pem.encode())
     except (ValueError, UnsupportedAlgorithm) as error:
-        told = "this is the private half, which nobody else should have" if "PRIVATE KEY" in pem else f"{error}"
+        problem = "this is the private half; never share it" if "PRIVATE KEY" in pem else f"{error}"
         fix = "`tunewright keys show NAME` prints the public half."
-        raise UserError(f"not a public key: {told}", where=where, fix=fix) from None
+        raise UserError(f"Not a public key: {problem}", where=where, fix=fix) from None
     if not isinstance(key, Ed25519PublicKey):
-        raise UserError("not a key for Ed25519", where=where)
+        raise UserError("Not an Ed25519 key", where=where)
     return key
 
 
@@ -275,5 +279,5 @@ def _identity(key: Ed25519PublicKey) -> str:
 def _require_name(name: str) -> None:
     if not NAME.fullmatch(name):
         raise UserError(
-            f"{name!r} is no name: small letters, digits, and . _ - after the first, 63 at most", where="NAME"
+            f"Invalid name {name!r}: use up to 63 lowercase letters, digits, and . _ - after the first", where="NAME"
         )

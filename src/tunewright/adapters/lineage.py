@@ -1,18 +1,27 @@
-"""What an adapter was made of, followed to the rows: its lineage held against the dataset versions that are here."""
+"""An adapter's lineage: written after training, and traced to the rows of the dataset versions at hand."""
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from importlib.metadata import version as package_version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunewright.adapters.registry import Adapter
-from tunewright.adapters.system_prompt import SystemPrompt, system_prompt
+from tunewright.adapters.system_prompt import KEY as SYSTEM_PROMPT_KEY
+from tunewright.adapters.system_prompt import SystemPrompt, count_system_turns, system_prompt
+from tunewright.config import Config, Quantize
+from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.data.splits import SPLITS, Split
-from tunewright.data.versions import keys_digest, list_versions, load_version
+from tunewright.data.versions import DatasetVersion, keys_digest, list_versions, load_version
 from tunewright.data.versions.members import Places, read_places
+
+if TYPE_CHECKING:
+    from tunewright.chat import ChatFormat
+    from tunewright.models.bases import Base
 
 
 @dataclass(frozen=True)
@@ -23,9 +32,9 @@ class SplitTrace:
     digest: str
     rows: int
     left_out: tuple[str, ...]
-    """Pair keys of rows that were too long, which the config had training leave out."""
+    """Pair keys of rows that were too long and that training dropped."""
     keys: tuple[str, ...] | None
-    """The pair keys of all its rows, sorted; None where the version is not here, or has other rows in this split."""
+    """Sorted pair keys of all its rows; None if the version is missing, or has other rows in this split."""
 
 
 @dataclass(frozen=True)
@@ -34,16 +43,16 @@ class DatasetTrace:
 
     digest: str
     found: bool
-    """Whether it is here, and its rows are those that the lineage names by digest."""
+    """True if it exists here, with the rows that the lineage names by digest."""
     why_not: str
     splits: tuple[SplitTrace, ...]
     mix: Mapping[str, Any] | None
-    """The generic mix-in among the training rows, as the version's manifest has it."""
+    """The generic mix-in among the training rows, from the version's manifest."""
 
 
 @dataclass(frozen=True)
 class Trace:
-    """An adapter and all that it was made of; a foreign adapter has no config and no dataset."""
+    """An adapter and all of its inputs; a foreign adapter has no config and no dataset."""
 
     name: str
     digest: str
@@ -56,17 +65,17 @@ class Trace:
     system_prompt: SystemPrompt
     """The one that it was trained with."""
     replayed: int
-    """Conversations that the base wrote and the adapter was trained on besides."""
+    """Conversations written by the base that it was also trained on."""
     training: Mapping[str, Any] | None
     scaled: Mapping[str, Any] | None
-    """Of which adapter it is a part, and how large a one."""
+    """The adapter that it is a scaled copy of, and the factor."""
     stated: Mapping[str, Any] | None
-    """What whoever imported it says of it, where nothing else does."""
+    """The importing user's statement, if nothing else says so."""
     imported: Mapping[str, Any] | None
     packages: Mapping[str, str]
 
     def as_dict(self, *, rows: bool) -> dict[str, Any]:
-        """Return the trace as ``--json`` prints it, with the rows' keys or without."""
+        """Return the trace for ``--json``, with or without the rows' keys."""
         document = asdict(self)
         for split in document["dataset"]["splits"] if document["dataset"] and not rows else ():
             del split["keys"]
@@ -74,7 +83,7 @@ class Trace:
 
 
 def trace(adapter: Adapter, dataset: Path) -> Trace:
-    """Follow an adapter's lineage.
+    """Trace an adapter's lineage.
 
     Args:
         adapter: a stored one.
@@ -104,26 +113,57 @@ def _dataset(lineage: Mapping[str, Any], dataset: Path) -> DatasetTrace:
     named = lineage["dataset"]
     places, why_not = _find(dataset, named["digest"])
     left_out = {
-        name: tuple(row["key"] for row in told["left_out"]) for name, told in lineage.get("rendering", {}).items()
+        name: tuple(row["key"] for row in seen["left_out"]) for name, seen in lineage.get("rendering", {}).items()
     }
     splits = []
     for split in SPLITS:
-        told = named["splits"][split]
-        there = sorted(key for key, place in places.items() if place.split == split) if places is not None else []
-        same = places is not None and keys_digest(there) == told["digest"]
+        recorded = named["splits"][split]
+        here = sorted(key for key, place in places.items() if place.split == split) if places is not None else []
+        same = places is not None and keys_digest(here) == recorded["digest"]
         if places is not None and not same:
-            why_not = f"its {split} split has other rows than the lineage says"
-        keys = tuple(there) if same else None
-        splits.append(SplitTrace(split, told["digest"], told["examples"], left_out.get(split, ()), keys))
+            why_not = f"its {split} split has other rows than the lineage records"
+        keys = tuple(here) if same else None
+        splits.append(SplitTrace(split, recorded["digest"], recorded["examples"], left_out.get(split, ()), keys))
     return DatasetTrace(named["digest"], not why_not, why_not, tuple(splits), named.get("mix"))
 
 
 def _find(dataset: Path, digest: str) -> tuple[Places | None, str]:
-    """Return the places of the rows of the version with that digest, purged ones included, or why there is none."""
+    """Return the rows' splits in the version with that digest, including purged rows, or the reason why it is
+    unavailable.
+    """
     if digest not in {manifest.digest for manifest in list_versions(dataset)}:
-        return None, "it is not here"
+        return None, "it is missing"
     try:
         load_version(dataset, digest, without_purged=True)
         return read_places(dataset, digest), ""
     except UserError as error:
         return None, error.what
+
+
+_PACKAGES = ("tunewright", "torch", "transformers", "peft", "trl", "accelerate", "tokenizers", "safetensors")
+
+
+def packages(quantize: Quantize) -> dict[str, str]:
+    """Return the versions of Python and of the packages that affect numbers, for a base quantized so."""
+    names = (*_PACKAGES, "bitsandbytes") if quantize == "nf4" else _PACKAGES
+    return {"python": platform.python_version(), **{name: package_version(name) for name in names}}
+
+
+def training_lineage(config: Config, version: DatasetVersion, base: Base, chat: ChatFormat) -> dict[str, Any]:
+    """Return the lineage without the training's results; ``created`` is UTC, ISO 8601."""
+    return {
+        "schema_version": 2,
+        "created": now(),
+        "dataset": {
+            "digest": version.digest,
+            "splits": {s: {"digest": version.split_digest(s), "examples": len(version.examples(s))} for s in SPLITS},
+            "mix": version.manifest.mix.model_dump(mode="json") if version.manifest.mix else None,
+        },
+        SYSTEM_PROMPT_KEY: count_system_turns(version.domain_of("train")),
+        "base": {"spec": base.spec, "commit": base.commit, "digest": base.digest, "files": base.files},
+        "template_digest": chat.digest,
+        "chat": chat.description,
+        "config": config.model_dump(mode="json"),
+        "seed": config.seed,
+        "packages": packages(config.train.quantization),
+    }

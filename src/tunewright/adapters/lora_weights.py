@@ -1,7 +1,7 @@
-"""An adapter's matrices for each of the base's layers, read from its files by peft's rules, without touching the base.
+"""LoRA weights for each of the base's layers, read from an adapter's files by peft's rules, without changing the base.
 
-peft's own ``load_adapter`` builds layers into the model; beside 32 adapters of a small base that takes seconds, in
-which the model can answer nobody. tests/adapters/test_lora_weights.py holds what is read here to what peft builds.
+peft's own ``load_adapter`` builds layers into the model. With 32 adapters on a small base that takes seconds, in which
+the model cannot answer. tests/adapters/test_lora_weights.py checks the result against what peft builds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from tunewright.generation.batched_lora import Lora
 
-_HEEDED = {
+_APPLIED = {
     "r",
     "lora_alpha",
     "use_rslora",
@@ -32,24 +32,24 @@ _HEEDED = {
     "layers_to_transform",
     "layers_pattern",
 }
-_ABOUT = {"auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "peft_version", "revision"}
-_ABOUT |= {"task_type"}
-"""What decides no answer of a trained adapter."""
-_STARTS = (None, True, False, "gaussian")
-"""That leave the base as it is."""
+_NO_EFFECT = {"auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "peft_version", "revision"}
+_NO_EFFECT |= {"task_type"}
+"""Keys without effect on a trained adapter's answers."""
+_PLAIN_INITIALIZATIONS = (None, True, False, "gaussian")
+"""Values of init_lora_weights that leave the base unchanged."""
 _PREFIX = "base_model.model."
 
 
-def read_matrices(folder: Path, base: nn.Module) -> dict[str, Lora]:
-    """What an adapter brings for the base's layers, by their names: in float32, as peft holds it, on the base's device.
+def load_lora_weights(folder: Path, base: nn.Module) -> dict[str, Lora]:
+    """Return an adapter's weights by layer name, in float32, as peft holds them, on the base's device.
 
     Args:
         folder: the adapter's.
-        base: a causal language model of transformers, whole or with its linear layers in 4 bits.
+        base: a causal language model of transformers, with 16-bit or 4-bit linear layers.
 
     Raises:
-        UserError: it is more than LoRA on linear layers, or its weights are not those that its configuration and the
-            base call for.
+        UserError: the adapter is more than LoRA on linear layers, or its weights do not match its configuration and the
+            base.
     """
     import torch
     from safetensors import SafetensorError, safe_open
@@ -69,53 +69,53 @@ def read_matrices(folder: Path, base: nn.Module) -> dict[str, Lora]:
                 for half, shape in (("A", (rank, layer.in_features)), ("B", (layer.out_features, rank))):
                     tensor = weights.get_tensor(_key(name, half))
                     if tuple(tensor.shape) != shape:
-                        told = f"{_key(name, half)} is {list(tensor.shape)}, and with this base it is {list(shape)}"
-                        raise UserError(told, where=str(path))
-                    # A copy: what is read is the file itself, which others can change.
+                        problem = f"{_key(name, half)} is {list(tensor.shape)}; with this base it must be {list(shape)}"
+                        raise UserError(problem, where=str(path))
+                    # A copy, because the tensor maps the file, which other processes can change.
                     halves[half] = tensor.to(layer.weight.device, torch.float32, copy=True)
                 loras[name] = Lora(halves["A"].t(), halves["B"].t(), scale)
     except SafetensorError as error:
-        raise UserError(f"its weights cannot be read: {error}", where=str(path)) from None
+        raise UserError(f"The weights cannot be read: {error}", where=str(path)) from None
     return loras
 
 
 def _plain_config(path: Path) -> LoraConfig:
-    """Return the configuration, if whatever it says is heeded here."""
+    """Return the configuration if every key with an effect is supported here."""
     from peft import LoraConfig
 
     said: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     plain = LoraConfig().to_dict()
     for key, value in said.items():
         if key == "init_lora_weights":
-            does_nothing = value in _STARTS
+            supported = value in _PLAIN_INITIALIZATIONS
         else:
-            does_nothing = key in _HEEDED | _ABOUT or (value or None) == (plain.get(key) or None)
-        if not does_nothing:
+            supported = key in _APPLIED | _NO_EFFECT or (value or None) == (plain.get(key) or None)
+        if not supported:
             raise UserError(
-                f"it is not plain LoRA ({key}: {json.dumps(value)}), so it cannot answer in one batch with others",
+                f"Not plain LoRA ({key}: {json.dumps(value)}), so the adapter cannot share a batch with others",
                 where=str(path),
-                fix="`tunewright evaluate` measures it. To serve it, train plain LoRA.",
+                fix="Measure it with `tunewright evaluate`. To serve it, train plain LoRA.",
             )
     try:
-        return LoraConfig(**{key: value for key, value in said.items() if key in _HEEDED})
+        return LoraConfig(**{key: value for key, value in said.items() if key in _APPLIED})
     except ValueError as error:
-        raise UserError(f"peft does not take this configuration: {error}", where=str(path)) from None
+        raise UserError(f"peft rejects this configuration: {error}", where=str(path)) from None
 
 
 def _targets(config: LoraConfig, base: nn.Module, path: Path) -> dict[str, Any]:
-    """Return the linear layers that it is for, by name."""
+    """Return the adapted linear layers, by name."""
     from peft.tuners.tuners_utils import check_target_module_exists
     from torch import nn
 
     layers = {name: layer for name, layer in base.named_modules() if check_target_module_exists(config, name)}
     for name, layer in layers.items():
         if not isinstance(layer, nn.Linear):
-            raise UserError(f"it is for {name}, which is no linear layer", where=f"{path}, target_modules")
+            raise UserError(f"{name} is not a linear layer", where=f"{path}, target_modules")
     return layers
 
 
 def _rank_and_scale(config: LoraConfig, name: str) -> tuple[int, float]:
-    """Of its weights on a layer; as peft/tuners/lora/model.py and layer.py have it."""
+    """Return a layer's rank and scale, as peft/tuners/lora/model.py and layer.py define them."""
     from peft.utils.other import get_pattern_key
 
     def own(patterns: Mapping[str, Any] | None, default: Any) -> Any:
@@ -128,11 +128,11 @@ def _rank_and_scale(config: LoraConfig, name: str) -> tuple[int, float]:
 
 
 def _check_names(there: set[str], layers: Mapping[str, Any], path: Path) -> None:
-    """peft would leave out what it does not expect, and make up what is missing."""
+    """Refuse missing and unexpected weights; peft would make up the former and drop the latter."""
     wanted = {_key(name, half) for name in layers for half in "AB"}
-    for names, told in ((wanted - there, "is missing"), (there - wanted, "is not called for by its configuration")):
+    for names, problem in ((wanted - there, "is missing"), (there - wanted, "is not part of the configuration")):
         if names:
-            raise UserError(f"{min(names)} {told}", where=str(path))
+            raise UserError(f"{min(names)} {problem}", where=str(path))
 
 
 def _key(layer: str, half: str) -> str:

@@ -1,13 +1,13 @@
-"""Adapters on disk: one immutable folder each, ``adapters/NAME-DIGEST12``, holding weights, lineage and history.
+"""Adapters on disk: one immutable folder each, ``adapters/NAME-DIGEST12``, with weights, lineage and history.
 
 NAME-DIGEST12/
-  adapter_config.json, adapter_model.safetensors   what peft and vLLM load
-  lineage.json                                     what it was made of, by digest
-  manifest.json, signature.json                    every file's digest, and who stands for them (manifest.py)
+  adapter_config.json, adapter_model.safetensors   loaded by peft and vLLM
+  lineage.json                                     its inputs, by digest
+  manifest.json, signature.json                    every file's digest, and signatures over them (manifest.py)
   metrics.jsonl                                    loss, dev loss, dev metric, speed by step
-  replay.jsonl                                     what the base wrote and the adapter was trained on, where it was
+  replay.jsonl                                     conversations written by the base that it was also trained on
   checkpoints/step-N/                              the adapter at other evaluations: the best and the last
-  local.json                                       what only this project knows of it; no part of the manifest
+  local.json                                       what only this project knows of it; not part of the manifest
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tunewright.adapters.keys import PrivateKey
-from tunewright.adapters.manifest import LOCAL, MANIFEST, changes, make_manifest, read_manifest
+from tunewright.adapters.manifest import LOCAL, MANIFEST, changed_files, make_manifest, read_manifest
 from tunewright.adapters.signing import sign
 from tunewright.adapters.vllm_compat import CONFIG as CONFIG
 from tunewright.adapters.vllm_compat import WEIGHTS as WEIGHTS
@@ -44,74 +44,75 @@ class Adapter:
 
     @property
     def name(self) -> str:
-        """NAME-DIGEST12, as the server and the command line call it."""
+        """Return NAME-DIGEST12, the name in the server and on the command line."""
         return self.folder.name
 
     @cached_property
     def lineage(self) -> dict[str, Any]:
-        """What the adapter was made of."""
+        """Return the record of the adapter's inputs."""
         path = self.folder / LINEAGE
         try:
             lineage: Any = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise UserError(f"not a lineage that can be read: {error}", where=str(path)) from None
+            raise UserError(f"The lineage cannot be read: {error}", where=str(path)) from None
         if not isinstance(lineage, dict) or not {"created", "digest"} <= lineage.keys():
-            raise UserError("not a lineage: it does not say when the adapter was made, or its digest", where=str(path))
+            raise UserError("Not a lineage: created or digest is missing", where=str(path))
         return lineage
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the weights and the LoRA configuration."""
+        """Return the SHA-256 of the weights and the LoRA configuration."""
         return str(self.lineage["digest"])
 
     @property
     def dataset(self) -> str | None:
-        """The digest of the dataset version that it was trained on; None of a foreign adapter, which does not say."""
+        """Return the digest of the dataset version that it was trained on; None for a foreign adapter without one."""
         return str(self.lineage["dataset"]["digest"]) if "dataset" in self.lineage else None
 
     @property
     def quantize(self) -> Quantize:
-        """How the base was held while it was trained."""
-        # Before there was the key, every base was held whole.
-        held: Quantize = self.lineage.get("config", {}).get("train", self.lineage).get("quantization", "none")
+        """Return how the base was quantized in its training."""
+        # Lineages without the key are of unquantized bases.
+        held: Quantize = self.lineage.get("config", {}).get("train", self.lineage).get("quantize", "none")
         return held
 
     @property
     def local(self) -> dict[str, Any]:
-        """What only this project knows of it: ``also_inputs`` that came to the same one, how it was ``imported``."""
+        """Return this project's own record of it: ``also_inputs`` with the same result, and how it was ``imported``."""
         path = self.folder / LOCAL
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         return found
 
     def was_trained_by(self, inputs_digest: str) -> bool:
-        """Return whether these inputs (dataset, base, template, config, seed) made this adapter."""
+        """Return whether these inputs (dataset, base, template, config, seed) produced this adapter."""
         return inputs_digest in (*self._trained_by, *self.local.get("also_inputs", []))
 
     @property
     def imported(self) -> dict[str, Any] | None:
-        """Where and how it was imported; None of one that was trained here."""
+        """Return where and how it was imported; None for an adapter trained here."""
         found: dict[str, Any] | None = self.local.get("imported")
         return found
 
     @property
     def _trained_by(self) -> tuple[str, ...]:
-        # What a stranger claims to have trained on must not keep the project from training.
+        # An unsigned claim about foreign training inputs must not keep the project from training.
         believed = self.imported is None or self.imported["signed"]
         return (self.lineage["inputs_digest"],) if believed and "inputs_digest" in self.lineage else ()
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """The run's metrics, oldest first: ``step``, ``epoch``, and a step's ``loss`` or an evaluation's ``eval_loss``.
+        """Return the run's metrics, oldest first: ``step``, ``epoch``, and a step's ``loss`` or an evaluation's
+        ``eval_loss``.
 
-        A step also has ``learning_rate``, ``grad_norm`` before clipping, and ``tokens_per_s``; an evaluation
-        ``eval_metric``, the share that the config's metric gives. A foreign adapter has none.
+        A step also has ``learning_rate``, ``grad_norm`` before clipping, and ``tokens_per_s``; an evaluation has
+        ``eval_metric``, from 0 to 1 by the config's metric. A foreign adapter has none.
         """
         file = self.folder / HISTORY
         return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
     @property
     def replayed(self) -> list[list[dict[str, Any]]]:
-        """The messages of each conversation that the base wrote and this was trained on; empty without replay."""
+        """Return the messages of each conversation of replay that it was trained on; empty without replay."""
         file = self.folder / REPLAY
         if not file.exists():
             return []
@@ -119,7 +120,7 @@ class Adapter:
 
     @property
     def checkpoints(self) -> dict[str, Path]:
-        """The adapter at other evaluations: ``step-N`` to its folder, earliest first."""
+        """Return the adapter's folders at other evaluations: ``step-N`` to folder, earliest first."""
         folders = (self.folder / CHECKPOINTS).glob("step-*")
         return {f.name: f for f in sorted(folders, key=lambda f: int(f.name.removeprefix("step-")))}
 
@@ -127,17 +128,18 @@ class Adapter:
         """Return the folder of the adapter at another evaluation.
 
         Raises:
-            UserError: there is none of that name.
+            UserError: there is no such checkpoint.
         """
         if step not in self.checkpoints:
-            there = ", ".join(self.checkpoints) or "none"
-            raise UserError(f"it has no checkpoint {step!r}", where=self.name, fix=f"There are: {there}.")
+            known = ", ".join(self.checkpoints) or "none"
+            raise UserError(f"No checkpoint {step!r}", where=self.name, fix=f"Its checkpoints: {known}.")
         return self.checkpoints[step]
 
     def verify(self, step: str | None = None) -> None:
-        """Check that weights, configuration and lineage (and a checkpoint's files) are what they were when stored.
+        """Check that weights, configuration and lineage (and a checkpoint's files) have not changed since they were
+        stored.
 
-        All files and the signatures are what :func:`tunewright.adapters.trust.standing` looks at.
+        :func:`tunewright.adapters.trust.trust_status` checks all files and the signatures.
 
         Raises:
             UserError: a file is missing or has changed.
@@ -145,34 +147,35 @@ class Adapter:
         folder = self.folder if step is None else self.checkpoint(step)
         missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).exists()]
         if missing:
-            raise UserError(f"missing: {', '.join(missing)}", where=str(folder))
+            raise UserError(f"Missing files: {', '.join(missing)}", where=str(folder))
         manifest = read_manifest(self.folder)
         within = "" if step is None else f"{CHECKPOINTS}/{step}/"
-        told = [] if manifest is None else changes(self.folder, manifest, (LINEAGE, within + CONFIG, within + WEIGHTS))
-        if told or (step is None and adapter_digest(self.folder) != self.digest):
+        checked = (LINEAGE, within + CONFIG, within + WEIGHTS)
+        changed = [] if manifest is None else changed_files(self.folder, manifest, checked)
+        if changed or (step is None and adapter_digest(self.folder) != self.digest):
             raise UserError(
-                f"the adapter's files are not the ones that were stored: {', '.join(told) or 'another digest'}",
+                f"The adapter's files have changed since they were stored: {', '.join(changed) or 'another digest'}",
                 where=str(self.folder),
-                fix="Remove the folder and train again; the training data and config are still there.",
+                fix="Remove the folder and train again. The training data and config are still there.",
             )
 
 
 def require_digest(folder: Path, expected: str) -> None:
-    """Check that an adapter's files are those that a digest was taken of.
+    """Check that an adapter's files have this digest.
 
     Raises:
-        UserError: they are others.
+        UserError: they have changed.
     """
     if adapter_digest(folder) != expected:
         raise UserError(
-            "the adapter's files have changed since they were stored",
+            "The adapter's files have changed since they were stored",
             where=str(folder),
-            fix="Copy the adapter here again from where it was trained, or train it again.",
+            fix="Copy the adapter here again, or train it again.",
         )
 
 
 def adapter_digest(folder: Path) -> str:
-    """SHA-256 over an adapter's weights and LoRA configuration."""
+    """Return the SHA-256 of an adapter's weights and LoRA configuration."""
     return digest({name: file_digest(folder / name) for name in (CONFIG, WEIGHTS)})
 
 
@@ -190,17 +193,17 @@ def store_adapter(
 ) -> Adapter:
     """Copy a trained adapter (and its earlier checkpoints) into a folder named by its digest.
 
-    Other inputs may come to the very same adapter: the one that is there keeps its lineage, and local.json names them.
-    ``texts`` are further files of the folder, by name; ``signer`` signs the manifest of them all.
+    Other inputs may give the same adapter: the existing one keeps its lineage, and local.json records them. ``texts``
+    are further files of the folder, by name; ``signer`` signs the manifest of all files.
 
     Raises:
-        UserError: a weight that is no finite number, or (if it is to be ``servable``) what vLLM would not load.
+        UserError: weights that are not finite, or (if it is to be ``servable``) an adapter that vLLM would not load.
     """
     for source in (weights, *checkpoints.values()):
         check_adapter(source, servable=servable)
     identity = adapter_digest(weights)
     folder = adapters / f"{name}-{identity[:12]}"
-    for cut_off in adapters.glob(f".{folder.name}.*"):  # a process that stored this very adapter was killed
+    for cut_off in adapters.glob(f".{folder.name}.*"):  # left by a killed process that stored the same adapter
         shutil.rmtree(cut_off, ignore_errors=True)
     with new_folder(folder) as temporary:
         _copy(weights, temporary)
@@ -215,14 +218,14 @@ def store_adapter(
             sign(temporary, signer)
     stored = Adapter(folder)
     if not stored.was_trained_by(lineage["inputs_digest"]):
-        # No part of the manifest, which is signed: it only says which trainings need not be done again.
+        # Not in the signed manifest: it only records which trainings need not be repeated.
         also = [*stored.local.get("also_inputs", []), lineage["inputs_digest"]]
         write_json(folder / LOCAL, {**stored.local, "also_inputs": also})
     return stored
 
 
 def write_manifest(folder: Path, name: str) -> None:
-    """Write the manifest of what is in ``folder`` now, as the adapter called ``name``."""
+    """Write the manifest of the files now in ``folder``, for the adapter ``name``."""
     lineage = Adapter(folder).lineage
     write_text(folder / MANIFEST, make_manifest(folder, name, lineage).text.decode())
 
@@ -237,27 +240,27 @@ def list_adapters(adapters: Path) -> list[Adapter]:
     """Return all stored adapters, the newest last.
 
     Raises:
-        UserError: a lineage that cannot be read.
+        UserError: an unreadable lineage.
     """
     found = [Adapter(lineage.parent) for lineage in adapters.glob(f"[!.]*/{LINEAGE}")]
     return sorted(found, key=lambda a: (a.lineage["created"], a.name))
 
 
 def find_adapter(adapters: Path, name: str | None = None) -> Adapter:
-    """Return the adapter called ``name`` (a beginning that only one has will do); the newest where no name is given.
+    """Return the adapter with this name or unique prefix of a name; without a name, the newest.
 
-    Of those trained here, if there is any: what came in by import is meant only where it is named.
+    The newest is one trained here, if there is any: an imported adapter must be named.
 
     Raises:
-        UserError: there is none, or more than one begins so.
+        UserError: there is none, or the prefix is ambiguous.
     """
     known = list_adapters(adapters)
     if not known:
-        raise UserError("no adapter has been trained yet", where=str(adapters), fix="`tunewright train` makes one.")
+        raise UserError("No adapter has been trained yet", where=str(adapters), fix="Run `tunewright train`.")
     if name is None:
         return ([each for each in known if each.imported is None] or known)[-1]
     matches = [a for a in known if a.name == name] or [a for a in known if a.name.startswith(name)]
     if len(matches) != 1:
-        what = f"{len(matches)} adapters begin with {name!r}" if matches else f"no adapter is called {name!r}"
-        raise UserError(what, where=str(adapters), fix=f"There are: {', '.join(a.name for a in known)}.")
+        what = f"{len(matches)} adapters start with {name!r}" if matches else f"No adapter is named {name!r}"
+        raise UserError(what, where=str(adapters), fix=f"Stored adapters: {', '.join(a.name for a in known)}.")
     return matches[0]

@@ -1,4 +1,4 @@
-"""An adapter's weights times a factor: between the base (0) and the adapter as it was trained (1)."""
+"""Scaled adapters: weights between the base (factor 0) and the trained adapter (factor 1)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from tunewright.adapters.registry import CONFIG, WEIGHTS
 
 
 def scale_weights(source: Path, factor: float, target: Path) -> None:
-    """Write the LoRA adapter in ``source`` into the folder ``target``, with its change of the base times ``factor``.
+    """Write the LoRA adapter in ``source`` into ``target``, with its change of the base scaled by ``factor``.
 
-    The factor goes into the B matrices, so that the configuration stays as it is and whatever serves the one serves the
-    other.
+    The factor is multiplied into the B matrices, so the configuration stays the same, and engines that serve one serve
+    the other.
     """
     from safetensors.torch import load_file, save_file
 

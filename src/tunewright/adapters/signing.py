@@ -24,7 +24,7 @@ PAYLOAD_TYPE: Final = "application/vnd.tunewright.adapter+json"
 
 
 class Signature(Record):
-    """One signer's: the key's ID, and 64 bytes in base64."""
+    """One signer's key ID, and 64 bytes in base64."""
 
     keyid: Digest
     sig: Annotated[str, Field(max_length=100)]
@@ -39,37 +39,39 @@ class Envelope(Record):
 
 @dataclass(frozen=True)
 class Signed:
-    """What one signature is worth to a project."""
+    """The status of one signature in a project."""
 
     key: str
-    """The key's name there, or the first digits of its ID if the project does not know it."""
-    worth: Literal["signed", "untrusted", "revoked", "tampered"]
+    """The key's name in the project, or the first digits of its ID if it is unknown there."""
+    status: Literal["signed", "untrusted", "revoked", "tampered"]
     why: str
 
 
 def signed_bytes(payload: bytes) -> bytes:
-    """Return what DSSE signs: the payload and its type, each with its length, so that neither passes for another."""
+    """Return the bytes that DSSE signs: the payload and its type, each with its length, so that they cannot be
+    confused.
+    """
     kind = PAYLOAD_TYPE.encode()
     return b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload)
 
 
 def sign(folder: Path, key: PrivateKey) -> bool:
-    """Add a signature over the manifest in ``folder``; False where this key's is there already.
+    """Add a signature over the manifest in ``folder``; return False if this key has signed it already.
 
     Raises:
-        UserError: the signatures there, or the key, cannot be read.
+        UserError: the existing signatures, or the key, cannot be read.
     """
-    there = read_signatures(folder)
-    if any(signature.keyid == key.id for signature in there):
+    existing = read_signatures(folder)
+    if any(signature.keyid == key.id for signature in existing):
         return False
     made = key.sign(signed_bytes((folder / MANIFEST).read_bytes()))
-    envelope = Envelope(signatures=(*there, Signature(keyid=key.id, sig=base64.b64encode(made).decode())))
+    envelope = Envelope(signatures=(*existing, Signature(keyid=key.id, sig=base64.b64encode(made).decode())))
     write_json(folder / SIGNATURE, envelope.model_dump(mode="json"))
     return True
 
 
 def read_signatures(folder: Path) -> tuple[Signature, ...]:
-    """Return the signatures in an adapter's folder; none where nobody signed.
+    """Return the signatures in an adapter's folder; empty if it is unsigned.
 
     Raises:
         UserError: they cannot be read.
@@ -80,16 +82,16 @@ def read_signatures(folder: Path) -> tuple[Signature, ...]:
     return parse_record(Envelope, path.read_bytes(), str(path)).signatures
 
 
-def weigh(folder: Path, trusted: TrustedKeys) -> list[Signed]:
-    """Return what each signature over the manifest in ``folder`` is worth to a project that trusts these keys.
+def verify_signatures(folder: Path, trusted: TrustedKeys) -> list[Signed]:
+    """Return the status of each signature over the manifest in ``folder``, for a project with these keys.
 
     Raises:
         UserError: the signatures cannot be read.
     """
-    return [_weighed(signature, (folder / MANIFEST).read_bytes(), trusted) for signature in read_signatures(folder)]
+    return [_verify(signature, (folder / MANIFEST).read_bytes(), trusted) for signature in read_signatures(folder)]
 
 
-def _weighed(signature: Signature, payload: bytes, trusted: TrustedKeys) -> Signed:
+def _verify(signature: Signature, payload: bytes, trusted: TrustedKeys) -> Signed:
     key = trusted.find(signature.keyid)
     if key is None:
         return Signed(
@@ -107,13 +109,13 @@ def _weighed(signature: Signature, payload: bytes, trusted: TrustedKeys) -> Sign
 
 
 def store_signer(keys: Path, reporter: Reporter) -> PrivateKey | None:
-    """Return the key that signs what is stored in a project without being asked to; said, and also why there is none.
+    """Return the key that signs stored adapters by default, and report it, or the reason why there is none.
 
-    Somebody without keys hears nothing: signing is not in use there.
+    A user without keys gets no report: signing is not in use.
 
     Args:
         keys: the project's folder of trusted keys.
-        reporter: hears it.
+        reporter: reports the key or the reason.
     """
     if not private_keys():
         return None
@@ -127,10 +129,11 @@ def store_signer(keys: Path, reporter: Reporter) -> PrivateKey | None:
 
 
 def signing_key(trusted: TrustedKeys, name: str | None = None) -> PrivateKey:
-    """The key that signs in a project: the one so named, or the only one of the user's own that the project trusts.
+    """Return the key that signs in a project: the named one, or the only one of the user's keys that the project
+    trusts.
 
     Raises:
-        UserError: there is none, more than one, or it is one that the project does not trust.
+        UserError: there is none, there are several, or the project does not trust it.
     """
     from tunewright.adapters.keys import private_key
 
@@ -139,19 +142,19 @@ def signing_key(trusted: TrustedKeys, name: str | None = None) -> PrivateKey:
         key = private_key(name)
         if key.id not in valid:
             raise UserError(
-                f"this project does not trust your key {name!r}",
+                f"This project does not trust your key {name!r}",
                 where=str(trusted.folder),
                 fix=f"Trust it first: tunewright keys trust {name}",
             )
         return key
     own = private_keys()
     if not own:
-        raise UserError("you have no key to sign with", fix="`tunewright keys create NAME` makes one.")
+        raise UserError("You have no key to sign with", fix="Create one: tunewright keys create NAME")
     usable = [key for key in own if key.id in valid]
     names = ", ".join(key.name for key in usable or own)
     if not usable:
         fix = f"Trust one: tunewright keys trust {own[0].name}"
-        raise UserError(f"this project trusts none of your keys ({names})", where=str(trusted.folder), fix=fix)
+        raise UserError(f"This project trusts none of your keys ({names})", where=str(trusted.folder), fix=fix)
     if len(usable) > 1:
-        raise UserError(f"several of your keys could sign ({names})", where="--key", fix="Name one.")
+        raise UserError(f"Several of your keys could sign ({names})", where="--key", fix="Choose one with --key.")
     return usable[0]

@@ -1,6 +1,6 @@
-"""The system prompt that an adapter was trained with: the system turn that all its training rows share.
+"""The system prompt of an adapter: the system turn that all its training rows share.
 
-Rows of the generic mix-in and of replay do not count: they are there against forgetting, and are not the task.
+Rows of the generic mix-in and of replay do not count: they prevent forgetting and are not the task.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ KEY = "system_prompt"
 
 _SHOWN_CHARACTERS = 80
 _IMPORTED = (
-    "it was imported without a lineage, so the one that it was trained with is not known "
-    "(`tunewright adapters import --system-prompt` states it)"
+    "the adapter was imported without a lineage, so its system prompt is unknown "
+    "(state it with `tunewright adapters import --system-prompt`)"
 )
 
 
 @dataclass(frozen=True)
 class SystemPrompt:
-    """What is put before a request that has no system message of its own."""
+    """The prompt that is added to requests without a system message."""
 
     text: str | None
-    """None: nothing is."""
+    """None: nothing is added."""
     why_none: str | None = None
-    """Why the adapter's prompt is not known or not used; None where its rows simply have no system turn."""
+    """The reason why the prompt is unknown or unused; None if the training rows have no system turn."""
 
     @property
     def shown(self) -> str:
-        """The prompt or the reason, on one line."""
+        """Return the prompt or the reason on one line."""
         if self.text is None:
             return f"none: {self.why_none}" if self.why_none else "none: no training row has a system turn"
         line = " ".join(self.text.split())
         return f'"{line if len(line) <= _SHOWN_CHARACTERS else line[: _SHOWN_CHARACTERS - 1] + "…"}"'
 
     def report(self, name: str, reporter: Reporter) -> None:
-        """Say what a server adds to requests for ``name``; nothing where there is nothing that could be added."""
+        """Report what a server adds to requests for ``name``, if anything."""
         if self.text is not None:
             reporter.say(f"{name}: requests without a system message get the trained system prompt: {self.shown}")
         elif self.why_none is not None:
@@ -59,7 +59,7 @@ def count_system_turns(members: Sequence[Member]) -> dict[str, Any]:
         members: the training rows of the domain.
 
     Returns:
-        ``text``, the turn that all rows share (None where there is no such turn); the number of ``rows``; how many are
+        ``text``, the turn that all rows share (None if there is no such turn); the number of ``rows``; how many are
         ``without`` a system turn; and how many ``distinct`` system turns the others have.
     """
     turns = Counter(next((m.content for m in member.example.prompt if m.role == "system"), None) for member in members)
@@ -69,29 +69,28 @@ def count_system_turns(members: Sequence[Member]) -> dict[str, Any]:
 
 
 def stated_system_prompt(text: str) -> dict[str, Any]:
-    """Return the lineage's record of what the user states of a foreign adapter's training rows.
+    """Return the lineage's record of the system prompt that the user states for a foreign adapter.
 
     Raises:
         UserError: an empty text.
     """
     if not text.strip():
-        raise UserError("The system prompt is empty.", where="--system-prompt", fix="Leave it out.")
+        raise UserError("The system prompt is empty", where="--system-prompt", fix="Remove the option.")
     return {"text": unicodedata.normalize("NFC", text)}
 
 
 def system_prompt(adapter: Adapter, dataset: Path) -> SystemPrompt:
     """Return the system prompt that an adapter was trained with.
 
-    An adapter whose lineage does not have it was trained before lineages did: its dataset version says it, if that is
-    here.
+    A lineage without it is older than this record. Then the dataset version has it, if it is available.
 
     Args:
         adapter: a stored one.
         dataset: the project's dataset folder.
     """
-    told = adapter.lineage.get(KEY)
-    if told is not None:
-        return _of(told)
+    recorded = adapter.lineage.get(KEY)
+    if recorded is not None:
+        return _from_record(recorded)
     if adapter.dataset is None:
         return SystemPrompt(None, _IMPORTED)
     try:
@@ -99,17 +98,17 @@ def system_prompt(adapter: Adapter, dataset: Path) -> SystemPrompt:
     except UserError as error:
         return SystemPrompt(
             None,
-            "its lineage does not have the one that it was trained with, and its dataset version cannot be read "
+            "the adapter's lineage does not record its system prompt, and its dataset version cannot be read "
             f"({error.what})",
         )
-    return _of(count_system_turns(version.domain_of("train")))
+    return _from_record(count_system_turns(version.domain_of("train")))
 
 
-def _of(told: Mapping[str, Any]) -> SystemPrompt:
-    if told["text"] is not None or not told["distinct"]:
-        return SystemPrompt(told["text"])
-    turns = f"{told['distinct']:,} different system turns" if told["distinct"] > 1 else "a system turn"
-    if told["without"]:
-        some = f"{told['rows'] - told['without']:,} of its {told['rows']:,} training rows have {turns}"
-        return SystemPrompt(None, f"{some}, and {told['without']:,} have none")
-    return SystemPrompt(None, f"its {told['rows']:,} training rows have {turns}")
+def _from_record(record: Mapping[str, Any]) -> SystemPrompt:
+    if record["text"] is not None or not record["distinct"]:
+        return SystemPrompt(record["text"])
+    turns = f"{record['distinct']:,} different system turns" if record["distinct"] > 1 else "a system turn"
+    if record["without"]:
+        some = f"{record['rows'] - record['without']:,} of its {record['rows']:,} training rows have {turns}"
+        return SystemPrompt(None, f"{some}, and {record['without']:,} have none")
+    return SystemPrompt(None, f"its {record['rows']:,} training rows have {turns}")

@@ -1,4 +1,4 @@
-"""Whether a stored adapter is what was stored, and who stands for it."""
+"""Trust in a stored adapter: its integrity and its signatures."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from tunewright.adapters.keys import TrustedKeys
-from tunewright.adapters.manifest import changes, make_manifest, read_manifest
+from tunewright.adapters.manifest import changed_files, make_manifest, read_manifest
 from tunewright.adapters.registry import WEIGHTS, Adapter, adapter_digest
-from tunewright.adapters.signing import weigh
+from tunewright.adapters.signing import verify_signatures
 from tunewright.adapters.vllm_compat import weight_faults
 from tunewright.core.errors import UserError
 
@@ -16,84 +16,86 @@ State = Literal["signed", "unsigned", "untrusted", "revoked", "tampered"]
 
 
 @dataclass(frozen=True)
-class Standing:
-    """What an adapter is worth to a project.
+class TrustStatus:
+    """An adapter's trust status in a project.
 
-    *signed*: whole, and by a key that the project trusts. *unsigned*, *untrusted*: whole, but who made it cannot be
-    told. *revoked*: by a key that is trusted no longer. *tampered*: not what was stored or signed, or not finite.
+    *signed*: intact, with a signature of a key that the project trusts. *unsigned*, *untrusted*: intact, but its maker
+    is not verified. *revoked*: signed with a revoked key. *tampered*: changed since it was stored or signed, or not
+    finite.
     """
 
     adapter: str
     state: State
     keys: tuple[str, ...]
-    """Whose signatures it has, by their names in the project, else by the first digits of their IDs."""
+    """The signing keys, by their names in the project, else by the first digits of their IDs."""
     reasons: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the standing as ``--json`` prints it."""
+        """Return the status for ``--json``."""
         return asdict(self)
 
 
-def standing(adapter: Adapter, trusted: TrustedKeys, *, weights: bool = True) -> Standing:
-    """Check every file of an adapter and every signature.
+def trust_status(adapter: Adapter, trusted: TrustedKeys, *, weights: bool = True) -> TrustStatus:
+    """Check every file and signature of an adapter.
 
     Args:
         adapter: a stored one.
         trusted: the project's keys.
-        weights: also that all weights are finite, which reads them.
+        weights: also check that all weights are finite, which reads them.
     """
     try:
         faults = _faults(adapter, weights=weights)
-        signed = [] if read_manifest(adapter.folder) is None else weigh(adapter.folder, trusted)
+        signed = [] if read_manifest(adapter.folder) is None else verify_signatures(adapter.folder, trusted)
     except UserError as error:
-        return Standing(adapter.name, "tampered", (), (str(error).partition("\n")[0],))
+        return TrustStatus(adapter.name, "tampered", (), (str(error).partition("\n")[0],))
     keys = tuple(each.key for each in signed)
-    faults += [each.why for each in signed if each.worth == "tampered"]
+    faults += [each.why for each in signed if each.status == "tampered"]
     if faults:
-        return Standing(adapter.name, "tampered", keys, tuple(faults))
+        return TrustStatus(adapter.name, "tampered", keys, tuple(faults))
     for state in ("signed", "revoked", "untrusted"):
-        if told := [each.why for each in signed if each.worth == state]:
-            return Standing(adapter.name, state, keys, tuple(told))
-    return Standing(adapter.name, "unsigned", (), ("no signature",))
+        if reasons := [each.why for each in signed if each.status == state]:
+            return TrustStatus(adapter.name, state, keys, tuple(reasons))
+    return TrustStatus(adapter.name, "unsigned", (), ("no signature",))
 
 
 def _faults(adapter: Adapter, *, weights: bool) -> list[str]:
-    """Return what is not as it was stored."""
+    """Return what has changed since the adapter was stored."""
     manifest = read_manifest(adapter.folder)
     lineage = adapter.lineage
     if manifest is None:  # an earlier tunewright stored it
         adapter.verify()
         faults = []
     else:
-        faults = changes(adapter.folder, manifest)
+        faults = changed_files(adapter.folder, manifest)
         if manifest.name != adapter.name:
-            faults.append(f"its manifest is that of {manifest.name}")
+            faults.append(f"the manifest names {manifest.name}")
         if not faults and make_manifest(adapter.folder, adapter.name, lineage) != manifest:
-            faults = ["the manifest and the lineage name different things"]
+            faults = ["the manifest and the lineage disagree"]
         if not faults and adapter_digest(adapter.folder) != manifest.digest:
-            faults = ["its digest is not that of its weights and configuration"]
+            faults = ["the digest does not match the weights and configuration"]
     if weights and not faults:
         places = (adapter.folder, *adapter.checkpoints.values())
         faults = [fault for place in places for fault in weight_faults(place / WEIGHTS)]
     return faults
 
 
-def require_sound(adapter: Adapter, trusted: TrustedKeys) -> None:
-    """Refuse an adapter that was changed, or whose key was revoked; where the project trusts keys, one without theirs.
+def require_trusted(adapter: Adapter, trusted: TrustedKeys) -> None:
+    """Refuse an adapter that has changed or whose key is revoked; if the project trusts keys, also one without their
+    signature.
 
     Raises:
-        UserError: saying which.
+        UserError: naming the reason.
     """
-    found = standing(adapter, trusted, weights=False)
+    found = trust_status(adapter, trusted, weights=False)
     if found.state == "signed" or (found.state in ("unsigned", "untrusted") and not trusted.valid):
         return
     fix = {
-        "unsigned": f"If you stand for it: tunewright adapters sign {adapter.name}",
-        "untrusted": "If you trust who signed it: tunewright keys trust FILE",
-        "revoked": "Train again, or sign it anew if you stand for it: tunewright adapters sign",
+        "unsigned": f"If you vouch for it: tunewright adapters sign {adapter.name}",
+        "untrusted": "If you trust the signer: tunewright keys trust FILE",
+        "revoked": "Train again, or sign it again if you vouch for it: tunewright adapters sign",
         "tampered": "Remove the folder, and train or import it again.",
     }[found.state]
     why = "; ".join(found.reasons)
     if found.state in ("unsigned", "untrusted"):
-        why += ", and this project trusts keys"
-    raise UserError(f"it is {found.state}: {why}", where=adapter.name, fix=fix)
+        why += ", and this project requires a trusted signature"
+    raise UserError(f"The adapter is {found.state}: {why}", where=adapter.name, fix=fix)

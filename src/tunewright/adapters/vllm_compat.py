@@ -1,8 +1,8 @@
-"""What vLLM loads as a LoRA adapter and what it refuses; and what no adapter may hold: weights that are no numbers.
+"""vLLM compatibility: LoRA adapters that vLLM loads or refuses, and weights that are not finite.
 
 The rules are those of vLLM 0.32: ``PEFTHelper`` in vllm/lora/peft_helper.py (features), ``MaxLoRARanks`` in
 vllm/config/lora.py (ranks) and ``parse_fine_tuned_lora_name`` in vllm/lora/utils.py (names of tensors). Earlier
-releases look at fewer features, and load an unconverted PiSSA adapter without a word, to answer wrongly with it.
+releases check fewer features: they load an unconverted PiSSA adapter silently and answer wrongly with it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 
 MAX_RANK = 512
-"""The largest that ``--max-lora-rank`` can be; it is 16 by default, so a higher rank asks for the option."""
+"""The largest ``--max-lora-rank``; its default is 16, so a higher rank requires the option."""
 
-# Starts that change the base too, which vLLM leaves as it is: all of peft's but these.
-_PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+# peft's initializations that leave the base unchanged. All others change it, which vLLM does not reproduce.
+_PLAIN_INITIALIZATIONS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 
 _REFUSED = {
     "use_dora": "DoRA",
-    "lora_bias": "biases beside the LoRA weights (lora_bias)",
+    "lora_bias": "biases in addition to the LoRA weights (lora_bias)",
     "alora_invocation_tokens": "activated LoRA",
     "layer_replication": "replicated layers",
     "use_bdlora": "block-diagonal LoRA",
@@ -50,29 +50,30 @@ def require_servable(settings: TrainConfig) -> None:
         raise UserError(
             f"vLLM does not load {why}",
             where=key,
-            fix=f"{instead}; or set train.require_vllm_compatible to false, for an adapter to evaluate here and to "
-            "load with peft.",
+            fix=f"{instead}, or set train.servable to false for an adapter that only this tool and peft load.",
         )
 
 
 def vllm_refusals(config: Mapping[str, Any]) -> dict[str, str]:
-    """What vLLM would refuse in an ``adapter_config.json``: key to what it stands for; empty where it loads it."""
-    refused = {key: told for key, told in _REFUSED.items() if config.get(key)}
+    """Return what vLLM would refuse in an ``adapter_config.json``, with the reason by key; empty if it loads."""
+    refused = {key: what for key, what in _REFUSED.items() if config.get(key)}
     ranks = [config.get("r", 0), *(config.get("rank_pattern") or {}).values()]
     if max(ranks) > MAX_RANK:
         refused["r"] = f"a rank over {MAX_RANK} (it is {max(ranks)})"
     if config.get("bias", "none") != "none":
         refused["bias"] = f"trained biases (bias: {config['bias']})"
     if config.get("modules_to_save"):
-        refused["modules_to_save"] = f"whole layers beside the LoRA weights ({', '.join(config['modules_to_save'])})"
+        refused["modules_to_save"] = (
+            f"complete layers besides the LoRA weights ({', '.join(config['modules_to_save'])})"
+        )
     start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower() not in _PLAIN_STARTS:
-        refused["init_lora_weights"] = f"an adapter whose start changes the base ({start}) and that was not converted"
+    if isinstance(start, str) and start.lower() not in _PLAIN_INITIALIZATIONS:
+        refused["init_lora_weights"] = f"an unconverted adapter whose initialization changes the base ({start})"
     return refused
 
 
 def weight_faults(path: Path) -> list[str]:
-    """Return what is no finite number among an adapter's weights, a sentence for each tensor; empty where all are."""
+    """Return a sentence for each tensor with weights that are not finite; empty if all are."""
     from safetensors import SafetensorError, safe_open
 
     faults = []
@@ -82,14 +83,14 @@ def weight_faults(path: Path) -> list[str]:
                 tensor = weights.get_tensor(name)
                 bad = tensor.numel() - int(tensor.isfinite().sum())
                 if bad:
-                    faults.append(f"{bad:,} of {tensor.numel():,} weights of {name} are no finite numbers")
+                    faults.append(f"{bad:,} of {tensor.numel():,} weights of {name} are not finite")
     except SafetensorError as error:
         faults.append(f"{path.name} cannot be read: {error}")
     return faults
 
 
 def check_adapter(folder: Path, *, servable: bool) -> None:
-    """Check a trained adapter before it is kept: that its weights are numbers, and (``servable``) that vLLM loads it.
+    """Check before a trained adapter is stored that its weights are finite, and (``servable``) that vLLM loads it.
 
     Raises:
         UserError: naming the tensor or the key of its configuration.
@@ -110,26 +111,26 @@ def check_adapter(folder: Path, *, servable: bool) -> None:
         names = sorted(weights.keys())
     others = [name for name in names if not name.endswith((".lora_A.weight", ".lora_B.weight"))]
     if others and not refused:
-        refused[others[0]] = f"{others[0]}, which is no weight of LoRA"
+        refused[others[0]] = f"{others[0]}, which is not a LoRA weight"
     for key, why in refused.items():
         raise UserError(
             f"vLLM does not load {why}: the adapter is not kept",
             where=f"{folder / CONFIG}, {key}",
-            fix="With train.require_vllm_compatible: false it is.",
+            fix="To keep such adapters, set train.require_vllm_compatible: false.",
         )
 
 
 def require_batchable(folder: Path) -> None:
-    """Refuse an adapter that cannot answer beside others, which is how adapters are served here.
+    """Refuse an adapter that cannot share a batch with others, as served adapters must.
 
     Raises:
-        UserError: naming what it is.
+        UserError: naming its kind.
     """
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     kinds = [_REFUSED[key] for key in ("use_dora", "alora_invocation_tokens") if config.get(key)]
     if kinds:
         raise UserError(
-            f"{kinds[0]} cannot answer in one batch with others, and so is not served",
+            f"{kinds[0]} cannot share a batch with other adapters, so it cannot be served",
             where=folder.name,
-            fix="`tunewright evaluate` measures it. To serve it, train plain LoRA.",
+            fix="Measure it with `tunewright evaluate`. To serve it, train plain LoRA.",
         )

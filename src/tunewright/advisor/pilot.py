@@ -18,7 +18,7 @@ from tunewright.data.notices import FEWEST_TRAINING_PAIRS
 from tunewright.data.versions import DatasetVersion
 from tunewright.evaluation.subsets import subset_versions
 from tunewright.models.bases import Base
-from tunewright.training.train import TrainResult, train, trained_before, training_inputs
+from tunewright.training.train import TrainResult, find_trained, train, training_inputs
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def train_pilot(
     """
     inputs = digest(training_inputs(project, part.version, base, chat))
     for place in (project.adapters, project.curve_adapters):
-        if (there := trained_before(place, project.config.name, inputs)) is not None:
+        if (there := find_trained(place, project.config.name, inputs)) is not None:
             return TrainResult(there, trained=False)
     facts: dict[str, Any] = {"pilot": {"of": version.digest, "rows": part.rows}}
     return train(project, part.version, base, chat, reporter, adapters=project.pilot_adapters, facts=facts)

@@ -37,8 +37,7 @@ if TYPE_CHECKING:
     from tunewright.evaluation.learning_curve import CurveResult
     from tunewright.evaluation.prompt_search import AdviseResult
     from tunewright.evaluation.runner import EvaluateResult
-    from tunewright.models.memory.answer import Answer
-    from tunewright.models.memory.plan import Plan
+    from tunewright.models.memory.plan import MemoryCheck, Plan
     from tunewright.serving.gateway.service import Service
     from tunewright.serving.isolation.result import IsolationResult
     from tunewright.training.sweep.sweep import SweepResult
@@ -177,7 +176,7 @@ class Project(EvaluationsApi):
         length: int | None = None,
         shared: int = 0,
         answer: int | None = None,
-    ) -> tuple[Plan, Answer]:
+    ) -> tuple[Plan, MemoryCheck]:
         """Return the memory that training needs, by part, and if it fits, from the base's config.json alone.
 
         The longest row is measured if there is a dataset and the base's tokenizer is on this machine.
@@ -401,9 +400,9 @@ class Project(EvaluationsApi):
         require_room(self)
 
     def _forced(self, force: bool) -> str | None:
-        from tunewright.training.min_examples import forced_below
+        from tunewright.training.rows import require_min_examples
 
-        return forced_below(len(self.data.version().domain_of("train")), force=force, reporter=self.reporter)
+        return require_min_examples(len(self.data.version().domain_of("train")), force=force, reporter=self.reporter)
 
     def _train(self, forced: str | None) -> TrainResult:
         from tunewright.training.train import train

@@ -12,7 +12,7 @@ from tunewright.adapters.lineage import Trace, trace
 from tunewright.adapters.manifest import read_manifest
 from tunewright.adapters.registry import Adapter, find_adapter, list_adapters, write_manifest
 from tunewright.adapters.signing import sign, signing_key
-from tunewright.adapters.trust import Standing, standing
+from tunewright.adapters.trust import TrustStatus, trust_status
 from tunewright.adapters.vllm_compat import require_batchable
 from tunewright.api.context import ProjectContext
 from tunewright.config import Quantize
@@ -22,7 +22,7 @@ from tunewright.evidence.schema import EVIDENCE_FILE, load_evidence
 from tunewright.evidence.verdict import Decision, verdict
 
 if TYPE_CHECKING:
-    from tunewright.adapters.admission.importer import Admitted
+    from tunewright.adapters.admission.importer import ImportResult
     from tunewright.evaluation.scaling import ScaleResult
 
 
@@ -31,7 +31,7 @@ class Shown:
     """An adapter, what it was made of, who stands for it, and what came of its evaluations."""
 
     trace: Trace
-    standing: Standing
+    standing: TrustStatus
     verdicts: tuple[tuple[str, Decision], ...]
     """Evaluations by ID, the newest last."""
 
@@ -61,7 +61,7 @@ class AdaptersApi:
         found = find_adapter(self._project.adapters, adapter)
         return Shown(
             trace(found, self._project.dataset),
-            standing(found, TrustedKeys(self._project.keys)),
+            trust_status(found, TrustedKeys(self._project.keys)),
             tuple(self._verdicts(found)),
         )
 
@@ -78,7 +78,7 @@ class AdaptersApi:
                 found.append((str(evidence.lineage["created"]), evidence.id, verdict(evidence).decision))
         return [(name, decision) for _, name, decision in sorted(found)]
 
-    def verify(self, names: Sequence[str] = ()) -> Sequence[Standing]:
+    def verify(self, names: Sequence[str] = ()) -> Sequence[TrustStatus]:
         """Check every file, weight and signature of the adapters so named, or of all.
 
         Raises:
@@ -90,7 +90,7 @@ class AdaptersApi:
         with self._context.reporter.task("checking", len(chosen), "adapters") as task:
             found = []
             for adapter in chosen:
-                found.append(standing(adapter, trusted))
+                found.append(trust_status(adapter, trusted))
                 task.advance()
         return found
 
@@ -110,7 +110,7 @@ class AdaptersApi:
         found = find_adapter(self._project.adapters, adapter)
         trusted = TrustedKeys(self._project.keys)
         signer = signing_key(trusted, key)
-        before = standing(found, trusted)
+        before = trust_status(found, trusted)
         if before.state == "tampered":
             raise UserError(f"it is not signed: {'; '.join(before.reasons)}", where=found.name)
         if read_manifest(found.folder) is None:
@@ -126,7 +126,7 @@ class AdaptersApi:
         quantize: Quantize | None = None,
         unsigned: bool = False,
         system_prompt: str | None = None,
-    ) -> Admitted:
+    ) -> ImportResult:
         """Let a foreign adapter in, from a folder or a zip or tar archive, if nothing is wrong with it.
 
         Args:
@@ -140,15 +140,15 @@ class AdaptersApi:
         Raises:
             UserError: why it is not let in; then nothing is stored.
         """
-        from tunewright.adapters.admission.importer import Admission, Statement
+        from tunewright.adapters.admission.importer import AdapterImporter, ImportStatement
 
         path = Path(source)
         if not path.exists():
             raise UserError("there is no such folder or archive", where=str(source))
         opened, project = self._context, self._project
-        gate = Admission(project.adapters, TrustedKeys(project.keys), opened.base, opened.chat, opened.reporter)
+        gate = AdapterImporter(project.adapters, TrustedKeys(project.keys), opened.base, opened.chat, opened.reporter)
         by = current_author(project.root)
-        return gate.admit(path, Statement(by, base_matches, quantize, unsigned, name, system_prompt))
+        return gate.import_adapter(path, ImportStatement(by, base_matches, quantize, unsigned, name, system_prompt))
 
     def scale(self, adapter: str | None = None, factors: Sequence[float] | None = None) -> ScaleResult:
         """Measure an adapter (the newest by default) at several scales, and store it at the one that is chosen.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from tunewright.adapters.fit import require_fit, trained_quantize
+from tunewright.adapters.compatibility import require_compatible, trained_quantize
 from tunewright.adapters.registry import Adapter
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
@@ -72,7 +72,7 @@ class ProjectContext:
         config = self.folder.config
         version = load_version(self.folder.dataset)
         if adapter is not None:
-            require_fit(adapter, self.base, self.chat)
+            require_compatible(adapter, self.base, self.chat)
             self._require_version(adapter, version)
         trained = config.train.quantization if adapter is None else trained_quantize([adapter])
         quantize = config.evaluate.quantization or trained

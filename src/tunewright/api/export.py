@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunewright.adapters.fit import require_fit
+from tunewright.adapters.compatibility import require_compatible
 from tunewright.adapters.registry import Adapter, find_adapter
 from tunewright.adapters.system_prompt import system_prompt
 from tunewright.api.context import ProjectContext
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tunewright.export.exporting import ExportResult
     from tunewright.export.gguf.tensors import FileType
     from tunewright.export.parity import Precision
-    from tunewright.export.trained import Trained
+    from tunewright.export.trained import TrainedModel
 
 
 @dataclass(frozen=True)
@@ -39,23 +39,23 @@ class ExportApi:
         Raises:
             UserError: no such adapter, one that does not fit, or a folder that holds something else.
         """
-        from tunewright.export.exporting import Built, export, found_export
-        from tunewright.export.merge import choose_way, see_merged, write_merged
+        from tunewright.export.exporting import BuiltArtifact, export, find_export
+        from tunewright.export.merge import choose_merge_method, observe_merged, write_merged
 
         opened = self._context
         tuned = self._find(adapter)
         target = self._target(tuned, "merged", to)
         made_of = self._made_of(tuned, {"kind": "merged"})
-        found = found_export(target, made_of)
+        found = find_export(target, made_of)
         if found is not None:
             return found
         trained = self._trained(tuned)
-        weights, way, ways = choose_way(trained, opened.reporter)
+        weights, way, ways = choose_merge_method(trained, opened.reporter)
 
-        def build(folder: Path) -> Built:
+        def build(folder: Path) -> BuiltArtifact:
             write_merged(folder, weights, opened.base, opened.chat, trained.system_prompt, opened.reporter)
-            figures = trained.figures(see_merged(folder, trained, opened.reporter))
-            return Built(figures, "16-bit", way, ways, self._system_notes(tuned))
+            figures = trained.figures(observe_merged(folder, trained, opened.reporter))
+            return BuiltArtifact(figures, "16-bit", way, ways, self._system_notes(tuned))
 
         return export(target, "merged", tuned, made_of, build)
 
@@ -110,7 +110,7 @@ class ExportApi:
         Raises:
             UserError: as `gguf`, or a chat template that Ollama's language has no words for.
         """
-        from tunewright.export.exporting import export, found_export
+        from tunewright.export.exporting import export, find_export
         from tunewright.export.go_template import go_template
         from tunewright.export.ollama import ollama_built
 
@@ -119,7 +119,7 @@ class ExportApi:
         go_template(opened.chat)  # what it refuses is told before anything is measured
         target = self._target(tuned, f"ollama-{'lora-' if lora else ''}{file_type}", to)
         made_of = self._made_of(tuned, {"kind": "ollama", "lora": lora, "file_type": file_type})
-        found = found_export(target, made_of)
+        found = find_export(target, made_of)
         if found is not None:
             return found
         parts = self.gguf(tuned.name, merged=not lora, file_type=file_type)
@@ -140,23 +140,23 @@ class ExportApi:
     def _gguf(
         self, tuned: Adapter, target: Path, made_of: dict[str, Any], merged: bool, file_type: FileType
     ) -> ExportResult:
-        from tunewright.export.exporting import Built, export, found_export
+        from tunewright.export.exporting import BuiltArtifact, export, find_export
         from tunewright.export.gguf.lora import write_lora
         from tunewright.export.gguf.model import write_model
-        from tunewright.export.llamacpp import EngineFailedError, see_gguf
-        from tunewright.export.merge import choose_way
-        from tunewright.export.weights import Weights, read_changes, trained_dtype
+        from tunewright.export.llamacpp import EngineFailedError, observe_gguf
+        from tunewright.export.merge import choose_merge_method
+        from tunewright.export.weights import Weights, read_deltas, trained_dtype
 
-        found = found_export(target, made_of)
+        found = find_export(target, made_of)
         if found is not None:
             return found
         opened, reporter = self._context, self._context.reporter
         trained = self._trained(tuned)
 
-        def build(folder: Path) -> Built:
+        def build(folder: Path) -> BuiltArtifact:
             path = folder / f"{tuned.name}-{'' if merged else 'lora-'}{file_type}.gguf"
             if merged:
-                weights, way, ways = choose_way(trained, reporter)
+                weights, way, ways = choose_merge_method(trained, reporter)
                 notes = write_model(
                     path,
                     tuned.name,
@@ -169,18 +169,18 @@ class ExportApi:
                 )
                 model, lora = path, None
             else:
-                changed = Weights(opened.base, trained_dtype(tuned), read_changes(tuned.folder))
+                changed = Weights(opened.base, trained_dtype(tuned), read_deltas(tuned.folder))
                 way, ways = "original", ()
                 notes = write_lora(path, tuned.name, changed, opened.base, file_type, reporter)
                 model, lora = self._base_gguf(file_type), path
             figures, failure = None, None
             try:
-                figures = trained.figures(see_gguf(model, trained, reporter, lora))
+                figures = trained.figures(observe_gguf(model, trained, reporter, lora))
             except EngineFailedError as error:
                 failure = str(error)
             precision: Precision = "16-bit" if file_type == "f16" else "8-bit"
             notes += self._system_notes(tuned, template=merged)
-            return Built(figures, precision, way, ways, tuple(notes), failure)
+            return BuiltArtifact(figures, precision, way, ways, tuple(notes), failure)
 
         return export(target, "gguf-merged" if merged else "gguf-lora", tuned, made_of, build)
 
@@ -203,7 +203,7 @@ class ExportApi:
 
     def _find(self, adapter: str | None) -> Adapter:
         found = find_adapter(self._context.folder.adapters, adapter)
-        require_fit(found, self._context.base, self._context.chat)
+        require_compatible(found, self._context.base, self._context.chat)
         return found
 
     def _target(self, adapter: Adapter, what: str, to: str | Path | None) -> Path:
@@ -235,7 +235,7 @@ class ExportApi:
             return (f"the adapter's file alone has no system prompt: send the trained one: {prompt.text}",)
         return (f"its chat template adds the trained system prompt where there is none: {prompt.shown}",)
 
-    def _trained(self, adapter: Adapter) -> Trained:
+    def _trained(self, adapter: Adapter) -> TrainedModel:
         """Return the trained model on dev prompts of the version that it was trained on."""
         from tunewright.export.probe import draw_probe
         from tunewright.export.trained import measure_trained

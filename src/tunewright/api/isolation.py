@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from tunewright.adapters.fit import trained_quantize
+from tunewright.adapters.compatibility import trained_quantize
 from tunewright.adapters.registry import Adapter
 from tunewright.api.context import ProjectContext
 from tunewright.api.serving import adapter_of, choose_served, refuse_names, released

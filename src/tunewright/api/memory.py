@@ -8,14 +8,20 @@ from tunewright.chat import open_chat
 from tunewright.config import Config
 from tunewright.core.errors import UserError
 from tunewright.data.versions import current_manifest, load_version
-from tunewright.models.bases import base_at_hand, base_config, check_architecture
+from tunewright.models.bases import base_config, check_architecture, local_base
 from tunewright.models.cards import unusable_card
 from tunewright.models.families import require_quantizable, require_targets
-from tunewright.models.memory.answer import Answer
-from tunewright.models.memory.answer import answer as answer_of
-from tunewright.models.memory.plan import Memory, Plan, Planned, memory_at_hand, plan
+from tunewright.models.memory.plan import (
+    Memory,
+    MemoryCheck,
+    Plan,
+    SetupPlan,
+    available_memory,
+    check_memory,
+    gigabytes,
+    plan,
+)
 from tunewright.models.memory.shape import Shape, read_shape
-from tunewright.models.memory.sizes import gigabytes
 from tunewright.training import distributed
 
 SHORT_ROW = 32
@@ -34,10 +40,10 @@ def fitting_plan(
     length: int | None,
     shared: int,
     answer: int | None,
-) -> tuple[Plan, Answer]:
+) -> tuple[Plan, MemoryCheck]:
     """Return the plan and answer of :meth:`Project.fit`, which documents the arguments."""
     project, reporter = opened.folder, opened.reporter
-    memory = memory_at_hand(gpu)
+    memory = available_memory(gpu)
     alone = base is not None and not project.has_config
     config = Config() if alone else project.config
     if alone:
@@ -61,7 +67,7 @@ def fitting_plan(
     at_once = rows or settings.micro_batch_size or settings.batch_size
     made = plan(spec, shape, settings, memory, rows=at_once, length=tokens, shared=shared, answer=answer or tokens)
     longest = None if alone else _longest_row(opened, spec, revision)
-    told = answer_of(made, settings, longest, rows=rows is not None, length=length is not None)
+    told = check_memory(made, settings, longest, rows=rows is not None, length=length is not None)
     return made, told
 
 
@@ -72,7 +78,7 @@ def _longest_row(opened: ProjectContext, spec: str, revision: str | None) -> int
         return None
     unknown = "The length of your longest row is not known"
     try:
-        base = base_at_hand(spec, revision, project.root, reporter)
+        base = local_base(spec, revision, project.root, reporter)
         if base is None:
             reporter.say(f"{unknown}: the base's tokenizer is not on this machine.")
             return None
@@ -105,22 +111,22 @@ def require_room(opened: ProjectContext) -> None:
     require_targets(config.train.target_modules, architecture)
     require_quantizable(config.train.quantization, architecture, "train.quantization")
     _require_card(shape, opened)
-    if distributed.in_pieces():
+    if distributed.is_sharded():
         return  # each card has a part of the base
-    memory, settings = memory_at_hand(None), config.train
+    memory, settings = available_memory(None), config.train
     least = plan(config.base_model, shape, settings, memory, rows=1, length=SHORT_ROW, shared=0, answer=SHORT_ROW)
     # As `tunewright train` does it: activations are recomputed on a card.
-    ways = {planned.way.nf4: planned for planned in least.ways if planned.way.checkpointing == memory.card}
-    own = ways[settings.quantization == "nf4"]
+    setups = {planned.setup.nf4: planned for planned in least.setups if planned.setup.checkpointing == memory.card}
+    own = setups[settings.quantization == "nf4"]
     short = (
-        f"{config.base_model} needs at least {gigabytes(own.least)} to train ({own.way.name}); "
+        f"{config.base_model} needs at least {gigabytes(own.least)} to train ({own.setup.name}); "
         f"available: {memory.source}"
     )
     if own.least > memory.bytes:
         # With adapters that are already trained, the command may have nothing to train.
         trained = any(adapter.imported is None for adapter in list_adapters(opened.folder.adapters))
         if memory.card and not trained:
-            raise UserError(short, where="base", fix=_what_fits(ways.get(True), own, memory))
+            raise UserError(short, where="base", fix=_what_fits(setups.get(True), own, memory))
         reporter.warn(f"{short}.")
     elif own.longest < settings.max_length:
         reporter.warn(
@@ -145,7 +151,7 @@ def _require_card(shape: Shape, opened: ProjectContext) -> None:
     opened.reporter.warn(f"{unused}. Training runs on the CPU.")
 
 
-def _what_fits(nf4: Planned | None, own: Planned, memory: Memory) -> str:
+def _what_fits(nf4: SetupPlan | None, own: SetupPlan, memory: Memory) -> str:
     """Return what to do if ``own`` does not fit. ``nf4`` is None if the family cannot be quantized."""
     others = "choose a smaller base, or shard this one over several cards (docs/recovery.md)"
     if nf4 is None or nf4 is own:

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from tunewright.adapters.fit import require_fit, trained_quantize
+from tunewright.adapters.compatibility import require_compatible, trained_quantize
 from tunewright.adapters.keys import TrustedKeys
 from tunewright.adapters.registry import Adapter, find_adapter
-from tunewright.adapters.trust import require_sound
+from tunewright.adapters.trust import require_trusted
 from tunewright.adapters.vllm_compat import require_batchable
 from tunewright.api.context import ProjectContext
 from tunewright.api.serving import adapter_of
@@ -241,9 +241,9 @@ class ReleasesApi:
 
     def _require_servable(self, adapter: Adapter, alias: str, state: State) -> None:
         """Refuse what no server here could load beside the other releases."""
-        require_fit(adapter, self._context.base, self._context.chat)
+        require_compatible(adapter, self._context.base, self._context.chat)
         require_batchable(adapter.folder)
-        require_sound(adapter, TrustedKeys(self._context.folder.keys))
+        require_trusted(adapter, TrustedKeys(self._context.folder.keys))
         config = self._context.folder.config
         if config.serve.quantization is None:
             others = [release for name, release in state.releases.live().items() if name != alias]

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tunewright.adapters.fit import require_fit, trained_quantize
+from tunewright.adapters.compatibility import require_compatible, trained_quantize
 from tunewright.adapters.keys import TrustedKeys
 from tunewright.adapters.registry import Adapter, find_adapter, list_adapters
 from tunewright.adapters.system_prompt import SystemPrompt, system_prompt
-from tunewright.adapters.trust import require_sound
+from tunewright.adapters.trust import require_trusted
 from tunewright.adapters.vllm_compat import require_batchable
 from tunewright.api.context import ProjectContext
 from tunewright.config import Config, Quantize
@@ -206,6 +206,6 @@ def _all_that_fit(opened: ProjectContext, held: Quantize) -> Iterator[Adapter]:
 
 
 def _require_servable(opened: ProjectContext, adapter: Adapter) -> None:
-    require_fit(adapter, opened.base, opened.chat)
+    require_compatible(adapter, opened.base, opened.chat)
     require_batchable(adapter.folder)
-    require_sound(adapter, TrustedKeys(opened.folder.keys))
+    require_trusted(adapter, TrustedKeys(opened.folder.keys))

@@ -43,12 +43,12 @@ def constraint_on(chat: ChatFormat, grammar: Grammar) -> Constraint:
     Raises:
         UserError: the grammar engine refuses it.
     """
-    from tunewright.generation.constraints import Constraint, around_answers
+    from tunewright.generation.constraints import Constraint, answer_affixes
 
     text = "x"
     tokens = chat.encode([Message("user", text), Message("assistant", text)])
     answer = [token for token in tokens.ids[-answer_length(tokens.loss_mask) :] if token not in chat.stop_ids]
-    return Constraint(grammar, chat.tokenizer, chat.stop_ids, around_answers(chat.tokenizer, answer, text))
+    return Constraint(grammar, chat.tokenizer, chat.stop_ids, answer_affixes(chat.tokenizer, answer, text))
 
 
 def answer_limit(config: Config, chat: ChatFormat, members: Iterable[Member]) -> int:

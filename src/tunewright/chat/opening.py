@@ -13,8 +13,7 @@ from tunewright.chat.templates import TemplateKind
 from tunewright.config import ChatConfig
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter, Reporter
-from tunewright.models.bases import Base
-from tunewright.models.embeddings import untrained_tokens
+from tunewright.models.bases import Base, untrained_tokens
 from tunewright.models.loading import TEKKEN, end_token_ids, load_tokenizer
 
 

@@ -18,7 +18,7 @@ from tunewright.core.clock import to_the_second
 if TYPE_CHECKING:
     from tunewright.adapters.lineage import DatasetTrace, Trace
     from tunewright.adapters.registry import Adapter as StoredAdapter
-    from tunewright.adapters.trust import Standing
+    from tunewright.adapters.trust import TrustStatus
     from tunewright.api.adapters import Shown
     from tunewright.evaluation.scaling import ScaleResult
 
@@ -172,7 +172,7 @@ def adapters_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def standings_table(found: Sequence[Standing]) -> Table:
+def standings_table(found: Sequence[TrustStatus]) -> Table:
     """Return the status of each adapter, with the reasons."""
     table = Table()
     for name in ("adapter", "state", "why"):

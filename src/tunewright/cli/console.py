@@ -100,7 +100,7 @@ class Session:
             stderr=True,
             soft_wrap=not on_terminal,
             width=None if on_terminal else _LOG_WIDTH,
-            quiet=not distributed.is_main(),
+            quiet=not distributed.is_main_process(),
         )
         self.reporter = ConsoleReporter(self.console, live=not as_json)
 
@@ -131,7 +131,7 @@ class Session:
 
         ``alone`` is for a result that scripts read line by line: it is all of stdout, and ``people`` go to stderr.
         """
-        if not distributed.is_main():
+        if not distributed.is_main_process():
             return
         if self.as_json:
             self.print_out(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
@@ -147,7 +147,7 @@ class Session:
 
     def print_out(self, text: str) -> None:
         """Print on stdout exactly this text. Ends the command where the reader of a pipe has closed it."""
-        if distributed.is_main():
+        if distributed.is_main_process():
             _write(text)
 
     def tell_standing(self, project: Path | None) -> None:
@@ -184,12 +184,12 @@ def session(
     current = Session(as_json=as_json)
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        with stoppable(kept, as_json=as_json, quiet=not distributed.is_main()):
+        with stoppable(kept, as_json=as_json, quiet=not distributed.is_main_process()):
             yield from _run(current, project, together=together)
     except UserError as error:
         _fail(current, error.as_dict(), f"Error: {error}", USER_ERROR)
     except RuntimeError as error:
-        if not distributed.lost_another(error):
+        if not distributed.is_peer_failure(error):
             raise
         what = "another process of this run was lost; the same command resumes from the last checkpoint"
         _fail(current, {"what": what, "where": None, "fix": None}, f"Error: {what}", FAILED)
@@ -202,8 +202,8 @@ def session(
 
 def _run(current: Session, project: Path | None, *, together: bool) -> Iterator[Session]:
     if together:
-        distributed.join()
-    elif distributed.count() > 1:
+        distributed.init()
+    elif distributed.world_size() > 1:
         raise UserError("this command runs in one process; `train` alone runs in several", where="WORLD_SIZE")
     try:
         yield current
@@ -212,7 +212,7 @@ def _run(current: Session, project: Path | None, *, together: bool) -> Iterator[
         raise
     current.tell_standing(project)
     if together:
-        distributed.leave()
+        distributed.shutdown()
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:

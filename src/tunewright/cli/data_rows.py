@@ -48,12 +48,12 @@ def data_show(
 
 def _show_tokens(run: Session, member: Member) -> None:
     from tunewright.chat.inspection import view
-    from tunewright.training.rows import row_faults, told_by
+    from tunewright.training.rows import expected_messages, row_faults
 
     chat = run.project.chat
     encoded = chat.rows(member.example.messages)
     rows = [view(chat, each) for each in encoded]
-    faults = row_faults(chat, encoded, told_by(member, len(encoded)))
+    faults = row_faults(chat, encoded, expected_messages(member, len(encoded)))
     document = {
         **row_document(member),
         "template_digest": chat.digest,

@@ -60,17 +60,17 @@ def estimate_memory(
     Computed from the base's config.json; no weights are downloaded or loaded. Your longest row is measured if the
     project has a dataset and the base's tokenizer is on this machine.
     """
-    from tunewright.models.memory.sizes import gigabytes
+    from tunewright.models.memory.plan import gigabytes
 
     result, answer = run.unopened.estimate_memory(
         gpu=gpu, base=base, rows=rows, length=length, shared=shared, answer=trained
     )
-    way = result.ways[0].way
+    setup = result.setups[0].setup
     run.show(
         {"answer": answer.as_dict(), **result.as_dict()},
         answer.text,
-        f"{result.base}: {result.shape.parameters:,} parameters; LoRA of rank {way.rank} on "
-        f"{', '.join(way.targets)}: {result.shape.adapter_parameters(way.targets, way.rank):,}\n"
+        f"{result.base}: {result.shape.parameters:,} parameters; LoRA of rank {setup.rank} on "
+        f"{', '.join(setup.targets)}: {result.shape.adapter_parameters(setup.targets, setup.rank):,}\n"
         f"Memory: {gigabytes(result.memory.bytes)} ({result.memory.source})",
         _parts_table(result),
         _fits_table(result),
@@ -80,12 +80,12 @@ def estimate_memory(
 
 
 def _heads(plan: Plan) -> list[str]:
-    return [f"{p.way.name}{', checkpointed' if p.way.checkpointing else ''}" for p in plan.ways]
+    return [f"{p.setup.name}{', checkpointed' if p.setup.checkpointing else ''}" for p in plan.setups]
 
 
 def _parts_table(plan: Plan) -> Table:
 
-    from tunewright.models.memory.sizes import gigabytes
+    from tunewright.models.memory.plan import gigabytes
 
     load = plan.asked
     sharing = f", the first {load.shared:,} shared" if load.shared else ""
@@ -97,10 +97,10 @@ def _parts_table(plan: Plan) -> Table:
     for head in _heads(plan):
         table.add_column(head, justify="right")
     for part, name in _PARTS.items():
-        table.add_row(name, *(gigabytes(getattr(p.asked, part)) for p in plan.ways))
+        table.add_row(name, *(gigabytes(getattr(p.asked, part)) for p in plan.setups))
     table.add_section()
-    table.add_row("together", *(gigabytes(p.asked.total) for p in plan.ways))
-    table.add_row("fits", *("yes" if p.asked.total <= plan.memory.bytes else "no" for p in plan.ways))
+    table.add_row("together", *(gigabytes(p.asked.total) for p in plan.setups))
+    table.add_row("fits", *("yes" if p.asked.total <= plan.memory.bytes else "no" for p in plan.setups))
     return table
 
 
@@ -110,9 +110,9 @@ def _fits_table(plan: Plan) -> Table:
 
     table = Table(title="Largest micro-batch, in rows, by the tokens of each row", title_justify="left")
     table.add_column("", no_wrap=True)
-    for length in plan.ways[0].largest:
+    for length in plan.setups[0].largest:
         table.add_column(f"{length:,}", justify="right", no_wrap=True)
-    for head, planned in zip(_heads(plan), plan.ways, strict=True):
+    for head, planned in zip(_heads(plan), plan.setups, strict=True):
         cells = (
             f"{rows:,}+" if rows == MOST_ROWS else f"{rows:,}" if rows else "-" for rows in planned.largest.values()
         )
@@ -122,7 +122,7 @@ def _fits_table(plan: Plan) -> Table:
 
 def _summary(plan: Plan) -> str:
     lines = []
-    for head, planned in zip(_heads(plan), plan.ways, strict=True):
+    for head, planned in zip(_heads(plan), plan.setups, strict=True):
         if not planned.longest:
             lines.append(f"{head}: does not fit, not even one row of one token.")
             continue

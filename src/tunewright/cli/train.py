@@ -155,8 +155,8 @@ def sweep_tables(result: SweepResult, written: dict[str, Any]) -> list[Renderabl
         what_to_do = "A larger --minutes resumes from here." if left_out else "Try lower rates with --rate."
         return [*parts, f"There is no winner: no trial finished. {what_to_do}"]
     parts.append(f"Winner: {result.winner.name}, fully trained: {result.adapter.folder}")
-    if result.at_the_edge:
-        parts.append(result.at_the_edge)
+    if result.edge_warning:
+        parts.append(result.edge_warning)
     if written:
         values = ", ".join(f"train.{key}: {_plain(value)}" for key, value in written.items())
         parts.append(f"Written to tunewright.yaml: {values}")
@@ -193,7 +193,7 @@ def sweep_document(result: SweepResult, written: dict[str, Any]) -> dict[str, An
         "trials": trials,
         "winner": None if result.winner is None else result.winner.name,
         "adapter": None if result.adapter is None else result.adapter.name,
-        "at_the_edge": result.at_the_edge,
+        "at_the_edge": result.edge_warning,
         "written": {key: list(value) if isinstance(value, tuple) else value for key, value in written.items()},
     }
 

@@ -136,13 +136,6 @@ class TrainConfig(Section):
             "so where it saves 5% of the tokens and lora_dropout is 0."
         ),
     ] = "auto"
-    torch_compile: Annotated[
-        Switch,
-        Field(
-            description="Compile the feed-forward blocks with torch.compile. `auto` does so where its first steps show "
-            "that the run is long enough to gain, and never on a GPU, where the gain has not been measured."
-        ),
-    ] = "auto"
     max_length: Annotated[
         int,
         Field(

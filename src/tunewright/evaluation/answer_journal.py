@@ -19,12 +19,15 @@ VLLM = "vllm-1"
 
 
 @dataclass(frozen=True)
-class Generation:
-    """One answer."""
+class Answer:
+    """A prompt's answer as text. The token ids are in the decoding loop's `Completion`, not in the journal."""
 
     text: str
     truncated: bool
-    """It ran into the token limit."""
+    """It reached the token limit."""
+    prompt: tuple[int, ...]
+    tokens: int
+    """Tokens of the answer, with its end token, which a truncated answer lacks."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +60,14 @@ class Decoding:
         return digest(asdict(self))
 
 
-def read_answers(journal: Path) -> Iterator[tuple[str, Generation]]:
-    """Yield the digest of each prompt, and its answer."""
+def read_answers(journal: Path) -> Iterator[tuple[str, tuple[str, bool]]]:
+    """Yield the digest of each prompt, and its answer: the text, and whether it was truncated."""
     if not journal.exists():
         return
     for line in journal.read_text(encoding="utf-8").split("\n"):
         try:
             row: Mapping[str, Any] = json.loads(line)
-            yield row["prompt"], Generation(row["text"], row["truncated"])
+            yield row["prompt"], (row["text"], row["truncated"])
         except json.JSONDecodeError:
             # The last line of a run that was killed while writing it: that answer is made again.
             continue

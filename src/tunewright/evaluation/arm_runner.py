@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tunewright.adapters.lineage import packages
 from tunewright.adapters.registry import Adapter
 from tunewright.chat import ChatFormat
 from tunewright.chat.answers import answer_lengths, answer_limit, stop_strings, warn_of_longer_references
@@ -18,6 +19,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.data.splits import Split
 from tunewright.data.versions import DatasetVersion, Member
+from tunewright.evaluation.answer_journal import Answer
 from tunewright.evaluation.arms import TUNED, ZERO_SHOT, ArmPlan
 from tunewright.evaluation.demonstrations import Demonstrations, with_demonstrations
 from tunewright.evaluation.generations import Generator, Prompt
@@ -28,22 +30,10 @@ from tunewright.evidence.statistics import RESAMPLES
 from tunewright.metrics import Scorer, Scores, metric_inputs, open_scorers, references_of, score_all
 from tunewright.models.bases import Base
 from tunewright.models.loading import context_length
-from tunewright.training.lineage import packages
 from tunewright.training.packing.plan import common_prefix
 
 if TYPE_CHECKING:
     from tunewright.evaluation.schedule import Schedule
-
-
-@dataclass(frozen=True)
-class Answered:
-    """One item's answer by one arm."""
-
-    text: str
-    truncated: bool
-    prompt: Prompt
-    tokens: int
-    """Of the answer, the end token included, which an answer that was cut has not."""
 
 
 class ArmRunner:
@@ -143,7 +133,7 @@ class ArmRunner:
 
     def answers(
         self, plan: ArmPlan, members: Sequence[Member], split: str, adapter: Adapter | None = None
-    ) -> list[Answered]:
+    ) -> list[Answer]:
         """The answers to these rows, in their order; a prompt that is too long shows fewer demonstrations, and said so.
 
         Args:
@@ -163,14 +153,9 @@ class ArmRunner:
                 f"context of {self.context:,} tokens with an answer of {self.limit}"
             )
         title = f"{plan.name} on {split}"
-        generations = self.generator.answer(
+        return self.generator.answer(
             title, prompts, self.limit, adapter if plan.adapted else None, constrained=plan.constrained
         )
-        counts = self.generator.chat.tokenizer([g.text for g in generations], add_special_tokens=False)["input_ids"]
-        return [
-            Answered(g.text, g.truncated, p, len(ids) + (not g.truncated))
-            for g, p, ids in zip(generations, prompts, counts, strict=True)
-        ]
 
     def prompts(self, plan: ArmPlan, members: Sequence[Member]) -> tuple[list[Prompt], int]:
         """Return the prompts of these rows, and how many of them show fewer demonstrations to fit the context.
@@ -236,7 +221,7 @@ def references_inputs(domain: Sequence[Member]) -> dict[str, Any]:
 def scored_arms(
     scorers: Sequence[Scorer],
     members: Sequence[Member],
-    answers: Mapping[str, Sequence[Answered]],
+    answers: Mapping[str, Sequence[Answer]],
     split: Sequence[Member] | None = None,
 ) -> ScoredArms:
     """Score every arm's answers to the members once by every metric; ``split`` has all rows that are references."""
@@ -252,7 +237,7 @@ def scored_arms(
 def measured_arm(
     name: str,
     plan: ArmPlan,
-    answers: Sequence[Answered],
+    answers: Sequence[Answer],
     scored: ScoredArms,
     seed: int,
     resamples: int = RESAMPLES,

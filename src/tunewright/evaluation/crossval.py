@@ -26,8 +26,8 @@ from tunewright.data.splits import SPLITS
 from tunewright.data.versions import DatasetVersion, Member
 from tunewright.data.versions.version import current_author
 from tunewright.evaluation.access_log import Ledger
+from tunewright.evaluation.answer_journal import Answer
 from tunewright.evaluation.arm_runner import (
-    Answered,
     ArmRunner,
     measured_arm,
     measured_with,
@@ -53,7 +53,7 @@ from tunewright.evidence.scoring import ScoredArms, count_references, measured_m
 from tunewright.evidence.test_set_access import TestSetAccess
 from tunewright.metrics import Scorer, metric_inputs, open_scorers, score_all
 from tunewright.models.bases import Base
-from tunewright.training.min_examples import forced_below
+from tunewright.training.rows import require_min_examples
 from tunewright.training.train import train, training_inputs
 
 BEST_PROMPTING = "best-prompting"
@@ -71,7 +71,7 @@ class _Done:
     trained: bool
     advice: Advice
     plans: list[ArmPlan]
-    answers: dict[str, list[Answered]]
+    answers: dict[str, list[Answer]]
     """Of the fold's test rows, by arm."""
     longer: int
     """Right answers of the fold's test rows that are longer than an answer may be."""
@@ -127,7 +127,7 @@ class CrossValidation:
         self.versions = fold_versions(version, folds, self.config.seed)
         fewest = min(len(v.domain_of("train")) for v in self.versions)
         place = f" in the smallest of {folds} folds"
-        self.forced = forced_below(fewest, force=force, reporter=reporter, place=place)
+        self.forced = require_min_examples(fewest, force=force, reporter=reporter, place=place)
         # Of all rows, so that no fold cuts what another would not, and an answer of the base serves every fold.
         self.limit = answer_limit(self.config, chat, version.domain)
         # The folds' adapters are all trained by this config.
@@ -283,7 +283,7 @@ class CrossValidation:
         self,
         done: Sequence[_Done],
         roles: Sequence[_Role],
-        answers: dict[str, list[Answered]],
+        answers: dict[str, list[Answer]],
         scored: ScoredArms,
     ) -> Evidence:
         members, settings = self.version.domain, self.config.evaluate
@@ -328,9 +328,9 @@ class CrossValidation:
         )
 
 
-def _in_order(members: Sequence[Member], done: Sequence[_Done], role: _Role) -> list[Answered]:
+def _in_order(members: Sequence[Member], done: Sequence[_Done], role: _Role) -> list[Answer]:
     """Return the folds' answers together, in the members' order."""
-    by_key: dict[str, Answered] = {}
+    by_key: dict[str, Answer] = {}
     for fold, plan in zip(done, role.plans, strict=True):
         by_key |= {m.key: a for m, a in zip(fold.version.examples("test"), fold.answers[plan.name], strict=True)}
     return [by_key[m.key] for m in members]

@@ -27,7 +27,7 @@ from tunewright.evaluation.losses import answer_losses
 from tunewright.evidence.base import Interval
 from tunewright.evidence.statistics import RESAMPLES, bootstrap_sums, percentiles
 from tunewright.models.loading import context_length
-from tunewright.training.replay import outsiders
+from tunewright.training.replay import sample_filter
 from tunewright.training.rows import trained_spans
 from tunewright.training.self_samples import Drawn, Sampler
 
@@ -95,7 +95,7 @@ class ForgettingMeter:
         """
         generator = self.generator
         limit = min(self.project.config.train.max_length, context_length(generator.base))
-        screen = outsiders(self.project, self.version, generator.chat, limit, generator.reporter)
+        screen = sample_filter(self.project, self.version, generator.chat, limit, generator.reporter)
         return self.sampler.draw(self.wanted, screen, finished=False)
 
     def measure(self, adapter: Adapter) -> Forgetting:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +23,7 @@ from tunewright.core.io import digest, writing
 from tunewright.core.progress import Reporter
 from tunewright.engines.choice import EMBEDDED, AnswerEngine, answer_engine
 from tunewright.engines.vllm.answers import VllmAnswers
-from tunewright.evaluation.answer_journal import ENGINE, VLLM, Decoding, Generation, appending, read_answers
+from tunewright.evaluation.answer_journal import ENGINE, VLLM, Answer, Decoding, appending, read_answers
 from tunewright.evaluation.countdown import Countdown
 from tunewright.evidence.engine_used import EngineUsed
 from tunewright.generation.constraints import Constraint, Grammar
@@ -150,7 +149,7 @@ class Generator:
         adapter: Adapter | None = None,
         *,
         constrained: bool = False,
-    ) -> list[Generation]:
+    ) -> list[Answer]:
         """Answers in the prompts' order, held to the grammar or free."""
         journal = self._journal(max_new_tokens, adapter, constrained=constrained)
         known = dict(read_answers(journal))
@@ -159,7 +158,7 @@ class Generator:
             with self.countdown.arm(title, len(missing)) as task:
                 requests = self.requests(missing, max_new_tokens, adapter, constrained=constrained)
                 known |= self._journalled(journal, requests, adapter, task.advance)
-        return [known[digest(p)] for p in prompts]
+        return self._as_answers(prompts, known)
 
     def kept(self, max_new_tokens: int, adapter: Adapter | None = None, *, constrained: bool = False) -> frozenset[str]:
         """Return the digests of the prompts whose answers the journal has."""
@@ -168,7 +167,7 @@ class Generator:
 
     def timed(
         self, prompts: Sequence[Prompt], max_new_tokens: int, adapter: Adapter | None = None
-    ) -> tuple[float, list[Generation]]:
+    ) -> tuple[float, list[Answer]]:
         """Answer distinct prompts and time it; answers that the journal does not have yet are kept.
 
         The engine is started and warmed up before the clock starts.
@@ -182,7 +181,18 @@ class Generator:
         known = self.kept(max_new_tokens, adapter)
         began = time.perf_counter()
         found = self._journalled(journal, requests, adapter, lambda: None, known)
-        return time.perf_counter() - began, [found[digest(p)] for p in prompts]
+        seconds = time.perf_counter() - began
+        return seconds, self._as_answers(prompts, found)
+
+    def _as_answers(self, prompts: Sequence[Prompt], known: Mapping[str, tuple[str, bool]]) -> list[Answer]:
+        """Return the prompts' answers, with their tokens counted from the text, which alone is in the journal."""
+        found = [known[digest(prompt)] for prompt in prompts]
+        texts = [text for text, _ in found]
+        counts = self.chat.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        return [
+            Answer(text, truncated, prompt, len(ids) + (not truncated))
+            for (text, truncated), prompt, ids in zip(found, prompts, counts, strict=True)
+        ]
 
     def _journal(self, max_new_tokens: int, adapter: Adapter | None, *, constrained: bool = False) -> Path:
         return self.folder / f"{self.decoding(max_new_tokens, adapter, constrained=constrained).key[:16]}.jsonl"
@@ -194,19 +204,24 @@ class Generator:
         adapter: Adapter | None,
         advance: Callable[[], None],
         known: frozenset[str] = frozenset(),
-    ) -> dict[str, Generation]:
+    ) -> dict[str, tuple[str, bool]]:
         """Answer requests, by the digests of their prompts; each is journalled as soon as it is finished.
 
         Those of ``known`` digests are not: the journal's first answer stays.
         """
-        found: dict[str, Generation] = {}
+        found: dict[str, tuple[str, bool]] = {}
         with writing(journal), appending(journal) as file:
 
             def keep(index: int, completion: Completion) -> None:
                 key = digest(requests[index].prompt_ids)
-                found[key] = Generation(answer_text(self.chat, completion), completion.finish == "length")
+                found[key] = answer_text(self.chat, completion), completion.finish == "length"
                 if key not in known:
-                    file.write(json.dumps({"prompt": key, **asdict(found[key])}, ensure_ascii=False) + "\n")
+                    file.write(
+                        json.dumps(
+                            {"prompt": key, "text": found[key][0], "truncated": found[key][1]}, ensure_ascii=False
+                        )
+                        + "\n"
+                    )
                     file.flush()
                 advance()
 
@@ -416,4 +431,4 @@ def grammar_of(project: ProjectFolder) -> Grammar | None:
         UserError: the config names a schema that cannot be read.
     """
     constrain = project.config.evaluate.structured_outputs
-    return Grammar.of(constrain, project.root) if constrain else None
+    return Grammar.from_config(constrain, project.root) if constrain else None

@@ -30,8 +30,8 @@ from tunewright.evidence.learning_curve import CURVE_FILE, Curve, Point
 from tunewright.evidence.slopes import Slope, corpus_slope, share_slope
 from tunewright.metrics import Scores, metric_inputs, score_all, scorer_of
 from tunewright.models.bases import Base
-from tunewright.training.min_examples import forced_below
-from tunewright.training.train import TrainResult, train, trained_before, training_inputs
+from tunewright.training.rows import require_min_examples
+from tunewright.training.train import TrainResult, find_trained, train, training_inputs
 
 SHARES = (0.25, 0.5, 1.0)
 
@@ -86,7 +86,7 @@ class LearningCurve:
             for share, part in zip(SHARES, subset_versions(version, SHARES, seed), strict=True)
         }
         fewest = min(len(part.domain_of("train")) for part in self.parts.values())
-        self.forced = forced_below(
+        self.forced = require_min_examples(
             fewest, force=force, reporter=reporter, place=f" in a {SHARES[0]:.0%} part of them, as a curve needs"
         )
         # Of all training rows, so that no part's answers are cut where another's are not.
@@ -151,7 +151,7 @@ class LearningCurve:
         project = self._config(seed)
         # All of the rows with the config's own seed may be the project's own adapter.
         inputs = digest(training_inputs(project, part, self.base, self.chat))
-        own = trained_before(self.project.adapters, project.config.name, inputs)
+        own = find_trained(self.project.adapters, project.config.name, inputs)
         if own is not None:
             return TrainResult(own, trained=False)
         facts: dict[str, Any] = {"curve": {"of": self.version.digest, "share": share, "seed": seed}}

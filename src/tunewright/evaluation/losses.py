@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from tunewright.adapters.fit import require_fit, trained_quantize
+from tunewright.adapters.compatibility import require_compatible, trained_quantize
 from tunewright.adapters.registry import Adapter, find_adapter, list_adapters
 from tunewright.chat import ChatFormat, Tokens
 from tunewright.config.project import ProjectFolder
@@ -79,7 +79,7 @@ def judging(
         adapter = _newest_fit(project, base, chat, reporter) if name is None else find_adapter(project.adapters, name)
         if adapter is None:
             return None
-        require_fit(adapter, base, chat)
+        require_compatible(adapter, base, chat)
         _warn_of_seen(adapter, project.dataset, version, reporter)
         told, judges = adapter.name, [(adapter, version.domain)]
     reporter.say(f"The answers are judged by their loss under {told}.")
@@ -137,7 +137,7 @@ def _without_input(member: Member) -> Member:
 def _newest_fit(project: ProjectFolder, base: Base, chat: ChatFormat, reporter: Reporter) -> Adapter | None:
     for adapter in reversed(list_adapters(project.adapters)):
         try:
-            require_fit(adapter, base, chat)
+            require_compatible(adapter, base, chat)
         except UserError as error:
             reporter.say(f"{adapter.name} does not judge the answers: {error.what}")
             continue

@@ -12,7 +12,8 @@ from tunewright.config import EvaluateConfig
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, write_json
 from tunewright.data.versions import Member
-from tunewright.evaluation.arm_runner import Answered, ArmRunner, measured_arm, scored_arms
+from tunewright.evaluation.answer_journal import Answer
+from tunewright.evaluation.arm_runner import ArmRunner, measured_arm, scored_arms
 from tunewright.evaluation.arms import ZERO_SHOT, ArmPlan, other_instructions, plan_of, prompting_arms
 from tunewright.evaluation.reachable import warn_of_unreachable
 from tunewright.evidence.schema import Advice, Arm, LeftOut, Narrowing, SeedSpread
@@ -160,9 +161,9 @@ class _Choice:
             budget=self._budget,
         )
 
-    def _entrants(self, first: Sequence[Member]) -> dict[ArmPlan, list[Answered]]:
+    def _entrants(self, first: Sequence[Member]) -> dict[ArmPlan, list[Answer]]:
         """All arms' answers to the first items; the best arm with demonstrations also with the other instructions."""
-        answered: dict[ArmPlan, list[Answered]] = {}
+        answered: dict[ArmPlan, list[Answer]] = {}
         for plan in prompting_arms(self._settings):
             if plan.name in self._left_out:
                 continue
@@ -176,7 +177,7 @@ class _Choice:
                     answered[plan] = given
         return answered
 
-    def _answers(self, plan: ArmPlan, members: Sequence[Member]) -> list[Answered] | None:
+    def _answers(self, plan: ArmPlan, members: Sequence[Member]) -> list[Answer] | None:
         why = self._arm_runner.misfit(plan, members)
         if why is not None:
             self._left_out[plan.name] = why
@@ -185,7 +186,7 @@ class _Choice:
         return self._arm_runner.answers(plan, members, "dev")
 
     def _scored(
-        self, members: Sequence[Member], answered: Mapping[ArmPlan, Sequence[Answered]]
+        self, members: Sequence[Member], answered: Mapping[ArmPlan, Sequence[Answer]]
     ) -> tuple[ScoredArms, dict[ArmPlan, Arm]]:
         """Return all arms' scores on the same items, and what each arm comes to."""
         given_by = {plan.name: given for plan, given in answered.items()}

@@ -16,7 +16,8 @@ from tunewright.data.dedup.output_leakage import new_templates
 from tunewright.data.versions import Member
 from tunewright.data.versions.version import current_author
 from tunewright.evaluation.access_log import LEDGER, Ledger
-from tunewright.evaluation.arm_runner import Answered, ArmRunner, measured_arm, measured_with, scored_arms
+from tunewright.evaluation.answer_journal import Answer
+from tunewright.evaluation.arm_runner import ArmRunner, measured_arm, measured_with, scored_arms
 from tunewright.evaluation.arms import TUNED, TUNED_CONSTRAINED, ZERO_SHOT, ArmPlan, plan_of, tuned_retrieved
 from tunewright.evaluation.distance import Distances, scores_by_distance, scores_by_template
 from tunewright.evaluation.repeats import noise_floor
@@ -272,7 +273,7 @@ def _evidence(
     adapter: Adapter,
     advice: Advice,
     settled: _Settled,
-    answers: Mapping[str, Sequence[Answered]],
+    answers: Mapping[str, Sequence[Answer]],
     scored: ScoredArms,
     split: Literal["test", "dev"],
 ) -> Evidence:
@@ -325,7 +326,7 @@ def save_evaluation(
     folder: Path,
     evidence: Evidence,
     members: Sequence[Member],
-    answers: Mapping[str, Sequence[Answered]],
+    answers: Mapping[str, Sequence[Answer]],
     scored: ScoredArms,
     distances: Distances,
     fold_of: Mapping[str, int] | None = None,

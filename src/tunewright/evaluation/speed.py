@@ -150,8 +150,7 @@ def _timed(generator: Generator, prompts: Sequence[Prompt], limit: int, adapter:
         chosen.pop()
     chosen.sort()
     seconds, answers = generator.timed(chosen, limit, adapter)
-    counts = generator.chat.tokenizer([a.text for a in answers], add_special_tokens=False)["input_ids"]
-    written = sum(len(ids) + (not a.truncated) for ids, a in zip(counts, answers, strict=True))
+    written = sum(answer.tokens for answer in answers)
     shared = common_prefix(chosen[0], chosen[-1]) if len(chosen) > 1 else 0
     read = sum(map(len, chosen)) - shared * (len(chosen) - 1)
     return Timed(rows=len(chosen), read=read, written=written, seconds=seconds)

@@ -1,1 +1,1 @@
-"""Taking an adapter elsewhere: merged models, GGUF, Ollama, each held to the trained model before it is kept."""
+"""Exporting adapters to other engines: merged models, GGUF and Ollama, each compared with the trained model first."""

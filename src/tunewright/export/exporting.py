@@ -1,4 +1,4 @@
-"""From a trained adapter to an artefact held to it: written aside, measured, and only then put in its place."""
+"""Export of a trained adapter: the artifact is built in a temporary folder, measured, and kept only if it passes."""
 
 from __future__ import annotations
 
@@ -8,56 +8,56 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunewright.adapters.fit import trained_quantize
+from tunewright.adapters.compatibility import trained_quantize
+from tunewright.adapters.lineage import packages
 from tunewright.adapters.registry import Adapter
 from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, file_digest, new_folder, write_json
 from tunewright.export.parity import LIMITS, Figures, Precision, shortcomings
-from tunewright.export.record import RECORD, Export, Kind, WayMeasured, read_record
-from tunewright.training.lineage import packages
+from tunewright.export.record import RECORD, Export, Kind, MergeMeasurement, read_record
 
 
 @dataclass(frozen=True)
-class Built:
-    """What was put into a folder, and what was measured of it there."""
+class BuiltArtifact:
+    """The files in a folder and their measurements."""
 
     figures: Figures | None
-    """None where the engine did not take the file."""
+    """None if the engine rejected the file."""
     precision: Precision
     way: str
-    ways: tuple[WayMeasured, ...] = ()
+    ways: tuple[MergeMeasurement, ...] = ()
     notes: tuple[str, ...] = ()
     failure: str | None = None
-    """Why there are no figures."""
+    """The reason for missing figures."""
 
     @property
     def shortcomings(self) -> tuple[str, ...]:
-        """Why it is not good; empty where it is."""
+        """Return why the artifact fails; empty if it passes."""
         if self.figures is None:
-            return (self.failure or "it was not measured",)
+            return (self.failure or "The artifact was not measured",)
         return tuple(shortcomings(self.figures, LIMITS[self.precision]))
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """An artefact, or what is left of one that was not good: its figures."""
+    """An artifact, or the record of one that failed."""
 
     folder: Path | None
-    """None of one that was not good, which is gone."""
+    """None if the artifact failed and was removed."""
     record: Export
     numbers: Path
-    """Where the record lies."""
+    """The file of the record."""
     made: bool
-    """False where it was there already."""
+    """False if the artifact existed already."""
 
     @property
     def good(self) -> bool:
-        """True if it is as the trained model is."""
+        """Return whether the artifact matches the trained model."""
         return not self.record.shortcomings
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the result as ``--json`` prints it."""
+        """Return the result for ``--json``."""
         return {
             "folder": str(self.folder) if self.folder else None,
             "good": self.good,
@@ -67,48 +67,47 @@ class ExportResult:
         }
 
 
-class _NotGoodError(Exception):
-    """Takes a folder that is not good away with it."""
+class _ParityError(Exception):
+    """Raised to remove the folder of an artifact that failed."""
 
     def __init__(self, record: Export) -> None:
-        super().__init__("not good")
+        super().__init__("the artifact differs from the trained model")
         self.record = record
 
 
-def found_export(target: Path, made_of: Mapping[str, Any]) -> ExportResult | None:
-    """Return what lies at ``target`` already, if it was made of the same; None where nothing is there.
+def find_export(target: Path, made_of: Mapping[str, Any]) -> ExportResult | None:
+    """Return the artifact at ``target`` if it was made from the same inputs; None if nothing is there.
 
     Raises:
-        UserError: something else lies there, or a file of it has changed.
+        UserError: something else is there, or one of its files has changed.
     """
     if not target.exists():
         return None
-    elsewhere = "Remove it, or name another folder with --to."
+    elsewhere = "Remove it, or use another folder with --to."
     if not (target / RECORD).exists():
-        raise UserError("this folder is there already, and nothing that was exported", where=str(target), fix=elsewhere)
+        raise UserError("The folder exists and is not an export", where=str(target), fix=elsewhere)
     record = read_record(target)
     if record.inputs_digest != digest(made_of):
         other = sorted(key for key in made_of if record.made_of.get(key) != made_of[key])
         raise UserError(
-            f"what lies here was exported from something else: {', '.join(other)} differ"
-            + ("s" if len(other) == 1 else ""),
+            f"The folder has an export of other inputs: {', '.join(other)} differ" + ("s" if len(other) == 1 else ""),
             where=str(target),
             fix=elsewhere,
         )
     changed = [name for name, sha256 in record.files.items() if _changed(target / name, sha256)]
     if changed:
-        raise UserError(f"no longer what was exported: {', '.join(changed)}", where=str(target), fix=elsewhere)
+        raise UserError(f"Exported files have changed: {', '.join(changed)}", where=str(target), fix=elsewhere)
     return ExportResult(target, record, target / RECORD, made=False)
 
 
 def export(
-    target: Path, kind: Kind, adapter: Adapter, made_of: Mapping[str, Any], build: Callable[[Path], Built]
+    target: Path, kind: Kind, adapter: Adapter, made_of: Mapping[str, Any], build: Callable[[Path], BuiltArtifact]
 ) -> ExportResult:
-    """Have ``build`` fill a folder and measure it there; it becomes ``target`` if it is good.
+    """Have ``build`` fill a temporary folder and measure it; if it passes, it becomes ``target``.
 
-    One that is not is removed, and its record stays as ``TARGET.failed.json``.
+    A folder that fails is removed, and its record stays as ``TARGET.failed.json``.
     """
-    for cut_off in target.parent.glob(f".{target.name}.*"):  # a process that made this very folder was killed
+    for cut_off in target.parent.glob(f".{target.name}.*"):  # left by a killed export to the same folder
         shutil.rmtree(cut_off, ignore_errors=True)
     failed = target.with_name(f"{target.name}.failed.json")
     try:
@@ -116,15 +115,15 @@ def export(
             record = _record(kind, adapter, made_of, build(temporary), temporary)
             write_json(temporary / RECORD, record.model_dump(mode="json"))
             if record.shortcomings:
-                raise _NotGoodError(record)
-    except _NotGoodError as error:
+                raise _ParityError(record)
+    except _ParityError as error:
         write_json(failed, error.record.model_dump(mode="json"))
         return ExportResult(None, error.record, failed, made=True)
     failed.unlink(missing_ok=True)
     return ExportResult(target, record, target / RECORD, made=True)
 
 
-def _record(kind: Kind, adapter: Adapter, made_of: Mapping[str, Any], built: Built, folder: Path) -> Export:
+def _record(kind: Kind, adapter: Adapter, made_of: Mapping[str, Any], built: BuiltArtifact, folder: Path) -> Export:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return Export(
         kind=kind,

@@ -1,7 +1,7 @@
-"""A chat format as a Go template, which is what Ollama renders conversations with.
+"""A chat format as a Go template, with which Ollama renders conversations.
 
-Nothing of the Jinja template is translated. The format is learnt from what it writes around marks, and the Go template
-is made of those texts; then both are held against each other on conversations that are not marks.
+The Jinja template is not translated. The format is learnt from what it writes around markers, and the Go template is
+built from those texts. Then both are compared on random conversations.
 
     system in front      [before] system [between] user [answer] assistant [next] user [ask]
     system at the end    [start] user [answer] assistant [next] system [between] user [ask]
@@ -21,9 +21,9 @@ from tunewright.core.errors import UserError
 from tunewright.data.examples import Message
 
 CONVERSATIONS = 200
-"""Random conversations on which a Go template is held against the chat template."""
+"""Random conversations on which a Go template is compared with the chat template."""
 
-_SYSTEM, _FIRST = "\ue000", 0xE001  # private use: no template writes them, and none takes them for white space
+_SYSTEM, _FIRST = "\ue000", 0xE001  # private-use characters: no template writes them or strips them as white space
 _LONGEST = 3
 _WORDS = (
     "court",
@@ -47,11 +47,11 @@ class GoTemplate:
     """The texts that a chat format writes around messages."""
 
     system_place: Literal["front", "end", "none"]
-    """Whether the system text goes before the first user turn, into the last one, or is refused."""
+    """The system text's place: before the first user turn, in the last user turn, or nowhere."""
     start: str
-    """Before the first user's text, where there is no system text."""
+    """Before the first user's text, if there is no system text."""
     before: str
-    """Before the system text, where it goes in front."""
+    """Before the system text, if it is in front."""
     between: str
     """Between the system text and the user's."""
     answer: str
@@ -59,10 +59,10 @@ class GoTemplate:
     next: str
     """From an assistant's text to the next user's."""
     ask: str
-    """From the last user's text to where the answer begins."""
+    """From the last user's text to the start of the answer."""
 
     def render(self, messages: Sequence[Message]) -> str:
-        """Return what the Go template writes for a conversation that the user speaks last in."""
+        """Return what the Go template writes for a conversation that ends with the user."""
         system = next((m.content for m in messages if m.role == "system"), "")
         turns = [m for m in messages if m.role != "system"]
         front = bool(system) and self.system_place == "front"
@@ -79,7 +79,7 @@ class GoTemplate:
 
     @property
     def source(self) -> str:
-        """The template in Go's language, over Ollama's ``.System`` and ``.Messages``."""
+        """Return the template in Go's language, over Ollama's ``.System`` and ``.Messages``."""
         user = "{{ if $later }}" + _literal(self.next) + "{{ end }}{{ $later = true }}"
         if self.system_place == "end":
             last = "and $.System (eq (len (slice $.Messages $i)) 1)"
@@ -101,10 +101,10 @@ class GoTemplate:
 
 
 def go_template(chat: ChatFormat) -> GoTemplate:
-    """Return the chat format as a Go template, without the beginning-of-text token that an engine writes itself.
+    """Return the chat format as a Go template, without the beginning-of-text token, which engines add themselves.
 
     Raises:
-        UserError: the format writes something that depends on more than the roles and the order of messages.
+        UserError: the format depends on more than the roles and the order of messages.
     """
     template = chat.template
     system = _accepts_system(template)
@@ -127,7 +127,7 @@ def go_template(chat: ChatFormat) -> GoTemplate:
 
 
 def check_go_template(found: GoTemplate, chat: ChatFormat) -> None:
-    """Hold a Go template against the chat format on random conversations of its own shapes.
+    """Compare a Go template with the chat format on random conversations.
 
     Raises:
         UserError: they differ.
@@ -140,9 +140,9 @@ def check_go_template(found: GoTemplate, chat: ChatFormat) -> None:
 
 
 def conversations(*, system: bool, count: int = CONVERSATIONS, seed: int = 0) -> list[list[Message]]:
-    """Random conversations in which user and assistant take turns, with a system text or not.
+    """Return random conversations in which user and assistant alternate, with or without a system text.
 
-    Texts neither begin nor end with white space: chat templates strip it, which Go templates cannot.
+    Texts have no white space at their ends: chat templates strip it, which Go templates cannot.
     """
     generator = random.Random(seed)
 
@@ -156,8 +156,8 @@ def conversations(*, system: bool, count: int = CONVERSATIONS, seed: int = 0) ->
     return drawn
 
 
-def strips(chat: ChatFormat) -> bool:
-    """Return whether the chat format takes white space off a message's ends, which a Go template cannot."""
+def strips_whitespace(chat: ChatFormat) -> bool:
+    """Return whether the chat format strips white space from a message's ends, which a Go template cannot."""
     padded, bare = (chat.template.render([Message("user", text)], generation_prompt=True) for text in (" x ", "x"))
     return padded == bare
 
@@ -175,7 +175,7 @@ def _accepts_system(template: Template) -> bool:
 
 
 def _cut(template: Template, users: int, *, system: bool) -> list[str]:
-    """Return what is written before, between and after the turns of a conversation of so many users' turns."""
+    """Return what is written before, between and after the turns of a conversation with ``users`` user turns."""
     marks = [chr(_FIRST + place) for place in range(2 * users - 1)]
     turns = [Message("user" if place % 2 == 0 else "assistant", mark) for place, mark in enumerate(marks)]
     messages = [Message("system", _SYSTEM), *turns] if system else turns
@@ -201,7 +201,7 @@ def _without_bos(found: GoTemplate, chat: ChatFormat) -> GoTemplate:
 
 
 def _literal(text: str) -> str:
-    """A text as it stands in a template inside a Modelfile, or as a Go string where it would not survive that."""
+    """Return a text for a template inside a Modelfile, as a Go string if it would not survive there."""
     plain = all(character.isprintable() or character in "\n\t" for character in text)
     if plain and "{{" not in text and '"""' not in text and not text.endswith(("{", '"')):
         return text
@@ -219,8 +219,8 @@ def _escaped(character: str) -> str:
 
 def _too_complex(template: Template) -> UserError:
     return UserError(
-        "its chat template cannot be told as a Go template: what it writes depends on more than the roles and the "
-        "order of messages",
+        "The chat template cannot be written as a Go template: it depends on more than the roles and the order of "
+        "messages",
         where=template.name,
-        fix="`tunewright export gguf --merged` has the chat template itself in it; llama.cpp renders that.",
+        fix="Use `tunewright export gguf --merged`, whose file has the chat template itself for llama.cpp.",
     )

@@ -1,4 +1,4 @@
-"""GGUF files run by llama.cpp itself, which is what they are for: its answers, its distributions, its rendering."""
+"""GGUF files run by llama.cpp: its answers, distributions and rendering."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ import torch
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.data.examples import Message
-from tunewright.export.observing import Listed
-from tunewright.export.templates import asked_as
-from tunewright.export.trained import Seen, Trained
+from tunewright.export.observing import TopTokens
+from tunewright.export.templates import equivalent_conversations
+from tunewright.export.trained import ArtifactOutputs, TrainedModel
 from tunewright.generation.text_stream import TextStream
 
-LISTED = 1000
-"""Likeliest tokens that llama.cpp is asked for at each place; all of a vocabulary would be 5 MB of JSON each time."""
+TOP_TOKENS = 1000
+"""Likeliest tokens requested from llama.cpp at each place; a whole vocabulary would be 5 MB of JSON each time."""
 
 _ROOM = 64
 """Tokens of context beyond the longest prompt and answer."""
@@ -34,18 +34,18 @@ _LOG_LINES = 3
 
 
 class EngineFailedError(Exception):
-    """llama.cpp did not take the file, or ended."""
+    """llama.cpp rejected the file, or exited."""
 
 
 def require_llamacpp() -> None:
-    """Check that llama.cpp is at hand, before anything is written.
+    """Check that llama.cpp is installed, before anything is written.
 
     Raises:
-        UserError: it is not installed.
+        UserError: it is not.
     """
     if find_spec("xllamacpp") is None:
         raise UserError(
-            "a GGUF file is checked by running it, and llama.cpp is not installed",
+            "llama.cpp is not installed; GGUF files are checked by running them",
             where="xllamacpp",
             fix="pip install 'tunewright[gguf]'",
         )
@@ -58,7 +58,7 @@ class LlamaCpp:
     client: httpx.Client
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Return what it makes of a conversation with the file's own chat template and tokenizer."""
+        """Return a conversation's ids by the file's own chat template and tokenizer."""
         turns = [{"role": m.role, "content": m.content} for m in messages]
         text = self._ask("/apply-template", {"messages": turns})["prompt"]
         body = {"content": text, "add_special": True, "parse_special": True}
@@ -70,32 +70,32 @@ class LlamaCpp:
         body = {"prompt": list(prompt), "n_predict": limit, "temperature": 0, "return_tokens": True}
         return tuple(self._ask("/completion", {**body, "cache_prompt": False})["tokens"])
 
-    def next_token(self, ids: Sequence[int]) -> Listed:
+    def next_token(self, ids: Sequence[int]) -> TopTokens:
         """Return the likeliest next tokens after these, by the softmax over all of its logits."""
-        body = {"prompt": list(ids), "n_predict": 1, "temperature": 0, "n_probs": LISTED, "cache_prompt": True}
+        body = {"prompt": list(ids), "n_predict": 1, "temperature": 0, "n_probs": TOP_TOKENS, "cache_prompt": True}
         found = self._ask("/completion", body)["completion_probabilities"][0]["top_logprobs"]
-        # Of a logit of minus infinity there is no JSON number.
+        # JSON has no number for a logit of minus infinity.
         kept = [(token["id"], token["logprob"]) for token in found if token["logprob"] is not None]
         ids_, log_probs = zip(*kept, strict=True)
-        return Listed(torch.tensor(ids_), torch.tensor(log_probs, dtype=torch.float64))
+        return TopTokens(torch.tensor(ids_), torch.tensor(log_probs, dtype=torch.float64))
 
     def _ask(self, route: str, body: dict[str, Any]) -> dict[str, Any]:
         try:
             reply = self.client.post(route, json=body)
         except httpx.TransportError as error:
-            raise EngineFailedError(f"llama.cpp ended: {error}") from error
+            raise EngineFailedError(f"llama.cpp exited: {error}") from error
         if reply.is_error:
-            raise EngineFailedError(f"llama.cpp refused: {reply.text[:500]}")
+            raise EngineFailedError(f"llama.cpp rejected the request: {reply.text[:500]}")
         document: dict[str, Any] = reply.json()
         return document
 
 
 @contextmanager
 def running(model: Path, context: int, lora: Path | None = None) -> Iterator[LlamaCpp]:
-    """llama.cpp with this file loaded, in a process of its own.
+    """Run llama.cpp with this file loaded, in a child process.
 
     Raises:
-        EngineFailedError: it does not take the file.
+        EngineFailedError: it rejects the file.
     """
     key = secrets.token_hex(16)
     arguments = [str(model), str(context), str(torch.get_num_threads()), key, *([str(lora)] if lora else [])]
@@ -113,7 +113,7 @@ def running(model: Path, context: int, lora: Path | None = None) -> Iterator[Lla
             if not address:
                 child.wait()
                 log.seek(0)
-                raise EngineFailedError(f"llama.cpp does not take the file: {_told(log.read())}")
+                raise EngineFailedError(f"llama.cpp rejected the file: {_error_of(log.read())}")
             headers = {"Authorization": f"Bearer {key}"}
             with httpx.Client(base_url=address, headers=headers, timeout=_ANSWER_S, trust_env=False) as client:
                 yield LlamaCpp(client)
@@ -122,21 +122,21 @@ def running(model: Path, context: int, lora: Path | None = None) -> Iterator[Lla
             child.communicate()
 
 
-def see_gguf(model: Path, trained: Trained, reporter: Reporter, lora: Path | None = None) -> Seen:
-    """Return what a GGUF file gives, with a LoRA file on it or not.
+def observe_gguf(model: Path, trained: TrainedModel, reporter: Reporter, lora: Path | None = None) -> ArtifactOutputs:
+    """Return the outputs of a GGUF file, optionally with a LoRA file on it.
 
     Raises:
-        EngineFailedError: llama.cpp does not take it.
+        EngineFailedError: llama.cpp rejects it.
     """
     probe, chat = trained.probe, trained.chat
-    # The base's own file, under an adapter's, knows no system prompt of that adapter.
+    # With a LoRA file, the model file is the base's own and lacks the adapter's system prompt.
     default = trained.system_prompt if lora is None else None
     with running(model, probe.context + _ROOM, lora) as engine:
         rendered = 0
         answers = []
         with reporter.task(f"{(lora or model).name} in llama.cpp", len(probe.prompts), "prompts") as task:
             for member, prompt in zip(probe.members, probe.prompts, strict=True):
-                conversations = asked_as(member.example.prompt, default)
+                conversations = equivalent_conversations(member.example.prompt, default)
                 rendered += all(engine.prompt_ids(asked) == list(prompt) for asked in conversations)
                 answers.append(_cut(engine.answer(prompt, probe.limit), trained))
                 task.advance()
@@ -146,7 +146,7 @@ def see_gguf(model: Path, trained: Trained, reporter: Reporter, lora: Path | Non
                 for place in before:
                     listed.append(engine.next_token(ids[:place]))
                     task.advance()
-    return Seen(
+    return ArtifactOutputs(
         answers=[ids for ids, _ in answers],
         texts=[text if text is not None else chat.text(ids) for ids, text in answers],
         distributions=listed,
@@ -155,15 +155,15 @@ def see_gguf(model: Path, trained: Trained, reporter: Reporter, lora: Path | Non
     )
 
 
-def _told(log: bytes) -> str:
-    """Return what llama.cpp's log says of an error."""
+def _error_of(log: bytes) -> str:
+    """Return the error in llama.cpp's log."""
     lines = log.decode("utf-8", "replace").strip().splitlines()
     errors = [line.split(" E ", 1)[1].strip() for line in lines if " E " in line]
     return errors[0] if errors else " ".join(lines[-_LOG_LINES:])
 
 
-def _cut(ids: tuple[int, ...], trained: Trained) -> tuple[tuple[int, ...], str | None]:
-    """An answer without its end token, and ended by a stop string where there is one: then with the text before it."""
+def _cut(ids: tuple[int, ...], trained: TrainedModel) -> tuple[tuple[int, ...], str | None]:
+    """Return an answer without its end token, cut at a stop string, with the text before that."""
     ends = [place for place, token in enumerate(ids) if token in trained.chat.stop_ids]
     ids = ids[: ends[0]] if ends else ids
     if not trained.probe.stop:

@@ -1,7 +1,7 @@
-"""A process of its own for llama.cpp: a file that it cannot take may end the process (``GGML_ASSERT``).
+"""A child process for llama.cpp, because an invalid file may end the process (``GGML_ASSERT``).
 
-Usage: python -m tunewright.export.llamacpp_child MODEL CONTEXT THREADS KEY [LORA]. It prints its address, and ends
-when its standard input does.
+Usage: python -m tunewright.export.llamacpp_child MODEL CONTEXT THREADS KEY [LORA]. It prints its address, and exits
+when its standard input ends.
 """
 
 from __future__ import annotations

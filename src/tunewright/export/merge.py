@@ -1,4 +1,4 @@
-"""A base and an adapter as one model, in the layout that transformers and vLLM load."""
+"""A base and an adapter merged into one model, in the layout that transformers and vLLM load."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 
 from torch import Tensor
 
-from tunewright.adapters.fit import trained_quantize
+from tunewright.adapters.compatibility import trained_quantize
 from tunewright.chat import ChatFormat
 from tunewright.core.io import write_json
 from tunewright.core.progress import Reporter
 from tunewright.export.observing import answer, distance, distributions
-from tunewright.export.record import WayMeasured
+from tunewright.export.record import MergeMeasurement
 from tunewright.export.templates import exported_template, rendered_alike
-from tunewright.export.trained import Seen, Trained
-from tunewright.export.weights import Way, Weights, put_into, read_changes, trained_dtype
+from tunewright.export.trained import ArtifactOutputs, TrainedModel
+from tunewright.export.weights import MergeMethod, Weights, put_into, read_deltas, trained_dtype
 from tunewright.generation.decoding import Completion
 from tunewright.models.bases import INDEX, Base
 from tunewright.models.loading import device, load_model
@@ -27,20 +27,22 @@ from tunewright.models.quiet import quiet_transformers
 
 _GENERATION = "generation_config.json"
 _PROCESSOR = ("preprocessor_config.json", "processor_config.json")
-"""Of a base that reads images: without them neither transformers nor vLLM loads the whole model."""
+"""Files of a base that reads images: without them neither transformers nor vLLM loads the full model."""
 
 
-def choose_way(trained: Trained, reporter: Reporter) -> tuple[Weights, Way, tuple[WayMeasured, ...]]:
-    """Return the merged weights, by the way that comes closest to the trained model where there are two.
+def choose_merge_method(
+    trained: TrainedModel, reporter: Reporter
+) -> tuple[Weights, MergeMethod, tuple[MergeMeasurement, ...]]:
+    """Return the merged weights by the method closest to the trained model, if there are two.
 
     Returns:
-        The weights, the way, and the ways that were measured.
+        The weights, the method, and the measured methods.
     """
-    changes = read_changes(trained.adapter.folder)
+    changes = read_deltas(trained.adapter.folder)
     dtype = trained_dtype(trained.adapter)
     if trained_quantize([trained.adapter]) == "none":
         return Weights(trained.base, dtype, changes), "original", ()
-    ways: dict[Way, Weights] = {
+    ways: dict[MergeMethod, Weights] = {
         "original": Weights(trained.base, dtype, changes),
         "dequantized": Weights(trained.base, dtype, changes, dequantized=True),
     }
@@ -48,19 +50,19 @@ def choose_way(trained: Trained, reporter: Reporter) -> tuple[Weights, Way, tupl
     with reporter.task("ways to merge", len(ways), "ways") as task:
         for way, weights in ways.items():
             seen = _distributions(trained, weights)
-            measured.append(WayMeasured(way=way, kl=float(distance(trained.log_probs, seen).kl.mean())))
+            measured.append(MergeMeasurement(way=way, kl=float(distance(trained.log_probs, seen).kl.mean())))
             task.advance(note=way)
     best = min(measured, key=lambda found: found.kl)
     other = next(found for found in measured if found is not best)
     reporter.say(
-        f"Merged on the {best.way} base, which is closer to the trained model: KL {best.kl:.2g} nats, and "
-        f"{other.kl:.2g} on the {other.way} one."
+        f"Merged into the {best.way} base, which is closer to the trained model: KL {best.kl:.2g} nats, against "
+        f"{other.kl:.2g} for the {other.way} one."
     )
     return ways[best.way], best.way, tuple(measured)
 
 
-def _distributions(trained: Trained, weights: Weights) -> Tensor:
-    """Return what a model with these weights predicts; it is freed when this returns, before another is loaded."""
+def _distributions(trained: TrainedModel, weights: Weights) -> Tensor:
+    """Return the predictions of a model with these weights; the model is freed before another is loaded."""
     model = load_model(trained.base, trained.arithmetic, "none")
     put_into(model, weights, weights.stored)
     return distributions(model, trained.contexts)
@@ -69,9 +71,9 @@ def _distributions(trained: Trained, weights: Weights) -> Tensor:
 def write_merged(
     folder: Path, weights: Weights, base: Base, chat: ChatFormat, system_prompt: str | None, reporter: Reporter
 ) -> None:
-    """Write a model into ``folder``: weights in the base's own files and types, configuration, tokenizer, template.
+    """Write a model into ``folder``: weights in the base's own files and dtypes, configuration, tokenizer, template.
 
-    The template puts ``system_prompt`` before conversations without a system message.
+    The template adds ``system_prompt`` to conversations without a system message.
     """
     from safetensors.torch import save_file
 
@@ -82,7 +84,7 @@ def write_merged(
                 tensors[name] = weights.stored(name).contiguous()
                 task.advance()
             save_file(tensors, folder / file, metadata={"format": "pt"})
-            (folder / file).chmod(0o644)  # safetensors writes for the owner alone
+            (folder / file).chmod(0o644)  # safetensors makes files readable by the owner alone
     for name in ("config.json", INDEX, *_PROCESSOR):
         if (base.folder / name).exists():
             shutil.copyfile(base.folder / name, folder / name)
@@ -107,13 +109,13 @@ def save_tokenizer(folder: Path, chat: ChatFormat, system_prompt: str | None) ->
         tokenizer.save_pretrained(folder)
 
 
-def see_merged(folder: Path, trained: Trained, reporter: Reporter) -> Seen:
-    """Return what the model in ``folder`` gives, loaded from there by transformers with nothing of ours."""
+def observe_merged(folder: Path, trained: TrainedModel, reporter: Reporter) -> ArtifactOutputs:
+    """Return the outputs of the model in ``folder``, loaded by transformers without any code of ours."""
     import transformers
     from transformers import AutoTokenizer
 
     with quiet_transformers():
-        # By its own class, vision tower included: the folder must load as the original base does.
+        # By its own class, including the vision tower: the folder must load like the original base.
         model = (
             getattr(transformers, trained.base.architecture)
             .from_pretrained(
@@ -125,7 +127,7 @@ def see_merged(folder: Path, trained: Trained, reporter: Reporter) -> Seen:
     probe, chat = trained.probe, trained.chat
     with reporter.task("the merged model's answers", len(probe.prompts), "prompts") as task:
         completions = answer(model, probe, chat, None, task.advance)
-    return Seen(
+    return ArtifactOutputs(
         answers=[completion.ids for completion in completions],
         texts=_texts(chat, completions),
         distributions=distributions(model, trained.contexts),

@@ -1,4 +1,4 @@
-"""Answers and distributions of a model of transformers, and how far two sets of distributions are apart."""
+"""Answers and next-token distributions of a transformers model, and distances between distributions."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from tunewright.generation.decoding import Completion, Request, generate
 _BATCH = 8
 
 Context = tuple[tuple[int, ...], list[int]]
-"""Tokens, and for each place how many of them come before it."""
+"""Tokens, and for each measured place the number of tokens before it."""
 
 
 @dataclass(frozen=True)
-class Listed:
+class TopTokens:
     """The likeliest tokens at a place, as an engine lists them."""
 
     ids: Tensor
     """[listed]"""
     log_probs: Tensor
-    """[listed], float32; they need not add up to 1, as the others are not listed."""
+    """[listed], float32; they need not sum to 1, because other tokens are not listed."""
 
 
 @dataclass(frozen=True)
 class Distance:
-    """Two sets of distributions beside each other, place by place; each [places]."""
+    """Distances of two sets of distributions at each place; each field is [places]."""
 
     kl: Tensor
     max_logit: Tensor
@@ -56,7 +56,7 @@ def answer(
 
 @torch.inference_mode()
 def distributions(model: Any, contexts: Sequence[Context]) -> Tensor:
-    """Log-probabilities [places, vocabulary] of the next token at every place of every context, float32, on the CPU."""
+    """Return next-token log-probabilities [places, vocabulary] at every place of every context, float32, on the CPU."""
     found = []
     for ids, before in contexts:
         kept = torch.tensor(before, device=model.device) - 1
@@ -67,29 +67,31 @@ def distributions(model: Any, contexts: Sequence[Context]) -> Tensor:
     return torch.cat(found)
 
 
-def distance(trained: Tensor, seen: Tensor | Sequence[Listed]) -> Distance:
-    """From the trained model's log-probabilities [places, vocabulary] to what was seen of another.
+def distance(trained: Tensor, seen: Tensor | Sequence[TopTokens]) -> Distance:
+    """Return the distances from the trained model's log-probabilities [places, vocabulary] to another model's.
 
-    Of tokens that are not listed only the sum counts: the divergence of the so grouped distributions, which is at most
-    that of the whole ones (the log sum inequality; Cover and Thomas 2006, theorem 2.7.1), and as good as that where a
-    thousand are listed. Such a token's own log-probability is at most the lowest listed one's.
+    Of tokens that are not listed only the sum counts. The KL divergence of these grouped distributions is at most that
+    of the full ones (the log sum inequality; Cover and Thomas 2006, theorem 2.7.1), and next to equal when a thousand
+    tokens are listed. An unlisted token's own log-probability is at most the lowest listed one.
     """
     if isinstance(seen, Tensor):
         rows = [(row, other) for row, other in zip(trained, seen, strict=True)]
-        parts = [_whole(row, other) for row, other in rows]
+        parts = [_full(row, other) for row, other in rows]
     else:
         parts = [_listed(row, listed) for row, listed in zip(trained, seen, strict=True)]
     kl, moved, same = zip(*parts, strict=True)
     return Distance(torch.stack(kl), torch.stack(moved), torch.tensor(same))
 
 
-def _whole(trained: Tensor, other: Tensor) -> tuple[Tensor, Tensor, bool]:
+def _full(trained: Tensor, other: Tensor) -> tuple[Tensor, Tensor, bool]:
+    # KL(trained || other) = sum p (log p - log q), of two rows [vocabulary]
     kl = (trained.double().exp() * (trained.double() - other.double())).sum().clamp(min=0)
     top = trained.topk(min(TOP, len(trained))).indices
     return kl, (trained[top] - other[top]).abs().max(), bool(trained.argmax() == other.argmax())
 
 
-def _listed(trained: Tensor, listed: Listed) -> tuple[Tensor, Tensor, bool]:
+def _listed(trained: Tensor, listed: TopTokens) -> tuple[Tensor, Tensor, bool]:
+    # The same sum over the listed tokens, and one more term for the rest of both distributions.
     theirs = listed.log_probs.double()
     ours = trained[listed.ids].double()
     kl = (ours.exp() * (ours - theirs)).sum()

@@ -11,9 +11,10 @@ from tunewright.chat import ChatFormat
 from tunewright.chat.answers import stop_strings
 from tunewright.config import Config
 from tunewright.core.io import write_text
-from tunewright.export.exporting import Built, ExportResult
+from tunewright.export.exporting import BuiltArtifact, ExportResult
 from tunewright.export.gguf.tensors import FileType
-from tunewright.export.go_template import go_template, strips
+from tunewright.export.go_template import go_template, strips_whitespace
+from tunewright.export.parity import Precision
 
 MODELFILE = "Modelfile"
 
@@ -26,16 +27,16 @@ def ollama_built(
     system_prompt: str | None,
     config: Config,
     file_type: FileType,
-) -> Built:
-    """Fill ``folder`` for Ollama from GGUF files that were measured: merged, or a LoRA file with ``base`` under it."""
+) -> BuiltArtifact:
+    """Fill ``folder`` for Ollama from measured GGUF files: a merged one, or a LoRA file with ``base`` under it."""
     assert parts.folder is not None
     (file,) = (parts.folder / name for name in parts.record.files)
     model, lora = (file, None) if base is None else (base, file)
     stop, context = stop_strings(config, chat), config.train.max_length
     notes = write_ollama(folder, chat, system_prompt, stop, model, lora, context)
-    told = (*parts.record.notes, *notes)
     record = parts.record
-    return Built(record.figures, "16-bit" if file_type == "f16" else "8-bit", record.way, record.ways, told)
+    precision: Precision = "16-bit" if file_type == "f16" else "8-bit"
+    return BuiltArtifact(record.figures, precision, record.way, record.ways, (*record.notes, *notes))
 
 
 def write_ollama(
@@ -47,44 +48,44 @@ def write_ollama(
     lora: Path | None,
     context: int,
 ) -> tuple[str, ...]:
-    """Write the Modelfile, and the files that it names beside it.
+    """Write the Modelfile and the files that it names.
 
     Returns:
-        What whoever uses it has to know.
+        Notes for the user.
 
     Raises:
-        UserError: a chat format that no Go template can write.
+        UserError: a chat format that no Go template can express.
     """
     template = go_template(chat)
     for file in filter(None, (model, lora)):
         _put(file, folder / file.name)
     system = None
     if system_prompt is not None:
-        # A chat template that strips messages strips this one, too; Ollama's does not.
-        system = modelfile_system(system_prompt.strip() if strips(chat) else system_prompt)
+        # A chat template that strips messages also strips this one; Ollama's does not.
+        system = modelfile_system(system_prompt.strip() if strips_whitespace(chat) else system_prompt)
     text = modelfile(template.source, chat, stop, model.name, lora.name if lora else None, context, system)
     write_text(folder / MODELFILE, text)
-    notes = ["Ollama and llama.cpp take text that looks like a special token for that token; here it stays text"]
-    if strips(chat):
+    notes = ["Ollama and llama.cpp read text that looks like a special token as that token; here it stays text"]
+    if strips_whitespace(chat):
         notes.append(
-            "the chat template strips messages of white space at both ends, and Ollama's does not: send them so"
+            "the chat template strips white space from both ends of messages and Ollama's does not: send them stripped"
         )
     if system is not None:
-        notes.append("the Modelfile's SYSTEM is the trained system prompt; a request with one of its own replaces it")
+        notes.append("the Modelfile's SYSTEM is the trained system prompt; a request's own system prompt replaces it")
     elif system_prompt is not None:
         notes.append(
-            "a Modelfile cannot hold the trained system prompt (a character that cannot be printed, or a line that "
-            f'ends with """): send it with each request: {system_prompt}'
+            "a Modelfile cannot hold the trained system prompt (a non-printable character, or a line that ends with "
+            f'"""): send it with each request: {system_prompt}'
         )
     if template.system_place == "none":
-        notes.append("the chat template takes no system text, and Ollama leaves one out without a word")
+        notes.append("the chat template accepts no system text, and Ollama drops one silently")
     return tuple(notes)
 
 
 def modelfile_system(text: str) -> str | None:
-    """Return the line of a Modelfile that sets the system prompt; None for a text that its parser cannot read back.
+    """Return the Modelfile's line for the system prompt; None for a text that its parser cannot read back.
 
-    Ollama's parser drops what cannot be printed, and ends a value at the first line that ends with its quotes.
+    Ollama's parser drops non-printable characters, and ends a value at the first line that ends with its quotes.
     """
     readable = all(character.isprintable() or character in "\n\t" for character in text)
     if not readable or any(line.rstrip().endswith('"""') for line in text.split("\n")[:-1]):
@@ -109,7 +110,7 @@ def modelfile(
         f'TEMPLATE """{template}"""',
         *([system] if system else []),
         *(f"PARAMETER stop {_quoted(text)}" for text in (*ends, *stop)),
-        # As it was measured: the likeliest token each time, whatever was written before.
+        # As measured: greedy, without a repetition penalty.
         "PARAMETER temperature 0",
         "PARAMETER repeat_penalty 1",
         f"PARAMETER num_ctx {context}",
@@ -122,7 +123,7 @@ def _quoted(text: str) -> str:
 
 
 def _put(source: Path, target: Path) -> None:
-    """The file under another name, or a copy where the file system has no hard links."""
+    """Hard-link a file, or copy it if the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError:

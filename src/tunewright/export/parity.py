@@ -1,7 +1,7 @@
-"""How far an artefact is from the trained model, and how far it may be.
+"""Parity of an artifact with the trained model: figures and limits.
 
-Every artefact answers the same held-out prompts as the trained model (the base as it was held in training, with the
-adapter), and is shown the trained model's own answers token by token. What may differ is rounding.
+Every artifact answers the same held-out prompts as the trained model (the base as held in training, with the adapter),
+and gets the trained model's own answers token by token. Only rounding may differ.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ from tunewright.evidence.base import Part
 from tunewright.metrics.text import score_text
 
 PROMPTS = 32
-"""Held-out prompts that are answered, or all where there are fewer."""
+"""Held-out prompts that are answered, or all if there are fewer."""
 
 PLACES = 8
-"""Places of each answer at which whole distributions are compared, spread evenly from its first token to its end."""
+"""Places of each answer at which full distributions are compared, spread evenly from its first token to its end."""
 
 TOP = 100
-"""The trained model's likeliest tokens at a place, whose log-probabilities are compared one by one: below them come
-tokens that no way of decoding takes, and of which an engine lists only so many."""
+"""The trained model's likeliest tokens at a place whose log-probabilities are compared. No decoding reaches the tokens
+below them, and engines list only a limited number.
+"""
 
 Precision = Literal["16-bit", "8-bit"]
 
 
 class Figures(Part):
-    """What was measured of an artefact beside the trained model."""
+    """Measurements of an artifact against the trained model."""
 
     prompts: Annotated[int, Field(description="Held-out prompts that were answered.")]
     places: Annotated[int, Field(description="Places of the trained model's answers at which distributions compare.")]
@@ -52,7 +53,7 @@ class Figures(Part):
 
 
 class Limits(Part):
-    """How far an artefact may be from the trained model; docs/export.md has the reasons."""
+    """Limits of the differences from the trained model; docs/export.md has the reasons."""
 
     max_logit: float
     kl: float
@@ -63,10 +64,10 @@ class Limits(Part):
 
 
 EFFECT = 1e-3
-"""Nats: an adapter that moves the base's distributions by less does nothing that could be lost or kept."""
+"""Nats: an adapter that changes the base's distributions by less has no effect that could be lost or kept."""
 
 FEW = 2
-"""Places, or prompts, that may differ however few there are: of 30 places one near tie is 3%."""
+"""Places, or prompts, that may differ in any case: of 30 places one near tie is 3%."""
 
 LIMITS: dict[Precision, Limits] = {
     "16-bit": Limits(max_logit=1.0, kl=0.002, lost=0.02, top1=0.98, greedy=0.9, score=0.05),
@@ -75,12 +76,12 @@ LIMITS: dict[Precision, Limits] = {
 
 
 def shortcomings(figures: Figures, limits: Limits) -> list[str]:
-    """Return why an artefact is not good, one sentence each; empty where it is."""
+    """Return why an artifact fails, one sentence each; empty if it passes."""
     found = []
     if figures.effect < EFFECT:
         found.append(
-            f"the adapter itself changes nothing on these prompts (KL from the base {figures.effect:.1e} nats, "
-            f"{EFFECT:g} needed): there is nothing to keep"
+            f"the adapter has no effect on these prompts (KL from the base {figures.effect:.1e} nats; at least "
+            f"{EFFECT:g} needed)"
         )
     elif figures.lost > limits.lost:
         found.append(
@@ -96,8 +97,8 @@ def shortcomings(figures: Figures, limits: Limits) -> list[str]:
     if _too_many(figures.greedy, limits.greedy, figures.prompts):
         found.append(f"{100 * figures.greedy:.1f}% of the greedy answers are the same, {100 * limits.greedy:g}% needed")
     if figures.trained_score - figures.score > limits.score:
-        told = [score_text(figures.metric, score) for score in (figures.score, figures.trained_score)]
-        found.append(f"it scores {told[0]} where the trained model scores {told[1]}")
+        own, trained = (score_text(figures.metric, score) for score in (figures.score, figures.trained_score))
+        found.append(f"it scores {own} where the trained model scores {trained}")
     if figures.rendered < figures.prompts:
         found.append(
             f"it renders {figures.prompts - figures.rendered} of {figures.prompts} prompts to other tokens than "
@@ -107,5 +108,5 @@ def shortcomings(figures: Figures, limits: Limits) -> list[str]:
 
 
 def _too_many(same: float, needed: float, of: int) -> bool:
-    """Return whether more differ than may."""
+    """Return whether more differ than allowed."""
     return round((1 - same) * of) > max((1 - needed) * of, FEW)

@@ -1,4 +1,4 @@
-"""What artefacts are asked: held-out prompts of the dev split, which chose the adapter and opens no ledger."""
+"""The prompts that artifacts are compared on: dev rows, which selected the adapter and need no test-set access."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tunewright.export.parity import PLACES, PROMPTS
 
 @dataclass(frozen=True)
 class Probe:
-    """Prompts, and how they are answered."""
+    """Prompts, and their generation settings."""
 
     members: tuple[Member, ...]
     prompts: tuple[tuple[int, ...], ...]
@@ -29,12 +29,12 @@ class Probe:
 
     @property
     def context(self) -> int:
-        """Tokens of the longest prompt with the longest answer."""
+        """Return the tokens of the longest prompt with the longest answer."""
         return max(map(len, self.prompts)) + self.limit
 
 
 def draw_probe(version: DatasetVersion, chat: ChatFormat, config: Config, context: int, reporter: Reporter) -> Probe:
-    """Dev rows, of as many clusters as there are, in an order that the config's seed draws.
+    """Return dev rows from as many clusters as possible, in an order that the config's seed draws.
 
     Raises:
         UserError: no dev row fits the base's context.
@@ -52,20 +52,20 @@ def draw_probe(version: DatasetVersion, chat: ChatFormat, config: Config, contex
     if len(fitting) < len(asked):
         reporter.warn(
             f"{len(asked) - len(fitting)} of {len(asked)} dev prompts are left out of the comparison: with an answer "
-            f"of {limit} tokens they do not fit the base's context of {context:,}"
+            f"of {limit} tokens they do not fit into the base's context of {context:,}"
         )
     if not fitting:
         raise UserError(
-            "there is no dev row to compare the exported model by",
+            "No dev row is available to compare the exported model on",
             where=f"dataset version {version.digest[:12]}",
-            fix="Give the split a dev part (data.split), and train on that version.",
+            fix="Add a dev split to the dataset, and train on that version.",
         )
     members, prompts = zip(*fitting, strict=True)
     return Probe(members, prompts, limit, stop_strings(config, chat))
 
 
 def places(tokens: int, *, ended: bool) -> list[int]:
-    """Tokens of an answer that come before each place: from none up to all but the last, or all where it ended."""
+    """Return the numbers of answer tokens before each place, from 0 to all but the last (all if the answer ended)."""
     last = tokens if ended else tokens - 1
     return sorted({round(place) for place in np.linspace(0, last, PLACES).tolist()})
 
@@ -73,7 +73,7 @@ def places(tokens: int, *, ended: bool) -> list[int]:
 def contexts(
     probe: Probe, answers: Sequence[tuple[int, ...]], ended: Sequence[bool]
 ) -> list[tuple[tuple[int, ...], list[int]]]:
-    """For each prompt: the prompt with its answer, and how many of these tokens come before each place."""
+    """Return each prompt with its answer, and the numbers of tokens before each place."""
     return [
         ((*prompt, *answer), [len(prompt) + place for place in places(len(answer), ended=end)])
         for prompt, answer, end in zip(probe.prompts, answers, ended, strict=True)

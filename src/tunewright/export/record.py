@@ -1,4 +1,4 @@
-"""``export.json``: what lies beside every artefact, or is left of one that was not good."""
+"""``export.json``: the record of every artifact, kept also for one that failed."""
 
 from __future__ import annotations
 
@@ -18,35 +18,36 @@ RECORD = "export.json"
 Kind = Literal["merged", "gguf-lora", "gguf-merged", "ollama"]
 
 
-class WayMeasured(Part):
-    """One right way to merge, and how close it comes to the trained model."""
+class MergeMeasurement(Part):
+    """A merge method and its distance from the trained model."""
 
     way: Literal["original", "dequantized"]
     kl: Annotated[float, Field(description="Mean KL divergence from the trained model, nats.")]
 
 
 class Export(Part):
-    """What an artefact is, what it was made of and what was measured of it."""
+    """An artifact's kind, inputs and measurements."""
 
     schema_version: Literal[1] = 1
     kind: Kind
     made_of: Annotated[dict[str, Any], Field(description="Digests of adapter, base and chat format, and the settings.")]
     lineage: Annotated[dict[str, Any], Field(description="The adapter's own lineage.")]
     ways: Annotated[
-        tuple[WayMeasured, ...], Field(description="Ways to merge that were measured; empty where there is only one.")
+        tuple[MergeMeasurement, ...],
+        Field(description="Measured merge methods; empty if there is only one."),
     ]
-    way: Annotated[str, Field(description="The way that was taken: the one closest to the trained model.")]
-    figures: Annotated[Figures | None, Field(description="None where the engine did not take the file.")]
+    way: Annotated[str, Field(description="The merge method: the one closest to the trained model.")]
+    figures: Annotated[Figures | None, Field(description="None if the engine rejected the file.")]
     limits: Limits
-    shortcomings: Annotated[tuple[str, ...], Field(description="Why it is not good; empty of one that was kept.")]
-    notes: Annotated[tuple[str, ...], Field(description="What whoever uses it has to know.")]
+    shortcomings: Annotated[tuple[str, ...], Field(description="Why the artifact failed; empty for one that was kept.")]
+    notes: Annotated[tuple[str, ...], Field(description="Notes for the user.")]
     files: Annotated[dict[str, str], Field(description="SHA-256 of each file, by name.")]
     packages: dict[str, str]
     created: Annotated[str, Field(description="UTC, ISO 8601.")]
 
     @property
     def inputs_digest(self) -> str:
-        """SHA-256 over what it was made of."""
+        """Return the SHA-256 of the inputs."""
         return digest(self.made_of)
 
 
@@ -54,12 +55,12 @@ def read_record(folder: Path) -> Export:
     """Return the record of an exported folder.
 
     Raises:
-        UserError: there is none, or it cannot be read.
+        UserError: the record is missing or unreadable.
     """
     path = folder / RECORD
     try:
         return Export.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
-        raise UserError(f"no {RECORD}: nothing was exported here", where=str(folder)) from None
+        raise UserError(f"No {RECORD}: this folder is not an export", where=str(folder)) from None
     except (ValueError, ValidationError) as error:
-        raise UserError(f"it cannot be read: {error}", where=str(path)) from None
+        raise UserError(f"The record cannot be read: {error}", where=str(path)) from None

@@ -1,4 +1,4 @@
-"""The chat template that goes with an exported model: it renders what training rendered, wherever it is run."""
+"""The chat template of an exported model: it renders what training rendered, in any engine."""
 
 from __future__ import annotations
 
@@ -21,23 +21,22 @@ _ESCAPES = str.maketrans({"\\": r"\\", "'": r"\'", "\n": r"\n", "\r": r"\r", "\t
 
 
 def exported_template(chat: ChatFormat, system_prompt: str | None = None) -> str:
-    """Return the Jinja template of the chat format, with what else decides its rendering written into it.
+    """Return the Jinja template of the chat format with everything else that decides its rendering written into it.
 
-    That is the system prompt that the adapter was trained with, for conversations that have no system message; the
-    pinned date (`chat.date`), and the beginning-of-text token where the tokenizer writes it and the
-    template does not, as engines encode a rendered template without adding any; and sentencepiece's space before a
-    text's first word.
+    This is the system prompt that the adapter was trained with, for conversations without a system message; the pinned
+    date (`chat.date`); the beginning-of-text token, if the tokenizer adds it and the template does not, since engines
+    encode a rendered template without adding any; and sentencepiece's space before a text's first word.
 
     Raises:
-        UserError: a template that works out its date.
+        UserError: a template that computes its date.
     """
     template = chat.template
     source = _ASKS_FOR_TODAY.sub(lambda call: repr(template.today.strftime(call["format"])), template.source)
     if "strftime_now(" in source:
         raise UserError(
-            "the chat template works out its date, which cannot be pinned in an exported one",
+            "The chat template computes its date, which cannot be pinned in an exported template",
             where=template.name,
-            fix="Mend the template in the base's tokenizer files.",
+            fix="Edit the template in the base's tokenizer files.",
         )
     if template.uses_date:
         source = f"{{%- set date_string = {template.today.strftime('%d %b %Y')!r} -%}}\n{source}"
@@ -53,8 +52,8 @@ def exported_template(chat: ChatFormat, system_prompt: str | None = None) -> str
     return source
 
 
-def asked_as(messages: Sequence[Message], system_prompt: str | None) -> list[Sequence[Message]]:
-    """The conversations that an exported model has to render alike: this one, and without its default system turn."""
+def equivalent_conversations(messages: Sequence[Message], system_prompt: str | None) -> list[Sequence[Message]]:
+    """Return the conversations that must render alike: this one, and the one without its default system turn."""
     if system_prompt is None or messages[0] != Message("system", system_prompt):
         return [messages]
     return [messages, messages[1:]]
@@ -66,9 +65,9 @@ def rendered_alike(
     ids: Sequence[Sequence[int]],
     system_prompt: str | None = None,
 ) -> int:
-    """Return how many conversations a tokenizer's own template renders to these ids, up to where the answer begins.
+    """Return how many conversations a tokenizer's own template renders to these ids, up to the start of the answer.
 
-    Those that begin with ``system_prompt`` have to come to them without it, too.
+    Conversations that begin with ``system_prompt`` must also render to them without it.
     """
 
     def rendered(messages: Sequence[Message]) -> list[int]:
@@ -76,6 +75,6 @@ def rendered_alike(
         return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
 
     return sum(
-        all(rendered(asked) == list(wanted) for asked in asked_as(messages, system_prompt))
+        all(rendered(asked) == list(wanted) for asked in equivalent_conversations(messages, system_prompt))
         for messages, wanted in zip(conversations, ids, strict=True)
     )

@@ -1,4 +1,4 @@
-"""The trained model: what every artefact is held to."""
+"""The trained model, which every artifact is compared with."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 
-from tunewright.adapters.fit import trained_quantize
+from tunewright.adapters.compatibility import trained_quantize
 from tunewright.adapters.registry import Adapter
 from tunewright.chat import ChatFormat
 from tunewright.chat.answers import answer_text
 from tunewright.core.progress import Reporter
-from tunewright.export.observing import Context, Listed, answer, distance, distributions
+from tunewright.export.observing import Context, TopTokens, answer, distance, distributions
 from tunewright.export.parity import Figures
 from tunewright.export.probe import Probe, contexts
 from tunewright.export.weights import Weights, put_into, trained_dtype
@@ -24,33 +24,33 @@ from tunewright.generation.decoding import Completion
 from tunewright.metrics import Scorer, score_all
 from tunewright.models.bases import Base
 from tunewright.models.loading import load_model, with_adapters
-from tunewright.models.memory.plan import memory_at_hand
+from tunewright.models.memory.plan import available_memory, gigabytes
 from tunewright.models.memory.shape import read_shape
-from tunewright.models.memory.sizes import gigabytes
 
 _ROOM = 1.3
-"""Memory that a model needs while it is compared, in bytes of its weights: activations, adapter, one more layer.
+"""Memory of a model during the comparison, in bytes of its weights: activations, adapter, one more layer.
 
-One model at a time is in memory: the trained one, each way to merge and the merged folder follow one another."""
+One model is in memory at a time: the trained one, each merge method and the merged folder follow one another.
+"""
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What an artefact gave for the probe's prompts."""
+class ArtifactOutputs:
+    """An artifact's outputs for the probe's prompts."""
 
     answers: Sequence[tuple[int, ...]]
     """Its greedy answers, without the end token."""
     texts: Sequence[str]
-    distributions: Tensor | Sequence[Listed]
-    """Of the next token at each place of the *trained model's* answers."""
+    distributions: Tensor | Sequence[TopTokens]
+    """Next-token distributions at each place of the *trained model's* answers."""
     rendered: int
     """Prompts that it renders to the ids of training."""
     arithmetic: str
 
 
 @dataclass(frozen=True)
-class Trained:
-    """The base as it was held in training, with the adapter, and what it gives for the probe's prompts."""
+class TrainedModel:
+    """The base as held in training, with the adapter, and its outputs for the probe's prompts."""
 
     adapter: Adapter
     base: Base
@@ -60,7 +60,7 @@ class Trained:
     probe: Probe
     scorer: Scorer
     arithmetic: str
-    """float32, or bfloat16 where the weights would not fit otherwise."""
+    """float32, or bfloat16 if the weights would not fit otherwise."""
     completions: Sequence[Completion]
     log_probs: Tensor
     """[places, vocabulary]"""
@@ -69,26 +69,26 @@ class Trained:
 
     @property
     def answers(self) -> list[tuple[int, ...]]:
-        """Its greedy answers."""
+        """Return its greedy answers."""
         return [completion.ids for completion in self.completions]
 
     @property
     def contexts(self) -> list[Context]:
-        """The prompts with its answers, and the places in them."""
+        """Return the prompts with its answers, and the places in them."""
         ended = [completion.finish == "stop" and completion.before_stop is None for completion in self.completions]
         return contexts(self.probe, self.answers, ended)
 
     @cached_property
     def texts(self) -> list[str]:
-        """What its answers say."""
+        """Return its answers as text."""
         return [answer_text(self.chat, completion) for completion in self.completions]
 
     def score(self, texts: Sequence[str]) -> float:
-        """Return what these answers are worth by the config's metric."""
+        """Score answers by the config's metric."""
         return score_all(self.scorer, texts, [member.example for member in self.probe.members]).total()
 
-    def figures(self, seen: Seen) -> Figures:
-        """Return the artefact beside the trained model."""
+    def figures(self, seen: ArtifactOutputs) -> Figures:
+        """Compare an artifact's outputs with the trained model's."""
         found = distance(self.log_probs, seen.distributions)
         kl, effect = float(found.kl.mean()), float(distance(self.log_probs, self.base_log_probs).kl.mean())
         same = sum(ours == theirs for ours, theirs in zip(self.answers, seen.answers, strict=True))
@@ -110,8 +110,8 @@ class Trained:
         )
 
 
-def trained_model(base: Base, adapter: Adapter, arithmetic: str) -> Any:
-    """Return the base with the very weights that training held, computing in ``arithmetic``, and the adapter on it."""
+def load_trained_model(base: Base, adapter: Adapter, arithmetic: str) -> Any:
+    """Load the base with the weights that training used, computing in ``arithmetic``, and the adapter on it."""
     model = load_model(base, arithmetic, "none")
     for weight in model.parameters():
         weight.data = weight.data.to(getattr(torch, trained_dtype(adapter))).to(weight.dtype)
@@ -129,11 +129,11 @@ def measure_trained(
     probe: Probe,
     scorer: Scorer,
     reporter: Reporter,
-) -> Trained:
+) -> TrainedModel:
     """Have the trained model answer the probe, with the adapter on and off."""
     arithmetic = _arithmetic(base, reporter)
     reporter.say(f"Loading {base.spec} as {adapter.name} was trained on it, in {arithmetic}")
-    model = trained_model(base, adapter, arithmetic)
+    model = load_trained_model(base, adapter, arithmetic)
     with reporter.task("the trained model's answers", len(probe.prompts), "prompts") as task:
         completions = answer(model, probe, chat, adapter.name, task.advance)
     ended = [completion.finish == "stop" and completion.before_stop is None for completion in completions]
@@ -142,18 +142,20 @@ def measure_trained(
     with_adapter = distributions(model, asked)
     with model.disable_adapter():
         without = distributions(model, asked)
-    return Trained(adapter, base, chat, system_prompt, probe, scorer, arithmetic, completions, with_adapter, without)
+    return TrainedModel(
+        adapter, base, chat, system_prompt, probe, scorer, arithmetic, completions, with_adapter, without
+    )
 
 
 def _arithmetic(base: Base, reporter: Reporter) -> str:
-    """float32 where the base fits so: arithmetic in bfloat16 moves logits by more than a merge does."""
-    # What a model before this one has left in torch's cache counts as used otherwise.
+    """Return float32 if the base fits so: arithmetic in bfloat16 moves logits by more than a merge does."""
+    # Otherwise memory that an earlier model left in torch's cache counts as used.
     clear_device_cache(garbage_collection=True)
-    needed, memory = 4 * read_shape(base.folder / "config.json").parameters, memory_at_hand(None)
+    needed, memory = 4 * read_shape(base.folder / "config.json").parameters, available_memory(None)
     if needed * _ROOM <= memory.bytes:
         return "float32"
     reporter.warn(
-        f"{base.spec} in float32 needs {gigabytes(int(needed * _ROOM))}, and there are {memory.source}: models are "
-        "compared in bfloat16, whose own rounding counts as difference."
+        f"{base.spec} in float32 needs {gigabytes(int(needed * _ROOM))}, and there are {memory.source}. Models are "
+        "compared in bfloat16, whose rounding counts as a difference."
     )
     return "bfloat16"

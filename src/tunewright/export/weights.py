@@ -1,10 +1,10 @@
-"""A base's weights with an adapter's change added in float32, tensor by tensor: one layer is in memory at a time.
+"""A base's weights with an adapter's delta added in float32, tensor by tensor: one layer is in memory at a time.
 
-Where the base was held in NF4 while the adapter was trained, there are two right ways to merge (Dettmers et al. 2023
+If the base was held in NF4 while the adapter was trained, there are two valid ways to merge (Dettmers et al. 2023
 leave it open; huggingface/peft issue 2105 discusses it):
 
-original     W + s B A               the weights that the base was published with, which the adapter has never seen
-dequantized  deq(NF4(W)) + s B A     what the adapter was trained on, its quantization errors included
+original     W + s B A               the published weights, which the adapter has never seen
+dequantized  deq(NF4(W)) + s B A     the weights that the adapter was trained on, including their quantization errors
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from tunewright.core.errors import UserError
 from tunewright.models.bases import Base, tensor_files
 from tunewright.models.families import ATTENTION, MLP, text_name
 
-Way = Literal["original", "dequantized"]
+MergeMethod = Literal["original", "dequantized"]
 
 _PREFIX = "base_model.model."
 _LINEAR = (*ATTENTION, *MLP)
 
 
 @dataclass(frozen=True)
-class Change:
-    """What LoRA adds to one linear layer: ``scale * b @ a``; with DoRA the sum is then brought to ``magnitude``."""
+class LoraDelta:
+    """LoRA's delta of one linear layer: ``scale * b @ a``; with DoRA the sum is then scaled to ``magnitude``."""
 
     a: Tensor
     """[rank, inputs], float32."""
@@ -42,10 +42,10 @@ class Change:
     scale: float
     """alpha / rank, or alpha / sqrt(rank) (Kalajdzievski 2023)."""
     magnitude: Tensor | None
-    """DoRA's length of each output's weights (Liu et al. 2024), [outputs]; None of plain LoRA."""
+    """DoRA's norm of each output's weights (Liu et al. 2024), [outputs]; None for plain LoRA."""
 
     def applied(self, weight: Tensor) -> Tensor:
-        """Return the layer's weights [outputs, inputs] with the change; float32 in, float32 out."""
+        """Return the layer's weights [outputs, inputs] with the delta; float32 in, float32 out."""
         changed: Tensor = weight + self.scale * (self.b @ self.a)
         if self.magnitude is None:
             return changed
@@ -53,8 +53,8 @@ class Change:
         return directed
 
 
-def read_changes(folder: Path) -> dict[str, Change]:
-    """What the adapter in ``folder`` does to each layer, by the weight's name in a text model alone (`text_name`).
+def read_deltas(folder: Path) -> dict[str, LoraDelta]:
+    """Return the adapter's delta of each layer, by the weight's name in a model of text alone (`text_name`).
 
     Raises:
         UserError: an adapter that is more than LoRA over the decoder's linear layers.
@@ -79,12 +79,14 @@ def read_changes(folder: Path) -> dict[str, Change]:
         rank = found["lora_A"].shape[0]
         alpha = alphas.get(get_pattern_key(list(alphas), layer), config["lora_alpha"])
         scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
-        changes[f"{layer}.weight"] = Change(found["lora_A"], found["lora_B"], scale, found.get("lora_magnitude_vector"))
+        changes[f"{layer}.weight"] = LoraDelta(
+            found["lora_A"], found["lora_B"], scale, found.get("lora_magnitude_vector")
+        )
     return changes
 
 
 def _place(name: str, folder: Path) -> tuple[str, str]:
-    """Return the layer and the part of it that a tensor of an adapter is."""
+    """Return a tensor's layer, and its part: lora_A, lora_B or the magnitude."""
     module, _, part = name.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
     layer = text_name(module)
     if (
@@ -93,22 +95,22 @@ def _place(name: str, folder: Path) -> tuple[str, str]:
         or layer.rpartition(".")[2] not in _LINEAR
     ):
         raise UserError(
-            f"{name} is no LoRA weight of a linear layer of the decoder",
+            f"{name} is not a LoRA weight of a linear layer of the decoder",
             where=str(folder / WEIGHTS),
-            fix=f"What is exported are changes of {', '.join(_LINEAR)}.",
+            fix=f"Only adapters of {', '.join(_LINEAR)} can be exported.",
         )
     return layer, part
 
 
 class BaseWeights:
-    """A base's tensors by name, each read from its file when it is asked for."""
+    """A base's tensors by name, each read from its file on access."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     @cached_property
     def files(self) -> dict[str, list[str]]:
-        """Each weights file's tensors, in the order in which they lie there."""
+        """Return each weights file's tensors, in their order in the file."""
         from safetensors import safe_open
 
         found = {}
@@ -139,19 +141,20 @@ class BaseWeights:
 
 
 class Weights:
-    """The weights of a model to be, in float32.
+    """The weights of a merged model, in float32.
 
     Args:
         base: the base.
-        dtype: what it was held in for training ("bfloat16" or "float32"), which NF4 is made from.
-        changes: the adapter's, by the weight's name in a text model alone (see `read_changes`); none gives the base.
-        dequantized: start from what NF4 makes of the linear layers.
+        dtype: the base's dtype in training ("bfloat16" or "float32"), which NF4 is quantized from.
+        changes: the adapter's deltas, by the weight's name in a model of text alone (see `read_deltas`); empty for the
+            base.
+        dequantized: start from dequantized NF4 weights of the linear layers.
 
     Raises:
-        UserError: a change of a weight that the base does not have, or of another shape.
+        UserError: a delta of a weight that the base lacks, or of another shape.
     """
 
-    def __init__(self, base: Base, dtype: str, changes: Mapping[str, Change], *, dequantized: bool = False) -> None:
+    def __init__(self, base: Base, dtype: str, changes: Mapping[str, LoraDelta], *, dequantized: bool = False) -> None:
         self.base = BaseWeights(base.folder)
         own = {text_name(name): name for name in self.base}
         self.changes = {own.get(name, name): change for name, change in changes.items()}
@@ -163,26 +166,26 @@ class Weights:
             wanted, found = (change.b.shape[0], change.a.shape[1]), tuple(self.base[name].shape)
             if wanted != found:
                 raise UserError(
-                    f"the adapter changes {name} as a matrix of {wanted}, and it is one of {found}", where=base.spec
+                    f"the adapter changes {name} as a matrix of shape {wanted}, but its shape is {found}",
+                    where=base.spec,
                 )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.base)
 
     def __getitem__(self, name: str) -> Tensor:
-        """Return one weight with its change, in float32."""
-        whole = self._dequantized and is_quantized(name)
-        weight = self.held(name) if whole else self.base[name]
+        """Return one weight with its delta, in float32."""
+        weight = self.held(name) if self._dequantized and is_quantized(name) else self.base[name]
         change = self.changes.get(name)
         return weight.float() if change is None else change.applied(weight.float())
 
     def held(self, name: str) -> Tensor:
-        """Return one weight as training held the base, without the change."""
+        """Return one weight as training held the base, without the delta."""
         weight = self.base[name].to(self._dtype)
         return dequantized(weight) if self._dequantized and is_quantized(name) else weight
 
     def stored(self, name: str) -> Tensor:
-        """Return one weight in the type that the base has it in: cast once, or as it was where nothing changes it."""
+        """Return one weight in the base's own dtype: cast once, or the original if nothing changes it."""
         weight = self.base[name]
         if name not in self.changes and not (self._dequantized and is_quantized(name)):
             return weight
@@ -190,12 +193,12 @@ class Weights:
 
 
 def is_quantized(name: str) -> bool:
-    """Return whether NF4 holds this weight in 4 bits: those of the decoder's linear layers."""
+    """Return whether NF4 quantizes this weight, as it does those of the decoder's linear layers."""
     return text_name(name) is not None and name.endswith(tuple(f".{layer}.weight" for layer in _LINEAR))
 
 
 def dequantized(weight: Tensor) -> Tensor:
-    """Return what training computed with where it held these weights in NF4 (see `tunewright.models.quantized`)."""
+    """Return the values that training used if it held these weights in NF4 (see `tunewright.models.quantized`)."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     held, state = quantize_4bit(weight.contiguous(), blocksize=64, compress_statistics=True, quant_type="nf4")
@@ -204,14 +207,14 @@ def dequantized(weight: Tensor) -> Tensor:
 
 
 def trained_dtype(adapter: Adapter) -> str:
-    """Return what the base was held in (or computed in, over NF4) while the adapter was trained."""
+    """Return the base's dtype (over NF4, its compute dtype) in the adapter's training."""
     return str(adapter.lineage["config"]["train"]["dtype"])
 
 
 def put_into(model: Any, names: Iterable[str], value: Callable[[str], Tensor]) -> None:
-    """Give a loaded model other weights, in the model's own precision; it keeps those that have another form in files.
+    """Replace a loaded model's weights, in the model's own precision; weights of another form in files stay.
 
-    Files also hold a tied output layer, the vision tower that was dropped, and each expert on its own.
+    Files also hold a tied output layer, the vision tower that was dropped, and each expert separately.
     """
     parameters = {text_name(name): weight for name, weight in model.named_parameters()}
     with torch.no_grad():

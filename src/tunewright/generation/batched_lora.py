@@ -1,9 +1,11 @@
-"""The matrices of several adapters beside each other, so that one operation multiplies with all of them.
+"""LoRA weights of several adapters stacked in one tensor, so that one batched product serves all of them.
 
-A batched product needs its matrices in one tensor. So the adapters that answer the rows of a batch are copied to
-*places* in it, where each stays while it is asked for. That takes a few milliseconds when an adapter's first row comes;
-in each pass it saves two operations a layer for each of them, which take longer than what they compute
+``torch.bmm`` needs its matrices in one tensor. The adapters that answer the rows of a batch are copied to *slots* of
+that tensor and stay there while requests ask for them. The copy takes a few milliseconds when an adapter's first row
+arrives. In each pass it saves two operations a layer for each adapter, which take longer than their arithmetic
 (benchmarks/adapter_passes.py).
+
+Shapes: S slots, N rows of a slot, R the largest rank of the stacked adapters.
 """
 
 from __future__ import annotations
@@ -14,94 +16,98 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MOST_BYTES = 2**30
-"""What the copies may take, all layers together; of more adapters than fit each is multiplied with by itself."""
+MAX_BYTES = 2**30
+"""Memory budget of the copies, all layers together. When more adapters are active, each is multiplied separately."""
 _GROWTH = 4
 
 
 @dataclass(frozen=True)
 class Lora:
-    """One adapter's matrices of a layer, as they are multiplied with: [in, rank] and [rank, out]."""
+    """One adapter's weights for one layer, transposed for ``x @ down @ up``."""
 
     down: Tensor
+    """A transposed [in, rank]."""
     up: Tensor
+    """B transposed [rank, out]."""
     scale: float
 
     @property
-    def bytes(self) -> int:
-        """That its matrices take."""
+    def nbytes(self) -> int:
+        """Return the bytes of both matrices."""
         return sum(matrix.numel() * matrix.element_size() for matrix in (self.down, self.up))
 
 
-class Places:
-    """Which adapter lies where. One that is asked for again is where it was, as long as no other needed the place."""
+class AdapterSlots:
+    """Assignment of adapters to slots; the least recently requested adapter is evicted first."""
 
     def __init__(self) -> None:
         self._names: list[str | None] = []
-        self._asked: dict[str, None] = {}
-        """By when they were asked for, the last ones last."""
+        self._recency: dict[str, None] = {}
+        """Adapters by their last request, the most recent one last."""
 
-    def take(self, names: Sequence[str], most: int) -> tuple[str | None, ...] | None:
-        """Return what lies at each place once these have one; None where there are not so many (``most``)."""
-        if len(names) > most:
+    def assign(self, names: Sequence[str], capacity: int) -> tuple[str | None, ...] | None:
+        """Return each slot's adapter once all ``names`` have a slot; None if they are more than ``capacity``."""
+        if len(names) > capacity:
             return None
-        if len(self._names) > most:  # a larger adapter has come, of which fewer fit
-            self._names, self._asked = [], {}
+        if len(self._names) > capacity:  # a larger adapter has arrived, and fewer of that size fit
+            self._names, self._recency = [], {}
         for name in names:
-            self._asked.pop(name, None)
-            self._asked[name] = None
+            self._recency.pop(name, None)
+            self._recency[name] = None
         wanted = set(names)
         for name in names:
             if name not in self._names:
-                self._names[self._room(wanted, most)] = name
+                self._names[self._free_slot(wanted, capacity)] = name
         return tuple(self._names)
 
-    def _room(self, wanted: set[str], most: int) -> int:
-        """Return a place that nobody needs now: an empty one, else the one whose adapter was not asked for longest."""
+    def _free_slot(self, wanted: set[str], capacity: int) -> int:
+        """Return an empty slot, or else the slot of the least recently requested adapter outside ``wanted``."""
         if None not in self._names and len(self._names) < len(wanted):
-            self._names += [None] * min(_GROWTH, most - len(self._names))
+            self._names += [None] * min(_GROWTH, capacity - len(self._names))
         if None in self._names:
             return self._names.index(None)
-        idle = next(name for name in self._asked if name in self._names and name not in wanted)
-        del self._asked[idle]
+        idle = next(name for name in self._recency if name in self._names and name not in wanted)
+        del self._recency[idle]
         return self._names.index(idle)
 
 
 class BatchedLora:
-    """One layer's matrices by place. What it holds is what it has copied, whatever :class:`Places` say later."""
+    """One layer's stacked weights. It tracks the copies that it has made, independently of :class:`AdapterSlots`."""
 
     def __init__(self) -> None:
-        self._held: list[str | None] = []
-        self._down = self._up = torch.empty(0, 0, 0)
+        self._loaded: list[str | None] = []
+        self._down = self._up = torch.empty(0, 0, 0)  # [S, in, R] and [S, R, out]
 
-    def forget(self, name: str) -> None:
-        """Copy this adapter anew before it is used again."""
-        self._held = [None if held == name else held for held in self._held]
+    def invalidate(self, name: str) -> None:
+        """Copy this adapter again before its next use."""
+        self._loaded = [None if loaded == name else loaded for loaded in self._loaded]
 
-    def hold(self, names: Sequence[str | None], loras: Mapping[str | None, Lora]) -> None:
-        """Have these adapters at their places; one that does not touch the layer changes nothing there."""
-        if self._held == list(names):
+    def load(self, names: Sequence[str | None], loras: Mapping[str | None, Lora]) -> None:
+        """Copy each slot's adapter into place; an adapter without weights for this layer gets zeros."""
+        if self._loaded == list(names):
             return
         own = {name: loras[name] for name in names if name is not None and name in loras}
         rank = max(lora.down.shape[1] for lora in own.values())
-        if len(names) != len(self._held) or rank > self._down.shape[-1]:
+        if len(names) != len(self._loaded) or rank > self._down.shape[-1]:
             like = next(iter(own.values()))
-            down = like.down.new_zeros(len(names), len(like.down), rank)
-            up = like.up.new_zeros(len(names), rank, like.up.shape[1])
-            self._held, self._down, self._up = [None] * len(names), down, up  # all of it or, out of memory, nothing
-        for place, name in enumerate(names):
-            if name is not None and name != self._held[place]:
-                self._copy(place, own.get(name))
-                self._held[place] = name
+            down = like.down.new_zeros(len(names), len(like.down), rank)  # [S, in, R]
+            up = like.up.new_zeros(len(names), rank, like.up.shape[1])  # [S, R, out]
+            # Assigned together, after both allocations: out of memory leaves the old state.
+            self._loaded, self._down, self._up = [None] * len(names), down, up
+        for slot, name in enumerate(names):
+            if name is not None and name != self._loaded[slot]:
+                self._copy(slot, own.get(name))
+                self._loaded[slot] = name
 
-    def changes(self, x: Tensor) -> Tensor:
-        """Return what the adapters make of their rows: [places, rows, in] to [places, rows, out]."""
+    def delta(self, x: Tensor) -> Tensor:
+        """Return what the adapters add to their rows: [S, N, in] to [S, N, out]."""
         return x.bmm(self._down).bmm(self._up)
 
-    def _copy(self, place: int, lora: Lora | None) -> None:
+    def _copy(self, slot: int, lora: Lora | None) -> None:
+        # A rank below R leaves columns of the adapter that was here before: zero them.
         rank = 0 if lora is None else lora.down.shape[1]
-        self._down[place, :, rank:].zero_()
-        self._up[place, rank:].zero_()
+        self._down[slot, :, rank:].zero_()
+        self._up[slot, rank:].zero_()
         if lora is not None:
-            self._down[place, :, :rank] = lora.down
-            self._up[place, :rank] = lora.up * lora.scale
+            self._down[slot, :, :rank] = lora.down
+            self._up[slot, :rank] = lora.up * lora.scale

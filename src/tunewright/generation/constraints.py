@@ -1,7 +1,7 @@
 """Constrained decoding: at each step a row may only take a token after which its text can still match a grammar.
 
-The grammar engine is llguidance (``docs/decisions/0013`` says why). It takes tokens as the bytes that they stand for,
-so that every way of cutting an allowed text into tokens is allowed: an answer that matches anyway stays as it is.
+The grammar engine is llguidance (``docs/decisions/0013`` says why). It matches the bytes that tokens stand for, so an
+allowed text is allowed in every tokenization: an answer that matches without the constraint stays the same.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ _WHERE = "evaluate.structured_outputs"
 
 @dataclass(frozen=True)
 class Grammar:
-    """What an answer has to be, as a rule of llguidance's Lark; equal rules allow equal answers."""
+    """The form of an allowed answer, as a rule in llguidance's Lark; equal rules allow equal answers."""
 
     rule: str
 
     @classmethod
-    def of(cls, config: ConstrainConfig, root: Path) -> Grammar:
-        """Return the config's constraint; a schema's file is looked for in ``root``.
+    def from_config(cls, config: ConstrainConfig, root: Path) -> Grammar:
+        """Return the grammar of the config's constraint; a schema's file is relative to ``root``.
 
         Raises:
-            UserError: the schema's file is not there, or is not JSON.
+            UserError: the schema's file does not exist, or is not JSON.
         """
         if config.choices is not None:
-            # A text of Lark is written like one of JSON.
+            # Lark's string literals have JSON's syntax.
             return cls(" | ".join(json.dumps(choice, ensure_ascii=False) for choice in config.choices))
         if config.regex is not None:
             return cls(f"/{regex_to_lark(config.regex, 'd')}/")
@@ -51,102 +51,102 @@ def _read_schema(path: Path) -> Any:
     try:
         schema = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError("no such JSON schema", where=str(path), fix=f"{_WHERE}.json_schema names it.") from None
+        raise UserError("No such JSON schema", where=str(path), fix=f"Correct {_WHERE}.json_schema.") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"not a JSON schema: {error}", where=str(path)) from None
+        raise UserError(f"Not valid JSON: {error}", where=str(path), fix=f"Correct {_WHERE}.json_schema.") from None
     if not isinstance(schema, dict):
-        raise UserError("a JSON schema is an object", where=str(path))
+        raise UserError(f"A JSON schema must be an object (got {type(schema).__name__})", where=str(path))
     return schema
 
 
 class Constraint:
-    """A grammar over a tokenizer, ready to guide any number of rows.
+    """A grammar compiled for a tokenizer; it can guide any number of rows.
 
     Args:
-        grammar: what answers have to be.
+        grammar: the form of allowed answers.
         tokenizer: a transformers tokenizer of the ``tokenizers`` library.
         stop_ids: tokens that end an answer: allowed where the text so far matches.
-        around: what an answer's tokens may also write before and after its text: see :func:`around_answers`.
+        affixes: optional text before and after the answer that its tokens may write: see :func:`answer_affixes`.
 
     Raises:
-        UserError: the engine does not take the grammar.
+        UserError: the engine rejects the grammar.
     """
 
     def __init__(
-        self, grammar: Grammar, tokenizer: Any, stop_ids: Collection[int], around: tuple[str, str] = ("", "")
+        self, grammar: Grammar, tokenizer: Any, stop_ids: Collection[int], affixes: tuple[str, str] = ("", "")
     ) -> None:
         self.grammar = grammar
         self._tokenizer: LLTokenizer = from_tokenizer(tokenizer, eos_token=sorted(stop_ids))
-        before, after = (f"{json.dumps(text)}?" if text else "" for text in around)
+        before, after = (f"{json.dumps(text)}?" if text else "" for text in affixes)
         rules = f"start: {before} answer {after}\nanswer: {grammar.rule}\n"
         self._fresh = LLMatcher(self._tokenizer, rules, log_level=0)
         if self._fresh.is_error():
-            told = " ".join(self._fresh.get_error().split())
-            raise UserError(f"the constraint cannot be used: {told[:300]}", where=_WHERE)
+            reason = " ".join(self._fresh.get_error().split())
+            raise UserError(f"Invalid constraint: {reason[:300]}", where=_WHERE)
 
     def start(self) -> Guide:
-        """Return a guide for a row that has no token yet."""
+        """Return a guide for a row without tokens."""
         return Guide(self._fresh.deep_copy())
 
     def matches(self, text: str) -> bool:
-        """Return whether this text is an allowed answer, outer white space apart."""
+        """Return whether this text is an allowed answer, ignoring outer white space."""
         matcher = self._fresh.deep_copy()
         tokens = self._tokenizer.tokenize_str(text.strip())
         return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
 
 
 class Guide:
-    """One row's way through a grammar."""
+    """One row's state in a grammar."""
 
     def __init__(self, matcher: LLMatcher) -> None:
         self._matcher = matcher
 
-    def take(self, token: int) -> None:
-        """Go on with a token that was allowed, not one that ends the answer."""
+    def advance(self, token: int) -> None:
+        """Advance by an allowed token that does not end the answer."""
         taken = self._matcher.consume_token(token)
         assert taken, self._matcher.get_error()
 
     @property
     def complete(self) -> bool:
-        """True if the text matches and nothing can follow."""
+        """Return whether the text matches and nothing can follow."""
         return self._matcher.is_stopped() and self._matcher.is_accepting()
 
     def allowed(self) -> bytes:
-        """Return a bit for each token of the vocabulary, the lowest first.
+        """Return a bitmask over the vocabulary, the lowest token in the lowest bit.
 
         Raises:
             UserError: the grammar has become too complex for the engine.
         """
         if self._matcher.is_error():
-            raise UserError(f"the constraint cannot go on: {self._matcher.get_error()[:300]}", where=_WHERE)
+            raise UserError(f"The constraint failed while decoding: {self._matcher.get_error()[:300]}", where=_WHERE)
         return self._matcher.compute_bitmask()
 
 
-def only_allowed(logits: Tensor, guides: Sequence[Guide | None]) -> Tensor:
-    """Return the logits [rows, vocabulary], minus infinity where a row's guide forbids a token."""
+def mask_logits(logits: Tensor, guides: Sequence[Guide | None]) -> Tensor:
+    """Return the logits [rows, vocabulary] with minus infinity where a row's guide forbids a token."""
     if all(guide is None for guide in guides):
         return logits
-    # A bit for each token goes to the device, in one copy for all rows. Rows without a guide may take any token; a
-    # model may have more logits than its tokenizer has tokens, and those no guide allows.
+    # One bit for each token goes to the device, in one copy for all rows. Rows without a guide may take any token. A
+    # model may have more logits than its tokenizer has tokens; no guide allows the extra ones.
     vocabulary = logits.shape[1]
-    bits = np.full((len(guides), -(-vocabulary // 8)), 255, dtype=np.uint8)
+    bits = np.full((len(guides), -(-vocabulary // 8)), 255, dtype=np.uint8)  # [rows, vocabulary / 8]
     for row, guide in enumerate(guides):
         if guide is not None:
             own = np.frombuffer(guide.allowed(), dtype=np.uint8)[: bits.shape[1]]
             bits[row] = 0
             bits[row, : len(own)] = own
     packed = torch.from_numpy(bits).to(logits.device, non_blocking=True)
-    places = torch.arange(8, dtype=torch.uint8, device=logits.device)
-    allowed = (packed[:, :, None] >> places & 1).flatten(1)[:, :vocabulary]  # [rows, vocabulary]
+    shifts = torch.arange(8, dtype=torch.uint8, device=logits.device)
+    allowed = (packed[:, :, None] >> shifts & 1).flatten(1)[:, :vocabulary]  # [rows, vocabulary]
     return logits.masked_fill(allowed == 0, -torch.inf)
 
 
-def around_answers(tokenizer: Any, answer_ids: Sequence[int], text: str) -> tuple[str, str]:
-    """Return what a chat format writes before and after an answer's text: white space of its own, mostly none.
+def answer_affixes(tokenizer: Any, answer_ids: Sequence[int], text: str) -> tuple[str, str]:
+    """Return what a chat format writes before and after an answer's text: its own white space, usually none.
 
     Args:
-        tokenizer: as of :class:`Constraint`.
-        answer_ids: an answer as the base's chat format writes it, without what ends it.
+        tokenizer: as for :class:`Constraint`.
+        answer_ids: an answer in the base's chat format, without its end token.
         text: that answer.
     """
     before, _, after = from_tokenizer(tokenizer).decode_str(list(answer_ids)).partition(text)

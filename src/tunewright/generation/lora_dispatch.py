@@ -1,4 +1,7 @@
-"""Which adapter answers which row of a pass."""
+"""Dispatch of batch rows to LoRA adapters: row i of a pass is answered by its own adapter, or by the base.
+
+Shapes: B rows of the batch, T tokens of each row in this pass, S slots of stacked adapters, N rows of a slot.
+"""
 
 from __future__ import annotations
 
@@ -15,111 +18,119 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tunewright.core.errors import UserError
-from tunewright.generation.batched_lora import MOST_BYTES, BatchedLora, Lora, Places
+from tunewright.generation.batched_lora import MAX_BYTES, AdapterSlots, BatchedLora, Lora
 
 BASE_ROW = "__base__"
 """PEFT's name for a row without an adapter."""
-_TOUCHED = (LoraLayer, AuxiliaryTrainingWrapper)
-_MANY, _MANY_ON_A_CARD = 4, 2
-"""Adapters from which on it takes less time to have their matrices next to each other: on a processor by the clock, on
-a card by the launches (docs/decisions/0030)."""
+_ADAPTED = (LoraLayer, AuxiliaryTrainingWrapper)
+_STACK_FROM_CPU, _STACK_FROM_CUDA = 4, 2
+"""Fewest adapters of a pass for which stacking their weights is faster: measured in time on the CPU, and in kernel
+launches on CUDA (docs/decisions/0030)."""
 
 
 class LoraDispatch:
-    """The adapters of a model, and which of them answers which row of a pass.
+    """The adapters of a model, and the dispatch of a pass's rows to them.
 
-    They are those of a PeftModel, or are put beside a base that has none: then the model itself is never changed, and
-    one more is a few entries in a dictionary (:meth:`put`).
+    The adapters are those of a PeftModel, or are added to a base that has none. Then the model itself never changes,
+    and one more adapter is a few dictionary entries (:meth:`add`).
 
-    PEFT's own ``forward(adapter_names=...)`` does the same, but looks for the layers in every pass (a quarter of the
-    time of a short one), leaves its hooks behind when a pass fails, and needs ten operations a layer for each adapter.
-    Here the layers compute in their own way from the first pass to the last (:meth:`attached`), and which rows are
-    whose is worked out once for all passes with the same rows. Where all rows have one adapter a layer needs two or
-    three operations; where rows of several decode, four for all of them together (tests/gpu/test_decoding_gpu.py).
+    PEFT's own ``forward(adapter_names=...)`` does the same with three drawbacks. It looks up the layers in every pass,
+    which is a quarter of a short pass. It leaves its hooks behind when a pass fails. It needs ten operations a layer
+    for each adapter. Here the layers' forward methods are replaced once for many passes (:meth:`attached`), and the
+    grouping of rows is computed once for all passes with the same rows. Where all rows have one adapter, a layer needs
+    two or three operations; where rows of several adapters decode, it needs four for all of them together
+    (tests/gpu/test_decoding_gpu.py).
 
-    Rows of one pass cannot be told apart where DoRA is involved (peft refuses). Rows that are not ``mixed`` need not
-    be: then the one adapter is switched on for the pass, or all are off.
+    peft refuses to mix DoRA rows in one pass. If the rows are not ``mixed``, any kind of adapter works: it is switched
+    on for the pass, or all are off.
     """
 
     def __init__(self, model: Any, *, mixed: bool) -> None:
         assert not model.training, "decoding needs eval mode"
         self._model = model
-        self._alone = False
+        self._single_adapter = False
+        """Rows share one adapter that cannot be mixed with others."""
         self._names: set[str] = set()
-        self._linear: dict[str, _LinearLoras] = {}
+        self._linear: dict[str, _LoraLinear] = {}
         """By the layer's name."""
-        self._layers: list[Any] = []
+        self._other_layers: list[Any] = []
+        """Adapted layers that PEFT itself computes."""
         self._attached = False
-        self._rows: _Rows | None = None
-        """Of the pass under way."""
-        self._last: _Rows | None = None
-        """Of the pass before: the next one mostly has the same rows."""
-        self._places = Places()
-        self._bytes = 0  # that the largest adapter's matrices take
+        self._rows: _RowGroups | None = None
+        """Of the pass in progress."""
+        self._last: _RowGroups | None = None
+        """Of the pass before: the next one usually has the same rows."""
+        self._slots = AdapterSlots()
+        self._largest_bytes = 0
+        """Bytes of the largest adapter's weights."""
         if not isinstance(model, PeftModel):
             return
         configs: dict[str, Any] = model.peft_config
         for name, config in configs.items():
             if config.peft_type != "LORA" or config.use_dora or config.alora_invocation_tokens:
-                self._alone = not mixed
+                self._single_adapter = not mixed
                 if not mixed:
                     continue
                 raise UserError(
-                    f"the adapter {name} is not plain LoRA, so it cannot answer in one batch with others",
+                    f"the adapter {name} is not plain LoRA, so it cannot share a batch with other adapters",
                     fix="Train it as plain LoRA: without DoRA or activated LoRA.",
                 )
         # Disabled layers would answer with the base, whatever the row asks for.
         status = model.get_model_status()
         assert status.enabled is True and not status.merged_adapters, "adapters must be enabled and unmerged"
         self._names = set(configs)
-        parts = {name: part for name, part in model.named_modules() if isinstance(part, _TOUCHED)}
-        self._linear = {name: _LinearLoras.of_peft(part) for name, part in parts.items() if _is_plain(part)}
-        self._layers = [part for part in parts.values() if not _is_plain(part)]
-        self._bytes = max((self._size(name) for name in self._names), default=0)
+        layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, _ADAPTED)}
+        self._linear = {name: _LoraLinear.from_peft(layer) for name, layer in layers.items() if _is_plain(layer)}
+        self._other_layers = [layer for layer in layers.values() if not _is_plain(layer)]
+        self._largest_bytes = max((self._nbytes(name) for name in self._names), default=0)
 
-    def put(self, name: str, loras: Mapping[str, Lora]) -> None:
-        """Have one more adapter of a base that has none of its own, by the names of the layers that it touches."""
-        assert not isinstance(self._model, PeftModel), "peft has its own layers there"
-        new = {layer: _LinearLoras.of_base(self._model.get_submodule(layer)) for layer in loras.keys() - self._linear}
+    def add(self, name: str, loras: Mapping[str, Lora]) -> None:
+        """Add an adapter to a base that has none of its own; ``loras`` maps layer names to weights."""
+        assert not isinstance(self._model, PeftModel), "a PeftModel has adapter layers already"
+        new = {layer: _LoraLinear.from_base(self._model.get_submodule(layer)) for layer in loras.keys() - self._linear}
         self._linear |= new
-        self._last = None  # it may have been arranged for other matrices
+        self._last = None  # its slots may hold this name's earlier weights
         if self._attached:
             for added in new.values():
                 added.attach(self._current)
         for layer, lora in loras.items():
-            self._linear[layer].put(name, lora)
+            self._linear[layer].add(name, lora)
         self._names.add(name)
-        self._bytes = max(self._bytes, self._size(name))
+        self._largest_bytes = max(self._largest_bytes, self._nbytes(name))
 
-    def drop(self, name: str) -> None:
-        """Forget an adapter; nothing happens if it is not (or no longer) here."""
+    def remove(self, name: str) -> None:
+        """Remove an adapter; an unknown name is ignored."""
         self._names.discard(name)
         self._last = None
         for layer in self._linear.values():
-            layer.drop(name)
+            layer.remove(name)
 
-    def _size(self, name: str) -> int:
-        return sum(layer.loras[name].bytes for layer in self._linear.values() if name in layer.loras)
+    def _nbytes(self, name: str) -> int:
+        return sum(layer.loras[name].nbytes for layer in self._linear.values() if name in layer.loras)
 
     def require(self, names: Sequence[str | None]) -> None:
-        """A layer takes an unknown adapter for one that does not touch it, so the names are checked here."""
+        """Check that all adapters are known: a layer would silently answer an unknown one with the base.
+
+        Raises:
+            ValueError: naming the unknown adapters.
+        """
         unknown = {name for name in names if name is not None} - self._names
         if unknown:
             raise ValueError(f"the model has no adapter {', '.join(sorted(unknown))}")
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """While this is open, the layers compute for :meth:`answering` in their own way, from pass to pass.
+        """Replace the layers' forward methods while this is open.
 
-        A caller that makes many passes opens it around all of them; without it each pass attaches and detaches.
+        A caller with many passes opens it around all of them; otherwise each pass attaches and detaches.
         """
-        if self._attached or self._alone:
+        if self._attached or self._single_adapter:
             yield
             return
         self._attached = True
         for layer in self._linear.values():
             layer.attach(self._current)
-        hooks = [layer.register_forward_pre_hook(self._name_rows, with_kwargs=True) for layer in self._layers]
+        hooks = [layer.register_forward_pre_hook(self._name_rows, with_kwargs=True) for layer in self._other_layers]
         try:
             yield
         finally:
@@ -130,9 +141,9 @@ class LoraDispatch:
                 layer.detach()
 
     @contextmanager
-    def answering(self, names: Sequence[str | None]) -> Iterator[None]:
-        """While this is open, row i of a pass is answered by the adapter ``names[i]`` (None: by the base)."""
-        if self._alone:
+    def use_adapters(self, names: Sequence[str | None]) -> Iterator[None]:
+        """Answer row i of each pass with the adapter ``names[i]`` while this is open (None: with the base)."""
+        if self._single_adapter:
             (only,) = set(names)
             if only is not None:
                 self._model.set_adapter(only)
@@ -140,251 +151,252 @@ class LoraDispatch:
                 yield
             return
         with self.attached():
-            if self._last is None or self._last.of != tuple(names):
-                self._last = self._arranged(names)
+            if self._last is None or self._last.adapter_of_row != tuple(names):
+                self._last = self._group(names)
             self._rows = self._last
             try:
                 yield
             finally:
                 self._rows = None
-                self._last.forget_inputs()
+                self._last.clear_inputs()
 
-    def _arranged(self, names: Sequence[str | None]) -> _Rows:
-        rows = _Rows(names, self._model.device)
-        if len(rows.adapters) >= (_MANY if self._model.device.type == "cpu" else _MANY_ON_A_CARD):
-            rows.place(self._places.take(rows.adapters, MOST_BYTES // max(1, self._bytes)))
+    def _group(self, names: Sequence[str | None]) -> _RowGroups:
+        rows = _RowGroups(names, self._model.device)
+        if len(rows.adapters) >= (_STACK_FROM_CPU if self._model.device.type == "cpu" else _STACK_FROM_CUDA):
+            rows.assign_slots(self._slots.assign(rows.adapters, MAX_BYTES // max(1, self._largest_bytes)))
         return rows
 
-    def _current(self) -> _Rows:
-        assert self._rows is not None, "a pass of whose rows nobody has said whose they are"
+    def _current(self) -> _RowGroups:
+        assert self._rows is not None, "a pass outside of use_adapters"
         return self._rows
 
     def _name_rows(self, _layer: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Return a layer that is not plain has PEFT tell its rows apart."""
-        names = [BASE_ROW if name is None else name for name in self._current().of]
+        """Have PEFT dispatch the rows of a layer that is not plain."""
+        names = [BASE_ROW if name is None else name for name in self._current().adapter_of_row]
         return args, {**kwargs, "adapter_names": names}
 
 
-class _Rows:
-    """The rows of a pass by their adapters; those of the base come last.
+class _RowGroups:
+    """The rows of a pass grouped by adapter; those of the base come last.
 
     Args:
         names: each row's adapter.
+        device: the model's.
     """
 
     def __init__(self, names: Sequence[str | None], device: torch.device) -> None:
-        self.of = tuple(names)
-        order = sorted(range(len(names)), key=adapters_first(names).__getitem__)
+        self.adapter_of_row = tuple(names)
+        order = sorted(range(len(names)), key=adapter_sort_keys(names).__getitem__)
         counts = Counter(names[row] for row in order)
         self.names, self.sizes = list(counts), list(counts.values())
-        """The adapters in that order, and how many rows each has."""
+        """The groups' adapters in that order, and the number of rows of each."""
         self.adapters = [name for name in self.names if name is not None]
         self.only = self.names[0] if len(self.names) == 1 else None
-        """The adapter of all rows, if they have one and the same."""
-        self.placed: tuple[str | None, ...] | None = None
-        """Which adapter lies where in a :class:`BatchedLora`, if they are to lie in one."""
-        self.moved = order != sorted(order)
+        """The adapter of all rows, if they share one."""
+        self.slots: tuple[str | None, ...] | None = None
+        """Each slot's adapter in a :class:`BatchedLora`, where the weights are stacked."""
+        self.reordered = order != sorted(order)
         self._device = device
-        if self.moved:
-            self._order = torch.tensor(order, device=device)
-            self._back = self._order.argsort()
-        self._spread: dict[tuple[int, torch.dtype], Tensor] = {}
+        if self.reordered:
+            self._order = torch.tensor(order, device=device)  # [B]: batch row of each grouped row
+            self._inverse = self._order.argsort()  # [B]: grouped row of each batch row
+        self._buffers: dict[tuple[int, torch.dtype], Tensor] = {}
+        """Slot inputs [S * N, in] by width and dtype."""
         self._last: tuple[Tensor, Tensor] | None = None
-        self._last_spread: tuple[Tensor, Tensor] | None = None
+        self._last_scattered: tuple[Tensor, Tensor] | None = None
 
-    def place(self, placed: tuple[str | None, ...] | None) -> None:
-        """Have the adapters lie so."""
-        self.placed = placed
-        if placed is None:
+    def assign_slots(self, slots: tuple[str | None, ...] | None) -> None:
+        """Lay the rows out for stacked weights; None leaves them to be multiplied group by group."""
+        self.slots = slots
+        if slots is None:
             return
-        # Each place has as many slots as any adapter has rows. Rows of the base read an empty one, where there is 0.
-        self._deep = max(self.of.count(name) for name in self.adapters) + (None in self.names)
-        taken: Counter[str | None] = Counter()
-        slots = []
-        for name in self.of:
-            slots.append(self._deep - 1 if name is None else placed.index(name) * self._deep + taken[name])
-            taken[name] += 1
-        self._slots = torch.tensor(slots, device=self._device)
-        filled = [row for row, name in enumerate(self.of) if name is not None]
-        self._filled = torch.tensor(filled, device=self._device) if None in self.names else None
-        self._filled_slots = self._slots if self._filled is None else self._slots[self._filled]
+        # N is the most rows that any adapter has. Rows of the base read one more place of slot 0, which stays 0.
+        self._depth = max(self.adapter_of_row.count(name) for name in self.adapters) + (None in self.names)
+        used: Counter[str | None] = Counter()
+        places = []
+        for name in self.adapter_of_row:
+            places.append(self._depth - 1 if name is None else slots.index(name) * self._depth + used[name])
+            used[name] += 1
+        self._places = torch.tensor(places, device=self._device)  # [B], into [S * N]
+        adapted = [row for row, name in enumerate(self.adapter_of_row) if name is not None]
+        self._adapted = torch.tensor(adapted, device=self._device) if None in self.names else None
+        self._adapted_places = self._places if self._adapted is None else self._places[self._adapted]
 
-    def apart(self, states: Tensor) -> Tensor:
-        """From the adapters' order [rows, ...] to the batch's."""
-        return states.index_select(0, self._back) if self.moved else states
+    def to_batch_order(self, states: Tensor) -> Tensor:
+        """Return grouped rows [B, ...] in the batch's order."""
+        return states.index_select(0, self._inverse) if self.reordered else states
 
-    def inputs(self, x: Tensor, dtype: torch.dtype, *, together: bool) -> Tensor:
-        """A layer's input [rows, ..., in] as its adapters take it [tokens, in], in the adapters' order if ``together``.
+    def inputs(self, x: Tensor, dtype: torch.dtype, *, grouped: bool) -> Tensor:
+        """Return a layer's input [B, ..., in] in the adapters' dtype [B * T, in], rows in group order if ``grouped``.
 
-        Layers that are given the same one (queries, keys and values; gate and up) follow each other, so it is made
-        once for all of them.
+        Layers with the same input follow one another (q, k and v; gate and up), so it is converted once for them.
         """
         if self._last is None or self._last[0] is not x or self._last[1].dtype != dtype:
-            ordered = x.index_select(0, self._order) if together and self.moved else x
+            ordered = x.index_select(0, self._order) if grouped and self.reordered else x
             self._last = x, ordered.to(dtype).reshape(-1, x.shape[-1])
         return self._last[1]
 
-    def forget_inputs(self) -> None:
-        """Let go of what the layers of a pass were given."""
-        self._last = self._last_spread = None
+    def clear_inputs(self) -> None:
+        """Free the inputs that the layers of a pass shared."""
+        self._last = self._last_scattered = None
 
-    def spread(self, inputs: Tensor) -> Tensor:
-        """Return one token a row [rows, in] to where its adapter lies [places, slots, in]; made once, as they are."""
-        assert self.placed is not None
-        if self._last_spread is None or self._last_spread[0] is not inputs:
+    def scatter(self, inputs: Tensor) -> Tensor:
+        """Copy one token of each row [B, in] to its adapter's slot [S, N, in]; layers with equal input share it."""
+        assert self.slots is not None
+        if self._last_scattered is None or self._last_scattered[0] is not inputs:
             kind = inputs.shape[-1], inputs.dtype
-            spread = self._spread.get(kind)
-            if spread is None:
-                # The other slots stay 0 for as long as these rows are together.
-                spread = self._spread[kind] = inputs.new_zeros(len(self.placed) * self._deep, inputs.shape[-1])
-            own = inputs if self._filled is None else inputs.index_select(0, self._filled)
-            spread.index_copy_(0, self._filled_slots, own)
-            self._last_spread = inputs, spread.view(len(self.placed), self._deep, -1)
-        return self._last_spread[1]
+            buffer = self._buffers.get(kind)
+            if buffer is None:
+                # Unused places stay 0 for as long as these rows are together, so they are cleared only once.
+                buffer = self._buffers[kind] = inputs.new_zeros(len(self.slots) * self._depth, inputs.shape[-1])
+            own = inputs if self._adapted is None else inputs.index_select(0, self._adapted)
+            buffer.index_copy_(0, self._adapted_places, own)
+            self._last_scattered = inputs, buffer.view(len(self.slots), self._depth, -1)
+        return self._last_scattered[1]
 
-    def gathered(self, changes: Tensor) -> Tensor:
-        """Return what came of it [places, slots, out] by row [rows, out]; of the base's rows 0."""
-        return changes.view(-1, changes.shape[-1]).index_select(0, self._slots)
+    def gather(self, deltas: Tensor) -> Tensor:
+        """Return slot outputs [S, N, out] by batch row [B, out]; rows of the base get 0."""
+        return deltas.view(-1, deltas.shape[-1]).index_select(0, self._places)
 
 
-def adapters_first(names: Sequence[str | None]) -> list[tuple[bool, str]]:
-    """By what rows are sorted so that those of an adapter lie together, those of the base last."""
+def adapter_sort_keys(names: Sequence[str | None]) -> list[tuple[bool, str]]:
+    """Return sort keys that put rows of one adapter next to each other, and those of the base last."""
     return [(name is None, name or "") for name in names]
 
 
-class _LinearLoras:
-    """A linear layer and the adapters that touch it.
+class _LoraLinear:
+    """A linear layer and the LoRA weights of its adapters.
 
     Args:
-        layer: whose output it is.
-        inner: what the base makes of the layer's input: a tensor of its own, to which the change is added.
-        loras: by their adapters; all of one type.
-        rounded: a change is rounded to the base's type before it is added, and not their sum.
+        layer: the module whose forward is replaced.
+        inner: computes the base's output, a new tensor that the delta is added to in place.
+        loras: weights by adapter, all of one dtype.
+        round_delta: round a delta to the base's dtype before adding it, as peft does over 4-bit layers. Otherwise the
+            sum is rounded once.
     """
 
     def __init__(
-        self, layer: Any, inner: Callable[..., Tensor], loras: dict[str | None, Lora], *, rounded: bool
+        self, layer: Any, inner: Callable[..., Tensor], loras: dict[str | None, Lora], *, round_delta: bool
     ) -> None:
-        assert "forward" not in vars(layer), "somebody else's way to compute it"
+        assert "forward" not in vars(layer), "the layer's forward is replaced already"
         self._layer = layer
         self._inner = inner
-        self._rounded = rounded
-        self._stack = BatchedLora()
+        self._round_delta = round_delta
+        self._stacked = BatchedLora()
         self.loras = loras
 
     @classmethod
-    def of_peft(cls, layer: Any) -> _LinearLoras:
-        """Of peft's layer around the base's, and all adapters on it."""
+    def from_peft(cls, layer: Any) -> _LoraLinear:
+        """Wrap peft's layer around a base layer, with all of its adapters."""
         loras: dict[str | None, Lora] = {
             name: Lora(down.weight.detach().t(), layer.lora_B[name].weight.detach().t(), layer.scaling[name])
             for name, down in layer.lora_A.items()
         }
-        return cls(layer, layer.base_layer, loras, rounded=_in_4_bits(layer.base_layer))
+        return cls(layer, layer.base_layer, loras, round_delta=_is_4bit(layer.base_layer))
 
     @classmethod
-    def of_base(cls, layer: nn.Module) -> _LinearLoras:
-        """Of the base's own layer, without adapters yet."""
-        return cls(layer, layer.forward, {}, rounded=_in_4_bits(layer))
+    def from_base(cls, layer: nn.Module) -> _LoraLinear:
+        """Wrap a layer of the base, without adapters yet."""
+        return cls(layer, layer.forward, {}, round_delta=_is_4bit(layer))
 
-    def put(self, name: str, lora: Lora) -> None:
-        """Have an adapter, or have it otherwise from now on."""
-        self._stack.forget(name)
+    def add(self, name: str, lora: Lora) -> None:
+        """Add an adapter, or replace its weights."""
+        self._stacked.invalidate(name)
         self.loras[name] = lora
 
-    def drop(self, name: str) -> None:
-        """Forget an adapter; nothing happens if it is not (or no longer) here."""
-        self._stack.forget(name)
+    def remove(self, name: str) -> None:
+        """Remove an adapter; an unknown name is ignored."""
+        self._stacked.invalidate(name)
         self.loras.pop(name, None)
 
-    def attach(self, current: Callable[[], _Rows]) -> None:
-        """Have the layer answer each row of a pass by its adapter, until :meth:`detach`."""
+    def attach(self, current: Callable[[], _RowGroups]) -> None:
+        """Replace the layer's forward until :meth:`detach`; ``current`` returns the rows of the pass in progress."""
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             result = self._inner(x, *args, **kwargs)
             rows = current()
             if any(name in self.loras for name in rows.adapters):
-                # While a model trains, transformers' trainer has its passes under autocast, which would round inputs.
+                # transformers' trainer runs evaluation under autocast, which would round the adapter's inputs.
                 if torch.is_autocast_enabled(x.device.type):
                     with torch.autocast(x.device.type, enabled=False):
-                        self._change(result, x, rows)
+                        self._add_lora(result, x, rows)
                 else:
-                    self._change(result, x, rows)
+                    self._add_lora(result, x, rows)
             return result
 
         self._layer.forward = forward
 
     def detach(self) -> None:
-        """Have the layer as it was."""
+        """Restore the layer's own forward."""
         vars(self._layer).pop("forward", None)
 
-    def _change(self, result: Tensor, x: Tensor, rows: _Rows) -> None:
-        """Add each row's adapter's change to what the base made of x [rows, ..., in]."""
+    def _add_lora(self, result: Tensor, x: Tensor, rows: _RowGroups) -> None:
+        """Add each row's delta to the base's output in place: x is [B, ..., in], result [B, ..., out]."""
         dtype = next(iter(self.loras.values())).down.dtype
-        flat = result.view(-1, result.shape[-1])
-        tokens = len(flat) // len(result)
+        flat = result.view(-1, result.shape[-1])  # [B * T, out]
+        tokens = len(flat) // len(result)  # T
         if rows.only is not None:
-            self._add(flat, rows.inputs(x, dtype, together=False), self.loras[rows.only])
-        elif rows.placed is not None and tokens == 1:
-            self._stack.hold(rows.placed, self.loras)
-            changes = rows.gathered(self._stack.changes(rows.spread(rows.inputs(x, dtype, together=False))))
-            self._add_changes(flat, changes)
+            self._add_one(flat, rows.inputs(x, dtype, grouped=False), self.loras[rows.only])
+        elif rows.slots is not None and tokens == 1:
+            self._stacked.load(rows.slots, self.loras)
+            deltas = rows.gather(self._stacked.delta(rows.scatter(rows.inputs(x, dtype, grouped=False))))
+            self._add_deltas(flat, deltas)
         else:
-            inputs = rows.inputs(x, dtype, together=True)
-            # [tokens, out] in the adapters' order
-            ordered = inputs.new_zeros(flat.shape) if rows.moved else flat
+            inputs = rows.inputs(x, dtype, grouped=True)
+            grouped = inputs.new_zeros(flat.shape) if rows.reordered else flat  # [B * T, out] in group order
             sizes = [size * tokens for size in rows.sizes]
-            for name, part, own in zip(rows.names, ordered.split(sizes), inputs.split(sizes), strict=True):
+            for name, part, own in zip(rows.names, grouped.split(sizes), inputs.split(sizes), strict=True):
                 lora = self.loras.get(name)
                 if lora is not None:
-                    self._add(part, own, lora)
-            if rows.moved:
-                self._add_changes(flat, rows.apart(ordered.view(len(result), -1)).view(flat.shape))
+                    self._add_one(part, own, lora)
+            if rows.reordered:
+                self._add_deltas(flat, rows.to_batch_order(grouped.view(len(result), -1)).view(flat.shape))
 
-    def _add(self, part: Tensor, own: Tensor, lora: Lora) -> None:
-        """Add one adapter's change of its tokens [tokens, in] to them [tokens, out]."""
-        low = own.mm(lora.down)
+    def _add_one(self, part: Tensor, own: Tensor, lora: Lora) -> None:
+        """Add one adapter's delta of its inputs [tokens, in] to ``part`` [tokens, out]."""
+        low = own.mm(lora.down)  # [tokens, rank]
         if part.dtype == low.dtype:
             part.addmm_(low, lora.up, alpha=lora.scale)
-        elif self._rounded:
-            change = torch.addmm(low[0, 0], low, lora.up, beta=0, alpha=lora.scale)  # beta=0: the first is not read
-            part.add_(change.to(part.dtype))
-        elif _by_the_number(part):
+        elif self._round_delta:
+            delta = torch.addmm(low[0, 0], low, lora.up, beta=0, alpha=lora.scale)  # beta=0: the first is not read
+            part.add_(delta.to(part.dtype))
+        elif _adds_elementwise(part):
             part.copy_(torch.addmm(part.to(low.dtype), low, lora.up, alpha=lora.scale))
         else:
-            # Added in the wider of the two types, and rounded once.
+            # torch adds in the wider of the two dtypes, and rounds once.
             part.add_(low.mm(lora.up), alpha=lora.scale)
 
-    def _add_changes(self, flat: Tensor, changes: Tensor) -> None:
-        """Add changes that are nobody else's to what the base made of the same tokens: both [tokens, out]."""
-        if self._rounded:
-            flat.add_(changes.to(flat.dtype))
-        elif flat.dtype != changes.dtype and _by_the_number(flat):
-            flat.copy_(changes.add_(flat.to(changes.dtype)))
+    def _add_deltas(self, flat: Tensor, deltas: Tensor) -> None:
+        """Add deltas to the base's output of the same tokens, both [tokens, out]; ``deltas`` may be overwritten."""
+        if self._round_delta:
+            flat.add_(deltas.to(flat.dtype))
+        elif flat.dtype != deltas.dtype and _adds_elementwise(flat):
+            flat.copy_(deltas.add_(flat.to(deltas.dtype)))
         else:
-            flat.add_(changes)
+            flat.add_(deltas)
 
 
-def _by_the_number(sums: Tensor) -> bool:
-    """Whether torch adds tensors of two types number by number, as on a processor; on a card it is one launch."""
+def _adds_elementwise(sums: Tensor) -> bool:
+    """Return whether adding two dtypes is a slow scalar loop, as on the CPU; on CUDA it is one launch."""
     return sums.device.type == "cpu"
 
 
-def _in_4_bits(layer: Any) -> bool:
-    """Return whether it is a linear layer whose weights are whole numbers.
+def _is_4bit(layer: Any) -> bool:
+    """Return whether a linear layer's weights are packed integers.
 
-    To what that makes of an input, peft adds a change only after rounding it (peft/tuners/lora/bnb.py).
+    peft rounds the delta before it adds it to such a layer's output (peft/tuners/lora/bnb.py).
     """
     return isinstance(layer, nn.Linear) and not layer.weight.is_floating_point()
 
 
 def _is_plain(layer: Any) -> bool:
-    """Return whether it is a linear layer, whole or in 4 bits, with nothing but two matrices for each adapter."""
+    """Return whether this is a linear layer, 16-bit or 4-bit, with nothing but two matrices for each adapter."""
     return (
-        (isinstance(layer, Linear) or _in_4_bits(getattr(layer, "base_layer", None)))
+        (isinstance(layer, Linear) or _is_4bit(getattr(layer, "base_layer", None)))
         and not layer.lora_variant
         and not any(layer.lora_bias.values())
         and not layer.merged
-        # In pieces (FSDP) a weight is whole only while peft's own layers compute.
+        # Under FSDP a weight is gathered only while peft's own layers compute.
         and not any(isinstance(weight, DTensor) for weight in layer.parameters())
         and len({weight.dtype for loras in (layer.lora_A, layer.lora_B) for weight in loras.parameters()}) == 1
     )

@@ -1,8 +1,8 @@
-"""Which prompts share a prefix that is worth computing once.
+"""The choice of prompt prefixes that are worth computing once.
 
-Rows of one task begin alike: zero-shot prompts share the instruction, static few-shot prompts the demonstrations too.
-Sorted prompts and the lengths of their common beginnings form a tree; each node is a beginning and the prompts that
-have it. For every node there is a choice: its own beginning for all of them, or longer ones for parts of them.
+Prompts of one task begin alike: zero-shot prompts share the instruction, static few-shot prompts the demonstrations
+too. Sorted prompts and the lengths of their common prefixes form a tree. Each node is a prefix and the prompts that
+have it. Every node is a choice: its own prefix for all of them, or longer prefixes for some of them.
 """
 
 from __future__ import annotations
@@ -11,24 +11,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 PASS_TOKENS = 64
-"""One more pass over the weights costs about as much as this many more tokens in a pass that is made anyway."""
+"""Cost of one more pass over the weights, in tokens of a pass that is made anyway."""
 
 Prompt = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Shared:
-    """Prompts with a common beginning."""
+class SharedPrefix:
+    """Prompts with a common prefix."""
 
-    places: tuple[int, ...]
-    """Where they stand among all prompts."""
+    indices: tuple[int, ...]
+    """Into all prompts."""
     length: int
-    """Tokens that they have in common; each prompt is longer than that."""
+    """Tokens of the prefix; each prompt is longer."""
 
 
 @dataclass
 class _Node:
-    """A beginning of ``depth`` tokens that the sorted prompts ``first`` to ``last`` have in common."""
+    """A prefix of ``depth`` tokens that the sorted prompts ``first`` to ``last`` share."""
 
     depth: int
     first: int
@@ -36,7 +36,7 @@ class _Node:
     saved: int = 0
     """Tokens that the choices below save."""
     chosen: list[tuple[int, int, int]] = field(default_factory=list)
-    """First, last and depth of each beginning that was chosen below."""
+    """First, last and depth of each prefix that was chosen below."""
 
     def take(self, child: _Node) -> None:
         self.last = child.last
@@ -50,15 +50,14 @@ class _Node:
         return self
 
 
-def shared_prefixes(prompts: Sequence[Prompt], pass_tokens: int = PASS_TOKENS) -> list[Shared]:
-    """Return the beginnings that save the most tokens when each is computed once for all prompts that go on from it.
+def shared_prefixes(prompts: Sequence[Prompt], pass_tokens: int = PASS_TOKENS) -> list[SharedPrefix]:
+    """Return the prefixes that save the most tokens when each is computed once for all prompts that continue it.
 
-    A beginning of n tokens saves n for every prompt but one, and costs a pass. Prompts that are in no
-    group are computed whole.
+    A prefix of n tokens saves n for every prompt but one, and costs a pass. Prompts in no group are computed whole.
 
     Args:
-        prompts: token ids; equal ones share all but their last token.
-        pass_tokens: what a pass costs, in tokens.
+        prompts: token ids; equal prompts share all but their last token.
+        pass_tokens: cost of a pass in tokens.
     """
     order = sorted(range(len(prompts)), key=lambda place: prompts[place])
     if not order:
@@ -77,10 +76,10 @@ def shared_prefixes(prompts: Sequence[Prompt], pass_tokens: int = PASS_TOKENS) -
     while open_nodes:
         open_nodes[-1].take(node)
         node = open_nodes.pop().decided(pass_tokens)
-    return [Shared(tuple(order[first : last + 1]), depth) for first, last, depth in node.chosen]
+    return [SharedPrefix(tuple(order[first : last + 1]), depth) for first, last, depth in node.chosen]
 
 
 def _common(one: Prompt, other: Prompt) -> int:
-    """Tokens at the beginning of both, less the last token of either: every row has something of its own to run."""
+    """Return the length of the common prefix, less the last token of either: every row computes at least one token."""
     longest = min(len(one), len(other)) - 1
     return next((place for place in range(longest) if one[place] != other[place]), longest)

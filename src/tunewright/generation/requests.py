@@ -1,4 +1,4 @@
-"""One prompt and how to continue it, its row while it decodes, and its answer."""
+"""Requests of the decoding loop: a prompt and its settings, its row while it decodes, and its completion."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ Finish = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt and how to continue it.
+    """One prompt and its generation settings.
 
     Args:
         prompt_ids: the prompt, at least one token.
-        adapter: the PEFT adapter that answers, or None for the base.
+        adapter: the adapter that answers, or None for the base.
         max_new_tokens: the most tokens that the answer may have, at least 1.
         temperature: 0 takes the likeliest token each time; above 0 samples.
         top_p: sample among the likeliest tokens that together hold this probability (Holtzman et al. 2020).
-        seed: the same seed samples the same answer, whatever else is in the batch; None draws a fresh one.
-        stop: texts, none empty; the first to be complete ends the answer, which is what stands before it.
-        constraint: what the answer has to match; one that is cut at the limit may not do so yet.
+        seed: the same seed samples the same answer, whatever else is in the batch; None draws a new seed.
+        stop: non-empty texts; the first that is complete ends the answer before it.
+        constraint: the grammar of the answer; an answer cut at the limit may not match it yet.
     """
 
     prompt_ids: tuple[int, ...]
@@ -50,19 +50,19 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """A whole answer: its tokens without the stop token, and why it ended."""
+    """A complete answer: its tokens without the stop token, and why it ended."""
 
     ids: tuple[int, ...]
     finish: Finish
     before_stop: str | None = None
-    """Of an answer that a stop string ended, the text before that; its tokens go further than this text does."""
+    """The text before the stop string that ended the answer; the tokens include the stop string."""
 
 
 class Row:
-    """A request under way; ``ids`` grows with each step until ``finish`` says why it ended.
+    """A request that is decoding; ``ids`` grows with each step until ``finish`` says why it ended.
 
     Args:
-        request: what to continue.
+        request: the request.
         decode: tokens to text, needed where the request has stop strings.
     """
 
@@ -86,12 +86,12 @@ class Row:
 
     @property
     def completion(self) -> Completion:
-        """The answer of a row that has finished."""
+        """Return the completion of a finished row."""
         assert self.finish is not None
         return Completion(tuple(self.ids), self.finish, self._before_stop)
 
     def uniform(self) -> float:
-        """The next number of the row's generator, from 0 up to 1, 1 not included: one for each token that it draws.
+        """Return the next number in [0, 1) of the row's generator: one for each sampled token.
 
         The generator is on the CPU, so that a seed means the same on every device.
         """
@@ -105,7 +105,7 @@ class Row:
             return
         self.ids.append(token)
         if self.guide is not None:
-            self.guide.take(token)
+            self.guide.advance(token)
         if self._stream is not None:
             self._text += self._stream.push(token)
             if self._stream.stopped:
@@ -121,7 +121,7 @@ class Row:
         if self._stream is None:
             return
         if not self._stream.stopped:
-            # What the last tokens hold of an unfinished character may still complete a stop string.
+            # The unfinished character in the last tokens may still complete a stop string.
             self._text += self._stream.flush()
         if self._stream.stopped:
             self.finish, self._before_stop = "stop", self._text

@@ -1,4 +1,4 @@
-"""From tokens to text while the answer is still being made: whole characters only, and nothing of a stop string."""
+"""Incremental detokenization: whole characters only, and nothing of a stop string."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 
 Decode = Callable[[Sequence[int]], str]
 
-_UNFINISHED = "\ufffd"  # what decoders write for bytes that are not (yet) a character
+_UNFINISHED = "\ufffd"  # decoders write it for bytes that are not (yet) a character
 
 
 class Detokenizer:
-    """Turns token ids into text piece by piece; the pieces together are the text of all the ids.
+    """Turns token ids into text piece by piece; the pieces joined are the text of all ids.
 
-    Each piece is decoded together with the one before it, because what a token reads as depends on its left
-    neighbour (SentencePiece drops the space before a text's first word).
+    Each piece is decoded together with the one before it, because a token's text depends on its left neighbour
+    (SentencePiece drops the space before a text's first word).
     """
 
     def __init__(self, decode: Decode) -> None:
@@ -31,7 +31,7 @@ class Detokenizer:
         return text
 
     def flush(self) -> str:
-        """Return what is left at the end: U+FFFD for a character that the answer's end cut off."""
+        """Return the remaining text: U+FFFD for a character that the answer's end cut off."""
         text = self._new() if self._after else ""
         self._after = []
         return text
@@ -41,9 +41,9 @@ class Detokenizer:
 
 
 class StopFilter:
-    """Passes text on up to the first stop string to be complete; of two complete at once, the longer counts.
+    """Passes text on up to the first complete stop string; of two that complete at once, the longer counts.
 
-    Text that may yet turn out to be the beginning of a stop string is held back.
+    Text that may be the beginning of a stop string is held back.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -58,25 +58,25 @@ class StopFilter:
             hits = [stop for stop in self._stops if self._held.endswith(stop)]
             if hits:
                 self.stopped = True
-                return self._let_go(len(self._held) - len(max(hits, key=len)))
+                return self._release(len(self._held) - len(max(hits, key=len)))
         held_back = next(
             length
             for length in range(len(self._held), -1, -1)
             if length == 0 or any(stop.startswith(self._held[-length:]) for stop in self._stops)
         )
-        return self._let_go(len(self._held) - held_back)
+        return self._release(len(self._held) - held_back)
 
     def flush(self) -> str:
-        """Return what was held back, once the answer has ended without a stop string."""
-        return "" if self.stopped else self._let_go(len(self._held))
+        """Return the text held back, once the answer has ended without a stop string."""
+        return "" if self.stopped else self._release(len(self._held))
 
-    def _let_go(self, length: int) -> str:
+    def _release(self, length: int) -> str:
         text, self._held = self._held[:length], self._held[length:]
         return text
 
 
 class TextStream:
-    """One answer's text: tokens in, text out, ``stopped`` once a stop string has ended it."""
+    """One answer's text: tokens in, text out; ``stopped`` once a stop string has ended it."""
 
     def __init__(self, decode: Decode, stops: Sequence[str]) -> None:
         self._detokenizer = Detokenizer(decode)
@@ -84,13 +84,13 @@ class TextStream:
 
     @property
     def stopped(self) -> bool:
-        """True if a stop string has been found: nothing more comes."""
+        """Return whether a stop string has ended the answer."""
         return self._filter.stopped
 
     def push(self, token: int) -> str:
-        """Return the text to send on after this token."""
+        """Return the text to send after this token."""
         return self._filter.push(self._detokenizer.push(token))
 
     def flush(self) -> str:
-        """Return the rest of the text, once the last token is in."""
+        """Return the rest of the text after the last token."""
         return self._filter.push(self._detokenizer.flush()) + self._filter.flush()

@@ -1,4 +1,4 @@
-"""Which thread's passes have the processor's cores."""
+"""OpenMP threads of a process in which several threads compute."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from threadpoolctl import ThreadpoolController
 _SOFT = 1  # omp_pause_soft, of omp.h
 
 
-def release_cores() -> None:
-    """Let the helpers go that this thread computes with; they come again with its next computation.
+def release_openmp_threads() -> None:
+    """Release the OpenMP workers of the calling thread; its next computation starts them again.
 
-    OpenMP gives each thread that computes helpers of its own, one for each further core, and keeps them. Once there are
-    more of them than cores it has all of them sleep between any two steps, some hundred times a pass: then a model that
-    another thread runs takes twice as long (benchmarks/adapter_passes.py). So who hands a model over calls this.
-    Nothing happens where there is no such function. Source: OpenMP 5.0, 3.2.44; libgomp, config/linux/wait.h.
+    OpenMP gives each computing thread its own workers, one for each further core, and keeps them. Once there are more
+    workers than cores, all of them sleep between any two steps, some hundred times a pass. A model that another thread
+    runs then takes twice as long (benchmarks/adapter_passes.py). So call this before handing a model to another thread.
+    Without this OpenMP function nothing happens. Source: OpenMP 5.0, 3.2.44; libgomp, config/linux/wait.h.
     """
     for library in ThreadpoolController().select(user_api="openmp").lib_controllers:
         pause = getattr(library.dynlib, "omp_pause_resource_all", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,11 +15,17 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import digest, file_digest, write_json
 from tunewright.core.progress import Reporter
 from tunewright.models.bundled import BUNDLED, bundled_folder
-from tunewright.models.families import family_of, text_config
+from tunewright.models.families import family_of, text_config, text_name
 from tunewright.models.hub import CONSOLIDATED, cached_folder, hub_config, hub_folder
 
 INDEX = "model.safetensors.index.json"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json")
+
+_INPUT_EMBEDDING, _OUTPUT_EMBEDDING = "model.embed_tokens.weight", "lm_head.weight"
+_SAMPLED_ROWS = 1000
+_UNTRAINED_NORM = 1e-3
+"""A row whose norm is below this share of the median row's has not been trained. Llama 3's base models have such rows
+for ``<|eot_id|>`` and the header tokens; the smallest trained rows are some tenths of the median."""
 
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w.-]+")
 
@@ -28,26 +35,26 @@ class Base:
     """An open-weight base on this machine's disk."""
 
     spec: str
-    """As the config names it."""
+    """The base as the config names it."""
     folder: Path
     commit: str | None
     """The hub commit that the revision was pinned to; None for a folder and for the bundled model."""
     architecture: str
     files: dict[str, str]
-    """SHA-256 of each file that decides what the model computes, by name."""
+    """SHA-256 by name of each file that decides what the model computes."""
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the files' digests: the identity of the base, wherever it lies."""
+        """Return the SHA-256 of the files' digests: the identity of the base, wherever it is stored."""
         return digest(self.files)
 
 
 def resolve_base(spec: str, revision: str | None, root: Path, reporter: Reporter) -> Base:
-    """Find, fetch and check the base that ``spec`` names; relative folders count from ``root``.
+    """Find, download and check the base that ``spec`` names; relative folders are relative to ``root``.
 
     Raises:
         UserError: nothing there, an unsupported family, no safetensors weights, remote code, quantized weights,
-            or a hub that is gated or cannot be reached.
+            or a hub that is gated or unreachable.
     """
     commit = None
     place = _place(spec, root)
@@ -56,24 +63,24 @@ def resolve_base(spec: str, revision: str | None, root: Path, reporter: Reporter
     elif place == "bundled":
         folder = bundled_folder(spec.removeprefix("bundled:"), reporter)
     else:
-        # What is not supported is refused by its configuration alone, before gigabytes of weights are fetched.
+        # An unsupported base is refused by its configuration alone, before gigabytes of weights are downloaded.
         check_architecture(hub_config(spec, revision, root / "base.lock.json"))
         folder, commit = hub_folder(spec, revision, root / "base.lock.json", reporter)
     if revision is not None and commit is None:
-        raise UserError("only a hub id has a revision", where="revision", fix="Remove the key revision.")
+        raise UserError("Only a hub id has a revision", where="revision", fix="Remove the key revision.")
     architecture = check_base_folder(folder)
     return Base(spec, folder, commit, architecture, _file_digests(folder))
 
 
 def base_config(spec: str, revision: str | None, root: Path, reporter: Reporter) -> Path:
-    """Return the ``config.json`` of the base that ``spec`` names; of a hub id nothing else is fetched.
+    """Return the ``config.json`` of the base that ``spec`` names; of a hub id nothing else is downloaded.
 
     Raises:
         UserError: as for :func:`resolve_base`.
     """
     place = _place(spec, root)
     if revision is not None and place != "hub":
-        raise UserError("only a hub id has a revision", where="revision", fix="Remove the key revision.")
+        raise UserError("Only a hub id has a revision", where="revision", fix="Remove the key revision.")
     if isinstance(place, Path):
         return place / "config.json"
     if place == "bundled":
@@ -81,7 +88,7 @@ def base_config(spec: str, revision: str | None, root: Path, reporter: Reporter)
     return hub_config(spec, revision, root / "base.lock.json")
 
 
-def base_at_hand(spec: str, revision: str | None, root: Path, reporter: Reporter) -> Base | None:
+def local_base(spec: str, revision: str | None, root: Path, reporter: Reporter) -> Base | None:
     """Return the base for reading its tokenizer, without asking the hub; None if its tokenizer is not on this machine.
 
     Its weights may be missing, and no digests are computed.
@@ -102,12 +109,12 @@ def base_at_hand(spec: str, revision: str | None, root: Path, reporter: Reporter
 
 
 def _place(spec: str, root: Path) -> Path | Literal["bundled", "hub"]:
-    """Where a base is: its folder, the package of the bundled one, or the hub."""
+    """Return where a base is: its folder, the package of the bundled model, or the hub."""
     kind, _, _name = spec.rpartition(":")
     if kind == "bundled":
         return "bundled"
     if kind:
-        raise UserError(f"there is no base {spec!r}", where="base", fix=f"The bundled base is bundled:{BUNDLED}.")
+        raise UserError(f"Unknown base {spec!r}", where="base", fix=f"The bundled base is bundled:{BUNDLED}.")
     folder = root / Path(spec).expanduser()
     if folder.is_dir():
         return folder.resolve()
@@ -116,7 +123,7 @@ def _place(spec: str, root: Path) -> Path | Literal["bundled", "hub"]:
     raise UserError(
         f"{spec!r} is neither a folder nor a hub id",
         where="base",
-        fix=f"Give a folder that holds config.json, an id such as meta-llama/Llama-3.1-8B, or bundled:{BUNDLED}.",
+        fix=f"Use a folder with a config.json, an id such as meta-llama/Llama-3.1-8B, or bundled:{BUNDLED}.",
     )
 
 
@@ -129,7 +136,7 @@ def check_base_folder(folder: Path) -> str:
     architecture = check_architecture(folder / "config.json")
     _check_weights(folder)
     if not any((folder / name).exists() for name in _TOKENIZERS):
-        raise UserError(f"no {', no '.join(_TOKENIZERS)}: there is no tokenizer", where=str(folder))
+        raise UserError(f"No tokenizer: none of {', '.join(_TOKENIZERS)} exists", where=str(folder))
     return architecture
 
 
@@ -137,42 +144,42 @@ def check_architecture(path: Path) -> str:
     """Return the architecture that a base's ``config.json`` names.
 
     Raises:
-        UserError: an unsupported family, code of its own, or weights that are quantized already.
+        UserError: an unsupported family, custom code, or quantized weights.
     """
     config = read_config(path)
     where = str(path)
     if config.get("auto_map"):
         raise UserError(
-            "this base wants to run code of its own (auto_map)", where=where, fix="Code from a base is never run."
+            "This base needs custom code (auto_map)", where=where, fix="Use a base without: its code is never run."
         )
     architecture, _ = family_of(config, where)
     quantization = config.get("quantization_config") or text_config(config).get("quantization_config")
     if quantization:
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
-        raise UserError(f"the weights are already quantized ({method})", where=where, fix=_unquantized(method))
+        raise UserError(f"The weights are already quantized ({method})", where=where, fix=_unquantized(method))
     return architecture
 
 
 def _unquantized(method: str) -> str:
     fix = "Use the original base in bfloat16, float16 or float32."
-    # Ministral 3 and Devstral 2 are published in FP8; Ministral 3 in bfloat16 too, under another name.
-    return f"{fix} Of a Ministral 3 that is the repository whose name ends in -BF16." if method == "fp8" else fix
+    # Ministral 3 and Devstral 2 are published in FP8; Ministral 3 also in bfloat16, under another name.
+    return f"{fix} For Ministral 3 that is the repository whose name ends in -BF16." if method == "fp8" else fix
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return a base's ``config.json`` as it is.
+    """Return a base's ``config.json``.
 
     Raises:
-        UserError: there is none, or it holds no JSON object.
+        UserError: the file does not exist, or is not a JSON object.
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError("no config.json: this folder holds no base", where=str(path.parent)) from None
+        raise UserError("No config.json: this folder is not a base", where=str(path.parent)) from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"not JSON: {error}", where=str(path)) from None
+        raise UserError(f"Not valid JSON: {error}", where=str(path)) from None
     if not isinstance(config, dict):
-        raise UserError("not a model configuration", where=str(path))
+        raise UserError(f"A model configuration must be a JSON object (got {type(config).__name__})", where=str(path))
     return config
 
 
@@ -197,8 +204,8 @@ def _check_weights(folder: Path) -> None:
     missing = [name for name in wanted if not (folder / name).exists()]
     if missing:
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pth"))
-        fix = "Only safetensors are read; .bin and .pth files can run code." if pickled else None
-        raise UserError(f"no weights: {', '.join(missing)} missing", where=str(folder), fix=fix)
+        fix = "Convert them to safetensors: .bin and .pth files can run code and are not read." if pickled else None
+        raise UserError(f"Missing weights: {', '.join(missing)}", where=str(folder), fix=fix)
     from safetensors import SafetensorError, safe_open
 
     for name in wanted:
@@ -206,11 +213,11 @@ def _check_weights(folder: Path) -> None:
             with safe_open(folder / name, framework="numpy"):
                 pass
         except SafetensorError as error:
-            raise UserError(f"damaged weights: {error}", where=str(folder / name)) from None
+            raise UserError(f"Damaged weights: {error}", where=str(folder / name)) from None
 
 
 def _file_digests(folder: Path) -> dict[str, str]:
-    """SHA-256 by name; remembered by size and time of change, since a 70B base takes minutes to read."""
+    """Return the SHA-256 by name, cached by size and modification time, since a 70B base takes minutes to read."""
     cache_file = platformdirs.user_cache_path("tunewright") / "digests.json"
     try:
         cache = json.loads(cache_file.read_text(encoding="utf-8"))
@@ -241,3 +248,33 @@ def _decides(path: Path) -> bool:
         "tokenizer.json",
         "tokenizer_config.json",
     }
+
+
+def untrained_tokens(base: Base, ids: Collection[int]) -> list[int]:
+    """Return, sorted, those of ``ids`` whose input or output embedding row is missing or next to zero."""
+    tables = [_table(base.folder, name) for name in (_INPUT_EMBEDDING, _OUTPUT_EMBEDDING)]
+    return sorted(set().union(*(_empty_rows(path, name, ids) for path, name in tables if path is not None)))
+
+
+def _table(folder: Path, text: str) -> tuple[Path | None, str]:
+    """Return the weights file and the name of a tensor; no file if it is absent (an output tied to the input).
+
+    Args:
+        folder: the base's.
+        text: the tensor's name in a model of text alone.
+    """
+    files = tensor_files(folder)
+    found = next((name for name in files if text_name(name) == text), None)
+    return (folder / files[found], found) if found else (None, text)
+
+
+def _empty_rows(path: Path, name: str, ids: Collection[int]) -> set[int]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as weights:
+        table = weights.get_tensor(name)
+    median = float(table[:: max(1, len(table) // _SAMPLED_ROWS)].float().norm(dim=1).median())
+    there = [token for token in ids if token < len(table)]
+    norms = table[there].float().norm(dim=1).tolist()
+    empty = {token for token, norm in zip(there, norms, strict=True) if norm <= _UNTRAINED_NORM * median}
+    return empty | (set(ids) - set(there))

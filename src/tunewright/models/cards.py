@@ -1,4 +1,4 @@
-"""CUDA cards: the memory of common ones by name, and those that torch was built for and cannot use."""
+"""CUDA GPUs: the memory of common ones by name, and the reason why torch cannot use one."""
 
 from __future__ import annotations
 
@@ -36,25 +36,25 @@ _MEMORY_MIB = {
     "V100 16GB": 16384,
     "V100 32GB": 32768,
 }
-"""The total that `nvidia-smi` shows: less than in the data sheet where ECC or the driver reserves a part."""
+"""The total that `nvidia-smi` shows: less than in the data sheet if ECC or the driver reserves a part."""
 _LEFT_OUT = re.compile(r"nvidia|geforce|tesla|blackwell|generation|sxm\d?|pcie|hbm\d\w?|rtx|[\s_-]")
-"""Parts of names as torch and `nvidia-smi` print them that tell no two cards of the table apart."""
+"""Parts of names, as torch and `nvidia-smi` print them, that distinguish no two GPUs of the table."""
 _SIZE = re.compile(r" \d+GB$")
 
 
 @dataclass(frozen=True)
 class Card:
-    """A card of the table."""
+    """A GPU of the table."""
 
     name: str
     bytes: int
 
 
 def card_named(text: str, where: str) -> Card:
-    """Return the card that ``text`` names, such as ``RTX 4090``, ``h100`` or ``a100-80gb``.
+    """Return the GPU that ``text`` names, such as ``RTX 4090``, ``h100`` or ``a100-80gb``.
 
     Raises:
-        UserError: no card of the table, or several (``a100``).
+        UserError: no GPU of the table, or several (``a100``).
     """
     wanted = _key(text)
     keys = {_key(name): name for name in _MEMORY_MIB}
@@ -63,13 +63,13 @@ def card_named(text: str, where: str) -> Card:
         return Card(found[0], _MEMORY_MIB[found[0]] << 20)
     if found:
         both = " or ".join(name.replace(" ", "-").lower() for name in found)
-        raise UserError(f"{text!r} is sold with different memory", where=where, fix=f"Write {both}.")
+        raise UserError(f"{text!r} exists with different memory sizes", where=where, fix=f"Write {both}.")
     parts = [name for key, name in keys.items() if key in wanted]
     near = [*parts, *(keys[key] for key in get_close_matches(wanted, keys, n=4, cutoff=0.5) if keys[key] not in parts)]
     raise UserError(
-        f"{text!r} is neither a size of memory nor a known card",
+        f"{text!r} is neither a memory size nor a known GPU",
         where=where,
-        fix=(f"Near it: {', '.join(near)}. " if near else "") + "Or write its memory, such as 24GB or 24GiB.",
+        fix=(f"Similar names: {', '.join(near)}. " if near else "") + "Or write its memory, such as 24GB or 24GiB.",
     )
 
 
@@ -78,9 +78,9 @@ def _key(name: str) -> str:
 
 
 def unusable_card() -> str | None:
-    """Return why a torch that is built for CUDA can use no card here.
+    """Return why a torch that is built for CUDA can use no GPU here.
 
-    None where it uses one, where it is built without CUDA, and where CUDA_VISIBLE_DEVICES hides all cards.
+    None if it uses one, if it is built without CUDA, or if CUDA_VISIBLE_DEVICES hides all GPUs.
     """
     import torch
 
@@ -90,6 +90,6 @@ def unusable_card() -> str | None:
     try:
         torch.cuda.init()
     except RuntimeError as error:
-        # Torch's sentence on the cause comes first, its advice after it.
+        # Torch's message states the cause first, and then advice.
         return str(error).split(" Please ")[0].strip().rstrip(".")
-    return "torch finds none"
+    return "torch finds no GPU"

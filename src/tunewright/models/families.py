@@ -1,4 +1,4 @@
-"""The model families that tunewright takes, why it refuses others, and what a base's text weights are called."""
+"""Supported model families, refused ones with the reason, and the names of a base's text weights."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ class Family:
     """One architecture, as ``architectures`` in a ``config.json`` names it."""
 
     name: str
-    """For people."""
+    """The display name."""
     config: str
     """Its configuration class in transformers."""
     text_types: tuple[str, ...]
-    """The ``model_type`` values that its text model may have."""
+    """The ``model_type`` values of its text model."""
     vision: bool = False
     """The text model is the ``text_config`` of a model that also reads images."""
     experts: bool = False
-    """The feed-forward blocks are mixtures of experts, whose weights are no linear layers (see docs/models.md)."""
+    """The feed-forward blocks are mixtures of experts, whose weights are not linear layers (see docs/models.md)."""
 
     @property
     def linear(self) -> tuple[str, ...]:
-        """The linear layers of each decoder layer, by the last part of their names: what LoRA and NF4 apply to."""
+        """Return the linear layers of a decoder layer that LoRA and NF4 apply to, by the last part of their names."""
         return ATTENTION if self.experts else (*ATTENTION, *MLP)
 
 
@@ -43,8 +43,8 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 _LLAMA_4 = (
-    "Llama 4 is not supported: its experts cannot be held in 4 bits, so its smallest model needs 218 GB, and training "
-    "here does not compute its chunked attention"
+    "Llama 4 is not supported: its experts cannot be quantized to 4 bits, so its smallest model needs 218 GB, and "
+    "training here does not support its chunked attention"
 )
 REFUSED: Mapping[str, str] = {"Llama4ForConditionalGeneration": _LLAMA_4, "Llama4ForCausalLM": _LLAMA_4}
 """Llamas and Mistrals that are refused, with the reason (docs/models.md)."""
@@ -53,7 +53,7 @@ VISION = ("vision_tower", "multi_modal_projector")
 """Parts of a Mistral 3 that read images."""
 
 OUTSIDE_TEXT = r".*(vision_tower|multi_modal_projector).*"
-"""peft's ``exclude_modules`` for a family with vision: the vision tower has layers called q_proj too."""
+"""peft's ``exclude_modules`` for a family with vision: the vision tower also has layers called q_proj."""
 
 _TEXT_PREFIXES = (
     # Files on the hub, and those that transformers writes.
@@ -65,7 +65,7 @@ _TEXT_PREFIXES = (
 
 
 def text_name(name: str) -> str | None:
-    """Return what a tensor or module is called in a text model alone; None if it is a part of the vision tower.
+    """Return the name of a tensor or module in a model of text alone; None for a part of the vision tower.
 
     ``language_model.model.layers.0.mlp.up_proj.weight`` is ``model.layers.0.mlp.up_proj.weight``.
     """
@@ -78,14 +78,14 @@ def text_name(name: str) -> str | None:
 
 
 def module_name(architecture: str, text: str) -> str:
-    """Return what a module of the text model is called in the whole model: the opposite of `text_name`."""
+    """Return the name of a text module in the full model: the inverse of `text_name`."""
     if FAMILIES[architecture].vision and text.startswith("model."):
         return "model.language_model." + text.removeprefix("model.")
     return text
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the text model's part of a ``config.json``: ``text_config`` where there is one, else all of it."""
+    """Return the text model's part of a ``config.json``: ``text_config`` if it exists, else all of it."""
     nested = config.get("text_config")
     return nested if isinstance(nested, dict) else config
 
@@ -94,7 +94,7 @@ def family_of(config: Mapping[str, Any], where: str) -> tuple[str, Family]:
     """Return the architecture that a ``config.json`` names, and its family.
 
     Raises:
-        UserError: a family that is not supported, with the reason or with the supported ones.
+        UserError: an unsupported family, with the reason or the supported ones.
     """
     architectures = config.get("architectures") or []
     named = ", ".join(map(str, architectures)) or "unknown"
@@ -103,15 +103,15 @@ def family_of(config: Mapping[str, Any], where: str) -> tuple[str, Family]:
         for architecture in architectures:
             if architecture in REFUSED:
                 raise UserError(REFUSED[architecture], where=where, fix=supported)
-        raise UserError(f"the architecture {named} is not supported", where=where, fix=supported)
+        raise UserError(f"The architecture {named} is not supported", where=where, fix=supported)
     family = FAMILIES[architectures[0]]
     text = text_config(config)
     kind = text.get("model_type", family.text_types[0])
     if family.vision and text is config:
-        raise UserError("no text_config: the text model is not described", where=where)
+        raise UserError("No text_config: the text model is not described", where=where)
     if kind not in family.text_types:
         raise UserError(
-            f"the text model of this {architectures[0]} is {kind}; supported is {' or '.join(family.text_types)}",
+            f"The text model of this {architectures[0]} is {kind}; supported is {' or '.join(family.text_types)}",
             where=where,
             fix=supported,
         )
@@ -122,30 +122,30 @@ def require_targets(targets: Sequence[str], architecture: str) -> None:
     """Check that a family has the linear layers that ``train.target_modules`` names.
 
     Raises:
-        UserError: naming the layers that the family does not have.
+        UserError: naming the layers that the family lacks.
     """
     family = FAMILIES[architecture]
     missing = [name for name in targets if name not in family.linear]
     if missing:
         raise UserError(
-            f"{family.name} has no linear layer {', '.join(missing)}: its experts are one tensor per layer, which is "
-            "not adapted",
+            f"{family.name} has no linear layer {', '.join(missing)}: its experts are one tensor per layer, which "
+            "LoRA does not adapt",
             where="train.target_modules",
-            fix=f"Set train.target_modules to [{', '.join(family.linear)}], or to some of these.",
+            fix=f"Set train.target_modules to [{', '.join(family.linear)}], or to a subset.",
         )
 
 
-def require_quantizable(quantize: Quantize, architecture: str, key: str = "quantization") -> None:
-    """Check that NF4 holds most of a family's weights.
+def require_quantizable(quantize: Quantize, architecture: str, key: str = "quantize") -> None:
+    """Check that NF4 covers most of a family's weights.
 
     Raises:
-        UserError: NF4 is asked for, and the family is a mixture of experts.
+        UserError: NF4 is requested for a mixture of experts.
     """
     family = FAMILIES[architecture]
     if quantize == "nf4" and family.experts:
         raise UserError(
-            f"{family.name} cannot be held in NF4: bitsandbytes quantizes linear layers, and nearly all weights of "
-            "this family are experts, which are not",
+            f"{family.name} cannot be quantized to NF4: bitsandbytes quantizes linear layers, and nearly all weights "
+            "of this family are experts, which are not linear layers",
             where=key,
             fix=f"Set {key} to none.",
         )

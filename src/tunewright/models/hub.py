@@ -14,20 +14,19 @@ from tunewright.core.progress import Reporter
 
 _WANTED = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model"]
 CONSOLIDATED = "consolidated"
-"""Mistral's repositories hold all weights twice: in files that begin so, for its own code, and in those of
-transformers, which are the ones that are read."""
+"""Prefix of weights for Mistral's own code; its repositories have all weights twice, and the other copy is read."""
 PATIENCE_S = 3.0
-"""Seconds that the hub has for a first answer, so that a command ends within five."""
+"""Seconds that the hub has for a first response, so that a command ends within five."""
 
 
 def hub_folder(repository: str, revision: str | None, lock_file: Path, reporter: Reporter) -> tuple[Path, str]:
-    """Fetch the hub repository into the hub's own cache; return its folder and the commit.
+    """Download the hub repository into the hub's own cache; return its folder and the commit.
 
-    The commit that ``revision`` (branch, tag or commit; None: main) meant at first use is kept in ``lock_file``:
-    commit that file, and every later run, here or elsewhere, uses the same weights.
+    The commit that ``revision`` (branch, tag or commit; None: main) meant at first use is kept in ``lock_file``. Commit
+    that file to git, and every later run, here or elsewhere, uses the same weights.
 
     Raises:
-        UserError: unknown id or revision, a gated repository, or no way to reach the hub.
+        UserError: unknown id or revision, a gated repository, or an unreachable hub.
     """
     from huggingface_hub import HfApi, constants, snapshot_download
 
@@ -42,7 +41,7 @@ def hub_folder(repository: str, revision: str | None, lock_file: Path, reporter:
             if cached is None:
                 raise _unreachable(repository, offline)
             commit = cached.name
-        reporter.say(f"Base {repository} at commit {commit[:12]}{'' if offline is None else ', as it is cached here'}")
+        reporter.say(f"Base {repository} at commit {commit[:12]}{'' if offline is None else ', from the local cache'}")
         with writing(Path(constants.HF_HUB_CACHE)):
             folder = Path(
                 snapshot_download(
@@ -59,7 +58,7 @@ def hub_folder(repository: str, revision: str | None, lock_file: Path, reporter:
 
 
 def hub_config(repository: str, revision: str | None, lock_file: Path) -> Path:
-    """Fetch a hub repository's ``config.json`` and nothing else; a pin in ``lock_file`` holds, none is added.
+    """Download a hub repository's ``config.json`` and nothing else; a pin in ``lock_file`` applies, none is added.
 
     Raises:
         UserError: as for :func:`hub_folder`, or the repository has no such file.
@@ -79,9 +78,10 @@ def hub_config(repository: str, revision: str | None, lock_file: Path) -> Path:
 
 
 def cached_folder(repository: str, revision: str | None, lock_file: Path) -> Path | None:
-    """Return the repository's folder in the hub's cache, of the pinned commit if there is one; None if it is not there.
+    """Return the repository's folder in the hub's cache, of the pinned commit if there is one; None if it is not
+    cached.
 
-    Nothing is asked of the hub, and files may be missing.
+    The hub is not asked, and files may be missing.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -94,29 +94,29 @@ def cached_folder(repository: str, revision: str | None, lock_file: Path) -> Pat
 
 
 def _silence(repository: str, revision: str | None) -> str | None:
-    """Return why the hub gives no answer, in words; None if it answers.
+    """Return why the hub does not respond; None if it does.
 
-    The hub's own client waits and tries again for minutes. And a name that is not resolved blocks beyond any timeout,
-    so a thread asks, and is left behind if it takes too long.
+    The hub's own client waits and retries for minutes, and a name that does not resolve blocks beyond any timeout. So a
+    thread sends the request, and is abandoned if it takes too long.
     """
     from huggingface_hub import constants, get_session, hf_hub_url
 
     if constants.is_offline_mode():
         return "HF_HUB_OFFLINE is set"
     url = hf_hub_url(repository, "config.json", revision=revision)
-    told: list[str | None] = []
+    result: list[str | None] = []
 
     def ask() -> None:
         try:
             get_session().request("HEAD", url, timeout=PATIENCE_S, follow_redirects=False)
-            told.append(None)
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is named, and no answer came
-            told.append(_reason(error))
+            result.append(None)
+        except Exception as error:  # noqa: BLE001 - any error means no response, and is reported as the reason
+            result.append(_reason(error))
 
     thread = threading.Thread(target=ask, name="tunewright-hub", daemon=True)
     thread.start()
     thread.join(PATIENCE_S)
-    return told[0] if told else f"no answer within {PATIENCE_S:g} s"
+    return result[0] if result else f"no response within {PATIENCE_S:g} s"
 
 
 def _reason(error: BaseException) -> str:
@@ -127,9 +127,9 @@ def _unreachable(repository: str, why: str) -> UserError:
     from huggingface_hub import constants
 
     return UserError(
-        f"{repository} is not in the hub's cache here, and the hub ({constants.ENDPOINT}) cannot be reached: {why}",
+        f"{repository} is not in the local hub cache, and the hub ({constants.ENDPOINT}) is unreachable: {why}",
         where="base",
-        fix="Check the network or HF_ENDPOINT. Or download the base elsewhere and give its folder as `base`.",
+        fix="Check the network or HF_ENDPOINT. Or download the base elsewhere and use its folder as `base`.",
     )
 
 
@@ -144,7 +144,7 @@ def _pins(lock_file: Path) -> dict[str, str]:
 
 @contextmanager
 def _refusals(repository: str, revision: str | None) -> Iterator[None]:
-    """Turn what the hub refuses into a UserError."""
+    """Turn the hub's refusals into UserErrors."""
     from huggingface_hub import errors
 
     try:
@@ -153,17 +153,17 @@ def _refusals(repository: str, revision: str | None) -> Iterator[None]:
         raise UserError(
             f"{repository} is gated",
             where="base",
-            fix=f"Accept its licence on the page of {repository}, then log in with `hf auth login` (or set HF_TOKEN).",
+            fix=f"Accept its licence on the page of {repository}, then run `hf auth login` (or set HF_TOKEN).",
         ) from None
     except errors.RevisionNotFoundError:
         raise UserError(f"{repository} has no revision {revision!r}", where="revision") from None
     except errors.RepositoryNotFoundError:
         raise UserError(
-            f"the hub has no model {repository}, or it is private",
+            f"The hub has no model {repository}, or it is private",
             where="base",
-            fix="Check the spelling; for a private model log in with `hf auth login` (or set HF_TOKEN).",
+            fix="Check the spelling. For a private model run `hf auth login` (or set HF_TOKEN).",
         ) from None
     except errors.RemoteEntryNotFoundError:
-        raise UserError(f"{repository} has no config.json: it holds no base", where="base") from None
+        raise UserError(f"{repository} has no config.json: it is not a base", where="base") from None
     except (OSError, errors.HTTPError) as error:
         raise _unreachable(repository, _reason(error)) from error

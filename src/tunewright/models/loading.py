@@ -1,4 +1,4 @@
-"""Loading a base and its tokenizer, and putting adapters on it."""
+"""Loading a base and its tokenizer, and adding adapters to it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tunewright.config import Quantize
 from tunewright.core.errors import UserError
 from tunewright.models.bases import Base
 from tunewright.models.families import FAMILIES, VISION, require_quantizable
-from tunewright.models.quantized import held_in_nf4, nf4_config
+from tunewright.models.quantized import disable_repacking, nf4_config
 from tunewright.models.quiet import quiet_transformers
 
 if TYPE_CHECKING:
@@ -27,23 +27,23 @@ _TEKKEN_INST = 3
 
 
 def device() -> str:
-    """Where models run: this process's CUDA card (the first one's where it is alone), else the processor."""
+    """Return the device of models: this process's CUDA GPU, else the CPU."""
     import torch
 
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
 def load_model(
-    base: Base, dtype: str, quantize: Quantize, place: str | None = None, *, divisible: bool = False
+    base: Base, dtype: str, quantize: Quantize, place: str | None = None, *, shardable: bool = False
 ) -> PreTrainedModel:
-    """The base's weights in ``dtype`` ("bfloat16" or "float32"), in evaluation mode, on ``place`` (None: `device()`).
+    """Load the base's weights in ``dtype`` ("bfloat16" or "float32"), in eval mode, on ``place`` (None: `device()`).
 
-    With ``quantize`` "nf4" the linear layers are held in 4 bits and compute in ``dtype``; embeddings, norms and the
-    output layer are in ``dtype`` still. ``divisible``: FSDP can divide the 4-bit weights among processes. A vision
-    tower is dropped once the base is loaded.
+    With ``quantize`` "nf4" the linear layers are quantized to 4 bits and compute in ``dtype``; embeddings, norms and
+    the output layer stay in ``dtype``. ``shardable``: FSDP can shard the 4-bit weights. A vision tower is dropped after
+    loading.
 
     Raises:
-        UserError: NF4 is asked for, and bitsandbytes is not installed or the base is a mixture of experts.
+        UserError: NF4 is requested, and bitsandbytes is not installed or the base is a mixture of experts.
     """
     import torch
     import transformers
@@ -53,7 +53,7 @@ def load_model(
         model: PreTrainedModel = getattr(transformers, base.architecture).from_pretrained(
             base.folder,
             dtype=getattr(torch, dtype),
-            quantization_config=nf4_config(dtype, divisible=divisible) if quantize == "nf4" else None,
+            quantization_config=nf4_config(dtype, shardable=shardable) if quantize == "nf4" else None,
             device_map=place or device(),
             local_files_only=True,
             trust_remote_code=False,
@@ -62,8 +62,8 @@ def load_model(
         if FAMILIES[base.architecture].vision:
             drop_vision(model)
         if quantize == "nf4":
-            held_in_nf4(model)
-            # Embeddings and norms still lie in the mapped file, which would keep the 16-bit layers resident with them.
+            disable_repacking(model)
+            # Embeddings and norms are still views of the mapped file, which would keep its 16-bit layers in memory.
             for weight in model.parameters():
                 if weight.is_floating_point():
                     weight.data = weight.data.clone()
@@ -72,36 +72,36 @@ def load_model(
 
 
 def drop_vision(model: Any) -> None:
-    """Free what reads images.
+    """Free the parts that read images.
 
-    The text layers keep their names in the whole model, which peft and vLLM look for in an adapter.
+    The text layers keep their names in the full model, which peft and vLLM look for in an adapter.
     """
     for name in VISION:
         delattr(model.model, name)
 
 
 def named(base: Base, quantize: Quantize) -> str:
-    """What people are told is loaded: the base as the config names it, and how it is held where that is not whole."""
+    """Return the base's display name: as the config names it, and its quantization if it has one."""
     return f"{base.spec} in NF4" if quantize == "nf4" else base.spec
 
 
 def load_tokenizer(base: Base) -> Any:
-    """Return the base's own tokenizer, with a padding token (the end of text, where it has none).
+    """Load the base's tokenizer, with a padding token (the end-of-text token if it has none).
 
-    Mistral's tekken.json decides where there is one: tokenizer.json files next to it were published with another rule
-    for cutting text, which gives other tokens.
+    Mistral's tekken.json takes precedence: tokenizer.json files next to it were published with another pre-tokenization
+    rule, which gives other tokens.
 
     Raises:
-        UserError: no tokenizer that can be read, or one without an end-of-text token.
+        UserError: no readable tokenizer, or one without an end-of-text token.
     """
     tekken = base.folder / TEKKEN
     with quiet_transformers():
         try:
             tokenizer = _tekken_tokenizer(tekken) if tekken.exists() else _hub_tokenizer(base.folder)
         except (ValueError, OSError, KeyError, TypeError, AttributeError, ImportError) as error:
-            raise UserError(f"the tokenizer cannot be read: {error}", where=str(base.folder)) from error
+            raise UserError(f"The tokenizer cannot be read: {error}", where=str(base.folder)) from error
     if tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer names no end-of-text token (eos_token)", where=str(base.folder))
+        raise UserError("The tokenizer has no end-of-text token (eos_token)", where=str(base.folder))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -112,7 +112,7 @@ def _hub_tokenizer(folder: Path) -> Any:
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if len(tokenizer) > _TEKKEN_SIZE and tokenizer.convert_tokens_to_ids("[INST]") == _TEKKEN_INST:
-        # transformers knows which releases wrote the wrong rule, and leaves the others as they are.
+        # transformers knows which releases wrote the wrong rule, and changes only these.
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, fix_mistral_regex=True
         )
@@ -120,13 +120,13 @@ def _hub_tokenizer(folder: Path) -> Any:
 
 
 def _tekken_tokenizer(tekken: Path) -> Any:
-    """Return Mistral's tokenizer, with the chat template in the same folder, or without one."""
+    """Return Mistral's tokenizer, with the chat template of the same folder if there is one."""
     from tokenizers import processors
     from transformers.integrations.mistral.tokenizer import convert_tekken_tokenizer
 
-    # Any text but None: without it transformers would write a template itself where mistral-common is installed.
+    # Any text but None: with None transformers adds its own template if mistral-common is installed.
     tokenizer = convert_tekken_tokenizer(str(tekken), chat_template="")
-    tokenizer.chat_template = _template_beside(tekken.parent)
+    tokenizer.chat_template = _folder_template(tekken.parent)
     tokenizer.name_or_path = str(tekken.parent)
     # As Mistral's own encoder does, and its tokenizer.json files; the conversion leaves it out.
     begin = str(tokenizer.bos_token)
@@ -136,8 +136,8 @@ def _tekken_tokenizer(tekken: Path) -> Any:
     return tokenizer
 
 
-def _template_beside(folder: Path) -> Any:
-    """Return the chat template in a folder's files, where transformers looks for one; None if there is none."""
+def _folder_template(folder: Path) -> Any:
+    """Return the chat template in a folder's files, in transformers' order; None if there is none."""
     written = folder / "chat_template.jinja"
     if written.exists():
         return written.read_text(encoding="utf-8")
@@ -150,7 +150,7 @@ def _template_beside(folder: Path) -> Any:
 
 
 def with_adapters(model: PreTrainedModel | PeftModel, folders: Mapping[str, Path]) -> PeftModel:
-    """Put adapters (name to folder; at least one) beside each other, and those there already, on one base."""
+    """Add adapters (name to folder; at least one) to a base, alongside any that it has."""
     from peft import PeftModel
 
     with quiet_transformers():
@@ -176,12 +176,12 @@ def context_length(base: Base) -> int:
 
 
 def decoder_layers(base: Base) -> int:
-    """Return how many layers the base has."""
+    """Return the number of decoder layers."""
     return int(text_settings(base).num_hidden_layers)
 
 
 def hidden_size(base: Base) -> int:
-    """Return the width of the base: numbers in a token's hidden state."""
+    """Return the hidden size of the base."""
     return int(text_settings(base).hidden_size)
 
 
@@ -189,7 +189,7 @@ def end_token_ids(base: Base) -> frozenset[int]:
     """Return the tokens that end an answer by the base's generation settings, read without its weights.
 
     Raises:
-        UserError: settings that cannot be read, or that name what is no token.
+        UserError: unreadable settings, or an eos_token_id that is not a token id.
     """
     from transformers import GenerationConfig
 
@@ -200,8 +200,8 @@ def end_token_ids(base: Base) -> frozenset[int]:
         else:
             ends = GenerationConfig.from_model_config(text_settings(base)).eos_token_id
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"the generation settings cannot be read: {error}", where=str(path)) from error
+        raise UserError(f"The generation settings cannot be read: {error}", where=str(path)) from error
     listed = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if not all(isinstance(token, int) and token >= 0 for token in listed):
-        raise UserError(f"eos_token_id is {ends!r}; it is a token's id, or a list of them", where=str(path))
+        raise UserError(f"eos_token_id must be a token id or a list of them (got {ends!r})", where=str(path))
     return frozenset(listed)

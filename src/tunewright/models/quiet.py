@@ -1,4 +1,4 @@
-"""Keeping other libraries' bars and hints off the terminal."""
+"""Silencing other libraries' progress bars and hints."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' own bars and hints off the terminal: errors are raised, and ours is the only voice."""
+    """Silence transformers' progress bars and hints while this is open; its errors are still raised."""
     from transformers.utils import logging as hf_logging
 
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()

@@ -19,7 +19,7 @@ from tunewright.advisor.signals import BreakEven
 from tunewright.config import MetricName
 from tunewright.evidence.learning_curve import Curve
 from tunewright.metrics import axis_label
-from tunewright.training.checkpoint_selection import best_of, evaluations, pairs_loss
+from tunewright.training.checkpoint_selection import best_evaluation, evaluations, pairs_loss
 
 # Matplotlib knows no CSS: these stand in for what the page decides, and are replaced in the finished SVG.
 INK, MUTED, LINE, TUNED, PROMPTING, PLAIN = "#010203", "#020203", "#030203", "#040203", "#050203", "#060203"
@@ -188,7 +188,7 @@ def training_plot(name: str, title: str, history: Sequence[dict[str, Any]], metr
             panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         panels[-1].set_xlabel("optimizer step")
         if evaluated:
-            _mark_kept(panels, best_of(evaluated).step)
+            _mark_kept(panels, best_evaluation(evaluated).step)
         return inline(figure, name, title)
 
 

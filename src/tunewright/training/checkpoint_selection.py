@@ -1,4 +1,4 @@
-"""Which evaluation's adapter is kept, when training stops early, and when it is learning by heart."""
+"""Evaluations of a run: the choice of the best adapter, early stopping, and overfitting warnings."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 DEV_LOSS = "eval_loss"
 DEV_METRIC = "eval_metric"
-"""Their names in the history, as transformers' trackers want them."""
+"""Their names in the history, as transformers' trackers expect them."""
 
 PAIR_LOSS = "pair_loss"
 REPLAY_KL = "replay_kl"
 REPLAY_LOSS = "replay_loss"
-"""The parts of ``loss`` in a run with replay: the pairs', and the replayed rows' divergence (learnt: their loss)."""
+"""Parts of ``loss`` in a run with replay: the pairs' loss, and the replayed rows' KL divergence or loss."""
 
 _KEPT = (
     "step",
@@ -31,50 +31,50 @@ _KEPT = (
     "grad_norm",
     "tokens_per_s",
 )
-"""What the history keeps of transformers' ``log_history``: gradient norms are before clipping."""
+"""Keys of transformers' ``log_history`` that the history keeps; gradient norms are before clipping."""
 
 _MOST_KEPT = 8
-"""Evaluations whose adapters are kept for being good: however often a run is evaluated, the disk does not fill."""
+"""Best evaluations whose adapters stay on disk, so that frequent evaluations do not fill it."""
 
 _RISES = 2
-"""Rises of the dev loss in a row that are called overfitting: a single one is often noise."""
+"""Consecutive rises of the dev loss that count as overfitting: a single one is often noise."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What the dev split said after one step, and the training loss since the evaluation before."""
+    """Dev results after one step, and the mean training loss since the previous evaluation."""
 
     step: int
     epoch: float
     dev_loss: float
     dev_metric: float | None
-    """The task's metric over the answered dev rows, as a share; None where none are answered."""
+    """The task's metric on the answered dev rows, from 0 to 1; None if no rows are answered."""
     train_loss: float | None
-    """Of the pairs alone, where there is replay too; None where no pair was trained on since the evaluation before."""
+    """Of the pairs alone, in a run with replay; None if no pair was trained on since the previous evaluation."""
 
     @property
     def rank(self) -> tuple[float, float, int]:
-        """The larger, the better: the metric, then the dev loss; of equal ones the earlier."""
+        """Return a sort key, larger is better: the metric, then the dev loss; of equal evaluations the earlier."""
         return (0.0 if self.dev_metric is None else self.dev_metric, -self.dev_loss, -self.step)
 
     def folder(self, work: Path) -> Path:
-        """Where the run keeps this evaluation's adapter."""
+        """Return the folder of this evaluation's adapter in the run's working folder."""
         return adapter_folder(work, self.step)
 
 
 def adapter_folder(work: Path, step: int) -> Path:
-    """Where a run keeps the adapter that was evaluated after ``step``."""
+    """Return the folder of the adapter that was evaluated after ``step``."""
     return work / "evaluated" / f"step-{step}"
 
 
 def history_rows(log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the history that is kept of a run: a row for each step and each evaluation, in order."""
+    """Return the kept history of a run: one row for each step and each evaluation, in order."""
     kept = [entry for entry in log_history if "loss" in entry or DEV_LOSS in entry]
     return [{key: entry[key] for key in _KEPT if key in entry} for entry in kept]
 
 
 def evaluations(history: Sequence[Mapping[str, Any]]) -> list[Evaluation]:
-    """The evaluations of a run, in order; ``history`` is transformers' ``log_history`` or an adapter's history."""
+    """Return a run's evaluations in order; ``history`` is transformers' ``log_history`` or an adapter's history."""
     found: list[Evaluation] = []
     losses: list[float] = []
     for row in history:
@@ -88,36 +88,36 @@ def evaluations(history: Sequence[Mapping[str, Any]]) -> list[Evaluation]:
 
 
 def pairs_loss(row: Mapping[str, Any]) -> float | None:
-    """The training loss of a step's pairs; None where the row is of no step, or of one of replayed rows alone."""
+    """Return the training loss of a step's pairs; None for other rows, and for a step of replayed rows alone."""
     if PAIR_LOSS in row:
         return float(row[PAIR_LOSS])
-    whole = "loss" in row and not {REPLAY_KL, REPLAY_LOSS} & row.keys()
-    return float(row["loss"]) if whole else None
+    pairs_only = "loss" in row and not {REPLAY_KL, REPLAY_LOSS} & row.keys()
+    return float(row["loss"]) if pairs_only else None
 
 
-def best_of(evaluated: Sequence[Evaluation]) -> Evaluation:
-    """Return the best by the metric; the dev loss breaks ties, then the earlier."""
+def best_evaluation(evaluated: Sequence[Evaluation]) -> Evaluation:
+    """Return the best by the metric; the dev loss breaks ties, then the earlier step."""
     return max(evaluated, key=lambda e: e.rank)
 
 
-def worth_keeping(evaluated: Sequence[Evaluation]) -> list[Evaluation]:
-    """Return those whose adapters stay on the disk, in order: the eight best, and the latest.
+def evaluations_to_keep(evaluated: Sequence[Evaluation]) -> list[Evaluation]:
+    """Return the evaluations whose adapters stay on disk, in order: the eight best, and the latest.
 
-    What is among them at the end has been among them ever since it was evaluated.
+    An evaluation that is kept at the end was kept at every step since it was made.
     """
     best = sorted(evaluated, key=lambda e: e.rank, reverse=True)[:_MOST_KEPT]
     return [e for e in evaluated if e in best or e is evaluated[-1]]
 
 
-def runs_out_of_patience(evaluated: Sequence[Evaluation], patience: int | None) -> bool:
-    """Return whether so many evaluations have passed without a better one."""
+def out_of_patience(evaluated: Sequence[Evaluation], patience: int | None) -> bool:
+    """Return whether ``patience`` evaluations have passed without a better one."""
     if patience is None or not evaluated:
         return False
-    return len(evaluated) - 1 - evaluated.index(best_of(evaluated)) >= patience
+    return len(evaluated) - 1 - evaluated.index(best_evaluation(evaluated)) >= patience
 
 
 def overfitting(evaluated: Sequence[Evaluation]) -> str | None:
-    """In plain words, that the latest evaluations rose while the training loss fell; None where they did not."""
+    """Return a warning if the latest dev losses rose while the training loss fell; else None."""
     latest = evaluated[-_RISES - 1 :]
     if len(latest) <= _RISES:
         return None
@@ -128,11 +128,11 @@ def overfitting(evaluated: Sequence[Evaluation]) -> str | None:
         return None
     dev, train = (" → ".join(f"{value:.3f}" for value in each) for each in ([e.dev_loss for e in latest], trained))
     return (
-        f"Overfitting: the dev loss has risen for {_RISES} evaluations ({dev}) while the training loss went on falling "
-        f"({train}): the model learns its rows by heart. The best so far is {place_text(best_of(evaluated))}."
+        f"Overfitting: the dev loss has risen for {_RISES} evaluations ({dev}) while the training loss kept falling "
+        f"({train}). The best evaluation so far is {place_text(best_evaluation(evaluated))}."
     )
 
 
 def place_text(evaluation: Evaluation) -> str:
-    """Where in the run an evaluation was: ``epoch 2 (step 24)``."""
+    """Return an evaluation's position in the run, such as ``epoch 2 (step 24)``."""
     return f"epoch {evaluation.epoch:.3g} (step {evaluation.step:,})"

@@ -1,10 +1,10 @@
-"""Checkpoints that are known to be whole, after each evaluation and on request, and the one that a run goes on from.
+"""Checkpoints: written after each evaluation and on request, verified, and resumed from.
 
 WORK/
-  checkpoint-N/     everything that a run needs to go on after step N; the newest two are kept
-  evaluated/step-N/ the adapter that was evaluated after step N, if it is among the best or the latest of a checkpoint
-Each gets a manifest of its files' SHA-256 last (``disk.seal``): without one it was cut off while being written, and
-with one that does not hold it was damaged since.
+  checkpoint-N/     everything that a run needs to resume after step N; the newest two are kept
+  evaluated/step-N/ the adapter evaluated after step N, if it is among the best or is the latest of a checkpoint
+A manifest of the files' SHA-256 is written last (``core.io.seal``). A folder without one was cut off while it was
+written; a manifest that does not match means later damage.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from tunewright.core.io import MANIFEST, damage, new_folder, seal, write_json, w
 from tunewright.core.progress import Reporter
 from tunewright.models.bases import Base
 from tunewright.training import distributed
-from tunewright.training.checkpoint_selection import Evaluation, adapter_folder, evaluations, worth_keeping
+from tunewright.training.checkpoint_selection import Evaluation, adapter_folder, evaluations, evaluations_to_keep
 from tunewright.training.stopping import StopRequest
 
 _KEPT = 2
-"""Whole checkpoints: the newest, and the one before in case that is damaged."""
+"""Complete checkpoints on disk: the newest, and the previous one in case the newest is damaged."""
 _STATE = "trainer_state.json"
 
 
-class KeepCheckpoints(TrainerCallback):
-    """Saves after each evaluation and on request, seals each whole checkpoint, keeps the evaluated adapters.
+class CheckpointCallback(TrainerCallback):
+    """Saves after each evaluation and on request, seals complete checkpoints, and keeps evaluated adapters.
 
-    A step's evaluation comes before its checkpoint, so that a run that resumes there has it. Only a stop cuts one off;
-    `owes_evaluation` then says so.
+    A step is evaluated before it is saved, so a run that resumes there has the evaluation. Only a stop can cut an
+    evaluation off; `evaluation_missing` detects that.
     """
 
     def __init__(self, work: Path, base: Base, stop: StopRequest) -> None:
@@ -52,34 +52,34 @@ class KeepCheckpoints(TrainerCallback):
         """The random state before the step in progress."""
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The passes of a step begin."""
+        """Record the random state before the step's passes."""
         self.random = random_state()
         self.stop.in_step()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The weights are about to change: what follows, until the next step begins, is finished in any case."""
+        """Defer stop requests: the weights are about to change, and the step is finished in any case."""
         self.stop.phase = "closed"
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """All is saved."""
+        """Let a stop request interrupt again: everything is saved."""
         self.stop.phase = "free"
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save and stop after this step, if someone asked for it."""
+        """Save and stop after this step if a stop was requested."""
         self.evaluated = False
         if self.stop.after(state.global_step):
             control.should_training_stop = control.should_save = True
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The dev split has been evaluated after this step."""
+        """Save after an evaluation."""
         self.evaluated = control.should_save = True
         if self.stop.after(state.global_step):
             control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """This step's checkpoint is written: keep the evaluated adapter, seal it, and only then let go of others."""
-        distributed.wait()  # each has files of its own in a checkpoint
-        if not distributed.is_main():
+        """Keep the evaluated adapter, seal the checkpoint, and only then remove older ones."""
+        distributed.barrier()  # every process writes files into the checkpoint
+        if not distributed.is_main_process():
             return
         checkpoint = self.work / f"checkpoint-{state.global_step}"
         if self.evaluated:
@@ -87,17 +87,17 @@ class KeepCheckpoints(TrainerCallback):
         seal(checkpoint)
         for old in _newest_first(self.work)[_KEPT:]:
             _remove(old)
-        _let_go_of_others(self.work)
+        _remove_unneeded_adapters(self.work)
 
 
 def random_state() -> dict[str, Any]:
-    """Return the state of every generator that transformers keeps in a checkpoint."""
+    """Return the state of every random generator that transformers keeps in a checkpoint."""
     cards = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state(), "cards": cards}
 
 
 def restore_random(state: dict[str, Any]) -> None:
-    """Go back to what `random_state` returned."""
+    """Restore what `random_state` returned."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["cpu"])
@@ -105,7 +105,7 @@ def restore_random(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cards"])
 
 
-def owes_evaluation(checkpoint: Path, every: int) -> bool:
+def evaluation_missing(checkpoint: Path, every: int) -> bool:
     """Return whether a stop cut off the evaluation that belongs to a checkpoint's step."""
     state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
     step = state["global_step"]
@@ -115,36 +115,36 @@ def owes_evaluation(checkpoint: Path, every: int) -> bool:
 
 
 def add_evaluation(checkpoint: Path, state: Any, base: Base) -> None:
-    """Write ``state``, which has the evaluation that was owed, and keep the evaluated adapter; seal all of it again."""
-    if distributed.is_main():
+    """Write ``state``, which has the missing evaluation, keep the evaluated adapter, and seal the checkpoint again."""
+    if distributed.is_main_process():
         (checkpoint / MANIFEST).unlink()
         state.save_to_json(str(checkpoint / _STATE))
         _keep(checkpoint, adapter_folder(checkpoint.parent, step_of(checkpoint)), base)
         seal(checkpoint)
-    distributed.wait()
+    distributed.barrier()
 
 
-def _let_go_of_others(work: Path) -> None:
-    """Remove the evaluated adapters that no checkpoint needs: the run may have to go on from the older one."""
+def _remove_unneeded_adapters(work: Path) -> None:
+    """Remove evaluated adapters that no checkpoint needs; the older checkpoint counts, as the run may resume there."""
     needed = {e.folder(work) for checkpoint in _newest_first(work) for e in _needed(checkpoint)}
     for folder in set((work / "evaluated").glob("step-*")) - needed:
         _remove(folder)
 
 
 def _needed(checkpoint: Path) -> list[Evaluation]:
-    """Return the evaluations whose adapters a run that goes on from this checkpoint may still keep."""
+    """Return the evaluations whose adapters a run resumed from this checkpoint may still keep."""
     state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
-    return worth_keeping(evaluations(state["log_history"]))
+    return evaluations_to_keep(evaluations(state["log_history"]))
 
 
 def _keep(checkpoint: Path, kept: Path, base: Base) -> None:
-    """Copy a checkpoint's adapter, as it will be stored if it is the best."""
-    _remove(kept)  # from a run that got this far before, and lost the checkpoint
+    """Copy a checkpoint's adapter in the form in which it is stored if it is the best."""
+    _remove(kept)  # left by a run that got this far and lost the checkpoint
     with new_folder(kept) as folder:
         shutil.copyfile(checkpoint / WEIGHTS, folder / WEIGHTS)
         config = json.loads((checkpoint / CONFIG).read_text(encoding="utf-8"))
-        # The base as the config names it, in place of a path that only this machine has. And peft keeps targets as a
-        # set, written in an order that changes from run to run: sorted, equal adapters have equal digests.
+        # The base as the config names it, instead of a local path. peft keeps targets as a set, whose order changes
+        # from run to run: sorted, equal adapters have equal digests.
         settled = {
             "base_model_name_or_path": base.spec,
             "revision": base.commit,
@@ -154,41 +154,41 @@ def _keep(checkpoint: Path, kept: Path, base: Base) -> None:
         seal(folder)
 
 
-def whole(checkpoint: Path) -> bool:
+def is_complete(checkpoint: Path) -> bool:
     """Return whether a checkpoint was written to its end."""
     return (checkpoint / MANIFEST).exists()
 
 
-def whole_checkpoint(work: Path) -> Path | None:
-    """Return the newest checkpoint that is whole, if there is one."""
+def latest_complete_checkpoint(work: Path) -> Path | None:
+    """Return the newest undamaged checkpoint, if there is one."""
     return next((checkpoint for checkpoint in _newest_first(work) if not damage(checkpoint)), None)
 
 
-def usable_checkpoint(work: Path, base: Base, reporter: Reporter) -> Path | None:
-    """The newest checkpoint that is whole, with all evaluated adapters before it; None: start from the beginning.
+def resumable_checkpoint(work: Path, base: Base, reporter: Reporter) -> Path | None:
+    """Return the newest undamaged checkpoint that has all earlier evaluated adapters; None: start from the beginning.
 
-    What is passed over is named. It is removed too, since the run will write it again.
+    Unusable checkpoints are reported and removed, since the run writes them again.
     """
     chosen = None
     passed_over = []
     for checkpoint in _newest_first(work):
         if not (checkpoint / MANIFEST).exists():
-            reporter.say(f"{checkpoint.name} was cut off while being written, and is not used")
+            reporter.say(f"Ignoring {checkpoint.name}: it was cut off while it was written")
         elif faults := damage(checkpoint) or _lost_adapters(work, checkpoint, base):
-            reporter.warn(f"{checkpoint} is damaged, and is not used: {'; '.join(faults)}")
+            reporter.warn(f"Ignoring {checkpoint}, which is damaged: {'; '.join(faults)}")
         else:
             chosen = checkpoint
             break
         passed_over.append(checkpoint)
     if chosen is None and passed_over:
-        reporter.warn("No whole checkpoint is left: training starts from the beginning.")
+        reporter.warn("No complete checkpoint is left. Training starts from the beginning.")
     for checkpoint in passed_over:
         _remove(checkpoint)
     return chosen
 
 
 def _lost_adapters(work: Path, checkpoint: Path, base: Base) -> list[str]:
-    """Return what is wrong with the evaluated adapters that a checkpoint has behind it; its own is made good."""
+    """Return faults of the evaluated adapters that a checkpoint needs; that of its own step is restored from it."""
     faults = []
     for evaluation in _needed(checkpoint):
         kept = evaluation.folder(work)
@@ -200,41 +200,41 @@ def _lost_adapters(work: Path, checkpoint: Path, base: Base) -> list[str]:
     return faults
 
 
-def require_whole(folder: Path) -> None:
-    """Check that a kept adapter is the one that training wrote.
+def require_intact(folder: Path) -> None:
+    """Check that a kept adapter is what training wrote.
 
     Raises:
-        UserError: it is not.
+        UserError: it has changed.
     """
     if faults := damage(folder):
         raise UserError(
-            f"this adapter was damaged on the disk: {'; '.join(faults)}",
+            f"The adapter on disk is damaged: {'; '.join(faults)}",
             where=str(folder),
-            fix="Run the same command again: it goes on from before the damage.",
+            fix="Run the same command again: it resumes from before the damage.",
         )
 
 
 @contextmanager
 def working_folder(work: Path) -> Iterator[None]:
-    """Make a run's folder and hold it alone; a checkpoint that is cut off, as by a full disk, gives its room back.
+    """Create and lock a run's working folder; incomplete checkpoints are removed at the end.
 
-    Of several processes the main one does.
+    Only the main process does this.
 
     Raises:
-        UserError: another process trains there, or the folder cannot be made.
+        UserError: another process trains there, or the folder cannot be created.
     """
-    if not distributed.is_main():
+    if not distributed.is_main_process():
         yield
         return
     with writing(work):
         work.mkdir(parents=True, exist_ok=True)
-        lock = (work / "lock").open("w")  # the system lets go of it, however this process ends
+        lock = (work / "lock").open("w")  # the system releases it, however this process ends
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(
-                "another process is training this adapter", where=str(work), fix="Wait for it, or stop it first."
+                "Another process is training this adapter", where=str(work), fix="Wait for it, or stop it first."
             ) from error
         try:
             yield
@@ -254,6 +254,6 @@ def _newest_first(work: Path) -> list[Path]:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a checkpoint, its manifest first: cut off halfway, it is an unfinished one and no damaged one."""
+    """Remove a checkpoint, its manifest first: interrupted, the rest counts as incomplete, not as damaged."""
     (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)

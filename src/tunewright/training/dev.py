@@ -1,4 +1,4 @@
-"""The dev split's own task while a model trains: its rows answered greedily, and what the answers are worth."""
+"""The dev split's task during training: its rows are answered greedily and scored."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from tunewright.generation.decoding import Request, generate
 from tunewright.metrics import Scorer, check_references, score_all, scorer_of
 
 _ADAPTER = "default"
-"""What peft calls the one adapter that is being trained."""
+"""peft's name for the adapter in training."""
 
 
 @dataclass(frozen=True)
 class DevTask:
-    """Dev rows to answer at each evaluation, with the model as it is then."""
+    """Dev rows that each evaluation answers with the model in training."""
 
     scorer: Scorer
     requests: tuple[Request, ...]
     """Distinct ones: an input with several references is answered once."""
     examples: tuple[Example, ...]
-    """What was asked, with what should be answered."""
-    asks: tuple[int, ...]
-    """For each example, the place of its request."""
+    """The answered inputs with their expected outputs."""
+    request_of: tuple[int, ...]
+    """For each example, the index of its request."""
     split: tuple[Example, ...]
-    """All dev rows, whose outputs are references of their inputs."""
+    """All dev rows; their outputs are the references of their inputs."""
     batch_size: int
     chat: ChatFormat
     reporter: Reporter
 
     def answers(self, model: Any, places: Sequence[int]) -> list[str]:
-        """Greedy answers to the requests at these places, in their order.
+        """Answer the requests at these indices greedily, in their order.
 
         Args:
             model: a PeftModel in eval mode whose adapter is ``default``, as trl's trainer makes it.
-            places: which of the requests.
+            places: indices of the requests.
         """
         with self.reporter.task("Answering dev rows", len(places), "answers") as task:
             completions = generate(
@@ -57,13 +57,13 @@ class DevTask:
             )
         return [answer_text(self.chat, c) for c in completions]
 
-    def worth(self, answers: Sequence[str]) -> float:
-        """Return what the answers to all requests are worth by the deciding metric, as a share from 0 to 1.
+    def score(self, answers: Sequence[str]) -> float:
+        """Score the answers to all requests by the deciding metric, from 0 to 1.
 
         Raises:
-            UserError: not one of them can be scored.
+            UserError: none of them can be scored.
         """
-        return score_all(self.scorer, [answers[place] for place in self.asks], self.examples, self.split).total()
+        return score_all(self.scorer, [answers[place] for place in self.request_of], self.examples, self.split).total()
 
 
 def dev_task(
@@ -75,24 +75,24 @@ def dev_task(
     context: int,
     reporter: Reporter,
 ) -> DevTask | None:
-    """Return the rows that each evaluation answers: all of dev, or a sample drawn by the seed, which is then said.
+    """Return the rows that each evaluation answers: all of dev, or a sample drawn by the seed and reported.
 
     Rows with equal prompts are answered once.
 
     Args:
-        config: its train.eval_max_samples bounds the number, its evaluate section says how answers are made and valued.
-        root: the project's folder, where a metric of its own is found.
-        chat: makes the prompts.
-        train: the longest answer is taken from these, as in evaluation.
+        config: its train section bounds the number; its evaluate section says how answers are made and scored.
+        root: the project's folder, where a custom metric is found.
+        chat: renders the prompts.
+        train: training rows, whose answers determine the length limit, as in evaluation.
         dev: the rows to answer.
         context: tokens that the base can hold.
-        reporter: hears of a sample, and of references longer than an answer may be.
+        reporter: reports a sample, and references longer than an answer may be.
 
     Returns:
-        None where the config wants no answers; the dev loss alone then chooses.
+        None if the config wants no answers; the dev loss alone then decides.
 
     Raises:
-        UserError: a metric that can score none of the rows.
+        UserError: the metric can score none of the rows.
     """
     most, split = config.train.eval_max_samples, tuple(m.example for m in dev)
     if most == 0:
@@ -112,10 +112,10 @@ def dev_task(
     place_of = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
     return DevTask(
         scorer=scorer,
-        # A row that training took fits the context with its answer: what would not fit is longer than that, and wrong.
+        # A row that training accepted fits the context with its answer. An answer cut here is longer, and so wrong.
         requests=tuple(Request(p, _ADAPTER, min(limit, context - len(p)), stop=stop) for p in place_of),
         examples=tuple(m.example for m in dev),
-        asks=tuple(place_of[prompt] for prompt in prompts),
+        request_of=tuple(place_of[prompt] for prompt in prompts),
         split=split,
         batch_size=config.evaluate.batch_size,
         chat=chat,

@@ -1,7 +1,7 @@
-"""A base in pieces (FSDP2): each process holds a part of every weight, and a layer is whole only while it computes.
+"""FSDP2 support: each process holds a shard of every weight, and a layer is gathered only while it computes.
 
-accelerate divides the model and transformers saves and loads it; here is what both leave open. A pass needs all
-processes: one that makes a pass alone waits for ever.
+accelerate shards the model, and transformers saves and loads it; this module covers what both leave open. Every pass is
+a collective operation: a process that makes a pass alone waits forever.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch.distributed.tensor import DTensor
 from tunewright.training import distributed
 
 
-def divide(accelerator: Any, model: Any) -> None:
-    """Have accelerate divide the model, when it prepares it, layer by layer.
+def shard(accelerator: Any, model: Any) -> None:
+    """Configure accelerate to shard the model layer by layer when it prepares it.
 
-    Weights are sent in the precision that they have, and gradients are added up in it: a bfloat16 base under float32
-    adapters computes as it does in one process.
+    Weights are sent, and gradients reduced, in the weights' own precision: a bfloat16 base under float32 adapters
+    computes as it does in one process.
     """
     from accelerate import PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
@@ -30,41 +30,41 @@ def divide(accelerator: Any, model: Any) -> None:
 
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None:
-        # accelerate 1.15 takes FSDP for a matter of cards: on processors it has read the request, and dropped it.
+        # accelerate 1.15 ignores a request for FSDP on the CPU.
         plugin = accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
         accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
-    assert plugin.fsdp_version == 2, "required when the processes met"
+    assert plugin.fsdp_version == 2, "distributed.init refuses version 1"
     plugin.auto_wrap_policy = transformer_auto_wrap_policy
     plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in model.get_decoder().layers})
     plugin.mixed_precision_policy = MixedPrecisionPolicy()
 
 
-def is_divided(model: Any) -> bool:
-    """Return whether this model is in pieces."""
+def is_sharded(model: Any) -> bool:
+    """Return whether this model is sharded."""
     return isinstance(model, FSDPModule)
 
 
-def whole_weight(layer: Any) -> Tensor:
-    """Return a layer's weight, put together where it is in pieces: for who uses it without calling the layer."""
+def full_weight(layer: Any) -> Tensor:
+    """Return a layer's weight, gathered if it is sharded, for use without calling the layer."""
     if isinstance(layer, FSDPModule):
         layer.unshard()
     weight: Tensor = layer.weight
     return weight
 
 
-def release(model: Any) -> None:
-    """Let go of what other processes hold too."""
+def reshard(model: Any) -> None:
+    """Free the gathered parts of weights that other processes hold."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def bytes_held(model: Any) -> int:
-    """Bytes of the weights that this process holds between passes, counted by what lies in memory for them.
+    """Return the bytes of weights that this process holds between passes, counted by their storage in memory.
 
-    The scales of 4-bit weights are among them: each process holds all of these.
+    This includes the scales of 4-bit weights, which every process holds in full.
     """
-    release(model)
+    reshard(model)
     local = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in model.parameters()]
     for module in model.modules():
         if (state := getattr(module, "quant_state", None)) is not None:
@@ -74,17 +74,17 @@ def bytes_held(model: Any) -> int:
 
 
 def adapter_weights(model: Any) -> dict[str, Any]:
-    """Return the trained weights, whole, in the main process; all processes have to ask."""
+    """Return the trained weights in full in the main process; all processes must call this."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     weights: dict[str, Any] = get_model_state_dict(model, options=options)
     return weights
 
 
 @contextmanager
-def exchanging(model: Any, afterwards: bool) -> Iterator[None]:
-    """Have the processes exchange gradients after each pass, whatever they do before and ``afterwards``.
+def syncing_gradients(model: Any, afterwards: bool) -> Iterator[None]:
+    """Synchronize gradients after each pass while this is open, and set the sync to ``afterwards`` at its end.
 
-    A divided model keeps the gradients that it has not exchanged where ``zero_grad`` does not reach them.
+    A sharded model keeps unsynchronized gradients where ``zero_grad`` does not reach them.
     """
     model.set_requires_gradient_sync(True)
     try:
@@ -94,25 +94,25 @@ def exchanging(model: Any, afterwards: bool) -> Iterator[None]:
 
 
 @contextmanager
-def keeping_step(model: Any, idle_pass: Callable[[], Any]) -> Iterator[None]:
-    """Passes of a divided model whose number differs from process to process: those done first go along.
+def in_lockstep(model: Any, idle_pass: Callable[[], Any]) -> Iterator[None]:
+    """Let processes make different numbers of passes of a sharded model: those that finish first join idle passes.
 
-    Before each pass the processes ask each other whether anyone has one left; who has none makes ``idle_pass`` with
-    the others. Nothing happens where the model is not divided.
+    Before each pass the processes ask each other if any has a pass left; a process without one makes ``idle_pass``.
+    An unsharded model needs none of this.
     """
-    if not is_divided(model):
+    if not is_sharded(model):
         yield
         return
 
     def announce(*_: Any) -> None:
-        distributed.any_of(True)
+        distributed.any_process(True)
 
     hook = model.register_forward_pre_hook(announce, prepend=True)
     try:
         yield
     finally:
         hook.remove()
-    # Only where all went well: who waits for one that failed is ended by the launcher.
-    while distributed.any_of(False):
+    # Only after success: if a process failed, the launcher ends those that wait for it.
+    while distributed.any_process(False):
         idle_pass()
-    release(model)
+    reshard(model)

@@ -1,4 +1,4 @@
-"""Liger's fused kernels as an option (Hsu et al. 2024, arXiv 2410.10989); the models' own code stays the reference."""
+"""Optional Liger kernels (Hsu et al. 2024, arXiv 2410.10989); the models' own code stays the reference."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ LIGER_KERNELS = {
     "rope": True,
     "rms_norm": True,
     "swiglu": True,
-    # The loss is ours: exact, tile by tile, and on the trained tokens alone.
+    # packing/fused_loss.py computes the loss, on the trained tokens alone.
     "cross_entropy": False,
     "fused_linear_cross_entropy": False,
 }
-"""Which of them are used, by the names of liger-kernel's arguments."""
+"""The used kernels, by the argument names of liger-kernel."""
 
 
 def missing_for_liger() -> str | None:
-    """Return what Liger's kernels lack here, in words; None where they can run."""
+    """Return what Liger's kernels lack on this machine; None if they can run."""
     import torch
 
     if find_spec("liger_kernel") is None:
         return "liger-kernel is not installed"
-    return None if torch.cuda.is_available() else "Liger's kernels run on a CUDA card, and there is none"
+    return None if torch.cuda.is_available() else "Liger's kernels need a CUDA GPU, and none is present"
 
 
 def require_liger(asked: bool) -> None:
-    """Check that Liger's kernels can be used where the config asks for them, before anything is loaded.
+    """Check that Liger's kernels can run if the config asks for them, before anything is loaded.
 
     Raises:
-        UserError: liger-kernel is not installed, or there is no card.
+        UserError: liger-kernel is not installed, or there is no GPU.
     """
     missing = missing_for_liger() if asked else None
     if missing is not None:
@@ -42,8 +42,8 @@ def require_liger(asked: bool) -> None:
 def use_liger(model: Any) -> None:
     """Replace a loaded Llama's or Mistral's rotary embedding, norms and SwiGLU by Liger's.
 
-    trl 1.16 deprecates its own argument ``use_liger_kernel``; this is the function of transformers behind it. The
-    rotary embedding is replaced for every model of that kind in this process.
+    trl 1.16 deprecates its argument ``use_liger_kernel``; this is the transformers function behind it. The rotary
+    embedding is replaced for every model of that class in this process.
     """
     from transformers.integrations.liger import apply_liger_kernel
 

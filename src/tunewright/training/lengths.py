@@ -1,4 +1,4 @@
-"""What training will see of a version: how long its rows are, how much of them is trained, and what is wrong."""
+"""Token lengths of a dataset version as training sees it: row lengths, trained tokens and faults."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _WIDTHS = [step * 10**power for power in range(8) for step in (1, 2, 5)]
 
 @dataclass(frozen=True)
 class Lengths:
-    """The rows of one split in tokens."""
+    """The row lengths of one split in tokens."""
 
     split: Split
     rows: int
@@ -33,7 +33,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Bin:
-    """One bar of the histogram: rows of ``first`` to ``last`` tokens."""
+    """One histogram bar: rows of ``first`` to ``last`` tokens."""
 
     first: int
     last: int
@@ -42,7 +42,7 @@ class Bin:
 
 @dataclass(frozen=True)
 class LengthReport:
-    """All splits of a version, as the config's base and template render them."""
+    """All splits of a version, rendered with the config's base and chat template."""
 
     version: str
     base: str
@@ -54,7 +54,7 @@ class LengthReport:
     """Rows over max_length: key, name, split, tokens."""
     faults: tuple[str, ...]
     look_alikes: int
-    """Rows with text that looks like a control token of this base; it stays text."""
+    """Rows whose text looks like a control token of this base; it stays text."""
 
     def refused(self, *, dropping: bool) -> bool:
         """Return whether training, or the evaluation after it, would refuse this version."""
@@ -63,7 +63,7 @@ class LengthReport:
         return bool(self.faults) or (too_long and not dropping) or not all(left.get(s) for s in ("train", "dev"))
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the report as ``--json`` prints it."""
+        """Return the report for ``--json``."""
         return asdict(self)
 
 

@@ -1,27 +1,81 @@
-"""LoRA's linear layers as one step of autograd: the same numbers as peft's, in fewer passes over memory."""
+"""The LoRA configuration of a run, and linear layers that compute base and LoRA as one autograd step.
+
+The fused layers compute the same numbers as peft's with fewer passes over memory.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, TaskType
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
-from tunewright.config import Quantize
+from tunewright.config import Quantize, TrainConfig
+from tunewright.core.errors import UserError
+from tunewright.models.families import OUTSIDE_TEXT
+from tunewright.models.loading import device
+
+
+def lora_config(settings: TrainConfig, *, vision: bool = False) -> Any:
+    """Return peft's ``LoraConfig`` for these settings; ``vision`` means that the base also reads images."""
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=list(settings.target_modules),
+        # The vision tower is dropped here, but present wherever else peft loads the adapter.
+        exclude_modules=OUTSIDE_TEXT if vision else None,
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+    )
+    use_fused_lora(config, settings.quantization)
+    return config
+
+
+def require_precision(settings: TrainConfig) -> None:
+    """Check that the GPU, if there is one, supports the config's precision.
+
+    Raises:
+        UserError: bfloat16 on a GPU before Ampere, which only emulates it, and which FlashAttention rejects.
+    """
+    if settings.dtype != "bfloat16" or not torch.cuda.is_available():
+        return
+    place = device()
+    major, minor = torch.cuda.get_device_capability(place)
+    if (major, minor) < (8, 0):
+        name = torch.cuda.get_device_name(place)
+        raise UserError(
+            f"bfloat16 needs a GPU of compute capability 8.0 (Ampere) or later; {name} has {major}.{minor}",
+            where="train.dtype",
+            fix="Set train.dtype: float32; with train.quantization: nf4 the base still takes half a byte per weight.",
+        )
+
+
+def keep_float32(model: Any) -> None:
+    """Convert the trained weights to float32 before an optimizer is made.
+
+    trl 1.16 converts those over a quantized base to bfloat16, where an AdamW update is often too small to change a
+    weight. The conversion back loses nothing. A was rounded when peft drew it in the base's precision, B is zero, and
+    trl leaves DoRA's magnitudes alone.
+    """
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
 
 
 def use_fused_lora(config: LoraConfig, quantize: Quantize = "none") -> None:
-    """Have peft build its LoRA layers over linear layers as ours; the adapter's files are the same.
+    """Have peft build fused LoRA layers over linear layers; the adapter's files stay the same.
 
     Args:
         config: is changed.
-        quantize: how the base is held. Over 4-bit layers `lora_4bit.FusedLinear4bit` is built.
+        quantize: how the base is quantized. Over 4-bit layers `lora_4bit.FusedLinear4bit` is built.
     """
     if quantize == "nf4":
-        # Imported here because it needs bitsandbytes. The first entry that fits counts, and a layer in 4 bits is an
-        # nn.Linear too.
+        # Imported here because it needs bitsandbytes. Registered first, because peft takes the first match and a 4-bit
+        # layer is an nn.Linear too.
         from bitsandbytes.nn import Linear4bit
 
         from tunewright.training.lora_4bit import FusedLinear4bit
@@ -31,15 +85,15 @@ def use_fused_lora(config: LoraConfig, quantize: Quantize = "none") -> None:
 
 
 class FusedLinear(Linear):
-    """peft's LoRA layer, which computes x W^T + s (x A^T) B^T and its gradient as one step where that is all there is.
+    """peft's LoRA layer with x W^T + s (x A^T) B^T and its gradient as one autograd step.
 
-    peft's own way copies x to the adapter's float32, and writes the adapter's output to compute it, to scale it and to
-    add it; on short rows that shows next to the base's own matrix products. Dropout, DoRA, a bias, several adapters,
-    and merged or disabled ones are left to peft.
+    peft's own layer copies x to the adapter's float32, and writes the adapter's output three times: to compute, scale
+    and add it. On short rows that is noticeable next to the base's matrix products. Dropout, DoRA, a bias, several
+    adapters, and merged or disabled adapters are left to peft.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the layer's output for x [..., in]: [..., out]."""
+        """Return the layer's output [..., out] for x [..., in]."""
         base: Any = self.get_base_layer()
         if args or kwargs or base.weight.requires_grad or not adds_one_adapter(self):
             plain: Tensor = super().forward(x, *args, **kwargs)
@@ -48,7 +102,7 @@ class FusedLinear(Linear):
 
 
 def adds_one_adapter(layer: Any) -> bool:
-    """Return whether one adapter is on, and is all that there is to add to a layer of peft without a bias."""
+    """Return whether exactly one plain adapter is active on a peft layer whose base has no bias."""
     if layer.disable_adapters or layer.merged or layer.get_base_layer().bias is not None:
         return False
     if len(layer.active_adapters) != 1 or layer.active_adapters[0] not in layer.lora_A.keys():  # noqa: SIM118
@@ -59,12 +113,12 @@ def adds_one_adapter(layer: Any) -> bool:
 
 
 def fused(layer: Any, x: Tensor, packed: Any) -> Tensor:
-    """Return the output [..., out] of a layer of peft that adds one adapter, for x [..., in].
+    """Return the output [..., out] of a peft layer with one active adapter, for x [..., in].
 
     Args:
         layer: the layer.
         x: its input.
-        packed: bitsandbytes' ``QuantState`` of the base's weight; None where that is whole.
+        packed: bitsandbytes' ``QuantState`` of the base's weight; None for an unquantized weight.
     """
     (name,) = layer.active_adapters
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
@@ -73,19 +127,20 @@ def fused(layer: Any, x: Tensor, packed: Any) -> Tensor:
 
 
 class _FusedLora(torch.autograd.Function):
-    """x W^T + s (x A^T) B^T, of which W gets no gradient.
+    """x W^T + s (x A^T) B^T, where W gets no gradient.
 
-    Shapes: x [..., in], W [out, in], A [rank, in], B [out, rank]. Computed in W's type, or in x's where W is packed in
-    4 bits; A's and B's gradients are in their own. A packed W is unpacked in the backward pass again, not kept.
+    Shapes: x [..., in], W [out, in], A [rank, in], B [out, rank]. It computes in W's dtype, or in x's if W is packed in
+    4 bits; the gradients of A and B have their own dtype. A packed W is not kept unpacked: the backward pass unpacks it
+    again.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, packed: Any, a: Tensor, b: Tensor, scale: float) -> Tensor:
         dtype = weight.dtype if packed is None else x.dtype
-        rows = x.reshape(-1, x.shape[-1]).to(dtype)
+        rows = x.reshape(-1, x.shape[-1]).to(dtype)  # [tokens, in]
         low_a, low_b = a.to(dtype), (b * scale).to(dtype)
-        inner = rows @ low_a.T
-        out = rows @ weight.T if packed is None else _times_packed(rows, weight, packed)
+        inner = rows @ low_a.T  # [tokens, rank]
+        out = rows @ weight.T if packed is None else _times_packed(rows, weight, packed)  # [tokens, out]
         out.addmm_(inner, low_b.T)
         ctx.save_for_backward(rows, weight, low_a, low_b, inner)
         ctx.packed = packed
@@ -96,19 +151,20 @@ class _FusedLora(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, low_a, low_b, inner = ctx.saved_tensors
         x_type, a_type, b_type = ctx.types
-        grad = grad.reshape(-1, grad.shape[-1])
-        grad_inner = grad @ low_b
+        # With y = x W^T + s (x A^T) B^T and g = dL/dy: dA = (g sB)^T x, dB = s g^T (x A^T), dx = g W + (g sB) A.
+        grad = grad.reshape(-1, grad.shape[-1])  # [tokens, out]
+        grad_inner = grad @ low_b  # [tokens, rank]; low_b includes s
         grad_a = (grad_inner.T @ rows).to(a_type)
         grad_b = (grad.T @ inner).to(b_type).mul_(ctx.scale)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            whole = weight if ctx.packed is None else _unpacked(weight, ctx.packed, grad.dtype)
-            grad_x = (grad @ whole).addmm_(grad_inner, low_a).view(ctx.shape).to(x_type)
+            unpacked = weight if ctx.packed is None else _unpacked(weight, ctx.packed, grad.dtype)
+            grad_x = (grad @ unpacked).addmm_(grad_inner, low_a).view(ctx.shape).to(x_type)
         return grad_x, None, None, grad_a, grad_b, None
 
 
 def _times_packed(rows: Tensor, weight: Tensor, packed: Any) -> Tensor:
-    """Return rows [tokens, in] times the transpose of a 4-bit weight [out, in]: [tokens, out], a tensor of its own."""
+    """Return rows [tokens, in] times the transpose of a 4-bit weight [out, in] as a new tensor [tokens, out]."""
     from bitsandbytes.autograd._functions import matmul_4bit
 
     out: Tensor = matmul_4bit(rows, weight, quant_state=packed)

@@ -1,4 +1,4 @@
-"""`lora.FusedLinear` over a base in 4 bits; a module of its own, because only with bitsandbytes it can be imported."""
+"""`lora.FusedLinear` over a 4-bit base; a separate module because importing it needs bitsandbytes."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from tunewright.training.lora import adds_one_adapter, fused
 
 
 class FusedLinear4bit(Linear4bit):
-    """peft's LoRA layer over bitsandbytes' 4-bit layer, as one step of autograd where one adapter is all there is.
+    """peft's LoRA layer over bitsandbytes' 4-bit layer, as one autograd step for a single plain adapter.
 
-    peft's own way clones the layer's output, since autograd may refuse to add to what bitsandbytes returns, and writes
-    the adapter's output to compute it, to scale it and to add it: four more tensors of the output's size. Dropout,
-    DoRA, a bias, several adapters, and merged or disabled ones are left to peft.
+    peft's own layer clones the base's output, since autograd may refuse to add to what bitsandbytes returns, and writes
+    the adapter's output to compute, scale and add it: four more tensors of the output's size. Dropout, DoRA, a bias,
+    several adapters, and merged or disabled adapters are left to peft.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the layer's output for x [..., in]: [..., out]."""
+        """Return the layer's output [..., out] for x [..., in]."""
         base: Any = self.get_base_layer()
-        # FSDP puts another parameter in the weight's place for each pass; bitsandbytes gives that its state then.
+        # FSDP replaces the weight parameter in each pass, and bitsandbytes then sets its state again.
         packed = None if base.weight.is_floating_point() else base.weight.quant_state
-        # An input of another type is cast by bitsandbytes, and one repacked for the CPU cannot be unpacked as it is.
+        # bitsandbytes casts an input of another dtype, and a weight repacked for the CPU cannot be unpacked here.
         usual = x.dtype == base.compute_dtype and not getattr(packed, "packing_format_for_cpu", False)
         if args or kwargs or not usual or packed is None or not adds_one_adapter(self):
             plain: Tensor = super().forward(x, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""The two parts of a step's loss where the base's own words are replayed: that of the pairs, and that of replay."""
+"""The parts of a step's loss in a run with replay: the pairs' loss and the replayed rows' loss."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from tunewright.training.checkpoint_selection import PAIR_LOSS, REPLAY_KL, REPLA
 
 
 class LossBreakdown:
-    """Adds up the losses of a step's trained tokens, pairs' and replayed rows' apart.
+    """Accumulates the losses of a step's trained tokens, separately for pairs and replayed rows.
 
     Args:
-        kl: what divergences are multiplied by in the loss; None: replayed rows are learnt as pairs are.
-        device: where losses are.
+        kl: weight of the KL divergence in the loss; None: replayed rows are trained like pairs.
+        device: the device of the losses.
     """
 
     def __init__(self, kl: float | None, device: torch.device) -> None:
         self.kl = kl
         self._sums = torch.zeros(2, dtype=torch.float64, device=device)
-        """Of pairs and of replayed rows: the sum of the losses. Sums stay where losses are: reading them would have the
-        host wait for the card in each pass."""
+        """Loss sums of pairs and of replayed rows. They stay on the device: reading them would synchronize in each
+        pass.
+        """
         self._tokens = [0, 0]
 
     def add(self, losses: Tensor, replayed: Tensor | None) -> None:
@@ -30,7 +31,7 @@ class LossBreakdown:
 
         Args:
             losses: of all trained tokens, as they are in the loss [L].
-            replayed: which of them are of replayed rows: places in L; None: none is.
+            replayed: indices into L of the replayed rows' tokens; None: no row is replayed.
         """
         given = losses.detach().double()
         of_replay = given.new_zeros(()) if replayed is None else given.index_select(0, replayed).sum()
@@ -39,7 +40,7 @@ class LossBreakdown:
         self._tokens = [self._tokens[0] + len(losses) - count, self._tokens[1] + count]
 
     def clear(self) -> None:
-        """Forget what was added: the step is done again, or another one begins."""
+        """Reset, for a step that is repeated or a new step."""
         self._sums.zero_()
         self._tokens = [0, 0]
 
@@ -49,10 +50,10 @@ class LossBreakdown:
         Args:
             over_processes: sums a tensor over all processes that share the step.
         """
-        # Filled on the device: a copy of two numbers would have the host wait.
+        # Filled on the device: copying two numbers from the host would synchronize.
         counted = [self._sums.new_full((1,), count) for count in self._tokens]
         pairs, replay, pair_tokens, replay_tokens = over_processes(torch.cat([self._sums, *counted])).tolist()
-        told = {PAIR_LOSS: pairs / pair_tokens} if pair_tokens else {}
+        means = {PAIR_LOSS: pairs / pair_tokens} if pair_tokens else {}
         if replay_tokens:
-            told[REPLAY_LOSS if self.kl is None else REPLAY_KL] = replay / replay_tokens / (self.kl or 1)
-        return told
+            means[REPLAY_LOSS if self.kl is None else REPLAY_KL] = replay / replay_tokens / (self.kl or 1)
+        return means

@@ -1,8 +1,7 @@
-"""How many rows go through the model at once: chosen by one real pass, halved where memory runs out all the same.
+"""Micro-batch size: chosen by one real pass, and halved if memory runs out later.
 
-The data loader deals micro-batches of the config's size, and a step that has to go in smaller pieces splits them
-itself: the loss of every piece is divided by the trained tokens of the whole step, so the pieces' gradients add up to
-the step's.
+The data loader yields micro-batches of the config's size. A step that needs smaller chunks splits them itself. The loss
+of every chunk is divided by the trained tokens of the whole step, so the chunks' gradients add up to the step's.
 """
 
 from __future__ import annotations
@@ -26,7 +25,9 @@ from tunewright.training import distributed
 _FILE = "micro_batch.json"
 
 _HANDLE = 256 << 20
-"""Free bytes below which a cuBLAS or cuDNN handle fails for want of memory: several of torch's workspaces (32 MiB)."""
+"""Free bytes below which a failure to create a cuBLAS or cuDNN handle is put down to memory: several of torch's
+workspaces (32 MiB).
+"""
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,11 @@ class RawRows:
     rows: tuple[Mapping[str, Any], ...]
 
     def pieces(self, size: int, as_of: int = 0) -> list[tuple[Mapping[str, Any], ...]]:
-        """Return the rows in pieces of at most ``size``, as even as can be.
+        """Split the rows into chunks of at most ``size``, as even as possible.
 
-        Fewer rows than ``as_of`` make as many pieces as those would, some of them empty.
+        Fewer rows than ``as_of`` make as many chunks as ``as_of`` rows would; some are then empty.
         """
-        # Without rows one empty piece: this process makes its pass with the others.
+        # No rows make one empty chunk: this process makes its pass with the others.
         count = max(1, -(-max(len(self.rows), as_of) // size))
         ends = [len(self.rows) * place // count for place in range(count + 1)]
         return [self.rows[start:end] for start, end in pairwise(ends)]
@@ -51,9 +52,9 @@ class MicroBatch:
 
     Args:
         asked: the config's.
-        work: the run's working folder, in which the number is kept: a run that goes on uses the same one, and adds up
+        work: the run's working folder, which keeps the number: a resumed run uses the same one, and so adds up
             gradients in the same order.
-        reporter: hears what was chosen, and why.
+        reporter: reports the choice and its reason.
     """
 
     def __init__(self, asked: int, work: Path, reporter: Reporter) -> None:
@@ -68,46 +69,47 @@ class MicroBatch:
                 self.rows = kept["rows"]
 
     def choose(self, rows: int, tokens: int) -> None:
-        """The longest batch, of ``tokens`` tokens, went through in pieces of ``rows`` rows."""
-        fewer = "" if rows == self.asked else f" of the {self.asked} asked for"
+        """Record that the longest batch, of ``tokens`` tokens, fits in chunks of ``rows`` rows."""
+        fewer = "" if rows == self.asked else f" of the {self.asked} requested"
         self.reporter.say(f"Micro-batch: {rows} rows{fewer}; the longest batch, {tokens:,} tokens, fits.")
         self._keep(rows)
 
     def halve(self, rows: int, step: int) -> int:
-        """Memory ran out in ``step`` (0: before the first) with pieces of ``rows``: half of that.
+        """Return half of ``rows`` after memory ran out in ``step`` (0: before the first).
 
         Raises:
-            UserError: it was one row.
+            UserError: ``rows`` is 1.
         """
         if rows == 1:
-            raise too_little_memory("one row of it does not fit")
+            raise too_little_memory("one row does not fit")
         if step:
             self.reporter.warn(
-                f"Memory ran out in step {step} with {rows} rows at once: the step is done again with {rows // 2}, "
-                "and so are those after it. The batch stays the same."
+                f"Memory ran out in step {step} with {rows} rows at once. This step is repeated with {rows // 2} rows, "
+                "and later steps use as many. The batch size is unchanged."
             )
             self._keep(rows // 2)
         return rows // 2
 
     def _keep(self, rows: int) -> None:
         self.rows = rows
-        if distributed.is_main():
+        if distributed.is_main_process():
             write_json(self.file, {"asked": self.asked, "rows": rows})
 
 
 def too_little_memory(why: str) -> UserError:
-    """Return what to tell where no smaller micro-batch helps."""
+    """Return the error for a shortage that no smaller micro-batch solves."""
     return UserError(
-        f"there is too little memory for a training step: {why}",
+        f"Not enough memory for a training step: {why}",
         where="train.micro_batch_size",
-        fix="Set train.quantization: nf4, lower train.max_length or use a smaller base (`tunewright estimate-memory`).",
+        fix="Run `tunewright estimate-memory` to see what fits. Set train.quantization: nf4, lower train.max_length "
+        "or use a smaller base.",
     )
 
 
 def in_memory(work: Callable[[], Any]) -> tuple[bool, Any]:
-    """Run ``work``: whether memory sufficed, and its result.
+    """Run ``work``; return whether memory sufficed, and its result.
 
-    The failure is forgotten before this returns: its traceback would hold on to the very tensors that were too many.
+    The exception is dropped before this returns, because its traceback would keep the tensors that filled the memory.
     """
     try:
         return True, work()
@@ -119,16 +121,16 @@ def in_memory(work: Callable[[], Any]) -> tuple[bool, Any]:
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """Return whether an error says that an allocation failed, in any of the forms of torch's backends."""
+    """Return whether an error reports a failed allocation, in any form of torch's backends."""
     text = str(error)
     return (
         isinstance(error, (torch.OutOfMemoryError, MemoryError))
         or should_reduce_batch_size(error)
         or "not enough memory" in text  # the CPU's allocator, by its other name
-        # The driver's own words, which torch's kernels and Triton pass on: "CUDA error: out of memory".
+        # The driver's message, which torch's kernels and Triton pass on: "CUDA error: out of memory".
         or "out of memory" in text
         # cuBLAS, cuDNN and cuSOLVER allocate workspaces past torch's allocator.
         or re.search(r"_STATUS_\w*ALLOC\w*_FAILED", text) is not None
-        # A handle that cannot be made says the same on a full card and with a broken driver.
+        # Failing to create a handle gives the same error on a full GPU and with a broken driver.
         or ("_STATUS_NOT_INITIALIZED" in text and torch.cuda.is_available() and torch.cuda.mem_get_info()[0] < _HANDLE)
     )

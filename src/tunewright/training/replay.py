@@ -1,4 +1,4 @@
-"""The base's own conversations as rows to train on: what is used, and what the adapter's lineage says of it."""
+"""Replay: conversations that the base writes itself as training rows, and their record in the adapter's lineage."""
 
 from __future__ import annotations
 
@@ -27,20 +27,22 @@ from tunewright.training.self_samples import BATCH, METHOD, Sampler, Screen
 
 @dataclass(frozen=True)
 class Replay:
-    """Rows to train on besides the version's, and what is kept of them with the adapter; nothing without replay."""
+    """Rows to train on in addition to the version's, and their record with the adapter; empty without replay."""
 
     rows: list[Tokens]
     members: list[Member]
-    """The example that each row is of."""
+    """The example of each row."""
     lineage: dict[str, Any]
     files: dict[str, str]
 
 
 def replay_inputs(project: ProjectFolder) -> dict[str, Any]:
-    """What decides the replayed rows beside version, base, template, seed and train section; empty without replay.
+    """Return what decides the replayed rows, apart from version, base, template, seed and train section.
+
+    It is empty without replay.
 
     Raises:
-        UserError: a benchmark's file cannot be read, or vLLM is asked for and is not installed.
+        UserError: a benchmark's file cannot be read, or vLLM is requested and not installed.
     """
     if project.config.train.replay is None:
         return {}
@@ -54,10 +56,10 @@ def replay_inputs(project: ProjectFolder) -> dict[str, Any]:
 
 
 def _engine(project: ProjectFolder) -> AnswerEngine:
-    """Return what lets the base write: the engine of evaluation, where it can hold the base as training does."""
+    """Return the engine that writes samples: that of evaluation, if it can hold the base as training does."""
     config = project.config
-    if distributed.count() > 1:
-        return AnswerEngine("peft", "several processes train together, each on a card of its own")
+    if distributed.world_size() > 1:
+        return AnswerEngine("peft", "several processes train together, each on its own GPU")
     if config.train.quantization == "nf4":
         return AnswerEngine("peft", "the base is held in NF4")
     return answer_engine(config, config.train.quantization)
@@ -72,29 +74,29 @@ def draw_replay(
     limit: int,
     reporter: Reporter,
 ) -> Replay:
-    """Return the rows of the config's train.replay.
+    """Draw the rows of the config's train.replay.
 
     Args:
-        project: its config says how many; its working folder keeps what was drawn.
-        version: the domain, which no row may be near to.
-        base, chat: who writes.
-        load: gives the loaded base; called only if samples are missing and vLLM does not write them.
+        project: its config sets the number; its working folder keeps the samples.
+        version: the domain, which no sample may be similar to.
+        base, chat: write the samples.
+        load: returns the loaded base; called only if samples are missing and vLLM does not write them.
         limit: the longest row in tokens.
-        reporter: hears how many samples were drawn and used.
+        reporter: reports how many samples were drawn and used.
 
     Raises:
-        UserError: nothing that the base writes is of use.
+        UserError: none of the samples can be used.
     """
     config = project.config
     if config.train.replay is None:
         return Replay([], [], {}, {})
-    screen = outsiders(project, version, chat, limit, reporter)
+    screen = sample_filter(project, version, chat, limit, reporter)
     sampler, stop = _sampler(project, base, chat, load, reporter)
     try:
         drawn = sampler.draw(config.train.replay.samples, screen, finished=True)
     finally:
         stop()
-    reporter.say(f"Replay: {drawn.told()}.")
+    reporter.say(f"Replay: {drawn.summary()}.")
     encoded = encode_members(chat, [_member(sample.example) for sample in drawn.used], limit)
     rows = encoded.rows
     lineage = {
@@ -112,7 +114,7 @@ def draw_replay(
 def _sampler(
     project: ProjectFolder, base: Base, chat: ChatFormat, load: Callable[[], Any], reporter: Reporter
 ) -> tuple[Sampler, Callable[[], None]]:
-    """Return a sampler, and what frees the memory of the engine that writes for it."""
+    """Return a sampler, and a function that frees the memory of the engine that writes for it."""
     config, engine, loaded = project.config, _engine(project), cache(load)
     wanted = None if config.train.replay is None else config.train.replay.samples
     vllm: VllmAnswers | None = None
@@ -133,10 +135,11 @@ def _sampler(
     return sampler, (lambda: None) if vllm is None else vllm.stop
 
 
-def outsiders(
+def sample_filter(
     project: ProjectFolder, version: DatasetVersion, chat: ChatFormat, limit: int, reporter: Reporter
 ) -> Screen:
-    """Return what keeps samples apart from the domain and from all that is measured, and rows whole.
+    """Return a filter that rejects samples similar to the domain or to a benchmark, and rows that are too long or
+    faulty.
 
     Raises:
         UserError: a benchmark's file cannot be read.

@@ -1,4 +1,4 @@
-"""Examples as the trainer sees them: token ids and the labels to learn, each row checked before the first step."""
+"""Examples as training rows: token ids and labels, each row verified before the first step."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from tunewright.chat.format import ChatFormat, RenderedRow, Tokens
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.data.examples import Message
+from tunewright.data.notices import FEWEST_TRAINING_PAIRS
 from tunewright.data.versions import Member
 
 IGNORED = -100
-"""The label of a token that is not trained (PyTorch's ignore_index)."""
+"""The label of an untrained token (PyTorch's ignore_index)."""
 
 _MOST_NAMED = 20
 
 
 @dataclass(frozen=True)
 class LongRow:
-    """A row of more tokens than the config allows."""
+    """A row with more tokens than the config allows."""
 
     member: Member
     row: Tokens
@@ -34,21 +35,21 @@ class LongRow:
 
 @dataclass(frozen=True)
 class EncodedRows:
-    """The rows of some examples; an example of several turns has several where its template demands it."""
+    """The rows of some examples; an example of several turns has several rows if its template requires it."""
 
     rows: list[Tokens]
     members: list[Member]
-    """The example that each row is of."""
+    """The example of each row."""
     too_long: list[LongRow]
     faults: list[str]
-    """Why examples cannot be trained on, each named."""
+    """Reasons why examples cannot be trained on, each with the example's name."""
 
 
 def encode_members(chat: ChatFormat, members: Sequence[Member], max_length: int) -> EncodedRows:
-    """Encode examples and check every row; those over ``max_length`` tokens are set apart whole, never cut."""
+    """Encode examples and verify every row; rows over ``max_length`` tokens are set apart in full, never cut."""
     layouts: list[RenderedRow] = []
     owners: list[Member] = []
-    told: list[list[Message]] = []
+    expected: list[list[Message]] = []
     faults: list[str] = []
     for member in members:
         try:
@@ -58,10 +59,10 @@ def encode_members(chat: ChatFormat, members: Sequence[Member], max_length: int)
             continue
         layouts += laid_out
         owners += [member] * len(laid_out)
-        told += told_by(member, len(laid_out))
+        expected += expected_messages(member, len(laid_out))
     encoded = EncodedRows([], [], [], faults)
     rows = chat.tokens(layouts)
-    for member, row, fault in zip(owners, rows, row_faults(chat, rows, told), strict=True):
+    for member, row, fault in zip(owners, rows, row_faults(chat, rows, expected), strict=True):
         if fault:
             faults.append(f"{name_of(member)}: {fault}")
         elif len(row.ids) > max_length:
@@ -75,39 +76,69 @@ def encode_members(chat: ChatFormat, members: Sequence[Member], max_length: int)
 def training_rows(
     chat: ChatFormat, members: Sequence[Member], max_length: int, too_long: str, reporter: Reporter
 ) -> EncodedRows:
-    """Return the rows of one split, with rows over ``max_length`` left out and named where ``too_long`` is "drop".
+    """Return the rows of one split; rows over ``max_length`` are dropped and named if ``too_long`` is "drop".
 
     Raises:
-        UserError: naming each example that is too long (unless they are to be left out) or that no row can be made of.
+        UserError: naming each example that is too long (unless these are dropped) or that makes no valid row.
     """
     encoded = encode_members(chat, members, max_length)
     if encoded.faults:
         raise UserError(
             f"{len(encoded.faults)} of {len(members)} examples cannot be trained on\n{_listed(encoded.faults)}",
             where=chat.template.name,
-            fix="Mend or remove them; or, where the template is at fault, set chat.template to plain.",
+            fix="Correct or remove them. If the template is at fault, set chat.template to plain.",
         )
     if encoded.too_long and too_long == "error":
         raise UserError(
             f"{len(encoded.too_long)} of {len(members)} examples are longer than {max_length:,} tokens\n"
             + _listed(list(map(str, encoded.too_long))),
             where="train.max_length",
-            fix="Shorten or remove them, raise train.max_length, or leave them out with train.on_overlength: drop.",
+            fix="Shorten or remove them, raise train.max_length, or drop long ones with train.on_overlength: drop.",
         )
     if encoded.too_long:
         reporter.warn(
-            f"{len(encoded.too_long)} of {len(members)} examples are longer than {max_length:,} tokens and left out "
+            f"{len(encoded.too_long)} of {len(members)} examples are longer than {max_length:,} tokens and are dropped "
             f"(train.on_overlength: drop)\n{_listed(list(map(str, encoded.too_long)))}"
         )
     if not encoded.rows:
-        raise UserError("no example is left to train on", where="train.max_length", fix="Raise it.")
+        raise UserError("No example is short enough to train on", where="train.max_length", fix="Raise it.")
     return encoded
 
 
-def as_columns(encoded: Sequence[Tokens], replay: Sequence[Tokens] = ()) -> dict[str, list[Any]]:
-    """Return the columns that trl takes as they are: ``input_ids`` and ``labels``, one list of ids a row.
+def require_min_examples(pairs: int, *, force: bool, reporter: Reporter, place: str = "") -> str | None:
+    """Refuse to train on fewer than `FEWEST_TRAINING_PAIRS` pairs; with ``force``, warn instead.
 
-    Rows of ``replay`` come after the others, and a third column, ``replayed``, then tells which they are.
+    Args:
+        pairs: the number of pairs.
+        force: accept any number.
+        reporter: reports the warning.
+        place: the subset with so few pairs, if it is not the training split itself; starts with a space.
+
+    Returns:
+        The note for the adapter's lineage; None if there are enough pairs.
+
+    Raises:
+        UserError: too few, and not forced.
+    """
+    if pairs >= FEWEST_TRAINING_PAIRS:
+        return None
+    few = f"{pairs} training pair{'' if pairs == 1 else 's'}{place}, fewer than {FEWEST_TRAINING_PAIRS}"
+    why = "an adapter memorizes such a small set, and a test of that size detects only very large gains"
+    if not force:
+        raise UserError(
+            f"{few}: {why}",
+            where="train",
+            fix="Add pairs, or put them into the prompt: `tunewright advise` measures that. To train anyway, use "
+            "--force.",
+        )
+    reporter.warn(f"{few}: {why}. Training anyway because of --force; the adapter's lineage records it.")
+    return few
+
+
+def as_columns(encoded: Sequence[Tokens], replay: Sequence[Tokens] = ()) -> dict[str, list[Any]]:
+    """Return the columns that trl takes: ``input_ids`` and ``labels``, one list of ids a row.
+
+    Rows of ``replay`` come last, and a third column, ``replayed``, marks them.
     """
     rows = [*encoded, *replay]
     columns: dict[str, list[Any]] = {
@@ -120,24 +151,25 @@ def as_columns(encoded: Sequence[Tokens], replay: Sequence[Tokens] = ()) -> dict
 
 
 def render_digest(rows: Sequence[Tokens]) -> str:
-    """SHA-256 over all ids and masks, in order: equal digests mean that training saw the same."""
-    whole = hashlib.sha256()
+    """Return the SHA-256 of all ids and masks, in order: equal digests mean equal training input."""
+    sha256 = hashlib.sha256()
     for row in rows:
-        whole.update(array("q", [len(row.ids), *row.ids]).tobytes())
-        whole.update(bytes(row.loss_mask))
-    return whole.hexdigest()
+        sha256.update(array("q", [len(row.ids), *row.ids]).tobytes())
+        sha256.update(bytes(row.loss_mask))
+    return sha256.hexdigest()
 
 
 def name_of(member: Member) -> str:
-    """Return how people are told of an example: the beginning of its key and of its text."""
+    """Return an example's display name: the start of its key and of its text."""
     text = member.example.input_text
     return f"example {member.key[:12]} ({text[:40]!r}{'…' if len(text) > 40 else ''})"
 
 
-def told_by(member: Member, rows: int) -> list[list[Message]]:
-    """What each of an example's rows has to say: all of its turns, or, where each answer is a row, those up to it.
+def expected_messages(member: Member, rows: int) -> list[list[Message]]:
+    """Return the messages that each row of an example must spell: all turns, or, with one row an answer, those up to
+    it.
 
-    Of earlier answers in such a row templates may show less, so they are left out.
+    In such rows templates may shorten earlier answers, so these are not checked.
     """
     messages = member.example.messages
     trained = [place for place, m in enumerate(messages) if m.role == "assistant" and m.weight]
@@ -147,28 +179,28 @@ def told_by(member: Member, rows: int) -> list[list[Message]]:
     return [[*(m for m in messages[:place] if m.role != "assistant"), messages[place]] for place in trained]
 
 
-def row_faults(chat: ChatFormat, rows: Sequence[Tokens], told: Sequence[Sequence[Message]]) -> list[str | None]:
-    """What is wrong with each row, if anything: the proof that nothing else is seen or trained than what was meant.
+def row_faults(chat: ChatFormat, rows: Sequence[Tokens], expected: Sequence[Sequence[Message]]) -> list[str | None]:
+    """Return what is wrong with each row, if anything; this proves that rows show and train exactly what was intended.
 
     Args:
-        chat: what made the rows.
+        chat: rendered the rows.
         rows: ids and masks.
-        told: the messages that each row has to spell.
+        expected: the messages that each row must spell.
     """
-    wholes = chat.texts([row.ids for row in rows])
+    texts = chat.texts([row.ids for row in rows])
     spans = [trained_spans(row) for row in rows]
     answers = iter(
         chat.texts([row.ids[start : end - 1] for row, each in zip(rows, spans, strict=True) for start, end in each])
     )
     faults = []
-    for row, messages, whole, each in zip(rows, told, wholes, spans, strict=True):
-        said = [next(answers) for _ in each]
-        faults.append(_form_fault(chat, row, each) or _text_fault(messages, whole, said))
+    for row, messages, text, each in zip(rows, expected, texts, spans, strict=True):
+        trained = [next(answers) for _ in each]
+        faults.append(_form_fault(chat, row, each) or _text_fault(messages, text, trained))
     return faults
 
 
 def trained_spans(row: Tokens) -> list[tuple[int, int]]:
-    """Where each run of trained tokens begins and ends."""
+    """Return the start and end of each run of trained tokens."""
     places = [i for i, (before, now) in enumerate(pairwise((False, *row.loss_mask, False))) if before != now]
     return list(zip(places[::2], places[1::2], strict=True))
 
@@ -176,36 +208,36 @@ def trained_spans(row: Tokens) -> list[tuple[int, int]]:
 def _form_fault(chat: ChatFormat, row: Tokens, spans: Sequence[tuple[int, int]]) -> str | None:
     begins = row.ids.count(chat.bos_id)
     if chat.writes_bos and (row.ids[0] != chat.bos_id or (begins != 1 and not chat.bos_opens_turns)):
-        return f"{begins} beginning-of-text tokens; there must be one, at the start"
+        return f"{begins} beginning-of-text tokens; expected one, at the start"
     if not spans:
-        return "no token of it would be trained"
+        return "no token would be trained"
     if any(row.ids[end - 1] not in chat.stop_ids for _, end in spans):
-        return "an answer without a trained end token"
+        return "an answer has no trained end token"
     return None
 
 
-def _text_fault(messages: Sequence[Message], whole: str, said: Sequence[str]) -> str | None:
-    """Whether the tokens spell every turn and, trained, every answer; white space at their ends templates may trim."""
+def _text_fault(messages: Sequence[Message], text: str, trained: Sequence[str]) -> str | None:
+    """Check that the tokens spell every turn and train every answer; templates may strip white space at the ends."""
     answers = [m.content for m in messages if m.role == "assistant" and m.weight]
-    if len(said) != len(answers):
-        return f"{len(said)} answers would be trained, of {len(answers)}"
-    for answer, spelled in zip(answers, said, strict=True):
+    if len(trained) != len(answers):
+        return f"{len(trained)} answers would be trained, of {len(answers)}"
+    for answer, spelled in zip(answers, trained, strict=True):
         if _plain(spelled) != _plain(answer):
             return f"the answer's tokens read {spelled[:60]!r}, not {answer[:60]!r}"
     for message in messages:
-        if _plain(message.content) not in _plain(whole):
+        if _plain(message.content) not in _plain(text):
             return (
                 f"the tokens don't spell the {message.role} turn {message.content[:60]!r}: the template or the "
-                "tokenizer leaves something out"
+                "tokenizer drops a part"
             )
     return None
 
 
 def _plain(text: str) -> str:
-    """Without white space at the ends; sentencepiece writes a space as U+2581, and reads that as a space."""
+    """Strip white space; sentencepiece writes a space as U+2581."""
     return text.replace("\u2581", " ").strip()
 
 
 def _listed(lines: Sequence[str]) -> str:
-    more = [f"  and {len(lines) - _MOST_NAMED} more: `tunewright data check --json` lists all"]
+    more = [f"  and {len(lines) - _MOST_NAMED} more: `tunewright data check --json` lists all of them"]
     return "\n".join([*(f"  {line}" for line in lines[:_MOST_NAMED]), *more * (len(lines) > _MOST_NAMED)])

@@ -1,4 +1,4 @@
-"""One training run in its working folder: trl's trainer, from the last whole checkpoint to the last step."""
+"""One training run in its working folder: trl's trainer, from the last complete checkpoint to the last step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tunewright.adapters.registry import HISTORY
 from tunewright.chat import Tokens
@@ -17,32 +17,31 @@ from tunewright.core.progress import Reporter, Task
 from tunewright.models.bases import Base
 from tunewright.models.families import FAMILIES
 from tunewright.training import distributed
-from tunewright.training.checkpoint_selection import evaluations, history_rows, runs_out_of_patience
+from tunewright.training.callbacks import EvaluationCallback, MetricsCallback
+from tunewright.training.checkpoint_selection import evaluations, history_rows, out_of_patience
 from tunewright.training.checkpoints import (
-    KeepCheckpoints,
+    CheckpointCallback,
     add_evaluation,
-    owes_evaluation,
+    evaluation_missing,
     restore_random,
+    resumable_checkpoint,
     step_of,
-    usable_checkpoint,
 )
-from tunewright.training.compiling import Compile, decided_in
 from tunewright.training.dev import DevTask
 from tunewright.training.kernels import use_liger
 from tunewright.training.micro_batch import MicroBatch
 from tunewright.training.packing.sharing import Sharing, measure_sharing
 from tunewright.training.rows import as_columns
 from tunewright.training.stopping import stop_on_signal
-from tunewright.training.watching import Follow, FollowDev
 
 
 def total_steps(settings: TrainConfig, rows: int) -> int:
-    """Optimizer steps of a whole run on so many training rows."""
+    """Return the optimizer steps of a run on ``rows`` training rows."""
     return math.ceil(rows / settings.batch_size) * settings.epochs
 
 
 def evaluation_interval(settings: TrainConfig, steps: int) -> int:
-    """Steps between a run's evaluations on dev, of so many in all."""
+    """Return the steps between evaluations on dev, for a run of ``steps`` steps."""
     return settings.eval_steps or steps // settings.epochs
 
 
@@ -58,7 +57,7 @@ class Run:
         self.micro_batch = MicroBatch(micro_batch(config.train), work, reporter)
         self.sharing: Sharing | None = None
         self.held: list[int] | None = None
-        """Bytes of the model's weights in each process, where it is divided among them."""
+        """Bytes of the model's weights in each process, if the model is sharded."""
 
     def fit(
         self,
@@ -70,11 +69,11 @@ class Run:
         until: int | None = None,
         replay: Sequence[Tokens] = (),
     ) -> tuple[list[dict[str, Any]], float]:
-        """Train to the end: the history of losses and evaluations, and seconds of this process.
+        """Train to the end; return the history of losses and evaluations, and the seconds of this process.
 
-        With ``until``, only up to that step, whose checkpoint is saved; then dev is measured, and that is in the
-        history but not in the checkpoint: the run that goes on from there never hears of it. ``replay`` are rows that
-        the base wrote, trained on besides as the config's train.replay has it.
+        With ``until``, train only up to that step, and save its checkpoint. Dev is then evaluated for the history, not
+        for the checkpoint, so the run that resumes from it is unaffected. ``replay`` are rows that the base wrote,
+        trained on as the config's train.replay says.
         """
         from transformers import set_seed
 
@@ -82,44 +81,46 @@ class Run:
         steps = total_steps(settings, len(train) + len(replay))
         # Before the adapter is made: its A matrices are drawn at random.
         set_seed(self.config.seed)
-        checkpoint = distributed.by_main(lambda: usable_checkpoint(self.work, self.base, self.reporter))
+        checkpoint = distributed.broadcast_from_main(lambda: resumable_checkpoint(self.work, self.base, self.reporter))
         if checkpoint is not None:
-            _require_same_division(checkpoint)
+            _require_same_sharding(checkpoint)
         with (
             stop_on_signal(until) as stop,
             self.reporter.task(f"Training {self.config.name}", steps, "steps") as task,
         ):
-            keeping = KeepCheckpoints(self.work, self.base, stop)
+            keeping = CheckpointCallback(self.work, self.base, stop)
             trainer = self._trainer(
                 model, tokenizer, as_columns(train, replay), as_columns(dev), dev_task, keeping, task
             )
             if checkpoint is not None:
                 done = step_of(checkpoint)
-                self.reporter.say(f"Going on from step {done} of {steps}")
+                self.reporter.say(f"Resuming from step {done} of {steps}")
                 task.advance(done)
-                if owes_evaluation(checkpoint, evaluation_interval(settings, steps)):
-                    self._make_up(trainer, checkpoint)
+                if evaluation_missing(checkpoint, evaluation_interval(settings, steps)):
+                    self._make_missing_evaluation(trainer, checkpoint)
             began = time.monotonic()
-            ended = None if checkpoint is None else _ended(checkpoint, settings.early_stopping_patience, until)
-            if ended is not None:
-                trainer.state = ended
+            finished = (
+                None if checkpoint is None else _finished_state(checkpoint, settings.early_stopping_patience, until)
+            )
+            if finished is not None:
+                trainer.state = finished
             else:
                 _train(trainer, keeping, checkpoint)
                 self.held = trainer.bytes_held()
             seconds = time.monotonic() - began
             if until is not None and not stop.agreed():
-                _measure(trainer, checkpoint if ended else None)
+                _evaluate_at_pause(trainer, checkpoint if finished else None)
         if stop.agreed() and trainer.state.global_step:
-            self.reporter.say(f"Stopped at step {trainer.state.global_step} of {steps}, which is saved.")
+            self.reporter.say(f"Stopped at step {trainer.state.global_step} of {steps}. This step is saved.")
         if stop.asked:
             raise KeyboardInterrupt
         return history_rows(trainer.state.log_history), seconds
 
-    def _make_up(self, trainer: Any, checkpoint: Path) -> None:
+    def _make_missing_evaluation(self, trainer: Any, checkpoint: Path) -> None:
         """Make the evaluation that a stop cut off after a checkpoint's step.
 
         Raises:
-            KeyboardInterrupt: a stop cuts it off once more.
+            KeyboardInterrupt: another stop cuts it off again.
         """
         from transformers import TrainerState
 
@@ -129,11 +130,10 @@ class Run:
             raise KeyboardInterrupt
         add_evaluation(checkpoint, trainer.state, self.base)
 
-    def how(self) -> dict[str, Any]:
+    def details(self) -> dict[str, Any]:
         """Return how the rows went through the model, for the lineage."""
         return {
-            "micro_batch_size": self.micro_batch.rows,
-            "compiled": decided_in(self.work),
+            "micro_batch": self.micro_batch.rows,
             "bytes_held": self.held,
             **({} if self.sharing is None else {"prefix_sharing": self.sharing.as_dict()}),
         }
@@ -145,13 +145,13 @@ class Run:
         train: dict[str, list[Any]],
         dev: dict[str, list[Any]],
         dev_task: DevTask | None,
-        keeping: KeepCheckpoints,
+        keeping: CheckpointCallback,
         task: Task,
     ) -> Any:
         from datasets import Dataset
         from transformers import PrinterCallback
 
-        from tunewright.training.adapter import lora_config
+        from tunewright.training.lora import lora_config
         from tunewright.training.trainer import Trainer
 
         settings = self.config.train
@@ -176,7 +176,7 @@ class Run:
             processing_class=tokenizer,
             peft_config=lora_config(settings, vision=FAMILIES[self.base.architecture].vision),
             callbacks=[
-                Follow(
+                MetricsCallback(
                     task,
                     self.work / HISTORY,
                     metric_name(self.config.evaluate.metric),
@@ -184,8 +184,7 @@ class Run:
                     lambda step: trainer.rows_of_step(step),
                 ),
                 keeping,
-                FollowDev(self.config, self.reporter),
-                Compile(self._compile(), self.work, self.reporter),
+                EvaluationCallback(self.config, self.reporter),
             ],
             stop=keeping.stop,
             dev_task=dev_task,
@@ -193,14 +192,6 @@ class Run:
         )
         trainer.remove_callback(PrinterCallback)
         return trainer
-
-    def _compile(self) -> Literal["auto", "on", "off"]:
-        """Return what the config says of compiling; several processes would each decide by a clock of its own."""
-        setting = self.config.train.torch_compile
-        if setting == "auto" and distributed.count() > 1:
-            self.reporter.say("Not compiled: several processes do it only with train.torch_compile: 'on'")
-            return "off"
-        return setting
 
     def _arguments(self, steps: int) -> Any:
         import torch
@@ -212,7 +203,7 @@ class Run:
             output_dir=str(self.work),
             per_device_train_batch_size=micro,
             per_device_eval_batch_size=micro,
-            gradient_accumulation_steps=settings.batch_size // distributed.count() // micro,
+            gradient_accumulation_steps=settings.batch_size // distributed.world_size() // micro,
             num_train_epochs=settings.epochs,
             learning_rate=settings.learning_rate,
             lr_scheduler_type=settings.lr_scheduler_type
@@ -223,12 +214,12 @@ class Run:
             seed=self.config.seed,
             bf16=settings.dtype == "bfloat16",
             use_cpu=not torch.cuda.is_available(),
-            # Recomputing activations trades a third of the speed for memory that LoRA on the CPU has to spare.
+            # Recomputing activations costs a third of the speed and saves memory, which LoRA on the CPU has enough of.
             gradient_checkpointing=torch.cuda.is_available(),
-            # Rows come ready-made, and none is longer than the config's limit: nothing is left to cut.
+            # Rows are encoded already and none exceeds the config's limit: trl has nothing to truncate.
             max_length=None,
             remove_unused_columns=False,
-            # Routers of experts are frozen, and the loss is that of the answers alone.
+            # Experts' routers are frozen, and the loss is that of the answers alone.
             router_aux_loss_coef=0.0,
             # Every LoRA weight is used in every pass.
             ddp_find_unused_parameters=False,
@@ -244,61 +235,51 @@ class Run:
             disable_tqdm=True,
         )
         if arguments.n_gpu > 1:
-            # One process trains on the first card; DataParallel, which transformers would take, knows no packed rows.
+            # One process trains on the first GPU: DataParallel, transformers' default, cannot split packed rows.
             arguments._n_gpu = 1
         return arguments
 
 
 def micro_batch(settings: TrainConfig) -> int:
-    """Rows of one forward pass in one process.
+    """Return the rows of one forward pass in one process.
 
     Raises:
         UserError: the processes cannot share a batch equally.
     """
-    count = distributed.count()
+    count = distributed.world_size()
     share = settings.batch_size // count
     if settings.batch_size % count:
         raise UserError(
             f"{settings.batch_size} rows cannot be shared equally by {count} processes",
             where="train.batch_size",
-            fix=f"Take a multiple of {count}, or another number of processes.",
+            fix=f"Use a multiple of {count}, or another number of processes.",
         )
     micro = min(settings.micro_batch_size or share, share)
     if share % micro:
         raise UserError(
-            f"each of {count} processes has {share} rows of a batch, which is no multiple of {micro}",
+            f"Each of {count} processes has {share} rows of a batch, which is not a multiple of {micro}",
             where="train.micro_batch_size",
+            fix=f"Set it to a divisor of {share}.",
         )
     return micro
 
 
-def require_divisible(settings: TrainConfig) -> None:
-    """Check that a config's training can be done on a base that is divided among processes.
+def require_fsdp_supported(settings: TrainConfig) -> None:
+    """Check that this config can be trained on a base that FSDP shards.
 
     Raises:
-        UserError: it asks for what cannot be had with that.
+        UserError: replay is set. It needs passes of the base that each process makes alone.
     """
-    asked = {
-        "train.replay": (
-            settings.replay is not None,
-            "replay needs passes of the base that processes make by themselves",
-        ),
-        "train.torch_compile": (
-            settings.torch_compile == "on",
-            "compiled parts have not been tried on a base in pieces",
-        ),
-    }
-    for key, (is_asked, why) in asked.items():
-        if is_asked:
-            raise UserError(
-                f"{why}, and FSDP was asked for",
-                where=key,
-                fix="Leave this out, or start without FSDP (`accelerate launch --multi_gpu`).",
-            )
+    if settings.replay is not None:
+        raise UserError(
+            "Replay is not supported with FSDP: each process makes passes of the base alone",
+            where="train.replay",
+            fix="Remove train.replay, or start without FSDP (`accelerate launch --multi_gpu`).",
+        )
 
 
-def _require_same_division(checkpoint: Path) -> None:
-    """Check that a run goes on as it began: with the base in pieces, or whole in every process.
+def _require_same_sharding(checkpoint: Path) -> None:
+    """Check that a run resumes as it started: with the base sharded, or complete in every process.
 
     Raises:
         UserError: it does not.
@@ -306,46 +287,46 @@ def _require_same_division(checkpoint: Path) -> None:
     from accelerate.utils.constants import FSDP_MODEL_NAME
 
     was = (checkpoint / f"{FSDP_MODEL_NAME}.bin").exists()
-    if was != distributed.in_pieces():
-        began, asked = ("with FSDP", "without") if was else ("without FSDP", "with it")
+    if was != distributed.is_sharded():
+        began, asked = ("with FSDP", "without it") if was else ("without FSDP", "with it")
         raise UserError(
-            f"this run began {began}, and is to go on {asked}",
+            f"This run started {began} and cannot resume {asked}",
             where=str(checkpoint),
             fix=f"Start it {began} again, or remove {checkpoint.parent} to train from the beginning.",
         )
 
 
-def _ended(checkpoint: Path, patience: int | None, until: int | None) -> Any:
-    """Return the trainer's state in a checkpoint from which there is nothing to train; None where the run goes on.
+def _finished_state(checkpoint: Path, patience: int | None, until: int | None) -> Any:
+    """Return the trainer's state in a checkpoint with nothing left to train; None if the run continues.
 
-    That is where it had stopped early, or where ``until`` is.
+    That is a checkpoint at which the run stopped early, or the one at ``until``.
     """
     from transformers import TrainerState
 
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     evaluated = evaluations(state.log_history)
     at_end = bool(evaluated) and evaluated[-1].step == state.global_step
-    early = at_end and runs_out_of_patience(evaluated, patience)
+    early = at_end and out_of_patience(evaluated, patience)
     return state if early or state.global_step == until else None
 
 
-def _train(trainer: Any, keeping: KeepCheckpoints, checkpoint: Path | None) -> None:
-    """Train to the end, or to a stop: the last whole step is then saved.
+def _train(trainer: Any, keeping: CheckpointCallback, checkpoint: Path | None) -> None:
+    """Train to the end or to a stop, in which case the last complete step is saved.
 
     Raises:
-        KeyboardInterrupt: a stop before the first step, a second signal, or a stop of one process among several.
+        KeyboardInterrupt: a stop before the first step, a second signal, or a stop of one of several processes.
     """
     try:
         with finishing("the step in progress or the one before is saved"):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except KeyboardInterrupt:
         stop = keeping.stop
-        if not stop.asked or distributed.count() > 1 or not trainer.state.global_step:
+        if not stop.asked or distributed.world_size() > 1 or not trainer.state.global_step:
             raise
         if stop.phase == "step":
             restore_random(keeping.random)
         stop.phase = "closed"
-        with finishing("the last whole step is saved"):
+        with finishing("the last complete step is saved"):
             trainer.save_step_before()
 
 
@@ -355,12 +336,12 @@ def _load_adapter(trainer: Any, checkpoint: Path) -> None:
     set_peft_model_state_dict(trainer.model, load_peft_weights(str(checkpoint), device="cpu"))
 
 
-def _measure(trainer: Any, checkpoint: Path | None) -> None:
-    """Measure dev where the run pauses, unless it has; with the weights of ``checkpoint``, where one is given."""
+def _evaluate_at_pause(trainer: Any, checkpoint: Path | None) -> None:
+    """Evaluate dev where the run pauses, unless it has been; with the weights of ``checkpoint``, if given."""
     evaluated = evaluations(trainer.state.log_history)
     if evaluated and evaluated[-1].step == trainer.state.global_step:
         return
     if checkpoint is not None:
         _load_adapter(trainer, checkpoint)
-    trainer.remove_callback(FollowDev)  # which counts a run's own evaluations
+    trainer.remove_callback(EvaluationCallback)  # it counts the run's own evaluations
     trainer.evaluate()

@@ -1,10 +1,10 @@
-"""Conversations that the base writes itself: what it could do before the adapter, without any data.
+"""Self-samples: conversations that the base writes, as a record of its abilities before the adapter, without any data.
 
-The base is given its own template up to where a user's text begins, and writes the user's turn, then the answer
-(Magpie: Xu et al. 2024, arXiv 2406.08464). Both are drawn from its distribution as it is, at temperature 1 with no
-token cut off, so that over such answers the mean of log p(base) - log p(adapter) is the Kullback-Leibler divergence of
-the two. That holds of answers up to the limit, those that go on beyond it included: without them it would be the mean
-over short answers, which a fine-tune on short answers makes likelier.
+The base gets its own template up to where a user's text starts, and writes the user's turn, then the answer
+(Magpie: Xu et al. 2024, arXiv 2406.08464). Both are drawn from its unmodified distribution, at temperature 1 with no
+truncation. So over such answers the mean of log p(base) - log p(adapter) is the KL divergence of the two. This holds
+for answers up to the limit, including those that continue beyond it. Without these it would be a mean over short
+answers, which a fine-tune on short answers makes likelier.
 """
 
 from __future__ import annotations
@@ -25,50 +25,50 @@ from tunewright.generation.decoding import Completion, Request
 from tunewright.models.bases import Base
 
 METHOD = "magpie-2"
-"""Part of every key: to be counted up when a change here, or of the decoding loop, changes what is drawn."""
+"""Part of every key: increment it when a change here, or in the decoding loop, changes the samples."""
 
 TEMPERATURE, TOP_P = 1.0, 1.0
 INSTRUCTION_TOKENS = 128
 ANSWER_TOKENS = 256
 
-_CHUNK = 64  # samples drawn together and kept together: a draw that goes on has the company that it had
+_CHUNK = 64  # samples drawn and kept together, so that a resumed draw decodes the same batches
 BATCH = 32
 """Samples that the embedded loop decodes together."""
-_MOST_DRAWN, _FEWEST_CHUNKS = 8, 4  # the first for each sample that is wanted; then it is given up
+_MOST_DRAWN, _FEWEST_CHUNKS = 8, 4  # give up after this many draws for each wanted sample, but not before 4 chunks
 
 EMPTY, CUT_OFF, REPEATED = "empty", "cut off at the token limit", "repeats an earlier one"
 
 Complete = Callable[[Sequence[Request], frozenset[int], Callable[[int, Completion], None]], list[Completion]]
-"""Completes the base's requests, given the tokens that end them and what to call as each is done; in their order."""
+"""Completes the base's requests in order, given its end tokens and a callback for each finished request."""
 
 Screen = Callable[[Mapping[str, Example]], Mapping[str, str]]
-"""Examples by pair key, to why some of them may not be used."""
+"""Maps examples, by pair key, to the reasons why some of them may not be used."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation as it was drawn; a ``fault`` says why it is none."""
+    """One conversation as drawn; ``fault`` says why it is unusable."""
 
     number: int
     instruction: str
     answer: str
     finished: bool
-    """Whether the answer came to its end within the limit."""
+    """True if the answer ended within the limit."""
     ids: tuple[int, ...]
-    """The answer as it was drawn, without its end token: its text may be encoded to other ids."""
+    """The answer's ids as drawn, without its end token: its text may be encoded to other ids."""
     stopped: bool
-    """Whether an end token was drawn after them."""
+    """True if an end token was drawn after them."""
     fault: str | None
 
     @property
     def example(self) -> Example:
-        """The conversation."""
+        """Return the conversation."""
         return Example((Message("user", self.instruction), Message("assistant", self.answer)))
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """The samples that are used, in the order of the draw, and why others are not, by number."""
+    """The used samples in the order of the draw, and the reasons why others are unused, by number."""
 
     used: tuple[Sample, ...]
     left_out: Mapping[int, str]
@@ -76,34 +76,34 @@ class Drawn:
 
     @property
     def text(self) -> str:
-        """The samples as JSON lines: number and messages."""
+        """Return the samples as JSON lines: number and messages."""
         rows = [{"number": s.number, "messages": [m.as_dict() for m in s.example.messages]} for s in self.used]
         return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
-    def told(self) -> str:
-        """Return how many were drawn and what became of them, in words."""
+    def summary(self) -> str:
+        """Return the numbers of drawn, used and unused samples in words."""
         counts: dict[str, int] = {}
         for reason in self.left_out.values():
-            # "nearly equal to the row 0123" is one reason, whatever the row.
-            kind = reason if reason in (EMPTY, CUT_OFF, REPEATED) else "not to be trained on"
+            # Reasons that name a row ("nearly equal to the row 0123") count as one kind.
+            kind = reason if reason in (EMPTY, CUT_OFF, REPEATED) else "not allowed in training"
             counts[kind] = counts.get(kind, 0) + 1
         why = "; ".join(f"{count} {kind}" for kind, count in sorted(counts.items(), key=lambda c: -c[1]))
         drawn = len(self.used) + len(self.left_out)
-        return f"{len(self.used)} of {drawn} samples that the base wrote are used" + (f" ({why})" if why else "")
+        return f"{len(self.used)} of {drawn} samples written by the base are used" + (f" ({why})" if why else "")
 
 
 class Sampler:
-    """Draws a base's own conversations, the same ones each time; what is drawn is kept in the working folder.
+    """Draws a base's own conversations, the same ones each time, and keeps them in the working folder.
 
     Args:
-        base, chat: who writes, and how conversations are written.
-        weights: what else decides what is drawn, such as the base's dtype and the engine.
+        base, chat: the writer and its chat format.
+        weights: what else decides the draw, such as the base's dtype and the engine.
         complete: has the base write, with any adapter disabled; called only if samples are missing.
         seed: decides the draw.
         purpose: "replay" or "held-out": draws of one seed for different purposes are independent.
         work: the project's working folder.
         reporter: shows the progress.
-        wanted: how many will be asked for. Of fewer than half a chunk only as many are drawn together.
+        wanted: how many will be requested. If fewer than half a chunk, only as many are drawn together.
     """
 
     def __init__(
@@ -140,17 +140,18 @@ class Sampler:
         self.folder = work / "self-samples" / digest(self.about)[:16]
 
     def draw(self, wanted: int, screen: Screen, *, finished: bool) -> Drawn:
-        """The first ``wanted`` samples of the draw that are whole, new and pass the screen; each other one's reason.
+        """Return the first ``wanted`` samples that are complete, new and pass the screen, and the reason for each other
+        one.
 
-        Fewer come, with a warning, where most of what the base writes is of no use.
+        Fewer are returned, with a warning, if most samples are unusable.
 
         Args:
             wanted: how many.
-            screen: why further ones may not be used.
-            finished: leave answers out that were cut off at the limit.
+            screen: returns why further samples may not be used.
+            finished: leave out answers that were cut off at the limit.
 
         Raises:
-            UserError: nothing that it writes is of use.
+            UserError: no sample is usable.
         """
         used: list[Sample] = []
         left_out: dict[int, str] = {}
@@ -174,21 +175,21 @@ class Sampler:
         drawn = Drawn(tuple(used), left_out, wanted)
         if not used:
             raise UserError(
-                f"nothing that the base writes can be used: {drawn.told()}",
+                f"The base writes no usable sample: {drawn.summary()}",
                 where="train.replay",
                 fix="Mix in instruction data instead (data.mix), or use an instruction-tuned base.",
             )
         if len(used) < wanted:
-            self.reporter.warn(f"Fewer than the {wanted} samples that were wanted: {drawn.told()}.")
+            self.reporter.warn(f"Fewer samples than the {wanted} requested: {drawn.summary()}.")
         return drawn
 
     def turns_missing(self, wanted: int) -> int:
-        """Return the fewest turns that a draw of so many samples has to write: two of each sample not kept yet."""
+        """Return the fewest turns that a draw of ``wanted`` samples must write: two for each sample not kept yet."""
         chunks = range(-(-wanted // self.chunk))
         return sum(2 * self.chunk for chunk in chunks if not (self.folder / f"{chunk:04d}.json").exists())
 
     def _faults(self, samples: Sequence[Sample], asked: set[str], finished: bool) -> dict[int, str]:
-        """Return why samples are of no use whatever the domain; ``asked`` gets the instructions seen so far."""
+        """Return why samples are unusable in any domain; ``asked`` collects the instructions seen so far."""
         reasons: dict[int, str] = {}
         for sample in samples:
             question = normalised(sample.instruction)
@@ -211,7 +212,7 @@ class Sampler:
         return [Sample(**{**row, "ids": tuple(row["ids"])}) for row in json.loads(file.read_text(encoding="utf-8"))]
 
     def _write(self, numbers: range) -> list[Sample]:
-        """Let the base write these samples."""
+        """Have the base write these samples."""
         with self.reporter.task(
             f"The base writes samples {numbers[0] + 1} to {numbers[-1] + 1}", 2 * len(numbers), "turns"
         ) as task:
@@ -247,26 +248,26 @@ class Sampler:
 
 
 def _instruction(chat: ChatFormat, end_text: str | None, turn: Completion) -> str | None:
-    """Return what the base wrote as the user; None where it came to no end.
+    """Return what the base wrote as the user; None if the turn did not end.
 
-    A base without a token for that ends the turn with the template's own text, or never learnt to: then at the first
-    empty line.
+    A base without an end-of-turn token ends the turn with the template's own text, or never learnt to end it: then the
+    turn ends at the first empty line.
     """
     text = chat.text(turn.ids)
     if end_text is not None:
-        said, mark, _ = text.partition(end_text)
+        instruction, mark, _ = text.partition(end_text)
         if not mark:
-            said, mark, _ = text.lstrip().partition("\n\n")
-        return said.strip() if mark or turn.finish == "stop" else None
+            instruction, mark, _ = text.lstrip().partition("\n\n")
+        return instruction.strip() if mark or turn.finish == "stop" else None
     return text.strip() if turn.finish == "stop" else None
 
 
 def _answer(chat: ChatFormat, begin_text: str | None, turn: Completion) -> tuple[str, bool]:
-    """Return what the base answered, and whether that came to an end: an end token or the next turn."""
+    """Return the base's answer, and whether it ended, by an end token or the next turn."""
     text = chat.text(turn.ids)
     if begin_text is not None and begin_text in text:
         return text.partition(begin_text)[0].strip(), True
-    # A character that is cut in half is no character.
+    # Drop a character that was cut in half.
     return (text.strip(), True) if turn.finish == "stop" else (text.strip().rstrip("\ufffd"), False)
 
 

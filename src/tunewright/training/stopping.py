@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM that leave a checkpoint behind within seconds, and pauses after a step that was named."""
+"""Stop requests: Ctrl-C and SIGTERM leave a checkpoint within seconds, and runs can pause after a given step."""
 
 from __future__ import annotations
 
@@ -13,42 +13,42 @@ from tunewright.core.interrupts import finishing
 from tunewright.training import distributed
 
 GRACE_S = 3.0
-"""For the step in progress to finish; a longer one is abandoned, and the step before it is saved."""
+"""Time for the step in progress to finish; a longer step is abandoned, and the step before it is saved."""
 
 
 class StopRequest:
-    """Whether someone has asked the run to stop, and the step after which it is to pause anyway."""
+    """A request to stop the run, and the step after which it pauses in any case."""
 
     def __init__(self, pause_after: int | None = None) -> None:
         self.asked = False
         self.pause_after = pause_after
         self.phase: Literal["free", "step", "closed"] = "free"
-        """What a request does: it interrupts now; after `GRACE_S`, in a step's passes; or not before the step's end,
-        as weights or files are being changed."""
+        """Effect of a request: "free" interrupts now; "step" after `GRACE_S`; "closed" at the step's end, because
+        weights or files are being changed."""
 
     def after(self, step: int) -> bool:
         """Return whether this step is the last one for now; all processes of the run ask after the same steps."""
         return self.agreed() or step == self.pause_after
 
     def agreed(self) -> bool:
-        """Return whether any process of the run has been asked; all of them have to call this at the same places."""
-        self.asked = distributed.any_of(self.asked)
+        """Return whether any process of the run was asked to stop; all of them must call this at the same places."""
+        self.asked = distributed.any_process(self.asked)
         return self.asked
 
     def in_step(self) -> None:
-        """Begin the passes of a step.
+        """Enter the passes of a step.
 
         Raises:
-            KeyboardInterrupt: a request came since the step before was looked after.
+            KeyboardInterrupt: a request came since the previous step.
         """
         self.phase = "step"
         self._raise_if_asked()
 
     @contextmanager
     def free(self, what: str) -> Iterator[None]:
-        """Let a request interrupt this block at once; ``what`` says what becomes of the run then.
+        """Let a request interrupt this block at once; ``what`` says what then happens to the run.
 
-        Several processes have to agree on a stop, which they do after steps alone: there the block is finished.
+        Several processes must agree on a stop, which they do only after steps: there the block is finished.
 
         Raises:
             KeyboardInterrupt: now or in the block, on request.
@@ -62,7 +62,7 @@ class StopRequest:
             self.phase = before
 
     def _raise_if_asked(self) -> None:
-        if self.asked and distributed.count() == 1:
+        if self.asked and distributed.world_size() == 1:
             raise KeyboardInterrupt
 
 
@@ -70,7 +70,7 @@ class StopRequest:
 def stop_on_signal(pause_after: int | None = None) -> Iterator[StopRequest]:
     """Turn the first SIGINT or SIGTERM into a request; a second one interrupts at once.
 
-    Outside the main thread signals belong to someone else, and the request is never made.
+    Outside the main thread no signal handlers are set, and no request is ever made.
     """
     request = StopRequest(pause_after)
 
@@ -78,7 +78,7 @@ def stop_on_signal(pause_after: int | None = None) -> Iterator[StopRequest]:
         if request.asked:
             raise KeyboardInterrupt
         request.asked = True
-        if distributed.count() > 1:
+        if distributed.world_size() > 1:
             return
         if request.phase == "free":
             raise KeyboardInterrupt

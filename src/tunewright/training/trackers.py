@@ -1,4 +1,4 @@
-"""Trackers that a run reports to through transformers' own integrations, and where they write."""
+"""Trackers: transformers' own integrations, and where they write."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from tunewright.training import distributed
 
 
 def require_trackers(trackers: Sequence[Tracker]) -> None:
-    """Check that the config's trackers are installed and let us in, before anything is loaded or measured.
+    """Check that the config's trackers are installed and accessible, before anything is loaded or measured.
 
     Raises:
-        UserError: one is not, W&B has no API key and no terminal to ask for one, or MLflow refuses the place that
-            ``MLFLOW_TRACKING_URI`` names.
+        UserError: a tracker is not installed, W&B has no API key and no terminal to ask for one, or MLflow refuses
+            ``MLFLOW_TRACKING_URI``.
     """
     missing = [tracker for tracker in trackers if importlib.util.find_spec(tracker) is None]
     if missing:
         raise UserError(
             f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed",
             where="train.report_to",
-            fix=f"pip install {' '.join(missing)}, or leave {'it' if len(missing) == 1 else 'them'} out.",
+            fix=f"pip install {' '.join(missing)}, or remove {'it' if len(missing) == 1 else 'them'}.",
         )
-    if not distributed.is_main():  # the main one alone reports
+    if not distributed.is_main_process():  # only the main process reports
         return
     if "wandb" in trackers:
         _log_in_to_wandb()
@@ -36,7 +36,7 @@ def require_trackers(trackers: Sequence[Tracker]) -> None:
 
 
 def _log_in_to_wandb() -> None:
-    """Have W&B look for its API key now: where there is none it would fail at the first step."""
+    """Have W&B look for its API key now; without one it would fail at the first step."""
     import wandb
 
     try:
@@ -44,35 +44,35 @@ def _log_in_to_wandb() -> None:
             wandb.login()
     except wandb.errors.UsageError as error:
         raise UserError(
-            f"W&B does not let us in: {error}",
+            f"W&B login failed: {error}",
             where="train.report_to",
-            fix="`wandb login`, or set WANDB_API_KEY. With WANDB_MODE=offline it writes local files and needs no key.",
+            fix="Run `wandb login`, or set WANDB_API_KEY. With WANDB_MODE=offline it writes local files without a key.",
         ) from None
     finally:
-        wandb.teardown()  # what it has read of the environment, where `tracked_in` has yet to say where to write
+        wandb.teardown()  # forget the environment that it has read: `tracked_in` sets the folder later
 
 
 def _open_mlflow(uri: str) -> None:
-    """Have MLflow open what the user named now: it refuses some stores, and would do so only at the first step."""
+    """Have MLflow open the user's store now: it refuses some stores, and would do so only at the first step."""
     import mlflow
 
     try:
         mlflow.MlflowClient(uri).search_experiments(max_results=1)
     except mlflow.exceptions.MlflowException as error:
         raise UserError(
-            f"MLflow does not open MLFLOW_TRACKING_URI={uri}: {str(error).splitlines()[0]}",
+            f"MLflow cannot open MLFLOW_TRACKING_URI={uri}: {str(error).splitlines()[0]}",
             where="train.report_to",
-            fix="Name another place, such as sqlite:///mlflow.db, or none: .tunewright/trackers is written then.",
+            fix="Use another store, such as sqlite:///mlflow.db, or unset it to write to .tunewright/trackers.",
         ) from None
 
 
 @contextmanager
 def tracked_in(folder: Path, project: str, run: str) -> Iterator[None]:
-    """Have trackers write below ``folder`` while this is open, unless the user's environment says where.
+    """Have trackers write below ``folder`` while this is open, unless the user's environment names another place.
 
     Args:
-        folder: theirs; the run's own folder is removed at its end.
-        project: what trackers group runs by.
+        folder: the trackers' folder; the run's own folder is removed at its end.
+        project: the trackers' group of runs.
         run: the run's name.
     """
     places = {

@@ -1,4 +1,4 @@
-"""trl's trainer on packed batches: a shared prompt once, no padding, the head on trained tokens, its own row order."""
+"""trl's trainer on packed batches: shared prompts once, no padding, the head on trained tokens, its own row order."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from torch.utils.data import DataLoader, DistributedSampler
 from trl import SFTTrainer
 
 from tunewright.training import distributed, fsdp
-from tunewright.training.adapter import keep_float32
 from tunewright.training.checkpoint_selection import DEV_METRIC
-from tunewright.training.checkpoints import whole
+from tunewright.training.checkpoints import is_complete
 from tunewright.training.dev import DevTask
+from tunewright.training.lora import keep_float32
 from tunewright.training.loss_breakdown import LossBreakdown
 from tunewright.training.micro_batch import MicroBatch, RawRows, in_memory, too_little_memory
 from tunewright.training.packing import PackedBatch, attention, pack
-from tunewright.training.packing.fused_loss import Reference, add_token_losses, token_losses_of
+from tunewright.training.packing.fused_loss import Reference, add_token_losses, batch_token_losses
 from tunewright.training.packing.order import StepBatches, longest_batch, random_order
 from tunewright.training.rows import IGNORED
 from tunewright.training.stopping import StopRequest
 
 
 class Trainer(SFTTrainer):
-    """Trains on rows of ``input_ids`` and ``labels``; the rest of its arguments are SFTTrainer's.
+    """Trains on rows of ``input_ids`` and ``labels``; its other arguments are SFTTrainer's.
 
     Args:
         model: a Llama or Mistral of transformers, without an adapter.
-        share: compute prompts that rows of a batch share once; else every row stands whole in the packed batch.
-        micro_batch: how many rows go through the model at once (None: each micro-batch whole, whatever it needs).
-        dev_task: dev rows that each evaluation answers; None: the dev loss is all that is measured.
-        kl: on rows whose column ``replayed`` is true the loss is the divergence from the base, so weighted; None: they
-            are learnt as the others are.
-        stop: cuts off evaluations.
+        share: compute prompts that rows of a batch share once; else every row is packed in full.
+        micro_batch: rows that go through the model at once (None: every micro-batch in full).
+        dev_task: dev rows that each evaluation answers; None: only the dev loss is measured.
+        kl: weight of the KL divergence from the base, which is the loss on rows whose column ``replayed`` is true;
+            None: these rows are trained like the others.
+        stop: cuts evaluations off.
     """
 
     def __init__(
@@ -58,49 +58,49 @@ class Trainer(SFTTrainer):
         self.stop = stop or StopRequest()
         self.micro_batch = micro_batch
         self._step = -1
-        self._done: list[RawRows] = []
-        """What of the step under way has been added up."""
+        self._accumulated: list[RawRows] = []
+        """Micro-batches of the step in progress whose gradients are accumulated."""
         self.share = share
         self.dev_task = dev_task
         self.kl = kl
         self._tokens = 0
-        """Of rows trained on in this process since the last log."""
-        self._told: tuple[float, int] | None = None
-        self._parts: LossBreakdown | None = None
+        """Tokens of rows trained on in this process since the last log."""
+        self._last_log: tuple[float, int] | None = None
+        self._breakdown: LossBreakdown | None = None
         attention.register()
-        # Its own implementation, and SDPA wherever it gets no layout: when answers are generated.
+        # Attends by the layout in training, and with SDPA where there is none: when answers are generated.
         model.set_attn_implementation(attention.NAME)
         add_token_losses(model)
         super().__init__(model=model, data_collator=self.collate, **kwargs)
         keep_float32(self.model)
         rows: Any = self.train_dataset
         if "replayed" in rows.column_names:
-            self._parts = LossBreakdown(kl, self.accelerator.device)
+            self._breakdown = LossBreakdown(kl, self.accelerator.device)
         # The loss is a sum over tokens, divided by those of the whole step.
         self.model_accepts_loss_kwargs = True
 
     def create_accelerator_and_postprocess(self) -> None:
-        """As transformers does, and where a base in pieces was asked for, make sure that it comes to that."""
+        """Create the accelerator as transformers does, and configure FSDP if the launcher asked for it."""
         super().create_accelerator_and_postprocess()
-        if distributed.in_pieces():
-            fsdp.divide(self.accelerator, self.model)
+        if distributed.is_sharded():
+            fsdp.shard(self.accelerator, self.model)
             self.is_fsdp_enabled = True
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the adapter, of a divided model too; transformers would gather the frozen base with it."""
+        """Write the adapter, also of a sharded model; transformers would gather the frozen base with it."""
         if self.is_fsdp_enabled:
             self._save(output_dir, state_dict=fsdp.adapter_weights(self.model))
         else:
             super().save_model(output_dir, _internal_call)
 
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Rows of the dataset as one packed batch; the labels are there for transformers to count.
+        """Pack rows of the dataset into one batch; transformers counts its labels.
 
-        Of no rows: one of which nothing is trained, so that this process makes its pass with the others.
+        No rows make a batch of which nothing is trained, so that this process makes its pass with the others.
         """
         if not rows:
-            rows_there: Any = self.train_dataset
-            shortest = min(rows_there, key=lambda row: len(row["input_ids"]))
+            all_rows: Any = self.train_dataset
+            shortest = min(all_rows, key=lambda row: len(row["input_ids"]))
             filler = self.collate([{**shortest, "labels": [IGNORED] * len(shortest["labels"])}])
             return {**filler, "packed": replace(filler["packed"], row_tokens=0), "rows": RawRows(())}
         replayed = [bool(row.get("replayed")) for row in rows]
@@ -115,31 +115,31 @@ class Trainer(SFTTrainer):
         }
 
     def _packed(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Return rows as one packed batch and nothing else: without the labels, which only transformers counts."""
+        """Return rows as one packed batch, without the labels, which only transformers counts."""
         return {"packed": self.collate(rows)["packed"]}
 
     @property
-    def _evenly(self) -> int:
-        """As many rows as this are cut into as many pieces in every process, however few it has."""
+    def _min_split_rows(self) -> int:
+        """Return the rows that are split into equally many chunks in every process, even if it has fewer (FSDP)."""
         return self.args.train_batch_size if self.is_fsdp_enabled else 0
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None) -> Any:
-        """Forward and backward of one micro-batch, in the pieces that fit into memory; its part in the loss."""
+        """Run forward and backward of one micro-batch, in chunks that fit into memory; return its part of the loss."""
         if self.micro_batch is None:
             loss = super().training_step(model, inputs, num_items_in_batch)
         else:
-            rows = self.micro_batch.rows or self._try_longest(model, self.micro_batch)
+            rows = self.micro_batch.rows or self._probe_longest_batch(model, self.micro_batch)
             if self.state.global_step != self._step:
-                self._step, self._done = self.state.global_step, []
-            enough, loss = in_memory(partial(self._in_pieces, model, inputs["rows"], rows, num_items_in_batch, inputs))
+                self._step, self._accumulated = self.state.global_step, []
+            enough, loss = in_memory(partial(self._accumulate, model, inputs["rows"], rows, num_items_in_batch, inputs))
             if not enough:
-                loss = self._again(model, inputs["rows"], rows, num_items_in_batch, self.micro_batch)
-            self._done.append(inputs["rows"])
+                loss = self._retry(model, inputs["rows"], rows, num_items_in_batch, self.micro_batch)
+            self._accumulated.append(inputs["rows"])
         self._count(inputs["packed"])
         return loss
 
     def _prepare_input(self, data: Any) -> Any:
-        """Move what transformers does not: a packed batch, which pieces of a micro-batch have on the CPU."""
+        """Move packed batches, which transformers does not; chunks of a micro-batch are on the CPU."""
         if not isinstance(data, PackedBatch):
             return super()._prepare_input(data)
         device = self.accelerator.device
@@ -147,46 +147,51 @@ class Trainer(SFTTrainer):
             data = data.pin_memory()
         return data.to(device, non_blocking=True)
 
-    def _in_pieces(
+    def _accumulate(
         self, model: Any, rows: RawRows, size: int, items: Tensor | int | None, whole: dict[str, Any] | None = None
     ) -> Tensor:
-        """Add up the gradients of rows, ``size`` at once; return their part in the loss.
+        """Accumulate the gradients of rows, ``size`` at once; return their part of the loss.
 
-        ``whole`` is the batch of all rows, where it is made already.
+        ``whole`` is the batch of all rows, if it exists already.
         """
-        *others, last = rows.pieces(size, self._evenly)
+        *others, last = rows.pieces(size, self._min_split_rows)
         total = torch.zeros((), device=self.accelerator.device)
         for piece in others:
-            # Processes exchange gradients with the last piece alone.
+            # Processes synchronize gradients with the last chunk alone.
             with self.accelerator.no_sync(model):
                 total += super().training_step(model, self._packed(piece), items)
         batch = self._packed(last) if others or whole is None else whole
         total += super().training_step(model, batch, items)
         return total
 
-    def _again(self, model: Any, rows: RawRows, size: int, items: Tensor | int | None, micro: MicroBatch) -> Tensor:
-        """The step from its beginning, with half the rows at once until they fit: half a backward pass was added up."""
+    def _retry(self, model: Any, rows: RawRows, size: int, items: Tensor | int | None, micro: MicroBatch) -> Tensor:
+        """Repeat the step with half the rows at once until they fit.
+
+        It starts from zero gradients, because the failed backward pass left a part of its own.
+        """
         if self.accelerator.num_processes > 1:
-            # The others wait for this one's gradients and cannot be told.
-            raise too_little_memory("with several devices, a step cannot be done again")
+            # The other processes wait for this one's gradients and cannot be notified.
+            raise too_little_memory("with several devices, a step cannot be repeated")
         while True:
             size = micro.halve(size, self.state.global_step + 1)
             model.zero_grad(set_to_none=True)
-            self._forget_parts()
-            enough, loss = in_memory(partial(self._whole_step, model, [*self._done, rows], size, items))
+            self._clear_breakdown()
+            enough, loss = in_memory(partial(self._accumulate_all, model, [*self._accumulated, rows], size, items))
             if enough:
                 again: Tensor = loss
                 return again
 
-    def _whole_step(self, model: Any, parts: Sequence[RawRows], size: int, items: Tensor | int | None) -> Tensor:
-        """Add up the gradients of micro-batches; the last one's part in the loss."""
-        return [self._in_pieces(model, part, size, items) for part in parts][-1]
+    def _accumulate_all(self, model: Any, parts: Sequence[RawRows], size: int, items: Tensor | int | None) -> Tensor:
+        """Accumulate the gradients of micro-batches; return the last one's part of the loss."""
+        return [self._accumulate(model, part, size, items) for part in parts][-1]
 
-    def _try_longest(self, model: Any, micro: MicroBatch) -> int:
-        """Choose the rows that go through at once by one forward and backward of the longest batch; nothing is kept."""
+    def _probe_longest_batch(self, model: Any, micro: MicroBatch) -> int:
+        """Choose the rows that go through at once by a forward and backward pass of the longest batch; its gradients
+        are dropped.
+        """
         rows: Any = self.train_dataset
         batches: list[list[int]] = []
-        # Of every process: all of them have to try the same one.
+        # Batches of every process: all of them must probe the same one.
         for own in map(self._step_batches, range(self.args.world_size)):
             for epoch in range(math.ceil(self.args.num_train_epochs)):
                 own.set_epoch(epoch)
@@ -195,19 +200,19 @@ class Trainer(SFTTrainer):
         longest = RawRows(tuple(rows[place] for place in places))
         size = len(places)
         devices = [torch.cuda.current_device()] if self.accelerator.device.type == "cuda" else []
-        alone = (
-            fsdp.exchanging(model, self.accelerator.sync_gradients)
+        no_exchange = (
+            fsdp.syncing_gradients(model, self.accelerator.sync_gradients)
             if self.is_fsdp_enabled
             else self.accelerator.no_sync(model)
         )
-        with torch.random.fork_rng(devices), alone:
+        with torch.random.fork_rng(devices), no_exchange:
             while True:
                 piece = RawRows(longest.pieces(size)[-1])
-                enough, _ = in_memory(partial(self._beside_moments, model, piece, size))
+                enough, _ = in_memory(partial(self._pass_with_optimizer_state, model, piece, size))
                 if not enough and self.is_fsdp_enabled:
-                    raise too_little_memory("with the base in pieces, a pass cannot be tried again")
+                    raise too_little_memory("with FSDP, a pass cannot be repeated")
                 model.zero_grad(set_to_none=True)
-                self._forget_parts()
+                self._clear_breakdown()
                 if enough:
                     break
                 size = micro.halve(size, 0)
@@ -215,15 +220,15 @@ class Trainer(SFTTrainer):
         micro.choose(fits, sum(len(row["input_ids"]) for row in longest.rows))
         return fits
 
-    def _forget_parts(self) -> None:
-        if self._parts is not None:
-            self._parts.clear()
+    def _clear_breakdown(self) -> None:
+        if self._breakdown is not None:
+            self._breakdown.clear()
 
-    def _beside_moments(self, model: Any, rows: RawRows, size: int) -> None:
-        """A forward and backward pass while as much is held as the optimizer will, after its first step."""
+    def _pass_with_optimizer_state(self, model: Any, rows: RawRows, size: int) -> None:
+        """Run a forward and backward pass with as much memory allocated as the optimizer uses after its first step."""
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         moments = [torch.empty_like(weight, dtype=torch.float32) for weight in weights for _ in range(2)]
-        self._in_pieces(model, rows, size, 1)
+        self._accumulate(model, rows, size, 1)
         del moments
 
     def compute_loss(
@@ -233,34 +238,34 @@ class Trainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Return the mean loss of the step's trained tokens, or this micro-batch's part in it."""
-        assert not return_outputs, "the logits are never held"
+        """Return the mean loss of the step's trained tokens, or this micro-batch's part of it."""
+        assert not return_outputs, "logits are never kept"
         batch: PackedBatch = inputs["packed"]
-        losses = token_losses_of(model, batch, self._reference(model, batch))
-        if self._parts is not None:
-            self._parts.add(losses, batch.replayed)
+        losses = batch_token_losses(model, batch, self._reference(model, batch))
+        if self._breakdown is not None:
+            self._breakdown.add(losses, batch.replayed)
         loss: Tensor = losses.sum()
         if num_items_in_batch is None:
             return loss / len(batch.targets)
-        # DDP averages over processes what is to be their sum.
+        # The loss is a sum over the step's tokens / num_items. DDP averages over processes: multiply by their number.
         scaled: Tensor = loss * (self.accelerator.num_processes / num_items_in_batch)
         return scaled
 
     def _reference(self, model: Any, batch: PackedBatch) -> Reference | None:
-        """Return what the base predicts for replayed rows: the same pass, laid out alike, with the adapter off.
+        """Return the base's hidden states for replayed rows: the same packed pass with the adapter off.
 
-        Before the pass that is trained: PEFT's switch is also one of the weights' gradients.
+        It runs before the trained pass, because PEFT's adapter switch also switches the weights' gradients.
         """
         if batch.replayed is None or batch.learnt is None or self.kl is None:
             return None
-        # Not through DDP, whose passes all processes have to make together: others may have no such row.
+        # Not through DDP, whose passes are collective: other processes may have no replayed row.
         own: Any = self.accelerator.unwrap_model(model)
         with torch.no_grad(), own.disable_adapter():
             states = own(**batch.model_inputs(), predict_from=batch.predict_from.index_select(0, batch.replayed))
         return Reference(batch.replayed, batch.learnt, states, self.kl)
 
     def _count(self, batch: PackedBatch) -> None:
-        """Count on the host; what other processes count is asked for once a step, in `log`."""
+        """Count tokens on the host; `log` adds the other processes' counts once a step."""
         self._tokens += batch.row_tokens
 
     def _add_counted(self) -> None:
@@ -271,7 +276,7 @@ class Trainer(SFTTrainer):
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
 
     def rows_of_step(self, step: int) -> list[int]:
-        """Places in the training set of the rows that optimizer step ``step``, from 1, is made of."""
+        """Return the indices in the training set of the rows of optimizer step ``step``, counted from 1."""
         order = self._get_train_sampler()
         size = self._step_rows
         epoch, batch = divmod(step - 1, math.ceil(len(order) / size))
@@ -279,18 +284,18 @@ class Trainer(SFTTrainer):
         return list(order)[batch * size : (batch + 1) * size]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the parts of a step's loss, and the tokens per second since the step before, which the first has not."""
+        """Add the parts of a step's loss, and the tokens per second since the previous step."""
         if "loss" in logs:
             self._add_counted()
-        if "loss" in logs and self._parts is not None:
-            logs |= self._parts.means(partial(self.accelerator.reduce, reduction="sum"))
-            self._parts.clear()
+        if "loss" in logs and self._breakdown is not None:
+            logs |= self._breakdown.means(partial(self.accelerator.reduce, reduction="sum"))
+            self._breakdown.clear()
         if "loss" in logs:
             now = time.monotonic()
-            if self._told is not None:
-                before, tokens = self._told
+            if self._last_log is not None:
+                before, tokens = self._last_log
                 logs["tokens_per_s"] = (self._total_train_tokens - tokens) / (now - before)
-            self._told = now, self._total_train_tokens
+            self._last_log = now, self._total_train_tokens
         super().log(logs, start_time)
 
     def evaluate(
@@ -299,19 +304,20 @@ class Trainer(SFTTrainer):
         ignore_keys: list[str] | None = None,  # noqa: ARG002  (transformers passes it)
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """The mean loss of all trained tokens of the evaluation rows, each row counted once on however many devices.
+        """Return the mean loss of all trained tokens of the evaluation rows, each row counted once on any number of
+        devices.
 
-        Where dev rows are to be answered, also what the answers are worth. No random number is drawn. Nothing if a stop
-        cuts it off; the run then ends with this step's checkpoint.
+        If dev rows are answered, also score the answers. No random number is drawn. Return nothing if a stop cuts it
+        off; the run then ends with this step's checkpoint.
         """
-        model: Any = self.model  # not as DDP wraps it: processes may have different numbers of batches here
+        model: Any = self.model  # not wrapped by DDP: processes may have different numbers of batches here
         was_training = model.training
         model.eval()
         try:
             with self.stop.free("this step is saved, and its evaluation is made when the run resumes"):
-                metrics = self._measured(model, eval_dataset, metric_key_prefix)
+                metrics = self._evaluation_metrics(model, eval_dataset, metric_key_prefix)
         except KeyboardInterrupt:
-            if not self.stop.asked or distributed.count() > 1:
+            if not self.stop.asked or distributed.world_size() > 1:
                 raise
             self.control.should_training_stop = self.control.should_save = True
             return {}
@@ -319,57 +325,57 @@ class Trainer(SFTTrainer):
             model.train(was_training)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        if self._told is not None:
-            self._told = time.monotonic(), self._total_train_tokens  # evaluating is no part of training's speed
+        if self._last_log is not None:
+            self._last_log = time.monotonic(), self._total_train_tokens  # leave evaluation out of the training speed
         return metrics
 
-    def _measured(self, model: Any, eval_dataset: Any, prefix: str) -> dict[str, float]:
+    def _evaluation_metrics(self, model: Any, eval_dataset: Any, prefix: str) -> dict[str, float]:
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         order = sorted(range(len(rows)), key=lambda place: -len(rows[place]["input_ids"]))
         size = self.args.per_device_eval_batch_size
         batches = [order[start : start + size] for start in range(0, len(order), size)]
         total = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
         counted = 0
-        with torch.no_grad(), self.compute_loss_context_manager(), fsdp.keeping_step(model, self._idle_pass):
+        with torch.no_grad(), self.compute_loss_context_manager(), fsdp.in_lockstep(model, self._idle_pass):
             for places in batches[self.accelerator.process_index :: self.accelerator.num_processes]:
                 batch = self._prepare_input(self.collate([rows[place] for place in places])["packed"])
-                losses = token_losses_of(model, batch)
+                losses = batch_token_losses(model, batch)
                 total += losses.double().sum()
                 counted += len(losses)
         both = torch.stack([total, total.new_full((), counted)])
         loss, tokens = self.accelerator.reduce(both, "sum").tolist()
         metrics = {f"{prefix}_loss": loss / tokens}
         if self.dev_task is not None:
-            metrics[DEV_METRIC] = self._worth_of_answers(self.dev_task)
+            metrics[DEV_METRIC] = self._score_answers(self.dev_task)
         return metrics
 
     def save_step_before(self) -> None:
-        """Save the last whole step when a stop has cut off the one after it; nothing if it has a checkpoint already."""
-        if not whole(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"):
+        """Save the last complete step after a stop has cut off the next one, unless it has a checkpoint already."""
+        if not is_complete(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"):
             self._save_checkpoint(self.model, trial=None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
-    def _worth_of_answers(self, task: DevTask) -> float:
-        """Return the dev rows answered, each by one of the processes, and valued together."""
+    def _score_answers(self, task: DevTask) -> float:
+        """Answer the dev rows, distributed over the processes, and score all answers together."""
         mine = range(self.accelerator.process_index, len(task.requests), self.accelerator.num_processes)
-        with fsdp.keeping_step(self.model, self._idle_pass):
+        with fsdp.in_lockstep(self.model, self._idle_pass):
             own = list(zip(mine, task.answers(self.model, mine), strict=True))
         answers: list[tuple[int, str]] = gather_object(own)
-        return task.worth([text for _, text in sorted(answers)])
+        return task.score([text for _, text in sorted(answers)])
 
     @torch.no_grad()
     def _idle_pass(self) -> None:
-        """A pass of which nothing is kept."""
+        """Make a pass whose result is dropped."""
         token = torch.zeros(1, 1, dtype=torch.long, device=self.accelerator.device)
         model: Any = self.model
         model(input_ids=token, use_cache=False)
 
     def bytes_held(self) -> list[int] | None:
-        """Bytes of weights, base and adapter, that each process holds between passes; None: all are in each of them."""
+        """Return the bytes of weights, base and adapter, that each process holds between passes; None without FSDP."""
         return gather_object([fsdp.bytes_held(self.model)]) if self.is_fsdp_enabled else None
 
     def get_train_dataloader(self) -> Any:
-        """This process's share of every step."""
+        """Return the data loader of this process's share of every step."""
         batches = self._step_batches(self.args.process_index)
         rows: Any = self.train_dataset
         loader: Any = DataLoader(
@@ -378,7 +384,7 @@ class Trainer(SFTTrainer):
             collate_fn=self.data_collator,
             pin_memory=self.args.dataloader_pin_memory,
         )
-        # As accelerate prepares loaders, but for dealing out what is dealt out already.
+        # As accelerate prepares loaders, but without distributing batches, which StepBatches has done.
         return prepare_data_loader(
             loader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True, non_blocking=True
         )

@@ -1,4 +1,4 @@
-"""Hostile adapters, each built by hand, and the reason for which it has to be refused."""
+"""Hostile adapters, each built by hand, with the expected reason of its refusal."""
 
 from hostile import archives, configuration, files, header, weights
 from hostile.corpus import CORPUS

@@ -1,4 +1,4 @@
-"""Archives: paths that lead elsewhere, bombs, members that are no plain files."""
+"""Archives: paths out of the folder, bombs, and members that are not plain files."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ def a_tar_that_climbs_out(at: Path) -> Path:
     return _tar(at, (_member("evil/../../../tmp/tunewright-was-here"), b"x"))
 
 
-@hostile("an absolute path")
+@hostile("The path is absolute")
 def a_tar_with_an_absolute_path(at: Path) -> Path:
     return _tar(at, (_member("/tmp/tunewright-was-here"), b"x"))
 
 
-@hostile("a path of Windows")
+@hostile("a Windows path")
 def a_tar_with_a_path_of_windows(at: Path) -> Path:
     return _tar(at, (_member("evil\\..\\..\\tunewright-was-here"), b"x"))
 
 
-@hostile("a path of Windows")
+@hostile("a Windows path")
 def a_tar_with_a_drive(at: Path) -> Path:
     return _tar(at, (_member("C:evil.txt"), b"x"))
 
@@ -83,17 +83,17 @@ def a_tar_with_a_sparse_file(at: Path) -> Path:
     return _tar(at, (info, b"x"))
 
 
-@hostile("it is there twice")
+@hostile("The file is there twice")
 def a_tar_with_the_configuration_twice(at: Path) -> Path:
     return _tar(at, (_member(f"evil/{CONFIG}"), json.dumps(lora_config(use_dora=True)).encode()))
 
 
-@hostile("over 64 files and folders")
+@hostile("More than 64 files and folders")
 def a_tar_of_very_many_members(at: Path) -> Path:
     return _tar(at, *((_member(f"evil/README.md/{number}", tarfile.DIRTYPE), b"") for number in range(10_000)))
 
 
-@hostile("came to over 1 MB")
+@hostile("larger than 1 MB")
 def a_tar_that_unpacks_to_a_thousand_times_its_size(at: Path) -> Path:
     return _tar(at, (_member("evil/README.md"), bytes(64 << 20)))
 
@@ -107,20 +107,20 @@ def a_tar_whose_header_asks_for_all_memory(at: Path) -> Path:
     return path
 
 
-@hostile("archive that can be read")
+@hostile("archive cannot be read")
 def a_tar_that_is_cut_off(at: Path) -> Path:
     path = _tar(at)
     path.write_bytes(path.read_bytes()[:-2000])
     return path
 
 
-@hostile("archive that can be read")
+@hostile("archive cannot be read")
 def no_archive_at_all(at: Path) -> Path:
     (at / "evil.zip").write_bytes(b"not an archive" * 100)
     return at / "evil.zip"
 
 
-@hostile("it is not in the folder 'evil/'")
+@hostile("outside the folder 'evil/'")
 def a_tar_with_files_beside_its_folder(at: Path) -> Path:
     return _tar(at, (_member("README.md"), b"x"))
 
@@ -141,7 +141,7 @@ def a_zip_that_climbs_out(at: Path) -> Path:
     return _zip(at, (zipfile.ZipInfo("../../../../tmp/tunewright-was-here"), b"x"))
 
 
-@hostile("an absolute path")
+@hostile("The path is absolute")
 def a_zip_with_an_absolute_path(at: Path) -> Path:
     return _zip(at, (zipfile.ZipInfo("/tmp/tunewright-was-here"), b"x"))
 
@@ -153,12 +153,12 @@ def a_zip_with_a_link(at: Path) -> Path:
     return _zip(at, (info, b"/etc/passwd"))
 
 
-@hostile("it is there twice")
+@hostile("The file is there twice")
 def a_zip_with_the_weights_twice(at: Path) -> Path:
     return _zip(at, (zipfile.ZipInfo(WEIGHTS), b"other weights"))
 
 
-@hostile("it is encrypted")
+@hostile("The member is encrypted")
 def a_zip_with_an_encrypted_member(at: Path) -> Path:
     path = _zip(at, (zipfile.ZipInfo("README.md"), b"x"))
     data = bytearray(path.read_bytes())
@@ -168,12 +168,12 @@ def a_zip_with_an_encrypted_member(at: Path) -> Path:
     return path
 
 
-@hostile("came to over 1 MB")
+@hostile("larger than 1 MB")
 def a_zip_bomb(at: Path) -> Path:
     return _zip(at, (zipfile.ZipInfo("README.md"), bytes(64 << 20)))
 
 
-@hostile("came to over 1 MB|archive that can be read")
+@hostile("larger than 1 MB|archive cannot be read")
 def a_zip_bomb_that_lies_of_its_size(at: Path) -> Path:
     path = _zip(at, (zipfile.ZipInfo("README.md"), bytes(64 << 20)))
     data = bytearray(path.read_bytes())
@@ -183,19 +183,19 @@ def a_zip_bomb_that_lies_of_its_size(at: Path) -> Path:
     return path
 
 
-@hostile("over 64 files and folders")
+@hostile("More than 64 files and folders")
 def a_zip_of_very_many_members(at: Path) -> Path:
     return _zip(at, *((zipfile.ZipInfo(f"README.md/{number}/"), b"") for number in range(10_000)))
 
 
-@hostile("cut off, or something follows")
+@hostile("truncated, or has trailing data")
 def a_zip_with_another_zip_after_it(at: Path) -> Path:
     path = _zip(at)
     path.write_bytes(path.read_bytes() + b"\0" * 30)
     return path
 
 
-@hostile("archive that can be read")
+@hostile("archive cannot be read")
 def a_zip_whose_bytes_are_not_what_it_says(at: Path) -> Path:
     path = _zip(at)
     data = bytearray(path.read_bytes())
@@ -204,7 +204,7 @@ def a_zip_whose_bytes_are_not_what_it_says(at: Path) -> Path:
     return path
 
 
-@hostile("no such file")
+@hostile("not part of an adapter")
 def a_zip_within_a_zip(at: Path) -> Path:
     inner = _zip(at).read_bytes()
     (at / "evil.zip").unlink()

@@ -1,4 +1,4 @@
-"""The corpus, and how a builder comes into it."""
+"""The corpus of hostile adapters, and the decorator that adds a builder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
 def hostile(words: str) -> Callable[[Build], Build]:
-    """Put a builder into the corpus."""
+    """Add a builder to the corpus."""
 
     def add(build: Build) -> Build:
         CORPUS[build.__name__] = (build, words)

@@ -1,4 +1,4 @@
-"""Files that are none of an adapter's; links, devices, pipes."""
+"""Files that are not part of an adapter; links, devices, pipes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hostile.corpus import Payload, hostile
 from tunewright.adapters.registry import WEIGHTS
 
 
-@hostile("a pickle can run code")
+@hostile("A pickle can run code")
 def weights_as_a_pickle(at: Path) -> Path:
     folder = write_adapter(at / "evil")
     (folder / WEIGHTS).unlink()
@@ -20,70 +20,70 @@ def weights_as_a_pickle(at: Path) -> Path:
     return folder
 
 
-@hostile("a pickle can run code")
+@hostile("A pickle can run code")
 def a_pickle_beside_good_weights(at: Path) -> Path:
     folder = write_adapter(at / "evil")
     (folder / "optimizer.pt").write_bytes(pickle.dumps(Payload()))
     return folder
 
 
-@hostile("its header claims .* bytes")
+@hostile("The header claims .* bytes")
 def a_pickle_that_is_called_safetensors(at: Path) -> Path:
     folder = write_adapter(at / "evil")
     (folder / WEIGHTS).write_bytes(pickle.dumps(Payload()) + bytes(64))
     return folder
 
 
-@hostile("an adapter holds no code")
+@hostile("An adapter must not contain code")
 def code_beside_it(at: Path) -> Path:
     folder = write_adapter(at / "evil")
     (folder / "modeling_evil.py").write_text("import os")
     return folder
 
 
-@hostile("an adapter has no such file")
+@hostile("This file is not part of an adapter")
 def a_tokenizer_beside_it(at: Path) -> Path:
     folder = write_adapter(at / "evil")
     (folder / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": "evil.py"}}')
     return folder
 
 
-@hostile("weights are in one file")
+@hostile("All weights must be in")
 def weights_in_shards(at: Path) -> Path:
     folder = write_adapter(at / "evil")
     (folder / "adapter_model-00002-of-00002.safetensors").write_bytes((folder / WEIGHTS).read_bytes())
     return folder
 
 
-@hostile("an adapter has no such folder")
+@hostile("This folder is not part of an adapter")
 def a_folder_within(at: Path) -> Path:
     folder = write_adapter(at / "evil")
     write_adapter(folder / "default")
     return folder
 
 
-@hostile("not ASCII can pass for another")
+@hostile("non-ASCII characters")
 def a_name_with_a_homoglyph(at: Path) -> Path:
     folder = write_adapter(at / "evil")
     (folder / "аdapter_config.json").write_text("{}")  # its first letter is Cyrillic
     return folder
 
 
-@hostile("not ASCII can pass for another")
+@hostile("non-ASCII characters")
 def a_name_written_from_right_to_left(at: Path) -> Path:
     folder = write_adapter(at / "evil")
     (folder / "README‮dm.nib").write_text("")
     return folder
 
 
-@hostile("a name with control characters")
+@hostile("The name has control characters")
 def a_name_that_moves_the_cursor(at: Path) -> Path:
     folder = write_adapter(at / "evil")
     (folder / "\x1b[2Jadapter_config.json").write_text("{}")
     return folder
 
 
-@hostile("over 64 files and folders")
+@hostile("More than 64 files and folders")
 def a_folder_of_very_many_files(at: Path) -> Path:
     folder = write_adapter(at / "evil")
     for number in range(100):
@@ -91,14 +91,14 @@ def a_folder_of_very_many_files(at: Path) -> Path:
     return folder
 
 
-@hostile(f"no {WEIGHTS}: it is no adapter")
+@hostile(f"Not an adapter: {WEIGHTS} missing")
 def no_weights(at: Path) -> Path:
     folder = write_adapter(at / "evil")
     (folder / WEIGHTS).unlink()
     return folder
 
 
-@hostile("came to over 1 MB")
+@hostile("larger than 1 MB")
 def a_configuration_of_two_megabytes(at: Path) -> Path:
     return write_adapter(at / "evil", lora_config(base_model_name_or_path="x" * (2 << 20)))
 
@@ -144,13 +144,13 @@ def weights_that_are_a_pipe(at: Path) -> Path:
     return folder
 
 
-@hostile("neither a folder nor a plain file")
+@hostile("Neither a folder nor a plain file")
 def an_archive_that_is_a_pipe(at: Path) -> Path:
     os.mkfifo(at / "evil.tar")
     return at / "evil.tar"
 
 
-@hostile("neither a folder nor a plain file")
+@hostile("Neither a folder nor a plain file")
 def an_archive_that_is_an_endless_device(at: Path) -> Path:
     return Path("/dev/zero")
 

@@ -14,7 +14,7 @@ from tunewright.adapters.registry import WEIGHTS
 
 
 def _header(at: Path, header: bytes, data: int, length: int | None = None) -> Path:
-    """An adapter whose weights have this header, and so many bytes after it."""
+    """Return an adapter whose weights have this header, followed by ``data`` bytes."""
     folder = write_adapter(at / "evil")
     claimed = len(header) if length is None else length
     (folder / WEIGHTS).write_bytes(struct.pack("<Q", claimed) + header + bytes(data))
@@ -26,36 +26,36 @@ def _described(**changes: Any) -> bytes:
     return json.dumps({f"{Q0}.lora_A.weight": entry}).encode()
 
 
-@hostile("its header claims 18,446,744,073,709,551,615 bytes")
+@hostile("The header claims 18,446,744,073,709,551,615 bytes")
 def a_header_of_all_memory(at: Path) -> Path:
     return _header(at, b"{}", 0, length=2**64 - 1)
 
 
-@hostile("its header claims 9,000,000 bytes, and 8,388,608 are the most")
+@hostile(r"The header claims 9,000,000 bytes \(limit 8,388,608\)")
 def a_header_of_nine_megabytes(at: Path) -> Path:
     return _header(at, b"{" + b" " * 8_999_998 + b"}", 0)
 
 
-@hostile("its header claims 5,000 bytes, and the file has")
+@hostile("The header claims 5,000 bytes, but only")
 def a_header_longer_than_the_file(at: Path) -> Path:
     return _header(at, b"{}", 100, length=5000)
 
 
-@hostile("too short for safetensors")
+@hostile("Too short for a safetensors")
 def weights_of_three_bytes(at: Path) -> Path:
     folder = write_adapter(at / "evil")
     (folder / WEIGHTS).write_bytes(b"abc")
     return folder
 
 
-@hostile("its tensors have 7,168 bytes, and 7,068 follow the header")
+@hostile("The tensors have 7,168 bytes, but 7,068 follow the header")
 def weights_that_are_cut_off(at: Path) -> Path:
     folder = write_adapter(at / "evil")
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-100])
     return folder
 
 
-@hostile("its tensors have 7,168 bytes, and 7,2.. follow the header")
+@hostile("The tensors have 7,168 bytes, but 7,2.. follow the header")
 def weights_with_something_after_them(at: Path) -> Path:
     folder = write_adapter(at / "evil")
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes() + pickle.dumps(Payload()))
@@ -74,52 +74,52 @@ def a_gap_to_hide_something_in(at: Path) -> Path:
     return _header(at, _described(data_offsets=[512, 1536]), 1536)
 
 
-@hostile("its data_offsets are not a beginning and an end")
+@hostile("data_offsets must be a start and an end")
 def offsets_below_zero(at: Path) -> Path:
     return _header(at, _described(data_offsets=[-1024, 0]), 1024)
 
 
-@hostile("its shape needs 1,024 bytes, and its data_offsets give")
+@hostile("The shape needs 1,024 bytes, but data_offsets span")
 def offsets_that_run_backwards(at: Path) -> Path:
     return _header(at, _described(data_offsets=[1024, 0]), 1024)
 
 
-@hostile("its shape needs 73,786,976,294,838,206,464 bytes")
+@hostile("The shape needs 73,786,976,294,838,206,464 bytes")
 def a_shape_that_overflows(at: Path) -> Path:
     return _header(at, _described(shape=[2**32, 2**32]), 1024)
 
 
-@hostile("dtype 'I64'")
+@hostile("got 'I64'")
 def weights_that_are_whole_numbers(at: Path) -> Path:
     return _header(at, _described(dtype="I64", shape=[2, 64]), 1024)
 
 
-@hostile("the key .* is there twice")
+@hostile("the key .* is repeated")
 def one_tensor_described_twice(at: Path) -> Path:
     entry = _described()[1:-1]
     return _header(at, b"{" + entry + b"," + entry + b"}", 1024)
 
 
-@hostile("nested over 32 deep")
+@hostile("Nested more than 32 levels")
 def a_header_nested_a_million_deep(at: Path) -> Path:
     return _header(at, b'{"a":' + b"[" * 1_000_000 + b"]" * 1_000_000 + b"}", 0)
 
 
-@hostile("not UTF-8")
+@hostile("Not UTF-8")
 def a_header_that_is_no_text(at: Path) -> Path:
     return _header(at, b'{"\xff\xfe": 1}', 0)
 
 
-@hostile("no name of a weight")
+@hostile("tensor's name may have only")
 def a_tensor_with_a_name_of_unicode(at: Path) -> Path:
     return _header(at, _described().replace(b"q_proj", "q_prοj".encode()), 1024)
 
 
-@hostile("__metadata__ is not a map of texts")
+@hostile("__metadata__ must map texts")
 def metadata_that_is_no_text(at: Path) -> Path:
     return _header(at, b'{"__metadata__": {"format": {"torch": 1}}, ' + _described()[1:], 1024)
 
 
-@hostile("it is not described by dtype, shape and data_offsets")
+@hostile("A tensor needs exactly dtype, shape and data_offsets")
 def a_tensor_with_another_key(at: Path) -> Path:
     return _header(at, _described(strides=[1, 4]), 1024)

@@ -15,7 +15,7 @@ import pytest
 from served_model import CONTEXT, build_base, build_model, running_engine, running_server
 from tenant_server import store_adapters
 
-from tunewright.adapters.lora_weights import read_matrices
+from tunewright.adapters.lora_weights import load_lora_weights
 from tunewright.adapters.registry import CONFIG, adapter_digest
 from tunewright.core.errors import UserError
 from tunewright.engines.protocol import AdapterFailedError, Delta, EngineStoppedError, RequestFailedError, stream
@@ -192,7 +192,7 @@ def test_answers_continue_while_an_adapter_is_read(tmp_path: Path, monkeypatch: 
 
     def slowly(*arguments: Any) -> Any:
         assert go_on.wait(60)
-        return read_matrices(*arguments)
+        return load_lora_weights(*arguments)
 
     async def run(engine: PeftEngine) -> None:
         async with aclosing(stream(engine, ENDLESS)) as answer:
@@ -206,7 +206,7 @@ def test_answers_continue_while_an_adapter_is_read(tmp_path: Path, monkeypatch: 
             await anext(answer)
         assert await _collect(engine, Request((4, 5), stored.digest, 5))
 
-    monkeypatch.setattr("tunewright.serving.engines.peft.read_matrices", slowly)
+    monkeypatch.setattr("tunewright.serving.engines.peft.load_lora_weights", slowly)
     with running_engine(build_base(), stop_ids=frozenset()) as engine:
         asyncio.run(asyncio.wait_for(run(engine), 120))
 

@@ -1,5 +1,5 @@
-"""Letting foreign adapters in: copied first, checked to the byte, and stored only then.
+"""Importing foreign adapters: copied first, checked to the byte, and only then stored.
 
-An adapter is untrusted input: pickles run code, a header can claim more memory than there is, a configuration names
-modules to import, an archive writes outside of its folder. What is not on a list of what is allowed is refused.
+An adapter is untrusted input. Pickles run code, a header can claim more memory than exists, a configuration names
+modules to import, and an archive writes outside its folder. Everything that is not on an allowlist is refused.
 """

@@ -1,4 +1,4 @@
-"""Adapters in zip and tar archives, taken into quarantine member by member."""
+"""Adapters in zip and tar archives, copied into quarantine member by member."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TARS: dict[bytes, Callable[[IO[bytes]], Any]] = {
     b"BZh": bz2.open,
     b"\xfd7zXZ\x00": lzma.open,
 }
-"""Compressions, by the bytes that they begin with."""
+"""Decompressors by magic bytes."""
 
 _TAR_KINDS = {
     tarfile.SYMTYPE: "a symbolic link",
@@ -38,27 +38,27 @@ _TAR_KINDS = {
 
 _ZIP_END = struct.Struct("<4s4H2LH")
 _ZIP_DIRECTORY = 64 * 1024
-"""Bytes of a zip's list of members, which Python reads in one piece."""
+"""Largest central directory of a zip in bytes; Python reads it in one piece."""
 
 
 def take_archive(archive: Path, intake: Intake) -> None:
-    """Copy the adapter in an archive, itself in quarantine already, beside it; one folder around all is taken off.
+    """Extract the adapter from an archive in quarantine; one folder around all files is stripped.
 
     Raises:
-        UserError: no zip or tar, a damaged one, or members that are not allowed.
+        UserError: not a zip or tar, a damaged archive, or members that are not allowed.
     """
     with archive.open("rb") as file:
         start = file.read(8)
     if start.startswith(b"PK"):
-        with _damage_told(intake.where):
+        with _report_damage(intake.where):
             _take_zip(archive, intake)
         return
-    with _damage_told(intake.where), archive.open("rb") as file:
+    with _report_damage(intake.where), archive.open("rb") as file:
         opened = next((opener for magic, opener in _TARS.items() if start.startswith(magic)), None)
         if opened is None:
             _take_tar(file, intake)
             return
-        # Unpacked to the disk first: a reader of tar seeks, and would unpack all that lies between each time.
+        # Decompressed to disk first: tar readers seek, and would decompress everything in between each time.
         plain = archive.with_name(".unpacked")
         _unpack(opened(file), plain, intake.where)
         with plain.open("rb") as unpacked:
@@ -66,7 +66,7 @@ def take_archive(archive: Path, intake: Intake) -> None:
 
 
 @contextmanager
-def _damage_told(where: str) -> Iterator[None]:
+def _report_damage(where: str) -> Iterator[None]:
     try:
         yield
     except UserError:
@@ -77,12 +77,12 @@ def _damage_told(where: str) -> Iterator[None]:
         zlib.error,
         lzma.LZMAError,
         EOFError,
-        NotImplementedError,  # zip: a compression that Python does not have
+        NotImplementedError,  # zip: a compression that Python lacks
         struct.error,
         ValueError,
         OverflowError,
     ) as error:
-        raise UserError(f"not a zip or tar archive that can be read: {error}", where=where) from None
+        raise UserError(f"The zip or tar archive cannot be read: {error}", where=where) from None
 
 
 def _unpack(source: IO[bytes], target: Path, where: str) -> None:
@@ -93,17 +93,18 @@ def _unpack(source: IO[bytes], target: Path, where: str) -> None:
                 written += len(chunk)
                 if written > LARGEST + MEGABYTE:
                     raise UserError(
-                        f"it unpacks to over {LARGEST // MEGABYTE:,} MB, which is more than an adapter has", where=where
+                        f"The archive unpacks to more than {LARGEST // MEGABYTE:,} MB, the limit for an adapter",
+                        where=where,
                     )
                 file.write(chunk)
     except OSError as error:
-        if error.errno is None:  # gzip and bz2 say so of damaged data; the disk's refusals have a number
-            raise UserError(f"not an archive that can be read: {error}", where=where) from None
+        if error.errno is None:  # gzip and bz2 report damaged data so; errors of the disk have a number
+            raise UserError(f"The archive cannot be read: {error}", where=where) from None
         raise
 
 
 class _Bounded(io.BufferedIOBase):
-    """A file of which no reader gets more than a megabyte at once: a header cannot ask for all memory."""
+    """A file that returns at most a megabyte a read, so that a header cannot claim all memory."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -123,7 +124,7 @@ class _Bounded(io.BufferedIOBase):
 def _take_tar(file: IO[bytes], intake: Intake) -> None:
     bounded = _Bounded(file)
     prefix = _Prefix()
-    # Not ``errors``' default: a name that is no UTF-8 would come as another.
+    # Strict, because the default of ``errors`` would change a name that is not UTF-8.
     with tarfile.open(fileobj=bounded, mode="r:", errors="strict", format=tarfile.PAX_FORMAT) as tar:
         for member in tar:
             intake.count(member.name)
@@ -133,7 +134,7 @@ def _take_tar(file: IO[bytes], intake: Intake) -> None:
                 continue
             if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
                 kind = "a file with holes" if member.issparse() else _TAR_KINDS.get(member.type, "of an unknown kind")
-                raise UserError(f"{kind}, not a plain file", where=where)
+                raise UserError(f"The member is {kind}, not a plain file", where=where)
             name = prefix.within(member.name, where)
             content = tar.extractfile(member)
             assert content is not None, "a plain file"
@@ -150,44 +151,44 @@ def _take_zip(archive: Path, intake: Intake) -> None:
             where = f"{intake.where}, {member.filename!a}"
             mode = member.external_attr >> 16
             if member.orig_filename != member.filename:  # zipfile cuts a name at a zero byte
-                raise UserError("a name with control characters", where=where)
+                raise UserError("The name has control characters", where=where)
             if member.is_dir():
                 _require_plain_folder(member.filename, where)
                 continue
             if stat.S_IFMT(mode) not in (0, stat.S_IFREG):
                 kind = "a symbolic link" if stat.S_ISLNK(mode) else "of another kind"
-                raise UserError(f"{kind}, not a plain file", where=where)
+                raise UserError(f"The member is {kind}, not a plain file", where=where)
             if member.flag_bits & 1:
-                raise UserError("it is encrypted", where=where)
+                raise UserError("The member is encrypted", where=where)
             name = prefix.within(member.filename, where)
             with opened.open(member) as content:
                 intake.take(name, content)
 
 
 def _require_small_directory(archive: Path, where: str) -> None:
-    """Refuse a zip whose list of members is larger than an adapter's, before Python reads it whole."""
+    """Refuse a zip whose central directory is larger than an adapter's, before Python reads it."""
     with archive.open("rb") as file:
         size = file.seek(0, io.SEEK_END)
         file.seek(max(0, size - _ZIP_END.size - 20))
         tail = file.read()
     if len(tail) < _ZIP_END.size or tail[-_ZIP_END.size :][:4] != b"PK\x05\x06" or tail[-2:] != b"\0\0":
         raise UserError(
-            "not a zip that ends with its list of members: it is cut off, or something follows", where=where
+            "The zip does not end with its central directory: it is truncated, or has trailing data", where=where
         )
     *_, members, directory, _offset, _comment = _ZIP_END.unpack(tail[-_ZIP_END.size :])
     if tail.startswith(b"PK\x06\x07") or members > MOST_MEMBERS or directory > _ZIP_DIRECTORY:
-        raise UserError(f"over {MOST_MEMBERS} files and folders: no adapter has so many", where=where)
+        raise UserError(f"More than {MOST_MEMBERS} files and folders, the limit for an adapter", where=where)
 
 
 def _require_plain_folder(name: str, where: str) -> None:
-    """Folders are made as files need them; one in an archive only has to be harmless."""
+    """Check that a folder's path is safe; folders themselves are created as files need them."""
     plain = name.rstrip("/").removeprefix("./")
     if plain != "." and name:
         require_plain_path(plain, where)
 
 
 class _Prefix:
-    """The folder around all files of an archive, if there is one: that of its first file."""
+    """The folder around all files of an archive, taken from its first file."""
 
     def __init__(self) -> None:
         self._folder: str | None = None
@@ -200,5 +201,5 @@ class _Prefix:
             first, slash, _rest = plain.partition("/")
             self._folder = f"{first}/" if slash and first != "checkpoints" else ""
         if not plain.startswith(self._folder):
-            raise UserError(f"it is not in the folder {self._folder!a}, as the files before it are", where=where)
+            raise UserError(f"The member is outside the folder {self._folder!a} of the earlier files", where=where)
         return plain[len(self._folder) :]

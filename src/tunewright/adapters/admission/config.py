@@ -1,7 +1,7 @@
-"""Which ``adapter_config.json`` of a stranger is let in: plain LoRA on a Llama's or Mistral's linear layers.
+"""Allowed ``adapter_config.json`` of a foreign adapter: plain LoRA on a Llama's or Mistral's linear layers.
 
-The keys are those of peft 0.21's ``LoraConfig``. Whatever makes peft import a module, match a regular expression, add
-layers or change the base is refused, by the key; so is every key that is not listed.
+The keys are those of peft 0.21's ``LoraConfig``. Keys that make peft import a module, match a regular expression, add
+layers or change the base are refused by name, and so is every unknown key.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ _OFF: dict[str, tuple[tuple[Any, ...], str]] = {
     "megatron_config": ((None,), "is for layers of Megatron"),
     "megatron_core": ((None, "megatron.core"), "names a module to import"),
     "layer_replication": ((None,), "replicates layers, which changes the base"),
-    "use_dora": ((False, None), "is DoRA, which is not served here"),
-    "bias": (("none",), "brings trained biases"),
-    "lora_bias": ((False, None), "brings biases beside the LoRA weights"),
-    "modules_to_save": ((None, []), "brings whole layers"),
-    "trainable_token_indices": ((None,), "brings embeddings of tokens"),
+    "use_dora": ((False, None), "is DoRA, which cannot be served here"),
+    "bias": (("none",), "adds trained biases"),
+    "lora_bias": ((False, None), "adds biases to the LoRA weights"),
+    "modules_to_save": ((None, []), "adds complete layers"),
+    "trainable_token_indices": ((None,), "adds token embeddings"),
     "target_parameters": ((None, []), "adapts bare parameters"),
     "exclude_modules": ((None, [], OUTSIDE_TEXT), "can be a regular expression"),
     "layers_pattern": ((None, [], ""), "is a regular expression"),
     "alora_invocation_tokens": ((None,), "is activated LoRA"),
     "use_qalora": ((False, None), "is QALoRA"),
     "use_bdlora": ((False, None), "is block-diagonal LoRA"),
-    "fan_in_fan_out": ((False,), "is for layers whose weights are stored the other way round"),
+    "fan_in_fan_out": ((False,), "is for layers with transposed weights"),
     "ensure_weight_tying": ((False, None), "ties weights of layers that no adapter here has"),
-    "loftq_config": ((None, {}), "is a start that changes the base"),
-    "corda_config": ((None,), "is a start that changes the base"),
-    "eva_config": ((None,), "is a start that reads data"),
-    "lora_ga_config": ((None,), "is a start that reads data"),
+    "loftq_config": ((None, {}), "is an initialization that changes the base"),
+    "corda_config": ((None,), "is an initialization that changes the base"),
+    "eva_config": ((None,), "is an initialization that reads data"),
+    "lora_ga_config": ((None,), "is an initialization that reads data"),
     "velora_config": ((None,), "is another kind of adapter"),
     "monteclora_config": ((None,), "is another kind of adapter"),
     "arrow_config": ((None,), "is another kind of adapter"),
     "kasa_config": ((None,), "is another kind of adapter"),
 }
-"""Keys that may only have a value that does nothing; and what any other would do."""
+"""Keys that may only have a value without effect, and the effect of any other value."""
 
 _MODULE = r"^(model\.)?(language_model\.)?(layers\.[0-9]{1,4}\.)?((self_attn|mlp)\.)?[a-z]{1,4}_proj$"
 
@@ -57,12 +57,12 @@ Alpha = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 
 
 def _number(value: Any) -> Any:
-    """Return a whole number where a float is wanted; never true or false, or a text."""
+    """Convert an integer to a float; booleans and texts stay as they are and are refused later."""
     return float(value) if type(value) is int else value
 
 
 class _Document(BaseModel):
-    """The keys that say something. peft's names, in peft's order."""
+    """The keys with an effect, under peft's names and in peft's order."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -85,11 +85,10 @@ class _Document(BaseModel):
 
 
 _WHY = {
-    "target_modules": "a list of linear layers of a Llama or Mistral, and no regular expression",
-    "init_lora_weights": "true, false or gaussian; the weights are there, so that true does for any start that leaves "
-    "the base as it is",
-    "rank_pattern": f"names of linear layers to ranks up to {MAX_RANK}, and no regular expressions",
-    "alpha_pattern": "names of linear layers to numbers above 0, and no regular expressions",
+    "target_modules": "a list of linear layers of a Llama or Mistral, not a regular expression",
+    "init_lora_weights": "true, false or gaussian; use true for any initialization that leaves the base unchanged",
+    "rank_pattern": f"a map from linear layers' names to ranks up to {MAX_RANK}, without regular expressions",
+    "alpha_pattern": "a map from linear layers' names to numbers above 0, without regular expressions",
     "r": f"a rank from 1 to {MAX_RANK}",
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",
@@ -98,7 +97,7 @@ _WHY = {
 
 @dataclass(frozen=True)
 class ForeignConfig:
-    """A configuration that was let in."""
+    """A configuration that passed the checks."""
 
     document: _Document
     shape: Shape
@@ -106,12 +105,12 @@ class ForeignConfig:
 
     @property
     def names_base(self) -> str | None:
-        """What base it says that it was trained on: a name, which proves nothing."""
+        """Return the name of the base that it claims, which proves nothing."""
         return self.document.base_model_name_or_path
 
     @cached_property
     def modules(self) -> dict[str, str]:
-        """The base's modules that it adapts, by their full names, to the names of their kinds."""
+        """Return the base's adapted modules: full names to the names of their kinds."""
         chosen = self.document.layers_to_transform
         layers = {chosen} if isinstance(chosen, int) else set(chosen or range(self.shape.layers))
         part = {**dict.fromkeys(ATTENTION, "self_attn"), **dict.fromkeys(MLP, "mlp")}
@@ -127,7 +126,7 @@ class ForeignConfig:
         return self.document.rank_pattern.get(_pattern_of(module, self.document.rank_pattern), self.document.r)
 
     def scale(self, module: str) -> float:
-        """Return what the product of B and A is multiplied by on a module."""
+        """Return the factor of BA on a module."""
         document = self.document
         alpha = document.alpha_pattern.get(_pattern_of(module, document.alpha_pattern), document.lora_alpha)
         rank = self.rank(module)
@@ -141,28 +140,28 @@ def _pattern_of(module: str, patterns: dict[str, Any]) -> str:
 
 
 def read_config(data: bytes, shape: Shape, architecture: str, where: str) -> ForeignConfig:
-    """Return the configuration that ``data`` spells, of an adapter for a base of this shape and architecture.
+    """Parse and check a configuration for a base of this shape and architecture.
 
     Raises:
-        UserError: naming the key that is not let in, and why.
+        UserError: naming the key that is not allowed, and why.
     """
     given = strict_object(data, where)
     for key, (allowed, why) in _OFF.items():
         if key in given and not any(_same(given[key], value) for value in allowed):
-            raise UserError(f"it {why}", where=f"{where}, {key}")
-    said = {key: value for key, value in given.items() if key not in _OFF}
+            raise UserError(f"This key {why}", where=f"{where}, {key}")
+    effective = {key: value for key, value in given.items() if key not in _OFF}
     try:
-        document = _Document.model_validate(said)
+        document = _Document.model_validate(effective)
     except ValidationError as error:
         raise _refusal(error, where) from None
     config = ForeignConfig(document, shape, architecture)
     absent = sorted(set(document.target_modules) - set(shape.names))
     if absent:
-        raise UserError(f"the base has no linear layer {absent[0]}", where=f"{where}, target_modules")
+        raise UserError(f"The base has no linear layer {absent[0]}", where=f"{where}, target_modules")
     outside = [layer for layer in _layers(document) if not 0 <= layer < shape.layers]
     if outside:
-        told = f"layer {outside[0]}, and the base has layers 0 to {shape.layers - 1}"
-        raise UserError(told, where=f"{where}, layers_to_transform")
+        problem = f"Layer {outside[0]} does not exist: the base has layers 0 to {shape.layers - 1}"
+        raise UserError(problem, where=f"{where}, layers_to_transform")
     return config
 
 
@@ -172,7 +171,7 @@ def _layers(document: _Document) -> list[int]:
 
 
 def _same(given: Any, allowed: Any) -> bool:
-    """Equal and of one type: 0 is not false."""
+    """Return whether values are equal and of one type, so that 0 is not false."""
     return type(given) is type(allowed) and given == allowed
 
 
@@ -180,7 +179,7 @@ def _refusal(error: ValidationError, where: str) -> UserError:
     first = error.errors(include_url=False)[0]
     key = str(first["loc"][0])
     if first["type"] == "extra_forbidden":
-        return UserError(f"{key[:60]!a} is no key that is let in", where=where, fix="Remove it, if it says nothing.")
+        return UserError(f"The key {key[:60]!a} is not allowed", where=where, fix="Remove it if it has no effect.")
     if first["type"] == "missing":
-        return UserError("it is missing", where=f"{where}, {key}")
-    return UserError(f"it has to be {_WHY[key]}" if key in _WHY else str(first["msg"]), where=f"{where}, {key}")
+        return UserError("The key is missing", where=f"{where}, {key}")
+    return UserError(f"Expected {_WHY[key]}" if key in _WHY else str(first["msg"]), where=f"{where}, {key}")

@@ -1,4 +1,4 @@
-"""Letting one adapter in: into quarantine, checked, and among the project's own only if nothing is wrong with it."""
+"""Import of one adapter: into quarantine, checked, and stored only if every check passes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from tunewright.adapters.admission.config import ForeignConfig, read_config
 from tunewright.adapters.admission.metadata import check_history, check_lineage, check_replay
 from tunewright.adapters.admission.quarantine import LARGEST, MEGABYTE, README, Intake, quarantine, take_folder
 from tunewright.adapters.admission.weights import base_norms, check_numbers, check_shapes
-from tunewright.adapters.fit import require_fit
+from tunewright.adapters.compatibility import require_compatible
 from tunewright.adapters.keys import NAME, TrustedKeys
-from tunewright.adapters.manifest import LOCAL, MANIFEST, SIGNATURE, Manifest, changes, read_manifest
+from tunewright.adapters.manifest import LOCAL, MANIFEST, SIGNATURE, Manifest, changed_files, read_manifest
 from tunewright.adapters.registry import (
     CONFIG,
     HISTORY,
@@ -28,7 +28,7 @@ from tunewright.adapters.registry import (
     adapter_digest,
     write_manifest,
 )
-from tunewright.adapters.signing import weigh
+from tunewright.adapters.signing import verify_signatures
 from tunewright.adapters.system_prompt import KEY as SYSTEM_PROMPT
 from tunewright.adapters.system_prompt import stated_system_prompt
 from tunewright.config import Quantize
@@ -44,34 +44,34 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Statement:
-    """What whoever imports an adapter says of it, since it does not say so itself."""
+class ImportStatement:
+    """The importing user's statements about an adapter that does not say so itself."""
 
     by: str | None
     base_matches: bool = False
     """It was trained on this project's base, with its chat format."""
     quantize: Quantize | None = None
-    """How the base was held in training."""
+    """The base's quantization in training."""
     unsigned: bool = False
-    """It may come in without a signature of a key that the project trusts."""
+    """Accept it without a signature of a key that the project trusts."""
     name: str | None = None
-    """What it is to be called."""
+    """Its new name."""
     system_prompt: str | None = None
-    """The system turn that all its training rows had."""
+    """The system turn of all its training rows."""
 
 
 @dataclass(frozen=True)
-class Admitted:
-    """An adapter that was let in."""
+class ImportResult:
+    """An adapter that was imported."""
 
     adapter: Adapter
     new: bool
-    """False where the same one was there already."""
+    """False if the same adapter was stored already."""
     signed: Literal["signed", "untrusted", "unsigned"]
     lineage: Literal["its own", "stated"]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the result as ``--json`` prints it."""
+        """Return the result for ``--json``."""
         return {
             "adapter": self.adapter.name,
             "folder": str(self.adapter.folder),
@@ -81,14 +81,14 @@ class Admitted:
         }
 
 
-class Admission:
-    """A project's gate for foreign adapters.
+class AdapterImporter:
+    """Checks and stores foreign adapters for a project.
 
     Args:
-        adapters: where its adapters are.
+        adapters: the project's adapters folder.
         trusted: its keys.
-        base, chat: what an adapter has to be for.
-        reporter: shows progress, hears what is left behind.
+        base, chat: what an adapter must match.
+        reporter: shows progress, and reports what is not imported.
     """
 
     def __init__(self, adapters: Path, trusted: TrustedKeys, base: Base, chat: ChatFormat, reporter: Reporter) -> None:
@@ -99,13 +99,13 @@ class Admission:
         self._reporter = reporter
         self._shape = read_shape(base.folder / "config.json")
 
-    def admit(self, source: Path, said: Statement) -> Admitted:
+    def import_adapter(self, source: Path, said: ImportStatement) -> ImportResult:
         """Check the adapter in a folder or archive, and store it.
 
         Raises:
-            UserError: why it is not let in; then nothing is stored.
+            UserError: the reason for a refusal; then nothing is stored.
         """
-        with quarantine(self._adapters.parent) as place, _told_of(source, place / "adapter"):
+        with quarantine(self._adapters.parent) as place, _rename_errors(source, place / "adapter"):
             files = place / "adapter"
             files.mkdir()
             self._take(source, place, files)
@@ -117,11 +117,11 @@ class Admission:
             stem = self._name(files, manifest, source, said)
             self._check_records(files, configs, str(source))
             lineage = self._lineage(files, config, source, said)
-            # What takes longest comes last: it reads the base's weights.
+            # The slowest check comes last: it reads the base's weights.
             self._check_weights(files, configs, str(source))
             name = f"{stem}-{adapter_digest(files)[:12]}"
             if manifest is not None and manifest.name != name:
-                raise UserError(f"its manifest is that of {manifest.name}, and it is {name}", where=str(source))
+                raise UserError(f"The manifest names {manifest.name}, but the adapter is {name}", where=str(source))
             if manifest is None:
                 write_manifest(files, name)
             record = {"at": now(), "by": said.by, "source": source.name, "signed": signed == "signed"}
@@ -132,10 +132,10 @@ class Admission:
                 with new_folder(target) as temporary:
                     for entry in files.iterdir():
                         entry.replace(temporary / entry.name)
-            return Admitted(Adapter(target), new, signed, lineage)
+            return ImportResult(Adapter(target), new, signed, lineage)
 
     def _take(self, source: Path, place: Path, files: Path) -> None:
-        """Copy what is there into quarantine, and look at nothing but the copy from then on."""
+        """Copy the source into quarantine; from then on only the copy is read."""
         intake = Intake(files, str(source))
         if source.is_dir():
             take_folder(source, intake)
@@ -146,14 +146,14 @@ class Admission:
             take_archive(archive, intake)
         missing = [name for name in (CONFIG, WEIGHTS) if name not in intake.files]
         if missing:
-            raise UserError(f"no {' and no '.join(missing)}: it is no adapter", where=str(source))
+            raise UserError(f"Not an adapter: {' and '.join(missing)} missing", where=str(source))
         for name in (README, LOCAL):
             if name in intake.files:
                 (files / name).unlink()
-                self._reporter.say(f"{name} is not taken along.")
+                self._reporter.say(f"{name} is not imported.")
 
     def _configs(self, files: Path, where: str) -> dict[Path, ForeignConfig]:
-        """Return the configurations, by folder: the adapter's own, and those of its earlier checkpoints."""
+        """Return the configurations by folder: the adapter's own, and those of its earlier checkpoints."""
         return {
             path.parent: read_config(
                 path.read_bytes(), self._shape, self._base.architecture, f"{where}, {path.relative_to(files)}"
@@ -162,15 +162,15 @@ class Admission:
         }
 
     def _check_records(self, files: Path, configs: Mapping[Path, ForeignConfig], where: str) -> None:
-        """Check that earlier checkpoints are whole, and that what is said of a training is of one."""
+        """Check that earlier checkpoints are complete, and that training records come with a lineage."""
         weights = {path.parent for path in files.rglob(WEIGHTS)}
         for folder in sorted(weights ^ configs.keys()):
             lacking = CONFIG if folder in weights else WEIGHTS
-            raise UserError(f"it is missing: {lacking}", where=f"{where}, {folder.relative_to(files)}")
-        beside = [n for n in (HISTORY, REPLAY, MANIFEST, SIGNATURE) if (files / n).exists()]
-        if (beside or len(configs) > 1) and not (files / LINEAGE).exists():
-            what = beside[0] if beside else "earlier checkpoints"
-            raise UserError(f"it has {what}, and no {LINEAGE} that they could belong to", where=where)
+            raise UserError(f"{lacking} is missing", where=f"{where}, {folder.relative_to(files)}")
+        records = [n for n in (HISTORY, REPLAY, MANIFEST, SIGNATURE) if (files / n).exists()]
+        if (records or len(configs) > 1) and not (files / LINEAGE).exists():
+            what = records[0] if records else "earlier checkpoints"
+            raise UserError(f"The adapter has {what} but no {LINEAGE} to go with it", where=where)
         if (files / HISTORY).exists():
             check_history(files / HISTORY, f"{where}, {HISTORY}")
         if (files / REPLAY).exists():
@@ -188,90 +188,96 @@ class Admission:
             path = folder / WEIGHTS
             check_numbers(path, config, norms, f"{where}, {path.relative_to(files)}")
 
-    def _require_statement(self, files: Path, config: ForeignConfig, source: Path, said: Statement) -> None:
-        """Ask for the user's word where the adapter has no lineage that names its base by digest."""
+    def _require_statement(self, files: Path, config: ForeignConfig, source: Path, said: ImportStatement) -> None:
+        """Require the user's statement if the adapter has no lineage that names its base by digest."""
         if (files / LINEAGE).exists() or said.base_matches:
             return
         named = f" (it names {config.names_base[:120]!a}, which proves nothing)" if config.names_base else ""
         raise UserError(
-            f"it does not say by digest which base and chat template it was trained with{named}",
+            f"The adapter does not name its base and chat template by digest{named}",
             where=str(source),
-            fix=f"If you know that it was {self._base.spec} as it is here, and this project's chat template: "
-            "--base-matches. Its lineage then says that you said so.",
+            fix=f"If you know that it was trained on this very {self._base.spec} with this project's chat template, "
+            "use --base-matches. The lineage records your statement.",
         )
 
     def _check_signature(
-        self, files: Path, manifest: Manifest | None, source: Path, said: Statement
+        self, files: Path, manifest: Manifest | None, source: Path, said: ImportStatement
     ) -> Literal["signed", "untrusted", "unsigned"]:
-        """What its signatures are worth; a broken one keeps it out, and so does none where the project trusts keys."""
+        """Return the adapter's signature status; refuse a broken signature, and a missing one if the project trusts
+        keys.
+        """
         if manifest is None and (files / SIGNATURE).exists():
-            raise UserError(f"a signature, and no {MANIFEST} that it could be of", where=str(source))
-        if manifest is not None and (told := changes(files, manifest)):
-            raise UserError(f"it is not what its manifest says: {', '.join(told)}", where=str(source))
-        signed = weigh(files, self._trusted) if manifest is not None else []
-        worth = {each.worth: each.why for each in signed}
+            raise UserError(f"The adapter has a signature but no {MANIFEST}", where=str(source))
+        if manifest is not None and (changed := changed_files(files, manifest)):
+            raise UserError(f"The files differ from the manifest: {', '.join(changed)}", where=str(source))
+        signed = verify_signatures(files, self._trusted) if manifest is not None else []
+        status = {each.status: each.why for each in signed}
         for bad in ("tampered", "revoked"):
-            if bad in worth:
-                raise UserError(worth[bad], where=str(source))
-        if "signed" in worth:
+            if bad in status:
+                raise UserError(status[bad], where=str(source))
+        if "signed" in status:
             return "signed"
-        state: Literal["untrusted", "unsigned"] = "untrusted" if worth else "unsigned"
+        state: Literal["untrusted", "unsigned"] = "untrusted" if status else "unsigned"
         if self._trusted.valid and not said.unsigned:
             raise UserError(
-                f"it is {state}, and this project trusts keys",
+                f"The adapter is {state}, and this project requires a trusted signature",
                 where=str(source),
-                fix="Trust who signed it (tunewright keys trust FILE); or let it in all the same with --unsigned.",
+                fix="Trust the signer's key (tunewright keys trust FILE), or import it anyway with --unsigned.",
             )
         return state
 
-    def _name(self, files: Path, manifest: Manifest | None, source: Path, said: Statement) -> str:
-        """Return what it is called, before the digest."""
+    def _name(self, files: Path, manifest: Manifest | None, source: Path, said: ImportStatement) -> str:
+        """Return the adapter's name without the digest."""
         if manifest is not None:
             if said.name is not None:
-                raise UserError(f"its manifest names it: {manifest.name}", where="--name", fix="Leave it out.")
+                raise UserError(
+                    f"The manifest names the adapter already: {manifest.name}", where="--name", fix="Remove --name."
+                )
             return manifest.name[:-13]
         stem = said.name or source.resolve().name.partition(".tar")[0].removesuffix(".zip").removesuffix(".tgz")
         suffix = f"-{adapter_digest(files)[:12]}"
         stem = stem.removesuffix(suffix)
         if not NAME.fullmatch(stem + suffix):
             raise UserError(
-                f"{stem[:80]!a} is no name: small letters, digits, and . _ - after the first, 50 at most",
+                f"Invalid name {stem[:80]!a}: use up to 50 lowercase letters, digits, and . _ - after the first",
                 where="--name" if said.name else str(source),
-                fix="Give it one: --name NAME",
+                fix="Choose another with --name NAME.",
             )
         return stem
 
     def _lineage(
-        self, files: Path, config: ForeignConfig, source: Path, said: Statement
+        self, files: Path, config: ForeignConfig, source: Path, said: ImportStatement
     ) -> Literal["its own", "stated"]:
-        """Hold its lineage to the base and the chat format here; where it has none, write down what is stated."""
+        """Check the lineage against the base and chat format here; if there is none, write what the user states."""
         path = files / LINEAGE
         if path.exists():
             if said.base_matches or said.quantize is not None:
                 option = "--base-matches" if said.base_matches else "--quantize"
-                raise UserError("its lineage says so by digest", where=option, fix="Leave it out.")
+                raise UserError("The lineage already says so by digest", where=option, fix=f"Remove {option}.")
             if said.system_prompt is not None:
-                raise UserError("It has a lineage of its own.", where="--system-prompt", fix="Leave it out.")
+                raise UserError(
+                    "The adapter has its own lineage", where="--system-prompt", fix="Remove --system-prompt."
+                )
             check_lineage(path.read_bytes(), f"{source}, {LINEAGE}")
             adapter = Adapter(files)
             if adapter.lineage["digest"] != adapter_digest(files):
-                raise UserError("its lineage is that of other weights", where=f"{source}, {LINEAGE}")
+                raise UserError("The lineage belongs to other weights", where=f"{source}, {LINEAGE}")
             if adapter.lineage["template_digest"] != self._chat.digest:
-                told = "it was trained with another chat template"
-                raise UserError(told, where=f"{source}, {LINEAGE}, template_digest")
+                problem = "The adapter was trained with another chat template"
+                raise UserError(problem, where=f"{source}, {LINEAGE}, template_digest")
             try:
-                require_fit(adapter, self._base, self._chat)
+                require_compatible(adapter, self._base, self._chat)
             except UserError as error:
                 raise UserError(error.what, where=str(source), fix=error.fix) from None
             return "its own"
         if config.names_base not in (None, self._base.spec):
             self._reporter.warn(
-                f"It names the base {config.names_base!a}; you state that it was trained on {self._base.spec}."
+                f"The adapter names the base {config.names_base!a}. You state that it was trained on {self._base.spec}."
             )
         write_json(path, self._stated(files, config, said))
         return "stated"
 
-    def _stated(self, files: Path, config: ForeignConfig, said: Statement) -> Mapping[str, Any]:
+    def _stated(self, files: Path, config: ForeignConfig, said: ImportStatement) -> Mapping[str, Any]:
         base = self._base
         return {
             "schema_version": 2,
@@ -287,8 +293,8 @@ class Admission:
 
 
 @contextmanager
-def _told_of(source: Path, files: Path) -> Iterator[None]:
-    """Have errors name the file as it came, not its copy, which is gone by the time they are read."""
+def _rename_errors(source: Path, files: Path) -> Iterator[None]:
+    """Replace the quarantine's path in errors by the source, since the copy is gone when they are read."""
     try:
         yield
     except UserError as error:
@@ -297,17 +303,17 @@ def _told_of(source: Path, files: Path) -> Iterator[None]:
 
 
 def _copy_file(source: Path, target: Path) -> None:
-    """Copy a plain file of at most so many bytes as an adapter may have."""
+    """Copy a plain file up to the size limit of an adapter."""
     try:
-        handle = os.open(source, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would keep a reader waiting
+        handle = os.open(source, os.O_RDONLY | os.O_NONBLOCK)  # reading a pipe would block
     except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", where=str(source)) from None
+        raise UserError(f"Cannot be read: {error.strerror}", where=str(source)) from None
     with os.fdopen(handle, "rb") as file, target.open("xb") as copy:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise UserError("neither a folder nor a plain file", where=str(source))
+            raise UserError("Neither a folder nor a plain file", where=str(source))
         copied = 0
         while chunk := file.read(MEGABYTE):
             copied += len(chunk)
             if copied > LARGEST + MEGABYTE:
-                raise UserError(f"over {LARGEST // MEGABYTE:,} MB: more than an adapter has", where=str(source))
+                raise UserError(f"Larger than {LARGEST // MEGABYTE:,} MB, the limit for an adapter", where=str(source))
             copy.write(chunk)

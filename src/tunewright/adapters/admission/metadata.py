@@ -1,4 +1,4 @@
-"""What an adapter brings of a lineage and of its training's records: claims, read so that nothing in them can harm."""
+"""Lineage and training records of a foreign adapter: unproven claims, parsed so that nothing in them can do harm."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tunewright.config import Quantize
 from tunewright.core.errors import UserError
 
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
-"""What a terminal may take for an order to it; line ends and tabs apart."""
+"""Characters that a terminal may read as commands, except line ends and tabs."""
 
 
 class _Claim(BaseModel):
-    """What is read of a lineage has to be as it is written here; the rest is kept, and never looked at."""
+    """The checked part of a lineage; further keys are kept and never read."""
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True, allow_inf_nan=False)
 
@@ -127,7 +127,7 @@ def check_lineage(data: bytes, where: str) -> None:
     """Check that ``data`` is a lineage as tunewright writes it.
 
     Raises:
-        UserError: naming what is not.
+        UserError: naming the key that is not.
     """
     _require_harmless(strict_object(data, where), where)
     try:
@@ -136,31 +136,31 @@ def check_lineage(data: bytes, where: str) -> None:
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"]))
         raise UserError(
-            f"not a lineage of this version of tunewright: {key[:80]}: {first['msg']}", where=where
+            f"Not a lineage of this version of tunewright: {key[:80]}: {first['msg']}", where=where
         ) from None
 
 
 def check_history(path: Path, where: str) -> None:
-    """Check that ``path`` has a training's metrics, a line each.
+    """Check that ``path`` has training metrics, one JSON object a line.
 
     Raises:
-        UserError: naming the line that has not.
+        UserError: naming the line that is not.
     """
     for number, row in _rows(path, where):
         if not all(value is None or type(value) in (int, float) for value in row.values()):
-            raise UserError("not a line of metrics: it holds what is no number", where=f"{where}:{number}")
+            raise UserError("Not a line of metrics: all values must be numbers", where=f"{where}:{number}")
 
 
 def check_replay(path: Path, where: str) -> None:
-    """Check that ``path`` has conversations, a line each.
+    """Check that ``path`` has conversations, one JSON object a line.
 
     Raises:
-        UserError: naming the line that has not.
+        UserError: naming the line that is not.
     """
     for number, row in _rows(path, where):
         turns = row.get("messages")
         if not isinstance(turns, list) or not all(_is_turn(turn) for turn in turns):
-            raise UserError("not a conversation", where=f"{where}:{number}")
+            raise UserError("Not a conversation", where=f"{where}:{number}")
 
 
 def _is_turn(turn: Any) -> bool:
@@ -182,7 +182,7 @@ def _require_harmless(document: dict[str, Any], where: str) -> None:
     while left:
         inner = left.pop()
         if isinstance(inner, str) and (found := _CONTROL.search(inner)):
-            raise UserError(f"a text holds the control character {ord(found[0]):#04x}", where=where)
+            raise UserError(f"A text has the control character {ord(found[0]):#04x}", where=where)
         if isinstance(inner, dict):
             left += [*inner.keys(), *inner.values()]
         elif isinstance(inner, list):

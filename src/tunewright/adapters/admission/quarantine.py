@@ -1,8 +1,8 @@
-"""A folder that a foreign adapter is copied into before it is read, so that what is checked is what is kept.
+"""Quarantine: a foreign adapter is copied here before it is read, so that the checked files are the stored files.
 
-Of a folder only plain files are opened, by file descriptor and without following links; of an archive only plain
-members are written, by names from a list. Bytes are counted as they come: sizes that a file system or an archive claims
-count for nothing.
+From a folder, only plain files are opened, by file descriptor and without following links. From an archive, only plain
+members with allowed names are written. Bytes are counted as they arrive: sizes that a file system or an archive claims
+are ignored.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ README = "README.md"
 MEGABYTE = 1 << 20
 
 LARGEST = 2048 * MEGABYTE
-"""All files together: rank 64 on all linear layers of a 70B base is 1.6 GB in 16 bits."""
+"""Size limit of all files together: rank 64 on all linear layers of a 70B base is 1.6 GB in 16 bits."""
 
 MOST_MEMBERS = 64
-"""Of an archive or a folder: an adapter of ours has at most 25 files (9 checkpoints of two)."""
+"""Limit of files and folders: an adapter of ours has at most 25 files (9 checkpoints of two)."""
 
 CAPS = {
     CONFIG: MEGABYTE,
@@ -44,7 +44,7 @@ CAPS = {
     README: MEGABYTE,
     LOCAL: MEGABYTE,
 }
-"""Bytes that each file may have, by its name; no other name is let in."""
+"""Size limit of each file by its name; no other name is allowed."""
 
 _CHECKPOINT = re.compile(rf"{CHECKPOINTS}/step-[0-9]{{1,9}}")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".dill")
@@ -60,9 +60,9 @@ _KINDS = {
 
 @contextmanager
 def quarantine(root: Path) -> Iterator[Path]:
-    """An empty folder within ``root``, readable by its owner alone, that is gone afterwards whatever happened.
+    """Create an empty folder within ``root``, readable by its owner alone, and remove it at the end in any case.
 
-    Those of imports that were killed go too: theirs nobody holds a lock on.
+    Folders that killed imports left are removed too: no process locks them.
     """
     for left in root.glob(".quarantine-*"):
         _remove_if_left(left)
@@ -93,7 +93,7 @@ def _remove_if_left(folder: Path) -> None:
 
 
 class Intake:
-    """What has come into a quarantine so far: no file twice, none of another name or larger than it may be."""
+    """The files copied into a quarantine so far: each name once, allowed, and within its size limit."""
 
     def __init__(self, folder: Path, where: str) -> None:
         self.folder = folder
@@ -106,13 +106,13 @@ class Intake:
         """Count one more file, folder or member.
 
         Raises:
-            UserError: there are more than an adapter has.
+            UserError: more than an adapter has.
         """
         self._members += 1
         if self._members > MOST_MEMBERS:
-            raise UserError(f"over {MOST_MEMBERS} files and folders: no adapter has so many", where=self.where)
+            raise UserError(f"More than {MOST_MEMBERS} files and folders, the limit for an adapter", where=self.where)
         if len(name) > 255:
-            raise UserError(f"a name of {len(name):,} characters", where=self.where)
+            raise UserError(f"A name has {len(name):,} characters (limit 255)", where=self.where)
 
     def take(self, name: str, source: IO[bytes]) -> None:
         """Copy one file in.
@@ -122,11 +122,11 @@ class Intake:
             source: its bytes.
 
         Raises:
-            UserError: a name that is not allowed or came before, or more bytes than it may have.
+            UserError: a name that is not allowed or repeated, or a file that is too large.
         """
         require_known(name, self.where)
         if name in self.files:
-            raise UserError("it is there twice", where=f"{self.where}, {name}")
+            raise UserError("The file is there twice", where=f"{self.where}, {name}")
         self.files.add(name)
         target = self.folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -138,67 +138,67 @@ class Intake:
                 self._bytes += len(chunk)
                 if taken > cap or self._bytes > LARGEST:
                     most = cap if taken > cap else LARGEST
-                    what = "it" if taken > cap else "all files together"
+                    what = "The file is" if taken > cap else "All files together are"
                     raise UserError(
-                        f"{what} came to over {most // MEGABYTE:,} MB, which is more than an adapter has",
+                        f"{what} larger than {most // MEGABYTE:,} MB, the limit for an adapter",
                         where=f"{self.where}, {name}",
                     )
                 file.write(chunk)
 
 
 def require_known(name: str, where: str) -> None:
-    """Refuse a file by its path within the adapter, unless it is one of those that adapters have.
+    """Refuse a file whose path within the adapter is not on the allowlist.
 
     Raises:
-        UserError: saying what is wrong with the name.
+        UserError: naming the reason.
     """
     where = f"{where}, {name!a}"
     require_plain_path(name, where)
     folder, _, file = name.rpartition("/")
     lowered = file.lower()
     if folder and not (_CHECKPOINT.fullmatch(folder) and file in (CONFIG, WEIGHTS)):
-        raise UserError("an adapter has no such file", where=where)
+        raise UserError("This file is not part of an adapter", where=where)
     if file in CAPS:
         return
     if lowered.endswith(_PICKLES):
-        raise UserError("a pickle can run code when it is read: only safetensors are let in", where=where)
+        raise UserError("A pickle can run code when it is read: only safetensors are allowed", where=where)
     if lowered.endswith(_CODE):
-        raise UserError("an adapter holds no code", where=where)
+        raise UserError("An adapter must not contain code", where=where)
     if lowered.endswith(".safetensors"):
-        raise UserError(f"weights are in one file, {WEIGHTS}", where=where)
+        raise UserError(f"All weights must be in {WEIGHTS}", where=where)
     raise UserError(
-        "an adapter has no such file",
+        "This file is not part of an adapter",
         where=where,
-        fix=f"Needed are {CONFIG} and {WEIGHTS}; {README}, {LINEAGE}, {MANIFEST} and {SIGNATURE} may be there.",
+        fix=f"Required are {CONFIG} and {WEIGHTS}; {README}, {LINEAGE}, {MANIFEST} and {SIGNATURE} are optional.",
     )
 
 
 def require_plain_path(name: str, where: str) -> None:
-    """Refuse a path that could lead out of its folder, or be another path on another system.
+    """Refuse a path that could lead out of its folder, or mean another path on another system.
 
     Raises:
-        UserError: saying what is wrong with it.
+        UserError: naming the reason.
     """
     parts = name.split("/")
     if not name.isascii():
-        raise UserError("a name with letters that are not ASCII can pass for another", where=where)
+        raise UserError("The name has non-ASCII characters, which can imitate another name", where=where)
     if any(ord(letter) < 32 or ord(letter) == 127 for letter in name):
-        raise UserError("a name with control characters", where=where)
+        raise UserError("The name has control characters", where=where)
     if name.startswith("/"):
-        raise UserError("an absolute path", where=where)
+        raise UserError("The path is absolute", where=where)
     if "\\" in name or re.match("[A-Za-z]:", name):
-        raise UserError("a path of Windows", where=where)
+        raise UserError("The path is a Windows path", where=where)
     if ".." in parts:
-        raise UserError("a path that leads out of the folder (..)", where=where)
+        raise UserError("The path leads out of the folder (..)", where=where)
     if "" in parts or "." in parts:
-        raise UserError("a path with empty parts", where=where)
+        raise UserError("The path has empty parts", where=where)
 
 
 def take_folder(source: Path, intake: Intake) -> None:
     """Copy the adapter in a folder into quarantine.
 
     Raises:
-        UserError: a link, a device, a name that is not allowed, or too much of anything.
+        UserError: a link, a device, a name that is not allowed, or a limit that is exceeded.
     """
     root = _open(str(source), os.O_DIRECTORY, None, intake.where)
     try:
@@ -210,8 +210,8 @@ def take_folder(source: Path, intake: Intake) -> None:
 def _open(name: str, flags: int, level: int | None, where: str) -> int:
     try:
         return os.open(name, os.O_RDONLY | flags, dir_fd=level)
-    except OSError as error:  # no permission, or a link since it was looked at
-        raise UserError(f"cannot be read: {error.strerror}", where=where) from None
+    except OSError as error:  # no permission, or replaced by a link since it was checked
+        raise UserError(f"Cannot be read: {error.strerror}", where=where) from None
 
 
 def _take_level(level: int, prefix: str, intake: Intake) -> None:
@@ -226,7 +226,7 @@ def _take_level(level: int, prefix: str, intake: Intake) -> None:
         kind = os.stat(name, dir_fd=level, follow_symlinks=False).st_mode
         if stat.S_ISDIR(kind):
             if path != CHECKPOINTS and not _CHECKPOINT.fullmatch(path):
-                raise UserError("an adapter has no such folder", where=where)
+                raise UserError("This folder is not part of an adapter", where=where)
             inner = _open(name, os.O_DIRECTORY | os.O_NOFOLLOW, level, where)
             try:
                 _take_level(inner, f"{path}/", intake)
@@ -235,19 +235,20 @@ def _take_level(level: int, prefix: str, intake: Intake) -> None:
             continue
         _require_plain(kind, where)
         require_known(path, intake.where)
-        # It may be another by now: the file that was opened is asked again. A pipe would keep a reader waiting.
+        # The file may have been replaced: check the opened one again. O_NONBLOCK, because opening a pipe would block.
         handle = _open(name, os.O_NOFOLLOW | os.O_NONBLOCK, level, where)
         with os.fdopen(handle, "rb") as file:
             facts = os.fstat(file.fileno())
             _require_plain(facts.st_mode, where)
             if facts.st_nlink > 1:
-                raise UserError("a hard link: the file is another one's too", where=where, fix=_COPY)
+                raise UserError("The file is a hard link to another file", where=where, fix=_COPY)
             intake.take(path, file)
 
 
-_COPY = "Copy the folder first, with what its links lead to (cp -rL), if you know where they lead."
+_COPY = "If you trust its links, copy the folder first and follow them: cp -rL."
 
 
 def _require_plain(kind: int, where: str) -> None:
     if not stat.S_ISREG(kind):
-        raise UserError(f"{_KINDS.get(stat.S_IFMT(kind), 'no plain file')}, not a plain file", where=where, fix=_COPY)
+        found = _KINDS.get(stat.S_IFMT(kind), "of an unknown kind")
+        raise UserError(f"The file is {found}, not a plain file", where=where, fix=_COPY)

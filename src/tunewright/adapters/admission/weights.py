@@ -1,4 +1,4 @@
-"""Which weights of a stranger are let in: those that the configuration and the base call for, and of a sane size."""
+"""Checks of a foreign adapter's weights: the tensors that the configuration and the base require, of a sane size."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ from tunewright.models.bases import tensor_files
 from tunewright.models.families import text_name
 
 LARGEST_WEIGHT = 65504.0
-"""The largest number of float16, in which engines may hold it."""
+"""The largest number of float16, which engines may use."""
 
 LARGEST_CHANGE = 2.0
-"""Of a layer: the norm of scale·BA over that of the base's weight (Frobenius). Trained ones measured here came to 0.03
-on SmolLM2-135M (all linear layers, 1e-3, two epochs) and to 0.6 on a tiny base of random weights; one that is twice the
-base is no fine-tune, and its numbers can overflow in a batch that others share."""
+"""Limit of a layer's |scale·BA| / |W| (Frobenius norms). Trained adapters measured 0.03 on SmolLM2-135M (all linear
+layers, 1e-3, two epochs) and 0.6 on a tiny base of random weights. A change of twice the base is not a fine-tune,
+and its numbers can overflow in a batch that others share.
+"""
 
 _PREFIX = "base_model.model."
 
 
 def check_shapes(path: Path, config: ForeignConfig, where: str) -> None:
-    """Check which tensors are in ``path``, and their shapes, against the configuration and the base.
+    """Check the tensors in ``path``, and their shapes, against the configuration and the base.
 
     Args:
-        path: a safetensors file, a copy that nobody else can change.
-        config: the adapter's, already let in.
-        where: what errors call the file.
+        path: a safetensors file that no other process can change.
+        config: the adapter's, already checked.
+        where: the file's name in errors.
 
     Raises:
-        UserError: naming the tensor and what is wrong with it.
+        UserError: naming the tensor and the problem.
     """
     entries = read_header(path, where)
     _check_names(entries, config, where)
@@ -44,20 +45,20 @@ def check_shapes(path: Path, config: ForeignConfig, where: str) -> None:
             name = f"{_PREFIX}{module}.lora_{half}.weight"
             if entries[name].shape != shape:
                 raise UserError(
-                    f"its shape is {_by(entries[name].shape)}; with this base and rank {rank} it is {_by(shape)}",
+                    f"The shape is {_by(entries[name].shape)}; with this base and rank {rank} it must be {_by(shape)}",
                     where=f"{where}, {name}",
                 )
 
 
 def check_numbers(path: Path, config: ForeignConfig, norms: Mapping[str, float], where: str) -> None:
-    """Check the weights themselves, of a file that passed :func:`check_shapes`.
+    """Check the weights of a file that passed :func:`check_shapes`.
 
     Args:
         path, config, where: as there.
-        norms: the base's modules to the Frobenius norms of their weights.
+        norms: Frobenius norms of the base's weights by module.
 
     Raises:
-        UserError: naming the tensor and what is wrong with it.
+        UserError: naming the tensor and the problem.
     """
     from safetensors import safe_open
 
@@ -74,9 +75,9 @@ def check_numbers(path: Path, config: ForeignConfig, norms: Mapping[str, float],
 def _check_names(entries: Mapping[str, Entry], config: ForeignConfig, where: str) -> None:
     wanted = {f"{_PREFIX}{module}.lora_{half}.weight" for module in config.modules for half in "AB"}
     for name in sorted(entries.keys() - wanted):
-        raise UserError("no LoRA weight that its configuration and the base call for", where=f"{where}, {name}")
+        raise UserError("Not a LoRA weight of this configuration and base", where=f"{where}, {name}")
     for name in sorted(wanted - entries.keys()):
-        raise UserError("it is missing, and its configuration calls for it", where=f"{where}, {name}")
+        raise UserError("The weight is missing, but the configuration requires it", where=f"{where}, {name}")
 
 
 def _by(shape: tuple[int, ...]) -> str:
@@ -86,26 +87,26 @@ def _by(shape: tuple[int, ...]) -> str:
 def _check_finite(tensor: Any, where: str) -> None:
     bad = tensor.numel() - int(tensor.isfinite().sum())
     if bad:
-        raise UserError(f"{bad:,} of its {tensor.numel():,} weights are no finite numbers", where=where)
+        raise UserError(f"{bad:,} of {tensor.numel():,} weights are not finite", where=where)
     largest = float(tensor.abs().max())
     if largest > LARGEST_WEIGHT:
-        raise UserError(f"a weight of {largest:.3g}: more than float16 can hold ({LARGEST_WEIGHT:,.0f})", where=where)
+        raise UserError(f"The largest weight is {largest:.3g}, above float16's {LARGEST_WEIGHT:,.0f}", where=where)
 
 
 def _check_change(a: Any, b: Any, scale: float, norm: float, where: str) -> None:
-    """Hold |scale·BA| to the base's |W|; by |BA|² = trace((BᵀB)(AAᵀ)), without the product of BA's size."""
+    """Compare |scale·BA| with the base's |W|, using |BA|² = trace((BᵀB)(AAᵀ)) to avoid a product of BA's size."""
     a, b = a.double(), b.double()
-    squared = float(((b.T @ b) * (a @ a.T)).sum())
+    squared = float(((b.T @ b) * (a @ a.T)).sum())  # both factors are [rank, rank] and symmetric
     change = scale * max(squared, 0.0) ** 0.5
     if change > LARGEST_CHANGE * norm:
         raise UserError(
-            f"it changes the base's weights by {change / norm:,.1f} times their norm; the most is {LARGEST_CHANGE:g}",
+            f"The change of the base's weights is {change / norm:,.1f} times their norm (limit {LARGEST_CHANGE:g})",
             where=where,
         )
 
 
 def base_norms(base: Path, modules: Iterable[str], task: Task) -> dict[str, float]:
-    """Return the Frobenius norms of the weights of some of the base's modules.
+    """Return the Frobenius norms of the weights of the base's modules.
 
     Args:
         base: the base's folder.

@@ -12,7 +12,7 @@ from tunewright.adapters.registry import Adapter
 from tunewright.config.general import InstructionsSuite as Settings
 from tunewright.core.errors import UserError
 from tunewright.data.examples import Message
-from tunewright.evaluation.answer_journal import Generation
+from tunewright.evaluation.answer_journal import Answer
 from tunewright.evaluation.benchmarks.bench import (
     Bench,
     above_floor,
@@ -112,10 +112,10 @@ class InstructionsSuite:
             )
         return [i for i, _ in asked], [p for _, p in asked], [*self.left_out, *left_out]
 
-    def _answers(self, bench: Bench, prompts: Sequence[Prompt], adapter: Adapter | None, what: str) -> list[Generation]:
+    def _answers(self, bench: Bench, prompts: Sequence[Prompt], adapter: Adapter | None, what: str) -> list[Answer]:
         return bench.generator.answer(f"{self.name}, {what}", prompts, self.limit, adapter)
 
-    def _truncated(self, bench: Bench, off: Sequence[Generation], on: Sequence[Generation]) -> tuple[int, int]:
+    def _truncated(self, bench: Bench, off: Sequence[Answer], on: Sequence[Answer]) -> tuple[int, int]:
         cut = sum(a.truncated for a in off), sum(a.truncated for a in on)
         if max(cut) > _TRUNCATED_SHARE * len(off):
             bench.reporter.warn(

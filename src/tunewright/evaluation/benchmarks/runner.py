@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tunewright.adapters.lineage import packages
 from tunewright.adapters.registry import Adapter
 from tunewright.config.project import ProjectFolder
 from tunewright.core.clock import now
@@ -22,7 +23,6 @@ from tunewright.evaluation.runner import EvaluateResult, evaluate
 from tunewright.evidence.benchmarks import Benchmarks, Suite
 from tunewright.evidence.regression_rule import Standing, standing
 from tunewright.evidence.schema import Advice, amend, evidence_on, load_evidence
-from tunewright.training.lineage import packages
 
 
 @dataclass(frozen=True)

@@ -21,21 +21,21 @@ from tunewright.models.loading import text_settings
 def write_lora(
     path: Path, name: str, weights: Weights, base: Base, file_type: FileType, reporter: Reporter
 ) -> list[str]:
-    """Write the adapter's change of ``weights``; the base stays apart.
+    """Write the adapter's deltas of ``weights`` without the base.
 
-    llama.cpp scales by alpha / rank, with one alpha for all layers. What a layer's own scale is beyond that (rsLoRA's,
-    or that of a pattern) goes into its B.
+    llama.cpp scales by alpha / rank, with one alpha for all layers. Any other scale of a layer (rsLoRA's, or a
+    pattern's) is multiplied into its B.
 
     Returns:
-        What whoever uses it has to know.
+        Notes for the user.
 
     Raises:
-        UserError: DoRA, which llama.cpp does not have.
+        UserError: DoRA, which llama.cpp does not support.
     """
     require_gguf(base)
     config = text_settings(base)
     if any(change.magnitude is not None for change in weights.changes.values()):
-        raise UserError("llama.cpp does not have DoRA", where=name, fix="Export it merged: --merged.")
+        raise UserError("llama.cpp does not support DoRA", where=name, fix="Export it merged: --merged.")
     first = next(iter(weights.changes.values()))
     alpha = first.scale * first.a.shape[0]
     file = TensorFile(path, file_type)
@@ -56,7 +56,7 @@ def write_lora(
         file.write(task.advance)
     if not file.whole:
         return []
-    return [f"{len(file.whole)} matrices are in f16: their rows are no multiple of 32 weights, as q8_0 needs"]
+    return [f"{len(file.whole)} matrices are in f16: q8_0 needs rows of a multiple of 32 weights"]
 
 
 def _given(tensor: Tensor) -> Callable[[], Tensor]:

@@ -1,4 +1,4 @@
-"""A whole model as one GGUF file: the base, or the base with an adapter merged into it."""
+"""A full model as one GGUF file: the base, or the base with an adapter merged into it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tunewright.chat import ChatFormat
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.export.gguf.tensors import FILE_TYPES, FileType, TensorFile, gguf_name, interleaved
-from tunewright.export.gguf.tokenizer import add_numbers, add_tokenizer
+from tunewright.export.gguf.tokenizer import add_token_ids, add_tokenizer
 from tunewright.export.weights import Weights
 from tunewright.models.bases import Base
 from tunewright.models.families import text_name
@@ -22,7 +22,7 @@ from tunewright.models.loading import text_settings
 from tunewright.models.memory.shape import read_shape
 
 _KINDS = ("llama", "mistral")
-"""To llama.cpp both are the architecture "llama"; of others neither tensors nor positions have been compared."""
+"""llama.cpp treats both as the architecture "llama"; for others neither tensors nor positions have been compared."""
 
 
 def write_model(
@@ -36,15 +36,15 @@ def write_model(
     *,
     system_prompt: str | None = None,
 ) -> list[str]:
-    """Write the model with its tokenizer; from float32 to the file's type in one step.
+    """Write the model with its tokenizer, converting from float32 to the file's type in one step.
 
-    Its chat template puts ``system_prompt`` before conversations without a system message.
+    Its chat template adds ``system_prompt`` to conversations without a system message.
 
     Returns:
-        What whoever uses it has to know.
+        Notes for the user.
 
     Raises:
-        UserError: positions or a tokenizer that llama.cpp does not have.
+        UserError: positions or a tokenizer that llama.cpp does not support.
     """
 
     def add_tokens(writer: Any, vocabulary: int) -> None:
@@ -53,7 +53,7 @@ def write_model(
     return _write(path, name, weights, base, add_tokens, file_type, reporter)
 
 
-def write_model_of_numbers(
+def write_token_id_model(
     path: Path,
     name: str,
     weights: Weights,
@@ -62,17 +62,17 @@ def write_model_of_numbers(
     file_type: FileType,
     reporter: Reporter,
 ) -> list[str]:
-    """Write the model for whoever gives it token ids and takes token ids: see :func:`add_numbers`.
+    """Write the model for callers that pass and receive token ids: see :func:`add_token_ids`.
 
     Returns:
-        What whoever uses it has to know.
+        Notes for the user.
 
     Raises:
-        UserError: positions that llama.cpp does not have.
+        UserError: positions that llama.cpp does not support.
     """
 
     def add_tokens(writer: Any, vocabulary: int) -> None:
-        add_numbers(writer, stop_ids, vocabulary)
+        add_token_ids(writer, stop_ids, vocabulary)
 
     return _write(path, name, weights, base, add_tokens, file_type, reporter)
 
@@ -102,18 +102,18 @@ def _write(
     for tensor in weights:
         text = text_name(tensor)
         if text is None or text.endswith("rotary_emb.inv_freq") or (text == "lm_head.weight" and tied):
-            continue  # vision; computed from the configuration; the output layer is the input embedding
+            continue  # a vision weight; computed from the configuration; tied to the input embedding
         shape = tuple(weights.base[tensor].shape)
         file.add(gguf_name(text, config.num_hidden_layers), shape, _rotated(weights, tensor, config))
     with reporter.task(f"writing {path.name}", len(weights.base), "tensors") as task:
         file.write(task.advance)
     if file.whole:
-        notes.append(f"{len(file.whole)} matrices are in f16: their rows are no multiple of 32 weights, as q8_0 needs")
+        notes.append(f"{len(file.whole)} matrices are in f16: q8_0 needs rows of a multiple of 32 weights")
     return notes
 
 
 def require_gguf(base: Base) -> None:
-    """Check that the base's text model is one that is written as GGUF.
+    """Check that the base's text model can be written as GGUF.
 
     Raises:
         UserError: a Ministral 3 or a Mixtral.
@@ -121,22 +121,22 @@ def require_gguf(base: Base) -> None:
     kind = text_settings(base).model_type
     if kind not in _KINDS:
         raise UserError(
-            f"a {kind} is not exported to GGUF: only {' and '.join(_KINDS)} models are, and Mistral 3 with such a text "
-            "model",
+            f"A {kind} model is not exported to GGUF: only {' and '.join(_KINDS)} models are, and Mistral 3 with such "
+            "a text model",
             where=base.spec,
             fix="Use `tunewright export merge`, whose folder transformers and vLLM load.",
         )
 
 
 def gguf_context(config: Any) -> int:
-    """Return the most tokens that llama.cpp can have of a base: it has no sliding window for this architecture."""
+    """Return the most tokens that llama.cpp supports for a base: it has no sliding window for this architecture."""
     window = getattr(config, "sliding_window", None)
     context = int(config.max_position_embeddings)
     return context if window is None else min(int(window), context)
 
 
 def heads_of(name: str, config: Any) -> int | None:
-    """Return how many heads the rows of a tensor are of, where llama.cpp has them in another order; else None."""
+    """Return the number of heads of a tensor whose rows llama.cpp orders differently; None for other tensors."""
     if ".q_proj." in name:
         return int(config.num_attention_heads)
     return int(config.num_key_value_heads) if ".k_proj." in name else None
@@ -154,8 +154,8 @@ def _add_shape(writer: Any, config: Any) -> list[str]:
     context = gguf_context(config)
     if context < config.max_position_embeddings:
         notes.append(
-            f"its context is {context:,} tokens, not {config.max_position_embeddings:,}: llama.cpp does not have the "
-            "sliding window of this architecture"
+            f"its context is {context:,} tokens, not {config.max_position_embeddings:,}: llama.cpp does not support "
+            "the sliding window of this architecture"
         )
     head = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     writer.add_context_length(context)
@@ -177,16 +177,16 @@ def _add_shape(writer: Any, config: Any) -> list[str]:
 
 
 def _rope_factors(config: Any) -> Tensor | None:
-    """Return what each of Llama 3.1's frequencies is divided by, [head / 2]; None where positions are not stretched so.
+    """Return the divisors of Llama 3.1's rotary frequencies [head / 2]; None for unscaled positions.
 
     Raises:
-        UserError: positions that are stretched in another way.
+        UserError: positions with another scaling.
     """
     kind = config.rope_parameters["rope_type"]
     if kind in ("default", "linear"):
         return None
     if kind != "llama3":
-        raise UserError(f"rope_type {kind} is not exported to GGUF", where="config.json, rope_parameters")
+        raise UserError(f"rope_type {kind} cannot be exported to GGUF", where="config.json, rope_parameters")
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     stretched, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Weights as GGUF has them: other names, rows of queries and keys in another order, and other number types."""
+"""Weights in GGUF: other names, another row order of queries and keys, and other number types."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FileType = Literal["f16", "q8_0"]
 ARCHITECTURE = gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.LLAMA]
 FILE_TYPES = {"f16": gguf.LlamaFileType.MOSTLY_F16, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
 _BLOCK = 32
-"""Weights of a row that Q8_0 gives one scale."""
+"""Weights of a row that share one scale in Q8_0."""
 
 
 def gguf_name(name: str, layers: int) -> str:
@@ -30,42 +30,42 @@ def gguf_name(name: str, layers: int) -> str:
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
     found = names.get_name(name, try_suffixes=(".weight", ".bias"))
     if found is None:
-        raise UserError(f"llama.cpp knows no tensor {name} of a Llama", where="GGUF")
+        raise UserError(f"llama.cpp has no tensor {name} for a Llama", where="GGUF")
     return str(found)
 
 
 def interleaved(rows: Tensor, heads: int) -> Tensor:
-    """Rows of queries or keys [heads * size, ...] in the order in which llama.cpp rotates them.
+    """Return rows of queries or keys [heads * size, ...] in llama.cpp's rotary order.
 
     transformers rotates the first half of each head against the second; llama.cpp rotates neighbours, as Meta's own
     code does::
 
         transformers   x0 x1 .. | y0 y1 ..        llama.cpp   x0 y0 x1 y1 ..
     """
-    halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
+    halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])  # [heads, 2, size / 2, ...]
     return halves.transpose(1, 2).reshape(rows.shape)
 
 
 @dataclass
 class TensorFile:
-    """A GGUF file under way: all names and sizes first, then the tensors one by one, so that one is in memory.
+    """A GGUF file being written: all names and sizes first, then the tensors one by one, so that one is in memory.
 
     Args:
         path: the file.
-        file_type: of matrices; vectors are float32 always.
+        file_type: of matrices; vectors are always float32.
     """
 
     path: Path
     file_type: FileType
     whole: list[str] = field(default_factory=list)
-    """Matrices that are in float16 as their rows are no multiple of 32 long, which q8_0 needs."""
+    """Matrices in float16, because their rows are not a multiple of 32 long, as q8_0 needs."""
 
     def __post_init__(self) -> None:
         self.writer: Any = gguf.GGUFWriter(self.path, ARCHITECTURE)
         self._tensors: list[tuple[str, gguf.GGMLQuantizationType, Callable[[], Tensor]]] = []
 
     def add(self, name: str, shape: tuple[int, ...], tensor: Callable[[], Tensor]) -> None:
-        """Announce a tensor that ``tensor`` will give in float32."""
+        """Announce a tensor, which ``tensor`` returns later in float32."""
         kind = self._kind(name, shape)
         self._tensors.append((name, kind, tensor))
         if kind == gguf.GGMLQuantizationType.Q8_0:
@@ -76,7 +76,7 @@ class TensorFile:
             self.writer.add_tensor_info(name, shape, dtype, int(np.prod(shape)) * dtype.itemsize)
 
     def write(self, on_tensor: Callable[[], None]) -> None:
-        """Write the file; metadata must have been given to ``writer`` before."""
+        """Write the file; ``writer`` must have its metadata already."""
         self.writer.write_header_to_file()
         self.writer.write_kv_data_to_file()
         self.writer.write_ti_data_to_file()

@@ -1,7 +1,7 @@
-"""A tokenizer as GGUF has it: vocabulary, kinds of tokens, merges or scores, and the chat template.
+"""A tokenizer in GGUF: vocabulary, token types, merges or scores, and the chat template.
 
-llama.cpp has the rules by which a text is cut before it is encoded in its own code, by name. Which of them a base has
-is told from its tokenizer.json; that both come to the same ids is part of the comparison that every GGUF goes through.
+llama.cpp has the pre-tokenization rules in its own code, by name. A base's rule is recognized by its tokenizer.json.
+The comparison that every GGUF goes through checks that both give the same ids.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ _FIX = "Export it merged (`tunewright export merge`), or use another base."
 
 
 def add_tokenizer(writer: Any, chat: ChatFormat, vocabulary: int, system_prompt: str | None) -> None:
-    """Write the tokenizer and the chat template of ``chat`` as a model of ``vocabulary`` tokens has them.
+    """Write the tokenizer and the chat template of ``chat`` for a model of ``vocabulary`` tokens.
 
-    The template puts ``system_prompt`` before conversations without a system message.
+    The template adds ``system_prompt`` to conversations without a system message.
 
     Raises:
-        UserError: a tokenizer of a kind that llama.cpp does not have.
+        UserError: a tokenizer of a kind that llama.cpp does not support.
     """
     tokenizer = chat.tokenizer
     stored: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     where = str(tokenizer.name_or_path)
     if stored["model"]["type"] != "BPE":
-        raise UserError(f"llama.cpp has no tokenizer like this one ({stored['model']['type']})", where=where, fix=_FIX)
+        raise UserError(f"llama.cpp has no tokenizer of this type ({stored['model']['type']})", where=where, fix=_FIX)
     pieces = {i: piece for piece, i in stored["model"]["vocab"].items()}
     added = {token["id"]: token for token in stored["added_tokens"]}
     tokens, kinds = [], []
@@ -55,13 +55,13 @@ def add_tokenizer(writer: Any, chat: ChatFormat, vocabulary: int, system_prompt:
         writer.add_tokenizer_pre("default")
         writer.add_token_list(tokens)
         writer.add_token_scores(_scores(tokens, merges))
-        # The chat template itself writes the space that sentencepiece puts before a text's first word.
+        # The chat template writes the space that sentencepiece adds before a text's first word.
         writer.add_add_space_prefix(False)
     else:
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(cutting_rule(stored, where))
+        writer.add_tokenizer_pre(pre_tokenizer_name(stored, where))
         writer.add_token_list(tokens)
-        # The writer leaves an empty list out, and llama.cpp wants one: a pair that stands in no text will do.
+        # The writer omits an empty list, and llama.cpp needs one: add a pair that occurs in no text.
         end = str(tokenizer.eos_token)
         writer.add_token_merges(merges or [f"{end} {end}"])
     writer.add_token_types(kinds)
@@ -69,15 +69,16 @@ def add_tokenizer(writer: Any, chat: ChatFormat, vocabulary: int, system_prompt:
     writer.add_chat_template(exported_template(chat, system_prompt))
 
 
-def add_numbers(writer: Any, stop_ids: Collection[int], vocabulary: int) -> None:
-    """Write a vocabulary whose tokens are called by their numbers, for a model that reads and writes ids alone.
+def add_token_ids(writer: Any, stop_ids: Collection[int], vocabulary: int) -> None:
+    """Write a vocabulary whose tokens are named by their ids, for a model that reads and writes ids alone.
 
-    With the tokens' own texts llama.cpp would end answers at whatever looks like an end to it (``<|endoftext|>``, say),
-    and it keeps a token back whose bytes are no whole character yet, and then tells the next one's id only.
+    With the tokens' own texts llama.cpp would end answers at anything that looks like an end token (such as
+    ``<|endoftext|>``). It also holds a token back while its bytes are not a whole character, and then reports only the
+    next one's id.
 
     Args:
-        stop_ids: tokens that end an answer, at least one. GGUF has names for three; of further ones llama.cpp does not
-            know that they do.
+        stop_ids: tokens that end an answer, at least one. GGUF has names for three; llama.cpp does not recognize
+            others.
     """
     assert stop_ids
     writer.add_tokenizer_model("gpt2")
@@ -92,11 +93,11 @@ def add_numbers(writer: Any, stop_ids: Collection[int], vocabulary: int) -> None
     writer.add_add_eos_token(False)
 
 
-def cutting_rule(stored: Mapping[str, Any], where: str) -> str:
-    """Return what llama.cpp calls the rule by which a tokenizer.json cuts texts into words.
+def pre_tokenizer_name(stored: Mapping[str, Any], where: str) -> str:
+    """Return llama.cpp's name for a tokenizer.json's pre-tokenization rule.
 
     Raises:
-        UserError: a rule that it does not have.
+        UserError: llama.cpp does not have the rule.
     """
     rule = stored["pre_tokenizer"] or {}
     parts: Sequence[Mapping[str, Any]] = rule["pretokenizers"] if rule.get("type") == "Sequence" else [rule]
@@ -104,14 +105,14 @@ def cutting_rule(stored: Mapping[str, Any], where: str) -> str:
     last = parts[-1]
     plain = not stored["normalizer"] and kinds[-1] == "ByteLevel" and not last["add_prefix_space"]
     if plain and kinds == ["ByteLevel"] and (last["use_regex"] or not stored["model"]["merges"]):
-        return "gpt-2"  # where nothing is merged, each byte is a token however the text is cut
+        return "gpt-2"  # without merges each byte is a token, whatever the rule
     if plain and kinds == ["Digits", "ByteLevel"] and parts[0]["individual_digits"] and last["use_regex"]:
         return "smollm"
     if plain and kinds == ["Split", "ByteLevel"] and not last["use_regex"]:
         pattern = parts[0]["pattern"].get("Regex")
         if parts[0]["behavior"] == "Isolated" and not parts[0]["invert"] and pattern in _BY_PATTERN:
             return _BY_PATTERN[pattern]
-    raise UserError("llama.cpp does not cut texts as this tokenizer does, as far as we know", where=where, fix=_FIX)
+    raise UserError("llama.cpp has no known pre-tokenization rule like this tokenizer's", where=where, fix=_FIX)
 
 
 def _kind(token: str, added: Mapping[str, Any] | None, *, known: bool, byte_tokens: bool) -> gguf.TokenType:
@@ -127,7 +128,7 @@ def _kind(token: str, added: Mapping[str, Any] | None, *, known: bool, byte_toke
 
 
 def _scores(tokens: Sequence[str], merges: Sequence[str]) -> list[float]:
-    """What sentencepiece merges by: of two pairs, the one that makes the piece of the higher score comes first."""
+    """Return sentencepiece's merge priorities: of two pairs, the one whose piece has the higher score merges first."""
     first: dict[str, int] = {}
     for rank, pair in enumerate(merges):
         first.setdefault(pair.replace(" ", "", 1), rank)
@@ -142,7 +143,7 @@ def _add_special(writer: Any, chat: ChatFormat) -> None:
     writer.add_pad_token_id(tokenizer.pad_token_id)
     if tokenizer.unk_token_id is not None:
         writer.add_unk_token_id(tokenizer.unk_token_id)
-    # GGUF has names for two more tokens that end an answer; llama.cpp knows Llama 3's by their text besides.
+    # GGUF has names for two more end tokens; llama.cpp also recognizes Llama 3's by their text.
     others = sorted(chat.stop_ids - {tokenizer.eos_token_id})
     for token, add in zip(others, (writer.add_eot_token_id, writer.add_eom_token_id), strict=False):
         add(token)

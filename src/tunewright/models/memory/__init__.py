@@ -1,1 +1,1 @@
-"""What a training needs of memory, known from the base's config.json before anything is loaded."""
+"""Memory estimates for training, from the base's config.json before anything is loaded."""

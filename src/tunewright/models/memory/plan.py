@@ -1,7 +1,8 @@
-"""What fits: the memory at hand, and the largest micro-batch of each length in it."""
+"""Memory plans: the available memory, the largest micro-batch of each length in it, and whether a config fits."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,36 +11,38 @@ from typing import Any
 from tunewright.config import TrainConfig
 from tunewright.models.cards import card_named
 from tunewright.models.loading import device
-from tunewright.models.memory.estimate import Load, Need, Way, need
+from tunewright.models.memory.estimate import BatchShape, MemoryBreakdown, TrainingSetup, estimate
 from tunewright.models.memory.shape import Shape
-from tunewright.models.memory.sizes import gigabytes, parse_size
+
+_UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]I?B)", re.IGNORECASE)
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 MOST_ROWS = 1024
-"""Micro-batches are tried up to this many rows: no config asks for more."""
+"""Largest micro-batch that is tried: no config asks for more rows."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """The memory that training is to fit into."""
+    """The memory available for training."""
 
     bytes: int
     card: bool
-    """On a CUDA card; else this machine's own."""
+    """On a CUDA GPU; else this machine's RAM."""
     source: str
-    """Where the number is from, in words."""
+    """The origin of the number, in words."""
 
 
-def memory_at_hand(gpu: str | None) -> Memory:
-    """Return the memory of a card that ``gpu`` names (RTX 4090, 24GB); else of the card present; else of this machine.
+def available_memory(gpu: str | None) -> Memory:
+    """Return the memory of the GPU that ``gpu`` names (RTX 4090, 24GB); else of the GPU present; else of this machine.
 
     Raises:
-        UserError: ``gpu`` is neither a size nor a known card.
+        UserError: ``gpu`` is neither a size nor a known GPU.
     """
     if gpu is not None:
         size = parse_size(gpu)
         if size is not None:
-            return Memory(size, True, f"a card with {gpu}")
+            return Memory(size, True, f"a GPU with {gpu}")
         card = card_named(gpu, "--gpu")
         return Memory(card.bytes, True, f"{card.name}, {card.bytes >> 20:,} MiB in `nvidia-smi`")
     import torch
@@ -47,20 +50,20 @@ def memory_at_hand(gpu: str | None) -> Memory:
     if torch.cuda.is_available():
         own = device()
         free, _ = torch.cuda.mem_get_info(own)
-        # What torch keeps of models that are gone counts as used with the driver, and goes to the next one.
+        # The driver counts torch's cache as used, but the next model can have it.
         free += torch.cuda.memory_reserved(own) - torch.cuda.memory_allocated(own)
-        return Memory(free, True, f"{gigabytes(free)} free on the card here, {torch.cuda.get_device_name(own)}")
+        return Memory(free, True, f"{gigabytes(free)} free on this machine's {torch.cuda.get_device_name(own)}")
     import psutil
 
     free = int(psutil.virtual_memory().available)
     limit = container_left()
     if limit is not None and limit < free:
-        return Memory(limit, False, f"{gigabytes(limit)} left to this container; no card is present")
-    return Memory(free, False, f"{gigabytes(free)} free in this machine's memory; no card is present")
+        return Memory(limit, False, f"{gigabytes(limit)} left to this container; no GPU is present")
+    return Memory(free, False, f"{gigabytes(free)} free in this machine's memory; no GPU is present")
 
 
 def container_left(group: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Return what a control group leaves to this process; None where there is no limit."""
+    """Return the bytes that a control group leaves to this process; None without a limit."""
     try:
         limit = (group / "memory.max").read_text().strip()
         return None if limit == "max" else int(limit) - int((group / "memory.current").read_text())
@@ -69,41 +72,41 @@ def container_left(group: Path = Path("/sys/fs/cgroup")) -> int | None:
 
 
 @dataclass(frozen=True)
-class Planned:
-    """One way of training: what the asked batch needs, and the largest micro-batch of each length."""
+class SetupPlan:
+    """One training setup: what the requested batch needs, and the largest micro-batch of each length."""
 
-    way: Way
-    asked: Need
+    setup: TrainingSetup
+    asked: MemoryBreakdown
     largest: dict[int, int]
-    """Rows that fit, by their length in tokens; 0 where not even one does."""
+    """Rows that fit, by their length in tokens; 0 if not even one fits."""
     longest: int
-    """Tokens of the longest single row that fits; 0 where none does."""
+    """Tokens of the longest single row that fits; 0 if none does."""
 
     @property
     def least(self) -> int:
-        """Bytes without which not even the asked batch can be trained: the runtime's own are an assumption."""
+        """Return the least bytes for the requested batch: the total without the assumed runtime."""
         return self.asked.total - self.asked.runtime
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All ways of training a base in some memory."""
+    """All setups for training a base in some memory."""
 
     base: str
     shape: Shape
     memory: Memory
-    asked: Load
+    asked: BatchShape
     length: int
     answer: int
-    """Trained tokens of a row that has them."""
-    ways: tuple[Planned, ...]
+    """Trained tokens of a row."""
+    setups: tuple[SetupPlan, ...]
 
-    def need(self, way: Way, rows: int, length: int) -> Need:
-        """Return what a micro-batch of ``rows`` rows of ``length`` tokens needs, shared and trained as was asked."""
-        return need(self.shape, way, _load(rows, length, self.asked.shared, self.answer))
+    def need(self, setup: TrainingSetup, rows: int, length: int) -> MemoryBreakdown:
+        """Return the need of a micro-batch of ``rows`` rows of ``length`` tokens, shared and trained as requested."""
+        return estimate(self.shape, setup, _load(rows, length, self.asked.shared, self.answer))
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the plan as ``--json`` prints it; bytes everywhere."""
+        """Return the plan for ``--json``, with all sizes in bytes."""
         return {
             "base": self.base,
             "parameters": self.shape.parameters,
@@ -111,11 +114,11 @@ class Plan:
             "batch": {**asdict(self.asked), "length": self.length, "tokens": self.asked.tokens},
             "ways": [
                 {
-                    "name": planned.way.name,
-                    "gradient_checkpointing": planned.way.checkpointing,
-                    "target_modules": list(planned.way.targets),
-                    "lora_r": planned.way.rank,
-                    "adapter_parameters": self.shape.adapter_parameters(planned.way.targets, planned.way.rank),
+                    "name": planned.setup.name,
+                    "gradient_checkpointing": planned.setup.checkpointing,
+                    "targets": list(planned.setup.targets),
+                    "rank": planned.setup.rank,
+                    "adapter_parameters": self.shape.adapter_parameters(planned.setup.targets, planned.setup.rank),
                     "bytes": asdict(planned.asked),
                     "total": planned.asked.total,
                     "fits": planned.asked.total <= self.memory.bytes,
@@ -124,7 +127,7 @@ class Plan:
                     ],
                     "longest_row": planned.longest,
                 }
-                for planned in self.ways
+                for planned in self.setups
             ],
         }
 
@@ -132,24 +135,24 @@ class Plan:
 def plan(
     base: str, shape: Shape, settings: TrainConfig, memory: Memory, *, rows: int, length: int, shared: int, answer: int
 ) -> Plan:
-    """LoRA and QLoRA, with and without gradient checkpointing, in this memory.
+    """Plan LoRA and QLoRA, with and without gradient checkpointing, in this memory.
 
     Args:
         base: its name.
         shape: its sizes.
         settings: targets, rank, dtype and dropout.
-        memory: what it has to fit into.
-        rows, length: of the batch whose parts are told.
-        shared: tokens at the beginning of each row that all rows share.
-        answer: trained tokens of each row; of a shorter row, all that it has of its own.
+        memory: the available memory.
+        rows, length: of the requested batch.
+        shared: tokens of the prefix that all rows share.
+        answer: trained tokens of each row; of a shorter row, all that follow the prefix.
     """
 
-    ways = []
+    setups = []
     asked = _load(rows, length, shared, answer)
-    # Of a mixture of experts NF4 would hold next to nothing (models.families).
+    # NF4 would quantize next to nothing of a mixture of experts (models.families).
     for nf4 in (False,) if shape.experts else (False, True):
         for checkpointing in (False, True):
-            way = Way(
+            setup = TrainingSetup(
                 tuple(settings.target_modules),
                 settings.lora_r,
                 settings.dtype,
@@ -159,27 +162,124 @@ def plan(
                 dropout=settings.lora_dropout > 0,
             )
 
-            def fits(rows: int, length: int, way: Way = way) -> bool:
-                return need(shape, way, _load(rows, length, shared, answer)).total <= memory.bytes
+            def fits(rows: int, length: int, setup: TrainingSetup = setup) -> bool:
+                return estimate(shape, setup, _load(rows, length, shared, answer)).total <= memory.bytes
 
             largest = {
                 each: _most(lambda n, each=each, fits=fits: fits(n, each), MOST_ROWS)  # type: ignore[misc]
                 for each in LENGTHS
             }
             longest = _most(lambda n, fits=fits: fits(1, n), 1 << 20)  # type: ignore[misc]
-            ways.append(Planned(way, need(shape, way, asked), largest, longest))
-    return Plan(base, shape, memory, asked, length, answer, tuple(ways))
+            setups.append(SetupPlan(setup, estimate(shape, setup, asked), largest, longest))
+    return Plan(base, shape, memory, asked, length, answer, tuple(setups))
 
 
-def _load(rows: int, length: int, shared: int, answer: int) -> Load:
+def _load(rows: int, length: int, shared: int, answer: int) -> BatchShape:
     own = max(1, length - shared)
-    return Load(rows, min(shared, length - own), own, min(answer, own))
+    return BatchShape(rows, min(shared, length - own), own, min(answer, own))
 
 
 def _most(fits: Callable[[int], bool], limit: int) -> int:
-    """Return the largest number from 1 to ``limit`` that fits, where all below one that fits do too; 0 for none."""
+    """Return the largest number from 1 to ``limit`` that fits, by bisection; 0 if none does."""
     low, high = 0, limit
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low
+
+
+@dataclass(frozen=True)
+class MemoryCheck:
+    """Result of checking whether the config's training fits into the memory."""
+
+    fits: bool
+    text: str
+    """The result and its reason, in one or two sentences."""
+    micro_batch: int
+    """Rows that go through at once; 0 if not even one row fits."""
+    length: int
+    """Tokens of each of these rows."""
+    longest_row: int | None
+    """Tokens of the dataset's longest row in train or dev; None if unknown."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the answer as ``--json`` prints it."""
+        return asdict(self)
+
+
+def check_memory(
+    plan: Plan, settings: TrainConfig, longest_row: int | None, *, rows: bool, length: bool
+) -> MemoryCheck:
+    """Check whether training fits, as `tunewright train` does it in this memory.
+
+    Without ``rows`` the micro-batch may be halved until it fits, as training halves it. Without ``length`` rows of
+    ``train.max_length`` tokens must fit, or at least the dataset's longest row.
+
+    Args:
+        plan: the memory, and the requested micro-batch.
+        settings: the config's.
+        longest_row: tokens of the dataset's longest row, if known.
+        rows, length: whether the user set them.
+    """
+    # On a GPU training recomputes activations; on the CPU it does not.
+    setups = {each.setup.nf4: each.setup for each in plan.setups if each.setup.checkpointing == plan.memory.card}
+    setup = setups[settings.quantization == "nf4"]
+    asked = plan.asked.rows
+    yours = "" if longest_row is None else f"; your longest row has {longest_row:,} tokens"
+    many = _rows_that_fit(plan, setup, plan.length, asked, halving=not rows)
+    if many:
+        return MemoryCheck(True, f"{_fits(plan, setup, many, plan.length)}{yours}.", many, plan.length, longest_row)
+    least = plan.length
+    if not length and longest_row is not None and longest_row < plan.length:
+        least = longest_row
+        some = _rows_that_fit(plan, setup, least, asked, halving=not rows)
+        if some:
+            text = f"{_fits(plan, setup, some, least)}{yours}. train.max_length ({plan.length:,}) does not fit."
+            return MemoryCheck(True, text, some, least, longest_row)
+    fewest = asked if rows else 1
+    needed = gigabytes(plan.need(setup, fewest, least).total)
+    text = (
+        f"Does not fit: micro-batch {fewest} × {least:,} ({setup.name}) needs {needed} of "
+        f"{gigabytes(plan.memory.bytes)}{yours}."
+    )
+    return MemoryCheck(False, " ".join([text, *_instead(plan, setups, setup, fewest, least)]), 0, least, longest_row)
+
+
+def _rows_that_fit(plan: Plan, setup: TrainingSetup, length: int, asked: int, *, halving: bool) -> int:
+    """Return the rows that go through at once: those requested, or with ``halving`` the first half that fits."""
+    while asked and plan.need(setup, asked, length).total > plan.memory.bytes:
+        asked = asked // 2 if halving else 0
+    return asked
+
+
+def _fits(plan: Plan, setup: TrainingSetup, rows: int, length: int) -> str:
+    needed = gigabytes(plan.need(setup, rows, length).total)
+    return f"Fits: micro-batch {rows} × {length:,} ({setup.name}, {needed} of {gigabytes(plan.memory.bytes)})"
+
+
+def _instead(plan: Plan, setups: dict[bool, TrainingSetup], setup: TrainingSetup, rows: int, length: int) -> list[str]:
+    """Return what does fit, the change with the lowest cost first."""
+    instead = []
+    fewer = _rows_that_fit(plan, setup, length, rows, halving=True)
+    if fewer:
+        instead.append(f"Micro-batch {fewer} × {length:,} does.")
+    longest = next(each.longest for each in plan.setups if each.setup == setup)
+    if 0 < longest < length:
+        instead.append(f"The longest single row that fits has {longest:,} tokens.")
+    nf4 = setups.get(True)
+    if nf4 is not None and nf4 != setup and plan.need(nf4, rows, length).total <= plan.memory.bytes:
+        instead.append("With train.quantization: nf4 it fits.")
+    return instead
+
+
+def parse_size(text: str) -> int | None:
+    """Return the bytes of a size such as ``24GB`` (10^9 bytes each) or ``24GiB`` (2^30); None if it is invalid."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or match[2].upper() not in _UNITS:
+        return None
+    return int(float(match[1]) * _UNITS[match[2].upper()]) or None
+
+
+def gigabytes(count: int) -> str:
+    """Return bytes as text in units of 10^9, such as ``13.5 GB``."""
+    return f"{count / 1e9:,.{1 if count >= 10**9 else 2}f} GB"

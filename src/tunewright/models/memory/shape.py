@@ -1,4 +1,4 @@
-"""The sizes of a base, from its config.json alone."""
+"""The shape of a base, from its config.json alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tunewright.models.quiet import quiet_transformers
 
 @dataclass(frozen=True)
 class Shape:
-    """The text model of a base in numbers; every layer is alike."""
+    """The dimensions of a base's text model, whose layers are all alike."""
 
     layers: int
     hidden: int
@@ -24,34 +24,34 @@ class Shape:
     heads: int
     kv_heads: int
     head: int
-    """Numbers in one head's query, key or value."""
+    """Size of one head's query, key or value."""
     vocabulary: int
     tied: bool
-    """Whether the output embedding is the input embedding."""
+    """True if the output embedding is the input embedding."""
     attention_bias: bool
     mlp_bias: bool
     experts: int = 0
-    """Experts of each layer's feed-forward block; 0 where it is a plain one."""
+    """Experts of each layer's feed-forward block; 0 if it is dense."""
     chosen: int = 0
     """Experts that compute each token."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The linear layers of each decoder layer; experts are not among them."""
+        """Return the linear layers of each decoder layer; experts are not among them."""
         return ATTENTION if self.experts else (*ATTENTION, *MLP)
 
     @property
     def queries(self) -> int:
-        """Numbers in one token's queries, all heads together; as many are in the attention's output."""
+        """Return the width of all heads' queries, which is also that of the attention's output."""
         return self.heads * self.head
 
     @property
     def keys(self) -> int:
-        """Numbers in one token's keys; as many are in its values."""
+        """Return the width of all heads' keys, which is also that of the values."""
         return self.kv_heads * self.head
 
     def linear(self, name: str) -> tuple[int, int]:
-        """Inputs and outputs of a linear layer, or of one expert's part of that name."""
+        """Return inputs and outputs of a linear layer, or of one expert's part of that name."""
         return {
             "q_proj": (self.hidden, self.queries),
             "k_proj": (self.hidden, self.keys),
@@ -64,18 +64,20 @@ class Shape:
 
     @property
     def linear_parameters(self) -> int:
-        """Parameters in the linear layers' weights, which 4-bit quantises; their biases are not among them."""
+        """Return the parameters of the linear layers' weights, which 4-bit quantization covers; biases are not among
+        them.
+        """
         return self.layers * sum(inputs * outputs for inputs, outputs in map(self.linear, self.names))
 
     @property
     def expert_parameters(self) -> int:
-        """Parameters of all experts, and of the routers that choose among them."""
+        """Return the parameters of all experts, and of the routers that choose among them."""
         one = sum(inputs * outputs for inputs, outputs in map(self.linear, MLP))
         return self.layers * self.experts * (one + self.hidden)
 
     @property
     def other_parameters(self) -> int:
-        """Parameters that stay in 16 bits in any case: embeddings, norms, biases and experts."""
+        """Return the parameters that are never quantized: embeddings, norms, biases and experts."""
         embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
         biases = self.attention_bias * sum(self.linear(name)[1] for name in ATTENTION)
         biases += self.mlp_bias * sum(self.linear(name)[1] for name in MLP)
@@ -83,19 +85,19 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        """All parameters of the base."""
+        """Return all parameters of the base."""
         return self.linear_parameters + self.other_parameters
 
     def adapter_parameters(self, targets: Iterable[str], rank: int) -> int:
-        """LoRA parameters: A [rank, inputs] and B [outputs, rank] for each target in each layer."""
+        """Return the LoRA parameters: A [rank, inputs] and B [outputs, rank] for each target in each layer."""
         return self.layers * sum(rank * sum(self.linear(name)) for name in targets)
 
 
 def read_shape(path: Path) -> Shape:
-    """Return the shape of the text model that a ``config.json`` describes, absent values as transformers fills them in.
+    """Return the shape of the text model in a ``config.json``, with transformers' defaults for absent values.
 
     Raises:
-        UserError: no such file, an unsupported family, already quantized, or values that make no model.
+        UserError: no such file, an unsupported family, quantized weights, or invalid values.
     """
     architecture = check_architecture(path)
     import transformers
@@ -107,7 +109,7 @@ def read_shape(path: Path) -> Shape:
             whole: Any = getattr(transformers, family.config).from_dict(read_config(path))
             config = whole.get_text_config()
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
-        raise UserError(f"not a configuration of {architecture}: {error}", where=str(path)) from error
+        raise UserError(f"Not a valid configuration of {architecture}: {error}", where=str(path)) from error
     shape = Shape(
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
@@ -116,7 +118,7 @@ def read_shape(path: Path) -> Shape:
         kv_heads=config.num_key_value_heads or config.num_attention_heads,
         head=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         vocabulary=config.vocab_size,
-        # Of a model with vision the whole's value counts, not the text model's own.
+        # For a model with vision the top-level value counts, not the text model's own.
         tied=bool(whole.tie_word_embeddings),
         attention_bias=bool(getattr(config, "attention_bias", False)),
         mlp_bias=bool(getattr(config, "mlp_bias", False)),
@@ -126,5 +128,5 @@ def read_shape(path: Path) -> Shape:
     sizes = [getattr(shape, name) for name in ("layers", "hidden", "intermediate", "heads", "kv_heads", "head")]
     sizes += [shape.vocabulary, *([shape.experts, shape.chosen] if family.experts else [])]
     if not all(size > 0 for size in sizes) or shape.heads % shape.kv_heads or shape.chosen > shape.experts:
-        raise UserError(f"its sizes make no model: {json.dumps(shape.__dict__)}", where=str(path))
+        raise UserError(f"Invalid model sizes: {json.dumps(shape.__dict__)}", where=str(path))
     return shape

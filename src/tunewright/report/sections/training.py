@@ -13,7 +13,7 @@ from tunewright.evidence.schema import Evidence
 from tunewright.metrics import metric_label, score_text
 from tunewright.report.blocks import Block, Figure, Lead, Notes, Section
 from tunewright.report.plots import curve_figure, training_plot
-from tunewright.training.checkpoint_selection import best_of, evaluations
+from tunewright.training.checkpoint_selection import best_evaluation, evaluations
 
 
 def section(evidence: Evidence, history: Sequence[dict[str, Any]]) -> Section | None:
@@ -55,7 +55,7 @@ def _loss_words(history: Sequence[dict[str, Any]], metric: MetricName) -> str:
     evaluated = evaluations(history)
     if not evaluated:
         return "No dev loss was measured during training."
-    lowest, kept = min(evaluated, key=lambda e: e.dev_loss), best_of(evaluated)
+    lowest, kept = min(evaluated, key=lambda e: e.dev_loss), best_evaluation(evaluated)
     words = f"Dev loss was lowest at step {lowest.step:,} ({lowest.dev_loss:.3f}) and "
     words += f"{evaluated[-1].dev_loss:.3f} at the end. The adapter of step {kept.step:,} was kept"
     if kept.dev_metric is None:

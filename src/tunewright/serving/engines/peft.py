@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from tunewright.adapters.lora_weights import read_matrices
+from tunewright.adapters.lora_weights import load_lora_weights
 from tunewright.adapters.registry import require_digest
 from tunewright.core.errors import UserError
 from tunewright.engines.protocol import (
@@ -23,8 +23,8 @@ from tunewright.engines.protocol import (
 )
 from tunewright.generation.batched_lora import Lora
 from tunewright.generation.decoding import Batch, PrefillState, Request, Row, prefill_groups
-from tunewright.generation.lora_dispatch import adapters_first
-from tunewright.generation.threads import release_cores
+from tunewright.generation.lora_dispatch import adapter_sort_keys
+from tunewright.generation.threads import release_openmp_threads
 from tunewright.serving.engines.token_dispatch import Subscription, TokenDispatch
 
 log = logging.getLogger("tunewright")
@@ -105,7 +105,7 @@ class PeftEngine:
         """Long prompts that are partly computed; the oldest first."""
         self._dispatch = TokenDispatch()
         self._stopped: str | None = None
-        release_cores()  # the thread that loaded the model has computed with them
+        release_openmp_threads()  # the thread that loaded the model has computed with them
         self._thread = threading.Thread(target=self._run, name="tunewright-engine", daemon=True)
         self._thread.start()
 
@@ -162,7 +162,7 @@ class PeftEngine:
 
         def read() -> dict[str, Lora]:
             require_digest(folder, digest)
-            return read_matrices(folder, self._model)
+            return load_lora_weights(folder, self._model)
 
         try:
             loras = await asyncio.to_thread(read)
@@ -173,7 +173,7 @@ class PeftEngine:
             raise AdapterFailedError(f"Failed to read the adapter {digest}: {error}") from error
 
         def put() -> None:
-            self._batch.put(digest, loras)
+            self._batch.add_adapter(digest, loras)
             self._loaded.add(digest)
 
         await self._run_between_steps(put)
@@ -189,7 +189,7 @@ class PeftEngine:
         def drop() -> None:
             if any(sequence.request.adapter == digest for sequence in self._running):
                 raise ValueError(f"a running request needs the adapter {digest}")
-            self._batch.drop(digest)
+            self._batch.remove_adapter(digest)
             self._loaded.discard(digest)
 
         await self._run_between_steps(drop)
@@ -269,16 +269,16 @@ class PeftEngine:
     def _prefill(self, admitted: list[_Sequence]) -> None:
         """Compute the short prompts in groups of similar length, and a chunk of at most two long ones."""
         short = [sequence for sequence in admitted if len(sequence.request.prompt_ids) <= PREFILL_CHUNK]
-        by_adapter = adapters_first([sequence.request.adapter for sequence in short])
+        by_adapter = adapter_sort_keys([sequence.request.adapter for sequence in short])
         for group in prefill_groups([len(sequence.request.prompt_ids) for sequence in short]):
             # Rows of one adapter next to each other need no reordering in each layer.
             self._prefill_together([short[place] for place in sorted(group, key=by_adapter.__getitem__)])
         for sequence in admitted:
             if sequence not in short:
-                self._prefilling[sequence] = self._batch.begin([sequence.request])
+                self._prefilling[sequence] = self._batch.start_prefill([sequence.request])
         # One chunk of the oldest prompt and one of the prompt with the least left: a long prompt does not delay the
         # short ones for longer than a chunk takes, and is not starved by them.
-        least_left = sorted(self._prefilling, key=lambda sequence: self._prefilling[sequence].left)
+        least_left = sorted(self._prefilling, key=lambda sequence: self._prefilling[sequence].remaining_tokens)
         for sequence in dict.fromkeys([*list(self._prefilling)[:1], *least_left[:1]]):
             self._prefill_chunk(sequence)
 
@@ -315,7 +315,7 @@ class PeftEngine:
         """Compute a chunk of a long prompt; after the last chunk its row decodes with the others."""
         reading = self._prefilling[sequence]
         try:
-            if not self._batch.read(reading, PREFILL_CHUNK):
+            if not self._batch.prefill(reading, PREFILL_CHUNK):
                 return
         except Exception as error:
             log.exception("failed to compute a request")

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from time import monotonic
 
+from tunewright.adapters.lineage import packages
 from tunewright.adapters.registry import adapter_digest
 from tunewright.chat import ChatFormat
 from tunewright.config import Config, EngineName, Quantize
@@ -26,7 +27,6 @@ from tunewright.serving.isolation.checks import LONG, SHORT, VERSION, check_isol
 from tunewright.serving.isolation.probes import Digest, Ids
 from tunewright.serving.isolation.result import IsolationResult
 from tunewright.serving.tenants.isolation_record import IsolationCheck, IsolationTest
-from tunewright.training.lineage import packages
 
 
 @dataclass(frozen=True)

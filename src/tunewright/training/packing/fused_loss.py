@@ -1,4 +1,7 @@
-"""The LM head on the trained tokens alone: their losses and gradients without ever holding all logits."""
+"""The LM head on trained tokens alone: losses and gradients without holding all logits.
+
+Shapes: L trained tokens, N of them in replayed rows, V vocabulary entries, D hidden size.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +16,19 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 from torch.utils.checkpoint import checkpoint
 
-from tunewright.training.fsdp import whole_weight
+from tunewright.training.fsdp import full_weight
 from tunewright.training.packing.attention import gather
 
 TILE_LOGITS = 1 << 25
-"""Logits are computed for so many (token, vocabulary entry) pairs at once: 128 MiB in float32."""
+"""(token, vocabulary entry) pairs whose logits are computed at once: 128 MiB in float32."""
 
 
 def add_token_losses(model: Any) -> None:
-    """Let the model's forward, given ``predict_from`` and ``targets``, return each target's loss instead of logits.
+    """Make the model's forward return each target's loss instead of logits if it gets ``predict_from`` and ``targets``.
 
-    Given ``predict_from`` alone, it returns the states that the head would see there; given a ``reference`` too, the
-    losses of its targets are divergences from that. Inside of forward, so that whatever wraps the model (PEFT, DDP,
-    FSDP) sees an ordinary pass. Without these the forward is what it was. To be called before PEFT wraps the model.
+    With ``predict_from`` alone it returns the hidden states that the head would see; with a ``reference`` too, the
+    losses of its targets are divergences from that. This happens inside forward, so that wrappers of the model (PEFT,
+    DDP, FSDP) see an ordinary pass. Without these arguments forward is unchanged. Call it before PEFT wraps the model.
     """
     original = type(model).forward
     held = weakref.ref(model)
@@ -43,87 +46,90 @@ def add_token_losses(model: Any) -> None:
         assert self is not None, "called through the model"
         if predict_from is None:
             return original(self, *args, **kwargs)
-        # Of a prompt that rows share whole, one state predicts the first token of each answer.
+        # Rows that share a whole prompt share the state that predicts their first token, so indices may repeat.
+        # last_hidden_state[0] is [T, D], states are [L, D].
         states = gather(self.base_model(*args, use_cache=False, **kwargs).last_hidden_state[0], predict_from)
         if targets is None:
             return states
         if reference is None:
             return token_losses(states, self.get_output_embeddings(), targets)
-        return losses_against(reference, states, self.get_output_embeddings(), targets)
+        return losses_with_reference(reference, states, self.get_output_embeddings(), targets)
 
-    # Bound to a proxy: a model that refers to itself would stay in memory until the garbage collector finds it.
+    # Bound to a proxy: a model that refers to itself stays in memory until the garbage collector runs.
     model.forward = MethodType(forward, weakref.proxy(model))
 
 
 def token_losses(states: Tensor, head: Any, targets: Tensor) -> Tensor:
-    """Negative log-likelihood of each target in float32 [L].
+    """Return the negative log-likelihood of each target in float32 [L].
 
     Args:
-        states: what the head sees [L, hidden size].
+        states: input of the head [L, D].
         head: the LM head, a linear layer.
         targets: token ids [L].
     """
     if head.weight.requires_grad or head.bias is not None:
         return cross_entropy(head(states).float(), targets, reduction="none")
-    losses: Tensor = _FrozenHeadLoss.apply(states, whole_weight(head), targets)
+    losses: Tensor = _FrozenHeadLoss.apply(states, full_weight(head), targets)
     return losses
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What the base predicts for the targets of replayed rows, which the adapter is held to."""
+    """The base's predictions for the targets of replayed rows, which the loss keeps the adapter close to."""
 
-    places: Tensor
-    """Which of the targets these are [N]."""
+    indices: Tensor
+    """Of these targets among all [N]."""
     others: Tensor
-    """Which of the targets these are not: known to the host, which would have to wait for a card to find out."""
+    """Indices of all other targets [L - N]; computed on the host, since computing them on a GPU would synchronize."""
     states: Tensor
-    """What the head sees there with the adapter off [N, hidden size]."""
+    """Input of the head with the adapter off [N, D]."""
     weight: float
-    """What divergences are multiplied by."""
+    """Factor of the divergences."""
 
 
-def losses_against(reference: Reference, states: Tensor, head: Any, targets: Tensor) -> Tensor:
-    """Return the losses of all targets in float32 [L]: weighted divergences from the reference where there is one.
+def losses_with_reference(reference: Reference, states: Tensor, head: Any, targets: Tensor) -> Tensor:
+    """Return the losses of all targets in float32 [L]: weighted divergences for those of the reference.
 
     Args:
         reference: of some of the targets.
-        states: what the head sees, of all targets [L, hidden size].
+        states: input of the head for all targets [L, D].
         head: the LM head.
         targets: token ids [L].
     """
     others = reference.others
     own = token_losses(states.index_select(0, others), head, targets.index_select(0, others))
-    held = divergences(states.index_select(0, reference.places), reference.states, head)
+    kl = kl_divergences(states.index_select(0, reference.indices), reference.states, head)
     losses = torch.zeros(len(targets), device=targets.device)
-    return losses.index_copy(0, others, own).index_copy(0, reference.places, reference.weight * held)
+    return losses.index_copy(0, others, own).index_copy(0, reference.indices, reference.weight * kl)
 
 
-def divergences(states: Tensor, reference: Tensor, head: Any) -> Tensor:
-    """Kullback-Leibler divergence, over the whole vocabulary, from the reference's predictions to the states' [N].
+def kl_divergences(states: Tensor, reference: Tensor, head: Any) -> Tensor:
+    """Return the KL divergence over the whole vocabulary from the reference's predictions to the states' [N].
 
     In nats and float32. Only ``states`` get a gradient.
 
     Args:
-        states, reference: what the head sees [N, hidden size].
+        states, reference: input of the head [N, D].
         head: the LM head, a linear layer.
     """
+    # Two logits a pair: the reference's and the adapter's. Tiles are checkpointed, so one tile's logits are held.
     most = max(1, TILE_LOGITS // (2 * head.weight.shape[0]))
     if len(states) <= most:
-        return _divergences(states, reference, head)
-    parts = zip(states.split(most), reference.split(most), strict=True)
-    return torch.cat([checkpoint(_divergences, on, off, head, use_reentrant=False) for on, off in parts])
+        return _tile_kl(states, reference, head)
+    tiles = zip(states.split(most), reference.split(most), strict=True)
+    return torch.cat([checkpoint(_tile_kl, on, off, head, use_reentrant=False) for on, off in tiles])
 
 
-def _divergences(states: Tensor, reference: Tensor, head: Any) -> Tensor:
+def _tile_kl(states: Tensor, reference: Tensor, head: Any) -> Tensor:
     with torch.no_grad():
-        off = head(reference.to(head.weight.dtype)).float().log_softmax(-1)
+        off = head(reference.to(head.weight.dtype)).float().log_softmax(-1)  # [N, V]
     on = head(states.to(head.weight.dtype)).float().log_softmax(-1)
+    # KL(base || adapter): torch's kl_div takes the adapter's log-probabilities first.
     return kl_div(on, off, reduction="none", log_target=True).sum(-1)
 
 
-def token_losses_of(model: Any, batch: Any, reference: Reference | None = None) -> Tensor:
-    """Return the losses of a packed batch's trained tokens [L], by a model that has `add_token_losses`."""
+def batch_token_losses(model: Any, batch: Any, reference: Reference | None = None) -> Tensor:
+    """Return the losses of a packed batch's trained tokens [L], by a model prepared with `add_token_losses`."""
     losses: Tensor = model(
         **batch.model_inputs(), predict_from=batch.predict_from, targets=batch.targets, reference=reference
     )
@@ -132,11 +138,11 @@ def token_losses_of(model: Any, batch: Any, reference: Reference | None = None) 
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
-    """Cross-entropy under a head that is not trained, tile by tile of tokens.
+    """Cross-entropy under a frozen head, computed in tiles of tokens.
 
-    A token's gradient by its state is (softmax - one-hot) W, whatever the loss is multiplied by later: it is computed
-    at once, while the tile's logits are there, and only scaled in backward. Liger (Hsu et al. 2024, arXiv 2410.10989)
-    does the same.
+    A token's gradient with respect to its state is (softmax - one-hot) W, whatever factor the loss gets later. So it is
+    computed in forward, while the tile's logits exist, and only scaled in backward. Liger (Hsu et al. 2024,
+    arXiv 2410.10989) does the same.
     """
 
     @staticmethod
@@ -144,17 +150,17 @@ class _FrozenHeadLoss(torch.autograd.Function):
         states = states.to(weight.dtype)
         losses = torch.empty(len(targets), dtype=torch.float32, device=states.device)
         wanted = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(states) if wanted else None
+        gradient = torch.empty_like(states) if wanted else None  # [L, D]
         size = max(1, TILE_LOGITS // len(weight))
         for start in range(0, len(targets), size):
             tile = slice(start, start + size)
-            logits = (states[tile] @ weight.T).float()
+            logits = (states[tile] @ weight.T).float()  # [tile, V]
             target = targets[tile, None]
             normaliser = logits.logsumexp(-1, keepdim=True)
             losses[tile] = (normaliser - logits.gather(-1, target))[:, 0]
             if gradient is not None:
-                probabilities = logits.sub_(normaliser).exp_()
-                probabilities.scatter_add_(-1, target, probabilities.new_full(target.shape, -1.0))
+                probabilities = logits.sub_(normaliser).exp_()  # in place: the logits are not needed again
+                probabilities.scatter_add_(-1, target, probabilities.new_full(target.shape, -1.0))  # minus one-hot
                 torch.mm(probabilities.to(weight.dtype), weight, out=gradient[tile])
         ctx.save_for_backward(gradient)
         return losses

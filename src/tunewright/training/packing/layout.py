@@ -1,13 +1,13 @@
-"""Where each token of a packed row stands, and which tokens it attends to.
+"""Layout of a packed row: the position of each token, and the tokens that it attends to.
 
-A packed row is a sequence of groups; a group is its prefix and then its rows' suffixes, those of like length beside
-each other in *blocks*::
+A packed row is a sequence of groups. A group is its prefix and then its rows' suffixes, those of similar length
+together in *blocks*::
 
     |prefix|  a a a a  b b b b  |  c c c c c c c c  d d d d d d d .  |prefix|  e e e  ...
                block               block (padded in attention only)
 
-Attention computes a block as rows of equal length, so like lengths keep its padding small; all that goes token by
-token has no padding at all.
+Attention computes a block as rows of equal length, so similar lengths keep its padding small. Everything that works
+token by token has no padding at all.
 """
 
 from __future__ import annotations
@@ -26,70 +26,70 @@ _MOST_PADDING = 0.25
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens of one row that stand together in the packed row."""
+    """Consecutive tokens of one row that are adjacent in the packed row."""
 
     row: int
-    """The row's place in the batch; of a prefix, any of the rows that share it."""
+    """The row's index in the batch; of a prefix, any of the rows that share it."""
     first: int
-    """Which of the row's tokens comes first."""
+    """Index of the first token in its row."""
     length: int
     start: int
-    """Where the first stands in the packed row."""
+    """Index of the first token in the packed row."""
 
     @property
     def tokens(self) -> int:
-        """Its length, by the name that a block has for it."""
+        """Return the length, under the name that a block has for it."""
         return self.length
 
 
 @dataclass(frozen=True)
 class Block:
-    """Suffixes of like length that follow the same prefix (of length 0 where there is none)."""
+    """Suffixes of similar length that follow the same prefix (of length 0 if they share none)."""
 
     prefix: Piece
     suffixes: tuple[Piece, ...]
-    pick: Tensor | None
-    """Of a padded block: where in the block each token of [rows, longest] comes from, flat; padding repeats one."""
-    valid: Tensor | None
-    """Of a padded block: where in [rows, longest], flat, each token of the block is [tokens]."""
+    pad_index: Tensor | None
+    """Of a padded block: the block's token for each place of [rows, longest], flat; padding repeats a token."""
+    valid_index: Tensor | None
+    """Of a padded block: the place in [rows, longest], flat, of each token of the block [tokens]."""
 
     @property
     def start(self) -> int:
-        """Where the block begins in the packed row."""
+        """Return the block's first index in the packed row."""
         return self.suffixes[0].start
 
     @cached_property
     def tokens(self) -> int:
-        """How many tokens the suffixes have together."""
+        """Return the number of tokens of all suffixes."""
         return sum(piece.length for piece in self.suffixes)
 
     @cached_property
     def longest(self) -> int:
-        """Tokens of the longest suffix."""
+        """Return the tokens of the longest suffix."""
         return max(piece.length for piece in self.suffixes)
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """The same attention for kernels that take ragged batches: query sequence i sees the keys of key sequence i.
+    """The same attention for variable-length kernels: query sequence i attends to key sequence i.
 
-    Query sequences stand in the packed row's order, one for each prefix and each suffix. The last query of one sees all
-    keys, the one before all but the last, and so on: causal, aligned at the ends.
+    Query sequences are in the packed row's order, one for each prefix and each suffix. The last query of a sequence
+    sees all keys, the one before it all but the last, and so on: causal, aligned at the ends.
     """
 
-    ends_q: Tensor
-    """Where query sequences begin, and where the last one ends: int32 [N + 1]."""
-    ends_k: Tensor
-    """The same of key sequences."""
-    longest_q: int
-    longest_k: int
-    key_places: Tensor | None
-    """Where in the packed row each key comes from [sum of keys]; None: keys are the packed row's, in its order."""
+    cu_seqlens_q: Tensor
+    """Cumulative query lengths, starting with 0: int32 [N + 1], as FlashAttention takes them."""
+    cu_seqlens_k: Tensor
+    """Cumulative key lengths."""
+    max_seqlen_q: int
+    max_seqlen_k: int
+    key_indices: Tensor | None
+    """Index in the packed row of each key [sum of keys]; None: the keys are the packed row's, in its order."""
 
     @property
     def count(self) -> int:
-        """How many sequences there are."""
-        return len(self.ends_q) - 1
+        """Return the number of sequences."""
+        return len(self.cu_seqlens_q) - 1
 
 
 @dataclass(frozen=True)
@@ -97,23 +97,23 @@ class Layout:
     """A packed row's prefixes and blocks, in their order."""
 
     prefixes: tuple[Piece, ...]
-    """One for each group; of length 0 where its rows share nothing."""
+    """One for each group; of length 0 if its rows share nothing."""
     blocks: tuple[Block, ...]
     sequences: Sequences
 
     @property
     def pieces(self) -> list[Piece]:
-        """All pieces in the order in which they stand."""
+        """Return all pieces in the packed row's order."""
         return [piece for piece, _ in _sequences(self.prefixes, self.blocks)]
 
     @cached_property
     def parts(self) -> list[Piece | Block]:
-        """Prefixes and blocks in the order in which they stand; those without a token are left out."""
+        """Return prefixes and blocks in the packed row's order, without empty ones."""
         parts: list[Piece | Block] = [*(prefix for prefix in self.prefixes if prefix.length), *self.blocks]
         return sorted(parts, key=lambda part: part.start)
 
     def places(self, row: int) -> Callable[[int], int]:
-        """Where in the packed row each token of a row stands."""
+        """Return a function from a token's index in this row to its index in the packed row."""
         block, suffix = self._rows[row]
         prefix = block.prefix
 
@@ -132,25 +132,28 @@ class Layout:
         return self._each(lambda index: index.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Layout:
-        """Return the same layout with its indices in pinned memory, from which copies to a card do not block."""
+        """Return the same layout with its indices in pinned memory, from which copies to a GPU do not block."""
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Layout:
         def changed(index: Tensor | None) -> Tensor | None:
             return None if index is None else change(index)
 
-        blocks = tuple(replace(block, pick=changed(block.pick), valid=changed(block.valid)) for block in self.blocks)
+        blocks = tuple(
+            replace(block, pad_index=changed(block.pad_index), valid_index=changed(block.valid_index))
+            for block in self.blocks
+        )
         sequences = replace(
             self.sequences,
-            ends_q=change(self.sequences.ends_q),
-            ends_k=change(self.sequences.ends_k),
-            key_places=changed(self.sequences.key_places),
+            cu_seqlens_q=change(self.sequences.cu_seqlens_q),
+            cu_seqlens_k=change(self.sequences.cu_seqlens_k),
+            key_indices=changed(self.sequences.key_indices),
         )
         return replace(self, blocks=blocks, sequences=sequences)
 
 
 def lay_out(groups: Sequence[tuple[int, Sequence[tuple[int, int]]]]) -> Layout:
-    """Lay out groups: each a prefix's length and its rows as (place in the batch, tokens of the suffix)."""
+    """Lay out groups, each a prefix's length and its rows as (index in the batch, tokens of the suffix)."""
     prefixes: list[Piece] = []
     blocks: list[Block] = []
     start = 0
@@ -168,7 +171,7 @@ def lay_out(groups: Sequence[tuple[int, Sequence[tuple[int, int]]]]) -> Layout:
 
 
 def _sequences(prefixes: Iterable[Piece], blocks: Iterable[Block]) -> list[tuple[Piece, Piece | None]]:
-    """Return every piece in the packed row's order, with the prefix that it sees before itself."""
+    """Return every piece in the packed row's order, with the prefix that it attends to."""
     pairs: list[tuple[Piece, Piece | None]] = [(prefix, None) for prefix in prefixes if prefix.length]
     for block in blocks:
         before = block.prefix if block.prefix.length else None
@@ -183,12 +186,14 @@ def _ragged(pairs: Sequence[tuple[Piece, Piece | None]]) -> Sequences:
     if any(before for _, before in pairs):
         seen = [each for piece, before in pairs for each in ((before, piece) if before else (piece,))]
         places = torch.cat([torch.arange(each.start, each.start + each.length) for each in seen])
-    ends_q, ends_k = (torch.tensor([0, *accumulate(lengths)], dtype=torch.int32) for lengths in (queries, keys))
-    return Sequences(ends_q, ends_k, max(queries), max(keys), places)
+    cu_seqlens_q, cu_seqlens_k = (
+        torch.tensor([0, *accumulate(lengths)], dtype=torch.int32) for lengths in (queries, keys)
+    )
+    return Sequences(cu_seqlens_q, cu_seqlens_k, max(queries), max(keys), places)
 
 
 def _alike(rows: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
-    """Rows of like length together, the longest first."""
+    """Group rows of similar length, the longest first."""
     blocks: list[list[tuple[int, int]]] = []
     for row, tokens in sorted(rows, key=lambda each: -each[1]):
         if blocks and tokens >= blocks[-1][0][1] * (1 - _MOST_PADDING):
@@ -202,9 +207,9 @@ def _padding(lengths: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:
     longest = max(lengths)
     if min(lengths) == longest:
         return None, None
-    column = torch.arange(longest)
-    length = torch.tensor(lengths)[:, None]
-    begins = torch.tensor([0, *lengths[:-1]]).cumsum(0)[:, None]
-    inside = column < length
-    pick = begins + torch.where(inside, column, 0)
-    return pick.flatten(), inside.flatten().nonzero().flatten()
+    column = torch.arange(longest)  # [longest]
+    length = torch.tensor(lengths)[:, None]  # [rows, 1]
+    begins = torch.tensor([0, *lengths[:-1]]).cumsum(0)[:, None]  # [rows, 1]
+    inside = column < length  # [rows, longest]
+    pad_index = begins + torch.where(inside, column, 0)  # padding repeats its row's first token
+    return pad_index.flatten(), inside.flatten().nonzero().flatten()

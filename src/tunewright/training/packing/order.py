@@ -1,8 +1,8 @@
-"""The order of the training rows: random, a function of seed and epoch alone.
+"""The order of the training rows: random, and a function of seed and epoch alone.
 
-The rows of an optimizer step are drawn at random without replacement, as in trl: a step of rows of like length is a
-biased sample, and costs quality (benchmarks/train_speed.py). Inside a step the order changes nothing but speed, since
-the gradients of its rows are added up: there rows that share a prefix share a micro-batch.
+The rows of an optimizer step are drawn at random without replacement, as in trl. Steps of rows of similar length would
+be biased samples and cost quality (benchmarks/train_speed.py). Inside a step the order affects only speed, because the
+rows' gradients are added up: there rows that share a prefix share a micro-batch.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Iterator, Sequence
 from torch.utils.data import DistributedSampler
 
 ORDER = "random"
-"""Part of every adapter's identity: the order in which rows are drawn decides which adapter the same rows train."""
+"""Part of every adapter's identity, since the row order decides which adapter the same rows train."""
 
 
 def random_order(rows: int, seed: int) -> DistributedSampler[int]:
-    """Return the places 0 to ``rows`` - 1 in an order that the seed and the epoch (`set_epoch`) decide.
+    """Return the indices 0 to ``rows`` - 1 in an order that the seed and the epoch (`set_epoch`) decide.
 
-    torch's RandomSampler draws from a generator that moves on, so a run that resumes in a later epoch would see
-    another order: some rows twice, others not at all.
+    torch's RandomSampler draws from a generator with state. A run that resumes in a later epoch would see another
+    order: some rows twice, others not at all.
     """
     return DistributedSampler(range(rows), num_replicas=1, rank=0, shuffle=True, seed=seed)  # type: ignore[arg-type]
 
@@ -27,8 +27,8 @@ def random_order(rows: int, seed: int) -> DistributedSampler[int]:
 class StepBatches:
     """The micro-batches of one process: each step's rows are split evenly, and every row is trained on once.
 
-    accelerate's own way of dealing batches repeats rows so that all processes have as many. Here a process that has
-    fewer rows of an epoch's last step gets empty batches, since all processes have to make as many passes.
+    accelerate's own batch dispatch repeats rows so that all processes have equally many. Here a process with fewer rows
+    in an epoch's last step gets empty batches, since all processes must make equally many passes.
 
     Args:
         rows: token ids of all training rows.
@@ -56,7 +56,7 @@ class StepBatches:
         self.processes = processes
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw the order of this epoch; accelerate's data loader calls it before each one."""
+        """Set the epoch, which decides the order; accelerate's data loader calls it before each one."""
         self.sampler.set_epoch(epoch)
 
     def _share(self, rows: int) -> int:
@@ -73,7 +73,8 @@ class StepBatches:
         for start in range(0, len(order), self.step_rows):
             step = order[start : start + self.step_rows]
             share = self._share(len(step))
-            # Dealt out by length, so that no process waits long for another.
+            # Distributed by length, so that no process waits long for another. Then sorted by token ids, which puts
+            # rows with a common prefix into one micro-batch.
             dealt = sorted(step, key=lambda place: -len(self.rows[place]))[self.process :: self.processes]
             mine = sorted(dealt, key=lambda place: list(self.rows[place]))
             for first in range(0, share, self.micro_batch):

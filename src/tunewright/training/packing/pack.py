@@ -1,4 +1,7 @@
-"""Rows laid out as one packed row: ids, positions, what is predicted from where, and the layout for attention."""
+"""Packing rows into one row: ids, positions, prediction indices and targets, and the layout for attention.
+
+Shapes: T tokens of the packed row, L trained tokens.
+"""
 
 from __future__ import annotations
 
@@ -16,31 +19,33 @@ from tunewright.training.rows import IGNORED
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """A batch as the model gets it."""
+    """A batch as the model takes it."""
 
     input_ids: Tensor
     """Token ids [1, T]."""
     position_ids: Tensor
     """Each token's position in its own row [1, T]."""
     predict_from: Tensor
-    """Where in T the trained tokens are predicted from [L]; two rows may be predicted from one place of a prefix."""
+    """Indices into T of the states that predict the trained tokens [L]; rows with a common prefix may share one."""
     targets: Tensor
     """The trained tokens [L]."""
     layout: Layout
     row_tokens: int
-    """Tokens of the rows, shared ones counted once for each row."""
+    """Tokens of the rows, counting shared ones once for each row."""
     replayed: Tensor | None = None
-    """Which of the trained tokens are of rows that the adapter is held to the base on: places in L; None: none is."""
+    """Indices into L of the tokens of replayed rows, whose loss is the divergence from the base; None if none."""
     learnt: Tensor | None = None
-    """Which of them are not; None where ``replayed`` is."""
+    """Indices into L of all other tokens; None where ``replayed`` is None."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
-        """Return the same batch, all of its tensors on ``device``."""
+        """Return the same batch with all tensors on ``device``."""
         moved = self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
         return replace(moved, layout=self.layout.to(device, non_blocking))
 
     def pin_memory(self) -> PackedBatch:
-        """Return the same batch in pinned memory, from which copies to a card do not block; torch's loader asks."""
+        """Return the same batch in pinned memory, from which copies to a GPU do not block; torch's data loader calls
+        this.
+        """
         return replace(self._each(Tensor.pin_memory), layout=self.layout.pin_memory())
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
@@ -49,9 +54,9 @@ class PackedBatch:
         return replace(self, **changed)
 
     def model_inputs(self) -> dict[str, Any]:
-        """Return what the model's forward takes, the targets apart."""
-        # transformers takes positions that begin again for rows packed without a layout, and makes a mask [1, 1, T, T]
-        # of them; a mask that has four dimensions already is passed on, and attention by a layout does not look at it.
+        """Return the arguments of the model's forward, without the targets."""
+        # transformers takes restarting positions for packed rows and makes a mask [1, 1, T, T] of them. It passes a
+        # mask with four dimensions on, and attention by a layout ignores it.
         no_mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=self.input_ids.device)
         return {
             "input_ids": self.input_ids,
@@ -69,14 +74,14 @@ def pack(
     groups: Sequence[Group] | None = None,
     replayed: Sequence[bool] | None = None,
 ) -> PackedBatch:
-    """Lay rows out as one packed row.
+    """Pack rows into one row.
 
     Args:
         rows: token ids.
-        labels: of the same lengths: the id of a trained token, else -100 (as transformers has them, not shifted).
-        share: compute shared prefixes once; else every row stands whole.
+        labels: of the same lengths: the id of a trained token, else -100 (as in transformers, not shifted).
+        share: compute shared prefixes once; else every row is laid out in full.
         groups: the grouping (None: the best one, see `plan_groups`).
-        replayed: which rows the adapter is held to the base on (None: no row).
+        replayed: which rows are replayed (None: no row).
     """
     if groups is None:
         groups = plan_groups(rows) if share else [Group(0, tuple(range(len(rows))))]
@@ -94,7 +99,7 @@ def pack(
     for place_in_batch, wanted in enumerate(labels):
         place_of = layout.places(place_in_batch)
         for place, label in enumerate(wanted):
-            if label != IGNORED and place:
+            if label != IGNORED and place:  # a row's first token has no state that predicts it
                 predict_from.append(place_of(place - 1))
                 (held if replayed and replayed[place_in_batch] else learnt).append(len(targets))
                 targets.append(label)

@@ -1,4 +1,4 @@
-"""Which rows of a batch share which prefix: the grouping that leaves the fewest tokens to compute."""
+"""Grouping of a batch's rows by shared prefixes, with the fewest tokens to compute."""
 
 from __future__ import annotations
 
@@ -7,30 +7,31 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 GROUP_COST = 8
-"""What a further group costs beside its tokens, in tokens: its attention is a computation of its own."""
+"""Fixed cost of one more group, in tokens: its attention is a separate computation."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Rows that begin with the same ``prefix`` tokens; rows that share nothing are a group with a prefix of 0."""
+    """Rows that start with the same ``prefix`` tokens; rows that share nothing form a group with a prefix of 0."""
 
     prefix: int
     rows: tuple[int, ...]
-    """Places in the batch."""
+    """Indices in the batch."""
 
 
 def plan_groups(rows: Sequence[Sequence[int]]) -> list[Group]:
-    """Group token rows by shared prefixes, so that prefixes and suffixes together are as few tokens as can be.
+    """Group rows by shared prefixes, so that prefixes and suffixes together have the fewest tokens.
 
-    In lexicographic order the rows under a prefix are neighbours, so the groups are runs of that order, and the best
-    runs are found by dynamic programming over their ends. At least one token of each row stays in its suffix.
+    In lexicographic order rows with a common prefix are neighbours, so groups are runs of that order. Dynamic
+    programming over the runs' ends finds the best ones. At least one token of each row stays in its suffix.
 
     Args:
-        rows: token ids; none is empty.
+        rows: token ids, each non-empty.
     """
     order = sorted(range(len(rows)), key=lambda place: list(rows[place]))
     common = [common_prefix(rows[a], rows[b]) for a, b in pairwise(order)]
-    # best[end]: the least cost of the first `end` rows of the order, and where the last of their groups begins.
+    # best[end] = (cost, start, prefix): the lowest cost of the first `end` rows in order, and their last group.
+    # cost(start, end) = best[start] + tokens of the rows - (rows - 1) * prefix + GROUP_COST.
     best: list[tuple[int, int, int]] = [(0, 0, 0)]
     for end in range(1, len(order) + 1):
         alone = len(rows[order[end - 1]])
@@ -61,12 +62,12 @@ def plan_groups(rows: Sequence[Sequence[int]]) -> list[Group]:
 
 
 def computed_tokens(rows: Sequence[Sequence[int]], groups: Sequence[Group]) -> int:
-    """Tokens that go through the model: each group's prefix once, and all suffixes."""
+    """Return the tokens that go through the model: each group's prefix once, and all suffixes."""
     return sum(map(len, rows)) - sum((len(group.rows) - 1) * group.prefix for group in groups)
 
 
 def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:
-    """Tokens (or characters) that two rows have in common at their beginning."""
+    """Return the length of the common prefix of two rows, in tokens or characters."""
     for place, (x, y) in enumerate(zip(a, b, strict=False)):
         if x != y:
             return place

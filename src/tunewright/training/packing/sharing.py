@@ -1,4 +1,4 @@
-"""Whether computing shared prompts once is worth it: looked up in the rows, in the order of their training."""
+"""The decision to share prefixes: measured on the training rows, in their order."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from tunewright.training.packing.order import StepBatches
 from tunewright.training.packing.plan import computed_tokens, plan_groups
 
 WORTH = 1.05
-"""Below this many times fewer tokens, rows are packed without looking for prefixes."""
+"""Saving factor below which rows are packed without looking for prefixes."""
 
 _BATCHES = 200
-"""So many batches of the first epoch are looked at; the saving of the rest is much the same."""
+"""Batches of the first epoch that are measured; the rest save about as much."""
 
 
 @dataclass(frozen=True)
 class Sharing:
-    """What sharing prompts saves."""
+    """The decision, and the tokens that sharing saves."""
 
     share: bool
-    """Whether prompts are shared."""
+    """True if prefixes are shared."""
     tokens: int
-    """Tokens of the rows looked at."""
+    """Tokens of the measured rows."""
     computed: int
-    """Tokens that are computed for them where prompts are shared."""
+    """Tokens computed for them with shared prefixes."""
     reason: str
-    """What was decided and why, for people."""
+    """The decision and its reason, as shown to the user."""
 
     def as_dict(self) -> dict[str, Any]:
-        """For the lineage."""
+        """Return the decision for the lineage."""
         return asdict(self)
 
     @property
     def ratio(self) -> float:
-        """How many times fewer tokens go through the model."""
+        """Return the factor by which sharing reduces the tokens."""
         return self.tokens / self.computed
 
 
@@ -49,18 +49,19 @@ def measure_sharing(
     batch_size: int,
     seed: int,
 ) -> Sharing:
-    """Decide by the config's ``setting``, for rows of token ids and batches as they will be trained."""
+    """Apply the config's ``setting`` to rows of token ids, batched as they are trained."""
     tokens = computed = 0
     for places in islice(StepBatches(rows, seed, step_rows=batch_size, micro_batch=micro_batch), _BATCHES):
         batch = [rows[place] for place in places]
         tokens += sum(map(len, batch))
         computed += computed_tokens(batch, plan_groups(batch))
-    saves = f"rows of a batch share prompts: {tokens / computed:.1f} times fewer tokens to compute"
+    saves = f"{tokens / computed:.1f} times fewer tokens to compute"
     if setting == "off":
-        return Sharing(False, tokens, computed, f"Prompts are not shared (train.prefix_sharing: off); {saves} with it")
+        reason = f"Prompts are not shared (train.prefix_sharing: off). Sharing would give {saves}"
+        return Sharing(False, tokens, computed, reason)
     if setting == "auto" and dropout:
-        # One mask for all rows of a batch would be a coarser dropout than the config asks for.
-        return Sharing(False, tokens, computed, "Prompts are not shared: each row has a dropout of its own")
+        # One dropout mask for all rows of a batch would be coarser than the config asks for.
+        return Sharing(False, tokens, computed, "Prompts are not shared: dropout needs a separate mask for each row")
     if setting == "auto" and tokens < WORTH * computed:
-        return Sharing(False, tokens, computed, "Prompts are not shared: rows of a batch have next to none in common")
-    return Sharing(True, tokens, computed, saves[0].upper() + saves[1:])
+        return Sharing(False, tokens, computed, "Prompts are not shared: rows of a batch have too little in common")
+    return Sharing(True, tokens, computed, f"Rows of a batch share prompts: {saves}")

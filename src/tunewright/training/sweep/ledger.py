@@ -1,6 +1,6 @@
-"""The ledger of a sweep: every trial's every rung, one line each, nothing ever changed or removed.
+"""The ledger of a sweep: one line for every rung of every trial, never changed or removed.
 
-A line is added by writing the file whole, so that a kill leaves the ledger as it was or with the line.
+A line is added by rewriting the file atomically, so a kill leaves the ledger without the line or with all of it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LEDGER = "ledger.jsonl"
 Event = Literal["timed", "measured", "finished", "diverged", "stopped", "goes on", "out", "left out", "winner"]
 _RESULTS = {"measured", "finished", "diverged"}
 _DECISIONS = {"goes on", "out", "left out", "winner"}
-_RESTORE = "Restore it; or remove its folder, and the sweep begins anew."
+_RESTORE = "Restore it, or remove its folder to start the sweep again."
 
 
 class _Line(BaseModel):
@@ -28,7 +28,7 @@ class _Line(BaseModel):
 
 
 class Head(_Line):
-    """The first line: what is swept, on what, and how it is compared."""
+    """The first line: what is swept, on which data, and how trials are compared."""
 
     schema_version: Literal[1] = 1
     sweep: str
@@ -37,45 +37,45 @@ class Head(_Line):
     template: str
     chosen_on: Literal["dev"] = "dev"
     metric: MetricName | None
-    """None where no dev rows are answered: then the dev loss decides alone."""
+    """None if no dev rows are answered: then the dev loss alone decides."""
     steps: int
     rungs: tuple[int, ...]
     trials: dict[str, dict[str, Any]]
-    """By name: preset, learning_rate, and inputs, the digest that `tunewright train` knows the run by."""
+    """By name: preset, learning_rate, and inputs, the digest by which `tunewright train` finds the run."""
 
 
 class Entry(_Line):
-    """Something that happened to a trial. Measures are of the dev split after ``step`` steps of the trial."""
+    """An event of a trial. Measurements are of the dev split after ``step`` steps of the trial."""
 
     time: str
     """UTC, ISO 8601."""
     event: Event
     trial: str
     rung: int
-    """From 1; 0 for the few steps that tell how long a step takes."""
+    """From 1; 0 for the first steps, which are timed."""
     step: int
     steps: int = 0
-    """Made for this line."""
+    """Steps made for this line."""
     seconds: float = 0.0
-    """Spent for this line, loading and measuring included."""
+    """Time spent for this line, including loading and evaluation."""
     training_seconds: float = 0.0
-    """Of them, on the steps."""
+    """The part of it spent on the steps."""
     dev_loss: float | None = None
     dev_metric: float | None = None
     why: str | None = None
 
     @property
     def rank(self) -> tuple[float, float]:
-        """The larger, the better: the metric, then the dev loss."""
+        """Return a sort key, larger is better: the metric, then the dev loss."""
         assert self.dev_loss is not None
         return (0.0 if self.dev_metric is None else self.dev_metric, -self.dev_loss)
 
 
 class Ledger:
-    """The entries of one sweep, read from its file and added to.
+    """The entries of one sweep, read from its file and appended to.
 
     Raises:
-        UserError: the file is there and is no ledger of this sweep.
+        UserError: the file exists and is not a ledger of this sweep.
     """
 
     def __init__(self, folder: Path, head: Head) -> None:
@@ -97,13 +97,13 @@ class Ledger:
                     self.entries.append(Entry.model_validate_json(line))
             except ValidationError as error:
                 first = error.errors(include_url=False)[0]
-                what = f"not a line of a ledger: {'.'.join(map(str, first['loc']))} {first['msg']}"
+                what = f"Not a valid ledger line: {'.'.join(map(str, first['loc']))} {first['msg']}"
                 raise UserError(what, where=f"{self.path}:{number}", fix=_RESTORE) from None
         if not self._text or there != self.head:
-            raise UserError("it is not the ledger of this sweep", where=f"{self.path}:1", fix=_RESTORE)
+            raise UserError("This is not the ledger of this sweep", where=f"{self.path}:1", fix=_RESTORE)
 
     def add(self, event: Event, trial: str, rung: int, step: int, **values: Any) -> Entry:
-        """Write one more line."""
+        """Append a line."""
         entry = Entry(
             time=now(),
             event=event,
@@ -118,26 +118,26 @@ class Ledger:
         return entry
 
     def decide(self, event: Event, trial: str, rung: int, step: int, why: str | None = None) -> None:
-        """Write what became of a trial at a rung, unless that is what was decided last."""
+        """Append the decision on a trial at a rung, unless it is the last decision already."""
         decided = [e.event for e in self.entries if (e.trial, e.rung) == (trial, rung) and e.event in _DECISIONS]
         if not decided or decided[-1] != event:
             self.add(event, trial, rung, step, why=why)
 
     def result(self, trial: str, rung: int) -> Entry | None:
-        """Return how a trial did at a rung, if it is through: measured, finished or diverged."""
+        """Return a trial's result at a rung, if it has one: measured, finished or diverged."""
         found = [e for e in self.entries if (e.trial, e.rung) == (trial, rung) and e.event in _RESULTS]
         return found[-1] if found else None
 
     def fate(self, trial: str) -> Entry | None:
-        """Return what became of a trial in the end, as far as it has been decided."""
-        told = [e for e in self.entries if e.trial == trial and (e.event in _DECISIONS or e.event == "diverged")]
-        return told[-1] if told else None
+        """Return the last decision on a trial, if there is one."""
+        decided = [e for e in self.entries if e.trial == trial and (e.event in _DECISIONS or e.event == "diverged")]
+        return decided[-1] if decided else None
 
     def steps_of(self, trial: str) -> int:
-        """Return the furthest step that a trial is known to have got to."""
+        """Return the furthest step that a trial has reached."""
         return max((e.step for e in self.entries if e.trial == trial and e.steps), default=0)
 
     @property
     def seconds(self) -> float:
-        """Spent on the sweep so far."""
+        """Return the time spent on the sweep so far."""
         return sum(entry.seconds for entry in self.entries)

@@ -1,4 +1,4 @@
-"""Successive halving within a budget: who is trained next, who goes on, and what there is no time for."""
+"""Successive halving within a time budget: which trial trains next, which advances, and which is left out."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from tunewright.training.sweep.ledger import Entry, Event, Ledger
 from tunewright.training.sweep.search_space import Pace, Schedule, Trial, survivors
 
 FIRST_STEPS = 5
-"""Steps of the first trial that tell how long a step takes, before anything else is started."""
+"""Steps of the first trial that are timed before anything else is started."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How a trial stands after it was trained up to some step."""
+    """A trial's results after it was trained up to a step."""
 
     steps: int
-    """Made just now."""
+    """Steps made just now."""
     training_seconds: float
     dev_loss: float
     dev_metric: float | None
 
 
 TrainTo = Callable[[Trial, int], Progress]
-"""Trains a trial on, up to a step, and measures it on dev; raises DivergedError, or KeyboardInterrupt when saved."""
+"""Trains a trial up to a step and evaluates dev; raises DivergedError, or KeyboardInterrupt once the state is saved."""
 
 
 class SuccessiveHalving:
-    """One sweep of trials; all that happens is in the ledger, and what is there is not done again.
+    """One sweep of trials. The ledger records every result, and recorded work is not repeated.
 
     Args:
         trials: most promising first.
         schedule: when they are compared.
         ledger: of this sweep.
-        train_to: does the work.
-        budget: seconds for the whole sweep, those in the ledger included; None: as long as it takes.
-        reporter: hears what is done and what is left out.
-        clock: tells seconds.
+        train_to: trains a trial.
+        budget: seconds for the whole sweep, including those in the ledger; None: unlimited.
+        reporter: reports what is done and what is left out.
+        clock: returns seconds.
     """
 
     def __init__(
@@ -65,17 +65,17 @@ class SuccessiveHalving:
         self.budget = budget
         self.reporter = reporter
         self.clock = clock
-        self._told = False
+        self._estimate_reported = False
 
     def run(self) -> Trial | None:
-        """Go through all rungs.
+        """Run all rungs.
 
         Returns:
-            The winner, trained to its end; None where the budget or every trial ended before.
+            The winner, trained to its end; None if the budget or every trial ended before.
 
         Raises:
             UserError: the budget is too small for a single trial.
-            KeyboardInterrupt: stopped; the ledger has all that was finished.
+            KeyboardInterrupt: stopped; the ledger has all finished work.
         """
         if self.budget is not None and self._pace() is None:
             self._time_first_steps()
@@ -85,26 +85,26 @@ class SuccessiveHalving:
                 f"Rung {rung + 1} of {len(self.schedule.rungs)}, to step {step:,} of {self.schedule.rungs[-1]:,}: "
                 f"{len(alive)} trial{'' if len(alive) == 1 else 's'}"
             )
-            through = self._through(alive, rung)
+            through = self._run_rung(alive, rung)
             if not any(entry.event != "diverged" for entry in through.values()):
                 return None
             alive = self._better_half(alive, through, rung)
         return alive[0]
 
-    def _through(self, alive: Sequence[Trial], rung: int) -> dict[str, Entry]:
-        """Return the results of this rung, of those in the ledger and those that there is time for."""
+    def _run_rung(self, alive: Sequence[Trial], rung: int) -> dict[str, Entry]:
+        """Return this rung's results: those in the ledger, and those of trials that the budget allows."""
         number = rung + 1
         through = {t.name: e for t in alive if (e := self.ledger.result(t.name, number)) is not None}
         waiting = [trial for trial in alive if trial.name not in through]
         for place, trial in enumerate(waiting):
-            self._tell_time()
-            if not self._there_is_time(trial, len(through), rung):
+            self._report_estimate()
+            if not self._fits_budget(trial, len(through), rung):
                 self._leave_out(waiting[place:], rung, anything=bool(through))
                 break
-            through[trial.name] = self._go(trial, rung)
+            through[trial.name] = self._train_rung(trial, rung)
         return through
 
-    def _go(self, trial: Trial, rung: int) -> Entry:
+    def _train_rung(self, trial: Trial, rung: int) -> Entry:
         """Train one trial through one rung."""
         step, number = self.schedule.rungs[rung], rung + 1
         self.reporter.say(f"{trial.name}, rung {number}")
@@ -122,11 +122,11 @@ class SuccessiveHalving:
         return entry
 
     def _time_first_steps(self) -> None:
-        """Make a few steps of one of the slowest trials, so that nothing is started that could not end."""
+        """Time a few steps of one of the slowest trials, so that nothing is started that cannot finish."""
         if self.schedule.rungs[0] <= FIRST_STEPS:
-            return  # the first rung is no longer than that
+            return  # the first rung is not longer than that
         for trial in sorted(self.trials, key=lambda t: -len(t.train.target_modules)):
-            self.reporter.say(f"{FIRST_STEPS} steps of {trial.name}, to see how long they take")
+            self.reporter.say(f"Timing {FIRST_STEPS} steps of {trial.name}")
             began = self.clock()
             try:
                 progress = self.train_to(trial, FIRST_STEPS)
@@ -140,16 +140,16 @@ class SuccessiveHalving:
             return
 
     def _diverged(self, trial: Trial, number: int, error: DivergedError, began: float) -> Entry:
-        why = error.what.split("; ")[0]  # without the rows of the step, which every trial has
+        why = error.what.split("; ")[0]  # without the step's rows: all trials have the same ones
         self.reporter.warn(f"{trial.name} is out: {why}")
         step = self.schedule.rungs[number - 1]
         return self.ledger.add("diverged", trial.name, number, step, seconds=self._since(began), why=why)
 
     def _better_half(self, alive: Sequence[Trial], through: dict[str, Entry], rung: int) -> list[Trial]:
-        """Who goes on; of the last rung, the winner."""
+        """Return the trials that advance; of the last rung, the winner."""
         last = rung + 1 == len(self.schedule.rungs)
         measured = [t for t in alive if t.name in through and through[t.name].event != "diverged"]
-        # Stable: of equal ones the more promising.
+        # A stable sort: of equal trials the more promising comes first.
         ranked = sorted(measured, key=lambda t: through[t.name].rank, reverse=True)
         keep = 1 if last else survivors(len(through))
         for place, trial in enumerate(ranked):
@@ -163,7 +163,7 @@ class SuccessiveHalving:
         return round(self.clock() - began, 3)
 
     def _pace(self) -> Pace | None:
-        """Return what steps and rungs have taken so far; of kinds of trials the slowest counts."""
+        """Return the measured time of steps and rungs; the slowest kind of trial counts."""
         done = [e for e in self.ledger.entries if e.steps]
         if not done:
             return None
@@ -182,8 +182,8 @@ class SuccessiveHalving:
         assert self.budget is not None
         return self.budget - self.ledger.seconds
 
-    def _there_is_time(self, trial: Trial, through: int, rung: int) -> bool:
-        """Whether this trial's rung can end in the budget, and the better half of all that are through theirs too."""
+    def _fits_budget(self, trial: Trial, through: int, rung: int) -> bool:
+        """Return whether this trial's rung, and the remaining rungs of the better half, fit into the budget."""
         pace = self._pace()
         if self.budget is None or pace is None:
             return True
@@ -199,34 +199,34 @@ class SuccessiveHalving:
         needed = self.ledger.seconds + self._with_one_more(trials[0], 0, rung, pace)
         if rung == 0 and not anything:
             raise UserError(
-                f"the budget of {duration(self.budget)} is too small for a single trial, which takes about "
-                f"{duration(needed)} in all",
+                f"The budget of {duration(self.budget)} is too small for a single trial, which takes about "
+                f"{duration(needed)} in total",
                 where="--minutes",
-                fix=f"Give at least --minutes {needed / 60 + 0.5:.0f}; what is done so far counts.",
+                fix=f"Use at least --minutes {needed / 60 + 0.5:.0f}. Finished steps count.",
             )
         names = ", ".join(trial.name for trial in trials)
         why = f"no time left in {duration(self.budget)}"
         for trial in trials:
             self.ledger.decide("left out", trial.name, rung + 1, self.schedule.rungs[rung], why)
-        self.reporter.warn(f"Left out of rung {rung + 1}, {why}: {names}. A larger --minutes goes on from here.")
+        self.reporter.warn(f"Left out of rung {rung + 1}, {why}: {names}. A larger --minutes resumes from here.")
 
-    def _tell_time(self) -> None:
-        """As soon as it is known how long things take: how long it will be, and what the budget has room for."""
+    def _report_estimate(self) -> None:
+        """Report, once the pace is known, how long the sweep takes and how many trials the budget allows."""
         pace, trials = self._pace(), len(self.trials)
-        if pace is None or self._told:
+        if pace is None or self._estimate_reported:
             return
-        self._told = True
-        whole = f"{trials} trials take about {duration(self.schedule.seconds(trials, 0, pace))} in all"
+        self._estimate_reported = True
+        estimate = f"{trials} trials take about {duration(self.schedule.seconds(trials, 0, pace))} in total"
         if self.budget is None:
-            self.reporter.say(f"{whole}.")
+            self.reporter.say(f"{estimate}.")
             return
         count = max((k for k in range(1, trials + 1) if self.schedule.seconds(k, 0, pace) <= self.budget), default=0)
-        room = "all fit" if count == trials else f"there is time for {count}"
-        self.reporter.say(f"{whole}; {room} in {duration(self.budget)}.")
+        allowed = "all of them" if count == trials else f"{count} of them"
+        self.reporter.say(f"{estimate}. The budget of {duration(self.budget)} is enough for {allowed}.")
 
 
 def measured_text(entry: Entry, metric: MetricName | None) -> str:
-    """Return what dev says of a trial at a rung: ``62.5%, loss 0.512``."""
+    """Return a trial's dev result at a rung, such as ``62.5%, loss 0.512``."""
     if entry.dev_loss is None:
         return "diverged"
     score = f"{score_text(metric, entry.dev_metric)}, " if metric and entry.dev_metric is not None else ""

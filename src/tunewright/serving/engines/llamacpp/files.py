@@ -9,9 +9,9 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import damage, digest, new_folder, seal
 from tunewright.core.progress import Reporter
 from tunewright.export.gguf.lora import write_lora
-from tunewright.export.gguf.model import write_model_of_numbers
+from tunewright.export.gguf.model import write_token_id_model
 from tunewright.export.gguf.tensors import FileType
-from tunewright.export.weights import Weights, read_changes
+from tunewright.export.weights import Weights, read_deltas
 from tunewright.models.bases import Base
 
 _FORMAT = 1
@@ -29,7 +29,7 @@ def base_file(place: Path, base: Base, stop_ids: Collection[int], file_type: Fil
     """
 
     def write(path: Path) -> None:
-        write_model_of_numbers(path, base.spec, Weights(base, "float32", {}), base, stop_ids, file_type, reporter)
+        write_token_id_model(path, base.spec, Weights(base, "float32", {}), base, stop_ids, file_type, reporter)
 
     made_of = {"base": base.digest, "stops": sorted(stop_ids), "type": file_type}
     return _cached(place / f"base-{digest([_FORMAT, made_of])[:24]}-{file_type}", write)
@@ -43,7 +43,7 @@ def lora_file(place: Path, base: Base, adapter: str, folder: Path, reporter: Rep
     """
 
     def write(path: Path) -> None:
-        write_lora(path, folder.name, Weights(base, "float32", read_changes(folder)), base, "f16", reporter)
+        write_lora(path, folder.name, Weights(base, "float32", read_deltas(folder)), base, "f16", reporter)
 
     return _cached(place / f"lora-{digest([_FORMAT, {'base': base.digest, 'adapter': adapter}])[:24]}", write)
 

@@ -1,4 +1,4 @@
-"""What is told, written and kept of a run while it trains."""
+"""Progress, metrics and kept evaluations of a run while it trains."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from tunewright.api import Project
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter, LogTask, Task
 from tunewright.metrics import normalised
-from tunewright.training.checkpoint_selection import best_of, evaluations
+from tunewright.training.checkpoint_selection import best_evaluation, evaluations
 
 
 class Told(LogReporter):
-    """Remembers what it is told; kills or stops the process at the n-th training step where asked to."""
+    """Records messages; kills or stops the process at the n-th training step on request."""
 
     def __init__(self, after: int | None = None, number: int = signal.SIGINT) -> None:
         self.lines: list[str] = []
@@ -59,7 +59,7 @@ class _Told(LogTask):
 
 
 def _opened_project(folder: Path, base: Path, reporter: LogReporter | None = None, **train: object) -> Project:
-    """A project on a base that can learn to copy, with further keys in its train section."""
+    """Return a project on a base that can learn to copy, with further keys in its train section."""
     if not folder.exists():
         tiny_project(folder, base)
         config = folder / "tunewright.yaml"
@@ -72,7 +72,7 @@ def _opened_project(folder: Path, base: Path, reporter: LogReporter | None = Non
 
 @pytest.fixture(scope="module")
 def quick_base(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
-    """The tiny base with a louder head: a frozen quiet one keeps every probability near that of chance."""
+    """Return the tiny base with a louder head: a frozen quiet head keeps every probability near chance."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -101,7 +101,7 @@ def _files(opened: Project) -> Path:
     return work
 
 
-def test_every_evaluation_scores_what_transformers_answers_with_that_adapter(
+def test_evaluations_score_the_answers_of_transformers_with_that_adapter(
     learnt: tuple[Project, Adapter, Told], quick_base: Path
 ) -> None:
     import torch
@@ -133,7 +133,7 @@ def test_every_evaluation_scores_what_transformers_answers_with_that_adapter(
     assert max(scores) > 0
 
 
-def test_the_kept_adapter_is_the_best_by_the_metric_and_lineage_history_and_words_agree(
+def test_kept_adapter_is_the_best_by_the_metric_in_lineage_history_and_report(
     learnt: tuple[Project, Adapter, Told],
 ) -> None:
     _, adapter, told = learnt
@@ -150,7 +150,7 @@ def test_the_kept_adapter_is_the_best_by_the_metric_and_lineage_history_and_word
     assert f"{100 * epochs[-1]['dev_metric']:.1f}%" in lines[-1]
 
 
-def test_curves_get_every_step_and_evaluation(learnt: tuple[Project, Adapter, Told]) -> None:
+def test_progress_curves_have_every_step_and_evaluation(learnt: tuple[Project, Adapter, Told]) -> None:
     _, adapter, told = learnt
     steps = [(step, numbers["loss"]) for step, numbers in told.measured if "loss" in numbers]
     assert steps == [(row["step"], row["loss"]) for row in adapter.history if "loss" in row]
@@ -158,14 +158,14 @@ def test_curves_get_every_step_and_evaluation(learnt: tuple[Project, Adapter, To
     assert all(set(numbers) == {"eval_loss", "exact_match"} for numbers in dev)
 
 
-def test_a_step_s_row_has_speed_rate_and_gradient(learnt: tuple[Project, Adapter, Told]) -> None:
+def test_step_row_has_speed_learning_rate_and_gradient_norm(learnt: tuple[Project, Adapter, Told]) -> None:
     first, *others = [row for row in learnt[1].history if "loss" in row]
     assert set(first) == {"step", "epoch", "loss", "learning_rate", "grad_norm"}
     assert all(set(row) == {*first, "tokens_per_s"} and row["tokens_per_s"] > 0 for row in others)
 
 
-def test_evaluating_more_often_does_not_disturb_training(tmp_path: Path, tiny_base_folder: Path) -> None:
-    """With dropout, which draws random numbers: the last step's adapter is the same."""
+def test_frequent_evaluation_does_not_change_training(tmp_path: Path, tiny_base_folder: Path) -> None:
+    """Dropout draws random numbers, so the last step's adapter would differ."""
     last = []
     for name, every in (("seldom", 24), ("often", 4)):
         told = Told()
@@ -177,21 +177,21 @@ def test_evaluating_more_often_does_not_disturb_training(tmp_path: Path, tiny_ba
     assert last[0] == last[1]
 
 
-def test_a_run_that_is_evaluated_at_every_step_keeps_nine_adapters_on_the_disk(
+def test_run_evaluated_at_every_step_keeps_nine_adapters(
     tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While it trains, after a stop, and when the newest checkpoint is lost; the others' numbers stay."""
+    """Check while it trains, after a stop, and when the newest checkpoint is lost."""
     from tunewright.training import checkpoints
 
-    let_go = checkpoints._let_go_of_others
+    remove = checkpoints._remove_unneeded_adapters
     most = 0
 
     def counting(work: Path) -> None:
         nonlocal most
-        let_go(work)
+        remove(work)
         most = max(most, len(list((work / "evaluated").iterdir())))
 
-    monkeypatch.setattr(checkpoints, "_let_go_of_others", counting)
+    monkeypatch.setattr(checkpoints, "_remove_unneeded_adapters", counting)
     keys = {"eval_steps": 1, "eval_max_samples": 0}
     told = Told()
     whole = _opened_project(tmp_path / "whole", tiny_base_folder, told, **keys).train().adapter
@@ -200,7 +200,7 @@ def test_a_run_that_is_evaluated_at_every_step_keeps_nine_adapters_on_the_disk(
     best = sorted(evaluated, key=lambda e: e["dev_loss"])[:8]
     expected = {f"step-{e['step']}" for e in [*best, evaluated[-1]]}
     assert {*whole.checkpoints, f"step-{whole.lineage['training']['kept_step']}"} == expected
-    assert f"Of 24 evaluations the adapters of {len(expected)} are kept: the best and the last." in told.lines
+    assert f"Kept the adapters of {len(expected)} of 24 evaluations: the best ones and the last one." in told.lines
     assert most <= 10
     with pytest.raises(KeyboardInterrupt):
         _opened_project(tmp_path / "stopped", tiny_base_folder, Told(after=17), **keys).train()
@@ -208,14 +208,12 @@ def test_a_run_that_is_evaluated_at_every_step_keeps_nine_adapters_on_the_disk(
     (newest / "optimizer.pt").write_bytes(b"")
     again = Told()
     went_on = _opened_project(tmp_path / "stopped", tiny_base_folder, again).train().adapter
-    assert "Going on from step 16 of 24" in again.lines
+    assert "Resuming from step 16 of 24" in again.lines
     assert went_on.digest == whole.digest
     assert went_on.checkpoints.keys() == whole.checkpoints.keys()
 
 
-def test_rows_to_answer_are_bounded_said_and_none_leaves_the_loss_to_choose(
-    tmp_path: Path, tiny_base_folder: Path
-) -> None:
+def test_answered_dev_rows_are_bounded_and_zero_lets_the_loss_decide(tmp_path: Path, tiny_base_folder: Path) -> None:
     told = Told()
     some = _opened_project(tmp_path / "some", tiny_base_folder, told, eval_max_samples=5).train().adapter
     assert some.lineage["training"]["dev_rows_answered"] == 5
@@ -227,7 +225,7 @@ def test_rows_to_answer_are_bounded_said_and_none_leaves_the_loss_to_choose(
     assert training["kept_step"] == min(training["epochs"], key=lambda e: e["dev_loss"])["step"]
 
 
-def test_patience_ends_a_run_and_a_stopped_run_ends_there_too(tmp_path: Path, tiny_base_folder: Path) -> None:
+def test_patience_ends_a_run_also_after_a_stop(tmp_path: Path, tiny_base_folder: Path) -> None:
     def project(name: str, reporter: Told) -> Project:
         keys = {"eval_steps": 1, "early_stopping_patience": 1, "lr_scheduler_type": "constant"}
         _opened_project(tmp_path / name, tiny_base_folder, reporter, **keys)
@@ -240,7 +238,7 @@ def test_patience_ends_a_run_and_a_stopped_run_ends_there_too(tmp_path: Path, ti
     evaluated = evaluations(whole.history)
     last = whole.history[-1]["step"]
     assert last < 24
-    assert evaluated.index(best_of(evaluated)) == len(evaluated) - 2
+    assert evaluated.index(best_evaluation(evaluated)) == len(evaluated) - 2
     assert any(line.startswith("Stopping early: 1 evaluation without a better one") for line in told.lines)
     # At the step before the last, and at the last: stopped when training is over but nothing is stored.
     for after in sorted({1, last - 1, last}):
@@ -255,13 +253,13 @@ _KILLED = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from training.test_watching import Told, _road
+from training.test_callbacks import Told, _opened_project
 import signal
-_road(Path({folder!r}), Path({base!r}), Told({after}, signal.SIGKILL)).train()
+_opened_project(Path({folder!r}), Path({base!r}), Told({after}, signal.SIGKILL)).train()
 """
 
 
-def test_the_metrics_of_a_killed_run_go_on_without_gap_or_repetition(tmp_path: Path, tiny_base_folder: Path) -> None:
+def test_metrics_of_a_killed_run_have_no_gap_or_repetition(tmp_path: Path, tiny_base_folder: Path) -> None:
     import subprocess
 
     folder = tmp_path / "project"
@@ -288,10 +286,10 @@ def _without_speed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key != "tokens_per_s"} for row in rows]
 
 
-def test_a_broken_step_names_exactly_the_rows_it_was_made_of(
+def test_unstable_step_names_exactly_its_rows(
     tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The weights are made infinite after 14 steps; what the 15th is made of is read off its batch."""
+    """The weights become infinite after 14 steps; the rows of the 15th are read from its batch."""
     import torch
 
     from tunewright.training.trainer import Trainer
@@ -320,7 +318,7 @@ def test_a_broken_step_names_exactly_the_rows_it_was_made_of(
     assert not list((tmp_path / "p" / "adapters").glob("*"))
 
 
-def test_tensorboard_gets_every_number_in_the_project_s_folder(tmp_path: Path, tiny_base_folder: Path) -> None:
+def test_tensorboard_gets_every_number_in_the_project_folder(tmp_path: Path, tiny_base_folder: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     opened = _opened_project(tmp_path / "p", tiny_base_folder, report_to=["tensorboard"])
@@ -335,7 +333,7 @@ def test_tensorboard_gets_every_number_in_the_project_s_folder(tmp_path: Path, t
         assert written == [(r["step"], pytest.approx(r[key])) for r in adapter.history if key in r]
 
 
-def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_loaded(
+def test_missing_tracker_is_refused_before_loading(
     tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import importlib.util
@@ -351,7 +349,7 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_loaded(
     assert not any(line.startswith("Loading") for line in told.lines)
 
 
-def test_an_mlflow_store_that_mlflow_refuses_is_told_before_anything_is_loaded(
+def test_invalid_mlflow_store_is_refused_before_loading(
     tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("mlflow", reason="mlflow is not installed")

@@ -13,8 +13,7 @@ from tiny import build_base
 from tunewright.chat import open_chat
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
-from tunewright.models.bases import Base, resolve_base
-from tunewright.models.embeddings import untrained_tokens
+from tunewright.models.bases import Base, resolve_base, untrained_tokens
 
 END = 257
 
@@ -36,7 +35,7 @@ def _empty(table: str, token: int, to: float) -> Callable[[dict[str, torch.Tenso
 
 @pytest.mark.parametrize("table", ["model.embed_tokens", "lm_head"])
 @pytest.mark.parametrize("value", [0.0, 1e-9])
-def test_an_empty_row_of_either_table_is_found(tmp_path: Path, table: str, value: float) -> None:
+def test_untrained_tokens_finds_empty_rows_of_either_table(tmp_path: Path, table: str, value: float) -> None:
     base = _base(tmp_path, _empty(table, END, value))
     assert untrained_tokens(base, {0, 65, END}) == [END]
     assert untrained_tokens(base, {0, 65, 66}) == []
@@ -46,12 +45,12 @@ def test_a_token_beyond_the_table_is_untrained(tmp_path: Path) -> None:
     assert untrained_tokens(_base(tmp_path, lambda _: None), {3, 259, 1000}) == [259, 1000]
 
 
-def test_an_output_that_is_tied_to_the_input_has_no_table_of_its_own(tmp_path: Path) -> None:
+def test_untrained_tokens_reads_one_table_when_embeddings_are_tied(tmp_path: Path) -> None:
     base = _base(tmp_path, lambda weights: weights.pop("lm_head.weight"))
     assert untrained_tokens(base, {END}) == []
 
 
-def test_a_template_that_writes_a_token_the_base_never_learnt_is_refused_by_its_name(tmp_path: Path) -> None:
+def test_template_with_an_untrained_token_is_refused_by_name(tmp_path: Path) -> None:
     base = _base(tmp_path, _empty("model.embed_tokens", END, 0.0))
     with pytest.raises(UserError, match=r"untrained embedding of the token <\|im_end\|>,") as caught:
         open_chat(base)

@@ -1,4 +1,4 @@
-"""What people see of a run while it trains, and when it must not go on."""
+"""Trainer callbacks: progress, metrics, early stopping and the divergence check."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from tunewright.training.checkpoint_selection import (
     Evaluation,
     evaluations,
     history_rows,
+    out_of_patience,
     overfitting,
     place_text,
-    runs_out_of_patience,
 )
-from tunewright.training.divergence import BrokenRunError, fault
+from tunewright.training.divergence import UnstableRunError, fault
 
 _SPEED_STEPS = 20
 
 
-class Follow(TrainerCallback):
-    """Shows every number as it comes, writes it to the run's metrics, and stops a run that must not go on.
+class MetricsCallback(TrainerCallback):
+    """Reports every number, writes it to the run's metrics file, and stops a diverged run.
 
     Args:
         task: the run's progress.
-        file: where the metrics go, one JSON object a line: of each step and of each evaluation.
-        metric: what the dev rows' answers are valued by.
-        vocabulary: tokens that the model chooses among.
-        rows_of_step: places in the training set of a step's rows.
+        file: the metrics file, one JSON object a line for each step and each evaluation.
+        metric: the metric of the dev rows' answers.
+        vocabulary: size of the vocabulary.
+        rows_of_step: returns the indices of a step's rows in the training set.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Follow(TrainerCallback):
         self.dev = ""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin with the checkpoint's metrics; those that a killed run had written after it come again."""
+        """Start from the checkpoint's metrics, without later lines of a killed run: those steps are repeated."""
         rows = history_rows(state.log_history)
         if not state.is_world_process_zero:
             return
@@ -70,12 +70,12 @@ class Follow(TrainerCallback):
             self._show(row)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """One training step (``loss``) or one pass over the dev split (``eval_loss``) is done."""
+        """Handle a finished training step (``loss``) or evaluation (``eval_loss``)."""
         rows = history_rows(state.log_history[-1:])
         if not rows:
             return
         (row,) = rows
-        self._require_sound(state, row)
+        self._check_divergence(state, row)
         if not state.is_world_process_zero:
             return
         with self.file.open("a", encoding="utf-8") as file:
@@ -86,7 +86,7 @@ class Follow(TrainerCallback):
             speed = f", {median(self.speeds[-_SPEED_STEPS:]):,.0f} tokens/s" if self.speeds else ""
             self.task.advance(1, f"loss {row['loss']:.3f}{self.dev}{speed}")
 
-    def _require_sound(self, state: Any, row: Mapping[str, Any]) -> None:
+    def _check_divergence(self, state: Any, row: Mapping[str, Any]) -> None:
         what = None
         if "loss" in row:
             losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
@@ -94,7 +94,7 @@ class Follow(TrainerCallback):
         elif not math.isfinite(row[DEV_LOSS]):
             what = f"the dev loss is {row[DEV_LOSS]}"
         if what is not None:
-            raise BrokenRunError(what, state.global_step, self.rows_of_step(state.global_step))
+            raise UnstableRunError(what, state.global_step, self.rows_of_step(state.global_step))
 
     def _show(self, row: Mapping[str, Any]) -> None:
         curves = ("loss", PAIR_LOSS, REPLAY_KL, REPLAY_LOSS, DEV_LOSS)
@@ -106,10 +106,10 @@ class Follow(TrainerCallback):
             self.dev = f", dev {row[DEV_LOSS]:.3f}"
 
 
-class FollowDev(TrainerCallback):
-    """Tells each evaluation and overfitting, and stops early where the config says so.
+class EvaluationCallback(TrainerCallback):
+    """Reports each evaluation and overfitting, and stops early if the config says so.
 
-    All of it follows from the trainer's history, which checkpoints hold: a run that goes on decides as it would have.
+    All of it follows from the trainer's history, which checkpoints contain, so a resumed run decides the same.
     """
 
     def __init__(self, config: Config, reporter: Reporter) -> None:
@@ -119,20 +119,20 @@ class FollowDev(TrainerCallback):
         self.reporter = reporter
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The dev split has been evaluated after this step."""
+        """Report the evaluation after this step, and stop the run if it is out of patience."""
         evaluated = evaluations(state.log_history)
-        self.reporter.say(self._told(evaluated[-1]))
+        self.reporter.say(self._summary(evaluated[-1]))
         warning = overfitting(evaluated)
         if warning is not None and overfitting(evaluated[:-1]) is None:
             self.reporter.warn(warning)
-        if runs_out_of_patience(evaluated, self.patience):
+        if out_of_patience(evaluated, self.patience):
             control.should_training_stop = True
             self.reporter.say(
                 f"Stopping early: {self.patience} evaluation{'' if self.patience == 1 else 's'} without a better one "
                 "(train.early_stopping_patience)."
             )
 
-    def _told(self, latest: Evaluation) -> str:
+    def _summary(self, latest: Evaluation) -> str:
         metric = "" if latest.dev_metric is None else f", {score_text(self.metric, latest.dev_metric)}"
         place = place_text(latest)
         gap = ""
