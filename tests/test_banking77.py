@@ -1,4 +1,4 @@
-"""The evidence on BANKING77: scored anew from the frozen answers, and every figure of docs/banking77.md with it.
+"""The evidence on BANKING77, scored again from the frozen answers, and every figure of docs/benchmarks/banking77.md.
 
 The answers are in tests/golden/banking77 (`python benchmarks/banking77.py freeze`), the customers' messages are not.
 """
@@ -41,7 +41,7 @@ from tunewright.metrics import open_scorers
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden" / "banking77"
-PAGE = ROOT / "docs" / "banking77.md"
+PAGE = ROOT / "docs" / "benchmarks" / "banking77.md"
 CONFIG = load_config(GOLDEN / CONFIG_FILE)
 CHOOSING_RESAMPLES = 1_000  # as of the arms on dev
 
@@ -283,11 +283,15 @@ def _training_text(evidence: Evidence) -> str:
 
 
 def _page() -> tuple[str, list[str]]:
-    """The prose with white space as single blanks, and the lines of the blocks."""
+    """The prose with white space as single blanks, and the lines of the fenced blocks."""
     prose: list[str] = []
     blocks: list[str] = []
+    fenced = False
     for line in PAGE.read_text(encoding="utf-8").splitlines():
-        (blocks if line.startswith("    ") else prose).append(line.removeprefix("    "))
+        if line.startswith("```"):
+            fenced = not fenced
+        else:
+            (blocks if fenced else prose).append(line)
     return " ".join(" ".join(prose).split()), blocks
 
 
@@ -319,12 +323,12 @@ def _of_dev() -> list[str]:
         few, many = (first[kind.format(shots)].score(evidence.metric).value for shots in (4, 16))
         assert few > many
     return [
-        f"comes to {score['zero-shot+constrained']}, and {score['zero-shot-instruction-1+constrained']} with the list",
+        f"reaches {score['zero-shot+constrained']}, and {score['zero-shot-instruction-1+constrained']} with the list",
         f"{score['retrieved-4']} by words and {score['retrieved-4-tfidf']} by characters",
-        f"{outside} of {free.items} free answers are no intent",
-        f"held to the list: {score[held]}",
-        f"{score['retrieved-16-tfidf']} free, {score['retrieved-16-tfidf+constrained']} held",
-        f"{listed.prompt_tokens:.0f} tokens instead of {free.prompt_tokens:.0f}, which come to {score[listed.name]}",
+        f"{outside} of {free.items} free answers are not an intent",
+        f"constrained to the list: {score[held]}",
+        f"{score['retrieved-16-tfidf']} free, {score['retrieved-16-tfidf+constrained']} constrained",
+        f"{listed.prompt_tokens:.0f} tokens instead of {free.prompt_tokens:.0f} and reaches {score[listed.name]}",
     ]
 
 
@@ -345,8 +349,8 @@ def _of_test() -> list[str]:
     return [
         f"{right} of {tuned.items} right, the best prompt {rivals}",
         f"{tuned.prompt_tokens:.0f} prompt tokens where retrieval needs {best.prompt_tokens:.0f}",
-        f"{ours.outside} of its answers are no intent",
-        f"it comes to {_percent(both)}; of that contrast the adjusted p is {with_examples.p_adjusted:.2g}",
+        f"{ours.outside} of its answers are not an intent",
+        f"it reaches {_percent(both)}; that contrast's adjusted p is {with_examples.p_adjusted:.2g}",
         f"gains {100 * zero_shot.difference:.1f} points",
         f"the prompt had {_percent(on_dev)} and the adapter {adapter_on_dev:.1%}",
         "Exit code 4",

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs" / "threat-model.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "concepts" / "threat-model.md").read_text(encoding="utf-8")
 DEFENDED, _, OPEN = PAGE.partition("## Not defended")
 
 
@@ -28,8 +28,8 @@ def test_every_test_that_is_named_is_where_the_page_says() -> None:
 def test_every_threat_that_is_defended_names_a_test() -> None:
     threats = re.split(r"^#{2,3} ", DEFENDED, flags=re.MULTILINE)[1:]
     # A heading over others has no text of its own.
-    told = [threat for threat in threats if threat.partition("\n")[2].strip()]
-    assert len(told) > 12
-    for threat in told:
-        held = threat.partition("Held by ")[2]
-        assert re.search(r"`tests/[\w/]+\.py`: `test_\w+`", held.replace("\n", " ")), threat.splitlines()[0]
+    defended = [threat for threat in threats if threat.partition("\n")[2].strip()]
+    assert len(defended) > 12
+    for threat in defended:
+        held = threat.partition("Tests:")[2]
+        assert re.search(r"`tests/[\w/]+\.py`: `test_\w+`", " ".join(held.split())), threat.splitlines()[0]

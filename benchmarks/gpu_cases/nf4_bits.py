@@ -14,7 +14,7 @@ MATRICES = 20
 
 
 def run(report: Report, toy: bool) -> None:
-    """Compare matrices of 8B size; equal bits are what docs/qlora.md says of two loads on one device."""
+    """Compare matrices of 8B size; equal bits are what docs/how-to/qlora.md says of two loads on one device."""
     from bitsandbytes.functional import dequantize_4bit
 
     torch.manual_seed(0)

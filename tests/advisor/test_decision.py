@@ -1,4 +1,4 @@
-"""Prompt, retrieve, fine-tune or can't tell: the table of docs/advise.md, line by line."""
+"""Prompt, retrieve, fine-tune or can't tell: the table of docs/how-to/advise.md, line by line."""
 
 from __future__ import annotations
 

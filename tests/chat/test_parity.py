@@ -1,6 +1,6 @@
 """Token for token what the model makers' own encoders make: ids, prompts and, turn by turn, what is trained.
 
-Known and meant differences are listed in docs/tokens.md.
+Known and meant differences are listed in docs/concepts/tokens.md.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Family:
     chat: ChatFormat
     reference: Reference
     cuts_answers: bool = False
-    """The makers' encoder cuts spaces off an answer's end, and their template does not (docs/tokens.md)."""
+    """The makers' encoder cuts spaces off an answer's end, and their template does not (docs/concepts/tokens.md)."""
 
 
 def _llama3(family: makers.Llama3) -> Family:

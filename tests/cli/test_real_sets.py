@@ -1,4 +1,4 @@
-"""Each public set becomes pairs by the one command that docs/real-sets.md has for it."""
+"""Each public set becomes pairs by the one command that docs/how-to/public-sets.md has for it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from real_data import DATA_SETS, SHARED
 from tunewright.data.examples import Example
 from tunewright.data.versions import load_version
 
-PAGE = Path(__file__).parents[2] / "docs" / "real-sets.md"
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "public-sets.md"
 
 
 def _commands() -> dict[str, str]:
@@ -21,7 +21,7 @@ def _commands() -> dict[str, str]:
     commands, heading = {}, ""
     for line in PAGE.read_text(encoding="utf-8").splitlines():
         heading = line.removeprefix("## ") if line.startswith("## ") else heading
-        if line.startswith("    tunewright data add "):
+        if line.startswith("tunewright data add "):
             commands[heading] = line.strip()
     return commands
 

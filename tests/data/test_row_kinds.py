@@ -190,7 +190,7 @@ def test_ignored_key_cannot_be_used() -> None:
 
 
 def test_every_code_is_documented() -> None:
-    lines = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8").splitlines()
+    lines = (Path(__file__).parents[2] / "docs" / "how-to" / "row-errors.md").read_text(encoding="utf-8").splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| E")]
     assert {code: (meaning, fix) for code, meaning, fix, _ in rows} == CODES
 

@@ -1,4 +1,4 @@
-"""A test for each cell of the table in docs/models.md: each family at tiny size, with random weights."""
+"""A test for each cell of the table in docs/how-to/models.md: each family at tiny size, with random weights."""
 
 from __future__ import annotations
 
@@ -330,7 +330,7 @@ def test_image_in_an_example_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_models_page_names_only_existing_tests() -> None:
     root = Path(__file__).parents[2]
-    named = set(re.findall(r"`(test_\w+)`", (root / "docs" / "models.md").read_text(encoding="utf-8")))
+    named = set(re.findall(r"`(test_\w+)`", (root / "docs" / "how-to" / "models.md").read_text(encoding="utf-8")))
     there = {
         name for file in (root / "tests").rglob("test_*.py") for name in re.findall(r"def (test_\w+)", file.read_text())
     }

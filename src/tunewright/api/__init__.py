@@ -184,7 +184,8 @@ class Project(EvaluationsApi):
         Args:
             gpu: a card's name or memory, such as RTX 4090 or 24GB (None: this machine's card or memory).
             base: another base than the project's. Without a project the config's defaults apply.
-            rows, length: the micro-batch (None: the config's).
+            rows: rows of a micro-batch (None: the config's).
+            length: tokens of its longest row (None: the config's).
             shared: tokens that all rows begin with.
             answer: trained tokens of each row (None: all except the shared).
 
@@ -361,7 +362,10 @@ class Project(EvaluationsApi):
 
         Args:
             adapters: names; empty with tenants.
-            host, port, metrics_port, engine: override the config.
+            host: overrides the config.
+            port: overrides the config.
+            metrics_port: overrides the config.
+            engine: overrides the config.
             auth: False, without tenants, answers everybody who reaches the address.
             system_prompts: add the system prompt that an adapter was trained with to requests without one; only
                 without tenants can this be False.

@@ -235,7 +235,7 @@ class ServeConfig(Section):
         Literal["f16", "q8_0"],
         Field(
             description="Type of the base's weights in the engine llamacpp: f16 keeps 16-bit weights; q8_0 takes half "
-            "the memory and changes answers slightly (docs/engines.md has figures)."
+            "the memory and changes answers slightly (docs/benchmarks/serving.md has figures)."
         ),
     ] = "f16"
     max_num_seqs: Annotated[

@@ -132,8 +132,8 @@ class TrainConfig(Section):
     prefix_sharing: Annotated[
         Switch,
         Field(
-            description="Compute the prompt that rows of a batch share only once (docs/shared-prefix.md). `auto` does "
-            "so where it saves 5% of the tokens and lora_dropout is 0."
+            description="Compute the prompt that rows of a batch share only once (docs/concepts/shared-prefix.md). "
+            "`auto` does so where it saves 5% of the tokens and lora_dropout is 0."
         ),
     ] = "auto"
     max_length: Annotated[

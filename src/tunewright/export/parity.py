@@ -53,7 +53,7 @@ class Figures(Part):
 
 
 class Limits(Part):
-    """Limits of the differences from the trained model; docs/export.md has the reasons."""
+    """Limits of the differences from the trained model; docs/how-to/export.md has the reasons."""
 
     max_logit: float
     kl: float

@@ -26,7 +26,7 @@ class Family:
     vision: bool = False
     """The text model is the ``text_config`` of a model that also reads images."""
     experts: bool = False
-    """The feed-forward blocks are mixtures of experts, whose weights are not linear layers (see docs/models.md)."""
+    """The feed-forward blocks are mixtures of experts, not linear layers (see docs/how-to/models.md)."""
 
     @property
     def linear(self) -> tuple[str, ...]:
@@ -47,7 +47,7 @@ _LLAMA_4 = (
     "training here does not support its chunked attention"
 )
 REFUSED: Mapping[str, str] = {"Llama4ForConditionalGeneration": _LLAMA_4, "Llama4ForCausalLM": _LLAMA_4}
-"""Llamas and Mistrals that are refused, with the reason (docs/models.md)."""
+"""Llamas and Mistrals that are refused, with the reason (docs/how-to/models.md)."""
 
 VISION = ("vision_tower", "multi_modal_projector")
 """Parts of a Mistral 3 that read images."""
@@ -98,7 +98,7 @@ def family_of(config: Mapping[str, Any], where: str) -> tuple[str, Family]:
     """
     architectures = config.get("architectures") or []
     named = ", ".join(map(str, architectures)) or "unknown"
-    supported = f"Supported are {', '.join(FAMILIES)} (docs/models.md)."
+    supported = f"Supported are {', '.join(FAMILIES)} (docs/how-to/models.md)."
     if len(architectures) != 1 or architectures[0] not in FAMILIES:
         for architecture in architectures:
             if architecture in REFUSED:

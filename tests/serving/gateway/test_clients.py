@@ -81,10 +81,9 @@ def text(url: str, prompt: str, max_tokens: int) -> str:
 
 
 def examples() -> Iterator[Any]:
-    """The code of docs/clients.md."""
-    blocks = re.findall(
-        r"^## ([^\n]+)|^```(python|js)\n(.*?)^```", (ROOT / "docs" / "clients.md").read_text(), re.M | re.S
-    )
+    """The code of docs/how-to/openai-clients.md."""
+    page = (ROOT / "docs" / "how-to" / "openai-clients.md").read_text()
+    blocks = re.findall(r"^## ([^\n]+)|^```(python|js)\n(.*?)^```", page, re.M | re.S)
     section = ""
     for heading, language, code in blocks:
         section = heading or section

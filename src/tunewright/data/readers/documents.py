@@ -59,7 +59,7 @@ def check_expression(expression: str) -> jmespath.parser.ParsedResult:
     Raises:
         UserError: the expression is not valid JMESPath.
     """
-    return compile_jmespath(expression, _WHERE, "Such as values(@), *[] or data.rows: docs/formats.md.")
+    return compile_jmespath(expression, _WHERE, "Such as values(@), *[] or data.rows: docs/how-to/file-formats.md.")
 
 
 def document_rows(

@@ -139,8 +139,8 @@ class Change:
 def fix_file(path: Path, out: Path, data: DataConfig, task: Task | None = None) -> list[Change]:
     """Write a corrected copy of a file of pairs as chat rows (JSON Lines, UTF-8), and return each change.
 
-    A fault is repaired if there is only one way to do so (docs/formats.md); rows with other faults are left out and
-    listed. The config's system turn is not written, since it is put before pairs when they are added.
+    A fault is repaired if there is only one way to do so (docs/how-to/row-errors.md). Rows with other faults are left
+    out and listed. The config's system turn is not written, since it is put before pairs when they are added.
 
     Raises:
         UserError: ``out`` exists, no row is left, the errors of ``scan_pairs``, a full disk. Nothing is written then.

@@ -59,7 +59,7 @@ def check_groups(data: DataConfig) -> None:
 @lru_cache(maxsize=16)
 def _expression(group: str) -> jmespath.parser.ParsedResult:
     return compile_jmespath(
-        group, "data.group_by", "Such as parent.id, parent.sql[0] or parent.parent.title: docs/formats.md."
+        group, "data.group_by", "Such as parent.id, parent.sql[0] or parent.parent.title: docs/how-to/file-formats.md."
     )
 
 
@@ -270,7 +270,10 @@ def _in_order(tree: nodes.Template, names: set[str]) -> list[str]:
     return [node.name for node in tree.find_all(nodes.Name) if node.name in names]
 
 
-_HELP = 'Use a Jinja template over the row\'s keys, such as {{ question }} or {{ row["my column"] }} (docs/formats.md).'
+_HELP = (
+    'Use a Jinja template over the row\'s keys, such as {{ question }} or {{ row["my column"] }} '
+    "(docs/how-to/file-formats.md)."
+)
 
 
 def _text(value: Any) -> Any:

@@ -170,7 +170,7 @@ def _no_nested_rows(rows: Iterator[RawRow], path: Path, data: DataConfig) -> Ite
             raise UserError(
                 f"the objects of the array are not rows, but seem to contain them ({faults[0]})",
                 where=f"{path}:{first[0].line}",
-                fix=f"Use --rows {shlex.quote(hint)}, or set data.rows (docs/formats.md). "
+                fix=f"Use --rows {shlex.quote(hint)}, or set data.rows (docs/how-to/file-formats.md). "
                 f"Keys of the objects: {list_keys(objects[0])}.",
             )
     yield from first
@@ -196,7 +196,8 @@ def _no_document(rows: Iterator[RawRow], path: Path, data: DataConfig) -> Iterat
         raise UserError(
             f"the only object is not a row, but seems to contain the rows ({fault})",
             where=f"{path}:{first[0].line}",
-            fix=f"Say where in it they are: --rows {shlex.quote(hint)}, or set data.rows (docs/formats.md).",
+            fix=f"Say where in it they are: --rows {shlex.quote(hint)}, "
+            "or set data.rows (docs/how-to/file-formats.md).",
         )
     yield from first
     yield from rows

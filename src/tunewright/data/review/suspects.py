@@ -44,7 +44,7 @@ METHOD = 3
 
 
 ACCURATE = 0.65
-"""Minimum accuracy of the model for its margins to rank rows: docs/labels.md has the measurements. Below it, the model
+"""Minimum accuracy of the model for its margins to rank rows (measured in docs/benchmarks/data.md). Below it, the model
 mostly doubts right answers, and the centroids of the answers rank better."""
 
 

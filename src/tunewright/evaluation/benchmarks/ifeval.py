@@ -85,7 +85,7 @@ def _read(line: str, where: str) -> tuple[Instruction | None, set[str]]:
         raise UserError(
             f"not a check: {'.'.join(map(str, first['loc']))}: {first['msg']}",
             where=where,
-            fix="docs/general.md lists the checks and what each takes.",
+            fix="docs/how-to/regression-suites.md lists the checks and what each takes.",
         ) from None
     except KeyError as error:
         raise UserError(f"not an instruction with prompt and checks: {error} is missing", where=where) from None

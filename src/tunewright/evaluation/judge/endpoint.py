@@ -10,13 +10,12 @@ import asyncio
 import os
 import re
 from collections import Counter
-from collections.abc import Coroutine, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import httpx
 from aiolimiter import AsyncLimiter
@@ -24,6 +23,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_aft
 
 from tunewright.config import EndpointConfig
 from tunewright.core.errors import UserError
+from tunewright.core.interrupts import run_async
 from tunewright.core.progress import Reporter, Task
 from tunewright.evaluation.judge.budget import JudgeBudget, OutOfBudgetError
 from tunewright.evaluation.judge.replies import Conversation, Journal, Reply, cost, guessed_tokens
@@ -114,7 +114,7 @@ class Endpoint:
             with self._reporter.task(title, len(wanted), "replies") as task:
                 if len(missing) < len(wanted):
                     task.advance(len(wanted) - len(missing))
-                _run(self._ask_all(missing, task))
+                run_async(self._ask_all(missing, task))
         return [self.journal.replies[key] for key in keys]
 
     def is_known(self, conversation: Conversation) -> bool:
@@ -271,17 +271,6 @@ def _secret(config: EndpointConfig, where: str) -> str | None:
     if not key.isascii():
         raise UserError(f"{config.api_key_env} is no API key: it is not ASCII", where=f"{where}.api_key_env")
     return key
-
-
-def _run(work: Coroutine[Any, Any, None]) -> None:
-    """Run to the end, in a thread of its own where this one has an event loop already (a notebook)."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        asyncio.run(work)
-        return
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(asyncio.run, work).result()
 
 
 def _parsed(response: httpx.Response, conversation: Conversation) -> Reply:

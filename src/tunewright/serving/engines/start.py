@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -13,6 +12,7 @@ import platformdirs
 from tunewright.chat import ChatFormat
 from tunewright.config import Config, EngineName, Quantize
 from tunewright.core.errors import UserError
+from tunewright.core.interrupts import run_async
 from tunewright.core.progress import Reporter
 from tunewright.engines.protocol import Engine
 from tunewright.models.bases import Base
@@ -178,7 +178,7 @@ def _llamacpp(config: Config, spec: EngineSpec, reporter: Reporter) -> Engine:
 def _with_adapters(engine: Engine, adapters: Mapping[str, Path]) -> Engine:
     """Return the engine with these adapters loaded; stop it if that fails."""
     try:
-        asyncio.run(load_all(engine, adapters))
+        run_async(load_all(engine, adapters))
     except BaseException:
         engine.stop()
         raise

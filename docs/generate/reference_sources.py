@@ -1,0 +1,76 @@
+"""What the reference is generated from: the only place here that names modules of tunewright."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+from pydantic import BaseModel
+
+import tunewright.serving
+from tunewright.adapters.manifest import Manifest as AdapterManifest
+from tunewright.api import Project, RunResult
+from tunewright.api.adapters import AdaptersApi
+from tunewright.api.data import DatasetApi
+from tunewright.api.engines import EnginesApi
+from tunewright.api.export import ExportApi
+from tunewright.api.keys import SigningKeysApi
+from tunewright.api.releases import ReleasesApi
+from tunewright.api.tenants import AuditApi, TenantKeysApi, TenantsApi
+from tunewright.cli import commands
+from tunewright.config import Config
+from tunewright.core.errors import UserError
+from tunewright.data.readers.row_errors import CODES as ROW_ERRORS
+from tunewright.data.versions.version import Manifest as VersionManifest
+from tunewright.evidence.learning_curve import Curve
+from tunewright.evidence.schema import Advice, Evidence, Item
+from tunewright.evidence.verdict import Verdict
+from tunewright.serving.gateway.app import ROUTES
+from tunewright.serving.gateway.schemas import ApiError, ChatRequest, CompletionRequest, parse_request
+
+__all__ = [
+    "API",
+    "COMMANDS",
+    "DOCUMENTS",
+    "ROUTES",
+    "ROW_ERRORS",
+    "SERVING_SOURCE",
+    "ApiError",
+    "ChatRequest",
+    "CompletionRequest",
+    "Config",
+    "parse_request",
+]
+
+COMMANDS: Any = typer.main.get_command(commands())
+SERVING_SOURCE = Path(tunewright.serving.__path__[0])
+
+API: dict[str, tuple[type, ...]] = {
+    "The project": (Project,),
+    "Groups of verbs": (
+        DatasetApi,
+        AdaptersApi,
+        SigningKeysApi,
+        ExportApi,
+        EnginesApi,
+        ReleasesApi,
+        TenantsApi,
+        TenantKeysApi,
+        AuditApi,
+    ),
+    "Results": (RunResult, Verdict, Evidence, Advice),
+    "Errors": (UserError,),
+}
+"""Classes of the Python API by heading."""
+
+DOCUMENTS: dict[str, tuple[type[BaseModel], str]] = {
+    "config": (Config, "`tunewright.yaml`: the configuration of a project."),
+    "version-manifest": (VersionManifest, "`dataset/versions/DIGEST/manifest.json`: one dataset version."),
+    "adapter-manifest": (AdapterManifest, "`adapters/NAME/manifest.json`: every file of an adapter, and its sources."),
+    "advice": (Advice, "`evaluations/advice-ID.json`: prompting arms measured on the dev split."),
+    "evidence": (Evidence, "`evaluations/ID/evidence.json`: everything a verdict rests on."),
+    "items": (Item, "`evaluations/ID/items.jsonl`: one test item a line, with every arm's answer."),
+    "learning-curve": (Curve, "`evaluations/ID/curve.json`: scores over the number of training rows."),
+}
+"""JSON documents on disk that a pydantic model reads: name, model, where it lies."""

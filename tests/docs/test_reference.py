@@ -1,0 +1,117 @@
+"""The generated reference: nothing is missing from it, and every example in it is valid."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+import typer
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "docs" / "generate"))
+
+import reference_cli  # noqa: E402
+import reference_config  # noqa: E402
+import reference_documents  # noqa: E402
+import reference_http  # noqa: E402
+from reference_sources import COMMANDS, DOCUMENTS, ROUTES, Config  # noqa: E402
+
+ENTRIES = reference_cli.entries()
+KEYS = reference_config.keys()
+
+
+def test_every_registered_command_is_documented() -> None:
+    """Typer's own help of a group is the independent list of its commands."""
+    from typer.testing import CliRunner
+
+    from tunewright.cli import commands
+
+    runner, app = CliRunner(), commands()
+    documented = {entry.name for entry in ENTRIES}
+    page = "\n".join(reference_cli.pages().values())
+    seen = set()
+    for group in ["", *(name for name in COMMANDS.commands if hasattr(COMMANDS.commands[name], "commands"))]:
+        shown = runner.invoke(app, [*group.split(), "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"}).stdout
+        for name in re.findall(r"^│ ([a-z][a-z-]+) ", shown, re.MULTILINE):
+            full = f"{group} {name}".strip()
+            seen.add(full)
+            below = any(each.startswith(f"{full} ") for each in documented)
+            assert full in documented or below, full
+            assert below or f"## `tunewright {full}`" in page, full
+    assert {"train", "data add", "tenant list"} <= seen
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+def test_command_example_names_its_command_and_valid_options(entry: reference_cli.Entry) -> None:
+    known = {name for p in entry.command.params for name in (*p.opts, *p.secondary_opts)} | {"--help"}
+    for example in entry.examples:
+        words = reference_cli.words(example)
+        assert words[: len(entry.name.split())] == entry.name.split(), example
+        used = {word.partition("=")[0] for word in words if word.startswith("-")}
+        assert used <= known, example
+
+
+def test_every_config_key_has_a_meaning_and_a_heading() -> None:
+    (page,) = reference_config.pages().values()
+    for key in KEYS:
+        assert key.meaning, key.name
+        assert f"### `{key.name}`" in page
+
+
+@pytest.mark.parametrize("key", KEYS, ids=lambda key: key.name)
+def test_config_example_is_valid_and_sets_its_key(key: reference_config.Key) -> None:
+    Config.model_validate(reference_config.plain(key.example))
+    value: object = key.example
+    for part in key.path:
+        if isinstance(value, dict):
+            assert part in value, key.name
+            value = value[part]
+    assert value not in (None, "", [], {}), key.name
+
+
+def test_examples_name_existing_keys_only() -> None:
+    assert set(reference_config.EXAMPLES) <= {key.name for key in KEYS}
+
+
+def test_config_source_is_split_from_the_meaning() -> None:
+    rate = next(key for key in KEYS if key.name == "train.learning_rate")
+    assert rate.source.startswith("QLoRA, Dettmers et al. 2023")
+    assert "Dettmers" not in rate.meaning
+
+
+def test_http_page_lists_every_route_and_the_refusal_of_an_unknown_field() -> None:
+    (page,) = reference_http.pages().values()
+    for route in ROUTES:
+        assert f"`{route}`" in page
+    assert '"code": "unsupported_parameter"' in page
+    assert "| `unknown_route` | 404, 405 | {http.method}" in page
+
+
+def test_http_page_pairs_each_error_code_with_its_own_message() -> None:
+    errors = {code: (status, message) for code, status, message in reference_http.refusals()}
+    assert errors["body_timeout"][0] == "408" and " s" in errors["body_timeout"][1]
+    assert errors["body_too_large"][0] == "413" and "bytes" in errors["body_too_large"][1]
+    assert errors["queue_timeout"][0] == "503"
+    assert errors["invalid_api_key"][0] == "401" and errors["rate_limit_exceeded"][0] == "429"
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_published_schema_is_a_valid_json_schema(name: str) -> None:
+    model, _place = DOCUMENTS[name]
+    jsonschema.Draft202012Validator.check_schema(reference_documents.schema(model))
+
+
+def test_config_schema_accepts_the_file_that_init_writes(tmp_path: Path) -> None:
+    import yaml
+    from typer.testing import CliRunner
+
+    from tunewright.cli import commands
+
+    app: typer.Typer = commands()
+    assert CliRunner().invoke(app, ["init", str(tmp_path / "p"), "--example", "legal-citations"]).exit_code == 0
+    written = yaml.safe_load((tmp_path / "p" / "tunewright.yaml").read_text(encoding="utf-8"))
+    sections = {name: value for name, value in written.items() if value is not None}
+    jsonschema.validate(sections, reference_documents.schema(Config))
