@@ -109,7 +109,7 @@ def test_resolve_base_refuses_a_folder_without_a_tokenizer(base: Path, tmp_path:
 def test_resolve_base_refuses_an_unknown_name(tmp_path: Path, spec: str) -> None:
     with pytest.raises(UserError) as caught:
         _resolve(spec, tmp_path)
-    assert caught.value.where == "base"
+    assert caught.value.where == "base_model"
     assert caught.value.fix
 
 

@@ -39,7 +39,7 @@ def require_compatible(adapter: Adapter, base: Base, chat: ChatFormat) -> None:
             f"The adapter was trained on {trained_on['spec']} ({trained_on['digest'][:12]}), and the base here is "
             f"{base.spec} ({base.digest[:12]}): {'; '.join(differing)}",
             where=adapter.name,
-            fix="Set the config's base to the adapter's, or train again.",
+            fix="Set base_model to the adapter's base, or train again.",
         )
     if rendering:
         raise UserError(

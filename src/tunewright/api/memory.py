@@ -126,7 +126,7 @@ def require_room(opened: ProjectContext) -> None:
         # With adapters that are already trained, the command may have nothing to train.
         trained = any(adapter.imported is None for adapter in list_adapters(opened.folder.adapters))
         if memory.card and not trained:
-            raise UserError(short, where="base", fix=_what_fits(setups.get(True), own, memory))
+            raise UserError(short, where="base_model", fix=_what_fits(setups.get(True), own, memory))
         reporter.warn(f"{short}.")
     elif own.longest < settings.max_length:
         reporter.warn(
@@ -144,7 +144,7 @@ def _require_card(shape: Shape, opened: ProjectContext) -> None:
     if shape.parameters >= BY_MISTAKE:
         raise UserError(
             unused,
-            where="base",
+            where="base_model",
             fix="Update the driver, or start the container with its cards. To train "
             f"{shape.parameters:,} parameters on the CPU, set CUDA_VISIBLE_DEVICES=-1.",
         )

@@ -114,7 +114,7 @@ def _place(spec: str, root: Path) -> Path | Literal["bundled", "hub"]:
     if kind == "bundled":
         return "bundled"
     if kind:
-        raise UserError(f"Unknown base {spec!r}", where="base", fix=f"The bundled base is bundled:{BUNDLED}.")
+        raise UserError(f"Unknown base {spec!r}", where="base_model", fix=f"The bundled base is bundled:{BUNDLED}.")
     folder = root / Path(spec).expanduser()
     if folder.is_dir():
         return folder.resolve()
@@ -122,7 +122,7 @@ def _place(spec: str, root: Path) -> Path | Literal["bundled", "hub"]:
         return "hub"
     raise UserError(
         f"{spec!r} is neither a folder nor a hub id",
-        where="base",
+        where="base_model",
         fix=f"Use a folder with a config.json, an id such as meta-llama/Llama-3.1-8B, or bundled:{BUNDLED}.",
     )
 

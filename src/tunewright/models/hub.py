@@ -128,8 +128,8 @@ def _unreachable(repository: str, why: str) -> UserError:
 
     return UserError(
         f"{repository} is not in the local hub cache, and the hub ({constants.ENDPOINT}) is unreachable: {why}",
-        where="base",
-        fix="Check the network or HF_ENDPOINT. Or download the base elsewhere and use its folder as `base`.",
+        where="base_model",
+        fix="Check the network or HF_ENDPOINT. Or download the base elsewhere and use its folder as base_model.",
     )
 
 
@@ -152,7 +152,7 @@ def _refusals(repository: str, revision: str | None) -> Iterator[None]:
     except errors.GatedRepoError:
         raise UserError(
             f"{repository} is gated",
-            where="base",
+            where="base_model",
             fix=f"Accept its licence on the page of {repository}, then run `hf auth login` (or set HF_TOKEN).",
         ) from None
     except errors.RevisionNotFoundError:
@@ -160,10 +160,10 @@ def _refusals(repository: str, revision: str | None) -> Iterator[None]:
     except errors.RepositoryNotFoundError:
         raise UserError(
             f"The hub has no model {repository}, or it is private",
-            where="base",
+            where="base_model",
             fix="Check the spelling. For a private model run `hf auth login` (or set HF_TOKEN).",
         ) from None
     except errors.RemoteEntryNotFoundError:
-        raise UserError(f"{repository} has no config.json: it is not a base", where="base") from None
+        raise UserError(f"{repository} has no config.json: it is not a base", where="base_model") from None
     except (OSError, errors.HTTPError) as error:
         raise _unreachable(repository, _reason(error)) from error

@@ -250,7 +250,7 @@ class Endpoint:
     def _failed(self, error: _RequestError, tries: int) -> UserError:
         what = f"{self.config.model} at {self.config.base_url} does not answer ({error}"
         what += f"; asked {tries} times)" if tries > 1 else ")"
-        fix = f"See url, model, key_env and parameters in the config's {self.where} section. {_KEPT}"
+        fix = f"See base_url, model, api_key_env and parameters in the config's {self.where} section. {_KEPT}"
         if error.retry_after is not None and error.retry_after > LONGEST_WAIT:
             fix = f"It asks to wait {error.retry_after:,.0f} s. {_KEPT}"
         elif error.transient:

@@ -76,7 +76,7 @@ class Judge:
             raise UserError(
                 "the config names no judge",
                 where="judge.base_url",
-                fix="Set url and model (and key_env) in its judge section, for example of a model that you serve.",
+                fix="Set judge.base_url and judge.model (and judge.api_key_env), such as those of a model you serve.",
             )
         self.project = project
         self.folder = folder if folder.is_dir() else folder.parent
