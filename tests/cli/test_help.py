@@ -54,7 +54,7 @@ def test_example_in_help_parses_as_a_call_of_its_command(names: tuple[str, ...])
 
 
 @pytest.mark.parametrize(
-    "line", ["tunewright train --no-such-option", "tunewright data add", "tunewright tenant disable x"]
+    "line", ["tunewright train --no-such-option", "tunewright data add", "tunewright tenant close x"]
 )
 def test_parsing_an_example_fails_when_the_command_line_does_not_have_it(line: str) -> None:
     with pytest.raises(Exception, match=r"No such|Missing parameter"):

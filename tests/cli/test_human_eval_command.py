@@ -189,7 +189,7 @@ def test_a_pass_that_is_killed_has_kept_what_was_said_and_goes_on_and_back(proje
     again.press("g")
     again.wait_for("2 of 50")
     again.press("q")
-    again.wait_for("The same command goes on")
+    again.wait_for("The same command resumes")
     assert again.code() == 0
     standing = begin(folder).journal.standing
     assert [standing[key].verdict for key in begin(folder).sample.order[:2]] == ["A", "both"]

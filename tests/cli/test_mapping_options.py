@@ -46,7 +46,7 @@ def test_options_take_the_place_of_the_config_s(project: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["check", "--rows", "data"], "none is named"),
+        (["check", "--rows", "data"], "requires files"),
         (["check", "FILE", "--rows", ""], "it is empty"),
         (["check", "FILE", "--rows", "data["], "invalid JMESPath expression"),
         (["add", "FILE", "--rows", "*[]", "--input", "{{ q", "--output", "a"], "data.input (--input)"),

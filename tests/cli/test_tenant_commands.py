@@ -130,7 +130,7 @@ def test_people_read_what_json_says(project: Path) -> None:
         (["tenant", "key", "rotate", "tw_0", "--overlap", "soon"], "--overlap: invalid duration 'soon'"),
         (["tenant", "key", "add", "acme", "--expires", "0d"], "--expires: a key's lifetime must be greater than 0"),
         (["tenant", "usage", "--since", "yesterday"], "--since: invalid date 'yesterday'"),
-        (["tenant", "usage", "--csv", "--json"], "CSV or JSON"),
+        (["tenant", "usage", "--csv", "--json"], "mutually exclusive"),
         (["tenant", "list", "--state", "mysql://x/y"], "unsupported database"),
         (["tenant", "list", "--state", "sqlite:///no/such.sqlite"], "there is no serving state"),
         (["audit", "verify", "--state", "sqlite:///no/such.sqlite"], "there is no serving state"),
@@ -143,8 +143,8 @@ def test_people_read_what_json_says(project: Path) -> None:
         (["tenant", "disable", "nobody"], "no tenant 'nobody'"),
         (["deploy", "courts", "nowhere"], "no adapter is called 'nowhere'"),
         (["deploy", "courts", "tiny", "--canary", "110%"], "invalid traffic share"),
-        (["deploy", "courts", "tiny", "--force"], "--force and --because go together"),
-        (["deploy", "courts", "tiny", "--because", "x"], "--force and --because go together"),
+        (["deploy", "courts", "tiny", "--force"], "--force and --because require each other"),
+        (["deploy", "courts", "tiny", "--because", "x"], "--force and --because require each other"),
     ],
 )
 def test_mistakes_are_told_with_exit_code_2(project: Path, arguments: list[str], message: str) -> None:
@@ -218,7 +218,7 @@ def test_a_canary_is_promoted_or_rolled_back(project: Path) -> None:
         "undeploy",
         "rollback",
     ]
-    assert "No candidate has been asked" in _run(project, "shadow", "courts").stdout
+    assert "No shadow candidate has answered" in _run(project, "shadow", "courts").stdout
 
 
 def test_a_changed_line_of_the_audit_is_named_with_exit_code_1(project: Path) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
 from inspect import Parameter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 from typer.core import TyperGroup
@@ -110,6 +111,7 @@ def command(
     state: bool = False,
     json: bool = True,
     together: Callable[[Mapping[str, Any]], bool] = lambda _: False,
+    options: type[Any] | None = None,
 ) -> Callable[[Callable[..., int | None]], Callable[..., None]]:
     """Return a decorator that makes a command of a function of a `Session`, which returns the exit code (None: 0).
 
@@ -124,10 +126,14 @@ def command(
         state: add ``--state``.
         json: add ``--json``.
         together: whether a run with these options may be one of several processes.
+        options: a dataclass whose fields become options; the function takes an instance of it as ``options``.
     """
 
     def decorate(function: Callable[..., int | None]) -> Callable[..., None]:
         own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+        if options is not None:
+            place = [each.name for each in own].index("options")
+            own[place : place + 1] = _options(options)
         shared = [
             *([_option("state", StateUrl, None)] if state else []),
             *([_option("project", Folder, Path())] if project else []),
@@ -135,13 +141,15 @@ def command(
         ]
 
         @wraps(function)
-        def run(**options: Any) -> None:
-            as_json, folder = options.pop("json", False), options.pop("project", None)
-            url = options.pop("state", None)
+        def run(**values: Any) -> None:
+            as_json, folder = values.pop("json", False), values.pop("project", None)
+            url = values.pop("state", None)
             reviewed = folder if status else None
-            with session(as_json, reviewed, together=together(options), kept=kept) as current:
+            if options is not None:
+                values["options"] = options(**{each.name: values.pop(each.name) for each in fields(options)})
+            with session(as_json, reviewed, together=together(values), kept=kept) as current:
                 current.folder, current.state = folder or Path(), url
-                code = function(current, **options)
+                code = function(current, **values)
                 if code:
                     raise typer.Exit(code)
 
@@ -156,5 +164,10 @@ def command(
     return decorate
 
 
+def _options(of: type[Any]) -> list[Parameter]:
+    hints = get_type_hints(of, include_extras=True)
+    return [_option(each.name, hints[each.name], each.default) for each in fields(of)]
+
+
 def _option(name: str, annotation: Any, default: object) -> Parameter:
-    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+    return Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=annotation)

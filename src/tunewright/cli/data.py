@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -29,40 +29,52 @@ if TYPE_CHECKING:
 
 data_app = group("data", DATA, "Add, check, review, version and share training pairs.")
 
-Rows = Annotated[
-    str | None,
-    typer.Option("--rows", help="JMESPath to the rows in a JSON document.", show_default="data.rows in the config"),
-]
-Input = Annotated[
-    str | None,
-    typer.Option("--input", help="Column, key or template of the input.", show_default="data.input in the config"),
-]
-Output = Annotated[
-    str | None,
-    typer.Option("--output", help="Column, key or template of the output.", show_default="data.output in the config"),
-]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave faulty rows out and list them by cause.")]
-Redact = Annotated[bool, typer.Option("--redact", help="Replace secrets and personal data with placeholders.")]
-AcceptConflicts = Annotated[
-    bool, typer.Option("--accept-conflicts", help="Keep inputs that have different outputs, instead of refusing.")
-]
-Replace = Annotated[
-    bool, typer.Option("--replace", help="Let a new output supersede the dataset's output for the same input.")
-]
-Restore = Annotated[bool, typer.Option("--restore", help="Add rows again that were removed or superseded.")]
-SplitFrom = Annotated[
-    Path | None,
-    typer.Option(help="Project whose split a new dataset's rows keep.", show_default="a new split"),
-]
-Presidio = Annotated[
-    str | None,
-    typer.Option(help="spaCy model that also finds names and places.", show_default="patterns only"),
-]
+
+@dataclass(frozen=True)
+class AddOptions:
+    """The options of `data add`, which `data check` shares."""
+
+    rows: Annotated[
+        str | None,
+        typer.Option(help="JMESPath to the rows in a JSON document.", show_default="data.rows in the config"),
+    ] = None
+    input_column: Annotated[
+        str | None,
+        typer.Option("--input", help="Column, key or template of the input.", show_default="data.input in the config"),
+    ] = None
+    output_column: Annotated[
+        str | None,
+        typer.Option(
+            "--output", help="Column, key or template of the output.", show_default="data.output in the config"
+        ),
+    ] = None
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave faulty rows out and list them by cause.")] = False
+    redact: Annotated[bool, typer.Option("--redact", help="Replace secrets and personal data with placeholders.")] = (
+        False
+    )
+    accept_conflicts: Annotated[
+        bool, typer.Option("--accept-conflicts", help="Keep inputs that have different outputs, instead of refusing.")
+    ] = False
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Let a new output supersede the dataset's output for the same input.")
+    ] = False
+    restore: Annotated[bool, typer.Option("--restore", help="Add rows again that were removed or superseded.")] = False
+    split_from: Annotated[
+        Path | None, typer.Option(help="Project whose split a new dataset's rows keep.", show_default="a new split")
+    ] = None
+    presidio: Annotated[
+        str | None, typer.Option(help="spaCy model that also finds names and places.", show_default="patterns only")
+    ] = None
+
+    def as_arguments(self) -> dict[str, Any]:
+        """Return the options as keyword arguments."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
 
 @command(
     data_app,
     "add",
+    options=AddOptions,
     example="tunewright data add pairs.jsonl -m 'first export'",
     kept="nothing was added; run the same command again",
 )
@@ -72,33 +84,11 @@ def data_add(
         list[Path],
         typer.Argument(help="Files of pairs (JSON, CSV, Parquet, saved `datasets` folders), folders or patterns."),
     ],
-    rows: Rows = None,
-    input_column: Input = None,
-    output_column: Output = None,
-    skip_bad: SkipBad = False,
-    redact: Redact = False,
-    accept_conflicts: AcceptConflicts = False,
-    replace: Replace = False,
-    restore: Restore = False,
-    split_from: SplitFrom = None,
-    presidio: Presidio = None,
+    options: AddOptions = AddOptions(),
     message: Annotated[str, typer.Option("--message", "-m", help="Message stored with the version.")] = "",
 ) -> None:
     """Check, deduplicate, cluster and split files of pairs into a new dataset version."""
-    result = run.project.data.add(
-        files,
-        rows=rows,
-        input_column=input_column,
-        output_column=output_column,
-        skip_bad=skip_bad,
-        redact=redact,
-        accept_conflicts=accept_conflicts,
-        presidio=presidio,
-        message=message,
-        replace=replace,
-        restore=restore,
-        split_from=split_from,
-    )
+    result = run.project.data.add(files, message=message, **options.as_arguments())
     what = f"{count_of(result.added, 'example')} added, {result.known:,} known before, "
     what += count_of(len(result.duplicates), "duplicate")
     if result.skipped:
@@ -114,36 +104,28 @@ def data_add(
     run.show(result.as_dict(), f"{status} {result.version.digest[:12]}: {what}", version_table([result.version]))
 
 
-@command(data_app, "check", example="tunewright data check pairs.csv --input question --output answer")
+@command(
+    data_app, "check", options=AddOptions, example="tunewright data check pairs.csv --input question --output answer"
+)
 def data_check(
     run: Session,
     files: Annotated[
         list[Path] | None, typer.Argument(help="Files of pairs.", show_default="the current version")
     ] = None,
     fix: Annotated[Path | None, typer.Option(help="Write a corrected copy of one file to this path.")] = None,
-    rows: Rows = None,
-    input_column: Input = None,
-    output_column: Output = None,
-    skip_bad: SkipBad = False,
-    redact: Redact = False,
-    accept_conflicts: AcceptConflicts = False,
-    replace: Replace = False,
-    restore: Restore = False,
-    split_from: SplitFrom = None,
-    presidio: Presidio = None,
+    options: AddOptions = AddOptions(),
 ) -> int | None:
     """Show what `data add` would do with files or, without files, what training sees of the current version.
 
     With files: faults, duplicates, conflicts, secrets and splits; exit code 2 if `data add` with the same options would
     refuse them. Without files, every row is encoded: lengths, trained share, and rows too long or unfit for training.
     """
-    mapped = {"rows": rows, "input_column": input_column, "output_column": output_column}
-    options = {"skip_bad": skip_bad, "redact": redact, "accept_conflicts": accept_conflicts, "replace": replace}
-    options |= {"restore": restore, "split_from": split_from is not None, "presidio": presidio is not None}
-    adding = [f"--{name.replace('_', '-')}" for name, given in options.items() if given]
+    given = {name: value for name, value in options.as_arguments().items() if value not in (None, False)}
+    mapping = {name: value for name, value in given.items() if name in ("rows", "input_column", "output_column")}
+    adding = [f"--{name.replace('_', '-')}" for name in given if name not in mapping]
     data = run.project.data
-    if files is None and (any(mapped.values()) or adding):
-        named = [f"--{name.removesuffix('_column')}" for name, given in mapped.items() if given]
+    if files is None and given:
+        named = [f"--{name.removesuffix('_column')}" for name in mapping]
         raise UserError(f"{', '.join([*named, *adding])} requires files (got none)", fix="Name the files.")
     if fix is not None:
         if files is None or len(files) != 1:
@@ -151,24 +133,14 @@ def data_check(
             raise UserError(what, where="--fix", fix="Name one file.")
         if adding:
             raise UserError(f"--fix does not use {', '.join(adding)}", where="--fix", fix="Leave the option out.")
-        changes = data.fix_file(files[0], fix, **mapped)
+        changes = data.fix_file(files[0], fix, **mapping)
         left_out = sum(change.left_out for change in changes)
         done = f"{count_of(len(changes) - left_out, 'change')}, {count_of(left_out, 'row')} left out"
         document = {"out": str(fix), "changes": [asdict(change) for change in changes]}
         run.show(document, "\n".join([*map(str, changes), f"Wrote {fix}: {done}"]))
         return None
     if files is not None:
-        checked = data.check_files(
-            files,
-            **mapped,
-            skip_bad=skip_bad,
-            redact=redact,
-            accept_conflicts=accept_conflicts,
-            presidio=presidio,
-            replace=replace,
-            restore=restore,
-            split_from=split_from,
-        )
+        checked = data.check_files(files, **options.as_arguments())
         run.show(checked.as_dict(), preview_text(checked))
         return None if checked.ok else USER_ERROR
     report = data.check()

@@ -112,7 +112,7 @@ def _show_progress(run: Session, blind: BlindReview) -> None:
 
     at = blind.progress
     document = {"reviewer": blind.reviewer, "judged": at.answered, "skipped": at.skipped, "asked": at.asked}
-    run.show(document, f"{progress_text(at)}. Run the same command again to resume.")
+    run.show(document, f"{progress_text(at)}. The same command resumes here.")
 
 
 def _show_results(run: Session, evaluation: Path | None) -> int:
