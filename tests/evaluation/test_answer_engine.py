@@ -112,7 +112,7 @@ def test_rows_and_memory_follow_the_card() -> None:
     assert [rows_at_once(size * gib) for size in (8, 16, 24, 40, 80)] == [64, 64, 128, 256, 256]
     assert gpu_share(79 * gib, 80 * gib) == 0.9
     assert gpu_share(40 * gib, 80 * gib) == 0.45
-    with pytest.raises(UserError, match="too little for vLLM"):
+    with pytest.raises(UserError, match="not enough GPU memory for vLLM"):
         gpu_share(8 * gib, 80 * gib)
 
 

@@ -144,7 +144,7 @@ def test_child_is_given_up_after_repeated_crashes(
     orders.write_text("it is broken")
     assert engine.child.process_id is not None
     os.kill(engine.child.process_id, signal.SIGKILL)
-    wait_until(lambda: "must be restarted" in (engine.stopped or ""))
+    wait_until(lambda: "Restart the server" in (engine.stopped or ""))
     assert engine.child.starts == 5
     assert engine.dead
     assert "it is broken" in reporter.warnings[-1]

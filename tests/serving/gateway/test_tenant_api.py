@@ -103,7 +103,7 @@ def test_rate_limited_response_has_retry_after(server: Running, state: State, tw
     client = server.client(two_tenants["acme"])
     ask(client, "courts")
     ask(client, "courts")
-    with pytest.raises(openai.RateLimitError, match=r"requests a minute \(2\) is reached") as caught:
+    with pytest.raises(openai.RateLimitError, match=r"2 requests in the last 60 seconds \(limit 2\)") as caught:
         ask(client, "courts")
     assert caught.value.code == "rate_limit_exceeded"
     assert 1 <= int(caught.value.response.headers["retry-after"]) <= 60

@@ -143,7 +143,7 @@ class TableEngine(ScriptedEngine):
         self._reference = reference
         self.requests = self.changes = 0
 
-    async def stream(self, request: Request, *, tenant: str = "") -> AsyncGenerator[Delta, None]:
+    async def deltas(self, request: Request) -> AsyncGenerator[Delta, None]:
         self.requests += 1
         answer = self._reference._greedy(request.adapter, request.prompt_ids).answer
         yield Delta(answer.ids, answer.finish)
