@@ -50,8 +50,8 @@ def _file(folder: Path, content: bytes | str | list[Any], name: str = "new.jsonl
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("", ["new.jsonl", "empty"]),
-        ("\n \n", ["new.jsonl", "empty"]),
+        ("", ["new.jsonl", "the file has no rows"]),
+        ("\n \n", ["new.jsonl", "the file has no rows"]),
         ("not json\n", ["new.jsonl:1", "JSON"]),
         ([*GOOD, {"question": "a", "answer": "b"}], ["new.jsonl:61", "question"]),
         ([*GOOD, {"prompt": "a", "completion": ""}], ["new.jsonl:61", "empty"]),

@@ -50,7 +50,7 @@ def test_options_take_the_place_of_the_config_s(project: Path) -> None:
         (["check", "FILE", "--rows", ""], "it is empty"),
         (["check", "FILE", "--rows", "data["], "invalid JMESPath expression"),
         (["add", "FILE", "--rows", "*[]", "--input", "{{ q", "--output", "a"], "data.input (--input)"),
-        (["add", "FILE", "--rows", "*[]", "--input", "{{ q }}"], "there is no data.output"),
+        (["add", "FILE", "--rows", "*[]", "--input", "{{ q }}"], "data.output is not set"),
         (["add", "FILE", "--rows", "*[]", "--input", "question", "--output", "answer"], "no file is a CSV"),
         (
             ["check", "FILE", "--rows", "*[]", "--input", "q", "--output", "answer"],

@@ -56,7 +56,7 @@ def _check_rights(endpoint: str, after: str) -> None:
 
 def test_unreachable_endpoint_is_reported(one: ProjectFolder, s3_endpoint: str) -> None:
     options = {**_s3_options("http://127.0.0.1:9"), "config_kwargs": {"retries": {"max_attempts": 0}}}
-    with pytest.raises(UserError, match="cannot be reached: Could not connect") as caught:
+    with pytest.raises(UserError, match="cannot connect: Could not connect") as caught:
         push(one.dataset, "s3://bucket/x", Listener(), options=options)
     assert "AWS_ENDPOINT_URL" in (caught.value.fix or "")
 
