@@ -170,7 +170,7 @@ def _precision(dtype: str, capability: tuple[int, int]) -> str | None:
 
 def test_bfloat16_is_refused_on_a_gpu_before_ampere(card: CardProcess) -> None:
     assert card.run(_precision, "bfloat16", (7, 5)) == (
-        "train.dtype: bfloat16 needs a card of compute capability 8.0 (Ampere) or later, and fake card has 7.5"
+        "train.dtype: bfloat16 needs a GPU of compute capability 8.0 (Ampere) or later; fake card has 7.5"
     )
     assert card.run(_precision, "bfloat16", (8, 0)) is None
     assert card.run(_precision, "float32", (7, 5)) is None
