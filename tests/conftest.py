@@ -21,11 +21,13 @@ from tiny import build_base
 # A shell that starts the tests in the background has them ignore Ctrl-C, which some of them press.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# No test asserts a timing: on a machine with other work, hypothesis' deadline of 200 ms would be one.
-settings.register_profile("untimed", deadline=None)
-settings.load_profile("untimed")
-# What `make fuzz` asks for by --hypothesis-profile.
-settings.register_profile("fuzz", max_examples=10_000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# No test asserts a timing: on a machine with other work, hypothesis' deadline of 200 ms would be one, and its check
+# that examples are drawn quickly another.
+settings.register_profile("quick", max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# `make test-all` and `make fuzz` choose these with --hypothesis-profile.
+settings.register_profile("all", settings.get_profile("quick"), max_examples=100)
+settings.register_profile("fuzz", settings.get_profile("quick"), max_examples=10_000)
+settings.load_profile("quick")
 
 
 @pytest.fixture(scope="session")

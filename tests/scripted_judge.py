@@ -78,13 +78,15 @@ class Server:
     finish: str = "stop"
     usage: bool = True
     slow_s: float = 0.0
+    wait_for: int = 0
+    """No request is answered before this many are there at once."""
 
 
 @contextmanager
 def scripted(script: Script) -> Iterator[Server]:
     """Serve a script at ``url`` while the block runs."""
     server = Server(script)
-    lock = threading.Lock()
+    lock = threading.Condition()
 
     def answer(body: dict[str, Any]) -> Response:
         import time
@@ -94,6 +96,8 @@ def scripted(script: Script) -> Iterator[Server]:
             server.bodies.append(body)
             server.at_once += 1
             server.most_at_once = max(server.most_at_once, server.at_once)
+            lock.notify_all()
+            assert lock.wait_for(lambda: server.most_at_once >= server.wait_for, timeout=300)
         try:
             time.sleep(server.slow_s)
             other = server.misbehave(count)

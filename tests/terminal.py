@@ -23,7 +23,7 @@ class Terminal:
             os.execv(sys.executable, [sys.executable, "-m", "tunewright", *map(str, arguments)])
         self.pid = pid
 
-    def wait_for(self, text: str, seconds: float = 60) -> None:
+    def wait_for(self, text: str, seconds: float = 300) -> None:
         """Until ``text`` has come on the screen since the last wait."""
         end = time.monotonic() + seconds
         seen = ""
@@ -37,7 +37,7 @@ class Terminal:
         assert text in seen, seen
         self.screen += seen
 
-    def press(self, key: str, seconds: float = 60) -> None:
+    def press(self, key: str, seconds: float = 300) -> None:
         """Once the command waits for a key: what is typed before, on a row not yet shown, it forgets."""
         end = time.monotonic() + seconds
         while termios.tcgetattr(self.handle)[3] & termios.ICANON:

@@ -77,7 +77,7 @@ def alive(process: int) -> bool:
         return False
 
 
-def wait_until(true: Any, seconds: float = 60) -> None:
+def wait_until(true: Any, seconds: float = 300) -> None:
     until = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < until

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from safetensors.torch import load_file, save_file
 
 from decoding_helpers import llama
+from hypothesis_settings import examples
 from tunewright.adapters.lora_weights import load_lora_weights
 from tunewright.adapters.registry import CONFIG, WEIGHTS
 from tunewright.core.errors import UserError
@@ -68,7 +69,7 @@ def _save(folder: Path, config: LoraConfig, weights_in: torch.dtype = torch.floa
     save_file({name: tensor.to(weights_in) for name, tensor in tensors.items()}, folder / WEIGHTS)
 
 
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(
     config=CONFIGS,
     targets=TARGETS,

@@ -120,6 +120,7 @@ def resumed(killed: Path, tmp_path_factory: pytest.TempPathFactory, without_othe
     return ended, only_document(folder)
 
 
+@pytest.mark.slow
 def test_gpu_proof_runs_every_case_with_the_listed_packages_alone(resumed: Any) -> None:
     ended, document = resumed
     assert ended.returncode == 0, ended.stdout + ended.stderr
@@ -130,6 +131,7 @@ def test_gpu_proof_runs_every_case_with_the_listed_packages_alone(resumed: Any) 
     assert all(document["cases"][name]["why"] for name in skipped)
 
 
+@pytest.mark.slow
 def test_gpu_proof_keeps_what_was_done_and_repeats_what_was_cut(killed: Path, resumed: Any) -> None:
     before = json.loads(killed.read_text())["cases"]
     ended, document = resumed
@@ -145,6 +147,7 @@ def test_gpu_proof_keeps_what_was_done_and_repeats_what_was_cut(killed: Path, re
         assert f"{name}: done before" not in ended.stdout
 
 
+@pytest.mark.slow
 def test_gpu_proof_sides_start_from_the_same_loss(resumed: Any) -> None:
     _, document = resumed
     for model in ("8b-lora", "70b-qlora", "8b-qlora", "7b-lora"):
@@ -156,6 +159,7 @@ def test_gpu_proof_sides_start_from_the_same_loss(resumed: Any) -> None:
         assert max(first) / min(first) < 1.002
 
 
+@pytest.mark.slow
 def test_gpu_proof_prints_a_row_for_every_headline(resumed: Any) -> None:
     ended, document = resumed
     rows = rows_of(document)
@@ -167,6 +171,7 @@ def test_gpu_proof_prints_a_row_for_every_headline(resumed: Any) -> None:
     assert all(row.measured for row in rows if row.outcome in ("met", "measured"))
 
 
+@pytest.mark.slow
 def test_gpu_proof_trains_kills_resumes_and_evaluates_by_the_command_line(tmp_path: Path) -> None:
     ended = proof("--toy", "--out", tmp_path, "--only", COMMAND_LINE)
     assert ended.returncode == 0, ended.stdout + ended.stderr
@@ -182,6 +187,7 @@ def test_gpu_proof_says_what_is_left_when_time_is_over(tmp_path: Path) -> None:
     assert "Cut by --minutes 1e-09 with 2 of 2 cases left: ceilings, nf4-bits" in ended.stdout
 
 
+@pytest.mark.slow
 def test_gpu_proof_ends_a_case_at_its_limit_and_runs_the_next(tmp_path: Path) -> None:
     script = f"""
 import dataclasses, sys, time
@@ -239,6 +245,7 @@ def test_peak_flops_finds_the_longest_name_of_a_card_first() -> None:
     assert not [(a, b) for place, a in enumerate(names) for b in names[place + 1 :] if a in b]
 
 
+@pytest.mark.slow
 def test_gpu_page_shows_memory_and_the_faster_of_two_sides_of_a_card(resumed: Any) -> None:
     _, document = resumed
     document = json.loads(json.dumps(document))
@@ -266,6 +273,7 @@ def test_gpu_page_is_what_the_results_say() -> None:
     assert rest.partition(END)[0].strip() == page_table(ROOT / "benchmarks" / "results" / "gpu")
 
 
+@pytest.mark.slow
 def test_gpu_page_shows_the_newest_card_and_what_was_not_run(tmp_path: Path, resumed: Any) -> None:
     _, document = resumed
     (tmp_path / "a.json").write_text(json.dumps({**document, "card": "NVIDIA H100 80GB HBM3"}))
@@ -277,6 +285,7 @@ def test_gpu_page_shows_the_newest_card_and_what_was_not_run(tmp_path: Path, res
     assert disk.endswith("| not yet run |")
 
 
+@pytest.mark.slow
 def test_gpu_page_names_a_missed_bar(tmp_path: Path, resumed: Any) -> None:
     _, document = resumed
     document = json.loads(json.dumps(document))

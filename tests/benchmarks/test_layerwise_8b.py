@@ -12,6 +12,7 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "layerwise_8b.py"
 
 
+@pytest.mark.slow
 def test_layerwise_trains_over_nf4_and_writes_peak_and_estimate(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     out = tmp_path / "layerwise.json"

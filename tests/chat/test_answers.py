@@ -7,9 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from hypothesis_settings import examples
 from tiny import byte_tokenizer, chat_of
 from tunewright.chat.answers import PLAIN_STOPS, answer_limit, stop_strings
 from tunewright.config import Config, EvaluateConfig
@@ -34,7 +35,7 @@ def _pairs(lengths: list[int]) -> Any:
 
 
 @given(st.lists(st.integers(2, 60), min_size=1, max_size=250))
-@settings(max_examples=25, deadline=None)
+@examples(25)
 def test_answer_limit_is_the_99th_percentile_and_a_quarter(lengths: list[int]) -> None:
     usual = min(n for n in lengths if sum(length <= n for length in lengths) >= 0.99 * len(lengths))
     expected = usual + max(8, -(-usual // 4))

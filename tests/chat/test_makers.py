@@ -11,10 +11,11 @@ from typing import Any, get_args
 
 import jinja2
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import makers
+from hypothesis_settings import examples
 from makers import LLAMA3_FAMILIES, Llama3, Mistral
 from tunewright.chat import open_chat
 from tunewright.config import ChatConfig
@@ -29,7 +30,7 @@ Messages = list[dict[str, str]]
 MISTRAL_VERSIONS: tuple[Mistral, ...] = get_args(Mistral)
 SENTENCEPIECE: tuple[Mistral, ...] = ("v1", "v2", "v3", "v7")
 # The first example loads the tokenizer.
-unhurried = settings(max_examples=40, deadline=None)
+unhurried = examples(40)
 DATE = "26 Jul 2024"
 DATES = f"Cutting Knowledge Date: December 2023\nToday Date: {DATE}\n\n"
 

@@ -17,11 +17,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import makers
+from hypothesis_settings import examples
 from makers import LLAMA3_FAMILIES, Chat, Mistral
 from tunewright.chat import ChatFormat, chat_format
 from tunewright.data.examples import Message, Role
 
-CONVERSATIONS = 2000
 TODAY = date(2026, 2, 28)
 
 Reference = Callable[[Chat], list[int]]
@@ -136,7 +136,7 @@ def test_ids_prompts_and_masks_match_the_makers_encoder(name: str) -> None:
     """The mask's reference is the makers' encoder alone: a turn is what it adds to the prompt of the turn."""
     family = _family(name)
 
-    @settings(max_examples=CONVERSATIONS, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(examples(2000, quick=100), suppress_health_check=list(HealthCheck))
     @given(conversations())
     def check(messages: list[Message]) -> None:
         if family.cuts_answers:
@@ -186,7 +186,7 @@ ordinary = texts.filter(lambda text: not any(mark in text for mark in ("<", "[",
 
 
 @given(st.lists(ordinary, min_size=2, max_size=6).filter(lambda turns: len(turns) % 2 == 0))
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_mask_matches_generation_markers_of_templates(turns: list[str]) -> None:
     """trl's Llama 3 template with ``{% generation %}`` markers, read by transformers."""
     tokenizer = copy.copy(makers.llama3_tokenizer("llama3"))
@@ -219,7 +219,7 @@ def test_prompt_of_ordinary_text_matches_the_tokenizers_call(version: Mistral, t
     tokenizer.chat_template = template
     chat = _sentencepiece(tokenizer)
 
-    @settings(max_examples=100, deadline=None)
+    @examples(100)
     @given(ordinary, st.none() | ordinary)
     def check(user: str, system: str | None) -> None:
         messages = [Message("user", user)] if system is None else [Message("system", system), Message("user", user)]
@@ -244,7 +244,7 @@ def test_row_begins_with_one_bos_and_ends_with_a_trained_end_token(name: str) ->
 def test_continuation_matches_the_tokenizer(name: str) -> None:
     chat = _family(name).chat
 
-    @settings(max_examples=100, deadline=None)
+    @examples(100)
     @given(ordinary.filter(bool))
     def check(text: str) -> None:
         assert list(chat.continuation(text)) == chat.tokenizer(text)["input_ids"]

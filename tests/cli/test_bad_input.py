@@ -201,14 +201,14 @@ class _CtrlC(LogTask):
 @pytest.mark.parametrize(
     ("title", "after"),
     [
-        ("reading", 1),
-        ("looking", 1),
+        pytest.param("reading", 1, marks=pytest.mark.slow),
+        pytest.param("looking", 1, marks=pytest.mark.slow),
         ("saving", 3),
-        ("measuring", 1),
-        ("static-1-seed-1 on dev", 1),
-        ("retrieved-2-tfidf on dev", 5),
+        pytest.param("measuring", 1, marks=pytest.mark.slow),
+        pytest.param("static-1-seed-1 on dev", 1, marks=pytest.mark.slow),
+        pytest.param("retrieved-2-tfidf on dev", 5, marks=pytest.mark.slow),
         ("Training", 7),
-        ("tuned on test", 2),
+        pytest.param("tuned on test", 2, marks=pytest.mark.slow),
     ],
 )
 def test_ctrl_c_in_every_stage_loses_nothing_and_the_same_command_goes_on(
@@ -235,7 +235,10 @@ def _small_disk(folder: Path, size: str) -> Iterator[Path]:
         subprocess.run(["umount", folder], check=True)
 
 
-@pytest.mark.parametrize("command", ["advise", "train", "evaluate"])
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param("advise", marks=pytest.mark.slow), "train", pytest.param("evaluate", marks=pytest.mark.slow)],
+)
 def test_a_full_disk_is_told_and_what_was_there_still_works(
     command: str, tmp_path: Path, tiny_base_folder: Path
 ) -> None:

@@ -108,6 +108,7 @@ def test_evaluate_counts_the_finalists_answers_that_advise_has_kept(project: Pat
     assert int(kept[2]) >= 11 * 20 + 2 * 20
 
 
+@pytest.mark.slow
 def test_evaluate_counts_no_prompting_arm_when_advise_has_chosen_with_the_same_arms(project: Path) -> None:
     for path in (project / ".tunewright" / "speeds").iterdir():  # slow: a rounded minute leaves no room for more arms
         kept = json.loads(path.read_text())
@@ -126,7 +127,7 @@ def test_evaluate_counts_no_prompting_arm_when_advise_has_chosen_with_the_same_a
     assert "To answer: 1 more arm on 40 dev items. 40 answers" in told
 
 
-@pytest.mark.parametrize("samples", [0, 4])
+@pytest.mark.parametrize("samples", [0, pytest.param(4, marks=pytest.mark.slow)])
 def test_advise_names_the_samples_that_it_writes_and_writes_none_when_the_config_has_none(
     project: Path, samples: int
 ) -> None:
@@ -177,6 +178,7 @@ def test_a_budget_leaves_arms_out_by_the_stated_rule_and_says_so_everywhere(proj
     assert "Prompting was not tried as hard as usual" in page
 
 
+@pytest.mark.slow
 def test_the_same_budget_is_not_settled_again_and_another_is_another_evaluation(project: Path) -> None:
     first = tunewright("evaluate", "--minutes", "4", "--project", project, "--json")
     assert first.code == 0, first.stderr
@@ -204,6 +206,7 @@ def test_advise_takes_a_budget_too(project: Path) -> None:
     assert (stored.code, "does not apply to stored advice" in stored.stderr) == (2, True)
 
 
+@pytest.mark.slow
 def test_a_stopped_evaluation_counts_what_is_kept(project: Path) -> None:
     assert tunewright("evaluate", "--project", project).code == 0
     shutil.rmtree(project / "evaluations")

@@ -58,6 +58,8 @@ def test_where_names_the_adapters_that_saw_a_row(project: Path) -> None:
         row = _run(project, "show", f"pairs.jsonl:{line}")
         if row["split"] not in uses:
             uses[row["split"]] = _run(project, "trained-by", row["key"])
+        if len(uses) == 3:
+            break
     assert [a["use"] for a in uses["train"]["adapters"]] == ["trained"]
     assert uses["train"]["trained_on"] == [uses["train"]["adapters"][0]["adapter"]]
     assert (uses["test"]["trained_on"], uses["test"]["adapters"][0]["use"]) == ([], "test")

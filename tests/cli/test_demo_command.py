@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from command_line import tiny_project, tunewright
 
 
+@pytest.mark.slow
 def test_the_whole_demo_adds_advice_a_curve_and_a_judge_to_the_report(tmp_path: Path, tiny_base_folder: Path) -> None:
     project = tiny_project(tmp_path / "demo", tiny_base_folder, count=270)
     config = project / "tunewright.yaml"

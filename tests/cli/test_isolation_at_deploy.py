@@ -94,7 +94,12 @@ def test_a_release_is_tested_with_all_that_is_live_and_the_result_is_kept_with_i
 
 @pytest.mark.parametrize(
     ("bug", "options"),
-    [(LastSlot, ()), (StaleCache, ()), (LastSlot, ("--canary", "10%")), (StaleCache, ("--shadow",))],
+    [
+        (LastSlot, ()),
+        pytest.param(StaleCache, (), marks=pytest.mark.slow),
+        pytest.param(LastSlot, ("--canary", "10%"), marks=pytest.mark.slow),
+        pytest.param(StaleCache, ("--shadow",), marks=pytest.mark.slow),
+    ],
     ids=["last slot", "stale cache", "last slot, canary", "stale cache, shadow"],
 )
 def test_on_an_engine_that_mixes_adapters_up_nothing_goes_live(

@@ -121,6 +121,7 @@ def test_rows_that_an_earlier_version_opened_are_told_of_a_later_one(project: Pa
     assert len({each["test_split"] for each in openings(project)}) == 2
 
 
+@pytest.mark.slow
 def test_crossval_opens_the_test_split_too(project: Path) -> None:
     assert tunewright("crossval", "--folds", "2", "--force", "-p", project).code == 0
     (opening,) = openings(project)
@@ -144,12 +145,13 @@ def test_on_dev_the_test_split_stays_closed(project: Path, monkeypatch: pytest.M
     assert tunewright("evaluate", "--dev", "-p", project, "--json").document["evaluated"] is False
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on_as_the_same_opening(project: Path) -> None:
     command = [sys.executable, "-m", "tunewright", "evaluate", "-p", str(project)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     running = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
     file = project / "evaluations" / LEDGER
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while not file.exists():
         assert running.poll() is None and time.monotonic() < end
         time.sleep(0.02)

@@ -98,6 +98,7 @@ def test_leak_scores_an_evaluation_by_output_template(project: Path) -> None:
     assert tunewright("data", "leakage", "-p", project, "--json").document["templates"] == []
 
 
+@pytest.mark.slow
 def test_crossval_scores_items_by_the_templates_of_their_own_fold(tmp_path: Path, tiny_base_folder: Path) -> None:
     folder = _query_project(tmp_path / "project", tiny_base_folder)
     assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0

@@ -106,7 +106,15 @@ def test_terminal_gets_boxes_and_its_own_width(project: Path) -> None:
 
 
 @pytest.mark.parametrize("closed", ["stdout", "stderr"])
-@pytest.mark.parametrize("arguments", [("data", "log"), ("data", "log", "--json"), ("config", "schema")], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("data", "log"),
+        pytest.param(("data", "log", "--json"), marks=pytest.mark.slow),
+        pytest.param(("config", "schema"), marks=pytest.mark.slow),
+    ],
+    ids=" ".join,
+)
 def test_command_ends_quietly_with_141_when_nobody_reads(
     project: Path, arguments: tuple[str, ...], closed: str
 ) -> None:
@@ -124,7 +132,7 @@ def test_command_ends_quietly_with_141_when_nobody_reads(
     told = left.read()
     left.close()
     says_something = closed == "stdout" or arguments[0] == "data"
-    assert process.wait(60) == (141 if says_something else 0)
+    assert process.wait(300) == (141 if says_something else 0)
     assert "Traceback" not in told
     assert "Exception ignored" not in told
 

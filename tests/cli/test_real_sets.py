@@ -81,7 +81,14 @@ def test_the_page_has_a_command_and_counts_for_each_set() -> None:
     assert sorted(_commands()) == sorted(_counts()) == sorted(sets)
 
 
-@pytest.mark.parametrize("name", sorted([*KNOWN, "pubmedqa"]))
+# The largest sets take a minute.
+QUICK = ("gsm8k", "self_instruct")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in sorted([*KNOWN, "pubmedqa"])],
+)
 def test_a_set_is_imported_by_its_command_whole_and_as_its_own_reader_reads_it(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,7 +63,7 @@ def test_base_adapter_and_checkpoint_answer_the_openai_client(
         answers[model] = reply.choices[0].message.content
     assert len(set(answers.values())) > 1, answers
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
     assert "Traceback" not in stderr
 

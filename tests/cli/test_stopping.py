@@ -18,7 +18,7 @@ import pytest
 
 from command_line import pairs, tunewright, write_jsonl
 
-PATIENCE_S = 60
+PATIENCE_S = 300
 """A guard against tests that hang, no expectation."""
 
 BUSY = """

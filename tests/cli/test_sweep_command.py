@@ -74,6 +74,7 @@ def test_six_trials_are_halved_to_one_that_is_trained_to_its_end(swept: Swept) -
     assert not list((project / ".tunewright" / "sweeps").iterdir())
 
 
+@pytest.mark.slow
 def test_the_winner_is_the_run_that_train_makes_and_is_not_trained_twice(
     swept: Swept, tmp_path: Path, tiny_base_folder: Path
 ) -> None:
@@ -104,6 +105,7 @@ def test_test_rows_are_never_given(swept: Swept) -> None:
     assert not any(m.example.input_text in seen for m in version.examples("test"))
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_done_is_found_done(tmp_path: Path, tiny_base_folder: Path) -> None:
     project = _project(tmp_path / "project", tiny_base_folder)
     rates = ("--rate", "0.003", "--rate", "0.01")
@@ -130,6 +132,12 @@ def test_a_budget_for_no_trial_is_refused_and_says_what_it_takes(tmp_path: Path,
     assert not (project / "adapters").exists()
 
 
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
+    """A project that no test changes."""
+    return _project(tmp_path_factory.mktemp("refused") / "project", tiny_base_folder)
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
@@ -144,10 +152,7 @@ def test_a_budget_for_no_trial_is_refused_and_says_what_it_takes(tmp_path: Path,
         (["--curve", "--seeds", "1"], "must be at least 2 (got 1)"),
     ],
 )
-def test_options_that_mean_nothing_are_refused(
-    options: list[str], told: str, tmp_path: Path, tiny_base_folder: Path
-) -> None:
-    project = _project(tmp_path / "project", tiny_base_folder)
+def test_options_that_mean_nothing_are_refused(options: list[str], told: str, project: Path) -> None:
     ran = tunewright("train", *options, "-p", project)
     assert (ran.code, told in ran.stderr) == (2, True), ran.stderr
     assert not (project / "sweeps").exists()
@@ -162,6 +167,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> t
     return project, ran.document["adapter"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_sweep_that_was_stopped_goes_on_to_the_same_adapter(
     number: int, whole: tuple[Path, str], tmp_path: Path, tiny_base_folder: Path

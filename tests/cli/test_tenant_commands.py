@@ -322,18 +322,18 @@ def test_a_running_server_takes_a_deploy_by_command(
     assert answered_by() == first.digest
     done = _document(project, "deploy", "courts", second.name, "--force", "--because", "to see it switch")
     assert done["servers"] == 1
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     while answered_by() != second.digest:
         assert time.monotonic() < end
     _document(project, "undeploy", "courts")
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     while client.models.list().data:
         assert time.monotonic() < end
     with pytest.raises(openai.NotFoundError):
         answered_by()
     client.close()
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
     assert "Traceback" not in stderr
     assert f"courts: release 2 is live: {second.name}" in stderr

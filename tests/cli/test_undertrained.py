@@ -35,6 +35,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ran]:
     return folder, tunewright("run", "--project", folder, "--json")
 
 
+@pytest.mark.slow
 def test_run_says_that_training_was_too_short_and_what_to_do(ran: tuple[Path, Ran]) -> None:
     _, done = ran
     assert done.code == 3, done.stderr
@@ -44,6 +45,7 @@ def test_run_says_that_training_was_too_short_and_what_to_do(ran: tuple[Path, Ra
     assert cause["next"] == "Set train.epochs: 3 (now 1), then `tunewright train` and `tunewright evaluate --dev`"
 
 
+@pytest.mark.slow
 def test_verdict_and_report_say_the_same(ran: tuple[Path, Ran]) -> None:
     folder, done = ran
     cause = done.document["verdict"]["causes"][0]

@@ -80,7 +80,7 @@ def test_sequential_plan_keeps_its_error_rates() -> None:
     assert max(mean_good, mean_bad) < fixed_size(4)
 
 
-@pytest.mark.parametrize("share", [0.01, 0.03, 0.05, 0.1])
+@pytest.mark.parametrize("share", [0.1, *(pytest.param(share, marks=pytest.mark.slow) for share in (0.01, 0.03, 0.05))])
 def test_judge_decides_simulated_samples_at_the_exact_rate(share: float) -> None:
     plan, draw, runs = SequentialPlan(), random.Random(0), 1500
     accept, _, mean = _all_ways(plan, share)

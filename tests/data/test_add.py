@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 from data_helpers import Listener, Pair, jaccard, new_project, unlike_pairs, write_jsonl
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from hypothesis_settings import examples
 from tunewright.config import DataConfig
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
@@ -23,7 +24,7 @@ from tunewright.data.versions import DatasetVersion, load_version, version_folde
 
 ACCEPT = "data: {conflicts: accept}\n"
 
-few_examples = settings(max_examples=20, deadline=None)
+few_examples = examples(20)
 
 
 @pytest.fixture(autouse=True, scope="module")

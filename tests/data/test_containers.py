@@ -281,7 +281,7 @@ def test_rows_are_read_lazily(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["lines", "array", "csv"])
 def test_rows_are_not_held_after_reading(tmp_path: Path, kind: str) -> None:
-    path, count = tmp_path / kind, 20_000
+    path, count = tmp_path / kind, 10_000
     rows = [{"prompt": f"question {i}", "completion": "é"} for i in range(count)]
     if kind == "csv":
         path.write_text(_csv(";", [("prompt", "completion"), *((r["prompt"], r["completion"]) for r in rows)]))

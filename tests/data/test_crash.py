@@ -91,7 +91,10 @@ def _assert_old_or_new(project: ProjectFolder, old: str, new: str) -> str:
     return version.digest
 
 
-def test_dataset_is_the_old_or_the_new_version_when_killed_at_any_file_call(template: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tried", [10, pytest.param(80, marks=pytest.mark.slow)])
+def test_dataset_is_the_old_or_the_new_version_when_killed_at_any_file_call(
+    tried: int, template: Path, tmp_path: Path
+) -> None:
     project = _fresh(template, tmp_path / "w")
     old, new = load_version(project.dataset).digest, _add_second(project)
     out = FORK.SimpleQueue()
@@ -100,9 +103,11 @@ def test_dataset_is_the_old_or_the_new_version_when_killed_at_any_file_call(temp
     total = out.get()
     child.join()
     seen = set()
-    # Rows are written alike; the version's folder and HEAD come last, so each of the last calls is tried.
-    moments = sorted({*range(total - 29, total + 1), *(1 + i * (total - 30) // 50 for i in range(50))})
-    assert len(moments) == 80
+    # Rows are written alike; the version's folder and HEAD come last, so of 80 tries each of the last 30 calls is one.
+    last = tried * 3 // 8
+    before = tried - last
+    moments = sorted({*range(total - last + 1, total + 1), *(1 + i * (total - last) // before for i in range(before))})
+    assert len(moments) == tried
     for call in moments:
         project = _fresh(template, tmp_path / "w")
         child = FORK.Process(target=_add_and_die_at, args=(project, call))
@@ -113,6 +118,7 @@ def test_dataset_is_the_old_or_the_new_version_when_killed_at_any_file_call(temp
     assert seen == {old, new}
 
 
+@pytest.mark.slow
 def test_dataset_is_the_old_or_the_new_version_when_killed_at_random_times(template: Path, tmp_path: Path) -> None:
     project = _fresh(template, tmp_path / "w")
     old = load_version(project.dataset).digest
@@ -203,7 +209,8 @@ def _purge_and_die_at(project: ProjectFolder, call: int) -> None:
     _purge(project)
 
 
-def test_purge_killed_at_any_file_call_is_finished_when_repeated(template: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("every", [31, pytest.param(7, marks=pytest.mark.slow)])
+def test_purge_killed_at_any_file_call_is_finished_when_repeated(every: int, template: Path, tmp_path: Path) -> None:
     """The version stays whole meanwhile: what is damaged is at most what the log says is purged."""
     project = _fresh(template, tmp_path / "w")
     _add_second(project)
@@ -237,6 +244,6 @@ def test_purge_killed_at_any_file_call_is_finished_when_repeated(template: Path,
         assert b"of answer 1" not in kept
         assert b"of answer 2" in kept
         assert list(project.dataset.rglob(".*")) == []
-        call += 7  # every seventh: a purge makes some two hundred
+        call += every  # a purge makes some two hundred
     assert call > 70
     assert halfway > 0

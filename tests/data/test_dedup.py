@@ -12,7 +12,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 from data_helpers import Listener, example, jaccard, unlike_pairs
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tunewright.data.dedup import (
@@ -73,7 +73,6 @@ def _many_texts(way: Way) -> Iterator[None]:
         yield
 
 
-@settings(deadline=None)  # each example is joined in several ways
 @given(
     st.one_of(texts_like_each_other, st.lists(st.text(max_size=8), max_size=8)),
     st.sampled_from([0.2, 0.5, 2 / 3, 0.75, 0.8, 0.9, 1.0]),
@@ -101,7 +100,6 @@ templated_texts = st.lists(
 )
 
 
-@settings(deadline=None)  # each example is joined in several ways
 @given(templated_texts, st.sampled_from([0.6, 0.75, 0.8, 0.9]), st.sampled_from(WAYS))
 def test_near_pairs_of_templated_texts_are_exact(texts: list[str], threshold: float, way: Way) -> None:
     expected = _brute(texts, threshold)
@@ -122,7 +120,6 @@ def _components(count: int, pairs: Iterable[tuple[int, int]]) -> list[int]:
     return labels
 
 
-@settings(deadline=None)  # each example is joined in several ways
 @given(
     st.one_of(texts_like_each_other, templated_texts),
     st.sampled_from([0.3, 0.6, 0.8]),
@@ -185,6 +182,7 @@ def test_near_pairs_are_complete_for_long_texts_and_many_blocks(threshold: float
             assert _found(texts, threshold) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not BANKING77.is_file(), reason="the BANKING77 files are not next to this checkout")
 @pytest.mark.parametrize("threshold", [0.5, 0.7, 0.8])
 def test_near_pairs_are_complete_for_real_questions(threshold: float) -> None:

@@ -13,9 +13,10 @@ from typing import Literal
 
 import pytest
 from data_helpers import Listener, example, new_project, unlike_pairs, write_jsonl
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from hypothesis_settings import examples
 from tunewright.config import DataConfig
 from tunewright.core.errors import UserError
 from tunewright.data.add import add
@@ -24,7 +25,7 @@ from tunewright.data.readers import read_pairs
 from tunewright.data.versions import DatasetVersion, Member, load_version
 from tunewright.data.versions.export import Format, export
 
-few_examples = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+few_examples = examples(60)
 
 
 @pytest.fixture(scope="module")

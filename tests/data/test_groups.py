@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 from data_helpers import Listener, new_project, unlike_pairs
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from hypothesis_settings import examples
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import AddResult, add
@@ -56,7 +57,7 @@ def _unticketed(rows: list[Row]) -> list[Row]:
     return [{**row, "ticket": None} for row in rows]
 
 
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(seed=st.integers(0, 10_000))
 def test_groups_stay_in_one_split_and_test_groups_in_test(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
     project = new_project(tmp_path_factory.mktemp("groups") / "p", GROUPED)

@@ -6,9 +6,10 @@ import random
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from hypothesis_settings import examples
 from tunewright.core.errors import UserError
 from tunewright.data.versions.members import members_file, members_sha256, read_members
 
@@ -27,7 +28,7 @@ def _save(dataset: Path, text: str, parent: str | None) -> str:
     return digest
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@examples(60)
 @given(seed=st.integers(0, 10_000), steps=st.integers(1, 12), most=st.integers(1, 30))
 def test_members_of_any_history_round_trip(
     tmp_path_factory: pytest.TempPathFactory, seed: int, steps: int, most: int

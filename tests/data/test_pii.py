@@ -10,11 +10,12 @@ from typing import get_args
 
 import pytest
 from data_helpers import Listener, new_project, unlike_pairs, write_jsonl
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from secret_samples import NEGATIVES, Sample, negatives, positives, with_iban_check, with_luhn
 
+from hypothesis_settings import examples
 from real_data import DATA_SETS, SHARED
 from tunewright.config import DataConfig, Findable
 from tunewright.config.project import ProjectFolder
@@ -344,7 +345,7 @@ def test_add_accepts_allowed_kinds_and_the_error_names_the_option(tmp_path: Path
     assert any("Permitted by data.allow: Stripe live key: 1" in said for said in listener.said)
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(st.lists(st.sampled_from(POSITIVES), min_size=1, max_size=5), st.sampled_from([" ", "\n", ", ", "; "]))
 def test_redact_is_complete_and_idempotent(samples: list[Sample], between: str) -> None:
     texts = [sample.text for sample in samples]

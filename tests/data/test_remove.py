@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 from data_helpers import WORDS, Listener, new_project, unlike_pairs, write_jsonl
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from hypothesis_settings import examples
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import AddResult, add
@@ -258,7 +259,7 @@ def test_remove_counts_adapters_and_evaluations_with_the_rows(project: ProjectFo
     assert result.evaluations == {"0123456789ab": 1}
 
 
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(seed=st.integers(0, 1000), which=st.sets(st.integers(0, 59), min_size=1, max_size=20))
 def test_remove_keeps_the_places_of_other_rows(
     tmp_path_factory: pytest.TempPathFactory, seed: int, which: set[int]
@@ -322,7 +323,7 @@ def _holding(root: Path, secret: str) -> list[str]:
     return [name for name, data in _snapshot(root).items() if secret.encode() in data]
 
 
-@settings(max_examples=10, deadline=None)
+@examples(10)
 @given(seed=st.integers(0, 1000), count=st.integers(1, 4), step=st.sampled_from(["edit", "replace", "removed before"]))
 def test_purge_leaves_no_text_and_keeps_digests_valid(
     tmp_path_factory: pytest.TempPathFactory, seed: int, count: int, step: str

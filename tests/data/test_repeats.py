@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 from data_helpers import Listener, example, new_project, unlike_pairs, write_jsonl
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from hypothesis_settings import examples
 from tunewright.config.project import ProjectFolder
 from tunewright.data.add import AddResult, add
 from tunewright.data.dedup import Repeat, cluster_counts, exact_repeats
@@ -84,7 +85,7 @@ def test_exact_duplicates_ignore_case_and_white_space_of_inputs() -> None:
     assert exact_repeats(rows, 2) == {}
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(st.lists(st.tuples(st.sampled_from(["a b", "A  b", "a c", "b"]), st.sampled_from(["x", " x", "y"]))))
 def test_exact_repeats_are_complete_and_correct(pairs: list[tuple[str, str]]) -> None:
     rows = [example(text, output) for text, output in pairs]

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 from data_helpers import Listener, Pair, new_project, unlike_pairs, write_jsonl
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from hypothesis_settings import examples
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.wording import excerpts
@@ -39,7 +40,7 @@ def _answers(project: ProjectFolder) -> dict[str, list[str]]:
     return found
 
 
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(seed=st.integers(0, 1000), changed=st.sets(st.integers(0, 39), min_size=1))
 def test_replace_changes_outputs_and_keeps_splits(
     tmp_path_factory: pytest.TempPathFactory, seed: int, changed: set[int]

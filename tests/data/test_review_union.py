@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from hypothesis_settings import examples
 from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json
 from tunewright.data.review.acceptance import FixedPlan, SequentialPlan
@@ -39,7 +40,7 @@ PLANS: st.SearchStrategy[SequentialPlan | FixedPlan] = st.sampled_from(
 DRAWN = st.builds(DrawEvent, version=st.just("v"), reviewer=REVIEWERS, when=SECONDS, draw=st.integers(0, 2), plan=PLANS)
 LOGS = st.lists(VERDICTS_GIVEN | UNDONE | DRAWN, max_size=8)
 
-fast = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+fast = examples(60)
 
 
 def _log(root: Path, name: str, old: Sequence[Event], new: Sequence[Event]) -> Path:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 from data_helpers import Listener, new_project, unlike_pairs, write_jsonl
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from review_helpers import judge_next, review
 
+from hypothesis_settings import examples
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import add
@@ -58,7 +59,7 @@ def test_verify_finds_no_damage_in_an_intact_dataset(project: ProjectFolder) -> 
     assert json.loads(json.dumps(found.as_dict()))["ok"] is True
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@examples(150)
 @given(data=st.data())
 def test_verify_finds_a_flipped_bit_anywhere(pristine: ProjectFolder, data: st.DataObject) -> None:
     path = data.draw(st.sampled_from(_files(pristine.dataset)))
@@ -72,7 +73,7 @@ def test_verify_finds_a_flipped_bit_anywhere(pristine: ProjectFolder, data: st.D
     assert any(d.where.startswith(str(path)) for d in damage)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@examples(100)
 @given(data=st.data())
 def test_verify_names_line_and_row_of_a_flipped_bit(pristine: ProjectFolder, data: st.DataObject) -> None:
     path = data.draw(st.sampled_from(sorted(pristine.dataset.glob("rows/*.jsonl"))))

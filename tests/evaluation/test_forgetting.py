@@ -117,6 +117,7 @@ def test_a_scaled_adapter_is_the_base_and_so_much_of_the_change(
     assert (found - unscaled).abs().max() > 0.01
 
 
+@pytest.mark.slow
 def test_scaling_writes_a_new_adapter_with_its_lineage_and_it_is_evaluated(project: Project, adapter: Adapter) -> None:
     ran = command("adapters", "scale", "--factor", "0.5", "--factor", "0.05", "-p", project.folder.root, "--json")
     assert ran.code == 0, ran.stderr

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tunewright.chat import open_chat
@@ -138,7 +138,6 @@ DECODINGS = st.builds(
 
 
 @given(DECODINGS, DECODINGS)
-@settings(deadline=None)
 def test_answers_have_the_same_key_only_if_all_that_decides_them_is_the_same(one: Decoding, other: Decoding) -> None:
     assert (one.key == other.key) == (one == other)
     for field in fields(Decoding):

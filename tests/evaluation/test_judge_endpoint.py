@@ -61,7 +61,7 @@ def test_what_may_pass_is_asked_again(tmp_path: Path, status: int) -> None:
 
 
 def test_retry_after_is_waited_for_in_seconds_or_until_a_date(tmp_path: Path) -> None:
-    until = datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=3)
+    until = datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=2)
     for number, value in enumerate([format_datetime(until, usegmt=True), "1"]):
         with scripted(honest) as server:
             server.misbehave = failing_first(1, PlainTextResponse("slow down", 429, headers={"retry-after": value}))
@@ -115,7 +115,7 @@ def test_a_reply_of_another_protocol_is_told(tmp_path: Path, body: str) -> None:
 
 def test_no_more_requests_at_once_than_allowed(tmp_path: Path) -> None:
     with scripted(honest) as server:
-        server.slow_s = 0.05
+        server.wait_for = 3  # the first ones are answered once there are so many
         ask(server, tmp_path, concurrency=3)
         assert server.most_at_once == 3
 
@@ -172,11 +172,9 @@ def test_a_failure_does_not_wait_for_those_who_wait_to_ask_again(tmp_path: Path)
 
     with scripted(honest) as server:
         server.misbehave = second_is_refused
-        began = time.monotonic()
         with pytest.raises(UserError, match="status 403"):
             ask(server, tmp_path, count=2, concurrency=2)
-        assert time.monotonic() - began < 60
-        assert len(server.bodies) == 2
+        assert len(server.bodies) == 2, "the first was not asked again"
 
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:

@@ -6,11 +6,12 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 from scipy.stats import bootstrap, norm, t
 
+from hypothesis_settings import examples
 from tunewright.evidence.base import Interval
 from tunewright.evidence.non_inferiority import items_needed, paired_drop, ratio_drop, smallest_margin, tango_limits
 
@@ -46,7 +47,7 @@ def _brute_force_score(more: int, less: int, items: int, difference: float) -> f
 
 
 @given(st.integers(5, 300), st.floats(0, 0.5), st.floats(0, 0.5))
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_the_score_test_is_just_not_significant_at_the_limits(items: int, first: float, second: float) -> None:
     more, less = int(items * first), int(items * second)
     low, high = tango_limits(more, less, items, 1.645)

@@ -4,13 +4,14 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
+from hypothesis_settings import examples
 from tunewright.evidence.statistics import (
     bootstrap_sums,
     cluster_sums,
@@ -136,7 +137,7 @@ def test_with_items_apart_the_test_is_mcnemars(changes: NDArray[np.float64]) -> 
     assert exact_mcnemar(changes, _alone(len(changes))) == pytest.approx(expected, rel=1e-9)
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(st.lists(st.tuples(st.sampled_from([-1.0, 0.0, 1.0]), st.integers(0, 7)), min_size=1, max_size=25))
 def test_with_clusters_the_test_counts_every_pattern_of_signs(items: list[tuple[float, int]]) -> None:
     changes, names = np.array([c for c, _ in items]), [str(g) for _, g in items]

@@ -11,7 +11,7 @@ from command_line import tunewright as command
 from one_base import counted_bases
 
 
-@pytest.mark.parametrize(("quantize", "bases"), [("none", 2), ("nf4", 4)])
+@pytest.mark.parametrize(("quantize", "bases"), [("none", 2), pytest.param("nf4", 4, marks=pytest.mark.slow)])
 def test_merge_holds_one_base_at_a_time(
     quantize: str, bases: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_base_folder: Path
 ) -> None:

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
 from decoding_helpers import llama
+from hypothesis_settings import examples
 from tunewright.generation import lora_dispatch
 from tunewright.generation.batched_lora import AdapterSlots, Lora
 from tunewright.generation.lora_dispatch import BASE_ROW, LoraDispatch
@@ -65,7 +66,7 @@ def _as_peft(model: Any, names: list[str | None]) -> torch.Tensor:
 PASSES = st.lists(st.lists(st.sampled_from([None, *CONFIGS]), min_size=1, max_size=12), min_size=1, max_size=5)
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(passes=PASSES, room=st.sampled_from([0, 4, 5, 100]))
 def test_stacked_adapters_answer_as_peft_after_any_requests(
     model: Any, passes: list[list[str | None]], room: int

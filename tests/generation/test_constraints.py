@@ -11,10 +11,11 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import makers
+from hypothesis_settings import examples
 from tiny import byte_tokenizer, chat_of
 from tunewright.chat.answers import constraint_on
 from tunewright.config import ConstrainConfig
@@ -86,7 +87,7 @@ PROMPTS = st.lists(st.text("abcXYZ 0,{", min_size=1, max_size=8), min_size=1, ma
 
 @pytest.mark.parametrize(("constraint", "right"), KINDS, ids=["choices", "regex", "json"])
 @given(PROMPTS, st.sampled_from([0.0, 1.5]))
-@settings(max_examples=12, deadline=None)
+@examples(12)
 def test_constrained_answers_match_unless_cut_at_the_limit(
     model: Any, constraint: Constraint, right: Callable[[str], bool], prompts: list[str], temperature: float
 ) -> None:
@@ -102,7 +103,7 @@ def test_most_free_answers_of_this_model_do_not_match(model: Any) -> None:
 
 
 @given(PROMPTS)
-@settings(max_examples=15, deadline=None)
+@examples(15)
 def test_constraint_leaves_a_matching_answer_unchanged(model: Any, prompts: list[str]) -> None:
     free = _answers(model, _requests(prompts, None, limit=30))
     whole = [completion for completion in free if completion.finish == "stop" and completion.ids]
@@ -130,7 +131,7 @@ def test_free_and_constrained_rows_share_a_batch(model: Any) -> None:
 
 
 @given(st.text(max_size=12), st.sampled_from(range(3)))
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_constraint_matches_exactly_when_an_independent_check_does(text: str, kind: int) -> None:
     constraint, right = KINDS[kind]
     assert constraint.matches(text) == right(text.strip())

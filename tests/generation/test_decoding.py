@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from decoding_helpers import ADAPTERS, PAD, STOPS, VOCABULARY, llama, mistral, reference
+from hypothesis_settings import examples
 from tunewright.adapters.lora_weights import load_lora_weights
 from tunewright.core.errors import UserError
 from tunewright.generation.decoding import Batch, Completion, PrefillState, Request, Row, generate, prefill_groups
@@ -138,7 +139,7 @@ ACTIONS = st.lists(
 
 
 @given(actions=ACTIONS, order=st.permutations(range(len(POOL))))
-@settings(max_examples=25, deadline=None)
+@examples(25)
 def test_answers_do_not_depend_on_other_rows_joining_and_leaving(
     tenants: Any, expected: list[Completion], actions: list[tuple[str, int]], order: list[int]
 ) -> None:
@@ -184,7 +185,7 @@ def on_disk(tenants: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     actions=st.lists(st.tuples(st.sampled_from(["load", "unload", "step"]), st.sampled_from(ADAPTERS)), max_size=20),
     order=st.permutations(range(len(POOL))),
 )
-@settings(max_examples=25, deadline=None)
+@examples(25)
 def test_answers_do_not_depend_on_adapters_added_and_removed(
     on_disk: Path, expected: list[Completion], actions: list[tuple[str, str]], order: list[int]
 ) -> None:

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
 from decoding_helpers import llama
+from hypothesis_settings import examples
 from tunewright.generation.batched_lora import Lora
 from tunewright.generation.lora_dispatch import BASE_ROW, LoraDispatch
 from tunewright.training.lora import use_fused_lora
@@ -38,7 +39,7 @@ def model() -> Any:
     return wrapped.eval()
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(names=st.lists(st.sampled_from([None, *CONFIGS]), min_size=1, max_size=9), tokens=st.integers(1, 5))
 def test_dispatch_answers_rows_as_peft(model: Any, names: list[str | None], tokens: int) -> None:
     ids = torch.randint(8, 128, (len(names), tokens), generator=torch.Generator().manual_seed(tokens))
@@ -96,7 +97,7 @@ def _logits(model: Any, adapters: LoraDispatch, names: list[str | None], ids: to
     return found
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(
     names=st.lists(st.sampled_from([None, *BESIDE]), min_size=1, max_size=9),
     tokens=st.integers(1, 5),

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from decoding_helpers import PAD, STOPS, VOCABULARY, reference
+from hypothesis_settings import examples
 from tunewright.generation.decoding import Batch, Request, generate
 from tunewright.generation.prefixes import SharedPrefix, shared_prefixes
 
@@ -28,7 +29,7 @@ def _most_saved(prompts: Sequence[tuple[int, ...]], cost: int, beginning: tuple[
 
 
 @given(PROMPTS, st.integers(1, 6))
-@settings(max_examples=150, deadline=None)
+@examples(150)
 def test_shared_prefixes_save_as_much_as_brute_force(prompts: list[tuple[int, ...]], cost: int) -> None:
     chosen = shared_prefixes(prompts, cost)
     places = [place for group in chosen for place in group.indices]

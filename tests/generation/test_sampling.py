@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 from torch import Tensor
 from transformers import TopPLogitsWarper
 
+from hypothesis_settings import examples
 from tunewright.generation import sampling
 from tunewright.generation.requests import Request, Row
 from tunewright.generation.sampling import draw, next_tokens, nucleus
@@ -38,7 +39,7 @@ def test_next_tokens_follow_the_model_s_distribution(temperature: float, top_p: 
     assert chisquare(counts[kept], expected[kept] * len(draws)).pvalue > 0.001
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     seed=st.integers(0, 2**31), top_p=st.floats(0.01, 0.999), spread=st.sampled_from([0.1, 1.0, 5.0]),
     prefilter=st.integers(1, 300),
@@ -80,7 +81,7 @@ def test_next_tokens_do_not_depend_on_the_prefilter(prefilter: int, monkeypatch:
 
 
 @given(order=st.permutations(range(9)), alone=st.integers(0, 8))
-@settings(max_examples=30, deadline=None)
+@examples(30)
 def test_next_tokens_of_a_row_do_not_depend_on_other_rows(order: list[int], alone: int) -> None:
     logits = _logits(9, 3000)
     hows: list[dict[str, Any]] = [{"temperature": 0.0}, {"top_p": 0.9}, {"temperature": 0.5}] * 3

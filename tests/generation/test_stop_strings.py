@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from decoding_helpers import PAD, STOPS, VOCABULARY, llama, reference
+from hypothesis_settings import examples
 from tunewright.generation.decoding import Completion, Request, generate
 
 PIECES = ["a", "b", "ab", "\n", "\n\n", "# ", "##", "ba\n", "é", "", "#"]
@@ -42,7 +43,7 @@ def _cut(text: str, stops: Sequence[str]) -> str | None:
 
 
 @given(STOP_STRINGS, st.integers(1, 10))
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_answer_ends_before_its_first_stop_string(stops: list[str], batch: int) -> None:
     requests = [Request(prompt, None, 24, stop=tuple(stops)) for prompt in PROMPTS]
     told = generate(MODEL, requests, stop_ids=STOPS, pad_id=PAD, batch_size=batch, decode=_decode)

@@ -67,12 +67,12 @@ def _run(
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("llama-2-7b", {}),
-        ("mistral-7b", {"mistral": True}),
+        pytest.param("llama-2-7b", {}, marks=pytest.mark.slow),
+        pytest.param("mistral-7b", {"mistral": True}, marks=pytest.mark.slow),
         ("mistral-7b", {"mistral": True, "window": 8, "nf4": True}),
         ("llama-3-8b", {}),
-        ("llama-3-8b", {"nf4": True}),
-        ("llama-3-70b", {}),
+        pytest.param("llama-3-8b", {"nf4": True}, marks=pytest.mark.slow),
+        pytest.param("llama-3-70b", {}, marks=pytest.mark.slow),
         ("llama-3-70b", {"nf4": True}),
     ],
 )

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from hypothesis_settings import examples
 from tiny import tiny_model
 from tunewright.config import PRESETS, TrainConfig
 from tunewright.core.errors import UserError
@@ -382,7 +383,7 @@ def test_plan_fits_a_70b_into_80_gb_in_4_bits_but_not_in_16(tmp_path: Path) -> N
     assert all(p.longest == 0 for p in told.setups if not p.setup.nf4)
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(
     rows=st.integers(1, 64),
     shared=st.integers(0, 300),

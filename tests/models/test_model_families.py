@@ -255,7 +255,7 @@ def test_merged_model_loads_with_the_original_class(merged: Path, project: Path,
     assert (merged / "preprocessor_config.json").exists() == family.vision
 
 
-@pytest.mark.parametrize("each", ["mistral3", "mistral3-ministral3"])
+@pytest.mark.parametrize("each", ["mistral3", pytest.param("mistral3-ministral3", marks=pytest.mark.slow)])
 def test_merge_over_nf4_leaves_the_vision_tower_unchanged(each: Kind, tmp_path: Path) -> None:
     """One of the two merge methods quantizes the decoder's layers; the tower has layers of the same names."""
     pytest.importorskip("bitsandbytes")

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from command_line import tunewright
 from factories import make_evidence, make_items
+from hypothesis_settings import examples
 from report_evidence import GENERAL, JUDGE, REVIEW, vetoed
 from tunewright.core.io import write_json
 from tunewright.evidence.schema import Evidence
@@ -139,7 +140,7 @@ def _with_text(text: str) -> Evidence:
 KINDS = _kinds(verdict_markdown(_with_text("x")))
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from("|@#`*_<>[]()!~\\&-+=\n\t 1.:")), max_size=30))
 @example(NASTY)
 @example("")

@@ -9,10 +9,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from factories import cross_fitted, make_evidence, make_history, make_items, with_contrast, with_scores
+from hypothesis_settings import examples
 from tunewright.config import Metric
 from tunewright.evidence.schema import Item
 from tunewright.evidence.verdict import verdict
@@ -137,7 +138,7 @@ def test_text_of_users_stays_text(field: str) -> None:
     assert "<script>alert(1)</script><img src=x onerror=alert(1)> & {{ 7*7 }}" in read.text
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(st.lists(st.text(st.characters(codec="utf-8"), max_size=40), min_size=4, max_size=4))
 def test_any_text_makes_a_page_whose_elements_close(texts: list[str]) -> None:
     answers = {"zero-shot": texts[0], "retrieved-4": texts[1], "tuned": texts[2]}

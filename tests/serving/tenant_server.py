@@ -126,7 +126,7 @@ def ask(
     return answer.choices[0].message.content, raw_answer.headers["x-tunewright-adapter"]
 
 
-def until(holds: Callable[[], bool], seconds: float = 30) -> None:
+def until(holds: Callable[[], bool], seconds: float = 300) -> None:
     """Wait for what happens in the background."""
     end = time.monotonic() + seconds
     while not holds():

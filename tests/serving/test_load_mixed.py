@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -118,7 +118,6 @@ def test_wrong_answer_names_its_adapter(digest: str, text: str, near: bool, what
     assert judge(replace(seen, status=503), owned, telling, lambda _: near) == "status 503"
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_model_could_give_only_texts_of_likely_tokens(data: st.DataObject) -> None:
     pieces = [b"a", b"b", b"aa", b"ab", "\u00e9".encode()[:1], "\u00e9".encode()[1:]]

@@ -164,6 +164,7 @@ def test_step_row_has_speed_learning_rate_and_gradient_norm(learnt: tuple[Projec
     assert all(set(row) == {*first, "tokens_per_s"} and row["tokens_per_s"] > 0 for row in others)
 
 
+@pytest.mark.slow
 def test_frequent_evaluation_does_not_change_training(tmp_path: Path, tiny_base_folder: Path) -> None:
     """Dropout draws random numbers, so the last step's adapter would differ."""
     last = []
@@ -259,6 +260,7 @@ _opened_project(Path({folder!r}), Path({base!r}), Told({after}, signal.SIGKILL))
 """
 
 
+@pytest.mark.slow
 def test_metrics_of_a_killed_run_have_no_gap_or_repetition(tmp_path: Path, tiny_base_folder: Path) -> None:
     import subprocess
 

@@ -102,6 +102,7 @@ def test_two_processes_give_the_losses_and_adapter_of_one(alone: Adapter, pair: 
     assert said.count("Trained: ") == said.count("Loading ") == said.count("Epoch 1") == 1
 
 
+@pytest.mark.slow
 def test_two_processes_with_replay_give_the_losses_of_one(
     tmp_path: Path, tiny_base_folder: Path, server: Server
 ) -> None:
@@ -142,6 +143,7 @@ def test_stop_reaches_all_processes_at_one_step_and_they_resume(
     assert find_adapter(folder / "adapters").digest == pair[0].digest
 
 
+@pytest.mark.slow
 def test_killed_processes_resume_together(
     pair: tuple[Adapter, str], tmp_path: Path, tiny_base_folder: Path, server: Server
 ) -> None:
@@ -205,6 +207,7 @@ def test_launch_of_a_single_process_is_reported(monkeypatch: pytest.MonkeyPatch)
     assert distributed.single_process_launch()
 
 
+@pytest.mark.slow
 def test_torchrun_forwards_a_signal_and_the_step_is_saved(
     pair: tuple[Adapter, str], tmp_path: Path, tiny_base_folder: Path, server: Server
 ) -> None:
@@ -229,7 +232,7 @@ def test_torchrun_forwards_a_signal_and_the_step_is_saved(
 
 
 def _reach_checkpoint(folder: Path) -> None:
-    until = time.monotonic() + 120
+    until = time.monotonic() + 300
     while not list(folder.glob(f".tunewright/training/*/checkpoint-*/{MANIFEST}")):
         assert time.monotonic() < until
         time.sleep(0.005)

@@ -87,6 +87,7 @@ def test_fsdp_gives_the_losses_and_adapter_of_one_process(
     _require_alike(whole, divided)
 
 
+@pytest.mark.slow
 def test_fsdp_gives_the_adapter_of_one_process_without_shared_prompts(
     tmp_path: Path, tiny_base_folder: Path, server: Server
 ) -> None:
@@ -106,6 +107,7 @@ def test_fsdp_process_holds_half_of_the_weights(divided: Adapter, tiny_base_fold
     assert [bytes_ == pytest.approx(whole / 2, rel=0.01) for bytes_ in held] == [True, True], (held, whole)
 
 
+@pytest.mark.slow
 def test_fsdp_resumes_to_the_same_adapter_when_killed_while_saving(
     divided: Adapter, tmp_path: Path, tiny_base_folder: Path, server: Server
 ) -> None:
@@ -143,6 +145,7 @@ def test_fsdp_over_nf4_gives_the_losses_and_the_adapter_of_one_process(
     assert losses != pytest.approx(in_full, rel=1e-5), "the base is rounded to 4 bits"
 
 
+@pytest.mark.slow
 def test_fsdp_over_nf4_holds_half_of_the_4_bit_weights(divided_in_4_bits: Adapter, tiny_base_folder: Path) -> None:
     from safetensors.torch import load_file
 
@@ -156,6 +159,7 @@ def test_fsdp_over_nf4_holds_half_of_the_4_bit_weights(divided_in_4_bits: Adapte
     assert all(half <= count <= half + 2 * tables for count in held), (held, half, tables)
 
 
+@pytest.mark.slow
 def test_fsdp_over_nf4_resumes_to_the_same_adapter_when_killed_while_saving(
     divided_in_4_bits: Adapter, tmp_path: Path, tiny_base_folder: Path, server: Server
 ) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from hypothesis_settings import examples
 from tiny import ARCHITECTURES, KINDS, Kind, tiny_model
 from tunewright.core.progress import LogReporter
 from tunewright.models.bases import resolve_base
@@ -166,7 +167,7 @@ def test_packed_loss_and_gradients_equal_those_of_separate_rows(case: str, kind:
         _assert_equal(_packed(model, rows, labels, share=share), reference)
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(
     st.lists(st.integers(0, 9), min_size=1, max_size=3),
     st.lists(st.tuples(st.integers(0, 6), st.integers(1, 4)), min_size=1, max_size=6),

@@ -151,7 +151,7 @@ def test_peft_loads_the_adapter_on_an_nf4_base_and_on_a_16_bit_base(adapter: Ada
     assert 0.001 < float((logits[0] - logits[1]).norm() / logits[1].norm()) < 0.5
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 def test_trained_weights_stay_float32(dtype: str, tiny_base_folder: Path, tmp_path: Path) -> None:
     """trl rounds those over a quantized base to bfloat16, where small steps would change nothing."""
     opened = _opened_project(tmp_path / "project", tiny_base_folder)
@@ -207,6 +207,7 @@ def test_qlora_packed_gradients_equal_those_of_separate_rows(tiny_base_folder: P
             assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [4, 17])
 def test_a_stopped_run_goes_on_to_the_same_adapter(
     after: int, adapter: Adapter, tmp_path: Path, tiny_base_folder: Path
@@ -237,6 +238,7 @@ def test_evaluation_quantizes_the_base_as_training_did(project: Path, adapter: A
     _set(project, "evaluate:\n  quantization: none\n", "evaluate:\n")
 
 
+@pytest.mark.slow
 def test_nf4_and_unquantized_adapters_differ_and_are_not_served_together(project: Path, adapter: Adapter) -> None:
     opened = _set(project, "quantization: nf4", "quantization: none")
     other = opened.train().adapter

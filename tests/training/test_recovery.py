@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from tunewright.training.checkpoints import working_folder
 
 STEPS = 36
 """Of the runs here, but for the one that is killed ten times."""
+slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +62,13 @@ def _whole(folder: Path) -> list[int]:
 
 def _reach(command: Command, folder: Path, step: int) -> None:
     """Wait until there is a complete checkpoint of this step or a later one."""
-    until = time.monotonic() + 60
+    until = time.monotonic() + 300
     while max(_whole(folder), default=0) < step:
         assert time.monotonic() < until, command.stderr
         time.sleep(0.002)
 
 
+@pytest.mark.slow
 def test_run_killed_at_ten_random_moments_ends_with_the_same_adapter(
     tmp_path: Path, tiny_base_folder: Path, server: Server
 ) -> None:
@@ -107,7 +110,7 @@ def test_run_killed_at_ten_random_moments_ends_with_the_same_adapter(
     assert not list((folder / ".tunewright" / "training").iterdir())
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_ctrl_c_and_sigterm_save_the_step_first(
     number: signal.Signals, tmp_path: Path, tiny_base_folder: Path, server: Server, unkilled: str
 ) -> None:
@@ -143,6 +146,7 @@ def _history(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_resumed_run_makes_the_evaluation_that_a_stop_cut_off(
     tmp_path: Path, tiny_base_folder: Path, server: Server
 ) -> None:
@@ -150,7 +154,7 @@ def test_resumed_run_makes_the_evaluation_that_a_stop_cut_off(
     folder = _slow_evaluations(tmp_path / "project", tiny_base_folder)
     for stop in range(2):  # in the evaluation after step 12, and as that is made up for
         command = server.start("train", "-p", folder)
-        until = time.monotonic() + 120
+        until = time.monotonic() + 300
         reached = "Resuming from step 12" if stop else "loss"
         while reached not in command.stderr if stop else len(_history(folder)) < 12:
             assert time.monotonic() < until, command.stderr
@@ -215,11 +219,16 @@ def _flip(path: Path) -> None:
     ("flipped", "missing", "goes_on", "words"),
     [
         ([], [], 25, "Ignoring checkpoint-30: it was cut off while it was written"),
-        (["checkpoint-25/adapter_model.safetensors"], [], 24, "adapter_model.safetensors has changed"),
-        (["checkpoint-25/optimizer.pt"], [], 24, "optimizer.pt has changed"),
-        ([], ["checkpoint-25/trainer_state.json"], 24, "trainer_state.json is missing"),
-        (["evaluated/step-24/adapter_config.json"], [], 24, "evaluated/step-24: adapter_config.json has changed"),
-        (["evaluated/step-12/adapter_model.safetensors"], [], None, "evaluated/step-12: adapter_model.safetensors has"),
+        slow(["checkpoint-25/adapter_model.safetensors"], [], 24, "adapter_model.safetensors has changed"),
+        slow(["checkpoint-25/optimizer.pt"], [], 24, "optimizer.pt has changed"),
+        slow([], ["checkpoint-25/trainer_state.json"], 24, "trainer_state.json is missing"),
+        slow(["evaluated/step-24/adapter_config.json"], [], 24, "evaluated/step-24: adapter_config.json has changed"),
+        slow(
+            ["evaluated/step-12/adapter_model.safetensors"],
+            [],
+            None,
+            "evaluated/step-12: adapter_model.safetensors has",
+        ),
         (["checkpoint-25/rng_state.pth", "checkpoint-24/scheduler.pt"], [], None, "Training starts from the beginning"),
     ],
 )
@@ -260,6 +269,7 @@ def _small_disk(folder: Path, size: str) -> Iterator[Path]:
         subprocess.run(["umount", folder], check=True)
 
 
+@pytest.mark.slow
 def test_full_disk_loses_no_checkpoint(tmp_path: Path, tiny_base_folder: Path, server: Server, unkilled: str) -> None:
     with _small_disk(tmp_path / "disk", "32m") as disk:
         folder = _project(disk / "project", tiny_base_folder)

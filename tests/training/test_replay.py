@@ -89,6 +89,7 @@ def test_reported_training_loss_is_that_of_the_pairs(replayed: TrainResult) -> N
     assert first["train_loss"] > np.mean([row["loss"] for row in steps if row["step"] <= first["step"]])
 
 
+@pytest.mark.slow
 def test_replay_is_part_of_what_decides_the_adapter(
     replayed: TrainResult, tmp_path: Path, tiny_base_folder: Path
 ) -> None:
@@ -107,7 +108,7 @@ def test_replay_is_part_of_what_decides_the_adapter(
         file.write_text(file.read_text().replace(f"replay: {other}", "replay: {samples: 6}"))
 
 
-@pytest.mark.parametrize("after", [1, 14])
+@pytest.mark.parametrize("after", [pytest.param(1, marks=pytest.mark.slow), 14])
 def test_stopped_run_with_replay_resumes_to_the_same_adapter(
     after: int, replayed: TrainResult, tmp_path: Path, tiny_base_folder: Path
 ) -> None:
@@ -315,6 +316,7 @@ def test_kl_divergences_are_non_negative_and_train_only_the_adapter() -> None:
     assert off.grad is None
 
 
+@pytest.mark.slow
 def test_kl_replay_stays_closer_to_the_base_than_training_on_its_tokens(
     replayed: TrainResult, tmp_path: Path, tiny_base_folder: Path
 ) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +41,30 @@ def _sampler(project: Project, load: Any, seed: int = 0, purpose: str = "replay"
 
 # How a template's user turn begins and ends
 
+# Functions, because loading a tokenizer takes seconds, which collecting any test would wait for.
+TOKENIZERS: dict[str, Callable[[], Any]] = {
+    "bytes": byte_tokenizer,
+    "llama2": llama2_tokenizer,
+    "llama3": llama3_tokenizer,
+    "v3": partial(mistral_tokenizer, "v3"),
+    "tekken": partial(mistral_tokenizer, "tekken"),
+}
+
+
+@pytest.fixture
+def tokenizer(request: pytest.FixtureRequest) -> Any:
+    return TOKENIZERS[request.param]()
+
 
 @pytest.mark.parametrize(
     ("tokenizer", "kind", "opening", "ends"),
     [
-        (byte_tokenizer(), "own", "<|im_start|>user\n", {"<|im_end|>"}),
-        (llama3_tokenizer(), "own", "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n", {"<|eot_id|>"}),
-        (mistral_tokenizer("v3"), "own", "<s>[INST]", {"</s>", "[/INST]"}),
-        (mistral_tokenizer("tekken"), "own", "<s>[INST]", {"</s>", "[/INST]"}),
+        ("bytes", "own", "<|im_start|>user\n", {"<|im_end|>"}),
+        ("llama3", "own", "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n", {"<|eot_id|>"}),
+        ("v3", "own", "<s>[INST]", {"</s>", "[/INST]"}),
+        ("tekken", "own", "<s>[INST]", {"</s>", "[/INST]"}),
     ],
+    indirect=["tokenizer"],
 )
 def test_user_turn_starts_with_the_template_and_ends_with_its_token(
     tokenizer: Any, kind: Any, opening: str, ends: set[str]
@@ -61,16 +78,17 @@ def test_user_turn_starts_with_the_template_and_ends_with_its_token(
 @pytest.mark.parametrize(
     ("tokenizer", "kind", "begin", "end"),
     [
-        (llama2_tokenizer(), "own", "[INST]", "[/INST]"),
-        (llama3_tokenizer(), "plain", "### Instruction:", "### Response:"),
+        ("llama2", "own", "[INST]", "[/INST]"),
+        ("llama3", "plain", "### Instruction:", "### Response:"),
     ],
+    indirect=["tokenizer"],
 )
 def test_a_turn_without_tokens_of_its_own_ends_with_text(tokenizer: Any, kind: Any, begin: str, end: str) -> None:
     turn = chat_of(tokenizer, kind).user_turn()
     assert (turn.begin_text, turn.end_text) == (begin, end)
 
 
-@pytest.mark.parametrize("tokenizer", [byte_tokenizer(), llama3_tokenizer(), mistral_tokenizer("v3")])
+@pytest.mark.parametrize("tokenizer", ["bytes", "llama3", "v3"], indirect=True)
 def test_the_opening_is_how_a_prompt_begins(tokenizer: Any) -> None:
     chat = chat_of(tokenizer)
     opening = chat.user_turn().opening

@@ -8,9 +8,10 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from hypothesis_settings import examples
 from tunewright.config import PRESETS, TrainConfig
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
@@ -87,7 +88,7 @@ def _brute_force(
 
 
 @given(st.integers(1, 13), st.integers(1, 200), st.randoms(use_true_random=False))
-@settings(max_examples=25, deadline=None)  # every line of the ledger is synced to disk
+@examples(25)  # every line of the ledger is synced to disk
 def test_sweep_follows_the_written_out_schedule(
     tmp_path_factory: pytest.TempPathFactory, n: int, steps: int, rng: Random
 ) -> None:
@@ -106,7 +107,7 @@ def test_six_trials_are_compared_after_a_quarter_and_a_half() -> None:
 
 
 @given(st.floats(100, 6000), st.randoms(use_true_random=False))
-@settings(max_examples=30, deadline=None)
+@examples(30)
 def test_sweep_keeps_the_budget_and_runs_as_many_trials_as_fit(
     tmp_path_factory: pytest.TempPathFactory, budget: float, rng: Random
 ) -> None:
@@ -137,7 +138,7 @@ def test_sweep_keeps_the_budget_and_runs_as_many_trials_as_fit(
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=6), st.randoms(use_true_random=False))
-@settings(max_examples=15, deadline=None)
+@examples(15)
 def test_stopped_sweep_resumes_without_repeating_work(
     tmp_path_factory: pytest.TempPathFactory, stops: list[int], rng: Random
 ) -> None:

@@ -89,7 +89,7 @@ def test_the_adapter_loads_in_peft_and_changes_the_base(unstopped: TrainResult, 
     assert (after - before).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("after", [1, 4, 11, 17, 24])
+@pytest.mark.parametrize("after", [11, 24, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 4, 17))])
 def test_a_stopped_run_goes_on_to_the_same_adapter(
     after: int, unstopped: TrainResult, tmp_path: Path, tiny_base_folder: Path
 ) -> None:

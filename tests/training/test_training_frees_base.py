@@ -39,12 +39,14 @@ def test_run_holds_one_base_at_a_time(counts: list[int], tmp_path: Path, tiny_ba
     assert counts == [0, 0, 0]  # prompting arms, training, evaluation
 
 
+@pytest.mark.slow
 def test_pilots_hold_one_base_at_a_time(counts: list[int], tmp_path: Path, tiny_base_folder: Path) -> None:
     _opened_project(tmp_path / "project", tiny_base_folder, count=160).advise()
     assert len(counts) >= 3
     assert set(counts) == {0}
 
 
+@pytest.mark.slow
 def test_crossval_holds_one_base_at_a_time(counts: list[int], tmp_path: Path, tiny_base_folder: Path) -> None:
     _opened_project(tmp_path / "project", tiny_base_folder, count=130).crossval(folds=2)
     assert counts == [0] * 4
@@ -57,6 +59,7 @@ def test_sweep_holds_one_base_at_a_time(counts: list[int], tmp_path: Path, tiny_
     assert set(counts) == {0}
 
 
+@pytest.mark.slow
 def test_sweep_holds_one_base_at_a_time_when_trials_diverge(
     counts: list[int], tmp_path: Path, tiny_base_folder: Path
 ) -> None:
@@ -66,6 +69,7 @@ def test_sweep_holds_one_base_at_a_time_when_trials_diverge(
     assert counts == [0, 0]
 
 
+@pytest.mark.slow
 def test_curve_holds_one_base_at_a_time(counts: list[int], tmp_path: Path, tiny_base_folder: Path) -> None:
     _opened_project(tmp_path / "project", tiny_base_folder, count=300).curve(seeds=2)
     assert counts == [0] * 12

@@ -71,6 +71,7 @@ def test_install_creates_an_environment_checks_its_imports_and_finds_it_again(
     assert ran == [], "nothing is left to do"
 
 
+@pytest.mark.slow
 def test_install_resumes_and_reinstalls_incomplete_packages(
     wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -261,7 +261,7 @@ def _alive(process: int) -> bool:
         return False
 
 
-def _wait_until(true: Callable[[], bool], seconds: float = 120) -> None:
+def _wait_until(true: Callable[[], bool], seconds: float = 300) -> None:
     until = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < until

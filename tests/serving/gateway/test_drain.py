@@ -37,7 +37,7 @@ def server(tokens: int, drain_seconds: float, *, cut_off: bool) -> Iterator[tupl
             assert process.stdout is not None
             with httpx.Client(base_url=process.stdout.readline().strip(), trust_env=False, timeout=60) as client:
                 yield process, client
-            out, err = process.communicate(timeout=60)
+            out, err = process.communicate(timeout=300)
             begun = f"Stopping: refusing new requests and waiting up to {drain_seconds:g} s for 1 request."
             ended = ["Timed out: aborting 1 request."] if cut_off else []
             assert (process.returncode, out.splitlines()) == (0, [begun, *ended, "Stopped.", "in good order"]), err

@@ -35,7 +35,7 @@ def told(reply: httpx.Response) -> tuple[int, str, str | None]:
     return reply.status_code, error["code"], error["param"]
 
 
-def until(holds: Callable[[], bool], seconds: float = 30) -> None:
+def until(holds: Callable[[], bool], seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, "it has not come about"
@@ -188,7 +188,7 @@ def test_request_fails_with_a_status_when_it_times_out_before_the_first_token(
     ("waits", "limits", "code"),
     [
         ((0, 0, 60), {"inter_token_timeout_s": 0.3}, "idle_timeout"),
-        ((0.05,) * 100, {"total_timeout_s": 0.7}, "total_timeout"),
+        ((0.05,) * 1000, {"total_timeout_s": 1.5}, "total_timeout"),
     ],
 )
 def test_stream_ends_with_an_error_event_when_it_times_out(url: str, waits: Any, limits: Any, code: str) -> None:

@@ -41,7 +41,7 @@ class FailingEngine(ScriptedEngine):
             yield delta
 
 
-def until(holds: Callable[[], bool], seconds: float = 30) -> None:
+def until(holds: Callable[[], bool], seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, "it has not come about"

@@ -53,7 +53,7 @@ def value(url: str, name: str, **labels: str) -> float | None:
 
 
 def until(url: str, name: str, expected: float | None, **labels: str) -> None:
-    end = time.monotonic() + 30
+    end = time.monotonic() + 300
     while (found := value(url, name, **labels)) != expected:
         assert time.monotonic() < end, found
         time.sleep(0.02)
@@ -101,7 +101,7 @@ def test_metrics_have_waiting_and_running_requests_only_while_there_are_any() ->
             next(lines)
             assert value(metrics, "running_requests", **whose) == 1
             with pytest.raises(httpx.ReadTimeout):
-                client.post("/v1/chat/completions", json=body, timeout=0.5)
+                client.post("/v1/chat/completions", json=body, timeout=2)
             until(metrics, "requests_total", 1, **whose, alias="base", outcome="disconnected")
         until(metrics, "running_requests", None, **whose)
         assert value(metrics, "waiting_requests", **whose) is None

@@ -7,10 +7,11 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scripted_engine import ScriptedEngine
 
+from hypothesis_settings import examples
 from tunewright.core.progress import LogReporter
 from tunewright.engines.protocol import Delta
 from tunewright.generation.requests import Request
@@ -83,7 +84,7 @@ MODELS: list[Digest] = [None, "a", "b", "c", "d", "e"]
 PROMPTS = [(number,) for number in range(12)]
 
 
-@settings(deadline=None, max_examples=25)
+@examples(25)
 @given(seed=st.integers(0, 10_000), spread=st.sampled_from([0.0, 0.2, 1.0, 3.0]), twins=st.booleans())
 def test_every_pair_of_models_has_a_probe_or_is_listed_as_alike(seed: int, spread: float, twins: bool) -> None:
     reference = TableOracle(seed, spread, {"d": "b", "e": None} if twins else None)
@@ -103,7 +104,7 @@ def test_every_pair_of_models_has_a_probe_or_is_listed_as_alike(seed: int, sprea
         assert {("b", "d"), ("d", "b"), (None, "e"), ("e", None)} <= found.alike
 
 
-@settings(deadline=None, max_examples=25)
+@examples(25)
 @given(seed=st.integers(0, 10_000), spread=st.sampled_from([0.2, 1.0, 3.0]))
 def test_shortfall_at_divergence_is_at_most_that_of_the_whole_answer(seed: int, spread: float) -> None:
     reference = TableOracle(seed, spread)

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from states import DIGESTS, SHIP, raw
 
+from hypothesis_settings import examples
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest
 from tunewright.serving.tenants import Limits, State
@@ -64,7 +65,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> str:
     return url
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(examples(60), suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(
     number=st.integers(1, 6), column=st.sampled_from(COLUMNS), value=st.text(st.characters(codec="ascii"), max_size=8)
 )
@@ -210,7 +211,7 @@ CHANGES = st.lists(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(changes=CHANGES)
 def test_replay_equals_the_tables_after_any_commands(
     tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[str, int]]

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from states import Clock, reservation, with_tenant
 
+from hypothesis_settings import examples
 from tunewright.core.errors import UserError
 from tunewright.serving.tenants import LimitExceededError, Limits, RequestUsage, State
 from tunewright.serving.tenants.quota import LOST_SECONDS, changed_limits
@@ -75,7 +76,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[State, Cl
         yield state, clock
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(examples(60), suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(limits=LIMITS, steps=STEPS)
 def test_reserve_admits_what_a_brute_force_count_admits(
     shared: tuple[State, Clock], limits: Limits, steps: list[Any]
@@ -109,7 +110,7 @@ def test_reserve_admits_what_a_brute_force_count_admits(
         assert limits.tokens_per_minute is None or sum(line.tokens for line in window) <= limits.tokens_per_minute
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(examples(40), suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(
     limits=st.builds(Limits, st.integers(1, 4) | st.none(), st.integers(10, 40) | st.none()),
     asks=st.lists(st.tuples(st.floats(0, 30), st.integers(1, 10)), min_size=1, max_size=15),

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from states import DIGESTS, SHIP, raw
 
+from hypothesis_settings import examples
 from tunewright.core.errors import UserError
 from tunewright.serving.tenants import Candidate, Grounds, State
 
@@ -70,7 +71,7 @@ class Stack:
         self.now, self.candidate, self.undeployed = name, None, False
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(examples(100), suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(steps=STEPS)
 def test_alias_follows_a_stack_after_any_steps(shared: State, steps: list[tuple[str, str]]) -> None:
     alias, stack, releases = f"alias-{shared.releases.newest()}", Stack(), shared.releases

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from states import DIGESTS, SHIP, Clock, reservation, with_tenant
 
+from hypothesis_settings import examples
 from tunewright.core.errors import UserError
 from tunewright.serving.tenants import Candidate, LimitExceededError, Limits, RequestUsage, State
 
@@ -102,7 +103,7 @@ def test_roll_up_refuses_a_time_within_a_day_or_in_the_future(state_url: str, cl
         state.usage_rollup.roll_up(before)
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(st.lists(st.tuples(st.integers(0, 3 * DAY), st.integers(0, 50)), max_size=12), st.lists(st.integers(0, 4)))
 def test_totals_equal_those_of_all_lines_however_often_days_are_rolled_up(
     tmp_path_factory: pytest.TempPathFactory, asked: list[tuple[int, int]], days: list[int]
