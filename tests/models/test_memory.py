@@ -399,8 +399,9 @@ def test_estimate_grows_with_rows_and_tokens_on_a_gpu(
     assert estimate(TINY, setup, BatchShape(rows + 1, shared, own, 1)).total > here
     assert estimate(TINY, setup, BatchShape(rows, shared, own + 1, 1)).total > here
     assert estimate(TINY, setup, BatchShape(rows, shared + 1, own, 1)).total > here
-    if rows > 1 and shared:
-        assert estimate(TINY, setup, BatchShape(rows, 0, shared + own, 1)).total > here  # computed once, it takes less
+    # Tokens computed once save memory, beyond the fixed working memory of attention in two parts.
+    if (rows - 1) * shared > 100:
+        assert estimate(TINY, setup, BatchShape(rows, 0, shared + own, 1)).total > here
 
 
 def test_plan_finds_the_largest_micro_batch_that_fits(tmp_path: Path) -> None:
