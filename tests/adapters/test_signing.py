@@ -298,14 +298,14 @@ def test_store_signer_reports_the_key_or_the_reason(tmp_path: Path) -> None:
     assert heard.said == []  # without keys signing is not in use
     ann = new_private_key("ann")
     assert store_signer(keys, heard) is None  # type: ignore[arg-type]
-    assert "this project trusts none of your keys (ann)" in heard.said[-1]
+    assert "This project trusts none of your keys (ann)" in heard.said[-1]
     trusted = _trusting(tmp_path, ann)
     assert store_signer(keys, heard) == ann  # type: ignore[arg-type]
     assert heard.said[-1] == "The adapter will be signed with your key ann."
     bob = new_private_key("bob")
     trusted.trust("bob", bob.public_key, None)
     assert store_signer(keys, heard) is None  # type: ignore[arg-type]
-    assert "several of your keys could sign (ann, bob)" in heard.said[-1]
+    assert "Several of your keys could sign (ann, bob)" in heard.said[-1]
     assert signing_key(TrustedKeys(keys), "bob") == bob
     with pytest.raises(UserError, match="You have no key 'eve'"):
         signing_key(TrustedKeys(keys), "eve")

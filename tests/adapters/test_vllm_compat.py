@@ -130,7 +130,7 @@ def _project(folder: Path, base: Path, **train: Any) -> Path:
 
 @pytest.mark.parametrize("command", ["train", "run", "crossval"])
 def test_train_refuses_dora_before_resolving_the_base(command: str, tmp_path: Path) -> None:
-    folder = _project(tmp_path / "project", tmp_path / "no-such-base", dora=True)
+    folder = _project(tmp_path / "project", tmp_path / "no-such-base", use_dora=True)
     ran = tunewright(command, "--project", folder)
     assert ran.code == 2
     assert "train.use_dora: vLLM does not load DoRA" in ran.stderr
@@ -139,7 +139,8 @@ def test_train_refuses_dora_before_resolving_the_base(command: str, tmp_path: Pa
 
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
 def test_dora_is_trained_and_evaluated_but_not_served(quantize: str, tmp_path: Path, tiny_base_folder: Path) -> None:
-    folder = _project(tmp_path / "project", tiny_base_folder, dora=True, servable=False, quantize=quantize)
+    keys = {"use_dora": True, "require_vllm_compatible": False, "quantization": quantize}
+    folder = _project(tmp_path / "project", tiny_base_folder, **keys)
     ran = tunewright("train", "--project", folder, "--json")
     assert ran.code == 0, ran.stderr
     adapter = Adapter(Path(ran.document["folder"]))

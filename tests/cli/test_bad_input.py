@@ -155,7 +155,7 @@ def test_a_base_without_weights_is_refused(project: Path, tmp_path: Path) -> Non
     line = next(line for line in config.read_text().splitlines() if line.startswith("base_model:"))
     config.write_text(config.read_text().replace(line, f"base_model: {base}"))
     for command in ("advise", "train", "serve"):
-        _refused(tunewright(command, "-p", project), "no weights: model.safetensors missing")
+        _refused(tunewright(command, "-p", project), "Missing weights: model.safetensors")
 
 
 def test_errors_are_json_where_json_was_asked_for(project: Path) -> None:

@@ -174,7 +174,7 @@ def test_constraint_allows_answers_in_the_chat_format(name: str) -> None:
     ],
 )
 def test_constraint_refuses_grammars_that_the_engine_rejects(how: dict[str, Any], told: str) -> None:
-    with pytest.raises(UserError, match=rf"(?s)evaluate\.constrain: .*{told}"):
+    with pytest.raises(UserError, match=rf"(?s)evaluate\.structured_outputs: .*{told}"):
         _constraint(**how)
 
 

@@ -258,7 +258,7 @@ def test_hub_that_never_responds_is_abandoned(answers: str, tmp_path: Path, monk
         with pytest.raises(UserError, match=r"is unreachable: (no response within 3 s|ReadTimeout)") as caught:
             getattr(bases, answers)("org/tiny", None, tmp_path, LogReporter())
     assert caught.value.fix is not None
-    assert "use its folder as `base`" in caught.value.fix
+    assert "use its folder as base_model" in caught.value.fix
 
 
 def test_unresolved_hub_name_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -325,7 +325,7 @@ def test_image_in_an_example_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "tunewright.yaml").write_text("name: images\nbase_model: bundled:smollm2-135m-instruct\n")
     ran = run("data", "add", tmp_path / "images.jsonl", "-p", tmp_path)
     assert ran.code == 2
-    assert "images are not supported: messages[0].content holds one" in " ".join(ran.stderr.split())
+    assert "images are not supported: messages[0].content contains one" in " ".join(ran.stderr.split())
 
 
 def test_models_page_names_only_existing_tests() -> None:

@@ -60,7 +60,7 @@ def trained_quantize(adapters: Sequence[Adapter]) -> Quantize:
         listed = ", ".join(f"{name} with train.quantization {kind}" for kind, name in by_kind.items())
         raise UserError(
             f"The adapters were trained on differently quantized bases: {listed}",
-            where="quantize",
+            where="quantization",
             fix="Use adapters of one kind, or set serve.quantization for all.",
         )
     return next(iter(by_kind))

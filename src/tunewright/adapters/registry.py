@@ -73,7 +73,7 @@ class Adapter:
     def quantize(self) -> Quantize:
         """Return how the base was quantized in its training."""
         # Lineages without the key are of unquantized bases.
-        held: Quantize = self.lineage.get("config", {}).get("train", self.lineage).get("quantize", "none")
+        held: Quantize = self.lineage.get("config", {}).get("train", self.lineage).get("quantization", "none")
         return held
 
     @property

@@ -135,7 +135,7 @@ def require_targets(targets: Sequence[str], architecture: str) -> None:
         )
 
 
-def require_quantizable(quantize: Quantize, architecture: str, key: str = "quantize") -> None:
+def require_quantizable(quantize: Quantize, architecture: str, key: str = "quantization") -> None:
     """Check that NF4 covers most of a family's weights.
 
     Raises:

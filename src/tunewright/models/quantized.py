@@ -24,7 +24,7 @@ _OLDEST = (0, 50)
 """The first bitsandbytes that trains over NF4 on the CPU as on CUDA; as in pyproject.toml."""
 
 
-def require_bitsandbytes(quantize: Quantize, key: str = "quantize") -> None:
+def require_bitsandbytes(quantize: Quantize, key: str = "quantization") -> None:
     """Check that a base can be quantized so, before anything is loaded; ``key`` is the config's key for it.
 
     Raises:

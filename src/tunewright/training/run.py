@@ -133,7 +133,7 @@ class Run:
     def details(self) -> dict[str, Any]:
         """Return how the rows went through the model, for the lineage."""
         return {
-            "micro_batch": self.micro_batch.rows,
+            "micro_batch_size": self.micro_batch.rows,
             "bytes_held": self.held,
             **({} if self.sharing is None else {"prefix_sharing": self.sharing.as_dict()}),
         }

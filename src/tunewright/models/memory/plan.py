@@ -116,8 +116,8 @@ class Plan:
                 {
                     "name": planned.setup.name,
                     "gradient_checkpointing": planned.setup.checkpointing,
-                    "targets": list(planned.setup.targets),
-                    "rank": planned.setup.rank,
+                    "target_modules": list(planned.setup.targets),
+                    "lora_r": planned.setup.rank,
                     "adapter_parameters": self.shape.adapter_parameters(planned.setup.targets, planned.setup.rank),
                     "bytes": asdict(planned.asked),
                     "total": planned.asked.total,
@@ -195,7 +195,7 @@ class MemoryCheck:
     fits: bool
     text: str
     """The result and its reason, in one or two sentences."""
-    micro_batch: int
+    micro_batch_size: int
     """Rows that go through at once; 0 if not even one row fits."""
     length: int
     """Tokens of each of these rows."""
