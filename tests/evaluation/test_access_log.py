@@ -168,7 +168,7 @@ def test_a_verdict_warns_of_earlier_openings_with_their_number() -> None:
     opened = EVIDENCE.model_copy(update={"openings": (earlier(1), earlier(2))})
     (caution,) = [reason for reason in verdict(opened).reasons if "opened" in reason]
     assert caution.startswith(
-        "Caution: The test items had been opened 2 times before this (the last time on 2026-01-02"
+        "Caution: The test items had been opened 2 times before this (last on 2026-01-02"
     )
     assert "by ann, with court-citations-2" in caution
     assert verdict(opened).decision == verdict(EVIDENCE).decision
@@ -177,4 +177,4 @@ def test_a_verdict_warns_of_earlier_openings_with_their_number() -> None:
 def test_it_is_told_how_many_items_were_opened_and_what_is_not_known() -> None:
     assert openings_text([earlier(1, 13)], 60).startswith("13 of the 60 test items had been opened once")
     unknown = openings_text([earlier(1, None)], 60)
-    assert "What the ledger's line 1 opened is not known" in unknown
+    assert "The items of line 1 are unknown" in unknown

@@ -50,8 +50,8 @@ def require_servable(settings: TrainConfig) -> None:
         raise UserError(
             f"vLLM does not load {why}",
             where=key,
-            fix=f"{instead}. Or set train.require_vllm_compatible to false for an adapter that only tunewright and peft "
-            "load.",
+            fix=f"{instead}. Or set train.require_vllm_compatible to false for an adapter that only tunewright and "
+            "peft load.",
         )
 
 
