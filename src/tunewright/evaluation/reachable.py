@@ -1,4 +1,4 @@
-"""References that no answer can equal, for what the config itself says of answers."""
+"""References that no answer can equal, because of the config's own rules for answers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _SHOWN = 3
 
 
 def warn_of_unreachable(generator: Generator, members: Sequence[Member], reporter: Reporter) -> None:
-    """Name the rows whose reference holds a stop string, or does not match the grammar that answers are held to.
+    """Warn of rows whose reference holds a stop string or does not match the grammar of the answers.
 
     Raises:
-        UserError: not one reference can be reached; or the grammar cannot be used.
+        UserError: no reference can be reached, or the grammar cannot be used.
     """
 
     def is_cut(text: str) -> bool:
