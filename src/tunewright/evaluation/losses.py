@@ -62,7 +62,8 @@ def judging(
     ``name`` chooses an adapter by name, or with ``BASE`` the base alone. Rows that an adapter was trained on have low
     losses whatever their answers: a warning gives their number.
 
-    Returns: None if no adapter fits.
+    Returns:
+        None if no adapter fits.
 
     Raises:
         UserError: there is no adapter of that name, or it does not fit.
@@ -199,7 +200,8 @@ def answer_losses(model: Any, rows: Mapping[Name, Tokens], pad_id: int) -> Itera
         rows: name to ids and mask.
         pad_id: any token id.
 
-    Yields: Name to nats, for each batch.
+    Yields:
+        Name to nats, for each batch.
     """
     import torch
 
