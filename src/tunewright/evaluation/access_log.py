@@ -79,8 +79,8 @@ class Ledger:
         for other in self.openings[: opening.number - 1]:
             shared = _shared(other, dataset, keys)
             if shared != 0:
-                told = other.model_dump(include=set(EarlierAccess.model_fields))
-                found.append(EarlierAccess(**told, shared_items=shared))
+                access = other.model_dump(include=set(EarlierAccess.model_fields))
+                found.append(EarlierAccess(**access, shared_items=shared))
         return tuple(found)
 
     def _require_those_of_the_evidence(self) -> None:

@@ -127,7 +127,7 @@ class LearningCurve:
         points: list[Point] = []
         scores: dict[tuple[int, float], Scores] = {}
         left = sum(SHARES) * len(self.seeds)
-        told = False
+        announced = False
         for (seed, share), part in self.parts.items():
             began = time.monotonic()
             rows = len(part.domain_of("train"))
@@ -136,8 +136,8 @@ class LearningCurve:
             scores[seed, share] = self._scores(trained.adapter)
             points.append(self._point(seed, share, rows, trained.adapter, scores[seed, share]))
             left -= share
-            if trained.trained and not told and left > 0:
-                told = True  # the first adapter that is actually trained gives the time that one takes
+            if trained.trained and not announced and left > 0:
+                announced = True  # the first adapter that is actually trained gives the time that one takes
                 seconds = (time.monotonic() - began) / share * left
                 self.reporter.say(f"The {len(self.parts) - len(points)} others: about {duration(seconds)}.")
         curve = self._curve(points, scores)
@@ -168,8 +168,8 @@ class LearningCurve:
         return score_all(self.scorer, [g.text for g in answers], examples)
 
     def _point(self, seed: int, share: float, rows: int, adapter: Adapter, scores: Scores) -> Point:
-        told = adapter.lineage["training"]
-        kept = next(each for each in told["epochs"] if each["step"] == told["kept_step"])
+        training = adapter.lineage["training"]
+        kept = next(each for each in training["epochs"] if each["step"] == training["kept_step"])
         return Point(
             share=share,
             seed=seed,

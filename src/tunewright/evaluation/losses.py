@@ -71,19 +71,19 @@ def judging(
     folds = out_of_fold(project, version, base, chat) if name is None else []
     judges: list[Judge]
     if folds:
-        told = f"{len(folds)} cross-fitted adapters, each row by the one that saw no row of its cluster"
+        description = f"{len(folds)} cross-fitted adapters, each row by the one that saw no row of its cluster"
         judges = [*folds]
     elif name == BASE:
-        told, judges = f"{base.spec} without an adapter", [(None, version.domain)]
+        description, judges = f"{base.spec} without an adapter", [(None, version.domain)]
     else:
         adapter = _newest_fit(project, base, chat, reporter) if name is None else find_adapter(project.adapters, name)
         if adapter is None:
             return None
         require_compatible(adapter, base, chat)
         _warn_of_seen(adapter, project.dataset, version, reporter)
-        told, judges = adapter.name, [(adapter, version.domain)]
-    reporter.say(f"The answers are judged by their loss under {told}.")
-    return Judging(judges, told, digest([_decides(project, base, chat, adapter) for adapter, _ in judges]))
+        description, judges = adapter.name, [(adapter, version.domain)]
+    reporter.say(f"The answers are judged by their loss under {description}.")
+    return Judging(judges, description, digest([_decides(project, base, chat, adapter) for adapter, _ in judges]))
 
 
 def row_losses(

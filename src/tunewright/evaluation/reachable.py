@@ -39,9 +39,9 @@ def _warn(where: str, what: str, wrong: Callable[[str], bool], members: Sequence
     if not found:
         return
     rows = "; ".join(f"{m.key[:12]} {m.example.output.strip().splitlines()[:1]}" for m in found[:_SHOWN])
-    told = f"{len(found):,} of {len(members):,} references {what} them: {rows}"
+    message = f"{len(found):,} of {len(members):,} references {what} them: {rows}"
     if len(found) > _SHOWN:
-        told += f"; and {len(found) - _SHOWN:,} more"
+        message += f"; and {len(found) - _SHOWN:,} more"
     if len(found) == len(members):
-        raise UserError(told, where=where, fix="Change it in tunewright.yaml, or the rows.")
-    reporter.warn(f"{where}: {told}")
+        raise UserError(message, where=where, fix="Change it in tunewright.yaml, or the rows.")
+    reporter.warn(f"{where}: {message}")

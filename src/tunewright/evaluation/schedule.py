@@ -421,11 +421,11 @@ class Schedule:
         parts = []
         if "entrants" in stages:
             items, dev = len(first_rows(self._arm_runner)), len(self._arm_runner.version.examples("dev"))
-            told = f"{_arms_text(len(stages['entrants']), 'prompting arm')} on {items:,}"
+            screened = f"{_arms_text(len(stages['entrants']), 'prompting arm')} on {items:,}"
             parts.append(
-                f"{told} of {dev:,} dev items, at most {len(stages['finalists'])} of them on all"
+                f"{screened} of {dev:,} dev items, at most {len(stages['finalists'])} of them on all"
                 if "finalists" in stages
-                else f"{told} dev items"
+                else f"{screened} dev items"
             )
         if stages.get("contest"):
             assert self._contest is not None

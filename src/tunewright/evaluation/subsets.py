@@ -33,9 +33,9 @@ def subset_versions(version: DatasetVersion, shares: Sequence[float], seed: int)
     domain, mixed = _prefixes(version.domain_of("train"), shares, seed), _prefixes(_mixed(version), shares, seed)
     counts = [len(keys) for keys in domain]
     if any(a == b for a, b in pairwise([0, *counts])):
-        told = ", ".join(f"{share:.0%}: {count}" for share, count in zip(shares, counts, strict=True))
+        sizes = ", ".join(f"{share:.0%}: {count}" for share, count in zip(shares, counts, strict=True))
         raise UserError(
-            f"the training rows form too few independent clusters to take parts of: whole clusters would give {told}",
+            f"the training rows form too few independent clusters to take parts of: whole clusters would give {sizes}",
             fix="Add pairs with other inputs.",
         )
     parts = zip(shares, domain, mixed, strict=True)

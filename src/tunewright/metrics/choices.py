@@ -10,7 +10,7 @@ from tunewright.metrics.scorer import ItemScore, Pair, Scorer, Unscored, mean_sc
 
 
 def accuracy(name: MetricName, choices: Sequence[str]) -> Scorer:
-    """Score 1 if the answer is the reference, else 0; an answer outside the choices is wrong and counted.
+    """Return a scorer of accuracy over the choices; an answer outside them is wrong and counted.
 
     A reference outside the choices is a mistake in data or config: its item is unscored.
     """

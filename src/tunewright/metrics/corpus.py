@@ -21,7 +21,7 @@ CHRF_COLUMNS = 3 * CHRF.CHAR_ORDER
 
 
 def bleu(name: MetricName) -> Scorer:
-    """Return corpus BLEU (Papineni et al. 2002) with sacrebleu's defaults; an item's own score is its sentence BLEU."""
+    """Return a scorer of corpus BLEU (Papineni et al. 2002) with sacrebleu's defaults; items score sentence BLEU."""
     # Effective order changes only a sentence's score (short ones are not zero for lack of 4-grams), never its counts.
     metric = BLEU(smooth_method=_SMOOTHING, effective_order=True)
 
@@ -37,7 +37,7 @@ def bleu(name: MetricName) -> Scorer:
 
 
 def chrf(name: MetricName) -> Scorer:
-    """Return corpus chrF (Popović 2015) with sacrebleu's defaults; an item's own score is its sentence chrF."""
+    """Return a scorer of corpus chrF (Popović 2015) with sacrebleu's defaults; items score sentence chrF."""
     metric = CHRF()
 
     def item(pair: Pair) -> ItemScore:

@@ -28,7 +28,7 @@ def normalised(text: str, settings: Normalisation | None = None) -> str:
 
 
 def exact_match(name: MetricName, settings: Normalisation) -> Scorer:
-    """Score 1 if the normalised answer equals the normalised reference, else 0."""
+    """Return a scorer: 1 if the normalised answer equals the normalised reference, else 0."""
 
     def item(pair: Pair) -> ItemScore:
         return mean_score(float(normalised(pair.answer, settings) == normalised(pair.reference, settings)))

@@ -29,7 +29,7 @@ def _refuse(constant: str) -> None:
 
 
 def json_valid(name: MetricName) -> Scorer:
-    """Score 1 if the answer parses as JSON, else 0, regardless of its content."""
+    """Return a scorer: 1 if the answer parses as JSON, else 0, regardless of its content."""
 
     def item(pair: Pair) -> ItemScore:
         try:
@@ -42,7 +42,7 @@ def json_valid(name: MetricName) -> Scorer:
 
 
 def json_fields(name: MetricName, fields: Sequence[str] | None) -> Scorer:
-    """Score micro F1 over top-level fields: a field is right if both have it with the same value.
+    """Return a scorer of micro F1 over top-level fields: a field is right if both have it with the same value.
 
     Values are compared as JSON values: 1 equals 1.0, but not "1" or true. An answer that is not an object has no
     fields, so it misses them all. An item is unscored if the reference is not an object or has none of the fields.

@@ -18,7 +18,7 @@ _RETURNS = "It returns a number from 0 to 1, or None for an item that cannot be 
 
 
 def own_function(name: MetricName, function: str, root: Path) -> Scorer:
-    """Return the mean of ``function(answer, reference, example)`` over the items for which it is not None.
+    """Return a scorer of the mean of ``function(answer, reference, example)`` over the items for which it is not None.
 
     If an input has several references, the function is called with each, and the item's score is the best result.
 

@@ -10,7 +10,7 @@ from tunewright.metrics.scorer import ItemScore, Pair, Scorer, mean_score
 
 
 def matches(name: MetricName, pattern: str) -> Scorer:
-    """Score 1 if the pattern matches the whole answer without outer white space, else 0; the reference is ignored."""
+    """Return a scorer: 1 if the pattern matches the whole answer (stripped), else 0; the reference is ignored."""
     compiled = re.compile(pattern)
 
     def item(pair: Pair) -> ItemScore:

@@ -22,7 +22,7 @@ def squad_words(text: str) -> list[str]:
 
 
 def token_f1(name: MetricName) -> Scorer:
-    """Score the harmonic mean of precision and recall over words, with multiplicity.
+    """Return a scorer of the harmonic mean of precision and recall over words, with multiplicity.
 
     If answer or reference has no words, the score is 1 if both have none, else 0 (evaluate-v2.0.py).
     """

@@ -154,9 +154,9 @@ def fitting(
     kept = [item for item in items if fits(item)]
     if len(kept) == len(items):
         return kept, []
-    told = f"{len(items) - len(kept)} {long}"
-    bench.reporter.warn(f"{suite}: {told}, and are left out.")
-    return kept, [told]
+    summary = f"{len(items) - len(kept)} {long}"
+    bench.reporter.warn(f"{suite}: {summary}, and are left out.")
+    return kept, [summary]
 
 
 def dealt(count: int, seed: int) -> list[int]:

@@ -101,14 +101,14 @@ class ChoicesSuite:
             replace(q, text=some[other].text) for q, other in zip(some, dealt(len(some), bench.seed), strict=True)
         ]
         mixed_up = self._scores(bench, others, None, "questions dealt to other choices")
-        told = self._scores(bench, [_told(q) for q in some[:_TOLD_ITEMS]], None, "answers told")
+        scores = self._scores(bench, [_told(q) for q in some[:_TOLD_ITEMS]], None, "answers told")
         return [
             Control(
                 name="the right answer told before the question",
-                score=float(told.mean()),
-                items=len(told),
+                score=float(scores.mean()),
+                items=len(scores),
                 wanted=f"at least {_TOLD_AT_LEAST:.0%}",
-                passed=bool(told.mean() >= _TOLD_AT_LEAST),
+                passed=bool(scores.mean() >= _TOLD_AT_LEAST),
             ),
             above_chance(base, clusters, chance, self.margin),
             above_floor(

@@ -131,9 +131,9 @@ def _measured(bench: Bench, suites: Sequence[OpenSuite], identity: str) -> Bench
         except UserError as error:
             if suite.margin is not None:  # it was to decide: without it there is no result
                 raise
-            told = f"{suite.name}: {error.what}"
-            bench.reporter.warn(f"Not measured: {told}")
-            not_measured.append(told)
+            reason = f"{suite.name}: {error.what}"
+            bench.reporter.warn(f"Not measured: {reason}")
+            not_measured.append(reason)
     generator = bench.generator
     return Benchmarks(
         id=identity,

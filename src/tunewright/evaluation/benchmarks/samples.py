@@ -39,8 +39,8 @@ class SamplesSuite:
 
     def expected(self) -> str:
         """Return a message: the variance of the samples is not known beforehand."""
-        told = "" if self.margin is None else f", against a margin of {self.margin:g} nats per token"
-        return f"{self.name}: {self.wanted} of them{told}."
+        margin = "" if self.margin is None else f", against a margin of {self.margin:g} nats per token"
+        return f"{self.name}: {self.wanted} of them{margin}."
 
     def measure(self, bench: Bench) -> Suite:
         """Measure the samples, drawn at first use, with the adapter off and on; and the controls.

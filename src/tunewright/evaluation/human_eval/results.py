@@ -139,9 +139,9 @@ def _estimates(
         return classical, None
     # A tie replaces a missing judge verdict: any value will do that does not look at people's verdicts.
     judged = np.array([0.0 if key not in stratum_of else float(judge.preferences.get(key, 0)) for key in keys])
-    told = sum(key in judge.preferences for key in stratum_of)
+    covered = sum(key in judge.preferences for key in stratum_of)
     found = estimate(design, verdicts, judged)
-    return classical, Powered(win_rate=_win_rate(found, POWERED), tuning=found.tuning, judged=told)
+    return classical, Powered(win_rate=_win_rate(found, POWERED), tuning=found.tuning, judged=covered)
 
 
 def _win_rate(found: Estimate, method: str) -> Score:

@@ -80,12 +80,12 @@ def import_sheet(review: BlindReview, path: Path) -> SheetTaken:
     return SheetTaken(**taken)
 
 
-def _require_evaluation(told: str, review: BlindReview, where: str) -> None:
-    if told.strip() != review.evidence.id:
+def _require_evaluation(found: str, review: BlindReview, where: str) -> None:
+    if found.strip() != review.evidence.id:
         raise UserError(
-            f"a sheet of evaluation {told.strip() or 'unknown'}, not of {review.evidence.id}; no verdict was recorded",
+            f"a sheet of evaluation {found.strip() or 'unknown'}, not of {review.evidence.id}; no verdict was recorded",
             where=where,
-            fix=f"`tunewright human-eval {told.strip()} --import …` takes it." if told.strip() else None,
+            fix=f"`tunewright human-eval {found.strip()} --import …` takes it." if found.strip() else None,
         )
 
 

@@ -221,13 +221,13 @@ class Endpoint:
             raise _RequestError(f"no address: {error}", status=400) from None
         if response.is_success:
             return _parsed(response, conversation)
-        told = self._told(response)
+        message = self._told(response)
         if response.status_code in {400, 413, 422}:
             for pattern, why in ((_TOO_LONG, "too long for the model"), (_FILTERED, "refused by a content filter")):
                 if pattern.search(response.text):
                     return Reply("", None, 0, 0, refused=why)
         raise _RequestError(
-            f"status {response.status_code}: {told}",
+            f"status {response.status_code}: {message}",
             status=response.status_code,
             retry_after=_retry_after(response.headers.get("retry-after")),
         )

@@ -137,8 +137,8 @@ def _stripped_rate(rows: Sequence[JudgedItem], opponent: str, clusters: Sequence
     pairs = [row.pairs[opponent] for row in rows]
     if all(pair.stripped is None for pair in pairs):
         return None
-    told = [(pair.stripped or pair.plain, cluster) for pair, cluster in zip(pairs, clusters, strict=True)]
-    scored = [(compared, cluster) for compared, cluster in told if compared.outcome is not None]
+    compared_pairs = [(pair.stripped or pair.plain, cluster) for pair, cluster in zip(pairs, clusters, strict=True)]
+    scored = [(compared, cluster) for compared, cluster in compared_pairs if compared.outcome is not None]
     if not scored:
         return None
     return win_rate(_results([compared for compared, _ in scored]), [cluster for _, cluster in scored], seed)

@@ -66,9 +66,9 @@ class JudgeRequests:
         item, answer = candidate.item, candidate.answers[arm]
         if normalised(answer) == normalised(item.reference):
             return Answered(correct=True, exact=True)
-        told = votes(correctness(item.input, item.reference, answer, self.criteria))
-        correct = None if told.verdict is None else told.verdict == "correct"
-        return Answered(correct=correct, unscored=told.unscored, reply=told.reply)
+        vote = votes(correctness(item.input, item.reference, answer, self.criteria))
+        correct = None if vote.verdict is None else vote.verdict == "correct"
+        return Answered(correct=correct, unscored=vote.unscored, reply=vote.reply)
 
     def _pair(self, candidate: Candidate, opponent: str, votes: Votes) -> Pair:
         if opponent in candidate.lacking:

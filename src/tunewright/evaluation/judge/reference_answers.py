@@ -38,10 +38,10 @@ def asked_answers(
             f"{cut} of {len(replies)} answers of the reference model ran into its token limit and are judged as they "
             "are; raise max_tokens in judge.reference_model.parameters."
         )
-    told = list(zip(items, replies, strict=True))
+    answered = list(zip(items, replies, strict=True))
     return ReferenceAnswers(
-        {item.key: reply.text for item, reply in told if reply.refused is None},
-        {item.key: f"{_MISSING}: {reply.refused}" for item, reply in told if reply.refused is not None},
+        {item.key: reply.text for item, reply in answered if reply.refused is None},
+        {item.key: f"{_MISSING}: {reply.refused}" for item, reply in answered if reply.refused is not None},
     )
 
 

@@ -147,8 +147,8 @@ class Judge:
         if self.other is not None:
             other = asked_answers(self.other, prompts, self.items, self.reporter)
         ballot = self._ballot(other)
-        told = self._votes("Judging", ballot.questions)
-        rows = ballot.count(told.__getitem__)
+        votes = self._votes("Judging", ballot.questions)
+        rows = ballot.count(votes.__getitem__)
         return self._store(self._findings(self._judgement(family, controls, ()), ballot, rows), cases, rows)
 
     def _warn_of_family(self) -> str | None:
@@ -162,8 +162,8 @@ class Judge:
         return shared
 
     def _tested(self) -> list[ControlRow]:
-        told = self._votes("Testing the judge", [q for case in self.cases for q in case.questions])
-        return [case.row([told[question] for question in case.questions]) for case in self.cases]
+        votes = self._votes("Testing the judge", [q for case in self.cases for q in case.questions])
+        return [case.row([votes[question] for question in case.questions]) for case in self.cases]
 
     def _votes(self, title: str, questions: Sequence[Question]) -> dict[Question, Vote]:
         asked = list(dict.fromkeys(questions))
@@ -263,8 +263,8 @@ def _replaced(earlier: Judgement | None, new: Judgement) -> tuple[str, ...]:
         return ()
     if all(getattr(earlier, name) == getattr(new, name) for name in _IDENTITY):
         return earlier.replaced
-    told = f"{earlier.model}, {to_the_second(earlier.created)}{', vetoed' if earlier.vetoed else ''}"
-    return (*earlier.replaced, told)
+    summary = f"{earlier.model}, {to_the_second(earlier.created)}{', vetoed' if earlier.vetoed else ''}"
+    return (*earlier.replaced, summary)
 
 
 def _spent(endpoint: Endpoint) -> Spent:
