@@ -29,7 +29,7 @@ _RESTORE = "Restore the ledger as it was, from git for example: without it nobod
 
 
 class Ledger:
-    """The earlier openings of the test set.
+    """The recorded openings of the test set.
 
     Args:
         evaluations: the project's folder of evaluations.

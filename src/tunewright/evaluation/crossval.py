@@ -206,7 +206,7 @@ class CrossValidation:
         return EvaluateResult(folder, evidence, evaluated=True)
 
     def _new_templates(self) -> dict[str, bool] | None:
-        """Return whether no training row of an item's own fold has its output template; None if inapplicable."""
+        """Return, by item, True if its own fold trained on no row with its output template; None if inapplicable."""
         by_fold = [new_templates(version.members) for version in self.versions]
         return {key: new for fold in by_fold for key, new in (fold or {}).items()} if all(by_fold) else None
 

@@ -43,7 +43,7 @@ class Judging:
 
     judges: Sequence[Judge]
     judged_by: str
-    """The same in words."""
+    """Description of the models in words."""
     digest: str
     """Digest of everything that decides the losses, apart from the rows."""
 

@@ -52,8 +52,8 @@ class Bench:
     def clusters(self, suite: str, texts: Sequence[str], groups: Sequence[str | None]) -> list[str]:
         """Return the cluster of each item, joined by the file's groups and by similarity.
 
-        Items of a cluster (questions on one passage, a question asked twice) are not independent, and counting them as
-        if they were would make limits too narrow.
+        Items of a cluster (questions on one passage, a question asked twice) are not independent. Treating them as
+        independent would make limits too narrow.
 
         Args:
             suite: its name, for the message about fewer clusters than items.

@@ -175,7 +175,7 @@ class Occurrences(_Count):
 
 
 class Contains(_Check):
-    """All of these texts occur, ignoring case."""
+    """Required texts, ignoring case."""
 
     check: Literal["contains"]
     texts: Annotated[tuple[Text, ...], Field(min_length=1)]
@@ -191,7 +191,7 @@ class Contains(_Check):
 
 
 class ContainsOne(_Check):
-    """One of these texts occurs, as written."""
+    """Alternative texts, of which one has to occur as written."""
 
     check: Literal["contains_one"]
     texts: Annotated[tuple[Text, ...], Field(min_length=1)]
@@ -207,7 +207,7 @@ class ContainsOne(_Check):
 
 
 class Forbids(_Check):
-    """None of these words occurs as a separate word, ignoring case."""
+    """Forbidden words, ignoring case; parts of longer words do not count."""
 
     check: Literal["forbids"]
     words: Annotated[tuple[Text, ...], Field(min_length=1)]
@@ -223,7 +223,7 @@ class Forbids(_Check):
 
 
 class Case(_Check):
-    """All letters with case are lower case, or upper case, and there is at least one."""
+    """A single case, lower or upper, for all cased letters; the text needs at least one."""
 
     check: Literal["case"]
     letters: Literal["lower", "upper"]
@@ -239,7 +239,7 @@ class Case(_Check):
 
 
 class StartsWith(_Check):
-    """The text begins with this, ignoring case and outer white space."""
+    """A required beginning, ignoring case and outer white space."""
 
     check: Literal["starts_with"]
     text: Text
@@ -255,7 +255,7 @@ class StartsWith(_Check):
 
 
 class EndsWith(_Check):
-    """The text ends with this, ignoring case, outer white space and quotation marks."""
+    """A required ending, ignoring case, outer white space and quotation marks."""
 
     check: Literal["ends_with"]
     text: Text
@@ -271,7 +271,7 @@ class EndsWith(_Check):
 
 
 class Quoted(_Check):
-    """The whole text is between double quotation marks."""
+    """Double quotation marks around the whole text."""
 
     check: Literal["quoted"]
 
@@ -287,7 +287,7 @@ class Quoted(_Check):
 
 
 class Title(_Check):
-    """There is a title in double angle brackets."""
+    """A title in double angle brackets."""
 
     check: Literal["title"]
 
@@ -302,7 +302,7 @@ class Title(_Check):
 
 
 class Postscript(_Check):
-    """The text contains ``marker``, ignoring case, with or without a space after each full stop in it."""
+    """A ``marker``, ignoring case, with or without a space after each of its full stops."""
 
     check: Literal["postscript"]
     marker: Text
@@ -318,7 +318,7 @@ class Postscript(_Check):
 
 
 class Json(_Check):
-    """The text is JSON, with or without a Markdown fence."""
+    """JSON, with or without a Markdown fence."""
 
     check: Literal["json"]
 

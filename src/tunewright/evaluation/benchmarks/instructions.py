@@ -126,7 +126,7 @@ class InstructionsSuite:
 
 
 def examples_control(instructions: Sequence[Instruction]) -> Control:
-    """Return the control that every check tells a passing text from a failing one, by the suite's own scorer."""
+    """Return the control that every check separates a passing text from a failing one, by the suite's scorer."""
     checks = [check for instruction in instructions for check in instruction.checks]
     right = [
         Instruction("", (check,)).followed(check.good()) and not Instruction("", (check,)).followed(check.bad())

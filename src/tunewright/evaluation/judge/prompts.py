@@ -1,9 +1,9 @@
 """The questions to the judge, and the parser of its verdict.
 
 Judged texts stand between marker lines that carry a digest of these texts. No text can contain its own digest, so none
-can end its own block. The instructions follow the data, and the verdict is the last line in a strict format, so a
-verdict quoted from an answer does not count. After Zheng et al. 2023 (arXiv 2306.05685: pairwise and reference-guided
-grading); the references are the held-out examples' own.
+can end its own block. The instructions follow the data. The verdict is the last line in a strict format, so a verdict
+quoted from an answer does not count. After Zheng et al. 2023 (arXiv 2306.05685: pairwise and reference-guided grading);
+the references are the held-out examples' own.
 """
 
 from __future__ import annotations
