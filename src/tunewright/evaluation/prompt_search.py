@@ -61,7 +61,7 @@ def advice_file(arm_runner: ArmRunner, left_out: Sequence[str] = ()) -> Path:
     """Return the advice file's path, whether or not it exists.
 
     Args:
-        measurement: the measurement that produces the advice.
+        arm_runner: measures the arms.
         left_out: arms that do not fit in the budget.
     """
     decides = {**arm_runner.inputs(arm_runner.limit), **choosing_inputs(arm_runner.settings)}

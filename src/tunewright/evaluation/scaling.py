@@ -68,7 +68,7 @@ def scale(
     kept in the working folder, so a stopped sweep resumes.
 
     Args:
-        measurement, meter: the project's, of the dataset version that the adapter was trained on.
+        arm_runner, meter: the project's, on the dataset version that the adapter was trained on.
         parent: the adapter.
         factors: multipliers of its change to the base; 1 is always tried.
 

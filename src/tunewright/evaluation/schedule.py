@@ -64,7 +64,7 @@ class Schedule:
     """The schedule of one command's answers.
 
     Args:
-        measurement: the measurement that answers.
+        arm_runner: answers the prompts.
         minutes: time limit; None: no limit.
         contest: the comparison of an adapter with the prompting arms, if any.
         pilots: number of adapters that are still to be trained and will answer dev.
@@ -87,7 +87,7 @@ class Schedule:
     ) -> None:
         if minutes is not None and not (math.isfinite(minutes) and minutes > 0):
             raise UserError(f"it must be greater than 0 (got {minutes:g})", where="--minutes")
-        # Weak, since the measurement holds the schedule: in a cycle, only the garbage collector would free the base.
+        # Weak, since the arm runner holds the schedule: in a cycle, only the garbage collector would free the base.
         self._arm_runner: ArmRunner = weakref.proxy(arm_runner)
         self._minutes = minutes
         self._contest = contest

@@ -130,7 +130,7 @@ class LmEvalSuite:
                     torch_random_seed=bench.seed,
                     fewshot_random_seed=bench.seed,
                 )
-            except OSError as error:  # also of the hub and of `datasets`, where a data set cannot be fetched
+            except OSError as error:  # the hub and `datasets` raise it too, if a data set cannot be fetched
                 raise UserError(f"its data cannot be read: {error}", where=self.name) from error
         samples: dict[str, dict[str, Any]] = {}
         for name, logged in results["samples"].items():

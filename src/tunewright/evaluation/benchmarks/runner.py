@@ -69,7 +69,7 @@ def measure_general(arm_runner: ArmRunner, adapter: Adapter, suites: Sequence[Op
     """Measure the suites, or reuse their measurement; evidence on this adapter gets the section.
 
     Args:
-        measurement: the project's measurement, on the dataset version that the adapter was trained on.
+        arm_runner: the project's, on the dataset version that the adapter was trained on.
         adapter: the adapter.
         suites: suites from :func:`open_suites`.
     """

@@ -96,7 +96,7 @@ class Design:
 
 
 def estimate(design: Design, verdicts: Floats, judged: Floats | None = None, tuning: float | None = None) -> Estimate:
-    """Estimate the mean verdict over all items, as if they were drawn from a world of such clusters.
+    """Estimate the mean verdict over all items, for a population of such clusters.
 
     The interval is normal, with the linearised variance over clusters in both phases (test items, reviewed items).
     Bonett and Price's (2012) adjustment for small samples adds two artificial clusters, one preferring the treatment

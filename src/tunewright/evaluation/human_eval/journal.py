@@ -39,7 +39,7 @@ class Judged(_Event):
 
     event: Literal["verdict"] = "verdict"
     verdict: Side
-    reference: Annotated[bool, Field(description="The reference had been shown.")]
+    reference: Annotated[bool, Field(description="The reference was shown before the verdict.")]
 
 
 class Undone(_Event):
