@@ -1,8 +1,8 @@
-"""The ledger of openings: evaluations/ledger.jsonl, to which lines are added and in which none is changed or removed.
+"""The access log: evaluations/ledger.jsonl, an append-only record of every opening of the test set.
 
-Each line holds the digest of the one before and its own, so a line that was changed, removed or put in is found. The
-last lines could be cut off unseen, but for the evidence, which holds the line that it was opened on. Whoever rewrites
-the whole chain and all evidence is not found by this file: commit it to git.
+Each line holds its own digest and the digest of the line before, so a changed, removed or inserted line is detected.
+Truncation is detected through the evidence, which holds the line of its own opening. The file cannot reveal a rewrite
+of the whole chain together with all evidence: commit it to git.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _RESTORE = "Restore the ledger as it was, from git for example: without it nobod
 
 
 class Ledger:
-    """The openings so far.
+    """The recorded openings of the test set.
 
     Args:
         evaluations: the project's folder of evaluations.
 
     Raises:
-        UserError: naming the first line that is not as it was written, or that is missing.
+        UserError: a line was changed or is missing; the message names the first one.
     """
 
     def __init__(self, evaluations: Path) -> None:
@@ -44,7 +44,7 @@ class Ledger:
         self._require_those_of_the_evidence()
 
     def open(self, **facts: Any) -> TestSetAccess:
-        """Return the line of this evaluation: the one that is there, or a new one.
+        """Return this evaluation's line: the existing one, or a new one.
 
         Args:
             facts: fields of `TestSetAccess`, without number, time and digests.
@@ -68,19 +68,19 @@ class Ledger:
             return opening
 
     def earlier(self, opening: TestSetAccess, dataset: Path, keys: set[str]) -> tuple[EarlierAccess, ...]:
-        """Return the openings before this one that had items of it.
+        """Return the earlier openings that share items with this one.
 
         Args:
             opening: a line of this ledger.
-            dataset: the project's dataset versions, which tell what earlier evaluations opened.
+            dataset: the project's dataset versions, which determine the items that earlier evaluations opened.
             keys: the pair keys of this opening's items.
         """
         found = []
         for other in self.openings[: opening.number - 1]:
             shared = _shared(other, dataset, keys)
             if shared != 0:
-                told = other.model_dump(include=set(EarlierAccess.model_fields))
-                found.append(EarlierAccess(**told, shared_items=shared))
+                access = other.model_dump(include=set(EarlierAccess.model_fields))
+                found.append(EarlierAccess(**access, shared_items=shared))
         return tuple(found)
 
     def _require_those_of_the_evidence(self) -> None:
@@ -99,7 +99,7 @@ class Ledger:
 
 
 def _read(path: Path) -> list[TestSetAccess]:
-    """Return the lines, each held to its own digest and to the line before."""
+    """Return the lines, each checked against its own digest and the line before."""
     openings: list[TestSetAccess] = []
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     for number, line in enumerate(text_lines(text), start=1):
@@ -123,16 +123,16 @@ def _read(path: Path) -> list[TestSetAccess]:
 
 
 def _opening_in(file: Path) -> dict[str, Any] | None:
-    """Return what an evidence file says of its line; None if that is nothing. Evidence of any schema is read."""
+    """Return the opening that an evidence file records, or None. Evidence of any schema is read."""
     try:
         found = json.loads(file.read_text(encoding="utf-8")).get("opening")
     except (ValueError, AttributeError):
-        return None  # no evidence at all: whoever reads it as such is told so
+        return None  # no evidence at all: loading it as evidence reports the error
     return found if isinstance(found, dict) and {"number", "digest"} <= found.keys() else None
 
 
 def _shared(other: TestSetAccess, dataset: Path, keys: set[str]) -> int | None:
-    """Return how many of these items an earlier evaluation opened; None where its dataset version is not here."""
+    """Return the number of these items that an earlier evaluation opened, or None without its dataset version."""
     try:
         places = read_places(dataset, other.dataset)
     except UserError:
@@ -146,7 +146,7 @@ def _shared(other: TestSetAccess, dataset: Path, keys: set[str]) -> int | None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold the ledger for one writer, waiting for another; the lock dies with its process."""
+    """Lock the ledger for one writer, waiting for any other; the lock dies with its process."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""The journal of answers: one file for each way of answering, a line for each answer as soon as it is there."""
+"""The answer journal: one file per decoding setup, with each answer appended as soon as it is complete."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from tunewright.config import Quantize
 from tunewright.core.io import digest
 
 ENGINE = "decoding-2"
-"""Part of every key with peft: to be counted up when a change of the decoding loop changes answers."""
+"""Part of every key with peft: increment it when a change to the decoding loop changes answers."""
 VLLM = "vllm-1"
-"""Part of every key with vLLM: to be counted up when a change of what vLLM is asked changes answers."""
+"""Part of every key with vLLM: increment it when a change to the vLLM requests changes answers."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A prompt's answer as text. The token ids are in the decoding loop's `Completion`, not in the journal."""
+    """The text of an answer. The token ids are in the decoding loop's `Completion`, not in the journal."""
 
     text: str
     truncated: bool
-    """It reached the token limit."""
+    """The answer reached the token limit."""
     prompt: tuple[int, ...]
     tokens: int
-    """Tokens of the answer, with its end token, which a truncated answer lacks."""
+    """Token count of the answer, including its end token, which a truncated answer lacks."""
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """All that decides an answer beside its prompt.
+    """Everything that decides an answer apart from its prompt.
 
-    Not the batch size: which rows share a batch differs from run to run anyway, as stopped ones go on, and moves an
-    answer only where two tokens all but tie.
+    The batch size is left out. Resumed runs batch rows differently anyway, and that changes an answer only where two
+    tokens nearly tie.
     """
 
     base: str
@@ -45,23 +45,23 @@ class Decoding:
     dtype: str
     quantize: Quantize
     device: str
-    """cpu or cuda: their kernels add up in different orders."""
+    """cpu or cuda: their kernels add in different orders."""
     max_new_tokens: int
     stop: tuple[str, ...]
     grammar: str | None
     packages: Mapping[str, str]
-    """Versions of those that make logits and text."""
+    """Versions of the libraries that produce logits and text."""
     engine: str = ENGINE
-    """Which one computes, and how it is asked."""
+    """The engine that computes, and its settings."""
 
     @property
     def key(self) -> str:
-        """SHA-256 over all of it."""
+        """SHA-256 over all fields."""
         return digest(asdict(self))
 
 
 def read_answers(journal: Path) -> Iterator[tuple[str, tuple[str, bool]]]:
-    """Yield the digest of each prompt, and its answer: the text, and whether it was truncated."""
+    """Yield the digest of each prompt with its answer."""
     if not journal.exists():
         return
     for line in journal.read_text(encoding="utf-8").split("\n"):
@@ -69,15 +69,15 @@ def read_answers(journal: Path) -> Iterator[tuple[str, tuple[str, bool]]]:
             row: Mapping[str, Any] = json.loads(line)
             yield row["prompt"], (row["text"], row["truncated"])
         except json.JSONDecodeError:
-            # The last line of a run that was killed while writing it: that answer is made again.
+            # A run was killed while it wrote the last line: that answer is computed again.
             continue
 
 
 @contextmanager
 def appending(journal: Path) -> Iterator[TextIO]:
-    """Open the journal for further lines."""
+    """Open the journal for appending."""
     journal.parent.mkdir(parents=True, exist_ok=True)
     with journal.open("a", encoding="utf-8") as file:
-        # Ends a half-written line, if there is one.
+        # Terminates a half-written line, if there is one.
         file.write("\n")
         yield file

@@ -1,4 +1,4 @@
-"""Measuring arms: their prompts, their answers, and what these are worth; which arms, and on what, others decide."""
+"""Measuring arms: their prompts, answers and scores. The callers choose the arms and the rows."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ if TYPE_CHECKING:
 
 
 class ArmRunner:
-    """One dataset version and a base, and the arms' answers to its rows.
+    """A dataset version and a base model, with the arms' answers to its rows.
 
     Args:
-        project: its config decides what is measured.
-        version: the rows; demonstrations are of its training split.
+        project: its config decides the measurements.
+        version: the rows; demonstrations come from its training split.
         generator: answers prompts.
-        reporter: shows progress, hears warnings.
-        folder: where advice and evidence are kept (None: with the project's own).
+        reporter: shows progress and warnings.
+        folder: folder for advice and evidence (None: the project's own).
         limit: the longest answer in tokens (None: see `answer_limit`, of the training split).
     """
 
@@ -65,7 +65,7 @@ class ArmRunner:
         self.settings = project.config.evaluate
         self.scorers = open_scorers(self.settings, project.root)
         self.folder = project.evaluations if folder is None else folder
-        # Generic rows are trained on, but are no demonstrations of the task and say nothing of its answers' length.
+        # Generic rows are trained on, but they do not demonstrate the task or indicate the length of its answers.
         self.demonstrations = Demonstrations(version.domain_of("train"), project.config.seed)
         self.context = context_length(generator.base)
         self._limit = limit
@@ -81,11 +81,11 @@ class ArmRunner:
         return answer_limit(self.project.config, self.generator.chat, self.version.domain_of("train"))
 
     def longer_than_limit(self, members: Sequence[Member]) -> int:
-        """Return how many of these rows' right answers have more tokens than an answer may have."""
+        """Return the number of these rows whose reference has more tokens than an answer may have."""
         return sum(n > self.limit for n in answer_lengths(self.generator.chat, [m.example for m in members]))
 
     def warn_of_longer(self, split: Split) -> None:
-        """Warn, once for each split, of right answers longer than an answer may be."""
+        """Warn, once per split, of references longer than the answer limit."""
         if split not in self._warned_of:
             self._warned_of.add(split)
             examples = [m.example for m in self.version.examples(split)]
@@ -93,15 +93,15 @@ class ArmRunner:
 
     @cached_property
     def instruction(self) -> Instruction:
-        """What the pairs are told alike, where evaluate.instructions are put.
+        """The instruction that all pairs share, where evaluate.instructions apply.
 
         Raises:
-            UserError: it cannot be told what that is.
+            UserError: the shared instruction cannot be determined.
         """
         return find_instruction(self.version.domain)
 
     def inputs(self, limit: int) -> dict[str, Any]:
-        """Return all that decides the answers of an arm, apart from its adapter."""
+        """Return everything that decides an arm's answers, apart from its adapter."""
         return {
             "dataset": self.version.digest,
             "base": self.generator.base.digest,
@@ -119,7 +119,7 @@ class ArmRunner:
         }
 
     def misfit(self, plan: ArmPlan, members: Sequence[Member]) -> str | None:
-        """Return why this arm cannot answer all of these rows with as many demonstrations as it has; None if it can."""
+        """Return why this arm cannot answer all of these rows with its number of demonstrations, or None if it can."""
         fewest = min(len(self.demonstrations.shown(plan, m)) for m in members)
         if fewest < plan.shots:
             return f"the training rows have only {fewest} demonstrations for a question"
@@ -134,13 +134,15 @@ class ArmRunner:
     def answers(
         self, plan: ArmPlan, members: Sequence[Member], split: str, adapter: Adapter | None = None
     ) -> list[Answer]:
-        """The answers to these rows, in their order; a prompt that is too long shows fewer demonstrations, and said so.
+        """Return the answers to these rows, in order.
+
+        A prompt that is too long shows fewer demonstrations, with a warning.
 
         Args:
-            plan: the way of answering.
+            plan: the arm.
             members: the rows.
-            split: their name, for the progress display.
-            adapter: answers the plans that are adapted.
+            split: the name of their split, for the progress display.
+            adapter: the adapter that answers adapted plans.
 
         Raises:
             UserError: a row does not fit the base's context even alone.
@@ -158,7 +160,7 @@ class ArmRunner:
         )
 
     def prompts(self, plan: ArmPlan, members: Sequence[Member]) -> tuple[list[Prompt], int]:
-        """Return the prompts of these rows, and how many of them show fewer demonstrations to fit the context.
+        """Return the prompts of these rows, and the number that show fewer demonstrations to fit the context.
 
         Raises:
             UserError: a row does not fit the base's context even alone.
@@ -167,14 +169,14 @@ class ArmRunner:
         return [prompt for prompt, _ in built], sum(not whole for _, whole in built)
 
     def dev_scores(self, adapter: Adapter | None) -> Scores:
-        """Return the dev split by the deciding metric, answered by the adapter, or by the base alone, zero-shot."""
+        """Score the dev split by the deciding metric, zero-shot, with the adapter or the base alone."""
         plan = ZERO_SHOT if adapter is None else TUNED
         dev = self.version.examples("dev")
         answers = self.answers(plan, dev, "dev", adapter)
         return score_all(self.scorers[0], [a.text for a in answers], [m.example for m in dev])
 
     def _fitting_prompt(self, plan: ArmPlan, member: Member) -> tuple[Prompt, bool]:
-        """Return the prompt, with as many demonstrations as fit; and whether these are all."""
+        """Return the prompt with as many demonstrations as fit, and whether none was dropped."""
         prompt = self._whole_prompt(plan, member)
         shown = self.demonstrations.shown(plan, member)
         left = len(shown)
@@ -207,15 +209,15 @@ class ArmRunner:
 
 
 def references_inputs(domain: Sequence[Member]) -> dict[str, Any]:
-    """Return what is added to a measurement's inputs where an input has several outputs; else nothing.
+    """Return the additional inputs of a measurement where an input has several outputs, else nothing.
 
-    Scores by one reference, and demonstrations that repeat an input, are another measurement.
+    Single-reference scores, or demonstrations that repeat an input, make a different measurement.
     """
     several = any(len(references) > 1 for references in references_of([m.example for m in domain]))
     return {"references": "all of an input's", "demonstrations": "distinct inputs"} if several else {}
 
 
-# Parts that advice and evidence have in common
+# Parts that advice and evidence share
 
 
 def scored_arms(
@@ -224,7 +226,7 @@ def scored_arms(
     answers: Mapping[str, Sequence[Answer]],
     split: Sequence[Member] | None = None,
 ) -> ScoredArms:
-    """Score every arm's answers to the members once by every metric; ``split`` has all rows that are references."""
+    """Score every arm's answers to the members once by every metric; ``split`` holds all reference rows."""
     return score_arms(
         scorers,
         [m.example for m in members],
@@ -242,10 +244,10 @@ def measured_arm(
     seed: int,
     resamples: int = RESAMPLES,
 ) -> Arm:
-    """Return one arm's scores; ``answers`` are those that were scored.
+    """Return one arm's scores; ``answers`` are the scored answers.
 
     Raises:
-        UserError: a metric that can score none of the answers.
+        UserError: a metric can score none of the answers.
     """
     prompts = [a.prompt for a in answers]
     arm = score_arm(
@@ -259,14 +261,14 @@ def measured_arm(
         seed=seed,
         resamples=resamples,
     )
-    # What the first and the last of them in order begin with, all begin with.
+    # A prefix shared by the first and the last in sorted order is shared by all.
     shared = common_prefix(min(prompts), max(prompts))
     written = sum(a.tokens for a in answers) / len(answers)
     return arm.model_copy(update={**asdict(plan), "shared_tokens": shared, "answer_tokens": written})
 
 
 def measured_with(config: Config, base: Base, chat: ChatFormat, quantize: Quantize, limit: int) -> dict[str, Any]:
-    """Return what the evidence's lineage says of the means; ``created`` is UTC, ISO 8601."""
+    """Return the lineage entry for the tools of measurement; ``created`` is UTC, ISO 8601."""
     return {
         "created": now(),
         "base": {"spec": base.spec, "digest": base.digest},

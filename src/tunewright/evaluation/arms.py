@@ -1,4 +1,4 @@
-"""Arms: the ways of answering that are measured against each other."""
+"""Arms: the ways of answering that are compared with each other."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ class ArmPlan:
     """One way of answering.
 
     Args:
-        kind: ``mixed`` is no way of answering but stands for what folds did each in its own.
-        shots: demonstrations in the prompt.
-        seed: which draw of static demonstrations, from 1.
-        retriever: what finds the demonstrations of each question.
-        instruction: 0 for the pairs' own, else of evaluate.instructions, from 1.
-        constrained: held to evaluate.structured_outputs while it decodes.
+        kind: ``mixed`` is a placeholder where each fold answered in its own way.
+        shots: number of demonstrations in the prompt.
+        seed: number of the draw of static demonstrations, from 1.
+        retriever: the retriever of each question's demonstrations.
+        instruction: 0 for the pairs' own, else the number of one in evaluate.instructions, from 1.
+        constrained: whether evaluate.structured_outputs constrains decoding.
     """
 
     kind: ArmKind
@@ -30,7 +30,7 @@ class ArmPlan:
 
     @property
     def name(self) -> str:
-        """Such as zero-shot, static-8-seed-2, retrieved-4, retrieved-4-tfidf, zero-shot-instruction-1 or tuned."""
+        """The arm's name, such as zero-shot, static-8-seed-2, retrieved-4-tfidf, zero-shot-instruction-1 or tuned."""
         parts: list[str] = ["tuned+retrieved" if self.kind == "tuned-retrieved" else self.kind]
         if self.shots:
             parts.append(str(self.shots))
@@ -44,12 +44,12 @@ class ArmPlan:
 
     @property
     def adapted(self) -> bool:
-        """True if the adapter answers, and not the base alone."""
+        """True if the adapter answers rather than the base alone."""
         return self.kind in {"tuned", "tuned-retrieved"}
 
     @property
     def any_seed(self) -> ArmPlan:
-        """The same arm whatever its draw of demonstrations."""
+        """The same arm regardless of its draw of demonstrations."""
         return replace(self, seed=None)
 
 
@@ -59,17 +59,19 @@ TUNED_CONSTRAINED = ArmPlan("tuned", constrained=True)
 
 
 def plan_of(arm: Arm) -> ArmPlan:
-    """Return the way of answering that was measured."""
+    """Return the measured arm's plan."""
     return ArmPlan(arm.kind, arm.shots, arm.seed, arm.retriever, arm.instruction, arm.constrained)
 
 
 def prompting_arms(settings: EvaluateConfig) -> list[ArmPlan]:
-    """Return every arm that needs no training, with the pairs' own instruction; then zero-shot with each other one.
+    """Return every arm that needs no training, those with the pairs' own instruction first.
 
-    Zero-shot (with each instruction: one of them may name what the grammar allows) and retrieved arms also held to the
-    grammar, where the config has one.
+    They are followed by zero-shot with each other instruction.
 
-    Of arms of the same score an earlier one is taken: the cheaper is first.
+    Where the config has a grammar, zero-shot and retrieved arms are also constrained by it. That covers zero-shot with
+    each instruction, since one of them may name the allowed answers.
+
+    Ties go to the earlier arm, so cheaper arms come first.
     """
     shots = sorted(set(settings.num_fewshot))
     static = [ArmPlan("static", k, seed=seed) for k in shots for seed in range(1, settings.static_seeds + 1)]
@@ -93,6 +95,6 @@ def _instructed(plan: ArmPlan, settings: EvaluateConfig, *, own: bool) -> list[A
 
 
 def tuned_retrieved(plan: ArmPlan) -> ArmPlan:
-    """The adapter with the demonstrations of a retrieved arm, and with the instruction that it was trained on."""
+    """Return the adapter's arm with a retrieved arm's demonstrations and the instruction that it was trained on."""
     assert plan.kind == "retrieved"
     return ArmPlan("tuned-retrieved", plan.shots, retriever=plan.retriever)

@@ -1,4 +1,4 @@
-"""Multiple-choice questions, answered by which choice the model finds likeliest: lm-eval's ``acc_norm``."""
+"""Multiple-choice questions, answered by the choice that the model finds likeliest: lm-eval's ``acc_norm``."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from tunewright.evaluation.losses import answer_losses
 
 @dataclass(frozen=True)
 class Question:
-    """One question, its choices and the number of the right one."""
+    """A question, its choices and the index of the right one."""
 
     text: str
     choices: tuple[str, ...]
     gold: int
     group: str | None = None
-    """What it shares with other questions, such as a passage; None: nothing that the file says."""
+    """A passage or the like that the question shares with others; None if the file does not say."""
 
 
 def read_questions(path: Path) -> list[Question]:
-    """The questions of a JSONL file of objects with ``query``, ``choices`` and ``gold`` (as in MosaicML's llm-foundry).
+    """Load the questions of a JSONL file of objects with ``query``, ``choices`` and ``gold``.
 
-    A ``group`` says which questions belong together.
+    The format is that of MosaicML's llm-foundry. A ``group`` marks questions that belong together.
 
     Raises:
-        UserError: cannot be read, or a line that is no such object (naming file and line).
+        UserError: the file cannot be read, or a line is not such an object (the message names file and line).
     """
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
@@ -56,25 +56,25 @@ def read_questions(path: Path) -> list[Question]:
 
 
 def chosen(model: Any, tokenizer: Any, questions: Sequence[Question], task: Task) -> list[int]:
-    """Return which choice the model finds likeliest by the character; arguments as of :func:`likelihoods`."""
+    """Return the index of the likeliest choice per character; arguments as in :func:`likelihoods`."""
     return [likeliest(each) for each in likelihoods(model, tokenizer, questions, task)]
 
 
 def likeliest(by_character: Sequence[float]) -> int:
-    """Return the number of the likeliest choice, the first of equals."""
+    """Return the index of the likeliest choice, the first of equals."""
     return max(range(len(by_character)), key=by_character.__getitem__)
 
 
 def likelihoods(model: Any, tokenizer: Any, questions: Sequence[Question], task: Task) -> list[list[float]]:
-    """Return each choice's log-likelihood after "…\\nAnswer:" divided by its characters.
+    """Return each choice's log-likelihood after "…\nAnswer:" divided by its characters.
 
-    As lm-eval's ``acc_norm`` has it, without a chat template. BOS stands first where the tokenizer itself puts it.
+    Follows lm-eval's ``acc_norm``, without a chat template. The tokenizer decides whether BOS comes first.
 
     Args:
-        model: a causal language model of transformers or a PeftModel over one, in evaluation mode.
-        tokenizer: the base's.
-        questions: at least one.
-        task: advanced by each question.
+        model: a transformers causal language model or a PeftModel over one, in evaluation mode.
+        tokenizer: the base model's tokenizer.
+        questions: at least one question.
+        task: progress task, advanced by each question.
     """
     rows = {
         (number, place): _row(tokenizer, question, choice)
@@ -93,7 +93,7 @@ def likelihoods(model: Any, tokenizer: Any, questions: Sequence[Question], task:
 
 
 def tokens(tokenizer: Any, question: Question) -> int:
-    """Length of the longest row that the question makes."""
+    """Return the length of the longest row that the question makes."""
     return max(len(_row(tokenizer, question, choice).ids) for choice in question.choices)
 
 

@@ -1,4 +1,4 @@
-"""One progress display over all answers of a command, weighted by the time that each arm's answers take."""
+"""One progress display over all answers of a command, weighted by the expected time of each arm's answers."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _PARTS = 100
 
 @dataclass(frozen=True)
 class Work:
-    """The answers of one arm to some items.
+    """One arm's answers to some items.
 
     Args:
-        title: as the arm's own progress display has it, such as ``retrieved-8 on dev``.
-        answers: those still to be computed.
-        kept: those in the journal already.
-        seconds: expected for each answer.
+        title: title of the arm's own progress display, such as ``retrieved-8 on dev``.
+        answers: number of answers still to compute.
+        kept: number of answers already in the journal.
+        seconds: expected time of each answer.
     """
 
     title: str
@@ -34,10 +34,10 @@ class Work:
 
 
 class Countdown:
-    """Answers done of all answers, as a share of the expected time.
+    """Completed answers among all answers, as a share of the expected time.
 
     Arms differ in speed by their prompts' lengths, so counting answers alone would mislead. The display counts percent
-    of the expected seconds: its own extrapolation then corrects a speed that was measured too high or too low.
+    of the expected seconds. Its own extrapolation then corrects a wrongly measured speed.
 
     Args:
         reporter: shows the display.
@@ -48,27 +48,27 @@ class Countdown:
         self._stages: dict[str, list[Work]] = {}
         self._done: list[Work] = []
         self._answered = 0
-        """Of the arm in progress."""
+        """Answers of the arm in progress."""
         self._task: Task | None = None
         self._shown = 0
 
     def plan(self, stage: str, works: Sequence[Work]) -> None:
-        """Set what a stage is expected to be, in place of what was expected before."""
+        """Set the expected work of a stage, replacing any earlier expectation."""
         self._stages[stage] = list(works)
 
     def close(self, *stages: str) -> None:
-        """Drop what was expected of stages that have ended and did not come; what was kept stays counted."""
+        """Drop the remaining work of stages that ended early; journalled answers stay counted."""
         for stage in stages:
             self._stages[stage] = [work for work in self._stages.get(stage, ()) if not work.answers]
 
     @property
     def works(self) -> list[Work]:
-        """All work that is planned and not finished."""
+        """All planned work that is not finished."""
         return [work for works in self._stages.values() for work in works]
 
     @property
     def counts(self) -> tuple[int, int]:
-        """Answers that are there, and all answers."""
+        """The number of completed answers and of all answers."""
         planned, done = self.works, self._done
         kept = sum(work.kept for work in [*planned, *done])
         finished = sum(work.answers for work in done)
@@ -76,7 +76,7 @@ class Countdown:
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """Show one display for all arms that are answered inside; each its own where nothing is planned."""
+        """Show one display for all arms answered inside, or one per arm where nothing is planned."""
         if self._task is not None or not any(work.answers for work in self.works):
             yield
             return
@@ -89,7 +89,7 @@ class Countdown:
                 self._task = None
 
     def arm(self, title: str, missing: int) -> AbstractContextManager[Task]:
-        """The display of one arm's answers: a part of the whole, where that is shown."""
+        """Show the progress of one arm's answers, as a part of the whole display where there is one."""
         return self._reporter.task(title, missing, "answers") if self._task is None else self._within(title, missing)
 
     @contextmanager
@@ -133,15 +133,15 @@ class Countdown:
 
 
 class _ArmTask:
-    """The part of one arm in the whole."""
+    """The part of one arm in the whole display."""
 
     def __init__(self, countdown: Countdown, work: Work) -> None:
         self._countdown = countdown
         self._work = work
 
     def advance(self, steps: int = 1, note: str = "") -> None:  # noqa: ARG002
-        """Count steps as done; the whole has a note of its own."""
+        """Count steps as done; the whole display has its own note."""
         self._countdown.answered(self._work, steps)
 
     def measured(self, step: int, numbers: object) -> None:
-        """Answers have no curves."""
+        """Ignore measurements: answers have no curves."""

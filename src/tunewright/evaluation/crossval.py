@@ -1,9 +1,9 @@
-"""Cross-fitted evaluation: every row is answered once, by an adapter that saw neither it nor a near-duplicate of it.
+"""Cross-fitted evaluation: every row is answered once, by an adapter trained on neither it nor a near-duplicate.
 
-A tenth of a small set is too few items to show anything. Here the rows are dealt into folds, and each fold goes the
-normal road with all its choices inside: its training rows make an adapter, its dev rows choose the epoch and the
-prompting arm, its test rows are answered. All rows' answers together are the evidence. It speaks of the config on this
-much data, the mean over the folds' adapters, and not of one of them.
+A tenth of a small set is too few items to show anything. Here the rows are split into folds, and each fold runs the
+normal pipeline with all its choices. Its training rows train an adapter, its dev rows choose the epoch and the
+prompting arm, and its test rows are answered. All rows' answers together are the evidence. It describes the config on
+this much data (the mean over the folds' adapters), not any one adapter.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ from tunewright.training.rows import require_min_examples
 from tunewright.training.train import train, training_inputs
 
 BEST_PROMPTING = "best-prompting"
-"""The arm that is each fold's own best prompting arm, where they are not all the same."""
+"""Each fold's own best prompting arm, where these differ."""
 TUNED_RETRIEVED = "tuned+retrieved"
-"""Each fold's adapter with its own best retrieved demonstrations, where these are not all the same."""
+"""Each fold's adapter with its own best retrieved demonstrations, where these differ."""
 
 
 @dataclass(frozen=True)
 class _Done:
-    """A fold that has gone its road."""
+    """A completed fold."""
 
     version: DatasetVersion
     adapter: Adapter
@@ -72,35 +72,35 @@ class _Done:
     advice: Advice
     plans: list[ArmPlan]
     answers: dict[str, list[Answer]]
-    """Of the fold's test rows, by arm."""
+    """Answers to the fold's test rows, by arm."""
     longer: int
-    """Right answers of the fold's test rows that are longer than an answer may be."""
+    """Number of the fold's test rows whose reference is longer than an answer may be."""
 
 
 @dataclass(frozen=True)
 class _Role:
-    """An arm as the evidence has it: one plan for each fold, which need not be the same one."""
+    """An arm as the evidence records it: one plan per fold, which may differ."""
 
     name: str
     plans: list[ArmPlan]
 
     @property
     def plan(self) -> ArmPlan:
-        """What the evidence says of it."""
+        """The plan that the evidence records."""
         return self.plans[0] if len(set(self.plans)) == 1 else ArmPlan("mixed")
 
 
 class CrossValidation:
-    """The folds of a dataset version, and all that decides what comes out of them.
+    """The folds of a dataset version, and everything that decides the result.
 
     Args:
-        project: its config decides; the folds' adapters are kept in its working folder, apart from its own.
+        project: its config decides; its working folder keeps the folds' adapters, apart from its own.
         version: the rows, of all splits.
-        base: what is adapted and prompted.
-        chat: how conversations become tokens.
-        reporter: shows progress, hears warnings.
-        folds: how many, at least 2.
-        force: train on fewer pairs than are refused otherwise.
+        base: the base model, adapted and prompted.
+        chat: the chat format.
+        reporter: shows progress and warnings.
+        folds: number of folds, at least 2.
+        force: train even on fewer pairs than the minimum.
 
     Raises:
         UserError: too few clusters or pairs.
@@ -128,20 +128,20 @@ class CrossValidation:
         fewest = min(len(v.domain_of("train")) for v in self.versions)
         place = f" in the smallest of {folds} folds"
         self.forced = require_min_examples(fewest, force=force, reporter=reporter, place=place)
-        # Of all rows, so that no fold cuts what another would not, and an answer of the base serves every fold.
+        # From all rows: no fold truncates an answer that another would not, and base answers serve every fold.
         self.limit = answer_limit(self.config, chat, version.domain)
         # The folds' adapters are all trained by this config.
         self.quantize = self.config.evaluate.quantization or self.config.train.quantization
-        self.generator()  # an engine that cannot answer is refused before anything is trained
+        self.generator()  # an engine that cannot answer is refused before any training
         self.trainings = digest([training_inputs(project, v, base, chat) for v in self.versions])
 
     def generator(self) -> Generator:
-        """Return a fresh generator: each fold has one, since the next fold trains on a base of its own."""
+        """Return a fresh generator: each fold has one, since the next fold trains on its own base."""
         return Generator.of(self.project, self.base, self.chat, self.quantize, self.reporter)
 
     @property
     def identity(self) -> str:
-        """12 hex digits: a digest of all that decides the measurement."""
+        """12 hex digits: a digest of everything that decides the measurement."""
         settings = self.config.evaluate
         decides = {
             "trainings": self.trainings,
@@ -160,11 +160,11 @@ class CrossValidation:
         return digest(decides)[:12]
 
     def run(self) -> EvaluateResult:
-        """Evaluate the config on all rows; a stopped run goes on, and what is finished is found done.
+        """Evaluate the config on all rows. A stopped run resumes and reuses its finished work.
 
         Raises:
-            UserError: whatever a training or an evaluation raises.
-            KeyboardInterrupt: stopped by a signal; what was finished is kept.
+            UserError: training or evaluation failed.
+            KeyboardInterrupt: a signal stopped the run; finished work is kept.
         """
         folder = self.project.evaluations / self.identity
         ledger = Ledger(self.project.evaluations)
@@ -179,7 +179,7 @@ class CrossValidation:
             began = time.monotonic()
             done.append(self._go(number))
             left = len(self.versions) - number
-            # The first that has not been found done tells how long one takes.
+            # The first fold that is actually run gives the time that one takes.
             if left and done[-1].trained and not any(fold.trained for fold in done[:-1]):
                 seconds = time.monotonic() - began
                 self.reporter.say(f"That took {duration(seconds)}; {left} more: about {duration(left * seconds)}.")
@@ -206,12 +206,12 @@ class CrossValidation:
         return EvaluateResult(folder, evidence, evaluated=True)
 
     def _new_templates(self) -> dict[str, bool] | None:
-        """Whether no row that an item's own fold trained on has its output template; None where that says nothing."""
+        """Return, by item, True if its own fold trained on no row with its output template; None if inapplicable."""
         by_fold = [new_templates(version.members) for version in self.versions]
         return {key: new for fold in by_fold for key, new in (fold or {}).items()} if all(by_fold) else None
 
     def _open(self, ledger: Ledger) -> TestSetAccess:
-        """Return the line in the ledger; what prompting arm each fold will choose is not known yet."""
+        """Open the line in the ledger; the prompting arm of each fold is not known yet."""
         with_retrieved = TUNED_RETRIEVED if self._tries_retrieved else None
         return ledger.open(
             author=current_author(self.project.root),
@@ -232,7 +232,7 @@ class CrossValidation:
         return settings.tuned_retrieved and bool(settings.retrievers)
 
     def _go(self, number: int) -> _Done:
-        """Return one fold's road."""
+        """Run one fold."""
         version = self.versions[number - 1]
         train_rows, dev_rows, test_rows = (len(version.examples(split)) for split in SPLITS)
         self.reporter.say(
@@ -262,7 +262,7 @@ class CrossValidation:
         return _Done(version, trained.adapter, trained.trained, advice, plans, answers, longer)
 
     def _roles(self, done: Sequence[_Done]) -> list[_Role]:
-        """The arms that all folds have, each fold its own; the second is the prompting arm that tuned has to beat."""
+        """Return the arms that all folds have; the second is the prompting arm that tuned has to beat."""
         best = [next(plan for plan in fold.plans if plan.name == fold.advice.best) for fold in done]
         retrieved = [plan for fold in done for plan in fold.plans if plan.kind == "tuned-retrieved"]
         each = [
@@ -358,9 +358,9 @@ def _told(number: int, fold: _Done, roles: Sequence[_Role], scorer: Scorer) -> F
 def out_of_fold(
     project: ProjectFolder, version: DatasetVersion, base: Base, chat: ChatFormat
 ) -> list[tuple[Adapter, list[Member]]]:
-    """Return each fold's adapter with the rows that it was kept from, of the newest complete cross-fit of this version.
+    """Return each fold's adapter with its held-out rows, from the version's newest complete cross-fit.
 
-    Empty where there is none that belongs to this base and chat format.
+    Empty if no cross-fit has this base and chat format.
     """
     runs: dict[str, dict[int, Adapter]] = defaultdict(dict)
     for adapter in list_adapters(project.fold_adapters):
@@ -375,7 +375,7 @@ def out_of_fold(
     lineage = newest[1].lineage
     versions = fold_versions(version, lineage["fold"]["folds"], lineage["seed"])
     pairs = [(newest[number], fold) for number, fold in enumerate(versions, start=1)]
-    # An earlier release may have dealt the rows otherwise: then it is not known here who saw what.
+    # An earlier release may have split the rows otherwise: then each adapter's held-out rows are unknown here.
     if any(adapter.lineage["dataset"]["digest"] != fold.digest for adapter, fold in pairs):
         return []
     for adapter, _ in pairs:

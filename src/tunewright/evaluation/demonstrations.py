@@ -1,4 +1,4 @@
-"""Demonstrations: which training pairs a prompt shows before the question, and how it shows them."""
+"""Demonstrations: the training pairs that a prompt shows before the question, and their layout."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tunewright.data.versions import Member
 from tunewright.evaluation.arms import ArmPlan
 
 _NGRAMS = (2, 5)
-"""Lengths of the character n-grams of TF-IDF, within words and their edges."""
+"""Lengths of the character n-grams of TF-IDF, within words and at their edges."""
 
 
 class Retriever(Protocol):
-    """Tells how like a question each training input is."""
+    """A ranking of training inputs by similarity to a question."""
 
     def similarities(self, query: str) -> NDArray[np.float64]:
-        """Of every training input, [inputs]; the larger, the more alike."""
+        """Return the similarity of every training input, [inputs]; larger is more similar."""
 
 
 class Bm25:
@@ -38,7 +38,7 @@ class Bm25:
         self._index.index(self._words(list(texts)), show_progress=False)
 
     def similarities(self, query: str) -> NDArray[np.float64]:
-        """BM25 scores; all 0 for a query of unknown words."""
+        """Return BM25 scores; all 0 for a query of unknown words."""
         (words,) = self._words([query])
         known = [w for w in words if w in self._index.vocab_dict]
         return np.asarray(self._index.get_scores(known) if known else np.zeros(self._count), dtype=np.float64)
@@ -55,7 +55,7 @@ class Bm25:
 
 
 class TfIdf:
-    """Cosine of TF-IDF vectors of character n-grams (by scikit-learn): spelling counts, and no language's words."""
+    """Cosine of TF-IDF vectors of character n-grams (by scikit-learn): language-independent, by spelling."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         from sklearn.feature_extraction.text import TfidfVectorizer
@@ -64,7 +64,7 @@ class TfIdf:
         self._rows: Any = self._vectorizer.fit_transform(texts)
 
     def similarities(self, query: str) -> NDArray[np.float64]:
-        """Cosines; all 0 for a query of unknown n-grams."""
+        """Return cosines; all 0 for a query of unknown n-grams."""
         found: NDArray[np.float64] = (self._rows @ self._vectorizer.transform([query]).T).toarray()[:, 0]
         return found
 
@@ -87,7 +87,7 @@ class Demonstrations:
         self._orders: dict[tuple[RetrieverName, str], list[int]] = {}
 
     def shown(self, plan: ArmPlan, query: Member) -> list[Member]:
-        """Return what the prompt of ``query`` shows, in its order; none is of the query's own cluster."""
+        """Return the demonstrations for ``query`` in prompt order; none is from the query's own cluster."""
         if not plan.shots:
             return []
         if plan.retriever is not None:
@@ -102,12 +102,12 @@ class Demonstrations:
     def nearest(self, retriever: RetrieverName, query: Member, k: int) -> list[Member]:
         """Return the ``k`` most similar training pairs of distinct inputs, the most similar first.
 
-        None is of the query's own cluster. Of an input with several outputs, the best-ranked pair is taken.
+        The query's own cluster is excluded. Of an input with several outputs, the best-ranked pair is taken.
         """
         key = (retriever, query.key)
         if key not in self._orders:
             similar = self._retriever(retriever).similarities(query.example.input_text)
-            # Stable, so that equally similar ones keep the members' own order, by key.
+            # Stable: equally similar ones keep the members' order, by key.
             order = np.argsort(-similar, kind="stable")
             # Several references of one input would all be equally near: four shots of them show one input.
             first_of: dict[tuple[str, ...], int] = {}
@@ -117,10 +117,10 @@ class Demonstrations:
         return [self._train[i] for i in self._orders[key][:k]]
 
     def drawn(self, seed: int) -> list[Member]:
-        """Return the training pairs in the order in which static arms of this seed show them, one of each cluster.
+        """Return the training pairs in the order of this seed's static arms, one per cluster.
 
-        A smaller number of shots is the beginning of a larger one. Where outputs repeat (classes), each distinct one
-        comes before any comes again.
+        Fewer shots are a prefix of more shots. Where outputs repeat (classes), each distinct output appears once before
+        any repeats.
         """
         if seed not in self._draws:
             first_of: dict[str, Member] = {}
@@ -149,7 +149,7 @@ def _luck(name: str) -> bytes:
 
 
 def with_demonstrations(query: Member, demonstrations: Sequence[Member]) -> tuple[Message, ...]:
-    """Return the query's prompt with worked examples before it, as turns of the conversation, in their order."""
+    """Return the query's prompt after worked examples, as conversation turns in their order."""
     prompt = query.example.prompt
     system = tuple(m for m in prompt if m.role == "system")
     asked = tuple(m for m in prompt if m.role != "system")

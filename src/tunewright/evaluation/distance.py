@@ -1,4 +1,4 @@
-"""Scores by distance from the training data: a gain that near copies alone bring was learnt by heart."""
+"""Scores by distance from the training data: a gain on near copies alone is memorization."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tunewright.metrics import Scores
 
 @dataclass(frozen=True)
 class Distances:
-    """How near items are to the training rows, by pair key."""
+    """Similarity of items to the training rows, by pair key."""
 
     nearest: Mapping[str, float]
     """The similarity of the nearest training input."""
     new_template: Mapping[str, bool] | None
-    """Whether no training row has the item's output template; None where that says nothing."""
+    """True if no training row has the item's output template; None where templates carry no information."""
 
 
 SIMILARITY = "Jaccard similarity of the inputs' character 4-grams, without what all inputs begin and end with"
@@ -32,14 +32,14 @@ SIMILARITY = "Jaccard similarity of the inputs' character 4-grams, without what 
 def scores_by_distance(
     scored: ScoredArms, nearest: Sequence[float], deciding: Contrast, seed: int, resamples: int = RESAMPLES
 ) -> TrainSimilarity:
-    """Return each arm's score by the deciding metric, and the difference that decides, in bands of similarity.
+    """Return each arm's score by the deciding metric, and the deciding difference, by bands of similarity.
 
     Args:
         scored: the arms on the test items.
-        nearest: of each item the similarity of its nearest training input, from 0 to 1.
-        deciding: the contrast that decides; says which two arms are compared, and by what metric.
+        nearest: the similarity of each item's nearest training input, from 0 to 1.
+        deciding: the deciding contrast, with its two arms and its metric.
         seed: decides the resamples.
-        resamples: how many.
+        resamples: number of resamples.
     """
     place = np.array([band_of(similarity) for similarity in nearest])
     median = float(np.median(nearest))
@@ -60,11 +60,11 @@ def scores_by_distance(
 def scores_by_template(
     scored: ScoredArms, new: Sequence[bool], deciding: Contrast, seed: int, resamples: int = RESAMPLES
 ) -> OutputTemplates:
-    """Return each arm's score by the deciding metric on items with a new output template, and on the others.
+    """Return each arm's score by the deciding metric, for new output templates and for known ones.
 
     Args:
         scored: the arms on the test items.
-        new: of each item whether no training row has its output template.
+        new: True for an item whose output template no training row has.
         deciding, seed, resamples: as for ``scores_by_distance``.
     """
     here = np.array(new, dtype=bool)
@@ -108,7 +108,7 @@ def _subset(
 
 
 def _part(scores: Scores, here: NDArray[np.bool_]) -> Scores:
-    """Return the scores of some of the items; how many of them are outside the choices is not known."""
+    """Return the scores of some of the items, without their count of answers outside the choices."""
     places = np.flatnonzero(here).tolist()
     unscored = {new: scores.unscored[old] for new, old in enumerate(places) if old in scores.unscored}
     return Scores(scores.scorer, scores.values[here], scores.statistics[here], unscored, 0)

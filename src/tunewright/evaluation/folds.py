@@ -1,4 +1,4 @@
-"""Folds: a dataset version dealt anew, so that every row is a test row once."""
+"""Folds: splits of a dataset version in which every row is a test row once."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from tunewright.data.versions import DatasetVersion, Member, keys_digest, member
 
 
 def fold_versions(version: DatasetVersion, folds: int, seed: int) -> list[DatasetVersion]:
-    """Return the version once for each fold: the fold's rows are test, of the others some are dev and the rest train.
+    """Return one version per fold: its test rows are the fold, its dev and train rows the rest.
 
-    The generic mix-in, which is like no row of the domain, is in the training part of every fold.
+    The generic mix-in, which resembles no row of the domain, is in every fold's training part.
 
-    Clusters stay whole, so no row has a near-duplicate on another side. Folds have as like a number of rows as whole
-    clusters allow (the largest first, each into the smallest fold). Dev gets the version's own share of all rows.
-    These versions are made in memory, and their digests are theirs alone.
+    Clusters stay whole, so no row has a near-duplicate on another side. Folds are as equal in size as whole clusters
+    allow (the largest first, each into the smallest fold). Dev gets the version's own share of all rows. These versions
+    exist in memory only, with their own digests.
 
     Args:
         version: the rows, of all splits.
-        folds: how many, at least 2.
-        seed: decides who goes where.
+        folds: number of folds, at least 2.
+        seed: decides the fold of each cluster.
 
     Raises:
         UserError: too few clusters.
@@ -56,7 +56,7 @@ def _shuffled(names: Iterable[str], salt: str) -> list[str]:
 
 
 def _deal(sizes: Mapping[str, int], folds: int, seed: int) -> list[set[str]]:
-    """Clusters to folds: the largest first (equal ones in an order drawn from the seed), each into the smallest."""
+    """Assign clusters to folds, the largest first, each into the smallest; the seed orders equal ones."""
     dealt: list[set[str]] = [set() for _ in range(folds)]
     smallest = [(0, fold) for fold in range(folds)]
     for name in sorted(_shuffled(sizes, str(seed)), key=lambda name: -sizes[name]):
@@ -67,7 +67,7 @@ def _deal(sizes: Mapping[str, int], folds: int, seed: int) -> list[set[str]]:
 
 
 def _choose(order: Sequence[str], sizes: Mapping[str, int], room: int) -> set[str]:
-    """Clusters for dev: in their order, each that fits; at least one, and never all."""
+    """Choose clusters for dev: in order, each that fits; at least one and never all."""
     taken: set[str] = set()
     for name in order:
         if sizes[name] <= room and len(taken) < len(order) - 1:
@@ -91,7 +91,7 @@ def _version(version: DatasetVersion, number: int, folds: int, test: set[str], d
             "message": f"fold {number} of {folds} of {short(version.digest)}",
             "counts": version.manifest.counts.model_copy(update={name: counts[name] for name in SPLITS}),
             "splits": {name: keys_digest(m.key for m in members if m.split == name) for name in SPLITS},
-            # Nothing on disk is sealed by these: the version is never saved.
+            # These versions are never saved, so they seal nothing on disk.
             "imports": None,
             "seal": None,
         }

@@ -1,8 +1,9 @@
-"""What an adapter has forgotten: how much less likely it finds what the base says by itself.
+"""Forgetting: the adapter's increase in loss on text that the base model wrote itself.
 
-The measure is the negative log-likelihood of conversations that the base wrote (see training/self_samples.py), under
-the adapter less that under the base, in nats per token of their answers. They are drawn apart from those that replay
-trains on. An adapter that answers as the base does has 0; the mean over such answers is the divergence between the two.
+The measure is the negative log-likelihood of conversations that the base wrote (see training/self_samples.py). It is
+the value under the adapter minus that under the base, in nats per token of their answers. The samples are disjoint from
+those that replay trains on. An adapter that answers like the base scores 0; the mean over such answers is the
+divergence between the two.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ from tunewright.training.rows import trained_spans
 from tunewright.training.self_samples import Drawn, Sampler
 
 HELD_OUT = 100
-"""Samples that forgetting is measured on."""
+"""Number of samples that forgetting is measured on."""
 
 
 @dataclass(frozen=True)
 class Forgetting:
-    """How likely the base's own answers are; losses in nats per token."""
+    """Loss on the base's own answers, in nats per token."""
 
     samples: int
     tokens: int
@@ -45,21 +46,21 @@ class Forgetting:
     tuned: float
     increase: float
     interval: Interval
-    """Of the increase: 95%, by a bootstrap over samples."""
+    """95% interval of the increase, by a bootstrap over samples."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the measurement as JSON has it."""
+        """Return the measurement in JSON form."""
         return {**self.__dict__, "interval": self.interval.model_dump()}
 
 
 class ForgettingMeter:
-    """Measures adapters on the same held-out samples of their base.
+    """A meter for adapters on the same held-out samples of their base.
 
     Args:
-        project: its seed decides the samples, its working folder keeps them and what was measured on them.
-        version: the domain, which no sample may be near to.
-        generator: has the base, and gets the adapters beside it.
-        samples: how many.
+        project: its seed decides the samples; its working folder keeps them and their measurements.
+        version: the domain, which no sample may resemble.
+        generator: holds the base and loads the adapters onto it.
+        samples: number of samples.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class ForgettingMeter:
 
     @cached_property
     def sampler(self) -> Sampler:
-        """Draws the held-out samples."""
+        """The sampler that draws the held-out samples."""
         generator = self.generator
         return Sampler(
             generator.base,
@@ -91,7 +92,7 @@ class ForgettingMeter:
         """The held-out samples.
 
         Raises:
-            UserError: nothing that the base writes is of use.
+            UserError: none of the base's samples is usable.
         """
         generator = self.generator
         limit = min(self.project.config.train.max_length, context_length(generator.base))
@@ -99,10 +100,10 @@ class ForgettingMeter:
         return self.sampler.draw(self.wanted, screen, finished=False)
 
     def measure(self, adapter: Adapter) -> Forgetting:
-        """Return what this adapter has forgotten.
+        """Return the forgetting of this adapter.
 
         Raises:
-            UserError: nothing that the base writes is of use.
+            UserError: none of the base's samples is usable.
         """
         rows = self.unseen(adapter)
         base, tuned = self._losses(None, rows), self._losses(adapter, rows)
@@ -121,17 +122,17 @@ class ForgettingMeter:
         )
 
     def unseen(self, adapter: Adapter) -> dict[str, Tokens]:
-        """By pair key, the samples' rows but those that this adapter was trained on.
+        """Return the samples' rows by pair key, without those that this adapter was trained on.
 
         Raises:
-            UserError: nothing that the base writes is of use.
+            UserError: none of the base's samples is usable.
         """
         seen = {normalised(Example.from_dicts(messages).input_text) for messages in adapter.replayed}
         return {key: row for key, (asked, row) in self._encoded.items() if asked not in seen}
 
     @cached_property
     def _encoded(self) -> dict[str, tuple[str, Tokens]]:
-        """By pair key, what each sample asks and its row."""
+        """The prompt and the encoded row of each sample, by pair key."""
         chat = self.generator.chat
         probe = chat.encode([Message("user", "x"), Message("assistant", "x")])
         end = probe.ids[trained_spans(probe)[-1][1] - 1]
@@ -144,7 +145,7 @@ class ForgettingMeter:
         return rows
 
     def _losses(self, adapter: Adapter | None, rows: Mapping[str, Tokens]) -> dict[str, float]:
-        """Mean loss of each answer, by pair key; the base's where there is no adapter."""
+        """Return the mean loss of each answer by pair key, under the adapter or the base alone."""
         file = self._file(adapter)
         known: dict[str, float] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         missing = {key: row for key, row in rows.items() if key not in known}

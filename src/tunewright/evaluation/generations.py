@@ -1,4 +1,4 @@
-"""Generated answers, each journalled as soon as it is there, so that no answer is ever computed twice."""
+"""Generated answers, each journalled as soon as it is complete, so that no answer is computed twice."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ Prompt = tuple[int, ...]
 
 
 class Generator:
-    """Answers prompts greedily with the base, adapter off or on; the base is loaded once, and only if needed.
+    """Greedy generation with the base, adapter off or on; the base is loaded once, and only if needed.
 
-    With the engine vllm answers come from a process of its own, and the base is loaded here only for what needs logits
-    (losses). The two never hold the base at the same time: each frees the other's memory first.
+    With the vllm engine, a separate process answers, and the base is loaded here only for logits (losses). The two
+    never hold the base at the same time: each frees the other's memory first.
 
     Args:
-        base, dtype, quantize: the model, and how it is held.
+        base, dtype, quantize: the model, its precision and its quantization.
         chat: the format of prompts and answers.
-        batch_size: rows that decode at once.
-        work: the project's working folder, which has the journals.
+        batch_size: number of rows that decode at once.
+        work: the project's working folder, which holds the journals.
         reporter: shows progress.
         stop: texts that end an answer.
-        grammar: what constrained answers have to be.
-        engine: what computes the answers.
-        rank: the highest LoRA rank that vLLM is started for, unless an adapter has a higher one.
+        grammar: the grammar of constrained answers.
+        engine: the engine that computes the answers.
+        rank: the highest LoRA rank that vLLM starts with, unless an adapter has a higher one.
 
     Raises:
         UserError: the grammar cannot be used with this base's tokenizer.
@@ -69,13 +69,13 @@ class Generator:
         reporter: Reporter,
         adapter: Adapter | None = None,
     ) -> Generator:
-        """Return a generator that answers as the project's config says.
+        """Return a generator that follows the project's config.
 
         Args:
-            adapter: the one that will answer; None where the config is yet to train it, if at all.
+            adapter: the adapter that will answer; None if it is not trained yet or there is none.
 
         Raises:
-            UserError: ``evaluate.engine`` asks for vLLM, and it is not installed or cannot answer this.
+            UserError: ``evaluate.engine`` is vLLM, and it is not installed or cannot answer this.
         """
         config = project.config
         constrained = config.evaluate.structured_outputs is not None
@@ -129,15 +129,15 @@ class Generator:
 
     @property
     def rows(self) -> int:
-        """Rows that decode at once."""
+        """Number of rows that decode at once."""
         return self.batch_size if self._vllm is None else self._vllm.rows
 
     @cached_property
     def constraint(self) -> Constraint | None:
-        """What constrained answers have to match.
+        """The constraint that constrained answers have to match.
 
         Raises:
-            UserError: the grammar engine does not take it.
+            UserError: the grammar engine rejects it.
         """
         return constraint_on(self.chat, self.grammar) if self.grammar else None
 
@@ -150,7 +150,7 @@ class Generator:
         *,
         constrained: bool = False,
     ) -> list[Answer]:
-        """Answers in the prompts' order, held to the grammar or free."""
+        """Return the answers in the prompts' order, constrained by the grammar or free."""
         journal = self._journal(max_new_tokens, adapter, constrained=constrained)
         known = dict(read_answers(journal))
         missing = sorted({p for p in prompts if digest(p) not in known})
@@ -161,14 +161,14 @@ class Generator:
         return self._as_answers(prompts, known)
 
     def kept(self, max_new_tokens: int, adapter: Adapter | None = None, *, constrained: bool = False) -> frozenset[str]:
-        """Return the digests of the prompts whose answers the journal has."""
+        """Return the digests of the prompts that already have an answer in the journal."""
         journal = self._journal(max_new_tokens, adapter, constrained=constrained)
         return frozenset(key for key, _ in read_answers(journal))
 
     def timed(
         self, prompts: Sequence[Prompt], max_new_tokens: int, adapter: Adapter | None = None
     ) -> tuple[float, list[Answer]]:
-        """Answer distinct prompts and time it; answers that the journal does not have yet are kept.
+        """Answer distinct prompts and time it; answers missing from the journal are added.
 
         The engine is started and warmed up before the clock starts.
 
@@ -185,7 +185,7 @@ class Generator:
         return seconds, self._as_answers(prompts, found)
 
     def _as_answers(self, prompts: Sequence[Prompt], known: Mapping[str, tuple[str, bool]]) -> list[Answer]:
-        """Return the prompts' answers, with their tokens counted from the text, which alone is in the journal."""
+        """Return the prompts' answers, with token counts from the text, since the journal keeps no token ids."""
         found = [known[digest(prompt)] for prompt in prompts]
         texts = [text for text, _ in found]
         counts = self.chat.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
@@ -205,9 +205,9 @@ class Generator:
         advance: Callable[[], None],
         known: frozenset[str] = frozenset(),
     ) -> dict[str, tuple[str, bool]]:
-        """Answer requests, by the digests of their prompts; each is journalled as soon as it is finished.
+        """Answer requests by the digests of their prompts, journalling each answer as soon as it is complete.
 
-        Those of ``known`` digests are not: the journal's first answer stays.
+        Answers of ``known`` digests are not journalled: the first answer stays.
         """
         found: dict[str, tuple[str, bool]] = {}
         with writing(journal), appending(journal) as file:
@@ -236,7 +236,7 @@ class Generator:
         *,
         constrained: bool = False,
     ) -> list[Request]:
-        """Return what the decoding loop is asked for each prompt."""
+        """Return the decoding requests for the prompts."""
         assert self.grammar or not constrained
         name = None if adapter is None else self._name(adapter)
         held_to = self.constraint if constrained else None
@@ -252,15 +252,15 @@ class Generator:
         at_once: int | None = None,
         company: str = "",
     ) -> list[Completion]:
-        """Answer again, whatever the journal has.
+        """Generate answers, even if the journal has them.
 
         Args:
-            requests: as :meth:`requests` makes them.
-            on_finished: called with a request's index and its completion, in any order and on any one thread.
-            adapter: the one that the requests name.
+            requests: requests from :meth:`requests`.
+            on_finished: called with a request's index and its completion, in any order, on a single thread.
+            adapter: the adapter that the requests name.
             stop_ids: tokens that end an answer (None: the chat format's).
-            at_once: rows that decode together (None: as many as the engine takes).
-            company: answers of one company may use what the engine remembers of each other's prompts.
+            at_once: number of rows that decode together (None: the engine's maximum).
+            company: answers of one company may share the engine's prefix cache.
 
         Raises:
             UserError: vLLM does not start, dies, or cannot answer one of them.
@@ -288,7 +288,7 @@ class Generator:
         ends: frozenset[int],
         at_once: int | None,
     ) -> list[Completion]:
-        """Answer with the embedded loop; where memory runs out, what is left with half the rows at once."""
+        """Decode with the embedded loop; when memory runs out, halve the batch for the remaining requests."""
         done: dict[int, Completion] = {}
         rows = at_once or self.batch_size
         while True:
@@ -324,11 +324,11 @@ class Generator:
     def write(
         self, requests: Sequence[Request], ends: frozenset[int], on_finished: Callable[[int, Completion], None]
     ) -> list[Completion]:
-        """Complete requests of :class:`Sampler`; with peft in batches of the size that the samples' key names."""
+        """Complete requests of :class:`Sampler`; with peft, in batches of the size in the samples' key."""
         return self.generate(requests, on_finished, stop_ids=ends, at_once=None if self._vllm else BATCH)
 
     def _name(self, adapter: Adapter) -> str:
-        """Return what the engine calls it."""
+        """Return the adapter's name in the engine."""
         return adapter.name if self._vllm is None else adapter.digest
 
     def _announce(self) -> None:
@@ -342,11 +342,11 @@ class Generator:
             return
         self._model = None
         self._loaded.clear()
-        # Models hold cycles, and torch keeps a card's memory for itself.
+        # Models hold reference cycles, and torch caches GPU memory.
         clear_device_cache(garbage_collection=True)
 
     def model_with(self, adapter: Adapter | None = None) -> Any:
-        """Return the base in this process, with this adapter and those that were asked for before; vLLM ends first."""
+        """Return the base in this process with this adapter and earlier ones; vLLM is stopped first."""
         if self._model is None:
             if self._vllm is not None:
                 self._vllm.stop()
@@ -359,7 +359,7 @@ class Generator:
 
     @property
     def used(self) -> EngineUsed:
-        """What the evidence says of the engine."""
+        """The evidence's entry for the engine."""
         environment = self.engine.environment
         if environment is None:
             numbers, where = {name: version(name) for name in ("peft", "torch", "transformers")}, device().split(":")[0]
@@ -377,17 +377,17 @@ class Generator:
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """What decides what is drawn from the base: its weights as they are held, and what computes."""
+        """Everything that decides samples drawn from the base: its loaded weights and the engine."""
         return {**self.weights, **self.engine.identity}
 
     @property
     def weights(self) -> dict[str, Any]:
-        """What decides the base's predictions beside its files."""
+        """Everything that decides the base's predictions apart from its files."""
         return {"dtype": self.dtype, "quantization": self.quantize}
 
     @contextmanager
     def answering(self, adapter: Adapter | None) -> Iterator[Any]:
-        """The model while this adapter, or the base alone, answers every pass over it."""
+        """Provide the model with this adapter, or the base alone, active for every forward pass."""
         model = self.model_with(adapter)
         if adapter is not None:
             model.set_adapter(adapter.name)
@@ -399,14 +399,14 @@ class Generator:
             yield model
 
     def decoding(self, max_new_tokens: int, adapter: Adapter | None, *, constrained: bool = False) -> Decoding:
-        """Return what decides these answers; its key names their journal."""
+        """Return everything that decides these answers; its key names their journal."""
         if self.engine.environment is None:
             names = [*_PACKAGES, *(["bitsandbytes"] if self.quantize == "nf4" else [])]
             if constrained:
                 names.append("llguidance")
             engine, where, packages = ENGINE, device().split(":")[0], {name: version(name) for name in names}
         else:
-            # Tokens become text here, whichever engine has computed them.
+            # Tokens become text here, with either engine.
             text = {name: version(name) for name in ("transformers", "tokenizers")}
             engine, where, packages = VLLM, self.engine.environment.build, {**text, **self.engine.versions}
         return Decoding(
@@ -425,10 +425,10 @@ class Generator:
 
 
 def grammar_of(project: ProjectFolder) -> Grammar | None:
-    """Return what the project's constrained answers have to be.
+    """Return the grammar of the project's constrained answers.
 
     Raises:
-        UserError: the config names a schema that cannot be read.
+        UserError: the config's schema file cannot be read.
     """
     constrain = project.config.evaluate.structured_outputs
     return Grammar.from_config(constrain, project.root) if constrain else None

@@ -1,14 +1,14 @@
-"""What a pair's instruction is, and other wordings in its place.
+"""Finding the instruction that all pairs share, and replacing it with other wordings.
 
-The instruction is what all pairs are told alike. It is found in the pairs themselves:
+The instruction is the text that all pairs share. It is found in the pairs themselves:
 
-1. Every pair begins with one system turn, the same in all: that is the instruction.
-2. No pair has a system turn, and all first user turns begin alike: that beginning is, up to its last line break, or
-   else up to its last colon or end of a sentence, if it has two words or more.
-3. No pair has a system turn, and their user turns do not begin alike: there is none, and another one is put before
+1. Every pair begins with one system turn, the same in all: the instruction is that turn.
+2. No pair has a system turn, and all first user turns share a prefix of two words or more. The instruction is the
+   prefix up to its last line break, else up to its last colon or end of a sentence.
+3. No pair has a system turn, and the user turns share no prefix: there is no instruction. Another wording is put before
    the conversation as a system turn.
 
-Anything else is refused: where system turns differ, they may say something of their own about each pair.
+Anything else is refused: differing system turns may carry information about each pair.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _ENDS = (re.compile(r"(?s).*\n\s*"), re.compile(r"(?s).*[:.?!]\s+"))
 
 @dataclass(frozen=True)
 class Instruction:
-    """What all pairs are told alike, and where in a conversation it stands."""
+    """The instruction that all pairs share, and its place in a conversation."""
 
     place: Literal["system", "beginning", "none"]
     text: str
-    """With the white space that parts it from what follows."""
+    """Text of the instruction, with the white space that separates it from the rest."""
 
     def replaced(self, messages: Sequence[Message], other: str) -> tuple[Message, ...]:
-        """Return the conversation with ``other`` in the instruction's place, in every user turn that begins with it."""
+        """Return the conversation with ``other`` replacing the instruction in every user turn that begins with it."""
         if self.place == "none":
             return (Message("system", other), *messages)
         if self.place == "system":
@@ -56,7 +56,7 @@ def find_instruction(members: Sequence[Member]) -> Instruction:
     """Return the instruction of these pairs.
 
     Raises:
-        UserError: some pairs have a system turn and others have none, or another, or several.
+        UserError: system turns differ between pairs, are missing in some, or are several in one.
     """
     systems = Counter(tuple(m.content for m in member.example.prompt if m.role == "system") for member in members)
     if len(systems) > 1:
@@ -74,7 +74,7 @@ def find_instruction(members: Sequence[Member]) -> Instruction:
     if turns:
         return Instruction("system", turns[0])
     texts = [next(m.content for m in member.example.prompt if m.role == "user") for member in members]
-    # What the first and the last of them in order have in common, all have.
+    # A prefix shared by the first and the last in sorted order is shared by all.
     common = texts[0][: common_prefix(min(texts), max(texts))]
     beginning = next((found[0] for end in _ENDS if (found := end.match(common))), "")
     if len(texts) > 1 and len(beginning.split()) >= 2 and all(len(text) > len(beginning) for text in texts):

@@ -1,8 +1,8 @@
-"""Measuring a learning curve: would more data help?
+"""Learning curves: an estimate of the gain from more data.
 
-Adapters are trained on a quarter, half and all of the training rows, nested and by whole clusters, with several seeds;
-each answers the same dev rows. The slope per doubling, with its interval, is the answer. Dev, not test: the question is
-asked while there is still something to decide.
+Adapters are trained on a quarter, half and all of the training rows, nested and by whole clusters. Each size is trained
+with several seeds, and every adapter answers the same dev rows. The result is the slope per doubling, with its
+interval. Dev rather than test: the question comes up while there is still something to decide.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ SHARES = (0.25, 0.5, 1.0)
 
 @dataclass(frozen=True)
 class CurveResult:
-    """What a curve came to."""
+    """The result of a learning curve."""
 
     folder: Path
     curve: Curve
     measured: bool
-    """False when a curve of the same inputs was there already."""
+    """False when a curve of the same inputs already existed."""
 
 
 class LearningCurve:
-    """The parts of a version's training rows, and all that decides what comes out of them.
+    """The parts of a version's training rows, and everything that decides the result.
 
     Args:
-        project: its config decides; the curve's adapters are kept in its working folder, apart from its own.
-        version, base, chat: as for `train`.
-        reporter: shows progress, hears warnings.
-        seeds: how many, at least two: the config's own and those after it.
-        force: train on fewer pairs than are refused otherwise.
+        project: its config decides; its working folder keeps the curve's adapters, apart from its own.
+        version, base, chat: as in `train`.
+        reporter: shows progress and warnings.
+        seeds: number of seeds, at least two: the config's own and those after it.
+        force: train even on fewer pairs than the minimum.
 
     Raises:
         UserError: too few clusters or pairs.
@@ -89,16 +89,16 @@ class LearningCurve:
         self.forced = require_min_examples(
             fewest, force=force, reporter=reporter, place=f" in a {SHARES[0]:.0%} part of them, as a curve needs"
         )
-        # Of all training rows, so that no part's answers are cut where another's are not.
+        # From all training rows, so that no part truncates answers that another does not.
         self.limit = answer_limit(project.config, chat, version.domain_of("train"))
 
     def generator(self) -> Generator:
-        """Return a fresh generator: each adapter has one, since the next training loads a base of its own."""
+        """Return a fresh generator: each adapter has one, since the next training loads its own base."""
         return Generator.of(self.project, self.base, self.chat, self.quantize, self.reporter)
 
     @property
     def identity(self) -> str:
-        """12 hex digits: a digest of all that decides the curve."""
+        """12 hex digits: a digest of everything that decides the curve."""
         settings = self.project.config.evaluate
         trainings = [
             training_inputs(self._config(seed), part, self.base, self.chat) for (seed, _), part in self.parts.items()
@@ -115,11 +115,11 @@ class LearningCurve:
         return digest(decides)[:12]
 
     def run(self) -> CurveResult:
-        """Train and answer; a stopped curve goes on, and what is finished is found done.
+        """Train and answer. A stopped curve resumes and reuses its finished work.
 
         Raises:
-            UserError: whatever a training raises.
-            KeyboardInterrupt: stopped by a signal; what was finished is kept.
+            UserError: training failed.
+            KeyboardInterrupt: a signal stopped the run; finished work is kept.
         """
         file = self.project.curves / self.identity / CURVE_FILE
         if file.exists():
@@ -127,7 +127,7 @@ class LearningCurve:
         points: list[Point] = []
         scores: dict[tuple[int, float], Scores] = {}
         left = sum(SHARES) * len(self.seeds)
-        told = False
+        announced = False
         for (seed, share), part in self.parts.items():
             began = time.monotonic()
             rows = len(part.domain_of("train"))
@@ -136,8 +136,8 @@ class LearningCurve:
             scores[seed, share] = self._scores(trained.adapter)
             points.append(self._point(seed, share, rows, trained.adapter, scores[seed, share]))
             left -= share
-            if trained.trained and not told and left > 0:
-                told = True  # the first that has not been found done tells how long it takes
+            if trained.trained and not announced and left > 0:
+                announced = True  # the first adapter that is actually trained gives the time that one takes
                 seconds = (time.monotonic() - began) / share * left
                 self.reporter.say(f"The {len(self.parts) - len(points)} others: about {duration(seconds)}.")
         curve = self._curve(points, scores)
@@ -149,7 +149,7 @@ class LearningCurve:
 
     def _train(self, seed: int, share: float, part: DatasetVersion) -> TrainResult:
         project = self._config(seed)
-        # All of the rows with the config's own seed may be the project's own adapter.
+        # With the config's own seed, the adapter on all rows may be the project's own.
         inputs = digest(training_inputs(project, part, self.base, self.chat))
         own = find_trained(self.project.adapters, project.config.name, inputs)
         if own is not None:
@@ -161,15 +161,15 @@ class LearningCurve:
         return train(project, part, self.base, self.chat, self.reporter, adapters=place, facts=facts)
 
     def _scores(self, adapter: Adapter) -> Scores:
-        """Return the dev rows' answers, scored."""
+        """Answer the dev rows and score the answers."""
         generator = self.generator()
         examples = [m.example for m in self.version.examples("dev")]
         answers = generator.answer("answering dev", [self.chat.prompt(e.prompt) for e in examples], self.limit, adapter)
         return score_all(self.scorer, [g.text for g in answers], examples)
 
     def _point(self, seed: int, share: float, rows: int, adapter: Adapter, scores: Scores) -> Point:
-        told = adapter.lineage["training"]
-        kept = next(each for each in told["epochs"] if each["step"] == told["kept_step"])
+        training = adapter.lineage["training"]
+        kept = next(each for each in training["epochs"] if each["step"] == training["kept_step"])
         return Point(
             share=share,
             seed=seed,
@@ -206,7 +206,7 @@ class LearningCurve:
         )
 
     def _slope(self, points: Sequence[Point], scores: Mapping[tuple[int, float], Scores]) -> Slope:
-        """Return the slope on the dev rows that are scored for every adapter."""
+        """Return the slope over the dev rows that are scored for every adapter."""
         everywhere = np.logical_and.reduce([each.scored for each in scores.values()])
         if not everywhere.any():
             raise UserError(f"no dev item is scored by {self.scorer.name} for every adapter", where="evaluate.metric")

@@ -1,4 +1,4 @@
-"""How hard a model finds each row's answer, with its input and without: what ranks suspects among free text."""
+"""Each row's answer loss, with and without its input: the ranking of suspects among free text."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tunewright.models.loading import context_length, load_model, named, with_ad
 from tunewright.training.rows import encode_members, name_of, trained_spans
 
 _MOST_NAMED = 20
-_MOST_LOGITS = 1 << 25  # computed at once: 128 MiB in float32
+_MOST_LOGITS = 1 << 25  # per chunk: 128 MiB in float32
 
 Name = TypeVar("Name")
 
@@ -34,18 +34,18 @@ Judge = tuple[Adapter | None, Sequence[Member]]
 """An adapter (None: the base without one), and the rows whose answers it judges."""
 
 BASE = "base"
-"""In place of an adapter's name: the base without an adapter."""
+"""The name that stands for the base without an adapter."""
 
 
 @dataclass(frozen=True)
 class Judging:
-    """Who judges the answers of a version's rows by their loss."""
+    """The models that judge the answers of a version's rows by their loss."""
 
     judges: Sequence[Judge]
     judged_by: str
-    """The same in words."""
+    """Description of the models in words."""
     digest: str
-    """Of all that decides the losses, the rows apart."""
+    """Digest of everything that decides the losses, apart from the rows."""
 
 
 def judging(
@@ -56,42 +56,42 @@ def judging(
     reporter: Reporter,
     name: str | None = None,
 ) -> Judging | None:
-    """Choose who judges a version's rows: adapters that did not see them where there are such.
+    """Choose the models that judge a version's rows, preferably adapters that did not see them.
 
-    That is the version's newest complete cross-fit; else the newest adapter that fits base and chat format; or the one
-    called ``name``, or with ``BASE`` the base alone. Rows that an adapter was trained on have low losses whatever their
-    answers: how many is a warning.
+    The choice is the version's newest complete cross-fit, else the newest adapter that fits base and chat format.
+    ``name`` chooses an adapter by name, or with ``BASE`` the base alone. Rows that an adapter was trained on have low
+    losses whatever their answers: a warning gives their number.
 
     Returns:
-        None where there is no adapter that fits.
+        None if no adapter fits.
 
     Raises:
-        UserError: no adapter of that name, or one that does not fit.
+        UserError: there is no adapter of that name, or it does not fit.
     """
     folds = out_of_fold(project, version, base, chat) if name is None else []
     judges: list[Judge]
     if folds:
-        told = f"{len(folds)} cross-fitted adapters, each row by the one that saw no row of its cluster"
+        description = f"{len(folds)} cross-fitted adapters, each row by the one that saw no row of its cluster"
         judges = [*folds]
     elif name == BASE:
-        told, judges = f"{base.spec} without an adapter", [(None, version.domain)]
+        description, judges = f"{base.spec} without an adapter", [(None, version.domain)]
     else:
         adapter = _newest_fit(project, base, chat, reporter) if name is None else find_adapter(project.adapters, name)
         if adapter is None:
             return None
         require_compatible(adapter, base, chat)
         _warn_of_seen(adapter, project.dataset, version, reporter)
-        told, judges = adapter.name, [(adapter, version.domain)]
-    reporter.say(f"The answers are judged by their loss under {told}.")
-    return Judging(judges, told, digest([_decides(project, base, chat, adapter) for adapter, _ in judges]))
+        description, judges = adapter.name, [(adapter, version.domain)]
+    reporter.say(f"The answers are judged by their loss under {description}.")
+    return Judging(judges, description, digest([_decides(project, base, chat, adapter) for adapter, _ in judges]))
 
 
 def row_losses(
     project: ProjectFolder, base: Base, chat: ChatFormat, judging: Judging, reporter: Reporter
 ) -> dict[str, AnswerLoss]:
-    """Return the loss of each row's last answer after its conversation, and with no input, by pair key.
+    """Return the loss of each row's last answer, after its conversation and without input, by pair key.
 
-    Those of earlier calls are kept in the working folder. Rows that cannot be judged are named, and have no loss.
+    The working folder keeps the losses of earlier calls. Rows that cannot be judged are reported and have no loss.
     """
     losses: dict[str, AnswerLoss] = {}
     waiting: list[tuple[Adapter | None, dict[str, Tokens], dict[str, Tokens]]] = []
@@ -104,7 +104,7 @@ def row_losses(
             waiting.append((adapter, rows, answer_rows(chat, alone, context_length(base), reporter)))
     if not waiting:
         return losses
-    # The folds' adapters come from one config: all were trained on the base held in the same way.
+    # The folds' adapters come from one config: all were trained on a base loaded in the same way.
     adapters = [adapter for adapter, _, _ in waiting if adapter is not None]
     quantize = trained_quantize(adapters) if adapters else project.config.train.quantization
     reporter.say(f"Loading {named(base, quantize)}")
@@ -129,7 +129,7 @@ def row_losses(
 
 
 def _without_input(member: Member) -> Member:
-    """Return the member's answer after a dash in place of its conversation; its system turn stays."""
+    """Return the member's answer with a dash in place of its conversation; its system turn stays."""
     system = [turn for turn in member.example.messages if turn.role == "system"]
     return replace(member, example=Example((*system, Message("user", "-"), member.example.messages[-1])))
 
@@ -146,7 +146,7 @@ def _newest_fit(project: ProjectFolder, base: Base, chat: ChatFormat, reporter: 
 
 
 def _warn_of_seen(adapter: Adapter, dataset: Path, version: DatasetVersion, reporter: Reporter) -> None:
-    """Warn of rows whose answers the adapter has learnt."""
+    """Warn of rows whose answers the adapter was trained on."""
     trained_on = adapter.dataset
     without = "`tunewright crossval` makes adapters that judge only rows they have not seen."
     if trained_on is None:
@@ -173,10 +173,10 @@ def _warn_of_seen(adapter: Adapter, dataset: Path, version: DatasetVersion, repo
 
 
 def answer_rows(chat: ChatFormat, members: Sequence[Member], context: int, reporter: Reporter) -> dict[str, Tokens]:
-    """Return the row of each member's last answer, by pair key; who has none is named in a warning."""
+    """Return the row of each member's last answer, by pair key; a warning names members without one."""
     judged = [m for m in members if m.example.messages[-1].weight]
     encoded = encode_members(chat, judged, context)
-    # Of an example with a row for each answer, the last row has the last answer.
+    # If an example has a row for each answer, its last row holds the last answer.
     rows = {m.key: row for m, row in zip(encoded.members, encoded.rows, strict=True)}
     without = [f"{name_of(m)}: its answer has the weight 0" for m in members if not m.example.messages[-1].weight]
     without += encoded.faults
@@ -191,15 +191,17 @@ def answer_rows(chat: ChatFormat, members: Sequence[Member], context: int, repor
 
 
 def answer_losses(model: Any, rows: Mapping[Name, Tokens], pad_id: int) -> Iterator[dict[Name, float]]:
-    """Mean negative log-likelihood per token of each row's last answer, its end token included; a batch at a time.
+    """Yield the mean negative log-likelihood per token of each row's last answer, one batch at a time.
+
+    The end token is included.
 
     Args:
-        model: a causal language model of transformers or a PeftModel over one, in evaluation mode.
+        model: a transformers causal language model or a PeftModel over one, in evaluation mode.
         rows: name to ids and mask.
         pad_id: any token id.
 
     Yields:
-        Name to nats, of each batch.
+        Name to nats, for each batch.
     """
     import torch
 
@@ -216,12 +218,12 @@ def answer_losses(model: Any, rows: Mapping[Name, Tokens], pad_id: int) -> Itera
 
 
 def most_places(head: Any) -> int:
-    """Places that may go through the head at once."""
+    """Return the number of positions that may go through the head at once."""
     return max(1, _MOST_LOGITS // int(head.weight.shape[0]))
 
 
 def judged_batches(rows: Mapping[Name, Tokens], pad_id: int) -> Iterator[JudgedBatch[Name]]:
-    """Rows of like length together, padded on the right, which a causal model's earlier tokens do not see."""
+    """Yield batches of similar length, padded on the right, which a causal model's earlier tokens do not see."""
     import torch
 
     names = list(rows)
@@ -241,24 +243,24 @@ def judged_batches(rows: Mapping[Name, Tokens], pad_id: int) -> Iterator[JudgedB
 
 @dataclass(frozen=True)
 class JudgedBatch(Generic[Name]):
-    """Rows that pass through a model together; of each, the last answer is judged."""
+    """Rows that pass through a model together; the last answer of each is judged."""
 
     names: list[Name]
     ids: Any
-    """[rows, longest], as the next two."""
+    """[rows, longest], like the next two."""
     attended: Any
     judged: Any
 
     @property
     def targets(self) -> Any:
-        """The judged tokens of all rows, one after another, [places]."""
-        # A token is told by the place before it; no answer begins a text.
+        """The judged tokens of all rows, concatenated, [places]."""
+        # The logits at a position predict the next token; no answer begins a text.
         return self.ids[:, 1:][self.judged[:, 1:]]
 
     def states(self, model: Any) -> Any:
-        """Return what the head tells each judged token from, [places, width].
+        """Return the hidden states that predict each judged token, [places, width].
 
-        Only these go through the head: of a long prompt and a large vocabulary the logits would not fit.
+        Only these go through the head: with a long prompt and a large vocabulary, the full logits would not fit.
         """
         hidden = (
             whole_model(model)
@@ -276,7 +278,7 @@ class JudgedBatch(Generic[Name]):
 
 
 def whole_model(model: Any) -> Any:
-    """Return the base that a PeftModel is over, its adapters in it; any other model itself."""
+    """Return the base under a PeftModel with its adapters, or any other model itself."""
     from peft import PeftModel
 
     return model.get_base_model() if isinstance(model, PeftModel) else model

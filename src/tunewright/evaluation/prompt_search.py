@@ -1,4 +1,4 @@
-"""Which prompting arm is the best on dev: all of them on a part of it, the finalists on the whole."""
+"""The search for the best prompting arm on dev: all arms on a part of it, the finalists on the whole."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ _RESAMPLES = 1_000
 
 @dataclass(frozen=True)
 class AdviseResult:
-    """What `advise` did."""
+    """The result of `advise`."""
 
     file: Path
     advice: Advice
     measured: bool
-    """False when the same arms had been measured before."""
+    """False when the same arms had already been measured."""
 
 
 def advise(arm_runner: ArmRunner) -> AdviseResult:
     """Measure the prompting arms on the dev split with the untuned base, and choose the best.
 
     Raises:
-        UserError: evaluate.instructions cannot be put into the pairs, a metric suits none of them, no arm fits the
-            base's context, no reference matches evaluate.structured_outputs, or the schedule's budget is too small.
+        UserError: evaluate.instructions cannot replace the pairs' own, or a metric suits none of the pairs. Also if no
+            arm fits the base's context, no reference matches evaluate.structured_outputs, or the budget is too small.
     """
     schedule = arm_runner.schedule
     if schedule is not None:
@@ -48,7 +48,7 @@ def advise(arm_runner: ArmRunner) -> AdviseResult:
     file = advice_file(arm_runner, left_out)
     if file.exists():
         return AdviseResult(file, Advice.model_validate_json(file.read_text(encoding="utf-8")), measured=False)
-    if schedule is None:  # else its first step was that
+    if schedule is None:  # a schedule has already prepared it
         prepare(arm_runner)
     with arm_runner.generator.countdown.shown():
         advice = _Choice(arm_runner).advice()
@@ -58,11 +58,11 @@ def advise(arm_runner: ArmRunner) -> AdviseResult:
 
 
 def advice_file(arm_runner: ArmRunner, left_out: Sequence[str] = ()) -> Path:
-    """Return where the advice is kept, whether it has been measured or not.
+    """Return the advice file's path, whether or not it exists.
 
     Args:
-        measurement: measures it.
-        left_out: arms that a budget has no time for.
+        arm_runner: measures the arms.
+        left_out: arms that do not fit in the budget.
     """
     decides = {**arm_runner.inputs(arm_runner.limit), **choosing_inputs(arm_runner.settings)}
     decides["arms"] = [name for name in decides["arms"] if name not in left_out]
@@ -70,10 +70,10 @@ def advice_file(arm_runner: ArmRunner, left_out: Sequence[str] = ()) -> Path:
 
 
 def prepare(arm_runner: ArmRunner) -> None:
-    """Refuse what cannot be measured, and warn of what will score low, before anything is answered.
+    """Refuse what cannot be measured, and warn of low scores to come, before any answer.
 
     Raises:
-        UserError: as of :func:`advise`.
+        UserError: as in :func:`advise`.
     """
     if arm_runner.settings.instructions:
         _ = arm_runner.instruction
@@ -84,7 +84,7 @@ def prepare(arm_runner: ArmRunner) -> None:
 
 
 def choosing_inputs(settings: EvaluateConfig) -> dict[str, Any]:
-    """Return all in the config that decides which prompting arms there are and how the best is chosen."""
+    """Return everything in the config that decides the prompting arms and the choice among them."""
     return {
         "arms": [plan.name for plan in prompting_arms(settings)],
         "instructions": settings.instructions,
@@ -94,7 +94,7 @@ def choosing_inputs(settings: EvaluateConfig) -> dict[str, Any]:
 
 
 def first_rows(arm_runner: ArmRunner) -> list[Member]:
-    """Return the dev rows that every prompting arm answers: all of dev, where that is no more than first_items."""
+    """Return the dev rows that every prompting arm answers: all of dev, if within first_items."""
     dev, count = arm_runner.version.examples("dev"), arm_runner.settings.screening_items
     if count is None or count >= len(dev):
         return list(dev)
@@ -102,7 +102,7 @@ def first_rows(arm_runner: ArmRunner) -> list[Member]:
 
 
 class _Choice:
-    """One choice under way: the arms' answers so far, and which arms were left out."""
+    """A choice in progress: the arms' answers so far, and the arms that were left out."""
 
     def __init__(self, arm_runner: ArmRunner) -> None:
         self._arm_runner = arm_runner
@@ -141,7 +141,7 @@ class _Choice:
             arms = self._scored(dev, on_all)[1]
         if not arms:
             raise UserError("no prompt fits the base's context", fix="Shorten the examples or take another base.")
-        # If none of the finalists retrieves, the first items tell which would have.
+        # If none of the finalists retrieves, the first items decide the best retrieved arm.
         retrieving = _of_kind("retrieved", arms) or _of_kind("retrieved", entrants)
         return Advice(
             metric=self._metric,
@@ -162,7 +162,7 @@ class _Choice:
         )
 
     def _entrants(self, first: Sequence[Member]) -> dict[ArmPlan, list[Answer]]:
-        """All arms' answers to the first items; the best arm with demonstrations also with the other instructions."""
+        """Return all arms' answers to the first items, and the best arm with the other instructions too."""
         answered: dict[ArmPlan, list[Answer]] = {}
         for plan in prompting_arms(self._settings):
             if plan.name in self._left_out:
@@ -188,18 +188,18 @@ class _Choice:
     def _scored(
         self, members: Sequence[Member], answered: Mapping[ArmPlan, Sequence[Answer]]
     ) -> tuple[ScoredArms, dict[ArmPlan, Arm]]:
-        """Return all arms' scores on the same items, and what each arm comes to."""
+        """Return all arms' scores on the same items, and each arm's measurement."""
         given_by = {plan.name: given for plan, given in answered.items()}
         scored = scored_arms(self._arm_runner.scorers, members, given_by, self._dev)
         seed = self._config.seed
         return scored, {p: measured_arm(p.name, p, given, scored, seed, _RESAMPLES) for p, given in answered.items()}
 
     def _best(self, arms: Mapping[ArmPlan, Arm]) -> Arm:
-        """Return the best score; of equal ones the fewest demonstrations, then the first."""
+        """Return the best score; ties go to the fewest demonstrations, then to the first."""
         return max(arms.values(), key=lambda arm: (arm.score(self._metric).value, -arm.shots))
 
     def _fates(self, scored: ScoredArms, arms: Mapping[ArmPlan, Arm]) -> dict[str, str]:
-        """Return why arms do not go on, by name (see `_rule`)."""
+        """Return the reason for each eliminated arm, by name (see `_rule`)."""
         fates: dict[str, str] = {}
         leader = self._best(arms)
         left: list[Arm] = []
@@ -253,15 +253,15 @@ def _rule(finalists: int) -> str:
 
 
 def first_items(members: Sequence[Member], count: int, seed: int) -> list[int]:
-    """Places of a systematic sample: every row is as likely as any other, every cluster has its share to within a row.
+    """Return the indices of a systematic sample, with equal chances for rows and fair shares for clusters.
 
-    Rows are laid out cluster by cluster, in an order drawn from the seed, and taken at equal distances from a start
-    that is drawn too (Cochran 1977, "Sampling Techniques", chapter 8).
+    Every cluster has its share to within a row. Rows are laid out by cluster, in an order drawn from the seed. They are
+    taken at equal distances from a random start (Cochran 1977, "Sampling Techniques", chapter 8).
 
     Args:
-        members: more than ``count``.
-        count: how many to take.
-        seed: decides which.
+        members: the rows, more than ``count``.
+        count: number of rows to take.
+        seed: decides the sample.
     """
     line = sorted(range(len(members)), key=lambda i: (_luck(seed, members[i].cluster), _luck(seed, members[i].key)))
     step = len(members) / count

@@ -1,4 +1,4 @@
-"""References that no answer can equal, for what the config itself says of answers."""
+"""References that no answer can equal, because of the config's own rules for answers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _SHOWN = 3
 
 
 def warn_of_unreachable(generator: Generator, members: Sequence[Member], reporter: Reporter) -> None:
-    """Name the rows whose reference holds a stop string, or does not match the grammar that answers are held to.
+    """Warn of rows whose reference holds a stop string or does not match the grammar of the answers.
 
     Raises:
-        UserError: not one reference can be reached; or the grammar cannot be used.
+        UserError: no reference can be reached, or the grammar cannot be used.
     """
 
     def is_cut(text: str) -> bool:
@@ -39,9 +39,9 @@ def _warn(where: str, what: str, wrong: Callable[[str], bool], members: Sequence
     if not found:
         return
     rows = "; ".join(f"{m.key[:12]} {m.example.output.strip().splitlines()[:1]}" for m in found[:_SHOWN])
-    told = f"{len(found):,} of {len(members):,} references {what} them: {rows}"
+    message = f"{len(found):,} of {len(members):,} references {what} them: {rows}"
     if len(found) > _SHOWN:
-        told += f"; and {len(found) - _SHOWN:,} more"
+        message += f"; and {len(found) - _SHOWN:,} more"
     if len(found) == len(members):
-        raise UserError(told, where=where, fix="Change it in tunewright.yaml, or the rows.")
-    reporter.warn(f"{where}: {told}")
+        raise UserError(message, where=where, fix="Change it in tunewright.yaml, or the rows.")
+    reporter.warn(f"{where}: {message}")

@@ -1,4 +1,4 @@
-"""Measuring the noise floor: the base answers items twice, past the journal, in batches of other rows."""
+"""The noise floor: the base answers items twice, bypassing the journal, in differently composed batches."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ MOST_ITEMS = 100
 def noise_floor(
     generator: Generator, members: Sequence[Member], prompts: Sequence[Prompt], limit: int, scorer: Scorer, seed: int
 ) -> NoiseFloor:
-    """Have the base answer up to 100 of these items, drawn by the seed, twice, with the engine that answers all arms.
+    """Have the base answer up to 100 of these items twice, with the engine that answers all arms.
 
-    Of items with equal prompts only the first may be drawn.
+    The seed draws the items. Of items with equal prompts, only the first may be drawn.
 
     Args:
         generator: its engine answers; its journal is neither read nor written.
         members: the items; their outputs are the references.
         prompts: one for each item.
         limit: the longest answer in tokens.
-        scorer: of the deciding metric.
+        scorer: scorer of the deciding metric.
         seed: draws the items.
 
     Raises:
-        UserError: not one answer can be scored.
+        UserError: no answer can be scored.
     """
     draw = random.Random(f"{seed}:noise")
     first_of: dict[Prompt, int] = {}
     for place, prompt in enumerate(prompts):
         first_of.setdefault(prompt, place)
     places = sorted(draw.sample(list(first_of.values()), min(MOST_ITEMS, len(first_of))))
-    # Of no more than there are items: or both times every item would be in the company of all others.
+    # Capped at the number of items: otherwise both passes would batch every item with all the others.
     most = min(generator.rows, len(places))
     sizes = most, max(2, most // 2) if most > 1 else 2
     shuffled = draw.sample(places, len(places))
@@ -49,7 +49,7 @@ def noise_floor(
                 requests,
                 lambda _index, _completion: task.advance(),
                 at_once=size,
-                # Or the second answers would take the first ones' keys and values from vLLM's cache of prefixes.
+                # Otherwise the second pass would reuse the first pass's keys and values from vLLM's prefix cache.
                 company=f"noise floor, {size} at once",
             )
             texts = (answer_text(generator.chat, completion) for completion in completions)

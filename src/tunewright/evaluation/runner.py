@@ -48,18 +48,18 @@ from tunewright.metrics import check_references, references_of
 
 @dataclass(frozen=True)
 class EvaluateResult:
-    """What `evaluate` or `crossval` did."""
+    """The result of `evaluate` or `crossval`."""
 
     folder: Path
     evidence: Evidence
     evaluated: bool
-    """False when evidence of the same inputs was there already."""
+    """False when evidence of the same inputs already existed."""
 
 
 def contest(advice: Advice, *, with_retrieved: bool, held: bool = False, budget: Budget | None = None) -> list[ArmPlan]:
-    """Return the arms that meet on held-out items: zero-shot, the best on dev, tuned, and tuned with demonstrations.
+    """Return the arms compared on held-out items: zero-shot, the best on dev, tuned, and tuned with demonstrations.
 
-    And tuned ``held`` to the grammar. A ``budget`` may have left the last two out.
+    With ``held``, tuned constrained by the grammar is added. A ``budget`` may have left the last two out.
     """
     left_out = budget.left_out if budget else ()
     with_retrieved = with_retrieved and "tuned+retrieved" not in left_out
@@ -78,13 +78,13 @@ def _all_arms(advice: Advice) -> list[Arm]:
 
 
 def declare(config: Config, metric: MetricName, best: str, with_retrieved: str | None) -> tuple[Declared, ...]:
-    """The contrasts that are going to be measured: tuned against the best prompting arm, which decides, and zero-shot.
+    """Declare the contrasts to measure: tuned against the best prompting arm (decides), and zero-shot.
 
     Args:
-        config: has the margin.
-        metric: the deciding one.
+        config: holds the margin.
+        metric: the deciding metric.
         best: name of the best prompting arm.
-        with_retrieved: name of the arm that is tuned and has demonstrations too, if it is measured.
+        with_retrieved: name of the tuned arm with demonstrations, if it is measured.
     """
     pairs = [(TUNED.name, control) for control in dict.fromkeys([best, ZERO_SHOT.name])]
     if with_retrieved is not None:
@@ -97,12 +97,12 @@ def declare(config: Config, metric: MetricName, best: str, with_retrieved: str |
 
 
 def measured_contrasts(scored: ScoredArms, declared: Sequence[Declared], seed: int) -> list[Contrast]:
-    """What was declared, measured: by the deciding metric no contrast more and none less, then by those beside it."""
+    """Measure exactly the declared contrasts by the deciding metric, then the same by the extra metrics."""
     return declared_contrasts(scored, [(each.treatment, each.control) for each in declared], seed)
 
 
 def tell_opening(opening: TestSetAccess, earlier: Sequence[EarlierAccess], reporter: Reporter) -> None:
-    """Say what the test split is opened for, and how often it had been before."""
+    """Report the purpose of opening the test split, and the number of earlier openings."""
     first = opening.declared[0]
     assert first.margin is not None
     reporter.say(
@@ -116,7 +116,7 @@ def tell_opening(opening: TestSetAccess, earlier: Sequence[EarlierAccess], repor
 
 @dataclass(frozen=True)
 class _Settled:
-    """All that an evaluation is decided by, before an answer is there."""
+    """Everything that decides an evaluation, before any answer exists."""
 
     plans: list[ArmPlan]
     declared: tuple[Declared, ...]
@@ -148,20 +148,20 @@ def _budget(arm_runner: ArmRunner) -> Budget | None:
 
 @dataclass(frozen=True)
 class Standing:
-    """How far an evaluation has got."""
+    """The progress of an evaluation."""
 
     plans: list[ArmPlan]
     evaluated: bool
-    """Its evidence is there."""
+    """Its evidence exists."""
     opened: bool
     """Its prompts may be made: its line is in the ledger, or it is on dev."""
 
 
 def standing_of(arm_runner: ArmRunner, adapter: Adapter, advice: Advice, split: Literal["test", "dev"]) -> Standing:
-    """Return how far the evaluation of an adapter has got; nothing is opened.
+    """Return the progress of an adapter's evaluation; nothing is opened.
 
     Raises:
-        UserError: the ledger is not whole.
+        UserError: the ledger is damaged.
     """
     settled = _settle(arm_runner, adapter, advice)
     evaluated = (_folder(arm_runner, settled, split) / EVIDENCE_FILE).exists()
@@ -174,7 +174,7 @@ def _folder(arm_runner: ArmRunner, settled: _Settled, split: Literal["test", "de
 
 
 def _tell_of_newer(folder: Path, reporter: Reporter) -> None:
-    """Say that the evidence that is there already is not what other commands take, if they are not told which."""
+    """Report that other commands take newer evidence than this, unless given an ID."""
     newest = find_evaluation(folder.parent)
     if newest != folder:
         reporter.warn(
@@ -186,10 +186,10 @@ def _tell_of_newer(folder: Path, reporter: Reporter) -> None:
 def evaluate(arm_runner: ArmRunner, adapter: Adapter, advice: Advice) -> EvaluateResult:
     """Open the test split: answer it zero-shot, with the best prompting arm and with the adapter, and compare.
 
-    What is going to be compared is in the ledger before any of its prompts is made.
+    The planned comparison is in the ledger before any of its prompts is made.
 
     Raises:
-        UserError: the ledger is not whole.
+        UserError: the ledger is damaged.
     """
     config, version = arm_runner.project.config, arm_runner.version
     settled = _settle(arm_runner, adapter, advice)
@@ -232,7 +232,7 @@ def evaluate(arm_runner: ArmRunner, adapter: Adapter, advice: Advice) -> Evaluat
 
 
 def evaluate_on_dev(arm_runner: ArmRunner, adapter: Adapter, advice: Advice) -> EvaluateResult:
-    """Compare the same arms on the dev split; the test split stays closed, and no release is made on the evidence."""
+    """Compare the same arms on the dev split; the test split stays closed, and the evidence allows no release."""
     settled = _settle(arm_runner, adapter, advice)
     folder = _folder(arm_runner, settled, "dev")
     if (folder / EVIDENCE_FILE).exists():
@@ -257,7 +257,7 @@ def evaluate_on_dev(arm_runner: ArmRunner, adapter: Adapter, advice: Advice) -> 
 def _by_distance(
     arm_runner: ArmRunner, evidence: Evidence, scored: ScoredArms, split: Literal["test", "dev"]
 ) -> tuple[Evidence, Distances]:
-    """Return the evidence with its scores by distance from the training rows, and the distances of each item."""
+    """Return the evidence with its scores by distance from the training rows, and each item's distance."""
     version, seed, deciding = arm_runner.version, arm_runner.project.config.seed, evidence.contrasts[0]
     keys = [m.key for m in version.examples(split)]
     nearest = nearest_training(version, arm_runner.reporter, split)
@@ -331,10 +331,9 @@ def save_evaluation(
     distances: Distances,
     fold_of: Mapping[str, int] | None = None,
 ) -> None:
-    """Write evidence and items, whole or not at all.
+    """Write evidence and items atomically.
 
-    ``distances`` has how near each item is to the training rows, if that was measured; ``fold_of`` maps pair keys to
-    folds.
+    ``distances`` holds each item's similarity to the training rows, if measured; ``fold_of`` maps pair keys to folds.
     """
     references = references_of([m.example for m in members])
     items = [

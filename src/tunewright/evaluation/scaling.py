@@ -1,4 +1,4 @@
-"""How much of an adapter to keep: less of it forgets less, and often does as well on the task."""
+"""Scaling an adapter down: a smaller scale forgets less, and often does as well on the task."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class Scaled:
 
 @dataclass(frozen=True)
 class ScaleResult:
-    """What `scale` did."""
+    """The result of `scale`."""
 
     parent: Adapter
     adapter: Adapter
-    """The one that was chosen: a new one, or the parent where that is best as it is."""
+    """The chosen adapter: a new one, or the parent if factor 1 is best."""
     tried: tuple[Scaled, ...]
     chosen: Scaled
     metric: MetricName
@@ -62,18 +62,18 @@ class ScaleResult:
 def scale(
     arm_runner: ArmRunner, meter: ForgettingMeter, parent: Adapter, factors: Sequence[float] = FACTORS
 ) -> ScaleResult:
-    """Measure an adapter at several scales, and store it at the one that is chosen.
+    """Measure an adapter at several scales, and store it at the chosen one.
 
-    Chosen is, of the factors that lose less than evaluate.margin on dev against the best of them, the one that forgets
-    least. What was measured is kept in the working folder, so a stopped sweep goes on.
+    The choice is the factor that forgets least, among those within evaluate.margin of the best on dev. Measurements are
+    kept in the working folder, so a stopped sweep resumes.
 
     Args:
-        measurement, meter: the project's, of the dataset version that the adapter was trained on.
+        arm_runner, meter: the project's, on the dataset version that the adapter was trained on.
         parent: the adapter.
-        factors: what its change of the base is multiplied by; 1 is tried in any case.
+        factors: multipliers of its change to the base; 1 is always tried.
 
     Raises:
-        UserError: a factor that is none, or an adapter that is itself a scaled one.
+        UserError: a factor is invalid, or the adapter is itself a scaled one.
     """
     if "scaled" in parent.lineage:
         whole = parent.lineage["scaled"]["parent"]
@@ -105,7 +105,7 @@ def scale(
 
 
 def choose(tried: Sequence[Scaled], margin: float) -> Scaled:
-    """Of those that lose less than ``margin`` on dev against the best (or nothing), the one that forgets least."""
+    """Return the one that forgets least, of those that lose less than ``margin`` (or nothing) to the best."""
     best = max(each.dev for each in tried)
     near = [each for each in tried if each.dev == best or best - each.dev < margin]
     return min(near, key=lambda each: (each.forgetting.increase, -each.factor))
@@ -121,7 +121,7 @@ def _scaled(arm_runner: ArmRunner, parent: Adapter, factor: float, place: Path) 
 
 
 def _keep(arm_runner: ArmRunner, parent: Adapter, trial: Adapter, how: dict[str, Any]) -> Adapter:
-    """The chosen trial as an adapter of the project, with what it was made of and why, signed as all of them are."""
+    """Store the chosen trial as a signed adapter of the project, with its origin and the reason."""
     lineage = {**trial.lineage, "scaled": {"parent": parent.name, "parent_digest": parent.digest, **how}}
     signer = store_signer(arm_runner.project.keys, arm_runner.reporter)
     return _store(arm_runner, arm_runner.project.adapters, trial.folder, lineage, parent, signer)
@@ -135,7 +135,7 @@ def _store(
     parent: Adapter,
     signer: PrivateKey | None = None,
 ) -> Adapter:
-    # What the parent was trained on besides the dataset stays known of the scaled one.
+    # The parent's other training data stay recorded for the scaled adapter.
     replayed = parent.folder / REPLAY
     return store_adapter(
         place,

@@ -1,4 +1,4 @@
-"""What a command is going to answer: announced with its minutes, counted down, and trimmed to a budget."""
+"""The schedule of a command's answers: announced in minutes, counted down, and trimmed to a budget."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ from tunewright.evidence.schema import Advice, Arm
 from tunewright.training.packing.plan import common_prefix
 
 _SAMPLED = 200
-"""Training rows whose answers' lengths stand for all."""
+"""Number of training rows that stand for the length of all answers."""
 TUNED_RETRIEVED = "tuned+retrieved"
-"""In a budget, before the number of its demonstrations is known."""
+"""Budget name of the arm before the number of its demonstrations is known."""
 NOISE = "noise floor"
 _BEST = "the best prompting arm"
-"""Stands for the arm that is chosen on dev, before that is known."""
+"""Placeholder for the arm chosen on dev, before it is known."""
 _FRESH = 300
-"""Seconds: an older timing is repeated before a budget is refused by it."""
+"""Seconds: an older timing is repeated before it makes a budget fail."""
 
 
 @dataclass(frozen=True)
 class Contest:
-    """Where an adapter meets the prompting arms."""
+    """The comparison of an adapter with the prompting arms on a split."""
 
     adapter: Adapter
     split: Literal["test", "dev"]
@@ -51,7 +51,7 @@ class Contest:
 
 @dataclass(frozen=True)
 class _Load:
-    """The answers of one arm to some items, and what each reads: prompt tokens that it does not share."""
+    """One arm's answers to some items, and the unshared prompt tokens of each."""
 
     title: str
     plan: ArmPlan
@@ -61,15 +61,15 @@ class _Load:
 
 
 class Schedule:
-    """The answers of one command.
+    """The schedule of one command's answers.
 
     Args:
-        measurement: answers them.
-        minutes: the most that they may take; None: as long as it takes.
-        contest: where an adapter meets the prompting arms, if it does.
-        pilots: adapters that are still to be trained and will answer dev.
-        turns: of the base's own samples, that the command writes besides answers; 0: none.
-        known: says of the file of advice whether the pilots have answered before.
+        arm_runner: answers the prompts.
+        minutes: time limit; None: no limit.
+        contest: the comparison of an adapter with the prompting arms, if any.
+        pilots: number of adapters that are still to be trained and will answer dev.
+        turns: turns of the base's own samples that the command writes besides answers; 0: none.
+        known: returns True for an advice file whose pilots have already answered.
 
     Raises:
         UserError: ``minutes`` is not above 0.
@@ -87,7 +87,7 @@ class Schedule:
     ) -> None:
         if minutes is not None and not (math.isfinite(minutes) and minutes > 0):
             raise UserError(f"it must be greater than 0 (got {minutes:g})", where="--minutes")
-        # Weak, as the measurement has the schedule: with a circle, only the garbage collector would free the base.
+        # Weak, since the arm runner holds the schedule: in a cycle, only the garbage collector would free the base.
         self._arm_runner: ArmRunner = weakref.proxy(arm_runner)
         self._minutes = minutes
         self._contest = contest
@@ -102,13 +102,13 @@ class Schedule:
         self.budget: Budget | None = None
         """None: no arm was left out."""
 
-    # What there is to do
+    # Planning
 
     def settle(self) -> None:
-        """Decide which arms are left out, and say what there is to do; nothing where all of it has been done.
+        """Decide which arms are left out, and report the work to do, if any.
 
         Raises:
-            UserError: ``minutes`` is too small for the arms that are never left out, or what choosing a prompt raises.
+            UserError: ``minutes`` is too small for the arms that are never left out, or choosing a prompt failed.
         """
         self.budget = self._recalled()
         advice = self._known_advice()
@@ -138,12 +138,12 @@ class Schedule:
         adapter: Adapter | None = None,
         counted: int = 0,
     ) -> None:
-        """Replace what was expected of a stage, now that its arms are known.
+        """Replace the expected work of a stage, now that its arms are known.
 
         Args:
-            stage: as :meth:`settle` planned it.
+            stage: name of the stage that :meth:`settle` planned.
             plans, members, split, adapter: the arms and the items that they answer.
-            counted: of the items, those that an earlier stage counts for each arm.
+            counted: the items that an earlier stage counts for each arm.
         """
         if self._speed is not None:
             self._forget()
@@ -221,7 +221,7 @@ class Schedule:
         self._journals.clear()
 
     def _choosing(self, left_out: Sequence[str]) -> dict[str, list[_Load]]:
-        """Return all entrants on the first items, then at most so many of the dearest on the rest of dev."""
+        """Return all entrants on the first items, then the costliest possible finalists on the rest of dev."""
         settings, dev = self._arm_runner.settings, self._arm_runner.version.examples("dev")
         entrants = self._entrants(left_out)
         shown = [load for load in entrants if load.plan.shots]
@@ -237,7 +237,7 @@ class Schedule:
             return {"entrants": entrants}
         zero_shot = self._exact(ZERO_SHOT, dev, "dev")
         others = {load.plan.any_seed: load for load in entrants if load.plan != ZERO_SHOT}
-        # Which ones go on is not known yet: at most those with the most left to answer, of those the dearest.
+        # The finalists are not known yet: at most those with the most left to answer, and of those the costliest.
         left_of = {load.plan: self._left(load) for load in others.values()}
         most = sorted(others.values(), key=lambda load: (left_of[load.plan] * load.read, load.read), reverse=True)
         finalists = [
@@ -251,17 +251,17 @@ class Schedule:
         }
 
     def _left(self, entrant: _Load) -> int:
-        """Return how many answers an arm lacks on the dev items that not all entrants answer."""
+        """Return the number of an arm's missing answers on the dev items that not all entrants answer."""
         dev = self._arm_runner.version.examples("dev")
         if entrant.plan not in self._wholes:
             misfit = self._arm_runner.misfit(entrant.plan, dev)
             self._wholes[entrant.plan] = None if misfit else self._exact(entrant.plan, dev, "dev")
         whole = self._wholes[entrant.plan]
-        # An arm that does not fit all of dev is left out then: counted in full, it is at most that.
+        # An arm that does not fit all of dev is left out then: counted in full, it is an upper bound.
         return len(dev) - len(first_rows(self._arm_runner)) if whole is None else whole.answers - entrant.answers
 
     def _meeting(self, contest: Contest, advice: Advice | None, left_out: Sequence[str]) -> list[_Load]:
-        """The arms of the contest; dev's prompts stand for those of a test split that has not been opened for it."""
+        """Return the contest's arms; dev prompts stand in for those of a test split that is still closed."""
         arm_runner = self._arm_runner
         members = arm_runner.version.examples(contest.split)
         if advice is not None:
@@ -297,13 +297,13 @@ class Schedule:
             loads.append(_Load(f"{TUNED_CONSTRAINED.name} {on}", TUNED_CONSTRAINED, items, 0, zero))
         return loads
 
-    # How long it takes
+    # Timing
 
     def _measure(self, *, again: bool = False) -> None:
-        """Take the kept speeds, or time two batches of dev prompts: the shortest and the longest arm's.
+        """Use the kept speeds, or time two batches of dev prompts: the shortest and the longest arm's.
 
         Args:
-            again: time them whatever is kept.
+            again: time them even if speeds are kept.
         """
         arm_runner = self._arm_runner
         first = first_rows(arm_runner)
@@ -321,7 +321,7 @@ class Schedule:
         if self._contest is not None:
             adapter = self._contest.adapter
             self._slower = adapted_factor(generator, limit, short, adapter, self._speed, keyed, again=again)
-        self._forget()  # what was timed is in the journal now
+        self._forget()  # the timed answers are in the journal now
 
     def _seconds(self, load: _Load) -> float:
         assert self._speed is not None
@@ -332,7 +332,7 @@ class Schedule:
 
     @cached_property
     def _trained_length(self) -> float:
-        """Tokens of a mean training answer: what an adapter's answers will be like."""
+        """Mean token count of training answers, the expected length of an adapter's answers."""
         chat = self._arm_runner.generator.chat
         rows = self._arm_runner.version.domain_of("train")[:_SAMPLED]
         lengths = [
@@ -363,7 +363,7 @@ class Schedule:
         return self._arm_runner.project.work / "budgets" / f"{self._identity}.json"
 
     def _recalled(self) -> Budget | None:
-        """Return what the same budget left out before: a run that resumes must not choose again by another speed."""
+        """Return the earlier decision for this budget: a resumed run must not choose again by another speed."""
         if self._minutes is None or not self._decision.exists():
             return None
         found = Budget.model_validate_json(self._decision.read_text(encoding="utf-8"))
@@ -392,7 +392,7 @@ class Schedule:
                 )
             without = [*left_out, order.pop(0)]
             fewer = self._stages(advice, without)
-            if self._total(fewer) < total:  # else its answers are all there
+            if self._total(fewer) < total:  # else its answers already exist
                 left_out, stages = without, fewer
         budget = Budget(minutes=minutes, expected=round(total / 60, 2), left_out=tuple(left_out))
         write_json(self._decision, budget.model_dump(mode="json"))
@@ -402,7 +402,7 @@ class Schedule:
         return budget
 
     def _droppable(self, advice: Advice | None, stages: Mapping[str, Sequence[_Load]]) -> list[str]:
-        """Arms in the order in which they are left out."""
+        """Return the arms in the order in which they are left out."""
         meeting = [load.plan for load in stages.get("contest", ())]
         extra = [TUNED_RETRIEVED] if any(plan.kind == "tuned-retrieved" for plan in meeting) else []
         extra += [TUNED_CONSTRAINED.name] if TUNED_CONSTRAINED in meeting else []
@@ -414,18 +414,18 @@ class Schedule:
         order = sorted(enumerate(plans), key=lambda at: (-at[1].shots, at[1].kind != "static", -at[0]))
         return [*extra, *(plan.name for _, plan in order if plan not in kept)]
 
-    # What is said
+    # Messages
 
     def _announcement(self, stages: Mapping[str, Sequence[_Load]]) -> str:
         assert self._speed is not None
         parts = []
         if "entrants" in stages:
             items, dev = len(first_rows(self._arm_runner)), len(self._arm_runner.version.examples("dev"))
-            told = f"{_arms_text(len(stages['entrants']), 'prompting arm')} on {items:,}"
+            screened = f"{_arms_text(len(stages['entrants']), 'prompting arm')} on {items:,}"
             parts.append(
-                f"{told} of {dev:,} dev items, at most {len(stages['finalists'])} of them on all"
+                f"{screened} of {dev:,} dev items, at most {len(stages['finalists'])} of them on all"
                 if "finalists" in stages
-                else f"{told} dev items"
+                else f"{screened} dev items"
             )
         if stages.get("contest"):
             assert self._contest is not None
@@ -445,7 +445,7 @@ class Schedule:
         )
 
     def _not_counted(self, stages: Mapping[str, Sequence[_Load]]) -> str:
-        """Return what the command does besides answering, whose time is not known beforehand."""
+        """Return a description of the command's other work, whose time is not known beforehand."""
         besides = []
         if (
             self._contest is not None

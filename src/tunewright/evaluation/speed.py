@@ -1,4 +1,4 @@
-"""How fast arms are answered on this machine: two timed batches, one of short and one of long prompts."""
+"""Speed of the arms' answers on this machine, from two timed batches: short prompts and long ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tunewright.evaluation.generations import Generator, Prompt
 from tunewright.training.packing.plan import common_prefix
 
 _MOST_TOKENS = 8192
-"""Prompt tokens of one timed batch: some seconds on a processor."""
+"""Prompt tokens of one timed batch: a few seconds on a CPU."""
 _MOST_ROWS = 64
 
 Prompts = Callable[[], Sequence[Prompt]]
@@ -37,12 +37,12 @@ class Timed(BaseModel):
 
     @property
     def answer(self) -> float:
-        """Tokens of a mean answer."""
+        """Token count of a mean answer."""
         return self.written / self.rows
 
 
 class AnswerSpeed(BaseModel):
-    """What an answer costs in seconds, by its prompt's and its own tokens; kept in ``.tunewright/speeds``."""
+    """Seconds per prompt token and per answer token; kept in ``.tunewright/speeds``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -52,7 +52,7 @@ class AnswerSpeed(BaseModel):
     write: Annotated[float, Field(description="Seconds for each answer token.")]
 
     def seconds(self, read: float, written: float) -> float:
-        """Seconds for one answer, among as many others as were timed together."""
+        """Return the seconds of one answer in a batch as large as the timed one."""
         return read * self.read + written * self.write
 
     @property
@@ -69,7 +69,7 @@ class AnswerSpeed(BaseModel):
 
 
 def fitted(batches: Sequence[Timed]) -> tuple[float, float]:
-    """Seconds for a prompt token and for an answer token: the non-negative least squares fit to timed batches."""
+    """Return seconds per prompt token and per answer token: a non-negative least squares fit to timed batches."""
     rows = np.array([[b.read, b.written] for b in batches])
     scale = np.maximum(rows.max(axis=0), 1e-9)  # so that neither unit outweighs the other
     found, _ = nnls(rows / scale, np.array([b.seconds for b in batches]))
@@ -80,15 +80,15 @@ def fitted(batches: Sequence[Timed]) -> tuple[float, float]:
 def answer_speed(
     generator: Generator, limit: int, short: Prompts, long: Prompts, keyed: object, *, again: bool = False
 ) -> AnswerSpeed:
-    """Return the base's speed on this machine: as kept, or measured now.
+    """Return the base's speed on this machine: the kept one, or a new measurement.
 
     Args:
-        generator: answers; its journal keeps what is answered here.
+        generator: answers the prompts and journals the answers.
         limit: the longest answer in tokens.
-        short: makes zero-shot prompts, where there is no kept speed.
-        long: makes prompts with demonstrations; may be none.
-        keyed: what else the speed depends on, such as the rows' digest.
-        again: measure it whatever is kept.
+        short: makes zero-shot prompts if no speed is kept.
+        long: makes prompts with demonstrations; may return no prompts.
+        keyed: other inputs of the speed, such as the rows' digest.
+        again: measure it even if a speed is kept.
     """
     file = _file(generator, limit, None, keyed)
     if not again and (kept := _kept(file, AnswerSpeed)) is not None:
@@ -115,11 +115,11 @@ def adapted_factor(
     *,
     again: bool = False,
 ) -> float:
-    """Return how many times as long an answer takes with the adapter: as kept, or measured now on zero-shot prompts.
+    """Return the adapter's time per answer relative to the base: the kept ratio, or a new measurement.
 
     Args:
-        again: measure it whatever is kept.
-        generator, limit, short, adapter, base, keyed: as of :func:`answer_speed`.
+        again: measure it even if a ratio is kept.
+        generator, limit, short, adapter, base, keyed: as in :func:`answer_speed`.
     """
     file = _file(generator, limit, adapter, keyed)
     batch = None if again else _kept(file, Timed)
@@ -134,7 +134,7 @@ _Kept = TypeVar("_Kept", bound=BaseModel)
 
 
 def _kept(file: Path, kind: type[_Kept]) -> _Kept | None:
-    """What was measured before; None where there is nothing, or nothing that can be read: it is measured again."""
+    """Return the earlier measurement, or None if it is missing or unreadable."""
     try:
         return kind.model_validate_json(file.read_bytes())
     except (FileNotFoundError, ValidationError):
@@ -143,7 +143,7 @@ def _kept(file: Path, kind: type[_Kept]) -> _Kept | None:
 
 def _timed(generator: Generator, prompts: Sequence[Prompt], limit: int, adapter: Adapter | None) -> Timed:
     kept = generator.kept(limit, adapter)
-    # What is not in the journal yet first: the time is then not spent twice.
+    # Uncached answers first, so that their time is not spent twice.
     chosen = sorted(dict.fromkeys(prompts), key=lambda prompt: digest(prompt) in kept)
     chosen = chosen[: min(generator.rows, _MOST_ROWS)]
     while len(chosen) > 1 and sum(map(len, chosen)) > _MOST_TOKENS:

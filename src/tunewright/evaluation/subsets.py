@@ -1,4 +1,4 @@
-"""Nested parts of a version's training rows: what an adapter would have learnt from less data."""
+"""Nested parts of a version's training rows, for training on less data."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from tunewright.data.versions.version import count_families
 
 
 def subset_versions(version: DatasetVersion, shares: Sequence[float], seed: int) -> list[DatasetVersion]:
-    """Return the version once for each share, with so much of its training rows; dev and test are unchanged.
+    """Return the version once per share, with that share of its training rows; dev and test are unchanged.
 
-    Clusters come in an order drawn from the seed and stay whole, and a smaller share's clusters are all in a larger
-    one: each is as many from the front of the order as come nearest to the share of the rows. The generic mix-in is cut
-    to the same share by itself, so that its part of the training rows stays what it is. These versions are made in
-    memory, and their digests are theirs alone; the whole (share 1) is the version itself.
+    The seed draws an order of whole clusters. Each part is the prefix of that order that comes nearest to its share of
+    the rows, so larger parts include smaller ones. The generic mix-in is cut to the same share separately, so that its
+    proportion of the training rows stays the same. These versions exist in memory only, with their own digests; the
+    whole (share 1) is the version itself.
 
     Args:
         version: the rows.
@@ -33,9 +33,9 @@ def subset_versions(version: DatasetVersion, shares: Sequence[float], seed: int)
     domain, mixed = _prefixes(version.domain_of("train"), shares, seed), _prefixes(_mixed(version), shares, seed)
     counts = [len(keys) for keys in domain]
     if any(a == b for a, b in pairwise([0, *counts])):
-        told = ", ".join(f"{share:.0%}: {count}" for share, count in zip(shares, counts, strict=True))
+        sizes = ", ".join(f"{share:.0%}: {count}" for share, count in zip(shares, counts, strict=True))
         raise UserError(
-            f"the training rows form too few independent clusters to take parts of: whole clusters would give {told}",
+            f"the training rows form too few independent clusters to take parts of: whole clusters would give {sizes}",
             fix="Add pairs with other inputs.",
         )
     parts = zip(shares, domain, mixed, strict=True)
@@ -53,7 +53,7 @@ def _prefixes(members: Iterable[Member], shares: Sequence[float], seed: int) -> 
         clusters[member.cluster].append(member.key)
     order = sorted(clusters, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
     rows = list(accumulate((len(clusters[name]) for name in order), initial=0))
-    # Equally near ones: the first, so that a larger share never gets fewer.
+    # Ties go to the first, so that a larger share never gets fewer.
     nearest = [min(range(len(rows)), key=lambda n: abs(rows[n] - share * rows[-1])) for share in shares]
     return [{key for name in order[:count] for key in clusters[name]} for count in nearest]
 
@@ -76,7 +76,7 @@ def _version(version: DatasetVersion, share: float, seed: int, keys: set[str]) -
                 }
             ),
             "splits": {**version.manifest.splits, "train": keys_digest(m.key for m in train)},
-            # Nothing on disk is sealed by these: the version is never saved.
+            # These versions are never saved, so they seal nothing on disk.
             "imports": None,
             "seal": None,
         }

@@ -1,4 +1,4 @@
-"""What answers are worth: the config's metrics at work, and how scores are told."""
+"""Metrics: scorers for the config's metrics, and text for their scores."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ __all__ = [
 
 
 def scorer_of(metric: Metric, root: Path) -> Scorer:
-    """Return the metric at work.
+    """Return the scorer of a metric.
 
     Args:
-        metric: as the config has it.
-        root: the project's folder, where a function of its own is found.
+        metric: metric of the config.
+        root: the project's folder, with its custom metric functions.
 
     Raises:
-        UserError: a function that is not there, or whose module cannot be imported.
+        UserError: a function does not exist, or its module cannot be imported.
     """
     name = metric_name(metric)
     match metric:
@@ -78,22 +78,22 @@ def scorer_of(metric: Metric, root: Path) -> Scorer:
 
 
 def metric_kind(metric: Metric) -> Kind:
-    """Right or wrong, a mean or of the corpus, without what is needed to score (a function of the project's own)."""
+    """Return the metric's kind without importing a custom function."""
     if isinstance(metric, Json) or metric in ("json", "bleu", "chrf"):
         return "corpus"
     return "mean" if isinstance(metric, Python) or metric == "token_f1" else "right or wrong"
 
 
 def open_scorers(settings: EvaluateConfig, root: Path) -> tuple[Scorer, ...]:
-    """Return all metrics of the config at work, the deciding one first; errors as of `scorer_of`."""
+    """Return the scorers of the config's metrics, the deciding one first; raises as `scorer_of` does."""
     return tuple(scorer_of(metric, root) for metric in settings.metrics)
 
 
 def metric_inputs(metric: Metric, root: Path) -> Any:
-    """What decides a metric's scores, for digests: as the config writes it, and the file of a function of its own.
+    """Return everything that decides a metric's scores, for digests: its config and its custom function's file.
 
     Raises:
-        UserError: that file is not there.
+        UserError: the file does not exist.
     """
     if isinstance(metric, str):
         return metric

@@ -1,4 +1,4 @@
-"""Before anything is answered: whether a metric suits the references at all."""
+"""A check before any answer: whether a metric suits the references."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from tunewright.metrics.scorer import Scorer, score_all
 
 
 def check_references(scorers: Sequence[Scorer], examples: Sequence[Example], split: str, reporter: Reporter) -> None:
-    """Score the references as if they had been answered: a metric that cannot be won measures nothing.
+    """Score the references as answers: a metric that they cannot win measures nothing.
 
     Args:
         scorers: the config's metrics.
-        examples: of the split.
-        split: its name.
-        reporter: hears which references cannot be scored, and which score less than 1 themselves.
+        examples: examples of the split.
+        split: name of the split.
+        reporter: warns of references that cannot be scored, or that score less than 1.
 
     Raises:
-        UserError: a metric that can score none of them, or a function of the project's own that fails.
+        UserError: a metric can score none of them, or a custom function fails.
     """
     for scorer in scorers:
         scores = score_all(scorer, [example.output for example in examples], examples)

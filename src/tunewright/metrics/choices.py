@@ -10,9 +10,9 @@ from tunewright.metrics.scorer import ItemScore, Pair, Scorer, Unscored, mean_sc
 
 
 def accuracy(name: MetricName, choices: Sequence[str]) -> Scorer:
-    """1 where the answer is the reference, else 0; an answer that is none of the choices is wrong and counted.
+    """Return a scorer of accuracy over the choices; an answer outside them is wrong and counted.
 
-    A reference that is none of the choices is a mistake in data or config: its item is unscored.
+    A reference outside the choices is a mistake in data or config: its item is unscored.
     """
     known = {normalised(choice) for choice in choices}
 

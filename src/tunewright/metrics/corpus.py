@@ -1,4 +1,4 @@
-"""BLEU and chrF, by sacrebleu: of the corpus, from counts that add up over items."""
+"""BLEU and chrF, by sacrebleu: corpus scores from counts that add up over items."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _SMOOTHING = "exp"
 BLEU_COLUMNS = 10
 """Hypothesis length, reference length, matched n-grams of order 1 to 4, all n-grams of order 1 to 4."""
 CHRF_COLUMNS = 3 * CHRF.CHAR_ORDER
-"""For each order of character n-grams: the hypothesis', the reference's, those matched."""
+"""For each order of character n-grams: counts of the hypothesis, of the reference, and of matches."""
 
 
 def bleu(name: MetricName) -> Scorer:
-    """Corpus BLEU (Papineni et al. 2002) as sacrebleu has it by default; an item's own score is its sentence BLEU."""
-    # Effective order changes a sentence's score, so that a short one is not zero for want of 4-grams, never its counts.
+    """Return a scorer of corpus BLEU (Papineni et al. 2002) with sacrebleu's defaults; items score sentence BLEU."""
+    # Effective order changes only a sentence's score (short ones are not zero for lack of 4-grams), never its counts.
     metric = BLEU(smooth_method=_SMOOTHING, effective_order=True)
 
     def item(pair: Pair) -> ItemScore:
@@ -37,11 +37,11 @@ def bleu(name: MetricName) -> Scorer:
 
 
 def chrf(name: MetricName) -> Scorer:
-    """Corpus chrF (Popović 2015) as sacrebleu has it by default; an item's own score is its sentence chrF."""
+    """Return a scorer of corpus chrF (Popović 2015) with sacrebleu's defaults; items score sentence chrF."""
     metric = CHRF()
 
     def item(pair: Pair) -> ItemScore:
-        # The counts that sacrebleu's own resampling adds up; it gives them by no public name.
+        # The counts that sacrebleu's own resampling adds up; they have no public name.
         (counts,) = metric._extract_corpus_statistics([pair.answer], [[reference] for reference in pair.references])
         return ItemScore(_share(metric._compute_f_score(counts)), tuple(counts))
 
@@ -62,12 +62,12 @@ def _corpus_bleu(sums: Floats) -> float:
 
 
 def _share(score: float) -> float:
-    # A perfect corpus comes out of sacrebleu's logarithms as 100.00000000000004.
+    # sacrebleu's logarithms give a perfect corpus 100.00000000000004.
     return min(float(score) / 100, 1.0)
 
 
 def _by_row(score: Callable[[Floats], float]) -> Callable[[Floats], Floats]:
-    """Return the score of each of many summed statistics: [..., columns] to [...]."""
+    """Return the score of each row of summed statistics: [..., columns] to [...]."""
 
     def scores(sums: Floats) -> Floats:
         rows = sums.reshape(-1, sums.shape[-1])

@@ -1,4 +1,4 @@
-"""Exact match: the answer is the reference, after a declared normalisation."""
+"""Exact match: the answer equals the reference after a declared normalisation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _WORDS = {
 
 
 def normalised(text: str, settings: Normalisation | None = None) -> str:
-    """The spelling that is compared: outer white space stripped, Unicode NFC, and what the settings forgive besides."""
+    """Return the compared spelling: outer white space stripped, Unicode NFC, and the optional normalisations."""
     settings = settings or Normalisation()
     text = unicodedata.normalize("NFC", text)
     if settings.ignore_case:
@@ -28,7 +28,7 @@ def normalised(text: str, settings: Normalisation | None = None) -> str:
 
 
 def exact_match(name: MetricName, settings: Normalisation) -> Scorer:
-    """1 where the normalised answer equals the normalised reference, else 0."""
+    """Return a scorer: 1 if the normalised answer equals the normalised reference, else 0."""
 
     def item(pair: Pair) -> ItemScore:
         return mean_score(float(normalised(pair.answer, settings) == normalised(pair.reference, settings)))

@@ -1,4 +1,4 @@
-"""Answers that are JSON: whether they parse, and how many of an object's fields are right."""
+"""JSON answers: validity, and the share of an object's fields that are right."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def parsed(text: str) -> Any:
     """Return the value of a JSON text (RFC 8259: no NaN, nothing before or after it).
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is not valid JSON.
     """
     try:
         return json.loads(text, parse_constant=_refuse)
@@ -29,7 +29,7 @@ def _refuse(constant: str) -> None:
 
 
 def json_valid(name: MetricName) -> Scorer:
-    """1 where the answer parses as JSON, else 0; what it says does not count."""
+    """Return a scorer: 1 if the answer parses as JSON, else 0, regardless of its content."""
 
     def item(pair: Pair) -> ItemScore:
         try:
@@ -42,10 +42,10 @@ def json_valid(name: MetricName) -> Scorer:
 
 
 def json_fields(name: MetricName, fields: Sequence[str] | None) -> Scorer:
-    """Micro F1 over top-level fields: a field is right where both have it with the same value.
+    """Return a scorer of micro F1 over top-level fields: a field is right if both have it with the same value.
 
-    Values are compared as JSON has them: 1 is 1.0, and not "1" or true. An answer that is no object has no field, so
-    it misses them all. An item is unscored where the reference is no object, or has none of the fields.
+    Values are compared as JSON values: 1 equals 1.0, but not "1" or true. An answer that is not an object has no
+    fields, so it misses them all. An item is unscored if the reference is not an object or has none of the fields.
     """
 
     def counted(value: Any) -> dict[str, Any] | None:
@@ -81,6 +81,6 @@ def same(one: Any, other: Any) -> bool:
 
 
 def _micro_f1(sums: Floats) -> Floats:
-    """[..., right, answered, wanted] to F1; at least one field is wanted of every scored item."""
+    """Map [..., right, answered, wanted] to F1; every scored item wants at least one field."""
     f1: Floats = 2 * sums[..., 0] / np.asarray(sums[..., 1] + sums[..., 2])
     return f1

@@ -1,4 +1,4 @@
-"""A metric of the project's own: a Python function in its folder."""
+"""Custom metrics: a Python function in the project's folder."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _RETURNS = "It returns a number from 0 to 1, or None for an item that cannot be 
 
 
 def own_function(name: MetricName, function: str, root: Path) -> Scorer:
-    """Return the mean of ``function(answer, reference, example)`` over the items for which it is not None.
+    """Return a scorer of the mean of ``function(answer, reference, example)`` over the items for which it is not None.
 
-    Of an input with several references it is called with each of them, and an item's score is the best result.
+    If an input has several references, the function is called with each, and the item's score is the best result.
 
     Args:
-        name: the metric's.
+        name: name of the metric.
         function: module:function.
         root: the project's folder. It is put at the end of Python's path, so that the module can import its neighbours.
 
     Raises:
-        UserError: there is no such module or function, or importing it fails.
+        UserError: there is no such module or function, or its import fails.
     """
     file = module_file(function, root)
     call = _find(_load(file, function), function)
@@ -36,7 +36,7 @@ def own_function(name: MetricName, function: str, root: Path) -> Scorer:
     def item(pair: Pair) -> ItemScore | Unscored:
         try:
             value = call(pair.answer, pair.reference, pair.example)
-        except Exception as error:  # whatever a user's code can raise
+        except Exception as error:  # a user's code can raise anything
             raise UserError(
                 f"{function} raised {type(error).__name__} ({error}) for {_told(pair)}",
                 where="evaluate.metric",
@@ -56,7 +56,7 @@ def module_file(function: str, root: Path) -> Path:
     """Return the file of ``module:function`` in the project's folder.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such file.
     """
     module, _, _ = function.partition(":")
     file = root.joinpath(*module.split(".")).with_suffix(".py")
@@ -68,7 +68,7 @@ def module_file(function: str, root: Path) -> Path:
 
 
 def file_digest(file: Path) -> str:
-    """SHA-256 of the module's file: an evaluation by another one is another evaluation."""
+    """Return the SHA-256 of the module's file: another file makes another evaluation."""
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
@@ -78,7 +78,7 @@ def _load(file: Path, function: str) -> ModuleType:
         root = root.parent
     if str(root) not in sys.path:
         sys.path.append(str(root))
-    # Not by its bare name: a project's `metrics.py` is neither an installed package of that name nor another project's.
+    # Not by its bare name: a project's `metrics.py` must not clash with an installed package or another project's.
     name = f"tunewright_project_{file_digest(file)[:12]}_{file.stem}"
     if name in sys.modules:
         return sys.modules[name]
@@ -88,7 +88,7 @@ def _load(file: Path, function: str) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever a user's code can raise
+    except Exception as error:  # a user's code can raise anything
         del sys.modules[name]
         raise UserError(f"importing it raised {type(error).__name__} ({error})", where=str(file)) from error
     return module

@@ -10,7 +10,7 @@ from tunewright.metrics.scorer import ItemScore, Pair, Scorer, mean_score
 
 
 def matches(name: MetricName, pattern: str) -> Scorer:
-    """1 where the pattern matches the whole answer, outer white space apart, else 0; the reference does not count."""
+    """Return a scorer: 1 if the pattern matches the whole answer (stripped), else 0; the reference is ignored."""
     compiled = re.compile(pattern)
 
     def item(pair: Pair) -> ItemScore:

@@ -1,4 +1,4 @@
-"""A metric at work: each item's own score, and the statistics that any set of items is scored from."""
+"""Scorers: each item's own score, and the statistics that score any set of items."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ the metric is of the items' counts together (BLEU), and is not the mean of the i
 
 @dataclass(frozen=True)
 class Pair:
-    """One item: what was answered, and what should have been."""
+    """One item: the answer and the references."""
 
     answer: str
     example: Example
@@ -38,28 +38,28 @@ class Pair:
 
 @dataclass(frozen=True)
 class ItemScore:
-    """One item's own score from 0 to 1, and what it adds to the statistics of a set of items."""
+    """One item's own score from 0 to 1, and its contribution to the statistics of a set of items."""
 
     value: float
     statistics: tuple[float, ...]
     outside: bool = False
-    """The answer is none of the declared choices."""
+    """The answer is outside the declared choices."""
 
 
 @dataclass(frozen=True)
 class Unscored:
-    """Why an item cannot be scored: it is left out and counted, never taken for a zero."""
+    """The reason for an item without a score: it is left out and counted, never taken as zero."""
 
     reason: str
 
 
 def mean_score(value: float, *, outside: bool = False) -> ItemScore:
-    """Return one item of a metric that is the mean of its items' scores."""
+    """Return one item's score, for a metric that is the mean of its items' scores."""
     return ItemScore(value, (value, 1.0), outside)
 
 
 def mean_of(sums: Floats) -> Floats:
-    """Return the mean of items whose summed statistics are these; [..., 2] to [...]."""
+    """Return the mean from summed statistics; [..., 2] to [...]."""
     mean: Floats = sums[..., 0] / sums[..., 1]
     return mean
 
@@ -71,17 +71,17 @@ class Scorer:
     name: MetricName
     kind: Kind
     definition: str
-    """What it is exactly, in words; for sacrebleu's metrics its signature too."""
+    """The exact definition in words; for sacrebleu's metrics, its signature too."""
     columns: int
-    """Statistics of one item."""
+    """The function that computes the statistics of one item."""
     item: Callable[[Pair], ItemScore | Unscored]
     corpus: Callable[[Floats], Floats] = field(default=mean_of)
-    """The score of summed statistics: [..., columns] to [...], from 0 to 1."""
+    """The function that scores summed statistics: [..., columns] to [...], from 0 to 1."""
     of_several: str | None = None
-    """The definition for several references an item, of a metric that takes them at once (None: the best one's)."""
+    """The definition for several references per item, if the metric takes them at once (None: the best one's score)."""
 
     def definition_for(self, several: bool) -> str:
-        """Return the definition, where some items have several references."""
+        """Return the definition, for items with or without several references."""
         if not several:
             return self.definition
         return self.of_several or f"{self.definition}; an item's best over all references of its input"
@@ -105,18 +105,18 @@ class Scores:
     statistics: Floats
     """[items, columns]; zeros where an item is unscored."""
     unscored: dict[int, str]
-    """Place to reason."""
+    """Position to reason."""
     outside: int
-    """Answers that are none of the declared choices."""
+    """Number of answers outside the declared choices."""
 
     @property
     def scored(self) -> NDArray[np.bool_]:
-        """Which items are scored; [items]."""
+        """Mask of the scored items; [items]."""
         return ~np.isnan(self.values)
 
     @property
     def reasons(self) -> dict[str, int]:
-        """Why items are unscored, and how many for each reason."""
+        """The reasons for unscored items, with their counts."""
         return dict(Counter(self.unscored.values()))
 
     def total(self) -> float:
@@ -165,7 +165,7 @@ def score_all(
         among: all rows of their split, where ``examples`` are a part of it.
 
     Raises:
-        UserError: a function of the project's own fails on an item.
+        UserError: a custom function fails on an item.
     """
     values = np.full(len(answers), np.nan)
     statistics = np.zeros((len(answers), scorer.columns))

@@ -1,4 +1,4 @@
-"""Scores, differences and p-values as people read them."""
+"""Scores, differences and p-values in readable form."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _SCORES = {"bleu": "BLEU", "chrf": "chrF", "token_f1": "token F1", "json": "fiel
 
 
 def metric_label(metric: MetricName) -> str:
-    """Return what a table calls the metric: ``exact match``, ``BLEU``, ``field F1 (name,date)``."""
+    """Return the metric's label in tables: ``exact match``, ``BLEU``, ``field F1 (name,date)``."""
     kind, _, settings = metric.partition(" ")
     if kind == "python":
         return settings.partition(":")[2]
@@ -26,7 +26,7 @@ def axis_label(metric: MetricName) -> str:
 
 
 def score_text(metric: MetricName, share: float) -> str:
-    """Return a score as people say it: ``86.0%``, ``BLEU 43.2``, ``citation 71.0`` (of a function so called)."""
+    """Return a score in readable form: ``86.0%``, ``BLEU 43.2``, ``citation 71.0`` (for a function of that name)."""
     kind = metric.partition(" ")[0]
     if kind in _SHARES:
         return f"{100 * share:.1f}%"
@@ -36,12 +36,12 @@ def score_text(metric: MetricName, share: float) -> str:
 
 def points_text(difference: float) -> str:
     """Return a difference of shares in points, with its sign: ``+35.0``."""
-    # The sum with zero turns a rounded -0.0 into +0.0.
+    # Adding zero turns a rounded -0.0 into +0.0.
     return f"{round(100 * difference, 1) + 0.0:+.1f}"
 
 
 def p_text(p_value: float) -> str:
-    """Return a p-value as people can read it: ``p = 0.031``, ``p = 2e-05``, ``p < 1e-15``."""
+    """Return a p-value in readable form: ``p = 0.031``, ``p = 2e-05``, ``p < 1e-15``."""
     if p_value < 1e-15:
         return "p < 1e-15"
     return f"p = {p_value:.0e}" if p_value < 0.001 else f"p = {p_value:.3f}"

@@ -1,4 +1,4 @@
-"""Token F1: the words that answer and reference share, as SQuAD counts them."""
+"""Token F1: the words that answer and reference share, counted as in SQuAD."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def squad_words(text: str) -> list[str]:
-    """Lower-case words without ASCII punctuation and English articles (Rajpurkar et al. 2016, evaluate-v1.1.py)."""
+    """Return lower-case words without ASCII punctuation and English articles.
+
+    The rules are those of Rajpurkar et al. (2016), evaluate-v1.1.py.
+    """
     return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
 
 
 def token_f1(name: MetricName) -> Scorer:
-    """The mean of each item's harmonic mean of precision and recall over words, as many times as they stand there.
+    """Return a scorer of the harmonic mean of precision and recall over words, with multiplicity.
 
-    Where answer or reference has no words, 1 if both have none, else 0 (evaluate-v2.0.py).
+    If answer or reference has no words, the score is 1 if both have none, else 0 (evaluate-v2.0.py).
     """
 
     def item(pair: Pair) -> ItemScore:

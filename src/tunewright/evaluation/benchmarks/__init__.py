@@ -1,1 +1,1 @@
-"""What the base could do before: suites measured with the adapter off and on, and whether they may decide."""
+"""Regression suites: abilities of the base, measured with the adapter off and on, and their controls."""

@@ -1,4 +1,4 @@
-"""What suites are measured with, and what they have in common: items drawn, controls, the suite's numbers."""
+"""Shared parts of the suites: drawn items, controls, and a suite's numbers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tunewright.evidence.non_inferiority import items_needed, paired_drop, small
 from tunewright.evidence.statistics import effective_items, wilson
 
 CONTROL_ITEMS = 200
-"""Of a control that costs passes of its own, at most."""
+"""Item limit of a control that needs its own forward passes."""
 
 Floats = NDArray[np.float64]
 T = TypeVar("T")
@@ -46,19 +46,19 @@ class Bench:
 
     @property
     def seed(self) -> int:
-        """Decides which items are drawn, how controls are dealt, and resamples."""
+        """The seed of drawn items, controls and resamples."""
         return self.project.config.seed
 
     def clusters(self, suite: str, texts: Sequence[str], groups: Sequence[str | None]) -> list[str]:
-        """The cluster of each item: what its file calls one group, and what is as alike as rows of one cluster are.
+        """Return the cluster of each item, joined by the file's groups and by similarity.
 
-        Items of a cluster (questions on one passage, a question asked twice) are not independent, and counting them as
-        if they were would make limits too narrow.
+        Items of a cluster (questions on one passage, a question asked twice) are not independent. Treating them as
+        independent would make limits too narrow.
 
         Args:
-            suite: its name, for what is said where there are fewer clusters than items.
-            texts: what is asked, [items].
-            groups: what the file says, [items]; None where it says nothing.
+            suite: its name, for the message about fewer clusters than items.
+            texts: the questions, [items].
+            groups: groups from the file, [items]; None where it has none.
         """
         alike = link(distinctive(texts), self.project.config.data.dedup_threshold, self.reporter, "clustering").tolist()
         names = _joined(alike, groups)
@@ -70,7 +70,7 @@ class Bench:
         return names
 
     def kept(self, what: str, adapter: Adapter | None, **decides: Any) -> Kept:
-        """Return what is known already of items measured with an adapter, or the base alone."""
+        """Return the known results of items measured with an adapter, or with the base alone."""
         identity = {
             "what": what,
             "base": self.generator.base.digest,
@@ -82,45 +82,45 @@ class Bench:
 
 
 class Kept:
-    """Measured items by name, kept in a file that is written whole each time."""
+    """Measured items by name, kept in a file that is always written atomically."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
         self.known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
     def add(self, measured: dict[str, Any]) -> None:
-        """Keep more of them."""
+        """Add measured items."""
         self.known |= measured
         write_json(self.file, self.known)
 
 
 class OpenSuite(Protocol):
-    """A suite whose items have been read, and nothing measured yet."""
+    """A suite whose items have been read but not measured."""
 
     name: str
     identity: dict[str, Any]
-    """All that decides its measurement beside base and adapter."""
+    """Everything that decides its measurement, apart from base and adapter."""
 
     @property
     def margin(self) -> float | None:
-        """The drop that is still no loss; None where it is to decide nothing."""
+        """The largest drop that still counts as no loss; None if the suite decides nothing."""
 
     def expected(self) -> str:
-        """Return what can be said beforehand of how much it will show."""
+        """Return what the suite can be expected to show."""
 
     def measure(self, bench: Bench) -> Suite:
-        """Return the suite with the adapter off and on."""
+        """Return the suite, measured with the adapter off and on."""
 
 
 def draw(items: Sequence[T], wanted: int | None, seed: int) -> list[T]:
-    """So many items, in their own order; all where there are no more."""
+    """Draw this number of items, in their own order, or return all if there are no more."""
     if wanted is None or wanted >= len(items):
         return list(items)
     return [items[place] for place in sorted(np.random.default_rng(seed).permutation(len(items))[:wanted].tolist())]
 
 
 def _joined(alike: Sequence[int], groups: Sequence[str | None]) -> list[str]:
-    """Names of the clusters, [items]: of what is alike, joined where two of them share a group."""
+    """Return cluster names, [items]: groups of similar items, joined where two share a group."""
     members: defaultdict[str, list[str]] = defaultdict(list)
     for place, label in enumerate(alike):
         members[f"{label:09}"].append(f"{place}")
@@ -130,7 +130,7 @@ def _joined(alike: Sequence[int], groups: Sequence[str | None]) -> list[str]:
 
 
 def file_identity(engine: str, path: Path, settings: FileSuite, margin: float) -> dict[str, Any]:
-    """Return what decides the measurement of a suite whose items are in a file, beside base and adapter."""
+    """Return everything that decides the measurement of a file's suite, apart from base and adapter."""
     return {
         "engine": engine,
         "file": file_digest(path),
@@ -142,25 +142,25 @@ def file_identity(engine: str, path: Path, settings: FileSuite, margin: float) -
 def fitting(
     suite: str, items: Sequence[T], fits: Callable[[T], bool], long: str, bench: Bench
 ) -> tuple[list[T], list[str]]:
-    """Return the items that fit the base's context, and what is said of the others.
+    """Return the items that fit the base's context, and a note on the others.
 
     Args:
         suite: its name.
-        items: all of them.
-        fits: whether one does.
-        long: what those are that do not, such as "prompts are longer than the base's context".
-        bench: told, where there are any.
+        items: all items.
+        fits: returns True if an item fits.
+        long: description of the items that do not fit, such as "prompts are longer than the base's context".
+        bench: its reporter warns if there are any.
     """
     kept = [item for item in items if fits(item)]
     if len(kept) == len(items):
         return kept, []
-    told = f"{len(items) - len(kept)} {long}"
-    bench.reporter.warn(f"{suite}: {told}, and are left out.")
-    return kept, [told]
+    summary = f"{len(items) - len(kept)} {long}"
+    bench.reporter.warn(f"{suite}: {summary}, and are left out.")
+    return kept, [summary]
 
 
 def dealt(count: int, seed: int) -> list[int]:
-    """For each of at least two places another one: a cycle through all, so that none is dealt itself."""
+    """Return another index for each of at least two: one cycle through all, so that none maps to itself."""
     order = np.random.default_rng(seed).permutation(count)
     other = np.empty(count, dtype=np.int64)
     other[order] = np.roll(order, 1)
@@ -168,7 +168,7 @@ def dealt(count: int, seed: int) -> list[int]:
 
 
 def expected_text(name: str, items: int, margin: float) -> str:
-    """Return how many items the margin takes, said before anything is measured."""
+    """Return a message on the number of items that the margin requires, before any measurement."""
     needed = items_needed(margin)
     said = (
         f"{name}: {items:,} items. To show a drop of less than {100 * margin:g} points takes about {needed:,} "
@@ -183,7 +183,7 @@ def expected_text(name: str, items: int, margin: float) -> str:
 
 
 def above_chance(base: Floats, clusters: Sequence[str], chance: float, margin: float) -> Control:
-    """Return whether the base is so far above guessing that it can fall by the margin."""
+    """Return the control that the base is above guessing by at least the margin."""
     return Control(
         name=f"the base, where guessing gives {chance:.1%}",
         score=float(base.mean()),
@@ -194,7 +194,7 @@ def above_chance(base: Floats, clusters: Sequence[str], chance: float, margin: f
 
 
 def above_floor(name: str, base: Floats, floor: Floats, clusters: Sequence[str], margin: float, seed: int) -> Control:
-    """Return whether a control without the ability falls below the base by more than the margin, on the same items."""
+    """Return the control that a model without the ability falls below the base by more than the margin."""
     return Control(
         name=name,
         score=float(floor.mean()),
@@ -205,9 +205,9 @@ def above_floor(name: str, base: Floats, floor: Floats, clusters: Sequence[str],
 
 
 def lower_limit(scores: Floats, clusters: Sequence[str]) -> float:
-    """One-sided 95% lower limit of a mean of scores from 0 to 1: Wilson's, on the effective number of items.
+    """Return the one-sided 95% lower limit of a mean of scores: Wilson's, on the effective number of items.
 
-    Of graded scores too: among scores in that range with a given mean, right and wrong have the largest variance.
+    It also covers graded scores from 0 to 1: for a given mean, binary scores have the largest variance.
     """
     items = len(scores) if len(set(clusters)) == len(scores) else effective_items(scores, clusters)
     return wilson(float(scores.mean()), items, level=0.9).low
@@ -230,14 +230,14 @@ def suite_of(
     left_out: Sequence[str] = (),
     truncated: tuple[int, int] | None = None,
 ) -> Suite:
-    """Return a suite of items that score from 0 to 1; ``base``, ``tuned`` and ``clusters`` are theirs, [items]."""
+    """Return a suite of items that score from 0 to 1; ``base``, ``tuned`` and ``clusters`` are per item, [items]."""
     drop = paired_drop(base, tuned, clusters, seed)
     binary = bool(np.isin([base, tuned], (0.0, 1.0)).all())
-    # Of graded scores the mean square of the changes is what the share of changed items is of right and wrong.
+    # For graded scores, the mean squared change replaces the share of changed items.
     changed = float(np.square(base - tuned).mean())
-    # No change among n items still leaves about 1 in n + 2 (Laplace): no margin is shown by no items.
+    # No change among n items still leaves about 1 in n + 2 (Laplace): zero items never show a margin.
     needed = items_needed(margin, max(changed, 1 / (len(base) + 2)))
-    if len(set(clusters)) < len(base):  # so many independent ones, and more of these
+    if len(set(clusters)) < len(base):  # needed counts independent items; clustered ones are worth less
         needed = math.ceil(needed * len(base) / effective_items(base - tuned, clusters))
     return Suite(
         name=name,

@@ -1,7 +1,7 @@
 """Checks of an answer's form that a rule can decide, in the spirit of IFEval (Zhou et al. 2023, arXiv 2311.07911).
 
-None depends on the answer's language. Each can make a text that passes it and one that fails, which is how a suite
-shows that its checks can do both.
+No check depends on the answer's language. Each can make a text that passes and one that fails: with these, a suite
+tests its checks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class _Check(BaseModel):
 
     @abstractmethod
     def passes(self, text: str) -> bool:
-        """Return whether the text is as it has to be."""
+        """Return whether the text passes the check."""
 
     @abstractmethod
     def good(self) -> str:
@@ -33,7 +33,7 @@ class _Check(BaseModel):
 
 
 class _Count(_Check):
-    """How often something stands in the text; one of the two bounds has to be given."""
+    """A count of something in the text; at least one of the two bounds is required."""
 
     at_least: Annotated[int | None, Field(ge=0)] = None
     at_most: Annotated[int | None, Field(ge=0)] = None
@@ -59,11 +59,11 @@ class _Count(_Check):
 
     @abstractmethod
     def count(self, text: str) -> int:
-        """Return how often it stands there."""
+        """Return the count in the text."""
 
     @abstractmethod
     def make(self, times: int) -> str:
-        """Return a text in which it stands so often."""
+        """Return a text with this count."""
 
 
 class Words(_Count):
@@ -161,7 +161,7 @@ class Sections(_Count):
 
 
 class Occurrences(_Count):
-    """How often a text stands there, in whatever case."""
+    """The number of occurrences of a text, ignoring case."""
 
     check: Literal["occurrences"]
     of: Text
@@ -175,7 +175,7 @@ class Occurrences(_Count):
 
 
 class Contains(_Check):
-    """All of these texts stand there, in whatever case."""
+    """Required texts, ignoring case."""
 
     check: Literal["contains"]
     texts: Annotated[tuple[Text, ...], Field(min_length=1)]
@@ -191,7 +191,7 @@ class Contains(_Check):
 
 
 class ContainsOne(_Check):
-    """One of these texts stands there, as it is written."""
+    """Alternative texts, of which one has to occur as written."""
 
     check: Literal["contains_one"]
     texts: Annotated[tuple[Text, ...], Field(min_length=1)]
@@ -207,7 +207,7 @@ class ContainsOne(_Check):
 
 
 class Forbids(_Check):
-    """None of these words stands there as a word of its own, in whatever case."""
+    """Forbidden words, ignoring case; parts of longer words do not count."""
 
     check: Literal["forbids"]
     words: Annotated[tuple[Text, ...], Field(min_length=1)]
@@ -223,7 +223,7 @@ class Forbids(_Check):
 
 
 class Case(_Check):
-    """All letters that have case are small, or capital, and there are some."""
+    """A single case, lower or upper, for all cased letters; the text needs at least one."""
 
     check: Literal["case"]
     letters: Literal["lower", "upper"]
@@ -239,7 +239,7 @@ class Case(_Check):
 
 
 class StartsWith(_Check):
-    """The text begins so, in whatever case, outer white space apart."""
+    """A required beginning, ignoring case and outer white space."""
 
     check: Literal["starts_with"]
     text: Text
@@ -255,7 +255,7 @@ class StartsWith(_Check):
 
 
 class EndsWith(_Check):
-    """The text ends so, in whatever case; outer white space and quotation marks apart."""
+    """A required ending, ignoring case, outer white space and quotation marks."""
 
     check: Literal["ends_with"]
     text: Text
@@ -271,7 +271,7 @@ class EndsWith(_Check):
 
 
 class Quoted(_Check):
-    """The whole text stands between double quotation marks."""
+    """Double quotation marks around the whole text."""
 
     check: Literal["quoted"]
 
@@ -287,7 +287,7 @@ class Quoted(_Check):
 
 
 class Title(_Check):
-    """There is a title in double angle brackets."""
+    """A title in double angle brackets."""
 
     check: Literal["title"]
 
@@ -302,7 +302,7 @@ class Title(_Check):
 
 
 class Postscript(_Check):
-    """There is ``marker``, in whatever case, with or without a space after each full stop in it."""
+    """A ``marker``, ignoring case, with or without a space after each of its full stops."""
 
     check: Literal["postscript"]
     marker: Text
@@ -318,7 +318,7 @@ class Postscript(_Check):
 
 
 class Json(_Check):
-    """The text is JSON, in a Markdown fence or not."""
+    """JSON, with or without a Markdown fence."""
 
     check: Literal["json"]
 

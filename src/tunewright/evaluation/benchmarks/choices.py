@@ -37,7 +37,7 @@ _TOLD_AT_LEAST = 0.9
 
 
 class ChoicesSuite:
-    """A file of questions; an item scores 1 where the likeliest choice by the character is the right one (acc_norm).
+    """A file of questions; an item scores 1 if the likeliest choice per character is right (acc_norm).
 
     Raises:
         UserError: the file cannot be read, or has fewer than two questions.
@@ -54,11 +54,11 @@ class ChoicesSuite:
         self.identity: dict[str, Any] = file_identity(_ENGINE, path, settings, margin)
 
     def expected(self) -> str:
-        """Return how many items the margin takes."""
+        """Return a message on the number of items that the margin requires."""
         return expected_text(self.name, len(self.questions), self.margin)
 
     def measure(self, bench: Bench) -> Suite:
-        """Return the questions and the controls with the adapter off, then the questions with it on.
+        """Measure the questions and the controls with the adapter off, then the questions with it on.
 
         Raises:
             UserError: no two questions fit the base's context.
@@ -84,7 +84,7 @@ class ChoicesSuite:
     def _fitting(self, bench: Bench) -> tuple[list[Question], list[str]]:
         limit, tokenizer = context_length(bench.generator.base), bench.generator.chat.tokenizer
         long = f"questions are longer than the base's context of {limit:,} tokens"
-        # The control that tells the answer makes the longest rows.
+        # The control that reveals the answer makes the longest rows.
         asked, left_out = fitting(
             self.name, self.questions, lambda q: tokens(tokenizer, _told(q)) <= limit, long, bench
         )
@@ -101,14 +101,14 @@ class ChoicesSuite:
             replace(q, text=some[other].text) for q, other in zip(some, dealt(len(some), bench.seed), strict=True)
         ]
         mixed_up = self._scores(bench, others, None, "questions dealt to other choices")
-        told = self._scores(bench, [_told(q) for q in some[:_TOLD_ITEMS]], None, "answers told")
+        scores = self._scores(bench, [_told(q) for q in some[:_TOLD_ITEMS]], None, "answers told")
         return [
             Control(
                 name="the right answer told before the question",
-                score=float(told.mean()),
-                items=len(told),
+                score=float(scores.mean()),
+                items=len(scores),
                 wanted=f"at least {_TOLD_AT_LEAST:.0%}",
-                passed=bool(told.mean() >= _TOLD_AT_LEAST),
+                passed=bool(scores.mean() >= _TOLD_AT_LEAST),
             ),
             above_chance(base, clusters, chance, self.margin),
             above_floor(
@@ -122,7 +122,7 @@ class ChoicesSuite:
         ]
 
     def _scores(self, bench: Bench, asked: Sequence[Question], adapter: Adapter | None, what: str) -> Floats:
-        """1 where the likeliest choice is the right one, [items]; what is known already is not computed again."""
+        """Return 1 where the likeliest choice is the right one, [items]; known results are not computed again."""
         kept = bench.kept(_ENGINE, adapter)
         names = [digest([q.text, list(q.choices)]) for q in asked]
         missing = list(dict(pair for pair in zip(names, asked, strict=True) if pair[0] not in kept.known).items())

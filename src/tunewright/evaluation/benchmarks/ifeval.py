@@ -1,4 +1,4 @@
-"""Files of instructions: prompts with checks, in this project's own form or Google's for IFEval."""
+"""Files of instructions: prompts with checks, in this project's own format or Google's for IFEval."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ Values = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Instruction:
-    """A prompt, and what its answer has to pass; at least one check."""
+    """A prompt and the checks that its answer has to pass; at least one check."""
 
     prompt: str
     checks: tuple[Check, ...]
     group: str | None = None
-    """What it shares with other prompts, such as a text; None: nothing that the file says."""
+    """A text or the like that the prompt shares with others; None if the file does not say."""
 
     def followed(self, answer: str) -> bool:
-        """Return whether the answer passes all checks, as it stands (IFEval's strict); an empty one never does."""
+        """Return whether the answer passes all checks as written (IFEval's strict); an empty one never does."""
         return bool(answer.strip()) and all(check.passes(answer) for check in self.checks)
 
 
 def read_instructions(path: Path) -> tuple[list[Instruction], dict[str, int]]:
-    """Return the instructions of a JSONL file, and of the checks that are not supported how many prompts have each.
+    """Return the instructions of a JSONL file, and the number of prompts for each unsupported check.
 
     A line is ``{"prompt": …, "checks": [{"check": "words", "at_least": 300}, …]}``, or one of Google's, with
-    ``instruction_id_list`` and ``kwargs``. A prompt with a check that is not supported is left out as a whole. A
-    ``group`` says which prompts belong together.
+    ``instruction_id_list`` and ``kwargs``. A prompt with an unsupported check is left out as a whole. A ``group`` marks
+    prompts that belong together.
 
     Raises:
-        UserError: cannot be read, or a line that is neither (naming file and line).
+        UserError: the file cannot be read, or a line has neither format (the message names file and line).
     """
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
@@ -94,7 +94,7 @@ def _read(line: str, where: str) -> tuple[Instruction | None, set[str]]:
 
 
 def _google(name: str, given: Values) -> dict[str, Any] | None:
-    """Return a check of Google's as one of ours; None where there is none that is the same."""
+    """Return the equivalent of one of Google's checks, or None if there is no equivalent."""
     make = _GOOGLE.get(name)
     # Copies of the file name every keyword on every line, most of them with null.
     return None if make is None else make({key: value for key, value in given.items() if value is not None})
@@ -141,14 +141,14 @@ _GOOGLE: Mapping[str, Callable[[Values], dict[str, Any]]] = {
     "combination:repeat_prompt": lambda v: {"check": "starts_with", "text": v["prompt_to_repeat"]},
     "startend:end_checker": lambda v: {"check": "ends_with", "text": v["end_phrase"]},
     "startend:quotation": lambda _: {"check": "quoted"},
-    # Google's also ask a model whether the text is English, which is left out.
+    # Google's also ask a model whether the text is English; this is left out.
     "change_case:english_lowercase": lambda _: {"check": "case", "letters": "lower"},
     "change_case:english_capital": lambda _: {"check": "case", "letters": "upper"},
 }
 
 
 def unsupported_text(unsupported: Mapping[str, int], left_out: int) -> Sequence[str]:
-    """Return what is told of prompts that are left out for a check that is not supported."""
+    """Return a message on prompts that are left out for an unsupported check."""
     if not unsupported:
         return []
     named = ", ".join(f"{name} ({count})" for name, count in unsupported.items())

@@ -29,11 +29,11 @@ from tunewright.evidence.benchmarks import Control, Suite
 from tunewright.models.loading import context_length
 
 _ENGINE = "instructions-1"
-_TRUNCATED_SHARE = 0.05  # above this, failed checks may be the token limit's doing
+_TRUNCATED_SHARE = 0.05  # above this, the token limit may explain failed checks
 
 
 class InstructionsSuite:
-    """A file of instructions; an item scores 1 where the greedy answer passes all of its checks.
+    """A file of instructions; an item scores 1 if the greedy answer passes all of its checks.
 
     Raises:
         UserError: the file cannot be read, or has fewer than two prompts whose checks are all supported.
@@ -55,11 +55,11 @@ class InstructionsSuite:
         self.identity: dict[str, Any] = file_identity(_ENGINE, path, settings, margin)
 
     def expected(self) -> str:
-        """Return how many items the margin takes, and what is left out."""
+        """Return a message on the number of items that the margin requires, and on omitted prompts."""
         return "\n".join([expected_text(self.name, len(self.instructions), self.margin), *self.left_out])
 
     def measure(self, bench: Bench) -> Suite:
-        """Return the answers with the adapter off and on, and the controls.
+        """Measure the answers with the adapter off and on, and the controls.
 
         Raises:
             UserError: no two prompts fit the base's context with an answer.
@@ -126,7 +126,7 @@ class InstructionsSuite:
 
 
 def examples_control(instructions: Sequence[Instruction]) -> Control:
-    """Whether every check passes a text made to pass it, and fails one made to fail it, by the suite's own scorer."""
+    """Return the control that every check separates a passing text from a failing one, by the suite's scorer."""
     checks = [check for instruction in instructions for check in instruction.checks]
     right = [
         Instruction("", (check,)).followed(check.good()) and not Instruction("", (check,)).followed(check.bad())

@@ -27,7 +27,7 @@ _PREFERRED = "acc_norm"
 class LmEvalSuite:
     """A task or a group of tasks; an item scores what lm-eval gives it, as a share.
 
-    Without a chat template, as lm-eval does by default. Its own cache is not used: it does not know adapters apart.
+    No chat template is used, as by default in lm-eval. Its own cache is not used: it does not distinguish adapters.
 
     Raises:
         UserError: lm-eval is not installed, or has no such task.
@@ -62,13 +62,13 @@ class LmEvalSuite:
         }
 
     def expected(self) -> str:
-        """Return how many items the margin takes, where the number of items is known beforehand."""
+        """Return a message on the number of items that the margin requires, if the task's size is known."""
         if self.settings.limit is None:
             return f"{self.name}: all items of the task, against a margin of {100 * self.margin:g} points."
         return expected_text(self.name, self.settings.limit, self.margin)
 
     def measure(self, bench: Bench) -> Suite:
-        """Return the task with the adapter off and on; the control is whether the base is above guessing.
+        """Measure the task with the adapter off and on; the control is that the base is above guessing.
 
         Raises:
             UserError: the task's data cannot be fetched, or its metric is not a share for each item.
@@ -92,7 +92,7 @@ class LmEvalSuite:
         )
 
     def _measured(self, bench: Bench, adapter: Adapter | None, what: str) -> dict[str, Any]:
-        """Return each item's score and text by its name, the metric, and what guessing gives on average."""
+        """Return each item's score and text by its name, the metric, and the average score of guessing."""
         kept = bench.kept(_ENGINE, adapter, **self.identity)
         if not kept.known:
             with bench.reporter.task(f"{self.name}, {what}", 1, "runs of lm-eval") as task:
@@ -109,7 +109,7 @@ class LmEvalSuite:
         return kept.known
 
     def _run(self, bench: Bench, adapter: Adapter | None) -> tuple[dict[str, dict[str, Any]], str]:
-        """Return what lm-eval logged of each item, by the item's task and number, and the metric to go by."""
+        """Return lm-eval's log of each item, by task and item number, and the metric to use."""
         from lm_eval.evaluator import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
@@ -130,13 +130,13 @@ class LmEvalSuite:
                     torch_random_seed=bench.seed,
                     fewshot_random_seed=bench.seed,
                 )
-            except OSError as error:  # also of the hub and of `datasets`, where a data set cannot be fetched
+            except OSError as error:  # the hub and `datasets` raise it too, if a data set cannot be fetched
                 raise UserError(f"its data cannot be read: {error}", where=self.name) from error
         samples: dict[str, dict[str, Any]] = {}
         for name, logged in results["samples"].items():
             kind = results["configs"][name]["output_type"]
             for sample in logged:
-                # An item stands there once for each of the task's filters; the first filter counts.
+                # An item appears once for each of the task's filters; the first filter counts.
                 samples.setdefault(f"{name}/{sample['doc_id']}", {**sample, "output_type": kind})
         return samples, self._metric(samples, results)
 
@@ -159,9 +159,9 @@ class LmEvalSuite:
 
 
 def _asked(sample: dict[str, Any]) -> str:
-    """What an item's data have of texts beside its choices, which other items may share: what tells how alike two are.
+    """Return the texts of an item's data apart from its choices: the basis of similarity between items.
 
-    Tasks name their fields as they like, and the prompt may have other items in it as worked examples.
+    Tasks name their fields freely, and the prompt may contain other items as worked examples.
     """
     of_choices = sample["output_type"] == "multiple_choice"
     choices = {str(choice).strip() for _, choice in sample["arguments"]} if of_choices else set()
@@ -177,5 +177,5 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _chance(sample: dict[str, Any]) -> float:
-    """Return what guessing gives: one over the choices; of a generated answer, nothing."""
+    """Return the score of guessing: one over the number of choices, or 0 for a generated answer."""
     return 1 / len(sample["filtered_resps"]) if sample["output_type"] == "multiple_choice" else 0.0

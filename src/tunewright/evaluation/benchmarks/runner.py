@@ -1,4 +1,4 @@
-"""All suites of the config's regressions section, measured with an adapter off and on, as a section of the evidence."""
+"""All suites of the config's regressions section, measured with an adapter off and on, for the evidence."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from tunewright.evidence.schema import Advice, amend, evidence_on, load_evidence
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """What `general` did."""
+    """The result of measuring the suites."""
 
     adapter: Adapter
     general: Benchmarks
     measured: bool
-    """False when the same suites had been measured before."""
+    """False when the same suites had already been measured."""
     folder: Path | None
-    """The evaluation whose evidence holds it; None where the adapter has not been evaluated yet."""
+    """The evaluation whose evidence holds the section; None if the adapter has not been evaluated yet."""
 
     @property
     def standing(self) -> Standing:
@@ -46,7 +46,8 @@ def open_suites(project: ProjectFolder) -> list[OpenSuite]:
     """Return the config's suites with their items read; nothing is loaded or measured.
 
     Raises:
-        UserError: no suite, a file that cannot be read, two suites of one name, or lm-eval is named and not installed.
+        UserError: there is no suite, a file cannot be read, two suites share a name, or lm-eval is needed and not
+            installed.
     """
     settings, root, seed = project.config.regressions, project.root, project.config.seed
     if not settings.measures:
@@ -65,12 +66,12 @@ def open_suites(project: ProjectFolder) -> list[OpenSuite]:
 
 
 def measure_general(arm_runner: ArmRunner, adapter: Adapter, suites: Sequence[OpenSuite]) -> BenchmarkResult:
-    """Measure the suites, or find them measured; evidence on this adapter gets the section.
+    """Measure the suites, or reuse their measurement; evidence on this adapter gets the section.
 
     Args:
-        measurement: the project's, of the dataset version that the adapter was trained on.
+        arm_runner: the project's, on the dataset version that the adapter was trained on.
         adapter: the adapter.
-        suites: as :func:`open_suites` gives them.
+        suites: suites from :func:`open_suites`.
     """
     project, generator = arm_runner.project, arm_runner.generator
     identity = digest(
@@ -102,7 +103,7 @@ def measure_general(arm_runner: ArmRunner, adapter: Adapter, suites: Sequence[Op
 def evaluate_with_general(
     arm_runner: ArmRunner, adapter: Adapter, advice: Advice, suites: Sequence[OpenSuite]
 ) -> EvaluateResult:
-    """Answer the test split, and measure the suites besides; with none, evidence keeps what was measured before."""
+    """Answer the test split and measure the suites; without suites, evidence keeps its earlier section."""
     result = evaluate(arm_runner, adapter, advice)
     if not suites:
         return result
@@ -114,7 +115,7 @@ def evaluate_with_general(
 
 
 def evaluation_of(project: ProjectFolder, adapter: Adapter, reporter: Reporter) -> Path | None:
-    """Return the newest held-out evaluation of an adapter; None where there is none."""
+    """Return the newest held-out evaluation of an adapter, or None."""
     evidence = evidence_on(project.evaluations, adapter.digest, reporter)
     return None if evidence is None else project.evaluations / evidence.id
 
@@ -128,11 +129,11 @@ def _measured(bench: Bench, suites: Sequence[OpenSuite], identity: str) -> Bench
         try:
             measured.append(suite.measure(bench))
         except UserError as error:
-            if suite.margin is not None:  # it was to decide: without it there is no result
+            if suite.margin is not None:  # it decides: without it there is no result
                 raise
-            told = f"{suite.name}: {error.what}"
-            bench.reporter.warn(f"Not measured: {told}")
-            not_measured.append(told)
+            reason = f"{suite.name}: {error.what}"
+            bench.reporter.warn(f"Not measured: {reason}")
+            not_measured.append(reason)
     generator = bench.generator
     return Benchmarks(
         id=identity,

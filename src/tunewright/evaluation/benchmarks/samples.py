@@ -1,4 +1,4 @@
-"""The base's own conversations as a suite: how much less likely the adapter finds what the base says by itself."""
+"""The base's own conversations as a suite: the adapter's increase in loss on the base's own output."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _NOTHING = 1e-3  # nats per token, of the base against itself
 
 Answering = Callable[[], AbstractContextManager[Any]]
 Compared = list[float]
-"""Of one answer, in nats per token: loss under the first, loss under the second, divergence from first to second."""
+"""Per answer, in nats per token: loss under the first, loss under the second, divergence from first to second."""
 
 
 class SamplesSuite:
-    """So many samples; the margin is in nats per token."""
+    """A suite of samples that the base wrote; the margin is in nats per token."""
 
     name = "the base's own samples"
 
@@ -38,15 +38,15 @@ class SamplesSuite:
         self.identity: dict[str, Any] = {"engine": _ENGINE, "samples": wanted, "margin": margin}
 
     def expected(self) -> str:
-        """Return how far the samples vary is not known beforehand."""
-        told = "" if self.margin is None else f", against a margin of {self.margin:g} nats per token"
-        return f"{self.name}: {self.wanted} of them{told}."
+        """Return a message: the variance of the samples is not known beforehand."""
+        margin = "" if self.margin is None else f", against a margin of {self.margin:g} nats per token"
+        return f"{self.name}: {self.wanted} of them{margin}."
 
     def measure(self, bench: Bench) -> Suite:
-        """Return the samples, drawn at first use, with the adapter off and on; and the controls.
+        """Measure the samples, drawn at first use, with the adapter off and on; and the controls.
 
         Raises:
-            UserError: nothing that the base writes is of use, or all of it was trained on.
+            UserError: none of the base's samples is usable, or all were trained on.
         """
         meter = ForgettingMeter(bench.project, bench.version, bench.generator, self.wanted)
         rows = meter.unseen(bench.adapter)
@@ -97,7 +97,7 @@ class SamplesSuite:
         two: tuple[Answering, Answering],
         rows: Mapping[str, Tokens],
     ) -> dict[str, Compared]:
-        """Two models on these rows, by pair key; what is known already is not computed again."""
+        """Compare two models on these rows, by pair key; known results are not computed again."""
         kept = bench.kept(f"{_ENGINE}: {what}", adapter, template=bench.generator.chat.digest)
         missing = {key: row for key, row in rows.items() if key not in kept.known}
         if missing:
@@ -152,17 +152,17 @@ def _sums(rows: Mapping[str, Tokens], compared: Mapping[str, Compared]) -> Float
 def compare(
     first: Answering, second: Answering, rows: Mapping[str, Tokens], pad_id: int
 ) -> Iterator[dict[str, Compared]]:
-    """How likely two models find each row's last answer, and the divergence from one to the other over it.
+    """Yield two models' losses on each row's last answer, and the divergence from one to the other over it.
 
-    The divergence is taken over the whole vocabulary at each place. Both models see the same batches.
+    The divergence is computed over the whole vocabulary at each position. Both models see the same batches.
 
     Args:
-        first, second: while open, what they give is the model.
+        first, second: context managers that provide the models.
         rows: name to ids and mask.
         pad_id: any token id.
 
     Yields:
-        Name to means over the answer's tokens, of each batch.
+        Name to means over the answer's tokens, for each batch.
     """
     import torch
     from torch.nn.functional import kl_div
@@ -170,7 +170,8 @@ def compare(
     for batch in judged_batches(rows, pad_id):
         states = []
         for answering in (first, second):
-            with answering() as model, torch.inference_mode():  # inside: what loads adapters is no inference
+            # Entered after the model: adapters must not load in inference mode.
+            with answering() as model, torch.inference_mode():
                 states.append(batch.states(model))
         with torch.inference_mode():
             head = whole_model(model).get_output_embeddings()
@@ -188,7 +189,7 @@ def compare(
 
 @contextmanager
 def without_layer(model: Any, number: int) -> Iterator[None]:
-    """While this is open, one decoder layer (from 0) lets its input through as it is: damage that any base feels."""
+    """Make one decoder layer (from 0) pass its input through unchanged: damage that any base shows."""
 
     def let_through(_layer: Any, args: Any, kwargs: Any, output: Any) -> Any:
         given = args[0] if args else kwargs["hidden_states"]

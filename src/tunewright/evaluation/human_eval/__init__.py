@@ -1,1 +1,1 @@
-"""People compare the arms' answers, blind: which pairs, who said what, and what follows for all test items."""
+"""Blind comparison of the arms' answers by people: sampling, verdicts, and estimates for all test items."""

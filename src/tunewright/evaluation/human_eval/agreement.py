@@ -1,4 +1,4 @@
-"""How far two raters agree on preferences, beyond chance, with an interval that keeps clusters whole."""
+"""Agreement of two raters on preferences, beyond chance, with an interval that keeps clusters whole."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tunewright.evidence.human_eval import RaterAgreement
 from tunewright.evidence.statistics import RESAMPLES, bootstrap_sums, cluster_sums, percentiles
 
 _KINDS = (-1, 0, 1)
-_DEFINED = 0.5  # of the resamples: with fewer, an interval of them would speak of something else
+_DEFINED = 0.5  # share of the resamples: with fewer, an interval would describe something else.
 
 
 def agreement(
@@ -24,17 +24,17 @@ def agreement(
     seed: int,
     resamples: int = RESAMPLES,
 ) -> RaterAgreement:
-    """Cohen's kappa (1960) of two raters on the same items, with a 95% percentile bootstrap over clusters.
+    """Return Cohen's kappa (1960) of two raters on the same items, with a 95% percentile bootstrap over clusters.
 
-    Resamples in which both raters say one and the same of all items have no kappa and are left out; where that is half
-    of them or more there is no interval.
+    Resamples in which both raters give all items the same verdict have no kappa and are left out. If these are half of
+    them or more, there is no interval.
 
     Args:
         raters: their names.
         first, second: preferences -1, 0 or 1, [items]; at least one.
         clusters: the items' clusters.
         seed: decides the resamples.
-        resamples: how many.
+        resamples: number of resamples.
     """
     cells = np.zeros((len(first), len(_KINDS) ** 2), dtype=np.int64)
     places = [(_KINDS.index(a), _KINDS.index(b)) for a, b in zip(first, second, strict=True)]
@@ -56,7 +56,7 @@ def agreement(
 
 
 def kappas(tables: NDArray[Any]) -> NDArray[np.float64]:
-    """Cohen's kappa of each table of counts, [tables, kinds * kinds]; NaN where chance alone gives full agreement."""
+    """Return Cohen's kappa of each table of counts, [tables, kinds * kinds]; NaN where chance agreement is full."""
     kinds = len(_KINDS)
     shares = tables.reshape(-1, kinds, kinds) / tables.sum(axis=1)[:, None, None]
     observed = np.trace(shares, axis1=1, axis2=2)

@@ -1,11 +1,11 @@
-"""What a stratified sample of people's verdicts says of all test items, alone and with a judge's help.
+"""Estimates for all test items from a stratified sample of people's verdicts, alone and with a judge's help.
 
 One estimator serves both: stratified prediction-powered inference. For items i of strata h, with a verdict y where
 people gave one and a judge's f everywhere, it is
 
     theta = sum_h W_h ( mean of y - L f over reviewed items of h  +  L times the mean of f over all items of h )
 
-which is unbiased whatever the judge's errors, since reviewed items are a random part of their stratum: the judge's mean
+which is unbiased whatever the judge's errors, since reviewed items are a random part of their stratum. The judge's mean
 is corrected by its mean error there. L = 0 is the classical stratified mean; L is tuned to make the variance small
 (PPI++). After Angelopoulos et al. 2023, "Prediction-powered inference" (arXiv 2301.09633); Angelopoulos, Duchi and
 Zrnic 2023, "PPI++" (arXiv 2311.01453); Fisch et al. 2024, "Stratified prediction-powered inference" (arXiv 2406.04291).
@@ -31,7 +31,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Estimate:
-    """The mean of y over all items, from -1 to 1, with its 95% interval, and the L that was used."""
+    """The mean of y over all items, from -1 to 1, with its 95% interval and the L in use."""
 
     value: float
     interval: Interval
@@ -40,7 +40,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class _Term:
-    """A mean by strata: its value, how each item moves it ([items]), and how two made-up clusters do ([2])."""
+    """A mean by strata: its value, the influence of each item ([items]) and of two artificial clusters ([2])."""
 
     value: float
     influence: Floats
@@ -48,12 +48,12 @@ class _Term:
 
 
 class Design:
-    """Which items were reviewed, of which strata and clusters.
+    """The design of the sample: reviewed items, their strata and clusters.
 
     Args:
         strata: each item's stratum, [items].
-        reviewed: which items have a verdict, [items]; at least one of each stratum.
-        certain: which are known without asking (equal answers): reviewed strata of their own, [items].
+        reviewed: mask of items with a verdict, [items]; at least one of each stratum.
+        certain: mask of items known without review (equal answers), as separate reviewed strata, [items].
         clusters: each item's cluster, [items].
     """
 
@@ -68,12 +68,12 @@ class Design:
         self.answered = np.bincount(self.stratum[reviewed], minlength=count).astype(float)
         assert (self.answered > 0).all(), "a stratum without a verdict says nothing"
         asked = reviewed & ~certain
-        # One made-up cluster of all preferred and one of none, of mean size, spread over the strata that were asked.
+        # One artificial cluster of all preferred and one of none, of mean size, spread over the reviewed strata.
         drawn = np.bincount(self.stratum[asked], minlength=count).astype(float)
         self.extra = drawn / max(len({self.clusters[i] for i in np.flatnonzero(asked)}), 1)
 
     def term(self, values: Floats, made_up: float, adjusted: bool = True) -> _Term:
-        """The stratified mean of ``values`` ([items], read where reviewed), with the made-up clusters counted in."""
+        """Return the stratified mean of ``values`` ([items], read where reviewed), with the artificial clusters."""
         held = self.answered + (2 * self.extra if adjusted else 0)
         seen = np.where(self.reviewed, values, 0.0)
         means = np.bincount(self.stratum, weights=seen, minlength=len(self.sizes)) / held
@@ -85,28 +85,27 @@ class Design:
         return _Term(value, influence, (self.extra * weight) @ (signs[None, :] - means[:, None]))
 
     def centred(self, values: Floats) -> Floats:
-        """``values`` ([items]) less their mean over all items of the stratum."""
+        """Return ``values`` ([items]) minus their mean over all items of the stratum."""
         means = np.bincount(self.stratum, weights=values, minlength=len(self.sizes)) / self.sizes
         return np.asarray(values - means[self.stratum], dtype=np.float64)
 
     def by_cluster(self, influence: Floats) -> Floats:
-        """Influences summed within clusters, [clusters]."""
+        """Return influences summed within clusters, [clusters]."""
         sums: NDArray[Any] = cluster_sums(influence[:, None], self.clusters)
         return np.asarray(sums[:, 0], dtype=np.float64)
 
 
 def estimate(design: Design, verdicts: Floats, judged: Floats | None = None, tuning: float | None = None) -> Estimate:
-    """Estimate the mean verdict over all items, as if they were drawn from a world of such clusters.
+    """Estimate the mean verdict over all items, for a population of such clusters.
 
-    The interval is normal, with the linearised variance over clusters (both phases: which items the test set has, and
-    which of them were asked about), and with Bonett and Price's (2012) adjustment for small samples: two made-up
-    clusters, one of treatment preferred and one of control preferred, are counted in. Without it, 50 verdicts of one
-    kind would give an interval of no width.
+    The interval is normal, with the linearised variance over clusters in both phases (test items, reviewed items).
+    Bonett and Price's (2012) adjustment for small samples adds two artificial clusters, one preferring the treatment
+    and one the control. Without it, 50 verdicts of one kind would give an interval of no width.
 
     Args:
-        design: what was reviewed.
+        design: the design of the sample.
         verdicts: y from -1 to 1, [items]; not read where an item was not reviewed.
-        judged: f, the judge's, [items] (None: there is no judge). Any fixed value may stand where the judge is silent.
+        judged: f, the judge's verdicts, [items] (None: no judge). Any fixed value may stand where the judge has none.
         tuning: L (None: the one of least variance, within 0 and 1).
     """
     plain = design.term(verdicts, 0.0, adjusted=False)
@@ -115,7 +114,7 @@ def estimate(design: Design, verdicts: Floats, judged: Floats | None = None, tun
         return _bounded(design, plain.value, people, 0.0)
     f = design.centred(judged)
     judge = design.term(f, 0.0)
-    # The judge's part: what its mean over all items adds, less what its mean over reviewed ones took away.
+    # The judge's part: its mean over all items minus its mean over the reviewed ones.
     moved = judge.influence - f
     if tuning is None:
         ours, theirs = design.by_cluster(people.influence), design.by_cluster(moved)

@@ -1,7 +1,6 @@
-"""What a reviewer said, one event a line in ``human-eval/NAME.jsonl``, only ever appended to.
+"""The reviewers' journals: one event per line in ``human-eval/NAME.jsonl``, append-only.
 
-Verdicts are kept as they were given, of A and B: which arm that was follows from the sample's seed, and is nowhere in
-the file.
+Verdicts are stored for A and B. The sample's seed determines which arm is which; the file does not say.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import writing
 
 FOLDER = "human-eval"
-"""Beside the evidence."""
+"""Folder next to the evidence."""
 _LONGEST_NAME = 200  # bytes, of the 255 that a file name may have
 
 Side = Literal["A", "B", "both", "neither", "skip"]
@@ -36,27 +35,27 @@ class _Event(BaseModel):
 
 
 class Judged(_Event):
-    """Which answer is better, or that both are good or neither is."""
+    """A verdict: the better answer, or both good, or neither."""
 
     event: Literal["verdict"] = "verdict"
     verdict: Side
-    reference: Annotated[bool, Field(description="The reference had been shown.")]
+    reference: Annotated[bool, Field(description="The reference was shown before the verdict.")]
 
 
 class Undone(_Event):
-    """The reviewer takes back the latest verdict on an item that stands."""
+    """The reviewer takes back the latest standing verdict on an item."""
 
     event: Literal["undo"] = "undo"
 
 
 class Shown(_Event):
-    """The reviewer was shown the item's reference."""
+    """The reviewer saw the item's reference."""
 
     event: Literal["reference"] = "reference"
 
 
 class Noted(_Event):
-    """The reviewer's note on an item, in place of any earlier one; an empty one removes it."""
+    """The reviewer's note on an item, replacing any earlier one; an empty one removes it."""
 
     event: Literal["note"] = "note"
     text: str
@@ -68,7 +67,7 @@ _EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="e
 
 @dataclass(frozen=True)
 class Journal:
-    """A reviewer's events, and what stands of them."""
+    """A reviewer's events, and the resulting verdicts."""
 
     reviewer: str
     events: tuple[Event, ...] = ()
@@ -80,20 +79,20 @@ class Journal:
 
     @property
     def standing(self) -> dict[str, Judged]:
-        """The verdict that stands on each item, by pair key."""
+        """The current verdict on each item, by pair key."""
         return {key: stack[-1] for key, stack in self.stacks.items() if stack}
 
     def latest(self) -> Judged | None:
-        """Return the verdict given last, of those that stand."""
+        """Return the most recent of the current verdicts."""
         alive = {id(judged) for judged in self.standing.values()}
         return next((e for e in reversed(self.events) if isinstance(e, Judged) and id(e) in alive), None)
 
 
 def journal_path(folder: Path, reviewer: str) -> Path:
-    """Where a reviewer's journal is.
+    """Return the path of a reviewer's journal.
 
     Raises:
-        UserError: no name, or one that no file can have.
+        UserError: the name is empty, or not valid as a file name.
     """
     name = reviewer.strip()
     if not name or not name.isprintable():
@@ -113,7 +112,7 @@ def read_journal(folder: Path, reviewer: str) -> Journal:
     """Return one reviewer's journal; it may be empty.
 
     Raises:
-        UserError: naming file and line: not an event.
+        UserError: a line is not an event; the message names file and line.
     """
     path = journal_path(folder, reviewer)
     return _parse(path) if path.is_file() else Journal(reviewer.strip())
@@ -155,16 +154,16 @@ def _stood(reviewer: str, events: Sequence[Event], torn: bool) -> Journal:
 
 
 def _whole_lines(data: bytes) -> tuple[bytes, bool]:
-    """Return the lines without half a last one, and whether there was one."""
+    """Return the complete lines, and whether a partial last line was dropped."""
     end = data.rfind(b"\n") + 1
     return data[:end], end < len(data)
 
 
 def append_events(folder: Path, events: Sequence[Event]) -> None:
-    """Add one reviewer's events to the end of their journal; what a crash left of half a line goes first.
+    """Append events to a reviewer's journal, first removing a partial line that a crash left.
 
     Raises:
-        UserError: the disk is full or refuses.
+        UserError: the file cannot be written.
     """
     path = journal_path(folder, events[0].reviewer)
     lines = "".join(f"{event.model_dump_json()}\n" for event in events).encode()

@@ -1,4 +1,4 @@
-"""A judge's preferences between the two arms: what people are compared with, and helped by."""
+"""A judge's preferences between the two arms: a comparison for people's verdicts, and an aid to estimates."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class JudgePreferences:
 
 
 def heard_judge(folder: Path, evidence: Evidence, reporter: Reporter) -> JudgePreferences | None:
-    """Return the evaluation's judge on its deciding contrast; None if there is none, or if it may not be heard.
+    """Return the evaluation's judge on its deciding contrast, or None without a judge or with a vetoed one.
 
     Raises:
         UserError: the judge's rows cannot be read.

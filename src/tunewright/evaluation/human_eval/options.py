@@ -1,4 +1,4 @@
-"""Which of the command's options go together."""
+"""Valid combinations of the command's options."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from tunewright.core.errors import UserError
 
 
 def check_options(*, results: bool, export: bool, sheet: bool, items: bool, reviewer: bool, reference: bool) -> None:
-    """Refuse options of ``tunewright human-eval`` that would be ignored; each argument says whether it is given.
+    """Refuse options of ``tunewright human-eval`` that would be ignored; each argument is True if given.
 
     Raises:
-        UserError: naming the options.
+        UserError: options conflict; the message names them.
     """
     actions = [name for name, there in (("--results", results), ("--export", export), ("--import", sheet)) if there]
     if len(actions) > 1:

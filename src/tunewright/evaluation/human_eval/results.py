@@ -1,4 +1,4 @@
-"""Results of all reviewers, and what they show for all test items: the evidence's section ``human_eval``."""
+"""Results of all reviewers, and estimates for all test items: the evidence's section ``human_eval``."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ Preferences = Mapping[str, int]
 
 
 def review_results(folder: Path, judge: JudgePreferences | None = None) -> AnswerReview:
-    """Put together what reviewers said, weighted to all test items.
+    """Combine the reviewers' verdicts, weighted to all test items.
 
     Args:
-        folder: the evaluation's.
+        folder: the evaluation's folder.
         judge: a judge's preferences on the same two arms.
 
     Raises:
-        UserError: no evaluation there, or no review of it has been begun.
+        UserError: there is no evaluation, or nobody has started to review it.
     """
     evidence, items = load_evidence(folder), load_items(folder)
     sample = load_sample(folder / FOLDER, evidence)
@@ -51,7 +51,7 @@ def review_results(folder: Path, judge: JudgePreferences | None = None) -> Answe
 
 
 def preferences(journal: Journal, sample: Sample) -> dict[str, int]:
-    """Return a reviewer's standing verdicts on the sample, told of the arms; skipped items are not in it."""
+    """Return a reviewer's current verdicts on the sample, in terms of the arms; skipped items are left out."""
     found = {}
     for key in sample.order:
         judged = journal.standing.get(key)
@@ -112,7 +112,7 @@ def _section(
 
 
 def _lacking(strata: Sequence[ReviewStratum]) -> str | None:
-    """Return why there is no estimate yet: a stratum without two verdicts has no variance, and may not be left out."""
+    """Return why there is no estimate yet: each stratum needs two verdicts for its variance."""
     short = [s.name for s in strata if s.answered < min(2, s.items)]
     if not short:
         return None
@@ -137,15 +137,15 @@ def _estimates(
     classical = estimate(design, verdicts)
     if judge is None:
         return classical, None
-    # Where the judge is silent a tie stands for it: any value will do that does not look at people's verdicts.
+    # A tie replaces a missing judge verdict: any value will do that does not look at people's verdicts.
     judged = np.array([0.0 if key not in stratum_of else float(judge.preferences.get(key, 0)) for key in keys])
-    told = sum(key in judge.preferences for key in stratum_of)
+    covered = sum(key in judge.preferences for key in stratum_of)
     found = estimate(design, verdicts, judged)
-    return classical, Powered(win_rate=_win_rate(found, POWERED), tuning=found.tuning, judged=told)
+    return classical, Powered(win_rate=_win_rate(found, POWERED), tuning=found.tuning, judged=covered)
 
 
 def _win_rate(found: Estimate, method: str) -> Score:
-    """From the mean of -1, 0 and 1 to the share of wins, ties counting half."""
+    """Convert the mean of -1, 0 and 1 to the win rate, with ties counting half."""
     interval = Interval(low=(1 + found.interval.low) / 2, high=(1 + found.interval.high) / 2)
     return Score(value=(1 + found.value) / 2, interval=interval, method=method)
 

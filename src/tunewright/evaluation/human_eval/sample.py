@@ -1,6 +1,6 @@
-"""Which test items people are asked about, and which answer is shown on which side.
+"""The sample of test items for human review, and the side of each answer.
 
-Drawn at random within strata that the deciding metric makes, so that each item's chance is known and what is found can
+Items are drawn at random within strata of the deciding metric. Each item's chance is therefore known, and results can
 be weighted back to all items. The seed is a digest of the evaluation: nobody chooses it, and anybody can check it.
 """
 
@@ -23,16 +23,16 @@ from tunewright.metrics import normalised
 
 SAMPLE_FILE = "sample.json"
 ITEMS = 50
-"""Asked about by default. 33 of 50 that all show a preference are significant at 5%."""
+"""Default number of items. 33 of 50 that all show a preference are significant at 5%."""
 SMALLEST = 5
-"""Items of each stratum, if it has them and the sample is large enough, so that broken ones are looked at too."""
+"""Minimum items of each stratum, if it has them and the sample is large enough, so that broken ones are seen too."""
 
 StratumName = Literal["fixed", "broken", "both right", "both wrong"]
 STRATA: tuple[StratumName, ...] = get_args(StratumName)
 
 
 class StratumSize(Part):
-    """How many items of a stratum are asked about, of how many with different answers."""
+    """The number of drawn items of a stratum, and of its items with different answers."""
 
     name: StratumName
     items: int
@@ -40,7 +40,7 @@ class StratumSize(Part):
 
 
 class Sample(Part):
-    """The items to ask about, in the order of asking; nothing in it tells the sides."""
+    """The items to review, in order; it does not reveal the sides."""
 
     evaluation: Annotated[str, Field(description="The evidence's ID.")]
     treatment: str
@@ -54,16 +54,16 @@ class Sample(Part):
 
 
 def open_sample(folder: Path, evidence: Evidence, items: Sequence[Item], count: int | None) -> Sample:
-    """Return the sample of this evaluation: the one there is, or a new one of ``count`` items (None: `ITEMS`).
+    """Return the evaluation's sample: the existing one, or a new one of ``count`` items (None: `ITEMS`).
 
     Args:
-        folder: where reviews of the evaluation are kept.
-        evidence: its first contrast is what is reviewed.
+        folder: folder for reviews of the evaluation.
+        evidence: its first contrast is reviewed.
         items: all test items.
-        count: how many to ask about.
+        count: number of items to review.
 
     Raises:
-        UserError: the sample there is has another size or is of other items, or none can be drawn.
+        UserError: the existing sample has another size or other items, or none can be drawn.
     """
     sample = load_sample(folder, evidence)
     if sample is None:
@@ -78,10 +78,10 @@ def open_sample(folder: Path, evidence: Evidence, items: Sequence[Item], count: 
 
 
 def keep_sample(folder: Path, evidence: Evidence, sample: Sample) -> None:
-    """Record the sample, unless it is recorded.
+    """Record the sample, unless it is already recorded.
 
     Raises:
-        UserError: another one was recorded meanwhile, or the disk refuses.
+        UserError: another sample was recorded meanwhile, or the file cannot be written.
     """
     there = load_sample(folder, evidence)
     if there is None:
@@ -91,10 +91,10 @@ def keep_sample(folder: Path, evidence: Evidence, sample: Sample) -> None:
 
 
 def load_sample(folder: Path, evidence: Evidence) -> Sample | None:
-    """Return the sample that was drawn, if one was.
+    """Return the existing sample, if any.
 
     Raises:
-        UserError: the file is no sample of this evaluation.
+        UserError: the file is not a sample of this evaluation.
     """
     path = folder / SAMPLE_FILE
     try:
@@ -114,7 +114,7 @@ def draw_sample(evidence: Evidence, items: Sequence[Item], count: int) -> Sample
     """Draw from the items whose answers by the deciding contrast's two arms differ.
 
     Raises:
-        UserError: fewer than two items for each stratum, or no answers that differ.
+        UserError: there are fewer than two items for each stratum, or no answers differ.
     """
     first = evidence.contrasts[0]
     strata = stratify(items, first.treatment, first.control, evidence.metric)
@@ -143,8 +143,8 @@ def draw_sample(evidence: Evidence, items: Sequence[Item], count: int) -> Sample
 def stratify(items: Sequence[Item], treatment: str, control: str, metric: MetricName) -> dict[str, StratumName]:
     """Return the stratum of each item whose answers differ (after `normalised`), by pair key.
 
-    ``fixed`` is where the metric scores the treatment higher, ``broken`` lower; ``both right`` is where both have the
-    full score, ``both wrong`` where they have the same lower one, or where the item is not scored in both arms.
+    In ``fixed`` the metric scores the treatment higher, in ``broken`` lower. In ``both right`` both have the full
+    score. In ``both wrong`` they share a lower score, or the item is not scored in both arms.
     """
     different = [i for i in items if normalised(i.answers[treatment]) != normalised(i.answers[control])]
     return {i.key: _stratum_of(i.scores[metric], treatment, control) for i in different}
@@ -163,9 +163,9 @@ def _stratum(treatment: float, control: float) -> StratumName:
 
 
 def draw(strata: Mapping[str, StratumName], count: int, seed: int) -> list[str]:
-    """Draw ``count`` keys, without replacement and at random within each stratum, and shuffle them over all strata.
+    """Draw ``count`` keys at random within each stratum, without replacement, and shuffle them over all strata.
 
-    Whoever stops early has then answered a random part of each stratum.
+    A reviewer who stops early has then judged a random part of each stratum.
 
     Raises:
         UserError: fewer than two for each stratum.
@@ -179,7 +179,7 @@ def draw(strata: Mapping[str, StratumName], count: int, seed: int) -> list[str]:
 
 
 def allocate(sizes: Mapping[StratumName, int], count: int) -> dict[StratumName, int]:
-    """How many to draw of each stratum: in proportion to its size, but no fewer than `SMALLEST` where it has them.
+    """Allocate the draws to strata: proportional to size, but at least `SMALLEST` where available.
 
     Raises:
         UserError: fewer than two for each stratum, without which a variance cannot be estimated.
@@ -201,5 +201,5 @@ def allocate(sizes: Mapping[StratumName, int], count: int) -> dict[StratumName, 
 
 
 def treatment_is_a(seed: int, key: str) -> bool:
-    """Return whether the treatment's answer is shown as A: a fair coin that depends on the seed and the item alone."""
+    """Return whether the treatment's answer is shown as A: a fair coin from the seed and the item alone."""
     return bool(hashlib.sha256(f"{seed}:{key}".encode()).digest()[0] & 1)

@@ -1,4 +1,4 @@
-"""A blind review under way: which pair comes next, and what becomes of the verdict. Any screen can drive it."""
+"""A blind review in progress: the next pair and the recorded verdicts, independent of the user interface."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from tunewright.evidence.schema import Evidence, Item, load_evidence, load_items
 
 @dataclass(frozen=True)
 class Pair:
-    """Two answers to one input, of two arms that are not named."""
+    """Two answers to one input, from two unnamed arms."""
 
     key: str
     number: int
-    """Its place in the order of asking, from 1."""
+    """Its position in the review order, from 1."""
     input: str
     a: str
     b: str
@@ -37,12 +37,12 @@ class Pair:
     """None until the reviewer has asked for it."""
     note: str
     verdict: Side | None
-    """What the reviewer has said of it so far."""
+    """The reviewer's verdict so far."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a reviewer is: items with a verdict, those skipped, all to be asked, and those not asked as equal."""
+    """A reviewer's progress: items judged, skipped and to be reviewed, and equal answers that need no review."""
 
     answered: int
     skipped: int
@@ -51,16 +51,16 @@ class Progress:
 
 
 class BlindReview:
-    """One reviewer's pass over an evaluation's sample; all that is said is on disk before the next pair is shown.
+    """One reviewer's pass over an evaluation's sample; every event is on disk before the next pair is shown.
 
     Args:
         folder: the evaluation's.
-        reviewer: whose verdicts these are.
-        reporter: is told of a sample drawn, and of what a crash cut off.
-        items: how many to ask about, where no sample has been drawn yet (None: 50).
+        reviewer: the reviewer's name.
+        reporter: reports a newly drawn sample, and lines that a crash cut off.
+        items: number of items to review, if no sample has been drawn yet (None: 50).
 
     Raises:
-        UserError: no evaluation there, no name, or another sample than the one there is.
+        UserError: there is no evaluation, the name is invalid, or an existing sample differs.
     """
 
     def __init__(self, folder: Path, reviewer: str, reporter: Reporter, *, items: int | None = None) -> None:
@@ -80,29 +80,29 @@ class BlindReview:
         if strangers := self.journal.standing.keys() - set(self.sample.order):
             reporter.warn(f"{len(strangers):,} verdicts are on items outside the sample and do not count.")
         self._passed: set[str] = set()  # skipped in this pass: not offered again before the next one
-        self._back: str | None = None  # taken back: comes next
+        self._back: str | None = None  # taken back: shown next
 
     @property
     def progress(self) -> Progress:
-        """How far this reviewer is."""
+        """This reviewer's progress."""
         said = [judged.verdict for key in self.sample.order if (judged := self.journal.standing.get(key))]
         skipped = said.count("skip")
         return Progress(len(said) - skipped, skipped, len(self.sample.order), self.sample.same)
 
     def next(self) -> Pair | None:
-        """Return the pair to judge now; None where all are judged, or skipped in this pass."""
+        """Return the pair to judge now, or None if all are judged or skipped in this pass."""
         if self._back is not None:
             return self.pair(self._back)
         key = next((key for key in self.open_keys() if key not in self._passed), None)
         return None if key is None else self.pair(key)
 
     def open_keys(self) -> list[str]:
-        """Return the items without a verdict, those skipped among them, in the order of asking."""
+        """Return the items without a verdict, including skipped ones, in review order."""
         standing = self.journal.standing
         return [key for key in self.sample.order if key not in standing or standing[key].verdict == "skip"]
 
     def pair(self, key: str) -> Pair:
-        """Return an item of the sample as the reviewer may see it."""
+        """Return an item of the sample in the form that the reviewer may see."""
         item, sample = self._items[key], self.sample
         answers = [item.answers[sample.treatment], item.answers[sample.control]]
         a, b = answers if treatment_is_a(sample.seed, key) else reversed(answers)
@@ -119,30 +119,30 @@ class BlindReview:
         )
 
     def reference(self, key: str) -> str:
-        """Return what the answer to an item should be, for a sheet: there nobody can say who looks at it when."""
+        """Return an item's reference, for a sheet: there nobody can record when it is viewed."""
         return self._items[key].reference
 
     def answer(self, pair: Pair, verdict: Side) -> None:
-        """Record a verdict; it takes the place of an earlier one."""
+        """Record a verdict, replacing any earlier one."""
         self._append(self.judged(pair.key, verdict))
         self._back = None
         if verdict == "skip":
             self._passed.add(pair.key)
 
     def show_reference(self, pair: Pair) -> Pair:
-        """Return the pair with its reference; that it was shown is recorded."""
+        """Return the pair with its reference, and record that it was shown."""
         if pair.reference is None:
             self._append(Shown(key=pair.key, reviewer=self.reviewer, when=now()))
         return self.pair(pair.key)
 
     def note(self, pair: Pair, text: str) -> Pair:
-        """Keep a note on the pair, in place of any earlier one."""
+        """Store a note on the pair, replacing any earlier one."""
         if text.strip() != pair.note:
             self._append(Noted(key=pair.key, text=text.strip(), reviewer=self.reviewer, when=now()))
         return self.pair(pair.key)
 
     def undo(self) -> Pair | None:
-        """Take back this reviewer's latest verdict, of an earlier pass too; the pair that it was on comes next."""
+        """Take back this reviewer's latest verdict, even from an earlier pass; its pair is shown next."""
         last = self.journal.latest()
         if last is None or last.key not in self.sample.order:
             return None
@@ -152,16 +152,16 @@ class BlindReview:
         return self.pair(last.key)
 
     def keep_sample(self) -> None:
-        """Record which items are asked about, as the first verdict does too: from then on they stay the same."""
+        """Record the sample, as the first verdict also does: from then on it stays the same."""
         keep_sample(self.folder, self.evidence, self.sample)
 
     def judged(self, key: str, verdict: Side) -> Judged:
-        """Return a verdict as the journal keeps it."""
+        """Return a verdict in the journal's form."""
         shown = key in self.journal.shown
         return Judged(key=key, verdict=verdict, reference=shown, reviewer=self.reviewer, when=now())
 
     def record(self, events: list[Event]) -> None:
-        """Add several events at once."""
+        """Record several events at once."""
         if events:
             self.keep_sample()
             append_events(self.folder, events)
@@ -175,7 +175,7 @@ def require_arms(evidence: Evidence, items: list[Item]) -> None:
     """Refuse items that lack an answer of the deciding contrast's arms.
 
     Raises:
-        UserError: naming the arm.
+        UserError: an arm has no answer; the message names it.
     """
     first = evidence.contrasts[0]
     for arm in (first.treatment, first.control):

@@ -14,13 +14,13 @@ from tunewright.evaluation.human_eval.session import BlindReview
 
 COLUMNS = ("evaluation", "item", "input", "A", "B", "verdict", "note")
 REFERENCE = "reference"
-"""A column more, where it was asked for."""
+"""An optional additional column."""
 _SIDE_OF: Mapping[str, Side] = {side.lower(): side for side in SIDES}
 
 
 @dataclass(frozen=True)
 class SheetTaken:
-    """What an import did: verdicts recorded, those that stood already, rows without one, and notes recorded."""
+    """The result of an import: verdicts recorded, verdicts already there, rows without one, and notes recorded."""
 
     recorded: int
     known: int
@@ -29,13 +29,13 @@ class SheetTaken:
 
 
 def export_sheet(review: BlindReview, path: Path, *, reference: bool = False) -> int:
-    """Write the pairs that the reviewer has not judged yet, for a spreadsheet; how many.
+    """Write the pairs that the reviewer has not judged yet to a spreadsheet, and return their number.
 
     Args:
-        reference: with the references; whoever fills such a sheet in counts as having seen them.
+        reference: include the references; the reviewer then counts as having seen them.
 
     Raises:
-        UserError: nothing is left to judge, the file is there already, or the disk refuses.
+        UserError: nothing is left to judge, the file already exists, or it cannot be written.
     """
     keys = review.open_keys()
     if not keys:
@@ -55,10 +55,10 @@ def export_sheet(review: BlindReview, path: Path, *, reference: bool = False) ->
 
 
 def import_sheet(review: BlindReview, path: Path) -> SheetTaken:
-    """Record the verdicts and notes of a filled-in sheet as this reviewer's: all of them, or none if a row is faulty.
+    """Record a filled-in sheet's verdicts and notes for this reviewer: all, or none if a row is faulty.
 
     Raises:
-        UserError: the file cannot be read, is of another evaluation, or rows in it are faulty (each named by its line).
+        UserError: the file cannot be read, is of another evaluation, or rows are faulty (the message names each line).
     """
     faults: list[str] = []
     events: list[Event] = []
@@ -80,12 +80,12 @@ def import_sheet(review: BlindReview, path: Path) -> SheetTaken:
     return SheetTaken(**taken)
 
 
-def _require_evaluation(told: str, review: BlindReview, where: str) -> None:
-    if told.strip() != review.evidence.id:
+def _require_evaluation(found: str, review: BlindReview, where: str) -> None:
+    if found.strip() != review.evidence.id:
         raise UserError(
-            f"a sheet of evaluation {told.strip() or 'unknown'}, not of {review.evidence.id}; no verdict was recorded",
+            f"a sheet of evaluation {found.strip() or 'unknown'}, not of {review.evidence.id}; no verdict was recorded",
             where=where,
-            fix=f"`tunewright human-eval {told.strip()} --import …` takes it." if told.strip() else None,
+            fix=f"`tunewright human-eval {found.strip()} --import …` takes it." if found.strip() else None,
         )
 
 

@@ -1,4 +1,4 @@
-"""What a judgement may cost."""
+"""The budget of a judgement."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from contextlib import asynccontextmanager
 
 
 class OutOfBudgetError(Exception):
-    """One more request might cost more than is left."""
+    """One more request might exceed the remaining budget."""
 
 
 class JudgeBudget:
-    """A budget that is never overdrawn: a request sets aside the most that it can cost before it is sent.
+    """A budget that is never overdrawn: each request reserves its maximum cost before it is sent.
 
     Args:
         budget: in the prices' currency; None: no cap.
@@ -31,10 +31,10 @@ class JudgeBudget:
 
     @asynccontextmanager
     async def reserved(self, most: float) -> AsyncIterator[None]:
-        """Set ``most`` aside, first waiting for requests under way, which may cost less than they set aside.
+        """Reserve ``most``, waiting if needed for requests in flight, which may cost less than they reserved.
 
         Raises:
-            OutOfBudgetError: nothing is under way, and ``most`` is more than is left.
+            OutOfBudgetError: no request is in flight, and ``most`` exceeds the remaining budget.
         """
         while self.budget is not None and self.spent + self._reserved + most > self.budget:
             if not self._under_way:

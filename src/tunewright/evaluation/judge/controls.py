@@ -1,4 +1,4 @@
-"""Cases whose answer is known by construction: a judge that gets them wrong is not heard."""
+"""Cases whose answer is known by construction: a judge that gets them wrong is vetoed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tunewright.evidence.schema import Item
 from tunewright.metrics import normalised
 
 REQUIRED = 0.8
-"""Of cases that anyone can tell; GPT-4 and people agree on over 80% of real ones (Zheng et al. 2023, 2306.05685)."""
+"""Minimum share of obvious cases; GPT-4 and people agree on over 80% of real ones (Zheng et al. 2023, 2306.05685)."""
 
 FEWEST = 14
 """With fewer, the lower limit stays below `REQUIRED` even if all pass: 0.05 ** (1 / 13) is 0.794."""
@@ -40,7 +40,7 @@ class Case:
     questions: tuple[Question, ...]
 
     def row(self, votes: Sequence[Vote]) -> ControlRow:
-        """Return whether the judge passed; ``votes`` are on this case's questions."""
+        """Return a row with the judge's result; ``votes`` answer this case's questions."""
         missing = next((vote.unscored for vote in votes if vote.unscored), None)
         return ControlRow(
             key=self.key,
@@ -61,7 +61,7 @@ _PASSED: dict[ControlName, Callable[[Sequence[Vote]], bool]] = {
 
 
 def control_cases(items: Sequence[Item], most: int, seed: int, criteria: str | None) -> list[Case]:
-    """The controls on up to ``most`` items, one of a cluster, each with another cluster's reference; by ``seed``.
+    """Return the controls on up to ``most`` items, one per cluster, each with another cluster's reference.
 
     Raises:
         UserError: fewer than `FEWEST` items can be used.
@@ -125,7 +125,7 @@ def measured_controls(rows: Sequence[ControlRow]) -> tuple[Control, ...]:
 
 
 def veto(controls: Sequence[Control]) -> tuple[str, ...]:
-    """Return why the judge is not heard; empty if it passes all controls."""
+    """Return the reason for a veto; empty if the judge passes all controls."""
     return tuple(
         f"{c.name} ({c.expected}): {c.passed} of {c.items} passed"
         f"{_without_verdict(c)}; that is at least {c.limit:.0%} with 95% "

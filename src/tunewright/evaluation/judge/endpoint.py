@@ -1,7 +1,7 @@
-"""An OpenAI-compatible endpoint, asked many things at once: limits, retries, budget.
+"""A client for an OpenAI-compatible endpoint with concurrent requests, rate limits, retries and a budget.
 
-httpx and tenacity rather than OpenAI's own client: a retry has to count against the rate limit and be told to the
-user, and that client retries out of sight.
+It uses httpx and tenacity rather than OpenAI's client, which retries silently. A retry has to count against the rate
+limit and be reported to the user.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tunewright.evaluation.judge.budget import JudgeBudget, OutOfBudgetError
 from tunewright.evaluation.judge.replies import Conversation, Journal, Reply, cost, guessed_tokens
 
 LONGEST_WAIT = 600.0
-"""Seconds; an endpoint that asks to wait longer (a daily quota) ends the run, which can be gone on with later."""
+"""Seconds; an endpoint that asks for a longer wait (a daily quota) ends the run, which can be resumed later."""
 
 _FIRST_WAIT = 1.0
 _TEMPLATE_TOKENS = 64
@@ -40,7 +40,7 @@ _FILTERED = re.compile(r"content_filter|content_policy|content management policy
 
 
 class _RequestError(Exception):
-    """One request that failed; ``status`` is None where no reply came."""
+    """A failed request; ``status`` is None if no reply came."""
 
     def __init__(self, what: str, *, status: int | None = None, retry_after: float | None = None) -> None:
         super().__init__(what)
@@ -54,7 +54,7 @@ class _RequestError(Exception):
 
 
 class _Failure:
-    """The first failure, which ends everybody's work."""
+    """The first failure, which stops all workers."""
 
     def __init__(self) -> None:
         self.error: UserError | None = None
@@ -64,25 +64,25 @@ class _Failure:
         return self.error is not None
 
     def report(self, error: UserError) -> None:
-        """Keep the first error and wake all who wait to ask again."""
+        """Keep the first error and wake all workers that wait to retry."""
         self.error = self.error or error
         self._happened.set()
 
     async def sleep(self, seconds: float) -> None:
-        """Wait, but not beyond a failure."""
+        """Sleep until the time is over or a failure is reported."""
         with suppress(TimeoutError):
             await asyncio.wait_for(self._happened.wait(), seconds)
 
 
 class Endpoint:
-    """A model to ask.
+    """A model behind an endpoint.
 
     Args:
         config: with url and model.
-        where: the config's section, for messages.
-        folder: where replies are journalled.
-        purse: what may be spent; shared by all endpoints of a judgement.
-        reporter: shows progress and hears of retries.
+        where: the config section, for messages.
+        folder: folder of the reply journal.
+        purse: the budget, shared by all endpoints of a judgement.
+        reporter: shows progress and retries.
     """
 
     def __init__(
@@ -98,10 +98,10 @@ class Endpoint:
         self._retried: Counter[str] = Counter()
 
     def ask(self, title: str, conversations: Sequence[Conversation]) -> list[Reply]:
-        """Replies in the conversations' order; equal conversations are asked once.
+        """Return replies in the conversations' order; equal conversations are asked once.
 
         Raises:
-            UserError: no key, an endpoint that fails for good, or a budget that is used up.
+            UserError: there is no key, the endpoint fails permanently, or the budget is used up.
         """
         keys = [self.journal.key(conversation) for conversation in conversations]
         wanted = dict(zip(keys, conversations, strict=True))
@@ -118,7 +118,7 @@ class Endpoint:
         return [self.journal.replies[key] for key in keys]
 
     def is_known(self, conversation: Conversation) -> bool:
-        """Return whether the journal has a reply to it."""
+        """Return whether the journal has a reply to this conversation."""
         return self.journal.key(conversation) in self.journal.replies
 
     def _use(self, key: str) -> None:
@@ -129,7 +129,7 @@ class Endpoint:
         return cost(self.config, reply.prompt_tokens, reply.completion_tokens) or 0.0
 
     async def _ask_all(self, missing: Mapping[str, Conversation], task: Task) -> None:
-        """Workers that draw on one list; the first failure stops them all, after the replies under way."""
+        """Run workers over one list; the first failure stops them all, once the requests in flight have finished."""
         waiting = iter(missing.items())
         failure = _Failure()
         rate = self.config.requests_per_minute
@@ -151,7 +151,7 @@ class Endpoint:
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         limits = httpx.Limits(max_connections=self.config.concurrency)
         with self.journal.appending() as file:
-            # The time limit is on a whole request, and set around it.
+            # No httpx timeout: the time limit covers a whole request and is set around it.
             async with httpx.AsyncClient(headers=headers, timeout=None, limits=limits) as client:
                 await asyncio.gather(*(work(client, file) for _ in range(self.config.concurrency)))
         if self._retried:
@@ -221,19 +221,19 @@ class Endpoint:
             raise _RequestError(f"no address: {error}", status=400) from None
         if response.is_success:
             return _parsed(response, conversation)
-        told = self._told(response)
+        message = self._told(response)
         if response.status_code in {400, 413, 422}:
             for pattern, why in ((_TOO_LONG, "too long for the model"), (_FILTERED, "refused by a content filter")):
                 if pattern.search(response.text):
                     return Reply("", None, 0, 0, refused=why)
         raise _RequestError(
-            f"status {response.status_code}: {told}",
+            f"status {response.status_code}: {message}",
             status=response.status_code,
             retry_after=_retry_after(response.headers.get("retry-after")),
         )
 
     def _told(self, response: httpx.Response) -> str:
-        """Return what the endpoint says of an error, without the key that it may repeat."""
+        """Return the endpoint's error message, without the key that it may repeat."""
         try:
             error = response.json()["error"]
             text = str(error["message"] if isinstance(error, dict) else error)
@@ -293,7 +293,7 @@ def _parsed(response: httpx.Response, conversation: Conversation) -> Reply:
 
 
 def _retry_after(value: str | None) -> float | None:
-    """Seconds to wait (RFC 9110, 10.2.3: a number of seconds or a date)."""
+    """Return the seconds to wait (RFC 9110, 10.2.3: a number of seconds or a date)."""
     if value is None:
         return None
     try:
@@ -302,7 +302,7 @@ def _retry_after(value: str | None) -> float | None:
         pass
     try:
         return max((parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds(), 0.0)
-    except (ValueError, TypeError):  # no date either, or one without a time zone
+    except (ValueError, TypeError):  # not a date either, or one without a time zone
         return None
 
 

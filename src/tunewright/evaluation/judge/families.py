@@ -12,7 +12,7 @@ _FAMILIES = {
 
 
 def family(model: str) -> str | None:
-    """Return the family that a model's name tells of: smollm, mistral or llama; None where it tells of none."""
+    """Return the family that a model's name indicates (smollm, mistral or llama, for example), or None."""
     name = model.lower()
     return next((name_of for name_of, words in _FAMILIES.items() if re.search(words, name)), None)
 
@@ -20,8 +20,8 @@ def family(model: str) -> str | None:
 def shared_family(judge: str, base: str) -> str | None:
     """Return the family of both models, if it is the same one.
 
-    Judges favour text that they themselves find likely (Wataoka et al. 2024, arXiv 2410.21819), which is how the
-    untuned base of their family writes.
+    Judges favour text that they find likely themselves (Wataoka et al. 2024, arXiv 2410.21819). The untuned base of
+    their family writes such text.
     """
     found = family(judge)
     return found if found is not None and found == family(base) else None

@@ -1,4 +1,4 @@
-"""From verdicts to rates: correctness, win rates, and the win rate that equal lengths would have."""
+"""Rates from verdicts: correctness, win rates, and the win rate at equal length."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ from tunewright.evidence.statistics import (
 )
 
 FEWEST_EACH_SIDE = 5
-"""Pairs in which the treatment is no longer, and in which it is no shorter: below, equal lengths are extrapolation."""
+"""Minimum pairs with the treatment no longer, and no shorter: below, equal lengths are an extrapolation."""
 
 _MATCHED = 0.1
 _LENGTH_RESAMPLES = 1_000
 _SLOPE_DEVIATION = 2.5
 _NEWTON_STEPS = 30
-_CELLS = 1_000_000  # fits times pairs held at once: 8 MB for each of a handful of arrays
+_CELLS = 1_000_000  # fits times pairs in memory at once: 8 MB for each of a handful of arrays
 _BOOTSTRAP = f"percentile bootstrap over clusters, {RESAMPLES:,} resamples, Bonett-Price adjusted"
 
 Floats = NDArray[np.float64]
 
 
 def exact_lower_limit(passed: int, tried: int) -> float:
-    """Lower 95% limit (one-sided) of a share, by Clopper and Pearson (1934)."""
+    """Return the lower 95% limit (one-sided) of a share, by Clopper and Pearson (1934)."""
     return float(beta.ppf(0.05, passed, tried - passed + 1)) if passed else 0.0
 
 
 def judged_arm(name: str, verdicts: Sequence[Answered], clusters: Sequence[str]) -> JudgedArm:
-    """Correctness of one arm; at least one verdict."""
+    """Return the correctness of one arm; it needs at least one verdict."""
     scored = [(v, c) for v, c in zip(verdicts, clusters, strict=True) if v.correct is not None]
     right = np.array([v.correct for v, _ in scored], dtype=np.float64)
     worth = effective_items(right, [c for _, c in scored])
@@ -62,7 +62,7 @@ def judged_arm(name: str, verdicts: Sequence[Answered], clusters: Sequence[str])
 def judged_contrast(
     treatment: str, control: str, rows: Sequence[JudgedItem], clusters: Sequence[str], seed: int
 ) -> JudgedContrast | None:
-    """Treatment's correctness minus control's, where both have a verdict; None if there is no such item."""
+    """Return treatment's correctness minus control's on items where both have a verdict; None without any."""
     changes, where = [], []
     for row, cluster in zip(rows, clusters, strict=True):
         ours, theirs = row.correctness[treatment].correct, row.correctness[control].correct
@@ -97,7 +97,7 @@ def preference(
     clusters: Sequence[str],
     seed: int,
 ) -> Preference:
-    """Win rates of the treatment against one opponent; at least one pair has a verdict.
+    """Return the treatment's win rates against one opponent; at least one pair needs a verdict.
 
     Args:
         treatment, opponent: arms.
@@ -133,12 +133,12 @@ def preference(
 
 
 def _stripped_rate(rows: Sequence[JudgedItem], opponent: str, clusters: Sequence[str], seed: int) -> WinRate | None:
-    """Return all pairs, of which those without markdown keep their verdict; None if no text has any."""
+    """Return the rate over all pairs, of which those without markdown keep their verdict; None if no text has any."""
     pairs = [row.pairs[opponent] for row in rows]
     if all(pair.stripped is None for pair in pairs):
         return None
-    told = [(pair.stripped or pair.plain, cluster) for pair, cluster in zip(pairs, clusters, strict=True)]
-    scored = [(compared, cluster) for compared, cluster in told if compared.outcome is not None]
+    compared_pairs = [(pair.stripped or pair.plain, cluster) for pair, cluster in zip(pairs, clusters, strict=True)]
+    scored = [(compared, cluster) for compared, cluster in compared_pairs if compared.outcome is not None]
     if not scored:
         return None
     return win_rate(_results([compared for compared, _ in scored]), [cluster for _, cluster in scored], seed)
@@ -150,7 +150,7 @@ def _results(pairs: Sequence[Compared]) -> Floats:
 
 
 def win_rate(results: Floats, clusters: Sequence[str], seed: int) -> WinRate:
-    """Wins plus half the ties; ``results`` are +1, 0 and -1, [pairs]."""
+    """Return wins plus half the ties; ``results`` are +1, 0 and -1, [pairs]."""
     spread = difference_interval(results, clusters, seed)
     return WinRate(
         wins=int((results > 0).sum()),
@@ -167,19 +167,19 @@ def length_controlled(
 ) -> tuple[LengthControlled | None, str | None]:
     """Return the win rate at equal length: sigmoid(a) of P(win) = sigmoid(a + b tanh(gap / s)).
 
-    gap is the treatment's length minus the opponent's in characters, s the gaps' standard deviation; a tie is half a
-    win and half a loss; b has a normal prior of deviation 2.5. This is the length term of length-controlled AlpacaEval
-    (Dubois et al. 2024, arXiv 2404.04475), fitted on these pairs alone.
+    gap is the treatment's length minus the opponent's in characters, and s the gaps' standard deviation. A tie is half
+    a win and half a loss; b has a normal prior of deviation 2.5. This is the length term of length-controlled
+    AlpacaEval (Dubois et al. 2024, arXiv 2404.04475), fitted on these pairs alone.
 
     Args:
         results: +1, 0 or -1, [pairs].
         lengths: characters of the treatment's and the opponent's answers, [pairs, 2].
         clusters: the pairs' clusters.
         seed: decides the resamples.
-        resamples: how many.
+        resamples: number of resamples.
 
     Returns:
-        The rate, or None and why: lengths that hardly overlap leave nothing to compare at equal length.
+        The rate, or None and the reason: barely overlapping lengths leave nothing to compare at equal length.
     """
     gaps = lengths[:, 0] - lengths[:, 1]
     sides = {"longer": int((gaps <= 0).sum()), "shorter": int((gaps >= 0).sum())}
@@ -216,7 +216,7 @@ def length_controlled(
 def logistic(covariate: Floats, wins: Floats, weights: Floats) -> tuple[Floats, Floats]:
     """Fit P(win) = sigmoid(a + b covariate) many times at once, by Newton's method; b has a normal prior.
 
-    All fits of a bootstrap are one call, which a library that fits one model at a time cannot offer.
+    All fits of a bootstrap are one call; libraries fit one model at a time.
 
     Args:
         covariate: [pairs].
@@ -224,7 +224,7 @@ def logistic(covariate: Floats, wins: Floats, weights: Floats) -> tuple[Floats, 
         weights: each fit's weights of the pairs; [fits, pairs].
 
     Returns:
-        Intercepts and slopes, [fits] each. Where all are wins, or losses, the intercept has no end: it is large.
+        Intercepts and slopes, [fits] each. If all are wins, or all losses, the intercept diverges: it is large.
     """
     a, b = np.zeros(len(weights)), np.zeros(len(weights))
     prior = 1 / _SLOPE_DEVIATION**2
@@ -243,7 +243,7 @@ def logistic(covariate: Floats, wins: Floats, weights: Floats) -> tuple[Floats, 
 
 
 def reasons(verdicts: Sequence[Answered] | Sequence[Compared] | Sequence[ControlRow]) -> dict[str, int]:
-    """Return why there is no verdict to how often."""
+    """Return the number of missing verdicts for each reason."""
     counted = Counter(v.unscored for v in verdicts if v.unscored is not None)
     return dict(sorted(counted.items()))
 

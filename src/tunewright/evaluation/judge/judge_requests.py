@@ -1,4 +1,4 @@
-"""Everything that the judge is asked about an evaluation, before anything is sent."""
+"""All questions to the judge about an evaluation, before anything is sent."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Votes = Callable[[Question], Vote]
 
 @dataclass(frozen=True)
 class Candidate:
-    """One item with the answers that are compared; an arm without an answer to it has a reason in its place."""
+    """One item with the compared answers; an arm without an answer has a reason in its place."""
 
     item: Item
     answers: Mapping[str, str]
@@ -28,7 +28,8 @@ class Candidate:
 class JudgeRequests:
     """The questions about all items.
 
-    Deterministic first: an answer that equals the reference is correct, and equal answers tie, unasked.
+    Deterministic results come first: an answer equal to the reference is correct, and equal answers tie. The judge is
+    not asked about these.
     """
 
     candidates: Sequence[Candidate]
@@ -38,7 +39,7 @@ class JudgeRequests:
 
     @property
     def questions(self) -> list[Question]:
-        """What has to be asked, in the items' order."""
+        """The questions to ask, in the items' order."""
         asked: list[Question] = []
 
         def listen(question: Question) -> Vote:
@@ -49,7 +50,7 @@ class JudgeRequests:
         return asked
 
     def count(self, votes: Votes) -> list[JudgedItem]:
-        """Return the items' rows; ``votes`` is called with each question that has to be asked."""
+        """Return the items' rows; ``votes`` is called with each question to ask."""
         return [self._row(candidate, votes) for candidate in self.candidates]
 
     def _row(self, candidate: Candidate, votes: Votes) -> JudgedItem:
@@ -65,9 +66,9 @@ class JudgeRequests:
         item, answer = candidate.item, candidate.answers[arm]
         if normalised(answer) == normalised(item.reference):
             return Answered(correct=True, exact=True)
-        told = votes(correctness(item.input, item.reference, answer, self.criteria))
-        correct = None if told.verdict is None else told.verdict == "correct"
-        return Answered(correct=correct, unscored=told.unscored, reply=told.reply)
+        vote = votes(correctness(item.input, item.reference, answer, self.criteria))
+        correct = None if vote.verdict is None else vote.verdict == "correct"
+        return Answered(correct=correct, unscored=vote.unscored, reply=vote.reply)
 
     def _pair(self, candidate: Candidate, opponent: str, votes: Votes) -> Pair:
         if opponent in candidate.lacking:

@@ -1,4 +1,4 @@
-"""Answers of another model to the test prompts: from a file by pair key, or asked of an endpoint."""
+"""Another model's answers to the test prompts: from a file by pair key, or from an endpoint."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MISSING = "no answer of the reference model"
 
 @dataclass(frozen=True)
 class ReferenceAnswers:
-    """By pair key: the answers, and for items without one the reason."""
+    """The answers by pair key, and the reason for each item without one."""
 
     answers: Mapping[str, str]
     lacking: Mapping[str, str]
@@ -30,7 +30,7 @@ class ReferenceAnswers:
 def asked_answers(
     endpoint: Endpoint, prompts: Sequence[Conversation], items: Sequence[Item], reporter: Reporter
 ) -> ReferenceAnswers:
-    """Return the endpoint's answers to the prompts, which are the items' in their order."""
+    """Return the endpoint's answers to the prompts, which are in the items' order."""
     replies = endpoint.ask("Answers of the reference model", prompts)
     cut = sum(reply.finish == "length" for reply in replies)
     if cut:
@@ -38,18 +38,18 @@ def asked_answers(
             f"{cut} of {len(replies)} answers of the reference model ran into its token limit and are judged as they "
             "are; raise max_tokens in judge.reference_model.parameters."
         )
-    told = list(zip(items, replies, strict=True))
+    answered = list(zip(items, replies, strict=True))
     return ReferenceAnswers(
-        {item.key: reply.text for item, reply in told if reply.refused is None},
-        {item.key: f"{_MISSING}: {reply.refused}" for item, reply in told if reply.refused is not None},
+        {item.key: reply.text for item, reply in answered if reply.refused is None},
+        {item.key: f"{_MISSING}: {reply.refused}" for item, reply in answered if reply.refused is not None},
     )
 
 
 def read_answers(path: Path, items: Sequence[Item]) -> ReferenceAnswers:
-    """The items' answers in a JSONL file of ``{"key": PAIR KEY, "answer": TEXT}``; other keys in it are no fault.
+    """Load the items' answers from a JSONL file of ``{"key": PAIR KEY, "answer": TEXT}``; other keys are ignored.
 
     Raises:
-        UserError: cannot be read, a line is none of that form, a key stands twice, or an item has no answer.
+        UserError: the file cannot be read, a line has another form, a key is repeated, or an item has no answer.
     """
     where = "judge.reference_model.answers"
     try:

@@ -1,4 +1,4 @@
-"""Replies of an endpoint, each journalled as soon as it is there: none is paid for twice."""
+"""Replies of an endpoint, each journalled as soon as it arrives, so that none is paid for twice."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ CHARACTERS_PER_TOKEN = 4
 
 
 def guessed_tokens(text: str) -> int:
-    """About how many tokens ``text`` has."""
+    """Estimate the token count of ``text``."""
     return -(-len(text) // CHARACTERS_PER_TOKEN)
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What the endpoint answered."""
+    """The endpoint's answer to a conversation."""
 
     text: str
     finish: str | None
@@ -35,20 +35,20 @@ class Reply:
     estimated: bool = False
     """The endpoint gave no token counts: they are guessed."""
     refused: str | None = None
-    """Why the endpoint would not answer this one conversation; then there is no text, and it is asked again."""
+    """Reason for refusing this one conversation; there is no text then, and it is asked again."""
 
 
 def cost(endpoint: EndpointConfig, prompt_tokens: int, completion_tokens: int) -> float | None:
-    """Return the price of so many tokens; None where no prices are given."""
+    """Return the price of these tokens, or None if no prices are given."""
     if endpoint.price_input is None or endpoint.price_output is None:
         return None
     return (prompt_tokens * endpoint.price_input + completion_tokens * endpoint.price_output) / 1e6
 
 
 class Journal:
-    """Replies on disk, by a digest of all that decides them: endpoint, model, parameters and conversation.
+    """Replies on disk, by a digest of everything that decides them: endpoint, model, parameters and conversation.
 
-    A line that a killed run left half-written is skipped, and its conversation asked again.
+    A half-written line from a killed run is skipped, and its conversation is asked again.
     """
 
     def __init__(self, folder: Path, endpoint: EndpointConfig) -> None:
@@ -61,20 +61,20 @@ class Journal:
         self.replies = dict(_read(self.path))
 
     def key(self, conversation: Conversation) -> str:
-        """Return what a reply to ``conversation`` is filed under."""
+        """Return the key of a reply to ``conversation``."""
         return digest({**self._asked, "messages": list(conversation)})
 
     @contextmanager
     def appending(self) -> Iterator[TextIO]:
-        """The open file, for `keep`."""
+        """Open the file for `keep`."""
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
-                file.write("\n")  # ends a half-written line, if there is one
+                file.write("\n")  # terminates a half-written line, if there is one
                 yield file
 
     def keep(self, file: TextIO, key: str, reply: Reply) -> None:
-        """File a reply; refusals are not kept on disk, since an endpoint may change its mind."""
+        """Store a reply; refusals are not written to disk, since an endpoint may change its mind."""
         self.replies[key] = reply
         if reply.refused is None:
             file.write(json.dumps({"key": key, **asdict(reply)}, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""Each item's verdicts, beside the evidence: ``judge.jsonl``; of the controls: ``judge-controls.jsonl``."""
+"""Each item's verdicts, next to the evidence: ``judge.jsonl``; of the controls: ``judge-controls.jsonl``."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ Outcome = Literal["win", "tie", "loss"]
 
 
 class Answered(Part):
-    """Is one arm's answer correct?"""
+    """The correctness of one arm's answer."""
 
     correct: Annotated[bool | None, Field(description="null: unscored.")]
-    exact: Annotated[bool, Field(description="It equals the reference, so nobody was asked.")] = False
-    unscored: Annotated[str | None, Field(description="Why there is no verdict.")] = None
-    reply: Annotated[str | None, Field(description="What the judge wrote.")] = None
+    exact: Annotated[bool, Field(description="It equals the reference, so the judge was not asked.")] = False
+    unscored: Annotated[str | None, Field(description="Reason for a missing verdict.")] = None
+    reply: Annotated[str | None, Field(description="The judge's reply.")] = None
 
 
 class Compared(Part):
     """One arm's answer against another's; win and loss are the treatment's."""
 
     outcome: Annotated[Outcome | None, Field(description="null: unscored.")]
-    equal: Annotated[bool, Field(description="The answers are equal, so nobody was asked.")] = False
+    equal: Annotated[bool, Field(description="The answers are equal, so the judge was not asked.")] = False
     flipped: Annotated[bool, Field(description="The two orders disagree: a tie.")] = False
-    unscored: Annotated[str | None, Field(description="Why there is no verdict.")] = None
-    replies: Annotated[tuple[str, ...], Field(description="With the treatment as A, then as B.")] = ()
+    unscored: Annotated[str | None, Field(description="Reason for a missing verdict.")] = None
+    replies: Annotated[tuple[str, ...], Field(description="Replies with the treatment as A, then as B.")] = ()
 
 
 class Pair(Part):
-    """Both answers as they are, and without markdown where some text of theirs has any."""
+    """Both answers unchanged, and without markdown where a text has any."""
 
     plain: Compared
     stripped: Compared | None = None
@@ -62,10 +62,10 @@ class ControlRow(Part):
 
 
 def load_judged(folder: Path) -> list[JudgedItem]:
-    """Read ``judge.jsonl`` beside the evidence in ``folder``.
+    """Read ``judge.jsonl`` next to the evidence in ``folder``.
 
     Raises:
-        UserError: no such file, or a line that is not a judged item.
+        UserError: there is no such file, or a line is not a judged item.
     """
     file = folder / ROWS_FILE
     try:

@@ -1,4 +1,4 @@
-"""Judging an evaluation: what it would cost, the controls, and only if they hold the rest."""
+"""Judging an evaluation: the cost estimate, the controls, and the verdicts if the controls pass."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from tunewright.evidence.schema import Evidence, amend, load_evidence, load_item
 _Number = TypeVar("_Number", int, float)
 
 _IDENTITY = ("model", "url", "parameters", "prompts", "reference_model")
-"""What makes a judgement the same one, done again."""
+"""Fields that identify a judgement when it is repeated."""
 
 
 @dataclass(frozen=True)
 class JudgeResult:
-    """What `judge` did."""
+    """The result of `judge`."""
 
     folder: Path
     evidence: Evidence
@@ -45,7 +45,7 @@ class JudgeResult:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What judging would take beyond what is journalled already; tokens are guessed from characters."""
+    """The requests, tokens and cost still missing from the journal; tokens are guessed from characters."""
 
     controls: int
     questions: int
@@ -64,10 +64,10 @@ class Judge:
     Args:
         project: its config names the judge.
         folder: the evaluation's folder.
-        reporter: shows progress, hears warnings.
+        reporter: shows progress and warnings.
 
     Raises:
-        UserError: no judge in the config, no key, too few items to test the judge on, or no such evaluation.
+        UserError: the config has no judge, there is no key or evaluation, or there are too few items for the controls.
     """
 
     def __init__(self, project: ProjectFolder, folder: Path, reporter: Reporter) -> None:
@@ -97,7 +97,7 @@ class Judge:
             self._file_answers = read_answers(project.root / reference.answers, self.items)
 
     def estimate(self) -> Estimate:
-        """Calls, tokens and cost, with nothing sent."""
+        """Estimate calls, tokens and cost without sending anything."""
         prompts = self._test_prompts()
         controls = {q for case in self.cases for q in case.questions}
         questions = set(self._ballot(self._expected_answers(prompts)).questions) - controls
@@ -122,7 +122,7 @@ class Judge:
         )
 
     def _expected_answers(self, prompts: Sequence[Conversation]) -> ReferenceAnswers | None:
-        """Return the reference model's answers; those that are not there yet as texts of the references' length."""
+        """Return the reference model's answers, or placeholders of the references' length for missing ones."""
         if self.other is None:
             return self._file_answers
         if all(map(self.other.is_known, prompts)):
@@ -130,11 +130,11 @@ class Judge:
         return ReferenceAnswers({item.key: "?" * len(item.reference) for item in self.items}, {})
 
     def judge(self) -> JudgeResult:
-        """Test the judge; if it holds, have it judge; put the findings, or the veto, into the evidence.
+        """Test the judge and, if it passes, judge all items; the evidence gets the findings or the veto.
 
         Raises:
-            UserError: an endpoint fails or the budget is used up (what was answered is kept), or no verdict at all can
-                be read for some arm.
+            UserError: an endpoint fails or the budget is used up (replies are kept), or some arm has no readable
+                verdict.
         """
         family = self._warn_of_family()
         self.reporter.say(f"Test items and answers are sent to {self.settings.model} at {self.settings.base_url}")
@@ -147,8 +147,8 @@ class Judge:
         if self.other is not None:
             other = asked_answers(self.other, prompts, self.items, self.reporter)
         ballot = self._ballot(other)
-        told = self._votes("Judging", ballot.questions)
-        rows = ballot.count(told.__getitem__)
+        votes = self._votes("Judging", ballot.questions)
+        rows = ballot.count(votes.__getitem__)
         return self._store(self._findings(self._judgement(family, controls, ()), ballot, rows), cases, rows)
 
     def _warn_of_family(self) -> str | None:
@@ -162,8 +162,8 @@ class Judge:
         return shared
 
     def _tested(self) -> list[ControlRow]:
-        told = self._votes("Testing the judge", [q for case in self.cases for q in case.questions])
-        return [case.row([told[question] for question in case.questions]) for case in self.cases]
+        votes = self._votes("Testing the judge", [q for case in self.cases for q in case.questions])
+        return [case.row([votes[question] for question in case.questions]) for case in self.cases]
 
     def _votes(self, title: str, questions: Sequence[Question]) -> dict[Question, Vote]:
         asked = list(dict.fromkeys(questions))
@@ -223,7 +223,7 @@ class Judge:
         )
 
     def _store(self, judgement: Judgement, cases: Sequence[ControlRow], rows: Sequence[JudgedItem]) -> JudgeResult:
-        """Rows first: evidence that speaks of rows has them. A vetoed judge leaves none."""
+        """Write rows before the evidence, which refers to them. A vetoed judge leaves none."""
         judgement = judgement.model_copy(update={"replaced": _replaced(self.evidence.judge, judgement)})
         file = self.folder / ROWS_FILE
         write_text(self.folder / CONTROLS_FILE, _lines(cases))
@@ -258,13 +258,13 @@ def _require_some(unscored: Sequence[str | None], what: str) -> None:
 
 
 def _replaced(earlier: Judgement | None, new: Judgement) -> tuple[str, ...]:
-    """What the evidence said before, so that nobody can ask judges until one says the right thing, and not be seen."""
+    """Return the earlier judgements that this one replaces, so that shopping for a favourable judge stays visible."""
     if earlier is None:
         return ()
     if all(getattr(earlier, name) == getattr(new, name) for name in _IDENTITY):
         return earlier.replaced
-    told = f"{earlier.model}, {to_the_second(earlier.created)}{', vetoed' if earlier.vetoed else ''}"
-    return (*earlier.replaced, told)
+    summary = f"{earlier.model}, {to_the_second(earlier.created)}{', vetoed' if earlier.vetoed else ''}"
+    return (*earlier.replaced, summary)
 
 
 def _spent(endpoint: Endpoint) -> Spent:
@@ -284,6 +284,6 @@ def _lines(rows: Sequence[Part]) -> str:
 
 
 def _total(numbers: Sequence[_Number | None]) -> _Number | None:
-    """Return the sum; None if one of them is not known."""
+    """Return the sum, or None if a number is unknown."""
     known = [number for number in numbers if number is not None]
     return sum(known) if len(known) == len(numbers) else None

@@ -1,4 +1,4 @@
-"""Markdown taken out of a text, so that a judge cannot prefer it."""
+"""Removal of markdown from a text, so that a judge cannot prefer it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _CELL_ENDS = {"th_close", "td_close"}
 def without_markdown(text: str) -> str:
     """Return the words of ``text`` without headings' marks, emphasis, bullets, rules, fences and table lines.
 
-    Numbers of ordered lists stay: "1986. A good year" is a list to CommonMark. A link leaves its text, an image its
-    description. Text without markdown comes back as it was, outer white space apart.
+    Numbers of ordered lists stay: "1986. A good year" is a list to CommonMark. A link keeps its text, an image its
+    description. Text without markdown is returned unchanged, apart from outer white space.
     """
     tokens = _PARSER.parse(text)
     if not any(_is_markup(token) for token in tokens):
@@ -51,6 +51,6 @@ def _inline(tokens: Sequence[Token]) -> str:
             out.append("\n")
         elif token.type == "image":
             out.append(_inline(token.children or ()))
-        else:  # what opens and closes emphasis or a link has no content
+        else:  # tokens that open or close emphasis or a link have no content
             out.append(token.content)
     return "".join(out)

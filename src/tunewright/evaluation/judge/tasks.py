@@ -1,4 +1,4 @@
-"""What each item asks, as a judge and another model are told it: from the dataset version that was evaluated."""
+"""The items' tasks in the form that the judge and other models receive, from the evaluated dataset version."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from tunewright.evidence.schema import Evidence, Item
 
 
 def test_prompts(dataset: Path, evidence: Evidence, items: Sequence[Item]) -> list[Conversation]:
-    """Return what a chat model is sent for each item: its messages up to the answer, the system prompt included.
+    """Return each item's chat prompt: its messages up to the answer, the system prompt included.
 
     Raises:
-        UserError: the dataset version that was evaluated is not here.
+        UserError: the evaluated dataset version is missing.
     """
     messages = _messages(dataset, evidence)
     return [tuple({"role": m.role, "content": m.content} for m in messages[item.key]) for item in items]
 
 
 def with_tasks(dataset: Path, evidence: Evidence, items: Sequence[Item], reporter: Reporter) -> list[Item]:
-    """The items with the system prompt in their input, which evidence leaves out; without the dataset as they are."""
+    """Return the items with the system prompt in their input, or unchanged if the dataset is missing."""
     try:
         messages = _messages(dataset, evidence)
     except UserError as error:
@@ -37,7 +37,7 @@ def with_tasks(dataset: Path, evidence: Evidence, items: Sequence[Item], reporte
 
 
 def task_text(messages: Sequence[Message]) -> str:
-    """Return a prompt as one text; who speaks is told where that is not plain."""
+    """Return a prompt as one text, with speakers named where they are not obvious."""
     if [message.role for message in messages if message.role != "system"] == ["user"]:
         return "\n\n".join(message.content for message in messages)
     return "\n\n".join(f"{message.role.capitalize()}: {message.content}" for message in messages)

@@ -13,7 +13,7 @@ _CUT = "length"
 
 @dataclass(frozen=True)
 class Vote:
-    """What the judge said to one question: a verdict, or why there is none."""
+    """The judge's answer to one question: a verdict, or the reason for a missing one."""
 
     verdict: Verdict | None
     unscored: str | None
@@ -21,11 +21,11 @@ class Vote:
 
 
 def vote(question: Question, reply: Reply) -> Vote:
-    """Read a reply; what cannot be read is unscored, never wrong or a tie."""
+    """Read a reply; an unreadable one is unscored, never wrong or a tie."""
     if reply.refused is not None:
         return Vote(None, reply.refused, "")
     if reply.finish == _CUT:
-        # Its last verdict may not be the one that the judge was coming to.
+        # A truncated reply may end before the judge's final verdict.
         return Vote(None, "cut at the token limit", reply.text)
     if not reply.text.strip():
         return Vote(None, "empty reply", reply.text)
@@ -34,11 +34,11 @@ def vote(question: Question, reply: Reply) -> Vote:
 
 
 def outcome(forward: Vote, backward: Vote) -> tuple[Outcome, bool]:
-    """The treatment's outcome, and whether the orders disagree, which makes it a tie (as in FastChat's MT-bench).
+    """Return the treatment's outcome; orders that disagree make it a tie (as in FastChat's MT-bench).
 
     Args:
-        forward: with the treatment's answer as A; it has a verdict.
-        backward: with the treatment's answer as B; it has a verdict.
+        forward: vote with the treatment's answer as A; it has a verdict.
+        backward: vote with the treatment's answer as B; it has a verdict.
     """
     first: dict[Verdict, Outcome] = {"A": "win", "B": "loss", "tie": "tie"}
     second: dict[Verdict, Outcome] = {"A": "loss", "B": "win", "tie": "tie"}
