@@ -366,9 +366,9 @@ class Project(EvaluationsApi):
             port: overrides the config.
             metrics_port: overrides the config.
             engine: overrides the config.
-            auth: False, without tenants, answers everybody who reaches the address.
-            system_prompts: add the system prompt that an adapter was trained with to requests without one; only
-                without tenants can this be False.
+            auth: False accepts every client that can reach the address, without a key; only without tenants.
+            system_prompts: add the adapter's trained system prompt to requests without one; False only
+                without tenants.
 
         Raises:
             UserError: a named adapter does not fit the base or the other adapters, or the address can be reached from

@@ -152,7 +152,7 @@ def _require_card(shape: Shape, opened: ProjectContext) -> None:
 
 
 def _what_fits(nf4: SetupPlan | None, own: SetupPlan, memory: Memory) -> str:
-    """Return what to do if ``own`` does not fit. ``nf4`` is None if the family cannot be quantized."""
+    """Return the alternatives if ``own`` does not fit. ``nf4`` is None if the family cannot be quantized."""
     others = "choose a smaller base, or shard this one over several cards (docs/how-to/many-gpus.md)"
     if nf4 is None or nf4 is own:
         return f"{others[0].upper()}{others[1:]}."
