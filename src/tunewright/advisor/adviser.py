@@ -233,11 +233,11 @@ class Adviser:
 
     def _form(self, zero_shot: Answers, constrained: Answers | None) -> Format | None:
         metrics, examples = self.config.evaluate.metrics, [m.example for m in self.dev]
-        told = form(metrics, zero_shot.texts, examples)
-        if told is None or constrained is None:
-            return told
+        zero_shot_form = form(metrics, zero_shot.texts, examples)
+        if zero_shot_form is None or constrained is None:
+            return zero_shot_form
         held = form(metrics, constrained.texts, examples)
-        return told.model_copy(update={"constrained": held and held.valid})
+        return zero_shot_form.model_copy(update={"constrained": held and held.valid})
 
     def _meter(self) -> ForgettingMeter:
         return ForgettingMeter(self.project, self.version, self.generator, GENERIC_SAMPLES)
@@ -316,13 +316,13 @@ class Adviser:
         self.generator.countdown = self.countdown
         with self.countdown.shown():
             answers = [self._answers(plan, f"pilot-{part.rows}", self.dev, adapter) for part, adapter in pilots]
-        told = [
+        parts = [
             measured_part(part, adapter, given, self.items)
             for (part, adapter), given in zip(pilots, answers, strict=True)
         ]
         if not priced:
             speed[answers[-1].arm.name] = self._speed(answers[-1], adapters[-1])
-        measured = gain(told, answers, best, self.items, all_rows)
+        measured = gain(parts, answers, best, self.items, all_rows)
         return measured, self._break_even(measured, best, answers[-1], speed)
 
     def _trained(self, part: Part, all_rows: int) -> Adapter:

@@ -127,8 +127,8 @@ class Project(EvaluationsApi):
 
     def _tell_prospects(self) -> None:
         settings = self.folder.config.evaluate
-        for told in self.prospects():
-            self.reporter.say(prospect_text(told, metric_kind(settings.metric), settings.margin))
+        for expected in self.prospects():
+            self.reporter.say(prospect_text(expected, metric_kind(settings.metric), settings.margin))
 
     def prompting(self) -> AdviseResult:
         """Measure the prompting arms on dev and choose the best, which a fine-tune has to beat."""
@@ -202,9 +202,9 @@ class Project(EvaluationsApi):
 
         Fewer than 50 training pairs are refused. ``force`` trains anyway, and the lineage records it.
         """
-        told = self.data.split_power()
-        if not told.significant:
-            self.reporter.warn(split_power_text(told))
+        power = self.data.split_power()
+        if not power.significant:
+            self.reporter.warn(split_power_text(power))
         self._refuse_up_front()
         forced = self._forced(force)
         self._tell_prospects()

@@ -67,8 +67,8 @@ def fitting_plan(
     at_once = rows or settings.micro_batch_size or settings.batch_size
     made = plan(spec, shape, settings, memory, rows=at_once, length=tokens, shared=shared, answer=answer or tokens)
     longest = None if alone else _longest_row(opened, spec, revision)
-    told = check_memory(made, settings, longest, rows=rows is not None, length=length is not None)
-    return made, told
+    checked = check_memory(made, settings, longest, rows=rows is not None, length=length is not None)
+    return made, checked
 
 
 def _longest_row(opened: ProjectContext, spec: str, revision: str | None) -> int | None:
