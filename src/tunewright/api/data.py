@@ -104,9 +104,8 @@ class DatasetApi:
 
         ``rows``, ``input_column`` and ``output_column`` override data.rows, data.input and data.output of the config.
         ``accept_conflicts`` keeps inputs with different outputs, like ``data.conflicts: accept``. ``presidio`` is a
-        spaCy
-        model that detects names and places. ``replace`` lets a new output supersede the existing one of the same input.
-        ``restore`` adds removed rows again. ``split_from`` is a project whose split a new dataset inherits.
+        spaCy model that detects names and places. ``replace`` lets a new output supersede the existing one of the same
+        input. ``restore`` adds removed rows again. ``split_from`` is a project whose split a new dataset inherits.
         """
         paths = source_files(files, self._reporter)
         data = self._mapped(paths, rows, input_column, output_column)

@@ -30,8 +30,7 @@ class ExportApi:
         """Merge base and adapter (the newest by default) into one model, which transformers and vLLM load.
 
         The result is compared with the trained model on dev prompts, and kept only if it matches. For an adapter
-        trained
-        on an NF4 base, both ways to merge are measured and the closer one is kept.
+        trained on an NF4 base, both ways to merge are measured and the closer one is kept.
 
         Args:
             adapter: a name or its beginning (None: the newest).
