@@ -81,7 +81,7 @@ class Manifest(Record):
 
     @property
     def text(self) -> bytes:
-        """Return the bytes that are signed."""
+        """The bytes that are signed."""
         return canonical_json(self.model_dump(mode="json")).encode()
 
 

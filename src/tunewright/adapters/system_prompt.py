@@ -38,7 +38,7 @@ class SystemPrompt:
 
     @property
     def shown(self) -> str:
-        """Return the prompt or the reason on one line."""
+        """The prompt or the reason on one line."""
         if self.text is None:
             return f"none: {self.why_none}" if self.why_none else "none: no training row has a system turn"
         line = " ".join(self.text.split())

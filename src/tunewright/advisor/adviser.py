@@ -204,7 +204,7 @@ class Adviser:
 
     @cached_property
     def _train_lengths(self) -> list[int]:
-        """Return the lengths of the training answers in tokens, with their end tokens."""
+        """The lengths of the training answers in tokens, with their end tokens."""
         chat = self.generator.chat
         rows = chat.tokens([chat.rendered_rows(m.example.messages)[-1] for m in self.version.domain_of("train")])
         return [answer_length(row.loss_mask) for row in rows]

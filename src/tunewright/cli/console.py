@@ -33,9 +33,9 @@ USER_ERROR = 2
 MEASURED_NO = 3
 CANT_TELL = 4
 RESUMES = "what was finished is kept, and the same command resumes from there"
-"""What a stopped command leaves behind if it stores its work piece by piece."""
+"""State after a stopped command that stores its work piece by piece."""
 NOTHING_KEPT = "nothing half done is kept; run the same command again"
-"""What a stopped command leaves behind if it stores its work at the end."""
+"""State after a stopped command that stores its work at the end."""
 READER_LEFT = 128 + signal.SIGPIPE
 """Exit code of a command whose reader has closed the pipe, as in ``| head -1``."""
 _LOG_WIDTH = 120
@@ -65,7 +65,7 @@ def _write(text: str) -> None:
 
 
 def plain_text(part: RenderableType) -> str:
-    """Return what `Session.show` prints in a pipe: no boxes, and one line for each row of a table."""
+    """Return the text that `Session.show` prints in a pipe: no boxes, and one line for each row of a table."""
     if isinstance(part, Table):
         part.box = None
         part.pad_edge = False
@@ -151,7 +151,7 @@ class Session:
             _write(text)
 
     def tell_standing(self, project: Path | None) -> None:
-        """Say whether reviewers have accepted a project's current dataset version, if it has one."""
+        """Report whether reviewers have accepted a project's current dataset version, if it has one."""
         if project is None or not (project / "dataset").is_dir():
             return
         from tunewright.config.project import ProjectFolder

@@ -35,7 +35,7 @@ _stopped = False
 
 
 def own_process() -> None:
-    """Say that this process runs one command: once that is stopped, the interpreter's own end is bounded too."""
+    """Mark this process as running one command: once that is stopped, the interpreter's exit is bounded too."""
     global _alone
     _alone = True
     atexit.register(_skip_teardown)  # registered first, so it runs last

@@ -1,4 +1,4 @@
-"""``verdict``, ``report`` and ``ledger``: what the evidence says, and who opened the test split."""
+"""``verdict``, ``report`` and ``ledger``: conclusions from the evidence, and accesses to the test split."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class ProjectFolder:
 
     @property
     def advice(self) -> Path:
-        """What `advise` measured, one file each: ID.json."""
+        """The folder of stored advice: one ID.json each."""
         return self.root / "advice"
 
     @property
@@ -89,7 +89,7 @@ class ProjectFolder:
 
     @property
     def exports(self) -> Path:
-        """What was exported, one folder each."""
+        """The folder of exports, with one folder each."""
         return self.root / "exports"
 
     @property

@@ -106,7 +106,7 @@ class Engine(Protocol):
 
 
 def pump(deltas: AsyncGenerator[Delta, None], sink: TokenSink) -> Callable[[], object]:
-    """Deliver a generator's deltas to a sink from a task of its own, and return a function that cancels the task."""
+    """Deliver a generator's deltas to a sink from a separate task, and return a function that cancels the task."""
 
     async def run() -> None:
         try:

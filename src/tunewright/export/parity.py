@@ -33,7 +33,7 @@ class Figures(Part):
 
     prompts: Annotated[int, Field(description="Held-out prompts that were answered.")]
     places: Annotated[int, Field(description="Places of the trained model's answers at which distributions compare.")]
-    arithmetic: Annotated[str, Field(description="What the artefact computed in.")]
+    arithmetic: Annotated[str, Field(description="Device and precision of the artifact.")]
     max_logit: Annotated[
         float,
         Field(description="Largest change of a log-probability, among the 100 likeliest tokens of each place."),

@@ -69,18 +69,18 @@ class TrainedModel:
 
     @property
     def answers(self) -> list[tuple[int, ...]]:
-        """Return its greedy answers."""
+        """Its greedy answers."""
         return [completion.ids for completion in self.completions]
 
     @property
     def contexts(self) -> list[Context]:
-        """Return the prompts with its answers, and the places in them."""
+        """The prompts with its answers, and the places in them."""
         ended = [completion.finish == "stop" and completion.before_stop is None for completion in self.completions]
         return contexts(self.probe, self.answers, ended)
 
     @cached_property
     def texts(self) -> list[str]:
-        """Return its answers as text."""
+        """Its answers as text."""
         return [answer_text(self.chat, completion) for completion in self.completions]
 
     def score(self, texts: Sequence[str]) -> float:

@@ -85,7 +85,7 @@ class LoraDispatch:
         self._largest_bytes = max((self._nbytes(name) for name in self._names), default=0)
 
     def add(self, name: str, loras: Mapping[str, Lora]) -> None:
-        """Add an adapter to a base that has none of its own; ``loras`` maps layer names to weights."""
+        """Add an adapter to a base without built-in ones; ``loras`` maps layer names to weights."""
         assert not isinstance(self._model, PeftModel), "a PeftModel has adapter layers already"
         new = {layer: _LoraLinear.from_base(self._model.get_submodule(layer)) for layer in loras.keys() - self._linear}
         self._linear |= new
@@ -390,7 +390,7 @@ def _is_4bit(layer: Any) -> bool:
 
 
 def _is_plain(layer: Any) -> bool:
-    """Return whether this is a linear layer, 16-bit or 4-bit, with nothing but two matrices for each adapter."""
+    """Return whether this is a linear layer, 16-bit or 4-bit, with only two matrices for each adapter."""
     return (
         (isinstance(layer, Linear) or _is_4bit(getattr(layer, "base_layer", None)))
         and not layer.lora_variant

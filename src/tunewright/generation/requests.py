@@ -86,7 +86,7 @@ class Row:
 
     @property
     def completion(self) -> Completion:
-        """Return the completion of a finished row."""
+        """The completion of a finished row."""
         assert self.finish is not None
         return Completion(tuple(self.ids), self.finish, self._before_stop)
 

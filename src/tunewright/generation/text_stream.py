@@ -84,7 +84,7 @@ class TextStream:
 
     @property
     def stopped(self) -> bool:
-        """Return whether a stop string has ended the answer."""
+        """True if a stop string has ended the answer."""
         return self._filter.stopped
 
     def push(self, token: int) -> str:

@@ -45,7 +45,7 @@ class Base:
 
     @property
     def digest(self) -> str:
-        """Return the SHA-256 of the files' digests: the identity of the base, wherever it is stored."""
+        """The SHA-256 of the files' digests: the identity of the base, wherever it is stored."""
         return digest(self.files)
 
 
@@ -109,7 +109,7 @@ def local_base(spec: str, revision: str | None, root: Path, reporter: Reporter) 
 
 
 def _place(spec: str, root: Path) -> Path | Literal["bundled", "hub"]:
-    """Return where a base is: its folder, the package of the bundled model, or the hub."""
+    """Return a base's source: its folder, the package of the bundled model, or the hub."""
     kind, _, _name = spec.rpartition(":")
     if kind == "bundled":
         return "bundled"

@@ -54,7 +54,7 @@ class Evaluation:
 
     @property
     def rank(self) -> tuple[float, float, int]:
-        """Return a sort key, larger is better: the metric, then the dev loss; of equal evaluations the earlier."""
+        """A sort key, larger is better: the metric, then the dev loss; of equal evaluations the earlier."""
         return (0.0 if self.dev_metric is None else self.dev_metric, -self.dev_loss, -self.step)
 
     def folder(self, work: Path) -> Path:

@@ -48,7 +48,7 @@ class UnstableRunError(Exception):
 
 
 def fault(loss: float, gradient_norm: float, losses: Sequence[float], vocabulary: int) -> str | None:
-    """Return what is wrong with a step; None if nothing is.
+    """Return the fault of a step; None if it has no fault.
 
     A loss has exploded if it exceeds a bound for several steps in a row:
 

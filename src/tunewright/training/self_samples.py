@@ -62,7 +62,7 @@ class Sample:
 
     @property
     def example(self) -> Example:
-        """Return the conversation."""
+        """The conversation."""
         return Example((Message("user", self.instruction), Message("assistant", self.answer)))
 
 
@@ -76,7 +76,7 @@ class Drawn:
 
     @property
     def text(self) -> str:
-        """Return the samples as JSON lines: number and messages."""
+        """The samples as JSON lines: number and messages."""
         rows = [{"number": s.number, "messages": [m.as_dict() for m in s.example.messages]} for s in self.used]
         return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
@@ -248,7 +248,7 @@ class Sampler:
 
 
 def _instruction(chat: ChatFormat, end_text: str | None, turn: Completion) -> str | None:
-    """Return what the base wrote as the user; None if the turn did not end.
+    """Return the base's text for the user turn; None if the turn did not end.
 
     A base without an end-of-turn token ends the turn with the template's own text, or never learnt to end it: then the
     turn ends at the first empty line.

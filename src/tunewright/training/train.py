@@ -90,7 +90,7 @@ def training_inputs(project: ProjectFolder, version: DatasetVersion, base: Base,
 
 
 def _selection_inputs(project: ProjectFolder) -> dict[str, Any]:
-    """Return what decides, apart from the train section, which evaluation's adapter is kept."""
+    """Return the inputs, apart from the train section, that decide which evaluation's adapter is kept."""
     config = project.config
     if config.train.eval_max_samples == 0:
         return {"metric": None}
@@ -199,7 +199,7 @@ class _TrainedRun:
 
     @cached_property
     def evaluated(self) -> list[Evaluation]:
-        """Return the evaluations of the run, in order."""
+        """The evaluations of the run, in order."""
         return evaluations(self.history)
 
 
@@ -340,7 +340,7 @@ def _training_record(
 
 
 def _rendering(encoded: EncodedRows) -> dict[str, Any]:
-    """Return what training saw of a split, by digest, and the rows that the config dropped."""
+    """Return digests of a split as rendered for training, and the rows that the config dropped."""
     return {
         "digest": render_digest(encoded.rows),
         "rows": len(encoded.rows),

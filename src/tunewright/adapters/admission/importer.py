@@ -248,7 +248,7 @@ class AdapterImporter:
     def _lineage(
         self, files: Path, config: ForeignConfig, source: Path, said: ImportStatement
     ) -> Literal["its own", "stated"]:
-        """Check the lineage against the base and chat format here; if there is none, write what the user states."""
+        """Check the lineage against the base and chat format here; without a lineage, write the user's statements."""
         path = files / LINEAGE
         if path.exists():
             if said.base_matches or said.quantize is not None:

@@ -310,7 +310,7 @@ class _Steps:
     def __init__(self, task: Task, total: int) -> None:
         self._task, self._total, self._advanced, self._worked = task, total, 0, 0
         self.work = 0
-        """How much there is to do."""
+        """The total amount of work."""
 
     def done(self, work: int) -> None:
         """Count work as done."""

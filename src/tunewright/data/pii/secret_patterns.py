@@ -30,7 +30,7 @@ class Pattern:
     Args:
         kind: its name, as placeholders spell it: ``email`` is replaced by ``<EMAIL_1>``.
         label: its name in messages.
-        category: a secret lets its holder in or pay; personal data says who somebody is.
+        category: a secret gives access or can be used to pay; personal data identifies a person.
         regex: matches it; the group ``value`` is the finding, if there is one.
         cues: every match, or what is near it, has one of these: texts without any are not searched.
         check: further condition on a match.

@@ -73,7 +73,7 @@ class TrainingSetup:
 
     @property
     def copies_inputs(self) -> bool:
-        """Return whether each adapted layer keeps its own copy of its input.
+        """True if each adapted layer keeps its own copy of its input.
 
         training.lora.FusedLinear and FusedLinear4bit keep the input that the layers share. peft's own layers, which
         dropout needs, convert it to the adapter's float32 and autocast converts it back, so each keeps a copy.
@@ -82,17 +82,17 @@ class TrainingSetup:
 
     @property
     def flash(self) -> bool:
-        """Return whether attention is FlashAttention, which takes 16 bits only."""
+        """True if attention is FlashAttention, which takes 16 bits only."""
         return self.card and self.dtype == "bfloat16"
 
     @property
     def number(self) -> int:
-        """Return the bytes of a number in the forward pass."""
+        """The bytes of a number in the forward pass."""
         return 2 if self.dtype == "bfloat16" else FLOAT
 
     @property
     def name(self) -> str:
-        """Return the display name."""
+        """The display name."""
         return f"QLoRA {self.dtype}" if self.nf4 else f"LoRA {self.dtype}"
 
 
@@ -115,28 +115,28 @@ class BatchShape:
 
     @property
     def tokens(self) -> int:
-        """Return the tokens that go through the model."""
+        """The tokens that go through the model."""
         return self.shared + self.rows * self.own
 
     @property
     def blocks(self) -> list[tuple[int, int, int]]:
-        """Return (rows, queries, preceding keys) of the prefix and of the suffixes."""
+        """(rows, queries, preceding keys) of the prefix and of the suffixes."""
         blocks = ((1, self.shared, 0), (self.rows, self.own, self.shared))
         return [block for block in blocks if block[1]]
 
     @property
     def sequences(self) -> int:
-        """Return the query sequences of a variable-length batch: the prefix, and each row."""
+        """The query sequences of a variable-length batch: the prefix, and each row."""
         return self.rows + bool(self.shared)
 
     @property
     def attended(self) -> int:
-        """Return the tokens of the rows, counting the prefix once for each."""
+        """The tokens of the rows, counting the prefix once for each."""
         return self.rows * (self.shared + self.own)
 
     @property
     def keys(self) -> int:
-        """Return the keys that attention reads: the prefix's for itself, and each row's."""
+        """The keys that attention reads: the prefix's for itself, and each row's."""
         return self.shared + self.attended
 
 
@@ -165,7 +165,7 @@ class MemoryBreakdown:
 
     @property
     def total(self) -> int:
-        """Return the sum of all parts."""
+        """The sum of all parts."""
         return sum(asdict(self).values())
 
 
@@ -330,7 +330,7 @@ def malloc_bytes(setup: TrainingSetup, passing: int) -> int:
 
 
 def estimate(shape: Shape, setup: TrainingSetup, load: BatchShape) -> MemoryBreakdown:
-    """Return what one step with this micro-batch needs at the moment of peak use."""
+    """Return the memory that one step with this micro-batch needs at its peak."""
     b, tokens = setup.number, load.tokens
     adapter = shape.adapter_parameters(setup.targets, setup.rank)
     layer, attention = layer_saved(shape, setup, tokens), attention_saved(shape, setup, load)

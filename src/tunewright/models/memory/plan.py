@@ -84,7 +84,7 @@ class SetupPlan:
 
     @property
     def least(self) -> int:
-        """Return the least bytes for the requested batch: the total without the assumed runtime."""
+        """The least bytes for the requested batch: the total without the assumed runtime."""
         return self.asked.total - self.asked.runtime
 
 
@@ -258,7 +258,7 @@ def _fits(plan: Plan, setup: TrainingSetup, rows: int, length: int) -> str:
 
 
 def _instead(plan: Plan, setups: dict[bool, TrainingSetup], setup: TrainingSetup, rows: int, length: int) -> list[str]:
-    """Return what does fit, the change with the lowest cost first."""
+    """Return the alternatives that fit, the change with the lowest cost first."""
     instead = []
     fewer = _rows_that_fit(plan, setup, length, rows, halving=True)
     if fewer:

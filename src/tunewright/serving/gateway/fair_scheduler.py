@@ -34,7 +34,7 @@ from dataclasses import dataclass
 
 PROMPT_WEIGHT = 1.0
 ANSWER_WEIGHT = 2.0
-"""The paper's weights: an answer's token takes a pass of its own, and a prompt's token shares one."""
+"""The paper's weights: an answer's token takes a whole pass, and a prompt's token shares one."""
 PREFILL_TOKENS = 128
 """A tenant's budget of prompt tokens in prefill; a prompt up to this length counts as short."""
 ROWS_PER_RESERVED = 8

@@ -176,7 +176,7 @@ class GenerationRequest:
             self._end("failed", error)
 
     def usage(self) -> RequestUsage:
-        """Return what the request has used so far."""
+        """Return the request's usage so far."""
         now = time.monotonic()
         return RequestUsage(
             prompt_tokens=0 if self._admitted_at is None else self.prompt_tokens,

@@ -207,7 +207,7 @@ class _BaseRequest(_Part):
 
     @property
     def end_user(self) -> str | None:
-        """The client's label of its own user; ``safety_identifier`` is OpenAI's newer name of ``user``."""
+        """The client's label for its user; ``safety_identifier`` is OpenAI's newer name of ``user``."""
         return self.safety_identifier or self.user or None
 
     @property

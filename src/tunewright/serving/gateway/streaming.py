@@ -21,7 +21,7 @@ from tunewright.serving.gateway.schemas import ApiError
 T = TypeVar("T")
 
 FLUSH_SECONDS = 5.0
-"""How long a client may take, after a stream's deadline, to read the error that ends it."""
+"""Time for a client to read the error that ends a stream, after its deadline."""
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False)  # json.dumps would create one for each event
 

@@ -130,7 +130,7 @@ class _Session:
         await self.mixed(check)
 
     async def new_version(self, check: str) -> None:
-        """What releases do: an adapter replaces another one, or is loaded before the other is unloaded.
+        """Simulate releases: an adapter replaces another one, or is loaded before the other is unloaded.
 
         One half of the adapters replaces the other half one by one. Then the other half is loaded as well, and stays
         alone. The same prompts are sent before and after. So each adapter follows another one with the same prompts.

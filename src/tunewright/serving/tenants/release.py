@@ -74,7 +74,7 @@ class Release:
 
     @property
     def answer(self) -> tuple[str, bool]:
-        """What decides the alias's answers: equal for two releases that answer alike."""
+        """The part of a release that decides the alias's answers: equal for two releases that answer alike."""
         return self.digest, self.system_prompt
 
     @property

@@ -117,7 +117,7 @@ requests = Table(
     Column("total_s", Double),
     Column("outcome", String(16)),
     Column("finished", Double),
-    Column("end_user", LongText),  # the tenant's label of its own user
+    Column("end_user", LongText),  # the tenant's label for its user
     # For the limits: a tenant's requests of the last minute, and its unfinished ones.
     Index("requests_by_time", "tenant_id", "started"),
 )

@@ -66,7 +66,7 @@ class Entry(_Line):
 
     @property
     def rank(self) -> tuple[float, float]:
-        """Return a sort key, larger is better: the metric, then the dev loss."""
+        """A sort key, larger is better: the metric, then the dev loss."""
         assert self.dev_loss is not None
         return (0.0 if self.dev_metric is None else self.dev_metric, -self.dev_loss)
 
@@ -139,5 +139,5 @@ class Ledger:
 
     @property
     def seconds(self) -> float:
-        """Return the time spent on the sweep so far."""
+        """The time spent on the sweep so far."""
         return sum(entry.seconds for entry in self.entries)

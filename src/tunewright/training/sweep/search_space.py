@@ -79,7 +79,7 @@ def _trial(own: TrainConfig, preset: str, rate: float) -> Trial:
 
 
 def survivors(trials: int) -> int:
-    """Return how many trials advance: the better half, rounded down, and at least one."""
+    """Return the number of trials that advance: the better half, rounded down, and at least one."""
     return max(trials // 2, 1)
 
 
