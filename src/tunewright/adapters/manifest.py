@@ -67,7 +67,7 @@ class Sources(Record):
     template: Digest | None
     dataset: Digest | None
     inputs: Digest | None
-    """Of everything that decided the training."""
+    """Digest of all inputs of the training."""
 
 
 class Manifest(Record):

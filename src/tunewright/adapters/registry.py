@@ -78,7 +78,7 @@ class Adapter:
 
     @property
     def local(self) -> dict[str, Any]:
-        """This project's own record of it: ``also_inputs`` with the same result, and how it was ``imported``."""
+        """The project's record: other inputs with the same result (``also_inputs``), and the import (``imported``)."""
         path = self.folder / LOCAL
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         return found
@@ -197,7 +197,7 @@ def store_adapter(
     are further files of the folder, by name; ``signer`` signs the manifest of all files.
 
     Raises:
-        UserError: weights that are not finite, or (if it is to be ``servable``) an adapter that vLLM would not load.
+        UserError: weights that are not finite, or (with ``servable``) an adapter that vLLM would not load.
     """
     for source in (weights, *checkpoints.values()):
         check_adapter(source, servable=servable)

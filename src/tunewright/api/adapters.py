@@ -130,7 +130,7 @@ class AdaptersApi:
         unsigned: bool = False,
         system_prompt: str | None = None,
     ) -> ImportResult:
-        """Import an external adapter from a folder or a zip or tar archive, if it passes all checks.
+        """Import a foreign adapter from a folder or a zip or tar archive, if it passes all checks.
 
         Args:
             source: the folder or archive.

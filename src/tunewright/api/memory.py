@@ -41,7 +41,7 @@ def fitting_plan(
     shared: int,
     answer: int | None,
 ) -> tuple[Plan, MemoryCheck]:
-    """Return the plan and answer of :meth:`Project.fit`, which documents the arguments."""
+    """Return the plan and answer of :meth:`Project.estimate_memory`, which documents the arguments."""
     project, reporter = opened.folder, opened.reporter
     memory = available_memory(gpu)
     alone = base is not None and not project.has_config

@@ -206,10 +206,10 @@ class AuditApi:
             return state.audit.lines()
 
     def verify(self, noted: str | None = None) -> AuditCheck:
-        """Hold every line to its digest and to the one before, and the releases to the lines that tell of them.
+        """Verify each entry against its digest and its predecessor, and the releases against their entries.
 
         Args:
-            noted: a line's digest that was noted elsewhere before, which has to be in the log still.
+            noted: an entry's digest that was noted elsewhere before; it must still be in the log.
         """
         with self._context.state() as state:
             return state.verify(noted)

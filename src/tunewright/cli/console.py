@@ -127,9 +127,10 @@ class Session:
         return Project(ProjectFolder(self.folder), self.reporter)
 
     def show(self, document: dict[str, Any], *people: RenderableType, alone: str | None = None) -> None:
-        """Print the command's result on stdout: ``document`` with ``--json``, else text and tables for people.
+        """Print the command's result on stdout: ``document`` with ``--json``, else text and tables.
 
-        ``alone`` is for a result that scripts read line by line: it is all of stdout, and ``people`` go to stderr.
+        ``alone`` is for a result that scripts read line by line: it is the only output on stdout, and ``people`` go to
+        stderr.
         """
         if not distributed.is_main_process():
             return
@@ -179,7 +180,7 @@ def session(
         as_json: print the result as JSON.
         project: report at the end whether reviewers have accepted its dataset version.
         together: allow several processes, one of which prints for all.
-        kept: what a stopped command leaves behind, and how to resume it.
+        kept: message about the state after a stop, and the way to resume.
     """
     current = Session(as_json=as_json)
     before = signal.signal(signal.SIGTERM, _interrupt)

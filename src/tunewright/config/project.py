@@ -49,17 +49,17 @@ class ProjectFolder:
 
     @property
     def fold_adapters(self) -> Path:
-        """The adapters of cross-fitted evaluations, apart from those that are served; all can be made again."""
+        """The folder of cross-validation adapters, separate from those that are served; all can be trained again."""
         return self.root / ".tunewright" / "crossval" / "adapters"
 
     @property
     def curve_adapters(self) -> Path:
-        """The adapters of learning curves, apart from those that are served; all can be made again."""
+        """The folder of learning-curve adapters, separate from those that are served; all can be trained again."""
         return self.root / ".tunewright" / "curve" / "adapters"
 
     @property
     def pilot_adapters(self) -> Path:
-        """The adapters of `advise`, apart from those that are served; all can be made again."""
+        """The folder of `advise`'s adapters, separate from those that are served; all can be trained again."""
         return self.root / ".tunewright" / "pilot" / "adapters"
 
     @property

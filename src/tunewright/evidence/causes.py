@@ -33,7 +33,7 @@ _USELESS = 0.1
 """Share of a metric's range below which an arm does not solve the task."""
 _FEWEST_STEPS = 8
 _FORM_LEARNT = 0.9
-"""As a share of the references with the form."""
+"""Share of the answers with the form, relative to the references with it, at which the form counts as learnt."""
 _MOST_DOUBLINGS = 5
 
 

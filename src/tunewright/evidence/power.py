@@ -89,12 +89,12 @@ def prospect(split: str, items: int, clusters: int) -> Prospect:
 
 
 def prospect_text(found: Prospect, kind: Kind, margin: float) -> str:
-    """Return the prospect in plain sentences, with what is assumed.
+    """Return the prospect in plain sentences, with its assumptions.
 
     Args:
         found: the prospect.
-        kind: the deciding metric's.
-        margin: the config's.
+        kind: the deciding metric's kind.
+        margin: the config's margin.
     """
     place = f"The {found.split} split's {found.items:,} items in {found.clusters:,} clusters"
     if found.clusters < FEWEST_CLUSTERS:

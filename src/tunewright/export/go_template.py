@@ -1,6 +1,6 @@
 """A chat format as a Go template, with which Ollama renders conversations.
 
-The Jinja template is not translated. The format is learnt from what it writes around markers, and the Go template is
+The Jinja template is not translated. The format is learnt from its output around markers, and the Go template is
 built from those texts. Then both are compared on random conversations.
 
     system in front      [before] system [between] user [answer] assistant [next] user [ask]
@@ -53,13 +53,13 @@ class GoTemplate:
     before: str
     """Before the system text, if it is in front."""
     between: str
-    """Between the system text and the user's."""
+    """Text between the system message and the first user message."""
     answer: str
-    """From a user's text to the assistant's."""
+    """Text between a user message and the next assistant message."""
     next: str
-    """From an assistant's text to the next user's."""
+    """Text between an assistant message and the next user message."""
     ask: str
-    """From the last user's text to the start of the answer."""
+    """Text between the last user message and the start of the answer."""
 
     def render(self, messages: Sequence[Message]) -> str:
         """Return the Go template's output for a conversation that ends with the user."""

@@ -67,7 +67,7 @@ EFFECT = 1e-3
 """Nats: an adapter that changes the base's distributions by less has no effect that could be lost or kept."""
 
 FEW = 2
-"""Places, or prompts, that may differ in any case: of 30 places one near tie is 3%."""
+"""Number of places, or prompts, that may differ in any case: one near tie in 30 places is already 3%."""
 
 LIMITS: dict[Precision, Limits] = {
     "16-bit": Limits(max_logit=1.0, kl=0.002, lost=0.02, top1=0.98, greedy=0.9, score=0.05),

@@ -39,7 +39,7 @@ class ArtifactOutputs:
     """An artifact's outputs for the probe's prompts."""
 
     answers: Sequence[tuple[int, ...]]
-    """Its greedy answers, without the end token."""
+    """The model's greedy answers, without the end token."""
     texts: Sequence[str]
     distributions: Tensor | Sequence[TopTokens]
     """Next-token distributions at each place of the *trained model's* answers."""
@@ -69,7 +69,7 @@ class TrainedModel:
 
     @property
     def answers(self) -> list[tuple[int, ...]]:
-        """Its greedy answers."""
+        """The model's greedy answers."""
         return [completion.ids for completion in self.completions]
 
     @property
@@ -80,7 +80,7 @@ class TrainedModel:
 
     @cached_property
     def texts(self) -> list[str]:
-        """Its answers as text."""
+        """The model's answers as text."""
         return [answer_text(self.chat, completion) for completion in self.completions]
 
     def score(self, texts: Sequence[str]) -> float:

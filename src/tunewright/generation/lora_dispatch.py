@@ -52,14 +52,14 @@ class LoraDispatch:
         """Rows share one adapter that cannot be mixed with others."""
         self._names: set[str] = set()
         self._linear: dict[str, _LoraLinear] = {}
-        """By the layer's name."""
+        """Wrapped layers by name."""
         self._other_layers: list[Any] = []
         """Adapted layers that PEFT itself computes."""
         self._attached = False
         self._rows: _RowGroups | None = None
-        """Of the pass in progress."""
+        """The row assignment of the pass in progress."""
         self._last: _RowGroups | None = None
-        """Of the pass before: the next one usually has the same rows."""
+        """The row assignment of the previous pass: the next one usually has the same rows."""
         self._slots = AdapterSlots()
         self._largest_bytes = 0
         """Bytes of the largest adapter's weights."""
@@ -210,7 +210,7 @@ class _RowGroups:
         self.slots = slots
         if slots is None:
             return
-        # N is the most rows that any adapter has. Rows of the base read one more place of slot 0, which stays 0.
+        # N is the largest number of rows of any adapter. Rows of the base read one more place of slot 0, which stays 0.
         self._depth = max(self.adapter_of_row.count(name) for name in self.adapters) + (None in self.names)
         used: Counter[str | None] = Counter()
         places = []

@@ -41,7 +41,7 @@ class Base:
     """The hub commit that the revision was pinned to; None for a folder and for the bundled model."""
     architecture: str
     files: dict[str, str]
-    """SHA-256 by name of each file that decides what the model computes."""
+    """SHA-256 of each file that affects the model's output, by name."""
 
     @property
     def digest(self) -> str:
@@ -73,7 +73,7 @@ def resolve_base(spec: str, revision: str | None, root: Path, reporter: Reporter
 
 
 def base_config(spec: str, revision: str | None, root: Path, reporter: Reporter) -> Path:
-    """Return the ``config.json`` of the base that ``spec`` names; of a hub id nothing else is downloaded.
+    """Return the ``config.json`` of the base that ``spec`` names; for a hub id only this file is downloaded.
 
     Raises:
         UserError: as for :func:`resolve_base`.

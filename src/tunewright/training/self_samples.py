@@ -93,11 +93,11 @@ class Drawn:
 
 
 class Sampler:
-    """Draws a base's own conversations, the same ones each time, and keeps them in the working folder.
+    """Reproducible draws of a base's own conversations, cached in the working folder.
 
     Args:
         base, chat: the writer and its chat format.
-        weights: what else decides the draw, such as the base's dtype and the engine.
+        weights: further inputs of the draw, such as the base's dtype and the engine.
         complete: has the base write, with any adapter disabled; called only if samples are missing.
         seed: decides the draw.
         purpose: "replay" or "held-out": draws of one seed for different purposes are independent.

@@ -65,7 +65,7 @@ class Paused:
 
     step: int
     best: Evaluation
-    """The best evaluation so far, including the one at the pause: what the run would keep if it ended here."""
+    """The best evaluation so far, including the one at the pause: the run's result if it ended here."""
     seconds: float
     """Training time of this process."""
 
@@ -173,7 +173,7 @@ def train_until(
     work: Path,
     step: int,
 ) -> Paused:
-    """Train as `train` does, up to a step; `train` resumes from what is in ``work`` then.
+    """Train as `train` does, up to a step; `train` then resumes from the checkpoint in ``work``.
 
     Raises:
         UserError: as for `train`; `DivergedError` if the loss is not finite or has exploded.

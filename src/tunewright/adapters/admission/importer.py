@@ -82,13 +82,13 @@ class ImportResult:
 
 
 class AdapterImporter:
-    """Checks and stores foreign adapters for a project.
+    """Importer that checks foreign adapters and stores them in a project.
 
     Args:
         adapters: the project's adapters folder.
         trusted: its keys.
         base, chat: what an adapter must match.
-        reporter: shows progress, and reports what is not imported.
+        reporter: shows progress, and reports files that are not imported.
     """
 
     def __init__(self, adapters: Path, trusted: TrustedKeys, base: Base, chat: ChatFormat, reporter: Reporter) -> None:

@@ -26,7 +26,7 @@ adapter with a manifest also has ``"manifest"``, the SHA-256 of the manifest who
 GATEWAY = "TUNEWRIGHT_GATEWAY"
 """The environment variable with the id of the process that starts vLLM."""
 SIGNED = "manifest.json"
-"""The file in an adapter's folder with the digests of all files, which is what signatures sign."""
+"""The file in an adapter's folder with the digests of all files, which signatures cover."""
 EVICT = "/tunewright/adapters/"
 ROUTES = frozenset({("GET", "/health"), ("GET", "/v1/models"), ("GET", "/metrics"), ("POST", "/v1/completions")})
 

@@ -28,7 +28,7 @@ class Memory:
 
     bytes: int
     card: bool
-    """On a CUDA GPU; else this machine's RAM."""
+    """True for a CUDA GPU's memory, False for this machine's RAM."""
     source: str
     """The origin of the number, in words."""
 
@@ -73,7 +73,7 @@ def container_left(group: Path = Path("/sys/fs/cgroup")) -> int | None:
 
 @dataclass(frozen=True)
 class SetupPlan:
-    """One training setup: what the requested batch needs, and the largest micro-batch of each length."""
+    """One training setup: memory of the requested batch, and the largest micro-batch by length."""
 
     setup: TrainingSetup
     asked: MemoryBreakdown
@@ -138,13 +138,13 @@ def plan(
     """Plan LoRA and QLoRA, with and without gradient checkpointing, in this memory.
 
     Args:
-        base: its name.
-        shape: its sizes.
+        base: the base's name.
+        shape: the base's sizes.
         settings: targets, rank, dtype and dropout.
         memory: the available memory.
-        rows, length: of the requested batch.
+        rows, length: size of the requested batch.
         shared: tokens of the prefix that all rows share.
-        answer: trained tokens of each row; of a shorter row, all that follow the prefix.
+        answer: trained tokens of each row; for a shorter row, all tokens after the prefix.
     """
 
     setups = []

@@ -104,7 +104,7 @@ async def sse_events(
 ) -> AsyncGenerator[str, None]:
     """Yield the answers as server-sent events; an error on the way is the last one.
 
-    What is known at one moment is yielded together: to send costs more than to encode, however little is sent.
+    Events available at the same moment are yielded together, since sending costs more than encoding.
     """
     documents = response_format.first_chunks()
     unfinished, tokens = len(handler.requests), 0

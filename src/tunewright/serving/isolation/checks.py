@@ -186,8 +186,8 @@ def check_isolation(
         folders: the adapters by digest.
         prompts: the candidates for probes, from the adapters' own tasks, on which they differ.
         context: the engine's context length in tokens.
-        tolerance: the most nats by which a correct token may fall short: see :data:`TOLERANCE`.
-        names: names of the models for people.
+        tolerance: maximum nats by which a correct token may fall short: see :data:`TOLERANCE`.
+        names: display names of the models.
         long: tokens of the prompts that test prefix caches: see :data:`LONG` and :data:`SHORT`.
 
     Raises:

@@ -199,7 +199,7 @@ def key_hash(key: str) -> str:
 
 
 def _has_hash(key: str, stored: str | None) -> bool:
-    """Return whether a key has the stored hash (None: of no key), in the same time either way."""
+    """Return whether a key has the stored hash (None: no key's), in the same time either way."""
     return hmac.compare_digest(key_hash(key), stored or _NO_HASH) and stored is not None
 
 

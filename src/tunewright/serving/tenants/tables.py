@@ -128,7 +128,7 @@ Index(
     postgresql_where=requests.c.finished.is_(None),
 )
 
-# What remains of requests that were rolled up: daily totals, and the last use of each key.
+# Records that remain after the roll-up: daily totals, and the last use of each key.
 usage_days = Table(
     "usage_days",
     metadata,

@@ -29,7 +29,7 @@ class Piece:
     """Consecutive tokens of one row that are adjacent in the packed row."""
 
     row: int
-    """The row's index in the batch; of a prefix, any of the rows that share it."""
+    """The row's index in the batch; for a prefix, any of the rows that share it."""
     first: int
     """Index of the first token in its row."""
     length: int
@@ -97,7 +97,7 @@ class Layout:
     """A packed row's prefixes and blocks, in their order."""
 
     prefixes: tuple[Piece, ...]
-    """One for each group; of length 0 if its rows share nothing."""
+    """One prefix per group; its length is 0 if the group's rows share nothing."""
     blocks: tuple[Block, ...]
     sequences: Sequences
 

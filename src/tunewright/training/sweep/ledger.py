@@ -28,7 +28,7 @@ class _Line(BaseModel):
 
 
 class Head(_Line):
-    """The first line: what is swept, on which data, and how trials are compared."""
+    """The first line: settings of the sweep, its data, and the comparison of trials."""
 
     schema_version: Literal[1] = 1
     sweep: str
@@ -41,7 +41,7 @@ class Head(_Line):
     steps: int
     rungs: tuple[int, ...]
     trials: dict[str, dict[str, Any]]
-    """By name: preset, learning_rate, and inputs, the digest by which `tunewright train` finds the run."""
+    """Trial settings by name: preset, learning_rate, and inputs, the digest that `tunewright train` looks up."""
 
 
 class Entry(_Line):
@@ -52,7 +52,7 @@ class Entry(_Line):
     event: Event
     trial: str
     rung: int
-    """From 1; 0 for the first steps, which are timed."""
+    """Rung index from 1; 0 for the first steps, which are timed."""
     step: int
     steps: int = 0
     """Steps made for this line."""

@@ -61,7 +61,7 @@ class Sweep:
     """The trials of a config on a dataset version, and all inputs that decide their results.
 
     Args:
-        project: its config is what the trials vary.
+        project: its config is varied by the trials.
         version, base, chat: as for `train`.
         reporter: shows progress and reports warnings.
         rates: learning rates to try; None: three around the suggested one, see `default_rates`.
