@@ -1,8 +1,8 @@
 """Signal (b): distance of the domain's vocabulary and answers from the base's own text.
 
 It is shown as evidence and decides nothing. Tokens per word indicate cost and length. We know of no study in which they
-predict the gain of fine-tuning, and such intuitive predictors can even be wrong in sign (Lin et al. 2024, "Selecting
-Large Language Model to Fine-tune via Rectified Scaling Law", arXiv 2402.02314).
+predict the gain of fine-tuning. Such intuitive predictors can even be wrong in sign (Lin et al. 2024, "Selecting Large
+Language Model to Fine-tune via Rectified Scaling Law", arXiv 2402.02314).
 """
 
 from __future__ import annotations

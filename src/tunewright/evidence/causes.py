@@ -73,12 +73,14 @@ def decided(evidence: Evidence, known: Known | None = None) -> Verdict:
 def causes(evidence: Evidence, found: Verdict, known: Known) -> tuple[Reason, ...]:
     """Return the likely causes of a *don't ship*, likeliest first; empty for a *ship*.
 
-    A *can't tell* only gets causes that training can remove. Causes that cannot change the outcome are left out: the
-    token limit if even correct answers instead of the cut ones would not suffice, more epochs if the loss has stopped
-    falling, more rows if the learning curve is flat. More test items are never a remedy for a *don't ship*, since the
-    interval is on the wrong side already.
+    A *can't tell* only gets causes that training can remove. Causes that cannot change the outcome are left out:
 
-    There are also no causes if the gain suffices and benchmarks or people prevent a *ship*.
+    - the token limit, if even correct answers instead of the cut ones would not suffice;
+    - more epochs, if the loss has stopped falling;
+    - more rows, if the learning curve is flat.
+
+    More test items are never a remedy for a *don't ship*, since the interval is on the wrong side already. There are
+    no causes either if the gain suffices and benchmarks or people prevent a *ship*.
     """
     first = evidence.contrasts[0]
     if found.decision == "ship" or first.interval.low > evidence.margin:

@@ -26,8 +26,8 @@ class Standing:
 def standing(general: Benchmarks) -> Standing:
     """Return *worse* if any deciding benchmark is worse, *not worse* if none can be, else *can't tell*.
 
-    All must be shown to be not worse, so their errors do not add up and the level needs no correction (an
-    intersection-union test, Berger 1982). Without a margin there is no question, so the answer is not "can't tell".
+    All must be shown to be not worse, so the level needs no correction (an intersection-union test, Berger 1982).
+    Without a margin there is no question, so the answer is not "can't tell".
     """
     deciding = [suite for suite in general.suites if suite.gates]
     asked = [suite for suite in general.suites if suite.margin is not None]

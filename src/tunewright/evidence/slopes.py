@@ -38,8 +38,8 @@ def share_slope(
 ) -> Slope:
     """Return the slope of a share of right answers.
 
-    Two artificial clusters of mean size join the resampling, one all wrong with the fewest rows and all right with the
-    most, one the other way round, as in `statistics.difference_interval`. Without them ten items that no adapter gets
+    Two artificial clusters of mean size join the resampling, as in `statistics.difference_interval`. One is all wrong
+    with the fewest rows and all right with the most, the other the reverse. Without them ten items that no adapter gets
     right would give the interval [0, 0].
 
     Args:

@@ -1,7 +1,7 @@
 """Parity of an artifact with the trained model: figures and limits.
 
-Every artifact answers the same held-out prompts as the trained model (the base as held in training, with the adapter),
-and gets the trained model's own answers token by token. Only rounding may differ.
+Every artifact answers the same held-out prompts as the trained model (the base as quantized in training, with the
+adapter). It also scores the trained model's answers token by token. Only rounding may differ.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class LoraDispatch:
 
     PEFT's own ``forward(adapter_names=...)`` does the same with three drawbacks. It looks up the layers in every pass,
     which is a quarter of a short pass. It leaves its hooks behind when a pass fails. It needs ten operations a layer
-    for each adapter. Here the layers' forward methods are replaced once for many passes (:meth:`attached`), and the
+    for each adapter. Here the layers' forward methods are replaced once for many passes (:meth:`attached`). The
     grouping of rows is computed once for all passes with the same rows. Where all rows have one adapter, a layer needs
     two or three operations; where rows of several adapters decode, it needs four for all of them together
     (tests/gpu/test_decoding_gpu.py).

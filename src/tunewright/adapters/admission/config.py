@@ -1,7 +1,7 @@
 """Allowed ``adapter_config.json`` of a foreign adapter: plain LoRA on a Llama's or Mistral's linear layers.
 
 The keys are those of peft 0.21's ``LoraConfig``. Keys that make peft import a module, match a regular expression, add
-layers or change the base are refused by name, and so is every unknown key.
+layers or change the base are refused by name. Every unknown key is refused too.
 """
 
 from __future__ import annotations

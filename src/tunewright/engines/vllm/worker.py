@@ -3,8 +3,8 @@
 vLLM runs in a separate environment, so this module imports nothing of tunewright. :mod:`.launch` copies it into the
 child's private folder as the package ``tunewright_vllm``.
 
-vLLM's own two resolvers take the name in a request for a path or a repository. The variable that turns resolvers
-on also opens routes that load any folder. So this one looks names up in a list and nowhere else, and a gate closes all
+vLLM's own two resolvers interpret the name in a request as a path or a repository. The variable that turns resolvers on
+also opens routes that load any folder. So this one looks names up in a list and nowhere else, and a gate closes all
 routes but those of the gateway.
 """
 

@@ -1,8 +1,8 @@
 """Request bodies and errors of OpenAI's API (https://platform.openai.com/docs/api-reference/chat and /completions).
 
 A request may have the fields declared here, whichever engine answers. SDKs send many others with a neutral value, one
-that changes nothing: those are dropped. Any other field or value is refused by name, be it one that would change the
-answer or one that only the server may set (``cache_salt``, ``priority``, ``lora_request``, …).
+that changes nothing: those are dropped. Any other field or value is refused by name: those that would change the
+answer, and those that only the server may set (``cache_salt``, ``priority``, ``lora_request``, …).
 """
 
 from __future__ import annotations

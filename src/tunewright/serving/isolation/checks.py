@@ -134,8 +134,8 @@ class _Session:
 
         One half of the adapters replaces the other half one by one. Then the other half is loaded as well, and stays
         alone. The same prompts are sent before and after. So each adapter follows another one with the same prompts.
-        And whichever free slot an engine takes first (the lowest, the oldest, the one left last), some adapter gets a
-        slot that another one has left.
+        Whichever free slot an engine takes first (lowest, oldest, last freed), some adapter gets a slot that another
+        one has left.
         """
         digests, prompts = list(self.folders), self.long.distinct
         if len(digests) < 2:

@@ -1,7 +1,7 @@
 """Probes: prompts on which models differ, so that an answer of a wrong model is detected.
 
 Each pair of models must be distinguished, but most pairs cost no pass over a model. Two greedy answers agree up to the
-token at which they diverge, and there the model's own answer has already shown by how much the other's token is less
+token at which they diverge. There the model's own answer has already shown by how much the other's token is less
 likely. So the number of passes grows with the models, and not with their pairs.
 """
 
