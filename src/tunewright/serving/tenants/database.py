@@ -194,7 +194,7 @@ def _set_wal(connection: Any) -> None:
             connection.execute("PRAGMA journal_mode=WAL")
             return
         except sqlite3.OperationalError as error:
-            # The higher bits tell kinds of "busy" apart.
+            # The higher bits distinguish kinds of "busy".
             if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > until:
                 raise
         time.sleep(0.005)
