@@ -16,10 +16,10 @@ __all__ = ["UserError", "__version__", "open"]
 
 
 def open(root: str | Path = ".", reporter: Reporter | None = None) -> Project:  # noqa: A001
-    """Open the project in folder ``root``; what it can do is what the command line can: ``open(".").train()``.
+    """Open the project in folder ``root``. It has a method for each command: ``open(".").train()``.
 
     Raises:
-        UserError: there is no ``tunewright.yaml``, or it has a fault.
+        UserError: ``tunewright.yaml`` is missing or invalid.
     """
     from tunewright.api import Project
     from tunewright.config.project import ProjectFolder

@@ -1,6 +1,6 @@
-"""The demo: an example project, the whole road, and one held-out question answered three ways by a real server.
+"""The demo: an example project, the pipeline, and one held-out question answered three ways by a real server.
 
-What takes longer than a demo may (a pilot for the advice, a learning curve, a judge) is for the one who asks for it.
+Slow measurements (a pilot for the advice, a learning curve, a judge) only run on request.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 _REPLY = {"temperature": 0, "max_tokens": 64}
-"""Of the demo's judge: room for a verdict and a sentence."""
+"""Token limit of the demo's judge: a verdict and a sentence."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class ThreeAnswers:
 
 @dataclass(frozen=True)
 class Rest:
-    """What takes longer than a demo may; the report has all of it."""
+    """Slow measurements that the demo leaves out by default, as shown in the report."""
 
     advice: AdviceResult
     curve: CurveResult
@@ -51,7 +51,7 @@ class Rest:
     report: Path
 
     def as_dict(self) -> dict[str, Any]:
-        """Advice, curve and judge as ``--json`` prints them."""
+        """Return advice, curve and judge as ``--json`` prints them."""
         return {
             "advised": self.advice.as_dict(),
             "curve": self.curve.curve.model_dump(mode="json"),
@@ -64,7 +64,7 @@ def example_files(name: str) -> dict[str, str]:
     """Return the files of the example project called ``name``.
 
     Raises:
-        UserError: there is no such example.
+        UserError: no such example.
     """
     if name != legal_citations.NAME:
         raise UserError(f"there is no example {name!r}", where="--example", fix=f"There is: {legal_citations.NAME}.")
@@ -72,7 +72,7 @@ def example_files(name: str) -> dict[str, str]:
 
 
 def open_demo(directory: Path, reporter: Reporter) -> Project:
-    """Return the demo project in ``directory``: a new one, or the one that is there already."""
+    """Return the demo project in ``directory``, created if it does not exist."""
     if not (directory / CONFIG_FILE).exists():
         create_project(directory, example_files(legal_citations.NAME))
         reporter.say(f"Wrote the example project {legal_citations.NAME} in {directory}")
@@ -80,7 +80,7 @@ def open_demo(directory: Path, reporter: Reporter) -> Project:
 
 
 def ask_three_ways(project: Project, result: RunResult) -> ThreeAnswers:
-    """Serve base, adapter and earliest checkpoint, and ask each the first question of the test split."""
+    """Serve base, adapter and earliest checkpoint, and ask each of them the first question of the test split."""
     adapter = result.trained.adapter
     earlier = [f"{adapter.name}@{step}" for step in adapter.checkpoints][:1]
     member = project.data.version().examples("test")[0]
@@ -102,9 +102,9 @@ def ask_three_ways(project: Project, result: RunResult) -> ThreeAnswers:
 
 
 def measure_the_rest(project: Project, evaluation: Path) -> Rest:
-    """Return all else that the report can show of an evaluation (its folder) but what people say.
+    """Return the report's other measurements of an evaluation (given by its folder), except human evaluation.
 
-    The base is a judge that everybody has, and a poor one: its controls say so, and then it is not heard.
+    The base serves as judge because it is always available. It is a poor judge, so its controls fail and it is vetoed.
     """
     advice, curve = project.advise(), project.curve()
     service = project.serve([], port=0)

@@ -1,7 +1,7 @@
-"""The demo's end: two tenants on one base, each of whom sees only its own.
+"""The end of the demo: two tenants on one base, each with access to its own alias only.
 
-The second one's adapter is the checkpoint after the first epoch: a real other adapter, which costs no training. Nobody
-has evaluated it, so its release is forced, and the reason is kept.
+The second tenant's adapter is the checkpoint after the first epoch: a different adapter that needs no training. It was
+never evaluated, so its release is forced and the reason is stored.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ if TYPE_CHECKING:
     from tunewright.serving.tenants import Release
 
 STATE = "two-tenants.sqlite"
-"""A serving state of its own: `tunewright serve` in the demo's folder answers without a key still."""
+"""A separate serving state, so that `tunewright serve` in the demo's folder still answers without a key."""
 TENANTS = {"acme": "legal", "globex": "legal-draft"}
-"""The alias that each may call."""
+"""The alias of each tenant."""
 _NOBODYS = "nobodys"
 _KEY_SECONDS = 3600.0
 
 
 @dataclass(frozen=True)
 class Visit:
-    """What one tenant saw of the server, with its key."""
+    """Responses of the server to one tenant's key."""
 
     tenant: str
     alias: str
     adapter: str
     sees: tuple[str, ...]
-    """The models that the server lists for it."""
+    """The models that the server lists for the tenant."""
     answer: str
     answered_by: str
-    """The digest that came with the answer."""
+    """The adapter digest returned with the answer."""
     others_alias: int
-    """The status that it got for the other tenant's alias."""
+    """The HTTP status for the other tenant's alias."""
     same_refusal: bool
-    """Whether that says what is said of an alias that nobody has, but for the name."""
+    """True if that refusal equals the one for an alias that does not exist, except for the name."""
     requests: int
     tokens: int
 
@@ -56,12 +56,12 @@ class TwoTenants:
     reference: str
     visits: tuple[Visit, ...]
     releases: tuple[Release, ...]
-    """That are live."""
+    """The live releases."""
     state: str
-    """The URL of the serving state, where all of it can be looked at."""
+    """The URL of the serving state, for inspection."""
 
     def as_dict(self) -> dict[str, Any]:
-        """As ``--json`` prints it."""
+        """Return the result as ``--json`` prints it."""
         return {
             "question": self.question,
             "reference": self.reference,
@@ -74,7 +74,7 @@ class TwoTenants:
 def show_two_tenants(opened: Project, result: RunResult) -> TwoTenants | None:
     """Release two adapters for two tenants, and ask one question as each.
 
-    None, and a warning, where there is no checkpoint or a release does not pass.
+    It returns None with a warning if there is no checkpoint or a release is refused.
     """
     from tunewright.serving.tenants import State
 
@@ -84,7 +84,7 @@ def show_two_tenants(opened: Project, result: RunResult) -> TwoTenants | None:
         return None
     step, folder = next(iter(trained.checkpoints.items()))
     state = f"sqlite:///{(project.serving_state.parent / STATE).resolve()}"
-    State(state).close()  # made here: a state that is named has to be there
+    State(state).close()  # created here, since a state named by URL must exist
     serve = project.config.serve.model_copy(update={"database_url": state})
     own = Project(ProjectFolder(project.root, project.config.model_copy(update={"serve": serve})), opened.reporter)
     name, prompt = f"{project.config.name}-{step}", system_prompt(trained, project.dataset).text
@@ -101,7 +101,7 @@ def show_two_tenants(opened: Project, result: RunResult) -> TwoTenants | None:
 
 
 def _release(opened: Project, alias: str, adapter: Adapter, because: str | None) -> bool:
-    """Have an alias answer with an adapter, if it does not yet; whether it does."""
+    """Release an adapter for an alias unless it is live already; return whether it is live."""
     if any(release.alias == alias and release.digest == adapter.digest for release in _live(opened)):
         return True
     opened.reporter.say(f"deploy {alias} {adapter.name}{'' if because is None else f': forced, {because}'}")
@@ -112,13 +112,13 @@ def _release(opened: Project, alias: str, adapter: Adapter, because: str | None)
 
 
 def _live(opened: Project) -> list[Release]:
-    """Return the last release of each alias that answers something."""
+    """Return the current release of each live alias."""
     last = {release.alias: release for release in opened.releases()}
     return [release for release in last.values() if not release.undeployed]
 
 
 def _visit(opened: Project, result: RunResult, adapters: Mapping[str, str]) -> TwoTenants:
-    """Serve, ask as each tenant with a key of an hour, and look up what they have used."""
+    """Serve, ask as each tenant with a key that is valid for an hour, and read their usage."""
     known = {tenant.name for tenant in opened.tenant.list()}
     for tenant, alias in TENANTS.items():
         if tenant not in known:
@@ -145,7 +145,7 @@ def _visit(opened: Project, result: RunResult, adapters: Mapping[str, str]) -> T
 
 
 def _ask(client: httpx.Client, alias: str, body: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a tenant gets for its own alias, for the other one's and for one that nobody has."""
+    """Return a tenant's responses for its own alias, the other tenant's, and one that does not exist."""
     (other,) = set(TENANTS.values()) - {alias}
     listed = client.get("/v1/models").raise_for_status().json()["data"]
     own, others, nobodys = (
@@ -157,6 +157,7 @@ def _ask(client: httpx.Client, alias: str, body: Mapping[str, Any]) -> dict[str,
         "answer": own.json()["choices"][0]["message"]["content"],
         "answered_by": own.headers["x-tunewright-adapter"],
         "others_alias": others.status_code,
-        # Once: the model that was asked for comes first, and the tenant's own alias may contain its name.
+        # Replace only the first match: the requested model comes first, and the tenant's own alias may contain its
+        # name.
         "same_refusal": others.text.replace(other, "", 1) == nobodys.text.replace(_NOBODYS, "", 1),
     }

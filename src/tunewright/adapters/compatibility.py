@@ -50,7 +50,7 @@ def require_compatible(adapter: Adapter, base: Base, chat: ChatFormat) -> None:
 
 
 def trained_quantize(adapters: Sequence[Adapter]) -> Quantize:
-    """Return how the base was quantized while these adapters (at least one) were trained.
+    """Return the base's quantization during the training of these adapters (at least one).
 
     Raises:
         UserError: not the same for all.

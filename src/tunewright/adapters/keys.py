@@ -1,7 +1,7 @@
 """Signing keys: private keys outside any project, and the public keys that a project trusts.
 
-  DATA/keys/NAME.pem      private, PKCS #8, readable by its owner alone; DATA is the user's data folder for tunewright
-  PROJECT/keys/NAME.json  public, with who trusted it and when; meant to be committed to git
+  DATA/keys/NAME.pem      private, PKCS #8, readable by its owner only; DATA is the user's data folder for tunewright
+  PROJECT/keys/NAME.json  public, with the author and time of the trust; meant to be committed to git
 
 Ed25519 (RFC 8032) from the package cryptography. A key's ID is the SHA-256 of its SubjectPublicKeyInfo (RFC 5280) in
 DER.
@@ -32,7 +32,7 @@ NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
 
 class KeyEvent(Record):
-    """An action on a key: who, when (UTC, ISO 8601), and why if a reason is required."""
+    """An action on a key: its author, time (UTC, ISO 8601), and the reason if one is required."""
 
     at: str
     by: str | None
@@ -68,7 +68,7 @@ class PrivateKey:
 
     @property
     def name(self) -> str:
-        """Return the key's name."""
+        """The key's name."""
         return self.path.stem
 
     @cached_property
@@ -86,12 +86,12 @@ class PrivateKey:
 
     @property
     def public_key(self) -> str:
-        """Return the public half: SubjectPublicKeyInfo, PEM."""
+        """The public half: SubjectPublicKeyInfo, PEM."""
         return _pem(self._key.public_key())
 
     @property
     def id(self) -> str:
-        """Return the SHA-256 of the public half, 64 hex digits."""
+        """The SHA-256 of the public half, 64 hex digits."""
         return _identity(self._key.public_key())
 
     def sign(self, message: bytes) -> bytes:
@@ -113,7 +113,7 @@ def private_key(name: str) -> PrivateKey:
     """Return this user's key of that name.
 
     Raises:
-        UserError: there is none.
+        UserError: no such key.
     """
     known = {key.name: key for key in private_keys()}
     if name not in known:
@@ -166,7 +166,7 @@ class TrustedKeys:
 
     @property
     def valid(self) -> list[TrustedKey]:
-        """Return the keys that are not revoked; without any, adapters need no signature."""
+        """The keys that are not revoked; without any, adapters need no signature."""
         return [key for key in self.all if key.revoked is None]
 
     def find(self, identity: str) -> TrustedKey | None:

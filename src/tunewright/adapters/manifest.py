@@ -67,7 +67,7 @@ class Sources(Record):
     template: Digest | None
     dataset: Digest | None
     inputs: Digest | None
-    """Of everything that decided the training."""
+    """Digest of all inputs of the training."""
 
 
 class Manifest(Record):
@@ -81,7 +81,7 @@ class Manifest(Record):
 
     @property
     def text(self) -> bytes:
-        """Return the bytes that are signed."""
+        """The bytes that are signed."""
         return canonical_json(self.model_dump(mode="json")).encode()
 
 
@@ -163,12 +163,12 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def changed_files(folder: Path, manifest: Manifest, files: Iterable[str] | None = None) -> list[str]:
-    """Return the differences between ``folder`` and its manifest, each in a few words; empty if there are none.
+    """Return the differences between ``folder`` and its manifest, each in a few words; empty if both match.
 
     Args:
-        folder: the adapter's.
+        folder: the adapter's folder.
         manifest: its manifest.
-        files: those to check (None: all, and that there are no others).
+        files: the files to check (None: all, and that no others exist).
     """
     changed = []
     checked = {*covered_files(folder), *manifest.files} if files is None else {*files}

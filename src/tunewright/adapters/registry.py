@@ -44,12 +44,12 @@ class Adapter:
 
     @property
     def name(self) -> str:
-        """Return NAME-DIGEST12, the name in the server and on the command line."""
+        """NAME-DIGEST12, the name in the server and on the command line."""
         return self.folder.name
 
     @cached_property
     def lineage(self) -> dict[str, Any]:
-        """Return the record of the adapter's inputs."""
+        """The record of the adapter's inputs."""
         path = self.folder / LINEAGE
         try:
             lineage: Any = json.loads(path.read_text(encoding="utf-8"))
@@ -61,24 +61,24 @@ class Adapter:
 
     @property
     def digest(self) -> str:
-        """Return the SHA-256 of the weights and the LoRA configuration."""
+        """The SHA-256 of the weights and the LoRA configuration."""
         return str(self.lineage["digest"])
 
     @property
     def dataset(self) -> str | None:
-        """Return the digest of the dataset version that it was trained on; None for a foreign adapter without one."""
+        """The digest of the dataset version that it was trained on; None for a foreign adapter without one."""
         return str(self.lineage["dataset"]["digest"]) if "dataset" in self.lineage else None
 
     @property
     def quantize(self) -> Quantize:
-        """Return how the base was quantized in its training."""
+        """The quantization of the base during training."""
         # Lineages without the key are of unquantized bases.
         held: Quantize = self.lineage.get("config", {}).get("train", self.lineage).get("quantization", "none")
         return held
 
     @property
     def local(self) -> dict[str, Any]:
-        """Return this project's own record of it: ``also_inputs`` with the same result, and how it was ``imported``."""
+        """The project's record: other inputs with the same result (``also_inputs``), and the import (``imported``)."""
         path = self.folder / LOCAL
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         return found
@@ -89,7 +89,7 @@ class Adapter:
 
     @property
     def imported(self) -> dict[str, Any] | None:
-        """Return where and how it was imported; None for an adapter trained here."""
+        """The origin and checks of an import; None for an adapter trained here."""
         found: dict[str, Any] | None = self.local.get("imported")
         return found
 
@@ -101,7 +101,7 @@ class Adapter:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """Return the run's metrics, oldest first: ``step``, ``epoch``, and a step's ``loss`` or an evaluation's
+        """The run's metrics, oldest first: ``step``, ``epoch``, and a step's ``loss`` or an evaluation's
         ``eval_loss``.
 
         A step also has ``learning_rate``, ``grad_norm`` before clipping, and ``tokens_per_s``; an evaluation has
@@ -112,7 +112,7 @@ class Adapter:
 
     @property
     def replayed(self) -> list[list[dict[str, Any]]]:
-        """Return the messages of each conversation of replay that it was trained on; empty without replay."""
+        """The messages of each conversation of replay that it was trained on; empty without replay."""
         file = self.folder / REPLAY
         if not file.exists():
             return []
@@ -120,7 +120,7 @@ class Adapter:
 
     @property
     def checkpoints(self) -> dict[str, Path]:
-        """Return the adapter's folders at other evaluations: ``step-N`` to folder, earliest first."""
+        """The adapter's folders at other evaluations: ``step-N`` to folder, earliest first."""
         folders = (self.folder / CHECKPOINTS).glob("step-*")
         return {f.name: f for f in sorted(folders, key=lambda f: int(f.name.removeprefix("step-")))}
 
@@ -197,7 +197,7 @@ def store_adapter(
     are further files of the folder, by name; ``signer`` signs the manifest of all files.
 
     Raises:
-        UserError: weights that are not finite, or (if it is to be ``servable``) an adapter that vLLM would not load.
+        UserError: weights that are not finite, or (with ``servable``) an adapter that vLLM would not load.
     """
     for source in (weights, *checkpoints.values()):
         check_adapter(source, servable=servable)
@@ -252,7 +252,7 @@ def find_adapter(adapters: Path, name: str | None = None) -> Adapter:
     The newest is one trained here, if there is any: an imported adapter must be named.
 
     Raises:
-        UserError: there is none, or the prefix is ambiguous.
+        UserError: no such adapter, or the prefix is ambiguous.
     """
     known = list_adapters(adapters)
     if not known:

@@ -109,7 +109,7 @@ def _verify(signature: Signature, payload: bytes, trusted: TrustedKeys) -> Signe
 
 
 def store_signer(keys: Path, reporter: Reporter) -> PrivateKey | None:
-    """Return the key that signs stored adapters by default, and report it, or the reason why there is none.
+    """Return the key that signs stored adapters by default; report it, or the reason for its absence.
 
     A user without keys gets no report: signing is not in use.
 
@@ -133,7 +133,7 @@ def signing_key(trusted: TrustedKeys, name: str | None = None) -> PrivateKey:
     trusts.
 
     Raises:
-        UserError: there is none, there are several, or the project does not trust it.
+        UserError: no key, several keys, or a key that the project does not trust.
     """
     from tunewright.adapters.keys import private_key
 

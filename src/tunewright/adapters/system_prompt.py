@@ -38,14 +38,14 @@ class SystemPrompt:
 
     @property
     def shown(self) -> str:
-        """Return the prompt or the reason on one line."""
+        """The prompt or the reason on one line."""
         if self.text is None:
             return f"none: {self.why_none}" if self.why_none else "none: no training row has a system turn"
         line = " ".join(self.text.split())
         return f'"{line if len(line) <= _SHOWN_CHARACTERS else line[: _SHOWN_CHARACTERS - 1] + "…"}"'
 
     def report(self, name: str, reporter: Reporter) -> None:
-        """Report what a server adds to requests for ``name``, if anything."""
+        """Report the system prompt that a server adds to requests for ``name``, if any."""
         if self.text is not None:
             reporter.say(f"{name}: requests without a system message get the trained system prompt: {self.shown}")
         elif self.why_none is not None:

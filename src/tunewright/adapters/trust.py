@@ -59,7 +59,7 @@ def trust_status(adapter: Adapter, trusted: TrustedKeys, *, weights: bool = True
 
 
 def _faults(adapter: Adapter, *, weights: bool) -> list[str]:
-    """Return what has changed since the adapter was stored."""
+    """Return the changes since the adapter was stored."""
     manifest = read_manifest(adapter.folder)
     lineage = adapter.lineage
     if manifest is None:  # an earlier tunewright stored it

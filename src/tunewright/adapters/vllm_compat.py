@@ -56,7 +56,7 @@ def require_servable(settings: TrainConfig) -> None:
 
 
 def vllm_refusals(config: Mapping[str, Any]) -> dict[str, str]:
-    """Return what vLLM would refuse in an ``adapter_config.json``, with the reason by key; empty if it loads."""
+    """Return the entries of an ``adapter_config.json`` that vLLM refuses, with reasons by key; empty if it loads."""
     refused = {key: what for key, what in _REFUSED.items() if config.get(key)}
     ranks = [config.get("r", 0), *(config.get("rank_pattern") or {}).values()]
     if max(ranks) > MAX_RANK:

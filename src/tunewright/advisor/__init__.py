@@ -1,1 +1,1 @@
-"""Prompt, retrieve or fine-tune: three signals and a pilot, measured before anybody spends a weekend on training."""
+"""Advice to prompt, retrieve or fine-tune, from three signals and a pilot measured before any full training."""

@@ -1,4 +1,4 @@
-"""Measuring the signals of a project, one after the other; what is finished is found done by the next call."""
+"""Measurement of a project's signals, one after the other; finished ones are reused by the next call."""
 
 from __future__ import annotations
 
@@ -45,19 +45,19 @@ from tunewright.training.rows import trained_spans
 from tunewright.training.train import training_inputs
 
 GENERIC_SAMPLES = 32
-"""Of the base's own answers: some thousand words."""
+"""Number of the base's own answers: about a thousand words."""
 SURPRISED_ITEMS = 256
-"""Dev items whose right answers are judged, the most."""
+"""Maximum number of dev items whose reference answers are scored."""
 
 
 class Adviser:
-    """Measures the signals of one dataset version and base.
+    """Measurement of the signals of one dataset version and base.
 
     Args:
-        open_measurement: gives what answers the dev split with any arm; its project's config decides all the rest. It
-            is asked once more for the pilots, so that no base lies beside the one that they are trained on.
-        pilot: train pilot adapters, and measure what needs them.
-        minutes: the most that answers may take (None: no limit); arms are left out for it, never the pilots.
+        open_measurement: opens the arm runner for the dev split; its project's config sets everything else. It is
+            called again for the pilots, so that no second base is in memory during their training.
+        pilot: train pilot adapters, and measure the signals that need them.
+        minutes: time limit for answers (None: no limit); arms that do not fit are left out, the pilots never.
 
     Raises:
         UserError: ``minutes`` is not above 0.
@@ -88,7 +88,7 @@ class Adviser:
 
     @property
     def generator(self) -> Generator:
-        """Answers prompts."""
+        """The generator that answers prompts."""
         return self.arm_runner.generator
 
     def _parts(self) -> list[Part]:
@@ -100,11 +100,11 @@ class Adviser:
             return []
 
     def advise(self) -> AdviceResult:
-        """Measure what has not been measured yet, and write it down.
+        """Measure the signals that are not stored yet, and store them.
 
         Raises:
-            UserError: whatever measuring the arms or a training raises.
-            KeyboardInterrupt: stopped by a signal; the next call goes on from there.
+            UserError: any error of measuring the arms or of a training.
+            KeyboardInterrupt: stopped by a signal; the next call resumes from there.
         """
         prompting = advise(self.arm_runner)
         file = self._file(prompting.file)
@@ -115,11 +115,11 @@ class Adviser:
         return AdviceResult(file, signals, measured=True)
 
     def _found(self, prompting: Path) -> bool:
-        """Return whether all signals were measured before, with this choice of a prompt."""
+        """Return whether all signals were measured before with this prompting choice."""
         return prompting.exists() and self._file(prompting).exists()
 
     def _file(self, prompting: Path) -> Path:
-        """Where the signals are kept, by all that decides them."""
+        """Return the path of the stored signals, named by a digest of their inputs."""
         decides = {
             "prompting": prompting.name,
             "pilots": [
@@ -189,7 +189,7 @@ class Adviser:
         )
 
     def _context(self, advice: Advice) -> ContextBudget:
-        """Of the rows that every arm has answered: all of dev, or the first items where arms were narrowed down."""
+        """Return the context signal from the dev items that every arm has answered."""
         narrowing, members = advice.narrowing, self.dev
         if narrowing is not None:
             members = [self.dev[place] for place in first_items(self.dev, narrowing.items, self.config.seed)]
@@ -204,13 +204,13 @@ class Adviser:
 
     @cached_property
     def _train_lengths(self) -> list[int]:
-        """Tokens of the training answers, their end tokens included."""
+        """The lengths of the training answers in tokens, with their end tokens."""
         chat = self.generator.chat
         rows = chat.tokens([chat.rendered_rows(m.example.messages)[-1] for m in self.version.domain_of("train")])
         return [answer_length(row.loss_mask) for row in rows]
 
     def _tokens(self, texts: Sequence[str]) -> list[int]:
-        """Return how many tokens each text has, without its end token."""
+        """Return each text's length in tokens, without its end token."""
         found = self.generator.chat.tokenizer(list(texts), add_special_tokens=False)
         return [len(ids) for ids in found["input_ids"]]
 
@@ -233,17 +233,17 @@ class Adviser:
 
     def _form(self, zero_shot: Answers, constrained: Answers | None) -> Format | None:
         metrics, examples = self.config.evaluate.metrics, [m.example for m in self.dev]
-        told = form(metrics, zero_shot.texts, examples)
-        if told is None or constrained is None:
-            return told
+        zero_shot_form = form(metrics, zero_shot.texts, examples)
+        if zero_shot_form is None or constrained is None:
+            return zero_shot_form
         held = form(metrics, constrained.texts, examples)
-        return told.model_copy(update={"constrained": held and held.valid})
+        return zero_shot_form.model_copy(update={"constrained": held and held.valid})
 
     def _meter(self) -> ForgettingMeter:
         return ForgettingMeter(self.project, self.version, self.generator, GENERIC_SAMPLES)
 
     def _generic(self) -> list[str]:
-        """Return what the base answers by itself; of the draw that forgetting is measured on."""
+        """Return text that the base writes unprompted, from the same draw as the forgetting measurement."""
         if not self.config.regressions.samples:
             return []
         try:
@@ -255,14 +255,14 @@ class Adviser:
         return [sample.answer for sample in drawn.used]
 
     def _surprise(self, arm: Answers) -> Surprise:
-        """Bits per byte of the right answers after this arm's prompts, of `SURPRISED_ITEMS` rows drawn by the seed."""
+        """Return bits per byte of the reference answers after this arm's prompts, on `SURPRISED_ITEMS` sampled rows."""
         places = sorted(range(len(self.dev)), key=lambda n: _luck(self.config.seed, self.dev[n].key))[:SURPRISED_ITEMS]
         rows = {n: row for n in places if (row := self._row(self.dev[n], arm.prompts[n])) is not None}
         losses = self._losses(arm, rows)
         return surprise(
             arm.arm.name,
             arm.arm.shots,
-            # The mean is over the answer's tokens, its end token included.
+            # The mean covers the answer's tokens, including its end token.
             [losses[n] * sum(rows[n].loss_mask) for n in rows],
             [self.dev[n].example.output for n in rows],
             [self.dev[n].cluster for n in rows],
@@ -270,7 +270,7 @@ class Adviser:
         )
 
     def _row(self, member: Member, prompt: tuple[int, ...]) -> Tokens | None:
-        """Return the prompt and the right answer; None where they are longer than the context."""
+        """Return the prompt with the reference answer; None if they exceed the context."""
         whole = self.generator.chat.encode(member.example.messages)
         start, end = trained_spans(whole)[-1]
         answer = whole.ids[start:end]
@@ -305,24 +305,24 @@ class Adviser:
             self.left_out["break_even"] = "it takes the pilot's time and answers"
             return None, None
         priced = (prices := self.config.advise.prices) is not None and prices.input is not None
-        # Before any adapter is on it.
+        # measured before an adapter is loaded
         speed = {} if priced else {best.arm.name: self._speed(best)}
         self.arm_runner = self._open()
         all_rows = len(self.version.domain_of("train"))
         adapters = [self._trained(part, all_rows) for part in self.parts]
         pilots = list(zip(self.parts, adapters, strict=True))
-        # Held to a grammar where the prompt that it is compared with is.
+        # Constrain the pilot to a grammar if the prompt that it is compared with is constrained.
         plan = TUNED_CONSTRAINED if best.arm.constrained else TUNED
         self.generator.countdown = self.countdown
         with self.countdown.shown():
             answers = [self._answers(plan, f"pilot-{part.rows}", self.dev, adapter) for part, adapter in pilots]
-        told = [
+        parts = [
             measured_part(part, adapter, given, self.items)
             for (part, adapter), given in zip(pilots, answers, strict=True)
         ]
         if not priced:
             speed[answers[-1].arm.name] = self._speed(answers[-1], adapters[-1])
-        measured = gain(told, answers, best, self.items, all_rows)
+        measured = gain(parts, answers, best, self.items, all_rows)
         return measured, self._break_even(measured, best, answers[-1], speed)
 
     def _trained(self, part: Part, all_rows: int) -> Adapter:
@@ -345,7 +345,7 @@ class Adviser:
         )
 
     def _speed(self, answers: Answers, adapter: Adapter | None = None) -> Speed:
-        """Return how fast an arm's calls are: of the base alone, or with the adapter beside it, as `serve` holds it."""
+        """Return the speed of an arm's calls, with the base alone or with the adapter loaded unmerged as in `serve`."""
         generator = self.generator
         with self.reporter.task(f"timing {answers.arm.name}", 1, "batches") as task:
             model = generator.model_with(adapter)

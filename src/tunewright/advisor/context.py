@@ -1,4 +1,4 @@
-"""Signal (a): the score over the number of demonstrations, and how many of them fit."""
+"""Signal (a): the score by number of demonstrations, and the number that fits the context."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tunewright.evaluation.arms import ZERO_SHOT
 def context_budget(
     arms: Sequence[Answers], items: Items, context: int, query_tokens: Sequence[int], output_tokens: Sequence[int]
 ) -> ContextBudget:
-    """Return the curve over k of each kind of demonstrations, and what fits.
+    """Return the score curve over k for each kind of demonstrations, and the number that fits.
 
     Args:
-        arms: prompting arms with their answers to the same items; zero-shot is one of them. Those with other
-            instructions than the pairs' own, or held to a grammar, are not looked at.
+        arms: prompting arms with their answers to the same items, including zero-shot. Arms with alternative
+            instructions or constrained decoding are ignored.
         items: those items.
-        context: the base's, in tokens.
+        context: the base's context length in tokens.
         query_tokens: lengths of the dev prompts without demonstrations.
         output_tokens: lengths of the training answers.
     """
@@ -34,7 +34,7 @@ def context_budget(
     free = context - query - output
     curves = []
     for name, by_shots in kinds.items():
-        # Of several draws the best: what a static prompt would be chosen to be.
+        # The best of several draws, which is the one a static prompt would use.
         chosen = [max(draws, key=lambda a: items.score(a).value) for _, draws in sorted(by_shots.items())]
         curves.append(_curve(name, [zero, *chosen], items, free))
     return ContextBudget(items=len(items.clusters), context=context, query_p99=query, output_p99=output, curves=curves)
@@ -46,7 +46,7 @@ def _kind(answers: Answers) -> str:
 
 
 def _curve(name: str, arms: Sequence[Answers], items: Items, free: int) -> ShotCurve:
-    """The curve of arms that differ in k alone, the first of which has none; ``free`` tokens are for demonstrations."""
+    """Return the curve of arms that differ only in k, zero-shot first; ``free`` tokens can hold demonstrations."""
     scores = [items.score(a) for a in arms]
     best = max(range(len(arms)), key=lambda n: (scores[n].value, -arms[n].arm.shots))
     first, longest = arms[0].arm, arms[-1].arm
@@ -68,9 +68,10 @@ def _curve(name: str, arms: Sequence[Answers], items: Items, free: int) -> ShotC
 
 
 def cheapest_enough(arms: Sequence[Answers], best: Answers, items: Items) -> Answers:
-    """Return the arm of the shortest prompts that is not shown to be worse than the best by the margin or more.
+    """Return the arm with the shortest prompts whose score is within the margin of the best arm's.
 
-    That is, the whole 95% interval of its paired difference lies above minus the margin; the best itself always does.
+    The whole 95% interval of its paired difference must lie above minus the margin; the best arm itself always
+    qualifies.
     """
     for arm in sorted(arms, key=lambda a: a.arm.prompt_tokens):
         if arm is best or items.difference(arm, best)[1].low > -items.margin:

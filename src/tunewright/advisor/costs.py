@@ -1,4 +1,4 @@
-"""Signal (c): from how many calls on a fine-tune pays, prefix caching counted."""
+"""Signal (c): the number of calls from which a fine-tune pays, with prefix caching included."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _MILLION, _HOUR = 1e6, 3600.0
 
 @dataclass(frozen=True)
 class Lengths:
-    """Token counts of an arm's calls, one for each item, the items of all arms in one order."""
+    """Token counts of an arm's calls, one per item, with the items of all arms in the same order."""
 
     arm: str
     inputs: Sequence[int]
     outputs: Sequence[int]
     cached: int
-    """Tokens that all prompts begin with."""
+    """Tokens shared by the beginning of all prompts."""
 
 
 @dataclass(frozen=True)
 class TokenPrices:
-    """What a token costs."""
+    """The cost of a token."""
 
     input: float
     output: float
@@ -35,11 +35,11 @@ class TokenPrices:
 
 
 def token_prices(prices: PriceConfig | None, speed: Speed | None) -> TokenPrices:
-    """Prices by the config, or by what this machine's time costs; in hours of it where no price is given.
+    """Return token prices from the config, or from the cost of this machine's time (in hours without a price).
 
     Args:
         prices: the config's.
-        speed: as measured; needed where the config has no token prices.
+        speed: the measured speed; required if the config has no token prices.
     """
     prices = prices or PriceConfig()
     if prices.input is not None and prices.output is not None:
@@ -50,7 +50,7 @@ def token_prices(prices: PriceConfig | None, speed: Speed | None) -> TokenPrices
 
 
 def training_cost(prices: PriceConfig | None, seconds: float) -> float:
-    """Return what training on all rows costs, which takes so many seconds: its price, or this machine's time."""
+    """Return the cost of training on all rows: its price, or the cost of these seconds on this machine."""
     prices = prices or PriceConfig()
     return seconds / _HOUR * (prices.hour or 1.0) if prices.training is None else prices.training
 
@@ -66,19 +66,19 @@ def break_even(
     speed: dict[str, Speed],
     seed: int,
 ) -> BreakEven:
-    """From how many calls on what a fine-tune saves is more than it costs.
+    """Return the number of calls from which a fine-tune saves more than it costs.
 
-    V* = (training + evaluation + labelling + hosting of all months) / (cost of a prompting call - of a tuned one), with
-    the cost of a call its input tokens, those in the prefix cache at a discount, and its output tokens. The interval
-    is by a bootstrap over clusters of both arms' token counts; prices and the cost of training are taken as they are.
+    V* = (training + evaluation + labelling + hosting of all months) / (cost of a prompting call - of a tuned one).
+    A call costs its input tokens, with a discount for those in the prefix cache, and its output tokens. The interval
+    comes from a bootstrap of both arms' token counts over clusters. Prices and the cost of training are fixed.
 
     Args:
         settings: prices, volume and time.
-        prompting, tuned: the arms' token counts, and what a token costs each.
-        clusters: the items'.
-        training: its cost, in the unit of the prices.
+        prompting, tuned: each arm's token counts and token prices.
+        clusters: the items' clusters.
+        training: cost of the training, in the unit of the prices.
         evaluation_calls: test items that each of the two arms answers to evaluate the adapter.
-        speed: arm to speed, where prices were made of it.
+        speed: arm name to speed, if prices are derived from it.
         seed: decides the resamples.
     """
     prices = settings.prices or PriceConfig()
@@ -102,7 +102,7 @@ def break_even(
         saving_interval=interval,
         once=once,
         calls=_calls(once.total, saving),
-        # V* falls as the saving grows, so the ends change places.
+        # V* falls as the saving grows, so the interval's ends are swapped.
         calls_low=_calls(once.total, interval.high),
         calls_high=_calls(once.total, interval.low),
         calls_per_month=settings.calls_per_month,
@@ -115,7 +115,7 @@ def _calls(once: float, saving: float) -> float | None:
 
 
 def _costs(lengths: Lengths, prices: TokenPrices) -> Floats:
-    """Return what each item's call costs; [items]."""
+    """Return the cost of each item's call; [items]."""
     inputs = np.asarray(lengths.inputs, dtype=np.float64) - prices.cached_discount * lengths.cached
     return inputs * prices.input + np.asarray(lengths.outputs, dtype=np.float64) * prices.output
 

@@ -110,8 +110,8 @@ class Grounds:
     def reach(self) -> float:
         """The largest gain that an adapter of all rows may have.
 
-        It is the upper end of the pilot's interval, plus the upper end of the last doubling's gain for each doubling
-        to all rows, but at most what is missing to a score of 1. Without a smaller part it is infinite.
+        It is the upper end of the pilot's interval, plus the upper end of the last doubling's gain for each doubling to
+        all rows. It is capped at the distance to a score of 1. Without a smaller part it is infinite.
         """
         ceiling = 1 - self.best.score(self.signals.metric).interval.low
         gain = self.signals.gain
@@ -135,7 +135,7 @@ def last_gain(curve: ShotCurve) -> float:
 
 
 def doublings_left(gain: TuningGain) -> float:
-    """Return how often the pilot's rows can be doubled until they are all rows."""
+    """Return the number of doublings from the pilot's rows to all rows."""
     return math.log2(gain.all_rows / gain.pilot.rows)
 
 

@@ -1,4 +1,4 @@
-"""How many answers have the form that a metric of the config asks for, whatever they say."""
+"""Counts of answers in the format that a metric of the config requires, whatever their content."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tunewright.metrics.pattern import matches
 
 
 def form(metrics: Sequence[Metric], texts: Sequence[str], examples: Sequence[Example]) -> Format | None:
-    """Return how many answers are a declared choice, JSON, or match a pattern; None where no metric asks for a form.
+    """Return the number of answers that are a declared choice, JSON, or match a pattern; None without such a metric.
 
     Args:
-        metrics: the config's; the first that asks for a form is taken.
+        metrics: the config's metrics; the first one that requires a format is used.
         texts: the answers.
-        examples: theirs.
+        examples: the examples that were answered.
     """
     for metric in metrics:
         match metric:

@@ -1,4 +1,4 @@
-"""The dev split's items and arms' answers to them, as all signals compare them."""
+"""Items of the dev split and the arms' answers to them, shared by all signals."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class Answers:
     prompts: Sequence[tuple[int, ...]]
     truncated: Sequence[bool]
     scores: Scores
-    """By the deciding metric."""
+    """Scores by the deciding metric."""
 
 
 @dataclass(frozen=True)
 class Items:
-    """Some dev items, and by what their answers are compared."""
+    """Some dev items, with the metric that scores their answers."""
 
     clusters: Sequence[str]
     metric: MetricName
@@ -40,7 +40,7 @@ class Items:
         return answers.arm.score(self.metric)
 
     def contrast(self, treatment: Answers, control: Answers) -> Contrast:
-        """Two arms on these items."""
+        """Return the contrast of two arms on these items."""
         return contrast(
             treatment=treatment.arm.name,
             control=control.arm.name,
@@ -57,7 +57,7 @@ class Items:
 
 
 def per_doubling(larger: Answers, smaller: Answers, after: int, before: int, items: Items) -> Doubling:
-    """Return what an arm with ``after`` rows or demonstrations has over one with ``before``, as of one doubling."""
+    """Return the gain of an arm with ``after`` rows or demonstrations over one with ``before``, per doubling."""
     difference, interval = items.difference(larger, smaller)
     doublings = math.log2(after / before)
     return Doubling(

@@ -1,4 +1,4 @@
-"""Signal (d): pilot adapters on a nested part of the training rows, and on half of that."""
+"""Signal (d): pilot adapters, trained on a subset of the training rows and on half of that subset."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from tunewright.training.train import TrainResult, find_trained, train, training
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the training rows, and an adapter of it once it is trained."""
+    """A part of the training rows, with its adapter once it is trained."""
 
     version: DatasetVersion
     rows: int
 
 
 def pilot_parts(project: ProjectFolder, version: DatasetVersion) -> list[Part]:
-    """Half of the pilot's rows, if that is enough to train on, and the pilot's; nested, clusters whole.
+    """Return half of the pilot's rows, if enough to train on, and the pilot's: nested, with whole clusters.
 
     The pilot has `advise.pilot_fraction` of the rows, but at least `FEWEST_TRAINING_PAIRS` and at most
     `advise.pilot_max_samples`.
 
     Raises:
-        UserError: fewer training rows than any training wants, or too few clusters to make parts of.
+        UserError: too few training rows, or too few clusters to split.
     """
     settings = project.config.advise
     count = len(version.domain_of("train"))
@@ -51,17 +51,17 @@ def pilot_parts(project: ProjectFolder, version: DatasetVersion) -> list[Part]:
 def train_pilot(
     project: ProjectFolder, version: DatasetVersion, part: Part, base: Base, chat: ChatFormat, reporter: Reporter
 ) -> TrainResult:
-    """The adapter of a part, or the one already trained: as a pilot, for a learning curve, or as the project's own.
+    """Return the adapter trained on a part, for a pilot, a learning curve or the project; reuse an existing one.
 
     Args:
         project: its config decides; its working folder keeps the adapter, apart from those that are served.
-        version: the whole that the part is of.
-        part: what to train on.
+        version: the version that the part belongs to.
+        part: the rows to train on.
         base, chat, reporter: as for `train`.
 
     Raises:
-        UserError: whatever a training raises.
-        KeyboardInterrupt: stopped by a signal; the next call goes on from there.
+        UserError: any error of the training.
+        KeyboardInterrupt: stopped by a signal; the next call resumes from there.
     """
     inputs = digest(training_inputs(project, part.version, base, chat))
     for place in (project.adapters, project.curve_adapters):
@@ -72,7 +72,7 @@ def train_pilot(
 
 
 def measured_part(part: Part, adapter: Adapter, answers: Answers, items: Items) -> PilotPart:
-    """Return what a part's adapter scored."""
+    """Return a part with its adapter's score."""
     return PilotPart(
         rows=part.rows,
         score=items.score(answers),
@@ -84,14 +84,14 @@ def measured_part(part: Part, adapter: Adapter, answers: Answers, items: Items) 
 def gain(
     parts: Sequence[PilotPart], answers: Sequence[Answers], best: Answers, items: Items, all_rows: int
 ) -> TuningGain:
-    """Return the pilot against the best prompting arm, and what its last doubling brought.
+    """Return the pilot's difference from the best prompting arm, and the gain of its last doubling.
 
     Args:
         parts: one or two, the pilot last.
-        answers: theirs, to the dev items.
-        best: the best prompting arm's.
+        answers: each part's answers to the dev items.
+        best: the best prompting arm's answers.
         items: the dev items.
-        all_rows: the training rows of the domain.
+        all_rows: number of training rows of the domain.
     """
     pilot = answers[-1]
     return TuningGain(

@@ -1,4 +1,4 @@
-"""What `advise` gives back, and as JSON; readable without torch or the model."""
+"""The result of `advise`, also as JSON; readable without torch or the model."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from tunewright.advisor.wording import changes, expectations, measured
 
 @dataclass(frozen=True)
 class AdviceResult:
-    """What `advise` measured or found, and what follows from it."""
+    """Signals that `advise` measured or loaded, with the decision that follows."""
 
     file: Path
     signals: Signals
     measured: bool
-    """False when the same had been measured before."""
+    """False if the signals were stored before."""
 
     @cached_property
     def decision(self) -> Decision:
-        """What to do."""
+        """The recommended approach."""
         return decide(self.signals)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all of it as ``--json`` prints it."""
+        """Return the result as ``--json`` prints it."""
         decision = self.decision
         return {
             "file": str(self.file),

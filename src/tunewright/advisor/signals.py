@@ -1,4 +1,4 @@
-"""What advice rests on, as it was measured: the schema of ``advice/ID.json``, readable without torch or the model."""
+"""Schema of ``advice/ID.json``: the measured signals; readable without torch or the model."""
 
 from __future__ import annotations
 
@@ -26,46 +26,55 @@ class ShotPoint(Part):
     arm: str
     shots: int
     score: ArmScore
-    prompt_tokens: Annotated[float, Field(description="Mean length of a prompt.")]
+    prompt_tokens: Annotated[float, Field(description="Mean prompt length in tokens.")]
 
 
 class Doubling(Part):
-    """What the last step of a curve over demonstrations or training rows brought, on the same items."""
+    """Gain of the last step of a curve over demonstrations or training rows, on the same items."""
 
     before: Annotated[int, Field(description="Demonstrations or rows; at most half as many as after.")]
     after: int
-    difference: Annotated[float, Field(description="Of one doubling: the step may be more than one, or not quite one.")]
-    interval: Annotated[Interval, Field(description="Of that, 95%.")]
+    difference: Annotated[
+        float, Field(description="Gain per doubling; the step itself may differ from exactly one doubling.")
+    ]
+    interval: Annotated[Interval, Field(description="95% interval of the gain per doubling.")]
 
 
 class ShotCurve(Part):
-    """One kind of demonstrations: the score over how many there are."""
+    """The score by number of demonstrations, for one kind of demonstrations."""
 
-    name: Annotated[str, Field(description="static, or retrieved and by what; of several draws each k's best.")]
-    points: Annotated[list[ShotPoint], Field(min_length=2, description="By k, zero-shot (k = 0) first.")]
-    best: Annotated[int, Field(description="The k with the highest score; of equal ones the smallest.")]
-    enough: Annotated[
-        int, Field(description="k*: the smallest k whose score is less than the margin below the best's, paired.")
+    name: Annotated[
+        str, Field(description="static, or retrieved and by what; with several draws, the best draw at each k.")
     ]
-    tokens_per_example: Annotated[float, Field(description="What a demonstration adds to a prompt, on the average.")]
-    most: Annotated[int, Field(description="k_max: demonstrations that fit beside nearly all queries and answers.")]
-    last: Annotated[Doubling | None, Field(description="None: only one k was tried.")]
+    points: Annotated[list[ShotPoint], Field(min_length=2, description="Points by k, zero-shot (k = 0) first.")]
+    best: Annotated[int, Field(description="The k with the highest score; the smallest of equal ones.")]
+    enough: Annotated[
+        int, Field(description="k*: the smallest k whose paired difference from the best is less than the margin.")
+    ]
+    tokens_per_example: Annotated[float, Field(description="Mean tokens that one demonstration adds to a prompt.")]
+    most: Annotated[
+        int, Field(description="k_max: demonstrations that fit together with nearly all queries and answers.")
+    ]
+    last: Annotated[Doubling | None, Field(description="Last doubling of k; None if only one k was tried.")]
     rising: Annotated[
         Answer,
-        Field(description="Of the last doubling: yes, its interval is above 0; no, not above the margin; or unclear."),
+        Field(
+            description="Effect of the last doubling. yes: its interval is above 0; no: not above the margin; else "
+            "unclear."
+        ),
     ]
 
     @property
     def room(self) -> bool:
-        """True if twice as many demonstrations as were tried would fit."""
+        """True if twice the tried number of demonstrations would fit."""
         return 2 * self.points[-1].shots <= self.most
 
 
 class ContextBudget(Part):
-    """Signal (a): do the demonstrations that the task needs fit a prompt?"""
+    """Signal (a): fit of the task's demonstrations into a prompt."""
 
-    items: Annotated[int, Field(description="Dev items of the curves: those that every prompting arm answered.")]
-    context: Annotated[int, Field(description="Of the base, in tokens.")]
+    items: Annotated[int, Field(description="Dev items of the curves: those answered by every prompting arm.")]
+    context: Annotated[int, Field(description="The base's context length in tokens.")]
     query_p99: Annotated[
         int, Field(description="99th percentile of the dev prompts without demonstrations, in tokens.")
     ]
@@ -77,17 +86,19 @@ class ContextBudget(Part):
 
 
 class Fertility(Part):
-    """Tokens per word of the domain's outputs, and of text that the base writes by itself."""
+    """Tokens per word of the domain's outputs, and of text that the base writes unprompted."""
 
     domain: float
-    generic: Annotated[float | None, Field(description="None: there is no text to compare with.")]
+    generic: Annotated[float | None, Field(description="None if there is no text to compare with.")]
     ratio: float | None
-    interval: Annotated[Interval | None, Field(description="Of the ratio: 95%, bootstrap over clusters and samples.")]
-    samples: Annotated[int, Field(description="Answers of the base that were counted.")]
+    interval: Annotated[
+        Interval | None, Field(description="95% interval of the ratio, by bootstrap over clusters and samples.")
+    ]
+    samples: Annotated[int, Field(description="The base's own answers that were counted.")]
 
 
 class Surprise(Part):
-    """How hard the base finds the gold answers after a prompt: bits per byte of UTF-8, the end token included."""
+    """Bits per UTF-8 byte of the reference answers after a prompt, including the end token."""
 
     arm: str
     shots: int
@@ -97,19 +108,19 @@ class Surprise(Part):
 
 
 class Format(Part):
-    """How many zero-shot answers have the form that a metric of the config asks for."""
+    """Zero-shot answers in the format that a metric of the config requires."""
 
-    what: Annotated[str, Field(description="The form.")]
+    what: Annotated[str, Field(description="The required format.")]
     items: int
     valid: int
     constrained: Annotated[
         int | None,
-        Field(description="The same, held to evaluate.structured_outputs; None: not measured on all of dev."),
+        Field(description="The same with evaluate.structured_outputs; None if it was not measured on all of dev."),
     ] = None
 
 
 class Specificity(Part):
-    """Signal (b): how far vocabulary and format are from what the base writes by itself. Evidence; decides nothing."""
+    """Signal (b): distance of vocabulary and format from the base's own text. Evidence only; it decides nothing."""
 
     fertility: Fertility
     surprise: list[Surprise]
@@ -125,14 +136,14 @@ class Call(Part):
     arm: str
     input_tokens: float
     cached_tokens: Annotated[
-        float, Field(description="Of these, what all prompts begin with: a prefix cache holds it.")
+        float, Field(description="Those shared by the beginning of all prompts, which a prefix cache holds.")
     ]
-    output_tokens: Annotated[float, Field(description="The end token included.")]
-    cost: Annotated[float, Field(description="In the unit of `BreakEven`.")]
+    output_tokens: Annotated[float, Field(description="Includes the end token.")]
+    cost: Annotated[float, Field(description="Cost in the unit of `BreakEven`.")]
 
 
 class Speed(Part):
-    """Tokens per second measured on this machine, of a batch."""
+    """Tokens per second measured on this machine with a batch."""
 
     prefill: float
     decode: float
@@ -140,12 +151,12 @@ class Speed(Part):
 
 
 class OneOffCost(Part):
-    """What fine-tuning costs beside the calls, in the unit of `BreakEven`."""
+    """Costs of fine-tuning other than calls, in the unit of `BreakEven`."""
 
     training: float
     evaluation: float
     labelling: float
-    hosting: Annotated[float, Field(description="Of all the months.")]
+    hosting: Annotated[float, Field(description="Total of all months.")]
 
     @property
     def total(self) -> float:
@@ -154,29 +165,29 @@ class OneOffCost(Part):
 
 
 class BreakEven(Part):
-    """Signal (c): from how many calls on does a fine-tune, with its shorter prompts, pay?"""
+    """Signal (c): the number of calls from which a fine-tune pays through shorter prompts."""
 
     unit: Literal["money", "machine hours"]
     prompting: Call
     tuned: Call
-    speed: Annotated[dict[str, Speed], Field(description="Arm to speed, where no token prices are given.")]
-    saving: Annotated[float, Field(description="Of a call: prompting less tuned.")]
-    saving_interval: Annotated[Interval, Field(description="95%, bootstrap over the clusters' token counts.")]
+    speed: Annotated[dict[str, Speed], Field(description="Arm name to speed, if there are no token prices.")]
+    saving: Annotated[float, Field(description="Saving per call: prompting minus tuned.")]
+    saving_interval: Annotated[Interval, Field(description="95% interval, by bootstrap of token counts over clusters.")]
     once: OneOffCost
-    calls: Annotated[float | None, Field(description="V*: once / saving. None: never.")]
-    calls_low: Annotated[float | None, Field(description="95% interval; None: never.")]
-    calls_high: Annotated[float | None, Field(description="None: never.")]
+    calls: Annotated[float | None, Field(description="V*: once / saving. None if training never pays.")]
+    calls_low: Annotated[float | None, Field(description="Lower end of the 95% interval; None if never.")]
+    calls_high: Annotated[float | None, Field(description="Upper end; None if never.")]
     calls_per_month: float | None
     months: int
 
     @property
     def expected_calls(self) -> float | None:
-        """Calls in all the months; None where nobody said how many there are."""
+        """Expected calls over all months; None if the config does not state them."""
         return None if self.calls_per_month is None else self.calls_per_month * self.months
 
     @property
     def pays(self) -> Answer:
-        """True if the expected calls are above the whole interval of V* (yes), below it (no), or neither is known."""
+        """Answer by the expected calls: above the whole interval of V* (yes), below it (no), or unknown."""
         if self.calls_low is None:
             return "no"
         if self.expected_calls is None:
@@ -190,60 +201,63 @@ class BreakEven(Part):
 
 
 class PilotPart(Part):
-    """An adapter that was trained on a part of the training rows."""
+    """An adapter trained on a part of the training rows."""
 
     rows: int
     score: ArmScore
-    adapter: Annotated[str, Field(description="Its digest.")]
-    seconds: Annotated[float, Field(description="Of its training.")]
+    adapter: Annotated[str, Field(description="The adapter's digest.")]
+    seconds: Annotated[float, Field(description="Training time in seconds.")]
 
 
 class TuningGain(Part):
     """Signal (d): a pilot adapter against the best prompting arm, on the same dev items."""
 
-    parts: Annotated[list[PilotPart], Field(min_length=1, description="Nested; the last one is the pilot.")]
+    parts: Annotated[list[PilotPart], Field(min_length=1, description="Nested parts; the last one is the pilot.")]
     all_rows: Annotated[int, Field(description="Training rows of the domain.")]
-    contrast: Annotated[Contrast, Field(description="The pilot against the best prompting arm.")]
+    contrast: Annotated[Contrast, Field(description="Contrast of the pilot with the best prompting arm.")]
     slope: Annotated[
         Doubling | None,
-        Field(description="From the smaller part to the pilot, as of one doubling; None: there was no smaller part."),
+        Field(description="Gain from the smaller part to the pilot, per doubling; None without a smaller part."),
     ]
 
     @property
     def pilot(self) -> PilotPart:
-        """The adapter that is compared."""
+        """The adapter that is compared with prompting."""
         return self.parts[-1]
 
 
 class Signals(Part):
-    """All that was measured; ``advice/ID.json``."""
+    """All measured signals; ``advice/ID.json``."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
-    id: Annotated[str, Field(description="12 hex digits: a digest of all that decides the measurement.")]
+    id: Annotated[str, Field(description="12 hex digits of a digest of everything that determines the measurement.")]
     project: str
-    metric: Annotated[MetricName, Field(description="The config's first: the one that decides.")]
+    metric: Annotated[MetricName, Field(description="The config's first metric, which decides.")]
     margin: float
-    items: Annotated[int, Field(description="Dev items.")]
-    clusters: Annotated[int, Field(description="Independent groups among them.")]
-    pairs: Annotated[int, Field(description="Pairs of the domain, of all splits.")]
-    prompting: Annotated[Advice, Field(description="The prompting arms on dev, and which is best.")]
+    items: Annotated[int, Field(description="Number of dev items.")]
+    clusters: Annotated[int, Field(description="Independent clusters among them.")]
+    pairs: Annotated[int, Field(description="Pairs of the domain in all splits.")]
+    prompting: Annotated[Advice, Field(description="The prompting arms on dev, and the best one.")]
     cheapest: Annotated[
         str,
-        Field(description="The arm with the fewest prompt tokens that is less than the margin below the best, paired."),
+        Field(
+            description="The arm with the fewest prompt tokens whose paired difference from the best is less than "
+            "the margin."
+        ),
     ]
     context: ContextBudget
     specificity: Specificity
     break_even: BreakEven | None
     gain: TuningGain | None
-    left_out: Annotated[dict[str, str], Field(description="Signal to why it was not measured.")]
+    left_out: Annotated[dict[str, str], Field(description="Signal name to the reason why it was not measured.")]
     lineage: dict[str, Any]
 
 
 def load_signals(file: Path) -> Signals:
-    """Read ``advice/ID.json``.
+    """Load ``advice/ID.json``.
 
     Raises:
-        UserError: no such file, or none of this schema.
+        UserError: no such file, or another schema.
     """
     try:
         return Signals.model_validate_json(file.read_bytes())
@@ -254,14 +268,14 @@ def load_signals(file: Path) -> Signals:
 
 
 def find_advice(folder: Path, name: str | Path) -> Path:
-    """Return a stored advice's file, by its ID or path.
+    """Return the file of stored advice, by its ID or path.
 
     Args:
-        folder: the project's advice.
+        folder: the project's advice folder.
         name: an ID, or a file.
 
     Raises:
-        UserError: there is none.
+        UserError: no such advice.
     """
     place = next((p for p in (Path(name), folder / f"{name}.json") if p.is_file()), None)
     if place is None:
@@ -272,11 +286,11 @@ def find_advice(folder: Path, name: str | Path) -> Path:
 
 
 def fitting_advice(folder: Path, evidence: Evidence) -> Signals | None:
-    """The newest advice on an evaluation's data and base, by its metric; one with a break-even before one without.
+    """Return the newest advice on an evaluation's data, base and metric, preferring advice with a break-even.
 
     Args:
-        folder: the project's advice.
-        evidence: the evaluation's.
+        folder: the project's advice folder.
+        evidence: the evaluation's evidence.
 
     Raises:
         UserError: advice that cannot be read.

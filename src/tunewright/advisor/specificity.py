@@ -1,8 +1,8 @@
-"""Signal (b): how far the domain's vocabulary and answers are from what the base writes by itself.
+"""Signal (b): distance of the domain's vocabulary and answers from the base's own text.
 
-All of it is evidence for people, and none of it decides. Tokens per word tells of cost and length; that it foretells
-what fine-tuning gains has been shown by nobody we know of, and such intuitive predictors can even point the wrong way
-(Lin et al. 2024, "Selecting Large Language Model to Fine-tune via Rectified Scaling Law", arXiv 2402.02314).
+It is shown as evidence and decides nothing. Tokens per word indicate cost and length. We know of no study in which they
+predict the gain of fine-tuning. Such intuitive predictors can even be wrong in sign (Lin et al. 2024, "Selecting Large
+Language Model to Fine-tune via Rectified Scaling Law", arXiv 2402.02314).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from tunewright.evidence.statistics import Floats, bootstrap_sums, cluster_sums,
 def fertility(
     outputs: Sequence[tuple[str, int]], clusters: Sequence[str], generic: Sequence[tuple[str, int]], seed: int
 ) -> Fertility:
-    """Tokens per word (of what white space parts) of the domain's outputs against generic text.
+    """Return tokens per word (split at white space) of the domain's outputs, compared with generic text.
 
     Args:
-        outputs: the domain's, each with its number of tokens.
-        clusters: theirs.
-        generic: texts that the base wrote by itself, with theirs; may be none.
+        outputs: the domain's outputs, each with its number of tokens.
+        clusters: the outputs' clusters.
+        generic: texts that the base wrote unprompted, with their numbers of tokens; may be empty.
         seed: decides the resamples.
     """
     ours = _resampled(outputs, clusters, seed)
@@ -44,7 +44,7 @@ def fertility(
 
 
 def _table(texts: Sequence[tuple[str, int]]) -> Floats:
-    """Tokens and words of each text; a text of blanks is one word: its tokens are not to be lost."""
+    """Return tokens and words of each text; blank text counts as one word, so that its tokens are included."""
     return np.array([[tokens, max(len(text.split()), 1)] for text, tokens in texts], dtype=np.float64)
 
 
@@ -62,14 +62,14 @@ def _resampled(texts: Sequence[tuple[str, int]], clusters: Sequence[str], seed: 
 def surprise(
     arm: str, shots: int, nats: Sequence[float], references: Sequence[str], clusters: Sequence[str], seed: int
 ) -> Surprise:
-    """Bits per byte of the gold answers: all their nats by all their bytes.
+    """Return bits per byte of the reference answers: total nats by total bytes.
 
     Args:
-        arm: the prompt's name.
-        shots: its demonstrations.
-        nats: of each whole answer, its end token included.
+        arm: the prompting arm's name.
+        shots: its number of demonstrations.
+        nats: loss of each whole answer, including its end token.
         references: the answers.
-        clusters: the items'.
+        clusters: the items' clusters.
         seed: decides the resamples.
     """
     table = np.array([[n / math.log(2), len(text.encode())] for n, text in zip(nats, references, strict=True)])

@@ -1,4 +1,4 @@
-"""How fast this machine reads and writes tokens: what a call costs where no price list says so."""
+"""Reading and writing speed of this machine, which gives the cost of a call without a price list."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from tunewright.advisor.signals import Speed
 from tunewright.chat import ChatFormat
 
 _MOST_PREFILLED = 8192
-"""Prompt tokens that are timed: some seconds on a processor."""
+"""Number of prompt tokens to time: a few seconds on a CPU."""
 _WRITTEN = 16
 
 
 def measured_speed(
     model: Any, chat: ChatFormat, prompts: Sequence[tuple[int, ...]], adapter: str | None, batch_size: int
 ) -> Speed:
-    """Tokens per second of one batch as evaluation and serving decode it, after a short pass that warms it up.
+    """Return tokens per second of one batch, decoded as in evaluation and serving, after a short warm-up.
 
     Args:
-        model: the base, or a PeftModel with the adapter on it, in evaluation mode.
-        chat: its format.
-        prompts: of the kind to be timed, at least one; of many, the first that make a batch.
-        adapter: answers; None: the base.
-        batch_size: the most rows.
+        model: the base, or a PeftModel with the adapter, in evaluation mode.
+        chat: its chat format.
+        prompts: prompts of the kind to be timed, at least one; the first ones that fill a batch are used.
+        adapter: the adapter that answers; None: the base.
+        batch_size: maximum number of rows.
     """
     from tunewright.generation.decoding import Batch, Request
 
@@ -33,7 +33,7 @@ def measured_speed(
     rows = max(sum(length <= _MOST_PREFILLED for length in lengths), 1)
 
     def batch() -> Batch:
-        # No token ends an answer: each row writes as long as it is timed.
+        # Without stop ids, each row writes for as long as it is timed.
         return Batch(model, stop_ids=(), pad_id=chat.tokenizer.pad_token_id, mixed=False)
 
     batch().admit([Request(prompts[0], adapter, 2)])

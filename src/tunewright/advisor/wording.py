@@ -1,4 +1,4 @@
-"""Advice in plain sentences: measurements, what would change the answer, and expectations of few pairs."""
+"""Advice in plain sentences: measurements, changes that would alter it, and expectations of few pairs."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def _slope(gain: TuningGain) -> str:
 
 
 def changes(signals: Signals, decision: Decision) -> list[str]:
-    """Return what would change the answer, with numbers."""
+    """Return changes that would alter the recommendation, with numbers."""
     grounds = Grounds(signals)
     text = {
         "fine-tune": [*_prompting_catches_up(signals, grounds), *_fewer_calls(signals, grounds)],
@@ -255,7 +255,7 @@ def _more_rows(signals: Signals, grounds: Grounds) -> list[str]:
 
 
 def _more_pairs(gain: TuningGain, bar: float) -> list[str]:
-    """Return how many training rows would reach the bar, at the rate of the last doubling."""
+    """Return a sentence with the training rows needed to reach the bar, at the rate of the last doubling."""
     lacking = bar - gain.contrast.difference
     if gain.slope is None or gain.slope.difference <= 0 or lacking <= 0:
         return []

@@ -87,8 +87,8 @@ class Project(EvaluationsApi):
         Args:
             force: warn, instead of refusing, if the test split has too few clusters for any verdict. Also as in
                 :meth:`train`.
-            stage_done: takes each finished stage's name, whether anything was computed, and its result in words
-                (None: the reporter says it).
+            stage_done: called with each finished stage's name, True if anything was computed, and its result in words
+                (None: the reporter reports it).
         """
         done = stage_done or self._say_stage
         sources = self.folder.config.data.sources
@@ -127,11 +127,11 @@ class Project(EvaluationsApi):
 
     def _tell_prospects(self) -> None:
         settings = self.folder.config.evaluate
-        for told in self.prospects():
-            self.reporter.say(prospect_text(told, metric_kind(settings.metric), settings.margin))
+        for expected in self.prospects():
+            self.reporter.say(prospect_text(expected, metric_kind(settings.metric), settings.margin))
 
     def prompting(self) -> AdviseResult:
-        """Measure the prompting arms on dev and choose the best, which a fine-tune has to beat."""
+        """Measure the prompting arms on dev and choose the best one, the baseline of a fine-tune."""
         from tunewright.evaluation.prompt_search import advise
         from tunewright.evaluation.schedule import Schedule
 
@@ -177,17 +177,17 @@ class Project(EvaluationsApi):
         shared: int = 0,
         answer: int | None = None,
     ) -> tuple[Plan, MemoryCheck]:
-        """Return the memory that training needs, by part, and if it fits, from the base's config.json alone.
+        """Return the memory needed for training by part, and whether it fits, from the base's config.json alone.
 
         The longest row is measured if there is a dataset and the base's tokenizer is on this machine.
 
         Args:
             gpu: a card's name or memory, such as RTX 4090 or 24GB (None: this machine's card or memory).
-            base: another base than the project's. Without a project the config's defaults apply.
+            base: overrides the project's base. Without a project the config's defaults apply.
             rows: rows of a micro-batch (None: the config's).
             length: tokens of its longest row (None: the config's).
-            shared: tokens that all rows begin with.
-            answer: trained tokens of each row (None: all except the shared).
+            shared: tokens of the prefix that all rows share.
+            answer: trained tokens of each row (None: all except the shared ones).
 
         Raises:
             UserError: unknown base, card or size, an unsupported base, or more shared and trained tokens than a
@@ -202,9 +202,9 @@ class Project(EvaluationsApi):
 
         Fewer than 50 training pairs are refused. ``force`` trains anyway, and the lineage records it.
         """
-        told = self.data.split_power()
-        if not told.significant:
-            self.reporter.warn(split_power_text(told))
+        power = self.data.split_power()
+        if not power.significant:
+            self.reporter.warn(split_power_text(power))
         self._refuse_up_front()
         forced = self._forced(force)
         self._tell_prospects()
@@ -366,9 +366,9 @@ class Project(EvaluationsApi):
             port: overrides the config.
             metrics_port: overrides the config.
             engine: overrides the config.
-            auth: False, without tenants, answers everybody who reaches the address.
-            system_prompts: add the system prompt that an adapter was trained with to requests without one; only
-                without tenants can this be False.
+            auth: False accepts every client that can reach the address, without a key; only without tenants.
+            system_prompts: add the adapter's trained system prompt to requests without one; False only
+                without tenants.
 
         Raises:
             UserError: a named adapter does not fit the base or the other adapters, or the address can be reached from

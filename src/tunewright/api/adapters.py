@@ -1,4 +1,4 @@
-"""The verbs on stored adapters: ``tunewright adapters …``."""
+"""Commands on stored adapters: ``tunewright adapters …``."""
 
 from __future__ import annotations
 
@@ -28,32 +28,35 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shown:
-    """An adapter, what it was made of, who stands for it, and what came of its evaluations."""
+    """An adapter with its lineage, trust status and evaluation verdicts."""
 
     trace: Trace
     standing: TrustStatus
     verdicts: tuple[tuple[str, Decision], ...]
-    """Evaluations by ID, the newest last."""
+    """Evaluation IDs with their decisions, newest last."""
 
     def as_dict(self, *, rows: bool) -> dict[str, Any]:
-        """Return all of it as ``--json`` prints it, with the rows' keys or without."""
+        """Return the result as ``--json`` prints it, optionally with the rows' keys."""
         evaluations = [{"id": name, "decision": decision} for name, decision in self.verdicts]
         return {**self.trace.as_dict(rows=rows), "standing": self.standing.as_dict(), "evaluations": evaluations}
 
 
 class AdaptersApi:
-    """What can be done with a project's adapters."""
+    """Methods on a project's adapters."""
 
     def __init__(self, opened: ProjectContext) -> None:
         self._context = opened
         self._project = opened.folder
 
     def list(self) -> Sequence[Adapter]:
-        """Return the stored adapters, the newest last."""
+        """Return the stored adapters, newest last."""
         return list_adapters(self._project.adapters)
 
     def show(self, adapter: str | None = None) -> Shown:
-        """Return what an adapter (the newest by default) was made of, followed to the rows, and what is known of it.
+        """Return an adapter's lineage down to the rows, its trust status and its verdicts.
+
+        Args:
+            adapter: a name or its beginning (None: the newest).
 
         Raises:
             UserError: no such adapter.
@@ -66,7 +69,7 @@ class AdaptersApi:
         )
 
     def _verdicts(self, adapter: Adapter) -> Sequence[tuple[str, Decision]]:
-        """Return what each evaluation of the adapter came to; evidence of another schema is named and left out."""
+        """Return the decision of each evaluation of the adapter; skip evidence of another schema with a warning."""
         found = []
         for path in self._project.evaluations.glob(f"*/{EVIDENCE_FILE}"):
             try:
@@ -79,10 +82,10 @@ class AdaptersApi:
         return [(name, decision) for _, name, decision in sorted(found)]
 
     def verify(self, names: Sequence[str] = ()) -> Sequence[TrustStatus]:
-        """Check every file, weight and signature of the adapters so named, or of all.
+        """Check every file, weight and signature of the named adapters (all by default).
 
         Raises:
-            UserError: a name that is none.
+            UserError: no adapter with such a name.
         """
         folder = self._project.adapters
         chosen = [find_adapter(folder, name) for name in names] or _folders(self._project.adapters)
@@ -95,17 +98,17 @@ class AdaptersApi:
         return found
 
     def sign(self, adapter: str | None = None, *, key: str | None = None) -> tuple[Adapter, str, bool]:
-        """Stand for an adapter (the newest by default) as it is on the disk, with a key that the project trusts.
+        """Sign an adapter with one of the user's keys that the project trusts.
 
         Args:
-            adapter: its name, or its beginning.
-            key: which of this user's keys (None: the only one that the project trusts).
+            adapter: a name or its beginning (None: the newest).
+            key: name of the user's key (None: the only one that the project trusts).
 
         Returns:
-            The adapter, the key's name, and whether it is signed only now.
+            The adapter, the key's name, and True if the signature is new.
 
         Raises:
-            UserError: no such adapter, one that is not as it was stored, or no key to sign with.
+            UserError: no such adapter, files that differ from the stored ones, or no key to sign with.
         """
         found = find_adapter(self._project.adapters, adapter)
         trusted = TrustedKeys(self._project.keys)
@@ -127,18 +130,21 @@ class AdaptersApi:
         unsigned: bool = False,
         system_prompt: str | None = None,
     ) -> ImportResult:
-        """Let a foreign adapter in, from a folder or a zip or tar archive, if nothing is wrong with it.
+        """Import a foreign adapter from a folder or a zip or tar archive, if it passes all checks.
 
         Args:
-            source: where it is.
-            name: what it is to be called (None: as the folder or archive is, or as its manifest says).
-            base_matches: you state that it was trained on this project's base and chat template, which it does not say.
-            quantize: you state how the base was held in its training, which it does not say (None: whole).
-            unsigned: let it in without a signature of a key that the project trusts.
-            system_prompt: you state that all its training rows had this system turn, which it does not say.
+            source: the folder or archive.
+            name: name in the project (None: the manifest's, or that of the folder or archive).
+            base_matches: you assert that it was trained on this project's base and chat template; for adapters that do
+                not state it.
+            quantize: you assert how the base was quantized during training; for adapters that do not state it
+                (None: not quantized).
+            unsigned: accept it without a signature by a trusted key.
+            system_prompt: you assert that all its training rows had this system prompt; for adapters that do not state
+                it.
 
         Raises:
-            UserError: why it is not let in; then nothing is stored.
+            UserError: the adapter fails a check; nothing is stored.
         """
         from tunewright.adapters.admission.importer import AdapterImporter, ImportStatement
 
@@ -151,12 +157,13 @@ class AdaptersApi:
         return gate.import_adapter(path, ImportStatement(by, base_matches, quantize, unsigned, name, system_prompt))
 
     def scale(self, adapter: str | None = None, factors: Sequence[float] | None = None) -> ScaleResult:
-        """Measure an adapter (the newest by default) at several scales, and store it at the one that is chosen.
+        """Measure an adapter (the newest by default) at several scales, and store the best one.
 
-        Chosen is, of those that lose less than evaluate.margin on dev against the best, the one that forgets least.
+        Among the scales that lose less than evaluate.margin on dev against the best, the one that forgets least is
+        chosen.
 
         Raises:
-            UserError: no such adapter, or one that does not fit, is no plain LoRA or is itself a scaled one.
+            UserError: no such adapter, or it does not fit, is not plain LoRA, or is itself a scaled adapter.
         """
         from tunewright.evaluation.forgetting import ForgettingMeter
         from tunewright.evaluation.scaling import FACTORS, scale
@@ -169,5 +176,5 @@ class AdaptersApi:
 
 
 def _folders(adapters: Path) -> Sequence[Adapter]:
-    """Everything that lies among the adapters, whole or not: what has lost its lineage is to be told of too."""
+    """Return every adapter folder, including those whose lineage is missing, so that they are reported too."""
     return [Adapter(folder) for folder in sorted(adapters.glob("[!.]*")) if folder.is_dir()]

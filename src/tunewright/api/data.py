@@ -1,4 +1,4 @@
-"""The verbs on pairs, versions and reviews: ``tunewright data …``."""
+"""Commands on pairs, versions and reviews: ``tunewright data …``."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SuspectsResult:
-    """The rows of a version most likely wrong, the worst first."""
+    """The rows of a version that are most likely wrong, worst first."""
 
     version: DatasetVersion
     suspects: list[Suspect]
     judged_by: str | None
-    """Whose losses ranked the answers, in words; None where no losses did."""
+    """The model whose losses ranked the answers; None if none was used."""
     places: dict[str, str]
     """``FILE:LINE`` by pair key."""
     accuracy: float | None = None
-    """Share of rows whose answer a model of other rows gives, where answers are classes."""
+    """Share of rows whose answer a model of other rows predicts, if answers are classes."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the suspects as ``--json`` prints them, each with its row's input and answer."""
@@ -76,7 +76,7 @@ class SuspectsResult:
 
 
 class DatasetApi:
-    """What can be done with a project's data."""
+    """Methods on a project's data."""
 
     def __init__(self, opened: ProjectContext) -> None:
         self._context = opened
@@ -100,13 +100,12 @@ class DatasetApi:
         restore: bool = False,
         split_from: str | Path | None = None,
     ) -> AddResult:
-        """Add files of pairs to the dataset: a new version, unless nothing in them is new.
+        """Add files of pairs to the dataset as a new version, unless all rows are known.
 
-        ``rows``, ``input_column`` and ``output_column`` take the place of the config's data.rows, data.input and
-        data.output; ``accept_conflicts`` keeps inputs with different outputs, as data.conflicts: accept does;
-        ``presidio`` names a spaCy model to look for names and places with. ``replace`` lets an output supersede that of
-        its input; ``restore`` takes rows in again that were removed; ``split_from`` is a project whose split a new
-        dataset inherits.
+        ``rows``, ``input_column`` and ``output_column`` override data.rows, data.input and data.output of the config.
+        ``accept_conflicts`` keeps inputs with different outputs, like ``data.conflicts: accept``. ``presidio`` is a
+        spaCy model that detects names and places. ``replace`` lets a new output supersede the existing one of the same
+        input. ``restore`` adds removed rows again. ``split_from`` is a project whose split a new dataset inherits.
         """
         paths = source_files(files, self._reporter)
         data = self._mapped(paths, rows, input_column, output_column)
@@ -128,7 +127,7 @@ class DatasetApi:
         return added
 
     def split_power(self) -> SplitPower:
-        """Return what a comparison on the current version's test split can show."""
+        """Return the smallest difference that a comparison on the current version's test split can detect."""
         version = self.version()
         clusters = clusters_by_split(version.members)
         return split_power(version.manifest.counts.domain, clusters, self._project.config.data.test_size)
@@ -144,19 +143,19 @@ class DatasetApi:
         dry_run: bool = False,
         purge: bool = False,
     ) -> RemoveResult:
-        """Remove the rows that match all that is given, which makes a new version.
+        """Remove the rows that match all given conditions, which creates a new version.
 
         Args:
-            because: the reason; only a dry run needs none.
-            keys: a file with a row's key, or its first digits, on each line.
+            because: the reason; optional only in a dry run.
+            keys: a file with one row key, or its first digits, per line.
             where: a JMESPath condition on a row's document.
-            source: the added file that rows came from.
-            groups: groups such as ``customer=ACME``, of which a row needs one.
-            dry_run: only say what would be removed.
-            purge: erase the rows' text from all versions too.
+            source: the added file that the rows came from.
+            groups: groups such as ``customer=ACME``; a row must have one of them.
+            dry_run: only report the rows that would be removed.
+            purge: also erase the rows' text from all versions.
 
         Raises:
-            UserError: no row matches, or too few would be left.
+            UserError: no row matches, or too few rows would remain.
         """
         from tunewright.data.remove import remove
         from tunewright.data.selection import Selection
@@ -179,7 +178,7 @@ class DatasetApi:
         restore: bool = False,
         split_from: str | Path | None = None,
     ) -> Preview:
-        """Return what :meth:`add` would do with files of pairs, every fault included; options as for ``add``."""
+        """Preview :meth:`add` on files of pairs, with every fault; options as for ``add``."""
         from tunewright.data.plan import AddOptions, preview
 
         paths = source_files(files, self._reporter)
@@ -203,7 +202,7 @@ class DatasetApi:
         input_column: str | None = None,
         output_column: str | None = None,
     ) -> list[Change]:
-        """Write a corrected copy of a file of pairs, and list each change; options as for ``add``."""
+        """Write a corrected copy of a file of pairs, and list every change; options as for ``add``."""
         from tunewright.data.readers import source_size
         from tunewright.data.readers.file_check import fix_file
 
@@ -218,10 +217,10 @@ class DatasetApi:
         return ProjectFolder(self._project.root, self._project.config.model_copy(update={"data": data}))
 
     def _mapped(self, paths: Sequence[Path], rows: str | None, input_: str | None, output: str | None) -> DataConfig:
-        """Return the config's data section with a command's options in it.
+        """Return the config's data section with a command's options applied.
 
         Raises:
-            UserError: an option that is empty, or that no file has a use for.
+            UserError: an option is empty, or no file uses it.
         """
         data = self._project.config.data
         options = {"rows": rows, "input": input_, "output": output}
@@ -236,11 +235,11 @@ class DatasetApi:
         return data
 
     def version(self, digest: str | None = None) -> DatasetVersion:
-        """Return a dataset version; the current one where no digest is given."""
+        """Return a dataset version (None: the current one)."""
         return load_version(self._dataset, digest)
 
     def log(self) -> list[Manifest]:
-        """Return the dataset's versions, the newest last."""
+        """Return the dataset's versions, newest last."""
         return list_versions(self._dataset)
 
     def show(self, row: str) -> Member:
@@ -248,19 +247,19 @@ class DatasetApi:
         return find_row(self._dataset, self.version(), row)
 
     def metadata(self, key: str) -> dict[str, Any]:
-        """Return the metadata that the file of a row of the current version had, by the row's whole key."""
+        """Return a current row's metadata from its source file, by the row's full key."""
         from tunewright.data.versions.trace import metadata_by_key
 
         return metadata_by_key(self._dataset, self.version().manifest).get(key, {})
 
     def cluster_counts(self, member: Member) -> tuple[int, int]:
-        """Return how many rows of the current version share a row's cluster, and how many of those its output."""
+        """Return the number of rows in a row's cluster, and how many of them share its output."""
         from tunewright.data.dedup import cluster_counts
 
         return cluster_counts(self.version(), member)
 
     def check(self) -> LengthReport:
-        """Encode every row of the current version as training would, and measure."""
+        """Encode every row of the current version as training does, and measure the lengths."""
         from tunewright.models.loading import context_length
         from tunewright.training.lengths import measure_lengths
 
@@ -269,26 +268,26 @@ class DatasetApi:
         return measure_lengths(self._context.chat, base.spec, self.version(), limit, self._reporter)
 
     def leakage(self) -> LeakageReport:
-        """Return how near held-out rows are to training rows, and how near a random split would have brought them."""
+        """Return the similarity of held-out rows to training rows, compared with that under a random split."""
         from tunewright.data.dedup.leakage import measure_leakage
 
         return measure_leakage(self.version(), self._project.config.seed, self._reporter)
 
     def scores_by_distance(self, report: LeakageReport, evaluation: str | Path) -> list[BandScore]:
-        """Return an evaluation's exact match by how near its items are to the training rows.
+        """Return an evaluation's exact match by the items' similarity to the training rows.
 
         Raises:
-            UserError: there is no such evaluation, or it is of another version or of no single split.
+            UserError: no such evaluation, or it covers another version or more than one split.
         """
         from tunewright.data.dedup.leakage import score_by_distance
 
         return score_by_distance(self._held_out_items(evaluation), report)
 
     def exact_match_misleads(self, evaluation: str | Path) -> str | None:
-        """Return why the exact answers of an evaluation are not worth counting; None if they are.
+        """Return the reason why exact match is uninformative for an evaluation; None if it is informative.
 
         Raises:
-            UserError: there is no such evaluation.
+            UserError: no such evaluation.
         """
         from tunewright.metrics import metric_label
 
@@ -306,12 +305,12 @@ class DatasetApi:
         )
 
     def scores_by_template(self, evaluation: str | Path) -> list[TemplateScore]:
-        """Return an evaluation's exact match on items with an output template of training rows, and with a new one.
+        """Return an evaluation's exact match on items with trained output templates, and with new ones.
 
-        Empty where outputs are alike by nature: `leakage` says why.
+        The list is empty if outputs are alike by nature; :meth:`leakage` gives the reason.
 
         Raises:
-            UserError: as for ``scores_by_distance``.
+            UserError: as for :meth:`scores_by_distance`.
         """
         from tunewright.data.dedup.leakage import score_by_template
         from tunewright.data.dedup.output_leakage import new_templates
@@ -332,19 +331,19 @@ class DatasetApi:
         return load_items(folder)
 
     def contamination(self, files: Iterable[str | Path] = ()) -> Contamination:
-        """Training rows that hold a test input, an item of the config's benchmarks, or one of these files."""
+        """Find training rows that contain a test input, a benchmark item of the config, or an item of these files."""
         from tunewright.data.dedup.decontaminate import contamination
 
         return contamination(self._project, self.version(), [Path(f) for f in files], self._reporter)
 
     def suspects(self, adapter: str | None = None) -> SuspectsResult:
-        """The current version's rows whose answer is most likely wrong; those of the same rows and settings are kept.
+        """Return the current version's rows that are most likely wrong, reusing a stored result of the same inputs.
 
-        Free text is ranked by each answer's loss: under cross-fitted adapters where the version has them, else the
-        newest adapter that fits; or under the one that is named, where "base" is the base without an adapter.
+        Free text is ranked by each answer's loss. The losses come from the named adapter ("base": the base alone), else
+        from the version's cross-validated adapters, else from the newest adapter that fits.
 
         Raises:
-            UserError: an adapter is named where answers are classes, which a model of other rows judges better.
+            UserError: an adapter is named although answers are classes, which a model of other rows judges better.
         """
         from tunewright.data.examples import class_like
         from tunewright.data.review.suspects import FOLDER, METHOD, cached_suspects, find_suspects
@@ -392,18 +391,19 @@ class DatasetApi:
         fixed: int | None = None,
         redraw: bool = False,
     ) -> ReviewSession:
-        """A pass over a random sample of the current version's rows (drawn now, if there is none), or its suspects.
+        """Start a review of a random sample of the current version, drawn on first use, or of its suspects.
 
         Args:
-            reviewer: whose verdicts they are; None: the login name.
-            suspects: review these in place of the sample.
-            adapter: whose loss ranks them, as in :meth:`suspects`.
-            second: judge again, unseen, what others have judged.
-            fixed: a sample of fixed size that allows so many wrong; None: the plan there is, or the sequential one.
-            redraw: draw another sample; it stays on record.
+            reviewer: the reviewer's name (None: the login name).
+            suspects: review the suspects instead of the sample.
+            adapter: ranks the suspects by its losses, as in :meth:`suspects`.
+            second: judge rows again that others have judged, without seeing their verdicts.
+            fixed: number of wrong rows that a sample of fixed size allows (None: the existing plan, or the sequential
+                one).
+            redraw: draw another sample; the old one stays on record.
 
         Raises:
-            UserError: another plan than that of the sample there is, or options that exclude each other.
+            UserError: the plan differs from the existing sample's, or the options are mutually exclusive.
         """
         from tunewright.data.review.acceptance import FixedPlan
         from tunewright.data.review.session import ReviewSession, default_reviewer
@@ -421,43 +421,43 @@ class DatasetApi:
         )
 
     def import_reviews(self, file: str | Path, reviewer: str | None = None) -> Imported:
-        """Record the verdicts of a filled-in spreadsheet: all of them, or none if a row is faulty."""
+        """Record the verdicts of a filled-in spreadsheet; if a row is faulty, none is recorded."""
         from tunewright.data.review.session import default_reviewer, import_csv
 
         name = default_reviewer() if reviewer is None else reviewer
         return import_csv(Path(file), self._dataset, self.version(), name, self._project.config.data.allow)
 
     def apply_reviews(self, *, message: str = "") -> EditResult:
-        """Make a new version with the answers that reviewers edited."""
+        """Create a new version with the answers that reviewers edited."""
         from tunewright.data.review.edits import apply_edits
 
         return apply_edits(self._project, self._reporter, message=message)
 
     def review_status(self) -> ReviewReport:
-        """Where the review of the current version stands."""
+        """Return the state of the current version's review."""
         from tunewright.data.review.report import review_report
 
         return review_report(self._dataset, self.version())
 
     def diff(self, a: str, b: str | None = None) -> Diff:
-        """Return what differs between two versions (the second: the current one by default)."""
+        """Return the differences between two versions (the second: the current one by default)."""
         from tunewright.data.versions.diff import diff
 
         before, after = (load_version(self._dataset, digest, without_purged=True) for digest in (a, b))
         return diff(before, after)
 
     def blame(self, row: str) -> RowOrigin:
-        """Return how a row of the current version came into the dataset; ``row`` as in :meth:`show`."""
+        """Return a current row's origin: its file and the version that added it; ``row`` as in :meth:`show`."""
         from tunewright.data.versions.trace import blame
 
         version = self.version()
         return blame(self._dataset, version, find_row(self._dataset, version, row).key)
 
     def trained_by(self, row: str) -> tuple[str, tuple[RowUse, ...]]:
-        """Return a row's key, and what each adapter's training did with it.
+        """Return a row's key and its use in each adapter's training.
 
         Args:
-            row: as in :meth:`show`; also a key that only earlier versions have, since adapters may have seen it there.
+            row: as in :meth:`show`; also the key of an earlier version's row, since adapters may have seen it there.
         """
         from tunewright.data.versions.trace import find_key, uses_of_row
 
@@ -465,7 +465,7 @@ class DatasetApi:
         return key, uses_of_row(self._dataset, self._project.adapters, key)
 
     def checkout(self, version: str) -> Manifest:
-        """Make a version that is there the current one, by its digest or the beginning of it."""
+        """Make an existing version the current one, by its digest or the beginning of it."""
         return checkout(self._dataset, version)
 
     def export(
@@ -477,9 +477,9 @@ class DatasetApi:
         version: str | None = None,
         metadata: bool = False,
     ) -> Exported:
-        """Write a version (the current one by default), or one split of it, as a file for other tools.
+        """Export a version (the current one by default), or one of its splits, as a file for other tools.
 
-        ``metadata`` puts the keys that the rows' files had besides into chat rows.
+        ``metadata`` adds the source files' other keys to chat rows.
         """
         from tunewright.data.versions.export import export
         from tunewright.data.versions.trace import metadata_by_key
@@ -489,13 +489,13 @@ class DatasetApi:
         return export(chosen, Path(out), form, self._reporter, split=split, metadata=extra)
 
     def push(self, url: str) -> Transfer:
-        """Copy the current version, those that it was made from, and reviews to a folder or bucket."""
+        """Copy the current version with its ancestors and reviews to a folder or bucket."""
         from tunewright.data.versions.remote import push
 
         return push(self._dataset, url, self._reporter)
 
     def pull(self, url: str) -> Transfer:
-        """Copy the current version and reviews from where a team shares them, verified, and make it current here."""
+        """Copy the current version and reviews from a shared folder or bucket, verify and check them out."""
         from tunewright.data.versions.remote import pull
 
         return pull(self._dataset, url, self._reporter)

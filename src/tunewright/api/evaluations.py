@@ -70,7 +70,7 @@ class EvaluationsApi(ProjectContext):
     def verdict(self, evaluation: str | Path | None = None) -> Verdict:
         """Return ship, don't ship or can't tell, from an evaluation's evidence alone.
 
-        The causes of a *don't ship* also use what the project has on the adapter and the data.
+        The causes of a *don't ship* also use the project's records of the adapter and the data.
 
         Raises:
             UserError: no evaluation, or a line of the project's access log was changed or is missing.

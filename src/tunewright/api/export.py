@@ -1,4 +1,4 @@
-"""The verbs that take an adapter elsewhere: ``tunewright export …``."""
+"""Commands that export adapters for other engines: ``tunewright export …``."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExportApi:
-    """What can be made of a project's trained adapters for other engines."""
+    """Methods that export a project's adapters for other engines."""
 
     _context: ProjectContext
 
     def merge(self, adapter: str | None = None, *, to: str | Path | None = None) -> ExportResult:
-        """Base and adapter (the newest by default) as one model, which transformers and vLLM load.
+        """Merge base and adapter (the newest by default) into one model, which transformers and vLLM load.
 
-        It is compared with the trained model on dev prompts, and kept if it is as good. Of an adapter that was trained
-        over NF4 both ways to merge are measured, and the closer one is taken.
+        The result is compared with the trained model on dev prompts, and kept only if it matches. For an adapter
+        trained on an NF4 base, both ways to merge are measured and the closer one is kept.
 
         Args:
-            adapter: its name or the beginning of it.
-            to: the folder to be made (None: exports/NAME-merged).
+            adapter: a name or its beginning (None: the newest).
+            to: the output folder (None: exports/NAME-merged).
 
         Raises:
-            UserError: no such adapter, one that does not fit, or a folder that holds something else.
+            UserError: no such adapter, an adapter that does not fit, or a folder with other contents.
         """
         from tunewright.export.exporting import BuiltArtifact, export, find_export
         from tunewright.export.merge import choose_merge_method, observe_merged, write_merged
@@ -67,18 +67,18 @@ class ExportApi:
         file_type: FileType = "f16",
         to: str | Path | None = None,
     ) -> ExportResult:
-        """The adapter (the newest by default) as a LoRA GGUF file, or ``merged`` into its base as a whole model's.
+        """Export the adapter (the newest by default) as a LoRA GGUF file, or ``merged`` with its base as one model.
 
-        llama.cpp runs it on dev prompts, and it is kept if it is as good as the trained model.
+        llama.cpp runs the file on dev prompts. It is kept only if it matches the trained model.
 
         Args:
-            adapter: its name or the beginning of it.
-            merged: base and adapter in one file; else the adapter alone, to be put on a GGUF of the base.
-            file_type: f16 or q8_0 (8 bits, a scale for each 32 weights).
-            to: the folder to be made (None: exports/NAME-gguf-TYPE, or exports/NAME-merged-gguf-TYPE).
+            adapter: a name or its beginning (None: the newest).
+            merged: write base and adapter as one file; otherwise the adapter alone, for use with a GGUF of the base.
+            file_type: f16 or q8_0 (8 bits, one scale per 32 weights).
+            to: the output folder (None: exports/NAME-gguf-TYPE, or exports/NAME-merged-gguf-TYPE).
 
         Raises:
-            UserError: llama.cpp is not installed, or what `merge` refuses, or what GGUF does not have.
+            UserError: llama.cpp is not installed, GGUF does not support the model, or as for :meth:`merge`.
         """
         from tunewright.export.gguf.model import require_gguf
         from tunewright.export.llamacpp import require_llamacpp
@@ -99,16 +99,16 @@ class ExportApi:
         file_type: FileType = "f16",
         to: str | Path | None = None,
     ) -> ExportResult:
-        """A folder for ``ollama create``: the GGUF of `gguf`, and a Modelfile whose template is that of training.
+        """Export a folder for ``ollama create``: the GGUF of :meth:`gguf`, and a Modelfile with the training template.
 
         Args:
-            adapter: its name or the beginning of it.
-            lora: the base and the adapter in files of their own; else both merged in one.
+            adapter: a name or its beginning (None: the newest).
+            lora: write base and adapter as separate files; otherwise both merged into one.
             file_type: f16 or q8_0.
-            to: the folder to be made (None: exports/NAME-ollama-TYPE).
+            to: the output folder (None: exports/NAME-ollama-TYPE).
 
         Raises:
-            UserError: as `gguf`, or a chat template that Ollama's language has no words for.
+            UserError: as for :meth:`gguf`, or Ollama's template language cannot express the chat template.
         """
         from tunewright.export.exporting import export, find_export
         from tunewright.export.go_template import go_template
@@ -116,7 +116,7 @@ class ExportApi:
 
         opened = self._context
         tuned = self._find(adapter)
-        go_template(opened.chat)  # what it refuses is told before anything is measured
+        go_template(opened.chat)  # refuse unsupported templates before measuring
         target = self._target(tuned, f"ollama-{'lora-' if lora else ''}{file_type}", to)
         made_of = self._made_of(tuned, {"kind": "ollama", "lora": lora, "file_type": file_type})
         found = find_export(target, made_of)
@@ -185,7 +185,7 @@ class ExportApi:
         return export(target, "gguf-merged" if merged else "gguf-lora", tuned, made_of, build)
 
     def _base_gguf(self, file_type: FileType) -> Path:
-        """Return the base as a GGUF file, in the working folder: it can be made again at any time."""
+        """Return the base as a GGUF file, cached in the working folder."""
         from tunewright.export.gguf.model import write_model
         from tunewright.export.weights import Weights
 
@@ -210,7 +210,7 @@ class ExportApi:
         return self._context.folder.exports / f"{adapter.name}-{what}" if to is None else Path(to).expanduser()
 
     def _made_of(self, adapter: Adapter, settings: dict[str, Any]) -> dict[str, Any]:
-        """Return all that decides what is exported."""
+        """Return the inputs that determine the export."""
         opened = self._context
         system = self._system_prompt(adapter)
         return {
@@ -223,11 +223,11 @@ class ExportApi:
         }
 
     def _system_prompt(self, adapter: Adapter) -> str | None:
-        """Return the system prompt that the adapter was trained with, if it is known that there is one."""
+        """Return the adapter's trained system prompt; None if it has none or it is unknown."""
         return system_prompt(adapter, self._context.folder.dataset).text
 
     def _system_notes(self, adapter: Adapter, *, template: bool = True) -> tuple[str, ...]:
-        """What to know of the system prompt; ``template`` is whether the export has a chat template of its own."""
+        """Return notes on the system prompt; ``template``: the export includes a chat template."""
         prompt = system_prompt(adapter, self._context.folder.dataset)
         if prompt.text is None:
             return () if prompt.why_none is None else (f"no system prompt is written into it: {prompt.why_none}",)

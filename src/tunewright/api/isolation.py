@@ -1,4 +1,4 @@
-"""The isolation test: by itself (``tunewright serve --self-test``), and before anything goes live."""
+"""The isolation test: on request (``tunewright serve --self-test``), and before a release goes live."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tunewright.serving.tenants import IsolationTest, State
 
 DEV_PROMPTS = 16
-"""Dev items that are tried first: on its own task an adapter differs most."""
+"""Number of dev items tried first: an adapter differs most on its own task."""
 GENERAL = (
     "What is the capital of Norway?",
     "Write a short poem about the sea.",
@@ -32,11 +32,11 @@ GENERAL = (
     "Dear customer,",
     "def add(a, b):",
 )
-"""Tried after them; and alone where the data are not on this machine, as on one that only serves."""
+"""Prompts tried after the dev items, or alone on a machine without the data, such as a server."""
 
 
 def canary_prompts(opened: ProjectContext) -> list[tuple[int, ...]]:
-    """Prompts on which the models probably differ, in the order in which they are to be tried."""
+    """Return prompts on which the models probably differ, in the order to try them."""
     members: Sequence[Member] = ()
     if has_version(opened.folder.dataset):
         members = load_version(opened.folder.dataset).domain_of("dev")
@@ -48,7 +48,7 @@ def canary_prompts(opened: ProjectContext) -> list[tuple[int, ...]]:
 
 
 def open_self_test(opened: ProjectContext, names: Sequence[str], engine: EngineName | None) -> IsolationRunner:
-    """Return the test of what ``Project.serve`` would serve.
+    """Return the isolation test of the adapters that ``Project.serve`` would serve.
 
     Raises:
         UserError: as for ``Project.serve``.
@@ -72,14 +72,14 @@ def open_self_test(opened: ProjectContext, names: Sequence[str], engine: EngineN
 
 
 class IsolationGate:
-    """What a release has to pass before it goes live.
+    """The isolation test that a release must pass before it goes live.
 
     Args:
-        alias: what is to answer with ``adapter``, or to try it.
-        engine: which one is tested (None: the config's, which serves).
+        alias: the alias that receives ``adapter``, live or as a candidate.
+        engine: the engine under test (None: the config's, which serves).
 
     Raises:
-        UserError: an adapter that is live is not here, or was trained on the base held in another way.
+        UserError: a live adapter is missing here, or was trained with another quantization of the base.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class IsolationGate:
         )
 
     def pass_or_refuse(self) -> tuple[IsolationTest, bool]:
-        """Test all that will be in memory together while the alias is switched, unless exactly that has passed before.
+        """Test all adapters that are in memory together during the switch, unless this set has already passed.
 
         Returns:
             The test, and whether the release may go live.
@@ -134,10 +134,10 @@ class IsolationGate:
         return test, passes
 
     def require_not_failed(self) -> None:
-        """Refuse to leave the test out where it has failed.
+        """Refuse to skip the test if this set has failed it.
 
         Raises:
-            UserError: exactly this has failed, and not passed since.
+            UserError: this set failed, and has not passed since.
         """
         failed = self._state.releases.refused(self._test.subject)
         if failed is not None and failed.verdict == "not isolated":
@@ -149,7 +149,7 @@ class IsolationGate:
             )
 
     def _live(self) -> tuple[list[Adapter], list[Adapter]]:
-        """The adapters that the alias answers with or tries now, as far as they are here, and those of the others."""
+        """Return the alias's current and candidate adapters that exist here, and those of the other aliases."""
         own: list[Adapter] = []
         others: list[Adapter] = []
         for alias, release in self._state.releases.live().items():
@@ -165,5 +165,5 @@ class IsolationGate:
         return own, others
 
     def _across(self, test: IsolationTest) -> list[tuple[str, str]]:
-        """Pairs that could not be told apart of the new adapter and one that is not of the same alias."""
+        """Return indistinguishable pairs of the new adapter and an adapter of another alias."""
         return [pair for pair in test.alike if self._adapter.name in pair and not set(pair) <= self._own]

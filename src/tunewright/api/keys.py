@@ -51,7 +51,7 @@ class SigningKeysApi:
         return new_private_key(name)
 
     def list(self) -> Sequence[KnownKey]:
-        """This user's own keys, and those that the project trusts or did."""
+        """Return this user's keys, and those that the project trusts or has revoked."""
         trusted = {key.id: key for key in TrustedKeys(self._project.keys).all}
         own = {key.id: key for key in private_keys()}
         mine = [KnownKey(key.name, key.id, own=True, trusted=trusted.get(key.id)) for key in own.values()]

@@ -51,7 +51,7 @@ def known_of(project: ProjectFolder, evidence: Evidence, reporter: Reporter) -> 
 
 
 def _labels(dataset: Path, version: str) -> Labels | None:
-    """Return how many rows of a version are in conflict or were found wrong; None without the version."""
+    """Return the numbers of conflicting and of wrong rows in a version; None without the version."""
     try:
         places = {key: place for key, place in read_places(dataset, version).items() if not place.mixed}
         manifest = read_manifest(version_folder(dataset, version))

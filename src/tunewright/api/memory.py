@@ -41,7 +41,7 @@ def fitting_plan(
     shared: int,
     answer: int | None,
 ) -> tuple[Plan, MemoryCheck]:
-    """Return the plan and answer of :meth:`Project.fit`, which documents the arguments."""
+    """Return the plan and answer of :meth:`Project.estimate_memory`, which documents the arguments."""
     project, reporter = opened.folder, opened.reporter
     memory = available_memory(gpu)
     alone = base is not None and not project.has_config
@@ -67,8 +67,8 @@ def fitting_plan(
     at_once = rows or settings.micro_batch_size or settings.batch_size
     made = plan(spec, shape, settings, memory, rows=at_once, length=tokens, shared=shared, answer=answer or tokens)
     longest = None if alone else _longest_row(opened, spec, revision)
-    told = check_memory(made, settings, longest, rows=rows is not None, length=length is not None)
-    return made, told
+    checked = check_memory(made, settings, longest, rows=rows is not None, length=length is not None)
+    return made, checked
 
 
 def _longest_row(opened: ProjectContext, spec: str, revision: str | None) -> int | None:
@@ -152,7 +152,7 @@ def _require_card(shape: Shape, opened: ProjectContext) -> None:
 
 
 def _what_fits(nf4: SetupPlan | None, own: SetupPlan, memory: Memory) -> str:
-    """Return what to do if ``own`` does not fit. ``nf4`` is None if the family cannot be quantized."""
+    """Return the alternatives if ``own`` does not fit. ``nf4`` is None if the family cannot be quantized."""
     others = "choose a smaller base, or shard this one over several cards (docs/how-to/many-gpus.md)"
     if nf4 is None or nf4 is own:
         return f"{others[0].upper()}{others[1:]}."

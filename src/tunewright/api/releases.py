@@ -1,4 +1,4 @@
-"""The verbs on releases: ``tunewright deploy``, ``promote``, ``rollback``, ``undeploy``, ``releases``."""
+"""Commands on releases: ``tunewright deploy``, ``promote``, ``rollback``, ``undeploy``, ``releases``."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DeployResult:
-    """What became of a wish to release an adapter."""
+    """The result of a request to release an adapter."""
 
     release: Release | None
-    """None: its verdict is not to ship, or it did not pass the isolation test, and no alias has changed."""
+    """The new release; None if the verdict or the isolation test refused it, and no alias has changed."""
     verdict: Verdict | None = None
-    """Of the adapter's newest evaluation; None: it has none, and was released all the same."""
+    """The verdict of the adapter's newest evaluation; None if it was released without one."""
     isolation: IsolationTest | None = None
-    """The test that decided; None: it was not run."""
+    """The isolation test that decided; None if it was not run."""
     servers: int = 0
-    """That run on this state, and take it within a second."""
+    """Running servers that share this state and apply the release within a second."""
 
     @property
     def exit_code(self) -> int:
-        """0: released; 3: a measured no; 4: it can't be told."""
+        """Exit code: 0 released; 3 refused by a measured *no*; 4 undecided."""
         if self.release is not None:
             return 0
         if self.isolation is not None:
@@ -58,10 +58,10 @@ class DeployResult:
 
 
 class ReleasesApi:
-    """What can be done with aliases.
+    """Methods on aliases and their releases.
 
     Args:
-        check_ledger: raises a UserError if the record of test openings, by which verdicts are read, is not whole.
+        check_ledger: raises a UserError if the log of accesses to the test split, which verdicts rely on, is damaged.
     """
 
     def __init__(self, opened: ProjectContext, check_ledger: Callable[[], object]) -> None:
@@ -80,21 +80,21 @@ class ReleasesApi:
         untested: str | None = None,
         system_prompt: bool = True,
     ) -> DeployResult:
-        """Have an alias answer with an adapter, of which an evaluation says *ship*, once the isolation test has passed.
+        """Release an adapter for an alias if an evaluation says *ship* and the isolation test passes.
 
         Args:
-            alias: a name that tenants ask for; it is made where it is not there yet.
-            adapter: its name, or the beginning of it.
-            canary: the share of the traffic, above 0 and below 1, that it answers beside what is there.
-            shadow: it is asked what the alias is asked, and its answers are recorded and not given.
-            because: why it is released whatever the verdict, which is kept.
-            engine: on which the isolation test runs (None: the config's, which serves).
-            untested: why it is released without that test, which is kept.
-            system_prompt: requests without a system message get the one that the adapter was trained with; False
-                leaves them as they came.
+            alias: the name that tenants call; created if it does not exist.
+            adapter: a name or its beginning.
+            canary: the candidate's share of the traffic, above 0 and below 1; the live release answers the rest.
+            shadow: send the candidate a copy of each request and record its answers; none is returned.
+            because: reason to release whatever the verdict; it is stored.
+            engine: the engine of the isolation test (None: the config's, which serves).
+            untested: reason to skip the isolation test; it is stored.
+            system_prompt: add the adapter's trained system prompt to requests without a system message; False leaves
+                them unchanged.
 
         Raises:
-            UserError: no such adapter, one that does not fit or was never evaluated, it is there already, or an engine
+            UserError: no such adapter, one that does not fit, was never evaluated or is already released, or an engine
                 that is not installed or cannot hold it.
         """
         from tunewright.serving.tenants import Candidate, Grounds
@@ -111,7 +111,7 @@ class ReleasesApi:
         if shadow or canary is not None:
             candidate = Candidate(chosen.name, chosen.digest, canary, system_prompt)
         with self._context.state(make=True) as state:
-            # What would be refused anyway is refused before a test that takes its time.
+            # Refuse invalid requests before the slow isolation test.
             if candidate is None:
                 state.releases.require_deployable(alias, chosen.name, chosen.digest, system_prompt=system_prompt)
             else:
@@ -128,17 +128,18 @@ class ReleasesApi:
             return DeployResult(made, decided, test, len(state.quota.servers()))
 
     def promote(self, alias: str, *, engine: EngineName | None = None, untested: str | None = None) -> DeployResult:
-        """Have an alias answer with its candidate from now on, once the isolation test has passed.
+        """Make an alias's candidate its live release once the isolation test has passed.
 
-        It has where nothing else was released since the candidate came, and is not run again then.
+        The test is not repeated if nothing else was released since the candidate passed it.
 
         Args:
-            alias: whose.
-            engine: on which the isolation test runs (None: the one that the candidate passed it on, else the config's).
-            untested: why it is promoted without that test, which is kept.
+            alias: its name.
+            engine: the engine of the isolation test (None: the one that the candidate passed on, else the config's).
+            untested: reason to skip the isolation test; it is stored.
 
         Raises:
-            UserError: no such alias, it has no candidate, one that is not here, or an engine that is not installed.
+            UserError: no such alias, no candidate, a candidate that is missing here, or an engine that is not
+                installed.
         """
         _require_reason(untested, "--untested")
         with self._context.state() as state:
@@ -156,7 +157,7 @@ class ReleasesApi:
     def _tested(
         self, state: State, alias: str, adapter: Adapter, engine: EngineName | None, untested: str | None
     ) -> tuple[IsolationTest | None, bool]:
-        """The isolation test, unless it is left out, and whether the release may go live; if not, the audit has it."""
+        """Return the isolation test, unless skipped, and whether the release may go live; audit a refusal."""
         from tunewright.api.isolation import IsolationGate
 
         gate = IsolationGate(self._context, state, alias, adapter, engine)
@@ -170,16 +171,16 @@ class ReleasesApi:
         return test, passes
 
     def rollback(self, alias: str, number: int | None = None) -> Release:
-        """Let an alias's candidate go; where there is none, bring back what it answered with before.
+        """Discard an alias's candidate, or without a candidate restore the previous release.
 
-        That is the way out, and does not wait for an isolation test: what is brought back had its own.
+        It does not wait for an isolation test, since the restored release passed its own.
 
         Args:
-            alias: whose.
-            number: the release to bring back, in place of the one before.
+            alias: its name.
+            number: the release to restore (None: the previous one).
 
         Raises:
-            UserError: no such alias or release, nothing before, or an adapter that is no longer here.
+            UserError: no such alias or release, no previous release, or an adapter that is missing here.
         """
         with self._context.state() as state:
             back = state.releases.rollback_target(alias, number)
@@ -192,11 +193,11 @@ class ReleasesApi:
             return state.releases.rollback(alias, number)
 
     def undeploy(self, alias: str, *, because: str | None = None) -> Release:
-        """Have an alias answer nothing from now on; a rollback or a deploy brings it back.
+        """Stop answering on an alias; a rollback or a deploy restores it.
 
         Args:
-            alias: whose.
-            because: why, which is kept.
+            alias: its name.
+            because: the reason; it is stored.
 
         Raises:
             UserError: no such alias, it is undeployed already, or an empty reason.
@@ -206,7 +207,7 @@ class ReleasesApi:
             return state.releases.undeploy(alias, because)
 
     def history(self, alias: str | None = None) -> list[Release]:
-        """Return all releases (of one alias), the first one first.
+        """Return all releases, or those of one alias, oldest first.
 
         Raises:
             UserError: no such alias.
@@ -215,7 +216,7 @@ class ReleasesApi:
             return state.releases.history(alias)
 
     def shadow(self, alias: str) -> list[ShadowLine]:
-        """Return what candidates in an alias's shadow were asked, and would have answered.
+        """Return the requests copied to an alias's shadow candidates, and their answers.
 
         Raises:
             UserError: no such alias.
@@ -225,7 +226,7 @@ class ReleasesApi:
             return state.usage.shadow_lines(alias)
 
     def _judge(self, adapter: Adapter, because: str | None) -> tuple[Verdict | None, str | None]:
-        """Return the verdict of the adapter's newest evaluation, and that one's ID."""
+        """Return the verdict of the adapter's newest evaluation, and the evaluation's ID."""
         evidence = evidence_on(self._context.folder.evaluations, adapter.digest, self._context.reporter)
         if evidence is None:
             if because is None:
@@ -240,7 +241,7 @@ class ReleasesApi:
         return verdict(evidence), evidence.id
 
     def _require_servable(self, adapter: Adapter, alias: str, state: State) -> None:
-        """Refuse what no server here could load beside the other releases."""
+        """Refuse an adapter that no server here could load together with the other releases."""
         require_compatible(adapter, self._context.base, self._context.chat)
         require_batchable(adapter.folder)
         require_trusted(adapter, TrustedKeys(self._context.folder.keys))

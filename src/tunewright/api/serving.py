@@ -1,4 +1,4 @@
-"""Which adapters a server holds, how it holds the base under them, and who may ask it."""
+"""Setup of a server: adapters, base quantization and authentication."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def open_service(
     auth: bool,
     system_prompts: bool,
 ) -> Service:
-    """Return a server for tenants where there are any, else for everybody; see ``Project.serve``.
+    """Return a server with authentication if there are tenants, else an open one; see ``Project.serve``.
 
     Args:
-        config: the project's, with what is to be otherwise about this server.
-        auth: without tenants, only this machine is answered.
-        system_prompts: without tenants, requests that have no system message get the one of the adapter's training.
+        config: the project's config with this server's overrides.
+        auth: True restricts a server without tenants to this machine.
+        system_prompts: without tenants, add the adapter's trained system prompt to requests without a system message.
     """
     if config.serve.database_url is not None or opened.folder.serving_state.exists():
         state = opened.state()
@@ -96,10 +96,10 @@ def _for_tenants(opened: ProjectContext, state: State, names: Sequence[str], con
 
 
 def refuse_names(names: Sequence[str]) -> None:
-    """Refuse names of adapters where there are tenants.
+    """Refuse adapter names if there are tenants.
 
     Raises:
-        UserError: there are some.
+        UserError: there are tenants.
     """
     if names:
         raise UserError(
@@ -110,16 +110,16 @@ def refuse_names(names: Sequence[str]) -> None:
 
 
 def released(opened: ProjectContext, state: State) -> tuple[Quantize, list[Adapter]]:
-    """Return how the base is held for the live releases, and the adapters that they need, as far as they are here.
+    """Return the base's quantization for the live releases, and those of their adapters that exist here.
 
     Raises:
-        UserError: they were trained on it held in different ways, and the config does not choose.
+        UserError: the adapters were trained with different quantizations, and the config does not choose one.
     """
     adapters = []
     for release in state.releases.live().values():
         try:
             adapters += [adapter_of(opened, name, digest) for name, digest in release.adapters]
-        except UserError as error:  # told again by the server, which does without this release
+        except UserError as error:  # the server reports it again and continues without this release
             opened.reporter.warn(f"{release.alias}: {error}")
     config = opened.folder.config
     return config.serve.quantization or (
@@ -128,13 +128,13 @@ def released(opened: ProjectContext, state: State) -> tuple[Quantize, list[Adapt
 
 
 def adapter_of(opened: ProjectContext, name: str, digest: str) -> Adapter:
-    """Return the adapter of a release, which is known by its digest; the name is for people.
+    """Return a release's adapter by its digest; the name is only for display.
 
     Raises:
-        UserError: it is not here.
+        UserError: the adapter is missing here.
     """
     known = [adapter for adapter in list_adapters(opened.folder.adapters) if adapter.digest == digest]
-    # Of the same weights in two folders, one may say another system prompt than the adapter that was released.
+    # Two folders with the same weights may differ in their system prompt; prefer the name that was released.
     found = next((adapter for adapter in known if adapter.name == name), known[0] if known else None)
     if found is None:
         raise UserError(
@@ -146,15 +146,15 @@ def adapter_of(opened: ProjectContext, name: str, digest: str) -> Adapter:
 
 
 def _require_private(host: str) -> None:
-    """Refuse to answer everybody on an address that others can reach.
+    """Refuse to serve without authentication on an address that other machines can reach.
 
     Raises:
-        UserError: it is one.
+        UserError: other machines can reach the address.
     """
     try:
         found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
     except OSError:
-        return  # no address at all, which is told where it is listened on
+        return  # not an address; binding to it reports the error
     if not all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in found):
         raise UserError(
             f"others can reach {host}, and without tenants the server answers everybody who does",
@@ -164,10 +164,10 @@ def _require_private(host: str) -> None:
 
 
 def choose_served(opened: ProjectContext, names: Sequence[str]) -> tuple[Quantize, dict[str, Path]]:
-    """Return how the base is held, and the folders of the adapters so named (all that fit, where none is), by name.
+    """Return the base's quantization, and the folders of the named adapters (default: all that fit) by name.
 
     Raises:
-        UserError: a named adapter that does not fit, or that cannot be served together with the others.
+        UserError: a named adapter does not fit, or cannot be served together with the others.
     """
     config = opened.folder.config
     if not names:
@@ -189,7 +189,7 @@ def choose_served(opened: ProjectContext, names: Sequence[str]) -> tuple[Quantiz
 
 
 def _all_that_fit(opened: ProjectContext, held: Quantize) -> Iterator[Adapter]:
-    """The adapters that can be served on the base held so; the others are named in warnings."""
+    """Yield the adapters that fit the base with this quantization, with a warning for each other adapter."""
     for adapter in list_adapters(opened.folder.adapters):
         try:
             _require_servable(opened, adapter)

@@ -1,4 +1,4 @@
-"""The verbs on tenants, their keys and the audit: ``tunewright tenant …``, ``tunewright audit …``."""
+"""Commands on tenants, their keys and the audit log: ``tunewright tenant …``, ``tunewright audit …``."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NewKey:
-    """A key that was just made."""
+    """A key that was just created."""
 
     secret: str
-    """The key itself, which is shown this once and not kept."""
+    """The key itself, which is shown only once and not stored."""
     key: Key
 
     def as_dict(self) -> dict[str, Any]:
@@ -27,50 +27,50 @@ class NewKey:
 
 
 class TenantKeysApi:
-    """What can be done with tenants' API keys."""
+    """Methods on tenants' API keys."""
 
     def __init__(self, opened: ProjectContext) -> None:
         self._context = opened
 
     def add(self, tenant: str, *, aliases: Sequence[str] | None = None, lifetime: float | None = None) -> NewKey:
-        """Make a key for a tenant.
+        """Create a key for a tenant.
 
         Args:
             tenant: its name.
-            aliases: the only ones that the key is good for (None: all of the tenant's).
+            aliases: restricts the key to these aliases (None: all of the tenant's).
             lifetime: seconds until it expires (None: never).
 
         Raises:
-            UserError: no such tenant, or an alias that is none of its own.
+            UserError: no such tenant, or an alias that the tenant may not call.
         """
         with self._context.state() as state:
             return NewKey(*state.keys.create(tenant, aliases=aliases, lifetime=lifetime))
 
     def rotate(self, key: str, *, overlap: float, lifetime: float | None = None) -> NewKey:
-        """Make a key in another's place, which is good for ``overlap`` seconds more.
+        """Create a replacement for a key, which stays valid for another ``overlap`` seconds.
 
         Args:
-            key: the old one's prefix.
-            overlap: seconds in which both are good.
-            lifetime: seconds until the new one expires (None: never).
+            key: the old key's prefix.
+            overlap: seconds during which both keys are valid.
+            lifetime: seconds until the new key expires (None: never).
 
         Raises:
-            UserError: no such key, or one that is not valid any more.
+            UserError: no such key, or the key is no longer valid.
         """
         with self._context.state() as state:
             return NewKey(*state.keys.rotate(key, overlap=overlap, lifetime=lifetime))
 
     def revoke(self, key: str) -> Key:
-        """End a key, by its prefix, from the next request on.
+        """Revoke a key, by its prefix, from the next request on.
 
         Raises:
-            UserError: no such key, or it is revoked already.
+            UserError: no such key, or it is already revoked.
         """
         with self._context.state() as state:
             return state.keys.revoke(key)
 
     def list(self, tenant: str | None = None) -> Sequence[Key]:
-        """Return a tenant's keys (None: everybody's), the oldest first.
+        """Return a tenant's keys (None: all tenants'), oldest first.
 
         Raises:
             UserError: no such tenant.
@@ -80,17 +80,17 @@ class TenantKeysApi:
 
 
 class TenantsApi:
-    """What can be done with tenants; their keys are under ``key``."""
+    """Methods on tenants; methods on their keys are under ``key``."""
 
     def __init__(self, opened: ProjectContext) -> None:
         self._context = opened
         self.key = TenantKeysApi(opened)
 
     def add(self, name: str, aliases: Sequence[str] = (), limits: Limits | None = None) -> Tenant:
-        """Make a tenant, which may call these aliases. From the first one on, `serve` asks everybody for a key.
+        """Create a tenant that may call these aliases. Once a tenant exists, every request needs an API key.
 
         Raises:
-            UserError: the name is taken or no name, or a limit is none.
+            UserError: the name is taken or invalid, or a limit is invalid.
         """
         from tunewright.serving.tenants import Limits
 
@@ -100,15 +100,15 @@ class TenantsApi:
             return made
 
     def list(self) -> Sequence[Tenant]:
-        """Return all tenants by name."""
+        """Return all tenants, sorted by name."""
         with self._context.state() as state:
             return state.tenants.list()
 
     def grant(self, name: str, aliases: Sequence[str]) -> Tenant:
-        """Let a tenant call further aliases.
+        """Allow a tenant to call further aliases.
 
         Raises:
-            UserError: no such tenant, or what is no alias.
+            UserError: no such tenant, or an invalid alias.
         """
         with self._context.state() as state:
             changed = state.tenants.grant(name, aliases)
@@ -116,25 +116,25 @@ class TenantsApi:
             return changed
 
     def revoke(self, name: str, aliases: Sequence[str]) -> Tenant:
-        """Take aliases from a tenant, from the next request on.
+        """Revoke a tenant's access to aliases, from the next request on.
 
         Raises:
-            UserError: no such tenant, or an alias that it may not call as it is.
+            UserError: no such tenant, or an alias that the tenant may not call.
         """
         with self._context.state() as state:
             return state.tenants.revoke(name, aliases)
 
     def disable(self, name: str) -> Tenant:
-        """Revoke all of a tenant's keys and take its aliases, from the next request on; its usage stays.
+        """Revoke all of a tenant's keys and aliases, from the next request on; its usage records remain.
 
         Raises:
-            UserError: no such tenant, or it has neither keys nor aliases any more.
+            UserError: no such tenant, or it has no keys or aliases left.
         """
         with self._context.state() as state:
             return state.tenants.disable(name)
 
     def limit(self, name: str, limits: Limits) -> Tenant:
-        """Set what a tenant may use, all three limits; they hold from the next request on.
+        """Set all three limits of a tenant, from the next request on.
 
         Raises:
             UserError: no such tenant, or a limit below 1.
@@ -146,13 +146,13 @@ class TenantsApi:
         """Return one tenant.
 
         Raises:
-            UserError: there is none of that name.
+            UserError: no such tenant.
         """
         with self._context.state() as state:
             return state.tenants.get(name)
 
     def usage(self, name: str | None = None, *, since: float | None = None) -> Sequence[UsageSum]:
-        """Return what was used, by tenant, alias and adapter.
+        """Return the usage by tenant, alias and adapter.
 
         Args:
             name: one tenant (None: all).
@@ -165,7 +165,7 @@ class TenantsApi:
             return state.usage.sums(name, since)
 
     def requests(self, name: str | None = None, *, since: float | None = None) -> Sequence[UsageLine]:
-        """Return every request that has its line still, the first one first; arguments as of :meth:`usage`."""
+        """Return every request that still has an individual record, oldest first; arguments as for :meth:`usage`."""
         with self._context.state() as state:
             from tunewright.serving.tenants.times import iso
 
@@ -178,13 +178,13 @@ class TenantsApi:
             return state.usage.lines(name, since)
 
     def prune_usage(self, *, before: float) -> RollupResult:
-        """Make sums by day of old requests, whose lines go. Usage stays what it was; the audit tells of each day.
+        """Roll old requests up into daily totals and delete the individual records; the audit log lists each day.
 
         Args:
             before: seconds since 1970, the beginning of a day in UTC.
 
         Raises:
-            UserError: it is none, or to come.
+            UserError: not the beginning of a day, or a day in the future.
         """
         with self._context.state() as state:
             return state.usage_rollup.roll_up(before)
@@ -195,21 +195,21 @@ class TenantsApi:
 
 
 class AuditApi:
-    """What was changed in the serving state, by whom."""
+    """Methods on the audit log: changes to the serving state, with their authors."""
 
     def __init__(self, opened: ProjectContext) -> None:
         self._context = opened
 
     def show(self) -> Sequence[AuditLine]:
-        """Return every line, the first one first."""
+        """Return every entry, oldest first."""
         with self._context.state() as state:
             return state.audit.lines()
 
     def verify(self, noted: str | None = None) -> AuditCheck:
-        """Hold every line to its digest and to the one before, and the releases to the lines that tell of them.
+        """Verify each entry against its digest and its predecessor, and the releases against their entries.
 
         Args:
-            noted: a line's digest that was noted elsewhere before, which has to be in the log still.
+            noted: an entry's digest that was noted elsewhere before; it must still be in the log.
         """
         with self._context.state() as state:
             return state.verify(noted)

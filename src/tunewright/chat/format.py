@@ -109,7 +109,7 @@ class ChatFormat:
         return (self.bos_id, *ids) if self.adds_bos else tuple(ids)
 
     def user_turn(self) -> UserTurn:
-        """Return how the first user turn begins and ends, after the template's default system turn, if any."""
+        """Return the beginning and end of the first user turn, after the template's default system turn, if any."""
         mark = "\ue000"  # private use: in no template, and not white space
         text = self.template.render([Message("user", mark)], generation_prompt=True)
         before, after = text.split(mark)
@@ -358,7 +358,7 @@ def chat_format(tokenizer: Any, *, stop_ids: frozenset[int], kind: TemplateKind,
     """Return the chat format of a tokenizer.
 
     Raises:
-        UserError: the tokenizer lacks a template of its own (``kind``), the template cannot be used, or the
+        UserError: the tokenizer lacks its own template (``kind``), the template cannot be used, or the
             tokenizer's rules are not supported.
     """
     template = Template.of(tokenizer, kind, today)

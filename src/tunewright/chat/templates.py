@@ -53,7 +53,7 @@ class Template:
         """Return the tokenizer's own template, or the plain form.
 
         Raises:
-            UserError: no template of its own, several without a default, or a syntax error in it.
+            UserError: no template, several without a default, or a syntax error in it.
         """
         name = str(tokenizer.name_or_path) or type(tokenizer).__name__
         source = PLAIN_FORM if kind == "plain" else _own(tokenizer, name)

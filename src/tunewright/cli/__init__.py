@@ -1,4 +1,4 @@
-"""The command line: one file per command group, no logic of its own."""
+"""The command line: one file per command group, without any logic besides input and output."""
 
 from __future__ import annotations
 

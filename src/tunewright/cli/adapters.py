@@ -1,4 +1,4 @@
-"""``adapters``: what adapters were made of, who signed them, and foreign ones."""
+"""``adapters``: their lineage, signatures and import."""
 
 from __future__ import annotations
 

@@ -120,12 +120,12 @@ def command(
         name: the command's name.
         example: a complete command line, shown in its help. A test parses it.
         panel: where the help of ``tunewright`` lists the command, if it is not in a group.
-        kept: what a stopped run leaves behind, and how to resume it.
-        status: say at the end whether reviewers have accepted the project's dataset version.
+        kept: message about the state after a stopped run, and the way to resume it.
+        status: report at the end whether reviewers have accepted the project's dataset version.
         project: add ``--project``.
         state: add ``--state``.
         json: add ``--json``.
-        together: whether a run with these options may be one of several processes.
+        together: returns True if a run with these options may be one of several processes.
         options: a dataclass whose fields become options; the function takes an instance of it as ``options``.
     """
 

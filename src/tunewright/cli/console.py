@@ -33,9 +33,9 @@ USER_ERROR = 2
 MEASURED_NO = 3
 CANT_TELL = 4
 RESUMES = "what was finished is kept, and the same command resumes from there"
-"""What a stopped command leaves behind if it stores its work piece by piece."""
+"""State after a stopped command that stores its work piece by piece."""
 NOTHING_KEPT = "nothing half done is kept; run the same command again"
-"""What a stopped command leaves behind if it stores its work at the end."""
+"""State after a stopped command that stores its work at the end."""
 READER_LEFT = 128 + signal.SIGPIPE
 """Exit code of a command whose reader has closed the pipe, as in ``| head -1``."""
 _LOG_WIDTH = 120
@@ -65,7 +65,7 @@ def _write(text: str) -> None:
 
 
 def plain_text(part: RenderableType) -> str:
-    """Return what `Session.show` prints in a pipe: no boxes, and one line for each row of a table."""
+    """Return the text that `Session.show` prints in a pipe: no boxes, and one line for each row of a table."""
     if isinstance(part, Table):
         part.box = None
         part.pad_edge = False
@@ -127,9 +127,10 @@ class Session:
         return Project(ProjectFolder(self.folder), self.reporter)
 
     def show(self, document: dict[str, Any], *people: RenderableType, alone: str | None = None) -> None:
-        """Print the command's result on stdout: ``document`` with ``--json``, else text and tables for people.
+        """Print the command's result on stdout: ``document`` with ``--json``, else text and tables.
 
-        ``alone`` is for a result that scripts read line by line: it is all of stdout, and ``people`` go to stderr.
+        ``alone`` is for a result that scripts read line by line: it is the only output on stdout, and ``people`` go to
+        stderr.
         """
         if not distributed.is_main_process():
             return
@@ -151,7 +152,7 @@ class Session:
             _write(text)
 
     def tell_standing(self, project: Path | None) -> None:
-        """Say whether reviewers have accepted a project's current dataset version, if it has one."""
+        """Report whether reviewers have accepted a project's current dataset version, if it has one."""
         if project is None or not (project / "dataset").is_dir():
             return
         from tunewright.config.project import ProjectFolder
@@ -179,7 +180,7 @@ def session(
         as_json: print the result as JSON.
         project: report at the end whether reviewers have accepted its dataset version.
         together: allow several processes, one of which prints for all.
-        kept: what a stopped command leaves behind, and how to resume it.
+        kept: message about the state after a stop, and the way to resume.
     """
     current = Session(as_json=as_json)
     before = signal.signal(signal.SIGTERM, _interrupt)

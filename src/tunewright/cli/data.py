@@ -210,7 +210,7 @@ def version_table(versions: Sequence[Manifest], current: Manifest | None = None)
 
 
 def preview_text(preview: Preview) -> str:
-    """Return what is in the files, each reason why `data add` would refuse them, and what it would do otherwise."""
+    """Return the contents of the files, each reason why `data add` would refuse them, and its effect otherwise."""
     from tunewright.data.readers.validate import counted
 
     checked = preview.files
@@ -290,7 +290,7 @@ def _output_lines(found: OutputLeakage) -> list[str]:
 
 
 def contamination_text(found: Contamination) -> str:
-    """Return how many training rows contain items of each source, and the surest matches."""
+    """Return the number of training rows that contain items of each source, and the most certain matches."""
     from tunewright.data.notices import HOLDS
     from tunewright.data.versions import short
 

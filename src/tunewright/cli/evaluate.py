@@ -233,12 +233,12 @@ def _left_out(budget: Budget | None) -> list[str]:
 
 
 def engine_text(engine: EngineUsed) -> str:
-    """Return which engine computed the answers, and why."""
+    """Return the engine that computed the answers, and the reason for it."""
     return f"Answered by {engine.text}: {engine.why}."
 
 
 def noise_text(noise: NoiseFloor) -> str:
-    """Return how much changes between two runs of the same arm."""
+    """Return the change between two runs of the same arm."""
     return (
         f"Noise floor: {noise.changed} of {noise.items} answers changed when the base repeated them in other "
         f"batches, and its score by {100 * noise.score_difference:+.1f} points."

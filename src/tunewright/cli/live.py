@@ -208,7 +208,7 @@ class _Screen:
         return rest + later * spent / weight
 
     def _current_task(self) -> tuple[float, float | None]:
-        """Return how much of the outermost task is done, from 0 to 1, and the seconds that it has left, if known."""
+        """Return the completed part of the outermost task, from 0 to 1, and its remaining seconds, if known."""
         if not self.bars.tasks:
             return 0.0, None
         outermost = self.bars.tasks[0]

@@ -164,7 +164,7 @@ def answers_table(answered: ThreeAnswers) -> Table:
 
 
 def two_tenants_tables(shown: TwoTenants) -> list[RenderableType]:
-    """Return what each of two tenants on one server sees, receives and has used."""
+    """Return tables of the models, answers and usage of each of two tenants on one server."""
     from tunewright.cli.releases import releases_tables
 
     title = f"Two tenants on one base, asked: {shown.question}\nReference: {shown.reference}"

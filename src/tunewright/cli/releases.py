@@ -184,7 +184,7 @@ def _isolation(release: Release) -> str:
 
 
 def shadow_tables(lines: Sequence[ShadowLine], differing: int = 10) -> list[RenderableType]:
-    """Return how often shadow candidates gave the same answer, and the newest answers that differ."""
+    """Return counts of identical and other answers by shadow candidate, and the newest that differ."""
     if not lines:
         return ["No shadow candidate has answered yet."]
     by_candidate: dict[str, list[ShadowLine]] = {}

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, announced at once and over within seconds, whatever the main thread is busy with.
+"""Handling of Ctrl-C and SIGTERM: announced at once and finished within seconds, even if the main thread is busy.
 
 Python runs a signal's handler between two bytecodes of the main thread: while that waits in a native call, nothing
 would happen. The interpreter also writes each signal's number to a pipe, at once, and a thread reads it here.
@@ -21,11 +21,11 @@ from contextlib import contextmanager, suppress
 from tunewright.core.interrupts import waits_for
 
 STOPPED = 128 + signal.SIGINT
-"""As shells report what Ctrl-C ended."""
+"""Exit code that shells report after Ctrl-C."""
 PATIENCE_S = 4.0
-"""For the main thread to clean up; then the process ends as it would if killed, which every command recovers from."""
+"""Time for the main thread to clean up; then the process ends as if killed, from which every command recovers."""
 _ANNOUNCE_S = 0.2
-"""For the announcement to come before the main thread's own last words; a KeyboardInterrupt may have no signal."""
+"""Time for the announcement to precede the main thread's last output; a KeyboardInterrupt may have no signal."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SHOW_CURSOR = "\x1b[?25h"
 
@@ -35,14 +35,14 @@ _stopped = False
 
 
 def own_process() -> None:
-    """Say that this process runs one command: once that is stopped, the interpreter's own end is bounded too."""
+    """Mark this process as running one command: once that is stopped, the interpreter's exit is bounded too."""
     global _alone
     _alone = True
     atexit.register(_skip_teardown)  # registered first, so it runs last
 
 
 def _skip_teardown() -> None:
-    """Leave out what the interpreter does after its exit handlers: freeing a model takes seconds."""
+    """Skip the interpreter's work after its exit handlers, since freeing a model takes seconds."""
     if _stopped:
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
@@ -55,9 +55,9 @@ def stoppable(kept: str, *, as_json: bool, quiet: bool) -> Iterator[None]:
     """Announce the first SIGINT or SIGTERM while the block runs, and end the process at a second or after a while.
 
     Args:
-        kept: what remains of the work, and how to resume it.
-        as_json: the process's last words are a JSON document on stdout.
-        quiet: say nothing, as another process speaks for this one.
+        kept: message about the work that remains, and the way to resume it.
+        as_json: end with a JSON document on stdout.
+        quiet: print nothing, since another process reports for this one.
     """
     global _stopped
     if threading.current_thread() is not threading.main_thread():

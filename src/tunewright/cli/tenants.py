@@ -1,4 +1,4 @@
-"""``tenant``: who may call which alias and how much, API keys and usage."""
+"""``tenant``: access to aliases, limits, API keys and usage."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ def tenants_table(tenants: Sequence[Tenant]) -> Table:
 
 
 def new_key_text(made: NewKey) -> str:
-    """Return what a key is good for, and that it is shown only once."""
+    """Return a key's permissions, with the note that it is shown only once."""
     scope = "all aliases of" if made.key.aliases is None else f"{', '.join(made.key.aliases)} of"
     until = f" until {minute(made.key.expires)} (UTC)" if made.key.expires is not None else ""
     return f"Good for {scope} {made.key.tenant}{until}. It is not shown again: only its hash is stored."

@@ -1,4 +1,4 @@
-"""``verdict``, ``report`` and ``ledger``: what the evidence says, and who opened the test split."""
+"""``verdict``, ``report`` and ``ledger``: conclusions from the evidence, and accesses to the test split."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def verdict(
     ] = False,
 ) -> int:
     """Decide from the evidence: ship (exit code 0), don't ship (3) or can't tell (4), with the reasons."""
-    # Evidence is enough, wherever it lies: no project is opened.
+    # The evidence suffices, wherever it is stored: no project is opened.
     decision = run.unopened.verdict(evaluation)
     document = decision.as_dict()
     if markdown:

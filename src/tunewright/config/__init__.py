@@ -53,7 +53,7 @@ __all__ = [
 
 
 def _plain_date(value: Any) -> Any:
-    """Return what YAML reads as a date; reject seconds since 1970, which pydantic would accept."""
+    """Return a value that YAML reads as a date; reject seconds since 1970, which pydantic would accept."""
     if isinstance(value, str) or (isinstance(value, datetime.date) and not isinstance(value, datetime.datetime)):
         return value
     raise ValueError("write a date like 2024-07-26")
@@ -205,7 +205,7 @@ class EvaluateConfig(Section):
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
-        """Return all metrics to measure; the first decides."""
+        """All metrics to measure; the first decides."""
         return (self.metric, *self.extra_metrics)
 
 

@@ -61,7 +61,7 @@ class PriceConfig(Section):
 
     @property
     def in_money(self) -> bool:
-        """Return whether costs are in a currency; otherwise they are hours of this machine."""
+        """True if costs are in a currency; otherwise they are hours of this machine."""
         return self.hour is not None or self.input is not None
 
 

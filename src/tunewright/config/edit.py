@@ -30,7 +30,7 @@ def write_train(path: Path, wanted: TrainConfig) -> dict[str, Any]:
     mark, text = ("\ufeff", raw[3:].decode()) if raw.startswith(b"\xef\xbb\xbf") else ("", raw.decode())
     before = parse_config(text, path)
     written: dict[str, Any] = {}
-    # The preset is the first key, and sets what the file leaves open.
+    # The preset is the first key, and sets the values that the file leaves out.
     for key in TrainConfig.model_fields:
         value = getattr(wanted, key)
         if getattr(parse_config(text, path).train, key) != value:

@@ -101,5 +101,5 @@ class GeneralConfig(Section):
 
     @property
     def measures(self) -> bool:
-        """Return whether any suite is configured."""
+        """True if any suite is configured."""
         return bool(self.samples or self.multiple_choice or self.instruction_following or self.lm_eval)

@@ -132,7 +132,7 @@ def _explain(errors: list[ErrorDetails], lines: dict[_Location, int], path: Path
 
 
 def _keys(location: _Location) -> _Location:
-    """Return an error's location as in the file: of a union, pydantic repeats the deciding key."""
+    """Return an error's location as in the file; pydantic repeats the deciding key of a union."""
     return tuple(key for key, before in zip(location, ("", *location), strict=False) if key != before)
 
 

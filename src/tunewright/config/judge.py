@@ -74,7 +74,7 @@ class EndpointConfig(Section):
 
     @property
     def reply_limit(self) -> int | None:
-        """Return the most tokens that the parameters allow a reply; None if they set no limit."""
+        """The most tokens that the parameters allow a reply; None if they set no limit."""
         for name in ("max_completion_tokens", "max_tokens"):
             if isinstance(self.parameters.get(name), int):
                 return int(self.parameters[name])

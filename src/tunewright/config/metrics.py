@@ -1,4 +1,4 @@
-"""What an answer is worth: the metrics a config can name."""
+"""Metrics that a config can name, which score answers."""
 
 from __future__ import annotations
 

@@ -49,22 +49,22 @@ class ProjectFolder:
 
     @property
     def fold_adapters(self) -> Path:
-        """The adapters of cross-fitted evaluations, apart from those that are served; all can be made again."""
+        """The folder of cross-validation adapters, separate from those that are served; all can be trained again."""
         return self.root / ".tunewright" / "crossval" / "adapters"
 
     @property
     def curve_adapters(self) -> Path:
-        """The adapters of learning curves, apart from those that are served; all can be made again."""
+        """The folder of learning-curve adapters, separate from those that are served; all can be trained again."""
         return self.root / ".tunewright" / "curve" / "adapters"
 
     @property
     def pilot_adapters(self) -> Path:
-        """The adapters of `advise`, apart from those that are served; all can be made again."""
+        """The folder of `advise`'s adapters, separate from those that are served; all can be trained again."""
         return self.root / ".tunewright" / "pilot" / "adapters"
 
     @property
     def advice(self) -> Path:
-        """What `advise` measured, one file each: ID.json."""
+        """The folder of stored advice: one ID.json each."""
         return self.root / "advice"
 
     @property
@@ -89,7 +89,7 @@ class ProjectFolder:
 
     @property
     def exports(self) -> Path:
-        """What was exported, one folder each."""
+        """The folder of exports, with one folder each."""
         return self.root / "exports"
 
     @property

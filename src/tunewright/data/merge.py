@@ -56,7 +56,7 @@ class Merge:
         return splits | {new: splits[olds[0]] for new, olds in self.replacement.olds.items() if olds[0] in splits}
 
     def place(self, key: str) -> str:
-        """Return where to find a row: FILE:LINE, or the version that has it."""
+        """Return a row's location: FILE:LINE, or the version that has it."""
         row = self.first.get(key)
         if row is not None:
             return f"{row.source}:{row.line}"

@@ -49,8 +49,8 @@ def mix_in(
     """Draw the mix-in for these domain rows.
 
     The seed and the rows' keys decide the order, so that a version with more training rows keeps the previous draw and
-    extends it. Rows are rejected if their input is (nearly) equal to one of the domain, if they contain a held-out row
-    or a benchmark item, or if they contain secrets.
+    extends it. Rows are rejected if their input is (nearly) equal to one of the domain. They are also rejected if they
+    contain a held-out row, a benchmark item or secrets.
 
     Args:
         root: the project's folder, to which the source's path is relative.

@@ -70,7 +70,7 @@ class Effect:
 
 @dataclass(frozen=True)
 class Preview:
-    """Contents of some files, and what `data add` would do with them; ``effect`` is None if it is unknown."""
+    """Contents of some files, and the effect of `data add` on the dataset; ``effect`` is None if unknown."""
 
     files: FileCheck
     metadata: dict[str, int]

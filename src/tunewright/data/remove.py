@@ -295,8 +295,8 @@ def withhold(
 ) -> tuple[list[SourceRow], dict[str, Removal]]:
     """Separate the rows that may be added from those that were removed earlier.
 
-    A row stays out because of its own removal, that of the row that an edit made of it, or that of a row with the same
-    content: system turns, and case and white space of the input, are ignored.
+    A row stays out if it was removed itself, if its edited version was, or if a row with the same content was. Content
+    is compared without system turns, and without case and white space of the input.
 
     Args:
         known: pair keys of the version, which never stay out.

@@ -54,7 +54,7 @@ class Plan:
     """The server to run.
 
     Args:
-        name: its name for people.
+        name: its display name.
         command: the command line. The server listens on the socket, and answers ``GET /health`` with 200 once it is
             ready.
         variables: its whole environment.

@@ -27,7 +27,7 @@ class AnswerEngine:
 
     Args:
         name: "peft" is the embedded loop on transformers and peft.
-        why: the reason, for people.
+        why: the reason, for display.
         environment: vLLM's environment; None with peft.
     """
 

@@ -82,7 +82,7 @@ class Engine(Protocol):
         Args:
             request: its ``adapter`` is the digest of a loaded adapter, or None for the base; it has no stop strings.
             sink: receives the events in the running event loop.
-            tenant: what an engine keeps of a request (prefixes, for example) is reused for the same tenant only.
+            tenant: cached state of a request (prefixes, for example) is reused for the same tenant only.
         """
 
     async def load(self, digest: str, folder: Path) -> None:
@@ -106,7 +106,7 @@ class Engine(Protocol):
 
 
 def pump(deltas: AsyncGenerator[Delta, None], sink: TokenSink) -> Callable[[], object]:
-    """Deliver a generator's deltas to a sink from a task of its own, and return a function that cancels the task."""
+    """Deliver a generator's deltas to a sink from a separate task, and return a function that cancels the task."""
 
     async def run() -> None:
         try:

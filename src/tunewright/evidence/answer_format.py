@@ -40,8 +40,8 @@ def answer_form(
     outputs are class-like; one of a dozen patterns of letters, digits and punctuation; a range of length and lines.
 
     Args:
-        outputs: of all rows of the task.
-        references: of the items answered.
+        outputs: the outputs of all rows of the task.
+        references: the references of the items answered.
         answers: arm name to its answers.
         longer: references with more tokens than an answer may have.
     """

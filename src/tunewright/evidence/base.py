@@ -1,4 +1,4 @@
-"""What each section of the evidence is built from; the sections import this, and ``evidence.py`` imports them."""
+"""Building blocks of the evidence's sections."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Part(BaseModel):
-    """Any part of the evidence: frozen, finite, and of no keys but its own."""
+    """A part of the evidence: frozen, with finite numbers and no extra keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Interval(Part):
-    """A 95% interval, in the metric's own unit (shares from 0 to 1)."""
+    """A 95% interval in the metric's own unit (shares from 0 to 1)."""
 
     low: float
     high: float
@@ -25,20 +25,20 @@ class Score(Part):
 
     value: float
     interval: Interval
-    method: Annotated[str, Field(description="How the interval was made, e.g. 'Wilson'.")]
+    method: Annotated[str, Field(description="Method of the interval, e.g. 'Wilson'.")]
 
 
 class References(Part):
-    """How many references the items have, where an input stands in several rows with different outputs."""
+    """Counts of references, for inputs that occur in several rows with different outputs."""
 
     items: int
-    inputs: Annotated[int, Field(description="Distinct inputs, case and white space set aside.")]
-    several: Annotated[int, Field(description="Of these inputs, those with more than one reference.")]
-    references: Annotated[int, Field(description="Distinct outputs of all inputs together.")]
+    inputs: Annotated[int, Field(description="Distinct inputs, ignoring case and white space.")]
+    several: Annotated[int, Field(description="Inputs with more than one reference.")]
+    references: Annotated[int, Field(description="Distinct outputs, summed over inputs.")]
 
     @property
     def text(self) -> str:
-        """As in ``30 test items``: ``5 distinct inputs with 6.0 references each``."""
+        """Text such as ``5 distinct inputs with 6.0 references each``, to follow ``30 test items``."""
         inputs = f"{self.inputs:,} distinct input{'' if self.inputs == 1 else 's'}"
         if self.several == self.inputs:
             return f"{inputs} with {self.references / self.inputs:.1f} references each"
@@ -46,12 +46,10 @@ class References(Part):
 
 
 class ArmScore(Score):
-    """One arm's score by one metric, and the items that it is of."""
+    """One arm's score by one metric, with the number of scored items."""
 
-    scored: Annotated[int, Field(description="Items that the value is of.")]
-    unscored: Annotated[
-        dict[str, int], Field(description="Why the other items are left out, and how many for each reason.")
-    ]
+    scored: Annotated[int, Field(description="Items that were scored.")]
+    unscored: Annotated[dict[str, int], Field(description="Reason to number of unscored items.")]
     outside: Annotated[
-        int, Field(description="Answers that are none of the declared choices, counted wrong; 0 by other metrics.")
+        int, Field(description="Answers outside the declared choices, counted as wrong; 0 with other metrics.")
     ] = 0

@@ -1,4 +1,4 @@
-"""The evidence's record of a time budget: which arms were left out, and by what rule."""
+"""The evidence's record of a time budget: the arms left out, and the rule."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ RULE = (
 class Budget(Part):
     """Arms that ``--minutes`` left out."""
 
-    minutes: Annotated[float, Field(description="What --minutes said.")]
-    expected: Annotated[float, Field(description="Minutes that the other arms were expected to take, by the speed.")]
-    left_out: Annotated[tuple[str, ...], Field(description="Arms, in the order in which they were left out.")]
-    rule: Annotated[str, Field(description="Which arms are left out first, in words.")] = RULE
+    minutes: Annotated[float, Field(description="The value of --minutes.")]
+    expected: Annotated[float, Field(description="Estimated minutes of the remaining arms, from the measured speed.")]
+    left_out: Annotated[tuple[str, ...], Field(description="Arms left out, in this order.")]
+    rule: Annotated[str, Field(description="The rule that orders the arms to leave out, in words.")] = RULE
 
     @property
     def prompting(self) -> tuple[str, ...]:
-        """The prompting arms among those left out: what makes the baseline weaker."""
+        """The prompting arms left out, which weakens the baseline."""
         return tuple(name for name in self.left_out if not name.startswith("tuned"))
 
     @property
     def why(self) -> str:
-        """The reason for one arm, as it follows the arm's name."""
+        """The reason for one arm, phrased to follow the arm's name."""
         return f"--minutes {self.minutes:g} has no time for it"
 
     @property
     def caution(self) -> str | None:
-        """What a verdict has to say; None where prompting was tried as hard as ever."""
+        """The caution that a verdict must carry; None if no prompting arm was left out."""
         if not self.prompting:
             return None
         return (

@@ -16,7 +16,7 @@ from tunewright.evidence.verdict import CAUTION_SHARE, Reason, Verdict, verdict
 from tunewright.metrics import points_text, score_text
 
 FEW_ROWS = 500
-"""With fewer rows, which `data add` warns of, more rows are the first thing to try."""
+"""Below this number of rows, of which `data add` warns, more rows are the first remedy."""
 NOISY = 0.05
 """A share of wrong or contradicting rows that lowers a score; `data review` accepts less than this."""
 FEWEST_REVIEWED = 20
@@ -33,7 +33,7 @@ _USELESS = 0.1
 """Share of a metric's range below which an arm does not solve the task."""
 _FEWEST_STEPS = 8
 _FORM_LEARNT = 0.9
-"""As a share of the references with the form."""
+"""Share of the answers with the form, relative to the references with it, at which the form counts as learnt."""
 _MOST_DOUBLINGS = 5
 
 
@@ -73,12 +73,14 @@ def decided(evidence: Evidence, known: Known | None = None) -> Verdict:
 def causes(evidence: Evidence, found: Verdict, known: Known) -> tuple[Reason, ...]:
     """Return the likely causes of a *don't ship*, likeliest first; empty for a *ship*.
 
-    A *can't tell* only gets causes that training can remove. Causes that cannot change the outcome are left out: the
-    token limit if even correct answers in place of the cut ones would not suffice, more epochs if the loss has stopped
-    falling, more rows if the learning curve is flat. More test items are never a remedy for a *don't ship*, since the
-    interval is on the wrong side already.
+    A *can't tell* only gets causes that training can remove. Causes that cannot change the outcome are left out:
 
-    There are no causes either if the gain suffices and benchmarks or people forbid to ship.
+    - the token limit, if even correct answers instead of the cut ones would not suffice;
+    - more epochs, if the loss has stopped falling;
+    - more rows, if the learning curve is flat.
+
+    More test items are never a remedy for a *don't ship*, since the interval is on the wrong side already. There are
+    no causes either if the gain suffices and benchmarks or people prevent a *ship*.
     """
     first = evidence.contrasts[0]
     if found.decision == "ship" or first.interval.low > evidence.margin:

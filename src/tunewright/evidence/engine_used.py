@@ -10,17 +10,17 @@ from tunewright.evidence.base import Part
 
 
 class EngineUsed(Part):
-    """The engine of all arms, and of the noise floor: engines round differently, so evidence names its own."""
+    """The engine of all arms and of the noise floor, recorded because engines round differently."""
 
-    name: Annotated[Literal["peft", "vllm"], Field(description="peft is the embedded loop over transformers and peft.")]
-    version: Annotated[str, Field(description="Of the package with the engine's name.")]
-    packages: Annotated[dict[str, str], Field(description="Versions that decide numbers, of the engine's environment.")]
+    name: Annotated[Literal["peft", "vllm"], Field(description="peft: the built-in loop over transformers and peft.")]
+    version: Annotated[str, Field(description="Version of the package with the engine's name.")]
+    packages: Annotated[dict[str, str], Field(description="Versions in the engine's environment that affect numbers.")]
     device: Annotated[str, Field(description="cpu or cuda.")]
     dtype: str
-    rows: Annotated[int, Field(description="The most answers that decode at once.")]
-    why: Annotated[str, Field(description="Why this engine: what evaluate.engine says, and what is installed here.")]
+    rows: Annotated[int, Field(description="Maximum number of answers decoded at once.")]
+    why: Annotated[str, Field(description="Reason for this engine: evaluate.engine, and the engines installed.")]
 
     @property
     def text(self) -> str:
-        """Name, version, device and precision, for people."""
+        """Name, version, device and precision, for display."""
         return f"{self.name} {self.version} ({self.device}, {self.dtype})"

@@ -1,4 +1,4 @@
-"""The evidence's section ``human_eval``: what people preferred, blind, and how far they and the judge agree."""
+"""The evidence's section ``human_eval``: blind preferences of people, and their agreement with the judge."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from tunewright.evidence.base import Interval, Part, Score
 
 
 class ReviewStratum(Part):
-    """Test items that the deciding metric treats alike, and what people said of those that they were asked about."""
+    """Test items with the same outcome by the deciding metric, and the reviewers' preferences on a sample."""
 
     name: Annotated[str, Field(description="fixed, broken, both right or both wrong, by the deciding metric.")]
-    items: Annotated[int, Field(description="Test items in it whose two answers differ.")]
-    asked: Annotated[int, Field(description="Of these, drawn at random: asked / items is the chance of each.")]
-    answered: Annotated[int, Field(description="Of these, with a verdict of at least one reviewer.")]
+    items: Annotated[int, Field(description="Test items of the stratum whose two answers differ.")]
+    asked: Annotated[int, Field(description="Number of them drawn at random: asked / items is each one's probability.")]
+    answered: Annotated[int, Field(description="Number of them with a verdict of at least one reviewer.")]
     treatment: Annotated[int, Field(description="Answered items on which the treatment is preferred.")]
     control: Annotated[int, Field(description="Answered items on which the control is preferred.")]
 
@@ -26,69 +26,72 @@ class ReviewStratum(Part):
 
 
 class Reviewer(Part):
-    """What one person did."""
+    """One reviewer's counts."""
 
     name: str
     answered: Annotated[int, Field(description="Items with a verdict other than skip.")]
     skipped: int
     both: Annotated[int, Field(description="Verdicts that both answers are good.")]
-    neither: Annotated[int, Field(description="Verdicts that neither is.")]
+    neither: Annotated[int, Field(description="Verdicts that neither answer is good.")]
     reference_shown: Annotated[int, Field(description="Items judged after the reference was shown.")]
 
 
 class RaterAgreement(Part):
-    """Two raters on the items that both judged, as treatment, control or tie; by item, not weighted."""
+    """Agreement of two raters on the items that both judged, as treatment, control or tie; unweighted."""
 
     raters: tuple[str, str]
     items: int
     agreed: int
-    kappa: Annotated[float | None, Field(description="Cohen's; null where both gave one and the same verdict always.")]
+    kappa: Annotated[float | None, Field(description="Cohen's kappa; null if both always gave the same verdict.")]
     interval: Annotated[
         Interval | None,
-        Field(description="Bootstrap over clusters; null where they agree on all items, so that nothing varies."),
+        Field(description="Bootstrap over clusters; null if the raters agree on all items."),
     ]
 
 
 class Powered(Part):
-    """Prediction-powered: people's verdicts on the reviewed items and the judge's on all."""
+    """Prediction-powered estimate from people's verdicts on the reviewed items and the judge's on all."""
 
     win_rate: Score
     tuning: Annotated[
         float,
-        Field(description="From 0 (the judge is of no use) to 1 (its differences count in full): PPI++'s lambda."),
+        Field(description="Weight of the judge, from 0 (ignored) to 1 (full): PPI++'s lambda."),
     ]
-    judged: Annotated[int, Field(description="Items with different answers that the judge has a verdict on.")]
+    judged: Annotated[int, Field(description="Items with different answers and a verdict of the judge.")]
 
 
 class AnswerReview(Part):
-    """Blind comparison of two arms' answers by people."""
+    """Blind human comparison of two arms' answers."""
 
     treatment: str
     control: str
-    items: Annotated[int, Field(description="All test items, which the win rate speaks of.")]
-    same: Annotated[int, Field(description="Items with equal answers: ties, not asked.")]
+    items: Annotated[int, Field(description="All test items, which the win rate covers.")]
+    same: Annotated[int, Field(description="Items with equal answers: counted as ties, not asked.")]
     asked: int
     answered: int
     reviewers: tuple[Reviewer, ...]
     strata: tuple[ReviewStratum, ...]
     preferred: Annotated[
-        tuple[int, int], Field(description="Answered items on which treatment and control are preferred; ties apart.")
+        tuple[int, int], Field(description="Answered items on which treatment and control are preferred, without ties.")
     ]
-    p_value: Annotated[float, Field(description="Two-sided, of no preference, over the answered items.")]
+    p_value: Annotated[float, Field(description="Two-sided p-value for no preference, over the answered items.")]
     test: str
     win_rate: Annotated[
         Score | None,
-        Field(description="Treatment preferred, a tie counting half, weighted to all items; null while too few say."),
+        Field(
+            description="Share that prefers the treatment, a tie counting half, weighted to all items; null with "
+            "too few answers."
+        ),
     ]
-    powered: Annotated[Powered | None, Field(description="Null without a judge, or while too few have answered.")]
+    powered: Annotated[Powered | None, Field(description="Null without a judge, or with too few answers.")]
     agreements: tuple[RaterAgreement, ...]
-    lacking: Annotated[str | None, Field(description="Why there is no win rate yet.")] = None
+    lacking: Annotated[str | None, Field(description="Reason why there is no win rate yet.")] = None
 
     @property
     def decision(self) -> str:
-        """``treatment``, ``control`` or ``can't tell``: where the interval of the win rate lies, of one half.
+        """``treatment``, ``control`` or ``can't tell``: the side of one half on which the win rate's interval lies.
 
-        The prediction-powered one where there is a judge.
+        The prediction-powered win rate is used if there is a judge.
         """
         score = self.powered.win_rate if self.powered else self.win_rate
         if score is None or score.interval.low <= 0.5 <= score.interval.high:

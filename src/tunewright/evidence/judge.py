@@ -1,4 +1,4 @@
-"""The evidence's section ``judge``: what a judge found, or only why it may not be heard."""
+"""The evidence's section ``judge``: a judge's findings, or only the reason of its veto."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ ControlName = Literal[
 
 
 class Control(Part):
-    """What the judge makes of cases whose answer is known by construction."""
+    """A test of the judge on cases whose answer is known by construction."""
 
     name: ControlName
-    expected: Annotated[str, Field(description="What a sound judge says.")]
-    items: Annotated[int, Field(description="Items asked about, each of another cluster.")]
+    expected: Annotated[str, Field(description="The verdict of a reliable judge.")]
+    items: Annotated[int, Field(description="Items asked about, each from a different cluster.")]
     passed: int
     unscored: Annotated[
-        dict[str, int], Field(description="Reason to number of items without a verdict; they count as not passed.")
+        dict[str, int], Field(description="Reason to number of items without a verdict, which count as not passed.")
     ]
     limit: Annotated[float, Field(description="Lower 95% limit of the share passed (Clopper-Pearson, one-sided).")]
-    required: Annotated[float, Field(description="What the limit has to reach.")]
+    required: Annotated[float, Field(description="The value that the limit must reach.")]
 
     @property
     def held(self) -> bool:
@@ -38,13 +38,13 @@ class JudgedArm(Part):
     name: str
     items: Annotated[int, Field(description="Items with a verdict.")]
     correct: int
-    exact: Annotated[int, Field(description="Of the correct ones, those equal to the reference: not asked about.")]
+    exact: Annotated[int, Field(description="Correct answers that equal the reference and were not asked about.")]
     share: Score
     unscored: Annotated[dict[str, int], Field(description="Reason to number of items without a verdict.")]
 
 
 class JudgedContrast(Part):
-    """Two arms' correctness on the items on which both have a verdict: ``treatment`` minus ``control``."""
+    """Difference of two arms' correctness, on the items with a verdict for both: ``treatment`` minus ``control``."""
 
     treatment: str
     control: str
@@ -61,7 +61,7 @@ class JudgedContrast(Part):
 
 
 class WinRate(Part):
-    """Wins plus half the ties, by the pairs with a verdict."""
+    """Wins plus half the ties, as a share of the pairs with a verdict."""
 
     wins: int
     ties: int
@@ -72,48 +72,52 @@ class WinRate(Part):
 
 
 class LengthControlled(Part):
-    """The win rate that answers of equal length would have, by a logistic regression on our own pairs."""
+    """The estimated win rate at equal lengths, by a logistic regression on this evaluation's pairs."""
 
     value: float
     interval: Interval
-    slope: Annotated[float, Field(description="Log odds of a win from as long (0) to much longer (1); 0: no effect.")]
+    slope: Annotated[
+        float, Field(description="Log odds of a win, from equal length (0) to much longer (1); 0: no effect.")
+    ]
     matched: Annotated[int, Field(description="Pairs whose lengths differ by at most a tenth of the longer one.")]
     method: str
 
 
 class Preference(Part):
-    """Which of two arms' answers the judge prefers, asked in both orders."""
+    """The judge's preference between two arms' answers, asked in both orders."""
 
     treatment: str
     opponent: str
     pairs: Annotated[int, Field(description="Pairs with a verdict in both orders, or equal answers.")]
-    equal: Annotated[int, Field(description="Pairs of equal answers: ties that were not asked about.")]
+    equal: Annotated[int, Field(description="Pairs of equal answers: ties, not asked about.")]
     flips: Annotated[int, Field(description="Pairs whose verdict changed with the order; each counts as a tie.")]
-    flip_rate: Annotated[float | None, Field(description="Flips by the pairs asked about; null: none was.")]
+    flip_rate: Annotated[
+        float | None, Field(description="Flips as a share of the pairs asked about; null: none was asked.")
+    ]
     rate: WinRate
     p_value: float
     test: str
     stripped: Annotated[
-        WinRate | None, Field(description="The same without markdown in any text; null: no text has any.")
+        WinRate | None, Field(description="The same with Markdown removed from all texts; null: no text has any.")
     ]
-    stripped_texts: Annotated[int, Field(description="Pairs in which some text has markdown.")]
+    stripped_texts: Annotated[int, Field(description="Pairs with Markdown in at least one text.")]
     length_controlled: LengthControlled | None
-    length_note: Annotated[str | None, Field(description="Why there is no length-controlled rate.")]
+    length_note: Annotated[str | None, Field(description="Reason why there is no length-controlled rate.")]
     unscored: Annotated[dict[str, int], Field(description="Reason to number of pairs without a verdict.")]
 
 
 class Spent(Part):
-    """What the replies cost, those of earlier, stopped runs of the same judgement included."""
+    """Cost of the replies, including earlier, stopped runs of the same judgement."""
 
-    calls: Annotated[int, Field(description="Replies; a question that comes twice is asked once.")]
+    calls: Annotated[int, Field(description="Number of replies; a repeated question is asked once.")]
     prompt_tokens: int
     completion_tokens: int
-    estimated: Annotated[int, Field(description="Replies without token counts: taken as 4 characters a token.")]
-    cost: Annotated[float | None, Field(description="In the prices' currency; null: no prices given.")]
+    estimated: Annotated[int, Field(description="Replies without token counts, estimated at 4 characters per token.")]
+    cost: Annotated[float | None, Field(description="Cost in the prices' currency; null: no prices given.")]
 
 
 class Judgement(Part):
-    """A judge's findings; of a vetoed judge its controls and nothing else."""
+    """A judge's findings; a vetoed judge has only its controls."""
 
     model: str
     url: str
@@ -124,19 +128,21 @@ class Judgement(Part):
     same_family: Annotated[
         str | None, Field(description="The family that the judge's and the base's names share, such as llama.")
     ]
-    reference_model: Annotated[str | None, Field(description="The other model, or the file of its answers.")]
+    reference_model: Annotated[str | None, Field(description="The reference model, or the file of its answers.")]
     controls: tuple[Control, ...]
-    vetoed: Annotated[tuple[str, ...], Field(description="Which controls failed, in words; empty: the judge is heard.")]
+    vetoed: Annotated[
+        tuple[str, ...], Field(description="The failed controls, in words; empty: the judge is accepted.")
+    ]
     arms: tuple[JudgedArm, ...] = ()
     contrast: JudgedContrast | None = None
     preferences: tuple[Preference, ...] = ()
     spent: Spent
     reference_spent: Annotated[
-        Spent | None, Field(description="On the reference model's answers; null: it is no endpoint.")
+        Spent | None, Field(description="Cost of the reference model's answers; null: it is not an endpoint.")
     ] = None
     replaced: Annotated[
         tuple[str, ...],
-        Field(description="Judgements of this evaluation that this one took the place of: model, when, and if vetoed."),
+        Field(description="Earlier judgements of this evaluation that this one replaced: model, time, and if vetoed."),
     ] = ()
 
     @model_validator(mode="after")

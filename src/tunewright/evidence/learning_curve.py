@@ -26,11 +26,11 @@ class Point(_Part):
     """One adapter of the curve."""
 
     share: float
-    seed: Annotated[int, Field(description="Of the draw of the rows and of the training.")]
+    seed: Annotated[int, Field(description="Seed of the row sample and of the training.")]
     rows: Annotated[int, Field(description="Training rows of the domain.")]
-    score: Annotated[float, Field(description="On all dev rows, as a share from 0 to 1.")]
-    dev_loss: Annotated[float, Field(description="Of the kept epoch.")]
-    adapter: Annotated[str, Field(description="Its digest.")]
+    score: Annotated[float, Field(description="Score on all dev rows, as a share from 0 to 1.")]
+    dev_loss: Annotated[float, Field(description="Loss of the selected epoch.")]
+    adapter: Annotated[str, Field(description="The adapter's digest.")]
 
 
 class Curve(_Part):
@@ -46,8 +46,8 @@ class Curve(_Part):
     shares: tuple[float, ...]
     seeds: tuple[int, ...]
     points: list[Point]
-    slope: Annotated[float, Field(description="What a doubling of the training rows brings, as a share from 0 to 1.")]
-    interval: Annotated[Interval, Field(description="95%, of the slope.")]
+    slope: Annotated[float, Field(description="Gain per doubling of the training rows, as a share from 0 to 1.")]
+    interval: Annotated[Interval, Field(description="95% interval of the slope.")]
     method: str
     lineage: dict[str, Any]
 
@@ -62,7 +62,7 @@ def find_curve(curves: Path, evidence: Evidence) -> Curve | None:
 
     Args:
         curves: the project's folder of curves.
-        evidence: the evaluation's.
+        evidence: the evaluation's evidence.
 
     Raises:
         UserError: a curve that cannot be read.
@@ -95,10 +95,10 @@ class MoreData:
 
 
 def more_data(curve: Curve) -> MoreData:
-    """Return whether more data would help, from the curve alone.
+    """Answer from the curve alone if more data would help.
 
-    No, if the whole interval of the gain per doubling lies at or below the margin. Yes, if it lies above zero
-    otherwise. Else, and with fewer than `FEWEST_CLUSTERS` dev clusters, can't tell.
+    The answer is no if the whole interval of the gain per doubling lies at or below the margin. Otherwise it is yes if
+    the interval lies above zero. Else, or with fewer than `FEWEST_CLUSTERS` dev clusters, it is can't tell.
     """
     points = f"{points_text(curve.slope)} points"
     interval = f"95% interval {points_text(curve.interval.low)} to {points_text(curve.interval.high)}"

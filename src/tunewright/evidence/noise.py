@@ -1,4 +1,4 @@
-"""The evidence's word on how much answers move although nothing was changed."""
+"""The evidence's noise floor: changes between two runs of the same arm."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from tunewright.evidence.base import Part
 
 
 class NoiseFloor(Part):
-    """The base answered the same items twice, in other company each time: what differs is noise of the measurement.
+    """Differences between two runs of the base on the same items in different batches.
 
-    In low precision the rows of a batch decide in which order numbers are added up, and so which of two all but equal
-    tokens wins (Yuan et al. 2025, arXiv 2506.09501). A difference between arms that is no larger says nothing.
+    In low precision the batch affects the order of additions, and so which of two nearly tied tokens wins (Yuan et al.
+    2025, arXiv 2506.09501). A difference between arms that is not larger than this noise shows nothing.
     """
 
-    items: Annotated[int, Field(description="Test items of distinct prompts, drawn by the seed.")]
-    changed: Annotated[int, Field(description="Items whose second answer is another text.")]
+    items: Annotated[int, Field(description="Test items with distinct prompts, sampled by the seed.")]
+    changed: Annotated[int, Field(description="Items whose second answer differs from the first.")]
     score_difference: Annotated[float, Field(description="Second score minus the first, by the deciding metric.")]
-    how: Annotated[str, Field(description="What was changed between the two.")]
+    how: Annotated[str, Field(description="The difference between the two runs.")]

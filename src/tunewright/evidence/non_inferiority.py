@@ -1,7 +1,7 @@
-"""Whether a score has fallen by less than a margin: paired items, one-sided limits, and how many items that takes.
+"""Non-inferiority on paired items: one-sided limits of a drop, and the number of items needed.
 
-A drop is not worse than the margin where its one-sided 95% upper limit lies below it (non-inferiority); "no significant
-difference" would show nothing, since few items never show one.
+A drop is acceptable if its one-sided 95% upper limit lies below the margin. "No significant difference" would show
+nothing, since few items never show one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tunewright.evidence.statistics import RESAMPLES, bootstrap_sums, cluster_su
 Result = Literal["not worse", "worse", "can't tell"]
 
 EXPECTED_CHANGES = 0.1
-"""Share of items that change sides: assumed before anything is measured, replaced by what was observed afterwards."""
+"""Share of items that change sides, assumed before the measurement and replaced by the observed share after it."""
 
 _Z_ONE_SIDED = float(norm.ppf(0.95))
 _Z_INTERVAL = float(norm.ppf(0.975))
@@ -33,19 +33,19 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Drop:
-    """By how much a score fell, in its own unit; negative where it rose."""
+    """The drop of a score in its own unit; negative if it rose."""
 
     value: float
     interval: Interval
-    """95%, two-sided."""
+    """Two-sided 95% interval."""
     lower: float
-    """One-sided 95% limit from below."""
+    """One-sided 95% lower limit."""
     limit: float
-    """One-sided 95% limit from above: what non-inferiority goes by."""
+    """One-sided 95% upper limit, which decides non-inferiority."""
     method: str
 
     def against(self, margin: float) -> Result:
-        """Not worse where the limit lies below the margin, worse where the whole interval lies above it."""
+        """Return not worse if the limit is below the margin, worse if the whole interval is above it."""
         if self.limit < margin:
             return "not worse"
         return "worse" if self.interval.low > margin else "can't tell"
@@ -54,15 +54,15 @@ class Drop:
 def paired_drop(before: Floats, after: Floats, clusters: Sequence[str], seed: int, resamples: int = RESAMPLES) -> Drop:
     """Return the drop of a mean over the same items: Tango's score limits for right and wrong, else a paired bootstrap.
 
-    Items of one cluster are not independent. Then Tango's limits are those of the effective number of items (as
-    Wilson's are in :mod:`tunewright.evidence.statistics`), with quantiles of Student's t of as many clusters, from
-    which that number is estimated; the bootstrap is over clusters.
+    Items of one cluster are not independent. With several per cluster, Tango's limits use the effective number of items
+    (as Wilson's do in :mod:`tunewright.evidence.statistics`). Student's t replaces the normal quantiles, with the
+    clusters' degrees of freedom, because that number is an estimate. The bootstrap resamples clusters.
 
     Args:
         before, after: each item's score, [items], at least one.
-        clusters: the items'.
+        clusters: the items' clusters.
         seed: decides the resamples.
-        resamples: how many.
+        resamples: number of resamples.
     """
     if not (np.isin(before, (0.0, 1.0)).all() and np.isin(after, (0.0, 1.0)).all()):
         return ratio_drop(
@@ -74,7 +74,7 @@ def paired_drop(before: Floats, after: Floats, clusters: Sequence[str], seed: in
     if count == items:
         limits = [tango_limits(lost, won, items, z) for z in (_Z_INTERVAL, _Z_ONE_SIDED)]
         return _drop(value, limits, "Tango's score limits")
-    if count == 1:  # nothing to estimate the effective number from: it may be one
+    if count == 1:  # one cluster: the effective number cannot be estimated and may be 1
         return _drop(value, [(-1.0, 1.0)] * 2, "none: a single cluster")
     effective = effective_items(before - after, clusters)
     scale = effective / items
@@ -84,12 +84,12 @@ def paired_drop(before: Floats, after: Floats, clusters: Sequence[str], seed: in
 
 
 def ratio_drop(sums: Floats, seed: int, resamples: int = RESAMPLES) -> Drop:
-    """Return the drop of a mean over units of unlike size, such as texts of some tokens, by a bootstrap over the texts.
+    """Return the drop of a mean over texts of different lengths, by a bootstrap over the texts.
 
     Args:
         sums: each text's summed drop and its number of units, [texts, 2].
         seed: decides the resamples.
-        resamples: how many.
+        resamples: number of resamples.
     """
     drawn = bootstrap_sums(sums, seed, resamples)
     means = drawn[:, 0] / drawn[:, 1]
@@ -107,19 +107,20 @@ def _drop(value: float, limits: list[tuple[float, float]], method: str) -> Drop:
 
 
 def tango_limits(more: float, less: float, items: float, z: float) -> tuple[float, float]:
-    """Score limits of a difference of paired shares, (more - less) / items (Tango 1998, Statistics in Medicine 17).
+    """Return score limits of a difference of paired shares, (more - less) / items (Tango 1998, Statistics in Medicine
+    17).
 
-    The limits are the differences d that the score test does not reject: its variance is that of the likeliest table
-    with the difference d, so that also tables without a discordant pair have limits of some width.
+    The limits are the differences d that the score test does not reject. Its variance is that of the likeliest table
+    with the difference d, so the interval has a positive width even without discordant pairs.
 
     Args:
         more, less: items that only the first, and only the second, gets right.
-        items: all items; of clustered ones all three may be effective numbers, so they need not be whole.
-        z: how many standard errors, such as 1.645 for one-sided 95%.
+        items: all items. For clustered items all three may be effective numbers, so they need not be integers.
+        z: number of standard errors, such as 1.645 for one-sided 95%.
     """
     observed = (more - less) / items
     rejects = _score(more, less, items)
-    # At a difference of 1 in size the table leaves nothing to chance, and the score has no variance.
+    # At a difference of 1 or -1 the variance is 0, and the score is undefined.
     edge = 1 - 1e-12
     low = -1.0 if observed <= -edge or rejects(-edge) < z else float(brentq(lambda d: rejects(d) - z, -edge, observed))
     high = 1.0 if observed >= edge or rejects(edge) > -z else float(brentq(lambda d: rejects(d) + z, observed, edge))
@@ -131,7 +132,7 @@ def _score(more: float, less: float, items: float) -> Callable[[float], float]:
         surplus = more - less - items * difference
         if surplus == 0:
             return 0.0
-        # The likeliest share of the second kind of discordant pair, where the difference of the two is given.
+        # The likeliest share of the second kind of discordant pair, given the difference of the two.
         b = -more - less + (2 * items - more + less) * difference
         c = -less * difference * (1 - difference)
         share = (math.sqrt(max(b * b - 8 * items * c, 0.0)) - b) / (4 * items)
@@ -141,7 +142,7 @@ def _score(more: float, less: float, items: float) -> Callable[[float], float]:
 
 
 def items_needed(margin: float, changes: float = EXPECTED_CHANGES) -> int:
-    """Items that show non-inferiority with 80% power if nothing has changed in truth: (1.645 + 0.842)^2 q / margin^2.
+    """Return the items that show non-inferiority with 80% power if nothing changed: (1.645 + 0.842)^2 q / margin^2.
 
     Args:
         margin: above 0, as a share.
@@ -151,5 +152,5 @@ def items_needed(margin: float, changes: float = EXPECTED_CHANGES) -> int:
 
 
 def smallest_margin(items: int, changes: float = EXPECTED_CHANGES) -> float:
-    """Return the margin that so many items are enough for, as of :func:`items_needed`."""
+    """Return the smallest margin for which this number of items suffices; inverse of :func:`items_needed`."""
     return min((_Z_ONE_SIDED + _Z_POWER) * math.sqrt(changes / items), 1.0)

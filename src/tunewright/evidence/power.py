@@ -14,13 +14,13 @@ from tunewright.metrics import Kind
 POWER = 0.8
 ALPHA = 0.05
 FEWEST_CLUSTERS = 6
-"""With c clusters the smallest two-sided p of a test that swaps them is 2 / 2**c: below 0.05 from six on."""
+"""Minimum clusters: a test that swaps c clusters has a smallest two-sided p of 2 / 2**c, below 0.05 from six on."""
 ASSUMED = (0.1, 0.2, 0.3)
 """Assumed shares of items that exactly one of two arms gets right: low, usual (used for estimates) and high."""
 
 
 def power(items: float, discordant: float, difference: float, alpha: float = ALPHA) -> float:
-    """Return how often a paired two-sided test finds a true difference of right and wrong (Miettinen 1968).
+    """Return the power of a paired two-sided test on right and wrong items (Miettinen 1968).
 
     Args:
         items: number of independent items (`effective_items` of clustered ones).
@@ -37,10 +37,10 @@ def power(items: float, discordant: float, difference: float, alpha: float = ALP
 
 
 def minimum_detectable_effect(items: float, discordant: float, power: float = POWER, alpha: float = ALPHA) -> float:
-    """Smallest true difference of right and wrong that a paired two-sided test finds with this power.
+    """Return the smallest true difference in accuracy that a paired two-sided test finds with this power.
 
     Solves Miettinen's (1968) n = (z_(1-alpha/2) sqrt(q) + z_power sqrt(q - d^2))^2 / d^2 for d. A difference is never
-    larger than the share of items that changed, so where few changed q grows with d: all of them change one way.
+    larger than the share of items that changed. So with few changes q grows with d: all items change the same way.
 
     Args:
         items: number of independent items (`effective_items` of clustered ones).
@@ -49,7 +49,7 @@ def minimum_detectable_effect(items: float, discordant: float, power: float = PO
         alpha: level of the two-sided test.
 
     Returns:
-        A share; 1.0 where no difference could be found.
+        A share; 1.0 if no difference can be found.
     """
     z_alpha, z_power = norm.ppf(1 - alpha / 2), norm.ppf(power)
 
@@ -63,7 +63,7 @@ def minimum_detectable_effect(items: float, discordant: float, power: float = PO
 
 
 def detectable(standard_error: float, power: float = POWER, alpha: float = ALPHA) -> float:
-    """Smallest true difference that is found with this power, from the standard error of the measured one."""
+    """Return the smallest true difference found with this power, from the standard error of the measured one."""
     return min(float(norm.ppf(1 - alpha / 2) + norm.ppf(power)) * standard_error, 1.0)
 
 
@@ -78,7 +78,7 @@ class Prospect:
     """Assumed share of items that change to the smallest detectable difference, each cluster counted as one item."""
 
     def as_dict(self) -> dict[str, Any]:
-        """As ``--json`` prints it."""
+        """Return the prospect as ``--json`` prints it."""
         effects = [{"changed": q, "minimum_detectable_effect": d} for q, d in self.effects.items()]
         return {"split": self.split, "items": self.items, "clusters": self.clusters, "assumed": effects}
 
@@ -89,12 +89,12 @@ def prospect(split: str, items: int, clusters: int) -> Prospect:
 
 
 def prospect_text(found: Prospect, kind: Kind, margin: float) -> str:
-    """Return the prospect in plain sentences, with what is assumed.
+    """Return the prospect in plain sentences, with its assumptions.
 
     Args:
         found: the prospect.
-        kind: the deciding metric's.
-        margin: the config's.
+        kind: the deciding metric's kind.
+        margin: the config's margin.
     """
     place = f"The {found.split} split's {found.items:,} items in {found.clusters:,} clusters"
     if found.clusters < FEWEST_CLUSTERS:

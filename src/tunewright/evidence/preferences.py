@@ -15,7 +15,7 @@ from tunewright.metrics import p_text, points_text
 
 @dataclass(frozen=True)
 class Preferences:
-    """Sentences about both, and the weightier of the two that finds the tuned answers worse."""
+    """Sentences about people and judge, and the stronger objection to the tuned answers."""
 
     against: Literal["people", "judge"] | None
     reasons: tuple[str, ...]

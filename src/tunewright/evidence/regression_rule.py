@@ -1,4 +1,4 @@
-"""What suites of general ability say of an adapter: a pure function of their section of the evidence."""
+"""Rule on regression benchmarks: a pure function of their section of the evidence."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from tunewright.evidence.benchmarks import Benchmarks, Result, Suite
 
 @dataclass(frozen=True)
 class Standing:
-    """Whether the adapter is worse at what the base could do, and why in plain sentences, a sentence per suite."""
+    """Result of all benchmarks, with a reason per suite in plain sentences."""
 
     result: Result | None
-    """None where no suite has a margin: then nothing was asked."""
+    """None if no suite has a margin, so that there is no question to answer."""
     decides: bool
-    """Whether any suite may decide; the result is "can't tell" where one was asked and none may."""
+    """True if any suite may decide; the result is "can't tell" if suites have margins but none may decide."""
     reasons: tuple[str, ...]
 
     @property
     def exit_code(self) -> int:
-        """0 not worse, or nothing was asked; 3 worse; 4 can't tell."""
+        """0: not worse, or no margin set; 3: worse; 4: can't tell."""
         return {None: 0, "not worse": 0, "worse": 3, "can't tell": 4}[self.result]
 
 
 def standing(general: Benchmarks) -> Standing:
     """Return *worse* if any deciding benchmark is worse, *not worse* if none can be, else *can't tell*.
 
-    All have to be shown not worse, so their errors do not add up: no level has to be shared among them (an
-    intersection-union test, Berger 1982). Without a margin there is no question, so the answer is not "can't tell".
+    All must be shown to be not worse, so the level needs no correction (an intersection-union test, Berger 1982).
+    Without a margin there is no question, so the answer is not "can't tell".
     """
     deciding = [suite for suite in general.suites if suite.gates]
     asked = [suite for suite in general.suites if suite.margin is not None]
@@ -47,7 +47,7 @@ def _together(asked: list[Suite], deciding: list[Suite]) -> Result | None:
 
 
 def suite_text(suite: Suite) -> str:
-    """Return a suite in a sentence: what was measured, and what follows."""
+    """Return a sentence about a suite: its measurement and result."""
     return f"{_measured(suite)} {_follows(suite)}"
 
 

@@ -1,4 +1,4 @@
-"""How many items would settle what these do not."""
+"""Number of items needed to settle an unclear result."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import math
 
 from tunewright.evidence.base import Interval
 
-# Widening the sample until the interval's end just touches the margin would succeed every other time; this succeeds
-# in 80% of the cases: ((z_0.975 + z_0.8) / z_0.975) squared.
+# A sample just large enough for the interval's end to touch the margin would succeed every other time. This factor
+# gives 80% power: ((z_0.975 + z_0.8) / z_0.975) squared.
 _POWER_FACTOR = ((1.95996 + 0.84162) / 1.95996) ** 2
 _HOPELESS = 20
 
 
 def items_to_settle(difference: float, interval: Interval, margin: float, items: int) -> int | None:
-    """How many items in all would bring the 95% interval off the margin, with 80% power and this true difference.
+    """Return the total items needed to move the 95% interval off the margin, with 80% power at this difference.
 
     Returns:
-        None where even 20 times as many would hardly do.
+        None if even 20 times as many would hardly suffice.
     """
     gap = difference - margin
     half = difference - interval.low if gap > 0 else interval.high - difference
@@ -26,6 +26,6 @@ def items_to_settle(difference: float, interval: Interval, margin: float, items:
 
 
 def _two_digits(number: float) -> int:
-    """Round up to two significant digits: more would pretend to know."""
+    """Round up to two significant digits, since more would be false precision."""
     step = int(10 ** max(math.floor(math.log10(number)) - 1, 0))
     return math.ceil(number / step) * step

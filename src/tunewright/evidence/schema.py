@@ -1,4 +1,4 @@
-"""The schema of ``evidence.json``: all that a verdict rests on, readable without torch or the model."""
+"""The schema of ``evidence.json``, the input of every verdict; readable without torch or the model."""
 
 from __future__ import annotations
 
@@ -28,48 +28,51 @@ SCHEMA_VERSION: Literal[2] = 2
 EVIDENCE_FILE = "evidence.json"
 ITEMS_FILE = "items.jsonl"
 DEV_PREFIX = "dev-"
-"""Before the ID of an evaluation on the dev split, which is its folder's name too."""
+"""Prefix of the ID and folder name of an evaluation on the dev split."""
 
 ArmKind = Literal["zero-shot", "static", "retrieved", "tuned", "tuned-retrieved", "mixed"]
 
 
 class Arm(Part):
-    """One way of answering, measured on one split."""
+    """A way of answering, measured on one split."""
 
     name: Annotated[str, Field(description="zero-shot, static-K-seed-N, retrieved-K, tuned, or best-prompting.")]
-    kind: Annotated[ArmKind, Field(description="mixed: each fold's own arm, where they are not all the same.")]
+    kind: Annotated[ArmKind, Field(description="Prompting arm; mixed: the folds differ in their arm.")]
     shots: Annotated[int, Field(description="Demonstrations in the prompt.")]
-    seed: Annotated[int | None, Field(description="Which draw of static demonstrations, from 1.")] = None
-    retriever: Annotated[RetrieverName | None, Field(description="What found the demonstrations.")] = None
-    instruction: Annotated[int, Field(description="0: the pairs' own; else of evaluate.instructions, from 1.")] = 0
-    constrained: Annotated[bool, Field(description="Held to evaluate.structured_outputs while it decoded.")] = False
+    seed: Annotated[int | None, Field(description="Index of the draw of static demonstrations, from 1.")] = None
+    retriever: Annotated[RetrieverName | None, Field(description="Method that retrieves the demonstrations.")] = None
+    instruction: Annotated[
+        int, Field(description="0: the pairs' own instructions; else an index into evaluate.instructions, from 1.")
+    ] = 0
+    constrained: Annotated[bool, Field(description="Decoding was constrained by evaluate.structured_outputs.")] = False
     items: int
-    scores: Annotated[dict[MetricName, ArmScore], Field(description="By every metric of the config.")]
-    truncated: Annotated[int, Field(description="Answers that ran into the token limit.")]
-    prompt_tokens: Annotated[float, Field(description="Mean length of a prompt in tokens.")]
+    scores: Annotated[dict[MetricName, ArmScore], Field(description="Scores by every metric of the config.")]
+    truncated: Annotated[int, Field(description="Answers cut at the token limit.")]
+    prompt_tokens: Annotated[float, Field(description="Mean prompt length in tokens.")]
     shared_tokens: Annotated[
-        int, Field(description="Of them, those that every prompt begins with: a server's prefix cache has them.")
+        int, Field(description="Prompt tokens shared by all prompts, which a server's prefix cache holds.")
     ] = 0
     answer_tokens: Annotated[
         float | None,
-        Field(description="Mean length of an answer in tokens, the end token included; null in older evidence."),
+        Field(description="Mean answer length in tokens, including the end token; null in older evidence."),
     ] = None
 
     def score(self, metric: MetricName) -> ArmScore:
-        """This arm's score by ``metric``."""
+        """Return this arm's score by ``metric``."""
         return self.scores[metric]
 
 
 class Measured(Part):
-    """A metric, as it was measured."""
+    """A metric with its definition."""
 
     kind: Annotated[
         Kind,
         Field(
-            description="right or wrong: items score 0 or 1. mean: from 0 to 1. corpus: of all items' counts together."
+            description="right or wrong: items score 0 or 1. mean: from 0 to 1. corpus: from the counts of all "
+            "items together."
         ),
     ]
-    definition: Annotated[str, Field(description="What it is exactly; for sacrebleu's metrics with its signature.")]
+    definition: Annotated[str, Field(description="Exact definition; for sacrebleu's metrics its signature.")]
 
 
 class LeftOut(Part):
@@ -80,109 +83,112 @@ class LeftOut(Part):
 
 
 class SeedSpread(Part):
-    """A static arm over its draws of demonstrations, all on the same items."""
+    """A static arm over its draws of demonstrations, on the same items."""
 
     name: Annotated[str, Field(description="static-K.")]
     shots: int
     items: int
-    scores: Annotated[tuple[float, ...], Field(description="By the metric, a share for each seed from 1.")]
+    scores: Annotated[tuple[float, ...], Field(description="Score by the metric for each seed from 1, as a share.")]
 
     @property
     def mean(self) -> float:
-        """Over the seeds."""
+        """The mean over the seeds."""
         return sum(self.scores) / len(self.scores)
 
 
 class Narrowing(Part):
-    """How many arms became few: all on the first items, the finalists on all of dev."""
+    """Selection of finalists: all arms answer the first items, the finalists answer all of dev."""
 
-    items: Annotated[int, Field(description="Dev items that every arm answered, drawn by the seed over all clusters.")]
+    items: Annotated[int, Field(description="Dev items answered by every arm, sampled by the seed over all clusters.")]
     clusters: int
-    rule: Annotated[str, Field(description="Who went on, in words.")]
+    rule: Annotated[str, Field(description="The selection rule, in words.")]
     arms: Annotated[list[Arm], Field(description="Every arm on the first items.")]
-    finalists: Annotated[tuple[str, ...], Field(description="Arms that went on to all of dev.")]
-    fates: Annotated[dict[str, str], Field(description="Of each other arm, why it did not go on.")]
+    finalists: Annotated[tuple[str, ...], Field(description="The finalists, which answered all of dev.")]
+    fates: Annotated[dict[str, str], Field(description="Arm name to the reason why it is not a finalist.")]
 
 
 class Advice(Part):
     """Prompting arms measured on the dev split with the untuned base; ``advice-ID.json``."""
 
     schema_version: Literal[2] = SCHEMA_VERSION
-    metric: Annotated[MetricName, Field(description="What chose the best arm.")]
+    metric: Annotated[MetricName, Field(description="Metric that selected the best arm.")]
     metrics: dict[MetricName, Measured]
     items: int
     clusters: int
-    arms: Annotated[list[Arm], Field(description="Those that answered all of dev.")]
-    best: Annotated[str, Field(description="The arm with the best score; of equal ones the one with fewest shots.")]
-    best_retrieved: Annotated[str | None, Field(description="The best of those that retrieve demonstrations.")]
-    narrowing: Annotated[Narrowing | None, Field(description="null where every arm answered all of dev.")]
+    arms: Annotated[list[Arm], Field(description="Arms that answered all of dev.")]
+    best: Annotated[str, Field(description="The arm with the best score; of equal ones the one with the fewest shots.")]
+    best_retrieved: Annotated[str | None, Field(description="The best arm with retrieved demonstrations.")]
+    narrowing: Annotated[Narrowing | None, Field(description="null if every arm answered all of dev.")]
     static: Annotated[tuple[SeedSpread, ...], Field(description="Static arms by number of demonstrations.")]
     left_out: tuple[LeftOut, ...]
     max_new_tokens: int
-    engine: Annotated[EngineUsed | None, Field(description="What computed the answers; null in older advice.")] = None
+    engine: Annotated[
+        EngineUsed | None, Field(description="Engine that computed the answers; null in older advice.")
+    ] = None
     budget: Annotated[Budget | None, Field(description="Arms that --minutes left out; null: none.")] = None
 
 
 class Contrast(Part):
-    """Two arms on the same items: ``treatment`` minus ``control``."""
+    """Difference of two arms on the same items: ``treatment`` minus ``control``."""
 
     treatment: str
     control: str
     metric: MetricName
-    scored: Annotated[int, Field(description="Items that are scored in both arms: the contrast is of these.")]
-    left_out: Annotated[
-        dict[str, int], Field(description="Why the other items are left out, and how many for each reason.")
-    ]
-    clusters: Annotated[int, Field(description="Independent groups among the scored items.")]
+    scored: Annotated[int, Field(description="Items scored in both arms, which the contrast covers.")]
+    left_out: Annotated[dict[str, int], Field(description="Reason to number of unscored items.")]
+    clusters: Annotated[int, Field(description="Independent clusters among the scored items.")]
     difference: float
     interval: Interval
     interval_method: str
-    p_value: Annotated[float, Field(description="Two-sided, of no difference.")]
+    p_value: Annotated[float, Field(description="Two-sided p-value for no difference.")]
     p_adjusted: Annotated[
         float | None,
-        Field(
-            description="Holm's, over the contrasts by the deciding metric; null by a metric that is only measured "
-            "beside it."
-        ),
+        Field(description="Holm-adjusted over the contrasts by the deciding metric; null for the other metrics."),
     ]
     test: Annotated[str, Field(description="The test that gave p_value, e.g. 'exact McNemar'.")]
-    fixed: Annotated[int, Field(description="Items that score higher under treatment: right there only, or better.")]
-    broken: Annotated[int, Field(description="Items that score lower under treatment: wrong there only, or worse.")]
+    fixed: Annotated[int, Field(description="Items that score higher under treatment: right only there, or better.")]
+    broken: Annotated[int, Field(description="Items that score lower under treatment: wrong only there, or worse.")]
     effective_items: Annotated[
         float | None,
-        Field(description="Independent items that the clustered ones are worth (null for a metric of the corpus)."),
+        Field(description="Effective number of independent items (null for a corpus metric)."),
     ] = None
     minimum_detectable_effect: Annotated[
-        float, Field(description="Smallest true difference that this many items would show with 80% power.")
+        float, Field(description="Smallest true difference that this number of items detects with 80% power.")
     ]
 
 
 class Fold(Part):
-    """One fold of a cross-fitted evaluation: its rows are answered by an adapter that saw none of their clusters."""
+    """A fold of a cross-validation: its rows are answered by an adapter that saw none of their clusters."""
 
-    number: Annotated[int, Field(description="From 1.")]
+    number: Annotated[int, Field(description="Index of the fold, from 1.")]
     train_items: int
-    dev_items: Annotated[int, Field(description="Rows that chose the epoch and the prompting arm.")]
-    items: Annotated[int, Field(description="Rows answered, all that the fold holds out.")]
-    best_prompting: Annotated[str, Field(description="Name of the prompting arm chosen on this fold's dev rows.")]
+    dev_items: Annotated[int, Field(description="Rows that selected the epoch and the prompting arm.")]
+    items: Annotated[int, Field(description="Rows answered: all that the fold holds out.")]
+    best_prompting: Annotated[str, Field(description="Prompting arm selected on this fold's dev rows.")]
     scores: Annotated[
         dict[str, float | None],
-        Field(description="Arm name to its score on this fold's items; null where none of them is scored."),
+        Field(description="Arm name to its score on this fold's items; null if no item is scored."),
     ]
-    dev_losses: Annotated[list[float], Field(description="Dev loss after each epoch; the lowest one's was kept.")]
-    adapter: Annotated[str, Field(description="The digest of the adapter that answered.")]
+    dev_losses: Annotated[
+        list[float], Field(description="Dev loss after each epoch; the epoch with the lowest was selected.")
+    ]
+    adapter: Annotated[str, Field(description="Digest of the adapter that answered.")]
 
 
 class Evidence(Part):
-    """What was measured, on what, with what."""
+    """The measurements and inputs of an evaluation."""
 
     schema_version: Literal[2] = SCHEMA_VERSION
     id: Annotated[
-        str, Field(description="12 hex digits: a digest of all that decides the measurement; on dev with dev- before.")
+        str,
+        Field(
+            description="12 hex digits of a digest of everything that determines the measurement; on dev with the "
+            "prefix dev-."
+        ),
     ]
     project: str
-    metric: Annotated[MetricName, Field(description="The one that decides.")]
-    metrics: Annotated[dict[MetricName, Measured], Field(description="All that were measured.")]
+    metric: Annotated[MetricName, Field(description="The deciding metric.")]
+    metrics: Annotated[dict[MetricName, Measured], Field(description="All measured metrics.")]
     margin: float
     design: Annotated[
         Design,
@@ -194,76 +200,85 @@ class Evidence(Part):
     split: Annotated[
         Literal["test", "dev"],
         Field(
-            description="Whose items the arms answered. dev: the split that also chose the adapter's step and the "
-            "prompt, so both look better than they are; no release is made on it. test for a cross-fitted evaluation."
+            description="Split of the items. dev: the split that also selected the adapter's step and the prompt, "
+            "so both look better than they are; it cannot justify a release. A cross-fitted evaluation "
+            "says test."
         ),
     ] = "test"
-    folds: Annotated[tuple[Fold, ...], Field(description="Of a cross-fitted evaluation; else empty.")] = ()
+    folds: Annotated[tuple[Fold, ...], Field(description="Folds of a cross-fitted evaluation; else empty.")] = ()
     items: int
-    clusters: Annotated[int, Field(description="Independent groups among the test items; intervals resample these.")]
-    train_items: Annotated[int, Field(description="Pairs trained on; cross-fitted: the mean over folds, rounded.")]
+    clusters: Annotated[int, Field(description="Independent clusters among the test items; intervals resample these.")]
+    train_items: Annotated[int, Field(description="Training pairs; cross-fitted: the mean over folds, rounded.")]
     dev_arms: Annotated[
         list[Arm],
-        Field(description="Prompting arms on the dev split, where the best was chosen; empty if each fold chose."),
+        Field(
+            description="Prompting arms on the dev split, where the best was selected; empty if each fold selected "
+            "its own."
+        ),
     ]
     narrowing: Annotated[
-        Narrowing | None, Field(description="How these were picked out of more; null where all answered all of dev.")
+        Narrowing | None, Field(description="Selection of these arms from more; null if all answered all of dev.")
     ] = None
     static: Annotated[tuple[SeedSpread, ...], Field(description="Static arms over their draws, on dev.")] = ()
     left_out: tuple[LeftOut, ...] = ()
     budget: Annotated[Budget | None, Field(description="Arms that --minutes left out; null: none.")] = None
     best_prompting: Annotated[
-        str, Field(description="Name of the prompting arm chosen on dev; best-prompting if folds chose different ones.")
+        str, Field(description="Prompting arm selected on dev; best-prompting if folds selected different ones.")
     ]
     arms: Annotated[list[Arm], Field(description="Arms on the test items.")]
     contrasts: Annotated[
         list[Contrast],
         Field(
             min_length=1,
-            description="The first one decides: tuned against the best prompting arm, by the deciding metric. Those by "
-            "other metrics come last.",
+            description="The first one decides: tuned against the best prompting arm, by the deciding metric. Those "
+            "by other metrics come last.",
         ),
     ]
     engine: Annotated[
-        EngineUsed | None, Field(description="What computed the answers of all arms; null in older evidence.")
+        EngineUsed | None, Field(description="Engine that computed the answers of all arms; null in older evidence.")
     ] = None
     noise_floor: Annotated[
-        NoiseFloor | None, Field(description="What changes when nothing is changed; null in a cross-fitted evaluation.")
+        NoiseFloor | None,
+        Field(description="Differences between two runs of the same arm; null in a cross-fitted evaluation."),
     ] = None
     references: Annotated[
         References | None,
-        Field(description="How many references the items have; null: no input has several, or older evidence."),
+        Field(description="Counts of references; null: no input has several, or older evidence."),
     ] = None
     opening: Annotated[
         TestSetAccess | None,
-        Field(description="Its line in the ledger, with what was declared; null in older evidence."),
+        Field(
+            description="This evaluation's line in the access log, with the declared contrasts; null in older evidence."
+        ),
     ] = None
     openings: Annotated[
         tuple[EarlierAccess, ...],
-        Field(description="Earlier openings of the same items: each one is a look at the test."),
+        Field(description="Earlier accesses to the same items; each one is a look at the test split."),
     ] = ()
     nearness: Annotated[
-        TrainSimilarity | None, Field(description="Scores by distance from the training data; null in older evidence.")
+        TrainSimilarity | None, Field(description="Scores by similarity to the training data; null in older evidence.")
     ] = None
     output_templates: Annotated[
         OutputTemplates | None,
         Field(
-            description="Scores by whether the output template was trained on; null: labels, short or alike outputs."
+            description="Scores by known and new output templates; null for labels, and for short or similar outputs."
         ),
     ] = None
     form: Annotated[
         AnswerFormat | None,
-        Field(description="The form of the answers, whatever they say; null: none, or not measured."),
+        Field(description="Format of the answers, whatever their content; null: no format, or not measured."),
     ] = None
     lineage: Annotated[
         dict[str, Any],
         Field(description="Digests and versions: dataset, split, base, template, adapter, packages."),
     ]
-    human_eval: Annotated[AnswerReview | None, Field(description="What people said of the answers, blind.")] = None
+    human_eval: Annotated[AnswerReview | None, Field(description="Blind preferences of people.")] = None
     general: Annotated[
-        Benchmarks | None, Field(description="What the base could do before, adapter off and on; null: not measured.")
+        Benchmarks | None, Field(description="Regression benchmarks with the adapter off and on; null: not measured.")
     ] = None
-    judge: Annotated[Judgement | None, Field(description="What `tunewright judge` found, or why it is vetoed.")] = None
+    judge: Annotated[
+        Judgement | None, Field(description="Findings of `tunewright judge`, or the reason of its veto.")
+    ] = None
 
     def arm(self, name: str) -> Arm:
         """Return the test arm called ``name``."""
@@ -271,12 +286,12 @@ class Evidence(Part):
 
     @property
     def items_text(self) -> str:
-        """What the items are called: ``test item``, or ``dev item``."""
+        """Name of the items: ``test item``, or ``dev item``."""
         return f"{self.split} item"
 
     @property
     def inputs_text(self) -> str:
-        """What is added to the number of items where inputs have several references; else nothing."""
+        """Suffix of the item count for inputs with several references; else empty."""
         return f", {self.references.text}" if self.references else ""
 
     @property
@@ -293,31 +308,34 @@ class Item(Part):
     input: str
     reference: str
     other_references: Annotated[
-        tuple[str, ...] | None, Field(description="The other outputs of its input in this split; null: none.")
+        tuple[str, ...] | None, Field(description="Further outputs of the item's input in this split; null: none.")
     ] = None
     answers: Annotated[dict[str, str], Field(description="Arm name to generated answer.")]
     scores: Annotated[
         dict[MetricName, dict[str, float]],
-        Field(description="Metric to arm name to this item's own score; of the arms in which it is scored."),
+        Field(description="Metric to arm name to this item's score, for the arms in which it is scored."),
     ]
     unscored: Annotated[
         dict[MetricName, dict[str, str]] | None,
-        Field(description="Metric to arm name to why the item is not scored there."),
+        Field(description="Metric to arm name to the reason why the item is not scored."),
     ] = None
     nearest: Annotated[
         float | None, Field(description="Similarity of the nearest training input, from 0 to 1; null: not measured.")
     ] = None
     new_template: Annotated[
-        bool | None, Field(description="Whether no training row has its output template; null: says nothing here.")
+        bool | None,
+        Field(description="True if no training row has the item's output template; null: not informative here."),
     ] = None
-    fold: Annotated[int | None, Field(description="Whose adapter answered, of a cross-fitted evaluation.")] = None
+    fold: Annotated[int | None, Field(description="In a cross-fitted evaluation, the fold whose adapter answered.")] = (
+        None
+    )
 
 
 def load_evidence(path: Path) -> Evidence:
-    """Read ``evidence.json`` (or the folder that holds it).
+    """Load ``evidence.json`` from its path or folder.
 
     Raises:
-        UserError: no such file, or not evidence of this schema.
+        UserError: no such file, or another schema.
     """
     file = path / EVIDENCE_FILE if path.is_dir() else path
     try:
@@ -336,7 +354,7 @@ def load_evidence(path: Path) -> Evidence:
 
 
 def _require_schema(text: str, file: Path) -> None:
-    """Refuse evidence that another version of tunewright wrote, before its every field is told as a fault."""
+    """Refuse evidence of another schema version, before validation reports every field as an error."""
     version = _peek(text).get("schema_version")
     if isinstance(version, int) and version != SCHEMA_VERSION:
         raise UserError(
@@ -347,7 +365,7 @@ def _require_schema(text: str, file: Path) -> None:
 
 
 def _peek(text: str) -> dict[str, Any]:
-    """Return what the file says, whatever its schema; nothing of what is no JSON object."""
+    """Return the file's content without validation; empty if it is not a JSON object."""
     try:
         value = json.loads(text)
     except ValueError:
@@ -356,7 +374,7 @@ def _peek(text: str) -> dict[str, Any]:
 
 
 def amend(folder: Path, **sections: Part) -> Evidence:
-    """Put what was measured later into the folder's evidence, whole or not at all.
+    """Add later measurements to the folder's evidence atomically.
 
     Args:
         folder: an evaluation's folder.
@@ -368,15 +386,15 @@ def amend(folder: Path, **sections: Part) -> Evidence:
 
 
 def find_evaluation(evaluations: Path, name: str | Path | None = None, *, dev: bool = True) -> Path:
-    """Return an evaluation's folder: as given (ID, folder or evidence file), else the newest.
+    """Return an evaluation's folder by ID, folder or evidence file, else the newest.
 
     Args:
         evaluations: the project's folder of evaluations.
-        name: which; None: the newest.
-        dev: whether the newest may be one on the dev split.
+        name: the evaluation; None: the newest.
+        dev: let the newest be an evaluation on the dev split.
 
     Raises:
-        UserError: there is none.
+        UserError: no such evaluation.
     """
     if name is not None:
         place = next((p for p in (Path(name), evaluations / name) if p.exists()), None)
@@ -392,17 +410,17 @@ def find_evaluation(evaluations: Path, name: str | Path | None = None, *, dev: b
     ]
     if not files:
         raise UserError("nothing has been evaluated yet", where=str(evaluations), fix="`tunewright evaluate` does it.")
-    # Only the newest one has to be of this schema; older ones may lie beside it.
+    # Only the newest one must have this schema; older ones may exist as well.
     return max(files, key=_created).parent
 
 
 def evidence_on(evaluations: Path, adapter: str, reporter: Reporter) -> Evidence | None:
-    """Return the newest evidence on one adapter, measured on rows held out from it; None where there is none.
+    """Return the newest evidence on one adapter from rows held out of its training; None if there is none.
 
     Args:
         evaluations: the project's folder of evaluations.
         adapter: its digest.
-        reporter: told of evidence that cannot be read.
+        reporter: receives warnings about unreadable evidence.
     """
     for file in sorted(evaluations.glob(f"[!.]*/{EVIDENCE_FILE}"), key=_created, reverse=True):
         try:
@@ -423,14 +441,14 @@ def _created(file: Path) -> str:
 
 
 def load_items(folder: Path) -> list[Item]:
-    """Read ``items.jsonl`` beside the evidence in ``folder``.
+    """Load ``items.jsonl`` from the evidence's folder.
 
     Raises:
         UserError: no such file, or a line that is not an item.
     """
     file = folder / ITEMS_FILE
     try:
-        # Not splitlines: it also cuts at the line and page separators that texts may hold.
+        # Not splitlines, which also splits at line and page separators inside texts.
         lines = file.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
         raise UserError("no items here", where=str(file), fix="`tunewright evaluate` makes them.") from None

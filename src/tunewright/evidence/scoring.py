@@ -1,4 +1,4 @@
-"""From answers to the parts of the evidence: an arm's scores, and the contrast of two arms."""
+"""Scores and contrasts of arms, computed from their answers."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from tunewright.metrics import Scorer, Scores, references_of, score_all
 
 
 def measured_metrics(scorers: Sequence[Scorer], *, several: bool) -> dict[str, Measured]:
-    """Return what the evidence says of the metrics; ``several``: some items have several references."""
+    """Return the metrics' definitions for the evidence; ``several``: some items have several references."""
     return {s.name: Measured(kind=s.kind, definition=s.definition_for(several)) for s in scorers}
 
 
 def count_references(examples: Sequence[Example]) -> References | None:
-    """Count the items' inputs and references; None where no input has several references."""
+    """Count the items' inputs and references; None if no input has several references."""
     of_input = {e.prompt_key: references for e, references in zip(examples, references_of(examples), strict=True)}
     several = sum(len(references) > 1 for references in of_input.values())
     if not several:
@@ -50,7 +50,7 @@ def count_references(examples: Sequence[Example]) -> References | None:
 
 
 def tell_references(examples: Sequence[Example], what: str, reporter: Reporter) -> None:
-    """Say how many references the items have, where some inputs have several; ``what`` is one item."""
+    """Report the number of references if some inputs have several; ``what`` names one item."""
     found = count_references(examples)
     if found is not None:
         reporter.say(f"{found.items:,} {what}s, {found.text}: an answer is scored by all references of its input.")
@@ -61,23 +61,23 @@ class ScoredArms:
     """The answers of several arms to the same items, each scored once by every metric."""
 
     clusters: tuple[str, ...]
-    """The items'."""
+    """The items' clusters."""
     by_metric: Mapping[MetricName, Mapping[str, Scores]]
-    """Metric, the deciding one first, to arm name to scores."""
+    """Metric (the deciding one first) to arm name to scores."""
 
     def of_arm(self, arm: str) -> list[Scores]:
         """Return one arm's scores by every metric."""
         return [arms[arm] for arms in self.by_metric.values()]
 
     def of_item(self, place: int) -> dict[MetricName, dict[str, float]]:
-        """Return one item's own scores, of the arms in which it is scored."""
+        """Return one item's scores, for the arms in which it is scored."""
         return {
             metric: {arm: float(s.values[place]) for arm, s in arms.items() if place not in s.unscored}
             for metric, arms in self.by_metric.items()
         }
 
     def why_not(self, place: int) -> dict[MetricName, dict[str, str]] | None:
-        """Return why one item is unscored, by metric and arm; None where it is scored everywhere."""
+        """Return the reasons why one item is unscored, by metric and arm; None if it is scored everywhere."""
         reasons = {
             metric: {arm: s.unscored[place] for arm, s in arms.items() if place in s.unscored}
             for metric, arms in self.by_metric.items()
@@ -92,10 +92,10 @@ def score_arms(
     answers: Mapping[str, Sequence[str]],
     among: Sequence[Example] | None = None,
 ) -> ScoredArms:
-    """Score every arm's answers; ``examples`` hold the references, and ``among`` those of all rows of their split.
+    """Score every arm's answers; ``examples`` have the items' references, ``among`` those of their whole split.
 
     Raises:
-        UserError: a function of the project's own fails on an item.
+        UserError: a custom metric of the project fails on an item.
     """
     return ScoredArms(
         tuple(clusters),
@@ -121,7 +121,7 @@ def score_arm(
     """Measure one arm by every metric; ``clusters`` are per item.
 
     Raises:
-        UserError: a metric that can score none of the items.
+        UserError: a metric that cannot score any item.
     """
     return Arm(
         name=name,
@@ -135,7 +135,7 @@ def score_arm(
 
 
 def score_of(scores: Scores, clusters: Sequence[str], seed: int, resamples: int = RESAMPLES) -> ArmScore:
-    """The score of all scored items with its interval: Wilson's for right and wrong, else a bootstrap over clusters.
+    """Return the score of all scored items: with Wilson's interval for right and wrong, else a bootstrap over clusters.
 
     Raises:
         UserError: no item is scored.
@@ -144,7 +144,8 @@ def score_of(scores: Scores, clusters: Sequence[str], seed: int, resamples: int 
     values, names = scores.values[scores.scored], _of(clusters, scores.scored)
     worth = effective_items(values, names)
     if scores.scorer.kind == "right or wrong" or (scores.scorer.kind == "mean" and np.ptp(values) == 0):
-        # Equal graded scores resample to themselves; Wilson's interval is of the widest distribution with that mean.
+        # Resampling equal graded scores gives no width; Wilson's interval assumes the widest distribution with that
+        # mean.
         interval = wilson(value, worth)
         method = "Wilson" if round(worth) == len(values) else f"Wilson, {worth:.0f} effective items"
     else:
@@ -180,9 +181,9 @@ def contrast(
         treatment, control: the arms' names.
         ours: the treatment's scores.
         theirs: the control's, by the same metric.
-        clusters: the items'.
+        clusters: the items' clusters.
         seed: decides resamples and swaps.
-        resamples: how many.
+        resamples: number of resamples.
 
     Raises:
         UserError: no item is scored in both.
@@ -220,13 +221,13 @@ def declared_contrasts(
 ) -> list[Contrast]:
     """Return each treatment against its control by every metric; the first one decides.
 
-    Those by the first metric are the declared ones, with p-values adjusted for being several; those by the metrics that
-    are only measured beside it follow.
+    Contrasts by the first metric are the declared ones, with p-values adjusted for multiple tests. Those by the other
+    metrics follow.
 
     Args:
         scored: all arms' scores.
         pairs: names of treatment and control.
-        seed, resamples: as of `contrast`.
+        seed, resamples: as for `contrast`.
     """
     measured: list[Contrast] = []
     for metric in scored.by_metric:
@@ -238,7 +239,7 @@ def declared_contrasts(
 def scored_contrast(
     scored: ScoredArms, metric: MetricName, treatment: str, control: str, seed: int, resamples: int = RESAMPLES
 ) -> Contrast:
-    """Two of the arms by one metric."""
+    """Return the contrast of two of the arms by one metric."""
     arms = scored.by_metric[metric]
     return contrast(
         treatment=treatment,
@@ -252,7 +253,7 @@ def scored_contrast(
 
 
 def adjusted(contrasts: Sequence[Contrast]) -> list[Contrast]:
-    """Return the declared contrasts, with Holm's p-values over all of them."""
+    """Return the declared contrasts with p-values adjusted by Holm's method."""
     return [
         each.model_copy(update={"p_adjusted": p_value})
         for each, p_value in zip(contrasts, holm([c.p_value for c in contrasts]), strict=True)
@@ -262,7 +263,7 @@ def adjusted(contrasts: Sequence[Contrast]) -> list[Contrast]:
 def _mean_contrast(
     changes: Floats, ours: Floats, theirs: Floats, names: Sequence[str], scorer: Scorer, seed: int, resamples: int
 ) -> dict[str, Any]:
-    """Right and wrong, or graded items."""
+    """Return the statistics of a contrast of right/wrong or graded items."""
     worth = effective_items(changes, names)
     binary = scorer.kind == "right or wrong"
     reach = 1.0 if binary else farthest(changes)
@@ -296,13 +297,13 @@ def _corpus_contrast(ours: Floats, theirs: Floats, scorer: Scorer, seed: int, re
         "p_value": swapping_test(ours, theirs, scorer.corpus, seed, resamples),
         "test": _swapping_name(resamples),
         "effective_items": None,
-        # Where nothing varies: the share of clusters that would have had to change to be noticed.
+        # Without any change: the share of clusters that would have had to change to be noticed.
         "minimum_detectable_effect": detectable(error) if error > 1e-12 else minimum_detectable_effect(len(ours), 0.0),
     }
 
 
 def _left_out(ours: Scores, theirs: Scores) -> dict[str, int]:
-    """Return why items are in one of the arms, or in both, unscored."""
+    """Return reasons with numbers of items that are unscored in at least one arm."""
     return dict(Counter((theirs.unscored | ours.unscored).values()))
 
 

@@ -1,4 +1,4 @@
-"""How a score grows with the training rows: the slope per doubling, with an interval over dev items and seeds."""
+"""Slope of a score per doubling of the training rows, with an interval over dev items and seeds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tunewright.evidence.statistics import RESAMPLES, Floats, bootstrap_sums, cl
 
 @dataclass(frozen=True)
 class Slope:
-    """What one doubling of the training rows brings, as a share from 0 to 1, on the average over the sizes measured."""
+    """Mean gain per doubling of the training rows over the measured sizes, as a share from 0 to 1."""
 
     per_doubling: float
     interval: Interval
@@ -23,7 +23,10 @@ class Slope:
 
 
 def slope_weights(rows: Sequence[float]) -> Floats:
-    """What turns scores at these numbers of rows into their least-squares slope per doubling; [sizes], sums to 0."""
+    """Return weights that turn scores at these row counts into their least-squares slope per doubling; [sizes].
+
+    They sum to 0.
+    """
     x: Floats = np.log2(np.asarray(rows, dtype=np.float64))
     x -= x.mean()
     weights: Floats = x / (x @ x)
@@ -35,16 +38,16 @@ def share_slope(
 ) -> Slope:
     """Return the slope of a share of right answers.
 
-    Two made-up clusters of mean size join the resampling, one all wrong with the fewest rows and all right with the
-    most, one the other way round: as in `statistics.difference_interval`, and for the same reason. Without them ten
-    items that no adapter gets right would give the interval [0, 0].
+    Two artificial clusters of mean size join the resampling, as in `statistics.difference_interval`. One is all wrong
+    with the fewest rows and all right with the most, the other the reverse. Without them ten items that no adapter gets
+    right would give the interval [0, 0].
 
     Args:
-        right: 1 where an adapter got an item right, else 0, [seeds, sizes, items]; two seeds at least.
+        right: 1 where an adapter got an item right, else 0, [seeds, sizes, items]; at least two seeds.
         rows: training rows of each adapter, [seeds, sizes].
         clusters: the items' clusters.
         seed: decides the resamples.
-        resamples: how many.
+        resamples: number of resamples.
     """
     weights = np.array([slope_weights(row) for row in rows])
     by_item: Floats = np.einsum("rsi,rs->ri", right, weights)  # [seeds, items]
@@ -63,10 +66,10 @@ def corpus_slope(
     seed: int,
     resamples: int = RESAMPLES,
 ) -> Slope:
-    """Return the slope of a mean of graded scores, or of a metric of the corpus.
+    """Return the slope of a mean of graded scores, or of a corpus metric.
 
     Args:
-        statistics: of each item's answer by each adapter, [seeds, sizes, items, columns].
+        statistics: statistics of each item's answer by each adapter, [seeds, sizes, items, columns].
         corpus: the score of column sums, [..., columns] to [...].
         rows, clusters, seed, resamples: as for `share_slope`.
     """
@@ -76,7 +79,7 @@ def corpus_slope(
     sums = cluster_sums(columns, clusters)
 
     def slopes(drawn: Floats) -> Floats:
-        """[..., seeds * sizes * columns] to [..., seeds]."""
+        """Return slopes by seed: [..., seeds * sizes * columns] to [..., seeds]."""
         scores = corpus(drawn.reshape(*drawn.shape[:-1], seeds, sizes, width))
         each: Floats = (weights * scores).sum(axis=-1)
         return each
@@ -86,12 +89,12 @@ def corpus_slope(
 
 
 def _combined(by_seed: Floats, drawn: Floats, clusters: int) -> Slope:
-    """Return the mean slope with a t interval over both sources of chance.
+    """Return the mean slope with a t interval over both sources of variance.
 
-    One is which items are in dev: the spread of the slope over resampled clusters (``drawn``). The other is which rows
-    were in the subsets and how training went: the spread over seeds, of which there are too few to resample. The
-    variances are added, with Satterthwaite's degrees of freedom (1946). What an item and a seed do only together is in
-    both, so the interval is rather too wide than too narrow.
+    One source is the choice of dev items: the spread of the slope over resampled clusters (``drawn``). The other is the
+    choice of rows and the training noise: the spread over seeds, which are too few to resample. The variances are
+    added, with Satterthwaite's degrees of freedom (1946). Interactions of items and seeds are in both, so the interval
+    is conservative.
     """
     seeds = len(by_seed)
     assert seeds > 1

@@ -26,9 +26,9 @@ class SplitPower:
     Attributes:
         clusters: independent clusters in each split.
         effect: smallest true difference found with 80% power if 20% of the items change; 1.0: none.
-        significant: whether any difference can be significant.
-        rows_to_significant: about how many more distinct rows would make any difference significant.
-        rows_to_aim: about how many more distinct rows would show a difference of 20 points.
+        significant: True if any difference can be significant.
+        rows_to_significant: additional distinct rows (estimate) to make any difference significant.
+        rows_to_aim: additional distinct rows (estimate) to show a difference of 20 points.
     """
 
     clusters: dict[Split, int]
@@ -65,7 +65,7 @@ def split_power(rows: Mapping[Split, int], clusters: Mapping[Split, int], share:
 
 
 def _clusters_for(effect: float) -> int:
-    """Return how many clusters show a difference with `POWER`, if `USUAL` of the items change."""
+    """Return the number of clusters that show a difference with `POWER`, if `USUAL` of the items change."""
     few, enough = 1, 1
     while minimum_detectable_effect(enough, USUAL) > effect:
         few, enough = enough, 2 * enough

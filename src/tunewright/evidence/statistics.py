@@ -1,9 +1,8 @@
-"""Intervals and paired tests on items that come in clusters.
+"""Intervals and paired tests on clustered items.
 
-Items of one cluster (near-duplicates, a document, a template) are not independent, so clusters are what is resampled,
-what arms are swapped over, and what an item count is discounted by. After Miller, "Adding Error Bars to Evals"
-(arXiv 2411.00640); small samples of right and wrong get score intervals and exact tests, never a normal approximation
-(Bowyer et al., arXiv 2503.01747).
+Items of one cluster (near-duplicates, a document, a template) are not independent. So resampling, swaps of arms and the
+effective number of items are all by cluster (Miller, "Adding Error Bars to Evals", arXiv 2411.00640). Small samples of
+right and wrong get score intervals and exact tests, never a normal approximation (Bowyer et al., arXiv 2503.01747).
 """
 
 from __future__ import annotations
@@ -37,11 +36,11 @@ def cluster_sums(values: NDArray[Any], clusters: Sequence[str]) -> NDArray[Any]:
 
 
 def effective_items(values: Floats, clusters: Sequence[str]) -> float:
-    """Return how many independent items these clustered ones are worth for estimating the mean of ``values`` ([items]).
+    """Return the effective number of independent items for estimating the mean of ``values`` ([items]).
 
-    Items divided by the design effect: the variance of the mean over clusters (Miller, appendix A, with its
-    C / (C - 1) correction) by the variance that independent items would give. A design effect below 1 is taken for
-    noise, and where nothing varies there is nothing to estimate it from: then each cluster counts as one item.
+    It is the number of items divided by the design effect. The design effect is the variance of the mean over clusters
+    (Miller, appendix A, with its C / (C - 1) correction) over that of independent items. A design effect below 1 is
+    taken for noise. If nothing varies it cannot be estimated, and each cluster counts as one item.
     """
     items, mean = len(values), float(values.mean())
     table = cluster_sums(np.column_stack([values - mean]), clusters)
@@ -57,7 +56,7 @@ def effective_items(values: Floats, clusters: Sequence[str]) -> float:
 
 
 def wilson(share: float, items: float, level: float = 0.95) -> Interval:
-    """Wilson's score interval of a share; ``items`` may be an effective number, so it need not be whole."""
+    """Return Wilson's score interval of a share; ``items`` may be an effective number, so it need not be an integer."""
     z = float(norm.ppf((1 + level) / 2))
     z2 = z**2
     centre = (share + z2 / (2 * items)) / (1 + z2 / items)
@@ -66,12 +65,12 @@ def wilson(share: float, items: float, level: float = 0.95) -> Interval:
 
 
 def bootstrap_sums(sums: NDArray[Any], seed: int, resamples: int = RESAMPLES) -> NDArray[Any]:
-    """Column sums of corpora whose clusters are drawn with replacement.
+    """Return column sums of resampled corpora, whose clusters are drawn with replacement.
 
     Args:
         sums: one row per cluster, [clusters, columns].
         seed: decides the draws.
-        resamples: how many corpora.
+        resamples: number of corpora.
 
     Returns:
         [resamples, columns]. Clusters differ in size, so a mean is a ratio of two of these columns.
@@ -87,7 +86,7 @@ def bootstrap_sums(sums: NDArray[Any], seed: int, resamples: int = RESAMPLES) ->
 
 
 def _chunks(rows: int, columns: int) -> Iterator[int]:
-    """Split ``rows`` so that no part times ``columns`` is more than memory should hold."""
+    """Split ``rows`` into parts whose size times ``columns`` fits the memory limit."""
     step = max(1, _CHUNK_CELLS // columns)
     for start in range(0, rows, step):
         yield min(step, rows - start)
@@ -102,19 +101,19 @@ def percentiles(values: Floats) -> Interval:
 def difference_interval(
     changes: Floats, clusters: Sequence[str], seed: int, resamples: int = RESAMPLES, *, reach: float = 1.0
 ) -> Interval:
-    """95% interval of a mean difference: percentile bootstrap over clusters, adjusted for small samples.
+    """Return the 95% interval of a mean difference: percentile bootstrap over clusters, adjusted for small samples.
 
-    Two made-up clusters of mean size join the resampling, in one every item gains ``reach``, in the other every item
-    loses it. For right and wrong that is Bonett and Price's adjustment (2012, "Adjusted Wald confidence interval for a
-    difference of binomial proportions based on paired data") in the bootstrap's terms: without it, ten items on which
+    Two artificial clusters of mean size join the resampling: in one every item gains ``reach``, in the other every item
+    loses it. For right and wrong this is Bonett and Price's adjustment in bootstrap form (2012, "Adjusted Wald
+    confidence interval for a difference of binomial proportions based on paired data"). Without it, ten items on which
     the arms agree would give the interval [0, 0].
 
     Args:
         changes: treatment minus control, each item from -1 to 1; [items].
         clusters: the items' clusters.
         seed: decides the resamples.
-        resamples: how many.
-        reach: how much the made-up items change.
+        resamples: number of resamples.
+        reach: change of each item in the artificial clusters.
     """
     sums = cluster_sums(np.column_stack([changes, np.ones_like(changes)]), clusters)
     size = len(changes) / len(sums)
@@ -124,7 +123,7 @@ def difference_interval(
 
 
 def farthest(changes: Floats) -> float:
-    """Return the largest change of an item, either way: the ``reach`` of graded scores. 1 where no item changes."""
+    """Return the largest absolute change of an item, which is the ``reach`` of graded scores; 1 if no item changes."""
     return float(np.abs(changes).max()) or 1.0
 
 
@@ -132,11 +131,11 @@ def farthest(changes: Floats) -> float:
 
 
 def exact_mcnemar(changes: Floats, clusters: Sequence[str]) -> float:
-    """Exact two-sided p-value of paired right/wrong outcomes, with clusters kept whole.
+    """Return the exact two-sided p-value of paired right/wrong outcomes, with clusters kept whole.
 
-    Under the null the arms' names mean nothing, so each cluster's net change could as well have had the other sign.
-    The sum over all sign patterns is counted exactly: clusters with the same size of net change follow one binomial,
-    and the sizes are convolved. With one item per cluster this is McNemar's exact test.
+    Under the null hypothesis the arms are exchangeable, so each cluster's net change may have either sign. The sum over
+    all sign patterns is counted exactly: clusters with the same size of net change follow one binomial, and the sizes
+    are convolved. With one item per cluster this is McNemar's exact test.
 
     Args:
         changes: treatment minus control, each item +1 (fixed), 0 or -1 (broken); [items].
@@ -144,7 +143,7 @@ def exact_mcnemar(changes: Floats, clusters: Sequence[str]) -> float:
     """
     nets = cluster_sums(np.rint(changes).astype(np.int64)[:, None], clusters)[:, 0]
     sizes, counts = np.unique(np.abs(nets[nets != 0]), return_counts=True)
-    chances: NDArray[np.floating[Any]] = np.ones(1)  # of each total from -reach to +reach
+    chances: NDArray[np.floating[Any]] = np.ones(1)  # probability of each total from -reach to +reach
     for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
         spread = np.zeros(2 * size * count + 1)
         spread[:: 2 * size] = binom.pmf(np.arange(count + 1), count, 0.5)
@@ -161,18 +160,18 @@ def swapping_test(
     seed: int,
     trials: int = RESAMPLES,
 ) -> float:
-    """Two-sided p-value of a metric by paired approximate randomisation over clusters.
+    """Return the two-sided p-value of a metric by paired approximate randomisation over clusters.
 
-    In every trial each cluster's statistics change sides with chance one half; p is the share of trials (the observed
-    one counted in, so never 0) whose difference is at least as large as the observed one. After Riezler and Maxwell
-    (2005), as sacrebleu does it, but by cluster.
+    In every trial each cluster's statistics swap arms with probability one half. p is the share of trials whose
+    difference is at least the observed one, which counts as a trial, so p is never 0. The method is Riezler and
+    Maxwell's (2005), as in sacrebleu, but by cluster.
 
     Args:
         treatment: statistics summed by cluster, [clusters, columns].
         control: the same for the other arm.
         score: the score of column sums: [..., columns] to [...].
         seed: decides the swaps.
-        trials: how many.
+        trials: number of trials.
     """
     rng = np.random.default_rng(seed)
     gain = treatment - control
@@ -187,10 +186,10 @@ def swapping_test(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """P-values adjusted for being several (Holm 1979): each at most 0.05 with all true nulls kept in 95% of the cases.
+    """Return p-values adjusted for multiple tests (Holm 1979), which bounds the family-wise error rate at 5%.
 
-    The smallest is multiplied by how many there are, the next by one less, and so on, and none comes out smaller than
-    one that was smaller before.
+    The smallest p-value is multiplied by their number, the next by one less, and so on. An adjusted value is never
+    smaller than one whose original was smaller.
     """
     order = sorted(range(len(p_values)), key=p_values.__getitem__)
     adjusted = [0.0] * len(p_values)

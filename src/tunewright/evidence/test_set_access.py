@@ -20,18 +20,18 @@ class Declared(Part):
     treatment: str
     control: str
     metric: MetricName
-    margin: Annotated[float | None, Field(description="The gain worth shipping, of the contrast that decides.")]
+    margin: Annotated[float | None, Field(description="Smallest gain worth shipping, for the deciding contrast.")]
 
 
 class TestSetAccess(Part):
-    """A line of ``ledger.jsonl``: an evaluation that is about to answer the test split."""
+    """A line of ``ledger.jsonl``: an evaluation that is about to read the test split."""
 
     schema_version: Literal[1] = 1
     number: Annotated[int, Field(description="The line, from 1.")]
     time: Annotated[str, Field(description="UTC, ISO 8601.")]
     author: Annotated[str | None, Field(description="git's user.name, else the login name.")]
     evaluation: Annotated[str, Field(description="The evaluation's ID; a resumed evaluation keeps it.")]
-    design: Annotated[Design, Field(description="cross-fitted: all rows are opened, the test split's among them.")]
+    design: Annotated[Design, Field(description="cross-fitted: all rows are opened, including the test split.")]
     dataset: Annotated[str, Field(description="Digest of the dataset version.")]
     test_split: Annotated[str, Field(description="Digest of the test split's pair keys.")]
     items: Annotated[int, Field(description="Rows opened.")]
@@ -39,7 +39,7 @@ class TestSetAccess(Part):
     adapter_digest: str | None
     base: Annotated[str, Field(description="Digest of the base.")]
     declared: Annotated[tuple[Declared, ...], Field(description="The contrasts; the first one decides.")]
-    previous: Annotated[str, Field(description="The digest of the line before; empty in the first.")]
+    previous: Annotated[str, Field(description="Digest of the previous line; empty in the first.")]
     digest: Annotated[str, Field(description="SHA-256 of this line without this field, as canonical JSON.")]
 
     @property
@@ -57,7 +57,7 @@ class EarlierAccess(Part):
     evaluation: str
     adapter: str | None
     shared_items: Annotated[
-        int | None, Field(description="Items that both have; null where its dataset version is not here to tell.")
+        int | None, Field(description="Items in common; null if its dataset version is missing here.")
     ]
 
 

@@ -209,7 +209,7 @@ def _power(evidence: Evidence, contrast: Contrast) -> str:
 
 
 def _what_would_settle_it(evidence: Evidence, contrast: Contrast) -> str:
-    """Return how many test items would settle the verdict, if the difference stays the same."""
+    """Return a sentence with the number of test items that would settle the verdict at the same difference."""
     unit = f"{evidence.items_text}s" if evidence.design == "held-out" else "pairs"
     needed = items_to_settle(contrast.difference, contrast.interval, evidence.margin, contrast.scored)
     if needed is None:

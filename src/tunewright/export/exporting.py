@@ -33,7 +33,7 @@ class BuiltArtifact:
 
     @property
     def shortcomings(self) -> tuple[str, ...]:
-        """Return why the artifact fails; empty if it passes."""
+        """Reasons why the artifact fails; empty if it passes."""
         if self.figures is None:
             return (self.failure or "The artifact was not measured",)
         return tuple(shortcomings(self.figures, LIMITS[self.precision]))
@@ -53,7 +53,7 @@ class ExportResult:
 
     @property
     def good(self) -> bool:
-        """Return whether the artifact matches the trained model."""
+        """True if the artifact matches the trained model."""
         return not self.record.shortcomings
 
     def as_dict(self) -> dict[str, Any]:

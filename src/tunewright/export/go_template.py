@@ -1,6 +1,6 @@
 """A chat format as a Go template, with which Ollama renders conversations.
 
-The Jinja template is not translated. The format is learnt from what it writes around markers, and the Go template is
+The Jinja template is not translated. The format is learnt from its output around markers, and the Go template is
 built from those texts. Then both are compared on random conversations.
 
     system in front      [before] system [between] user [answer] assistant [next] user [ask]
@@ -53,16 +53,16 @@ class GoTemplate:
     before: str
     """Before the system text, if it is in front."""
     between: str
-    """Between the system text and the user's."""
+    """Text between the system message and the first user message."""
     answer: str
-    """From a user's text to the assistant's."""
+    """Text between a user message and the next assistant message."""
     next: str
-    """From an assistant's text to the next user's."""
+    """Text between an assistant message and the next user message."""
     ask: str
-    """From the last user's text to the start of the answer."""
+    """Text between the last user message and the start of the answer."""
 
     def render(self, messages: Sequence[Message]) -> str:
-        """Return what the Go template writes for a conversation that ends with the user."""
+        """Return the Go template's output for a conversation that ends with the user."""
         system = next((m.content for m in messages if m.role == "system"), "")
         turns = [m for m in messages if m.role != "system"]
         front = bool(system) and self.system_place == "front"
@@ -79,7 +79,7 @@ class GoTemplate:
 
     @property
     def source(self) -> str:
-        """Return the template in Go's language, over Ollama's ``.System`` and ``.Messages``."""
+        """The template in Go's language, over Ollama's ``.System`` and ``.Messages``."""
         user = "{{ if $later }}" + _literal(self.next) + "{{ end }}{{ $later = true }}"
         if self.system_place == "end":
             last = "and $.System (eq (len (slice $.Messages $i)) 1)"
@@ -175,7 +175,7 @@ def _accepts_system(template: Template) -> bool:
 
 
 def _cut(template: Template, users: int, *, system: bool) -> list[str]:
-    """Return what is written before, between and after the turns of a conversation with ``users`` user turns."""
+    """Return the text before, between and after the turns of a conversation with ``users`` user turns."""
     marks = [chr(_FIRST + place) for place in range(2 * users - 1)]
     turns = [Message("user" if place % 2 == 0 else "assistant", mark) for place, mark in enumerate(marks)]
     messages = [Message("system", _SYSTEM), *turns] if system else turns

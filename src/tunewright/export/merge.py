@@ -115,7 +115,7 @@ def observe_merged(folder: Path, trained: TrainedModel, reporter: Reporter) -> A
     from transformers import AutoTokenizer
 
     with quiet_transformers():
-        # By its own class, including the vision tower: the folder must load like the original base.
+        # Load with the base's own class, including the vision tower: the folder must load like the original base.
         model = (
             getattr(transformers, trained.base.architecture)
             .from_pretrained(

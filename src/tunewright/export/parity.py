@@ -1,7 +1,7 @@
 """Parity of an artifact with the trained model: figures and limits.
 
-Every artifact answers the same held-out prompts as the trained model (the base as held in training, with the adapter),
-and gets the trained model's own answers token by token. Only rounding may differ.
+Every artifact answers the same held-out prompts as the trained model (the base as quantized in training, with the
+adapter). It also scores the trained model's answers token by token. Only rounding may differ.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Figures(Part):
 
     prompts: Annotated[int, Field(description="Held-out prompts that were answered.")]
     places: Annotated[int, Field(description="Places of the trained model's answers at which distributions compare.")]
-    arithmetic: Annotated[str, Field(description="What the artefact computed in.")]
+    arithmetic: Annotated[str, Field(description="Device and precision of the artifact.")]
     max_logit: Annotated[
         float,
         Field(description="Largest change of a log-probability, among the 100 likeliest tokens of each place."),
@@ -67,7 +67,7 @@ EFFECT = 1e-3
 """Nats: an adapter that changes the base's distributions by less has no effect that could be lost or kept."""
 
 FEW = 2
-"""Places, or prompts, that may differ in any case: of 30 places one near tie is 3%."""
+"""Number of places, or prompts, that may differ in any case: one near tie in 30 places is already 3%."""
 
 LIMITS: dict[Precision, Limits] = {
     "16-bit": Limits(max_logit=1.0, kl=0.002, lost=0.02, top1=0.98, greedy=0.9, score=0.05),

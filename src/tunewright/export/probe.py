@@ -29,7 +29,7 @@ class Probe:
 
     @property
     def context(self) -> int:
-        """Return the tokens of the longest prompt with the longest answer."""
+        """The tokens of the longest prompt with the longest answer."""
         return max(map(len, self.prompts)) + self.limit
 
 

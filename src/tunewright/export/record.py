@@ -47,7 +47,7 @@ class Export(Part):
 
     @property
     def inputs_digest(self) -> str:
-        """Return the SHA-256 of the inputs."""
+        """The SHA-256 of the inputs."""
         return digest(self.made_of)
 
 

@@ -65,7 +65,7 @@ def rendered_alike(
     ids: Sequence[Sequence[int]],
     system_prompt: str | None = None,
 ) -> int:
-    """Return how many conversations a tokenizer's own template renders to these ids, up to the start of the answer.
+    """Return the number of conversations that a tokenizer's own template renders to these ids, up to the answer.
 
     Conversations that begin with ``system_prompt`` must also render to them without it.
     """

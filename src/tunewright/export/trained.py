@@ -39,7 +39,7 @@ class ArtifactOutputs:
     """An artifact's outputs for the probe's prompts."""
 
     answers: Sequence[tuple[int, ...]]
-    """Its greedy answers, without the end token."""
+    """The model's greedy answers, without the end token."""
     texts: Sequence[str]
     distributions: Tensor | Sequence[TopTokens]
     """Next-token distributions at each place of the *trained model's* answers."""
@@ -69,18 +69,18 @@ class TrainedModel:
 
     @property
     def answers(self) -> list[tuple[int, ...]]:
-        """Return its greedy answers."""
+        """The model's greedy answers."""
         return [completion.ids for completion in self.completions]
 
     @property
     def contexts(self) -> list[Context]:
-        """Return the prompts with its answers, and the places in them."""
+        """The prompts with its answers, and the places in them."""
         ended = [completion.finish == "stop" and completion.before_stop is None for completion in self.completions]
         return contexts(self.probe, self.answers, ended)
 
     @cached_property
     def texts(self) -> list[str]:
-        """Return its answers as text."""
+        """The model's answers as text."""
         return [answer_text(self.chat, completion) for completion in self.completions]
 
     def score(self, texts: Sequence[str]) -> float:

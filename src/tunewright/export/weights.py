@@ -110,7 +110,7 @@ class BaseWeights:
 
     @cached_property
     def files(self) -> dict[str, list[str]]:
-        """Return each weights file's tensors, in their order in the file."""
+        """Each weights file's tensors, in their order in the file."""
         from safetensors import safe_open
 
         found = {}

@@ -33,7 +33,7 @@ class Lora:
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of both matrices."""
+        """The bytes of both matrices."""
         return sum(matrix.numel() * matrix.element_size() for matrix in (self.down, self.up))
 
 
@@ -100,7 +100,7 @@ class BatchedLora:
                 self._loaded[slot] = name
 
     def delta(self, x: Tensor) -> Tensor:
-        """Return what the adapters add to their rows: [S, N, in] to [S, N, out]."""
+        """Return the adapters' deltas for their rows: [S, N, in] to [S, N, out]."""
         return x.bmm(self._down).bmm(self._up)
 
     def _copy(self, slot: int, lora: Lora | None) -> None:

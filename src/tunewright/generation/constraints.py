@@ -108,7 +108,7 @@ class Guide:
 
     @property
     def complete(self) -> bool:
-        """Return whether the text matches and nothing can follow."""
+        """True if the text matches and nothing can follow."""
         return self._matcher.is_stopped() and self._matcher.is_accepting()
 
     def allowed(self) -> bytes:
@@ -142,7 +142,7 @@ def mask_logits(logits: Tensor, guides: Sequence[Guide | None]) -> Tensor:
 
 
 def answer_affixes(tokenizer: Any, answer_ids: Sequence[int], text: str) -> tuple[str, str]:
-    """Return what a chat format writes before and after an answer's text: its own white space, usually none.
+    """Return the chat format's text before and after an answer: its own white space, usually empty.
 
     Args:
         tokenizer: as for :class:`Constraint`.

@@ -81,7 +81,7 @@ class PrefillState:
 
     @property
     def remaining_tokens(self) -> int:
-        """Return the tokens still to prefill, padding included."""
+        """The tokens still to prefill, padding included."""
         return self.pending.numel()
 
 

@@ -120,7 +120,7 @@ def _allocate(like: Tensor, rows: int, time: int) -> Tensor:
 def from_prefix(prefix: Cache, shifts: Sequence[int]) -> Cache:
     """Return a cache of ``len(shifts)`` rows that start with one prefix, row i shifted right by ``shifts[i]`` columns.
 
-    What a shift pushes past the last column is dropped, and the first columns become padding::
+    Columns shifted past the last one are dropped, and the first columns become padding::
 
         prefix  a b c d        shifts 0, 1      a b c d
                                                 . a b c

@@ -36,7 +36,7 @@ class LoraDispatch:
 
     PEFT's own ``forward(adapter_names=...)`` does the same with three drawbacks. It looks up the layers in every pass,
     which is a quarter of a short pass. It leaves its hooks behind when a pass fails. It needs ten operations a layer
-    for each adapter. Here the layers' forward methods are replaced once for many passes (:meth:`attached`), and the
+    for each adapter. Here the layers' forward methods are replaced once for many passes (:meth:`attached`). The
     grouping of rows is computed once for all passes with the same rows. Where all rows have one adapter, a layer needs
     two or three operations; where rows of several adapters decode, it needs four for all of them together
     (tests/gpu/test_decoding_gpu.py).
@@ -52,14 +52,14 @@ class LoraDispatch:
         """Rows share one adapter that cannot be mixed with others."""
         self._names: set[str] = set()
         self._linear: dict[str, _LoraLinear] = {}
-        """By the layer's name."""
+        """Wrapped layers by name."""
         self._other_layers: list[Any] = []
         """Adapted layers that PEFT itself computes."""
         self._attached = False
         self._rows: _RowGroups | None = None
-        """Of the pass in progress."""
+        """The row assignment of the pass in progress."""
         self._last: _RowGroups | None = None
-        """Of the pass before: the next one usually has the same rows."""
+        """The row assignment of the previous pass: the next one usually has the same rows."""
         self._slots = AdapterSlots()
         self._largest_bytes = 0
         """Bytes of the largest adapter's weights."""
@@ -85,7 +85,7 @@ class LoraDispatch:
         self._largest_bytes = max((self._nbytes(name) for name in self._names), default=0)
 
     def add(self, name: str, loras: Mapping[str, Lora]) -> None:
-        """Add an adapter to a base that has none of its own; ``loras`` maps layer names to weights."""
+        """Add an adapter to a base without built-in ones; ``loras`` maps layer names to weights."""
         assert not isinstance(self._model, PeftModel), "a PeftModel has adapter layers already"
         new = {layer: _LoraLinear.from_base(self._model.get_submodule(layer)) for layer in loras.keys() - self._linear}
         self._linear |= new
@@ -210,7 +210,7 @@ class _RowGroups:
         self.slots = slots
         if slots is None:
             return
-        # N is the most rows that any adapter has. Rows of the base read one more place of slot 0, which stays 0.
+        # N is the largest number of rows of any adapter. Rows of the base read one more place of slot 0, which stays 0.
         self._depth = max(self.adapter_of_row.count(name) for name in self.adapters) + (None in self.names)
         used: Counter[str | None] = Counter()
         places = []
@@ -390,7 +390,7 @@ def _is_4bit(layer: Any) -> bool:
 
 
 def _is_plain(layer: Any) -> bool:
-    """Return whether this is a linear layer, 16-bit or 4-bit, with nothing but two matrices for each adapter."""
+    """Return whether this is a linear layer, 16-bit or 4-bit, with only two matrices for each adapter."""
     return (
         (isinstance(layer, Linear) or _is_4bit(getattr(layer, "base_layer", None)))
         and not layer.lora_variant

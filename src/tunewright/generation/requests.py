@@ -22,7 +22,7 @@ class Request:
     Args:
         prompt_ids: the prompt, at least one token.
         adapter: the adapter that answers, or None for the base.
-        max_new_tokens: the most tokens that the answer may have, at least 1.
+        max_new_tokens: maximum number of tokens of the answer, at least 1.
         temperature: 0 takes the likeliest token each time; above 0 samples.
         top_p: sample among the likeliest tokens that together hold this probability (Holtzman et al. 2020).
         seed: the same seed samples the same answer, whatever else is in the batch; None draws a new seed.
@@ -86,7 +86,7 @@ class Row:
 
     @property
     def completion(self) -> Completion:
-        """Return the completion of a finished row."""
+        """The completion of a finished row."""
         assert self.finish is not None
         return Completion(tuple(self.ids), self.finish, self._before_stop)
 

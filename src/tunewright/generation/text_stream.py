@@ -12,8 +12,8 @@ _UNFINISHED = "\ufffd"  # decoders write it for bytes that are not (yet) a chara
 class Detokenizer:
     """Turns token ids into text piece by piece; the pieces joined are the text of all ids.
 
-    Each piece is decoded together with the one before it, because a token's text depends on its left neighbour
-    (SentencePiece drops the space before a text's first word).
+    Each piece is decoded together with the one before it, because a token's text depends on its left neighbour. For
+    example, SentencePiece drops the space before a text's first word.
     """
 
     def __init__(self, decode: Decode) -> None:
@@ -84,7 +84,7 @@ class TextStream:
 
     @property
     def stopped(self) -> bool:
-        """Return whether a stop string has ended the answer."""
+        """True if a stop string has ended the answer."""
         return self._filter.stopped
 
     def push(self, token: int) -> str:

@@ -41,11 +41,11 @@ class Base:
     """The hub commit that the revision was pinned to; None for a folder and for the bundled model."""
     architecture: str
     files: dict[str, str]
-    """SHA-256 by name of each file that decides what the model computes."""
+    """SHA-256 of each file that affects the model's output, by name."""
 
     @property
     def digest(self) -> str:
-        """Return the SHA-256 of the files' digests: the identity of the base, wherever it is stored."""
+        """The SHA-256 of the files' digests: the identity of the base, wherever it is stored."""
         return digest(self.files)
 
 
@@ -73,7 +73,7 @@ def resolve_base(spec: str, revision: str | None, root: Path, reporter: Reporter
 
 
 def base_config(spec: str, revision: str | None, root: Path, reporter: Reporter) -> Path:
-    """Return the ``config.json`` of the base that ``spec`` names; of a hub id nothing else is downloaded.
+    """Return the ``config.json`` of the base that ``spec`` names; for a hub id only this file is downloaded.
 
     Raises:
         UserError: as for :func:`resolve_base`.
@@ -109,7 +109,7 @@ def local_base(spec: str, revision: str | None, root: Path, reporter: Reporter) 
 
 
 def _place(spec: str, root: Path) -> Path | Literal["bundled", "hub"]:
-    """Return where a base is: its folder, the package of the bundled model, or the hub."""
+    """Return a base's source: its folder, the package of the bundled model, or the hub."""
     kind, _, _name = spec.rpartition(":")
     if kind == "bundled":
         return "bundled"

@@ -30,7 +30,7 @@ class Family:
 
     @property
     def linear(self) -> tuple[str, ...]:
-        """Return the linear layers of a decoder layer that LoRA and NF4 apply to, by the last part of their names."""
+        """The linear layers of a decoder layer that LoRA and NF4 apply to, by the last part of their names."""
         return ATTENTION if self.experts else (*ATTENTION, *MLP)
 
 

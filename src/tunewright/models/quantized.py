@@ -4,8 +4,8 @@ Quantized weights are never stored. They are computed from the base's own files 
 so the base's digest identifies them.
 
 peft's ``prepare_model_for_kbit_training`` is not called: it converts embeddings, norms and the output layer to float32
-(for Llama 3.1 8B 4.2 GB instead of 2.1). What else it does (freezing the base, gradient checkpointing) peft and the
-trainer do anyway.
+(for Llama 3.1 8B 4.2 GB instead of 2.1). Its other steps (freezing the base, gradient checkpointing) are done by peft
+and the trainer.
 """
 
 from __future__ import annotations

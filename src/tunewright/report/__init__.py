@@ -1,1 +1,1 @@
-"""A page that shows the evidence to people."""
+"""A report that presents the evidence: HTML page and pull request comment."""

@@ -1,4 +1,4 @@
-"""A figure of scores in bands, a mark with its interval for each arm."""
+"""Figure of scores by band, with a mark and an interval for each arm."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from matplotlib.figure import Figure
 
 from tunewright.report.plots import INK, STYLE, WIDTH, inline
 
-_PANEL, _BELOW, _LEGEND, _MARKS = 180.0, 54.0, 20.0, "osD^vP"  # heights: of the axes, below them, of a legend's line
-_LETTERS = 44  # that fit a line of the legend beside its marks
+# heights of the axes, of the space below them, and of a legend line
+_PANEL, _BELOW, _LEGEND, _MARKS = 180.0, 54.0, 20.0, "osD^vP"
+_LETTERS = 44  # letters per legend line, next to the marks
 
 
 @dataclass(frozen=True)
 class Series:
-    """One arm: the number of each band in which it is scored, its value there, and the interval's ends."""
+    """One arm: the indices of the bands in which it is scored, with its values and interval ends."""
 
     name: str
     colour: str
@@ -25,11 +26,11 @@ class Series:
 
 
 def bands_plot(name: str, title: str, bands: Sequence[str], series: Sequence[Series], *, axis: str, below: str) -> str:
-    """Bands side by side, in each the arms side by side.
+    """Draw the bands next to each other, each with all its arms.
 
     Args:
         name: prefix of the SVG's ids, unique on the page.
-        title: what a screen reader says.
+        title: the accessible title, read by screen readers.
         bands: their labels.
         series: the arms, from 0 to 100.
         axis: the label of the scores.
@@ -64,7 +65,7 @@ def bands_plot(name: str, title: str, bands: Sequence[str], series: Sequence[Ser
 
 
 def _fits(series: Sequence[Series], columns: int) -> bool:
-    """Whether so many names stand side by side in a line of the legend; each column is as wide as its longest."""
+    """Return whether the names fit into legend lines of ``columns`` columns, each as wide as its longest name."""
     rows = math.ceil(len(series) / columns)
     widths = [max(len(each.name) + 3 for each in series[at : at + rows]) for at in range(0, len(series), rows)]
     return sum(widths) <= _LETTERS + 3 * columns

@@ -1,4 +1,4 @@
-"""What a section of the page is made of; each kind of block has a template of its own."""
+"""Blocks that make up a section of the page; each kind has its own template."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Lead:
 
 @dataclass(frozen=True)
 class Notes:
-    """Sentences under one another."""
+    """A list of sentences, one below the other."""
 
     template: ClassVar[str] = "notes.html.j2"
     lines: tuple[str, ...]
@@ -26,7 +26,7 @@ class Notes:
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing, an ``<svg>`` element, and what is said of it."""
+    """A figure (an ``<svg>`` element) with its caption."""
 
     template: ClassVar[str] = "figure.html.j2"
     svg: Markup
@@ -35,7 +35,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of a table, and what stands small under it."""
+    """A table cell, with an optional note in small print."""
 
     text: str
     note: str = ""
@@ -43,7 +43,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table, its heading first."""
+    """A table row, its heading first."""
 
     cells: tuple[Cell, ...]
     decides: bool = False
@@ -51,7 +51,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A table; ``label`` is what a screen reader calls it."""
+    """A table; ``label`` is its accessible name, read by screen readers."""
 
     template: ClassVar[str] = "table.html.j2"
     label: str
@@ -62,18 +62,18 @@ class Table:
 
 @dataclass(frozen=True)
 class ShownAnswer:
-    """An answer cut into pieces, each the same as in the reference, extra, or missing from the answer."""
+    """An answer split into pieces: equal to the reference, extra, or missing from the answer."""
 
     name: str
     right: bool
     mark: str
-    """``✓ right``, or of graded answers the score."""
+    """``✓ right``, or the score of a graded answer."""
     pieces: tuple[tuple[Literal["same", "extra", "missing"], str], ...]
 
 
 @dataclass(frozen=True)
 class ShownItem:
-    """A test item as the page lays it out."""
+    """A test item as the page presents it."""
 
     number: int
     input: str
@@ -83,7 +83,7 @@ class ShownItem:
 
 @dataclass(frozen=True)
 class Items:
-    """Test items, folded away behind a summary if there is one."""
+    """Test items, collapsed under a summary if there is one."""
 
     template: ClassVar[str] = "items.html.j2"
     items: tuple[ShownItem, ...]
@@ -95,7 +95,7 @@ Block = Lead | Notes | Figure | Table | Items
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page with a heading that can be linked to."""
+    """A part of the page, with a linkable heading."""
 
     anchor: str
     title: str
@@ -103,5 +103,5 @@ class Section:
 
 
 def cells(*texts: str | Cell) -> tuple[Cell, ...]:
-    """Cells of texts, most of which have no note."""
+    """Return cells for texts, most of which have no note."""
     return tuple(each if isinstance(each, Cell) else Cell(each) for each in texts)

@@ -1,4 +1,4 @@
-"""The report: one HTML file that shows the evidence to whoever decides, and works without a network."""
+"""The report for decision-makers: the evidence as one HTML file that works offline."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ def write_report(
     advice: Signals | None = None,
     known: Known | None = None,
 ) -> None:
-    """Write the report of ``evidence`` to ``out``, whole or not at all; equal input gives equal bytes.
+    """Write the report of ``evidence`` to ``out`` atomically; equal input gives equal bytes.
 
     Args:
-        evidence: what was measured.
+        evidence: the evaluation's evidence.
         test_items: the test items with every arm's answer.
-        history: the training run's rows, as an adapter has them: of each step and each evaluation. May be empty.
+        history: the training run's rows from the adapter, one per step and evaluation; may be empty.
         out: the HTML file.
         curve: a learning curve on the same data, if there is one.
-        advice: advice on the same data, if there is any: its break-even is shown.
-        known: what the causes of a *don't ship* are found in, besides the evidence.
+        advice: advice on the same data, if there is any, for its break-even.
+        known: further facts in which the causes of a *don't ship* are found.
     """
     write_text(out, render_report(evidence, test_items, history, curve, advice, known))
 
@@ -85,7 +85,7 @@ def page_sections(
     curve: Curve | None,
     advice: Signals | None,
 ) -> list[Section]:
-    """Return the page's sections in their order; what was not measured has none."""
+    """Return the page's sections in order, without those that were not measured."""
     found = (
         contrasts.section(evidence),
         arms.section(evidence),

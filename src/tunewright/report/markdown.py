@@ -1,4 +1,4 @@
-"""The verdict as GitHub markdown, to be posted on a pull request: a pure function of the evidence."""
+"""The verdict as GitHub Markdown for a pull request comment: a pure function of the evidence."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from tunewright.report.wording import cause_text, headline, metric_order, noise_
 
 _MARKUP = re.compile(r"[\\`*_\[\]<>|~&#@$]")
 _OPENS_A_LIST = re.compile(r"^(\d+(?=[.)](\s|$))|(?=[-+]))(.)")
-# Names, issues, addresses and emojis are seen by GitHub in the finished text, where a backslash is no longer.
+# GitHub detects mentions, issues, addresses and emojis in the rendered text, where backslash escapes no longer
+# show.
 _REFERS = re.compile(r"[@#](?=\w)|\bGH-(?=\d)|:(?=//|[a-z+-][\w+-]*:)|\bwww\.(?=\w)", re.IGNORECASE)
-_BREAK = "\u200b"  # of no width
+_BREAK = "\u200b"  # zero width
 
 
 def verdict_markdown(evidence: Evidence, known: Known | None = None) -> str:
-    """Return the verdict with its reasons and causes, what was measured in tables, and what it was measured with.
+    """Return the verdict with its reasons, causes and measurements, and the inputs of the evaluation.
 
-    Whatever users' text holds, it is shown as text: it makes no markup, notifies nobody and refers to no issue.
+    Text from users is always shown literally: it cannot add markup, notify anybody or link to an issue.
     """
     result = decided(evidence, known)
     measured, *reasons = result.reasons
@@ -45,10 +46,10 @@ def verdict_markdown(evidence: Evidence, known: Known | None = None) -> str:
 
 
 def plain(text: str) -> str:
-    """``text`` on one line, as markdown that shows it as it is.
+    """Return ``text`` on one line, escaped so that Markdown shows it literally.
 
-    Markup is escaped; a break of no width keeps GitHub from seeing a name, an issue or an address; and control
-    characters, which could turn the line's direction, become the replacement character.
+    Markup is escaped. A zero-width space keeps GitHub from detecting a mention, an issue or an address. Control
+    characters, which could reverse the line's direction, become the replacement character.
     """
     line = " ".join(text.split())
     line = "".join("\ufffd" if unicodedata.category(each) in {"Cc", "Cf", "Cs"} else each for each in line)
@@ -61,7 +62,7 @@ def _list(lines: Sequence[str]) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells are markdown already; all but the first column stand to the right."""
+    """Return a table of cells that are Markdown already; all columns but the first are right-aligned."""
     marks = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, marks, *rows))
 
@@ -133,14 +134,14 @@ def _interval(interval: Interval) -> str:
 
 
 def _made_with(evidence: Evidence) -> str:
-    """Return what the comment can be checked against: the evidence's id, and digests of what it was measured with."""
+    """Return the identifiers to check the comment against: the evidence's ID and digests of its inputs."""
     lineage = evidence.lineage
-    told = [f"Evidence {plain(evidence.id)}"]
+    parts = [f"Evidence {plain(evidence.id)}"]
     for name in ("created", "dataset", "base", "adapter"):
         value = lineage.get(name)
         digest = value.get("digest") if isinstance(value, dict) else value
         if isinstance(digest, str):
-            told.append(f"{name} {plain(digest if name == 'created' else digest[:12])}")
+            parts.append(f"{name} {plain(digest if name == 'created' else digest[:12])}")
     if evidence.engine is not None:
-        told.append(f"engine {plain(evidence.engine.text)}")
-    return f"{', '.join(told)}; margin {100 * evidence.margin:g} points."
+        parts.append(f"engine {plain(evidence.engine.text)}")
+    return f"{', '.join(parts)}; margin {100 * evidence.margin:g} points."

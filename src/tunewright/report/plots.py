@@ -1,4 +1,4 @@
-"""Figures as inline SVG that takes its colours from the page around it, so that light and dark need one drawing."""
+"""Figures as inline SVG in the colours of the page, so that one drawing serves light and dark mode."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tunewright.evidence.learning_curve import Curve
 from tunewright.metrics import axis_label
 from tunewright.training.checkpoint_selection import best_evaluation, evaluations, pairs_loss
 
-# Matplotlib knows no CSS: these stand in for what the page decides, and are replaced in the finished SVG.
+# Matplotlib does not support CSS: these placeholders are replaced by the page's colours in the finished SVG.
 INK, MUTED, LINE, TUNED, PROMPTING, PLAIN = "#010203", "#020203", "#030203", "#040203", "#050203", "#060203"
 _PAGE_COLOURS = {
     INK: "currentColor",
@@ -32,7 +32,7 @@ _PAGE_COLOURS = {
     PLAIN: "var(--plain)",
 }
 
-# Of a file that stands alone: to be read on white and on black.
+# colours of a standalone file, readable on white and on black
 _FILE_COLOURS = {
     INK: "#808080",
     MUTED: "#808080",
@@ -42,15 +42,15 @@ _FILE_COLOURS = {
     PLAIN: "#9a9a9a",
 }
 
-WIDTH = 460.0  # points, which become SVG units: 12 of them stay readable on a phone 400 pixels wide
+WIDTH = 460.0  # points, which become SVG units: text of 12 units stays readable on a phone 400 pixels wide
 _ROW, _HEAD, _FOOT = 30.0, 12.0, 40.0
-_LABELS, _TEXTS = 96.0, 56.0  # left and right of a forest plot's axis
-_LETTER, _MOST_LABELS = 6.0, 190.0  # a letter's width; what names may take at most
-_LOSS_HEIGHT, _METRIC_HEIGHT, _TOP = 230.0, 120.0, 18.0  # of a run's panels, and what is above them
+_LABELS, _TEXTS = 96.0, 56.0  # to the left and right of a forest plot's axis
+_LETTER, _MOST_LABELS = 6.0, 190.0  # width of a letter; maximum width of the labels
+_LOSS_HEIGHT, _METRIC_HEIGHT, _TOP = 230.0, 120.0, 18.0  # heights of a run's panels and of the space above them
 
 STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # real text: it can be read aloud, selected and scaled
-    "text.parse_math": False,  # a dollar sign is a dollar sign
+    "svg.fonttype": "none",  # real text, which can be read aloud, selected and scaled
+    "text.parse_math": False,  # show dollar signs literally
     "font.size": 12.0,
     "text.color": INK,
     "axes.labelcolor": MUTED,
@@ -71,7 +71,7 @@ _XLINK = "http://www.w3.org/1999/xlink"
 
 @dataclass(frozen=True)
 class Bar:
-    """One row of a forest plot: a value with its 95% interval, in the axis' unit."""
+    """One row of a forest plot: a value with its 95% interval, in the axis's unit."""
 
     label: str
     value: float
@@ -80,7 +80,7 @@ class Bar:
     text: str
     colour: str
     margin: float | None = None
-    """Of this row alone, drawn as an upright mark."""
+    """The margin of this row alone, drawn as a vertical tick."""
 
 
 def forest_plot(
@@ -93,16 +93,16 @@ def forest_plot(
     margin: float | None = None,
     zero: bool = False,
 ) -> str:
-    """Intervals under one another on a common axis.
+    """Draw a forest plot: one interval per row on a common axis.
 
     Args:
         name: prefix of the SVG's ids, unique on the page.
-        title: what a screen reader says.
-        bars: the rows, first on top.
-        axis: the axis' label.
-        limits: ends of the axis; None fits them to what is drawn.
-        margin: bars are differences, to be read against zero and against this.
-        zero: bars are differences, to be read against zero.
+        title: the accessible title, read by screen readers.
+        bars: the rows, from top to bottom.
+        axis: the axis's label.
+        limits: ends of the axis; None fits them to the bars.
+        margin: bars are differences; draw lines at zero and at this margin.
+        zero: bars are differences; draw a line at zero.
 
     Returns:
         An ``<svg>`` element.
@@ -121,7 +121,7 @@ def forest_plot(
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.grid(axis="x", linewidth=0.7)
         axes.set_axisbelow(True)
-        beside = axes.get_yaxis_transform()  # x in axes, y in data: where labels stand
+        beside = axes.get_yaxis_transform()  # x in axes, y in data coordinates, for the labels
         for row, bar in enumerate(bars):
             axes.plot([bar.low, bar.high], [row, row], bar.colour, lw=3, solid_capstyle="round", clip_on=False)
             axes.plot([bar.value], [row], bar.colour, marker="o", markersize=9, clip_on=False)
@@ -140,20 +140,20 @@ def forest_plot(
 
 
 def _short(label: str) -> str:
-    """Return a name, in one line or more, that fits beside the axis; the table below has it whole."""
+    """Return a name wrapped to fit next to the axis; the table below has it in full."""
     most = int((_MOST_LABELS - 20) / _LETTER)
     return "\n".join(line if len(line) <= most else f"{line[: most - 1]}…" for line in label.split("\n"))
 
 
 def training_plot(name: str, title: str, history: Sequence[dict[str, Any]], metric: MetricName) -> str:
-    """A run by its steps: the losses on train and dev, below them the task's metric on dev, and the step that was kept.
+    """Plot a run by step: train and dev loss, the dev metric below, and the selected step.
 
     Args:
         name: prefix of the SVG's ids, unique on the page.
-        title: what a screen reader says.
-        history: the run's rows: ``step`` with ``loss`` (and ``pair_loss``, which then is what is drawn) or with
-            ``epoch``, ``eval_loss`` and, where dev rows were answered, ``eval_metric``.
-        metric: what ``eval_metric`` is.
+        title: the accessible title, read by screen readers.
+        history: the run's rows: ``step`` with ``loss`` (and ``pair_loss``, which is then drawn instead) or with
+            ``epoch``, ``eval_loss`` and, if dev rows were answered, ``eval_metric``.
+        metric: the metric in ``eval_metric``.
 
     Returns:
         An ``<svg>`` element.
@@ -193,19 +193,19 @@ def training_plot(name: str, title: str, history: Sequence[dict[str, Any]], metr
 
 
 def _mark_kept(panels: Sequence[Axes], step: int) -> None:
-    """A line through all panels at the step whose adapter was kept, named above the first."""
+    """Draw a line through all panels at the step of the selected adapter, labelled above the first panel."""
     for panel in panels:
         panel.axvline(step, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
     panels[0].text(step, 1.02, "kept", ha="center", va="bottom", fontsize=11, transform=panels[0].get_xaxis_transform())
 
 
 def curve_plot(curve: Curve) -> str:
-    """Return a learning curve as an SVG file of its own."""
+    """Return a learning curve as a standalone SVG file."""
     return curve_figure(f"curve-{curve.id}", curve, _FILE_COLOURS) + "\n"
 
 
 def curve_figure(name: str, curve: Curve, colours: Mapping[str, str] = _PAGE_COLOURS) -> str:
-    """A learning curve: each adapter's dev score, and the seeds' mean, by training rows; an ``<svg>`` element."""
+    """Plot a learning curve as an ``<svg>`` element: dev scores and their mean over seeds, by training rows."""
     title = f"Score on {curve.items} dev items by training rows"
     means = [
         (fmean(p.rows for p in curve.points if p.share == share), 100 * curve.mean(share)) for share in curve.shares
@@ -228,11 +228,11 @@ def curve_figure(name: str, curve: Curve, colours: Mapping[str, str] = _PAGE_COL
 
 
 def break_even_figure(name: str, even: BreakEven) -> str:
-    """Return what so many calls cost with the prompt and tuned, and where the lines cross; an ``<svg>`` element.
+    """Plot the total cost by number of calls, prompted and tuned, with the break-even point, as an ``<svg>`` element.
 
     Args:
         name: prefix of the SVG's ids, unique on the page.
-        even: with a number of calls from which on training pays.
+        even: a break-even with a finite number of calls.
     """
     assert even.calls is not None and even.calls_low is not None
     money = even.unit == "money"
@@ -260,9 +260,9 @@ def break_even_figure(name: str, even: BreakEven) -> str:
 
 
 def inline(figure: Figure, name: str, title: str, colours: Mapping[str, str] = _PAGE_COLOURS) -> str:
-    """Return the figure as an ``<svg>`` element: page colours, ids of its own, a title, no fixed size."""
+    """Return the figure as an ``<svg>`` element with page colours, prefixed ids, a title and no fixed size."""
     buffer = io.StringIO()
-    # No date, no program version: the same evidence gives the same bytes.
+    # No date or program version: the same evidence must give the same bytes.
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     ElementTree.register_namespace("", _SVG)
     ElementTree.register_namespace("xlink", _XLINK)
@@ -284,7 +284,7 @@ def inline(figure: Figure, name: str, title: str, colours: Mapping[str, str] = _
 
 
 def _own_ids(element: ElementTree.Element, name: str) -> None:
-    """Prefix an element's id and its references: several figures share one page."""
+    """Prefix an element's id and its references, since several figures share one page."""
     for key, value in element.attrib.items():
         if key == "id":
             element.set(key, f"{name}-{value}")

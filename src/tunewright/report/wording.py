@@ -1,4 +1,4 @@
-"""Sentences that the page and the comment share."""
+"""Sentences shared by the page and the pull request comment."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ HEADLINES: dict[Decision, str] = {"ship": "Ship", "don't ship": "Don’t ship", 
 
 
 def headline(found: Verdict) -> str:
-    """Return the decision in large print; one on the dev split is marked."""
-    told = HEADLINES[found.decision]
-    return f"{told} (on dev)" if found.split == "dev" else told
+    """Return the verdict's headline, with a mark if it is on the dev split."""
+    text = HEADLINES[found.decision]
+    return f"{text} (on dev)" if found.split == "dev" else text
 
 
 def cause_text(cause: Reason) -> str:
-    """Return a cause of a *don't ship*, what shows it, and what to do."""
+    """Return a cause of a *don't ship* with its evidence and remedy."""
     return f"{cause.what}: {cause.evidence}. Next: {cause.next_command}."
 
 
 def metric_order(evidence: Evidence) -> list[MetricName]:
-    """Return the metrics, the deciding one first; the evidence's file has them by name."""
+    """Return the metrics, the deciding one first; the evidence file sorts them by name."""
     return sorted(evidence.metrics, key=lambda name: name != evidence.metric)
 
 
 def suite_result(suite: Suite) -> str:
-    """Return what came of a suite, or why it does not decide."""
+    """Return a suite's result, or the reason why it does not decide."""
     if suite.margin is None:
         return "no margin: decides nothing"
     return suite.result if suite.gates else f"decides nothing: {suite.failed[0].name} failed"
@@ -47,7 +47,7 @@ def points_interval(interval: Interval) -> str:
 
 
 def noise_line(noise: NoiseFloor) -> str:
-    """Return what changes when nothing is changed."""
+    """Return the noise floor: the changes between two runs with nothing changed."""
     return (
         f"Noise floor: {noise.changed:,} of {noise.items:,} answers changed when the base gave them again "
         f"({noise.how}), and its score by {points_text(noise.score_difference)} points."
@@ -55,7 +55,7 @@ def noise_line(noise: NoiseFloor) -> str:
 
 
 def capitalised(text: str) -> str:
-    """With a capital first letter, and the others as they are."""
+    """Return a text with its first letter capitalised and the rest unchanged."""
     return text[:1].upper() + text[1:]
 
 

@@ -50,11 +50,11 @@ class Evaluation:
     dev_metric: float | None
     """The task's metric on the answered dev rows, from 0 to 1; None if no rows are answered."""
     train_loss: float | None
-    """Of the pairs alone, in a run with replay; None if no pair was trained on since the previous evaluation."""
+    """Training loss, with replay of the pairs alone; None without a trained pair since the previous evaluation."""
 
     @property
     def rank(self) -> tuple[float, float, int]:
-        """Return a sort key, larger is better: the metric, then the dev loss; of equal evaluations the earlier."""
+        """A sort key, larger is better: the metric, then the dev loss; among equal evaluations the earlier one wins."""
         return (0.0 if self.dev_metric is None else self.dev_metric, -self.dev_loss, -self.step)
 
     def folder(self, work: Path) -> Path:

@@ -19,7 +19,7 @@ LIGER_KERNELS = {
 
 
 def missing_for_liger() -> str | None:
-    """Return what Liger's kernels lack on this machine; None if they can run."""
+    """Return the requirement of Liger's kernels that is missing on this machine; None if they can run."""
     import torch
 
     if find_spec("liger_kernel") is None:

@@ -37,7 +37,7 @@ class Replay:
 
 
 def replay_inputs(project: ProjectFolder) -> dict[str, Any]:
-    """Return what decides the replayed rows, apart from version, base, template, seed and train section.
+    """Return the inputs of the replayed rows, apart from version, base, template, seed and train section.
 
     It is empty without replay.
 

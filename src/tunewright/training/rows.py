@@ -180,7 +180,7 @@ def expected_messages(member: Member, rows: int) -> list[list[Message]]:
 
 
 def row_faults(chat: ChatFormat, rows: Sequence[Tokens], expected: Sequence[Sequence[Message]]) -> list[str | None]:
-    """Return what is wrong with each row, if anything; this proves that rows show and train exactly what was intended.
+    """Return each row's fault or None, which proves that rows show and train exactly the intended text.
 
     Args:
         chat: rendered the rows.

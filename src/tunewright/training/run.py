@@ -131,7 +131,7 @@ class Run:
         add_evaluation(checkpoint, trainer.state, self.base)
 
     def details(self) -> dict[str, Any]:
-        """Return how the rows went through the model, for the lineage."""
+        """Return details of the rows' batching and packing, for the lineage."""
         return {
             "micro_batch_size": self.micro_batch.rows,
             "bytes_held": self.held,

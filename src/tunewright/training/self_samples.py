@@ -62,7 +62,7 @@ class Sample:
 
     @property
     def example(self) -> Example:
-        """Return the conversation."""
+        """The conversation."""
         return Example((Message("user", self.instruction), Message("assistant", self.answer)))
 
 
@@ -76,7 +76,7 @@ class Drawn:
 
     @property
     def text(self) -> str:
-        """Return the samples as JSON lines: number and messages."""
+        """The samples as JSON lines: number and messages."""
         rows = [{"number": s.number, "messages": [m.as_dict() for m in s.example.messages]} for s in self.used]
         return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
@@ -93,11 +93,11 @@ class Drawn:
 
 
 class Sampler:
-    """Draws a base's own conversations, the same ones each time, and keeps them in the working folder.
+    """Reproducible draws of a base's own conversations, cached in the working folder.
 
     Args:
         base, chat: the writer and its chat format.
-        weights: what else decides the draw, such as the base's dtype and the engine.
+        weights: further inputs of the draw, such as the base's dtype and the engine.
         complete: has the base write, with any adapter disabled; called only if samples are missing.
         seed: decides the draw.
         purpose: "replay" or "held-out": draws of one seed for different purposes are independent.
@@ -248,7 +248,7 @@ class Sampler:
 
 
 def _instruction(chat: ChatFormat, end_text: str | None, turn: Completion) -> str | None:
-    """Return what the base wrote as the user; None if the turn did not end.
+    """Return the base's text for the user turn; None if the turn did not end.
 
     A base without an end-of-turn token ends the turn with the template's own text, or never learnt to end it: then the
     turn ends at the first empty line.

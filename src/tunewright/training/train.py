@@ -65,7 +65,7 @@ class Paused:
 
     step: int
     best: Evaluation
-    """The best evaluation so far, including the one at the pause: what the run would keep if it ended here."""
+    """The best evaluation so far, including the one at the pause: the run's result if it ended here."""
     seconds: float
     """Training time of this process."""
 
@@ -90,7 +90,7 @@ def training_inputs(project: ProjectFolder, version: DatasetVersion, base: Base,
 
 
 def _selection_inputs(project: ProjectFolder) -> dict[str, Any]:
-    """Return what decides, apart from the train section, which evaluation's adapter is kept."""
+    """Return the inputs, apart from the train section, that decide which evaluation's adapter is kept."""
     config = project.config
     if config.train.eval_max_samples == 0:
         return {"metric": None}
@@ -173,7 +173,7 @@ def train_until(
     work: Path,
     step: int,
 ) -> Paused:
-    """Train as `train` does, up to a step; `train` resumes from what is in ``work`` then.
+    """Train as `train` does, up to a step; `train` then resumes from the checkpoint in ``work``.
 
     Raises:
         UserError: as for `train`; `DivergedError` if the loss is not finite or has exploded.
@@ -199,7 +199,7 @@ class _TrainedRun:
 
     @cached_property
     def evaluated(self) -> list[Evaluation]:
-        """Return the evaluations of the run, in order."""
+        """The evaluations of the run, in order."""
         return evaluations(self.history)
 
 
@@ -340,7 +340,7 @@ def _training_record(
 
 
 def _rendering(encoded: EncodedRows) -> dict[str, Any]:
-    """Return what training saw of a split, by digest, and the rows that the config dropped."""
+    """Return digests of a split as rendered for training, and the rows that the config dropped."""
     return {
         "digest": render_digest(encoded.rows),
         "rows": len(encoded.rows),

@@ -68,7 +68,7 @@ class Trainer(SFTTrainer):
         self._last_log: tuple[float, int] | None = None
         self._breakdown: LossBreakdown | None = None
         attention.register()
-        # Attends by the layout in training, and with SDPA where there is none: when answers are generated.
+        # Use the packed layout in training, and SDPA without a layout, when answers are generated.
         model.set_attn_implementation(attention.NAME)
         add_token_losses(model)
         super().__init__(model=model, data_collator=self.collate, **kwargs)
@@ -120,7 +120,7 @@ class Trainer(SFTTrainer):
 
     @property
     def _min_split_rows(self) -> int:
-        """Return the rows that are split into equally many chunks in every process, even if it has fewer (FSDP)."""
+        """The rows that are split into equally many chunks in every process, even if it has fewer (FSDP)."""
         return self.args.train_batch_size if self.is_fsdp_enabled else 0
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None) -> Any:
@@ -167,7 +167,7 @@ class Trainer(SFTTrainer):
     def _retry(self, model: Any, rows: RawRows, size: int, items: Tensor | int | None, micro: MicroBatch) -> Tensor:
         """Repeat the step with half the rows at once until they fit.
 
-        It starts from zero gradients, because the failed backward pass left a part of its own.
+        It starts from zero gradients, because the failed backward pass left partial ones.
         """
         if self.accelerator.num_processes > 1:
             # The other processes wait for this one's gradients and cannot be notified.

@@ -1,7 +1,7 @@
 """Allowed ``adapter_config.json`` of a foreign adapter: plain LoRA on a Llama's or Mistral's linear layers.
 
 The keys are those of peft 0.21's ``LoraConfig``. Keys that make peft import a module, match a regular expression, add
-layers or change the base are refused by name, and so is every unknown key.
+layers or change the base are refused by name. Every unknown key is refused too.
 """
 
 from __future__ import annotations
@@ -105,12 +105,12 @@ class ForeignConfig:
 
     @property
     def names_base(self) -> str | None:
-        """Return the name of the base that it claims, which proves nothing."""
+        """The name of the base that it claims, which proves nothing."""
         return self.document.base_model_name_or_path
 
     @cached_property
     def modules(self) -> dict[str, str]:
-        """Return the base's adapted modules: full names to the names of their kinds."""
+        """The base's adapted modules: full names to the names of their kinds."""
         chosen = self.document.layers_to_transform
         layers = {chosen} if isinstance(chosen, int) else set(chosen or range(self.shape.layers))
         part = {**dict.fromkeys(ATTENTION, "self_attn"), **dict.fromkeys(MLP, "mlp")}

@@ -82,13 +82,13 @@ class ImportResult:
 
 
 class AdapterImporter:
-    """Checks and stores foreign adapters for a project.
+    """Importer that checks foreign adapters and stores them in a project.
 
     Args:
         adapters: the project's adapters folder.
         trusted: its keys.
         base, chat: what an adapter must match.
-        reporter: shows progress, and reports what is not imported.
+        reporter: shows progress, and reports files that are not imported.
     """
 
     def __init__(self, adapters: Path, trusted: TrustedKeys, base: Base, chat: ChatFormat, reporter: Reporter) -> None:
@@ -248,7 +248,7 @@ class AdapterImporter:
     def _lineage(
         self, files: Path, config: ForeignConfig, source: Path, said: ImportStatement
     ) -> Literal["its own", "stated"]:
-        """Check the lineage against the base and chat format here; if there is none, write what the user states."""
+        """Check the lineage against the base and chat format here; without a lineage, write the user's statements."""
         path = files / LINEAGE
         if path.exists():
             if said.base_matches or said.quantize is not None:

@@ -257,8 +257,8 @@ class SizeClass:
         """Index texts by their rarest shingles, as many as guarantee a common one in near-equal texts.
 
         Of n shingles that have at least o in common with another text, one of the n - o + 1 rarest is among these. A
-        text of n has threshold * n or more in common with a smaller one, and of texts that are no smaller than the
-        class's lowest it has more in common.
+        text of n has threshold * n or more in common with a smaller one. With texts of at least the class's lowest
+        size it has more in common.
         """
         sizes, share = self._sizes, self._threshold / (1 + self._threshold)
         place = np.arange(self._rows.nnz) - np.repeat(self._rows.indptr[:-1], sizes)
@@ -310,7 +310,7 @@ class _Steps:
     def __init__(self, task: Task, total: int) -> None:
         self._task, self._total, self._advanced, self._worked = task, total, 0, 0
         self.work = 0
-        """How much there is to do."""
+        """The total amount of work."""
 
     def done(self, work: int) -> None:
         """Count work as done."""

@@ -91,7 +91,7 @@ def link(texts: Sequence[str], threshold: float, reporter: Reporter, title: str)
 
     with reporter.task(title, len(numbers), "different texts") as task:
         for group in size_classes(rows, sizes, threshold):
-            # All links in line are made before the rest begins, which leaves out what is linked by then.
+            # All pairs of linked texts are marked before the rest begins, which can then skip them.
             for candidates in (group.in_line, partial(group.candidates, labels, task)):
                 for pairs in _batches(candidates(), wanted):
                     first, second, _ = verified(rows, sizes, *pairs, threshold)
@@ -109,8 +109,8 @@ def nearest_kept(
 
     Args:
         texts: the texts, the most deserving first.
-        groups: of each text, [texts]; only texts of one group are compared.
-        kept: the first ``kept`` texts are, whatever they resemble.
+        groups: each text's group, [texts]; only texts of one group are compared.
+        kept: number of first texts that are always kept.
         threshold: in (0, 1].
         reporter: shows the progress.
         title: what the progress is called.

@@ -30,9 +30,9 @@ class Pattern:
     Args:
         kind: its name, as placeholders spell it: ``email`` is replaced by ``<EMAIL_1>``.
         label: its name in messages.
-        category: a secret lets its holder in or pay; personal data says who somebody is.
+        category: a secret gives access or can be used to pay; personal data identifies a person.
         regex: matches it; the group ``value`` is the finding, if there is one.
-        cues: every match, or what is near it, has one of these: texts without any are not searched.
+        cues: every match or its surroundings contain one of these; texts without any are not searched.
         check: further condition on a match.
         rank: where two findings overlap, the lower rank wins, then the longer.
     """
@@ -95,7 +95,7 @@ def _private_key(match: re.Match[str]) -> bool:
 
 
 _AWS_CONTEXT = re.compile(r"(?<![A-Z0-9])A(?:KI|SI)A[A-Z2-7]{16}|(?<!<)aws.?secret|secret.?access.?key", re.IGNORECASE)
-_AWS_NEAR = 160  # characters between a secret key and what says that it is one
+_AWS_NEAR = 160  # characters between a secret key and the text that identifies it
 
 
 def _near_aws_key(match: re.Match[str]) -> bool:

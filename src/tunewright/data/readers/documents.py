@@ -68,8 +68,8 @@ def document_rows(
     """Yield the objects that an expression selects in a JSON document, which is held in memory.
 
     A row that is an object of the document has its line, its path and the objects above it. Rows have numbers instead
-    of lines if two of them start on one line. If an item is anything else, such as an object that the expression
-    creates, rows have their numbers in the result, from 1, with a note.
+    of lines if two of them start on one line. If an item is anything else, such as an object created by the expression,
+    rows are numbered from 1 in the result, with a note.
 
     Args:
         groups: the groups of data.group_by that are above the rows.

@@ -34,7 +34,7 @@ class CheckedFile:
     faulty: int
     notes: tuple[str, ...]
     unreadable: dict[str, str | None] | None
-    """As ``UserError.as_dict``."""
+    """The entries of ``UserError.as_dict``."""
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ def refuse_unfound(groups: Iterable[str], parents: Iterable[Parent | None], path
 
     Args:
         groups: names of groups above the rows.
-        parents: the object above each row; None where there is none.
+        parents: the object above each row; None without one.
         path: the document's.
 
     Raises:

@@ -48,7 +48,7 @@ CODES: dict[str, tuple[str, str]] = {
     "E406": ("two turns of one role in a row", "Merge them, or add the turn between them."),
     "E407": ("a last turn that is not the assistant's", "End with the ideal output."),
 }
-"""Code: what is wrong, what to do. A code's meaning never changes; a new meaning gets a new code."""
+"""Code to description and fix. A code's meaning never changes; a new meaning gets a new code."""
 
 
 class RowError(ValueError):

@@ -49,7 +49,7 @@ def rank_by_centroids(members: Sequence[Member], answers: Sequence[str], reporte
     """Rank rows whose answer another cluster has too, by how much nearer the rows of another answer are.
 
     The score is s' / (s + s'). Here s is the cosine similarity to the centroid of the other clusters' rows with the
-    same answer, and s' the one to the nearest centroid of another answer.
+    same answer. s' is that to the nearest centroid of another answer.
     """
     from scipy.sparse import csr_matrix, diags
 

@@ -1,9 +1,9 @@
 """Rows whose answer is likely wrong, most suspicious first, each with a reason.
 
 If answers are classes, a row is suspicious when a model trained on *other* rows predicts another class (Northcutt et
-al. 2021, "Confident Learning", arXiv 1911.00068; by cleanlab's normalised margin). If answers repeat, but
-are too many for such a model, or it is often wrong, each row is compared with the centroid of its answer's other rows.
-Free text is ranked by a trained adapter's loss, if the caller has it.
+al. 2021, "Confident Learning", arXiv 1911.00068; by cleanlab's normalised margin). If repeated answers are too many for
+such a model, or it is often wrong, each row is compared with the centroid of its answer's other rows. Free text is
+ranked by a trained adapter's loss, if the caller has it.
 """
 
 from __future__ import annotations

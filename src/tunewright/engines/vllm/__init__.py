@@ -1,1 +1,1 @@
-"""The engine ``vllm``: vLLM in an environment of its own, kept running as a child process."""
+"""The engine ``vllm``: vLLM in a separate environment, kept running as a child process."""

@@ -80,8 +80,8 @@ class VllmAnswers:
             requests: requests without constraints; an adapter is named by its digest.
             stop_ids: tokens that end an answer; they are not part of it.
             decode: converts tokens to text; needed if requests have stop strings.
-            adapters: the folder of the adapter that the requests name, by digest; one at most.
-            at_once: the number of requests at vLLM at one time; None: enough to keep it full.
+            adapters: the folder of the requests' adapter, by digest; at most one.
+            at_once: maximum number of concurrent requests to vLLM; None: enough to keep it full.
             tenant: cached prefixes are reused under the same name only.
             on_finished: called with a request's index and its completion as soon as it is finished, in any order and
                 in another thread.
@@ -186,7 +186,7 @@ async def _completed(
         delta = await engine.answer(without_stops, stop_ids, tenant=tenant)
         _take(row, delta.ids, ended=delta.finish == "stop")
         return row.completion
-    # With stop strings tokens are streamed: vLLM need not compute what follows the first stop string.
+    # With stop strings tokens are streamed, so that vLLM stops computing after the first stop string.
     async with aclosing(engine.stream(without_stops, tenant=tenant, stop_ids=stop_ids)) as deltas:
         async for delta in deltas:
             _take(row, delta.ids, ended=delta.finish == "stop")

@@ -68,7 +68,7 @@ class VllmSettings:
 
     @property
     def slots(self) -> int:
-        """``--max-loras``: one more than the most adapters.
+        """``--max-loras``: the maximum number of adapters plus one.
 
         vLLM marks a row without an adapter by -1, and without a GPU takes the weights of the *last* slot for it. So in
         a batch with a tenant's request, a request for the base would be answered with the adapter in that slot. Slots

@@ -3,8 +3,8 @@
 vLLM runs in a separate environment, so this module imports nothing of tunewright. :mod:`.launch` copies it into the
 child's private folder as the package ``tunewright_vllm``.
 
-vLLM's own two resolvers take the name in a request for a path or a repository, and the variable that turns resolvers
-on also opens routes that load any folder. So this one looks names up in a list and nowhere else, and a gate closes all
+vLLM's own two resolvers interpret the name in a request as a path or a repository. The variable that turns resolvers on
+also opens routes that load any folder. So this one looks names up in a list and nowhere else, and a gate closes all
 routes but those of the gateway.
 """
 
@@ -26,7 +26,7 @@ adapter with a manifest also has ``"manifest"``, the SHA-256 of the manifest who
 GATEWAY = "TUNEWRIGHT_GATEWAY"
 """The environment variable with the id of the process that starts vLLM."""
 SIGNED = "manifest.json"
-"""The file in an adapter's folder with the digests of all files, which is what signatures sign."""
+"""The file in an adapter's folder with the digests of all files, which signatures cover."""
 EVICT = "/tunewright/adapters/"
 ROUTES = frozenset({("GET", "/health"), ("GET", "/v1/models"), ("GET", "/metrics"), ("POST", "/v1/completions")})
 

@@ -129,7 +129,7 @@ def require_gguf(base: Base) -> None:
 
 
 def gguf_context(config: Any) -> int:
-    """Return the most tokens that llama.cpp supports for a base: it has no sliding window for this architecture."""
+    """Return the maximum context of a base in llama.cpp, which has no sliding window for this architecture."""
     window = getattr(config, "sliding_window", None)
     context = int(config.max_position_embeddings)
     return context if window is None else min(int(window), context)

@@ -52,7 +52,7 @@ class TensorFile:
 
     Args:
         path: the file.
-        file_type: of matrices; vectors are always float32.
+        file_type: type of the matrices; vectors are always float32.
     """
 
     path: Path

@@ -1,8 +1,8 @@
 """Bytes that one training step needs, by part: arithmetic over a base's shape, nothing is loaded.
 
-What a step keeps between forward and backward is what autograd saves, tensor by tensor, in transformers' Llama and
-Mistral with PEFT's LoRA layers. The tests count those tensors (``torch.autograd.graph.saved_tensors_hooks``) and check
-these sums against them, to the byte.
+Between forward and backward a step keeps the tensors that autograd saves in transformers' Llama and Mistral with PEFT's
+LoRA layers. The tests count those tensors (``torch.autograd.graph.saved_tensors_hooks``) and check these sums against
+them, to the byte.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _INDEX = 8
 """Bytes of an index."""
 
 SHORT = 128
-"""As in training.packing.attention."""
+"""As ``SHORT`` in training.packing.attention."""
 
 TILE_LOGITS = 1 << 25
-"""As in training.packing.fused_loss."""
+"""As ``TILE_LOGITS`` in training.packing.fused_loss."""
 
 CARD_RUNTIME = 1 << 30
 """Assumed, not measured: the CUDA context and cuBLAS's workspaces."""
@@ -68,12 +68,12 @@ class TrainingSetup:
     """Only each layer's input is kept; the backward pass computes the layer again."""
 
     card: bool = False
-    """On a CUDA GPU, not on the CPU."""
+    """True on a CUDA GPU, False on the CPU."""
     dropout: bool = False
 
     @property
     def copies_inputs(self) -> bool:
-        """Return whether each adapted layer keeps its own copy of its input.
+        """True if each adapted layer keeps its own copy of its input.
 
         training.lora.FusedLinear and FusedLinear4bit keep the input that the layers share. peft's own layers, which
         dropout needs, convert it to the adapter's float32 and autocast converts it back, so each keeps a copy.
@@ -82,17 +82,17 @@ class TrainingSetup:
 
     @property
     def flash(self) -> bool:
-        """Return whether attention is FlashAttention, which takes 16 bits only."""
+        """True if attention is FlashAttention, which takes 16 bits only."""
         return self.card and self.dtype == "bfloat16"
 
     @property
     def number(self) -> int:
-        """Return the bytes of a number in the forward pass."""
+        """The bytes of a number in the forward pass."""
         return 2 if self.dtype == "bfloat16" else FLOAT
 
     @property
     def name(self) -> str:
-        """Return the display name."""
+        """The display name."""
         return f"QLoRA {self.dtype}" if self.nf4 else f"LoRA {self.dtype}"
 
 
@@ -115,28 +115,28 @@ class BatchShape:
 
     @property
     def tokens(self) -> int:
-        """Return the tokens that go through the model."""
+        """The tokens that go through the model."""
         return self.shared + self.rows * self.own
 
     @property
     def blocks(self) -> list[tuple[int, int, int]]:
-        """Return (rows, queries, preceding keys) of the prefix and of the suffixes."""
+        """(rows, queries, preceding keys) of the prefix and of the suffixes."""
         blocks = ((1, self.shared, 0), (self.rows, self.own, self.shared))
         return [block for block in blocks if block[1]]
 
     @property
     def sequences(self) -> int:
-        """Return the query sequences of a variable-length batch: the prefix, and each row."""
+        """The query sequences of a variable-length batch: the prefix, and each row."""
         return self.rows + bool(self.shared)
 
     @property
     def attended(self) -> int:
-        """Return the tokens of the rows, counting the prefix once for each."""
+        """The tokens of the rows, counting the prefix once for each."""
         return self.rows * (self.shared + self.own)
 
     @property
     def keys(self) -> int:
-        """Return the keys that attention reads: the prefix's for itself, and each row's."""
+        """The keys that attention reads: the prefix's for itself, and each row's."""
         return self.shared + self.attended
 
 
@@ -155,17 +155,17 @@ class MemoryBreakdown:
     attention: int
     """Kept by attention for the backward pass."""
     head: int
-    """Needed by the output layer and the loss on top of what the active layer needs."""
+    """Memory of the output layer and the loss, in addition to that of the active layer."""
     working: int
     """Temporary memory of the active layer."""
     allocator: int
-    """Held by the allocator on top of what was requested."""
+    """Memory held by the allocator in addition to the requested bytes."""
     runtime: int
     """Libraries and driver, before any model."""
 
     @property
     def total(self) -> int:
-        """Return the sum of all parts."""
+        """The sum of all parts."""
         return sum(asdict(self).values())
 
 
@@ -285,7 +285,7 @@ def _efficient_saved(shape: Shape, setup: TrainingSetup, load: BatchShape) -> in
 
 
 def attention_working(shape: Shape, setup: TrainingSetup, load: BatchShape) -> int:
-    """Return the temporary bytes of the backward pass through one layer's attention, on top of what was kept for it."""
+    """Return the temporary bytes of the backward pass through one layer's attention, besides the saved tensors."""
     b, tokens = setup.number, load.tokens
     # The gradients of the layer's and of attention's output, and of queries, keys and values.
     gradients = tokens * b * (shape.hidden + 2 * shape.queries) + 2 * b * load.keys * shape.keys
@@ -302,7 +302,7 @@ def attention_working(shape: Shape, setup: TrainingSetup, load: BatchShape) -> i
 
 
 def layer_working(shape: Shape, setup: TrainingSetup, load: BatchShape) -> int:
-    """Return the temporary bytes of the backward pass through one layer, on top of what was kept for it."""
+    """Return the temporary bytes of the backward pass through one layer, besides the saved tensors."""
     b, tokens = setup.number, load.tokens
     mlp = b * shape.intermediate * (2 if "down_proj" in setup.targets else 3) + b * shape.hidden
     if shape.experts:
@@ -312,7 +312,7 @@ def layer_working(shape: Shape, setup: TrainingSetup, load: BatchShape) -> int:
     working = tokens * max(mlp, norm) + (setup.number * largest if setup.nf4 else 0)
     if not setup.card:
         return working
-    # When attention's backward runs, what the second half kept is free already.
+    # When attention's backward runs, the tensors saved by the second half are already free.
     return max(working, attention_working(shape, setup, load) - _mlp_half_saved(shape, setup, tokens))
 
 
@@ -330,7 +330,7 @@ def malloc_bytes(setup: TrainingSetup, passing: int) -> int:
 
 
 def estimate(shape: Shape, setup: TrainingSetup, load: BatchShape) -> MemoryBreakdown:
-    """Return what one step with this micro-batch needs at the moment of peak use."""
+    """Return the memory that one step with this micro-batch needs at its peak."""
     b, tokens = setup.number, load.tokens
     adapter = shape.adapter_parameters(setup.targets, setup.rank)
     layer, attention = layer_saved(shape, setup, tokens), attention_saved(shape, setup, load)

@@ -28,7 +28,7 @@ class Memory:
 
     bytes: int
     card: bool
-    """On a CUDA GPU; else this machine's RAM."""
+    """True for a CUDA GPU's memory, False for this machine's RAM."""
     source: str
     """The origin of the number, in words."""
 
@@ -73,7 +73,7 @@ def container_left(group: Path = Path("/sys/fs/cgroup")) -> int | None:
 
 @dataclass(frozen=True)
 class SetupPlan:
-    """One training setup: what the requested batch needs, and the largest micro-batch of each length."""
+    """One training setup: memory of the requested batch, and the largest micro-batch by length."""
 
     setup: TrainingSetup
     asked: MemoryBreakdown
@@ -84,7 +84,7 @@ class SetupPlan:
 
     @property
     def least(self) -> int:
-        """Return the least bytes for the requested batch: the total without the assumed runtime."""
+        """The least bytes for the requested batch: the total without the assumed runtime."""
         return self.asked.total - self.asked.runtime
 
 
@@ -138,13 +138,13 @@ def plan(
     """Plan LoRA and QLoRA, with and without gradient checkpointing, in this memory.
 
     Args:
-        base: its name.
-        shape: its sizes.
+        base: the base's name.
+        shape: the base's sizes.
         settings: targets, rank, dtype and dropout.
         memory: the available memory.
-        rows, length: of the requested batch.
+        rows, length: size of the requested batch.
         shared: tokens of the prefix that all rows share.
-        answer: trained tokens of each row; of a shorter row, all that follow the prefix.
+        answer: trained tokens of each row; for a shorter row, all tokens after the prefix.
     """
 
     setups = []
@@ -258,7 +258,7 @@ def _fits(plan: Plan, setup: TrainingSetup, rows: int, length: int) -> str:
 
 
 def _instead(plan: Plan, setups: dict[bool, TrainingSetup], setup: TrainingSetup, rows: int, length: int) -> list[str]:
-    """Return what does fit, the change with the lowest cost first."""
+    """Return the alternatives that fit, the change with the lowest cost first."""
     instead = []
     fewer = _rows_that_fit(plan, setup, length, rows, halving=True)
     if fewer:

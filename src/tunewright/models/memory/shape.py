@@ -37,17 +37,17 @@ class Shape:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Return the linear layers of each decoder layer; experts are not among them."""
+        """The linear layers of each decoder layer; experts are not among them."""
         return ATTENTION if self.experts else (*ATTENTION, *MLP)
 
     @property
     def queries(self) -> int:
-        """Return the width of all heads' queries, which is also that of the attention's output."""
+        """The width of all heads' queries, which is also that of the attention's output."""
         return self.heads * self.head
 
     @property
     def keys(self) -> int:
-        """Return the width of all heads' keys, which is also that of the values."""
+        """The width of all heads' keys, which is also that of the values."""
         return self.kv_heads * self.head
 
     def linear(self, name: str) -> tuple[int, int]:
@@ -64,20 +64,20 @@ class Shape:
 
     @property
     def linear_parameters(self) -> int:
-        """Return the parameters of the linear layers' weights, which 4-bit quantization covers; biases are not among
+        """The parameters of the linear layers' weights, which 4-bit quantization covers; biases are not among
         them.
         """
         return self.layers * sum(inputs * outputs for inputs, outputs in map(self.linear, self.names))
 
     @property
     def expert_parameters(self) -> int:
-        """Return the parameters of all experts, and of the routers that choose among them."""
+        """The parameters of all experts, and of the routers that choose among them."""
         one = sum(inputs * outputs for inputs, outputs in map(self.linear, MLP))
         return self.layers * self.experts * (one + self.hidden)
 
     @property
     def other_parameters(self) -> int:
-        """Return the parameters that are never quantized: embeddings, norms, biases and experts."""
+        """The parameters that are never quantized: embeddings, norms, biases and experts."""
         embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
         biases = self.attention_bias * sum(self.linear(name)[1] for name in ATTENTION)
         biases += self.mlp_bias * sum(self.linear(name)[1] for name in MLP)
@@ -85,7 +85,7 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        """Return all parameters of the base."""
+        """All parameters of the base."""
         return self.linear_parameters + self.other_parameters
 
     def adapter_parameters(self, targets: Iterable[str], rank: int) -> int:

@@ -1,4 +1,4 @@
-"""Ways of answering, and what they score by every metric."""
+"""Section on the arms, with their scores by every metric."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COLOURS: dict[ArmKind, str] = {
 
 
 def section(evidence: Evidence) -> Section:
-    """Return the arms on the items that were held out, a figure for each metric."""
+    """Return the arms' scores on the held-out items, with a figure for each metric."""
     items, clusters = f"{evidence.items:,} items", f"{evidence.clusters:,} clusters{evidence.inputs_text}"
     if evidence.design == "cross-fitted":
         title = "Arms on all rows, cross-fitted"
@@ -46,7 +46,7 @@ def section(evidence: Evidence) -> Section:
 
 
 def arms_figure(name: str, title: str, arms: Sequence[Arm], metric: MetricName) -> Figure:
-    """Arms under one another by one metric."""
+    """Draw the arms' scores by one metric, one arm per row."""
     bars = [_bar(arm, arm.score(metric)) for arm in arms]
     drawn = forest_plot(name, f"{title}, with 95% intervals", bars, axis=axis_label(metric), limits=(0, 100))
     return Figure(Markup(drawn))
@@ -58,7 +58,7 @@ def _bar(arm: Arm, score: ArmScore) -> Bar:
 
 
 def arms_table(label: str, evidence: Evidence, arms: Sequence[Arm], notes: dict[str, str] | None = None) -> Table:
-    """Arms by every metric; ``notes`` says something of some of them."""
+    """Return a table of the arms by every metric; ``notes`` has remarks by arm name."""
     head = ["Arm"]
     for name in metric_order(evidence):
         head += [capitalised(metric_label(name)), "95% interval"]
@@ -77,6 +77,6 @@ def _row(evidence: Evidence, arm: Arm, note: str) -> Row:
 def _score(arm: Arm, score: ArmScore, kind: str) -> Cell:
     outside = f"{score.outside} outside the choices" if score.outside else ""
     if kind == "right or wrong":
-        told = f"{round(score.value * score.scored)} of {score.scored}"
-        return Cell(f"{100 * score.value:.1f}%", f"{told}; {outside}" if outside else told)
+        count = f"{round(score.value * score.scored)} of {score.scored}"
+        return Cell(f"{100 * score.value:.1f}%", f"{count}; {outside}" if outside else count)
     return Cell(f"{100 * score.value:.1f}", f"of {score.scored}" if score.scored < arm.items else "")

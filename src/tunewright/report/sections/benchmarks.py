@@ -1,4 +1,4 @@
-"""What the base could do before, with the adapter off and on."""
+"""Section on the regression benchmarks, with the adapter off and on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _AXES: dict[Unit, str] = {"share": "loss, points", "nats per token": "loss, nats
 
 
 def section(evidence: Evidence) -> Section | None:
-    """Return every suite, and the loss that its margin allows."""
+    """Return every suite with its result and the loss that its margin allows."""
     found = evidence.general
     if found is None:
         return None
@@ -35,8 +35,8 @@ def section(evidence: Evidence) -> Section | None:
     if found.suites:
         blocks.append(_table(found.suites))
     controls = tuple(_controls(suite) for suite in found.suites if suite.controls)
-    missing = tuple(f"Not measured: {told}" for told in found.not_measured)
-    left_out = tuple(f"{suite.name}, left out: {told}" for suite in found.suites for told in suite.left_out)
+    missing = tuple(f"Not measured: {reason}" for reason in found.not_measured)
+    left_out = tuple(f"{suite.name}, left out: {reason}" for suite in found.suites for reason in suite.left_out)
     if controls or missing or left_out:
         blocks.append(Notes((*controls, *left_out, *missing)))
     return Section("general", "What was forgotten", tuple(blocks))
@@ -86,8 +86,8 @@ def _row(suite: Suite) -> Row:
 
 
 def _controls(suite: Suite) -> str:
-    told = "; ".join(
+    results = "; ".join(
         f"{control.name} {control.score:.3g}, has to be {control.wanted} ({'passed' if control.passed else 'FAILED'})"
         for control in suite.controls
     )
-    return f"Controls of {suite.name}: {told}."
+    return f"Controls of {suite.name}: {results}."

@@ -1,4 +1,4 @@
-"""The differences between arms, and what the first of them has to beat."""
+"""Section on the differences between arms, and on the margin that the deciding one must exceed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tunewright.report.wording import capitalised, noise_line, points_interval
 
 
 def section(evidence: Evidence) -> Section:
-    """Return every contrast, the one that decides first, with raw and adjusted p-values."""
+    """Return every contrast, the deciding one first, with raw and adjusted p-values."""
     figure = forest_plot(
         "contrasts",
         "Differences between arms in points, with 95% intervals, against the margin",
@@ -77,7 +77,7 @@ def _row(evidence: Evidence, contrast: Contrast) -> Row:
 
 
 def _worth(contrast: Contrast) -> str:
-    """Return how many independent items the clustered ones are worth, which few clusters cannot tell."""
+    """Return the effective number of independent items, which cannot be estimated from few clusters."""
     if contrast.effective_items is None:
         return ""
     if contrast.clusters < fewest_clusters(1):

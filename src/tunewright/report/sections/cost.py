@@ -1,4 +1,4 @@
-"""Tokens that a call takes by each arm, which of them a prefix cache holds, and from how many calls training pays."""
+"""Section on the tokens of a call by arm, prefix caching and the break-even of training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _UNMEASURED = "No break-even was measured on these data and this base: `tunewrig
 
 
 def section(evidence: Evidence, advice: Signals | None) -> Section:
-    """What a call sends and what comes back, on the average; and what advice on the same data says of its cost."""
+    """Return the average tokens sent and received per call, and their cost from advice on the same data."""
     first = evidence.contrasts[0]
     ours, theirs = evidence.arm(first.treatment), evidence.arm(first.control)
     head = ("Arm", "Prompt tokens", "The same in every prompt", "New in each", "Answer tokens")
@@ -27,16 +27,16 @@ def section(evidence: Evidence, advice: Signals | None) -> Section:
 
 def _lead(ours: Arm, theirs: Arm) -> str:
     more = theirs.prompt_tokens - ours.prompt_tokens
-    told = (
+    lead = (
         f"Mean tokens of a call. A call of {theirs.name} sends {theirs.prompt_tokens:.0f} tokens, one of {ours.name} "
     )
-    told += f"{ours.prompt_tokens:.0f}: "
+    lead += f"{ours.prompt_tokens:.0f}: "
     if round(more) > 0:
-        told += f"{theirs.prompt_tokens / ours.prompt_tokens:.1f} times as many. "
+        lead += f"{theirs.prompt_tokens / ours.prompt_tokens:.1f} times as many. "
     else:
-        told += "no more. "
+        lead += "no more. "
     return (
-        f"{told}What every prompt begins with a server computes once (prefix caching), so it is the tokens that are "
+        f"{lead}What every prompt begins with a server computes once (prefix caching), so it is the tokens that are "
         "new in each prompt, and the answer's, that a call is paid for."
     )
 
@@ -55,7 +55,7 @@ def _row(arm: Arm) -> Row:
 
 
 def _pays(advice: Signals | None) -> tuple[Block, ...]:
-    """Return the break-even, what it is made of and where it comes from; or only how to measure it."""
+    """Return the break-even with its components and sources, or else the way to measure it."""
     if advice is None:
         return (Lead(_UNMEASURED),)
     even = advice.break_even
@@ -70,7 +70,7 @@ def _pays(advice: Signals | None) -> tuple[Block, ...]:
 
 
 def _drawn(even: BreakEven) -> tuple[Block, ...]:
-    """Both costs over the calls; nothing where the lines never cross."""
+    """Return a figure of both costs by number of calls, or nothing if the lines never cross."""
     if even.calls is None:
         return ()
     caption = "The band is the 95% interval of the number of calls from which on training pays."
@@ -95,7 +95,7 @@ def _once(even: BreakEven) -> tuple[Row, ...]:
 
 
 def _grounds(advice: Signals, even: BreakEven) -> tuple[str, ...]:
-    """Where the numbers come from, and what the interval does not hold."""
+    """Return the sources of the numbers, and the uncertainties that the interval excludes."""
     low, high = amount(even, even.saving_interval.low), amount(even, even.saving_interval.high)
     measured = (
         f"Advice {advice.id}: calls on {counted(advice.items, 'dev item')}, the tuned ones by a pilot adapter. A call "

@@ -1,4 +1,4 @@
-"""What people preferred, blind, and how far they and the judge agree."""
+"""Section on blind human evaluation, and its agreement with the judge."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tunewright.report.wording import percent_interval
 
 
 def section(evidence: Evidence) -> Section | None:
-    """Win rates on all items, verdicts by stratum, and agreement."""
+    """Return win rates on all items, verdicts by stratum, and agreement."""
     review = evidence.human_eval
     if review is None:
         return None
@@ -57,10 +57,10 @@ def _agreement(each: RaterAgreement) -> Row:
 
 def _notes(review: AnswerReview) -> tuple[str, ...]:
     ties = review.answered - sum(review.preferred)
-    told = [f"Of the judged pairs {ties} have no preference: {p_text(review.p_value)} ({review.test})."]
-    told += [
+    sentences = [f"Of the judged pairs {ties} have no preference: {p_text(review.p_value)} ({review.test})."]
+    sentences += [
         f"{who.name}: {who.answered} judged ({who.both} both good, {who.neither} neither), {who.skipped} skipped, "
         f"{who.reference_shown} with the reference shown."
         for who in review.reviewers
     ]
-    return tuple(told)
+    return tuple(sentences)

@@ -1,4 +1,4 @@
-"""Test items: what was broken, what was fixed, and what is still wrong, with the words that differ."""
+"""Section on test items: broken, fixed and still wrong, with word differences."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Numbered = tuple[int, Item]
 
 
 def sections(evidence: Evidence, items: Sequence[Item]) -> tuple[Section, ...]:
-    """Broken items in full, then fixed ones, then those still wrong."""
+    """Return broken items in full, then fixed ones, then those still wrong."""
     first = evidence.contrasts[0]
     groups = _sorted_items(items, first)
     graded = evidence.metrics[first.metric].kind != "right or wrong"
@@ -33,12 +33,12 @@ def sections(evidence: Evidence, items: Sequence[Item]) -> tuple[Section, ...]:
 
 
 def _broken(first: Contrast, word: str, broken: Sequence[Numbered], *, graded: bool) -> Section:
-    told = (
+    intro = (
         f"Scored lower with {first.treatment} than with {first.control}."
         if graded
         else f"Right with {first.control}, wrong with {first.treatment}."
     )
-    lead = f"{told} Words that are not in the reference are marked; ‸ stands where words are missing."
+    lead = f"{intro} Words that are not in the reference are marked; ‸ stands where words are missing."
     return Section("broken", f"{capitalised(word)}: {_count(broken)}", (Lead(lead), Items(_shown(broken, first))))
 
 
@@ -78,7 +78,7 @@ def _count(items: Sequence[Numbered]) -> str:
 
 
 def _sorted_items(items: Sequence[Item], contrast: Contrast) -> dict[str, list[Numbered]]:
-    """Return the items, numbered from 1 in their own order, by what the treatment did to their score."""
+    """Return the items, numbered from 1 in their own order, grouped by the treatment's effect on their score."""
     groups: dict[str, list[Numbered]] = {
         name: [] for name in ("broken", "fixed", "still_wrong", "both_right", "unscored")
     }
@@ -110,7 +110,7 @@ def _shown(numbered: Sequence[Numbered], contrast: Contrast) -> tuple[ShownItem,
 
 
 def _answer(item: Item, arm: str, metric: MetricName) -> ShownAnswer:
-    """Cut the arm's answer where it differs from the reference, by words; it is right where it has the full score."""
+    """Split the arm's answer by words where it differs from the reference; a full score counts as right."""
     answer, reference = item.answers[arm], item.reference
     score = item.scores[metric].get(arm)
     right, mark = score == 1, _mark(score)

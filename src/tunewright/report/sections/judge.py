@@ -1,4 +1,4 @@
-"""What a judge found, or only why it is not heard."""
+"""Section on the judge's findings, or on the reason of its veto."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from tunewright.report.wording import percent_interval, points_interval
 
 
 def section(evidence: Evidence) -> Section | None:
-    """Return the judge's controls first; of a vetoed judge nothing else."""
+    """Return the judge's controls first; for a vetoed judge, nothing else."""
     judge = evidence.judge
     if judge is None:
         return None
     title = "What a judge says"
     if judge.vetoed:
-        told = f"Judge {judge.model}: vetoed, so its judgements do not count."
-        return Section("judge", title, (Lead(told), _controls(judge.controls), Notes(judge.vetoed)))
+        veto = f"Judge {judge.model}: vetoed, so its judgements do not count."
+        return Section("judge", title, (Lead(veto), _controls(judge.controls), Notes(judge.vetoed)))
     blocks: list[Block] = [Lead(judge_line(judge)), _controls(judge.controls)]
     if judge.preferences:
         head = ("Preferred, both orders", "Wins", "Ties", "Losses", "Win rate, %", "95% interval", "Changed with order")

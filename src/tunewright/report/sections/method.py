@@ -1,4 +1,4 @@
-"""How it was measured, and what with."""
+"""Sections on the method and the inputs of the measurement."""
 
 from __future__ import annotations
 
@@ -12,40 +12,40 @@ from tunewright.report.wording import metric_order
 
 
 def section(evidence: Evidence) -> Section:
-    """Metrics, margin, intervals and tests in sentences."""
+    """Return sentences about metrics, margin, intervals and tests."""
     first = evidence.contrasts[0]
     deciding, *others = metric_order(evidence)
-    told = [
+    paragraphs = [
         f"What decides: {metric_label(deciding)}, {evidence.metrics[deciding].definition}. The margin, the smallest "
         f"gain worth shipping, is {100 * evidence.margin:g} points.",
         "Items of one cluster are alike, so they count together: intervals and tests treat whole clusters.",
     ]
     if evidence.engine is not None:
-        told.append(f"All arms were answered by {evidence.engine.text}: {evidence.engine.why}.")
+        paragraphs.append(f"All arms were answered by {evidence.engine.text}: {evidence.engine.why}.")
     if evidence.design == "cross-fitted":
-        told.append(
+        paragraphs.append(
             "Clusters are taken for independent, though items of a fold share an adapter and folds share training "
             "rows: intervals are somewhat too narrow as to another set of pairs (Bengio & Grandvalet 2004)."
         )
-    told += [
+    paragraphs += [
         f"Intervals: {evidence.arm(first.treatment).score(deciding).method} for an arm; {first.interval_method} for "
         "the difference.",
         f"Only the first contrast decides. Its p-value is adjusted (Holm 1979) for the {len(evidence.deciding)} that "
         "were declared; those by other metrics are measured beside it, and are not adjusted.",
         *(f"Measured beside it: {metric_label(name)}, {evidence.metrics[name].definition}." for name in others),
     ]
-    return Section("method", "How this was measured", (Notes(tuple(told)),))
+    return Section("method", "How this was measured", (Notes(tuple(paragraphs)),))
 
 
 def lineage(evidence: Evidence) -> Section:
-    """Return all that the evidence says of what made it."""
+    """Return the lineage recorded in the evidence."""
     rows = tuple(Row(cells(name, value)) for name, value in _flat(evidence.lineage))
     table = Table("Table of lineage", (), rows, "lineage")
     return Section("lineage", "Lineage", (Lead("What made these numbers, by digest."), table))
 
 
 def _flat(lineage: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested lineage as dotted names with their values."""
+    """Return nested lineage as dotted names with their values."""
     rows = []
     for key, value in lineage.items():
         name = f"{prefix}{key}"

@@ -1,4 +1,4 @@
-"""How prompting was chosen: on the dev split, or by each fold of a cross-fitted evaluation."""
+"""Section on the choice of the prompting arm: on the dev split, or by each fold of a cross-validation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tunewright.report.sections.arms import arms_figure, arms_table
 
 
 def section(evidence: Evidence) -> Section | None:
-    """Return the prompting arms that were tried, or the folds; none where the evidence has neither."""
+    """Return the prompting arms, or the folds; None if the evidence has neither."""
     if evidence.design == "cross-fitted":
         return _folds(evidence)
     if not evidence.dev_arms:

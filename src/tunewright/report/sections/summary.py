@@ -1,4 +1,4 @@
-"""The top of the page: the verdict, four numbers, and what they mean."""
+"""The top of the page: the verdict, four numbers, and an explanation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TONES: dict[Decision, str] = {"ship": "ship", "don't ship": "dont", "can't tell
 
 @dataclass(frozen=True)
 class Number:
-    """A number in large print, and what it is."""
+    """A number in large print with its label."""
 
     value: str
     what: str
@@ -24,7 +24,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a reader in a hurry sees."""
+    """The verdict at a glance."""
 
     headline: str
     tone: str
@@ -36,7 +36,7 @@ class Summary:
 
 
 def summary(evidence: Evidence, known: Known | None = None) -> Summary:
-    """Return the verdict with its causes, and the contrast that decides."""
+    """Return the verdict with its causes, and the deciding contrast."""
     result, first = decided(evidence, known), evidence.contrasts[0]
     treatment, control = evidence.arm(first.treatment), evidence.arm(first.control)
     better, worse = changed_words(evidence, first.metric)
@@ -61,7 +61,7 @@ def summary(evidence: Evidence, known: Known | None = None) -> Summary:
 
 
 def _meaning(evidence: Evidence) -> str:
-    """Return the contrast that decides, as a hundred requests would show it."""
+    """Explain the deciding contrast in terms of a hundred requests."""
     first = evidence.contrasts[0]
     if evidence.metrics[first.metric].kind == "right or wrong":
         ours, theirs = (evidence.arm(name).score(first.metric).value for name in (first.treatment, first.control))
@@ -79,5 +79,5 @@ def _meaning(evidence: Evidence) -> str:
 
 
 def _inputs(evidence: Evidence) -> str:
-    """Rows of one input are several items and one request."""
+    """Explain that rows of one input count as several items but one request."""
     return f" ({evidence.references.text})" if evidence.references else ""

@@ -1,4 +1,4 @@
-"""How often the test items had been opened, and what was declared before they were."""
+"""Section on earlier accesses to the test items, and on the contrasts declared beforehand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tunewright.report.blocks import Block, Lead, Row, Section, Table, cells
 
 
 def section(evidence: Evidence) -> Section | None:
-    """This opening and those before it; none in evidence that is older than the ledger."""
+    """Return this access and earlier ones; None for evidence older than the access log."""
     opening = evidence.opening
     if opening is None:
         return None

@@ -1,4 +1,4 @@
-"""Scores by distance from the training data: does it only work on near copies, or on outputs of a known form?"""
+"""Section on scores by distance from the training data, for near copies and for known output templates."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tunewright.report.wording import counted, percent_interval, points_interval
 
 
 def section(evidence: Evidence) -> Section | None:
-    """Each arm's score in bands of similarity to the nearest training input, and what follows for the farthest."""
+    """Return each arm's score by similarity to training inputs, and a conclusion for the farthest items."""
     found = evidence.nearness
     if found is None:
         return None
@@ -41,7 +41,7 @@ def section(evidence: Evidence) -> Section | None:
 
 
 def templates_section(evidence: Evidence) -> Section | None:
-    """Return each arm's score on items whose output template is in training, and on those with a new one."""
+    """Return each arm's score on items with a trained output template, and with a new one."""
     found = evidence.output_templates
     if found is None:
         return None
@@ -104,13 +104,13 @@ def _answer(evidence: Evidence, found: TrainSimilarity) -> str:
     if far.difference is None or far.interval is None:
         return "The farther half of the items is not scored in both arms, so this cannot be told."
     half = f"On the farther half of the items ({far.items:,}, similarity up to {far.high:.2f})"
-    told = f"{half} {found.treatment} minus {found.control} is {points_text(far.difference)} points, 95% interval "
-    told += points_interval(far.interval)
+    measured = f"{half} {found.treatment} minus {found.control} is {points_text(far.difference)} points, 95% interval "
+    measured += points_interval(far.interval)
     if far.interval.low > evidence.margin:
-        return f"No: {told[0].lower()}{told[1:]}, above the margin there, too."
+        return f"No: {measured[0].lower()}{measured[1:]}, above the margin there, too."
     if far.interval.high <= evidence.margin:
-        return f"It may well: {told[0].lower()}{told[1:]}, not above the margin."
-    return f"{told}: that holds values on both sides of the margin, so this cannot be told."
+        return f"It may well: {measured[0].lower()}{measured[1:]}, not above the margin."
+    return f"{measured}: that holds values on both sides of the margin, so this cannot be told."
 
 
 def _name(band: Band) -> str:

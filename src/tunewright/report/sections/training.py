@@ -1,4 +1,4 @@
-"""The training run by its steps, and whether more data would help."""
+"""Section on the training run by step, and on the benefit of more data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tunewright.training.checkpoint_selection import best_evaluation, evaluation
 
 
 def section(evidence: Evidence, history: Sequence[dict[str, Any]]) -> Section | None:
-    """Losses and the dev metric; none of a cross-fitted evaluation, whose folds are told apart."""
+    """Return losses and the dev metric; None for a cross-validation, whose folds have separate runs."""
     if evidence.design == "cross-fitted":
         return None
     trained = f"{evidence.train_items:,} training examples."
@@ -45,7 +45,7 @@ def curve_section(curve: Curve | None) -> Section | None:
 
 
 def _trained_by(evidence: Evidence) -> MetricName:
-    """The metric by which the training chose what to keep; the evaluation's, where the adapter's lineage has none."""
+    """Return the metric that selected the checkpoint, or the evaluation's metric if the lineage has none."""
     training = evidence.lineage.get("adapter", {}).get("lineage", {}).get("training", {})
     metric: MetricName = training.get("metric") or evidence.metric
     return metric

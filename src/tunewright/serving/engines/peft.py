@@ -73,7 +73,7 @@ class PeftEngine:
             their names, and no others can be: see :class:`tunewright.generation.decoding.Batch`.
         stop_ids, pad_id: see :class:`tunewright.generation.decoding.Batch`.
         max_batch: the number of rows that decode at once; further requests wait.
-        context_length: the most tokens that a prompt and its answer may have together.
+        context_length: maximum tokens of a prompt and its answer together.
 
     Raises:
         UserError: an adapter is of a kind that cannot share a batch.
@@ -96,7 +96,7 @@ class PeftEngine:
         self._model = model
         self._loaded: set[str] = set(getattr(model, "peft_config", ()))
         self._batch = Batch(model, stop_ids=stop_ids, pad_id=pad_id)
-        # Guards what other threads read or change: the stop, the commands and the two lists of sequences.
+        # Guards state shared with other threads: the stop, the commands and the two lists of sequences.
         self._changed = threading.Condition()
         self._commands: deque[tuple[Callable[[], None], Future[None]]] = deque()
         self._waiting: deque[_Sequence] = deque()

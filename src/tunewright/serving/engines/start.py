@@ -31,7 +31,7 @@ class EngineSpec:
     Args:
         quantize: the precision of the base's weights.
         adapters: folders by digest, loaded at the start.
-        to_come: folders of adapters that will be loaded later, as far as they are known.
+        to_come: known folders of adapters that will be loaded later.
         spare: the number of further adapters to reserve room for.
     """
 

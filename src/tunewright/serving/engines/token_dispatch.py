@@ -54,5 +54,5 @@ class TokenDispatch:
 
 def _deliver(loop: asyncio.AbstractEventLoop, events: Sequence[tuple[Subscription, Event]]) -> None:
     for subscription, event in events:
-        # A callback of its own each: an exception in one sink must not cost the other requests their tokens.
+        # One callback each: an exception in one sink must not cost the other requests their tokens.
         loop.call_soon(subscription.deliver, event)

@@ -48,7 +48,7 @@ class AdmissionQueue:
         """Wait for a slot and keep it for the block; leaving early, or being cancelled, gives it up.
 
         Args:
-            tenant: on whose account.
+            tenant: the tenant whose turn it takes.
             prompt: tokens of the prompt.
         """
         ticket = self._scheduler.enqueue(tenant, prompt)

@@ -188,7 +188,7 @@ class Gateway:
         finally:
             self._end(handler)
         if result is None:
-            return Response(status_code=499)  # nobody reads it: the client has disconnected
+            return Response(status_code=499)  # not read by anyone: the client has disconnected
         return JSONResponse(response_format.response(*result), headers=headers)
 
     async def _admit(

@@ -109,7 +109,7 @@ class Principal(Protocol):
         Args:
             target: the adapter that answers.
             tokens: the most that the prompts and answers can have together.
-            end_user: the client's label of its own user.
+            end_user: the client's label for its user.
 
         Raises:
             ApiError: 429 or 400, the request is over a limit.

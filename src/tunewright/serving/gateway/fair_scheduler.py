@@ -10,8 +10,8 @@ differ by a constant at most, however many requests one of them sends. A tenant 
 to the lowest counter itself. But then a tenant that sends little alternates with one that always waits, though it
 should go first.
 
-*Rows.* A row stays occupied until its answer ends. So one row in eight is reserved for tenants below their equal share,
-and a tenant that returns need not wait for another one's answer to end.
+*Rows.* A row stays occupied until its answer ends. So one row in eight is reserved for tenants below their equal share.
+A tenant that returns need not wait for another one's answer to end.
 
 *Prefill.* Every row waits for each prefill pass. So a tenant has a token budget of prompts in prefill at one time, as
 in Sarathi-Serve (Agrawal et al. 2024, OSDI, arXiv 2403.02310). The budget is per tenant, or a tenant with one short
@@ -19,7 +19,7 @@ prompt would wait for the prompts of all others. Prompts above the budget are co
 of them at a time over all tenants.
 
 The engine gets somewhat more requests than it has rows. Otherwise a row would stay empty for the pass in which the
-gateway hears of a finished answer and submits the next request (docs/decisions/0026).
+gateway receives a finished answer and submits the next request (docs/decisions/0026).
 
 The last two rules cost throughput, so a tenant alone is exempt. It is alone if no other tenant has had a request here
 in the last minute.
@@ -34,7 +34,7 @@ from dataclasses import dataclass
 
 PROMPT_WEIGHT = 1.0
 ANSWER_WEIGHT = 2.0
-"""The paper's weights: an answer's token takes a pass of its own, and a prompt's token shares one."""
+"""The paper's weights: an answer's token takes a whole pass, and a prompt's token shares one."""
 PREFILL_TOKENS = 128
 """A tenant's budget of prompt tokens in prefill; a prompt up to this length counts as short."""
 ROWS_PER_RESERVED = 8

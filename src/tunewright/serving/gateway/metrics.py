@@ -129,7 +129,7 @@ class _Gauges(Collector):
 def exposed(metrics: Metrics, host: str, port: int) -> Iterator[str]:
     """Serve the metrics while the block runs, and yield their address; port 0 picks a free one.
 
-    They have a listener of their own, since tenants must not see each other's names.
+    They have a separate listener, since tenants must not see each other's names.
 
     Raises:
         UserError: the server cannot listen on the address.

@@ -48,7 +48,7 @@ class RequestPreprocessor:
     """Tokenizes prompts, checks them against the limits, and makes generation requests of them.
 
     Args:
-        context: the most tokens that a prompt and its answer may have together.
+        context: maximum tokens of a prompt and its answer together.
     """
 
     def __init__(self, tokenization: Tokenization, limits: GatewayConfig, context: int) -> None:
@@ -56,7 +56,8 @@ class RequestPreprocessor:
         self._limits = limits
         self._context = context
         self.body_bytes = limits.max_body_bytes or _BYTES_PER_TOKEN * context + _SPARE_BYTES
-        # A long prompt takes half a second, in which the event loop would send nobody's tokens. One thread only, since
+        # Tokenizing a long prompt takes half a second, which would block all streams in the event loop. One thread
+        # only, since
         # tokenizers are not thread-safe; its queue is fair, so that no tenant waits for all of another's prompts.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tunewright-tokenizer")
         self._queue = AdmissionQueue(1)

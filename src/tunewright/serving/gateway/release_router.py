@@ -1,7 +1,7 @@
 """The adapters behind the aliases: follows the releases, and loads and unloads adapters for them.
 
-The adapters of a new release are loaded first, then the alias is switched, and the old adapter is unloaded after its
-last answer has ended. So a release drops no request, and no answer changes its adapter on the way.
+The adapters of a new release are loaded first, then the alias is switched. The old adapter is unloaded after its last
+answer has ended. So a release drops no request, and no answer changes its adapter on the way.
 """
 
 from __future__ import annotations

@@ -53,14 +53,14 @@ class GenerationRequest:
     """One prompt: the engine's request, and the sink of its tokens.
 
     The engine delivers tokens here, in the gateway's event loop. Each delivery is counted, decoded and emitted as
-    text; no task or queue of this request stands between. All times are of the monotonic clock.
+    text, without any task or queue in between. All times are of the monotonic clock.
 
     Args:
         body: the HTTP request's body.
         target: the adapter that answers.
         engine_request: prompt and sampling for the engine.
         stops: texts that end the answer.
-        tenant: on whose account it waits for a slot.
+        tenant: the tenant whose turn it takes in the queue.
         arrived: when the HTTP request arrived.
     """
 
@@ -121,7 +121,7 @@ class GenerationRequest:
         self._queued_at = time.monotonic()
 
     def emit_to(self, emit: Callable[[TextChunk | Failure], None]) -> None:
-        """Set the receiver of the text: of each chunk, and at last of a chunk with ``finish`` or an error."""
+        """Set the receiver of the text: every chunk, and finally one with ``finish`` or an error."""
         self._emit = emit
 
     async def generate(self, engine: Engine, queue: AdmissionQueue) -> None:
@@ -176,7 +176,7 @@ class GenerationRequest:
             self._end("failed", error)
 
     def usage(self) -> RequestUsage:
-        """Return what the request has used so far."""
+        """Return the request's usage so far."""
         now = time.monotonic()
         return RequestUsage(
             prompt_tokens=0 if self._admitted_at is None else self.prompt_tokens,

@@ -1,8 +1,8 @@
 """Request bodies and errors of OpenAI's API (https://platform.openai.com/docs/api-reference/chat and /completions).
 
 A request may have the fields declared here, whichever engine answers. SDKs send many others with a neutral value, one
-that changes nothing: those are dropped. Any other field or value is refused by name, be it one that would change the
-answer or one that only the server may set (``cache_salt``, ``priority``, ``lora_request``, …).
+that changes nothing: those are dropped. Any other field or value is refused by name: those that would change the
+answer, and those that only the server may set (``cache_salt``, ``priority``, ``lora_request``, …).
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ class _BaseRequest(_Part):
 
     @property
     def end_user(self) -> str | None:
-        """The client's label of its own user; ``safety_identifier`` is OpenAI's newer name of ``user``."""
+        """The client's label for its user; ``safety_identifier`` is OpenAI's newer name of ``user``."""
         return self.safety_identifier or self.user or None
 
     @property

@@ -19,7 +19,7 @@ from tunewright.core.interrupts import handled_elsewhere
 
 DRAIN_SECONDS = 30
 _FLUSH_SECONDS = 5
-"""How long clients may take to read the error that ends their request."""
+"""Time for clients to read the error that ends their request."""
 
 
 class Drainable(Protocol):

@@ -26,7 +26,7 @@ from tunewright.serving.tenants import State
 
 @dataclass(frozen=True)
 class TenantSource:
-    """The tenants and their releases, as the source of what a server offers.
+    """The tenants and their releases, as the source of a server's models.
 
     Args:
         state: tenants, keys and releases; the server closes it.

@@ -21,7 +21,7 @@ from tunewright.serving.gateway.schemas import ApiError
 T = TypeVar("T")
 
 FLUSH_SECONDS = 5.0
-"""How long a client may take, after a stream's deadline, to read the error that ends it."""
+"""Time for a client to read the error that ends a stream, after its deadline."""
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False)  # json.dumps would create one for each event
 
@@ -104,7 +104,7 @@ async def sse_events(
 ) -> AsyncGenerator[str, None]:
     """Yield the answers as server-sent events; an error on the way is the last one.
 
-    What is known at one moment is yielded together: to send costs more than to encode, however little is sent.
+    Events available at the same moment are yielded together, since sending costs more than encoding.
     """
     documents = response_format.first_chunks()
     unfinished, tokens = len(handler.requests), 0

@@ -254,7 +254,7 @@ def falls_to(tenant: str, body: RequestBody, digest: str, share: float) -> bool:
     """Return whether a canary with this share of the traffic answers a request.
 
     It depends on a hash of the conversation up to the first user message. So all requests of a conversation have the
-    same adapter, on every server, and a conversation within one share is within each larger share of the same adapter.
+    same adapter, on every server. A conversation within one share is also within each larger share of the same adapter.
     """
     hashed = hashlib.sha256(canonical_json([digest, tenant, body.beginning]).encode()).digest()
     return int.from_bytes(hashed[:8]) < share * 2**64

@@ -130,12 +130,12 @@ class _Session:
         await self.mixed(check)
 
     async def new_version(self, check: str) -> None:
-        """What releases do: an adapter replaces another one, or is loaded before the other is unloaded.
+        """Simulate releases: an adapter replaces another one, or is loaded before the other is unloaded.
 
         One half of the adapters replaces the other half one by one. Then the other half is loaded as well, and stays
         alone. The same prompts are sent before and after. So each adapter follows another one with the same prompts.
-        And whichever free slot an engine takes first (the lowest, the oldest, the one left last), some adapter gets a
-        slot that another one has left.
+        Whichever free slot an engine takes first (lowest, oldest, last freed), some adapter gets a slot that another
+        one has left.
         """
         digests, prompts = list(self.folders), self.long.distinct
         if len(digests) < 2:
@@ -186,8 +186,8 @@ def check_isolation(
         folders: the adapters by digest.
         prompts: the candidates for probes, from the adapters' own tasks, on which they differ.
         context: the engine's context length in tokens.
-        tolerance: the most nats by which a correct token may fall short: see :data:`TOLERANCE`.
-        names: names of the models for people.
+        tolerance: maximum nats by which a correct token may fall short: see :data:`TOLERANCE`.
+        names: display names of the models.
         long: tokens of the prompts that test prefix caches: see :data:`LONG` and :data:`SHORT`.
 
     Raises:

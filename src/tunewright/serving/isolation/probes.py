@@ -1,7 +1,7 @@
 """Probes: prompts on which models differ, so that an answer of a wrong model is detected.
 
 Each pair of models must be distinguished, but most pairs cost no pass over a model. Two greedy answers agree up to the
-token at which they diverge, and there the model's own answer has already shown by how much the other's token is less
+token at which they diverge. There the model's own answer has already shown by how much the other's token is less
 likely. So the number of passes grows with the models, and not with their pairs.
 """
 
@@ -18,13 +18,13 @@ Digest = str | None
 Ids = tuple[int, ...]
 
 PROBE_MARGIN = 2.0
-"""The shortfall of a wrong answer to a probe, in tolerances, at least. More than one tolerance is a failure."""
+"""Minimum shortfall of a wrong answer to a probe, in tolerances. More than one tolerance is a failure."""
 TOKENS = 8
 """Tokens of an answer: enough for models to differ, few enough for many requests."""
 PER_MODEL = 2
-"""The number of probes of a model, at least."""
+"""Minimum number of probes of a model."""
 END = -1
-"""Stands for all tokens that end an answer."""
+"""Placeholder for all tokens that end an answer."""
 _GROUP = 2
 """Prompts that are tried at once."""
 
@@ -82,7 +82,7 @@ class Probes:
 
     @property
     def every(self) -> list[tuple[Digest, Ids]]:
-        """Each model with each of its probes."""
+        """Pairs of a model and each of its probes."""
         return [(model, prompt) for model, prompts in self.prompts.items() for prompt in prompts]
 
     @property

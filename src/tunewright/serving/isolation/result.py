@@ -57,7 +57,7 @@ class IsolationResult:
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """The reasons for a verdict other than "isolated", one per line; of many, the first few and a count."""
+        """The reasons for a verdict other than "isolated", one per line, shortened to the first few and a count."""
         lines = [
             f"{check.name}: a request for {failure.asked} got "
             + (

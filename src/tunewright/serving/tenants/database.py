@@ -18,7 +18,7 @@ from tunewright.core.io import write_text, writing
 from tunewright.serving.tenants.tables import SCHEMA_VERSION, audit_head, metadata, schema
 
 BUSY_SECONDS = 10
-"""How long a writer waits for others, each of which holds SQLite for well under a millisecond."""
+"""Timeout of a writer that waits for others, each of which locks SQLite for well under a millisecond."""
 
 _SCHEMA_LOCK = 7_263_148_051  # an arbitrary number among PostgreSQL's advisory locks
 _WRITES = "tunewright_writes"
@@ -194,7 +194,7 @@ def _set_wal(connection: Any) -> None:
             connection.execute("PRAGMA journal_mode=WAL")
             return
         except sqlite3.OperationalError as error:
-            # The higher bits tell kinds of "busy" apart.
+            # The higher bits distinguish kinds of "busy".
             if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > until:
                 raise
         time.sleep(0.005)

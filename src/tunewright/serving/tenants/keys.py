@@ -1,9 +1,9 @@
 """API keys: shown once when created, and stored as a hash.
 
-A key is ``tw_PREFIX_SECRET``. The prefix identifies the key's row and may be shown; the secret has 256 random bits.
-The database has the SHA-256 of the whole key. Slow hashes (bcrypt, Argon2) protect passwords, which people choose from
-few enough that a thief can try them all. Nobody can try 2**256 keys, however fast the hash, and a slow one would delay
-every request (NIST SP 800-63B, section 5.1.1.2, asks for it below 112 bits).
+A key is ``tw_PREFIX_SECRET``. The prefix identifies the key's row and may be shown; the secret has 256 random bits. The
+database has the SHA-256 of the whole key. Slow hashes (bcrypt, Argon2) protect passwords, which people choose from few
+enough that a thief can try them all. 2**256 keys cannot be tried, however fast the hash, and a slow hash would delay
+every request. NIST SP 800-63B, section 5.1.1.2, requires one only below 112 bits.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ def key_hash(key: str) -> str:
 
 
 def _has_hash(key: str, stored: str | None) -> bool:
-    """Return whether a key has the stored hash (None: of no key), in the same time either way."""
+    """Return whether a key has the stored hash (None: no key's), in the same time either way."""
     return hmac.compare_digest(key_hash(key), stored or _NO_HASH) and stored is not None
 
 

@@ -34,7 +34,7 @@ _SETTLE = update(requests).where(requests.c.id == bindparam("number"), requests.
 
 @dataclass(frozen=True)
 class Limits:
-    """A tenant's limits; None is no limit."""
+    """A tenant's limits; None means unlimited."""
 
     requests_per_minute: int | None = None
     """Requests that start within any 60 seconds."""
@@ -113,7 +113,7 @@ class Reservation:
     tokens: int
     """The most that prompts and answers can have together."""
     end_user: str | None = None
-    """The tenant's label of its own user."""
+    """The tenant's label for its user."""
 
 
 @dataclass(frozen=True)

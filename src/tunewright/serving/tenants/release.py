@@ -56,11 +56,11 @@ class Release:
     """Counts within the alias, from 1."""
     action: Action
     adapter: str
-    """The alias's adapter from this release on; of an undeployment, the adapter until then."""
+    """The alias's adapter from this release on; for an undeployment, the adapter until then."""
     digest: str
     candidate: Candidate | None
     restores: int | None
-    """Of a rollback: the number of the restored release."""
+    """For a rollback, the number of the restored release."""
     grounds: Grounds
     author: str | None
     created: float
@@ -74,7 +74,7 @@ class Release:
 
     @property
     def answer(self) -> tuple[str, bool]:
-        """What decides the alias's answers: equal for two releases that answer alike."""
+        """The part of a release that decides the alias's answers: equal for two releases that answer alike."""
         return self.digest, self.system_prompt
 
     @property

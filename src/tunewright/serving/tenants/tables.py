@@ -117,7 +117,7 @@ requests = Table(
     Column("total_s", Double),
     Column("outcome", String(16)),
     Column("finished", Double),
-    Column("end_user", LongText),  # the tenant's label of its own user
+    Column("end_user", LongText),  # the tenant's label for its user
     # For the limits: a tenant's requests of the last minute, and its unfinished ones.
     Index("requests_by_time", "tenant_id", "started"),
 )
@@ -128,7 +128,7 @@ Index(
     postgresql_where=requests.c.finished.is_(None),
 )
 
-# What remains of requests that were rolled up: daily totals, and the last use of each key.
+# Records that remain after the roll-up: daily totals, and the last use of each key.
 usage_days = Table(
     "usage_days",
     metadata,

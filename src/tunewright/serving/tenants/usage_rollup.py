@@ -1,6 +1,6 @@
-"""Rolls old requests up into daily totals, and deletes the individual records.
+"""Roll-up of old requests into daily totals, which replace the individual records.
 
-Otherwise the records of all requests would be kept forever. Each day has a transaction of its own, so that an
+Otherwise the records of all requests would be kept forever. Each day has a separate transaction, so that an
 interrupted call leaves complete days behind, and the next call resumes.
 """
 

@@ -57,8 +57,8 @@ def attend(
         attention_mask: of a padded batch; a packed row needs none.
         layout: of a packed row.
         scaling: factor of the scores.
-        sliding_window: how many tokens each token sees, itself included; None: all before it.
-        kwargs: what else transformers passes to SDPA.
+        sliding_window: number of tokens each token sees, including itself; None: all before it.
+        kwargs: further arguments of transformers for SDPA.
 
     Returns:
         The attended values [1, T, H, D], and no weights.
@@ -191,7 +191,7 @@ def _within_on_card(
 
 
 def _seen(queries: int, before: int, window: int | None, device: torch.device | None = None) -> Tensor:
-    """Return which keys each query sees, bool [S, P]."""
+    """Return the keys that each query sees, bool [S, P]."""
     position = torch.arange(before, before + queries, device=device)[:, None]  # [S, 1]
     key = torch.arange(before + queries, device=device)  # [P]
     seen = key <= position

@@ -29,7 +29,7 @@ class Piece:
     """Consecutive tokens of one row that are adjacent in the packed row."""
 
     row: int
-    """The row's index in the batch; of a prefix, any of the rows that share it."""
+    """The row's index in the batch; for a prefix, any of the rows that share it."""
     first: int
     """Index of the first token in its row."""
     length: int
@@ -38,7 +38,7 @@ class Piece:
 
     @property
     def tokens(self) -> int:
-        """Return the length, under the name that a block has for it."""
+        """The length, under the name that a block has for it."""
         return self.length
 
 
@@ -55,17 +55,17 @@ class Block:
 
     @property
     def start(self) -> int:
-        """Return the block's first index in the packed row."""
+        """The block's first index in the packed row."""
         return self.suffixes[0].start
 
     @cached_property
     def tokens(self) -> int:
-        """Return the number of tokens of all suffixes."""
+        """The number of tokens of all suffixes."""
         return sum(piece.length for piece in self.suffixes)
 
     @cached_property
     def longest(self) -> int:
-        """Return the tokens of the longest suffix."""
+        """The tokens of the longest suffix."""
         return max(piece.length for piece in self.suffixes)
 
 
@@ -88,7 +88,7 @@ class Sequences:
 
     @property
     def count(self) -> int:
-        """Return the number of sequences."""
+        """The number of sequences."""
         return len(self.cu_seqlens_q) - 1
 
 
@@ -97,18 +97,18 @@ class Layout:
     """A packed row's prefixes and blocks, in their order."""
 
     prefixes: tuple[Piece, ...]
-    """One for each group; of length 0 if its rows share nothing."""
+    """One prefix per group; its length is 0 if the group's rows share nothing."""
     blocks: tuple[Block, ...]
     sequences: Sequences
 
     @property
     def pieces(self) -> list[Piece]:
-        """Return all pieces in the packed row's order."""
+        """All pieces in the packed row's order."""
         return [piece for piece, _ in _sequences(self.prefixes, self.blocks)]
 
     @cached_property
     def parts(self) -> list[Piece | Block]:
-        """Return prefixes and blocks in the packed row's order, without empty ones."""
+        """Prefixes and blocks in the packed row's order, without empty ones."""
         parts: list[Piece | Block] = [*(prefix for prefix in self.prefixes if prefix.length), *self.blocks]
         return sorted(parts, key=lambda part: part.start)
 

@@ -78,7 +78,7 @@ def pack(
 
     Args:
         rows: token ids.
-        labels: of the same lengths: the id of a trained token, else -100 (as in transformers, not shifted).
+        labels: lists of the same lengths: the id of a trained token, else -100 (as in transformers, not shifted).
         share: compute shared prefixes once; else every row is laid out in full.
         groups: the grouping (None: the best one, see `plan_groups`).
         replayed: which rows are replayed (None: no row).

@@ -36,7 +36,7 @@ class Sharing:
 
     @property
     def ratio(self) -> float:
-        """Return the factor by which sharing reduces the tokens."""
+        """The factor by which sharing reduces the tokens."""
         return self.tokens / self.computed
 
 

@@ -28,7 +28,7 @@ class _Line(BaseModel):
 
 
 class Head(_Line):
-    """The first line: what is swept, on which data, and how trials are compared."""
+    """The first line: settings of the sweep, its data, and the comparison of trials."""
 
     schema_version: Literal[1] = 1
     sweep: str
@@ -41,7 +41,7 @@ class Head(_Line):
     steps: int
     rungs: tuple[int, ...]
     trials: dict[str, dict[str, Any]]
-    """By name: preset, learning_rate, and inputs, the digest by which `tunewright train` finds the run."""
+    """Trial settings by name: preset, learning_rate, and inputs, the digest that `tunewright train` looks up."""
 
 
 class Entry(_Line):
@@ -52,7 +52,7 @@ class Entry(_Line):
     event: Event
     trial: str
     rung: int
-    """From 1; 0 for the first steps, which are timed."""
+    """Rung index from 1; 0 for the first steps, which are timed."""
     step: int
     steps: int = 0
     """Steps made for this line."""
@@ -66,7 +66,7 @@ class Entry(_Line):
 
     @property
     def rank(self) -> tuple[float, float]:
-        """Return a sort key, larger is better: the metric, then the dev loss."""
+        """A sort key, larger is better: the metric, then the dev loss."""
         assert self.dev_loss is not None
         return (0.0 if self.dev_metric is None else self.dev_metric, -self.dev_loss)
 
@@ -139,5 +139,5 @@ class Ledger:
 
     @property
     def seconds(self) -> float:
-        """Return the time spent on the sweep so far."""
+        """The time spent on the sweep so far."""
         return sum(entry.seconds for entry in self.entries)

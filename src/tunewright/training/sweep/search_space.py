@@ -79,7 +79,7 @@ def _trial(own: TrainConfig, preset: str, rate: float) -> Trial:
 
 
 def survivors(trials: int) -> int:
-    """Return how many trials advance: the better half, rounded down, and at least one."""
+    """Return the number of trials that advance: the better half, rounded down, and at least one."""
     return max(trials // 2, 1)
 
 
@@ -88,9 +88,9 @@ class Pace:
     """Measured training time in seconds."""
 
     step: float
-    """Of an optimizer step of the slowest kind of trial."""
+    """Seconds of an optimizer step of the slowest kind of trial."""
     rung: float
-    """Of a rung besides its steps: loading the base, evaluating dev."""
+    """Seconds of a rung besides its steps: loading the base, evaluating dev."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Schedule:
             through: trials that have finished this rung.
             rung: from 0.
             behind: steps that the next trial has made already.
-            pace: as measured.
+            pace: the measured pace.
         """
         return self._one(rung, behind, pace) + self.seconds(survivors(through + 1), rung + 1, pace)
 

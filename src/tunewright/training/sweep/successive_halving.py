@@ -40,11 +40,11 @@ class SuccessiveHalving:
 
     Args:
         trials: most promising first.
-        schedule: when they are compared.
-        ledger: of this sweep.
+        schedule: the steps at which trials are compared.
+        ledger: the sweep's ledger.
         train_to: trains a trial.
         budget: seconds for the whole sweep, including those in the ledger; None: unlimited.
-        reporter: reports what is done and what is left out.
+        reporter: reports finished and skipped work.
         clock: returns seconds.
     """
 
@@ -146,10 +146,10 @@ class SuccessiveHalving:
         return self.ledger.add("diverged", trial.name, number, step, seconds=self._since(began), why=why)
 
     def _better_half(self, alive: Sequence[Trial], through: dict[str, Entry], rung: int) -> list[Trial]:
-        """Return the trials that advance; of the last rung, the winner."""
+        """Return the trials that advance; for the last rung, the winner."""
         last = rung + 1 == len(self.schedule.rungs)
         measured = [t for t in alive if t.name in through and through[t.name].event != "diverged"]
-        # A stable sort: of equal trials the more promising comes first.
+        # A stable sort: among equal trials the more promising comes first.
         ranked = sorted(measured, key=lambda t: through[t.name].rank, reverse=True)
         keep = 1 if last else survivors(len(through))
         for place, trial in enumerate(ranked):

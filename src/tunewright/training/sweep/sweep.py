@@ -47,7 +47,7 @@ class SweepResult:
 
     @property
     def edge_warning(self) -> str | None:
-        """Return a warning if the winner's rate is the lowest or highest tried, so that the best may be beyond it."""
+        """A warning if the winner's rate is the lowest or highest tried, so that the best may be beyond it."""
         if self.winner is None:
             return None
         rate, rates = self.winner.train.learning_rate, [t["learning_rate"] for t in self.ledger.head.trials.values()]
@@ -61,7 +61,7 @@ class Sweep:
     """The trials of a config on a dataset version, and all inputs that decide their results.
 
     Args:
-        project: its config is what the trials vary.
+        project: its config is varied by the trials.
         version, base, chat: as for `train`.
         reporter: shows progress and reports warnings.
         rates: learning rates to try; None: three around the suggested one, see `default_rates`.
@@ -132,10 +132,10 @@ class Sweep:
         )
 
     def run(self, minutes: float | None = None) -> SweepResult:
-        """Sweep within so many minutes, counting all commands that contributed; None: unlimited.
+        """Sweep within a budget in minutes, which covers all contributing commands; None: unlimited.
 
         Raises:
-            UserError: too few minutes for a single trial, or any error of training.
+            UserError: too few minutes for a single trial, or any error of a training.
             KeyboardInterrupt: stopped by a signal; the ledger has all finished work, and a checkpoint is saved.
         """
         ledger = Ledger(self.folder, self.head)

@@ -28,8 +28,8 @@ class CacheSlots:
     """All slots; they belong to one event loop at a time.
 
     Args:
-        rows: the most requests at once.
-        tokens: the most tokens of all requests together.
+        rows: maximum number of concurrent requests.
+        tokens: maximum total tokens of all requests.
     """
 
     def __init__(self, rows: int, tokens: int) -> None:

@@ -49,9 +49,9 @@ class LlamaCppSettings:
     Args:
         base: the GGUF file of the base.
         lora_file: returns an adapter's GGUF file, given its digest and folder.
-        max_batch: the most requests at once.
-        context: the most tokens of one request, prompt and answer together.
-        tokens: the most tokens of all requests together, at least ``context``.
+        max_batch: maximum number of concurrent requests.
+        context: maximum tokens of one request, prompt and answer together.
+        tokens: maximum total tokens of all requests, at least ``context``.
         threads: the number of threads that compute.
     """
 
