@@ -167,9 +167,7 @@ def test_a_verdict_warns_of_earlier_openings_with_their_number() -> None:
     assert "opened" not in " ".join(verdict(EVIDENCE).reasons)
     opened = EVIDENCE.model_copy(update={"openings": (earlier(1), earlier(2))})
     (caution,) = [reason for reason in verdict(opened).reasons if "opened" in reason]
-    assert caution.startswith(
-        "Caution: The test items had been opened 2 times before this (last on 2026-01-02"
-    )
+    assert caution.startswith("Caution: The test items had been opened 2 times before this (last on 2026-01-02")
     assert "by ann, with court-citations-2" in caution
     assert verdict(opened).decision == verdict(EVIDENCE).decision
 
