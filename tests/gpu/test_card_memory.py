@@ -27,7 +27,7 @@ def _counted(shape: Shape, setup: TrainingSetup, load: BatchShape) -> int:
     """
     settings = {
         "preset": "all-linear" if setup.targets == TARGETS else "classic",
-        "rank": setup.rank,
+        "lora_r": setup.rank,
         "epochs": 1,
         "batch_size": load.rows,
         "max_length": 1 << 17,

@@ -87,12 +87,12 @@ def test_training_stays_on_the_gpu(card: CardProcess, name: str, options: dict[s
 
 @pytest.mark.parametrize("options", [{}, {"nf4": True}, {"mistral": True, "window": 8}])
 def test_kl_replay_stays_on_the_gpu(card: CardProcess, options: dict[str, Any]) -> None:
-    report = card.run(_run, "tiny", 3, replay={"samples": 4, "kl": 0.5}, **options)
+    report = card.run(_run, "tiny", 3, replay={"samples": 4, "kl_coef": 0.5}, **options)
     assert {"loss", "pair_loss", "replay_kl"} <= report.history[0].keys()
     assert not [copy for copy in report.copies if copy.in_layer]
 
 
-@pytest.mark.parametrize(("replay", "reads"), [(None, 2), ({"samples": 4, "kl": 0.5}, 3)])
+@pytest.mark.parametrize(("replay", "reads"), [(None, 2), ({"samples": 4, "kl_coef": 0.5}, 3)])
 def test_step_copies_only_logged_values_from_the_gpu(
     card: CardProcess, replay: dict[str, Any] | None, reads: int
 ) -> None:
@@ -138,7 +138,7 @@ def _blocking(report: Report) -> Counter[str]:
 @pytest.mark.parametrize("nf4", [False, True])
 def test_training_allocates_no_quadratic_tensor(card: CardProcess, nf4: bool) -> None:
     load = BatchShape(rows=32, shared=100, own=120, trained=4)
-    report = card.run(_run, "tiny", nf4=nf4, load=load, micro_batch=load.rows)
+    report = card.run(_run, "tiny", nf4=nf4, load=load, micro_batch_size=load.rows)
     assert report.largest[0] < load.tokens**2 / 8, report.largest
 
 
