@@ -14,7 +14,7 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest
 from tunewright.core.progress import Reporter
-from tunewright.data.notices import FEWEST_TRAINING_PAIRS
+from tunewright.data.splits import FEWEST_TRAINING_PAIRS
 from tunewright.data.versions import DatasetVersion
 from tunewright.evaluation.subsets import subset_versions
 from tunewright.models.bases import Base

@@ -17,11 +17,9 @@ from tunewright.data.dedup.output_leakage import OutputLeakage
 from tunewright.data.examples import Example, Message, answers_repeat, class_like
 from tunewright.data.readers import Fault, SourceRow
 from tunewright.data.readers.row_errors import CODES
-from tunewright.data.splits import Split
+from tunewright.data.splits import FEW_TRAINING_PAIRS, FEWEST_TRAINING_PAIRS, Split
 from tunewright.data.versions import DatasetVersion, Member
 
-FEWEST_TRAINING_PAIRS = 50
-FEW_TRAINING_PAIRS = 500
 LARGE_CLUSTER = 0.05
 _LONG_INPUT = 200
 _MOST_EXAMPLES = 10

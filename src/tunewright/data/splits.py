@@ -11,6 +11,10 @@ from typing import Literal, get_args
 from tunewright.config import DataConfig
 from tunewright.core.errors import UserError
 
+FEWEST_TRAINING_PAIRS = 50
+"""Training on fewer pairs is refused unless forced."""
+FEW_TRAINING_PAIRS = 500
+"""Training on fewer pairs gets a warning of overfitting."""
 Split = Literal["train", "dev", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 

@@ -13,7 +13,7 @@ from tunewright.chat.format import ChatFormat, RenderedRow, Tokens
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.data.examples import Message
-from tunewright.data.notices import FEWEST_TRAINING_PAIRS
+from tunewright.data.splits import FEWEST_TRAINING_PAIRS
 from tunewright.data.versions import Member
 
 IGNORED = -100
