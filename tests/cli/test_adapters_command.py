@@ -78,7 +78,7 @@ def test_a_dataset_version_that_is_gone_or_changed_is_said(project: Path) -> Non
     shutil.rmtree(project / "dataset")
     ran = tunewright("adapters", "show", "-p", project)
     assert ran.code == 0
-    assert "it is not here" in ran.stdout
+    assert "it is missing" in ran.stdout
 
 
 def test_a_row_that_was_taken_out_since_is_still_found_in_what_was_trained_on_it(project: Path) -> None:

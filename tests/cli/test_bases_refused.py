@@ -35,7 +35,7 @@ GB = 10**9
 class _ConfigHub(BaseHTTPRequestHandler):
     """A hub with one repository, org/model; it writes down which files are asked for."""
 
-    model_config: dict[str, Any]
+    config: dict[str, Any]
     asked: set[str]
 
     def do_GET(self) -> None:
@@ -47,7 +47,7 @@ class _ConfigHub(BaseHTTPRequestHandler):
     def _reply(self, *, body: bool) -> None:
         self.asked.add(self.path.split("/main/")[-1])
         found = self.path == "/org/model/resolve/main/config.json"
-        content = json.dumps(self.model_config).encode() if found else b"{}"
+        content = json.dumps(self.config).encode() if found else b"{}"
         self.send_response(200 if found else 404)
         self.send_header("ETag", '"0"')
         self.send_header("X-Repo-Commit", "0" * 40)
@@ -121,7 +121,7 @@ def test_command_refuses_base_before_fetching_weights_when_card_is_too_small(
     _refused(
         command(*arguments, "-p", project),
         "org/model needs at least 16",
-        "12.0 GB free on the card here",
+        "12.0 GB free on this machine's",
         "Set train.quantization: nf4, which needs 6.",
         "fits rows of up to",
     )
@@ -147,7 +147,7 @@ def test_train_offers_several_cards_when_4_bits_do_not_fit_either(
 def test_command_refuses_unsupported_base_before_fetching_weights(
     changed: dict[str, Any], words: str, verb: str, hub: type[_ConfigHub], tmp_path: Path
 ) -> None:
-    hub.model_config |= changed
+    hub.config |= changed
     _refused(command(verb, "-p", _project(tmp_path, "org/model")), words)
     assert hub.asked == {"config.json"}
 

@@ -131,7 +131,7 @@ def test_verdict_and_report_say_what_they_speak_of(project: Path) -> None:
     assert ran.code in {0, 3, 4}
     told = " ".join(ran.document["reasons"])
     assert "(30 clusters), cross-fitted in 3 folds:" in told
-    assert "the config on about 51 training pairs, the mean of 3 adapters" in told
+    assert "the config on about 51 training pairs: the mean of 3 adapters" in told
     assert "the test split is no longer untouched" in told
     page = Path(tunewright("report", "-p", project, "--json").document["report"]).read_text()
     assert "Arms on all rows, cross-fitted" in page
@@ -193,7 +193,7 @@ def test_too_few_pairs_or_clusters_are_refused_before_anything_is_trained(
     assert (ran.code, "42 training pairs in the smallest of 5 folds, fewer than 50" in ran.stderr) == (2, True)
     assert not (small / ".tunewright" / "crossval").exists()
     ran = tunewright("crossval", "--folds", "2", "--force", "-p", small)
-    assert (ran.code, "Going on as --force says" in ran.stderr) == (0, True)
+    assert (ran.code, "Training anyway because of --force" in ran.stderr) == (0, True)
     forced = list_adapters(small / ".tunewright" / "crossval" / "adapters")
     assert all("24 training pairs" in a.lineage["forced"] for a in forced)
     assert tunewright("crossval", "--folds", "1", "-p", small).code == 2

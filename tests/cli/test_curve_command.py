@@ -147,7 +147,7 @@ def _curve(
     ("curve", "answer", "code", "words"),
     [
         (_curve(0.06, 0.02, 0.10), "yes", 0, "+6.0 points (95% interval +2.0 to +10.0)"),
-        (_curve(0.03, 0.01, 0.05), "yes", 0, "Twice the rows would bring about as much once more"),
+        (_curve(0.03, 0.01, 0.05), "yes", 0, "Twice the rows would bring about as much again"),
         (_curve(0.01, 0.005, 0.015), "no", 3, "not more than the margin of 2 points"),
         (_curve(-0.05, -0.08, -0.02), "no", 3, "-5.0 points"),
         (_curve(0.03, -0.02, 0.08), "can't tell", 4, "the interval includes both no gain and more than 2 points"),

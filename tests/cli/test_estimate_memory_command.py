@@ -68,9 +68,9 @@ def test_in_a_project_its_base_and_config_hold(tmp_path: Path, tiny_base_folder:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--gpu", "24"], "--gpu: '24' is neither a size of memory nor a known card"),
-        (["--gpu", "24GB", "--length", "100", "--shared", "100"], "are more than a row's 100"),
-        (["--gpu", "24GB", "--length", "100", "--answer", "101"], "are more than a row's 100"),
+        (["--gpu", "24"], "--gpu: '24' is neither a memory size nor a known GPU"),
+        (["--gpu", "24GB", "--length", "100", "--shared", "100"], "exceed the row length of 100"),
+        (["--gpu", "24GB", "--length", "100", "--answer", "101"], "exceed the row length of 100"),
     ],
 )
 def test_what_cannot_be_is_one_clear_error(base: Path, tmp_path: Path, options: list[str], words: str) -> None:

@@ -146,9 +146,9 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) ->
         (["--seeds", "3"], "--seeds requires --curve"),
         (["--sweep", "--seeds", "3"], "--seeds requires --curve"),
         (["--sweep", "--curve"], "mutually exclusive"),
-        (["--sweep", "--rate", "3"], "3 is no learning rate"),
+        (["--sweep", "--rate", "3"], "above 0 and at most 1 (got 3)"),
         (["--sweep", "--rate", "0.1", "--rate", "0.1"], "given twice"),
-        (["--sweep", "--minutes", "0"], "no time"),
+        (["--sweep", "--minutes", "0"], "must be greater than 0 (got 0)"),
         (["--curve", "--seeds", "1"], "must be at least 2 (got 1)"),
     ],
 )

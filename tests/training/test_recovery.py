@@ -317,6 +317,6 @@ def test_file_size_limit_is_reported(tmp_path: Path, killed: Path, server: Serve
     shutil.copytree(killed, folder)
     ended = server.run("train", "-p", folder, file_limit=200_000)
     assert ended.code == 2, ended.stderr
-    assert "a file grew over the size that is allowed here" in " ".join(ended.stderr.split())
+    assert "the file exceeds the size limit of this system" in " ".join(ended.stderr.split())
     assert "Resuming from step 25" in server.run("train", "-p", folder).stderr
     assert find_adapter(folder / "adapters").digest == unkilled
