@@ -63,7 +63,7 @@ def _all_ways(plan: SequentialPlan, share: float, most: int = 3000) -> tuple[flo
             decision = plan.decide(checked, wrong)
             accept += chance * (decision == "accepted")
             reject += chance * (decision == "rejected")
-            if decision == "go on":
+            if decision == "continue":
                 chances[wrong] = chance
     return accept, reject, mean
 
@@ -102,7 +102,7 @@ def test_sequential_plan_accepts_after_exactly_the_needed_right_rows(
     checked: int, wrong: int, plan: SequentialPlan | FixedPlan
 ) -> None:
     wrong = min(wrong, checked)
-    if plan.decide(checked, wrong) != "go on":
+    if plan.decide(checked, wrong) != "continue":
         return
     needed = plan.needed(checked, wrong)
     assert plan.decide(checked + needed, wrong) == "accepted"
@@ -128,7 +128,7 @@ def test_judge_ignores_findings_after_the_decision() -> None:
 
 def test_fixed_plan_accepts_at_its_size_and_rejects_at_once() -> None:
     plan = FixedPlan(allowed=1)
-    assert judge(plan, [RIGHT] * 92, rows=10_000).decision == "go on"
+    assert judge(plan, [RIGHT] * 92, rows=10_000).decision == "continue"
     assert judge(plan, [RIGHT] * 92, rows=10_000).needed == 1
     accepted = judge(plan, [RIGHT] * 92 + [WRONG], rows=10_000)
     assert (accepted.decision, accepted.checked) == ("accepted", 93)
@@ -141,7 +141,7 @@ def test_judge_does_not_accept_skipped_rows() -> None:
     clean = judge(plan, [RIGHT] * 80, rows=10_000)
     skipping: list[Finding] = ["unsettled" if i % 10 == 0 else "right" for i in range(80)]
     assert clean.decision == "accepted"
-    assert judge(plan, skipping, rows=10_000).decision == "go on"
+    assert judge(plan, skipping, rows=10_000).decision == "continue"
     assert judge(plan, skipping, rows=10_000).upper > 0.05
 
 
@@ -150,8 +150,8 @@ def test_judge_uses_the_true_share_when_all_rows_are_checked() -> None:
     found = judge(SequentialPlan(), few, rows=40)
     assert (found.decision, found.whole, found.upper) == ("accepted", True, 1 / 40)
     assert judge(SequentialPlan(), [RIGHT] * 38 + [WRONG] * 2, rows=40).decision == "rejected"
-    assert judge(SequentialPlan(), [RIGHT] * 38 + [UNSETTLED] * 2, rows=40).decision == "go on"
-    assert judge(SequentialPlan(), few, rows=41).decision == "go on"
+    assert judge(SequentialPlan(), [RIGHT] * 38 + [UNSETTLED] * 2, rows=40).decision == "continue"
+    assert judge(SequentialPlan(), few, rows=41).decision == "continue"
     assert judge(SequentialPlan(), [RIGHT] * 12, rows=20).needed == 8
 
 

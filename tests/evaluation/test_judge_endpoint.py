@@ -154,7 +154,7 @@ def test_a_failing_endpoint_ends_the_run_and_what_was_answered_is_not_asked_agai
         ran = tunewright("judge", "-p", tmp_path / "project", "--json")
         assert ran.code == 2
         assert ran.document["error"]["where"] == "judge.base_url"
-        assert "the same command goes on from there" in ran.document["error"]["fix"]
+        assert "the same command resumes from there" in ran.document["error"]["fix"]
         assert {file: file.read_bytes() for file in evaluation.iterdir()} == before
         server.misbehave = lambda count: None
         first = list(server.prompts)

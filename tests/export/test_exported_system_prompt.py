@@ -55,7 +55,7 @@ def _exported(project: Path, *arguments: str) -> tuple[Path, str]:
 
 def test_merged_template_adds_the_system_prompt(project: Path) -> None:
     folder, notes = _exported(project, "merge")
-    assert f'its chat template adds the trained system prompt where there is none: "{SYSTEM}"' in notes
+    assert f'its chat template adds the trained system prompt if there is no other: "{SYSTEM}"' in notes
     tokenizer = AutoTokenizer.from_pretrained(folder)
     for turns, ids in _asked(project):
         assert tuple(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)) == ids

@@ -86,7 +86,7 @@ def test_contrasts_have_raw_and_adjusted_p_values() -> None:
         assert row[1] == points_text(contrast.difference)
         assert row[2].startswith(f"{points_text(contrast.interval.low)} to {points_text(contrast.interval.high)}")
         assert row[3] == f"{p_text(contrast.p_value)} {contrast.test}"
-        assert row[4] == ("beside it" if contrast.p_adjusted is None else p_text(contrast.p_adjusted))
+        assert row[4] == ("not deciding" if contrast.p_adjusted is None else p_text(contrast.p_adjusted))
         assert row[5:7] == [str(contrast.fixed), str(contrast.broken)]
         assert row[7].startswith(f"{100 * contrast.minimum_detectable_effect:.1f}")
 

@@ -208,7 +208,7 @@ def test_ledger_records_events_and_is_append_only(tmp_path: Path) -> None:
         ("measured", "t1"),
         ("stopped", "t2"),
         ("measured", "t2"),
-        ("goes on", "t1"),
+        ("promoted", "t1"),
         ("out", "t2"),
         ("out", "t0"),
         ("finished", "t1"),

@@ -128,7 +128,7 @@ class IsolationGate:
         if passes:
             for one, other in test.alike:
                 self._context.reporter.warn(
-                    f"{one} and {other} answer alike on all that was asked: if one answered for the other, it would "
+                    f"{one} and {other} answer alike on all probes: if one answered for the other, it would "
                     "not be seen."
                 )
         return test, passes

@@ -44,7 +44,7 @@ def open_service(
         try:
             if state.tenants.any():
                 if not auth:
-                    raise UserError("there are tenants, and whoever asks needs a key", where="--no-auth")
+                    raise UserError("there are tenants, so every request needs a key", where="--no-auth")
                 if not system_prompts:
                     raise UserError(
                         "With tenants, each release says whether its system prompt is added.",
@@ -103,7 +103,7 @@ def refuse_names(names: Sequence[str]) -> None:
     """
     if names:
         raise UserError(
-            "there are tenants, who ask for aliases and not for adapters",
+            "there are tenants, which request aliases and not adapters",
             where=" ".join(names),
             fix="Name none: releases say what is served (`tunewright deploy ALIAS ADAPTER`).",
         )
@@ -157,9 +157,9 @@ def _require_private(host: str) -> None:
         return  # not an address; binding to it reports the error
     if not all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in found):
         raise UserError(
-            f"others can reach {host}, and without tenants the server answers everybody who does",
+            f"other machines can reach {host}, and without tenants the server answers all of them",
             where="serve.host",
-            fix="`tunewright tenant add NAME` makes a tenant, who needs a key; with --no-auth everybody is answered.",
+            fix="Add a tenant with `tunewright tenant add NAME`, or allow all requests with --no-auth.",
         )
 
 

@@ -74,7 +74,7 @@ def serve(
         typer.Option(
             "--self-test",
             help="Do not serve, but test that each request is answered by its own adapter. Exit code 3: one was not; "
-            "4: some adapters answer alike and cannot be told apart.",
+            "4: some adapters answer alike and are indistinguishable.",
         ),
     ] = False,
 ) -> int | None:

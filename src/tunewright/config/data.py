@@ -183,7 +183,7 @@ class DataConfig(Section):
         tuple[str, ...],
         Field(
             description="JSONL files of benchmark items, relative to this file. Training rows are searched for these "
-            "items as they are for test rows."
+            "items in the same way as for test rows."
         ),
     ] = ()
     contaminated: Annotated[

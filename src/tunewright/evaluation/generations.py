@@ -72,7 +72,7 @@ class Generator:
         """Return a generator that follows the project's config.
 
         Args:
-            adapter: the adapter that will answer; None if it is not trained yet or there is none.
+            adapter: the adapter that will answer; None if it is not trained yet.
 
         Raises:
             UserError: ``evaluate.engine`` is vLLM, and it is not installed or cannot answer this.

@@ -168,7 +168,7 @@ def _warn_of_seen(adapter: Adapter, dataset: Path, version: DatasetVersion, repo
     if seen:
         reporter.warn(
             f"{adapter.name} was trained on {seen:,} of the {len(version.domain):,} rows: their losses are too low "
-            f"beside those of the others, and a wrong answer that it learnt by heart is not found. {without}"
+            f"compared with the others, and a wrong answer that it has memorized is not found. {without}"
         )
 
 

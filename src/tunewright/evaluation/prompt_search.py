@@ -132,7 +132,7 @@ class _Choice:
                 fates=fates,
             )
             self._arm_runner.reporter.say(
-                f"{len(going_on)} of {len(entrants)} prompting arms go on from {len(first)} dev items to all "
+                f"{len(going_on)} of {len(entrants)} prompting arms advance from {len(first)} dev items to all "
                 f"{len(dev)}: {', '.join(narrowing.finalists)}"
             )
             if self._schedule is not None:

@@ -163,7 +163,7 @@ class Fold(Part):
     number: Annotated[int, Field(description="Index of the fold, from 1.")]
     train_items: int
     dev_items: Annotated[int, Field(description="Rows that selected the epoch and the prompting arm.")]
-    items: Annotated[int, Field(description="Rows answered: all that the fold holds out.")]
+    items: Annotated[int, Field(description="Rows answered: all rows that the fold holds out.")]
     best_prompting: Annotated[str, Field(description="Prompting arm selected on this fold's dev rows.")]
     scores: Annotated[
         dict[str, float | None],
@@ -349,7 +349,7 @@ def load_evidence(path: Path) -> Evidence:
         raise UserError(
             f"not evidence of schema {SCHEMA_VERSION}: {' '.join(first[:3])}",
             where=str(file),
-            fix="Restore the file, or remove its folder and evaluate again: answers that are there are not made anew.",
+            fix="Restore the file, or remove its folder and evaluate again: existing answers are reused.",
         ) from None
 
 
@@ -360,7 +360,7 @@ def _require_schema(text: str, file: Path) -> None:
         raise UserError(
             f"evidence of schema {version}; this tunewright reads schema {SCHEMA_VERSION}",
             where=str(file),
-            fix="Evaluate again: `tunewright evaluate` (or `crossval`). Answers that are there are not made anew.",
+            fix="Evaluate again: `tunewright evaluate` (or `crossval`). Existing answers are reused.",
         )
 
 

@@ -57,7 +57,7 @@ Alpha = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 
 
 def _number(value: Any) -> Any:
-    """Convert an integer to a float; booleans and texts stay as they are and are refused later."""
+    """Convert an integer to a float; booleans and texts are kept and refused later."""
     return float(value) if type(value) is int else value
 
 

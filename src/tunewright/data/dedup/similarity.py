@@ -119,7 +119,7 @@ def nearest_kept(
     used = np.flatnonzero(sizes > 1)
     order = used[np.argsort(groups[used], kind="stable")]
     with reporter.task(title, len(texts), "examples") as task:
-        task.advance(len(texts) - len(used), f"{len(texts) - len(used):,} with an output of their own")
+        task.advance(len(texts) - len(used), f"{len(texts) - len(used):,} with a unique output")
         search = _KeptSearch([texts[i] for i in order.tolist()], order < kept, threshold)
         begins = np.flatnonzero(np.diff(groups[order], prepend=-1))
         many = sizes[order[begins]] > _MANY_IN_GROUP

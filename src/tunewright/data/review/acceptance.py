@@ -15,7 +15,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Finding = Literal["right", "wrong", "unsettled"]
-Decision = Literal["accepted", "rejected", "go on"]
+Decision = Literal["accepted", "rejected", "continue"]
 
 LIMIT = 0.05
 CONFIDENCE = 0.95
@@ -55,7 +55,7 @@ class SequentialPlan(_SamplingPlan):
             return "accepted"
         if self._evidence(checked, wrong) >= math.log((1 - self.beta) / self.alpha):
             return "rejected"
-        return "go on"
+        return "continue"
 
     def needed(self, checked: int, wrong: int) -> int:
         """Return the number of further rows, if all are right, until acceptance."""
@@ -86,7 +86,7 @@ class FixedPlan(_SamplingPlan):
         if wrong > self.allowed:
             return "rejected"
         done = checked >= self.size and wrong + unsettled <= self.allowed
-        return "accepted" if done else "go on"
+        return "accepted" if done else "continue"
 
     def needed(self, checked: int, wrong: int) -> int:
         """Return the number of further rows to check."""
@@ -151,20 +151,20 @@ def judge(plan: SequentialPlan | FixedPlan, findings: Iterable[Finding], rows: i
         rows: number of rows of the version. Once all are checked, the true share decides.
     """
     checked = wrong = unsettled = 0
-    decision: Decision = "go on"
+    decision: Decision = "continue"
     for finding in findings:
         checked += 1
         wrong += finding == "wrong"
         unsettled += finding == "unsettled"
         decision = plan.decide(checked, wrong, unsettled)
-        if decision != "go on":
+        if decision != "continue":
             break
-    whole = decision == "go on" and checked == rows > 0
+    whole = decision == "continue" and checked == rows > 0
     if whole and (wrong + unsettled) / rows < plan.limit:
         decision = "accepted"
     elif whole and wrong / rows >= plan.limit:
         decision = "rejected"
-    needed = min(plan.needed(checked, wrong), rows - checked) if decision == "go on" else 0
+    needed = min(plan.needed(checked, wrong), rows - checked) if decision == "continue" else 0
     upper = (wrong + unsettled) / rows if whole else upper_bound(wrong + unsettled, checked, plan.confidence)
     return Outcome(decision, checked, wrong, unsettled, upper, needed, whole)
 

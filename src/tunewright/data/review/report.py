@@ -84,7 +84,7 @@ def agreement(reviewers: tuple[str, str], first: Sequence[bool], second: Sequenc
     return Agreement(reviewers, rows, agreed, kappa, max(kappa - half, -1), min(kappa + half, 1))
 
 
-_EXIT_CODES = {"accepted": 0, "rejected": 3, "go on": 4}
+_EXIT_CODES = {"accepted": 0, "rejected": 3, "continue": 4}
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class ReviewReport:
     @property
     def exit_code(self) -> int:
         """Exit code: 0 accepted, 3 rejected, 4 undecided."""
-        return _EXIT_CODES[self.outcome.decision] if self.outcome else _EXIT_CODES["go on"]
+        return _EXIT_CODES[self.outcome.decision] if self.outcome else _EXIT_CODES["continue"]
 
     @property
     def lines(self) -> list[str]:

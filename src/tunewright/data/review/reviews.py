@@ -373,5 +373,5 @@ def status_line(found: Outcome, plan: SequentialPlan | FixedPlan, draw: int = 0)
         grounds = f"not {promise}"
     else:
         grounds = f"at least {found.needed:,} more to check"
-    name = {"accepted": "accepted", "rejected": "rejected", "go on": "under review"}[found.decision]
+    name = {"accepted": "accepted", "rejected": "rejected", "continue": "under review"}[found.decision]
     return f"{name}: {', '.join([count, grounds, *extra])}"

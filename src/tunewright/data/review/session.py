@@ -130,7 +130,7 @@ class ReviewSession:
         """Return the next row to review; None if the sample has decided or the queue is empty."""
         if self.drawn is not None and not self.second:
             found = self.outcome
-            if found is not None and found.decision != "go on":
+            if found is not None and found.decision != "continue":
                 return None
         for number, key in enumerate(self.order, start=1):
             if key not in self._skipped and self._open(key):

@@ -176,7 +176,7 @@ def expected_text(name: str, items: int, margin: float) -> str:
     )
     if items >= needed:
         return f"{said}."
-    return f"{said}: too few. So many show a drop of less than {100 * smallest_margin(items):.1f} points at best."
+    return f"{said}: too few. They show a drop of less than {100 * smallest_margin(items):.1f} points at best."
 
 
 # Controls

@@ -101,10 +101,10 @@ class ChoicesSuite:
             replace(q, text=some[other].text) for q, other in zip(some, dealt(len(some), bench.seed), strict=True)
         ]
         mixed_up = self._scores(bench, others, None, "questions dealt to other choices")
-        scores = self._scores(bench, [_told(q) for q in some[:_TOLD_ITEMS]], None, "answers told")
+        scores = self._scores(bench, [_told(q) for q in some[:_TOLD_ITEMS]], None, "answers given")
         return [
             Control(
-                name="the right answer told before the question",
+                name="the right answer given before the question",
                 score=float(scores.mean()),
                 items=len(scores),
                 wanted=f"at least {_TOLD_AT_LEAST:.0%}",

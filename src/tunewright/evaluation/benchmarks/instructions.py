@@ -136,6 +136,6 @@ def examples_control(instructions: Sequence[Instruction]) -> Control:
         name="texts made to pass and to fail each check",
         score=float(np.mean(right)),
         items=len(checks),
-        wanted="all told apart",
+        wanted="all distinguished",
         passed=all(right),
     )

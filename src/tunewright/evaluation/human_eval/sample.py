@@ -70,7 +70,7 @@ def open_sample(folder: Path, evidence: Evidence, items: Sequence[Item], count: 
         return draw_sample(evidence, items, ITEMS if count is None else count)
     if count is not None and min(count, sum(s.items for s in sample.strata)) != len(sample.order):
         raise UserError(
-            f"the sample of this evaluation has {len(sample.order)} items, and stays as it is",
+            f"the sample of this evaluation has {len(sample.order)} items and is unchanged",
             where="--items",
             fix="Leave the option out.",
         )

@@ -34,7 +34,7 @@ LONGEST_WAIT = 600.0
 _FIRST_WAIT = 1.0
 _TEMPLATE_TOKENS = 64
 _TRANSIENT = {408, 409, 429}
-_KEPT = "What was answered is kept: the same command goes on from there."
+_KEPT = "Finished answers are kept: the same command resumes from there."
 _TOO_LONG = re.compile(r"context_length|context.{0,20}(length|size|window)|too long", re.IGNORECASE | re.DOTALL)
 _FILTERED = re.compile(r"content_filter|content_policy|content management policy", re.IGNORECASE)
 

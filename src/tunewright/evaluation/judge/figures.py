@@ -186,7 +186,7 @@ def length_controlled(
     for side, count in sides.items():
         if count < FEWEST_EACH_SIDE:
             return None, (
-                f"the treatment is {side} in all pairs but {count}: what equal lengths would do cannot be told "
+                f"the treatment is {side} in all pairs but {count}: the effect of equal lengths is unknown "
                 f"(at least {FEWEST_EACH_SIDE} are needed)"
             )
     scale = float(gaps.std())

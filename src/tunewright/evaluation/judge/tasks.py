@@ -29,7 +29,7 @@ def with_tasks(dataset: Path, evidence: Evidence, items: Sequence[Item], reporte
         messages = _messages(dataset, evidence)
     except UserError as error:
         reporter.warn(
-            f"The judge is told each item's input without a system prompt, since the rows are not here ({error.what}); "
+            f"The judge gets each item's input without a system prompt, since the rows are not here ({error.what}); "
             "judge.criteria can say what the task is."
         )
         return list(items)

@@ -24,7 +24,7 @@ def section(evidence: Evidence) -> Section:
     blocks: list[Block] = [
         Lead(
             "Each line is a 95% interval of tuned minus the arm that it names, or of the two that it names. To ship, "
-            "the first one has to lie wholly to the right of the margin."
+            "the first one has to lie entirely to the right of the margin."
         ),
         Figure(Markup(figure)),
         _table(evidence),
@@ -64,7 +64,7 @@ def _row(evidence: Evidence, contrast: Contrast) -> Row:
             points_text(contrast.difference),
             Cell(points_interval(contrast.interval), f"{contrast.scored:,} items"),
             Cell(p_text(contrast.p_value), contrast.test),
-            "beside it" if contrast.p_adjusted is None else p_text(contrast.p_adjusted),
+            "not deciding" if contrast.p_adjusted is None else p_text(contrast.p_adjusted),
             f"{contrast.fixed:,}",
             f"{contrast.broken:,}",
             Cell(

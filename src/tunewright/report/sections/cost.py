@@ -65,7 +65,7 @@ def _pays(advice: Signals | None) -> tuple[Block, ...]:
     unit = "" if even.unit == "money" else ", machine time"
     head = ("A call of", "Input tokens", "Of them in a prefix cache", "Output tokens", f"Costs{unit}")
     calls = Table("Table of calls", head, tuple(_call(even, call) for call in (even.prompting, even.tuned)))
-    once = Table("Table of what training costs", ("Beside the calls", f"Costs{unit}"), _once(even))
+    once = Table("Table of what training costs", ("Costs other than calls", f"Costs{unit}"), _once(even))
     return (Lead(break_even_text(advice)), *_drawn(even), calls, once, Notes(_grounds(advice, even)))
 
 
@@ -100,7 +100,7 @@ def _grounds(advice: Signals, even: BreakEven) -> tuple[str, ...]:
     measured = (
         f"Advice {advice.id}: calls on {counted(advice.items, 'dev item')}, the tuned ones by a pilot adapter. A call "
         f"saves {amount(even, even.saving)}, 95% interval {low} to {high}. That is of the token counts alone: prices, "
-        "speeds and the cost of training are taken as they are."
+        "speeds and the cost of training are taken as exact."
     )
     if not even.speed:
         return (measured,)

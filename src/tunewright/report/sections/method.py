@@ -31,8 +31,8 @@ def section(evidence: Evidence) -> Section:
         f"Intervals: {evidence.arm(first.treatment).score(deciding).method} for an arm; {first.interval_method} for "
         "the difference.",
         f"Only the first contrast decides. Its p-value is adjusted (Holm 1979) for the {len(evidence.deciding)} that "
-        "were declared; those by other metrics are measured beside it, and are not adjusted.",
-        *(f"Measured beside it: {metric_label(name)}, {evidence.metrics[name].definition}." for name in others),
+        "were declared; those by other metrics are measured too, and are not adjusted.",
+        *(f"Also measured: {metric_label(name)}, {evidence.metrics[name].definition}." for name in others),
     ]
     return Section("method", "How this was measured", (Notes(tuple(paragraphs)),))
 

@@ -38,7 +38,7 @@ def section(evidence: Evidence) -> Section | None:
 
 
 def _narrowing(evidence: Evidence, found: Narrowing) -> tuple[Block, ...]:
-    fates = found.fates | dict.fromkeys(found.finalists, "went on")
+    fates = found.fates | dict.fromkeys(found.finalists, "advanced")
     return (
         Lead(
             f"These came out of {len(found.arms)} arms that all answered {found.items:,} dev items "

@@ -74,7 +74,7 @@ def templates_section(evidence: Evidence) -> Section | None:
 
 def _template_answer(found: OutputTemplates, items: int) -> str:
     if found.new is None:
-        return "Every item has a template that was trained on, so this cannot be told."
+        return "Every item has a template that was trained on, so this is unknown."
     share = f"{found.new.items:,} of {items:,} {'has' if found.new.items == 1 else 'have'} a new template"
     if found.new.difference is None or found.new.interval is None:
         return f"{share}, and none of them is scored in both arms."
@@ -102,7 +102,7 @@ def _series(evidence: Evidence, bands: Sequence[Subset]) -> list[Series]:
 def _answer(evidence: Evidence, found: TrainSimilarity) -> str:
     far = found.farther
     if far.difference is None or far.interval is None:
-        return "The farther half of the items is not scored in both arms, so this cannot be told."
+        return "The farther half of the items is not scored in both arms, so this is unknown."
     half = f"On the farther half of the items ({far.items:,}, similarity up to {far.high:.2f})"
     measured = f"{half} {found.treatment} minus {found.control} is {points_text(far.difference)} points, 95% interval "
     measured += points_interval(far.interval)
@@ -110,7 +110,7 @@ def _answer(evidence: Evidence, found: TrainSimilarity) -> str:
         return f"No: {measured[0].lower()}{measured[1:]}, above the margin there, too."
     if far.interval.high <= evidence.margin:
         return f"It may well: {measured[0].lower()}{measured[1:]}, not above the margin."
-    return f"{measured}: that holds values on both sides of the margin, so this cannot be told."
+    return f"{measured}: that includes values on both sides of the margin, so this is unknown."
 
 
 def _name(band: Band) -> str:

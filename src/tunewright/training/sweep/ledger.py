@@ -17,9 +17,9 @@ from tunewright.core.io import text_lines, write_text
 
 LEDGER = "ledger.jsonl"
 
-Event = Literal["timed", "measured", "finished", "diverged", "stopped", "goes on", "out", "left out", "winner"]
+Event = Literal["timed", "measured", "finished", "diverged", "stopped", "promoted", "out", "left out", "winner"]
 _RESULTS = {"measured", "finished", "diverged"}
-_DECISIONS = {"goes on", "out", "left out", "winner"}
+_DECISIONS = {"promoted", "out", "left out", "winner"}
 _RESTORE = "Restore it, or remove its folder to start the sweep again."
 
 

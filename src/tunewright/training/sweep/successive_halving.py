@@ -153,7 +153,7 @@ class SuccessiveHalving:
         ranked = sorted(measured, key=lambda t: through[t.name].rank, reverse=True)
         keep = 1 if last else survivors(len(through))
         for place, trial in enumerate(ranked):
-            event: Event = "out" if place >= keep else "winner" if last else "goes on"
+            event: Event = "out" if place >= keep else "winner" if last else "promoted"
             self.ledger.decide(event, trial.name, rung + 1, self.schedule.rungs[rung])
         return ranked[:keep]
 
