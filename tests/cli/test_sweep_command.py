@@ -112,7 +112,7 @@ def test_a_sweep_that_is_done_is_found_done(tmp_path: Path, tiny_base_folder: Pa
     first = tunewright("train", "--sweep", *rates, "-p", project)
     assert first.code == 0, first.stderr
     assert "compared on the dev split; the test split stays closed" in first.stdout
-    assert "The config as it is now is not among the trials" in first.stderr
+    assert "The current config is not among the trials" in first.stderr
     before = _ledger(project)
     again = tunewright("train", "--sweep", *rates, "--json", "-p", project)
     assert again.code == 0

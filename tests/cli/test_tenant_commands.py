@@ -141,7 +141,7 @@ def test_people_read_what_json_says(project: Path) -> None:
         (["undeploy", "courts"], "no alias 'courts'"),
         (["undeploy", "courts", "--because", " "], "--because: the reason is empty"),
         (["tenant", "disable", "nobody"], "no tenant 'nobody'"),
-        (["deploy", "courts", "nowhere"], "no adapter is called 'nowhere'"),
+        (["deploy", "courts", "nowhere"], "No adapter is named 'nowhere'"),
         (["deploy", "courts", "tiny", "--canary", "110%"], "invalid traffic share"),
         (["deploy", "courts", "tiny", "--force"], "--force and --because require each other"),
         (["deploy", "courts", "tiny", "--because", "x"], "--force and --because require each other"),
