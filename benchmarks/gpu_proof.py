@@ -91,7 +91,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=60.0, help="stop after this long (60)")
     parser.add_argument("--out", type=Path, help="folder of the results file")
     parser.add_argument("--done", type=Path, help="results file of a run that was cut")
-    parser.add_argument("--only", nargs="+", choices=names, metavar="CASE", help=f"some of: {', '.join(names)}")
+    parser.add_argument(
+        "--only", nargs="+", choices=names, metavar="CASE", help=f"some of: {', '.join(names)}".replace("%", "%%")
+    )
     parser.add_argument("--page", action="store_true", help="write the table of docs/gpu.md, run nothing")
     options = parser.parse_args()
     if options.minutes <= 0:
