@@ -249,7 +249,7 @@ def test_postgresql_by_option_or_config(project: Path, postgres: Path) -> None:
 def test_without_tenants_only_this_machine_is_answered(project: Path) -> None:
     for host in ("0.0.0.0", "::"):
         ran = _run(project, "serve", "--host", host, "--port", "0")
-        assert (ran.code, "answers everybody" in ran.stderr) == (2, True)
+        assert (ran.code, "answers all of them" in ran.stderr) == (2, True)
 
 
 def test_whoever_reaches_the_address_is_answered_where_that_is_asked_for(project: Path) -> None:
@@ -262,8 +262,8 @@ def test_whoever_reaches_the_address_is_answered_where_that_is_asked_for(project
 def test_with_tenants_adapters_are_not_named_and_keys_cannot_be_waived(project: Path) -> None:
     _run(project, "tenant", "add", "acme")
     name = find_adapter(project / "adapters").name
-    assert "ask for aliases" in _run(project, "serve", name).stderr
-    assert "needs a key" in _run(project, "serve", "--no-auth").stderr
+    assert "request aliases" in _run(project, "serve", name).stderr
+    assert "every request needs a key" in _run(project, "serve", "--no-auth").stderr
 
 
 @pytest.fixture

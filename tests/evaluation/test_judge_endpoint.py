@@ -75,7 +75,7 @@ def test_retry_after_is_waited_for_in_seconds_or_until_a_date(tmp_path: Path) ->
 def test_a_wait_of_hours_ends_the_run_at_once(tmp_path: Path) -> None:
     with scripted(honest) as server:
         server.misbehave = failing_first(99, PlainTextResponse("quota", 429, headers={"retry-after": "86400"}))
-        with pytest.raises(UserError, match=r"asks to wait 86,400 s\. What was answered is kept"):
+        with pytest.raises(UserError, match=r"asks to wait 86,400 s\. Finished answers are kept"):
             ask(server, tmp_path, count=1)
         assert len(server.bodies) == 1
 
