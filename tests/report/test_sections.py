@@ -131,7 +131,7 @@ def test_scores_by_output_template_are_those_of_the_evidence() -> None:
         assert row[-1].startswith(points_text(part.difference))
     assert "15 of 60 have a new template" in READ.sections["output-templates"]
     known = FULL.model_copy(update={"output_templates": found.model_copy(update={"new": None})})
-    assert "this cannot be told" in _read(known).sections["output-templates"]
+    assert "this is unknown" in _read(known).sections["output-templates"]
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_scores_by_output_template_are_those_of_the_evidence() -> None:
     [
         (0.03, 0.2, "No: on the farther half"),
         (-0.2, 0.01, "It may well: "),
-        (-0.1, 0.1, "cannot be told"),
+        (-0.1, 0.1, "this is unknown"),
     ],
 )
 def test_the_farther_half_answers_whether_it_only_works_on_near_copies(low: float, high: float, answer: str) -> None:
@@ -264,7 +264,7 @@ def test_how_prompting_was_narrowed_drawn_and_left_out_is_shown() -> None:
     assert "Left out: retrieved-16, as 12 of 30 prompts do not fit the base's context." in told
     assert READ.tables["Table of draws"][1:] == [["static-4", "3", "30", "47.0", "41.0", "52.0"]]
     names = [row[0] for row in READ.tables["Table of all prompting arms"][1:]]
-    assert names == ["zero-shot far behind the best", "retrieved-4 went on"]
+    assert names == ["zero-shot far behind the best", "retrieved-4 advanced"]
 
 
 def test_the_learning_curve_gives_its_answer() -> None:
