@@ -129,7 +129,7 @@ def test_the_sample_is_kept_with_the_first_verdict_and_then_stays(tmp_path: Path
     assert pair is not None
     review.answer(pair, "both")
     assert begin(folder).sample == begin(folder, "ben").sample == review.sample
-    with pytest.raises(UserError, match="has 20 items, and stays"):
+    with pytest.raises(UserError, match="has 20 items and is unchanged"):
         begin(folder, items=30)
 
 
