@@ -204,7 +204,7 @@ def test_adapters_that_answer_alike_may_share_an_alias_but_not_two(project: Path
     assert _live(project) == {"courts": first.name}
     ran = _deploy(project, "courts", twin)
     assert ran.code == 0, ran.stderr
-    assert "answer alike on all that was asked" in ran.stderr
+    assert "answer alike on all probes" in ran.stderr
     assert ran.document["isolation"]["verdict"] == "can't tell"
     # The pair is known by now, and says nothing against another one.
     assert _deploy(project, "recipes", second).code == 0

@@ -233,7 +233,7 @@ class ExportApi:
             return () if prompt.why_none is None else (f"no system prompt is written into it: {prompt.why_none}",)
         if not template:
             return (f"the adapter's file alone has no system prompt: send the trained one: {prompt.text}",)
-        return (f"its chat template adds the trained system prompt where it is missing: {prompt.shown}",)
+        return (f"its chat template adds the trained system prompt if there is no other: {prompt.shown}",)
 
     def _trained(self, adapter: Adapter) -> TrainedModel:
         """Return the trained model on dev prompts of the version that it was trained on."""
