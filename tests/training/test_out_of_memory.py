@@ -73,7 +73,7 @@ def _project(folder: Path, base: Path, micro_batch: int) -> Path:
     ]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "tunewright.yaml").write_text(
-        f"name: wide\nbase: {base}\ndata:\n  sources: [pairs.jsonl]\n"
+        f"name: wide\nbase_model: {base}\ndata:\n  sources: [pairs.jsonl]\n"
         f"train:\n  batch_size: {BATCH}\n  micro_batch_size: {micro_batch}\n  epochs: 1\n  dtype: float32\n"
         "  learning_rate: 0.003\n  prefix_sharing: 'off'\n  eval_max_samples: 0\n"
     )
