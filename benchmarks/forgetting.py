@@ -38,7 +38,7 @@ from tunewright.config import MixConfig, ReplayConfig
 from tunewright.config.project import CONFIG_FILE, ProjectFolder
 from tunewright.core.io import digest, write_json
 from tunewright.core.progress import Reporter
-from tunewright.evaluation.choices import Question, chosen, read_questions
+from tunewright.evaluation.benchmarks.choices import Question, chosen, read_questions
 from tunewright.evaluation.forgetting import ForgettingMeter
 from tunewright.evaluation.scaling import scale
 from tunewright.evidence.statistics import effective_items, wilson

@@ -7,7 +7,7 @@ import math
 from factories import make_evidence, make_items, scored_items
 from tunewright.core.io import digest
 from tunewright.evaluation.distance import scores_by_distance, scores_by_template
-from tunewright.evidence.base import Interval, Score
+from tunewright.evidence.base import Interval, NoiseFloor, Score
 from tunewright.evidence.benchmarks import Benchmarks, Suite
 from tunewright.evidence.benchmarks import Control as SuiteControl
 from tunewright.evidence.human_eval import AnswerReview, Powered, RaterAgreement, Reviewer, ReviewStratum
@@ -22,7 +22,6 @@ from tunewright.evidence.judge import (
     WinRate,
 )
 from tunewright.evidence.learning_curve import Curve, Point
-from tunewright.evidence.noise import NoiseFloor
 from tunewright.evidence.schema import Evidence, LeftOut, Narrowing, SeedSpread
 from tunewright.evidence.test_set_access import Declared, EarlierAccess, TestSetAccess
 

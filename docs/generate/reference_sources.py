@@ -13,10 +13,10 @@ from tunewright.adapters.manifest import Manifest as AdapterManifest
 from tunewright.api import Project, RunResult
 from tunewright.api.adapters import AdaptersApi
 from tunewright.api.data import DatasetApi
-from tunewright.api.engines import EnginesApi
 from tunewright.api.export import ExportApi
 from tunewright.api.keys import SigningKeysApi
 from tunewright.api.releases import ReleasesApi
+from tunewright.api.serving import EnginesApi
 from tunewright.api.tenants import AuditApi, TenantKeysApi, TenantsApi
 from tunewright.cli import commands
 from tunewright.config import Config

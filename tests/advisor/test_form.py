@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tunewright.advisor.form import form
+from tunewright.advisor.specificity import form
 from tunewright.config import EvaluateConfig
 from tunewright.data.examples import Example, Message
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tunewright.advisor import speed
-from tunewright.advisor.speed import measured_speed
+from tunewright.advisor import costs
+from tunewright.advisor.costs import measured_speed
 from tunewright.chat import open_chat
 from tunewright.config import ChatConfig
 from tunewright.core.progress import LogReporter
@@ -28,6 +28,6 @@ def test_rates_are_tokens_by_seconds_of_as_many_rows_as_a_batch_holds(
     short = measured_speed(model, chat, [(5, 6, 7)] * 9, None, batch_size=4)
     assert (short.rows, short.prefill, short.decode) == (4, 4 * 3 / 2, 4 * 16 / 2)
     # So many tokens are timed at the most, and one row in any case.
-    monkeypatch.setattr(speed, "_MOST_PREFILLED", 10)
+    monkeypatch.setattr(costs, "_MOST_PREFILLED", 10)
     assert measured_speed(model, chat, [(5, 6, 7)] * 9, None, batch_size=4).rows == 3
     assert measured_speed(model, chat, [(5,) * 11] * 2, None, batch_size=4).rows == 1

@@ -19,7 +19,7 @@ from tunewright.api import Project
 from tunewright.api.context import ProjectContext
 from tunewright.core.errors import UserError
 from tunewright.evaluation.benchmarks.bench import draw
-from tunewright.evaluation.choices import read_questions
+from tunewright.evaluation.benchmarks.choices import read_questions
 from tunewright.evaluation.forgetting import ForgettingMeter
 from tunewright.evidence.benchmarks import Benchmarks, Suite
 from tunewright.training import self_samples

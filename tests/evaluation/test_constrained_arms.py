@@ -16,7 +16,7 @@ from tunewright.data.examples import Example, Message
 from tunewright.data.versions import Member
 from tunewright.evaluation.arms import prompting_arms
 from tunewright.evaluation.generations import Generator
-from tunewright.evaluation.reachable import warn_of_unreachable
+from tunewright.evaluation.prompt_search import warn_of_unreachable
 from tunewright.evaluation.repeats import noise_floor
 from tunewright.evidence.schema import load_items
 from tunewright.generation.constraints import Grammar

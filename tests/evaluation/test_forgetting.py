@@ -22,7 +22,7 @@ from tunewright.api.context import ProjectContext
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
 from tunewright.data.examples import normalised
-from tunewright.evaluation.choices import Question, chosen, read_questions
+from tunewright.evaluation.benchmarks.choices import Question, chosen, read_questions
 from tunewright.evaluation.forgetting import Forgetting, ForgettingMeter
 from tunewright.evaluation.scaling import Scaled, choose
 from tunewright.evidence.base import Interval

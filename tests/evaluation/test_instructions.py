@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tunewright.core.errors import UserError
 from tunewright.data.examples import Example, Message
 from tunewright.data.versions import Member
-from tunewright.evaluation.instructions import find_instruction
+from tunewright.evaluation.arms import find_instruction
 
 
 def member(text: str, *systems: str) -> Member:

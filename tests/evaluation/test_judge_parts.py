@@ -15,12 +15,10 @@ from scripted_judge import read_prompt
 from tunewright.core.errors import UserError
 from tunewright.data.examples import Message
 from tunewright.evaluation.judge.controls import FEWEST, REQUIRED, control_cases
-from tunewright.evaluation.judge.families import family, shared_family
 from tunewright.evaluation.judge.figures import exact_lower_limit, length_controlled, logistic, win_rate
-from tunewright.evaluation.judge.prompts import INJECTION, correctness, pairwise, read_verdict
-from tunewright.evaluation.judge.style import without_markdown
-from tunewright.evaluation.judge.tasks import task_text
-from tunewright.evaluation.judge.votes import Vote, outcome
+from tunewright.evaluation.judge.judge_requests import without_markdown
+from tunewright.evaluation.judge.prompts import INJECTION, Vote, correctness, outcome, pairwise, read_verdict
+from tunewright.evaluation.judge.runner import family, shared_family, task_text
 from tunewright.evidence.judge import Control, Judgement, Spent
 from tunewright.evidence.verdict import verdict
 

@@ -13,8 +13,7 @@ from scipy.stats import binomtest
 from factories import make_evidence, make_items, with_contrast
 from tunewright.evaluation.benchmarks.bench import above_chance, above_floor, dealt, lower_limit, suite_of
 from tunewright.evidence.base import Interval
-from tunewright.evidence.benchmarks import Benchmarks, Control, Suite
-from tunewright.evidence.regression_rule import standing
+from tunewright.evidence.benchmarks import Benchmarks, Control, Suite, standing
 from tunewright.evidence.verdict import verdict
 
 # Controls

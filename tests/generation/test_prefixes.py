@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from decoding_helpers import PAD, STOPS, VOCABULARY, reference
 from hypothesis_settings import examples
 from tunewright.generation.decoding import Batch, Request, generate
-from tunewright.generation.prefixes import SharedPrefix, shared_prefixes
+from tunewright.generation.kv_cache import SharedPrefix, shared_prefixes
 
 PROMPTS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8).map(tuple), max_size=6)
 

@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from tunewright.training.packing.order import StepBatches, longest_batch, random_order
-from tunewright.training.packing.sharing import measure_sharing
+from tunewright.training.packing.order import StepBatches, longest_batch, measure_sharing, random_order
 
 
 def _rows(count: int, seed: int = 0, longest: int = 60) -> list[list[int]]:

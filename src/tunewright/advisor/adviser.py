@@ -9,10 +9,8 @@ from functools import cached_property
 from pathlib import Path
 
 from tunewright.adapters.registry import Adapter
-from tunewright.advisor.context import cheapest_enough, context_budget
-from tunewright.advisor.costs import Lengths, break_even, token_prices, training_cost
-from tunewright.advisor.form import form
-from tunewright.advisor.items import Answers, Items
+from tunewright.advisor.context import Answers, Items, cheapest_enough, context_budget
+from tunewright.advisor.costs import Lengths, break_even, measured_speed, token_prices, training_cost
 from tunewright.advisor.pilot import Part, gain, measured_part, pilot_parts, train_pilot
 from tunewright.advisor.result import AdviceResult
 from tunewright.advisor.signals import (
@@ -26,8 +24,7 @@ from tunewright.advisor.signals import (
     TuningGain,
     load_signals,
 )
-from tunewright.advisor.specificity import fertility, surprise
-from tunewright.advisor.speed import measured_speed
+from tunewright.advisor.specificity import fertility, form, surprise
 from tunewright.chat import Tokens
 from tunewright.chat.answers import answer_length
 from tunewright.core.errors import UserError

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tunewright.adapters.registry import Adapter
-from tunewright.advisor.items import Answers, Items, per_doubling
+from tunewright.advisor.context import Answers, Items, per_doubling
 from tunewright.advisor.signals import PilotPart, TuningGain
 from tunewright.chat import ChatFormat
 from tunewright.config.project import ProjectFolder
@@ -16,7 +16,7 @@ from tunewright.core.io import digest
 from tunewright.core.progress import Reporter
 from tunewright.data.splits import FEWEST_TRAINING_PAIRS
 from tunewright.data.versions import DatasetVersion
-from tunewright.evaluation.subsets import subset_versions
+from tunewright.evaluation.learning_curve import subset_versions
 from tunewright.models.bases import Base
 from tunewright.training.train import TrainResult, find_trained, train, training_inputs
 

@@ -11,11 +11,11 @@ from tunewright.adapters.registry import Adapter, find_adapter
 from tunewright.adapters.vllm_compat import require_servable
 from tunewright.api.adapters import AdaptersApi
 from tunewright.api.data import DatasetApi
-from tunewright.api.engines import EnginesApi
 from tunewright.api.evaluations import EvaluationsApi
 from tunewright.api.export import ExportApi
 from tunewright.api.keys import SigningKeysApi
 from tunewright.api.releases import ReleasesApi
+from tunewright.api.serving import EnginesApi
 from tunewright.api.tenants import AuditApi, TenantsApi
 from tunewright.config import EngineName, TrainConfig
 from tunewright.config.project import ProjectFolder

@@ -44,7 +44,7 @@ def install(
     ] = None,
 ) -> None:
     """Create the engine's environment. Resumes where it stopped."""
-    from tunewright.api.engines import EnginesApi
+    from tunewright.api.serving import EnginesApi
     from tunewright.core.progress import Reporter
 
     reporter: Reporter = run.reporter
@@ -55,7 +55,7 @@ def install(
 @command(engine, "show", example="tunewright engine show vllm", status=False, project=False)
 def show(run: Session, name: Name) -> None:
     """Show where the engine's environment is and what is installed in it."""
-    from tunewright.api.engines import EnginesApi
+    from tunewright.api.serving import EnginesApi
 
     found = EnginesApi(run.reporter).show(name)
     run.show(found.as_dict(), _summary(found))

@@ -71,7 +71,7 @@ def _show(run: Session, result: ExportResult) -> int | None:
 
 def _table(found: Figures, limits: Limits) -> Table:
 
-    from tunewright.metrics.text import score_text
+    from tunewright.metrics.labels import score_text
 
     table = Table(
         title=f"Compared with the trained model on {found.prompts} dev prompts ({found.places} answer tokens)",

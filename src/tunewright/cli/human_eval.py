@@ -62,7 +62,7 @@ def human_eval(
     q quit. Resumes where it stopped. With --results, the exit code is 0 if people prefer the tuned answers, 3 if they
     prefer the others, 4 if neither is clear.
     """
-    from tunewright.evaluation.human_eval.options import check_options
+    from tunewright.evaluation.human_eval.session import check_options
 
     check_options(
         results=results,

@@ -20,10 +20,9 @@ from tunewright.core.progress import Reporter
 from tunewright.data.splits import Split
 from tunewright.data.versions import DatasetVersion, Member
 from tunewright.evaluation.answer_journal import Answer
-from tunewright.evaluation.arms import TUNED, ZERO_SHOT, ArmPlan
+from tunewright.evaluation.arms import TUNED, ZERO_SHOT, ArmPlan, Instruction, find_instruction
 from tunewright.evaluation.demonstrations import Demonstrations, with_demonstrations
 from tunewright.evaluation.generations import Generator, Prompt
-from tunewright.evaluation.instructions import Instruction, find_instruction
 from tunewright.evidence.schema import SCHEMA_VERSION, Arm
 from tunewright.evidence.scoring import ScoredArms, score_arm, score_arms
 from tunewright.evidence.statistics import RESAMPLES

@@ -22,7 +22,7 @@ from tunewright.evaluation.arms import TUNED, TUNED_CONSTRAINED, ZERO_SHOT, ArmP
 from tunewright.evaluation.distance import Distances, scores_by_distance, scores_by_template
 from tunewright.evaluation.repeats import noise_floor
 from tunewright.evidence.answer_format import answer_form
-from tunewright.evidence.budget import Budget
+from tunewright.evidence.base import Budget
 from tunewright.evidence.schema import (
     DEV_PREFIX,
     EVIDENCE_FILE,

@@ -26,7 +26,7 @@ from tunewright.evaluation.prompt_search import advice_file, first_rows, prepare
 from tunewright.evaluation.repeats import MOST_ITEMS
 from tunewright.evaluation.runner import standing_of
 from tunewright.evaluation.speed import AnswerSpeed, adapted_factor, answer_speed
-from tunewright.evidence.budget import RULE, Budget
+from tunewright.evidence.base import RULE, Budget
 from tunewright.evidence.schema import Advice, Arm
 from tunewright.training.packing.plan import common_prefix
 

@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from tunewright.config import MetricName
 from tunewright.data.dedup.output_leakage import HIGH
+from tunewright.evidence.benchmarks import standing
 from tunewright.evidence.power import ALPHA
 from tunewright.evidence.preferences import opinions
-from tunewright.evidence.regression_rule import standing
 from tunewright.evidence.sample_size import items_to_settle
 from tunewright.evidence.schema import Arm, Contrast, Evidence
 from tunewright.evidence.test_set_access import openings_text

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from tunewright.config import MetricName
 from tunewright.evidence.base import Part
-from tunewright.metrics.text import score_text
+from tunewright.metrics.labels import score_text
 
 PROMPTS = 32
 """Held-out prompts that are answered, or all if there are fewer."""

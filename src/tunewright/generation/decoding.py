@@ -30,9 +30,16 @@ from transformers.masking_utils import sdpa_mask
 
 from tunewright.generation.batched_lora import Lora
 from tunewright.generation.constraints import mask_logits
-from tunewright.generation.kv_cache import from_prefix, merge, new_cache, select
+from tunewright.generation.kv_cache import (
+    PASS_TOKENS,
+    SharedPrefix,
+    from_prefix,
+    merge,
+    new_cache,
+    select,
+    shared_prefixes,
+)
 from tunewright.generation.lora_dispatch import LoraDispatch
-from tunewright.generation.prefixes import PASS_TOKENS, SharedPrefix, shared_prefixes
 from tunewright.generation.requests import Completion, Finish, Request, Row
 from tunewright.generation.sampling import next_tokens
 from tunewright.generation.text_stream import Decode

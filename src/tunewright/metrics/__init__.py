@@ -7,16 +7,22 @@ from typing import Any
 
 from tunewright.config import EvaluateConfig, Metric, metric_name
 from tunewright.config.metrics import Choices, ExactMatch, Json, Normalisation, Python, Regex
-from tunewright.metrics.check import check_references
-from tunewright.metrics.choices import accuracy
 from tunewright.metrics.corpus import bleu, chrf
-from tunewright.metrics.exact import exact_match, normalised
+from tunewright.metrics.custom import file_digest, module_file, own_function
 from tunewright.metrics.fields import json_fields, json_valid
-from tunewright.metrics.own import file_digest, module_file, own_function
-from tunewright.metrics.pattern import matches
-from tunewright.metrics.scorer import ItemScore, Kind, Pair, Scorer, Scores, Unscored, references_of, score_all
-from tunewright.metrics.text import axis_label, metric_label, p_text, points_text, score_text
-from tunewright.metrics.words import token_f1
+from tunewright.metrics.labels import axis_label, metric_label, p_text, points_text, score_text
+from tunewright.metrics.scorer import (
+    ItemScore,
+    Kind,
+    Pair,
+    Scorer,
+    Scores,
+    Unscored,
+    check_references,
+    references_of,
+    score_all,
+)
+from tunewright.metrics.string_match import accuracy, exact_match, matches, normalised, token_f1
 
 __all__ = [
     "ItemScore",

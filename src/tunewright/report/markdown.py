@@ -7,9 +7,8 @@ import unicodedata
 from collections.abc import Sequence
 
 from tunewright.evidence.base import Interval
-from tunewright.evidence.benchmarks import Suite
+from tunewright.evidence.benchmarks import Suite, suite_text
 from tunewright.evidence.causes import Known, decided
-from tunewright.evidence.regression_rule import suite_text
 from tunewright.evidence.schema import Arm, Contrast, Evidence
 from tunewright.metrics import metric_label, p_text, points_text
 from tunewright.report.wording import cause_text, headline, metric_order, noise_line, suite_result

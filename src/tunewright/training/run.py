@@ -30,7 +30,7 @@ from tunewright.training.checkpoints import (
 from tunewright.training.dev import DevTask
 from tunewright.training.kernels import use_liger
 from tunewright.training.micro_batch import MicroBatch
-from tunewright.training.packing.sharing import Sharing, measure_sharing
+from tunewright.training.packing.order import Sharing, measure_sharing
 from tunewright.training.rows import as_columns
 from tunewright.training.stopping import stop_on_signal
 

@@ -13,7 +13,7 @@ from tunewright.api import Project
 from tunewright.config.project import ProjectFolder
 from tunewright.core.io import write_text
 from tunewright.core.progress import LogReporter
-from tunewright.evaluation.human_eval.judged import heard_judge
+from tunewright.evaluation.human_eval.results import heard_judge
 from tunewright.evaluation.judge.rows import ROWS_FILE, Compared, JudgedItem, Outcome, Pair
 from tunewright.evidence.judge import Judgement, Spent
 from tunewright.evidence.schema import Item, amend, load_evidence

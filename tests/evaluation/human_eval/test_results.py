@@ -13,8 +13,7 @@ from factories import make_evidence, make_items
 from people_helpers import begin, evaluation, save, side_of_treatment
 from tunewright.core.errors import UserError
 from tunewright.evaluation.human_eval.journal import Side
-from tunewright.evaluation.human_eval.judged import JudgePreferences
-from tunewright.evaluation.human_eval.results import review_results
+from tunewright.evaluation.human_eval.results import JudgePreferences, review_results
 from tunewright.evaluation.human_eval.sample import stratify
 from tunewright.evidence.schema import load_items
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tunewright.adapters.registry import Adapter
-from tunewright.config.general import InstructionsSuite as Settings
+from tunewright.config.regressions import InstructionsSuite as Settings
 from tunewright.core.errors import UserError
 from tunewright.data.examples import Message
 from tunewright.evaluation.answer_journal import Answer

@@ -20,8 +20,7 @@ from tunewright.evaluation.benchmarks.instructions import InstructionsSuite
 from tunewright.evaluation.benchmarks.lm_eval import LmEvalSuite
 from tunewright.evaluation.benchmarks.samples import SamplesSuite
 from tunewright.evaluation.runner import EvaluateResult, evaluate
-from tunewright.evidence.benchmarks import Benchmarks, Suite
-from tunewright.evidence.regression_rule import Standing, standing
+from tunewright.evidence.benchmarks import Benchmarks, Standing, Suite, standing
 from tunewright.evidence.schema import Advice, amend, evidence_on, load_evidence
 
 

@@ -3,21 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 
 from tunewright.core.errors import UserError
-from tunewright.evaluation.human_eval.agreement import agreement
-from tunewright.evaluation.human_eval.estimates import Design, Estimate, estimate
+from tunewright.core.progress import Reporter
+from tunewright.evaluation.human_eval.estimates import Design, Estimate, agreement, estimate
 from tunewright.evaluation.human_eval.journal import FOLDER, Journal, read_journals
-from tunewright.evaluation.human_eval.judged import JudgePreferences
 from tunewright.evaluation.human_eval.sample import Sample, load_sample, stratify, treatment_is_a
+from tunewright.evaluation.judge.rows import Outcome, load_judged
 from tunewright.evidence.base import Interval, Score
 from tunewright.evidence.human_eval import AnswerReview, Powered, RaterAgreement, Reviewer, ReviewStratum
 from tunewright.evidence.schema import Evidence, Item, load_evidence, load_items
 from tunewright.evidence.statistics import exact_mcnemar
+
+_PREFERENCES: dict[Outcome, int] = {"win": 1, "tie": 0, "loss": -1}
+
+
+@dataclass(frozen=True)
+class JudgePreferences:
+    """A judge's name, and pair key to 1 (the treatment is better), -1 (the control is) or 0.
+
+    Items that the judge could not score are not in it.
+    """
+
+    name: str
+    preferences: Mapping[str, int]
+
+
+def heard_judge(folder: Path, evidence: Evidence, reporter: Reporter) -> JudgePreferences | None:
+    """Return the evaluation's judge on its deciding contrast, or None without a judge or with a vetoed one.
+
+    Raises:
+        UserError: the judge's rows cannot be read.
+    """
+    judgement = evidence.judge
+    if judgement is None:
+        return None
+    if judgement.vetoed:
+        reporter.warn(f"The judge {judgement.model} is vetoed: it is neither compared with people nor of help to them.")
+        return None
+    control = evidence.contrasts[0].control
+    found = {}
+    for row in load_judged(folder):
+        outcome = row.pairs[control].plain.outcome if control in row.pairs else None
+        if outcome is not None:
+            found[row.key] = _PREFERENCES[outcome]
+    return JudgePreferences(f"judge {judgement.model}", found)
+
 
 CLASSICAL = "stratified mean, linearised over clusters, Bonett-Price adjusted"
 POWERED = "stratified PPI++, linearised over clusters, Bonett-Price adjusted"

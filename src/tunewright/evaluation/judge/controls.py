@@ -9,9 +9,8 @@ import numpy as np
 
 from tunewright.core.errors import UserError
 from tunewright.evaluation.judge.figures import exact_lower_limit, reasons
-from tunewright.evaluation.judge.prompts import INJECTION, Question, correctness, pairwise
+from tunewright.evaluation.judge.prompts import INJECTION, Question, Vote, correctness, outcome, pairwise
 from tunewright.evaluation.judge.rows import ControlRow
-from tunewright.evaluation.judge.votes import Vote, outcome
 from tunewright.evidence.judge import Control, ControlName
 from tunewright.evidence.schema import Item
 from tunewright.metrics import normalised

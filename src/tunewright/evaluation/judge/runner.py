@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,21 +13,79 @@ from tunewright.core.clock import now, to_the_second
 from tunewright.core.errors import UserError
 from tunewright.core.io import write_text
 from tunewright.core.progress import Reporter
+from tunewright.data.examples import Message
+from tunewright.data.versions import load_version
 from tunewright.evaluation.judge.budget import JudgeBudget
 from tunewright.evaluation.judge.controls import control_cases, measured_controls, veto
 from tunewright.evaluation.judge.endpoint import Endpoint
-from tunewright.evaluation.judge.families import shared_family
 from tunewright.evaluation.judge.figures import judged_arm, judged_contrast, preference
 from tunewright.evaluation.judge.judge_requests import Candidate, JudgeRequests
-from tunewright.evaluation.judge.prompts import Question, prompts_digest
+from tunewright.evaluation.judge.prompts import Question, Vote, prompts_digest, vote
 from tunewright.evaluation.judge.reference_answers import REFERENCE_MODEL, ReferenceAnswers, asked_answers, read_answers
 from tunewright.evaluation.judge.replies import Conversation, cost, guessed_tokens
 from tunewright.evaluation.judge.rows import CONTROLS_FILE, ROWS_FILE, ControlRow, JudgedItem
-from tunewright.evaluation.judge.tasks import test_prompts, with_tasks
-from tunewright.evaluation.judge.votes import Vote, vote
 from tunewright.evidence.base import Part
 from tunewright.evidence.judge import Control, Judgement, Spent
-from tunewright.evidence.schema import Evidence, amend, load_evidence, load_items
+from tunewright.evidence.schema import Evidence, Item, amend, load_evidence, load_items
+
+
+def test_prompts(dataset: Path, evidence: Evidence, items: Sequence[Item]) -> list[Conversation]:
+    """Return each item's chat prompt: its messages up to the answer, the system prompt included.
+
+    Raises:
+        UserError: the evaluated dataset version is missing.
+    """
+    messages = _messages(dataset, evidence)
+    return [tuple({"role": m.role, "content": m.content} for m in messages[item.key]) for item in items]
+
+
+def with_tasks(dataset: Path, evidence: Evidence, items: Sequence[Item], reporter: Reporter) -> list[Item]:
+    """Return the items with the system prompt in their input, or unchanged if the dataset is missing."""
+    try:
+        messages = _messages(dataset, evidence)
+    except UserError as error:
+        reporter.warn(
+            f"The judge gets each item's input without a system prompt, since the rows are not here ({error.what}); "
+            "judge.criteria can say what the task is."
+        )
+        return list(items)
+    return [item.model_copy(update={"input": task_text(messages[item.key])}) for item in items]
+
+
+def task_text(messages: Sequence[Message]) -> str:
+    """Return a prompt as one text, with speakers named where they are not obvious."""
+    if [message.role for message in messages if message.role != "system"] == ["user"]:
+        return "\n\n".join(message.content for message in messages)
+    return "\n\n".join(f"{message.role.capitalize()}: {message.content}" for message in messages)
+
+
+def _messages(dataset: Path, evidence: Evidence) -> dict[str, tuple[Message, ...]]:
+    version = load_version(dataset, str(evidence.lineage["dataset"]))
+    return {member.key: member.example.prompt for member in version.domain}
+
+
+_FAMILIES = {
+    "smollm": r"smol-?lm|smolvlm",
+    "mistral": r"mistral|mixtral|ministral|codestral|devstral|magistral|pixtral|mathstral|zephyr",
+    "llama": r"llama|vicuna|alpaca",
+}
+
+
+def family(model: str) -> str | None:
+    """Return the family that a model's name indicates (smollm, mistral or llama, for example), or None."""
+    name = model.lower()
+    return next((name_of for name_of, words in _FAMILIES.items() if re.search(words, name)), None)
+
+
+def shared_family(judge: str, base: str) -> str | None:
+    """Return the family of both models, if it is the same one.
+
+    Judges favour text that they find likely themselves (Wataoka et al. 2024, arXiv 2410.21819). The untuned base of
+    their family writes such text.
+    """
+    found = family(judge)
+    return found if found is not None and found == family(base) else None
+
 
 _Number = TypeVar("_Number", int, float)
 

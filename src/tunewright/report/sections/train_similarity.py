@@ -9,8 +9,8 @@ from markupsafe import Markup
 from tunewright.evidence.schema import Evidence
 from tunewright.evidence.train_similarity import Band, BandScore, OutputTemplates, Subset, TrainSimilarity
 from tunewright.metrics import axis_label, points_text
-from tunewright.report.bands import Series, bands_plot
 from tunewright.report.blocks import Cell, Figure, Lead, Row, Section, Table, cells
+from tunewright.report.plots import Series, bands_plot
 from tunewright.report.sections.arms import COLOURS
 from tunewright.report.wording import counted, percent_interval, points_interval
 

@@ -1,4 +1,4 @@
-"""The order of the training rows: random, and a function of seed and epoch alone.
+"""The order of the training rows, a random function of seed and epoch, and the decision to share their prefixes.
 
 The rows of an optimizer step are drawn at random without replacement, as in trl. Steps of rows of similar length would
 be biased samples and cost quality (benchmarks/train_speed.py). Inside a step the order affects only speed, because the
@@ -8,8 +8,13 @@ rows' gradients are added up: there rows that share a prefix share a micro-batch
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any, Literal
 
 from torch.utils.data import DistributedSampler
+
+from tunewright.training.packing.plan import computed_tokens, plan_groups
 
 ORDER = "random"
 """Part of every adapter's identity, since the row order decides which adapter the same rows train."""
@@ -84,3 +89,60 @@ class StepBatches:
 def longest_batch(rows: Sequence[Sequence[int]], batches: Sequence[Sequence[int]]) -> Sequence[int]:
     """Return the micro-batch with the most tokens."""
     return max(batches, key=lambda batch: sum(len(rows[place]) for place in batch))
+
+
+WORTH = 1.05
+"""Saving factor below which rows are packed without looking for prefixes."""
+
+_BATCHES = 200
+"""Batches of the first epoch that are measured; the rest save about as much."""
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """The decision, and the tokens that sharing saves."""
+
+    share: bool
+    """True if prefixes are shared."""
+    tokens: int
+    """Tokens of the measured rows."""
+    computed: int
+    """Tokens computed for them with shared prefixes."""
+    reason: str
+    """The decision and its reason, as shown to the user."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the decision for the lineage."""
+        return asdict(self)
+
+    @property
+    def ratio(self) -> float:
+        """The factor by which sharing reduces the tokens."""
+        return self.tokens / self.computed
+
+
+def measure_sharing(
+    rows: Sequence[Sequence[int]],
+    *,
+    setting: Literal["auto", "on", "off"],
+    dropout: float,
+    micro_batch: int,
+    batch_size: int,
+    seed: int,
+) -> Sharing:
+    """Apply the config's ``setting`` to rows of token ids, batched as they are trained."""
+    tokens = computed = 0
+    for places in islice(StepBatches(rows, seed, step_rows=batch_size, micro_batch=micro_batch), _BATCHES):
+        batch = [rows[place] for place in places]
+        tokens += sum(map(len, batch))
+        computed += computed_tokens(batch, plan_groups(batch))
+    saves = f"{tokens / computed:.1f} times fewer tokens to compute"
+    if setting == "off":
+        reason = f"Prompts are not shared (train.prefix_sharing: off). Sharing would give {saves}"
+        return Sharing(False, tokens, computed, reason)
+    if setting == "auto" and dropout:
+        # One dropout mask for all rows of a batch would be coarser than the config asks for.
+        return Sharing(False, tokens, computed, "Prompts are not shared: dropout needs a separate mask for each row")
+    if setting == "auto" and tokens < WORTH * computed:
+        return Sharing(False, tokens, computed, "Prompts are not shared: rows of a batch have too little in common")
+    return Sharing(True, tokens, computed, f"Rows of a batch share prompts: {saves}")
