@@ -17,7 +17,7 @@ from data_helpers import Listener, new_project, unlike_pairs, write_jsonl
 
 from tunewright.config.project import ProjectFolder
 from tunewright.data.add import add
-from tunewright.data.versions.remote import Transfer, pull, push
+from tunewright.data.remote import Transfer, pull, push
 
 
 @dataclass

@@ -18,9 +18,9 @@ from version_helpers import next_version, with_output
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import add
+from tunewright.data.trace import blame, trained_adapters, uses_of_row
 from tunewright.data.versions import DatasetVersion, Member, list_versions, load_version, short, version_folder
 from tunewright.data.versions.diff import diff, diff_text, marked, word_changes
-from tunewright.data.versions.trace import blame, trained_adapters, uses_of_row
 
 FIRST = unlike_pairs(60, seed=1)
 ACCEPTING = {"conflicts": "accept"}

@@ -21,8 +21,8 @@ from tunewright.core.errors import UserError
 from tunewright.data.add import add
 from tunewright.data.remove import remove
 from tunewright.data.selection import Selection
+from tunewright.data.verify import verify
 from tunewright.data.versions import checkout, load_version, locked
-from tunewright.data.versions.verify import verify
 
 # A child that begins as a copy of this process is at work at once, where a new interpreter would first import for a
 # second; and it can be killed as dead as any other.

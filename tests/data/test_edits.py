@@ -14,8 +14,8 @@ from tunewright.core.errors import UserError
 from tunewright.data.review.edits import apply_edits, superseded_keys
 from tunewright.data.review.report import review_report
 from tunewright.data.review.session import ReviewItem
+from tunewright.data.trace import find_row
 from tunewright.data.versions import load_version
-from tunewright.data.versions.trace import find_row
 
 
 @pytest.fixture

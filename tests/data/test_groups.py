@@ -17,9 +17,9 @@ from hypothesis_settings import examples
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import AddResult, add
+from tunewright.data.verify import verify
 from tunewright.data.versions import DatasetVersion, load_version, version_folder
 from tunewright.data.versions.members import Place, member_line, places_of
-from tunewright.data.versions.verify import verify
 
 GROUPED = "data: {group_by: [customer, ticket], conflicts: accept}\n"
 

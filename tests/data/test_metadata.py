@@ -22,8 +22,8 @@ from tunewright.data.readers.file_check import check_files, fix_file
 from tunewright.data.readers.validate import MOST_CHARACTERS
 from tunewright.data.remove import remove
 from tunewright.data.selection import Selection
+from tunewright.data.trace import metadata_by_key, places_by_key
 from tunewright.data.versions import load_version, version_folder
-from tunewright.data.versions.trace import metadata_by_key, places_by_key
 
 Row = dict[str, Any]
 

@@ -12,10 +12,10 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import AddResult, add
 from tunewright.data.review.suspects import AnswerLoss, suspects
+from tunewright.data.trace import blame
 from tunewright.data.versions import DatasetVersion, load_version, version_folder
 from tunewright.data.versions.diff import diff
 from tunewright.data.versions.export import export
-from tunewright.data.versions.trace import blame
 
 MIXED = "data:\n  mix: {source: generic.jsonl, fraction: 0.2}\n"
 GENERIC = [

@@ -14,10 +14,10 @@ from remote_helpers import Place, add_rows, pull_from, push_to
 
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
+from tunewright.data.remote import pull, push
+from tunewright.data.remote_store import RemoteStore
+from tunewright.data.verify import verify
 from tunewright.data.versions import checkout, list_versions, load_version, short
-from tunewright.data.versions.remote import pull, push
-from tunewright.data.versions.remote_store import RemoteStore
-from tunewright.data.versions.verify import verify
 
 pytest_plugins = ["remote_helpers"]
 

@@ -12,13 +12,13 @@ from remote_helpers import Place, add_rows, one, place, pull_from, push_to, s3_e
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import add
+from tunewright.data.remote_store import RemoteStore
 from tunewright.data.remove import RemoveResult, remove
 from tunewright.data.review.reviews import VerdictEvent, append_reviews
 from tunewright.data.selection import Selection
+from tunewright.data.verify import verify
 from tunewright.data.versions import load_version
-from tunewright.data.versions.remote_store import RemoteStore
 from tunewright.data.versions.removals import read_removals
-from tunewright.data.versions.verify import verify
 
 __all__ = ["one", "place", "s3_endpoint", "two"]
 

@@ -11,13 +11,13 @@ from review_helpers import judge_next, review
 
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
+from tunewright.data.remote import push
+from tunewright.data.remote_store import RemoteStore
 from tunewright.data.review.edits import apply_edits
 from tunewright.data.review.reviews import read_reviews
+from tunewright.data.trace import blame, find_row
+from tunewright.data.verify import verify
 from tunewright.data.versions import load_version
-from tunewright.data.versions.remote import push
-from tunewright.data.versions.remote_store import RemoteStore
-from tunewright.data.versions.trace import blame, find_row
-from tunewright.data.versions.verify import verify
 
 pytest_plugins = ["remote_helpers"]
 

@@ -15,8 +15,8 @@ from review_helpers import judge_next, review
 from command_line import tunewright
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
+from tunewright.data.remote import pull, push
 from tunewright.data.versions import load_version, short
-from tunewright.data.versions.remote import pull, push
 
 pytest_plugins = ["remote_helpers"]
 

@@ -22,11 +22,11 @@ from tunewright.data.remove import RemoveResult, remove
 from tunewright.data.review.edits import apply_edits
 from tunewright.data.review.reviews import PURGED, VerdictEvent, append_reviews, read_reviews
 from tunewright.data.selection import Selection
+from tunewright.data.trace import find_row, metadata_by_key
+from tunewright.data.verify import verify
 from tunewright.data.versions import checkout, list_versions, load_version, version_folder
 from tunewright.data.versions.diff import diff
 from tunewright.data.versions.removals import read_removals
-from tunewright.data.versions.trace import find_row, metadata_by_key
-from tunewright.data.versions.verify import verify
 
 WHEN = "2026-11-25T10:00:00.000+00:00"
 

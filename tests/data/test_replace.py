@@ -20,10 +20,10 @@ from tunewright.data.remove import remove
 from tunewright.data.review.edits import apply_edits
 from tunewright.data.review.reviews import VerdictEvent, append_reviews
 from tunewright.data.selection import Selection
+from tunewright.data.trace import blame, find_row
+from tunewright.data.verify import verify
 from tunewright.data.versions import load_version
 from tunewright.data.versions.diff import diff
-from tunewright.data.versions.trace import blame, find_row
-from tunewright.data.versions.verify import verify
 
 
 def _add(

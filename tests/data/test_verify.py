@@ -16,9 +16,9 @@ from hypothesis_settings import examples
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import add
+from tunewright.data.trace import blame
+from tunewright.data.verify import verify
 from tunewright.data.versions import checkout, list_versions, load_version, short, version_folder
-from tunewright.data.versions.trace import blame
-from tunewright.data.versions.verify import verify
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from tunewright.core.progress import Reporter
 from tunewright.data.add import AddResult, add
 from tunewright.data.readers import require_columns
 from tunewright.data.readers.sources import source_files
+from tunewright.data.trace import find_row
 from tunewright.data.versions import DatasetVersion, Manifest, Member, checkout, list_versions, load_version
-from tunewright.data.versions.trace import find_row
 from tunewright.data.versions.version import clusters_by_split
 from tunewright.evidence.schema import Item, find_evaluation, load_evidence, load_items
 from tunewright.evidence.split_power import SplitPower, report_split_power, split_power, warn_of_few_dev_clusters
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from tunewright.data.dedup.leakage import BandScore, LeakageReport, TemplateScore
     from tunewright.data.plan import Preview
     from tunewright.data.readers.file_check import Change
+    from tunewright.data.remote import Transfer
     from tunewright.data.remove import RemoveResult
     from tunewright.data.review.edits import EditResult
     from tunewright.data.review.label_models import Suspect
@@ -35,11 +36,10 @@ if TYPE_CHECKING:
     from tunewright.data.review.session import Imported, ReviewSession
     from tunewright.data.review.suspects import SuspectList
     from tunewright.data.splits import Split
+    from tunewright.data.trace import RowOrigin, RowUse
+    from tunewright.data.verify import Verification
     from tunewright.data.versions.diff import Diff
     from tunewright.data.versions.export import Exported, Format
-    from tunewright.data.versions.remote import Transfer
-    from tunewright.data.versions.trace import RowOrigin, RowUse
-    from tunewright.data.versions.verify import Verification
     from tunewright.training.lengths import LengthReport
 
 
@@ -248,7 +248,7 @@ class DatasetApi:
 
     def metadata(self, key: str) -> dict[str, Any]:
         """Return a current row's metadata from its source file, by the row's full key."""
-        from tunewright.data.versions.trace import metadata_by_key
+        from tunewright.data.trace import metadata_by_key
 
         return metadata_by_key(self._dataset, self.version().manifest).get(key, {})
 
@@ -347,7 +347,7 @@ class DatasetApi:
         """
         from tunewright.data.examples import class_like
         from tunewright.data.review.suspects import FOLDER, METHOD, cached_suspects, find_suspects
-        from tunewright.data.versions.trace import places_by_key
+        from tunewright.data.trace import places_by_key
 
         version = self.version()
         project = self._project
@@ -448,7 +448,7 @@ class DatasetApi:
 
     def blame(self, row: str) -> RowOrigin:
         """Return a current row's origin: its file and the version that added it; ``row`` as in :meth:`show`."""
-        from tunewright.data.versions.trace import blame
+        from tunewright.data.trace import blame
 
         version = self.version()
         return blame(self._dataset, version, find_row(self._dataset, version, row).key)
@@ -459,7 +459,7 @@ class DatasetApi:
         Args:
             row: as in :meth:`show`; also the key of an earlier version's row, since adapters may have seen it there.
         """
-        from tunewright.data.versions.trace import find_key, uses_of_row
+        from tunewright.data.trace import find_key, uses_of_row
 
         key = find_key(self._dataset, self.version(), row)
         return key, uses_of_row(self._dataset, self._project.adapters, key)
@@ -481,8 +481,8 @@ class DatasetApi:
 
         ``metadata`` adds the source files' other keys to chat rows.
         """
+        from tunewright.data.trace import metadata_by_key
         from tunewright.data.versions.export import export
-        from tunewright.data.versions.trace import metadata_by_key
 
         chosen = self.version(version)
         extra = metadata_by_key(self._dataset, chosen.manifest) if metadata else None
@@ -490,18 +490,18 @@ class DatasetApi:
 
     def push(self, url: str) -> Transfer:
         """Copy the current version with its ancestors and reviews to a folder or bucket."""
-        from tunewright.data.versions.remote import push
+        from tunewright.data.remote import push
 
         return push(self._dataset, url, self._reporter)
 
     def pull(self, url: str) -> Transfer:
         """Copy the current version and reviews from a shared folder or bucket, verify and check them out."""
-        from tunewright.data.versions.remote import pull
+        from tunewright.data.remote import pull
 
         return pull(self._dataset, url, self._reporter)
 
     def verify(self) -> Verification:
         """Check every row, version and review against its digest."""
-        from tunewright.data.versions.verify import verify
+        from tunewright.data.verify import verify
 
         return verify(self._dataset, self._reporter)

@@ -20,8 +20,8 @@ from tunewright.core.wording import count_of
 if TYPE_CHECKING:
     from tunewright.chat.inspection import TokenView
     from tunewright.data.remove import RemoveResult
+    from tunewright.data.trace import RowOrigin
     from tunewright.data.versions import Member
-    from tunewright.data.versions.trace import RowOrigin
 
 Row = Annotated[str, typer.Argument(help="First digits of the row's key, or FILE:LINE of an added file.")]
 
@@ -83,7 +83,7 @@ def data_blame(run: Session, row: Row) -> None:
 @command(data_app, "trained-by", example="tunewright data trained-by pairs.jsonl:7")
 def data_trained_by(run: Session, row: Row) -> None:
     """List the adapters that were trained on a row."""
-    from tunewright.data.versions.trace import trained_adapters
+    from tunewright.data.trace import trained_adapters
 
     key, found = run.project.data.trained_by(row)
     lines = [f"{s.adapter}: {s.use}{f' ({s.reason})' if s.reason else ''}" for s in found]

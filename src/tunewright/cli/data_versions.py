@@ -13,7 +13,7 @@ from tunewright.cli.data import data_app, version_table
 from tunewright.core.wording import count_of
 
 if TYPE_CHECKING:
-    from tunewright.data.versions.remote import Transfer
+    from tunewright.data.remote import Transfer
 
 # As in data.export and data.splits, which are too heavy to import for --help.
 Format = Literal["chat", "alpaca", "csv", "parquet"]

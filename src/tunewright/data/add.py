@@ -24,6 +24,7 @@ from tunewright.data.readers.validate import counted
 from tunewright.data.remove import restore_event
 from tunewright.data.screening import screen
 from tunewright.data.splits import Split
+from tunewright.data.trace import read_metadata
 from tunewright.data.version_builder import (
     VersionDraft,
 )
@@ -36,7 +37,6 @@ from tunewright.data.versions import (
     save_version,
 )
 from tunewright.data.versions.removals import append_removals
-from tunewright.data.versions.trace import read_metadata
 from tunewright.data.versions.version import ImportCounts, cluster_sizes, clusters_by_split, new_manifest
 
 

@@ -20,6 +20,7 @@ from tunewright.data.readers import SourceRow
 from tunewright.data.review.edits import superseded_keys
 from tunewright.data.selection import Origins, Selection, read_elsewhere_first, read_origins, row_document, select
 from tunewright.data.splits import MINIMUM_CLUSTERS, SPLITS, Split
+from tunewright.data.trace import AdapterExposure, adapter_exposure
 from tunewright.data.versions import (
     DatasetVersion,
     Manifest,
@@ -33,7 +34,6 @@ from tunewright.data.versions import (
 from tunewright.data.versions.members import Place, read_places
 from tunewright.data.versions.removals import Removal, append_removals, describe_purges, read_removals
 from tunewright.data.versions.rows import read_rows
-from tunewright.data.versions.trace import AdapterExposure, adapter_exposure
 from tunewright.data.versions.version import ImportCounts, current_author, new_manifest, rename_clusters
 
 _MOST = 10

@@ -17,8 +17,8 @@ from jmespath.exceptions import JMESPathError
 from tunewright.core.csv import read_sheet
 from tunewright.core.errors import UserError
 from tunewright.core.io import text_lines
+from tunewright.data.trace import source_name
 from tunewright.data.versions import IMPORTS, Member, list_versions, short, version_folder
-from tunewright.data.versions.trace import source_name
 
 _FEWEST_DIGITS = 4
 _MOST = 10

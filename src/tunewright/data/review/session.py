@@ -25,8 +25,8 @@ from tunewright.data.review.reviews import (
     read_reviews,
     status_line,
 )
+from tunewright.data.trace import places_by_key
 from tunewright.data.versions import DatasetVersion, Member
-from tunewright.data.versions.trace import places_by_key
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from tunewright.engines.protocol import Engine
 from tunewright.models.bases import Base
 from tunewright.models.families import FAMILIES
 from tunewright.models.loading import context_length, load_model, named, text_settings
-from tunewright.serving.isolation.checks import TOLERANCE
 
 LARGE_CARD = 70 * 10**9
 """GPU memory from which vLLM decodes 256 rows by default: an 80 GB card has room for their keys and values."""
@@ -77,12 +76,6 @@ def max_batch(kind: EngineName, config: Config) -> int:
             large = torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory >= LARGE_CARD
             return 256 if large else 128
     return 16
-
-
-def tolerance(kind: EngineName, config: Config) -> float:
-    """Return the isolation test's tolerance for an engine in nats, by the lower of the two precisions compared."""
-    own = TOLERANCE[config.train.dtype]
-    return max(own, TOLERANCE[config.serve.gguf]) if kind == "llamacpp" else own
 
 
 def require_llamacpp() -> None:

@@ -22,8 +22,8 @@ from tunewright.core.progress import Reporter
 from tunewright.engines.protocol import Engine
 from tunewright.models.bases import Base
 from tunewright.models.loading import context_length
-from tunewright.serving.engines.start import EngineSpec, max_batch, require_llamacpp, start_engine, tolerance
-from tunewright.serving.isolation.checks import LONG, SHORT, VERSION, check_isolation
+from tunewright.serving.engines.start import EngineSpec, max_batch, require_llamacpp, start_engine
+from tunewright.serving.isolation.checks import LONG, SHORT, TOLERANCE, VERSION, check_isolation
 from tunewright.serving.isolation.probes import Digest, Ids
 from tunewright.serving.isolation.result import IsolationResult
 from tunewright.serving.tenants.release import IsolationCheck, IsolationTest
@@ -93,7 +93,7 @@ class IsolationRunner:
                 "versions": self.versions,
                 "device": self.device,
                 "gguf": self.config.serve.gguf if self.engine == "llamacpp" else None,
-                "tolerance": tolerance(self.engine, self.config),
+                "tolerance": _tolerance(self.engine, self.config),
             }
         )
 
@@ -121,7 +121,7 @@ class IsolationRunner:
             self.folders,
             prompts,
             context=context_length(self.base),
-            tolerance=tolerance(self.engine, self.config),
+            tolerance=_tolerance(self.engine, self.config),
             names=names,
             reporter=self.reporter,
             long=LONG if self.engine == "vllm" else SHORT,
@@ -158,3 +158,9 @@ class IsolationRunner:
             tested=now(),
             seconds=seconds,
         )
+
+
+def _tolerance(kind: EngineName, config: Config) -> float:
+    """Return the isolation test's tolerance for an engine in nats, by the lower of the two precisions compared."""
+    own = TOLERANCE[config.train.dtype]
+    return max(own, TOLERANCE[config.serve.gguf]) if kind == "llamacpp" else own

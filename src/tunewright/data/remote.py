@@ -26,6 +26,7 @@ from tunewright.core.progress import Reporter
 from tunewright.core.wording import count_of
 from tunewright.data.examples import Example
 from tunewright.data.purge import merge_removals
+from tunewright.data.remote_store import AGAIN, ALL_REMOVED, REMOVED, REVIEWS, RemoteStore
 from tunewright.data.review.reviews import (
     Event,
     VerdictEvent,
@@ -51,7 +52,6 @@ from tunewright.data.versions import (
     write_head,
 )
 from tunewright.data.versions.members import MEMBERS, places_of, read_members, read_places
-from tunewright.data.versions.remote_store import AGAIN, ALL_REMOVED, REMOVED, REVIEWS, RemoteStore
 from tunewright.data.versions.removals import Removals, erased_metadata, read_removals
 from tunewright.data.versions.rows import parse_rows, rows_text, write_rows
 
