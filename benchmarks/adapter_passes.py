@@ -40,8 +40,8 @@ from tunewright.core.io import write_json
 from tunewright.core.progress import LogReporter
 from tunewright.generation.batched_lora import Lora
 from tunewright.generation.decoding import Batch
+from tunewright.generation.openmp import release_openmp_threads
 from tunewright.generation.requests import Request
-from tunewright.generation.threads import release_openmp_threads
 from tunewright.models.loading import load_model
 
 SIDES = ("as it is", "one by one", "helpers kept")

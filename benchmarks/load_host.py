@@ -39,8 +39,8 @@ from tunewright.core.progress import LogReporter
 from tunewright.engines.protocol import Engine, stream
 from tunewright.generation.requests import Request
 from tunewright.serving.gateway.admission import AdmissionQueue, Slot
+from tunewright.serving.gateway.app_factory import Service, TenantSource
 from tunewright.serving.gateway.auth import ServedAdapter
-from tunewright.serving.gateway.service import Service, TenantSource
 from tunewright.serving.tenants import State
 
 

@@ -205,8 +205,8 @@ def train_one(side: str, rows_file: str, seed: int, epochs: int, measurements: i
 
     from tunewright.core.progress import LogReporter
     from tunewright.models.bases import resolve_base
+    from tunewright.models.hf_logging import quiet_transformers
     from tunewright.models.loading import load_model, load_tokenizer
-    from tunewright.models.quiet import quiet_transformers
 
     rows = json.loads(Path(rows_file).read_text())
     base = resolve_base("bundled:smollm2-135m-instruct", None, Path(), LogReporter())

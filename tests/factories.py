@@ -9,7 +9,7 @@ from typing import Any
 from tunewright.config import Metric, metric_name
 from tunewright.core.io import digest
 from tunewright.data.examples import Example, Message
-from tunewright.evidence.base import Interval
+from tunewright.evidence.common import Interval
 from tunewright.evidence.schema import Arm, Evidence, Fold, Item
 from tunewright.evidence.scoring import ScoredArms, declared_contrasts, measured_metrics, score_arm, score_arms
 from tunewright.evidence.test_set_access import Declared, TestSetAccess

@@ -6,10 +6,10 @@ import math
 
 from factories import make_evidence, make_items, scored_items
 from tunewright.core.io import digest
-from tunewright.evaluation.distance import scores_by_distance, scores_by_template
-from tunewright.evidence.base import Interval, NoiseFloor, Score
+from tunewright.evaluation.train_similarity import scores_by_distance, scores_by_template
 from tunewright.evidence.benchmarks import Benchmarks, Suite
 from tunewright.evidence.benchmarks import Control as SuiteControl
+from tunewright.evidence.common import Interval, NoiseFloor, Score
 from tunewright.evidence.human_eval import AnswerReview, Powered, RaterAgreement, Reviewer, ReviewStratum
 from tunewright.evidence.judge import (
     Control,

@@ -19,7 +19,7 @@ from tunewright.advisor.signals import (
     Surprise,
     TuningGain,
 )
-from tunewright.evidence.base import ArmScore, Interval
+from tunewright.evidence.common import ArmScore, Interval
 from tunewright.evidence.schema import Advice, Arm, ArmKind, Contrast, Measured
 
 ITEMS = 200

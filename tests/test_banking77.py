@@ -32,8 +32,8 @@ from tunewright.data.dedup.leakage import LeakageRate, LeakageReport, NearestTra
 from tunewright.data.dedup.output_leakage import OutputLeakage
 from tunewright.data.versions import MANIFEST, Manifest, load_version
 from tunewright.evaluation.arms import plan_of
-from tunewright.evaluation.distance import scores_by_distance
 from tunewright.evaluation.runner import measured_contrasts
+from tunewright.evaluation.train_similarity import scores_by_distance
 from tunewright.evidence.schema import Advice, Arm, Evidence, load_evidence
 from tunewright.evidence.scoring import ScoredArms, score_arm, score_arms
 from tunewright.evidence.verdict import SIGNIFICANT, verdict

@@ -28,9 +28,9 @@ from gpu_cases.reporting import Report, Skipped, host_syncs, peak_flops, synchro
 from tunewright.chat.format import Tokens
 from tunewright.config import PRESETS, Config
 from tunewright.core.progress import LogReporter
+from tunewright.models.hf_logging import quiet_transformers
 from tunewright.models.memory.estimate import BatchShape, TrainingSetup, estimate
 from tunewright.models.memory.shape import Shape
-from tunewright.models.quiet import quiet_transformers
 from tunewright.training.run import Run
 
 TARGETS: tuple[str, ...] = PRESETS["all-linear"]["target_modules"]

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from signals_factory import arm, break_even, curve, doubling, gain, make_signals
 from tunewright.advisor.decision import Grounds, decide
+from tunewright.advisor.explanations import changes, expectations, measured
 from tunewright.advisor.signals import Signals
-from tunewright.advisor.wording import changes, expectations, measured
 
 FLAT = doubling(50, 100, 0, -1, 0)
 """A doubling of the rows that brought nothing: all rows reach what the pilot reaches."""

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, normalizers, pre_tokenizers
 
 from tiny import CHATML, byte_tokenizer
 from tunewright.chat import ChatFormat, chat_format, encode
-from tunewright.chat.opening import cached_format
+from tunewright.chat.loading import cached_format
 from tunewright.config import ChatConfig
 from tunewright.data.examples import Message
 

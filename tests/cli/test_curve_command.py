@@ -14,7 +14,7 @@ import pytest
 from command_line import tiny_project, tunewright
 from tunewright.adapters.registry import Adapter, list_adapters
 from tunewright.config import MetricName
-from tunewright.evidence.base import Interval
+from tunewright.evidence.common import Interval
 from tunewright.evidence.learning_curve import Curve, Point, more_data
 from tunewright.report.plots import curve_plot
 

@@ -21,7 +21,7 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.progress import LogReporter
 from tunewright.data.versions import Member
 from tunewright.evaluation.arms import TUNED
-from tunewright.serving.gateway.service import Service
+from tunewright.serving.gateway.app_factory import Service
 
 SYSTEM = "Name the first colour, d'été."
 FORCED = ("--force", "--because", "what is tested here is the system prompt", "--untested", "it takes its time")

@@ -14,7 +14,7 @@ from tunewright.config import Config
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import add
-from tunewright.data.plan import Effect, preview
+from tunewright.data.add_plan import Effect, preview
 from tunewright.data.remove import remove
 from tunewright.data.selection import Selection
 from tunewright.data.versions import load_version

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis_settings import examples
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
-from tunewright.core.wording import excerpts
+from tunewright.core.text import excerpts
 from tunewright.data.add import AddResult, add
 from tunewright.data.remove import remove
 from tunewright.data.review.edits import apply_edits

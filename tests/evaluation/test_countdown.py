@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 
 from tunewright.core.progress import LogReporter, LogTask, Task
-from tunewright.evaluation.countdown import Countdown, Work
+from tunewright.evaluation.eta import Countdown, Work
 from tunewright.evaluation.speed import Timed, fitted
 
 

@@ -25,7 +25,7 @@ from tunewright.data.examples import normalised
 from tunewright.evaluation.benchmarks.choices import Question, chosen, read_questions
 from tunewright.evaluation.forgetting import Forgetting, ForgettingMeter
 from tunewright.evaluation.scaling import Scaled, choose
-from tunewright.evidence.base import Interval
+from tunewright.evidence.common import Interval
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -11,7 +11,7 @@ from sacrebleu.metrics.chrf import CHRF
 from factories import pair, scorers
 from tunewright.config import Metric
 from tunewright.config.metrics import Choices, Python
-from tunewright.evidence.base import References
+from tunewright.evidence.common import References
 from tunewright.evidence.scoring import count_references, measured_metrics
 from tunewright.metrics import references_of, score_all, scorer_of
 

@@ -9,8 +9,8 @@ import pytest
 from factories import make_evidence, make_items
 from report_evidence import CURVE
 from tunewright.evidence.answer_format import AnswerFormat
-from tunewright.evidence.base import Interval
 from tunewright.evidence.causes import Known, Labels, decided
+from tunewright.evidence.common import Interval
 from tunewright.evidence.schema import Evidence
 
 WORSE = make_evidence(make_items(120, tuned=0.05, retrieved=0.6))

@@ -12,7 +12,7 @@ from scipy.optimize import minimize_scalar
 from scipy.stats import bootstrap, norm, t
 
 from hypothesis_settings import examples
-from tunewright.evidence.base import Interval
+from tunewright.evidence.common import Interval
 from tunewright.evidence.non_inferiority import items_needed, paired_drop, ratio_drop, smallest_margin, tango_limits
 
 Z95 = float(norm.ppf(0.975))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from factories import make_evidence, make_items, with_contrast
 from report_evidence import JUDGE, REVIEW, vetoed
-from tunewright.evidence.base import Interval
+from tunewright.evidence.common import Interval
 from tunewright.evidence.human_eval import AnswerReview
 from tunewright.evidence.judge import Judgement
 from tunewright.evidence.preferences import judge_line, opinions, people_line

@@ -12,8 +12,8 @@ from scipy.stats import binomtest
 
 from factories import make_evidence, make_items, with_contrast
 from tunewright.evaluation.benchmarks.bench import above_chance, above_floor, dealt, lower_limit, suite_of
-from tunewright.evidence.base import Interval
 from tunewright.evidence.benchmarks import Benchmarks, Control, Suite, standing
+from tunewright.evidence.common import Interval
 from tunewright.evidence.verdict import verdict
 
 # Controls

@@ -10,7 +10,7 @@ import torch
 from scipy.special import log_softmax
 from scipy.stats import entropy
 
-from tunewright.export.observing import TopTokens, distance
+from tunewright.export.distributions import TopTokens, distance
 from tunewright.export.parity import LIMITS, Figures, shortcomings
 from tunewright.export.probe import places
 

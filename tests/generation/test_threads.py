@@ -9,7 +9,7 @@ import pytest
 
 HELPERS = """
 import os, torch
-from tunewright.generation.threads import release_openmp_threads
+from tunewright.generation.openmp import release_openmp_threads
 def threads():
     return len(os.listdir("/proc/self/task"))
 torch.set_num_threads(3)

@@ -135,7 +135,7 @@ def _answers_while_training(quantize: str, dropout: float) -> tuple[list[str], _
     from tunewright.config import TrainConfig
     from tunewright.core.progress import LogReporter
     from tunewright.generation.decoding import Request
-    from tunewright.training.dev import DevTask
+    from tunewright.training.dev_scores import DevTask
     from tunewright.training.lora import keep_float32, lora_config
 
     settings: Any = {"preset": "all-linear", "quantization": quantize, "lora_dropout": dropout}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from factories import make_evidence, make_history, make_items
 from report_evidence import ITEMS
-from tunewright.evidence.base import References
+from tunewright.evidence.common import References
 from tunewright.report.html import render_report
 from tunewright.report.sections.contrasts import section
 from tunewright.report.sections.summary import summary

@@ -13,11 +13,11 @@ from command_line import tunewright
 from factories import make_evidence, make_history
 from report_evidence import CURVE, GENERAL, ITEMS, JUDGE, REVIEW, full_evidence, vetoed
 from signals_factory import break_even, make_signals
+from tunewright.advisor.explanations import break_even_text
 from tunewright.advisor.signals import Speed, fitting_advice
-from tunewright.advisor.wording import break_even_text
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, write_json, write_text
-from tunewright.evidence.base import Interval
+from tunewright.evidence.common import Interval
 from tunewright.evidence.learning_curve import CURVE_FILE, find_curve, more_data
 from tunewright.evidence.schema import Evidence
 from tunewright.evidence.test_set_access import openings_text

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tunewright.chat.opening import open_chat
+from tunewright.chat.loading import open_chat
 from tunewright.config import Config
 from tunewright.core.progress import LogReporter
 from tunewright.data.examples import Example, Message
 from tunewright.data.versions import Member
 from tunewright.models.bases import resolve_base
-from tunewright.training.dev import dev_task
+from tunewright.training.dev_scores import dev_task
 
 
 def _member(asked: str, answered: str) -> Member:

@@ -12,7 +12,7 @@ import numpy as np
 from tunewright.advisor.signals import Answer, ContextBudget, Doubling, ShotCurve, ShotPoint
 from tunewright.config import MetricName
 from tunewright.evaluation.arms import ZERO_SHOT
-from tunewright.evidence.base import ArmScore, Interval
+from tunewright.evidence.common import ArmScore, Interval
 from tunewright.evidence.schema import Arm, Contrast
 from tunewright.evidence.scoring import contrast
 from tunewright.metrics import Scores

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tunewright.advisor.decision import Decision, decide
+from tunewright.advisor.explanations import changes, expectations, measured
 from tunewright.advisor.signals import Signals
-from tunewright.advisor.wording import changes, expectations, measured
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError
 
 from tunewright.config import MetricName
 from tunewright.core.errors import UserError
-from tunewright.evidence.base import ArmScore, Interval, Part
+from tunewright.evidence.common import ArmScore, Interval, Part
 from tunewright.evidence.schema import Advice, Contrast, Evidence
 
 SCHEMA_VERSION: Literal[1] = 1

@@ -16,7 +16,7 @@ from tunewright.advisor.signals import Fertility, Format, Surprise
 from tunewright.config import Metric
 from tunewright.config.metrics import Choices, Json, Regex
 from tunewright.data.examples import Example
-from tunewright.evidence.base import Interval
+from tunewright.evidence.common import Interval
 from tunewright.evidence.statistics import Floats, bootstrap_sums, cluster_sums, percentiles
 from tunewright.metrics import Scorer, score_all
 from tunewright.metrics.fields import json_valid

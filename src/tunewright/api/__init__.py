@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from tunewright.evaluation.prompt_search import AdviseResult
     from tunewright.evaluation.runner import EvaluateResult
     from tunewright.models.memory.plan import MemoryCheck, Plan
-    from tunewright.serving.gateway.service import Service
+    from tunewright.serving.gateway.app_factory import Service
     from tunewright.serving.isolation.result import IsolationResult
     from tunewright.training.sweep.sweep import SweepResult
     from tunewright.training.train import TrainResult

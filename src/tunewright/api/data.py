@@ -24,9 +24,9 @@ from tunewright.evidence.schema import Item, find_evaluation, load_evidence, loa
 from tunewright.evidence.split_power import SplitPower, report_split_power, split_power, warn_of_few_dev_clusters
 
 if TYPE_CHECKING:
+    from tunewright.data.add_plan import Preview
     from tunewright.data.dedup.decontaminate import Contamination
     from tunewright.data.dedup.leakage import BandScore, LeakageReport, TemplateScore
-    from tunewright.data.plan import Preview
     from tunewright.data.readers.file_check import Change
     from tunewright.data.remote import Transfer
     from tunewright.data.remove import RemoveResult
@@ -179,7 +179,7 @@ class DatasetApi:
         split_from: str | Path | None = None,
     ) -> Preview:
         """Preview :meth:`add` on files of pairs, with every fault; options as for ``add``."""
-        from tunewright.data.plan import AddOptions, preview
+        from tunewright.data.add_plan import AddOptions, preview
 
         paths = source_files(files, self._reporter)
         data = self._mapped(paths, rows, input_column, output_column)

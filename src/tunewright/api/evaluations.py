@@ -37,8 +37,8 @@ def known_of(project: ProjectFolder, evidence: Evidence, reporter: Reporter) -> 
 
     Missing facts are left out. Unreadable ones are left out with a warning: evidence is enough for a verdict.
     """
+    from tunewright.advisor.explanations import calls_cost
     from tunewright.advisor.signals import fitting_advice
-    from tunewright.advisor.wording import calls_cost
 
     def readable(read: Callable[[], T | None]) -> T | None:
         try:

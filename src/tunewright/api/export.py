@@ -14,10 +14,10 @@ from tunewright.core.io import digest, writing
 from tunewright.data.versions import load_version
 
 if TYPE_CHECKING:
-    from tunewright.export.exporting import ExportResult
+    from tunewright.export.artifact import ExportResult
     from tunewright.export.gguf.tensors import FileType
     from tunewright.export.parity import Precision
-    from tunewright.export.trained import TrainedModel
+    from tunewright.export.trained_model import TrainedModel
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class ExportApi:
         Raises:
             UserError: no such adapter, an adapter that does not fit, or a folder with other contents.
         """
-        from tunewright.export.exporting import BuiltArtifact, export, find_export
+        from tunewright.export.artifact import BuiltArtifact, export, find_export
         from tunewright.export.merge import choose_merge_method, observe_merged, write_merged
 
         opened = self._context
@@ -110,7 +110,7 @@ class ExportApi:
         Raises:
             UserError: as for :meth:`gguf`, or Ollama's template language cannot express the chat template.
         """
-        from tunewright.export.exporting import export, find_export
+        from tunewright.export.artifact import export, find_export
         from tunewright.export.go_template import go_template
         from tunewright.export.ollama import ollama_built
 
@@ -140,7 +140,7 @@ class ExportApi:
     def _gguf(
         self, tuned: Adapter, target: Path, made_of: dict[str, Any], merged: bool, file_type: FileType
     ) -> ExportResult:
-        from tunewright.export.exporting import BuiltArtifact, export, find_export
+        from tunewright.export.artifact import BuiltArtifact, export, find_export
         from tunewright.export.gguf.lora import write_lora
         from tunewright.export.gguf.model import write_model
         from tunewright.export.llamacpp import EngineFailedError, observe_gguf
@@ -238,7 +238,7 @@ class ExportApi:
     def _trained(self, adapter: Adapter) -> TrainedModel:
         """Return the trained model on dev prompts of the version that it was trained on."""
         from tunewright.export.probe import draw_probe
-        from tunewright.export.trained import measure_trained
+        from tunewright.export.trained_model import measure_trained
         from tunewright.metrics import open_scorers
         from tunewright.models.loading import context_length
 

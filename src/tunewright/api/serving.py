@@ -21,8 +21,8 @@ from tunewright.core.progress import Reporter
 
 if TYPE_CHECKING:
     from tunewright.engines.vllm.environment import Build, Environment
+    from tunewright.serving.gateway.app_factory import Service
     from tunewright.serving.gateway.auth import ServedAdapter
-    from tunewright.serving.gateway.service import Service
     from tunewright.serving.tenants import State
 
 
@@ -105,8 +105,8 @@ def open_service(
         state.close()
     if auth:
         _require_private(config.serve.host)
+    from tunewright.serving.gateway.app_factory import Service
     from tunewright.serving.gateway.auth import ServedAdapter
-    from tunewright.serving.gateway.service import Service
 
     held, folders = choose_served(opened, names)
     served = {}
@@ -136,7 +136,7 @@ def _for_tenants(opened: ProjectContext, state: State, names: Sequence[str], con
             )
         return ServedAdapter(adapter.folder, system_prompt(adapter, opened.folder.dataset))
 
-    from tunewright.serving.gateway.service import Service, TenantSource
+    from tunewright.serving.gateway.app_factory import Service, TenantSource
 
     served = TenantSource(state, locate, {adapter.name: adapter.folder for adapter in trained})
     return Service(config, opened.base, opened.chat, held, served, opened.reporter)

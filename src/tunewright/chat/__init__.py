@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tunewright.chat.format import ChatFormat, Tokens, chat_format
-from tunewright.chat.opening import cached_format, open_chat
+from tunewright.chat.loading import cached_format, open_chat
 from tunewright.config import ChatConfig, DataConfig
 from tunewright.core.errors import UserError
 from tunewright.data.examples import Message

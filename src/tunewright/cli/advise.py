@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from tunewright.advisor.result import AdviceResult
     from tunewright.advisor.signals import Signals
-    from tunewright.evidence.base import Interval, Score
+    from tunewright.evidence.common import Interval, Score
 
 _COLOURS = {"fine-tune": "bold green", "prompt": "bold cyan", "retrieve": "bold cyan", "can't tell": "bold yellow"}
 _WIDTH = 41
@@ -56,7 +56,7 @@ def advise(
 
 def advice_tables(result: AdviceResult) -> list[RenderableType]:
     """Return the arms, the score over k next to the pilot's, the signals, and the answer with what would change it."""
-    from tunewright.advisor.wording import changes, expectations
+    from tunewright.advisor.explanations import changes, expectations
     from tunewright.cli.evaluate import prompting_tables
 
     signals, decision = result.signals, result.decision
@@ -77,7 +77,7 @@ def advice_tables(result: AdviceResult) -> list[RenderableType]:
 
 def signals_table(signals: Signals) -> Table:
     """Return the measurements, one row for each signal."""
-    from tunewright.advisor.wording import measured
+    from tunewright.advisor.explanations import measured
 
     table = Table(title="Signals", title_justify="left", show_lines=True)
     table.add_column("signal", no_wrap=True)

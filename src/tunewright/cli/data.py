@@ -15,15 +15,15 @@ from rich.text import Text
 from tunewright.cli.app import DATA, command, group
 from tunewright.cli.console import USER_ERROR, Session
 from tunewright.core.errors import UserError
-from tunewright.core.wording import count_of
+from tunewright.core.text import count_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from tunewright.data.add_plan import Effect, Preview
     from tunewright.data.dedup.decontaminate import Contamination
     from tunewright.data.dedup.leakage import BandScore, LeakageReport, TemplateScore
     from tunewright.data.dedup.output_leakage import OutputLeakage
-    from tunewright.data.plan import Effect, Preview
     from tunewright.data.versions import Manifest
     from tunewright.training.lengths import LengthReport
 

@@ -15,7 +15,7 @@ from tunewright.cli.console import Session
 from tunewright.cli.data import data_app
 from tunewright.core.clock import to_the_second
 from tunewright.core.io import canonical_json
-from tunewright.core.wording import count_of
+from tunewright.core.text import count_of
 
 if TYPE_CHECKING:
     from tunewright.chat.inspection import TokenView

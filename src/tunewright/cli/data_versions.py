@@ -10,7 +10,7 @@ import typer
 from tunewright.cli.app import command
 from tunewright.cli.console import FAILED, Session
 from tunewright.cli.data import data_app, version_table
-from tunewright.core.wording import count_of
+from tunewright.core.text import count_of
 
 if TYPE_CHECKING:
     from tunewright.data.remote import Transfer

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from tunewright.config import MetricName
     from tunewright.evaluation.runner import EvaluateResult
-    from tunewright.evidence.base import Budget, EngineUsed, NoiseFloor, Score
+    from tunewright.evidence.common import Budget, EngineUsed, NoiseFloor, Score
     from tunewright.evidence.schema import Advice, Arm, Evidence, Measured
 
 DEV_NOTE = (

@@ -12,7 +12,7 @@ from tunewright.cli.app import DEPLOY, Adapter, command, group
 from tunewright.cli.console import MEASURED_NO, Session
 
 if TYPE_CHECKING:
-    from tunewright.export.exporting import ExportResult
+    from tunewright.export.artifact import ExportResult
     from tunewright.export.parity import Figures, Limits
 
 export_app = group(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from tunewright.evaluation.human_eval.journal import Side
     from tunewright.evaluation.human_eval.session import BlindReview, Pair, Progress
-    from tunewright.evidence.base import Interval, Score
+    from tunewright.evidence.common import Interval, Score
     from tunewright.evidence.human_eval import AnswerReview
 
 SIDE_KEYS: dict[str, Side] = {"a": "A", "b": "B", "g": "both", "n": "neither", "s": "skip"}

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from tunewright.evaluation.judge.runner import Estimate
-    from tunewright.evidence.base import Interval
+    from tunewright.evidence.common import Interval
     from tunewright.evidence.judge import Control, Judgement, Preference, Spent, WinRate
 
 

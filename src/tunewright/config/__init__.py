@@ -12,13 +12,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from tunewright.config.advise import AdviseConfig, PriceConfig
-from tunewright.config.constrain import ConstrainConfig
 from tunewright.config.data import DataConfig, Duplicates, Findable, MixConfig
 from tunewright.config.gateway import GatewayConfig
 from tunewright.config.judge import EndpointConfig, JudgeConfig, ReferenceModelConfig
 from tunewright.config.metrics import Metric, MetricName, metric_name
 from tunewright.config.regressions import GeneralConfig
 from tunewright.config.section import AnswerEngineName, EngineName, Quantize, RetrieverName, Section
+from tunewright.config.structured_outputs import ConstrainConfig
 from tunewright.config.train import PRESETS, ReplayConfig, Tracker, TrainConfig
 
 __all__ = [

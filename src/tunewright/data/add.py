@@ -12,13 +12,13 @@ from tunewright.config import Config
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
-from tunewright.core.wording import count_of
+from tunewright.core.text import count_of
 from tunewright.data import notices
+from tunewright.data.add_plan import AddOptions, AddPlan, plan_add
 from tunewright.data.dedup.decontaminate import Hit
 from tunewright.data.dedup.output_leakage import OutputLeakage
 from tunewright.data.merge import Merge
 from tunewright.data.notices import Conflict, Duplicate, LargeCluster, ReplacedRow, SplitChange
-from tunewright.data.plan import AddOptions, AddPlan, plan_add
 from tunewright.data.readers import Fault, ReadResult, SourceRow, read_pairs, source_digest, source_size
 from tunewright.data.readers.validate import counted
 from tunewright.data.remove import restore_event

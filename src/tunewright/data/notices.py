@@ -11,7 +11,7 @@ from textwrap import shorten
 from tunewright.config import Duplicates
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
-from tunewright.core.wording import count_of, excerpts, listed
+from tunewright.core.text import count_of, excerpts, listed
 from tunewright.data.dedup.decontaminate import MatchKind
 from tunewright.data.dedup.output_leakage import OutputLeakage
 from tunewright.data.examples import Example, Message, answers_repeat, class_like

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from tunewright.core.progress import Reporter
-from tunewright.core.wording import count_of, listed
+from tunewright.core.text import count_of, listed
 from tunewright.data.examples import Example
 from tunewright.data.review.reviews import redact_reviews
 from tunewright.data.review.suspects import remove_cached_suspects

@@ -23,7 +23,7 @@ from typing import Any
 from tunewright.core.errors import UserError
 from tunewright.core.io import new_folder
 from tunewright.core.progress import Reporter
-from tunewright.core.wording import count_of
+from tunewright.core.text import count_of
 from tunewright.data.examples import Example
 from tunewright.data.purge import merge_removals
 from tunewright.data.remote_store import AGAIN, ALL_REMOVED, REMOVED, REVIEWS, RemoteStore

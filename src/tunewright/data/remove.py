@@ -13,7 +13,7 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
-from tunewright.core.wording import count_of, listed
+from tunewright.core.text import count_of, listed
 from tunewright.data.dedup import count_near_repeats
 from tunewright.data.purge import RemainingCopy, purge
 from tunewright.data.readers import SourceRow

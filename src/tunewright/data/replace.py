@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tunewright.core.errors import UserError
 from tunewright.core.io import text_lines
-from tunewright.core.wording import count_of, excerpts, listed
+from tunewright.core.text import count_of, excerpts, listed
 from tunewright.data.examples import Example, in_conflict
 from tunewright.data.readers import SourceRow
 from tunewright.data.versions import DatasetVersion, import_files, short

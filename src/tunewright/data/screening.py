@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json
 from tunewright.core.progress import Reporter
-from tunewright.core.wording import listed
+from tunewright.core.text import listed
 from tunewright.data import pii
 from tunewright.data.pii.names import open_presidio
 from tunewright.data.pii.secret_patterns import Finder, Finding

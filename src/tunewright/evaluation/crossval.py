@@ -35,7 +35,6 @@ from tunewright.evaluation.arm_runner import (
     scored_arms,
 )
 from tunewright.evaluation.arms import TUNED, ZERO_SHOT, ArmPlan
-from tunewright.evaluation.distance import Distances, scores_by_distance, scores_by_template
 from tunewright.evaluation.folds import fold_versions
 from tunewright.evaluation.generations import Generator, grammar_of
 from tunewright.evaluation.prompt_search import advise, choosing_inputs
@@ -47,6 +46,7 @@ from tunewright.evaluation.runner import (
     save_evaluation,
     tell_opening,
 )
+from tunewright.evaluation.train_similarity import Distances, scores_by_distance, scores_by_template
 from tunewright.evidence.answer_format import answer_form
 from tunewright.evidence.schema import EVIDENCE_FILE, SCHEMA_VERSION, Advice, Evidence, Fold, load_evidence
 from tunewright.evidence.scoring import ScoredArms, count_references, measured_metrics, tell_references

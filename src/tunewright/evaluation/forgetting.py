@@ -25,7 +25,7 @@ from tunewright.data.examples import Example, Message, normalised
 from tunewright.data.versions import DatasetVersion
 from tunewright.evaluation.generations import Generator
 from tunewright.evaluation.losses import answer_losses
-from tunewright.evidence.base import Interval
+from tunewright.evidence.common import Interval
 from tunewright.evidence.statistics import RESAMPLES, bootstrap_sums, percentiles
 from tunewright.models.loading import context_length
 from tunewright.training.replay import sample_filter

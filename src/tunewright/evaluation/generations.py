@@ -24,8 +24,8 @@ from tunewright.core.progress import Reporter
 from tunewright.engines.choice import EMBEDDED, AnswerEngine, answer_engine
 from tunewright.engines.vllm.answers import VllmAnswers
 from tunewright.evaluation.answer_journal import ENGINE, VLLM, Answer, Decoding, appending, read_answers
-from tunewright.evaluation.countdown import Countdown
-from tunewright.evidence.base import EngineUsed
+from tunewright.evaluation.eta import Countdown
+from tunewright.evidence.common import EngineUsed
 from tunewright.generation.constraints import Constraint, Grammar
 from tunewright.generation.decoding import Completion, Request, generate
 from tunewright.models.bases import Base

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from tunewright.chat.answers import answer_text
 from tunewright.data.versions import Member
 from tunewright.evaluation.generations import Generator, Prompt
-from tunewright.evidence.base import NoiseFloor
+from tunewright.evidence.common import NoiseFloor
 from tunewright.metrics import Scorer, score_all
 
 MOST_ITEMS = 100

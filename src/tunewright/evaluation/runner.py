@@ -19,10 +19,10 @@ from tunewright.evaluation.access_log import LEDGER, Ledger
 from tunewright.evaluation.answer_journal import Answer
 from tunewright.evaluation.arm_runner import ArmRunner, measured_arm, measured_with, scored_arms
 from tunewright.evaluation.arms import TUNED, TUNED_CONSTRAINED, ZERO_SHOT, ArmPlan, plan_of, tuned_retrieved
-from tunewright.evaluation.distance import Distances, scores_by_distance, scores_by_template
 from tunewright.evaluation.repeats import noise_floor
+from tunewright.evaluation.train_similarity import Distances, scores_by_distance, scores_by_template
 from tunewright.evidence.answer_format import answer_form
-from tunewright.evidence.base import Budget
+from tunewright.evidence.common import Budget
 from tunewright.evidence.schema import (
     DEV_PREFIX,
     EVIDENCE_FILE,

@@ -20,15 +20,15 @@ from tunewright.core.progress import minutes_text
 from tunewright.data.versions import Member
 from tunewright.evaluation.arm_runner import ArmRunner
 from tunewright.evaluation.arms import TUNED, TUNED_CONSTRAINED, ZERO_SHOT, ArmPlan, prompting_arms
-from tunewright.evaluation.countdown import Work
+from tunewright.evaluation.eta import Work
 from tunewright.evaluation.generations import Prompt
 from tunewright.evaluation.prompt_search import advice_file, first_rows, prepare
 from tunewright.evaluation.repeats import MOST_ITEMS
 from tunewright.evaluation.runner import standing_of
 from tunewright.evaluation.speed import AnswerSpeed, adapted_factor, answer_speed
-from tunewright.evidence.base import RULE, Budget
+from tunewright.evidence.common import RULE, Budget
 from tunewright.evidence.schema import Advice, Arm
-from tunewright.training.packing.plan import common_prefix
+from tunewright.training.packing.groups import common_prefix
 
 _SAMPLED = 200
 """Number of training rows that stand for the length of all answers."""

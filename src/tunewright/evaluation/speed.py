@@ -16,7 +16,7 @@ from tunewright.adapters.registry import Adapter
 from tunewright.core.clock import now
 from tunewright.core.io import digest, write_json
 from tunewright.evaluation.generations import Generator, Prompt
-from tunewright.training.packing.plan import common_prefix
+from tunewright.training.packing.groups import common_prefix
 
 _MOST_TOKENS = 8192
 """Prompt tokens of one timed batch: a few seconds on a CPU."""

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from tunewright.evidence.base import Part
+from tunewright.evidence.common import Part
 
 ENOUGH = 0.95
 """Share of the references that must have a format for it to be the task's."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from tunewright.evidence.base import Interval, Part
+from tunewright.evidence.common import Interval, Part
 
 SuiteKind = Literal["samples", "choices", "instructions", "lm_eval"]
 Unit = Literal["share", "nats per token"]

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from tunewright.evidence.base import Interval, Part, Score
+from tunewright.evidence.common import Interval, Part, Score
 
 
 class ReviewStratum(Part):

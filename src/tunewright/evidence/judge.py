@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from tunewright.evidence.base import Interval, Part, Score
+from tunewright.evidence.common import Interval, Part, Score
 
 ControlName = Literal[
     "gold is correct", "swapped reference", "injected verdict", "gold against gold", "gold against other"

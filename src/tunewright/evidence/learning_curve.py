@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tunewright.config import MetricName
 from tunewright.core.errors import UserError
-from tunewright.evidence.base import Interval
+from tunewright.evidence.common import Interval
 from tunewright.evidence.power import FEWEST_CLUSTERS
 from tunewright.evidence.schema import Evidence
 from tunewright.metrics import points_text, score_text

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 from scipy.stats import norm, t
 
-from tunewright.evidence.base import Interval
+from tunewright.evidence.common import Interval
 from tunewright.evidence.statistics import RESAMPLES, bootstrap_sums, cluster_sums, effective_items
 
 Result = Literal["not worse", "worse", "can't tell"]

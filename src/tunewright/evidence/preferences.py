@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from tunewright.evidence.base import Interval
+from tunewright.evidence.common import Interval
 from tunewright.evidence.human_eval import AnswerReview
 from tunewright.evidence.judge import Judgement, Preference
 from tunewright.evidence.power import ALPHA

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from tunewright.evidence.base import Interval
+from tunewright.evidence.common import Interval
 
 # A sample just large enough for the interval's end to touch the margin would succeed every other time. This factor
 # gives 80% power: ((z_0.975 + z_0.8) / z_0.975) squared.

@@ -13,8 +13,8 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import write_json
 from tunewright.core.progress import Reporter
 from tunewright.evidence.answer_format import AnswerFormat
-from tunewright.evidence.base import ArmScore, Budget, EngineUsed, Interval, NoiseFloor, Part, References
 from tunewright.evidence.benchmarks import Benchmarks
+from tunewright.evidence.common import ArmScore, Budget, EngineUsed, Interval, NoiseFloor, Part, References
 from tunewright.evidence.human_eval import AnswerReview
 from tunewright.evidence.judge import Judgement
 from tunewright.evidence.test_set_access import Design, EarlierAccess, TestSetAccess

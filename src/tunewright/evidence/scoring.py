@@ -13,7 +13,7 @@ from tunewright.config import MetricName
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.data.examples import Example
-from tunewright.evidence.base import ArmScore, References
+from tunewright.evidence.common import ArmScore, References
 from tunewright.evidence.power import detectable, minimum_detectable_effect
 from tunewright.evidence.schema import Arm, ArmKind, Contrast, Measured
 from tunewright.evidence.statistics import (

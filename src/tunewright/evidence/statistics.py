@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binom, norm
 
-from tunewright.evidence.base import Interval
+from tunewright.evidence.common import Interval
 
 RESAMPLES = 10_000
 

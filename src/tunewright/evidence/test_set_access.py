@@ -9,7 +9,7 @@ from pydantic import Field
 
 from tunewright.config import MetricName
 from tunewright.core.io import digest
-from tunewright.evidence.base import Part
+from tunewright.evidence.common import Part
 
 Design = Literal["held-out", "cross-fitted"]
 

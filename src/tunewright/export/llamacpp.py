@@ -19,9 +19,9 @@ import torch
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.data.examples import Message
-from tunewright.export.observing import TopTokens
+from tunewright.export.distributions import TopTokens
 from tunewright.export.templates import equivalent_conversations
-from tunewright.export.trained import ArtifactOutputs, TrainedModel
+from tunewright.export.trained_model import ArtifactOutputs, TrainedModel
 from tunewright.generation.text_stream import TextStream
 
 TOP_TOKENS = 1000

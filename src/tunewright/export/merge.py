@@ -15,15 +15,15 @@ from tunewright.adapters.compatibility import trained_quantize
 from tunewright.chat import ChatFormat
 from tunewright.core.io import write_json
 from tunewright.core.progress import Reporter
-from tunewright.export.observing import answer, distance, distributions
+from tunewright.export.distributions import answer, distance, distributions
 from tunewright.export.record import MergeMeasurement
 from tunewright.export.templates import exported_template, rendered_alike
-from tunewright.export.trained import ArtifactOutputs, TrainedModel
+from tunewright.export.trained_model import ArtifactOutputs, TrainedModel
 from tunewright.export.weights import MergeMethod, Weights, put_into, read_deltas, trained_dtype
 from tunewright.generation.decoding import Completion
 from tunewright.models.bases import INDEX, Base
+from tunewright.models.hf_logging import quiet_transformers
 from tunewright.models.loading import device, load_model
-from tunewright.models.quiet import quiet_transformers
 
 _GENERATION = "generation_config.json"
 _PROCESSOR = ("preprocessor_config.json", "processor_config.json")

@@ -11,7 +11,7 @@ from tunewright.chat import ChatFormat
 from tunewright.chat.answers import stop_strings
 from tunewright.config import Config
 from tunewright.core.io import write_text
-from tunewright.export.exporting import BuiltArtifact, ExportResult
+from tunewright.export.artifact import BuiltArtifact, ExportResult
 from tunewright.export.gguf.tensors import FileType
 from tunewright.export.go_template import go_template, strips_whitespace
 from tunewright.export.parity import Precision

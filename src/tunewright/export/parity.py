@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from tunewright.config import MetricName
-from tunewright.evidence.base import Part
+from tunewright.evidence.common import Part
 from tunewright.metrics.labels import score_text
 
 PROMPTS = 32

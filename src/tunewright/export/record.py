@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError
 
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest
-from tunewright.evidence.base import Part
+from tunewright.evidence.common import Part
 from tunewright.export.parity import Figures, Limits
 
 RECORD = "export.json"

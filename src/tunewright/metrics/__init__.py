@@ -7,7 +7,7 @@ from typing import Any
 
 from tunewright.config import EvaluateConfig, Metric, metric_name
 from tunewright.config.metrics import Choices, ExactMatch, Json, Normalisation, Python, Regex
-from tunewright.metrics.corpus import bleu, chrf
+from tunewright.metrics.bleu_chrf import bleu, chrf
 from tunewright.metrics.custom import file_digest, module_file, own_function
 from tunewright.metrics.fields import json_fields, json_valid
 from tunewright.metrics.labels import axis_label, metric_label, p_text, points_text, score_text

@@ -50,7 +50,7 @@ def _convert(gguf: Path, out: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from tunewright.models.quiet import quiet_transformers
+    from tunewright.models.hf_logging import quiet_transformers
 
     # The conversion draws a progress bar on stderr; its errors are still raised.
     with quiet_transformers(), redirect_stderr(io.StringIO()):

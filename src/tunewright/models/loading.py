@@ -12,8 +12,8 @@ from tunewright.config import Quantize
 from tunewright.core.errors import UserError
 from tunewright.models.bases import Base
 from tunewright.models.families import FAMILIES, VISION, require_quantizable
+from tunewright.models.hf_logging import quiet_transformers
 from tunewright.models.quantized import disable_repacking, nf4_config
-from tunewright.models.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -6,12 +6,12 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-from tunewright.evidence.base import Interval
 from tunewright.evidence.benchmarks import Suite, suite_text
 from tunewright.evidence.causes import Known, decided
+from tunewright.evidence.common import Interval
 from tunewright.evidence.schema import Arm, Contrast, Evidence
 from tunewright.metrics import metric_label, p_text, points_text
-from tunewright.report.wording import cause_text, headline, metric_order, noise_line, suite_result
+from tunewright.report.text import cause_text, headline, metric_order, noise_line, suite_result
 
 _MARKUP = re.compile(r"[\\`*_\[\]<>|~&#@$]")
 _OPENS_A_LIST = re.compile(r"^(\d+(?=[.)](\s|$))|(?=[-+]))(.)")

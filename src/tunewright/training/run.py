@@ -27,7 +27,7 @@ from tunewright.training.checkpoints import (
     resumable_checkpoint,
     step_of,
 )
-from tunewright.training.dev import DevTask
+from tunewright.training.dev_scores import DevTask
 from tunewright.training.kernels import use_liger
 from tunewright.training.micro_batch import MicroBatch
 from tunewright.training.packing.order import Sharing, measure_sharing

@@ -17,7 +17,7 @@ from tunewright.adapters.registry import Adapter, list_adapters, store_adapter
 from tunewright.adapters.signing import store_signer
 from tunewright.adapters.vllm_compat import require_servable
 from tunewright.chat import ChatFormat
-from tunewright.chat.opening import refuse_untrained
+from tunewright.chat.loading import refuse_untrained
 from tunewright.config import Config
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
@@ -27,9 +27,9 @@ from tunewright.data.versions import DatasetVersion
 from tunewright.metrics import metric_inputs
 from tunewright.models.bases import Base
 from tunewright.models.families import require_quantizable, require_targets
+from tunewright.models.hf_logging import quiet_transformers
 from tunewright.models.loading import context_length, device, load_model, named
 from tunewright.models.quantized import require_bitsandbytes
-from tunewright.models.quiet import quiet_transformers
 from tunewright.training import distributed
 from tunewright.training.checkpoint_selection import (
     Evaluation,
@@ -39,7 +39,7 @@ from tunewright.training.checkpoint_selection import (
     place_text,
 )
 from tunewright.training.checkpoints import require_intact, working_folder
-from tunewright.training.dev import DevTask, dev_task
+from tunewright.training.dev_scores import DevTask, dev_task
 from tunewright.training.divergence import UnstableRunError
 from tunewright.training.kernels import require_liger
 from tunewright.training.lora import require_precision

@@ -20,7 +20,7 @@ from trl import SFTTrainer
 from tunewright.training import distributed, fsdp
 from tunewright.training.checkpoint_selection import DEV_METRIC
 from tunewright.training.checkpoints import is_complete
-from tunewright.training.dev import DevTask
+from tunewright.training.dev_scores import DevTask
 from tunewright.training.lora import keep_float32
 from tunewright.training.loss_breakdown import LossBreakdown
 from tunewright.training.micro_batch import MicroBatch, RawRows, in_memory, too_little_memory

@@ -20,8 +20,8 @@ from tunewright.generation.requests import Request
 from tunewright.serving.gateway.admission import AdmissionQueue
 from tunewright.serving.gateway.app import Gateway
 from tunewright.serving.gateway.auth import Admission, AnonymousAuth, Target
-from tunewright.serving.gateway.handler import RequestHandler
 from tunewright.serving.gateway.preprocess import RequestPreprocessor
+from tunewright.serving.gateway.request_handler import RequestHandler
 from tunewright.serving.gateway.schemas import ApiError, CompletionRequest
 from tunewright.serving.gateway.server import serving
 from tunewright.serving.tenants import Candidate, Limits, State

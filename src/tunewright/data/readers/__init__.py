@@ -13,7 +13,7 @@ from tunewright.config import DataConfig
 from tunewright.core.errors import UserError
 from tunewright.core.io import file_digest
 from tunewright.core.progress import Task
-from tunewright.core.wording import count_of
+from tunewright.core.text import count_of
 from tunewright.data.examples import Example
 from tunewright.data.readers.row_errors import json_path
 from tunewright.data.readers.schemas import parse_conversation

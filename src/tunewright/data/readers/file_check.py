@@ -16,7 +16,7 @@ from tunewright.config import DataConfig
 from tunewright.core.errors import UserError
 from tunewright.core.io import writing
 from tunewright.core.progress import Reporter, Task
-from tunewright.core.wording import count_of
+from tunewright.core.text import count_of
 from tunewright.data.pii import LABELS, find_in_value
 from tunewright.data.readers import Fault, SourceRow, check_mapping, scan_pairs, source_size
 from tunewright.data.readers.row_errors import RowError, place

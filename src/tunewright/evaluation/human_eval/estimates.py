@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm
 
-from tunewright.evidence.base import Interval
+from tunewright.evidence.common import Interval
 from tunewright.evidence.human_eval import RaterAgreement
 from tunewright.evidence.statistics import RESAMPLES, bootstrap_sums, cluster_sums, percentiles
 

@@ -15,7 +15,7 @@ from tunewright.evaluation.human_eval.estimates import Design, Estimate, agreeme
 from tunewright.evaluation.human_eval.journal import FOLDER, Journal, read_journals
 from tunewright.evaluation.human_eval.sample import Sample, load_sample, stratify, treatment_is_a
 from tunewright.evaluation.judge.rows import Outcome, load_judged
-from tunewright.evidence.base import Interval, Score
+from tunewright.evidence.common import Interval, Score
 from tunewright.evidence.human_eval import AnswerReview, Powered, RaterAgreement, Reviewer, ReviewStratum
 from tunewright.evidence.schema import Evidence, Item, load_evidence, load_items
 from tunewright.evidence.statistics import exact_mcnemar

@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError
 from tunewright.config import MetricName
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, write_json
-from tunewright.evidence.base import Part
+from tunewright.evidence.common import Part
 from tunewright.evidence.schema import Evidence, Item
 from tunewright.metrics import normalised
 

@@ -11,7 +11,7 @@ from scipy.special import expit
 from scipy.stats import beta
 
 from tunewright.evaluation.judge.rows import Answered, Compared, ControlRow, JudgedItem
-from tunewright.evidence.base import Interval, Score
+from tunewright.evidence.common import Interval, Score
 from tunewright.evidence.judge import JudgedArm, JudgedContrast, LengthControlled, Preference, WinRate
 from tunewright.evidence.power import minimum_detectable_effect
 from tunewright.evidence.statistics import (

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationError
 
 from tunewright.core.errors import UserError
-from tunewright.evidence.base import Part
+from tunewright.evidence.common import Part
 from tunewright.evidence.judge import ControlName
 
 ROWS_FILE = "judge.jsonl"

@@ -24,7 +24,7 @@ from tunewright.evaluation.judge.prompts import Question, Vote, prompts_digest, 
 from tunewright.evaluation.judge.reference_answers import REFERENCE_MODEL, ReferenceAnswers, asked_answers, read_answers
 from tunewright.evaluation.judge.replies import Conversation, cost, guessed_tokens
 from tunewright.evaluation.judge.rows import CONTROLS_FILE, ROWS_FILE, ControlRow, JudgedItem
-from tunewright.evidence.base import Part
+from tunewright.evidence.common import Part
 from tunewright.evidence.judge import Control, Judgement, Spent
 from tunewright.evidence.schema import Evidence, Item, amend, load_evidence, load_items
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 from tunewright.config import MetricName
-from tunewright.evidence.base import ArmScore
+from tunewright.evidence.common import ArmScore
 from tunewright.evidence.schema import Arm, ArmKind, Evidence
 from tunewright.metrics import axis_label, metric_label
 from tunewright.report.blocks import Cell, Figure, Lead, Row, Section, Table, cells
 from tunewright.report.plots import PLAIN, PROMPTING, TUNED, Bar, forest_plot
-from tunewright.report.wording import capitalised, metric_order, percent_interval
+from tunewright.report.text import capitalised, metric_order, percent_interval
 
 COLOURS: dict[ArmKind, str] = {
     "tuned": TUNED,

@@ -10,7 +10,7 @@ from tunewright.evidence.benchmarks import Suite, Unit
 from tunewright.evidence.schema import Evidence
 from tunewright.report.blocks import Block, Cell, Figure, Lead, Notes, Row, Section, Table, cells
 from tunewright.report.plots import TUNED, Bar, forest_plot
-from tunewright.report.wording import suite_result
+from tunewright.report.text import suite_result
 
 _AXES: dict[Unit, str] = {"share": "loss, points", "nats per token": "loss, nats per token"}
 

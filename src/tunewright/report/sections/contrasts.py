@@ -9,7 +9,7 @@ from tunewright.evidence.verdict import changed_words, fewest_clusters
 from tunewright.metrics import metric_label, p_text, points_text
 from tunewright.report.blocks import Block, Cell, Figure, Lead, Notes, Row, Section, Table, cells
 from tunewright.report.plots import TUNED, Bar, forest_plot
-from tunewright.report.wording import capitalised, noise_line, points_interval
+from tunewright.report.text import capitalised, noise_line, points_interval
 
 
 def section(evidence: Evidence) -> Section:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from markupsafe import Markup
 
+from tunewright.advisor.explanations import amount, break_even_text
 from tunewright.advisor.signals import BreakEven, Call, Signals
-from tunewright.advisor.wording import amount, break_even_text
 from tunewright.evidence.schema import Arm, Evidence
 from tunewright.report.blocks import Block, Cell, Figure, Lead, Notes, Row, Section, Table, cells
 from tunewright.report.plots import break_even_figure
-from tunewright.report.wording import counted
+from tunewright.report.text import counted
 
 _UNMEASURED = "No break-even was measured on these data and this base: `tunewright advise` measures it."
 

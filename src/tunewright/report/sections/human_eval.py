@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from tunewright.evidence.base import Score
+from tunewright.evidence.common import Score
 from tunewright.evidence.human_eval import AnswerReview, RaterAgreement
 from tunewright.evidence.preferences import people_line
 from tunewright.evidence.schema import Evidence
 from tunewright.metrics import p_text
 from tunewright.report.blocks import Block, Cell, Lead, Notes, Row, Section, Table, cells
-from tunewright.report.wording import percent_interval
+from tunewright.report.text import percent_interval
 
 
 def section(evidence: Evidence) -> Section | None:

@@ -11,7 +11,7 @@ from tunewright.config import MetricName
 from tunewright.evidence.schema import Contrast, Evidence, Item
 from tunewright.evidence.verdict import changed_words
 from tunewright.report.blocks import Block, Items, Lead, Section, ShownAnswer, ShownItem
-from tunewright.report.wording import capitalised
+from tunewright.report.text import capitalised
 
 SHOWN_FIXED = 30
 SHOWN_STILL_WRONG = 100

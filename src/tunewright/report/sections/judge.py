@@ -7,7 +7,7 @@ from tunewright.evidence.preferences import judge_line
 from tunewright.evidence.schema import Evidence
 from tunewright.metrics import p_text, points_text
 from tunewright.report.blocks import Block, Cell, Lead, Notes, Row, Section, Table, cells
-from tunewright.report.wording import percent_interval, points_interval
+from tunewright.report.text import percent_interval, points_interval
 
 
 def section(evidence: Evidence) -> Section | None:

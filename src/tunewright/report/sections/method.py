@@ -8,7 +8,7 @@ from typing import Any
 from tunewright.evidence.schema import Evidence
 from tunewright.metrics import metric_label
 from tunewright.report.blocks import Lead, Notes, Row, Section, Table, cells
-from tunewright.report.wording import metric_order
+from tunewright.report.text import metric_order
 
 
 def section(evidence: Evidence) -> Section:

@@ -8,7 +8,7 @@ from tunewright.evidence.causes import Known, decided
 from tunewright.evidence.schema import Evidence
 from tunewright.evidence.verdict import Decision, changed_words
 from tunewright.metrics import points_text, score_text
-from tunewright.report.wording import cause_text, headline
+from tunewright.report.text import cause_text, headline
 
 _TONES: dict[Decision, str] = {"ship": "ship", "don't ship": "dont", "can't tell": "open"}
 

@@ -12,7 +12,7 @@ from tunewright.metrics import axis_label, points_text
 from tunewright.report.blocks import Cell, Figure, Lead, Row, Section, Table, cells
 from tunewright.report.plots import Series, bands_plot
 from tunewright.report.sections.arms import COLOURS
-from tunewright.report.wording import counted, percent_interval, points_interval
+from tunewright.report.text import counted, percent_interval, points_interval
 
 
 def section(evidence: Evidence) -> Section | None:

@@ -18,10 +18,10 @@ from tunewright.config import GatewayConfig
 from tunewright.engines.protocol import Engine, EngineStoppedError, RequestFailedError
 from tunewright.serving.gateway.admission import AdmissionQueue
 from tunewright.serving.gateway.auth import Auth, Principal, model_not_found
-from tunewright.serving.gateway.handler import RequestHandler
 from tunewright.serving.gateway.metrics import Metrics, Now
 from tunewright.serving.gateway.preprocess import RequestPreprocessor, Tokenization
 from tunewright.serving.gateway.request import GenerationRequest
+from tunewright.serving.gateway.request_handler import RequestHandler
 from tunewright.serving.gateway.responses import ChatCompletionResponse, CompletionResponse, ResponseFormat
 from tunewright.serving.gateway.schemas import ApiError, ChatRequest, CompletionRequest, RequestBody, parse_request
 from tunewright.serving.gateway.shadows import Shadows

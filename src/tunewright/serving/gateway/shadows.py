@@ -8,9 +8,9 @@ from dataclasses import replace
 from tunewright.engines.protocol import Engine, EngineStoppedError, RequestFailedError
 from tunewright.serving.gateway.admission import AdmissionQueue
 from tunewright.serving.gateway.auth import Admission, Shadow
-from tunewright.serving.gateway.handler import RequestHandler
 from tunewright.serving.gateway.preprocess import RequestPreprocessor
 from tunewright.serving.gateway.request import GenerationRequest
+from tunewright.serving.gateway.request_handler import RequestHandler
 from tunewright.serving.gateway.schemas import ApiError
 
 MAX_CONCURRENT = 4

@@ -13,8 +13,8 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from tunewright.engines.protocol import EngineStoppedError, RequestFailedError
-from tunewright.serving.gateway.handler import RequestHandler
 from tunewright.serving.gateway.request import TextChunk
+from tunewright.serving.gateway.request_handler import RequestHandler
 from tunewright.serving.gateway.responses import ResponseFormat
 from tunewright.serving.gateway.schemas import ApiError
 

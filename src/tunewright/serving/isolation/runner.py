@@ -26,7 +26,7 @@ from tunewright.serving.engines.start import EngineSpec, max_batch, require_llam
 from tunewright.serving.isolation.checks import LONG, SHORT, TOLERANCE, VERSION, check_isolation
 from tunewright.serving.isolation.probes import Digest, Ids
 from tunewright.serving.isolation.result import IsolationResult
-from tunewright.serving.tenants.release import IsolationCheck, IsolationTest
+from tunewright.serving.tenants.release_record import IsolationCheck, IsolationTest
 
 
 @dataclass(frozen=True)

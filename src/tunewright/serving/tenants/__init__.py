@@ -15,7 +15,7 @@ from tunewright.serving.tenants.database import Database, StateUnavailableError,
 from tunewright.serving.tenants.keys import Caller, InvalidKeyError, Key, Keys
 from tunewright.serving.tenants.migrations import upgrade
 from tunewright.serving.tenants.quota import LimitExceededError, Limits, Quota, RequestUsage, Reservation
-from tunewright.serving.tenants.release import Candidate, Grounds, IsolationCheck, IsolationTest, Release
+from tunewright.serving.tenants.release_record import Candidate, Grounds, IsolationCheck, IsolationTest, Release
 from tunewright.serving.tenants.releases import Releases
 from tunewright.serving.tenants.tenants import Tenant, Tenants
 from tunewright.serving.tenants.usage import Usage

@@ -16,7 +16,7 @@ from sqlalchemy import Connection, Row, func, insert, select
 from tunewright.core.errors import UserError
 from tunewright.serving.tenants.audit import Change, changing
 from tunewright.serving.tenants.database import Database
-from tunewright.serving.tenants.release import Action, Candidate, Grounds, IsolationTest, Release
+from tunewright.serving.tenants.release_record import Action, Candidate, Grounds, IsolationTest, Release
 from tunewright.serving.tenants.tables import audit, releases
 from tunewright.serving.tenants.tenants import check_name
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tunewright.training.packing.groups import Group, plan_groups
 from tunewright.training.packing.layout import Layout, lay_out
-from tunewright.training.packing.plan import Group, plan_groups
 from tunewright.training.rows import IGNORED
 
 

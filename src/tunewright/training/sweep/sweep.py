@@ -23,8 +23,8 @@ from tunewright.core.io import digest
 from tunewright.core.progress import Reporter, Task
 from tunewright.data.versions import DatasetVersion
 from tunewright.models.bases import Base
+from tunewright.models.hf_logging import quiet_transformers
 from tunewright.models.loading import context_length, hidden_size, load_model
-from tunewright.models.quiet import quiet_transformers
 from tunewright.training.checkpoints import latest_complete_checkpoint
 from tunewright.training.replay import draw_replay
 from tunewright.training.rows import require_min_examples, training_rows

@@ -16,7 +16,7 @@ from tunewright.adapters.registry import Adapter
 from tunewright.chat import ChatFormat
 from tunewright.chat.answers import answer_text
 from tunewright.core.progress import Reporter
-from tunewright.export.observing import Context, TopTokens, answer, distance, distributions
+from tunewright.export.distributions import Context, TopTokens, answer, distance, distributions
 from tunewright.export.parity import Figures
 from tunewright.export.probe import Probe, contexts
 from tunewright.export.weights import Weights, put_into, trained_dtype

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from tunewright.config import MetricName
-from tunewright.evidence.base import Interval, NoiseFloor
 from tunewright.evidence.benchmarks import Suite
+from tunewright.evidence.common import Interval, NoiseFloor
 from tunewright.evidence.schema import Evidence
 from tunewright.evidence.verdict import Decision, Reason, Verdict
 from tunewright.metrics import points_text

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tunewright.advisor.decision import Decision, Grounds, doublings_left, last_gain
 from tunewright.advisor.signals import BreakEven, ShotCurve, Signals, TuningGain
 from tunewright.data.splits import FEW_TRAINING_PAIRS
-from tunewright.evidence.base import Interval
+from tunewright.evidence.common import Interval
 from tunewright.evidence.sample_size import items_to_settle
 from tunewright.metrics import p_text, points_text, score_text
 
