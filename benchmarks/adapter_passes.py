@@ -1,13 +1,13 @@
-"""What a pass takes by how many adapters answer its rows, and what each of two measures saves.
+"""Time of a decoding pass by number of adapters in the batch, and the savings of two optimizations.
 
     python benchmarks/adapter_passes.py PROJECT [--rows 16] [--tokens 32] [--rounds 15] [--threads N]
 
-PROJECT has a trained adapter, of which each row may have a copy of its own. Each side runs in a process of its own, in
-a thread beside the one that loaded the base and has computed before, as in a server:
+PROJECT has a trained adapter; each row may use a separate copy of it. Each side runs in a separate process, in a
+different thread from the one that loaded the base and has computed before, as in a server:
 
-    as it is        with both
-    one by one      each adapter is multiplied with by itself where rows decode, too (generation/batched_lora.py off)
-    helpers kept    the loading thread's helpers stay beside the passes' own (models/threads.py left out)
+    current         with both
+    one by one      each adapter is a separate product while decoding, too (generation/batched_lora.py off)
+    helpers kept    the loading thread's helper threads stay alive (models/threads.py left out)
 
 Prints a table of medians, and writes benchmarks/results/adapter_passes.json.
 """
@@ -44,12 +44,12 @@ from tunewright.generation.openmp import release_openmp_threads
 from tunewright.generation.requests import Request
 from tunewright.models.loading import load_model
 
-SIDES = ("as it is", "one by one", "helpers kept")
+SIDES = ("current", "one by one", "helpers kept")
 RESULTS = Path(__file__).with_name("results") / "adapter_passes.json"
 
 
 def main() -> None:
-    """Run all sides, or be one."""
+    """Run all sides, or one of them as a child process."""
     parser = argparse.ArgumentParser()
     parser.add_argument("project", type=Path)
     parser.add_argument("--rows", type=int, default=16)
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
-    """Milliseconds by what is done."""
+    """Return milliseconds by kind of pass."""
     import torch
 
     torch.set_num_threads(options.threads)
@@ -97,7 +97,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
 
 
 def passes_of(batch: Batch, options: argparse.Namespace) -> dict[str, float]:
-    """Of each kind, with no adapter, one, and one for each row."""
+    """Return a pass of each kind: with no adapter, one, and one per row."""
     took = {}
     for name, own in (("base", lambda _: None), ("one", lambda _: "000"), ("each", lambda row: f"{row:03}")):
         prompts = [
@@ -116,7 +116,7 @@ def passes_of(batch: Batch, options: argparse.Namespace) -> dict[str, float]:
 
 
 def median_ms(work: Callable[[], object], rounds: int) -> float:
-    """After two for warming up."""
+    """Return the median time in milliseconds, after two warm-up passes."""
     times = []
     for _ in range(rounds + 2):
         began = time.perf_counter()
@@ -126,9 +126,9 @@ def median_ms(work: Callable[[], object], rounds: int) -> float:
 
 
 def show(sides: dict[str, dict[str, float]]) -> None:
-    """Each side beside what it is now."""
+    """Print each side next to the current code."""
     table = Table("the rows' adapters, and what is done", *SIDES)
-    for what, now in sides["as it is"].items():
+    for what, now in sides["current"].items():
         others = [f"{sides[side][what]:.0f} ms ({sides[side][what] / now:.2f}x)" for side in SIDES[1:]]
         table.add_row(what, f"{now:.0f} ms", *others)
     Console(width=120).print(table)

@@ -1,7 +1,7 @@
-"""Who asks when, and what came of it: the arithmetic of the load benchmarks, which never looks at a clock itself.
+"""Arrival times, waits and fairness: the arithmetic of the load benchmarks, which never reads a clock itself.
 
-Arrivals do not wait for answers (an open loop): a client that waits asks less of a server that is slow, and its slowest
-answers are then missing among the waits (Tene's "coordinated omission"). So a wait counts from when a request was due.
+Arrivals do not wait for answers (an open loop). A client that waits sends less to a slow server, so the slowest answers
+are missing among the waits (Tene's "coordinated omission"). A wait therefore counts from the time a request was due.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one request came to; all times in seconds from the beginning."""
+    """The outcome of one request; all times in seconds from the beginning."""
 
     tenant: int
     due: float
@@ -55,13 +55,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class Bounds:
-    """How long the waits of a good answer may be, in seconds."""
+    """Longest acceptable waits of an answer, in seconds."""
 
     first: float
     between: float
 
     def met(self, answer: Answer) -> bool:
-        """Whether the answer came in time: its first token, and the others on average."""
+        """True if the first token and the average wait between the others are within the bounds."""
         gaps = answer.between
         return (
             answer.status == 200 and answer.first <= self.first and (not gaps or float(np.mean(gaps)) <= self.between)
@@ -70,7 +70,7 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Waits:
-    """One tenant's, or everybody's."""
+    """The waits of one tenant, or of all."""
 
     asked: int
     answered: int
@@ -81,7 +81,7 @@ class Waits:
 
     @classmethod
     def of(cls, answers: Iterable[Answer], bounds: Bounds | None = None) -> Waits:
-        """Of the answers that came; those that did not count as asked."""
+        """Return the waits of completed answers; failed requests count as asked only."""
         every = list(answers)
         came = [answer for answer in every if answer.status == 200]
         return cls(
@@ -93,26 +93,26 @@ class Waits:
             [answer.whole for answer in came],
         )
 
-    def told(self) -> dict[str, float | None]:
-        """Medians and 99th percentiles, in seconds; None where there is nothing."""
+    def summary(self) -> dict[str, float | None]:
+        """Return medians and 99th percentiles in seconds; None without values."""
         lists = {"first": self.first, "between": self.between, "whole": self.whole}
         return {f"{name}_p{p}": percentile(values, p) for name, values in lists.items() for p in (50, 99)}
 
 
 def percentile(values: Sequence[float], percent: float) -> float | None:
-    """numpy's, to the millisecond's tenth; None of nothing."""
+    """Return numpy's percentile, to a tenth of a millisecond; None without values."""
     return round(float(np.percentile(values, percent)), 4) if values else None
 
 
 def zipf_shares(tenants: int, exponent: float) -> np.ndarray:
-    """The share of the requests that each tenant makes [tenants]: the k-th's is as 1 / k ** exponent."""
+    """Return each tenant's share of the requests [tenants]: proportional to 1 / k ** exponent for the k-th."""
     weights = 1.0 / np.arange(1, tenants + 1) ** exponent
     shares: np.ndarray = weights / weights.sum()
     return shares
 
 
 def poisson(rate: float, seconds: float, shares: Sequence[float] | np.ndarray, seed: int) -> list[Ask]:
-    """Requests at random moments, ``rate`` a second on average, each of a tenant drawn by its share."""
+    """Return Poisson arrivals at ``rate`` per second, each of a tenant drawn by its share."""
     draw = np.random.default_rng(seed)
     asks, at = [], float(draw.exponential(1 / rate))
     while at < seconds:
@@ -122,7 +122,7 @@ def poisson(rate: float, seconds: float, shares: Sequence[float] | np.ndarray, s
 
 
 def burst(count: int, shares: Sequence[float] | np.ndarray, seed: int, rate: float | None = None) -> list[Ask]:
-    """So many requests, of tenants drawn by their shares: all at once, or at random moments, ``rate`` a second."""
+    """Return ``count`` requests of tenants drawn by their shares: at once, or Poisson arrivals at ``rate``."""
     draw = np.random.default_rng(seed)
     tenants = draw.choice(len(shares), size=count, p=shares)
     times = np.zeros(count) if rate is None else np.cumsum(draw.exponential(1 / rate, size=count))
@@ -130,7 +130,7 @@ def burst(count: int, shares: Sequence[float] | np.ndarray, seed: int, rate: flo
 
 
 def jain(served: Iterable[float]) -> float:
-    """Jain's index of fairness (Jain, Chiu & Hawe 1984): 1 if all are served alike, 1/n if one of n has all."""
+    """Return Jain's index of fairness (Jain, Chiu & Hawe 1984): 1 if all are equal, 1/n if one of n gets all."""
     values = np.asarray(list(served), dtype=float)
     assert len(values)
     total = values.sum()
@@ -138,7 +138,7 @@ def jain(served: Iterable[float]) -> float:
 
 
 def by_tenant(answers: Iterable[Answer]) -> dict[int, list[Answer]]:
-    """Each tenant's answers."""
+    """Group the answers by tenant."""
     found: dict[int, list[Answer]] = {}
     for answer in answers:
         found.setdefault(answer.tenant, []).append(answer)
@@ -146,5 +146,5 @@ def by_tenant(answers: Iterable[Answer]) -> dict[int, list[Answer]]:
 
 
 def goodput_fairness(waits: Mapping[int, Waits]) -> float:
-    """Jain's index over the share of its requests that each tenant got answered in time."""
+    """Return Jain's index over each tenant's share of requests answered in time."""
     return jain(one.good / one.asked for one in waits.values())

@@ -3,8 +3,9 @@
     python benchmarks/attention_speed.py
 
 Forward and backward of one layer of the bundled base's shape (9 query heads, 3 key heads of 64), 16 rows. Prints the
-best of 15 runs of each and the ratio, for several prefixes and suffixes: why training/packing/attention.py takes
-the one up to SHORT tokens and the other beyond. Prints a table and one JSON line.
+best of 15 runs of each and the ratio for several prefixes and suffixes. It is the reason why
+training/packing/attention.py uses matrix products up to SHORT tokens and the kernel beyond. Prints a table and one
+JSON line.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ ROWS, HEADS, KEY_HEADS, SIZE = 16, 9, 3, 64
 
 
 def main() -> None:
-    """Time both ways."""
+    """Time both implementations."""
     table = Table(title=f"Attention of {ROWS} rows, forward and backward, ms")
     for name in ("prefix", "suffix", "plain products", "fused kernel", "plain is"):
         table.add_column(name, justify="right")

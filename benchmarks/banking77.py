@@ -1,12 +1,12 @@
-"""A part of BANKING77 on the whole road: makes the project, goes the road by its commands, freezes what was answered.
+"""A part of BANKING77 through the whole pipeline: create the project, run its commands, freeze the answers.
 
     python benchmarks/banking77.py make DATA PROJECT [--rows 24] [--seed 0]
-    python benchmarks/banking77.py road PROJECT
+    python benchmarks/banking77.py run PROJECT
     python benchmarks/banking77.py freeze PROJECT tests/golden/banking77
 
-DATA holds train.csv and test.csv as they were published (Casanueva et al. 2020, arXiv 2003.04807; CC-BY-4.0). `make`
-draws the same number of rows of each intent by the seed. `road` runs the commands of docs/benchmarks/banking77.md,
-keeps what each printed in PROJECT/printed, and skips those that have been run. `freeze` keeps what the test suite
+DATA holds the published train.csv and test.csv (Casanueva et al. 2020, arXiv 2003.04807; CC-BY-4.0). `make`
+draws the same number of rows of each intent by the seed. `run` runs the commands of docs/benchmarks/banking77.md,
+stores their output in PROJECT/printed, and skips those that have been run. `freeze` stores what the test suite
 scores again: key, cluster, reference and answers of each test and dev item, and the evidence; never a query.
 """
 
@@ -44,7 +44,7 @@ from tunewright.evidence.schema import EVIDENCE_FILE, Arm, find_evaluation, load
 
 PART = "part.csv"
 ROWS = 24
-"""Of each intent: what two cores train on and measure in half an hour, reckoned from their speed on the demo."""
+"""Of each intent: what two cores train on and measure in half an hour, estimated from their speed on the demo."""
 INSTRUCTION = "Name the intent of the customer's message."
 ROAD: dict[str, tuple[str, ...]] = {
     "add": ("data", "add", PART, "-m", "a part of BANKING77"),
@@ -55,10 +55,10 @@ ROAD: dict[str, tuple[str, ...]] = {
     "verdict": ("verdict",),
     "report": ("report",),
 }
-USAGE = ("python benchmarks/banking77.py make DATA banking77", "python benchmarks/banking77.py road banking77")
+USAGE = ("python benchmarks/banking77.py make DATA banking77", "python benchmarks/banking77.py run banking77")
 """As the page has them."""
 ANSWERED_NO = {3, 4}
-"""Exit codes of a measured no and of can't tell: the road goes on."""
+"""Exit codes of a measured no and of can't tell: the pipeline continues."""
 
 Row = tuple[str, str]
 
@@ -67,7 +67,7 @@ Row = tuple[str, str]
 
 
 def make(data: Path, project: Path, rows: int, seed: int) -> None:
-    """Write the project: its config, and the part of the data that is drawn."""
+    """Write the project: its config and the drawn part of the data."""
     published = read_rows(data)
     drawn = draw(published, rows, seed)
     intents = sorted({intent for _, intent in published})
@@ -76,7 +76,7 @@ def make(data: Path, project: Path, rows: int, seed: int) -> None:
 
 
 def read_rows(data: Path) -> list[Row]:
-    """Both published files, train first: the split is made anew, by cluster."""
+    """Return the rows of both published files, train first; the split is made again, by cluster."""
     rows: list[Row] = []
     for name in ("train.csv", "test.csv"):
         with (data / name).open(encoding="utf-8", newline="") as file:
@@ -85,7 +85,7 @@ def read_rows(data: Path) -> list[Row]:
 
 
 def draw(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
-    """So many rows of each intent, by the seed, in the files' order."""
+    """Draw this number of rows of each intent by the seed, in the files' order."""
     generator = random.Random(seed)
     of_intent: dict[str, list[int]] = {}
     for place, (_, intent) in enumerate(rows):
@@ -95,7 +95,7 @@ def draw(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
 
 
 def config(intents: Sequence[str], seed: int) -> str:
-    """The project's tunewright.yaml."""
+    """Return the project's tunewright.yaml."""
     listed = f"{INSTRUCTION} It is one of these: {', '.join(intents)}."
     choices = {"choices": list(intents)}
     return write_config(
@@ -134,11 +134,11 @@ def _csv(rows: Sequence[Row]) -> str:
     return out.getvalue()
 
 
-# The road
+# The pipeline
 
 
 def opened(project: Path) -> None:
-    """Run every command of the road that has not been run, and time it."""
+    """Run every command of the pipeline that has not been run, and time it."""
     printed = project / "printed"
     printed.mkdir(exist_ok=True)
     times = printed / "run.json"
@@ -164,18 +164,18 @@ def opened(project: Path) -> None:
         run["seconds"][name] = round(time.monotonic() - began, 1)
         run["cpu"][name] = round(cpu_of_children() - spent, 1)
         times.write_text(json.dumps(run, indent=2) + "\n")
-    told = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in run["cpu"].items())
-    print(f"{sum(run['seconds'].values()) / 60:.1f} minutes; of processor time: {told}")
+    summary = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in run["cpu"].items())
+    print(f"{sum(run['seconds'].values()) / 60:.1f} minutes; of processor time: {summary}")
 
 
 def cpu_of_children() -> float:
-    """Seconds of processor that the commands so far took, over all cores: other work on the machine is not in it."""
+    """Return the processor seconds of the commands so far over all cores; other work on the machine is excluded."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def machine() -> str:
-    """Processor and cores, as the documentation names them."""
+    """Return processor and cores as the documentation names them."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
@@ -186,7 +186,7 @@ def machine() -> str:
 
 
 def freeze(project: Path, golden: Path) -> None:
-    """Keep what the figures are scored from, without any query."""
+    """Store what the figures are scored from, without any query."""
     folder = find_evaluation(ProjectFolder(project).evaluations)
     evidence, items = load_evidence(folder), load_items(folder)
     opened = ProjectContext(ProjectFolder(project), LogReporter())
@@ -240,14 +240,14 @@ def _rows(
 
 
 def _answer(given: Answer, intents: Collection[str]) -> list[Any]:
-    """The text, whether it ran into the token limit, and how many tokens its prompt and itself have."""
+    """Return the text, whether it reached the token limit, and the token counts of prompt and answer."""
     return [kept(given.text, intents), given.truncated, len(given.prompt), given.tokens]
 
 
 def kept(answer: str, intents: Collection[str]) -> str:
-    """The answer as it is frozen: one of several words that is no intent may repeat a customer's, so it is a digest.
+    """Return the answer to freeze; several words that are not an intent may repeat a query, so they become a digest.
 
-    Either way it is none of the choices, and wrong.
+    Such an answer is wrong in any case.
     """
     if answer.strip() in intents or len(answer.split()) < 2:
         return answer
@@ -260,7 +260,7 @@ def _write(file: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """One of the three steps."""
+    """Run one of the three steps."""
     parser = argparse.ArgumentParser()
     steps = parser.add_subparsers(dest="step", required=True)
     making = steps.add_parser("make")
@@ -268,14 +268,14 @@ def main() -> None:
     making.add_argument("project", type=Path)
     making.add_argument("--rows", type=int, default=ROWS, help="of each intent")
     making.add_argument("--seed", type=int, default=0)
-    steps.add_parser("road").add_argument("project", type=Path)
+    steps.add_parser("run").add_argument("project", type=Path)
     freezing = steps.add_parser("freeze")
     freezing.add_argument("project", type=Path)
     freezing.add_argument("golden", type=Path)
     given = parser.parse_args()
     if given.step == "make":
         make(given.data, given.project, given.rows, given.seed)
-    elif given.step == "road":
+    elif given.step == "run":
         opened(given.project)
     else:
         freeze(given.project, given.golden)

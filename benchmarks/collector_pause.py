@@ -1,8 +1,8 @@
-"""How long a full garbage collection stops a server: with what was loaded left out, as it is, and with it.
+"""Pause of a server by a full garbage collection: with the loaded objects frozen (as served), and with them collected.
 
     python benchmarks/collector_pause.py PROJECT [--rounds 9]
 
-While it lasts nobody gets a token. Prints both sides and their ratio.
+No client gets a token during the pause. Prints both sides and their ratio.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import tunewright
 
 
 def main() -> None:
-    """Collect before the server runs, and while it does."""
+    """Time a collection before the server runs, and while it runs."""
     parser = argparse.ArgumentParser()
     parser.add_argument("project", type=Path)
     parser.add_argument("--rounds", type=int, default=9)
@@ -26,11 +26,11 @@ def main() -> None:
     loaded = pause(options.rounds)
     with service.running():
         frozen = pause(options.rounds)
-    print(f"all that is loaded: {loaded:7.1f} ms\nwhat has come since: {frozen:6.1f} ms\nratio: {loaded / frozen:.0f}x")
+    print(f"loaded objects: {loaded:7.1f} ms\nwhat has come since: {frozen:6.1f} ms\nratio: {loaded / frozen:.0f}x")
 
 
 def pause(rounds: int) -> float:
-    """The median of some full collections, in milliseconds."""
+    """Return the median time of full collections, in milliseconds."""
     took = []
     for _ in range(rounds):
         began = time.perf_counter()

@@ -1,9 +1,9 @@
-"""Rows per second from conversations to tokens and labels: ours beside trl's own tokenisation of the same rows.
+"""Rows per second from conversations to tokens and labels: tunewright and trl's tokenisation of the same rows.
 
     python benchmarks/encode_speed.py [BASE] [banking77/train.csv ...]
 
 BASE is a base as a config names it (the bundled one by default). Without files the rows are the example project's
-pairs. All are numbered, so that no two are the same. Then one call of ``tunewright.chat.encode`` with a tokenizer whose
+pairs. All are numbered, so that they are distinct. Then one call of ``tunewright.chat.encode`` with a tokenizer whose
 format is kept from the call before, and the same with the format made for each call. Prints a table and one JSON line;
 the best of three runs counts.
 """
@@ -38,7 +38,7 @@ RUNS = 3
 
 
 def main(base_spec: str, files: Sequence[str]) -> None:
-    """Measure all ways in one go."""
+    """Measure all sides in one run."""
     disable_caching()
     disable_progress_bars()
     chat = open_chat(resolve_base(base_spec, None, Path(), LogReporter()))
@@ -69,7 +69,7 @@ def main(base_spec: str, files: Sequence[str]) -> None:
 
 
 def _one_call(chat: ChatFormat, example: Example) -> dict[str, float]:
-    """Milliseconds of encoding one conversation with a tokenizer."""
+    """Return the milliseconds of encoding one conversation with a tokenizer."""
 
     def made() -> None:
         fresh = chat_format(chat.tokenizer, stop_ids=chat.stop_ids, kind="own", today=chat.template.today)
@@ -104,7 +104,7 @@ def _timed(work: Callable[[], Any]) -> float:
 
 
 class _TimedTrainer(SFTTrainer):
-    """Measures the preparation of the dataset alone."""
+    """A trainer that measures only the preparation of the dataset."""
 
     seconds = 0.0
 

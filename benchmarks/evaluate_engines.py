@@ -1,11 +1,11 @@
-"""Answers a second of evaluation's two engines on the same prompts, and how many answers are equal.
+"""Answers per second of evaluation's two engines on the same prompts, and the share of equal answers.
 
     python benchmarks/evaluate_engines.py PROJECT [--items 200] [--dtype float32] [--rounds 2] [--threads N]
 
 PROJECT has been trained (`tunewright train`), and `tunewright engine install vllm` has made vLLM's environment. Its
 first rows (test, then dev, then training rows) are answered by the base and by the newest adapter, zero-shot and
-greedily, as `evaluate` answers them: once by peft, once by vLLM, taking turns round by round. Every round is answered
-from scratch. Loading the base and starting vLLM are timed apart, since an evaluation pays them once.
+greedily, as `evaluate` answers them: by peft and by vLLM, in alternating rounds. Every round is answered from
+scratch. Loading the base and starting vLLM are timed separately, since an evaluation does them once.
 
 Prints a table and writes benchmarks/results/evaluate_engines.json.
 """
@@ -38,7 +38,7 @@ RESULTS = Path(__file__).with_name("results") / "evaluate_engines.json"
 
 
 def main() -> None:
-    """Let both engines answer in turns, and report speed and equality."""
+    """Let both engines answer in alternating rounds, and report speed and equality."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("project", type=Path)
     parser.add_argument("--items", type=int, default=200)
@@ -94,7 +94,7 @@ def main() -> None:
 def answer(
     generator: Generator, prompts: list[Prompt], limit: int, adapter: Adapter | None, company: str
 ) -> list[Completion]:
-    """Answer without the journal; what another round left in a cache of prefixes is not used."""
+    """Answer without the journal and without the prefix cache of earlier rounds."""
     return generator.generate(generator.requests(prompts, limit, adapter), adapter=adapter, company=company)
 
 
@@ -106,7 +106,7 @@ def summary(
     answers: dict[str, dict[str, list[Completion]]],
     limit: int,
 ) -> dict[str, Any]:
-    """Speeds by engine and arm, and equal answers by arm."""
+    """Return speeds by engine and arm, and equal answers by arm."""
     cores = [line.split(":")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     count = len(answers["peft"]["base"])
@@ -136,7 +136,7 @@ def summary(
 
 
 def table(results: dict[str, Any]) -> Table:
-    """A row for each arm: both engines' speed, their ratio and the share of equal answers."""
+    """Return a row for each arm: both engines' speed, their ratio and the share of equal answers."""
     shown = Table(
         title=f"{results['items']} prompts, at most {results['max_new_tokens']} tokens, {results['dtype']}, "
         f"{results['threads']} threads; best of {len(results['engines']['peft']['seconds']['base'])} rounds"

@@ -1,9 +1,9 @@
-"""Items a second of `evaluate`, before and after tuning, beside what is commonly used for it.
+"""Items per second of `evaluate`, before and after tuning, compared with common alternatives.
 
     python benchmarks/evaluate_speed.py PROJECT [--items 1000] [--round 250] [--sides …] [--threads N]
 
-PROJECT has gone as far as `tunewright train`. Its first rows (test, then dev, then training rows: speed does not care)
-are answered by the base and by the newest adapter, zero-shot and greedily, to the same limit and end tokens:
+PROJECT has been trained (`tunewright train`). Its first rows (test, then dev, then training rows) are answered by the
+base and by the newest adapter, zero-shot and greedily, to the same limit and end tokens:
 
     tunewright     as `evaluate` does, journal included
     loop           transformers' generate, one item after the other, as most scripts do
@@ -11,9 +11,9 @@ are answered by the base and by the newest adapter, zero-shot and greedily, to t
     lm-eval        lm-evaluation-harness with a task of its own (`generate_until`), in the same batches; installed into
                    build/lm-eval, on top of this environment's torch and transformers
 
-All in the project's precision, each side in a process of its own that has loaded base and adapter before the clock
-starts. The sides take turns round by round, so that what else the machine does meets all of them. A stopped run goes on
-where it was; with more --items it adds to them if the rounds are of the same size. Prints a table and writes
+All use the project's precision; each side is a separate process that loads base and adapter before the clock starts.
+The sides alternate round by round, so that other load on the machine affects all of them. A stopped run resumes; more
+--items add to it if the rounds are of the same size. Prints a table and writes
 benchmarks/results/evaluate_speed.json.
 """
 
@@ -54,7 +54,7 @@ Answer = Callable[[str, int, int], list[str]]
 
 
 def main() -> None:
-    """Let the sides answer in turns, and tell how long each took."""
+    """Let the sides answer in alternating rounds, and report the time of each."""
     parser = argparse.ArgumentParser()
     parser.add_argument("project", nargs="?", type=Path)
     parser.add_argument("--items", type=int, default=1000)
@@ -88,8 +88,8 @@ def main() -> None:
                     done[side, arm, first, last] = row
                     file.write(json.dumps(row) + "\n")
                     file.flush()
-                    told = f"{side}, {ARMS[arm]}, items {first} to {last}: {row['wall_s']:.1f} s"
-                    print(told, file=sys.stderr, flush=True)
+                    figures = f"{side}, {ARMS[arm]}, items {first} to {last}: {row['wall_s']:.1f} s"
+                    print(figures, file=sys.stderr, flush=True)
     rows = [row for row in done.values() if row["last"] <= len(job["prompts"])]
     results = summary(rows, job, options.threads)
     RESULTS.parent.mkdir(exist_ok=True)
@@ -98,7 +98,7 @@ def main() -> None:
 
 
 def make_job(project: Path, items: int) -> dict[str, Any]:
-    """Prompts, and all that the sides have to agree on."""
+    """Return the prompts and the settings that all sides share."""
     import tunewright
     from tunewright.adapters.registry import find_adapter
     from tunewright.chat.answers import answer_limit
@@ -133,7 +133,7 @@ def make_job(project: Path, items: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def worker(side: str, job: Path, threads: int) -> Iterator[subprocess.Popen[str]]:
-    """A process that has loaded the model and answers as this side does."""
+    """Start a process that has loaded the model and answers as this side does."""
     python = lm_eval_python() if side == "lm-eval" else sys.executable
     command = [python, __file__, "--worker", side, "--job", str(job), "--threads", str(threads)]
     environment = {
@@ -154,7 +154,7 @@ def worker(side: str, job: Path, threads: int) -> Iterator[subprocess.Popen[str]
 
 
 def ask(process: subprocess.Popen[str], what: dict[str, Any]) -> dict[str, Any]:
-    """One round of one side and arm: the answers and how long they took."""
+    """Run one round of one side and arm; return the answers and their time."""
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.write(json.dumps(what) + "\n")
@@ -163,7 +163,7 @@ def ask(process: subprocess.Popen[str], what: dict[str, Any]) -> dict[str, Any]:
 
 
 def work(side: str, job: dict[str, Any], threads: int) -> None:
-    """Answer rounds until nobody asks any more; all that libraries print goes to stderr."""
+    """Answer rounds until the input ends; output of libraries goes to stderr."""
     import torch
 
     out = os.fdopen(os.dup(1), "w")
@@ -179,12 +179,12 @@ def work(side: str, job: dict[str, Any], threads: int) -> None:
             asked = json.loads(line)
             wall, cpu = time.perf_counter(), time.process_time()
             answers = answer(asked["arm"], asked["first"], asked["last"])
-            told = {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu, "answers": answers}
-            print(json.dumps(told), file=out, flush=True)
+            figures = {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu, "answers": answers}
+            print(json.dumps(figures), file=out, flush=True)
 
 
 def with_tunewright(job: dict[str, Any], folder: Path) -> Answer:
-    """As `evaluate` answers, with a journal that is empty at first."""
+    """Answer as `evaluate` does, with an empty journal."""
     import tunewright
     from tunewright.adapters.registry import find_adapter
     from tunewright.core.progress import LogReporter
@@ -204,7 +204,7 @@ def with_tunewright(job: dict[str, Any], folder: Path) -> Answer:
 
 
 def with_transformers(job: dict[str, Any], *, batched: bool) -> Answer:
-    """transformers' generate on the base with the adapter, which is switched off for the base's answers."""
+    """Answer with transformers' generate; the adapter is switched off for the base's answers."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -236,7 +236,7 @@ def with_transformers(job: dict[str, Any], *, batched: bool) -> Answer:
 
 
 def with_lm_eval(job: dict[str, Any], folder: Path) -> Answer:
-    """lm-eval with a task of its own for each round, on its own way of holding base and adapter."""
+    """Answer with lm-eval: a task for each round, with its own loading of base and adapter."""
     import torch
     from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
@@ -262,7 +262,7 @@ def with_lm_eval(job: dict[str, Any], folder: Path) -> Answer:
 
 
 def task_of(job: dict[str, Any], folder: Path, first: int, last: int) -> str:
-    """Write a task over these items, and give its name."""
+    """Write a task over these items, and return its name."""
     name = f"items_{first}_{last}"
     rows = ({"prompt": text, "reference": ""} for text in job["texts"][first:last])
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -282,7 +282,7 @@ def task_of(job: dict[str, Any], folder: Path, first: int, last: int) -> str:
 
 
 def lm_eval_python() -> str:
-    """The Python of an environment with lm-eval, made at first use on top of this one's packages."""
+    """Return the Python of an environment with lm-eval, created at first use on top of this one's packages."""
     python = LM_EVAL / "bin" / "python"
     wanted = LM_EVAL / f"has-{LM_EVAL_VERSION}"
     if not wanted.exists():
@@ -298,7 +298,7 @@ def lm_eval_python() -> str:
 
 
 def summary(rows: list[dict[str, Any]], job: dict[str, Any], threads: int) -> dict[str, Any]:
-    """Each side's speed over all arms, and how many of its answers are the loop's."""
+    """Return each side's speed over all arms, and how many of its answers equal the loop's."""
     sides: dict[str, Any] = {}
     answers = {(row["side"], row["arm"], row["first"]): row["answers"] for row in rows}
     for side in SIDES:
@@ -306,19 +306,24 @@ def summary(rows: list[dict[str, Any]], job: dict[str, Any], threads: int) -> di
         if not own:
             continue
         count = sum(len(row["answers"]) for row in own)
-        told: dict[str, Any] = {"answers": count, "arms": {}}
+        figures: dict[str, Any] = {"answers": count, "arms": {}}
         for name, given in {"both": own, **{arm: [r for r in own if r["arm"] == arm] for arm in ARMS}}.items():
             number = sum(len(row["answers"]) for row in given)
             wall, cpu = (sum(row[unit] for row in given) for unit in ("wall_s", "cpu_s"))
-            told["arms"][name] = {"wall_s": wall, "cpu_s": cpu, "items_s": number / wall, "items_cpu_s": number / cpu}
+            figures["arms"][name] = {
+                "wall_s": wall,
+                "cpu_s": cpu,
+                "items_s": number / wall,
+                "items_cpu_s": number / cpu,
+            }
         compared = [
             (mine.strip(), theirs.strip())
             for row in own
             for mine, theirs in zip(row["answers"], answers.get(("loop", row["arm"], row["first"]), ()), strict=False)
         ]
-        told["as_the_loop"] = sum(a == b for a, b in compared)
-        told["compared"] = len(compared)
-        sides[side] = told
+        figures["as_the_loop"] = sum(a == b for a, b in compared)
+        figures["compared"] = len(compared)
+        sides[side] = figures
     names = [line.split(":")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
     return {
         "machine": f"{names[0].strip()}, {len(names)} cores, Python {platform.python_version()}",
@@ -332,7 +337,7 @@ def summary(rows: list[dict[str, Any]], job: dict[str, Any], threads: int) -> di
 
 
 def table(results: dict[str, Any]) -> Table:
-    """Sides, their speed, and how many times as fast tunewright is."""
+    """Return the sides' speeds and tunewright's speedup over each."""
     shown = Table(
         title=f"{results['items']} items before and after tuning, at most {results['max_new_tokens']} tokens, "
         f"{results['dtype']}, {results['threads']} threads"
@@ -340,13 +345,13 @@ def table(results: dict[str, Any]) -> Table:
     for name in ("side", "items/s", "before", "after", "tunewright is", "by CPU time", "answers as the loop's"):
         shown.add_column(name, justify="left" if name == "side" else "right")
     ours = results["sides"].get("tunewright", {}).get("arms")
-    for side, told in results["sides"].items():
-        arms = told["arms"]
+    for side, figures in results["sides"].items():
+        arms = figures["arms"]
         ratios = ["", ""]
         if ours and side != "tunewright":
             ratios = [f"{ours['both'][unit] / arms['both'][unit]:.2f}x" for unit in ("items_s", "items_cpu_s")]
         speeds = [f"{arms[arm]['items_s']:.2f}" for arm in ("both", *ARMS)]
-        shown.add_row(SIDES[side], *speeds, *ratios, f"{told['as_the_loop']} of {told['compared']}")
+        shown.add_row(SIDES[side], *speeds, *ratios, f"{figures['as_the_loop']} of {figures['compared']}")
     return shown
 
 

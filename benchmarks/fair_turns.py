@@ -1,13 +1,13 @@
-"""What a tenant at ten times its load does to another one: fair turns against first come, first served.
+"""Effect of a tenant at ten times its load on another tenant: fair scheduling against first come, first served.
 
     python benchmarks/fair_turns.py PROJECT [--seconds 60] [--rounds 3] [--threads 1]
 
-PROJECT has a trained adapter. Two tenants ask at random moments (Poisson arrivals, which do not wait for answers), the
-quiet one always at a fifth of what the server can do. The loud one asks nothing, as much as the quiet one, or ten
-times as much, which is more than there is room for; the loads take turns, so that what else the machine does meets all
-of them, and what the server can do for one tenant alone is measured in each round. The server runs in a process of its
-own, the clients in this one. The bar: the quiet one's 99th percentiles with the loud one at ten times are less than
-twice those with it at once. Prints a table and writes benchmarks/results/fair_turns.json.
+PROJECT has a trained adapter. Two tenants ask at random moments (Poisson arrivals, which do not wait for answers),
+the quiet one always at a fifth of the server's capacity. The loud one sends nothing, as much as the quiet one, or ten
+times as much, which exceeds the capacity. The loads alternate, so that other load on the machine affects all of them,
+and the capacity for one tenant alone is measured in each round. The server runs in a separate process, the clients in
+this one. The bar: the quiet one's 99th percentiles with the loud one at ten times are less than twice those with it
+at once. Prints a table and writes benchmarks/results/fair_turns.json.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ RESULTS = Path(__file__).with_name("results") / "fair_turns.json"
 
 
 def main() -> None:
-    """Measure what the server can do, then the loads."""
+    """Measure the server's capacity, then the loads."""
     parser = argparse.ArgumentParser()
     parser.add_argument("project", type=Path)
     parser.add_argument("--seconds", type=float, default=60, help="of each load in each round")
@@ -76,7 +76,7 @@ def main() -> None:
             answers[FIRST_COME] = asyncio.run(meter.load(SHARE * capacities[-1], 10, options.seconds, 0))
     waits = {name: Waits.of(own) for name, own in answers.items()}
     show(capacities, waits)
-    measured = {name: {"answers": one.answered, **one.told()} for name, one in waits.items()}
+    measured = {name: {"answers": one.answered, **one.summary()} for name, one in waits.items()}
     settings = {"seconds": options.seconds, "rounds": options.rounds, "tokens": TOKENS, "quiet_share": SHARE}
     ratios = {name: ratio(waits, f"{name}_p99") for name in ("first", "whole")}
     write_json(
@@ -92,7 +92,7 @@ def main() -> None:
 
 
 def tenants(url: str, project: ProjectFolder) -> list[str]:
-    """Two tenants of one adapter, and their keys."""
+    """Create two tenants of one adapter; return their keys."""
     adapter = find_adapter(project.adapters)
     with State(url, "benchmark") as state:
         state.releases.deploy("model", adapter.name, adapter.digest, Grounds(None, None, "a benchmark"))
@@ -102,7 +102,7 @@ def tenants(url: str, project: ProjectFolder) -> list[str]:
 
 
 class Meter:
-    """Asks a server as both tenants.
+    """A client that sends requests as both tenants.
 
     Args:
         prompts: drawn from at random.
@@ -113,14 +113,14 @@ class Meter:
         self._prompts = prompts
 
     async def capacity(self, batch: int) -> float:
-        """Requests a second with the batch always full."""
+        """Return requests per second with the batch always full."""
         for count in (batch, 6 * batch):
             asks = burst(count, [0.0, 1.0], 0)
             answers, seconds = await self._clients.open_loop(asks, lambda n: self._prompts[n % 16], TOKENS)
         return len(answers) / seconds
 
     async def load(self, rate: float, times: int, seconds: float, seed: int) -> list[Answer]:
-        """The quiet tenant's answers, with the loud one at so many times its rate."""
+        """Return the quiet tenant's answers while the loud one sends at ``times`` its rate."""
         draw = random.Random(seed)
         drawn = [draw.choice(self._prompts) for _ in range(10_000)]
         quiet = poisson(rate, seconds, [1.0, 0.0], seed)
@@ -135,21 +135,21 @@ class Meter:
 
 
 def ratio(waits: Mapping[str, Waits], what: str) -> float:
-    """How many times a wait of the quiet tenant grows when the loud one goes from once to ten times."""
-    before, after = waits["loud at 1x"].told()[what], waits["loud at 10x"].told()[what]
+    """Return the growth of the quiet tenant's waits when the loud one goes from once to ten times."""
+    before, after = waits["loud at 1x"].summary()[what], waits["loud at 10x"].summary()[what]
     assert before and after
     return after / before
 
 
 def show(capacities: Sequence[float], waits: Mapping[str, Waits]) -> None:
-    """The quiet tenant's waits under each load."""
+    """Print the quiet tenant's waits under each load."""
     table = Table("the quiet tenant", "answers", "first p50", "p99", "between p50", "p99", "whole p50", "p99")
     for name, one in waits.items():
-        told = one.told()
+        summary = one.summary()
         table.add_row(
             name,
             str(one.answered),
-            *(f"{told[f'{what}_p{p}']:.2f} s" for what in ("first", "between", "whole") for p in (50, 99)),
+            *(f"{summary[f'{what}_p{p}']:.2f} s" for what in ("first", "between", "whole") for p in (50, 99)),
         )
     console = Console(width=120)
     console.print(table)

@@ -1,9 +1,9 @@
-"""Secrets and personal data: precision and recall by kind on the labelled set, what real files hold, and speed.
+"""Secrets and personal data: precision and recall by kind on the labelled set, findings in real files, and speed.
 
     python benchmarks/find_secrets.py [FILE.csv|FILE.json|FILE.jsonl ...]
 
-The labelled set is the one that the tests generate (tests/data/secret_samples.py), with another seed. Of files, every
-text is searched; what is found is told by kind, without the value. Where phonenumbers is installed (pip install
+The labelled set is the one that the tests generate (tests/data/secret_samples.py), with another seed. In files, every
+text is searched; findings are reported by kind, without the value. Where phonenumbers is installed (pip install
 phonenumbers), its example numbers of all regions are searched too. Prints tables and one JSON line.
 """
 
@@ -39,7 +39,7 @@ def main(files: list[str]) -> None:
 
 
 def labelled() -> dict[str, Any]:
-    """Precision and recall by kind, with what the wrong findings were made from."""
+    """Return precision and recall by kind, with the sources of the wrong findings."""
     samples = importlib.import_module("secret_samples")
     positives = samples.positives(SEED, POSITIVES_EACH)
     negatives = samples.negatives(SEED + 1, NEGATIVES_EACH)
@@ -67,7 +67,7 @@ def labelled() -> dict[str, Any]:
 
 
 def phones() -> dict[str, int]:
-    """How many example numbers of libphonenumber are found, written internationally; counting digits are made up."""
+    """Return how many of libphonenumber's example numbers are found in international form."""
     if importlib.util.find_spec("phonenumbers") is None:
         return {}
     library = importlib.import_module("phonenumbers")
@@ -87,7 +87,7 @@ def phones() -> dict[str, int]:
 
 
 def in_file(path: Path) -> dict[str, int]:
-    """How many findings of each kind are in a file's texts."""
+    """Count the findings of each kind in a file's texts."""
     texts = list(_texts(path))
     counts = Counter(finding.kind for text in texts for finding in find(text))
     print(f"{path}: {len(texts):,} texts, {dict(counts) or 'nothing'}")
@@ -119,7 +119,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def speed() -> dict[str, float]:
-    """Seconds for rows without anything, for rows that all hold something, and to redact these."""
+    """Return seconds for rows without findings, for rows with findings, and to redact those."""
     samples = importlib.import_module("secret_samples")
     rng = random.Random(SEED)
     words = "please can you tell why the payment for my new card of 12 May 2023 has not arrived yet £25 order".split()  # noqa: SIM905

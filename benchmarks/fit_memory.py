@@ -1,8 +1,8 @@
-"""What `tunewright estimate-memory` predicts beside what a training step really takes, on this machine's processor.
+"""Prediction of `tunewright estimate-memory` against the measured memory of a training step, on the CPU.
 
     python benchmarks/fit_memory.py [OUT.json]
 
-Each case is a process of its own: the bundled base with an adapter on all linear layers, two steps forward, backward
+Each case is a separate process: the bundled base with an adapter on all linear layers, two steps forward, backward
 and AdamW on random tokens. Measured is the most resident memory (VmHWM) over what the process held before the base was
 loaded, when a tiny model had taken the same steps: the libraries' code and kernels are the runtime's. Predicted is the
 sum of all parts but the runtime's. Prints a table and the largest deviation.
@@ -39,7 +39,7 @@ CASES: list[tuple[str, str, bool, tuple[int, int, int, int]]] = [
 
 
 def main(out: str | None) -> None:
-    """Measure all cases."""
+    """Measure all cases, and print the largest deviation."""
     results = []
     print(f"{'dtype':9} {'weights':8} {'checkpointed':12} {'rows x tokens':22} {'predicted':>10} {'measured':>10}")
     for case in CASES:
@@ -66,7 +66,7 @@ def main(out: str | None) -> None:
 
 
 def measure(case: tuple[str, str, bool, tuple[int, int, int, int]]) -> dict[str, Any]:
-    """One case, in this process."""
+    """Measure one case in this process."""
     import torch
     from peft import get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -120,7 +120,7 @@ def measure(case: tuple[str, str, bool, tuple[int, int, int, int]]) -> dict[str,
         before = _status("VmRSS")
         train(load_model(base, dtype, settings.quantization), batch)
     setup = TrainingSetup(TARGETS, RANK, settings.dtype, nf4=quantize == "nf4", checkpointing=checkpointing)
-    told = estimate(shape, setup, load)
+    summary = estimate(shape, setup, load)
     return {
         "dtype": dtype,
         "quantize": quantize,
@@ -129,14 +129,14 @@ def measure(case: tuple[str, str, bool, tuple[int, int, int, int]]) -> dict[str,
         "shared": load.shared,
         "own": load.own,
         "trained": load.trained,
-        "predicted": told.total - told.runtime,
+        "predicted": summary.total - summary.runtime,
         "measured": _status("VmHWM") - before,
         "libraries": before,
     }
 
 
 def _status(key: str) -> int:
-    """Bytes of a line of /proc/self/status."""
+    """Return a line of /proc/self/status in bytes."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024
 

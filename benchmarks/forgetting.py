@@ -1,12 +1,12 @@
-"""Forgetting: what each remedy costs on the task and saves of what the base could do, on the demo's task.
+"""Forgetting: cost of each remedy on the demo's task, and how much general ability it preserves.
 
     python benchmarks/forgetting.py [--work build/forgetting] [--rows N] [--samples 100] [--questions 400] [--base BASE]
 
-Trains the demo's config as it is, with a mix-in of 5% human-written instructions (Self-Instruct's, which are no part of
-the project: see tests/real_data.py), with self-replay, and at a lower learning rate; scales the first one's adapter by
-`tunewright adapters scale`'s rule. Measures exact match on dev (which also chose the epoch: read it as a comparison),
-the increase in negative log-likelihood of the base's own answers, and ARC-easy as lm-eval's acc_norm has it, on a
-subset drawn by a seed. Goes on where it was stopped. Prints a table; writes benchmarks/results/forgetting.json and
+Trains the demo's config unchanged, with a mix-in of 5% human-written instructions (Self-Instruct's, which are not
+part of the project: see tests/real_data.py), with self-replay, and at a lower learning rate; scales the first one's
+adapter by `tunewright adapters scale`'s rule. Measures exact match on dev (which also chose the epoch: read it as a
+comparison), the increase in negative log-likelihood of the base's own answers, and ARC-easy as lm-eval's acc_norm has
+it, on a subset drawn by a seed. A stopped run resumes. Prints a table; writes benchmarks/results/forgetting.json and
 docs/images/forgetting.png.
 """
 
@@ -60,7 +60,7 @@ def main() -> None:
     """Train, scale, measure, show."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "forgetting")
-    parser.add_argument("--rows", type=int, help="so many of the demo's pairs; all by default")
+    parser.add_argument("--rows", type=int, help="number of the demo's pairs; all by default")
     parser.add_argument("--samples", type=int, default=100)
     parser.add_argument("--questions", type=int, default=400)
     parser.add_argument("--base", help="in place of the demo's")
@@ -107,7 +107,7 @@ def main() -> None:
 
 
 def project_in(folder: Path, options: argparse.Namespace, reporter: Reporter, *, mix: bool) -> Project:
-    """The demo's project in a folder, with its dataset version; with the mix-in, where that is asked for."""
+    """Create the demo's project with its dataset version, optionally with the mix-in."""
     folder.mkdir(parents=True, exist_ok=True)
     files = legal_citations.project_files()
     pairs = files[legal_citations.PAIRS_FILE].splitlines(keepends=True)
@@ -127,7 +127,7 @@ def project_in(folder: Path, options: argparse.Namespace, reporter: Reporter, *,
 
 
 def self_instruct() -> str:
-    """Self-Instruct's human-written tasks (Wang et al. 2022, arXiv 2212.10560) as pairs."""
+    """Return Self-Instruct's human-written tasks (Wang et al. 2022, arXiv 2212.10560) as pairs."""
     rows = []
     for name in ("seed_tasks.jsonl", "user_oriented_instructions.jsonl"):
         for line in (SHARED / "self_instruct" / name).read_text(encoding="utf-8").splitlines():
@@ -140,7 +140,7 @@ def self_instruct() -> str:
 
 
 def trained(domain: Project, options: argparse.Namespace, reporter: Reporter) -> dict[str, Adapter]:
-    """The adapter of each way of training, by its name."""
+    """Train with each remedy; return the adapters by name."""
     config = domain.folder.config
 
     def changed(**train: Any) -> Adapter:
@@ -160,7 +160,7 @@ def trained(domain: Project, options: argparse.Namespace, reporter: Reporter) ->
 
 
 def arc(count: int) -> tuple[list[Question], str | None]:
-    """A subset of ARC-easy (Clark et al. 2018, arXiv 1803.05457), or why there is none."""
+    """Return a subset of ARC-easy (Clark et al. 2018, arXiv 1803.05457), or the reason why it is missing."""
     path = SHARED / "arc_easy" / "arc_easy.jsonl"
     if not path.exists():
         return [], f"ARC-easy is left out: no {path}."
@@ -171,7 +171,7 @@ def arc(count: int) -> tuple[list[Question], str | None]:
 def measured(
     adapter: Adapter | None, arm_runner: Any, meter: ForgettingMeter, questions: list[Question], work: Path
 ) -> dict[str, Any]:
-    """One row of the table."""
+    """Measure one row of the table."""
     clusters = [member.cluster for member in arm_runner.version.examples("dev")]
     right = arm_runner.dev_scores(adapter).values
     forgetting = {"increase": 0.0, "interval": {"low": 0.0, "high": 0.0}}
@@ -183,14 +183,14 @@ def measured(
         hits = np.array([pick == question.gold for pick, question in zip(picked, questions, strict=True)])
         row["arc_easy"] = share(hits, [str(n) for n in range(len(hits))])
     if adapter is not None:
-        told = adapter.lineage["training"]
-        row |= {"adapter": adapter.name, "training_seconds": told["seconds"], "kept_step": told["kept_step"]}
+        summary = adapter.lineage["training"]
+        row |= {"adapter": adapter.name, "training_seconds": summary["seconds"], "kept_step": summary["kept_step"]}
         row["replay"] = {k: v for k, v in adapter.lineage.get("replay", {}).items() if k != "left_out"} or None
     return row
 
 
 def arc_choices(adapter: Adapter | None, generator: Any, questions: list[Question], work: Path) -> list[int]:
-    """What the model chooses; kept, since it takes a while."""
+    """Return the model's choices; stored, since they take long."""
     decides = {
         "adapter": adapter.digest if adapter else None,
         "base": generator.base.digest,
@@ -207,14 +207,14 @@ def arc_choices(adapter: Adapter | None, generator: Any, questions: list[Questio
 
 
 def share(right: Any, clusters: list[str]) -> dict[str, Any]:
-    """A share of items with its 95% interval (Wilson, by effective items)."""
+    """Return a share of items with its 95% interval (Wilson, by effective items)."""
     value = float(right.mean())
     interval = wilson(value, effective_items(right.astype(np.float64), clusters))
     return {"value": value, "interval": interval.model_dump(), "items": len(right)}
 
 
 def table(rows: Mapping[str, Any], document: Mapping[str, Any]) -> Table:
-    """What people read."""
+    """Return the results as a table."""
     task, questions = document["task"], document["arc_easy"]["questions"]
     made = Table(
         title=f"{task['train']:,} pairs of {legal_citations.NAME}, {task['base']}; 95% intervals", title_justify="left"
@@ -223,8 +223,8 @@ def table(rows: Mapping[str, Any], document: Mapping[str, Any]) -> Table:
         made.add_column(name, justify="right" if name else "left", no_wrap=True)
     for name, row in rows.items():
         lost = row["forgetting"]
-        told = f"{lost['increase']:+.4f} ({lost['interval']['low']:+.4f} to {lost['interval']['high']:+.4f})"
-        made.add_row(name, percent(row["dev"]), "0" if name == "base" else told, percent(row["arc_easy"]))
+        summary = f"{lost['increase']:+.4f} ({lost['interval']['low']:+.4f} to {lost['interval']['high']:+.4f})"
+        made.add_row(name, percent(row["dev"]), "0" if name == "base" else summary, percent(row["arc_easy"]))
     return made
 
 
@@ -237,7 +237,7 @@ def percent(share: Mapping[str, Any] | None) -> str:
 
 
 def draw(rows: Mapping[str, Any], path: Path) -> None:
-    """Target gained against what was forgotten: up and left is better."""
+    """Plot the gain on the task against forgetting: up and left is better."""
     base = rows["base"]["dev"]["value"]
     colours = ["#0b6e99", "#b3470f", "#3b7d23", "#7a3b9c", "#c0257a", "#6b6b00"]
     style: dict[Any, Any] = {"font.size": 12, "axes.spines.top": False, "axes.spines.right": False}
@@ -246,7 +246,7 @@ def draw(rows: Mapping[str, Any], path: Path) -> None:
         axes = figure.add_subplot()
         axes.grid(color="#dddddd", linewidth=0.8)
         axes.set_axisbelow(True)
-        names: dict[str, list[str]] = {}  # of the same adapter: scaling may keep it as it is
+        names: dict[str, list[str]] = {}  # of the same adapter: scaling may keep it unchanged
         for name, row in rows.items():
             if name != "base":
                 names.setdefault(row["adapter"], []).append(name)
@@ -257,7 +257,7 @@ def draw(rows: Mapping[str, Any], path: Path) -> None:
             x_error, y_error = around(x, lost["interval"], 1), around(100 * dev["value"], dev["interval"], 100)
             axes.errorbar(x, y, xerr=x_error, yerr=y_error, fmt="o", markersize=9, capsize=3, color=colour, label=name)
         axes.plot([0], [0], "s", markersize=9, color="#444444", label="base")
-        axes.set_xlabel("forgotten: increase in NLL of the base's own answers, nats per token (less is better)")
+        axes.set_xlabel("forgotten: increase in NLL of the base's own answers, nats per token (Less is better)")
         axes.set_ylabel("gained: exact match on dev, points over the base")
         axes.legend(frameon=False, loc="best")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -265,12 +265,12 @@ def draw(rows: Mapping[str, Any], path: Path) -> None:
 
 
 def around(value: float, interval: Mapping[str, float], unit: float) -> list[list[float]]:
-    """How far an interval reaches below and above a value; rounding makes some ends of it stand beyond."""
+    """Return the lengths of an error bar below and above a value, not below 0 after rounding."""
     return [[max(value - unit * interval["low"], 0.0)], [max(unit * interval["high"] - value, 0.0)]]
 
 
 def cpu() -> str:
-    """The processor's name and how many threads torch uses."""
+    """Return the processor's name and torch's thread count."""
     import torch
 
     name = platform.processor() or platform.machine()

@@ -1,12 +1,12 @@
-"""Processor time that the gateway itself takes for a request: keys, limits, fair turns, the prompt's ids, the stream.
+"""Processor time of the gateway per request: authentication, quota, scheduling, tokenization and streaming.
 
     python benchmarks/gateway_cost.py [--requests 200] [--rounds 4] [--turns 3] [--tokens 16]
 
-A tenant asks a server whose engine computes nothing: it gives each of sixteen rows a token every 18 ms. So the
-process's time is the gateway's. Both sides in turns, each turn in processes of its own, the clients in another one:
+A tenant sends requests to a server whose engine computes nothing: each of sixteen rows gets a token every 18 ms, so the
+process's time is the gateway's. The sides alternate, each in new processes, with the clients in another one:
 
-    as it is       uvicorn with uvloop and httptools
-    pure Python    with asyncio's own loop and h11, which it takes where those are not installed
+    current        uvicorn with uvloop and httptools
+    pure Python    with asyncio's loop and h11, the fallback if those are not installed
 
 Prints a table, and writes benchmarks/results/gateway_cost.json.
 """
@@ -48,7 +48,7 @@ from tunewright.serving.gateway.server import serving
 from tunewright.serving.gateway.tenant_auth import TenantAuth
 from tunewright.serving.tenants import Grounds, State
 
-SIDES = ("as it is", "pure Python")
+SIDES = ("current", "pure Python")
 RESULTS = Path(__file__).with_name("results") / "gateway_cost.json"
 PROMPT = (Message("user", "My landlord keeps the deposit and says that the carpet was stained. What is this about?"),)
 ALIAS, EVERY = "alias", 0.018
@@ -56,7 +56,7 @@ ALIAS, EVERY = "alias", 0.018
 
 
 def main() -> None:
-    """Run the sides in turns, or be one, or its clients."""
+    """Run the sides in turns, or one of them or its clients as a child process."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=4)
@@ -127,7 +127,7 @@ class IdleEngine:
 
 
 def measure(options: argparse.Namespace) -> list[float]:
-    """Milliseconds a request in each round but the first."""
+    """Return milliseconds per request in each round but the first."""
     if options.side == "pure Python":
         for name in ("uvloop", "httptools"):
             sys.modules[name] = None  # type: ignore[assignment]  # as if it were not there
@@ -150,14 +150,14 @@ def measure(options: argparse.Namespace) -> list[float]:
 
 
 def ask(url: str, key: str, options: argparse.Namespace) -> None:
-    """Have the requests answered, one due every 20 ms."""
+    """Send the requests, one every 20 ms."""
     asks = [Ask(0.02 * number, 0) for number in range(options.requests)]
     answers, _ = asyncio.run(Clients(url, [key], [ALIAS]).open_loop(asks, lambda _: PROMPT, options.tokens))
     assert all((answer.status, answer.counted) == (200, options.tokens) for answer in answers)
 
 
 def show(sides: Mapping[str, Sequence[float]]) -> None:
-    """What each side took."""
+    """Print the time of each side."""
     table = Table("processor time of a request", "median", "least", "most")
     for side, found in sides.items():
         table.add_row(side, *(f"{value:.2f} ms" for value in (statistics.median(found), min(found), max(found))))

@@ -1,11 +1,11 @@
-"""What holds on a CUDA card: kernels against float64, training next to trl, memory next to the estimate, decoding.
+"""Checks on a CUDA card: kernels against float64, training against trl, memory against the estimate, decoding.
 
     python benchmarks/gpu_proof.py [--minutes 60] [--out FOLDER] [--done FILE] [--only CASE ...]
     python benchmarks/gpu_proof.py --toy           every case at toy size, on the processor too
     python benchmarks/gpu_proof.py --page          writes the table of docs/gpu.md from the results, and runs nothing
 
-Each case is a process of its own with a time limit. A line is printed and the results file is written after every
-measurement, so nothing is lost where a case or the whole is cut; ``--done`` takes such a file, keeps the cases that it
+Each case is a separate process with a time limit. A line is printed and the results file is written after every
+measurement, so nothing is lost if a case or the run is cut; ``--done`` takes such a file, keeps the cases that it
 has finished, and runs the others. Nothing is fetched: bases have random weights, and the tokenizer is made here.
 
 The results file is FOLDER/CARD-DATE.json; in the default FOLDER, benchmarks/results/gpu, docs/gpu.md is written from it
@@ -107,7 +107,7 @@ def _options() -> argparse.Namespace:
 
 
 def _card() -> str | None:
-    """Return the name of the first card; asked of a process of its own, so that this one never holds the driver."""
+    """Return the name of the first card, read in a separate process so that this one never holds the driver."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_card_name)
 
@@ -119,7 +119,7 @@ def _card_name() -> str | None:
 
 
 def _earlier(file: Path) -> dict[str, Any]:
-    """Return the results of an earlier run, without the case in which it was cut.
+    """Return the results of an earlier run, without the case that was cut.
 
     Raises:
         SystemExit: the file is not one of these.
@@ -146,7 +146,7 @@ def _document(earlier: dict[str, Any] | None, card: str) -> dict[str, Any]:
 
 
 def _refusal(what: str) -> SystemExit:
-    """Print what is wrong with ``--done``; return what ends the program."""
+    """Print the problem of ``--done``; return the exception that ends the program."""
     print(f"Error: --done: {what}", file=sys.stderr)
     return SystemExit(2)
 
@@ -164,7 +164,7 @@ class Run:
             self.context.set_forkserver_preload(PRELOADED)
 
     def run(self, chosen: list[Case]) -> list[str]:
-        """Run what is not done yet; return the names of cases that time did not suffice for."""
+        """Run the remaining cases; return the names of those that did not fit into the time."""
         left = []
         for case in chosen:
             if case.name in self.document["cases"]:
@@ -174,7 +174,7 @@ class Run:
         return left
 
     def _run(self, case: Case) -> str:
-        """Run one case in a process of its own; return how it ended."""
+        """Run one case in a separate process; return its outcome."""
         state: dict[str, Any] = {"state": "cut", "date": datetime.date.today().isoformat(), "measurements": []}
         self.document["cases"][case.name] = state
         receiver, sender = self.context.Pipe(duplex=False)
@@ -217,14 +217,14 @@ class Run:
             print(f"{case.name}: {measurement_text(message)}", flush=True)
 
     def _write(self) -> None:
-        """Write the results whole or not at all."""
+        """Write the results atomically."""
         from tunewright.core.io import write_json
 
         write_json(self.file, self.document)
 
 
 def _end(process: Any, grace_s: float) -> None:
-    """End a case's process and whatever it started, after waiting a moment for it to end by itself."""
+    """End a case's process and its children, after waiting a moment for a normal exit."""
     process.join(grace_s)
     if process.exitcode is None:
         try:

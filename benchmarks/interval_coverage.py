@@ -1,8 +1,8 @@
-"""How often the 95% interval of a difference holds the true one: ours beside the plain cluster bootstrap.
+"""Coverage of the 95% interval of a difference: tunewright's interval and the plain cluster bootstrap.
 
     python benchmarks/interval_coverage.py
 
-Simulates paired outcomes with a known difference, in clusters of like items. Prints a table and one JSON line.
+Simulates paired outcomes with a known difference, in clusters of similar items. Prints a table and one JSON line.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ RUNS, RESAMPLES = 1_000, 1_000
 
 
 def main() -> None:
-    """12 settings: clusters, items a cluster, shares fixed and broken."""
+    """Simulate 12 settings: clusters, items per cluster, shares fixed and broken."""
     print(f"{'clusters':>8} {'items each':>10} {'fixed':>6} {'broken':>6} {'plain':>7} {'ours':>7}")
     results = []
     for clusters, size, (fixed, broken) in product((8, 30, 100), (1, 4), ((0.2, 0.1), (0.02, 0.0))):
@@ -48,7 +48,7 @@ def _coverage(clusters: int, size: int, fixed: float, broken: float) -> tuple[fl
 
 
 def _changes(rng: np.random.Generator, clusters: int, size: int, fixed: float, broken: float) -> NDArray[np.float64]:
-    """Each item +1, 0 or -1; half of the items do what their cluster does."""
+    """Return +1, 0 or -1 for each item; half of the items follow their cluster."""
     outcomes, chances = [1.0, 0.0, -1.0], [fixed, 1 - fixed - broken, broken]
     shared = np.repeat(rng.choice(outcomes, clusters, p=chances), size)
     own = rng.choice(outcomes, clusters * size, p=chances)

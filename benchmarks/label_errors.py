@@ -1,11 +1,11 @@
-"""Label errors: how many of the errors put into BANKING77 are among the most suspicious rows.
+"""Label errors: share of the errors planted in BANKING77 that are among the most suspicious rows.
 
     python benchmarks/label_errors.py [SEEDS]
 
 5% of the answers are replaced: by any other class (random), or by that of the other classes which is most like the
-row's text, as a model of *words* sees it (plausible; the detector looks at characters). The set has errors of its own,
-which count as false alarms here. Beside it a model's plain doubt, 1 - p(answer), and disagreement with the 10 nearest
-rows. Needs the data set, which is no part of the project: see tests/real_data.py. Prints a table and one JSON line.
+row's text, as a model of *words* sees it (plausible; the detector looks at characters). The set's own errors count
+as false alarms here. Baselines are a model's doubt, 1 - p(answer), and disagreement with the 10 nearest rows. Needs
+the data set, which is not part of the project: see tests/real_data.py. Prints a table and one JSON line.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _version() -> DatasetVersion:
 
 
 def _with_errors(clean: DatasetVersion, kind: str, seed: int) -> tuple[DatasetVersion, set[str]]:
-    """The version with wrong answers, and the keys of the rows that have them."""
+    """Return the version with wrong answers, and the keys of their rows."""
     draw = np.random.default_rng(seed)
     names, labels = np.unique([m.example.output for m in clean.members], return_inverse=True)
     rows = draw.choice(len(labels), round(NOISE * len(labels)), replace=False)
@@ -102,7 +102,7 @@ def _answered(member: Member, output: str) -> Member:
 
 
 def _likely_others(texts: Sequence[str], labels: Labels) -> Labels:
-    """For each row the other class whose mean vector of words and word pairs is nearest."""
+    """Return for each row the other class whose mean vector of words and word pairs is nearest."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.preprocessing import normalize
 
@@ -119,7 +119,7 @@ def _suspects(version: DatasetVersion, seed: int) -> list[str]:
 
 
 def _doubt(version: DatasetVersion, seed: int) -> list[str]:
-    """The same features, model and folds (rows, not clusters), without cleanlab or near-duplicates."""
+    """Return a model's doubt with the same features and folds of rows, without cleanlab or near-duplicates."""
     from sklearn.linear_model import SGDClassifier
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
@@ -131,7 +131,7 @@ def _doubt(version: DatasetVersion, seed: int) -> list[str]:
 
 
 def _nearest(version: DatasetVersion, _seed: int) -> list[str]:
-    """The share of the 10 nearest rows (cosine) with another answer."""
+    """Return the share of the 10 nearest rows (cosine) with another answer."""
     from sklearn.neighbors import NearestNeighbors
 
     features, labels = _problem(version)

@@ -2,11 +2,11 @@
 
     python benchmarks/layerwise_8b.py [--toy] [--out FILE]
 
-The base has random weights and is quantized layer by layer, so it takes about 6 GB and not 16. It then trains for three
-steps as `tunewright train` does, with LoRA on every linear layer. Measured is the largest resident set over what the
-process held before the base was built, when a toy base had taken the same steps; predicted is the sum of all parts of
-`tunewright estimate-memory` but the runtime's. Takes about 8 GiB and some minutes on two cores. Writes JSON to
-benchmarks/results/layerwise_8b.json (--toy: nowhere, unless --out says where).
+The base has random weights and is quantized layer by layer, so it takes about 6 GB instead of 16. It then trains for
+three steps as `tunewright train` does, with LoRA on every linear layer. Measured is the largest resident set over
+what the process held before the base was built, when a toy base had taken the same steps; predicted is the sum of all
+parts of `tunewright estimate-memory` but the runtime's. Takes about 8 GiB and some minutes on two cores. Writes JSON
+to benchmarks/results/layerwise_8b.json (--toy: nowhere without --out).
 """
 
 from __future__ import annotations

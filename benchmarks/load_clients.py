@@ -1,7 +1,7 @@
-"""The clients of `serve_load.py`: requests over HTTP when they are due, and what came of them.
+"""The clients of `serve_load.py`: requests over HTTP at their due times, and their outcomes.
 
-They have the server's processors, so they do as little as can be: what comes is kept as it is with its time, and read
-when all is over.
+They share the server's processors, so they do little work: chunks are stored raw with their times, and parsed at the
+end.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Prompt = Sequence[Message]
 
 @dataclass(frozen=True)
 class Reply:
-    """What came over the wire.
+    """The raw response of one request.
 
     Args:
         chunks: each with its time.
-        end: when it was over.
+        end: time of its end.
     """
 
     ask: Ask
@@ -41,7 +41,7 @@ class Reply:
 
     @property
     def answer(self) -> Answer:
-        """What it says; a refusal is an answer with its status."""
+        """Parse the response; a refusal is an answer with its status."""
         times, text, counted, failed = [], "", 0, False
         for at, event in self._events():
             failed = failed or "error" in event  # a stream has its status before it is known how it ends
@@ -64,7 +64,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Clients:
-    """Whoever asks in the tenants' names.
+    """HTTP clients of all tenants.
 
     Args:
         keys, aliases: by tenant.
@@ -76,7 +76,7 @@ class Clients:
 
     @asynccontextmanager
     async def connected(self, connections: int = 0) -> AsyncIterator[aiohttp.ClientSession]:
-        """Connections to the server, so many at most (0: any number)."""
+        """Open at most ``connections`` to the server (0: unlimited)."""
         connector, patient = aiohttp.TCPConnector(limit=connections), aiohttp.ClientTimeout(total=None)
         async with aiohttp.ClientSession(self.url, connector=connector, timeout=patient) as session:
             yield session
@@ -84,7 +84,7 @@ class Clients:
     async def open_loop(
         self, asks: Sequence[Ask], prompt: Callable[[int], Prompt], tokens: int
     ) -> tuple[list[Answer], float]:
-        """Each request when it is due, whatever became of those before.
+        """Send each request at its due time, regardless of earlier ones.
 
         Args:
             prompt: of the n-th request.
@@ -107,7 +107,7 @@ class Clients:
         return [reply.answer for reply in replies], max(reply.end for reply in replies)
 
     async def ask(self, session: aiohttp.ClientSession, ask: Ask, prompt: Prompt, tokens: int, began: float) -> Reply:
-        """Ask for one answer, streamed; its times count from ``began``."""
+        """Request one streamed answer; its times count from ``began``."""
         body = {
             "model": self.aliases[ask.tenant],
             "messages": [message.as_dict() for message in prompt],
@@ -127,7 +127,7 @@ class Clients:
 async def cold_loads(
     clients: Clients, tenants: Sequence[int], release: Callable[[int], Awaitable[None]], every: float, began: float
 ) -> list[tuple[float, float]]:
-    """Release one tenant's adapter after the other, and wait until the server has it: from when to when."""
+    """Release the tenants' adapters one after the other, waiting until each is served; return begin and end times."""
     loads = []
     async with clients.connected() as session:
         for tenant in tenants:
@@ -141,7 +141,7 @@ async def cold_loads(
 
 
 async def _models(session: aiohttp.ClientSession, key: str) -> list[Any]:
-    """What may be asked for with a key."""
+    """Return the models that a key may request."""
     async with session.get("/v1/models", headers={"Authorization": f"Bearer {key}"}, raise_for_status=True) as reply:
         found: list[Any] = (await reply.json())["data"]
     return found

@@ -1,15 +1,15 @@
-"""The server of `serve_load.py` and `fair_turns.py`, in a process of its own: :class:`Host` is who talks to it.
+"""The server of `serve_load.py` and `fair_turns.py` in a separate process, controlled by :class:`Host`.
 
-By lines of JSON. The first one says what to serve (``project``, ``state``, ``threads``) and whether requests have
-turns (``fair``) or are taken as they come; the answer is its address. Then:
+The protocol is lines of JSON. The first one names what to serve (``project``, ``state``, ``threads``) and whether
+scheduling is ``fair`` or first come, first served; the answer is its address. Then:
 
-    {"do": "memory"}                            bytes that are this process's own
-    {"do": "cpu"}                               seconds of processor time that it has used, all threads together
+    {"do": "memory"}                            private memory of the process in bytes
+    {"do": "cpu"}                               processor seconds of all its threads
     {"do": "bare", "asks": [[seconds, prompt, digest, tokens], ...]}
-                                                the engine alone, without the gateway, each asked when it is due:
+                                                the engine without the gateway, each request at its due time:
                                                 seconds to the first token and to the end of each, and to the end of all
 
-It ends with the lines. Answers have no end but their limit, so that all sides do the same work.
+It ends with its input. Answers end only at their token limit, so that all sides do the same work.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Host:
     """The server's process.
 
     Args:
-        fair: requests take turns; else they are taken as they come.
+        fair: schedule requests fairly between tenants; else first come, first served.
     """
 
     def __init__(self, project: Path, state: str, threads: int, *, fair: bool = True) -> None:
@@ -56,10 +56,10 @@ class Host:
         self._process = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
-        self.url: str = self.tell(project=str(project), state=state, threads=threads, fair=fair)["url"]
+        self.url: str = self.send(project=str(project), state=state, threads=threads, fair=fair)["url"]
 
-    def tell(self, **order: Any) -> Any:
-        """Have it do something, and wait for what it says."""
+    def send(self, **order: Any) -> Any:
+        """Send a command and wait for its reply."""
         assert self._process.stdin is not None and self._process.stdout is not None
         print(json.dumps(order), file=self._process.stdin, flush=True)
         line = self._process.stdout.readline()
@@ -71,14 +71,14 @@ class Host:
         return self
 
     def __exit__(self, *raised: object) -> None:
-        """End it."""
+        """End the process."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(60)
 
 
 class FirstCome(AdmissionQueue):
-    """The order in which engines take requests by themselves: everybody is one tenant."""
+    """First come, first served: all requests count as one tenant's."""
 
     @asynccontextmanager
     async def slot(self, tenant: str, prompt: int) -> AsyncIterator[Slot]:  # noqa: ARG002
@@ -87,7 +87,7 @@ class FirstCome(AdmissionQueue):
 
 
 def main() -> None:
-    """Serve for as long as lines may come."""
+    """Serve until the input ends."""
     # What the libraries print must not come between the answers.
     answers, sys.stdout = sys.stdout, sys.stderr
     settings = json.loads(sys.stdin.readline())
@@ -102,7 +102,7 @@ def main() -> None:
 
 
 def obey(engine: Engine, do: str, **order: Any) -> Any:
-    """Do what a line says."""
+    """Run the command of a line."""
     if do == "memory":
         return own_memory()
     if do == "cpu":
@@ -112,7 +112,7 @@ def obey(engine: Engine, do: str, **order: Any) -> Any:
 
 
 def open_service(settings: dict[str, Any]) -> Service:
-    """As `tunewright serve` makes one for tenants, of answers that end at their limit only."""
+    """Create the service as `tunewright serve` does for tenants, with answers that end only at their limit."""
     import torch
 
     torch.set_num_threads(settings["threads"])
@@ -137,7 +137,7 @@ def open_service(settings: dict[str, Any]) -> Service:
 
 
 def patient(config: Config) -> Config:
-    """The config on any port, and without the gateway's limits on waits, which are to be measured and not cut off."""
+    """Return the config with a free port and without the gateway's timeouts, so that all waits are measured."""
     waits = dict.fromkeys(
         ("queue_timeout_s", "first_token_timeout_s", "inter_token_timeout_s", "total_timeout_s"), 3600.0
     )
@@ -146,7 +146,7 @@ def patient(config: Config) -> Config:
 
 
 async def ask_bare(engine: Engine, asks: list[tuple[float, list[int], str, int]]) -> dict[str, Any]:
-    """The engine's own speed."""
+    """Measure the engine without the gateway."""
     began = time.perf_counter()
 
     async def ask(due: float, prompt: list[int], digest: str, tokens: int) -> tuple[float, float]:
@@ -165,7 +165,7 @@ async def ask_bare(engine: Engine, asks: list[tuple[float, list[int], str, int]]
 
 
 def own_memory() -> int:
-    """Bytes of this process that no file stands behind, after what is free has been given back."""
+    """Return the anonymous memory of this process in bytes, after freed memory was returned to the system."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     for line in Path("/proc/self/status").read_text().splitlines():

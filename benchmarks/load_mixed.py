@@ -1,9 +1,9 @@
-"""The part `isolation` of `serve_load.py`: requests of all tenants mixed, each answer held to its adapter's own.
+"""The part `isolation` of `serve_load.py`: mixed requests, each answer compared with its adapter's reference.
 
-What is right is what peft and transformers answer with that adapter alone. A tenant is asked only what tells its
-adapter from all others and from the base: each of them answers with a token that this adapter finds less likely than
-its own, by more than rounding makes up for. So any wrong adapter's answer is seen. Meanwhile some tenants' aliases are
-switched to another adapter of theirs and back; the answer has to be of the adapter that its header names.
+The reference is the answer of peft and transformers with that adapter alone. A tenant gets only prompts that
+distinguish its adapter from all others and from the base: each of them answers with a token that this adapter finds
+less likely than its own, by more than rounding explains. So an answer of a wrong adapter is detected. Meanwhile some
+tenants' aliases switch to another adapter and back; the answer must match the adapter that its header names.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from tunewright.serving.tenants import State
 TOKENS = 4
 """Of an answer: few, so that many can be asked for."""
 CONNECTIONS = 64
-"""Requests under way: more than there are places in the batch, so that it is full."""
+"""Requests in progress: more than the batch has slots, so that it is full."""
 MOST = 2
-"""Prompts that a tenant is asked, if so many tell its adapters."""
+"""Prompts per tenant, if enough of them distinguish its adapters."""
 TRIED = 8
 """Prompts that are tried at once."""
 RIGHT, NEAR = "its adapter's answer", "within the tolerance of its adapter's"
@@ -40,11 +40,11 @@ RIGHT, NEAR = "its adapter's answer", "within the tolerance of its adapter's"
 
 @dataclass(frozen=True)
 class Telling:
-    """Which prompts tell whose adapters from all others.
+    """Prompts that distinguish a tenant's adapters from all others.
 
     Args:
-        prompts: each tenant's, by their places.
-        right: by prompt and model, what it answers.
+        prompts: each tenant's prompts, by index.
+        right: the answer by prompt and model.
     """
 
     prompts: Mapping[int, Sequence[int]]
@@ -53,7 +53,7 @@ class Telling:
 
 @dataclass(frozen=True)
 class Seen:
-    """What came of a request; many come to the same."""
+    """The outcome of a request; many have the same."""
 
     tenant: int
     prompt: int
@@ -68,18 +68,20 @@ Decode = Callable[[Sequence[int]], str]
 def find_telling(
     reference: Reference, owned: Sequence[Sequence[str]], prompts: Sequence[Ids], decode: Decode, tolerance: float
 ) -> Telling:
-    """Try prompts in their order, until each tenant has one; of many, those are taken that it answers most surely.
+    """Try prompts in order until each tenant has one; of several, those with the most confident answers are used.
 
     Args:
-        owned: digests of each tenant's adapters; a prompt has to tell each of them.
+        owned: digests of each tenant's adapters; a prompt must distinguish each of them.
         tolerance: nats that a right answer may fall short.
 
     Raises:
-        UserError: no prompt tells the adapters of some tenants.
+        UserError: no prompt distinguishes the adapters of some tenants.
     """
     models: list[Digest] = [None, *dict.fromkeys(digest for own in owned for digest in own)]
     right: dict[tuple[int, Digest], str] = {}
-    told: list[dict[int, float]] = [{} for _ in owned]  # prompts, and how sure a tenant's adapters are of their answers
+    summary: list[dict[int, float]] = [
+        {} for _ in owned
+    ]  # prompts, and how sure a tenant's adapters are of their answers
     missing = list(range(len(owned)))
     for start in range(0, len(prompts), TRIED):
         group = range(start, min(start + TRIED, len(prompts)))
@@ -91,23 +93,23 @@ def find_telling(
             telling = {model for model in models if _tells(model, said, texts, PROBE_MARGIN * tolerance)}
             for tenant, own in enumerate(owned):
                 if telling.issuperset(own):
-                    told[tenant][n] = min(_surety(said[digest]) for digest in own)
-        missing = [tenant for tenant, found in enumerate(told) if not found]
-        _say(f"{group.stop} prompts tried on {len(models)} models: {len(missing)} of {len(owned)} tenants are not told")
+                    summary[tenant][n] = min(_surety(said[digest]) for digest in own)
+        missing = [tenant for tenant, found in enumerate(summary) if not found]
+        _say(f"{group.stop} prompts tried on {len(models)} models: {len(missing)} of {len(owned)} tenants remain")
         if not missing:
             break
     else:
         raise UserError(
-            f"no prompt of {len(prompts)} tells the adapters of {len(missing)} of {len(owned)} tenants from all others",
+            f"No prompt of {len(prompts)} distinguishes {len(missing)} of {len(owned)} tenants from all others",
             where=f"tenants {', '.join(map(str, missing))}",
             fix="Try more of them with --probes, or adapters that are further apart with --noise.",
         )
-    surest = [sorted(found, key=lambda n: -found[n])[:MOST] for found in told]
+    surest = [sorted(found, key=lambda n: -found[n])[:MOST] for found in summary]
     return Telling(dict(enumerate(surest)), right)
 
 
 def _tells(model: Digest, said: Mapping[Digest, GreedyAnswer], texts: Mapping[Digest, str], enough: float) -> bool:
-    """Whether no other model says what could be this one's answer."""
+    """Return True if no other model gives an answer that this one could give."""
     others = [other for other in said if other != model]
     return texts[model] not in {texts[other] for other in others} and all(
         said[model].shortfall(said[other].answer) >= enough for other in others
@@ -115,14 +117,14 @@ def _tells(model: Digest, said: Mapping[Digest, GreedyAnswer], texts: Mapping[Di
 
 
 def _surety(own: GreedyAnswer) -> float:
-    """By how many nats the second likeliest token is behind, where it is least."""
+    """Return the smallest gap in nats between the likeliest and the second likeliest token."""
     return min(sorted(behind.values())[1] for behind in own.behind)
 
 
 def could_say(reference: Reference, model: Digest, prompt: Ids, text: str, decode: Decode, tolerance: float) -> bool:
-    """Whether the model comes to that text by tokens none of which falls short by more than the tolerance.
+    """Return True if the model can produce the text by tokens that are all within the tolerance of the likeliest.
 
-    The tokens of a text are not known: of all that are likely enough, those are followed that spell it.
+    The tokens of a text are unknown: the search follows all likely enough tokens that spell it.
     """
     paths: list[Ids] = [()]
     for _ in range(TOKENS):
@@ -141,10 +143,10 @@ def could_say(reference: Reference, model: Digest, prompt: Ids, text: str, decod
 
 
 def judge(seen: Seen, owned: Sequence[Sequence[str]], telling: Telling, near: Callable[[Seen], bool]) -> str:
-    """Whose answer it is, in words that are counted.
+    """Return the class of an answer: right, or the model that it belongs to.
 
     Args:
-        near: whether the adapter that is named could say it.
+        near: True if the named adapter could give it.
     """
     if seen.status != 200:
         return f"status {seen.status}"
@@ -159,11 +161,11 @@ def judge(seen: Seen, owned: Sequence[Sequence[str]], telling: Telling, near: Ca
 
 @dataclass
 class Mix:
-    """The requests, and what has come of them.
+    """The requests and their outcomes.
 
     Args:
-        asks: tenant and prompt of each.
-        switches: whose alias gets which adapter (the tenant with that one) after so many answers.
+        asks: tenant and prompt of each request.
+        switches: number of answers after which a tenant's alias gets the adapter of which tenant.
     """
 
     asks: Sequence[tuple[int, int]]
@@ -171,7 +173,7 @@ class Mix:
     seen: Counter[Seen] = field(default_factory=Counter)
 
     async def ask(self, clients: Clients, state: State, prompts: Sequence[Prompt]) -> float:
-        """Ask for all, so many at once; the seconds that it took."""
+        """Send all requests with this concurrency; return the seconds."""
         left, began = iter(self.asks), time.perf_counter()
         due, every = dict(self.switches), max(1, len(self.asks) // 50)
         async with clients.connected(CONNECTIONS) as session:
@@ -196,7 +198,7 @@ class Mix:
 
 
 def switches(tenants: Sequence[Tenant], others: Sequence[Tenant], requests: int) -> dict[int, Tenant]:
-    """The first tenants' aliases switched one by one to others' adapters, then back, at equal distances."""
+    """Return the switches of the first tenants' aliases to others' adapters and back, at equal distances."""
     there = [replace(tenant, adapter=other.adapter) for tenant, other in zip(tenants, others, strict=False)]
     turns = [*there, *tenants[: len(there)]]
     return {requests * (n + 1) // (len(turns) + 1): tenant for n, tenant in enumerate(turns)}
@@ -212,15 +214,15 @@ def mixed(
     requests: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Ask, judge and count.
+    """Send the requests, judge and count the answers.
 
     Args:
-        tenants: all that ask; their adapters are released.
-        others: whose adapters the first tenants' aliases are switched to meanwhile.
-        prompts: from which those are taken that tell adapters apart, the first if they will do.
+        tenants: the senders; their adapters are released.
+        others: tenants whose adapters the first tenants' aliases switch to.
+        prompts: candidates; the first ones that distinguish adapters are used.
 
     Raises:
-        UserError: no prompt tells some tenant's adapter.
+        UserError: no prompt distinguishes some tenant's adapter.
     """
     from tunewright.serving.isolation.reference import PeftReference
 

@@ -1,4 +1,4 @@
-"""What `serve_load.py` shows: the machine, tables, and a plot of each tenant's waits."""
+"""Output of `serve_load.py`: the machine, tables, and a plot of each tenant's waits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tunewright.adapters.lineage import packages
 
 
 def machine(threads: int) -> dict[str, Any]:
-    """What it was measured on, and how busy that was before."""
+    """Return the machine and its load before the run."""
     info = Path("/proc/cpuinfo")
     names = [x.split(":", 1)[1].strip() for x in info.read_text().splitlines() if x.startswith("model name")]
     return {
@@ -29,7 +29,7 @@ def machine(threads: int) -> dict[str, Any]:
 
 
 def show(parts: Mapping[str, Any]) -> None:
-    """Each part against its bar, and the tenants' waits."""
+    """Print each part against its bar, and the tenants' waits."""
     console = Console(width=120)
     bars = Table("what", "measured", "bar")
     if found := parts.get("memory"):
@@ -39,14 +39,14 @@ def show(parts: Mapping[str, Any]) -> None:
         bars.add_row(f"{found['adapters_asked']} adapters against one", _rates(found, "all", "one"), ">= 0.8")
     if found := parts.get("gateway"):
         bars.add_row("throughput through the gateway", _rates(found, "gateway", "bare"), ">= 0.95")
-        told = ", ".join(f"{name} {_added(found, name)}" for name in ("first", "whole", "cpu"))
-        bars.add_row(f"added by the gateway, p50 of {found['pairs']} pairs", told, "first <= 5 ms")
+        summary = ", ".join(f"{name} {_added(found, name)}" for name in ("first", "whole", "cpu"))
+        bars.add_row(f"added by the gateway, p50 of {found['pairs']} pairs", summary, "first <= 5 ms")
     if found := parts.get("isolation"):
-        told = ", ".join(f"{count} {what}" for what, count in found["answers"].items())
+        summary = ", ".join(f"{count} {what}" for what, count in found["answers"].items())
         what = (
             f"{found['requests']} mixed requests of {found['tenants']} tenants, {found['releases_meanwhile']} releases"
         )
-        bars.add_row(what, told, "0 of another")
+        bars.add_row(what, summary, "0 of another")
     console.print(bars)
     if "load" in parts:
         _show_load(console, parts["load"])
@@ -54,12 +54,12 @@ def show(parts: Mapping[str, Any]) -> None:
 
 def _rates(found: Mapping[str, Any], side: str, other: str) -> str:
     rates = found["tokens_per_s"]
-    told = f"{rates[side]:.1f} against {rates[other]:.1f} tokens/s: {found['ratio']:.2f}"
-    return f"{told} (by processor time {found['ratio_by_cpu']:.2f})"
+    summary = f"{rates[side]:.1f} against {rates[other]:.1f} tokens/s: {found['ratio']:.2f}"
+    return f"{summary} (by processor time {found['ratio_by_cpu']:.2f})"
 
 
 def _added(found: Mapping[str, Any], name: str) -> str:
-    """Milliseconds with their 95% interval."""
+    """Return milliseconds with their 95% interval."""
     low, high = found["added_p50_interval_s"][name]
     return f"{1000 * found['added_p50_s'][name]:+.1f} ms ({1000 * low:.1f} to {1000 * high:.1f})"
 
@@ -84,7 +84,7 @@ def _show_load(console: Console, load: Mapping[str, Any]) -> None:
 
 
 def draw(load: Mapping[str, Any], path: Path) -> None:
-    """First-token waits by tenant, the busiest on the left: fair is flat."""
+    """Plot the first-token waits by tenant, the busiest on the left: fair is flat."""
     style: dict[Any, Any] = {"font.size": 12, "axes.spines.top": False, "axes.spines.right": False}
     with mpl.rc_context(style):
         figure = Figure(figsize=(9, 4.5), facecolor="white", layout="constrained")

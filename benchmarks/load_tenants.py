@@ -1,4 +1,4 @@
-"""The tenants of `serve_load.py`: each with a key, an alias, and an adapter of its own."""
+"""The tenants of `serve_load.py`: each with a key, an alias and an adapter."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Tenant:
 
 
 def make_tenants(opened: ProjectContext, state: State, count: int, seed: int, noise: float) -> list[Tenant]:
-    """Tenants with adapters that are not released yet; the first has the trained adapter itself.
+    """Create tenants with adapters that are not yet released; the first has the trained adapter.
 
     Args:
         noise: standard deviation of what is added to 1, by which each weight of the others' B matrices is multiplied;
@@ -43,12 +43,12 @@ def make_tenants(opened: ProjectContext, state: State, count: int, seed: int, no
 
 
 def release(state: State, tenant: Tenant) -> None:
-    """Have the tenant's alias answer with its adapter."""
+    """Release the tenant's adapter under its alias."""
     state.releases.deploy(tenant.alias, tenant.adapter.name, tenant.adapter.digest, Grounds(None, None, "a benchmark"))
 
 
 def disturbed(adapters: Path, trained: Adapter, seed: int, noise: float) -> Adapter:
-    """An adapter of the same shape with other answers, stored in ``adapters``; ``noise`` as above."""
+    """Store an adapter of the same shape with other answers in ``adapters``; ``noise`` as above."""
     import torch
     from safetensors.torch import load_file, save_file
 

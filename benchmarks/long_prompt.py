@@ -1,10 +1,10 @@
-"""What a long prompt does to others' answers: read in pieces against read whole.
+"""Effect of a long prompt on other requests: chunked against whole prefill.
 
     python benchmarks/long_prompt.py PROJECT [--tokens 2000] [--rounds 3] [--threads N]
 
-PROJECT has a trained adapter. One request decodes all the time; a long prompt comes, is read, and gets its first token.
-Both sides take turns. Prints the longest wait for a token of the one, and for the other's first, and writes
-benchmarks/results/long_prompt.json.
+PROJECT has a trained adapter. One request decodes all the time; a long prompt arrives, is prefilled, and gets its
+first token. The sides alternate. Prints the longest wait for a token of the former and for the first token of the
+latter, and writes benchmarks/results/long_prompt.json.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ RESULTS = Path(__file__).with_name("results") / "long_prompt.json"
 
 
 def main() -> None:
-    """Measure both sides in turns."""
+    """Measure both sides in alternating rounds."""
     parser = argparse.ArgumentParser()
     parser.add_argument("project", type=Path)
     parser.add_argument("--tokens", type=int, default=2000, help="of the long prompt")
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 async def measured(engine: PeftEngine, long: Request) -> tuple[float, float]:
-    """Seconds: the longest gap between a stream's tokens while a long prompt is read, and to the long one's first."""
+    """Return a stream's longest gap between tokens during the prefill, and the long prompt's time to first token."""
     gaps: list[float] = []
     first: asyncio.Future[float] = asyncio.get_running_loop().create_future()
 
@@ -89,7 +89,7 @@ async def measured(engine: PeftEngine, long: Request) -> tuple[float, float]:
                 return
 
     async with aclosing(stream(engine, Request(long.prompt_ids[:20], None, len(long.prompt_ids)))) as deltas:
-        for _ in range(5):  # it is under way
+        for _ in range(5):  # it is in progress
             await anext(deltas)
         last, asking = time.perf_counter(), asyncio.create_task(ask())
         while not asking.done():

@@ -1,10 +1,10 @@
-"""Wrong answers in free text: how many of those put in are among the tenth of the rows with the highest loss.
+"""Wrong answers in free text: share of the planted ones among the tenth of the rows with the highest loss.
 
     python benchmarks/loss_suspects.py [ROWS]
 
-Takes so many pairs of the example project (200 by default) and lets one in twenty have the answer of another one of
-these. Each row's loss comes from the adapter of a cross-fit that did not see it; beside it, from the one adapter of
-`tunewright train`, which was trained on most of the wrong answers. Prints a table and one JSON line.
+Takes ROWS pairs of the example project (200 by default) and gives one in twenty the answer of another one. Each row's
+loss comes from the adapter of a cross-fit that did not see it; for comparison, from the adapter of `tunewright
+train`, which was trained on most of the wrong answers. Prints a table and one JSON line.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NOISE = 0.05
 
 
 def main(rows: int) -> None:
-    """Both kinds of losses on one noisy set."""
+    """Rank one noisy set by both kinds of losses."""
     logging.getLogger("tunewright").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
         project, wrong = _noisy_project(Path(folder), rows)
@@ -40,7 +40,7 @@ def main(rows: int) -> None:
 
 
 def _noisy_project(folder: Path, rows: int) -> tuple[Project, set[str]]:
-    """The project, and the inputs whose answers are wrong."""
+    """Return the project, and the inputs whose answers are wrong."""
     generator = random.Random(0)
     files = legal_citations.project_files()
     pairs = [json.loads(line) for line in files[legal_citations.PAIRS_FILE].splitlines()]

@@ -1,4 +1,4 @@
-"""Near-duplicates: our exact join beside rensa, datasketch and semhash; a random split's leak; a million rows.
+"""Near-duplicates: an exact join against rensa, datasketch and semhash; a random split's leak; a million rows.
 
     python benchmarks/near_duplicates.py [banking77/train.csv ...]
     python benchmarks/near_duplicates.py --rows 1000000 banking77/train.csv ...
@@ -37,7 +37,7 @@ Pairs = set[tuple[int, int]]
 
 
 def main() -> None:
-    """Measure as the command line says."""
+    """Measure what the command line requests."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*")
     parser.add_argument("--rows", type=int)
@@ -67,7 +67,7 @@ def _beside_others(inputs: list[str]) -> list[dict[str, Any]]:
 
 
 def _methods() -> dict[str, Callable[[list[str], float, Pairs], float]]:
-    """The methods that can be measured here; each gives the share of the true pairs that it finds."""
+    """Return the methods that are installed; each returns the share of the true pairs that it finds."""
     methods = {"tunewright, exact": lambda t, at, truth: _recall(_exact(t, at), truth)}
     if importlib.util.find_spec("rensa"):
         methods["rensa 128, 32 x 4, verified"] = lambda t, at, truth: _recall(_rensa(t, at), truth)
@@ -95,7 +95,7 @@ def _inputs(files: list[str]) -> list[str]:
 
 
 def _brute_force(texts: list[str], threshold: float) -> Pairs:
-    """All texts with all others."""
+    """Compare all texts with all others."""
     matrix = shingle_matrix(texts)
     pairs: Pairs = set()
     for start in range(0, len(texts), 256):
@@ -138,7 +138,7 @@ def _datasketch(texts: list[str], threshold: float) -> Pairs:
 
 
 class _FourGrams:
-    """What semhash takes in place of a model."""
+    """4-gram counts that semhash uses in place of a model."""
 
     def encode(self, inputs: Any, **_: Any) -> Any:
         matrix = shingle_matrix(list(inputs))
@@ -147,7 +147,7 @@ class _FourGrams:
 
 
 def _semhash(texts: list[str], threshold: float, truth: Pairs) -> float:
-    """Of the rows that have a near-equal one, the share that it drops or keeps for a dropped one."""
+    """Return the share of rows with a near-duplicate that semhash drops or keeps for a dropped one."""
     semhash = importlib.import_module("semhash")
     result = semhash.SemHash.from_records(texts, model=_FourGrams()).self_deduplicate(2 * threshold / (1 + threshold))
     named = {record for row in result.filtered for record in (row.record, row.duplicate_of)}
@@ -156,7 +156,7 @@ def _semhash(texts: list[str], threshold: float, truth: Pairs) -> float:
 
 
 def _leak(pairs: Pairs, count: int) -> float:
-    """The share of a random tenth that has a near-equal input among the other nine."""
+    """Return the share of a random tenth that has a near-equal input among the other nine."""
     test = set(random.Random(0).sample(range(count), count // 10))
     leaked = {x for pair in pairs for x in pair if x in test and not set(pair) <= test}
     return len(leaked) / len(test)
@@ -180,12 +180,12 @@ def _many(inputs: list[str], count: int) -> dict[str, Any]:
 
 
 def _peak() -> float:
-    """Peak resident memory so far in GB."""
+    """Return the peak resident memory so far in GB."""
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2)
 
 
 def _made(inputs: list[str], count: int) -> list[tuple[int, str]]:
-    """Numbered texts: the beginning of one input with the end of another; a fifth of them end in a number.
+    """Return numbered texts: the beginning of one input with the end of another; a fifth of them end in a number.
 
     One in twenty is a copy of an earlier one, under its number, with another letter somewhere.
     """

@@ -56,7 +56,7 @@ NUMBERED = (
 
 
 def main() -> None:
-    """Measure as the command line says."""
+    """Measure what the command line requests."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[5_000, 10_000, 20_000, 40_000, 200_000])
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
@@ -108,7 +108,7 @@ def measure(kind: str, count: int, *, compared: bool) -> dict[str, Any]:
 
 
 def _brute_force(texts: list[str]) -> list[int]:
-    """The cluster of each text, from the similarities of all texts with all others."""
+    """Return the cluster of each text, from the similarities of all texts with all others."""
     matrix = shingle_matrix(texts)
     labels = np.arange(len(texts))
     for start in range(0, len(texts), 256):

@@ -1,10 +1,10 @@
-"""What a base's weights take in memory, held in bfloat16 and in NF4, each in a process of its own.
+"""Memory of a base's weights in bfloat16 and in NF4, each in a separate process.
 
     python benchmarks/qlora_memory.py [BASE]        (a folder or a hub id; without one the bundled base)
 
 Counts the bytes of every weight after one pass over 128 tokens, quantization constants included, by kind of layer; on
-a card also what torch had allocated on it at most. (On the CPU the process itself says little: weights in the precision
-of their file are the file's own pages, which the system takes back and reads again as it likes.) Prints a table and one
+a card also torch's peak allocation. (On the CPU the resident set says little: weights in the precision of their file
+are memory-mapped pages, which the system drops and reads again.) Prints a table and one
 JSON line.
 """
 
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def measured(base: Base, side: Quantize) -> dict[str, Any]:
-    """Bytes of the base held so."""
+    """Return the bytes of the base with this quantization."""
     import torch
 
     from tunewright.models.loading import device, load_model
@@ -71,7 +71,7 @@ def measured(base: Base, side: Quantize) -> dict[str, Any]:
 
 
 def _by_kind(model: Any) -> tuple[Counter[str], int]:
-    """Bytes of the weights by kind of layer, tied ones once; and how many weights the linear layers have."""
+    """Return the bytes of the weights by kind of layer, tied ones once, and the number of weights of linear layers."""
     found: Counter[str] = Counter()
     seen: set[int] = set()
     linear_parameters = 0

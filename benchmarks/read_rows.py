@@ -31,7 +31,7 @@ _BATCH = 10_000
 
 
 def main() -> None:
-    """Measure as the command line says."""
+    """Measure what the command line requests."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--read", nargs=2, metavar=("FILE", "MAPPING"), help="Read one file in this process.")
@@ -60,8 +60,8 @@ def _read(path: Path, mapping: str) -> dict[str, Any]:
     began = time.perf_counter()
     rows = sum(not isinstance(row, Fault) for row in scan_pairs(path, MAPPINGS[mapping], []))
     seconds = time.perf_counter() - began
-    told = {"seconds": round(seconds, 1), "rows_per_s": round(rows / seconds), "peak_mb": _peak_mb()}
-    return {"mapping": mapping, "rows": rows, **told}
+    summary = {"seconds": round(seconds, 1), "rows_per_s": round(rows / seconds), "peak_mb": _peak_mb()}
+    return {"mapping": mapping, "rows": rows, **summary}
 
 
 def _peak_mb() -> int:
@@ -77,7 +77,7 @@ def _rows(count: int) -> Iterator[dict[str, str]]:
 
 
 def _written(folder: Path, count: int) -> list[Path]:
-    """The same rows in each format."""
+    """Write the same rows in each format."""
     import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 

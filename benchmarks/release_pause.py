@@ -1,14 +1,14 @@
-"""How long answers under way pause while another adapter is loaded, or let go.
+"""Pause of running answers while another adapter is loaded or unloaded.
 
     python benchmarks/release_pause.py PROJECT [--adapters 32] [--rounds 5] [--rows 4] [--threads N]
 
-PROJECT has a trained adapter. So many versions of it (its B matrices disturbed by a seed) are loaded in the engine
-``peft``, which then decodes rows of some of them without an end. In one run:
+PROJECT has a trained adapter. Several versions of it (its B matrices disturbed by a seed) are loaded in the engine
+``peft``, which then decodes rows of some of them without end. In one run:
 
     nothing   the gaps between an answer's tokens while nothing else is done
-    load      those that reach into the loading of one more adapter
-    unload    those that reach into letting it go
-    peft      what peft takes to load and delete an adapter beside as many: nothing can be decoded meanwhile
+    load      gaps during the loading of one more adapter
+    unload    gaps during its unloading
+    peft      time of peft to load and delete an adapter next to as many others, when nothing can be decoded
 
 Prints a table, and one JSON line.
 """
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("project", type=Path)
     parser.add_argument("--adapters", type=int, nargs="*", default=[1, 8, 32], help="resident ones")
     parser.add_argument("--rounds", type=int, default=5, help="of loading and letting go")
-    parser.add_argument("--rows", type=int, default=4, help="answers under way, each of another adapter if there are")
+    parser.add_argument("--rows", type=int, default=4, help="running answers, each of another adapter if there are")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     options = parser.parse_args()
 
@@ -69,18 +69,18 @@ def main() -> None:
             gc.collect()
             result = {"adapters": count, **ours, **by_peft(found, made[:count], made[count], options.rounds)}
             gc.collect()
-            tell(result)
+            send(result)
             print(json.dumps(result), flush=True)
 
 
-def tell(result: dict[str, Any]) -> None:
-    """For people: medians over the rounds."""
-    print(f"{result['adapters']} adapters there, {result['rows']} answers under way", file=sys.stderr)
+def send(result: dict[str, Any]) -> None:
+    """Print the medians over the rounds."""
+    print(f"{result['adapters']} adapters there, {result['rows']} running answers", file=sys.stderr)
     print(f"  a pass: {1000 * result['pass_s']:.0f} ms", file=sys.stderr)
     for what in ("nothing", "load", "unload"):
         gaps = [1000 * gap for gap in result[f"gaps_{what}_s"]]
-        told = f"{statistics.median(gaps):5.0f} ms (of {len(gaps)} rounds {min(gaps):.0f} to {max(gaps):.0f})"
-        print(f"  longest gap, {what:8}{told}", file=sys.stderr)
+        summary = f"{statistics.median(gaps):5.0f} ms (of {len(gaps)} rounds {min(gaps):.0f} to {max(gaps):.0f})"
+        print(f"  longest gap, {what:8}{summary}", file=sys.stderr)
     for what in ("load", "delete"):
         print(f"  peft's {what:14}{1000 * statistics.median(result[f'peft_{what}_s']):5.0f} ms", file=sys.stderr)
 
@@ -88,7 +88,7 @@ def tell(result: dict[str, Any]) -> None:
 async def measure(
     found: ProjectContext, resident: list[Adapter], late: Adapter, rounds: int, rows: int
 ) -> dict[str, Any]:
-    """The longest gap of each round, by what was done meanwhile."""
+    """Return the longest gap of each round, by concurrent operation."""
     config = found.folder.config
     spec = EngineSpec(
         found.base, replace(found.chat, stop_ids=frozenset()), "none", {each.digest: each.folder for each in resident}
@@ -120,18 +120,18 @@ async def measure(
 
 
 class Tokens:
-    """When each answer's tokens came."""
+    """Arrival times of each answer's tokens."""
 
     def __init__(self, rows: int) -> None:
         self.times: list[list[float]] = [[] for _ in range(rows)]
 
     def longest(self, began: float, ended: float) -> float:
-        """The longest gap between two tokens of an answer that reaches into a span of time."""
+        """Return an answer's longest gap between two tokens that overlaps a span of time."""
         pairs = [pair for times in self.times for pair in pairwise(times)]
         return max(b - a for a, b in pairs if b >= began and a <= ended)
 
     async def gap_within(self, seconds: float) -> float:
-        """The longest gap while nothing is done."""
+        """Return the longest gap without any other operation."""
         began = time.perf_counter()
         await asyncio.sleep(seconds)
         ended = time.perf_counter()
@@ -139,14 +139,14 @@ class Tokens:
         return self.longest(began, ended)
 
     async def after(self, moment: float) -> None:
-        """Wait until each answer has had a token after a moment."""
+        """Wait until each answer has a token later than a moment."""
         while any(times[-1] <= moment for times in self.times):
             await asyncio.sleep(0.005)
 
 
 @asynccontextmanager
 async def decoding(engine: Engine, adapters: list[str]) -> AsyncIterator[Tokens]:
-    """Answers of these adapters under way all the time, each begun again when it is at its end."""
+    """Keep answers of these adapters running, each restarted when it ends."""
     tokens = Tokens(len(adapters))
 
     async def one(place: int) -> None:
@@ -167,7 +167,7 @@ async def decoding(engine: Engine, adapters: list[str]) -> AsyncIterator[Tokens]
 
 
 def by_peft(found: ProjectContext, resident: list[Adapter], late: Adapter, rounds: int) -> dict[str, list[float]]:
-    """Seconds that peft takes beside as many adapters."""
+    """Return the seconds that peft takes next to as many adapters."""
     base = load_model(found.base, found.folder.config.train.dtype, "none")
     model = with_adapters(base, {each.digest: each.folder for each in resident})
     taken: dict[str, list[float]] = {"peft_load_s": [], "peft_delete_s": []}

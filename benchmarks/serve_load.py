@@ -1,17 +1,17 @@
-"""Many tenants on one base: waits by tenant under load, and what tenancy, adapters and the gateway cost.
+"""Many tenants on one base: waits by tenant under load, and the cost of tenancy, adapters and the gateway.
 
     python benchmarks/serve_load.py PROJECT [--tenants 32] [--seconds 300] [--requests 2000] [--threads N]
 
 PROJECT has a trained adapter, of which each tenant gets a version of its own (its weights disturbed by a seed), stored
-as any adapter and released under the tenant's alias. The server runs in a process of its own, the clients in this one.
-In one run, on the same server, sides that are compared in turns, with requests that come at the same random moments,
-twice as many as can be answered:
+like any adapter and released under the tenant's alias. The server runs in a separate process, the clients in this one.
+In one run on the same server the compared sides alternate, with requests at the same random times, twice as many as
+can be answered:
 
     memory      of each further tenant, against its adapter's bytes
-    throughput  of all tenants (Zipf) against one that has the server to itself, with one adapter
+    throughput  of all tenants (Zipf) against one tenant alone, with one adapter
     gateway     throughput and latency over HTTP, with keys, limits and fair turns, against the bare engine
     load        Poisson arrivals, Zipf over tenants; new tenants' adapters are released meanwhile (cold loads)
-    isolation   requests of all tenants mixed; each answer is held to its adapter's own by peft and transformers alone
+    isolation   requests of all tenants mixed; each answer is compared with peft's and transformers' answer
 
 Prints tables, writes benchmarks/results/serve_load.json and docs/images/serve-load.png.
 """
@@ -58,7 +58,7 @@ SEED = 0
 LATECOMERS = 4
 """Tenants whose adapters are released while there is load."""
 PAIR_TOKENS = 2
-"""Of an answer whose first token is timed: the engine goes on while it is sent, as with any."""
+"""Of an answer whose first token is timed: the engine continues while it is sent, as with any."""
 BUSY = 0.6
 """The load's share of what the server can do."""
 RUSH = 2.0
@@ -93,7 +93,7 @@ def main() -> None:
 
 
 def read_options() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     names = ["memory", "throughput", "gateway", "load", "isolation"]
     parser = argparse.ArgumentParser()
     parser.add_argument("project", type=Path)
@@ -119,7 +119,7 @@ Seconds = tuple[float, float]
 
 @dataclass(frozen=True)
 class Cost:
-    """What some answers took: seconds by the clock, and of processors in the server's process."""
+    """Wall-clock seconds and processor seconds of the server for some answers."""
 
     tokens: int
     seconds: float
@@ -127,12 +127,12 @@ class Cost:
 
     @property
     def rate(self) -> float:
-        """Tokens a second."""
+        """Tokens per second."""
         return self.tokens / self.seconds
 
 
 def rounds(count: int, *measured: dict[str, list[Cost]]) -> Iterator[int]:
-    """So many rounds, after one for warming up, which is forgotten."""
+    """Run the rounds, after one for warming up that is not counted."""
     for turn in range(count + 1):
         yield turn
         if not turn:
@@ -142,10 +142,10 @@ def rounds(count: int, *measured: dict[str, list[Cost]]) -> Iterator[int]:
 
 
 def compared(sides: dict[str, list[Cost]]) -> dict[str, Any]:
-    """Medians over the rounds of both sides, and of the second's share of the first within a round.
+    """Return both sides' medians over the rounds, and the median of the second's share of the first within a round.
 
-    By the clock is what the bars are about. By processor time is what other work on the machine does not blur, and
-    holds as if server and model had one core between them.
+    The bars apply to wall-clock time. Processor time is not blurred by other work on the machine; it is the cost as if
+    server and model shared one core.
     """
     before, after = sides.values()
     ratios = [b.rate / a.rate for a, b in zip(before, after, strict=True)]
@@ -160,7 +160,7 @@ def compared(sides: dict[str, list[Cost]]) -> dict[str, Any]:
 
 
 class Load:
-    """The parts of the measurement; each is a method that returns what goes into the results."""
+    """The parts of the measurement; each is a method that returns its part of the results."""
 
     def __init__(
         self, opened: ProjectContext, state: State, tenants: Sequence[Tenant], options: argparse.Namespace, host: Host
@@ -184,7 +184,7 @@ class Load:
         return self._prompts[number % len(self._prompts)]
 
     def _release_all(self) -> list[float]:
-        """Release the other tenants' adapters; the seconds that each took to be live."""
+        """Release the other tenants' adapters; return the seconds until each was live."""
         if self._all_released:
             return []
         self._all_released = True
@@ -197,22 +197,22 @@ class Load:
         return [end - start for start, end in loads]
 
     def _asks(self, tenants: Sequence[float], seed: int) -> list[Ask]:
-        """More than fits, in the tenants' shares; all at once as long as it is not known how much that is."""
+        """Return more requests than fit, in the tenants' shares; all at once until the capacity is known."""
         return burst(self._options.jobs, tenants, seed, RUSH * self._capacity if self._capacity else None)
 
     def _over_http(self, asks: Sequence[Ask]) -> tuple[list[Answer], Cost]:
-        """What clients get, who ask so."""
-        before = self.host.tell(do="cpu")
+        """Return the answers of clients that send these requests."""
+        before = self.host.send(do="cpu")
         answers, seconds = asyncio.run(self._clients.open_loop(asks, self._prompt, self._options.tokens))
         assert all(answer.status == 200 for answer in answers)
-        cost = Cost(sum(answer.counted for answer in answers), seconds, self.host.tell(do="cpu") - before)
+        cost = Cost(sum(answer.counted for answer in answers), seconds, self.host.send(do="cpu") - before)
         self._capacity = self._capacity or cost.rate / self._options.tokens
         return answers, cost
 
     def _pairs(self, count: int) -> list[dict[str, dict[str, float]]]:
-        """Requests of the first tenant, each alone, over HTTP and of the bare engine: seconds.
+        """Time single requests of the first tenant, over HTTP and on the bare engine, in seconds.
 
-        The same prompt for both, now one first and now the other: what else goes on in the machine meets both alike.
+        Both get the same prompt in alternating order, so that other load on the machine affects both equally.
         """
 
         async def over_http(session: aiohttp.ClientSession, number: int) -> Seconds:
@@ -229,9 +229,9 @@ class Load:
         async def measured(
             ask: Callable[[aiohttp.ClientSession, int], Awaitable[Seconds]], session: aiohttp.ClientSession, number: int
         ) -> dict[str, float]:
-            before = self.host.tell(do="cpu")
+            before = self.host.send(do="cpu")
             first, whole = await ask(session, number)
-            return {"first": first, "whole": whole, "cpu": self.host.tell(do="cpu") - before}
+            return {"first": first, "whole": whole, "cpu": self.host.send(do="cpu") - before}
 
         async def all_pairs() -> list[dict[str, dict[str, float]]]:
             pairs = []
@@ -248,23 +248,23 @@ class Load:
         return asyncio.run(all_pairs())
 
     def _bare(self, asks: Sequence[Ask], *, since: int = 0, tokens: int | None = None) -> tuple[list[Seconds], Cost]:
-        """The same of the engine alone; all are the first tenant's."""
+        """Return the answers of the engine alone; all are the first tenant's."""
         tokens, digest = tokens or self._options.tokens, self._tenants[0].adapter.digest
-        told = [(ask.at, self._ids[(since + n) % len(self._ids)], digest, tokens) for n, ask in enumerate(asks)]
-        before = self.host.tell(do="cpu")
-        done = self.host.tell(do="bare", asks=told)
-        return done["each"], Cost(len(asks) * tokens, done["seconds"], self.host.tell(do="cpu") - before)
+        summary = [(ask.at, self._ids[(since + n) % len(self._ids)], digest, tokens) for n, ask in enumerate(asks)]
+        before = self.host.send(do="cpu")
+        done = self.host.send(do="bare", asks=summary)
+        return done["each"], Cost(len(asks) * tokens, done["seconds"], self.host.send(do="cpu") - before)
 
     def _be_alone(self) -> None:
-        """Who has had company lately leaves places free for it."""
+        """Wait: the scheduler keeps slots free for recently active tenants."""
         time.sleep(ACTIVE_SECONDS + 1)
 
     def memory(self) -> dict[str, Any]:
-        """What each further tenant adds to the server, against its adapter's file."""
-        self._over_http(self._asks([1.0], SEED))  # so that all that a first answer needs is there
-        one = self.host.tell(do="memory")
+        """Measure the memory that each further tenant adds, against its adapter's file."""
+        self._over_http(self._asks([1.0], SEED))  # so that everything a first answer needs is loaded
+        one = self.host.send(do="memory")
         loads = self._release_all()
-        every = self.host.tell(do="memory")
+        every = self.host.send(do="memory")
         size = (self._tenants[-1].adapter.folder / "adapter_model.safetensors").stat().st_size
         each = (every - one) / (len(self._tenants) - 1)
         return {
@@ -277,7 +277,7 @@ class Load:
         }
 
     def throughput(self) -> dict[str, Any]:
-        """All tenants against one that is alone, each with more to do than fits."""
+        """Compare all tenants with one tenant alone, both at more than full load."""
         self._release_all()
         sides: dict[str, list[Cost]] = {"one": [], "all": []}
         served: Counter[int] = Counter()
@@ -292,7 +292,7 @@ class Load:
         return {**compared(sides), "adapters_asked": len(served)}
 
     def gateway(self) -> dict[str, Any]:
-        """One tenant over HTTP against the engine alone, with the same requests."""
+        """Compare one tenant over HTTP with the engine alone, on the same requests."""
         if self._all_released:
             self._be_alone()
         full: dict[str, list[Cost]] = {"bare": [], "gateway": []}
@@ -319,7 +319,7 @@ class Load:
         }
 
     def load(self) -> dict[str, Any]:
-        """Traffic as tenants make it, with releases meanwhile."""
+        """Measure realistic traffic of tenants, with releases meanwhile."""
         self._release_all()
         _, fully = self._over_http(burst(self._options.jobs, list(self._shares), SEED))
         rate = BUSY * fully.rate / self._options.tokens
@@ -338,7 +338,7 @@ class Load:
             return answers, loads
 
         answers, loads = asyncio.run(both())
-        median = Waits.of(answers).told()
+        median = Waits.of(answers).summary()
         assert median["first_p50"] is not None and median["between_p50"] is not None
         bounds = Bounds(first=5 * median["first_p50"], between=2 * median["between_p50"])
         waits = {tenant: Waits.of(own, bounds) for tenant, own in by_tenant(answers).items()}
@@ -354,10 +354,10 @@ class Load:
             "goodput_per_s": everybody.good / self._options.seconds,
             "good_share": everybody.good / everybody.asked,
             "jain_of_good_shares": goodput_fairness(waits),
-            "jain_of_first_p50": jain(t for one in waits.values() if (t := one.told()["first_p50"])),
-            "everybody": everybody.told(),
+            "jain_of_first_p50": jain(t for one in waits.values() if (t := one.summary()["first_p50"])),
+            "everybody": everybody.summary(),
             "tenants": {
-                self._tenants[n].name: {"requests": one.asked, "good": one.good, **one.told()}
+                self._tenants[n].name: {"requests": one.asked, "good": one.good, **one.summary()}
                 for n, one in waits.items()
             },
             "cold_loads": {
@@ -368,7 +368,7 @@ class Load:
         }
 
     def isolation(self) -> dict[str, Any]:
-        """Many short requests of all tenants mixed; each answer has to be its own adapter's."""
+        """Send many short requests of all tenants mixed; each answer must be its own adapter's."""
         self._release_all()
         prompts = sorted(self._prompts, key=lambda prompt: len(self._opened.chat.prompt(prompt)))
         few, of = prompts[: self._options.probes], self._options.requests
@@ -376,7 +376,7 @@ class Load:
 
 
 def _gaps_within(answer: Answer, span: tuple[float, float]) -> list[float]:
-    """The waits between an answer's tokens that reach into a span of time."""
+    """Return the waits between an answer's tokens that overlap a span of time."""
     pairs = zip(answer.tokens, answer.tokens[1:], strict=False)
     return [b - a for a, b in pairs if b >= span[0] and a <= span[1]]
 

@@ -1,8 +1,8 @@
 """Sixty requests for the base, an adapter and its checkpoint: sent at once, then one by one.
 
-    python benchmarks/serve_together.py build/demo      (a project that has gone the road)
+    python benchmarks/serve_together.py build/demo      (a project after the pipeline)
 
-Prints how long each took, and how many answers are the same. Prints a line for people and one JSON line.
+Prints the time of each and the number of equal answers, as a readable line and a JSON line.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ITEMS = 20
 
 
 def main(project: str) -> None:
-    """Serve the newest adapter and ask."""
+    """Serve the newest adapter and send the requests."""
     opened = tunewright.open(project)
     adapter = find_adapter(opened.folder.adapters)
     earlier = [f"{adapter.name}@{step}" for step in list(adapter.checkpoints)[:1]]

@@ -1,10 +1,10 @@
-"""What a random split leaks beside the split by cluster, and how near each class comes to its share of the test split.
+"""Leakage of a random split against the split by cluster, and each class's deviation from its share of the test split.
 
     python benchmarks/split_leak.py [banking77/train.csv banking77/test.csv]
 
 Files are CSV with the columns text and category; without any it takes the example project's pairs. Each setting of
 data.dedup_threshold adds them to a new project, as ``tunewright data add`` does, and measures as ``tunewright data
-leak`` does. Prints tables and one JSON line.
+leakage`` does. Prints tables and one JSON line.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ SIMILARITIES = (0.8, 0.7)
 
 
 class _Silent(LogReporter):
-    """The warnings of ``data add`` are of no interest here."""
+    """A reporter that drops the warnings of ``data add``."""
 
     def say(self, message: str) -> None: ...
     def warn(self, message: str) -> None: ...
 
 
 def main() -> None:
-    """Measure as the command line says."""
+    """Measure what the command line requests."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path)
     args = parser.parse_args()
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def _version(root: Path, files: list[Path], similarity: float) -> tuple[DatasetVersion, DataConfig]:
-    """The pairs as a dataset version of a new project."""
+    """Add the pairs as a dataset version of a new project."""
     root.mkdir()
     columns = {"input": "text", "output": "category"} if files else {}
     data = DataConfig.model_validate({**columns, "dedup_threshold": similarity})
@@ -75,10 +75,10 @@ def _leaks(version: DatasetVersion) -> dict[str, Any]:
 
 
 def _classes(version: DatasetVersion, data: DataConfig) -> dict[str, Any]:
-    """How far a class is from its share of test at most, in rows: with and without the split by class."""
+    """Print the largest deviation of a class from its share of test in rows, with and without the split by class."""
     outputs = {m.key: m.example.output for m in version.members}
     if not class_like(list(outputs.values())):
-        print(f"{'':>10} the answers are no classes")
+        print(f"{'':>10} the answers are not classes")
         return {}
     clusters: dict[str, list[str]] = defaultdict(list)
     for member in version.members:

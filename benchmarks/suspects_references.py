@@ -3,8 +3,8 @@
     python benchmarks/suspects_references.py E2E.csv [INPUTS]
 
 The file is devset.csv of the E2E set (columns mr and ref, some eight references for each input; not part of the
-project). Takes so many inputs (60 by default) with all their references and lets one row in twenty have a reference of
-another input. Prints, for each way of ranking, how many of the first 5% of the rows are such rows, and one JSON line.
+project). Takes INPUTS inputs (60 by default) with all their references and gives one row in twenty a reference of
+another input. Prints for each ranking how many of the first 5% of the rows are such rows, and one JSON line.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NOISE = 0.05
 
 
 def main(file: Path, inputs: int) -> None:
-    """Rank one noisy set in each way."""
+    """Rank one noisy set with each method."""
     logging.getLogger("tunewright").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
         project, wrong = _noisy_project(Path(folder), file, inputs)
@@ -44,7 +44,7 @@ def main(file: Path, inputs: int) -> None:
             results.append({"ranking": name, "found": found, "listed": most, "seconds": round(seconds)})
 
         def kept_losses() -> list[str]:
-            """All rows by the loss after their conversation alone, as the newest file of losses has it."""
+            """Return all rows by their loss given the conversation, from the newest file of losses."""
             newest = max((project.folder.work / "losses").glob("*.json"), key=lambda file: file.stat().st_mtime)
             losses = json.loads(newest.read_text(encoding="utf-8"))
             return sorted(losses, key=lambda key: -losses[key]["given"])
@@ -61,7 +61,7 @@ def main(file: Path, inputs: int) -> None:
 
 
 def _noisy_project(folder: Path, file: Path, inputs: int) -> tuple[Project, set[tuple[str, str]]]:
-    """The project, and the pairs that are wrong."""
+    """Return the project, and the pairs that are wrong."""
     generator = random.Random(0)
     with file.open(encoding="utf-8", newline="") as text:
         rows = list(csv.DictReader(text))

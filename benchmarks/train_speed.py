@@ -10,9 +10,9 @@ answers, decoded greedily, that match exactly.
 
 A side has reached trl's quality at its first measurement whose dev loss is at most 1% above the one that trl ends with
 and whose dev score is at most a point below (all of them means over the seeds). The first column is trl's whole time
-divided by the time to there. The data sets are the demo's rows (court names to citations): as they are ("demo"), with
+divided by the time to there. The data sets are the demo's rows (court names to citations): unchanged ("demo"), with
 an instruction of usual length ("instruction"), with one that is 300 tokens longer ("long"), and without the shared
-tokens ("none"). Every finished run is written to the results file at once, and a second call does what is missing.
+tokens ("none"). Every finished run is written to the results file at once, and a second call runs what is missing.
 """
 
 from __future__ import annotations
@@ -93,15 +93,15 @@ def main() -> None:
 
 
 def finish(out: Path, data: str, settings: dict[str, Any], job: dict[str, Any]) -> None:
-    """Do a run in a process of its own and write it down, unless that has been done."""
+    """Run in a separate process and store the result, unless it exists."""
     if any((run["side"], run["seed"]) == (job["side"], job["seed"]) for run in runs_of(out, data, settings)):
         return
     command = [sys.executable, __file__, "--job", json.dumps(job)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     run: Run = {**json.loads(done.stdout.splitlines()[-1]), "data": data, "settings": settings, "machine": machine()}
     last = run["measured"][-1]
-    told = f"{run['seconds']:.0f} s, dev loss {last['loss']:.4f}, score {last['score']:.1%}"
-    print(f"{data} {run['side']} seed {run['seed']}: {told}", file=sys.stderr, flush=True)
+    summary = f"{run['seconds']:.0f} s, dev loss {last['loss']:.4f}, score {last['score']:.1%}"
+    print(f"{data} {run['side']} seed {run['seed']}: {summary}", file=sys.stderr, flush=True)
     runs = json.loads(out.read_text())["runs"] if out.exists() else []
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({"runs": [*runs, run]}, indent=1) + "\n")
@@ -235,7 +235,7 @@ def train_one(side: str, rows_file: str, seed: int, epochs: int, measurements: i
 
 
 def settings(side: str, out: str, seed: int, epochs: int, steps: int, dtype: str) -> dict[str, Any]:
-    """Return the arguments of trl's SFTConfig; what is not named here is trl's default."""
+    """Return the arguments of trl's SFTConfig; others keep trl's defaults."""
     chosen: dict[str, Any] = {
         "output_dir": out,
         "per_device_train_batch_size": BATCH,
@@ -279,11 +279,11 @@ def build(side: str, model: Any, tokenizer: Any, rows: Any, lora: Any, arguments
 
 
 class Clock:
-    """Times each step, and measures dev between steps while the clock stands still.
+    """Timer of each step that measures dev between steps while the clock stands still.
 
     Args:
-        measure: measures the model as it is.
-        measurements: how often in the run.
+        measure: measures the current model.
+        measurements: number of measurements in the run.
     """
 
     def __init__(self, measure: Callable[[], dict[str, float]], measurements: int) -> None:

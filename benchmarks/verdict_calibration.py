@@ -1,10 +1,10 @@
-"""How often the verdict ships what is no better, and how often the test finds a difference that is there.
+"""Error rates of the verdict: shipping without a gain, and missing a true difference.
 
     python benchmarks/verdict_calibration.py [--projects 2000] [--out benchmarks/results/verdict_calibration.json]
 
-Simulates projects whose true gain is known: nil with a margin of nil, or exactly the margin. Their items are right and
-wrong or graded, independent or in clusters of like items. Each goes the way of an evaluation: contrasts against the
-best prompting arm and against a zero-shot arm that is far worse (so that Holm's adjustment does not protect the first
+Simulates projects whose true gain is known: 0 with a margin of 0, or exactly the margin. Their items are right and
+wrong or graded, independent or in clusters of similar items. Each is evaluated: contrasts against the best
+prompting arm and against a zero-shot arm that is far worse (so that Holm's adjustment does not protect the first
 contrast), then the verdict. The second table holds the formula of the detectable difference against simulated power.
 """
 
@@ -41,7 +41,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Setting:
-    """Projects of one sort."""
+    """Projects of one kind."""
 
     kind: Kind
     clusters: int
@@ -58,7 +58,7 @@ SETTINGS = [
 
 
 def simulated(setting: Setting, rng: np.random.Generator) -> Verdict:
-    """The verdict on one project."""
+    """Return the verdict on one simulated project."""
     codes = np.repeat(np.arange(setting.clusters), setting.size)
     control, tuned = _scores(setting, codes, rng)
     arms = {"zero-shot": np.zeros_like(control), "retrieved-4": control, "tuned": tuned}
@@ -66,7 +66,7 @@ def simulated(setting: Setting, rng: np.random.Generator) -> Verdict:
 
 
 def _scores(setting: Setting, codes: NDArray[np.int64], rng: np.random.Generator) -> tuple[Floats, Floats]:
-    """What the items score without and with the adapter: the mean difference is the setting's gain in expectation."""
+    """Return the items' scores without and with the adapter; their expected mean difference is the setting's gain."""
     mean_size = 1.0 if setting.kind == "exact match" else 0.5
     up = 0.5 + setting.gain / (2 * CHANGED * mean_size)
 
@@ -123,13 +123,13 @@ def _evidence(setting: Setting, clusters: list[str], arms: dict[str, Floats]) ->
 
 
 def shipped(setting: Setting, projects: int, seed: int = 0) -> int:
-    """How many of so many projects the verdict ships."""
+    """Count the projects that the verdict ships."""
     rng = np.random.default_rng(seed)
     return sum(simulated(setting, rng).decision == "ship" for _ in range(projects))
 
 
 def found(items: int, changed: float, gain: float, projects: int, seed: int = 0) -> int:
-    """In how many projects of independent right and wrong items the test finds this true difference."""
+    """Count the projects of independent right and wrong items in which the test finds this true difference."""
     rng = np.random.default_rng(seed)
     chances = [(changed - gain) / 2, 1 - changed, (changed + gain) / 2]
     names = [str(n) for n in range(items)]
@@ -138,7 +138,7 @@ def found(items: int, changed: float, gain: float, projects: int, seed: int = 0)
 
 
 def main() -> None:
-    """Both tables, and the JSON."""
+    """Print both tables, and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--projects", type=int, default=2000)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/verdict_calibration.json"))

@@ -1,4 +1,4 @@
-"""What one more row adds to a dataset of 10,000 that lives in git, beside whole member lists.
+"""Size of one more row in a dataset of 10,000 rows in git, against whole member lists.
 
     python benchmarks/version_size.py [banking77/train.csv banking77/test.csv]
 
@@ -30,14 +30,14 @@ Pairs = list[dict[str, str]]
 
 
 class _Silent(LogReporter):
-    """The warnings of ``data add`` are of no interest here."""
+    """A reporter that drops the warnings of ``data add``."""
 
     def say(self, message: str) -> None: ...
     def warn(self, message: str) -> None: ...
 
 
 def main() -> None:
-    """Measure as the command line says."""
+    """Measure what the command line requests."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path)
     pairs = _unlike(_pairs(parser.parse_args().files))[: ROWS + 1]
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def _measured(root: Path, pairs: Pairs, way: str) -> dict[str, int]:
-    """Bytes that the second commit sends in a push, adds to a packed repository, and adds until it is packed."""
+    """Return the bytes of the second commit in a push, in a packed repository, and before packing."""
     _git(root, "init", "-q")
     _add(root, pairs[:-1], "pairs.jsonl")
     _commit(root)
@@ -80,7 +80,7 @@ def _pairs(files: list[Path]) -> Pairs:
 
 
 def _unlike(pairs: Pairs) -> Pairs:
-    """The pairs that ``data add`` keeps, so that one row more is one row more."""
+    """Return the pairs that ``data add`` keeps, so that one more row is a new row."""
     with tempfile.TemporaryDirectory() as folder:
         _add(Path(folder), pairs, "pairs.jsonl")
         members = load_version(Path(folder) / "dataset").members
@@ -105,7 +105,7 @@ def _git(root: Path, *arguments: str, stdin: bytes = b"") -> bytes:
 
 
 def _size(root: Path) -> int:
-    """Bytes of all objects."""
+    """Return the bytes of all objects."""
     return sum(path.stat().st_size for path in (root / ".git" / "objects").rglob("*") if path.is_file())
 
 

@@ -1,4 +1,4 @@
-"""A tiny base and an adapter on it, by plain transformers and peft; and turns that such a base comes to the end of."""
+"""A tiny base and an adapter on it, by plain transformers and peft; and turns that such a base completes."""
 
 from __future__ import annotations
 

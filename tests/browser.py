@@ -42,10 +42,10 @@ class Page:
             message["sessionId"] = self._session
         os.write(self._out, json.dumps(message).encode() + b"\0")
         while True:
-            told = self._next()
-            if told.get("id") == self._number:
-                assert "error" not in told, told
-                result: dict[str, Any] = told["result"]
+            reported = self._next()
+            if reported.get("id") == self._number:
+                assert "error" not in reported, reported
+                result: dict[str, Any] = reported["result"]
                 return result
 
     def _next(self) -> dict[str, Any]:
@@ -54,11 +54,11 @@ class Page:
             assert more, "the browser is gone"
             self._rest += more
         message, self._rest = self._rest.split(b"\0", 1)
-        told: dict[str, Any] = json.loads(message)
-        if told.get("method") in {"Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded"}:
-            self.said.append(json.dumps(told["params"]))
-        self.happened.append(told.get("method", ""))
-        return told
+        reported: dict[str, Any] = json.loads(message)
+        if reported.get("method") in {"Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded"}:
+            self.said.append(json.dumps(reported["params"]))
+        self.happened.append(reported.get("method", ""))
+        return reported
 
     def open(self, file: Path, *, width: int, height: int = 900, dark: bool = False) -> None:
         """Show a file in a window of this size, in CSS pixels, and wait until it has loaded."""
@@ -71,10 +71,10 @@ class Page:
             self._next()
 
     def value(self, expression: str) -> Any:
-        """What JavaScript makes of an expression on the page."""
-        told = self.send("Runtime.evaluate", expression=expression, returnByValue=True)
-        assert "exceptionDetails" not in told, told
-        return told["result"].get("value")
+        """Return the value of a JavaScript expression on the page."""
+        reported = self.send("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in reported, reported
+        return reported["result"].get("value")
 
     def press_tab(self) -> None:
         """The Tab key, down and up."""

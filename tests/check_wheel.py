@@ -100,7 +100,7 @@ def run(*command: str) -> None:
 
 
 def output(*command: str) -> str:
-    """Return a command's output; fail with all that it printed."""
+    """Return a command's output; fail with its output."""
     # pip would take the sources on PYTHONPATH for an installed tunewright.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)

@@ -19,7 +19,7 @@ COLOURS = ["red", "green", "blue", "amber", "violet", "ochre", "teal", "navy", "
 
 @dataclass(frozen=True)
 class Ran:
-    """What a command printed and how it ended."""
+    """Output and exit code of a command."""
 
     code: int
     stdout: str
@@ -54,7 +54,7 @@ def write_jsonl(path: Path, rows: Sequence[Any]) -> Path:
 
 
 def tiny_project(folder: Path, base: Path, count: int = 120) -> Path:
-    """A project on a tiny base that goes the whole road in seconds."""
+    """A project on a tiny base whose whole pipeline takes seconds."""
     folder.mkdir(parents=True, exist_ok=True)
     write_jsonl(folder / "pairs.jsonl", pairs(count))
     (folder / "tunewright.yaml").write_text(

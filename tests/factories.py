@@ -127,8 +127,8 @@ def _arm(name: str, scored: ScoredArms) -> Arm:
 
 
 def cross_fitted(evidence: Evidence, folds: int = 5) -> Evidence:
-    """The same numbers as if they came from so many folds."""
-    told = [
+    """The same numbers as if they came from this many folds."""
+    message = [
         Fold(
             number=number,
             train_items=144,
@@ -142,7 +142,7 @@ def cross_fitted(evidence: Evidence, folds: int = 5) -> Evidence:
         for number in range(1, folds + 1)
     ]
     return evidence.model_copy(
-        update={"design": "cross-fitted", "folds": tuple(told), "train_items": 144, "dev_arms": []}
+        update={"design": "cross-fitted", "folds": tuple(message), "train_items": 144, "dev_arms": []}
     )
 
 

@@ -114,7 +114,7 @@ def main(options: list[str]) -> None:
         Route("/adapters", dangerous, methods=["GET", "POST"]),
         Route("/invocations", dangerous, methods=["GET", "POST"]),
     ]
-    app = Starlette(routes=routes, middleware=[Middleware(tunewright_vllm.Gate)])
+    app = Starlette(routes=routes, middleware=[Middleware(tunewright_vllm.RouteFilter)])
     state = app.state
     locks = type("Locks", (dict,), {"__missing__": lambda _self, _key: asyncio.Lock()})()
     state.openai_serving_models = SimpleNamespace(lora_requests={}, lora_resolver_lock=locks)

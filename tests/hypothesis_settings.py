@@ -1,4 +1,4 @@
-"""How many examples a property test draws: as many as it asks for in `make test-all`, a quarter in `make test`."""
+"""Number of examples of property tests: the requested number in `make test-all`, a quarter in `make test`."""
 
 from __future__ import annotations
 

@@ -171,7 +171,7 @@ def written_tekken(version: Written) -> Path:
 
 
 def _tekken_as_shipped(version: Written) -> Any:
-    """The tokenizer and template of a folder that holds tekken.json and Mistral's template beside it."""
+    """The tokenizer and template of a folder that holds tekken.json and Mistral's template."""
     from mistral_common.integrations.chat_templates.chat_templates import convert_tokenizer_to_chat_template
 
     from tunewright.models.bases import Base

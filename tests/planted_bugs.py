@@ -6,14 +6,14 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tunewright.engines.protocol import Delta, TokenSink, pump, stream
+from tunewright.engines.protocol import Delta, TokenSink, deliver_stream, stream
 from tunewright.generation.requests import Request
 from tunewright.serving.engines.peft import PeftEngine
 
 
 @dataclass(frozen=True)
 class _Correct:
-    """The engine as it is without the bug."""
+    """The engine without a bug."""
 
     submit: Callable[..., Callable[[], object]]
 
@@ -22,7 +22,7 @@ class Planted(PeftEngine):
     """An engine whose subclass answers wrongly."""
 
     def submit(self, request: Request, sink: TokenSink, *, tenant: str = "") -> Callable[[], object]:
-        return pump(self.deltas(request), sink)
+        return deliver_stream(self.deltas(request), sink)
 
     def deltas(self, request: Request) -> AsyncGenerator[Delta, None]:
         """Yield the answer of the engine without the bug."""
@@ -30,7 +30,7 @@ class Planted(PeftEngine):
 
 
 class LastSlot(Planted):
-    """vLLM's bug without a GPU: beside others, the base is answered with the adapter of the last slot."""
+    """vLLM's bug without a GPU: batched with others, the base is answered with the adapter of the last slot."""
 
     async def deltas(self, request: Request) -> AsyncGenerator[Delta, None]:
         if request.adapter is None and sum(self.in_flight) > 1 and self._loaded:
@@ -66,7 +66,7 @@ class CacheOfTwo(Planted):
 
 
 class OldVersion(Planted):
-    """What is unloaded lies in its slot still, and the next adapter is taken for it."""
+    """A bug where an unloaded adapter stays in its slot and the next one is mistaken for it."""
 
     newest = False
 

@@ -1,4 +1,4 @@
-"""What is measured after `evaluate`, as the evidence holds it: made up, and consistent in itself."""
+"""Sections that are measured after `evaluate`: synthetic and consistent."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from tunewright.evaluation.train_similarity import scores_by_distance, scores_by
 from tunewright.evidence.benchmarks import Benchmarks, Suite
 from tunewright.evidence.benchmarks import Control as SuiteControl
 from tunewright.evidence.common import Interval, NoiseFloor, Score
-from tunewright.evidence.human_eval import AnswerReview, Powered, RaterAgreement, Reviewer, ReviewStratum
+from tunewright.evidence.human_eval import AnswerReview, PredictionPowered, RaterAgreement, Reviewer, ReviewStratum
 from tunewright.evidence.judge import (
     Control,
     JudgedArm,
     JudgedContrast,
     Judgement,
+    JudgeUsage,
     LengthControlled,
     Preference,
-    Spent,
     WinRate,
 )
 from tunewright.evidence.learning_curve import Curve, Point
@@ -160,7 +160,7 @@ JUDGE = Judgement(
             unscored={},
         ),
     ),
-    spent=Spent(calls=412, prompt_tokens=90_211, completion_tokens=4_120, estimated=0, cost=0.0512),
+    spent=JudgeUsage(calls=412, prompt_tokens=90_211, completion_tokens=4_120, estimated=0, cost=0.0512),
 )
 
 
@@ -196,7 +196,7 @@ REVIEW = AnswerReview(
     p_value=0.0107,
     test="exact sign test",
     win_rate=Score(value=0.641, interval=Interval(low=0.552, high=0.73), method="stratified"),
-    powered=Powered(
+    powered=PredictionPowered(
         win_rate=Score(value=0.652, interval=Interval(low=0.578, high=0.726), method="PPI++"), tuning=0.61, judged=46
     ),
     agreements=(
@@ -259,7 +259,7 @@ OPENING = TestSetAccess(
 
 
 def full_evidence() -> Evidence:
-    """Evidence with all that can be measured."""
+    """Evidence with every section."""
     evidence = make_evidence(ITEMS, also=["bleu"])
     arms = [arm.model_copy(update={"shared_tokens": 41, "answer_tokens": 17.25}) for arm in evidence.arms]
     return evidence.model_copy(
@@ -289,7 +289,7 @@ def full_evidence() -> Evidence:
             "narrowing": Narrowing(
                 items=20,
                 clusters=18,
-                rule="The two best went on.",
+                rule="The two best advanced.",
                 arms=evidence.dev_arms,
                 finalists=("retrieved-4",),
                 fates={"zero-shot": "far behind the best"},

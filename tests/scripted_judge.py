@@ -64,7 +64,7 @@ def honest(asked: Asked) -> str:
 
 @dataclass
 class Server:
-    """What the scripted server was asked, and how it misbehaves."""
+    """Requests and scripted misbehaviour of the server."""
 
     script: Script
     url: str = ""
@@ -74,7 +74,7 @@ class Server:
     at_once: int = 0
     most_at_once: int = 0
     misbehave: Callable[[int], Response | None] = lambda _count: None
-    """Told how many requests came before; a response in place of the judge's."""
+    """Called with the number of earlier requests; a response in place of the judge's."""
     finish: str = "stop"
     usage: bool = True
     slow_s: float = 0.0

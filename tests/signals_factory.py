@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from tunewright.advisor.signals import (
+    BitsPerByte,
     BreakEven,
     Call,
     ContextBudget,
@@ -16,7 +17,6 @@ from tunewright.advisor.signals import (
     ShotPoint,
     Signals,
     Specificity,
-    Surprise,
     TuningGain,
 )
 from tunewright.evidence.common import ArmScore, Interval
@@ -37,7 +37,7 @@ def score(points: float, half: float = 5.0) -> ArmScore:
 
 
 def arm(name: str, kind: ArmKind, shots: int, points: float, tokens: float, half: float = 5.0) -> Arm:
-    """An arm that scores so many points."""
+    """Return an arm with this score in points."""
     return Arm(
         name=name,
         kind=kind,
@@ -74,7 +74,7 @@ def contrast(
 
 
 def doubling(before: int, after: int, difference: float, low: float, high: float) -> Doubling:
-    """What a doubling brought, in points."""
+    """Return the gain of a doubling, in points."""
     return Doubling(before=before, after=after, difference=difference / 100, interval=interval(low, high))
 
 
@@ -105,7 +105,7 @@ def break_even(
     saving: float = 0.001,
     unit: Literal["money", "machine hours"] = "money",
 ) -> BreakEven:
-    """Training that pays from so many calls on: low end, V*, high end."""
+    """Return a break-even with these call counts: low end, V*, high end."""
     low, middle, high = calls
     return BreakEven(
         unit=unit,
@@ -174,7 +174,9 @@ def make_signals(**changes: Any) -> Signals:
         "context": ContextBudget(items=ITEMS, context=2048, query_p99=60, output_p99=20, curves=[curve()]),
         "specificity": Specificity(
             fertility=Fertility(domain=4.0, generic=1.4, ratio=2.9, interval=Interval(low=2.7, high=3.1), samples=40),
-            surprise=[Surprise(arm="zero-shot", shots=0, items=9, bits_per_byte=2.3, interval=Interval(low=2, high=3))],
+            surprise=[
+                BitsPerByte(arm="zero-shot", shots=0, items=9, bits_per_byte=2.3, interval=Interval(low=2, high=3))
+            ],
             format=None,
         ),
         "break_even": break_even((45_000, 50_000, 56_000)),

@@ -57,7 +57,7 @@ def _script() -> Any:
 SCRIPT = _script()
 
 
-# Scored anew
+# Scored again
 
 
 def _rows(name: str) -> list[dict[str, Any]]:
@@ -105,7 +105,7 @@ def _recorded() -> Evidence:
 
 @cache
 def _evidence() -> Evidence:
-    """The record with all that follows from the answers put in anew."""
+    """Return the record with everything that follows from the answers computed again."""
     recorded, test, dev, first = _recorded(), _rows("test"), _rows("dev"), _rows("first")
     assert recorded.opening is not None and recorded.narrowing is not None
     scored = _scored(test)
@@ -143,7 +143,7 @@ def _advice() -> Advice:
 
 @cache
 def _advice_anew() -> Advice:
-    """The same with the arms as they are scored anew, and the best of them."""
+    """Return the same with the arms scored again, and the best of them."""
     evidence = _evidence()
     best = max(evidence.dev_arms, key=lambda arm: (arm.score(evidence.metric).value, -arm.shots))
     arms = {"arms": evidence.dev_arms, "narrowing": evidence.narrowing, "static": evidence.static}
@@ -152,7 +152,7 @@ def _advice_anew() -> Advice:
 
 @cache
 def _leak() -> LeakageReport:
-    """How near held-out rows are to training rows, the shares of this split counted anew."""
+    """Return the similarity report of held-out rows, with the shares of this split counted again."""
     (recorded,) = _rows("leak")
     nearest = tuple(NearestTrainingRow(**row) for row in recorded["nearest"])
     on_test = [row.similarity for row in nearest if row.split == "test"]
@@ -163,7 +163,7 @@ def _leak() -> LeakageReport:
 
 
 def _differences(ours: Any, theirs: Any, place: str = "") -> Iterator[str]:
-    """Where two JSON values differ by more than rounding."""
+    """Yield the places where two JSON values differ by more than rounding."""
     if isinstance(ours, dict) and isinstance(theirs, dict) and ours.keys() == theirs.keys():
         for key in ours:
             yield from _differences(ours[key], theirs[key], f"{place}.{key}")
@@ -177,16 +177,16 @@ def _differences(ours: Any, theirs: Any, place: str = "") -> Iterator[str]:
         yield f"{place}: {ours} is not {theirs}"
 
 
-def test_the_evidence_is_what_the_frozen_answers_are_worth() -> None:
+def test_evidence_equals_the_scores_of_the_frozen_answers() -> None:
     assert list(_differences(_evidence().model_dump(mode="json"), _recorded().model_dump(mode="json"))) == []
 
 
-def test_the_prompting_arm_was_chosen_by_its_frozen_answers_on_dev() -> None:
+def test_prompting_arm_is_chosen_by_its_frozen_dev_answers() -> None:
     assert list(_differences(_advice_anew().model_dump(mode="json"), _advice().model_dump(mode="json"))) == []
     assert _evidence().best_prompting == _advice_anew().best
 
 
-def test_the_leak_report_is_of_the_similarities_in_the_evidence() -> None:
+def test_leak_report_matches_the_similarities_in_the_evidence() -> None:
     (recorded,) = _rows("leak")
     assert list(_differences([asdict(each) for each in _leak().leaks], recorded["leaks"])) == []
     assert {row.key: row.similarity for row in _leak().nearest if row.split == "test"} == {
@@ -194,7 +194,7 @@ def test_the_leak_report_is_of_the_similarities_in_the_evidence() -> None:
     }
 
 
-def test_one_answer_more_or_less_is_noticed() -> None:
+def test_changed_answer_is_noticed() -> None:
     rows = _rows("test")
     name, wanted = "tuned", rows[0]["reference"]
     right = rows[0]["answers"][name][0] == wanted
@@ -207,7 +207,7 @@ def test_one_answer_more_or_less_is_noticed() -> None:
 # What is frozen, and what is not
 
 
-def test_no_frozen_answer_can_hold_a_message() -> None:
+def test_frozen_answers_hold_no_query() -> None:
     for name in ("test", "dev", "first"):
         for row in _rows(name):
             assert row.keys() <= {"key", "cluster", "reference", "nearest", "answers"}
@@ -215,24 +215,24 @@ def test_no_frozen_answer_can_hold_a_message() -> None:
             assert all(len(text.split()) <= 1 for text in texts), row["key"]
 
 
-def test_an_answer_of_several_words_is_kept_as_a_digest_unless_it_is_an_intent() -> None:
+def test_kept_stores_a_digest_of_several_words_unless_an_intent() -> None:
     assert SCRIPT.kept("card_arrival", {"card_arrival"}) == "card_arrival"
     assert SCRIPT.kept("card_arival", {"card_arrival"}) == "card_arival"
     assert re.fullmatch("sha256:[0-9a-f]{12}", SCRIPT.kept("Where is my card?", {"card_arrival"}))
     assert SCRIPT.kept("card arrival", {"card arrival"}) == "card arrival"
 
 
-def test_the_part_is_drawn_by_the_seed_with_as_many_rows_of_each_intent() -> None:
+def test_part_is_drawn_by_the_seed_with_equal_rows_per_intent() -> None:
     rows = [(f"text {n}", f"intent {n % 3}") for n in range(60)]
     drawn = SCRIPT.draw(rows, 5, 0)
     assert [[intent for _, intent in drawn].count(f"intent {n}") for n in range(3)] == [5, 5, 5]
     assert set(drawn) < set(rows) and drawn == SCRIPT.draw(rows, 5, 0) != SCRIPT.draw(rows, 5, 1)
 
 
-def test_the_part_of_the_published_files_is_the_one_that_was_measured(tmp_path: Path) -> None:
+def test_part_of_the_published_files_is_the_measured_one(tmp_path: Path) -> None:
     """Its rows and splits come out the same, and no message is in a file of the project."""
     if not (SHARED / "banking77").is_dir():
-        pytest.skip("the data set banking77 is not beside the project")
+        pytest.skip("the data set banking77 is not next to the project")
     project = tmp_path / "banking77"
     SCRIPT.make(SHARED / "banking77", project, SCRIPT.ROWS, CONFIG.seed)
     assert load_config(project / CONFIG_FILE) == CONFIG
@@ -258,7 +258,7 @@ def _rows_text() -> Iterator[str]:
 
 
 def _printed() -> list[str]:
-    """What the commands print of the record, scored anew."""
+    """Return the commands' output for the record, scored again."""
     evidence = _evidence()
     manifest = Manifest.model_validate_json((GOLDEN / MANIFEST).read_bytes())
     parts: list[RenderableType] = [
@@ -277,9 +277,9 @@ def _printed() -> list[str]:
 
 
 def _training_text(evidence: Evidence) -> str:
-    told = evidence.lineage["adapter"]["lineage"]["training"]
-    losses = ", ".join(f"{e['dev_loss']:.3f} ({e['dev_metric']:.1%})" for e in told["epochs"])
-    return f"{told['examples']} examples; dev loss by evaluation {losses}; kept step {told['kept_step']}"
+    reported = evidence.lineage["adapter"]["lineage"]["training"]
+    losses = ", ".join(f"{e['dev_loss']:.3f} ({e['dev_metric']:.1%})" for e in reported["epochs"])
+    return f"{reported['examples']} examples; dev loss by evaluation {losses}; kept step {reported['kept_step']}"
 
 
 def _page() -> tuple[str, list[str]]:
@@ -295,13 +295,13 @@ def _page() -> tuple[str, list[str]]:
     return " ".join(" ".join(prose).split()), blocks
 
 
-def test_every_line_that_the_page_quotes_is_what_the_commands_print() -> None:
+def test_page_quotes_the_commands_output() -> None:
     commands = [*(["tunewright", *words] for words in SCRIPT.ROAD.values()), *map(shlex.split, SCRIPT.USAGE)]
     printed = {line.rstrip() for line in _printed()}
     quoted = [line.rstrip() for line in _page()[1]]
     assert sum(line in printed for line in quoted) > 50
-    told = [line for line in quoted if line not in printed and line != "…"]
-    assert [line for line in told if shlex.split(line) not in commands] == []
+    reported = [line for line in quoted if line not in printed and line != "…"]
+    assert [line for line in reported if shlex.split(line) not in commands] == []
 
 
 def _percent(arm: Arm) -> str:
@@ -309,7 +309,7 @@ def _percent(arm: Arm) -> str:
 
 
 def _of_dev() -> list[str]:
-    """What is told of the prompting arms."""
+    """Return the lines about the prompting arms."""
     evidence = _evidence()
     assert evidence.narrowing is not None
     first = {arm.name: arm for arm in evidence.narrowing.arms}
@@ -333,7 +333,7 @@ def _of_dev() -> list[str]:
 
 
 def _of_test() -> list[str]:
-    """What is told of the test split."""
+    """Return the lines about the test split."""
     evidence = _evidence()
     best, tuned, both = (evidence.arm(name) for name in (evidence.best_prompting, "tuned", "tuned+retrieved-4-tfidf"))
     ours, theirs = (arm.score(evidence.metric) for arm in (tuned, best))
@@ -358,7 +358,7 @@ def _of_test() -> list[str]:
 
 
 def _of_the_run() -> list[str]:
-    """What is told of the part, and of how long it took."""
+    """Return the lines about the part and its duration."""
     spent = json.loads((GOLDEN / "run.json").read_text(encoding="utf-8"))["cpu"]
     minutes = {name: f"{seconds / 60:.0f} minutes" for name, seconds in spent.items()}
     return [
@@ -384,11 +384,11 @@ NAMES = (
 """What has digits and is no figure of the run."""
 
 
-def test_every_figure_in_the_prose_follows_from_the_record() -> None:
+def test_prose_figures_follow_from_the_record() -> None:
     prose, _ = _page()
-    for told in [*_of_the_run(), *_of_dev(), *_of_test()]:
-        assert told in prose
-        prose = prose.replace(told, "")
+    for reported in [*_of_the_run(), *_of_dev(), *_of_test()]:
+        assert reported in prose
+        prose = prose.replace(reported, "")
     for name in NAMES:
         prose = prose.replace(name, "")
     assert re.findall(r"\S*\d\S*", prose) == []

@@ -1,4 +1,4 @@
-"""What docs/ says of commands, options and messages exists."""
+"""Commands, options and messages that docs/ mentions exist."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ PAGE = (ROOT / "docs" / "concepts" / "threat-model.md").read_text(encoding="utf-
 DEFENDED, _, OPEN = PAGE.partition("## Not defended")
 
 
-def test_every_test_that_is_named_is_where_the_page_says() -> None:
+def test_named_tests_exist_where_the_page_states() -> None:
     named = 0
     file = None
     for token in re.findall(r"`((?:tests/[\w/]+\.py)|(?:test_\w+))`", PAGE):
@@ -25,7 +25,7 @@ def test_every_test_that_is_named_is_where_the_page_says() -> None:
     assert named > 50
 
 
-def test_every_threat_that_is_defended_names_a_test() -> None:
+def test_defended_threats_name_a_test() -> None:
     threats = re.split(r"^#{2,3} ", DEFENDED, flags=re.MULTILINE)[1:]
     # A heading over others has no text of its own.
     defended = [threat for threat in threats if threat.partition("\n")[2].strip()]

@@ -21,7 +21,7 @@ from tunewright.generation.requests import Request
 FAKE = Path(__file__).with_name("fake_vllm.py")
 
 
-class Told(LogReporter):
+class StopAfter(LogReporter):
     """Keeps the warnings."""
 
     def __init__(self) -> None:
@@ -47,12 +47,12 @@ def settings(tmp_path: Path, **changes: Any) -> VllmSettings:
 
 
 @pytest.fixture
-def reporter() -> Told:
-    return Told()
+def reporter() -> StopAfter:
+    return StopAfter()
 
 
 @pytest.fixture
-def engine(tmp_path: Path, orders: Path, reporter: Told) -> Iterator[VllmEngine]:
+def engine(tmp_path: Path, orders: Path, reporter: StopAfter) -> Iterator[VllmEngine]:
     engine = VllmEngine(settings(tmp_path), stop_ids={0}, reporter=reporter)
     try:
         yield engine

@@ -1,4 +1,4 @@
-"""The cases of benchmarks/gpu_proof.py. Each runs in a process of its own and reports every measurement as it is made.
+"""The cases of benchmarks/gpu_proof.py. Each runs in a separate process and reports every measurement immediately.
 
-This package imports neither torch nor tunewright at its top level: a case's environment has to be set before that.
+This package imports neither torch nor tunewright at its top level: a case's environment must be set first.
 """

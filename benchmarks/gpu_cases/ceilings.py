@@ -1,4 +1,4 @@
-"""Versions, and what the card itself can do: matrix products and copies."""
+"""Versions, and the card's limits: matrix products and copies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`tunewright train`, killed and resumed, then `evaluate`, through the command line on a base that lies on disk."""
+"""`tunewright train`, killed and resumed, then `evaluate`, through the command line on a base on disk."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _command(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]
     """Run a command to its end.
 
     Raises:
-        RuntimeError: it failed; the last lines of what it said are in the error.
+        RuntimeError: it failed; the last lines of its output are in the error.
     """
     ended = subprocess.run(
         [sys.executable, "-m", "tunewright", *arguments, "-p", str(project)],
@@ -108,7 +108,7 @@ def _killed(project: Path) -> tuple[int, float]:
 
 
 def _whole(project: Path) -> list[int]:
-    """Steps of the checkpoints that have their manifest, which is written last."""
+    """Return the steps of complete checkpoints: those with a manifest, which is written last."""
     from tunewright.core.io import MANIFEST
 
     found = project.glob(f".tunewright/training/*/checkpoint-*/{MANIFEST}")

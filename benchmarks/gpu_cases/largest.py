@@ -1,4 +1,4 @@
-"""The largest micro-batch that `tunewright estimate-memory` says fits, and 10% more rows: does the border hold?"""
+"""The largest micro-batch that `tunewright estimate-memory` says fits, and 10% more rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOY_MEMORY = Memory(PROCESS_RUNTIME + (48 << 20), card=False, source="a limit th
 
 
 def run(report: Report, toy: bool, *, beyond: bool) -> None:
-    """Train two steps with that many rows; `beyond` has no bar: what it shows is how much was kept back."""
+    """Train two steps with that many rows; `beyond` has no bar, it shows the reserve of the estimate."""
     length, trained = (TOY_LENGTH, TOY_TRAINED) if toy else (LENGTH, TRAINED)
     shape = shape_of("8b", toy)
     memory = TOY_MEMORY if toy else available_memory(None)

@@ -1,4 +1,4 @@
-"""NF4 with double quantization made on the card against the same made on the processor, bit by bit."""
+"""NF4 with double quantization on the card against the processor, bit by bit."""
 
 from __future__ import annotations
 

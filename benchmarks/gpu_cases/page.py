@@ -33,7 +33,7 @@ class Headline:
 
 @dataclass(frozen=True)
 class Row:
-    """A headline and what was measured."""
+    """A headline and its measurements."""
 
     title: str
     measured: str
@@ -87,7 +87,7 @@ def headlines() -> list[Headline]:
 
 
 def rows_of(document: Mapping[str, Any]) -> list[Row]:
-    """Return a row for every headline, with what this document has for it."""
+    """Return a row for every headline, with its measurement in this document."""
     cases: Cases = document["cases"]
     rows = []
     for headline in headlines():
@@ -160,7 +160,7 @@ def _date(document: Mapping[str, Any], headline: Headline) -> str:
 
 
 def _values(cases: Cases, case: str) -> dict[str, dict[str, Any]]:
-    """The measurements of a case by name."""
+    """Return the measurements of a case by name."""
     return {each["name"]: each["values"] for each in cases[case]["measurements"]}
 
 

@@ -15,7 +15,7 @@ SIDES = ("tunewright", "trl-plain", "trl-padding-free", "unsloth", "tunewright-l
 
 @dataclass(frozen=True)
 class Case:
-    """One process."""
+    """One case, which runs in a separate process."""
 
     name: str
     module: str
@@ -27,7 +27,7 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """Every case in its order."""
+    """Return every case in order."""
     listed = [
         Case("ceilings", "ceilings", 120),
         Case("attention", "attention", 180),

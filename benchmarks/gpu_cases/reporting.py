@@ -1,4 +1,4 @@
-"""Measurements on their way from a case's process to the parent, and what every case measures alike."""
+"""Transport of measurements from a case's process to the parent, and measurements that all cases share."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ A name that contains another comes before it.
 
 
 class Report(Protocol):
-    """Where a case sends its measurements."""
+    """The receiver of a case's measurements."""
 
     def __call__(self, name: str, passed: bool | None = None, **values: Any) -> None:
         """Send one measurement; ``passed`` says whether it met its bar (None: it has no bar)."""
@@ -51,14 +51,14 @@ def peak_flops() -> float | None:
 
 
 def synchronize() -> None:
-    """Wait until the card has done everything that it was given."""
+    """Wait until the card has finished all submitted work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 @contextmanager
 def host_syncs() -> Iterator[list[str]]:
-    """Collect the calls, inside of it, in which the host waits for the card; none without a card."""
+    """Collect the calls in this block in which the host waits for the card; none without a card."""
     if not torch.cuda.is_available():
         yield []
         return

@@ -1,6 +1,6 @@
 """Training at real size: tunewright's own run next to trl and unsloth, on the same rows.
 
-tunewright trains through `tunewright.training.run.Run`, which is what `tunewright train` uses: micro-batches, the first
+tunewright trains through `tunewright.training.run.Run`, as `tunewright train` does: micro-batches, the first
 pass over the longest batch, checkpoints and the dev evaluation are all in it.
 
 MFU counts 4 operations for each parameter of the linear layers and each token that goes through the model: 2 forward
@@ -68,7 +68,7 @@ class Clock(TrainerCallback):
 
     @property
     def host_syncs(self) -> int | None:
-        """The host's waits in the last step; None without a card."""
+        """Host waits in the last step; None without a card."""
         return len(self._waits) if torch.cuda.is_available() else None
 
     @property
@@ -92,7 +92,7 @@ class TimedRun(Run):
 
 @dataclass(frozen=True)
 class Trained:
-    """What one side's training measured."""
+    """The measurements of one side's training."""
 
     losses: list[float]
     clock: Clock
@@ -188,7 +188,7 @@ def _finite(loss: float) -> bool:
 
 
 def _predicted(size: Shape, load: BatchShape, *, nf4: bool) -> int:
-    """Bytes that the memory estimate expects the allocator to hand out: all parts but the runtime."""
+    """Return the bytes that the memory estimate expects from the allocator: all parts but the runtime."""
     on_card = torch.cuda.is_available()
     needed = estimate(size, TrainingSetup(TARGETS, RANK, nf4=nf4, checkpointing=on_card, card=on_card), load)
     return needed.total - needed.runtime
@@ -251,7 +251,7 @@ def train_ours(
 
 
 def reset_peak() -> None:
-    """Forget the peak of building: a 16-bit matrix beside its 4-bit one."""
+    """Reset the peak after building, which holds a 16-bit matrix and its 4-bit copy."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""A case's process: sets the environment, runs the case, sends what it measures to the parent."""
+"""A case's process: sets the environment, runs the case, sends its measurements to the parent."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from gpu_cases.plan import Case
 
 
 def work(case: Case, toy: bool, sender: Connection, log: Path) -> None:
-    """Run a case; the last message is how it ended: done, skipped or failed, with the reason.
+    """Run a case; the last message is its outcome: done, skipped or failed, with the reason.
 
     Args:
         case: what to run.
         toy: at toy size.
         sender: where measurements go.
-        log: takes what libraries print.
+        log: receives the output of libraries.
     """
     os.setsid()  # what it starts can be ended with it
     os.environ.update({"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **case.environment})

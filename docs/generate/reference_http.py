@@ -51,7 +51,7 @@ def _request(title: str, route: str, model: type[ChatRequest | CompletionRequest
         f"{'required' if field.is_required() else 'optional'} |"
         for name, field in model.model_fields.items()
     ]
-    harmless = [f"| `{name}` | {_values(values)} |" for name, values in sorted(model.neutral.items())]
+    escape_control_character = [f"| `{name}` | {_values(values)} |" for name, values in sorted(model.neutral.items())]
     return [
         f"## {title}\n",
         f"`{route}`\n",
@@ -63,7 +63,7 @@ def _request(title: str, route: str, model: type[ChatRequest | CompletionRequest
         "have other values without effect, and are accepted with them alone:\n",
         "| field | accepted values |",
         "| --- | --- |",
-        *harmless,
+        *escape_control_character,
         "",
         "Any other field or value is refused:\n",
         "```json",

@@ -29,7 +29,7 @@ _REPLY = {"temperature": 0, "max_tokens": 64}
 
 
 @dataclass(frozen=True)
-class ThreeAnswers:
+class DemoAnswers:
     """One test item's question and the answers of the base, the adapter and the adapter's earlier checkpoint."""
 
     question: str
@@ -42,7 +42,7 @@ class ThreeAnswers:
 
 
 @dataclass(frozen=True)
-class Rest:
+class SlowMeasurements:
     """Slow measurements that the demo leaves out by default, as shown in the report."""
 
     advice: AdviceResult
@@ -67,7 +67,7 @@ def example_files(name: str) -> dict[str, str]:
         UserError: no such example.
     """
     if name != legal_citations.NAME:
-        raise UserError(f"there is no example {name!r}", where="--example", fix=f"There is: {legal_citations.NAME}.")
+        raise UserError(f"Unknown example {name!r}", where="--example", fix=f"Use {legal_citations.NAME}.")
     return legal_citations.project_files()
 
 
@@ -79,7 +79,7 @@ def open_demo(directory: Path, reporter: Reporter) -> Project:
     return Project(ProjectFolder(directory), reporter)
 
 
-def ask_three_ways(project: Project, result: RunResult) -> ThreeAnswers:
+def ask_three_ways(project: Project, result: RunResult) -> DemoAnswers:
     """Serve base, adapter and earliest checkpoint, and ask each of them the first question of the test split."""
     adapter = result.trained.adapter
     earlier = [f"{adapter.name}@{step}" for step in adapter.checkpoints][:1]
@@ -98,10 +98,10 @@ def ask_three_ways(project: Project, result: RunResult) -> ThreeAnswers:
             )
             reply.raise_for_status()
             answers[model] = reply.json()["choices"][0]["message"]["content"]
-    return ThreeAnswers(member.example.input_text, member.example.output, answers)
+    return DemoAnswers(member.example.input_text, member.example.output, answers)
 
 
-def measure_the_rest(project: Project, evaluation: Path) -> Rest:
+def measure_slow_parts(project: Project, evaluation: Path) -> SlowMeasurements:
     """Return the report's other measurements of an evaluation (given by its folder), except human evaluation.
 
     The base serves as judge because it is always available. It is a poor judge, so its controls fail and it is vetoed.
@@ -112,4 +112,4 @@ def measure_the_rest(project: Project, evaluation: Path) -> Rest:
         judge = JudgeConfig(base_url=f"{url}/v1", model=project.base.spec, parameters=_REPLY)
         config = project.folder.config.model_copy(update={"judge": judge})
         judged = Project(ProjectFolder(project.folder.root, config), project.reporter).judge(evaluation)
-    return Rest(advice, curve, judged, project.report(evaluation))
+    return SlowMeasurements(advice, curve, judged, project.report(evaluation))

@@ -29,7 +29,7 @@ _KEY_SECONDS = 3600.0
 
 
 @dataclass(frozen=True)
-class Visit:
+class TenantVisit:
     """Responses of the server to one tenant's key."""
 
     tenant: str
@@ -54,7 +54,7 @@ class TwoTenants:
 
     question: str
     reference: str
-    visits: tuple[Visit, ...]
+    visits: tuple[TenantVisit, ...]
     releases: tuple[Release, ...]
     """The live releases."""
     state: str
@@ -138,7 +138,7 @@ def _visit(opened: Project, result: RunResult, adapters: Mapping[str, str]) -> T
         used = opened.tenant.usage(tenant)
         tokens = sum(each.prompt_tokens + each.completion_tokens for each in used)
         requests = sum(each.requests for each in used)
-        visits.append(Visit(tenant, alias, adapters[alias], requests=requests, tokens=tokens, **seen[tenant]))
+        visits.append(TenantVisit(tenant, alias, adapters[alias], requests=requests, tokens=tokens, **seen[tenant]))
     state = opened.folder.config.serve.database_url
     assert state is not None
     return TwoTenants(member.example.input_text, member.example.output, tuple(visits), tuple(_live(opened)), state)

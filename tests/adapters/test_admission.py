@@ -31,7 +31,7 @@ from adapter_helpers import (
 from command_line import tunewright
 from tunewright.adapters.admission import importer as admission
 from tunewright.adapters.admission.config import read_config
-from tunewright.adapters.admission.quarantine import take_folder
+from tunewright.adapters.admission.quarantine import quarantine_folder
 from tunewright.adapters.registry import CONFIG, WEIGHTS, Adapter, adapter_digest, find_adapter, list_adapters
 from tunewright.adapters.system_prompt import SystemPrompt, system_prompt
 from tunewright.data.examples import Message
@@ -203,14 +203,14 @@ def test_stored_files_are_the_checked_ones_when_the_source_changes(
     stock: Path, other: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checked = tree(stock)
-    take = take_folder
+    take = quarantine_folder
 
     def then_change(source: Path, intake: Any) -> None:
         take(source, intake)
         for path in source.iterdir():
             path.write_bytes(b"evil")
 
-    monkeypatch.setattr(admission, "take_folder", then_change)
+    monkeypatch.setattr(admission, "quarantine_folder", then_change)
     ran = import_adapter(other, stock, "--base-matches")
     assert ran.code == 0, ran.stdout
     stored = tree(Path(ran.document["folder"]))
@@ -233,7 +233,7 @@ def test_file_replaced_by_a_link_is_not_followed(
             (stock / CONFIG).symlink_to(secret)
 
     monkeypatch.setattr(quarantine, "_require_plain", then_swap)
-    assert "Cannot be read: Too many levels of symbolic links" in refused_import(other, stock, "--base-matches")
+    assert "Cannot read the file: Too many levels of symbolic links" in refused_import(other, stock, "--base-matches")
 
 
 def test_import_removes_leftovers_of_killed_imports_only(stock: Path, other: Path) -> None:
@@ -254,7 +254,7 @@ def test_import_removes_leftovers_of_killed_imports_only(stock: Path, other: Pat
 
 
 def test_import_reports_a_missing_source(other: Path) -> None:
-    assert "there is no such folder or archive" in refused_import(other, Path("nowhere"))
+    assert "No such folder or archive" in refused_import(other, Path("nowhere"))
 
 
 def test_import_of_a_known_adapter_overwrites_nothing(stock: Path, other: Path) -> None:

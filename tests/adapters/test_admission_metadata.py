@@ -36,9 +36,9 @@ def _keys_of_my_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_import_requires_a_stated_base_without_digests(stock: Path, other: Path) -> None:
-    told = refused_import(other, stock)
-    assert "does not name its base and chat template by digest" in told
-    assert "--base-matches" in told
+    message = refused_import(other, stock)
+    assert "does not name its base and chat template by digest" in message
+    assert "--base-matches" in message
 
 
 def test_import_refuses_statements_with_digests(ours: Path, other: Path) -> None:
@@ -47,9 +47,9 @@ def test_import_refuses_statements_with_digests(ours: Path, other: Path) -> None
 
 def test_import_refuses_another_base_and_names_the_differing_files(ours: Path, tmp_path: Path) -> None:
     project = tiny_project(tmp_path / "elsewhere", build_base(tmp_path / "another-base", seed=1))
-    told = refused_import(project, ours)
-    assert "and the base here is" in told
-    assert "other model.safetensors" in told
+    message = refused_import(project, ours)
+    assert "and the base here is" in message
+    assert "other model.safetensors" in message
 
 
 def test_import_refuses_another_chat_template(ours: Path, other: Path) -> None:
@@ -96,15 +96,15 @@ def test_import_refuses_invalid_training_records(file: str, line: bytes, words: 
     assert words in refused_import(other, ours)
 
 
-def test_import_checks_earlier_checkpoints_alike(ours: Path, other: Path) -> None:
+def test_import_checks_earlier_checkpoints_like_the_adapter(ours: Path, other: Path) -> None:
     path = next(ours.glob(f"checkpoints/*/{WEIGHTS}"))
     weights = load_file(path)
     name = sorted(weights)[0]
     weights[name][0, 0] = np.nan
     save_file(weights, path)
     write_manifest(ours, ours.name)
-    told = refused_import(other, ours)
-    assert f"checkpoints/{path.parent.name}/{WEIGHTS}, {name}: 1 of " in told
+    message = refused_import(other, ours)
+    assert f"checkpoints/{path.parent.name}/{WEIGHTS}, {name}: 1 of " in message
     path.unlink()
     write_manifest(ours, ours.name)
     assert f"{WEIGHTS} is missing" in refused_import(other, ours)

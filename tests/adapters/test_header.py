@@ -61,7 +61,7 @@ def test_parse_header_refuses_or_reads_any_bytes(data: bytes) -> None:
 
 
 @given(files(), st.data())
-def test_mutated_header_that_passes_is_read_alike_by_the_library(data: bytes, draw: st.DataObject) -> None:
+def test_accepted_mutated_header_is_read_equally_by_safetensors(data: bytes, draw: st.DataObject) -> None:
     changed = bytearray(data)
     for _ in range(draw.draw(st.integers(1, 3))):
         changed[draw.draw(st.integers(0, len(data) - 1))] = draw.draw(st.integers(0, 255))
@@ -102,7 +102,7 @@ def test_accepted_tensors_fill_the_file(described: Any, data: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["F64", "I64", "U8", "BOOL", "F8_E4M3", "f32", ""])
-def test_other_dtypes_are_refused_by_name(dtype: str) -> None:
+def test_header_refuses_other_dtypes_by_name(dtype: str) -> None:
     text = json.dumps({"a": {"dtype": dtype, "shape": [1], "data_offsets": [0, 4]}}).encode()
     with pytest.raises(UserError, match="must be one of F16, BF16, F32"):
         parse_header(text, 4, "weights")

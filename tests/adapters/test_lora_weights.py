@@ -155,7 +155,7 @@ NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda tensors: tensors.pop(NAME), f"{NAME} is missing"),
         (
@@ -167,13 +167,13 @@ NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     ],
 )
 def test_load_lora_weights_refuses_missing_and_unexpected_weights(
-    change: Callable[[dict[str, Any]], Any], told: str, tmp_path: Path
+    change: Callable[[dict[str, Any]], Any], message: str, tmp_path: Path
 ) -> None:
     _save(tmp_path, LoraConfig(**PLAIN))
     tensors = load_file(tmp_path / WEIGHTS)
     change(tensors)
     save_file(tensors, tmp_path / WEIGHTS)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         load_lora_weights(tmp_path, llama().float())
 
 

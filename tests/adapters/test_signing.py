@@ -68,9 +68,7 @@ def test_signed_adapter_names_its_signer(tmp_path: Path, ann: PrivateKey) -> Non
     assert (found.state, found.keys, found.reasons) == ("signed", ("ann",), ("signed by ann",))
 
 
-def test_another_implementation_of_dsse_accepts_the_signature_and_no_other_payload(
-    tmp_path: Path, ann: PrivateKey
-) -> None:
+def test_signature_is_verified_by_another_dsse_implementation(tmp_path: Path, ann: PrivateKey) -> None:
     """securesystemslib is what TUF and in-toto sign with."""
     adapter = _store(tmp_path, ann)
     detached = json.loads((adapter.folder / SIGNATURE).read_text())
@@ -123,7 +121,7 @@ def _link(folder: Path) -> None:
         (lambda folder: (folder / LINEAGE).unlink(), "The lineage cannot be read"),
     ],
 )
-def test_any_change_after_signing_is_tampered_and_named(
+def test_verification_names_any_change_after_signing(
     change: Callable[[Path], None], words: str, tmp_path: Path, ann: PrivateKey
 ) -> None:
     adapter = _store(tmp_path, ann)
@@ -188,14 +186,14 @@ def test_require_trusted_needs_a_signature_only_with_trusted_keys(tmp_path: Path
     assert not sign(unsigned.folder, ann)
 
 
-def test_one_trusted_signature_of_two_is_enough(tmp_path: Path, ann: PrivateKey) -> None:
+def test_adapter_is_trusted_with_one_trusted_signature_of_two(tmp_path: Path, ann: PrivateKey) -> None:
     adapter = _store(tmp_path, new_private_key("bob"))
     sign(adapter.folder, ann)
     found = trust_status(adapter, _trusting(tmp_path, ann))
     assert (found.state, len(found.keys)) == ("signed", 2)
 
 
-def test_the_same_adapter_from_other_inputs_keeps_its_signature(tmp_path: Path, ann: PrivateKey) -> None:
+def test_signature_survives_retraining_to_the_same_adapter(tmp_path: Path, ann: PrivateKey) -> None:
     adapter = _store(tmp_path, ann)
     again = _store(tmp_path, None, inputs="other inputs")
     assert again == adapter
@@ -252,7 +250,7 @@ def test_revoked_key_cannot_be_trusted_again(tmp_path: Path, ann: PrivateKey) ->
         TrustedKeys(trusted.folder).revoke("ann", "lost", None)
 
 
-def test_only_the_public_half_of_an_ed25519_key_is_trusted(tmp_path: Path, ann: PrivateKey) -> None:
+def test_trust_accepts_only_public_ed25519_keys(tmp_path: Path, ann: PrivateKey) -> None:
     trusted = TrustedKeys(tmp_path / "keys")
     with pytest.raises(UserError, match="this is the private half"):
         trusted.trust("ann", ann.path.read_text(), None)

@@ -23,7 +23,7 @@ SCORER = scorer_of("exact_match", Path())
 
 
 def _arm(plan: ArmPlan, right: int, tokens: int) -> Answers:
-    """An arm that answers the first so many items rightly, after prompts of this length."""
+    """An arm that answers the first ``right`` items correctly, after prompts of this length."""
     texts = ["right"] * right + ["wrong"] * (COUNT - right)
     scores = score_all(SCORER, texts, EXAMPLES)
     arm = score_arm(
@@ -41,7 +41,7 @@ def _arm(plan: ArmPlan, right: int, tokens: int) -> Answers:
 
 
 def _arms(*right: int) -> list[Answers]:
-    """Zero-shot, and retrieved demonstrations 1, 2, 4, … with so many right answers; each adds 30 tokens."""
+    """Zero-shot, and retrieved demonstrations 1, 2, 4, … with these counts of right answers; each adds 30 tokens."""
     plans = [ArmPlan("zero-shot"), *(ArmPlan("retrieved", 2**n, retriever="bm25") for n in range(len(right) - 1))]
     return [_arm(plan, count, 40 + 30 * plan.shots) for plan, count in zip(plans, right, strict=True)]
 
@@ -59,7 +59,7 @@ def test_enough_is_the_smallest_k_that_is_not_worse_by_the_margin() -> None:
     assert (curve.best, curve.enough) == (0, 0)
 
 
-def test_the_interval_and_not_the_score_says_what_is_as_good() -> None:
+def test_smallest_sufficient_k_is_chosen_by_the_interval() -> None:
     """Three of 300 items are a point, within the margin; that many more or fewer are not ruled out."""
     (curve,) = _budget(0, 100, 150, 197, 200).curves
     low = ITEMS.difference(_arms(0, 100, 150, 197, 200)[3], _arms(0, 100, 150, 197, 200)[4])[1].low
@@ -67,7 +67,7 @@ def test_the_interval_and_not_the_score_says_what_is_as_good() -> None:
     assert curve.enough == 8
 
 
-def test_as_many_demonstrations_fit_as_the_context_less_nearly_every_query_and_answer_holds() -> None:
+def test_max_demonstrations_fill_the_context_left_by_query_and_answer() -> None:
     budget = _budget(0, 1, 2)
     assert budget.query_p99 == np.percentile(range(1, 101), 99, method="higher")
     assert budget.output_p99 == 50
@@ -91,18 +91,18 @@ def test_rising_is_what_the_last_doubling_shows(right: tuple[int, ...], expected
     assert curve.rising == expected
 
 
-def test_a_single_k_has_no_doubling() -> None:
+def test_curve_with_one_k_has_no_doubling() -> None:
     (curve,) = _budget(0, 100).curves
     assert (curve.last, curve.rising) == (None, "unclear")
 
 
-def test_the_cheapest_arm_that_is_as_good_is_found_among_all() -> None:
+def test_cheapest_sufficient_arm_is_found_among_all() -> None:
     arms = _arms(0, 100, 200, 200, 200)
     assert cheapest_enough(arms, arms[4], ITEMS) is arms[2]
     assert cheapest_enough(arms[:2], arms[1], ITEMS) is arms[1]
 
 
-def test_each_kind_has_its_curve_and_of_several_draws_the_best_counts() -> None:
+def test_each_kind_has_a_curve_of_its_best_draws() -> None:
     draws = [
         _arm(ArmPlan("static", k, seed=seed), right, 40 + 30 * k)
         for k, seed, right in [(1, 1, 30), (1, 2, 60), (2, 1, 80), (2, 2, 50)]

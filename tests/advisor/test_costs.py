@@ -31,7 +31,7 @@ def _even(prompting: Lengths, tuned: Lengths, settings: AdviseConfig, clusters: 
     )
 
 
-def test_the_number_of_calls_is_costs_by_savings() -> None:
+def test_break_even_calls_are_costs_divided_by_savings() -> None:
     retrieved = Lengths("retrieved-8", inputs=[1000, 1200], outputs=[12, 8], cached=100)
     tuned = Lengths("pilot", inputs=[110, 130], outputs=[10, 10], cached=100)
     even = _even(retrieved, tuned, AdviseConfig(prices=PRICES, months=6, calls_per_month=10_000))
@@ -47,7 +47,7 @@ def test_the_number_of_calls_is_costs_by_savings() -> None:
     assert (even.unit, even.expected_calls, even.pays) == ("money", 60_000, "yes")
 
 
-def test_a_cached_prefix_of_static_demonstrations_hardly_costs_and_retrieved_ones_do() -> None:
+def test_cached_static_demonstrations_cost_less_than_retrieved_ones() -> None:
     """Equal prompts, of which a cache holds nearly all in one case: leaving that out would oversell training."""
     tuned = Lengths("pilot", inputs=[130] * 4, outputs=[10] * 4, cached=100)
     settings = AdviseConfig(prices=PRICES)
@@ -58,14 +58,14 @@ def test_a_cached_prefix_of_static_demonstrations_hardly_costs_and_retrieved_one
     assert static.calls / retrieved.calls == pytest.approx((910 - 40) / (127 - 40), rel=0.01)
 
 
-def test_longer_answers_can_eat_up_the_saving() -> None:
+def test_longer_answers_can_cancel_the_saving() -> None:
     prompting = Lengths("zero-shot", inputs=[130] * 5, outputs=[10] * 5, cached=100)
     longer = Lengths("pilot", inputs=[130] * 5, outputs=[30] * 5, cached=100)
     even = _even(prompting, longer, AdviseConfig(prices=PRICES, calls_per_month=10**9))
     assert (even.calls, even.calls_low, even.calls_high, even.pays) == (None, None, None, "no")
 
 
-def test_an_interval_that_reaches_no_saving_has_no_upper_end() -> None:
+def test_break_even_interval_has_no_upper_end_without_a_sure_saving() -> None:
     prompting = Lengths("zero-shot", inputs=[130] * 6, outputs=[10, 40, 10, 40, 10, 40], cached=100)
     tuned = Lengths("pilot", inputs=[130] * 6, outputs=[30, 10, 30, 10, 30, 10], cached=100)
     even = _even(prompting, tuned, AdviseConfig(prices=PRICES, calls_per_month=10**9))
@@ -73,7 +73,7 @@ def test_an_interval_that_reaches_no_saving_has_no_upper_end() -> None:
     assert even.pays == "unclear"
 
 
-def test_the_interval_is_that_of_a_plain_bootstrap_over_clusters() -> None:
+def test_break_even_interval_equals_a_plain_cluster_bootstrap() -> None:
     draw = random.Random(3)
     clusters = [str(n // 3) for n in range(90)]
     shift = {name: draw.uniform(0, 400) for name in set(clusters)}  # items of a cluster are alike
@@ -93,7 +93,7 @@ def test_the_interval_is_that_of_a_plain_bootstrap_over_clusters() -> None:
     assert even.calls_low == pytest.approx(even.once.total / even.saving_interval.high)
 
 
-def test_without_prices_the_hour_cancels_out() -> None:
+def test_break_even_does_not_depend_on_the_hourly_price() -> None:
     """Training and calls on the same machine: what an hour costs changes no number of calls."""
     speed = Speed(prefill=2000, decode=50, rows=8)
     prompting = Lengths("retrieved-8", inputs=[1000] * 4, outputs=[10] * 4, cached=100)
@@ -129,7 +129,7 @@ def test_without_prices_the_hour_cancels_out() -> None:
         ("{labelling: 5}", "labelling and hosting require hour"),
     ],
 )
-def test_prices_whose_units_do_not_meet_are_refused(prices: str, said: str) -> None:
+def test_prices_in_incompatible_units_are_refused(prices: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         parse_config(f"advise:\n  prices: {prices}\n", Path("tunewright.yaml"))
 

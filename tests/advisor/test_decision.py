@@ -54,23 +54,23 @@ BEHIND_BUT_RISING = gain(-10, -15, -6, slope=STEEP)
         (gain(-10, -15, -6, slope=None, rows=400), NEVER, "retrieve"),
     ],
 )
-def test_the_table(measured_gain: Any, even: Any, expected: str) -> None:
+def test_decision_follows_the_table(measured_gain: Any, even: Any, expected: str) -> None:
     decision = decide(make_signals(gain=measured_gain, break_even=even))
     assert decision.answer == expected
     assert decision.exit_code == {"fine-tune": 0, "retrieve": 3, "can't tell": 4}[expected]
     assert (decision.arm == "retrieved-4") == (expected == "retrieve")
 
 
-def test_the_answer_is_named_by_the_cheapest_arm_that_is_as_good() -> None:
+def test_decision_names_the_cheapest_sufficient_arm() -> None:
     without = decide(make_signals(gain=WORSE, break_even=NEVER, cheapest="zero-shot"))
     assert (without.answer, without.arm, without.exit_code) == ("prompt", "zero-shot", 3)
 
 
-def test_a_gain_that_the_test_does_not_confirm_is_none() -> None:
+def test_unconfirmed_gain_does_not_count() -> None:
     assert decide(make_signals(gain=gain(10, 5, 15, slope=STEEP, p_value=0.06))).answer == "can't tell"
 
 
-def test_below_six_clusters_nothing_can_be_told() -> None:
+def test_decision_is_unclear_below_six_clusters() -> None:
     for difference in (10, -10, 0):
         few = gain(difference, difference - 1, difference + 1, slope=FLAT, clusters=5)
         decision = decide(make_signals(gain=few, break_even=PAYS))
@@ -88,17 +88,17 @@ def test_below_six_clusters_nothing_can_be_told() -> None:
 )
 def test_demonstrations_that_fit_and_may_be_better_come_before_training(rising: Any, most: int, expected: str) -> None:
     context = make_signals().context
-    told = context.model_copy(update={"curves": [curve(last=doubling(2, 4, 3.5, 1, 6), rising=rising, most=most)]})
-    decision = decide(make_signals(context=told, gain=gain(10, 5, 15, slope=STEEP)))  # 5 <= 2 + 3.5
+    message = context.model_copy(update={"curves": [curve(last=doubling(2, 4, 3.5, 1, 6), rising=rising, most=most)]})
+    decision = decide(make_signals(context=message, gain=gain(10, 5, 15, slope=STEEP)))  # 5 <= 2 + 3.5
     assert decision.answer == expected
     if expected == "can't tell":
         assert "twice the demonstrations" in decision.why
         assert any(
-            "add 8 to evaluate.num_fewshot" in c for c in changes(make_signals(context=told, gain=BEATS), decision)
+            "add 8 to evaluate.num_fewshot" in c for c in changes(make_signals(context=message, gain=BEATS), decision)
         )
 
 
-def test_without_a_pilot_only_a_score_that_nothing_can_beat_is_a_no() -> None:
+def test_decision_without_a_pilot_is_no_only_for_an_unbeatable_score() -> None:
     lacking = {"gain": None, "break_even": None, "left_out": {"gain": "--no-pilot", "break_even": "no pilot"}}
     decision = decide(make_signals(**lacking))
     assert (decision.answer, "--no-pilot" in decision.why) == ("can't tell", True)
@@ -108,7 +108,7 @@ def test_without_a_pilot_only_a_score_that_nothing_can_beat_is_a_no() -> None:
     assert decide(make_signals(**lacking, prompting=perfect)).answer == "retrieve"
 
 
-def test_what_all_rows_may_reach_is_the_pilots_end_and_a_doubling_for_each_that_is_left() -> None:
+def test_reach_of_all_rows_extrapolates_the_pilots_slope() -> None:
     # 100 of 400 rows: two doublings; interval's end 9, each doubling at most 10.
     assert Grounds(make_signals(gain=gain(3, -3, 9, slope=STEEP))).reach == pytest.approx(0.09 + 2 * 0.10)
     # Never more than what is missing to 1: the best prompting score is 40, at least 35.
@@ -122,7 +122,7 @@ points = st.floats(-60, 60)
 @given(
     points, st.floats(0, 20), st.floats(0, 20), st.floats(0, 1), st.sampled_from([PAYS, TOO_FEW_CALLS, NEVER, ENDLESS])
 )
-def test_a_larger_gain_never_speaks_against_training(
+def test_larger_gain_never_worsens_the_decision(
     difference: float, below: float, above: float, p_value: float, even: Any
 ) -> None:
     order = {"retrieve": 0, "can't tell": 1, "fine-tune": 2}
@@ -139,7 +139,7 @@ def test_a_larger_gain_never_speaks_against_training(
 
 
 @given(points, st.floats(0, 20), st.floats(0, 20), st.sampled_from([PAYS, TOO_FEW_CALLS, NEVER, None]), st.booleans())
-def test_the_stored_advice_gives_the_same_answer_and_words(
+def test_stored_advice_gives_the_same_decision_and_text(
     difference: float, below: float, above: float, even: Any, steep: bool
 ) -> None:
     slope = STEEP if steep else FLAT
@@ -160,49 +160,49 @@ def test_the_stored_advice_gives_the_same_answer_and_words(
 
 def test_volume_and_price_at_which_a_pilot_that_is_as_good_pays_are_named() -> None:
     signals = make_signals(gain=AS_GOOD, break_even=TOO_FEW_CALLS)
-    told = changes(signals, decide(signals))
-    assert any("56,000 calls in 12 months (4,667 a month)" in line for line in told)
+    message = changes(signals, decide(signals))
+    assert any("56,000 calls in 12 months (4,667 a month)" in line for line in message)
     # 12,000 calls at a saving of at least 0.0009 each.
-    assert any("at most 10.80 in total; now 50.00" in line for line in told)
+    assert any("at most 10.80 in total; now 50.00" in line for line in message)
 
 
-def test_the_items_that_would_settle_an_unclear_gain_are_named() -> None:
+def test_unclear_gain_names_the_items_needed() -> None:
     signals = make_signals(gain=UNCLEAR, break_even=NEVER)
-    told = " ".join(changes(signals, decide(signals)))
+    message = " ".join(changes(signals, decide(signals)))
     # 3 points, 1 above the margin of 2, half width 6: (6 / 1)^2 * ((1.96 + 0.84) / 1.96)^2 * 200 items is out of reach.
-    assert "Even 20 times as many may not settle it" in told
+    assert "Even 20 times as many may not settle it" in message
     near = make_signals(gain=gain(8, 1, 15, slope=FLAT), break_even=NEVER)
     # (7 / 6)^2 * 2.043 * 200 = 556, rounded up to two digits
     assert "About 560 (360 more)" in " ".join(changes(near, decide(near)))
     assert "8.0 points or more (80% power); the margin is 2" in " ".join(changes(near, decide(near)))
 
 
-def test_the_demonstrations_that_would_catch_up_are_named() -> None:
+def test_decision_names_the_demonstrations_needed_to_catch_up() -> None:
     context = make_signals().context
     rising = context.model_copy(update={"curves": [curve(last=doubling(2, 4, 1.5, 0.5, 3), rising="no", most=40)]})
     signals = make_signals(context=rising, gain=gain(10, 5, 15, slope=STEEP))
-    told = " ".join(changes(signals, decide(signals)))
+    message = " ".join(changes(signals, decide(signals)))
     # 5 - 2 points at 1.5 a doubling are two doublings of four.
-    assert "about k = 16 (retrieved by bm25), and 40 fit" in told
+    assert "about k = 16 (retrieved by bm25), and 40 fit" in message
 
 
-def test_the_training_rows_that_would_do_are_named_once_the_pilot_had_them_all() -> None:
+def test_decision_names_the_rows_needed_after_a_full_pilot() -> None:
     slope = doubling(200, 400, 4, 1, 7)
     signals = make_signals(gain=gain(-6, -14, 3, slope=slope, rows=400, p_value=0.2), break_even=NEVER)
-    told = " ".join(changes(signals, decide(signals)))
+    message = " ".join(changes(signals, decide(signals)))
     # 2 - (-6) points at 4 a doubling are two doublings of 400.
-    assert "about 1,600 training rows are enough" in told
+    assert "about 1,600 training rows are enough" in message
     flat = make_signals(gain=gain(-1, -9, 7, slope=FLAT, rows=400, p_value=0.4), break_even=NEVER)
     assert "training rows are enough" not in " ".join(changes(flat, decide(flat)))
 
 
-def test_few_pairs_are_told_what_to_expect() -> None:
+def test_few_pairs_get_a_warning() -> None:
     assert expectations(make_signals(pairs=500)) == []
-    told = " ".join(expectations(make_signals(pairs=499)))
-    assert "499 pairs" in told and "8.0 points" in told and "crossval" in told
+    message = " ".join(expectations(make_signals(pairs=499)))
+    assert "499 pairs" in message and "8.0 points" in message and "crossval" in message
 
 
-def test_a_stored_advice_is_decided_without_torch(tmp_path: Path) -> None:
+def test_stored_advice_is_decided_without_torch(tmp_path: Path) -> None:
     file = tmp_path / "advice.json"
     file.write_text(make_signals(gain=WORSE, break_even=NEVER).model_dump_json())
     code = (

@@ -1,4 +1,4 @@
-"""How many answers have the form that a metric asks for."""
+"""Counts of answers in the form that a metric requires."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ EXAMPLES = [Example((Message("user", "what?"), Message("assistant", "granted")))
         ("exact_match", ("json_valid",), "valid JSON", 1),
     ],
 )
-def test_the_answers_that_have_the_form_are_counted(metric: Any, also: Any, what: str, valid: int) -> None:
+def test_form_counts_valid_answers(metric: Any, also: Any, what: str, valid: int) -> None:
     settings = EvaluateConfig.model_validate({"metric": metric, "extra_metrics": also})
-    told = form(settings.metrics, TEXTS, EXAMPLES)
-    assert told is not None
-    assert (told.what, told.items, told.valid) == (what, len(TEXTS), valid)
+    message = form(settings.metrics, TEXTS, EXAMPLES)
+    assert message is not None
+    assert (message.what, message.items, message.valid) == (what, len(TEXTS), valid)
 
 
-def test_a_metric_that_asks_for_no_form_has_none() -> None:
+def test_form_is_none_for_a_metric_without_a_form() -> None:
     assert form(EvaluateConfig(metric="exact_match").metrics, TEXTS, EXAMPLES) is None

@@ -1,4 +1,4 @@
-"""Which rows the pilots are trained on, and what their contrast says."""
+"""Training rows of the pilots, and their contrast."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _parts(whole: tuple[ProjectFolder, DatasetVersion], **settings: Any) -> list
     return [{m.key for m in part.version.examples("train")} for part in parts]
 
 
-def test_the_smaller_part_is_half_of_the_pilots_rows_and_within_them(
+def test_smaller_part_is_a_nested_half_of_the_pilot(
     whole: tuple[ProjectFolder, DatasetVersion],
 ) -> None:
     count = len(whole[1].domain_of("train"))
@@ -44,7 +44,7 @@ def test_the_smaller_part_is_half_of_the_pilots_rows_and_within_them(
     assert len(half) == pytest.approx(count / 4, abs=2)
 
 
-def test_a_pilot_has_at_least_fifty_rows_and_at_most_what_the_config_allows(
+def test_pilot_size_respects_minimum_and_config(
     whole: tuple[ProjectFolder, DatasetVersion],
 ) -> None:
     (pilot,) = _parts(whole, pilot_fraction=0.01)
@@ -54,15 +54,15 @@ def test_a_pilot_has_at_least_fifty_rows_and_at_most_what_the_config_allows(
     assert len(pilot) == pytest.approx(120, abs=2)
 
 
-def test_a_pilot_of_all_rows_is_the_version_itself(whole: tuple[ProjectFolder, DatasetVersion]) -> None:
+def test_pilot_of_all_rows_is_the_version(whole: tuple[ProjectFolder, DatasetVersion]) -> None:
     project, version = whole
     config = project.config.model_copy(update={"advise": AdviseConfig(pilot_fraction=1)})
     assert pilot_parts(ProjectFolder(project.root, config), version)[-1].version is version
 
 
-def test_fewer_than_fifty_training_pairs_make_no_pilot(tmp_path: Path) -> None:
+def test_pilot_is_refused_below_fifty_training_pairs(tmp_path: Path) -> None:
     folder = tiny_project(tmp_path / "project", Path("no-base"), 40)
     assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
     project = ProjectFolder(folder)
-    with pytest.raises(UserError, match="training pairs, and a pilot takes at least 50"):
+    with pytest.raises(UserError, match="A pilot needs at least 50 training pairs"):
         pilot_parts(project, load_version(project.dataset))

@@ -27,7 +27,7 @@ def test_rates_are_tokens_by_seconds_of_as_many_rows_as_a_batch_holds(
     monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
     short = measured_speed(model, chat, [(5, 6, 7)] * 9, None, batch_size=4)
     assert (short.rows, short.prefill, short.decode) == (4, 4 * 3 / 2, 4 * 16 / 2)
-    # So many tokens are timed at the most, and one row in any case.
+    # At most this many tokens are timed, and one row in any case.
     monkeypatch.setattr(costs, "_MOST_PREFILLED", 10)
     assert measured_speed(model, chat, [(5, 6, 7)] * 9, None, batch_size=4).rows == 3
     assert measured_speed(model, chat, [(5,) * 11] * 2, None, batch_size=4).rows == 1

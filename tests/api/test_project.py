@@ -17,10 +17,10 @@ from tunewright.cli import commands
 from tunewright.core.errors import UserError
 
 NO_VERBS = {"doctor", "init", "config", "demo"}
-"""What makes a project, or tells of the config."""
+"""Functions that create a project or describe the config."""
 
 
-def test_each_command_is_a_verb_and_each_group_of_commands_has_its_own(tmp_path: Path, tiny_base_folder: Path) -> None:
+def test_project_has_a_method_for_every_command(tmp_path: Path, tiny_base_folder: Path) -> None:
     project = tunewright.open(tiny_project(tmp_path / "project", tiny_base_folder))
     lacking = []
     for path in _paths(get_command(commands())):
@@ -44,7 +44,7 @@ def _paths(group: Any) -> Iterator[str]:
             yield name
 
 
-def test_versions_from_python_are_those_of_the_command_line(tmp_path: Path, tiny_base_folder: Path) -> None:
+def test_python_and_command_line_create_the_same_versions(tmp_path: Path, tiny_base_folder: Path) -> None:
     folder = tiny_project(tmp_path / "project", tiny_base_folder)
     data = tunewright.open(folder).data
     first = data.add([folder / "pairs.jsonl"], message="all").version.digest
@@ -65,7 +65,7 @@ def test_versions_from_python_are_those_of_the_command_line(tmp_path: Path, tiny
     assert data.verify().ok
 
 
-def test_a_review_from_python_goes_on_on_the_command_line(tmp_path: Path, tiny_base_folder: Path) -> None:
+def test_command_line_resumes_a_review_begun_in_python(tmp_path: Path, tiny_base_folder: Path) -> None:
     folder = tiny_project(tmp_path / "project", tiny_base_folder)
     data = tunewright.open(folder).data
     data.add([folder / "pairs.jsonl"])

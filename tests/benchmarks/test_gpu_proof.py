@@ -88,7 +88,7 @@ def proof(*arguments: str | Path, env: dict[str, str] | None = None) -> subproce
 
 
 def only_document(folder: Path) -> dict[str, Any]:
-    """The one results file in a folder; empty while there is none."""
+    """The one results file in a folder; empty without one."""
     files = list(folder.glob("*.json"))
     document: dict[str, Any] = json.loads(files[0].read_text()) if files else {"cases": {}}
     return document

@@ -212,10 +212,10 @@ def test_untrainable_template_is_refused(template: str, words: str) -> None:
 def test_invalid_template_is_refused() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = 5
-    with pytest.raises(UserError, match=r"the chat template must be text \(got int\)"):
+    with pytest.raises(UserError, match=r"The chat template must be text \(got int\)"):
         chat_of(tokenizer)
     tokenizer.chat_template = {"tools": CHATML, "rag": CHATML}
-    with pytest.raises(UserError, match="no default among the chat templates rag, tools"):
+    with pytest.raises(UserError, match="No default among the chat templates rag, tools"):
         chat_of(tokenizer)
 
 
@@ -224,7 +224,7 @@ def test_untrainable_shape_does_not_affect_others() -> None:
     chat = _chat(f"{{% if {answered} %}}no{{% else %}}{CHATML}{{% endif %}}")
     assert len(chat.digest) == 64
     assert _trained(chat.encode(_turns("a", "b"))) == ["b<|im_end|>"]
-    with pytest.raises(UserError, match="cannot locate the answer"):
+    with pytest.raises(UserError, match="Cannot locate the answer"):
         chat.encode(_turns("a", "b", system="c"))
 
 
@@ -247,7 +247,7 @@ def test_syntax_error_is_reported_with_its_line() -> None:
         ([("user", "a"), ("user", "b"), ("assistant", "c")], "two user turns in a row"),
         ([("system", "a"), ("system", "b"), ("user", "c"), ("assistant", "d")], "a system turn must be the first turn"),
         ([("user", "a"), ("assistant", " ")], "an empty answer"),
-        ([("user", "a")], "the last turn must be the assistant's"),
+        ([("user", "a")], "The last turn must be the assistant's"),
         ([("user", [{"type": "text", "text": "a"}]), ("assistant", "b")], "a list of parts"),
         ([("tool", "a"), ("assistant", "b")], 'role is "tool"'),
     ],
@@ -277,19 +277,19 @@ def test_plain_form_is_ordinary_text_between_bos_and_eos() -> None:
 
 def test_differences_name_the_changed_part() -> None:
     other = _chat(CHATML.replace("{% endfor %}", "\n{% endfor %}"))
-    assert differences(CHAT.description, other.description) == ["the chat template differs from its line 3 on"]
+    assert differences(CHAT.description, other.description) == ["The chat template differs from its line 3 on"]
     plain = chat_of(TOKENIZER, kind="plain")
     assert differences(CHAT.description, plain.description) == [
         "the format was the base's own template and is the plain form"
     ]
     assert differences(CHAT.description, _chat(CHATML + "\n").description) == [
-        "the chat template differs from its line 4 on"
+        "The chat template differs from its line 4 on"
     ]
     tokenizer = byte_tokenizer()
     tokenizer.backend_tokenizer.normalizer = _lower()
     changed = chat_of(tokenizer).description
     assert differences(CHAT.description, changed) == [
-        "the tokenizer makes other tokens of the same text (another version of it, or of tokenizers?)"
+        "The tokenizer makes other tokens of the same text (another version of it, or of tokenizers?)"
     ]
     assert differences(CHAT.description, chat_of(byte_tokenizer()).description) == []
 
@@ -303,9 +303,9 @@ def _lower() -> Any:
 @pytest.mark.parametrize(
     ("tokenizer", "messages", "words"),
     [
-        (TOKENIZER, "hello", "a conversation must be a list of turns"),
-        (TOKENIZER, {"messages": []}, "a conversation must be a list of turns"),
-        (TOKENIZER, None, "a conversation must be a list of turns"),
+        (TOKENIZER, "hello", "A conversation must be a list of turns"),
+        (TOKENIZER, {"messages": []}, "A conversation must be a list of turns"),
+        (TOKENIZER, None, "A conversation must be a list of turns"),
         (TOKENIZER, [], "messages must be a list of turns"),
         (TOKENIZER, ["a"], "messages.0. must be an object"),
         (TOKENIZER, [{"role": "user"}], 'messages.0. has no "content"'),
@@ -313,7 +313,7 @@ def _lower() -> Any:
         (
             None,
             _turns("a", "b"),
-            "expected a base or a tokenizer",
+            "Expected a base or a tokenizer",
         ),
         ("gpt2", [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "got str"),
     ],
@@ -326,7 +326,7 @@ def test_encode_refuses_other_types(tokenizer: Any, messages: Any, words: str) -
 def test_encode_refuses_a_missing_answer_and_half_a_character() -> None:
     for messages in ([], _turns("a")):
         for make in (CHAT.encode, CHAT.rows):
-            with pytest.raises(UserError, match="the last turn must be the assistant's"):
+            with pytest.raises(UserError, match="The last turn must be the assistant's"):
                 make(messages)
-    with pytest.raises(UserError, match="half of a surrogate pair"):
+    with pytest.raises(UserError, match="Half of a surrogate pair"):
         CHAT.prompt(_turns("a\ud800"))

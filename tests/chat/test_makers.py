@@ -149,7 +149,7 @@ def test_plain_text_matches_mistrals_tokenizer(version: Mistral, text: str) -> N
 
 @pytest.mark.parametrize("version", SENTENCEPIECE)
 @pytest.mark.parametrize("text", [" x", "▁x"])
-def test_only_sentencepiece_prefixes_a_text_that_starts_with_a_space(version: Mistral, text: str) -> None:
+def test_prefix_space_is_added_only_by_sentencepiece(version: Mistral, text: str) -> None:
     encoder, ids = makers.mistral_encoder(version), _encode(makers.mistral_tokenizer(version), text)
     assert ids == encoder.encode("x", bos=False, eos=False) != encoder.encode(text, bos=False, eos=False)
 

@@ -1,4 +1,4 @@
-"""Bases with the makers' tokenizers on the road: what was trained, what is served, and what is refused."""
+"""Bases with the makers' tokenizers through the pipeline: training, serving and refusals."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def _name(project: Path) -> str:
     return adapter.name
 
 
-def test_show_follows_an_adapter_to_its_rows_and_the_rows_lead_back(project: Path) -> None:
+def test_show_traces_an_adapter_to_its_rows_and_back(project: Path) -> None:
     name = _name(project)
     ran = tunewright("adapters", "show", "-p", project)
     assert ran.code == 0
@@ -57,7 +57,7 @@ def test_show_follows_an_adapter_to_its_rows_and_the_rows_lead_back(project: Pat
         assert [(each["adapter"], each["use"]) for each in found] == [(name, use)]
 
 
-def test_show_in_json_has_the_keys_only_where_asked_for(project: Path) -> None:
+def test_show_json_has_row_keys_only_on_request(project: Path) -> None:
     short = tunewright("adapters", "show", "--json", "-p", project).document
     long = tunewright("adapters", "show", "--rows", "--json", "-p", project).document
     assert all("keys" not in split for split in short["dataset"]["splits"])
@@ -68,7 +68,7 @@ def test_show_in_json_has_the_keys_only_where_asked_for(project: Path) -> None:
     assert short["evaluations"] == []
 
 
-def test_a_dataset_version_that_is_gone_or_changed_is_said(project: Path) -> None:
+def test_adapters_show_reports_a_missing_or_changed_dataset_version(project: Path) -> None:
     (rows,) = {path.parent for path in (project / "dataset" / "rows").glob("*.jsonl")}
     path = sorted(rows.glob("*.jsonl"))[0]
     path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
@@ -81,10 +81,10 @@ def test_a_dataset_version_that_is_gone_or_changed_is_said(project: Path) -> Non
     assert "it is missing" in ran.stdout
 
 
-def test_a_row_that_was_taken_out_since_is_still_found_in_what_was_trained_on_it(project: Path) -> None:
+def test_trained_by_finds_a_row_that_was_removed_after_training(project: Path) -> None:
     first = load_version(project / "dataset")
     key = first.examples("train")[0].key
-    # A dataset begun anew, beside the version that the adapter was trained on.
+    # A new dataset, next to the version that the adapter was trained on.
     write_jsonl(
         project / "other.jsonl", [{"prompt": f"one of another kind {n * 7919}", "completion": "x"} for n in range(60)]
     )
@@ -103,7 +103,7 @@ def test_a_row_that_was_taken_out_since_is_still_found_in_what_was_trained_on_it
     assert tunewright("data", "show", key, "-p", fresh).code == 2
 
 
-def test_verify_tells_unsigned_signed_revoked_and_changed_by_state_and_exit_code(project: Path) -> None:
+def test_verify_reports_each_signature_state_with_its_exit_code(project: Path) -> None:
     def verify() -> tuple[int, str]:
         ran = tunewright("adapters", "verify", "-p", project, "--json")
         (found,) = ran.document["adapters"]
@@ -129,15 +129,13 @@ def test_verify_tells_unsigned_signed_revoked_and_changed_by_state_and_exit_code
     assert tunewright("adapters", "sign", "-p", project).code == 2
 
 
-def test_an_adapter_that_lost_its_lineage_is_in_the_verification_all_the_same(project: Path) -> None:
+def test_verify_lists_an_adapter_without_lineage(project: Path) -> None:
     (project / "adapters" / _name(project) / "lineage.json").unlink()
     ran = tunewright("adapters", "verify", "-p", project, "--json")
     assert (ran.code, ran.document["adapters"][0]["state"]) == (1, "tampered")
 
 
-def test_what_is_trained_with_a_trusted_key_is_signed_at_once_and_served(
-    tmp_path: Path, tiny_base_folder: Path
-) -> None:
+def test_train_signs_the_adapter_with_a_trusted_key(tmp_path: Path, tiny_base_folder: Path) -> None:
     folder = tiny_project(tmp_path / "project", tiny_base_folder)
     tunewright("keys", "create", "ann", "-p", folder)
     tunewright("keys", "trust", "ann", "-p", folder)
@@ -152,7 +150,7 @@ def test_what_is_trained_with_a_trusted_key_is_signed_at_once_and_served(
     assert opened.serve(port=0).models == [str(tiny_base_folder)]
 
 
-def test_where_keys_are_trusted_nothing_unsigned_is_released_whatever_the_reason(project: Path) -> None:
+def test_deploy_refuses_an_unsigned_adapter_when_the_project_trusts_keys(project: Path) -> None:
     for arguments in (("keys", "create", "ann"), ("keys", "trust", "ann")):
         assert tunewright(*arguments, "-p", project).code == 0
     deploy = ("deploy", "colours", _name(project), "--force", "--because", "a try", "-p", project)
@@ -162,7 +160,7 @@ def test_where_keys_are_trusted_nothing_unsigned_is_released_whatever_the_reason
     assert tunewright(*deploy).code == 0
 
 
-def test_openssl_verifies_the_signature_with_what_the_documentation_says(project: Path, tmp_path: Path) -> None:
+def test_openssl_verifies_the_signature_as_documented(project: Path, tmp_path: Path) -> None:
     if shutil.which("openssl") is None:
         pytest.skip("openssl is not installed")
     for arguments in (("keys", "create", "ann"), ("keys", "trust", "ann"), ("adapters", "sign")):
@@ -185,7 +183,7 @@ def test_openssl_verifies_the_signature_with_what_the_documentation_says(project
 # Keys
 
 
-def test_keys_are_listed_with_whose_they_are_and_what_they_are_worth(project: Path) -> None:
+def test_keys_list_shows_owners_and_trust(project: Path) -> None:
     assert "No key yet" in tunewright("keys", "list", "-p", project).stdout
     tunewright("keys", "create", "ann", "-p", project)
     public = tunewright("keys", "show", "ann", "-p", project).stdout
@@ -201,7 +199,7 @@ def test_keys_are_listed_with_whose_they_are_and_what_they_are_worth(project: Pa
     assert "lost" in tunewright("keys", "list", "-p", project).stdout
 
 
-def test_a_key_is_made_without_a_project(tmp_path: Path) -> None:
+def test_keys_create_needs_no_project(tmp_path: Path) -> None:
     ran = tunewright("keys", "create", "ann", "-p", tmp_path, "--json")
     assert ran.code == 0
     assert "PRIVATE" not in ran.stdout

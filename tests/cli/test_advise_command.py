@@ -25,7 +25,7 @@ def advised(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) ->
 Advised = tuple[Path, Ran]
 
 
-def test_the_answer_has_its_exit_code_and_all_four_signals_are_told(advised: Advised) -> None:
+def test_advise_reports_four_signals_and_exits_with_its_answer(advised: Advised) -> None:
     _, ran = advised
     document = ran.document
     assert ran.code == {"fine-tune": 0, "prompt": 3, "retrieve": 3, "can't tell": 4}[document["answer"]]
@@ -34,7 +34,7 @@ def test_the_answer_has_its_exit_code_and_all_four_signals_are_told(advised: Adv
     assert "300 pairs, fewer than 500" in document["expect"][0]
 
 
-def test_the_pilots_lie_apart_from_the_projects_own_adapters(advised: Advised) -> None:
+def test_advise_stores_pilots_outside_the_adapters_folder(advised: Advised) -> None:
     project, ran = advised
     assert list_adapters(project / "adapters") == []
     stored = {a.digest: a for a in list_adapters(project / ".tunewright" / "pilot" / "adapters")}
@@ -44,7 +44,7 @@ def test_the_pilots_lie_apart_from_the_projects_own_adapters(advised: Advised) -
     assert parts[1]["rows"] == pytest.approx(2 * parts[0]["rows"], abs=2)
 
 
-def test_the_measured_numbers_are_those_of_the_answers(advised: Advised, tiny_base_folder: Path) -> None:
+def test_advise_figures_match_the_stored_answers(advised: Advised, tiny_base_folder: Path) -> None:
     """Bits per byte by transformers alone, of the whole rows' token ids."""
     import math
 
@@ -67,12 +67,12 @@ def test_the_measured_numbers_are_those_of_the_answers(advised: Advised, tiny_ba
             logits = model(ids).logits[0, asked - 1 : -1].float()
         nats += float(torch.nn.functional.cross_entropy(logits, ids[0, asked:], reduction="sum"))
         size += len(member.example.output.encode())
-    told: dict[str, Any] = ran.document["advice"]["specificity"]["surprise"][0]
-    assert told["arm"] == "zero-shot"
-    assert told["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-4)
+    message: dict[str, Any] = ran.document["advice"]["specificity"]["surprise"][0]
+    assert message["arm"] == "zero-shot"
+    assert message["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-4)
 
 
-def test_advice_is_found_done_and_the_stored_file_gives_the_same_answer(advised: Advised, tmp_path: Path) -> None:
+def test_advise_reuses_stored_advice_with_the_same_answer(advised: Advised, tmp_path: Path) -> None:
     project, ran = advised
     again = tunewright("advise", "-p", project)
     assert again.code == ran.code
@@ -88,7 +88,7 @@ def test_advice_is_found_done_and_the_stored_file_gives_the_same_answer(advised:
         assert alone.document[key] == by_id.document[key] == ran.document[key]
 
 
-def test_without_a_pilot_nothing_is_trained_and_what_is_missing_is_named(advised: Advised) -> None:
+def test_advise_without_a_pilot_trains_nothing_and_names_missing_signals(advised: Advised) -> None:
     project, _ = advised
     before = {p.name for p in (project / ".tunewright" / "pilot" / "adapters").iterdir()}
     ran = tunewright("advise", "--no-pilot", "--json", "-p", project)
@@ -98,7 +98,7 @@ def test_without_a_pilot_nothing_is_trained_and_what_is_missing_is_named(advised
     assert {p.name for p in (project / ".tunewright" / "pilot" / "adapters").iterdir()} == before
 
 
-def test_other_prices_are_other_advice_and_train_nothing_anew(advised: Advised) -> None:
+def test_advise_with_other_prices_reuses_the_pilot(advised: Advised) -> None:
     project, ran = advised
     config = project / "tunewright.yaml"
     before = config.read_text()
@@ -114,13 +114,13 @@ def test_other_prices_are_other_advice_and_train_nothing_anew(advised: Advised) 
     assert ran.document["advice"]["break_even"]["unit"] == "machine hours"
 
 
-def test_wrong_use_is_refused(advised: Advised, tmp_path: Path) -> None:
+def test_advise_refuses_wrong_usage(advised: Advised, tmp_path: Path) -> None:
     project, _ = advised
     unknown = tunewright("advise", "000000000000", "-p", project)
-    assert (unknown.code, "no advice '000000000000'" in unknown.stderr) == (2, True)
+    assert (unknown.code, "No advice '000000000000'" in unknown.stderr) == (2, True)
     both = tunewright("advise", "000000000000", "--no-pilot", "-p", project)
     assert (both.code, "does not apply to stored advice" in both.stderr) == (2, True)
     broken = tmp_path / "broken.json"
     broken.write_text("{}")
     refused = tunewright("advise", broken, "-p", project)
-    assert (refused.code, "not advice of schema 1" in refused.stderr) == (2, True)
+    assert (refused.code, "Not advice of schema 1" in refused.stderr) == (2, True)

@@ -50,8 +50,8 @@ def _file(folder: Path, content: bytes | str | list[Any], name: str = "new.jsonl
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("", ["new.jsonl", "the file has no rows"]),
-        ("\n \n", ["new.jsonl", "the file has no rows"]),
+        ("", ["new.jsonl", "The file has no rows"]),
+        ("\n \n", ["new.jsonl", "The file has no rows"]),
         ("not json\n", ["new.jsonl:1", "JSON"]),
         ([*GOOD, {"question": "a", "answer": "b"}], ["new.jsonl:61", "question"]),
         ([*GOOD, {"prompt": "a", "completion": ""}], ["new.jsonl:61", "empty"]),
@@ -61,14 +61,16 @@ def _file(folder: Path, content: bytes | str | list[Any], name: str = "new.jsonl
     ],
     ids=["empty", "blank", "not-json", "wrong-keys", "empty-answer", "not-utf8", "100000-characters", "no-answer"],
 )
-def test_a_faulty_file_is_refused_and_the_dataset_is_as_it_was(project: Path, content: Any, words: list[str]) -> None:
+def test_add_refuses_a_faulty_file_and_leaves_the_dataset_unchanged(
+    project: Path, content: Any, words: list[str]
+) -> None:
     path = _file(project, content)
     before = _snapshot(project)
     _refused(tunewright("data", "add", path, "-p", project), *words)
     assert _snapshot(project) == before
 
 
-def test_all_faults_are_listed_at_once_and_skipping_names_each(project: Path) -> None:
+def test_add_lists_all_faults_and_names_each_skipped_row(project: Path) -> None:
     path = _file(project, [*pairs(30, seed=5), {"prompt": "a"}, 7, {"prompt": "b", "completion": " "}])
     refused = tunewright("data", "add", path, "-p", project)
     _refused(refused, "new.jsonl:31", "new.jsonl:32", "new.jsonl:33", "--skip-bad")
@@ -78,50 +80,50 @@ def test_all_faults_are_listed_at_once_and_skipping_names_each(project: Path) ->
         assert f"new.jsonl:{line}" in skipped.stderr
 
 
-def test_a_byte_order_mark_is_read_right(project: Path) -> None:
+def test_add_reads_a_file_with_a_byte_order_mark(project: Path) -> None:
     text = "".join(json.dumps(row) + "\n" for row in pairs(20, seed=3))
     path = _file(project, b"\xef\xbb\xbf" + text.encode())
     ran = tunewright("data", "add", path, "-p", project, "--json")
     assert (ran.code, ran.document["added"]) == (0, 20)
 
 
-def test_three_rows_in_all_are_too_few(tmp_path: Path, tiny_base_folder: Path) -> None:
+def test_add_refuses_three_rows(tmp_path: Path, tiny_base_folder: Path) -> None:
     folder = tiny_project(tmp_path / "project", tiny_base_folder, count=3)
     _refused(tunewright("data", "add", folder / "pairs.jsonl", "-p", folder), "3", "10")
     assert not (folder / "dataset" / "HEAD").exists()
     _refused(tunewright("run", "-p", folder), "3", "10")
 
 
-def test_the_same_pairs_under_another_system_turn_are_told(project: Path) -> None:
+def test_add_warns_of_pairs_repeated_under_another_system_turn(project: Path) -> None:
     config = project / "tunewright.yaml"
     config.write_text(config.read_text().replace("data:\n", "data:\n  system_prompt: Name the first colour.\n"))
     ran = tunewright("data", "add", project / "pairs.jsonl", "-p", project)
     assert (ran.code, "120 new rows with a pair that the previous version has" in ran.stderr) == (0, True)
 
 
-def test_a_file_in_the_way_of_a_project_is_told(tmp_path: Path) -> None:
+def test_init_refuses_a_path_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     _refused(tunewright("init", tmp_path / "file"), "a file is in the place of a folder")
 
 
-def test_an_evaluation_that_is_not_there_is_told(project: Path) -> None:
+def test_verdict_refuses_an_unknown_evaluation(project: Path) -> None:
     for command in ("verdict", "report"):
-        _refused(tunewright(command, "nowhere", "-p", project), "no evaluation 'nowhere'")
+        _refused(tunewright(command, "nowhere", "-p", project), "No evaluation 'nowhere'")
 
 
-def test_a_csv_column_that_is_not_there_is_named_with_those_that_are(project: Path) -> None:
+def test_add_names_an_unknown_csv_column_and_the_existing_ones(project: Path) -> None:
     path = _file(project, "question,answer\na,b\n", "new.csv")
     _refused(tunewright("data", "add", path, "--input", "query", "--output", "answer", "-p", project), "question")
     _refused(tunewright("data", "add", path, "-p", project), "--input")
 
 
-def test_columns_named_for_a_file_that_has_none_are_not_ignored(project: Path) -> None:
+def test_column_options_are_refused_for_a_file_without_columns(project: Path) -> None:
     _refused(
-        tunewright("data", "add", project / "pairs.jsonl", "--input", "a", "-p", project), "--input", "no file is a CSV"
+        tunewright("data", "add", project / "pairs.jsonl", "--input", "a", "-p", project), "--input", "No file is a CSV"
     )
 
 
-def test_csv_columns_are_read_as_named(project: Path) -> None:
+def test_add_reads_the_named_csv_columns(project: Path) -> None:
     rows = "".join(f'"{row["prompt"]}, x",{row["completion"]}\n' for row in pairs(20, seed=3))
     path = _file(project, "question,answer\n" + rows, "new.csv")
     ran = tunewright("data", "add", path, "--input", "question", "--output", "answer", "-p", project, "--json")
@@ -129,17 +131,17 @@ def test_csv_columns_are_read_as_named(project: Path) -> None:
 
 
 @pytest.mark.parametrize("command", [["data", "add", "nowhere.jsonl"], ["data", "log"], ["train"], ["run"], ["serve"]])
-def test_outside_a_project_the_way_in_is_told(tmp_path: Path, command: list[str]) -> None:
+def test_commands_outside_a_project_suggest_init(tmp_path: Path, command: list[str]) -> None:
     _refused(tunewright(*command, "-p", tmp_path), "tunewright.yaml", "tunewright init")
 
 
 @pytest.mark.parametrize("command", ["advise", "train", "evaluate", "verdict", "report"])
-def test_a_stage_without_the_one_before_it_says_which(tmp_path: Path, tiny_base_folder: Path, command: str) -> None:
+def test_stage_names_the_missing_earlier_stage(tmp_path: Path, tiny_base_folder: Path, command: str) -> None:
     folder = tiny_project(tmp_path / "project", tiny_base_folder)
     _refused(tunewright(command, "-p", folder), "tunewright ")
 
 
-def test_an_unknown_config_key_is_refused_with_the_nearest(project: Path) -> None:
+def test_config_refuses_an_unknown_key_and_suggests_the_nearest(project: Path) -> None:
     config = project / "tunewright.yaml"
     text = config.read_text()
     config.write_text(text + "trian:\n  lora_r: 8\n")
@@ -147,7 +149,7 @@ def test_an_unknown_config_key_is_refused_with_the_nearest(project: Path) -> Non
     _refused(tunewright("train", "-p", project), f"tunewright.yaml:{line}:", "did you mean train?")
 
 
-def test_a_base_without_weights_is_refused(project: Path, tmp_path: Path) -> None:
+def test_train_refuses_a_base_without_weights(project: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
     base.mkdir()
     (base / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
@@ -158,13 +160,13 @@ def test_a_base_without_weights_is_refused(project: Path, tmp_path: Path) -> Non
         _refused(tunewright(command, "-p", project), "Missing weights: model.safetensors")
 
 
-def test_errors_are_json_where_json_was_asked_for(project: Path) -> None:
+def test_errors_are_json_with_json(project: Path) -> None:
     ran = tunewright("data", "add", project / "nowhere.jsonl", "-p", project, "--json")
     assert ran.code == 2
     assert "nowhere.jsonl" in ran.document["error"]["where"]
 
 
-def test_a_port_that_is_taken_is_told(project: Path) -> None:
+def test_serve_refuses_a_port_in_use(project: Path) -> None:
     import socket
 
     with socket.socket() as taken:
@@ -211,7 +213,7 @@ class _CtrlC(LogTask):
         pytest.param("tuned on test", 2, marks=pytest.mark.slow),
     ],
 )
-def test_ctrl_c_in_every_stage_loses_nothing_and_the_same_command_goes_on(
+def test_stage_resumes_without_loss_after_ctrl_c(
     title: str, after: int, tmp_path: Path, tiny_base_folder: Path
 ) -> None:
     folder = tiny_project(tmp_path / "project", tiny_base_folder)
@@ -239,7 +241,7 @@ def _small_disk(folder: Path, size: str) -> Iterator[Path]:
     "command",
     [pytest.param("advise", marks=pytest.mark.slow), "train", pytest.param("evaluate", marks=pytest.mark.slow)],
 )
-def test_a_full_disk_is_told_and_what_was_there_still_works(
+def test_full_disk_is_reported_and_existing_files_still_work(
     command: str, tmp_path: Path, tiny_base_folder: Path
 ) -> None:
     with _small_disk(tmp_path / "disk", "8m") as disk:

@@ -105,11 +105,11 @@ def _project(folder: Path, base: str | Path, also: str = "") -> Path:
 
 
 def _refused(ran: Ran, *words: str) -> None:
-    told = " ".join(ran.stderr.split())
-    assert ran.code == 2, told
-    assert told.count("Error: ") == 1, told
+    message = " ".join(ran.stderr.split())
+    assert ran.code == 2, message
+    assert message.count("Error: ") == 1, message
     for each in words:
-        assert each in told
+        assert each in message
 
 
 @pytest.mark.parametrize("arguments", [["train"], ["run"], ["train", "--sweep"], ["train", "--curve"], ["crossval"]])
@@ -164,15 +164,15 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("fault", "told"), FAULTS)
+@pytest.mark.parametrize(("fault", "message"), FAULTS)
 def test_train_refuses_large_base_when_cuda_build_has_no_usable_card(
-    fault: str, told: str, hub: type[_ConfigHub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fault: str, message: str, hub: type[_ConfigHub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project = _project(tmp_path, "org/model")
     _cuda_build(monkeypatch, fault)
     _refused(
         command("train", "-p", project),
-        f"torch is built for CUDA but cannot use a card: {told}",
+        f"torch is built for CUDA but cannot use a card: {message}",
         "set CUDA_VISIBLE_DEVICES=-1",
     )
     assert hub.asked == {"config.json"}
@@ -185,8 +185,8 @@ def test_train_warns_and_trains_small_base_when_cuda_build_has_no_usable_card(
     _cuda_build(monkeypatch, FAULTS[1][0])
     ran = command("train", "-p", project)
     assert ran.code == 0, ran.stderr
-    told = " ".join(ran.stderr.split())
-    assert "Found no NVIDIA driver on your system. Training runs on the CPU." in told
+    message = " ".join(ran.stderr.split())
+    assert "Found no NVIDIA driver on your system. Training runs on the CPU." in message
 
 
 def test_train_says_nothing_of_cards_when_the_user_hides_them(

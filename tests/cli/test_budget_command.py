@@ -1,4 +1,4 @@
-"""What `evaluate` and `advise` say beforehand, `--minutes`, and verdicts on the dev split, on a tiny base."""
+"""Announcements of `evaluate` and `advise`, `--minutes`, and verdicts on the dev split, on a tiny base."""
 
 from __future__ import annotations
 
@@ -43,31 +43,31 @@ def project(trained: Path, tmp_path: Path) -> Path:
 
 
 def said(ran: Ran) -> str:
-    """All that people read, on one line."""
+    """Return stdout and stderr on one line."""
     return " ".join(f"{ran.stdout} {ran.stderr}".split())
 
 
 def expected_minutes(text: str) -> int:
-    """What an announcement says."""
+    """Return the minutes of an announcement."""
     found = re.search(r"To answer: .*?: about (\d+) minutes \(timed: ", text)
     assert found is not None, text
     return int(found[1])
 
 
-def test_evaluate_says_beforehand_what_it_answers_and_how_long_it_takes(project: Path) -> None:
+def test_evaluate_announces_its_answers_and_duration(project: Path) -> None:
     ran = tunewright("evaluate", "--project", project)
     assert ran.code == 0, ran.stderr
-    told = said(ran)
-    assert "To answer: 11 prompting arms on 20 of 40 dev items, at most 4 of them on all; " in told
-    assert "4 arms on 40 test items and the noise floor. " in told
-    answers = int(re.search(r"floor\. ([\d,]+) answers", told)[1].replace(",", ""))  # type: ignore[index]
+    message = said(ran)
+    assert "To answer: 11 prompting arms on 20 of 40 dev items, at most 4 of them on all; " in message
+    assert "4 arms on 40 test items and the noise floor. " in message
+    answers = int(re.search(r"floor\. ([\d,]+) answers", message)[1].replace(",", ""))  # type: ignore[index]
     # 11 arms on 20, 4 on the other 20, 4 on test, and the base twice for the noise floor.
     assert answers == 11 * 20 + 4 * 20 + 4 * 40 + 2 * 40
-    assert expected_minutes(told) > 1
-    assert told.index("To answer") < told.index("The test split is opened")
+    assert expected_minutes(message) > 1
+    assert message.index("To answer") < message.index("The test split is opened")
 
 
-def test_a_budget_below_the_fewest_arms_is_refused_with_the_minimum(project: Path) -> None:
+def test_evaluate_refuses_a_budget_below_the_minimum(project: Path) -> None:
     refused = tunewright("evaluate", "--minutes", "1", "--project", project, "--json")
     assert refused.code == 2
     error = refused.document["error"]
@@ -96,14 +96,14 @@ def test_evaluate_times_again_before_it_refuses_when_the_kept_speed_is_old(proje
     assert "Timed at 2025-01-01T00:00:00+00:00, 1 minutes are too few. Timing again." in said(ran)
 
 
-def test_evaluate_counts_the_finalists_answers_that_advise_has_kept(project: Path) -> None:
+def test_evaluate_counts_the_finalists_answers_stored_by_advise(project: Path) -> None:
     """Another instruction is not among them: the choice is another, and most of its answers are there."""
     assert tunewright("advise", "--no-pilot", "--project", project).code in {0, 3, 4}
     for file in (project / "evaluations").glob("advice-*.json"):
         file.unlink()
-    told = said(tunewright("evaluate", "--dev", "--project", project))
-    kept = re.search(r"([\d,]+) answers, ([\d,]+) of them kept", told)
-    assert kept is not None, told
+    message = said(tunewright("evaluate", "--dev", "--project", project))
+    kept = re.search(r"([\d,]+) answers, ([\d,]+) of them kept", message)
+    assert kept is not None, message
     # The arms on the first 20; zero-shot and three of the finalists, the fourth at most, on the other 20.
     assert int(kept[2]) >= 11 * 20 + 2 * 20
 
@@ -122,9 +122,9 @@ def test_evaluate_counts_no_prompting_arm_when_advise_has_chosen_with_the_same_a
     advise, evaluate = ("advise", "--no-pilot"), ("evaluate", "--dev")
     ran = tunewright(*advise, "--minutes", fewest(*advise), "--project", project, "--json")
     left_out = ran.document["advice"]["prompting"]["budget"]["left_out"]
-    told = said(tunewright(*evaluate, "--minutes", fewest(*evaluate), "--project", project))
-    assert f"left out tuned+retrieved, {', '.join(left_out)}" in told
-    assert "To answer: 1 more arm on 40 dev items. 40 answers" in told
+    message = said(tunewright(*evaluate, "--minutes", fewest(*evaluate), "--project", project))
+    assert f"left out tuned+retrieved, {', '.join(left_out)}" in message
+    assert "To answer: 1 more arm on 40 dev items. 40 answers" in message
 
 
 @pytest.mark.parametrize("samples", [0, pytest.param(4, marks=pytest.mark.slow)])
@@ -143,14 +143,14 @@ def test_advise_names_the_samples_that_it_writes_and_writes_none_when_the_config
 
 
 @pytest.mark.parametrize("minutes", ["0", "-3", "nan"])
-def test_minutes_that_are_not_above_zero_are_refused(project: Path, minutes: str) -> None:
+def test_minutes_must_be_greater_than_zero(project: Path, minutes: str) -> None:
     for command in ("evaluate", "advise"):
         refused = tunewright(command, "--minutes", minutes, "--project", project)
         assert refused.code == 2, refused.stderr
-        assert "must be greater than 0" in said(refused)
+        assert "Must be greater than 0" in said(refused)
 
 
-def test_a_budget_leaves_arms_out_by_the_stated_rule_and_says_so_everywhere(project: Path) -> None:
+def test_evaluate_with_a_budget_leaves_arms_out_by_the_rule_and_reports_them(project: Path) -> None:
     whole = tunewright("evaluate", "--minutes", "1", "--project", project, "--json").document["error"]
     fewest = int(re.search(r"--minutes (\d+) or more", whole["fix"])[1])  # type: ignore[index]
     ran = tunewright("evaluate", "--minutes", str(fewest + 1), "--project", project, "--json")
@@ -179,7 +179,7 @@ def test_a_budget_leaves_arms_out_by_the_stated_rule_and_says_so_everywhere(proj
 
 
 @pytest.mark.slow
-def test_the_same_budget_is_not_settled_again_and_another_is_another_evaluation(project: Path) -> None:
+def test_evaluate_reuses_the_same_budget_and_measures_another(project: Path) -> None:
     first = tunewright("evaluate", "--minutes", "4", "--project", project, "--json")
     assert first.code == 0, first.stderr
     assert first.document["evidence"]["budget"]["left_out"]
@@ -196,7 +196,7 @@ def test_the_same_budget_is_not_settled_again_and_another_is_another_evaluation(
     assert len(tunewright("ledger", "--project", project, "--json").document["openings"]) == 2
 
 
-def test_advise_takes_a_budget_too(project: Path) -> None:
+def test_advise_accepts_a_budget(project: Path) -> None:
     ran = tunewright("advise", "--no-pilot", "--minutes", "1.5", "--project", project, "--json")
     assert ran.code in {3, 4}, ran.stderr
     budget = ran.document["advice"]["prompting"]["budget"]
@@ -207,7 +207,7 @@ def test_advise_takes_a_budget_too(project: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_stopped_evaluation_counts_what_is_kept(project: Path) -> None:
+def test_evaluate_counts_stored_answers_after_a_stop(project: Path) -> None:
     assert tunewright("evaluate", "--project", project).code == 0
     shutil.rmtree(project / "evaluations")
     again = said(tunewright("evaluate", "--project", project))
@@ -219,16 +219,16 @@ def test_a_stopped_evaluation_counts_what_is_kept(project: Path) -> None:
 # The dev split
 
 
-def test_a_verdict_on_dev_is_marked_as_dev_everywhere(project: Path) -> None:
+def test_verdict_on_dev_is_marked_as_dev_everywhere(project: Path) -> None:
     ran = tunewright("evaluate", "--dev", "--project", project, "--json")
     assert ran.document["split"] == ran.document["evidence"]["split"] == "dev"
     assert not (project / "evaluations" / "ledger.jsonl").exists()
-    told = tunewright("verdict", "--project", project, "--json")
-    assert told.code == {"ship": 0, "don't ship": 3, "can't tell": 4}[told.document["decision"]]
-    assert told.document["split"] == "dev"
-    assert "on 40 dev items" in told.document["reasons"][0]
-    assert any("does not accept this verdict" in reason for reason in told.document["reasons"])
-    assert f"Verdict (on dev): {told.document['decision']}" in said(tunewright("verdict", "--project", project))
+    message = tunewright("verdict", "--project", project, "--json")
+    assert message.code == {"ship": 0, "don't ship": 3, "can't tell": 4}[message.document["decision"]]
+    assert message.document["split"] == "dev"
+    assert "on 40 dev items" in message.document["reasons"][0]
+    assert any("does not accept this verdict" in reason for reason in message.document["reasons"])
+    assert f"Verdict (on dev): {message.document['decision']}" in said(tunewright("verdict", "--project", project))
     markdown = tunewright("verdict", "--markdown", "--project", project).stdout
     assert "(on dev): " in markdown.splitlines()[0]
     assert tunewright("report", "--project", project).code == 0
@@ -238,9 +238,9 @@ def test_a_verdict_on_dev_is_marked_as_dev_everywhere(project: Path) -> None:
     assert "test item" not in page
 
 
-def test_deploy_does_not_take_a_verdict_on_dev(project: Path) -> None:
+def test_deploy_refuses_a_verdict_on_dev(project: Path) -> None:
     assert tunewright("evaluate", "--dev", "--project", project).code == 0
     adapter = next((project / "adapters").iterdir()).name
     refused = tunewright("deploy", "court", adapter, "--project", project)
     assert refused.code == 2
-    assert "not been evaluated on the test split, and a dev verdict is no licence to ship" in said(refused)
+    assert "no verdict on the test split, and one on dev does not allow a release" in said(refused)

@@ -1,4 +1,4 @@
-"""``crossval`` through the command line, on a tiny base: who saw what, going on after a kill, and what follows."""
+"""``crossval`` through the command line, on a tiny base: seen rows, resuming after a kill, and suspects."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _evaluation(project: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return json.loads((folder / "evidence.json").read_text()), items
 
 
-def test_every_row_is_answered_once_by_an_adapter_that_saw_nothing_like_it(
+def test_crossval_answers_each_row_with_an_adapter_that_never_saw_its_cluster(
     crossvalidated: tuple[Path, list[list[str]]],
 ) -> None:
     folder, given = crossvalidated
@@ -90,13 +90,13 @@ def test_every_row_is_answered_once_by_an_adapter_that_saw_nothing_like_it(
         seen = "\n".join(text for part in given[2 * number - 2 : 2 * number] for text in part)
         assert len(held_out) == 30
         for item in held_out:
-            # A family is told by its name, the first 40 characters of its inputs.
+            # A family is identified by its name, the first 40 characters of its inputs.
             assert item["input"][:40] not in seen
         others = {item["input"] for item in items if item["fold"] != number}
         assert all(text in seen for text in others)
 
 
-def test_the_adapters_are_not_among_the_users_and_say_what_they_are(project: Path) -> None:
+def test_crossval_stores_its_adapters_apart_and_labels_them(project: Path) -> None:
     evidence, _ = _evaluation(project)
     assert list_adapters(project / "adapters") == []
     stored = list_adapters(project / ".tunewright" / "crossval" / "adapters")
@@ -108,7 +108,7 @@ def test_the_adapters_are_not_among_the_users_and_say_what_they_are(project: Pat
     assert len(tunewright("data", "log", "-p", project, "--json").document["versions"]) == 1
 
 
-def test_the_evidence_is_of_all_rows_and_adds_up(project: Path) -> None:
+def test_crossval_evidence_covers_all_rows(project: Path) -> None:
     evidence, items = _evaluation(project)
     assert (evidence["design"], evidence["items"], evidence["clusters"]) == ("cross-fitted", 90, 30)
     for arm in evidence["arms"]:
@@ -120,24 +120,24 @@ def test_the_evidence_is_of_all_rows_and_adds_up(project: Path) -> None:
     assert evidence["contrasts"][0]["control"] == evidence["best_prompting"]
 
 
-def test_it_is_found_done_the_second_time(project: Path) -> None:
+def test_crossval_reuses_a_finished_run(project: Path) -> None:
     ran = tunewright("crossval", "--folds", str(FOLDS), "-p", project, "--json")
     assert ran.document["evaluated"] is False
     assert ran.document["evidence"] == _evaluation(project)[0]
 
 
-def test_verdict_and_report_say_what_they_speak_of(project: Path) -> None:
+def test_verdict_and_report_name_the_cross_fitted_config(project: Path) -> None:
     ran = tunewright("verdict", "-p", project, "--json")
     assert ran.code in {0, 3, 4}
-    told = " ".join(ran.document["reasons"])
-    assert "(30 clusters), cross-fitted in 3 folds:" in told
-    assert "the config on about 51 training pairs: the mean of 3 adapters" in told
-    assert "the test split is no longer untouched" in told
+    message = " ".join(ran.document["reasons"])
+    assert "(30 clusters), cross-fitted in 3 folds:" in message
+    assert "the config on about 51 training pairs: the mean of 3 adapters" in message
+    assert "the test split is no longer untouched" in message
     page = Path(tunewright("report", "-p", project, "--json").document["report"]).read_text()
     assert "Arms on all rows, cross-fitted" in page
     assert "The folds" in page
     assert "Arms on the test split" not in page
-    assert told.split(".")[0] in page
+    assert message.split(".")[0] in page
 
 
 def _start(project: Path) -> subprocess.Popen[bytes]:
@@ -148,7 +148,9 @@ def _start(project: Path) -> subprocess.Popen[bytes]:
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_evidence(project: Path, tmp_path: Path, tiny_base_folder: Path) -> None:
+def test_crossval_resumes_to_the_same_evidence_after_a_kill(
+    project: Path, tmp_path: Path, tiny_base_folder: Path
+) -> None:
     other = family_project(tmp_path / "killed", tiny_base_folder)
     adapters = other / ".tunewright" / "crossval" / "adapters"
     running = _start(other)
@@ -172,7 +174,7 @@ def test_a_killed_run_goes_on_to_the_same_evidence(project: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_another_seed_deals_other_folds(project: Path) -> None:
+def test_crossval_deals_other_folds_with_another_seed(project: Path) -> None:
     before, _ = _evaluation(project)
     config = project / "tunewright.yaml"
     config.write_text(config.read_text() + "seed: 1\n")
@@ -182,7 +184,7 @@ def test_another_seed_deals_other_folds(project: Path) -> None:
     assert not set(after["lineage"]["folds"]) & set(before["lineage"]["folds"])
 
 
-def test_too_few_pairs_or_clusters_are_refused_before_anything_is_trained(
+def test_crossval_refuses_too_few_pairs_or_clusters_before_training(
     project: Path, tmp_path: Path, tiny_base_folder: Path
 ) -> None:
     ran = tunewright("crossval", "--folds", "40", "-p", project)
@@ -203,14 +205,14 @@ def test_too_few_pairs_or_clusters_are_refused_before_anything_is_trained(
 
 
 def _suspects(project: Path, *options: str) -> tuple[dict[str, Any], str]:
-    told = tunewright("data", "suspects", "-p", project, *options)
-    assert told.code == 0, told.stderr
-    return tunewright("data", "suspects", "-p", project, "--json", *options).document, told.stderr
+    message = tunewright("data", "suspects", "-p", project, *options)
+    assert message.code == 0, message.stderr
+    return tunewright("data", "suspects", "-p", project, "--json", *options).document, message.stderr
 
 
 def test_suspects_are_ranked_by_each_rows_out_of_fold_adapter(project: Path, tiny_base_folder: Path) -> None:
-    document, told = _suspects(project)
-    assert "judged by their loss under 3 cross-fitted adapters" in told
+    document, message = _suspects(project)
+    assert "judged by their loss under 3 cross-fitted adapters" in message
     assert document["judged_by"].startswith("3 cross-fitted adapters")
     assert len(document["suspects"]) == 9
     _, items = _evaluation(project)
@@ -241,27 +243,27 @@ def plain_loss(base: Path, adapter: Adapter, member: Any) -> float:
         return float(model(input_ids=torch.tensor([row.ids]), labels=torch.tensor([labels])).loss)
 
 
-def test_a_named_adapter_judges_all_rows_and_what_it_was_trained_on_is_told(project: Path) -> None:
+def test_suspects_with_a_named_adapter_reports_the_rows_it_was_trained_on(project: Path) -> None:
     trained = tunewright("train", "-p", project, "--json").document["adapter"]
-    document, told = _suspects(project, "--adapter", trained)
+    document, message = _suspects(project, "--adapter", trained)
     assert document["judged_by"] == trained
-    assert "was trained on 72 of the 90 rows" in told
-    assert "`tunewright crossval` makes adapters" in told
+    assert "was trained on 72 of the 90 rows" in message
+    assert "`tunewright crossval` makes adapters" in message
     unknown = tunewright("data", "suspects", "--adapter", "x", "-p", project)
     assert (unknown.code, "No adapter is named 'x'" in unknown.stderr) == (2, True)
 
 
 @pytest.mark.slow
-def test_without_a_cross_fit_the_newest_adapter_judges(project: Path) -> None:
+def test_suspects_uses_the_newest_adapter_without_a_crossval(project: Path) -> None:
     shutil.rmtree(project / ".tunewright" / "crossval")
-    document, told = _suspects(project)
+    document, message = _suspects(project)
     assert document["judged_by"] is None
-    assert "Use --adapter NAME to rank them by an adapter's loss" in told
+    assert "Use --adapter NAME to rank them by an adapter's loss" in message
     trained = tunewright("train", "-p", project, "--json").document["adapter"]
     assert _suspects(project)[0]["judged_by"] == trained
 
 
-def test_the_losses_of_the_last_call_are_not_computed_again(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_suspects_reuses_stored_losses(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import tunewright.evaluation.losses as losses
 
     before, _ = _suspects(project)
@@ -269,7 +271,7 @@ def test_the_losses_of_the_last_call_are_not_computed_again(project: Path, monke
     assert _suspects(project)[0] == before
 
 
-def test_review_takes_the_same_suspects_and_an_adapter_only_with_them(project: Path, tmp_path: Path) -> None:
+def test_review_uses_the_same_suspects_and_accepts_an_adapter_only_with_them(project: Path, tmp_path: Path) -> None:
     file = tmp_path / "rows.csv"
     ran = tunewright("data", "review", "--suspects", "--export", file, "-p", project)
     assert (ran.code, "3 cross-fitted adapters" in ran.stderr) == (0, True)
@@ -278,8 +280,8 @@ def test_review_takes_the_same_suspects_and_an_adapter_only_with_them(project: P
     assert (ran.code, "Add --suspects" in ran.stderr) == (2, True)
 
 
-def test_an_adapter_is_refused_where_answers_are_classes(tmp_path: Path, tiny_base_folder: Path) -> None:
+def test_suspects_refuses_an_adapter_when_answers_are_classes(tmp_path: Path, tiny_base_folder: Path) -> None:
     folder = tiny_project(tmp_path / "project", tiny_base_folder)
     assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
     ran = tunewright("data", "suspects", "--adapter", "tiny", "-p", folder)
-    assert (ran.code, "the answers are classes" in ran.stderr) == (2, True)
+    assert (ran.code, "The answers are classes" in ran.stderr) == (2, True)

@@ -32,7 +32,7 @@ def curved(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> 
 Curved = tuple[Path, dict[str, Any], int, str]
 
 
-def test_each_seed_trains_on_nested_parts_and_the_whole_is_the_projects_own(curved: Curved) -> None:
+def test_curve_trains_each_seed_on_nested_parts(curved: Curved) -> None:
     project, document, _, _ = curved
     points = document["curve"]["points"]
     assert [(p["seed"], p["share"], p["rows"]) for p in points] == [
@@ -42,15 +42,15 @@ def test_each_seed_trains_on_nested_parts_and_the_whole_is_the_projects_own(curv
     stored = list_adapters(project / ".tunewright" / "curve" / "adapters")
     assert points[2]["adapter"] == own.digest
     assert {p["adapter"] for p in points} - {own.digest} == {a.digest for a in stored}
-    told = {(a.lineage["curve"]["seed"], a.lineage["curve"]["share"]): a for a in stored}
-    assert len(told) == 5
+    message = {(a.lineage["curve"]["seed"], a.lineage["curve"]["share"]): a for a in stored}
+    assert len(message) == 5
     for adapter in stored:
         assert adapter.lineage["dataset"]["splits"]["dev"] == own.lineage["dataset"]["splits"]["dev"]
         assert "24 training pairs in a 25% part of them" in adapter.lineage["forced"]
-    assert told[0, 0.25].lineage["seed"] == 0 and told[1, 0.25].lineage["seed"] == 1
+    assert message[0, 0.25].lineage["seed"] == 0 and message[1, 0.25].lineage["seed"] == 1
 
 
-def test_the_answer_is_that_of_the_fitted_lines_and_has_its_exit_code(curved: Curved) -> None:
+def test_curve_answers_by_the_fitted_lines_with_an_exit_code(curved: Curved) -> None:
     _, document, code, _ = curved
     curve = document["curve"]
     by_seed = [[p for p in curve["points"] if p["seed"] == seed] for seed in (0, 1)]
@@ -61,7 +61,7 @@ def test_the_answer_is_that_of_the_fitted_lines_and_has_its_exit_code(curved: Cu
     assert document["reasons"][0].startswith("Would more data help? ")
 
 
-def test_scores_are_those_of_the_adapters_answers(curved: Curved, tiny_base_folder: Path) -> None:
+def test_curve_scores_match_the_adapters_answers(curved: Curved, tiny_base_folder: Path) -> None:
     """Greedy decoding by transformers alone, for the adapter of the smallest part."""
     project, document, _, _ = curved
     point = document["curve"]["points"][0]
@@ -94,7 +94,7 @@ def _plain_answers(base: Path, adapter: Adapter, project: Path) -> tuple[list[st
     return answers, [m.example.output for m in dev]
 
 
-def test_a_curve_that_is_done_is_found_done_and_its_plot_is_drawn(curved: Curved) -> None:
+def test_curve_reuses_a_finished_curve_and_draws_its_plot(curved: Curved) -> None:
     project, document, code, _ = curved
     again = tunewright("train", "--curve", "--seeds", "2", "--force", "-p", project)
     assert again.code == code
@@ -154,14 +154,14 @@ def _curve(
         (_curve(0.2, 0.1, 0.3, clusters=5), "can't tell", 4, "5 independent dev clusters are too few"),
     ],
 )
-def test_a_curve_is_read_by_its_interval(curve: Curve, answer: str, code: int, words: str) -> None:
-    told = more_data(curve)
-    assert (told.answer, told.exit_code) == (answer, code)
-    assert words in told.reasons[0]
-    assert "from 50% to all 400 rows" in told.reasons[1]
+def test_curve_answer_depends_on_the_interval(curve: Curve, answer: str, code: int, words: str) -> None:
+    message = more_data(curve)
+    assert (message.answer, message.exit_code) == (answer, code)
+    assert words in message.reasons[0]
+    assert "from 50% to all 400 rows" in message.reasons[1]
 
 
-def test_the_plot_is_the_same_bytes_each_time() -> None:
+def test_curve_plot_is_reproducible() -> None:
     curve = _curve(0.06, 0.02, 0.10, metric="bleu")
     assert curve_plot(curve) == curve_plot(curve)
     assert "BLEU" in curve_plot(curve)

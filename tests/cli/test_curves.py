@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from tunewright.cli.live import ConsoleReporter, Curves, bars, thinned
+from tunewright.cli.live import ConsoleReporter, Curves, bars, downsample
 
 
 def _drawn(curves: Curves, height: int = 40, width: int = 100) -> str:
@@ -21,11 +21,11 @@ def _drawn(curves: Curves, height: int = 40, width: int = 100) -> str:
 
 
 def _line(text: str) -> int:
-    """How many characters of the plot's middle, where a loss of half the highest lies, are drawn on."""
+    """Return the number of drawn characters in the plot's middle line, the half of the highest loss."""
     return max(sum("⠁" <= character <= "⣿" for character in line) for line in text.splitlines()[4:10])
 
 
-def test_nothing_is_drawn_before_the_first_point_nor_on_a_low_terminal() -> None:
+def test_curves_draw_nothing_before_the_first_point_or_on_a_low_terminal() -> None:
     curves = Curves(10)
     assert _drawn(curves) == ""
     curves.add(1, {"loss": 2.0})
@@ -33,7 +33,7 @@ def test_nothing_is_drawn_before_the_first_point_nor_on_a_low_terminal() -> None
     assert "Losses by step" in _drawn(curves)
 
 
-def test_each_curve_is_named_with_its_latest_value_and_no_other_is() -> None:
+def test_curves_label_each_curve_with_its_latest_value() -> None:
     curves = Curves(10)
     curves.add(1, {"loss": 2.0})
     curves.add(2, {"loss": 1.25})
@@ -42,11 +42,11 @@ def test_each_curve_is_named_with_its_latest_value_and_no_other_is() -> None:
     curves.add(2, {"eval_loss": 1.5, "exact_match": 0.25})
     curves.add(3, {"loss": 1.0, "pair_loss": 1.75, "replay_kl": 0.125})
     text = _drawn(curves)
-    for told in ("train loss 1.000", "dev loss 1.500", "of the pairs 1.750", "replay KL 0.125"):
-        assert told in text
+    for message in ("train loss 1.000", "dev loss 1.500", "of the pairs 1.750", "replay KL 0.125"):
+        assert message in text
 
 
-def test_the_metric_is_a_row_of_bars_with_the_latest_and_the_best() -> None:
+def test_curves_show_the_metric_as_bars_with_latest_and_best() -> None:
     curves = Curves(10)
     for step, share in ((2, 0.25), (4, 1.0), (6, 0.5)):
         curves.add(step, {"eval_loss": 1.0, "exact_match": share})
@@ -56,7 +56,7 @@ def test_the_metric_is_a_row_of_bars_with_the_latest_and_the_best() -> None:
     assert f"{bars([0.305])} BLEU 30.5 on dev (best BLEU 30.5)" in _drawn(bleu)
 
 
-def test_a_curve_grows_along_the_whole_run() -> None:
+def test_curves_scale_to_the_whole_run() -> None:
     """A tenth of the run fills a tenth of the width."""
     early, late = Curves(100), Curves(100)
     for step in range(1, 101):
@@ -67,20 +67,20 @@ def test_a_curve_grows_along_the_whole_run() -> None:
     assert 0.05 < few / all_of_them < 0.15
 
 
-def test_a_loss_of_nothing_is_drawn_too() -> None:
+def test_curves_draw_a_loss_of_zero() -> None:
     curves = Curves(2)
     curves.add(1, {"loss": 0.0})
     assert "train loss 0.000" in _drawn(curves)
 
 
-def test_no_line_is_wider_than_the_terminal() -> None:
+def test_curves_fit_the_terminal_width() -> None:
     curves = Curves(1_000_000)
     for step in range(1, 1001):
         curves.add(step * 1000, {"loss": 1e6 / step})
     assert max(map(len, _drawn(curves, width=60).splitlines())) <= 60
 
 
-def test_without_new_points_nothing_is_drawn_anew() -> None:
+def test_curves_are_not_redrawn_without_new_points() -> None:
     """The terminal is refreshed four times a second, and a step may take minutes."""
     curves = Curves(10)
     curves.add(1, {"loss": 1.0})
@@ -104,8 +104,8 @@ def test_points_of_a_task_are_drawn_above_its_bar() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(1, 10**6), st.floats(0, 100)), min_size=1, max_size=1500))
-def test_however_many_points_there_are_few_are_drawn_and_their_mean_stays(points: list[tuple[int, float]]) -> None:
-    shown = thinned(points)
+def test_curves_average_many_points_into_few(points: list[tuple[int, float]]) -> None:
+    shown = downsample(points)
     assert len(shown) <= 200
     size = -(-len(points) // 200)
     sizes = [min(size, len(points) - start) for start in range(0, len(points), size)]

@@ -1,4 +1,4 @@
-"""Data as code, through the command line: what is told of files, rows, versions and splits."""
+"""Data as code, through the command line: reports on files, rows, versions and splits."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _more(project: Path) -> tuple[str, str]:
     return before, _run(project, "log")["versions"][-1]["digest"]
 
 
-def test_diff_tells_added_rows_and_whether_scores_stay_comparable(project: Path) -> None:
+def test_diff_reports_added_rows_and_comparability_of_scores(project: Path) -> None:
     before, after = _more(project)
     document = _run(project, "diff", before[:12])
     assert (document["a"], document["b"], len(document["added"]), document["removed"]) == (before, after, 20, [])
@@ -42,7 +42,7 @@ def test_diff_tells_added_rows_and_whether_scores_stay_comparable(project: Path)
     assert (len(back["added"]), len(back["removed"])) == (0, 20)
 
 
-def test_blame_tells_the_version_file_and_line_that_brought_a_row(project: Path) -> None:
+def test_blame_reports_the_version_file_and_line_of_a_row(project: Path) -> None:
     _more(project)
     old, new = (_run(project, "blame", row) for row in ("pairs.jsonl:7", "more.jsonl:3"))
     assert (old["version"]["message"], old["source"], old["line"]) == ("first", "pairs.jsonl", 7)
@@ -51,7 +51,7 @@ def test_blame_tells_the_version_file_and_line_that_brought_a_row(project: Path)
     assert "from more.jsonl:3" in shown
 
 
-def test_where_names_the_adapters_that_saw_a_row(project: Path) -> None:
+def test_trained_by_names_the_adapters_that_saw_a_row(project: Path) -> None:
     assert tunewright("train", "-p", project).code == 0
     uses = {}
     for line in range(1, 121):
@@ -65,7 +65,7 @@ def test_where_names_the_adapters_that_saw_a_row(project: Path) -> None:
     assert (uses["test"]["trained_on"], uses["test"]["adapters"][0]["use"]) == ([], "test")
 
 
-def test_checkout_goes_back_and_forth(project: Path) -> None:
+def test_checkout_switches_between_versions(project: Path) -> None:
     before, after = _more(project)
     for digest, rows in ((before, 120), (after, 140)):
         assert _run(project, "checkout", digest[:10])["digest"] == digest
@@ -74,7 +74,7 @@ def test_checkout_goes_back_and_forth(project: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["chat", "csv", "alpaca", "parquet"])
-def test_an_export_added_elsewhere_makes_the_same_version(
+def test_export_added_to_another_project_creates_the_same_version(
     form: str, project: Path, tmp_path: Path, tiny_base_folder: Path
 ) -> None:
     out = tmp_path / f"out.{form}"
@@ -86,12 +86,12 @@ def test_an_export_added_elsewhere_makes_the_same_version(
     assert _run(other, "log")["versions"][0]["digest"] == _run(project, "log")["versions"][0]["digest"]
 
 
-def test_an_unknown_export_format_is_told_with_those_there_are(project: Path, tmp_path: Path) -> None:
+def test_export_refuses_an_unknown_format_and_lists_the_known_ones(project: Path, tmp_path: Path) -> None:
     ran = tunewright("data", "export", tmp_path / "out", "--format", "xlsx", "-p", project)
     assert (ran.code, "parquet" in ran.stderr) == (2, True)
 
 
-def test_a_pushed_dataset_is_pulled_whole_elsewhere(project: Path, tmp_path: Path, tiny_base_folder: Path) -> None:
+def test_pull_restores_a_pushed_dataset(project: Path, tmp_path: Path, tiny_base_folder: Path) -> None:
     _, head = _more(project)
     shared = tmp_path / "shared"
     pushed = _run(project, "push", str(shared))
@@ -104,7 +104,7 @@ def test_a_pushed_dataset_is_pulled_whole_elsewhere(project: Path, tmp_path: Pat
     assert _run(other, "verify")["ok"]
 
 
-def test_a_flipped_byte_is_found_and_its_row_named(project: Path) -> None:
+def test_verify_names_the_row_of_a_flipped_byte(project: Path) -> None:
     assert _run(project, "verify")["ok"]
     shard = next((project / "dataset" / "rows").glob("*.jsonl"))
     data = bytearray(shard.read_bytes())
@@ -118,7 +118,7 @@ def test_a_flipped_byte_is_found_and_its_row_named(project: Path) -> None:
     assert shard.name in tunewright("data", "verify", "-p", project).stdout
 
 
-def test_leak_measures_every_held_out_row(project: Path) -> None:
+def test_leakage_measures_every_held_out_row(project: Path) -> None:
     document = _run(project, "leakage")
     held_out = sum(sum(document["histogram"][split]) for split in ("dev", "test"))
     assert held_out == document["held_out"] == 24
@@ -126,7 +126,7 @@ def test_leak_measures_every_held_out_row(project: Path) -> None:
     assert "in a random split" in tunewright("data", "leakage", "-p", project).stdout
 
 
-def test_check_of_files_lists_every_fault_with_its_code_and_mends_a_copy(project: Path, tmp_path: Path) -> None:
+def test_check_lists_faults_with_codes_and_fixes_a_copy(project: Path, tmp_path: Path) -> None:
     rows: list[Any] = [*pairs(30), {"prompt": "a"}, {"messages": [{"role": "user", "content": "x"}]}, 7]
     path = write_jsonl(tmp_path / "new.jsonl", rows)
     document = _run(project, "check", path, code=2)
@@ -152,7 +152,7 @@ def _refused(ran: Ran, value: str) -> None:
     assert value not in ran.stderr + ran.stdout
 
 
-def test_a_secret_blocks_until_it_is_redacted_and_is_never_printed(project: Path) -> None:
+def test_add_refuses_secrets_until_redacted_and_never_prints_them(project: Path) -> None:
     card = "4556737586899855"
     assert sum(int(d) for i, c in enumerate(reversed(card)) for d in str(int(c) * (1 + i % 2))) % 10 == 0
     rows = [*pairs(30, seed=8), {"prompt": f"charge card {card} now", "completion": f"charged {card}"}]
@@ -171,7 +171,7 @@ def test_a_secret_blocks_until_it_is_redacted_and_is_never_printed(project: Path
     assert texts[0].split()[2] == texts[1].split()[1]
 
 
-def test_a_new_conflict_is_refused_unless_it_is_accepted(project: Path) -> None:
+def test_add_refuses_a_new_conflict_unless_accepted(project: Path) -> None:
     row = _run(project, "show", "pairs.jsonl:7")
     asked = row["messages"][-2]["content"]
     file = write_jsonl(project / "conflict.jsonl", [{"prompt": asked, "completion": "quite another answer"}])
@@ -182,7 +182,7 @@ def test_a_new_conflict_is_refused_unless_it_is_accepted(project: Path) -> None:
     assert (accepted["added"], accepted["version"]["counts"]["conflicts"]) == (1, 1)
 
 
-def test_leak_looks_for_benchmark_items_in_training_rows(project: Path) -> None:
+def test_leakage_searches_benchmark_items_in_training_rows(project: Path) -> None:
     item = "Which of the seven bridges in the old town was built before the great flood?"
     (project / "items.jsonl").write_text(json.dumps({"question": item}) + "\n")
     row = {"prompt": f"Say: {item} And why?", "completion": "the third"}
@@ -197,7 +197,7 @@ def test_leak_looks_for_benchmark_items_in_training_rows(project: Path) -> None:
     assert "nowhere.jsonl" in missing["error"]["where"]
 
 
-def test_show_tells_a_row_s_groups_and_the_mix_in(tmp_path: Path, tiny_base_folder: Path) -> None:
+def test_show_reports_groups_and_mix_in_of_a_row(tmp_path: Path, tiny_base_folder: Path) -> None:
     folder = tiny_project(tmp_path / "project", tiny_base_folder)
     config = folder / "tunewright.yaml"
     data = "data:\n  group_by: [customer]\n  mix: {source: generic.jsonl, fraction: 0.1}\n"
@@ -222,7 +222,7 @@ def _queries(count: int, templates: int) -> list[Any]:
     ]
 
 
-def test_leak_tells_output_and_template_overlap_against_chance(tmp_path: Path, tiny_base_folder: Path) -> None:
+def test_leakage_reports_output_and_template_overlap_against_chance(tmp_path: Path, tiny_base_folder: Path) -> None:
     folder = tiny_project(tmp_path / "project", tiny_base_folder)
     added = _run(folder, "add", write_jsonl(folder / "queries.jsonl", _queries(240, 24)))
     assert added["outputs"]["high"]
@@ -234,7 +234,7 @@ def test_leak_tells_output_and_template_overlap_against_chance(tmp_path: Path, t
     assert "Test rows with the same output template in training: 100.0% here, 100.0% in a random split" in shown
 
 
-def test_add_says_last_what_was_left_out_and_why(tmp_path: Path, tiny_base_folder: Path) -> None:
+def test_add_reports_last_the_excluded_rows_and_reasons(tmp_path: Path, tiny_base_folder: Path) -> None:
     folder = tiny_project(tmp_path / "project", tiny_base_folder)
     (folder / "items.jsonl").write_text(json.dumps(pairs(120)[5]["prompt"]) + "\n")
     config = folder / "tunewright.yaml"

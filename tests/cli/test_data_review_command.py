@@ -48,9 +48,9 @@ def press(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 def _status(project: Path) -> str:
-    told = review_status(project / "dataset")
-    assert told is not None
-    return told.split(" ", 2)[2]
+    message = review_status(project / "dataset")
+    assert message is not None
+    return message.split(" ", 2)[2]
 
 
 def _editor(monkeypatch: pytest.MonkeyPatch, folder: Path, script: str) -> None:
@@ -62,7 +62,7 @@ def _editor(monkeypatch: pytest.MonkeyPatch, folder: Path, script: str) -> None:
     monkeypatch.setenv("EDITOR", str(path))
 
 
-def test_a_pass_shows_rows_with_their_neighbours_and_counts_verdicts(project: Path, press: list[str]) -> None:
+def test_review_shows_rows_with_neighbours_and_counts_verdicts(project: Path, press: list[str]) -> None:
     press += "rrwx" + "q"
     ran = tunewright("data", "review", "--reviewer", "ada", "-p", project)
     assert ran.code == 0
@@ -72,7 +72,7 @@ def test_a_pass_shows_rows_with_their_neighbours_and_counts_verdicts(project: Pa
     assert _status(project).startswith("under review: 1 of 3 wrong")
 
 
-def test_a_pass_ends_by_itself_when_the_version_is_accepted(project: Path, press: list[str]) -> None:
+def test_review_ends_when_the_version_is_accepted(project: Path, press: list[str]) -> None:
     press += "r" * 72
     ran = tunewright("data", "review", "-p", project, "--json")
     assert ran.document["status"] == "accepted: 0 of 72 wrong, under 5% at 95%"
@@ -89,7 +89,7 @@ def test_undo_and_skip_by_key(project: Path, press: list[str]) -> None:
     assert _status(project).endswith("1 unsettled")
 
 
-def test_an_edit_opens_the_editor_and_becomes_a_version(
+def test_review_edit_opens_the_editor_and_creates_a_version(
     project: Path, press: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _editor(monkeypatch, project, "echo 'a better answer' > $1")
@@ -103,19 +103,19 @@ def test_an_edit_opens_the_editor_and_becomes_a_version(
 
 
 @pytest.mark.parametrize(
-    ("script", "told"),
+    ("script", "message"),
     [("exit 1", "The editor failed"), ("true", "is unchanged"), ("printf '\\377' > $1", "The editor failed")],
 )
-def test_an_editor_that_fails_or_changes_nothing_gives_no_verdict(
-    project: Path, press: list[str], monkeypatch: pytest.MonkeyPatch, script: str, told: str
+def test_review_records_nothing_when_the_editor_fails_or_changes_nothing(
+    project: Path, press: list[str], monkeypatch: pytest.MonkeyPatch, script: str, message: str
 ) -> None:
     _editor(monkeypatch, project, script)
     press += "eq"
-    assert told in tunewright("data", "review", "-p", project).stderr
+    assert message in tunewright("data", "review", "-p", project).stderr
     assert "0 of 0 wrong" in _status(project)
 
 
-def test_the_exit_code_of_status_is_the_verdict(project: Path, press: list[str]) -> None:
+def test_review_status_exits_with_the_verdict(project: Path, press: list[str]) -> None:
     assert tunewright("data", "review", "--status", "-p", project).code == 4
     press += "ww"
     tunewright("data", "review", "-p", project)
@@ -123,7 +123,7 @@ def test_the_exit_code_of_status_is_the_verdict(project: Path, press: list[str])
     assert (ran.code, ran.document["status"]) == (3, "rejected: 2 of 2 wrong, not under 5%")
 
 
-def test_a_spreadsheet_goes_out_and_comes_back(project: Path) -> None:
+def test_review_exports_and_imports_a_spreadsheet(project: Path) -> None:
     file = project / "review.csv"
     ran = tunewright("data", "review", "--fixed", "0", "--export", file, "-p", project, "--json")
     assert ran.document == {"file": str(file), "rows": 60}
@@ -138,7 +138,7 @@ def test_a_spreadsheet_goes_out_and_comes_back(project: Path) -> None:
     assert "accepted: 0 of 59 wrong, under 5% at 95%" in ran.stdout
 
 
-def test_two_reviewers_agreement_is_told(project: Path, press: list[str]) -> None:
+def test_review_reports_the_agreement_of_two_reviewers(project: Path, press: list[str]) -> None:
     press += "rrrrwq" + "rrrww"
     tunewright("data", "review", "--reviewer", "ada", "-p", project)
     ran = tunewright("data", "review", "--reviewer", "ben", "--second", "-p", project, "--json")
@@ -147,7 +147,7 @@ def test_two_reviewers_agreement_is_told(project: Path, press: list[str]) -> Non
     assert found["low"] < found["kappa"] < found["high"]
 
 
-def test_suspects_are_listed_and_reviewed_apart(project: Path, press: list[str]) -> None:
+def test_suspects_are_listed_and_reviewed_separately(project: Path, press: list[str]) -> None:
     # Each colour is the answer of about 15 rows: classes, of which one is wrong.
     version = load_version(project / "dataset")
     wrong = next(m for m in version.members if m.example.output == "red")
@@ -174,7 +174,7 @@ def test_suspects_are_listed_and_reviewed_apart(project: Path, press: list[str])
     assert _status(project) == "not reviewed"
 
 
-def test_without_a_terminal_the_other_ways_are_named(project: Path) -> None:
+def test_review_without_a_terminal_names_alternatives(project: Path) -> None:
     ran = tunewright("data", "review", "-p", project, "--json")
     assert ran.code == 2
     assert "--export and --import" in ran.document["error"]["fix"]
@@ -182,7 +182,7 @@ def test_without_a_terminal_the_other_ways_are_named(project: Path) -> None:
     assert tunewright("data", "review", "--status", "--redraw", "-p", project).code == 2
 
 
-def test_help_stays_fast() -> None:
+def test_review_help_imports_no_heavy_package() -> None:
     code = (
         "import sys\nfrom tunewright.cli import commands\ncommands()\n"
         "heavy = {'torch', 'sklearn', 'cleanlab', 'numpy', 'pydantic'} & set(sys.modules)\nassert not heavy, heavy"
@@ -191,7 +191,7 @@ def test_help_stays_fast() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_one_whole_pass_on_a_terminal(project: Path) -> None:
+def test_review_completes_a_pass_on_a_terminal(project: Path) -> None:
     terminal = Terminal("data", "review", "-p", project, "--reviewer", "ada")
     terminal.wait_for("q quit")
     for key, shown in zip("rwus", ("0 of 1 wrong", "1 of 2 wrong", "Taken back", "unsettled"), strict=True):
@@ -213,12 +213,12 @@ def test_one_whole_pass_on_a_terminal(project: Path) -> None:
     assert events.count("undo") == 1
 
 
-def test_every_command_says_whether_the_version_is_accepted(project: Path) -> None:
+def test_commands_report_whether_the_version_is_accepted(project: Path) -> None:
     digest = tunewright("data", "log", "-p", project, "--json").document["versions"][-1]["digest"][:12]
     for arguments in (["data", "log"], ["data", "show", "pairs.jsonl:1"], ["data", "suspects"], ["data", "verify"]):
         assert tunewright(*arguments, "-p", project).stderr.rstrip().endswith(f"Version {digest} not reviewed")
     asked = tunewright("data", "review", "--export", project / "rows.csv", "-p", project, "--reviewer", "ada")
     assert asked.code == 0
-    told = tunewright("data", "log", "-p", project).stderr
-    assert f"Version {digest} under review: 0 of 0 wrong" in told
+    message = tunewright("data", "log", "-p", project).stderr
+    assert f"Version {digest} under review: 0 of 0 wrong" in message
     assert tunewright("data", "log", "-p", project, "--json").document["versions"]

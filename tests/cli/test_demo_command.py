@@ -10,7 +10,7 @@ from command_line import tiny_project, tunewright
 
 
 @pytest.mark.slow
-def test_the_whole_demo_adds_advice_a_curve_and_a_judge_to_the_report(tmp_path: Path, tiny_base_folder: Path) -> None:
+def test_demo_whole_adds_advice_curve_and_judge_to_the_report(tmp_path: Path, tiny_base_folder: Path) -> None:
     project = tiny_project(tmp_path / "demo", tiny_base_folder, count=270)
     config = project / "tunewright.yaml"
     config.write_text(config.read_text().replace("epochs: 2", "epochs: 1").replace("[1, 2]", "[1]"))
@@ -24,11 +24,11 @@ def test_the_whole_demo_adds_advice_a_curve_and_a_judge_to_the_report(tmp_path: 
     assert document["advised"]["signals"]
     assert document["evidence"]["id"] in document["report"]
     report = Path(document["report"]).read_text()
-    for title in ("Would more data help?", "What a judge says", "What a call costs"):
+    for title in ("Would more data help?", "What a judge says", "Cost of a call"):
         assert f">{title}" in report, title
 
 
-def test_the_demo_ends_with_two_tenants_each_of_whom_sees_only_its_own(tmp_path: Path, tiny_base_folder: Path) -> None:
+def test_demo_ends_with_two_isolated_tenants(tmp_path: Path, tiny_base_folder: Path) -> None:
     project = tiny_project(tmp_path / "demo", tiny_base_folder)
     document = tunewright("demo", project, "--json").document
     shown = document["tenants"]

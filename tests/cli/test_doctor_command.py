@@ -42,7 +42,7 @@ def first(tmp_path: Path) -> Path:
     return folder
 
 
-def test_doctor_finds_nothing_that_stops_basic_commands_when_only_the_hub_is_unreachable(tmp_path: Path) -> None:
+def test_doctor_passes_basic_commands_when_only_the_hub_is_unreachable(tmp_path: Path) -> None:
     code, checks = _doctor(tmp_path)
     assert code == 0
     areas = {check["area"] for check in checks.values()}
@@ -54,7 +54,7 @@ def test_doctor_finds_nothing_that_stops_basic_commands_when_only_the_hub_is_unr
     assert (hub["state"], "ConnectError" in hub["found"]) == ("warning", True)
 
 
-def test_doctor_names_the_command_that_mends_a_torch_that_cannot_be_imported(tmp_path: Path, first: Path) -> None:
+def test_doctor_names_the_command_that_repairs_a_broken_torch(tmp_path: Path, first: Path) -> None:
     code, checks = _doctor(tmp_path, FIRST=str(first), HF_HUB_OFFLINE="1")
     assert code == 1
     assert "libtorch_cpu.so" in checks["devices: torch"]["found"]
@@ -92,7 +92,7 @@ def hub() -> Iterator[str]:
     server.server_close()
 
 
-def test_doctor_tells_a_hub_with_a_token_from_one_without(tmp_path: Path, first: Path, hub: str) -> None:
+def test_doctor_distinguishes_a_hub_with_and_without_a_token(tmp_path: Path, first: Path, hub: str) -> None:
     _, checks = _doctor(tmp_path, FIRST=str(first), HF_ENDPOINT=hub, HF_TOKEN="hf_made_up", HF_HOME=str(tmp_path))
     assert checks[f"hub: {hub}"] == {
         "area": "hub",
@@ -105,7 +105,7 @@ def test_doctor_tells_a_hub_with_a_token_from_one_without(tmp_path: Path, first:
     assert checks[f"hub: {hub}"]["fix"] == "hf auth login"
 
 
-def test_doctor_tells_which_command_needs_a_missing_extra_and_engine(tmp_path: Path, first: Path) -> None:
+def test_doctor_names_the_commands_that_need_a_missing_extra_or_engine(tmp_path: Path, first: Path) -> None:
     (first / "sitecustomize.py").write_text(
         "import importlib.util as util\nfind = util.find_spec\n"
         "util.find_spec = lambda name, *more: None if name == 'xllamacpp' else find(name, *more)\n"

@@ -27,7 +27,7 @@ def base(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_base_of_which_only_the_config_is_there_is_told_outside_of_a_project(base: Path, tmp_path: Path) -> None:
+def test_estimate_memory_needs_only_the_config_of_a_base(base: Path, tmp_path: Path) -> None:
     ran = tunewright("estimate-memory", "--base", base, "--gpu", "24GB", "--project", tmp_path)
     assert ran.code == 0
     assert "6,738,415,616 parameters" in ran.stdout
@@ -35,34 +35,34 @@ def test_a_base_of_which_only_the_config_is_there_is_told_outside_of_a_project(b
     assert ran.stdout.startswith("Fits: micro-batch 8 × 2,048 (LoRA bfloat16, ")
 
 
-def test_json_has_bytes_by_part_and_what_fits(base: Path, tmp_path: Path) -> None:
+def test_estimate_memory_json_has_bytes_by_part_and_what_fits(base: Path, tmp_path: Path) -> None:
     ran = tunewright(
         "estimate-memory", "--base", base, "--gpu", "24GB", "--rows", "4", "--length", "512", "--shared", "300",
         "--json", "--project", tmp_path,
     )  # fmt: skip
-    told = ran.document
-    assert told["parameters"] == 6_738_415_616
-    assert told["memory"] == {"bytes": 24_000_000_000, "card": True, "source": "a GPU with 24GB"}
-    assert told["batch"] == {"rows": 4, "shared": 300, "own": 212, "trained": 212, "length": 512, "tokens": 1148}
-    assert [(w["name"], w["gradient_checkpointing"]) for w in told["ways"]] == [
+    message = ran.document
+    assert message["parameters"] == 6_738_415_616
+    assert message["memory"] == {"bytes": 24_000_000_000, "card": True, "source": "a GPU with 24GB"}
+    assert message["batch"] == {"rows": 4, "shared": 300, "own": 212, "trained": 212, "length": 512, "tokens": 1148}
+    assert [(w["name"], w["gradient_checkpointing"]) for w in message["ways"]] == [
         ("LoRA bfloat16", False),
         ("LoRA bfloat16", True),
         ("QLoRA bfloat16", False),
         ("QLoRA bfloat16", True),
     ]
-    for way in told["ways"]:
+    for way in message["ways"]:
         assert way["total"] == sum(way["bytes"].values())
         assert way["fits"] == (way["total"] <= 24_000_000_000)
         assert {"length", "micro_batch_size"} == set(way["largest"][0])
 
 
-def test_in_a_project_its_base_and_config_hold(tmp_path: Path, tiny_base_folder: Path) -> None:
+def test_estimate_memory_uses_the_projects_base_and_config(tmp_path: Path, tiny_base_folder: Path) -> None:
     folder = tiny_project(tmp_path / "project", tiny_base_folder)
-    told = tunewright("estimate-memory", "--gpu", "1GB", "--json", "--project", folder).document
-    assert told["base"] == str(tiny_base_folder)
-    assert told["batch"]["rows"] == 8
-    assert told["ways"][0]["name"] == "LoRA float32"
-    assert len(told["ways"][0]["target_modules"]) == 7
+    message = tunewright("estimate-memory", "--gpu", "1GB", "--json", "--project", folder).document
+    assert message["base"] == str(tiny_base_folder)
+    assert message["batch"]["rows"] == 8
+    assert message["ways"][0]["name"] == "LoRA float32"
+    assert len(message["ways"][0]["target_modules"]) == 7
 
 
 @pytest.mark.parametrize(
@@ -73,19 +73,19 @@ def test_in_a_project_its_base_and_config_hold(tmp_path: Path, tiny_base_folder:
         (["--gpu", "24GB", "--length", "100", "--answer", "101"], "exceed the row length of 100"),
     ],
 )
-def test_what_cannot_be_is_one_clear_error(base: Path, tmp_path: Path, options: list[str], words: str) -> None:
+def test_estimate_memory_refuses_impossible_options(base: Path, tmp_path: Path, options: list[str], words: str) -> None:
     ran = tunewright("estimate-memory", "--base", base, *options, "--project", tmp_path)
     assert ran.code == 2
     assert words in ran.stderr
 
 
-def test_without_a_project_and_a_base_there_is_nothing_to_tell(tmp_path: Path) -> None:
+def test_estimate_memory_refuses_without_a_project_or_base(tmp_path: Path) -> None:
     ran = tunewright("estimate-memory", "--gpu", "24GB", "--project", tmp_path)
     assert ran.code == 2
     assert "tunewright.yaml" in ran.stderr
 
 
-def test_fit_exits_with_3_and_says_what_fits_when_nothing_does(base: Path, tmp_path: Path) -> None:
+def test_estimate_memory_exits_with_3_and_names_what_fits_when_nothing_does(base: Path, tmp_path: Path) -> None:
     ran = tunewright("estimate-memory", "--base", base, "--card", "RTX 4080", "--length", "8192", "--project", tmp_path)
     assert ran.code == 3
     answer = ran.stdout.splitlines()[0]
@@ -100,14 +100,14 @@ def test_fit_exits_with_3_and_says_what_fits_when_nothing_does(base: Path, tmp_p
     assert 0 < way["longest_row"] < 8192
 
 
-def test_fit_takes_rows_as_asked_and_says_how_many_fit(base: Path, tmp_path: Path) -> None:
+def test_estimate_memory_uses_given_rows_and_reports_how_many_fit(base: Path, tmp_path: Path) -> None:
     options = ("--base", base, "--gpu", "24GB", "--rows", "16", "--project", tmp_path)
     ran = tunewright("estimate-memory", *options)
     assert ran.code == 3
     assert "Micro-batch 8 × 2,048 does." in ran.stdout.splitlines()[0]
 
 
-def test_fit_measures_longest_row_of_the_dataset(tmp_path: Path, tiny_base_folder: Path) -> None:
+def test_estimate_memory_measures_longest_row_of_the_dataset(tmp_path: Path, tiny_base_folder: Path) -> None:
     folder = tiny_project(tmp_path / "project", tiny_base_folder)
     assert (
         tunewright("estimate-memory", "--gpu", "1GB", "--json", "-p", folder).document["answer"]["longest_row"] is None
@@ -120,7 +120,9 @@ def test_fit_measures_longest_row_of_the_dataset(tmp_path: Path, tiny_base_folde
     assert f"; your longest row has {longest} tokens." in ran.stdout.splitlines()[0]
 
 
-def test_fit_answers_for_longest_row_when_no_row_of_max_length_fits(tmp_path: Path, tiny_base_folder: Path) -> None:
+def test_estimate_memory_answers_for_longest_row_when_no_row_of_max_length_fits(
+    tmp_path: Path, tiny_base_folder: Path
+) -> None:
     folder = tiny_project(tmp_path / "project", tiny_base_folder)
     assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
     config = folder / "tunewright.yaml"

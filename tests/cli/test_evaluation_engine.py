@@ -48,12 +48,12 @@ def _with(project: Path, *lines: str) -> Path:
 def _refused(ran: Ran, *words: str) -> None:
     assert ran.code == 2, (ran.code, ran.stdout, ran.stderr)
     assert "Traceback" not in ran.stderr
-    told = " ".join(ran.stderr.split())
+    message = " ".join(ran.stderr.split())
     for word in words:
-        assert word in told, told
+        assert word in message, message
 
 
-def test_an_unknown_engine_is_refused_with_those_that_there_are(project: Path) -> None:
+def test_evaluate_refuses_an_unknown_engine_and_lists_the_known_ones(project: Path) -> None:
     ran = tunewright("evaluate", "-p", _with(project, "engine: tgi"))
     _refused(ran, "tunewright.yaml:", "evaluate.engine", "'auto', 'peft' or 'vllm'")
 
@@ -118,7 +118,7 @@ def test_evidence_comparison_report_and_comment_name_the_engine(
     assert "Answers are computed by peft: there is no CUDA card." in " ".join(other.stderr.split())
 
 
-def test_a_killed_evaluation_resumes_from_its_journal_and_vllm_ends_with_it(
+def test_evaluate_resumes_from_the_journal_after_a_kill_that_also_ends_vllm(
     project: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     install_fake(monkeypatch, tmp_path)

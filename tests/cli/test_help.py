@@ -78,7 +78,7 @@ def test_help_is_an_imperative_sentence_without_wrapped_source_lines(names: tupl
     assert not any("\n" in part for part in (first, *others))
 
 
-def test_every_option_and_argument_has_a_help_text() -> None:
+def test_help_describes_every_option_and_argument() -> None:
     bare = [
         f"{' '.join(names)}: {parameter.name}"
         for names, command in LEAVES.items()

@@ -49,7 +49,7 @@ def _review(project: Path, *options: str | Path, reviewer: str | None = "ada"): 
     return tunewright("human-eval", ID, "-p", project, *who, *options)
 
 
-def test_a_pass_shows_both_answers_and_nothing_of_the_arms(project: Path, folder: Path, press: list[str]) -> None:
+def test_human_eval_shows_both_answers_without_naming_arms(project: Path, folder: Path, press: list[str]) -> None:
     press += ["a", "b", "g", "n", "s", "x", "q"]
     ran = _review(project)
     assert ran.code == 0
@@ -76,7 +76,7 @@ def test_undo_reference_and_note_by_key(project: Path, folder: Path, press: list
     assert ran.stderr.count("Reference") >= 1
 
 
-def test_the_last_verdict_shows_the_results_and_puts_them_into_the_evidence(
+def test_human_eval_adds_results_to_the_evidence_after_the_last_verdict(
     project: Path, folder: Path, press: list[str]
 ) -> None:
     review = begin(folder, items=30)
@@ -87,15 +87,15 @@ def test_the_last_verdict_shows_the_results_and_puts_them_into_the_evidence(
     section = load_evidence(folder).human_eval
     assert section is not None
     assert {**section.model_dump(mode="json"), "decision": section.decision} == ran.document
-    told = _review(project, "--results", reviewer=None)
-    assert told.code == 0
-    assert "tuned is preferred on 30, retrieved-4 on 0" in told.stdout
-    assert "People prefer tuned." in told.stdout
+    message = _review(project, "--results", reviewer=None)
+    assert message.code == 0
+    assert "tuned is preferred on 30, retrieved-4 on 0" in message.stdout
+    assert "People prefer tuned." in message.stdout
     assert tunewright("verdict", ID, "-p", project).code in (0, 3, 4)
 
 
 @pytest.mark.parametrize(("better", "code"), [("control", 3), ("neither", 4)])
-def test_the_exit_code_of_results_is_the_preference(
+def test_human_eval_results_exits_with_the_preference(
     project: Path, folder: Path, press: list[str], better: str, code: int
 ) -> None:
     review = begin(folder, items=30)
@@ -105,7 +105,7 @@ def test_the_exit_code_of_results_is_the_preference(
     assert _review(project, "--results", reviewer=None).code == code
 
 
-def test_a_spreadsheet_goes_out_and_comes_back(project: Path, folder: Path) -> None:
+def test_human_eval_exports_and_imports_a_spreadsheet(project: Path, folder: Path) -> None:
     file = project / "answers.csv"
     assert _review(project, "--items", "20", "--export", file, "--json").document == {"file": str(file), "pairs": 20}
     with file.open(encoding="utf-8-sig", newline="") as written:
@@ -147,12 +147,12 @@ def test_options_that_would_be_ignored_and_a_missing_terminal_are_refused(
     assert not (folder / "human-eval").exists()
 
 
-def test_results_before_any_review_say_what_makes_one(project: Path) -> None:
+def test_results_without_a_review_name_the_command(project: Path) -> None:
     ran = _review(project, "--results", "--json", reviewer=None)
-    assert (ran.code, ran.document["error"]["what"]) == (2, "nobody has reviewed this evaluation")
+    assert (ran.code, ran.document["error"]["what"]) == (2, "The evaluation has no reviews")
 
 
-def test_a_narrow_terminal_has_the_answers_one_over_the_other(
+def test_human_eval_stacks_answers_on_a_narrow_terminal(
     project: Path, press: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tunewright.cli import human_eval
@@ -165,14 +165,14 @@ def test_a_narrow_terminal_has_the_answers_one_over_the_other(
     assert not any("A ─" in line and "B ─" in line for line in narrow.stderr.splitlines())
 
 
-def test_the_journal_has_no_arm_in_it(project: Path, folder: Path, press: list[str]) -> None:
+def test_human_eval_journal_names_no_arm(project: Path, folder: Path, press: list[str]) -> None:
     press += ["a", "b", "q"]
     _review(project)
     for line in (folder / "human-eval" / "ada.jsonl").read_text().splitlines():
         assert set(json.loads(line)) == {"event", "key", "reviewer", "when", "verdict", "reference"}
 
 
-def test_a_pass_that_is_killed_has_kept_what_was_said_and_goes_on_and_back(project: Path, folder: Path) -> None:
+def test_human_eval_keeps_verdicts_and_resumes_after_a_kill(project: Path, folder: Path) -> None:
     arguments = ("human-eval", ID, "-p", project, "--reviewer", "ada")
     terminal = Terminal(*arguments)
     terminal.wait_for("q quit")

@@ -1,4 +1,4 @@
-"""Nothing goes live that does not pass the isolation test, beside all else that is live."""
+"""Nothing goes live that does not pass the isolation test, together with everything else that is live."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _live(project: Path) -> dict[str, str]:
     return {release["alias"]: release["adapter"] for release in history}
 
 
-def test_a_release_is_tested_with_all_that_is_live_and_the_result_is_kept_with_it(project: Path) -> None:
+def test_deploy_tests_a_release_with_all_live_adapters_and_stores_the_result(project: Path) -> None:
     first, second, third = _adapters(project)
     assert _deploy(project, "courts", first).code == 0
     done = _deploy(project, "recipes", second)
@@ -86,9 +86,9 @@ def test_a_release_is_tested_with_all_that_is_live_and_the_result_is_kept_with_i
         second.digest,
         third.digest,
     }
-    told = _run(project, "releases").stdout
-    assert "isolated" in told
-    assert test["tested"][:16].replace("T", " ") in told
+    message = _run(project, "releases").stdout
+    assert "isolated" in message
+    assert test["tested"][:16].replace("T", " ") in message
     assert _document(project, "audit", "verify")["ok"]
 
 
@@ -102,7 +102,7 @@ def test_a_release_is_tested_with_all_that_is_live_and_the_result_is_kept_with_i
     ],
     ids=["last slot", "stale cache", "last slot, canary", "stale cache, shadow"],
 )
-def test_on_an_engine_that_mixes_adapters_up_nothing_goes_live(
+def test_deploy_releases_nothing_on_an_engine_that_mixes_adapters(
     project: Path, monkeypatch: pytest.MonkeyPatch, bug: type[PeftEngine], options: tuple[str, ...]
 ) -> None:
     first, second, _ = _adapters(project)
@@ -118,7 +118,7 @@ def test_on_an_engine_that_mixes_adapters_up_nothing_goes_live(
 
         # What has failed cannot be let through by leaving the test out.
         ran = _run(project, "deploy", "courts", second.name, *FORCED, *options, "--untested", "no time")
-        assert (ran.code, "exactly this failed the isolation test" in ran.stderr) == (2, True)
+        assert (ran.code, "The same adapters failed the isolation test" in ran.stderr) == (2, True)
         assert _document(project, "releases") == before
 
         ran = _run(project, "deploy", "courts", second.name, *FORCED, *options)
@@ -132,9 +132,7 @@ def test_on_an_engine_that_mixes_adapters_up_nothing_goes_live(
     assert _deploy(project, "courts", second, *options).code == 0, "without the bug"
 
 
-def test_exactly_what_has_passed_is_not_tested_again_and_anything_else_is(
-    project: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_deploy_repeats_the_test_only_for_a_changed_set(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second, third = _adapters(project)
     _deploy(project, "courts", first)
     once = _deploy(project, "courts", second)
@@ -150,7 +148,7 @@ def test_exactly_what_has_passed_is_not_tested_again_and_anything_else_is(
     assert _live(project) == {"courts": second.name, "recipes": first.name}
 
 
-def test_a_promotion_counts_on_its_candidates_test_until_something_else_goes_live(
+def test_promote_reuses_the_candidates_test_until_another_release(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second, third = _adapters(project)
@@ -175,25 +173,25 @@ def test_a_promotion_counts_on_its_candidates_test_until_something_else_goes_liv
     assert _document(project, "promote", "courts")["release"]["adapter"] == second.name
 
 
-def test_what_goes_live_untested_says_why_for_ever(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deploy_untested_stores_the_reason(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second, _ = _adapters(project)
     monkeypatch.setattr(peft, "PeftEngine", LastSlot)
     ran = _deploy(project, "courts", first, "--untested", "the GPU holds one copy")
     assert (ran.code, ran.document["isolation"]) == (0, None)
     assert ran.document["release"]["grounds"]["untested"] == "the GPU holds one copy"
     assert "courts goes live without the isolation test" in ran.stderr
-    told = _run(project, "releases").stdout
-    assert "left out" in told
-    assert "courts 1 was not tested: the GPU holds one copy" in told
+    message = _run(project, "releases").stdout
+    assert "left out" in message
+    assert "courts 1 was not tested: the GPU holds one copy" in message
     assert "the GPU holds one copy" in _document(project, "audit", "show")["lines"][0]["details"]
     ran = _deploy(project, "courts", second, "--untested", " ")
-    assert (ran.code, "the reason is empty" in ran.stderr + ran.stdout) == (2, True)
+    assert (ran.code, "The reason is empty" in ran.stderr + ran.stdout) == (2, True)
     monkeypatch.undo()
     _deploy(project, "courts", second)
     assert "went live without the isolation test" in _run(project, "rollback", "courts").stderr
 
 
-def test_adapters_that_answer_alike_may_share_an_alias_but_not_two(project: Path, trained: Path) -> None:
+def test_deploy_refuses_indistinguishable_adapters_under_different_aliases(project: Path, trained: Path) -> None:
     first, second, _ = _adapters(project)
     # The same weights by other files: nobody can tell them apart.
     twin = _twin(project, first, trained)
@@ -204,7 +202,7 @@ def test_adapters_that_answer_alike_may_share_an_alias_but_not_two(project: Path
     assert _live(project) == {"courts": first.name}
     ran = _deploy(project, "courts", twin)
     assert ran.code == 0, ran.stderr
-    assert "answer alike on all probes" in ran.stderr
+    assert "give the same answers to all probes" in ran.stderr
     assert ran.document["isolation"]["verdict"] == "can't tell"
     # The pair is known by now, and says nothing against another one.
     assert _deploy(project, "recipes", second).code == 0
@@ -220,7 +218,7 @@ def _twin(project: Path, adapter: Adapter, trained: Path) -> Adapter:
     return store_adapter(project / "adapters", "twin", scaled, {}, lineage, [], servable=True)
 
 
-def test_where_there_are_no_data_it_asks_general_questions(project: Path) -> None:
+def test_deploy_tests_with_general_questions_without_a_dataset(project: Path) -> None:
     (project / "dataset").unlink()
     ran = _deploy(project, "courts", _adapters(project)[0])
     assert ran.code == 0, ran.stderr

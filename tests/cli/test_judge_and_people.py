@@ -87,7 +87,7 @@ def _filled_in(sheet: Path, *, turned: bool = False) -> None:
 
 
 def _asked(folder: Path, script: Script, *, turned: bool = False) -> tuple[Ran, Evidence]:
-    """Judge, review and what it comes to."""
+    """Run judge, review and results."""
     project = folder / "project"
     with scripted(script) as server:
         evaluation = write_project(project, {"base_url": server.url, "model": "counts-words"}, ITEMS)
@@ -108,7 +108,7 @@ def heard(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ran, Evidence
     return folder / "project", *_asked(folder, counts_words)
 
 
-def test_a_judge_that_sees_what_people_see_narrows_their_win_rate(heard: tuple[Path, Ran, Evidence]) -> None:
+def test_judge_that_agrees_with_people_narrows_their_win_rate(heard: tuple[Path, Ran, Evidence]) -> None:
     _, ran, evidence = heard
     review = evidence.human_eval
     assert review is not None and review.win_rate is not None and review.powered is not None
@@ -124,26 +124,26 @@ def test_a_judge_that_sees_what_people_see_narrows_their_win_rate(heard: tuple[P
 
 
 def _preference(item: Item) -> float:
-    """What the rater would have said of an item: 1 for tuned, 0 for the other, a half for neither."""
+    """Return the rater's preference for an item: 1 for tuned, 0 for the other, a half for neither."""
     ours, theirs = (_CHRF.sentence_score(item.answers[n], [item.reference]).score for n in ("tuned", "retrieved-4"))
     return 0.5 if abs(ours - theirs) < 3 else float(ours > theirs)
 
 
-def test_the_verdict_the_comment_and_the_report_tell_both(heard: tuple[Path, Ran, Evidence]) -> None:
+def test_verdict_comment_and_report_include_judge_and_people(heard: tuple[Path, Ran, Evidence]) -> None:
     project, _, evidence = heard
-    told = tunewright("verdict", "-p", project)
+    message = tunewright("verdict", "-p", project)
     comment = tunewright("verdict", "--markdown", "-p", project)
     report = tunewright("report", "-p", project)
     assert report.code == 0, report.stderr
     page = (project / "evaluations" / evidence.id / "report.html").read_text()
-    for text in (told.stdout, comment.stdout, page):
+    for text in (message.stdout, comment.stdout, page):
         assert "People, blind: 50 of 50 pairs judged" in text
         assert "with the judge" in text
         assert "counts" in text
     assert "people and the judge" in page
 
 
-def test_a_judge_that_only_sees_what_the_metric_sees_is_of_no_help(tmp_path: Path) -> None:
+def test_judge_that_repeats_the_metric_does_not_narrow_the_win_rate(tmp_path: Path) -> None:
     """The sample has its strata by the metric, so within them such a judge never differs: lambda is 0."""
     ran, evidence = _asked(tmp_path, honest)
     assert evidence.human_eval is not None and evidence.human_eval.powered is not None
@@ -152,7 +152,7 @@ def test_a_judge_that_only_sees_what_the_metric_sees_is_of_no_help(tmp_path: Pat
     assert "people and the judge (lambda 0.00)" in ran.stdout
 
 
-def test_people_who_say_the_opposite_stop_it_although_metric_and_judge_are_for_it(tmp_path: Path) -> None:
+def test_people_overrule_metric_and_judge(tmp_path: Path) -> None:
     _, evidence = _asked(tmp_path, counts_words, turned=True)
     before = tunewright("verdict", "-p", tmp_path / "project", "--json")
     assert evidence.contrasts[0].difference > 0

@@ -1,4 +1,4 @@
-"""The test split is opened once, and each further time is told: through the command line, on a tiny base."""
+"""The test split is opened once, and each further opening is reported: through the command line, on a tiny base."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def openings(project: Path) -> list[dict[str, Any]]:
     return found
 
 
-def test_the_contrast_is_declared_before_a_test_prompt_is_made(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluate_declares_the_contrast_before_building_test_prompts(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tunewright.evaluation.arm_runner import ArmRunner
 
     def answers(*_: object) -> None:
@@ -61,7 +63,7 @@ def test_the_contrast_is_declared_before_a_test_prompt_is_made(project: Path, mo
     (opening,) = openings(project)
     monkeypatch.undo()
     evidence = tunewright("evaluate", "-p", project, "--json").document["evidence"]
-    # Going on after a stop is the same opening, and what was declared is what is measured.
+    # Resuming after a stop is the same opening, and what was declared is what is measured.
     assert openings(project) == [opening] == [evidence["opening"]]
     declared = [(each["treatment"], each["control"]) for each in opening["declared"]]
     assert declared == [(c["treatment"], c["control"]) for c in evidence["contrasts"]]
@@ -71,9 +73,9 @@ def test_the_contrast_is_declared_before_a_test_prompt_is_made(project: Path, mo
     assert evidence["openings"] == []
 
 
-def test_looking_again_is_no_opening_and_other_settings_are(project: Path) -> None:
-    told = tunewright("evaluate", "-p", project).stderr
-    assert "The test split is opened (line 1 of ledger.jsonl). Declared: tuned against" in " ".join(told.split())
+def test_ledger_records_an_opening_for_new_settings_only(project: Path) -> None:
+    message = tunewright("evaluate", "-p", project).stderr
+    assert "The test split is opened (line 1 of ledger.jsonl). Declared: tuned against" in " ".join(message.split())
     assert tunewright("evaluate", "-p", project).code == 0
     assert tunewright("verdict", "-p", project).code in {0, 3, 4}
     assert len(openings(project)) == 1
@@ -94,7 +96,7 @@ def test_looking_again_is_no_opening_and_other_settings_are(project: Path) -> No
     assert len(openings(project)) == 2
 
 
-def test_a_ledger_that_was_changed_stops_verdict_and_evaluate_with_its_line(project: Path) -> None:
+def test_verdict_and_evaluate_refuse_a_changed_ledger_line(project: Path) -> None:
     assert tunewright("evaluate", "-p", project).code == 0
     file = project / "evaluations" / LEDGER
     whole = file.read_text()
@@ -104,12 +106,12 @@ def test_a_ledger_that_was_changed_stops_verdict_and_evaluate_with_its_line(proj
         assert (ran.code, ran.document["error"]["where"]) == (2, f"{file}:1"), command
     file.unlink()
     ran = tunewright("verdict", "-p", project, "--json")
-    assert (ran.code, ran.document["error"]["what"].split(":")[0]) == (2, "line 1 is missing")
+    assert (ran.code, ran.document["error"]["what"].split(":")[0]) == (2, "Line 1 is missing")
     file.write_text(whole)
     assert tunewright("verdict", "-p", project).code in {0, 3, 4}
 
 
-def test_rows_that_an_earlier_version_opened_are_told_of_a_later_one(project: Path, tmp_path: Path) -> None:
+def test_verdict_warns_of_rows_opened_by_an_earlier_version(project: Path, tmp_path: Path) -> None:
     assert tunewright("evaluate", "-p", project).code == 0
     first = openings(project)[0]["items"]
     more = write_jsonl(tmp_path / "more.jsonl", [{**p, "prompt": f"more {p['prompt']}"} for p in pairs(60, seed=9)])
@@ -130,7 +132,7 @@ def test_crossval_opens_the_test_split_too(project: Path) -> None:
     assert [each["shared_items"] for each in evidence["openings"]] == [evidence["items"]]
 
 
-def test_on_dev_the_test_split_stays_closed(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluate_dev_does_not_open_the_test_split(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = tunewright("evaluate", "--dev", "-p", project, "--json")
     assert ran.code == 0, ran.stderr
     compared = ran.document["evidence"]
@@ -146,7 +148,7 @@ def test_on_dev_the_test_split_stays_closed(project: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.slow
-def test_a_killed_evaluation_goes_on_as_the_same_opening(project: Path) -> None:
+def test_ledger_counts_a_resumed_evaluation_once(project: Path) -> None:
     command = [sys.executable, "-m", "tunewright", "evaluate", "-p", str(project)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     running = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)

@@ -83,7 +83,7 @@ def test_time_left_follows_the_stages_so_far_and_the_part_of_the_current_one(now
     assert screen.seconds_left() == pytest.approx(1 * 60 + 3 * 60)
 
 
-def test_time_left_ignores_stages_that_were_found_done(now: list[float]) -> None:
+def test_time_left_ignores_reused_stages(now: list[float]) -> None:
     screen = _Screen(_terminal(), STAGES)
     now[0] += 1
     screen.done("data", False, "")
@@ -119,7 +119,7 @@ def test_progress_is_lines_without_a_terminal_that_can_redraw(
     assert _plain(_written(reporter.console)) == "Training: 2/4 steps\n"
 
 
-def test_view_has_no_colours_where_they_are_not_wanted() -> None:
+def test_view_has_no_colours_when_disabled() -> None:
     console = _terminal(NO_COLOR="1")
     with ConsoleReporter(console).pipeline(STAGES) as done:
         assert done is not None

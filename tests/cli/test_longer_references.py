@@ -36,5 +36,5 @@ def test_train_and_evaluate_warn_of_longer_references_before_they_answer(
     assert _told(on_dev, "test") == []
     evaluated = tunewright("evaluate", "--project", folder)
     assert len(_told(evaluated, "test")) == 1
-    told = " ".join(evaluated.stderr.split())
-    assert told.index("test references are longer") < told.index("The test split is opened")
+    message = " ".join(evaluated.stderr.split())
+    assert message.index("test references are longer") < message.index("The test split is opened")

@@ -35,7 +35,7 @@ def test_check_fix_and_add_read_a_file_the_same_way(project: Path) -> None:
     assert (again.document["created"], again.document["known"]) == (False, 30)
 
 
-def test_options_take_the_place_of_the_config_s(project: Path) -> None:
+def test_mapping_options_override_the_config(project: Path) -> None:
     config = project / "tunewright.yaml"
     config.write_text('data:\n  rows: law\n  input: q\n  output: "{{ b }}"\n')
     file = project / "rows.json"
@@ -47,11 +47,11 @@ def test_options_take_the_place_of_the_config_s(project: Path) -> None:
     ("arguments", "words"),
     [
         (["check", "--rows", "data"], "requires files"),
-        (["check", "FILE", "--rows", ""], "it is empty"),
-        (["check", "FILE", "--rows", "data["], "invalid JMESPath expression"),
+        (["check", "FILE", "--rows", ""], "Must not be empty"),
+        (["check", "FILE", "--rows", "data["], "Invalid JMESPath expression"),
         (["add", "FILE", "--rows", "*[]", "--input", "{{ q", "--output", "a"], "data.input (--input)"),
         (["add", "FILE", "--rows", "*[]", "--input", "{{ q }}"], "data.output is not set"),
-        (["add", "FILE", "--rows", "*[]", "--input", "question", "--output", "answer"], "no file is a CSV"),
+        (["add", "FILE", "--rows", "*[]", "--input", "question", "--output", "answer"], "No file is a CSV"),
         (
             ["check", "FILE", "--rows", "*[]", "--input", "q", "--output", "answer"],
             "no row has both the keys q and answer",
@@ -60,9 +60,7 @@ def test_options_take_the_place_of_the_config_s(project: Path) -> None:
         (["check", "FILE", "--fix", "OUT", "--rows", "nothing"], "selects nothing"),
     ],
 )
-def test_an_option_that_cannot_be_is_one_message_and_changes_nothing(
-    project: Path, arguments: list[str], words: str
-) -> None:
+def test_invalid_mapping_option_is_refused_and_changes_nothing(project: Path, arguments: list[str], words: str) -> None:
     places = {"FILE": str(project / "rows.json"), "OUT": str(project / "out.jsonl")}
     ran = tunewright("data", *(places.get(word, word) for word in arguments), "-p", project)
     assert (ran.code, words in ran.stderr) == (2, True), ran.stderr

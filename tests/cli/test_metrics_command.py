@@ -1,4 +1,4 @@
-"""Metrics through the command line: one of the project's own decides, others are measured beside it, on a tiny base."""
+"""Metrics through the command line: one of the project's own decides, others are also measured, on a tiny base."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def shared_letters(answer, reference, example):
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
-    """A project that has gone the whole road by a metric of its own."""
+    """A project after one run of the pipeline with a custom metric."""
     folder = tiny_project(tmp_path_factory.mktemp("metrics") / "project", tiny_base_folder)
     config = (folder / "tunewright.yaml").read_text()
     colours = "[red, green, blue, amber, violet, ochre, teal, navy, olive, coral]"
@@ -58,7 +58,7 @@ def _evaluated(project: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return document["evidence"], [json.loads(line) for line in lines if line]
 
 
-def test_the_own_metric_decides_and_the_others_stand_beside_it(project: Path) -> None:
+def test_custom_metric_decides_and_others_are_reported(project: Path) -> None:
     evidence, _ = _evaluated(project)
     own = "python scoring:shared_letters"
     assert evidence["metric"] == own
@@ -87,7 +87,7 @@ def test_items_and_arms_agree_on_every_metric_and_on_what_is_unscored(project: P
     assert evidence["contrasts"][0]["scored"] == len(items) - len(even)
 
 
-def test_the_same_metric_chose_the_checkpoint(project: Path) -> None:
+def test_custom_metric_selects_the_checkpoint(project: Path) -> None:
     ran = tunewright("train", "-p", project, "--json")
     assert ran.document["trained"] is False
     assert ran.document["metric"] == "python scoring:shared_letters"
@@ -96,7 +96,7 @@ def test_the_same_metric_chose_the_checkpoint(project: Path) -> None:
     assert kept["dev_metric"] == max(scores)
 
 
-def test_verdict_tables_and_report_tell_of_it(project: Path) -> None:
+def test_verdict_and_report_name_the_custom_metric(project: Path) -> None:
     evidence, _ = _evaluated(project)
     verdict = tunewright("verdict", "-p", project, "--json").document
     assert "tuned shared_letters " in verdict["reasons"][0]
@@ -111,16 +111,19 @@ def test_verdict_tables_and_report_tell_of_it(project: Path) -> None:
     assert "could not be scored in both arms and are left out" in page
 
 
-def test_what_the_splits_can_show_is_told_before_training(project: Path) -> None:
+def test_run_reports_detectable_differences_before_training(project: Path) -> None:
     ran = tunewright("train", "-p", project, "--json")
-    dev, test = ran.document["prospects"]
+    dev, test = ran.document["detectable_effects"]
     assert (dev["split"], test["split"]) == ("dev", "test")
-    told = f"The test split's {test['items']} items in {test['clusters']} clusters show a true difference of"
-    assert told in " ".join(ran.stderr.split())
-    assert tunewright("advise", "-p", project, "--json").document["prospects"] == ran.document["prospects"]
+    message = f"The test split's {test['items']} items in {test['clusters']} clusters show a true difference of"
+    assert message in " ".join(ran.stderr.split())
+    assert (
+        tunewright("advise", "-p", project, "--json").document["detectable_effects"]
+        == ran.document["detectable_effects"]
+    )
 
 
-def test_another_module_is_another_evaluation(project: Path) -> None:
+def test_evaluate_measures_again_when_the_metric_module_changes(project: Path) -> None:
     before, _ = _evaluated(project)
     file = project / "scoring.py"
     text = file.read_text()
@@ -134,13 +137,13 @@ def test_another_module_is_another_evaluation(project: Path) -> None:
         file.write_text(text)
 
 
-def test_a_metric_that_fails_or_suits_nothing_is_a_mistake_that_is_told(project: Path, tmp_path: Path) -> None:
+def test_evaluate_refuses_a_metric_that_fails_or_scores_nothing(project: Path, tmp_path: Path) -> None:
     config = (project / "tunewright.yaml").read_text()
     for name in ("pairs.jsonl", "scoring.py"):
         (tmp_path / name).write_text((project / name).read_text())
     for metric, what in (
         ("{python: 'scoring:none_such'}", "no function 'none_such'"),
-        ("json", "not one item can be scored by json"),
+        ("json", "No item can be scored by json"),
     ):
         text = config.replace("{python: 'scoring:shared_letters'}", metric)
         (tmp_path / "tunewright.yaml").write_text(text)

@@ -31,7 +31,7 @@ def _query_project(folder: Path, base: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
-    """A project that has gone the whole road once."""
+    """A project after one run of the whole pipeline."""
     folder = _query_project(tmp_path_factory.mktemp("templates") / "project", tiny_base_folder)
     ran = tunewright("run", "--project", folder)
     assert ran.code in {0, 3, 4}, ran.stderr
@@ -56,10 +56,10 @@ def test_evaluate_scores_items_with_a_new_output_template_apart(project: Path) -
         for arm, score in (found[name] or {"scores": {}})["scores"].items():
             right = sum(item["answers"][arm].strip() == item["reference"] for item in some)
             assert score["value"] == right / len(some)
-    told = tunewright("verdict", "--project", project, "--json").document["reasons"]
+    message = tunewright("verdict", "--project", project, "--json").document["reasons"]
     share = sum(not item["new_template"] for item in items) / len(items)
     assert share >= 0.5
-    assert sum("have an output template seen in training" in r or "every test item" in r for r in told) == 1
+    assert sum("have an output template seen in training" in r or "every test item" in r for r in message) == 1
     assert 'aria-labelledby="output-templates"' in next(project.glob("evaluations/*/report.html")).read_text()
 
 
@@ -75,13 +75,13 @@ def test_evaluate_dev_scores_dev_items_by_template_and_distance(project: Path, t
     assert all(0 <= item["nearest"] <= 1 for item in items)
     parts = [part["items"] for part in (evidence["output_templates"][name] for name in ("seen", "new")) if part]
     assert sum(parts) == sum(band["items"] for band in evidence["nearness"]["bands"]) == len(items)
-    told = tunewright("verdict", folder.name, "-p", copy, "--json").document["reasons"]
-    assert sum("dev items have an output template seen in training" in r or "every dev item" in r for r in told) == 1
+    message = tunewright("verdict", folder.name, "-p", copy, "--json").document["reasons"]
+    assert sum("dev items have an output template seen in training" in r or "every dev item" in r for r in message) == 1
     assert tunewright("report", folder.name, "-p", copy).code == 0
     assert "The dev items by whether" in (folder / "report.html").read_text()
 
 
-def test_leak_scores_an_evaluation_by_output_template(project: Path) -> None:
+def test_leakage_scores_an_evaluation_by_output_template(project: Path) -> None:
     _, items = _evaluation(project)
     (folder,) = (p for p in (project / "evaluations").iterdir() if p.is_dir())
     found = tunewright("data", "leakage", folder, "-p", project, "--json").document["templates"]

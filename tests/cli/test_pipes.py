@@ -115,7 +115,7 @@ def test_terminal_gets_boxes_and_its_own_width(project: Path) -> None:
     ],
     ids=" ".join,
 )
-def test_command_ends_quietly_with_141_when_nobody_reads(
+def test_command_exits_quietly_with_141_on_a_closed_pipe(
     project: Path, arguments: tuple[str, ...], closed: str
 ) -> None:
     process = subprocess.Popen(
@@ -129,15 +129,15 @@ def test_command_ends_quietly_with_141_when_nobody_reads(
     assert process.stderr is not None
     getattr(process, closed).close()
     left = process.stderr if closed == "stdout" else process.stdout
-    told = left.read()
+    reported = left.read()
     left.close()
     says_something = closed == "stdout" or arguments[0] == "data"
     assert process.wait(300) == (141 if says_something else 0)
-    assert "Traceback" not in told
-    assert "Exception ignored" not in told
+    assert "Traceback" not in reported
+    assert "Exception ignored" not in reported
 
 
-def test_key_alone_is_on_stdout_and_what_belongs_to_it_on_stderr(project: Path) -> None:
+def test_key_is_alone_on_stdout_and_its_details_on_stderr(project: Path) -> None:
     assert tunewright("tenant", "add", "acme", "-p", project).code == 0
     ran = tunewright("tenant", "key", "add", "acme", "-p", project)
     assert len(ran.stdout.splitlines()) == 1

@@ -76,7 +76,7 @@ KNOWN = {
 }
 
 
-def test_the_page_has_a_command_and_counts_for_each_set() -> None:
+def test_real_sets_page_has_a_command_and_counts_for_each_set() -> None:
     sets = [*KNOWN, "pubmedqa"]
     assert sorted(_commands()) == sorted(_counts()) == sorted(sets)
 
@@ -89,11 +89,11 @@ QUICK = ("gsm8k", "self_instruct")
     "name",
     [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in sorted([*KNOWN, "pubmedqa"])],
 )
-def test_a_set_is_imported_by_its_command_whole_and_as_its_own_reader_reads_it(
+def test_add_imports_each_real_set_like_its_reference_reader(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not (SHARED / name).is_dir():
-        pytest.skip(f"the data set {name} is not beside the project")
+        pytest.skip(f"the data set {name} is not next to the project")
     monkeypatch.chdir(tmp_path)
     assert tunewright("init", ".").code == 0
     (tmp_path / "sets").symlink_to(SHARED.resolve())
@@ -121,9 +121,9 @@ def _pair(example: Example) -> tuple[str, str]:
     ("name", "hint"),
     [("pubmedqa/ori_pqal.json", "'values(@)'"), ("snips_slots/validate_GetWeather.json", "GetWeather")],
 )
-def test_a_document_of_rows_is_refused_with_the_option_that_finds_them(name: str, hint: str, tmp_path: Path) -> None:
+def test_add_refuses_a_nested_document_and_suggests_the_rows_option(name: str, hint: str, tmp_path: Path) -> None:
     if not (SHARED / name).exists():
-        pytest.skip(f"the data set {name} is not beside the project")
+        pytest.skip(f"the data set {name} is not next to the project")
     assert tunewright("init", tmp_path).code == 0
     ran = tunewright("data", "add", SHARED / name, "-p", tmp_path, "--json")
     assert ran.code == 2

@@ -18,7 +18,7 @@ def project(tmp_path: Path, tiny_base_folder: Path) -> Path:
     return folder
 
 
-def test_remove_shows_what_would_go_then_removes_it_and_keeps_it_out(project: Path) -> None:
+def test_remove_previews_then_removes_and_excludes_rows(project: Path) -> None:
     command = ("data", "remove", "--where", "split == 'train' && output == 'red'", "--because", "red was retired")
     dry = tunewright(*command, "--dry-run", "-p", project)
     assert dry.code == 0
@@ -35,7 +35,7 @@ def test_remove_shows_what_would_go_then_removes_it_and_keeps_it_out(project: Pa
     assert back["added"] == len(done["rows"])
 
 
-def test_remove_says_which_adapters_were_trained_on_the_rows(project: Path) -> None:
+def test_remove_names_the_adapters_trained_on_the_rows(project: Path) -> None:
     assert tunewright("train", "-p", project).code == 0
     trained = tunewright(
         "data", "remove", "--where", "split != 'dev' && output == 'red'", "--because", "x", "-p", project
@@ -44,7 +44,7 @@ def test_remove_says_which_adapters_were_trained_on_the_rows(project: Path) -> N
     assert "trained on" in trained.stdout
 
 
-def test_the_lineage_of_an_adapter_is_followed_through_a_purge(project: Path) -> None:
+def test_adapters_show_follows_lineage_through_a_purge(project: Path) -> None:
     assert tunewright("train", "-p", project).code == 0
     options = ("--where", "split == 'train' && output == 'red'", "--because", "asked", "--purge")
     done = tunewright("data", "remove", *options, "-p", project, "--json").document
@@ -55,7 +55,7 @@ def test_the_lineage_of_an_adapter_is_followed_through_a_purge(project: Path) ->
     assert len(place["trained_on"]) == 1
 
 
-def test_a_purge_is_told_by_verify_and_by_what_still_has_the_text(project: Path) -> None:
+def test_purge_is_reported_by_verify_and_lists_remaining_copies(project: Path) -> None:
     row = tunewright("data", "show", "pairs.jsonl:7", "-p", project, "--json").document
     keys = project / "keys.txt"
     keys.write_text(row["key"][:20] + "\n")
@@ -79,21 +79,21 @@ def test_a_purge_is_told_by_verify_and_by_what_still_has_the_text(project: Path)
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--because", "x"), "no rows are selected"),
-        (("--where", "output == 'no such'", "--because", "x"), "no row of version"),
-        (("--where", "output ==", "--because", "x"), "invalid JMESPath expression"),
-        (("--source", "no.jsonl", "--because", "x"), "no row was read from a file no.jsonl"),
-        (("--keys", "no.txt", "--because", "x"), "cannot read the file"),
-        (("--group", "customer=x", "--because", "x"), "no row has the group"),
+        (("--because", "x"), "No rows are selected"),
+        (("--where", "output == 'no such'", "--because", "x"), "No row of version"),
+        (("--where", "output ==", "--because", "x"), "Invalid JMESPath expression"),
+        (("--source", "no.jsonl", "--because", "x"), "No row was read from a file no.jsonl"),
+        (("--keys", "no.txt", "--because", "x"), "Cannot read the file"),
+        (("--group", "customer=x", "--because", "x"), "No row has the group"),
         (("--where", "output == 'red'", "--because", " "), "a removal needs a reason"),
     ],
 )
-def test_a_removal_that_names_nothing_is_a_user_error(project: Path, options: tuple[str, ...], words: str) -> None:
+def test_remove_refuses_a_selection_that_matches_nothing(project: Path, options: tuple[str, ...], words: str) -> None:
     ran = tunewright("data", "remove", *options, "-p", project)
     assert (ran.code, words in ran.stderr) == (2, True), ran.stderr
 
 
-def test_replace_takes_the_mended_file(project: Path) -> None:
+def test_replace_accepts_the_corrected_file(project: Path) -> None:
     rows = pairs(120)
     rows[4] = {**rows[4], "completion": "mended"}
     path = write_jsonl(project / "mended.jsonl", rows)
@@ -103,7 +103,7 @@ def test_replace_takes_the_mended_file(project: Path) -> None:
     assert "mended" in json.dumps(tunewright("data", "show", "pairs.jsonl:5", "-p", project, "--json").document)
 
 
-def test_a_fresh_project_inherits_a_split(project: Path, tmp_path: Path, tiny_base_folder: Path) -> None:
+def test_add_split_from_inherits_a_split(project: Path, tmp_path: Path, tiny_base_folder: Path) -> None:
     other = tiny_project(tmp_path / "other", tiny_base_folder)
     (other / "tunewright.yaml").write_text((other / "tunewright.yaml").read_text() + "\nseed: 5\n")
     ran = tunewright("data", "add", other / "pairs.jsonl", "--split-from", project, "-p", other, "--json")
@@ -113,7 +113,7 @@ def test_a_fresh_project_inherits_a_split(project: Path, tmp_path: Path, tiny_ba
     assert ran.document["version"]["split_from"]["digest"] == first["digest"]
 
 
-def test_remove_takes_the_keys_that_other_commands_print(project: Path, tmp_path: Path) -> None:
+def test_remove_accepts_keys_printed_by_other_commands(project: Path, tmp_path: Path) -> None:
     def removed(name: str, text: str) -> set[str]:
         keys = project / name
         keys.write_text(text, encoding="utf-8")
@@ -138,15 +138,15 @@ def test_remove_takes_the_keys_that_other_commands_print(project: Path, tmp_path
     assert removed("dry.json", dry.stdout) == {row["key"] for row in dry.document["rows"]} != set()
 
 
-def test_remove_says_that_an_earlier_version_is_current_again(project: Path) -> None:
+def test_remove_reports_that_an_earlier_version_is_current_again(project: Path) -> None:
     first = tunewright("data", "log", "-p", project, "--json").document["current"]
     more = write_jsonl(
-        project / "more.jsonl", [{"prompt": "wholly other words, seven of them", "completion": "violet"}]
+        project / "more.jsonl", [{"prompt": "entirely other words, seven of them", "completion": "violet"}]
     )
     assert tunewright("data", "add", more, "-p", project).code == 0
     done = tunewright("data", "remove", "--source", "more.jsonl", "--because", "wrong export", "-p", project)
     assert done.code == 0
     assert f"Version {first[:12]} is current again: 120 rows" in done.stdout
     assert "New version" not in done.stdout
-    assert "the reason is in dataset/removed.jsonl" in done.stdout
+    assert "The reason is in dataset/removed.jsonl" in done.stdout
     assert "wrong export" in (project / "dataset" / "removed.jsonl").read_text(encoding="utf-8")

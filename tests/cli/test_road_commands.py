@@ -1,4 +1,4 @@
-"""The whole road through the command line, on a tiny base: each stage's output, files and exit codes."""
+"""The whole pipeline through the command line, on a tiny base: each stage's output, files and exit codes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tunewright.adapters.registry import find_adapter
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
-    """A project that has gone the whole road once."""
+    """A project after one run of the whole pipeline."""
     folder = tiny_project(tmp_path_factory.mktemp("road") / "project", tiny_base_folder)
     ran = tunewright("run", "--project", folder, "--json")
     assert ran.code in {0, 3, 4}, ran.stderr
@@ -33,7 +33,7 @@ def test_help_imports_no_torch() -> None:
     assert "run" in done.stdout
 
 
-def test_the_verdict_imports_no_torch(project: Path) -> None:
+def test_verdict_imports_no_torch(project: Path) -> None:
     code = (
         f"import sys, tunewright\nprint(tunewright.open({str(project)!r}).verdict().decision)\n"
         "assert 'torch' not in sys.modules"
@@ -46,16 +46,16 @@ def test_version_is_printed() -> None:
     assert tunewright("--version").stdout.startswith("tunewright 0.")
 
 
-def test_init_writes_a_config_and_never_over_one(tmp_path: Path) -> None:
+def test_init_never_overwrites_a_config(tmp_path: Path) -> None:
     assert tunewright("init", tmp_path / "new").code == 0
     config = (tmp_path / "new" / "tunewright.yaml").read_text()
     assert "# LoRA rank" in config
     again = tunewright("init", tmp_path / "new")
-    assert (again.code, "already there: tunewright.yaml" in again.stderr) == (2, True)
+    assert (again.code, "Already there: tunewright.yaml" in again.stderr) == (2, True)
     assert (tmp_path / "new" / "tunewright.yaml").read_text() == config
 
 
-def test_the_example_is_a_whole_project(tmp_path: Path) -> None:
+def test_init_example_creates_a_complete_project(tmp_path: Path) -> None:
     assert tunewright("init", "--example", "legal-citations", tmp_path).code == 0
     rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
     assert len(rows) > 1_500
@@ -65,14 +65,14 @@ def test_the_example_is_a_whole_project(tmp_path: Path) -> None:
     assert (unknown.code, "legal-citations" in unknown.stderr) == (2, True)
 
 
-def test_the_schema_names_each_defaults_source() -> None:
+def test_schema_names_the_source_of_each_default() -> None:
     schema = json.loads(tunewright("config", "schema").stdout)
     train = schema["$defs"]["TrainConfig"]["properties"]
     assert "arXiv" in train["preset"]["description"]
     assert train["lora_r"]["default"] == 16
 
 
-def test_every_stage_is_found_done_the_second_time(project: Path) -> None:
+def test_run_reuses_every_finished_stage(project: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in project.rglob("*") if p.is_file() and p.name != "report.html"}
     ran = tunewright("run", "--project", project)
     assert [line.split(":")[0] for line in ran.stderr.splitlines() if "unchanged" in line] == [
@@ -89,13 +89,13 @@ def test_result_is_on_stdout_and_progress_is_not(project: Path) -> None:
     for command in ("advise", "train", "evaluate", "verdict", "report"):
         ran = tunewright(command, "--project", project, "--json")
         assert ran.document
-        told = tunewright(command, "--project", project)
-        assert told.stdout
-        assert "not reviewed" in told.stderr
-        assert "not reviewed" not in told.stdout
+        message = tunewright(command, "--project", project)
+        assert message.stdout
+        assert "not reviewed" in message.stderr
+        assert "not reviewed" not in message.stdout
 
 
-def test_the_verdict_needs_the_evidence_and_nothing_else(project: Path, tmp_path: Path) -> None:
+def test_verdict_needs_only_the_evidence(project: Path, tmp_path: Path) -> None:
     ran = tunewright("verdict", "--project", project, "--json")
     assert ran.code == {"ship": 0, "don't ship": 3, "can't tell": 4}[ran.document["decision"]]
     evaluation = next(p for p in (project / "evaluations").iterdir() if p.is_dir())
@@ -107,7 +107,7 @@ def test_the_verdict_needs_the_evidence_and_nothing_else(project: Path, tmp_path
     assert (alone.code, alone.stdout) == (ran.code, ran.stdout)
 
 
-def test_evidence_holds_what_the_items_say(project: Path) -> None:
+def test_evidence_matches_the_items(project: Path) -> None:
     evidence = tunewright("evaluate", "--project", project, "--json").document["evidence"]
     folder = project / "evaluations" / evidence["id"]
     items = [json.loads(line) for line in (folder / "items.jsonl").read_text().split("\n") if line]
@@ -125,7 +125,7 @@ def test_evidence_holds_what_the_items_say(project: Path) -> None:
     assert decisive["control"] == evidence["best_prompting"]
 
 
-def test_lineage_leads_back_to_data_base_template_and_config(project: Path) -> None:
+def test_lineage_names_data_base_template_and_config(project: Path) -> None:
     adapter = find_adapter(project / "adapters")
     lineage = adapter.lineage
     version = tunewright("data", "log", "--project", project, "--json").document["versions"][-1]
@@ -137,7 +137,7 @@ def test_lineage_leads_back_to_data_base_template_and_config(project: Path) -> N
     assert len(lineage["template_digest"]) == 64
 
 
-def test_nothing_written_names_this_machine(project: Path) -> None:
+def test_project_files_do_not_name_the_machine(project: Path) -> None:
     """But for the base, which the config itself gives as a path here."""
     written = [*(project / "dataset").rglob("*"), *(project / "adapters").rglob("*.json")]
     for path in (p for p in written if p.is_file()):
@@ -150,7 +150,7 @@ def test_adapters_are_listed(project: Path) -> None:
     assert row["checkpoints"] == ["step-12"]
 
 
-def test_an_adapter_of_another_dataset_version_is_not_evaluated(project: Path, tmp_path: Path) -> None:
+def test_evaluate_refuses_an_adapter_of_another_dataset_version(project: Path, tmp_path: Path) -> None:
     """Its training rows may be test rows now."""
     import shutil
 
@@ -162,21 +162,21 @@ def test_an_adapter_of_another_dataset_version_is_not_evaluated(project: Path, t
     assert (ran.code, "was trained on dataset version" in ran.stderr) == (2, True)
 
 
-def test_an_adapter_that_the_config_would_no_longer_make_is_told(project: Path, tmp_path: Path) -> None:
+def test_evaluate_warns_of_an_adapter_trained_with_another_config(project: Path, tmp_path: Path) -> None:
     import shutil
 
     other = Path(shutil.copytree(project, tmp_path / "other"))
     config = other / "tunewright.yaml"
-    for before, after, told in (
+    for before, after, message in (
         ("save_steps: 5", "save_steps: 9", False),
         ("epochs: 2", "epochs: 3", True),
     ):
         config.write_text(config.read_text().replace(before, after))
         ran = tunewright("evaluate", "--project", other)
-        assert (ran.code, "train section has changed" in ran.stderr) == (0, told)
+        assert (ran.code, "train section has changed" in ran.stderr) == (0, message)
 
 
-def test_an_adapter_of_another_base_is_refused(project: Path, tmp_path: Path) -> None:
+def test_evaluate_refuses_an_adapter_of_another_base(project: Path, tmp_path: Path) -> None:
     import shutil
 
     from tiny import build_base
@@ -192,7 +192,7 @@ def test_an_adapter_of_another_base_is_refused(project: Path, tmp_path: Path) ->
         assert (ran.code, "The adapter was trained on" in ran.stderr) == (2, True)
 
 
-def test_few_pairs_go_the_road_only_by_force(tmp_path: Path, tiny_base_folder: Path) -> None:
+def test_run_refuses_few_pairs_without_force(tmp_path: Path, tiny_base_folder: Path) -> None:
     folder = tiny_project(tmp_path / "project", tiny_base_folder, count=55)
     for command in ("run", "train"):
         ran = tunewright(command, "--project", folder)

@@ -68,16 +68,16 @@ def test_base_adapter_and_checkpoint_answer_the_openai_client(
     assert "Traceback" not in stderr
 
 
-def test_an_address_that_is_taken_is_told_before_the_base_is_loaded(project: Path) -> None:
+def test_serve_refuses_an_address_in_use_before_loading_the_base(project: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         ran = tunewright("serve", "--port", str(port), "-p", project)
     assert ran.code == 2
-    assert f"cannot listen on 127.0.0.1 port {port}" in ran.stderr
+    assert f"Cannot listen on 127.0.0.1 port {port}" in ran.stderr
     assert "Loading" not in ran.stderr
 
 
-def test_a_checkpoint_that_is_not_there_is_named_with_those_that_are(project: Path) -> None:
+def test_serve_names_an_unknown_checkpoint_and_the_existing_ones(project: Path) -> None:
     name = find_adapter(project / "adapters").name
     ran = tunewright("serve", f"{name}@step-13", "-p", project)
     assert (ran.code, "step-12" in ran.stderr) == (2, True)

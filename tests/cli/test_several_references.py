@@ -59,13 +59,13 @@ def test_evaluate_counts_inputs_and_keeps_every_items_references(ran: tuple[Path
         assert len({json.dumps(o["scores"]) for o in items if o["input"] == item["input"]}) == 1
     assert evidence["noise_floor"]["items"] == len(inputs)
     assert "nrefs:var" in evidence["metrics"]["bleu"]["definition"]
-    told = (
+    message = (
         f"{len(items)} test items, {len(inputs)} distinct inputs with 3.0 references each: an answer is scored by all"
     )
-    assert told in " ".join(ran[1].stderr.split())
+    assert message in " ".join(ran[1].stderr.split())
 
 
-def test_leak_counts_no_exact_answers_when_the_metric_is_bleu(ran: tuple[Path, Ran]) -> None:
+def test_leakage_counts_no_exact_answers_when_the_metric_is_bleu(ran: tuple[Path, Ran]) -> None:
     folder = _folder(ran[0])
     document = tunewright("data", "leakage", folder, "-p", ran[0], "--json").document
     assert (document["bands"], document["templates"]) == ([], [])

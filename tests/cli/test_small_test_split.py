@@ -35,7 +35,7 @@ def test_data_add_warns_last_of_few_test_clusters_and_succeeds(few_clusters: Pat
     assert "Independent clusters: 32 train, 4 dev, 4 test." in ran.stderr
 
 
-def test_run_stops_before_the_base_is_looked_for_unless_forced(few_clusters: Path) -> None:
+def test_run_stops_before_resolving_the_base_unless_forced(few_clusters: Path) -> None:
     ran = tunewright("run", "-p", few_clusters)
     assert ran.code == 2
     assert f"Error: test split: 4 test clusters: {TOO_FEW}" in ran.stderr
@@ -47,7 +47,7 @@ def test_run_stops_before_the_base_is_looked_for_unless_forced(few_clusters: Pat
     assert "nowhere" in forced.stderr
 
 
-def test_train_warns_before_the_base_is_looked_for(few_clusters: Path) -> None:
+def test_train_warns_before_resolving_the_base(few_clusters: Path) -> None:
     tunewright("data", "add", few_clusters / "pairs.jsonl", "-p", few_clusters)
     ran = tunewright("train", "-p", few_clusters)
     assert f"Warning: 4 test clusters: {TOO_FEW}" in ran.stderr

@@ -27,9 +27,9 @@ import hashlib, sys, threading, time
 import typer
 
 from tunewright.cli.console import RESUMES, session
-from tunewright.cli.stopping import own_process
+from tunewright.cli.stopping import mark_command_process
 
-own_process()
+mark_command_process()
 try:
     with session({as_json}, kept=RESUMES):
         {before}
@@ -76,7 +76,7 @@ def test_stop_is_announced_and_command_exits_with_130(number: signal.Signals) ->
 
 
 @pytest.mark.parametrize(("before", "work"), [("pass", NATIVE), (THREAD, "time.sleep(600)")])
-def test_command_ends_though_its_main_thread_or_its_end_waits(before: str, work: str) -> None:
+def test_command_ends_while_its_main_thread_or_exit_waits(before: str, work: str) -> None:
     process = _started(work, before=before)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=PATIENCE_S)
@@ -86,13 +86,13 @@ def test_command_ends_though_its_main_thread_or_its_end_waits(before: str, work:
 
 
 @pytest.mark.parametrize("work", [NATIVE, "\n        try: time.sleep(600)\n        finally: time.sleep(600)"])
-def test_second_signal_ends_command_before_its_patience_does(work: str) -> None:
+def test_second_signal_ends_command_before_the_timeout(work: str) -> None:
     process = _started(work)
     process.send_signal(signal.SIGINT)
     assert process.stderr is not None
-    told = ""
-    while "Ctrl-C again ends at once." not in told:
-        told += process.stderr.read(1)
+    message = ""
+    while "Ctrl-C again ends at once." not in message:
+        message += process.stderr.read(1)
     process.send_signal(signal.SIGINT)
     assert process.wait(PATIENCE_S) == 130
     # A second KeyboardInterrupt in the main thread may be quicker than the watcher.
@@ -138,16 +138,16 @@ def _stopped_on_terminal(seen: str, *arguments: str | Path) -> tuple[int, str]:
     return code, re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen)
 
 
-def test_data_add_that_is_stopped_adds_nothing_and_says_so(tmp_path: Path, tiny_base_folder: Path) -> None:
+def test_data_add_adds_nothing_when_stopped(tmp_path: Path, tiny_base_folder: Path) -> None:
     folder = tmp_path / "project"
     folder.mkdir()
     (folder / "tunewright.yaml").write_text(f"name: tiny\nbase_model: {tiny_base_folder}\n")
     many = write_jsonl(folder / "many.jsonl", pairs(60_000))
     code, screen = _stopped_on_terminal("reading", "data", "add", many, "-p", folder)
     assert code == 130
-    told = " ".join(screen.split())
-    assert "Stopping: nothing was added; run the same command again. Ctrl-C again ends at once." in told
-    assert "Stopped; nothing was added; run the same command again." in told
+    message = " ".join(screen.split())
+    assert "Stopping: Nothing was added; run the same command again. Ctrl-C again ends at once." in message
+    assert "Stopped; nothing was added; run the same command again." in message
     assert "Traceback" not in screen
     assert tunewright("data", "log", "-p", folder, "--json").document["versions"] == []
     few = write_jsonl(folder / "few.jsonl", pairs(60))

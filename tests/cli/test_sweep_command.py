@@ -60,7 +60,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> t
 Swept = tuple[Path, dict[str, Any], list[str]]
 
 
-def test_six_trials_are_halved_to_one_that_is_trained_to_its_end(swept: Swept) -> None:
+def test_sweep_halves_six_trials_to_one_finished_winner(swept: Swept) -> None:
     project, document, _ = swept
     assert document["rungs"] == [6, 12, 24]
     assert len(document["trials"]) == 6
@@ -75,9 +75,7 @@ def test_six_trials_are_halved_to_one_that_is_trained_to_its_end(swept: Swept) -
 
 
 @pytest.mark.slow
-def test_the_winner_is_the_run_that_train_makes_and_is_not_trained_twice(
-    swept: Swept, tmp_path: Path, tiny_base_folder: Path
-) -> None:
+def test_train_reuses_the_winner_of_the_sweep(swept: Swept, tmp_path: Path, tiny_base_folder: Path) -> None:
     project, document, _ = swept
     ran = tunewright("train", "-p", project, "--json")
     assert (ran.document["adapter"], ran.document["trained"]) == (document["adapter"], False)
@@ -87,7 +85,7 @@ def test_the_winner_is_the_run_that_train_makes_and_is_not_trained_twice(
     assert (ran.document["adapter"], ran.document["trained"]) == (document["adapter"], True)
 
 
-def test_the_winner_is_written_back_and_the_rest_of_the_file_stays(swept: Swept) -> None:
+def test_sweep_writes_the_winner_to_the_config_and_keeps_the_rest(swept: Swept) -> None:
     project, document, _ = swept
     text = (project / "tunewright.yaml").read_text()
     train = load_config(project / "tunewright.yaml").train
@@ -97,7 +95,7 @@ def test_the_winner_is_written_back_and_the_rest_of_the_file_stays(swept: Swept)
     assert (train.epochs, train.batch_size) == (2, 8)
 
 
-def test_test_rows_are_never_given(swept: Swept) -> None:
+def test_sweep_never_uses_test_rows(swept: Swept) -> None:
     project, _, given = swept
     version = load_version(project / "dataset")
     seen = "\n".join(given)
@@ -106,7 +104,7 @@ def test_test_rows_are_never_given(swept: Swept) -> None:
 
 
 @pytest.mark.slow
-def test_a_sweep_that_is_done_is_found_done(tmp_path: Path, tiny_base_folder: Path) -> None:
+def test_sweep_reuses_a_finished_sweep(tmp_path: Path, tiny_base_folder: Path) -> None:
     project = _project(tmp_path / "project", tiny_base_folder)
     rates = ("--rate", "0.003", "--rate", "0.01")
     first = tunewright("train", "--sweep", *rates, "-p", project)
@@ -122,7 +120,7 @@ def test_a_sweep_that_is_done_is_found_done(tmp_path: Path, tiny_base_folder: Pa
     assert len(again.document["trials"]) == 4
 
 
-def test_a_budget_for_no_trial_is_refused_and_says_what_it_takes(tmp_path: Path, tiny_base_folder: Path) -> None:
+def test_sweep_refuses_a_budget_below_one_trial_and_states_the_minimum(tmp_path: Path, tiny_base_folder: Path) -> None:
     project = _project(tmp_path / "project", tiny_base_folder)
     ran = tunewright("train", "--sweep", "--minutes", "0.001", "-p", project)
     assert ran.code == 2
@@ -139,7 +137,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (["--minutes", "3"], "--minutes requires --sweep"),
         (["--write"], "--write requires --sweep"),
@@ -148,19 +146,19 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) ->
         (["--sweep", "--curve"], "mutually exclusive"),
         (["--sweep", "--rate", "3"], "above 0 and at most 1 (got 3)"),
         (["--sweep", "--rate", "0.1", "--rate", "0.1"], "given twice"),
-        (["--sweep", "--minutes", "0"], "must be greater than 0 (got 0)"),
-        (["--curve", "--seeds", "1"], "must be at least 2 (got 1)"),
+        (["--sweep", "--minutes", "0"], "Must be greater than 0 (got 0)"),
+        (["--curve", "--seeds", "1"], "Must be at least 2 (got 1)"),
     ],
 )
-def test_options_that_mean_nothing_are_refused(options: list[str], told: str, project: Path) -> None:
+def test_sweep_refuses_options_without_effect(options: list[str], message: str, project: Path) -> None:
     ran = tunewright("train", *options, "-p", project)
-    assert (ran.code, told in ran.stderr) == (2, True), ran.stderr
+    assert (ran.code, message in ran.stderr) == (2, True), ran.stderr
     assert not (project / "sweeps").exists()
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> tuple[Path, str]:
-    """A small sweep that nothing stopped, and the adapter that it came to."""
+    """A small sweep that nothing stopped, and its adapter."""
     project = _project(tmp_path_factory.mktemp("whole") / "project", tiny_base_folder)
     ran = tunewright("train", "--sweep", "--rate", "0.003", "--json", "-p", project)
     assert ran.code == 0, ran.stderr
@@ -169,7 +167,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_sweep_that_was_stopped_goes_on_to_the_same_adapter(
+def test_sweep_resumes_to_the_same_adapter_after_a_stop(
     number: int, whole: tuple[Path, str], tmp_path: Path, tiny_base_folder: Path
 ) -> None:
     project = _project(tmp_path / "project", tiny_base_folder)

@@ -1,4 +1,4 @@
-"""What was trained with a system prompt is served with it: the same ids as in training and evaluation."""
+"""System prompts of training at serving: the same ids as in training and evaluation."""
 
 from __future__ import annotations
 
@@ -64,9 +64,7 @@ def _ask_users_turns(service: Service, model: str, members: Sequence[Member]) ->
         return replies
 
 
-def test_a_users_turn_alone_is_served_as_the_ids_that_the_tuned_arm_is_asked_with(
-    project: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_serve_renders_a_user_turn_to_the_ids_of_the_tuned_arm(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter, members = _adapter(project), _test_members(project)
     opened = ProjectContext(ProjectFolder(project), LogReporter())
     evaluated = opened.arm_runner(adapter).answers(TUNED, members, "test", adapter)
@@ -79,7 +77,7 @@ def test_a_users_turn_alone_is_served_as_the_ids_that_the_tuned_arm_is_asked_wit
     assert trained_on[: len(seen[0])] == seen[0]
 
 
-def test_the_base_gets_none_and_an_earlier_checkpoint_its_own(project: Path) -> None:
+def test_serve_adds_no_system_prompt_to_the_base(project: Path) -> None:
     adapter, members = _adapter(project), _test_members(project)[:1]
     name = f"{adapter.name}@{next(iter(adapter.checkpoints))}"
     base = ProjectFolder(project).config.base_model
@@ -90,9 +88,7 @@ def test_the_base_gets_none_and_an_earlier_checkpoint_its_own(project: Path) -> 
         assert reply.headers["x-tunewright-system"] == source
 
 
-def test_serve_says_at_its_start_what_it_adds_or_that_it_does_not(
-    project: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_serve_reports_at_start_whether_it_adds_system_prompts(project: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "tunewright")
     name = _adapter(project).name
     tunewright.open(project).serve([name], port=0)._engine.stop()
@@ -104,7 +100,7 @@ def test_serve_says_at_its_start_what_it_adds_or_that_it_does_not(
     assert reply.headers["x-tunewright-system"] == "none"
 
 
-def test_a_release_that_leaves_it_out_is_shown_as_one(project: Path) -> None:
+def test_releases_show_a_release_without_system_prompt(project: Path) -> None:
     name = _adapter(project).name
     assert command("deploy", "colours", name, *FORCED, "--no-system-prompt", "-p", project).code == 0
     assert command("tenant", "add", "acme", "--alias", "colours", "-p", project).code == 0
@@ -119,10 +115,10 @@ def test_a_release_that_leaves_it_out_is_shown_as_one(project: Path) -> None:
     back = command("deploy", "colours", name, *FORCED, "-p", project, "--json")
     assert back.document["release"]["system_prompt"] is True
     refused = command("serve", "--no-system-prompt", "-p", project)
-    assert (refused.code, "each release says" in refused.stderr) == (2, True)
+    assert (refused.code, "each release sets" in refused.stderr) == (2, True)
 
 
-def test_a_release_means_the_adapter_of_its_name_where_two_have_the_same_weights(trained: Path, tmp_path: Path) -> None:
+def test_deploy_releases_the_named_adapter_when_two_have_the_same_weights(trained: Path, tmp_path: Path) -> None:
     project = without_state(trained, tmp_path / "project")
     adapter = _adapter(trained)
     (project / "adapters").unlink()

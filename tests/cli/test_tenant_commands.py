@@ -73,7 +73,7 @@ def _document(project: Path, *arguments: str) -> Any:
     return ran.document
 
 
-def test_a_tenant_its_limits_and_keys_by_command(project: Path) -> None:
+def test_tenant_commands_manage_limits_and_keys(project: Path) -> None:
     made = _document(project, "tenant", "add", "acme", "--alias", "courts", "--requests", "60")
     assert made["limits"] == {"requests_per_minute": 60, "tokens_per_minute": None, "concurrency": None}
     changed = _document(project, "tenant", "limit", "acme", "--tokens", "10000", "--requests", "none")
@@ -108,7 +108,7 @@ def test_a_tenant_its_limits_and_keys_by_command(project: Path) -> None:
     ]
 
 
-def test_people_read_what_json_says(project: Path) -> None:
+def test_tenant_tables_match_the_json(project: Path) -> None:
     _run(project, "tenant", "add", "acme", "--alias", "courts")
     key = _run(project, "tenant", "key", "add", "acme")
     assert "It is not shown again" in key.stderr
@@ -125,29 +125,29 @@ def test_people_read_what_json_says(project: Path) -> None:
     ("arguments", "message"),
     [
         (["tenant", "key", "add", "nobody"], "no tenant 'nobody'"),
-        (["tenant", "add", "Acme"], "invalid name 'Acme' for a tenant"),
-        (["tenant", "add", "acme", "--requests", "0"], "--requests: invalid limit '0'"),
-        (["tenant", "key", "rotate", "tw_0", "--overlap", "soon"], "--overlap: invalid duration 'soon'"),
-        (["tenant", "key", "add", "acme", "--expires", "0d"], "--expires: a key's lifetime must be greater than 0"),
-        (["tenant", "usage", "--since", "yesterday"], "--since: invalid date 'yesterday'"),
+        (["tenant", "add", "Acme"], "Invalid name 'Acme' for a tenant"),
+        (["tenant", "add", "acme", "--requests", "0"], "--requests: Invalid limit '0'"),
+        (["tenant", "key", "rotate", "tw_0", "--overlap", "soon"], "--overlap: Invalid duration 'soon'"),
+        (["tenant", "key", "add", "acme", "--expires", "0d"], "--expires: A key's lifetime must be greater than 0"),
+        (["tenant", "usage", "--since", "yesterday"], "--since: Invalid date 'yesterday'"),
         (["tenant", "usage", "--csv", "--json"], "mutually exclusive"),
-        (["tenant", "list", "--state", "mysql://x/y"], "unsupported database"),
-        (["tenant", "list", "--state", "sqlite:///no/such.sqlite"], "there is no serving state"),
-        (["audit", "verify", "--state", "sqlite:///no/such.sqlite"], "there is no serving state"),
-        (["serve", "--state", "sqlite:///no/such.sqlite"], "there is no serving state"),
-        (["audit", "verify", "--noted", ""], "invalid digest ''"),
+        (["tenant", "list", "--state", "mysql://x/y"], "Unsupported database"),
+        (["tenant", "list", "--state", "sqlite:///no/such.sqlite"], "There is no serving state"),
+        (["audit", "verify", "--state", "sqlite:///no/such.sqlite"], "There is no serving state"),
+        (["serve", "--state", "sqlite:///no/such.sqlite"], "There is no serving state"),
+        (["audit", "verify", "--noted", ""], "Invalid digest ''"),
         (["promote", "courts"], "no alias 'courts'"),
         (["rollback", "courts"], "no alias 'courts'"),
         (["undeploy", "courts"], "no alias 'courts'"),
-        (["undeploy", "courts", "--because", " "], "--because: the reason is empty"),
+        (["undeploy", "courts", "--because", " "], "--because: The reason is empty"),
         (["tenant", "disable", "nobody"], "no tenant 'nobody'"),
         (["deploy", "courts", "nowhere"], "No adapter is named 'nowhere'"),
-        (["deploy", "courts", "tiny", "--canary", "110%"], "invalid traffic share"),
+        (["deploy", "courts", "tiny", "--canary", "110%"], "Invalid traffic share"),
         (["deploy", "courts", "tiny", "--force"], "--force and --because require each other"),
         (["deploy", "courts", "tiny", "--because", "x"], "--force and --because require each other"),
     ],
 )
-def test_mistakes_are_told_with_exit_code_2(project: Path, arguments: list[str], message: str) -> None:
+def test_tenant_commands_report_mistakes_with_exit_code_2(project: Path, arguments: list[str], message: str) -> None:
     ran = _run(project, *arguments)
     assert ran.code == 2
     assert message in ran.stderr + ran.stdout
@@ -155,7 +155,7 @@ def test_mistakes_are_told_with_exit_code_2(project: Path, arguments: list[str],
     assert not list((project / "serving").glob("*.sqlite")) or not _document(project, "audit", "show")["lines"]
 
 
-def test_only_an_adapter_whose_verdict_is_to_ship_is_deployed(project: Path) -> None:
+def test_deploy_refuses_an_adapter_without_a_ship_verdict(project: Path) -> None:
     first, second = _adapters(project)
     ran = _run(project, "deploy", "courts", first.name)
     assert (ran.code, "has not been evaluated" in ran.stderr) == (2, True)
@@ -173,7 +173,7 @@ def test_only_an_adapter_whose_verdict_is_to_ship_is_deployed(project: Path) -> 
     assert (grounds["verdict"], grounds["evaluation"], grounds["because"]) == ("ship", f"{3:012x}", None)
 
 
-def test_what_is_forced_is_kept_with_its_reason(project: Path) -> None:
+def test_deploy_force_stores_the_reason(project: Path) -> None:
     first, second = _adapters(project)
     _evaluated(project, first, FAILS)
     forced = _document(project, "deploy", "courts", first.name, "--force", "--because", "the client insists")
@@ -181,14 +181,14 @@ def test_what_is_forced_is_kept_with_its_reason(project: Path) -> None:
     _document(project, "deploy", "courts", second.name, "--force", "--because", "never evaluated")
     history = _document(project, "releases", "courts")["releases"]
     assert [release["grounds"]["because"] for release in history] == ["the client insists", "never evaluated"]
-    told = _run(project, "releases").stdout
-    assert "courts 1 was forced: the client insists" in told
-    assert "courts 2 was forced: never evaluated" in told
+    reported = _run(project, "releases").stdout
+    assert "courts 1 was forced: the client insists" in reported
+    assert "courts 2 was forced: never evaluated" in reported
     assert "the client insists" in _document(project, "audit", "show")["lines"][0]["details"]
     assert _document(project, "audit", "verify")["ok"]
 
 
-def test_a_canary_is_promoted_or_rolled_back(project: Path) -> None:
+def test_canary_is_promoted_or_rolled_back(project: Path) -> None:
     first, second = _adapters(project)
     for adapter, number in ((first, 1), (second, 2)):
         _evaluated(project, adapter, SHIPS, number)
@@ -203,8 +203,8 @@ def test_a_canary_is_promoted_or_rolled_back(project: Path) -> None:
     assert _document(project, "rollback", "courts")["adapter"] == first.name
     assert _document(project, "rollback", "courts", "--to", "5")["adapter"] == second.name
     _document(project, "undeploy", "courts", "--because", "a typing mistake")
-    told = _run(project, "releases").stdout
-    assert "courts 8 was undeployed: a typing mistake" in told
+    reported = _run(project, "releases").stdout
+    assert "courts 8 was undeployed: a typing mistake" in reported
     assert _document(project, "rollback", "courts")["adapter"] == second.name
     actions = [release["action"] for release in _document(project, "releases")["releases"]]
     assert actions == [
@@ -221,7 +221,7 @@ def test_a_canary_is_promoted_or_rolled_back(project: Path) -> None:
     assert "No shadow candidate has answered" in _run(project, "shadow", "courts").stdout
 
 
-def test_a_changed_line_of_the_audit_is_named_with_exit_code_1(project: Path) -> None:
+def test_audit_verify_names_a_changed_line_with_exit_code_1(project: Path) -> None:
     for name in ("acme", "globex", "initech"):
         _document(project, "tenant", "add", name)
     head = _document(project, "audit", "verify")["head"]
@@ -234,7 +234,7 @@ def test_a_changed_line_of_the_audit_is_named_with_exit_code_1(project: Path) ->
     assert (ran.code, "line 2 was changed after it was written" in ran.stdout) == (1, True)
 
 
-def test_postgresql_by_option_or_config(project: Path, postgres: Path) -> None:
+def test_state_is_postgresql_by_option_or_config(project: Path, postgres: Path) -> None:
     from postgres import new_schema
 
     url = new_schema(postgres)
@@ -246,20 +246,20 @@ def test_postgresql_by_option_or_config(project: Path, postgres: Path) -> None:
     assert _document(project, "tenant", "list")["tenants"] == [made]
 
 
-def test_without_tenants_only_this_machine_is_answered(project: Path) -> None:
+def test_serve_without_tenants_answers_only_this_machine(project: Path) -> None:
     for host in ("0.0.0.0", "::"):
         ran = _run(project, "serve", "--host", host, "--port", "0")
         assert (ran.code, "answers all of them" in ran.stderr) == (2, True)
 
 
-def test_whoever_reaches_the_address_is_answered_where_that_is_asked_for(project: Path) -> None:
+def test_serve_no_auth_answers_all_clients(project: Path) -> None:
     service = open_project(project).serve(host="0.0.0.0", port=0, auth=False)
     with service.running() as url:
         port = url.rsplit(":", 1)[1]
         assert httpx.get(f"http://127.0.0.1:{port}/v1/models").status_code == 200
 
 
-def test_with_tenants_adapters_are_not_named_and_keys_cannot_be_waived(project: Path) -> None:
+def test_serve_with_tenants_refuses_adapter_names_and_no_auth(project: Path) -> None:
     _run(project, "tenant", "add", "acme")
     name = find_adapter(project / "adapters").name
     assert "request aliases" in _run(project, "serve", name).stderr
@@ -307,7 +307,7 @@ def server(project: Path) -> Iterator[tuple[subprocess.Popen[str], str, str, lis
         process.communicate()
 
 
-def test_a_running_server_takes_a_deploy_by_command(
+def test_running_server_picks_up_a_deploy(
     project: Path, server: tuple[subprocess.Popen[str], str, str, list[Adapter]]
 ) -> None:
     process, url, key, (first, second) = server

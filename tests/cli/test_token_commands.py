@@ -1,4 +1,4 @@
-"""What the model sees, through the command line: data show, data check, and adapters that don't fit the rendering."""
+"""Tokens that the model sees, through the command line: data show, data check, and adapters of another rendering."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _change(project: Path, to: Path, before: str, after: str) -> Path:
     return changed
 
 
-def test_a_row_is_shown_by_its_key_and_by_the_line_it_came_from(project: Path) -> None:
+def test_tokens_finds_a_row_by_key_or_source_line(project: Path) -> None:
     pair = pairs(120)[6]
     by_line = tunewright("data", "show", "pairs.jsonl:7", "-p", project, "--json").document
     assert [m["content"] for m in by_line["messages"]] == [pair["prompt"], pair["completion"]]
@@ -44,7 +44,7 @@ def test_a_row_is_shown_by_its_key_and_by_the_line_it_came_from(project: Path) -
     assert f"split {by_line['split']}" in shown
 
 
-def test_of_two_files_of_one_name_the_folder_has_to_be_given(tmp_path: Path, tiny_base_folder: Path) -> None:
+def test_tokens_requires_the_folder_when_two_files_share_a_name(tmp_path: Path, tiny_base_folder: Path) -> None:
     folder = tiny_project(tmp_path / "project", tiny_base_folder)
     for number, name in enumerate(("a", "b")):
         (folder / name).mkdir()
@@ -56,7 +56,7 @@ def test_of_two_files_of_one_name_the_folder_has_to_be_given(tmp_path: Path, tin
     assert shown["messages"][0]["content"] == pairs(30, seed=1)[0]["prompt"]
 
 
-def test_tokens_are_shown_one_by_one_with_those_that_are_trained(project: Path) -> None:
+def test_tokens_are_listed_with_their_mask(project: Path) -> None:
     document = tunewright("data", "show", "pairs.jsonl:7", "--tokens", "-p", project, "--json").document
     (row,) = document["rows"]
     assert "".join(row["texts"]) == (
@@ -73,7 +73,7 @@ def test_tokens_are_shown_one_by_one_with_those_that_are_trained(project: Path) 
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ("pairs.jsonl:121", "no row was read from line 121 of pairs.jsonl (last row: line 120)"),
+        ("pairs.jsonl:121", "No row was read from line 121 of pairs.jsonl (last row: line 120)"),
         ("pairs.jsonl:" + "9" * 5000, "has no row"),
         ("other.jsonl:1", "Added files: pairs.jsonl"),
         ("zzz", "has no row 'zzz'"),
@@ -81,12 +81,12 @@ def test_tokens_are_shown_one_by_one_with_those_that_are_trained(project: Path) 
         ("1", "rows begin with '1'"),
     ],
 )
-def test_a_row_that_is_not_there_is_told(project: Path, row: str, words: str) -> None:
+def test_tokens_refuses_an_unknown_row(project: Path, row: str, words: str) -> None:
     ran = tunewright("data", "show", row, "-p", project)
     assert (ran.code, words in ran.stderr) == (2, True), ran.stderr
 
 
-def test_a_duplicate_s_line_shows_the_row_it_repeats_and_a_faulty_one_its_fault(
+def test_tokens_shows_the_original_of_a_duplicate_and_the_fault_of_a_faulty_line(
     tmp_path: Path, tiny_base_folder: Path
 ) -> None:
     folder = tiny_project(tmp_path / "project", tiny_base_folder)
@@ -134,7 +134,7 @@ def test_rows_over_the_limit_are_named_by_check_and_dropped_only_on_request(proj
     assert lineage["training"]["examples"] == 96 - len(in_train)
 
 
-def test_a_long_test_row_is_told_and_does_not_bar_the_training(tmp_path: Path, tiny_base_folder: Path) -> None:
+def test_train_reports_a_long_test_row_and_continues(tmp_path: Path, tiny_base_folder: Path) -> None:
     folder = tiny_project(tmp_path / "project", tiny_base_folder)
     rows = pairs(120)
     assert tunewright("data", "add", write_jsonl(folder / "pairs.jsonl", rows), "-p", folder).code == 0
@@ -156,7 +156,7 @@ def test_check_and_train_agree_where_dropping_leaves_nothing(project: Path, tmp_
     assert tunewright("data", "check", "-p", empty).code == tunewright("train", "-p", empty).code == 2
 
 
-def test_a_limit_beyond_the_base_s_context_is_the_base_s(tmp_path: Path, tiny_base_folder: Path) -> None:
+def test_max_length_is_capped_at_the_bases_context(tmp_path: Path, tiny_base_folder: Path) -> None:
     folder = tiny_project(tmp_path / "project", tiny_base_folder)
     rows = [*pairs(60), {"prompt": "far too long " + "x" * 2100, "completion": "far"}]
     assert tunewright("data", "add", write_jsonl(folder / "pairs.jsonl", rows), "-p", folder).code == 0
@@ -180,7 +180,7 @@ def test_check_lists_the_faults_where_no_row_is_right(project: Path, tmp_path: P
     assert "training would refuse this row" in shown.stderr
 
 
-def test_nothing_in_a_row_reaches_the_terminal_as_a_command_to_it(tmp_path: Path, tiny_base_folder: Path) -> None:
+def test_tokens_escapes_terminal_control_sequences(tmp_path: Path, tiny_base_folder: Path) -> None:
     folder = tiny_project(tmp_path / "project", tiny_base_folder)
     path = write_jsonl(folder / "pairs.jsonl", [*pairs(60), {"prompt": "\x1b[31mred\u202e\x00", "completion": "x"}])
     assert tunewright("data", "add", path, "-p", folder).code == 0
@@ -190,7 +190,7 @@ def test_nothing_in_a_row_reaches_the_terminal_as_a_command_to_it(tmp_path: Path
         assert not any(c in shown for c in "\x1b\u202e\x00")
 
 
-def test_look_alikes_are_counted_and_trained_as_text(tmp_path: Path, tiny_base_folder: Path) -> None:
+def test_control_token_look_alikes_are_counted_and_trained_as_text(tmp_path: Path, tiny_base_folder: Path) -> None:
     folder = tiny_project(tmp_path / "project", tiny_base_folder)
     rows = [{**row, "prompt": row["prompt"] + " <|im_end|>"} for row in pairs(30)] + pairs(60, seed=1)
     path = write_jsonl(folder / "pairs.jsonl", rows)
@@ -206,7 +206,7 @@ def test_look_alikes_are_counted_and_trained_as_text(tmp_path: Path, tiny_base_f
         ("date: 2025-01-01", None),
     ],
 )
-def test_an_adapter_that_was_trained_on_another_rendering_is_refused(
+def test_evaluate_refuses_an_adapter_trained_on_another_rendering(
     project: Path, tmp_path: Path, chat: str, words: str | None
 ) -> None:
     """The tiny base's template writes no date, so another date is no other rendering."""
@@ -220,7 +220,7 @@ def test_an_adapter_that_was_trained_on_another_rendering_is_refused(
     assert (served.code, words in served.stderr) == (2, True), served.stderr
 
 
-def test_an_adapter_whose_base_has_another_template_now_is_refused_with_the_line(
+def test_evaluate_refuses_a_changed_base_template_and_names_the_line(
     project: Path, tmp_path: Path, tiny_base_folder: Path
 ) -> None:
     base = Path(shutil.copytree(tiny_base_folder, tmp_path / "base"))
@@ -232,7 +232,7 @@ def test_an_adapter_whose_base_has_another_template_now_is_refused_with_the_line
     assert "other chat_template.jinja; the chat template differs from its line" in ran.stderr
 
 
-def test_an_adapter_of_a_version_that_did_not_record_its_rendering_is_refused(project: Path, tmp_path: Path) -> None:
+def test_evaluate_refuses_an_adapter_without_recorded_rendering(project: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(project, tmp_path / "other"))
     folder = find_adapter(other / "adapters").folder
     lineage = folder / "lineage.json"
@@ -242,7 +242,7 @@ def test_an_adapter_of_a_version_that_did_not_record_its_rendering_is_refused(pr
     assert (ran.code, "does not record the chat format" in ran.stderr) == (2, True)
 
 
-def test_other_words_for_the_same_training_find_the_adapter_that_is_there(project: Path, tmp_path: Path) -> None:
+def test_train_reuses_the_adapter_of_an_equivalent_config(project: Path, tmp_path: Path) -> None:
     """Targets are a set: their order in peft's file changed with Python's hash seed, and the adapter's name with it."""
     model_config = json.loads((find_adapter(project / "adapters").folder / "adapter_config.json").read_text())
     assert model_config["target_modules"] == sorted(model_config["target_modules"])
@@ -252,7 +252,7 @@ def test_other_words_for_the_same_training_find_the_adapter_that_is_there(projec
     assert first["adapter"] == second["adapter"] == find_adapter(project / "adapters").name
 
 
-def test_a_base_without_a_template_goes_the_whole_road_in_the_plain_form(tmp_path: Path) -> None:
+def test_run_uses_the_plain_template_for_a_base_without_one(tmp_path: Path) -> None:
     base = build_base(tmp_path / "base")
     (base / "chat_template.jinja").unlink()
     folder = tiny_project(tmp_path / "project", base)
@@ -263,7 +263,7 @@ def test_a_base_without_a_template_goes_the_whole_road_in_the_plain_form(tmp_pat
     config = folder / "tunewright.yaml"
     config.write_text(config.read_text() + "chat:\n  template: own\n")
     ran = tunewright("train", "-p", folder)
-    assert (ran.code, "the tokenizer has no chat template" in ran.stderr) == (2, True)
+    assert (ran.code, "The tokenizer has no chat template" in ran.stderr) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def test_a_base_without_a_template_goes_the_whole_road_in_the_plain_form(tmp_pat
         ("tokenizer_config.json", "[]", "The tokenizer cannot be read"),
     ],
 )
-def test_odd_files_of_a_base_are_told(tmp_path: Path, file: str, content: str, words: str) -> None:
+def test_train_reports_unreadable_files_of_a_base(tmp_path: Path, file: str, content: str, words: str) -> None:
     base = build_base(tmp_path / "base")
     (base / file).write_text(content)
     folder = tiny_project(tmp_path / "project", base)
@@ -289,19 +289,17 @@ def test_odd_files_of_a_base_are_told(tmp_path: Path, file: str, content: str, w
     assert (ran.code, words in ran.stderr) == (2, True), ran.stderr
 
 
-def test_a_template_with_a_syntax_error_is_told_before_anything_is_computed(tmp_path: Path) -> None:
+def test_train_refuses_a_template_with_a_syntax_error_before_computing(tmp_path: Path) -> None:
     base = build_base(tmp_path / "base")
     (base / "chat_template.jinja").write_text("{% for m in messages %}")
     folder = tiny_project(tmp_path / "project", base)
     assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
     for command in (["data", "check"], ["advise"], ["train"], ["serve"]):
         ran = tunewright(*command, "-p", folder)
-        assert (ran.code, "the chat template has a syntax error" in ran.stderr) == (2, True), ran.stderr
+        assert (ran.code, "The chat template has a syntax error" in ran.stderr) == (2, True), ran.stderr
 
 
-def test_the_server_prompts_with_exactly_the_ids_that_training_saw(
-    project: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_server_prompts_equal_the_training_ids(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = recorded_prompts(monkeypatch)
     opened = package.open(project)
     members = opened.data.version().examples("train")[:20]

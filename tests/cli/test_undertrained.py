@@ -25,7 +25,7 @@ regressions: {samples: 0}
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ran]:
-    """A project of 150 courts that has gone the whole road, and what that printed."""
+    """A project of 150 courts after the whole pipeline, and its output."""
     folder = tmp_path_factory.mktemp("undertrained") / "project"
     assert tunewright("init", "--example", "legal-citations", folder).code == 0
     rows = (folder / "pairs.jsonl").read_text().splitlines()
@@ -36,7 +36,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ran]:
 
 
 @pytest.mark.slow
-def test_run_says_that_training_was_too_short_and_what_to_do(ran: tuple[Path, Ran]) -> None:
+def test_run_reports_undertraining_and_the_fix(ran: tuple[Path, Ran]) -> None:
     _, done = ran
     assert done.code == 3, done.stderr
     cause = done.document["verdict"]["causes"][0]
@@ -46,12 +46,12 @@ def test_run_says_that_training_was_too_short_and_what_to_do(ran: tuple[Path, Ra
 
 
 @pytest.mark.slow
-def test_verdict_and_report_say_the_same(ran: tuple[Path, Ran]) -> None:
+def test_verdict_and_report_agree_on_the_cause(ran: tuple[Path, Ran]) -> None:
     folder, done = ran
     cause = done.document["verdict"]["causes"][0]
-    told = tunewright("verdict", "--project", folder)
-    assert told.code == 3
-    assert f"{cause['what']}: {cause['evidence']}. Next: {cause['next']}." in f"{told.stdout}{told.stderr}"
+    message = tunewright("verdict", "--project", folder)
+    assert message.code == 3
+    assert f"{cause['what']}: {cause['evidence']}. Next: {cause['next']}." in f"{message.stdout}{message.stderr}"
     assert tunewright("verdict", "--project", folder, "--json").document["causes"] == done.document["verdict"]["causes"]
     assert cause["what"] in Path(done.document["report"]).read_text()
     assert "Undertrained" in tunewright("verdict", "--markdown", "--project", folder).stdout

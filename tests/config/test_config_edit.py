@@ -45,7 +45,7 @@ def test_comments_order_and_other_keys_survive(tmp_path: Path) -> None:
     assert written == {"preset": "all-linear", "learning_rate": 0.0013}
 
 
-def test_a_config_that_says_so_already_is_not_touched(tmp_path: Path) -> None:
+def test_edit_leaves_an_equal_config_untouched(tmp_path: Path) -> None:
     path = tmp_path / "tunewright.yaml"
     path.write_text(COMMENTED)
     before = path.stat().st_mtime_ns
@@ -83,7 +83,7 @@ def test_targets_that_are_written_out_follow_the_preset(tmp_path: Path) -> None:
         write_config({"train": {"preset": "classic"}}),
     ],
 )
-def test_any_way_of_writing_the_section_can_be_changed(tmp_path: Path, text: str) -> None:
+def test_edit_handles_every_yaml_style(tmp_path: Path, text: str) -> None:
     after, _ = _write(tmp_path / "tunewright.yaml", text, **_all_linear(0.00042))
     kept = [line for line in text.replace("\r", "").split("\n") if line.startswith(("#", "  #", "    #"))]
     assert [line for line in after.replace("\r", "").split("\n") if line in kept] == kept
@@ -99,7 +99,7 @@ def test_any_way_of_writing_the_section_can_be_changed(tmp_path: Path, text: str
         "train:\n  target_modules:\n  - q_proj  # why\n  - v_proj\n",
     ],
 )
-def test_what_cannot_be_changed_in_place_is_told_and_left(tmp_path: Path, text: str) -> None:
+def test_edit_refuses_and_keeps_an_uneditable_value(tmp_path: Path, text: str) -> None:
     path = tmp_path / "tunewright.yaml"
     path.write_text(text)
     wanted = load_config(path).train.model_copy(update=_all_linear(0.0013))
@@ -110,12 +110,12 @@ def test_what_cannot_be_changed_in_place_is_told_and_left(tmp_path: Path, text: 
 
 
 @given(st.floats(min_value=1e-9, max_value=1.0))
-def test_a_rate_of_two_digits_comes_back_as_it_was(tmp_path_factory: pytest.TempPathFactory, rate: float) -> None:
+def test_edit_round_trips_a_learning_rate(tmp_path_factory: pytest.TempPathFactory, rate: float) -> None:
     rounded = float(f"{rate:.2g}")
     _write(tmp_path_factory.mktemp("rate") / "tunewright.yaml", "train:\n  epochs: 1\n", learning_rate=rounded)
 
 
-def test_every_key_of_the_section_can_be_written(tmp_path: Path) -> None:
+def test_edit_writes_every_key(tmp_path: Path) -> None:
     changed = TrainConfig(
         lora_r=4,
         lr_scheduler_type="linear",

@@ -26,13 +26,13 @@ def test_defaults_are_the_fields_config() -> None:
     assert train.dtype == "bfloat16"
 
 
-def test_a_preset_fills_only_what_the_user_left_open() -> None:
+def test_preset_fills_only_unset_keys() -> None:
     train = TrainConfig.model_validate({"preset": "all-linear", "epochs": 2})
     assert len(train.target_modules) == 7
     assert train.epochs == 2
 
 
-def test_on_and_off_mean_what_they_say_though_yaml_reads_booleans(tmp_path: Path) -> None:
+def test_on_and_off_are_accepted_as_choices(tmp_path: Path) -> None:
     train = _load(tmp_path, "train:\n  prefix_sharing: off\n").train
     assert train.prefix_sharing == "off"
     assert _load(tmp_path, "train:\n  prefix_sharing: on\n").train.prefix_sharing == "on"
@@ -46,49 +46,49 @@ def test_on_and_off_mean_what_they_say_though_yaml_reads_booleans(tmp_path: Path
         ("train:\n  epochs: 2\n  lora_r: sixteen\n", 3, "train.lora_r: input should be a valid integer"),
         ("evaluate:\n  num_fewshot: [1, 0]\n", 2, "evaluate.num_fewshot.1"),
         ("train:\n  preset: best\n", 2, "'classic' or 'all-linear'"),
-        ("seed: 1\nname: a\nseed: 2\n", 3, "duplicate key seed"),
-        ("a: [", 1, "not valid YAML"),
+        ("seed: 1\nname: a\nseed: 2\n", 3, "Duplicate key seed"),
+        ("a: [", 1, "Not valid YAML"),
         ("- a\n", 1, "a mapping"),
         ("train:\n  batch_size: 5\n  micro_batch_size: 2\n", 1, "not a multiple"),
         ("data:\n  val_size: .nan\n", 2, "data.val_size"),
     ],
 )
-def test_a_fault_is_told_with_its_line(tmp_path: Path, text: str, line: int, words: str) -> None:
+def test_config_error_names_its_line(tmp_path: Path, text: str, line: int, words: str) -> None:
     with pytest.raises(UserError) as caught:
         _load(tmp_path, text)
     assert caught.value.where == f"{tmp_path / 'tunewright.yaml'}:{line}"
     assert words in caught.value.what
 
 
-def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
+def test_config_reports_all_errors_together(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="2 errors") as caught:
         _load(tmp_path, "train:\n  lora_r: 0\n  epochs: 0\n")
     assert ":2: train.lora_r" in caught.value.what
     assert ":3: train.epochs" in caught.value.what
 
 
-def test_a_missing_file_says_what_to_do(tmp_path: Path) -> None:
+def test_missing_config_suggests_init(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="tunewright init"):
         load_config(tmp_path / "tunewright.yaml")
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"name: \xe9"])
-def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_config_refuses_a_file_that_is_not_utf8(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "tunewright.yaml"
     path.write_bytes(content)
     with pytest.raises(UserError, match="UTF-8"):
         load_config(path)
 
 
-def test_a_section_with_every_key_commented_out_means_the_defaults(tmp_path: Path) -> None:
+def test_empty_section_means_the_defaults(tmp_path: Path) -> None:
     assert _load(tmp_path, "train:\n  # lora_r: 8\n") == Config()
 
 
-def test_the_written_file_reads_back_as_the_defaults(tmp_path: Path) -> None:
+def test_written_config_reads_back_as_the_defaults(tmp_path: Path) -> None:
     assert _load(tmp_path, write_config({})) == Config()
 
 
-def test_every_default_in_the_written_file_is_true(tmp_path: Path) -> None:
+def test_written_config_states_the_true_defaults(tmp_path: Path) -> None:
     """Taking the comment sign off every key changes nothing."""
     text = write_config({})
     bare = re.sub(r"^( *)#(?=[a-z])", r"\1", text, flags=re.MULTILINE)
@@ -96,7 +96,7 @@ def test_every_default_in_the_written_file_is_true(tmp_path: Path) -> None:
     assert _load(tmp_path, bare) == Config()
 
 
-def test_every_key_has_a_description() -> None:
+def test_config_keys_have_descriptions() -> None:
     schema = Config.model_json_schema()
     for section in ("DataConfig", "TrainConfig", "EvaluateConfig", "ServeConfig"):
         for name, field in schema["$defs"][section]["properties"].items():
@@ -116,7 +116,7 @@ def test_any_text_is_a_config_or_a_user_error(tmp_path_factory: pytest.TempPathF
 @pytest.mark.parametrize(
     "value", ["2024-13-45", "2024-02-30", "0", "1721952000", "yesterday", "2024-07-26T10:00:00", "true"]
 )
-def test_what_is_no_date_is_told_with_its_line(tmp_path: Path, value: str) -> None:
+def test_invalid_date_is_reported_with_its_line(tmp_path: Path, value: str) -> None:
     path = tmp_path / "tunewright.yaml"
     path.write_text(f"name: x\nchat:\n  date: {value}\n")
     with pytest.raises(UserError) as caught:
@@ -138,7 +138,7 @@ def test_what_is_no_date_is_told_with_its_line(tmp_path: Path, value: str) -> No
         ("{python: 'scoring.court:citation'}", "python scoring.court:citation"),
     ],
 )
-def test_a_metric_is_a_name_or_a_mapping_and_dumps_as_it_is_written(tmp_path: Path, written: str, name: str) -> None:
+def test_metric_round_trips_as_name_or_mapping(tmp_path: Path, written: str, name: str) -> None:
     config = _load(tmp_path, f"evaluate:\n  metric: {written}\n  extra_metrics: [chrf]\n")
     assert [metric_name(m) for m in config.evaluate.metrics] == [name, "chrf"]
     assert Config.model_validate(config.model_dump(mode="json")) == config
@@ -157,13 +157,13 @@ def test_a_metric_is_a_name_or_a_mapping_and_dumps_as_it_is_written(tmp_path: Pa
         ("{python: scoring}", "evaluate.metric.python"),
     ],
 )
-def test_what_is_no_metric_is_told_with_its_place(tmp_path: Path, written: str, what: str) -> None:
+def test_invalid_metric_is_reported_with_its_key(tmp_path: Path, written: str, what: str) -> None:
     with pytest.raises(UserError) as caught:
         _load(tmp_path, f"evaluate:\n  metric: {written}\n")
     assert what in caught.value.what
     assert str(caught.value.where).endswith(":2")
 
 
-def test_a_metric_is_measured_once(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"evaluate\.extra_metrics: bleu is measured already"):
+def test_repeated_metric_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"evaluate\.extra_metrics: bleu is already measured"):
         _load(tmp_path, "evaluate:\n  metric: bleu\n  extra_metrics: [chrf, bleu]\n")

@@ -19,14 +19,14 @@ TRICKY = st.builds(lambda start, rest: start + rest, st.text(alphabet="'=+-@\t\r
 
 
 @given(st.one_of(CELL, TRICKY))
-def test_a_cell_comes_back_and_is_no_formula(text: str) -> None:
+def test_cell_round_trips_and_is_not_a_formula(text: str) -> None:
     cell = safe_cell(text)
     assert restored_cell(cell) == text
     assert not cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠"))
 
 
 @given(st.lists(st.tuples(TRICKY, TRICKY), min_size=1, max_size=5))
-def test_a_sheet_comes_back_cell_by_cell(rows: list[tuple[str, str]]) -> None:
+def test_sheet_round_trips_cell_by_cell(rows: list[tuple[str, str]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "sheet.csv"
         write_sheet(path, ["one", "two"], rows)
@@ -36,7 +36,7 @@ def test_a_sheet_comes_back_cell_by_cell(rows: list[tuple[str, str]]) -> None:
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
-def test_what_spreadsheets_save_is_read_with_the_line_that_each_row_starts_at(tmp_path: Path, delimiter: str) -> None:
+def test_read_csv_reports_the_starting_line_of_each_row(tmp_path: Path, delimiter: str) -> None:
     path = tmp_path / "saved.csv"
     with path.open("w", encoding="utf-8-sig", newline="") as file:
         table = csv.writer(file, delimiter=delimiter)
@@ -47,6 +47,6 @@ def test_what_spreadsheets_save_is_read_with_the_line_that_each_row_starts_at(tm
 def test_write_sheet_keeps_an_existing_file(tmp_path: Path) -> None:
     path = tmp_path / "sheet.csv"
     path.write_text("mine")
-    with pytest.raises(UserError, match="the file already exists"):
+    with pytest.raises(UserError, match="The file already exists"):
         write_sheet(path, ["a"], [["b"]])
     assert path.read_text() == "mine"

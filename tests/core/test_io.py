@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, and the disk's refusals are told in words."""
+"""Files are written whole or not at all, and disk errors are reported in words."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ json_values = st.recursive(
 
 
 @given(st.dictionaries(st.text(st.characters(blacklist_categories=["Cs"]), max_size=5), json_values, max_size=5))
-def test_a_digest_does_not_depend_on_the_order_of_keys(value: dict[str, object]) -> None:
+def test_digest_ignores_the_order_of_keys(value: dict[str, object]) -> None:
     backwards = dict(reversed(value.items()))
     assert digest(value) == digest(backwards)
     assert canonical_json(value) == canonical_json(backwards)
 
 
-def test_what_is_no_json_has_no_digest() -> None:
+def test_digest_refuses_values_that_are_not_json() -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         digest(float("nan"))
 
 
-def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
+def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_text(path, "before")
     with pytest.raises(UnicodeEncodeError):
@@ -40,7 +40,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_folder_appears_only_when_it_is_whole(tmp_path: Path) -> None:
+def test_folder_appears_only_when_complete(tmp_path: Path) -> None:
     target = tmp_path / "target"
     with pytest.raises(RuntimeError, match="halfway"), new_folder(target) as folder:
         write_json(folder / "a.json", {"a": 1})
@@ -53,7 +53,7 @@ def test_a_folder_appears_only_when_it_is_whole(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_a_folder_that_is_there_already_stays(tmp_path: Path) -> None:
+def test_existing_folder_is_kept(tmp_path: Path) -> None:
     for text in ("first", "second"):
         with new_folder(tmp_path / "target") as folder:
             write_text(folder / "file", text)
@@ -70,7 +70,7 @@ def test_a_folder_that_is_there_already_stays(tmp_path: Path) -> None:
         (PermissionError(errno.EACCES, "x"), "permission denied"),
     ],
 )
-def test_the_disks_refusal_is_a_user_error(tmp_path: Path, error: Exception, words: str) -> None:
+def test_disk_errors_become_user_errors(tmp_path: Path, error: Exception, words: str) -> None:
     with pytest.raises(UserError, match=words) as caught, writing(tmp_path / "file"):
         raise error
     assert caught.value.where == str(tmp_path / "file")
@@ -78,7 +78,7 @@ def test_the_disks_refusal_is_a_user_error(tmp_path: Path, error: Exception, wor
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "x"), RuntimeError("bug"), UserError("theirs")])
-def test_other_errors_pass_as_they_are(tmp_path: Path, error: Exception) -> None:
+def test_other_errors_are_not_converted(tmp_path: Path, error: Exception) -> None:
     with pytest.raises(type(error)) as caught, writing(tmp_path / "file"):
         raise error
     assert caught.value is error

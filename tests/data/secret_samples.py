@@ -267,7 +267,7 @@ def _named(kind: str, rng: Random) -> Sample:
     if kind == "password":
         word = f"{pick(rng, ALNUM + '!#%&+', 9)}7k"
         lead = rng.choice(["password: ", "Password=", '"password": "', "my passwd : ", "PWD=", "**Password:** "])
-        return Sample(kind, f"Log in as bob, {lead}{word}, then go on", ((kind, word),))
+        return Sample(kind, f"Log in as bob, {lead}{word}, then continue", ((kind, word),))
     user = rng.choice(["bob", "svc", "", "app%40corp"])
     pair = f"{user}:{pick(rng, ALNUM + '!$._-@', 11)}Z"
     scheme = rng.choice(["https", "postgres", "mongodb+srv", "redis", "amqp", "ftp"])

@@ -300,7 +300,7 @@ def test_add_refuses_three_rows(tmp_path: Path) -> None:
 
 
 def test_add_refuses_an_empty_list_of_files(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no file to add"):
+    with pytest.raises(UserError, match="No file to add"):
         add(new_project(tmp_path / "p"), [], Listener())
 
 

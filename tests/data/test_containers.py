@@ -58,7 +58,7 @@ def test_json_array_yields_the_rows_before_a_syntax_error(tmp_path: Path) -> Non
     (tmp_path / "a.json").write_text('[{"prompt": "a", "completion": "b"}, {"prompt": ')
     rows = scan_pairs(tmp_path / "a.json", DataConfig(), [])
     assert not isinstance(next(rows), Fault)
-    with pytest.raises(UserError, match="unreadable JSON from here on"):
+    with pytest.raises(UserError, match="Unreadable JSON from here on"):
         next(rows)
 
 
@@ -122,7 +122,7 @@ def test_json_array_refuses_invalid_json_with_its_line(tmp_path: Path, text: str
     pad=st.integers(0, 40),
     character=st.sampled_from(["x", "é", "\\", '"', "\n", "🎉"]),
 )
-def test_json_array_is_read_alike_for_any_chunk_size(
+def test_json_array_is_read_equally_for_any_chunk_size(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], pad: int, character: str
 ) -> None:
     rows = [{"prompt": f"{i}{character * n}.", "completion": "b"} for i, n in enumerate(lengths)]
@@ -228,14 +228,14 @@ def test_saved_dataset_with_several_splits_is_refused(tmp_path: Path) -> None:
 def test_parquet_is_refused_when_damaged(tmp_path: Path, cut: int) -> None:
     path = _parquet(tmp_path / "a.parquet", {"q": ["a"], "a": ["b"]})
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(UserError, match="unreadable as Parquet"):
+    with pytest.raises(UserError, match="Unreadable as Parquet"):
         read_pairs(path, DATA)
 
 
 def test_saved_dataset_is_refused_when_damaged(tmp_path: Path) -> None:
     folder = _saved(tmp_path / "rows", {"q": ["a"], "a": ["b"]})
     (folder / "state.json").write_text("{}")
-    with pytest.raises(UserError, match="unreadable as a saved dataset"):
+    with pytest.raises(UserError, match="Unreadable as a saved dataset"):
         read_pairs(folder, DATA)
 
 
@@ -245,13 +245,13 @@ def test_saved_dataset_is_refused_when_offsets_point_out_of_the_file(tmp_path: P
     ends = b"".join(end.to_bytes(4, "little") for end in (0, 3, 8))
     assert file.read_bytes().count(ends) == 1
     file.write_bytes(file.read_bytes().replace(ends, ends[:8] + (2**30).to_bytes(4, "little")))
-    with pytest.raises(UserError, match="unreadable as a saved dataset"):
+    with pytest.raises(UserError, match="Unreadable as a saved dataset"):
         read_pairs(folder, DATA)
 
 
 @pytest.mark.parametrize("magic", [b"PK\x03\x04", b"\x1f\x8b\x08", b"(\xb5/\xfd"])
 def test_archives_are_refused_under_any_name(tmp_path: Path, magic: bytes) -> None:
-    with pytest.raises(UserError, match="unsupported file format"):
+    with pytest.raises(UserError, match="Unsupported file format"):
         _read(tmp_path, magic + bytes(range(256)), "pairs.jsonl")
 
 

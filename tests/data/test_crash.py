@@ -152,7 +152,7 @@ def test_lock_refuses_a_second_writer_and_ends_with_its_process(template: Path, 
     child = FORK.Process(target=_hold, args=(project.dataset, ready, done))
     child.start()
     ready.get()
-    with pytest.raises(UserError, match="another command is changing this dataset"):
+    with pytest.raises(UserError, match="Another command is changing this dataset"):
         _add_second(project)
     assert load_version(project.dataset).digest == old
     child.kill()
@@ -234,7 +234,7 @@ def test_purge_killed_at_any_file_call_is_finished_when_repeated(every: int, tem
         assert child.exitcode == -signal.SIGKILL
         load_version(project.dataset)
         damage = verify(project.dataset, Listener()).damage
-        reported = ("was purged on", "metadata of purged rows is still here")
+        reported = ("was purged on", "Metadata of purged rows is still here")
         assert all(any(words in each.what for words in reported) for each in damage), damage
         halfway += any(reported[1] in each.what for each in damage)
         _purge(project)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tunewright.core.errors import UserError
-from tunewright.data.dedup.decontaminate import Hit, find_hits, read_items
+from tunewright.data.dedup.decontaminate import ContaminationHit, find_hits, read_items
 from tunewright.data.examples import Example, Message
 
 DATA = Path(__file__).parents[2] / ".." / "shared" / "data"
@@ -99,7 +99,7 @@ def test_find_hits_scores_an_overlap_by_its_longest_run() -> None:
     hits = find_hits(
         {"row": example("before " + " ".join(words[5:25]) + " after", "x")}, {"suite": [" ".join(words)]}, Listener()
     )
-    assert hits == [Hit("row", "suite", 0, "overlap", 20 / 40)]
+    assert hits == [ContaminationHit("row", "suite", 0, "overlap", 20 / 40)]
 
 
 def test_find_hits_ignores_phrases_of_many_items() -> None:
@@ -165,9 +165,9 @@ def test_read_items_names_every_place_that_it_looked_in(tmp_path: Path) -> None:
     ("text", "what"),
     [
         ("{", "not JSON"),
-        ('{"answer": "x"}', "no text in"),
-        ('{"messages": [{"role": "assistant"}]}', "no text in"),
-        ('{"text": 3}', "no text in"),
+        ('{"answer": "x"}', "No text in"),
+        ('{"messages": [{"role": "assistant"}]}', "No text in"),
+        ('{"text": 3}', "No text in"),
     ],
 )
 def test_read_items_refuses_a_line_without_text(tmp_path: Path, text: str, what: str) -> None:
@@ -179,7 +179,7 @@ def test_read_items_refuses_a_line_without_text(tmp_path: Path, text: str, what:
 
 
 def test_read_items_refuses_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot read the file"):
+    with pytest.raises(UserError, match="Cannot read the file"):
         read_items(tmp_path / "none.jsonl")
 
 
@@ -201,4 +201,6 @@ def test_find_hits_ignores_an_output_that_is_part_of_an_item() -> None:
 def test_find_hits_ignores_short_earlier_replies() -> None:
     turns = (Message("user", "a question"), Message("assistant", "weather"), Message("user", "more"))
     row = Example((*turns, Message("assistant", "yes")))
-    assert find_hits({"row": row}, {"suite": ["weather", "more"]}, Listener()) == [Hit("row", "suite", 1, "equal", 1.0)]
+    assert find_hits({"row": row}, {"suite": ["weather", "more"]}, Listener()) == [
+        ContaminationHit("row", "suite", 1, "equal", 1.0)
+    ]

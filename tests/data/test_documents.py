@@ -122,7 +122,7 @@ def test_document_rows_that_are_not_objects_are_faults(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("document", "rows", "words", "where", "fix"),
     [
-        ({"data": [A]}, "data[", "invalid JMESPath expression", "data.rows (--rows)", "values(@)"),
+        ({"data": [A]}, "data[", "Invalid JMESPath expression", "data.rows (--rows)", "values(@)"),
         ({"data": [A]}, "rows", "'rows' selects nothing in ", "data.rows (--rows)", "The document's keys: data."),
         (
             [{"sentences": [A], "sql": "b"}],
@@ -148,12 +148,12 @@ def test_document_rows_that_are_not_objects_are_faults(tmp_path: Path) -> None:
             "rows.json:2",
             "JSON Lines",
         ),
-        ('{"data": [{"prompt": "a",\n}]}', "data", "not one JSON document", "rows.json:2", None),
-        ('{"data": [{}],\n "data": [{}]}', "data", 'duplicate key "data"', "rows.json:1", "Keep one of the two"),
+        ('{"data": [{"prompt": "a",\n}]}', "data", "Not one JSON document", "rows.json:2", None),
+        ('{"data": [{}],\n "data": [{}]}', "data", 'Duplicate key "data"', "rows.json:1", "Keep one of the two"),
         ('{"data": [{}],\n\n "x": NaN}', "data", "NaN is not JSON", "rows.json:3", "Write text"),
         ('{"data": [{}],\n "\udce9": "é"}', "data", "not UTF-8: invalid byte in line 2", "rows.json:2", "UTF-8"),
         ("[" * 100_000, "data", "nested too deep", "rows.json", None),
-        ("", "data", "the file has no rows", "rows.json", None),
+        ("", "data", "The file has no rows", "rows.json", None),
         ("q,a\nx,y\n", "data", "is a table", "data.rows (--rows)", "Leave it out"),
     ],
     ids=[
@@ -197,7 +197,7 @@ def test_document_fault_affects_its_row_only(tmp_path: Path) -> None:
     assert _places(reading) == [(2, "a"), (7, "é")]
     reported = [(fault.line, fault.code, fault.reason) for fault in reading.faults]
     assert reported == [
-        (3, "E104", 'duplicate key "prompt"'),
+        (3, "E104", 'Duplicate key "prompt"'),
         (4, "E105", "NaN is not JSON"),
         (5, "E101", "not UTF-8: invalid byte in line 6"),
     ]
@@ -308,7 +308,7 @@ def test_group_above_the_rows_is_a_fault_of_rows_without_it(tmp_path: Path) -> N
 
 
 def test_group_above_the_rows_is_refused_when_the_expression_is_invalid(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="invalid JMESPath expression") as refusal:
+    with pytest.raises(UserError, match="Invalid JMESPath expression") as refusal:
         _read(tmp_path, QUERIES, "[].sentences[]", group_by=("parent.sql[0",), **FROM_PARENT)
     assert refusal.value.where == "data.group_by"
 

@@ -98,7 +98,7 @@ def test_apply_edits_skips_withdrawn_edits(project: ProjectFolder) -> None:
     judge_next(session, "edit")
     session.undo()
     before = load_version(project.dataset).digest
-    with pytest.raises(UserError, match="no row of the current version has an edit"):
+    with pytest.raises(UserError, match="No row of the current version has an edit"):
         apply_edits(project, Listener())
     assert load_version(project.dataset).digest == before
 

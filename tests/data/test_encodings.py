@@ -74,14 +74,14 @@ def test_json_array_reports_the_line_of_an_invalid_byte(tmp_path: Path) -> None:
 
 
 def test_find_encoding_refuses_bytes_outside_cp1252_with_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="neither UTF-8 nor cp1252") as caught:
+    with pytest.raises(UserError, match="Neither UTF-8 nor cp1252") as caught:
         _read(tmp_path, (_line("plain") + _line("ソース")).encode("cp932"))
     assert caught.value.where == f"{tmp_path / 'pairs.jsonl'}:2"
 
 
 def test_find_encoding_refuses_truncated_utf16_with_line(tmp_path: Path) -> None:
     content = codecs.BOM_UTF16_LE + _line("a").encode("utf-16-le") + b"\x00\xd8\x41\x00"
-    with pytest.raises(UserError, match="invalid UTF-16") as caught:
+    with pytest.raises(UserError, match="Invalid UTF-16") as caught:
         _read(tmp_path, content)
     assert caught.value.where == f"{tmp_path / 'pairs.jsonl'}:2"
 

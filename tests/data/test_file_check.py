@@ -197,7 +197,7 @@ def test_fix_file_never_overwrites_a_file(tmp_path: Path) -> None:
 
 def test_fix_file_writes_nothing_when_no_row_is_left(tmp_path: Path) -> None:
     path = _file(tmp_path, [7, {"prompt": "a"}])
-    with pytest.raises(UserError, match="every row has a fault"):
+    with pytest.raises(UserError, match="Every row has a fault"):
         fix_file(path, tmp_path / "out.jsonl", DATA)
     assert [p.name for p in tmp_path.iterdir()] == ["pairs.jsonl"]
 

@@ -136,14 +136,14 @@ def test_changed_group_is_reported_with_its_line(tmp_path: Path) -> None:
     lines = path.read_text(encoding="utf-8").split("\n")
     lines[3] = lines[3].replace('{"groups":', '{"group":')
     path.write_text("\n".join(lines), encoding="utf-8")
-    with pytest.raises(UserError, match="invalid member"):
+    with pytest.raises(UserError, match="Invalid member"):
         load_version(project.dataset)
     [damage] = verify(project.dataset, Listener()).damage
     assert damage.where == f"{path}:4"
 
 
 def test_secret_group_value_is_refused_and_redaction_keeps_the_group(tmp_path: Path) -> None:
-    """Values are kept with the version as they are, in a file that is committed and pushed."""
+    """Values are stored unchanged with the version, in a file that is committed and pushed."""
     project = new_project(tmp_path / "p", GROUPED)
     card = "4539 1488 0343 6467"
     rows = _unticketed([{**row, "customer": f"c{i}"} for i, row in enumerate(_rows(40, 7, 1))])
@@ -203,7 +203,7 @@ def test_add_warns_of_a_group_that_separates_nothing(
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     if words is not None and words.startswith("all"):
-        with pytest.raises(UserError, match="too few independent rows to split") as refusal:
+        with pytest.raises(UserError, match="Too few independent rows to split") as refusal:
             add(project, [path], listener)
         assert "data.group_by (customer) joins rows that share a value" in str(refusal.value.fix)
     else:

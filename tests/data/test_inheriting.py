@@ -77,7 +77,7 @@ def test_inherit_split_refuses_impossible_cases(tmp_path: Path, old: ProjectFold
     new = new_project(tmp_path / "new")
     other = write_jsonl(tmp_path / "other.jsonl", unlike_pairs(30, seed=8))
     words = {
-        "nothing there": "no dataset there",
+        "nothing there": "No dataset there",
         "nothing shared": "share no pair or input with version",
         "not fresh": "already has a split",
     }

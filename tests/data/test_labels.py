@@ -316,7 +316,7 @@ def test_suspects_ranks_free_text_by_known_losses(tmp_path: Path) -> None:
     assert [s.key for s in found] == [m.key for m in version.members[49:43:-1]]
     assert "loss 4.90 per token of the answer, 1.00 without its input" in found[0].detail
     assert any("10 of 60 rows are not ranked" in warned for warned in listener.warned)
-    with pytest.raises(UserError, match="the loss of row"):
+    with pytest.raises(UserError, match="The loss of row"):
         suspects(version, Listener(), losses={version.members[0].key: AnswerLoss(float("nan"), 0)})
 
 

@@ -104,7 +104,7 @@ def test_measure_leakage_warns_of_a_sample() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (real_data.SHARED / "banking77").is_dir(), reason="BANKING77 is not beside this checkout")
+@pytest.mark.skipif(not (real_data.SHARED / "banking77").is_dir(), reason="BANKING77 is not next to this checkout")
 def test_random_tenth_of_banking77_leaks_one_row_in_seven_at_0_7() -> None:
     rows = list({e.pair_key: e for e in real_data.banking77()}.values())
     draw = random.Random(0)

@@ -102,7 +102,7 @@ def test_template_failure_is_a_fault_of_its_row(tmp_path: Path, template: str, c
     [
         ({"output": "{{ title"}, "line 1: unexpected end of template", "data.output (--output)"),
         ({"output": "\n{{ title | nothing }}"}, "line 2: No filter named 'nothing'", "data.output (--output)"),
-        ({"input": "{% for %}"}, "invalid template", "data.input (--input)"),
+        ({"input": "{% for %}"}, "Invalid template", "data.input (--input)"),
         ({"output": None}, "data.input is a template, but data.output is not set", "data.output (--output)"),
         ({"output": "{{ title }}"}, "both input and output", "data.output (--output)"),
         (

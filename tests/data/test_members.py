@@ -77,12 +77,12 @@ def test_members_file_grows_by_a_line_and_chains_stay_short(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("line", "old", "new", "words", "at"),
     [
-        (0, "from\t", "fram\t", "invalid member", ":1"),
-        (0, "from\t0", "from\t!", "not the name of a version", ":1"),
-        (1, "+", "*", "invalid change", ":2"),
-        (1, "+", "-", "removes a member that does not exist", ":2"),
-        (1, "test", "exam", "invalid member", ":2"),
-        (1, "test", "train", "the members were changed", ""),
+        (0, "from\t", "fram\t", "Invalid member", ":1"),
+        (0, "from\t0", "from\t!", "Not the name of a version", ":1"),
+        (1, "+", "*", "Invalid change", ":2"),
+        (1, "+", "-", "Removes a member that does not exist", ":2"),
+        (1, "test", "exam", "Invalid member", ":2"),
+        (1, "test", "train", "The members were changed", ""),
     ],
 )
 def test_changed_members_are_reported_by_file_and_line(

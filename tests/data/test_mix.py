@@ -81,7 +81,7 @@ def test_mix_excludes_held_out_rows_near_ones_and_benchmark_items(tmp_path: Path
         (test[1] + ".", "nearly the same input"),
         (f"Please think about this first: {test[2]} and then tell me what you think.", "it is in there"),
         ("What is the name of the largest lake in the north?", "an item"),
-        (f"Log in with {'AKIA' + 'Q3EGRZ7XK5YDHWVN'} and go on", "a secret"),
+        (f"Log in with {'AKIA' + 'Q3EGRZ7XK5YDHWVN'} and continue", "a secret"),
     ]
     project = _project(tmp_path / "p", [*bad, *GENERIC[:12]], f"{MIXED}  benchmarks: [items.jsonl]\n")
     (project.root / "items.jsonl").write_text('{"question": "The name of the largest lake in the north?"}\n' * 2)
@@ -151,7 +151,7 @@ def test_mix_removed_from_the_config_leaves_the_next_version(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("generic", "message"),
-    [([], "the file has no rows"), ([("a", "")], "an empty answer"), ([unlike_pairs(3)[0]] * 3, "can be mixed in")],
+    [([], "The file has no rows"), ([("a", "")], "an empty answer"), ([unlike_pairs(3)[0]] * 3, "can be mixed in")],
 )
 def test_mix_is_refused_when_unusable(tmp_path: Path, generic: list[Pair], message: str) -> None:
     project = _project(tmp_path / "p", generic)

@@ -163,7 +163,7 @@ def test_split_by_output_template_keeps_templates_apart_in_later_versions_too(tm
 
 def test_split_by_output_template_is_refused_when_templates_are_too_few(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p", "data: {split_by: output_template}\n")
-    with pytest.raises(UserError, match="too few independent rows to split") as refusal:
+    with pytest.raises(UserError, match="Too few independent rows to split") as refusal:
         _add(project, _queries(300, 5))
     assert "data.split_by: output_template joins rows" in str(refusal.value.fix)
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunewright.data.examples import labels_among, normalised, output_template, template_groups
+from tunewright.data.examples import find_labels, normalised, output_template, template_groups
 
 WORDS = st.text(alphabet="abcdefgh ,.;()=", min_size=1, max_size=20)
 NUMBERS = st.one_of(
@@ -95,8 +95,8 @@ def test_template_groups_leaves_out_templates_of_one_row() -> None:
 
 
 def test_labels_among_are_all_outputs_when_class_like() -> None:
-    assert labels_among(["yes", "no "] * 5) == {"yes", "no"}
+    assert find_labels(["yes", "no "] * 5) == {"yes", "no"}
 
 
 def test_labels_among_is_empty_when_not_class_like() -> None:
-    assert labels_among([f"text {i}" for i in range(300)] + ["I cannot help with that."] * 5) == frozenset()
+    assert find_labels([f"text {i}" for i in range(300)] + ["I cannot help with that."] * 5) == frozenset()

@@ -22,7 +22,7 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import add
 from tunewright.data.examples import Example, Message
-from tunewright.data.pii import LABELS, blocked, find, let_through, redact, scan, warned
+from tunewright.data.pii import LABELS, allowed_note, blocked, find, redact, scan, warned
 from tunewright.data.pii.personal_patterns import iban_valid, luhn
 from tunewright.data.pii.secret_patterns import checksummed
 
@@ -299,11 +299,11 @@ def test_allowed_kinds_are_counted_and_reported_only() -> None:
     assert result.counts == {"stripe_key": 1, "email": 1, "phone": 1}
     assert result.of("secret") == ()
     assert [place.finding.kind for place in result.of("personal")] == ["email"]
-    reported = let_through(result)
+    reported = allowed_note(result)
     assert reported.count("\n") == 0
     assert "Stripe live key: 1, phone number: 1, in 1 row" in reported
     assert key not in reported
-    assert let_through(scan(rows)) == ""
+    assert allowed_note(scan(rows)) == ""
 
 
 def test_redact_keeps_allowed_values_completely() -> None:

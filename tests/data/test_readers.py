@@ -84,7 +84,7 @@ def test_system_turn_of_the_config_is_added_when_missing(tmp_path: Path) -> None
         (b"{}", 'missing key "completion", "prompt"'),
         (b'{"question": "a", "answer": "b"}', 'unknown key "question", "answer"'),
         (b'{"prompt": "a", "completion": "b", "prompts": 1}', 'unknown key "prompts", did you mean "prompt"?'),
-        (b'{"prompt": "a", "completion": "b", "completion": "c"}', 'duplicate key "completion"'),
+        (b'{"prompt": "a", "completion": "b", "completion": "c"}', 'Duplicate key "completion"'),
         (b'{"prompt": "a", "completion": ""}', "an empty answer"),
         (b'{"prompt": "a", "completion": " \\n"}', "an empty answer"),
         (b'{"prompt": "", "completion": "b"}', "an empty user turn"),
@@ -93,7 +93,7 @@ def test_system_turn_of_the_config_is_added_when_missing(tmp_path: Path) -> None
         (b'{"prompt": "a", "completion": NaN}', "NaN is not JSON"),
         (b'{"prompt": [{"role": "user"}], "completion": "b"}', "prompt is a list of parts, not text"),
         (b'{"prompt": "a\xff\xc3\xa9", "completion": "b"}', "not UTF-8: invalid start byte at byte 14"),
-        (b'{"prompt": "a", "completion": "\\ud800"}', "half of a surrogate pair"),
+        (b'{"prompt": "a", "completion": "\\ud800"}', "Half of a surrogate pair"),
         (b'{"messages": []}', "messages must be a list of turns"),
         (b'{"messages": "hi"}', "messages must be a list of turns"),
         (b'{"messages": ["hi"]}', "messages[0] must be an object"),
@@ -102,20 +102,20 @@ def test_system_turn_of_the_config_is_added_when_missing(tmp_path: Path) -> None
         (b'{"messages": [{"role": "user", "content": "a", "weight": 0}]}', "messages[0] has a weight"),
         (_weighted(2), "messages[1].weight is 2 (expected 1, trained, or 0"),
         (_weighted(True), "messages[1].weight is true"),
-        (_weighted(0), "the last turn has the weight 0"),
+        (_weighted(0), "The last turn has the weight 0"),
         (b'{"messages": [{"role": "assistant", "content": "a", "tool_calls": []}]}', "tool calls are not supported"),
         (b'{"messages": [{"role": "tool", "content": "a"}]}', 'messages[0].role is "tool"'),
         (b'{"messages": [{"role": ["user"], "content": "a"}]}', "messages[0].role is"),
         (_turns(("user", None), ("assistant", "b")), "messages[0].content is null"),
-        (_turns(("user", "a")), "the last turn must be the assistant's"),
-        (_turns(("system", "a")), "the last turn must be the assistant's"),
-        (_turns(("user", "a"), ("assistant", "b"), ("user", "c")), "the last turn must be the assistant's"),
+        (_turns(("user", "a")), "The last turn must be the assistant's"),
+        (_turns(("system", "a")), "The last turn must be the assistant's"),
+        (_turns(("user", "a"), ("assistant", "b"), ("user", "c")), "The last turn must be the assistant's"),
         (_turns(("assistant", "a")), "the first turn must be the user's"),
         (_turns(("user", "a"), ("user", "b"), ("assistant", "c")), "two user turns in a row"),
         (_turns(("user", "a"), ("assistant", "b"), ("assistant", "c")), "two assistant turns in a row"),
         (_turns(("user", "a"), ("system", "b"), ("assistant", "c")), "a system turn must be the first turn"),
         (b"[" * 100_000, "nested too deep"),
-        (b'{"prompt": ' + b"9" * 5000 + b', "completion": "b"}', "unreadable JSON"),
+        (b'{"prompt": ' + b"9" * 5000 + b', "completion": "b"}', "Unreadable JSON"),
         (b'{"prompt": "' + b"x" * 100_000 + b'", "completion": "b"}', "100,001 characters (limit 32,000"),
     ],
 )
@@ -149,21 +149,21 @@ def test_text_is_normalised_to_nfc(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("pairs.jsonl", b"", "the file has no rows"),
-        ("pairs.jsonl", b"\xef\xbb\xbf", "the file has no rows"),
-        ("pairs.jsonl", b"\n \n", "the file has no rows"),
-        ("pairs.csv", b"", "the file has no rows"),
-        ("pairs.csv", b"q,a\n", "the file has no rows"),
-        ("pairs.xlsx", b"PK", "unsupported file format"),
-        ("pairs.jsonl", '{"prompt": "a"}'.encode("utf-16") + b"x", "invalid UTF-16"),
+        ("pairs.jsonl", b"", "The file has no rows"),
+        ("pairs.jsonl", b"\xef\xbb\xbf", "The file has no rows"),
+        ("pairs.jsonl", b"\n \n", "The file has no rows"),
+        ("pairs.csv", b"", "The file has no rows"),
+        ("pairs.csv", b"q,a\n", "The file has no rows"),
+        ("pairs.xlsx", b"PK", "Unsupported file format"),
+        ("pairs.jsonl", '{"prompt": "a"}'.encode("utf-16") + b"x", "Invalid UTF-16"),
         ("pairs.jsonl", '{"prompt": "a"}'.encode("utf-16-le"), "UTF-16 without a byte-order mark"),
         ("pairs.json", b'[\n  {"prompt": "a", "completion": "b"}\n', "the array does not end"),
-        ("pairs.csv", b'q,a\n"hi,ho\n', "unreadable CSV"),
-        ("pairs.csv", b'q,a\n"hi"x,ho\n', "unreadable CSV"),
+        ("pairs.csv", b'q,a\n"hi,ho\n', "Unreadable CSV"),
+        ("pairs.csv", b'q,a\n"hi"x,ho\n', "Unreadable CSV"),
         ("pairs.csv", b"x,y\nhi,ho\n", 'no column named "q"'),
         ("pairs.csv", b"q,q,a\nhi,ho,he\n", 'more than one column named "q"'),
-        ("pairs.csv", b"q,\xff\xc3\xa9\nhi,ho\n", "not UTF-8"),
-        ("pairs.csv", b"q,a\nhi,h\x81\n", "neither UTF-8 nor cp1252"),
+        ("pairs.csv", b"q,\xff\xc3\xa9\nhi,ho\n", "Not UTF-8"),
+        ("pairs.csv", b"q,a\nhi,h\x81\n", "Neither UTF-8 nor cp1252"),
     ],
 )
 def test_unreadable_file_gets_one_error(tmp_path: Path, name: str, content: bytes, words: str) -> None:
@@ -191,11 +191,11 @@ def test_input_and_output_must_differ(tmp_path: Path) -> None:
 
 
 def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="No such file"):
         read_pairs(tmp_path / "none.jsonl", CONFIG)
     folder = tmp_path / "folder.jsonl"
     folder.mkdir()
-    with pytest.raises(UserError, match="expected a file, got a folder"):
+    with pytest.raises(UserError, match="Expected a file, got a folder"):
         read_pairs(folder, CONFIG)
 
 
@@ -255,10 +255,10 @@ def test_csv_and_jsonl_of_the_same_pairs_give_the_same_examples(
 def test_read_pairs_suggests_the_column_for_a_misspelt_header(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("promt,completion,id\na,b,1\n", encoding="utf-8")
-    with pytest.raises(UserError, match='unknown column "promt", did you mean "prompt"\\?') as caught:
+    with pytest.raises(UserError, match='Unknown column "promt", did you mean "prompt"\\?') as caught:
         read_pairs(path, DataConfig())
     assert caught.value.where == f"{path}:1"
     assert str(caught.value.fix).startswith("Correct the header, or use --input COLUMN")
     path.write_text("question,answer\na,b\n", encoding="utf-8")
-    with pytest.raises(UserError, match="unknown columns for the input and the ideal output"):
+    with pytest.raises(UserError, match="Unknown columns for the input and the ideal output"):
         read_pairs(path, DataConfig())

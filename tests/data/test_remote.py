@@ -171,7 +171,7 @@ def test_pull_reports_a_missing_row(one: ProjectFolder, two: ProjectFolder, plac
     path = f"versions/{short(version.digest)}/rows.jsonl"
     lines = place.files[path].splitlines(keepends=True)
     place.write(path, b"".join(lines[1:]))
-    with pytest.raises(UserError, match=f"the row {version.members[0].key} is missing"):
+    with pytest.raises(UserError, match=f"The row {version.members[0].key} is missing"):
         pull_from(two, place)
     assert list_versions(two.dataset) == []
 
@@ -188,12 +188,12 @@ def test_push_refuses_a_changed_version(one: ProjectFolder, place: Place) -> Non
 def test_pull_refuses_an_invalid_head(one: ProjectFolder, place: Place) -> None:
     place.write("HEAD", b"ref: refs/heads/main\n")
     for refused in (push_to, pull_from):
-        with pytest.raises(UserError, match="invalid version digest in HEAD"):
+        with pytest.raises(UserError, match="Invalid version digest in HEAD"):
             refused(one, place)
 
 
 def test_pull_refuses_an_empty_remote(two: ProjectFolder, place: Place) -> None:
-    with pytest.raises(UserError, match="the remote has no dataset"):
+    with pytest.raises(UserError, match="The remote has no dataset"):
         pull_from(two, place)
 
 
@@ -250,7 +250,7 @@ def test_push_reports_a_lost_version_that_is_needed(one: ProjectFolder, place: P
     first = load_version(one.dataset).digest
     add_rows(one, 3, 2)
     shutil.rmtree(one.dataset / "versions" / short(first))
-    with pytest.raises(UserError, match="cannot read the members") as caught:
+    with pytest.raises(UserError, match="Cannot read the members") as caught:
         push_to(one, place)
     assert short(first) in caught.value.what
     assert place.files == {}

@@ -127,7 +127,7 @@ def test_interrupted_erasure_is_finished_by_the_next_push(
     before = set(place.files)
     with monkeypatch.context() as patch:
         patch.setattr(RemoteStore, "write", refuse)
-        with pytest.raises(UserError, match="could not erase the text of purged rows on the remote: permission denied"):
+        with pytest.raises(UserError, match="Could not erase the text of purged rows on the remote: permission denied"):
             push_to(one, place)
     assert any(b"Lovelace" in data for data in place.files.values())
     push_to(one, place)
@@ -143,7 +143,7 @@ def test_changed_log_of_removals_is_refused_and_reported_by_verify(
     push_to(one, place)
     [name] = [name for name in place.files if name.startswith("removed/") and "all" not in name]
     place.write(name, place.files[name].replace(b"she asked", b"he asked"))
-    with pytest.raises(UserError, match="the removal was changed"):
+    with pytest.raises(UserError, match="The removal was changed"):
         pull_from(two, place)
     log = one.dataset / "removed.jsonl"
     log.write_bytes(log.read_bytes().replace(b"she asked", b"he asked"))
@@ -161,7 +161,7 @@ def test_failed_pull_keeps_the_current_version_complete(one: ProjectFolder, two:
     push_to(one, place)
     members = place.files[f"versions/{new}/members.tsv"]
     place.remove(f"versions/{new}/members.tsv")
-    with pytest.raises(UserError, match="the file is missing"):
+    with pytest.raises(UserError, match="The file is missing"):
         pull_from(two, place)
     assert load_version(two.dataset).digest == before
     place.write(f"versions/{new}/members.tsv", members)
@@ -254,7 +254,7 @@ def test_pull_reads_half_erased_metadata_and_the_next_push_finishes(
 
     with monkeypatch.context() as patch:
         patch.setattr(RemoteStore, "write", refuse)
-        with pytest.raises(UserError, match=r"could not erase .* on the remote: permission denied"):
+        with pytest.raises(UserError, match=r"Could not erase .* on the remote: permission denied"):
             push_to(one, place)
     assert _metadata_there(place) != []
     pull_from(two, place)

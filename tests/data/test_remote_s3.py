@@ -28,7 +28,7 @@ def _s3_options(endpoint: str, key: str = "testing") -> dict[str, Any]:
 def test_missing_bucket_is_reported_and_not_created(one: ProjectFolder, s3_endpoint: str) -> None:
     options = _s3_options(s3_endpoint)
     for verb in (push, pull):
-        with pytest.raises(UserError, match="there is no such bucket") as caught:
+        with pytest.raises(UserError, match="No such bucket") as caught:
             verb(one.dataset, "s3://not-there-1/x", Listener(), options=options)
         assert caught.value.where == "s3://not-there-1/x"
     assert not fsspec.filesystem("s3", **options).exists("not-there-1")
@@ -89,4 +89,4 @@ def test_cli_pushes_to_the_endpoint_of_the_environment(
     assert "Copied 2 verdicts (3 records of reviews)" in pulled.stdout
     assert load_version(two.dataset) == load_version(one.dataset)
     missing = tunewright("data", "push", "s3://not-there-2/x", "-p", one.root)
-    assert (missing.code, "there is no such bucket" in missing.stderr) == (2, True)
+    assert (missing.code, "No such bucket" in missing.stderr) == (2, True)

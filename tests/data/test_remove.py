@@ -92,16 +92,16 @@ def test_remove_takes_out_the_rows_that_a_file_names_by_key_prefix_or_object(pro
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
-        ("0123456789abcdef\n", "no row has the key"),
-        ("not hex\n", "not a row's key"),
-        ('{"id": 3}\n', "not a row's key"),
-        ('{"suspects": [{"key": "0123456789"}, {"id": 1}]}', "item 2: not a row's key"),
-        ('["0123456789", "abcdef012345"]', "item 1: no row has the key 0123456789"),
-        ('{"suspects": []}', "the file has no key"),
-        ("row,from\n0123456789,x\n", "2: no row has the key 0123456789"),
+        ("0123456789abcdef\n", "No row has the key"),
+        ("not hex\n", "Not a row's key"),
+        ('{"id": 3}\n', "Not a row's key"),
+        ('{"suspects": [{"key": "0123456789"}, {"id": 1}]}', "item 2: Not a row's key"),
+        ('["0123456789", "abcdef012345"]', "item 1: No row has the key 0123456789"),
+        ('{"suspects": []}', "The file has no key"),
+        ("row,from\n0123456789,x\n", "2: No row has the key 0123456789"),
         ("row;from\n0123456789\n", "1 fields where the header has 2"),
-        ("{broken\n", "not a JSON object"),
-        ("\n", "the file has no key"),
+        ("{broken\n", "Not a JSON object"),
+        ("\n", "The file has no key"),
     ],
 )
 def test_remove_refuses_a_file_of_keys_that_names_no_row(project: ProjectFolder, lines: str, words: str) -> None:
@@ -123,7 +123,7 @@ def test_remove_takes_rows_by_query(project: ProjectFolder) -> None:
 
 @pytest.mark.parametrize(
     ("where", "words"),
-    [("output ==", "invalid JMESPath"), ("contains(line, 'a')", "the expression fails on row"), ("a", "no row of")],
+    [("output ==", "Invalid JMESPath"), ("contains(line, 'a')", "The expression fails on row"), ("a", "no row of")],
 )
 def test_remove_refuses_a_query_that_fails_or_matches_nothing(project: ProjectFolder, where: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
@@ -133,7 +133,7 @@ def test_remove_refuses_a_query_that_fails_or_matches_nothing(project: ProjectFo
 def test_remove_takes_rows_by_the_file_that_brought_them(project: ProjectFolder) -> None:
     (project.root / "c.jsonl").write_bytes((project.root / "b.jsonl").read_bytes())
     _add(project, "c.jsonl")
-    with pytest.raises(UserError, match=r"no row was read from a file c\.jsonl"):
+    with pytest.raises(UserError, match=r"No row was read from a file c\.jsonl"):
         _remove(project, source="c.jsonl")
     removed = _remove(project, source=str(project.root / "b.jsonl"))
     assert {row.source for row in removed.rows} == {"b.jsonl"}
@@ -155,7 +155,7 @@ def test_remove_counts_rows_that_another_file_had_first(project: ProjectFolder) 
 def test_remove_takes_rows_of_any_named_group_that_match_the_other_options(project: ProjectFolder) -> None:
     result = _remove(project, groups=("customer=C3", "customer=C4"), source="a.jsonl")
     assert sorted(group for row in result.rows for group in row.document["groups"]) == ["customer=C3", "customer=C4"]
-    with pytest.raises(UserError, match="no row has the group 'customer=Nobody'"):
+    with pytest.raises(UserError, match="No row has the group 'customer=Nobody'"):
         _remove(project, groups=("customer=Nobody",))
 
 
@@ -163,7 +163,7 @@ def test_remove_needs_a_reason_and_a_selection(project: ProjectFolder) -> None:
     with pytest.raises(UserError, match="needs a reason"):
         _remove(project, because=" ", source="b.jsonl")
     assert _remove(project, because="", source="b.jsonl", dry_run=True).rows
-    with pytest.raises(UserError, match="no rows are selected"):
+    with pytest.raises(UserError, match="No rows are selected"):
         _remove(project)
 
 
@@ -199,7 +199,7 @@ def test_removed_row_stays_out_when_its_file_is_added_again(project: ProjectFold
     [reported] = [w for w in listener.warned if "removed earlier" in w]
     assert "--restore" in reported
     assert "mislabelled" in reported
-    with pytest.raises(UserError, match="the row was removed: mislabelled"):
+    with pytest.raises(UserError, match="The row was removed: mislabelled"):
         find_row(project.dataset, load_version(project.dataset), again.removed[0].rpartition("/")[2])
     # Also where nothing but case, white space and the system turn differ.
     same = {"prompt": f" {place.example.input_text.upper()} ", "completion": place.example.output, "customer": None}
@@ -367,7 +367,7 @@ def test_purged_row_stays_out_and_cannot_be_restored(tmp_path: Path) -> None:
     listener = Listener()
     assert _add(project, "all.jsonl", listener=listener).added == 0
     assert any("purged on" in warned and "she asked" in warned for warned in listener.warned)
-    with pytest.raises(UserError, match=r"nothing was added: .* purged and cannot be restored"):
+    with pytest.raises(UserError, match=r"Nothing was added: .* purged and cannot be restored"):
         _add(project, "all.jsonl", restore=True)
 
 
@@ -564,7 +564,7 @@ def test_purge_does_not_seal_changed_imports(tmp_path: Path) -> None:
     assert _holding(project.root, "zoë") == []
     assert (folder / "manifest.json").read_bytes() == manifest
     [damage] = verify(project.dataset, Listener()).damage
-    assert "the import records were changed" in damage.what
+    assert "The import records were changed" in damage.what
 
 
 def test_where_query_sees_metadata(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_find_row_reports_a_removed_replacement(tmp_path: Path, purge: bool) -> 
     _add(project, [(question, "new")], "corrected.jsonl", replace=True)
     remove(project, Selection(where="output == 'new'"), "ACME asked", Listener(), purge_text=purge)
     for place in ("pairs.jsonl:1", "corrected.jsonl:1"):
-        with pytest.raises(UserError, match="the row was removed: ACME asked"):
+        with pytest.raises(UserError, match="The row was removed: ACME asked"):
             find_row(project.dataset, load_version(project.dataset), place)
 
 
@@ -197,7 +197,7 @@ def test_replace_refuses_two_outputs_of_one_input(tmp_path: Path) -> None:
     pairs = unlike_pairs(40)
     first, _ = _add(project, pairs)
     with pytest.raises(
-        UserError, match="nothing was replaced: the files have several outputs for 1 known input"
+        UserError, match="Nothing was replaced: the files have several outputs for 1 known input"
     ) as caught:
         _add(project, [(pairs[3][0], "one"), (pairs[3][0], "two")], replace=True)
     assert "pairs.jsonl:1" in caught.value.what

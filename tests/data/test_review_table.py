@@ -147,11 +147,11 @@ def test_import_csv_names_a_faulty_row_and_records_nothing(
 @pytest.mark.parametrize(
     ("content", "reported"),
     [
-        (b"", "missing or repeated column: row"),
-        (b"row,verdict\nabc,right\n", "missing or repeated column: draw, answer, new_output"),
-        ("row,draw,answer,verdict,new_output\nä".encode("utf-16"), "the file is not UTF-8"),
+        (b"", "Missing or repeated column: row"),
+        (b"row,verdict\nabc,right\n", "Missing or repeated column: draw, answer, new_output"),
+        ("row,draw,answer,verdict,new_output\nä".encode("utf-16"), "The file is not UTF-8"),
         (b"row,draw,answer,verdict,new_output\na,b\n", "2 fields where the header has 5"),
-        (b'row,draw,answer,verdict,new_output\n"a\n', "invalid CSV"),
+        (b'row,draw,answer,verdict,new_output\n"a\n', "Invalid CSV"),
     ],
 )
 def test_import_csv_refuses_other_files(project: ProjectFolder, content: bytes, reported: str) -> None:
@@ -159,16 +159,16 @@ def test_import_csv_refuses_other_files(project: ProjectFolder, content: bytes, 
     path.write_bytes(content)
     with pytest.raises(UserError, match=reported):
         _import(project, path)
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="Cannot read the file"):
         _import(project, project.root / "missing.csv")
 
 
 def test_export_csv_does_not_overwrite_and_reports_an_empty_queue(project: ProjectFolder) -> None:
     path, _ = _export(project)
-    with pytest.raises(UserError, match="the file already exists"):
+    with pytest.raises(UserError, match="The file already exists"):
         export_csv(path, review(project), 5)
     judge_next(review(project), *right(len(load_version(project.dataset).members)))
-    with pytest.raises(UserError, match="no row is left"):
+    with pytest.raises(UserError, match="No row is left"):
         export_csv(project.root / "more.csv", review(project), 5)
 
 
@@ -197,6 +197,6 @@ def test_session_refuses_a_secret(project: ProjectFolder) -> None:
 
 def test_export_csv_suggests_an_adapter_when_no_row_can_be_judged(project: ProjectFolder) -> None:
     none = ReviewSession(project.dataset, load_version(project.dataset), "ada", Listener(), suspects=[])
-    with pytest.raises(UserError, match="there are no suspects to export") as caught:
+    with pytest.raises(UserError, match="There are no suspects to export") as caught:
         export_csv(project.root / "suspects.csv", none, 100)
     assert "--adapter base" in (caught.value.fix or "")

@@ -51,7 +51,7 @@ def _turns(row: Any, data: DataConfig | None = None) -> list[tuple[str, str, int
         ({"conversation": CHAT}, "Together conversations, because rows have conversation[].role/content"),
     ],
 )
-def test_each_format_gives_the_same_example_and_a_note(tmp_path: Path, row: Any, words: str) -> None:
+def test_formats_give_the_same_example_and_a_note(tmp_path: Path, row: Any, words: str) -> None:
     reading = _read(tmp_path, [row])
     assert [r.example for r in reading.rows] == [example_from_object({"messages": CHAT}, DataConfig())]
     [note] = reading.notes
@@ -151,7 +151,7 @@ def test_configured_keys_are_input_and_output(tmp_path: Path) -> None:
     data = DataConfig(input="question", output="answer")
     reading = _read(tmp_path, [{"question": ASKED, "answer": ANSWERED}], data)
     assert reading.rows[0].example.output == ANSWERED
-    assert "the config names question as input" in reading.notes[0]
+    assert "The config names question as input" in reading.notes[0]
     assert _read(tmp_path, [{"question": ASKED, "answer": ANSWERED, "topic": "law"}], data).rows[0].metadata == {
         "topic": "law"
     }
@@ -189,7 +189,7 @@ def test_ignored_key_cannot_be_used() -> None:
         DataConfig(group_by=("customer",), drop_columns=("customer",))
 
 
-def test_every_code_is_documented() -> None:
+def test_row_error_codes_are_documented() -> None:
     lines = (Path(__file__).parents[2] / "docs" / "how-to" / "row-errors.md").read_text(encoding="utf-8").splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| E")]
     assert {code: (meaning, fix) for code, meaning, fix, _ in rows} == CODES

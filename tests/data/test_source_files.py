@@ -41,13 +41,13 @@ def test_source_files_names_files_relative_to_the_folder(tmp_path: Path) -> None
 def test_source_files_expands_a_pattern_without_duplicates(tmp_path: Path) -> None:
     files = [_pairs(tmp_path / f"p{n}.jsonl") for n in (3, 1, 2)]
     assert source_files([files[0], str(tmp_path / "p*.jsonl")], Listener()) == [files[0], files[1], files[2]]
-    with pytest.raises(UserError, match="no file matches this pattern"):
+    with pytest.raises(UserError, match="No file matches this pattern"):
         source_files([tmp_path / "q*.jsonl"], Listener())
 
 
 def test_source_files_refuses_a_folder_without_pairs(tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
-    with pytest.raises(UserError, match="the folder has no files of pairs"):
+    with pytest.raises(UserError, match="The folder has no files of pairs"):
         source_files([tmp_path / "d"], Listener())
 
 

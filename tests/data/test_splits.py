@@ -103,7 +103,7 @@ def test_assign_splits_suggests_data_system_for_one_giant_cluster() -> None:
 
 def test_assign_splits_refuses_an_empty_split() -> None:
     former: dict[str, Split] = {f"c{i}-0": "test" for i in range(12)}
-    with pytest.raises(UserError, match="no cluster is left for train"):
+    with pytest.raises(UserError, match="No cluster is left for train"):
         assign_splits(_clusters([1] * 12), former, CONFIG, 0)
 
 

@@ -153,7 +153,7 @@ def test_verify_finds_a_changed_split(project: ProjectFolder) -> None:
     number = next(i for i, m in enumerate(version.members) if m.split == "train")
     path = _change_members(project, number, "\ttrain\t", "\ttest\t")
     (damage,) = verify(project.dataset, Listener()).damage
-    assert "the members were changed" in damage.what
+    assert "The members were changed" in damage.what
     assert damage.where == str(path)
 
 
@@ -196,7 +196,7 @@ def test_verify_names_changed_and_half_reviews(project: ProjectFolder) -> None:
     found = verify(project.dataset, Listener())
     assert [d.where for d in found.damage] == [f"{path}:3", f"{path}:6"]
     assert "its digest does not match" in found.damage[0].what
-    assert "half a review" in found.damage[1].what
+    assert "Half a review" in found.damage[1].what
     assert found.reviews == 4
 
 
@@ -228,9 +228,9 @@ def test_checkout_refuses_a_version_that_is_unknown_or_damaged(project: ProjectF
     with pytest.raises(UserError, match="no dataset version begins with 'fffffff0'"):
         checkout(project.dataset, "fffffff0")
     (version_folder(project.dataset, _first(project)) / "members.tsv").write_text("")
-    with pytest.raises(UserError, match="the members were changed"):
+    with pytest.raises(UserError, match="The members were changed"):
         checkout(project.dataset, _first(project))
     assert (project.dataset / "HEAD").read_text() == head
-    with pytest.raises(UserError, match="there is no dataset version yet"):
+    with pytest.raises(UserError, match="There is no dataset version yet"):
         checkout(tmp_path / "none", "abc")
     assert not (tmp_path / "none").exists()

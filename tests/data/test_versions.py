@@ -108,10 +108,10 @@ def test_load_version_reports_lost_rows_and_files(project: ProjectFolder) -> Non
     member = load_version(project.dataset).members[0]
     path = project.dataset / "rows" / f"{member.key[:2]}.jsonl"
     path.write_text("".join(line for line in path.read_text().splitlines(True) if member.key not in line))
-    with pytest.raises(UserError, match=f"the row {member.key} is missing"):
+    with pytest.raises(UserError, match=f"The row {member.key} is missing"):
         load_version(project.dataset)
     path.unlink()
-    with pytest.raises(UserError, match="rows of the dataset are missing"):
+    with pytest.raises(UserError, match="Rows of the dataset are missing"):
         load_version(project.dataset)
 
 
@@ -122,7 +122,7 @@ def test_load_version_reports_an_invalid_line(project: ProjectFolder, line: str)
     member = load_version(project.dataset).members[0]
     path = project.dataset / "rows" / f"{member.key[:2]}.jsonl"
     path.write_text(line + "\n")
-    with pytest.raises(UserError, match="not a row of a dataset") as caught:
+    with pytest.raises(UserError, match="Not a row of a dataset") as caught:
         load_version(project.dataset)
     assert caught.value.where == f"{path}:1"
 
@@ -130,10 +130,10 @@ def test_load_version_reports_an_invalid_line(project: ProjectFolder, line: str)
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda text: text.replace("\ttest\t", "\ttrain\t", 1), "the members were changed"),
-        (lambda text: text.split("\n", 1)[1], "the members were changed"),
-        (lambda text: text.replace("\ttest\t", "\texam\t", 1), "invalid member"),
-        (lambda text: text.replace("\t", " "), "invalid member"),
+        (lambda text: text.replace("\ttest\t", "\ttrain\t", 1), "The members were changed"),
+        (lambda text: text.split("\n", 1)[1], "The members were changed"),
+        (lambda text: text.replace("\ttest\t", "\texam\t", 1), "Invalid member"),
+        (lambda text: text.replace("\t", " "), "Invalid member"),
     ],
 )
 def test_load_version_reports_changed_members(project: ProjectFolder, change: Callable[[str], str], words: str) -> None:
@@ -158,13 +158,13 @@ def test_load_version_reports_a_changed_manifest(project: ProjectFolder) -> None
 @pytest.mark.parametrize("head", ["", "0" * 64, "..", "\x00"])
 def test_load_version_reports_an_invalid_head(project: ProjectFolder, head: str) -> None:
     (project.dataset / "HEAD").write_text(head)
-    with pytest.raises(UserError, match="the current version") as caught:
+    with pytest.raises(UserError, match="The current version") as caught:
         load_version(project.dataset)
     assert caught.value.where == str(project.dataset / "HEAD")
 
 
 def test_locked_allows_one_writer(project: ProjectFolder) -> None:
-    with locked(project.dataset), pytest.raises(UserError, match="another command is changing"):
+    with locked(project.dataset), pytest.raises(UserError, match="Another command is changing"):
         _add_second(project)
     assert _add_second(project) == load_version(project.dataset).digest
 

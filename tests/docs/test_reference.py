@@ -23,7 +23,7 @@ ENTRIES = reference_cli.entries()
 KEYS = reference_config.keys()
 
 
-def test_every_registered_command_is_documented() -> None:
+def test_reference_documents_every_command() -> None:
     """Typer's own help of a group is the independent list of its commands."""
     from typer.testing import CliRunner
 
@@ -54,7 +54,7 @@ def test_command_example_names_its_command_and_valid_options(entry: reference_cl
         assert used <= known, example
 
 
-def test_every_config_key_has_a_meaning_and_a_heading() -> None:
+def test_reference_describes_every_config_key() -> None:
     (page,) = reference_config.pages().values()
     for key in KEYS:
         assert key.meaning, key.name

@@ -72,7 +72,7 @@ def test_link_to_a_missing_file_is_left_for_the_strict_build_to_refuse(config: M
     assert site_hook.on_page_markdown(text, page=page, config=config) == text
 
 
-def test_no_generated_page_is_committed() -> None:
+def test_generated_pages_are_not_committed() -> None:
     tracked = subprocess.run(
         ["git", "ls-files", "docs"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split()

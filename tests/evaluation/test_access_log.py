@@ -58,7 +58,7 @@ def test_openings_are_chained_and_read_back(tmp_path: Path) -> None:
     assert Ledger(tmp_path).openings == [first, second]
 
 
-def test_a_line_that_is_there_is_never_written_anew(tmp_path: Path) -> None:
+def test_ledger_never_rewrites_a_line(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
     ledger.open(**facts(make_opening(1)))
     before = (tmp_path / LEDGER).read_text()
@@ -66,14 +66,14 @@ def test_a_line_that_is_there_is_never_written_anew(tmp_path: Path) -> None:
     assert (tmp_path / LEDGER).read_text().startswith(before)
 
 
-def test_an_evaluation_that_goes_on_is_the_same_opening(tmp_path: Path) -> None:
+def test_ledger_counts_a_resumed_evaluation_as_one_opening(tmp_path: Path) -> None:
     first = Ledger(tmp_path).open(**facts(make_opening(1)))
     Ledger(tmp_path).open(**facts(make_opening(2)))
     assert Ledger(tmp_path).open(**facts(make_opening(1))) == first
     assert len(Ledger(tmp_path).openings) == 2
 
 
-def test_two_that_open_at_once_both_have_their_line(tmp_path: Path) -> None:
+def test_ledger_records_both_of_two_concurrent_openings(tmp_path: Path) -> None:
     one, other = Ledger(tmp_path), Ledger(tmp_path)
     one.open(**facts(make_opening(1)))
     assert other.open(**facts(make_opening(2))).number == 2
@@ -85,7 +85,7 @@ CHANGES = [("margin", "0.02", "0.01"), ("author", '"ann"', '"bob"'), ("time", "2
 
 @pytest.mark.parametrize("line", [1, 2, 3])
 @pytest.mark.parametrize(("field", "was", "becomes"), CHANGES)
-def test_a_changed_line_is_named(tmp_path: Path, line: int, field: str, was: str, becomes: str) -> None:
+def test_ledger_names_a_changed_line(tmp_path: Path, line: int, field: str, was: str, becomes: str) -> None:
     text = lines(chain(3))
     assert was in text[line - 1], field
     text[line - 1] = text[line - 1].replace(was, becomes)
@@ -93,7 +93,7 @@ def test_a_changed_line_is_named(tmp_path: Path, line: int, field: str, was: str
 
 
 @given(st.integers(0, 2), st.data())
-def test_any_other_character_in_any_line_is_found(tmp_path_factory: Any, line: int, data: st.DataObject) -> None:
+def test_ledger_detects_any_changed_character(tmp_path_factory: Any, line: int, data: st.DataObject) -> None:
     text = lines(chain(3))
     place = data.draw(st.integers(0, len(text[line]) - 1))
     other = data.draw(st.characters(codec="utf-8", exclude_characters="\n" + text[line][place]))
@@ -106,33 +106,33 @@ def test_any_other_character_in_any_line_is_found(tmp_path_factory: Any, line: i
 
 
 @pytest.mark.parametrize("line", [1, 2])
-def test_a_removed_line_is_found_at_the_next(tmp_path: Path, line: int) -> None:
+def test_ledger_detects_a_removed_line(tmp_path: Path, line: int) -> None:
     text = lines(chain(3))
     del text[line - 1]
     assert found(written(tmp_path, text)) == f":{line}"
 
 
-def test_a_line_that_was_changed_with_its_digest_is_found_at_the_next(tmp_path: Path) -> None:
+def test_ledger_detects_a_line_changed_with_its_digest(tmp_path: Path) -> None:
     openings = chain(3)
     forged = openings[1].model_copy(update={"author": "bob", "digest": ""})
     openings[1] = forged.model_copy(update={"digest": forged.true_digest})
     assert found(written(tmp_path, lines(openings))) == ":3"
 
 
-def test_a_line_put_in_or_exchanged_is_found(tmp_path: Path) -> None:
+def test_ledger_detects_an_inserted_or_swapped_line(tmp_path: Path) -> None:
     first, second, third = lines(chain(3))
     assert found(written(tmp_path, [first, first, second, third])) == ":2"
     assert found(written(tmp_path, [first, third, second])) == ":2"
 
 
-def test_a_line_that_is_none_is_named(tmp_path: Path) -> None:
+def test_ledger_names_an_invalid_line(tmp_path: Path) -> None:
     text = lines(chain(2))
     assert found(written(tmp_path, [*text, "{}"])) == ":3"
     assert found(written(tmp_path, [*text, text[0][:40]])) == ":3"
 
 
 @pytest.mark.parametrize("left", [0, 1])
-def test_lines_cut_off_at_the_end_are_missed_by_the_evidence(tmp_path: Path, left: int) -> None:
+def test_ledger_detects_truncation_by_the_evidence(tmp_path: Path, left: int) -> None:
     openings = chain(2)
     evidence = EVIDENCE.model_copy(update={"opening": openings[1], "id": openings[1].evaluation})
     write_text(tmp_path / evidence.id / EVIDENCE_FILE, evidence.model_dump_json())
@@ -142,14 +142,14 @@ def test_lines_cut_off_at_the_end_are_missed_by_the_evidence(tmp_path: Path, lef
     assert found(tmp_path) == ":2"
 
 
-def test_a_chain_made_anew_is_not_the_one_that_the_evidence_was_opened_on(tmp_path: Path) -> None:
+def test_ledger_detects_a_rebuilt_chain_by_the_evidence(tmp_path: Path) -> None:
     opening = chain(1)[0]
     evidence = EVIDENCE.model_copy(update={"opening": opening})
     write_text(tmp_path / evidence.id / EVIDENCE_FILE, evidence.model_dump_json())
     assert found(written(tmp_path, lines([make_opening(1, author="bob")]))) == ":1"
 
 
-def test_evidence_from_before_there_was_a_ledger_needs_none(tmp_path: Path) -> None:
+def test_evidence_older_than_the_ledger_needs_none(tmp_path: Path) -> None:
     older = {k: v for k, v in json.loads(EVIDENCE.model_dump_json()).items() if k not in {"opening", "openings"}}
     write_text(tmp_path / EVIDENCE.id / EVIDENCE_FILE, json.dumps(older))
     assert Ledger(tmp_path).openings == []
@@ -163,7 +163,7 @@ def earlier(number: int, shared: int | None = 60) -> EarlierAccess:
     return EarlierAccess(**opening.model_dump(include=set(EarlierAccess.model_fields)), shared_items=shared)
 
 
-def test_a_verdict_warns_of_earlier_openings_with_their_number() -> None:
+def test_verdict_warns_of_earlier_openings() -> None:
     assert "opened" not in " ".join(verdict(EVIDENCE).reasons)
     opened = EVIDENCE.model_copy(update={"openings": (earlier(1), earlier(2))})
     (caution,) = [reason for reason in verdict(opened).reasons if "opened" in reason]
@@ -172,7 +172,7 @@ def test_a_verdict_warns_of_earlier_openings_with_their_number() -> None:
     assert verdict(opened).decision == verdict(EVIDENCE).decision
 
 
-def test_it_is_told_how_many_items_were_opened_and_what_is_not_known() -> None:
+def test_openings_text_counts_opened_and_unknown_items() -> None:
     assert openings_text([earlier(1, 13)], 60).startswith("13 of the 60 test items had been opened once")
     unknown = openings_text([earlier(1, None)], 60)
     assert "The items of line 1 are unknown" in unknown

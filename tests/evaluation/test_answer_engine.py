@@ -1,4 +1,4 @@
-"""Which engine answers an evaluation, and vLLM answering whole lists of requests, with a stand-in for vLLM."""
+"""Choice of the evaluation engine, and vLLM answering lists of requests, with a stand-in for vLLM."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tunewright.evaluation.repeats import noise_floor
 from tunewright.generation.decoding import Completion, Request
 from tunewright.metrics import scorer_of
 from tunewright.models.bases import Base, resolve_base
-from vllm_child import Told, alive, install_fake, wait_until
+from vllm_child import StopAfter, alive, install_fake, wait_until
 
 END = 4
 
@@ -45,7 +45,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "device", lambda: "cuda:0")
 
 
-def test_auto_takes_peft_without_a_card_even_where_vllm_is_installed(
+def test_auto_uses_peft_without_a_card_even_with_vllm_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install_fake(monkeypatch, tmp_path)
@@ -53,7 +53,7 @@ def test_auto_takes_peft_without_a_card_even_where_vllm_is_installed(
 
 
 @pytest.mark.usefixtures("card")
-def test_auto_takes_vllm_with_a_card_and_its_cuda_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_uses_vllm_with_a_card_and_its_cuda_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
     assert (answer_engine(_config(), "none").name, "engine install vllm" in answer_engine(_config(), "none").why) == (
         "peft",
@@ -75,7 +75,7 @@ def test_auto_takes_vllm_with_a_card_and_its_cuda_environment(tmp_path: Path, mo
         ({"use_dora": True, "require_vllm_compatible": False}, {"quantize": "none"}, "does not load DoRA"),
     ],
 )
-def test_what_vllm_cannot_answer_alike_stays_on_peft_by_auto_and_is_refused_where_vllm_is_asked_for(
+def test_auto_uses_peft_and_vllm_refuses_what_vllm_cannot_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: Any, asked: Any, why: str
 ) -> None:
     install_fake(monkeypatch, tmp_path, "cuda")
@@ -88,9 +88,7 @@ def test_what_vllm_cannot_answer_alike_stays_on_peft_by_auto_and_is_refused_wher
 
 
 @pytest.mark.usefixtures("card")
-def test_an_adapter_decides_by_its_own_configuration_and_not_by_the_recipes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_engine_choice_uses_the_adapters_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install_fake(monkeypatch, tmp_path, "cuda")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 8, "use_dora": True}))
     assert answer_engine(_config(), "none", adapter=tmp_path).name == "peft"
@@ -112,7 +110,7 @@ def test_rows_and_memory_follow_the_card() -> None:
     assert [rows_at_once(size * gib) for size in (8, 16, 24, 40, 80)] == [64, 64, 128, 256, 256]
     assert gpu_share(79 * gib, 80 * gib) == 0.9
     assert gpu_share(40 * gib, 80 * gib) == 0.45
-    with pytest.raises(UserError, match="not enough GPU memory for vLLM"):
+    with pytest.raises(UserError, match="Not enough GPU memory for vLLM"):
         gpu_share(8 * gib, 80 * gib)
 
 
@@ -150,11 +148,11 @@ def _seen(vllm: VllmAnswers) -> dict[str, Any]:
 
 
 def test_answers_come_in_order_and_end_at_the_stop_tokens_and_strings_of_each_call(answers: VllmAnswers) -> None:
-    told: list[int] = []
+    reported: list[int] = []
     asked = [Request((5, 6), None, 2), Request((7,), None, 9), Request((8,), None, 1)]
-    got = answers.generate(asked, stop_ids={END}, on_finished=lambda index, _completion: told.append(index))
+    got = answers.generate(asked, stop_ids={END}, on_finished=lambda index, _completion: reported.append(index))
     assert got == [Completion((1, 2), "length"), Completion((1, 2, 3), "stop"), Completion((1,), "length")]
-    assert sorted(told) == [0, 1, 2]
+    assert sorted(reported) == [0, 1, 2]
 
     text = "abcdefghi"
     cut = Request((7,), None, 9, stop=("de", "never"))
@@ -163,14 +161,14 @@ def test_answers_come_in_order_and_end_at_the_stop_tokens_and_strings_of_each_ca
     wait_until(lambda: _seen(answers)["hung_up"] == 1)  # what follows the stop string is not computed
 
 
-def test_as_many_requests_are_there_as_were_asked_for(answers: VllmAnswers) -> None:
+def test_vllm_keeps_the_configured_number_of_requests(answers: VllmAnswers) -> None:
     answers.generate([Request((5,), None, 20) for _ in range(12)], stop_ids=(), at_once=3)
     assert _seen(answers)["most_at_once"] == 3
     answers.generate([Request((5,), None, 20) for _ in range(12)], stop_ids=())
     assert _seen(answers)["most_at_once"] == 4, "twice the rows, so that none waits for the next request"
 
 
-def test_one_adapter_is_loaded_at_a_time_in_two_slots_and_a_higher_rank_starts_vllm_again(
+def test_vllm_loads_one_adapter_in_two_slots_and_restarts_for_a_higher_rank(
     answers: VllmAnswers, small_adapters: dict[str, Path], small_base: Path, tmp_path: Path
 ) -> None:
     from small_models import write_adapter
@@ -190,7 +188,7 @@ def test_one_adapter_is_loaded_at_a_time_in_two_slots_and_a_higher_rank_starts_v
     assert not alive(before.child.process_id or 0)
 
 
-def test_vllm_ends_when_it_is_stopped_and_when_nobody_refers_to_it(engine: AnswerEngine, small_base: Path) -> None:
+def test_vllm_ends_when_stopped_or_unreferenced(engine: AnswerEngine, small_base: Path) -> None:
     assert engine.environment is not None
     base = Base("small", small_base, None, "LlamaForCausalLM", {})
     vllm = VllmAnswers(base, "float32", engine.environment, 2, 4, LogReporter())
@@ -208,21 +206,21 @@ def test_vllm_ends_when_it_is_stopped_and_when_nobody_refers_to_it(engine: Answe
     assert (alive(process), folder.exists()) == (False, False)
 
 
-def test_a_prompt_that_does_not_fit_is_refused_before_any_is_answered(answers: VllmAnswers) -> None:
-    told: list[int] = []
+def test_vllm_refuses_a_long_prompt_before_answering(answers: VllmAnswers) -> None:
+    reported: list[int] = []
     asked = [Request((5,), None, 1), Request((5,) * 500, None, 20)]
     with pytest.raises(UserError, match=r"need 520 tokens \(vLLM's limit: 512\)"):
-        answers.generate(asked, stop_ids=(), on_finished=lambda index, _completion: told.append(index))
-    assert told == []
+        answers.generate(asked, stop_ids=(), on_finished=lambda index, _completion: reported.append(index))
+    assert reported == []
 
 
-def test_a_request_that_fails_is_told_and_vllm_answers_the_next_list(answers: VllmAnswers) -> None:
+def test_vllm_reports_a_failed_request_and_answers_the_next_list(answers: VllmAnswers) -> None:
     with pytest.raises(UserError, match="vLLM could not answer"):
         answers.generate([Request((FAIL,), None, 5)], stop_ids=())
     assert answers.generate([Request((5,), None, 1)], stop_ids=()) == [Completion((1,), "length")]
 
 
-def test_what_a_callback_raises_reaches_the_caller(answers: VllmAnswers) -> None:
+def test_callback_exception_reaches_the_caller(answers: VllmAnswers) -> None:
     def full(_index: int, _completion: Completion) -> None:
         raise OSError(28, "No space left on device")
 
@@ -230,7 +228,7 @@ def test_what_a_callback_raises_reaches_the_caller(answers: VllmAnswers) -> None
         answers.generate([Request((5,), None, 1)] * 5, stop_ids=(), on_finished=full)
 
 
-def test_it_answers_inside_a_running_event_loop_as_a_notebook_has(answers: VllmAnswers) -> None:
+def test_vllm_answers_inside_a_running_event_loop(answers: VllmAnswers) -> None:
     import asyncio
 
     async def cell() -> list[Completion]:
@@ -248,13 +246,11 @@ def base(tiny_base_folder: Path, tmp_path: Path) -> Base:
 
 
 def _generator(base: Base, work: Path, engine: AnswerEngine, reporter: LogReporter | None = None) -> Generator:
-    told = reporter or LogReporter()
-    return Generator(base, open_chat(base), "float32", "none", 4, work, told, engine=engine)
+    reported = reporter or LogReporter()
+    return Generator(base, open_chat(base), "float32", "none", 4, work, reported, engine=engine)
 
 
-def test_engines_have_journals_of_their_own_and_pefts_keep_their_names(
-    base: Base, engine: AnswerEngine, tmp_path: Path
-) -> None:
+def test_engines_have_separate_journals(base: Base, engine: AnswerEngine, tmp_path: Path) -> None:
     peft, vllm = _generator(base, tmp_path, AnswerEngine("peft", "")), _generator(base, tmp_path, engine)
     ours, theirs = (each.decoding(8, None) for each in (peft, vllm))
     assert (ours.engine, theirs.engine) == ("decoding-2", "vllm-1")
@@ -264,7 +260,7 @@ def test_engines_have_journals_of_their_own_and_pefts_keep_their_names(
     assert (vllm.used.name, vllm.used.version, vllm.used.device) == ("vllm", "0.32.0", "cpu")
 
 
-def test_answers_before_vllm_died_are_kept_and_only_the_others_are_asked_for_again(
+def test_vllm_crash_keeps_finished_answers_and_repeats_the_others(
     base: Base, engine: AnswerEngine, tmp_path: Path
 ) -> None:
     prompts = [(n, 5) for n in range(9)]
@@ -292,7 +288,7 @@ def test_answers_before_vllm_died_are_kept_and_only_the_others_are_asked_for_aga
     assert [g.truncated for g in given] == [True] * 9
 
 
-def test_vllm_and_a_base_in_this_process_are_never_there_together(
+def test_vllm_and_an_embedded_base_are_never_in_memory_together(
     base: Base, engine: AnswerEngine, tmp_path: Path
 ) -> None:
     generator = _generator(base, tmp_path / "work", engine)
@@ -305,8 +301,8 @@ def test_vllm_and_a_base_in_this_process_are_never_there_together(
     assert generator._model is None
 
 
-def test_who_answers_and_why_is_said_once(base: Base, tmp_path: Path) -> None:
-    class Saying(Told):
+def test_engine_and_reason_are_reported_once(base: Base, tmp_path: Path) -> None:
+    class Saying(StopAfter):
         def __init__(self) -> None:
             super().__init__()
             self.said: list[str] = []
@@ -323,7 +319,7 @@ def test_who_answers_and_why_is_said_once(base: Base, tmp_path: Path) -> None:
     ]
 
 
-def test_a_generator_that_nobody_refers_to_ends_vllm_at_once(base: Base, engine: AnswerEngine, tmp_path: Path) -> None:
+def test_unreferenced_generator_ends_vllm(base: Base, engine: AnswerEngine, tmp_path: Path) -> None:
     generator = _generator(base, tmp_path / "work", engine)
     generator.answer("x", [(5,)], 1)
     assert generator._vllm is not None
@@ -336,9 +332,7 @@ def test_a_generator_that_nobody_refers_to_ends_vllm_at_once(base: Base, engine:
         gc.enable()
 
 
-def test_the_noise_floors_second_company_is_smaller_than_the_items_are_many(
-    base: Base, engine: AnswerEngine, tmp_path: Path
-) -> None:
+def test_noise_floor_uses_a_smaller_second_batch(base: Base, engine: AnswerEngine, tmp_path: Path) -> None:
     generator = Generator(base, open_chat(base), "float32", "none", 256, tmp_path / "w", LogReporter(), engine=engine)
     members = [
         Member(Example((Message("user", str(n)), Message("assistant", "x"))), f"{n:064x}", "test", str(n))

@@ -30,12 +30,12 @@ def test_kinds_of_arms_can_be_switched_off() -> None:
     assert prompting_arms(settings) == [ZERO_SHOT]
 
 
-def test_an_arm_meets_every_other_instruction() -> None:
+def test_arms_include_every_other_instruction() -> None:
     settings = EvaluateConfig(instructions=("Do it.", "Please."))
     found = other_instructions(ArmPlan("static", 4, seed=2), settings)
     assert [arm.name for arm in found] == ["static-4-seed-2-instruction-1", "static-4-seed-2-instruction-2"]
 
 
-def test_the_adapter_keeps_the_instruction_that_it_was_trained_on() -> None:
+def test_tuned_arm_keeps_its_trained_instruction() -> None:
     with_shots = tuned_retrieved(ArmPlan("retrieved", 8, retriever="tfidf", instruction=2))
     assert (with_shots.name, with_shots.instruction, with_shots.adapted) == ("tuned+retrieved-8-tfidf", 0, True)

@@ -84,7 +84,7 @@ def _suite(document: dict[str, Any], kind: str) -> Suite:
     return Suite.model_validate(found)
 
 
-def test_samples_are_those_likelihoods_and_divergences(
+def test_samples_suite_equals_plain_likelihoods_and_divergences(
     project: Project, adapter: Adapter, measured: dict[str, Any], tiny_base_folder: Path
 ) -> None:
     """One answer at a time, by log-softmax over the whole vocabulary in double precision."""
@@ -114,7 +114,7 @@ def test_samples_are_those_likelihoods_and_divergences(
     assert hurt.name == "the base without layer 2 of its 2"
 
 
-def test_choices_are_those_of_one_choice_at_a_time(
+def test_choices_suite_equals_one_choice_at_a_time(
     project: Project, adapter: Adapter, measured: dict[str, Any], tiny_base_folder: Path
 ) -> None:
     tokenizer = project.chat.tokenizer
@@ -155,9 +155,7 @@ def test_instructions_are_checked_on_greedy_answers(
     assert suite.controls[0].passed
 
 
-def test_what_was_measured_is_found_measured_and_goes_into_the_evidence(
-    project: Project, measured: dict[str, Any]
-) -> None:
+def test_regressions_reuses_suites_and_adds_them_to_the_evidence(project: Project, measured: dict[str, Any]) -> None:
     assert measured["evaluation"] is None
     again = command("regressions", "-p", project.folder.root)
     assert again.code == 4
@@ -165,11 +163,11 @@ def test_what_was_measured_is_found_measured_and_goes_into_the_evidence(
     assert "decides nothing" in again.stdout
     evidence = project.evaluate().evidence
     assert evidence.general == Benchmarks.model_validate(measured["regressions"])
-    told = command("verdict", "-p", project.folder.root).stdout
-    assert "It decides nothing" in told
+    message = command("verdict", "-p", project.folder.root).stdout
+    assert "It decides nothing" in message
 
 
-def test_only_what_is_new_is_measured_anew(project: Project, measured: dict[str, Any]) -> None:
+def test_regressions_measures_only_new_suites(project: Project, measured: dict[str, Any]) -> None:
     """Items of an earlier measurement are kept, so the model is not even loaded for another margin."""
     file = project.folder.root / "tunewright.yaml"
     before = file.read_text()
@@ -186,11 +184,11 @@ def test_only_what_is_new_is_measured_anew(project: Project, measured: dict[str,
 @pytest.mark.parametrize(
     ("section", "words"),
     [
-        ("regressions: {samples: 0}", "names no suite"),
+        ("regressions: {samples: 0}", "has no suite"),
         ("regressions: {multiple_choice: [nowhere.jsonl]}", "nowhere.jsonl"),
         (
             "regressions: {multiple_choice: [{file: questions.jsonl}, {file: questions.jsonl, limit: 3}]}",
-            "two suites are called",
+            "Two suites are called",
         ),
         (
             "regressions: {instruction_following: [{file: prompts.jsonl, max_new_token: 3}]}",
@@ -198,7 +196,7 @@ def test_only_what_is_new_is_measured_anew(project: Project, measured: dict[str,
         ),
     ],
 )
-def test_what_is_wrong_is_told_before_anything_is_measured(project: Project, section: str, words: str) -> None:
+def test_regressions_refuses_wrong_settings_before_measuring(project: Project, section: str, words: str) -> None:
     file = project.folder.root / "tunewright.yaml"
     before = file.read_text()
     file.write_text(before.replace(CONFIG, section + "\n"))
@@ -211,9 +209,7 @@ def test_what_is_wrong_is_told_before_anything_is_measured(project: Project, sec
     assert "Loading" not in ran.stderr
 
 
-def test_a_base_that_writes_nothing_of_use_is_said_so_and_does_not_stop_the_rest(
-    project: Project, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_regressions_skips_samples_when_the_base_writes_none(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     def nothing(_self: object, wanted: int, *_args: object, **_kwargs: object) -> None:
         raise UserError(f"nothing that the base writes can be used, of {wanted}")
 
@@ -235,7 +231,7 @@ def test_a_base_that_writes_nothing_of_use_is_said_so_and_does_not_stop_the_rest
     assert "Warning: Not measured: the base's own samples" in ran.stderr
 
 
-def test_alike_and_grouped_questions_are_clusters(project: Project) -> None:
+def test_similar_and_grouped_questions_form_clusters(project: Project) -> None:
     """Two groups of the file, one of which holds one of two questions that are almost the same; eight stand alone."""
     asked = ["stone", "water", "a long river", "sun", "ice", "snow", "clay", "moss"]
     rows = [{"query": f"Question: what is {word}?", "choices": ["a thing", "no thing"], "gold": 0} for word in asked]
@@ -252,4 +248,4 @@ def test_alike_and_grouped_questions_are_clusters(project: Project) -> None:
     finally:
         file.write_text(before)
     assert _suite(ran.document, "choices").clusters == 4 + 1 + 1
-    assert "grouped: 10 items in 6 clusters of alike or grouped ones" in ran.stderr
+    assert "grouped: 10 items in 6 clusters of similar or grouped items" in ran.stderr

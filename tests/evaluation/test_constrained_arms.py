@@ -1,4 +1,4 @@
-"""Arms that are held to a grammar, and the noise floor, through the command line."""
+"""Arms that are constrained by a grammar, and the noise floor, through the command line."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) 
     advised = tunewright("advise", "-p", folder, "--json")
     assert advised.code in {0, 3, 4}, advised.stderr
     assert tunewright("train", "-p", folder).code == 0
-    told = tunewright("evaluate", "-p", folder, "--json")
-    assert told.code == 0, told.stderr
-    return folder, advised, told
+    reported = tunewright("evaluate", "-p", folder, "--json")
+    assert reported.code == 0, reported.stderr
+    return folder, advised, reported
 
 
-def test_each_prompting_arm_has_a_held_one_behind_it() -> None:
+def test_each_prompting_arm_has_a_constrained_one() -> None:
     plans = prompting_arms(EvaluateConfig(num_fewshot=(2, 1), structured_outputs=ConstrainConfig(choices=("a",))))
     held = [plan.name for plan in plans if plan.constrained]
     names = ["zero-shot", "retrieved-1", "retrieved-2", "retrieved-1-tfidf", "retrieved-2-tfidf"]
@@ -65,7 +65,7 @@ def test_each_prompting_arm_has_a_held_one_behind_it() -> None:
     assert free == prompting_arms(EvaluateConfig(num_fewshot=(2, 1)))
 
 
-def test_zero_shot_is_held_with_each_instruction_too() -> None:
+def test_zero_shot_is_constrained_with_each_instruction() -> None:
     settings = EvaluateConfig(
         num_fewshot=(1,),
         retrievers=(),
@@ -76,24 +76,24 @@ def test_zero_shot_is_held_with_each_instruction_too() -> None:
     assert held == ["zero-shot+constrained", "zero-shot-instruction-1+constrained"]
 
 
-def test_held_answers_are_choices_and_free_ones_of_a_random_base_are_not(evaluated: tuple[Path, Ran, Ran]) -> None:
-    _, advised, told = evaluated
+def test_constrained_answers_are_choices_and_free_answers_are_not(evaluated: tuple[Path, Ran, Ran]) -> None:
+    _, advised, reported = evaluated
     prompting = advised.document["advice"]["prompting"]
     names = {arm["name"] for arm in prompting["arms"]}
-    # A prompt that is held to the grammar is compared with a pilot that is, too.
+    # A constrained prompt is compared with a constrained pilot.
     assert prompting["best"].endswith("+constrained")
     assert advised.document["advice"]["gain"]["parts"][-1]["score"]["value"] > 0
     assert {"zero-shot", "zero-shot+constrained", "retrieved-1", "retrieved-1+constrained"} <= names
-    items = load_items(Path(told.document["folder"]))
+    items = load_items(Path(reported.document["folder"]))
     assert all(item.answers["tuned+constrained"] in CHOICES for item in items)
     assert not all(item.answers["zero-shot"] in CHOICES for item in items)
-    (first, *_) = told.document["evidence"]["contrasts"]
+    (first, *_) = reported.document["evidence"]["contrasts"]
     assert first["treatment"] == "tuned"
-    held = {arm["name"] for arm in told.document["evidence"]["arms"] if arm["constrained"]}
+    held = {arm["name"] for arm in reported.document["evidence"]["arms"] if arm["constrained"]}
     assert "tuned+constrained" in held
 
 
-def test_references_that_are_no_choice_are_named_with_their_number(evaluated: tuple[Path, Ran, Ran]) -> None:
+def test_references_outside_the_choices_are_reported_with_their_number(evaluated: tuple[Path, Ran, Ran]) -> None:
     folder, advised, _ = evaluated
     rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
     missing = sum(row["completion"] == COLOURS[-1] for row in rows)
@@ -103,31 +103,29 @@ def test_references_that_are_no_choice_are_named_with_their_number(evaluated: tu
     assert COLOURS[-1] in advised.stderr
 
 
-def test_a_grammar_that_fits_no_reference_is_refused_before_anything_is_answered(
-    tmp_path: Path, tiny_base_folder: Path
-) -> None:
+def test_evaluate_refuses_a_grammar_that_no_reference_matches(tmp_path: Path, tiny_base_folder: Path) -> None:
     folder = tiny_project(tmp_path / "project", tiny_base_folder, count=60)
     assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
     _constrain(folder, "{regex: '[0-9]+'}")
     before = _files(folder)
-    told = tunewright("advise", "-p", folder)
-    assert told.code == 2
-    assert "60 of 60 references do not match the grammar" in told.stderr
+    reported = tunewright("advise", "-p", folder)
+    assert reported.code == 2
+    assert "60 of 60 references do not match the grammar" in reported.stderr
     assert _files(folder) == before
 
 
 @pytest.mark.parametrize("bad", ["{}", "{choices: [a], regex: b}", "{choices: []}", "{choice: [a]}"])
-def test_a_constraint_is_one_of_three(tmp_path: Path, bad: str) -> None:
+def test_structured_outputs_accepts_exactly_one_constraint(tmp_path: Path, bad: str) -> None:
     write_jsonl(tmp_path / "pairs.jsonl", [])
     (tmp_path / "tunewright.yaml").write_text(f"evaluate:\n  structured_outputs: {bad}\n")
-    told = tunewright("config", "show", "-p", tmp_path)
-    assert told.code == 2
-    assert "tunewright.yaml:2" in told.stderr
+    reported = tunewright("config", "show", "-p", tmp_path)
+    assert reported.code == 2
+    assert "tunewright.yaml:2" in reported.stderr
 
 
-def test_the_noise_floor_is_in_the_evidence_and_is_nothing_in_float32(evaluated: tuple[Path, Ran, Ran]) -> None:
-    folder, _, told = evaluated
-    noise = told.document["evidence"]["noise_floor"]
+def test_noise_floor_is_in_the_evidence_and_zero_in_float32(evaluated: tuple[Path, Ran, Ran]) -> None:
+    folder, _, reported = evaluated
+    noise = reported.document["evidence"]["noise_floor"]
     assert (noise["items"], noise["changed"], noise["score_difference"]) == (9, 0, 0.0)
     again = tunewright("evaluate", "-p", folder)
     assert "Noise floor: 0 of 9 answers changed" in again.stderr + again.stdout
@@ -185,22 +183,22 @@ def test_noise_floor_answers_equal_prompts_once(generator: Generator) -> None:
 class _Heard(LogReporter):
     """A reporter whose warnings are kept."""
 
-    def __init__(self, told: list[str]) -> None:
+    def __init__(self, reported: list[str]) -> None:
         super().__init__()
-        self._told = told
+        self._told = reported
 
     def warn(self, message: str) -> None:
         self._told.append(message)
 
 
 def test_references_with_a_stop_string_are_named(generator: Generator) -> None:
-    told: list[str] = []
-    reporter = _Heard(told)
+    reported: list[str] = []
+    reporter = _Heard(reported)
     members = [_member(1), _member(2, "before END after"), _member(3)]
     warn_of_unreachable(generator, members, reporter)
-    assert len(told) == 1
-    assert told[0].startswith("evaluate.stop: 1 of 3 references hold a stop string")
-    assert members[1].key[:12] in told[0]
+    assert len(reported) == 1
+    assert reported[0].startswith("evaluate.stop: 1 of 3 references hold a stop string")
+    assert members[1].key[:12] in reported[0]
     held = Generator(
         generator.base, generator.chat, "float32", "none", 4, generator.folder, reporter, grammar=Grammar('"y"')
     )

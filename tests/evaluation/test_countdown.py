@@ -9,7 +9,7 @@ import pytest
 
 from tunewright.core.progress import LogReporter, LogTask, Task
 from tunewright.evaluation.eta import Countdown, Work
-from tunewright.evaluation.speed import Timed, fitted
+from tunewright.evaluation.speed import TimedBatch, fitted
 
 
 class _Seen(LogReporter):
@@ -33,7 +33,7 @@ class _Seen(LogReporter):
         yield Counting()
 
 
-def test_slow_answers_weigh_more_than_quick_ones() -> None:
+def test_countdown_weights_slow_answers_more() -> None:
     reporter = _Seen()
     countdown = Countdown(reporter)
     countdown.plan("first", [Work("zero-shot on dev", 10, 0, 1.0), Work("retrieved-8 on dev", 10, 0, 9.0)])
@@ -48,7 +48,7 @@ def test_slow_answers_weigh_more_than_quick_ones() -> None:
     assert reporter.steps[-1] == (100, "20 of 20 answers, retrieved-8 on dev")
 
 
-def test_what_is_kept_is_done_at_the_start() -> None:
+def test_countdown_starts_with_stored_answers_done() -> None:
     reporter = _Seen()
     countdown = Countdown(reporter)
     countdown.plan("first", [Work("zero-shot on dev", 5, 15, 2.0)])
@@ -56,7 +56,7 @@ def test_what_is_kept_is_done_at_the_start() -> None:
         assert reporter.steps == [(75, "15 of 20 answers")]
 
 
-def test_a_stage_that_turns_out_larger_never_moves_the_display_backwards() -> None:
+def test_countdown_never_moves_backwards_when_a_stage_grows() -> None:
     reporter = _Seen()
     countdown = Countdown(reporter)
     countdown.plan("first", [Work("a on dev", 10, 0, 1.0)])
@@ -74,14 +74,14 @@ def test_a_stage_that_turns_out_larger_never_moves_the_display_backwards() -> No
     assert reporter.steps[-1][1] == "100 of 100 answers, b on dev"
 
 
-def test_what_was_expected_and_did_not_come_is_dropped_with_its_stage() -> None:
+def test_countdown_drops_missing_answers_with_their_stage() -> None:
     countdown = Countdown(_Seen())
     countdown.plan("first", [Work("guess", 10, 0, 1.0), Work("zero-shot on dev", 0, 20, 1.0)])
     countdown.close("first", "never planned")
     assert countdown.counts == (20, 20)
 
 
-def test_without_a_plan_each_arm_has_its_own_display() -> None:
+def test_countdown_shows_each_arm_without_a_plan() -> None:
     reporter = _Seen()
     countdown = Countdown(reporter)
     with countdown.shown(), countdown.arm("tuned on the fold", 7) as task:
@@ -89,20 +89,23 @@ def test_without_a_plan_each_arm_has_its_own_display() -> None:
     assert reporter.opened == [("tuned on the fold", 7, "answers")]
 
 
-def test_two_batches_tell_the_speed_of_reading_from_that_of_writing() -> None:
+def test_speed_separates_prompt_and_answer_tokens_from_two_batches() -> None:
     read, write = fitted(
         [
-            Timed(rows=8, read=100, written=200, seconds=100 * 0.002 + 200 * 0.03),
-            Timed(rows=8, read=4000, written=150, seconds=4000 * 0.002 + 150 * 0.03),
+            TimedBatch(rows=8, read=100, written=200, seconds=100 * 0.002 + 200 * 0.03),
+            TimedBatch(rows=8, read=4000, written=150, seconds=4000 * 0.002 + 150 * 0.03),
         ]
     )
     assert read == pytest.approx(0.002)
     assert write == pytest.approx(0.03)
 
 
-def test_a_speed_is_never_negative() -> None:
+def test_speed_is_never_negative() -> None:
     read, write = fitted(
-        [Timed(rows=8, read=100, written=200, seconds=9.0), Timed(rows=8, read=4000, written=150, seconds=5.0)]
+        [
+            TimedBatch(rows=8, read=100, written=200, seconds=9.0),
+            TimedBatch(rows=8, read=4000, written=150, seconds=5.0),
+        ]
     )
     assert read >= 0
     assert write > 0

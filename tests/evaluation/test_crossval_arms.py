@@ -15,7 +15,7 @@ from tunewright.evidence.verdict import verdict
 from tunewright.report.html import render_report
 
 
-def test_the_control_is_each_folds_own_best_prompting_arm(
+def test_crossval_control_is_each_folds_best_prompting_arm(
     tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tiny_project(tmp_path / "project", tiny_base_folder)

@@ -19,7 +19,7 @@ FEATURES = 12
 
 
 @pytest.mark.parametrize(("clusters", "size"), [(60, 1), (200, 1), (50, 3)])
-def test_chance_alone_rarely_ships(clusters: int, size: int) -> None:
+def test_crossval_rarely_ships_by_chance(clusters: int, size: int) -> None:
     """Two classifiers that learn from different halves of the features, both halves alike: the true difference is 0.
 
     With so few rows a feature, what a classifier is worth depends on the rows that it happened to learn from: the
@@ -33,7 +33,7 @@ def test_chance_alone_rarely_ships(clusters: int, size: int) -> None:
     assert shipped / runs <= 0.05
 
 
-def test_a_true_gain_ships() -> None:
+def test_crossval_ships_a_true_gain() -> None:
     rng = np.random.default_rng(11)
     version = version_of([1] * 200)
     folds = fold_versions(version, 5, 0)
@@ -85,7 +85,7 @@ def _evidence(
 def _right(
     features: NDArray[np.float64], labels: NDArray[np.float64], train: NDArray[np.bool_], test: NDArray[np.bool_]
 ) -> NDArray[np.float64]:
-    """Which test rows a ridge classifier of the training rows gets right."""
+    """Return the test rows that a ridge classifier of the training rows gets right."""
     known = features[train]
     weights = np.linalg.solve(known.T @ known + np.eye(known.shape[1]), known.T @ labels[train])
     right: NDArray[np.float64] = (np.sign(features[test] @ weights) == labels[test]).astype(np.float64)

@@ -30,13 +30,13 @@ COURTS = [member("Dayton Municipal Court, Ohio"), member("Toledo Municipal Court
 
 
 @pytest.mark.parametrize("retriever", RETRIEVERS)
-def test_the_most_similar_example_comes_first(retriever: RetrieverName) -> None:
+def test_retrieval_ranks_the_most_similar_example_first(retriever: RetrieverName) -> None:
     found = Demonstrations(COURTS, 0).nearest(retriever, member("Municipal Court of Toledo"), 2)
     assert [m.example.input_text for m in found] == ["Toledo Municipal Court, Ohio", "Dayton Municipal Court, Ohio"]
 
 
 @pytest.mark.parametrize("retriever", RETRIEVERS)
-def test_single_letters_count(retriever: RetrieverName) -> None:
+def test_retrieval_counts_single_letters(retriever: RetrieverName) -> None:
     districts = [member("District N.D. of Ohio"), member("District S.D. of Ohio")]
     for query in ("District S.D. of Iowa", "District N.D. of Iowa"):
         (found,) = Demonstrations(districts, 0).nearest(retriever, member(query), 1)
@@ -44,14 +44,14 @@ def test_single_letters_count(retriever: RetrieverName) -> None:
 
 
 @pytest.mark.parametrize("retriever", RETRIEVERS)
-def test_no_example_of_the_querys_own_cluster_is_retrieved(retriever: RetrieverName) -> None:
+def test_retrieval_excludes_the_querys_cluster(retriever: RetrieverName) -> None:
     train = [member("Ohio court one", cluster="family"), member("Guam", cluster="other")]
     found = Demonstrations(train, 0).nearest(retriever, member("Ohio court two", cluster="family"), 2)
     assert [m.cluster for m in found] == ["other"]
 
 
 @pytest.mark.parametrize("retriever", RETRIEVERS)
-def test_a_query_of_unknown_words_still_gets_examples(retriever: RetrieverName) -> None:
+def test_retrieval_returns_examples_for_unknown_words(retriever: RetrieverName) -> None:
     assert len(Demonstrations(COURTS, 0).nearest(retriever, member("¿?"), 2)) == 2
 
 
@@ -131,7 +131,7 @@ def test_fewer_static_demonstrations_are_the_beginning_of_more() -> None:
     assert demonstrations.drawn(1) != Demonstrations(train, 1).drawn(1)
 
 
-def test_a_draw_has_one_example_of_a_cluster_and_every_class_before_any_again() -> None:
+def test_static_draw_covers_clusters_and_classes_before_repeating() -> None:
     train = [member(f"row {n}", "abc"[min(n // 20, 2)], cluster=str(n // 2)) for n in range(60)]
     for seed in range(1, 6):
         drawn = Demonstrations(train, 0).drawn(seed)
@@ -140,19 +140,19 @@ def test_a_draw_has_one_example_of_a_cluster_and_every_class_before_any_again() 
             assert {m.example.output for m in drawn[start : start + 3]} == set("abc")
 
 
-def test_every_example_is_as_likely_to_be_drawn_first() -> None:
+def test_static_draw_is_uniform() -> None:
     train = [member(f"row {n}") for n in range(5)]
     first = Counter(Demonstrations(train, 0).drawn(seed)[0].key for seed in range(1, 1001))
     assert min(first.values()) > 150  # 200 expected each; 150 is four standard deviations away
 
 
-def test_a_static_demonstration_of_the_querys_cluster_is_our_own_fault() -> None:
+def test_static_demonstration_of_the_querys_cluster_fails_an_assertion() -> None:
     train = [member("Ohio court one", cluster="family")]
     with pytest.raises(AssertionError, match="own cluster"):
         Demonstrations(train, 0).shown(ArmPlan("static", 1, seed=1), member("Ohio court two", cluster="family"))
 
 
-def test_no_fold_shows_a_demonstration_of_a_questions_own_cluster() -> None:
+def test_folds_never_show_a_demonstration_of_the_questions_cluster() -> None:
     for version in fold_versions(version_of([3, 1, 2, 5, 1, 1, 4, 2, 2, 1, 1, 3]), 3, seed=0):
         demonstrations = Demonstrations(version.domain_of("train"), 0)
         for query in (*version.examples("dev"), *version.examples("test")):

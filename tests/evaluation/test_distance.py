@@ -1,4 +1,4 @@
-"""Scores by distance: held to a plain count over the items, and to similarities counted by hand."""
+"""Scores by distance: compared with a plain count over the items, and to similarities counted by hand."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EVIDENCE = make_evidence(ITEMS)
 NEAREST = [(7 * n % 60) / 60 for n in range(60)]
 
 
-def test_each_band_is_scored_as_its_items_alone_would_be() -> None:
+def test_band_score_equals_the_score_of_its_items() -> None:
     scored = scored_items(ITEMS)
     found = scores_by_distance(scored, NEAREST, EVIDENCE.contrasts[0], seed=0, resamples=500)
     assert [(b.low, b.high) for b in found.bands] == [(0.0, 0.2), (0.2, 0.4), (0.4, 0.6), (0.6, 0.8), (0.8, 1.0)]
@@ -35,7 +35,7 @@ def test_each_band_is_scored_as_its_items_alone_would_be() -> None:
         assert (band.difference, band.interval) == (same.difference, same.interval)
 
 
-def test_the_farther_half_is_what_lies_up_to_the_median() -> None:
+def test_farther_half_reaches_up_to_the_median() -> None:
     near = [0.3] * 20 + [0.9] * 20 + [0.5] * 20
     found = scores_by_distance(scored_items(ITEMS), near, EVIDENCE.contrasts[0], seed=0, resamples=500).farther
     far = [item for item, similarity in zip(ITEMS, near, strict=True) if similarity <= 0.5]
@@ -49,11 +49,11 @@ def test_intervals_of_unclustered_items_are_wilsons() -> None:
     found = scores_by_distance(scored_items(items), NEAREST, EVIDENCE.contrasts[0], seed=0, resamples=500)
     for band in found.bands:
         own = band.scores["tuned"]
-        told = binomtest(round(own.value * own.scored), own.scored).proportion_ci(0.95, method="wilson")
-        assert (own.interval.low, own.interval.high) == pytest.approx((told.low, told.high))
+        message = binomtest(round(own.value * own.scored), own.scored).proportion_ci(0.95, method="wilson")
+        assert (own.interval.low, own.interval.high) == pytest.approx((message.low, message.high))
 
 
-def test_a_band_without_items_is_left_out_and_one_that_cannot_be_scored_has_no_score() -> None:
+def test_empty_band_is_omitted_and_unscorable_band_has_no_score() -> None:
     scored = scored_items(ITEMS)
     scores = scored.by_metric["exact_match"]["tuned"]
     for place in range(30):

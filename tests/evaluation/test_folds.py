@@ -18,7 +18,7 @@ SIZES = st.lists(st.integers(1, 6), min_size=12, max_size=40)
 
 
 @given(SIZES, st.integers(2, 6), st.integers(0, 99))
-def test_every_row_is_a_test_row_once_and_clusters_stay_whole(sizes: list[int], folds: int, seed: int) -> None:
+def test_folds_test_every_row_once_and_keep_clusters_whole(sizes: list[int], folds: int, seed: int) -> None:
     version = version_of(sizes)
     made = fold_versions(version, folds, seed)
     held_out = Counter(m.key for fold in made for m in fold.examples("test"))
@@ -48,14 +48,14 @@ def test_single_rows_make_folds_of_the_same_size() -> None:
     assert [[len(fold.examples(split)) for split in SPLITS] for fold in made] == [[140, 20, 40]] * 5
 
 
-def test_the_seed_decides_and_another_deals_otherwise() -> None:
+def test_folds_depend_on_the_seed() -> None:
     version = version_of([1, 2] * 30)
     first, again, other = (fold_versions(version, 5, seed) for seed in (0, 0, 1))
     assert [f.digest for f in first] == [f.digest for f in again]
     assert not {f.digest for f in first} & {f.digest for f in other}
 
 
-def test_a_folds_digest_is_of_its_own_members_and_names_the_version_as_parent() -> None:
+def test_fold_digest_covers_its_members_and_names_the_parent() -> None:
     version = version_of([1] * 40)
     for fold in fold_versions(version, 4, 0):
         assert fold.digest == members_digest(fold.members) != version.digest
@@ -64,7 +64,7 @@ def test_a_folds_digest_is_of_its_own_members_and_names_the_version_as_parent() 
 
 
 @pytest.mark.parametrize(("sizes", "folds"), [([1] * 4, 5), ([1, 1], 2), ([5, 1, 1], 2)])
-def test_too_few_clusters_are_refused(sizes: list[int], folds: int) -> None:
+def test_folds_refuse_too_few_clusters(sizes: list[int], folds: int) -> None:
     with pytest.raises(UserError, match=f"too few for {folds} folds") as caught:
         fold_versions(version_of(sizes), folds, 0)
     assert caught.value.where == "--folds"

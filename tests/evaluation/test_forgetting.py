@@ -56,7 +56,7 @@ def _meter(project: Project, samples: int = 8) -> ForgettingMeter:
     return ForgettingMeter(project.folder, arm_runner.version, arm_runner.generator, samples)
 
 
-def test_forgetting_is_what_the_bases_own_answers_lose_in_likelihood(
+def test_forgetting_is_the_likelihood_loss_of_the_bases_own_answers(
     project: Project, adapter: Adapter, tiny_base_folder: Path
 ) -> None:
     meter = _meter(project)
@@ -83,23 +83,21 @@ def test_forgetting_is_what_the_bases_own_answers_lose_in_likelihood(
     assert found.interval.low <= found.increase <= found.interval.high
 
 
-def test_held_out_samples_are_none_of_those_that_were_trained_on(project: Project, adapter: Adapter) -> None:
+def test_held_out_samples_exclude_trained_ones(project: Project, adapter: Adapter) -> None:
     replayed = {normalised(messages[0]["content"]) for messages in adapter.replayed}
     held_out = {normalised(sample.instruction) for sample in _meter(project).drawn.used}
     assert len(replayed) == 4
     assert not replayed & held_out
 
 
-def test_what_was_measured_is_not_measured_again(project: Project, adapter: Adapter) -> None:
+def test_forgetting_reuses_measured_losses(project: Project, adapter: Adapter) -> None:
     first = _meter(project).measure(adapter)
     again = _meter(project)
     again.generator.model_with = None  # type: ignore[method-assign, assignment]
     assert again.measure(adapter) == first
 
 
-def test_a_scaled_adapter_is_the_base_and_so_much_of_the_change(
-    adapter: Adapter, tmp_path: Path, tiny_base_folder: Path
-) -> None:
+def test_scaled_adapter_adds_a_fraction_of_the_change(adapter: Adapter, tmp_path: Path, tiny_base_folder: Path) -> None:
     """Against peft's own scaling of the layers."""
     from peft.tuners.lora.layer import LoraLayer
 
@@ -121,18 +119,18 @@ def test_a_scaled_adapter_is_the_base_and_so_much_of_the_change(
 def test_scaling_writes_a_new_adapter_with_its_lineage_and_it_is_evaluated(project: Project, adapter: Adapter) -> None:
     ran = command("adapters", "scale", "--factor", "0.5", "--factor", "0.05", "-p", project.folder.root, "--json")
     assert ran.code == 0, ran.stderr
-    told = ran.document
-    assert [row["factor"] for row in told["tried"]] == [0.05, 0.5, 1.0]
-    lost = [row["forgetting"]["increase"] for row in told["tried"]]
+    message = ran.document
+    assert [row["factor"] for row in message["tried"]] == [0.05, 0.5, 1.0]
+    lost = [row["forgetting"]["increase"] for row in message["tried"]]
     assert lost[0] < lost[1] < lost[2]
-    assert told["parent"] == adapter.name
-    chosen = Adapter(project.folder.adapters / told["adapter"])
-    if told["factor"] == 1:  # the task needs all of it
-        assert told["adapter"] == adapter.name
+    assert message["parent"] == adapter.name
+    chosen = Adapter(project.folder.adapters / message["adapter"])
+    if message["factor"] == 1:  # the task needs all of it
+        assert message["adapter"] == adapter.name
         return
     chosen.verify()
     assert chosen.lineage["scaled"]["parent"] == adapter.name
-    assert chosen.lineage["scaled"]["factor"] == told["factor"]
+    assert chosen.lineage["scaled"]["factor"] == message["factor"]
     assert chosen.replayed == adapter.replayed
     assert project.evaluate(chosen.name).evidence.lineage["adapter"]["name"] == chosen.name
     assert not project.train().trained, "the config's own adapter is still the one that it trained"
@@ -142,7 +140,7 @@ def test_scaling_writes_a_new_adapter_with_its_lineage_and_it_is_evaluated(proje
     assert f"tunewright adapters scale {adapter.name}" in again.stderr
 
 
-def test_a_factor_that_is_none_is_refused(project: Project, adapter: Adapter) -> None:
+def test_scale_refuses_an_invalid_factor(project: Project, adapter: Adapter) -> None:
     with pytest.raises(UserError, match="above 0"):
         project.adapters.scale(adapter.name, [0.0])
 
@@ -161,9 +159,7 @@ def _at(factor: float, score: float, lost: float) -> Scaled:
         ([0.90, 0.80, 0.86, 0.86], 0.0, 0.25),
     ],
 )
-def test_the_scale_that_forgets_least_is_chosen_where_the_task_loses_less_than_the_margin(
-    scores: list[float], margin: float, expected: float
-) -> None:
+def test_scale_chooses_least_forgetting_within_the_margin(scores: list[float], margin: float, expected: float) -> None:
     tried = [_at(f, s, lost) for f, s, lost in zip((0.25, 0.5, 0.75, 1.0), scores, (0.1, 0.2, 0.3, 0.4), strict=True)]
     assert choose(tried, margin).factor == expected
 
@@ -180,7 +176,7 @@ def _questions() -> list[Question]:
     ]
 
 
-def test_the_choice_is_the_likeliest_by_the_character(project: Project, tiny_base_folder: Path) -> None:
+def test_choice_maximizes_likelihood_per_character(project: Project, tiny_base_folder: Path) -> None:
     model, tokenizer = plain_base(tiny_base_folder), project.chat.tokenizer
     expected = [likeliest_choice(model, tokenizer, q.text, q.choices) for q in _questions()]
     with LogReporter().task("", 12, "") as task:
@@ -188,7 +184,7 @@ def test_the_choice_is_the_likeliest_by_the_character(project: Project, tiny_bas
     assert len(set(expected)) > 1
 
 
-def test_a_file_of_questions_is_read_and_its_faults_are_named(tmp_path: Path) -> None:
+def test_read_questions_names_faulty_lines(tmp_path: Path) -> None:
     file = tmp_path / "questions.jsonl"
     good = {"query": "Question: Why?", "choices": ["so", "not"], "gold": 1}
     file.write_text(json.dumps(good) + "\n")

@@ -1,4 +1,4 @@
-"""Answers are computed once: journalled, found again, and kept apart by all that decides them."""
+"""Answers are computed once: journalled, found again, and kept apart by everything that decides them."""
 
 from __future__ import annotations
 
@@ -67,9 +67,9 @@ def test_answers_are_decoded_with_fewer_rows_when_memory_runs_out(
     ]
 
 
-def test_one_answer_that_does_not_fit_is_an_error_of_the_users(generator: Generator) -> None:
+def test_generator_refuses_when_a_single_answer_does_not_fit(generator: Generator) -> None:
     _run_out_of_memory(generator.model_with(), 0)
-    with pytest.raises(UserError, match="too little memory to decode a single answer"):
+    with pytest.raises(UserError, match="Not enough memory to decode a single answer"):
         generator.answer("x", _prompts(generator, 2), 8)
 
 
@@ -81,7 +81,7 @@ def test_known_answers_need_no_model(generator: Generator, monkeypatch: pytest.M
     assert again.answer("x", prompts, 8) == before
 
 
-def test_a_half_written_line_costs_one_answer_and_no_more(generator: Generator) -> None:
+def test_journal_loses_one_answer_to_a_half_written_line(generator: Generator) -> None:
     prompts = _prompts(generator, 4)
     before = generator.answer("x", prompts, 8)
     (journal,) = generator.folder.iterdir()
@@ -91,7 +91,7 @@ def test_a_half_written_line_costs_one_answer_and_no_more(generator: Generator) 
     assert again.answer("x", prompts, 8) == before
 
 
-def test_another_token_limit_is_another_answer(generator: Generator) -> None:
+def test_journal_separates_token_limits(generator: Generator) -> None:
     (prompt,) = _prompts(generator, 1)
     (short,) = generator.answer("x", [prompt], 2)
     (long,) = generator.answer("x", [prompt], 8)
@@ -100,7 +100,7 @@ def test_another_token_limit_is_another_answer(generator: Generator) -> None:
     assert len(list(generator.folder.iterdir())) == 2
 
 
-def test_an_answer_ends_before_the_stop_string_and_is_another_journals(generator: Generator) -> None:
+def test_stop_string_ends_the_answer_and_changes_the_journal(generator: Generator) -> None:
     prompts = _prompts(generator, 6)
     whole = generator.answer("x", prompts, 12)
     stop = next(g.text for g in whole if len(g.text) > 3)[1:3]
@@ -138,7 +138,7 @@ DECODINGS = st.builds(
 
 
 @given(DECODINGS, DECODINGS)
-def test_answers_have_the_same_key_only_if_all_that_decides_them_is_the_same(one: Decoding, other: Decoding) -> None:
+def test_journal_key_covers_everything_that_changes_answers(one: Decoding, other: Decoding) -> None:
     assert (one.key == other.key) == (one == other)
     for field in fields(Decoding):
         value: Any = getattr(other, field.name)
@@ -146,7 +146,7 @@ def test_answers_have_the_same_key_only_if_all_that_decides_them_is_the_same(one
         assert (changed.key == one.key) == (value == getattr(one, field.name))
 
 
-def test_the_key_has_the_versions_that_are_installed(generator: Generator) -> None:
+def test_journal_key_has_the_installed_versions(generator: Generator) -> None:
     import torch
     import transformers
 

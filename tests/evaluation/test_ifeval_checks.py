@@ -56,14 +56,16 @@ TEXTS: Sequence[tuple[dict[str, Any], Sequence[str], Sequence[str]]] = [
 
 
 @pytest.mark.parametrize(("check", "good", "bad"), TEXTS, ids=lambda value: str(value)[:60])
-def test_each_check_tells_texts_apart(check: dict[str, Any], good: Sequence[str], bad: Sequence[str]) -> None:
+def test_each_check_passes_and_fails_its_examples(
+    check: dict[str, Any], good: Sequence[str], bad: Sequence[str]
+) -> None:
     made = CHECK.validate_python(check)
     assert [made.passes(text) for text in good] == [True] * len(good)
     assert [made.passes(text) for text in bad] == [False] * len(bad)
     assert (made.passes(made.good()), made.passes(made.bad())) == (True, False)
 
 
-def test_each_check_is_tried() -> None:
+def test_every_check_has_examples() -> None:
     kinds = {kind["properties"]["check"]["const"] for kind in CHECK.json_schema()["$defs"].values()}
     assert {check["check"] for check, _, _ in TEXTS} == kinds
 
@@ -72,7 +74,7 @@ COUNTS = ["words", "sentences", "bullets", "paragraphs", "placeholders", "highli
 
 
 @given(st.sampled_from(COUNTS), st.integers(1, 40), st.booleans())
-def test_a_text_made_to_have_so_many_has_so_many(kind: str, times: int, separated: bool) -> None:
+def test_generated_text_has_the_requested_count(kind: str, times: int, separated: bool) -> None:
     more: dict[str, Any] = {"sections": {"marker": "Part"}, "occurrences": {"of": "tea"}}.get(kind, {})
     if kind == "paragraphs" and separated:
         more = {"separator": "***"}
@@ -82,14 +84,14 @@ def test_a_text_made_to_have_so_many_has_so_many(kind: str, times: int, separate
 
 
 @given(st.recursive(st.none() | st.booleans() | st.floats(allow_nan=False) | st.text(), st.lists, max_leaves=5))
-def test_whatever_json_writes_passes_as_json(value: Any) -> None:
+def test_json_check_accepts_any_json(value: Any) -> None:
     made = CHECK.validate_python({"check": "json"})
     assert made.passes(json.dumps(value, indent=1))
     assert made.passes(f"```json\n{json.dumps(value)}\n```")
 
 
 @given(st.text())
-def test_no_text_breaks_a_check(text: str) -> None:
+def test_checks_accept_any_text(text: str) -> None:
     for check, _, _ in TEXTS:
         made = CHECK.validate_python(check)
         assert made.passes(text) in (True, False)
@@ -98,13 +100,13 @@ def test_no_text_breaks_a_check(text: str) -> None:
     ) == bool(re.findall(r"\w+", text))
 
 
-def test_an_empty_answer_follows_nothing() -> None:
+def test_checks_fail_on_an_empty_answer() -> None:
     check = CHECK.validate_python({"check": "occurrences", "of": ",", "at_most": 0})
     assert not Instruction("Write no comma.", (check,)).followed(" \n")
     assert Instruction("Write no comma.", (check,)).followed("so")
 
 
-def test_a_check_that_passes_everything_fails_its_control() -> None:
+def test_control_fails_for_a_check_that_always_passes() -> None:
     checks = [CHECK.validate_python(check) for check, _, _ in TEXTS]
     good = examples_control([Instruction("p", tuple(checks))])
     assert (good.passed, good.score, good.items) == (True, 1.0, len(TEXTS))
@@ -115,7 +117,7 @@ def test_a_check_that_passes_everything_fails_its_control() -> None:
     assert broken.score == pytest.approx(len(TEXTS) / (len(TEXTS) + 1))
 
 
-def test_both_forms_of_file_are_read_and_what_is_not_supported_is_counted(tmp_path: Path) -> None:
+def test_read_instructions_reads_both_forms_and_counts_unsupported_checks(tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     rows: list[Any] = [
         {"prompt": "Say so.", "checks": [{"check": "words", "at_most": 3}]},
@@ -138,16 +140,16 @@ def test_both_forms_of_file_are_read_and_what_is_not_supported_is_counted(tmp_pa
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"prompt": "p", "checks": []}, "there is no check"),
+        ({"prompt": "p", "checks": []}, "checks is empty"),
         ({"prompt": "p", "checks": [{"check": "rhymes"}]}, "rhymes"),
         ({"prompt": "p", "checks": [{"check": "words"}]}, "at_least"),
         ({"prompt": "p", "checks": [{"check": "words", "at_least": 3, "at_most": 2}]}, "above at_most"),
         ({"prompt": " ", "checks": [{"check": "json"}]}, "no text"),
         ({"checks": [{"check": "json"}]}, "'prompt' is missing"),
-        ([], "not an instruction"),
+        ([], "Not an instruction"),
     ],
 )
-def test_a_line_that_is_no_instruction_is_named(tmp_path: Path, row: Any, words: str) -> None:
+def test_read_instructions_names_an_invalid_line(tmp_path: Path, row: Any, words: str) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text(json.dumps({"prompt": "p", "checks": [{"check": "json"}]}) + "\n" + json.dumps(row) + "\n")
     with pytest.raises(UserError, match=re.escape(words)) as caught:
@@ -156,7 +158,7 @@ def test_a_line_that_is_no_instruction_is_named(tmp_path: Path, row: Any, words:
 
 
 @pytest.mark.skipif(not IFEVAL.exists(), reason="IFEval's file is not part of the project")
-def test_googles_own_file_is_read() -> None:
+def test_read_instructions_reads_googles_file() -> None:
     found, unsupported = read_instructions(IFEVAL)
     assert len(found) + sum(1 for _ in unsupported) < 541 < len(found) + sum(unsupported.values()) + 1
     assert set(unsupported) == {

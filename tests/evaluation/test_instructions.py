@@ -21,14 +21,14 @@ def contents(messages: tuple[Message, ...]) -> list[str]:
     return [f"{m.role}: {m.content}" for m in messages]
 
 
-def test_a_system_turn_that_all_share_is_the_instruction() -> None:
+def test_instruction_is_the_shared_system_turn() -> None:
     rows = [member("one", "Cite."), member("two", "Cite.")]
     found = find_instruction(rows)
     assert (found.place, found.text) == ("system", "Cite.")
     assert contents(found.replaced(rows[0].example.prompt, "Name it.")) == ["system: Name it.", "user: one"]
 
 
-def test_what_all_user_turns_begin_with_is_the_instruction_in_demonstrations_too() -> None:
+def test_instruction_is_the_shared_beginning_of_user_turns() -> None:
     rows = [member("Translate to French: the cat"), member("Translate to French: the dog, please")]
     found = find_instruction(rows)
     assert (found.place, found.text) == ("beginning", "Translate to French: ")
@@ -40,7 +40,7 @@ def test_what_all_user_turns_begin_with_is_the_instruction_in_demonstrations_too
     ]
 
 
-def test_a_beginning_ends_with_its_last_line_where_it_has_lines() -> None:
+def test_shared_beginning_ends_at_a_line() -> None:
     rows = [member("Cite this court.\n\nQ: A court"), member("Cite this court.\n\nQ: B court")]
     found = find_instruction(rows)
     assert found.text == "Cite this court.\n\n"
@@ -48,7 +48,7 @@ def test_a_beginning_ends_with_its_last_line_where_it_has_lines() -> None:
 
 
 @pytest.mark.parametrize("texts", [("The cat", "The dog"), ("Q: cat", "Q: dog"), ("Cite it: x", "Cite it: "), ("cat",)])
-def test_without_a_shared_beginning_of_words_another_instruction_is_a_system_turn(texts: tuple[str, ...]) -> None:
+def test_other_instruction_becomes_a_system_turn_without_a_shared_beginning(texts: tuple[str, ...]) -> None:
     rows = [member(text) for text in texts]
     found = find_instruction(rows)
     assert found.place == "none"
@@ -63,14 +63,14 @@ def test_without_a_shared_beginning_of_words_another_instruction_is_a_system_tur
         [member("one", "Cite.", "Be brief."), member("two", "Cite.", "Be brief.")],
     ],
 )
-def test_where_it_cannot_be_told_what_all_are_told_it_is_refused(rows: list[Member]) -> None:
+def test_find_instruction_refuses_ambiguous_system_turns(rows: list[Member]) -> None:
     with pytest.raises(UserError) as refused:
         find_instruction(rows)
     assert refused.value.where == "evaluate.instructions"
 
 
 @given(st.lists(st.text(max_size=30), min_size=2, max_size=5, unique=True), st.booleans())
-def test_the_instruction_in_its_own_place_changes_nothing(texts: list[str], has_system: bool) -> None:
+def test_replacing_the_instruction_with_itself_changes_nothing(texts: list[str], has_system: bool) -> None:
     assume(all(texts))
     rows = [member(text, *(["Cite. "] if has_system else [])) for text in texts]
     found = find_instruction(rows)

@@ -72,7 +72,7 @@ def judged(folder: Path, script: Script, items: list[Item] | None = None) -> tup
 
 
 def findings(folder: Path, script: Script, items: list[Item]) -> Judgement:
-    """What a judge found that passes its controls."""
+    """Return the findings of a judge that passes its controls."""
     code, evidence, _ = judged(folder, script, items)
     assert code == 0
     assert evidence.judge is not None
@@ -101,9 +101,7 @@ def findings(folder: Path, script: Script, items: list[Item]) -> Judgement:
         (condemns_everything, {"gold is correct"}),
     ],
 )
-def test_a_judge_that_fails_a_control_is_vetoed_and_asked_nothing_more(
-    tmp_path: Path, script: Script, failing: set[str]
-) -> None:
+def test_judge_is_vetoed_and_stopped_when_a_control_fails(tmp_path: Path, script: Script, failing: set[str]) -> None:
     code, evidence, asked = judged(tmp_path, script)
     section = evidence.judge
     assert section is not None
@@ -125,7 +123,7 @@ def test_unreadable_replies_are_counted_as_such_and_veto_the_judge(tmp_path: Pat
     assert {json.loads(row)["unscored"] for row in rows} == {"no verdict in the reply"}
 
 
-def test_an_honest_judge_finds_what_a_plain_count_finds(tmp_path: Path) -> None:
+def test_honest_judge_matches_a_plain_count(tmp_path: Path) -> None:
     items = make_items()
     found = findings(tmp_path, honest, items)
     right = {
@@ -148,7 +146,7 @@ def test_an_honest_judge_finds_what_a_plain_count_finds(tmp_path: Path) -> None:
     assert pair.p_value == pytest.approx(evidence.contrasts[0].p_value)
 
 
-def test_every_item_has_its_row(tmp_path: Path) -> None:
+def test_judge_writes_a_row_for_every_item(tmp_path: Path) -> None:
     items = make_items()
     findings(tmp_path, honest, items)
     rows = load_judged(tmp_path / "project" / "evaluations" / "0123456789ab")
@@ -178,7 +176,7 @@ def neither_right(count: int, answers: Callable[[int], tuple[str, str]]) -> list
     return changed
 
 
-def test_a_preference_for_the_first_place_becomes_flips_and_ties(tmp_path: Path) -> None:
+def test_position_bias_becomes_flips_and_ties(tmp_path: Path) -> None:
     def first_if_unsure(asked: Asked) -> str:
         return honest(asked) if _has_gold(asked) else always_first(asked)
 
@@ -188,7 +186,7 @@ def test_a_preference_for_the_first_place_becomes_flips_and_ties(tmp_path: Path)
     assert (pair.rate.wins, pair.rate.ties, pair.rate.losses, pair.rate.value) == (0, 40, 0, 0.5)
 
 
-def test_a_preference_for_length_goes_at_equal_length(tmp_path: Path) -> None:
+def test_length_bias_disappears_at_equal_length(tmp_path: Path) -> None:
     def longer_if_unsure(asked: Asked) -> str:
         return honest(asked) if _has_gold(asked) else longer_wins(asked)
 
@@ -206,7 +204,7 @@ def test_a_preference_for_length_goes_at_equal_length(tmp_path: Path) -> None:
     assert controlled.interval.low < 0.5 < controlled.interval.high
 
 
-def test_where_lengths_do_not_overlap_no_rate_at_equal_length_is_made_up(tmp_path: Path) -> None:
+def test_length_controlled_rate_is_missing_without_overlapping_lengths(tmp_path: Path) -> None:
     def longer_if_unsure(asked: Asked) -> str:
         return honest(asked) if _has_gold(asked) else longer_wins(asked)
 
@@ -218,7 +216,7 @@ def test_where_lengths_do_not_overlap_no_rate_at_equal_length_is_made_up(tmp_pat
     assert "longer in all pairs but 0" in pair.length_note
 
 
-def test_a_preference_for_markdown_goes_without_it(tmp_path: Path) -> None:
+def test_markdown_bias_disappears_without_markdown(tmp_path: Path) -> None:
     def markdown_if_unsure(asked: Asked) -> str:
         if _has_gold(asked) or len(asked.answers) == 1:
             return honest(asked)
@@ -255,7 +253,7 @@ def test_items_without_a_verdict_are_left_out_and_counted_never_ties(tmp_path: P
     assert pair.pairs == pair.rate.wins + pair.rate.ties + pair.rate.losses == 60 - unread
 
 
-def test_a_verdict_before_the_token_limit_does_not_count(tmp_path: Path) -> None:
+def test_verdict_in_a_truncated_reply_does_not_count(tmp_path: Path) -> None:
     with scripted(honest) as server:
         server.finish = "length"
         evaluation = write_project(tmp_path / "project", {"base_url": server.url, "model": "scripted"})

@@ -1,4 +1,4 @@
-"""What a judge costs, and the reference model that answers beside the adapter."""
+"""Cost of a judge, and the reference model that answers in addition to the adapter."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CONTROL_QUESTIONS = 14 * 6
 PRICES = {"price_input": 10.0, "price_output": 100.0}  # 100 prompt and 10 reply tokens: 0.002 a reply
 
 
-def test_an_estimate_sends_nothing_and_counts_what_is_sent_later(tmp_path: Path) -> None:
+def test_estimate_sends_nothing_and_matches_the_later_requests(tmp_path: Path) -> None:
     project = tmp_path / "project"
     with scripted(honest) as server:
         write_project(project, {"base_url": server.url, "model": "scripted", **PRICES})
@@ -39,7 +39,7 @@ def test_an_estimate_sends_nothing_and_counts_what_is_sent_later(tmp_path: Path)
         assert (again["known"], again["prompt_tokens"], again["most_cost"]) == (len(server.bodies), 0, 0)
 
 
-def test_the_budget_is_not_overdrawn_and_more_of_it_goes_on(tmp_path: Path) -> None:
+def test_budget_is_never_exceeded_and_a_larger_one_resumes(tmp_path: Path) -> None:
     project = tmp_path / "project"
     with scripted(honest) as server:
         settings = {"base_url": server.url, "model": "scripted", **PRICES, "budget": 0.3}
@@ -55,7 +55,7 @@ def test_the_budget_is_not_overdrawn_and_more_of_it_goes_on(tmp_path: Path) -> N
         assert len(server.prompts) == len(set(server.prompts))
 
 
-def test_replies_without_counts_are_guessed_and_said_so(tmp_path: Path) -> None:
+def test_missing_token_counts_are_estimated_and_reported(tmp_path: Path) -> None:
     with scripted(honest) as server:
         server.usage = False
         write_project(tmp_path / "project", {"base_url": server.url, "model": "scripted", **PRICES})
@@ -67,7 +67,7 @@ def test_replies_without_counts_are_guessed_and_said_so(tmp_path: Path) -> None:
 # The reference model
 
 
-def test_a_reference_models_answers_come_from_a_file_by_pair_key(tmp_path: Path) -> None:
+def test_reference_answers_are_read_from_a_file_by_pair_key(tmp_path: Path) -> None:
     items, project = make_items(), tmp_path / "project"
     with scripted(honest) as server:
         settings = {"base_url": server.url, "model": "scripted", "reference_model": {"answers": "others.jsonl"}}
@@ -76,7 +76,7 @@ def test_a_reference_models_answers_come_from_a_file_by_pair_key(tmp_path: Path)
         write_jsonl(project / "others.jsonl", rows[1:])
         ran = tunewright("judge", "-p", project, "--json")
         assert (ran.code, server.bodies) == (2, [])
-        assert f"1 of 60 test items have no answer there, {items[0].key}" in ran.document["error"]["what"]
+        assert f"1 of 60 test items have no answer (first: {items[0].key}" in ran.document["error"]["what"]
         write_jsonl(project / "others.jsonl", [*rows, rows[3]])
         assert "others.jsonl:61: the key" in tunewright("judge", "-p", project).stderr
         write_jsonl(project / "others.jsonl", rows)
@@ -92,7 +92,7 @@ def test_a_reference_models_answers_come_from_a_file_by_pair_key(tmp_path: Path)
     assert (section.reference_model, section.reference_spent) == ("others.jsonl", None)
 
 
-def test_a_reference_model_is_asked_the_test_prompts(tmp_path: Path, tiny_base_folder: Path) -> None:
+def test_reference_model_gets_the_test_prompts(tmp_path: Path, tiny_base_folder: Path) -> None:
     project = tmp_path / "project"
     with scripted(honest) as server:
         other = {"base_url": server.url, "model": "other", "parameters": {"max_tokens": 64}, **PRICES}

@@ -53,7 +53,7 @@ def failing_first(times: int, response: Response) -> Callable[[int], Response | 
 
 
 @pytest.mark.parametrize("status", [408, 409, 429, 500, 502, 503, 529])
-def test_what_may_pass_is_asked_again(tmp_path: Path, status: int) -> None:
+def test_endpoint_retries_transient_errors(tmp_path: Path, status: int) -> None:
     with scripted(honest) as server:
         server.misbehave = failing_first(3, PlainTextResponse("busy", status))
         assert ask(server, tmp_path) == [f"An answer to question {n}" for n in range(12)]
@@ -72,7 +72,7 @@ def test_retry_after_is_waited_for_in_seconds_or_until_a_date(tmp_path: Path) ->
             assert len(server.bodies) == 2
 
 
-def test_a_wait_of_hours_ends_the_run_at_once(tmp_path: Path) -> None:
+def test_endpoint_stops_the_run_when_asked_to_wait_for_hours(tmp_path: Path) -> None:
     with scripted(honest) as server:
         server.misbehave = failing_first(99, PlainTextResponse("quota", 429, headers={"retry-after": "86400"}))
         with pytest.raises(UserError, match=r"asks to wait 86,400 s\. Finished answers are kept"):
@@ -81,7 +81,7 @@ def test_a_wait_of_hours_ends_the_run_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404])
-def test_what_cannot_pass_is_not_asked_again(tmp_path: Path, status: int) -> None:
+def test_endpoint_does_not_retry_permanent_errors(tmp_path: Path, status: int) -> None:
     with scripted(honest) as server:
         server.misbehave = failing_first(99, JSONResponse({"error": {"message": "no such thing"}}, status))
         with pytest.raises(UserError, match=f"status {status}: no such thing"):
@@ -89,14 +89,14 @@ def test_what_cannot_pass_is_not_asked_again(tmp_path: Path, status: int) -> Non
         assert len(server.bodies) == 1
 
 
-def test_a_slow_reply_is_given_up_and_told(tmp_path: Path) -> None:
+def test_endpoint_reports_a_timeout(tmp_path: Path) -> None:
     with scripted(honest) as server:
         server.slow_s = 1.0
         with pytest.raises(UserError, match=r"no reply within 0.1 s; asked 2 times"):
             ask(server, tmp_path, count=1, timeout=0.1, max_retries=1)
 
 
-def test_nobody_there_is_told(tmp_path: Path) -> None:
+def test_endpoint_reports_a_refused_connection(tmp_path: Path) -> None:
     with scripted(honest) as server:
         pass
     with pytest.raises(UserError, match=r"does not answer \(no connection"):
@@ -106,21 +106,21 @@ def test_nobody_there_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "body", ["<html>welcome</html>", '{"choices": []}', '{"choices": [{"message": {"content": 1}}]}']
 )
-def test_a_reply_of_another_protocol_is_told(tmp_path: Path, body: str) -> None:
+def test_endpoint_reports_a_reply_of_another_protocol(tmp_path: Path, body: str) -> None:
     with scripted(honest) as server:
         server.misbehave = failing_first(99, PlainTextResponse(body))
-        with pytest.raises(UserError, match="no chat completion"):
+        with pytest.raises(UserError, match="not a chat completion"):
             ask(server, tmp_path, count=1, max_retries=1)
 
 
-def test_no_more_requests_at_once_than_allowed(tmp_path: Path) -> None:
+def test_endpoint_limits_concurrent_requests(tmp_path: Path) -> None:
     with scripted(honest) as server:
-        server.wait_for = 3  # the first ones are answered once there are so many
+        server.wait_for = 3  # the first ones are answered once this many have arrived
         ask(server, tmp_path, concurrency=3)
         assert server.most_at_once == 3
 
 
-def test_no_more_requests_in_a_minute_than_allowed_retries_included(tmp_path: Path) -> None:
+def test_endpoint_limits_requests_per_minute_including_retries(tmp_path: Path) -> None:
     with scripted(honest) as server:
         server.misbehave = failing_first(2, PlainTextResponse("busy", 500))
         began = time.monotonic()
@@ -128,7 +128,7 @@ def test_no_more_requests_in_a_minute_than_allowed_retries_included(tmp_path: Pa
         assert time.monotonic() - began >= 9 * 0.05
 
 
-def test_the_key_is_sent_and_shown_to_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_endpoint_sends_the_key_and_never_prints_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JUDGE_KEY", "sk-very-secret")
     project = tmp_path / "project"
     with scripted(honest) as server:
@@ -145,7 +145,7 @@ def test_the_key_is_sent_and_shown_to_nobody(tmp_path: Path, monkeypatch: pytest
     assert not [f for f in project.rglob("*") if f.is_file() and "very-secret" in f.read_text(encoding="utf-8")]
 
 
-def test_a_failing_endpoint_ends_the_run_and_what_was_answered_is_not_asked_again(tmp_path: Path) -> None:
+def test_failing_endpoint_ends_the_run_and_keeps_answers(tmp_path: Path) -> None:
     with scripted(honest) as server:
         settings = {"base_url": server.url, "model": "scripted", "max_retries": 1}
         evaluation = write_project(tmp_path / "project", settings)
@@ -166,7 +166,7 @@ def test_a_failing_endpoint_ends_the_run_and_what_was_answered_is_not_asked_agai
         assert len(server.bodies) == asked
 
 
-def test_a_failure_does_not_wait_for_those_who_wait_to_ask_again(tmp_path: Path) -> None:
+def test_failure_wakes_waiting_retries(tmp_path: Path) -> None:
     def second_is_refused(count: int) -> Response:
         return PlainTextResponse("no", 403) if count else PlainTextResponse("", 429, headers={"retry-after": "60"})
 
@@ -177,7 +177,7 @@ def test_a_failure_does_not_wait_for_those_who_wait_to_ask_again(tmp_path: Path)
         assert len(server.bodies) == 2, "the first was not asked again"
 
 
-def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_judge_resumes_after_a_kill(tmp_path: Path) -> None:
     project = tmp_path / "project"
     with scripted(honest) as server:
         server.slow_s = 0.03
@@ -191,11 +191,11 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
             process.communicate()
         server.slow_s = 0.0
         assert tunewright("judge", "-p", project).code == 0
-        # Twice only what was under way, whose replies nobody was there to keep.
+        # Only requests in progress are sent twice: nobody stored their replies.
         assert len(server.prompts) - len(set(server.prompts)) <= 2
 
 
-def test_another_model_parameter_or_criterion_is_asked_anew(tmp_path: Path) -> None:
+def test_judge_asks_again_for_another_model_parameter_or_criterion(tmp_path: Path) -> None:
     project = tmp_path / "project"
     with scripted(honest) as server:
         write_project(project, {"base_url": server.url, "model": "scripted"})
@@ -209,7 +209,7 @@ def test_another_model_parameter_or_criterion_is_asked_anew(tmp_path: Path) -> N
         assert "Names matter most." in server.prompts[-1]
 
 
-def test_what_a_judgement_replaced_stays_told(tmp_path: Path) -> None:
+def test_judgement_records_the_ones_it_replaced(tmp_path: Path) -> None:
     with scripted(honest) as server:
         evaluation = write_project(tmp_path / "project", {"base_url": server.url, "model": "first"})
         config = tmp_path / "project" / "tunewright.yaml"
@@ -225,13 +225,13 @@ def test_what_a_judgement_replaced_stays_told(tmp_path: Path) -> None:
         assert tunewright("judge", "-p", tmp_path / "project").code == 0
     section = load_evidence(evaluation).judge
     assert section is not None
-    assert [re.sub(r"\d{4}.*?\+00:00", "TIME", told) for told in section.replaced] == [
+    assert [re.sub(r"\d{4}.*?\+00:00", "TIME", reported) for reported in section.replaced] == [
         "first, TIME",
         "second, TIME, vetoed",
     ]
 
 
-def test_an_item_too_long_for_the_judge_is_unscored_and_the_rest_judged(tmp_path: Path) -> None:
+def test_item_too_long_for_the_judge_is_unscored(tmp_path: Path) -> None:
     items = make_items()
     wrong = next(i for i in items if i.answers["tuned"] != i.reference)
     too_long = JSONResponse({"error": {"message": "too many tokens", "code": "context_length_exceeded"}}, 400)
@@ -254,8 +254,8 @@ def test_an_item_too_long_for_the_judge_is_unscored_and_the_rest_judged(tmp_path
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({}, "the config names no judge"),
-        ({"base_url": "http://x/v1"}, "the config names no judge"),
+        ({}, "The config has no judge"),
+        ({"base_url": "http://x/v1"}, "The config has no judge"),
         ({"base_url": "http://u:p@x/v1", "model": "m"}, "judge.base_url"),
         ({"base_url": "http://x/v1", "model": "m", "api_key_env": "NO_SUCH_KEY_HERE"}, "NO_SUCH_KEY_HERE is not set"),
         ({"base_url": "http://x/v1", "model": "m", "budget": 1.0}, "a budget requires price_input"),
@@ -276,7 +276,7 @@ def test_an_item_too_long_for_the_judge_is_unscored_and_the_rest_judged(tmp_path
         ),
     ],
 )
-def test_a_wrong_config_is_told_before_anything_is_sent(tmp_path: Path, settings: dict[str, Any], words: str) -> None:
+def test_judge_refuses_a_wrong_config_before_sending(tmp_path: Path, settings: dict[str, Any], words: str) -> None:
     write_project(tmp_path / "project", settings)
     ran = tunewright("judge", "-p", tmp_path / "project", "--json")
     assert ran.code == 2
@@ -284,7 +284,7 @@ def test_a_wrong_config_is_told_before_anything_is_sent(tmp_path: Path, settings
     assert words in f"{error['where']} {error['what']}"
 
 
-def test_a_judge_of_the_bases_family_is_warned_of(tmp_path: Path) -> None:
+def test_judge_of_the_bases_family_is_warned_about(tmp_path: Path) -> None:
     with scripted(honest) as server:
         settings = {"base_url": server.url, "model": "Llama-3.3-70B-Instruct"}
         evaluation = write_project(tmp_path / "project", settings, base="meta-llama/Llama-3.1-8B")
@@ -294,7 +294,7 @@ def test_a_judge_of_the_bases_family_is_warned_of(tmp_path: Path) -> None:
     assert section.same_family == "llama"
 
 
-def test_it_runs_within_a_notebooks_event_loop(tmp_path: Path) -> None:
+def test_judge_runs_inside_a_running_event_loop(tmp_path: Path) -> None:
     async def cell(server: Server) -> list[str]:
         return ask(server, tmp_path)
 

@@ -1,4 +1,4 @@
-"""lm-eval's tasks as suites, through lm-eval itself: held to one choice at a time by plain transformers and peft."""
+"""lm-eval's tasks as suites, through lm-eval itself: against one choice at a time by plain transformers and peft."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _questions() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Project:
-    """A project with an adapter and a task file of its own, whose data lies beside it."""
+    """A project with an adapter and a task file of its own, with its data next to it."""
     folder = tiny_project(tmp_path_factory.mktemp("lm-eval") / "project", tiny_base_folder)
     file = folder / "tunewright.yaml"
     file.write_text(file.read_text().replace("regressions:\n  samples: 0\n", CONFIG))
@@ -63,7 +63,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) ->
 
 
 @installed
-def test_a_task_scores_what_one_choice_at_a_time_does_adapter_off_and_on(
+def test_lm_eval_task_equals_one_choice_at_a_time_with_adapter_off_and_on(
     project: Project, tiny_base_folder: Path
 ) -> None:
     ran = command("regressions", "-p", project.folder.root, "--json")
@@ -93,10 +93,10 @@ def test_a_task_scores_what_one_choice_at_a_time_does_adapter_off_and_on(
     ("suite", "words"),
     [
         ("{task: substance, include_path: tasks}", "lm-eval has no task 'substance'"),
-        ("{task: substances, include_path: tasks, metric: f1}", "it has no metric 'f1'"),
+        ("{task: substances, include_path: tasks, metric: f1}", "The task has no metric 'f1'"),
     ],
 )
-def test_a_task_or_metric_that_there_is_not_is_named(project: Project, suite: str, words: str) -> None:
+def test_lm_eval_refuses_an_unknown_task_or_metric(project: Project, suite: str, words: str) -> None:
     file = project.folder.root / "tunewright.yaml"
     before = file.read_text()
     file.write_text(before.replace("{task: substances, include_path: tasks}", suite))
@@ -108,7 +108,7 @@ def test_a_task_or_metric_that_there_is_not_is_named(project: Project, suite: st
     assert words in ran.stderr
 
 
-def test_without_lm_eval_it_is_said_what_installs_it_before_anything_is_measured(
+def test_lm_eval_task_names_the_missing_package_before_measuring(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(suites, "find_spec", lambda _name: None)

@@ -60,7 +60,7 @@ MEMBERS = [
 ]
 
 
-def test_they_are_transformers_own_loss_of_the_last_answer(model: Any, chat: ChatFormat) -> None:
+def test_losses_equal_transformers_loss_of_the_last_answer(model: Any, chat: ChatFormat) -> None:
     rows = answer_rows(chat, MEMBERS, 2048, LogReporter())
     found = {name: loss for part in answer_losses(model, rows, 0) for name, loss in part.items()}
     assert set(found) == {m.key for m in MEMBERS}
@@ -79,7 +79,7 @@ def test_rows_that_cannot_be_judged_are_named_and_have_no_loss(chat: ChatFormat)
     members = [_member("fine", "yes"), _member("shown only", "no", last_weight=0), _member("long " * 50, "no")]
     members.append(_member("first", "asked", "then " * 50, "no"))
     assert set(answer_rows(chat, members, 100, listener)) == {members[0].key}
-    (told,) = listener.warned
-    assert told.startswith("3 rows cannot be judged by their loss")
+    (reported,) = listener.warned
+    assert reported.startswith("3 rows cannot be judged by their loss")
     for part in ("weight 0", "'shown only'", "over the base's context of 100"):
-        assert part in told
+        assert part in reported

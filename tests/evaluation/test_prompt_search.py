@@ -1,4 +1,4 @@
-"""How the best prompting arm is chosen on dev: who goes on from the first items, and what is said of it."""
+"""Choice of the best prompting arm on dev: narrowing after the first items, and its report."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tunewright.evaluation.prompt_search import first_items
 # The first items
 
 
-def test_the_first_items_are_spread_over_the_clusters_by_their_size() -> None:
+def test_first_items_are_spread_over_clusters_by_size() -> None:
     members = version_of([40, 20, 20, *[1] * 20]).members
     taken = first_items(members, 25, seed=0)
     assert len(set(taken)) == 25
@@ -33,7 +33,7 @@ def test_the_first_items_are_spread_over_the_clusters_by_their_size() -> None:
     assert taken == first_items(members, 25, seed=0) != first_items(members, 25, seed=1)
 
 
-def test_every_item_is_as_likely_to_be_among_the_first() -> None:
+def test_first_items_are_a_uniform_sample() -> None:
     members = version_of([5, 3, 1, 1]).members
     times = Counter(place for seed in range(2000) for place in first_items(members, 4, seed))
     assert all(700 < times[place] < 900 for place in range(10))  # 800 expected each, standard deviation 22
@@ -66,14 +66,14 @@ def answering(monkeypatch: pytest.MonkeyPatch, project: Project, right: dict[str
         name = title.split(" on ")[0]
         asked.append((name, len(prompts)))
         members = [questions[prompt[-20:]] for prompt in prompts]
-        texts = [m.example.output if _luck(m) < right.get(name, 0.0) else "no" for m in members]
+        texts = [m.example.output if _seeded_order(m) < right.get(name, 0.0) else "no" for m in members]
         return [Answer(text, False, prompt, len(text)) for text, prompt in zip(texts, prompts, strict=True)]
 
     monkeypatch.setattr(Generator, "answer", answer)
     return asked
 
 
-def _luck(member: Member) -> float:
+def _seeded_order(member: Member) -> float:
     return int(member.key[:8], 16) / 16**8
 
 
@@ -84,9 +84,7 @@ def settings(project: Project, text: str, shots: str = "[1, 2]") -> Project:
     return tunewright.open(project.folder.root)
 
 
-def test_only_arms_that_are_not_shown_to_be_worse_answer_all_of_dev(
-    project: Project, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_narrowing_keeps_arms_not_shown_to_be_worse(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     project = settings(project, "  screening_items: 30\n")
     right = {"retrieved-2": 0.9, "retrieved-1": 0.85, "retrieved-2-tfidf": 0.2, "static-2-seed-2": 0.8}
     asked = answering(monkeypatch, project, right)
@@ -102,7 +100,7 @@ def test_only_arms_that_are_not_shown_to_be_worse_answer_all_of_dev(
     assert (advice.best, advice.best_retrieved, advice.items) == ("retrieved-2", "retrieved-2", 60)
 
 
-def test_static_draws_are_told_with_their_mean(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_static_draws_are_reported_with_their_mean(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     answering(monkeypatch, project, {"static-2-seed-1": 0.3, "static-2-seed-2": 0.9, "static-2-seed-3": 0.6})
     advice = project.prompting().advice
     assert advice.narrowing is None  # 60 dev items are fewer than first_items
@@ -114,7 +112,9 @@ def test_static_draws_are_told_with_their_mean(project: Project, monkeypatch: py
     assert (advice.best, by_name[advice.best].seed) == ("static-2-seed-2", 2)
 
 
-def test_at_most_so_many_go_on_and_the_cheapest_of_equals(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_narrowing_keeps_at_most_the_finalists_and_prefers_cheap_arms(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
     project = settings(project, "  screening_items: 30\n  finalists: 1\n")
     answering(monkeypatch, project, {"retrieved-1": 0.5, "retrieved-2": 0.5, "retrieved-1-tfidf": 0.5})
     advice = project.prompting().advice
@@ -123,7 +123,7 @@ def test_at_most_so_many_go_on_and_the_cheapest_of_equals(project: Project, monk
     assert "not among the best 1" in advice.narrowing.fates["retrieved-2"]
 
 
-def test_without_first_items_every_arm_answers_all_of_dev(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_arm_answers_all_of_dev_without_first_items(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     project = settings(project, "  screening_items: null\n")
     asked = answering(monkeypatch, project, {})
     advice = project.prompting().advice
@@ -132,7 +132,7 @@ def test_without_first_items_every_arm_answers_all_of_dev(project: Project, monk
     assert advice.best == "zero-shot"  # all are equally bad, and it is the cheapest
 
 
-def test_other_instructions_are_tried_zero_shot_and_with_the_best_demonstrations(
+def test_prompt_search_tries_instructions_zero_shot_and_with_best_demonstrations(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project = settings(project, '  instructions: ["Copy the first word.", "First word:"]\n')
@@ -152,7 +152,7 @@ def test_other_instructions_are_tried_zero_shot_and_with_the_best_demonstrations
 # What goes into the prompts, through the command line
 
 
-def test_an_arm_is_left_out_by_name_where_it_does_not_fit(project: Project) -> None:
+def test_arm_that_does_not_fit_is_left_out_by_name(project: Project) -> None:
     project = settings(project, "  static_seeds: 1\n  retrievers: [bm25]\n", shots="[1, 60]")
     ran = command("advise", "--no-pilot", "-p", project.folder.root, "--json")
     assert ran.code in {3, 4}, ran.stderr
@@ -161,7 +161,7 @@ def test_an_arm_is_left_out_by_name_where_it_does_not_fit(project: Project) -> N
     assert "do not fit the base's context of 2,048 tokens" in left_out["retrieved-60"]
 
 
-def test_the_tokens_that_all_prompts_share_are_counted(project: Project) -> None:
+def test_shared_prompt_tokens_are_counted(project: Project) -> None:
     project = settings(project, "  static_seeds: 1\n  retrievers: [bm25]\n")
     arms = {arm.name: arm for arm in project.prompting().advice.arms}
     version, chat = project.data.version(), project.chat
@@ -174,7 +174,7 @@ def test_the_tokens_that_all_prompts_share_are_counted(project: Project) -> None
     assert arms["retrieved-2"].shared_tokens < shared + 5
 
 
-def test_instructions_that_cannot_be_put_anywhere_are_refused_before_anything_is_measured(
+def test_prompt_search_refuses_instructions_without_a_place_before_measuring(
     tmp_path: Path, tiny_base_folder: Path
 ) -> None:
     folder = tiny_project(tmp_path / "project", tiny_base_folder)

@@ -65,7 +65,7 @@ def test_score_all_leaves_an_item_out_when_none_of_its_references_can_be_scored(
     assert sorted(scores.unscored) == [0, 1]
 
 
-def test_own_function_is_called_for_each_reference(tmp_path: Path) -> None:
+def test_custom_metric_is_called_for_each_reference(tmp_path: Path) -> None:
     (tmp_path / "scoring.py").write_text("def alike(answer, reference, example):\n    return len(reference) / 100\n")
     scores = score_all(scorer_of(Python(python="scoring:alike"), tmp_path), ANSWERS, ITEMS)
     longest = len(ITEMS[0].output) / 100

@@ -38,7 +38,7 @@ def test_subsets_are_nested_and_clusters_whole(sizes: list[int], seed: int, mixe
     try:
         parts = subset_versions(version, SHARES, seed)
     except UserError:
-        return  # told in the test below
+        return  # covered in the test below
     every = version.members
     for part in parts:
         kept = {m.key for m in part.members}
@@ -53,7 +53,7 @@ def test_subsets_are_nested_and_clusters_whole(sizes: list[int], seed: int, mixe
 
 
 @given(st.lists(st.integers(1, 4), min_size=40, max_size=80), st.integers(0, 5), st.sampled_from([0, 20]))
-def test_each_part_is_as_near_to_its_share_as_whole_clusters_allow(sizes: list[int], seed: int, mixed: int) -> None:
+def test_subset_is_as_near_to_its_share_as_whole_clusters_allow(sizes: list[int], seed: int, mixed: int) -> None:
     version = _version(sizes, mixed)
     for share, part in zip(SHARES, subset_versions(version, SHARES, seed), strict=True):
         rows, of = len(part.domain_of("train")), len(version.domain_of("train"))
@@ -62,7 +62,7 @@ def test_each_part_is_as_near_to_its_share_as_whole_clusters_allow(sizes: list[i
         assert generic == pytest.approx(share * mixed, abs=0.5)
 
 
-def test_another_seed_draws_another_part() -> None:
+def test_subset_depends_on_the_seed() -> None:
     version = _version([1] * 60)
     first, second = (subset_versions(version, SHARES, seed)[0] for seed in (0, 1))
     assert first.split_digest("train") != second.split_digest("train")
@@ -70,6 +70,6 @@ def test_another_seed_draws_another_part() -> None:
     assert subset_versions(version, SHARES, 0)[0].digest == first.digest
 
 
-def test_too_few_clusters_are_refused() -> None:
-    with pytest.raises(UserError, match=r"too few independent clusters to take parts of.*25%: 0, 50%: 0, 100%: 30"):
+def test_subset_refuses_too_few_clusters() -> None:
+    with pytest.raises(UserError, match=r"too few independent clusters to divide.*25%: 0, 50%: 0, 100%: 30"):
         subset_versions(version_of([30]), SHARES, 0)

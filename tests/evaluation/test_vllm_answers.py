@@ -72,7 +72,7 @@ def _raw(generator: Generator, prompts: Sequence[tuple[int, ...]], adapter: Adap
 def _departs_at_a_near_tie(
     model: Any, adapter: Adapter | None, prompt: Sequence[int], one: Completion, other: Completion, end: int
 ) -> bool:
-    """Whether the first token that differs is as good as the other engine's, by transformers' own logits."""
+    """Return True if the first differing token is as good as the other engine's, by transformers' logits."""
     mine, theirs = [*one.ids, end], [*other.ids, end]
     place = next(n for n, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b)
     ids = torch.tensor([[*prompt, *mine[:place]]])
@@ -102,7 +102,7 @@ def test_greedy_answers_equal_the_embedded_loops_by_the_base_and_by_each_adapter
     assert len(answers) == 1 + len(adapters), "each model answers in its own way"
 
 
-def test_an_answer_ends_before_the_stop_string_on_both_engines(generators: tuple[Generator, Generator]) -> None:
+def test_stop_string_ends_the_answer_on_both_engines(generators: tuple[Generator, Generator]) -> None:
     peft, vllm = generators
     prompts = _prompts(peft, 6)
     whole = _raw(peft, prompts, None)
@@ -128,7 +128,7 @@ def test_journals_differ_by_engine_and_hold_the_same_answers(
     assert first == second
 
 
-def test_the_noise_floor_is_measured_with_the_engine_that_answers(generators: tuple[Generator, Generator]) -> None:
+def test_noise_floor_uses_the_answering_engine(generators: tuple[Generator, Generator]) -> None:
     _, vllm = generators
     prompts = _prompts(vllm, 10)
     members = [
@@ -140,9 +140,7 @@ def test_the_noise_floor_is_measured_with_the_engine_that_answers(generators: tu
     assert noise.changed <= 1
 
 
-def test_samples_are_drawn_again_the_same_by_their_seeds(
-    generators: tuple[Generator, Generator], tmp_path: Path
-) -> None:
+def test_samples_are_reproducible_by_seed(generators: tuple[Generator, Generator], tmp_path: Path) -> None:
     peft, vllm = generators
     drawn = []
     for number, generator in enumerate((vllm, vllm, peft)):

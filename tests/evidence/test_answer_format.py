@@ -28,14 +28,14 @@ def test_labels_count_answers_that_are_one_of_them() -> None:
     assert counted(outputs, ["class 1", " class 3\n", "class 7", "it is class 1"]) == ("one of the 4 labels", 2)
 
 
-def test_a_pattern_counts_answers_of_the_same_letters_digits_and_marks() -> None:
+def test_pattern_matches_answers_of_the_same_character_classes() -> None:
     outputs = [f"{n}-{n * 7 % 13:02d}/AB{'c' * (n % 3)}" for n in range(40)]
     what, right = counted(outputs, ["12-07/XY", "12.07/XY", "the answer is 12-07/XY"])
     assert "letters, digits and marks as in" in what
     assert right == 1
 
 
-def test_free_text_counts_answers_of_a_like_length() -> None:
+def test_free_text_counts_answers_of_similar_length() -> None:
     outputs = [
         " ".join(f"word{chr(97 + (n * k) % 26)}" for k in range(1, 4 + n % 5)) + "!" * (n % 17) for n in range(60)
     ]
@@ -45,5 +45,5 @@ def test_free_text_counts_answers_of_a_like_length() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 19])
-def test_so_few_outputs_have_no_form(count: int) -> None:
+def test_form_is_none_for_few_outputs(count: int) -> None:
     assert answer_form(["a"] * count, ["a"] * count, {}, 0) is None

@@ -9,7 +9,7 @@ import pytest
 from factories import make_evidence, make_items
 from report_evidence import CURVE
 from tunewright.evidence.answer_format import AnswerFormat
-from tunewright.evidence.causes import Known, Labels, decided
+from tunewright.evidence.causes import Labels, ProjectFacts, decided
 from tunewright.evidence.common import Interval
 from tunewright.evidence.schema import Evidence
 
@@ -29,7 +29,7 @@ def trained(evidence: Evidence, *dev_losses: float, epochs: int | None = None) -
 
 
 def formed(evidence: Evidence, tuned: int, *, longer: int = 0, what: str = "JSON with the fields name") -> Evidence:
-    """The same evidence where so many tuned answers have the form that all references have."""
+    """The same evidence where this many tuned answers have the form that all references have."""
     form = AnswerFormat(
         what=what, items=120, references=120, answers={"tuned": tuned, "retrieved-4": 120}, longer=longer
     )
@@ -37,7 +37,7 @@ def formed(evidence: Evidence, tuned: int, *, longer: int = 0, what: str = "JSON
 
 
 def cut(evidence: Evidence, answers: int, limit: int = 32) -> Evidence:
-    """The same evidence where so many tuned answers ran into a token limit."""
+    """The same evidence where this many tuned answers reached a token limit."""
     arms = [arm.model_copy(update={"truncated": answers}) if arm.name == "tuned" else arm for arm in evidence.arms]
     return evidence.model_copy(
         update={"arms": arms, "lineage": {**evidence.lineage, "decoding": {"max_new_tokens": limit}}}
@@ -46,7 +46,7 @@ def cut(evidence: Evidence, answers: int, limit: int = 32) -> Evidence:
 
 def found(evidence: Evidence, **known: Any) -> list[str]:
     """The causes, by their first words."""
-    return [cause.what for cause in decided(evidence, Known(**known)).causes]
+    return [cause.what for cause in decided(evidence, ProjectFacts(**known)).causes]
 
 
 def steps(first: float, last: float, count: int = 40) -> list[dict[str, float]]:
@@ -54,7 +54,7 @@ def steps(first: float, last: float, count: int = 40) -> list[dict[str, float]]:
     return [{"step": n, "loss": first + (last - first) * n / (count - 1)} for n in range(count)]
 
 
-def test_a_loss_that_still_falls_is_undertrained() -> None:
+def test_falling_loss_is_undertrained() -> None:
     (cause,) = decided(trained(WORSE, 1.5, 1.1, 0.9)).causes
     assert cause.what == "Undertrained: the loss was still falling when training ended"
     assert "1.500 → 1.100 → 0.900" in cause.evidence
@@ -63,11 +63,11 @@ def test_a_loss_that_still_falls_is_undertrained() -> None:
 
 
 @pytest.mark.parametrize("losses", [(1.5, 0.9, 0.895), (1.5, 0.9, 1.1), (0.9, 1.1)])
-def test_a_flat_or_rising_loss_is_not_undertrained(losses: tuple[float, ...]) -> None:
+def test_flat_or_rising_loss_is_not_undertrained(losses: tuple[float, ...]) -> None:
     assert not any("Undertrained" in what for what in found(trained(WORSE, *losses)))
 
 
-def test_one_evaluation_is_judged_by_the_losses_of_its_steps() -> None:
+def test_single_evaluation_uses_the_step_losses() -> None:
     once = trained(WORSE, 2.0)
     assert found(once, history=steps(3.0, 1.0)) == ["Undertrained: the loss was still falling when training ended"]
     assert not any("Undertrained" in what for what in found(once, history=steps(1.02, 1.0)))
@@ -88,7 +88,7 @@ def test_undertrained_is_given_when_the_last_third_still_adds_to_what_the_run_ga
     assert [undertrained(losses) for losses in (slow, done, noisy)] == [True, False, False]
 
 
-def test_causes_of_an_undecided_verdict_are_what_training_can_mend() -> None:
+def test_undecided_verdict_has_only_causes_that_training_can_fix() -> None:
     even = make_evidence(make_items(120, tuned=0.04, retrieved=0.02))
     assert decided(even).decision == "can't tell"
     assert found(even) == []
@@ -105,7 +105,7 @@ def test_retrieval_is_not_enough_when_neither_arm_works() -> None:
     assert cause.evidence == "retrieved-4 has 6.5%, tuned 0.0%"
 
 
-def test_a_form_that_is_not_learnt_is_told_with_its_share() -> None:
+def test_unlearned_form_is_reported_with_its_share() -> None:
     (cause,) = decided(formed(WORSE, 31)).causes
     assert cause.what == "The adapter has not learned the form of the answers"
     assert "31 of 120 tuned answers are JSON with the fields name (26%); of the references 120" in cause.evidence
@@ -113,18 +113,18 @@ def test_a_form_that_is_not_learnt_is_told_with_its_share() -> None:
     assert "The adapter has not learned the form of the answers" not in found(formed(WORSE, 115))
 
 
-def test_a_form_that_could_not_change_the_outcome_is_not_told() -> None:
+def test_form_is_not_a_cause_when_it_could_not_change_the_outcome() -> None:
     hopeless = make_evidence(make_items(120, tuned=0.0, retrieved=0.95))
     assert found(formed(hopeless, 120 - 20)) == ["Retrieval is enough"]
 
 
-def test_answers_without_an_end_belong_to_the_form_and_not_to_the_limit() -> None:
+def test_endless_answers_are_a_form_cause_and_not_a_limit_cause() -> None:
     (cause,) = decided(cut(formed(WORSE, 31, longer=0), 80)).causes
     assert cause.what == "The adapter has not learned the form of the answers"
     assert "80 reached the token limit although their references do not" in cause.evidence
 
 
-def test_the_token_limit_is_a_cause_only_where_right_answers_are_longer() -> None:
+def test_token_limit_is_a_cause_only_when_references_are_longer() -> None:
     (cause,) = decided(cut(formed(WORSE, 120, longer=90), 90)).causes
     assert cause.what == "The token limit cuts answers"
     assert "90 of 120 tuned answers were cut at the limit of 32 tokens; 90 references are longer" in cause.evidence
@@ -132,12 +132,12 @@ def test_the_token_limit_is_a_cause_only_where_right_answers_are_longer() -> Non
     assert "The token limit cuts answers" not in found(cut(formed(WORSE, 120, longer=0), 90))
 
 
-def test_the_token_limit_is_not_told_where_no_cut_answer_could_turn_the_verdict() -> None:
+def test_token_limit_is_not_a_cause_when_cut_answers_could_not_change_the_verdict() -> None:
     assert "The token limit cuts answers" not in found(cut(formed(WORSE, 120, longer=10), 10))
 
 
-def test_wrong_labels_are_told_from_the_review() -> None:
-    causes = decided(WORSE, Known(labels=Labels(rows=900, conflicts=0, checked=80, wrong=9))).causes
+def test_noisy_labels_are_reported_from_the_review() -> None:
+    causes = decided(WORSE, ProjectFacts(labels=Labels(rows=900, conflicts=0, checked=80, wrong=9))).causes
     assert causes[0].what == "Labels are noisy"
     assert causes[0].evidence == "9 of 80 reviewed rows are wrong (11%)"
     assert "`tunewright data suspects`" in causes[0].next_command
@@ -153,40 +153,40 @@ def test_several_outputs_are_noise_by_right_or_wrong_and_not_by_a_graded_metric(
     assert "Labels are noisy" not in found(graded, labels=many)
 
 
-def test_few_rows_are_told_by_the_learning_curve() -> None:
+def test_few_rows_are_reported_from_the_learning_curve() -> None:
     rising = CURVE.model_copy(update={"slope": 0.2, "interval": Interval(low=0.1, high=0.3)})
-    cause = next(c for c in decided(WORSE, Known(curve=rising)).causes if c.what == "Too few rows")
+    cause = next(c for c in decided(WORSE, ProjectFacts(curve=rising)).causes if c.what == "Too few rows")
     assert "+20.0 points on dev" in cause.evidence
     assert "`tunewright data add FILE`" in cause.next_command
 
 
-def test_more_rows_are_not_told_where_the_curve_is_flat_or_they_would_be_beyond_reach() -> None:
+def test_more_rows_are_not_suggested_when_the_curve_is_flat_or_too_many_are_needed() -> None:
     few = WORSE.model_copy(update={"train_items": 120})
     flat = CURVE.model_copy(update={"slope": 0.001, "interval": Interval(low=-0.01, high=0.01)})
     slow = CURVE.model_copy(update={"slope": 0.03, "interval": Interval(low=0.01, high=0.05)})
     assert found(few, curve=flat) == found(few, curve=slow) == ["Retrieval is enough"]
 
 
-def test_few_rows_without_a_curve_ask_for_one_unless_something_else_is_wrong() -> None:
+def test_few_rows_without_a_curve_suggest_one_unless_another_cause_exists() -> None:
     few = WORSE.model_copy(update={"train_items": 120})
     cause = decided(few).causes[0]
     assert (cause.what, cause.next_command) == ("Perhaps too few rows", "`tunewright train --curve`")
     assert found(trained(few, 1.5, 1.0)) == ["Undertrained: the loss was still falling when training ended"]
 
 
-def test_retrieval_is_enough_where_nothing_can_be_mended() -> None:
+def test_retrieval_is_enough_when_no_cause_can_be_fixed() -> None:
     (cause,) = decided(WORSE).causes
     assert cause.what == "Retrieval is enough"
     assert "412 prompt tokens" in cause.evidence
     assert "against 71" in cause.evidence
     assert "`tunewright advise`" in cause.next_command
-    priced = decided(WORSE, Known(cost="a call costs 1.25 s with retrieved-4, 0.31 s tuned")).causes[0]
+    priced = decided(WORSE, ProjectFacts(cost="a call costs 1.25 s with retrieved-4, 0.31 s tuned")).causes[0]
     assert "a call costs 1.25 s" in priced.evidence
 
 
-def test_no_other_verdict_has_causes_and_more_test_items_are_never_one() -> None:
+def test_other_verdicts_have_no_causes() -> None:
     better = make_evidence(make_items(120))
     assert decided(better).decision == "ship"
     assert found(trained(better, 1.5, 1.0)) == []
-    told = " ".join(f"{c.what} {c.next_command}" for c in decided(trained(cut(formed(WORSE, 31), 80), 2, 1)).causes)
-    assert "test items" not in told
+    message = " ".join(f"{c.what} {c.next_command}" for c in decided(trained(cut(formed(WORSE, 31), 80), 2, 1)).causes)
+    assert "test items" not in message

@@ -15,14 +15,14 @@ ITEMS = make_items(8)
 EVIDENCE = make_evidence(ITEMS)
 
 
-def test_evidence_and_items_survive_the_disk(tmp_path: Path) -> None:
+def test_evidence_and_items_round_trip(tmp_path: Path) -> None:
     write_text(tmp_path / EVIDENCE_FILE, EVIDENCE.model_dump_json(indent=2))
     write_text(tmp_path / ITEMS_FILE, "".join(f"{item.model_dump_json()}\n" for item in ITEMS))
     assert load_evidence(tmp_path) == load_evidence(tmp_path / EVIDENCE_FILE) == EVIDENCE
     assert load_items(tmp_path) == ITEMS
 
 
-def test_cross_fitted_evidence_survives_the_disk_and_older_evidence_is_held_out(tmp_path: Path) -> None:
+def test_cross_fitted_evidence_round_trips(tmp_path: Path) -> None:
     folded = cross_fitted(EVIDENCE)
     write_text(tmp_path / EVIDENCE_FILE, folded.model_dump_json())
     assert load_evidence(tmp_path) == folded
@@ -37,19 +37,19 @@ def test_text_with_odd_line_ends_stays_one_item(tmp_path: Path) -> None:
     assert load_items(tmp_path) == [odd, ITEMS[1]]
 
 
-def test_a_line_that_is_not_an_item_is_named(tmp_path: Path) -> None:
+def test_read_items_names_an_invalid_line(tmp_path: Path) -> None:
     write_text(tmp_path / ITEMS_FILE, f'{ITEMS[0].model_dump_json()}\n{{"key": 1}}\n')
-    with pytest.raises(UserError, match="not a test item") as caught:
+    with pytest.raises(UserError, match="Invalid test item") as caught:
         load_items(tmp_path)
     assert caught.value.where == f"{tmp_path / ITEMS_FILE}:2"
 
 
-def test_missing_items_say_what_makes_them(tmp_path: Path) -> None:
+def test_missing_items_name_the_command(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="tunewright evaluate"):
         load_items(tmp_path)
 
 
-def test_a_missing_file_says_what_makes_it(tmp_path: Path) -> None:
+def test_missing_evidence_names_the_command(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="tunewright evaluate") as caught:
         load_evidence(tmp_path)
     assert caught.value.where == str(tmp_path / EVIDENCE_FILE)
@@ -58,20 +58,20 @@ def test_a_missing_file_says_what_makes_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change", [{"schema_version": "2"}, {"contrasts": []}, {"margin": "much"}, {"unknown": 1}, {"arms": None}]
 )
-def test_what_is_not_evidence_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
+def test_read_evidence_refuses_other_content(tmp_path: Path, change: dict[str, object]) -> None:
     write_text(tmp_path / EVIDENCE_FILE, json.dumps(EVIDENCE.model_dump() | change))
-    with pytest.raises(UserError, match="not evidence of schema 2"):
+    with pytest.raises(UserError, match="Not evidence of schema 2"):
         load_evidence(tmp_path)
 
 
 def test_evidence_of_an_older_schema_asks_for_another_evaluation(tmp_path: Path) -> None:
     write_text(tmp_path / EVIDENCE_FILE, json.dumps({"schema_version": 1, "bleu_signature": "nrefs:1"}))
-    with pytest.raises(UserError, match="evidence of schema 1; this tunewright reads schema 2") as caught:
+    with pytest.raises(UserError, match="Evidence of schema 1; this tunewright reads schema 2") as caught:
         load_evidence(tmp_path)
     assert "Evaluate again" in str(caught.value.fix)
 
 
-def test_the_newest_evaluation_is_found_beside_older_ones_of_another_schema(tmp_path: Path) -> None:
+def test_newest_evaluation_is_found_next_to_older_schemas(tmp_path: Path) -> None:
     old = {"schema_version": 1, "lineage": {"created": "2026-10-01T00:00:00+00:00"}}
     write_text(tmp_path / "old" / EVIDENCE_FILE, json.dumps(old))
     write_text(tmp_path / "new" / EVIDENCE_FILE, EVIDENCE.model_dump_json())
@@ -81,13 +81,13 @@ def test_the_newest_evaluation_is_found_beside_older_ones_of_another_schema(tmp_
         load_evidence(find_evaluation(tmp_path))
 
 
-def test_numbers_that_are_none_are_refused() -> None:
+def test_evidence_refuses_non_finite_numbers() -> None:
     fields = EVIDENCE.contrasts[0].model_dump() | {"p_value": float("nan")}
     with pytest.raises(ValidationError, match="p_value"):
         Contrast.model_validate(fields)
 
 
-def test_an_arm_is_found_by_its_name() -> None:
+def test_arm_is_found_by_name() -> None:
     assert EVIDENCE.arm("tuned").kind == "tuned"
     assert EVIDENCE.arm("tuned").score("exact_match") == EVIDENCE.arm("tuned").scores["exact_match"]
     assert with_contrast(EVIDENCE, fixed=99).contrasts[0].fixed == 99

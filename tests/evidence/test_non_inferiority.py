@@ -48,7 +48,7 @@ def _brute_force_score(more: int, less: int, items: int, difference: float) -> f
 
 @given(st.integers(5, 300), st.floats(0, 0.5), st.floats(0, 0.5))
 @examples(40)
-def test_the_score_test_is_just_not_significant_at_the_limits(items: int, first: float, second: float) -> None:
+def test_score_test_is_barely_not_significant_at_the_limits(items: int, first: float, second: float) -> None:
     more, less = int(items * first), int(items * second)
     low, high = tango_limits(more, less, items, 1.645)
     assert low <= (more - less) / items <= high
@@ -58,7 +58,7 @@ def test_the_score_test_is_just_not_significant_at_the_limits(items: int, first:
         assert _brute_force_score(more, less, items, high) == pytest.approx(-1.645, abs=0.01)
 
 
-def test_items_that_all_stay_the_same_still_leave_a_limit() -> None:
+def test_unchanged_items_still_have_a_limit() -> None:
     """Without a discordant pair the upper limit is z^2 / (n + z^2), as of a single share that was never seen."""
     z2 = float(norm.ppf(0.95)) ** 2
     drop = paired_drop(np.ones(200), np.ones(200), _alone(200), seed=0)
@@ -67,7 +67,7 @@ def test_items_that_all_stay_the_same_still_leave_a_limit() -> None:
     assert drop.against(0.01) == "can't tell"
 
 
-def test_a_true_drop_of_the_margin_is_called_not_worse_in_about_one_set_of_twenty() -> None:
+def test_true_drop_of_the_margin_is_not_worse_in_5_percent_of_sets() -> None:
     rng = np.random.default_rng(0)
     margin, items, sets = 0.1, 150, 1500
     passed = 0
@@ -79,9 +79,7 @@ def test_a_true_drop_of_the_margin_is_called_not_worse_in_about_one_set_of_twent
 
 
 @pytest.mark.parametrize(("clusters", "size", "like"), [(30, 4, 0.5), (20, 5, 0.7), (50, 10, 0.8)])
-def test_of_clustered_items_too_a_drop_of_the_margin_is_called_not_worse_in_one_set_of_twenty(
-    clusters: int, size: int, like: float
-) -> None:
+def test_clustered_drop_of_the_margin_is_not_worse_in_5_percent_of_sets(clusters: int, size: int, like: float) -> None:
     """And in far more of them where clusters are taken for items."""
     rng = np.random.default_rng(0)
     margin, items, sets = 0.1, clusters * size, 800
@@ -97,7 +95,7 @@ def test_of_clustered_items_too_a_drop_of_the_margin_is_called_not_worse_in_one_
     assert naive / sets > 0.09
 
 
-def test_copies_of_items_show_no_more_than_the_items() -> None:
+def test_copied_items_add_no_evidence() -> None:
     before, after = np.array([1.0] * 12 + [0.0] * 188), np.array([0.0] * 12 + [1.0] * 8 + [0.0] * 180)
     once = paired_drop(before, after, _alone(200), seed=0)
     copied = paired_drop(np.repeat(before, 5), np.repeat(after, 5), _of_size(5, 1000), seed=0)
@@ -106,13 +104,13 @@ def test_copies_of_items_show_no_more_than_the_items() -> None:
     assert "effective items" in copied.method
 
 
-def test_clusters_that_all_stay_the_same_count_as_one_item_each() -> None:
+def test_unchanged_clusters_count_as_one_item_each() -> None:
     drop = paired_drop(np.ones(200), np.ones(200), _of_size(4, 200), seed=0)
     t2 = float(t.ppf(0.95, 49)) ** 2
     assert drop.limit == pytest.approx(t2 / (50 + t2), rel=1e-6)
 
 
-def test_a_single_cluster_tells_nothing() -> None:
+def test_single_cluster_shows_nothing() -> None:
     drop = paired_drop(np.ones(50), np.zeros(50), ["one"] * 50, seed=0)
     assert (drop.value, drop.limit, drop.against(0.02)) == (1.0, 1.0, "can't tell")
 
@@ -129,7 +127,7 @@ def test_graded_scores_of_clusters_are_resampled_by_cluster() -> None:
     assert drop.interval.high == pytest.approx(reference.confidence_interval.high, abs=0.005)
 
 
-def test_the_number_of_items_needed_has_the_power_that_it_is_said_to_have() -> None:
+def test_items_needed_has_the_stated_power() -> None:
     margin, changes = 0.1, 0.2
     items = items_needed(margin, changes)
     assert items == pytest.approx(6.18 * changes / margin**2, rel=0.01)
@@ -162,7 +160,7 @@ def test_texts_count_by_their_tokens() -> None:
 @pytest.mark.parametrize(
     ("low", "limit", "result"), [(-0.01, 0.019, "not worse"), (-0.01, 0.02, "can't tell"), (0.021, 0.05, "worse")]
 )
-def test_a_drop_is_held_to_its_margin(low: float, limit: float, result: str) -> None:
+def test_drop_is_compared_with_its_margin(low: float, limit: float, result: str) -> None:
     drop = paired_drop(np.ones(10), np.ones(10), _alone(10), seed=0)
     changed = type(drop)(0.0, Interval(low=low, high=1.0), low, limit, "")
     assert changed.against(0.02) == result

@@ -1,4 +1,4 @@
-"""What people and a judge do to a verdict: they can stop it, in a stated order, and never speak for shipping."""
+"""Effect of people and a judge on a verdict: they can stop it, in a stated order, and never support shipping."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from report_evidence import JUDGE, REVIEW, vetoed
 from tunewright.evidence.common import Interval
 from tunewright.evidence.human_eval import AnswerReview
 from tunewright.evidence.judge import Judgement
-from tunewright.evidence.preferences import judge_line, opinions, people_line
+from tunewright.evidence.preferences import decisive_preferences, human_eval_line, judge_line
 from tunewright.evidence.schema import Evidence
 from tunewright.evidence.verdict import verdict
 
@@ -67,8 +67,8 @@ def _judge(
         }
     )
     ends = Interval(low=correct - 0.1, high=correct + 0.1)
-    told = contrast.model_copy(update={"difference": correct, "interval": ends, "p_value": correct_p})
-    values = {"preferences": (preference,), "contrast": told, "same_family": None} | changes
+    message = contrast.model_copy(update={"difference": correct, "interval": ends, "p_value": correct_p})
+    values = {"preferences": (preference,), "contrast": message, "same_family": None} | changes
     return JUDGE.model_copy(update=values)
 
 
@@ -81,11 +81,11 @@ def test_verdict_is_dont_ship_when_people_prefer_the_other_arm() -> None:
     for evidence in (SHIPS, OPEN):
         result = verdict(_with(evidence, human_eval=PEOPLE_AGAINST))
         assert (result.decision, result.exit_code) == ("don't ship", 3)
-        assert people_line(PEOPLE_AGAINST) in result.reasons
+        assert human_eval_line(PEOPLE_AGAINST) in result.reasons
         assert any(reason.startswith("So people prefer retrieved-4, blind (p = 0.001") for reason in result.reasons)
 
 
-def test_a_handful_of_verdicts_is_a_caution() -> None:
+def test_few_human_verdicts_are_a_caution() -> None:
     result = verdict(_with(SHIPS, human_eval=_review(0.2, 0.45, 0.06)))
     assert result.decision == "ship"
     assert any(reason.startswith("Caution: people may prefer retrieved-4") for reason in result.reasons)
@@ -102,17 +102,17 @@ def test_verdict_is_unchanged_when_people_do_not_object(review: AnswerReview) ->
     for evidence in (SHIPS, OPEN, WORSE):
         before, after = verdict(evidence), verdict(_with(evidence, human_eval=review))
         assert after.decision == before.decision
-        assert set(after.reasons) - set(before.reasons) == {people_line(review)}
+        assert set(after.reasons) - set(before.reasons) == {human_eval_line(review)}
 
 
-def test_a_review_of_other_arms_changes_nothing() -> None:
+def test_review_of_other_arms_changes_nothing() -> None:
     other = PEOPLE_AGAINST.model_copy(update={"control": "zero-shot"})
     result = verdict(_with(SHIPS, human_eval=other, judge=AGAINST))
     assert result.decision == "can't tell", "the judge counts: people reviewed other arms"
     assert any("not the deciding arms" in reason for reason in result.reasons)
 
 
-def test_an_unfinished_review_says_why_it_has_no_win_rate() -> None:
+def test_unfinished_review_states_why_it_has_no_win_rate() -> None:
     unfinished = REVIEW.model_copy(update={"win_rate": None, "powered": None, "lacking": "too few"})
     result = verdict(_with(SHIPS, human_eval=unfinished))
     assert result.decision == "ship"
@@ -124,8 +124,8 @@ def test_an_unfinished_review_says_why_it_has_no_win_rate() -> None:
     [AGAINST, _judge(correct=-0.2), _judge(rate=0.3, stripped=None, equal=None)],
     ids=["in preference", "in correctness", "in the one form measured"],
 )
-def test_a_judge_that_objects_leaves_it_open(judge: Judgement) -> None:
-    assert opinions(_with(SHIPS, judge=judge)).against == "judge"
+def test_objecting_judge_makes_the_verdict_undecided(judge: Judgement) -> None:
+    assert decisive_preferences(_with(SHIPS, judge=judge)).against == "judge"
     for evidence, decision in ((SHIPS, "can't tell"), (OPEN, "can't tell"), (WORSE, "don't ship")):
         result = verdict(_with(evidence, judge=judge))
         assert result.decision == decision
@@ -144,9 +144,9 @@ def test_a_judge_that_objects_leaves_it_open(judge: Judgement) -> None:
         _judge(correct=-0.2, correct_p=0.06),
         _judge(),
     ],
-    ids=["not at equal length", "not without markdown", "not as they are", "no preference", "wide", "luck", "for it"],
+    ids=["not at equal length", "not without markdown", "not unchanged", "no preference", "wide", "luck", "for it"],
 )
-def test_what_a_judge_finds_in_one_form_alone_or_not_for_sure_is_told_and_stops_nothing(judge: Judgement) -> None:
+def test_uncertain_judge_finding_is_reported_and_does_not_change_the_verdict(judge: Judgement) -> None:
     before, after = verdict(SHIPS), verdict(_with(SHIPS, judge=judge))
     assert after.decision == "ship"
     assert set(after.reasons) - set(before.reasons) == {judge_line(judge)}
@@ -154,13 +154,13 @@ def test_what_a_judge_finds_in_one_form_alone_or_not_for_sure_is_told_and_stops_
 
 def test_verdict_ignores_a_judge_of_the_bases_family_or_overruled_by_people() -> None:
     kin = AGAINST.model_copy(update={"same_family": "llama"})
-    for sections, told in (
+    for sections, message in (
         ({"judge": kin}, "it belongs to the base's family (llama)"),
         ({"judge": AGAINST, "human_eval": PEOPLE_FOR}, "but people prefer tuned"),
     ):
         result = verdict(_with(SHIPS, **sections))
         assert result.decision == "ship"
-        assert any(reason.startswith("Caution: the judge finds") and told in reason for reason in result.reasons)
+        assert any(reason.startswith("Caution: the judge finds") and message in reason for reason in result.reasons)
 
 
 def test_verdict_reports_a_vetoed_judge_and_ignores_it() -> None:
@@ -178,7 +178,7 @@ def test_judge_preference_between_other_arms_is_ignored() -> None:
     assert AGAINST.contrast is not None
     contrast = AGAINST.contrast.model_copy(update={"control": "zero-shot", "difference": -0.5})
     other = AGAINST.model_copy(update={"preferences": (preference,), "contrast": contrast})
-    assert opinions(_with(SHIPS, judge=other)).against is None
+    assert decisive_preferences(_with(SHIPS, judge=other)).against is None
 
 
 RATES = st.floats(0, 1)
@@ -201,7 +201,7 @@ P_VALUES = st.sampled_from([0.001, 0.049, 0.051, 0.9])
         P_VALUES,
     ),
 )
-def test_no_opinion_ever_makes_a_verdict_less_strict(
+def test_preferences_never_make_a_verdict_less_strict(
     evidence: Evidence, review: AnswerReview | None, judge: Judgement | None
 ) -> None:
     """So the rate at which chance alone ships stays below what it is without them."""

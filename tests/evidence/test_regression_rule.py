@@ -11,7 +11,7 @@ import pytest
 from scipy.stats import binomtest
 
 from factories import make_evidence, make_items, with_contrast
-from tunewright.evaluation.benchmarks.bench import above_chance, above_floor, dealt, lower_limit, suite_of
+from tunewright.evaluation.benchmarks.bench import above_chance, above_floor, derangement, lower_limit, suite_of
 from tunewright.evidence.benchmarks import Benchmarks, Control, Suite, standing
 from tunewright.evidence.common import Interval
 from tunewright.evidence.verdict import verdict
@@ -19,9 +19,9 @@ from tunewright.evidence.verdict import verdict
 # Controls
 
 
-def test_no_place_is_dealt_itself_and_each_is_dealt_once() -> None:
+def test_dealt_is_a_permutation_without_fixed_points() -> None:
     for count in (2, 3, 50):
-        given = dealt(count, seed=count)
+        given = derangement(count, seed=count)
         assert sorted(given) == list(range(count))
         assert all(place != other for place, other in enumerate(given))
 
@@ -34,7 +34,7 @@ def _fours(scores: Any) -> list[str]:
     return [f"{place // 4}" for place in range(len(scores))]
 
 
-def test_the_lower_limit_is_wilsons() -> None:
+def test_lower_limit_is_wilsons() -> None:
     scores = np.array([1.0] * 37 + [0.0] * 63)
     reference = binomtest(37, 100).proportion_ci(0.9, method="wilson")
     assert lower_limit(scores, _alone(scores)) == pytest.approx(reference.low)
@@ -42,7 +42,7 @@ def test_the_lower_limit_is_wilsons() -> None:
     assert lower_limit(fourfold, _fours(fourfold)) == pytest.approx(reference.low, abs=0.001), "copies prove nothing"
 
 
-def test_a_suite_without_room_to_fall_fails_its_controls() -> None:
+def test_suite_without_room_to_fall_fails_its_controls() -> None:
     high, low = np.array([1.0] * 60 + [0.0] * 40), np.array([1.0] * 27 + [0.0] * 73)
     own = _alone(high)
     assert above_chance(high, own, 0.25, 0.02).passed
@@ -108,7 +108,9 @@ NO = with_contrast(SHIP, low=-0.02, difference=0.0, high=0.02, p_value=1.0)
         ([_made("worse", margin=None)], "ship", "can't tell", "don't ship", 0),
     ],
 )
-def test_the_table(suites: list[Suite], ship: str, unknown: str, no: str, code: int) -> None:
+def test_regression_decision_follows_the_table(
+    suites: list[Suite], ship: str, unknown: str, no: str, code: int
+) -> None:
     general = _general(*suites)
     decisions = [verdict(e.model_copy(update={"general": general})).decision for e in (SHIP, OPEN, NO)]
     assert decisions == [ship, unknown, no]
@@ -116,21 +118,21 @@ def test_the_table(suites: list[Suite], ship: str, unknown: str, no: str, code: 
     assert (standing(general).result is None) == all(suite.margin is None for suite in suites)
 
 
-def test_the_reasons_are_plain_sentences() -> None:
+def test_regression_reasons_are_plain_sentences() -> None:
     evidence = SHIP.model_copy(update={"general": _general(_made("worse"), _made("not worse", name="b"))})
-    told = verdict(evidence).reasons
+    message = verdict(evidence).reasons
     assert (
         "arc, 500 items: 60.0% with the adapter off, 50.0% with it on; worse by 10 points, at most 15 points (95%). "
         "The whole interval lies above the margin of 2 points: the adapter is worse here than the base."
-    ) in told
-    assert any(reason.startswith("The adapter loses more than the margin in general ability") for reason in told)
+    ) in message
+    assert any(reason.startswith("The adapter loses more than the margin in general ability") for reason in message)
     failed = standing(_general(_made("worse", passed=False))).reasons
     assert failed[0].endswith("It decides nothing: guessing scored 60.0%, but must be more.")
     unsure = standing(_general(_made("can't tell"))).reasons
     assert unsure[0].endswith("of 2 points this many items can't tell. About 1,546 items would settle it.")
 
 
-def test_evidence_with_the_section_reads_back_as_it_was() -> None:
+def test_evidence_with_regressions_round_trips() -> None:
     evidence = SHIP.model_copy(update={"general": _general(_made("worse"))})
     text = json.dumps(evidence.model_dump(mode="json"))
     assert type(evidence).model_validate_json(text) == evidence
@@ -150,7 +152,7 @@ def _of(base: Any, tuned: Any, clusters: Sequence[str]) -> Suite:
     )
 
 
-def test_a_suite_is_told_with_the_items_that_it_would_take() -> None:
+def test_undecided_suite_names_the_items_needed() -> None:
     base, tuned = np.array([1.0] * 50 + [0.0] * 50), np.array([1.0] * 40 + [0.0] * 50 + [1.0] * 10)
     suite = _of(base, tuned, _alone(base))
     assert (suite.drop, suite.changed, suite.result) == (0.0, 0.2, "can't tell")
@@ -158,7 +160,7 @@ def test_a_suite_is_told_with_the_items_that_it_would_take() -> None:
     assert suite.expected_items == pytest.approx(6.18 * 0.1 / 0.05**2, rel=0.01)
 
 
-def test_a_suite_of_copies_needs_more_items_than_one_of_unlike_ones() -> None:
+def test_suite_of_copies_needs_more_items_than_one_of_distinct_items() -> None:
     base, tuned = np.array([1.0] * 50 + [0.0] * 50), np.array([1.0] * 40 + [0.0] * 50 + [1.0] * 10)
     once = _of(base, tuned, _alone(base))
     fourfold = _of(np.repeat(base, 4), np.repeat(tuned, 4), _fours(range(400)))

@@ -39,7 +39,7 @@ def _contrast(items: list[Item], metric: Metric, resamples: int = 300) -> Contra
 
 
 @pytest.mark.parametrize(("metric", "theirs"), [("bleu", BLEU), ("chrf", CHRF)])
-def test_the_corpus_interval_is_near_sacrebleus_bootstrap(metric: Metric, theirs: Any) -> None:
+def test_corpus_interval_is_near_sacrebleus_bootstrap(metric: Metric, theirs: Any) -> None:
     items = [i.model_copy(update={"cluster": i.key}) for i in make_items(120)]
     measured = score_of(scored_items(items, [metric]).of_arm("tuned")[0], [i.cluster for i in items], 0)
     expected = _sacrebleu(items, theirs, "bs", 2000)
@@ -49,7 +49,7 @@ def test_the_corpus_interval_is_near_sacrebleus_bootstrap(metric: Metric, theirs
 
 
 @pytest.mark.parametrize(("metric", "theirs"), [("bleu", BLEU), ("chrf", CHRF)])
-def test_the_corpus_test_is_near_sacrebleus(metric: Metric, theirs: Any) -> None:
+def test_corpus_test_is_near_sacrebleus(metric: Metric, theirs: Any) -> None:
     items = [i.model_copy(update={"cluster": i.key}) for i in make_items(60, tuned=0.6, retrieved=0.45)]
     expected = _sacrebleu(items, theirs, "ar", 4000).p_value
     assert 0.001 < expected < 0.9, "the comparison would say nothing"
@@ -67,7 +67,7 @@ def _sacrebleu(items: Sequence[Item], metric: Any, test: str, samples: int) -> A
 # A mean of graded scores
 
 
-def test_a_graded_contrast_is_the_mean_difference_with_a_bootstrap_and_a_swapping_test() -> None:
+def test_graded_contrast_uses_mean_difference_bootstrap_and_permutation_test() -> None:
     items = [i.model_copy(update={"cluster": i.key}) for i in make_items(150, tuned=0.6, retrieved=0.45)]
     scored = scored_items(items, ["token_f1"]).by_metric["token_f1"]
     changes = scored["tuned"].values - scored["retrieved-4"].values
@@ -90,7 +90,7 @@ def _sign_flips(changes: NDArray[np.float64], trials: int = 4000) -> float:
 
 
 @pytest.mark.parametrize("metric", KINDS)
-def test_a_contrast_is_the_same_for_the_same_seed_and_holds_its_own_difference(metric: Metric) -> None:
+def test_contrast_is_reproducible_and_its_interval_contains_the_difference(metric: Metric) -> None:
     items = make_items(50)
     measured = _contrast(items, metric)
     assert measured.interval.low <= measured.difference <= measured.interval.high
@@ -118,7 +118,7 @@ def test_degenerate_samples_give_numbers_and_no_false_confidence(
     assert measured.p_value >= 0.05 or count > 2
 
 
-def test_an_arm_of_like_items_gets_the_wider_interval() -> None:
+def test_arm_of_similar_items_gets_a_wider_interval() -> None:
     (exact,) = scorers(["exact_match"])
     scores = score_all(exact, ["x"] * 30 + ["y"] * 30, [pair("?", "x")] * 60)
     apart, alike = score_of(scores, _alone(60), 0), score_of(scores, [str(i // 6) for i in range(60)], 0)
@@ -130,7 +130,7 @@ def test_an_arm_of_like_items_gets_the_wider_interval() -> None:
 # Several contrasts and metrics
 
 
-def test_only_the_contrasts_by_the_deciding_metric_are_adjusted_and_they_come_first() -> None:
+def test_only_contrasts_by_the_deciding_metric_are_adjusted() -> None:
     scored = scored_items(make_items(40), ["token_f1", "bleu"])
     found = declared_contrasts(scored, [("tuned", "retrieved-4"), ("tuned", "zero-shot")], 0, 300)
     assert [(c.metric, c.control) for c in found] == [
@@ -180,7 +180,7 @@ def test_unscored_items_are_left_out_of_arm_and_contrast_and_counted_with_their_
     assert scored.why_not(0) is None
 
 
-def test_a_contrast_is_of_the_items_that_both_arms_have_scores_for() -> None:
+def test_contrast_covers_items_scored_in_both_arms() -> None:
     """An item is taken out of both arms, though only one of them cannot be scored on it."""
 
     def halves(answer: str) -> Any:
@@ -192,16 +192,16 @@ def test_a_contrast_is_of_the_items_that_both_arms_have_scores_for() -> None:
     assert sum(measured.left_out.values()) == 2
 
 
-def test_arms_that_share_no_scored_item_are_a_mistake_that_is_named() -> None:
+def test_contrast_refuses_arms_without_a_shared_scored_item() -> None:
     scored = _own(lambda answer: None if answer == "?" else 1.0, {"tuned": ["1", "?"], "zero-shot": ["?", "1"]})
-    with pytest.raises(UserError, match="no item is scored by python m:f in both tuned and zero-shot"):
+    with pytest.raises(UserError, match="No item is scored by python m:f in both tuned and zero-shot"):
         declared_contrasts(scored, [("tuned", "zero-shot")], 0, 50)
 
 
-def test_an_arm_of_which_nothing_can_be_scored_is_a_mistake_that_is_named() -> None:
+def test_score_arms_refuses_an_arm_without_scores() -> None:
     (fields,) = scorers([FIELDS])
     scores = score_all(fields, ["{}"] * 3, [pair("?", "no")] * 3)
-    with pytest.raises(UserError, match=r"not one item can be scored by json court: the reference is not JSON \(3\)"):
+    with pytest.raises(UserError, match=r"No item can be scored by json court: the reference is not JSON \(3\)"):
         score_of(scores, _alone(3), 0)
 
 

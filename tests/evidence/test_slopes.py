@@ -13,14 +13,14 @@ from tunewright.metrics import score_all
 ROWS = np.array([[100, 200, 400]] * 3)
 
 
-def test_weights_are_those_of_a_fitted_line() -> None:
+def test_slope_weights_equal_a_fitted_line() -> None:
     rng = np.random.default_rng(3)
     rows, scores = np.array([97.0, 205, 391, 800]), rng.random(4)
     expected, _ = np.polyfit(np.log2(rows), scores, 1)
     assert slope_weights(rows.tolist()) @ scores == pytest.approx(expected)
 
 
-def test_the_slope_of_exact_match_is_the_mean_of_the_seeds_fitted_lines() -> None:
+def test_slope_of_exact_match_is_the_mean_of_the_seeds_fitted_lines() -> None:
     rng = np.random.default_rng(5)
     right = (rng.random((3, 3, 50)) < 0.5).astype(np.float64)
     rows = np.array([[101, 198, 400], [97, 203, 400], [100, 200, 400]])
@@ -30,7 +30,7 @@ def test_the_slope_of_exact_match_is_the_mean_of_the_seeds_fitted_lines() -> Non
     assert slope.interval.low < slope.per_doubling < slope.interval.high
 
 
-def test_the_slope_of_bleu_is_the_mean_of_the_seeds_fitted_lines() -> None:
+def test_slope_of_bleu_is_the_mean_of_the_seeds_fitted_lines() -> None:
     words = ["the", "court", "of", "appeals", "for", "the", "county", "held", "that", "this", "was", "so"]
     rng = np.random.default_rng(7)
     references = [" ".join(rng.choice(words, size=8)) for _ in range(20)]
@@ -49,7 +49,7 @@ def test_the_slope_of_bleu_is_the_mean_of_the_seeds_fitted_lines() -> None:
     assert 0 < slope.interval.low < slope.per_doubling < slope.interval.high
 
 
-def test_items_that_nobody_gets_right_prove_no_flat_curve() -> None:
+def test_items_that_are_always_wrong_do_not_prove_a_flat_curve() -> None:
     clusters = [str(n) for n in range(10)]
     slope = share_slope(np.zeros((3, 3, 10), dtype=np.float64), ROWS, clusters, seed=0)
     assert slope.per_doubling == 0
@@ -72,7 +72,7 @@ def _draw(rng: np.random.Generator, truth: float, items: int, cluster: int, of_s
 
 
 @pytest.mark.parametrize(("cluster", "of_seed"), [(1, 0.0), (1, 0.05), (4, 0.03)])
-def test_the_interval_holds_the_truth_about_as_often_as_it_says(cluster: int, of_seed: float) -> None:
+def test_slope_interval_has_its_stated_coverage(cluster: int, of_seed: float) -> None:
     rng = np.random.default_rng(11)
     truth, items, runs = 0.05, 120, 300
     names = [str(n // cluster) for n in range(items)]

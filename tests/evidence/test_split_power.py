@@ -1,4 +1,4 @@
-"""What a test split can show: the fewest clusters against the exact test, needed rows against the split itself."""
+"""Power of a test split: fewest clusters against the exact test, needed rows against the split itself."""
 
 from __future__ import annotations
 
@@ -54,32 +54,32 @@ def _clusters_in_test(large: int, single: int) -> tuple[dict[Split, int], dict[S
 
 
 @pytest.mark.parametrize("large", [15, 30, 50])
-def test_the_rows_that_split_power_suggests_make_the_test_large_enough(large: int) -> None:
+def test_suggested_rows_make_the_test_split_large_enough(large: int) -> None:
     rows, clusters = _clusters_in_test(large, 0)
-    told = split_power(rows, clusters, DataConfig().test_size)
-    assert not told.significant
-    for needed, goal in ((told.rows_to_significant, 6), (told.rows_to_aim, 37)):
+    reported = split_power(rows, clusters, DataConfig().test_size)
+    assert not reported.significant
+    for needed, goal in ((reported.rows_to_significant, 6), (reported.rows_to_aim, 37)):
         assert _clusters_in_test(large, needed)[1]["test"] == pytest.approx(goal, abs=1)
         assert split_power(*_clusters_in_test(large, needed + 20), DataConfig().test_size).clusters["test"] >= goal
         assert _clusters_in_test(large, needed - 20)[1]["test"] < goal
 
 
-def test_the_aim_is_where_80_percent_power_begins() -> None:
+def test_split_power_aim_has_80_percent_power() -> None:
     rows = _foresee(6).rows_to_aim
     assert rows == 10 * 37 - 62
     assert power(36, USUAL, AIM) < 0.8 <= power(37, USUAL, AIM)
 
 
-def test_a_test_split_that_is_large_enough_needs_no_rows() -> None:
-    told = _foresee(100)
-    assert (told.rows_to_significant, told.rows_to_aim) == (0, 0)
-    assert split_power_text(told) == (
+def test_large_test_split_needs_no_rows() -> None:
+    reported = _foresee(100)
+    assert (reported.rows_to_significant, reported.rows_to_aim) == (0, 0)
+    assert split_power_text(reported) == (
         "100 test clusters: a comparison finds a true difference of 12 points or more (80% power, if 20% of the items "
         "change)."
     )
 
 
-def test_a_pipeline_without_a_possible_verdict_is_refused_unless_forced() -> None:
+def test_run_without_a_possible_verdict_is_refused_unless_forced() -> None:
     reporter = _Warned()
     with pytest.raises(UserError, match="5 test clusters: no difference can be significant") as refused:
         require_significance(_foresee(5), force=False, reporter=reporter)
@@ -92,18 +92,18 @@ def test_a_pipeline_without_a_possible_verdict_is_refused_unless_forced() -> Non
 
 
 @pytest.mark.parametrize(
-    ("sizes", "told"),
+    ("sizes", "reported"),
     [
         ([43, 30, 7, 2, 1, 1], "6 dev clusters of 43, 30, 7, 2, 1, … rows: dev is worth 2.5 clusters of equal"),
         ([5], "1 dev cluster of 5 rows: dev is worth 1 cluster of equal size"),
         ([4, 4, 4, 4, 4], "5 dev clusters of 4, 4, 4, 4, 4 rows: dev is worth 5 clusters of equal size"),
     ],
 )
-def test_few_or_dominating_dev_clusters_are_a_warning(sizes: list[int], told: str) -> None:
+def test_few_or_dominating_dev_clusters_are_a_warning(sizes: list[int], reported: str) -> None:
     reporter = _Warned()
     warn_of_few_dev_clusters(sizes, reporter)
     (warning,) = reporter.warned
-    assert told in warning
+    assert reported in warning
     assert "larger data.val_size or another seed" in warning
 
 

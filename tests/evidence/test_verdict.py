@@ -33,7 +33,7 @@ ORDER = ["don't ship", "can't tell", "ship"]
         (-0.1, -0.02, 0.03, 0.04, "don't ship", 3, "significantly worse"),
     ],
 )
-def test_the_table(
+def test_verdict_follows_the_table(
     low: float, difference: float, high: float, p_value: float, decision: str, exit_code: int, words: str
 ) -> None:
     result = verdict(with_contrast(EVIDENCE, low=low, difference=difference, high=high, p_value=p_value))
@@ -41,23 +41,23 @@ def test_the_table(
     assert words in " ".join(result.reasons)
 
 
-def test_the_first_reason_is_the_measurement_in_full() -> None:
+def test_first_reason_is_the_full_measurement() -> None:
     evidence = with_contrast(
         EVIDENCE, low=0.271, difference=0.35, high=0.426, p_value=1.2e-14, fixed=75, broken=4, test="exact McNemar"
     )
-    told = "on 60 test items (30 clusters): +35.0 points, 95% interval +27.1 to +42.6, p = 1e-14 (exact McNemar)"
-    assert verdict(evidence).reasons[0].endswith(f"{told}, p = 1e-14 adjusted for 2 contrasts; 75 fixed, 4 broken.")
+    message = "on 60 test items (30 clusters): +35.0 points, 95% interval +27.1 to +42.6, p = 1e-14 (exact McNemar)"
+    assert verdict(evidence).reasons[0].endswith(f"{message}, p = 1e-14 adjusted for 2 contrasts; 75 fixed, 4 broken.")
     alone = evidence.model_copy(update={"contrasts": evidence.contrasts[:1]})
-    assert verdict(alone).reasons[0].endswith(f"{told}; 75 fixed, 4 broken.")
+    assert verdict(alone).reasons[0].endswith(f"{message}; 75 fixed, 4 broken.")
     assert verdict(evidence).reasons[0].startswith("tuned 80.0% against retrieved-4 58.3%")
 
 
-def test_bleu_is_told_as_bleu() -> None:
+def test_bleu_is_reported_as_bleu() -> None:
     assert verdict(make_evidence(make_items(30), metric="bleu")).reasons[0].startswith("tuned BLEU ")
 
 
 @pytest.mark.parametrize("change", [0.9, 0.0, -0.9])
-def test_a_handful_of_clusters_decides_nothing(change: float) -> None:
+def test_verdict_is_undecided_with_few_clusters(change: float) -> None:
     evidence = with_contrast(EVIDENCE, low=change, difference=change, high=change, p_value=0.01, clusters=6)
     result = verdict(evidence)
     assert result.decision == "can't tell"
@@ -65,7 +65,7 @@ def test_a_handful_of_clusters_decides_nothing(change: float) -> None:
 
 
 @pytest.mark.parametrize("contrasts", [1, 2, 3, 4, 5, 8, 9])
-def test_with_the_fewest_clusters_a_unanimous_result_is_significant_and_with_one_less_it_is_not(contrasts: int) -> None:
+def test_unanimous_result_is_significant_only_from_six_clusters(contrasts: int) -> None:
     """All clusters change the same way, in every contrast: Holm multiplies the smallest p by their number."""
     fewest = fewest_clusters(contrasts)
     less, enough = (
@@ -74,13 +74,13 @@ def test_with_the_fewest_clusters_a_unanimous_result_is_significant_and_with_one
     assert less >= SIGNIFICANT > enough
 
 
-def test_the_adjusted_p_value_decides() -> None:
+def test_verdict_uses_the_adjusted_p_value() -> None:
     evidence = with_contrast(EVIDENCE, low=0.1, difference=0.2, high=0.3, p_value=0.03, p_adjusted=0.06)
     assert verdict(evidence).decision == "can't tell"
     assert verdict(with_contrast(evidence, p_value=0.03, p_adjusted=0.04)).decision == "ship"
 
 
-def test_items_left_out_and_answers_outside_the_choices_are_told() -> None:
+def test_verdict_reports_unscored_items_and_answers_outside_the_choices() -> None:
     evidence = with_contrast(EVIDENCE, left_out={"the reference is not JSON": 3, "f returned None": 1})
     reasons = verdict(evidence).reasons
     assert "Left out, not scored in both arms: 4 items: the reference is not JSON (3); f returned None (1)." in reasons
@@ -88,27 +88,27 @@ def test_items_left_out_and_answers_outside_the_choices_are_told() -> None:
     outside = tuned.model_copy(
         update={"scores": {"exact_match": tuned.score("exact_match").model_copy(update={"outside": 9})}}
     )
-    told = verdict(EVIDENCE.model_copy(update={"arms": [*EVIDENCE.arms[:2], outside]})).reasons
-    assert "Caution: 9 of 60 answers of tuned are not a declared choice and count as wrong." in told
+    message = verdict(EVIDENCE.model_copy(update={"arms": [*EVIDENCE.arms[:2], outside]})).reasons
+    assert "Caution: 9 of 60 answers of tuned are not a declared choice and count as wrong." in message
 
 
-def test_a_graded_metric_tells_of_better_and_worse_items() -> None:
+def test_graded_metric_reports_better_and_worse_items() -> None:
     reason = verdict(make_evidence(make_items(60), metric="token_f1")).reasons[0]
     assert re.search(r"^tuned token F1 \d+\.\d against .*; \d+ better, \d+ worse\.$", reason)
 
 
 @pytest.mark.parametrize("metric", ["exact_match", "token_f1", "bleu"])
-def test_a_single_item_decides_nothing(metric: Any) -> None:
+def test_verdict_is_undecided_with_a_single_item(metric: Any) -> None:
     for tuned in (0, 1):
         assert verdict(make_evidence(make_items(1, tuned=tuned), metric=metric)).decision == "can't tell"
 
 
-def test_ten_equal_answers_are_no_proof_of_no_gain() -> None:
+def test_ten_equal_answers_are_undecided() -> None:
     items = [i.model_copy(update={"cluster": i.key}) for i in make_items(10, tuned=1, retrieved=1)]
     assert verdict(make_evidence(items)).decision == "can't tell"
 
 
-def test_the_number_of_items_that_would_settle_it_does() -> None:
+def test_stated_number_of_items_settles_the_verdict() -> None:
     """With that many, an interval of the same spread clears the margin with room for bad luck."""
     evidence = with_contrast(EVIDENCE, low=-0.06, difference=0.06, high=0.18, p_value=0.3)
     assert "About 1,200 test items in all (1,140 more)" in " ".join(verdict(evidence).reasons)
@@ -116,7 +116,7 @@ def test_the_number_of_items_that_would_settle_it_does() -> None:
     assert 0.06 - half > evidence.margin
 
 
-def test_a_difference_on_the_margin_is_not_promised_to_be_settled() -> None:
+def test_difference_on_the_margin_promises_no_number_of_items() -> None:
     evidence = with_contrast(EVIDENCE, low=-0.08, difference=0.02, high=0.12, p_value=0.7)
     assert "even 20 times as many" in " ".join(verdict(evidence).reasons)
 
@@ -130,20 +130,20 @@ def test_answers_cut_by_the_token_limit_are_named() -> None:
     ]
 
 
-def test_a_cross_fitted_verdict_speaks_of_the_config_and_of_the_spent_test_split() -> None:
+def test_cross_fitted_verdict_names_the_config_and_the_used_test_split() -> None:
     held_out, result = verdict(EVIDENCE), verdict(cross_fitted(EVIDENCE))
     assert result.decision == held_out.decision
     assert "(30 clusters), cross-fitted in 5 folds: " in result.reasons[0]
-    told = " ".join(result.reasons[1:])
-    assert "the config on about 144 training pairs: the mean of 5 adapters" in told
-    assert "no longer untouched" in told
+    message = " ".join(result.reasons[1:])
+    assert "the config on about 144 training pairs: the mean of 5 adapters" in message
+    assert "no longer untouched" in message
     assert "no longer untouched" not in " ".join(held_out.reasons)
 
 
-def test_what_would_settle_cross_fitted_evidence_is_counted_in_pairs() -> None:
+def test_cross_fitted_verdict_counts_needed_pairs() -> None:
     evidence = cross_fitted(with_contrast(EVIDENCE, low=-0.06, difference=0.06, high=0.18, p_value=0.3))
-    told = " ".join(verdict(evidence).reasons)
-    assert "About 1,200 pairs in all (1,140 more)" in told
+    message = " ".join(verdict(evidence).reasons)
+    assert "About 1,200 pairs in all (1,140 more)" in message
     few = verdict(with_contrast(evidence, clusters=5))
     assert "Add more distinct pairs." in few.reasons[1]
 
@@ -157,7 +157,7 @@ SHARES = st.floats(-1, 1)
     st.floats(0, 1),
     st.floats(0, 0.5),
 )
-def test_a_better_interval_never_worsens_the_decision(
+def test_better_interval_never_worsens_the_decision(
     ends: list[float], gains: tuple[float, float, float], p_value: float, margin: float
 ) -> None:
     better = sorted(min(end + gain, 1.0) for end, gain in zip(ends, gains, strict=True))
@@ -183,14 +183,14 @@ def test_a_better_interval_never_worsens_the_decision(
         (40, 3, 0.05, 0.05),
     ],
 )
-def test_chance_alone_rarely_ships(clusters: int, size: int, margin: float, gain: float) -> None:
+def test_verdict_rarely_ships_by_chance(clusters: int, size: int, margin: float, gain: float) -> None:
     """Projects whose true gain is nil, or just the margin: nominal 2.5%, allowed 5%."""
     rng = np.random.default_rng(7)
     shipped = sum(verdict(_project(rng, clusters, size, margin, gain)).decision == "ship" for _ in range(300))
     assert shipped / 300 <= 0.05
 
 
-def test_a_large_gain_ships() -> None:
+def test_large_gain_ships() -> None:
     rng = np.random.default_rng(7)
     shipped = sum(verdict(_project(rng, 60, 2, 0.02, 0.3)).decision == "ship" for _ in range(60))
     assert shipped / 60 > 0.8
@@ -236,19 +236,19 @@ def test_known_output_templates_are_a_caution() -> None:
     assert evidence.output_templates is not None
     assert evidence.output_templates.new is not None
     scores = evidence.output_templates.new.scores
-    told = [r for r in verdict(evidence).reasons if "template" in r]
-    assert told == [
+    message = [r for r in verdict(evidence).reasons if "template" in r]
+    assert message == [
         "Caution: 90% of the test items have an output template seen in training; on the 6 items with a new template: "
         f"tuned {100 * scores['tuned'].value:.1f}% and retrieved-4 {100 * scores['retrieved-4'].value:.1f}%."
     ]
     assert verdict(evidence).decision == verdict(EVIDENCE).decision
 
 
-def test_a_test_of_known_output_templates_alone_is_a_caution() -> None:
-    told = [r for r in verdict(_with_templates([False] * 60)).reasons if "template" in r]
-    assert len(told) == 1
-    assert told[0].startswith("Caution: every test item has an output template seen in training")
+def test_verdict_warns_when_all_output_templates_were_trained() -> None:
+    message = [r for r in verdict(_with_templates([False] * 60)).reasons if "template" in r]
+    assert len(message) == 1
+    assert message[0].startswith("Caution: every test item has an output template seen in training")
 
 
-def test_new_output_templates_are_no_caution() -> None:
+def test_new_output_templates_are_not_a_caution() -> None:
     assert not any("template" in r for r in verdict(_with_templates([n % 5 > 0 for n in range(60)])).reasons)

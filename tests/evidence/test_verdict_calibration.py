@@ -37,16 +37,14 @@ CALIBRATION = _benchmark()
     ],
     ids=str,
 )
-def test_what_is_no_better_than_the_margin_is_shipped_in_at_most_5_percent(setting: Any) -> None:
+def test_verdict_ships_a_gain_of_the_margin_in_at_most_5_percent(setting: Any) -> None:
     """More than this would come of a true 5% once in a thousand times."""
     most = binom.ppf(0.999, PROJECTS, 0.05)
     assert CALIBRATION.shipped(setting, PROJECTS) <= most
 
 
 @pytest.mark.parametrize("kind", ["exact match", "graded"])
-def test_the_simulation_would_notice_a_verdict_that_ships_too_easily(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_simulation_detects_a_verdict_that_ships_too_easily(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the margin's interval and the test, every other project would ship."""
     setting = CALIBRATION.Setting(kind, 100, 1, 0.0)
     monkeypatch.setattr(CALIBRATION, "verdict", lambda evidence: _greedy(evidence))
@@ -60,9 +58,7 @@ def _greedy(evidence: Any) -> Any:
 
 
 @pytest.mark.parametrize(("items", "changed"), [(100, 0.3), (1000, 0.2)])
-def test_the_test_finds_the_detectable_difference_about_as_often_as_the_formula_says(
-    items: int, changed: float
-) -> None:
+def test_detectable_difference_is_found_as_often_as_the_formula_states(items: int, changed: float) -> None:
     """80% by the formula; the exact test is a little shy, and 500 runs scatter by 1.8 points."""
     gain = minimum_detectable_effect(items, changed)
     assert CALIBRATION.found(items, changed, gain, 500) / 500 == pytest.approx(0.78, abs=0.06)

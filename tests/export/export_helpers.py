@@ -79,7 +79,7 @@ def logits(model: Any, ids: Sequence[Sequence[int]]) -> list[Tensor]:
 
 
 def peft_logits(base: Path, adapter: Path, ids: Sequence[Sequence[int]]) -> list[Tensor]:
-    """What peft itself computes, in float32."""
+    """Return peft's own logits, in float32."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     return logits(PeftModel.from_pretrained(model, adapter).eval(), ids)
 

@@ -135,9 +135,9 @@ def test_gguf_and_ollama_exports_are_run_and_kept(project: Path) -> None:
 FAULTS: dict[str, tuple[list[str], Callable[[pytest.MonkeyPatch], None], str]] = {}
 
 
-def _fault(arguments: list[str], told: str) -> Callable[[Callable[[pytest.MonkeyPatch], None]], None]:
+def _fault(arguments: list[str], message: str) -> Callable[[Callable[[pytest.MonkeyPatch], None]], None]:
     def plant(fault: Callable[[pytest.MonkeyPatch], None]) -> None:
-        FAULTS[f"{fault.__name__}, {' '.join(arguments)}"] = arguments, fault, told
+        FAULTS[f"{fault.__name__}, {' '.join(arguments)}"] = arguments, fault, message
 
     return plant
 
@@ -179,11 +179,11 @@ def a_file_that_is_none(patch: pytest.MonkeyPatch) -> None:
 def test_export_detects_a_planted_fault_and_keeps_only_the_record(
     name: str, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments, plant, told = FAULTS[name]
+    arguments, plant, message = FAULTS[name]
     plant(monkeypatch)
     ran = tunewright("export", *arguments, "-p", project, "--json")
     assert ran.code == 3, ran.stderr
-    assert any(told in fault for fault in ran.document["shortcomings"]), ran.document["shortcomings"]
+    assert any(message in fault for fault in ran.document["shortcomings"]), ran.document["shortcomings"]
     assert ran.document["folder"] is None
     (left,) = (project / "exports").iterdir()
     assert left.name.endswith(".failed.json")

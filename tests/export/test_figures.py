@@ -83,7 +83,7 @@ GOOD: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({}, None),
         ({"kl": 0.5, "lost": 1.0, "from_base": 0.0}, "it is the base"),
@@ -97,13 +97,13 @@ GOOD: dict[str, Any] = {
         ({"rendered": 31}, "renders 1 of 32 prompts to other tokens"),
     ],
 )
-def test_shortcomings_reports_each_figure_alone(changes: dict[str, Any], told: str | None) -> None:
+def test_shortcomings_reports_each_figure_alone(changes: dict[str, Any], message: str | None) -> None:
     for limits in LIMITS.values():
         found = shortcomings(Figures(**(GOOD | changes)), limits)
-        if told is None:
+        if message is None:
             assert found == []
         else:
-            assert any(told in fault for fault in found), found
+            assert any(message in fault for fault in found), found
             assert len(found) == (2 if changes.get("kl", 0) > limits.kl and changes.get("lost", 0) > limits.lost else 1)
 
 

@@ -61,7 +61,7 @@ LARGE = ("llama 3.1", "tekken")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in LARGE else []) for n in BASES])
-def test_llama_cpp_renders_the_training_ids_and_predicts_alike(name: str, tmp_path: Path) -> None:
+def test_llama_cpp_renders_the_training_ids_and_predicts_equally(name: str, tmp_path: Path) -> None:
     base = open_base(BASES[name](tmp_path / "base"))
     chat = _written(base, tmp_path / "model.gguf")
     model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32)

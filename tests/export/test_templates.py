@@ -12,7 +12,7 @@ from makers import llama2_tokenizer, llama3_tokenizer, mistral_tokenizer
 from tiny import byte_tokenizer, chat_of
 from tunewright.chat import ChatFormat
 from tunewright.data.examples import Message
-from tunewright.export.templates import exported_template, rendered_alike
+from tunewright.export.templates import count_equal_renderings, exported_template
 
 SYSTEM = "Answer with the court's \"citation\".\n\n\tC:\\new — {{ d'été }} {% no %} 中文 #}"
 
@@ -45,7 +45,7 @@ def test_exported_template_renders_the_training_ids_on_any_day(name: str) -> Non
     own = tokenizer.chat_template
     try:
         tokenizer.chat_template = exported_template(chat)
-        assert rendered_alike(tokenizer, CHATS, ids) == len(CHATS)
+        assert count_equal_renderings(tokenizer, CHATS, ids) == len(CHATS)
         if "date" in name:
             assert "26 Jul 2024" in tokenizer.chat_template
     finally:
@@ -63,13 +63,13 @@ def test_exported_template_adds_the_system_prompt_where_it_is_missing(name: str)
     own = tokenizer.chat_template
     try:
         tokenizer.chat_template = exported_template(chat)
-        assert rendered_alike(tokenizer, CHATS, ids) == 0
+        assert count_equal_renderings(tokenizer, CHATS, ids) == 0
         tokenizer.chat_template = exported_template(chat, SYSTEM)
-        assert rendered_alike(tokenizer, CHATS, ids) == len(CHATS)
-        assert rendered_alike(tokenizer, with_system, ids, SYSTEM) == len(CHATS)
-        assert rendered_alike(tokenizer, others, other_ids, SYSTEM) == len(CHATS)
+        assert count_equal_renderings(tokenizer, CHATS, ids) == len(CHATS)
+        assert count_equal_renderings(tokenizer, with_system, ids, SYSTEM) == len(CHATS)
+        assert count_equal_renderings(tokenizer, others, other_ids, SYSTEM) == len(CHATS)
         # What only the one with the system message renders to does not count.
         tokenizer.chat_template = exported_template(chat)
-        assert rendered_alike(tokenizer, with_system, ids, SYSTEM) == 0
+        assert count_equal_renderings(tokenizer, with_system, ids, SYSTEM) == 0
     finally:
         tokenizer.chat_template = own  # the makers' tokenizers are shared

@@ -68,7 +68,7 @@ def test_dequantized_weights_equal_those_of_bitsandbytes(dtype: str, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"bias": "all"}, "trained biases"),
         ({"modules_to_save": ["lm_head"]}, "complete layers"),
@@ -76,10 +76,10 @@ def test_dequantized_weights_equal_those_of_bitsandbytes(dtype: str, tmp_path: P
         ({"target_modules": ["embed_tokens"]}, "is not a LoRA weight of a linear layer"),
     ],
 )
-def test_read_deltas_refuses_more_than_decoder_lora(settings: dict[str, Any], told: str, tmp_path: Path) -> None:
+def test_read_deltas_refuses_more_than_decoder_lora(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
     base = build_base(tmp_path / "base")
     adapter = adapted(base, tmp_path / "adapter", **settings)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         read_deltas(adapter.folder)
 
 

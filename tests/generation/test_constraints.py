@@ -97,7 +97,7 @@ def test_constrained_answers_match_unless_cut_at_the_limit(
         assert completion.finish == "length" or constraint.matches(text)
 
 
-def test_most_free_answers_of_this_model_do_not_match(model: Any) -> None:
+def test_unconstrained_answers_mostly_do_not_match(model: Any) -> None:
     free = _answers(model, _requests(["abc", "X", "0,{"], None))
     assert not any(right(_text(completion)) for completion in free for _, right in KINDS)
 
@@ -166,15 +166,15 @@ def test_constraint_allows_answers_in_the_chat_format(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "told"),
+    ("how", "message"),
     [
         ({"regex": "(?=a)b"}, "look-around"),
         ({"regex": r"(a)\1"}, "backreferences"),
         ({"json_schema": {"type": "object", "not": {}}}, "not"),
     ],
 )
-def test_constraint_refuses_grammars_that_the_engine_rejects(how: dict[str, Any], told: str) -> None:
-    with pytest.raises(UserError, match=rf"(?s)evaluate\.structured_outputs: .*{told}"):
+def test_constraint_refuses_grammars_that_the_engine_rejects(how: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=rf"(?s)evaluate\.structured_outputs: .*{message}"):
         _constraint(**how)
 
 

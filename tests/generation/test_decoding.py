@@ -92,7 +92,7 @@ def test_attention_implementation_is_restored_after_each_pass(plain: Any) -> Non
     assert plain.config._attn_implementation == before
 
 
-def test_the_sliding_window_matters_for_these_prompts() -> None:
+def test_sliding_window_changes_these_answers() -> None:
     narrow, wide = mistral(8), mistral(None)
     requests = _requests(14)
     assert _generate(narrow, requests, 8) != _generate(wide, requests, 8)
@@ -104,14 +104,14 @@ def test_rows_with_different_adapters_answer_as_each_adapter_alone(tenants: Any,
     assert _generate(tenants, requests, 8) == [reference(tenants, request) for request in requests]
 
 
-def test_a_row_of_the_base_is_the_model_without_adapters(tenants: Any) -> None:
+def test_base_row_equals_the_model_without_adapters(tenants: Any) -> None:
     requests = _requests(20, None, "one")
     answers = _generate(tenants, requests, 8)
     plain = _generate(llama(), [r for r in requests if r.adapter is None], 8)
     assert [a for a, r in zip(answers, requests, strict=True) if r.adapter is None] == plain
 
 
-def test_each_adapter_and_the_base_answer_differently(tenants: Any) -> None:
+def test_adapters_and_base_answer_differently(tenants: Any) -> None:
     (prompt,) = _requests(1)
     requests = [Request(prompt.prompt_ids, name, 20) for name in (None, *ADAPTERS)]
     assert len(set(_generate(tenants, requests, 4))) == 4
@@ -225,7 +225,7 @@ def test_seed_samples_the_same_answer_in_any_batch(tenants: Any) -> None:
     assert _generate(tenants, [other_seed], 1)[0] != alone[0]
 
 
-def test_without_a_seed_each_answer_is_drawn_afresh(tenants: Any) -> None:
+def test_sampling_without_a_seed_varies(tenants: Any) -> None:
     requests = [Request((8, 9, 10), None, 20, temperature=1.5)] * 4
     assert len(set(_generate(tenants, requests, 4))) > 1
 
@@ -240,14 +240,14 @@ def test_tiny_temperature_or_top_p_is_greedy(tenants: Any, how: dict[str, Any]) 
 
 def test_on_finished_is_called_once_for_each_request(tenants: Any) -> None:
     requests = _requests(9, None, "one")
-    told: dict[int, Completion] = {}
+    message: dict[int, Completion] = {}
 
     def on_finished(index: int, completion: Completion) -> None:
-        assert index not in told
-        told[index] = completion
+        assert index not in message
+        message[index] = completion
 
     answers = generate(tenants, requests, stop_ids=STOPS, pad_id=PAD, batch_size=4, on_finished=on_finished)
-    assert [told[index] for index in range(9)] == answers
+    assert [message[index] for index in range(9)] == answers
 
 
 def test_generate_returns_nothing_without_requests(tenants: Any) -> None:
@@ -277,7 +277,7 @@ def _with_dora() -> Any:
     return model.eval()
 
 
-def test_an_adapter_that_cannot_share_a_batch_is_refused_by_name() -> None:
+def test_generate_refuses_an_adapter_that_cannot_share_a_batch() -> None:
     model = _with_dora()
     with pytest.raises(UserError, match="adapter tuned is not plain LoRA"):
         Batch(model, stop_ids=STOPS, pad_id=PAD)

@@ -46,8 +46,8 @@ def _cut(text: str, stops: Sequence[str]) -> str | None:
 @examples(40)
 def test_answer_ends_before_its_first_stop_string(stops: list[str], batch: int) -> None:
     requests = [Request(prompt, None, 24, stop=tuple(stops)) for prompt in PROMPTS]
-    told = generate(MODEL, requests, stop_ids=STOPS, pad_id=PAD, batch_size=batch, decode=_decode)
-    for completion, whole in zip(told, ANSWERS, strict=True):
+    message = generate(MODEL, requests, stop_ids=STOPS, pad_id=PAD, batch_size=batch, decode=_decode)
+    for completion, whole in zip(message, ANSWERS, strict=True):
         cut = _cut(_decode(whole.ids), stops)
         if cut is None:
             assert completion == whole
@@ -75,7 +75,7 @@ def test_requests_with_and_without_stop_strings_share_a_batch() -> None:
     model: Any = MODEL
     stop = _decode(ANSWERS[1].ids)[2:4]
     requests = [Request(p, None, 24, stop=(stop,) if n == 1 else ()) for n, p in enumerate(PROMPTS)]
-    told = generate(model, requests, stop_ids=STOPS, pad_id=PAD, batch_size=4, decode=_decode)
-    assert [t for n, t in enumerate(told) if n != 1] == [a for n, a in enumerate(ANSWERS) if n != 1]
-    assert told[1].before_stop == _cut(_decode(ANSWERS[1].ids), (stop,))
+    message = generate(model, requests, stop_ids=STOPS, pad_id=PAD, batch_size=4, decode=_decode)
+    assert [t for n, t in enumerate(message) if n != 1] == [a for n, a in enumerate(ANSWERS) if n != 1]
+    assert message[1].before_stop == _cut(_decode(ANSWERS[1].ids), (stop,))
     assert max(max(a.ids) for a in ANSWERS) < VOCABULARY

@@ -43,8 +43,8 @@ def _counted(shape: Shape, setup: TrainingSetup, load: BatchShape) -> int:
 
 def _predicted(shape: Shape, setup: TrainingSetup, load: BatchShape) -> int:
     """Return the estimate without context and allocator reserve, which are not tensors."""
-    told = estimate(shape, setup, load)
-    return told.total - told.runtime - told.allocator
+    message = estimate(shape, setup, load)
+    return message.total - message.runtime - message.allocator
 
 
 def _largest(shape: Shape, setup: TrainingSetup, length: int) -> BatchShape:

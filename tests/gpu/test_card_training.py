@@ -23,7 +23,7 @@ LOAD = BatchShape(rows=BATCH, shared=24, own=12, trained=4)
 
 @dataclass(frozen=True)
 class Report:
-    """What was counted over a whole run: training, one evaluation, one checkpoint."""
+    """Counts over a whole run: training, one evaluation, one checkpoint."""
 
     history: list[dict[str, Any]]
     copies: list[Transfer]

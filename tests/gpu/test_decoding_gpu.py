@@ -20,7 +20,7 @@ AROUND = 40
 
 @dataclass
 class _Pass:
-    """What one pass did."""
+    """Counts of one pass."""
 
     launches: int
     copies: list[str]

@@ -62,7 +62,7 @@ def test_exact_match_forgives_outer_white_space_and_unicode_spelling_only(
         ("ignore_punctuation", "«Ala Ct»!", "Ala. Ct."),
     ],
 )
-def test_each_option_forgives_what_it_says_and_nothing_else(option: str, answer: str, reference: str) -> None:
+def test_exact_match_options_ignore_only_their_difference(option: str, answer: str, reference: str) -> None:
     for name in Normalisation.model_fields:
         metric = ExactMatch(exact_match=Normalisation(**{name: True}))
         assert _scores(metric, [answer], [reference]).total() == (name == option)
@@ -83,7 +83,7 @@ def test_normalising_twice_changes_nothing(text: str, settings: Normalisation) -
     assert normalised(normalised(text, settings), settings) == normalised(text, settings)
 
 
-def test_a_missing_answer_is_not_skipped() -> None:
+def test_missing_answer_counts_as_wrong() -> None:
     with pytest.raises(ValueError, match=r"shorter|longer"):
         _scores("exact_match", ["a"], ["a", "b"])
 
@@ -100,7 +100,7 @@ def test_bleu_and_chrf_are_sacrebleus_corpus_scores(pairs: list[tuple[str, str]]
 
 
 @given(PAIRS)
-def test_an_items_own_bleu_and_chrf_are_sacrebleus_sentence_scores(pairs: list[tuple[str, str]]) -> None:
+def test_item_bleu_and_chrf_equal_sacrebleus_sentence_scores(pairs: list[tuple[str, str]]) -> None:
     for answer, reference in pairs:
         bleu = BLEU(effective_order=True).sentence_score(answer, [reference]).score
         chrf = CHRF().sentence_score(answer, [reference]).score
@@ -109,14 +109,14 @@ def test_an_items_own_bleu_and_chrf_are_sacrebleus_sentence_scores(pairs: list[t
 
 
 @pytest.mark.parametrize("metric", ["bleu", "chrf"])
-def test_nothing_right_scores_zero_and_all_right_scores_one(metric: Metric) -> None:
+def test_score_is_zero_when_all_wrong_and_one_when_all_right(metric: Metric) -> None:
     reference = ["one two three four five"]
     assert _scores(metric, ["xyz"], reference).total() == 0
     assert _scores(metric, [""], reference).total() == 0
     assert _scores(metric, reference, reference).total() == 1
 
 
-def test_the_signatures_are_those_of_the_scores() -> None:
+def test_signatures_match_the_scores() -> None:
     for name, theirs in (("bleu", BLEU()), ("chrf", CHRF())):
         theirs.corpus_score(["a b"], [["a b"]])
         (scorer,) = scorers([name])  # type: ignore[list-item]
@@ -139,7 +139,7 @@ def test_the_signatures_are_those_of_the_scores() -> None:
         ("no-one", "noone", 1.0),
     ],
 )
-def test_token_f1_is_squads(answer: str, reference: str, f1: float) -> None:
+def test_token_f1_equals_squad(answer: str, reference: str, f1: float) -> None:
     assert _scores("token_f1", [answer], [reference]).total() == pytest.approx(f1)
 
 
@@ -167,13 +167,13 @@ def test_token_f1_is_precision_and_recall_over_a_plain_count(answer: str, refere
 # Choices
 
 
-def test_an_answer_outside_the_choices_is_wrong_and_counted() -> None:
+def test_answer_outside_the_choices_is_wrong_and_counted() -> None:
     scores = _scores(Choices(choices=("granted", "denied")), ["granted ", "denied", "maybe", "Denied"], ["granted"] * 4)
     assert scores.values.tolist() == [1, 0, 0, 0]
     assert scores.outside == 2
 
 
-def test_a_reference_outside_the_choices_leaves_its_item_unscored() -> None:
+def test_reference_outside_the_choices_is_unscored() -> None:
     scores = _scores(Choices(choices=("granted", "denied")), ["granted", "granted"], ["granted", "grnated"])
     assert (scores.total(), scores.reasons) == (1.0, {"the reference is none of the choices": 1})
 
@@ -214,12 +214,12 @@ def test_field_f1_is_scikit_learns_micro_f1_over_fields_with_their_values(pairs:
     assert ours.total() == pytest.approx(expected)
 
 
-def test_only_declared_fields_count() -> None:
+def test_json_metric_compares_only_declared_fields() -> None:
     metric = Json.model_validate({"json": {"fields": ["a"]}})
     assert _scores(metric, ['{"a": 1, "b": 9}'], ['{"a": 1, "b": 2}']).total() == 1
 
 
-def test_an_answer_that_is_no_object_misses_every_field() -> None:
+def test_json_metric_scores_zero_for_an_answer_without_object() -> None:
     scores = _scores("json", ["{'a': 1}", "[1]", '{"a": 1}'], ['{"a": 1}'] * 3)
     assert scores.values.tolist() == [0, 0, 1]
     assert scores.total() == pytest.approx(2 * 1 / (1 + 3))
@@ -234,7 +234,7 @@ def test_an_answer_that_is_no_object_misses_every_field() -> None:
         ("{}", "the reference has no field"),
     ],
 )
-def test_a_reference_without_fields_leaves_its_item_unscored(reference: str, reason: str) -> None:
+def test_reference_without_fields_is_unscored(reference: str, reason: str) -> None:
     assert _scores("json", ['{"a": 1}'], [reference]).reasons == {reason: 1}
 
 
@@ -255,7 +255,7 @@ def test_json_values_are_compared_as_json_has_them(one: Any, other: Any, equal: 
 # Pattern
 
 
-def test_a_pattern_has_to_match_the_whole_answer() -> None:
+def test_pattern_must_match_the_whole_answer() -> None:
     scores = _scores(Regex(regex="[A-Z]{2}-[0-9]+"), ["AB-12", " AB-1\n", "xAB-1", "AB-1x", "AB-"], ["AB-1"] * 5)
     assert scores.values.tolist() == [1, 1, 0, 0, 0]
 
@@ -263,7 +263,7 @@ def test_a_pattern_has_to_match_the_whole_answer() -> None:
 # In words
 
 
-def test_numbers_read_as_people_say_them() -> None:
+def test_metric_numbers_are_readable() -> None:
     assert (score_text("exact_match", 0.8604), score_text("bleu", 0.432)) == ("86.0%", "BLEU 43.2")
     assert score_text("json name,date", 0.5) == "field F1 50.0"
     assert score_text("python scoring:citation", 0.71) == "citation 71.0"

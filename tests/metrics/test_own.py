@@ -21,7 +21,7 @@ def _scores(root: Path, code: str, answers: list[str], name: str = "scoring:wort
     return score_all(scorer_of(Python(python=name), root), answers, examples)
 
 
-def test_it_is_given_answer_reference_and_the_whole_example(tmp_path: Path) -> None:
+def test_custom_metric_gets_answer_reference_and_example(tmp_path: Path) -> None:
     code = """
 def worth(answer, reference, example):
     assert reference == example.output == "ref"
@@ -33,13 +33,13 @@ def worth(answer, reference, example):
     assert scores.scorer.kind == "mean"
 
 
-def test_it_may_use_its_neighbours_and_the_number_types_of_numpy(tmp_path: Path) -> None:
+def test_custom_metric_may_import_neighbours_and_return_numpy_numbers(tmp_path: Path) -> None:
     (tmp_path / "its_neighbour.py").write_text("HALF = 0.5\n")
     code = "import numpy as np\nfrom its_neighbour import HALF\ndef worth(a, r, e): return np.float32(HALF)\n"
     assert _scores(tmp_path, code, ["x"]).total() == 0.5
 
 
-def test_a_module_in_a_folder_is_found_and_two_projects_modules_of_one_name_are_two(tmp_path: Path) -> None:
+def test_custom_metric_modules_of_two_projects_are_separate(tmp_path: Path) -> None:
     for name, value in (("one", 0.25), ("two", 0.75)):
         (tmp_path / name / "deep").mkdir(parents=True)
         (tmp_path / name / "deep" / "metrics.py").write_text(f"def f(a, r, e): return {value}\n")
@@ -47,7 +47,7 @@ def test_a_module_in_a_folder_is_found_and_two_projects_modules_of_one_name_are_
         assert score_all(scorer, ["x"], [pair("?", "y")]).total() == value
 
 
-def test_none_leaves_the_item_unscored(tmp_path: Path) -> None:
+def test_custom_metric_returning_none_is_unscored(tmp_path: Path) -> None:
     code = "def worth(a, r, e): return None if a == '?' else 1.0\n"
     scores = _scores(tmp_path, code, ["x", "?", "?"])
     assert (scores.total(), scores.reasons) == (1.0, {"scoring:worth returned None": 2})
@@ -66,7 +66,7 @@ def test_none_leaves_the_item_unscored(tmp_path: Path) -> None:
         ("return 'good'", "scoring:worth returned 'good' for example"),
     ],
 )
-def test_what_it_raises_or_wrongly_returns_names_the_item(tmp_path: Path, body: str, what: str) -> None:
+def test_custom_metric_error_names_the_item(tmp_path: Path, body: str, what: str) -> None:
     code = f"def worth(a, r, e):\n    if a == 'fine': return 0\n    {body}\n"
     with pytest.raises(UserError, match=what):
         _scores(tmp_path, code, ["fine", "x"])
@@ -75,18 +75,18 @@ def test_what_it_raises_or_wrongly_returns_names_the_item(tmp_path: Path, body: 
 @pytest.mark.parametrize(
     ("code", "name", "what"),
     [
-        ("def worth(a, r, e): return 1\n", "other:worth", "no module 'other' in the project's folder"),
-        ("def worth(a, r, e): return 1\n", "scoring:wrth", "there is no function 'wrth' in it"),
-        ("import no_such_thing\n", "scoring:worth", "importing it raised ModuleNotFoundError"),
-        ("def worth(:\n", "scoring:worth", "importing it raised SyntaxError"),
+        ("def worth(a, r, e): return 1\n", "other:worth", "No module 'other' in the project's folder"),
+        ("def worth(a, r, e): return 1\n", "scoring:wrth", "The module has no function 'wrth'"),
+        ("import no_such_thing\n", "scoring:worth", "Importing it raised ModuleNotFoundError"),
+        ("def worth(:\n", "scoring:worth", "Importing it raised SyntaxError"),
     ],
 )
-def test_what_cannot_be_found_or_imported_is_told(tmp_path: Path, code: str, name: str, what: str) -> None:
+def test_missing_or_broken_custom_metric_is_reported(tmp_path: Path, code: str, name: str, what: str) -> None:
     with pytest.raises(UserError, match=what):
         _scores(tmp_path, code, ["x"], name)
 
 
-def test_a_changed_module_is_another_measurement(tmp_path: Path) -> None:
+def test_changed_module_changes_the_digest(tmp_path: Path) -> None:
     metric = Python(python="scoring:worth")
     before = _scores(tmp_path, "def worth(a, r, e): return 1\n", ["x"]).scorer.definition
     inputs = metric_inputs(metric, tmp_path)
@@ -96,7 +96,7 @@ def test_a_changed_module_is_another_measurement(tmp_path: Path) -> None:
     assert after.total() == 0
 
 
-def test_a_metric_without_settings_is_in_digests_as_it_always_was() -> None:
+def test_metric_without_settings_keeps_its_digest() -> None:
     assert metric_inputs("exact_match", Path()) == "exact_match"
     assert metric_inputs(Choices(choices=("a", "b")), Path()) == {"choices": ["a", "b"]}
 
@@ -105,7 +105,7 @@ ALL: list[Metric] = ["exact_match", "bleu", "chrf", "token_f1", "json", "json_va
 
 
 @pytest.mark.parametrize("metric", ALL, ids=str)
-def test_the_kind_is_known_without_a_scorer(metric: Metric) -> None:
+def test_metric_kind_is_known_without_a_scorer(metric: Metric) -> None:
     (scorer,) = scorers([metric])
     assert metric_kind(metric) == scorer.kind
 
@@ -122,7 +122,7 @@ class _Heard(LogReporter):
         self.warned.append(message)
 
 
-def test_references_that_cannot_be_scored_or_won_are_told_before_anything_is_answered() -> None:
+def test_unscorable_references_are_reported_before_answering() -> None:
     heard = _Heard()
     fields: Any = Json.model_validate({"json": {"fields": ["a"]}})
     examples = [pair("one?", '{"a": 1}'), pair("two?", "abc")]
@@ -134,6 +134,6 @@ def test_references_that_cannot_be_scored_or_won_are_told_before_anything_is_ans
     ]
 
 
-def test_a_metric_that_suits_no_reference_is_refused() -> None:
-    with pytest.raises(UserError, match="not one item can be scored by json"):
+def test_metric_that_scores_no_reference_is_refused() -> None:
+    with pytest.raises(UserError, match="No item can be scored by json"):
         check_references(scorers(["json"]), [pair("?", "abc")], "test", _Heard())

@@ -114,7 +114,7 @@ def test_resolve_base_refuses_an_unknown_name(tmp_path: Path, spec: str) -> None
 
 
 @pytest.mark.usefixtures("base")
-def test_only_hub_ids_have_a_revision(tmp_path: Path) -> None:
+def test_revision_is_refused_for_bases_not_on_the_hub(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Only a hub id has a revision"):
         _resolve("base", tmp_path, revision="main")
 

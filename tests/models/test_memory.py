@@ -332,10 +332,10 @@ def test_estimate_equals_the_allocator_peak_of_a_step(
         now += event.nbytes()
         peak = max(peak, now)
     setup = TrainingSetup(targets, 5, dtype, checkpointing=checkpointing)
-    told = estimate(shape, setup, load)
-    assert told.activations + told.attention + told.head + told.working + adapter_copies(shape, setup) == pytest.approx(
-        peak, rel=0.15
-    )
+    message = estimate(shape, setup, load)
+    assert message.activations + message.attention + message.head + message.working + adapter_copies(
+        shape, setup
+    ) == pytest.approx(peak, rel=0.15)
 
 
 def test_nf4_weight_bytes_equal_those_of_bitsandbytes() -> None:
@@ -368,19 +368,19 @@ def _plan(shape: Shape, gpu: str, preset: Any = "all-linear", rows: int = 1, len
 
 def test_plan_fits_a_7b_with_lora_into_24_gb(tmp_path: Path) -> None:
     for config in (LLAMA_2_7B, MISTRAL_7B):
-        told = _plan(_shape(tmp_path, config), "24GB")
-        checkpointed = next(p for p in told.setups if p.setup.checkpointing and not p.setup.nf4)
+        message = _plan(_shape(tmp_path, config), "24GB")
+        checkpointed = next(p for p in message.setups if p.setup.checkpointing and not p.setup.nf4)
         assert checkpointed.asked.total <= 24e9
         assert checkpointed.largest[2048] >= 1
-        whole = next(p for p in told.setups if not p.setup.checkpointing and not p.setup.nf4)
+        whole = next(p for p in message.setups if not p.setup.checkpointing and not p.setup.nf4)
         assert whole.largest[4096] == 0
 
 
 def test_plan_fits_a_70b_into_80_gb_in_4_bits_but_not_in_16(tmp_path: Path) -> None:
-    told = _plan(_shape(tmp_path, LLAMA_31_70B), "80GB")
-    fits = {(p.setup.nf4, p.setup.checkpointing): p.asked.total <= 80e9 for p in told.setups}
+    message = _plan(_shape(tmp_path, LLAMA_31_70B), "80GB")
+    fits = {(p.setup.nf4, p.setup.checkpointing): p.asked.total <= 80e9 for p in message.setups}
     assert fits == {(False, False): False, (False, True): False, (True, False): False, (True, True): True}
-    assert all(p.longest == 0 for p in told.setups if not p.setup.nf4)
+    assert all(p.longest == 0 for p in message.setups if not p.setup.nf4)
 
 
 @examples(30)

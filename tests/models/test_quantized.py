@@ -223,12 +223,12 @@ def _installed(version: str | None) -> Any:
     return look
 
 
-@pytest.mark.parametrize(("version", "told"), [(None, "it is not installed"), ("0.45.5", "0.45.5 is installed")])
+@pytest.mark.parametrize(("version", "message"), [(None, "it is not installed"), ("0.45.5", "0.45.5 is installed")])
 def test_load_model_names_the_pip_command_without_bitsandbytes(
-    version: str | None, told: str, base: Base, monkeypatch: pytest.MonkeyPatch
+    version: str | None, message: str, base: Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tunewright.models.quantized.package_version", _installed(version))
     require_bitsandbytes("none")
-    with pytest.raises(UserError, match=told) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         load_model(base, "float32", "nf4")
     assert "pip install 'tunewright[4bit]'" in (caught.value.fix or "")

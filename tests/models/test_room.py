@@ -1,4 +1,4 @@
-"""Which bases the card at hand has room for: what fits is never refused, what may not fit is a warning."""
+"""Room for bases on the card: a fitting base is never refused, a doubtful one gives a warning."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def test_untrained_tokens_finds_empty_rows_of_either_table(tmp_path: Path, table
     assert untrained_tokens(base, {0, 65, 66}) == []
 
 
-def test_a_token_beyond_the_table_is_untrained(tmp_path: Path) -> None:
+def test_token_beyond_the_embedding_table_is_untrained(tmp_path: Path) -> None:
     assert untrained_tokens(_base(tmp_path, lambda _: None), {3, 259, 1000}) == [259, 1000]
 
 
@@ -52,6 +52,6 @@ def test_untrained_tokens_reads_one_table_when_embeddings_are_tied(tmp_path: Pat
 
 def test_template_with_an_untrained_token_is_refused_by_name(tmp_path: Path) -> None:
     base = _base(tmp_path, _empty("model.embed_tokens", END, 0.0))
-    with pytest.raises(UserError, match=r"untrained embedding of the token <\|im_end\|>,") as caught:
+    with pytest.raises(UserError, match=r"Untrained embedding of the token <\|im_end\|>,") as caught:
         open_chat(base)
     assert "chat.template to plain" in str(caught.value.fix)

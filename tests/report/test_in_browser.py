@@ -55,7 +55,7 @@ def page() -> Iterator[Page]:
 
 
 @pytest.mark.parametrize("width", [390, 1100])
-def test_nothing_runs_over_the_side_and_the_console_is_silent(page: Page, file: Path, width: int) -> None:
+def test_page_does_not_overflow_and_logs_nothing(page: Page, file: Path, width: int) -> None:
     page.open(file, width=width)
     assert page.value("document.documentElement.scrollWidth") == width
     over = "[...document.querySelectorAll('main > *')].filter(e => e.getBoundingClientRect().right > innerWidth).length"
@@ -79,7 +79,7 @@ def test_tab_reaches_every_section_link_in_the_pages_order(page: Page, file: Pat
     assert page.value("document.activeElement.getAttribute('aria-label')") == "Table of contrasts"
 
 
-def test_day_and_night_differ_and_both_can_be_read(page: Page, file: Path) -> None:
+def test_light_and_dark_themes_differ_and_are_readable(page: Page, file: Path) -> None:
     papers = []
     for dark in (False, True):
         page.open(file, width=1100, dark=dark)

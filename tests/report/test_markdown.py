@@ -62,7 +62,7 @@ def _kinds(text: str) -> list[str]:
     return [t.type for t in GITHUB.parse(text)] + [t.type for t in _inline(text) if not t.type.startswith("text")]
 
 
-def test_the_comment_says_the_verdict_and_every_reason() -> None:
+def test_comment_has_the_verdict_and_every_reason() -> None:
     text = verdict_markdown(EVIDENCE)
     shown = _lines(text)
     assert text.startswith("## Ship: court-citations\n")
@@ -70,7 +70,7 @@ def test_the_comment_says_the_verdict_and_every_reason() -> None:
         assert reason in shown
 
 
-def test_suites_are_told_once_and_why_one_does_not_decide() -> None:
+def test_comment_lists_suites_once_and_why_one_does_not_decide() -> None:
     shown = _lines(verdict_markdown(FULL))
     assert "adapter off" not in shown
     assert "Not measured: gsm8k: needs the extra lm-eval" in shown
@@ -79,7 +79,7 @@ def test_suites_are_told_once_and_why_one_does_not_decide() -> None:
     ]  # fmt: skip
 
 
-def test_every_number_of_arms_and_contrasts_is_in_its_tables() -> None:
+def test_comment_tables_have_all_figures_of_arms_and_contrasts() -> None:
     arms, contrasts = _tables(verdict_markdown(EVIDENCE))[:2]
     assert arms[0] == ["Arm", "exact match", "95% interval", "BLEU", "95% interval", "Prompt tokens"]
     for arm, row in zip(EVIDENCE.arms, arms[1:], strict=True):
@@ -101,11 +101,11 @@ def test_every_number_of_arms_and_contrasts_is_in_its_tables() -> None:
         assert row[6:] == [str(contrast.fixed), str(contrast.broken)]
 
 
-def test_suites_judge_and_people_are_there_when_they_were_measured_and_absent_else() -> None:
+def test_comment_has_suites_judge_and_people_only_when_measured() -> None:
     bare, full = verdict_markdown(EVIDENCE), verdict_markdown(FULL)
-    for told in ("What the base could do before", "Judge fair-judge-70b", "People, blind: 38 of 40"):
-        assert told not in _lines(bare)
-        assert told in _lines(full)
+    for message in ("General ability", "Judge fair-judge-70b", "People, blind: 38 of 40"):
+        assert message not in _lines(bare)
+        assert message in _lines(full)
     suite = GENERAL.suites[0]
     row = _tables(full)[2][1]
     assert row[0] == suite.name
@@ -116,7 +116,7 @@ def test_suites_judge_and_people_are_there_when_they_were_measured_and_absent_el
     ]
 
 
-def test_a_vetoed_judge_says_only_that_and_why() -> None:
+def test_comment_shows_only_the_veto_of_a_vetoed_judge() -> None:
     shown = _lines(verdict_markdown(EVIDENCE.model_copy(update={"judge": vetoed(JUDGE)})))
     assert "vetoed, so its judgements do not count." in shown
     assert "wins" not in shown
@@ -149,19 +149,19 @@ KINDS = _kinds(verdict_markdown(_with_text("x")))
 @example("---")
 @example("12) b")
 @example("www.example.org https://example.org a@b.org")
-def test_no_text_makes_markup_or_calls_anyone(text: str) -> None:
+def test_comment_escapes_markup_and_mentions(text: str) -> None:
     markdown = verdict_markdown(_with_text(text))
     assert _kinds(markdown) == KINDS
     assert not re.search(r"[@#]\w|\bGH-\d|://|\bwww\.\w", _lines(markdown), re.IGNORECASE)
 
 
-def test_text_is_shown_as_it_is() -> None:
+def test_comment_shows_text_unchanged() -> None:
     shown = _shown(GITHUB.parseInline(plain(NASTY))[0].children or [])
     expected = " ".join(NASTY.replace("\u202e", "\ufffd").split())
     assert shown.replace("\u200b", "") == expected
 
 
-def test_the_comment_goes_to_stdout_and_the_exit_code_stays(tmp_path: Path) -> None:
+def test_verdict_comment_goes_to_stdout_and_keeps_the_exit_code(tmp_path: Path) -> None:
     write_json(tmp_path / "evidence.json", EVIDENCE.model_dump(mode="json"))
     ran = tunewright("verdict", tmp_path / "evidence.json", "--markdown", "-p", tmp_path)
     assert (ran.code, ran.stdout) == (0, verdict_markdown(EVIDENCE))
@@ -170,7 +170,7 @@ def test_the_comment_goes_to_stdout_and_the_exit_code_stays(tmp_path: Path) -> N
     assert "markdown" not in tunewright("verdict", tmp_path / "evidence.json", "--json", "-p", tmp_path).document
 
 
-def test_the_comment_needs_no_torch(tmp_path: Path) -> None:
+def test_comment_imports_no_torch(tmp_path: Path) -> None:
     write_json(tmp_path / "evidence.json", EVIDENCE.model_dump(mode="json"))
     program = (
         "import sys; from tunewright.cli import main\n"

@@ -26,7 +26,7 @@ def test_intervals_are_drawn_to_scale() -> None:
     assert (part[1] - whole[0]) / width == pytest.approx(0.5, abs=1e-4)
 
 
-def test_labels_are_real_text_whatever_they_hold() -> None:
+def test_plot_labels_are_text_elements() -> None:
     svg = forest_plot("f", "a <title> & more", [Bar("$x^2$ <b>", 1, 0, 2, "1.0", TUNED)], axis="points", margin=2.5)
     texts = [
         "".join(e.itertext()).strip() for e in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")
@@ -46,13 +46,13 @@ RUN = [
 
 
 def _lines(svg: str, colour: str, points: int = 3) -> list[list[tuple[float, float]]]:
-    """The corners of every line of so many that is drawn in ``colour``, in order; those of a legend are level."""
+    """Return the corners of every line of this many corners in ``colour``, in order; a legend's are level."""
     paths = re.findall(rf'd="(M [^"z]*)" [^>]*stroke: {re.escape(colour)}', svg)
     lines = [[(float(x), float(y)) for x, y in re.findall(r"[ML] ([\d.]+) ([\d.]+)", path)] for path in paths]
     return [line for line in lines if len(line) == points and len({y for _, y in line}) > 1]
 
 
-def test_a_run_shows_the_pairs_loss_the_score_on_dev_and_the_kept_step() -> None:
+def test_training_plot_shows_losses_dev_score_and_kept_step() -> None:
     svg = training_plot("l", "t", RUN, "exact_match")
     (train,) = _lines(svg, "var(--plain)")
     losses, scores = _lines(svg, "var(--tuned)")
@@ -71,7 +71,7 @@ def test_a_run_shows_the_pairs_loss_the_score_on_dev_and_the_kept_step() -> None
     assert ">kept<" in svg
 
 
-def test_a_run_without_answered_dev_rows_has_the_losses_alone_and_keeps_by_them() -> None:
+def test_training_plot_without_dev_scores_shows_only_losses() -> None:
     run = [{key: value for key, value in row.items() if key != "eval_metric"} for row in RUN]
     svg = training_plot("l", "t", run, "exact_match")
     (losses,) = _lines(svg, "var(--tuned)")
@@ -80,13 +80,13 @@ def test_a_run_without_answered_dev_rows_has_the_losses_alone_and_keeps_by_them(
     assert "dev score" not in svg
 
 
-def test_drawing_leaves_the_callers_style_alone() -> None:
+def test_plot_does_not_change_the_global_style() -> None:
     before = dict(mpl.rcParams)
     training_plot("l", "loss", RUN, "bleu")
     assert dict(mpl.rcParams) == before
 
 
-def test_what_calls_cost_crosses_where_training_pays() -> None:
+def test_break_even_lines_cross_at_the_break_even() -> None:
     even = break_even((45_000, 50_000, 56_000))
     svg = break_even_figure("b", even)
     (prompting,) = _lines(svg, "var(--prompting)", points=2)
@@ -106,6 +106,6 @@ def test_what_calls_cost_crosses_where_training_pays() -> None:
 
 
 def _upright(svg: str) -> list[float]:
-    """Where dashed upright lines stand."""
+    """Return the positions of dashed vertical lines."""
     dashed = re.findall(r'd="M ([\d.]+) [\d.]+ ?\s*L ([\d.]+) [\d.]+ ?\s*" [^>]*stroke-dasharray', svg)
     return [float(a) for a, b in dashed if a == b]

@@ -1,4 +1,4 @@
-"""What the page says where an input has several references, and where there are few clusters."""
+"""Report texts for inputs with several references, and for few clusters."""
 
 from __future__ import annotations
 

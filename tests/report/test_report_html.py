@@ -64,7 +64,7 @@ class _Reader(HTMLParser):
 READ = _Reader(PAGE)
 
 
-def test_the_verdict_stands_first_with_all_its_reasons() -> None:
+def test_report_begins_with_the_verdict_and_its_reasons() -> None:
     result = verdict(EVIDENCE)
     places = [READ.text.index(text) for text in ("Ship tuned", *result.reasons, "Arms on the test split", "Lineage")]
     assert places == sorted(places)
@@ -73,12 +73,12 @@ def test_the_verdict_stands_first_with_all_its_reasons() -> None:
 @pytest.mark.parametrize(
     ("low", "high", "headline"), [(0.1, 0.3, "Ship"), (-0.3, -0.1, "Don’t ship"), (-0.1, 0.3, "Can’t tell")]
 )
-def test_every_decision_has_its_headline(low: float, high: float, headline: str) -> None:
+def test_report_has_a_headline_for_every_decision(low: float, high: float, headline: str) -> None:
     changed = with_contrast(EVIDENCE, low=low, high=high, difference=(low + high) / 2, p_value=0.01)
     assert f"<h2>{headline}</h2>" in render_report(changed, ITEMS, [])
 
 
-def test_the_numbers_of_the_evidence_are_on_the_page() -> None:
+def test_report_shows_the_figures_of_the_evidence() -> None:
     for arm in EVIDENCE.arms:
         exact, bleu = arm.score("exact_match"), arm.score("bleu")
         assert f"{round(exact.value * 60)} of 60" in READ.text
@@ -92,7 +92,7 @@ def test_the_numbers_of_the_evidence_are_on_the_page() -> None:
         assert value in READ.text
 
 
-def test_nothing_is_fetched_and_nothing_runs() -> None:
+def test_report_fetches_nothing_and_runs_no_script() -> None:
     assert not {"script", "link", "img", "iframe", "object", "image"} & set(READ.tags)
     for name, value in READ.attributes:
         assert not name.startswith("on")
@@ -110,7 +110,7 @@ def test_ids_are_unique_and_references_point_somewhere() -> None:
     assert used <= set(ids)
 
 
-def test_figures_speak_and_take_the_pages_colours() -> None:
+def test_figures_have_labels_and_the_pages_colours() -> None:
     assert READ.tags["svg"] == 5
     assert READ.attributes.count(("role", "img")) == 5
     assert PAGE.count("<title") == 6
@@ -120,7 +120,7 @@ def test_figures_speak_and_take_the_pages_colours() -> None:
 
 
 @pytest.mark.parametrize("field", ["input", "reference", "treatment", "control", "name", "lineage"])
-def test_text_of_users_stays_text(field: str) -> None:
+def test_report_escapes_users_text(field: str) -> None:
     attack = '<script>alert(1)</script><img src=x onerror=alert(1)> & {{ 7*7 }} "quoted" </title></style>'
     (item,) = with_scores([ITEMS[0].model_copy(update={"answers": dict.fromkeys(ITEMS[0].answers, "wrong")})])
     evidence = EVIDENCE
@@ -140,7 +140,7 @@ def test_text_of_users_stays_text(field: str) -> None:
 
 @examples(25)
 @given(st.lists(st.text(st.characters(codec="utf-8"), max_size=40), min_size=4, max_size=4))
-def test_any_text_makes_a_page_whose_elements_close(texts: list[str]) -> None:
+def test_report_is_well_formed_for_any_text(texts: list[str]) -> None:
     answers = {"zero-shot": texts[0], "retrieved-4": texts[1], "tuned": texts[2]}
     item = Item(key="k", cluster="c", input=texts[3], reference=texts[0], answers=answers, scores={})
     _Reader(render_report(EVIDENCE, with_scores([item]), []))
@@ -153,7 +153,7 @@ def _section(page: str, heading: str) -> str:
     return page[start.start() :].split("</section>")[0]
 
 
-def test_every_broken_item_is_shown_and_fixed_ones_are_counted() -> None:
+def test_report_shows_every_broken_item_and_counts_fixed_ones() -> None:
     items = make_items(200)
     evidence = make_evidence(items)
     page = render_report(evidence, items, [])
@@ -169,14 +169,14 @@ def test_every_broken_item_is_shown_and_fixed_ones_are_counted() -> None:
     assert wrong.count("<li>") == 200 - right - first.fixed - first.broken
 
 
-def test_a_list_that_is_cut_says_so() -> None:
+def test_report_states_when_a_list_is_cut() -> None:
     items = make_items(130, tuned=0, retrieved=0)
     page = render_report(make_evidence(items), items, [])
     assert _section(page, "Still wrong").count("<li>") == SHOWN_STILL_WRONG
     assert f"The first {SHOWN_STILL_WRONG} of 130 (all are in items.jsonl)" in page
 
 
-def test_what_differs_is_marked() -> None:
+def test_report_marks_differences() -> None:
     answers = {"zero-shot": "", "retrieved-4": "Ala. Civ. App. Ct.", "tuned": "Ala Civ. App."}
     item = Item(key="k", cluster="c", input="x", reference="Ala. Civ. App.", answers=answers, scores={})
     page = render_report(EVIDENCE, with_scores([item]), [])
@@ -184,19 +184,19 @@ def test_what_differs_is_marked() -> None:
     assert 'Ala<mark class="missing" title="missing: ."></mark> Civ. App.' in page
 
 
-def test_an_empty_answer_is_visible() -> None:
+def test_report_shows_an_empty_answer() -> None:
     item = ITEMS[0].model_copy(update={"answers": ITEMS[0].answers | {"tuned": ""}})
     assert "<em>(empty)</em>" in render_report(EVIDENCE, with_scores([item]), [])
 
 
-def test_a_run_without_history_says_so() -> None:
+def test_report_states_when_there_is_no_loss_history() -> None:
     page = render_report(EVIDENCE, ITEMS, [])
-    assert "No loss history came with this adapter." in page
+    assert "This adapter has no loss history." in page
     assert _Reader(page).tags["svg"] == 4
 
 
 @pytest.mark.parametrize("metric", ["exact_match", "bleu"])
-def test_a_cross_fitted_report_shows_the_folds_and_no_test_split(metric: Metric) -> None:
+def test_cross_fitted_report_shows_folds_and_no_test_split(metric: Metric) -> None:
     page = render_report(cross_fitted(make_evidence(ITEMS, metric=metric)), ITEMS, [])
     text = _Reader(page).text
     assert "each answered once: by the one of 5 adapters that saw no row of its cluster" in text
@@ -207,13 +207,13 @@ def test_a_cross_fitted_report_shows_the_folds_and_no_test_split(metric: Metric)
         assert absent not in text
 
 
-def test_the_loss_caption_names_the_lowest_dev_loss() -> None:
+def test_loss_caption_names_the_lowest_dev_loss() -> None:
     history = [{"step": s, "epoch": 1, "eval_loss": loss} for s, loss in ((10, 0.9), (20, 0.412), (30, 0.5))]
     page = render_report(EVIDENCE, ITEMS, history)
-    told = (
+    message = (
         "Dev loss was lowest at step 20 (0.412) and 0.500 at the end. The adapter of step 20 was kept, by the dev loss."
     )
-    assert told in page
+    assert message in page
     for row, score in zip(history, (0.25, 0.5, 0.75), strict=True):
         row["eval_metric"] = score
     page = render_report(EVIDENCE, ITEMS, history)
@@ -225,11 +225,11 @@ def test_the_loss_caption_names_the_lowest_dev_loss() -> None:
 def test_bleu_projects_and_tiny_ones_have_a_report(count: int) -> None:
     items = make_items(count)
     text = _Reader(render_report(make_evidence(items, metric="bleu"), items, make_history())).text
-    assert "What decides: BLEU, corpus BLEU, sacrebleu's (nrefs:1" in text
+    assert "Deciding metric: BLEU, corpus BLEU, sacrebleu's (nrefs:1" in text
     assert "Scored higher with tuned than with retrieved-4." in text
 
 
-def test_the_same_evidence_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_report_is_reproducible(tmp_path: Path) -> None:
     """In another process too, where Python's hashes of strings are others."""
     program = (
         "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"

@@ -14,7 +14,7 @@ from factories import make_evidence, make_history
 from report_evidence import CURVE, GENERAL, ITEMS, JUDGE, REVIEW, full_evidence, vetoed
 from signals_factory import break_even, make_signals
 from tunewright.advisor.explanations import break_even_text
-from tunewright.advisor.signals import Speed, fitting_advice
+from tunewright.advisor.signals import Speed, find_matching_advice
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, write_json, write_text
 from tunewright.evidence.common import Interval
@@ -91,7 +91,7 @@ def test_contrasts_have_raw_and_adjusted_p_values() -> None:
         assert row[7].startswith(f"{100 * contrast.minimum_detectable_effect:.1f}")
 
 
-def test_arms_are_shown_by_every_metric_the_deciding_one_first_whatever_the_files_order() -> None:
+def test_arms_section_shows_the_deciding_metric_first() -> None:
     turned = FULL.model_copy(update={"metrics": dict(sorted(FULL.metrics.items()))})
     assert next(iter(turned.metrics)) == "bleu"
     head, *rows = _read(turned).tables["Table of arms"]
@@ -105,7 +105,7 @@ def test_arms_are_shown_by_every_metric_the_deciding_one_first_whatever_the_file
         assert row[5:] == [str(arm.truncated), f"{arm.prompt_tokens:.0f}"]
 
 
-def test_scores_by_distance_are_those_of_the_evidence() -> None:
+def test_scores_by_distance_match_the_evidence() -> None:
     assert FULL.nearness is not None
     for band, row in zip(FULL.nearness.bands, READ.tables["Table of scores by distance"][1:], strict=True):
         assert row[0] == f"{band.low:.1f} to {band.high:.1f}"
@@ -117,7 +117,7 @@ def test_scores_by_distance_are_those_of_the_evidence() -> None:
         assert row[-1].startswith(points_text(band.difference))
 
 
-def test_scores_by_output_template_are_those_of_the_evidence() -> None:
+def test_scores_by_output_template_match_the_evidence() -> None:
     found = FULL.output_templates
     assert found is not None
     rows = READ.tables["Table of scores by output template"][1:]
@@ -138,11 +138,11 @@ def test_scores_by_output_template_are_those_of_the_evidence() -> None:
     ("low", "high", "answer"),
     [
         (0.03, 0.2, "No: on the farther half"),
-        (-0.2, 0.01, "It may well: "),
+        (-0.2, 0.01, "Possibly: "),
         (-0.1, 0.1, "this is unknown"),
     ],
 )
-def test_the_farther_half_answers_whether_it_only_works_on_near_copies(low: float, high: float, answer: str) -> None:
+def test_similarity_section_answers_by_the_farther_half(low: float, high: float, answer: str) -> None:
     found = FULL.nearness
     assert found is not None
     far = found.farther.model_copy(update={"interval": Interval(low=low, high=high)})
@@ -159,11 +159,11 @@ def test_suites_are_shown_with_margin_limit_and_controls() -> None:
         assert row[4].split()[0] == f"{scale * suite.drop:+.{digits}f}"
         assert row[5].split()[0] == f"{scale * suite.limit:+.{digits}f}"
         assert row[6] == ("none" if suite.margin is None else f"{scale * suite.margin:.{digits}f}")
-    assert "Controls of trivia: guessing 0.61, has to be above 25% (FAILED)." in READ.sections["general"]
+    assert "Controls of trivia: guessing 0.61, must be above 25% (FAILED)." in READ.sections["general"]
     assert "Not measured: gsm8k: needs the extra lm-eval" in READ.sections["general"]
 
 
-def test_tokens_of_a_call_are_told_apart_by_what_a_cache_holds() -> None:
+def test_cost_section_separates_cached_tokens() -> None:
     for arm, row in zip(FULL.arms, READ.tables["Table of tokens"][1:], strict=True):
         assert row[1] == f"{arm.prompt_tokens:.0f}"
         assert row[2].startswith("41 ")
@@ -172,10 +172,10 @@ def test_tokens_of_a_call_are_told_apart_by_what_a_cache_holds() -> None:
     assert [row[4] for row in _read(BARE).tables["Table of tokens"][1:]] == ["not counted"] * 3
 
 
-def test_the_break_even_is_shown_with_what_it_is_made_of() -> None:
-    told = READ.sections["cost"]
-    assert break_even_text(ADVICE) in told
-    assert "from 50,000 calls on (45,000 to 56,000)" in told
+def test_cost_section_shows_the_break_even_and_its_inputs() -> None:
+    message = READ.sections["cost"]
+    assert break_even_text(ADVICE) in message
+    assert "from 50,000 calls on (45,000 to 56,000)" in message
     assert READ.tables["Table of calls"] == [
         ["A call of", "Input tokens", "Of them in a prefix cache", "Output tokens", "Costs"],
         ["retrieved-4", "160", "20", "12.0", "0.002"],
@@ -188,12 +188,12 @@ def test_the_break_even_is_shown_with_what_it_is_made_of() -> None:
         "0",
         "50.00",
     ]
-    assert "Advice 0123456789ab" in told
-    assert "Costs of retrieved-4 and of training by the number of calls" in told
-    assert "This machine" not in told
+    assert "Advice 0123456789ab" in message
+    assert "Costs of retrieved-4 and of training by the number of calls" in message
+    assert "This machine" not in message
 
 
-def test_a_break_even_in_machine_time_names_the_speeds_that_it_rests_on() -> None:
+def test_break_even_in_machine_time_names_its_speeds() -> None:
     speed = {"retrieved-4": Speed(prefill=910, decode=61, rows=8)}
     even = break_even((400, 500, None), unit="machine hours").model_copy(update={"speed": speed})
     read = _read(FULL, advice=make_signals(break_even=even))
@@ -203,7 +203,7 @@ def test_a_break_even_in_machine_time_names_the_speeds_that_it_rests_on() -> Non
     assert "from 500 calls on (400 to never)" in read.sections["cost"]
 
 
-def test_where_calls_save_nothing_it_never_pays_and_nothing_is_drawn() -> None:
+def test_break_even_is_never_and_not_drawn_without_a_saving() -> None:
     read = _read(FULL, advice=make_signals(break_even=break_even((None, None, None), saving=-0.001)))
     assert (
         "Cheaper calls alone never pay for training: a call costs 0.002 with retrieved-4, 0.003 tuned."
@@ -213,8 +213,8 @@ def test_where_calls_save_nothing_it_never_pays_and_nothing_is_drawn() -> None:
     assert read.tables["Table of calls"][2][4] == "0.003"
 
 
-def test_without_a_break_even_the_page_says_what_measures_it() -> None:
-    for advice, told in [
+def test_cost_section_names_the_command_without_a_break_even() -> None:
+    for advice, message in [
         (None, "No break-even was measured on these data and this base: `tunewright advise` measures it."),
         (
             make_signals(break_even=None, left_out={"break_even": "it takes the pilot's time and answers"}),
@@ -222,7 +222,7 @@ def test_without_a_break_even_the_page_says_what_measures_it() -> None:
         ),
     ]:
         read = _read(FULL, advice=advice)
-        assert told in read.sections["cost"]
+        assert message in read.sections["cost"]
         assert "Table of tokens" in read.tables
         assert not {"Table of calls", "Table of what training costs"} & set(read.tables)
 
@@ -242,7 +242,7 @@ def test_judge_and_people_are_shown_with_controls_agreement_and_the_powered_esti
     assert [row[0] for row in READ.tables["Table of strata"][1:]] == ["fixed", "broken", "equal answers"]
 
 
-def test_a_vetoed_judge_shows_that_and_why_and_no_finding() -> None:
+def test_vetoed_judge_section_shows_the_veto_and_no_finding() -> None:
     read = _read(FULL.model_copy(update={"judge": vetoed(JUDGE)}))
     assert "vetoed, so its judgements do not count." in read.sections["judge"]
     assert [row[5] for row in read.tables["Table of controls"][1:]] == ["FAILS", "holds"]
@@ -250,34 +250,34 @@ def test_a_vetoed_judge_shows_that_and_why_and_no_finding() -> None:
 
 
 def test_openings_and_what_was_declared_are_shown() -> None:
-    told = READ.sections["ledger"]
-    assert "Line 3 of the ledger, 2026-11-02 09:58 by ann." in told
-    assert "tuned against retrieved-4 by exact match, margin 2 points, which decides" in told
-    assert openings_text(FULL.openings, 60) in told
+    message = READ.sections["ledger"]
+    assert "Line 3 of the ledger, 2026-11-02 09:58 by ann." in message
+    assert "tuned against retrieved-4 by exact match, margin 2 points, which decides" in message
+    assert openings_text(FULL.openings, 60) in message
     row = ["line 1", "2026-10-28 16:02", "ben", "fedcba987654", "legal-0", "60"]
     assert READ.tables["Table of openings"][1:] == [row]
-    assert "never been opened before" in _read(FULL.model_copy(update={"openings": ()})).sections["ledger"]
+    assert "not been opened before" in _read(FULL.model_copy(update={"openings": ()})).sections["ledger"]
 
 
-def test_how_prompting_was_narrowed_drawn_and_left_out_is_shown() -> None:
-    told = READ.sections["prompting"]
-    assert "Left out: retrieved-16, as 12 of 30 prompts do not fit the base's context." in told
+def test_prompting_section_shows_narrowing_draws_and_left_out_arms() -> None:
+    message = READ.sections["prompting"]
+    assert "Left out: retrieved-16, as 12 of 30 prompts do not fit the base's context." in message
     assert READ.tables["Table of draws"][1:] == [["static-4", "3", "30", "47.0", "41.0", "52.0"]]
     names = [row[0] for row in READ.tables["Table of all prompting arms"][1:]]
     assert names == ["zero-shot far behind the best", "retrieved-4 advanced"]
 
 
-def test_the_learning_curve_gives_its_answer() -> None:
+def test_training_section_shows_the_answer_of_the_learning_curve() -> None:
     for reason in more_data(CURVE).reasons:
         assert reason in READ.sections["more-data"]
 
 
-def test_the_noise_floor_stands_by_the_differences() -> None:
+def test_noise_floor_is_shown_with_the_differences() -> None:
     assert "3 of 50 answers changed" in READ.sections["contrasts"]
     assert "-2.0 points" in READ.sections["contrasts"]
 
 
-def test_what_was_not_measured_has_no_section_and_the_contents_name_what_is_there() -> None:
+def test_unmeasured_parts_have_no_section() -> None:
     bare = _read(BARE)
     gone = {"nearness", "output-templates", "general", "judge", "people", "ledger", "more-data"}
     assert gone <= set(READ.sections)
@@ -290,7 +290,7 @@ def test_what_was_not_measured_has_no_section_and_the_contents_name_what_is_ther
 NASTY = '<script>alert(1)</script><img src=x onerror=alert(1)> & {{ 7*7 }} "q" </title></style></section>'
 
 
-def test_text_of_users_stays_text_in_every_section() -> None:
+def test_every_section_escapes_users_text() -> None:
     general = GENERAL.model_copy(
         update={"suites": tuple(s.model_copy(update={"name": NASTY}) for s in GENERAL.suites), "not_measured": (NASTY,)}
     )
@@ -314,7 +314,7 @@ def test_text_of_users_stays_text_in_every_section() -> None:
 # The learning curve of the same data
 
 
-def test_only_a_curve_of_the_same_data_base_and_metric_is_taken_and_the_newest(tmp_path: Path) -> None:
+def test_report_uses_the_newest_curve_of_the_same_data_base_and_metric(tmp_path: Path) -> None:
     lineage = {"dataset": digest("d"), "base": {"spec": "b", "digest": "1"}}
     evidence = BARE.model_copy(update={"lineage": lineage})
     assert find_curve(tmp_path, evidence) is None
@@ -333,21 +333,21 @@ def test_only_a_curve_of_the_same_data_base_and_metric_is_taken_and_the_newest(t
     by_other = evidence.model_copy(update={"metric": "bleu"})
     assert find_curve(tmp_path, by_other) is None
     write_text(tmp_path / "bad" / CURVE_FILE, "{}")
-    with pytest.raises(UserError, match="not a learning curve"):
+    with pytest.raises(UserError, match="Invalid learning curve"):
         find_curve(tmp_path, evidence)
 
 
-def test_only_advice_on_the_same_data_base_and_metric_is_taken_and_the_newest_with_a_break_even(tmp_path: Path) -> None:
+def test_report_uses_the_newest_matching_advice_with_a_break_even(tmp_path: Path) -> None:
     lineage = {"dataset": digest("d"), "base": {"spec": "b", "digest": "1"}}
     evidence = BARE.model_copy(update={"lineage": lineage})
-    assert fitting_advice(tmp_path, evidence) is None
+    assert find_matching_advice(tmp_path, evidence) is None
 
     def store(name: str, **changes: Any) -> None:
         given = {"lineage": lineage | changes.pop("lineage"), **changes}
         write_json(tmp_path / f"{name}.json", make_signals(id=name, **given).model_dump(mode="json"))
 
     def found(evidence: Evidence) -> str | None:
-        advice = fitting_advice(tmp_path, evidence)
+        advice = find_matching_advice(tmp_path, evidence)
         return None if advice is None else advice.id
 
     store("bare", lineage={"created": "2026-02-01"}, break_even=None)
@@ -360,11 +360,11 @@ def test_only_advice_on_the_same_data_base_and_metric_is_taken_and_the_newest_wi
     assert found(evidence) == "new"
     assert found(evidence.model_copy(update={"metric": "bleu"})) is None
     write_text(tmp_path / "bad.json", "{}")
-    with pytest.raises(UserError, match="not advice of schema"):
-        fitting_advice(tmp_path, evidence)
+    with pytest.raises(UserError, match="Not advice of schema"):
+        find_matching_advice(tmp_path, evidence)
 
 
-def test_the_report_command_needs_nothing_but_the_evaluation(tmp_path: Path, tiny_base_folder: Path) -> None:
+def test_report_command_needs_only_the_evaluation(tmp_path: Path, tiny_base_folder: Path) -> None:
     write_text(tmp_path / "tunewright.yaml", f"name: p\nbase_model: {tiny_base_folder}\n")
     folder = tmp_path / "evaluations" / FULL.id
     write_json(folder / "evidence.json", FULL.model_dump(mode="json"))
@@ -378,7 +378,7 @@ def test_the_report_command_needs_nothing_but_the_evaluation(tmp_path: Path, tin
     assert READ.tables["Table of arms"] == read.tables["Table of arms"]
 
 
-def test_what_is_not_scored_cannot_be_told() -> None:
+def test_unscored_bands_have_no_answer() -> None:
     found = FULL.nearness
     assert found is not None
     far = found.bands[0].model_copy(update={"difference": None, "interval": None, "scores": {}})
@@ -391,7 +391,7 @@ def test_what_is_not_scored_cannot_be_told() -> None:
     assert _read(changed).tables["Table of scores by distance"][1][2:] == ["none scored"] * 4
 
 
-def test_the_report_command_takes_the_projects_advice(tmp_path: Path, tiny_base_folder: Path) -> None:
+def test_report_command_uses_the_projects_advice(tmp_path: Path, tiny_base_folder: Path) -> None:
     write_text(tmp_path / "tunewright.yaml", f"name: p\nbase_model: {tiny_base_folder}\n")
     folder = tmp_path / "evaluations" / FULL.id
     write_json(folder / "evidence.json", FULL.model_dump(mode="json"))

@@ -11,7 +11,7 @@ import httpx
 
 from tunewright.config import GatewayConfig
 from tunewright.data.examples import Message
-from tunewright.engines.protocol import Delta, TokenSink, pump
+from tunewright.engines.protocol import Delta, TokenSink, deliver_stream
 from tunewright.generation.requests import Request
 from tunewright.serving.gateway.app import Gateway
 from tunewright.serving.gateway.auth import AnonymousAuth
@@ -46,7 +46,7 @@ class ScriptedEngine:
         self.max_batch = max_batch
         self.context_length = context
         self.stopped: str | None = None
-        self.dead = False
+        self.permanently_stopped = False
         self.asked: list[tuple[Request, str]] = []
         self.begun = 0
         self.aborted = 0
@@ -59,7 +59,7 @@ class ScriptedEngine:
     def submit(self, request: Request, sink: TokenSink, *, tenant: str = "") -> Callable[[], object]:
         """Answer as the script says."""
         self.asked.append((request, tenant))
-        return pump(self.deltas(request), sink)
+        return deliver_stream(self.deltas(request), sink)
 
     async def deltas(self, request: Request) -> AsyncGenerator[Delta, None]:
         """Yield the scripted tokens."""

@@ -75,7 +75,7 @@ def build_model() -> Any:
 
 
 def expected_answer(model: Any, adapter: str | None, content: str, max_tokens: int) -> str:
-    """What the decoding loop alone answers."""
+    """Return the decoding loop's own answer."""
     request = Request(render([Message("user", content)]), adapter, max_tokens)
     (answer,) = generate(model, [request], stop_ids=STOPS, pad_id=TOKENIZER.pad_token_id, batch_size=1)
     return decode(answer.ids)

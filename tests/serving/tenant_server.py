@@ -47,7 +47,7 @@ def store_adapters(folder: Path) -> dict[str, Stored]:
     return found
 
 
-class Told(LogReporter):
+class StopAfter(LogReporter):
     """A reporter that keeps its messages."""
 
     def __init__(self) -> None:
@@ -67,7 +67,7 @@ class Running:
 
     url: str
     engine: PeftEngine
-    told: Told
+    reported: StopAfter
     clients: list[Any] = field(default_factory=list)
 
     @property
@@ -91,17 +91,17 @@ def tenant_server(
 
     def locate(name: str, digest: str) -> ServedAdapter:
         if digest not in by_digest:
-            raise UserError(f"the released adapter {name} is not here")
+            raise UserError(f"The released adapter {name} is not here")
         stored = by_digest[digest]
         return ServedAdapter(stored.folder, SystemPrompt(stored.system_prompt))
 
     pad = TOKENIZER.pad_token_id
     engine = PeftEngine(build_base(), stop_ids=stop_ids, pad_id=pad, max_batch=max_batch, context_length=CONTEXT)
-    told = Told()
-    access = TenantAuth(State(state_url), engine, locate, told)
+    reported = StopAfter()
+    access = TenantAuth(State(state_url), engine, locate, reported)
     try:
         with serving(Gateway(engine, access, texts(), LIMITS).app) as url:
-            running = Running(url, engine, told)
+            running = Running(url, engine, reported)
             yield running
             for client in running.clients:
                 client.close()

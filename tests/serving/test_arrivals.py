@@ -47,7 +47,7 @@ def test_jain_by_hand() -> None:
 
 
 @given(st.lists(st.floats(0.01, 1000.0), min_size=1, max_size=30), st.floats(0.1, 10.0))
-def test_jain_lies_between_one_nth_and_one_whatever_the_unit(values: list[float], unit: float) -> None:
+def test_jain_is_between_one_nth_and_one_in_any_unit(values: list[float], unit: float) -> None:
     assert 1 / len(values) - 1e-9 <= jain(values) <= 1 + 1e-9
     assert jain(value * unit for value in values) == pytest.approx(jain(values))
 
@@ -71,8 +71,8 @@ def test_waits_count_late_and_missing_answers() -> None:
     ]
     waits = {tenant: Waits.of(own, bounds) for tenant, own in by_tenant(answers).items()}
     assert [(one.asked, one.answered, one.good) for one in waits.values()] == [(2, 2, 1), (3, 2, 1)]
-    assert waits[0].told()["first_p50"] == pytest.approx(0.55)
-    assert waits[1].told()["between_p99"] == pytest.approx(np.percentile([0.5, 0.1, 0.5], 99), abs=1e-3)
+    assert waits[0].summary()["first_p50"] == pytest.approx(0.55)
+    assert waits[1].summary()["between_p99"] == pytest.approx(np.percentile([0.5, 0.1, 0.5], 99), abs=1e-3)
     # 1/2 and 1/3: (5/6)^2 / (2 * (1/4 + 1/9))
     assert goodput_fairness(waits) == pytest.approx((25 / 36) / (2 * 13 / 36))
-    assert Waits.of([]).told()["whole_p99"] is None
+    assert Waits.of([]).summary()["whole_p99"] is None

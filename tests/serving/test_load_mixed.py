@@ -73,13 +73,13 @@ def found(reference: Scripted, owned: list[list[str]], prompts: Sequence[int]) -
     return find_telling(reference, owned, [(prompt,) for prompt in prompts], decode, TOLERANCE)
 
 
-def test_tenant_gets_only_prompts_that_no_other_model_answers_alike() -> None:
+def test_tenant_gets_only_prompts_that_separate_its_adapter() -> None:
     telling = found(Scripted(), [["a"], ["b"], ["c"]], (1, 2, 3))
     assert telling.prompts == {0: [1, 2], 1: [1, 2], 2: [0, 1]}
     assert telling.right[1, "b"] == "abbb"
 
 
-def test_no_more_prompts_are_tried_than_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_find_telling_stops_when_each_tenant_has_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("load_mixed.TRIED", 1)
     telling = found(Scripted(), [["a"], ["b"], ["c"]], (1, 2, 3))
     assert telling.prompts == {0: [1], 1: [1], 2: [0, 1]}
@@ -91,7 +91,7 @@ def test_adapters_of_one_tenant_must_differ_too() -> None:
 
 
 def test_tenants_whose_adapters_are_too_close_are_refused_by_name() -> None:
-    with pytest.raises(UserError, match="tells the adapters of 1 of 3 tenants") as refused:
+    with pytest.raises(UserError, match="distinguishes 1 of 3 tenants") as refused:
         found(Scripted({"b": CLOSE}), [["a"], ["b"], ["c"]], (1, 2, 3))
     assert (refused.value.where, "--probes" in (refused.value.fix or "")) == ("tenants 1", True)
 
@@ -177,7 +177,7 @@ def test_aliases_are_switched_and_all_are_switched_back() -> None:
     ]
 
 
-def test_every_request_is_sent_once_and_switches_happen_when_due() -> None:
+def test_mix_sends_each_request_once_and_switches_on_time() -> None:
     asks = [(n % 3, n % 2) for n in range(300)]
     live = {f"model-{n}": str(n) for n in range(3)}
     in_flight, most, released = 0, 0, []

@@ -23,7 +23,7 @@ from tunewright.metrics import normalised
 from tunewright.training.checkpoint_selection import best_evaluation, evaluations
 
 
-class Told(LogReporter):
+class StopAfter(LogReporter):
     """Records messages; kills or stops the process at the n-th training step on request."""
 
     def __init__(self, after: int | None = None, number: int = signal.SIGINT) -> None:
@@ -45,17 +45,17 @@ class Told(LogReporter):
 
 
 class _Told(LogTask):
-    def __init__(self, told: Told) -> None:
-        self.told = told
+    def __init__(self, reported: StopAfter) -> None:
+        self.reported = reported
         self.done = 0
 
     def advance(self, steps: int = 1, note: str = "") -> None:
         self.done += steps
-        if self.done == self.told.after:
-            os.kill(os.getpid(), self.told.number)
+        if self.done == self.reported.after:
+            os.kill(os.getpid(), self.reported.number)
 
     def measured(self, step: int, numbers: Mapping[str, float]) -> None:
-        self.told.measured.append((step, dict(numbers)))
+        self.reported.measured.append((step, dict(numbers)))
 
 
 def _opened_project(folder: Path, base: Path, reporter: LogReporter | None = None, **train: object) -> Project:
@@ -86,14 +86,14 @@ def quick_base(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path)
 
 
 @pytest.fixture(scope="module")
-def learnt(tmp_path_factory: pytest.TempPathFactory, quick_base: Path) -> tuple[Project, Adapter, Told]:
-    told = Told()
+def learnt(tmp_path_factory: pytest.TempPathFactory, quick_base: Path) -> tuple[Project, Adapter, StopAfter]:
+    reported = StopAfter()
     folder = tmp_path_factory.mktemp("watch") / "p"
-    opened = _opened_project(folder, quick_base, told, lr_scheduler_type="constant", eval_steps=20)
+    opened = _opened_project(folder, quick_base, reported, lr_scheduler_type="constant", eval_steps=20)
     config = folder / "tunewright.yaml"
     config.write_text(config.read_text().replace("epochs: 2", "epochs: 10"))
-    opened = _opened_project(folder, quick_base, told)
-    return opened, opened.train().adapter, told
+    opened = _opened_project(folder, quick_base, reported)
+    return opened, opened.train().adapter, reported
 
 
 def _files(opened: Project) -> Path:
@@ -102,7 +102,7 @@ def _files(opened: Project) -> Path:
 
 
 def test_evaluations_score_the_answers_of_transformers_with_that_adapter(
-    learnt: tuple[Project, Adapter, Told], quick_base: Path
+    learnt: tuple[Project, Adapter, StopAfter], quick_base: Path
 ) -> None:
     import torch
     from peft import PeftModel
@@ -110,13 +110,13 @@ def test_evaluations_score_the_answers_of_transformers_with_that_adapter(
 
     opened, adapter, _ = learnt
     dev = opened.data.version().examples("dev")
-    told = adapter.lineage["training"]
-    assert [e["step"] for e in told["epochs"]] == [20, 40, 60, 80, 100, 120]
-    assert (told["metric"], told["dev_rows_answered"]) == ("exact_match", len(dev))
+    reported = adapter.lineage["training"]
+    assert [e["step"] for e in reported["epochs"]] == [20, 40, 60, 80, 100, 120]
+    assert (reported["metric"], reported["dev_rows_answered"]) == ("exact_match", len(dev))
     scores = []
-    for each in told["epochs"]:
+    for each in reported["epochs"]:
         step = f"step-{each['step']}"
-        folder = adapter.folder if each["step"] == told["kept_step"] else adapter.checkpoint(step)
+        folder = adapter.folder if each["step"] == reported["kept_step"] else adapter.checkpoint(step)
         base = AutoModelForCausalLM.from_pretrained(quick_base, dtype=torch.float32)
         model = PeftModel.from_pretrained(base, folder).eval()
         answers = []
@@ -129,14 +129,14 @@ def test_evaluations_score_the_answers_of_transformers_with_that_adapter(
             )
         right = [normalised(a) == normalised(row.example.output) for a, row in zip(answers, dev, strict=True)]
         scores.append(sum(right) / len(right))
-    assert [e["dev_metric"] for e in told["epochs"]] == pytest.approx(scores)
+    assert [e["dev_metric"] for e in reported["epochs"]] == pytest.approx(scores)
     assert max(scores) > 0
 
 
 def test_kept_adapter_is_the_best_by_the_metric_in_lineage_history_and_report(
-    learnt: tuple[Project, Adapter, Told],
+    learnt: tuple[Project, Adapter, StopAfter],
 ) -> None:
-    _, adapter, told = learnt
+    _, adapter, reported = learnt
     epochs = adapter.lineage["training"]["epochs"]
     best = max(epochs, key=lambda e: (e["dev_metric"], -e["dev_loss"], -e["step"]))
     assert adapter.lineage["training"]["kept_step"] == best["step"]
@@ -144,21 +144,21 @@ def test_kept_adapter_is_the_best_by_the_metric_in_lineage_history_and_report(
     assert [(r["step"], r["eval_loss"], r["eval_metric"]) for r in rows] == [
         (e["step"], e["dev_loss"], e["dev_metric"]) for e in epochs
     ]
-    lines = [line for line in told.lines if "dev loss" in line and line.startswith("Epoch")]
+    lines = [line for line in reported.lines if "dev loss" in line and line.startswith("Epoch")]
     assert len(lines) == len(epochs)
     assert f"dev loss {epochs[0]['dev_loss']:.3f}" in lines[0]
     assert f"{100 * epochs[-1]['dev_metric']:.1f}%" in lines[-1]
 
 
-def test_progress_curves_have_every_step_and_evaluation(learnt: tuple[Project, Adapter, Told]) -> None:
-    _, adapter, told = learnt
-    steps = [(step, numbers["loss"]) for step, numbers in told.measured if "loss" in numbers]
+def test_progress_curves_have_every_step_and_evaluation(learnt: tuple[Project, Adapter, StopAfter]) -> None:
+    _, adapter, reported = learnt
+    steps = [(step, numbers["loss"]) for step, numbers in reported.measured if "loss" in numbers]
     assert steps == [(row["step"], row["loss"]) for row in adapter.history if "loss" in row]
-    dev = [numbers for _, numbers in told.measured if "eval_loss" in numbers]
+    dev = [numbers for _, numbers in reported.measured if "eval_loss" in numbers]
     assert all(set(numbers) == {"eval_loss", "exact_match"} for numbers in dev)
 
 
-def test_step_row_has_speed_learning_rate_and_gradient_norm(learnt: tuple[Project, Adapter, Told]) -> None:
+def test_step_row_has_speed_learning_rate_and_gradient_norm(learnt: tuple[Project, Adapter, StopAfter]) -> None:
     first, *others = [row for row in learnt[1].history if "loss" in row]
     assert set(first) == {"step", "epoch", "loss", "learning_rate", "grad_norm"}
     assert all(set(row) == {*first, "tokens_per_s"} and row["tokens_per_s"] > 0 for row in others)
@@ -169,8 +169,8 @@ def test_frequent_evaluation_does_not_change_training(tmp_path: Path, tiny_base_
     """Dropout draws random numbers, so the last step's adapter would differ."""
     last = []
     for name, every in (("seldom", 24), ("often", 4)):
-        told = Told()
-        opened = _opened_project(tmp_path / name, tiny_base_folder, told, lora_dropout=0.2, eval_steps=every)
+        reported = StopAfter()
+        opened = _opened_project(tmp_path / name, tiny_base_folder, reported, lora_dropout=0.2, eval_steps=every)
         adapter = opened.train().adapter
         kept = adapter.lineage["training"]["kept_step"]
         folder = adapter.folder if kept == 24 else adapter.checkpoint("step-24")
@@ -194,20 +194,20 @@ def test_run_evaluated_at_every_step_keeps_nine_adapters(
 
     monkeypatch.setattr(checkpoints, "_remove_unneeded_adapters", counting)
     keys = {"eval_steps": 1, "eval_max_samples": 0}
-    told = Told()
-    whole = _opened_project(tmp_path / "whole", tiny_base_folder, told, **keys).train().adapter
+    reported = StopAfter()
+    whole = _opened_project(tmp_path / "whole", tiny_base_folder, reported, **keys).train().adapter
     evaluated = whole.lineage["training"]["epochs"]
     assert len(evaluated) == 24
     best = sorted(evaluated, key=lambda e: e["dev_loss"])[:8]
     expected = {f"step-{e['step']}" for e in [*best, evaluated[-1]]}
     assert {*whole.checkpoints, f"step-{whole.lineage['training']['kept_step']}"} == expected
-    assert f"Kept the adapters of {len(expected)} of 24 evaluations: the best ones and the last one." in told.lines
+    assert f"Kept the adapters of {len(expected)} of 24 evaluations: the best ones and the last one." in reported.lines
     assert most <= 10
     with pytest.raises(KeyboardInterrupt):
-        _opened_project(tmp_path / "stopped", tiny_base_folder, Told(after=17), **keys).train()
+        _opened_project(tmp_path / "stopped", tiny_base_folder, StopAfter(after=17), **keys).train()
     newest = max(_files(tunewright.open(tmp_path / "stopped")).glob("checkpoint-*"), key=checkpoints.step_of)
     (newest / "optimizer.pt").write_bytes(b"")
-    again = Told()
+    again = StopAfter()
     went_on = _opened_project(tmp_path / "stopped", tiny_base_folder, again).train().adapter
     assert "Resuming from step 16 of 24" in again.lines
     assert went_on.digest == whole.digest
@@ -215,10 +215,10 @@ def test_run_evaluated_at_every_step_keeps_nine_adapters(
 
 
 def test_answered_dev_rows_are_bounded_and_zero_lets_the_loss_decide(tmp_path: Path, tiny_base_folder: Path) -> None:
-    told = Told()
-    some = _opened_project(tmp_path / "some", tiny_base_folder, told, eval_max_samples=5).train().adapter
+    reported = StopAfter()
+    some = _opened_project(tmp_path / "some", tiny_base_folder, reported, eval_max_samples=5).train().adapter
     assert some.lineage["training"]["dev_rows_answered"] == 5
-    assert "Each evaluation answers 5 of the 12 dev rows, drawn by the seed (train.eval_max_samples)." in told.lines
+    assert "Each evaluation answers 5 of the 12 dev rows, drawn by the seed (train.eval_max_samples)." in reported.lines
     none = _opened_project(tmp_path / "none", tiny_base_folder, eval_max_samples=0).train().adapter
     training = none.lineage["training"]
     assert (training["metric"], training["dev_rows_answered"]) == (None, 0)
@@ -227,25 +227,25 @@ def test_answered_dev_rows_are_bounded_and_zero_lets_the_loss_decide(tmp_path: P
 
 
 def test_patience_ends_a_run_also_after_a_stop(tmp_path: Path, tiny_base_folder: Path) -> None:
-    def project(name: str, reporter: Told) -> Project:
+    def project(name: str, reporter: StopAfter) -> Project:
         keys = {"eval_steps": 1, "early_stopping_patience": 1, "lr_scheduler_type": "constant"}
         _opened_project(tmp_path / name, tiny_base_folder, reporter, **keys)
         config = tmp_path / name / "tunewright.yaml"
         config.write_text(config.read_text().replace("learning_rate: 0.003", "learning_rate: 0.3"))
         return _opened_project(tmp_path / name, tiny_base_folder, reporter)
 
-    told = Told()
-    whole = project("whole", told).train().adapter
+    reported = StopAfter()
+    whole = project("whole", reported).train().adapter
     evaluated = evaluations(whole.history)
     last = whole.history[-1]["step"]
     assert last < 24
     assert evaluated.index(best_evaluation(evaluated)) == len(evaluated) - 2
-    assert any(line.startswith("Stopping early: 1 evaluation without a better one") for line in told.lines)
+    assert any(line.startswith("Stopping early: 1 evaluation without a better one") for line in reported.lines)
     # At the step before the last, and at the last: stopped when training is over but nothing is stored.
     for after in sorted({1, last - 1, last}):
         with pytest.raises(KeyboardInterrupt):
-            project(f"stopped-{after}", Told(after)).train()
-        again = project(f"stopped-{after}", Told()).train().adapter
+            project(f"stopped-{after}", StopAfter(after)).train()
+        again = project(f"stopped-{after}", StopAfter()).train().adapter
         assert again.digest == whole.digest
         assert [row["step"] for row in again.history] == [row["step"] for row in whole.history]
 
@@ -254,9 +254,9 @@ _KILLED = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from training.test_callbacks import Told, _opened_project
+from training.test_callbacks import StopAfter, _opened_project
 import signal
-_opened_project(Path({folder!r}), Path({base!r}), Told({after}, signal.SIGKILL)).train()
+_opened_project(Path({folder!r}), Path({base!r}), StopAfter({after}, signal.SIGKILL)).train()
 """
 
 
@@ -272,9 +272,9 @@ def test_metrics_of_a_killed_run_have_no_gap_or_repetition(tmp_path: Path, tiny_
     assert ran.returncode == -signal.SIGKILL, ran.stderr.decode()
     before = [json.loads(line) for line in (_files(opened) / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in before] == list(range(1, 10))  # checkpoints are made each 5 steps
-    told = Told(after=14)
+    reported = StopAfter(after=14)
     with pytest.raises(KeyboardInterrupt):
-        _opened_project(folder, tiny_base_folder, told).train()
+        _opened_project(folder, tiny_base_folder, reported).train()
     between = [json.loads(line) for line in (_files(opened) / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in between if "loss" in row] == list(range(1, 15))
     assert _without_speed(between[:9]) == _without_speed(before)
@@ -342,13 +342,13 @@ def test_missing_tracker_is_refused_before_loading(
 
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "trackio" else found(name, *a))
-    told = Told()
-    opened = _opened_project(tmp_path / "p", tiny_base_folder, told, report_to=["tensorboard", "trackio"])
+    reported = StopAfter()
+    opened = _opened_project(tmp_path / "p", tiny_base_folder, reported, report_to=["tensorboard", "trackio"])
     for go in (opened.train, opened.run):
         with pytest.raises(UserError, match="trackio is not installed") as caught:
             go()
         assert (caught.value.fix or "").startswith("pip install trackio")
-    assert not any(line.startswith("Loading") for line in told.lines)
+    assert not any(line.startswith("Loading") for line in reported.lines)
 
 
 def test_invalid_mlflow_store_is_refused_before_loading(
@@ -358,9 +358,9 @@ def test_invalid_mlflow_store_is_refused_before_loading(
     store = (tmp_path / "runs").as_uri()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
-    told = Told()
-    opened = _opened_project(tmp_path / "p", tiny_base_folder, told, report_to=["mlflow"])
+    reported = StopAfter()
+    opened = _opened_project(tmp_path / "p", tiny_base_folder, reported, report_to=["mlflow"])
     with pytest.raises(UserError, match="MLflow does not open MLFLOW_TRACKING_URI=file:") as caught:
         opened.train()
     assert caught.value.where == "train.report_to"
-    assert not any(line.startswith("Loading") for line in told.lines)
+    assert not any(line.startswith("Loading") for line in reported.lines)

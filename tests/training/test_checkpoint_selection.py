@@ -13,8 +13,8 @@ from tunewright.training.checkpoint_selection import (
     best_evaluation,
     evaluations,
     evaluations_to_keep,
-    out_of_patience,
     overfitting,
+    patience_exceeded,
 )
 
 
@@ -49,12 +49,12 @@ def test_patience_counts_evaluations_since_the_best_so_far(dev: list[tuple[float
     for loss, metric in dev:
         better = (metric, -loss) > best
         best, waited = ((metric, -loss), 0) if better else (best, waited + 1)
-    assert out_of_patience(_steps(*dev), patience) == (waited >= patience)
-    assert not out_of_patience(_steps(*dev), None)
+    assert patience_exceeded(_steps(*dev), patience) == (waited >= patience)
+    assert not patience_exceeded(_steps(*dev), None)
 
 
 @given(st.lists(scores, min_size=1, max_size=30))
-def test_at_most_nine_adapters_are_kept_and_none_was_removed_before(
+def test_selection_keeps_at_most_nine_adapters(
     dev: list[tuple[float, float]],
 ) -> None:
     evaluated = _steps(*dev)
@@ -75,11 +75,11 @@ def _curves(dev: list[float], train: list[float]) -> list[Evaluation]:
 
 
 def test_overfitting_warns_after_two_dev_rises_while_training_falls() -> None:
-    told = overfitting(_curves([0.9, 0.6, 0.7, 0.8], [1.0, 0.5, 0.3, 0.1]))
-    assert told is not None
-    assert "the dev loss has risen for 2 evaluations (0.600 → 0.700 → 0.800)" in told
-    assert "training loss kept falling (0.500 → 0.300 → 0.100)" in told
-    assert "epoch 2 (step 20)" in told
+    message = overfitting(_curves([0.9, 0.6, 0.7, 0.8], [1.0, 0.5, 0.3, 0.1]))
+    assert message is not None
+    assert "the dev loss has risen for 2 evaluations (0.600 → 0.700 → 0.800)" in message
+    assert "training loss kept falling (0.500 → 0.300 → 0.100)" in message
+    assert "epoch 2 (step 20)" in message
 
 
 @pytest.mark.parametrize(
@@ -124,6 +124,6 @@ def test_overfitting_uses_the_pairs_loss_with_replay() -> None:
     for step, (pairs, kl, dev) in enumerate([(1.0, 0.0, 0.9), (0.6, 0.6, 1.0), (0.3, 1.4, 1.1)], start=1):
         parts = {"loss": (pairs + kl) / 2, "pair_loss": pairs, "replay_kl": kl}
         history += [{"step": step, "epoch": step, **parts}, {"step": step, "epoch": step, "eval_loss": dev}]
-    told = overfitting(evaluations(history))
-    assert told is not None
-    assert "(1.000 → 0.600 → 0.300)" in told
+    message = overfitting(evaluations(history))
+    assert message is not None
+    assert "(1.000 → 0.600 → 0.300)" in message

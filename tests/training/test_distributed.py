@@ -191,7 +191,7 @@ def test_other_commands_run_in_one_process(tmp_path: Path, tiny_base_folder: Pat
     folder = _project(tmp_path / "project", tiny_base_folder)
     ended = server.run("evaluate", "-p", folder, processes=2)
     assert ended.code == 2
-    assert ended.stderr.count("this command runs in one process") == 1
+    assert ended.stderr.count("This command runs in one process") == 1
 
 
 def test_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

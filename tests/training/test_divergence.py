@@ -30,9 +30,9 @@ def _first_fault(losses: list[float]) -> int | None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_fault_reports_a_non_finite_loss_or_gradient_at_once(bad: float) -> None:
     assert fault(bad, 1.0, [bad], VOCABULARY) == f"the loss is {bad}"
-    told = fault(0.5, bad, [0.5], VOCABULARY)
-    assert told is not None
-    assert "gradient" in told
+    message = fault(0.5, bad, [0.5], VOCABULARY)
+    assert message is not None
+    assert "gradient" in message
 
 
 def test_fault_reports_five_steps_worse_than_chance() -> None:

@@ -103,8 +103,10 @@ def test_halved_micro_batches_give_the_gradients_of_the_step(
         halved, lines = _train(_project(tmp_path / "halved", tiny_base_folder, micro_batch_size=asked))
     assert max(passes[after + 3 :]) <= 2
     assert halved.lineage["training"]["micro_batch_size"] == 2
-    told = [line for line in lines if "Micro-batch: 2 rows of the" in line or "This step is repeated with 2" in line]
-    assert told
+    shown_text = [
+        line for line in lines if "Micro-batch: 2 rows of the" in line or "This step is repeated with 2" in line
+    ]
+    assert shown_text
     expected, got = _weights(whole.folder), _weights(halved.folder)
     for name, weight in expected.items():
         torch.testing.assert_close(got[name], weight, rtol=2e-3, atol=2e-5, msg=name)

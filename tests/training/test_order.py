@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from tunewright.training.packing.order import StepBatches, longest_batch, measure_sharing, random_order
+from tunewright.training.packing.order import StepBatches, longest_batch, random_order, resolve_sharing
 
 
 def _rows(count: int, seed: int = 0, longest: int = 60) -> list[list[int]]:
@@ -44,7 +44,7 @@ def test_order_depends_on_seed_and_epoch_alone() -> None:
 
 
 def test_step_is_a_random_sample_independent_of_lengths_and_prefixes() -> None:
-    """How often two rows meet in a step depends neither on their lengths nor on a document that they share."""
+    """Two rows share a step with a probability independent of their lengths and of a shared document."""
     document = [5] * 90
     rows = [
         *([1] * 3 for _ in range(16)),
@@ -108,7 +108,7 @@ def test_measure_sharing_shares_when_it_saves_tokens_and_reports_the_reason(
 ) -> None:
     rows = [[*range(200), *range(300 + place, 400 + place)] for place in range(64)]
     settings = {"rows": rows, "setting": "auto", "dropout": 0.0, "micro_batch": 16, "batch_size": 32, "seed": 0}
-    decided = measure_sharing(**{**settings, **change})
+    decided = resolve_sharing(**{**settings, **change})
     assert decided.share is share
     assert reason in decided.reason
     # 300 tokens a row, of which 200 once for each 16.

@@ -107,9 +107,9 @@ def test_step_is_repeated_in_halves_when_memory_runs_out(tmp_path: Path) -> None
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert int(re.findall(r"took (\d+)", ran.stdout)[0]) > 200 << 20, "enough to tell 8 rows from 4"
     assert "Micro-batch: 8 rows; the longest batch" in ran.stdout
-    told = "Memory ran out in step 1 with 8 rows at once. This step is repeated with 4 rows"
+    reported = "Memory ran out in step 1 with 8 rows at once. This step is repeated with 4 rows"
     assert ran.stdout.count("Memory ran out") == 1, ran.stdout
-    assert told in ran.stdout
+    assert reported in ran.stdout
     halves = _project(tmp_path / "halves", base, BATCH // 2)
     opened = tunewright.open(halves)
     opened.data.add([halves / "pairs.jsonl"])

@@ -12,7 +12,7 @@ from command_line import tiny_project
 from tunewright.api import Project
 from tunewright.core.progress import LogReporter
 from tunewright.training.checkpoints import latest_complete_checkpoint
-from tunewright.training.train import Paused, TrainResult, train, train_until
+from tunewright.training.train import PausedRun, TrainResult, train, train_until
 
 
 def _opened_project(folder: Path, base: Path) -> Project:
@@ -26,7 +26,7 @@ def _opened_project(folder: Path, base: Path) -> Project:
     return project
 
 
-def _until(project: Project, work: Path, step: int) -> Paused:
+def _until(project: Project, work: Path, step: int) -> PausedRun:
     return train_until(
         project.folder, project.data.version(), project.base, project.chat, LogReporter(), work=work, step=step
     )

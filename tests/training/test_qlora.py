@@ -112,8 +112,8 @@ def test_dev_loss_equals_that_of_the_adapter_on_an_nf4_base(
 ) -> None:
     """Row by row, with transformers' own attention and loss, as evaluation measures it later."""
     opened = tunewright.open(project)
-    told = adapter.lineage["training"]
-    kept = next(epoch for epoch in told["epochs"] if epoch["step"] == told["kept_step"])
+    reported = adapter.lineage["training"]
+    kept = next(epoch for epoch in reported["epochs"] if epoch["step"] == reported["kept_step"])
     dev = as_columns(
         training_rows(opened.chat, opened.data.version().examples("dev"), 2048, "error", opened.reporter).rows
     )
@@ -209,7 +209,7 @@ def test_qlora_packed_gradients_equal_those_of_separate_rows(tiny_base_folder: P
 
 @pytest.mark.slow
 @pytest.mark.parametrize("after", [4, 17])
-def test_a_stopped_run_goes_on_to_the_same_adapter(
+def test_qlora_run_resumes_to_the_same_adapter(
     after: int, adapter: Adapter, tmp_path: Path, tiny_base_folder: Path
 ) -> None:
     """Stops are in the first epoch, and in the second one after an evaluation."""

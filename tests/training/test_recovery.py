@@ -251,9 +251,9 @@ def test_damaged_checkpoint_is_named_and_an_older_one_is_used(
         (work / name).unlink()
     ended = server.run("train", "-p", folder)
     assert ended.code == 0, ended.stderr
-    told = " ".join(ended.stderr.split())
-    assert words in told
-    assert (f"Resuming from step {goes_on} of {STEPS}" if goes_on else "Training starts from the beginning") in told
+    message = " ".join(ended.stderr.split())
+    assert words in message
+    assert (f"Resuming from step {goes_on} of {STEPS}" if goes_on else "Training starts from the beginning") in message
     assert find_adapter(folder / "adapters").digest == unkilled
 
 

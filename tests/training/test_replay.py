@@ -69,11 +69,11 @@ class _Counting(LogTask):
 
 def test_replayed_conversations_are_kept_with_the_adapter(replayed: TrainResult) -> None:
     adapter = replayed.adapter
-    told = adapter.lineage["replay"]
-    assert told["samples"] == len(adapter.replayed) == 6
-    assert told["seed"] == "0:replay"
-    assert told["method"] == self_samples.METHOD
-    assert told["left_out"]
+    message = adapter.lineage["replay"]
+    assert message["samples"] == len(adapter.replayed) == 6
+    assert message["seed"] == "0:replay"
+    assert message["method"] == self_samples.METHOD
+    assert message["left_out"]
     assert {m["role"] for row in adapter.replayed for m in row} == {"user", "assistant"}
     assert adapter.lineage["config"]["train"]["replay"] == {"samples": 6, "kl_coef": 1.0}
 
@@ -232,11 +232,11 @@ def test_step_loss_is_logged_in_two_parts(
     trainer.log({"loss": 0.0})  # a step's losses are logged once
     step = sum(float(trainer.training_step(model, trainer.collate(part), 27)) for part in (rows[:2], rows[2:]))
     trainer.log({"loss": step})
-    told = trainer.state.log_history[-1]
+    message = trainer.state.log_history[-1]
     other = "replay_loss" if kl is None else "replay_kl"
-    assert told["pair_loss"] == pytest.approx(pairs, rel=1e-5)
-    assert told[other] == pytest.approx(replay / (kl or 1), rel=1e-5)
-    whole = tokens[False] * told["pair_loss"] + tokens[True] * (kl or 1) * told[other]
+    assert message["pair_loss"] == pytest.approx(pairs, rel=1e-5)
+    assert message[other] == pytest.approx(replay / (kl or 1), rel=1e-5)
+    whole = tokens[False] * message["pair_loss"] + tokens[True] * (kl or 1) * message[other]
     assert step == pytest.approx(whole / sum(tokens.values()), rel=1e-5)
     # A step of pairs alone has nothing to say of replay.
     trainer.training_step(model, trainer.collate([r for r in rows if not r["replayed"]]), tokens[False])

@@ -83,13 +83,13 @@ def test_user_turn_starts_with_the_template_and_ends_with_its_token(
     ],
     indirect=["tokenizer"],
 )
-def test_a_turn_without_tokens_of_its_own_ends_with_text(tokenizer: Any, kind: Any, begin: str, end: str) -> None:
+def test_turn_without_end_token_ends_with_text(tokenizer: Any, kind: Any, begin: str, end: str) -> None:
     turn = chat_of(tokenizer, kind).user_turn()
     assert (turn.begin_text, turn.end_text) == (begin, end)
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "llama3", "v3"], indirect=True)
-def test_the_opening_is_how_a_prompt_begins(tokenizer: Any) -> None:
+def test_opening_is_the_beginning_of_a_prompt(tokenizer: Any) -> None:
     chat = chat_of(tokenizer)
     opening = chat.user_turn().opening
     assert chat.prompt([Message("user", "What is the time?")])[: len(opening)] == opening
@@ -185,21 +185,21 @@ def test_draw_leaves_out_unusable_samples_and_counts_them(tmp_path: Path, tiny_b
     assert f"{len(drawn.used)} of {len(numbers)} samples" in drawn.summary()
 
 
-def test_no_sample_is_similar_to_the_domain_or_a_held_out_row(tmp_path: Path, tiny_base_folder: Path) -> None:
+def test_samples_are_dissimilar_to_domain_and_held_out_rows(tmp_path: Path, tiny_base_folder: Path) -> None:
     project = replay_project(tmp_path / "project", tiny_base_folder)
     version = project.data.version()
     screen = sample_filter(project.folder, version, project.chat, 400, project.reporter)
     test, train = version.examples("test")[0].example.input_text, version.examples("train")[0].example.input_text
-    told = {
+    message = {
         "copy of a training row": train + ".",
         "copy of a test row": test.upper(),
         "too long": "many words " * 40,
         "fine": "Why is the sky blue?",
     }
-    examples = {name: Example((Message("user", text), Message("assistant", "so"))) for name, text in told.items()}
+    examples = {name: Example((Message("user", text), Message("assistant", "so"))) for name, text in message.items()}
     by_key = {example.pair_key: name for name, example in examples.items()}
     reasons = {by_key[key]: reason for key, reason in screen({e.pair_key: e for e in examples.values()}).items()}
-    assert reasons.keys() == told.keys() - {"fine"}
+    assert reasons.keys() == message.keys() - {"fine"}
     assert "nearly equal to the row" in reasons["copy of a training row"]
     assert "nearly equal to the held-out (test) row" in reasons["copy of a test row"]
     assert "longer than 400 tokens" in reasons["too long"]

@@ -100,7 +100,7 @@ def test_sweep_follows_the_written_out_schedule(
     assert (winner.name if winner else None, world.calls) == (expected, calls)
 
 
-def test_six_trials_are_compared_after_a_quarter_and_a_half() -> None:
+def test_halving_compares_six_trials_after_a_quarter_and_a_half() -> None:
     assert halving_schedule(6, 100, 34).rungs == (25, 50, 100)
     assert halving_schedule(6, 2, 1).rungs == (1, 2)
     assert halving_schedule(1, 7, 7).rungs == (7,)
@@ -202,8 +202,8 @@ def test_ledger_records_events_and_is_append_only(tmp_path: Path) -> None:
     world.halving(tmp_path, trials, schedule, None).run()
     after = (tmp_path / LEDGER).read_text()
     assert after.startswith(before)
-    told = [json.loads(line) for line in after.splitlines()[1:]]
-    assert [(e["event"], e["trial"]) for e in told] == [
+    message = [json.loads(line) for line in after.splitlines()[1:]]
+    assert [(e["event"], e["trial"]) for e in message] == [
         ("measured", "t0"),
         ("measured", "t1"),
         ("stopped", "t2"),
@@ -214,8 +214,8 @@ def test_ledger_records_events_and_is_append_only(tmp_path: Path) -> None:
         ("finished", "t1"),
         ("winner", "t1"),
     ]
-    assert told[0]["dev_loss"] == 0.3
-    assert told[0]["seconds"] == LOAD + 20 * STEP
+    assert message[0]["dev_loss"] == 0.3
+    assert message[0]["seconds"] == LOAD + 20 * STEP
 
 
 @pytest.mark.parametrize("fault", ["{}", "no json", '{"event": "measured"}'])

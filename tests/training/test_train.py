@@ -75,7 +75,7 @@ def test_learning_rate_warms_up_over_a_tenth_and_then_falls(unstopped: TrainResu
     assert rates[-1] < 0.1 * peak
 
 
-def test_the_adapter_loads_in_peft_and_changes_the_base(unstopped: TrainResult, tiny_base_folder: Path) -> None:
+def test_adapter_loads_in_peft_and_changes_the_base(unstopped: TrainResult, tiny_base_folder: Path) -> None:
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -90,7 +90,7 @@ def test_the_adapter_loads_in_peft_and_changes_the_base(unstopped: TrainResult, 
 
 
 @pytest.mark.parametrize("after", [11, 24, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 4, 17))])
-def test_a_stopped_run_goes_on_to_the_same_adapter(
+def test_run_resumes_to_the_same_adapter_after_a_stop(
     after: int, unstopped: TrainResult, tmp_path: Path, tiny_base_folder: Path
 ) -> None:
     """Stops: in the first steps, on a checkpoint's step, at an epoch's end, in its middle, and after the last step."""

@@ -14,13 +14,13 @@ from tunewright.advisor.costs import Lengths, break_even, measured_speed, token_
 from tunewright.advisor.pilot import Part, gain, measured_part, pilot_parts, train_pilot
 from tunewright.advisor.result import AdviceResult
 from tunewright.advisor.signals import (
+    BitsPerByte,
     BreakEven,
     ContextBudget,
     Format,
     Signals,
     Specificity,
     Speed,
-    Surprise,
     TuningGain,
     load_signals,
 )
@@ -251,9 +251,11 @@ class Adviser:
             return []
         return [sample.answer for sample in drawn.used]
 
-    def _surprise(self, arm: Answers) -> Surprise:
+    def _surprise(self, arm: Answers) -> BitsPerByte:
         """Return bits per byte of the reference answers after this arm's prompts, on `SURPRISED_ITEMS` sampled rows."""
-        places = sorted(range(len(self.dev)), key=lambda n: _luck(self.config.seed, self.dev[n].key))[:SURPRISED_ITEMS]
+        places = sorted(range(len(self.dev)), key=lambda n: _seeded_order(self.config.seed, self.dev[n].key))[
+            :SURPRISED_ITEMS
+        ]
         rows = {n: row for n in places if (row := self._row(self.dev[n], arm.prompts[n])) is not None}
         losses = self._losses(arm, rows)
         return surprise(
@@ -361,5 +363,5 @@ class Adviser:
         )
 
 
-def _luck(seed: int, key: str) -> str:
+def _seeded_order(seed: int, key: str) -> str:
     return hashlib.sha256(f"{seed}:{key}".encode()).hexdigest()

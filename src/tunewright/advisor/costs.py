@@ -139,7 +139,7 @@ def break_even(
         hosting=prices.hosting * settings.months,
     )
     return BreakEven(
-        unit="money" if prices.in_money else "machine hours",
+        unit="money" if prices.in_currency else "machine hours",
         prompting=calls[0],
         tuned=calls[1],
         speed=speed,

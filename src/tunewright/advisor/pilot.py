@@ -41,7 +41,7 @@ def pilot_parts(project: ProjectFolder, version: DatasetVersion) -> list[Part]:
     settings = project.config.advise
     count = len(version.domain_of("train"))
     if count < FEWEST_TRAINING_PAIRS:
-        raise UserError(f"{count} training pairs, and a pilot takes at least {FEWEST_TRAINING_PAIRS}")
+        raise UserError(f"A pilot needs at least {FEWEST_TRAINING_PAIRS} training pairs (got {count})")
     wanted = min(max(settings.pilot_fraction * count, FEWEST_TRAINING_PAIRS), settings.pilot_max_samples, count)
     parts = [rows / count for rows in (wanted / 2, wanted) if rows >= FEWEST_TRAINING_PAIRS]
     versions = subset_versions(version, sorted({*parts, 1.0}), project.config.seed)[: len(parts)]

@@ -97,7 +97,7 @@ class Fertility(Part):
     samples: Annotated[int, Field(description="The base's own answers that were counted.")]
 
 
-class Surprise(Part):
+class BitsPerByte(Part):
     """Bits per UTF-8 byte of the reference answers after a prompt, including the end token."""
 
     arm: str
@@ -123,7 +123,7 @@ class Specificity(Part):
     """Signal (b): distance of vocabulary and format from the base's own text. Evidence only; it decides nothing."""
 
     fertility: Fertility
-    surprise: list[Surprise]
+    surprise: list[BitsPerByte]
     format: Format | None
 
 
@@ -264,7 +264,7 @@ def load_signals(file: Path) -> Signals:
     except ValidationError as error:
         first = " ".join(str(error).splitlines()[:3])
         fix = "Remove it; `tunewright advise` measures it again."
-        raise UserError(f"not advice of schema {SCHEMA_VERSION}: {first}", where=str(file), fix=fix) from None
+        raise UserError(f"Not advice of schema {SCHEMA_VERSION}: {first}", where=str(file), fix=fix) from None
 
 
 def find_advice(folder: Path, name: str | Path) -> Path:
@@ -280,12 +280,12 @@ def find_advice(folder: Path, name: str | Path) -> Path:
     place = next((p for p in (Path(name), folder / f"{name}.json") if p.is_file()), None)
     if place is None:
         known = sorted(file.stem for file in folder.glob("[!.]*.json"))
-        there = f"There are: {', '.join(known)}." if known else "`tunewright advise` writes it."
-        raise UserError(f"no advice {str(name)!r}", where=str(folder), fix=there)
+        there = f"Use one of: {', '.join(known)}." if known else "Run `tunewright advise`."
+        raise UserError(f"No advice {str(name)!r}", where=str(folder), fix=there)
     return place
 
 
-def fitting_advice(folder: Path, evidence: Evidence) -> Signals | None:
+def find_matching_advice(folder: Path, evidence: Evidence) -> Signals | None:
     """Return the newest advice on an evaluation's data, base and metric, preferring advice with a break-even.
 
     Args:

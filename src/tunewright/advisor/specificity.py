@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tunewright.advisor.signals import Fertility, Format, Surprise
+from tunewright.advisor.signals import BitsPerByte, Fertility, Format
 from tunewright.config import Metric
 from tunewright.config.metrics import Choices, Json, Regex
 from tunewright.data.examples import Example
@@ -97,7 +97,7 @@ def _resampled(texts: Sequence[tuple[str, int]], clusters: Sequence[str], seed: 
 
 def surprise(
     arm: str, shots: int, nats: Sequence[float], references: Sequence[str], clusters: Sequence[str], seed: int
-) -> Surprise:
+) -> BitsPerByte:
     """Return bits per byte of the reference answers: total nats by total bytes.
 
     Args:
@@ -112,4 +112,6 @@ def surprise(
     bits, count = table.sum(axis=0)
     drawn = bootstrap_sums(cluster_sums(table, clusters), seed)
     interval: Interval = percentiles(drawn[:, 0] / drawn[:, 1])
-    return Surprise(arm=arm, shots=shots, items=len(references), bits_per_byte=float(bits / count), interval=interval)
+    return BitsPerByte(
+        arm=arm, shots=shots, items=len(references), bits_per_byte=float(bits / count), interval=interval
+    )

@@ -22,7 +22,7 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter, Reporter
 from tunewright.data.add import AddResult
-from tunewright.evidence.power import Prospect, prospect, prospect_text
+from tunewright.evidence.power import DetectableEffects, detectable_effects, detectable_effects_text
 from tunewright.evidence.schema import Advice
 from tunewright.evidence.split_power import require_significance, split_power_text
 from tunewright.evidence.verdict import Verdict
@@ -95,7 +95,7 @@ class Project(EvaluationsApi):
         require_trackers(self.folder.config.train.report_to)
         if not sources:
             raise UserError(
-                "the config lists no sources of pairs",
+                "The config lists no sources of pairs",
                 where="data.sources",
                 fix="List your files, such as sources: [pairs.jsonl]",
             )
@@ -117,25 +117,27 @@ class Project(EvaluationsApi):
     def _say_stage(self, name: str, computed: bool, what: str) -> None:
         self.reporter.say(f"{name}: {'done' if computed else 'unchanged'}, {what}")
 
-    def prospects(self) -> tuple[Prospect, ...]:
+    def detectable_effects(self) -> tuple[DetectableEffects, ...]:
         """Return the smallest difference that the current dev and test splits can show."""
         version = self.data.version()
         held_out = {split: version.examples(split) for split in ("dev", "test")}
         return tuple(
-            prospect(split, len(rows), len({row.cluster for row in rows})) for split, rows in held_out.items() if rows
+            detectable_effects(split, len(rows), len({row.cluster for row in rows}))
+            for split, rows in held_out.items()
+            if rows
         )
 
-    def _tell_prospects(self) -> None:
+    def _report_detectable_effects(self) -> None:
         settings = self.folder.config.evaluate
-        for expected in self.prospects():
-            self.reporter.say(prospect_text(expected, metric_kind(settings.metric), settings.margin))
+        for expected in self.detectable_effects():
+            self.reporter.say(detectable_effects_text(expected, metric_kind(settings.metric), settings.margin))
 
     def prompting(self) -> AdviseResult:
         """Measure the prompting arms on dev and choose the best one, the baseline of a fine-tune."""
         from tunewright.evaluation.prompt_search import advise
         from tunewright.evaluation.schedule import Schedule
 
-        self._tell_prospects()
+        self._report_detectable_effects()
         arm_runner = self.arm_runner()
         arm_runner.schedule = Schedule(arm_runner)
         return advise(arm_runner)
@@ -164,7 +166,7 @@ class Project(EvaluationsApi):
 
         if pilot:
             self._refuse_up_front()
-        self._tell_prospects()
+        self._report_detectable_effects()
         return Adviser(self.arm_runner, pilot=pilot, minutes=minutes).advise()
 
     def estimate_memory(
@@ -193,9 +195,9 @@ class Project(EvaluationsApi):
             UserError: unknown base, card or size, an unsupported base, or more shared and trained tokens than a
                 row has.
         """
-        from tunewright.api.memory import fitting_plan
+        from tunewright.api.memory import memory_plan
 
-        return fitting_plan(self, gpu=gpu, base=base, rows=rows, length=length, shared=shared, answer=answer)
+        return memory_plan(self, gpu=gpu, base=base, rows=rows, length=length, shared=shared, answer=answer)
 
     def train(self, *, force: bool = False) -> TrainResult:
         """Train the config's adapter on the current version, or return the one already trained.
@@ -207,7 +209,7 @@ class Project(EvaluationsApi):
             self.reporter.warn(split_power_text(power))
         self._refuse_up_front()
         forced = self._forced(force)
-        self._tell_prospects()
+        self._report_detectable_effects()
         return self._train(forced)
 
     def sweep(
@@ -237,7 +239,7 @@ class Project(EvaluationsApi):
         from tunewright.training.sweep.sweep import Sweep
 
         if minutes is not None and not minutes > 0:
-            raise UserError(f"must be greater than 0 (got {minutes:g})", where="--minutes")
+            raise UserError(f"Must be greater than 0 (got {minutes:g})", where="--minutes")
         self._refuse_up_front()
         version, chat = self.data.version(), self.chat
         sweep = Sweep(self.folder, version, self.base, chat, self.reporter, rates=rates, force=force)
@@ -261,7 +263,7 @@ class Project(EvaluationsApi):
         from tunewright.report.plots import curve_plot
 
         if seeds < 2:
-            raise UserError(f"must be at least 2 (got {seeds}): one seed cannot show the noise", where="--seeds")
+            raise UserError(f"Must be at least 2 (got {seeds}): one seed cannot show the noise", where="--seeds")
         self._refuse_up_front()
         version, chat = self.data.version(), self.chat
         result = LearningCurve(self.folder, version, self.base, chat, self.reporter, seeds=seeds, force=force).run()
@@ -336,7 +338,7 @@ class Project(EvaluationsApi):
         from tunewright.evaluation.crossval import CrossValidation
 
         if folds < 2:
-            raise UserError(f"must be at least 2 (got {folds})", where="--folds", fix="Five are usual.")
+            raise UserError(f"Must be at least 2 (got {folds})", where="--folds", fix="Five are usual.")
         self._refuse_up_front()
         version, chat = self.data.version(), self.chat
         return CrossValidation(self.folder, version, self.base, chat, self.reporter, folds=folds, force=force).run()
@@ -390,9 +392,9 @@ class Project(EvaluationsApi):
         Raises:
             UserError: as for :meth:`serve`, or no adapter.
         """
-        from tunewright.api.isolation import canary_prompts, open_self_test
+        from tunewright.api.isolation import open_self_test, probe_prompts
 
-        return open_self_test(self, adapters, engine).run(canary_prompts(self))
+        return open_self_test(self, adapters, engine).run(probe_prompts(self))
 
     def _refuse_up_front(self) -> None:
         """Refuse a config that cannot be trained, before a base is downloaded or anything measured."""

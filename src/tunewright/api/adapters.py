@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Shown:
+class AdapterDetails:
     """An adapter with its lineage, trust status and evaluation verdicts."""
 
     trace: Trace
@@ -52,7 +52,7 @@ class AdaptersApi:
         """Return the stored adapters, newest last."""
         return list_adapters(self._project.adapters)
 
-    def show(self, adapter: str | None = None) -> Shown:
+    def show(self, adapter: str | None = None) -> AdapterDetails:
         """Return an adapter's lineage down to the rows, its trust status and its verdicts.
 
         Args:
@@ -62,7 +62,7 @@ class AdaptersApi:
             UserError: no such adapter.
         """
         found = find_adapter(self._project.adapters, adapter)
-        return Shown(
+        return AdapterDetails(
             trace(found, self._project.dataset),
             trust_status(found, TrustedKeys(self._project.keys)),
             tuple(self._verdicts(found)),
@@ -75,7 +75,7 @@ class AdaptersApi:
             try:
                 evidence = load_evidence(path.parent)
             except UserError as error:
-                self._context.reporter.warn(f"{path.parent.name} is not looked at: {error.what.splitlines()[0]}")
+                self._context.reporter.warn(f"{path.parent.name} is skipped: {error.what.splitlines()[0]}")
                 continue
             if evidence.lineage.get("adapter", {}).get("digest") == adapter.digest:
                 found.append((str(evidence.lineage["created"]), evidence.id, verdict(evidence).decision))
@@ -115,7 +115,7 @@ class AdaptersApi:
         signer = signing_key(trusted, key)
         before = trust_status(found, trusted)
         if before.state == "tampered":
-            raise UserError(f"it is not signed: {'; '.join(before.reasons)}", where=found.name)
+            raise UserError(f"The adapter is not signed: {'; '.join(before.reasons)}", where=found.name)
         if read_manifest(found.folder) is None:
             write_manifest(found.folder, found.name)
         return found, signer.name, sign(found.folder, signer)
@@ -150,7 +150,7 @@ class AdaptersApi:
 
         path = Path(source)
         if not path.exists():
-            raise UserError("there is no such folder or archive", where=str(source))
+            raise UserError("No such folder or archive", where=str(source))
         opened, project = self._context, self._project
         gate = AdapterImporter(project.adapters, TrustedKeys(project.keys), opened.base, opened.chat, opened.reporter)
         by = current_author(project.root)

@@ -56,7 +56,7 @@ class ProjectContext:
         if named is not None and not exists(named):
             if not make:
                 fix = "Check the path, or create a state there with `tunewright tenant add` or `tunewright deploy`."
-                raise UserError("there is no serving state", where=named, fix=fix)
+                raise UserError("There is no serving state", where=named, fix=fix)
             self.reporter.say(f"Creating a serving state: {named}")
         return State(url, current_author(self.folder.root))
 

@@ -227,7 +227,7 @@ class DatasetApi:
         given = {key: option for key, option in options.items() if option is not None}
         empty = [key for key, option in given.items() if not option]
         if empty:
-            raise UserError("it is empty", where=f"--{empty[0]}", fix="Leave it out for the config's.")
+            raise UserError("Must not be empty", where=f"--{empty[0]}", fix="Omit it to use the config's value.")
         data = data.model_copy(update=given)
         columns = [key for key in given if key != "rows"]
         if columns:
@@ -324,9 +324,9 @@ class DatasetApi:
         folder = find_evaluation(self._project.evaluations, evaluation)
         if load_evidence(folder).design != "held-out":
             raise UserError(
-                "it is cross-fitted: its items were training rows too, and have no distance from them",
+                "The evaluation is cross-fitted: its items were also training rows, so they have no distance from them",
                 where=str(folder),
-                fix="Name an evaluation that `tunewright evaluate` made.",
+                fix="Name one of `tunewright evaluate`.",
             )
         return load_items(folder)
 
@@ -355,7 +355,7 @@ class DatasetApi:
         if class_like([m.example.output.strip() for m in version.domain]):
             if adapter is not None:
                 raise UserError(
-                    "the answers are classes: a model of other rows judges them, and no adapter is used",
+                    "The answers are classes: a model of other rows judges them, and no adapter is used",
                     where="--adapter",
                     fix="Leave it out.",
                 )

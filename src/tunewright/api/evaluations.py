@@ -17,7 +17,7 @@ from tunewright.data.versions.members import read_places
 from tunewright.data.versions.store import version_folder
 from tunewright.data.versions.version import read_manifest
 from tunewright.evaluation.access_log import Ledger
-from tunewright.evidence.causes import Known, Labels, decided
+from tunewright.evidence.causes import Labels, ProjectFacts, decided
 from tunewright.evidence.learning_curve import find_curve
 from tunewright.evidence.schema import Evidence, amend, find_evaluation, load_evidence, load_items
 from tunewright.evidence.test_set_access import TestSetAccess
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def known_of(project: ProjectFolder, evidence: Evidence, reporter: Reporter) -> Known:
+def known_of(project: ProjectFolder, evidence: Evidence, reporter: Reporter) -> ProjectFacts:
     """Return the project's facts about the evaluation's adapter and data.
 
     Missing facts are left out. Unreadable ones are left out with a warning: evidence is enough for a verdict.
     """
     from tunewright.advisor.explanations import calls_cost
-    from tunewright.advisor.signals import fitting_advice
+    from tunewright.advisor.signals import find_matching_advice
 
     def readable(read: Callable[[], T | None]) -> T | None:
         try:
@@ -47,12 +47,12 @@ def known_of(project: ProjectFolder, evidence: Evidence, reporter: Reporter) -> 
             reporter.warn(f"Ignored for the causes of the verdict: {error}")
             return None
 
-    advice = readable(lambda: fitting_advice(project.advice, evidence))
+    advice = readable(lambda: find_matching_advice(project.advice, evidence))
     digest = evidence.lineage.get("adapter", {}).get("digest")
     adapter = next((a for a in list_adapters(project.adapters) if a.digest == digest), None)
     even = advice.break_even if advice else None
     same_arm = even is not None and even.prompting.arm == evidence.contrasts[0].control
-    return Known(
+    return ProjectFacts(
         history=adapter.history if adapter else (),
         curve=readable(lambda: find_curve(project.curves, evidence)),
         labels=_labels(project.dataset, str(evidence.lineage.get("dataset"))),
@@ -103,7 +103,7 @@ class EvaluationsApi(ProjectContext):
         folder = _folder(self.evaluation(evaluation, dev=False))
         name = current_author(self.folder.root) if reviewer is None else reviewer
         if name is None:
-            raise UserError("you have no name in git and no login name", where="--reviewer", fix="Give a name.")
+            raise UserError("Found neither a git user name nor a login name", where="--reviewer", fix="Pass a name.")
         return BlindReview(folder, name, self.reporter, items=items)
 
     def human_eval_results(self, evaluation: str | Path | None = None) -> AnswerReview:
@@ -114,10 +114,10 @@ class EvaluationsApi(ProjectContext):
         Raises:
             UserError: no evaluation, or no reviews.
         """
-        from tunewright.evaluation.human_eval.results import heard_judge, review_results
+        from tunewright.evaluation.human_eval.results import accepted_judge, review_results
 
         folder = _folder(self.evaluation(evaluation, dev=False))
-        section = review_results(folder, heard_judge(folder, load_evidence(folder), self.reporter))
+        section = review_results(folder, accepted_judge(folder, load_evidence(folder), self.reporter))
         amend(folder, human_eval=section)
         return section
 
@@ -175,7 +175,7 @@ class EvaluationsApi(ProjectContext):
 
         It includes the project's newest learning curve and advice on the same data and base, if they exist.
         """
-        from tunewright.advisor.signals import fitting_advice
+        from tunewright.advisor.signals import find_matching_advice
         from tunewright.evidence.learning_curve import find_curve
         from tunewright.report.html import write_report
 
@@ -192,7 +192,7 @@ class EvaluationsApi(ProjectContext):
         out = folder / REPORT_FILE
         curve, advice = (
             find_curve(self.folder.curves, evidence),
-            fitting_advice(self.folder.advice, evidence),
+            find_matching_advice(self.folder.advice, evidence),
         )
         known = known_of(self.folder, evidence, self.reporter)
         write_report(evidence, load_items(folder), history, out, curve, advice, known)

@@ -45,7 +45,7 @@ class ExportApi:
         opened = self._context
         tuned = self._find(adapter)
         target = self._target(tuned, "merged", to)
-        made_of = self._made_of(tuned, {"kind": "merged"})
+        made_of = self._export_inputs(tuned, {"kind": "merged"})
         found = find_export(target, made_of)
         if found is not None:
             return found
@@ -88,7 +88,7 @@ class ExportApi:
         tuned = self._find(adapter)
         what = "merged-gguf" if merged else "gguf"
         target = self._target(tuned, f"{what}-{file_type}", to)
-        made_of = self._made_of(tuned, {"kind": what, "file_type": file_type})
+        made_of = self._export_inputs(tuned, {"kind": what, "file_type": file_type})
         return self._gguf(tuned, target, made_of, merged, file_type)
 
     def ollama(
@@ -118,7 +118,7 @@ class ExportApi:
         tuned = self._find(adapter)
         go_template(opened.chat)  # refuse unsupported templates before measuring
         target = self._target(tuned, f"ollama-{'lora-' if lora else ''}{file_type}", to)
-        made_of = self._made_of(tuned, {"kind": "ollama", "lora": lora, "file_type": file_type})
+        made_of = self._export_inputs(tuned, {"kind": "ollama", "lora": lora, "file_type": file_type})
         found = find_export(target, made_of)
         if found is not None:
             return found
@@ -209,7 +209,7 @@ class ExportApi:
     def _target(self, adapter: Adapter, what: str, to: str | Path | None) -> Path:
         return self._context.folder.exports / f"{adapter.name}-{what}" if to is None else Path(to).expanduser()
 
-    def _made_of(self, adapter: Adapter, settings: dict[str, Any]) -> dict[str, Any]:
+    def _export_inputs(self, adapter: Adapter, settings: dict[str, Any]) -> dict[str, Any]:
         """Return the inputs that determine the export."""
         opened = self._context
         system = self._system_prompt(adapter)

@@ -35,7 +35,7 @@ GENERAL = (
 """Prompts tried after the dev items, or alone on a machine without the data, such as a server."""
 
 
-def canary_prompts(opened: ProjectContext) -> list[tuple[int, ...]]:
+def probe_prompts(opened: ProjectContext) -> list[tuple[int, ...]]:
     """Return prompts on which the models probably differ, in the order to try them."""
     members: Sequence[Member] = ()
     if has_version(opened.folder.dataset):
@@ -106,7 +106,7 @@ class IsolationGate:
             opened.reporter,
         )
 
-    def pass_or_refuse(self) -> tuple[IsolationTest, bool]:
+    def require_isolation(self) -> tuple[IsolationTest, bool]:
         """Test all adapters that are in memory together during the switch, unless this set has already passed.
 
         Returns:
@@ -122,14 +122,14 @@ class IsolationGate:
             return known, True
         count = len(self._test.folders)
         say(f"Isolation test on {self._test.engine}: the base and {count} adapter{'' if count == 1 else 's'}")
-        test = self._test.record(canary_prompts(self._context))
+        test = self._test.record(probe_prompts(self._context))
         say(f"Isolation test: {test.summary}, {duration(test.seconds)}")
         passes = test.verdict != "not isolated" and not self._across(test)
         if passes:
             for one, other in test.alike:
                 self._context.reporter.warn(
-                    f"{one} and {other} answer alike on all probes: if one answered for the other, it would "
-                    "not be seen."
+                    f"{one} and {other} give the same answers to all probes: the test would not notice if one "
+                    "answered for the other."
                 )
         return test, passes
 
@@ -142,10 +142,10 @@ class IsolationGate:
         failed = self._state.releases.refused(self._test.subject)
         if failed is not None and failed.verdict == "not isolated":
             raise UserError(
-                f"exactly this failed the isolation test on {failed.tested[:16].replace('T', ' ')}: "
+                f"The same adapters failed the isolation test on {failed.tested[:16].replace('T', ' ')}: "
                 + "; ".join(failed.reasons),
                 where="--untested",
-                fix="Leave --untested out to have it tested again.",
+                fix="Omit --untested to test them again.",
             )
 
     def _live(self) -> tuple[list[Adapter], list[Adapter]]:

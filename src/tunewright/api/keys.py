@@ -91,7 +91,7 @@ class SigningKeysApi:
                 fix=f"Your keys: {', '.join(own)}." if own else "Create one with `tunewright keys create NAME`.",
             )
         if name is None and not NAME.fullmatch(called):
-            raise UserError(f"the file name {called!r} is not a valid key name", where="KEY", fix="Add --name NAME.")
+            raise UserError(f"The file name {called!r} is not a valid key name", where="KEY", fix="Add --name NAME.")
         return TrustedKeys(self._project.keys).trust(name or called, pem, current_author(self._project.root))
 
     def revoke(self, name: str, because: str) -> TrustedKey:

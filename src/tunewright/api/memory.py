@@ -31,7 +31,7 @@ BY_MISTAKE = 1_000_000_000
 """Parameters of a base that is probably on the CPU by mistake, because the card cannot be used."""
 
 
-def fitting_plan(
+def memory_plan(
     opened: ProjectContext,
     *,
     gpu: str | None,

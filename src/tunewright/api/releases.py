@@ -100,7 +100,7 @@ class ReleasesApi:
         from tunewright.serving.tenants import Candidate, Grounds
 
         if canary is not None and shadow:
-            raise UserError("a candidate is a canary or a shadow", where="--shadow", fix="Leave one of them out.")
+            raise UserError("--canary and --shadow are mutually exclusive", where="--shadow", fix="Choose one.")
         _require_reason(because, "--because")
         _require_reason(untested, "--untested")
         chosen = find_adapter(self._context.folder.adapters, adapter)
@@ -124,7 +124,7 @@ class ReleasesApi:
             if candidate is None:
                 made = state.releases.deploy(alias, chosen.name, chosen.digest, grounds, system_prompt=system_prompt)
             else:
-                made = state.releases.try_candidate(alias, candidate, grounds)
+                made = state.releases.start_candidate(alias, candidate, grounds)
             return DeployResult(made, decided, test, len(state.quota.servers()))
 
     def promote(self, alias: str, *, engine: EngineName | None = None, untested: str | None = None) -> DeployResult:
@@ -165,7 +165,7 @@ class ReleasesApi:
             gate.require_not_failed()
             self._context.reporter.warn(f"{alias} goes live without the isolation test.")
             return None, True
-        test, passes = gate.pass_or_refuse()
+        test, passes = gate.require_isolation()
         if not passes:
             state.releases.refuse(alias, adapter.name, adapter.digest, test)
         return test, passes
@@ -231,10 +231,9 @@ class ReleasesApi:
         if evidence is None:
             if because is None:
                 raise UserError(
-                    f"{adapter.name} has not been evaluated on the test split, and a dev verdict is no licence to ship",
+                    f"{adapter.name} has no verdict on the test split, and one on dev does not allow a release",
                     where=str(self._context.folder.evaluations),
-                    fix=f"`tunewright evaluate {adapter.name}` does it; or release it all the same, with --force "
-                    '--because "why".',
+                    fix=f'Run `tunewright evaluate {adapter.name}`, or release it anyway with --force --because "why".',
                 )
             return None, None
         self._check_ledger()
@@ -254,4 +253,4 @@ class ReleasesApi:
 
 def _require_reason(reason: str | None, where: str) -> None:
     if reason is not None and not reason.strip():
-        raise UserError("the reason is empty", where=where, fix="Write why: it is kept with the release.")
+        raise UserError("The reason is empty", where=where, fix="State the reason: it is stored with the release.")

@@ -66,7 +66,7 @@ class EnginesApi:
 def _require_vllm(name: str) -> None:
     if name != "vllm":
         raise UserError(
-            f"unknown engine {name!r}: only vllm has its own environment",
+            f"Unknown engine {name!r}: only vllm has its own environment",
             fix="The engine peft is part of tunewright and needs no installation.",
         )
 
@@ -91,10 +91,10 @@ def open_service(
         try:
             if state.tenants.any():
                 if not auth:
-                    raise UserError("there are tenants, so every request needs a key", where="--no-auth")
+                    raise UserError("Tenants exist, so every request needs an API key", where="--no-auth")
                 if not system_prompts:
                     raise UserError(
-                        "With tenants, each release says whether its system prompt is added.",
+                        "Tenants exist, so each release sets whether its system prompt is added",
                         where="--no-system-prompt",
                         fix="Use `tunewright deploy ALIAS ADAPTER --no-system-prompt`.",
                     )
@@ -129,8 +129,8 @@ def _for_tenants(opened: ProjectContext, state: State, names: Sequence[str], con
         _require_servable(opened, adapter)
         if config.serve.quantization is None and trained_quantize([adapter]) != held:
             raise UserError(
-                f"it was trained with train.quantization {trained_quantize([adapter])}, and this server holds the base "
-                f"with {held}",
+                f"The adapter was trained with train.quantization {trained_quantize([adapter])}, but this server "
+                f"holds the base with {held}",
                 where=name,
                 fix="Restart the server, or set serve.quantization.",
             )
@@ -150,9 +150,9 @@ def refuse_names(names: Sequence[str]) -> None:
     """
     if names:
         raise UserError(
-            "there are tenants, which request aliases and not adapters",
+            "Tenants request aliases, not adapters",
             where=" ".join(names),
-            fix="Name none: releases say what is served (`tunewright deploy ALIAS ADAPTER`).",
+            fix="Name no adapters: releases decide what is served (`tunewright deploy ALIAS ADAPTER`).",
         )
 
 
@@ -185,7 +185,7 @@ def adapter_of(opened: ProjectContext, name: str, digest: str) -> Adapter:
     found = next((adapter for adapter in known if adapter.name == name), known[0] if known else None)
     if found is None:
         raise UserError(
-            f"the released adapter {name} ({digest[:12]}) is not here",
+            f"The released adapter {name} ({digest[:12]}) is missing",
             where=str(opened.folder.adapters),
             fix="Copy its folder here from where it was trained.",
         )
@@ -204,7 +204,7 @@ def _require_private(host: str) -> None:
         return  # not an address; binding to it reports the error
     if not all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in found):
         raise UserError(
-            f"other machines can reach {host}, and without tenants the server answers all of them",
+            f"Other machines can reach {host}, and without tenants the server answers all of them",
             where="serve.host",
             fix="Add a tenant with `tunewright tenant add NAME`, or allow all requests with --no-auth.",
         )
@@ -219,7 +219,7 @@ def choose_served(opened: ProjectContext, names: Sequence[str]) -> tuple[Quantiz
     config = opened.folder.config
     if not names:
         held = config.serve.quantization or config.train.quantization
-        return held, {adapter.name: adapter.folder for adapter in _all_that_fit(opened, held)}
+        return held, {adapter.name: adapter.folder for adapter in _servable_adapters(opened, held)}
     folders: dict[str, Path] = {}
     named: list[Adapter] = []
     for name in names:
@@ -235,19 +235,20 @@ def choose_served(opened: ProjectContext, names: Sequence[str]) -> tuple[Quantiz
     return config.serve.quantization or trained_quantize(named), folders
 
 
-def _all_that_fit(opened: ProjectContext, held: Quantize) -> Iterator[Adapter]:
+def _servable_adapters(opened: ProjectContext, held: Quantize) -> Iterator[Adapter]:
     """Yield the adapters that fit the base with this quantization, with a warning for each other adapter."""
     for adapter in list_adapters(opened.folder.adapters):
         try:
             _require_servable(opened, adapter)
-            trained = trained_quantize([adapter])
-            if opened.folder.config.serve.quantization is None and trained != held:
-                raise UserError(
-                    f"it was trained with train.quantization {trained}, and the base is held with {held}; name it to "
-                    "serve it, or set serve.quantization"
-                )
         except UserError as error:
             opened.reporter.warn(f"{adapter.name} is not served: {error.what}")
+            continue
+        trained = trained_quantize([adapter])
+        if opened.folder.config.serve.quantization is None and trained != held:
+            opened.reporter.warn(
+                f"{adapter.name} is not served: it was trained with train.quantization {trained}, and the base is "
+                f"held with {held}; name it to serve it, or set serve.quantization"
+            )
             continue
         yield adapter
 

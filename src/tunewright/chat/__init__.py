@@ -30,7 +30,7 @@ def encode(tokenizer_or_base: Any, messages: Sequence[Message | Mapping[str, Any
         UserError: invalid turns, or an unusable template.
     """
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
-        raise UserError("a conversation must be a list of turns", where="messages")
+        raise UserError("A conversation must be a list of turns", where="messages")
     turns = [m.as_dict() if isinstance(m, Message) else m for m in messages]
     try:
         example = example_from_object({"messages": turns}, DataConfig(max_characters=2**31))
@@ -41,7 +41,7 @@ def encode(tokenizer_or_base: Any, messages: Sequence[Message | Mapping[str, Any
     eos = getattr(tokenizer_or_base, "eos_token_id", None)
     if eos is None:
         raise UserError(
-            f"expected a base or a tokenizer with eos_token_id (got {type(tokenizer_or_base).__name__})",
+            f"Expected a base or a tokenizer with eos_token_id (got {type(tokenizer_or_base).__name__})",
             where="tokenizer_or_base",
         )
     chat = cached_format(tokenizer_or_base, stop_ids=frozenset([eos]), kind="own", today=ChatConfig().date)

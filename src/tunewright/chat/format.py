@@ -264,7 +264,7 @@ class ChatFormat:
         place = shown.rfind(mark) if mark else -1
         if place < 0 or self._control_ids(prompt) != self._control_ids(shown[: place + len(mark)]):
             raise UserError(
-                "cannot locate the answer, because the chat template renders the prompt differently once it is "
+                "Cannot locate the answer, because the chat template renders the prompt differently once it is "
                 f"answered (the prompt ends with {prompt[-20:]!r})",
                 where=self.template.name,
                 fix=PLAIN_INSTEAD,
@@ -281,7 +281,7 @@ class ChatFormat:
             return ends[0]
         names = ", ".join(self._end_tokens)
         raise UserError(
-            f"the chat template does not end answers with an end token of the base ({names}), so the model would not "
+            f"The chat template does not end answers with an end token of the base ({names}), so the model would not "
             "learn to stop",
             where=self.template.name,
             fix=PLAIN_INSTEAD,
@@ -316,7 +316,7 @@ class ChatFormat:
             self._control_by_shape[shape] = self._control_ids(self._neutral(*shape))
         if self._control_ids(text) != self._control_by_shape[shape]:
             raise UserError(
-                "the chat template renders these texts with other control tokens than ordinary texts",
+                "The chat template renders these texts with other control tokens than ordinary texts",
                 where=self.template.name,
                 fix=PLAIN_INSTEAD,
             )
@@ -375,17 +375,17 @@ def _check_rules(chat: ChatFormat) -> None:
     own: list[int] = chat.tokenizer(text, add_special_tokens=False)["input_ids"]
     ours = list(tokens.ids)
     if ours not in (own, [chat.bos_id, *own]):
-        raise UserError("the tokenizer's rules are not supported", where=chat.template.name, fix="Use another base.")
+        raise UserError("The tokenizer's rules are not supported", where=chat.template.name, fix="Use another base.")
     if ours[:2] == [chat.bos_id] * 2:
         raise UserError(
-            "the chat template writes the beginning-of-text token twice", where=chat.template.name, fix=PLAIN_INSTEAD
+            "The chat template writes the beginning-of-text token twice", where=chat.template.name, fix=PLAIN_INSTEAD
         )
     chat.encode([Message("user", "x"), Message("assistant", "x")])
 
 
 def _answered(messages: Sequence[Message]) -> Sequence[Message]:
     if not messages or messages[-1].role != "assistant":
-        raise UserError("the last turn must be the assistant's", where="messages")
+        raise UserError("The last turn must be the assistant's", where="messages")
     return messages
 
 

@@ -26,7 +26,7 @@ def open_chat(base: Base, settings: ChatConfig | None = None, reporter: Reporter
     settings = settings or ChatConfig()
     tokenizer = load_tokenizer(base)
     if not tokenizer.chat_template and (base.folder / TEKKEN).exists() and settings.template != "plain":
-        tokenizer.chat_template = _mistrals_template(base, settings)
+        tokenizer.chat_template = _mistral_common_template(base, settings)
     kind: TemplateKind = "own" if settings.template == "own" else "plain"
     if settings.template == "auto":
         kind = "own" if tokenizer.chat_template else "plain"
@@ -42,7 +42,7 @@ def open_chat(base: Base, settings: ChatConfig | None = None, reporter: Reporter
     return chat
 
 
-def _mistrals_template(base: Base, settings: ChatConfig) -> str:
+def _mistral_common_template(base: Base, settings: ChatConfig) -> str:
     """Return the chat template that mistral-common generates for the base's tekken.json.
 
     Raises:
@@ -84,7 +84,7 @@ def refuse_untrained(chat: ChatFormat, base: Base, ids: frozenset[int]) -> None:
         names = ", ".join(map(str, chat.tokenizer.convert_ids_to_tokens(untrained)))
         own = chat.template.kind == "own"
         raise UserError(
-            f"untrained embedding of the token{'s' if len(untrained) > 1 else ''} {names}, which LoRA does not train",
+            f"Untrained embedding of the token{'s' if len(untrained) > 1 else ''} {names}, which LoRA does not train",
             where=base.spec,
             fix="Use the instruction-tuned variant of this base, or set chat.template to plain."
             if own

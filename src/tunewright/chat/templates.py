@@ -87,7 +87,7 @@ class Template:
             )
         except Exception as error:
             raise UserError(
-                f"the chat template refuses this conversation: {error}", where=self.name, fix=PLAIN_INSTEAD
+                f"The chat template refuses this conversation: {error}", where=self.name, fix=PLAIN_INSTEAD
             ) from error
         return str(text)
 
@@ -100,7 +100,7 @@ class Template:
             return _compile_jinja_template(self.source)
         except jinja2.TemplateSyntaxError as error:
             raise UserError(
-                f"the chat template has a syntax error: {error.message}",
+                f"The chat template has a syntax error: {error.message}",
                 where=f"{self.name}, chat template line {error.lineno}",
                 fix=PLAIN_INSTEAD,
             ) from error
@@ -111,14 +111,14 @@ def _own(tokenizer: Any, name: str) -> str:
     if isinstance(source, dict):
         if "default" not in source:
             named = ", ".join(sorted(source))
-            raise UserError(f"no default among the chat templates {named}", where=name, fix=PLAIN_INSTEAD)
+            raise UserError(f"No default among the chat templates {named}", where=name, fix=PLAIN_INSTEAD)
         source = source["default"]
     if not source:
         raise UserError(
-            "the tokenizer has no chat template",
+            "The tokenizer has no chat template",
             where=name,
             fix="Use the instruction-tuned variant of this base, or set chat.template to plain.",
         )
     if not isinstance(source, str):
-        raise UserError(f"the chat template must be text (got {type(source).__name__})", where=name, fix=PLAIN_INSTEAD)
+        raise UserError(f"The chat template must be text (got {type(source).__name__})", where=name, fix=PLAIN_INSTEAD)
     return source

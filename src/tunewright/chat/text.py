@@ -36,7 +36,7 @@ class TextEncoder:
     def __init__(self, tokenizer: Any, written: str) -> None:
         if getattr(tokenizer, "backend_tokenizer", None) is None:
             raise UserError(
-                f"unsupported tokenizer type {type(tokenizer).__name__}",
+                f"Unsupported tokenizer type {type(tokenizer).__name__}",
                 where=str(tokenizer.name_or_path),
                 fix="Use a base with tokenizer.json.",
             )
@@ -66,7 +66,7 @@ class TextEncoder:
         """
         for message in messages:
             if not message.content.isascii() and any("\ud800" <= c <= "\udfff" for c in message.content):
-                raise UserError(f"half of a surrogate pair in the {message.role} turn, which is not a character")
+                raise UserError(f"Half of a surrogate pair in the {message.role} turn, which is not a character")
         found = {text for m in messages for text in self._look_alike.findall(m.content)}
         if not found:
             return list(messages), {}
@@ -117,7 +117,7 @@ class TextEncoder:
         for run, found in ids.items():
             if not forbidden.isdisjoint(found):
                 token = self._backend.id_to_token(next(i for i in found if i in forbidden))
-                raise UserError(f"the tokenizer encodes the plain text {run[:60]!r} as the control token {token}")
+                raise UserError(f"The tokenizer encodes the plain text {run[:60]!r} as the control token {token}")
         return ids
 
 

@@ -46,7 +46,7 @@ def commands() -> typer.Typer:
 
 def main() -> None:
     """Run the console script ``tunewright``."""
-    from tunewright.cli.stopping import own_process
+    from tunewright.cli.stopping import mark_command_process
 
-    own_process()
+    mark_command_process()
     commands()()

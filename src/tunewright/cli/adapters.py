@@ -13,13 +13,13 @@ from rich.tree import Tree
 
 from tunewright.cli.app import TRAIN, Adapter, command, group
 from tunewright.cli.console import CANT_TELL, FAILED, Session
-from tunewright.core.clock import to_the_second
+from tunewright.core.clock import without_milliseconds
 
 if TYPE_CHECKING:
     from tunewright.adapters.lineage import DatasetTrace, Trace
     from tunewright.adapters.registry import Adapter as StoredAdapter
     from tunewright.adapters.trust import TrustStatus
-    from tunewright.api.adapters import Shown
+    from tunewright.api.adapters import AdapterDetails
     from tunewright.evaluation.scaling import ScaleResult
 
 # As in config.section, which is too heavy to import for --help.
@@ -66,7 +66,7 @@ def adapters_verify(
     """
     found = run.project.adapters.verify(adapters or ())
     document = {"adapters": [each.as_dict() for each in found]}
-    run.show(document, standings_table(found) if found else "There is no adapter.")
+    run.show(document, trust_status_table(found) if found else "No adapter is stored.")
     states = {each.state for each in found}
     if states & {"tampered", "revoked"}:
         return FAILED
@@ -168,11 +168,13 @@ def adapters_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     for row in rows:
         dataset = row["dataset"][:_SHORT] if row["dataset"] else "unknown"
         dataset += ", imported" if row["imported"] else ""
-        table.add_row(row["name"], to_the_second(row["created"]), dataset, row["base"], ", ".join(row["checkpoints"]))
+        table.add_row(
+            row["name"], without_milliseconds(row["created"]), dataset, row["base"], ", ".join(row["checkpoints"])
+        )
     return table
 
 
-def standings_table(found: Sequence[TrustStatus]) -> Table:
+def trust_status_table(found: Sequence[TrustStatus]) -> Table:
     """Return the status of each adapter, with the reasons."""
     table = Table()
     for name in ("adapter", "state", "why"):
@@ -182,17 +184,17 @@ def standings_table(found: Sequence[TrustStatus]) -> Table:
     return table
 
 
-def lineage_tree(shown: Shown) -> Tree:
+def lineage_tree(shown: AdapterDetails) -> Tree:
     """Return an adapter's base, data, training and evaluations as a tree."""
     trace = shown.trace
-    tree = Tree(Text(f"{trace.name}, made {to_the_second(trace.created)}"))
+    tree = Tree(Text(f"{trace.name}, made {without_milliseconds(trace.created)}"))
     standing = _add(tree, f"digest {trace.digest[:_SHORT]}, {shown.standing.state}")
     for reason in shown.standing.reasons:
         _add(standing, reason)
     if trace.imported:
         _add(
             tree,
-            f"imported {to_the_second(trace.imported['at'])} from {trace.imported['source']}"
+            f"imported {without_milliseconds(trace.imported['at'])} from {trace.imported['source']}"
             + _by(trace.imported["by"]),
         )
     if trace.scaled:

@@ -43,10 +43,13 @@ def advise(
     """
     if stored is None:
         result = run.project.advise(pilot=not no_pilot, minutes=minutes)
-        document = {**result.as_dict(), "prospects": [each.as_dict() for each in run.project.prospects()]}
+        document = {
+            **result.as_dict(),
+            "detectable_effects": [each.as_dict() for each in run.project.detectable_effects()],
+        }
     elif no_pilot or minutes is not None:
         option = "--no-pilot" if no_pilot else "--minutes"
-        raise UserError(f"{option} does not apply to stored advice", where=option, fix="Leave one of the two out.")
+        raise UserError(f"{option} does not apply to stored advice", where=option, fix="Omit one of the two.")
     else:
         result = run.unopened.advise(stored)
         document = result.as_dict()

@@ -43,7 +43,7 @@ _PIPE_WIDTH = 10**6
 """Columns of a pipe, where no cell may be cut and no row wrapped."""
 
 
-def _leave_reader() -> NoReturn:
+def _exit_on_closed_pipe() -> NoReturn:
     """End quietly when the reader of stdout or stderr has closed it."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
@@ -53,7 +53,7 @@ def _leave_reader() -> NoReturn:
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        _leave_reader()
+        _exit_on_closed_pipe()
 
 
 def _write(text: str) -> None:
@@ -61,7 +61,7 @@ def _write(text: str) -> None:
         # Flushed, since `serve` runs on for long after it has printed its address.
         print(text, end="", flush=True)
     except BrokenPipeError:
-        _leave_reader()
+        _exit_on_closed_pipe()
 
 
 def plain_text(part: RenderableType) -> str:
@@ -151,7 +151,7 @@ class Session:
         if distributed.is_main_process():
             _write(text)
 
-    def tell_standing(self, project: Path | None) -> None:
+    def report_review_status(self, project: Path | None) -> None:
         """Report whether reviewers have accepted a project's current dataset version, if it has one."""
         if project is None or not (project / "dataset").is_dir():
             return
@@ -205,13 +205,13 @@ def _run(current: Session, project: Path | None, *, together: bool) -> Iterator[
     if together:
         distributed.init()
     elif distributed.world_size() > 1:
-        raise UserError("this command runs in one process; `train` alone runs in several", where="WORLD_SIZE")
+        raise UserError("This command runs in one process; `train` alone runs in several", where="WORLD_SIZE")
     try:
         yield current
     except typer.Exit:
-        current.tell_standing(project)
+        current.report_review_status(project)
         raise
-    current.tell_standing(project)
+    current.report_review_status(project)
     if together:
         distributed.shutdown()
 
@@ -221,7 +221,7 @@ def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
 
 
 def _fail(current: Session, document: dict[str, Any], text: str, code: int) -> NoReturn:
-    if not distributed.first_to_fail():
+    if not distributed.failed_first():
         raise typer.Exit(code)
     current.console.quiet = False
     if current.as_json:

@@ -186,7 +186,7 @@ def interactive() -> bool:
 def require_terminal(others: str) -> None:
     """Refuse a review without a terminal before a sample is drawn for it; ``others`` are the alternatives."""
     if not interactive():
-        raise UserError("there is no terminal to review in", fix=f"Use {others}.")
+        raise UserError("There is no terminal to review in", fix=f"Use {others}.")
 
 
 def read_key() -> str:
@@ -209,7 +209,7 @@ def edit_text(text: str) -> str | None:
         try:
             code = subprocess.run([*shlex.split(command), str(path)], check=False).returncode
         except OSError as error:
-            raise UserError(f"the editor cannot be started: {error.strerror}", where="$EDITOR") from None
+            raise UserError(f"The editor cannot be started: {error.strerror}", where="$EDITOR") from None
         try:
             edited = path.read_bytes().decode()
         except (OSError, UnicodeDecodeError):

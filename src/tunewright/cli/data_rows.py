@@ -13,7 +13,7 @@ from rich.text import Text
 from tunewright.cli.app import command
 from tunewright.cli.console import Session
 from tunewright.cli.data import data_app
-from tunewright.core.clock import to_the_second
+from tunewright.core.clock import without_milliseconds
 from tunewright.core.io import canonical_json
 from tunewright.core.text import count_of
 
@@ -144,7 +144,7 @@ def data_remove(
 def _blame_text(found: RowOrigin) -> str:
     version = found.version
     lines = [
-        f"row {found.key[:12]}, version {version.digest[:12]} of {to_the_second(version.created)}"
+        f"row {found.key[:12]}, version {version.digest[:12]} of {without_milliseconds(version.created)}"
         + (f", by {version.author}" if version.author else "")
         + (f": {version.message}" if version.message else "")
     ]
@@ -233,7 +233,7 @@ def conversation_text(member: Member) -> Text:
     for message in member.example.messages:
         weight = "" if message.weight else " (weight 0: not trained)"
         text.append(f"{message.role}{weight}\n", style="bold")
-        text.append(f"{''.join(map(harmless, message.content))}\n")
+        text.append(f"{''.join(map(escape_control_character, message.content))}\n")
     return text
 
 
@@ -254,9 +254,9 @@ def tokens_text(tokens: Sequence[TokenView]) -> Text:
 
 def _visible(text: str) -> str:
     shown = text.replace(" ", "·").replace("\n", "⏎").replace("\r", "␍").replace("\t", "⇥")
-    return "".join(map(harmless, shown))
+    return "".join(map(escape_control_character, shown))
 
 
-def harmless(character: str) -> str:
+def escape_control_character(character: str) -> str:
     """Return a control or format character as its code: it is invisible, or could corrupt the terminal."""
     return character if character.isprintable() or character in "\n\t" else f"<U+{ord(character):04X}>"

@@ -13,7 +13,7 @@ from rich.text import Text
 from tunewright.cli.app import EVALUATE, app, command
 from tunewright.cli.console import RESUMES, Session
 from tunewright.cli.data_review import read_key, require_terminal
-from tunewright.cli.data_rows import harmless
+from tunewright.cli.data_rows import escape_control_character
 from tunewright.cli.verdict import Evaluation
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ def pair_screen(pair: Pair, progress: Progress, width: int, note: str) -> list[R
 def _plain(text: str) -> Text:
     if not text.strip():
         return Text("(no text)", style="dim italic")
-    return Text("".join(map(harmless, text)))
+    return Text("".join(map(escape_control_character, text)))
 
 
 def results_tables(review: AnswerReview) -> list[RenderableType]:

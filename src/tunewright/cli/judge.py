@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from tunewright.evaluation.judge.runner import Estimate
     from tunewright.evidence.common import Interval
-    from tunewright.evidence.judge import Control, Judgement, Preference, Spent, WinRate
+    from tunewright.evidence.judge import Control, Judgement, JudgeUsage, Preference, WinRate
 
 
 @command(app, "judge", panel=EVALUATE, example="tunewright judge --estimate", kept=RESUMES)
@@ -174,7 +174,7 @@ def _preference_note(preference: Preference) -> str:
     return note
 
 
-def _spent_text(title: str, spent: Spent) -> str:
+def _spent_text(title: str, spent: JudgeUsage) -> str:
     cost = "" if spent.cost is None else f", cost {spent.cost:.4f}"
     guessed = f" ({spent.estimated:,} replies came without counts: guessed)" if spent.estimated else ""
     tokens = f"{spent.prompt_tokens:,} prompt and {spent.completion_tokens:,} reply tokens"

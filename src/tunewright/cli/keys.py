@@ -11,7 +11,7 @@ from rich.text import Text
 
 from tunewright.cli.app import DEPLOY, command, group
 from tunewright.cli.console import Session
-from tunewright.core.clock import to_the_second
+from tunewright.core.clock import without_milliseconds
 
 if TYPE_CHECKING:
     from tunewright.api.keys import KnownKey
@@ -87,8 +87,8 @@ def _trust(key: KnownKey) -> str:
     called = f", as {key.trusted.name}" if key.trusted.name != key.name else ""
     if key.trusted.revoked:
         gone = key.trusted.revoked
-        return f"revoked {to_the_second(gone.at)}{_by(gone.by)}: {gone.because}{called}"
-    return f"since {to_the_second(key.trusted.trusted.at)}{_by(key.trusted.trusted.by)}{called}"
+        return f"revoked {without_milliseconds(gone.at)}{_by(gone.by)}: {gone.because}{called}"
+    return f"since {without_milliseconds(key.trusted.trusted.at)}{_by(key.trusted.trusted.by)}{called}"
 
 
 def _by(name: str | None) -> str:

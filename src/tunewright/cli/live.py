@@ -99,7 +99,7 @@ class Curves:
         figure.set_x_limits(min_=0, max_=self.total)
         figure.set_y_limits(min_=0, max_=highest or 1)
         for name, points in curves.items():
-            shown = thinned(points)
+            shown = downsample(points)
             figure.plot([step for step, _ in shown], [value for _, value in shown], lc=_LOSSES[name][1])
         drawn: str = figure.show()
         return drawn
@@ -113,7 +113,7 @@ def _named(metric: MetricName, share: float) -> str:
     return f"{text} {metric_label(metric)}" if text.endswith("%") else text
 
 
-def thinned(points: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
+def downsample(points: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
     """Return at most `_MOST_POINTS` points: means of neighbours, where there are more."""
     size = -(-len(points) // _MOST_POINTS)
     groups = [points[start : start + size] for start in range(0, len(points), size)]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from tunewright.api import RunResult
-    from tunewright.demo import ThreeAnswers
+    from tunewright.demo import DemoAnswers
     from tunewright.demo_tenants import TwoTenants
 
 _SHORT = 12
@@ -104,7 +104,7 @@ def demo(
     from tunewright.cli.advise import advice_tables
     from tunewright.cli.judge import judgement_tables
     from tunewright.cli.train import curve_tables
-    from tunewright.demo import ask_three_ways, measure_the_rest, open_demo
+    from tunewright.demo import ask_three_ways, measure_slow_parts, open_demo
     from tunewright.demo_tenants import show_two_tenants
 
     project = open_demo(directory, run.reporter)
@@ -125,12 +125,12 @@ def demo(
     }
     shown = [*run_tables(result), answers_table(answered), *(two_tenants_tables(tenants) if tenants else [])]
     if whole:
-        rest = measure_the_rest(project, result.evaluated.folder)
+        rest = measure_slow_parts(project, result.evaluated.folder)
         document |= rest.as_dict()
         shown += [*advice_tables(rest.advice), *curve_tables(rest.curve.curve)]
         shown += [*judgement_tables(rest.judged.judgement), f"Report: {rest.report}"]
     run.show(document, *shown)
-    run.tell_standing(directory)
+    run.report_review_status(directory)
     return result.verdict.exit_code
 
 
@@ -151,7 +151,7 @@ def run_document(result: RunResult) -> dict[str, Any]:
     }
 
 
-def answers_table(answered: ThreeAnswers) -> Table:
+def answers_table(answered: DemoAnswers) -> Table:
     """Return one question and each model's answer."""
     table = Table(
         title=f"Served: {answered.question}\nReference: {answered.reference}", title_justify="left", show_lines=True

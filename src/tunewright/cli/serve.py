@@ -74,7 +74,7 @@ def serve(
         typer.Option(
             "--self-test",
             help="Do not serve, but test that each request is answered by its own adapter. Exit code 3: one was not; "
-            "4: some adapters answer alike and are indistinguishable.",
+            "4: some adapters give the same answers and are indistinguishable.",
         ),
     ] = False,
 ) -> int | None:
@@ -98,7 +98,7 @@ def serve(
         system_prompts=not no_system_prompt,
     )
 
-    run.tell_standing(run.folder)
+    run.report_review_status(run.folder)
 
     def started(url: str) -> None:
         models = "\n".join(f"  {name}" for name in service.models)
@@ -135,4 +135,4 @@ def _conclusion(result: IsolationResult | IsolationTest, adapters: int) -> str:
         )
     if result.verdict == "not isolated":
         return f"NOT isolated: {result.engine} answers with a model other than the requested one. Do not serve."
-    return f"Can't tell: no answer was wrong, but some of {models} answer alike."
+    return f"Can't tell: no answer was wrong, but some of {models} give the same answers."

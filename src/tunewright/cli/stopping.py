@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from tunewright.core.interrupts import waits_for
+from tunewright.core.interrupts import pending_work
 
 STOPPED = 128 + signal.SIGINT
 """Exit code that shells report after Ctrl-C."""
@@ -34,7 +34,7 @@ _alone = False
 _stopped = False
 
 
-def own_process() -> None:
+def mark_command_process() -> None:
     """Mark this process as running one command: once that is stopped, the interpreter's exit is bounded too."""
     global _alone
     _alone = True
@@ -66,7 +66,7 @@ def stoppable(kept: str, *, as_json: bool, quiet: bool) -> Iterator[None]:
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    watcher = _Watcher(reading, kept, as_json=as_json, quiet=quiet)
+    watcher = _SignalWatcher(reading, kept, as_json=as_json, quiet=quiet)
     watcher.start()
     stopped = False
     try:
@@ -84,7 +84,7 @@ def stoppable(kept: str, *, as_json: bool, quiet: bool) -> Iterator[None]:
             os.close(reading)
 
 
-class _Watcher(threading.Thread):
+class _SignalWatcher(threading.Thread):
     def __init__(self, reading: int, kept: str, *, as_json: bool, quiet: bool) -> None:
         super().__init__(name="tunewright-signals", daemon=True)
         self.reading = reading
@@ -106,7 +106,7 @@ class _Watcher(threading.Thread):
                     return
                 for _ in range(sum(number in _SIGNALS for number in numbers)):
                     self._take()
-            if waits_for() is not None:
+            if pending_work() is not None:
                 until = math.inf
             elif self.asked and until == math.inf:
                 until = time.monotonic() + PATIENCE_S
@@ -118,7 +118,7 @@ class _Watcher(threading.Thread):
         if self.asked > 1:
             self._end()
         elif not self.quiet:
-            _say(f"Stopping: {waits_for() or self.kept}. Ctrl-C again ends at once.")
+            _say(f"Stopping: {pending_work() or self.kept}. Ctrl-C again ends at once.")
         self.announced.set()
 
     def _end(self) -> None:

@@ -58,7 +58,7 @@ def tenant_list(run: Session) -> None:
     """List the tenants with their aliases and limits."""
     known = run.project.tenant.list()
     document = {"tenants": [tenant.as_dict() for tenant in known]}
-    run.show(document, tenants_table(known) if known else "There is no tenant: the server needs no key.")
+    run.show(document, tenants_table(known) if known else "No tenants: the server requires no key.")
 
 
 @command(tenant_app, "grant", example="tunewright tenant grant acme legal", status=False, state=True)
@@ -105,12 +105,12 @@ def tenant_usage(
     csv: Annotated[bool, typer.Option("--csv", help="Print every request as CSV on stdout.")] = False,
 ) -> None:
     """Show requests and tokens by tenant, alias and adapter."""
-    from tunewright.serving.tenants.times import moment
+    from tunewright.serving.tenants.times import parse_time
     from tunewright.serving.tenants.usage import usage_csv
 
     if csv and run.as_json:
         raise UserError("--csv and --json are mutually exclusive", where="--csv", fix="Choose one.")
-    begins = None if since is None else moment(since, "--since")
+    begins = None if since is None else parse_time(since, "--since")
     if csv:
         run.print_out(usage_csv(run.project.tenant.requests(name, since=begins)))
         return
@@ -126,9 +126,9 @@ def tenant_prune_usage(
     before: Annotated[str, typer.Option(help="Day, such as 2026-11-01: requests of earlier days are pruned.")],
 ) -> None:
     """Roll old requests up into daily totals and delete the individual records. `tenant usage` stays the same."""
-    from tunewright.serving.tenants.times import moment
+    from tunewright.serving.tenants.times import parse_time
 
-    pruned = run.project.tenant.prune_usage(before=moment(before, "--before"))
+    pruned = run.project.tenant.prune_usage(before=parse_time(before, "--before"))
     text = f"Rolled up {pruned.requests:,} requests of {pruned.days:,} days."
     if pruned.shadow_answers:
         text += f" Deleted with them: {pruned.shadow_answers:,} answers of shadow candidates."
@@ -184,7 +184,7 @@ def key_revoke(run: Session, key: Prefix) -> None:
 def key_list(run: Session, tenant: AnyName = None) -> None:
     """List keys by prefix: tenant, aliases, expiry and last use."""
     known = run.project.tenant.key.list(tenant)
-    run.show({"keys": [key.as_dict() for key in known]}, keys_table(known) if known else "There is no key.")
+    run.show({"keys": [key.as_dict() for key in known]}, keys_table(known) if known else "No keys.")
 
 
 def tenants_table(tenants: Sequence[Tenant]) -> Table:

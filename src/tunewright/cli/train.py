@@ -85,7 +85,7 @@ def _train(run: Session, *, force: bool) -> None:
             "adapter": adapter.name,
             "folder": str(adapter.folder),
             "trained": result.trained,
-            "prospects": [each.as_dict() for each in run.project.prospects()],
+            "detectable_effects": [each.as_dict() for each in run.project.detectable_effects()],
             **training,
         },
         f"{'Trained' if result.trained else 'Already trained'}: {adapter.folder}\n"
@@ -153,7 +153,7 @@ def sweep_tables(result: SweepResult, written: dict[str, Any]) -> list[Renderabl
     if result.winner is None or result.adapter is None:
         left_out = any(entry.event == "left out" for entry in ledger.entries)
         what_to_do = "A larger --minutes resumes from here." if left_out else "Try lower rates with --rate."
-        return [*parts, f"There is no winner: no trial finished. {what_to_do}"]
+        return [*parts, f"No winner: no trial finished. {what_to_do}"]
     parts.append(f"Winner: {result.winner.name}, fully trained: {result.adapter.folder}")
     if result.edge_warning:
         parts.append(result.edge_warning)

@@ -60,7 +60,7 @@ def _plain_date(value: Any) -> Any:
 
 
 class ChatConfig(Section):
-    """How conversations become tokens, in training, evaluation and serving."""
+    """Rendering of conversations to tokens, in training, evaluation and serving."""
 
     template: Annotated[
         Literal["auto", "own", "plain"],
@@ -80,7 +80,7 @@ class ChatConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """How arms are measured, and the gain that counts as better."""
+    """Measurement of the arms, and the gain that counts as better."""
 
     metric: Annotated[
         Metric,
@@ -200,7 +200,7 @@ class EvaluateConfig(Section):
         names += [metric_name(info.data["metric"])] if "metric" in info.data else []
         twice = {name for name in names if names.count(name) > 1}
         if twice:
-            raise ValueError(f"{', '.join(sorted(twice))} is measured already")
+            raise ValueError(f"{', '.join(sorted(twice))} is already measured")
         return extra_metrics
 
     @property
@@ -210,7 +210,7 @@ class EvaluateConfig(Section):
 
 
 class ServeConfig(Section):
-    """How the server runs."""
+    """Settings of the server."""
 
     host: Annotated[str, Field(description="Address to listen on.")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="Port to listen on (0: any free one).")] = 8000

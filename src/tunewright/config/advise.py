@@ -60,7 +60,7 @@ class PriceConfig(Section):
         return self
 
     @property
-    def in_money(self) -> bool:
+    def in_currency(self) -> bool:
         """True if costs are in a currency; otherwise they are hours of this machine."""
         return self.hour is not None or self.input is not None
 

@@ -70,7 +70,7 @@ class MixConfig(Section):
 
 
 class DataConfig(Section):
-    """Where the pairs come from and how they are split."""
+    """Sources of the pairs, and their split."""
 
     sources: Annotated[
         tuple[str, ...],

@@ -26,10 +26,10 @@ def load_config(path: Path) -> Config:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(
-            "no such file", where=str(path), fix="Run `tunewright init` to create one, or name the project's folder."
+            "No such file", where=str(path), fix="Run `tunewright init` to create one, or name the project's folder."
         ) from None
     except (UnicodeDecodeError, IsADirectoryError) as error:
-        raise UserError(f"not a UTF-8 text file ({error})", where=str(path)) from None
+        raise UserError(f"Not a UTF-8 text file ({error})", where=str(path)) from None
     return parse_config(text, path)
 
 
@@ -42,14 +42,14 @@ def parse_config(text: str, path: Path) -> Config:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise UserError(f"not valid YAML: {getattr(error, 'problem', error)}", where=where) from None
+        raise UserError(f"Not valid YAML: {getattr(error, 'problem', error)}", where=where) from None
     except UserError:
         raise
     except ValueError as error:  # a scalar that looks like a date or a number
         assert root is not None
-        raise UserError(f"invalid value: {error}", where=f"{path}:{_bad_scalar(root)}") from None
+        raise UserError(f"Invalid value: {error}", where=f"{path}:{_bad_scalar(root)}") from None
     if not isinstance(values, dict | None):
-        raise UserError("the config must be a mapping of keys to values", where=f"{path}:1")
+        raise UserError("The config must be a mapping of keys to values", where=f"{path}:1")
     try:
         return Config.model_validate(_without_empty_sections(values or {}))
     except ValidationError as error:
@@ -99,7 +99,7 @@ def _lines(node: yaml.Node, path: Path, prefix: _Location = ()) -> dict[_Locatio
         if location in lines:
             dotted = ".".join(map(str, location))
             raise UserError(
-                f"duplicate key {dotted}",
+                f"Duplicate key {dotted}",
                 where=f"{path}:{line}",
                 fix=f"Remove it here or on line {lines[location]}.",
             )

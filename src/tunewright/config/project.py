@@ -110,7 +110,7 @@ def create_project(root: Path, files: dict[str, str]) -> ProjectFolder:
     there = [name for name in files if (root / name).exists()]
     if there:
         raise UserError(
-            f"already there: {', '.join(there)}",
+            f"Already there: {', '.join(there)}",
             where=str(root),
             fix="Choose another folder, or remove them first.",
         )

@@ -56,7 +56,7 @@ def _self_replay(value: Any) -> Any:
 
 
 class TrainConfig(Section):
-    """How the adapter is trained."""
+    """Training of the adapter."""
 
     preset: Annotated[
         Literal["classic", "all-linear"],

@@ -13,7 +13,7 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
-def to_the_second(time: str) -> str:
+def without_milliseconds(time: str) -> str:
     """Return a time of :func:`now` without its milliseconds."""
     return datetime.fromisoformat(time).isoformat(timespec="seconds")
 

@@ -39,7 +39,7 @@ def write_sheet(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str]
         UserError: the file already exists, or the disk refuses.
     """
     if path.exists():
-        raise UserError("the file already exists", where=str(path), fix="Choose another name.")
+        raise UserError("The file already exists", where=str(path), fix="Choose another name.")
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
     table.writerow(columns)
@@ -63,9 +63,9 @@ def read_sheet(path: Path, needed: Sequence[str], made_by: str) -> list[tuple[in
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", where=str(path)) from None
+        raise UserError(f"Cannot read the file: {error.strerror}", where=str(path)) from None
     except UnicodeDecodeError:
-        raise UserError("the file is not UTF-8", where=str(path), fix="Save it as CSV UTF-8.") from None
+        raise UserError("The file is not UTF-8", where=str(path), fix="Save it as CSV UTF-8.") from None
     head = text.split("\n", 1)[0]
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count), strict=True)
     rows: list[tuple[int, dict[str, str]]] = []
@@ -82,7 +82,7 @@ def read_sheet(path: Path, needed: Sequence[str], made_by: str) -> list[tuple[in
                 rows.append((start, dict(zip(header, fields, strict=True))))
             start = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(f"invalid CSV: {error}", where=f"{path}:{start}") from None
+        raise UserError(f"Invalid CSV: {error}", where=f"{path}:{start}") from None
     if not header:
         _check_header(header, path, needed, made_by)
     return rows
@@ -92,7 +92,7 @@ def _check_header(header: Sequence[str], path: Path, needed: Sequence[str], made
     missing = [name for name in needed if header.count(name) != 1]
     if missing:
         fix = f"Start from a file that `{made_by}` wrote."
-        raise UserError(f"missing or repeated column: {', '.join(missing)}", where=f"{path}:1", fix=fix)
+        raise UserError(f"Missing or repeated column: {', '.join(missing)}", where=f"{path}:1", fix=fix)
 
 
 def refuse_faulty(faults: Sequence[str]) -> None:
@@ -107,4 +107,4 @@ def refuse_faulty(faults: Sequence[str]) -> None:
     if faults:
         listed = "\n".join(f"  {fault}" for fault in faults[:_MOST_FAULTS])
         more = f"\n  and {len(faults) - _MOST_FAULTS} more" if len(faults) > _MOST_FAULTS else ""
-        raise UserError(f"faulty rows, no verdict was recorded:\n{listed}{more}", fix="Fix them and import again.")
+        raise UserError(f"Faulty rows, no verdict was recorded:\n{listed}{more}", fix="Fix them and import again.")

@@ -28,13 +28,13 @@ def finishing(what: str) -> Iterator[None]:
         _finishing.pop()
 
 
-def waits_for() -> str | None:
+def pending_work() -> str | None:
     """Return the work that a stop would wait for now, or None."""
     return _finishing[-1] if _finishing else None
 
 
 @contextmanager
-def handled_elsewhere() -> Iterator[None]:
+def leave_signals_to_server() -> Iterator[None]:
     """Leave signals to a server that handles and reports them itself. Main thread only."""
     before = signal.set_wakeup_fd(-1)
     try:

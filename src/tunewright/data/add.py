@@ -15,7 +15,7 @@ from tunewright.core.progress import Reporter
 from tunewright.core.text import count_of
 from tunewright.data import notices
 from tunewright.data.add_plan import AddOptions, AddPlan, plan_add
-from tunewright.data.dedup.decontaminate import Hit
+from tunewright.data.dedup.decontaminate import ContaminationHit
 from tunewright.data.dedup.output_leakage import OutputLeakage
 from tunewright.data.merge import Merge
 from tunewright.data.notices import Conflict, Duplicate, LargeCluster, ReplacedRow, SplitChange
@@ -59,7 +59,7 @@ class AddResult:
     """Secrets and personal data that placeholders replaced: counts by kind."""
     personal: dict[str, int]
     """Personal data left in, and secrets that ``data.allow`` permits: counts by kind."""
-    contaminated: tuple[Hit, ...]
+    contaminated: tuple[ContaminationHit, ...]
     """Training rows that contain a test row or a benchmark item; left out if data.contaminated is "drop"."""
     left_out: int
     """Number of contaminated rows left out."""
@@ -208,7 +208,7 @@ class _InputFiles:
 
 def _read(files: Sequence[Path], config: Config, reporter: Reporter, *, skip_bad: bool) -> _InputFiles:
     if not files:
-        raise UserError("no file to add", fix="Name one or more files of pairs, or list them in data.sources.")
+        raise UserError("No file to add", fix="Name one or more files of pairs, or list them in data.sources.")
     size = sum(source_size(path) for path in files)
     with reporter.task("reading", size, "bytes") as task:
         inputs = _InputFiles(files, [read_pairs(path, config.data, task) for path in files])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ from tunewright.data.merge import Merge, merge
 from tunewright.data.notices import Conflict, Duplicate
 from tunewright.data.readers import SourceRow
 from tunewright.data.readers.file_check import FileCheck, check_files
-from tunewright.data.remove import removals_ended_by, withheld_notice
+from tunewright.data.remove import removals_ended_by, removed_rows_notice
 from tunewright.data.screening import screen
 from tunewright.data.splits import SPLITS
 from tunewright.data.version_builder import (
@@ -25,7 +26,7 @@ from tunewright.data.version_builder import (
     draft_version,
     inherit_split,
     inheritance_notice,
-    refuse_torn_templates,
+    refuse_split_templates,
 )
 from tunewright.data.versions import (
     DatasetVersion,
@@ -147,9 +148,7 @@ def preview(
 
 def _beforehand(refusal: UserError) -> UserError:
     """Return the error of ``add`` in the conditional, since a check tries nothing."""
-    what = refusal.what.replace("nothing was added", "nothing would be added").replace(
-        "nothing was replaced", "nothing would be replaced"
-    )
+    what = re.sub(r"(nothing) was (added|replaced)", r"\1 would be \2", refusal.what, flags=re.IGNORECASE)
     return UserError(what, where=refusal.where, fix=refusal.fix)
 
 
@@ -269,7 +268,7 @@ def plan_add(
         inherit_split(options.split_from, merged.parent, merged.kept) if options.split_from is not None else None
     )
     if inherited and data.split_by == "output_template":
-        refuse_torn_templates(inherited, merged.kept)
+        refuse_split_templates(inherited, merged.kept)
     draft = draft_version(project, merged, rows, reporter, inherited.splits if inherited else None)
     if inherited:
         reporter.say(inheritance_notice(inherited, draft.members))
@@ -290,7 +289,7 @@ def plan_add(
 def _report_merge(merged: Merge, rows: Sequence[SourceRow], options: AddOptions, reporter: Reporter) -> None:
     """Report rows that stay out, replace others or have other weights."""
     if merged.withheld:
-        reporter.warn(withheld_notice(rows, merged.withheld))
+        reporter.warn(removed_rows_notice(rows, merged.withheld))
     if options.replace and not merged.replacement.olds:
         reporter.say("Nothing to replace: no input in these files has another output in the dataset.")
     if merged.replacement.edits_kept:

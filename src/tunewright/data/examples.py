@@ -153,7 +153,7 @@ def template_groups(outputs: Mapping[str, str]) -> dict[str, str]:
     return {key: f"output_template={template}" for key, template in templates.items() if counts[template] > 1}
 
 
-def labels_among(outputs: Sequence[str]) -> frozenset[str]:
+def find_labels(outputs: Sequence[str]) -> frozenset[str]:
     """Return the distinct outputs, stripped, if they are labels (``class_like``); else the empty set."""
     stripped = [output.strip() for output in outputs]
     return frozenset(stripped) if class_like(stripped) else frozenset()

@@ -15,7 +15,7 @@ from tunewright.data.dedup import exact_repeats, find_duplicates, near_repeats
 from tunewright.data.examples import Example, in_conflict
 from tunewright.data.notices import Conflict, Duplicate, ReplacedRow, conflicting
 from tunewright.data.readers import SourceRow
-from tunewright.data.remove import withhold
+from tunewright.data.remove import exclude_removed
 from tunewright.data.replace import Replacement, made_by_replacement, supersede
 from tunewright.data.review.edits import superseded_keys
 from tunewright.data.splits import Split
@@ -62,7 +62,7 @@ class Merge:
             return f"{row.source}:{row.line}"
         return f"version {short(self.parent.digest if self.parent else '')}, row {short(key)}"
 
-    def stands_for(self, key: str) -> str:
+    def kept_pair_key(self, key: str) -> str:
         """Return the kept row for a read one: itself, the row that it repeats, or the row that an edit made of it."""
         return self.dropped[key][0] if key in self.dropped else self.edited.get(key, key)
 
@@ -150,7 +150,7 @@ class Merge:
         for member in self.parent.domain if self.parent else ():
             values[replacing.get(member.key, member.key)].update(member.groups)
         for row in rows:
-            values[self.stands_for(row.example.pair_key)].update(f"{name}={v}" for name, v in row.groups.items())
+            values[self.kept_pair_key(row.example.pair_key)].update(f"{name}={v}" for name, v in row.groups.items())
         return {key: tuple(sorted(found)) for key, found in values.items() if found and key in self.kept}
 
 
@@ -182,7 +182,7 @@ def merge(
     replacing = superseded_keys(dataset, parent.manifest) if parent else {}
     edited = {old: now for old, now in replacing.items() if old not in known and now in known}
     read = rows
-    rows, withheld = withhold(dataset, rows, known.keys() | edited.keys(), replacing, restore=restore)
+    rows, withheld = exclude_removed(dataset, rows, known.keys() | edited.keys(), replacing, restore=restore)
     made = made_by_replacement(dataset, parent) if parent and edited else set()
     superseded = frozenset(row.example.pair_key for row in rows if edited.get(row.example.pair_key) in made)
     if restore:

@@ -86,7 +86,7 @@ def mix_in(
             else:
                 left_out.append((row, reason))
     if not drawn:
-        raise UserError("no row of the file can be mixed in", where=f"data.mix.source: {path}", fix=_first(left_out))
+        raise UserError("No row of the file can be mixed in", where=f"data.mix.source: {path}", fix=_first(left_out))
     source = Source(name=Path(mix.source).as_posix(), sha256=source_digest(path), rows=len(rows))
     members = [
         Member(row.example, row.example.pair_key, "train", row.example.pair_key, mixed=True)

@@ -97,11 +97,11 @@ def push(dataset: Path, url: str, reporter: Reporter, *, options: dict[str, Any]
             log of reviews, or an unreachable remote.
     """
     if not dataset.is_dir():
-        raise UserError("there is no dataset to push", where=str(dataset), fix=_ADD)
+        raise UserError("There is no dataset to push", where=str(dataset), fix=_ADD)
     with locked(dataset):
         head = current_manifest(dataset)
         if head is None:
-            raise UserError("there is no dataset version to push", where=str(dataset), fix=_ADD)
+            raise UserError("There is no dataset version to push", where=str(dataset), fix=_ADD)
         mine = ancestry(dataset, head)
         place = RemoteStore(url, options)
         before = place.head()
@@ -125,7 +125,7 @@ def push(dataset: Path, url: str, reporter: Reporter, *, options: dict[str, Any]
                     size += len(data)
                 rows += new
         if place.head() != before:
-            raise UserError("another push ran at the same time", where=url, fix="Run the push again.")
+            raise UserError("Another push ran at the same time", where=url, fix="Run the push again.")
         if before != head.digest:
             place.write("HEAD", f"{head.digest}\n".encode())
         place.erase(purged, reporter)
@@ -151,7 +151,7 @@ def pull(dataset: Path, url: str, reporter: Reporter, *, options: dict[str, Any]
         place = RemoteStore(url, options)
         head = place.head()
         if head is None:
-            raise UserError("the remote has no dataset", where=url, fix=f"Push one: tunewright data push {url}")
+            raise UserError("The remote has no dataset", where=url, fix=f"Push one: tunewright data push {url}")
         if head in {m.digest for m in mine}:
             removals = place.removals(reporter)
             merge_removals(dataset, removals, reporter)
@@ -237,7 +237,7 @@ def _diverged(here: Sequence[Manifest], there: Sequence[Manifest], url: str) -> 
         for line in (here, there)
     ]
     return UserError(
-        f"the histories diverged {f'after version {short(common.digest)}' if common else 'from the start'}: "
+        f"The histories diverged {f'after version {short(common.digest)}' if common else 'from the start'}: "
         f"only here: {sides[0]}; only there: {sides[1]}",
         where=url,
         fix=f"Check out {short(common.digest)}, pull, and add your files again. Nothing is lost."
@@ -249,7 +249,7 @@ def _diverged(here: Sequence[Manifest], there: Sequence[Manifest], url: str) -> 
 def _packed(dataset: Path, manifest: Manifest, purged: Collection[str]) -> tuple[int, dict[str, bytes]]:
     """Return the number of rows that a version added, and its files to push, the manifest last."""
     version = load_version(dataset, manifest.digest, without_purged=True)
-    known = _parents_rows(dataset, manifest)
+    known = _parent_members(dataset, manifest)
     new = {m.key: m.example for m in version.members if m.key not in known and m.key not in purged}
     folder = version_folder(dataset, manifest.digest)
     files = {name: (folder / name).read_bytes() for name in VERSION_FILES}
@@ -259,7 +259,7 @@ def _packed(dataset: Path, manifest: Manifest, purged: Collection[str]) -> tuple
     return len(new), {_ROWS: rows_text(new).encode(), **files}
 
 
-def _parents_rows(dataset: Path, manifest: Manifest) -> Mapping[str, Any]:
+def _parent_members(dataset: Path, manifest: Manifest) -> Mapping[str, Any]:
     """Return the parent's members by pair key; empty without a parent in the dataset."""
     if manifest.parent is None or not version_folder(dataset, manifest.parent).is_dir():
         return {}
@@ -280,9 +280,9 @@ def _unpack(
     rows = {key: row for key, row in parse_rows(data, where).items() if key not in purged}
     members = read_members(dataset, manifest.digest, files[MEMBERS], f"{place.url}/{base}/{MEMBERS}")
     missing = places_of(members).keys() - rows.keys()
-    missing -= _parents_rows(dataset, manifest).keys() | purged
+    missing -= _parent_members(dataset, manifest).keys() | purged
     if missing:
-        raise UserError(f"the row {min(missing)} is missing", where=where, fix=AGAIN)
+        raise UserError(f"The row {min(missing)} is missing", where=where, fix=AGAIN)
     write_rows(dataset / "rows", rows, reporter)
     with new_folder(version_folder(dataset, manifest.digest)) as folder:
         for name, content in files.items():
@@ -305,4 +305,4 @@ def _check_files(manifest: Manifest, files: dict[str, bytes], where: str) -> Non
     }
     for name, is_wrong in wrong.items():
         if is_wrong:
-            raise UserError("the file was changed: its digest does not match", where=f"{where}/{name}", fix=AGAIN)
+            raise UserError("The file was changed: its digest does not match", where=f"{where}/{name}", fix=AGAIN)

@@ -62,9 +62,9 @@ def _explained(error: Exception) -> tuple[str, str]:
     no_credentials = _loaded("botocore.exceptions", "NoCredentialsError")
     no_connection = _loaded("botocore.exceptions", "ConnectionError")
     if code == "NoSuchBucket":
-        return "there is no such bucket", "Correct its name, or make it first: a push makes none."
+        return "no such bucket", "Correct its name, or create it first: a push does not create buckets."
     if no_credentials is not None and isinstance(error, no_credentials):
-        return "there are no credentials", f"{_CREDENTIALS}."
+        return "no credentials", f"{_CREDENTIALS}."
     if code and isinstance(error, PermissionError):
         return f"access denied ({reason})", f"{_CREDENTIALS}, and that they allow reading and writing."
     if no_connection is not None and isinstance(error, no_connection):
@@ -90,7 +90,7 @@ class RemoteStore:
         with self._refusals():
             if self.fs.exists(f"{self.root}/rows"):
                 raise UserError(
-                    "this is a project's dataset folder",
+                    "This is a project's dataset folder",
                     where=url,
                     fix="Use a separate folder for pushes.",
                 )
@@ -122,7 +122,7 @@ class RemoteStore:
     def read(self, name: str) -> bytes:
         data = self.read_if_there(name)
         if data is None:
-            raise UserError("the file is missing", where=f"{self.url}/{name}", fix=AGAIN)
+            raise UserError("The file is missing", where=f"{self.url}/{name}", fix=AGAIN)
         return data
 
     def has(self, digest: str) -> bool:
@@ -167,7 +167,7 @@ class RemoteStore:
             data = self.read(path)
             events += removals_in(data, f"{self.url}/{path}")
             if short(hashlib.sha256(data).hexdigest()) != name.removesuffix(".jsonl"):
-                what = "the file was changed: its digest does not match"
+                what = "The file was changed: its digest does not match"
                 raise UserError(what, where=f"{self.url}/{path}", fix="Restore the file.")
         return events
 
@@ -227,7 +227,7 @@ class RemoteStore:
             self.write(name, data)
         except UserError as error:
             raise UserError(
-                f"could not erase the text of purged rows on the remote: {error.what}",
+                f"Could not erase the text of purged rows on the remote: {error.what}",
                 where=f"{self.url}/{name}",
                 fix=f"The file still contains the text. {error.fix or ''} Then push again.",
             ) from error
@@ -243,7 +243,7 @@ class RemoteStore:
             return None
         digest = data.decode(errors="replace").strip()
         if not re.fullmatch("[0-9a-f]{64}", digest):
-            raise UserError(f"invalid version digest in HEAD: {digest[:80]!r}", where=f"{self.url}/HEAD", fix=AGAIN)
+            raise UserError(f"Invalid version digest in HEAD: {digest[:80]!r}", where=f"{self.url}/HEAD", fix=AGAIN)
         return digest
 
     def reviews(self, reporter: Reporter) -> list[Event]:
@@ -260,7 +260,7 @@ class RemoteStore:
             if short(hashlib.sha256(data).hexdigest()) != name.removesuffix(".jsonl"):
                 # Each line has a valid digest, so lines are missing or duplicated.
                 raise UserError(
-                    "the file was changed: its digest does not match",
+                    "The file was changed: its digest does not match",
                     where=f"{self.url}/{path}",
                     fix="Restore the file, or delete it and push again from the copies that have its reviews.",
                 )
@@ -283,7 +283,7 @@ class RemoteStore:
         line = [self._manifest(head)]
         while (parent := line[-1].parent) is not None and parent not in stop and self.has(parent):
             if any(m.digest == parent for m in line):
-                raise UserError(f"version {short(parent)} is its own ancestor", where=self.url, fix=AGAIN)
+                raise UserError(f"Version {short(parent)} is its own ancestor", where=self.url, fix=AGAIN)
             line.append(self._manifest(parent))
         return line
 
@@ -294,10 +294,10 @@ class RemoteStore:
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             key = ".".join(map(str, first["loc"]))
-            what = f"invalid manifest: {key} {first['msg']}"
+            what = f"Invalid manifest: {key} {first['msg']}"
             raise UserError(what, where=f"{self.url}/{name}", fix=AGAIN) from None
         if manifest.digest != digest:
             raise UserError(
-                f"the manifest belongs to version {short(manifest.digest)}", where=f"{self.url}/{name}", fix=AGAIN
+                f"The manifest belongs to version {short(manifest.digest)}", where=f"{self.url}/{name}", fix=AGAIN
             )
         return manifest

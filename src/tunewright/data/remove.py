@@ -18,7 +18,14 @@ from tunewright.data.dedup import count_near_repeats
 from tunewright.data.purge import RemainingCopy, purge
 from tunewright.data.readers import SourceRow
 from tunewright.data.review.edits import superseded_keys
-from tunewright.data.selection import Origins, Selection, read_elsewhere_first, read_origins, row_document, select
+from tunewright.data.selection import (
+    Origins,
+    Selection,
+    count_rows_of_earlier_files,
+    read_origins,
+    row_document,
+    select,
+)
 from tunewright.data.splits import MINIMUM_CLUSTERS, SPLITS, Split
 from tunewright.data.trace import AdapterExposure, adapter_exposure
 from tunewright.data.versions import (
@@ -114,7 +121,7 @@ def remove(
         raise UserError("--because is missing: a removal needs a reason", fix='For example --because "mislabelled".')
     if current_manifest(dataset) is None:
         raise UserError(
-            "there is no dataset version yet", where=str(dataset), fix="Create one: tunewright data add FILE"
+            "There is no dataset version yet", where=str(dataset), fix="Create one: tunewright data add FILE"
         )
     with locked(dataset):
         parent = load_version(dataset)
@@ -128,7 +135,7 @@ def remove(
             if not before:
                 raise _nothing(selection, parent, purge_text)
             reporter.say(f"Nothing more to purge: {describe_purges(before)}")
-        if stay := read_elsewhere_first(selection, current.values(), origins, dataset):
+        if stay := count_rows_of_earlier_files(selection, current.values(), origins, dataset):
             reporter.warn(
                 f"{stay:,} rows of {selection.source} stay, because another file had them first. Name that file too, "
                 "or name the rows with --keys."
@@ -158,7 +165,7 @@ def remove(
 def _nothing(selection: Selection, parent: DatasetVersion, purging: bool) -> UserError:
     where = "any version" if purging else f"version {parent.digest[:12]}"
     fix = "`tunewright data show ROW --json` shows a row's fields."
-    return UserError(f"no row of {where} matches {selection.options_text}", where="data remove", fix=fix)
+    return UserError(f"No row of {where} matches {selection.options_text}", where="data remove", fix=fix)
 
 
 def _all_members(dataset: Path, parent: DatasetVersion) -> dict[str, Member]:
@@ -230,13 +237,13 @@ def _require_enough(left: Iterable[Member]) -> None:
     for split in SPLITS:
         if all(m.split != split for m in domain):
             raise UserError(
-                f"no {split} row would be left, nothing was removed",
+                f"No {split} row would be left, nothing was removed",
                 where="data remove",
                 fix="Add rows first, or remove fewer.",
             )
     if len(clusters) < MINIMUM_CLUSTERS:
         raise UserError(
-            f"only {len(domain):,} rows in {len(clusters)} independent clusters would be left (minimum "
+            f"Only {len(domain):,} rows in {len(clusters)} independent clusters would be left (minimum "
             f"{MINIMUM_CLUSTERS} clusters), nothing was removed",
             where="data remove",
             fix="Add rows first, or remove fewer.",
@@ -285,7 +292,7 @@ def _save(
     return save_version(project.dataset, version, members, imports, reporter)
 
 
-def withhold(
+def exclude_removed(
     dataset: Path,
     rows: Sequence[SourceRow],
     known: Collection[str],
@@ -329,14 +336,14 @@ def withhold(
     if purged:
         places = listed((f"{r.source}:{r.line}" for r in purged), len(purged), _MOST, "leave out --restore to see all")
         raise UserError(
-            f"nothing was added: {len(purged):,} rows of the files were purged and cannot be restored\n{places}",
+            f"Nothing was added: {len(purged):,} rows of the files were purged and cannot be restored\n{places}",
             where="--restore",
             fix="Delete the rows from the file, or add it without --restore, which skips them.",
         )
     return coming, held
 
 
-def withheld_notice(rows: Sequence[SourceRow], held: Mapping[str, Removal]) -> str:
+def removed_rows_notice(rows: Sequence[SourceRow], held: Mapping[str, Removal]) -> str:
     """Return the warning for rows that stay out because they were removed earlier."""
     found = [(row, held[row.example.pair_key]) for row in rows if row.example.pair_key in held]
     entries = (f"{row.source}:{row.line} ({e.event} on {e.day}: {e.because})" for row, e in found)

@@ -79,7 +79,7 @@ def supersede(
     Raises:
         UserError: the files have fewer outputs of an input than the version, or several that are not accepted.
     """
-    respelled = _respelled(rows, known)
+    respelled = _with_known_spelling(rows, known)
     rows = [replace(row, example=respelled.get(row.example.pair_key, row.example)) for row in rows]
     edits_kept = [row for row in rows if (now := edited.get(row.example.pair_key)) is not None and now not in made]
     kept_keys = {row.example.pair_key for row in edits_kept}
@@ -127,7 +127,7 @@ def supersede(
     return Replacement(olds, by, tuple(edits_kept), frozenset(joining), counts), rows
 
 
-def _respelled(rows: Sequence[SourceRow], known: Mapping[str, Example]) -> dict[str, Example]:
+def _with_known_spelling(rows: Sequence[SourceRow], known: Mapping[str, Example]) -> dict[str, Example]:
     """Return rows with the input spelled as in the known row that they replace, by pair key, where it differs."""
     there: dict[str, list[Example]] = defaultdict(list)
     for _, example in sorted(known.items()):
@@ -197,7 +197,7 @@ def _refuse_incomplete(sets: Sequence[_OutputSet], parent: DatasetVersion) -> No
     if sets:
         places = (f"{each.rows[0].source}:{each.rows[0].line}: {each}" for each in sets)
         raise UserError(
-            f"nothing was replaced: {count_of(len(sets), 'input')} with more outputs in version "
+            f"Nothing was replaced: {count_of(len(sets), 'input')} with more outputs in version "
             f"{short(parent.digest)} than in the files\n{listed(places, len(sets), _FEW, 'complete them too')}",
             where="--replace",
             fix="Put all outputs of each input into the file. To change single ones, remove them with `tunewright data "
@@ -213,7 +213,7 @@ def _refuse_several(sets: Sequence[_OutputSet]) -> None:
             for each in sets
         )
         raise UserError(
-            f"nothing was replaced: the files have several outputs for {count_of(len(sets), 'known input')}\n"
+            f"Nothing was replaced: the files have several outputs for {count_of(len(sets), 'known input')}\n"
             f"{listed(outputs, len(sets), _MOST, '`tunewright data check FILE --json` lists all')}",
             where="--replace",
             fix="Keep the right output of each input in the file. If several are right, use --accept-conflicts: they "

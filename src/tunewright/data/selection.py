@@ -116,7 +116,7 @@ def select(
         UserError: no option is set, or one is invalid or matches nothing.
     """
     if not selection.options_text:
-        raise UserError("no rows are selected", where="data remove", fix="Use --keys, --where, --source or --group.")
+        raise UserError("No rows are selected", where="data remove", fix="Use --keys, --where, --source or --group.")
     found = dict(members)
     if selection.keys is not None:
         named = _named(selection.keys, members, set(former))
@@ -133,7 +133,9 @@ def select(
     return [found[key] for key in sorted(found)]
 
 
-def read_elsewhere_first(selection: Selection, members: Iterable[Member], origins: Origins, dataset: Path) -> int:
+def count_rows_of_earlier_files(
+    selection: Selection, members: Iterable[Member], origins: Origins, dataset: Path
+) -> int:
     """Count the rows of a source that stay because another file had them first."""
     if selection.source is None:
         return 0
@@ -161,7 +163,7 @@ def _named(path: Path, members: Mapping[str, Member], former: set[str]) -> set[s
         lines = "\n".join(wrong[:_MOST])
         raise UserError(f"{len(wrong):,} keys match no single row, nothing was removed\n{lines}{more}", where="--keys")
     if not found:
-        raise UserError("the file has no key", where=str(path))
+        raise UserError("The file has no key", where=str(path))
     return found
 
 
@@ -175,7 +177,7 @@ def _names(path: Path) -> Iterator[tuple[str, Any]]:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise UserError(f"cannot read the file: {reason}", where=str(path)) from None
+        raise UserError(f"Cannot read the file: {reason}", where=str(path)) from None
     if text.lstrip()[:1] in ("{", "["):
         try:
             document = json.loads(text)
@@ -210,14 +212,14 @@ def _value_on(line: str, where: str) -> Any:
     try:
         return json.loads(line)
     except ValueError:
-        raise UserError("not a JSON object", where=where) from None
+        raise UserError("Not a JSON object", where=where) from None
 
 
 def _key_of(given: Any, where: str) -> str:
     name = given.get("key") if isinstance(given, dict) else given
     if not isinstance(name, str) or not re.fullmatch(f"[0-9a-fA-F]{{{_FEWEST_DIGITS},64}}", name):
         raise UserError(
-            f"not a row's key: {str(name)[:80]!r}",
+            f"Not a row's key: {str(name)[:80]!r}",
             where=where,
             fix=f"Write one key per line (at least its first {_FEWEST_DIGITS} digits) or an object with `key`. Output "
             "of `data suspects --json` or `data show --json`, and CSV with a column `key` or `row`, work too.",
@@ -235,7 +237,7 @@ def _checked(groups: Sequence[str], members: Iterable[Member]) -> set[str]:
             if names
             else "No row has a group (data.group_by)."
         )
-        raise UserError(f"no row has the group {missing[0]!r}", where="--group", fix=fix)
+        raise UserError(f"No row has the group {missing[0]!r}", where="--group", fix=fix)
     return set(groups)
 
 
@@ -244,13 +246,13 @@ def _query(expression: str) -> Any:
         compiled = jmespath.compile(expression)
     except JMESPathError as error:
         what = str(error).splitlines()[0]
-        raise UserError(f"invalid JMESPath expression: {what}", where="--where", fix=_EXAMPLES) from None
+        raise UserError(f"Invalid JMESPath expression: {what}", where="--where", fix=_EXAMPLES) from None
 
     def matches(document: dict[str, Any]) -> bool:
         try:
             value = compiled.search(document)
         except JMESPathError as error:
-            what = f"the expression fails on row {short(document['key'])}: {error}"
+            what = f"The expression fails on row {short(document['key'])}: {error}"
             raise UserError(what, where="--where", fix=_EXAMPLES) from None
         return value is not None and value is not False and value not in ("", [], {})
 

@@ -103,7 +103,7 @@ def assign_splits(
     for split in SPLITS:
         if split not in splits.values():
             raise UserError(
-                f"no cluster is left for {split}: the new rows join separate clusters",
+                f"No cluster is left for {split}: the new rows join separate clusters",
                 fix="Add rows that are independent of the existing ones, or leave out the rows that join clusters.",
             )
     return splits
@@ -200,7 +200,7 @@ def _too_few(clusters: Mapping[str, Sequence[str]], data: DataConfig) -> UserErr
     total = sum(len(keys) for keys in clusters.values())
     largest = max((len(keys) for keys in clusters.values()), default=0)
     what = (
-        f"too few independent rows to split: {total} distinct rows in {len(clusters)} clusters (minimum "
+        f"Too few independent rows to split: {total} distinct rows in {len(clusters)} clusters (minimum "
         f"{MINIMUM_CLUSTERS})"
     )
     fix = "Add more pairs: a few hundred are a good start."

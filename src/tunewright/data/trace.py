@@ -44,9 +44,9 @@ def find_row(dataset: Path, version: DatasetVersion, row: str) -> Member:
     if found:
         raise UserError(f"{len(found)} rows begin with {row!r}", where="ROW", fix="Give more digits.")
     if key in (out := read_removals(dataset).out):  # the row that an edit or a replacement made of this one
-        raise UserError(f"the row was removed: {out[key].because}", where=row)
+        raise UserError(f"The row was removed: {out[key].because}", where=row)
     raise UserError(
-        f"version {version.digest[:12]} has no row {row!r}",
+        f"Version {version.digest[:12]} has no row {row!r}",
         where="ROW",
         fix="Give the first digits of a row's key, or FILE:LINE of an added file.",
     )
@@ -75,15 +75,15 @@ def _key_at(dataset: Path, version: DatasetVersion, file: str, line: int) -> str
     found = next((row for row in imports if row["source"] == source and row["line"] == line), None)
     if found is None:
         last = max(row["line"] for row in imports if row["source"] == source)
-        raise UserError(f"no row was read from line {line} of {source} (last row: line {last})", where="ROW")
+        raise UserError(f"No row was read from line {line} of {source} (last row: line {last})", where="ROW")
     if found["fate"] == "skipped":
-        raise UserError(f"the row was left out: {found['reason']}", where=f"{file}:{line}")
+        raise UserError(f"The row was left out: {found['reason']}", where=f"{file}:{line}")
     if found["fate"] == "removed":
-        raise UserError(f"the row was removed: {found['reason']}", where=f"{file}:{line}")
+        raise UserError(f"The row was removed: {found['reason']}", where=f"{file}:{line}")
     if found["fate"] == "not mixed":
-        raise UserError(f"the row was not mixed in: {found['reason']}", where=f"{file}:{line}")
+        raise UserError(f"The row was not mixed in: {found['reason']}", where=f"{file}:{line}")
     if found["fate"] == "contaminated":
-        what = "the row was left out: it contains a test input or a benchmark item"
+        what = "The row was left out: it contains a test input or a benchmark item"
         raise UserError(what, where=f"{file}:{line}")
     key = str(found.get("of", found["key"]))
     return superseded_keys(dataset, version.manifest).get(key, key)
@@ -99,7 +99,7 @@ def source_name(file: str, sources: Sequence[str], root: Path, where: str = "ROW
     same = [source for source in sources if Path(source).name == path.name]
     if len(same) == 1:
         return same[0]
-    what = f"{len(same)} added files are named {path.name}" if same else f"no row was read from a file {file}"
+    what = f"{len(same)} added files are named {path.name}" if same else f"No row was read from a file {file}"
     raise UserError(what, where=where, fix=f"Added files: {', '.join(sources)}.")
 
 
@@ -196,7 +196,7 @@ def blame(dataset: Path, version: DatasetVersion, key: str) -> RowOrigin:
         UserError: the version lacks the row, or an older version was changed by hand.
     """
     if all(m.key != key for m in version.members):
-        raise UserError(f"version {short(version.digest)} has no row {key!r}", where="ROW")
+        raise UserError(f"Version {short(version.digest)} has no row {key!r}", where="ROW")
     line = ancestry(dataset, version.manifest)
     first = 0
     while first + 1 < len(line) and key in read_places(dataset, line[first + 1].digest):
@@ -241,7 +241,7 @@ def _import_of(dataset: Path, manifest: Manifest, key: str) -> dict[str, Any] | 
         try:
             record: dict[str, Any] = json.loads(text)
         except json.JSONDecodeError:
-            raise UserError("invalid import record", where=f"{path}:{number}", fix="Restore the file.") from None
+            raise UserError("Invalid import record", where=f"{path}:{number}", fix="Restore the file.") from None
         if record.get("fate") in ("added", "edited", "replaced", "mixed") and record.get("key") == key:
             return record
     return None
@@ -325,9 +325,9 @@ def _lineages(adapters: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             lineage = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise UserError(f"unreadable lineage: {error}", where=str(path)) from None
+            raise UserError(f"Unreadable lineage: {error}", where=str(path)) from None
         if not isinstance(lineage, dict):
-            raise UserError("invalid lineage: expected a JSON object", where=str(path))
+            raise UserError("Invalid lineage: expected a JSON object", where=str(path))
         yield path.parent.name, lineage
 
 

@@ -90,7 +90,7 @@ def verify(dataset: Path, reporter: Reporter) -> Verification:
     folders = sorted(p for p in dataset.glob("versions/[!.]*") if p.is_dir())
     if not shards and not folders:
         raise UserError(
-            "there is no dataset version yet", where=str(dataset), fix="Create one: tunewright data add FILE"
+            "There is no dataset version yet", where=str(dataset), fix="Create one: tunewright data add FILE"
         )
     store = _Store()
     damage, store.purged = _check_removals(dataset / REMOVED_FILE)
@@ -139,7 +139,7 @@ def _check_reviews(path: Path) -> tuple[int, int, list[IntegrityIssue]]:
             undigested += event.digest is None
     if torn:
         last = whole.count(b"\n") + 1
-        damage.append(IntegrityIssue(f"{path}:{last}", "half a review: ignored, and overwritten by the next review"))
+        damage.append(IntegrityIssue(f"{path}:{last}", "Half a review: ignored, and overwritten by the next review"))
     return good, undigested, damage
 
 
@@ -180,10 +180,10 @@ class _Store:
                 self.bad.append((f"{path}:{row.line}", row))
                 self.bad_keys |= set(row.keys)
             elif row.key[:2] != path.stem:
-                bad = BadRow(row.line, (row.key,), f"the row {row.key} belongs in another file")
+                bad = BadRow(row.line, (row.key,), f"The row {row.key} belongs in another file")
                 self.bad.append((f"{path}:{row.line}", bad))
             elif row.key in self.purged:
-                reason = f"the row {row.key} was purged on {self.purged[row.key].day}, but its text is still here"
+                reason = f"The row {row.key} was purged on {self.purged[row.key].day}, but its text is still here"
                 self.bad.append((f"{path}:{row.line}", BadRow(row.line, (row.key,), reason)))
             else:
                 self.good.add(row.key)
@@ -212,9 +212,9 @@ class _VersionCheck:
     def _check_manifest(self, manifest: Manifest, folders: set[str]) -> None:
         path = self.folder / MANIFEST
         if manifest.seal is not None and manifest.seal != manifest_seal(json.loads(_read(path))):
-            self._add(path, "the manifest was changed: its seal does not match")
+            self._add(path, "The manifest was changed: its seal does not match")
         if manifest.parent is not None and short(manifest.parent) not in folders:
-            self._add(path, f"the parent version {short(manifest.parent)} is missing")
+            self._add(path, f"The parent version {short(manifest.parent)} is missing")
 
     def _check_members(self, store: _Store) -> None:
         if self.manifest is None:
@@ -231,10 +231,10 @@ class _VersionCheck:
         for key in places:
             store.needed[key].append(self.manifest.digest)
             if key not in there and key not in store.purged:
-                self._add(path, f"a row is missing in rows/{key[:2]}.jsonl", key)
+                self._add(path, f"A row is missing in rows/{key[:2]}.jsonl", key)
         for split in SPLITS:
             if self.manifest.splits.get(split) != keys_digest(k for k, place in places.items() if place.split == split):
-                self._add(self.folder / MANIFEST, f"the digest of the {split} split does not match its rows")
+                self._add(self.folder / MANIFEST, f"The digest of the {split} split does not match its rows")
 
     def _add_members(self, error: UserError, store: _Store) -> None:
         file, _, line = (error.where or "").rpartition(":")
@@ -243,7 +243,7 @@ class _VersionCheck:
             self._add(error.where or "", error.what, *re.findall("[0-9a-f]{64}", text)[:1])
             return
         path = Path(error.where or "")
-        odd = list(_odd_lines(_read(path), store)) if path.is_file() else []
+        odd = list(_inconsistent_lines(_read(path), store)) if path.is_file() else []
         for number, what, key in odd:
             self._add(f"{path}:{number}", what, key)
         if not odd:
@@ -252,13 +252,13 @@ class _VersionCheck:
     def _check_imports(self, store: _Store) -> None:
         path = self.folder / IMPORTS
         if not path.is_file():
-            self._add(path, "the file is missing")
+            self._add(path, "The file is missing")
             return
         data = _read(path)
         if self.manifest is not None and store.purged:
             left = erased_metadata(data, _read(self.folder / MANIFEST), store.purged.keys())
             if left:
-                what = "metadata of purged rows is still here: the next command that changes the dataset erases it"
+                what = "Metadata of purged rows is still here: the next command that changes the dataset erases it"
                 self._add(path, what)
                 data = (
                     data if MANIFEST in left else left[IMPORTS]
@@ -275,12 +275,12 @@ class _VersionCheck:
                 fine = False
             if not fine:
                 found = True
-                self._add(f"{path}:{number}", "invalid import record")
+                self._add(f"{path}:{number}", "Invalid import record")
         if expected is not None and not found:
-            self._add(path, "the import records were changed: their digest does not match")
+            self._add(path, "The import records were changed: their digest does not match")
 
 
-def _odd_lines(data: bytes, store: _Store) -> Iterator[tuple[int, str, str]]:
+def _inconsistent_lines(data: bytes, store: _Store) -> Iterator[tuple[int, str, str]]:
     """Yield the inconsistent lines of a changed members.tsv: number, issue and key."""
     rows = [line.split("\t") for line in text_lines(data.decode(errors="replace"))]
     whole = not rows or rows[0][0] != "from"  # else a difference from another version
@@ -301,4 +301,4 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read the file: {error.strerror}", where=str(path)) from None
+        raise UserError(f"Cannot read the file: {error.strerror}", where=str(path)) from None

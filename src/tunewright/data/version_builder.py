@@ -14,9 +14,17 @@ from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.data import notices
 from tunewright.data.dedup import find_clusters, largest_clusters
-from tunewright.data.dedup.decontaminate import TEST, Hit, MatchKind, find_hits, item_names, read_items, training_hits
+from tunewright.data.dedup.decontaminate import (
+    TEST,
+    ContaminationHit,
+    MatchKind,
+    find_hits,
+    item_names,
+    read_items,
+    training_hits,
+)
 from tunewright.data.dedup.output_leakage import OutputLeakage, measure_output_leakage
-from tunewright.data.examples import Example, class_like, labels_among, template_groups
+from tunewright.data.examples import Example, class_like, find_labels, template_groups
 from tunewright.data.merge import Merge
 from tunewright.data.mix import DrawnMix, mix_in
 from tunewright.data.notices import LargeCluster, SplitChange
@@ -35,7 +43,7 @@ class VersionDraft:
 
     members: list[Member]
     moved: tuple[SplitChange, ...]
-    hits: tuple[Hit, ...]
+    hits: tuple[ContaminationHit, ...]
     held: list[tuple[str, MatchKind, str]]  # the hits for messages: place, kind of match, item
     left_out: frozenset[str]  # pair keys of training rows that contain a test row or benchmark item
     mixed: DrawnMix | None
@@ -101,7 +109,7 @@ def _to_train(merged: Merge, benchmarks: Mapping[str, Sequence[str]], reporter: 
     """
     new = {key: merged.kept[key] for key in merged.first if key in merged.kept}
     tests = [m.example.input_text for m in merged.parent.domain_of("test")] if merged.parent else []
-    labels = labels_among([example.output for example in merged.kept.values()])
+    labels = find_labels([example.output for example in merged.kept.values()])
     hits = find_hits(new, {TEST: tests, **benchmarks}, reporter, labels)
     return frozenset(hit.row for hit in hits if hit.how != "overlap")
 
@@ -124,7 +132,7 @@ def _domain(
     for key, name in zip(keys, names, strict=True):
         clusters[name].append(key)
     groups = merged.groups(rows)
-    read = {merged.stands_for(row.example.pair_key) for row in rows}
+    read = {merged.kept_pair_key(row.example.pair_key) for row in rows}
     notices.warn_of_missing_groups(config.data.group_by, merged.parent, groups, read, reporter)
     notices.warn_of_idle_groups(config.data.group_by, groups, reporter)
     outputs = {key: merged.kept[key].output.strip() for key in keys}
@@ -154,7 +162,7 @@ def _refuse_another_split(
     torn = [keys for keys in clusters.values() if len({former[key] for key in keys if key in former}) > 1]
     if torn:
         raise UserError(
-            f"the dataset was split by input, and {sum(map(len, torn)):,} of its {len(former):,} rows have output "
+            f"The dataset was split by input, and {sum(map(len, torn)):,} of its {len(former):,} rows have output "
             "templates in several splits",
             where="data.split_by",
             fix="Set data.split_by: input, or start a new dataset: move the dataset folder away and add the files "
@@ -193,13 +201,13 @@ def inherit_split(path: Path, parent: DatasetVersion | None, rows: Mapping[str, 
     where = f"--split-from {path}"
     if parent is not None:
         raise UserError(
-            f"this dataset already has a split (version {short(parent.digest)})",
+            f"This dataset already has a split (version {short(parent.digest)})",
             where=where,
             fix="Start a new project: only a dataset's first version can inherit a split.",
         )
     dataset = path / "dataset" if (path / "dataset").is_dir() else path
     if not (dataset / "versions").is_dir():
-        raise UserError("no dataset there", where=where, fix="Name a project's folder, or its dataset folder.")
+        raise UserError("No dataset there", where=where, fix="Name a project's folder, or its dataset folder.")
     version = load_version(dataset)
     by_key: dict[str, Split] = {m.key: m.split for m in version.domain}
     by_question: dict[str, Split] = {}
@@ -208,11 +216,11 @@ def inherit_split(path: Path, parent: DatasetVersion | None, rows: Mapping[str, 
     found = {key: by_key.get(key) or by_question.get(example.question_key) for key, example in rows.items()}
     splits = {key: split for key, split in found.items() if split is not None}
     if not splits:
-        raise UserError(f"these files share no pair or input with version {short(version.digest)} there", where=where)
+        raise UserError(f"These files share no pair or input with version {short(version.digest)} there", where=where)
     return InheritedSplit(version, dataset.resolve().parent.name, splits)
 
 
-def refuse_torn_templates(inherited: InheritedSplit, rows: Mapping[str, Example]) -> None:
+def refuse_split_templates(inherited: InheritedSplit, rows: Mapping[str, Example]) -> None:
     """Refuse to inherit a split by input if output templates are in several splits.
 
     All rows of such a template would follow one of them into the test split, with most of the training rows.

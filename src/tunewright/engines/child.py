@@ -96,7 +96,7 @@ class Child:
         self._reporter = reporter
         self._process: subprocess.Popen[bytes] | None = None
         self._changed = threading.Condition()
-        self._trouble: str | None = f"{self._plan.name} is starting."
+        self._failure_reason: str | None = f"{self._plan.name} is starting."
         self._first_failure: str | None = None
         self._stopping = threading.Event()
         self._end = "crashed"
@@ -108,9 +108,9 @@ class Child:
         self._await_first_start()
 
     @property
-    def trouble(self) -> str | None:
-        """Why it answers no requests now; None while it does."""
-        return self._trouble
+    def failure_reason(self) -> str | None:
+        """Reason why it answers no requests now; None while it does."""
+        return self._failure_reason
 
     @property
     def process_id(self) -> int | None:
@@ -153,7 +153,7 @@ class Child:
             closing.add_done_callback(self._closing.discard)
             await asyncio.shield(closing)
 
-    async def is_well(self) -> bool:
+    async def is_healthy(self) -> bool:
         """Return whether it is healthy now. After an internal crash, a server fails every request until it exits."""
         try:
             return (await self.client().get("/health", timeout=PATIENCE_SECONDS)).status_code == 200
@@ -176,7 +176,7 @@ class Child:
         began = reported = time.monotonic()
         while True:
             with self._changed:
-                if self._changed.wait_for(lambda: self._trouble is None or self._first_failure, timeout=1):
+                if self._changed.wait_for(lambda: self._failure_reason is None or self._first_failure, timeout=1):
                     break
             now = time.monotonic()
             if now - reported > _REPORT_SECONDS:
@@ -194,22 +194,22 @@ class Child:
             if self._stopping.is_set():
                 break
             if not ready and self.starts == 1:
-                self._set_trouble(f"{name} failed to start.", first_failure=self.said() or "The log is empty.")
+                self._set_failure_reason(f"{name} failed to start.", first_failure=self.said() or "The log is empty.")
                 return
             failures = 1 if time.monotonic() - last > _CALM else failures + 1
             last = time.monotonic()
             if failures >= GIVE_UP:
                 self.given_up = True
-                self._set_trouble(f"{name} failed {failures} times in a row. Restart the server.")
-                self._reporter.warn(f"{self._trouble} The end of its log:\n{self.said()}")
+                self._set_failure_reason(f"{name} failed {failures} times in a row. Restart the server.")
+                self._reporter.warn(f"{self._failure_reason} The end of its log:\n{self.said()}")
                 return
             wait = min(2.0 ** (failures - 1), _LONGEST_WAIT)
-            self._set_trouble(f"{name} {self._end} and is restarting. Try again in a minute.")
+            self._set_failure_reason(f"{name} {self._end} and is restarting. Try again in a minute.")
             self._reporter.warn(
                 f"{name} {self._end} and will be restarted in {wait:.0f} s. The end of its log:\n{self.said()}"
             )
             self._stopping.wait(wait)
-        self._set_trouble("The server is shutting down.")
+        self._set_failure_reason("The server is shutting down.")
 
     def _run_once(self) -> bool:
         """Run it until it ends or must stop; return whether it became ready."""
@@ -230,7 +230,7 @@ class Child:
         try:
             ready = self._await_ready(process)
             if ready:
-                self._set_trouble(None)
+                self._set_failure_reason(None)
                 self._watch(process)
         finally:
             assert process.stdin is not None
@@ -266,7 +266,7 @@ class Child:
             if missed >= MISSED or stuck > STUCK_SECONDS:
                 self._end = "hung"
                 # Set before the kill, which closes the connections: waiting requests report this reason.
-                self._set_trouble(f"{self._plan.name} hung and is restarting. Try again in a minute.")
+                self._set_failure_reason(f"{self._plan.name} hung and is restarting. Try again in a minute.")
                 process.kill()
                 return
 
@@ -292,11 +292,11 @@ class Child:
         except httpx.TransportError:
             return None
 
-    def _set_trouble(self, trouble: str | None, *, first_failure: str | None = None) -> None:
+    def _set_failure_reason(self, failure_reason: str | None, *, first_failure: str | None = None) -> None:
         with self._changed:
-            if trouble is None and self.starts > 1:
+            if failure_reason is None and self.starts > 1:
                 self._reporter.say(f"{self._plan.name} is running again.")
-            self._trouble = trouble
+            self._failure_reason = failure_reason
             self._first_failure = first_failure
             self._changed.notify_all()
 

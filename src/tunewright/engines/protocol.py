@@ -63,10 +63,10 @@ class Engine(Protocol):
 
     @property
     def stopped(self) -> str | None:
-        """Why the engine answers no requests now; None while it does."""
+        """Reason why the engine answers no requests now; None while it does."""
 
     @property
-    def dead(self) -> bool:
+    def permanently_stopped(self) -> bool:
         """True if the engine stays stopped, so that the server has to be restarted."""
 
     @property
@@ -105,7 +105,7 @@ class Engine(Protocol):
         """Stop at once and wait for it; unfinished requests receive :class:`EngineStoppedError`."""
 
 
-def pump(deltas: AsyncGenerator[Delta, None], sink: TokenSink) -> Callable[[], object]:
+def deliver_stream(deltas: AsyncGenerator[Delta, None], sink: TokenSink) -> Callable[[], object]:
     """Deliver a generator's deltas to a sink from a separate task, and return a function that cancels the task."""
 
     async def run() -> None:

@@ -25,7 +25,7 @@ from tunewright.evidence.schema import EVIDENCE_FILE
 from tunewright.evidence.test_set_access import EarlierAccess, TestSetAccess
 
 LEDGER = "ledger.jsonl"
-_RESTORE = "Restore the ledger as it was, from git for example: without it nobody knows how often the test was opened."
+_RESTORE = "Restore the ledger, for example from git: it records how often the test was opened."
 
 
 class Ledger:
@@ -92,7 +92,7 @@ class Ledger:
             if there is None or there.digest != opened["digest"]:
                 what = "was changed" if there else "is missing"
                 raise UserError(
-                    f"line {opened['number']} {what}: evaluation {file.parent.name} was opened on it",
+                    f"Line {opened['number']} {what}: evaluation {file.parent.name} was opened on it",
                     where=f"{self.path}:{opened['number']}",
                     fix=_RESTORE,
                 )
@@ -108,13 +108,13 @@ def _read(path: Path) -> list[TestSetAccess]:
             opening = TestSetAccess.model_validate_json(line)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-            what = f"not a line of the ledger: {'.'.join(map(str, first['loc']))} {first['msg']}"
+            what = f"Not a line of the ledger: {'.'.join(map(str, first['loc']))} {first['msg']}"
             raise UserError(what, where=where, fix=_RESTORE) from None
         if opening.true_digest != opening.digest:
-            raise UserError(f"line {number} was changed after it was written", where=where, fix=_RESTORE)
+            raise UserError(f"Line {number} was changed after it was written", where=where, fix=_RESTORE)
         if (opening.number, opening.previous) != (number, openings[-1].digest if openings else ""):
             raise UserError(
-                f"line {number} does not follow the line before it: one was changed, removed or put in",
+                f"Line {number} does not follow the line before it: a line was changed, removed or inserted",
                 where=where,
                 fix=_RESTORE,
             )

@@ -117,7 +117,7 @@ class ArmRunner:
             **self.generator.engine.identity,
         }
 
-    def misfit(self, plan: ArmPlan, members: Sequence[Member]) -> str | None:
+    def infeasible_reason(self, plan: ArmPlan, members: Sequence[Member]) -> str | None:
         """Return why this arm cannot answer all of these rows with its number of demonstrations, or None if it can."""
         fewest = min(len(self.demonstrations.shown(plan, m)) for m in members)
         if fewest < plan.shots:
@@ -184,10 +184,10 @@ class ArmRunner:
             prompt = self._prompt(plan, member, shown[len(shown) - left :])
         if not self._fits(prompt):
             raise UserError(
-                f"row {member.key[:12]} alone makes a prompt of {len(prompt):,} tokens; with an answer of "
+                f"Row {member.key[:12]} alone makes a prompt of {len(prompt):,} tokens; with an answer of "
                 f"{self.limit} it does not fit the base's context of {self.context:,}",
                 where="evaluate.max_new_tokens",
-                fix="Shorten the row or the answers, or take a base with a longer context.",
+                fix="Shorten the row or the answers, or use a base with a longer context.",
             )
         return prompt, left == len(shown)
 

@@ -54,14 +54,16 @@ def find_instruction(members: Sequence[Member]) -> Instruction:
         (usual, count), *_ = systems.most_common(1)
         odd = next(m for m in members if tuple(t.content for t in m.example.prompt if t.role == "system") != usual)
         raise UserError(
-            f"the pairs have {len(systems)} different system turns ({count:,} of {len(members):,} pairs share one; row "
-            f"{odd.key[:12]} does not): another instruction in their place would take away what they say of each pair",
+            f"The pairs have {len(systems)} different system turns ({count:,} of {len(members):,} pairs share one; row "
+            f"{odd.key[:12]} does not): one instruction in their place would lose what they say about each pair",
             where=_KEY,
-            fix="Take the instructions out of the config, or give all pairs the same system turn.",
+            fix="Remove evaluate.instructions, or give all pairs the same system turn.",
         )
     (turns,) = systems
     if len(turns) > 1:
-        raise UserError(f"the pairs have {len(turns)} system turns each, and which is the instruction?", where=_KEY)
+        raise UserError(
+            f"The pairs have {len(turns)} system turns each, so it is unknown which is the instruction", where=_KEY
+        )
     if turns:
         return Instruction("system", turns[0])
     texts = [next(m.content for m in member.example.prompt if m.role == "user") for member in members]

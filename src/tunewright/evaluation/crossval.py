@@ -43,13 +43,13 @@ from tunewright.evaluation.runner import (
     contest,
     declare,
     measured_contrasts,
+    report_opening,
     save_evaluation,
-    tell_opening,
 )
 from tunewright.evaluation.train_similarity import Distances, scores_by_distance, scores_by_template
 from tunewright.evidence.answer_format import answer_form
 from tunewright.evidence.schema import EVIDENCE_FILE, SCHEMA_VERSION, Advice, Evidence, Fold, load_evidence
-from tunewright.evidence.scoring import ScoredArms, count_references, measured_metrics, tell_references
+from tunewright.evidence.scoring import ScoredArms, count_references, measured_metrics, report_references
 from tunewright.evidence.test_set_access import TestSetAccess
 from tunewright.metrics import Scorer, metric_inputs, open_scorers, score_all
 from tunewright.models.bases import Base
@@ -172,17 +172,17 @@ class CrossValidation:
             return EvaluateResult(folder, load_evidence(folder), evaluated=False)
         opening = self._open(ledger)
         earlier = ledger.earlier(opening, self.project.dataset, {m.key for m in self.version.domain})
-        tell_opening(opening, earlier, self.reporter)
-        tell_references([m.example for m in self.version.domain], "item", self.reporter)
+        report_opening(opening, earlier, self.reporter)
+        report_references([m.example for m in self.version.domain], "item", self.reporter)
         done: list[_Done] = []
         for number in range(1, len(self.versions) + 1):
             began = time.monotonic()
-            done.append(self._go(number))
+            done.append(self._run_fold(number))
             left = len(self.versions) - number
             # The first fold that is actually run gives the time that one takes.
             if left and done[-1].trained and not any(fold.trained for fold in done[:-1]):
                 seconds = time.monotonic() - began
-                self.reporter.say(f"That took {duration(seconds)}; {left} more: about {duration(left * seconds)}.")
+                self.reporter.say(f"The fold took {duration(seconds)}. {left} left: about {duration(left * seconds)}.")
         roles = self._roles(done)
         answers = {role.name: _in_order(self.version.domain, done, role) for role in roles}
         scored = scored_arms(self.scorers, self.version.domain, answers)
@@ -231,13 +231,12 @@ class CrossValidation:
         settings = self.config.evaluate
         return settings.tuned_retrieved and bool(settings.retrievers)
 
-    def _go(self, number: int) -> _Done:
+    def _run_fold(self, number: int) -> _Done:
         """Run one fold."""
         version = self.versions[number - 1]
         train_rows, dev_rows, test_rows = (len(version.examples(split)) for split in SPLITS)
         self.reporter.say(
-            f"Fold {number} of {len(self.versions)}: {train_rows:,} rows to train on, {dev_rows:,} to choose by, "
-            f"{test_rows:,} to answer"
+            f"Fold {number} of {len(self.versions)}: {train_rows:,} train, {dev_rows:,} dev and {test_rows:,} test rows"
         )
         facts: dict[str, Any] = {
             "fold": {

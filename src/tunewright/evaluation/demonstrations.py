@@ -124,7 +124,7 @@ class Demonstrations:
         """
         if seed not in self._draws:
             first_of: dict[str, Member] = {}
-            for member in sorted(self._train, key=lambda m: _luck(f"{self._seed}:{seed}:{m.key}")):
+            for member in sorted(self._train, key=lambda m: _seeded_order(f"{self._seed}:{seed}:{m.key}")):
                 first_of.setdefault(member.cluster, member)
             times = Counter[str]()
             turn: dict[str, int] = {}
@@ -144,7 +144,7 @@ class Demonstrations:
         return [m.example.input_text for m in self._train]
 
 
-def _luck(name: str) -> bytes:
+def _seeded_order(name: str) -> bytes:
     return hashlib.sha256(name.encode()).digest()
 
 

@@ -34,7 +34,7 @@ def fold_versions(version: DatasetVersion, folds: int, seed: int) -> list[Datase
     clusters: dict[str, list[Member]] = defaultdict(list)
     for member in version.domain:
         clusters[member.cluster].append(member)
-    dealt = _deal({name: len(rows) for name, rows in clusters.items()}, folds, seed)
+    dealt = _assign_folds({name: len(rows) for name, rows in clusters.items()}, folds, seed)
     share = version.manifest.settings.val_size
     made = []
     for number, held_out in enumerate(dealt, start=1):
@@ -55,7 +55,7 @@ def _shuffled(names: Iterable[str], salt: str) -> list[str]:
     return sorted(names, key=lambda name: hashlib.sha256(f"{salt}:{name}".encode()).digest())
 
 
-def _deal(sizes: Mapping[str, int], folds: int, seed: int) -> list[set[str]]:
+def _assign_folds(sizes: Mapping[str, int], folds: int, seed: int) -> list[set[str]]:
     """Assign clusters to folds, the largest first, each into the smallest; the seed orders equal ones."""
     dealt: list[set[str]] = [set() for _ in range(folds)]
     smallest = [(0, fold) for fold in range(folds)]

@@ -312,7 +312,7 @@ class Generator:
                 return [done[index] for index in range(len(requests))]
             if rows == 1:
                 raise UserError(
-                    "there is too little memory to decode a single answer",
+                    "Not enough memory to decode a single answer",
                     where="evaluate.batch_size",
                     fix="Free memory, shorten the prompt or evaluate.max_new_tokens, or set train.quantization: nf4.",
                 )

@@ -60,7 +60,7 @@ def subset_versions(version: DatasetVersion, shares: Sequence[float], seed: int)
     if any(a == b for a, b in pairwise([0, *counts])):
         sizes = ", ".join(f"{share:.0%}: {count}" for share, count in zip(shares, counts, strict=True))
         raise UserError(
-            f"the training rows form too few independent clusters to take parts of: whole clusters would give {sizes}",
+            f"The training rows form too few independent clusters to divide: whole clusters would give {sizes}",
             fix="Add pairs with other inputs.",
         )
     parts = zip(shares, domain, mixed, strict=True)
@@ -285,12 +285,12 @@ class LearningCurve:
         """Return the slope over the dev rows that are scored for every adapter."""
         everywhere = np.logical_and.reduce([each.scored for each in scores.values()])
         if not everywhere.any():
-            raise UserError(f"no dev item is scored by {self.scorer.name} for every adapter", where="evaluate.metric")
+            raise UserError(f"No dev item is scored by {self.scorer.name} for every adapter", where="evaluate.metric")
         left_out = int((~everywhere).sum())
         if left_out:
             self.reporter.warn(
-                f"{left_out} of {len(everywhere)} dev items cannot be scored by {self.scorer.name} for every adapter: "
-                "the slope is of the others."
+                f"{left_out} of {len(everywhere)} dev items cannot be scored by {self.scorer.name} for every adapter; "
+                "the slope is measured on the others."
             )
         dev, seed = self.version.examples("dev"), self.project.config.seed
         clusters = [m.cluster for m, here in zip(dev, everywhere, strict=True) if here]

@@ -151,14 +151,14 @@ def _warn_of_seen(adapter: Adapter, dataset: Path, version: DatasetVersion, repo
     without = "`tunewright crossval` makes adapters that judge only rows they have not seen."
     if trained_on is None:
         reporter.warn(
-            f"{adapter.name} was imported, and what it was trained on is not known: its losses are too low for rows "
+            f"{adapter.name} was imported, and its training data is unknown: its losses are too low for rows "
             f"that it saw. {without}"
         )
         return
     if trained_on != version.digest and not (dataset / "versions" / short(trained_on)).is_dir():
         reporter.warn(
-            f"{adapter.name} was trained on dataset version {short(trained_on)}, which is not here: its losses are too "
-            f"low for rows that it saw, and which these are is not known. {without}"
+            f"{adapter.name} was trained on dataset version {short(trained_on)}, which is missing: its losses are too "
+            f"low for the rows that it saw, which are unknown. {without}"
         )
         return
     places = read_places(dataset, trained_on)
@@ -209,7 +209,7 @@ def answer_losses(model: Any, rows: Mapping[Name, Tokens], pad_id: int) -> Itera
         with torch.inference_mode():
             states = batch.states(model)
             head, targets = whole_model(model).get_output_embeddings(), batch.targets.to(states.device)
-            step = most_places(head)
+            step = max_head_positions(head)
             parts = zip(states.split(step), targets.split(step), strict=True)
             losses = torch.cat(
                 [torch.nn.functional.cross_entropy(head(s).float(), t, reduction="none") for s, t in parts]
@@ -217,7 +217,7 @@ def answer_losses(model: Any, rows: Mapping[Name, Tokens], pad_id: int) -> Itera
         yield batch.means(losses)
 
 
-def most_places(head: Any) -> int:
+def max_head_positions(head: Any) -> int:
     """Return the number of positions that may go through the head at once."""
     return max(1, _MOST_LOGITS // int(head.weight.shape[0]))
 

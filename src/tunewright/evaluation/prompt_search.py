@@ -179,7 +179,9 @@ class _Choice:
             on_all = {plan: given for plan in going_on if (given := self._answers(plan, dev)) is not None}
             arms = self._scored(dev, on_all)[1]
         if not arms:
-            raise UserError("no prompt fits the base's context", fix="Shorten the examples or take another base.")
+            raise UserError(
+                "No prompt fits the base's context", fix="Shorten the examples or use a base with a longer context."
+            )
         # If none of the finalists retrieves, the first items decide the best retrieved arm.
         retrieving = _of_kind("retrieved", arms) or _of_kind("retrieved", entrants)
         return Advice(
@@ -217,7 +219,7 @@ class _Choice:
         return answered
 
     def _answers(self, plan: ArmPlan, members: Sequence[Member]) -> list[Answer] | None:
-        why = self._arm_runner.misfit(plan, members)
+        why = self._arm_runner.infeasible_reason(plan, members)
         if why is not None:
             self._left_out[plan.name] = why
             self._arm_runner.reporter.warn(f"{plan.name} is left out: {why}")
@@ -302,11 +304,14 @@ def first_items(members: Sequence[Member], count: int, seed: int) -> list[int]:
         count: number of rows to take.
         seed: decides the sample.
     """
-    line = sorted(range(len(members)), key=lambda i: (_luck(seed, members[i].cluster), _luck(seed, members[i].key)))
+    line = sorted(
+        range(len(members)),
+        key=lambda i: (_seeded_order(seed, members[i].cluster), _seeded_order(seed, members[i].key)),
+    )
     step = len(members) / count
-    start = int(_luck(seed, "start")[:13], 16) / 16**13 * step
+    start = int(_seeded_order(seed, "start")[:13], 16) / 16**13 * step
     return sorted(line[int(start + n * step)] for n in range(count))
 
 
-def _luck(seed: int, name: str) -> str:
+def _seeded_order(seed: int, name: str) -> str:
     return hashlib.sha256(f"{seed}:{name}".encode()).hexdigest()

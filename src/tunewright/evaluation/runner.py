@@ -40,7 +40,7 @@ from tunewright.evidence.scoring import (
     count_references,
     declared_contrasts,
     measured_metrics,
-    tell_references,
+    report_references,
 )
 from tunewright.evidence.test_set_access import Declared, EarlierAccess, TestSetAccess, openings_text
 from tunewright.metrics import check_references, references_of
@@ -101,7 +101,7 @@ def measured_contrasts(scored: ScoredArms, declared: Sequence[Declared], seed: i
     return declared_contrasts(scored, [(each.treatment, each.control) for each in declared], seed)
 
 
-def tell_opening(opening: TestSetAccess, earlier: Sequence[EarlierAccess], reporter: Reporter) -> None:
+def report_opening(opening: TestSetAccess, earlier: Sequence[EarlierAccess], reporter: Reporter) -> None:
     """Report the purpose of opening the test split, and the number of earlier openings."""
     first = opening.declared[0]
     assert first.margin is not None
@@ -115,7 +115,7 @@ def tell_opening(opening: TestSetAccess, earlier: Sequence[EarlierAccess], repor
 
 
 @dataclass(frozen=True)
-class _Settled:
+class _EvaluationInputs:
     """Everything that decides an evaluation, before any answer exists."""
 
     plans: list[ArmPlan]
@@ -123,7 +123,7 @@ class _Settled:
     identity: str
 
 
-def _settle(arm_runner: ArmRunner, adapter: Adapter, advice: Advice) -> _Settled:
+def _settle(arm_runner: ArmRunner, adapter: Adapter, advice: Advice) -> _EvaluationInputs:
     settings, config = arm_runner.settings, arm_runner.project.config
     budget = _budget(arm_runner)
     plans = contest(
@@ -137,7 +137,7 @@ def _settle(arm_runner: ArmRunner, adapter: Adapter, advice: Advice) -> _Settled
         "margin": settings.margin,
         **({"left_out": sorted(budget.left_out)} if budget else {}),
     }
-    return _Settled(
+    return _EvaluationInputs(
         plans, declare(config, arm_runner.scorers[0].name, advice.best, with_retrieved), digest(inputs)[:12]
     )
 
@@ -147,7 +147,7 @@ def _budget(arm_runner: ArmRunner) -> Budget | None:
 
 
 @dataclass(frozen=True)
-class Standing:
+class EvaluationProgress:
     """The progress of an evaluation."""
 
     plans: list[ArmPlan]
@@ -157,7 +157,9 @@ class Standing:
     """Its prompts may be made: its line is in the ledger, or it is on dev."""
 
 
-def standing_of(arm_runner: ArmRunner, adapter: Adapter, advice: Advice, split: Literal["test", "dev"]) -> Standing:
+def evaluation_progress(
+    arm_runner: ArmRunner, adapter: Adapter, advice: Advice, split: Literal["test", "dev"]
+) -> EvaluationProgress:
     """Return the progress of an adapter's evaluation; nothing is opened.
 
     Raises:
@@ -166,10 +168,10 @@ def standing_of(arm_runner: ArmRunner, adapter: Adapter, advice: Advice, split: 
     settled = _settle(arm_runner, adapter, advice)
     evaluated = (_folder(arm_runner, settled, split) / EVIDENCE_FILE).exists()
     opened = split == "dev" or any(o.evaluation == settled.identity for o in Ledger(arm_runner.folder).openings)
-    return Standing(settled.plans, evaluated, opened)
+    return EvaluationProgress(settled.plans, evaluated, opened)
 
 
-def _folder(arm_runner: ArmRunner, settled: _Settled, split: Literal["test", "dev"]) -> Path:
+def _folder(arm_runner: ArmRunner, settled: _EvaluationInputs, split: Literal["test", "dev"]) -> Path:
     return arm_runner.folder / (settled.identity if split == "test" else f"{DEV_PREFIX}{settled.identity}")
 
 
@@ -213,8 +215,8 @@ def evaluate(arm_runner: ArmRunner, adapter: Adapter, advice: Advice) -> Evaluat
         declared=settled.declared,
     )
     earlier = ledger.earlier(opening, arm_runner.project.dataset, {m.key for m in test})
-    tell_opening(opening, earlier, arm_runner.reporter)
-    tell_references([m.example for m in test], "test item", arm_runner.reporter)
+    report_opening(opening, earlier, arm_runner.reporter)
+    report_references([m.example for m in test], "test item", arm_runner.reporter)
     check_references(arm_runner.scorers, [m.example for m in test], "test", arm_runner.reporter)
     if arm_runner.schedule is not None:
         arm_runner.schedule.expect("contest", settled.plans, test, "test", adapter)
@@ -240,7 +242,7 @@ def evaluate_on_dev(arm_runner: ArmRunner, adapter: Adapter, advice: Advice) -> 
         return EvaluateResult(folder, load_evidence(folder), evaluated=False)
     dev = arm_runner.version.examples("dev")
     arm_runner.warn_of_longer("dev")
-    tell_references([m.example for m in dev], "dev item", arm_runner.reporter)
+    report_references([m.example for m in dev], "dev item", arm_runner.reporter)
     if arm_runner.schedule is not None:
         # The others were counted while a prompt was chosen.
         tuned = [plan for plan in settled.plans if plan.adapted]
@@ -272,7 +274,7 @@ def _evidence(
     arm_runner: ArmRunner,
     adapter: Adapter,
     advice: Advice,
-    settled: _Settled,
+    settled: _EvaluationInputs,
     answers: Mapping[str, Sequence[Answer]],
     scored: ScoredArms,
     split: Literal["test", "dev"],

@@ -78,13 +78,15 @@ def scale(
     if "scaled" in parent.lineage:
         whole = parent.lineage["scaled"]["parent"]
         raise UserError(
-            f"it is {whole} times {parent.lineage['scaled']['factor']:g} already",
+            f"The adapter is already {whole} times {parent.lineage['scaled']['factor']:g}",
             where=parent.name,
             fix=f"Scale that one: tunewright adapters scale {whole}",
         )
     wanted = sorted({*factors, 1.0})
     if not all(0 < factor <= 2 for factor in wanted):
-        raise UserError("a factor is above 0 and at most 2", where="--factor")
+        raise UserError(
+            f"A factor must be above 0 and at most 2 (got {min(wanted):g} to {max(wanted):g})", where="--factor"
+        )
     margin, metric = arm_runner.settings.margin, arm_runner.scorers[0].name
     project = arm_runner.project
     trial = project.work / "scaled"

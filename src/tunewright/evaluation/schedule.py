@@ -13,7 +13,7 @@ from typing import Literal
 
 from tunewright.adapters.registry import Adapter
 from tunewright.chat.answers import answer_length
-from tunewright.core.clock import seconds_since, to_the_second
+from tunewright.core.clock import seconds_since, without_milliseconds
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, write_json
 from tunewright.core.progress import minutes_text
@@ -24,7 +24,7 @@ from tunewright.evaluation.eta import Work
 from tunewright.evaluation.generations import Prompt
 from tunewright.evaluation.prompt_search import advice_file, first_rows, prepare
 from tunewright.evaluation.repeats import MOST_ITEMS
-from tunewright.evaluation.runner import standing_of
+from tunewright.evaluation.runner import evaluation_progress
 from tunewright.evaluation.speed import AnswerSpeed, adapted_factor, answer_speed
 from tunewright.evidence.common import RULE, Budget
 from tunewright.evidence.schema import Advice, Arm
@@ -86,7 +86,7 @@ class Schedule:
         known: Callable[[Path], bool] = lambda _advice: False,
     ) -> None:
         if minutes is not None and not (math.isfinite(minutes) and minutes > 0):
-            raise UserError(f"it must be greater than 0 (got {minutes:g})", where="--minutes")
+            raise UserError(f"Must be greater than 0 (got {minutes:g})", where="--minutes")
         # Weak, since the arm runner holds the schedule: in a cycle, only the garbage collector would free the base.
         self._arm_runner: ArmRunner = weakref.proxy(arm_runner)
         self._minutes = minutes
@@ -110,7 +110,7 @@ class Schedule:
         Raises:
             UserError: ``minutes`` is too small for the arms that are never left out, or choosing a prompt failed.
         """
-        self.budget = self._recalled()
+        self.budget = self._earlier_decision()
         advice = self._known_advice()
         if advice is None:
             prepare(self._arm_runner)
@@ -167,7 +167,7 @@ class Schedule:
         if advice is None:
             stages |= self._choosing(left_out)
         if self._contest is not None:
-            stages["contest"] = self._meeting(self._contest, advice, left_out)
+            stages["contest"] = self._contest_arms(self._contest, advice, left_out)
             if stages["contest"] and self._contest.split == "test":
                 test = self._arm_runner.version.examples("test")
                 items = min(MOST_ITEMS, len({m.example.input_key for m in test}))
@@ -188,14 +188,16 @@ class Schedule:
     def _fitting(self, plan: ArmPlan) -> _Load | None:
         if plan not in self._loads:
             first = first_rows(self._arm_runner)
-            misfit = self._arm_runner.misfit(plan, first)
-            self._loads[plan] = None if misfit else self._exact(plan, first, "dev")
+            infeasible_reason = self._arm_runner.infeasible_reason(plan, first)
+            self._loads[plan] = None if infeasible_reason else self._exact(plan, first, "dev")
         return self._loads[plan]
 
     def _entrant(self, plan: ArmPlan) -> _Load:
         found = self._fitting(plan)
         if found is None:
-            raise UserError("no prompt fits the base's context", fix="Shorten the examples or take another base.")
+            raise UserError(
+                "No prompt fits the base's context", fix="Shorten the examples or use a base with a longer context."
+            )
         return found
 
     def _exact(self, plan: ArmPlan, members: Sequence[Member], split: str, adapter: Adapter | None = None) -> _Load:
@@ -254,22 +256,22 @@ class Schedule:
         """Return the number of an arm's missing answers on the dev items that not all entrants answer."""
         dev = self._arm_runner.version.examples("dev")
         if entrant.plan not in self._wholes:
-            misfit = self._arm_runner.misfit(entrant.plan, dev)
-            self._wholes[entrant.plan] = None if misfit else self._exact(entrant.plan, dev, "dev")
+            infeasible_reason = self._arm_runner.infeasible_reason(entrant.plan, dev)
+            self._wholes[entrant.plan] = None if infeasible_reason else self._exact(entrant.plan, dev, "dev")
         whole = self._wholes[entrant.plan]
         # An arm that does not fit all of dev is left out then: counted in full, it is an upper bound.
         return len(dev) - len(first_rows(self._arm_runner)) if whole is None else whole.answers - entrant.answers
 
-    def _meeting(self, contest: Contest, advice: Advice | None, left_out: Sequence[str]) -> list[_Load]:
+    def _contest_arms(self, contest: Contest, advice: Advice | None, left_out: Sequence[str]) -> list[_Load]:
         """Return the contest's arms; dev prompts stand in for those of a test split that is still closed."""
         arm_runner = self._arm_runner
         members = arm_runner.version.examples(contest.split)
         if advice is not None:
-            standing = standing_of(arm_runner, contest.adapter, advice, contest.split)
-            if standing.evaluated:
+            progress = evaluation_progress(arm_runner, contest.adapter, advice, contest.split)
+            if progress.evaluated:
                 return []
-            if standing.opened:
-                plans = [plan for plan in standing.plans if _budget_name(plan) not in left_out]
+            if progress.opened:
+                plans = [plan for plan in progress.plans if _budget_name(plan) not in left_out]
                 if contest.split == "dev":  # the others are answered while a prompt is chosen
                     plans = [plan for plan in plans if plan.adapted]
                 return [self._exact(plan, members, contest.split, contest.adapter) for plan in plans]
@@ -362,7 +364,7 @@ class Schedule:
     def _decision(self) -> Path:
         return self._arm_runner.project.work / "budgets" / f"{self._identity}.json"
 
-    def _recalled(self) -> Budget | None:
+    def _earlier_decision(self) -> Budget | None:
         """Return the earlier decision for this budget: a resumed run must not choose again by another speed."""
         if self._minutes is None or not self._decision.exists():
             return None
@@ -377,7 +379,7 @@ class Schedule:
         while (total := self._total(stages)) > 60 * minutes:
             if not order and again and seconds_since(self._speed.measured) > _FRESH:
                 # The machine may have been busy then.
-                timed = to_the_second(self._speed.measured)
+                timed = without_milliseconds(self._speed.measured)
                 self._arm_runner.reporter.say(f"Timed at {timed}, {minutes:g} minutes are too few. Timing again.")
                 self._measure(again=True)
                 return self._trimmed(advice, minutes, again=False)
@@ -385,7 +387,7 @@ class Schedule:
                 raise UserError(
                     f"{minutes:g} minutes are too few: the arms that are never left out take about "
                     f"{math.ceil(total / 60)} ({_names(stages)}), as timed at "
-                    f"{to_the_second(self._speed.measured)}: {self._speed.text}",
+                    f"{without_milliseconds(self._speed.measured)}: {self._speed.text}",
                     where="--minutes",
                     fix=f"Give --minutes {math.ceil(total / 60)} or more. If the machine was busy when it was timed, "
                     f"wait {_FRESH // 60} minutes: the same command then times again before it refuses.",

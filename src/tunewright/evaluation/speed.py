@@ -25,7 +25,7 @@ _MOST_ROWS = 64
 Prompts = Callable[[], Sequence[Prompt]]
 
 
-class Timed(BaseModel):
+class TimedBatch(BaseModel):
     """One timed batch."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -47,7 +47,7 @@ class AnswerSpeed(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     measured: Annotated[str, Field(description="UTC, ISO 8601.")]
-    batches: tuple[Timed, ...]
+    batches: tuple[TimedBatch, ...]
     read: Annotated[float, Field(description="Seconds for each prompt token that is not shared with other prompts.")]
     write: Annotated[float, Field(description="Seconds for each answer token.")]
 
@@ -68,7 +68,7 @@ class AnswerSpeed(BaseModel):
         )
 
 
-def fitted(batches: Sequence[Timed]) -> tuple[float, float]:
+def fitted(batches: Sequence[TimedBatch]) -> tuple[float, float]:
     """Return seconds per prompt token and per answer token: a non-negative least squares fit to timed batches."""
     rows = np.array([[b.read, b.written] for b in batches])
     scale = np.maximum(rows.max(axis=0), 1e-9)  # so that neither unit outweighs the other
@@ -122,7 +122,7 @@ def adapted_factor(
         generator, limit, short, adapter, base, keyed: as in :func:`answer_speed`.
     """
     file = _file(generator, limit, adapter, keyed)
-    batch = None if again else _kept(file, Timed)
+    batch = None if again else _kept(file, TimedBatch)
     if batch is None:
         batch = _timed(generator, short(), limit, adapter)
         write_json(file, batch.model_dump(mode="json"))
@@ -141,7 +141,7 @@ def _kept(file: Path, kind: type[_Kept]) -> _Kept | None:
         return None
 
 
-def _timed(generator: Generator, prompts: Sequence[Prompt], limit: int, adapter: Adapter | None) -> Timed:
+def _timed(generator: Generator, prompts: Sequence[Prompt], limit: int, adapter: Adapter | None) -> TimedBatch:
     kept = generator.kept(limit, adapter)
     # Uncached answers first, so that their time is not spent twice.
     chosen = sorted(dict.fromkeys(prompts), key=lambda prompt: digest(prompt) in kept)
@@ -153,7 +153,7 @@ def _timed(generator: Generator, prompts: Sequence[Prompt], limit: int, adapter:
     written = sum(answer.tokens for answer in answers)
     shared = common_prefix(chosen[0], chosen[-1]) if len(chosen) > 1 else 0
     read = sum(map(len, chosen)) - shared * (len(chosen) - 1)
-    return Timed(rows=len(chosen), read=read, written=written, seconds=seconds)
+    return TimedBatch(rows=len(chosen), read=read, written=written, seconds=seconds)
 
 
 def _file(generator: Generator, limit: int, adapter: Adapter | None, keyed: object) -> Path:

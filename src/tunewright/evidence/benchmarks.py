@@ -98,7 +98,7 @@ class Benchmarks(Part):
 
 
 @dataclass(frozen=True)
-class Standing:
+class RegressionResult:
     """Result of all benchmarks, with a reason per suite in plain sentences."""
 
     result: Result | None
@@ -113,7 +113,7 @@ class Standing:
         return {None: 0, "not worse": 0, "worse": 3, "can't tell": 4}[self.result]
 
 
-def standing(general: Benchmarks) -> Standing:
+def standing(general: Benchmarks) -> RegressionResult:
     """Return *worse* if any deciding benchmark is worse, *not worse* if none can be, else *can't tell*.
 
     All must be shown to be not worse, so the level needs no correction (an intersection-union test, Berger 1982).
@@ -124,7 +124,7 @@ def standing(general: Benchmarks) -> Standing:
     reasons = tuple(suite_text(suite) for suite in general.suites) + tuple(
         f"Not measured: {reason}" for reason in general.not_measured
     )
-    return Standing(_together(asked, deciding), bool(deciding), reasons)
+    return RegressionResult(_together(asked, deciding), bool(deciding), reasons)
 
 
 def _together(asked: list[Suite], deciding: list[Suite]) -> Result | None:

@@ -52,7 +52,7 @@ class Labels:
 
 
 @dataclass(frozen=True)
-class Known:
+class ProjectFacts:
     """Facts about the project beyond the evidence; each may be missing."""
 
     history: Sequence[Mapping[str, Any]] = ()
@@ -64,13 +64,13 @@ class Known:
     """Cost of calls with the prompting arm and tuned, if advice measured it."""
 
 
-def decided(evidence: Evidence, known: Known | None = None) -> Verdict:
+def decided(evidence: Evidence, known: ProjectFacts | None = None) -> Verdict:
     """Return the verdict, with its causes unless it is *ship*."""
     found = verdict(evidence)
-    return replace(found, causes=causes(evidence, found, known or Known()))
+    return replace(found, causes=causes(evidence, found, known or ProjectFacts()))
 
 
-def causes(evidence: Evidence, found: Verdict, known: Known) -> tuple[Reason, ...]:
+def causes(evidence: Evidence, found: Verdict, known: ProjectFacts) -> tuple[Reason, ...]:
     """Return the likely causes of a *don't ship*, likeliest first; empty for a *ship*.
 
     A *can't tell* only gets causes that training can remove. Causes that cannot change the outcome are left out:
@@ -103,7 +103,7 @@ def causes(evidence: Evidence, found: Verdict, known: Known) -> tuple[Reason, ..
 # Training
 
 
-def _undertrained(evidence: Evidence, known: Known) -> list[Reason]:
+def _undertrained(evidence: Evidence, known: ProjectFacts) -> list[Reason]:
     lineage = evidence.lineage.get("adapter", {}).get("lineage", {})
     epochs = lineage.get("training", {}).get("epochs", [])
     if not epochs:
@@ -201,7 +201,7 @@ def _could_change(evidence: Evidence, answers: int) -> bool:
 # Data
 
 
-def _label_noise(evidence: Evidence, known: Known) -> list[Reason]:
+def _label_noise(evidence: Evidence, known: ProjectFacts) -> list[Reason]:
     labels = known.labels
     if labels is None or not labels.rows:
         return []
@@ -221,7 +221,7 @@ def _label_noise(evidence: Evidence, known: Known) -> list[Reason]:
     return [Reason("Labels are noisy", "; ".join(text), "`tunewright data suspects`, then `tunewright data review`")]
 
 
-def _few_rows(evidence: Evidence, known: Known, *, settled: bool) -> list[Reason]:
+def _few_rows(evidence: Evidence, known: ProjectFacts, *, settled: bool) -> list[Reason]:
     """Return *too few rows* if the learning curve rises, or without one if rows are few and nothing else is wrong."""
     curve, first = known.curve, evidence.contrasts[0]
     if curve is not None:
@@ -249,7 +249,7 @@ def _few_rows(evidence: Evidence, known: Known, *, settled: bool) -> list[Reason
 # Prompting
 
 
-def _enough(evidence: Evidence, mendable: Sequence[Reason], known: Known) -> list[Reason]:
+def _enough(evidence: Evidence, mendable: Sequence[Reason], known: ProjectFacts) -> list[Reason]:
     """Return *prompting is enough* if nothing was found that training could improve."""
     first = evidence.contrasts[0]
     control, tuned = evidence.arm(first.control), evidence.arm(first.treatment)

@@ -49,7 +49,7 @@ class RaterAgreement(Part):
     ]
 
 
-class Powered(Part):
+class PredictionPowered(Part):
     """Prediction-powered estimate from people's verdicts on the reviewed items and the judge's on all."""
 
     win_rate: Score
@@ -83,7 +83,7 @@ class AnswerReview(Part):
             "too few answers."
         ),
     ]
-    powered: Annotated[Powered | None, Field(description="Null without a judge, or with too few answers.")]
+    powered: Annotated[PredictionPowered | None, Field(description="Null without a judge, or with too few answers.")]
     agreements: tuple[RaterAgreement, ...]
     lacking: Annotated[str | None, Field(description="Reason why there is no win rate yet.")] = None
 

@@ -106,7 +106,7 @@ class Preference(Part):
     unscored: Annotated[dict[str, int], Field(description="Reason to number of pairs without a verdict.")]
 
 
-class Spent(Part):
+class JudgeUsage(Part):
     """Cost of the replies, including earlier, stopped runs of the same judgement."""
 
     calls: Annotated[int, Field(description="Number of replies; a repeated question is asked once.")]
@@ -136,9 +136,9 @@ class Judgement(Part):
     arms: tuple[JudgedArm, ...] = ()
     contrast: JudgedContrast | None = None
     preferences: tuple[Preference, ...] = ()
-    spent: Spent
+    spent: JudgeUsage
     reference_spent: Annotated[
-        Spent | None, Field(description="Cost of the reference model's answers; null: it is not an endpoint.")
+        JudgeUsage | None, Field(description="Cost of the reference model's answers; null: it is not an endpoint.")
     ] = None
     replaced: Annotated[
         tuple[str, ...],
@@ -148,5 +148,5 @@ class Judgement(Part):
     @model_validator(mode="after")
     def _vetoed_says_nothing(self) -> Judgement:
         if self.vetoed and (self.arms or self.contrast or self.preferences):
-            raise ValueError("a vetoed judge's findings are no evidence")
+            raise ValueError("a vetoed judge must have no findings")
         return self

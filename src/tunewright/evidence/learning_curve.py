@@ -72,7 +72,7 @@ def find_curve(curves: Path, evidence: Evidence) -> Curve | None:
         try:
             curve = Curve.model_validate_json(file.read_bytes())
         except ValidationError as error:
-            what = f"not a learning curve: {' '.join(str(error).splitlines()[:3])}"
+            what = f"Invalid learning curve: {' '.join(str(error).splitlines()[:3])}"
             fix = "Remove its folder; `tunewright train --curve` measures it again."
             raise UserError(what, where=str(file), fix=fix) from None
         same = all(curve.lineage.get(key) == evidence.lineage.get(key) for key in ("dataset", "base"))

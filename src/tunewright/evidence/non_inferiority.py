@@ -32,7 +32,7 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Drop:
+class ScoreDrop:
     """The drop of a score in its own unit; negative if it rose."""
 
     value: float
@@ -51,7 +51,9 @@ class Drop:
         return "worse" if self.interval.low > margin else "can't tell"
 
 
-def paired_drop(before: Floats, after: Floats, clusters: Sequence[str], seed: int, resamples: int = RESAMPLES) -> Drop:
+def paired_drop(
+    before: Floats, after: Floats, clusters: Sequence[str], seed: int, resamples: int = RESAMPLES
+) -> ScoreDrop:
     """Return the drop of a mean over the same items: Tango's score limits for right and wrong, else a paired bootstrap.
 
     Items of one cluster are not independent. With several per cluster, Tango's limits use the effective number of items
@@ -83,7 +85,7 @@ def paired_drop(before: Floats, after: Floats, clusters: Sequence[str], seed: in
     return _drop(value, limits, f"Tango's score limits, {effective:,.0f} effective items")
 
 
-def ratio_drop(sums: Floats, seed: int, resamples: int = RESAMPLES) -> Drop:
+def ratio_drop(sums: Floats, seed: int, resamples: int = RESAMPLES) -> ScoreDrop:
     """Return the drop of a mean over texts of different lengths, by a bootstrap over the texts.
 
     Args:
@@ -101,9 +103,9 @@ def ratio_drop(sums: Floats, seed: int, resamples: int = RESAMPLES) -> Drop:
     return _drop(total / count, limits, f"paired percentile bootstrap, {resamples:,} resamples")
 
 
-def _drop(value: float, limits: list[tuple[float, float]], method: str) -> Drop:
+def _drop(value: float, limits: list[tuple[float, float]], method: str) -> ScoreDrop:
     (low, high), (lower, limit) = limits
-    return Drop(value, Interval(low=low, high=high), lower, limit, method)
+    return ScoreDrop(value, Interval(low=low, high=high), lower, limit, method)
 
 
 def tango_limits(more: float, less: float, items: float, z: float) -> tuple[float, float]:

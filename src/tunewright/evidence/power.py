@@ -68,7 +68,7 @@ def detectable(standard_error: float, power: float = POWER, alpha: float = ALPHA
 
 
 @dataclass(frozen=True)
-class Prospect:
+class DetectableEffects:
     """Differences that a split can show, computed before anything is measured on it."""
 
     split: str
@@ -78,21 +78,21 @@ class Prospect:
     """Assumed share of items that change to the smallest detectable difference, each cluster counted as one item."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the prospect as ``--json`` prints it."""
+        """Return the effects as ``--json`` prints it."""
         effects = [{"changed": q, "minimum_detectable_effect": d} for q, d in self.effects.items()]
         return {"split": self.split, "items": self.items, "clusters": self.clusters, "assumed": effects}
 
 
-def prospect(split: str, items: int, clusters: int) -> Prospect:
+def detectable_effects(split: str, items: int, clusters: int) -> DetectableEffects:
     """Return the differences that items in clusters can show, if `ASSUMED` shares of them change between arms."""
-    return Prospect(split, items, clusters, {q: minimum_detectable_effect(clusters, q) for q in ASSUMED})
+    return DetectableEffects(split, items, clusters, {q: minimum_detectable_effect(clusters, q) for q in ASSUMED})
 
 
-def prospect_text(found: Prospect, kind: Kind, margin: float) -> str:
-    """Return the prospect in plain sentences, with its assumptions.
+def detectable_effects_text(found: DetectableEffects, kind: Kind, margin: float) -> str:
+    """Return the effects in plain sentences, with their assumptions.
 
     Args:
-        found: the prospect.
+        found: the effects.
         kind: the deciding metric's kind.
         margin: the config's margin.
     """

@@ -21,7 +21,7 @@ class Preferences:
     reasons: tuple[str, ...]
 
 
-def opinions(evidence: Evidence) -> Preferences:
+def decisive_preferences(evidence: Evidence) -> Preferences:
     """Return the preferences about the deciding contrast, which can only stop a *ship*.
 
     People are against it if the whole interval of the win rate lies below one half and the sign test is significant;
@@ -41,7 +41,7 @@ def _people(
     """Return the arm that people prefer, if any."""
     if review is None:
         return None, []
-    said = people_line(review)
+    said = human_eval_line(review)
     if (review.treatment, review.control) != (contrast.treatment, contrast.control):
         return None, [f"{said} These are not the deciding arms, so the verdict ignores it."]
     if review.decision == "treatment":
@@ -117,7 +117,7 @@ def judge_line(judge: Judgement) -> str:
     return f"{text} Correct by the reference: {points_text(correct.difference)} points ({interval})."
 
 
-def people_line(review: AnswerReview) -> str:
+def human_eval_line(review: AnswerReview) -> str:
     """Return the people's preferences, and the estimate for all test items."""
     wins, losses = review.preferred
     text = (

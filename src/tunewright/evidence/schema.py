@@ -340,11 +340,11 @@ def load_evidence(path: Path) -> Evidence:
         _require_schema(text, file)
         return Evidence.model_validate_json(text)
     except FileNotFoundError:
-        raise UserError("no evidence here", where=str(file), fix="`tunewright evaluate` makes it.") from None
+        raise UserError("The folder has no evidence", where=str(file), fix="Run `tunewright evaluate`.") from None
     except (ValidationError, UnicodeDecodeError) as error:
         first = str(error).splitlines()
         raise UserError(
-            f"not evidence of schema {SCHEMA_VERSION}: {' '.join(first[:3])}",
+            f"Not evidence of schema {SCHEMA_VERSION}: {' '.join(first[:3])}",
             where=str(file),
             fix="Restore the file, or remove its folder and evaluate again: existing answers are reused.",
         ) from None
@@ -355,7 +355,7 @@ def _require_schema(text: str, file: Path) -> None:
     version = _peek(text).get("schema_version")
     if isinstance(version, int) and version != SCHEMA_VERSION:
         raise UserError(
-            f"evidence of schema {version}; this tunewright reads schema {SCHEMA_VERSION}",
+            f"Evidence of schema {version}; this tunewright reads schema {SCHEMA_VERSION}",
             where=str(file),
             fix="Evaluate again: `tunewright evaluate` (or `crossval`). Existing answers are reused.",
         )
@@ -397,8 +397,8 @@ def find_evaluation(evaluations: Path, name: str | Path | None = None, *, dev: b
         place = next((p for p in (Path(name), evaluations / name) if p.exists()), None)
         if place is None:
             known = sorted(file.parent.name for file in evaluations.glob(f"[!.]*/{EVIDENCE_FILE}"))
-            there = f"There are: {', '.join(known)}." if known else None
-            raise UserError(f"no evaluation {str(name)!r}", where=str(evaluations), fix=there)
+            there = f"Use one of: {', '.join(known)}." if known else None
+            raise UserError(f"No evaluation {str(name)!r}", where=str(evaluations), fix=there)
         return place
     files = [
         file
@@ -406,7 +406,7 @@ def find_evaluation(evaluations: Path, name: str | Path | None = None, *, dev: b
         if dev or not file.parent.name.startswith(DEV_PREFIX)
     ]
     if not files:
-        raise UserError("nothing has been evaluated yet", where=str(evaluations), fix="`tunewright evaluate` does it.")
+        raise UserError("Nothing has been evaluated yet", where=str(evaluations), fix="Run `tunewright evaluate`.")
     # Only the newest one must have this schema; older ones may exist as well.
     return max(files, key=_created).parent
 
@@ -423,7 +423,7 @@ def evidence_on(evaluations: Path, adapter: str, reporter: Reporter) -> Evidence
         try:
             evidence = load_evidence(file)
         except UserError as error:
-            reporter.warn(f"Evidence that is not looked at: {error}")
+            reporter.warn(f"Skipped evidence: {error}")
             continue
         if (evidence.design, evidence.split) == ("held-out", "test") and evidence.lineage["adapter"][
             "digest"
@@ -448,7 +448,7 @@ def load_items(folder: Path) -> list[Item]:
         # Not splitlines, which also splits at line and page separators inside texts.
         lines = file.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
-        raise UserError("no items here", where=str(file), fix="`tunewright evaluate` makes them.") from None
+        raise UserError("The folder has no items", where=str(file), fix="Run `tunewright evaluate`.") from None
     return [_item(line, f"{file}:{number}") for number, line in enumerate(lines, start=1) if line]
 
 
@@ -456,4 +456,4 @@ def _item(line: str, where: str) -> Item:
     try:
         return Item.model_validate_json(line)
     except ValidationError as error:
-        raise UserError(f"not a test item: {' '.join(str(error).splitlines()[1:3])}", where=where) from None
+        raise UserError(f"Invalid test item: {' '.join(str(error).splitlines()[1:3])}", where=where) from None

@@ -24,10 +24,10 @@ from tunewright.evidence.statistics import (
     difference_interval,
     effective_items,
     exact_mcnemar,
-    farthest,
     holm,
+    largest_item_change,
     percentiles,
-    swapping_test,
+    permutation_test,
     wilson,
 )
 from tunewright.metrics import Scorer, Scores, references_of, score_all
@@ -49,7 +49,7 @@ def count_references(examples: Sequence[Example]) -> References | None:
     )
 
 
-def tell_references(examples: Sequence[Example], what: str, reporter: Reporter) -> None:
+def report_references(examples: Sequence[Example], what: str, reporter: Reporter) -> None:
     """Report the number of references if some inputs have several; ``what`` names one item."""
     found = count_references(examples)
     if found is not None:
@@ -192,7 +192,7 @@ def contrast(
     both = ours.scored & theirs.scored
     if not both.any():
         raise UserError(
-            f"no item is scored by {ours.scorer.name} in both {treatment} and {control}: {_left_out(ours, theirs)}",
+            f"No item is scored by {ours.scorer.name} in both {treatment} and {control}: {_left_out(ours, theirs)}",
             where="evaluate.metric",
         )
     names = _of(clusters, both)
@@ -266,7 +266,7 @@ def _mean_contrast(
     """Return the statistics of a contrast of right/wrong or graded items."""
     worth = effective_items(changes, names)
     binary = scorer.kind == "right or wrong"
-    reach = 1.0 if binary else farthest(changes)
+    reach = 1.0 if binary else largest_item_change(changes)
     by_cluster = "" if len(set(names)) == len(names) else " by cluster"
     spread = float(changes.std())
     if binary or spread == 0:
@@ -279,7 +279,7 @@ def _mean_contrast(
         "interval_method": f"{_bootstrap_name(resamples)}, Bonett-Price adjusted",
         "p_value": exact_mcnemar(changes, names)
         if binary
-        else swapping_test(ours, theirs, scorer.corpus, seed, resamples),
+        else permutation_test(ours, theirs, scorer.corpus, seed, resamples),
         "test": f"exact McNemar{by_cluster}" if binary else _swapping_name(resamples),
         "effective_items": worth,
         "minimum_detectable_effect": effect,
@@ -294,7 +294,7 @@ def _corpus_contrast(ours: Floats, theirs: Floats, scorer: Scorer, seed: int, re
         "difference": float(scorer.corpus(ours.sum(axis=0)) - scorer.corpus(theirs.sum(axis=0))),
         "interval": percentiles(differences),
         "interval_method": _bootstrap_name(resamples),
-        "p_value": swapping_test(ours, theirs, scorer.corpus, seed, resamples),
+        "p_value": permutation_test(ours, theirs, scorer.corpus, seed, resamples),
         "test": _swapping_name(resamples),
         "effective_items": None,
         # Without any change: the share of clusters that would have had to change to be noticed.

@@ -46,8 +46,10 @@ def effective_items(values: Floats, clusters: Sequence[str]) -> float:
     table = cluster_sums(np.column_stack([values - mean]), clusters)
     count = len(table)
     independent = float(np.square(values - mean).sum())
+    # One cluster has no variance between clusters; identical values have none at all.
     if count == 1 or independent < 1e-12:
         return float(count)
+    # design effect = C / (C - 1) * sum over clusters of (sum of deviations)^2 / (N / (N - 1) * sum of deviations^2)
     design_effect = float(np.square(table).sum()) * count / (count - 1) / (independent * items / (items - 1))
     return items / max(design_effect, 1.0)
 
@@ -79,8 +81,9 @@ def bootstrap_sums(sums: NDArray[Any], seed: int, resamples: int = RESAMPLES) ->
     count = len(sums)
     parts = []
     for rows in _chunks(resamples, count):
+        # Offsets of ``count`` per resample let one bincount count the draws of all resamples.
         drawn = rng.integers(count, size=(rows, count)) + count * np.arange(rows)[:, None]
-        times = np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count)
+        times = np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count)  # [rows, clusters]
         parts.append(times @ sums)
     return np.concatenate(parts)
 
@@ -119,10 +122,11 @@ def difference_interval(
     size = len(changes) / len(sums)
     made_up = [[size * reach, size], [-size * reach, size]]
     drawn = bootstrap_sums(np.vstack([sums, made_up]), seed, resamples)
+    # A ratio of sums: resampled corpora differ in their number of items.
     return percentiles(drawn[:, 0] / drawn[:, 1])
 
 
-def farthest(changes: Floats) -> float:
+def largest_item_change(changes: Floats) -> float:
     """Return the largest absolute change of an item, which is the ``reach`` of graded scores; 1 if no item changes."""
     return float(np.abs(changes).max()) or 1.0
 
@@ -141,11 +145,13 @@ def exact_mcnemar(changes: Floats, clusters: Sequence[str]) -> float:
         changes: treatment minus control, each item +1 (fixed), 0 or -1 (broken); [items].
         clusters: the items' clusters.
     """
+    # Clusters without a net change carry no sign, like concordant pairs in McNemar's test.
     nets = cluster_sums(np.rint(changes).astype(np.int64)[:, None], clusters)[:, 0]
     sizes, counts = np.unique(np.abs(nets[nets != 0]), return_counts=True)
     chances: NDArray[np.floating[Any]] = np.ones(1)  # probability of each total from -reach to +reach
     for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
         spread = np.zeros(2 * size * count + 1)
+        # k of ``count`` clusters positive gives the total size * (2k - count): steps of 2 * size.
         spread[:: 2 * size] = binom.pmf(np.arange(count + 1), count, 0.5)
         chances = np.convolve(chances, spread)
     reach = len(chances) // 2
@@ -153,7 +159,7 @@ def exact_mcnemar(changes: Floats, clusters: Sequence[str]) -> float:
     return min(float(chances[totals >= abs(int(nets.sum()))].sum()), 1.0)
 
 
-def swapping_test(
+def permutation_test(
     treatment: NDArray[Any],
     control: NDArray[Any],
     score: Callable[[Floats], Floats],
@@ -178,8 +184,10 @@ def swapping_test(
     treatment_sum, control_sum = treatment.sum(axis=0), control.sum(axis=0)
     # Rounding must not turn a swap that changes nothing into a smaller difference.
     observed = abs(float(score(treatment_sum) - score(control_sum))) - 1e-12
+    # The observed difference counts as one trial.
     reached = 1
     for rows in _chunks(trials, len(gain)):
+        # Swapping a cluster moves its gain from one arm to the other: both sums follow from one product.
         moved = rng.integers(2, size=(rows, len(gain))) @ gain
         reached += int((np.abs(score(treatment_sum - moved) - score(control_sum + moved)) >= observed).sum())
     return reached / (trials + 1)
@@ -195,6 +203,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     adjusted = [0.0] * len(p_values)
     highest = 0.0
     for rank, place in enumerate(order):
+        # The running maximum keeps adjusted p-values in the order of the original ones.
         highest = max(highest, min((len(p_values) - rank) * p_values[place], 1.0))
         adjusted[place] = highest
     return adjusted

@@ -10,7 +10,7 @@ from tunewright.config import MetricName
 from tunewright.data.dedup.output_leakage import HIGH
 from tunewright.evidence.benchmarks import standing
 from tunewright.evidence.power import ALPHA
-from tunewright.evidence.preferences import opinions
+from tunewright.evidence.preferences import decisive_preferences
 from tunewright.evidence.sample_size import items_to_settle
 from tunewright.evidence.schema import Arm, Contrast, Evidence
 from tunewright.evidence.test_set_access import openings_text
@@ -103,7 +103,7 @@ def _with_benchmarks(evidence: Evidence, decision: Decision) -> tuple[Decision, 
 
 def _with_preferences(evidence: Evidence, decision: Decision) -> tuple[Decision, list[str]]:
     """Return the decision after people's and a judge's preferences, and the reasons."""
-    found = opinions(evidence)
+    found = decisive_preferences(evidence)
     if found.against == "people":
         decision = "don't ship"
     elif found.against == "judge" and decision == "ship":

@@ -23,7 +23,7 @@ def project_files() -> dict[str, str]:
         from courts_db import courts
     except ImportError:
         raise UserError(
-            f"the example {NAME} needs the package courts-db", fix="pip install 'tunewright[examples]'"
+            f"The example {NAME} needs the package courts-db", fix="pip install 'tunewright[examples]'"
         ) from None
     pairs = sorted(
         {

@@ -151,7 +151,9 @@ def conversations(*, system: bool, count: int = CONVERSATIONS, seed: int = 0) ->
 
     drawn = []
     for _ in range(count):
-        turns = [Message("user" if place % 2 == 0 else "assistant", text()) for place in range(_odd(generator))]
+        turns = [
+            Message("user" if place % 2 == 0 else "assistant", text()) for place in range(_unrepresentable(generator))
+        ]
         drawn.append([Message("system", text()), *turns] if system and generator.random() < 0.5 else turns)
     return drawn
 
@@ -162,7 +164,7 @@ def strips_whitespace(chat: ChatFormat) -> bool:
     return padded == bare
 
 
-def _odd(generator: random.Random) -> int:
+def _unrepresentable(generator: random.Random) -> int:
     return 2 * generator.randint(0, 3) + 1
 
 

@@ -17,7 +17,7 @@ from tunewright.core.io import write_json
 from tunewright.core.progress import Reporter
 from tunewright.export.distributions import answer, distance, distributions
 from tunewright.export.record import MergeMeasurement
-from tunewright.export.templates import exported_template, rendered_alike
+from tunewright.export.templates import count_equal_renderings, exported_template
 from tunewright.export.trained_model import ArtifactOutputs, TrainedModel
 from tunewright.export.weights import MergeMethod, Weights, put_into, read_deltas, trained_dtype
 from tunewright.generation.decoding import Completion
@@ -131,7 +131,7 @@ def observe_merged(folder: Path, trained: TrainedModel, reporter: Reporter) -> A
         answers=[completion.ids for completion in completions],
         texts=_texts(chat, completions),
         distributions=distributions(model, trained.contexts),
-        rendered=rendered_alike(
+        rendered=count_equal_renderings(
             tokenizer, [m.example.prompt for m in probe.members], probe.prompts, trained.system_prompt
         ),
         arithmetic=trained.arithmetic,

@@ -59,7 +59,7 @@ def equivalent_conversations(messages: Sequence[Message], system_prompt: str | N
     return [messages, messages[1:]]
 
 
-def rendered_alike(
+def count_equal_renderings(
     tokenizer: Any,
     conversations: Sequence[Sequence[Message]],
     ids: Sequence[Sequence[int]],

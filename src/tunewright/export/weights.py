@@ -162,11 +162,11 @@ class Weights:
         self._dequantized = dequantized
         for name, change in self.changes.items():
             if name not in self.base:
-                raise UserError(f"the adapter changes {name}, which {base.spec} does not have", where=base.spec)
+                raise UserError(f"The adapter changes {name}, which {base.spec} does not have", where=base.spec)
             wanted, found = (change.b.shape[0], change.a.shape[1]), tuple(self.base[name].shape)
             if wanted != found:
                 raise UserError(
-                    f"the adapter changes {name} as a matrix of shape {wanted}, but its shape is {found}",
+                    f"The adapter changes {name} as a matrix of shape {wanted}, but its shape is {found}",
                     where=base.spec,
                 )
 

@@ -194,9 +194,11 @@ class Batch:
         """
         adapters = [row.request.adapter for row in state.rows]
         self._adapters.require(adapters)
+        # A pass costs rows times columns, so the token budget is divided by the rows.
         columns = state.pending.shape[1] if tokens is None else max(1, tokens // len(state.rows))
         chunk, state.pending = state.pending[:, :columns], state.pending[:, columns:]
         if state.remaining_tokens:
+            # Text ends at the last column of the whole prompt, so padding depends on its length, not on this chunk's.
             longest = state.cache.get_seq_length() + chunk.shape[1] + state.pending.shape[1]
             self._forward(chunk, [longest - _length(row) for row in state.rows], state.cache, adapters)
             return False
@@ -213,6 +215,7 @@ class Batch:
     @torch.inference_mode()
     def step(self) -> None:
         """Decode one token for every row in one forward pass; the batch must not be empty."""
+        # All rows end at the same column of the cache, whatever their lengths: padding is on the left.
         self._advance(self.rows, torch.tensor([[row.ids[-1]] for row in self.rows]), self._cache)
         self._keep([index for index, row in enumerate(self.rows) if row.finish is None])
 
@@ -243,6 +246,7 @@ class Batch:
         arguments = {
             "input_ids": packed[:, 1:],
             "attention_mask": (columns >= begins).long() if any(first) else None,  # [rows, total]
+            # Positions count from each row's first token; padding gets 0 and is masked.
             "position_ids": (columns[-new:] - begins).clamp(min=0),  # [rows, time]
             "cache": cache,
             "use_cache": True,
@@ -305,6 +309,7 @@ def generate(
     with batch.attached():
         while queue or rows:
             room = batch_size - len(rows)
+            # Each admission is a prefill pass during which decoding rows wait, so free rows are collected first.
             if room * _MIN_FREE_FRACTION >= batch_size:
                 rows |= queue.admit(room)
             if batch.rows:
@@ -343,6 +348,7 @@ class _Queue:
         for group, members in groupby(arrived, key=self._group.__getitem__):
             indices = list(members)
             prefix = self._computed(group)
+            # A prefix is computed already: only what follows it counts for padding.
             for places in prefill_groups([self._length(index) - group.length for index in indices]):
                 joining = [indices[place] for place in places]  # `places` index into `indices`
                 admitted = self._batch.admit([self._requests[index] for index in joining], prefix)

@@ -96,7 +96,7 @@ take 8 MB a row.
 """
 
 
-class GrowingLayer(DynamicLayer):
+class PreallocatedLayer(DynamicLayer):
     """One layer's keys and values, with spare columns for the next tokens.
 
     Every layer keeps the whole past, and the attention mask alone applies a sliding window. A cache that dropped what
@@ -142,7 +142,7 @@ class GrowingLayer(DynamicLayer):
 
 def new_cache() -> Cache:
     """Return an empty cache whose layers are created on first use."""
-    return Cache(layer_class_to_replicate=GrowingLayer)
+    return Cache(layer_class_to_replicate=PreallocatedLayer)
 
 
 def select(cache: Cache, indices: list[int], time: int) -> None:
@@ -181,7 +181,7 @@ def merge(first: Cache, second: Cache) -> Cache:
     merged = new_cache()
     pairs: list[tuple[Any, Any]] = list(zip(first.layers, second.layers, strict=True))
     for mine, theirs in pairs:
-        layer = GrowingLayer()
+        layer = PreallocatedLayer()
         layer.set_buffers(both((mine.keys, theirs.keys)), both((mine.values, theirs.values)), time)
         merged.layers.append(layer)
     return merged

@@ -72,7 +72,7 @@ class LoraDispatch:
                 if not mixed:
                     continue
                 raise UserError(
-                    f"the adapter {name} is not plain LoRA, so it cannot share a batch with other adapters",
+                    f"The adapter {name} is not plain LoRA, so it cannot share a batch with other adapters",
                     fix="Train it as plain LoRA: without DoRA or activated LoRA.",
                 )
         # Disabled layers would answer with the base, whatever the row asks for.

@@ -8,7 +8,7 @@ from typing import Any
 from tunewright.config import EvaluateConfig, Metric, metric_name
 from tunewright.config.metrics import Choices, ExactMatch, Json, Normalisation, Python, Regex
 from tunewright.metrics.bleu_chrf import bleu, chrf
-from tunewright.metrics.custom import file_digest, module_file, own_function
+from tunewright.metrics.custom import custom_metric, file_digest, module_file
 from tunewright.metrics.fields import json_fields, json_valid
 from tunewright.metrics.labels import axis_label, metric_label, p_text, points_text, score_text
 from tunewright.metrics.scorer import (
@@ -68,7 +68,7 @@ def scorer_of(metric: Metric, root: Path) -> Scorer:
         case Regex(regex=pattern):
             return matches(name, pattern)
         case Python(python=function):
-            return own_function(name, function, root)
+            return custom_metric(name, function, root)
         case "exact_match":
             return exact_match(name, Normalisation())
         case "bleu":

@@ -17,7 +17,7 @@ from tunewright.metrics.scorer import ItemScore, Pair, Scorer, Unscored, mean_sc
 _RETURNS = "It returns a number from 0 to 1, or None for an item that cannot be scored."
 
 
-def own_function(name: MetricName, function: str, root: Path) -> Scorer:
+def custom_metric(name: MetricName, function: str, root: Path) -> Scorer:
     """Return a scorer of the mean of ``function(answer, reference, example)`` over the items for which it is not None.
 
     If an input has several references, the function is called with each, and the item's score is the best result.
@@ -40,7 +40,7 @@ def own_function(name: MetricName, function: str, root: Path) -> Scorer:
             raise UserError(
                 f"{function} raised {type(error).__name__} ({error}) for {_told(pair)}",
                 where="evaluate.metric",
-                fix=f"Mend {file}; for an item that it cannot score it returns None.",
+                fix=f"Correct {file}. For an item that it cannot score, return None.",
             ) from error
         if value is None:
             return Unscored(f"{function} returned None")
@@ -61,9 +61,7 @@ def module_file(function: str, root: Path) -> Path:
     module, _, _ = function.partition(":")
     file = root.joinpath(*module.split(".")).with_suffix(".py")
     if not file.is_file():
-        raise UserError(
-            f"no module {module!r} in the project's folder", where="evaluate.metric", fix=f"It would be {file}."
-        )
+        raise UserError(f"No module {module!r} in the project's folder", where="evaluate.metric", fix=f"Create {file}.")
     return file
 
 
@@ -90,7 +88,7 @@ def _load(file: Path, function: str) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as error:  # a user's code can raise anything
         del sys.modules[name]
-        raise UserError(f"importing it raised {type(error).__name__} ({error})", where=str(file)) from error
+        raise UserError(f"Importing it raised {type(error).__name__} ({error})", where=str(file)) from error
     return module
 
 
@@ -98,7 +96,7 @@ def _find(module: ModuleType, function: str) -> Callable[..., object]:
     _, _, name = function.partition(":")
     found = getattr(module, name, None)
     if not callable(found):
-        raise UserError(f"there is no function {name!r} in it", where=str(module.__file__))
+        raise UserError(f"The module has no function {name!r}", where=str(module.__file__))
     called: Callable[..., object] = found
     return called
 

@@ -25,7 +25,7 @@ def parsed(text: str) -> Any:
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(f"{constant} is not JSON")
 
 
 def json_valid(name: MetricName) -> Scorer:

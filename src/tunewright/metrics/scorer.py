@@ -128,7 +128,7 @@ class Scores:
         """
         if not self.scored.any():
             why = "; ".join(f"{reason} ({count})" for reason, count in self.reasons.items())
-            raise UserError(f"not one item can be scored by {self.scorer.name}: {why}", where="evaluate.metric")
+            raise UserError(f"No item can be scored by {self.scorer.name}: {why}", where="evaluate.metric")
         return float(self.scorer.corpus(self.statistics[self.scored].sum(axis=0)))
 
 

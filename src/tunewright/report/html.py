@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from tunewright.advisor.signals import Signals
 from tunewright.core.io import write_text
-from tunewright.evidence.causes import Known
+from tunewright.evidence.causes import ProjectFacts
 from tunewright.evidence.learning_curve import Curve
 from tunewright.evidence.schema import Evidence, Item
 from tunewright.report.blocks import Section
@@ -38,7 +38,7 @@ def write_report(
     out: Path,
     curve: Curve | None = None,
     advice: Signals | None = None,
-    known: Known | None = None,
+    known: ProjectFacts | None = None,
 ) -> None:
     """Write the report of ``evidence`` to ``out`` atomically; equal input gives equal bytes.
 
@@ -60,7 +60,7 @@ def render_report(
     history: Sequence[dict[str, Any]],
     curve: Curve | None = None,
     advice: Signals | None = None,
-    known: Known | None = None,
+    known: ProjectFacts | None = None,
 ) -> str:
     """Return the report as HTML text."""
     environment = Environment(

@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Sequence
 
 from tunewright.evidence.benchmarks import Suite, suite_text
-from tunewright.evidence.causes import Known, decided
+from tunewright.evidence.causes import ProjectFacts, decided
 from tunewright.evidence.common import Interval
 from tunewright.evidence.schema import Arm, Contrast, Evidence
 from tunewright.metrics import metric_label, p_text, points_text
@@ -21,7 +21,7 @@ _REFERS = re.compile(r"[@#](?=\w)|\bGH-(?=\d)|:(?=//|[a-z+-][\w+-]*:)|\bwww\.(?=
 _BREAK = "\u200b"  # zero width
 
 
-def verdict_markdown(evidence: Evidence, known: Known | None = None) -> str:
+def verdict_markdown(evidence: Evidence, known: ProjectFacts | None = None) -> str:
     """Return the verdict with its reasons, causes and measurements, and the inputs of the evaluation.
 
     Text from users is always shown literally: it cannot add markup, notify anybody or link to an issue.
@@ -33,7 +33,7 @@ def verdict_markdown(evidence: Evidence, known: Known | None = None) -> str:
         f"## {headline(result)}: {plain(evidence.project)}",
         plain(measured),
         _list([plain(reason) for reason in reasons if reason not in in_table]),
-        "Why, as far as it can be known:" if result.causes else "",
+        "Known causes:" if result.causes else "",
         _list([plain(cause_text(cause)) for cause in result.causes]),
         _arms(evidence),
         _contrasts(evidence),
@@ -108,7 +108,7 @@ def _p_value(p_value: float) -> str:
 def _suites(suites: Sequence[Suite]) -> str:
     if not suites:
         return ""
-    head = ("What the base could do before", "Items", "Off", "On", "Worse by", "At most (95%)", "Margin", "Result")
+    head = ("General ability", "Items", "Off", "On", "Worse by", "At most (95%)", "Margin", "Result")
     return _table(head, [_suite(suite) for suite in suites])
 
 

@@ -48,7 +48,7 @@ def points_interval(interval: Interval) -> str:
 def noise_line(noise: NoiseFloor) -> str:
     """Return the noise floor: the changes between two runs with nothing changed."""
     return (
-        f"Noise floor: {noise.changed:,} of {noise.items:,} answers changed when the base gave them again "
+        f"Noise floor: {noise.changed:,} of {noise.items:,} answers changed when the base answered again "
         f"({noise.how}), and its score by {points_text(noise.score_difference)} points."
     )
 

@@ -24,8 +24,8 @@ from tunewright.training.checkpoint_selection import (
     Evaluation,
     evaluations,
     history_rows,
-    out_of_patience,
     overfitting,
+    patience_exceeded,
     place_text,
 )
 from tunewright.training.divergence import UnstableRunError, fault
@@ -92,7 +92,7 @@ class MetricsCallback(TrainerCallback):
             losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
             what = fault(row["loss"], row.get("grad_norm", 0.0), losses, self.vocabulary)
         elif not math.isfinite(row[DEV_LOSS]):
-            what = f"the dev loss is {row[DEV_LOSS]}"
+            what = f"The dev loss is {row[DEV_LOSS]}"
         if what is not None:
             raise UnstableRunError(what, state.global_step, self.rows_of_step(state.global_step))
 
@@ -125,7 +125,7 @@ class EvaluationCallback(TrainerCallback):
         warning = overfitting(evaluated)
         if warning is not None and overfitting(evaluated[:-1]) is None:
             self.reporter.warn(warning)
-        if out_of_patience(evaluated, self.patience):
+        if patience_exceeded(evaluated, self.patience):
             control.should_training_stop = True
             self.reporter.say(
                 f"Stopping early: {self.patience} evaluation{'' if self.patience == 1 else 's'} without a better one "

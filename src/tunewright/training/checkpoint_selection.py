@@ -109,7 +109,7 @@ def evaluations_to_keep(evaluated: Sequence[Evaluation]) -> list[Evaluation]:
     return [e for e in evaluated if e in best or e is evaluated[-1]]
 
 
-def out_of_patience(evaluated: Sequence[Evaluation], patience: int | None) -> bool:
+def patience_exceeded(evaluated: Sequence[Evaluation], patience: int | None) -> bool:
     """Return whether ``patience`` evaluations have passed without a better one."""
     if patience is None or not evaluated:
         return False

@@ -174,7 +174,7 @@ def resumable_checkpoint(work: Path, base: Base, reporter: Reporter) -> Path | N
     for checkpoint in _newest_first(work):
         if not (checkpoint / MANIFEST).exists():
             reporter.say(f"Ignoring {checkpoint.name}: it was cut off while it was written")
-        elif faults := damage(checkpoint) or _lost_adapters(work, checkpoint, base):
+        elif faults := damage(checkpoint) or _missing_adapters(work, checkpoint, base):
             reporter.warn(f"Ignoring {checkpoint}, which is damaged: {'; '.join(faults)}")
         else:
             chosen = checkpoint
@@ -187,7 +187,7 @@ def resumable_checkpoint(work: Path, base: Base, reporter: Reporter) -> Path | N
     return chosen
 
 
-def _lost_adapters(work: Path, checkpoint: Path, base: Base) -> list[str]:
+def _missing_adapters(work: Path, checkpoint: Path, base: Base) -> list[str]:
     """Return faults of the evaluated adapters that a checkpoint needs; that of its own step is restored from it."""
     faults = []
     for evaluation in _needed(checkpoint):

@@ -136,7 +136,7 @@ def broadcast_from_main(make: Callable[[], Value]) -> Value:
     return value
 
 
-def first_to_fail() -> bool:
+def failed_first() -> bool:
     """Return whether this process failed before all others, and so reports the error."""
     if world_size() == 1:
         return True

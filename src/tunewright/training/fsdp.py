@@ -94,7 +94,7 @@ def syncing_gradients(model: Any, afterwards: bool) -> Iterator[None]:
 
 
 @contextmanager
-def in_lockstep(model: Any, idle_pass: Callable[[], Any]) -> Iterator[None]:
+def match_forward_passes(model: Any, idle_pass: Callable[[], Any]) -> Iterator[None]:
     """Let processes make different numbers of passes of a sharded model: those that finish first join idle passes.
 
     Before each pass the processes ask each other if any has a pass left; a process without one makes ``idle_pass``.

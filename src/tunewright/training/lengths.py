@@ -32,7 +32,7 @@ class Lengths:
 
 
 @dataclass(frozen=True)
-class Bin:
+class HistogramBar:
     """One histogram bar: rows of ``first`` to ``last`` tokens."""
 
     first: int
@@ -49,7 +49,7 @@ class LengthReport:
     template_digest: str
     max_length: int
     splits: tuple[Lengths, ...]
-    histogram: tuple[Bin, ...]
+    histogram: tuple[HistogramBar, ...]
     too_long: tuple[dict[str, Any], ...]
     """Rows over max_length: key, name, split, tokens."""
     faults: tuple[str, ...]
@@ -107,11 +107,11 @@ def _summary(split: Split, rows: Sequence[Tokens]) -> Lengths:
     )
 
 
-def _histogram(lengths: Sequence[int]) -> tuple[Bin, ...]:
+def _histogram(lengths: Sequence[int]) -> tuple[HistogramBar, ...]:
     if not lengths:
         return ()
     width = next(w for w in _WIDTHS if w * _BINS >= max(lengths))
     counts = np.bincount((np.asarray(lengths) - 1) // width)
-    bins = [Bin(place * width + 1, (place + 1) * width, int(count)) for place, count in enumerate(counts)]
+    bins = [HistogramBar(place * width + 1, (place + 1) * width, int(count)) for place, count in enumerate(counts)]
     first = next(place for place, one in enumerate(bins) if one.rows)
     return tuple(bins[first:])

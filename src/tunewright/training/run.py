@@ -18,7 +18,7 @@ from tunewright.models.bases import Base
 from tunewright.models.families import FAMILIES
 from tunewright.training import distributed
 from tunewright.training.callbacks import EvaluationCallback, MetricsCallback
-from tunewright.training.checkpoint_selection import evaluations, history_rows, out_of_patience
+from tunewright.training.checkpoint_selection import evaluations, history_rows, patience_exceeded
 from tunewright.training.checkpoints import (
     CheckpointCallback,
     add_evaluation,
@@ -30,7 +30,7 @@ from tunewright.training.checkpoints import (
 from tunewright.training.dev_scores import DevTask
 from tunewright.training.kernels import use_liger
 from tunewright.training.micro_batch import MicroBatch
-from tunewright.training.packing.order import Sharing, measure_sharing
+from tunewright.training.packing.order import Sharing, resolve_sharing
 from tunewright.training.rows import as_columns
 from tunewright.training.stopping import stop_on_signal
 
@@ -157,7 +157,7 @@ class Run:
         settings = self.config.train
         if settings.use_liger_kernel:
             use_liger(model)
-        self.sharing = measure_sharing(
+        self.sharing = resolve_sharing(
             train["input_ids"],
             setting=settings.prefix_sharing,
             dropout=settings.lora_dropout,
@@ -306,7 +306,7 @@ def _finished_state(checkpoint: Path, patience: int | None, until: int | None) -
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     evaluated = evaluations(state.log_history)
     at_end = bool(evaluated) and evaluated[-1].step == state.global_step
-    early = at_end and out_of_patience(evaluated, patience)
+    early = at_end and patience_exceeded(evaluated, patience)
     return state if early or state.global_step == until else None
 
 

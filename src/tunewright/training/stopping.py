@@ -42,7 +42,7 @@ class StopRequest:
             KeyboardInterrupt: a request came since the previous step.
         """
         self.phase = "step"
-        self._raise_if_asked()
+        self._raise_if_requested()
 
     @contextmanager
     def free(self, what: str) -> Iterator[None]:
@@ -56,12 +56,12 @@ class StopRequest:
         before, self.phase = self.phase, "free"
         try:
             with finishing(what):
-                self._raise_if_asked()
+                self._raise_if_requested()
                 yield
         finally:
             self.phase = before
 
-    def _raise_if_asked(self) -> None:
+    def _raise_if_requested(self) -> None:
         if self.asked and distributed.world_size() == 1:
             raise KeyboardInterrupt
 

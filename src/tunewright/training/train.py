@@ -60,7 +60,7 @@ class TrainResult:
 
 
 @dataclass(frozen=True)
-class Paused:
+class PausedRun:
     """State of a paused run."""
 
     step: int
@@ -172,7 +172,7 @@ def train_until(
     *,
     work: Path,
     step: int,
-) -> Paused:
+) -> PausedRun:
     """Train as `train` does, up to a step; `train` then resumes from the checkpoint in ``work``.
 
     Raises:
@@ -182,7 +182,7 @@ def train_until(
     with working_folder(work), quiet_transformers(), writing(work):
         run = _run(project, version, base, chat, reporter, work, step)
     evaluated = run.evaluated
-    return Paused(evaluated[-1].step, best_evaluation(evaluated), run.seconds)
+    return PausedRun(evaluated[-1].step, best_evaluation(evaluated), run.seconds)
 
 
 @dataclass(frozen=True)

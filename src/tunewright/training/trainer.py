@@ -336,7 +336,7 @@ class Trainer(SFTTrainer):
         batches = [order[start : start + size] for start in range(0, len(order), size)]
         total = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
         counted = 0
-        with torch.no_grad(), self.compute_loss_context_manager(), fsdp.in_lockstep(model, self._idle_pass):
+        with torch.no_grad(), self.compute_loss_context_manager(), fsdp.match_forward_passes(model, self._idle_pass):
             for places in batches[self.accelerator.process_index :: self.accelerator.num_processes]:
                 batch = self._prepare_input(self.collate([rows[place] for place in places])["packed"])
                 losses = batch_token_losses(model, batch)
@@ -358,7 +358,7 @@ class Trainer(SFTTrainer):
     def _score_answers(self, task: DevTask) -> float:
         """Answer the dev rows, distributed over the processes, and score all answers together."""
         mine = range(self.accelerator.process_index, len(task.requests), self.accelerator.num_processes)
-        with fsdp.in_lockstep(self.model, self._idle_pass):
+        with fsdp.match_forward_passes(self.model, self._idle_pass):
             own = list(zip(mine, task.answers(self.model, mine), strict=True))
         answers: list[tuple[int, str]] = gather_object(own)
         return task.score([text for _, text in sorted(answers)])

@@ -38,7 +38,7 @@ PPI_PYTHON = {
 
 
 @pytest.mark.parametrize("lam", sorted(PPI_PYTHON))
-def test_one_stratum_of_independent_items_is_ppi_plus_plus(lam: float) -> None:
+def test_estimate_equals_ppi_plus_plus_for_one_stratum_of_independent_items(lam: float) -> None:
     y, f, reviewed = _judged_by_ppi_python()
     # ppi-python takes the judge's mean over the items that were not reviewed, we over all: L = lam * N / (N - n).
     found = estimate(_simple(240, reviewed), y, f, tuning=lam * 240 / (240 - reviewed))
@@ -48,7 +48,7 @@ def test_one_stratum_of_independent_items_is_ppi_plus_plus(lam: float) -> None:
     assert found.interval.high - found.interval.low == pytest.approx((high - low) * np.sqrt(242 / 241), rel=1e-4)
 
 
-def test_the_tuned_lambda_is_that_of_ppi_python_where_its_plug_in_means_agree() -> None:
+def test_tuned_lambda_equals_ppi_python_when_plug_in_means_agree() -> None:
     y, f, reviewed = _judged_by_ppi_python()
     found = estimate(_simple(240, reviewed), y, f)
     # ppi-python's own lam gives 0.09209641 on these numbers, so about 0.553.
@@ -56,7 +56,7 @@ def test_the_tuned_lambda_is_that_of_ppi_python_where_its_plug_in_means_agree() 
     assert found.tuning * 180 / 240 == pytest.approx(0.553, abs=0.05)
 
 
-def test_the_tuned_lambda_has_the_least_variance_of_all() -> None:
+def test_tuned_lambda_minimizes_the_variance() -> None:
     y, f, reviewed = _judged_by_ppi_python()
     strata = ["a" if i % 3 else "b" for i in range(240)]
     design = Design(strata, np.arange(240) < reviewed, np.zeros(240, dtype=bool), [str(i // 2) for i in range(240)])
@@ -67,7 +67,7 @@ def test_the_tuned_lambda_has_the_least_variance_of_all() -> None:
     assert estimate(design, y, f).tuning == pytest.approx(min(widths, key=lambda t: widths[t]), abs=0.011)
 
 
-def test_the_classical_variance_is_that_of_two_phase_sampling() -> None:
+def test_classical_variance_equals_two_phase_sampling() -> None:
     """Cochran 1977, "Sampling Techniques", section 12.2: sum W^2 s^2 / n + sum W (mean_h - mean)^2 / N."""
     rng = np.random.default_rng(1)
     strata = ["a"] * 120 + ["b"] * 80 + ["c"] * 40
@@ -85,7 +85,7 @@ def test_the_classical_variance_is_that_of_two_phase_sampling() -> None:
     assert (found.interval.low, found.interval.high) == pytest.approx((mean - half, mean + half), rel=1e-6)
 
 
-def test_of_one_stratum_reviewed_in_full_the_interval_is_bonett_and_prices() -> None:
+def test_interval_equals_bonett_price_for_one_fully_reviewed_stratum() -> None:
     y = np.array([1.0] * 30 + [0.0] * 14 + [-1.0] * 6)
     design = Design(["one"] * 50, np.ones(50, dtype=bool), np.zeros(50, dtype=bool), [str(i) for i in range(50)])
     # The published interval: (b + 1 - (c + 1)) / (n + 2) and its variance with the two made-up items.
@@ -97,20 +97,20 @@ def test_of_one_stratum_reviewed_in_full_the_interval_is_bonett_and_prices() -> 
     assert (found.interval.low, found.interval.high) == pytest.approx((centre - half, centre + half), rel=0.02)
 
 
-def test_verdicts_that_are_all_the_same_leave_a_width() -> None:
+def test_interval_has_a_width_when_all_verdicts_agree() -> None:
     design = Design(["one"] * 200, np.arange(200) < 50, np.zeros(200, dtype=bool), [str(i) for i in range(200)])
     found = estimate(design, np.ones(200))
     assert found.value == found.interval.high == 1
     assert found.interval.low < 0.9
 
 
-def test_a_judge_who_says_one_thing_of_all_changes_nothing() -> None:
+def test_constant_judge_does_not_change_the_estimate() -> None:
     y, _, reviewed = _judged_by_ppi_python()
     design = _simple(240, reviewed)
     assert estimate(design, y, np.ones(240)) == estimate(design, y)
 
 
-def test_items_of_one_cluster_count_as_one_witness() -> None:
+def test_items_of_one_cluster_count_once() -> None:
     rng = np.random.default_rng(3)
     y = rng.choice([-1.0, 1.0], 60).repeat(4)
     reviewed = np.ones(240, dtype=bool)
@@ -122,7 +122,7 @@ def test_items_of_one_cluster_count_as_one_witness() -> None:
 
 
 @pytest.mark.parametrize(("skill", "gain"), [(0.9, 0.85), (0.0, 1.03)])
-def test_the_interval_covers_the_truth_and_a_good_judge_makes_it_narrower(skill: float, gain: float) -> None:
+def test_interval_covers_the_truth_and_a_good_judge_narrows_it(skill: float, gain: float) -> None:
     """600 worlds in which the judge favours the treatment; 95% of intervals have to hold the truth."""
     rng = np.random.default_rng(5)
     shares, lean = np.array([0.4, 0.2, 0.4]), ((0.1, 0.2, 0.7), (0.6, 0.3, 0.1), (0.3, 0.4, 0.3))

@@ -12,7 +12,7 @@ from factories import make_evidence, make_items
 from people_helpers import begin, evaluation, save, side_of_treatment
 from tunewright.core.csv import restored_cell
 from tunewright.core.errors import UserError
-from tunewright.evaluation.human_eval.sheet import SheetTaken, export_sheet, import_sheet
+from tunewright.evaluation.human_eval.sheet import SheetImport, export_sheet, import_sheet
 
 Row = dict[str, str]
 
@@ -44,7 +44,7 @@ def _kept(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (folder / "human-eval").iterdir()}
 
 
-def test_a_sheet_holds_what_the_reviewer_may_see_in_the_order_of_asking(folder: Path) -> None:
+def test_sheet_lists_the_pairs_in_review_order(folder: Path) -> None:
     _, rows = _export(folder)
     review = begin(folder)
     assert [row["item"] for row in rows] == review.open_keys()
@@ -55,7 +55,7 @@ def test_a_sheet_holds_what_the_reviewer_may_see_in_the_order_of_asking(folder: 
     assert "reference" not in rows[0]
 
 
-def test_nothing_in_a_sheets_bytes_tells_the_arms(tmp_path: Path) -> None:
+def test_sheet_bytes_do_not_reveal_the_arms(tmp_path: Path) -> None:
     """With the arms' answers exchanged, only which text is A changes, and everywhere the same way."""
     items = make_items(120, tuned=0.7, retrieved=0.3)
     swapped = [
@@ -97,15 +97,15 @@ def test_filled_in_verdicts_and_notes_are_recorded(folder: Path, delimiter: str,
         row["verdict"] = verdict
     rows[0]["note"] = "-- the county,\nis missing"
     _save(path, rows, delimiter, line_end)
-    assert import_sheet(begin(folder, "ben"), path) == SheetTaken(recorded=5, known=0, blank=15, notes=1)
+    assert import_sheet(begin(folder, "ben"), path) == SheetImport(recorded=5, known=0, blank=15, notes=1)
     journal = begin(folder, "ben").journal
     assert [journal.standing[row["item"]].verdict for row in rows[:5]] == ["A", "B", "both", "neither", "skip"]
     assert journal.notes == {rows[0]["item"]: "-- the county,\nis missing"}
     assert not any(judged.reference for judged in journal.standing.values())
-    assert import_sheet(begin(folder, "ben"), path) == SheetTaken(recorded=0, known=5, blank=15, notes=0)
+    assert import_sheet(begin(folder, "ben"), path) == SheetImport(recorded=0, known=5, blank=15, notes=0)
 
 
-def test_whoever_fills_in_a_sheet_with_references_has_seen_them(folder: Path) -> None:
+def test_import_marks_references_as_shown_when_the_sheet_has_them(folder: Path) -> None:
     path, rows = _export(folder, reference=True)
     rows[1]["verdict"] = "A"
     _save(path, rows)
@@ -114,7 +114,7 @@ def test_whoever_fills_in_a_sheet_with_references_has_seen_them(folder: Path) ->
     assert [(key, each.reference) for key, each in judged.items()] == [(rows[1]["item"], True)]
 
 
-def test_texts_that_look_like_formulas_go_out_safe_and_come_back(tmp_path: Path) -> None:
+def test_formula_like_texts_are_escaped_and_round_trip(tmp_path: Path) -> None:
     items = make_items(40, tuned=0.7, retrieved=0.3)
     items = [
         i.model_copy(update={"input": "=cmd|' /C calc'!A0", "answers": {"tuned": f"@{n}", "retrieved-4": f"'-{n}"}})
@@ -129,14 +129,14 @@ def test_texts_that_look_like_formulas_go_out_safe_and_come_back(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"verdict": "C"}, "the verdict is 'C'; it can be A, B, both, neither, skip or nothing"),
         ({"A": "something else"}, "answer A was changed"),
         ({"item": "f" * 64}, "the sample has no item"),
     ],
 )
-def test_bad_rows_are_named_by_their_lines_and_nothing_is_recorded(folder: Path, change: Row, told: str) -> None:
+def test_bad_rows_are_named_by_their_lines_and_nothing_is_recorded(folder: Path, change: Row, message: str) -> None:
     path, rows = _export(folder)
     before = _kept(folder)
     for row in rows:
@@ -148,28 +148,28 @@ def test_bad_rows_are_named_by_their_lines_and_nothing_is_recorded(folder: Path,
     lines = [n for n, line in enumerate(text, start=1) if rows[2]["item"][:20] in line or rows[4]["item"][:20] in line]
     with pytest.raises(UserError) as caught:
         import_sheet(begin(folder), path)
-    assert str(caught.value).count(told) >= 1
+    assert str(caught.value).count(message) >= 1
     assert f"{path}:{lines[0]}: " in str(caught.value)
     assert _kept(folder) == before
 
 
-def test_an_item_that_is_there_twice_is_refused(folder: Path) -> None:
+def test_import_refuses_a_repeated_item(folder: Path) -> None:
     path, rows = _export(folder)
     _save(path, [*rows, {**rows[0], "verdict": "A"}])
-    with pytest.raises(UserError, match=r"the item of line 2 again"):
+    with pytest.raises(UserError, match=r"duplicate of line 2"):
         import_sheet(begin(folder), path)
 
 
-def test_a_sheet_of_another_evaluation_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_import_refuses_a_sheet_of_another_evaluation(folder: Path, tmp_path: Path) -> None:
     path, _ = _export(folder)
     items = make_items(120, tuned=0.7, retrieved=0.3)
     other = save(tmp_path / "other", items, make_evidence(items).model_copy(update={"id": "ffffffffffff"}))
-    with pytest.raises(UserError, match="a sheet of evaluation 0123456789ab, not of ffffffffffff"):
+    with pytest.raises(UserError, match="The sheet belongs to evaluation 0123456789ab, not to ffffffffffff"):
         import_sheet(begin(other), path)
     assert not (other / "human-eval").exists()
 
 
-def test_what_is_judged_already_is_not_exported_again(folder: Path) -> None:
+def test_export_omits_judged_pairs(folder: Path) -> None:
     review = begin(folder, items=12)
     for key in review.open_keys()[:11]:
         review.answer(review.pair(key), "A")

@@ -13,9 +13,9 @@ from tunewright.api import Project
 from tunewright.config.project import ProjectFolder
 from tunewright.core.io import write_text
 from tunewright.core.progress import LogReporter
-from tunewright.evaluation.human_eval.results import heard_judge
-from tunewright.evaluation.judge.rows import ROWS_FILE, Compared, JudgedItem, Outcome, Pair
-from tunewright.evidence.judge import Judgement, Spent
+from tunewright.evaluation.human_eval.results import accepted_judge
+from tunewright.evaluation.judge.rows import ROWS_FILE, ArmPreference, JudgedItem, Outcome, Pair
+from tunewright.evidence.judge import Judgement, JudgeUsage
 from tunewright.evidence.schema import Item, amend, load_evidence
 
 ITEMS = make_items(120, tuned=0.7, retrieved=0.3)
@@ -33,7 +33,7 @@ def _judgement(**changes: Any) -> Judgement:
         "reference_model": None,
         "controls": (),
         "vetoed": (),
-        "spent": Spent(calls=0, prompt_tokens=0, completion_tokens=0, estimated=0, cost=None),
+        "spent": JudgeUsage(calls=0, prompt_tokens=0, completion_tokens=0, estimated=0, cost=None),
     }
     return Judgement(**{**facts, **changes})
 
@@ -52,8 +52,8 @@ def folder(tmp_path: Path) -> Path:
             key=item.key,
             correctness={},
             pairs={
-                "retrieved-4": Pair(plain=Compared(outcome=_outcome(item))),
-                "zero-shot": Pair(plain=Compared(outcome="win")),
+                "retrieved-4": Pair(plain=ArmPreference(outcome=_outcome(item))),
+                "zero-shot": Pair(plain=ArmPreference(outcome="win")),
             },
         )
         for item in ITEMS
@@ -64,29 +64,29 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_outcomes_against_the_deciding_control_become_preferences(folder: Path) -> None:
-    found = heard_judge(folder, load_evidence(folder), LogReporter())
+    found = accepted_judge(folder, load_evidence(folder), LogReporter())
     assert found is not None
     assert found.name == "judge m"
     signs = {"win": 1, "tie": 0, "loss": -1}
-    assert found.preferences == {i.key: signs[told] for i in ITEMS if (told := _outcome(i)) is not None}
+    assert found.preferences == {i.key: signs[message] for i in ITEMS if (message := _outcome(i)) is not None}
 
 
-def test_a_vetoed_judge_is_not_heard_and_that_is_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_vetoed_judge_is_ignored_and_reported(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     amend(folder, judge=_judgement(vetoed=("it says yes to all",)))
-    assert heard_judge(folder, load_evidence(folder), LogReporter()) is None
+    assert accepted_judge(folder, load_evidence(folder), LogReporter()) is None
     assert "vetoed" in caplog.text
 
 
-def test_without_a_judge_there_is_none(folder: Path) -> None:
-    assert heard_judge(folder, make_evidence(ITEMS), LogReporter()) is None
+def test_judged_verdicts_are_none_without_a_judge(folder: Path) -> None:
+    assert accepted_judge(folder, make_evidence(ITEMS), LogReporter()) is None
 
 
-def test_the_roads_results_have_the_judges_help_in_the_evidence(folder: Path) -> None:
+def test_results_in_the_evidence_include_the_judge(folder: Path) -> None:
     review = begin(folder)
     while (pair := review.next()) is not None:
-        told = _outcome(next(i for i in ITEMS if i.key == pair.key))
+        message = _outcome(next(i for i in ITEMS if i.key == pair.key))
         ours = side_of_treatment(review, pair)
-        review.answer(pair, "both" if told in ("tie", None) else "A" if (told == "win") == (ours == "A") else "B")
+        review.answer(pair, "both" if message in ("tie", None) else "A" if (message == "win") == (ours == "A") else "B")
     found = Project(ProjectFolder(folder.parent.parent), LogReporter()).human_eval_results(folder.name)
     assert found == load_evidence(folder).human_eval
     assert found.powered is not None

@@ -14,7 +14,7 @@ SAID = st.sampled_from((-1, 0, 1))
 
 
 @given(st.lists(st.tuples(SAID, SAID), min_size=2, max_size=60))
-def test_kappa_is_scikit_learns(pairs: list[tuple[int, int]]) -> None:
+def test_kappa_equals_scikit_learn(pairs: list[tuple[int, int]]) -> None:
     first, second = [a for a, _ in pairs], [b for _, b in pairs]
     found = agreement(("a", "b"), first, second, [str(i) for i in range(len(pairs))], 0, resamples=50)
     assert found.agreed == sum(a == b for a, b in pairs)
@@ -24,7 +24,7 @@ def test_kappa_is_scikit_learns(pairs: list[tuple[int, int]]) -> None:
         assert found.kappa == pytest.approx(cohen_kappa_score(first, second), abs=1e-12)
 
 
-def test_the_interval_is_that_of_resampled_clusters() -> None:
+def test_agreement_interval_resamples_clusters() -> None:
     rng = np.random.default_rng(4)
     first = rng.integers(-1, 2, 60)
     second = np.where(rng.random(60) < 0.7, first, rng.integers(-1, 2, 60))
@@ -40,6 +40,6 @@ def test_the_interval_is_that_of_resampled_clusters() -> None:
     )
 
 
-def test_who_agree_on_all_items_get_no_interval() -> None:
+def test_agreement_has_no_interval_when_raters_always_agree() -> None:
     found = agreement(("a", "b"), [1, 0, -1], [1, 0, -1], ["x", "y", "z"], 0)
     assert (found.kappa, found.interval) == (1, None)

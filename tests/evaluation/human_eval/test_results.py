@@ -1,4 +1,4 @@
-"""What reviewers' verdicts come to: counted the plain way, whichever side the answers were on."""
+"""Results of reviewers' verdicts against a plain count, whichever side the answers were on."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_preferences_are_counted_by_stratum_and_tested_by_signs(tmp_path: Path) 
     assert sum(s.items for s in found.strata) + found.same == found.items == 120
 
 
-def test_the_win_rate_weighs_strata_by_their_items_and_counts_equal_answers_as_ties(tmp_path: Path) -> None:
+def test_win_rate_weights_strata_and_counts_equal_answers_as_ties(tmp_path: Path) -> None:
     folder = _alone(tmp_path)
     said = _judge_all(folder, _taste(0))
     strata = stratify(load_items(folder), "tuned", "retrieved-4", "exact_match")
@@ -85,7 +85,7 @@ def test_unanimous_reviewers_decide(tmp_path: Path, says: int, decision: str) ->
     assert review_results(folder).decision == decision
 
 
-def test_two_reviewers_agreement_is_scikit_learns_and_their_mean_counts(tmp_path: Path) -> None:
+def test_agreement_equals_scikit_learn_and_reviewers_are_averaged(tmp_path: Path) -> None:
     folder = evaluation(tmp_path)
     first, second = _judge_all(folder, _taste(0)), _judge_all(folder, _taste(8), "ben")
     (found,) = review_results(folder).agreements
@@ -96,7 +96,7 @@ def test_two_reviewers_agreement_is_scikit_learns_and_their_mean_counts(tmp_path
     assert preferred == tuple(sum(s * (first[k] + second[k]) > 0 for k in keys) for s in (1, -1))
 
 
-def test_a_judge_that_agrees_narrows_the_interval_and_its_agreement_is_told(tmp_path: Path) -> None:
+def test_agreeing_judge_narrows_the_interval_and_is_reported(tmp_path: Path) -> None:
     folder = _alone(tmp_path, 400)
     said = _judge_all(folder, _taste(0))
     strata = stratify(load_items(folder), "tuned", "retrieved-4", "exact_match")
@@ -114,7 +114,7 @@ def test_a_judge_that_agrees_narrows_the_interval_and_its_agreement_is_told(tmp_
     assert found.agreements[0].agreed == len(said)
 
 
-def test_a_judge_who_is_silent_on_some_items_may_help_less_but_is_counted(tmp_path: Path) -> None:
+def test_judge_without_some_verdicts_still_counts(tmp_path: Path) -> None:
     folder = _alone(tmp_path)
     _judge_all(folder, _taste(0))
     keys = sorted(stratify(load_items(folder), "tuned", "retrieved-4", "exact_match"))
@@ -123,7 +123,7 @@ def test_a_judge_who_is_silent_on_some_items_may_help_less_but_is_counted(tmp_pa
     assert found.powered.judged == len(keys[::2])
 
 
-def test_before_each_kind_has_two_verdicts_there_is_no_win_rate_and_the_reason_is_told(tmp_path: Path) -> None:
+def test_win_rate_is_missing_with_a_reason_until_each_stratum_has_two_verdicts(tmp_path: Path) -> None:
     folder = evaluation(tmp_path)
     review = begin(folder)
     pair = review.next()
@@ -136,7 +136,7 @@ def test_before_each_kind_has_two_verdicts_there_is_no_win_rate_and_the_reason_i
     assert found.reviewers[0].neither == 1
 
 
-def test_skipped_pairs_count_for_nothing_but_are_told(tmp_path: Path) -> None:
+def test_skipped_pairs_do_not_count_but_are_reported(tmp_path: Path) -> None:
     folder = evaluation(tmp_path)
     review = begin(folder, items=20)
     for number in range(20):
@@ -149,6 +149,6 @@ def test_skipped_pairs_count_for_nothing_but_are_told(tmp_path: Path) -> None:
     assert (who.answered, who.skipped, who.both, who.reference_shown) == (17, 3, 17, 17)
 
 
-def test_without_a_review_it_is_said_what_makes_one(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="nobody has reviewed"):
+def test_results_without_a_review_name_the_command(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="The evaluation has no reviews"):
         review_results(save(tmp_path, make_items(40), make_evidence(make_items(40))))

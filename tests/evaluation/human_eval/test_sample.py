@@ -28,7 +28,7 @@ from tunewright.metrics import normalised
 ITEMS = make_items(120, tuned=0.7, retrieved=0.3)
 
 
-def test_strata_are_those_of_exact_match_and_equal_answers_are_in_none() -> None:
+def test_strata_follow_exact_match_and_exclude_equal_answers() -> None:
     found = stratify(ITEMS, "tuned", "retrieved-4", "exact_match")
     for item in ITEMS:
         ours, theirs = item.answers["tuned"], item.answers["retrieved-4"]
@@ -37,7 +37,7 @@ def test_strata_are_those_of_exact_match_and_equal_answers_are_in_none() -> None
         assert found.get(item.key) == (None if normalised(ours) == normalised(theirs) else kinds[right])
 
 
-def test_by_bleu_the_stratum_is_which_answer_scores_higher() -> None:
+def test_stratum_by_bleu_is_the_higher_scoring_answer() -> None:
     items = [
         ITEMS[0].model_copy(update={"key": str(n), "reference": "a b c d e f", "answers": {"new": new, "old": old}})
         for n, (new, old) in enumerate(
@@ -51,16 +51,14 @@ def test_by_bleu_the_stratum_is_which_answer_scores_higher() -> None:
     st.dictionaries(st.sampled_from(STRATA), st.integers(1, 300), min_size=1),
     st.integers(8, 400),
 )
-def test_an_allocation_is_of_the_size_asked_for_and_gives_each_stratum_what_a_variance_needs(
-    sizes: dict[StratumName, int], count: int
-) -> None:
+def test_allocation_has_the_requested_size_and_two_items_per_stratum(sizes: dict[StratumName, int], count: int) -> None:
     asked = allocate(sizes, count)
     assert sum(asked.values()) == min(count, sum(sizes.values()))
     for name, size in sizes.items():
         assert min(2, size) <= asked[name] <= size
 
 
-def test_an_allocation_is_in_proportion_where_strata_are_large() -> None:
+def test_allocation_is_proportional_for_large_strata() -> None:
     assert allocate({"fixed": 500, "broken": 200, "both wrong": 300}, 50) == {
         "fixed": 25,
         "broken": 10,
@@ -68,13 +66,13 @@ def test_an_allocation_is_in_proportion_where_strata_are_large() -> None:
     }
 
 
-def test_too_few_items_for_the_strata_are_refused_with_how_many_it_takes() -> None:
+def test_allocation_refuses_too_few_items_and_states_the_minimum() -> None:
     with pytest.raises(UserError, match="too few") as caught:
         allocate({"fixed": 50, "broken": 50, "both wrong": 50}, 5)
     assert caught.value.fix == "Take 6 at least."
 
 
-def test_weighted_back_the_sample_is_unbiased_and_each_item_has_its_stratums_chance() -> None:
+def test_weighted_sample_is_unbiased() -> None:
     strata = stratify(ITEMS, "tuned", "retrieved-4", "exact_match")
     keys = [item.key for item in ITEMS]
     certain = np.array([key not in strata for key in keys])
@@ -103,7 +101,7 @@ def test_weighted_back_the_sample_is_unbiased_and_each_item_has_its_stratums_cha
     assert abs(np.mean(unweighted) - truth.mean()) > 4 * np.std(unweighted) / np.sqrt(rounds)
 
 
-def test_the_order_of_asking_mixes_the_strata() -> None:
+def test_review_order_mixes_the_strata() -> None:
     sample = draw_sample(make_evidence(ITEMS), ITEMS, 40)
     strata = stratify(ITEMS, "tuned", "retrieved-4", "exact_match")
     firsts, seconds = ([strata[k] for k in half] for half in (sample.order[:20], sample.order[20:]))
@@ -111,7 +109,7 @@ def test_the_order_of_asking_mixes_the_strata() -> None:
     assert sample.order == draw_sample(make_evidence(ITEMS), ITEMS, 40).order
 
 
-def test_sides_are_a_fair_coin_that_does_not_know_the_stratum() -> None:
+def test_sides_are_random_and_independent_of_the_stratum() -> None:
     many = make_items(4000, tuned=0.7, retrieved=0.3)
     strata = stratify(many, "tuned", "retrieved-4", "exact_match")
     for name in set(strata.values()):
@@ -120,7 +118,7 @@ def test_sides_are_a_fair_coin_that_does_not_know_the_stratum() -> None:
     assert len({treatment_is_a(seed, many[0].key) for seed in range(20)}) == 2
 
 
-def test_the_sample_is_kept_with_the_first_verdict_and_then_stays(tmp_path: Path) -> None:
+def test_sample_is_stored_with_the_first_verdict_and_never_changes(tmp_path: Path) -> None:
     folder = evaluation(tmp_path)
     assert begin(folder, items=30).progress.asked == 30
     assert not (folder / "human-eval").exists()
@@ -129,17 +127,17 @@ def test_the_sample_is_kept_with_the_first_verdict_and_then_stays(tmp_path: Path
     assert pair is not None
     review.answer(pair, "both")
     assert begin(folder).sample == begin(folder, "ben").sample == review.sample
-    with pytest.raises(UserError, match="has 20 items and is unchanged"):
+    with pytest.raises(UserError, match="has 20 items and cannot be changed"):
         begin(folder, items=30)
 
 
-def test_answers_that_are_all_equal_leave_nothing_to_compare(tmp_path: Path) -> None:
+def test_sample_is_refused_when_all_answers_are_equal(tmp_path: Path) -> None:
     same = [item.model_copy(update={"answers": dict.fromkeys(item.answers, "x")}) for item in ITEMS]
     with pytest.raises(UserError, match="alike"):
         begin(save(tmp_path, same, make_evidence(ITEMS)))
 
 
-def test_nothing_that_is_kept_tells_the_sides(tmp_path: Path) -> None:
+def test_stored_sample_does_not_reveal_the_sides(tmp_path: Path) -> None:
     """The files of two evaluations whose arms changed names, judged alike, are the same byte for byte."""
     kept = []
     for name, swap in (("one", False), ("two", True)):
@@ -162,6 +160,6 @@ def test_nothing_that_is_kept_tells_the_sides(tmp_path: Path) -> None:
     assert all(kept[0][key] == kept[1][key] for key in shared)
 
 
-def test_an_item_that_is_not_scored_in_both_arms_is_still_asked_about() -> None:
+def test_sample_includes_items_not_scored_in_both_arms() -> None:
     item = ITEMS[0].model_copy(update={"answers": {"new": "a", "old": "b"}, "scores": {"m": {"new": 1.0}}})
     assert stratify([item], "new", "old", "m") == {item.key: "both wrong"}

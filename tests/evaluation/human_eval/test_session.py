@@ -37,7 +37,7 @@ def _answer(review: BlindReview, *sides: Side) -> list[Pair]:
     return pairs
 
 
-def test_a_pair_shows_the_two_arms_answers_on_the_sides_that_the_seed_says(folder: Path) -> None:
+def test_pair_sides_follow_the_seed(folder: Path) -> None:
     review = begin(folder)
     items = {item.key: item for item in load_items(folder)}
     sides = set()
@@ -51,7 +51,7 @@ def test_a_pair_shows_the_two_arms_answers_on_the_sides_that_the_seed_says(folde
     assert sides == {"A", "B"}
 
 
-def test_verdicts_are_gone_on_with_and_another_reviewer_begins_at_the_same_pair(folder: Path) -> None:
+def test_session_resumes_and_each_reviewer_begins_at_the_same_pair(folder: Path) -> None:
     first = _answer(begin(folder), "A", "B", "both")
     again = begin(folder)
     assert again.progress.answered == 3
@@ -59,7 +59,7 @@ def test_verdicts_are_gone_on_with_and_another_reviewer_begins_at_the_same_pair(
     assert _next(begin(folder, "ben")) == first[0]
 
 
-def test_undo_takes_back_the_latest_verdict_also_of_an_earlier_pass_and_asks_again(folder: Path) -> None:
+def test_undo_removes_the_latest_verdict_of_any_pass_and_asks_again(folder: Path) -> None:
     review = begin(folder)
     pairs = _answer(review, "A", "B")
     assert begin(folder).undo() == pairs[1]
@@ -75,7 +75,7 @@ def test_undo_takes_back_the_latest_verdict_also_of_an_earlier_pass_and_asks_aga
     assert review.progress.answered == review.progress.skipped == 0
 
 
-def test_a_skipped_pair_is_not_offered_again_in_this_pass_but_in_the_next(folder: Path) -> None:
+def test_skipped_pair_returns_in_the_next_pass(folder: Path) -> None:
     review = begin(folder, items=12)
     skipped = _answer(review, "skip")[0]
     _prefer_a(review, 11)
@@ -84,7 +84,7 @@ def test_a_skipped_pair_is_not_offered_again_in_this_pass_but_in_the_next(folder
     assert _next(begin(folder)).key == skipped.key
 
 
-def test_that_the_reference_was_shown_is_kept_even_over_a_crash(folder: Path) -> None:
+def test_journal_keeps_reference_shown_after_a_crash(folder: Path) -> None:
     review = begin(folder)
     first = review.show_reference(_next(review))
     items = {item.key: item for item in load_items(folder)}
@@ -95,7 +95,7 @@ def test_that_the_reference_was_shown_is_kept_even_over_a_crash(folder: Path) ->
     assert [standing[key].reference for key in again.sample.order[:2]] == [True, False]
 
 
-def test_a_note_is_kept_replaced_and_removed(folder: Path) -> None:
+def test_note_is_stored_replaced_and_removed(folder: Path) -> None:
     review = begin(folder)
     pair = review.note(_next(review), "  both miss the county ")
     assert pair.note == begin(folder).pair(pair.key).note == "both miss the county"
@@ -103,7 +103,7 @@ def test_a_note_is_kept_replaced_and_removed(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [1, 20])
-def test_half_a_line_that_a_crash_left_does_not_count_and_is_told(
+def test_journal_ignores_and_reports_half_a_line_after_a_crash(
     folder: Path, cut: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     _answer(begin(folder), "A", "B", "both")
@@ -118,16 +118,16 @@ def test_half_a_line_that_a_crash_left_does_not_count_and_is_told(
     assert [e.event for e in begin(folder).journal.events] == ["verdict"] * 3
 
 
-def test_a_line_that_is_no_event_is_named(folder: Path) -> None:
+def test_journal_names_an_invalid_line(folder: Path) -> None:
     _answer(begin(folder), "A", "B")
     path = folder / "human-eval" / "ada.jsonl"
     path.write_text(path.read_text().replace('"B"', '"C"'))
-    with pytest.raises(UserError, match="not a verdict") as caught:
+    with pytest.raises(UserError, match="Invalid verdict") as caught:
         begin(folder)
     assert caught.value.where == f"{path}:2"
 
 
-def test_the_journal_only_grows(folder: Path) -> None:
+def test_journal_is_append_only(folder: Path) -> None:
     path = folder / "human-eval" / "ada.jsonl"
     review, seen = begin(folder), b""
     for step in range(4):
@@ -140,19 +140,19 @@ def test_the_journal_only_grows(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["Ada Lovelace", "żółć", "../ada", "a/b", "."])
-def test_any_name_is_kept_within_the_folder(folder: Path, name: str) -> None:
+def test_reviewer_name_never_leaves_the_folder(folder: Path, name: str) -> None:
     _answer(begin(folder, name), "A")
     assert begin(folder, name).progress.answered == 1
     assert len(list((folder / "human-eval").glob("*.jsonl"))) == 1
 
 
 @pytest.mark.parametrize("name", ["", "  ", "a\nb", "x" * 300])
-def test_a_name_that_no_file_can_have_is_refused(folder: Path, name: str) -> None:
+def test_reviewer_name_too_long_for_a_file_is_refused(folder: Path, name: str) -> None:
     with pytest.raises(UserError, match="name"):
         begin(folder, name)
 
 
-def test_two_sessions_of_one_reviewer_lose_nothing(folder: Path) -> None:
+def test_two_sessions_of_one_reviewer_keep_all_verdicts(folder: Path) -> None:
     terminal, page = begin(folder), begin(folder)
     pair = _next(terminal)
     terminal.answer(pair, "A")
@@ -160,7 +160,7 @@ def test_two_sessions_of_one_reviewer_lose_nothing(folder: Path) -> None:
     assert begin(folder).progress.answered == 2
 
 
-def test_verdicts_outside_the_sample_are_told_of(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_verdicts_outside_the_sample_are_reported(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     review = begin(folder, items=60)
     _prefer_a(review, 60)
     (folder / "human-eval" / "sample.json").unlink()

@@ -38,9 +38,9 @@ def project(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_self_test_passes_for_trained_adapters(kind: Any, project: Path) -> None:
     ran = command("serve", "--engine", kind, "--self-test", "--json", "-p", project)
     assert ran.code == 0, (ran.stdout, ran.stderr)
-    told = ran.document
-    assert (told["verdict"], told["engine"], len(told["models"])) == ("isolated", kind, 3)
-    assert all(check["asked"] > 0 and not check["failures"] for check in told["checks"])
+    reported = ran.document
+    assert (reported["verdict"], reported["engine"], len(reported["models"])) == ("isolated", kind, 3)
+    assert all(check["asked"] > 0 and not check["failures"] for check in reported["checks"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -140,7 +140,7 @@ def _did(*arguments: str | Path) -> Any:
 
 
 def _asked(client: openai.OpenAI, model: str) -> tuple[str, str]:
-    """Which adapter answered, and what."""
+    """Return the answering adapter and its answer."""
     messages: Any = [{"role": "user", "content": "violet red teal 17"}]
     reply = client.chat.completions.with_raw_response.create(model=model, messages=messages, max_tokens=12)
     return reply.headers["x-tunewright-adapter"], reply.parse().choices[0].message.content or ""

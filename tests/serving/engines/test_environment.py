@@ -21,7 +21,7 @@ PINS = ("small-one==1.0", "Small.Two==2.0")
 
 @pytest.fixture
 def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The only place where pip looks, and a cache of one's own."""
+    """The only place where pip looks, and a separate cache."""
     folder = tmp_path / "wheels"
     folder.mkdir()
     for name, version in (("small_one", "1.0"), ("small_two", "2.0")):

@@ -61,7 +61,7 @@ def test_llama_cpp_with_our_settings_is_isolated(
 
 
 class WithPromptCache(LlamaCppSettings):
-    """llama.cpp's cache of prompts on, as it is by default."""
+    """llama.cpp's prompt cache on, the default."""
 
     def plan(self, folder: Path, loras: Any) -> Plan:
         plan = super().plan(folder, loras)
@@ -111,7 +111,7 @@ def test_llama_cpp_reuses_another_adapters_prefix_with_its_defaults_but_not_with
 def test_answers_resume_when_the_cache_was_full(small_base: Path, small_adapters: dict[str, Path]) -> None:
     digest, folder = next(iter(small_adapters.items()))
     asked = [Request((*PROMPTS[n % 6], 5 + n), digest, 500 - 24) for n in range(5)]
-    # Four of the five find room for what they begin with, and none of them for all that it becomes.
+    # Four of the five find room for what they begin with, and none of them for its full length.
     with llamacpp_engine(small_base, tokens=2 * 512 + 256, stop_ids={0}) as engine:
 
         async def ask() -> list[list[int]]:

@@ -36,7 +36,7 @@ async def _ids(engine: Engine, request: Request) -> list[int]:
     return [token async for delta in stream(engine, request) for token in delta.ids]
 
 
-def test_vllm_with_our_settings_is_isolated_and_answers_alike_after_a_crash(
+def test_vllm_with_our_settings_is_isolated_and_answers_equally_after_a_crash(
     small_base: Path, small_adapters: dict[str, Path], reference: PeftReference
 ) -> None:
     with vllm_engine(small_base) as engine:

@@ -30,8 +30,8 @@ def test_settings_have_one_spare_slot_and_round_ranks_up(tmp_path: Path) -> None
     assert [settings(tmp_path, room=room).slots for room in (1, 7)] == [2, 8]
     assert [settings(tmp_path, max_rank=rank).allowed_rank for rank in (1, 4, 16, 17, 257)] == [1, 8, 16, 32, 320]
     options = settings(tmp_path, room=7, max_rank=17).options()
-    told = dict(pairwise(options))
-    assert (told["--max-loras"], told["--max-cpu-loras"], told["--max-lora-rank"]) == ("8", "8", "32")
+    message = dict(pairwise(options))
+    assert (message["--max-loras"], message["--max-cpu-loras"], message["--max-lora-rank"]) == ("8", "8", "32")
 
 
 def test_socket_is_private_and_only_the_gateways_routes_are_open(engine: VllmEngine) -> None:
@@ -163,7 +163,7 @@ def test_resolver_checks_files_against_the_admitted_manifest(
     assert worker.listed(manifest, digest) is None
     asyncio.run(engine.unload(digest))
     (folder / "adapter_model.safetensors").write_bytes(weights)
-    with pytest.raises(UserError, match="the manifest does not match"):
+    with pytest.raises(UserError, match="The manifest does not match"):
         asyncio.run(engine.load(digest, folder))
 
 

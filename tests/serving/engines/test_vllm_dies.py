@@ -21,12 +21,12 @@ from tunewright.engines.child import PrivateFolder, _end
 from tunewright.engines.protocol import EngineStoppedError, RequestFailedError
 from tunewright.engines.vllm.engine import VllmEngine
 from tunewright.generation.requests import Request
-from vllm_child import Told, alive, ids, settings, wait_until
+from vllm_child import StopAfter, alive, ids, settings, wait_until
 
 pytest_plugins = ["vllm_child"]
 
 
-def test_vllm_restarts_and_fails_running_requests_when_it_crashes(engine: VllmEngine, reporter: Told) -> None:
+def test_vllm_restarts_and_fails_running_requests_when_it_crashes(engine: VllmEngine, reporter: StopAfter) -> None:
     async def ask() -> None:
         waiting = asyncio.create_task(ids(engine, Request((ENDLESS,), None, 500)))
         await asyncio.sleep(0.1)
@@ -37,7 +37,7 @@ def test_vllm_restarts_and_fails_running_requests_when_it_crashes(engine: VllmEn
 
     asyncio.run(ask())
     wait_until(lambda: engine.stopped is not None)
-    assert not engine.dead
+    assert not engine.permanently_stopped
     with pytest.raises(EngineStoppedError):
         asyncio.run(ids(engine, Request((5,), None, 2)))
     wait_until(lambda: engine.stopped is None)
@@ -64,7 +64,7 @@ def test_crash_of_vllms_core_is_not_blamed_on_a_request(engine: VllmEngine) -> N
 
 
 def test_vllm_restarts_and_fails_running_requests_when_it_hangs(
-    engine: VllmEngine, reporter: Told, monkeypatch: pytest.MonkeyPatch
+    engine: VllmEngine, reporter: StopAfter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, seconds in (("PROBE_SECONDS", 0.05), ("PATIENCE_SECONDS", 2)):
         monkeypatch.setattr(f"tunewright.engines.child.{name}", seconds)
@@ -106,7 +106,7 @@ def test_child_waits_a_limited_time_for_its_helper_processes(
 
 
 def test_vllm_counts_as_hung_when_it_computes_nothing_but_only_with_requests(
-    engine: VllmEngine, reporter: Told, monkeypatch: pytest.MonkeyPatch
+    engine: VllmEngine, reporter: StopAfter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, seconds in (("PROBE_SECONDS", 0.05), ("STUCK_SECONDS", 2)):
         monkeypatch.setattr(f"tunewright.engines.child.{name}", seconds)
@@ -138,7 +138,7 @@ def test_hang_is_detected_when_all_clients_disconnect(engine: VllmEngine, monkey
 
 
 def test_child_is_given_up_after_repeated_crashes(
-    engine: VllmEngine, orders: Path, reporter: Told, monkeypatch: pytest.MonkeyPatch
+    engine: VllmEngine, orders: Path, reporter: StopAfter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tunewright.engines.child._LONGEST_WAIT", 0.05)
     orders.write_text("it is broken")
@@ -146,7 +146,7 @@ def test_child_is_given_up_after_repeated_crashes(
     os.kill(engine.child.process_id, signal.SIGKILL)
     wait_until(lambda: "Restart the server" in (engine.stopped or ""))
     assert engine.child.starts == 5
-    assert engine.dead
+    assert engine.permanently_stopped
     assert "it is broken" in reporter.warnings[-1]
 
 

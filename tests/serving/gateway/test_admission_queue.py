@@ -12,7 +12,7 @@ async def _serve(demand: dict[str, list[int]], room: int, steps: int) -> tuple[C
     """Tenants that ask for answers of these lengths, all at once; one token a step for each place at the engine.
 
     Returns:
-        Tokens served after so many steps, and who was let in, in order.
+        Tokens served after this many steps, and the admitted requests in order.
     """
     queue, served, order = AdmissionQueue(room), Counter[str](), []
     ticks: list[asyncio.Event] = []

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tunewright.serving.gateway.schemas import ChatRequest, parse_request
-from tunewright.serving.gateway.tenant_auth import falls_to
+from tunewright.serving.gateway.tenant_auth import in_canary_share
 
 
 def _conversation(first: str, turns: int = 0) -> Any:
@@ -26,11 +26,11 @@ def test_conversation_stays_with_its_canary_when_it_or_the_share_grows(
     first: str, turns: int, low: float, more: float
 ) -> None:
     begun, later = _conversation(first), _conversation(first, turns)
-    assert falls_to("acme", begun, "d", low) == falls_to("acme", later, "d", low)
-    if falls_to("acme", begun, "d", low):
-        assert falls_to("acme", begun, "d", low + more)
+    assert in_canary_share("acme", begun, "d", low) == in_canary_share("acme", later, "d", low)
+    if in_canary_share("acme", begun, "d", low):
+        assert in_canary_share("acme", begun, "d", low + more)
 
 
 def test_canary_answers_its_share_of_conversations() -> None:
-    answered = sum(falls_to("acme", _conversation(f"case {number}"), "d", 0.1) for number in range(4000))
+    answered = sum(in_canary_share("acme", _conversation(f"case {number}"), "d", 0.1) for number in range(4000))
     assert abs(answered / 4000 - 0.1) < 0.02  # four standard deviations

@@ -218,7 +218,7 @@ def test_row_is_freed_when_the_client_disconnects(stream: bool) -> None:
         async with httpx.AsyncClient(trust_env=False, timeout=60) as client:
             asking = asyncio.create_task(_read(client, url, body))
             while await _running(client, url) == 0:
-                assert not asking.done(), "the answer must be under way when the client hangs up"
+                assert not asking.done(), "the answer must be in progress when the client hangs up"
             asking.cancel()
             while await _running(client, url) != 0:
                 pass

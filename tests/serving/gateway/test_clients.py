@@ -47,7 +47,7 @@ def url() -> Iterator[str]:
 
 
 def run(command: list[str | Path], script: Path, *arguments: str) -> str:
-    """What the script prints, in an environment without proxies or keys of the machine."""
+    """Return the script's output in an environment without the machine's proxies or keys."""
     kept = {name: value for name, value in os.environ.items() if not re.search("proxy|OPENAI|PYTHON", name, re.I)}
     done = subprocess.run(
         [*command, script, *arguments], env=kept, capture_output=True, text=True, timeout=120, check=False
@@ -167,8 +167,8 @@ def test_langchain_works_with_its_defaults(url: str) -> None:
     for how in ("invoke", "stream", "stream with usage", "ainvoke", "astream"):
         assert got[how] == answer, how
     assert got["batch"] == got["abatch"] == [answer] * 3
-    for told in got["usage"]:
-        assert [told[f"{part}_tokens"] for part in ("input", "output")] == [
+    for reported in got["usage"]:
+        assert [reported[f"{part}_tokens"] for part in ("input", "output")] == [
             usage["prompt_tokens"],
             usage["completion_tokens"],
         ]

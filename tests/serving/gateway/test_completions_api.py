@@ -30,7 +30,7 @@ def client() -> Iterator[openai.OpenAI]:
 
 
 def expected(model: Any, adapter: str | None, text: str, tokens: int) -> tuple[str, str]:
-    """What the decoding loop alone makes of the bytes of the text."""
+    """Return the decoding loop's own completion of the text's bytes."""
     prompt = tuple(TOKENIZER(text, split_special_tokens=True)["input_ids"])
     (answer,) = generate(
         model, [Request(prompt, adapter, tokens)], stop_ids=STOPS, pad_id=TOKENIZER.pad_token_id, batch_size=1

@@ -20,8 +20,8 @@ from tunewright.serving.gateway.app import Gateway
 from tunewright.serving.gateway.server import serve
 
 gateway = Gateway(ScriptedEngine([0.02] * int(sys.argv[1])), AnonymousAuth(MODELS), TOKENIZATION, LIMITS)
-told = lambda what: print(what, flush=True)
-serve(gateway.app, "127.0.0.1", 0, drain=gateway, drain_seconds=float(sys.argv[2]), on_ready=told, say=told)
+report = lambda what: print(what, flush=True)
+serve(gateway.app, "127.0.0.1", 0, drain=gateway, drain_seconds=float(sys.argv[2]), on_ready=report, say=report)
 print("in good order", flush=True)
 """
 ASKED = {"model": "base", "messages": [{"role": "user", "content": "hello"}], "stream": True}

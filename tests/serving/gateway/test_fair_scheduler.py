@@ -103,7 +103,7 @@ def _run(
         check(engine)
         engine.step()
         steps += 1
-        assert steps < 10_000, "it goes on for ever"
+        assert steps < 10_000, "it never ends"
     return engine
 
 
@@ -222,7 +222,7 @@ def test_two_busy_tenants_are_served_equally_within_the_papers_bound(
             engine.enqueue(tenant, prompt, answer)
     for _ in range(25):
         engine.step()
-        # The paper's bound (theorem 4.4): twice what can be under way at once, or the longest prompt.
+        # The paper's bound (theorem 4.4): twice what can be in progress at once, or the longest prompt.
         assert abs(engine.served["one"] - engine.served["two"]) <= 2 * max(50, places(rows) * (50 + ANSWER_WEIGHT * 8))
 
 

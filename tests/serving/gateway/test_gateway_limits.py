@@ -27,7 +27,7 @@ def ask(client: httpx.Client, url: str = CHAT_URL, **body: Any) -> httpx.Respons
     return client.post(url, json={"model": "base", **subject, **body})
 
 
-def told(reply: httpx.Response) -> tuple[int, str, str | None]:
+def reported(reply: httpx.Response) -> tuple[int, str, str | None]:
     """Status, code and the field at fault."""
     error = reply.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
@@ -77,7 +77,7 @@ def test_server_side_fields_are_refused_by_name_and_never_reach_the_engine(url: 
         for field in NOT_A_CLIENTS:
             fields: Any = {field: 2}
             reply = ask(client, url, **fields)
-            assert told(reply) == (400, "unsupported_parameter", field)
+            assert reported(reply) == (400, "unsupported_parameter", field)
             assert f"{field} is not supported: remove it" in reply.json()["error"]["message"]
     assert not engine.asked
 
@@ -86,7 +86,7 @@ def test_error_message_is_bounded_however_many_faults_a_request_has() -> None:
     with scripted_server(ScriptedEngine()) as client:
         fields: Any = {"x" * 5000: 1} | {f"unknown{number}": 1 for number in range(500)}
         reply = ask(client, **fields)
-    assert told(reply)[:2] == (400, "unsupported_parameter")
+    assert reported(reply)[:2] == (400, "unsupported_parameter")
     assert "491 more errors." in reply.json()["error"]["message"]
     assert len(reply.content) < 2000
 
@@ -106,7 +106,7 @@ def test_error_message_is_bounded_however_many_faults_a_request_has() -> None:
 def test_request_over_a_limit_is_refused_by_name(limits: Any, body: Any, expected: Any) -> None:
     engine = ScriptedEngine()
     with scripted_server(engine, **limits) as client:
-        assert told(ask(client, **body)) == expected
+        assert reported(ask(client, **body)) == expected
     assert not engine.asked
 
 
@@ -179,7 +179,7 @@ def test_request_fails_with_a_status_when_it_times_out_before_the_first_token(
 ) -> None:
     engine = ScriptedEngine(waits)
     with scripted_server(engine, **limits) as client:
-        assert told(ask(client, stream=stream)) == (status, code, None)
+        assert reported(ask(client, stream=stream)) == (status, code, None)
         until(lambda: engine.aborted == 1)
 
 
@@ -201,7 +201,7 @@ def test_stream_ends_with_an_error_event_when_it_times_out(url: str, waits: Any,
         assert (last["error"]["code"], last["error"]["type"]) == (code, "server_error")
         assert "[DONE]" not in reply.text
         until(lambda: engine.aborted == 1)
-        assert told(ask(client, url))[:2] == (504, code)
+        assert reported(ask(client, url))[:2] == (504, code)
 
 
 def test_queued_request_times_out_as_retryable_and_never_reaches_the_engine() -> None:
@@ -212,7 +212,7 @@ def test_queued_request_times_out_as_retryable_and_never_reaches_the_engine() ->
             next(lines)
             for stream in (False, True):
                 reply = ask(client, stream=stream)
-                assert told(reply) == (503, "queue_timeout", None)
+                assert reported(reply) == (503, "queue_timeout", None)
                 assert reply.headers["retry-after"] == "1"
         assert len(engine.asked) == 1
         until(lambda: engine.begun == 0)
@@ -249,21 +249,21 @@ def test_slow_reader_is_disconnected_without_the_end_of_its_answer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stopped", "dead", "health", "ready"),
+    ("stopped", "permanently_stopped", "health", "ready"),
     [
         (None, False, 200, 200),
         ("it is started again", False, 200, 503),
         ("it is broken", True, 503, 503),
     ],
 )
-def test_health_and_readiness_differ(stopped: str | None, dead: bool, health: int, ready: int) -> None:
+def test_health_and_readiness_differ(stopped: str | None, permanently_stopped: bool, health: int, ready: int) -> None:
     engine = ScriptedEngine()
     with scripted_server(engine) as client:
-        engine.stopped, engine.dead = stopped, dead
+        engine.stopped, engine.permanently_stopped = stopped, permanently_stopped
         assert client.get("/health").status_code == health
         reply = client.get("/ready")
         assert reply.status_code == ready
         if stopped:
             assert reply.json() == {"status": "stopped", "reason": stopped}
             for stream in (False, True):
-                assert told(ask(client, stream=stream)) == (503, "engine_stopped", None)
+                assert reported(ask(client, stream=stream)) == (503, "engine_stopped", None)

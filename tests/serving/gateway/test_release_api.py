@@ -118,10 +118,10 @@ def test_release_that_fails_to_load_keeps_the_one_before_it_live(
 ) -> None:
     client = server.client(two_tenants["acme"])
     state.releases.deploy("courts", "elsewhere", "f" * 64, SHIP)
-    until(lambda: any("failed to load release 2; release 1 stays live" in m for m in server.told.messages))
+    until(lambda: any("failed to load release 2; release 1 stays live" in m for m in server.reported.messages))
     assert ask(client, "courts")[1] == adapters["one"].digest
     state.releases.rollback("courts")
-    until(lambda: any("courts: release 3 is live" in m for m in server.told.messages))
+    until(lambda: any("courts: release 3 is live" in m for m in server.reported.messages))
     assert ask(client, "courts")[1] == adapters["one"].digest
 
 
@@ -129,8 +129,8 @@ def test_canary_answers_its_share_and_keeps_its_conversations(
     server: Running, state: State, two_tenants: dict[str, str], adapters: dict[str, Stored], reference: Any
 ) -> None:
     client = server.client(two_tenants["acme"])
-    state.releases.try_candidate("courts", Candidate("three", adapters["three"].digest, 0.5), SHIP)
-    until(lambda: any("release 2 is live" in message for message in server.told.messages))
+    state.releases.start_candidate("courts", Candidate("three", adapters["three"].digest, 0.5), SHIP)
+    until(lambda: any("release 2 is live" in message for message in server.reported.messages))
     first = [ask(client, "courts", f"case {number}", 4) for number in range(24)]
     again = [ask(client, "courts", f"case {number}", 4) for number in range(24)]
     assert first == again
@@ -140,7 +140,7 @@ def test_canary_answers_its_share_and_keeps_its_conversations(
         name = "three" if digest == adapters["three"].digest else "one"
         assert text == expected_answer(reference, name, f"case {number}", 4)
     state.releases.promote("courts")
-    until(lambda: any("release 3 is live" in message for message in server.told.messages))
+    until(lambda: any("release 3 is live" in message for message in server.reported.messages))
     assert {ask(client, "courts", f"case {number}", 4)[1] for number in range(10)} == {adapters["three"].digest}
 
 
@@ -154,8 +154,8 @@ def test_shadow_answers_are_recorded_and_never_returned(
     stream: bool,
 ) -> None:
     client = server.client(two_tenants["acme"])
-    state.releases.try_candidate("courts", Candidate("three", adapters["three"].digest, None), SHIP)
-    until(lambda: any("release 2 is live" in message for message in server.told.messages))
+    state.releases.start_candidate("courts", Candidate("three", adapters["three"].digest, None), SHIP)
+    until(lambda: any("release 2 is live" in message for message in server.reported.messages))
     for number in range(3):
         expected = expected_answer(reference, "one", f"case {number}", 9)
         if stream:

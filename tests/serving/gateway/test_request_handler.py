@@ -143,8 +143,8 @@ def test_shadow_skips_requests_with_several_prompts(tmp_path: Path, adapters: di
         key, _ = state.keys.create("acme")
         with tenant_server(url, adapters) as server:
             client = server.client(key)
-            state.releases.try_candidate("courts", Candidate("three", adapters["three"].digest, None), SHIP)
-            until(lambda: any("release 2 is live" in message for message in server.told.messages))
+            state.releases.start_candidate("courts", Candidate("three", adapters["three"].digest, None), SHIP)
+            until(lambda: any("release 2 is live" in message for message in server.reported.messages))
             choices = client.completions.create(model="courts", prompt=["one", "two"], max_tokens=4).choices
             client.completions.create(model="courts", prompt=["one"], max_tokens=4)
             until(lambda: len(state.usage.shadow_lines("courts")) == 2)

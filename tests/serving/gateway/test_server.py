@@ -85,7 +85,7 @@ def test_ctrl_c_finishes_answers_without_a_traceback(tmp_path: Path) -> None:
 def test_serve_names_the_port_when_the_address_is_in_use() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1 port {port}"):
+        with pytest.raises(UserError, match=f"Cannot listen on 127.0.0.1 port {port}"):
             serve(APP, "127.0.0.1", port)
 
 

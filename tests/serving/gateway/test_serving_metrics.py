@@ -67,11 +67,11 @@ def test_metrics_count_requests_tokens_and_times_by_outcome() -> None:
             reply = client.post("/v1/chat/completions", json={"model": "courts", "messages": HELLO, "stream": stream})
             assert reply.status_code == 200
         until(metrics, "requests_total", 2, **whose, outcome="length")
-        told = client.post("/v1/completions", json={"model": "base", "prompt": "hello"}).json()["usage"]
+        message = client.post("/v1/completions", json={"model": "base", "prompt": "hello"}).json()["usage"]
         other = {"tenant": "everybody", "alias": "base"}
         until(metrics, "requests_total", 1, **other, outcome="length")
-        assert value(metrics, "prompt_tokens_total", **other) == told["prompt_tokens"]
-        assert value(metrics, "completion_tokens_total", **other) == told["completion_tokens"] == 3
+        assert value(metrics, "prompt_tokens_total", **other) == message["prompt_tokens"]
+        assert value(metrics, "completion_tokens_total", **other) == message["completion_tokens"] == 3
         assert value(metrics, "completion_tokens_total", **whose) == 6
         for name in ("first_token_seconds", "queue_seconds", "request_seconds"):
             assert value(metrics, f"{name}_count", **whose) == 2
@@ -138,7 +138,7 @@ def test_metrics_have_a_listener_of_their_own_with_tenants_aliases_and_releases(
             assert value(metrics, "refusals_total", tenant="", code="invalid_api_key") == 1
             assert value(metrics, "release", alias="courts", digest=one, role="live") == 1
             assert value(metrics, "resident_adapter", digest=one) == 1
-            state.releases.try_candidate("courts", Candidate("courts-3", DIGESTS["c"], 0.5), SHIP)
+            state.releases.start_candidate("courts", Candidate("courts-3", DIGESTS["c"], 0.5), SHIP)
             until(metrics, "release", 2, alias="courts", digest=three, role="canary")
             assert value(metrics, "resident_adapter", digest=three) == 1
             state.releases.promote("courts")
@@ -154,7 +154,7 @@ def test_metrics_name_the_port_when_the_address_is_in_use() -> None:
     with exposed(gateway.metrics, "127.0.0.1", 0) as url:
         port = int(url.rpartition(":")[2].partition("/")[0])
         with (
-            pytest.raises(UserError, match=f"cannot listen on 127.0.0.1 port {port}"),
+            pytest.raises(UserError, match=f"Cannot listen on 127.0.0.1 port {port}"),
             exposed(gateway.metrics, "127.0.0.1", port),
         ):
             pass

@@ -124,7 +124,7 @@ def server(state_url: str, two_tenants: dict[str, str], prompted: dict[str, Stor
 
 
 def _expected(model: Any, adapter: str, content: str, system: str | None) -> str:
-    """What the decoding loop alone answers."""
+    """Return the decoding loop's own answer."""
     system_turn = [] if system is None else [Message("system", system)]
     request = Request(render([*system_turn, Message("user", content)]), adapter, 9)
     (answer,) = generate(model, [request], stop_ids=STOPS, pad_id=TOKENIZER.pad_token_id, batch_size=1)
@@ -147,7 +147,7 @@ def _ask(server: Running, key: str, alias: str, content: str) -> tuple[str, str,
 
 
 def _live(server: Running, number: int) -> None:
-    until(lambda: any(f"courts: release {number} is live" in message for message in server.told.messages))
+    until(lambda: any(f"courts: release {number} is live" in message for message in server.reported.messages))
 
 
 def test_each_tenant_gets_its_adapters_system_prompt(
@@ -158,16 +158,16 @@ def test_each_tenant_gets_its_adapters_system_prompt(
             expected = _expected(reference, name, "same words", PROMPTS[name])
             found = _ask(server, two_tenants[tenant], alias, "same words")
             assert found == (expected, prompted[name].digest, "adapter")
-    told = "\n".join(server.told.messages)
+    reported = "\n".join(server.reported.messages)
     for alias, name in (("courts", "one"), ("recipes", "two")):
-        assert f"{alias}, {name}: requests without a system message get the trained system prompt" in told
-        assert PROMPTS[name] in told
+        assert f"{alias}, {name}: requests without a system message get the trained system prompt" in reported
+        assert PROMPTS[name] in reported
 
 
 def test_canary_gets_its_own_system_prompt(
     server: Running, state: State, two_tenants: dict[str, str], prompted: dict[str, Stored], reference: Any
 ) -> None:
-    state.releases.try_candidate("courts", Candidate("three", prompted["three"].digest, 0.5), SHIP)
+    state.releases.start_candidate("courts", Candidate("three", prompted["three"].digest, 0.5), SHIP)
     _live(server, 2)
     answered = set()
     for number in range(12):
@@ -182,7 +182,7 @@ def test_canary_gets_its_own_system_prompt(
 def test_shadow_gets_its_own_system_prompt(
     server: Running, state: State, two_tenants: dict[str, str], prompted: dict[str, Stored], reference: Any, added: bool
 ) -> None:
-    state.releases.try_candidate("courts", Candidate("three", prompted["three"].digest, None, added), SHIP)
+    state.releases.start_candidate("courts", Candidate("three", prompted["three"].digest, None, added), SHIP)
     _live(server, 2)
     assert _ask(server, two_tenants["acme"], "courts", "case")[0] == _expected(reference, "one", "case", PROMPTS["one"])
     until(lambda: len(state.usage.shadow_lines("courts")) == 1)
@@ -200,7 +200,7 @@ def test_release_may_omit_the_system_prompt_and_rollback_restores_it(
     without = _expected(reference, "one", "case", None)
     assert without != _expected(reference, "one", "case", PROMPTS["one"])
     assert _ask(server, key, "courts", "case") == (without, one.digest, "none")
-    assert any("made without the adapter's system prompt" in message for message in server.told.messages)
+    assert any("made without the adapter's system prompt" in message for message in server.reported.messages)
     state.releases.rollback("courts")
     _live(server, 3)
     expected = _expected(reference, "one", "case", PROMPTS["one"])

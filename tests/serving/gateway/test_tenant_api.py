@@ -80,8 +80,8 @@ def test_recorded_usage_equals_the_usage_in_the_response(
     server: Running, state: State, two_tenants: dict[str, str], adapters: dict[str, Stored]
 ) -> None:
     client = server.client(two_tenants["acme"])
-    told = client.chat.completions.create(model="courts", messages=ASKED, max_tokens=12).usage
-    assert told is not None
+    message = client.chat.completions.create(model="courts", messages=ASKED, max_tokens=12).usage
+    assert message is not None
     options: Any = {"include_usage": True}
     *_, last = client.chat.completions.create(
         model="courts", messages=ASKED, max_tokens=7, stream=True, stream_options=options
@@ -90,7 +90,7 @@ def test_recorded_usage_equals_the_usage_in_the_response(
     until(lambda: all(line.outcome for line in state.usage.lines()))
     whole, stream = state.usage.lines()
     assert (whole.tenant, whole.alias, whole.digest) == ("acme", "courts", adapters["one"].digest)
-    assert (whole.prompt_tokens, whole.completion_tokens) == (told.prompt_tokens, told.completion_tokens)
+    assert (whole.prompt_tokens, whole.completion_tokens) == (message.prompt_tokens, message.completion_tokens)
     assert (stream.prompt_tokens, stream.completion_tokens) == (last.usage.prompt_tokens, last.usage.completion_tokens)
     for line in (whole, stream):
         assert line.queued_s is not None and line.first_token_s is not None and line.total_s is not None

@@ -68,7 +68,7 @@ def test_planted_bug_is_detected_by_its_checks(
     assert any(failure.like is not None for failure in failures), "it says whose answer it was"
 
 
-def test_verdict_is_cannot_tell_when_two_adapters_answer_alike(
+def test_verdict_is_cannot_tell_when_two_adapters_are_indistinguishable(
     small_base: Path, tmp_path: Path, small_adapters: dict[str, Path]
 ) -> None:
     digest, folder = next(iter(small_adapters.items()))

@@ -34,10 +34,10 @@ TOLERANCE = 0.5
 class TableOracle:
     """Models whose logits are drawn by a seed for each text; some answer as another one does."""
 
-    def __init__(self, seed: int, spread: float, stands_for: dict[Digest, Digest] | None = None) -> None:
+    def __init__(self, seed: int, spread: float, kept_pair_key: dict[Digest, Digest] | None = None) -> None:
         self._seed = seed
         self._spread = spread
-        self._stands_for = stands_for or {}
+        self._stands_for = kept_pair_key or {}
         self.answered = 0
         self.judged = 0
 
@@ -86,7 +86,7 @@ PROMPTS = [(number,) for number in range(12)]
 
 @examples(25)
 @given(seed=st.integers(0, 10_000), spread=st.sampled_from([0.0, 0.2, 1.0, 3.0]), twins=st.booleans())
-def test_every_pair_of_models_has_a_probe_or_is_listed_as_alike(seed: int, spread: float, twins: bool) -> None:
+def test_probes_separate_every_pair_of_models_or_list_it(seed: int, spread: float, twins: bool) -> None:
     reference = TableOracle(seed, spread, {"d": "b", "e": None} if twins else None)
     found = find_probes(reference, MODELS, PROMPTS, TOLERANCE)
 

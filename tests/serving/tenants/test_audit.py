@@ -25,13 +25,13 @@ def fill(state: State) -> None:
     """Six lines."""
     state.tenants.add("acme", ["courts"])
     state.tenants.limit("acme", Limits(requests_per_minute=60))
-    _key, told = state.keys.create("acme")
+    _key, message = state.keys.create("acme")
     state.releases.deploy("courts", "courts-1", DIGESTS["a"], SHIP)
     state.releases.deploy("courts", "courts-2", DIGESTS["b"], SHIP)
-    state.keys.revoke(told.prefix)
+    state.keys.revoke(message.prefix)
 
 
-def test_every_change_adds_a_line_with_author_and_action(state_url: str) -> None:
+def test_audit_adds_a_line_with_author_and_action_for_every_change(state_url: str) -> None:
     with State(state_url, "ann") as state:
         fill(state)
         lines = state.audit.lines()
@@ -245,7 +245,7 @@ def _change(state: State, what: str, number: int) -> None:
 
 @pytest.mark.parametrize("noted", ["", "xyz", "abc", "A" * 64])
 def test_verify_refuses_a_noted_text_that_is_not_a_digest(state_url: str, noted: str) -> None:
-    with State(state_url) as state, pytest.raises(UserError, match="invalid digest"):
+    with State(state_url) as state, pytest.raises(UserError, match="Invalid digest"):
         state.verify(noted)
 
 

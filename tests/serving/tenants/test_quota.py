@@ -127,11 +127,11 @@ def test_reserve_succeeds_exactly_after_the_reported_wait(
             state.quota.reserve(request, "g")
         except LimitExceededError as error:
             assert error.wait is not None
-            told = clock.now + error.wait
-            clock.now = told - 0.001
+            message = clock.now + error.wait
+            clock.now = message - 0.001
             with pytest.raises(LimitExceededError):
                 state.quota.reserve(request, "g")
-            clock.now = told
+            clock.now = message
             try:
                 state.quota.reserve(request, "g")
             except LimitExceededError as other:  # one limit's wait is over, and the other one's is not

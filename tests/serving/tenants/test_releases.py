@@ -40,7 +40,7 @@ class Stack:
         self.undeployed = False
 
     def take(self, step: str, name: str) -> bool:
-        """Whether it can be done; then it is."""
+        """Do it if possible, and return True."""
         if step == "deploy":
             if self.now == name and self.candidate is None and not self.undeployed:
                 return False
@@ -82,7 +82,7 @@ def test_alias_follows_a_stack_after_any_steps(shared: State, steps: list[tuple[
             if step == "deploy":
                 releases.deploy(alias, name, DIGESTS[name], SHIP)
             elif step == "canary":
-                releases.try_candidate(alias, Candidate(name, DIGESTS[name], 0.1), SHIP)
+                releases.start_candidate(alias, Candidate(name, DIGESTS[name], 0.1), SHIP)
             elif step == "promote":
                 releases.promote(alias)
             elif step == "undeploy":
@@ -107,7 +107,7 @@ def test_grounds_follow_the_adapter(state_url: str) -> None:
     forced = Grounds("can't tell", "e2", "the client asked for it")
     with State(state_url, "ann") as state:
         state.releases.deploy("courts", "a", DIGESTS["a"], SHIP)
-        state.releases.try_candidate("courts", Candidate("b", DIGESTS["b"], None), forced)
+        state.releases.start_candidate("courts", Candidate("b", DIGESTS["b"], None), forced)
         assert state.releases.promote("courts").grounds == forced
         back = state.releases.rollback("courts")
         assert (back.adapter, back.grounds, back.restores, back.author) == ("a", SHIP, 1, "ann")
@@ -118,7 +118,7 @@ def test_rollback_of_a_candidate_restores_the_live_adapters_grounds(state_url: s
     with State(state_url) as state:
         state.releases.deploy("courts", "a", DIGESTS["a"], SHIP)
         for name in "bc":
-            state.releases.try_candidate("courts", Candidate(name, DIGESTS[name], 0.1), forced)
+            state.releases.start_candidate("courts", Candidate(name, DIGESTS[name], 0.1), forced)
         back = state.releases.rollback("courts")
         assert (back.adapter, back.grounds, back.restores) == ("a", SHIP, 1)
 
@@ -132,8 +132,8 @@ def test_rollback_of_a_withdrawal_restores_its_grounds(state_url: str) -> None:
         with pytest.raises(UserError, match="already undeployed, since its release 2"):
             state.releases.undeploy("courts")
         with pytest.raises(UserError, match="no live release to try a candidate"):
-            state.releases.try_candidate("courts", Candidate("b", DIGESTS["b"], 0.1), SHIP)
-        with pytest.raises(UserError, match="release 2 of courts is a withdrawal"):
+            state.releases.start_candidate("courts", Candidate("b", DIGESTS["b"], 0.1), SHIP)
+        with pytest.raises(UserError, match="Release 2 of courts is a withdrawal"):
             state.releases.rollback("courts", 2)
         back = state.releases.rollback("courts")
         assert (back.adapter, back.grounds, back.restores) == ("a", SHIP, 1)
@@ -156,10 +156,10 @@ def test_rollback_restores_any_release_by_number(state_url: str) -> None:
 def test_invalid_releases_are_refused(state_url: str) -> None:
     with State(state_url) as state:
         with pytest.raises(UserError, match="no live release to try a candidate"):
-            state.releases.try_candidate("courts", Candidate("a", DIGESTS["a"], 0.1), SHIP)
-        with pytest.raises(UserError, match="there is no alias 'courts'"):
+            state.releases.start_candidate("courts", Candidate("a", DIGESTS["a"], 0.1), SHIP)
+        with pytest.raises(UserError, match="There is no alias 'courts'"):
             state.releases.rollback("courts")
-        with pytest.raises(UserError, match=r"invalid name .* for an alias"):
+        with pytest.raises(UserError, match=r"Invalid name .* for an alias"):
             state.releases.deploy("Courts/1", "a", DIGESTS["a"], SHIP)
         state.releases.deploy("courts", "a", DIGESTS["a"], SHIP)
         with pytest.raises(UserError, match="no adapter before"):
@@ -168,7 +168,7 @@ def test_invalid_releases_are_refused(state_url: str) -> None:
             state.releases.promote("courts")
         for share in (0.0, 1.0, -0.1):
             with pytest.raises(UserError, match="share must be above 0"):
-                state.releases.try_candidate("courts", Candidate("b", DIGESTS["b"], share), SHIP)
+                state.releases.start_candidate("courts", Candidate("b", DIGESTS["b"], share), SHIP)
 
 
 def test_concurrent_deploys_are_serialized(state_url: str) -> None:
@@ -195,12 +195,12 @@ def test_system_prompt_choice_belongs_to_the_release(state_url: str) -> None:
         assert not releases.deploy("courts", "a", DIGESTS["a"], SHIP, system_prompt=False).system_prompt
         with pytest.raises(UserError, match="already"):
             releases.require_deployable("courts", "a", DIGESTS["a"], system_prompt=False)
-        beside = releases.try_candidate("courts", Candidate("b", DIGESTS["b"], 0.1), SHIP)
+        beside = releases.start_candidate("courts", Candidate("b", DIGESTS["b"], 0.1), SHIP)
         assert beside.candidate is not None
         assert (beside.system_prompt, beside.candidate.system_prompt) == (False, True)
         assert releases.promote("courts").answer == (DIGESTS["b"], True)
         assert releases.rollback("courts").answer == (DIGESTS["a"], False)
-        releases.try_candidate("courts", Candidate("c", DIGESTS["c"], None, False), SHIP)
+        releases.start_candidate("courts", Candidate("c", DIGESTS["c"], None, False), SHIP)
         assert releases.promote("courts").answer == (DIGESTS["c"], False)
         assert not releases.undeploy("courts").system_prompt
         assert releases.rollback("courts").answer == (DIGESTS["c"], False)

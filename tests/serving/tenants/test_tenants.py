@@ -17,13 +17,13 @@ from tunewright.serving.tenants.tables import SCHEMA_VERSION
 def test_key_may_use_its_tenants_aliases_including_later_ones(state_url: str) -> None:
     with State(state_url) as state:
         state.tenants.add("acme", ["courts"])
-        key, told = state.keys.create("acme")
+        key, reported = state.keys.create("acme")
         assert state.keys.caller(key).aliases == {"courts"}
         state.tenants.grant("acme", ["recipes"])
         assert state.keys.caller(key).aliases == {"courts", "recipes"}
         state.tenants.revoke("acme", ["courts"])
         assert state.keys.caller(key).aliases == {"recipes"}
-        assert told.prefix in key
+        assert reported.prefix in key
 
 
 def test_scoped_key_may_use_only_aliases_its_tenant_has(state_url: str) -> None:
@@ -41,13 +41,13 @@ def test_stored_key_data_cannot_authenticate(tmp_path: Path) -> None:
     file = tmp_path / "serving" / "state.sqlite"
     with State(f"sqlite:///{file}") as state:
         state.tenants.add("acme")
-        key, told = state.keys.create("acme")
+        key, reported = state.keys.create("acme")
         kept = b"".join(path.read_bytes() for path in file.parent.iterdir())
-        secret = key.removeprefix(told.prefix + "_")
+        secret = key.removeprefix(reported.prefix + "_")
         assert secret.encode() not in kept
         sha256 = hashlib.sha256(key.encode()).hexdigest()
         assert sha256.encode() in kept
-        for known in (told.prefix, sha256, f"{told.prefix}_{sha256[:43]}", secret):
+        for known in (reported.prefix, sha256, f"{reported.prefix}_{sha256[:43]}", secret):
             with pytest.raises(InvalidKeyError):
                 state.keys.caller(known)
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
@@ -59,7 +59,7 @@ def test_keys_differ_and_hold_256_random_bits(state_url: str) -> None:
         state.tenants.add("acme")
         keys = [state.keys.create("acme") for _ in range(20)]
         assert len({key for key, _ in keys}) == 20
-        assert all(len(key) == len(told.prefix) + 1 + 43 for key, told in keys)  # 43 characters of 6 bits
+        assert all(len(key) == len(reported.prefix) + 1 + 43 for key, reported in keys)  # 43 characters of 6 bits
 
 
 @pytest.mark.parametrize("wrong", ["", "tw_", "x", "tw_0000000000_" + "A" * 43, "tw_0000000000_" + "\N{SNOWMAN}" * 43])
@@ -75,18 +75,18 @@ def test_key_is_refused_when_expired_or_revoked(state_url: str) -> None:
     with State(state_url, clock=clock) as state:
         state.tenants.add("acme")
         short, _ = state.keys.create("acme", lifetime=60)
-        long, told = state.keys.create("acme")
+        long, reported = state.keys.create("acme")
         clock.now += 59.9
         state.keys.caller(short)
         clock.now += 0.1
         with pytest.raises(InvalidKeyError, match="expired"):
             state.keys.caller(short)
         state.keys.caller(long)
-        state.keys.revoke(told.prefix)
+        state.keys.revoke(reported.prefix)
         with pytest.raises(InvalidKeyError, match="revoked"):
             state.keys.caller(long)
         with pytest.raises(UserError, match="already revoked"):
-            state.keys.revoke(told.prefix)
+            state.keys.revoke(reported.prefix)
         assert state.tenants.list()[0].keys == 0
 
 
@@ -115,8 +115,8 @@ def test_rotated_key_stays_valid_during_the_overlap(state_url: str) -> None:
     clock = Clock()
     with State(state_url, clock=clock) as state:
         state.tenants.add("acme", ["courts", "recipes"])
-        old, told = state.keys.create("acme", aliases=["courts"])
-        new, replaces = state.keys.rotate(told.prefix, overlap=3600)
+        old, reported = state.keys.create("acme", aliases=["courts"])
+        new, replaces = state.keys.rotate(reported.prefix, overlap=3600)
         assert replaces.aliases == ("courts",)
         clock.now += 3599
         assert state.keys.caller(old).aliases == state.keys.caller(new).aliases == {"courts"}
@@ -124,18 +124,18 @@ def test_rotated_key_stays_valid_during_the_overlap(state_url: str) -> None:
         with pytest.raises(InvalidKeyError, match="expired"):
             state.keys.caller(old)
         state.keys.caller(new)
-        first = next(key for key in state.keys.list("acme") if key.prefix == told.prefix)
+        first = next(key for key in state.keys.list("acme") if key.prefix == reported.prefix)
         assert first.replaced_by == replaces.prefix
         with pytest.raises(UserError, match="is expired"):
-            state.keys.rotate(told.prefix, overlap=0)
+            state.keys.rotate(reported.prefix, overlap=0)
 
 
 def test_rotation_never_extends_the_old_key(state_url: str) -> None:
     clock = Clock()
     with State(state_url, clock=clock) as state:
         state.tenants.add("acme")
-        _, told = state.keys.create("acme", lifetime=10)
-        state.keys.rotate(told.prefix, overlap=3600)
+        _, reported = state.keys.create("acme", lifetime=10)
+        state.keys.rotate(reported.prefix, overlap=3600)
         (old, _new) = state.keys.list("acme")
         assert old.expires == clock.now + 10
 
@@ -145,15 +145,15 @@ def test_invalid_changes_are_refused_and_change_nothing(state_url: str) -> None:
         state.tenants.add("acme")
         lines = len(state.audit.lines())
         for message, mistake in (
-            ("the tenant acme already exists", lambda: state.tenants.add("acme")),
-            ("invalid name 'Acme Inc' for a tenant", lambda: state.tenants.add("Acme Inc")),
-            ("invalid name '../x' for an alias", lambda: state.tenants.add("globex", ["../x"])),
+            ("The tenant acme already exists", lambda: state.tenants.add("acme")),
+            ("Invalid name 'Acme Inc' for a tenant", lambda: state.tenants.add("Acme Inc")),
+            ("Invalid name '../x' for an alias", lambda: state.tenants.add("globex", ["../x"])),
             (
                 "requests_per_minute must be at least 1 \\(got 0\\)",
                 lambda: state.tenants.add("globex", (), Limits(requests_per_minute=0)),
             ),
             ("Tenants: acme", lambda: state.tenants.limit("globex", Limits())),
-            ("no key has the prefix", lambda: state.keys.revoke("tw_0")),
+            ("No key has the prefix", lambda: state.keys.revoke("tw_0")),
             ("may not call courts", lambda: state.tenants.revoke("acme", ["courts"])),
         ):
             with pytest.raises(UserError, match=message):
@@ -186,9 +186,9 @@ def test_database_with_foreign_tables_is_refused_and_unchanged(state_url: str) -
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("mysql://root@localhost/x", "unsupported database"),
-        ("nonsense", "invalid database URL"),
-        ("sqlite://", "unsupported database"),
+        ("mysql://root@localhost/x", "Unsupported database"),
+        ("nonsense", "Invalid database URL"),
+        ("sqlite://", "Unsupported database"),
         ("postgresql://me:secret@127.0.0.1:1/x", "is unavailable"),
     ],
 )

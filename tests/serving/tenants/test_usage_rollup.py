@@ -57,8 +57,8 @@ def test_roll_up_keeps_totals_and_deletes_lines(state_url: str, clock: Clock) ->
         assert state.keys.list("acme") == [key], "it was last used when it was"
         with pytest.raises(UserError, match="were rolled up into one total"):
             state.usage.sums(since=DAY * 20_001 + 1.0)
-        told = [line.subject for line in state.audit.lines() if line.action == "usage.rollup"]
-        assert told == ["2024-10-04", "2024-10-05", "2024-10-06", "2024-10-07"]
+        message = [line.subject for line in state.audit.lines() if line.action == "usage.rollup"]
+        assert message == ["2024-10-04", "2024-10-05", "2024-10-06", "2024-10-07"]
         assert state.verify().faults == ()
 
 
@@ -84,7 +84,7 @@ def test_roll_up_keeps_unfinished_and_recent_requests(state_url: str, clock: Clo
 def test_roll_up_deletes_and_counts_shadow_answers(state_url: str, clock: Clock) -> None:
     with State(state_url, "ann", clock) as state:
         caller, _ = with_tenant(state)
-        release = state.releases.try_candidate("courts-acme", Candidate("courts-2", DIGESTS["b"], None), SHIP)
+        release = state.releases.start_candidate("courts-acme", Candidate("courts-2", DIGESTS["b"], None), SHIP)
         for _ in range(2):
             number = state.quota.reserve(reservation(caller, release), "g")
             state.quota.settle(number, used())

@@ -16,7 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from tunewright.adapters.admission.quarantine import LARGEST, MEGABYTE, MOST_MEMBERS, Intake, require_plain_path
+from tunewright.adapters.admission.quarantine import (
+    LARGEST,
+    MEGABYTE,
+    MOST_MEMBERS,
+    QuarantinedFiles,
+    require_plain_path,
+)
 from tunewright.core.errors import UserError
 
 _TARS: dict[bytes, Callable[[IO[bytes]], Any]] = {
@@ -41,7 +47,7 @@ _ZIP_DIRECTORY = 64 * 1024
 """Largest central directory of a zip in bytes; Python reads it in one piece."""
 
 
-def take_archive(archive: Path, intake: Intake) -> None:
+def quarantine_archive(archive: Path, intake: QuarantinedFiles) -> None:
     """Extract the adapter from an archive in quarantine; one folder around all files is stripped.
 
     Raises:
@@ -121,7 +127,7 @@ class _Bounded(io.BufferedIOBase):
         return self._file.tell()
 
 
-def _take_tar(file: IO[bytes], intake: Intake) -> None:
+def _take_tar(file: IO[bytes], intake: QuarantinedFiles) -> None:
     bounded = _Bounded(file)
     prefix = _Prefix()
     # Strict, because the default of ``errors`` would change a name that is not UTF-8.
@@ -142,7 +148,7 @@ def _take_tar(file: IO[bytes], intake: Intake) -> None:
                 intake.take(name, content)
 
 
-def _take_zip(archive: Path, intake: Intake) -> None:
+def _take_zip(archive: Path, intake: QuarantinedFiles) -> None:
     _require_small_directory(archive, intake.where)
     prefix = _Prefix()
     with zipfile.ZipFile(archive) as opened:

@@ -76,6 +76,7 @@ def parse_header(text: bytes, data: int, where: str) -> dict[str, Entry]:
     entries = {name: _entry(name, value, f"{where}, {name[:80]!a}") for name, value in described.items()}
     if not entries:
         raise UserError("The file has no tensors", where=where)
+    # Offsets must tile the data exactly: bytes in a gap could hide a payload, an overlap could alias weights.
     end = 0
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != end:
@@ -94,7 +95,7 @@ def _check_metadata(metadata: Any, where: str) -> None:
 
 def _entry(name: str, value: Any, where: str) -> Entry:
     if not _NAME.fullmatch(name):
-        raise UserError("A tensor's name may have only ASCII letters, digits, _ and .", where=where)
+        raise UserError("A tensor's name may have only ASCII letters, digits, underscores and dots", where=where)
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise UserError("A tensor needs exactly dtype, shape and data_offsets", where=where)
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]

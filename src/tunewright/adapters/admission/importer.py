@@ -10,10 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tunewright.adapters.admission.archives import take_archive
+from tunewright.adapters.admission.archives import quarantine_archive
 from tunewright.adapters.admission.config import ForeignConfig, read_config
 from tunewright.adapters.admission.metadata import check_history, check_lineage, check_replay
-from tunewright.adapters.admission.quarantine import LARGEST, MEGABYTE, README, Intake, quarantine, take_folder
+from tunewright.adapters.admission.quarantine import (
+    LARGEST,
+    MEGABYTE,
+    README,
+    QuarantinedFiles,
+    quarantine,
+    quarantine_folder,
+)
 from tunewright.adapters.admission.weights import base_norms, check_numbers, check_shapes
 from tunewright.adapters.compatibility import require_compatible
 from tunewright.adapters.keys import NAME, TrustedKeys
@@ -108,6 +115,7 @@ class AdapterImporter:
         with quarantine(self._adapters.parent) as place, _rename_errors(source, place / "adapter"):
             files = place / "adapter"
             files.mkdir()
+            # From here on only the copy is read, so a source that changes meanwhile cannot pass another check.
             self._take(source, place, files)
             configs = self._configs(files, str(source))
             config = configs[files]
@@ -136,14 +144,14 @@ class AdapterImporter:
 
     def _take(self, source: Path, place: Path, files: Path) -> None:
         """Copy the source into quarantine; from then on only the copy is read."""
-        intake = Intake(files, str(source))
+        intake = QuarantinedFiles(files, str(source))
         if source.is_dir():
-            take_folder(source, intake)
+            quarantine_folder(source, intake)
         else:
             archive = place / ".archive"
             with writing(place):
                 _copy_file(source, archive)
-            take_archive(archive, intake)
+            quarantine_archive(archive, intake)
         missing = [name for name in (CONFIG, WEIGHTS) if name not in intake.files]
         if missing:
             raise UserError(f"Not an adapter: {' and '.join(missing)} missing", where=str(source))
@@ -212,6 +220,7 @@ class AdapterImporter:
             raise UserError(f"The files differ from the manifest: {', '.join(changed)}", where=str(source))
         signed = verify_signatures(files, self._trusted) if manifest is not None else []
         status = {each.status: each.why for each in signed}
+        # One good signature does not outweigh a broken one.
         for bad in ("tampered", "revoked"):
             if bad in status:
                 raise UserError(status[bad], where=str(source))
@@ -260,6 +269,7 @@ class AdapterImporter:
                 )
             check_lineage(path.read_bytes(), f"{source}, {LINEAGE}")
             adapter = Adapter(files)
+            # A lineage could be copied from another adapter: its digest ties it to these weights.
             if adapter.lineage["digest"] != adapter_digest(files):
                 raise UserError("The lineage belongs to other weights", where=f"{source}, {LINEAGE}")
             if adapter.lineage["template_digest"] != self._chat.digest:
@@ -307,7 +317,7 @@ def _copy_file(source: Path, target: Path) -> None:
     try:
         handle = os.open(source, os.O_RDONLY | os.O_NONBLOCK)  # reading a pipe would block
     except OSError as error:
-        raise UserError(f"Cannot be read: {error.strerror}", where=str(source)) from None
+        raise UserError(f"Cannot read the file: {error.strerror}", where=str(source)) from None
     with os.fdopen(handle, "rb") as file, target.open("xb") as copy:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise UserError("Neither a folder nor a plain file", where=str(source))

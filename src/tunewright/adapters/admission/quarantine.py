@@ -92,7 +92,7 @@ def _remove_if_left(folder: Path) -> None:
         os.close(handle)
 
 
-class Intake:
+class QuarantinedFiles:
     """The files copied into a quarantine so far: each name once, allowed, and within its size limit."""
 
     def __init__(self, folder: Path, where: str) -> None:
@@ -136,6 +136,7 @@ class Intake:
             while chunk := source.read(MEGABYTE):
                 taken += len(chunk)
                 self._bytes += len(chunk)
+                # Counted while copying: the size in a file system or an archive may be wrong or change.
                 if taken > cap or self._bytes > LARGEST:
                     most = cap if taken > cap else LARGEST
                     what = "The file is" if taken > cap else "All files together are"
@@ -194,12 +195,13 @@ def require_plain_path(name: str, where: str) -> None:
         raise UserError("The path has empty parts", where=where)
 
 
-def take_folder(source: Path, intake: Intake) -> None:
+def quarantine_folder(source: Path, intake: QuarantinedFiles) -> None:
     """Copy the adapter in a folder into quarantine.
 
     Raises:
         UserError: a link, a device, a name that is not allowed, or a limit that is exceeded.
     """
+    # Every open is relative to this handle, so a folder replaced by a link cannot redirect the copy.
     root = _open(str(source), os.O_DIRECTORY, None, intake.where)
     try:
         _take_level(root, "", intake)
@@ -211,10 +213,10 @@ def _open(name: str, flags: int, level: int | None, where: str) -> int:
     try:
         return os.open(name, os.O_RDONLY | flags, dir_fd=level)
     except OSError as error:  # no permission, or replaced by a link since it was checked
-        raise UserError(f"Cannot be read: {error.strerror}", where=where) from None
+        raise UserError(f"Cannot read the file: {error.strerror}", where=where) from None
 
 
-def _take_level(level: int, prefix: str, intake: Intake) -> None:
+def _take_level(level: int, prefix: str, intake: QuarantinedFiles) -> None:
     names = []
     with os.scandir(level) as entries:
         for entry in entries:
@@ -240,6 +242,7 @@ def _take_level(level: int, prefix: str, intake: Intake) -> None:
         with os.fdopen(handle, "rb") as file:
             facts = os.fstat(file.fileno())
             _require_plain(facts.st_mode, where)
+            # A hard link could name a private file of the user, whose content the copy would store.
             if facts.st_nlink > 1:
                 raise UserError("The file is a hard link to another file", where=where, fix=_COPY)
             intake.take(path, file)

@@ -89,6 +89,7 @@ def _check_finite(tensor: Any, where: str) -> None:
     if bad:
         raise UserError(f"{bad:,} of {tensor.numel():,} weights are not finite", where=where)
     largest = float(tensor.abs().max())
+    # Engines may hold the weights in float16, where a larger one becomes infinite.
     if largest > LARGEST_WEIGHT:
         raise UserError(f"The largest weight is {largest:.3g}, above float16's {LARGEST_WEIGHT:,.0f}", where=where)
 

@@ -28,7 +28,7 @@ from typing import Any, Literal
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
-from tunewright.data.examples import Example, labels_among
+from tunewright.data.examples import Example, find_labels
 from tunewright.data.versions import DatasetVersion, Member, short
 
 RUN = 13  # words
@@ -42,7 +42,7 @@ Words = tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Hit:
+class ContaminationHit:
     """A row that contains an item of a source.
 
     Attributes:
@@ -82,41 +82,43 @@ def find_hits(
     against: Mapping[str, Sequence[str]],
     reporter: Reporter,
     labels: Collection[str] = frozenset(),
-) -> list[Hit]:
+) -> list[ContaminationHit]:
     """Return the best hit of each row and item, sorted by row, source and item.
 
     Args:
         rows: training rows (or a generic mix-in) by key; user turns and longer assistant turns are searched.
         against: name of each source, such as "test split" or a file's, to the texts of its items.
         reporter: shows the progress.
-        labels: outputs that are labels (``labels_among``), which are ignored as assistant turns.
+        labels: outputs that are labels (``find_labels``), which are ignored as assistant turns.
     """
     sources = [_source(name, texts) for name, texts in against.items()]
-    hits: dict[tuple[str, str, int], Hit] = {}
+    hits: dict[tuple[str, str, int], ContaminationHit] = {}
     pieces: dict[Words, list[str]] = defaultdict(list)
     with reporter.task("looking for test items", len(rows), "examples") as task:
         for key, example in rows.items():
-            asked = [words_of(m.content) for m in example.messages if m.role == "user"]
+            asked = [normalised_words(m.content) for m in example.messages if m.role == "user"]
             replies = [m.content for m in example.messages if m.role == "assistant"]
-            said = [words_of(reply) for reply in replies if reply.strip() not in labels]
+            said = [normalised_words(reply) for reply in replies if reply.strip() not in labels]
             turns = [*asked, *(turn for turn in said if len(turn) >= FEWEST)]
             for turn in asked:
                 if FEWEST <= len(turn) < RUN:
                     pieces[turn].append(key)
             for source in sources:
                 for item, how, score in _found(turns, source):
-                    hits[key, source.name, item] = Hit(key, source.name, item, how, score)
+                    hits[key, source.name, item] = ContaminationHit(key, source.name, item, how, score)
             task.advance()
     for source in sources:
         for item, row in _holding(source, pieces):
-            hits.setdefault((row, source.name, item), Hit(row, source.name, item, "contained", 1.0))
+            hits.setdefault((row, source.name, item), ContaminationHit(row, source.name, item, "contained", 1.0))
     return [hits[place] for place in sorted(hits)]
 
 
 TEST = "the test split"
 
 
-def training_hits(members: Sequence[Member], benchmarks: Mapping[str, Sequence[str]], reporter: Reporter) -> list[Hit]:
+def training_hits(
+    members: Sequence[Member], benchmarks: Mapping[str, Sequence[str]], reporter: Reporter
+) -> list[ContaminationHit]:
     """Return the hits of training rows on test inputs and benchmark items.
 
     Args:
@@ -126,10 +128,10 @@ def training_hits(members: Sequence[Member], benchmarks: Mapping[str, Sequence[s
     """
     training = {m.key: m.example for m in members if m.split == "train"}
     against = {TEST: [m.example.input_text for m in _tests(members)], **benchmarks}
-    return find_hits(training, against, reporter, labels_among([m.example.output for m in members]))
+    return find_hits(training, against, reporter, find_labels([m.example.output for m in members]))
 
 
-def item_names(hits: Sequence[Hit], members: Sequence[Member]) -> list[str]:
+def item_names(hits: Sequence[ContaminationHit], members: Sequence[Member]) -> list[str]:
     """Return a name for each hit's item: the test row's key, or the file and the item's number, from 1."""
     tests = _tests(members)
     return [
@@ -157,9 +159,9 @@ def read_items(path: Path, field: str | None = None) -> list[str]:
         # Not splitlines, which also splits at line and page separators inside texts.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
-        raise UserError(f"cannot read the file: {error.strerror}", where=str(path), fix="Name a JSONL file.") from None
+        raise UserError(f"Cannot read the file: {error.strerror}", where=str(path), fix="Name a JSONL file.") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"not UTF-8: {error.reason}", where=str(path), fix="Name a JSONL file in UTF-8.") from None
+        raise UserError(f"Not UTF-8: {error.reason}", where=str(path), fix="Name a JSONL file in UTF-8.") from None
     return [_item(line, field, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line.strip()]
 
 
@@ -167,14 +169,14 @@ def _item(line: str, field: str | None, where: str) -> str:
     try:
         value = json.loads(line)
     except ValueError as error:
-        raise UserError(f"not JSON: {error}", where=where, fix="Write one JSON value per line.") from None
+        raise UserError(f"Not JSON: {error}", where=where, fix="Write one JSON value per line.") from None
     if isinstance(value, dict):
         named = next((value[name] for name in ([field] if field else FIELDS) if name in value), None)
         value = _last_user_turn(value.get("messages")) if named is None and field is None else named
     if not isinstance(value, str):
         looked_for = field or f"{', '.join(FIELDS)}, or a user turn of messages"
         raise UserError(
-            f"no text in {looked_for}",
+            f"No text in {looked_for}",
             where=where,
             fix='Write each item as a JSON string, as an object such as {"question": "..."}, or as a chat whose last '
             "user turn is the item.",
@@ -192,7 +194,7 @@ def _last_user_turn(messages: object) -> object:
     return "\n".join(parts) if parts else None
 
 
-def words_of(text: str) -> Words:
+def normalised_words(text: str) -> Words:
     """Return a text as words: NFKC, case folded, without punctuation."""
     return tuple(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
 
@@ -202,7 +204,7 @@ def _runs(words: Words, length: int) -> Iterator[Words]:
 
 
 def _source(name: str, texts: Sequence[str]) -> _Source:
-    whole = [words_of(text) for text in texts]
+    whole = [normalised_words(text) for text in texts]
     # A copy may lack a common beginning such as "Question:" or an instruction.
     head = _common_head(set(whole))
     items = [words[head:] for words in whole]
@@ -324,5 +326,5 @@ def contamination(
     return Contamination({TEST: len(version.examples("test")), **{n: len(i) for n, i in benchmarks.items()}}, found)
 
 
-def _rank(hit: Hit) -> tuple[int, float, str]:
+def _rank(hit: ContaminationHit) -> tuple[int, float, str]:
     return _SUREST.index(hit.how), -hit.score, hit.row

@@ -231,7 +231,7 @@ def _near_counts(rows: Any, asked: Indices, others: Indices, threshold: float, e
     at, step = 0, _FIRST_OTHERS
     while at < len(others):
         some = others[at : at + step]
-        met = [(first, second) for first, second, _ in sketches.meetings(asked[near[asked] < enough], some)]
+        met = [(first, second) for first, second, _ in sketches.candidate_pairs(asked[near[asked] < enough], some)]
         if met:
             first, second = (np.concatenate(parts) for parts in zip(*met, strict=True))
             near += np.bincount(verified(rows, sizes, first, second, threshold)[0], minlength=len(near))
@@ -278,7 +278,7 @@ def _exact(items: Iterable[EvaluatedItem], place: Mapping[str, int], version: st
     for item in items:
         if item.key not in place:
             raise UserError(
-                f"the evaluated item {item.key[:12]} is not among the measured rows of version {version[:12]}",
+                f"The evaluated item {item.key[:12]} is not among the measured rows of version {version[:12]}",
                 fix="Measure the leakage of all held-out rows of the version that was evaluated.",
             )
         for arm, answer in item.answers.items():

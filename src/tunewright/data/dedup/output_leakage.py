@@ -15,7 +15,7 @@ import numpy.typing as npt
 from scipy.special import gammaln
 
 from tunewright.core.progress import Reporter
-from tunewright.data.dedup.decontaminate import FEWEST, words_of
+from tunewright.data.dedup.decontaminate import FEWEST, normalised_words
 from tunewright.data.dedup.similarity import shingle_matrix
 from tunewright.data.dedup.sketches import Indices
 from tunewright.data.examples import class_like, normalised, output_template
@@ -117,7 +117,7 @@ def _natural(domain: Sequence[Member], template: Indices) -> str | None:
     outputs = [m.example.output.strip() for m in domain]
     if class_like(outputs):
         return "outputs are labels"
-    if 2 * sum(len(words_of(output)) < FEWEST for output in outputs) > len(outputs):
+    if 2 * sum(len(normalised_words(output)) < FEWEST for output in outputs) > len(outputs):
         return f"most outputs have fewer than {FEWEST} words"
     sizes = np.bincount(template)
     if len(sizes) < MINIMUM_CLUSTERS or 2 * int(sizes.max()) > len(outputs):

@@ -216,7 +216,9 @@ class SizeClass:
             mask: Mask = labels[self._texts[first]] != labels[self._texts[second]]
             return mask
 
-        for first, second, compared in self._sketches.meetings(rows, columns, None if labels is None else wanted):
+        for first, second, compared in self._sketches.candidate_pairs(
+            rows, columns, None if labels is None else wanted
+        ):
             yield first, second
             steps.done(compared)
 

@@ -178,7 +178,7 @@ class _KeptSearch:
 
     def _met(self, places: Indices, others: Indices | None) -> Near:
         """Return the near pairs of these places with earlier ones among ``others``, or with each other."""
-        pairs = [(first, second) for first, second, _ in self._sketches.meetings(places, others)]
+        pairs = [(first, second) for first, second, _ in self._sketches.candidate_pairs(places, others)]
         if not pairs:
             return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), np.empty(0)
         first, second = (np.concatenate(parts) for parts in zip(*pairs, strict=True))

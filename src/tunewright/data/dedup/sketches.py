@@ -63,7 +63,7 @@ class Sketches:
         mask[left] = bits <= self._share * (sizes[left] + others[left]) + ROUNDING
         return mask
 
-    def meetings(
+    def candidate_pairs(
         self, rows: Indices, columns: Indices | None = None, wanted: Wanted | None = None
     ) -> Iterator[tuple[Indices, Indices, int]]:
         """Yield all pairs of a row and another set among the columns that may be near-equal.

@@ -298,7 +298,7 @@ def warned(scan: Scan) -> str:
     )
 
 
-def let_through(scan: Scan) -> str:
+def allowed_note(scan: Scan) -> str:
     """Return a line on the findings that ``data.allow`` permits; empty without any."""
     allowed = [place for place in scan.places if place.finding.kind in scan.allow]
     return f"Permitted by data.allow: {_kinds(allowed)}, in {_rows(allowed)}" if allowed else ""

@@ -45,7 +45,7 @@ def open_presidio(model: str) -> Finder:
     except (OSError, ValueError) as error:
         there = ", ".join(spacy.util.get_installed_models()) or "none"
         raise UserError(
-            f"the spaCy model {model!r} cannot be loaded ({str(error).splitlines()[0]})",
+            f"The spaCy model {model!r} cannot be loaded ({str(error).splitlines()[0]})",
             where=_WHERE,
             fix=f"Install it: python -m spacy download {model}. Installed: {there}.",
         ) from None
@@ -67,7 +67,7 @@ def _analyzer(nlp: Language, language: str, model: str) -> AnalyzerEngine:
     if not named:
         there = ", ".join(sorted(labels)) or "none"
         raise UserError(
-            f"the spaCy model {model!r} finds neither names nor places (its labels: {there})",
+            f"The spaCy model {model!r} finds neither names nor places (its labels: {there})",
             where=_WHERE,
             fix="Choose one with named entities, such as en_core_web_lg.",
         )

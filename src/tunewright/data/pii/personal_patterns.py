@@ -119,7 +119,7 @@ def _email(match: re.Match[str]) -> bool:
     return not _DOMAINS_OF_NOBODY.fullmatch(domain) and not _LOCALS_OF_NOBODY.fullmatch(local)
 
 
-def _fictional(digits: str) -> bool:
+def _is_fictional(digits: str) -> bool:
     """Return whether a number is fictional: 555-01xx (NANPA), Ofcom's numbers for drama, or counting digits."""
     return (
         re.search(r"55501\d\d$", digits) is not None
@@ -145,18 +145,18 @@ def _international(match: re.Match[str]) -> bool:
         return False
     if digits[0] == "1" and not (len(digits) == 11 and _north_american(digits)):
         return False
-    return not _fictional(digits) and not _numbered(match)
+    return not _is_fictional(digits) and not _numbered(match)
 
 
 def _national_american(match: re.Match[str]) -> bool:
     digits = re.sub(r"\D", "", re.split(r"x|ext", match[0])[0])
-    return _north_american(digits) and not _fictional(digits) and not _numbered(match)
+    return _north_american(digits) and not _is_fictional(digits) and not _numbered(match)
 
 
 def _national(match: re.Match[str]) -> bool:
     """Return whether a number has the trunk prefix 0 and 10 or 11 digits (GB, FR, DE, IT, JP, AU)."""
     digits = _digits(match)
-    return 10 <= len(digits) <= 11 and not _fictional(digits) and not _numbered(match)
+    return 10 <= len(digits) <= 11 and not _is_fictional(digits) and not _numbered(match)
 
 
 _DATE = re.compile(r"(?:19|20)\d\d([-. ])\d\d\1\d\d\b|\d\d([-. ])\d\d\2(?:19|20)\d\d\b")
@@ -167,7 +167,7 @@ def _called(match: re.Match[str]) -> bool:
     number, digits = match["value"], _digits(match)
     if _DATE.match(number) or re.fullmatch(r"\d{1,2}(?: \d{3})+|\d{1,3}(?:\.\d{1,3}){3}", number):
         return False
-    return 7 <= len(digits) <= 13 and not _fictional(digits)
+    return 7 <= len(digits) <= 13 and not _is_fictional(digits)
 
 
 def _ssn(match: re.Match[str]) -> bool:

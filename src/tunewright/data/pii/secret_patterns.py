@@ -42,7 +42,7 @@ class Pattern:
     category: Category
     regex: re.Pattern[str]
     cues: tuple[str, ...] = ()
-    check: Check = field(default=lambda match: not made_up(value(match)))
+    check: Check = field(default=lambda match: not is_placeholder(value(match)))
     rank: int = 0
 
 
@@ -56,7 +56,7 @@ def value(match: re.Match[str]) -> str:
     return match["value"] if "value" in match.re.groupindex else match[0]
 
 
-def made_up(token: str) -> bool:
+def is_placeholder(token: str) -> bool:
     """Return whether a token is a placeholder: "your-api-key", "xxxx", AKIAIOSFODNN7EXAMPLE, aaaaaaaa."""
     return _MADE_UP.search(token) is not None or len(set(token)) < _FEWEST_DIFFERENT
 
@@ -75,7 +75,7 @@ def checksummed(token: str) -> bool:
 
 
 def _checksummed(match: re.Match[str]) -> bool:
-    return checksummed(match[0]) and not made_up(match[0])
+    return checksummed(match[0]) and not is_placeholder(match[0])
 
 
 def _json_web_token(match: re.Match[str]) -> bool:
@@ -91,7 +91,7 @@ def _json_web_token(match: re.Match[str]) -> bool:
 
 def _private_key(match: re.Match[str]) -> bool:
     """Return whether there are at least 64 characters of base64, the length of the shortest keys (Ed25519)."""
-    return sum(map(len, re.findall(r"[A-Za-z0-9+/=]{16,}", match["body"]))) >= 64 and not made_up(match["body"])
+    return sum(map(len, re.findall(r"[A-Za-z0-9+/=]{16,}", match["body"]))) >= 64 and not is_placeholder(match["body"])
 
 
 _AWS_CONTEXT = re.compile(r"(?<![A-Z0-9])A(?:KI|SI)A[A-Z2-7]{16}|(?<!<)aws.?secret|secret.?access.?key", re.IGNORECASE)
@@ -103,7 +103,7 @@ def _near_aws_key(match: re.Match[str]) -> bool:
     near = match.string[max(0, match.start() - _AWS_NEAR) : match.end() + _AWS_NEAR]
     token = match[0]
     mixed = all(re.search(kind, token) for kind in ("[a-z]", "[A-Z]", "[0-9]"))
-    return mixed and not made_up(token) and _AWS_CONTEXT.search(near) is not None
+    return mixed and not is_placeholder(token) and _AWS_CONTEXT.search(near) is not None
 
 
 _PASSWORDS_OF_NOBODY = words(
@@ -115,7 +115,7 @@ _HOSTS_OF_NOBODY = re.compile(
 )
 
 
-def _real_password(match: re.Match[str]) -> bool:
+def _is_real_password(match: re.Match[str]) -> bool:
     """Return whether a password is not a variable, the word "password" or for an example host (RFC 2606)."""
     password = match["password"]
     stands_for_one = (
@@ -140,7 +140,7 @@ def _plain_password(match: re.Match[str]) -> bool:
 
 def _key_after_name(match: re.Match[str]) -> bool:
     """Return whether the value decodes to 64 random bytes, like Azure's storage keys."""
-    return len(base64.b64decode(match["value"])) == 64 and not made_up(match["value"])
+    return len(base64.b64decode(match["value"])) == 64 and not is_placeholder(match["value"])
 
 
 def _token(body: str, flags: int = 0) -> re.Pattern[str]:
@@ -224,7 +224,7 @@ SECRETS: tuple[Pattern, ...] = (
         "secret",
         re.compile(r"(?<=://)(?P<value>[^\s:/'\"]{0,100}:(?P<password>[^\s/'\"<>`]{1,200}))@(?=[A-Za-z0-9\[])"),
         ("://",),
-        _real_password,
+        _is_real_password,
         rank=1,
     ),
     Pattern(

@@ -126,7 +126,7 @@ def scan_pairs(path: Path, data: DataConfig, notes: list[str], task: Task | None
         except RowError as fault:
             yield fault_of(fault, path, line)
     if not count:
-        raise UserError("the file has no rows", where=str(path))
+        raise UserError("The file has no rows", where=str(path))
     notes.extend(_format_notes(path, source.kind, kinds))
     if left_out:
         what = f"not text or a number, or longer than {MOST_CHARACTERS:,} characters"

@@ -14,9 +14,9 @@ import jmespath
 from jmespath.exceptions import JMESPathError
 
 from tunewright.core.errors import UserError
-from tunewright.data.readers.encodings import foreign_places
+from tunewright.data.readers.encodings import invalid_byte_positions
 from tunewright.data.readers.json_rows import RawRow, numbers_note
-from tunewright.data.readers.mapping import PARENT, Parent, compile_jmespath, refuse_unfound
+from tunewright.data.readers.mapping import PARENT, Parent, compile_jmespath, require_groups_found
 from tunewright.data.readers.row_errors import CODES, JsonPath
 from tunewright.data.readers.validate import RowError, row_object
 
@@ -87,7 +87,7 @@ def document_rows(
     if all(id(item) in places for item in found):
         yield from _rows_in_place(document, found, places, groups, notes)
         return
-    refuse_unfound(groups, [None], path)
+    require_groups_found(groups, [None], path)
     if document.faults:
         place, fault = document.faults[0]
         raise _refused(document, place, fault)
@@ -120,16 +120,17 @@ def _read(text: str, path: Path) -> _Document:
         extra = error.msg == "Extra data"
         what = "text after the end of the document" if extra else error.msg
         fix = "data.rows is for one JSON document; leave it out for JSON Lines or an array of rows." if extra else None
-        raise UserError(f"not one JSON document: {what}", where=f"{path}:{error.lineno}", fix=fix) from None
+        raise UserError(f"Not one JSON document: {what}", where=f"{path}:{error.lineno}", fix=fix) from None
     except RecursionError:
-        raise UserError("unreadable JSON: nested too deep", where=str(path)) from None
+        raise UserError("Unreadable JSON: nested too deep", where=str(path)) from None
     except ValueError as error:  # a whole number of more digits than Python reads
-        raise UserError(f"unreadable JSON: {error}", where=str(path)) from None
+        raise UserError(f"Unreadable JSON: {error}", where=str(path)) from None
     document.spans, constants = _tokens(text)
     faults = [(at, RowError("E105", f"{name} is not JSON")) for at, name in constants]
     faults += [(document.spans[n][0], RowError("E104", f'duplicate key "{key}"')) for n, key in doubles.items()]
     faults += [
-        (at, RowError("E101", f"not UTF-8: invalid byte in line {document.line(at)}")) for at in foreign_places(text)
+        (at, RowError("E101", f"not UTF-8: invalid byte in line {document.line(at)}"))
+        for at in invalid_byte_positions(text)
     ]
     document.faults = sorted(faults, key=lambda fault: fault[0])
     return document
@@ -197,7 +198,7 @@ def _rows_in_place(
         if number not in covered:  # a duplicate key of the document may have hidden rows
             raise _refused(document, place, fault)
     paths = _paths_to(document.value, {id(item) for item in found})
-    refuse_unfound(groups, (parent for _, parent in paths.values()), document.path)
+    require_groups_found(groups, (parent for _, parent in paths.values()), document.path)
     starts = {start for start, _ in spans}
     numbered = len({document.line(start) for start in starts}) < len(starts)
     if numbered:

@@ -58,7 +58,7 @@ def find_encoding(path: Path) -> Encoding:
             if head.startswith(mark):
                 if codec != "utf-8-sig" and not _is_all(file, codec):
                     line = _first_bad_line(path, codec)
-                    raise UserError(f"invalid {name} despite its byte-order mark", where=f"{path}:{line}", fix=_SAVE)
+                    raise UserError(f"Invalid {name} despite its byte-order mark", where=f"{path}:{line}", fix=_SAVE)
                 return Encoding(codec, name, mark=True)
         if head.count(0) * 3 > len(head):
             raise UserError("UTF-16 without a byte-order mark, or not text", where=str(path), fix=_SAVE)
@@ -108,7 +108,7 @@ def _eight_bit(path: Path) -> Encoding:
     if utf8 * 100 > foreign:
         return Encoding("utf-8", "UTF-8")
     if undefined:
-        raise UserError("neither UTF-8 nor cp1252 (Windows, Western European)", where=f"{path}:{undefined}", fix=_SAVE)
+        raise UserError("Neither UTF-8 nor cp1252 (Windows, Western European)", where=f"{path}:{undefined}", fix=_SAVE)
     return Encoding("cp1252", "cp1252", first_line=first, excerpt=_around_foreign(excerpt))
 
 
@@ -144,7 +144,7 @@ def escaped(text: str) -> int | None:
     return found.start() if found else None
 
 
-def foreign_places(text: str) -> list[int]:
+def invalid_byte_positions(text: str) -> list[int]:
     """Return the positions of all bytes that are not UTF-8, in text from ``open_text``."""
     return [] if text.isascii() else [found.start() for found in _ESCAPED.finditer(text)]
 

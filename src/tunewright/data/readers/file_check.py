@@ -147,7 +147,7 @@ def fix_file(path: Path, out: Path, data: DataConfig, task: Task | None = None) 
     """
     if out.exists():
         same = path.exists() and out.samefile(path)
-        what = "the copy would overwrite the original" if same else "the file exists already"
+        what = "The copy would overwrite the original" if same else "The file exists already"
         raise UserError(what, where=str(out), fix="Name a new file; files are not corrected in place.")
     notes: list[str] = []
     source = open_source(path, data, notes, task)
@@ -159,7 +159,7 @@ def fix_file(path: Path, out: Path, data: DataConfig, task: Task | None = None) 
             copy.write(json.dumps(row, ensure_ascii=False) + "\n")
             written += 1
         if not written:
-            raise UserError("every row has a fault that cannot be repaired", where=str(path), fix="Correct the file.")
+            raise UserError("Every row has a fault that cannot be repaired", where=str(path), fix="Correct the file.")
     return _changes_of_the_whole(path, source, notes) + changes
 
 
@@ -179,7 +179,7 @@ def _fixed_rows(path: Path, source: Source, data: DataConfig, changes: list[Chan
                 raise row
             groups = groups_of(row, data, parent)
             conversation = parse_conversation(row, data, above, parent)
-            turns, done = _mended(conversation, data)
+            turns, done = _repaired(conversation, data)
             metadata, lost = metadata_of(row, conversation, data)
         except RowError as fault:
             changes.append(Change(str(path), line, fault.code, f"left out: {fault}", left_out=True))
@@ -200,7 +200,7 @@ def _fixed_rows(path: Path, source: Source, data: DataConfig, changes: list[Chan
         yield {**metadata, **plain, "messages": [_written(turn) for turn in turns]}
 
 
-def _mended(conversation: Conversation, data: DataConfig) -> tuple[list[Turn], list[tuple[str, str]]]:
+def _repaired(conversation: Conversation, data: DataConfig) -> tuple[list[Turn], list[tuple[str, str]]]:
     """Return the repaired turns, and each repair with its code; raises the first fault without a repair."""
     turns, done = list(conversation.turns), []
     while True:

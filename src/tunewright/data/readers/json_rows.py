@@ -186,7 +186,7 @@ class _Cursor:
     def refusal(self, reason: str) -> UserError:
         """Return the error that the file cannot be read from here on."""
         return UserError(
-            f"unreadable JSON from here on: {reason}",
+            f"Unreadable JSON from here on: {reason}",
             where=f"{self.path}:{self.line}",
             fix="Correct it, or write one object per line, so that a fault affects one row only.",
         )

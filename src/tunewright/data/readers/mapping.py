@@ -36,7 +36,7 @@ def compile_jmespath(expression: str, where: str, fix: str) -> jmespath.parser.P
     try:
         return jmespath.compile(expression)
     except (JMESPathError, RecursionError) as error:
-        what = f"invalid JMESPath expression: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        what = f"Invalid JMESPath expression: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         raise UserError(what, where=where, fix=fix) from None
 
 
@@ -78,7 +78,7 @@ def value_above(group: str, parent: Parent | None) -> Any:
     return value
 
 
-def refuse_unfound(groups: Iterable[str], parents: Iterable[Parent | None], path: object) -> None:
+def require_groups_found(groups: Iterable[str], parents: Iterable[Parent | None], path: object) -> None:
     """Refuse a group that is not found above any row of a document.
 
     Args:
@@ -242,14 +242,14 @@ def _side(name: str, text: str, in_document: bool) -> MappedField:
         names = meta.find_undeclared_variables(tree)
     except (TemplateSyntaxError, SyntaxError) as error:
         reason = error.message if isinstance(error, TemplateSyntaxError) else error.msg
-        what = f"invalid template: line {error.lineno}: {reason}"
+        what = f"Invalid template: line {error.lineno}: {reason}"
         raise UserError(what, where=_where(name), fix=_HELP) from None
     except RecursionError:
-        raise UserError("invalid template: nested too deep", where=_where(name), fix=_HELP) from None
+        raise UserError("Invalid template: nested too deep", where=_where(name), fix=_HELP) from None
     if any(True for _ in meta.find_referenced_templates(tree)):
-        raise UserError("the template includes another template, which is not supported", where=_where(name), fix=_HELP)
+        raise UserError("The template includes another template, which is not supported", where=_where(name), fix=_HELP)
     if _ABOVE in names and not in_document:
-        what = "the template uses above, which requires data.rows"
+        what = "The template uses above, which requires data.rows"
         raise UserError(what, where=_where(name), fix="Set the place of the rows in the document: data.rows (--rows).")
     picked = [
         each.arg.value

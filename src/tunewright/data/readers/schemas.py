@@ -90,7 +90,7 @@ def parse_conversation(
     _refuse_untrainable(row, data)
     if "instruction" in row:
         return _alpaca(row, data)
-    if meant := mistyped(row):
+    if meant := misspelled_keys(row):
         key, known = next(iter(meant.items()))
         raise RowError("E201", f'unknown key "{key}", did you mean "{known}"?', (key,))
     keys = _used(row, {"prompt", "completion"}, (), data)
@@ -110,7 +110,7 @@ def _used(row: Mapping[str, Any], needed: set[str], also: Collection[str], data:
                 continue
             raise RowError("E204", f'the row has "{key}": tools are not supported', (key,))
     unknown = [key for key in row if key not in used and key not in data.group_by]
-    meant = {key: known for key in unknown if (known := misspelt(key, (*needed, *also)))}
+    meant = {key: known for key in unknown if (known := nearest_known_key(key, (*needed, *also)))}
     faults = [f'unknown key "{key}", did you mean "{known}"?' for key, known in list(meant.items())[:_MOST_KEYS]]
     missing = [key for key in sorted(needed) if key not in row and key not in meant.values()]
     if missing:
@@ -124,15 +124,15 @@ def _used(row: Mapping[str, Any], needed: set[str], also: Collection[str], data:
     return used
 
 
-def mistyped(row: Mapping[str, Any]) -> dict[str, str]:
+def misspelled_keys(row: Mapping[str, Any]) -> dict[str, str]:
     """Return the keys that seem to be misspellings of known ones, in a row without any known key."""
     if not KNOWN_KEYS.isdisjoint(row):
         return {}
     known = KNOWN_KEYS - _UNTRAINABLE.keys()
-    return {key: near for key in row if (near := misspelt(key, known))}
+    return {key: near for key in row if (near := nearest_known_key(key, known))}
 
 
-def misspelt(key: str, known: Iterable[str]) -> str | None:
+def nearest_known_key(key: str, known: Iterable[str]) -> str | None:
     """Return the known key that this one seems to misspell; ``prompt_id`` does not misspell ``prompt``."""
     plain = key.strip().lower()
     near = difflib.get_close_matches(plain, sorted(known), n=1, cutoff=_NEAR)

@@ -17,7 +17,7 @@ from tunewright.data.readers.documents import array_hint, check_expression, docu
 from tunewright.data.readers.encodings import Encoding, find_encoding, note_on, open_text
 from tunewright.data.readers.json_rows import RawRow, json_array, json_lines, json_objects, number_if_ambiguous
 from tunewright.data.readers.mapping import check_groups, names_parent, pair_mapping
-from tunewright.data.readers.schemas import KNOWN_KEYS, mistyped, parse_conversation
+from tunewright.data.readers.schemas import KNOWN_KEYS, misspelled_keys, parse_conversation
 from tunewright.data.readers.tables import DELIMITERS, csv_rows, delimiter_of, parquet_rows, saved_rows
 from tunewright.data.readers.validate import RowError, parse_json_row
 
@@ -65,18 +65,18 @@ def open_source(path: Path, data: DataConfig, notes: list[str], task: Task | Non
         with path.open("rb") as file:
             magic = file.read(4)
     except FileNotFoundError:
-        raise UserError("no such file", where=str(path)) from None
+        raise UserError("No such file", where=str(path)) from None
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL in it
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot open the file: {reason}", where=str(path)) from None
+        raise UserError(f"Cannot open the file: {reason}", where=str(path)) from None
     if not path.is_file():
-        raise UserError("not a regular file", where=str(path), fix="Save it as a file first.")
+        raise UserError("Not a regular file", where=str(path), fix="Save it as a file first.")
     if magic == _PARQUET:
         _refuse_rows(data, "Parquet", path)
         return Source("Parquet", parquet_rows(path, data, notes, task), table=True)
     for archive, what in _ARCHIVES.items():
         if magic.startswith(archive):
-            raise UserError(f"unsupported file format: {what}", where=str(path), fix=_KINDS)
+            raise UserError(f"Unsupported file format: {what}", where=str(path), fix=_KINDS)
     encoding = find_encoding(path)
     note = note_on(path, encoding)
     if note:
@@ -109,7 +109,7 @@ def _refuse_rows(data: DataConfig, kind: str, path: Path) -> None:
 
 def _open_folder(path: Path, data: DataConfig, notes: list[str], task: Task | None) -> Source:
     if not any((path / name).is_file() for name in SAVED):
-        raise UserError("expected a file, got a folder", where=str(path), fix="Name the files in it.")
+        raise UserError("Expected a file, got a folder", where=str(path), fix="Name the files in it.")
     _refuse_rows(data, "a saved dataset", path)
     return Source("a saved dataset", saved_rows(path, data, notes, task), table=True)
 
@@ -151,7 +151,7 @@ def _text_reader(head: str, path: Path, data: DataConfig, notes: list[str]) -> t
     if named_json and not several:
         return "JSON Lines", json_lines
     if suffix not in _TABLE_NAMES and not several:
-        raise UserError("unsupported file format", where=str(path), fix=_KINDS)
+        raise UserError("Unsupported file format", where=str(path), fix=_KINDS)
     _refuse_rows(data, "a table", path)
     kind = f"CSV, {DELIMITERS[delimiter]}-separated" if several else "CSV"
     return kind, lambda text: csv_rows(text, path, delimiter, data, notes)
@@ -168,7 +168,7 @@ def _no_nested_rows(rows: Iterator[RawRow], path: Path, data: DataConfig) -> Ite
         faults = [_no_row(row, data) for row in objects]
         if all(faults):
             raise UserError(
-                f"the objects of the array are not rows, but seem to contain them ({faults[0]})",
+                f"The objects of the array are not rows, but seem to contain them ({faults[0]})",
                 where=f"{path}:{first[0].line}",
                 fix=f"Use --rows {shlex.quote(hint)}, or set data.rows (docs/how-to/file-formats.md). "
                 f"Keys of the objects: {list_keys(objects[0])}.",
@@ -179,7 +179,7 @@ def _no_nested_rows(rows: Iterator[RawRow], path: Path, data: DataConfig) -> Ite
 
 def _no_row(row: dict[str, Any], data: DataConfig) -> RowError | None:
     """Return the error of an object without any known key; None if it may be a row."""
-    if not row.keys().isdisjoint(KNOWN_KEYS) or mistyped(row):
+    if not row.keys().isdisjoint(KNOWN_KEYS) or misspelled_keys(row):
         return None
     try:
         parse_conversation(row, data)
@@ -194,7 +194,7 @@ def _no_document(rows: Iterator[RawRow], path: Path, data: DataConfig) -> Iterat
     document = first[0].row if len(first) == 1 else None
     if isinstance(document, dict) and (hint := rows_hint(document)) and (fault := _no_row(document, data)):
         raise UserError(
-            f"the only object is not a row, but seems to contain the rows ({fault})",
+            f"The only object is not a row, but seems to contain the rows ({fault})",
             where=f"{path}:{first[0].line}",
             fix=f"Say where in it they are: --rows {shlex.quote(hint)}, "
             "or set data.rows (docs/how-to/file-formats.md).",
@@ -232,7 +232,7 @@ def require_columns(paths: Sequence[Path], data: DataConfig, where: str) -> None
                     return
                 there |= dict.fromkeys(raw.row)
     raise UserError(
-        f"no file is a CSV or another table, and no row has both the keys {data.input} and {data.output}",
+        f"No file is a CSV or another table, and no row has both the keys {data.input} and {data.output}",
         where=where,
         fix=f"Keys of the first rows: {list_keys(there)}." if there else None,
     )
@@ -262,7 +262,7 @@ def source_files(named: Iterable[str | Path], reporter: Reporter) -> list[Path]:
             matches = sorted(map(Path, glob.glob(str(name), recursive=True)))  # noqa: PTH207 a pattern may be absolute
             files = [match for match in matches if match.is_file() or _saved(match)]
             if not files:
-                raise UserError("no file matches this pattern", where=str(name))
+                raise UserError("No file matches this pattern", where=str(name))
             base = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
             reporter.say(f"{name}: {_file_count(files)} to read: {_relative_names(files, base)}")
             found += files
@@ -279,7 +279,7 @@ def _in_folder(folder: Path, reporter: Reporter) -> list[Path]:
     others = [path for path in files if path not in set(taken)]
     if not taken:
         raise UserError(
-            "the folder has no files of pairs", where=str(folder), fix=f"Supported suffixes: {', '.join(SUFFIXES)}."
+            "The folder has no files of pairs", where=str(folder), fix=f"Supported suffixes: {', '.join(SUFFIXES)}."
         )
     reporter.say(f"{folder}: {_file_count(taken)} to read: {_relative_names(taken, folder)}")
     if others:

@@ -16,7 +16,7 @@ from tunewright.core.progress import Task
 from tunewright.data.readers.encodings import escaped
 from tunewright.data.readers.json_rows import RawRow
 from tunewright.data.readers.mapping import pair_mapping
-from tunewright.data.readers.schemas import misspelt
+from tunewright.data.readers.schemas import nearest_known_key
 from tunewright.data.readers.validate import RowError
 
 if TYPE_CHECKING:
@@ -57,11 +57,11 @@ def columns(
         known = None if data.input or data.output else _known(header, nested)
         if known is None:
             absent = {name for needed, _ in _KNOWN_COLUMNS for name in needed} - set(header)
-            near = [(name, misspelt(name, absent)) for name in header]
+            near = [(name, nearest_known_key(name, absent)) for name in header]
             meant = ", ".join(f'unknown column "{name}", did you mean "{like}"?' for name, like in near if like)
             do = "Correct the header, or use" if meant else "Use"
             raise UserError(
-                meant or "unknown columns for the input and the ideal output",
+                meant or "Unknown columns for the input and the ideal output",
                 where=where,
                 fix=f"{do} --input COLUMN --output COLUMN, or set data.input and data.output. {there}",
             )
@@ -140,7 +140,7 @@ def csv_rows(text: TextIO, path: Path, delimiter: str, data: DataConfig, notes: 
             if header is None and fields:
                 header = fields
                 if any(escaped(name) is not None for name in header):
-                    raise UserError("not UTF-8", where=f"{path}:{start}", fix="Save the file as UTF-8.")
+                    raise UserError("Not UTF-8", where=f"{path}:{start}", fix="Save the file as UTF-8.")
                 used, others = columns(header, f"{path}:{start}", data, notes, nested=False)
                 places = {name: header.index(name) for name in (*used, *others)}
             elif header is not None and fields:
@@ -148,7 +148,7 @@ def csv_rows(text: TextIO, path: Path, delimiter: str, data: DataConfig, notes: 
             start = reader.line_num + 1
     except csv.Error as error:
         raise UserError(
-            f"unreadable CSV from here on: {error}",
+            f"Unreadable CSV from here on: {error}",
             where=f"{path}:{start}",
             fix='Quote text with a delimiter, a quote or a line break, and double quotes in it: "".',
         ) from None
@@ -174,7 +174,7 @@ def _reading(path: Path, what: str) -> Iterator[None]:
     except UserError:
         raise
     except (pa.ArrowException, OSError, ValueError, OverflowError, KeyError, TypeError) as error:
-        raise UserError(f"unreadable as {what}: {error}", where=str(path)) from error
+        raise UserError(f"Unreadable as {what}: {error}", where=str(path)) from error
 
 
 def parquet_rows(path: Path, data: DataConfig, notes: list[str], task: Task | None) -> Iterator[RawRow]:
@@ -204,11 +204,11 @@ def saved_rows(folder: Path, data: DataConfig, notes: list[str], task: Task | No
         try:
             saved = load_from_disk(str(folder))
         except Exception as error:  # a damaged description can raise anything in datasets' code
-            raise UserError(f"unreadable as a saved dataset: {error!r}", where=str(folder)) from error
+            raise UserError(f"Unreadable as a saved dataset: {error!r}", where=str(folder)) from error
         if isinstance(saved, DatasetDict):
             splits = ", ".join(str(folder / name) for name in saved)
             fix = f"Name one or more of them: {splits}."
-            raise UserError("the saved dataset has several splits", where=str(folder), fix=fix)
+            raise UserError("The saved dataset has several splits", where=str(folder), fix=fix)
         used, others = columns(saved.column_names, f"{folder}:1", data, notes, nested=True)
         table = saved.select_columns([*used, *others]).with_format("arrow")
         batches = (batch for part in table.iter(_BATCH) for batch in part.to_batches())

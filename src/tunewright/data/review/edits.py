@@ -84,7 +84,7 @@ def apply_edits(project: ProjectFolder, reporter: Reporter, *, message: str = ""
             reporter.warn(f"{len(disputed):,} edited rows left unchanged, because reviewers disagree: {named}")
         if not chosen:
             raise UserError(
-                "no row of the current version has an edit that reviewers agree on",
+                "No row of the current version has an edit that reviewers agree on",
                 where=str(dataset / REVIEWS_FILE),
                 fix="Record edits in `tunewright data review` with the key e.",
             )
@@ -134,7 +134,7 @@ def _refuse_secrets(chosen: dict[str, list[VerdictEvent]], allow: Collection[str
     for key, edits in chosen.items():
         if found := secret_kinds(edits[0].output or "", allow):
             raise UserError(
-                f"the edited answer of row {short(key)} by {edits[0].reviewer} contains a secret ({found})",
+                f"The edited answer of row {short(key)} by {edits[0].reviewer} contains a secret ({found})",
                 where=REVIEWS_FILE,
                 fix="Review the row again without the secret. Revoke the secret: it is in the log.",
             )

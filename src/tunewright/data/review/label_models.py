@@ -32,7 +32,7 @@ _REGULARISATION = 1e-5
 class Suspect:
     """A suspicious row.
 
-    ``score`` ranks rows of one reason, higher is worse: from 0 to 1, or for losses ``AnswerLoss.unexplained``.
+    ``score`` ranks rows of one reason, higher is worse: from 0 to 1, or for losses ``AnswerLoss.negative_pmi``.
     """
 
     key: str

@@ -203,12 +203,12 @@ def parse_event(line: bytes, where: str) -> Event:
         event = _EVENT.validate_json(line)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        what = f"not a review: {'.'.join(map(str, first['loc']))} {first['msg']}"
+        what = f"Not a review: {'.'.join(map(str, first['loc']))} {first['msg']}"
         raise UserError(what, where=where, fix=_RESTORE) from None
     if isinstance(event, VerdictEvent) and (event.verdict == "edit") != (event.output is not None):
-        raise UserError("invalid review: `output` belongs to an edit, and only to an edit", where=where, fix=_RESTORE)
+        raise UserError("Invalid review: `output` belongs to an edit, and only to an edit", where=where, fix=_RESTORE)
     if event.digest is not None and event_line(event).encode() != line + b"\n":
-        raise UserError("the review was changed: its digest does not match", where=where, fix=_RESTORE)
+        raise UserError("The review was changed: its digest does not match", where=where, fix=_RESTORE)
     return event
 
 

@@ -70,7 +70,7 @@ class ReviewSession:
         allow: Collection[str] = (),
     ) -> None:
         if not reviewer.strip():
-            raise UserError("the reviewer's name is empty", where="--reviewer", fix="Pass a name.")
+            raise UserError("The reviewer's name is empty", where="--reviewer", fix="Pass a name.")
         if suspects is not None and (plan is not None or redraw):
             raise UserError("--suspects cannot be combined with options of the sample's plan or draw")
         self.dataset = dataset
@@ -95,7 +95,7 @@ class ReviewSession:
         if before is not None and not redraw:
             if plan is not None and plan != before.plan:
                 raise UserError(
-                    f"this version's sample has another plan ({before.plan.kind})",
+                    f"This version's sample has another plan ({before.plan.kind})",
                     fix="Omit the plan to continue, or draw another sample with --redraw, which is recorded.",
                 )
             return before
@@ -236,7 +236,7 @@ def default_reviewer() -> str:
     try:
         return getpass.getuser()
     except (OSError, KeyError):  # KeyError: before Python 3.13
-        raise UserError("you have no login name", where="--reviewer", fix="Pass a name.") from None
+        raise UserError("Found no login name", where="--reviewer", fix="Pass a name.") from None
 
 
 EXPORT_COLUMNS = ("row", "from", "draw", "why", "input", "answer", "verdict", "new_output")
@@ -261,13 +261,13 @@ def export_csv(path: Path, review: ReviewSession, most: int) -> int:
     cards = review.upcoming(most)
     if not review.order and review.drawn is None:
         raise UserError(
-            "there are no suspects to export: no row is suspicious, or no row could be judged",
+            "There are no suspects to export: no row is suspicious, or no row could be judged",
             where="--suspects",
             fix="Free-text answers are ranked by a model's loss: add --adapter base or --adapter NAME.",
         )
     if not cards:
         raise UserError(
-            "no row is left to review", fix="`tunewright data review --status` shows the state of the review."
+            "No row is left to review", fix="`tunewright data review --status` shows the state of the review."
         )
     rows = []
     places = places_by_key(review.dataset, review.version.manifest)

@@ -56,7 +56,7 @@ class AnswerLoss:
     alone: float
 
     @property
-    def unexplained(self) -> float:
+    def negative_pmi(self) -> float:
         """Loss given the prompt minus loss alone: the negative pointwise mutual information per token.
 
         The loss given the prompt alone would rank answers with rare words first, however well they fit.
@@ -123,7 +123,7 @@ def find_suspects(
         UserError: a loss is not finite, or the share is outside (0, 1].
     """
     if not 0 < share <= 1:
-        raise UserError(f"the share of rows to list must be above 0 and at most 1 (got {share})")
+        raise UserError(f"The share of rows to list must be above 0 and at most 1 (got {share})")
     if version.manifest.settings.split_by == "output_template":
         version = _clustered_by_input(version, reporter)
     members = version.domain
@@ -282,22 +282,22 @@ def _near_duplicates(
 
 def _by_loss(members: Sequence[Member], losses: Mapping[str, AnswerLoss], reporter: Reporter) -> list[Suspect]:
     known = [m for m in members if m.key in losses]
-    bad = [m.key for m in known if not np.isfinite(losses[m.key].unexplained)]
+    bad = [m.key for m in known if not np.isfinite(losses[m.key].negative_pmi)]
     if bad:
-        raise UserError(f"the loss of row {short(bad[0])} is not finite (got {losses[bad[0]]})")
+        raise UserError(f"The loss of row {short(bad[0])} is not finite (got {losses[bad[0]]})")
     if len(known) < len(members):
         reporter.warn(f"{len(members) - len(known):,} of {len(members):,} rows are not ranked: they have no loss.")
     if not known:
         return []
-    median = float(np.median([losses[m.key].unexplained for m in known]))
+    median = float(np.median([losses[m.key].negative_pmi for m in known]))
     found = []
-    for member in sorted(known, key=lambda m: (-losses[m.key].unexplained, m.key)):
+    for member in sorted(known, key=lambda m: (-losses[m.key].negative_pmi, m.key)):
         loss = losses[member.key]
         detail = (
             f"loss {loss.given:.2f} per token of the answer, {loss.alone:.2f} without its input: difference "
-            f"{loss.unexplained:+.2f}, median {median:+.2f}"
+            f"{loss.negative_pmi:+.2f}, median {median:+.2f}"
         )
-        found.append(Suspect(member.key, loss.unexplained, "loss", detail))
+        found.append(Suspect(member.key, loss.negative_pmi, "loss", detail))
     return found
 
 

@@ -36,7 +36,7 @@ class OutputEdit:
 
 
 @dataclass(frozen=True)
-class Moved:
+class SplitMove:
     """A row of both versions whose split changed."""
 
     member: Member
@@ -59,7 +59,7 @@ class Diff:
     added: tuple[Member, ...]
     removed: tuple[Member, ...]
     edited: tuple[OutputEdit, ...]
-    moved: tuple[Moved, ...]
+    moved: tuple[SplitMove, ...]
     regrouped: int
     """Rows of both versions whose cluster has other members among the rows of both: number."""
     purged: tuple[str, ...] = ()
@@ -133,7 +133,7 @@ def diff(a: DatasetVersion, b: DatasetVersion) -> Diff:
         added=_sorted(new),
         removed=_sorted(gone),
         edited=tuple(sorted(edited, key=lambda e: e.after.key)),
-        moved=tuple(Moved(after[k], before[k].split) for k in sorted(both) if before[k].split != after[k].split),
+        moved=tuple(SplitMove(after[k], before[k].split) for k in sorted(both) if before[k].split != after[k].split),
         regrouped=_regrouped([before[key] for key in both], [after[key] for key in both]),
         purged=tuple(sorted({*a.purged, *b.purged})),
     )

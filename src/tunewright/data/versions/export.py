@@ -68,7 +68,7 @@ def export(
         raise UserError(f"--metadata requires the format chat (got {form})", fix="Export as chat.")
     members = [m for m in version.members if split in (None, m.split)]
     if not members:
-        raise UserError(f"version {short(version.digest)} has no {split} rows", where="--split")
+        raise UserError(f"Version {short(version.digest)} has no {split} rows", where="--split")
     system = _fit(members, form)
     examples = [m.example for m in members]
     with reporter.task("exporting", 1, "files") as task:
@@ -96,11 +96,11 @@ def export(
 
 def _check(path: Path, form: Format, split: Split | None) -> None:
     if form not in FORMATS:
-        raise UserError(f"unknown format {form!r}", where="--format", fix=f"Formats: {', '.join(FORMATS)}.")
+        raise UserError(f"Unknown format {form!r}", where="--format", fix=f"Formats: {', '.join(FORMATS)}.")
     if split is not None and split not in SPLITS:
-        raise UserError(f"unknown split {split!r}", where="--split", fix=f"Splits: {', '.join(SPLITS)}.")
+        raise UserError(f"Unknown split {split!r}", where="--split", fix=f"Splits: {', '.join(SPLITS)}.")
     if path.exists():
-        raise UserError("the file exists already", where=str(path), fix="Choose another name, or delete it first.")
+        raise UserError("The file exists already", where=str(path), fix="Choose another name, or delete it first.")
 
 
 def _fit(members: Sequence[Member], form: Format) -> str | None:

@@ -77,7 +77,7 @@ def read_members(dataset: Path, digest: str, data: bytes | None = None, where: s
         for count, link in enumerate(chain, start=1):
             actual = members_sha256(_text(chain[:count]))
             if actual[:12] != link.folder:
-                raise _wrong(f"the members were changed (digest {actual[:12]})", link.where)
+                raise _wrong(f"The members were changed (digest {actual[:12]})", link.where)
     return text
 
 
@@ -154,13 +154,13 @@ def _chain(dataset: Path, digest: str, data: bytes | None = None, where: str = "
                 data, where = path.read_bytes(), str(path)
             except OSError as error:
                 if links:
-                    what = f"cannot read the members of version {step}, which it builds on: {error.strerror}"
+                    what = f"Cannot read the members of version {step}, which it builds on: {error.strerror}"
                     raise _wrong(what, f"{where}:1") from None
-                raise _wrong(f"cannot read the members: {error.strerror}", str(path)) from None
+                raise _wrong(f"Cannot read the members: {error.strerror}", str(path)) from None
         links.append(_link(data, where, step))
         step = links[-1].parent
         if any(link.folder == step for link in links):
-            raise _wrong("the version builds on itself", where)
+            raise _wrong("The version builds on itself", where)
     return links[::-1]
 
 
@@ -168,17 +168,17 @@ def _link(data: bytes, where: str, folder: str) -> _Link:
     lines = data.decode(errors="replace").replace("\r\n", "\n").removesuffix("\n").split("\n")
     parent = lines[0].removeprefix(_FROM) if lines[0].startswith(_FROM) else None
     if parent is not None and not re.fullmatch("[0-9a-f]{12}", parent):
-        raise _wrong("not the name of a version", f"{where}:1")
+        raise _wrong("Not the name of a version", f"{where}:1")
     for number, line in enumerate(lines, start=1):
         fields = line.split("\t")
         if parent is not None and number > 1:
             if fields.pop(0) not in ("-", "+"):
-                raise _wrong("invalid change: expected + or -, pair key, split and cluster", f"{where}:{number}")
+                raise _wrong("Invalid change: expected + or -, pair key, split and cluster", f"{where}:{number}")
         elif parent is not None or lines == [""]:
             continue
         known = len(fields) == 3 or (len(fields) == 4 and _is_more(fields[3]))
         if not known or fields[1] not in SPLITS:
-            raise _wrong("invalid member: expected pair key, split and cluster", f"{where}:{number}")
+            raise _wrong("Invalid member: expected pair key, split and cluster", f"{where}:{number}")
     kept = tuple(lines[1:]) if parent is not None else tuple(line for line in lines if line)
     return _Link(where, folder, kept, parent, len(data))
 
@@ -189,7 +189,7 @@ def _text(chain: Sequence[_Link]) -> str:
         for number, line in enumerate(link.lines, start=2):
             sign, _, member = line.partition("\t")
             if (sign == "-") != (member in members):
-                does = "removes a member that does not exist" if sign == "-" else "adds a member that exists already"
+                does = "Removes a member that does not exist" if sign == "-" else "Adds a member that exists already"
                 raise _wrong(does, f"{link.where}:{number}")
             if sign == "-":
                 members.remove(member)

@@ -121,10 +121,10 @@ def parse_removal(line: bytes, where: str) -> Removal:
         event = _Line.read(line)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        what = f"not a removal: {'.'.join(map(str, first['loc']))} {first['msg']}"
+        what = f"Not a removal: {'.'.join(map(str, first['loc']))} {first['msg']}"
         raise UserError(what, where=where, fix=_RESTORE) from None
     if event.line.encode() != line + b"\n":
-        raise UserError("the removal was changed: its digest does not match", where=where, fix=_RESTORE)
+        raise UserError("The removal was changed: its digest does not match", where=where, fix=_RESTORE)
     return event
 
 

@@ -63,14 +63,14 @@ def scan_rows(data: bytes) -> Iterator[Row | BadRow]:
             spelled = row_line(key, example).encode()
         # ValueError: half a surrogate pair, which no encoding represents
         except (RowError, KeyError, TypeError, AttributeError, ValueError) as error:
-            yield BadRow(number, claimed, f"not a row of a dataset ({error})")
+            yield BadRow(number, claimed, f"Not a row of a dataset ({error})")
             continue
         if actual != key:
             keys = tuple(sorted({*claimed, actual}))
-            reason = f"the row {json.dumps(key)} was changed: its text has the key {actual}"
+            reason = f"The row {json.dumps(key)} was changed: its text has the key {actual}"
             yield BadRow(number, keys, reason, f"{_RESTORE} To change an example, add the new pair as a row of a file.")
         elif spelled != line:
-            yield BadRow(number, (key,), f"the row {json.dumps(key)} was changed: it was written in another spelling")
+            yield BadRow(number, (key,), f"The row {json.dumps(key)} was changed: it was written in another spelling")
         else:
             yield Row(number, key, example)
 
@@ -145,10 +145,10 @@ def read_rows(folder: Path, keys: Iterable[str]) -> dict[str, Example]:
     for prefix, mine in sorted(wanted.items()):
         path = folder / f"{prefix}.jsonl"
         if not path.is_file():
-            raise UserError("rows of the dataset are missing: the file does not exist", where=str(path), fix=_RESTORE)
+            raise UserError("Rows of the dataset are missing: the file does not exist", where=str(path), fix=_RESTORE)
         shard = parse_rows(path.read_bytes(), str(path))
         lost = sorted(mine - shard.keys())
         if lost:
-            raise UserError(f"the row {lost[0]} is missing", where=str(path), fix=_RESTORE)
+            raise UserError(f"The row {lost[0]} is missing", where=str(path), fix=_RESTORE)
         found |= {key: shard[key] for key in mine}
     return found

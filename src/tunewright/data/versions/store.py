@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from tunewright.core.clock import to_the_second
+from tunewright.core.clock import without_milliseconds
 from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json, new_folder, text_lines, write_json, write_text, writing
 from tunewright.core.progress import Reporter
@@ -55,9 +55,9 @@ def locked(dataset: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                "another command is changing this dataset", where=str(dataset), fix="Wait for it, then run this again."
+                "Another command is changing this dataset", where=str(dataset), fix="Wait for it, then run this again."
             ) from None
-        _clear_leftovers(dataset)
+        _remove_leftovers(dataset)
         yield
     finally:
         os.close(handle)
@@ -115,7 +115,7 @@ def erase_purged(dataset: Path) -> int:
     return len(there)
 
 
-def _clear_leftovers(dataset: Path) -> None:
+def _remove_leftovers(dataset: Path) -> None:
     """Remove leftovers of killed writers, before the holder of the lock writes anything."""
     _clear_unfinished(dataset)
     erase_purged(dataset)
@@ -166,13 +166,13 @@ def _save(
     reporter: Reporter,
 ) -> Manifest:
     write_rows(dataset / "rows", {m.key: m.example for m in members}, reporter)
-    lines = "".join(canonical_json(line) + "\n" for line in _news(dataset, manifest.parent, imports))
+    lines = "".join(canonical_json(line) + "\n" for line in _new_records(dataset, manifest.parent, imports))
     sealed = _sealed(manifest, lines, current_author(dataset))
     if version_folder(dataset, manifest.digest).exists():
         there = read_manifest(version_folder(dataset, manifest.digest))
         reporter.warn(
-            f"Version {short(there.digest)} exists already (created {to_the_second(there.created)}) and is current "
-            "again, with its stored message, parent and imports."
+            f"Version {short(there.digest)} exists already (created {without_milliseconds(there.created)}) and is "
+            "current again, with its stored message, parent and imports."
         )
         sealed = there
     else:
@@ -185,7 +185,9 @@ def _save(
     return sealed
 
 
-def _news(dataset: Path, parent: str | None, imports: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+def _new_records(
+    dataset: Path, parent: str | None, imports: Sequence[Mapping[str, Any]]
+) -> Iterator[Mapping[str, Any]]:
     """Yield the records of an import that earlier imports do not have.
 
     A growing file is added many times, and a mix-in is drawn each time; only new rows need a record.
@@ -258,7 +260,7 @@ def load_version(dataset: Path, digest: str | None = None, *, without_purged: bo
     purged = {key: purge for key, purge in read_removals(dataset).purged.items() if key in places}
     if purged and not without_purged:
         raise UserError(
-            f"version {short(manifest.digest)} is incomplete: {describe_purges(purged.values())}",
+            f"Version {short(manifest.digest)} is incomplete: {describe_purges(purged.values())}",
             where=str(dataset / REMOVED_FILE),
             fix="Use a later version: `tunewright data log` lists them.",
         )
@@ -268,7 +270,7 @@ def load_version(dataset: Path, digest: str | None = None, *, without_purged: bo
 
 
 def _none_yet(dataset: Path) -> UserError:
-    return UserError("there is no dataset version yet", where=str(dataset), fix="Create one: tunewright data add FILE")
+    return UserError("There is no dataset version yet", where=str(dataset), fix="Create one: tunewright data add FILE")
 
 
 def has_version(dataset: Path) -> bool:
@@ -287,7 +289,7 @@ def list_versions(dataset: Path) -> list[Manifest]:
         return [by_digest[digest] for digest in order.static_order()]
     except graphlib.CycleError as error:
         loop = ", ".join(short(d) for d in error.args[1])
-        raise UserError(f"versions name each other as parents: {loop}", where=str(folder), fix=_RESTORE) from None
+        raise UserError(f"Versions name each other as parents: {loop}", where=str(folder), fix=_RESTORE) from None
 
 
 def ancestry(dataset: Path, manifest: Manifest) -> list[Manifest]:
@@ -328,7 +330,7 @@ def current_manifest(dataset: Path) -> Manifest | None:
     folder = version_folder(dataset, digest)
     manifest = read_manifest(folder) if re.fullmatch("[0-9a-f]{64}", digest) and folder.is_dir() else None
     if manifest is None or manifest.digest != digest:
-        raise UserError(f"the current version, {digest!r}, is not in {folder.parent}", where=str(head), fix=_RESTORE)
+        raise UserError(f"The current version, {digest!r}, is not in {folder.parent}", where=str(head), fix=_RESTORE)
     return manifest
 
 

@@ -145,13 +145,13 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         manifest = Manifest.model_validate_json(path.read_bytes())
     except OSError as error:
-        raise UserError(f"cannot read the manifest: {error.strerror}", where=str(path), fix=_RESTORE) from None
+        raise UserError(f"Cannot read the manifest: {error.strerror}", where=str(path), fix=_RESTORE) from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"]))
-        raise UserError(f"invalid manifest: {key} {first['msg']}", where=str(path), fix=_RESTORE) from None
+        raise UserError(f"Invalid manifest: {key} {first['msg']}", where=str(path), fix=_RESTORE) from None
     if short(manifest.digest) != folder.name:
-        raise UserError(f"the manifest belongs to version {short(manifest.digest)}", where=str(path), fix=_RESTORE)
+        raise UserError(f"The manifest belongs to version {short(manifest.digest)}", where=str(path), fix=_RESTORE)
     return manifest
 
 

@@ -97,7 +97,7 @@ class VllmAnswers:
         longest = max((len(r.prompt_ids) + r.max_new_tokens for r in requests), default=0)
         if longest > engine.context_length:
             raise UserError(
-                f"a prompt and its answer need {longest:,} tokens (vLLM's limit: {engine.context_length:,})",
+                f"A prompt and its answer need {longest:,} tokens (vLLM's limit: {engine.context_length:,})",
                 where=_WHERE,
                 fix="Set it to peft, or lower evaluate.max_new_tokens or evaluate.num_fewshot.",
             )
@@ -254,7 +254,7 @@ def gpu_share(free: int, total: int) -> float:
     share = min(0.9, int(100 * (free / total - _SPARE_SHARE)) / 100)
     if share < 0.1:
         raise UserError(
-            f"not enough GPU memory for vLLM: {free / _GIB:.1f} of {total / _GIB:.1f} GiB are free",
+            f"Not enough GPU memory for vLLM: {free / _GIB:.1f} of {total / _GIB:.1f} GiB are free",
             where=_WHERE,
             fix="Stop other programs that use the card, or set it to peft.",
         )

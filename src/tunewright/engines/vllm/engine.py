@@ -23,7 +23,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import file_digest
 from tunewright.core.progress import Reporter
 from tunewright.engines.child import Child
-from tunewright.engines.protocol import Delta, EngineStoppedError, RequestFailedError, TokenSink, pump
+from tunewright.engines.protocol import Delta, EngineStoppedError, RequestFailedError, TokenSink, deliver_stream
 from tunewright.engines.vllm import worker
 from tunewright.engines.vllm.launch import PACKAGE, list_adapters, plan
 from tunewright.generation.decoding import Finish, Request
@@ -94,7 +94,7 @@ class VllmSettings:
             "--max-cpu-loras": self.slots,
             "--max-lora-rank": self.allowed_rank,
             "--generation-config": "vllm",  # not the base's defaults, which would add to the request's sampling
-            "--middleware": f"{PACKAGE}.Gate",
+            "--middleware": f"{PACKAGE}.RouteFilter",
         }
         if self.cpu:
             options["--max-num-batched-tokens"] = max(CPU_BATCHED_TOKENS, self.max_batch)
@@ -137,11 +137,11 @@ class VllmEngine:
 
     @property
     def stopped(self) -> str | None:
-        """Why the engine answers no requests now; None while it does."""
-        return self.child.trouble
+        """Reason why the engine answers no requests now; None while it does."""
+        return self.child.failure_reason
 
     @property
-    def dead(self) -> bool:
+    def permanently_stopped(self) -> bool:
         """True if vLLM has crashed too often to be restarted."""
         return self.child.given_up
 
@@ -156,7 +156,7 @@ class VllmEngine:
         Prefixes are shared between requests of one tenant only. Otherwise a tenant could tell by the time to the first
         token which prompts another one has sent (CVE-2025-46570).
         """
-        return pump(self.stream(request, tenant=tenant), sink)
+        return deliver_stream(self.stream(request, tenant=tenant), sink)
 
     async def stream(
         self, request: Request, *, tenant: str = "", stop_ids: Collection[int] | None = None
@@ -212,7 +212,7 @@ class VllmEngine:
             raise EngineStoppedError(self.stopped or _CRASHED) from error
         except RequestFailedError as error:
             # After a crash of vLLM's core process every request fails, and none is at fault.
-            if await self.child.is_well():
+            if await self.child.is_healthy():
                 raise
             raise EngineStoppedError(self.stopped or _CRASHED) from error
         finally:
@@ -285,7 +285,7 @@ class VllmEngine:
         rank = adapter_rank(config)
         if rank > self._settings.allowed_rank:
             raise UserError(
-                f"the adapter's rank is {rank}, and vLLM was started for ranks up to {self._settings.allowed_rank}",
+                f"The adapter's rank is {rank}, and vLLM was started for ranks up to {self._settings.allowed_rank}",
                 where=str(folder),
                 fix="Restart the server: it reads the ranks of the stored adapters.",
             )
@@ -351,7 +351,7 @@ def _entry(digest: str, folder: Path) -> dict[str, Any]:
         manifest = parse_record(Manifest, text, str(folder / MANIFEST))
         listed = {name: manifest.files[name].sha256 for name in entry["files"] if name in manifest.files}
         if manifest.digest != digest or listed != entry["files"]:
-            raise UserError("the manifest does not match the adapter's files", where=str(folder / MANIFEST))
+            raise UserError("The manifest does not match the adapter's files", where=str(folder / MANIFEST))
         entry["manifest"] = hashlib.sha256(text).hexdigest()
     return entry
 

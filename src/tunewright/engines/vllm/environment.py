@@ -91,7 +91,7 @@ def find(build: Build | None = None) -> Environment:
         found = _complete(folder)
         if found is not None and found.build == candidate:
             return found
-    raise UserError("the engine vllm is not installed", fix="Install it with `tunewright engine install vllm`.")
+    raise UserError("The engine vllm is not installed", fix="Install it with `tunewright engine install vllm`.")
 
 
 def install(
@@ -120,7 +120,7 @@ def install(
     folder = (to or default_folder(build)).absolute()
     found = _complete(folder)
     if found is not None and found.build == build and _mark(folder)["pins"] == digest(list(wanted)):
-        return _remembered(found, to)
+        return _record_location(found, to)
     _require_free(folder, build)
     download, on_disk = GIGABYTES[build]
     reporter.say(
@@ -135,10 +135,10 @@ def install(
     reporter.say("Importing vLLM, which compiles its Python files (a minute or two)")
     versions = json.loads(_run([str(folder / "bin" / "python"), "-c", probe], folder).splitlines()[-1])
     write_json(folder / MARK, {"build": build, "pins": digest(list(wanted)), "versions": versions})
-    return _remembered(Environment(folder, build, versions), to)
+    return _record_location(Environment(folder, build, versions), to)
 
 
-def _remembered(environment: Environment, to: Path | None) -> Environment:
+def _record_location(environment: Environment, to: Path | None) -> Environment:
     """Record the location of an environment outside the default folder."""
     elsewhere = default_folder(environment.build).with_suffix(".json")
     if to is not None:
@@ -235,7 +235,7 @@ def _run(command: Sequence[str], folder: Path) -> str:
 def _require_platform() -> None:
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
         raise UserError(
-            f"there is no build of vLLM for {sys.platform} on {platform.machine()}",
+            f"There is no build of vLLM for {sys.platform} on {platform.machine()}",
             fix="Use the engine peft, which needs no installation.",
         )
 
@@ -246,7 +246,7 @@ def _require_free(folder: Path, build: Build) -> None:
     needed, free = GIGABYTES[build][1] * 1e9 - there, shutil.disk_usage(place).free
     if free < needed:
         raise UserError(
-            f"not enough disk space for vLLM: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free",
+            f"Not enough disk space for vLLM: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free",
             where=str(place),
             fix="Free some space, or set another folder with --to.",
         )

@@ -72,7 +72,7 @@ def listed(manifest: Path, digest: str) -> str | None:
     return str(folder)
 
 
-class Gate:
+class RouteFilter:
     """ASGI middleware: it passes the gateway's routes on, adds one to evict an adapter, and refuses the rest."""
 
     def __init__(self, app: Any) -> None:

@@ -64,12 +64,10 @@ class Bench:
         names = _joined(alike, groups)
         count = len(set(names))
         if count < len(names):
-            self.reporter.say(
-                f"{suite}: {len(names):,} items in {count:,} clusters of alike or grouped ones: limits go by clusters."
-            )
+            self.reporter.say(f"{suite}: {len(names):,} items in {count:,} clusters of similar or grouped items.")
         return names
 
-    def kept(self, what: str, adapter: Adapter | None, **decides: Any) -> Kept:
+    def kept(self, what: str, adapter: Adapter | None, **decides: Any) -> MeasurementCache:
         """Return the known results of items measured with an adapter, or with the base alone."""
         identity = {
             "what": what,
@@ -78,10 +76,10 @@ class Bench:
             "adapter": adapter.digest if adapter else None,
             **decides,
         }
-        return Kept(self.project.work / "general" / "items" / f"{digest(identity)[:16]}.json")
+        return MeasurementCache(self.project.work / "general" / "items" / f"{digest(identity)[:16]}.json")
 
 
-class Kept:
+class MeasurementCache:
     """Measured items by name, kept in a file that is always written atomically."""
 
     def __init__(self, file: Path) -> None:
@@ -139,7 +137,7 @@ def file_identity(engine: str, path: Path, settings: FileSuite, margin: float) -
     }
 
 
-def fitting(
+def items_that_fit(
     suite: str, items: Sequence[T], fits: Callable[[T], bool], long: str, bench: Bench
 ) -> tuple[list[T], list[str]]:
     """Return the items that fit the base's context, and a note on the others.
@@ -159,7 +157,7 @@ def fitting(
     return kept, [summary]
 
 
-def dealt(count: int, seed: int) -> list[int]:
+def derangement(count: int, seed: int) -> list[int]:
     """Return another index for each of at least two: one cycle through all, so that none maps to itself."""
     order = np.random.default_rng(seed).permutation(count)
     other = np.empty(count, dtype=np.int64)

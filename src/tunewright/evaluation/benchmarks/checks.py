@@ -42,7 +42,7 @@ class _Count(_Check):
     def _bounds(self) -> _Count:
         least, most = self.at_least, self.at_most
         if (least, most) in ((None, None), (0, None)):
-            raise ValueError("at_least (above 0) or at_most has to be given")
+            raise ValueError("set at_least (above 0) or at_most")
         if least is not None and most is not None and least > most:
             raise ValueError("at_least is above at_most")
         return self

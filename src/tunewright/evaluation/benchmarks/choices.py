@@ -22,11 +22,11 @@ from tunewright.evaluation.benchmarks.bench import (
     Floats,
     above_chance,
     above_floor,
-    dealt,
+    derangement,
     draw,
     expected_text,
     file_identity,
-    fitting,
+    items_that_fit,
     suite_of,
 )
 from tunewright.evaluation.losses import answer_losses
@@ -56,7 +56,7 @@ def read_questions(path: Path) -> list[Question]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", where=str(path)) from None
+        raise UserError(f"Cannot read the file: {error.strerror}", where=str(path)) from None
     questions = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -67,10 +67,10 @@ def read_questions(path: Path) -> list[Question]:
             question = Question(str(row["query"]), choices, int(row["gold"]), None if group is None else str(group))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"not a question with query, choices and gold ({error})", where=f"{path}:{number}"
+                f"Expected a question with query, choices and gold ({error})", where=f"{path}:{number}"
             ) from None
         if not 0 <= question.gold < len(question.choices) or not all(question.choices):
-            raise UserError("gold is none of the choices, or one is empty", where=f"{path}:{number}")
+            raise UserError("gold must be the index of a choice, and no choice may be empty", where=f"{path}:{number}")
         questions.append(question)
     return questions
 
@@ -142,7 +142,7 @@ class ChoicesSuite:
         path = root / settings.file
         everything = read_questions(path)
         if len(everything) < 2:
-            raise UserError(f"{len(everything)} questions make no suite", where=str(path))
+            raise UserError(f"{len(everything)} questions are too few for a suite (at least 2)", where=str(path))
         self.name = Path(settings.file).stem
         self.questions = draw(everything, settings.limit, seed)
         self.margin = margin
@@ -180,11 +180,11 @@ class ChoicesSuite:
         limit, tokenizer = context_length(bench.generator.base), bench.generator.chat.tokenizer
         long = f"questions are longer than the base's context of {limit:,} tokens"
         # The control that reveals the answer makes the longest rows.
-        asked, left_out = fitting(
+        asked, left_out = items_that_fit(
             self.name, self.questions, lambda q: tokens(tokenizer, _told(q)) <= limit, long, bench
         )
         if len(asked) < 2:
-            raise UserError(f"no two questions fit the base's context of {limit:,} tokens", where=self.name)
+            raise UserError(f"No two questions fit the base's context of {limit:,} tokens", where=self.name)
         return asked, left_out
 
     def _controls(
@@ -193,7 +193,7 @@ class ChoicesSuite:
         chance = float(np.mean([1 / len(q.choices) for q in asked]))
         some = asked[:CONTROL_ITEMS]
         others = [
-            replace(q, text=some[other].text) for q, other in zip(some, dealt(len(some), bench.seed), strict=True)
+            replace(q, text=some[other].text) for q, other in zip(some, derangement(len(some), bench.seed), strict=True)
         ]
         mixed_up = self._scores(bench, others, None, "questions dealt to other choices")
         scores = self._scores(bench, [_told(q) for q in some[:_TOLD_ITEMS]], None, "answers given")

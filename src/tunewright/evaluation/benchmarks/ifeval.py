@@ -47,9 +47,9 @@ def read_instructions(path: Path) -> tuple[list[Instruction], dict[str, int]]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", where=str(path)) from None
+        raise UserError(f"Cannot read the file: {error.strerror}", where=str(path)) from None
     except UnicodeDecodeError as error:
-        raise UserError(f"not UTF-8: {error.reason}", where=str(path)) from None
+        raise UserError(f"Not UTF-8: {error.reason}", where=str(path)) from None
     found: list[Instruction] = []
     unsupported: Counter[str] = Counter()
     for number, line in enumerate(lines, start=1):
@@ -67,7 +67,7 @@ def _read(line: str, where: str) -> tuple[Instruction | None, set[str]]:
         row = json.loads(line)
         prompt = row["prompt"]
         if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError("prompt is no text")
+            raise ValueError("prompt must be text")
         if "instruction_id_list" in row:
             ids, values = row["instruction_id_list"], row["kwargs"]
             wanted = [_google(name, given) for name, given in zip(ids, values, strict=True)]
@@ -77,20 +77,20 @@ def _read(line: str, where: str) -> tuple[Instruction | None, set[str]]:
         if lacking:
             return None, lacking
         if not wanted:
-            raise ValueError("there is no check")
+            raise ValueError("checks is empty")
         checks, group = tuple(_CHECK.validate_python(check) for check in wanted), row.get("group")
         return Instruction(prompt, checks, None if group is None else str(group)), set()
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise UserError(
-            f"not a check: {'.'.join(map(str, first['loc']))}: {first['msg']}",
+            f"Invalid check: {'.'.join(map(str, first['loc']))}: {first['msg']}",
             where=where,
-            fix="docs/how-to/regression-suites.md lists the checks and what each takes.",
+            fix="See docs/how-to/regression-suites.md for the checks and their arguments.",
         ) from None
     except KeyError as error:
-        raise UserError(f"not an instruction with prompt and checks: {error} is missing", where=where) from None
+        raise UserError(f"Expected an object with prompt and checks: {error} is missing", where=where) from None
     except (ValueError, TypeError) as error:
-        raise UserError(f"not an instruction with prompt and checks: {error}", where=where) from None
+        raise UserError(f"Expected an object with prompt and checks: {error}", where=where) from None
 
 
 def _google(name: str, given: Values) -> dict[str, Any] | None:

@@ -16,11 +16,11 @@ from tunewright.evaluation.answer_journal import Answer
 from tunewright.evaluation.benchmarks.bench import (
     Bench,
     above_floor,
-    dealt,
+    derangement,
     draw,
     expected_text,
     file_identity,
-    fitting,
+    items_that_fit,
     suite_of,
 )
 from tunewright.evaluation.benchmarks.ifeval import Instruction, read_instructions, unsupported_text
@@ -47,7 +47,7 @@ class InstructionsSuite:
         self.left_out = [*unsupported_text(unsupported, lines - len(everything))]
         if len(everything) < 2:
             why = f": {self.left_out[0]}" if self.left_out else ""
-            raise UserError(f"{len(everything)} prompts make no suite{why}", where=str(path))
+            raise UserError(f"{len(everything)} prompts are too few for a suite (at least 2){why}", where=str(path))
         self.name = Path(settings.file).stem
         self.instructions = draw(everything, settings.limit, seed)
         self.limit = settings.max_new_tokens
@@ -72,7 +72,7 @@ class InstructionsSuite:
             np.array([i.followed(a.text) for i, a in zip(asked, given, strict=True)], dtype=np.float64)
             for given in (off, on)
         )
-        others = dealt(len(asked), bench.seed)
+        others = derangement(len(asked), bench.seed)
         mixed_up = [i.followed(off[other].text) for i, other in zip(asked, others, strict=True)]
         controls = [
             examples_control(asked),
@@ -103,12 +103,12 @@ class InstructionsSuite:
         limit = context_length(bench.generator.base) - self.limit
         rendered = [(i, bench.generator.chat.prompt([Message("user", i.prompt)])) for i in self.instructions]
         long = f"prompts do not fit the base's context with an answer of {self.limit:,} tokens"
-        asked, left_out = fitting(self.name, rendered, lambda pair: len(pair[1]) <= limit, long, bench)
+        asked, left_out = items_that_fit(self.name, rendered, lambda pair: len(pair[1]) <= limit, long, bench)
         if len(asked) < 2:
             raise UserError(
-                f"no two prompts fit the base's context with an answer of {self.limit:,} tokens",
+                f"No two prompts fit the base's context with an answer of {self.limit:,} tokens",
                 where=self.name,
-                fix="Lower its max_new_tokens.",
+                fix="Lower max_new_tokens of the suite.",
             )
         return [i for i, _ in asked], [p for _, p in asked], [*self.left_out, *left_out]
 
@@ -119,8 +119,8 @@ class InstructionsSuite:
         cut = sum(a.truncated for a in off), sum(a.truncated for a in on)
         if max(cut) > _TRUNCATED_SHARE * len(off):
             bench.reporter.warn(
-                f"{self.name}: {cut[0]} answers with the adapter off and {cut[1]} with it on, of {len(off)}, ran into "
-                f"the limit of {self.limit:,} tokens; checks may fail for that alone. Raise its max_new_tokens."
+                f"{self.name}: {cut[0]} answers with the adapter off and {cut[1]} with it on, of {len(off)}, reached "
+                f"the limit of {self.limit:,} tokens; checks may fail only because of it. Raise its max_new_tokens."
             )
         return cut
 

@@ -36,7 +36,7 @@ class LmEvalSuite:
     def __init__(self, settings: Settings, root: Path, margin: float) -> None:
         if find_spec("lm_eval") is None:
             raise UserError(
-                f"the task {settings.task} is measured with lm-eval, which is not installed",
+                f"The task {settings.task} requires lm-eval, which is not installed",
                 where="regressions.lm_eval",
                 fix="pip install 'lm-eval[hf]'",
             )
@@ -52,7 +52,7 @@ class LmEvalSuite:
             raise UserError(
                 f"lm-eval has no task {settings.task!r}",
                 where="regressions.lm_eval",
-                fix="`lm-eval ls tasks` lists them; those of your own are found in the suite's `folder`.",
+                fix="List the tasks with `lm-eval ls tasks`. For your own tasks set the suite's `folder`.",
             )
         self.identity: dict[str, Any] = {
             "engine": _ENGINE,
@@ -131,7 +131,7 @@ class LmEvalSuite:
                     fewshot_random_seed=bench.seed,
                 )
             except OSError as error:  # the hub and `datasets` raise it too, if a data set cannot be fetched
-                raise UserError(f"its data cannot be read: {error}", where=self.name) from error
+                raise UserError(f"The task's data cannot be read: {error}", where=self.name) from error
         samples: dict[str, dict[str, Any]] = {}
         for name, logged in results["samples"].items():
             kind = results["configs"][name]["output_type"]
@@ -144,16 +144,20 @@ class LmEvalSuite:
         known = list(dict.fromkeys(metric for sample in samples.values() for metric in sample["metrics"]))
         wanted = self.settings.metric or (_PREFERRED if _PREFERRED in known else known[0])
         if wanted not in known:
-            raise UserError(f"it has no metric {wanted!r}", where=self.name, fix=f"There are: {', '.join(known)}.")
+            raise UserError(
+                f"The task has no metric {wanted!r}", where=self.name, fix=f"Use one of: {', '.join(known)}."
+            )
         if not all(better.get(wanted, True) for better in results["higher_is_better"].values()):
-            raise UserError(f"less is better by its metric {wanted}", where=self.name, fix="Name another metric.")
+            raise UserError(
+                f"Lower is better for the metric {wanted}", where=self.name, fix="Use a metric where higher is better."
+            )
         return wanted
 
     def _share(self, sample: dict[str, Any], metric: str) -> float:
         value = sample.get(metric)
         if not isinstance(value, bool | int | float | np.number) or not 0 <= float(value) <= 1:
             raise UserError(
-                f"its metric {metric} is not a share from 0 to 1 for each item", where=self.name, fix="Name another."
+                f"The metric {metric} must be a share from 0 to 1 for each item", where=self.name, fix="Name another."
             )
         return float(value)
 

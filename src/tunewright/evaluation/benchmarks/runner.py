@@ -20,7 +20,7 @@ from tunewright.evaluation.benchmarks.instructions import InstructionsSuite
 from tunewright.evaluation.benchmarks.lm_eval import LmEvalSuite
 from tunewright.evaluation.benchmarks.samples import SamplesSuite
 from tunewright.evaluation.runner import EvaluateResult, evaluate
-from tunewright.evidence.benchmarks import Benchmarks, Standing, Suite, standing
+from tunewright.evidence.benchmarks import Benchmarks, RegressionResult, Suite, standing
 from tunewright.evidence.schema import Advice, amend, evidence_on, load_evidence
 
 
@@ -36,7 +36,7 @@ class BenchmarkResult:
     """The evaluation whose evidence holds the section; None if the adapter has not been evaluated yet."""
 
     @property
-    def standing(self) -> Standing:
+    def standing(self) -> RegressionResult:
         """True if the adapter is worse at what the base could do."""
         return standing(self.general)
 
@@ -51,7 +51,7 @@ def open_suites(project: ProjectFolder) -> list[OpenSuite]:
     settings, root, seed = project.config.regressions, project.root, project.config.seed
     if not settings.measures:
         raise UserError(
-            "the config names no suite", where="regressions", fix="Set regressions.samples, or list files of items."
+            "The config has no suite", where="regressions", fix="Set regressions.samples, or list files of items."
         )
     suites: list[OpenSuite] = [SamplesSuite(settings.samples, settings.samples_margin)] if settings.samples else []
     suites += [ChoicesSuite(s, root, s.margin or settings.margin, seed) for s in settings.multiple_choice]
@@ -60,7 +60,7 @@ def open_suites(project: ProjectFolder) -> list[OpenSuite]:
     names = [suite.name for suite in suites]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise UserError(f"two suites are called {twice}", where="regressions", fix="Rename one of the files.")
+        raise UserError(f"Two suites have the name {twice}", where="regressions", fix="Rename one of the files.")
     return suites
 
 

@@ -13,7 +13,7 @@ from tunewright.chat import Tokens
 from tunewright.core.errors import UserError
 from tunewright.evaluation.benchmarks.bench import Bench, Floats
 from tunewright.evaluation.forgetting import ForgettingMeter
-from tunewright.evaluation.losses import judged_batches, most_places, whole_model
+from tunewright.evaluation.losses import judged_batches, max_head_positions, whole_model
 from tunewright.evidence.benchmarks import Control, Suite
 from tunewright.evidence.non_inferiority import items_needed, ratio_drop
 from tunewright.models.loading import decoder_layers
@@ -51,7 +51,10 @@ class SamplesSuite:
         meter = ForgettingMeter(bench.project, bench.version, bench.generator, self.wanted)
         rows = meter.unseen(bench.adapter)
         if len(rows) < 2:
-            raise UserError(f"{len(rows)} samples that the adapter was not trained on", where="regressions.samples")
+            raise UserError(
+                f"Too few samples that the adapter was not trained on: {len(rows)} (at least 2)",
+                where="regressions.samples",
+            )
         generator = bench.generator
         off, on = (lambda: generator.answering(None)), (lambda: generator.answering(bench.adapter))
         some = dict(list(rows.items())[:_CONTROL_SAMPLES])
@@ -176,7 +179,7 @@ def compare(
         with torch.inference_mode():
             head = whole_model(model).get_output_embeddings()
             targets = batch.targets.to(states[0].device)
-            step = most_places(head)
+            step = max_head_positions(head)
             found: list[list[Any]] = [[], [], []]
             for one, other, target in zip(*(s.split(step) for s in states), targets.split(step), strict=True):
                 log_p, log_q = head(one).float().log_softmax(-1), head(other).float().log_softmax(-1)

@@ -34,7 +34,7 @@ class _Event(BaseModel):
     when: Annotated[str, Field(description="UTC, ISO 8601.")]
 
 
-class Judged(_Event):
+class VerdictLine(_Event):
     """A verdict: the better answer, or both good, or neither."""
 
     event: Literal["verdict"] = "verdict"
@@ -42,26 +42,26 @@ class Judged(_Event):
     reference: Annotated[bool, Field(description="The reference was shown before the verdict.")]
 
 
-class Undone(_Event):
+class UndoLine(_Event):
     """The reviewer takes back the latest standing verdict on an item."""
 
     event: Literal["undo"] = "undo"
 
 
-class Shown(_Event):
+class ReferenceShownLine(_Event):
     """The reviewer saw the item's reference."""
 
     event: Literal["reference"] = "reference"
 
 
-class Noted(_Event):
+class NoteLine(_Event):
     """The reviewer's note on an item, replacing any earlier one; an empty one removes it."""
 
     event: Literal["note"] = "note"
     text: str
 
 
-Event = Judged | Undone | Shown | Noted
+Event = VerdictLine | UndoLine | ReferenceShownLine | NoteLine
 _EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="event")])
 
 
@@ -73,19 +73,19 @@ class Journal:
     events: tuple[Event, ...] = ()
     torn: bool = False
     """The file ends in half a line: a crash cut off the last event."""
-    stacks: dict[str, list[Judged]] = field(default_factory=dict)
+    stacks: dict[str, list[VerdictLine]] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     shown: frozenset[str] = frozenset()
 
     @property
-    def standing(self) -> dict[str, Judged]:
+    def standing(self) -> dict[str, VerdictLine]:
         """The current verdict on each item, by pair key."""
         return {key: stack[-1] for key, stack in self.stacks.items() if stack}
 
-    def latest(self) -> Judged | None:
+    def latest(self) -> VerdictLine | None:
         """Return the most recent of the current verdicts."""
         alive = {id(judged) for judged in self.standing.values()}
-        return next((e for e in reversed(self.events) if isinstance(e, Judged) and id(e) in alive), None)
+        return next((e for e in reversed(self.events) if isinstance(e, VerdictLine) and id(e) in alive), None)
 
 
 def journal_path(folder: Path, reviewer: str) -> Path:
@@ -96,10 +96,10 @@ def journal_path(folder: Path, reviewer: str) -> Path:
     """
     name = reviewer.strip()
     if not name or not name.isprintable():
-        raise UserError("the reviewer has no name", where="--reviewer", fix="Give a name.")
+        raise UserError("The reviewer's name is empty", where="--reviewer", fix="Pass a name.")
     file = quote(name, safe=" ")
     if len(file) > _LONGEST_NAME:
-        raise UserError("the reviewer's name is too long for a file's name", where="--reviewer", fix="Shorten it.")
+        raise UserError("The reviewer's name is too long for a file name", where="--reviewer", fix="Shorten it.")
     return folder / f"{file}.jsonl"
 
 
@@ -126,7 +126,7 @@ def _parse(path: Path) -> Journal:
             events.append(_event(line, f"{path}:{number}"))
     reviewer = unquote(path.stem)
     if other := next((e.reviewer for e in events if e.reviewer != reviewer), None):
-        raise UserError(f"verdicts of {reviewer} and of {other} in one file", where=str(path), fix="Restore the file.")
+        raise UserError(f"The file has verdicts of {reviewer} and of {other}", where=str(path), fix="Restore the file.")
     return _stood(reviewer, events, torn)
 
 
@@ -135,21 +135,21 @@ def _event(line: bytes, where: str) -> Event:
         return _EVENT.validate_json(line)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        what = f"not a verdict: {'.'.join(map(str, first['loc']))} {first['msg']}"
+        what = f"Invalid verdict: {'.'.join(map(str, first['loc']))} {first['msg']}"
         raise UserError(what, where=where, fix="Restore the file.") from None
 
 
 def _stood(reviewer: str, events: Sequence[Event], torn: bool) -> Journal:
-    stacks: dict[str, list[Judged]] = {}
+    stacks: dict[str, list[VerdictLine]] = {}
     notes: dict[str, str] = {}
     for event in events:
-        if isinstance(event, Judged):
+        if isinstance(event, VerdictLine):
             stacks.setdefault(event.key, []).append(event)
-        elif isinstance(event, Undone) and stacks.get(event.key):
+        elif isinstance(event, UndoLine) and stacks.get(event.key):
             stacks[event.key].pop()
-        elif isinstance(event, Noted):
+        elif isinstance(event, NoteLine):
             notes[event.key] = event.text
-    shown = frozenset(e.key for e in events if isinstance(e, Shown))
+    shown = frozenset(e.key for e in events if isinstance(e, ReferenceShownLine))
     return Journal(reviewer, tuple(events), torn, stacks, {k: text for k, text in notes.items() if text}, shown)
 
 

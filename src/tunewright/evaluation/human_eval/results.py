@@ -16,7 +16,7 @@ from tunewright.evaluation.human_eval.journal import FOLDER, Journal, read_journ
 from tunewright.evaluation.human_eval.sample import Sample, load_sample, stratify, treatment_is_a
 from tunewright.evaluation.judge.rows import Outcome, load_judged
 from tunewright.evidence.common import Interval, Score
-from tunewright.evidence.human_eval import AnswerReview, Powered, RaterAgreement, Reviewer, ReviewStratum
+from tunewright.evidence.human_eval import AnswerReview, PredictionPowered, RaterAgreement, Reviewer, ReviewStratum
 from tunewright.evidence.schema import Evidence, Item, load_evidence, load_items
 from tunewright.evidence.statistics import exact_mcnemar
 
@@ -34,7 +34,7 @@ class JudgePreferences:
     preferences: Mapping[str, int]
 
 
-def heard_judge(folder: Path, evidence: Evidence, reporter: Reporter) -> JudgePreferences | None:
+def accepted_judge(folder: Path, evidence: Evidence, reporter: Reporter) -> JudgePreferences | None:
     """Return the evaluation's judge on its deciding contrast, or None without a judge or with a vetoed one.
 
     Raises:
@@ -44,7 +44,9 @@ def heard_judge(folder: Path, evidence: Evidence, reporter: Reporter) -> JudgePr
     if judgement is None:
         return None
     if judgement.vetoed:
-        reporter.warn(f"The judge {judgement.model} is vetoed: it is neither compared with people nor of help to them.")
+        reporter.warn(
+            f"The judge {judgement.model} is vetoed: its verdicts are neither compared with people's nor used."
+        )
         return None
     control = evidence.contrasts[0].control
     found = {}
@@ -77,7 +79,7 @@ def review_results(folder: Path, judge: JudgePreferences | None = None) -> Answe
     sample = load_sample(folder / FOLDER, evidence)
     if sample is None:
         raise UserError(
-            "nobody has reviewed this evaluation", where=str(folder), fix="`tunewright human-eval` does it."
+            "The evaluation has no reviews", where=str(folder), fix="Review it first: tunewright human-eval"
         )
     journals = read_journals(folder / FOLDER)
     said = {journal.reviewer: preferences(journal, sample) for journal in journals}
@@ -160,7 +162,7 @@ def _estimates(
     stratum_of: Mapping[str, str],
     scores: Mapping[str, float],
     judge: JudgePreferences | None,
-) -> tuple[Estimate, Powered | None]:
+) -> tuple[Estimate, PredictionPowered | None]:
     keys = [item.key for item in items]
     certain = np.array([key not in stratum_of for key in keys])
     verdicts = np.array([scores.get(key, 0.0) for key in keys])
@@ -177,7 +179,7 @@ def _estimates(
     judged = np.array([0.0 if key not in stratum_of else float(judge.preferences.get(key, 0)) for key in keys])
     covered = sum(key in judge.preferences for key in stratum_of)
     found = estimate(design, verdicts, judged)
-    return classical, Powered(win_rate=_win_rate(found, POWERED), tuning=found.tuning, judged=covered)
+    return classical, PredictionPowered(win_rate=_win_rate(found, POWERED), tuning=found.tuning, judged=covered)
 
 
 def _win_rate(found: Estimate, method: str) -> Score:

@@ -70,7 +70,7 @@ def open_sample(folder: Path, evidence: Evidence, items: Sequence[Item], count: 
         return draw_sample(evidence, items, ITEMS if count is None else count)
     if count is not None and min(count, sum(s.items for s in sample.strata)) != len(sample.order):
         raise UserError(
-            f"the sample of this evaluation has {len(sample.order)} items and is unchanged",
+            f"The sample of this evaluation has {len(sample.order)} items and cannot be changed",
             where="--items",
             fix="Leave the option out.",
         )
@@ -87,7 +87,9 @@ def keep_sample(folder: Path, evidence: Evidence, sample: Sample) -> None:
     if there is None:
         write_json(folder / SAMPLE_FILE, sample.model_dump(mode="json"))
     elif there != sample:
-        raise UserError("another sample was drawn meanwhile", where=str(folder / SAMPLE_FILE), fix="Begin again.")
+        raise UserError(
+            "Another sample was drawn at the same time", where=str(folder / SAMPLE_FILE), fix="Run the command again."
+        )
 
 
 def load_sample(folder: Path, evidence: Evidence) -> Sample | None:
@@ -103,9 +105,9 @@ def load_sample(folder: Path, evidence: Evidence) -> Sample | None:
         return None
     except ValidationError as error:
         what = " ".join(str(error).splitlines()[1:3])
-        raise UserError(f"not the sample of a review: {what}", where=str(path), fix="Restore the file.") from None
+        raise UserError(f"Invalid sample: {what}", where=str(path), fix="Restore the file.") from None
     if sample.evaluation != evidence.id:
-        what = f"the sample of evaluation {sample.evaluation}, not of {evidence.id}"
+        what = f"The sample belongs to evaluation {sample.evaluation}, not to {evidence.id}"
         raise UserError(what, where=str(path), fix="Restore the file.")
     return sample
 
@@ -120,8 +122,8 @@ def draw_sample(evidence: Evidence, items: Sequence[Item], count: int) -> Sample
     strata = stratify(items, first.treatment, first.control, evidence.metric)
     if not strata:
         raise UserError(
-            f"{first.treatment} and {first.control} answer all {len(items):,} test items alike: "
-            "there is nothing to compare"
+            f"{first.treatment} and {first.control} answer all {len(items):,} test items alike, "
+            "so there is nothing to compare"
         )
     seed = int(digest({"review": evidence.id})[:12], 16)
     chosen = draw(strata, count, seed)
@@ -189,9 +191,9 @@ def allocate(sizes: Mapping[StratumName, int], count: int) -> dict[StratumName, 
     least = min(SMALLEST, count // len(sizes))
     if least < 2 and count < total:
         raise UserError(
-            f"{count} items are too few: the metric makes {len(sizes)} kinds of items here ({', '.join(sizes)})",
+            f"{count} items are too few: the sample needs 2 of each kind ({', '.join(sizes)})",
             where="--items",
-            fix=f"Take {2 * len(sizes)} at least.",
+            fix=f"Use --items {2 * len(sizes)} or more.",
         )
     asked = {name: min(least, size) for name, size in sizes.items()}
     while sum(asked.values()) < count:

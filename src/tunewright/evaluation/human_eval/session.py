@@ -11,11 +11,11 @@ from tunewright.core.progress import Reporter
 from tunewright.evaluation.human_eval.journal import (
     FOLDER,
     Event,
-    Judged,
-    Noted,
-    Shown,
+    NoteLine,
+    ReferenceShownLine,
     Side,
-    Undone,
+    UndoLine,
+    VerdictLine,
     append_events,
     read_journal,
 )
@@ -31,14 +31,14 @@ def check_options(*, results: bool, export: bool, sheet: bool, items: bool, revi
     """
     actions = [name for name, there in (("--results", results), ("--export", export), ("--import", sheet)) if there]
     if len(actions) > 1:
-        raise UserError("one at a time", where=" ".join(actions))
+        raise UserError("These options are mutually exclusive", where=" ".join(actions), fix="Choose one.")
     if reference and not export:
-        raise UserError("the references go into a sheet, and none is written", where="--reference", fix="Add --export.")
+        raise UserError("--reference requires --export", where="--reference", fix="Add --export.")
     idle = [name for name, there in (("--items", items), ("--reviewer", reviewer)) if there]
     if results and idle:
-        raise UserError(f"{' '.join(idle)} changes nothing here", where="--results", fix="Leave it out.")
+        raise UserError(f"--results does not use {', '.join(idle)}", where="--results", fix="Leave it out.")
     if sheet and items:
-        raise UserError("--items changes nothing here", where="--import", fix="Leave it out.")
+        raise UserError("--import does not use --items", where="--import", fix="Leave it out.")
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class BlindReview:
 
     @property
     def progress(self) -> Progress:
-        """This reviewer's progress."""
+        """Return this reviewer's progress."""
         said = [judged.verdict for key in self.sample.order if (judged := self.journal.standing.get(key))]
         skipped = said.count("skip")
         return Progress(len(said) - skipped, skipped, len(self.sample.order), self.sample.same)
@@ -150,13 +150,13 @@ class BlindReview:
     def show_reference(self, pair: Pair) -> Pair:
         """Return the pair with its reference, and record that it was shown."""
         if pair.reference is None:
-            self._append(Shown(key=pair.key, reviewer=self.reviewer, when=now()))
+            self._append(ReferenceShownLine(key=pair.key, reviewer=self.reviewer, when=now()))
         return self.pair(pair.key)
 
     def note(self, pair: Pair, text: str) -> Pair:
         """Store a note on the pair, replacing any earlier one."""
         if text.strip() != pair.note:
-            self._append(Noted(key=pair.key, text=text.strip(), reviewer=self.reviewer, when=now()))
+            self._append(NoteLine(key=pair.key, text=text.strip(), reviewer=self.reviewer, when=now()))
         return self.pair(pair.key)
 
     def undo(self) -> Pair | None:
@@ -164,7 +164,7 @@ class BlindReview:
         last = self.journal.latest()
         if last is None or last.key not in self.sample.order:
             return None
-        self._append(Undone(key=last.key, reviewer=self.reviewer, when=now()))
+        self._append(UndoLine(key=last.key, reviewer=self.reviewer, when=now()))
         self._passed.discard(last.key)
         self._back = last.key
         return self.pair(last.key)
@@ -173,10 +173,10 @@ class BlindReview:
         """Record the sample, as the first verdict also does: from then on it stays the same."""
         keep_sample(self.folder, self.evidence, self.sample)
 
-    def judged(self, key: str, verdict: Side) -> Judged:
+    def judged(self, key: str, verdict: Side) -> VerdictLine:
         """Return a verdict in the journal's form."""
         shown = key in self.journal.shown
-        return Judged(key=key, verdict=verdict, reference=shown, reviewer=self.reviewer, when=now())
+        return VerdictLine(key=key, verdict=verdict, reference=shown, reviewer=self.reviewer, when=now())
 
     def record(self, events: list[Event]) -> None:
         """Record several events at once."""
@@ -205,5 +205,5 @@ def require_arms(evidence: Evidence, items: list[Item]) -> None:
 def _require_items(order: tuple[str, ...], items: dict[str, Item], folder: Path) -> None:
     lost = [key for key in order if key not in items]
     if lost:
-        what = f"{len(lost):,} items of the sample are no longer among the test items, {lost[0][:12]} first"
+        what = f"{len(lost):,} items of the sample are no longer among the test items (first: {lost[0][:12]})"
         raise UserError(what, where=str(folder), fix="Restore items.jsonl.")

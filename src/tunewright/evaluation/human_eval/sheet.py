@@ -9,7 +9,7 @@ from pathlib import Path
 from tunewright.core.clock import now
 from tunewright.core.csv import one_line_end, read_sheet, refuse_faulty, restored_cell, write_sheet
 from tunewright.core.errors import UserError
-from tunewright.evaluation.human_eval.journal import SIDES, Event, Noted, Shown, Side
+from tunewright.evaluation.human_eval.journal import SIDES, Event, NoteLine, ReferenceShownLine, Side
 from tunewright.evaluation.human_eval.session import BlindReview
 
 COLUMNS = ("evaluation", "item", "input", "A", "B", "verdict", "note")
@@ -19,7 +19,7 @@ _SIDE_OF: Mapping[str, Side] = {side.lower(): side for side in SIDES}
 
 
 @dataclass(frozen=True)
-class SheetTaken:
+class SheetImport:
     """The result of an import: verdicts recorded, verdicts already there, rows without one, and notes recorded."""
 
     recorded: int
@@ -40,7 +40,7 @@ def export_sheet(review: BlindReview, path: Path, *, reference: bool = False) ->
     keys = review.open_keys()
     if not keys:
         raise UserError(
-            f"{review.reviewer} has judged all pairs", fix="`tunewright human-eval --results` says how it stands."
+            f"{review.reviewer} has judged all pairs", fix="Show the results: tunewright human-eval --results"
         )
     columns = [*COLUMNS[:3], REFERENCE, *COLUMNS[3:]] if reference else COLUMNS
     rows = []
@@ -54,7 +54,7 @@ def export_sheet(review: BlindReview, path: Path, *, reference: bool = False) ->
     return len(rows)
 
 
-def import_sheet(review: BlindReview, path: Path) -> SheetTaken:
+def import_sheet(review: BlindReview, path: Path) -> SheetImport:
     """Record a filled-in sheet's verdicts and notes for this reviewer: all, or none if a row is faulty.
 
     Raises:
@@ -69,7 +69,7 @@ def import_sheet(review: BlindReview, path: Path) -> SheetTaken:
         key = cells["item"]
         fault = _fault(review, cells)
         if key in seen and not fault:
-            fault = f"the item of line {seen[key]} again"
+            fault = f"duplicate of line {seen[key]}"
         seen.setdefault(key, line)
         if fault:
             faults.append(f"{path}:{line}: {fault}")
@@ -77,15 +77,16 @@ def import_sheet(review: BlindReview, path: Path) -> SheetTaken:
             _take(review, cells, events, taken)
     refuse_faulty(faults)
     review.record(events)
-    return SheetTaken(**taken)
+    return SheetImport(**taken)
 
 
 def _require_evaluation(found: str, review: BlindReview, where: str) -> None:
     if found.strip() != review.evidence.id:
         raise UserError(
-            f"a sheet of evaluation {found.strip() or 'unknown'}, not of {review.evidence.id}; no verdict was recorded",
+            f"The sheet belongs to evaluation {found.strip() or 'unknown'}, not to {review.evidence.id}; "
+            "no verdict was recorded",
             where=where,
-            fix=f"`tunewright human-eval {found.strip()} --import …` takes it." if found.strip() else None,
+            fix=f"Import it there: tunewright human-eval {found.strip()} --import …" if found.strip() else None,
         )
 
 
@@ -98,7 +99,7 @@ def _fault(review: BlindReview, cells: Mapping[str, str]) -> str | None:
     pair = review.pair(key)
     for name, text in (("A", pair.a), ("B", pair.b)):
         if one_line_end(restored_cell(cells[name])) != one_line_end(text):
-            return f"answer {name} was changed: leave it as it was exported, and write what you think in note"
+            return f"answer {name} was changed: restore the exported text, and write comments into the column note"
     return None
 
 
@@ -106,7 +107,7 @@ def _take(review: BlindReview, cells: Mapping[str, str], events: list[Event], ta
     key, verdict = cells["item"], cells["verdict"].strip().lower()
     note = one_line_end(restored_cell(cells["note"])).strip()
     if note and note != review.journal.notes.get(key, ""):
-        events.append(Noted(key=key, text=note, reviewer=review.reviewer, when=now()))
+        events.append(NoteLine(key=key, text=note, reviewer=review.reviewer, when=now()))
         taken["notes"] += 1
     if not verdict:
         taken["blank"] += 1
@@ -117,7 +118,7 @@ def _take(review: BlindReview, cells: Mapping[str, str], events: list[Event], ta
         return
     shown = key in review.journal.shown
     if REFERENCE in cells and not shown:
-        events.append(Shown(key=key, reviewer=review.reviewer, when=now()))
+        events.append(ReferenceShownLine(key=key, reviewer=review.reviewer, when=now()))
         shown = True
     events.append(review.judged(key, _SIDE_OF[verdict]).model_copy(update={"reference": shown}))
     taken["recorded"] += 1

@@ -39,7 +39,7 @@ class JudgeBudget:
         while self.budget is not None and self.spent + self._reserved + most > self.budget:
             if not self._under_way:
                 raise OutOfBudgetError(
-                    f"the budget of {self.budget:g} is used up: {self.spent:.4f} is spent, and the next request may "
+                    f"The budget of {self.budget:g} is used up: {self.spent:.4f} is spent, and the next request may "
                     f"cost {most:.4f}"
                 )
             self._freed = self._freed or asyncio.Event()

@@ -81,9 +81,9 @@ def control_cases(items: Sequence[Item], most: int, seed: int, criteria: str | N
             chosen.append((item, unlike[int(rng.integers(len(unlike)))]))
     if len(chosen) < FEWEST:
         raise UserError(
-            f"a judge is tested on at least {FEWEST} items of different clusters with different references, and "
-            f"there are {len(chosen)} here: whether it may be trusted cannot be shown",
-            fix="Evaluate on more unlike items.",
+            f"Testing a judge requires at least {FEWEST} items of different clusters with different references "
+            f"(got {len(chosen)})",
+            fix="Evaluate on more items that differ.",
         )
     return [case for item, other in chosen for case in _cases(item, other, criteria)]
 

@@ -26,7 +26,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.interrupts import run_async
 from tunewright.core.progress import Reporter, Task
 from tunewright.evaluation.judge.budget import JudgeBudget, OutOfBudgetError
-from tunewright.evaluation.judge.replies import Conversation, Journal, Reply, cost, guessed_tokens
+from tunewright.evaluation.judge.replies import Conversation, Journal, Reply, cost, estimated_tokens
 
 LONGEST_WAIT = 600.0
 """Seconds; an endpoint that asks for a longer wait (a daily quota) ends the run, which can be resumed later."""
@@ -218,7 +218,7 @@ class Endpoint:
         except httpx.TransportError as error:
             raise _RequestError(f"no connection: {error or type(error).__name__}") from None
         except httpx.InvalidURL as error:
-            raise _RequestError(f"no address: {error}", status=400) from None
+            raise _RequestError(f"invalid address: {error}", status=400) from None
         if response.is_success:
             return _parsed(response, conversation)
         message = self._told(response)
@@ -250,11 +250,11 @@ class Endpoint:
     def _failed(self, error: _RequestError, tries: int) -> UserError:
         what = f"{self.config.model} at {self.config.base_url} does not answer ({error}"
         what += f"; asked {tries} times)" if tries > 1 else ")"
-        fix = f"See base_url, model, api_key_env and parameters in the config's {self.where} section. {_KEPT}"
+        fix = f"Check base_url, model, api_key_env and parameters in the config's {self.where} section. {_KEPT}"
         if error.retry_after is not None and error.retry_after > LONGEST_WAIT:
-            fix = f"It asks to wait {error.retry_after:,.0f} s. {_KEPT}"
+            fix = f"The endpoint asks to wait {error.retry_after:,.0f} s. {_KEPT}"
         elif error.transient:
-            fix = f"Is it up? More retries, or fewer requests at once, may help ({self.where}.max_retries). {_KEPT}"
+            fix = f"Check that the endpoint runs, or raise {self.where}.max_retries. {_KEPT}"
         return UserError(what, where=f"{self.where}.base_url", fix=fix)
 
 
@@ -264,12 +264,14 @@ def _secret(config: EndpointConfig, where: str) -> str | None:
     key = os.environ.get(config.api_key_env, "").strip()
     if not key:
         raise UserError(
-            f"the environment variable {config.api_key_env} is not set",
+            f"The environment variable {config.api_key_env} is not set",
             where=f"{where}.api_key_env",
             fix=f"Set it to the endpoint's API key: export {config.api_key_env}=…",
         )
     if not key.isascii():
-        raise UserError(f"{config.api_key_env} is no API key: it is not ASCII", where=f"{where}.api_key_env")
+        raise UserError(
+            f"{config.api_key_env} is not an API key: it has non-ASCII characters", where=f"{where}.api_key_env"
+        )
     return key
 
 
@@ -282,14 +284,14 @@ def _parsed(response: httpx.Response, conversation: Conversation) -> Reply:
         counts = usage.get("prompt_tokens"), usage.get("completion_tokens")
         finish = choice.get("finish_reason")
         if not isinstance(text, str):
-            raise TypeError("content is no text")
+            raise TypeError("content is not text")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         start = " ".join(response.text.split())[:120]
-        raise _RequestError(f"the reply is no chat completion: {start!r}", status=502) from None
+        raise _RequestError(f"the reply is not a chat completion: {start!r}", status=502) from None
     if isinstance(counts[0], int) and isinstance(counts[1], int):
         return Reply(text, finish, counts[0], counts[1])
-    prompt = sum(guessed_tokens(message["content"]) for message in conversation)
-    return Reply(text, finish, prompt, guessed_tokens(text), estimated=True)
+    prompt = sum(estimated_tokens(message["content"]) for message in conversation)
+    return Reply(text, finish, prompt, estimated_tokens(text), estimated=True)
 
 
 def _retry_after(value: str | None) -> float | None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy.special import expit
 from scipy.stats import beta
 
-from tunewright.evaluation.judge.rows import Answered, Compared, ControlRow, JudgedItem
+from tunewright.evaluation.judge.rows import ArmCorrectness, ArmPreference, ControlRow, JudgedItem
 from tunewright.evidence.common import Interval, Score
 from tunewright.evidence.judge import JudgedArm, JudgedContrast, LengthControlled, Preference, WinRate
 from tunewright.evidence.power import minimum_detectable_effect
@@ -42,7 +42,7 @@ def exact_lower_limit(passed: int, tried: int) -> float:
     return float(beta.ppf(0.05, passed, tried - passed + 1)) if passed else 0.0
 
 
-def judged_arm(name: str, verdicts: Sequence[Answered], clusters: Sequence[str]) -> JudgedArm:
+def judged_arm(name: str, verdicts: Sequence[ArmCorrectness], clusters: Sequence[str]) -> JudgedArm:
     """Return the correctness of one arm; it needs at least one verdict."""
     scored = [(v, c) for v, c in zip(verdicts, clusters, strict=True) if v.correct is not None]
     right = np.array([v.correct for v, _ in scored], dtype=np.float64)
@@ -144,7 +144,7 @@ def _stripped_rate(rows: Sequence[JudgedItem], opponent: str, clusters: Sequence
     return win_rate(_results([compared for compared, _ in scored]), [cluster for _, cluster in scored], seed)
 
 
-def _results(pairs: Sequence[Compared]) -> Floats:
+def _results(pairs: Sequence[ArmPreference]) -> Floats:
     values = {"win": 1.0, "tie": 0.0, "loss": -1.0}
     return np.array([values[pair.outcome] for pair in pairs if pair.outcome is not None])
 
@@ -242,7 +242,7 @@ def logistic(covariate: Floats, wins: Floats, weights: Floats) -> tuple[Floats, 
     return a, b
 
 
-def reasons(verdicts: Sequence[Answered] | Sequence[Compared] | Sequence[ControlRow]) -> dict[str, int]:
+def reasons(verdicts: Sequence[ArmCorrectness] | Sequence[ArmPreference] | Sequence[ControlRow]) -> dict[str, int]:
     """Return the number of missing verdicts for each reason."""
     counted = Counter(v.unscored for v in verdicts if v.unscored is not None)
     return dict(sorted(counted.items()))

@@ -9,7 +9,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from tunewright.evaluation.judge.prompts import Question, Vote, correctness, outcome, pairwise
-from tunewright.evaluation.judge.rows import Answered, Compared, JudgedItem, Pair
+from tunewright.evaluation.judge.rows import ArmCorrectness, ArmPreference, JudgedItem, Pair
 from tunewright.evidence.schema import Item
 from tunewright.metrics import normalised
 
@@ -110,19 +110,19 @@ class JudgeRequests:
             pairs={opponent: self._pair(candidate, opponent, votes) for opponent in self.opponents},
         )
 
-    def _answered(self, candidate: Candidate, arm: str, votes: Votes) -> Answered:
+    def _answered(self, candidate: Candidate, arm: str, votes: Votes) -> ArmCorrectness:
         if arm in candidate.lacking:
-            return Answered(correct=None, unscored=candidate.lacking[arm])
+            return ArmCorrectness(correct=None, unscored=candidate.lacking[arm])
         item, answer = candidate.item, candidate.answers[arm]
         if normalised(answer) == normalised(item.reference):
-            return Answered(correct=True, exact=True)
+            return ArmCorrectness(correct=True, exact=True)
         vote = votes(correctness(item.input, item.reference, answer, self.criteria))
         correct = None if vote.verdict is None else vote.verdict == "correct"
-        return Answered(correct=correct, unscored=vote.unscored, reply=vote.reply)
+        return ArmCorrectness(correct=correct, unscored=vote.unscored, reply=vote.reply)
 
     def _pair(self, candidate: Candidate, opponent: str, votes: Votes) -> Pair:
         if opponent in candidate.lacking:
-            return Pair(plain=Compared(outcome=None, unscored=candidate.lacking[opponent]))
+            return Pair(plain=ArmPreference(outcome=None, unscored=candidate.lacking[opponent]))
         texts = (candidate.item.reference, candidate.answers[self.treatment], candidate.answers[opponent])
         stripped = tuple(map(without_markdown, texts))
         has_markdown = any(text.strip() != plain for text, plain in zip(texts, stripped, strict=True))
@@ -131,9 +131,9 @@ class JudgeRequests:
             stripped=self._compared(votes, candidate.item.input, *stripped) if has_markdown else None,
         )
 
-    def _compared(self, votes: Votes, task: str, reference: str, ours: str, theirs: str) -> Compared:
+    def _compared(self, votes: Votes, task: str, reference: str, ours: str, theirs: str) -> ArmPreference:
         if normalised(ours) == normalised(theirs):
-            return Compared(outcome="tie", equal=True)
+            return ArmPreference(outcome="tie", equal=True)
         both = (
             votes(pairwise(task, reference, ours, theirs, self.criteria)),
             votes(pairwise(task, reference, theirs, ours, self.criteria)),
@@ -141,6 +141,6 @@ class JudgeRequests:
         replies = tuple(each.reply for each in both)
         missing = next((each.unscored for each in both if each.unscored), None)
         if missing is not None:
-            return Compared(outcome=None, unscored=missing, replies=replies)
+            return ArmPreference(outcome=None, unscored=missing, replies=replies)
         result, flipped = outcome(*both)
-        return Compared(outcome=result, flipped=flipped, replies=replies)
+        return ArmPreference(outcome=result, flipped=flipped, replies=replies)

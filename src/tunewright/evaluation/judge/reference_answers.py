@@ -66,15 +66,15 @@ def read_answers(path: Path, items: Sequence[Item]) -> ReferenceAnswers:
         except (ValueError, KeyError, TypeError):
             key = answer = None
         if not isinstance(key, str) or not isinstance(answer, str):
-            raise UserError('not {"key": PAIR KEY, "answer": TEXT}', where=f"{path}:{number}")
+            raise UserError('Expected {"key": PAIR KEY, "answer": TEXT}', where=f"{path}:{number}")
         if key in answers:
-            raise UserError(f"the key {key[:12]} stands twice", where=f"{path}:{number}")
+            raise UserError(f"Duplicate key {key[:12]}", where=f"{path}:{number}")
         answers[key] = answer
     missing = [item.key for item in items if item.key not in answers]
     if missing:
         raise UserError(
-            f"{len(missing)} of {len(items)} test items have no answer there, {missing[0]} the first",
+            f"{len(missing)} of {len(items)} test items have no answer (first: {missing[0]})",
             where=str(path),
-            fix="Keys are the pair keys in items.jsonl of the evaluation.",
+            fix="Use the pair keys of the evaluation's items.jsonl.",
         )
     return ReferenceAnswers({item.key: answers[item.key] for item in items}, {})

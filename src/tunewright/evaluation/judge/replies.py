@@ -19,7 +19,7 @@ CHARACTERS_PER_TOKEN = 4
 """OpenAI's rule of thumb for English text, where the endpoint does not count tokens itself."""
 
 
-def guessed_tokens(text: str) -> int:
+def estimated_tokens(text: str) -> int:
     """Estimate the token count of ``text``."""
     return -(-len(text) // CHARACTERS_PER_TOKEN)
 

@@ -17,7 +17,7 @@ CONTROLS_FILE = "judge-controls.jsonl"
 Outcome = Literal["win", "tie", "loss"]
 
 
-class Answered(Part):
+class ArmCorrectness(Part):
     """The correctness of one arm's answer."""
 
     correct: Annotated[bool | None, Field(description="null: unscored.")]
@@ -26,7 +26,7 @@ class Answered(Part):
     reply: Annotated[str | None, Field(description="The judge's reply.")] = None
 
 
-class Compared(Part):
+class ArmPreference(Part):
     """One arm's answer against another's; win and loss are the treatment's."""
 
     outcome: Annotated[Outcome | None, Field(description="null: unscored.")]
@@ -39,15 +39,15 @@ class Compared(Part):
 class Pair(Part):
     """Both answers unchanged, and without markdown where a text has any."""
 
-    plain: Compared
-    stripped: Compared | None = None
+    plain: ArmPreference
+    stripped: ArmPreference | None = None
 
 
 class JudgedItem(Part):
     """One item; a line of ``judge.jsonl``."""
 
     key: Annotated[str, Field(description="The example's pair key.")]
-    correctness: Annotated[dict[str, Answered], Field(description="By arm.")]
+    correctness: Annotated[dict[str, ArmCorrectness], Field(description="By arm.")]
     pairs: Annotated[dict[str, Pair], Field(description="The treatment against each opponent, by opponent.")]
 
 
@@ -71,7 +71,7 @@ def load_judged(folder: Path) -> list[JudgedItem]:
     try:
         lines = file.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
-        raise UserError("no judged items here", where=str(file), fix="`tunewright judge` makes them.") from None
+        raise UserError("The file has no judged items", where=str(file), fix="Run `tunewright judge`.") from None
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line:
@@ -80,5 +80,5 @@ def load_judged(folder: Path) -> list[JudgedItem]:
             rows.append(JudgedItem.model_validate_json(line))
         except ValidationError as error:
             what = " ".join(str(error).splitlines()[1:3])
-            raise UserError(f"not a judged item: {what}", where=f"{file}:{number}") from None
+            raise UserError(f"Invalid judged item: {what}", where=f"{file}:{number}") from None
     return rows

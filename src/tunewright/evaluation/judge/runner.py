@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from tunewright.config.project import ProjectFolder
-from tunewright.core.clock import now, to_the_second
+from tunewright.core.clock import now, without_milliseconds
 from tunewright.core.errors import UserError
 from tunewright.core.io import write_text
 from tunewright.core.progress import Reporter
@@ -22,10 +22,10 @@ from tunewright.evaluation.judge.figures import judged_arm, judged_contrast, pre
 from tunewright.evaluation.judge.judge_requests import Candidate, JudgeRequests
 from tunewright.evaluation.judge.prompts import Question, Vote, prompts_digest, vote
 from tunewright.evaluation.judge.reference_answers import REFERENCE_MODEL, ReferenceAnswers, asked_answers, read_answers
-from tunewright.evaluation.judge.replies import Conversation, cost, guessed_tokens
+from tunewright.evaluation.judge.replies import Conversation, cost, estimated_tokens
 from tunewright.evaluation.judge.rows import CONTROLS_FILE, ROWS_FILE, ControlRow, JudgedItem
 from tunewright.evidence.common import Part
-from tunewright.evidence.judge import Control, Judgement, Spent
+from tunewright.evidence.judge import Control, Judgement, JudgeUsage
 from tunewright.evidence.schema import Evidence, Item, amend, load_evidence, load_items
 
 
@@ -46,7 +46,7 @@ def with_tasks(dataset: Path, evidence: Evidence, items: Sequence[Item], reporte
     except UserError as error:
         reporter.warn(
             f"The judge gets each item's input without a system prompt, since the rows are not here ({error.what}); "
-            "judge.criteria can say what the task is."
+            "describe the task in judge.criteria."
         )
         return list(items)
     return [item.model_copy(update={"input": task_text(messages[item.key])}) for item in items]
@@ -133,7 +133,7 @@ class Judge:
         self.settings = project.config.judge
         if self.settings.base_url is None or self.settings.model is None:
             raise UserError(
-                "the config names no judge",
+                "The config has no judge",
                 where="judge.base_url",
                 fix="Set judge.base_url and judge.model (and judge.api_key_env), such as those of a model you serve.",
             )
@@ -164,7 +164,7 @@ class Judge:
         if self.other is not None:
             asked += [(self.other, prompt) for prompt in {self.other.journal.key(p): p for p in prompts}.values()]
         missing = [(endpoint, said) for endpoint, said in asked if not endpoint.is_known(said)]
-        tokens = [sum(guessed_tokens(message["content"]) for message in said) for _, said in missing]
+        tokens = [sum(estimated_tokens(message["content"]) for message in said) for _, said in missing]
         limits = [endpoint.config.reply_limit for endpoint, _ in missing]
         costs = [
             None if limit is None else cost(endpoint.config, count, limit)
@@ -215,7 +215,7 @@ class Judge:
         shared = shared_family(str(self.settings.model), base)
         if shared is not None:
             self.reporter.warn(
-                f"The judge {self.settings.model} is of the base's own family ({shared}): judges favour text as they "
+                f"The judge {self.settings.model} belongs to the base's family ({shared}): judges favour text as they "
                 "would write it themselves, which is the untuned arm's. Take one of another family."
             )
         return shared
@@ -310,9 +310,9 @@ def _require_some(unscored: Sequence[str | None], what: str) -> None:
     if all(unscored):
         reasons = ", ".join(sorted({reason for reason in unscored if reason}))
         raise UserError(
-            f"not one verdict on {what} could be read ({reasons})",
+            f"No verdict on {what} could be read ({reasons})",
             where="judge.model",
-            fix="Give it more tokens (judge.parameters), or take another judge.",
+            fix="Raise its token limit (judge.parameters), or use another judge.",
         )
 
 
@@ -322,14 +322,14 @@ def _replaced(earlier: Judgement | None, new: Judgement) -> tuple[str, ...]:
         return ()
     if all(getattr(earlier, name) == getattr(new, name) for name in _IDENTITY):
         return earlier.replaced
-    summary = f"{earlier.model}, {to_the_second(earlier.created)}{', vetoed' if earlier.vetoed else ''}"
+    summary = f"{earlier.model}, {without_milliseconds(earlier.created)}{', vetoed' if earlier.vetoed else ''}"
     return (*earlier.replaced, summary)
 
 
-def _spent(endpoint: Endpoint) -> Spent:
+def _spent(endpoint: Endpoint) -> JudgeUsage:
     replies = endpoint.used.values()
     prompt, completion = sum(r.prompt_tokens for r in replies), sum(r.completion_tokens for r in replies)
-    return Spent(
+    return JudgeUsage(
         calls=len(replies),
         prompt_tokens=prompt,
         completion_tokens=completion,

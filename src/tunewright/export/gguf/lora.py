@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
-from tunewright.export.gguf.model import heads_of, require_gguf
+from tunewright.export.gguf.model import permuted_heads, require_gguf
 from tunewright.export.gguf.tensors import FILE_TYPES, FileType, TensorFile, gguf_name, interleaved
 from tunewright.export.weights import Weights
 from tunewright.models.bases import Base
@@ -49,7 +49,7 @@ def write_lora(
         into = gguf_name(str(text_name(tensor)), config.num_hidden_layers)
         own = change.scale * change.a.shape[0] / alpha
         file.add(f"{into}.lora_a", tuple(change.a.shape), _given(change.a))
-        heads = heads_of(tensor, config)
+        heads = permuted_heads(tensor, config)
         b = own * change.b
         file.add(f"{into}.lora_b", tuple(b.shape), _given(b if heads is None else interleaved(b, heads)))
     with reporter.task(f"writing {path.name}", 2 * len(weights.changes), "tensors") as task:

@@ -135,7 +135,7 @@ def gguf_context(config: Any) -> int:
     return context if window is None else min(int(window), context)
 
 
-def heads_of(name: str, config: Any) -> int | None:
+def permuted_heads(name: str, config: Any) -> int | None:
     """Return the number of heads of a tensor whose rows llama.cpp orders differently; None for other tensors."""
     if ".q_proj." in name:
         return int(config.num_attention_heads)
@@ -143,7 +143,7 @@ def heads_of(name: str, config: Any) -> int | None:
 
 
 def _rotated(weights: Weights, name: str, config: Any) -> Callable[[], Tensor]:
-    heads = heads_of(name, config)
+    heads = permuted_heads(name, config)
     if heads is None:
         return lambda: weights[name]
     return lambda: interleaved(weights[name], heads)

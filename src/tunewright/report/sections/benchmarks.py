@@ -29,7 +29,7 @@ def section(evidence: Evidence) -> Section | None:
     for place, (unit, axis) in enumerate(_AXES.items()):
         suites = [suite for suite in found.suites if suite.unit == unit]
         if suites:
-            title = f"What was lost of what the base could do before, {axis}, with 95% intervals"
+            title = f"Loss of general ability, {axis}, with 95% intervals"
             drawn = forest_plot(f"general-{place}", title, [_bar(suite) for suite in suites], axis=axis, zero=True)
             blocks.append(Figure(Markup(drawn)))
     if found.suites:
@@ -64,7 +64,7 @@ def _table(suites: Sequence[Suite]) -> Table:
 
 
 def _row(suite: Suite) -> Row:
-    needed = f"about {suite.items_needed:,} items would tell" if suite.items_needed else ""
+    needed = f"about {suite.items_needed:,} items needed" if suite.items_needed else ""
     drift = ""
     if suite.divergence is not None:
         drift = f"divergence {suite.divergence:.3f} nats per token"
@@ -87,7 +87,7 @@ def _row(suite: Suite) -> Row:
 
 def _controls(suite: Suite) -> str:
     results = "; ".join(
-        f"{control.name} {control.score:.3g}, has to be {control.wanted} ({'passed' if control.passed else 'FAILED'})"
+        f"{control.name} {control.score:.3g}, must be {control.wanted} ({'passed' if control.passed else 'FAILED'})"
         for control in suite.controls
     )
     return f"Controls of {suite.name}: {results}."

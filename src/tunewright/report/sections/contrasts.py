@@ -31,7 +31,7 @@ def section(evidence: Evidence) -> Section:
     ]
     if evidence.noise_floor is not None:
         blocks.append(Notes((noise_line(evidence.noise_floor),)))
-    return Section("contrasts", "The difference, and what it has to beat", tuple(blocks))
+    return Section("contrasts", "The difference and the margin", tuple(blocks))
 
 
 def _bar(contrast: Contrast) -> Bar:

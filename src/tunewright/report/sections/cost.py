@@ -20,9 +20,7 @@ def section(evidence: Evidence, advice: Signals | None) -> Section:
     ours, theirs = evidence.arm(first.treatment), evidence.arm(first.control)
     head = ("Arm", "Prompt tokens", "The same in every prompt", "New in each", "Answer tokens")
     table = Table("Table of tokens", head, tuple(_row(arm) for arm in evidence.arms))
-    return Section(
-        "cost", "What a call costs, and when training pays", (Lead(_lead(ours, theirs)), table, *_pays(advice))
-    )
+    return Section("cost", "Cost of a call, and break-even", (Lead(_lead(ours, theirs)), table, *_pays(advice)))
 
 
 def _lead(ours: Arm, theirs: Arm) -> str:
@@ -36,8 +34,8 @@ def _lead(ours: Arm, theirs: Arm) -> str:
     else:
         lead += "no more. "
     return (
-        f"{lead}What every prompt begins with a server computes once (prefix caching), so it is the tokens that are "
-        "new in each prompt, and the answer's, that a call is paid for."
+        f"{lead}A server computes the shared beginning of the prompts once (prefix caching), so a call costs the "
+        "tokens that are new in each prompt and those of the answer."
     )
 
 
@@ -99,8 +97,8 @@ def _grounds(advice: Signals, even: BreakEven) -> tuple[str, ...]:
     low, high = amount(even, even.saving_interval.low), amount(even, even.saving_interval.high)
     measured = (
         f"Advice {advice.id}: calls on {counted(advice.items, 'dev item')}, the tuned ones by a pilot adapter. A call "
-        f"saves {amount(even, even.saving)}, 95% interval {low} to {high}. That is of the token counts alone: prices, "
-        "speeds and the cost of training are taken as exact."
+        f"saves {amount(even, even.saving)}, 95% interval {low} to {high}. It covers the token counts only: prices, "
+        "speeds and the cost of training are treated as exact."
     )
     if not even.speed:
         return (measured,)
@@ -108,4 +106,4 @@ def _grounds(advice: Signals, even: BreakEven) -> tuple[str, ...]:
         f"{name} {speed.prefill:,.0f} prompt and {speed.decode:,.0f} answer tokens a second in a batch of {speed.rows}"
         for name, speed in even.speed.items()
     )
-    return (measured, f"“This machine” is the one that the advice was made on: {speeds}.")
+    return (measured, f"“This machine” is where the advice was measured: {speeds}.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tunewright.evidence.common import Score
 from tunewright.evidence.human_eval import AnswerReview, RaterAgreement
-from tunewright.evidence.preferences import people_line
+from tunewright.evidence.preferences import human_eval_line
 from tunewright.evidence.schema import Evidence
 from tunewright.metrics import p_text
 from tunewright.report.blocks import Block, Cell, Lead, Notes, Row, Section, Table, cells
@@ -16,7 +16,7 @@ def section(evidence: Evidence) -> Section | None:
     review = evidence.human_eval
     if review is None:
         return None
-    blocks: list[Block] = [Lead(people_line(review))]
+    blocks: list[Block] = [Lead(human_eval_line(review))]
     if review.win_rate is not None:
         blocks.append(_win_rates(review, review.win_rate))
     blocks.append(_strata(review))

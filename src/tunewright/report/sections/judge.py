@@ -31,7 +31,7 @@ def section(evidence: Evidence) -> Section | None:
 
 
 def _controls(controls: tuple[Control, ...]) -> Table:
-    head = ("Control", "A sound judge says", "Passed", "At least (95%)", "Required", "")
+    head = ("Control", "Expected verdict", "Passed", "At least (95%)", "Required", "")
     return Table("Table of controls", head, tuple(_control(each) for each in controls))
 
 
@@ -84,10 +84,12 @@ def _notes(judge: Judgement) -> tuple[str, ...]:
     missing |= {f"against {p.opponent}: {why}": count for p in judge.preferences for why, count in p.unscored.items()}
     notes += [f"No verdict, {why}: {count}." for why, count in missing.items()]
     if judge.same_family:
-        notes.append(f"The judge and the base are of one family ({judge.same_family}): it may like its own kind.")
+        notes.append(
+            f"The judge and the base belong to one family ({judge.same_family}): the judge may favour its own kind."
+        )
     if judge.reference_model:
-        notes.append(f"The answers of {judge.reference_model} were compared, too.")
-    notes += [f"This judgement took the place of: {each}." for each in judge.replaced]
+        notes.append(f"The answers of {judge.reference_model} were also compared.")
+    notes += [f"This judgement replaces: {each}." for each in judge.replaced]
     spent = judge.spent
     notes.append(
         f"{spent.calls:,} replies, {spent.prompt_tokens:,} prompt and {spent.completion_tokens:,} reply tokens."

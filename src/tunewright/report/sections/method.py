@@ -16,7 +16,7 @@ def section(evidence: Evidence) -> Section:
     first = evidence.contrasts[0]
     deciding, *others = metric_order(evidence)
     paragraphs = [
-        f"What decides: {metric_label(deciding)}, {evidence.metrics[deciding].definition}. The margin, the smallest "
+        f"Deciding metric: {metric_label(deciding)}, {evidence.metrics[deciding].definition}. The margin, the smallest "
         f"gain worth shipping, is {100 * evidence.margin:g} points.",
         "Items of one cluster are alike, so they count together: intervals and tests treat whole clusters.",
     ]
@@ -24,14 +24,14 @@ def section(evidence: Evidence) -> Section:
         paragraphs.append(f"All arms were answered by {evidence.engine.text}: {evidence.engine.why}.")
     if evidence.design == "cross-fitted":
         paragraphs.append(
-            "Clusters are taken for independent, though items of a fold share an adapter and folds share training "
-            "rows: intervals are somewhat too narrow as to another set of pairs (Bengio & Grandvalet 2004)."
+            "Clusters are treated as independent, although items of a fold share an adapter and folds share training "
+            "rows. For another set of pairs the intervals are somewhat too narrow (Bengio & Grandvalet 2004)."
         )
     paragraphs += [
         f"Intervals: {evidence.arm(first.treatment).score(deciding).method} for an arm; {first.interval_method} for "
         "the difference.",
         f"Only the first contrast decides. Its p-value is adjusted (Holm 1979) for the {len(evidence.deciding)} that "
-        "were declared; those by other metrics are measured too, and are not adjusted.",
+        "were declared; those by other metrics are also measured, but not adjusted.",
         *(f"Also measured: {metric_label(name)}, {evidence.metrics[name].definition}." for name in others),
     ]
     return Section("method", "How this was measured", (Notes(tuple(paragraphs)),))
@@ -41,7 +41,7 @@ def lineage(evidence: Evidence) -> Section:
     """Return the lineage recorded in the evidence."""
     rows = tuple(Row(cells(name, value)) for name, value in _flat(evidence.lineage))
     table = Table("Table of lineage", (), rows, "lineage")
-    return Section("lineage", "Lineage", (Lead("What made these numbers, by digest."), table))
+    return Section("lineage", "Lineage", (Lead("Inputs of these figures, by digest."), table))
 
 
 def _flat(lineage: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -15,7 +15,7 @@ def section(evidence: Evidence) -> Section | None:
     if not evidence.dev_arms:
         return None
     axis = axis_label(evidence.metric)
-    went = "went to the test" if evidence.split == "test" else "is what tuned is compared with"
+    went = "was evaluated on the test split" if evidence.split == "test" else "is compared with tuned"
     blocks: list[Block] = [
         Lead(f"Prompting arms on the dev split. The best one, {evidence.best_prompting}, {went}."),
         arms_figure("dev", f"Prompting arms on the dev split by {axis}", evidence.dev_arms, evidence.metric),
@@ -41,7 +41,7 @@ def _narrowing(evidence: Evidence, found: Narrowing) -> tuple[Block, ...]:
     fates = found.fates | dict.fromkeys(found.finalists, "advanced")
     return (
         Lead(
-            f"These came out of {len(found.arms)} arms that all answered {found.items:,} dev items "
+            f"These were selected from {len(found.arms)} arms, which all answered {found.items:,} dev items "
             f"({found.clusters:,} clusters) first. {found.rule}"
         ),
         arms_table("Table of all prompting arms", evidence, found.arms, fates),

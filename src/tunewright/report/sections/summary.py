@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tunewright.evidence.causes import Known, decided
+from tunewright.evidence.causes import ProjectFacts, decided
 from tunewright.evidence.schema import Evidence
 from tunewright.evidence.verdict import Decision, changed_words
 from tunewright.metrics import points_text, score_text
@@ -35,7 +35,7 @@ class Summary:
     meaning: str
 
 
-def summary(evidence: Evidence, known: Known | None = None) -> Summary:
+def summary(evidence: Evidence, known: ProjectFacts | None = None) -> Summary:
     """Return the verdict with its causes, and the deciding contrast."""
     result, first = decided(evidence, known), evidence.contrasts[0]
     treatment, control = evidence.arm(first.treatment), evidence.arm(first.control)

@@ -15,7 +15,7 @@ def section(evidence: Evidence) -> Section | None:
         return None
     by = f" by {opening.author}" if opening.author else ""
     lead = (
-        f"Line {opening.number} of the ledger, {_day(opening.time)}{by}. Declared before a prompt was made: "
+        f"Line {opening.number} of the ledger, {_day(opening.time)}{by}. Declared before any prompt was built: "
         f"{'; '.join(_declared(each) for each in opening.declared)}."
     )
     blocks: list[Block] = [Lead(lead)]
@@ -26,7 +26,7 @@ def section(evidence: Evidence) -> Section | None:
             Table("Table of openings", head, tuple(_earlier(each) for each in evidence.openings)),
         ]
     else:
-        blocks.append(Lead("These test items had never been opened before: this is the first look at them."))
+        blocks.append(Lead("These test items had not been opened before."))
     return Section("ledger", "Openings of the test items", tuple(blocks))
 
 

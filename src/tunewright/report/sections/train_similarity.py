@@ -29,9 +29,9 @@ def section(evidence: Evidence) -> Section | None:
         below="similarity of the nearest training input",
     )
     lead = (
-        f"The {evidence.split} items by how near they are to what was trained on: the {found.similarity}. "
-        f"{_answer(evidence, found)} The bands are not adjusted for being several: they "
-        "are to be read, and decide nothing."
+        f"The {evidence.split} items by similarity to the training rows: the {found.similarity}. "
+        f"{_answer(evidence, found)} The bands are not adjusted for multiple "
+        "comparisons and decide nothing."
     )
     return Section(
         "nearness",
@@ -107,9 +107,9 @@ def _answer(evidence: Evidence, found: TrainSimilarity) -> str:
     measured = f"{half} {found.treatment} minus {found.control} is {points_text(far.difference)} points, 95% interval "
     measured += points_interval(far.interval)
     if far.interval.low > evidence.margin:
-        return f"No: {measured[0].lower()}{measured[1:]}, above the margin there, too."
+        return f"No: {measured[0].lower()}{measured[1:]}, above the margin there as well."
     if far.interval.high <= evidence.margin:
-        return f"It may well: {measured[0].lower()}{measured[1:]}, not above the margin."
+        return f"Possibly: {measured[0].lower()}{measured[1:]}, not above the margin."
     return f"{measured}: that includes values on both sides of the margin, so this is unknown."
 
 

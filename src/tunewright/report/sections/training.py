@@ -22,7 +22,7 @@ def section(evidence: Evidence, history: Sequence[dict[str, Any]]) -> Section | 
         return None
     trained = f"{evidence.train_items:,} training examples."
     if not history:
-        return Section("training", "Training", (Lead(f"{trained} No loss history came with this adapter."),))
+        return Section("training", "Training", (Lead(f"{trained} This adapter has no loss history."),))
     metric = _trained_by(evidence)
     title = "Training and dev loss, and the score on dev, by optimizer step"
     drawn = training_plot("loss", title, history, metric)

@@ -111,11 +111,11 @@ class PeftEngine:
 
     @property
     def stopped(self) -> str | None:
-        """Why the engine answers no requests; None while it does."""
+        """Reason why the engine answers no requests; None while it does."""
         return self._stopped
 
     @property
-    def dead(self) -> bool:
+    def permanently_stopped(self) -> bool:
         """True if the engine has stopped: it does not restart."""
         return self._stopped is not None
 

@@ -86,7 +86,7 @@ def require_llamacpp() -> None:
     """
     if find_spec("xllamacpp") is None:
         raise UserError(
-            "the engine llamacpp is not installed", where="serve.engine", fix="pip install 'tunewright[llamacpp]'"
+            "The engine llamacpp is not installed", where="serve.engine", fix="pip install 'tunewright[llamacpp]'"
         )
 
 

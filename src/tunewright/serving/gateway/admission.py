@@ -66,6 +66,7 @@ class AdmissionQueue:
 
     def record_tokens(self, ticket: Ticket, tokens: int) -> None:
         """See :meth:`Slot.record_tokens`."""
+        # Charged while decoding, not at the end: a long answer lowers its tenant's priority from the start.
         self._scheduler.charge(ticket.tenant, answer=tokens)
         if ticket.prefilling:
             self._scheduler.finish_prefill(ticket)

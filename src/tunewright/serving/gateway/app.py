@@ -18,7 +18,7 @@ from tunewright.config import GatewayConfig
 from tunewright.engines.protocol import Engine, EngineStoppedError, RequestFailedError
 from tunewright.serving.gateway.admission import AdmissionQueue
 from tunewright.serving.gateway.auth import Auth, Principal, model_not_found
-from tunewright.serving.gateway.metrics import Metrics, Now
+from tunewright.serving.gateway.metrics import Metrics, ServerState
 from tunewright.serving.gateway.preprocess import RequestPreprocessor, Tokenization
 from tunewright.serving.gateway.request import GenerationRequest
 from tunewright.serving.gateway.request_handler import RequestHandler
@@ -89,10 +89,10 @@ class Gateway:
         for handler in self._handlers:
             handler.abort(_shutting_down())
 
-    def _now(self) -> Now:
+    def _now(self) -> ServerState:
         """Return the state for Prometheus, whose thread reads copies only."""
         handlers = self._handlers.copy()
-        return Now(
+        return ServerState(
             ready=not self._draining and self._engine.stopped is None,
             waiting=[handler.tenant for handler in handlers if handler.waiting],
             running=[handler.tenant for handler in handlers if not handler.waiting],
@@ -127,7 +127,7 @@ class Gateway:
 
     async def _health(self, _http: HttpRequest) -> Response:
         """Report liveness: 503 only once the engine needs a restart from outside."""
-        if self._engine.dead:
+        if self._engine.permanently_stopped:
             return JSONResponse({"status": "stopped", "reason": self._engine.stopped}, 503)
         status: dict[str, Any] = {"status": "ok"}
         if self._auth.reports_load:

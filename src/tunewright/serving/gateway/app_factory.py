@@ -110,7 +110,7 @@ class Service:
             UserError: the server cannot listen on the address.
         """
         try:
-            with _frozen_heap(), self._exposing():
+            with _frozen_heap(), self._serving_metrics():
                 serve(
                     self._gateway.app,
                     self._config.serve.host,
@@ -132,13 +132,17 @@ class Service:
         """
         try:
             listened = self._config.serve
-            with _frozen_heap(), self._exposing(), serving(self._gateway.app, listened.host, listened.port) as url:
+            with (
+                _frozen_heap(),
+                self._serving_metrics(),
+                serving(self._gateway.app, listened.host, listened.port) as url,
+            ):
                 yield url
         finally:
             self._engine.stop()
 
     @contextmanager
-    def _exposing(self) -> Iterator[None]:
+    def _serving_metrics(self) -> Iterator[None]:
         config = self._config.serve
         if config.metrics_port is None:
             yield

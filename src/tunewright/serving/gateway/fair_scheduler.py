@@ -101,6 +101,7 @@ class FairScheduler:
     def enqueue(self, tenant: str, prompt: int) -> Ticket:
         """Add a request with this many prompt tokens."""
         if tenant not in self._waiting:
+            # Lift the counter: idle time must not earn more credit than a burst.
             self._served[tenant] = max(self._served[tenant], self._lowest_waiting() - BURST_TOKENS)
             self._waiting[tenant] = deque()
         self._idle_since.pop(tenant, None)
@@ -116,6 +117,7 @@ class FairScheduler:
             ticket.admitted = ticket.prefilling = True
             self._admitted[ticket.tenant] += 1
             self._prefilling.add(ticket)
+            # Charged at once, so that the next choice in this loop already counts it.
             self.charge(ticket.tenant, prompt=ticket.prompt)
             admitted.append(ticket)
         return admitted
@@ -151,6 +153,7 @@ class FairScheduler:
         # keep their order, and sorting is stable).
         for tenant in sorted(self._waiting, key=lambda name: (self._served[name], self._admitted[name])):
             ticket = self._waiting[tenant][0]
+            # A tenant whose rule fails is skipped, not waited for: rows are never empty while anyone may use them.
             if active == 1 or (self._may_take_row(tenant, active) and self._may_prefill(ticket)):
                 return ticket
         return None
@@ -163,6 +166,7 @@ class FairScheduler:
     def _may_prefill(self, ticket: Ticket) -> bool:
         """Return whether the rule of prefill allows this prompt now."""
         if not ticket.short:
+            # Chunks of two long prompts would alternate, which delays the first one and does not help the second.
             return all(other.short for other in self._prefilling)
         own = sum(other.prompt for other in self._prefilling if other.short and other.tenant == ticket.tenant)
         return own + ticket.prompt <= PREFILL_TOKENS
@@ -178,6 +182,7 @@ class FairScheduler:
     def _active_tenants(self) -> int:
         """Return the number of tenants with a request here, now or in the last :data:`ACTIVE_SECONDS`."""
         since = self._clock() - ACTIVE_SECONDS
+        # The longest idle tenant comes first, so the loop stops at the first one that is still active.
         while self._idle_since and next(iter(self._idle_since.values())) < since:
             del self._idle_since[next(iter(self._idle_since))]
         return len(self._waiting.keys() | self._admitted.keys() | self._idle_since.keys())
@@ -186,6 +191,7 @@ class FairScheduler:
         """Return the lowest counter of the waiting tenants; if none waits, the counter of the last one that did."""
         if self._waiting:
             return min(self._served[tenant] for tenant in self._waiting)
+        # Without a waiting tenant the last one served is the reference; 0 would give newcomers all past credit.
         return self._served[self._last_dequeued] if self._last_dequeued is not None else 0.0
 
     def _dequeue(self, ticket: Ticket) -> None:

@@ -32,7 +32,7 @@ _OWNER = ("tenant", "alias")
 
 
 @dataclass(frozen=True)
-class Now:
+class ServerState:
     """The server's state at one moment.
 
     Args:
@@ -57,7 +57,7 @@ class Metrics:
         now: called at each scrape, in another thread than the server's.
     """
 
-    def __init__(self, now: Callable[[], Now]) -> None:
+    def __init__(self, now: Callable[[], ServerState]) -> None:
         self.registry = CollectorRegistry()
 
         def counter(name: str, text: str, labels: Sequence[str] = _OWNER) -> Counter:
@@ -94,7 +94,7 @@ class Metrics:
 class _Gauges(Collector):
     """Gauges read at each scrape, so that no stale series remains."""
 
-    def __init__(self, now: Callable[[], Now]) -> None:
+    def __init__(self, now: Callable[[], ServerState]) -> None:
         self._now = now
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
@@ -138,7 +138,7 @@ def exposed(metrics: Metrics, host: str, port: int) -> Iterator[str]:
         server, thread = start_http_server(port, host, metrics.registry)
     except OSError as error:
         raise UserError(
-            f"cannot listen on {host} port {port}: {error.strerror or error}",
+            f"Cannot listen on {host} port {port}: {error.strerror or error}",
             where="serve.metrics_port",
             fix="Choose another port (0 takes a free one), or stop the program that uses it.",
         ) from error

@@ -15,7 +15,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from tunewright.core.errors import UserError
-from tunewright.core.interrupts import handled_elsewhere
+from tunewright.core.interrupts import leave_signals_to_server
 
 DRAIN_SECONDS = 30
 _FLUSH_SECONDS = 5
@@ -61,7 +61,7 @@ def serve(
     listener = _listen(host, port)
     server = _Server(app, lambda: on_ready(_url(listener)), drain, drain_seconds, say)
     # uvicorn has shut down in good order and hands the signal on.
-    with handled_elsewhere(), suppress(KeyboardInterrupt):
+    with leave_signals_to_server(), suppress(KeyboardInterrupt):
         server.run(sockets=[listener])
     if not server.started:
         raise RuntimeError("the server stopped before it was ready; see its log")
@@ -152,7 +152,7 @@ def _listen(host: str, port: int) -> socket.socket:
         return listener
     except OSError as error:
         raise UserError(
-            f"cannot listen on {host} port {port}: {error.strerror}",
+            f"Cannot listen on {host} port {port}: {error.strerror}",
             fix="Choose another address or port (0 takes a free one), or stop the program that uses it.",
         ) from error
 

@@ -229,7 +229,7 @@ class TenantPrincipal:
             candidate_prompt = router.system_prompt(candidate.digest, candidate.system_prompt)
             if candidate.share is None:
                 shadow, shadow_prompt = candidate.digest, candidate_prompt
-            elif falls_to(self.caller.tenant, body, candidate.digest, candidate.share):
+            elif in_canary_share(self.caller.tenant, body, candidate.digest, candidate.share):
                 digest, prompt = candidate.digest, candidate_prompt
         return Target(body.model, digest, release.id, shadow, prompt, shadow_prompt)
 
@@ -250,7 +250,7 @@ class TenantPrincipal:
         return Admission(settle=lambda usage: self.auth.settle(number, digest, usage), shadow=shadow)
 
 
-def falls_to(tenant: str, body: RequestBody, digest: str, share: float) -> bool:
+def in_canary_share(tenant: str, body: RequestBody, digest: str, share: float) -> bool:
     """Return whether a canary with this share of the traffic answers a request.
 
     It depends on a hash of the conversation up to the first user message. So all requests of a conversation have the

@@ -84,7 +84,7 @@ class _Session:
         await asyncio.gather(*(self.send(check, model, prompt) for model, prompt in shuffled))
 
     async def alone(self, check: str) -> None:
-        """One request at a time: the engine loads and applies each adapter correctly."""
+        """Send one request at a time: the engine loads and applies each adapter correctly."""
         for model, prompt in self.probes.every:
             await self.send(check, model, prompt)
 
@@ -94,7 +94,7 @@ class _Session:
             await self.send_together(check, self.probes.every)
 
     async def base_in_the_mix(self, check: str) -> None:
-        """As many requests for the base as for all adapters together, in one batch with them.
+        """Send as many requests for the base as for all adapters together, in one batch with them.
 
         Engines mark a row without an adapter by a special index, which vLLM's CPU build takes for the last slot.
         """
@@ -104,7 +104,7 @@ class _Session:
             await self.send_together(check, [*adapters, *((None, base[n % len(base)]) for n in range(len(adapters)))])
 
     async def warm_prefixes(self, check: str) -> None:
-        """Each long prompt to one model, then to all others, then to all models in another order.
+        """Send each long prompt to one model, then to all others, then to all models in another order.
 
         So every model finds prefixes that another one has computed, and after the first round those of all. The order
         within a round is random. So a cache that confuses two models only directly after each other may escape. But a

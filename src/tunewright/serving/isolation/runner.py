@@ -109,7 +109,7 @@ class IsolationRunner:
         from tunewright.serving.isolation.reference import PeftReference
 
         if not self.folders:
-            raise UserError("the isolation test needs at least one adapter")
+            raise UserError("The isolation test needs at least one adapter")
         names: dict[Digest, str] = {None: self.base.spec}
         names |= {adapter_digest(folder): name for name, folder in self.named.items()}
         reference = PeftReference(

@@ -125,7 +125,7 @@ class Audit:
         """
         if noted is not None and not _NOTED.fullmatch(noted):
             fix = "Use the 64 hexadecimal digits that `tunewright audit verify` printed, or at least the first 8."
-            raise UserError(f"invalid digest {noted!r}", where="--noted", fix=fix)
+            raise UserError(f"Invalid digest {noted!r}", where="--noted", fix=fix)
         lines, (head_number, head_digest) = self._read()
         faults = list(_faults(lines))
         last = lines[-1].number if lines else 0

@@ -107,7 +107,7 @@ class Database:
             raise  # the database answers, and the statement is wrong
         except DatabaseError as error:
             raise StateUnavailableError(
-                f"the serving state is unavailable: {' '.join(str(error.orig).split())}", where=self.name
+                f"The serving state is unavailable: {' '.join(str(error.orig).split())}", where=self.name
             ) from error
 
     def _create_or_check(self) -> None:
@@ -120,7 +120,7 @@ class Database:
             foreign = sorted(set(inspect(connection).get_table_names()) & set(metadata.tables))
             if foreign:
                 raise UserError(
-                    f"the database has other tables with the names {', '.join(foreign)}",
+                    f"The database has other tables with the names {', '.join(foreign)}",
                     where=self.name,
                     fix="Use a separate database or schema for the serving state.",
                 )
@@ -132,7 +132,7 @@ class Database:
         version = connection.execute(select(schema.c.version)).scalar_one()
         if version > SCHEMA_VERSION:
             raise UserError(
-                f"the serving state has schema {version}, and this tunewright supports schema {SCHEMA_VERSION}",
+                f"The serving state has schema {version}, and this tunewright supports schema {SCHEMA_VERSION}",
                 where=self.name,
                 fix="Use the tunewright version that created it, or a newer one.",
             )
@@ -153,13 +153,13 @@ def _checked(url: str) -> URL:
         parsed = make_url(url)
         backend = parsed.get_backend_name()
     except (ArgumentError, NoSuchModuleError) as error:
-        raise UserError(f"invalid database URL {url!r}: {error}", where="serve.database_url") from None
+        raise UserError(f"Invalid database URL {url!r}: {error}", where="serve.database_url") from None
     if backend == "sqlite" and parsed.database:
         return parsed.set(drivername="sqlite")
     if backend == "postgresql":
         return parsed.set(drivername="postgresql+psycopg")
     raise UserError(
-        f"unsupported database {backend}",
+        f"Unsupported database {backend}",
         where="serve.database_url",
         fix="Use postgresql://USER@HOST/DATABASE or sqlite:///FILE.",
     )

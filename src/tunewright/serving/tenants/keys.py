@@ -131,7 +131,7 @@ class Keys:
             old = _find_key(change.connection, prefix, change.now)
             if old.state != "valid":
                 raise UserError(
-                    f"cannot rotate {prefix}: the key is {old.state}",
+                    f"Cannot rotate {prefix}: the key is {old.state}",
                     fix=f"Create a key with `tunewright tenant key add {old.tenant}`.",
                 )
             row = find_tenant(change.connection, old.tenant)
@@ -230,7 +230,7 @@ def _insert_key(change: Change, tenant_id: int, scope: Sequence[str] | None, exp
 def _find_key(connection: Connection, prefix: str, now: float) -> Key:
     row = connection.execute(select(api_keys, tenants.c.name).join(tenants).where(api_keys.c.prefix == prefix)).first()
     if row is None:
-        raise UserError(f"no key has the prefix {prefix!r}", fix="List the keys with `tunewright tenant key list`.")
+        raise UserError(f"No key has the prefix {prefix!r}", fix="List the keys with `tunewright tenant key list`.")
     used = connection.execute(select(func.max(requests.c.started)).where(requests.c.key_id == row.id)).scalar()
     if used is None:  # its requests may have been rolled up
         used = connection.execute(select(key_uses.c.last_used).where(key_uses.c.key_id == row.id)).scalar()
@@ -250,4 +250,4 @@ def _find_key(connection: Connection, prefix: str, now: float) -> Key:
 
 def _check_lifetime(lifetime: float | None) -> None:
     if lifetime is not None and lifetime <= 0:
-        raise UserError("a key's lifetime must be greater than 0", where="--expires", fix="Use a duration like 90d.")
+        raise UserError("A key's lifetime must be greater than 0", where="--expires", fix="Use a duration like 90d.")

@@ -77,10 +77,10 @@ class Releases:
             _require_new(connection, alias, adapter, (digest, system_prompt))
 
     def require_triable(self, alias: str, candidate: Candidate) -> None:
-        """Check that :meth:`try_candidate` would accept this candidate now.
+        """Check that :meth:`start_candidate` would accept this candidate now.
 
         Raises:
-            UserError: as :meth:`try_candidate`.
+            UserError: as :meth:`start_candidate`.
         """
         with self._database.reading() as connection:
             _require_candidate(connection, alias, candidate)
@@ -114,7 +114,7 @@ class Releases:
             before = _require_new(change.connection, alias, adapter, answer)
             return _add(change, before, "deploy", alias, adapter, answer, None, grounds)
 
-    def try_candidate(self, alias: str, candidate: Candidate, grounds: Grounds) -> Release:
+    def start_candidate(self, alias: str, candidate: Candidate, grounds: Grounds) -> Release:
         """Try a candidate next to the live adapter: on a share of the traffic, or in the shadow.
 
         Raises:
@@ -190,7 +190,7 @@ def _require_new(connection: Connection, alias: str, adapter: str, answer: tuple
 
 def _require_candidate(connection: Connection, alias: str, candidate: Candidate) -> Release:
     if candidate.share is not None and not 0 < candidate.share < 1:
-        raise UserError(f"a canary's share must be above 0 and below 1 (got {candidate.share:g})")
+        raise UserError(f"A canary's share must be above 0 and below 1 (got {candidate.share:g})")
     before = _last(connection, alias)
     if before is None or before.undeployed:
         raise UserError(
@@ -220,7 +220,7 @@ def _target(history: Sequence[Release], number: int | None) -> Release:
             raise UserError(f"{now.alias} has no release {number}", fix=f"Use a release from 1 to {len(history)}.")
         back = history[number - 1]
         if back.undeployed:
-            raise UserError(f"release {number} of {now.alias} is a withdrawal", fix="Use another release.")
+            raise UserError(f"Release {number} of {now.alias} is a withdrawal", fix="Use another release.")
         if back.answer == now.answer and not ends_something:
             raise UserError(f"{now.adapter}, of release {number}, is already live under {now.alias}")
         return back
@@ -296,7 +296,7 @@ def _require_tested(
     others = [release for release in _live(connection) if release.alias != alias]
     needed = {digest, *({candidate.digest} if candidate else ())}.union(*(release.digests for release in others))
     if not needed <= set(grounds.isolation.adapters):
-        raise UserError(f"another release went live during the isolation test of {alias}", fix="Run the command again.")
+        raise UserError(f"Another release went live during the isolation test of {alias}", fix="Run the command again.")
 
 
 def _live(connection: Connection) -> list[Release]:
@@ -344,5 +344,5 @@ def _history(connection: Connection, alias: str) -> list[Release]:
     if not rows:
         known = connection.execute(select(releases.c.alias).distinct().order_by(releases.c.alias)).scalars().all()
         there = f"Aliases: {', '.join(known)}." if known else "Create one with `tunewright deploy`."
-        raise UserError(f"there is no alias {alias!r}", fix=there)
+        raise UserError(f"There is no alias {alias!r}", fix=there)
     return [_release(row) for row in rows]

@@ -41,7 +41,7 @@ def check_name(name: str, what: str) -> None:
     """
     if not _NAME.fullmatch(name):
         raise UserError(
-            f"invalid name {name!r} for {what}",
+            f"Invalid name {name!r} for {what}",
             fix="Use up to 63 lowercase letters, digits, dots, dashes and underscores; begin with a letter or digit.",
         )
 
@@ -71,7 +71,7 @@ class Tenants:
             taken = change.connection.execute(select(tenants.c.id).where(tenants.c.name == name)).first()
             if taken:
                 raise UserError(
-                    f"the tenant {name} already exists", fix="List the tenants with `tunewright tenant list`."
+                    f"The tenant {name} already exists", fix="List the tenants with `tunewright tenant list`."
                 )
             tenant_id = change.connection.execute(
                 insert(tenants).values(name=name, created=change.now, **asdict(limits)).returning(tenants.c.id)
@@ -183,7 +183,7 @@ def find_tenant(connection: Connection, name: str) -> Row[Any]:
     if row is None:
         known = connection.execute(select(tenants.c.name).order_by(tenants.c.name)).scalars().all()
         fix = f"Tenants: {', '.join(known)}." if known else "Create one with `tunewright tenant add`."
-        raise UserError(f"there is no tenant {name!r}", fix=fix)
+        raise UserError(f"There is no tenant {name!r}", fix=fix)
     return row
 
 

@@ -23,11 +23,11 @@ def duration(text: str, where: str) -> float:
     """
     match = re.fullmatch(r"([0-9]{1,6})([smhdw])", text)
     if match is None:
-        raise UserError(f"invalid duration {text!r}", where=where, fix="Use a duration like 30d, 12h, 90m or 45s.")
+        raise UserError(f"Invalid duration {text!r}", where=where, fix="Use a duration like 30d, 12h, 90m or 45s.")
     return float(int(match[1]) * _UNITS[match[2]])
 
 
-def moment(text: str, where: str) -> float:
+def parse_time(text: str, where: str) -> float:
     """Return seconds since 1970 of a date or time in ISO 8601, in UTC unless it names a zone.
 
     Raises:
@@ -36,7 +36,7 @@ def moment(text: str, where: str) -> float:
     try:
         read = datetime.fromisoformat(text)
     except ValueError:
-        raise UserError(f"invalid date {text!r}", where=where, fix="Use a date like 2026-11-25.") from None
+        raise UserError(f"Invalid date {text!r}", where=where, fix="Use a date like 2026-11-25.") from None
     return (read if read.tzinfo else read.replace(tzinfo=UTC)).timestamp()
 
 
@@ -49,6 +49,6 @@ def percent(text: str, where: str) -> float:
     match = re.fullmatch(r"([0-9]{1,2}(?:\.[0-9]{1,4})?)%", text)
     if match is None or not float(match[1]):
         raise UserError(
-            f"invalid traffic share {text!r}", where=where, fix="Use a percentage such as 10% or 0.5%, below 100%."
+            f"Invalid traffic share {text!r}", where=where, fix="Use a percentage such as 10% or 0.5%, below 100%."
         )
     return float(match[1]) / 100

@@ -135,7 +135,7 @@ def daily_totals(connection: Connection, tenant_id: int | None, since: float | N
         if since is not None and begins < since:
             if since < begins + DAY_SECONDS:
                 raise UserError(
-                    f"the requests of {str(iso(begins))[:10]} were rolled up into one total",
+                    f"The requests of {str(iso(begins))[:10]} were rolled up into one total",
                     where="--since",
                     fix="Use the beginning of a day.",
                 )

@@ -80,6 +80,7 @@ def _by_blocks(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scalin
     # The gradient of one split is one concatenation. The gradient of each slice would be as large as the packed row.
     queries, keys, values = (packed.split(lengths, dim=2) for packed in (query, key, value))
     outputs: list[Tensor] = []
+    # A prefix comes right before its blocks, so the last prefix seen is the one that a block attends to.
     prefix = slice(0, 0)
     for place, part in enumerate(parts):
         if isinstance(part, Piece):
@@ -90,7 +91,7 @@ def _by_blocks(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scalin
             # A group that shares nothing has an empty prefix: no keys before the block's own.
             seen = prefix if part.prefix.length else slice(0, 0)
             outputs.append(_suffixes(part, *own, keys[seen], values[seen], scaling, window))
-    return torch.cat(outputs)[None]
+    return torch.cat(outputs)[None]  # [1, T, H, D]
 
 
 def _suffixes(
@@ -122,6 +123,7 @@ def _suffixes(
 
     def seen(own: Tensor, before: Sequence[Tensor]) -> Tensor:
         """Prepend the prefix to each suffix: [1, heads, tokens, D] to [R, heads, P, D]."""
+        # expand() makes a view; its gradient is the sum over the rows that share the prefix.
         return torch.cat([*(prefix.expand(rows, -1, -1, -1) for prefix in before), suffixes(own)], dim=2)
 
     attended = _within(
@@ -194,7 +196,7 @@ def _seen(queries: int, before: int, window: int | None, device: torch.device | 
     """Return the keys that each query sees, bool [S, P]."""
     position = torch.arange(before, before + queries, device=device)[:, None]  # [S, 1]
     key = torch.arange(before + queries, device=device)  # [P]
-    seen = key <= position
+    seen = key <= position  # causal
     return seen if window is None else seen & (key > position - window)
 
 
@@ -302,5 +304,6 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (places,) = ctx.saved_tensors
+        # A shared prefix gets one gradient per row: summed in float32, rounded once.
         total = torch.zeros(ctx.tokens, *grad.shape[1:], dtype=torch.float32, device=grad.device)
         return total.index_add_(0, places, grad.float()).to(grad.dtype), None

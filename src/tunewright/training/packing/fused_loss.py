@@ -67,6 +67,7 @@ def token_losses(states: Tensor, head: Any, targets: Tensor) -> Tensor:
         head: the LM head, a linear layer.
         targets: token ids [L].
     """
+    # The fused loss computes no gradient of the head itself, and no bias.
     if head.weight.requires_grad or head.bias is not None:
         return cross_entropy(head(states).float(), targets, reduction="none")
     losses: Tensor = _FrozenHeadLoss.apply(states, full_weight(head), targets)
@@ -99,6 +100,7 @@ def losses_with_reference(reference: Reference, states: Tensor, head: Any, targe
     others = reference.others
     own = token_losses(states.index_select(0, others), head, targets.index_select(0, others))
     kl = kl_divergences(states.index_select(0, reference.indices), reference.states, head)
+    # index_copy instead of a mask: a boolean mask would make the host wait for the GPU.
     losses = torch.zeros(len(targets), device=targets.device)
     return losses.index_copy(0, others, own).index_copy(0, reference.indices, reference.weight * kl)
 
@@ -151,11 +153,13 @@ class _FrozenHeadLoss(torch.autograd.Function):
         losses = torch.empty(len(targets), dtype=torch.float32, device=states.device)
         wanted = ctx.needs_input_grad[0]
         gradient = torch.empty_like(states) if wanted else None  # [L, D]
+        # L * V logits in float32 would be the largest tensor of a step: 4,096 tokens of Llama 3 take 2 GiB.
         size = max(1, TILE_LOGITS // len(weight))
         for start in range(0, len(targets), size):
             tile = slice(start, start + size)
             logits = (states[tile] @ weight.T).float()  # [tile, V]
             target = targets[tile, None]
+            # loss = logsumexp(logits) - logit of the target; in float32, since bfloat16 has 8 bits of mantissa.
             normaliser = logits.logsumexp(-1, keepdim=True)
             losses[tile] = (normaliser - logits.gather(-1, target))[:, 0]
             if gradient is not None:
@@ -168,4 +172,5 @@ class _FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
+        # grad is each token's factor [L]: its weight and the division by the number of tokens.
         return gradient * grad[:, None].to(gradient.dtype), None, None

@@ -161,6 +161,7 @@ def lay_out(groups: Sequence[tuple[int, Sequence[tuple[int, int]]]]) -> Layout:
         prefix = Piece(rows[0][0], 0, length, start)
         prefixes.append(prefix)
         start += length
+        # Suffixes of one block are adjacent, so a block is a slice of the packed row and needs no gather.
         for like in _alike(rows):
             suffixes = []
             for row, tokens in like:
@@ -182,6 +183,7 @@ def _sequences(prefixes: Iterable[Piece], blocks: Iterable[Block]) -> list[tuple
 def _ragged(pairs: Sequence[tuple[Piece, Piece | None]]) -> Sequences:
     queries = [piece.length for piece, _ in pairs]
     keys = [piece.length + (before.length if before else 0) for piece, before in pairs]
+    # Without a prefix, keys are the packed row itself: no copy of keys and values.
     places = None
     if any(before for _, before in pairs):
         seen = [each for piece, before in pairs for each in ((before, piece) if before else (piece,))]
@@ -196,6 +198,7 @@ def _alike(rows: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
     """Group rows of similar length, the longest first."""
     blocks: list[list[tuple[int, int]]] = []
     for row, tokens in sorted(rows, key=lambda each: -each[1]):
+        # Sorted by length: the first row of a block is its longest, so one comparison bounds the padding of all.
         if blocks and tokens >= blocks[-1][0][1] * (1 - _MOST_PADDING):
             blocks[-1].append((row, tokens))
         else:
@@ -209,6 +212,7 @@ def _padding(lengths: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:
         return None, None
     column = torch.arange(longest)  # [longest]
     length = torch.tensor(lengths)[:, None]  # [rows, 1]
+    # Flat index of each row's first token within the block.
     begins = torch.tensor([0, *lengths[:-1]]).cumsum(0)[:, None]  # [rows, 1]
     inside = column < length  # [rows, longest]
     pad_index = begins + torch.where(inside, column, 0)  # padding repeats its row's first token

@@ -121,7 +121,7 @@ class Sharing:
         return self.tokens / self.computed
 
 
-def measure_sharing(
+def resolve_sharing(
     rows: Sequence[Sequence[int]],
     *,
     setting: Literal["auto", "on", "off"],

@@ -78,13 +78,13 @@ def _trial(own: TrainConfig, preset: str, rate: float) -> Trial:
     return Trial(f"{preset}-{rate:g}", changed)
 
 
-def survivors(trials: int) -> int:
+def advancing_trials(trials: int) -> int:
     """Return the number of trials that advance: the better half, rounded down, and at least one."""
     return max(trials // 2, 1)
 
 
 @dataclass(frozen=True)
-class Pace:
+class TrainingSpeed:
     """Measured training time in seconds."""
 
     step: float
@@ -102,15 +102,15 @@ class Schedule:
     evaluated: tuple[int, ...] = ()
     """Steps after which a run evaluates dev in any case."""
 
-    def seconds(self, trials: int, rung: int, pace: Pace) -> float:
+    def seconds(self, trials: int, rung: int, pace: TrainingSpeed) -> float:
         """Return the time to finish this rung (from 0) with ``trials`` trials, and the rest with the better halves."""
         total = 0.0
         for number in range(rung, len(self.rungs)):
             total += trials * self._one(number, (0, *self.rungs)[number], pace)
-            trials = survivors(trials)
+            trials = advancing_trials(trials)
         return total
 
-    def seconds_with_one_more(self, through: int, rung: int, behind: int, pace: Pace) -> float:
+    def seconds_with_one_more(self, through: int, rung: int, behind: int, pace: TrainingSpeed) -> float:
         """Return the remaining time if one more trial goes through this rung, besides those that have.
 
         Args:
@@ -119,9 +119,9 @@ class Schedule:
             behind: steps that the next trial has made already.
             pace: the measured pace.
         """
-        return self._one(rung, behind, pace) + self.seconds(survivors(through + 1), rung + 1, pace)
+        return self._one(rung, behind, pace) + self.seconds(advancing_trials(through + 1), rung + 1, pace)
 
-    def _one(self, rung: int, behind: int, pace: Pace) -> float:
+    def _one(self, rung: int, behind: int, pace: TrainingSpeed) -> float:
         """Return the time of one trial through one rung."""
         end = self.rungs[rung]
         by_itself = sum(behind < step < end for step in self.evaluated)

@@ -14,7 +14,7 @@ from tunewright.core.progress import Reporter, duration
 from tunewright.metrics import score_text
 from tunewright.training.divergence import DivergedError
 from tunewright.training.sweep.ledger import Entry, Event, Ledger
-from tunewright.training.sweep.search_space import Pace, Schedule, Trial, survivors
+from tunewright.training.sweep.search_space import Schedule, TrainingSpeed, Trial, advancing_trials
 
 FIRST_STEPS = 5
 """Steps of the first trial that are timed before anything else is started."""
@@ -88,7 +88,7 @@ class SuccessiveHalving:
             through = self._run_rung(alive, rung)
             if not any(entry.event != "diverged" for entry in through.values()):
                 return None
-            alive = self._better_half(alive, through, rung)
+            alive = self._advancing(alive, through, rung)
         return alive[0]
 
     def _run_rung(self, alive: Sequence[Trial], rung: int) -> dict[str, Entry]:
@@ -145,13 +145,13 @@ class SuccessiveHalving:
         step = self.schedule.rungs[number - 1]
         return self.ledger.add("diverged", trial.name, number, step, seconds=self._since(began), why=why)
 
-    def _better_half(self, alive: Sequence[Trial], through: dict[str, Entry], rung: int) -> list[Trial]:
+    def _advancing(self, alive: Sequence[Trial], through: dict[str, Entry], rung: int) -> list[Trial]:
         """Return the trials that advance; for the last rung, the winner."""
         last = rung + 1 == len(self.schedule.rungs)
         measured = [t for t in alive if t.name in through and through[t.name].event != "diverged"]
         # A stable sort: among equal trials the more promising comes first.
         ranked = sorted(measured, key=lambda t: through[t.name].rank, reverse=True)
-        keep = 1 if last else survivors(len(through))
+        keep = 1 if last else advancing_trials(len(through))
         for place, trial in enumerate(ranked):
             event: Event = "out" if place >= keep else "winner" if last else "promoted"
             self.ledger.decide(event, trial.name, rung + 1, self.schedule.rungs[rung])
@@ -162,7 +162,7 @@ class SuccessiveHalving:
     def _since(self, began: float) -> float:
         return round(self.clock() - began, 3)
 
-    def _pace(self) -> Pace | None:
+    def _pace(self) -> TrainingSpeed | None:
         """Return the measured time of steps and rungs; the slowest kind of trial counts."""
         done = [e for e in self.ledger.entries if e.steps]
         if not done:
@@ -173,7 +173,7 @@ class SuccessiveHalving:
         for entry in done:
             steps[kinds[entry.trial]] += entry.steps
             seconds[kinds[entry.trial]] += entry.training_seconds
-        return Pace(
+        return TrainingSpeed(
             step=max(seconds[kind] / steps[kind] for kind in steps),
             rung=fmean(entry.seconds - entry.training_seconds for entry in done),
         )
@@ -189,7 +189,7 @@ class SuccessiveHalving:
             return True
         return self._with_one_more(trial, through, rung, pace) <= self._left()
 
-    def _with_one_more(self, trial: Trial, through: int, rung: int, pace: Pace) -> float:
+    def _with_one_more(self, trial: Trial, through: int, rung: int, pace: TrainingSpeed) -> float:
         behind = min(self.ledger.steps_of(trial.name), self.schedule.rungs[rung])
         return self.schedule.seconds_with_one_more(through, rung, behind, pace)
 

@@ -31,7 +31,7 @@ from tunewright.adapters.registry import require_digest
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.engines.child import Child, Plan, socket_in
-from tunewright.engines.protocol import Delta, EngineStoppedError, RequestFailedError, TokenSink, pump
+from tunewright.engines.protocol import Delta, EngineStoppedError, RequestFailedError, TokenSink, deliver_stream
 from tunewright.generation.requests import Finish, Request
 from tunewright.serving.engines.llamacpp.cache_slots import CacheSlot, CacheSlots
 
@@ -132,11 +132,11 @@ class LlamaCppEngine:
 
     @property
     def stopped(self) -> str | None:
-        """Why the engine answers no requests now; None while it does."""
-        return self._now.child.trouble
+        """Reason why the engine answers no requests now; None while it does."""
+        return self._now.child.failure_reason
 
     @property
-    def dead(self) -> bool:
+    def permanently_stopped(self) -> bool:
         """True if llama.cpp has crashed too often to be restarted."""
         return self._now.child.given_up
 
@@ -152,7 +152,7 @@ class LlamaCppEngine:
         Nothing is kept from one request to the next, so the tenant makes no difference here. An answer that runs out of
         cache gives its slot up and resumes later; if it is sampled, its remaining tokens are drawn with another seed.
         """
-        return pump(self._stream(request), sink)
+        return deliver_stream(self._stream(request), sink)
 
     async def _stream(self, request: Request) -> AsyncGenerator[Delta, None]:
         assert request.constraint is None and not request.stop, "the gateway handles stop strings"
@@ -164,16 +164,16 @@ class LlamaCppEngine:
             generation = self._now
             generation.users += 1
         try:
-            if generation.child.trouble:
-                raise EngineStoppedError(generation.child.trouble)
+            if generation.child.failure_reason:
+                raise EngineStoppedError(generation.child.failure_reason)
             if request.adapter is not None and request.adapter not in generation.numbers:
                 raise RequestFailedError(f"The adapter {request.adapter} is not loaded.")
             async with aclosing(self._pieces(generation, request)) as pieces:
                 async for delta in pieces:
                     yield delta
         except httpx.TransportError as error:
-            trouble = generation.child.trouble or "llama.cpp crashed and is restarting."
-            raise EngineStoppedError(trouble) from error
+            failure_reason = generation.child.failure_reason or "llama.cpp crashed and is restarting."
+            raise EngineStoppedError(failure_reason) from error
         finally:
             self._left(generation)
 
@@ -224,22 +224,22 @@ class LlamaCppEngine:
     def _replace(self, loras: Mapping[str, Path]) -> None:
         before = self._now
         if before.child.stopping:
-            raise EngineStoppedError(before.child.trouble or "The server is shutting down.")
+            raise EngineStoppedError(before.child.failure_reason or "The server is shutting down.")
         fresh = _Generation(self._settings, loras, self._reporter)
         with self._counting:
             self._now = fresh
             before.retired = True
             self._retired.append(before)
-        self._end_if_unused(before)
+        self._stop_if_unused(before)
 
     def _left(self, generation: _Generation) -> None:
         with self._counting:
             generation.users -= 1
         if generation.retired:
             # A process takes its time to end, and would block the event loop.
-            threading.Thread(target=self._end_if_unused, args=(generation,), daemon=True).start()
+            threading.Thread(target=self._stop_if_unused, args=(generation,), daemon=True).start()
 
-    def _end_if_unused(self, generation: _Generation) -> None:
+    def _stop_if_unused(self, generation: _Generation) -> None:
         with self._counting:
             if generation.users or generation not in self._retired:
                 return
@@ -284,7 +284,7 @@ class LlamaCppEngine:
                     yield delta
                 if delta.finish:
                     return
-        raise EngineStoppedError(generation.child.trouble or "llama.cpp ended an answer before it was complete.")
+        raise EngineStoppedError(generation.child.failure_reason or "llama.cpp ended an answer before it was complete.")
 
     def _body(self, generation: _Generation, request: Request, before: list[int]) -> dict[str, Any]:
         return {
