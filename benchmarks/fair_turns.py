@@ -34,7 +34,7 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.io import write_json
 from tunewright.core.progress import LogReporter
 from tunewright.data.versions import load_version
-from tunewright.serving.engines.start import max_batch
+from tunewright.serving.engines.start import max_num_seqs
 from tunewright.serving.gateway.fair_scheduler import ACTIVE_SECONDS
 from tunewright.serving.tenants import Grounds, State
 
@@ -68,7 +68,7 @@ def main() -> None:
                 if turn:
                     time.sleep(ACTIVE_SECONDS + 1)  # who has had company lately leaves places free for it
                 config = opened.folder.config
-                capacities.append(asyncio.run(meter.capacity(max_batch(config.serve.engine, config))))
+                capacities.append(asyncio.run(meter.capacity(max_num_seqs(config.serve.engine, config))))
                 for name, times in LOADS.items():
                     answers[name] += asyncio.run(meter.load(SHARE * capacities[-1], times, options.seconds, turn))
         with Host(options.project, url, options.threads, fair=False) as host:

@@ -49,10 +49,10 @@ def main(out: str | None) -> None:
         result: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
         results.append(result)
         off = result["predicted"] / result["measured"] - 1
-        dtype, quantize, checkpointing, (rows, shared, own, _) = case
+        dtype, quantization, checkpointing, (rows, shared, own, _) = case
         shown = f"{rows} x {shared + own}" + (f" ({shared} shared)" if shared else "")
         print(
-            f"{dtype:9} {quantize:8} {'yes' if checkpointing else 'no':12} {shown:22} "
+            f"{dtype:9} {quantization:8} {'yes' if checkpointing else 'no':12} {shown:22} "
             f"{result['predicted'] / 1e6:7,.0f} MB {result['measured'] / 1e6:7,.0f} MB {off:+.1%}",
             flush=True,
         )
@@ -81,10 +81,10 @@ def measure(case: tuple[str, str, bool, tuple[int, int, int, int]]) -> dict[str,
     from tunewright.training.packing import Group, attention, pack
     from tunewright.training.packing.fused_loss import add_token_losses, batch_token_losses
 
-    dtype, quantize, checkpointing, numbers = case
+    dtype, quantization, checkpointing, numbers = case
     load = BatchShape(*numbers)
     settings = TrainConfig.model_validate(
-        {"preset": "all-linear", "dtype": dtype, "quantization": quantize, "lora_r": RANK}
+        {"preset": "all-linear", "dtype": dtype, "quantization": quantization, "lora_r": RANK}
     )
     base = resolve_base("bundled:smollm2-135m-instruct", None, Path(), LogReporter())
     shape = read_shape(base.folder / "config.json")
@@ -119,11 +119,11 @@ def measure(case: tuple[str, str, bool, tuple[int, int, int, int]]) -> dict[str,
         train(LlamaForCausalLM(tiny).to(getattr(torch, dtype)), tiny_batch)
         before = _status("VmRSS")
         train(load_model(base, dtype, settings.quantization), batch)
-    setup = TrainingSetup(TARGETS, RANK, settings.dtype, nf4=quantize == "nf4", checkpointing=checkpointing)
+    setup = TrainingSetup(TARGETS, RANK, settings.dtype, nf4=quantization == "nf4", checkpointing=checkpointing)
     summary = estimate(shape, setup, load)
     return {
         "dtype": dtype,
-        "quantize": quantize,
+        "quantization": quantization,
         "gradient_checkpointing": checkpointing,
         "rows": load.rows,
         "shared": load.shared,

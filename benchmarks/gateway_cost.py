@@ -86,9 +86,9 @@ class IdleEngine:
     """An engine that delivers fixed tokens and computes nothing."""
 
     name = "peft"
-    max_batch, context_length = 16, 2048
+    max_num_seqs, context_length = 16, 2048
     stopped: str | None = None
-    dead = False
+    permanently_stopped = False
     in_flight = (0, 0)
 
     def __init__(self) -> None:

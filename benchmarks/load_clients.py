@@ -68,11 +68,13 @@ class Clients:
 
     Args:
         keys, aliases: by tenant.
+        clock: of the answers' times.
     """
 
     url: str
     keys: Sequence[str]
     aliases: Sequence[str]
+    clock: Callable[[], float] = time.perf_counter
 
     @asynccontextmanager
     async def connected(self, connections: int = 0) -> AsyncIterator[aiohttp.ClientSession]:
@@ -107,7 +109,7 @@ class Clients:
         return [reply.answer for reply in replies], max(reply.end for reply in replies)
 
     async def ask(self, session: aiohttp.ClientSession, ask: Ask, prompt: Prompt, tokens: int, began: float) -> Reply:
-        """Request one streamed answer; its times count from ``began``."""
+        """Request one streamed answer; its times count from ``began``, by the clock."""
         body = {
             "model": self.aliases[ask.tenant],
             "messages": [message.as_dict() for message in prompt],
@@ -119,9 +121,9 @@ class Clients:
         chunks = []
         async with session.post("/v1/chat/completions", json=body, headers=headers) as reply:
             async for chunk in reply.content.iter_any():
-                chunks.append((time.perf_counter() - began, chunk))
+                chunks.append((self.clock() - began, chunk))
             digest = reply.headers.get(ADAPTER_HEADER, "")
-        return Reply(ask, reply.status, digest, chunks, time.perf_counter() - began)
+        return Reply(ask, reply.status, digest, chunks, self.clock() - began)
 
 
 async def cold_loads(

@@ -22,7 +22,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -49,13 +49,28 @@ class Host:
 
     Args:
         fair: schedule requests fairly between tenants; else first come, first served.
+        script: another checkout's copy of this file, which serves with that checkout's code.
+        environment: of the process.
     """
 
-    def __init__(self, project: Path, state: str, threads: int, *, fair: bool = True) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    def __init__(
+        self,
+        project: Path,
+        state: str,
+        threads: int,
+        *,
+        fair: bool = True,
+        script: Path = Path(__file__),
+        environment: Mapping[str, str] = os.environ,
+    ) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            [sys.executable, str(script)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**environment, "OMP_NUM_THREADS": str(threads)},
         )
+        self.pid = self._process.pid
         self.url: str = self.send(project=str(project), state=state, threads=threads, fair=fair)["url"]
 
     def send(self, **order: Any) -> Any:

@@ -55,7 +55,7 @@ def main() -> None:
     model = with_adapters(load_model(opened.base, project.config.train.dtype, "none"), {adapter: folder})
     text = "A complaint about a card that was charged twice, and nobody answers. " * options.tokens
     long = Request(opened.chat.continuation(text)[: options.tokens], adapter, 2)
-    engine = PeftEngine(model, stop_ids=(), pad_id=0, max_batch=8, context_length=2 * options.tokens)
+    engine = PeftEngine(model, stop_ids=(), pad_id=0, max_num_seqs=8, context_length=2 * options.tokens)
     waits: dict[str, list[tuple[float, float]]] = {name: [] for name in SIDES}
     try:
         for _ in range(options.rounds):

@@ -18,7 +18,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, get_args
 
-from tunewright.config import Quantize
+from tunewright.config import Quantization
 from tunewright.core.progress import LogReporter
 from tunewright.models.bases import Base, resolve_base
 
@@ -30,13 +30,13 @@ def main() -> None:
     """Measure both sides, or (in the child) one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", nargs="?", default="bundled:smollm2-135m-instruct")
-    parser.add_argument("--side", choices=get_args(Quantize), help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=get_args(Quantization), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.side:
         print(json.dumps(measured(resolve_base(given.base, None, Path.cwd(), LogReporter()), given.side)))
         return
     sides: dict[str, dict[str, Any]] = {}
-    for side in get_args(Quantize):
+    for side in get_args(Quantization):
         command = [sys.executable, __file__, given.base, "--side", side]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         sides[side] = json.loads(done.stdout)
@@ -50,7 +50,7 @@ def main() -> None:
     print(json.dumps({"base": given.base, "bytes": sides, "bits_per_linear_weight": bits}))
 
 
-def measured(base: Base, side: Quantize) -> dict[str, Any]:
+def measured(base: Base, side: Quantization) -> dict[str, Any]:
     """Return the bytes of the base with this quantization."""
     import torch
 

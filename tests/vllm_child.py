@@ -42,7 +42,7 @@ def settings(tmp_path: Path, **changes: Any) -> VllmSettings:
     """Of the stand-in."""
     python = tmp_path / "python"
     _write_python(python)
-    asked: dict[str, Any] = {"room": 2, "max_rank": 9, "max_batch": 4, "dtype": "float32", **changes}
+    asked: dict[str, Any] = {"room": 2, "max_rank": 9, "max_num_seqs": 4, "dtype": "float32", **changes}
     return VllmSettings(python=python, cpu=True, base=tmp_path, **asked)
 
 

@@ -12,7 +12,7 @@ import tunewright.serving
 from tunewright.adapters.manifest import Manifest as AdapterManifest
 from tunewright.api import Project, RunResult
 from tunewright.api.adapters import AdaptersApi
-from tunewright.api.data import DatasetApi
+from tunewright.api.data import AddOptions, ColumnMapping, DatasetApi
 from tunewright.api.export import ExportApi
 from tunewright.api.keys import SigningKeysApi
 from tunewright.api.releases import ReleasesApi
@@ -50,6 +50,8 @@ API: dict[str, tuple[type, ...]] = {
     "The project": (Project,),
     "Groups of verbs": (
         DatasetApi,
+        AddOptions,
+        ColumnMapping,
         AdaptersApi,
         SigningKeysApi,
         ExportApi,

@@ -94,11 +94,11 @@ def test_imported_peft_adapter_is_served_as_peft_answers(stock: Path, other: Pat
 
 
 def test_import_records_statements_and_nothing_unknown(stock: Path, other: Path) -> None:
-    assert import_adapter(other, stock, "--base-matches", "--quantize", "nf4").code == 0
+    assert import_adapter(other, stock, "--base-matches", "--quantization", "nf4").code == 0
     (adapter,) = api.open(other).adapters.list()
     lineage = adapter.lineage
     assert lineage["stated"]["names_base"]
-    assert (adapter.quantize, adapter.dataset) == ("nf4", None)
+    assert (adapter.quantization, adapter.dataset) == ("nf4", None)
     assert not {"config", "training", "dataset", "inputs_digest"} & lineage.keys()
     shown = tunewright("adapters", "show", "-p", other)
     assert "dataset: unknown" in shown.stdout

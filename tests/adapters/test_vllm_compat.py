@@ -137,9 +137,11 @@ def test_train_refuses_dora_before_resolving_the_base(command: str, tmp_path: Pa
     assert not (folder / "evaluations").exists()
 
 
-@pytest.mark.parametrize("quantize", ["none", "nf4"])
-def test_dora_is_trained_and_evaluated_but_not_served(quantize: str, tmp_path: Path, tiny_base_folder: Path) -> None:
-    keys = {"use_dora": True, "require_vllm_compatible": False, "quantization": quantize}
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_dora_is_trained_and_evaluated_but_not_served(
+    quantization: str, tmp_path: Path, tiny_base_folder: Path
+) -> None:
+    keys = {"use_dora": True, "require_vllm_compatible": False, "quantization": quantization}
     folder = _project(tmp_path / "project", tiny_base_folder, **keys)
     ran = tunewright("train", "--project", folder, "--json")
     assert ran.code == 0, ran.stderr

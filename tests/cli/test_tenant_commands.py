@@ -131,10 +131,10 @@ def test_tenant_tables_match_the_json(project: Path) -> None:
         (["tenant", "key", "add", "acme", "--expires", "0d"], "--expires: A key's lifetime must be greater than 0"),
         (["tenant", "usage", "--since", "yesterday"], "--since: Invalid date 'yesterday'"),
         (["tenant", "usage", "--csv", "--json"], "mutually exclusive"),
-        (["tenant", "list", "--state", "mysql://x/y"], "Unsupported database"),
-        (["tenant", "list", "--state", "sqlite:///no/such.sqlite"], "There is no serving state"),
-        (["audit", "verify", "--state", "sqlite:///no/such.sqlite"], "There is no serving state"),
-        (["serve", "--state", "sqlite:///no/such.sqlite"], "There is no serving state"),
+        (["tenant", "list", "--database-url", "mysql://x/y"], "Unsupported database"),
+        (["tenant", "list", "--database-url", "sqlite:///no/such.sqlite"], "There is no serving state"),
+        (["audit", "verify", "--database-url", "sqlite:///no/such.sqlite"], "There is no serving state"),
+        (["serve", "--database-url", "sqlite:///no/such.sqlite"], "There is no serving state"),
         (["audit", "verify", "--noted", ""], "Invalid digest ''"),
         (["promote", "courts"], "no alias 'courts'"),
         (["rollback", "courts"], "no alias 'courts'"),
@@ -238,7 +238,7 @@ def test_state_is_postgresql_by_option_or_config(project: Path, postgres: Path) 
     from postgres import new_schema
 
     url = new_schema(postgres)
-    made = _document(project, "tenant", "add", "acme", "--state", url)
+    made = _document(project, "tenant", "add", "acme", "--database-url", url)
     assert not (project / "serving").exists()
     config = (project / "tunewright.yaml").read_text()
     (project / "tunewright.yaml").unlink()

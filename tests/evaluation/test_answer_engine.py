@@ -70,20 +70,20 @@ def test_auto_uses_vllm_with_a_card_and_its_cuda_environment(tmp_path: Path, mon
 @pytest.mark.parametrize(
     ("config", "asked", "why"),
     [
-        ({}, {"quantize": "nf4"}, "held in NF4"),
-        ({}, {"quantize": "none", "constrained": True}, "evaluate.structured_outputs"),
-        ({"use_dora": True, "require_vllm_compatible": False}, {"quantize": "none"}, "does not load DoRA"),
+        ({}, {"quantization": "nf4"}, "held in NF4"),
+        ({}, {"quantization": "none", "constrained": True}, "evaluate.structured_outputs"),
+        ({"use_dora": True, "require_vllm_compatible": False}, {"quantization": "none"}, "does not load DoRA"),
     ],
 )
 def test_auto_uses_peft_and_vllm_refuses_what_vllm_cannot_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: Any, asked: Any, why: str
 ) -> None:
     install_fake(monkeypatch, tmp_path, "cuda")
-    quantize, constrained = asked["quantize"], asked.get("constrained", False)
-    chosen = answer_engine(_config(**config), quantize, constrained=constrained)
+    quantization, constrained = asked["quantization"], asked.get("constrained", False)
+    chosen = answer_engine(_config(**config), quantization, constrained=constrained)
     assert (chosen.name, why in chosen.why) == ("peft", True)
     with pytest.raises(UserError, match=why) as refused:
-        answer_engine(_config("vllm", **config), quantize, constrained=constrained)
+        answer_engine(_config("vllm", **config), quantization, constrained=constrained)
     assert refused.value.where == "evaluate.engine"
 
 

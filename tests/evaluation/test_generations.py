@@ -127,7 +127,7 @@ DECODINGS = st.builds(
     template=TEXTS,
     adapter=st.none() | TEXTS,
     dtype=st.sampled_from(["bfloat16", "float32"]),
-    quantize=st.sampled_from(["none", "nf4"]),
+    quantization=st.sampled_from(["none", "nf4"]),
     device=st.sampled_from(["cpu", "cuda"]),
     max_new_tokens=st.integers(1, 5),
     stop=st.lists(TEXTS, max_size=2).map(tuple),

@@ -26,7 +26,7 @@ from tunewright.export.record import Export
 from tunewright.export.weights import LoraDelta, read_deltas
 
 
-def _trained(folder: Path, architecture: Literal["llama", "mistral"], quantize: str = "none") -> Path:
+def _trained(folder: Path, architecture: Literal["llama", "mistral"], quantization: str = "none") -> Path:
     """Return a project on a bfloat16 base with effective attention, and an adapter that has an effect."""
     base = build_base(folder / "base", architecture)
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
@@ -36,7 +36,9 @@ def _trained(folder: Path, architecture: Literal["llama", "mistral"], quantize: 
     model.save_pretrained(base)
     project = tiny_project(folder / "project", base)
     config = project / "tunewright.yaml"
-    text = config.read_text(encoding="utf-8").replace("dtype: float32", f"dtype: bfloat16\n  quantization: {quantize}")
+    text = config.read_text(encoding="utf-8").replace(
+        "dtype: float32", f"dtype: bfloat16\n  quantization: {quantization}"
+    )
     text = text.replace("learning_rate: 0.003", "learning_rate: 0.01")
     # Random weights find many tokens as good as equally likely: of a long answer, 8 bits would change a token.
     config.write_text(text.replace("evaluate:\n", "evaluate:\n  max_new_tokens: 3\n"), encoding="utf-8")

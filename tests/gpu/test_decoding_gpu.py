@@ -124,7 +124,7 @@ def test_decoding_with_a_sliding_window_stays_on_the_gpu(card: CardProcess) -> N
     assert (len(seen["token"].copies), len(seen["token"].syncs)) == (1, 1)
 
 
-def _answers_while_training(quantize: str, dropout: float) -> tuple[list[str], _Pass]:
+def _answers_while_training(quantization: str, dropout: float) -> tuple[list[str], _Pass]:
     """Answer dev rows as an evaluation does, with the layers that training has, under its autocast."""
     import torch
     from fake_card import FakeCard
@@ -138,13 +138,13 @@ def _answers_while_training(quantize: str, dropout: float) -> tuple[list[str], _
     from tunewright.training.dev_scores import DevTask
     from tunewright.training.lora import keep_float32, lora_config
 
-    settings: Any = {"preset": "all-linear", "quantization": quantize, "lora_dropout": dropout}
+    settings: Any = {"preset": "all-linear", "quantization": quantization, "lora_dropout": dropout}
     requests = tuple(Request(tuple(range(5, 15 + row)), "default", 6) for row in range(4))
     scorer: Any = None  # answers are made here, and not valued
     task = DevTask(scorer, requests, (), (), (), 4, chat_of(byte_tokenizer()), LogReporter())
     answers: list[str] = []
     with FakeCard():
-        model = build(replace(SHAPES["llama-3-8b"], layers=2), nf4=quantize == "nf4")
+        model = build(replace(SHAPES["llama-3-8b"], layers=2), nf4=quantization == "nf4")
         model = get_peft_model(model, lora_config(TrainConfig(**settings)))
         keep_float32(model)
         model.eval()
@@ -156,12 +156,12 @@ def _answers_while_training(quantize: str, dropout: float) -> tuple[list[str], _
     return answers, _measured(work)
 
 
-@pytest.mark.parametrize(("quantize", "dropout"), [("nf4", 0.0), ("none", 0.0), ("none", 0.1), ("nf4", 0.1)])
-def test_dev_answers_during_training_stay_on_the_gpu(card: CardProcess, quantize: str, dropout: float) -> None:
-    answers, seen = card.run(_answers_while_training, quantize, dropout)
+@pytest.mark.parametrize(("quantization", "dropout"), [("nf4", 0.0), ("none", 0.0), ("none", 0.1), ("nf4", 0.1)])
+def test_dev_answers_during_training_stay_on_the_gpu(card: CardProcess, quantization: str, dropout: float) -> None:
+    answers, seen = card.run(_answers_while_training, quantization, dropout)
     assert len(answers) == 4
     assert seen.in_layers == []
     # Six passes: the prompts' and five tokens' each copy once and wait once.
     assert (len(seen.copies), len(seen.syncs)) == (6, 6)
-    a_layer = ONE_IN_4_BITS if quantize == "nf4" else ONE
+    a_layer = ONE_IN_4_BITS if quantization == "nf4" else ONE
     assert seen.launches <= 6 * (2 * a_layer + AROUND) + 20

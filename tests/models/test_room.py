@@ -36,12 +36,12 @@ class _Heard(LogReporter):
         self.warnings.append(message)
 
 
-def _opened(folder: Path, quantize: str) -> ProjectContext:
+def _opened(folder: Path, quantization: str) -> ProjectContext:
     base = folder / "llama-2-7b"
     write_json(base / "config.json", LLAMA_2_7B)
     project = tiny_project(folder / "project", base)
     config = project / "tunewright.yaml"
-    config.write_text(config.read_text().replace("dtype: float32", f"dtype: bfloat16\n  quantization: {quantize}"))
+    config.write_text(config.read_text().replace("dtype: float32", f"dtype: bfloat16\n  quantization: {quantization}"))
     return ProjectContext(ProjectFolder(project), _Heard())
 
 
@@ -54,11 +54,11 @@ def _room(opened: ProjectContext, monkeypatch: pytest.MonkeyPatch, free: int) ->
     return reporter.warnings
 
 
-@pytest.mark.parametrize(("quantize", "gigabytes"), [("none", 24), ("nf4", 12)])
+@pytest.mark.parametrize(("quantization", "gigabytes"), [("none", 24), ("nf4", 12)])
 def test_require_room_says_nothing_when_the_longest_rows_fit(
-    quantize: str, gigabytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quantization: str, gigabytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert _room(_opened(tmp_path, quantize), monkeypatch, gigabytes * 10**9) == []
+    assert _room(_opened(tmp_path, quantization), monkeypatch, gigabytes * 10**9) == []
 
 
 def test_require_room_refuses_exactly_where_one_short_row_does_not_fit(

@@ -32,7 +32,7 @@ def peft_engine(base: Path) -> Iterator[Engine]:
     from tunewright.serving.engines.peft import PeftEngine
 
     model: Any = LlamaForCausalLM.from_pretrained(base).eval()
-    engine = PeftEngine(model, stop_ids=STOPS, pad_id=TOKENIZER.pad_token_id, max_batch=16, context_length=CONTEXT)
+    engine = PeftEngine(model, stop_ids=STOPS, pad_id=TOKENIZER.pad_token_id, max_num_seqs=16, context_length=CONTEXT)
     try:
         yield engine
     finally:
@@ -47,7 +47,7 @@ def vllm_engine(base: Path, kind: type[VllmSettings] = VllmSettings, **settings:
         "dtype": "float32",
         "room": ROOM,
         "max_rank": 4,
-        "max_batch": 16,
+        "max_num_seqs": 16,
         "kv_cache_bytes": 64 << 20,
         **settings,
     }
@@ -70,7 +70,7 @@ def llamacpp_engine(
     """Start llama.cpp on the base in f16, with its files next to the base."""
     opened = Base("small", base, None, "LlamaForCausalLM", {})
     place, reporter = base.parent / "gguf", LogReporter()
-    asked: dict[str, Any] = {"max_batch": 16, "context": CONTEXT, "tokens": 16 * CONTEXT, "threads": 1, **settings}
+    asked: dict[str, Any] = {"max_num_seqs": 16, "context": CONTEXT, "tokens": 16 * CONTEXT, "threads": 1, **settings}
     of = started(
         base=base_file(place, opened, stop_ids, "f16", reporter),
         lora_file=lambda digest, folder: lora_file(place, opened, digest, folder, reporter),

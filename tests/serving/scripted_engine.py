@@ -36,14 +36,14 @@ class ScriptedEngine:
 
     Args:
         waits: seconds before each token.
-        max_batch: requests that the gateway may send at once.
+        max_num_seqs: requests that the gateway may send at once.
     """
 
     name = "scripted"
 
-    def __init__(self, waits: Sequence[float] = (0.0, 0.0), max_batch: int = 8, context: int = 2000) -> None:
+    def __init__(self, waits: Sequence[float] = (0.0, 0.0), max_num_seqs: int = 8, context: int = 2000) -> None:
         self.waits = list(waits)
-        self.max_batch = max_batch
+        self.max_num_seqs = max_num_seqs
         self.context_length = context
         self.stopped: str | None = None
         self.permanently_stopped = False

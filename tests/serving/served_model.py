@@ -82,10 +82,10 @@ def expected_answer(model: Any, adapter: str | None, content: str, max_tokens: i
 
 
 @contextmanager
-def running_engine(model: Any, max_batch: int = 8, stop_ids: frozenset[int] = STOPS) -> Iterator[PeftEngine]:
+def running_engine(model: Any, max_num_seqs: int = 8, stop_ids: frozenset[int] = STOPS) -> Iterator[PeftEngine]:
     """An engine that is stopped at the end; without ``stop_ids`` an answer ends at its limit only."""
     engine = PeftEngine(
-        model, stop_ids=stop_ids, pad_id=TOKENIZER.pad_token_id, max_batch=max_batch, context_length=CONTEXT
+        model, stop_ids=stop_ids, pad_id=TOKENIZER.pad_token_id, max_num_seqs=max_num_seqs, context_length=CONTEXT
     )
     try:
         yield engine
@@ -101,14 +101,14 @@ def texts(stops: Sequence[str] = ()) -> Tokenization:
 @contextmanager
 def running_server(
     model: Any,
-    max_batch: int = 8,
+    max_num_seqs: int = 8,
     stop_ids: frozenset[int] = STOPS,
     stops: Sequence[str] = (),
     limits: GatewayConfig = LIMITS,
 ) -> Iterator[str]:
     """The address of a server over the model, with stop strings of its own."""
     with (
-        running_engine(model, max_batch, stop_ids) as engine,
+        running_engine(model, max_num_seqs, stop_ids) as engine,
         serving(Gateway(engine, AnonymousAuth(MODELS), texts(stops), limits).app) as url,
     ):
         yield url

@@ -84,7 +84,7 @@ class Running:
 
 @contextmanager
 def tenant_server(
-    state_url: str, adapters: Mapping[str, Stored], *, stop_ids: frozenset[int] = STOPS, max_batch: int = 8
+    state_url: str, adapters: Mapping[str, Stored], *, stop_ids: frozenset[int] = STOPS, max_num_seqs: int = 8
 ) -> Iterator[Running]:
     """A server that answers tenants by the state."""
     by_digest = {stored.digest: stored for stored in adapters.values()}
@@ -96,7 +96,7 @@ def tenant_server(
         return ServedAdapter(stored.folder, SystemPrompt(stored.system_prompt))
 
     pad = TOKENIZER.pad_token_id
-    engine = PeftEngine(build_base(), stop_ids=stop_ids, pad_id=pad, max_batch=max_batch, context_length=CONTEXT)
+    engine = PeftEngine(build_base(), stop_ids=stop_ids, pad_id=pad, max_num_seqs=max_num_seqs, context_length=CONTEXT)
     reported = StopAfter()
     access = TenantAuth(State(state_url), engine, locate, reported)
     try:

@@ -117,8 +117,8 @@ def test_dev_loss_equals_that_of_the_adapter_on_an_nf4_base(
     dev = as_columns(
         training_rows(opened.chat, opened.data.version().examples("dev"), 2048, "error", opened.reporter).rows
     )
-    for quantize, equal in (("nf4", True), ("none", False)):
-        model = with_adapters(load_model(opened.base, "float32", quantize), {"tuned": adapter.folder})  # type: ignore[arg-type]
+    for quantization, equal in (("nf4", True), ("none", False)):
+        model = with_adapters(load_model(opened.base, "float32", quantization), {"tuned": adapter.folder})  # type: ignore[arg-type]
         total, tokens = 0.0, 0
         for ids, labels in zip(dev["input_ids"], dev["labels"], strict=True):
             count = sum(label != IGNORED for label in labels)

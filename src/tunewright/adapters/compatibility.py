@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tunewright.adapters.registry import Adapter
-from tunewright.config import Quantize
+from tunewright.config import Quantization
 from tunewright.core.errors import UserError
 from tunewright.models.bases import Base
 
@@ -49,13 +49,13 @@ def require_compatible(adapter: Adapter, base: Base, chat: ChatFormat) -> None:
         )
 
 
-def trained_quantize(adapters: Sequence[Adapter]) -> Quantize:
+def trained_quantization(adapters: Sequence[Adapter]) -> Quantization:
     """Return the base's quantization during the training of these adapters (at least one).
 
     Raises:
         UserError: not the same for all.
     """
-    by_kind: dict[Quantize, str] = {a.quantize: a.name for a in adapters}
+    by_kind: dict[Quantization, str] = {a.quantization: a.name for a in adapters}
     if len(by_kind) > 1:
         listed = ", ".join(f"{name} with train.quantization {kind}" for kind, name in by_kind.items())
         raise UserError(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tunewright.adapters.registry import Adapter
 from tunewright.adapters.system_prompt import KEY as SYSTEM_PROMPT_KEY
 from tunewright.adapters.system_prompt import SystemPrompt, count_system_turns, system_prompt
-from tunewright.config import Config, Quantize
+from tunewright.config import Config, Quantization
 from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.data.splits import SPLITS, Split
@@ -143,9 +143,9 @@ def _find(dataset: Path, digest: str) -> tuple[Places | None, str]:
 _PACKAGES = ("tunewright", "torch", "transformers", "peft", "trl", "accelerate", "tokenizers", "safetensors")
 
 
-def packages(quantize: Quantize) -> dict[str, str]:
+def packages(quantization: Quantization) -> dict[str, str]:
     """Return the versions of Python and of the packages that affect numbers, for a base quantized so."""
-    names = (*_PACKAGES, "bitsandbytes") if quantize == "nf4" else _PACKAGES
+    names = (*_PACKAGES, "bitsandbytes") if quantization == "nf4" else _PACKAGES
     return {"python": platform.python_version(), **{name: package_version(name) for name in names}}
 
 

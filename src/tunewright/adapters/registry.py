@@ -26,7 +26,7 @@ from tunewright.adapters.signing import sign
 from tunewright.adapters.vllm_compat import CONFIG as CONFIG
 from tunewright.adapters.vllm_compat import WEIGHTS as WEIGHTS
 from tunewright.adapters.vllm_compat import check_adapter
-from tunewright.config import Quantize
+from tunewright.config import Quantization
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, file_digest, new_folder, text_lines, write_json, write_text
 
@@ -70,10 +70,10 @@ class Adapter:
         return str(self.lineage["dataset"]["digest"]) if "dataset" in self.lineage else None
 
     @property
-    def quantize(self) -> Quantize:
+    def quantization(self) -> Quantization:
         """The quantization of the base during training."""
         # Lineages without the key are of unquantized bases.
-        held: Quantize = self.lineage.get("config", {}).get("train", self.lineage).get("quantization", "none")
+        held: Quantization = self.lineage.get("config", {}).get("train", self.lineage).get("quantization", "none")
         return held
 
     @property

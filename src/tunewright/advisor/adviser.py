@@ -157,7 +157,7 @@ class Adviser:
                     self.config,
                     self.generator.base,
                     self.generator.chat,
-                    self.generator.quantize,
+                    self.generator.quantization,
                     self.arm_runner.limit,
                 ),
                 "dataset": self.version.digest,

@@ -15,7 +15,7 @@ from tunewright.adapters.signing import sign, signing_key
 from tunewright.adapters.trust import TrustStatus, trust_status
 from tunewright.adapters.vllm_compat import require_batchable
 from tunewright.api.context import ProjectContext
-from tunewright.config import Quantize
+from tunewright.config import Quantization
 from tunewright.core.errors import UserError
 from tunewright.data.versions.version import current_author
 from tunewright.evidence.schema import EVIDENCE_FILE, load_evidence
@@ -126,7 +126,7 @@ class AdaptersApi:
         *,
         name: str | None = None,
         base_matches: bool = False,
-        quantize: Quantize | None = None,
+        quantization: Quantization | None = None,
         unsigned: bool = False,
         system_prompt: str | None = None,
     ) -> ImportResult:
@@ -137,7 +137,7 @@ class AdaptersApi:
             name: name in the project (None: the manifest's, or that of the folder or archive).
             base_matches: you assert that it was trained on this project's base and chat template; for adapters that do
                 not state it.
-            quantize: you assert how the base was quantized during training; for adapters that do not state it
+            quantization: you assert how the base was quantized during training; for adapters that do not state it
                 (None: not quantized).
             unsigned: accept it without a signature by a trusted key.
             system_prompt: you assert that all its training rows had this system prompt; for adapters that do not state
@@ -154,7 +154,7 @@ class AdaptersApi:
         opened, project = self._context, self._project
         gate = AdapterImporter(project.adapters, TrustedKeys(project.keys), opened.base, opened.chat, opened.reporter)
         by = current_author(project.root)
-        return gate.import_adapter(path, ImportStatement(by, base_matches, quantize, unsigned, name, system_prompt))
+        return gate.import_adapter(path, ImportStatement(by, base_matches, quantization, unsigned, name, system_prompt))
 
     def scale(self, adapter: str | None = None, factors: Sequence[float] | None = None) -> ScaleResult:
         """Measure an adapter (the newest by default) at several scales, and store the best one.

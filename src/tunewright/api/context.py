@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from tunewright.adapters.compatibility import require_compatible, trained_quantize
+from tunewright.adapters.compatibility import require_compatible, trained_quantization
 from tunewright.adapters.registry import Adapter
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
@@ -74,9 +74,9 @@ class ProjectContext:
         if adapter is not None:
             require_compatible(adapter, self.base, self.chat)
             self._require_version(adapter, version)
-        trained = config.train.quantization if adapter is None else trained_quantize([adapter])
-        quantize = config.evaluate.quantization or trained
-        generator = Generator.of(self.folder, self.base, self.chat, quantize, self.reporter, adapter)
+        trained = config.train.quantization if adapter is None else trained_quantization([adapter])
+        quantization = config.evaluate.quantization or trained
+        generator = Generator.of(self.folder, self.base, self.chat, quantization, self.reporter, adapter)
         return ArmRunner(self.folder, version, generator, self.reporter)
 
     def _require_version(self, adapter: Adapter, version: DatasetVersion) -> None:

@@ -75,6 +75,36 @@ class SuspectsResult:
         }
 
 
+@dataclass(frozen=True)
+class ColumnMapping:
+    """Overrides of data.rows, data.input and data.output of the config; None: the config's."""
+
+    rows: str | None = None
+    input_column: str | None = None
+    output_column: str | None = None
+
+
+@dataclass(frozen=True)
+class AddOptions:
+    """Options of :meth:`DatasetApi.add`, which :meth:`DatasetApi.check_files` previews."""
+
+    mapping: ColumnMapping = ColumnMapping()
+    skip_bad: bool = False
+    """Leave faulty rows out."""
+    redact: bool = False
+    """Replace secrets and personal data with placeholders."""
+    accept_conflicts: bool = False
+    """Keep inputs with different outputs, like ``data.conflicts: accept``."""
+    presidio: str | None = None
+    """A spaCy model that detects names and places."""
+    replace: bool = False
+    """Let a new output supersede the existing one of the same input."""
+    restore: bool = False
+    """Add removed rows again."""
+    split_from: Path | None = None
+    """A project whose split a new dataset inherits."""
+
+
 class DatasetApi:
     """Methods on a project's data."""
 
@@ -87,40 +117,24 @@ class DatasetApi:
     def add(
         self,
         files: Iterable[str | Path],
+        options: AddOptions = AddOptions(),
         *,
-        rows: str | None = None,
-        input_column: str | None = None,
-        output_column: str | None = None,
-        skip_bad: bool = False,
-        redact: bool = False,
-        accept_conflicts: bool = False,
-        presidio: str | None = None,
         message: str = "",
-        replace: bool = False,
-        restore: bool = False,
-        split_from: str | Path | None = None,
     ) -> AddResult:
-        """Add files of pairs to the dataset as a new version, unless all rows are known.
-
-        ``rows``, ``input_column`` and ``output_column`` override data.rows, data.input and data.output of the config.
-        ``accept_conflicts`` keeps inputs with different outputs, like ``data.conflicts: accept``. ``presidio`` is a
-        spaCy model that detects names and places. ``replace`` lets a new output supersede the existing one of the same
-        input. ``restore`` adds removed rows again. ``split_from`` is a project whose split a new dataset inherits.
-        """
+        """Add files of pairs to the dataset as a new version, unless all rows are known."""
         paths = source_files(files, self._reporter)
-        data = self._mapped(paths, rows, input_column, output_column)
-        project = self._with(data, accept_conflicts=accept_conflicts)
+        data = self._mapped(paths, options.mapping)
         added = add(
-            project,
+            self._with(data, options),
             paths,
             self._reporter,
-            skip_bad=skip_bad,
-            redact=redact,
-            presidio=presidio,
+            skip_bad=options.skip_bad,
+            redact=options.redact,
+            presidio=options.presidio,
             message=message,
-            replace=replace,
-            restore=restore,
-            split_from=None if split_from is None else Path(split_from),
+            replace=options.replace,
+            restore=options.restore,
+            split_from=options.split_from,
         )
         warn_of_few_dev_clusters(added.dev_clusters, self._reporter)
         report_split_power(split_power(added.version.counts.domain, added.clusters, data.test_size), self._reporter)
@@ -163,67 +177,44 @@ class DatasetApi:
         selection = Selection(None if keys is None else Path(keys), where, source, tuple(groups))
         return remove(self._project, selection, because, self._reporter, dry_run=dry_run, purge_text=purge)
 
-    def check_files(
-        self,
-        files: Iterable[str | Path],
-        *,
-        rows: str | None = None,
-        input_column: str | None = None,
-        output_column: str | None = None,
-        skip_bad: bool = False,
-        redact: bool = False,
-        accept_conflicts: bool = False,
-        presidio: str | None = None,
-        replace: bool = False,
-        restore: bool = False,
-        split_from: str | Path | None = None,
-    ) -> Preview:
-        """Preview :meth:`add` on files of pairs, with every fault; options as for ``add``."""
-        from tunewright.data.add_plan import AddOptions, preview
+    def check_files(self, files: Iterable[str | Path], options: AddOptions = AddOptions()) -> Preview:
+        """Preview :meth:`add` on files of pairs, with every fault."""
+        from tunewright.data.add_plan import preview
 
         paths = source_files(files, self._reporter)
-        data = self._mapped(paths, rows, input_column, output_column)
         return preview(
-            self._with(data, accept_conflicts=accept_conflicts),
+            self._with(self._mapped(paths, options.mapping), options),
             paths,
             self._reporter,
-            skip_bad=skip_bad,
-            redact=redact,
-            presidio=presidio,
-            options=AddOptions(replace, restore, None if split_from is None else Path(split_from)),
+            skip_bad=options.skip_bad,
+            redact=options.redact,
+            presidio=options.presidio,
+            options=AddOptions(options.replace, options.restore, options.split_from),
         )
 
-    def fix_file(
-        self,
-        file: str | Path,
-        out: str | Path,
-        *,
-        rows: str | None = None,
-        input_column: str | None = None,
-        output_column: str | None = None,
-    ) -> list[Change]:
-        """Write a corrected copy of a file of pairs, and list every change; options as for ``add``."""
+    def fix_file(self, file: str | Path, out: str | Path, mapping: ColumnMapping = ColumnMapping()) -> list[Change]:
+        """Write a corrected copy of a file of pairs, and list every change."""
         from tunewright.data.readers import source_size
         from tunewright.data.readers.file_check import fix_file
 
-        data = self._mapped([Path(file)], rows, input_column, output_column)
+        data = self._mapped([Path(file)], mapping)
         with self._reporter.task("correcting", source_size(Path(file)), "bytes") as task:
             return fix_file(Path(file), Path(out), data, task)
 
-    def _with(self, data: DataConfig, *, accept_conflicts: bool) -> ProjectFolder:
+    def _with(self, data: DataConfig, options: AddOptions) -> ProjectFolder:
         """Return the project with this data section."""
-        if accept_conflicts:
+        if options.accept_conflicts:
             data = data.model_copy(update={"conflicts": "accept"})
         return ProjectFolder(self._project.root, self._project.config.model_copy(update={"data": data}))
 
-    def _mapped(self, paths: Sequence[Path], rows: str | None, input_: str | None, output: str | None) -> DataConfig:
+    def _mapped(self, paths: Sequence[Path], mapping: ColumnMapping) -> DataConfig:
         """Return the config's data section with a command's options applied.
 
         Raises:
             UserError: an option is empty, or no file uses it.
         """
         data = self._project.config.data
-        options = {"rows": rows, "input": input_, "output": output}
+        options = {"rows": mapping.rows, "input": mapping.input_column, "output": mapping.output_column}
         given = {key: option for key, option in options.items() if option is not None}
         empty = [key for key, option in given.items() if not option]
         if empty:

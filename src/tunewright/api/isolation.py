@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from tunewright.adapters.compatibility import trained_quantize
+from tunewright.adapters.compatibility import trained_quantization
 from tunewright.adapters.registry import Adapter
 from tunewright.api.context import ProjectContext
 from tunewright.api.serving import adapter_of, choose_served, refuse_names, released
@@ -99,7 +99,7 @@ class IsolationGate:
             config,
             opened.base,
             opened.chat,
-            config.serve.quantization or trained_quantize(list(adapters)),
+            config.serve.quantization or trained_quantization(list(adapters)),
             {each.name: each.folder for each in adapters},
             engine or config.serve.engine,
             config.serve.spare_adapters,

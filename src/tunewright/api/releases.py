@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from tunewright.adapters.compatibility import require_compatible, trained_quantize
+from tunewright.adapters.compatibility import require_compatible, trained_quantization
 from tunewright.adapters.keys import TrustedKeys
 from tunewright.adapters.registry import Adapter, find_adapter
 from tunewright.adapters.trust import require_trusted
@@ -248,7 +248,7 @@ class ReleasesApi:
         if config.serve.quantization is None:
             others = [release for name, release in state.releases.live().items() if name != alias]
             beside = [adapter_of(self._context, release.adapter, release.digest) for release in others]
-            trained_quantize([adapter, *beside])
+            trained_quantization([adapter, *beside])
 
 
 def _require_reason(reason: str | None, where: str) -> None:

@@ -8,14 +8,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tunewright.adapters.compatibility import require_compatible, trained_quantize
+from tunewright.adapters.compatibility import require_compatible, trained_quantization
 from tunewright.adapters.keys import TrustedKeys
 from tunewright.adapters.registry import Adapter, find_adapter, list_adapters
 from tunewright.adapters.system_prompt import SystemPrompt, system_prompt
 from tunewright.adapters.trust import require_trusted
 from tunewright.adapters.vllm_compat import require_batchable
 from tunewright.api.context import ProjectContext
-from tunewright.config import Config, Quantize
+from tunewright.config import Config, Quantization
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 
@@ -127,9 +127,10 @@ def _for_tenants(opened: ProjectContext, state: State, names: Sequence[str], con
     def locate(name: str, digest: str) -> ServedAdapter:
         adapter = adapter_of(opened, name, digest)
         _require_servable(opened, adapter)
-        if config.serve.quantization is None and trained_quantize([adapter]) != held:
+        trained = trained_quantization([adapter])
+        if config.serve.quantization is None and trained != held:
             raise UserError(
-                f"The adapter was trained with train.quantization {trained_quantize([adapter])}, but this server "
+                f"The adapter was trained with train.quantization {trained}, but this server "
                 f"holds the base with {held}",
                 where=name,
                 fix="Restart the server, or set serve.quantization.",
@@ -156,7 +157,7 @@ def refuse_names(names: Sequence[str]) -> None:
         )
 
 
-def released(opened: ProjectContext, state: State) -> tuple[Quantize, list[Adapter]]:
+def released(opened: ProjectContext, state: State) -> tuple[Quantization, list[Adapter]]:
     """Return the base's quantization for the live releases, and those of their adapters that exist here.
 
     Raises:
@@ -170,7 +171,7 @@ def released(opened: ProjectContext, state: State) -> tuple[Quantize, list[Adapt
             opened.reporter.warn(f"{release.alias}: {error}")
     config = opened.folder.config
     return config.serve.quantization or (
-        trained_quantize(adapters) if adapters else config.train.quantization
+        trained_quantization(adapters) if adapters else config.train.quantization
     ), adapters
 
 
@@ -210,7 +211,7 @@ def _require_private(host: str) -> None:
         )
 
 
-def choose_served(opened: ProjectContext, names: Sequence[str]) -> tuple[Quantize, dict[str, Path]]:
+def choose_served(opened: ProjectContext, names: Sequence[str]) -> tuple[Quantization, dict[str, Path]]:
     """Return the base's quantization, and the folders of the named adapters (default: all that fit) by name.
 
     Raises:
@@ -232,10 +233,10 @@ def choose_served(opened: ProjectContext, names: Sequence[str]) -> tuple[Quantiz
             folders[f"{adapter.name}@{step}"] = adapter.checkpoint(step)
         else:
             folders[adapter.name] = adapter.folder
-    return config.serve.quantization or trained_quantize(named), folders
+    return config.serve.quantization or trained_quantization(named), folders
 
 
-def _servable_adapters(opened: ProjectContext, held: Quantize) -> Iterator[Adapter]:
+def _servable_adapters(opened: ProjectContext, held: Quantization) -> Iterator[Adapter]:
     """Yield the adapters that fit the base with this quantization, with a warning for each other adapter."""
     for adapter in list_adapters(opened.folder.adapters):
         try:
@@ -243,7 +244,7 @@ def _servable_adapters(opened: ProjectContext, held: Quantize) -> Iterator[Adapt
         except UserError as error:
             opened.reporter.warn(f"{adapter.name} is not served: {error.what}")
             continue
-        trained = trained_quantize([adapter])
+        trained = trained_quantization([adapter])
         if opened.folder.config.serve.quantization is None and trained != held:
             opened.reporter.warn(
                 f"{adapter.name} is not served: it was trained with train.quantization {trained}, and the base is "

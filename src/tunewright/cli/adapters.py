@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tunewright.evaluation.scaling import ScaleResult
 
 # As in config.section, which is too heavy to import for --help.
-Quantize = Literal["none", "nf4"]
+Quantization = Literal["none", "nf4"]
 
 _SHORT = 12
 
@@ -102,8 +102,8 @@ def adapters_import(
             "lineage records who stated it.",
         ),
     ] = False,
-    quantize: Annotated[
-        Quantize | None,
+    quantization: Annotated[
+        Quantization | None,
         typer.Option(help="State how the base was quantized in its training.", show_default="none"),
     ] = None,
     system_prompt: Annotated[
@@ -119,7 +119,7 @@ def adapters_import(
         source,
         name=name,
         base_matches=base_matches,
-        quantize=quantize,
+        quantization=quantization,
         unsigned=unsigned,
         system_prompt=system_prompt,
     )

@@ -21,11 +21,11 @@ DATA, TRAIN, EVALUATE, DEPLOY, PROJECT = PANELS = ("Data", "Train", "Evaluate", 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
 Folder = Annotated[Path, typer.Option("--project", "-p", help="Project folder.", show_default="current folder")]
-StateUrl = Annotated[
+DatabaseUrl = Annotated[
     str | None,
     typer.Option(
-        "--state",
-        help="Serving state: postgresql://USER@HOST/DATABASE or sqlite:///FILE.",
+        "--database-url",
+        help="Database of tenants, keys and releases: postgresql://USER@HOST/DATABASE or sqlite:///FILE.",
         show_default="serve.database_url in the config",
     ),
 ]
@@ -108,7 +108,7 @@ def command(
     kept: str = NOTHING_KEPT,
     status: bool = True,
     project: bool = True,
-    state: bool = False,
+    database: bool = False,
     json: bool = True,
     together: Callable[[Mapping[str, Any]], bool] = lambda _: False,
     options: type[Any] | None = None,
@@ -123,7 +123,7 @@ def command(
         kept: message about the state after a stopped run, and the way to resume it.
         status: report at the end whether reviewers have accepted the project's dataset version.
         project: add ``--project``.
-        state: add ``--state``.
+        database: add ``--database-url``.
         json: add ``--json``.
         together: returns True if a run with these options may be one of several processes.
         options: a dataclass whose fields become options; the function takes an instance of it as ``options``.
@@ -135,7 +135,7 @@ def command(
             place = [each.name for each in own].index("options")
             own[place : place + 1] = _options(options)
         shared = [
-            *([_option("state", StateUrl, None)] if state else []),
+            *([_option("database_url", DatabaseUrl, None)] if database else []),
             *([_option("project", Folder, Path())] if project else []),
             *([_option("json", Json, False)] if json else []),
         ]
@@ -143,12 +143,12 @@ def command(
         @wraps(function)
         def run(**values: Any) -> None:
             as_json, folder = values.pop("json", False), values.pop("project", None)
-            url = values.pop("state", None)
+            url = values.pop("database_url", None)
             reviewed = folder if status else None
             if options is not None:
                 values["options"] = options(**{each.name: values.pop(each.name) for each in fields(options)})
             with session(as_json, reviewed, together=together(values), kept=kept) as current:
-                current.folder, current.state = folder or Path(), url
+                current.folder, current.database_url = folder or Path(), url
                 code = function(current, **values)
                 if code:
                     raise typer.Exit(code)

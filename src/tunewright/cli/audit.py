@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 audit_app = group("audit", DEPLOY, "Show and verify the record of changes to tenants, keys, limits and releases.")
 
 
-@command(audit_app, "show", example="tunewright audit show", status=False, state=True)
+@command(audit_app, "show", example="tunewright audit show", status=False, database=True)
 def audit_show(run: Session) -> None:
     """List every change: who made it, when, and what changed."""
     lines = run.project.audit.show()
@@ -27,7 +27,7 @@ def audit_show(run: Session) -> None:
     run.show(document, audit_table(lines) if lines else "Nothing has been changed yet.")
 
 
-@command(audit_app, "verify", example="tunewright audit verify", status=False, state=True)
+@command(audit_app, "verify", example="tunewright audit verify", status=False, database=True)
 def audit_verify(
     run: Session,
     noted: Annotated[

@@ -90,8 +90,8 @@ class Session:
     def __init__(self, *, as_json: bool) -> None:
         self.as_json = as_json
         self.folder = Path()
-        self.state: str | None = None
-        """The serving state that ``--state`` names."""
+        self.database_url: str | None = None
+        """The database that ``--database-url`` names."""
         # At each import it reports that a hub kernel, which nothing here uses, is not installed.
         logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         # A log has no width, so rows are not wrapped there.
@@ -106,16 +106,16 @@ class Session:
 
     @cached_property
     def project(self) -> Project:
-        """The project in the folder, on the serving state that ``--state`` names. It must exist."""
+        """The project in the folder, with the database that ``--database-url`` names. It must exist."""
         import tunewright
         from tunewright.api import Project
         from tunewright.config.project import ProjectFolder
 
         opened = tunewright.open(self.folder, self.reporter)
-        if self.state is None:
+        if self.database_url is None:
             return opened
         config = opened.folder.config
-        serve = config.serve.model_copy(update={"database_url": self.state})
+        serve = config.serve.model_copy(update={"database_url": self.database_url})
         return Project(ProjectFolder(self.folder, config.model_copy(update={"serve": serve})), self.reporter)
 
     @cached_property

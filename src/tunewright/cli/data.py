@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -20,6 +20,7 @@ from tunewright.core.text import count_of
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from tunewright.api import data as api
     from tunewright.data.add_plan import Effect, Preview
     from tunewright.data.dedup.decontaminate import Contamination
     from tunewright.data.dedup.leakage import BandScore, LeakageReport, TemplateScore
@@ -66,9 +67,13 @@ class AddOptions:
         str | None, typer.Option(help="spaCy model that also finds names and places.", show_default="patterns only")
     ] = None
 
-    def as_arguments(self) -> dict[str, Any]:
-        """Return the options as keyword arguments."""
-        return {each.name: getattr(self, each.name) for each in fields(self)}
+    def for_api(self) -> api.AddOptions:
+        """Return the options as the API takes them."""
+        from tunewright.api import data as api
+
+        given = {each.name: getattr(self, each.name) for each in fields(self)}
+        mapping = api.ColumnMapping(**{each.name: given.pop(each.name) for each in fields(api.ColumnMapping)})
+        return api.AddOptions(mapping, **given)
 
 
 @command(
@@ -88,7 +93,7 @@ def data_add(
     message: Annotated[str, typer.Option("--message", "-m", help="Message stored with the version.")] = "",
 ) -> None:
     """Check, deduplicate, cluster and split files of pairs into a new dataset version."""
-    result = run.project.data.add(files, message=message, **options.as_arguments())
+    result = run.project.data.add(files, options.for_api(), message=message)
     what = f"{count_of(result.added, 'example')} added, {result.known:,} known before, "
     what += count_of(len(result.duplicates), "duplicate")
     if result.skipped:
@@ -120,8 +125,8 @@ def data_check(
     With files: faults, duplicates, conflicts, secrets and splits; exit code 2 if `data add` with the same options would
     refuse them. Without files, every row is encoded: lengths, trained share, and rows too long or unfit for training.
     """
-    given = {name: value for name, value in options.as_arguments().items() if value not in (None, False)}
-    mapping = {name: value for name, value in given.items() if name in ("rows", "input_column", "output_column")}
+    given = [each.name for each in fields(options) if getattr(options, each.name) not in (None, False)]
+    mapping = [name for name in given if name in ("rows", "input_column", "output_column")]
     adding = [f"--{name.replace('_', '-')}" for name in given if name not in mapping]
     data = run.project.data
     if files is None and given:
@@ -133,14 +138,14 @@ def data_check(
             raise UserError(what, where="--fix", fix="Name one file.")
         if adding:
             raise UserError(f"--fix does not use {', '.join(adding)}", where="--fix", fix="Leave the option out.")
-        changes = data.fix_file(files[0], fix, **mapping)
+        changes = data.fix_file(files[0], fix, options.for_api().mapping)
         left_out = sum(change.left_out for change in changes)
         done = f"{count_of(len(changes) - left_out, 'change')}, {count_of(left_out, 'row')} left out"
         document = {"out": str(fix), "changes": [asdict(change) for change in changes]}
         run.show(document, "\n".join([*map(str, changes), f"Wrote {fix}: {done}"]))
         return None
     if files is not None:
-        checked = data.check_files(files, **options.as_arguments())
+        checked = data.check_files(files, options.for_api())
         run.show(checked.as_dict(), preview_text(checked))
         return None if checked.ok else USER_ERROR
     report = data.check()

@@ -184,5 +184,5 @@ def two_tenants_tables(shown: TwoTenants) -> list[RenderableType]:
     return [
         *releases_tables(shown.releases),
         table,
-        f"To look at it later: tunewright releases --state {shown.state}",
+        f"To look at it later: tunewright releases --database-url {shown.state}",
     ]

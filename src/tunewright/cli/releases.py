@@ -35,7 +35,7 @@ Untested = Annotated[
 Because = Annotated[str | None, typer.Option(help="Reason, stored in the release history.")]
 
 
-@command(app, "deploy", panel=DEPLOY, example="tunewright deploy legal legal-4f1c02a9 --canary 10%", state=True)
+@command(app, "deploy", panel=DEPLOY, example="tunewright deploy legal legal-4f1c02a9 --canary 10%", database=True)
 def deploy(
     run: Session,
     alias: Alias,
@@ -85,7 +85,7 @@ def deploy(
     return _show(run, alias, result)
 
 
-@command(app, "promote", panel=DEPLOY, example="tunewright promote legal", status=False, state=True)
+@command(app, "promote", panel=DEPLOY, example="tunewright promote legal", status=False, database=True)
 def promote(run: Session, alias: Alias, engine: TestedOn = None, untested: Untested = None) -> int | None:
     """Make an alias's candidate its live adapter, after an isolation test if these adapters have not passed one."""
     return _show(run, alias, run.project.promote(alias, engine=engine.value if engine else None, untested=untested))
@@ -104,7 +104,7 @@ def _show(run: Session, alias: str, result: DeployResult) -> int | None:
     return None
 
 
-@command(app, "rollback", panel=DEPLOY, example="tunewright rollback legal --to 3", status=False, state=True)
+@command(app, "rollback", panel=DEPLOY, example="tunewright rollback legal --to 3", status=False, database=True)
 def rollback(
     run: Session,
     alias: Alias,
@@ -118,7 +118,7 @@ def rollback(
 
 
 @command(
-    app, "undeploy", panel=DEPLOY, example="tunewright undeploy legal --because mistyped", status=False, state=True
+    app, "undeploy", panel=DEPLOY, example="tunewright undeploy legal --because mistyped", status=False, database=True
 )
 def undeploy(run: Session, alias: Alias, because: Because = None) -> None:
     """Stop answering on an alias, as if it did not exist. `rollback` or `deploy` restores it."""
@@ -126,14 +126,14 @@ def undeploy(run: Session, alias: Alias, because: Because = None) -> None:
     run.show(made.as_dict(), *releases_tables([made]))
 
 
-@command(app, "shadow", panel=DEPLOY, example="tunewright shadow legal", status=False, state=True)
+@command(app, "shadow", panel=DEPLOY, example="tunewright shadow legal", status=False, database=True)
 def shadow(run: Session, alias: Alias) -> None:
     """Compare the answers of an alias's shadow candidates with the answers that were returned."""
     lines = run.project.shadow(alias)
     run.show({"asked": [line.as_dict() for line in lines]}, *shadow_tables(lines))
 
 
-@command(app, "releases", panel=DEPLOY, example="tunewright releases legal", status=False, state=True)
+@command(app, "releases", panel=DEPLOY, example="tunewright releases legal", status=False, database=True)
 def releases(
     run: Session, alias: Annotated[str | None, typer.Argument(help="Alias to list.", show_default="all")] = None
 ) -> None:

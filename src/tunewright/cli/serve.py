@@ -29,7 +29,7 @@ class Engine(StrEnum):
     llamacpp = "llamacpp"
 
 
-@command(app, "serve", panel=DEPLOY, example="tunewright serve --port 8000 --engine vllm", status=False, state=True)
+@command(app, "serve", panel=DEPLOY, example="tunewright serve --port 8000 --engine vllm", status=False, database=True)
 def serve(
     run: Session,
     adapters: Annotated[

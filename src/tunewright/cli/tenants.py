@@ -35,7 +35,9 @@ Tokens = Annotated[
 AtOnce = Annotated[str | None, typer.Option("--concurrency", help="Concurrent requests, or none for no limit.")]
 
 
-@command(tenant_app, "add", example="tunewright tenant add acme --alias legal --requests 60", status=False, state=True)
+@command(
+    tenant_app, "add", example="tunewright tenant add acme --alias legal --requests 60", status=False, database=True
+)
 def tenant_add(
     run: Session,
     name: Name,
@@ -53,7 +55,7 @@ def tenant_add(
     run.show(made.as_dict(), tenants_table([made]), f"`tunewright tenant key add {name}` makes a key for it.")
 
 
-@command(tenant_app, "list", example="tunewright tenant list", status=False, state=True)
+@command(tenant_app, "list", example="tunewright tenant list", status=False, database=True)
 def tenant_list(run: Session) -> None:
     """List the tenants with their aliases and limits."""
     known = run.project.tenant.list()
@@ -61,21 +63,21 @@ def tenant_list(run: Session) -> None:
     run.show(document, tenants_table(known) if known else "No tenants: the server requires no key.")
 
 
-@command(tenant_app, "grant", example="tunewright tenant grant acme legal", status=False, state=True)
+@command(tenant_app, "grant", example="tunewright tenant grant acme legal", status=False, database=True)
 def tenant_grant(run: Session, name: Name, aliases: Aliases) -> None:
     """Let a tenant call more aliases."""
     changed = run.project.tenant.grant(name, aliases)
     run.show(changed.as_dict(), tenants_table([changed]))
 
 
-@command(tenant_app, "revoke", example="tunewright tenant revoke acme legal", status=False, state=True)
+@command(tenant_app, "revoke", example="tunewright tenant revoke acme legal", status=False, database=True)
 def tenant_revoke(run: Session, name: Name, aliases: Aliases) -> None:
     """Stop a tenant from calling aliases, from its next request on."""
     changed = run.project.tenant.revoke(name, aliases)
     run.show(changed.as_dict(), tenants_table([changed]))
 
 
-@command(tenant_app, "disable", example="tunewright tenant disable acme", status=False, state=True)
+@command(tenant_app, "disable", example="tunewright tenant disable acme", status=False, database=True)
 def tenant_disable(run: Session, name: Name) -> None:
     """Revoke all of a tenant's keys and aliases, from the next request on. Its usage is kept."""
     disabled = run.project.tenant.disable(name)
@@ -83,7 +85,7 @@ def tenant_disable(run: Session, name: Name) -> None:
     run.show(disabled.as_dict(), tenants_table([disabled]), text)
 
 
-@command(tenant_app, "limit", example="tunewright tenant limit acme --tokens 100000", status=False, state=True)
+@command(tenant_app, "limit", example="tunewright tenant limit acme --tokens 100000", status=False, database=True)
 def tenant_limit(
     run: Session, name: Name, requests: Requests = None, tokens: Tokens = None, concurrency: AtOnce = None
 ) -> None:
@@ -97,7 +99,7 @@ def tenant_limit(
     run.show(found.as_dict(), tenants_table([found]))
 
 
-@command(tenant_app, "usage", example="tunewright tenant usage acme --since 2026-11-01", status=False, state=True)
+@command(tenant_app, "usage", example="tunewright tenant usage acme --since 2026-11-01", status=False, database=True)
 def tenant_usage(
     run: Session,
     name: AnyName = None,
@@ -119,7 +121,7 @@ def tenant_usage(
 
 
 @command(
-    tenant_app, "prune-usage", example="tunewright tenant prune-usage --before 2026-11-01", status=False, state=True
+    tenant_app, "prune-usage", example="tunewright tenant prune-usage --before 2026-11-01", status=False, database=True
 )
 def tenant_prune_usage(
     run: Session,
@@ -135,7 +137,7 @@ def tenant_prune_usage(
     run.show(pruned.as_dict(), text)
 
 
-@command(key_app, "add", example="tunewright tenant key add acme --expires 90d", status=False, state=True)
+@command(key_app, "add", example="tunewright tenant key add acme --expires 90d", status=False, database=True)
 def key_add(
     run: Session,
     tenant: Name,
@@ -152,7 +154,9 @@ def key_add(
     _show_key(run, run.project.tenant.key.add(tenant, aliases=alias, lifetime=lifetime))
 
 
-@command(key_app, "rotate", example="tunewright tenant key rotate tw_4f1c02a9 --overlap 24h", status=False, state=True)
+@command(
+    key_app, "rotate", example="tunewright tenant key rotate tw_4f1c02a9 --overlap 24h", status=False, database=True
+)
 def key_rotate(
     run: Session,
     key: Prefix,
@@ -173,14 +177,14 @@ def _show_key(run: Session, made: NewKey, *more: str) -> None:
     run.show(made.as_dict(), new_key_text(made), *more, alone=f"{made.secret}\n")
 
 
-@command(key_app, "revoke", example="tunewright tenant key revoke tw_4f1c02a9", status=False, state=True)
+@command(key_app, "revoke", example="tunewright tenant key revoke tw_4f1c02a9", status=False, database=True)
 def key_revoke(run: Session, key: Prefix) -> None:
     """Revoke a key from the next request on. An answer in progress is finished."""
     revoked = run.project.tenant.key.revoke(key)
     run.show(revoked.as_dict(), f"{revoked.prefix} of {revoked.tenant} is revoked.")
 
 
-@command(key_app, "list", example="tunewright tenant key list acme", status=False, state=True)
+@command(key_app, "list", example="tunewright tenant key list acme", status=False, database=True)
 def key_list(run: Session, tenant: AnyName = None) -> None:
     """List keys by prefix: tenant, aliases, expiry and last use."""
     known = run.project.tenant.key.list(tenant)

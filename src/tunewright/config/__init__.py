@@ -17,7 +17,7 @@ from tunewright.config.gateway import GatewayConfig
 from tunewright.config.judge import EndpointConfig, JudgeConfig, ReferenceModelConfig
 from tunewright.config.metrics import Metric, MetricName, metric_name
 from tunewright.config.regressions import GeneralConfig
-from tunewright.config.section import AnswerEngineName, EngineName, Quantize, RetrieverName, Section
+from tunewright.config.section import AnswerEngineName, EngineName, Quantization, RetrieverName, Section
 from tunewright.config.structured_outputs import ConstrainConfig
 from tunewright.config.train import PRESETS, ReplayConfig, Tracker, TrainConfig
 
@@ -41,7 +41,7 @@ __all__ = [
     "MetricName",
     "MixConfig",
     "PriceConfig",
-    "Quantize",
+    "Quantization",
     "ReferenceModelConfig",
     "ReplayConfig",
     "RetrieverName",
@@ -181,7 +181,7 @@ class EvaluateConfig(Section):
         Field(ge=1, description="Conversations generated at once; vllm on a GPU takes as many as fit (up to 256)."),
     ] = 32
     quantization: Annotated[
-        Quantize | None,
+        Quantization | None,
         Field(description="Quantization of the base, the same for all arms (null: as in the adapter's training)."),
     ] = None
     margin: Annotated[
@@ -255,7 +255,7 @@ class ServeConfig(Section):
         ),
     ] = 4
     quantization: Annotated[
-        Quantize | None, Field(description="Quantization of the base (null: as in the adapters' training).")
+        Quantization | None, Field(description="Quantization of the base (null: as in the adapters' training).")
     ] = None
     database_url: Annotated[
         str | None,

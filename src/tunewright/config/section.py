@@ -12,7 +12,7 @@ RetrieverName = Literal["bm25", "tfidf"]
 EngineName = Literal["peft", "vllm", "llamacpp"]
 AnswerEngineName = Literal["auto", "peft", "vllm"]
 """Engines that can compute an evaluation's answers."""
-Quantize = Literal["none", "nf4"]
+Quantization = Literal["none", "nf4"]
 """Ways to hold a base in memory."""
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from tunewright.config.section import Quantize, Section
+from tunewright.config.section import Quantization, Section
 
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
@@ -159,7 +159,7 @@ class TrainConfig(Section):
         ),
     ] = "bfloat16"
     quantization: Annotated[
-        Quantize,
+        Quantization,
         Field(
             description="Quantization of the base: `none` keeps dtype. `nf4` is QLoRA, with linear layers in 4 bits "
             "and double quantization (Dettmers et al. 2023, arXiv 2305.14314); it needs tunewright[4bit]."

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tunewright.adapters.vllm_compat import CONFIG, vllm_refusals
-from tunewright.config import Config, Quantize
+from tunewright.config import Config, Quantization
 from tunewright.core.errors import UserError
 from tunewright.engines.vllm import environment
 from tunewright.engines.vllm.environment import Environment
@@ -56,13 +56,13 @@ EMBEDDED = AnswerEngine("peft", "it is built in")
 
 
 def answer_engine(
-    config: Config, quantize: Quantize, *, adapter: Path | None = None, constrained: bool = False
+    config: Config, quantization: Quantization, *, adapter: Path | None = None, constrained: bool = False
 ) -> AnswerEngine:
     """Choose the engine by ``evaluate.engine``: ``auto`` takes vLLM if there is a CUDA card and vLLM's CUDA build.
 
     Args:
         config: names the engine, and the adapters that will be trained.
-        quantize: the precision of the base's weights.
+        quantization: the precision of the base's weights.
         adapter: folder of the adapter that will answer; None: the config will train it, or the base answers.
         constrained: some answers must match a grammar.
 
@@ -72,7 +72,7 @@ def answer_engine(
     chosen = config.evaluate.engine
     if chosen == "peft":
         return AnswerEngine("peft", f"{_WHERE} says so")
-    obstacle = _obstacle(config, quantize, adapter, constrained=constrained)
+    obstacle = _obstacle(config, quantization, adapter, constrained=constrained)
     if chosen == "vllm":
         if obstacle is not None:
             raise UserError(f"vLLM cannot answer here: {obstacle}", where=_WHERE, fix="Set it to auto or peft.")
@@ -94,9 +94,9 @@ def _installed() -> Environment:
         raise UserError(error.what, where=_WHERE, fix="`tunewright engine install vllm`, or set it to peft.") from None
 
 
-def _obstacle(config: Config, quantize: Quantize, adapter: Path | None, *, constrained: bool) -> str | None:
+def _obstacle(config: Config, quantization: Quantization, adapter: Path | None, *, constrained: bool) -> str | None:
     """Return why vLLM cannot answer as the embedded loop would; None if it can."""
-    if quantize == "nf4":
+    if quantization == "nf4":
         return "the base is held in NF4, and vLLM would hold it in 16 bits, which is another model"
     if constrained:
         return (

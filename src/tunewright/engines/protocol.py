@@ -56,7 +56,7 @@ class Engine(Protocol):
 
     name: str
     """The name as in ``serve --engine``."""
-    max_batch: int
+    max_num_seqs: int
     """The number of requests that are computed at once."""
     context_length: int
     """The most tokens that a prompt and its answer may have together."""

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from tunewright.config import Quantize
+from tunewright.config import Quantization
 from tunewright.core.io import digest
 
 ENGINE = "decoding-2"
@@ -43,7 +43,7 @@ class Decoding:
     adapter: str | None
     """Digests of each."""
     dtype: str
-    quantize: Quantize
+    quantization: Quantization
     device: str
     """cpu or cuda: their kernels add in different orders."""
     max_new_tokens: int

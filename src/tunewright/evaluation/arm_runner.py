@@ -12,7 +12,7 @@ from tunewright.adapters.lineage import packages
 from tunewright.adapters.registry import Adapter
 from tunewright.chat import ChatFormat
 from tunewright.chat.answers import answer_lengths, answer_limit, stop_strings, warn_of_longer_references
-from tunewright.config import Config, Quantize
+from tunewright.config import Config, Quantization
 from tunewright.config.project import ProjectFolder
 from tunewright.core.clock import now
 from tunewright.core.errors import UserError
@@ -106,7 +106,7 @@ class ArmRunner:
             "base": self.generator.base.digest,
             "template": self.generator.chat.digest,
             "dtype": self.generator.dtype,
-            "quantization": self.generator.quantize,
+            "quantization": self.generator.quantization,
             "max_new_tokens": limit,
             "stop": self.generator.stop,
             "structured_outputs": self.generator.grammar.rule if self.generator.grammar else None,
@@ -266,7 +266,9 @@ def measured_arm(
     return arm.model_copy(update={**asdict(plan), "shared_tokens": shared, "answer_tokens": written})
 
 
-def measured_with(config: Config, base: Base, chat: ChatFormat, quantize: Quantize, limit: int) -> dict[str, Any]:
+def measured_with(
+    config: Config, base: Base, chat: ChatFormat, quantization: Quantization, limit: int
+) -> dict[str, Any]:
     """Return the lineage entry for the tools of measurement; ``created`` is UTC, ISO 8601."""
     return {
         "created": now(),
@@ -281,7 +283,7 @@ def measured_with(config: Config, base: Base, chat: ChatFormat, quantize: Quanti
             else None,
             "batch_size": config.evaluate.batch_size,
             "dtype": config.train.dtype,
-            "quantization": quantize,
+            "quantization": quantization,
         },
-        "packages": packages(quantize),
+        "packages": packages(quantization),
     }

@@ -131,13 +131,13 @@ class CrossValidation:
         # From all rows: no fold truncates an answer that another would not, and base answers serve every fold.
         self.limit = answer_limit(self.config, chat, version.domain)
         # The folds' adapters are all trained by this config.
-        self.quantize = self.config.evaluate.quantization or self.config.train.quantization
+        self.quantization = self.config.evaluate.quantization or self.config.train.quantization
         self.generator()  # an engine that cannot answer is refused before any training
         self.trainings = digest([training_inputs(project, v, base, chat) for v in self.versions])
 
     def generator(self) -> Generator:
         """Return a fresh generator: each fold has one, since the next fold trains on its own base."""
-        return Generator.of(self.project, self.base, self.chat, self.quantize, self.reporter)
+        return Generator.of(self.project, self.base, self.chat, self.quantization, self.reporter)
 
     @property
     def identity(self) -> str:
@@ -148,7 +148,7 @@ class CrossValidation:
             "max_new_tokens": self.limit,
             "stop": stop_strings(self.config, self.chat),
             "structured_outputs": grammar.rule if (grammar := grammar_of(self.project)) else None,
-            "quantization": self.quantize,
+            "quantization": self.quantization,
             "metrics": [metric_inputs(metric, self.project.root) for metric in settings.metrics],
             "margin": settings.margin,
             "schema": SCHEMA_VERSION,
@@ -317,7 +317,7 @@ class CrossValidation:
                 sum(fold.longer for fold in done),
             ),
             lineage={
-                **measured_with(self.config, self.base, self.chat, self.quantize, self.limit),
+                **measured_with(self.config, self.base, self.chat, self.quantization, self.limit),
                 "dataset": self.version.digest,
                 "folds": [fold.version.digest for fold in done],
                 "adapters": [{"name": fold.adapter.name, "digest": fold.adapter.digest} for fold in done],

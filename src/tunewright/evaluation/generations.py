@@ -16,7 +16,7 @@ from accelerate.utils.memory import clear_device_cache
 from tunewright.adapters.registry import Adapter
 from tunewright.chat import ChatFormat
 from tunewright.chat.answers import answer_text, constraint_on, stop_strings
-from tunewright.config import Quantize
+from tunewright.config import Quantization
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, writing
@@ -45,7 +45,7 @@ class Generator:
     never hold the base at the same time: each frees the other's memory first.
 
     Args:
-        base, dtype, quantize: the model, its precision and its quantization.
+        base, dtype, quantization: the model, its precision and its quantization.
         chat: the format of prompts and answers.
         batch_size: number of rows that decode at once.
         work: the project's working folder, which holds the journals.
@@ -65,7 +65,7 @@ class Generator:
         project: ProjectFolder,
         base: Base,
         chat: ChatFormat,
-        quantize: Quantize,
+        quantization: Quantization,
         reporter: Reporter,
         adapter: Adapter | None = None,
     ) -> Generator:
@@ -84,13 +84,13 @@ class Generator:
             base,
             chat,
             config.train.dtype,
-            quantize,
+            quantization,
             config.evaluate.batch_size,
             project.work,
             reporter,
             stop=stop_strings(config, chat),
             grammar=grammar_of(project),
-            engine=answer_engine(config, quantize, adapter=folder, constrained=constrained),
+            engine=answer_engine(config, quantization, adapter=folder, constrained=constrained),
             rank=config.train.lora_r,
         )
 
@@ -99,7 +99,7 @@ class Generator:
         base: Base,
         chat: ChatFormat,
         dtype: str,
-        quantize: Quantize,
+        quantization: Quantization,
         batch_size: int,
         work: Path,
         reporter: Reporter,
@@ -112,7 +112,7 @@ class Generator:
         self.base = base
         self.chat = chat
         self.dtype = dtype
-        self.quantize = quantize
+        self.quantization = quantization
         self.batch_size = batch_size
         self.folder = work / "generations"
         self.reporter = reporter
@@ -350,8 +350,8 @@ class Generator:
         if self._model is None:
             if self._vllm is not None:
                 self._vllm.stop()
-            self.reporter.say(f"Loading {named(self.base, self.quantize)}")
-            self._model = load_model(self.base, self.dtype, self.quantize)
+            self.reporter.say(f"Loading {named(self.base, self.quantization)}")
+            self._model = load_model(self.base, self.dtype, self.quantization)
         if adapter is not None and adapter.name not in self._loaded:
             self._model = with_adapters(self._model, {adapter.name: adapter.folder})
             self._loaded.add(adapter.name)
@@ -383,7 +383,7 @@ class Generator:
     @property
     def weights(self) -> dict[str, Any]:
         """Everything that decides the base's predictions apart from its files."""
-        return {"dtype": self.dtype, "quantization": self.quantize}
+        return {"dtype": self.dtype, "quantization": self.quantization}
 
     @contextmanager
     def answering(self, adapter: Adapter | None) -> Iterator[Any]:
@@ -401,7 +401,7 @@ class Generator:
     def decoding(self, max_new_tokens: int, adapter: Adapter | None, *, constrained: bool = False) -> Decoding:
         """Return everything that decides these answers; its key names their journal."""
         if self.engine.environment is None:
-            names = [*_PACKAGES, *(["bitsandbytes"] if self.quantize == "nf4" else [])]
+            names = [*_PACKAGES, *(["bitsandbytes"] if self.quantization == "nf4" else [])]
             if constrained:
                 names.append("llguidance")
             engine, where, packages = ENGINE, device().split(":")[0], {name: version(name) for name in names}
@@ -414,7 +414,7 @@ class Generator:
             template=self.chat.digest,
             adapter=adapter.digest if adapter else None,
             dtype=self.dtype,
-            quantize=self.quantize,
+            quantization=self.quantization,
             device=where,
             max_new_tokens=max_new_tokens,
             stop=self.stop,

@@ -154,7 +154,7 @@ class LearningCurve:
         self.chat = chat
         self.reporter = reporter
         self.scorer = scorer_of(project.config.evaluate.metric, project.root)
-        self.quantize = project.config.evaluate.quantization or project.config.train.quantization
+        self.quantization = project.config.evaluate.quantization or project.config.train.quantization
         self.seeds = tuple(range(project.config.seed, project.config.seed + seeds))
         self.parts = {
             (seed, share): part
@@ -170,7 +170,7 @@ class LearningCurve:
 
     def generator(self) -> Generator:
         """Return a fresh generator: each adapter has one, since the next training loads its own base."""
-        return Generator.of(self.project, self.base, self.chat, self.quantize, self.reporter)
+        return Generator.of(self.project, self.base, self.chat, self.quantization, self.reporter)
 
     @property
     def identity(self) -> str:
@@ -185,7 +185,7 @@ class LearningCurve:
             "metric": metric_inputs(settings.metric, self.project.root),
             "margin": settings.margin,
             **references_inputs(self.version.domain),
-            "quantization": self.quantize,
+            "quantization": self.quantization,
             **self.generator().engine.identity,
         }
         return digest(decides)[:12]
@@ -272,7 +272,7 @@ class LearningCurve:
             interval=slope.interval,
             method=slope.method,
             lineage={
-                **measured_with(config, self.base, self.chat, self.quantize, self.limit),
+                **measured_with(config, self.base, self.chat, self.quantization, self.limit),
                 "engine": self.generator().used.model_dump(mode="json"),
                 "dataset": self.version.digest,
                 "dev_split": self.version.split_digest("dev"),

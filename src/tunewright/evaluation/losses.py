@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from tunewright.adapters.compatibility import require_compatible, trained_quantize
+from tunewright.adapters.compatibility import require_compatible, trained_quantization
 from tunewright.adapters.registry import Adapter, find_adapter, list_adapters
 from tunewright.chat import ChatFormat, Tokens
 from tunewright.config.project import ProjectFolder
@@ -106,9 +106,9 @@ def row_losses(
         return losses
     # The folds' adapters come from one config: all were trained on a base loaded in the same way.
     adapters = [adapter for adapter, _, _ in waiting if adapter is not None]
-    quantize = trained_quantize(adapters) if adapters else project.config.train.quantization
-    reporter.say(f"Loading {named(base, quantize)}")
-    model: Any = load_model(base, project.config.train.dtype, quantize)
+    quantization = trained_quantization(adapters) if adapters else project.config.train.quantization
+    reporter.say(f"Loading {named(base, quantization)}")
+    model: Any = load_model(base, project.config.train.dtype, quantization)
     if adapters:
         model = with_adapters(model, {adapter.name: adapter.folder for adapter in adapters})
     with reporter.task("judging answers", sum(len(rows) for _, rows, _ in waiting), "rows") as task:

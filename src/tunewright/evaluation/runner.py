@@ -309,7 +309,7 @@ def _evidence(
             arm_runner.longer_than_limit(members),
         ),
         lineage={
-            **measured_with(config, generator.base, generator.chat, generator.quantize, arm_runner.limit),
+            **measured_with(config, generator.base, generator.chat, generator.quantization, arm_runner.limit),
             "adapter": {
                 "name": adapter.name,
                 "digest": adapter.digest,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunewright.adapters.compatibility import trained_quantize
+from tunewright.adapters.compatibility import trained_quantization
 from tunewright.adapters.lineage import packages
 from tunewright.adapters.registry import Adapter
 from tunewright.core.clock import now
@@ -136,7 +136,7 @@ def _record(kind: Kind, adapter: Adapter, made_of: Mapping[str, Any], built: Bui
         shortcomings=built.shortcomings,
         notes=built.notes,
         files={path.relative_to(folder).as_posix(): file_digest(path) for path in files},
-        packages=packages(trained_quantize([adapter])),
+        packages=packages(trained_quantization([adapter])),
         created=now(),
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tunewright.adapters.compatibility import trained_quantize
+from tunewright.adapters.compatibility import trained_quantization
 from tunewright.chat import ChatFormat
 from tunewright.core.io import write_json
 from tunewright.core.progress import Reporter
@@ -40,7 +40,7 @@ def choose_merge_method(
     """
     changes = read_deltas(trained.adapter.folder)
     dtype = trained_dtype(trained.adapter)
-    if trained_quantize([trained.adapter]) == "none":
+    if trained_quantization([trained.adapter]) == "none":
         return Weights(trained.base, dtype, changes), "original", ()
     ways: dict[MergeMethod, Weights] = {
         "original": Weights(trained.base, dtype, changes),

@@ -11,7 +11,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 
-from tunewright.adapters.compatibility import trained_quantize
+from tunewright.adapters.compatibility import trained_quantization
 from tunewright.adapters.registry import Adapter
 from tunewright.chat import ChatFormat
 from tunewright.chat.answers import answer_text
@@ -115,7 +115,7 @@ def load_trained_model(base: Base, adapter: Adapter, arithmetic: str) -> Any:
     model = load_model(base, arithmetic, "none")
     for weight in model.parameters():
         weight.data = weight.data.to(getattr(torch, trained_dtype(adapter))).to(weight.dtype)
-    if trained_quantize([adapter]) == "nf4":
+    if trained_quantization([adapter]) == "nf4":
         held = Weights(base, trained_dtype(adapter), {}, dequantized=True)
         put_into(model, held, held.held)
     return with_adapters(model, {adapter.name: adapter.folder})

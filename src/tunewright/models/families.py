@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tunewright.config import Quantize
+from tunewright.config import Quantization
 from tunewright.core.errors import UserError
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -135,14 +135,14 @@ def require_targets(targets: Sequence[str], architecture: str) -> None:
         )
 
 
-def require_quantizable(quantize: Quantize, architecture: str, key: str = "quantization") -> None:
+def require_quantizable(quantization: Quantization, architecture: str, key: str = "quantization") -> None:
     """Check that NF4 covers most of a family's weights.
 
     Raises:
         UserError: NF4 is requested for a mixture of experts.
     """
     family = FAMILIES[architecture]
-    if quantize == "nf4" and family.experts:
+    if quantization == "nf4" and family.experts:
         raise UserError(
             f"{family.name} cannot be quantized to NF4: bitsandbytes quantizes linear layers, and nearly all weights "
             "of this family are experts, which are not linear layers",

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunewright.config import Quantize
+from tunewright.config import Quantization
 from tunewright.core.errors import UserError
 from tunewright.models.bases import Base
 from tunewright.models.families import FAMILIES, VISION, require_quantizable
@@ -34,13 +34,13 @@ def device() -> str:
 
 
 def load_model(
-    base: Base, dtype: str, quantize: Quantize, place: str | None = None, *, shardable: bool = False
+    base: Base, dtype: str, quantization: Quantization, place: str | None = None, *, shardable: bool = False
 ) -> PreTrainedModel:
     """Load the base's weights in ``dtype`` ("bfloat16" or "float32"), in eval mode, on ``place`` (None: `device()`).
 
-    With ``quantize`` "nf4" the linear layers are quantized to 4 bits and compute in ``dtype``; embeddings, norms and
-    the output layer stay in ``dtype``. ``shardable``: FSDP can shard the 4-bit weights. A vision tower is dropped after
-    loading.
+    With ``quantization`` "nf4" the linear layers are quantized to 4 bits and compute in ``dtype``. Embeddings, norms
+    and the output layer stay in ``dtype``. ``shardable``: FSDP can shard the 4-bit weights. A vision tower is dropped
+    after loading.
 
     Raises:
         UserError: NF4 is requested, and bitsandbytes is not installed or the base is a mixture of experts.
@@ -48,12 +48,12 @@ def load_model(
     import torch
     import transformers
 
-    require_quantizable(quantize, base.architecture)
+    require_quantizable(quantization, base.architecture)
     with quiet_transformers():
         model: PreTrainedModel = getattr(transformers, base.architecture).from_pretrained(
             base.folder,
             dtype=getattr(torch, dtype),
-            quantization_config=nf4_config(dtype, shardable=shardable) if quantize == "nf4" else None,
+            quantization_config=nf4_config(dtype, shardable=shardable) if quantization == "nf4" else None,
             device_map=place or device(),
             local_files_only=True,
             trust_remote_code=False,
@@ -61,7 +61,7 @@ def load_model(
         )
         if FAMILIES[base.architecture].vision:
             drop_vision(model)
-        if quantize == "nf4":
+        if quantization == "nf4":
             disable_repacking(model)
             # Embeddings and norms are still views of the mapped file, which would keep its 16-bit layers in memory.
             for weight in model.parameters():
@@ -80,9 +80,9 @@ def drop_vision(model: Any) -> None:
         delattr(model.model, name)
 
 
-def named(base: Base, quantize: Quantize) -> str:
+def named(base: Base, quantization: Quantization) -> str:
     """Return the base's display name: as the config names it, and its quantization if it has one."""
-    return f"{base.spec} in NF4" if quantize == "nf4" else base.spec
+    return f"{base.spec} in NF4" if quantization == "nf4" else base.spec
 
 
 def load_tokenizer(base: Base) -> Any:

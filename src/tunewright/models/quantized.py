@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
 from typing import TYPE_CHECKING, Any
 
-from tunewright.config import Quantize
+from tunewright.config import Quantization
 from tunewright.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,13 +24,13 @@ _OLDEST = (0, 50)
 """The first bitsandbytes that trains over NF4 on the CPU as on CUDA; as in pyproject.toml."""
 
 
-def require_bitsandbytes(quantize: Quantize, key: str = "quantization") -> None:
+def require_bitsandbytes(quantization: Quantization, key: str = "quantization") -> None:
     """Check that a base can be quantized so, before anything is loaded; ``key`` is the config's key for it.
 
     Raises:
         UserError: NF4 is requested, and bitsandbytes is missing or too old.
     """
-    if quantize == "none":
+    if quantization == "none":
         return
     try:
         found = package_version("bitsandbytes")

@@ -12,7 +12,7 @@ from peft import LoraConfig, TaskType
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
-from tunewright.config import Quantize, TrainConfig
+from tunewright.config import Quantization, TrainConfig
 from tunewright.core.errors import UserError
 from tunewright.models.families import OUTSIDE_TEXT
 from tunewright.models.loading import device
@@ -66,14 +66,14 @@ def keep_float32(model: Any) -> None:
             weight.data = weight.data.float()
 
 
-def use_fused_lora(config: LoraConfig, quantize: Quantize = "none") -> None:
+def use_fused_lora(config: LoraConfig, quantization: Quantization = "none") -> None:
     """Have peft build fused LoRA layers over linear layers; the adapter's files stay the same.
 
     Args:
         config: is changed.
-        quantize: how the base is quantized. Over 4-bit layers `lora_4bit.FusedLinear4bit` is built.
+        quantization: how the base is quantized. Over 4-bit layers `lora_4bit.FusedLinear4bit` is built.
     """
-    if quantize == "nf4":
+    if quantization == "nf4":
         # Imported here because it needs bitsandbytes. Registered first, because peft takes the first match and a 4-bit
         # layer is an nn.Linear too.
         from bitsandbytes.nn import Linear4bit

@@ -94,7 +94,7 @@ def test_llama_cpp_reuses_another_adapters_prefix_with_its_defaults_but_not_with
     (one, first), (two, second), _ = small_adapters.items()
     prompt, other, third = (prompt * 12 for prompt in (PROMPTS[3], PROMPTS[0], PROMPTS[1]))
     kinds = (LlamaCppEngine, LlamaCppSettings) if ours else (TakesFromCache, WithPromptCache)
-    with llamacpp_engine(small_base, *kinds, max_batch=1) as engine:
+    with llamacpp_engine(small_base, *kinds, max_num_seqs=1) as engine:
 
         async def ask() -> list[int]:
             await engine.load(one, first)

@@ -40,7 +40,7 @@ def test_stop_fails_running_and_waiting_requests() -> None:
         with pytest.raises(EngineStoppedError, match="shutting down"):
             await _collect(engine, ENDLESS)
 
-    with running_engine(build_model(), max_batch=1, stop_ids=frozenset()) as engine:
+    with running_engine(build_model(), max_num_seqs=1, stop_ids=frozenset()) as engine:
         asyncio.run(asyncio.wait_for(run(engine), 60))
 
 
@@ -62,7 +62,7 @@ def test_waiting_request_is_dropped_when_aborted() -> None:
     model.register_forward_pre_hook(
         lambda _model, _args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
     )
-    with running_engine(model, max_batch=1, stop_ids=frozenset()) as engine:
+    with running_engine(model, max_num_seqs=1, stop_ids=frozenset()) as engine:
         asyncio.run(asyncio.wait_for(run(engine), 60))
     assert set(rows) == {1}
 
@@ -137,7 +137,7 @@ def test_free_rows_are_filled_in_the_order_of_submission() -> None:
         # Rows that start together are prefilled in one pass, and delivered in that order.
         assert first_tokens == list(range(6))
 
-    with running_engine(build_model(), stop_ids=frozenset(), max_batch=2) as engine:
+    with running_engine(build_model(), stop_ids=frozenset(), max_num_seqs=2) as engine:
         asyncio.run(asyncio.wait_for(run(engine), 60))
 
 

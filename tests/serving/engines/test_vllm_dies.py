@@ -158,7 +158,7 @@ def test_hanging_vllm_ends_with_a_killed_gateway_and_the_next_start_removes_its_
         "from pathlib import Path\n"
         "from tunewright.core.progress import LogReporter\n"
         "from tunewright.engines.vllm.engine import VllmEngine, VllmSettings\n"
-        "numbers = dict(room=1, max_rank=1, max_batch=1)\n"
+        "numbers = dict(room=1, max_rank=1, max_num_seqs=1)\n"
         "of = VllmSettings(python=Path(sys.argv[1]), cpu=True, base=Path('/'), dtype='float32', **numbers)\n"
         "engine = VllmEngine(of, stop_ids={0}, reporter=LogReporter())\n"
         "print(engine.child.process_id, flush=True)\n"

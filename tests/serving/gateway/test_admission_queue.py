@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 
-from tunewright.serving.gateway.admission import AdmissionQueue
+from tunewright.serving.gateway.admission import AdmissionQueue, Slot
+from tunewright.serving.gateway.fair_scheduler import HELD_PASSES
 
 
 async def _serve(demand: dict[str, list[int]], room: int, steps: int) -> tuple[Counter[str], list[str]]:
@@ -98,3 +99,39 @@ def test_queue_admits_further_prompts_when_earlier_ones_are_prefilled() -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     asyncio.run(asyncio.wait_for(run(), 300))
+
+
+def test_queue_admits_a_held_request_when_the_running_ones_get_tokens() -> None:
+    async def run() -> None:
+        queue, slots = AdmissionQueue(16), list[Slot]()
+        done = asyncio.Event()
+
+        async def request(tenant: str) -> None:
+            async with queue.slot(tenant, 20) as slot:
+                slots.append(slot)
+                await done.wait()
+
+        async with queue.slot("quiet", 20):
+            pass
+        tasks = [asyncio.create_task(request("loud")) for _ in range(20)]
+        for _ in range(5):  # prompts are admitted in groups, each after the prefill of the one before
+            await asyncio.sleep(0)
+            for slot in list(slots):
+                slot.record_tokens(1)
+        await asyncio.sleep(0)
+        assert len(slots) == 14, "two rows are reserved"
+        tasks[0].cancel()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert len(slots) == 14, "the next one is held"
+        for _ in range(HELD_PASSES):
+            for slot in slots[1:14]:
+                slot.record_tokens(1)
+        await asyncio.sleep(0)
+        assert len(slots) == 15
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert queue.idle
+
+    asyncio.run(run())

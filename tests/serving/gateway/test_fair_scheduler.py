@@ -13,6 +13,7 @@ from tunewright.serving.gateway.fair_scheduler import (
     ACTIVE_SECONDS,
     ANSWER_WEIGHT,
     BURST_TOKENS,
+    HELD_PASSES,
     PREFILL_TOKENS,
     ROWS_PER_AHEAD,
     ROWS_PER_RESERVED,
@@ -135,6 +136,7 @@ def test_tenant_alone_may_use_all_slots_without_a_budget(rows: int, arrivals: li
 @given(ROWS, ARRIVALS)
 def test_slot_stays_free_only_by_a_rule(rows: int, arrivals: list[list[tuple[str, int, int]]]) -> None:
     kept = rows // ROWS_PER_AHEAD + max(rows // ROWS_PER_RESERVED, 1 if rows > 1 else 0)
+    held_since: dict[Ticket, float] = {}
 
     def check(engine: Engine) -> None:
         free = places(rows) - len(engine.admitted)
@@ -149,7 +151,13 @@ def test_slot_stays_free_only_by_a_rule(rows: int, arrivals: list[list[tuple[str
             own = sum(one.prompt for one in prefilling if one.prompt <= PREFILL_TOKENS and one.tenant == ticket.tenant)
             behind_its_own = ticket.prompt <= PREFILL_TOKENS < own + ticket.prompt
             only_kept = free <= kept and engine.has(ticket.tenant) > 0
-            return behind_a_long_one or behind_its_own or only_kept
+            return behind_a_long_one or behind_its_own or only_kept or held(ticket)
+
+        def held(ticket: Ticket) -> bool:
+            another_waits = sum(one.tenant == ticket.tenant for one in engine.waiting) > 1
+            nearly_full = rows - len(engine.admitted) < rows // 4
+            passes = engine.now - held_since.setdefault(ticket, engine.now)
+            return another_waits and nearly_full and engine.has(ticket.tenant) > 0 and passes <= HELD_PASSES
 
         assert all(map(waits, heads))
 
@@ -198,6 +206,8 @@ def test_tenant_may_use_all_slots_again_after_a_minute_alone() -> None:
     for _ in range(100):
         engine.enqueue("loud", 1, 1000)
     engine.step()
+    for _ in range(HELD_PASSES):
+        engine.step()
     while engine.now <= ACTIVE_SECONDS:
         engine.step()
         assert engine.has("loud") == 7
@@ -259,6 +269,66 @@ def test_light_tenant_goes_before_a_busy_one() -> None:
         assert all(engine.waits[ticket] <= 1 for ticket in quiet)
         for _ in range(8):
             engine.step()
+
+
+def _busy(rows: int, prompt: int = 20) -> Engine:
+    """A loud tenant that has all rows it may have, and requests waiting; a quiet one that has had an answer."""
+    engine = Engine(rows)
+    engine.enqueue("quiet", prompt, 1)
+    engine.step()
+    for _ in range(100):
+        engine.enqueue("loud", prompt, 1000)
+    for _ in range(45):
+        engine.step()
+    assert engine.has("loud") == rows - rows // ROWS_PER_RESERVED
+    return engine
+
+
+def _end(engine: Engine, answers: int) -> None:
+    """End answers of the loud tenant."""
+    for ticket in list(engine.admitted)[:answers]:
+        del engine.admitted[ticket]
+        engine.scheduler.release(ticket)
+
+
+def test_busy_tenants_request_waits_for_a_second_row_while_another_tenant_is_active() -> None:
+    engine = _busy(16)
+    _end(engine, 1)
+    engine.admit()
+    assert engine.has("loud") == 13
+    _end(engine, 1)
+    engine.admit()
+    assert engine.has("loud") == 14, "both are prefilled in one pass"
+
+
+def test_held_request_is_admitted_after_two_passes_when_no_second_row_is_free() -> None:
+    engine = _busy(16)
+    _end(engine, 1)
+    for _ in range(HELD_PASSES):
+        engine.step()
+        assert engine.has("loud") == 13
+    engine.admit()
+    assert engine.has("loud") == 14
+
+
+def test_held_request_is_prefilled_with_another_tenants_request() -> None:
+    engine = _busy(32, prompt=100)  # two of them are over the budget
+    _end(engine, 2)
+    engine.step()
+    assert not engine.passes[-1]
+    engine.enqueue("quiet", 100, 1)
+    engine.step()
+    assert Counter(ticket.tenant for ticket in engine.passes[-1]) == {"quiet": 1, "loud": 1}
+
+
+def test_last_waiting_request_is_not_held() -> None:
+    engine = _busy(16)
+    for ticket in list(engine.waiting)[1:]:
+        del engine.waiting[ticket]
+        engine.scheduler.release(ticket)
+    _end(engine, 1)
+    engine.admit()
+    assert engine.has("loud") == 14
 
 
 def test_tenant_with_fewer_admitted_requests_is_next_when_served_equally() -> None:

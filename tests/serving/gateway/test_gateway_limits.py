@@ -205,7 +205,7 @@ def test_stream_ends_with_an_error_event_when_it_times_out(url: str, waits: Any,
 
 
 def test_queued_request_times_out_as_retryable_and_never_reaches_the_engine() -> None:
-    engine = ScriptedEngine((0, 60), max_batch=1)
+    engine = ScriptedEngine((0, 60), max_num_seqs=1)
     with scripted_server(engine, queue_timeout_s=0.3) as client:
         with client.stream("POST", CHAT_URL, json={"model": "base", "messages": HELLO, "stream": True}) as busy:
             lines = busy.iter_lines()  # once it is gone, the connection is

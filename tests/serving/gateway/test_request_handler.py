@@ -73,7 +73,7 @@ def test_abort_before_the_first_chunk_reaches_the_client() -> None:
         requests = [
             preprocessor.request(body, target, tuple(text.encode()), tenant="acme", arrived=now) for text in body.texts
         ]
-        handler = RequestHandler(requests, Admission(lambda _usage: None), engine, AdmissionQueue(engine.max_batch))
+        handler = RequestHandler(requests, Admission(lambda _usage: None), engine, AdmissionQueue(engine.max_num_seqs))
         handler.abort(ApiError("The server is shutting down.", status=503))
         with pytest.raises(ApiError, match="shutting down"):
             await asyncio.wait_for(handler.answers(), 10)
@@ -83,7 +83,7 @@ def test_abort_before_the_first_chunk_reaches_the_client() -> None:
 
 
 def test_all_prompts_are_aborted_when_the_client_disconnects() -> None:
-    engine = ScriptedEngine((0, 60), max_batch=2)
+    engine = ScriptedEngine((0, 60), max_num_seqs=2)
     with scripted_server(engine) as client:
         body = {"model": "base", "prompt": ["a", "b", "c"], "stream": True}
         with client.stream("POST", URL, json=body) as reply:
@@ -95,7 +95,7 @@ def test_all_prompts_are_aborted_when_the_client_disconnects() -> None:
 
 
 def test_prompts_do_not_time_out_behind_others_of_their_request() -> None:
-    engine = ScriptedEngine((0.15, 0.15), max_batch=1)
+    engine = ScriptedEngine((0.15, 0.15), max_num_seqs=1)
     with scripted_server(engine, queue_timeout_s=3) as client:
         reply = client.post(URL, json={"model": "base", "prompt": ["a"] * 12})
     assert reply.status_code == 200

@@ -38,7 +38,7 @@ from tunewright.adapters.registry import (
 from tunewright.adapters.signing import verify_signatures
 from tunewright.adapters.system_prompt import KEY as SYSTEM_PROMPT
 from tunewright.adapters.system_prompt import stated_system_prompt
-from tunewright.config import Quantize
+from tunewright.config import Quantization
 from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.core.io import new_folder, write_json, writing
@@ -57,7 +57,7 @@ class ImportStatement:
     by: str | None
     base_matches: bool = False
     """It was trained on this project's base, with its chat format."""
-    quantize: Quantize | None = None
+    quantization: Quantization | None = None
     """The base's quantization in training."""
     unsigned: bool = False
     """Accept it without a signature of a key that the project trusts."""
@@ -260,8 +260,8 @@ class AdapterImporter:
         """Check the lineage against the base and chat format here; without a lineage, write the user's statements."""
         path = files / LINEAGE
         if path.exists():
-            if said.base_matches or said.quantize is not None:
-                option = "--base-matches" if said.base_matches else "--quantize"
+            if said.base_matches or said.quantization is not None:
+                option = "--base-matches" if said.base_matches else "--quantization"
                 raise UserError("The lineage already says so by digest", where=option, fix=f"Remove {option}.")
             if said.system_prompt is not None:
                 raise UserError(
@@ -296,7 +296,7 @@ class AdapterImporter:
             "base": {"spec": base.spec, "commit": base.commit, "digest": base.digest, "files": base.files},
             "template_digest": self._chat.digest,
             "chat": self._chat.description,
-            "quantization": said.quantize or "none",
+            "quantization": said.quantization or "none",
             **({} if said.system_prompt is None else {SYSTEM_PROMPT: stated_system_prompt(said.system_prompt)}),
             "stated": {"by": said.by, "names_base": config.names_base},
         }

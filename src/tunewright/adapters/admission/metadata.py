@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tunewright.adapters.manifest import Digest
 from tunewright.adapters.strict_json import strict_object
-from tunewright.config import Quantize
+from tunewright.config import Quantization
 from tunewright.core.errors import UserError
 
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
@@ -73,7 +73,7 @@ class _Train(_Claim):
     learning_rate: float
     epochs: int
     batch_size: int
-    quantization: Quantize = "none"
+    quantization: Quantization = "none"
     require_vllm_compatible: bool = True
 
 

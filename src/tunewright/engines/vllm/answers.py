@@ -128,7 +128,7 @@ class VllmAnswers:
             dtype=self._dtype,
             room=1,
             max_rank=min(rank, RANKS[-1]),
-            max_batch=self.rows,
+            max_num_seqs=self.rows,
             # A quarter of a server's cache: rows that do not fit may wait, since no reader waits for them.
             kv_cache_bytes=kv_cache_bytes(config, self._dtype, max(1, self.rows // 4)) if cpu else None,
             gpu_share=None if cpu else gpu_share(*_card_memory()),

@@ -49,7 +49,7 @@ class VllmSettings:
         dtype: "bfloat16" or "float32".
         room: the number of adapters that can be loaded at once, at least 1.
         max_rank: the highest LoRA rank of any adapter that will be loaded.
-        max_batch: the number of rows that decode at once.
+        max_num_seqs: the number of rows that decode at once.
         kv_cache_bytes: the size of the key/value cache, which also limits the context; None: vLLM decides.
         gpu_share: the share of the GPU's memory that it may take; None: vLLM's 0.9.
         vision: whether the base can read images. This is turned off, so that its vision tower takes no memory.
@@ -61,7 +61,7 @@ class VllmSettings:
     dtype: str
     room: int
     max_rank: int
-    max_batch: int
+    max_num_seqs: int
     kv_cache_bytes: int | None = None
     gpu_share: float | None = None
     vision: bool = False
@@ -89,7 +89,7 @@ class VllmSettings:
             "--dtype": self.dtype,
             "--load-format": "safetensors",
             "--max-model-len": "auto",
-            "--max-num-seqs": self.max_batch,
+            "--max-num-seqs": self.max_num_seqs,
             "--max-loras": self.slots,
             "--max-cpu-loras": self.slots,
             "--max-lora-rank": self.allowed_rank,
@@ -97,7 +97,7 @@ class VllmSettings:
             "--middleware": f"{PACKAGE}.RouteFilter",
         }
         if self.cpu:
-            options["--max-num-batched-tokens"] = max(CPU_BATCHED_TOKENS, self.max_batch)
+            options["--max-num-batched-tokens"] = max(CPU_BATCHED_TOKENS, self.max_num_seqs)
         if self.gpu_share is not None:
             options["--gpu-memory-utilization"] = self.gpu_share
         if self.vision:
@@ -121,7 +121,7 @@ class VllmEngine:
     name = "vllm"
 
     def __init__(self, settings: VllmSettings, *, stop_ids: Collection[int], reporter: Reporter) -> None:
-        self.max_batch = settings.max_batch
+        self.max_num_seqs = settings.max_num_seqs
         self._settings = settings
         self._stop_ids = sorted(stop_ids)
         self._listed: dict[str, dict[str, Any]] = {}
@@ -367,7 +367,7 @@ def max_rank(folders: Sequence[Path]) -> int:
     return max([1, *map(adapter_rank, configs)])
 
 
-def kv_cache_bytes(config: Mapping[str, Any], dtype: str, max_batch: int) -> int:
+def kv_cache_bytes(config: Mapping[str, Any], dtype: str, max_num_seqs: int) -> int:
     """Return the size of a small key/value cache without a GPU: a whole context or 2,048 tokens per row; at most 4 GiB.
 
     Args:
@@ -377,9 +377,9 @@ def kv_cache_bytes(config: Mapping[str, Any], dtype: str, max_batch: int) -> int
     width = config.get("head_dim") or config["hidden_size"] // heads
     per_token = 2 * config["num_hidden_layers"] * (config.get("num_key_value_heads") or heads) * width
     per_token *= 4 if dtype == "float32" else 2
-    tokens = max(config["max_position_embeddings"], 2048 * max_batch)
+    tokens = max(config["max_position_embeddings"], 2048 * max_num_seqs)
     # In blocks of 128 tokens, with one more per row, since each row's last block is not full.
-    return min(4 << 30, int(math.ceil(tokens / 128 + max_batch + 1) * 128 * per_token))
+    return min(4 << 30, int(math.ceil(tokens / 128 + max_num_seqs + 1) * 128 * per_token))
 
 
 def _refusal(body: bytes) -> str:

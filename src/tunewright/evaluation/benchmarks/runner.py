@@ -147,6 +147,6 @@ def _measured(bench: Bench, suites: Sequence[OpenSuite], identity: str) -> Bench
             "engine": generator.used.model_dump(mode="json"),
             "seed": bench.seed,
             "suites": {suite.name: suite.identity for suite in suites},
-            "packages": packages(generator.quantize),
+            "packages": packages(generator.quantization),
         },
     )

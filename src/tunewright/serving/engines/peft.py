@@ -72,7 +72,7 @@ class PeftEngine:
         model: a base that only this engine uses from now on. Or a PeftModel, whose adapters are then addressed by
             their names, and no others can be: see :class:`tunewright.generation.decoding.Batch`.
         stop_ids, pad_id: see :class:`tunewright.generation.decoding.Batch`.
-        max_batch: the number of rows that decode at once; further requests wait.
+        max_num_seqs: the number of rows that decode at once; further requests wait.
         context_length: maximum tokens of a prompt and its answer together.
 
     Raises:
@@ -87,11 +87,11 @@ class PeftEngine:
         *,
         stop_ids: Collection[int],
         pad_id: int,
-        max_batch: int,
+        max_num_seqs: int,
         context_length: int,
     ) -> None:
-        assert max_batch >= 1
-        self.max_batch = max_batch
+        assert max_num_seqs >= 1
+        self.max_num_seqs = max_num_seqs
         self.context_length = context_length
         self._model = model
         self._loaded: set[str] = set(getattr(model, "peft_config", ()))
@@ -263,7 +263,7 @@ class PeftEngine:
 
     def _admit_waiting(self) -> list[_Sequence]:
         """Take as many waiting sequences as there are free rows, the oldest first."""
-        free = self.max_batch - len(self._running)
+        free = self.max_num_seqs - len(self._running)
         return [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
 
     def _prefill(self, admitted: list[_Sequence]) -> None:

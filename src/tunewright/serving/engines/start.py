@@ -10,7 +10,7 @@ from pathlib import Path
 import platformdirs
 
 from tunewright.chat import ChatFormat
-from tunewright.config import Config, EngineName, Quantize
+from tunewright.config import Config, EngineName, Quantization
 from tunewright.core.errors import UserError
 from tunewright.core.interrupts import run_async
 from tunewright.core.progress import Reporter
@@ -28,7 +28,7 @@ class EngineSpec:
     """The models of an engine.
 
     Args:
-        quantize: the precision of the base's weights.
+        quantization: the precision of the base's weights.
         adapters: folders by digest, loaded at the start.
         to_come: known folders of adapters that will be loaded later.
         spare: the number of further adapters to reserve room for.
@@ -36,7 +36,7 @@ class EngineSpec:
 
     base: Base
     chat: ChatFormat
-    quantize: Quantize
+    quantization: Quantization
     adapters: Mapping[str, Path]
     to_come: tuple[Path, ...] = ()
     spare: int = 0
@@ -49,7 +49,7 @@ def start_engine(kind: EngineName, config: Config, spec: EngineSpec, reporter: R
         UserError: the engine is not installed, does not start, or cannot hold this base or these adapters.
     """
     loaded = f" with {len(spec.adapters)} of its adapters" if spec.adapters else ""
-    reporter.say(f"Loading {named(spec.base, spec.quantize)}{loaded}")
+    reporter.say(f"Loading {named(spec.base, spec.quantization)}{loaded}")
     match kind:
         case "peft":
             return _peft(config, spec)
@@ -59,7 +59,7 @@ def start_engine(kind: EngineName, config: Config, spec: EngineSpec, reporter: R
             return _llamacpp(config, spec, reporter)
 
 
-def max_batch(kind: EngineName, config: Config) -> int:
+def max_num_seqs(kind: EngineName, config: Config) -> int:
     """Return the number of rows that the engine decodes at once: the config's number, or the engine's default.
 
     Raises:
@@ -94,10 +94,10 @@ def _peft(config: Config, spec: EngineSpec) -> Engine:
     from tunewright.serving.engines.peft import PeftEngine
 
     engine = PeftEngine(
-        load_model(spec.base, config.train.dtype, spec.quantize),
+        load_model(spec.base, config.train.dtype, spec.quantization),
         stop_ids=spec.chat.stop_ids,
         pad_id=spec.chat.tokenizer.pad_token_id,
-        max_batch=max_batch("peft", config),
+        max_num_seqs=max_num_seqs("peft", config),
         context_length=context_length(spec.base),
     )
     return _with_adapters(engine, spec.adapters)
@@ -107,7 +107,7 @@ def _vllm(config: Config, spec: EngineSpec, reporter: Reporter) -> Engine:
     from tunewright.engines.vllm import environment
     from tunewright.engines.vllm.engine import VllmEngine, VllmSettings, kv_cache_bytes, max_rank
 
-    if spec.quantize == "nf4":
+    if spec.quantization == "nf4":
         raise UserError(
             "vLLM cannot hold the base in NF4, only in 16 bits",
             where="serve.quantization",
@@ -117,7 +117,7 @@ def _vllm(config: Config, spec: EngineSpec, reporter: Reporter) -> Engine:
     found = environment.find()
     cpu = found.build == "cpu"
     known = [*spec.adapters.values(), *spec.to_come]
-    dtype, rows = config.train.dtype, max_batch("vllm", config)
+    dtype, rows = config.train.dtype, max_num_seqs("vllm", config)
     settings = VllmSettings(
         python=found.python,
         cpu=cpu,
@@ -126,7 +126,7 @@ def _vllm(config: Config, spec: EngineSpec, reporter: Reporter) -> Engine:
         room=max(1, len(known) + spec.spare),
         # Adapters trained later have the config's rank.
         max_rank=max(max_rank(known), config.train.lora_r if spec.spare else 1),
-        max_batch=rows,
+        max_num_seqs=rows,
         kv_cache_bytes=kv_cache_bytes(text_settings(spec.base).to_dict(), dtype, rows) if cpu else None,
         vision=FAMILIES[spec.base.architecture].vision,
     )
@@ -135,7 +135,7 @@ def _vllm(config: Config, spec: EngineSpec, reporter: Reporter) -> Engine:
 
 def _llamacpp(config: Config, spec: EngineSpec, reporter: Reporter) -> Engine:
     require_llamacpp()
-    if spec.quantize == "nf4":
+    if spec.quantization == "nf4":
         raise UserError(
             "llama.cpp cannot hold the base in NF4, only in f16 or q8_0",
             where="serve.quantization",
@@ -148,7 +148,7 @@ def _llamacpp(config: Config, spec: EngineSpec, reporter: Reporter) -> Engine:
     from tunewright.serving.engines.llamacpp.engine import LlamaCppEngine, LlamaCppSettings, cache_tokens
     from tunewright.serving.engines.llamacpp.files import base_file, lora_file
 
-    base, rows = spec.base, max_batch("llamacpp", config)
+    base, rows = spec.base, max_num_seqs("llamacpp", config)
     place = platformdirs.user_cache_path("tunewright") / "gguf"
     require_gguf(base)
     model_config = text_settings(base)
@@ -160,7 +160,7 @@ def _llamacpp(config: Config, spec: EngineSpec, reporter: Reporter) -> Engine:
     settings = LlamaCppSettings(
         base=base_file(place, base, spec.chat.stop_ids, config.serve.gguf, reporter),
         lora_file=lambda digest, folder: lora_file(place, base, digest, folder, reporter),
-        max_batch=rows,
+        max_num_seqs=rows,
         context=context,
         tokens=tokens,
         threads=torch.get_num_threads(),

@@ -68,7 +68,7 @@ class AdmissionQueue:
         """See :meth:`Slot.record_tokens`."""
         # Charged while decoding, not at the end: a long answer lowers its tenant's priority from the start.
         self._scheduler.charge(ticket.tenant, answer=tokens)
-        if ticket.prefilling:
+        if ticket.prefilling or self._scheduler.holding:
             self._scheduler.finish_prefill(ticket)
             self._admit()
 

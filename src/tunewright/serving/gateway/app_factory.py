@@ -11,7 +11,7 @@ from pathlib import Path
 from tunewright.adapters.registry import adapter_digest
 from tunewright.chat import ChatFormat
 from tunewright.chat.answers import stop_strings
-from tunewright.config import Config, Quantize
+from tunewright.config import Config, Quantization
 from tunewright.core.progress import Reporter
 from tunewright.models.bases import Base
 from tunewright.serving.engines.start import EngineSpec, start_engine
@@ -44,7 +44,7 @@ class Service:
 
     Args:
         config: sets engine, precision, addresses, ports and batch.
-        quantize: the precision of the base's weights.
+        quantization: the precision of the base's weights.
         served: adapters by model name, for every client; or the tenants with their releases, whose adapters are loaded
             when the server starts.
 
@@ -58,7 +58,7 @@ class Service:
         config: Config,
         base: Base,
         chat: ChatFormat,
-        quantize: Quantize,
+        quantization: Quantization,
         served: Mapping[str, ServedAdapter] | TenantSource,
         reporter: Reporter,
     ) -> None:
@@ -73,7 +73,7 @@ class Service:
         spec = EngineSpec(
             base,
             chat,
-            quantize,
+            quantization,
             # One adapter under several names is loaded once.
             {digests[name]: adapter.folder for name, adapter in adapters.items()},
             to_come=tuple(served.live.values()) if isinstance(served, TenantSource) else (),

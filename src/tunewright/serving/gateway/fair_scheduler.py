@@ -1,6 +1,6 @@
 """The scheduling policy: which tenant's request goes to the engine next.
 
-This is the only place with such a policy; engines fill free rows in the order of submission. Three rules keep a tenant
+This is the only place with such a policy; engines fill free rows in the order of submission. Four rules keep a tenant
 with many requests from slowing down the others:
 
 *Order.* The waiting tenant with the fewest served tokens is next (Sheng et al. 2024, "Fairness in Serving Large
@@ -18,10 +18,14 @@ in Sarathi-Serve (Agrawal et al. 2024, OSDI, arXiv 2403.02310). The budget is pe
 prompt would wait for the prompts of all others. Prompts above the budget are computed in chunks by the engine, and one
 of them at a time over all tenants.
 
+*Pairs.* Every row waits for each prefill pass, and a pass of one prompt takes nearly as long as one of two. So a tenant
+with its equal share of a nearly full engine holds its next request back, for :data:`HELD_PASSES` at most. It admits the
+request when it has a row for the one after it too, or when another request is admitted (docs/decisions/0057).
+
 The engine gets somewhat more requests than it has rows. Otherwise a row would stay empty for the pass in which the
 gateway receives a finished answer and submits the next request (docs/decisions/0026).
 
-The last two rules cost throughput, so a tenant alone is exempt. It is alone if no other tenant has had a request here
+The last three rules cost throughput, so a tenant alone is exempt. It is alone if no other tenant has had a request here
 in the last minute.
 """
 
@@ -41,6 +45,8 @@ ROWS_PER_RESERVED = 8
 """One row in this many is reserved for tenants below their equal share."""
 ROWS_PER_AHEAD = 4
 """One request for this many rows may be at the engine before there is a row for it."""
+HELD_PASSES = 2
+"""The most passes for which a request is held back, so that it is prefilled together with another one."""
 BURST_TOKENS = 1000.0
 """The most credit, in weighted tokens, that a tenant has after a pause."""
 ACTIVE_SECONDS = 60.0
@@ -82,6 +88,8 @@ class FairScheduler:
         self._served: dict[str, float] = defaultdict(float)
         self._idle_since: dict[str, float] = {}  # of tenants without a request here; the longest idle comes first
         self._last_dequeued: str | None = None
+        self._held_until: dict[str, float] = {}
+        """Counters at which tenants no longer hold a request back."""
 
     @property
     def waiting(self) -> int:
@@ -98,6 +106,11 @@ class FairScheduler:
         """True if no request is waiting or admitted."""
         return not self._waiting and not self._admitted
 
+    @property
+    def holding(self) -> bool:
+        """True if a tenant holds a request back, so that generated tokens may admit it."""
+        return bool(self._held_until)
+
     def enqueue(self, tenant: str, prompt: int) -> Ticket:
         """Add a request with this many prompt tokens."""
         if tenant not in self._waiting:
@@ -111,8 +124,8 @@ class FairScheduler:
 
     def admit(self) -> list[Ticket]:
         """Admit as many requests as the rules allow; call it after every change."""
-        admitted = []
-        while (ticket := self._next()) is not None:
+        admitted: list[Ticket] = []
+        while (ticket := self._next(admitted)) is not None:
             self._dequeue(ticket)
             ticket.admitted = ticket.prefilling = True
             self._admitted[ticket.tenant] += 1
@@ -145,7 +158,8 @@ class FairScheduler:
         """Add tokens to a tenant's counter."""
         self._served[tenant] += PROMPT_WEIGHT * prompt + ANSWER_WEIGHT * answer
 
-    def _next(self) -> Ticket | None:
+    def _next(self, admitted: list[Ticket]) -> Ticket | None:
+        """Return the next request to admit, after those that the same call has admitted."""
         if not self._waiting or not self.free:
             return None
         active = self._active_tenants()
@@ -154,7 +168,10 @@ class FairScheduler:
         for tenant in sorted(self._waiting, key=lambda name: (self._served[name], self._admitted[name])):
             ticket = self._waiting[tenant][0]
             # A tenant whose rule fails is skipped, not waited for: rows are never empty while anyone may use them.
-            if active == 1 or (self._may_take_row(tenant, active) and self._may_prefill(ticket)):
+            if active == 1:
+                return ticket
+            allowed = self._may_take_row(tenant, active) and self._may_prefill(ticket)
+            if allowed and (admitted or not self._hold(tenant, active)):
                 return ticket
         return None
 
@@ -170,6 +187,19 @@ class FairScheduler:
             return all(other.short for other in self._prefilling)
         own = sum(other.prompt for other in self._prefilling if other.short and other.tenant == ticket.tenant)
         return own + ticket.prompt <= PREFILL_TOKENS
+
+    def _hold(self, tenant: str, active: int) -> bool:
+        """Return whether the tenant's next request waits, by the rule of pairs, to be prefilled with another one."""
+        own, queue = self._admitted[tenant], self._waiting[tenant]
+        nearly_full = self._rows - self._admitted.total() < self._rows // 4
+        if own == 0 or own < self._rows // active or not nearly_full or len(queue) == 1:
+            return False
+        together = queue[0].prompt + queue[1].prompt <= PREFILL_TOKENS
+        if together and self.free - 1 > self._reserved:
+            return False
+        # Each pass gives each of its rows one token, so its own counter tells the passes.
+        passes = HELD_PASSES * own * ANSWER_WEIGHT
+        return self._served[tenant] < self._held_until.setdefault(tenant, self._served[tenant] + passes)
 
     @property
     def _reserved(self) -> int:
@@ -196,6 +226,7 @@ class FairScheduler:
 
     def _dequeue(self, ticket: Ticket) -> None:
         self._waiting[ticket.tenant].remove(ticket)
+        self._held_until.pop(ticket.tenant, None)
         if not self._waiting[ticket.tenant]:
             del self._waiting[ticket.tenant]
             self._last_dequeued = ticket.tenant

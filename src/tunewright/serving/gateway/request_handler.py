@@ -25,7 +25,7 @@ class RequestHandler:
     Args:
         requests: one for each prompt, in order.
         admission: covers all of them.
-        engine: computes at most ``max_batch`` of the prompts at once.
+        engine: computes at most ``max_num_seqs`` of the prompts at once.
         queue: gives slots at the engine.
     """
 
@@ -94,12 +94,12 @@ class RequestHandler:
         Raises:
             RequestFailedError, EngineStoppedError, ApiError: the first error of any choice; it ends the others too.
         """
-        places = asyncio.Semaphore(self._engine.max_batch)
+        places = asyncio.Semaphore(self._engine.max_num_seqs)
 
         async def generate(index: int, request: GenerationRequest) -> None:
             # A request with many prompts queues no more of them than the engine could compute at once.
             async with places:
-                if index >= self._engine.max_batch:
+                if index >= self._engine.max_num_seqs:
                     request.restart_queue_time()
                 await request.generate(self._engine, self._queue)
 

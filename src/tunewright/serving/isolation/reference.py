@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate.utils.memory import clear_device_cache
 
-from tunewright.config import Quantize
+from tunewright.config import Quantization
 from tunewright.models.bases import Base
 from tunewright.models.loading import load_model, with_adapters
 from tunewright.serving.isolation.probes import END, TOKENS, Answer, Digest, GreedyAnswer, Ids
@@ -29,11 +29,17 @@ class PeftReference:
     """
 
     def __init__(
-        self, base: Base, dtype: str, quantize: Quantize, folders: Mapping[str, Path], *, stop_ids: Collection[int]
+        self,
+        base: Base,
+        dtype: str,
+        quantization: Quantization,
+        folders: Mapping[str, Path],
+        *,
+        stop_ids: Collection[int],
     ) -> None:
         self._base = base
         self._dtype = dtype
-        self._quantize = quantize
+        self._quantization = quantization
         self._folders = folders
         self._stop_ids = sorted(stop_ids)
         self._loaded: Any = None
@@ -43,7 +49,7 @@ class PeftReference:
         """The base with all adapters."""
         if self._loaded is None:
             clear_device_cache(garbage_collection=True)  # an engine that has just stopped may hold memory
-            model: Any = load_model(self._base, self._dtype, self._quantize)
+            model: Any = load_model(self._base, self._dtype, self._quantization)
             self._loaded = with_adapters(model, self._folders) if self._folders else model
         return self._loaded
 

@@ -14,7 +14,7 @@ from time import monotonic
 from tunewright.adapters.lineage import packages
 from tunewright.adapters.registry import adapter_digest
 from tunewright.chat import ChatFormat
-from tunewright.config import Config, EngineName, Quantize
+from tunewright.config import Config, EngineName, Quantization
 from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest
@@ -22,7 +22,7 @@ from tunewright.core.progress import Reporter
 from tunewright.engines.protocol import Engine
 from tunewright.models.bases import Base
 from tunewright.models.loading import context_length
-from tunewright.serving.engines.start import EngineSpec, max_batch, require_llamacpp, start_engine
+from tunewright.serving.engines.start import EngineSpec, max_num_seqs, require_llamacpp, start_engine
 from tunewright.serving.isolation.checks import LONG, SHORT, TOLERANCE, VERSION, check_isolation
 from tunewright.serving.isolation.probes import Digest, Ids
 from tunewright.serving.isolation.result import IsolationResult
@@ -34,7 +34,7 @@ class IsolationRunner:
     """The test of an engine in the server's configuration, with a base and adapters.
 
     Args:
-        quantize: the precision of the base's weights.
+        quantization: the precision of the base's weights.
         named: folders of the adapters by name.
         engine: the kind of engine.
         spare: the number of further adapters that the server reserves room for.
@@ -43,7 +43,7 @@ class IsolationRunner:
     config: Config
     base: Base
     chat: ChatFormat
-    quantize: Quantize
+    quantization: Quantization
     named: Mapping[str, Path]
     engine: EngineName
     spare: int
@@ -57,7 +57,7 @@ class IsolationRunner:
     @cached_property
     def versions(self) -> dict[str, str]:
         """Versions of the packages that affect the numbers, here and in the engine's environment."""
-        own = packages(self.quantize)
+        own = packages(self.quantization)
         if self.engine == "llamacpp":
             require_llamacpp()
             return {**own, "xllamacpp": version("xllamacpp")}
@@ -84,11 +84,11 @@ class IsolationRunner:
                 "checks": VERSION,
                 "base": self.base.digest,
                 "chat": self.chat.digest,
-                "quantization": self.quantize,
+                "quantization": self.quantization,
                 "dtype": self.config.train.dtype,
                 "adapters": sorted(self.folders),
                 "engine": self.engine,
-                "max_num_seqs": max_batch(self.engine, self.config),
+                "max_num_seqs": max_num_seqs(self.engine, self.config),
                 "spare": self.spare,
                 "versions": self.versions,
                 "device": self.device,
@@ -113,7 +113,7 @@ class IsolationRunner:
         names: dict[Digest, str] = {None: self.base.spec}
         names |= {adapter_digest(folder): name for name, folder in self.named.items()}
         reference = PeftReference(
-            self.base, self.config.train.dtype, self.quantize, self.folders, stop_ids=self.chat.stop_ids
+            self.base, self.config.train.dtype, self.quantization, self.folders, stop_ids=self.chat.stop_ids
         )
         return check_isolation(
             self._engine,
@@ -130,7 +130,7 @@ class IsolationRunner:
     @contextmanager
     def _engine(self) -> Iterator[Engine]:
         """Start the engine, and stop it after the block."""
-        spec = EngineSpec(self.base, self.chat, self.quantize, self.folders, spare=self.spare)
+        spec = EngineSpec(self.base, self.chat, self.quantization, self.folders, spare=self.spare)
         engine = start_engine(self.engine, self.config, spec, self.reporter)
         try:
             yield engine

@@ -49,7 +49,7 @@ class LlamaCppSettings:
     Args:
         base: the GGUF file of the base.
         lora_file: returns an adapter's GGUF file, given its digest and folder.
-        max_batch: maximum number of concurrent requests.
+        max_num_seqs: maximum number of concurrent requests.
         context: maximum tokens of one request, prompt and answer together.
         tokens: maximum total tokens of all requests, at least ``context``.
         threads: the number of threads that compute.
@@ -57,7 +57,7 @@ class LlamaCppSettings:
 
     base: Path
     lora_file: Callable[[str, Path], Path]
-    max_batch: int
+    max_num_seqs: int
     context: int
     tokens: int
     threads: int
@@ -68,7 +68,7 @@ class LlamaCppSettings:
             "model": str(self.base),
             "loras": [str(path) for path in loras],
             "socket": str(socket_in(folder)),
-            "rows": self.max_batch,
+            "rows": self.max_num_seqs,
             "tokens": self.tokens + self.tokens // _SLACK,
             "threads": self.threads,
         }
@@ -86,7 +86,7 @@ class _Generation:
     def __init__(self, settings: LlamaCppSettings, loras: Mapping[str, Path], reporter: Reporter) -> None:
         self.loras = dict(loras)
         self.numbers = {digest: number for number, digest in enumerate(loras)}
-        self.slots = CacheSlots(settings.max_batch, settings.tokens)
+        self.slots = CacheSlots(settings.max_num_seqs, settings.tokens)
         self.users = 0
         self.child = Child(
             lambda folder: settings.plan(folder, loras.values()), lambda: bool(self.slots.running), reporter
@@ -119,7 +119,7 @@ class LlamaCppEngine:
         stop_ids: Collection[int],
         reporter: Reporter,
     ) -> None:
-        self.max_batch = settings.max_batch
+        self.max_num_seqs = settings.max_num_seqs
         self.context_length = settings.context
         self._settings = settings
         self._stop_ids = frozenset(stop_ids)
@@ -330,7 +330,7 @@ def _refusal(body: bytes) -> str:
         return f"llama.cpp refused the request: {body[:500].decode(errors='replace')}"
 
 
-def cache_tokens(config: Mapping[str, Any], context: int, max_batch: int) -> int:
+def cache_tokens(config: Mapping[str, Any], context: int, max_num_seqs: int) -> int:
     """Return the tokens of a small 16-bit key/value cache: a whole context or 2,048 for each row; 4 GiB at most.
 
     Args:
@@ -340,6 +340,6 @@ def cache_tokens(config: Mapping[str, Any], context: int, max_batch: int) -> int
     heads = config["num_attention_heads"]
     width = config.get("head_dim") or config["hidden_size"] // heads
     per_token: int = 2 * 2 * config["num_hidden_layers"] * (config.get("num_key_value_heads") or heads) * width
-    tokens = min(max(context, 2048 * max_batch), (4 << 30) // per_token)
+    tokens = min(max(context, 2048 * max_num_seqs), (4 << 30) // per_token)
     assert tokens >= BLOCK, "no Llama takes 16 MB per token"
     return tokens // BLOCK * BLOCK

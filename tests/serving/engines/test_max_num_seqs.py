@@ -16,7 +16,7 @@ from tunewright.engines.vllm import engine as vllm_engine
 from tunewright.engines.vllm import environment
 from tunewright.engines.vllm.environment import Build, Environment
 from tunewright.models.bases import resolve_base
-from tunewright.serving.engines.start import EngineSpec, max_batch, start_engine
+from tunewright.serving.engines.start import EngineSpec, max_num_seqs, start_engine
 
 
 def _machine(monkeypatch: pytest.MonkeyPatch, build: Build, card: int | None) -> None:
@@ -42,8 +42,8 @@ def test_max_batch_is_the_engines_default_when_the_config_has_none(
     engine: EngineName, build: Build, card: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _machine(monkeypatch, build, card)
-    assert max_batch(engine, Config()) == expected
-    assert max_batch(engine, Config(serve=ServeConfig(max_num_seqs=3))) == 3
+    assert max_num_seqs(engine, Config()) == expected
+    assert max_num_seqs(engine, Config(serve=ServeConfig(max_num_seqs=3))) == 3
 
 
 def test_start_engine_passes_max_batch_to_vllm(monkeypatch: pytest.MonkeyPatch, tiny_base_folder: Path) -> None:
@@ -67,4 +67,4 @@ def test_start_engine_starts_peft_with_sixteen(tiny_base_folder: Path) -> None:
     spec = EngineSpec(base, open_chat(base, ChatConfig(), LogReporter()), "none", {})
     engine = start_engine("peft", Config(), spec, LogReporter())
     engine.stop()
-    assert engine.max_batch == 16
+    assert engine.max_num_seqs == 16
