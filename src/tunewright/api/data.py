@@ -179,17 +179,17 @@ class DatasetApi:
 
     def check_files(self, files: Iterable[str | Path], options: AddOptions = AddOptions()) -> Preview:
         """Preview :meth:`add` on files of pairs, with every fault."""
-        from tunewright.data.add_plan import preview
+        from tunewright.data import add_plan
 
         paths = source_files(files, self._reporter)
-        return preview(
+        return add_plan.preview(
             self._with(self._mapped(paths, options.mapping), options),
             paths,
             self._reporter,
             skip_bad=options.skip_bad,
             redact=options.redact,
             presidio=options.presidio,
-            options=AddOptions(options.replace, options.restore, options.split_from),
+            options=add_plan.AddOptions(options.replace, options.restore, options.split_from),
         )
 
     def fix_file(self, file: str | Path, out: str | Path, mapping: ColumnMapping = ColumnMapping()) -> list[Change]:
