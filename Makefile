@@ -10,7 +10,7 @@ DEMO   ?= build/demo
 demo: $(VENV)/.installed
 	$(BIN)/tunewright demo $(DEMO)
 
-# With a pilot, a learning curve and a judge in its report: an hour more.
+# With all settings, and a pilot, a learning curve and a judge in its report: an hour more.
 demo-whole: $(VENV)/.installed
 	$(BIN)/tunewright demo --whole $(DEMO)
 
@@ -71,7 +71,7 @@ build/clients/.installed: $(wildcard tests/serving/clients/*.txt tests/serving/c
 	else echo "npm is not installed: the tests of npm packages are skipped"; fi
 	touch $@
 
-# The whole demo, held to what the README says of it.
+# The demo, checked against what it claims.
 test-demo: $(VENV)/.installed
 	$(BIN)/python tests/check_demo.py $(DEMO)
 

@@ -1,10 +1,12 @@
 """The demo: an example project, the pipeline, and one held-out question answered three ways by a real server.
 
-Slow measurements (a pilot for the advice, a learning curve, a judge) only run on request.
+The example's quick settings keep it to a few minutes. The whole settings and slow measurements (a pilot for the advice,
+a learning curve, a judge) only run on request.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +14,14 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from tunewright.api import Project, RunResult
-from tunewright.config import JudgeConfig
+from tunewright.config import JudgeConfig, MetricName
 from tunewright.config.project import CONFIG_FILE, ProjectFolder, create_project
 from tunewright.core.errors import UserError
+from tunewright.core.io import write_text
 from tunewright.core.progress import Reporter
+from tunewright.data.versions import Member
+from tunewright.evaluation.arms import TUNED
+from tunewright.evidence.schema import Item
 from tunewright.examples import legal_citations
 
 if TYPE_CHECKING:
@@ -35,6 +41,10 @@ class DemoAnswers:
     question: str
     reference: str
     answers: dict[str, str]
+    best_prompting: str
+    """The name of the best prompting arm."""
+    prompted: str
+    """Its answer in the evaluation: the base with demonstrations."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the answers as ``--json`` prints them."""
@@ -60,30 +70,61 @@ class SlowMeasurements:
         }
 
 
-def example_files(name: str) -> dict[str, str]:
-    """Return the files of the example project called ``name``.
+def example_files(name: str, *, quick: bool = False) -> dict[str, str]:
+    """Return the files of the example project called ``name``, with its quick or its whole settings.
 
     Raises:
         UserError: no such example.
     """
     if name != legal_citations.NAME:
         raise UserError(f"Unknown example {name!r}", where="--example", fix=f"Use {legal_citations.NAME}.")
-    return legal_citations.project_files()
+    return legal_citations.project_files(quick=quick)
 
 
-def open_demo(directory: Path, reporter: Reporter) -> Project:
-    """Return the demo project in ``directory``, created if it does not exist."""
-    if not (directory / CONFIG_FILE).exists():
-        create_project(directory, example_files(legal_citations.NAME))
-        reporter.say(f"Wrote the example project {legal_citations.NAME} in {directory}")
+def open_demo(directory: Path, reporter: Reporter, *, whole: bool = False) -> Project:
+    """Return the demo project in ``directory``, created if it does not exist.
+
+    Args:
+        directory: its folder.
+        reporter: shows what was written.
+        whole: write the example's whole settings, also over unchanged quick ones.
+    """
+    config, name = directory / CONFIG_FILE, legal_citations.NAME
+    if not config.exists():
+        create_project(directory, example_files(name, quick=not whole))
+        reporter.say(f"Wrote the example project {name} in {directory}")
+    elif whole and config.read_text(encoding="utf-8") == example_files(name, quick=True)[CONFIG_FILE]:
+        write_text(config, example_files(name)[CONFIG_FILE])
+        reporter.say(f"Replaced the quick settings in {config} by the whole ones")
     return Project(ProjectFolder(directory), reporter)
 
 
-def ask_three_ways(project: Project, result: RunResult) -> DemoAnswers:
-    """Serve base, adapter and earliest checkpoint, and ask each of them the first question of the test split."""
+def choose_item(items: Sequence[Item], metric: MetricName) -> Item:
+    """Return the test item to show: the one where the adapter gains most over all prompting arms.
+
+    Of equal gains, that is the item least similar to any training row. An item whose reference is wrong rarely gains,
+    because the adapter answers as the other rows do.
+    """
+
+    def gain(item: Item) -> float:
+        scores = item.scores[metric]
+        prompted = [score for arm, score in scores.items() if not arm.startswith(TUNED.name)]
+        # A metric may be unable to score an item, which then shows nothing.
+        return scores[TUNED.name] - max(prompted) if TUNED.name in scores and prompted else -1.0
+
+    return min(items, key=lambda item: (-gain(item), item.nearest or 0.0, item.key))
+
+
+def member_of(project: Project, item: Item) -> Member:
+    """Return the dataset's row of a test item."""
+    return next(member for member in project.data.version().examples("test") if member.key == item.key)
+
+
+def ask_three_ways(project: Project, result: RunResult, item: Item) -> DemoAnswers:
+    """Serve base, adapter and earliest checkpoint, and ask each of them a test item's question."""
     adapter = result.trained.adapter
     earlier = [f"{adapter.name}@{step}" for step in adapter.checkpoints][:1]
-    member = project.data.version().examples("test")[0]
+    member = member_of(project, item)
     service = project.serve([adapter.name, *earlier], port=0)
     answers = {}
     with service.running() as url, httpx.Client(base_url=url, timeout=120) as client:
@@ -98,7 +139,8 @@ def ask_three_ways(project: Project, result: RunResult) -> DemoAnswers:
             )
             reply.raise_for_status()
             answers[model] = reply.json()["choices"][0]["message"]["content"]
-    return DemoAnswers(member.example.input_text, member.example.output, answers)
+    best = result.advised.advice.best
+    return DemoAnswers(member.example.input_text, member.example.output, answers, best, item.answers[best])
 
 
 def measure_slow_parts(project: Project, evaluation: Path) -> SlowMeasurements:

@@ -1,7 +1,7 @@
 """The end of the demo: two tenants on one base, each with access to its own alias only.
 
-The second tenant's adapter is the checkpoint after the first epoch: a different adapter that needs no training. It was
-never evaluated, so its release is forced and the reason is stored.
+The second tenant's adapter is an earlier checkpoint: a different adapter that needs no training. It was never
+evaluated, so its release is forced and the reason is stored.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from tunewright.adapters.registry import Adapter
 from tunewright.adapters.system_prompt import system_prompt
 from tunewright.api import Project, RunResult
 from tunewright.config.project import ProjectFolder
+from tunewright.data.versions import Member
 
 if TYPE_CHECKING:
     from tunewright.serving.tenants import Release
@@ -71,8 +72,8 @@ class TwoTenants:
         }
 
 
-def show_two_tenants(opened: Project, result: RunResult) -> TwoTenants | None:
-    """Release two adapters for two tenants, and ask one question as each.
+def show_two_tenants(opened: Project, result: RunResult, member: Member) -> TwoTenants | None:
+    """Release two adapters for two tenants, and ask one row's question as each.
 
     It returns None with a warning if there is no checkpoint or a release is refused.
     """
@@ -92,12 +93,12 @@ def show_two_tenants(opened: Project, result: RunResult) -> TwoTenants | None:
     decision = result.verdict.decision
     wanted = {
         "legal": (trained, None if decision == "ship" else f"for the demo, though its verdict is {decision}"),
-        "legal-draft": (draft, f"for the demo: {trained.name} after its first epoch, not evaluated"),
+        "legal-draft": (draft, f"for the demo: {trained.name} at {step.replace('-', ' ')}, not evaluated"),
     }
     for alias, (adapter, because) in wanted.items():
         if not _release(own, alias, adapter, because):
             return None
-    return _visit(own, result, {alias: adapter.name for alias, (adapter, _) in wanted.items()})
+    return _visit(own, result, member, {alias: adapter.name for alias, (adapter, _) in wanted.items()})
 
 
 def _release(opened: Project, alias: str, adapter: Adapter, because: str | None) -> bool:
@@ -117,14 +118,13 @@ def _live(opened: Project) -> list[Release]:
     return [release for release in last.values() if not release.undeployed]
 
 
-def _visit(opened: Project, result: RunResult, adapters: Mapping[str, str]) -> TwoTenants:
+def _visit(opened: Project, result: RunResult, member: Member, adapters: Mapping[str, str]) -> TwoTenants:
     """Serve, ask as each tenant with a key that is valid for an hour, and read their usage."""
     known = {tenant.name for tenant in opened.tenant.list()}
     for tenant, alias in TENANTS.items():
         if tenant not in known:
             opened.tenant.add(tenant, [alias])
     keys = {tenant: opened.tenant.key.add(tenant, lifetime=_KEY_SECONDS).secret for tenant in TENANTS}
-    member = opened.data.version().examples("test")[0]
     messages = [message.as_dict() for message in member.example.prompt]
     body = {"messages": messages, "max_tokens": result.advised.advice.max_new_tokens}
     seen = {}

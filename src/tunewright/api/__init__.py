@@ -81,7 +81,13 @@ class Project(EvaluationsApi):
         self.keys = SigningKeysApi(self)
         self.export = ExportApi(self)
 
-    def run(self, *, force: bool = False, stage_done: Callable[[str, bool, str], None] | None = None) -> RunResult:
+    def run(
+        self,
+        *,
+        force: bool = False,
+        stage_done: Callable[[str, bool, str], None] | None = None,
+        prompting_done: Callable[[Advice], None] = lambda _advice: None,
+    ) -> RunResult:
         """Run the whole pipeline, skipping stages whose inputs have not changed.
 
         Args:
@@ -89,6 +95,8 @@ class Project(EvaluationsApi):
                 :meth:`train`.
             stage_done: called with each finished stage's name, True if anything was computed, and its result in words
                 (None: the reporter reports it).
+            prompting_done: called with the scores of the prompting arms on dev once they have been measured, long
+                before the whole result.
         """
         done = stage_done or self._say_stage
         sources = self.folder.config.data.sources
@@ -105,6 +113,8 @@ class Project(EvaluationsApi):
         self._refuse_up_front()
         forced = self._forced(force)
         advised = self.prompting()
+        if advised.measured:
+            prompting_done(advised.advice)
         done("advise", advised.measured, f"best prompting arm on dev: {advised.advice.best}")
         trained = self._train(forced)
         done("train", trained.trained, trained.adapter.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +13,7 @@ from rich.text import Text
 
 from tunewright.cli.app import PROJECT, app, command, group
 from tunewright.cli.console import RESUMES, Session
-from tunewright.cli.evaluate import evidence_tables
+from tunewright.cli.evaluate import evidence_tables, prompting_tables
 from tunewright.cli.verdict import verdict_text
 
 if TYPE_CHECKING:
@@ -21,11 +22,21 @@ if TYPE_CHECKING:
     from tunewright.api import RunResult
     from tunewright.demo import DemoAnswers
     from tunewright.demo_tenants import TwoTenants
+    from tunewright.evidence.schema import Advice
 
 _SHORT = 12
-_STAGES = {"data": 0.2, "advise": 6.0, "train": 5.0, "evaluate": 9.0, "report": 0.2}
-"""Stages of `run`, with their minutes in the demo on two cores."""
-_DEMO_STAGES = _STAGES | {"answers": 0.5, "tenants": 2.0}
+_STAGES = {"data": 0.1, "advise": 6.0, "train": 6.0, "evaluate": 6.0, "report": 0.1}
+"""Stages of `run`, with their usual shares of the time."""
+_DEMO_STAGES = {
+    "data": 0.1,
+    "advise": 2.8,
+    "train": 3.5,
+    "evaluate": 3.5,
+    "report": 0.1,
+    "answers": 0.3,
+    "tenants": 1.5,
+}
+"""The same of `demo` with its quick settings: minutes of processor time on one thread."""
 
 
 @command(
@@ -83,7 +94,7 @@ def run(
 ) -> int:
     """Run the whole pipeline: data, advise, train, evaluate, verdict, report. Resumes where it stopped."""
     with run.reporter.pipeline(_STAGES) as stage_done:
-        result = run.project.run(force=force, stage_done=stage_done)
+        result = run.project.run(force=force, stage_done=stage_done, prompting_done=partial(show_prompting, run))
         if stage_done:
             stage_done("report", True, result.report.name)
     run.show(run_document(result), *run_tables(result))
@@ -97,25 +108,32 @@ def demo(
     run: Session,
     directory: Annotated[Path, typer.Argument(help="Folder of the demo project.")] = Path("tunewright-demo"),
     whole: Annotated[
-        bool, typer.Option("--whole", help="Also run a pilot, a learning curve and a judge, which takes an hour more.")
+        bool,
+        typer.Option(
+            "--whole",
+            help="Try more prompting arms, train two epochs, and also run a pilot, a learning curve and a judge, which "
+            "takes an hour more.",
+        ),
     ] = False,
 ) -> int:
     """Run the pipeline on an example project, then serve its result to two tenants and ask it a held-out question."""
     from tunewright.cli.advise import advice_tables
     from tunewright.cli.judge import judgement_tables
     from tunewright.cli.train import curve_tables
-    from tunewright.demo import ask_three_ways, measure_slow_parts, open_demo
+    from tunewright.demo import ask_three_ways, choose_item, measure_slow_parts, member_of, open_demo
     from tunewright.demo_tenants import show_two_tenants
+    from tunewright.evidence.schema import load_items
 
-    project = open_demo(directory, run.reporter)
+    project = open_demo(directory, run.reporter, whole=whole)
     with run.reporter.pipeline(_DEMO_STAGES) as stage_done:
-        result = project.run(stage_done=stage_done)
+        result = project.run(stage_done=stage_done, prompting_done=partial(show_prompting, run))
         if stage_done:
             stage_done("report", True, result.report.name)
-        answered = ask_three_ways(project, result)
+        item = choose_item(load_items(result.evaluated.folder), result.evaluated.evidence.metric)
+        answered = ask_three_ways(project, result, item)
         if stage_done:
             stage_done("answers", True, "base, an earlier checkpoint and the adapter on one server")
-        tenants = show_two_tenants(project, result)
+        tenants = show_two_tenants(project, result, member_of(project, item))
         if stage_done:
             stage_done("tenants", True, "isolation test, two tenants on one server")
     document = {
@@ -132,6 +150,12 @@ def demo(
     run.show(document, *shown)
     run.report_review_status(directory)
     return result.verdict.exit_code
+
+
+def show_prompting(run: Session, advice: Advice) -> None:
+    """Print the prompting arms' scores as progress, on stderr."""
+    for part in prompting_tables(advice):
+        run.console.print(part, markup=False, highlight=False)
 
 
 def run_tables(result: RunResult) -> list[RenderableType]:
@@ -160,6 +184,7 @@ def answers_table(answered: DemoAnswers) -> Table:
     table.add_column("answer", overflow="fold")
     for model, answer in answered.answers.items():
         table.add_row(model, Text(answer))
+    table.add_row(f"base, {answered.best_prompting}", Text(f"{answered.prompted}\n(in the evaluation)"))
     return table
 
 

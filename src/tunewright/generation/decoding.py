@@ -48,6 +48,8 @@ __all__ = ["Batch", "Completion", "Finish", "PrefillState", "Prefix", "Request",
 
 # Tokens of one prefill, padding included: it bounds the memory that new rows need for their activations.
 PREFILL_TOKENS = 8192
+# On a processor the activations of fewer tokens stay in its caches (docs/decisions/0050).
+_PREFILL_TOKENS_CPU = 2048
 # Two prompts share a prefill if their padding is under this many tokens, or under half of the longer prompt. Below
 # that a second pass over the weights costs more than the padding.
 _CHEAP_PADDING = PASS_TOKENS
@@ -121,6 +123,11 @@ class Batch:
         self._decode = decode
         self._config = model.config.get_text_config()
         self._cache = new_cache()
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Tokens to prefill in one pass, padding included, where the caller may choose."""
+        return _PREFILL_TOKENS_CPU if self._model.device.type == "cpu" else PREFILL_TOKENS
 
     def attached(self) -> AbstractContextManager[None]:
         """Keep adapters attached over many passes: see :meth:`LoraDispatch.attached`."""
@@ -349,7 +356,8 @@ class _Queue:
             indices = list(members)
             prefix = self._computed(group)
             # A prefix is computed already: only what follows it counts for padding.
-            for places in prefill_groups([self._length(index) - group.length for index in indices]):
+            lengths = [self._length(index) - group.length for index in indices]
+            for places in prefill_groups(lengths, self._batch.prefill_tokens):
                 joining = [indices[place] for place in places]  # `places` index into `indices`
                 admitted = self._batch.admit([self._requests[index] for index in joining], prefix)
                 rows |= zip(joining, admitted, strict=True)
@@ -382,14 +390,17 @@ def _sharing(requests: Sequence[Request]) -> list[SharedPrefix]:
     return [*groups, SharedPrefix(alone, 0)] if alone else groups
 
 
-def prefill_groups(lengths: Sequence[int]) -> list[list[int]]:
-    """Split prompts into groups worth prefilling together; return indices into ``lengths``, longest first."""
+def prefill_groups(lengths: Sequence[int], tokens: int = PREFILL_TOKENS) -> list[list[int]]:
+    """Split prompts into groups worth prefilling together; return indices into ``lengths``, longest first.
+
+    A group has at most ``tokens`` tokens, padding included, unless a single prompt is longer.
+    """
     groups: list[list[int]] = []
     for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
         if groups:
             longest = lengths[groups[-1][0]]
             padding = longest - lengths[place]
-            fits = (len(groups[-1]) + 1) * longest <= PREFILL_TOKENS
+            fits = (len(groups[-1]) + 1) * longest <= tokens
             if fits and padding <= max(_CHEAP_PADDING, longest // 2):
                 groups[-1].append(place)
                 continue

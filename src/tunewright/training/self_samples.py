@@ -24,7 +24,7 @@ from tunewright.data.examples import Example, Message, normalised
 from tunewright.generation.decoding import Completion, Request
 from tunewright.models.bases import Base
 
-METHOD = "magpie-2"
+METHOD = "magpie-3"
 """Part of every key: increment it when a change here, or in the decoding loop, changes the samples."""
 
 TEMPERATURE, TOP_P = 1.0, 1.0
