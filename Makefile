@@ -5,6 +5,9 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DEMO   ?= build/demo
 
+# Containers set this: each command that is started would compile the package again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo demo-whole gpu-proof docs docs-serve test test-all lint typecheck pytest pytest-all fuzz test-vllm test-clients test-demo test-wheel notebook check-clean clean
 
 demo: $(VENV)/.installed
@@ -39,8 +42,9 @@ lint: $(VENV)/.installed
 typecheck: $(VENV)/.installed
 	$(BIN)/mypy
 
-# A worker for each core, a file of tests to one worker, so that what its tests share is made once.
-PYTEST := $(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile
+# A worker for each core, a file of tests to one worker, so that what its tests share is made once. The order is that
+# of tests/conftest.py: xdist's own puts files of few tests last, which are often the longest.
+PYTEST := $(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 pytest: $(VENV)/.installed
 	$(PYTEST)

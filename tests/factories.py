@@ -12,7 +12,7 @@ from tunewright.data.examples import Example, Message
 from tunewright.evidence.common import Interval
 from tunewright.evidence.schema import Arm, Evidence, Fold, Item
 from tunewright.evidence.scoring import ScoredArms, declared_contrasts, measured_metrics, score_arm, score_arms
-from tunewright.evidence.test_set_access import Declared, TestSetAccess
+from tunewright.evidence.test_set_access import Declared, LoggedAccess
 from tunewright.metrics import Scorer, scorer_of
 
 COUNTIES = ("Baldwin", "Mobile", "Shelby", "Fulton", "Cobb", "Clay", "Duval", "Orange", "Polk", "Lee", "Knox", "Wayne")
@@ -177,7 +177,7 @@ def fixed_and_broken(items: list[Item], treatment: str, control: str) -> Mapping
     return {"fixed": right.count((True, False)), "broken": right.count((False, True))}
 
 
-def make_opening(number: int = 1, previous: str = "", **changes: Any) -> TestSetAccess:
+def make_opening(number: int = 1, previous: str = "", **changes: Any) -> LoggedAccess:
     """A line of a ledger that is as it should be."""
     facts: dict[str, Any] = {
         "number": number,
@@ -193,5 +193,5 @@ def make_opening(number: int = 1, previous: str = "", **changes: Any) -> TestSet
         "base": digest("base"),
         "declared": (Declared(treatment="tuned", control="retrieved-4", metric="exact_match", margin=0.02),),
     }
-    opening = TestSetAccess(**(facts | changes), previous=previous, digest="")
+    opening = LoggedAccess(**(facts | changes), previous=previous, digest="")
     return opening.model_copy(update={"digest": opening.true_digest})

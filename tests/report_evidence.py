@@ -23,7 +23,7 @@ from tunewright.evidence.judge import (
 )
 from tunewright.evidence.learning_curve import Curve, Point
 from tunewright.evidence.schema import Evidence, LeftOut, Narrowing, SeedSpread
-from tunewright.evidence.test_set_access import Declared, EarlierAccess, TestSetAccess
+from tunewright.evidence.test_set_access import Declared, EarlierAccess, LoggedAccess
 
 
 def _suite(name: str, base: float, tuned: float, margin: float | None, *, passed: bool = True) -> Suite:
@@ -240,7 +240,7 @@ _DECLARED = (
     Declared(treatment="tuned", control="zero-shot", metric="exact_match", margin=None),
 )
 
-OPENING = TestSetAccess(
+OPENING = LoggedAccess(
     number=3,
     time="2026-11-02T09:58:00+00:00",
     author="ann",

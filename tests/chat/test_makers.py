@@ -252,11 +252,14 @@ def test_tekken_json_overrides_a_tokenizer_json_with_another_rule(tmp_path: Path
 
 
 def test_tokenizer_json_with_a_wrong_rule_is_corrected(tmp_path: Path) -> None:
-    folder = makers.build_mistral_base(tmp_path / "base", "v13")
+    # transformers knows the files that it corrects by their 100,000 tokens and more.
+    folder = makers.build_mistral_base(tmp_path / "base", "v7-tekken")
     base = _with_llama3_rule(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"transformers_version": "4.50.0"}))
-    assert _encode(load_tokenizer(base), HINDI) == makers.mistral_encoder("v13").encode(HINDI, bos=False, eos=False)
+    assert _encode(load_tokenizer(base), HINDI) == makers.mistral_encoder("v7-tekken").encode(
+        HINDI, bos=False, eos=False
+    )
 
 
 def _with_llama3_rule(folder: Path) -> Base:

@@ -58,7 +58,8 @@ def s3_endpoint() -> Iterator[str]:
     server.stop()
 
 
-@pytest.fixture(params=["folder", "memory", "s3"])
+# A second for each test: tests/data/test_remote_s3.py pushes to S3 in `make test`.
+@pytest.fixture(params=["folder", "memory", pytest.param("s3", marks=pytest.mark.slow)])
 def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     """A folder, a dictionary, a bucket."""
     if request.param == "folder":

@@ -15,20 +15,20 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json, write_text
 from tunewright.evaluation.access_log import LEDGER, Ledger
 from tunewright.evidence.schema import EVIDENCE_FILE
-from tunewright.evidence.test_set_access import EarlierAccess, TestSetAccess, openings_text
+from tunewright.evidence.test_set_access import EarlierAccess, LoggedAccess, openings_text
 from tunewright.evidence.verdict import verdict
 
 EVIDENCE = make_evidence(make_items())
 
 
-def chain(count: int) -> list[TestSetAccess]:
-    openings: list[TestSetAccess] = []
+def chain(count: int) -> list[LoggedAccess]:
+    openings: list[LoggedAccess] = []
     for number in range(1, count + 1):
         openings.append(make_opening(number, openings[-1].digest if openings else ""))
     return openings
 
 
-def lines(openings: list[TestSetAccess]) -> list[str]:
+def lines(openings: list[LoggedAccess]) -> list[str]:
     return [canonical_json(opening.model_dump(mode="json")) for opening in openings]
 
 
@@ -37,8 +37,8 @@ def written(folder: Path, text: list[str]) -> Path:
     return folder
 
 
-def facts(opening: TestSetAccess) -> dict[str, Any]:
-    kept = set(TestSetAccess.model_fields) - {"schema_version", "number", "time", "previous", "digest"}
+def facts(opening: LoggedAccess) -> dict[str, Any]:
+    kept = set(LoggedAccess.model_fields) - {"schema_version", "number", "time", "previous", "digest"}
     return {name: getattr(opening, name) for name in kept}
 
 

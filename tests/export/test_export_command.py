@@ -47,7 +47,11 @@ def _trained(folder: Path, architecture: Literal["llama", "mistral"], quantizati
     return project
 
 
-@pytest.fixture(scope="module", params=["llama", "mistral"])
+# By architecture, the marks of a test of faults, which are found alike in both.
+ARCHITECTURES: dict[str, tuple[pytest.MarkDecorator, ...]] = {"llama": (), "mistral": (pytest.mark.slow,)}
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _trained(tmp_path_factory.mktemp(request.param), request.param)
 
@@ -177,7 +181,11 @@ def a_file_that_is_none(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(gguf_model, "add_tokenizer", lambda *given: None)
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize(
+    ("name", "trained"),
+    [pytest.param(name, kind, marks=marks) for kind, marks in ARCHITECTURES.items() for name in FAULTS],
+    indirect=["trained"],
+)
 def test_export_detects_a_planted_fault_and_keeps_only_the_record(
     name: str, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

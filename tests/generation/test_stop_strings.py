@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from hypothesis import given
@@ -13,7 +14,6 @@ from hypothesis_settings import examples
 from tunewright.generation.decoding import Completion, Request, generate
 
 PIECES = ["a", "b", "ab", "\n", "\n\n", "# ", "##", "ba\n", "é", "", "#"]
-MODEL = llama()
 PROMPTS = [tuple(range(start, start + 6)) for start in range(8, 108, 10)]
 
 
@@ -22,11 +22,20 @@ def _decode(ids: Sequence[int]) -> str:
     return "".join(PIECES[token % len(PIECES)] for token in ids)
 
 
-ANSWERS = [reference(MODEL, Request(prompt, None, 24)) for prompt in PROMPTS]
+@cache
+def _model() -> Any:
+    return llama()
+
+
+@cache
+def _answers() -> list[Completion]:
+    return [reference(_model(), Request(prompt, None, 24)) for prompt in PROMPTS]
+
+
 # Stop strings from anywhere in some answer, and some that are in no answer.
 INSIDE = st.builds(
-    lambda answer, start, length: _decode(answer.ids)[start : start + length],
-    st.sampled_from(ANSWERS),
+    lambda row, start, length: _decode(_answers()[row].ids)[start : start + length],
+    st.integers(0, len(PROMPTS) - 1),
     st.integers(0, 20),
     st.integers(1, 6),
 ).filter(bool)
@@ -46,8 +55,8 @@ def _cut(text: str, stops: Sequence[str]) -> str | None:
 @examples(40)
 def test_answer_ends_before_its_first_stop_string(stops: list[str], batch: int) -> None:
     requests = [Request(prompt, None, 24, stop=tuple(stops)) for prompt in PROMPTS]
-    message = generate(MODEL, requests, stop_ids=STOPS, pad_id=PAD, batch_size=batch, decode=_decode)
-    for completion, whole in zip(message, ANSWERS, strict=True):
+    message = generate(_model(), requests, stop_ids=STOPS, pad_id=PAD, batch_size=batch, decode=_decode)
+    for completion, whole in zip(message, _answers(), strict=True):
         cut = _cut(_decode(whole.ids), stops)
         if cut is None:
             assert completion == whole
@@ -60,11 +69,11 @@ def test_answer_ends_before_its_first_stop_string(stops: list[str], batch: int) 
 
 def test_row_leaves_the_batch_at_its_stop_string() -> None:
     passes: list[int] = []
-    hook = MODEL.register_forward_pre_hook(lambda _m, _a, k: passes.append(len(k["input_ids"])), with_kwargs=True)
-    first = _decode(ANSWERS[0].ids[:1])
+    hook = _model().register_forward_pre_hook(lambda _m, _a, k: passes.append(len(k["input_ids"])), with_kwargs=True)
+    first = _decode(_answers()[0].ids[:1])
     try:
         request = Request(PROMPTS[0], None, 24, stop=(first,) if first else ("a",))
-        (completion,) = generate(MODEL, [request], stop_ids=STOPS, pad_id=PAD, batch_size=1, decode=_decode)
+        (completion,) = generate(_model(), [request], stop_ids=STOPS, pad_id=PAD, batch_size=1, decode=_decode)
     finally:
         hook.remove()
     assert len(passes) == len(completion.ids)
@@ -72,10 +81,10 @@ def test_row_leaves_the_batch_at_its_stop_string() -> None:
 
 
 def test_requests_with_and_without_stop_strings_share_a_batch() -> None:
-    model: Any = MODEL
-    stop = _decode(ANSWERS[1].ids)[2:4]
+    model: Any = _model()
+    stop = _decode(_answers()[1].ids)[2:4]
     requests = [Request(p, None, 24, stop=(stop,) if n == 1 else ()) for n, p in enumerate(PROMPTS)]
     message = generate(model, requests, stop_ids=STOPS, pad_id=PAD, batch_size=4, decode=_decode)
-    assert [t for n, t in enumerate(message) if n != 1] == [a for n, a in enumerate(ANSWERS) if n != 1]
-    assert message[1].before_stop == _cut(_decode(ANSWERS[1].ids), (stop,))
-    assert max(max(a.ids) for a in ANSWERS) < VOCABULARY
+    assert [t for n, t in enumerate(message) if n != 1] == [a for n, a in enumerate(_answers()) if n != 1]
+    assert message[1].before_stop == _cut(_decode(_answers()[1].ids), (stop,))
+    assert max(max(a.ids) for a in _answers()) < VOCABULARY

@@ -92,12 +92,20 @@ def test_micro_batch_keeps_a_batch_that_fits_and_reports_it(tmp_path: Path, tiny
     assert adapter.lineage["training"]["micro_batch_size"] == 8
 
 
+@pytest.fixture(scope="module", params=[8, 4])
+def in_one_pass(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path
+) -> Any:
+    """Return an adapter whose micro-batches, of this size, fit."""
+    folder = tmp_path_factory.mktemp("whole") / "project"
+    return _train(_project(folder, tiny_base_folder, micro_batch_size=request.param))[0]
+
+
 @pytest.mark.parametrize("after", [0, 3])
-@pytest.mark.parametrize("asked", ["8", "4"])
 def test_halved_micro_batches_give_the_gradients_of_the_step(
-    tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch, after: int, asked: str
+    in_one_pass: Any, tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
-    whole, _ = _train(_project(tmp_path / "whole", tiny_base_folder, micro_batch_size=asked))
+    whole, asked = in_one_pass, in_one_pass.lineage["training"]["micro_batch_size"]
     with monkeypatch.context() as patch:
         passes = _memory_for(patch, rows=2, after=after)
         halved, lines = _train(_project(tmp_path / "halved", tiny_base_folder, micro_batch_size=asked))

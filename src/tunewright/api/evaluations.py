@@ -20,7 +20,7 @@ from tunewright.evaluation.access_log import Ledger
 from tunewright.evidence.causes import Labels, ProjectFacts, decided
 from tunewright.evidence.learning_curve import find_curve
 from tunewright.evidence.schema import Evidence, amend, find_evaluation, load_evidence, load_items
-from tunewright.evidence.test_set_access import TestSetAccess
+from tunewright.evidence.test_set_access import LoggedAccess
 from tunewright.evidence.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class EvaluationsApi(ProjectContext):
         evidence = self._evidence(evaluation)
         return decided(evidence, known_of(self.folder, evidence, self.reporter))
 
-    def ledger(self) -> list[TestSetAccess]:
+    def ledger(self) -> list[LoggedAccess]:
         """Return every access to the test split, oldest first.
 
         Raises:

@@ -14,7 +14,7 @@ from tunewright.cli.app import EVALUATE, app, command
 from tunewright.cli.console import Session
 
 if TYPE_CHECKING:
-    from tunewright.evidence.test_set_access import TestSetAccess
+    from tunewright.evidence.test_set_access import LoggedAccess
     from tunewright.evidence.verdict import Verdict
 
 Evaluation = Annotated[
@@ -73,7 +73,7 @@ def verdict_text(decision: Verdict) -> Text:
     return text
 
 
-def ledger_table(openings: Sequence[TestSetAccess]) -> Table:
+def ledger_table(openings: Sequence[LoggedAccess]) -> Table:
     """Return the openings of the test split, in the ledger's order."""
     table = Table(title="Openings of the test split", title_justify="left")
     for name in ("line", "opened (UTC)", "by", "evaluation", "adapter", "items", "declared"):

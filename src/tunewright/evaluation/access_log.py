@@ -22,7 +22,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json, text_lines, write_text, writing
 from tunewright.data.versions.members import read_places
 from tunewright.evidence.schema import EVIDENCE_FILE
-from tunewright.evidence.test_set_access import EarlierAccess, TestSetAccess
+from tunewright.evidence.test_set_access import EarlierAccess, LoggedAccess
 
 LEDGER = "ledger.jsonl"
 _RESTORE = "Restore the ledger, for example from git: it records how often the test was opened."
@@ -43,18 +43,18 @@ class Ledger:
         self.openings = _read(self.path)
         self._require_those_of_the_evidence()
 
-    def open(self, **facts: Any) -> TestSetAccess:
+    def open(self, **facts: Any) -> LoggedAccess:
         """Return this evaluation's line: the existing one, or a new one.
 
         Args:
-            facts: fields of `TestSetAccess`, without number, time and digests.
+            facts: fields of `LoggedAccess`, without number, time and digests.
         """
         with _locked(self.path.parent):
             self.openings = _read(self.path)
             known = next((o for o in self.openings if o.evaluation == facts["evaluation"]), None)
             if known is not None:
                 return known
-            opening = TestSetAccess(
+            opening = LoggedAccess(
                 number=len(self.openings) + 1,
                 time=now(),
                 previous=self.openings[-1].digest if self.openings else "",
@@ -67,7 +67,7 @@ class Ledger:
             self.openings.append(opening)
             return opening
 
-    def earlier(self, opening: TestSetAccess, dataset: Path, keys: set[str]) -> tuple[EarlierAccess, ...]:
+    def earlier(self, opening: LoggedAccess, dataset: Path, keys: set[str]) -> tuple[EarlierAccess, ...]:
         """Return the earlier openings that share items with this one.
 
         Args:
@@ -98,14 +98,14 @@ class Ledger:
                 )
 
 
-def _read(path: Path) -> list[TestSetAccess]:
+def _read(path: Path) -> list[LoggedAccess]:
     """Return the lines, each checked against its own digest and the line before."""
-    openings: list[TestSetAccess] = []
+    openings: list[LoggedAccess] = []
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     for number, line in enumerate(text_lines(text), start=1):
         where = f"{path}:{number}"
         try:
-            opening = TestSetAccess.model_validate_json(line)
+            opening = LoggedAccess.model_validate_json(line)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             what = f"Not a line of the ledger: {'.'.join(map(str, first['loc']))} {first['msg']}"
@@ -131,7 +131,7 @@ def _opening_in(file: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and {"number", "digest"} <= found.keys() else None
 
 
-def _shared(other: TestSetAccess, dataset: Path, keys: set[str]) -> int | None:
+def _shared(other: LoggedAccess, dataset: Path, keys: set[str]) -> int | None:
     """Return the number of these items that an earlier evaluation opened, or None without its dataset version."""
     try:
         places = read_places(dataset, other.dataset)

@@ -50,7 +50,7 @@ from tunewright.evaluation.train_similarity import Distances, scores_by_distance
 from tunewright.evidence.answer_format import answer_form
 from tunewright.evidence.schema import EVIDENCE_FILE, SCHEMA_VERSION, Advice, Evidence, Fold, load_evidence
 from tunewright.evidence.scoring import ScoredArms, count_references, measured_metrics, report_references
-from tunewright.evidence.test_set_access import TestSetAccess
+from tunewright.evidence.test_set_access import LoggedAccess
 from tunewright.metrics import Scorer, metric_inputs, open_scorers, score_all
 from tunewright.models.bases import Base
 from tunewright.training.rows import require_min_examples
@@ -210,7 +210,7 @@ class CrossValidation:
         by_fold = [new_templates(version.members) for version in self.versions]
         return {key: new for fold in by_fold for key, new in (fold or {}).items()} if all(by_fold) else None
 
-    def _open(self, ledger: Ledger) -> TestSetAccess:
+    def _open(self, ledger: Ledger) -> LoggedAccess:
         """Open the line in the ledger; the prompting arm of each fold is not known yet."""
         with_retrieved = TUNED_RETRIEVED if self._tries_retrieved else None
         return ledger.open(

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,10 @@ from tunewright.models.loading import device, load_model, named, with_adapters
 from tunewright.training.micro_batch import in_memory
 from tunewright.training.self_samples import BATCH
 
+# Reading a package's metadata takes a millisecond, and every batch of answers names its packages.
+_version = cache(version)
+# Reading a package's metadata takes a millisecond, and every batch of answers names its packages.
+_version = cache(version)
 _PACKAGES = ("torch", "transformers", "tokenizers", "peft")
 
 Prompt = tuple[int, ...]
@@ -362,7 +366,10 @@ class Generator:
         """The evidence's entry for the engine."""
         environment = self.engine.environment
         if environment is None:
-            numbers, where = {name: version(name) for name in ("peft", "torch", "transformers")}, device().split(":")[0]
+            numbers, where = (
+                {name: _version(name) for name in ("peft", "torch", "transformers")},
+                device().split(":")[0],
+            )
         else:
             numbers, where = self.engine.versions, environment.build
         return EngineUsed(
@@ -404,10 +411,10 @@ class Generator:
             names = [*_PACKAGES, *(["bitsandbytes"] if self.quantization == "nf4" else [])]
             if constrained:
                 names.append("llguidance")
-            engine, where, packages = ENGINE, device().split(":")[0], {name: version(name) for name in names}
+            engine, where, packages = ENGINE, device().split(":")[0], {name: _version(name) for name in names}
         else:
             # Tokens become text here, with either engine.
-            text = {name: version(name) for name in ("transformers", "tokenizers")}
+            text = {name: _version(name) for name in ("transformers", "tokenizers")}
             engine, where, packages = VLLM, self.engine.environment.build, {**text, **self.engine.versions}
         return Decoding(
             base=self.base.digest,

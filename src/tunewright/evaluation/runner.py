@@ -42,7 +42,7 @@ from tunewright.evidence.scoring import (
     measured_metrics,
     report_references,
 )
-from tunewright.evidence.test_set_access import Declared, EarlierAccess, TestSetAccess, openings_text
+from tunewright.evidence.test_set_access import Declared, EarlierAccess, LoggedAccess, openings_text
 from tunewright.metrics import check_references, references_of
 
 
@@ -101,7 +101,7 @@ def measured_contrasts(scored: ScoredArms, declared: Sequence[Declared], seed: i
     return declared_contrasts(scored, [(each.treatment, each.control) for each in declared], seed)
 
 
-def report_opening(opening: TestSetAccess, earlier: Sequence[EarlierAccess], reporter: Reporter) -> None:
+def report_opening(opening: LoggedAccess, earlier: Sequence[EarlierAccess], reporter: Reporter) -> None:
     """Report the purpose of opening the test split, and the number of earlier openings."""
     first = opening.declared[0]
     assert first.margin is not None

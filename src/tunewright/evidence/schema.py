@@ -17,7 +17,7 @@ from tunewright.evidence.benchmarks import Benchmarks
 from tunewright.evidence.common import ArmScore, Budget, EngineUsed, Interval, NoiseFloor, Part, References
 from tunewright.evidence.human_eval import AnswerReview
 from tunewright.evidence.judge import Judgement
-from tunewright.evidence.test_set_access import Design, EarlierAccess, TestSetAccess
+from tunewright.evidence.test_set_access import Design, EarlierAccess, LoggedAccess
 from tunewright.evidence.train_similarity import OutputTemplates, TrainSimilarity
 from tunewright.metrics import Kind
 
@@ -243,7 +243,7 @@ class Evidence(Part):
         Field(description="Counts of references; null: no input has several, or older evidence."),
     ] = None
     opening: Annotated[
-        TestSetAccess | None,
+        LoggedAccess | None,
         Field(
             description="This evaluation's line in the access log, with the declared contrasts; null in older evidence."
         ),

@@ -23,7 +23,7 @@ class Declared(Part):
     margin: Annotated[float | None, Field(description="Smallest gain worth shipping, for the deciding contrast.")]
 
 
-class TestSetAccess(Part):
+class LoggedAccess(Part):
     """A line of ``ledger.jsonl``: an evaluation that is about to read the test split."""
 
     schema_version: Literal[1] = 1

@@ -86,6 +86,9 @@ class Trainer(SFTTrainer):
             fsdp.shard(self.accelerator, self.model)
             self.is_fsdp_enabled = True
 
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Write no card: trl would render a README.md next to each checkpoint, and lineage describes the adapter."""
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter, also of a sharded model; transformers would gather the frozen base with it."""
         if self.is_fsdp_enabled:

@@ -92,7 +92,7 @@ def examples() -> Iterator[Any]:
             yield pytest.param(language, code, id=section, marks=needs)
 
 
-@pytest.mark.parametrize(("language", "code"), examples())
+@pytest.mark.parametrize(("language", "code"), list(examples()))
 def test_documented_example_prints_the_answer(url: str, language: str, code: str) -> None:
     for written, here in (
         ("http://127.0.0.1:8000/v1", url),
