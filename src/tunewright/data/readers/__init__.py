@@ -60,7 +60,7 @@ class SourceRow:
 
 @dataclass(frozen=True)
 class Fault:
-    """An invalid row: reason, stable code (docs/how-to/row-errors.md), place in the row, and fix."""
+    """An invalid row: reason, stable code (the reference, "Row errors"), place in the row, and fix."""
 
     source: str
     line: int

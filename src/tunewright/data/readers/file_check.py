@@ -139,7 +139,7 @@ class Change:
 def fix_file(path: Path, out: Path, data: DataConfig, task: Task | None = None) -> list[Change]:
     """Write a corrected copy of a file of pairs as chat rows (JSON Lines, UTF-8), and return each change.
 
-    A fault is repaired if there is only one way to do so (docs/how-to/row-errors.md). Rows with other faults are left
+    A fault is repaired if there is only one way to do so (docs/how-to/file-formats.md). Rows with other faults are left
     out and listed. The config's system turn is not written, since it is put before pairs when they are added.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Faults of rows: stable codes, the place inside the row, and the fix (listed in docs/how-to/row-errors.md)."""
+"""Faults of rows: stable codes, the place inside the row, and the fix (listed in the reference, "Row errors")."""
 
 from __future__ import annotations
 
