@@ -2,12 +2,11 @@
 
     python benchmarks/forgetting.py [--work build/forgetting] [--rows N] [--samples 100] [--questions 400] [--base BASE]
 
-Trains the demo's config unchanged, with a mix-in of 5% human-written instructions (Self-Instruct's, which are not
-part of the project: see tests/real_data.py), with self-replay, and at a lower learning rate; scales the first one's
-adapter by `tunewright adapters scale`'s rule. Measures exact match on dev (which also chose the epoch: read it as a
-comparison), the increase in negative log-likelihood of the base's own answers, and ARC-easy as lm-eval's acc_norm has
-it, on a subset drawn by a seed. A stopped run resumes. Prints a table; writes benchmarks/results/forgetting.json and
-docs/images/forgetting.png.
+Trains the demo's config unchanged, with a mix-in of 5% human-written instructions (Self-Instruct's, which are not part
+of the project: see tests/real_data.py), with self-replay, and at a lower learning rate. Measures exact match on dev
+(which also chose the epoch: read it as a comparison), the increase in negative log-likelihood of the base's own
+answers, and ARC-easy as lm-eval's acc_norm has it, on a subset drawn by a seed. Resumes where it stopped. Prints a
+table; writes benchmarks/results/forgetting.json and docs/images/forgetting.png.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from pydantic_core import to_jsonable_python
 from rich.console import Console
 from rich.table import Table
 
@@ -40,7 +40,6 @@ from tunewright.core.io import digest, write_json
 from tunewright.core.progress import Reporter
 from tunewright.evaluation.benchmarks.choices import Question, chosen, read_questions
 from tunewright.evaluation.forgetting import ForgettingMeter
-from tunewright.evaluation.scaling import scale
 from tunewright.evidence.statistics import effective_items, wilson
 from tunewright.examples import legal_citations
 
@@ -57,7 +56,7 @@ SEED = 0
 
 
 def main() -> None:
-    """Train, scale, measure, show."""
+    """Train, measure, show."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "forgetting")
     parser.add_argument("--rows", type=int, help="number of the demo's pairs; all by default")
@@ -74,8 +73,6 @@ def main() -> None:
     adapters = trained(domain, options, reporter)
     arm_runner = ProjectContext(domain.folder, reporter).arm_runner()
     meter = ForgettingMeter(domain.folder, arm_runner.version, arm_runner.generator, options.samples)
-    result = scale(arm_runner, meter, adapters["plain"])
-    adapters[f"plain, scaled by {result.chosen.factor:g}"] = result.adapter
     questions, why_not = arc(options.questions)
     if why_not:
         console.print(why_not, style="yellow")
@@ -97,7 +94,6 @@ def main() -> None:
         },
         "arc_easy": {"questions": len(questions), "seed": SEED, "skipped": why_not},
         "rows": rows,
-        "scales": result.as_dict(),
         "seconds": round(time.monotonic() - began),
     }
     write_json(RESULTS, document)
@@ -176,7 +172,7 @@ def measured(
     right = arm_runner.dev_scores(adapter).values
     forgetting = {"increase": 0.0, "interval": {"low": 0.0, "high": 0.0}}
     if adapter is not None:
-        forgetting = meter.measure(adapter).as_dict()
+        forgetting = to_jsonable_python(meter.measure(adapter))
     row: dict[str, Any] = {"dev": share(right, clusters), "forgetting": forgetting, "arc_easy": None}
     if questions:
         picked = arc_choices(adapter, arm_runner.generator, questions, work)

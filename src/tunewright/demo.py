@@ -7,7 +7,7 @@ a learning curve, a judge) only run on request.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,10 +45,6 @@ class DemoAnswers:
     """The name of the best prompting arm."""
     prompted: str
     """Its answer in the evaluation: the base with demonstrations."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the answers as ``--json`` prints them."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

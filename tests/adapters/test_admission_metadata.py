@@ -72,7 +72,6 @@ def test_import_refuses_a_lineage_of_other_weights(ours: Path, other: Path) -> N
         ((), {"seed": "\x1b]0;owned\x07"}, "A text has the control character 0x1b"),
         ((), {"packages": {"\x9b2J": "1"}}, "A text has the control character 0x9b"),
         ((), {"training": {"kept_step": 1}}, "training.seconds"),
-        ((), {"scaled": {"parent": 7}}, "scaled.parent"),
     ],
 )
 def test_import_refuses_an_invalid_lineage(

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from command_line import Ran, tiny_project, tunewright, without_state
 from planted_bugs import LastSlot, StaleCache
-from tunewright.adapters.registry import Adapter, list_adapters, store_adapter
-from tunewright.adapters.scaling import scale_weights
+from tunewright.adapters.registry import WEIGHTS, Adapter, list_adapters, store_adapter
 from tunewright.serving.engines import peft
 from tunewright.serving.engines.peft import PeftEngine
 
@@ -213,7 +213,9 @@ def _twin(project: Path, adapter: Adapter, trained: Path) -> Adapter:
     (project / "adapters").unlink()
     shutil.copytree(trained / "adapters", project / "adapters")
     scaled = project / "scaled"
-    scale_weights(adapter.folder, 0.9999, scaled)
+    shutil.copytree(adapter.folder, scaled)
+    weights = load_file(scaled / WEIGHTS)
+    save_file({name: 0.9999 * w if ".lora_B." in name else w for name, w in weights.items()}, scaled / WEIGHTS)
     lineage = {**adapter.lineage, "inputs_digest": "0" * 64}
     return store_adapter(project / "adapters", "twin", scaled, {}, lineage, [], servable=True)
 

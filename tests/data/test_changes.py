@@ -177,7 +177,7 @@ def test_blame_returns_the_import_of_a_row(project: ProjectFolder) -> None:
     assert (found.version.digest, found.source) == (second.digest, "more.jsonl")
     assert found.version.author
     assert (found.edit_of, found.conflicts_with, found.older_missing) == ((), (), None)
-    assert json.loads(json.dumps(found.as_dict()))["version"]["message"] == "more"
+    assert found.version.message == "more"
 
 
 def test_blame_returns_the_row_before_an_edit(project: ProjectFolder) -> None:

@@ -108,7 +108,7 @@ def test_export_writes_only_the_given_split(version: DatasetVersion, tmp_path: P
         result = export(version, path, "chat", Listener(), split=split)
         expected = [m.key for m in version.members if split in (None, m.split)]
         assert _keys_read(path) == expected
-        assert result.as_dict()["rows"] == len(expected)
+        assert result.rows == len(expected)
 
 
 def test_export_writes_the_usual_layout_of_each_format(version: DatasetVersion, tmp_path: Path) -> None:

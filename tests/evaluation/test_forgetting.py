@@ -1,4 +1,4 @@
-"""Forgetting and multiple choice against plain computations, and the choice of a scale."""
+"""Forgetting and multiple choice against plain computations."""
 
 from __future__ import annotations
 
@@ -14,18 +14,14 @@ import torch
 import tunewright
 from base_and_tuned import likeliest_choice, only_adapter, plain_base, plain_tuned, short_turns
 from command_line import tiny_project
-from command_line import tunewright as command
 from tunewright.adapters.registry import Adapter
-from tunewright.adapters.scaling import scale_weights
 from tunewright.api import Project
 from tunewright.api.context import ProjectContext
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
 from tunewright.data.examples import normalised
 from tunewright.evaluation.benchmarks.choices import Question, chosen, read_questions
-from tunewright.evaluation.forgetting import Forgetting, ForgettingMeter
-from tunewright.evaluation.scaling import Scaled, choose
-from tunewright.evidence.common import Interval
+from tunewright.evaluation.forgetting import ForgettingMeter
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -95,73 +91,6 @@ def test_forgetting_reuses_measured_losses(project: Project, adapter: Adapter) -
     again = _meter(project)
     again.generator.model_with = None  # type: ignore[method-assign, assignment]
     assert again.measure(adapter) == first
-
-
-def test_scaled_adapter_adds_a_fraction_of_the_change(adapter: Adapter, tmp_path: Path, tiny_base_folder: Path) -> None:
-    """Against peft's own scaling of the layers."""
-    from peft.tuners.lora.layer import LoraLayer
-
-    scale_weights(adapter.folder, 0.3, tmp_path / "scaled")
-    ids = torch.arange(30)[None]
-    reference = plain_tuned(tiny_base_folder, adapter.folder)
-    for layer in reference.modules():
-        if isinstance(layer, LoraLayer):
-            layer.set_scale("default", 0.3)
-    with torch.inference_mode():
-        expected = reference(ids).logits
-        found = plain_tuned(tiny_base_folder, tmp_path / "scaled")(ids).logits
-        unscaled = plain_tuned(tiny_base_folder, adapter.folder)(ids).logits
-    assert torch.allclose(found, expected, atol=1e-5)
-    assert (found - unscaled).abs().max() > 0.01
-
-
-@pytest.mark.slow
-def test_scaling_writes_a_new_adapter_with_its_lineage_and_it_is_evaluated(project: Project, adapter: Adapter) -> None:
-    ran = command("adapters", "scale", "--factor", "0.5", "--factor", "0.05", "-p", project.folder.root, "--json")
-    assert ran.code == 0, ran.stderr
-    message = ran.document
-    assert [row["factor"] for row in message["tried"]] == [0.05, 0.5, 1.0]
-    lost = [row["forgetting"]["increase"] for row in message["tried"]]
-    assert lost[0] < lost[1] < lost[2]
-    assert message["parent"] == adapter.name
-    chosen = Adapter(project.folder.adapters / message["adapter"])
-    if message["factor"] == 1:  # the task needs all of it
-        assert message["adapter"] == adapter.name
-        return
-    chosen.verify()
-    assert chosen.lineage["scaled"]["parent"] == adapter.name
-    assert chosen.lineage["scaled"]["factor"] == message["factor"]
-    assert chosen.replayed == adapter.replayed
-    assert project.evaluate(chosen.name).evidence.lineage["adapter"]["name"] == chosen.name
-    assert not project.train().trained, "the config's own adapter is still the one that it trained"
-    assert project.train().adapter == adapter
-    again = command("adapters", "scale", chosen.name, "-p", project.folder.root)
-    assert again.code == 2
-    assert f"tunewright adapters scale {adapter.name}" in again.stderr
-
-
-def test_scale_refuses_an_invalid_factor(project: Project, adapter: Adapter) -> None:
-    with pytest.raises(UserError, match="above 0"):
-        project.adapters.scale(adapter.name, [0.0])
-
-
-def _at(factor: float, score: float, lost: float) -> Scaled:
-    return Scaled(factor, score, Forgetting(10, 100, 1.0, 1.0 + lost, lost, Interval(low=0, high=1)))
-
-
-@pytest.mark.parametrize(
-    ("scores", "margin", "expected"),
-    [
-        ([0.50, 0.80, 0.85, 0.86], 0.02, 0.75),  # one point less, and less forgotten
-        ([0.50, 0.85, 0.85, 0.86], 0.02, 0.5),
-        ([0.50, 0.80, 0.84, 0.86], 0.02, 1.0),  # a loss of the margin is one
-        ([0.50, 0.80, 0.86, 0.86], 0.0, 0.75),  # a margin of nothing: equal scores
-        ([0.90, 0.80, 0.86, 0.86], 0.0, 0.25),
-    ],
-)
-def test_scale_chooses_least_forgetting_within_the_margin(scores: list[float], margin: float, expected: float) -> None:
-    tried = [_at(f, s, lost) for f, s, lost in zip((0.25, 0.5, 0.75, 1.0), scores, (0.1, 0.2, 0.3, 0.4), strict=True)]
-    assert choose(tried, margin).factor == expected
 
 
 # Multiple choice

@@ -67,8 +67,6 @@ class Trace:
     replayed: int
     """Conversations written by the base that it was also trained on."""
     training: Mapping[str, Any] | None
-    scaled: Mapping[str, Any] | None
-    """The adapter that it is a scaled copy of, and the factor."""
     stated: Mapping[str, Any] | None
     """The importing user's statement, if nothing else says so."""
     imported: Mapping[str, Any] | None
@@ -102,7 +100,6 @@ def trace(adapter: Adapter, dataset: Path) -> Trace:
         system_prompt=system_prompt(adapter, dataset),
         replayed=len(adapter.replayed),
         training=lineage.get("training"),
-        scaled=lineage.get("scaled"),
         stated=lineage.get("stated"),
         imported=adapter.imported,
         packages=lineage.get("packages", {}),

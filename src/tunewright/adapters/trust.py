@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from tunewright.adapters.keys import TrustedKeys
 from tunewright.adapters.manifest import changed_files, make_manifest, read_manifest
@@ -29,10 +29,6 @@ class TrustStatus:
     keys: tuple[str, ...]
     """The signing keys, by their names in the project, else by the first digits of their IDs."""
     reasons: tuple[str, ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the status for ``--json``."""
-        return asdict(self)
 
 
 def trust_status(adapter: Adapter, trusted: TrustedKeys, *, weights: bool = True) -> TrustStatus:

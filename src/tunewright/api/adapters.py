@@ -13,7 +13,6 @@ from tunewright.adapters.manifest import read_manifest
 from tunewright.adapters.registry import Adapter, find_adapter, list_adapters, write_manifest
 from tunewright.adapters.signing import sign, signing_key
 from tunewright.adapters.trust import TrustStatus, trust_status
-from tunewright.adapters.vllm_compat import require_batchable
 from tunewright.api.context import ProjectContext
 from tunewright.config import Quantization
 from tunewright.core.errors import UserError
@@ -23,7 +22,6 @@ from tunewright.evidence.verdict import Decision, verdict
 
 if TYPE_CHECKING:
     from tunewright.adapters.admission.importer import ImportResult
-    from tunewright.evaluation.scaling import ScaleResult
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class AdapterDetails:
     def as_dict(self, *, rows: bool) -> dict[str, Any]:
         """Return the result as ``--json`` prints it, optionally with the rows' keys."""
         evaluations = [{"id": name, "decision": decision} for name, decision in self.verdicts]
-        return {**self.trace.as_dict(rows=rows), "standing": self.standing.as_dict(), "evaluations": evaluations}
+        return {**self.trace.as_dict(rows=rows), "standing": self.standing, "evaluations": evaluations}
 
 
 class AdaptersApi:
@@ -155,24 +153,6 @@ class AdaptersApi:
         gate = AdapterImporter(project.adapters, TrustedKeys(project.keys), opened.base, opened.chat, opened.reporter)
         by = current_author(project.root)
         return gate.import_adapter(path, ImportStatement(by, base_matches, quantization, unsigned, name, system_prompt))
-
-    def scale(self, adapter: str | None = None, factors: Sequence[float] | None = None) -> ScaleResult:
-        """Measure an adapter (the newest by default) at several scales, and store the best one.
-
-        Among the scales that lose less than evaluate.margin on dev against the best, the one that forgets least is
-        chosen.
-
-        Raises:
-            UserError: no such adapter, or it does not fit, is not plain LoRA, or is itself a scaled adapter.
-        """
-        from tunewright.evaluation.forgetting import ForgettingMeter
-        from tunewright.evaluation.scaling import FACTORS, scale
-
-        tuned = find_adapter(self._project.adapters, adapter)
-        require_batchable(tuned.folder)
-        arm_runner = self._context.arm_runner(tuned)
-        meter = ForgettingMeter(self._project, arm_runner.version, arm_runner.generator)
-        return scale(arm_runner, meter, tuned, factors or FACTORS)
 
 
 def _folders(adapters: Path) -> Sequence[Adapter]:

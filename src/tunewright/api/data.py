@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +65,7 @@ class SuspectsResult:
             "accuracy": self.accuracy,
             "suspects": [
                 {
-                    **suspect.as_dict(),
+                    **asdict(suspect),
                     "input": examples[suspect.key].input_text,
                     "answer": examples[suspect.key].output,
                     "place": self.places.get(suspect.key),

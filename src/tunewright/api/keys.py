@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tunewright.adapters.keys import (
     NAME,
@@ -29,11 +28,6 @@ class KnownKey:
     id: str
     own: bool
     trusted: TrustedKey | None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the key as ``--json`` prints it."""
-        trusted = None if self.trusted is None else self.trusted.model_dump(mode="json")
-        return {**asdict(self), "trusted": trusted}
 
 
 class SigningKeysApi:

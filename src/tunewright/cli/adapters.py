@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from tunewright.adapters.registry import Adapter as StoredAdapter
     from tunewright.adapters.trust import TrustStatus
     from tunewright.api.adapters import AdapterDetails
-    from tunewright.evaluation.scaling import ScaleResult
 
 # As in config.section, which is too heavy to import for --help.
 Quantization = Literal["none", "nf4"]
@@ -65,7 +64,7 @@ def adapters_verify(
     revoked. 4: unchanged, but unsigned or signed by a key that is not trusted.
     """
     found = run.project.adapters.verify(adapters or ())
-    document = {"adapters": [each.as_dict() for each in found]}
+    document = {"adapters": found}
     run.show(document, trust_status_table(found) if found else "No adapter is stored.")
     states = {each.state for each in found}
     if states & {"tampered", "revoked"}:
@@ -128,25 +127,6 @@ def adapters_import(
     run.show(imported.as_dict(), text)
 
 
-@command(adapters_app, "scale", example="tunewright adapters scale legal-4f1c02a9 --factor 0.5 --factor 0.75")
-def adapters_scale(
-    run: Session,
-    adapter: Adapter = None,
-    factor: Annotated[
-        list[float] | None,
-        typer.Option(help="Factor of the adapter's weights (repeatable).", show_default="0.25, 0.5, 0.75, 1"),
-    ] = None,
-) -> None:
-    """Reduce forgetting: scale an adapter down as far as dev loses nothing, and write the result as a new adapter.
-
-    Of the scales that lose less than evaluate.margin on dev against the best, the one that forgets least is kept.
-    """
-    result = run.project.adapters.scale(adapter, factor)
-    new = f"New adapter: {result.adapter.folder}"
-    kept = f"{result.parent.name} is best unscaled; no new adapter."
-    run.show(result.as_dict(), scales_table(result), new if result.adapter != result.parent else kept)
-
-
 def adapter_row(adapter: StoredAdapter) -> dict[str, Any]:
     """Return an adapter as a row of the list."""
     return {
@@ -197,8 +177,6 @@ def lineage_tree(shown: AdapterDetails) -> Tree:
             f"imported {without_milliseconds(trace.imported['at'])} from {trace.imported['source']}"
             + _by(trace.imported["by"]),
         )
-    if trace.scaled:
-        _add(tree, f"{trace.scaled['parent']} times {trace.scaled['factor']:g}")
     if trace.config:
         train = trace.config["train"]
         config = _add(tree, f"config, seed {trace.seed}")
@@ -264,24 +242,3 @@ def row_lines(trace: Trace) -> str:
         use = {"train": "trained", "dev": "dev", "test": "test"}[split.split]
         lines += [f"{split.split}\t{'left out' if key in out else use}\t{key}\n" for key in split.keys or ()]
     return "".join(lines)
-
-
-def scales_table(result: ScaleResult) -> Table:
-    """Return an adapter's scores and forgetting at several scales, with the one chosen."""
-    from tunewright.metrics import axis_label
-
-    samples = result.chosen.forgetting.samples
-    title = f"{result.parent.name} on {result.dev_items} dev items and {samples} samples of the base"
-    table = Table(title=title, title_justify="left", caption=f"Chosen: {result.rule}.", caption_justify="left")
-    for name in ("factor", axis_label(result.metric), "forgotten, nats/token", "95% interval", ""):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    for each in result.tried:
-        lost = each.forgetting
-        table.add_row(
-            f"{each.factor:g}",
-            f"{100 * each.dev:.1f}",
-            f"{lost.increase:+.4f}",
-            f"{lost.interval.low:+.4f} to {lost.interval.high:+.4f}",
-            "chosen" if each == result.chosen else "",
-        )
-    return table

@@ -23,7 +23,7 @@ audit_app = group("audit", DEPLOY, "Show and verify the record of changes to ten
 def audit_show(run: Session) -> None:
     """List every change: who made it, when, and what changed."""
     lines = run.project.audit.show()
-    document = {"lines": [line.as_dict() for line in lines]}
+    document = {"lines": lines}
     run.show(document, audit_table(lines) if lines else "Nothing has been changed yet.")
 
 

@@ -126,16 +126,22 @@ class Session:
 
         return Project(ProjectFolder(self.folder), self.reporter)
 
-    def show(self, document: dict[str, Any], *people: RenderableType, alone: str | None = None) -> None:
+    def show(self, document: object, *people: RenderableType, alone: str | None = None) -> None:
         """Print the command's result on stdout: ``document`` with ``--json``, else text and tables.
+
+        Dataclasses and models in ``document`` are printed by their fields, and paths as text.
 
         ``alone`` is for a result that scripts read line by line: it is the only output on stdout, and ``people`` go to
         stderr.
         """
+        assert not hasattr(document, "as_dict"), "its JSON has more than its fields"
         if not distributed.is_main_process():
             return
         if self.as_json:
-            self.print_out(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+            from pydantic_core import to_jsonable_python
+
+            values = to_jsonable_python(document, by_alias=False)
+            self.print_out(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
         elif alone is not None:
             self.print_out(alone)
             for part in people:

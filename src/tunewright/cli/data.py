@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -141,7 +141,7 @@ def data_check(
         changes = data.fix_file(files[0], fix, options.for_api().mapping)
         left_out = sum(change.left_out for change in changes)
         done = f"{count_of(len(changes) - left_out, 'change')}, {count_of(left_out, 'row')} left out"
-        document = {"out": str(fix), "changes": [asdict(change) for change in changes]}
+        document = {"out": str(fix), "changes": changes}
         run.show(document, "\n".join([*map(str, changes), f"Wrote {fix}: {done}"]))
         return None
     if files is not None:
@@ -150,7 +150,7 @@ def data_check(
         return None if checked.ok else USER_ERROR
     report = data.check()
     dropping = run.project.folder.config.train.on_overlength == "drop"
-    run.show(report.as_dict(), *check_tables(report, dropping=dropping))
+    run.show(report, *check_tables(report, dropping=dropping))
     return USER_ERROR if report.refused(dropping=dropping) else None
 
 
@@ -187,7 +187,7 @@ def data_leakage(
         "bands": [band.as_dict() for band in bands],
         "templates": [score.as_dict() for score in templates],
         "exact_not_counted": misleading,
-        "contamination": found.as_dict(),
+        "contamination": found,
     }
     texts = [leakage_text(report, bands, templates), *([misleading] if misleading else [])]
     run.show(document, *texts, contamination_text(found))

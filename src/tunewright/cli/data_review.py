@@ -92,7 +92,7 @@ def data_review(
     data = run.project.data
     if apply:
         edited = data.apply_reviews(message=message)
-        run.show(edited.as_dict(), f"New version {edited.version.digest[:12]}: {edited.version.message}")
+        run.show(edited, f"New version {edited.version.digest[:12]}: {edited.version.message}")
         return None
     if status:
         return _show_status(run)

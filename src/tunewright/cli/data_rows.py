@@ -77,7 +77,7 @@ def _show_tokens(run: Session, member: Member) -> None:
 def data_blame(run: Session, row: Row) -> None:
     """Show which version added a row, from which file, when and by whom."""
     found = run.project.data.blame(row)
-    run.show(found.as_dict(), _blame_text(found))
+    run.show(found, _blame_text(found))
 
 
 @command(data_app, "trained-by", example="tunewright data trained-by pairs.jsonl:7")
@@ -88,7 +88,7 @@ def data_trained_by(run: Session, row: Row) -> None:
     key, found = run.project.data.trained_by(row)
     lines = [f"{s.adapter}: {s.use}{f' ({s.reason})' if s.reason else ''}" for s in found]
     run.show(
-        {"key": key, "trained_on": trained_adapters(found), "adapters": [s.as_dict() for s in found]},
+        {"key": key, "trained_on": trained_adapters(found), "adapters": found},
         "\n".join(lines) if lines else "No adapter has been trained yet.",
     )
 

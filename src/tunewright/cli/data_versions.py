@@ -54,7 +54,7 @@ def data_checkout(
 ) -> None:
     """Make an existing version the current one."""
     manifest = run.project.data.checkout(version)
-    run.show(manifest.model_dump(mode="json"), version_table([manifest]))
+    run.show(manifest, version_table([manifest]))
 
 
 @command(data_app, "export", example="tunewright data export train.jsonl --split train --format chat")
@@ -73,21 +73,21 @@ def data_export(
 ) -> None:
     """Write a version, or one of its splits, to a file for other tools."""
     written = run.project.data.export(out, form, split=split, version=version, metadata=metadata)
-    run.show(written.as_dict(), f"Wrote {written.rows:,} rows of version {written.version[:12]} to {out}")
+    run.show(written, f"Wrote {written.rows:,} rows of version {written.version[:12]} to {out}")
 
 
 @command(data_app, "push", example="tunewright data push s3://team-bucket/legal")
 def data_push(run: Session, url: Url) -> None:
     """Copy the current version, its ancestors and reviews to a shared folder or bucket."""
     done = run.project.data.push(url)
-    run.show(done.as_dict(), _transfer_text(done, f"{url} is"))
+    run.show(done, _transfer_text(done, f"{url} is"))
 
 
 @command(data_app, "pull", example="tunewright data pull s3://team-bucket/legal")
 def data_pull(run: Session, url: Url) -> None:
     """Copy the current version and reviews from a shared folder or bucket, verify them, and make it current here."""
     done = run.project.data.pull(url)
-    run.show(done.as_dict(), _transfer_text(done, "This side is"))
+    run.show(done, _transfer_text(done, "This side is"))
 
 
 def _transfer_text(done: Transfer, other: str) -> str:

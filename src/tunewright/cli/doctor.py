@@ -7,7 +7,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
 from typing import Literal
@@ -67,7 +67,7 @@ def doctor(run: Session) -> int | None:
     checks = [check for part in _PARTS for check in part(run.folder)]
     works = not any(check.state == "problem" for check in checks)
     summary = "The basic commands work." if works else "Some basic commands do not work on this machine."
-    run.show({"works": works, "checks": [asdict(check) for check in checks]}, _checks_table(checks), summary)
+    run.show({"works": works, "checks": checks}, _checks_table(checks), summary)
     return None if works else FAILED
 
 

@@ -49,7 +49,7 @@ def install(
 
     reporter: Reporter = run.reporter
     made = EnginesApi(reporter).install(name, to=to, build=build.value if build else None, torch_index=torch_index)
-    run.show(made.as_dict(), _summary(made))
+    run.show(made, _summary(made))
 
 
 @command(engine, "show", example="tunewright engine show vllm", status=False, project=False)
@@ -58,7 +58,7 @@ def show(run: Session, name: Name) -> None:
     from tunewright.api.serving import EnginesApi
 
     found = EnginesApi(run.reporter).show(name)
-    run.show(found.as_dict(), _summary(found))
+    run.show(found, _summary(found))
 
 
 def _summary(environment: Environment) -> str:

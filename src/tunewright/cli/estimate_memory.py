@@ -67,7 +67,7 @@ def estimate_memory(
     )
     setup = result.setups[0].setup
     run.show(
-        {"answer": answer.as_dict(), **result.as_dict()},
+        {"answer": answer, **result.as_dict()},
         answer.text,
         f"{result.base}: {result.shape.parameters:,} parameters; LoRA of rank {setup.rank} on "
         f"{', '.join(setup.targets)}: {result.shape.adapter_parameters(setup.targets, setup.rank):,}\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -37,7 +36,7 @@ def judge(
 
     if estimate:
         expected = run.project.estimate_judge(evaluation)
-        run.show(asdict(expected), estimate_text(expected))
+        run.show(expected, estimate_text(expected))
         return None
     result = run.project.judge(evaluation)
     judged = result.judgement

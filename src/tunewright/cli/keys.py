@@ -34,7 +34,7 @@ def keys_create(run: Session, name: Annotated[str, typer.Argument(help="Name of 
 def keys_list(run: Session) -> None:
     """List your own keys and those that the project trusts or has trusted."""
     found = run.project.keys.list()
-    document = {"keys": [key.as_dict() for key in found]}
+    document = {"keys": found}
     run.show(document, keys_table(found) if found else "No key yet: `tunewright keys create NAME` makes one.")
 
 
@@ -57,7 +57,7 @@ def keys_trust(
 ) -> None:
     """Trust a key in this project. Once a key is trusted, only adapters signed by a trusted key are served."""
     trusted = run.project.keys.trust(key, name)
-    run.show(trusted.model_dump(mode="json"), f"Trusted from now on: {trusted.name}, ID {trusted.id[:16]}")
+    run.show(trusted, f"Trusted from now on: {trusted.name}, ID {trusted.id[:16]}")
 
 
 @command(keys_app, "revoke", example="tunewright keys revoke ann --because 'laptop stolen'")
@@ -68,7 +68,7 @@ def keys_revoke(
 ) -> None:
     """Stop trusting a key, and everything that it has signed."""
     revoked = run.project.keys.revoke(name, because)
-    run.show(revoked.model_dump(mode="json"), f"No longer trusted: {revoked.name}, ID {revoked.id[:16]}")
+    run.show(revoked, f"No longer trusted: {revoked.name}, ID {revoked.id[:16]}")
 
 
 def keys_table(keys: Sequence[KnownKey]) -> Table:

@@ -138,7 +138,7 @@ def demo(
             stage_done("tenants", True, "isolation test, two tenants on one server")
     document = {
         **run_document(result),
-        "served": answered.as_dict(),
+        "served": answered,
         "tenants": tenants.as_dict() if tenants else None,
     }
     shown = [*run_tables(result), answers_table(answered), *(two_tenants_tables(tenants) if tenants else [])]

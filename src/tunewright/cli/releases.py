@@ -130,7 +130,7 @@ def undeploy(run: Session, alias: Alias, because: Because = None) -> None:
 def shadow(run: Session, alias: Alias) -> None:
     """Compare the answers of an alias's shadow candidates with the answers that were returned."""
     lines = run.project.shadow(alias)
-    run.show({"asked": [line.as_dict() for line in lines]}, *shadow_tables(lines))
+    run.show({"asked": lines}, *shadow_tables(lines))
 
 
 @command(app, "releases", panel=DEPLOY, example="tunewright releases legal", status=False, database=True)

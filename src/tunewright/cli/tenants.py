@@ -52,14 +52,14 @@ def tenant_add(
 
     limits = changed_limits(Limits(), requests=requests, tokens=tokens, concurrency=concurrency)
     made = run.project.tenant.add(name, alias or (), limits)
-    run.show(made.as_dict(), tenants_table([made]), f"`tunewright tenant key add {name}` makes a key for it.")
+    run.show(made, tenants_table([made]), f"`tunewright tenant key add {name}` makes a key for it.")
 
 
 @command(tenant_app, "list", example="tunewright tenant list", status=False, database=True)
 def tenant_list(run: Session) -> None:
     """List the tenants with their aliases and limits."""
     known = run.project.tenant.list()
-    document = {"tenants": [tenant.as_dict() for tenant in known]}
+    document = {"tenants": known}
     run.show(document, tenants_table(known) if known else "No tenants: the server requires no key.")
 
 
@@ -67,14 +67,14 @@ def tenant_list(run: Session) -> None:
 def tenant_grant(run: Session, name: Name, aliases: Aliases) -> None:
     """Let a tenant call more aliases."""
     changed = run.project.tenant.grant(name, aliases)
-    run.show(changed.as_dict(), tenants_table([changed]))
+    run.show(changed, tenants_table([changed]))
 
 
 @command(tenant_app, "revoke", example="tunewright tenant revoke acme legal", status=False, database=True)
 def tenant_revoke(run: Session, name: Name, aliases: Aliases) -> None:
     """Stop a tenant from calling aliases, from its next request on."""
     changed = run.project.tenant.revoke(name, aliases)
-    run.show(changed.as_dict(), tenants_table([changed]))
+    run.show(changed, tenants_table([changed]))
 
 
 @command(tenant_app, "disable", example="tunewright tenant disable acme", status=False, database=True)
@@ -82,7 +82,7 @@ def tenant_disable(run: Session, name: Name) -> None:
     """Revoke all of a tenant's keys and aliases, from the next request on. Its usage is kept."""
     disabled = run.project.tenant.disable(name)
     text = f"The aliases that {name} could call still answer: `tunewright undeploy ALIAS` stops one."
-    run.show(disabled.as_dict(), tenants_table([disabled]), text)
+    run.show(disabled, tenants_table([disabled]), text)
 
 
 @command(tenant_app, "limit", example="tunewright tenant limit acme --tokens 100000", status=False, database=True)
@@ -96,7 +96,7 @@ def tenant_limit(
     limits = changed_limits(found.limits, requests=requests, tokens=tokens, concurrency=concurrency)
     if limits != found.limits:
         found = run.project.tenant.limit(name, limits)
-    run.show(found.as_dict(), tenants_table([found]))
+    run.show(found, tenants_table([found]))
 
 
 @command(tenant_app, "usage", example="tunewright tenant usage acme --since 2026-11-01", status=False, database=True)
@@ -117,7 +117,7 @@ def tenant_usage(
         run.print_out(usage_csv(run.project.tenant.requests(name, since=begins)))
         return
     sums = run.project.tenant.usage(name, since=begins)
-    run.show({"usage": [each.as_dict() for each in sums]}, usage_table(sums) if sums else "No requests yet.")
+    run.show({"usage": sums}, usage_table(sums) if sums else "No requests yet.")
 
 
 @command(
@@ -134,7 +134,7 @@ def tenant_prune_usage(
     text = f"Rolled up {pruned.requests:,} requests of {pruned.days:,} days."
     if pruned.shadow_answers:
         text += f" Deleted with them: {pruned.shadow_answers:,} answers of shadow candidates."
-    run.show(pruned.as_dict(), text)
+    run.show(pruned, text)
 
 
 @command(key_app, "add", example="tunewright tenant key add acme --expires 90d", status=False, database=True)

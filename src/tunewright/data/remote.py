@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +77,6 @@ class Transfer:
     ahead: int = 0
     reviews: int = 0
     verdicts: int = 0
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the JSON document that ``--json`` prints."""
-        return {**asdict(self), "versions": list(self.versions)}
 
 
 def push(dataset: Path, url: str, reporter: Reporter, *, options: dict[str, Any] | None = None) -> Transfer:

@@ -6,7 +6,7 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -181,10 +181,6 @@ class RowOrigin:
     reviewers: tuple[str, ...]
     older_missing: str | None
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the JSON document that ``--json`` prints."""
-        return {**asdict(self), "version": self.version.model_dump(mode="json")}
-
 
 def blame(dataset: Path, version: DatasetVersion, key: str) -> RowOrigin:
     """Return the version that added a row, and the place where it was read.
@@ -261,10 +257,6 @@ class RowUse:
     version: str | None
     use: Use
     reason: str = ""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the JSON document that ``--json`` prints."""
-        return asdict(self)
 
 
 def uses_of_row(dataset: Path, adapters: Path, key: str) -> tuple[RowUse, ...]:

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -47,10 +46,6 @@ class Forgetting:
     increase: float
     interval: Interval
     """95% interval of the increase, by a bootstrap over samples."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the measurement in JSON form."""
-        return {**self.__dict__, "interval": self.interval.model_dump()}
 
 
 class ForgettingMeter:

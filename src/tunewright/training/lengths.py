@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -61,10 +61,6 @@ class LengthReport:
         left = {s.split: s.rows - sum(row["split"] == s.split for row in self.too_long) for s in self.splits}
         too_long = any(row["split"] != "test" for row in self.too_long)
         return bool(self.faults) or (too_long and not dropping) or not all(left.get(s) for s in ("train", "dev"))
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the report for ``--json``."""
-        return asdict(self)
 
 
 def measure_lengths(

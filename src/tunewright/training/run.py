@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,7 @@ class Run:
         return {
             "micro_batch_size": self.micro_batch.rows,
             "bytes_held": self.held,
-            **({} if self.sharing is None else {"prefix_sharing": self.sharing.as_dict()}),
+            **({} if self.sharing is None else {"prefix_sharing": asdict(self.sharing)}),
         }
 
     def _trainer(

@@ -6,6 +6,7 @@ import json
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -99,7 +100,7 @@ def test_verify_names_a_missing_line(state_url: str, number: int) -> None:
 def _rewrite(state_url: str, first: int, *, head: bool) -> None:
     """Change a line and rewrite the digests from there on, as a careful intruder would."""
     with State(state_url) as state:
-        lines = [line.as_dict() for line in state.audit.lines()]
+        lines = [asdict(line) for line in state.audit.lines()]
     lines[first - 1]["actor"] = "bob"
     with raw(state_url) as execute:
         for place in range(first - 1, len(lines)):
@@ -116,7 +117,7 @@ def test_verify_finds_a_line_changed_together_with_its_digest(state_url: str) ->
     with State(state_url, "ann") as state:
         fill(state)
         noted = state.audit.lines()
-        changed = noted[2].as_dict() | {"actor": "bob"}
+        changed = asdict(noted[2]) | {"actor": "bob"}
         del changed["digest"]
         with raw(state_url) as execute:
             execute("UPDATE audit SET actor = 'bob', digest = :d WHERE number = 3", d=digest(changed))

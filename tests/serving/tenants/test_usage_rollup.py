@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def used(prompt: int = 7, answer: int = 3, first: float | None = 0.5) -> Request
 
 
 def usage(state: State, **how: Any) -> list[Any]:
-    return [each.as_dict() for each in state.usage.sums(**how)]
+    return [asdict(each) for each in state.usage.sums(**how)]
 
 
 def test_roll_up_keeps_totals_and_deletes_lines(state_url: str, clock: Clock) -> None:

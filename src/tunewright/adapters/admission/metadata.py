@@ -101,11 +101,6 @@ class _Training(_Claim):
     epochs: list[_Epoch]
 
 
-class _Scaled(_Claim):
-    parent: str
-    factor: float
-
-
 class _Lineage(_Claim):
     digest: Digest
     created: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{3})?\+00:00$")]
@@ -119,7 +114,6 @@ class _Lineage(_Claim):
     rendering: dict[str, _Rendering]
     training: _Training
     packages: dict[str, str]
-    scaled: _Scaled | None = None
     system_prompt: _SystemPrompt | None = None
 
 

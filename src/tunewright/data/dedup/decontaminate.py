@@ -20,10 +20,10 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
@@ -60,10 +60,6 @@ class ContaminationHit:
     item: int
     how: MatchKind
     score: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the JSON document that ``--json`` prints."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -294,10 +290,6 @@ class Contamination:
             if held.source == source:
                 best.setdefault(held.row, held.how)
         return Counter(best.values())
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the JSON document that ``--json`` prints."""
-        return asdict(self)
 
 
 _SUREST: tuple[MatchKind, ...] = ("equal", "contained", "overlap")

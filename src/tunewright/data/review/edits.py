@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +54,6 @@ class EditResult:
     edited: tuple[AppliedEdit, ...]
     disputed: tuple[str, ...]
     """Pair keys of disputed edits (different answers, or a verdict "right"), left unchanged."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the JSON document that ``--json`` prints."""
-        return {
-            "version": self.version.model_dump(mode="json"),
-            "edited": [asdict(edit) for edit in self.edited],
-            "disputed": list(self.disputed),
-        }
 
 
 def apply_edits(project: ProjectFolder, reporter: Reporter, *, message: str = "") -> EditResult:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -39,10 +39,6 @@ class Suspect:
     score: float
     reason: Reason
     detail: str
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the JSON document that ``--json`` prints."""
-        return asdict(self)
 
 
 def rank_by_centroids(members: Sequence[Member], answers: Sequence[str], reporter: Reporter) -> list[Suspect]:

@@ -13,7 +13,7 @@ import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -359,7 +359,7 @@ def cached_suspects(file: Path, find: Callable[[Reporter], SuspectList], reporte
         return SuspectList([Suspect(**suspect) for suspect in kept["suspects"]], kept["accuracy"])
     recorder = _Recorder(reporter)
     found = find(recorder)
-    listed = [each.as_dict() for each in found.suspects]
+    listed = [asdict(each) for each in found.suspects]
     document = {"said": recorder.said, "warned": recorder.warned, "suspects": listed, "accuracy": found.accuracy}
     write_json(file, document)
     return found

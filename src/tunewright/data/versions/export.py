@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -35,10 +35,6 @@ class Exported:
     split: Split | None
     rows: int
     system: str | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the JSON document that ``--json`` prints."""
-        return {**asdict(self), "path": str(self.path)}
 
 
 def export(

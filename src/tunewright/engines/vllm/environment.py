@@ -52,10 +52,6 @@ class Environment:
         """The path of its interpreter."""
         return self.folder / "bin" / "python"
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the environment as ``--json`` prints it."""
-        return {"folder": str(self.folder), "build": self.build, "versions": self.versions}
-
 
 def pins(build: Build) -> tuple[str, ...]:
     """Return the pinned requirements of a build on this machine."""

@@ -202,10 +202,6 @@ class MemoryCheck:
     longest_row: int | None
     """Tokens of the dataset's longest row in train or dev; None if unknown."""
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the answer as ``--json`` prints it."""
-        return asdict(self)
-
 
 def check_memory(
     plan: Plan, settings: TrainConfig, longest_row: int | None, *, rows: bool, length: bool

@@ -49,10 +49,6 @@ class AuditLine:
         del fields["digest"]
         return digest(fields)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the line as ``--json`` prints it."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class AuditCheck:

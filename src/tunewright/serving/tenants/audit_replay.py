@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from tunewright.serving.tenants.audit import AuditLine
@@ -29,7 +29,7 @@ class AuditReplay:
 
     def differing(self, tenants: Iterable[Tenant], keys: Iterable[Key]) -> list[str]:
         """Return a sentence for each tenant and key that differs in the tables."""
-        stored_tenants = {tenant.name: _tenant(tenant.aliases, tenant.limits.as_dict()) for tenant in tenants}
+        stored_tenants = {tenant.name: _tenant(tenant.aliases, asdict(tenant.limits)) for tenant in tenants}
         stored_keys = {
             key.prefix: _key(key.tenant, key.aliases, key.expires, key.replaced_by, key.revoked) for key in keys
         }

@@ -43,10 +43,6 @@ class Limits:
     concurrency: int | None = None
     """Unfinished requests at one time, including those in the queue."""
 
-    def as_dict(self) -> dict[str, int | None]:
-        """Return the limits as ``--json`` prints them."""
-        return asdict(self)
-
 
 UNLIMITED = Limits()
 
@@ -79,7 +75,7 @@ def check_limits(limits: Limits) -> None:
     Raises:
         UserError: a limit is below 1.
     """
-    for name, value in limits.as_dict().items():
+    for name, value in asdict(limits).items():
         if value is not None and value < 1:
             raise UserError(
                 f"{name} must be at least 1 (got {value})", fix="`tunewright tenant disable` disables a tenant."

@@ -28,10 +28,6 @@ class Tenant:
     keys: int
     """The number of valid keys."""
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the tenant as ``--json`` prints it."""
-        return asdict(self)
-
 
 def check_name(name: str, what: str) -> None:
     """Check the name of a tenant or an alias.
@@ -79,7 +75,7 @@ class Tenants:
             distinct = sorted(set(aliases))
             for alias in distinct:
                 change.connection.execute(insert(tenant_aliases).values(tenant_id=tenant_id, alias=alias))
-            change.log("tenant.add", name, aliases=distinct, limits=limits.as_dict())
+            change.log("tenant.add", name, aliases=distinct, limits=asdict(limits))
             return _tenant(change.connection, find_tenant(change.connection, name), change.now)
 
     def list(self) -> Sequence[Tenant]:
@@ -160,7 +156,7 @@ class Tenants:
             before = _tenant(change.connection, find_tenant(change.connection, name), change.now)
             if limits != before.limits:
                 change.connection.execute(update(tenants).where(tenants.c.name == name).values(**asdict(limits)))
-                change.log("tenant.limit", name, before=before.limits.as_dict(), after=limits.as_dict())
+                change.log("tenant.limit", name, before=asdict(before.limits), after=asdict(limits))
             return _tenant(change.connection, find_tenant(change.connection, name), change.now)
 
     def get(self, name: str) -> Tenant:

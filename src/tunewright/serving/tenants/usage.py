@@ -53,10 +53,6 @@ class UsageSum:
     completion_tokens: int
     mean_first_token_s: float | None
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the total as ``--json`` prints it."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class ShadowLine:
@@ -71,10 +67,6 @@ class ShadowLine:
     shadow_answer: str | None
     why_not: str | None
     """Why the shadow has no answer."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the line as ``--json`` prints it."""
-        return asdict(self)
 
 
 class Usage:

@@ -7,7 +7,7 @@ interrupted call leaves complete days behind, and the next call resumes.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Connection, and_, delete, func, insert, select, update
@@ -34,10 +34,6 @@ class RollupResult:
     requests: int
     shadow_answers: int
     """Answers of shadows to those requests, which were deleted; there is no total of them."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the counts as ``--json`` prints them."""
-        return asdict(self)
 
 
 class UsageRollup:

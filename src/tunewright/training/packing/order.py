@@ -8,9 +8,9 @@ rows' gradients are added up: there rows that share a prefix share a micro-batch
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal
+from typing import Literal
 
 from torch.utils.data import DistributedSampler
 
@@ -110,10 +110,6 @@ class Sharing:
     """Tokens computed for them with shared prefixes."""
     reason: str
     """The decision and its reason, as shown to the user."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the decision for the lineage."""
-        return asdict(self)
 
     @property
     def ratio(self) -> float:
