@@ -247,7 +247,7 @@ def test_syntax_error_is_reported_with_its_line() -> None:
         ([("user", "a"), ("user", "b"), ("assistant", "c")], "two user turns in a row"),
         ([("system", "a"), ("system", "b"), ("user", "c"), ("assistant", "d")], "a system turn must be the first turn"),
         ([("user", "a"), ("assistant", " ")], "an empty answer"),
-        ([("user", "a")], "The last turn must be the assistant's"),
+        ([("user", "a")], "the last turn must be the assistant's"),
         ([("user", [{"type": "text", "text": "a"}]), ("assistant", "b")], "a list of parts"),
         ([("tool", "a"), ("assistant", "b")], 'role is "tool"'),
     ],
@@ -277,19 +277,19 @@ def test_plain_form_is_ordinary_text_between_bos_and_eos() -> None:
 
 def test_differences_name_the_changed_part() -> None:
     other = _chat(CHATML.replace("{% endfor %}", "\n{% endfor %}"))
-    assert differences(CHAT.description, other.description) == ["The chat template differs from its line 3 on"]
+    assert differences(CHAT.description, other.description) == ["the chat template differs from its line 3 on"]
     plain = chat_of(TOKENIZER, kind="plain")
     assert differences(CHAT.description, plain.description) == [
         "the format was the base's own template and is the plain form"
     ]
     assert differences(CHAT.description, _chat(CHATML + "\n").description) == [
-        "The chat template differs from its line 4 on"
+        "the chat template differs from its line 4 on"
     ]
     tokenizer = byte_tokenizer()
     tokenizer.backend_tokenizer.normalizer = _lower()
     changed = chat_of(tokenizer).description
     assert differences(CHAT.description, changed) == [
-        "The tokenizer makes other tokens of the same text (another version of it, or of tokenizers?)"
+        "the tokenizer makes other tokens of the same text (another version of it, or of tokenizers?)"
     ]
     assert differences(CHAT.description, chat_of(byte_tokenizer()).description) == []
 

@@ -59,8 +59,8 @@ def crossvalidated(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: P
         monkeypatch.setattr(training, "as_columns", recording)
         ran = tunewright("crossval", "--folds", str(FOLDS), "-p", folder)
     assert ran.code == 0, ran.stderr
-    assert "Fold 3 of 3: 51 rows to train on, 9 to choose by, 30 to answer" in ran.stderr
-    assert "2 more: about" in ran.stderr
+    assert "Fold 3 of 3: 51 train, 9 dev and 30 test rows" in ran.stderr
+    assert "2 left: about" in ran.stderr
     return folder, given
 
 

@@ -106,7 +106,7 @@ def test_json_is_one_document_when_second_signal_ends_command() -> None:
     process.send_signal(signal.SIGTERM)
     stdout, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130
-    assert json.loads(stdout)["error"]["what"].startswith("stopped at once; what was finished is kept")
+    assert json.loads(stdout)["error"]["what"].startswith("Stopped at once; what was finished is kept")
 
 
 def _stopped_on_terminal(seen: str, *arguments: str | Path) -> tuple[int, str]:
@@ -146,7 +146,7 @@ def test_data_add_adds_nothing_when_stopped(tmp_path: Path, tiny_base_folder: Pa
     code, screen = _stopped_on_terminal("reading", "data", "add", many, "-p", folder)
     assert code == 130
     message = " ".join(screen.split())
-    assert "Stopping: Nothing was added; run the same command again. Ctrl-C again ends at once." in message
+    assert "Stopping: nothing was added; run the same command again. Ctrl-C again ends at once." in message
     assert "Stopped; nothing was added; run the same command again." in message
     assert "Traceback" not in screen
     assert tunewright("data", "log", "-p", folder, "--json").document["versions"] == []

@@ -164,7 +164,7 @@ def test_read_items_names_every_place_that_it_looked_in(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "what"),
     [
-        ("{", "not JSON"),
+        ("{", "Not JSON"),
         ('{"answer": "x"}', "No text in"),
         ('{"messages": [{"role": "assistant"}]}', "No text in"),
         ('{"text": 3}', "No text in"),

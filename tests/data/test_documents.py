@@ -149,7 +149,7 @@ def test_document_rows_that_are_not_objects_are_faults(tmp_path: Path) -> None:
             "JSON Lines",
         ),
         ('{"data": [{"prompt": "a",\n}]}', "data", "Not one JSON document", "rows.json:2", None),
-        ('{"data": [{}],\n "data": [{}]}', "data", 'Duplicate key "data"', "rows.json:1", "Keep one of the two"),
+        ('{"data": [{}],\n "data": [{}]}', "data", 'duplicate key "data"', "rows.json:1", "Keep one of the two"),
         ('{"data": [{}],\n\n "x": NaN}', "data", "NaN is not JSON", "rows.json:3", "Write text"),
         ('{"data": [{}],\n "\udce9": "é"}', "data", "not UTF-8: invalid byte in line 2", "rows.json:2", "UTF-8"),
         ("[" * 100_000, "data", "nested too deep", "rows.json", None),
@@ -197,7 +197,7 @@ def test_document_fault_affects_its_row_only(tmp_path: Path) -> None:
     assert _places(reading) == [(2, "a"), (7, "é")]
     reported = [(fault.line, fault.code, fault.reason) for fault in reading.faults]
     assert reported == [
-        (3, "E104", 'Duplicate key "prompt"'),
+        (3, "E104", 'duplicate key "prompt"'),
         (4, "E105", "NaN is not JSON"),
         (5, "E101", "not UTF-8: invalid byte in line 6"),
     ]

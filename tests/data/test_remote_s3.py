@@ -40,7 +40,7 @@ def test_wrong_credentials_are_reported(one: ProjectFolder, s3_endpoint: str) ->
     _check_rights(s3_endpoint, after="0")
     try:
         for verb in (push, pull):
-            with pytest.raises(UserError, match="access denied") as caught:
+            with pytest.raises(UserError, match="Access denied") as caught:
                 verb(one.dataset, f"s3://{bucket}/x", Listener(), options=_s3_options(s3_endpoint, "AKIAWRONG"))
             assert "AWS_ACCESS_KEY_ID" in (caught.value.fix or "")
     finally:
@@ -56,7 +56,7 @@ def _check_rights(endpoint: str, after: str) -> None:
 
 def test_unreachable_endpoint_is_reported(one: ProjectFolder, s3_endpoint: str) -> None:
     options = {**_s3_options("http://127.0.0.1:9"), "config_kwargs": {"retries": {"max_attempts": 0}}}
-    with pytest.raises(UserError, match="cannot connect: Could not connect") as caught:
+    with pytest.raises(UserError, match="Cannot connect: Could not connect") as caught:
         push(one.dataset, "s3://bucket/x", Listener(), options=options)
     assert "AWS_ENDPOINT_URL" in (caught.value.fix or "")
 

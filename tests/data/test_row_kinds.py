@@ -153,7 +153,7 @@ def test_configured_keys_are_input_and_output(tmp_path: Path) -> None:
     data = DataConfig(input="question", output="answer")
     reading = _read(tmp_path, [{"question": ASKED, "answer": ANSWERED}], data)
     assert reading.rows[0].example.output == ANSWERED
-    assert "The config names question as input" in reading.notes[0]
+    assert "the config names question as input" in reading.notes[0]
     assert _read(tmp_path, [{"question": ASKED, "answer": ANSWERED, "topic": "law"}], data).rows[0].metadata == {
         "topic": "law"
     }

@@ -144,9 +144,9 @@ def test_read_instructions_reads_both_forms_and_counts_unsupported_checks(tmp_pa
         ({"prompt": "p", "checks": [{"check": "rhymes"}]}, "rhymes"),
         ({"prompt": "p", "checks": [{"check": "words"}]}, "at_least"),
         ({"prompt": "p", "checks": [{"check": "words", "at_least": 3, "at_most": 2}]}, "above at_most"),
-        ({"prompt": " ", "checks": [{"check": "json"}]}, "no text"),
+        ({"prompt": " ", "checks": [{"check": "json"}]}, "must be text"),
         ({"checks": [{"check": "json"}]}, "'prompt' is missing"),
-        ([], "Not an instruction"),
+        ([], "Expected an object"),
     ],
 )
 def test_read_instructions_names_an_invalid_line(tmp_path: Path, row: Any, words: str) -> None:

@@ -91,7 +91,7 @@ def tenant_server(
 
     def locate(name: str, digest: str) -> ServedAdapter:
         if digest not in by_digest:
-            raise UserError(f"The released adapter {name} is not here")
+            raise UserError(f"The released adapter {name} is missing")
         stored = by_digest[digest]
         return ServedAdapter(stored.folder, SystemPrompt(stored.system_prompt))
 

@@ -35,7 +35,7 @@ def encode(tokenizer_or_base: Any, messages: Sequence[Message | Mapping[str, Any
     try:
         example = example_from_object({"messages": turns}, DataConfig(max_characters=2**31))
     except RowError as error:
-        raise UserError(str(error), where="messages") from error
+        raise UserError(f"Invalid conversation: {error}", where="messages") from error
     if isinstance(tokenizer_or_base, Base):
         return open_chat(tokenizer_or_base).encode(example.messages)
     eos = getattr(tokenizer_or_base, "eos_token_id", None)

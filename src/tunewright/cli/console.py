@@ -198,11 +198,11 @@ def session(
     except RuntimeError as error:
         if not distributed.is_peer_failure(error):
             raise
-        what = "another process of this run was lost; the same command resumes from the last checkpoint"
+        what = "Another process of this run was lost; the same command resumes from the last checkpoint"
         _fail(current, {"what": what, "where": None, "fix": None}, f"Error: {what}", FAILED)
     except KeyboardInterrupt:
-        what = f"stopped; {kept}"
-        _fail(current, {"what": what, "where": None, "fix": None}, f"\n{what[0].upper()}{what[1:]}.", STOPPED)
+        what = f"Stopped; {kept}"
+        _fail(current, {"what": what, "where": None, "fix": None}, f"\n{what}.", STOPPED)
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -123,13 +123,13 @@ class _SignalWatcher(threading.Thread):
 
     def _end(self) -> None:
         """End the process now. Its children end with it."""
-        what = f"stopped at once; {self.kept}"
+        what = f"Stopped at once; {self.kept}"
         if self.as_json and not self.quiet:
             document = {"error": {"what": what, "where": None, "fix": None}}
             with suppress(OSError):
                 os.write(1, f"{json.dumps(document, indent=2)}\n".encode())
         elif not self.quiet:
-            _say(f"{_SHOW_CURSOR if sys.stderr.isatty() else ''}{what[0].upper()}{what[1:]}.")
+            _say(f"{_SHOW_CURSOR if sys.stderr.isatty() else ''}{what}.")
         os._exit(STOPPED)
 
 

@@ -62,14 +62,14 @@ def _explained(error: Exception) -> tuple[str, str]:
     no_credentials = _loaded("botocore.exceptions", "NoCredentialsError")
     no_connection = _loaded("botocore.exceptions", "ConnectionError")
     if code == "NoSuchBucket":
-        return "no such bucket", "Correct its name, or create it first: a push does not create buckets."
+        return "No such bucket", "Correct its name, or create it first: a push does not create buckets."
     if no_credentials is not None and isinstance(error, no_credentials):
-        return "no credentials", f"{_CREDENTIALS}."
+        return "No credentials", f"{_CREDENTIALS}."
     if code and isinstance(error, PermissionError):
-        return f"access denied ({reason})", f"{_CREDENTIALS}, and that they allow reading and writing."
+        return f"Access denied ({reason})", f"{_CREDENTIALS}, and that they allow reading and writing."
     if no_connection is not None and isinstance(error, no_connection):
-        return f"cannot connect: {reason}", "Check the network, and AWS_ENDPOINT_URL if the bucket is not at AWS."
-    return f"the remote cannot be used: {reason}", "Check the URL, the network and your permissions."
+        return f"Cannot connect: {reason}", "Check the network, and AWS_ENDPOINT_URL if the bucket is not at AWS."
+    return f"The remote cannot be used: {reason}", "Check the URL, the network and your permissions."
 
 
 class RemoteStore:

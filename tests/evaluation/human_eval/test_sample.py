@@ -69,7 +69,7 @@ def test_allocation_is_proportional_for_large_strata() -> None:
 def test_allocation_refuses_too_few_items_and_states_the_minimum() -> None:
     with pytest.raises(UserError, match="too few") as caught:
         allocate({"fixed": 50, "broken": 50, "both wrong": 50}, 5)
-    assert caught.value.fix == "Take 6 at least."
+    assert caught.value.fix == "Use --items 6 or more."
 
 
 def test_weighted_sample_is_unbiased() -> None:

@@ -228,7 +228,7 @@ def _paths_to(value: Any, wanted: set[int]) -> dict[int, tuple[JsonPath, Parent 
 
 def _refused(document: _Document, place: int, fault: RowError) -> UserError:
     where = f"{document.path}:{document.line(place)}"
-    return UserError(f"{fault}, outside the rows that data.rows selects", where=where, fix=CODES[fault.code][1])
+    return UserError(f"Outside the rows that data.rows selects: {fault}", where=where, fix=CODES[fault.code][1])
 
 
 def rows_hint(document: dict[str, Any]) -> str | None:

@@ -58,10 +58,10 @@ def columns(
         if known is None:
             absent = {name for needed, _ in _KNOWN_COLUMNS for name in needed} - set(header)
             near = [(name, nearest_known_key(name, absent)) for name in header]
-            meant = ", ".join(f'unknown column "{name}", did you mean "{like}"?' for name, like in near if like)
+            meant = ", ".join(f'"{name}", did you mean "{like}"?' for name, like in near if like)
             do = "Correct the header, or use" if meant else "Use"
             raise UserError(
-                meant or "Unknown columns for the input and the ideal output",
+                f"Unknown column {meant}" if meant else "Unknown columns for the input and the ideal output",
                 where=where,
                 fix=f"{do} --input COLUMN --output COLUMN, or set data.input and data.output. {there}",
             )

@@ -67,7 +67,7 @@ def _read(line: str, where: str) -> tuple[Instruction | None, set[str]]:
         row = json.loads(line)
         prompt = row["prompt"]
         if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError("prompt must be text")
+            raise ValueError("prompt must be text and not blank")
         if "instruction_id_list" in row:
             ids, values = row["instruction_id_list"], row["kwargs"]
             wanted = [_google(name, given) for name, given in zip(ids, values, strict=True)]
