@@ -155,17 +155,17 @@ def main() -> None:
                 for name, version in sides if turn % 2 == 0 else sides[::-1]:
                     rounds[name].append(asyncio.run(version.measure(rate, options.answers, turn, prompts)))
                 print({name: done[-1].figures() for name, done in rounds.items()}, file=sys.stderr, flush=True)
-    figures = {name: [one.figures() for one in done] for name, done in rounds.items()}
-    show(figures["before"], figures["after"])
-    write_json(
-        RESULTS,
-        {
-            "machine": about,
-            "commits": {"before": before.commit, "after": after.commit},
-            "settings": {"answers": options.answers, "open": OPEN, "tokens": TOKENS, "quiet_share": SHARE},
-            "rounds": figures,
-        },
-    )
+            figures = {name: [one.figures() for one in done] for name, done in rounds.items()}
+            show(figures["before"], figures["after"])
+            write_json(
+                RESULTS,
+                {
+                    "machine": about,
+                    "commits": {"before": before.commit, "after": after.commit},
+                    "settings": {"answers": options.answers, "open": OPEN, "tokens": TOKENS, "quiet_share": SHARE},
+                    "rounds": figures,
+                },
+            )
 
 
 def show(before: Sequence[dict[str, float]], after: Sequence[dict[str, float]]) -> None:
