@@ -18,7 +18,6 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 import gc
 import signal
 import sqlite3
-import warnings
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -58,20 +57,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True, trylast=True)
 def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, object]:
-    """Remove, before coverage combines its files, those that a killed process left unfinished."""
+    """Remove, before coverage combines its files, those that a killed process left unfinished, and name them."""
     result = yield
     if session.config.getoption("cov_source", None) and not hasattr(session.config, "workerinput"):
         for file in session.config.rootpath.glob(".coverage.*"):
-            if not _is_database(file):
+            if not _is_complete(file):
                 file.unlink()
-                warnings.warn(f"{file.name}: not counted, as its process was killed while it wrote it.", stacklevel=1)
+                session.config.get_terminal_writer().line(f"\n{file.name} is not counted: its process was killed.")
     return result
 
 
-def _is_database(file: Path) -> bool:
+def _is_complete(file: Path) -> bool:
     try:
         with closing(sqlite3.connect(file)) as database:
-            return database.execute("PRAGMA quick_check").fetchall() == [("ok",)]
+            (version,) = database.execute("SELECT count(*) FROM coverage_schema").fetchone()
+            return version == 1 and database.execute("PRAGMA quick_check").fetchall() == [("ok",)]
     except sqlite3.DatabaseError:
         return False
 
