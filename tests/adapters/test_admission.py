@@ -29,9 +29,9 @@ from adapter_helpers import (
     write_adapter,
 )
 from command_line import tunewright
-from tunewright.adapters.admission import importer as admission
-from tunewright.adapters.admission.config import read_config
-from tunewright.adapters.admission.quarantine import quarantine_folder
+from tunewright.adapters.foreign import importer as admission
+from tunewright.adapters.foreign.config import read_config
+from tunewright.adapters.foreign.quarantine import quarantine_folder
 from tunewright.adapters.registry import CONFIG, WEIGHTS, Adapter, adapter_digest, find_adapter, list_adapters
 from tunewright.adapters.system_prompt import SystemPrompt, system_prompt
 from tunewright.data.examples import Message
@@ -220,7 +220,7 @@ def test_stored_files_are_the_checked_ones_when_the_source_changes(
 def test_file_replaced_by_a_link_is_not_followed(
     stock: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tunewright.adapters.admission import quarantine
+    from tunewright.adapters.foreign import quarantine
 
     secret = tmp_path / "secret"
     secret.write_text("{}")

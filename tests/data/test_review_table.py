@@ -16,7 +16,8 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.csv import restored_cell
 from tunewright.core.errors import UserError
 from tunewright.data.review.reviews import read_reviews
-from tunewright.data.review.session import Imported, ReviewSession, export_csv, import_csv
+from tunewright.data.review.session import ReviewSession
+from tunewright.data.review_csv import Imported, export_csv, import_csv
 from tunewright.data.versions import load_version
 
 Row = dict[str, str]

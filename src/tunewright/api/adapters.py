@@ -21,7 +21,7 @@ from tunewright.evidence.schema import EVIDENCE_FILE, load_evidence
 from tunewright.evidence.verdict import Decision, verdict
 
 if TYPE_CHECKING:
-    from tunewright.adapters.admission.importer import ImportResult
+    from tunewright.adapters.foreign.importer import ImportResult
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class AdaptersApi:
         Raises:
             UserError: the adapter fails a check; nothing is stored.
         """
-        from tunewright.adapters.admission.importer import AdapterImporter, ImportStatement
+        from tunewright.adapters.foreign.importer import AdapterImporter, ImportStatement
 
         path = Path(source)
         if not path.exists():

@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from tunewright.data.review.edits import EditResult
     from tunewright.data.review.label_models import Suspect
     from tunewright.data.review.report import ReviewReport
-    from tunewright.data.review.session import Imported, ReviewSession
+    from tunewright.data.review.session import ReviewSession
     from tunewright.data.review.suspects import SuspectList
+    from tunewright.data.review_csv import Imported
     from tunewright.data.splits import Split
     from tunewright.data.trace import RowOrigin, RowUse
     from tunewright.data.verify import Verification
@@ -413,7 +414,8 @@ class DatasetApi:
 
     def import_reviews(self, file: str | Path, reviewer: str | None = None) -> Imported:
         """Record the verdicts of a filled-in spreadsheet; if a row is faulty, none is recorded."""
-        from tunewright.data.review.session import default_reviewer, import_csv
+        from tunewright.data.review.session import default_reviewer
+        from tunewright.data.review_csv import import_csv
 
         name = default_reviewer() if reviewer is None else reviewer
         return import_csv(Path(file), self._dataset, self.version(), name, self._project.config.data.allow)

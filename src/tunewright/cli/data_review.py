@@ -81,7 +81,8 @@ def data_review(
     Keys: r right, w wrong, e edit in $EDITOR, s skip, u undo, q quit. A review resumes where it stopped. With --status,
     the exit code is 0 for accepted, 3 for rejected, 4 for undecided.
     """
-    from tunewright.data.review.session import check_options, export_csv
+    from tunewright.data.review.session import check_options
+    from tunewright.data.review_csv import export_csv
 
     chosen = {"--suspects": suspects, "--adapter": adapter is not None, "--second": second}
     check_options(

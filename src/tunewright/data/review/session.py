@@ -1,4 +1,4 @@
-"""A reviewer's session over the rows of a version, in a terminal or by a spreadsheet."""
+"""A reviewer's session over the rows of a version."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tunewright.core.clock import now
-from tunewright.core.csv import one_line_end, read_sheet, refuse_faulty, restored_cell, write_sheet
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.data.pii import secret_kinds
 from tunewright.data.review.acceptance import FixedPlan, Outcome, SequentialPlan, judge, sample_order
 from tunewright.data.review.label_models import Suspect
 from tunewright.data.review.reviews import (
-    VERDICTS,
     DrawEvent,
     UndoEvent,
     Verdict,
@@ -25,7 +23,6 @@ from tunewright.data.review.reviews import (
     read_reviews,
     status_line,
 )
-from tunewright.data.trace import places_by_key
 from tunewright.data.versions import DatasetVersion, Member
 
 
@@ -237,123 +234,3 @@ def default_reviewer() -> str:
         return getpass.getuser()
     except (OSError, KeyError):  # KeyError: before Python 3.13
         raise UserError("Found no login name", where="--reviewer", fix="Pass a name.") from None
-
-
-EXPORT_COLUMNS = ("row", "from", "draw", "why", "input", "answer", "verdict", "new_output")
-_IMPORTED_COLUMNS = ("row", "draw", "answer", "verdict", "new_output")
-
-
-@dataclass(frozen=True)
-class Imported:
-    """Result of an import: verdicts recorded, verdicts known already, rows without one."""
-
-    recorded: int
-    known: int
-    blank: int
-
-
-def export_csv(path: Path, review: ReviewSession, most: int) -> int:
-    """Write at most ``most`` next rows of the review as CSV, and return their number.
-
-    Raises:
-        UserError: no suspects, no row left to review, an existing file, or a full disk.
-    """
-    cards = review.upcoming(most)
-    if not review.order and review.drawn is None:
-        raise UserError(
-            "There are no suspects to export: no row is suspicious, or no row could be judged",
-            where="--suspects",
-            fix="Free-text answers are ranked by a model's loss: add --adapter base or --adapter NAME.",
-        )
-    if not cards:
-        raise UserError(
-            "No row is left to review", fix="`tunewright data review --status` shows the state of the review."
-        )
-    rows = []
-    places = places_by_key(review.dataset, review.version.manifest)
-    draw = "" if review.drawn is None else str(review.drawn.draw)
-    for card in cards:
-        key, output = card.member.key, card.member.example.output
-        rows.append([key, places.get(key, ""), draw, card.why or "", _prompt(card), output, "", ""])
-    write_sheet(path, EXPORT_COLUMNS, rows)
-    return len(cards)
-
-
-def _prompt(card: ReviewItem) -> str:
-    turns = card.member.example.prompt
-    return turns[0].content if len(turns) == 1 else "\n\n".join(f"{m.role}: {m.content}" for m in turns)
-
-
-def import_csv(
-    path: Path, dataset: Path, version: DatasetVersion, reviewer: str, allow: Collection[str] = ()
-) -> Imported:
-    """Record all verdicts of a filled-in export, or none if a row is faulty.
-
-    Args:
-        allow: kinds of secrets that answers may contain (data.allow).
-
-    Raises:
-        UserError: the file cannot be read, or has faulty rows (named by line).
-    """
-    members = {m.key: m for m in version.domain}
-    reviews = read_reviews(dataset)
-    events: list[VerdictEvent] = []
-    faults: list[str] = []
-    known = blank = 0
-    seen: dict[str, int] = {}
-    for line, fields in read_sheet(path, _IMPORTED_COLUMNS, "tunewright data review --export"):
-        fields |= {name: restored_cell(fields[name]) for name in ("answer", "new_output")}
-        fault = _fault(fields, members, allow)
-        if fields["row"] in seen and not fault:
-            fault = f"duplicate of line {seen[fields['row']]}"
-        seen.setdefault(fields["row"], line)
-        verdict = fields["verdict"].strip().lower()
-        if fault:
-            faults.append(f"{path}:{line}: {fault}")
-        elif not verdict:
-            blank += 1
-        else:
-            event = _event(fields, verdict, version, reviewer)
-            current = reviews.current_verdicts(event.key).get(reviewer)
-            if current is not None and (current.verdict, current.output) == (event.verdict, event.output):
-                known += 1
-            else:
-                events.append(event)
-    refuse_faulty(faults)
-    if events:
-        append_reviews(dataset, events)
-    return Imported(len(events), known, blank)
-
-
-def _fault(fields: Mapping[str, str], members: Mapping[str, Member], allow: Collection[str]) -> str | None:
-    verdict, output = fields["verdict"].strip().lower(), fields["new_output"]
-    member = members.get(fields["row"])
-    if member is None:
-        return f"the version has no row {fields['row'][:12]!r}: its text changed, or the export is of another version"
-    if verdict not in ("", *VERDICTS):
-        return f"invalid verdict {fields['verdict']!r}: use {', '.join(VERDICTS)} or leave it empty"
-    if (verdict == "edit") != bool(output.strip()):
-        return "verdict edit requires new_output" if verdict == "edit" else "new_output requires the verdict edit"
-    if one_line_end(fields["answer"]) != one_line_end(member.example.output):
-        return "the answer was changed: keep it, and write the corrected one in new_output"
-    if output and one_line_end(output) == one_line_end(member.example.output):
-        return "new_output equals the present answer"
-    if found := secret_kinds(output, allow):
-        return f"new_output contains a secret ({found})"
-    if fields["draw"].strip() and not fields["draw"].strip().isdecimal():
-        return f"invalid draw {fields['draw']!r}: keep the column as exported"
-    return None
-
-
-def _event(fields: Mapping[str, str], verdict: str, version: DatasetVersion, reviewer: str) -> VerdictEvent:
-    draw = fields["draw"].strip()
-    given: Verdict = next(v for v in VERDICTS if v == verdict)
-    return VerdictEvent(
-        key=fields["row"],
-        verdict=given,
-        output=one_line_end(fields["new_output"]) if given == "edit" else None,
-        draw=int(draw) if draw else None,
-        version=version.digest,
-        reviewer=reviewer,
-        when=now(),
-    )

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from tunewright.adapters.admission.quarantine import (
+from tunewright.adapters.foreign.quarantine import (
     LARGEST,
     MEGABYTE,
     MOST_MEMBERS,

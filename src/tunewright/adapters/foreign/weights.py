@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tunewright.adapters.admission.config import ForeignConfig
-from tunewright.adapters.admission.header import Entry, read_header
+from tunewright.adapters.foreign.config import ForeignConfig
+from tunewright.adapters.foreign.header import Entry, read_header
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Task
 from tunewright.models.bases import tensor_files

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tunewright.adapters.admission.archives import quarantine_archive
-from tunewright.adapters.admission.config import ForeignConfig, read_config
-from tunewright.adapters.admission.metadata import check_history, check_lineage, check_replay
-from tunewright.adapters.admission.quarantine import (
+from tunewright.adapters.compatibility import require_compatible
+from tunewright.adapters.foreign.archives import quarantine_archive
+from tunewright.adapters.foreign.config import ForeignConfig, read_config
+from tunewright.adapters.foreign.metadata import check_history, check_lineage, check_replay
+from tunewright.adapters.foreign.quarantine import (
     LARGEST,
     MEGABYTE,
     README,
@@ -21,8 +22,7 @@ from tunewright.adapters.admission.quarantine import (
     quarantine,
     quarantine_folder,
 )
-from tunewright.adapters.admission.weights import base_norms, check_numbers, check_shapes
-from tunewright.adapters.compatibility import require_compatible
+from tunewright.adapters.foreign.weights import base_norms, check_numbers, check_shapes
 from tunewright.adapters.keys import NAME, TrustedKeys
 from tunewright.adapters.manifest import LOCAL, MANIFEST, SIGNATURE, Manifest, changed_files, read_manifest
 from tunewright.adapters.registry import (
