@@ -96,7 +96,7 @@ def test_review_edit_opens_the_editor_and_creates_a_version(
     press += "eq"
     assert tunewright("data", "review", "--reviewer", "ada", "-p", project).code == 0
     ran = tunewright("data", "review", "--apply", "-m", "first look", "-p", project)
-    assert "1 answers edited in review (ada): first look" in ran.stdout
+    assert "1 answer edited in review (ada): first look" in ran.stdout
     outputs = [m.example.output for m in load_version(project / "dataset").members]
     assert outputs.count("a better answer") == 1
     assert _status(project) == "not reviewed"

@@ -14,6 +14,7 @@ from rich.tree import Tree
 from tunewright.cli.app import TRAIN, Adapter, command, group
 from tunewright.cli.console import CANT_TELL, FAILED, Session
 from tunewright.core.clock import without_milliseconds
+from tunewright.core.text import count_of
 
 if TYPE_CHECKING:
     from tunewright.adapters.lineage import DatasetTrace, Trace
@@ -182,7 +183,7 @@ def lineage_tree(shown: AdapterDetails) -> Tree:
         config = _add(tree, f"config, seed {trace.seed}")
         _add(config, f"LoRA on {', '.join(train['target_modules'])}")
         _add(config, f"rank {train['lora_r']}, alpha {train['lora_alpha']}, learning rate {train['learning_rate']:g}")
-        _add(config, f"{train['epochs']} epochs in batches of {train['batch_size']}")
+        _add(config, f"{count_of(train['epochs'], 'epoch')} in batches of {train['batch_size']}")
     base = _add(tree, f"base {trace.base['spec']}, digest {trace.base['digest'][:_SHORT]}" + _stated(trace))
     if trace.base["commit"]:
         _add(base, f"commit {trace.base['commit']}")

@@ -34,7 +34,7 @@ _DEMO_STAGES = {
     "evaluate": 3.5,
     "report": 0.1,
     "answers": 0.3,
-    "tenants": 1.5,
+    "tenants": 2.5,
 }
 """The same of `demo` with its quick settings: minutes of processor time on one thread."""
 

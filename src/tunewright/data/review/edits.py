@@ -12,6 +12,7 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.io import file_digest, text_lines
 from tunewright.core.progress import Reporter
+from tunewright.core.text import count_of
 from tunewright.data.dedup import count_near_repeats
 from tunewright.data.examples import Example
 from tunewright.data.pii import secret_kinds
@@ -87,7 +88,7 @@ def apply_edits(project: ProjectFolder, reporter: Reporter, *, message: str = ""
             named = ", ".join(f"{short(e.before)} became {short(e.now)}" for e in collapsed[:10])
             reporter.warn(f"{len(collapsed):,} edited rows duplicate an existing row and were merged: {named}")
         names = sorted({name for e in edited for name in e.reviewers})
-        own = f"{len(edited):,} answers edited in review ({', '.join(names)})"
+        own = f"{count_of(len(edited), 'answer')} edited in review ({', '.join(names)})"
         source = Source(
             name=f"{dataset.name}/{REVIEWS_FILE}", sha256=file_digest(dataset / REVIEWS_FILE), rows=len(edited)
         )

@@ -52,7 +52,7 @@ class LmEvalSuite:
             raise UserError(
                 f"lm-eval has no task {settings.task!r}",
                 where="regressions.lm_eval",
-                fix="List the tasks with `lm-eval ls tasks`. For your own tasks set the suite's `folder`.",
+                fix="List the tasks with `lm-eval ls tasks`. For your own tasks set the suite's `include_path`.",
             )
         self.identity: dict[str, Any] = {
             "engine": _ENGINE,
