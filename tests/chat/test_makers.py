@@ -84,6 +84,7 @@ stripped_conversations = st.builds(
 def test_mistral_conversations_match_mistral_common(version: Mistral, messages: Messages) -> None:
     if version in makers.WRITTEN:
         messages = _without_last_spaces(messages)
+        assume(all(m["content"] for m in messages))  # these templates refuse an empty answer
     assert _ids(makers.mistral_tokenizer(version), messages) == makers.mistral_reference(version, messages)
 
 
