@@ -148,5 +148,5 @@ def test_remove_reports_that_an_earlier_version_is_current_again(project: Path) 
     assert done.code == 0
     assert f"Version {first[:12]} is current again: 120 rows" in done.stdout
     assert "New version" not in done.stdout
-    assert "The reason is in dataset/removed.jsonl" in done.stdout
+    assert "the reason is in dataset/removed.jsonl" in done.stdout
     assert "wrong export" in (project / "dataset" / "removed.jsonl").read_text(encoding="utf-8")

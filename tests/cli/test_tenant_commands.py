@@ -158,7 +158,7 @@ def test_tenant_commands_report_mistakes_with_exit_code_2(project: Path, argumen
 def test_deploy_refuses_an_adapter_without_a_ship_verdict(project: Path) -> None:
     first, second = _adapters(project)
     ran = _run(project, "deploy", "courts", first.name)
-    assert (ran.code, "has not been evaluated" in ran.stderr) == (2, True)
+    assert (ran.code, "has no verdict on the test split" in ran.stderr) == (2, True)
     _evaluated(project, first, FAILS)
     ran = _run(project, "deploy", "courts", first.name)
     assert (ran.code, "courts is unchanged" in ran.stdout) == (3, True)
@@ -263,7 +263,7 @@ def test_serve_with_tenants_refuses_adapter_names_and_no_auth(project: Path) -> 
     _run(project, "tenant", "add", "acme")
     name = find_adapter(project / "adapters").name
     assert "request aliases" in _run(project, "serve", name).stderr
-    assert "every request needs a key" in _run(project, "serve", "--no-auth").stderr
+    assert "every request needs an API key" in _run(project, "serve", "--no-auth").stderr
 
 
 @pytest.fixture
