@@ -138,7 +138,8 @@ class EvaluateConfig(Section):
         int,
         Field(
             ge=1,
-            description="Most prompting arms that answer all of dev, of those that are not worse than the leader on "
+            description="Maximum number of prompting arms that answer all of dev, of those that are not worse than "
+            "the leader on "
             "the screening items.",
         ),
     ] = 3
@@ -242,7 +243,8 @@ class ServeConfig(Section):
         int | None,
         Field(
             ge=1,
-            description="Most conversations generated at once, over all adapters (null: 16; with the engine vllm on a "
+            description="Maximum number of conversations generated at once, over all adapters (null: 16; with the "
+            "engine vllm on a "
             "GPU 128, or 256 from 70 GB of memory).",
         ),
     ] = None

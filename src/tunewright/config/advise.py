@@ -78,7 +78,10 @@ class AdviseConfig(Section):
         ),
     ] = 0.25
     pilot_max_samples: Annotated[
-        int, Field(ge=50, description="Most rows of the pilot, whatever the share (500: minutes, not a weekend).")
+        int,
+        Field(
+            ge=50, description="Maximum number of rows of the pilot, whatever the share (500: minutes, not a weekend)."
+        ),
     ] = 500
     calls_per_month: Annotated[
         float | None, Field(gt=0, description="Expected calls per month: turns the break-even point into a time.")

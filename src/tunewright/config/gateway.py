@@ -24,7 +24,8 @@ class GatewayConfig(Section):
         int,
         Field(
             ge=1,
-            description="Most messages in a conversation (128: rendered in 0.2 s; the time grows with the square).",
+            description="Maximum number of messages in a conversation (128: rendered in 0.2 s; the time grows with "
+            "the square).",
         ),
     ] = 128
     max_prompt_tokens: Annotated[

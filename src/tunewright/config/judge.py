@@ -40,7 +40,8 @@ class EndpointConfig(Section):
     ] = _PARAMETERS
     concurrency: Annotated[int, Field(ge=1, le=256, description="Requests in flight at once.")] = 8
     requests_per_minute: Annotated[
-        float | None, Field(gt=0, description="Most requests sent per minute, retries included (null: no limit).")
+        float | None,
+        Field(gt=0, description="Maximum number of requests sent per minute, retries included (null: no limit)."),
     ] = None
     timeout: Annotated[float, Field(gt=0, description="Seconds to wait for a reply.")] = 120.0
     max_retries: Annotated[
@@ -74,7 +75,7 @@ class EndpointConfig(Section):
 
     @property
     def reply_limit(self) -> int | None:
-        """The most tokens that the parameters allow a reply; None if they set no limit."""
+        """Maximum number of tokens that the parameters allow a reply; None if they set no limit."""
         for name in ("max_completion_tokens", "max_tokens"):
             if isinstance(self.parameters.get(name), int):
                 return int(self.parameters[name])
@@ -117,7 +118,8 @@ class JudgeConfig(EndpointConfig):
         int,
         Field(
             ge=14,
-            description="Most items on which the judge itself is tested (30: a control passes with up to two failures; "
+            description="Maximum number of items on which the judge itself is tested (30: a control passes with up "
+            "to two failures; "
             "fewer than 14 cannot prove 80% even without a failure).",
         ),
     ] = 30

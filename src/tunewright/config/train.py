@@ -195,7 +195,8 @@ class TrainConfig(Section):
         int | None,
         Field(
             ge=0,
-            description="Most dev rows that each evaluation answers for evaluate.metric, which chooses the adapter; "
+            description="Maximum number of dev rows that each evaluation answers for evaluate.metric, which chooses "
+            "the adapter; "
             "drawn by the seed (256: a share's standard error is at most 3.1 points; null: all; 0: the dev loss alone "
             "chooses).",
         ),

@@ -59,7 +59,7 @@ class Engine(Protocol):
     max_num_seqs: int
     """The number of requests that are computed at once."""
     context_length: int
-    """The most tokens that a prompt and its answer may have together."""
+    """Maximum number of tokens that a prompt and its answer may have together."""
 
     @property
     def stopped(self) -> str | None:

@@ -91,7 +91,7 @@ class Principal(Protocol):
 
     @property
     def max_tokens(self) -> int | None:
-        """The most tokens that the prompts and answers of one request may have together; None: no limit."""
+        """Maximum number of tokens that the prompts and answers of one request may have together; None: no limit."""
 
     def models(self) -> list[str]:
         """Return the names of the models it may use."""

@@ -46,9 +46,9 @@ ROWS_PER_RESERVED = 8
 ROWS_PER_AHEAD = 4
 """One request for this many rows may be at the engine before there is a row for it."""
 HELD_PASSES = 2
-"""The most passes for which a request is held back, so that it is prefilled together with another one."""
+"""Maximum number of passes for which a request is held back, so that it is prefilled together with another one."""
 BURST_TOKENS = 1000.0
-"""The most credit, in weighted tokens, that a tenant has after a pause."""
+"""Maximum credit, in weighted tokens, that a tenant has after a pause."""
 ACTIVE_SECONDS = 60.0
 """The time for which a tenant counts as active after its last answer."""
 

@@ -160,7 +160,7 @@ class StreamOptions(_Part):
 
 
 MAX_PROMPTS = 128
-"""The most prompts in one completion request."""
+"""Maximum number of prompts in one completion request."""
 
 Label = Annotated[str, Field(max_length=512, pattern=r"^[^\x00-\x1f\x7f]*$")]
 """Stored with a tenant's usage: PostgreSQL takes no NUL."""
@@ -234,7 +234,7 @@ class ChatRequest(_BaseRequest):
 
     @property
     def token_limit(self) -> int | None:
-        """The most tokens the answer may have; None: as many as the context has room for."""
+        """Maximum number of tokens the answer may have; None: as many as the context has room for."""
         return self.max_completion_tokens if self.max_tokens is None else self.max_tokens
 
     @property
@@ -282,7 +282,7 @@ class CompletionRequest(_BaseRequest):
 
     @property
     def token_limit(self) -> int | None:
-        """The most tokens each answer may have; None: :attr:`default_tokens`."""
+        """Maximum number of tokens each answer may have; None: :attr:`default_tokens`."""
         return self.max_tokens
 
     @property

@@ -31,7 +31,7 @@ from tunewright.serving.isolation.probes import TOKENS, Answer, Digest, Ids, Pro
 from tunewright.serving.isolation.result import Check, Failure, IsolationResult
 
 TOLERANCE = {"bfloat16": 0.75, "float32": 0.05, "f16": 0.1, "q8_0": 1.5}
-"""The most nats by which a correct token may fall short, by the precision of the arithmetic.
+"""Maximum nats by which a correct token may fall short, by the precision of the arithmetic.
 
 bfloat16 rounds logits to 8 bits, which is up to 1/16 for logits of 8 to 16, in each of the two models compared. The
 last two are llama.cpp's (see docs/benchmarks/serving.md): f16 has 11 bits, and q8_0 is a slightly different model.

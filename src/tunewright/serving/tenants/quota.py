@@ -107,7 +107,7 @@ class Reservation:
     release_id: int
     digest: str
     tokens: int
-    """The most that prompts and answers can have together."""
+    """Maximum number of tokens of prompts and answers together."""
     end_user: str | None = None
     """The tenant's label for its user."""
 

@@ -40,7 +40,7 @@ class IsolationTest:
     versions: dict[str, str]
     """Versions of packages; those of the engine's environment as ``vllm:torch``."""
     tolerance: float
-    """The most nats by which a correct token may be less likely than the reference's choice."""
+    """Maximum nats by which a correct token may be less likely than the reference's choice."""
     checks: tuple[IsolationCheck, ...]
     alike: tuple[tuple[str, str], ...]
     """Pairs of models, by name, that no prompt distinguishes."""
