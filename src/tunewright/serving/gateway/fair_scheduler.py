@@ -197,7 +197,7 @@ class FairScheduler:
         together = queue[0].prompt + queue[1].prompt <= PREFILL_TOKENS
         if together and self.free - 1 > self._reserved:
             return False
-        # Each pass gives each of its rows one token, so its own counter tells the passes.
+        # Each pass gives each of its rows one token, so its own counter counts the passes.
         passes = HELD_PASSES * own * ANSWER_WEIGHT
         return self._served[tenant] < self._held_until.setdefault(tenant, self._served[tenant] + passes)
 
