@@ -188,7 +188,7 @@ def test_regressions_measures_only_new_suites(project: Project, measured: dict[s
         ("regressions: {multiple_choice: [nowhere.jsonl]}", "nowhere.jsonl"),
         (
             "regressions: {multiple_choice: [{file: questions.jsonl}, {file: questions.jsonl, limit: 3}]}",
-            "Two suites are called",
+            "Two suites have the name",
         ),
         (
             "regressions: {instruction_following: [{file: prompts.jsonl, max_new_token: 3}]}",

@@ -78,7 +78,7 @@ def test_reference_answers_are_read_from_a_file_by_pair_key(tmp_path: Path) -> N
         assert (ran.code, server.bodies) == (2, [])
         assert f"1 of 60 test items have no answer (first: {items[0].key}" in ran.document["error"]["what"]
         write_jsonl(project / "others.jsonl", [*rows, rows[3]])
-        assert "others.jsonl:61: the key" in tunewright("judge", "-p", project).stderr
+        assert "others.jsonl:61: Duplicate key" in tunewright("judge", "-p", project).stderr
         write_jsonl(project / "others.jsonl", rows)
         assert tunewright("judge", "-p", project).code == 0
     section = load_evidence(evaluation).judge

@@ -288,7 +288,7 @@ def test_judge_of_the_bases_family_is_warned_about(tmp_path: Path) -> None:
     with scripted(honest) as server:
         settings = {"base_url": server.url, "model": "Llama-3.3-70B-Instruct"}
         evaluation = write_project(tmp_path / "project", settings, base="meta-llama/Llama-3.1-8B")
-        assert "own family (llama)" in tunewright("judge", "-p", tmp_path / "project").stderr
+        assert "belongs to the base's family (llama)" in tunewright("judge", "-p", tmp_path / "project").stderr
     section = load_evidence(evaluation).judge
     assert section is not None
     assert section.same_family == "llama"
