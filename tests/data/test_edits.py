@@ -106,7 +106,7 @@ def test_applied_edits_start_a_new_review_and_are_not_applied_twice(project: Pro
     judge_next(review(project), "edit")
     apply_edits(project, Listener())
     assert status(project) == "not reviewed"
-    with pytest.raises(UserError, match="no row"):
+    with pytest.raises(UserError, match="No row"):
         apply_edits(project, Listener())
 
 

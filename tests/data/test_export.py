@@ -173,7 +173,7 @@ def test_export_does_not_overwrite_a_file(version: DatasetVersion, tmp_path: Pat
 def test_export_refuses_unknown_formats_and_splits(
     version: DatasetVersion, tmp_path: Path, form: str, split: str
 ) -> None:
-    with pytest.raises(UserError, match="unknown"):
+    with pytest.raises(UserError, match="Unknown"):
         export(version, tmp_path / "x", form, Listener(), split=split)  # type: ignore[arg-type]
 
 

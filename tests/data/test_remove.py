@@ -92,13 +92,13 @@ def test_remove_takes_out_the_rows_that_a_file_names_by_key_prefix_or_object(pro
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
-        ("0123456789abcdef\n", "No row has the key"),
+        ("0123456789abcdef\n", "no row has the key"),
         ("not hex\n", "Not a row's key"),
         ('{"id": 3}\n', "Not a row's key"),
         ('{"suspects": [{"key": "0123456789"}, {"id": 1}]}', "item 2: Not a row's key"),
-        ('["0123456789", "abcdef012345"]', "item 1: No row has the key 0123456789"),
+        ('["0123456789", "abcdef012345"]', "item 1: no row has the key 0123456789"),
         ('{"suspects": []}', "The file has no key"),
-        ("row,from\n0123456789,x\n", "2: No row has the key 0123456789"),
+        ("row,from\n0123456789,x\n", "2: no row has the key 0123456789"),
         ("row;from\n0123456789\n", "1 fields where the header has 2"),
         ("{broken\n", "Not a JSON object"),
         ("\n", "The file has no key"),
@@ -123,7 +123,7 @@ def test_remove_takes_rows_by_query(project: ProjectFolder) -> None:
 
 @pytest.mark.parametrize(
     ("where", "words"),
-    [("output ==", "Invalid JMESPath"), ("contains(line, 'a')", "The expression fails on row"), ("a", "no row of")],
+    [("output ==", "Invalid JMESPath"), ("contains(line, 'a')", "The expression fails on row"), ("a", "No row of")],
 )
 def test_remove_refuses_a_query_that_fails_or_matches_nothing(project: ProjectFolder, where: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
@@ -177,7 +177,7 @@ def test_dry_run_lists_rows_and_changes_nothing(project: ProjectFolder) -> None:
 
 @pytest.mark.parametrize(
     ("where", "words"),
-    [("split == 'test'", "no test row would be left"), ("line > `1`", "clusters would be left|no .* row")],
+    [("split == 'test'", "No test row would be left"), ("line > `1`", "clusters would be left|No .* row")],
 )
 def test_remove_refuses_to_leave_too_little(project: ProjectFolder, where: str, words: str) -> None:
     before = _snapshot(project.dataset)

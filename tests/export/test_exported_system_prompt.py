@@ -71,7 +71,7 @@ def test_merged_gguf_template_adds_the_system_prompt_in_llama_cpp(project: Path)
 
 def test_lora_file_export_notes_the_missing_system_prompt(project: Path) -> None:
     _, notes = _exported(project, "gguf")
-    assert f"The adapter's file alone has no system prompt: send the trained one: {SYSTEM}" in notes
+    assert f"the adapter's file alone has no system prompt: send the trained one: {SYSTEM}" in notes
 
 
 @pytest.mark.parametrize("options", [(), ("--lora",)])
