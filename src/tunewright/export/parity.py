@@ -38,18 +38,18 @@ class Figures(Part):
         float,
         Field(description="Largest change of a log-probability, among the 100 likeliest tokens of each place."),
     ]
-    kl: Annotated[float, Field(description="Mean KL divergence from the trained model to the artefact, nats.")]
+    kl: Annotated[float, Field(description="Mean KL divergence from the trained model to the artifact, nats.")]
     effect: Annotated[float, Field(description="The same from the trained model to its base: what the adapter does.")]
     lost: Annotated[
         float, Field(description="kl / effect: 0 where both agree, 1 for the base itself, or of no effect at all.")
     ]
-    from_base: Annotated[float, Field(description="The same from the base to the artefact.")]
+    from_base: Annotated[float, Field(description="The same from the base to the artifact.")]
     top1: Annotated[float, Field(description="Share of the places at which both find the same token likeliest.")]
     greedy: Annotated[float, Field(description="Share of the prompts with the same greedy answer, token by token.")]
     metric: MetricName
-    score: Annotated[float, Field(description="The artefact's score by the config's metric on these prompts.")]
+    score: Annotated[float, Field(description="The artifact's score by the config's metric on these prompts.")]
     trained_score: Annotated[float, Field(description="The trained model's.")]
-    rendered: Annotated[int, Field(description="Prompts that the artefact itself renders to the ids of training.")]
+    rendered: Annotated[int, Field(description="Prompts that the artifact itself renders to the ids of training.")]
 
 
 class Limits(Part):
