@@ -62,7 +62,9 @@ def data_review(
     reviewer: Annotated[str | None, typer.Option(help="Name of the reviewer.", show_default="your login name")] = None,
     suspects: Annotated[bool, typer.Option("--suspects", help="Review the suspects, apart from the sample.")] = False,
     adapter: Judge = None,
-    second: Annotated[bool, typer.Option("--second", help="Review rows again, blind, that others have reviewed.")] = False,
+    second: Annotated[
+        bool, typer.Option("--second", help="Review rows again, blind, that others have reviewed.")
+    ] = False,
     fixed: Annotated[
         int | None,
         typer.Option(min=0, max=1000, help="Draw a sample of fixed size that allows this many wrong rows."),
