@@ -26,7 +26,7 @@ def main(directory: str) -> None:
     assert (evidence["split"], evidence["design"]) == ("test", "held-out") and evidence["items"] >= 150, evidence
     answers = result["served"]["answers"]
     assert answers[result["adapter"]] == result["served"]["reference"] != result["served"]["prompted"], result["served"]
-    (samples,) = evidence["general"]["suites"]
+    (samples,) = evidence["regressions"]["suites"]
     assert samples["kind"] == "samples" and samples["interval"]["low"] < samples["drop"], samples
     assert Path(result["report"]).stat().st_size > 10_000
     assert len(answers) == 3

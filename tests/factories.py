@@ -10,9 +10,9 @@ from tunewright.config import Metric, metric_name
 from tunewright.core.io import digest
 from tunewright.data.examples import Example, Message
 from tunewright.evidence.common import Interval
+from tunewright.evidence.logged_access import Declared, LoggedAccess
 from tunewright.evidence.schema import Arm, Evidence, Fold, Item
 from tunewright.evidence.scoring import ScoredArms, declared_contrasts, measured_metrics, score_arm, score_arms
-from tunewright.evidence.test_set_access import Declared, LoggedAccess
 from tunewright.metrics import Scorer, scorer_of
 
 COUNTIES = ("Baldwin", "Mobile", "Shelby", "Fulton", "Cobb", "Clay", "Duval", "Orange", "Polk", "Lee", "Knox", "Wayne")
@@ -178,7 +178,7 @@ def fixed_and_broken(items: list[Item], treatment: str, control: str) -> Mapping
 
 
 def make_opening(number: int = 1, previous: str = "", **changes: Any) -> LoggedAccess:
-    """A line of a ledger that is as it should be."""
+    """A line of an access log with its true digest."""
     facts: dict[str, Any] = {
         "number": number,
         "time": f"2026-01-{number:02}T10:00:00+00:00",

@@ -22,8 +22,8 @@ from tunewright.evidence.judge import (
     WinRate,
 )
 from tunewright.evidence.learning_curve import Curve, Point
+from tunewright.evidence.logged_access import Declared, EarlierAccess, LoggedAccess
 from tunewright.evidence.schema import Evidence, LeftOut, Narrowing, SeedSpread
-from tunewright.evidence.test_set_access import Declared, EarlierAccess, LoggedAccess
 
 
 def _suite(name: str, base: float, tuned: float, margin: float | None, *, passed: bool = True) -> Suite:
@@ -265,10 +265,12 @@ def full_evidence() -> Evidence:
     return evidence.model_copy(
         update={
             "arms": arms,
-            "general": GENERAL,
+            "regressions": GENERAL,
             "judge": JUDGE,
             "human_eval": REVIEW,
-            "nearness": scores_by_distance(scored_items(ITEMS), _SIMILAR, evidence.contrasts[0], seed=0, resamples=500),
+            "train_similarity": scores_by_distance(
+                scored_items(ITEMS), _SIMILAR, evidence.contrasts[0], seed=0, resamples=500
+            ),
             "output_templates": scores_by_template(
                 scored_items(ITEMS), _NEW_TEMPLATE, evidence.contrasts[0], seed=0, resamples=500
             ),

@@ -119,7 +119,7 @@ def _evidence() -> Evidence:
             "clusters": len({row["cluster"] for row in test}),
             "arms": _arms(test, recorded.arms, 10_000),
             "contrasts": contrasts,
-            "nearness": scores_by_distance(scored, [row["nearest"] for row in test], contrasts[0], CONFIG.seed),
+            "train_similarity": scores_by_distance(scored, [row["nearest"] for row in test], contrasts[0], CONFIG.seed),
             "dev_arms": _arms(dev, recorded.dev_arms, CHOOSING_RESAMPLES),
             "narrowing": recorded.narrowing.model_copy(update={"items": len(first), "arms": on_first}),
             "static": tuple(

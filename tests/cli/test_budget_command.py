@@ -75,7 +75,7 @@ def test_evaluate_refuses_a_budget_below_the_minimum(project: Path) -> None:
     assert "1 minutes are too few: the arms that are never left out take about" in error["what"]
     assert "(zero-shot, retrieved-1, the best prompting arm, tuned)" in error["what"]
     fewest = int(re.search(r"--minutes (\d+) or more", error["fix"])[1])  # type: ignore[index]
-    assert not (project / "evaluations" / "ledger.jsonl").exists()
+    assert not (project / "evaluations" / "access_log.jsonl").exists()
     assert tunewright("evaluate", "--minutes", str(fewest - 1), "--project", project).code == 2
     assert tunewright("evaluate", "--minutes", str(fewest), "--project", project).code == 0
 
@@ -193,7 +193,7 @@ def test_evaluate_reuses_the_same_budget_and_measures_another(project: Path) -> 
     whole = tunewright("evaluate", "--project", project, "--json").document
     assert whole["evidence"]["budget"] is None
     assert whole["folder"] != first.document["folder"]
-    assert len(tunewright("ledger", "--project", project, "--json").document["openings"]) == 2
+    assert len(tunewright("access-log", "--project", project, "--json").document["openings"]) == 2
 
 
 def test_advise_accepts_a_budget(project: Path) -> None:
@@ -222,7 +222,7 @@ def test_evaluate_counts_stored_answers_after_a_stop(project: Path) -> None:
 def test_verdict_on_dev_is_marked_as_dev_everywhere(project: Path) -> None:
     ran = tunewright("evaluate", "--dev", "--project", project, "--json")
     assert ran.document["split"] == ran.document["evidence"]["split"] == "dev"
-    assert not (project / "evaluations" / "ledger.jsonl").exists()
+    assert not (project / "evaluations" / "access_log.jsonl").exists()
     message = tunewright("verdict", "--project", project, "--json")
     assert message.code == {"ship": 0, "don't ship": 3, "can't tell": 4}[message.document["decision"]]
     assert message.document["split"] == "dev"

@@ -20,7 +20,7 @@ from command_line import tiny_project, tunewright, write_jsonl
 from tunewright.adapters.registry import Adapter, list_adapters
 from tunewright.data.examples import Example, Message
 from tunewright.data.versions import load_version
-from tunewright.evaluation.access_log import LEDGER
+from tunewright.evaluation.access_log import ACCESS_LOG
 
 FOLDS = 3
 
@@ -82,7 +82,7 @@ def test_crossval_answers_each_row_with_an_adapter_that_never_saw_its_cluster(
     evidence, items = _evaluation(folder)
     members = load_version(folder / "dataset").members
     assert [item["key"] for item in items] == [m.key for m in members]
-    assert sum(band["items"] for band in evidence["nearness"]["bands"]) == len(items)
+    assert sum(band["items"] for band in evidence["train_similarity"]["bands"]) == len(items)
     assert all(0 <= item["nearest"] <= 1 for item in items)
     assert len(given) == 2 * FOLDS  # to train on and to choose by, fold after fold
     for number in range(1, FOLDS + 1):
@@ -160,7 +160,7 @@ def test_crossval_resumes_to_the_same_evidence_after_a_kill(
         time.sleep(0.02)
     running.send_signal(signal.SIGKILL)
     running.wait()
-    assert [file.name for file in (other / "evaluations").iterdir()] == [LEDGER]
+    assert [file.name for file in (other / "evaluations").iterdir()] == [ACCESS_LOG]
     before = {p: p.stat().st_mtime_ns for p in adapters.glob("tiny-*/*")}
     assert 0 < len(list_adapters(adapters)) < FOLDS
     assert tunewright("crossval", "--folds", str(FOLDS), "-p", other).code == 0

@@ -74,7 +74,7 @@ def test_evaluate_dev_scores_dev_items_by_template_and_distance(project: Path, t
     assert [item["new_template"] for item in items] == [output_template(i["reference"]) not in known for i in items]
     assert all(0 <= item["nearest"] <= 1 for item in items)
     parts = [part["items"] for part in (evidence["output_templates"][name] for name in ("seen", "new")) if part]
-    assert sum(parts) == sum(band["items"] for band in evidence["nearness"]["bands"]) == len(items)
+    assert sum(parts) == sum(band["items"] for band in evidence["train_similarity"]["bands"]) == len(items)
     message = tunewright("verdict", folder.name, "-p", copy, "--json").document["reasons"]
     assert sum("dev items have an output template seen in training" in r or "every dev item" in r for r in message) == 1
     assert tunewright("report", folder.name, "-p", copy).code == 0

@@ -113,10 +113,10 @@ def test_evidence_matches_the_items(project: Path) -> None:
     items = [json.loads(line) for line in (folder / "items.jsonl").read_text().split("\n") if line]
     assert len(items) == evidence["items"]
     near = [item["nearest"] for item in items]
-    for band in evidence["nearness"]["bands"]:
+    for band in evidence["train_similarity"]["bands"]:
         last = band["high"] == 1
         assert sum(band["low"] <= each < band["high"] or (last and each == 1) for each in near) == band["items"] > 0
-    assert sum(band["items"] for band in evidence["nearness"]["bands"]) == len(items)
+    assert sum(band["items"] for band in evidence["train_similarity"]["bands"]) == len(items)
     for arm in evidence["arms"]:
         right = sum(item["answers"][arm["name"]].strip() == item["reference"] for item in items)
         assert arm["scores"]["exact_match"]["value"] == right / len(items)

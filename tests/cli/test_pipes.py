@@ -52,7 +52,7 @@ ENVIRONMENT |= {"PYTHONPATH": os.pathsep.join(sys.path), "TERM": "xterm"}
         ("data", "verify"),
         ("adapters", "list"),
         ("estimate-memory", "--gpu", "24GB"),
-        ("ledger",),
+        ("access-log",),
         ("config", "show"),
         ("releases",),
         ("tenant", "usage"),

@@ -1,4 +1,4 @@
-"""The ledger of openings: a line that was changed, removed or put in is found and named."""
+"""The access log of openings: a line that was changed, removed or put in is found and named."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from factories import make_evidence, make_items, make_opening
 from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json, write_text
-from tunewright.evaluation.access_log import LEDGER, Ledger
+from tunewright.evaluation.access_log import ACCESS_LOG, AccessLog
+from tunewright.evidence.logged_access import EarlierAccess, LoggedAccess, openings_text
 from tunewright.evidence.schema import EVIDENCE_FILE
-from tunewright.evidence.test_set_access import EarlierAccess, LoggedAccess, openings_text
 from tunewright.evidence.verdict import verdict
 
 EVIDENCE = make_evidence(make_items())
@@ -33,7 +33,7 @@ def lines(openings: list[LoggedAccess]) -> list[str]:
 
 
 def written(folder: Path, text: list[str]) -> Path:
-    write_text(folder / LEDGER, "".join(f"{line}\n" for line in text))
+    write_text(folder / ACCESS_LOG, "".join(f"{line}\n" for line in text))
     return folder
 
 
@@ -44,40 +44,40 @@ def facts(opening: LoggedAccess) -> dict[str, Any]:
 
 def found(folder: Path) -> str:
     with pytest.raises(UserError) as error:
-        Ledger(folder)
+        AccessLog(folder)
     assert error.value.where is not None
-    assert "Restore the ledger" in str(error.value.fix)
-    return error.value.where.removeprefix(str(folder / LEDGER))
+    assert "Restore the access log" in str(error.value.fix)
+    return error.value.where.removeprefix(str(folder / ACCESS_LOG))
 
 
 def test_openings_are_chained_and_read_back(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path)
-    assert ledger.openings == []
-    first, second = (ledger.open(**facts(make_opening(n))) for n in (1, 2))
+    access_log = AccessLog(tmp_path)
+    assert access_log.openings == []
+    first, second = (access_log.open(**facts(make_opening(n))) for n in (1, 2))
     assert (first.number, first.previous, second.number, second.previous) == (1, "", 2, first.digest)
-    assert Ledger(tmp_path).openings == [first, second]
+    assert AccessLog(tmp_path).openings == [first, second]
 
 
 def test_ledger_never_rewrites_a_line(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path)
-    ledger.open(**facts(make_opening(1)))
-    before = (tmp_path / LEDGER).read_text()
-    ledger.open(**facts(make_opening(2)))
-    assert (tmp_path / LEDGER).read_text().startswith(before)
+    access_log = AccessLog(tmp_path)
+    access_log.open(**facts(make_opening(1)))
+    before = (tmp_path / ACCESS_LOG).read_text()
+    access_log.open(**facts(make_opening(2)))
+    assert (tmp_path / ACCESS_LOG).read_text().startswith(before)
 
 
 def test_ledger_counts_a_resumed_evaluation_as_one_opening(tmp_path: Path) -> None:
-    first = Ledger(tmp_path).open(**facts(make_opening(1)))
-    Ledger(tmp_path).open(**facts(make_opening(2)))
-    assert Ledger(tmp_path).open(**facts(make_opening(1))) == first
-    assert len(Ledger(tmp_path).openings) == 2
+    first = AccessLog(tmp_path).open(**facts(make_opening(1)))
+    AccessLog(tmp_path).open(**facts(make_opening(2)))
+    assert AccessLog(tmp_path).open(**facts(make_opening(1))) == first
+    assert len(AccessLog(tmp_path).openings) == 2
 
 
 def test_ledger_records_both_of_two_concurrent_openings(tmp_path: Path) -> None:
-    one, other = Ledger(tmp_path), Ledger(tmp_path)
+    one, other = AccessLog(tmp_path), AccessLog(tmp_path)
     one.open(**facts(make_opening(1)))
     assert other.open(**facts(make_opening(2))).number == 2
-    assert len(Ledger(tmp_path).openings) == 2
+    assert len(AccessLog(tmp_path).openings) == 2
 
 
 CHANGES = [("margin", "0.02", "0.01"), ("author", '"ann"', '"bob"'), ("time", "2026-01", "2025-01")]
@@ -98,9 +98,9 @@ def test_ledger_detects_any_changed_character(tmp_path_factory: Any, line: int, 
     place = data.draw(st.integers(0, len(text[line]) - 1))
     other = data.draw(st.characters(codec="utf-8", exclude_characters="\n" + text[line][place]))
     text[line] = text[line][:place] + other + text[line][place + 1 :]
-    folder = written(tmp_path_factory.mktemp("ledger"), text)
+    folder = written(tmp_path_factory.mktemp("access-log"), text)
     try:
-        assert Ledger(folder).openings == chain(3)  # white space between values says nothing
+        assert AccessLog(folder).openings == chain(3)  # white space between values says nothing
     except UserError as error:
         assert str(error.where).endswith((f":{line + 1}", f":{line + 2}"))
 
@@ -136,9 +136,9 @@ def test_ledger_detects_truncation_by_the_evidence(tmp_path: Path, left: int) ->
     openings = chain(2)
     evidence = EVIDENCE.model_copy(update={"opening": openings[1], "id": openings[1].evaluation})
     write_text(tmp_path / evidence.id / EVIDENCE_FILE, evidence.model_dump_json())
-    assert Ledger(written(tmp_path, lines(openings))).openings == openings
+    assert AccessLog(written(tmp_path, lines(openings))).openings == openings
     assert found(written(tmp_path, lines(openings)[:left])) == ":2"
-    (tmp_path / LEDGER).unlink()
+    (tmp_path / ACCESS_LOG).unlink()
     assert found(tmp_path) == ":2"
 
 
@@ -152,7 +152,7 @@ def test_ledger_detects_a_rebuilt_chain_by_the_evidence(tmp_path: Path) -> None:
 def test_evidence_older_than_the_ledger_needs_none(tmp_path: Path) -> None:
     older = {k: v for k, v in json.loads(EVIDENCE.model_dump_json()).items() if k not in {"opening", "openings"}}
     write_text(tmp_path / EVIDENCE.id / EVIDENCE_FILE, json.dumps(older))
-    assert Ledger(tmp_path).openings == []
+    assert AccessLog(tmp_path).openings == []
 
 
 # What a verdict says of earlier openings

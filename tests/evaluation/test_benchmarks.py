@@ -41,7 +41,7 @@ def turns_end() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Project:
     """A project with suites of each kind and an adapter."""
-    folder = tiny_project(tmp_path_factory.mktemp("general") / "project", tiny_base_folder)
+    folder = tiny_project(tmp_path_factory.mktemp("regressions") / "project", tiny_base_folder)
     file = folder / "tunewright.yaml"
     file.write_text(file.read_text().replace("regressions:\n  samples: 0\n", CONFIG))
     words = ["stone", "water", "a long river", "sun", "ice and snow"]
@@ -162,7 +162,7 @@ def test_regressions_reuses_suites_and_adds_them_to_the_evidence(project: Projec
     assert "Loading" not in again.stderr
     assert "decides nothing" in again.stdout
     evidence = project.evaluate().evidence
-    assert evidence.general == Benchmarks.model_validate(measured["regressions"])
+    assert evidence.regressions == Benchmarks.model_validate(measured["regressions"])
     message = command("verdict", "-p", project.folder.root).stdout
     assert "It decides nothing" in message
 

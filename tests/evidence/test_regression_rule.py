@@ -112,14 +112,14 @@ def test_regression_decision_follows_the_table(
     suites: list[Suite], ship: str, unknown: str, no: str, code: int
 ) -> None:
     general = _general(*suites)
-    decisions = [verdict(e.model_copy(update={"general": general})).decision for e in (SHIP, OPEN, NO)]
+    decisions = [verdict(e.model_copy(update={"regressions": general})).decision for e in (SHIP, OPEN, NO)]
     assert decisions == [ship, unknown, no]
     assert standing(general).exit_code == code
     assert (standing(general).result is None) == all(suite.margin is None for suite in suites)
 
 
 def test_regression_reasons_are_plain_sentences() -> None:
-    evidence = SHIP.model_copy(update={"general": _general(_made("worse"), _made("not worse", name="b"))})
+    evidence = SHIP.model_copy(update={"regressions": _general(_made("worse"), _made("not worse", name="b"))})
     message = verdict(evidence).reasons
     assert (
         "arc, 500 items: 60.0% with the adapter off, 50.0% with it on; worse by 10 points, at most 15 points (95%). "
@@ -133,7 +133,7 @@ def test_regression_reasons_are_plain_sentences() -> None:
 
 
 def test_evidence_with_regressions_round_trips() -> None:
-    evidence = SHIP.model_copy(update={"general": _general(_made("worse"))})
+    evidence = SHIP.model_copy(update={"regressions": _general(_made("worse"))})
     text = json.dumps(evidence.model_dump(mode="json"))
     assert type(evidence).model_validate_json(text) == evidence
 

@@ -23,7 +23,7 @@ from tunewright.metrics import p_text, points_text
 from tunewright.report.markdown import plain, verdict_markdown
 
 EVIDENCE = make_evidence(make_items(60), also=["bleu"])
-FULL = EVIDENCE.model_copy(update={"general": GENERAL, "judge": JUDGE, "human_eval": REVIEW})
+FULL = EVIDENCE.model_copy(update={"regressions": GENERAL, "judge": JUDGE, "human_eval": REVIEW})
 GITHUB = MarkdownIt("commonmark").enable(["table", "strikethrough"])
 NASTY = (
     "a | b\n# c @team/all #12 GH-3 <img src=x onerror=alert(1)> [l](http://x) ![i](y) `c` **b** ~~s~~ &lt; \\ \u202e"
@@ -129,7 +129,7 @@ def _with_text(text: str) -> Evidence:
     first = FULL.contrasts[0].model_copy(update={"left_out": {text: 3}})
     changes: dict[str, Any] = {
         "project": text,
-        "general": GENERAL.model_copy(update={"suites": suites}),
+        "regressions": GENERAL.model_copy(update={"suites": suites}),
         "judge": JUDGE.model_copy(update={"model": text}),
         "human_eval": reviewer,
         "contrasts": [first, *FULL.contrasts[1:]],

@@ -20,8 +20,8 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import digest, write_json, write_text
 from tunewright.evidence.common import Interval
 from tunewright.evidence.learning_curve import CURVE_FILE, find_curve, more_data
+from tunewright.evidence.logged_access import openings_text
 from tunewright.evidence.schema import Evidence
-from tunewright.evidence.test_set_access import openings_text
 from tunewright.metrics import p_text, points_text
 from tunewright.report.html import render_report
 from tunewright.report.sections import train_similarity
@@ -109,8 +109,8 @@ def test_arms_section_shows_the_deciding_metric_first() -> None:
 
 
 def test_scores_by_distance_match_the_evidence() -> None:
-    assert FULL.nearness is not None
-    for band, row in zip(FULL.nearness.bands, _page().tables["Table of scores by distance"][1:], strict=True):
+    assert FULL.train_similarity is not None
+    for band, row in zip(FULL.train_similarity.bands, _page().tables["Table of scores by distance"][1:], strict=True):
         assert row[0] == f"{band.low:.1f} to {band.high:.1f}"
         assert row[1] == f"{band.items} {band.clusters} clusters"
         for arm, cell in zip(FULL.arms, row[2:], strict=False):
@@ -146,11 +146,11 @@ def test_scores_by_output_template_match_the_evidence() -> None:
     ],
 )
 def test_similarity_section_answers_by_the_farther_half(low: float, high: float, answer: str) -> None:
-    found = FULL.nearness
+    found = FULL.train_similarity
     assert found is not None
     far = found.farther.model_copy(update={"interval": Interval(low=low, high=high)})
-    changed = FULL.model_copy(update={"nearness": found.model_copy(update={"farther": far})})
-    assert answer in _read(changed).sections["nearness"]
+    changed = FULL.model_copy(update={"train_similarity": found.model_copy(update={"farther": far})})
+    assert answer in _read(changed).sections["train-similarity"]
 
 
 def test_suites_are_shown_with_margin_limit_and_controls() -> None:
@@ -162,8 +162,8 @@ def test_suites_are_shown_with_margin_limit_and_controls() -> None:
         assert row[4].split()[0] == f"{scale * suite.drop:+.{digits}f}"
         assert row[5].split()[0] == f"{scale * suite.limit:+.{digits}f}"
         assert row[6] == ("none" if suite.margin is None else f"{scale * suite.margin:.{digits}f}")
-    assert "Controls of trivia: guessing 0.61, must be above 25% (FAILED)." in _page().sections["general"]
-    assert "Not measured: gsm8k: needs the extra lm-eval" in _page().sections["general"]
+    assert "Controls of trivia: guessing 0.61, must be above 25% (FAILED)." in _page().sections["regressions"]
+    assert "Not measured: gsm8k: needs the extra lm-eval" in _page().sections["regressions"]
 
 
 def test_cost_section_separates_cached_tokens() -> None:
@@ -253,13 +253,13 @@ def test_vetoed_judge_section_shows_the_veto_and_no_finding() -> None:
 
 
 def test_openings_and_what_was_declared_are_shown() -> None:
-    message = _page().sections["ledger"]
-    assert "Line 3 of the ledger, 2026-11-02 09:58 by ann." in message
+    message = _page().sections["access-log"]
+    assert "Line 3 of the access log, 2026-11-02 09:58 by ann." in message
     assert "tuned against retrieved-4 by exact match, margin 2 points, which decides" in message
     assert openings_text(FULL.openings, 60) in message
     row = ["line 1", "2026-10-28 16:02", "ben", "fedcba987654", "legal-0", "60"]
     assert _page().tables["Table of openings"][1:] == [row]
-    assert "not been opened before" in _read(FULL.model_copy(update={"openings": ()})).sections["ledger"]
+    assert "not been opened before" in _read(FULL.model_copy(update={"openings": ()})).sections["access-log"]
 
 
 def test_prompting_section_shows_narrowing_draws_and_left_out_arms() -> None:
@@ -282,7 +282,7 @@ def test_noise_floor_is_shown_with_the_differences() -> None:
 
 def test_unmeasured_parts_have_no_section() -> None:
     bare = _read(BARE)
-    gone = {"nearness", "output-templates", "general", "judge", "people", "ledger", "more-data"}
+    gone = {"train-similarity", "output-templates", "regressions", "judge", "human-eval", "access-log", "more-data"}
     assert gone <= set(_page().sections)
     assert not gone & set(bare.sections)
     for read in (_page(), bare):
@@ -301,7 +301,7 @@ def test_every_section_escapes_users_text() -> None:
     assert FULL.opening is not None
     changed = FULL.model_copy(
         update={
-            "general": general,
+            "regressions": general,
             "judge": JUDGE.model_copy(update={"model": NASTY}),
             "human_eval": REVIEW.model_copy(update={"reviewers": who}),
             "opening": FULL.opening.model_copy(update={"author": NASTY}),
@@ -310,7 +310,7 @@ def test_every_section_escapes_users_text() -> None:
     page = render_report(changed, ITEMS, [])
     assert not re.search(r"<(script|img)|\bon\w+=alert(?!\(1\)&gt;)", page.replace("onerror=alert(1)&gt;", ""))
     read = _Tables(page)
-    for anchor in ("general", "judge", "people", "ledger"):
+    for anchor in ("regressions", "judge", "human-eval", "access-log"):
         assert NASTY in read.sections[anchor]
 
 
@@ -377,16 +377,16 @@ def test_report_command_needs_only_the_evaluation(tmp_path: Path, tiny_base_fold
     assert "The evaluated adapter was removed" in ran.stderr
     read = _Tables((folder / "report.html").read_text())
     assert "`tunewright advise` measures it" in read.sections["cost"]
-    assert {"nearness", "general", "people", "judge", "ledger"} <= set(read.sections)
+    assert {"train-similarity", "regressions", "human-eval", "judge", "access-log"} <= set(read.sections)
     assert _page().tables["Table of arms"] == read.tables["Table of arms"]
 
 
 def test_unscored_bands_have_no_answer() -> None:
-    found = FULL.nearness
+    found = FULL.train_similarity
     assert found is not None
     far = found.bands[0].model_copy(update={"difference": None, "interval": None, "scores": {}})
     changed = FULL.model_copy(
-        update={"nearness": found.model_copy(update={"bands": (far, *found.bands[1:]), "farther": far})}
+        update={"train_similarity": found.model_copy(update={"bands": (far, *found.bands[1:]), "farther": far})}
     )
     section = train_similarity.section(changed)
     assert section is not None

@@ -139,8 +139,8 @@ def test_small_draw_is_the_start_of_a_larger_one(tmp_path: Path, tiny_base_folde
     assert len({normalised(s.instruction) for s in large.used}) == 8
 
 
-@pytest.mark.parametrize(("wanted", "chunk"), [(4, 4), (11, 11), (12, 24), (40, 24)])
-def test_draw_writes_no_more_than_asked_for_when_that_is_less_than_half_a_chunk(
+@pytest.mark.parametrize(("wanted", "chunk"), [(1, 1), (4, 6), (11, 16), (16, 24), (40, 24)])
+def test_draw_writes_half_as_many_more_as_asked_for_at_most(
     tmp_path: Path, tiny_base_folder: Path, wanted: int, chunk: int
 ) -> None:
     project = replay_project(tmp_path / "project", tiny_base_folder)

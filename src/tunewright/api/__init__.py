@@ -75,7 +75,7 @@ class Project(EvaluationsApi):
         self.engine = EnginesApi(self.reporter)
         self.tenant = TenantsApi(self)
         self.audit = AuditApi(self)
-        releases = ReleasesApi(self, self.ledger)
+        releases = ReleasesApi(self, self.access_log)
         self.deploy, self.promote, self.rollback = releases.deploy, releases.promote, releases.rollback
         self.undeploy, self.releases, self.shadow = releases.undeploy, releases.history, releases.shadow
         self.keys = SigningKeysApi(self)
@@ -293,11 +293,11 @@ class Project(EvaluationsApi):
         Raises:
             UserError: the access log was changed, or too few minutes.
         """
-        from tunewright.evaluation.benchmarks.runner import evaluate_with_general, open_suites
+        from tunewright.evaluation.benchmarks.runner import evaluate_with_benchmarks, open_suites
 
         # Faults in a benchmark's file are reported before anything is measured.
         suites = open_suites(self.folder) if self.folder.config.regressions.measures else []
-        return evaluate_with_general(*self._contest(adapter, "test", minutes), suites)
+        return evaluate_with_benchmarks(*self._contest(adapter, "test", minutes), suites)
 
     def evaluate_on_dev(self, adapter: str | None = None, *, minutes: float | None = None) -> EvaluateResult:
         """Compare as :meth:`evaluate` does, on the dev split that chose the adapter and the prompting arm."""
@@ -334,11 +334,11 @@ class Project(EvaluationsApi):
         Raises:
             UserError: no benchmark, an unreadable file, or no adapter that fits.
         """
-        from tunewright.evaluation.benchmarks.runner import measure_general, open_suites
+        from tunewright.evaluation.benchmarks.runner import measure_benchmarks, open_suites
 
         suites = open_suites(self.folder)
         tuned = find_adapter(self.folder.adapters, adapter)
-        return measure_general(self.arm_runner(tuned), tuned, suites)
+        return measure_benchmarks(self.arm_runner(tuned), tuned, suites)
 
     def crossval(self, *, folds: int = FOLDS, force: bool = False) -> EvaluateResult:
         """Cross-validate the config on all rows of the current version, for sets too small to hold out a test.

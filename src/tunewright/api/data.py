@@ -291,7 +291,7 @@ class DatasetApi:
             f"{metric_label(evidence.metric)}."
             + (
                 " `tunewright report` shows that metric by distance and output template."
-                if evidence.nearness is not None
+                if evidence.train_similarity is not None
                 else ""
             )
         )

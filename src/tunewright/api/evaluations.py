@@ -16,11 +16,11 @@ from tunewright.data.review.reviews import findings, read_reviews
 from tunewright.data.versions.members import read_places
 from tunewright.data.versions.store import version_folder
 from tunewright.data.versions.version import read_manifest
-from tunewright.evaluation.access_log import Ledger
+from tunewright.evaluation.access_log import AccessLog
 from tunewright.evidence.causes import Labels, ProjectFacts, decided
 from tunewright.evidence.learning_curve import find_curve
+from tunewright.evidence.logged_access import LoggedAccess
 from tunewright.evidence.schema import Evidence, amend, find_evaluation, load_evidence, load_items
-from tunewright.evidence.test_set_access import LoggedAccess
 from tunewright.evidence.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -132,13 +132,13 @@ class EvaluationsApi(ProjectContext):
         evidence = self._evidence(evaluation)
         return decided(evidence, known_of(self.folder, evidence, self.reporter))
 
-    def ledger(self) -> list[LoggedAccess]:
+    def access_log(self) -> list[LoggedAccess]:
         """Return every access to the test split, oldest first.
 
         Raises:
             UserError: a line was changed or is missing; the first one is named.
         """
-        return Ledger(self.folder.evaluations).openings
+        return AccessLog(self.folder.evaluations).openings
 
     def verdict_markdown(self, evaluation: str | Path | None = None) -> str:
         """Return the verdict and its measurements as GitHub Markdown, for a pull request comment.
@@ -214,7 +214,7 @@ class EvaluationsApi(ProjectContext):
         """Return an evaluation's evidence; one of this project needs an intact access log."""
         place = self.evaluation(evaluation)
         if self.folder.evaluations.resolve() in place.resolve().parents:
-            self.ledger()
+            self.access_log()
         return load_evidence(place)
 
 

@@ -36,7 +36,7 @@ _EXTRAS = {
     "liger": ("liger-kernel", "liger_kernel", "train.use_liger_kernel"),
     "gguf": ("xllamacpp", "xllamacpp", "export gguf, export ollama"),
     "presidio": ("presidio-analyzer", "presidio_analyzer", "data add --presidio"),
-    "lm-eval": ("lm-eval", "lm_eval", "general.lm_eval in regressions and evaluate"),
+    "lm-eval": ("lm-eval", "lm_eval", "regressions.lm_eval in regressions and evaluate"),
     "s3": ("s3fs", "s3fs", "data push s3://…, data pull s3://…"),
 }
 """Each extra's package, its module, and what needs it."""

@@ -41,8 +41,7 @@ def evaluate(
 ) -> None:
     """Compare the adapter with zero-shot and the best prompting arm on the held-out test split.
 
-    Evaluating opens the test split. The planned comparison is recorded in the ledger first (`tunewright ledger`).
-    Resumes where it stopped.
+    Before the test split is opened, the planned comparison is written to the access log. Resumes where it stopped.
     """
     project = run.project
     result = project.evaluate_on_dev(adapter, minutes=minutes) if dev else project.evaluate(adapter, minutes=minutes)
@@ -96,7 +95,7 @@ def evidence_tables(evidence: Evidence) -> list[RenderableType]:
         *_left_out(evidence.budget),
         *engine,
         *([noise_text(evidence.noise_floor)] if evidence.noise_floor else []),
-        *(regressions_tables(evidence.general) if evidence.general else ()),
+        *(regressions_tables(evidence.regressions) if evidence.regressions else ()),
     ]
 
 

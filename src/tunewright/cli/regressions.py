@@ -23,7 +23,7 @@ _COLOURS = {"not worse": "green", "worse": "bold red", "can't tell": "yellow"}
 def regressions(run: Session, adapter: Adapter = None) -> int:
     """Compare general abilities without and with the adapter: not worse (exit code 0), worse (3) or can't tell (4).
 
-    The suites are those of the config's general section; `evaluate` measures them too. Resumes where it stopped.
+    The suites are those of the config's `regressions` section; `evaluate` measures them too. Resumes where it stopped.
     """
     result = run.project.regressions(adapter)
     standing = result.standing
@@ -32,7 +32,7 @@ def regressions(run: Session, adapter: Adapter = None) -> int:
         if result.folder
         else "`tunewright evaluate` adds it to the adapter's evidence, once there is some."
     )
-    run.show(regressions_document(result), *regressions_tables(result.general), *standing.reasons, evidence)
+    run.show(regressions_document(result), *regressions_tables(result.benchmarks), *standing.reasons, evidence)
     return standing.exit_code
 
 
@@ -46,16 +46,16 @@ def regressions_document(result: BenchmarkResult) -> dict[str, Any]:
         "result": standing.result,
         "decides": standing.decides,
         "reasons": list(standing.reasons),
-        "regressions": result.general.model_dump(mode="json"),
+        "regressions": result.benchmarks.model_dump(mode="json"),
     }
 
 
-def regressions_tables(general: Benchmarks) -> list[RenderableType]:
+def regressions_tables(benchmarks: Benchmarks) -> list[RenderableType]:
     """Return the suites without and with the adapter, and their controls."""
     table = Table(title="General abilities without and with the adapter", title_justify="left")
     for name in ("suite", "items", "off", "on", "drop", "95% interval", "limit", "margin", "needed", "result"):
         table.add_column(name, justify="left" if name in ("suite", "result") else "right", no_wrap=True)
-    for suite in general.suites:
+    for suite in benchmarks.suites:
         result = Text(suite.result, style=_COLOURS[suite.result]) if suite.gates else Text("decides nothing")
         interval = f"{_drop(suite, suite.interval.low)} to {_drop(suite, suite.interval.high)}"
         needed = "" if suite.items_needed is None else f"{suite.items_needed:,}"
@@ -72,21 +72,21 @@ def regressions_tables(general: Benchmarks) -> list[RenderableType]:
             needed,
             result,
         )
-    tables: list[RenderableType] = [table] if general.suites else []
-    if any(suite.controls for suite in general.suites):
-        tables.append(_controls_table(general))
-    for suite in general.suites:
+    tables: list[RenderableType] = [table] if benchmarks.suites else []
+    if any(suite.controls for suite in benchmarks.suites):
+        tables.append(_controls_table(benchmarks))
+    for suite in benchmarks.suites:
         if suite.divergence is not None:
             tables.append(f"Divergence from base to tuned: {suite.divergence:.4f} nats per token.")
         tables += [f"{suite.name}: {reason}." for reason in suite.left_out]
     return tables
 
 
-def _controls_table(general: Benchmarks) -> Table:
+def _controls_table(benchmarks: Benchmarks) -> Table:
     table = Table(title="Controls: a suite that fails one decides nothing", title_justify="left")
     for name in ("suite", "control", "items", "score", "required", ""):
         table.add_column(name, justify="right" if name in ("items", "score") else "left", overflow="fold")
-    for suite in general.suites:
+    for suite in benchmarks.suites:
         for control in suite.controls:
             passed = Text("passed", style="green") if control.passed else Text("failed", style="bold red")
             table.add_row(

@@ -1,4 +1,4 @@
-"""``verdict``, ``report`` and ``ledger``: conclusions from the evidence, and accesses to the test split."""
+"""``verdict``, ``report`` and ``access-log``: conclusions from the evidence, and accesses to the test split."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tunewright.cli.app import EVALUATE, app, command
 from tunewright.cli.console import Session
 
 if TYPE_CHECKING:
-    from tunewright.evidence.test_set_access import LoggedAccess
+    from tunewright.evidence.logged_access import LoggedAccess
     from tunewright.evidence.verdict import Verdict
 
 Evaluation = Annotated[
@@ -51,13 +51,13 @@ def report(run: Session, evaluation: Evaluation = None) -> None:
     run.show({"report": str(path)}, f"Report: {path}")
 
 
-@command(app, "ledger", panel=EVALUATE, example="tunewright ledger")
-def ledger(run: Session) -> None:
+@command(app, "access-log", panel=EVALUATE, example="tunewright access-log")
+def access_log(run: Session) -> None:
     """List every opening of the test split: who, when and why. Changed or removed lines are detected."""
-    openings = run.unopened.ledger()
+    openings = run.unopened.access_log()
     run.show(
         {"openings": [opening.model_dump(mode="json") for opening in openings]},
-        ledger_table(openings) if openings else "The test split has not been opened yet.",
+        access_log_table(openings) if openings else "The test split has not been opened yet.",
     )
 
 
@@ -73,8 +73,8 @@ def verdict_text(decision: Verdict) -> Text:
     return text
 
 
-def ledger_table(openings: Sequence[LoggedAccess]) -> Table:
-    """Return the openings of the test split, in the ledger's order."""
+def access_log_table(openings: Sequence[LoggedAccess]) -> Table:
+    """Return the openings of the test split, in the access log's order."""
     table = Table(title="Openings of the test split", title_justify="left")
     for name in ("line", "opened (UTC)", "by", "evaluation", "adapter", "items", "declared"):
         wide = name in {"by", "adapter", "declared"}

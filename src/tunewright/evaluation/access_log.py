@@ -1,4 +1,4 @@
-"""The access log: evaluations/ledger.jsonl, an append-only record of every opening of the test set.
+"""The access log: evaluations/access_log.jsonl, an append-only record of every opening of the test set.
 
 Each line holds its own digest and the digest of the line before, so a changed, removed or inserted line is detected.
 Truncation is detected through the evidence, which holds the line of its own opening. The file cannot reveal a rewrite
@@ -21,14 +21,14 @@ from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json, text_lines, write_text, writing
 from tunewright.data.versions.members import read_places
+from tunewright.evidence.logged_access import EarlierAccess, LoggedAccess
 from tunewright.evidence.schema import EVIDENCE_FILE
-from tunewright.evidence.test_set_access import EarlierAccess, LoggedAccess
 
-LEDGER = "ledger.jsonl"
-_RESTORE = "Restore the ledger, for example from git: it records how often the test was opened."
+ACCESS_LOG = "access_log.jsonl"
+_RESTORE = "Restore the access log, for example from git: it records how often the test was opened."
 
 
-class Ledger:
+class AccessLog:
     """The recorded openings of the test set.
 
     Args:
@@ -39,7 +39,7 @@ class Ledger:
     """
 
     def __init__(self, evaluations: Path) -> None:
-        self.path = evaluations / LEDGER
+        self.path = evaluations / ACCESS_LOG
         self.openings = _read(self.path)
         self._require_those_of_the_evidence()
 
@@ -71,7 +71,7 @@ class Ledger:
         """Return the earlier openings that share items with this one.
 
         Args:
-            opening: a line of this ledger.
+            opening: a line of this log.
             dataset: the project's dataset versions, which determine the items that earlier evaluations opened.
             keys: the pair keys of this opening's items.
         """
@@ -108,7 +108,7 @@ def _read(path: Path) -> list[LoggedAccess]:
             opening = LoggedAccess.model_validate_json(line)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-            what = f"Not a line of the ledger: {'.'.join(map(str, first['loc']))} {first['msg']}"
+            what = f"Not a line of the access log: {'.'.join(map(str, first['loc']))} {first['msg']}"
             raise UserError(what, where=where, fix=_RESTORE) from None
         if opening.true_digest != opening.digest:
             raise UserError(f"Line {number} was changed after it was written", where=where, fix=_RESTORE)
@@ -146,7 +146,7 @@ def _shared(other: LoggedAccess, dataset: Path, keys: set[str]) -> int | None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Lock the ledger for one writer, waiting for any other; the lock dies with its process."""
+    """Lock the access log for one writer, waiting for any other; the lock dies with its process."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)

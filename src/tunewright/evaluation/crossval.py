@@ -25,7 +25,7 @@ from tunewright.data.dedup.output_leakage import new_templates
 from tunewright.data.splits import SPLITS
 from tunewright.data.versions import DatasetVersion, Member
 from tunewright.data.versions.version import current_author
-from tunewright.evaluation.access_log import Ledger
+from tunewright.evaluation.access_log import AccessLog
 from tunewright.evaluation.answer_journal import Answer
 from tunewright.evaluation.arm_runner import (
     ArmRunner,
@@ -48,9 +48,9 @@ from tunewright.evaluation.runner import (
 )
 from tunewright.evaluation.train_similarity import Distances, scores_by_distance, scores_by_template
 from tunewright.evidence.answer_format import answer_form
+from tunewright.evidence.logged_access import LoggedAccess
 from tunewright.evidence.schema import EVIDENCE_FILE, SCHEMA_VERSION, Advice, Evidence, Fold, load_evidence
 from tunewright.evidence.scoring import ScoredArms, count_references, measured_metrics, report_references
-from tunewright.evidence.test_set_access import LoggedAccess
 from tunewright.metrics import Scorer, metric_inputs, open_scorers, score_all
 from tunewright.models.bases import Base
 from tunewright.training.rows import require_min_examples
@@ -167,11 +167,11 @@ class CrossValidation:
             KeyboardInterrupt: a signal stopped the run; finished work is kept.
         """
         folder = self.project.evaluations / self.identity
-        ledger = Ledger(self.project.evaluations)
+        access_log = AccessLog(self.project.evaluations)
         if (folder / EVIDENCE_FILE).exists():
             return EvaluateResult(folder, load_evidence(folder), evaluated=False)
-        opening = self._open(ledger)
-        earlier = ledger.earlier(opening, self.project.dataset, {m.key for m in self.version.domain})
+        opening = self._open(access_log)
+        earlier = access_log.earlier(opening, self.project.dataset, {m.key for m in self.version.domain})
         report_opening(opening, earlier, self.reporter)
         report_references([m.example for m in self.version.domain], "item", self.reporter)
         done: list[_Done] = []
@@ -189,7 +189,7 @@ class CrossValidation:
         evidence = self._evidence(done, roles, answers, scored)
         nearest = {key: near for v in self.versions for key, near in nearest_training(v, self.reporter).items()}
         near = [nearest[m.key] for m in self.version.domain]
-        nearness = scores_by_distance(scored, near, evidence.contrasts[0], self.config.seed)
+        train_similarity = scores_by_distance(scored, near, evidence.contrasts[0], self.config.seed)
         new = self._new_templates()
         templates = (
             new
@@ -199,7 +199,12 @@ class CrossValidation:
             )
         )
         evidence = evidence.model_copy(
-            update={"opening": opening, "openings": earlier, "nearness": nearness, "output_templates": templates}
+            update={
+                "opening": opening,
+                "openings": earlier,
+                "train_similarity": train_similarity,
+                "output_templates": templates,
+            }
         )
         fold_of = {m.key: n for n, v in enumerate(self.versions, start=1) for m in v.examples("test")}
         save_evaluation(folder, evidence, self.version.domain, answers, scored, Distances(nearest, new), fold_of)
@@ -210,10 +215,10 @@ class CrossValidation:
         by_fold = [new_templates(version.members) for version in self.versions]
         return {key: new for fold in by_fold for key, new in (fold or {}).items()} if all(by_fold) else None
 
-    def _open(self, ledger: Ledger) -> LoggedAccess:
-        """Open the line in the ledger; the prompting arm of each fold is not known yet."""
+    def _open(self, access_log: AccessLog) -> LoggedAccess:
+        """Open the line in the access log; the prompting arm of each fold is not known yet."""
         with_retrieved = TUNED_RETRIEVED if self._tries_retrieved else None
-        return ledger.open(
+        return access_log.open(
             author=current_author(self.project.root),
             evaluation=self.identity,
             design="cross-fitted",

@@ -15,7 +15,7 @@ from tunewright.data.dedup.leakage import nearest_training
 from tunewright.data.dedup.output_leakage import new_templates
 from tunewright.data.versions import Member
 from tunewright.data.versions.version import current_author
-from tunewright.evaluation.access_log import LEDGER, Ledger
+from tunewright.evaluation.access_log import ACCESS_LOG, AccessLog
 from tunewright.evaluation.answer_journal import Answer
 from tunewright.evaluation.arm_runner import ArmRunner, measured_arm, measured_with, scored_arms
 from tunewright.evaluation.arms import TUNED, TUNED_CONSTRAINED, ZERO_SHOT, ArmPlan, plan_of, tuned_retrieved
@@ -23,6 +23,7 @@ from tunewright.evaluation.repeats import noise_floor
 from tunewright.evaluation.train_similarity import Distances, scores_by_distance, scores_by_template
 from tunewright.evidence.answer_format import answer_form
 from tunewright.evidence.common import Budget
+from tunewright.evidence.logged_access import Declared, EarlierAccess, LoggedAccess, openings_text
 from tunewright.evidence.schema import (
     DEV_PREFIX,
     EVIDENCE_FILE,
@@ -42,7 +43,6 @@ from tunewright.evidence.scoring import (
     measured_metrics,
     report_references,
 )
-from tunewright.evidence.test_set_access import Declared, EarlierAccess, LoggedAccess, openings_text
 from tunewright.metrics import check_references, references_of
 
 
@@ -106,7 +106,7 @@ def report_opening(opening: LoggedAccess, earlier: Sequence[EarlierAccess], repo
     first = opening.declared[0]
     assert first.margin is not None
     reporter.say(
-        f"The test split is opened (line {opening.number} of {LEDGER}). Declared: {first.treatment} "
+        f"The test split is opened (line {opening.number} of {ACCESS_LOG}). Declared: {first.treatment} "
         f"against {first.control} by {first.metric}, margin {100 * first.margin:g} points"
         + "".join(f"; {other.treatment} against {other.control}" for other in opening.declared[1:])
     )
@@ -154,7 +154,7 @@ class EvaluationProgress:
     evaluated: bool
     """Its evidence exists."""
     opened: bool
-    """Its prompts may be made: its line is in the ledger, or it is on dev."""
+    """Its prompts may be made: its line is in the access log, or it is on dev."""
 
 
 def evaluation_progress(
@@ -163,11 +163,11 @@ def evaluation_progress(
     """Return the progress of an adapter's evaluation; nothing is opened.
 
     Raises:
-        UserError: the ledger is damaged.
+        UserError: the access log is damaged.
     """
     settled = _settle(arm_runner, adapter, advice)
     evaluated = (_folder(arm_runner, settled, split) / EVIDENCE_FILE).exists()
-    opened = split == "dev" or any(o.evaluation == settled.identity for o in Ledger(arm_runner.folder).openings)
+    opened = split == "dev" or any(o.evaluation == settled.identity for o in AccessLog(arm_runner.folder).openings)
     return EvaluationProgress(settled.plans, evaluated, opened)
 
 
@@ -188,21 +188,21 @@ def _tell_of_newer(folder: Path, reporter: Reporter) -> None:
 def evaluate(arm_runner: ArmRunner, adapter: Adapter, advice: Advice) -> EvaluateResult:
     """Open the test split: answer it zero-shot, with the best prompting arm and with the adapter, and compare.
 
-    The planned comparison is in the ledger before any of its prompts is made.
+    The planned comparison is in the access log before any of its prompts is made.
 
     Raises:
-        UserError: the ledger is damaged.
+        UserError: the access log is damaged.
     """
     config, version = arm_runner.project.config, arm_runner.version
     settled = _settle(arm_runner, adapter, advice)
-    ledger = Ledger(arm_runner.folder)
+    access_log = AccessLog(arm_runner.folder)
     folder = _folder(arm_runner, settled, "test")
     if (folder / EVIDENCE_FILE).exists():
         _tell_of_newer(folder, arm_runner.reporter)
         return EvaluateResult(folder, load_evidence(folder), evaluated=False)
     test = version.examples("test")
     arm_runner.warn_of_longer("test")
-    opening = ledger.open(
+    opening = access_log.open(
         author=current_author(arm_runner.project.root),
         evaluation=settled.identity,
         design="held-out",
@@ -214,7 +214,7 @@ def evaluate(arm_runner: ArmRunner, adapter: Adapter, advice: Advice) -> Evaluat
         base=arm_runner.generator.base.digest,
         declared=settled.declared,
     )
-    earlier = ledger.earlier(opening, arm_runner.project.dataset, {m.key for m in test})
+    earlier = access_log.earlier(opening, arm_runner.project.dataset, {m.key for m in test})
     report_opening(opening, earlier, arm_runner.reporter)
     report_references([m.example for m in test], "test item", arm_runner.reporter)
     check_references(arm_runner.scorers, [m.example for m in test], "test", arm_runner.reporter)
@@ -265,8 +265,8 @@ def _by_distance(
     nearest = nearest_training(version, arm_runner.reporter, split)
     new = new_templates(version.members, (split,))
     templates = None if new is None else scores_by_template(scored, [new[key] for key in keys], deciding, seed)
-    nearness = scores_by_distance(scored, [nearest[key] for key in keys], deciding, seed)
-    measured = evidence.model_copy(update={"nearness": nearness, "output_templates": templates})
+    train_similarity = scores_by_distance(scored, [nearest[key] for key in keys], deciding, seed)
+    measured = evidence.model_copy(update={"train_similarity": train_similarity, "output_templates": templates})
     return measured, Distances(nearest, new)
 
 

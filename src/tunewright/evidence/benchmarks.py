@@ -113,16 +113,16 @@ class RegressionResult:
         return {None: 0, "not worse": 0, "worse": 3, "can't tell": 4}[self.result]
 
 
-def standing(general: Benchmarks) -> RegressionResult:
+def standing(benchmarks: Benchmarks) -> RegressionResult:
     """Return *worse* if any deciding benchmark is worse, *not worse* if none can be, else *can't tell*.
 
     All must be shown to be not worse, so the level needs no correction (an intersection-union test, Berger 1982).
     Without a margin there is no question, so the answer is not "can't tell".
     """
-    deciding = [suite for suite in general.suites if suite.gates]
-    asked = [suite for suite in general.suites if suite.margin is not None]
-    reasons = tuple(suite_text(suite) for suite in general.suites) + tuple(
-        f"Not measured: {reason}" for reason in general.not_measured
+    deciding = [suite for suite in benchmarks.suites if suite.gates]
+    asked = [suite for suite in benchmarks.suites if suite.margin is not None]
+    reasons = tuple(suite_text(suite) for suite in benchmarks.suites) + tuple(
+        f"Not measured: {reason}" for reason in benchmarks.not_measured
     )
     return RegressionResult(_together(asked, deciding), bool(deciding), reasons)
 

@@ -17,7 +17,7 @@ from tunewright.evidence.benchmarks import Benchmarks
 from tunewright.evidence.common import ArmScore, Budget, EngineUsed, Interval, NoiseFloor, Part, References
 from tunewright.evidence.human_eval import AnswerReview
 from tunewright.evidence.judge import Judgement
-from tunewright.evidence.test_set_access import Design, EarlierAccess, LoggedAccess
+from tunewright.evidence.logged_access import Design, EarlierAccess, LoggedAccess
 from tunewright.evidence.train_similarity import OutputTemplates, TrainSimilarity
 from tunewright.metrics import Kind
 
@@ -252,7 +252,7 @@ class Evidence(Part):
         tuple[EarlierAccess, ...],
         Field(description="Earlier accesses to the same items; each one is a look at the test split."),
     ] = ()
-    nearness: Annotated[
+    train_similarity: Annotated[
         TrainSimilarity | None, Field(description="Scores by similarity to the training data; null in older evidence.")
     ] = None
     output_templates: Annotated[
@@ -270,7 +270,7 @@ class Evidence(Part):
         Field(description="Digests and versions: dataset, split, base, template, adapter, packages."),
     ]
     human_eval: Annotated[AnswerReview | None, Field(description="Blind preferences of people.")] = None
-    general: Annotated[
+    regressions: Annotated[
         Benchmarks | None, Field(description="Regression benchmarks with the adapter off and on; null: not measured.")
     ] = None
     judge: Annotated[

@@ -9,11 +9,11 @@ from typing import Any, Literal
 from tunewright.config import MetricName
 from tunewright.data.dedup.output_leakage import HIGH
 from tunewright.evidence.benchmarks import standing
+from tunewright.evidence.logged_access import openings_text
 from tunewright.evidence.power import ALPHA
 from tunewright.evidence.preferences import decisive_preferences
 from tunewright.evidence.sample_size import items_to_settle
 from tunewright.evidence.schema import Arm, Contrast, Evidence
-from tunewright.evidence.test_set_access import openings_text
 from tunewright.metrics import p_text, points_text, score_text
 
 Decision = Literal["ship", "don't ship", "can't tell"]
@@ -73,13 +73,13 @@ def verdict(evidence: Evidence) -> Verdict:
     """
     contrast = evidence.contrasts[0]
     decision, why = _decide(evidence, contrast)
-    decision, general = _with_benchmarks(evidence, decision)
+    decision, regressions = _with_benchmarks(evidence, decision)
     decision, said = _with_preferences(evidence, decision)
     reasons = (
         _measurement(evidence, contrast),
         *why,
         *_left_out(contrast),
-        *general,
+        *regressions,
         *said,
         *_scope(evidence),
         *_cautions(evidence, contrast),
@@ -89,9 +89,9 @@ def verdict(evidence: Evidence) -> Verdict:
 
 def _with_benchmarks(evidence: Evidence, decision: Decision) -> tuple[Decision, list[str]]:
     """Return the decision after the benchmarks, and the reasons."""
-    if evidence.general is None:
+    if evidence.regressions is None:
         return decision, []
-    found = standing(evidence.general)
+    found = standing(evidence.regressions)
     if found.result == "worse":
         head = "The adapter loses more than the margin in general ability, which no gain outweighs."
         return "don't ship", [head, *found.reasons]

@@ -15,6 +15,7 @@ from tunewright.evidence.learning_curve import Curve
 from tunewright.evidence.schema import Evidence, Item
 from tunewright.report.blocks import Section
 from tunewright.report.sections import (
+    access_log,
     arms,
     benchmarks,
     contrasts,
@@ -25,7 +26,6 @@ from tunewright.report.sections import (
     method,
     prompting,
     summary,
-    test_set_access,
     train_similarity,
     training,
 )
@@ -99,7 +99,7 @@ def page_sections(
         prompting.section(evidence),
         training.section(evidence, history),
         training.curve_section(curve),
-        test_set_access.section(evidence),
+        access_log.section(evidence),
         method.section(evidence),
         method.lineage(evidence),
     )

@@ -28,7 +28,7 @@ def verdict_markdown(evidence: Evidence, known: ProjectFacts | None = None) -> s
     """
     result = decided(evidence, known)
     measured, *reasons = result.reasons
-    in_table = {suite_text(suite) for suite in evidence.general.suites} if evidence.general else set()
+    in_table = {suite_text(suite) for suite in evidence.regressions.suites} if evidence.regressions else set()
     blocks = [
         f"## {headline(result)}: {plain(evidence.project)}",
         plain(measured),
@@ -37,7 +37,7 @@ def verdict_markdown(evidence: Evidence, known: ProjectFacts | None = None) -> s
         _list([plain(cause_text(cause)) for cause in result.causes]),
         _arms(evidence),
         _contrasts(evidence),
-        _suites(evidence.general.suites) if evidence.general else "",
+        _suites(evidence.regressions.suites) if evidence.regressions else "",
         plain(noise_line(evidence.noise_floor)) if evidence.noise_floor else "",
         _made_with(evidence),
     ]

@@ -103,7 +103,7 @@ class Sampler:
         purpose: "replay" or "held-out": draws of one seed for different purposes are independent.
         work: the project's working folder.
         reporter: shows the progress.
-        wanted: how many will be requested. If fewer than half a chunk, only as many are drawn together.
+        wanted: how many will be requested. Up to half as many more are drawn together.
     """
 
     def __init__(
@@ -119,7 +119,8 @@ class Sampler:
         wanted: int | None = None,
     ) -> None:
         self.chat = chat
-        self.chunk = _CHUNK if wanted is None or 2 * wanted >= _CHUNK else wanted
+        # In half as many more, enough are usable; a second chunk would take as long as the first.
+        self.chunk = _CHUNK if wanted is None else min(_CHUNK, wanted + wanted // 2)
         self.complete = complete
         self.seed = f"{seed}:{purpose}"
         self.reporter = reporter

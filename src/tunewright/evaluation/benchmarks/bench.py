@@ -76,7 +76,7 @@ class Bench:
             "adapter": adapter.digest if adapter else None,
             **decides,
         }
-        return MeasurementCache(self.project.work / "general" / "items" / f"{digest(identity)[:16]}.json")
+        return MeasurementCache(self.project.work / "regressions" / "items" / f"{digest(identity)[:16]}.json")
 
 
 class MeasurementCache:

@@ -29,7 +29,7 @@ class BenchmarkResult:
     """The result of measuring the suites."""
 
     adapter: Adapter
-    general: Benchmarks
+    benchmarks: Benchmarks
     measured: bool
     """False when the same suites had already been measured."""
     folder: Path | None
@@ -38,7 +38,7 @@ class BenchmarkResult:
     @property
     def standing(self) -> RegressionResult:
         """True if the adapter is worse at what the base could do."""
-        return standing(self.general)
+        return standing(self.benchmarks)
 
 
 def open_suites(project: ProjectFolder) -> list[OpenSuite]:
@@ -64,7 +64,7 @@ def open_suites(project: ProjectFolder) -> list[OpenSuite]:
     return suites
 
 
-def measure_general(arm_runner: ArmRunner, adapter: Adapter, suites: Sequence[OpenSuite]) -> BenchmarkResult:
+def measure_benchmarks(arm_runner: ArmRunner, adapter: Adapter, suites: Sequence[OpenSuite]) -> BenchmarkResult:
     """Measure the suites, or reuse their measurement; evidence on this adapter gets the section.
 
     Args:
@@ -85,32 +85,32 @@ def measure_general(arm_runner: ArmRunner, adapter: Adapter, suites: Sequence[Op
             "dedup_threshold": project.config.data.dedup_threshold,
         }
     )[:12]
-    file = project.work / "general" / f"{identity}.json"
+    file = project.work / "regressions" / f"{identity}.json"
     known = file.exists()
     if known:
-        general = Benchmarks.model_validate_json(file.read_text(encoding="utf-8"))
+        benchmarks = Benchmarks.model_validate_json(file.read_text(encoding="utf-8"))
     else:
         bench = Bench(project, arm_runner.version, generator, adapter, arm_runner.reporter)
-        general = _measured(bench, suites, identity)
-        write_json(file, general.model_dump(mode="json"))
+        benchmarks = _measured(bench, suites, identity)
+        write_json(file, benchmarks.model_dump(mode="json"))
     folder = evaluation_of(project, adapter, arm_runner.reporter)
-    if folder is not None and load_evidence(folder).general != general:
-        amend(folder, general=general)
-    return BenchmarkResult(adapter, general, not known, folder)
+    if folder is not None and load_evidence(folder).regressions != benchmarks:
+        amend(folder, regressions=benchmarks)
+    return BenchmarkResult(adapter, benchmarks, not known, folder)
 
 
-def evaluate_with_general(
+def evaluate_with_benchmarks(
     arm_runner: ArmRunner, adapter: Adapter, advice: Advice, suites: Sequence[OpenSuite]
 ) -> EvaluateResult:
     """Answer the test split and measure the suites; without suites, evidence keeps its earlier section."""
     result = evaluate(arm_runner, adapter, advice)
     if not suites:
         return result
-    general = measure_general(arm_runner, adapter, suites)
+    measured = measure_benchmarks(arm_runner, adapter, suites)
     evidence = load_evidence(result.folder)
-    if evidence.general != general.general:  # it is not the newest evaluation of its adapter
-        evidence = amend(result.folder, general=general.general)
-    return EvaluateResult(result.folder, evidence, result.evaluated or general.measured)
+    if evidence.regressions != measured.benchmarks:  # it is not the newest evaluation of its adapter
+        evidence = amend(result.folder, regressions=measured.benchmarks)
+    return EvaluateResult(result.folder, evidence, result.evaluated or measured.measured)
 
 
 def evaluation_of(project: ProjectFolder, adapter: Adapter, reporter: Reporter) -> Path | None:

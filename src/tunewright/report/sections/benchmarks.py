@@ -17,7 +17,7 @@ _AXES: dict[Unit, str] = {"share": "loss, points", "nats per token": "loss, nats
 
 def section(evidence: Evidence) -> Section | None:
     """Return every suite with its result and the loss that its margin allows."""
-    found = evidence.general
+    found = evidence.regressions
     if found is None:
         return None
     blocks: list[Block] = [
@@ -30,7 +30,7 @@ def section(evidence: Evidence) -> Section | None:
         suites = [suite for suite in found.suites if suite.unit == unit]
         if suites:
             title = f"Loss of general ability, {axis}, with 95% intervals"
-            drawn = forest_plot(f"general-{place}", title, [_bar(suite) for suite in suites], axis=axis, zero=True)
+            drawn = forest_plot(f"regressions-{place}", title, [_bar(suite) for suite in suites], axis=axis, zero=True)
             blocks.append(Figure(Markup(drawn)))
     if found.suites:
         blocks.append(_table(found.suites))
@@ -39,7 +39,7 @@ def section(evidence: Evidence) -> Section | None:
     left_out = tuple(f"{suite.name}, left out: {reason}" for suite in found.suites for reason in suite.left_out)
     if controls or missing or left_out:
         blocks.append(Notes((*controls, *left_out, *missing)))
-    return Section("general", "What was forgotten", tuple(blocks))
+    return Section("regressions", "What was forgotten", tuple(blocks))
 
 
 def _scale(suite: Suite) -> float:

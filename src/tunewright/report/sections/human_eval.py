@@ -24,7 +24,7 @@ def section(evidence: Evidence) -> Section | None:
         head = ("Raters", "Items both judged", "Agreed", "Cohen’s kappa", "95% interval")
         blocks.append(Table("Table of agreement", head, tuple(_agreement(each) for each in review.agreements)))
     blocks.append(Notes(_notes(review)))
-    return Section("people", "What people say", tuple(blocks))
+    return Section("human-eval", "What people say", tuple(blocks))
 
 
 def _win_rates(review: AnswerReview, alone: Score) -> Table:

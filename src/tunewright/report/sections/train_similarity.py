@@ -17,11 +17,11 @@ from tunewright.report.text import counted, percent_interval, points_interval
 
 def section(evidence: Evidence) -> Section | None:
     """Return each arm's score by similarity to training inputs, and a conclusion for the farthest items."""
-    found = evidence.nearness
+    found = evidence.train_similarity
     if found is None:
         return None
     drawn = bands_plot(
-        "nearness",
+        "train-similarity",
         f"Arms by {axis_label(evidence.metric)} in bands of similarity to the nearest training input",
         [f"{_name(band)}\n{counted(band.items, 'item')}" for band in found.bands],
         _series(evidence, found.bands),
@@ -34,7 +34,7 @@ def section(evidence: Evidence) -> Section | None:
         "comparisons and decide nothing."
     )
     return Section(
-        "nearness",
+        "train-similarity",
         "Does it only work on near copies?",
         (Lead(lead), Figure(Markup(drawn)), _table(evidence, found)),
     )

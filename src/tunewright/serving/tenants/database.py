@@ -23,6 +23,9 @@ BUSY_SECONDS = 10
 _SCHEMA_LOCK = 7_263_148_051  # an arbitrary number among PostgreSQL's advisory locks
 _WRITES = "tunewright_writes"
 
+_SETTING = "--database-url or serve.database_url"
+_URLS = "Use postgresql://USER@HOST/DATABASE or sqlite:///FILE."
+
 
 class StateUnavailableError(UserError):
     """The database does not answer or refuses; nothing was changed."""
@@ -153,15 +156,15 @@ def _checked(url: str) -> URL:
         parsed = make_url(url)
         backend = parsed.get_backend_name()
     except (ArgumentError, NoSuchModuleError) as error:
-        raise UserError(f"Invalid database URL {url!r}: {error}", where="serve.database_url") from None
+        raise UserError(f"Invalid database URL {url!r}: {error}", where=_SETTING, fix=_URLS) from None
     if backend == "sqlite" and parsed.database:
         return parsed.set(drivername="sqlite")
     if backend == "postgresql":
         return parsed.set(drivername="postgresql+psycopg")
     raise UserError(
         f"Unsupported database {backend}",
-        where="serve.database_url",
-        fix="Use postgresql://USER@HOST/DATABASE or sqlite:///FILE.",
+        where=_SETTING,
+        fix=_URLS,
     )
 
 

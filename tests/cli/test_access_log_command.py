@@ -16,7 +16,7 @@ import pytest
 
 import tunewright as package
 from command_line import pairs, tiny_project, tunewright, write_jsonl
-from tunewright.evaluation.access_log import LEDGER
+from tunewright.evaluation.access_log import ACCESS_LOG
 
 FAST = "  static_seeds: 1\n  retrievers: [bm25]\n"
 
@@ -30,7 +30,7 @@ def add_keys(project: Path, text: str) -> None:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
     """A project with an adapter, its test split closed."""
-    folder = tiny_project(tmp_path_factory.mktemp("ledger") / "project", tiny_base_folder)
+    folder = tiny_project(tmp_path_factory.mktemp("access-log") / "project", tiny_base_folder)
     add_keys(folder, FAST)
     assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
     assert tunewright("train", "-p", folder).code == 0
@@ -44,7 +44,7 @@ def project(trained: Path, tmp_path: Path) -> Path:
 
 
 def openings(project: Path) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = tunewright("ledger", "-p", project, "--json").document["openings"]
+    found: list[dict[str, Any]] = tunewright("access-log", "-p", project, "--json").document["openings"]
     return found
 
 
@@ -54,7 +54,7 @@ def test_evaluate_declares_the_contrast_before_building_test_prompts(
     from tunewright.evaluation.arm_runner import ArmRunner
 
     def answers(*_: object) -> None:
-        (line,) = [json.loads(text) for text in (project / "evaluations" / LEDGER).read_text().splitlines()]
+        (line,) = [json.loads(text) for text in (project / "evaluations" / ACCESS_LOG).read_text().splitlines()]
         assert line["declared"][0]["control"]
         raise KeyboardInterrupt
 
@@ -75,7 +75,7 @@ def test_evaluate_declares_the_contrast_before_building_test_prompts(
 
 def test_ledger_records_an_opening_for_new_settings_only(project: Path) -> None:
     message = tunewright("evaluate", "-p", project).stderr
-    assert "The test split is opened (line 1 of ledger.jsonl). Declared: tuned against" in " ".join(message.split())
+    assert "The test split is opened (line 1 of access_log.jsonl). Declared: tuned against" in " ".join(message.split())
     assert tunewright("evaluate", "-p", project).code == 0
     assert tunewright("verdict", "-p", project).code in {0, 3, 4}
     assert len(openings(project)) == 1
@@ -98,10 +98,10 @@ def test_ledger_records_an_opening_for_new_settings_only(project: Path) -> None:
 
 def test_verdict_and_evaluate_refuse_a_changed_ledger_line(project: Path) -> None:
     assert tunewright("evaluate", "-p", project).code == 0
-    file = project / "evaluations" / LEDGER
+    file = project / "evaluations" / ACCESS_LOG
     whole = file.read_text()
     file.write_text(whole.replace('"margin":0.02', '"margin":0.01'))
-    for command in ("verdict", "evaluate", "ledger", "crossval"):
+    for command in ("verdict", "evaluate", "access-log", "crossval"):
         ran = tunewright(command, "-p", project, "--json")
         assert (ran.code, ran.document["error"]["where"]) == (2, f"{file}:1"), command
     file.unlink()
@@ -152,7 +152,7 @@ def test_ledger_counts_a_resumed_evaluation_once(project: Path) -> None:
     command = [sys.executable, "-m", "tunewright", "evaluate", "-p", str(project)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     running = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
-    file = project / "evaluations" / LEDGER
+    file = project / "evaluations" / ACCESS_LOG
     end = time.monotonic() + 300
     while not file.exists():
         assert running.poll() is None and time.monotonic() < end

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from tunewright.evidence.logged_access import Declared, EarlierAccess, openings_text
 from tunewright.evidence.schema import Evidence
-from tunewright.evidence.test_set_access import Declared, EarlierAccess, openings_text
 from tunewright.metrics import metric_label
 from tunewright.report.blocks import Block, Lead, Row, Section, Table, cells
 
@@ -15,7 +15,7 @@ def section(evidence: Evidence) -> Section | None:
         return None
     by = f" by {opening.author}" if opening.author else ""
     lead = (
-        f"Line {opening.number} of the ledger, {_day(opening.time)}{by}. Declared before any prompt was built: "
+        f"Line {opening.number} of the access log, {_day(opening.time)}{by}. Declared before any prompt was built: "
         f"{'; '.join(_declared(each) for each in opening.declared)}."
     )
     blocks: list[Block] = [Lead(lead)]
@@ -27,7 +27,7 @@ def section(evidence: Evidence) -> Section | None:
         ]
     else:
         blocks.append(Lead("These test items had not been opened before."))
-    return Section("ledger", "Openings of the test items", tuple(blocks))
+    return Section("access-log", "Openings of the test items", tuple(blocks))
 
 
 def _day(time: str) -> str:

@@ -24,7 +24,7 @@ class Declared(Part):
 
 
 class LoggedAccess(Part):
-    """A line of ``ledger.jsonl``: an evaluation that is about to read the test split."""
+    """A line of ``access_log.jsonl``: an evaluation that is about to read the test split."""
 
     schema_version: Literal[1] = 1
     number: Annotated[int, Field(description="The line, from 1.")]
@@ -51,7 +51,7 @@ class LoggedAccess(Part):
 class EarlierAccess(Part):
     """An earlier access to items of this evaluation."""
 
-    number: Annotated[int, Field(description="Its line in the ledger.")]
+    number: Annotated[int, Field(description="Its line in the access log.")]
     time: str
     author: str | None
     evaluation: str
