@@ -73,6 +73,6 @@ DOCUMENTS: dict[str, tuple[type[BaseModel], str]] = {
     "advice": (Advice, "`evaluations/advice-ID.json`: prompting arms measured on the dev split."),
     "evidence": (Evidence, "`evaluations/ID/evidence.json`: everything a verdict rests on."),
     "items": (Item, "`evaluations/ID/items.jsonl`: one test item a line, with every arm's answer."),
-    "learning-curve": (Curve, "`evaluations/ID/curve.json`: scores over the number of training rows."),
+    "learning-curve": (Curve, "`curves/ID/curve.json`: scores over the number of training rows."),
 }
 """JSON documents on disk that a pydantic model reads: name, model, where it lies."""

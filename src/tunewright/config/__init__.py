@@ -16,7 +16,7 @@ from tunewright.config.data import DataConfig, Duplicates, Findable, MixConfig
 from tunewright.config.gateway import GatewayConfig
 from tunewright.config.judge import EndpointConfig, JudgeConfig, ReferenceModelConfig
 from tunewright.config.metrics import Metric, MetricName, metric_name
-from tunewright.config.regressions import GeneralConfig
+from tunewright.config.regressions import RegressionsConfig
 from tunewright.config.section import AnswerEngineName, EngineName, Quantization, RetrieverName, Section
 from tunewright.config.structured_outputs import ConstrainConfig
 from tunewright.config.train import PRESETS, ReplayConfig, Tracker, TrainConfig
@@ -35,7 +35,6 @@ __all__ = [
     "EvaluateConfig",
     "Findable",
     "GatewayConfig",
-    "GeneralConfig",
     "JudgeConfig",
     "Metric",
     "MetricName",
@@ -43,6 +42,7 @@ __all__ = [
     "PriceConfig",
     "Quantization",
     "ReferenceModelConfig",
+    "RegressionsConfig",
     "ReplayConfig",
     "RetrieverName",
     "ServeConfig",
@@ -297,7 +297,7 @@ class Config(Section):
     advise: AdviseConfig = AdviseConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
-    regressions: GeneralConfig = GeneralConfig()
+    regressions: RegressionsConfig = RegressionsConfig()
     judge: JudgeConfig = JudgeConfig()
     serve: ServeConfig = ServeConfig()
     gateway: GatewayConfig = GatewayConfig()

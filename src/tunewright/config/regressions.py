@@ -54,7 +54,7 @@ def _named(key: str) -> BeforeValidator:
     return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
 
 
-class GeneralConfig(Section):
+class RegressionsConfig(Section):
     """Suites of general capability, measured with the adapter off and on to show what tuning lost."""
 
     samples: Annotated[
