@@ -25,12 +25,14 @@ def executed(tiny_base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     return notebook, work / "project"
 
 
+@pytest.mark.slow
 def test_notebook_leaves_evidence_and_a_report(executed: Any) -> None:
     _notebook, project = executed
     (folder,) = [found.parent for found in project.glob("evaluations/*/evidence.json")]
     assert (folder / "report.html").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_notebook_prints_a_verdict_and_a_served_answer(executed: Any) -> None:
     notebook, _project = executed
     printed = [output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])]

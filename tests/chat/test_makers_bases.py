@@ -46,6 +46,7 @@ def _project(folder: Path, base: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("maker", BASES)
 def test_served_dialogue_has_the_ids_of_training(maker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = BASES[maker](tmp_path / "base")
@@ -78,6 +79,7 @@ def test_encode_accepts_a_base(tmp_path: Path) -> None:
     assert list(encode(base, messages).ids) == makers.mistral_reference("v7", messages)
 
 
+@pytest.mark.slow
 def test_llama3_template_on_its_base_model_is_refused_but_not_the_plain_form(tmp_path: Path) -> None:
     """Llama 3's base models were never trained on the tokens that chat templates are made of."""
     base = makers.build_llama3_base(tmp_path / "base", "llama3")

@@ -118,6 +118,7 @@ def test_evidence_comparison_report_and_comment_name_the_engine(
     assert "Answers are computed by peft: there is no CUDA card." in " ".join(other.stderr.split())
 
 
+@pytest.mark.slow
 def test_evaluate_resumes_from_the_journal_after_a_kill_that_also_ends_vllm(
     project: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

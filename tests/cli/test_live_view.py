@@ -128,6 +128,7 @@ def test_view_has_no_colours_when_disabled() -> None:
     assert not re.search(r"\x1b\[[0-9;]*3[0-7]m", _written(console))
 
 
+@pytest.mark.slow
 def test_run_shows_one_view_on_a_terminal_and_lines_with_json(tmp_path: Path, tiny_base_folder: Path) -> None:
     folder = tiny_project(tmp_path / "project", tiny_base_folder)
     first = Terminal("run", "-p", folder)

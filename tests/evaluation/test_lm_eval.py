@@ -62,6 +62,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) ->
     return project
 
 
+@pytest.mark.slow
 @installed
 def test_lm_eval_task_equals_one_choice_at_a_time_with_adapter_off_and_on(
     project: Project, tiny_base_folder: Path

@@ -55,6 +55,7 @@ def _largest(shape: Shape, setup: TrainingSetup, length: int) -> BatchShape:
     return BatchShape(count, 0, length, length)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "setup", "load"),
     [

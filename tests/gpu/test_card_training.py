@@ -85,6 +85,7 @@ def test_training_stays_on_the_gpu(card: CardProcess, name: str, options: dict[s
     assert report.launches["_varlen_attn", None] > report.launches["_varlen_attn_backward", None] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"nf4": True}, {"mistral": True, "window": 8}])
 def test_kl_replay_stays_on_the_gpu(card: CardProcess, options: dict[str, Any]) -> None:
     report = card.run(_run, "tiny", 3, replay={"samples": 4, "kl_coef": 0.5}, **options)
@@ -92,6 +93,7 @@ def test_kl_replay_stays_on_the_gpu(card: CardProcess, options: dict[str, Any]) 
     assert not [copy for copy in report.copies if copy.in_layer]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("replay", "reads"), [(None, 2), ({"samples": 4, "kl_coef": 0.5}, 3)])
 def test_step_copies_only_logged_values_from_the_gpu(
     card: CardProcess, replay: dict[str, Any] | None, reads: int
@@ -113,6 +115,7 @@ def test_dev_loss_is_copied_from_the_gpu_once(card: CardProcess) -> None:
     assert not [copy for copy in report.copies if copy.blocking and copy.where.endswith("_evaluation_metrics")]
 
 
+@pytest.mark.slow
 def test_micro_batch_chunks_move_to_the_gpu_without_waiting(card: CardProcess) -> None:
     fewer, more = (card.run(_in_smaller_pieces, steps) for steps in (2, 3))
     assert len(more.syncs) - len(fewer.syncs) == 2
@@ -135,6 +138,7 @@ def _blocking(report: Report) -> Counter[str]:
     return Counter(copy.where for copy in report.copies if copy.blocking)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nf4", [False, True])
 def test_training_allocates_no_quadratic_tensor(card: CardProcess, nf4: bool) -> None:
     load = BatchShape(rows=32, shared=100, own=120, trained=4)
@@ -149,6 +153,7 @@ def test_gradients_of_shared_tokens_are_summed_in_float32(card: CardProcess) -> 
     assert {dtype for name, dtype in launches if name in sums} == {torch.float32}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"nf4": True}, {"mistral": True, "window": 8}])
 def test_gpu_before_ampere_trains_in_float32_without_flash_attention(
     card: CardProcess, options: dict[str, Any]

@@ -109,6 +109,7 @@ def test_decoding_an_8b_takes_a_bounded_number_of_launches_copies_and_syncs(card
     assert seen["piece"].syncs == seen["prefix"].syncs == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [{"top_p": 1.0}, {"top_p": 0.9}])
 def test_sampling_on_the_gpu_adds_one_copy_and_no_sync(card: CardProcess, how: dict[str, float]) -> None:
     greedy = card.run(_decode, ["a"] * 4, 2)
@@ -156,6 +157,7 @@ def _answers_while_training(quantization: str, dropout: float) -> tuple[list[str
     return answers, _measured(work)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("quantization", "dropout"), [("nf4", 0.0), ("none", 0.0), ("none", 0.1), ("nf4", 0.1)])
 def test_dev_answers_during_training_stay_on_the_gpu(card: CardProcess, quantization: str, dropout: float) -> None:
     answers, seen = card.run(_answers_while_training, quantization, dropout)

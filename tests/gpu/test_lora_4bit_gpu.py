@@ -53,6 +53,7 @@ def _training_pass(fused: bool, checkpointing: bool) -> tuple[int, int, list[str
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_fused_4bit_layers_launch_less_than_peft_and_need_no_more_memory(
     card: CardProcess, checkpointing: bool

@@ -178,6 +178,7 @@ def test_frequent_evaluation_does_not_change_training(tmp_path: Path, tiny_base_
     assert last[0] == last[1]
 
 
+@pytest.mark.slow
 def test_run_evaluated_at_every_step_keeps_nine_adapters(
     tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,6 +227,7 @@ def test_answered_dev_rows_are_bounded_and_zero_lets_the_loss_decide(tmp_path: P
     assert training["kept_step"] == min(training["epochs"], key=lambda e: e["dev_loss"])["step"]
 
 
+@pytest.mark.slow
 def test_patience_ends_a_run_also_after_a_stop(tmp_path: Path, tiny_base_folder: Path) -> None:
     def project(name: str, reporter: StopAfter) -> Project:
         keys = {"eval_steps": 1, "early_stopping_patience": 1, "lr_scheduler_type": "constant"}

@@ -124,6 +124,7 @@ def test_two_processes_with_replay_give_the_losses_of_one(
         assert {**alone, **ours} == pytest.approx({**together, **ours}, rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_stop_reaches_all_processes_at_one_step_and_they_resume(
     pair: tuple[Adapter, str], tmp_path: Path, tiny_base_folder: Path, server: Server
 ) -> None:
@@ -157,6 +158,7 @@ def test_killed_processes_resume_together(
     assert find_adapter(folder / "adapters").digest == pair[0].digest
 
 
+@pytest.mark.slow
 def test_error_in_one_process_ends_all_with_one_message(tmp_path: Path, tiny_base_folder: Path, server: Server) -> None:
     folder = _project(tmp_path / "project", tiny_base_folder)
     ended = server.run("train", "-p", folder, processes=2, file_limit=100_000)
@@ -187,6 +189,7 @@ def test_batch_that_cannot_be_shared_is_refused_once(
     assert words in " ".join(ended.stderr.split())
 
 
+@pytest.mark.slow
 def test_other_commands_run_in_one_process(tmp_path: Path, tiny_base_folder: Path, server: Server) -> None:
     folder = _project(tmp_path / "project", tiny_base_folder)
     ended = server.run("evaluate", "-p", folder, processes=2)

@@ -77,6 +77,7 @@ def _require_alike(whole: Adapter, pieces: Adapter) -> None:
         assert (values - weights[1][name]).abs().max() <= 1e-3 * values.abs().max(), name
 
 
+@pytest.mark.slow
 def test_fsdp_gives_the_losses_and_adapter_of_one_process(
     divided: Adapter, tmp_path: Path, tiny_base_folder: Path, server: Server
 ) -> None:
@@ -96,6 +97,7 @@ def test_fsdp_gives_the_adapter_of_one_process_without_shared_prompts(
     _require_alike(whole, pieces)
 
 
+@pytest.mark.slow
 def test_fsdp_process_holds_half_of_the_weights(divided: Adapter, tiny_base_folder: Path) -> None:
     """Base and adapter are counted; they are float32 in the file as in memory."""
     from safetensors.torch import load_file
@@ -135,6 +137,7 @@ def divided_in_4_bits(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder
     return _trained(server, folder, processes=2, environment=FSDP)
 
 
+@pytest.mark.slow
 def test_fsdp_over_nf4_gives_the_losses_and_the_adapter_of_one_process(
     divided_in_4_bits: Adapter, divided: Adapter, tmp_path: Path, tiny_base_folder: Path, server: Server
 ) -> None:

@@ -87,6 +87,7 @@ def _weights(project: Path) -> dict[str, Any]:
     return dict(load_file(adapter / "adapter_model.safetensors"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit and /proc are Linux's")
 def test_step_is_repeated_in_halves_when_memory_runs_out(tmp_path: Path) -> None:
     """Torch's own allocator fails during the pass; the adapter equals that of a run that used the halves from the

@@ -21,7 +21,9 @@ TOKENIZERS: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+@pytest.mark.parametrize(
+    "tokenizer", [name if name == "bytes" else pytest.param(name, marks=pytest.mark.slow) for name in TOKENIZERS]
+)
 @pytest.mark.parametrize("data_set", DATA_SETS)
 def test_real_rows_have_one_bos_a_complete_answer_and_a_trained_end(data_set: str, tokenizer: str) -> None:
     if not (SHARED / data_set).is_dir():

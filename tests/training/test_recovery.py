@@ -175,6 +175,7 @@ def test_resumed_run_makes_the_evaluation_that_a_stop_cut_off(
     assert [epoch["step"] for epoch in adapter.lineage["training"]["epochs"]] == [12, 24]
 
 
+@pytest.mark.slow
 def test_second_signal_interrupts_at_once(
     tmp_path: Path, tiny_base_folder: Path, server: Server, unkilled: str
 ) -> None:
@@ -311,6 +312,7 @@ def test_read_only_disk_is_reported_and_loses_nothing(
         assert find_adapter(folder / "adapters").digest == unkilled
 
 
+@pytest.mark.slow
 def test_file_size_limit_is_reported(tmp_path: Path, killed: Path, server: Server, unkilled: str) -> None:
     """A file-size limit acts like a quota, which would need a file system set up for it."""
     folder = tmp_path / "project"

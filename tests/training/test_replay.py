@@ -118,6 +118,7 @@ def test_stopped_run_with_replay_resumes_to_the_same_adapter(
     assert replay_project(folder, tiny_base_folder).train().adapter.digest == replayed.adapter.digest
 
 
+@pytest.mark.slow
 def test_replay_works_together_with_a_mix_in(tmp_path: Path, tiny_base_folder: Path) -> None:
     folder = tmp_path / "project"
     tiny_project(folder, tiny_base_folder)
@@ -156,6 +157,7 @@ def test_sweep_counts_the_rows_drawn_and_not_those_requested(
     assert [row["step"] for row in adapter.history if "loss" in row][-1] == progress.steps == sweep.steps
 
 
+@pytest.mark.slow
 def test_replay_uses_the_nf4_base_as_reference(tmp_path: Path, tiny_base_folder: Path) -> None:
     pytest.importorskip("bitsandbytes")
     opened = replay_project(tmp_path / "project", tiny_base_folder, "  replay: {samples: 3}\n  quantization: nf4\n")

@@ -63,6 +63,7 @@ def test_crash_of_vllms_core_is_not_blamed_on_a_request(engine: VllmEngine) -> N
     assert asyncio.run(ids(engine, Request((5,), None, 2))) == [1, 2]
 
 
+@pytest.mark.slow
 def test_vllm_restarts_and_fails_running_requests_when_it_hangs(
     engine: VllmEngine, reporter: StopAfter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,6 +106,7 @@ def test_child_waits_a_limited_time_for_its_helper_processes(
     wait_until(lambda: not alive(int((tmp_path / "tracker").read_text())))
 
 
+@pytest.mark.slow
 def test_vllm_counts_as_hung_when_it_computes_nothing_but_only_with_requests(
     engine: VllmEngine, reporter: StopAfter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,6 +120,7 @@ def test_vllm_counts_as_hung_when_it_computes_nothing_but_only_with_requests(
     assert any("vLLM hung" in warning for warning in reporter.warnings)
 
 
+@pytest.mark.slow
 def test_hang_is_detected_when_all_clients_disconnect(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, seconds in (("PROBE_SECONDS", 0.05), ("STUCK_SECONDS", 2)):
         monkeypatch.setattr(f"tunewright.engines.child.{name}", seconds)

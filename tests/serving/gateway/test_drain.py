@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import pytest
 
 SERVER = """
 import sys
@@ -67,6 +68,7 @@ def test_drain_finishes_running_requests_and_refuses_new_ones() -> None:
         assert sum('"content": "a"' in line for line in text) == 100
 
 
+@pytest.mark.slow
 def test_drain_aborts_requests_with_an_error_when_it_times_out() -> None:
     with (
         server(tokens=100_000, drain_seconds=0.5, cut_off=True) as (process, client),
@@ -80,6 +82,7 @@ def test_drain_aborts_requests_with_an_error_when_it_times_out() -> None:
         assert (error["code"], error["message"]) == ("shutting_down", "The server is shutting down.")
 
 
+@pytest.mark.slow
 def test_drain_aborts_at_once_on_a_second_signal() -> None:
     with (
         server(tokens=100_000, drain_seconds=600, cut_off=True) as (process, client),
