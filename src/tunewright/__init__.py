@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,12 @@ if TYPE_CHECKING:
     from tunewright.core.progress import Reporter
 
 __all__ = ["UserError", "__version__", "open"]
+
+# An OpenMP thread that waits for the others keeps its core busy before it sleeps: by default for milliseconds, in which
+# another process could run, such as the one that the other threads wait for. With 3,000 spins a busy machine computes
+# several times as fast, and a free one as before (benchmarks/busy_machine.py). libgomp reads this when torch is imported.
+if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = "3000"
 
 
 def open(root: str | Path = ".", reporter: Reporter | None = None) -> Project:  # noqa: A001
