@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
 __all__ = ["UserError", "__version__", "open"]
 
-# An OpenMP thread that waits for the others keeps its core busy before it sleeps: by default for milliseconds, in which
-# another process could run, such as the one that the other threads wait for. With 3,000 spins a busy machine computes
-# several times as fast, and a free one as before (benchmarks/busy_machine.py). libgomp reads this when torch is imported.
+# An OpenMP thread that waits for the others keeps its core busy before it sleeps, for milliseconds by default. On a
+# busy machine, the thread that it waits for may need that core. With 3,000 spins such a machine computes several
+# times as fast, and a free one as before (docs/decisions/0065-openmp-spins.md). libgomp reads this when torch is
+# imported.
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "3000"
 
