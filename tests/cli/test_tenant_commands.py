@@ -112,7 +112,7 @@ def test_tenant_tables_match_the_json(project: Path) -> None:
     _run(project, "tenant", "add", "acme", "--alias", "courts")
     key = _run(project, "tenant", "key", "add", "acme")
     assert "It is not shown again" in key.stderr
-    assert re.fullmatch(r"tw_[0-9a-f]{10}_\S{43}\n", key.stdout)
+    assert re.fullmatch(r"tw_[0-9a-f]{10}_\S{49}\n", key.stdout)
     assert key.stdout.strip() not in key.stderr
     for command in (["tenant", "list"], ["tenant", "key", "list"], ["audit", "show"]):
         ran = _run(project, *command)
