@@ -109,7 +109,8 @@ class AsyncState:
         def finish() -> None:
             with suppress(StateUnavailableError):
                 while self._unwritten:
-                    self._unwritten.popleft()()
+                    self._unwritten[0]()
+                    self._unwritten.popleft()
                 last()
 
         with suppress(TimeoutError):
