@@ -34,7 +34,7 @@ def audit_verify(
         str | None, typer.Option(help="Digest of a line, noted elsewhere, that must still be in the record.")
     ] = None,
 ) -> int | None:
-    """Check every line against its digest and the previous line. Exit code 1 if one was changed or is missing."""
+    """Check the record, what follows from it, the usage and SQLite's file. Exit code 1 if something was changed."""
     check = run.project.audit.verify(noted)
     whole = f"{check.lines} lines, all as written. Digest of the last one, to note elsewhere: {check.head}"
     if not check.lines:
