@@ -63,7 +63,7 @@ def test_server_ends_while_postgresql_is_frozen(
         freezing.enter_context(frozen(postgres))
 
 
-def test_requests_behind_a_lock_are_refused_and_authentication_goes_on(
+def test_requests_behind_a_lock_are_refused_and_authentication_continues(
     server: Running, state_url: str, state: State, two_tenants: dict[str, str]
 ) -> None:
     client = server.client(two_tenants["acme"])

@@ -61,12 +61,12 @@ def test_close_reports_records_that_are_lost(tmp_path: Path, caplog: pytest.LogC
 @pytest.mark.parametrize("state_url", ["postgresql"], indirect=True)
 def test_reads_do_not_wait_for_threads_that_write(state_url: str) -> None:
     async def run(state: AsyncState) -> None:
-        go_on = threading.Event()
-        writes = [state.submit(go_on.wait) for _ in range(20)]
+        proceed = threading.Event()
+        writes = [state.submit(proceed.wait) for _ in range(20)]
         try:
             assert await state.read(lambda: "answer") == "answer"
         finally:
-            go_on.set()
+            proceed.set()
         assert all([await asyncio.wrap_future(write) for write in writes])
 
     state = AsyncState(State(state_url))
@@ -76,15 +76,15 @@ def test_reads_do_not_wait_for_threads_that_write(state_url: str) -> None:
 
 def test_answer_gives_up_and_drops_a_call_that_has_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tunewright.serving.tenants.async_state.ANSWER_SECONDS", 0.05)
-    go_on = threading.Event()
+    proceed = threading.Event()
     called: list[str] = []
 
     async def run(state: AsyncState) -> None:
-        state.submit(go_on.wait)  # the only thread
+        state.submit(proceed.wait)  # the only thread
         waiting = state.submit(called.append, "too late")
         with pytest.raises(StateUnavailableError, match="did not answer within"):
             await state.answer(waiting)
-        go_on.set()
+        proceed.set()
         await state.call(lambda: None)
 
     state = AsyncState(State(f"sqlite:///{tmp_path}/state.sqlite"))

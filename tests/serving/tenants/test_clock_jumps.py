@@ -22,7 +22,7 @@ class Time:
         self.clock = Clock()
         self.steady = Clock()
 
-    def go_on(self, seconds: float) -> None:
+    def advance(self, seconds: float) -> None:
         self.clock.now += seconds
         self.steady.now += seconds
 
@@ -39,7 +39,7 @@ def opened(url: str, time: Time) -> Iterator[State]:
 def beat(time: Time, seconds: float, *servers: Callable[[], None]) -> None:
     """Let time pass, in which these servers live."""
     for _ in range(int(seconds / BEAT) + 1):
-        time.go_on(BEAT)
+        time.advance(BEAT)
         for server in servers:
             server()
 
@@ -55,7 +55,7 @@ def test_limit_locks_nobody_out_when_the_clock_moves_back(state_url: str, limits
         with pytest.raises(LimitExceededError) as caught:  # it does not double the limit either
             state.quota.reserve(reservation(caller, release), "g")
         assert caught.value.wait == 60
-        time.go_on(60)
+        time.advance(60)
         state.quota.reserve(reservation(caller, release), "g")
 
 
@@ -65,7 +65,7 @@ def test_expired_key_stays_expired_when_the_clock_moves_back(state_url: str) -> 
         state.tenants.add("acme")
         key, _ = state.keys.create("acme", lifetime=60)
         other, _ = state.keys.create("acme", lifetime=2 * HOUR)
-        time.go_on(60)
+        time.advance(60)
         for _ in range(2):
             with pytest.raises(InvalidKeyError, match="expired"):
                 state.keys.caller(key)
