@@ -67,7 +67,7 @@ def test_reads_do_not_wait_for_threads_that_write(state_url: str) -> None:
             assert await state.read(lambda: "answer") == "answer"
         finally:
             proceed.set()
-        assert all([await asyncio.wrap_future(write) for write in writes])
+        assert all(write.result() for write in writes)
 
     state = AsyncState(State(state_url))
     asyncio.run(run(state))

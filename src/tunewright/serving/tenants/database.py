@@ -8,8 +8,9 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from sqlalchemy import URL, Connection, create_engine, event, extract, func, insert, inspect, make_url, select
 from sqlalchemy.exc import ArgumentError, DatabaseError, DataError, IntegrityError, NoSuchModuleError
@@ -44,9 +45,6 @@ _URLS = "Use postgresql://USER@HOST/DATABASE or sqlite:///FILE."
 
 class StateUnavailableError(UserError):
     """The database does not answer or refuses; nothing was changed."""
-
-
-T = TypeVar("T")
 
 
 class Database:
@@ -267,7 +265,12 @@ def _connect_args(url: URL, *, serving: bool) -> dict[str, Any]:
 
 
 def _connect_bounded(_dialect: Any, _record: Any, arguments: list[Any], named: dict[str, Any]) -> Any:
-    """Connect to PostgreSQL; whatever it does not answer within `ANSWER_SECONDS` fails.
+    return _bounded_connection().connect(*arguments, **named)
+
+
+@cache
+def _bounded_connection() -> Any:
+    """Return a class of connections to PostgreSQL that fail if there is no answer within `ANSWER_SECONDS`.
 
     PostgreSQL's own timeouts do not run while it is frozen, nor those of TCP, since its kernel still confirms packets.
     """
@@ -284,7 +287,7 @@ def _connect_bounded(_dialect: Any, _record: Any, arguments: list[Any], named: d
                     self.pgconn.finish()  # or a rollback would wait again
                 raise
 
-    return Bounded.connect(*arguments, **named)
+    return Bounded
 
 
 def _make_folder(path: Path) -> None:
