@@ -146,3 +146,15 @@ def test_verify_reports_a_table_that_cannot_be_read(tmp_path: Path, table: str) 
         stored.write(b"\xff" * size)
     with State(f"sqlite:///{file}") as state:
         assert state.verify().faults[0].startswith("the database file is damaged: ")
+
+
+def test_damaged_value_is_an_error_and_no_traceback(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/state.sqlite"
+    with State(url) as state:
+        state.tenants.add("acme", ["courts"])
+        key, _ = state.keys.create("acme", aliases=["courts"])
+        with raw(url) as execute:
+            execute("UPDATE api_keys SET aliases = '[courts'")
+        for use in (lambda: state.keys.caller(key), state.verify):
+            with pytest.raises(StateUnavailableError, match="has a damaged value"):
+                use()
