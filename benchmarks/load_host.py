@@ -133,7 +133,7 @@ def open_service(settings: dict[str, Any]) -> Service:
     torch.set_num_threads(settings["threads"])
     project = ProjectFolder(Path(settings["project"]))
     opened = ProjectContext(project, LogReporter())
-    state = State(settings["state"], "load")
+    state = State(settings["state"], "load", serving=True)
     live = {release.digest for release in state.releases.live().values()}
     folders = {a.name: a.folder for a in list_adapters(project.adapters) if a.digest in live}
     return Service(

@@ -6,10 +6,11 @@ import itertools
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psycopg
@@ -74,3 +75,21 @@ def new_schema(server: Path) -> str:
     with psycopg.connect(f"host={server} user={USER} dbname=postgres", autocommit=True) as connection:
         connection.execute(f"CREATE SCHEMA {name}".encode())
     return f"postgresql://{USER}@/postgres?host={server}&options=-csearch_path%3D{name}"
+
+
+@contextmanager
+def frozen(server: Path) -> Iterator[None]:
+    """Stop all processes of a server, whose kernel still confirms packets; they continue after the block."""
+    first = int((server / "data" / "postmaster.pid").read_text().split()[0])
+    os.kill(first, signal.SIGSTOP)  # before its children: it forks none any more
+    children = Path(f"/proc/{first}/task/{first}/children").read_text().split()
+    processes = [first, *map(int, children)]
+    for process in processes[1:]:
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for process in processes:
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGCONT)

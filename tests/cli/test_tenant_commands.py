@@ -18,6 +18,7 @@ import httpx
 import openai
 import pytest
 from sqlalchemy import create_engine, text
+from states import Clock, raw, reservation, with_tenant
 
 from command_line import Ran, tiny_project, tunewright, without_state
 from factories import make_evidence, make_items, with_contrast
@@ -25,6 +26,7 @@ from tunewright import open as open_project
 from tunewright.adapters.registry import Adapter, find_adapter, list_adapters
 from tunewright.core.io import write_json
 from tunewright.evidence.schema import Evidence
+from tunewright.serving.tenants import RequestUsage, State
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +114,7 @@ def test_tenant_tables_match_the_json(project: Path) -> None:
     _run(project, "tenant", "add", "acme", "--alias", "courts")
     key = _run(project, "tenant", "key", "add", "acme")
     assert "It is not shown again" in key.stderr
-    assert re.fullmatch(r"tw_[0-9a-f]{10}_\S{43}\n", key.stdout)
+    assert re.fullmatch(r"tw_[0-9a-f]{10}_\S{49}\n", key.stdout)
     assert key.stdout.strip() not in key.stderr
     for command in (["tenant", "list"], ["tenant", "key", "list"], ["audit", "show"]):
         ran = _run(project, *command)
@@ -232,6 +234,29 @@ def test_audit_verify_names_a_changed_line_with_exit_code_1(project: Path) -> No
     engine.dispose()
     ran = _run(project, "audit", "verify")
     assert (ran.code, "line 2 was changed after it was written" in ran.stdout) == (1, True)
+
+
+def test_audit_verify_names_a_request_with_changed_usage(project: Path) -> None:
+    with State(f"sqlite:///{project}/serving/state.sqlite") as state:
+        caller, release = with_tenant(state)
+        number = state.quota.reserve(reservation(caller, release), "g")
+        state.quota.settle(number, RequestUsage(3, 4, 0.0, 0.0, 0.0, "stop"))
+    with raw(f"sqlite:///{project}/serving/state.sqlite") as execute:
+        execute("UPDATE requests SET completion_tokens = 3")
+    ran = _run(project, "audit", "verify")
+    assert (ran.code, ran.stdout) == (1, "request 1: its tokens do not add up\n")
+
+
+def test_audit_show_leaves_totals_of_days_to_the_usage(project: Path) -> None:
+    clock = Clock()
+    with State(f"sqlite:///{project}/serving/state.sqlite", "ann", clock) as state:
+        caller, release = with_tenant(state)
+        state.quota.settle(state.quota.reserve(reservation(caller, release), "g"), RequestUsage(3, 4, 0, 0, 0, "stop"))
+        clock.now += 172_800
+        state.usage_rollup.roll_up(clock.now // 86_400 * 86_400)
+    ran = _run(project, "audit", "show")
+    assert (ran.code, "usage.rollup" in ran.stdout, "prompt_tokens" in ran.stdout) == (0, True, False)
+    assert '"prompt_tokens":3' in _document(project, "audit", "show")["lines"][-1]["details"]
 
 
 def test_state_is_postgresql_by_option_or_config(project: Path, postgres: Path) -> None:

@@ -213,6 +213,7 @@ VALUES: dict[str, Make] = {
         [f"glpat-{pick(rng, URLSAFE, 19)}a", f"glpat-{pick(rng, URLSAFE, 43)}.01.1a{pick(rng, ALNUM.lower(), 7)}"]
     ),
     "npm_token": lambda rng: with_crc("npm_", pick(rng, ALNUM, 30)),
+    "tunewright_key": lambda rng: with_crc("tw_", f"{pick(rng, HEX, 10)}_{pick(rng, URLSAFE, 43)}"),
     "pypi_token": lambda rng: f"pypi-AgEIcHlwaS5vcmc{pick(rng, URLSAFE, 150)}",
     "aws_key_id": lambda rng: rng.choice(["AKIA", "ASIA"]) + pick(rng, UPPER + "234567", 16),
     "google_key": lambda rng: f"AIza{pick(rng, URLSAFE, 35)}",

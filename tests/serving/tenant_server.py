@@ -98,7 +98,7 @@ def tenant_server(
     pad = TOKENIZER.pad_token_id
     engine = PeftEngine(build_base(), stop_ids=stop_ids, pad_id=pad, max_num_seqs=max_num_seqs, context_length=CONTEXT)
     reported = StopAfter()
-    access = TenantAuth(State(state_url), engine, locate, reported)
+    access = TenantAuth(State(state_url, serving=True), engine, locate, reported)
     try:
         with serving(Gateway(engine, access, texts(), LIMITS).app) as url:
             running = Running(url, engine, reported)

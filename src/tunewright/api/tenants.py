@@ -206,7 +206,7 @@ class AuditApi:
             return state.audit.lines()
 
     def verify(self, noted: str | None = None) -> AuditCheck:
-        """Verify each entry against its digest and its predecessor, and the releases against their entries.
+        """Verify SQLite's file, each entry, the tables against the entries, and the usage against itself.
 
         Args:
             noted: an entry's digest that was noted elsewhere before; it must still be in the log.

@@ -34,7 +34,7 @@ def audit_verify(
         str | None, typer.Option(help="Digest of a line, noted elsewhere, that must still be in the record.")
     ] = None,
 ) -> int | None:
-    """Check every line against its digest and the previous line. Exit code 1 if one was changed or is missing."""
+    """Check the record, what follows from it, the usage and SQLite's file. Exit code 1 if something was changed."""
     check = run.project.audit.verify(noted)
     whole = f"{check.lines} lines, all as written. Digest of the last one, to note elsewhere: {check.head}"
     if not check.lines:
@@ -58,12 +58,13 @@ def audit_table(lines: Sequence[AuditLine]) -> Table:
 
 
 _IN_OTHER_COLUMNS = {"id", "alias", "author", "created", "action", "digest"}
+_ELSEWHERE = {"totals"}  # `tenant usage` shows them
 
 
 def _details(details: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     """Yield a line's details in words, without those that are empty or in other columns."""
     for name, value in details.items():
-        if value in (None, [], "") or name in _IN_OTHER_COLUMNS:
+        if value in (None, [], "") or name in _IN_OTHER_COLUMNS | _ELSEWHERE:
             continue
         words = prefix + name.replace("_", " ")
         if name == "system_prompt":

@@ -8,12 +8,13 @@ from pydantic import Field, model_validator
 
 from tunewright.config.section import Section
 
-# The names that the data scan gives its findings: 22 secrets, 5 kinds of personal data, 3 that need --presidio.
+# The names that the data scan gives its findings: 23 secrets, 5 kinds of personal data, 3 that need --presidio.
 Findable = Literal[
     "private_key",
     "github_token",
     "gitlab_token",
     "npm_token",
+    "tunewright_key",
     "pypi_token",
     "aws_key_id",
     "aws_secret",

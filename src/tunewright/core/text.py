@@ -1,8 +1,12 @@
-"""Counts, lists and excerpts for messages."""
+"""Counts, lists and excerpts for messages, and the checksum of tokens."""
 
 from __future__ import annotations
 
+import string
+import zlib
 from collections.abc import Iterable, Sequence
+
+_BASE62 = string.digits + string.ascii_uppercase + string.ascii_lowercase
 
 
 def count_of(number: int, thing: str) -> str:
@@ -49,3 +53,15 @@ def _equal_until(one: str, other: str) -> int:
 
 def _cut(line: str) -> str:
     return line if len(line) <= _LONGEST else line[: _LONGEST - 1] + "…"
+
+
+def token_checksum(body: str) -> str:
+    """Return the CRC-32 of a text as six digits of base 62: the end of tokens in GitHub's format.
+
+    See "Behind GitHub's new authentication token formats", github.blog, 2021-04-05.
+    """
+    number, digits = zlib.crc32(body.encode()), ""
+    for _ in range(6):
+        number, digit = divmod(number, 62)
+        digits = _BASE62[digit] + digits
+    return digits

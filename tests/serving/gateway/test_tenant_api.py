@@ -39,7 +39,7 @@ def test_tenant_sees_only_its_own_models_and_answers(
 
 def test_request_without_a_valid_key_is_refused(server: Running, two_tenants: dict[str, str]) -> None:
     key = two_tenants["acme"]
-    unknown = "Bearer tw_0000000000_" + "A" * 43
+    unknown = "Bearer tw_0000000000_" + "A" * 43 + "0UYFdY"  # the checksum is right
     for header in (
         None,
         "",

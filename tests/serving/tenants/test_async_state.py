@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,6 +47,50 @@ def test_flush_keeps_a_write_that_fails_again(tmp_path: Path) -> None:
         await state.flush()
 
     assert _run(tmp_path, lambda state, written: asyncio.run(flush(state, written))) == ["usage", "last"]
+
+
+def test_close_reports_records_that_are_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def write_twice(state: AsyncState, written: list[str]) -> None:
+        for _ in range(2):
+            state.write_later(_failing(1000, written))
+
+    assert _run(tmp_path, write_twice) == []
+    assert "2 records of usage or shadow answers were lost: the state was unavailable" in caplog.messages
+
+
+@pytest.mark.parametrize("state_url", ["postgresql"], indirect=True)
+def test_reads_do_not_wait_for_threads_that_write(state_url: str) -> None:
+    async def run(state: AsyncState) -> None:
+        proceed = threading.Event()
+        writes = [state.submit(proceed.wait) for _ in range(20)]
+        try:
+            assert await state.read(lambda: "answer") == "answer"
+        finally:
+            proceed.set()
+        assert all(write.result() for write in writes)
+
+    state = AsyncState(State(state_url))
+    asyncio.run(run(state))
+    state.close(lambda: None)
+
+
+def test_answer_gives_up_and_drops_a_call_that_has_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tunewright.serving.tenants.async_state.ANSWER_SECONDS", 0.05)
+    proceed = threading.Event()
+    called: list[str] = []
+
+    async def run(state: AsyncState) -> None:
+        state.submit(proceed.wait)  # the only thread
+        waiting = state.submit(called.append, "too late")
+        with pytest.raises(StateUnavailableError, match="did not answer within"):
+            await state.answer(waiting)
+        proceed.set()
+        await state.call(lambda: None)
+
+    state = AsyncState(State(f"sqlite:///{tmp_path}/state.sqlite"))
+    asyncio.run(run(state))
+    state.close(lambda: None)
+    assert called == []
 
 
 def test_close_writes_what_is_left_and_then_the_last(tmp_path: Path) -> None:

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import stat
+import string
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from states import Clock, raw, with_tenant
 
+from hypothesis_settings import examples
 from tunewright.core.errors import UserError
-from tunewright.serving.tenants import InvalidKeyError, Limits, State
+from tunewright.data.pii import find
+from tunewright.serving.tenants import InvalidKeyError, Limits, State, StateUnavailableError
 from tunewright.serving.tenants.tables import SCHEMA_VERSION
 
 
@@ -43,7 +51,7 @@ def test_stored_key_data_cannot_authenticate(tmp_path: Path) -> None:
         state.tenants.add("acme")
         key, reported = state.keys.create("acme")
         kept = b"".join(path.read_bytes() for path in file.parent.iterdir())
-        secret = key.removeprefix(reported.prefix + "_")
+        secret = key.removeprefix(reported.prefix + "_")[:43]
         assert secret.encode() not in kept
         sha256 = hashlib.sha256(key.encode()).hexdigest()
         assert sha256.encode() in kept
@@ -59,15 +67,60 @@ def test_keys_differ_and_hold_256_random_bits(state_url: str) -> None:
         state.tenants.add("acme")
         keys = [state.keys.create("acme") for _ in range(20)]
         assert len({key for key, _ in keys}) == 20
-        assert all(len(key) == len(reported.prefix) + 1 + 43 for key, reported in keys)  # 43 characters of 6 bits
+        # 43 characters of 6 bits, and the checksum.
+        assert all(len(key) == len(reported.prefix) + 1 + 43 + 6 for key, reported in keys)
 
 
-@pytest.mark.parametrize("wrong", ["", "tw_", "x", "tw_0000000000_" + "A" * 43, "tw_0000000000_" + "\N{SNOWMAN}" * 43])
-def test_invalid_key_is_refused(state_url: str, wrong: str) -> None:
+NO_KEY = "tw_0000000000_" + "A" * 43
+
+
+@pytest.mark.parametrize("wrong", ["", "tw_", "x", NO_KEY, "tw_0000000000_" + "\N{SNOWMAN}" * 49, NO_KEY + "0UYFdx"])
+def test_broken_key_is_refused_without_the_database(state_url: str, wrong: str) -> None:
+    with State(state_url) as state, raw(state_url) as execute:
+        execute("ALTER TABLE api_keys RENAME TO elsewhere")
+    with State(state_url) as state:
+        with pytest.raises(InvalidKeyError, match="Invalid API key: its checksum is wrong"):
+            state.keys.caller(wrong)
+        with pytest.raises(StateUnavailableError):
+            state.keys.caller(NO_KEY + "0UYFdY")
+
+
+def test_unknown_key_is_refused(state_url: str) -> None:
     with State(state_url) as state:
         state.tenants.add("acme")
-        with pytest.raises(InvalidKeyError, match="Invalid API key"):
-            state.keys.caller(wrong)
+        with pytest.raises(InvalidKeyError, match=r"^Invalid API key\.$"):
+            state.keys.caller(NO_KEY + "0UYFdY")
+
+
+@examples(200)
+@given(place=st.integers(0, 62), character=st.sampled_from(string.ascii_letters + string.digits + "_-"))
+def test_key_with_a_mistyped_character_is_broken(key: tuple[State, str], place: int, character: str) -> None:
+    state, whole = key
+    mistyped = whole[:place] + character + whole[place + 1 :]
+    for broken in (mistyped, whole[:place], whole[:place] + whole[place + 1 :]):
+        if broken != whole:
+            with pytest.raises(InvalidKeyError, match="checksum"):
+                state.keys.caller(broken)
+
+
+@pytest.fixture(scope="module")
+def key(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[State, str]]:
+    with State(f"sqlite:///{tmp_path_factory.mktemp('key')}/state.sqlite") as state:
+        state.tenants.add("acme")
+        made, _ = state.keys.create("acme")
+        assert state.keys.caller(made).tenant == "acme"
+        yield state, made
+
+
+def test_documented_pattern_and_checksum_recognise_a_key(key: tuple[State, str]) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "how-to" / "tenants.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(import re\n.*?)```", page, re.DOTALL)
+    scanner: dict[str, Any] = {}
+    exec(code, scanner)
+    _, whole = key
+    text = f"API_KEY={whole}, and {whole.swapcase()}, tw_{whole[3:].swapcase()}, {NO_KEY}"
+    assert scanner["keys_in"](text) == [whole]
+    assert [(found.kind, text[found.start : found.end]) for found in find(text)] == [("tunewright_key", whole)]
 
 
 def test_key_is_refused_when_expired_or_revoked(state_url: str) -> None:

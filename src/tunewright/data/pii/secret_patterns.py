@@ -6,15 +6,15 @@ import base64
 import binascii
 import json
 import re
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from tunewright.core.text import token_checksum
+
 Category = Literal["secret", "personal"]
 Check = Callable[[re.Match[str]], bool]
 
-_BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _MADE_UP = re.compile(
     r"example|your|dummy|fake|sample|placeholder|redacted|change.?me|insert|x{4}|\*{3}|\.{3}|"
     r"1234567890|0123456789|abcdefgh",
@@ -62,16 +62,12 @@ def is_placeholder(token: str) -> bool:
 
 
 def checksummed(token: str) -> bool:
-    """Return whether the last six characters are the CRC32 of those between the prefix and them, in base 62.
+    """Return whether the last six characters are the checksum of those between the prefix and them.
 
-    GitHub's format ("Behind GitHub's new authentication token formats", github.blog, 2021-04-05), which npm took over.
+    GitHub's format, which npm and tunewright took over.
     """
     body = token.partition("_")[2]
-    crc, digits = zlib.crc32(body[:-6].encode()), ""
-    while crc:
-        crc, digit = divmod(crc, 62)
-        digits = _BASE62[digit] + digits
-    return digits.rjust(6, "0") == body[-6:]
+    return token_checksum(body[:-6]) == body[-6:]
 
 
 def _checksummed(match: re.Match[str]) -> bool:
@@ -163,6 +159,7 @@ _OPENAI = (
 )
 _GITLAB = r"gl(?:pat|dt|rt)-(?:[\w-]{27,300}\.[0-9a-z]{2}(?:\.[0-9a-z]{2})?[0-9a-z]{7}|[\w-]{20})"
 _PYPI = r"pypi-(?:AgEIcHlwaS5vcmc|AgENdGVzdC5weXBpLm9yZw)[\w-]{50,400}"  # a macaroon for pypi.org or test.pypi.org
+_TUNEWRIGHT = r"tw_[0-9a-f]{10}_[\w-]{49}"
 _AZURE = r"(?:account|storage|access)[ _-]?key[\"']?\s{0,3}[:=]\s{0,3}[\"']?(?P<value>[A-Za-z0-9+/]{86}==)(?![=\w])"
 
 # The letters that most searches for other cues stop at anyway: a new first letter would slow the scan of every text.
@@ -187,6 +184,7 @@ SECRETS: tuple[Pattern, ...] = (
     ),
     Pattern("gitlab_token", "GitLab token", "secret", _token(_GITLAB), ("glpat-", "gldt-", "glrt-")),
     Pattern("npm_token", "npm token", "secret", _token(r"npm_[A-Za-z0-9]{36}"), ("npm_",), _checksummed),
+    Pattern("tunewright_key", "tunewright API key", "secret", _token(_TUNEWRIGHT), ("tw_",), _checksummed),
     Pattern("pypi_token", "PyPI token", "secret", _token(_PYPI), ("pypi-AgE",)),
     Pattern("aws_key_id", "AWS access key id", "secret", _token(r"A(?:KI|SI)A[A-Z2-7]{16}"), ("AKIA", "ASIA")),
     Pattern(

@@ -1,9 +1,12 @@
 """API keys: shown once when created, and stored as a hash.
 
-A key is ``tw_PREFIX_SECRET``. The prefix identifies the key's row and may be shown; the secret has 256 random bits. The
-database has the SHA-256 of the whole key. Slow hashes (bcrypt, Argon2) protect passwords, which people choose from few
-enough that a thief can try them all. 2**256 keys cannot be tried, however fast the hash, and a slow hash would delay
-every request. NIST SP 800-63B, section 5.1.1.2, requires one only below 112 bits.
+A key is ``tw_PREFIX_SECRET`` and six characters of checksum. The prefix identifies the key's row and may be shown; the
+secret has 256 random bits. The checksum protects nothing: by it scanners recognise a key in foreign text, and the
+server refuses a broken key without asking the database.
+
+The database has the SHA-256 of the whole key. Slow hashes (bcrypt, Argon2) protect passwords, which people choose from
+few enough that a thief can try them all. 2**256 keys cannot be tried, however fast the hash, and a slow hash would
+delay every request. NIST SP 800-63B, section 5.1.1.2, requires one only below 112 bits.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from typing import Any, Literal
 from sqlalchemy import Connection, Row, bindparam, func, insert, select, update
 
 from tunewright.core.errors import UserError
+from tunewright.core.text import token_checksum
 from tunewright.serving.tenants.audit import Change, changing
 from tunewright.serving.tenants.database import Database
 from tunewright.serving.tenants.tables import api_keys, key_uses, requests, tenant_aliases, tenants
@@ -27,11 +31,12 @@ from tunewright.serving.tenants.times import iso
 
 _PREFIX_BYTES = 5
 _SECRET_BYTES = 32
-_KEY = re.compile(r"(tw_[0-9a-f]{10})_[A-Za-z0-9_-]{43}")
+_KEY = re.compile(r"tw_(?P<body>(?P<number>[0-9a-f]{10})_[A-Za-z0-9_-]{43})(?P<checksum>[0-9A-Za-z]{6})")
 _NO_HASH = hashlib.sha256(secrets.token_bytes(_SECRET_BYTES)).hexdigest()
 """Compared with an unknown key, so that it takes as long to refuse as a known one."""
 
 _UNKNOWN = "Invalid API key."
+_BROKEN = "Invalid API key: its checksum is wrong, so part of it is missing or mistyped, or it is for another service."
 
 # Built once, since every request runs it; it returns a row for each alias of the key's tenant.
 _KEY_WITH_ALIASES = (
@@ -178,14 +183,14 @@ class Keys:
             InvalidKeyError: the key is not valid.
         """
         match = _KEY.fullmatch(key)
-        if match is None:
-            raise InvalidKeyError(_UNKNOWN)
+        if match is None or token_checksum(match["body"]) != match["checksum"]:
+            raise InvalidKeyError(_BROKEN)
         with self._database.reading() as connection:
-            rows = connection.execute(_KEY_WITH_ALIASES, {"prefix": match[1]}).all()
+            rows = connection.execute(_KEY_WITH_ALIASES, {"prefix": f"tw_{match['number']}"}).all()
             row = rows[0] if rows else None
             if not _has_hash(key, row.sha256 if row else None) or row is None:
                 raise InvalidKeyError(_UNKNOWN)
-            state = key_state(row, self._database.now(connection))
+            state = key_state(row, self._database.not_before(self._database.now(connection)))
             if state != "valid":  # only the holder of the right secret gets to know this
                 raise InvalidKeyError(f"This API key is {state}.")
         own = frozenset(row.alias for row in rows if row.alias is not None)
@@ -212,8 +217,9 @@ def key_state(row: Row[Any], now: float) -> KeyState:
 
 def _insert_key(change: Change, tenant_id: int, scope: Sequence[str] | None, expires: float | None) -> tuple[str, str]:
     """Return a new key and its prefix."""
-    prefix = f"tw_{secrets.token_hex(_PREFIX_BYTES)}"
-    key = f"{prefix}_{secrets.token_urlsafe(_SECRET_BYTES)}"
+    number = secrets.token_hex(_PREFIX_BYTES)
+    body = f"{number}_{secrets.token_urlsafe(_SECRET_BYTES)}"
+    prefix, key = f"tw_{number}", f"tw_{body}{token_checksum(body)}"
     change.connection.execute(
         insert(api_keys).values(
             tenant_id=tenant_id,
