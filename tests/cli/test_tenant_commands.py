@@ -55,7 +55,8 @@ def _evaluated(project: Path, adapter: Adapter, evidence: Evidence, number: int 
         "adapter": {"name": adapter.name, "digest": adapter.digest, "lineage": adapter.lineage},
     }
     stored = evidence.model_copy(update={"id": f"{number:012x}", "lineage": lineage})
-    write_json(project / "evaluations" / stored.id / "evidence.json", stored.model_dump(mode="json"))
+    evaluations = project / "evaluations"
+    AccessLog(evaluations).write(evaluations / stored.id / "evidence.json", stored.model_dump_json())
 
 
 SHIPS = make_evidence(make_items())

@@ -109,10 +109,9 @@ def test_reference_model_gets_the_test_prompts(tmp_path: Path, tiny_base_folder:
             item.model_copy(update={"key": members[row["prompt"]].key, "input": row["prompt"], "reference": f"r{n}"})
             for n, (item, row) in enumerate(zip(load_items(evaluation), rows, strict=False))
         ]
-        write_jsonl(evaluation / "items.jsonl", [item.model_dump(mode="json") for item in items])
-        evidence = json.loads((evaluation / "evidence.json").read_text())
-        evidence["lineage"]["dataset"] = version.digest
-        (evaluation / "evidence.json").write_text(json.dumps(evidence))
+        evidence = load_evidence(evaluation)
+        lineage = {**evidence.lineage, "dataset": version.digest}
+        save(evaluation, items, evidence.model_copy(update={"lineage": lineage}))
 
         estimated = opened.estimate_judge()
         assert (estimated.reference_answers, server.bodies) == (40, [])

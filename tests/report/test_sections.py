@@ -370,8 +370,7 @@ def test_report_uses_the_newest_matching_advice_with_a_break_even(tmp_path: Path
 def test_report_command_needs_only_the_evaluation(tmp_path: Path, tiny_base_folder: Path) -> None:
     write_text(tmp_path / "tunewright.yaml", f"name: p\nbase_model: {tiny_base_folder}\n")
     folder = tmp_path / "evaluations" / FULL.id
-    write_json(folder / "evidence.json", FULL.model_dump(mode="json"))
-    write_text(folder / "items.jsonl", "".join(item.model_dump_json(exclude_none=True) + "\n" for item in ITEMS))
+    save(folder, ITEMS, FULL)
     ran = tunewright("report", "-p", tmp_path)
     assert ran.code == 0, ran.stderr
     assert "The evaluated adapter was removed" in ran.stderr
@@ -397,10 +396,10 @@ def test_unscored_bands_have_no_answer() -> None:
 def test_report_command_uses_the_projects_advice(tmp_path: Path, tiny_base_folder: Path) -> None:
     write_text(tmp_path / "tunewright.yaml", f"name: p\nbase_model: {tiny_base_folder}\n")
     folder = tmp_path / "evaluations" / FULL.id
-    write_json(folder / "evidence.json", FULL.model_dump(mode="json"))
-    write_text(folder / "items.jsonl", "".join(item.model_dump_json(exclude_none=True) + "\n" for item in ITEMS))
+    save(folder, ITEMS, FULL)
     advice = make_signals(lineage=FULL.lineage)
-    write_json(tmp_path / "advice" / f"{advice.id}.json", advice.model_dump(mode="json"))
+    file = tmp_path / "advice" / f"{advice.id}.json"
+    AccessLog(tmp_path / "evaluations").write(file, advice.model_dump_json())
     ran = tunewright("report", "-p", tmp_path)
     assert ran.code == 0, ran.stderr
     read = _Tables((folder / "report.html").read_text())
