@@ -135,9 +135,8 @@ def write_project(
     items = make_items() if items is None else items
     evidence = make_evidence(items)
     evidence = evidence.model_copy(update={"lineage": {**evidence.lineage, "base": {"spec": base}, "created": "2026"}})
-    evaluation = folder / "evaluations" / evidence.id
+    evaluation = save(folder / "evaluations" / evidence.id, items, evidence)
     (folder / "tunewright.yaml").write_text(
         yaml.safe_dump({"name": "court-citations", "judge": {"controls": 14, **judge}}, sort_keys=False)
     )
-    save(evaluation, items, evidence)
     return evaluation

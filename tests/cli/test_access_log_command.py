@@ -54,8 +54,9 @@ def test_evaluate_declares_the_contrast_before_building_test_prompts(
     from tunewright.evaluation.arm_runner import ArmRunner
 
     def answers(*_: object) -> None:
-        (line,) = [json.loads(text) for text in (project / "evaluations" / ACCESS_LOG).read_text().splitlines()]
-        assert line["declared"][0]["control"]
+        lines = [json.loads(text) for text in (project / "evaluations" / ACCESS_LOG).read_text().splitlines()]
+        assert [line["event"] for line in lines] == ["written", "opened"]
+        assert lines[1]["declared"][0]["control"]
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ArmRunner, "answers", answers)
@@ -75,7 +76,7 @@ def test_evaluate_declares_the_contrast_before_building_test_prompts(
 
 def test_ledger_records_an_opening_for_new_settings_only(project: Path) -> None:
     message = tunewright("evaluate", "-p", project).stderr
-    assert "The test split is opened (line 1 of access_log.jsonl). Declared: tuned against" in " ".join(message.split())
+    assert "The test split is opened (line 2 of access_log.jsonl). Declared: tuned against" in " ".join(message.split())
     assert tunewright("evaluate", "-p", project).code == 0
     assert tunewright("verdict", "-p", project).code in {0, 3, 4}
     assert len(openings(project)) == 1
@@ -85,7 +86,7 @@ def test_ledger_records_an_opening_for_new_settings_only(project: Path) -> None:
     assert [each["declared"][0]["margin"] for each in openings(project)] == [0.02, 0.05]
     evidence = tunewright("evaluate", "-p", project, "--json").document["evidence"]
     (earlier,) = evidence["openings"]
-    assert (earlier["number"], earlier["shared_items"]) == (1, evidence["items"])
+    assert (earlier["number"], earlier["shared_items"]) == (2, evidence["items"])
     reasons = tunewright("verdict", "-p", project, "--json").document["reasons"]
     assert any("had been opened once before this" in reason for reason in reasons)
     # Back to the first margin: that evidence is there, and the newer one is what `verdict` would take.
@@ -103,10 +104,10 @@ def test_verdict_and_evaluate_refuse_a_changed_ledger_line(project: Path) -> Non
     file.write_text(whole.replace('"margin":0.02', '"margin":0.01'))
     for command in ("verdict", "evaluate", "access-log", "crossval"):
         ran = tunewright(command, "-p", project, "--json")
-        assert (ran.code, ran.document["error"]["where"]) == (2, f"{file}:1"), command
+        assert (ran.code, ran.document["error"]["where"]) == (2, f"{file}:2"), command
     file.unlink()
     ran = tunewright("verdict", "-p", project, "--json")
-    assert (ran.code, ran.document["error"]["what"].split(":")[0]) == (2, "Line 1 is missing")
+    assert (ran.code, ran.document["error"]["what"].split(":")[0]) == (2, "Line 2 is missing")
     file.write_text(whole)
     assert tunewright("verdict", "-p", project).code in {0, 3, 4}
 

@@ -23,7 +23,7 @@ from command_line import Ran, tiny_project, tunewright, without_state
 from factories import make_evidence, make_items, with_contrast
 from tunewright import open as open_project
 from tunewright.adapters.registry import Adapter, find_adapter, list_adapters
-from tunewright.core.io import write_json
+from tunewright.evaluation.access_log import AccessLog
 from tunewright.evidence.schema import Evidence
 
 

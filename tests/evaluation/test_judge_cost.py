@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ import pytest
 import tunewright as package
 from command_line import pairs, tunewright, write_jsonl
 from factories import make_items
+from people_helpers import save
 from scripted_judge import honest, read_prompt, scripted, write_project
 from tunewright.evidence.schema import load_evidence, load_items
 
