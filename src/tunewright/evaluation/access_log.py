@@ -203,7 +203,7 @@ class AccessLog:
         """Put staged files in place whose line was written, and discard the others."""
         newest = {self.path.parent / name: line.files[name] for name, line in self._newest().items()}
         folders = {self.path.parent, *(file.parent for file in newest), *self.path.parent.glob("[!.]*/")}
-        for staged in [file for folder in folders for file in folder.glob(f".*{_STAGED}")]:
+        for staged in [file for folder in folders for file in folder.glob(f".*{_STAGED}*")]:  # also half-written ones
             target = staged.with_name(staged.name.removeprefix(".").removesuffix(_STAGED))
             if newest.get(target) == file_digest(staged):
                 staged.replace(target)
