@@ -112,6 +112,31 @@ def test_verdict_and_evaluate_refuse_a_changed_ledger_line(project: Path) -> Non
     assert tunewright("verdict", "-p", project).code in {0, 3, 4}
 
 
+def test_commands_refuse_edited_evidence_items_and_advice(project: Path, tmp_path: Path) -> None:
+    folder = Path(tunewright("evaluate", "-p", project, "--json").document["folder"])
+    (advice,) = folder.parent.glob("advice-*.json")
+    every = ("verdict", "report", "evaluate", "access-log")
+    for file, commands in ((folder / "evidence.json", every), (folder / "items.jsonl", every), (advice, ["evaluate"])):
+        whole = file.read_text()
+        file.write_text(whole.replace('"zero-shot"', '"zero-shop"'))
+        assert file.read_text() != whole
+        for command in commands:
+            ran = tunewright(command, "-p", project, "--json")
+            assert (ran.code, ran.document["error"]["where"]) == (2, str(file)), (command, ran.stderr)
+            assert "was changed after it was written" in ran.document["error"]["what"]
+        file.write_text(whole)
+    # A copy elsewhere has no log of its own, and says so.
+    copy = Path(shutil.copytree(folder, tmp_path / "elsewhere" / "copy"))
+    ran = tunewright("verdict", copy, "-p", project)
+    assert ran.code in {0, 3, 4}
+    assert "no access log shows that it was not changed" in " ".join(ran.stderr.split())
+    # Removed as the message says, the evaluation is measured again, from the answers that there are.
+    shutil.rmtree(folder)
+    assert tunewright("evaluate", "-p", project, "--json").document["evaluated"] is True
+    assert tunewright("verdict", "-p", project).code in {0, 3, 4}
+    assert len(openings(project)) == 1
+
+
 def test_verdict_warns_of_rows_opened_by_an_earlier_version(project: Path, tmp_path: Path) -> None:
     assert tunewright("evaluate", "-p", project).code == 0
     first = openings(project)[0]["items"]
