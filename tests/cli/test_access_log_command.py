@@ -130,6 +130,14 @@ def test_commands_refuse_edited_evidence_items_and_advice(project: Path, tmp_pat
     ran = tunewright("verdict", copy, "-p", project)
     assert ran.code in {0, 3, 4}
     assert "no access log shows that it was not changed" in " ".join(ran.stderr.split())
+    assert tunewright("evaluate", "--dev", "-p", project).code == 0
+    assert "is missing" not in tunewright("verdict", "-p", project).stderr
+    shutil.rmtree(folder)
+    (dev,) = folder.parent.glob("dev-*")
+    shutil.rmtree(dev)
+    shutil.copytree(copy, folder)
+    missing = f"The evidence of evaluation {dev.name} is missing. {folder.name}, which is older, is used instead."
+    assert missing in " ".join(tunewright("verdict", "-p", project).stderr.split())
     # Removed as the message says, the evaluation is measured again, from the answers that there are.
     shutil.rmtree(folder)
     assert tunewright("evaluate", "-p", project, "--json").document["evaluated"] is True

@@ -228,7 +228,14 @@ class EvaluationsApi(ProjectContext):
         place = self.evaluation(evaluation)
         if evaluation is None:
             self.access_log()  # any evaluation could have been the newest, had its time not been changed
-        return load_checked(place, self.folder.evaluations, self.reporter)
+        evidence = load_checked(place, self.folder.evaluations, self.reporter)
+        if evaluation is None:
+            access_log = AccessLog(self.folder.evaluations)
+            for removed in access_log.removed_since(str(evidence.lineage.get("created", ""))):
+                self.reporter.warn(
+                    f"The evidence of evaluation {removed} is missing. {evidence.id}, which is older, is used instead."
+                )
+        return evidence
 
 
 def _folder(evaluation: Path) -> Path:

@@ -159,13 +159,13 @@ class AccessLog:
             for file in sorted(self.path.parent.glob(f"[!.]*/{EVIDENCE_FILE}")):
                 self._require_evaluation(file.parent)
 
-    def removed_since(self, time: str, adapter: str) -> list[str]:
-        """Return the evaluations of an adapter that were written after a time and whose evidence is gone."""
+    def removed_since(self, time: str, adapter: str | None = None) -> list[str]:
+        """Return the evaluations of an adapter, or all, that were written after a time and whose evidence is gone."""
         of_adapter = {o.evaluation for o in self.openings if o.adapter_digest == adapter}
         removed = []
         for name, line in self._newest().items():
             folder, _, file = name.rpartition("/")
-            if file == EVIDENCE_FILE and folder in of_adapter and line.time > time:
+            if file == EVIDENCE_FILE and (adapter is None or folder in of_adapter) and line.time > time:
                 removed += [] if (self.path.parent / name).exists() else [folder]
         return removed
 
