@@ -192,8 +192,8 @@ class EvaluationsApi(ProjectContext):
         from tunewright.evidence.learning_curve import find_curve
         from tunewright.report.html import write_report
 
-        folder = _folder(self.evaluation(evaluation))
         evidence = self._evidence(evaluation)
+        folder = _folder(self.evaluation(evaluation))
         history: list[dict[str, Any]] = []
         if evidence.design == "held-out":  # cross-validated evidence contains the dev losses of each fold
             adapters = {a.digest: a for a in list_adapters(self.folder.adapters)}
@@ -219,15 +219,17 @@ class EvaluationsApi(ProjectContext):
             dev: let the newest be an evaluation on the dev split.
 
         Raises:
-            UserError: no such evaluation.
+            UserError: no such evaluation, or a line of the access log was changed or is missing.
         """
+        if evaluation is None:
+            AccessLog(self.folder.evaluations)  # completes an interrupted write, which may be the newest
         return find_evaluation(self.folder.evaluations, evaluation, dev=dev)
 
     def _evidence(self, evaluation: str | Path | None) -> Evidence:
         """Return an evaluation's evidence, checked against the access log."""
-        place = self.evaluation(evaluation)
         if evaluation is None:
             self.access_log()  # any evaluation could have been the newest, had its time not been changed
+        place = self.evaluation(evaluation)
         evidence = load_checked(place, self.folder.evaluations, self.reporter)
         if evaluation is None:
             access_log = AccessLog(self.folder.evaluations)

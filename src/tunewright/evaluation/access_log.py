@@ -39,7 +39,8 @@ _LINE: TypeAdapter[_Line] = TypeAdapter(Annotated[_Line, Field(discriminator="ev
 class AccessLog:
     """The recorded openings of the test set, and the digests of the files that hold its results.
 
-    Files are named by their paths relative to the folder of evaluations.
+    Files are named by their paths relative to the folder of evaluations. A write that a crash interrupted is completed
+    first, so that the files are there when they are looked for.
 
     Args:
         evaluations: the project's folder of evaluations.
@@ -50,8 +51,10 @@ class AccessLog:
 
     def __init__(self, evaluations: Path) -> None:
         self.path = evaluations / ACCESS_LOG
-        self._lines = _read(self.path)
-        self._require_those_of_the_evidence()
+        self._lines: list[_Line] = []
+        if evaluations.exists():
+            with self._held():
+                self._require_those_of_the_evidence()
 
     @property
     def openings(self) -> list[LoggedAccess]:

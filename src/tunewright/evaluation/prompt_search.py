@@ -119,9 +119,10 @@ def known_advice(arm_runner: ArmRunner, file: Path) -> Advice | None:
     Raises:
         UserError: the file was changed after it was written.
     """
+    access_log = _access_log(arm_runner)
     if not file.exists():
         return None
-    if (access_log := _access_log(arm_runner)) is not None:
+    if access_log is not None:
         access_log.require(file)
     return Advice.model_validate_json(file.read_text(encoding="utf-8"))
 

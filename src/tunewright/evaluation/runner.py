@@ -165,8 +165,9 @@ def evaluation_progress(
         UserError: the access log is damaged.
     """
     settled = _settle(arm_runner, adapter, advice)
+    openings = AccessLog(arm_runner.folder).openings
     evaluated = (_folder(arm_runner, settled, split) / EVIDENCE_FILE).exists()
-    opened = split == "dev" or any(o.evaluation == settled.identity for o in AccessLog(arm_runner.folder).openings)
+    opened = split == "dev" or any(o.evaluation == settled.identity for o in openings)
     return EvaluationProgress(settled.plans, evaluated, opened)
 
 
@@ -235,10 +236,11 @@ def evaluate(arm_runner: ArmRunner, adapter: Adapter, advice: Advice) -> Evaluat
 def evaluate_on_dev(arm_runner: ArmRunner, adapter: Adapter, advice: Advice) -> EvaluateResult:
     """Compare the same arms on the dev split; the test split stays closed, and the evidence allows no release."""
     settled = _settle(arm_runner, adapter, advice)
+    access_log = AccessLog(arm_runner.folder)
     folder = _folder(arm_runner, settled, "dev")
     if (folder / EVIDENCE_FILE).exists():
         _tell_of_newer(folder, arm_runner.reporter)
-        return EvaluateResult(folder, AccessLog(arm_runner.folder).load(folder), evaluated=False)
+        return EvaluateResult(folder, access_log.load(folder), evaluated=False)
     dev = arm_runner.version.examples("dev")
     arm_runner.warn_of_longer("dev")
     report_references([m.example for m in dev], "dev item", arm_runner.reporter)
