@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from command_line import tunewright
 from factories import make_evidence, make_items, make_opening
 from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json, digest, file_digest, write_text
@@ -360,6 +361,15 @@ def test_killed_first_write_is_completed_or_undone_by_the_next_command(tmp_path:
     assert (folder / ITEMS_FILE).read_text() == ITEMS
     assert len((folder.parent / ACCESS_LOG).read_text().splitlines()) == 1
     assert not killed(lambda: AccessLog(folder.parent).add(folder, files), 6, after=False)
+
+
+def test_verdict_finds_an_evaluation_whose_write_was_killed_after_its_line(tmp_path: Path) -> None:
+    folder = tmp_path / "evaluations" / EVIDENCE.id
+    files = {EVIDENCE_FILE: EVIDENCE.model_dump_json()}
+    assert killed(lambda: AccessLog(folder.parent).add(folder, files), 2, after=True)
+    assert not (folder / EVIDENCE_FILE).exists()
+    ran = tunewright("verdict", "-p", tmp_path, "--json")
+    assert (ran.code, ran.document["decision"]) == (0, "ship"), ran.stderr
 
 
 @pytest.mark.parametrize("after", [False, True])
