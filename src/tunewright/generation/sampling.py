@@ -33,7 +33,8 @@ def next_tokens(logits: Tensor, rows: Sequence[Row]) -> list[int]:
     tokens = logits.argmax(-1)
     # NaN is the largest to argmax, so a row's likeliest logit is NaN if any is; it is -inf if no token is allowed.
     likeliest = logits.gather(-1, tokens[:, None]).squeeze(-1)
-    tokens = tokens.masked_fill(~likeliest.isfinite(), logits.shape[-1])
+    # A difference is 0 only for finite numbers; isfinite() would launch four kernels.
+    tokens.masked_fill_(likeliest - likeliest != 0, logits.shape[-1])
     wanted = [(place, row) for place, row in enumerate(rows) if row.request.temperature > 0]
     if not wanted:
         greedy: list[int] = tokens.tolist()
