@@ -188,7 +188,7 @@ def test_ledger_counts_a_resumed_evaluation_once(project: Path) -> None:
     running = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
     file = project / "evaluations" / ACCESS_LOG
     end = time.monotonic() + 300
-    while not file.exists():
+    while '"opened"' not in file.read_text():
         assert running.poll() is None and time.monotonic() < end
         time.sleep(0.02)
     running.send_signal(signal.SIGKILL)
