@@ -5,18 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 from factories import make_evidence, make_items
-from tunewright.core.io import write_text
 from tunewright.core.progress import LogReporter
+from tunewright.evaluation.access_log import AccessLog
 from tunewright.evaluation.human_eval.sample import treatment_is_a
 from tunewright.evaluation.human_eval.session import BlindReview, Pair
 from tunewright.evidence.schema import EVIDENCE_FILE, ITEMS_FILE, Evidence, Item
 
 
 def save(folder: Path, items: list[Item], evidence: Evidence | None = None) -> Path:
-    """Write an evaluation's folder."""
+    """Write an evaluation's folder, and its line in the access log."""
     made = make_evidence(items) if evidence is None else evidence
-    write_text(folder / EVIDENCE_FILE, made.model_dump_json())
-    write_text(folder / ITEMS_FILE, "".join(f"{item.model_dump_json(exclude_none=True)}\n" for item in items))
+    access_log = AccessLog(folder.parent)
+    access_log.write(folder / EVIDENCE_FILE, made.model_dump_json())
+    lines = "".join(f"{item.model_dump_json(exclude_none=True)}\n" for item in items)
+    access_log.write(folder / ITEMS_FILE, lines)
     return folder
 
 

@@ -18,7 +18,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from factories import make_evidence, make_items
-from tunewright.evidence.schema import EVIDENCE_FILE, ITEMS_FILE, Item
+from people_helpers import save
+from tunewright.evidence.schema import Item
 from tunewright.metrics import normalised
 from tunewright.serving.gateway.server import serving
 
@@ -134,11 +135,8 @@ def write_project(
     items = make_items() if items is None else items
     evidence = make_evidence(items)
     evidence = evidence.model_copy(update={"lineage": {**evidence.lineage, "base": {"spec": base}, "created": "2026"}})
-    evaluation = folder / "evaluations" / evidence.id
-    evaluation.mkdir(parents=True)
+    evaluation = save(folder / "evaluations" / evidence.id, items, evidence)
     (folder / "tunewright.yaml").write_text(
         yaml.safe_dump({"name": "court-citations", "judge": {"controls": 14, **judge}}, sort_keys=False)
     )
-    (evaluation / EVIDENCE_FILE).write_text(evidence.model_dump_json())
-    (evaluation / ITEMS_FILE).write_text("".join(f"{item.model_dump_json()}\n" for item in items))
     return evaluation

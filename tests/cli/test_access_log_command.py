@@ -54,8 +54,9 @@ def test_evaluate_declares_the_contrast_before_building_test_prompts(
     from tunewright.evaluation.arm_runner import ArmRunner
 
     def answers(*_: object) -> None:
-        (line,) = [json.loads(text) for text in (project / "evaluations" / ACCESS_LOG).read_text().splitlines()]
-        assert line["declared"][0]["control"]
+        lines = [json.loads(text) for text in (project / "evaluations" / ACCESS_LOG).read_text().splitlines()]
+        assert [line["event"] for line in lines] == ["written", "opened"]
+        assert lines[1]["declared"][0]["control"]
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ArmRunner, "answers", answers)
@@ -75,7 +76,7 @@ def test_evaluate_declares_the_contrast_before_building_test_prompts(
 
 def test_ledger_records_an_opening_for_new_settings_only(project: Path) -> None:
     message = tunewright("evaluate", "-p", project).stderr
-    assert "The test split is opened (line 1 of access_log.jsonl). Declared: tuned against" in " ".join(message.split())
+    assert "The test split is opened (line 2 of access_log.jsonl). Declared: tuned against" in " ".join(message.split())
     assert tunewright("evaluate", "-p", project).code == 0
     assert tunewright("verdict", "-p", project).code in {0, 3, 4}
     assert len(openings(project)) == 1
@@ -85,7 +86,7 @@ def test_ledger_records_an_opening_for_new_settings_only(project: Path) -> None:
     assert [each["declared"][0]["margin"] for each in openings(project)] == [0.02, 0.05]
     evidence = tunewright("evaluate", "-p", project, "--json").document["evidence"]
     (earlier,) = evidence["openings"]
-    assert (earlier["number"], earlier["shared_items"]) == (1, evidence["items"])
+    assert (earlier["number"], earlier["shared_items"]) == (2, evidence["items"])
     reasons = tunewright("verdict", "-p", project, "--json").document["reasons"]
     assert any("had been opened once before this" in reason for reason in reasons)
     # Back to the first margin: that evidence is there, and the newer one is what `verdict` would take.
@@ -103,12 +104,45 @@ def test_verdict_and_evaluate_refuse_a_changed_ledger_line(project: Path) -> Non
     file.write_text(whole.replace('"margin":0.02', '"margin":0.01'))
     for command in ("verdict", "evaluate", "access-log", "crossval"):
         ran = tunewright(command, "-p", project, "--json")
-        assert (ran.code, ran.document["error"]["where"]) == (2, f"{file}:1"), command
+        assert (ran.code, ran.document["error"]["where"]) == (2, f"{file}:2"), command
     file.unlink()
     ran = tunewright("verdict", "-p", project, "--json")
-    assert (ran.code, ran.document["error"]["what"].split(":")[0]) == (2, "Line 1 is missing")
+    assert (ran.code, ran.document["error"]["what"].split(":")[0]) == (2, "Line 2 is missing")
     file.write_text(whole)
     assert tunewright("verdict", "-p", project).code in {0, 3, 4}
+
+
+def test_commands_refuse_edited_evidence_items_and_advice(project: Path, tmp_path: Path) -> None:
+    folder = Path(tunewright("evaluate", "-p", project, "--json").document["folder"])
+    (advice,) = folder.parent.glob("advice-*.json")
+    every = ("verdict", "report", "evaluate", "access-log")
+    for file, commands in ((folder / "evidence.json", every), (folder / "items.jsonl", every), (advice, ["evaluate"])):
+        whole = file.read_text()
+        file.write_text(whole.replace('"zero-shot"', '"zero-shop"'))
+        assert file.read_text() != whole
+        for command in commands:
+            ran = tunewright(command, "-p", project, "--json")
+            assert (ran.code, ran.document["error"]["where"]) == (2, str(file)), (command, ran.stderr)
+            assert "was changed after it was written" in ran.document["error"]["what"]
+        file.write_text(whole)
+    # A copy elsewhere has no log of its own, and says so.
+    copy = Path(shutil.copytree(folder, tmp_path / "elsewhere" / "copy"))
+    ran = tunewright("verdict", copy, "-p", project)
+    assert ran.code in {0, 3, 4}
+    assert "no access log shows that it was not changed" in " ".join(ran.stderr.split())
+    assert tunewright("evaluate", "--dev", "-p", project).code == 0
+    assert "is missing" not in tunewright("verdict", "-p", project).stderr
+    shutil.rmtree(folder)
+    (dev,) = folder.parent.glob("dev-*")
+    shutil.rmtree(dev)
+    shutil.copytree(copy, folder)
+    missing = f"The evidence of evaluation {dev.name} is missing. {folder.name}, which is older, is used instead."
+    assert missing in " ".join(tunewright("verdict", "-p", project).stderr.split())
+    # Removed as the message says, the evaluation is measured again, from the answers that there are.
+    shutil.rmtree(folder)
+    assert tunewright("evaluate", "-p", project, "--json").document["evaluated"] is True
+    assert tunewright("verdict", "-p", project).code in {0, 3, 4}
+    assert len(openings(project)) == 1
 
 
 def test_verdict_warns_of_rows_opened_by_an_earlier_version(project: Path, tmp_path: Path) -> None:
@@ -154,7 +188,7 @@ def test_ledger_counts_a_resumed_evaluation_once(project: Path) -> None:
     running = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
     file = project / "evaluations" / ACCESS_LOG
     end = time.monotonic() + 300
-    while not file.exists():
+    while '"opened"' not in file.read_text():
         assert running.poll() is None and time.monotonic() < end
         time.sleep(0.02)
     running.send_signal(signal.SIGKILL)

@@ -222,7 +222,7 @@ def test_evaluate_counts_stored_answers_after_a_stop(project: Path) -> None:
 def test_verdict_on_dev_is_marked_as_dev_everywhere(project: Path) -> None:
     ran = tunewright("evaluate", "--dev", "--project", project, "--json")
     assert ran.document["split"] == ran.document["evidence"]["split"] == "dev"
-    assert not (project / "evaluations" / "access_log.jsonl").exists()
+    assert tunewright("access-log", "--project", project, "--json").document["openings"] == []
     message = tunewright("verdict", "--project", project, "--json")
     assert message.code == {"ship": 0, "don't ship": 3, "can't tell": 4}[message.document["decision"]]
     assert message.document["split"] == "dev"

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,10 +22,11 @@ from sqlalchemy import create_engine, text
 from states import Clock, raw, reservation, with_tenant
 
 from command_line import Ran, tiny_project, tunewright, without_state
-from factories import make_evidence, make_items, with_contrast
+from factories import make_evidence, make_items, make_opening, with_contrast
 from tunewright import open as open_project
 from tunewright.adapters.registry import Adapter, find_adapter, list_adapters
-from tunewright.core.io import write_json
+from tunewright.evaluation.access_log import ACCESS_LOG, AccessLog
+from tunewright.evidence.logged_access import LogLine
 from tunewright.evidence.schema import Evidence
 from tunewright.serving.tenants import RequestUsage, State
 
@@ -57,7 +59,8 @@ def _evaluated(project: Path, adapter: Adapter, evidence: Evidence, number: int 
         "adapter": {"name": adapter.name, "digest": adapter.digest, "lineage": adapter.lineage},
     }
     stored = evidence.model_copy(update={"id": f"{number:012x}", "lineage": lineage})
-    write_json(project / "evaluations" / stored.id / "evidence.json", stored.model_dump(mode="json"))
+    evaluations = project / "evaluations"
+    AccessLog(evaluations).write(evaluations / stored.id / "evidence.json", stored.model_dump_json())
 
 
 SHIPS = make_evidence(make_items())
@@ -221,6 +224,92 @@ def test_canary_is_promoted_or_rolled_back(project: Path) -> None:
         "rollback",
     ]
     assert "No shadow candidate has answered" in _run(project, "shadow", "courts").stdout
+
+
+def _evidence_file(project: Path, number: int = 1) -> Path:
+    return project / "evaluations" / f"{number:012x}" / "evidence.json"
+
+
+def _require_refusal(project: Path, command: list[str], file: Path, what: str) -> None:
+    """The command names the file, changes nothing, and the history has no new release."""
+    before = _document(project, "releases")
+    ran = _run(project, *command, "--json")
+    error = ran.document["error"]
+    assert (ran.code, error["where"]) == (2, str(file)), command
+    assert what in error["what"]
+    assert "Restore" in error["fix"]
+    assert _document(project, "releases") == before
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda evidence: {**evidence, "contrasts": json.loads(SHIPS.model_dump_json())["contrasts"]},
+        lambda evidence: {**evidence, "margin": -1.0},
+        lambda evidence: {**evidence, "lineage": {**evidence["lineage"], "adapter": {"digest": "0" * 64}}},
+        lambda evidence: {**evidence, "lineage": {**evidence["lineage"], "created": "2026-11-01T00:00:00+00:00"}},
+        lambda evidence: {**evidence, "split": "dev"},
+        lambda evidence: {**evidence, "schema_version": 1},
+        lambda _evidence: {},
+    ],
+)
+def test_deploy_refuses_evidence_that_was_edited(project: Path, edit: Any) -> None:
+    """Also where the edit makes an older evaluation the newest one of the adapter."""
+    first, _ = _adapters(project)
+    _evaluated(project, first, SHIPS, 1)
+    _evaluated(project, first, FAILS, 2)
+    assert _run(project, "deploy", "courts", first.name).code == 3
+    file = _evidence_file(project, 2)
+    whole = file.read_text()
+    file.write_text(json.dumps(edit(json.loads(whole))))
+    force = ["--force", "--because", "it is urgent"]
+    for command in (["deploy", "courts", first.name], ["deploy", "courts", first.name, *force], ["verdict"]):
+        _require_refusal(project, command, file, "was changed after it was written")
+    file.write_text(whole)
+    assert _run(project, "deploy", "courts", first.name).code == 3
+
+
+def test_deploy_refuses_evidence_without_a_line(project: Path) -> None:
+    first, _ = _adapters(project)
+    _evaluated(project, first, SHIPS)
+    log = project / "evaluations" / ACCESS_LOG
+    whole = log.read_text()
+    log.write_text("")
+    _require_refusal(project, ["deploy", "courts", first.name], _evidence_file(project), "has no line in")
+    log.unlink()
+    _require_refusal(project, ["deploy", "courts", first.name], _evidence_file(project), "has no line in")
+    log.write_text(whole)
+    assert _run(project, "deploy", "courts", first.name).code == 0
+
+
+def test_deploy_refuses_when_newer_evidence_on_the_adapter_was_removed(project: Path) -> None:
+    first, second = _adapters(project)
+    access_log = AccessLog(project / "evaluations")
+    for number, adapter in ((1, first), (2, first), (3, second)):
+        opening = make_opening(number, evaluation=f"{number:012x}", adapter_digest=adapter.digest).model_dump()
+        access_log.open(**{k: v for k, v in opening.items() if k not in LogLine.model_fields or k == "author"})
+    for number, adapter in ((1, first), (2, first), (3, second)):
+        _evaluated(project, adapter, SHIPS if number != 2 else FAILS, number)
+    shutil.rmtree(_evidence_file(project, 2).parent)
+    what = f"The evidence of evaluation {2:012x} of {first.name} is missing"
+    _require_refusal(project, ["deploy", "courts", first.name], access_log.path, what)
+    assert _run(project, "deploy", "courts", second.name).code == 0
+    assert _run(project, "deploy", "courts", first.name, "--force", "--because", "it is urgent").code == 0
+
+
+def test_promote_refuses_a_candidate_whose_evidence_was_edited_or_removed(project: Path) -> None:
+    first, second = _adapters(project)
+    _document(project, "deploy", "courts", second.name, "--force", "--because", "the first one")
+    _evaluated(project, first, SHIPS)
+    _document(project, "deploy", "courts", first.name, "--canary", "10%")
+    file = _evidence_file(project)
+    whole = file.read_text()
+    file.write_text(whole.replace('"margin":0.02', '"margin":0.01'))
+    _require_refusal(project, ["promote", "courts"], file, "was changed after it was written")
+    shutil.rmtree(file.parent)
+    _require_refusal(project, ["promote", "courts"], file.parent, "on which the candidate was released, is missing")
+    _evaluated(project, first, SHIPS)
+    assert _document(project, "promote", "courts")["release"]["adapter"] == first.name
 
 
 def test_audit_verify_names_a_changed_line_with_exit_code_1(project: Path) -> None:

@@ -1,8 +1,12 @@
-"""The access log of openings: a line that was changed, removed or put in is found and named."""
+"""The access log: changed, removed and inserted lines are named, and so are files that differ from their lines."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +14,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from command_line import tunewright
 from factories import make_evidence, make_items, make_opening
 from tunewright.core.errors import UserError
-from tunewright.core.io import canonical_json, write_text
-from tunewright.evaluation.access_log import ACCESS_LOG, AccessLog
+from tunewright.core.io import canonical_json, digest, file_digest, write_text
+from tunewright.core.progress import LogReporter
+from tunewright.evaluation.access_log import ACCESS_LOG, AccessLog, amendable, load_checked
+from tunewright.evidence.common import References
 from tunewright.evidence.logged_access import EarlierAccess, LoggedAccess, openings_text
-from tunewright.evidence.schema import EVIDENCE_FILE
+from tunewright.evidence.schema import EVIDENCE_FILE, ITEMS_FILE
 from tunewright.evidence.verdict import verdict
 
 EVIDENCE = make_evidence(make_items())
@@ -176,3 +183,277 @@ def test_openings_text_counts_opened_and_unknown_items() -> None:
     assert openings_text([earlier(1, 13)], 60).startswith("13 of the 60 test items had been opened once")
     unknown = openings_text([earlier(1, None)], 60)
     assert "The items of line 1 are unknown" in unknown
+
+
+# Files that lines bind
+
+
+ITEMS = "a line of items\n"
+
+
+def counted(several: int) -> References:
+    """A section of the evidence."""
+    return References(items=60, inputs=60, several=several, references=60)
+
+
+BOUND = EVIDENCE.model_copy(update={"references": counted(0)})
+
+
+@pytest.fixture
+def evaluation(tmp_path: Path) -> Path:
+    """An evaluation that was written, judged and measured again."""
+    evaluations = tmp_path / "evaluations"
+    folder = evaluations / EVIDENCE.id
+    access_log = AccessLog(evaluations)
+    access_log.add(folder, {ITEMS_FILE: ITEMS, EVIDENCE_FILE: EVIDENCE.model_dump_json()})
+    access_log.amend(folder, {"judge.jsonl": "first\n"}, references=counted(0))
+    access_log.write(evaluations / "advice-1.json", "{}")
+    access_log.write(tmp_path / "advice" / "1.json", "{}")
+    return folder
+
+
+def refused(evaluation: Path, file: Path) -> str:
+    """The message about a file that is not as its line says."""
+    with pytest.raises(UserError) as error:
+        AccessLog(evaluation.parent).load(evaluation)
+    assert error.value.where == str(file)
+    assert "Restore it" in str(error.value.fix)
+    with pytest.raises(UserError, match=file.name):
+        AccessLog(evaluation.parent).require_all()
+    return error.value.what
+
+
+def test_written_files_are_bound_by_their_newest_line(evaluation: Path) -> None:
+    access_log = AccessLog(evaluation.parent)
+    assert access_log.load(evaluation) == BOUND
+    access_log.require_all()
+    access_log.require(evaluation.parent / "advice-1.json", evaluation.parent.parent / "advice" / "1.json")
+    lines = [json.loads(line) for line in access_log.path.read_text().splitlines()]
+    assert [set(line["files"]) for line in lines] == [
+        {f"{EVIDENCE.id}/{ITEMS_FILE}", f"{EVIDENCE.id}/{EVIDENCE_FILE}"},
+        {f"{EVIDENCE.id}/judge.jsonl", f"{EVIDENCE.id}/{EVIDENCE_FILE}"},
+        {"advice-1.json"},
+        {"../advice/1.json"},
+    ]
+    assert lines[1]["files"][f"{EVIDENCE.id}/{EVIDENCE_FILE}"] == file_digest(evaluation / EVIDENCE_FILE)
+    assert access_log.openings == []
+
+
+@pytest.mark.parametrize("name", [EVIDENCE_FILE, ITEMS_FILE, "judge.jsonl"])
+def test_load_refuses_a_file_with_one_changed_bit(evaluation: Path, name: str) -> None:
+    file = evaluation / name
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    line = 1 if name == ITEMS_FILE else 2
+    assert f"{name} was changed after it was written" in (what := refused(evaluation, file))
+    assert f"in line {line} of" in what
+
+
+def test_load_refuses_evidence_from_before_an_amendment(evaluation: Path) -> None:
+    (evaluation / EVIDENCE_FILE).write_text(EVIDENCE.model_dump_json())
+    assert "was changed after it was written" in refused(evaluation, evaluation / EVIDENCE_FILE)
+
+
+def test_load_refuses_an_evaluation_without_a_line(evaluation: Path) -> None:
+    other = evaluation.with_name("ffffffffffff")
+    shutil.copytree(evaluation, other)
+    assert "evidence.json has no line in" in refused(other, other / EVIDENCE_FILE)
+    assert AccessLog(evaluation.parent).load(evaluation) == BOUND
+
+
+def test_load_refuses_evidence_when_the_last_lines_are_missing(evaluation: Path) -> None:
+    log = evaluation.parent / ACCESS_LOG
+    text = log.read_text().splitlines(keepends=True)
+    log.write_text(text[0])
+    refused(evaluation, evaluation / EVIDENCE_FILE)
+    log.unlink()
+    assert "has no line in" in refused(evaluation, evaluation / EVIDENCE_FILE)
+
+
+def test_require_refuses_changed_advice(evaluation: Path) -> None:
+    for file in (evaluation.parent / "advice-1.json", evaluation.parent.parent / "advice" / "1.json"):
+        file.write_text("[]")
+        with pytest.raises(UserError, match="was changed after it was written") as error:
+            AccessLog(evaluation.parent).require(file)
+        assert error.value.where is not None
+        assert Path(error.value.where).resolve() == file.resolve()
+
+
+def test_amend_refuses_changed_evidence(evaluation: Path) -> None:
+    file = evaluation / EVIDENCE_FILE
+    file.write_text(file.read_text().replace("0.02", "0.01"))
+    before = (evaluation.parent / ACCESS_LOG).read_text()
+    with pytest.raises(UserError, match="was changed after it was written"):
+        AccessLog(evaluation.parent).amend(evaluation, references=counted(1))
+    assert (evaluation.parent / ACCESS_LOG).read_text() == before
+
+
+def test_removed_evaluation_can_be_written_again(evaluation: Path) -> None:
+    shutil.rmtree(evaluation)
+    again = EVIDENCE.model_copy(update={"project": "again"})
+    AccessLog(evaluation.parent).add(evaluation, {EVIDENCE_FILE: again.model_dump_json()})
+    assert AccessLog(evaluation.parent).load(evaluation) == again
+
+
+def test_add_keeps_an_evaluation_that_another_process_wrote(evaluation: Path) -> None:
+    AccessLog(evaluation.parent).add(evaluation, {EVIDENCE_FILE: "{}", ITEMS_FILE: ""})
+    assert AccessLog(evaluation.parent).load(evaluation) == BOUND
+
+
+def test_removed_since_names_later_evaluations_of_the_adapter(tmp_path: Path) -> None:
+    access_log, opening = AccessLog(tmp_path), make_opening(1)
+    access_log.open(**facts(opening))
+    folder = tmp_path / opening.evaluation
+    access_log.add(folder, {EVIDENCE_FILE: EVIDENCE.model_dump_json()})
+    adapter = str(opening.adapter_digest)
+    assert access_log.removed_since("2026-01-01", adapter) == []
+    shutil.rmtree(folder)
+    assert access_log.removed_since("2026-01-01", adapter) == [opening.evaluation]
+    assert access_log.removed_since("2026-01-01", digest("another")) == []
+    assert access_log.removed_since("9999-01-01", adapter) == []
+
+
+# Kills
+
+
+def killed(work: Callable[[], object], calls: int, *, after: bool) -> bool:
+    """Run in a process that kills itself before or after its n-th rename; return whether it came that far."""
+    child = os.fork()
+    if child == 0:
+        rename, left = Path.replace, [calls]
+
+        def replace(self: Path, target: Path) -> Path:
+            left[0] -= 1
+            if left[0] == 0 and not after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            moved = rename(self, target)
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return moved
+
+        Path.replace = replace  # type: ignore[method-assign, assignment]
+        try:
+            work()
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.WIFSIGNALED(status)
+
+
+def hidden(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob(".*") if path.name.endswith(".staged")]
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("call", range(1, 6))
+def test_killed_first_write_is_completed_or_undone_by_the_next_command(tmp_path: Path, call: int, after: bool) -> None:
+    folder = tmp_path / "evaluations" / EVIDENCE.id
+    files = {ITEMS_FILE: ITEMS, EVIDENCE_FILE: EVIDENCE.model_dump_json()}
+    assert killed(lambda: AccessLog(folder.parent).add(folder, files), call, after=after)
+    committed = (call, after) >= (3, True)  # two staged files, then the line
+    assert len((folder.parent / ACCESS_LOG).read_text().splitlines() if committed else []) == committed
+    AccessLog(folder.parent)
+    assert (folder / EVIDENCE_FILE).exists() == folder.exists() == committed
+    assert hidden(tmp_path) == []
+    AccessLog(folder.parent).add(folder, files)
+    assert AccessLog(folder.parent).load(folder) == EVIDENCE
+    assert (folder / ITEMS_FILE).read_text() == ITEMS
+    assert len((folder.parent / ACCESS_LOG).read_text().splitlines()) == 1
+    assert not killed(lambda: AccessLog(folder.parent).add(folder, files), 6, after=False)
+
+
+def test_verdict_finds_an_evaluation_whose_write_was_killed_after_its_line(tmp_path: Path) -> None:
+    folder = tmp_path / "evaluations" / EVIDENCE.id
+    files = {EVIDENCE_FILE: EVIDENCE.model_dump_json()}
+    assert killed(lambda: AccessLog(folder.parent).add(folder, files), 2, after=True)
+    assert not (folder / EVIDENCE_FILE).exists()
+    ran = tunewright("verdict", "-p", tmp_path, "--json")
+    assert (ran.code, ran.document["decision"]) == (0, "ship"), ran.stderr
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("call", range(1, 6))
+def test_killed_amendment_is_completed_or_undone_by_the_next_command(evaluation: Path, call: int, after: bool) -> None:
+    access_log = AccessLog(evaluation.parent)
+    work = lambda: access_log.amend(evaluation, {"judge.jsonl": "second\n"}, references=counted(1))  # noqa: E731
+    assert killed(work, call, after=after)
+    found = AccessLog(evaluation.parent).load(evaluation)
+    committed = (call, after) >= (3, True)
+    assert (found.references, (evaluation / "judge.jsonl").read_text()) == (
+        (counted(1), "second\n") if committed else (counted(0), "first\n")
+    )
+    assert hidden(evaluation.parent) == []
+    assert access_log.amend(evaluation, {"judge.jsonl": "third\n"}, references=counted(2)).references == counted(2)
+    AccessLog(evaluation.parent).require_all()
+
+
+@pytest.mark.parametrize("call", range(1, 4))
+@pytest.mark.parametrize("after", [False, True])
+def test_killed_write_of_advice_is_completed_or_undone(evaluation: Path, call: int, after: bool) -> None:
+    file = evaluation.parent.parent / "advice" / "1.json"
+    assert killed(lambda: AccessLog(evaluation.parent).write(file, "[]"), call, after=after)
+    AccessLog(evaluation.parent).require(file)
+    assert file.read_text() == ("[]" if (call, after) >= (2, True) else "{}")
+    assert hidden(evaluation.parent.parent) == []
+
+
+def test_planted_staged_file_is_not_put_in_place(evaluation: Path) -> None:
+    (evaluation / f".{EVIDENCE_FILE}.staged").write_text("{}")
+    assert AccessLog(evaluation.parent).load(evaluation) == BOUND
+    assert hidden(evaluation) == []
+
+
+def test_reader_is_never_refused_while_another_process_amends(evaluation: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        for number in range(1, 20):
+            AccessLog(evaluation.parent).amend(evaluation, references=counted(number))
+        os._exit(0)
+    seen = []
+    while os.waitpid(child, os.WNOHANG) == (0, 0):
+        found = AccessLog(evaluation.parent).load(evaluation).references
+        assert found is not None
+        seen.append(found.several)
+    assert AccessLog(evaluation.parent).load(evaluation).references == counted(19)
+    assert seen == sorted(seen)
+
+
+# Evidence elsewhere
+
+
+def test_evidence_of_another_project_is_checked_against_that_projects_log(evaluation: Path, tmp_path: Path) -> None:
+    here = tmp_path / "here" / "evaluations"
+    for place in (evaluation, evaluation / EVIDENCE_FILE):
+        assert load_checked(place, here, LogReporter()) == BOUND
+    file = evaluation / EVIDENCE_FILE
+    file.write_text(file.read_text().replace("0.02", "0.01"))
+    with pytest.raises(UserError, match="was changed after it was written"):
+        load_checked(evaluation, here, LogReporter())
+
+
+def test_evidence_without_a_log_is_read_with_a_warning_and_not_amended(
+    evaluation: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    alone = tmp_path / "alone" / "ID"
+    shutil.copytree(evaluation, alone)
+    assert load_checked(alone, evaluation.parent, LogReporter()) == BOUND
+    assert "no access log shows that it was not changed" in caplog.text
+    with pytest.raises(UserError, match="outside of a project"):
+        amendable(alone, evaluation.parent)
+
+
+@pytest.mark.parametrize("place", ["copy", "link", "file"])
+def test_evidence_in_the_projects_folder_needs_its_log(evaluation: Path, tmp_path: Path, place: str) -> None:
+    forged = tmp_path / "elsewhere" / "forged"
+    shutil.copytree(evaluation, forged)
+    given = evaluation.with_name("forged")
+    if place == "link":
+        given.symlink_to(forged)
+    elif place == "copy":
+        forged.rename(given)
+    else:
+        given = evaluation / "forged.json"
+        shutil.copy(forged / EVIDENCE_FILE, given)
+    with pytest.raises(UserError, match="has no line in"):
+        load_checked(given, evaluation.parent, LogReporter())

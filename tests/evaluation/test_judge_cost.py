@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ import pytest
 import tunewright as package
 from command_line import pairs, tunewright, write_jsonl
 from factories import make_items
+from people_helpers import save
 from scripted_judge import honest, read_prompt, scripted, write_project
 from tunewright.evidence.schema import load_evidence, load_items
 
@@ -109,10 +109,9 @@ def test_reference_model_gets_the_test_prompts(tmp_path: Path, tiny_base_folder:
             item.model_copy(update={"key": members[row["prompt"]].key, "input": row["prompt"], "reference": f"r{n}"})
             for n, (item, row) in enumerate(zip(load_items(evaluation), rows, strict=False))
         ]
-        write_jsonl(evaluation / "items.jsonl", [item.model_dump(mode="json") for item in items])
-        evidence = json.loads((evaluation / "evidence.json").read_text())
-        evidence["lineage"]["dataset"] = version.digest
-        (evaluation / "evidence.json").write_text(json.dumps(evidence))
+        evidence = load_evidence(evaluation)
+        lineage = {**evidence.lineage, "dataset": version.digest}
+        save(evaluation, items, evidence.model_copy(update={"lineage": lineage}))
 
         estimated = opened.estimate_judge()
         assert (estimated.reference_answers, server.bodies) == (40, [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -266,6 +267,46 @@ def test_unknown_adapter_is_refused_and_leaves_the_batch_unchanged(tenants: Any)
         batch.step()
     assert row.completion == reference(tenants, first)
     assert not any(part._forward_pre_hooks for part in tenants.modules())
+
+
+@pytest.mark.parametrize("rows", [2, 8, 32])
+def test_step_isolates_a_failing_row_in_a_logarithmic_number_of_passes(plain: Any, rows: int) -> None:
+    requests = [Request((8, 9 + number % 20), None, 6) for number in range(rows)]
+    batch = Batch(plain, stop_ids=(), pad_id=PAD)
+    admitted = batch.admit(requests)
+    fault = admitted[rows // 3]
+    fault.ids[-1] = VOCABULARY  # a token that the model has no embedding for
+    passes: list[int] = []
+    hook = plain.register_forward_pre_hook(
+        lambda _model, _args, kwargs: passes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    try:
+        ((failed, error),) = batch.step()
+    finally:
+        hook.remove()
+    assert failed is fault
+    assert isinstance(error, IndexError)
+    assert len(passes) <= 2 * math.log2(rows) + 2
+    assert passes[-1] == rows - 1
+    while batch.rows:
+        assert batch.step() == []
+    others = [(row, request) for row, request in zip(admitted, requests, strict=True) if row is not fault]
+    alone = [generate(plain, [request], stop_ids=(), pad_id=PAD, batch_size=1)[0].ids for _, request in others[:8]]
+    assert [tuple(row.ids) for row, _ in others[:8]] == alone
+
+
+def test_step_raises_when_the_model_computes_nothing(plain: Any) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("the device is gone")
+
+    batch = Batch(plain, stop_ids=(), pad_id=PAD)
+    batch.admit(_requests(3))
+    hook = plain.register_forward_pre_hook(fail)
+    try:
+        with pytest.raises(RuntimeError, match="the device is gone"):
+            batch.step()
+    finally:
+        hook.remove()
 
 
 def _with_dora() -> Any:

@@ -116,9 +116,14 @@ def test_draw_never_takes_a_token_of_probability_0() -> None:
             assert tokens.tolist() == expected
 
 
-@pytest.mark.parametrize("top_p", [1.0, 0.9])
-def test_next_tokens_raises_when_logits_are_not_finite(top_p: float) -> None:
-    logits = _logits(2, 50)
-    logits[1, 7] = torch.nan
-    with pytest.raises(ValueError, match="logits are not finite"):
-        next_tokens(logits, [_row(0, top_p=top_p), _row(1, top_p=top_p)])
+@pytest.mark.parametrize("settings", [{"top_p": 1.0}, {"top_p": 0.9}, {"temperature": 0.0}])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_next_tokens_are_beyond_the_vocabulary_only_for_a_row_without_finite_logits(
+    settings: dict[str, Any], value: float
+) -> None:
+    logits = _logits(3, 50)
+    expected = next_tokens(logits, [_row(place, **settings) for place in range(3)])
+    logits[1, 7] = value
+    tokens = next_tokens(logits, [_row(place, **settings) for place in range(3)])
+    assert [tokens[0], tokens[2]] == [expected[0], expected[2]]
+    assert tokens[1] >= 50

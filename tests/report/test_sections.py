@@ -12,12 +12,14 @@ import pytest
 
 from command_line import tunewright
 from factories import make_evidence, make_history
+from people_helpers import save
 from report_evidence import CURVE, GENERAL, ITEMS, JUDGE, REVIEW, full_evidence, vetoed
 from signals_factory import break_even, make_signals
 from tunewright.advisor.explanations import break_even_text
 from tunewright.advisor.signals import Speed, find_matching_advice
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, write_json, write_text
+from tunewright.evaluation.access_log import AccessLog
 from tunewright.evidence.common import Interval
 from tunewright.evidence.learning_curve import CURVE_FILE, find_curve, more_data
 from tunewright.evidence.logged_access import openings_text
@@ -370,14 +372,13 @@ def test_report_uses_the_newest_matching_advice_with_a_break_even(tmp_path: Path
 def test_report_command_needs_only_the_evaluation(tmp_path: Path, tiny_base_folder: Path) -> None:
     write_text(tmp_path / "tunewright.yaml", f"name: p\nbase_model: {tiny_base_folder}\n")
     folder = tmp_path / "evaluations" / FULL.id
-    write_json(folder / "evidence.json", FULL.model_dump(mode="json"))
-    write_text(folder / "items.jsonl", "".join(item.model_dump_json(exclude_none=True) + "\n" for item in ITEMS))
+    save(folder, ITEMS, FULL.model_copy(update={"opening": None}))
     ran = tunewright("report", "-p", tmp_path)
     assert ran.code == 0, ran.stderr
     assert "The evaluated adapter was removed" in ran.stderr
     read = _Tables((folder / "report.html").read_text())
     assert "`tunewright advise` measures it" in read.sections["cost"]
-    assert {"train-similarity", "regressions", "human-eval", "judge", "access-log"} <= set(read.sections)
+    assert {"train-similarity", "regressions", "human-eval", "judge"} <= set(read.sections)
     assert _page().tables["Table of arms"] == read.tables["Table of arms"]
 
 
@@ -397,10 +398,10 @@ def test_unscored_bands_have_no_answer() -> None:
 def test_report_command_uses_the_projects_advice(tmp_path: Path, tiny_base_folder: Path) -> None:
     write_text(tmp_path / "tunewright.yaml", f"name: p\nbase_model: {tiny_base_folder}\n")
     folder = tmp_path / "evaluations" / FULL.id
-    write_json(folder / "evidence.json", FULL.model_dump(mode="json"))
-    write_text(folder / "items.jsonl", "".join(item.model_dump_json(exclude_none=True) + "\n" for item in ITEMS))
+    save(folder, ITEMS, FULL.model_copy(update={"opening": None}))
     advice = make_signals(lineage=FULL.lineage)
-    write_json(tmp_path / "advice" / f"{advice.id}.json", advice.model_dump(mode="json"))
+    file = tmp_path / "advice" / f"{advice.id}.json"
+    AccessLog(tmp_path / "evaluations").write(file, advice.model_dump_json())
     ran = tunewright("report", "-p", tmp_path)
     assert ran.code == 0, ran.stderr
     read = _Tables((folder / "report.html").read_text())

@@ -28,8 +28,9 @@ from tunewright.advisor.specificity import fertility, form, surprise
 from tunewright.chat import Tokens
 from tunewright.chat.answers import answer_length
 from tunewright.core.errors import UserError
-from tunewright.core.io import digest, write_json
+from tunewright.core.io import digest, json_document, write_json
 from tunewright.data.versions import Member
+from tunewright.evaluation.access_log import AccessLog
 from tunewright.evaluation.arm_runner import ArmRunner, measured_arm, measured_with, scored_arms
 from tunewright.evaluation.arms import TUNED, TUNED_CONSTRAINED, ZERO_SHOT, ArmPlan, plan_of
 from tunewright.evaluation.forgetting import ForgettingMeter
@@ -105,10 +106,12 @@ class Adviser:
         """
         prompting = advise(self.arm_runner)
         file = self._file(prompting.file)
+        access_log = AccessLog(self.project.evaluations)
         if file.exists():
+            access_log.require(file)
             return AdviceResult(file, load_signals(file), measured=False)
         signals = self._signals(file.stem, prompting.advice)
-        write_json(file, signals.model_dump(mode="json"))
+        access_log.write(file, json_document(signals.model_dump(mode="json")))
         return AdviceResult(file, signals, measured=True)
 
     def _found(self, prompting: Path) -> bool:

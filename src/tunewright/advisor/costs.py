@@ -47,7 +47,8 @@ def measured_speed(
     timed.admit([Request(prompt, adapter, _WRITTEN + 2) for prompt in prompts[:rows]])
     read = time.perf_counter()
     for _ in range(_WRITTEN):
-        timed.step()
+        for _, error in timed.step():
+            raise error
     written = time.perf_counter()
     return Speed(
         prefill=sum(map(len, prompts[:rows])) / (read - began),

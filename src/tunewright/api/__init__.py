@@ -166,11 +166,14 @@ class Project(EvaluationsApi):
             UserError: no such advice, too few minutes, or arms that cannot be measured.
         """
         from tunewright.advisor.signals import find_advice, load_signals
+        from tunewright.evaluation.access_log import AccessLog
 
         if stored is not None:
             from tunewright.advisor.result import AdviceResult
 
             file = find_advice(self.folder.advice, stored)
+            if self.folder.advice.absolute() in file.absolute().parents:
+                AccessLog(self.folder.evaluations).require(file)
             return AdviceResult(file, load_signals(file), measured=False)
         from tunewright.advisor.adviser import Adviser
 

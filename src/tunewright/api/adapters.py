@@ -17,7 +17,8 @@ from tunewright.api.context import ProjectContext
 from tunewright.config import Quantization
 from tunewright.core.errors import UserError
 from tunewright.data.versions.version import current_author
-from tunewright.evidence.schema import EVIDENCE_FILE, load_evidence
+from tunewright.evaluation.access_log import AccessLog
+from tunewright.evidence.schema import EVIDENCE_FILE
 from tunewright.evidence.verdict import Decision, verdict
 
 if TYPE_CHECKING:
@@ -67,11 +68,11 @@ class AdaptersApi:
         )
 
     def _verdicts(self, adapter: Adapter) -> Sequence[tuple[str, Decision]]:
-        """Return the decision of each evaluation of the adapter; skip evidence of another schema with a warning."""
+        """Return the decision of each evaluation of the adapter; skip unreadable or changed evidence with a warning."""
         found = []
         for path in self._project.evaluations.glob(f"*/{EVIDENCE_FILE}"):
             try:
-                evidence = load_evidence(path.parent)
+                evidence = AccessLog(self._project.evaluations).load(path.parent)
             except UserError as error:
                 self._context.reporter.warn(f"{path.parent.name} is skipped: {error.what.splitlines()[0]}")
                 continue

@@ -20,7 +20,8 @@ from tunewright.data.readers.sources import source_files
 from tunewright.data.trace import find_row
 from tunewright.data.versions import DatasetVersion, Manifest, Member, checkout, list_versions, load_version
 from tunewright.data.versions.version import clusters_by_split
-from tunewright.evidence.schema import Item, find_evaluation, load_evidence, load_items
+from tunewright.evaluation.access_log import load_checked
+from tunewright.evidence.schema import Item, find_evaluation, load_items
 from tunewright.evidence.split_power import SplitPower, report_split_power, split_power, warn_of_few_dev_clusters
 
 if TYPE_CHECKING:
@@ -283,7 +284,8 @@ class DatasetApi:
         """
         from tunewright.metrics import metric_label
 
-        evidence = load_evidence(find_evaluation(self._project.evaluations, evaluation))
+        place = find_evaluation(self._project.evaluations, evaluation)
+        evidence = load_checked(place, self._project.evaluations, self._reporter)
         if evidence.metric.partition(" ")[0] in {"exact_match", "choices"}:
             return None
         return (
@@ -314,7 +316,7 @@ class DatasetApi:
 
     def _held_out_items(self, evaluation: str | Path) -> list[Item]:
         folder = find_evaluation(self._project.evaluations, evaluation)
-        if load_evidence(folder).design != "held-out":
+        if load_checked(folder, self._project.evaluations, self._reporter).design != "held-out":
             raise UserError(
                 "The evaluation is cross-fitted: its items were also training rows, so they have no distance from them",
                 where=str(folder),

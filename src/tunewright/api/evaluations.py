@@ -16,14 +16,15 @@ from tunewright.data.review.reviews import findings, read_reviews
 from tunewright.data.versions.members import read_places
 from tunewright.data.versions.store import version_folder
 from tunewright.data.versions.version import read_manifest
-from tunewright.evaluation.access_log import AccessLog
+from tunewright.evaluation.access_log import AccessLog, amendable, load_checked
 from tunewright.evidence.causes import Labels, ProjectFacts, decided
 from tunewright.evidence.learning_curve import find_curve
 from tunewright.evidence.logged_access import LoggedAccess
-from tunewright.evidence.schema import Evidence, amend, find_evaluation, load_evidence, load_items
+from tunewright.evidence.schema import Evidence, find_evaluation, load_items
 from tunewright.evidence.verdict import Verdict
 
 if TYPE_CHECKING:
+    from tunewright.advisor.signals import Signals
     from tunewright.evaluation.human_eval.session import BlindReview
     from tunewright.evaluation.judge.runner import Estimate, Judge, JudgeResult
     from tunewright.evidence.human_eval import AnswerReview
@@ -38,7 +39,6 @@ def known_of(project: ProjectFolder, evidence: Evidence, reporter: Reporter) -> 
     Missing facts are left out. Unreadable ones are left out with a warning: evidence is enough for a verdict.
     """
     from tunewright.advisor.explanations import calls_cost
-    from tunewright.advisor.signals import find_matching_advice
 
     def readable(read: Callable[[], T | None]) -> T | None:
         try:
@@ -47,7 +47,7 @@ def known_of(project: ProjectFolder, evidence: Evidence, reporter: Reporter) -> 
             reporter.warn(f"Ignored for the causes of the verdict: {error}")
             return None
 
-    advice = readable(lambda: find_matching_advice(project.advice, evidence))
+    advice = readable(lambda: _matching_advice(project, evidence))
     digest = evidence.lineage.get("adapter", {}).get("digest")
     adapter = next((a for a in list_adapters(project.adapters) if a.digest == digest), None)
     even = advice.break_even if advice else None
@@ -58,6 +58,13 @@ def known_of(project: ProjectFolder, evidence: Evidence, reporter: Reporter) -> 
         labels=_labels(project.dataset, str(evidence.lineage.get("dataset"))),
         cost=calls_cost(even) if even is not None and same_arm else None,
     )
+
+
+def _matching_advice(project: ProjectFolder, evidence: Evidence) -> Signals | None:
+    from tunewright.advisor.signals import find_matching_advice
+
+    AccessLog(project.evaluations).require(*project.advice.glob("[!.]*.json"))
+    return find_matching_advice(project.advice, evidence)
 
 
 def _labels(dataset: Path, version: str) -> Labels | None:
@@ -95,12 +102,14 @@ class EvaluationsApi(ProjectContext):
             items: size of the sample, if none has been drawn yet (None: 50).
 
         Raises:
-            UserError: no evaluation, no name, or a sample of another size exists.
+            UserError: no evaluation, no name, or a sample of another size exists. Also if a file of the evaluation was
+                changed after it was written.
         """
         from tunewright.data.versions.version import current_author
         from tunewright.evaluation.human_eval.session import BlindReview
 
         folder = _folder(self.evaluation(evaluation, dev=False))
+        load_checked(folder, self.folder.evaluations, self.reporter)
         name = current_author(self.folder.root) if reviewer is None else reviewer
         if name is None:
             raise UserError("Found neither a git user name nor a login name", where="--reviewer", fix="Pass a name.")
@@ -112,13 +121,13 @@ class EvaluationsApi(ProjectContext):
         A judge of the same evaluation is compared with the reviewers and sharpens their estimate.
 
         Raises:
-            UserError: no evaluation, or no reviews.
+            UserError: no evaluation, or no reviews. Also if a file of the evaluation was changed after it was written.
         """
         from tunewright.evaluation.human_eval.results import accepted_judge, review_results
 
-        folder = _folder(self.evaluation(evaluation, dev=False))
-        section = review_results(folder, accepted_judge(folder, load_evidence(folder), self.reporter))
-        amend(folder, human_eval=section)
+        access_log, folder = amendable(self.evaluation(evaluation, dev=False), self.folder.evaluations)
+        section = review_results(folder, accepted_judge(folder, access_log.load(folder), self.reporter))
+        access_log.amend(folder, human_eval=section)
         return section
 
     def verdict(self, evaluation: str | Path | None = None) -> Verdict:
@@ -127,18 +136,20 @@ class EvaluationsApi(ProjectContext):
         The causes of a *don't ship* also use the project's records of the adapter and the data.
 
         Raises:
-            UserError: no evaluation, or a line of the project's access log was changed or is missing.
+            UserError: no evaluation, or a file of the evaluation or a line of the access log was changed or is missing.
         """
         evidence = self._evidence(evaluation)
         return decided(evidence, known_of(self.folder, evidence, self.reporter))
 
     def access_log(self) -> list[LoggedAccess]:
-        """Return every access to the test split, oldest first.
+        """Return every access to the test split, oldest first, after checking the log and the files that it binds.
 
         Raises:
-            UserError: a line was changed or is missing; the first one is named.
+            UserError: a line or an evaluation's file was changed or is missing; the first one is named.
         """
-        return AccessLog(self.folder.evaluations).openings
+        access_log = AccessLog(self.folder.evaluations)
+        access_log.require_all()
+        return access_log.openings
 
     def verdict_markdown(self, evaluation: str | Path | None = None) -> str:
         """Return the verdict and its measurements as GitHub Markdown, for a pull request comment.
@@ -174,13 +185,15 @@ class EvaluationsApi(ProjectContext):
         """Write an evaluation's HTML report next to its evidence.
 
         It includes the project's newest learning curve and advice on the same data and base, if they exist.
+
+        Raises:
+            UserError: as :meth:`verdict`, or stored advice was changed after it was written.
         """
-        from tunewright.advisor.signals import find_matching_advice
         from tunewright.evidence.learning_curve import find_curve
         from tunewright.report.html import write_report
 
+        evidence = self._evidence(evaluation)
         folder = _folder(self.evaluation(evaluation))
-        evidence = load_evidence(folder)
         history: list[dict[str, Any]] = []
         if evidence.design == "held-out":  # cross-validated evidence contains the dev losses of each fold
             adapters = {a.digest: a for a in list_adapters(self.folder.adapters)}
@@ -192,7 +205,7 @@ class EvaluationsApi(ProjectContext):
         out = folder / REPORT_FILE
         curve, advice = (
             find_curve(self.folder.curves, evidence),
-            find_matching_advice(self.folder.advice, evidence),
+            _matching_advice(self.folder, evidence),
         )
         known = known_of(self.folder, evidence, self.reporter)
         write_report(evidence, load_items(folder), history, out, curve, advice, known)
@@ -206,16 +219,25 @@ class EvaluationsApi(ProjectContext):
             dev: let the newest be an evaluation on the dev split.
 
         Raises:
-            UserError: no such evaluation.
+            UserError: no such evaluation, or a line of the access log was changed or is missing.
         """
+        if evaluation is None:
+            AccessLog(self.folder.evaluations)  # completes an interrupted write, which may be the newest
         return find_evaluation(self.folder.evaluations, evaluation, dev=dev)
 
     def _evidence(self, evaluation: str | Path | None) -> Evidence:
-        """Return an evaluation's evidence; one of this project needs an intact access log."""
+        """Return an evaluation's evidence, checked against the access log."""
+        if evaluation is None:
+            self.access_log()  # any evaluation could have been the newest, had its time not been changed
         place = self.evaluation(evaluation)
-        if self.folder.evaluations.resolve() in place.resolve().parents:
-            self.access_log()
-        return load_evidence(place)
+        evidence = load_checked(place, self.folder.evaluations, self.reporter)
+        if evaluation is None:
+            access_log = AccessLog(self.folder.evaluations)
+            for removed in access_log.removed_since(str(evidence.lineage.get("created", ""))):
+                self.reporter.warn(
+                    f"The evidence of evaluation {removed} is missing. {evidence.id}, which is older, is used instead."
+                )
+        return evidence
 
 
 def _folder(evaluation: Path) -> Path:

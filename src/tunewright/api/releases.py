@@ -15,7 +15,8 @@ from tunewright.api.context import ProjectContext
 from tunewright.api.serving import adapter_of
 from tunewright.config import EngineName
 from tunewright.core.errors import UserError
-from tunewright.evidence.schema import evidence_on
+from tunewright.evaluation.access_log import AccessLog
+from tunewright.evidence.schema import EVIDENCE_FILE, evidence_on
 from tunewright.evidence.verdict import Verdict, verdict
 
 if TYPE_CHECKING:
@@ -61,12 +62,12 @@ class ReleasesApi:
     """Methods on aliases and their releases.
 
     Args:
-        check_ledger: raises a UserError if the log of accesses to the test split, which verdicts rely on, is damaged.
+        check_access_log: raises a UserError if the access log is damaged, or an evaluation differs from its line in it.
     """
 
-    def __init__(self, opened: ProjectContext, check_ledger: Callable[[], object]) -> None:
+    def __init__(self, opened: ProjectContext, check_access_log: Callable[[], object]) -> None:
         self._context = opened
-        self._check_ledger = check_ledger
+        self._check_access_log = check_access_log
 
     def deploy(
         self,
@@ -139,13 +140,15 @@ class ReleasesApi:
 
         Raises:
             UserError: no such alias, no candidate, a candidate that is missing here, or an engine that is not
-                installed.
+                installed. Also if the evaluation that allowed the candidate was changed or removed.
         """
         _require_reason(untested, "--untested")
         with self._context.state() as state:
             before, candidate = state.releases.promotable(alias)
             chosen = adapter_of(self._context, candidate.adapter, candidate.digest)
             self._require_servable(chosen, alias, state)
+            if before.grounds.evaluation is not None:
+                self._require_evaluation(before.grounds.evaluation)
             if engine is None and before.grounds.isolation is not None:
                 engine = cast("EngineName", before.grounds.isolation.engine)
             test, passes = self._tested(state, alias, chosen, engine, untested)
@@ -227,6 +230,8 @@ class ReleasesApi:
 
     def _judge(self, adapter: Adapter, because: str | None) -> tuple[Verdict | None, str | None]:
         """Return the verdict of the adapter's newest evaluation, and the evaluation's ID."""
+        # Before one is chosen: a changed file could hide that it is about this adapter, or the newest.
+        self._check_access_log()
         evidence = evidence_on(self._context.folder.evaluations, adapter.digest, self._context.reporter)
         if evidence is None:
             if because is None:
@@ -236,8 +241,27 @@ class ReleasesApi:
                     fix=f'Run `tunewright evaluate {adapter.name}`, or release it anyway with --force --because "why".',
                 )
             return None, None
-        self._check_ledger()
+        access_log = AccessLog(self._context.folder.evaluations)
+        removed = access_log.removed_since(str(evidence.lineage["created"]), adapter.digest)
+        if removed and because is None:
+            raise UserError(
+                f"The evidence of evaluation {removed[-1]} of {adapter.name} is missing, and it is newer than that of "
+                f"{evidence.id}",
+                where=str(access_log.path),
+                fix=f"Restore its folder, or run `tunewright evaluate {adapter.name}` with the config that it had.",
+            )
         return verdict(evidence), evidence.id
+
+    def _require_evaluation(self, evaluation: str) -> None:
+        """Refuse to promote on an evaluation that was changed or removed since the candidate was released."""
+        self._check_access_log()
+        folder = self._context.folder.evaluations / evaluation
+        if not (folder / EVIDENCE_FILE).exists():
+            raise UserError(
+                f"The evidence of evaluation {evaluation}, on which the candidate was released, is missing",
+                where=str(folder),
+                fix="Restore its folder, or deploy the adapter again.",
+            )
 
     def _require_servable(self, adapter: Adapter, alias: str, state: State) -> None:
         """Refuse an adapter that no server here could load together with the other releases."""

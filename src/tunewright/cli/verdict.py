@@ -32,7 +32,7 @@ def verdict(
     ] = False,
 ) -> int:
     """Decide from the evidence: ship (exit code 0), don't ship (3) or can't tell (4), with the reasons."""
-    # The evidence suffices, wherever it is stored: no project is opened.
+    # The evidence and its log suffice, wherever they are stored: no project is opened.
     decision = run.unopened.verdict(evaluation)
     document = decision.as_dict()
     if markdown:
@@ -53,7 +53,7 @@ def report(run: Session, evaluation: Evaluation = None) -> None:
 
 @command(app, "access-log", panel=EVALUATE, example="tunewright access-log")
 def access_log(run: Session) -> None:
-    """List every opening of the test split: who, when and why. Changed or removed lines are detected."""
+    """List every opening of the test split, after checking the log and the files that it binds for changes."""
     openings = run.unopened.access_log()
     run.show(
         {"openings": [opening.model_dump(mode="json") for opening in openings]},

@@ -1,35 +1,46 @@
-"""The access log: evaluations/access_log.jsonl, an append-only record of every opening of the test set.
+"""The access log: evaluations/access_log.jsonl, an append-only record of openings of the test set and of its results.
 
 Each line holds its own digest and the digest of the line before, so a changed, removed or inserted line is detected.
-Truncation is detected through the evidence, which holds the line of its own opening. The file cannot reveal a rewrite
-of the whole chain together with all evidence: commit it to git.
+Truncation is detected through the evidence, which holds the line of its own opening. A line also binds each file of
+measurements by digest when it is written or amended, so a file that was edited later is detected. The log cannot reveal
+a rewrite of the whole chain together with all files: commit it to git.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from tunewright.core.clock import now
 from tunewright.core.errors import UserError
-from tunewright.core.io import canonical_json, text_lines, write_text, writing
+from tunewright.core.io import canonical_json, file_digest, json_document, text_lines, write_text, writing
+from tunewright.core.progress import Reporter
 from tunewright.data.versions.members import read_places
-from tunewright.evidence.logged_access import EarlierAccess, LoggedAccess
-from tunewright.evidence.schema import EVIDENCE_FILE
+from tunewright.data.versions.version import current_author
+from tunewright.evidence.common import Part
+from tunewright.evidence.logged_access import EarlierAccess, LoggedAccess, WrittenFiles
+from tunewright.evidence.schema import EVIDENCE_FILE, Evidence, load_evidence
 
 ACCESS_LOG = "access_log.jsonl"
 _RESTORE = "Restore the access log, for example from git: it records how often the test was opened."
+_STAGED = ".staged"
+_Line = LoggedAccess | WrittenFiles
+_LINE: TypeAdapter[_Line] = TypeAdapter(Annotated[_Line, Field(discriminator="event")])
 
 
 class AccessLog:
-    """The recorded openings of the test set.
+    """The recorded openings of the test set, and the digests of the files that hold its results.
+
+    Files are named by their paths relative to the folder of evaluations. A write that a crash interrupted is completed
+    first, so that the files are there when they are looked for.
 
     Args:
         evaluations: the project's folder of evaluations.
@@ -40,8 +51,15 @@ class AccessLog:
 
     def __init__(self, evaluations: Path) -> None:
         self.path = evaluations / ACCESS_LOG
-        self.openings = _read(self.path)
-        self._require_those_of_the_evidence()
+        self._lines: list[_Line] = []
+        if evaluations.exists():
+            with self._held():
+                self._require_those_of_the_evidence()
+
+    @property
+    def openings(self) -> list[LoggedAccess]:
+        """The openings of the test set, oldest first."""
+        return [line for line in self._lines if isinstance(line, LoggedAccess)]
 
     def open(self, **facts: Any) -> LoggedAccess:
         """Return this evaluation's line: the existing one, or a new one.
@@ -49,22 +67,13 @@ class AccessLog:
         Args:
             facts: fields of `LoggedAccess`, without number, time and digests.
         """
-        with _locked(self.path.parent):
-            self.openings = _read(self.path)
+        with self._held():
             known = next((o for o in self.openings if o.evaluation == facts["evaluation"]), None)
             if known is not None:
                 return known
-            opening = LoggedAccess(
-                number=len(self.openings) + 1,
-                time=now(),
-                previous=self.openings[-1].digest if self.openings else "",
-                digest="",
-                **facts,
-            )
+            opening = LoggedAccess(**self._next(), **facts)
             opening = opening.model_copy(update={"digest": opening.true_digest})
-            text = self.path.read_text(encoding="utf-8") if self.openings else ""
-            write_text(self.path, f"{text}{canonical_json(opening.model_dump(mode='json'))}\n")
-            self.openings.append(opening)
+            self._append(opening)
             return opening
 
     def earlier(self, opening: LoggedAccess, dataset: Path, keys: set[str]) -> tuple[EarlierAccess, ...]:
@@ -76,19 +85,175 @@ class AccessLog:
             keys: the pair keys of this opening's items.
         """
         found = []
-        for other in self.openings[: opening.number - 1]:
+        for other in self.openings:
+            if other.number >= opening.number:
+                break
             shared = _shared(other, dataset, keys)
             if shared != 0:
                 access = other.model_dump(include=set(EarlierAccess.model_fields))
                 found.append(EarlierAccess(**access, shared_items=shared))
         return tuple(found)
 
+    def write(self, file: Path, text: str) -> None:
+        """Write a file together with a line that binds it."""
+        with self._held():
+            self._write({file: text})
+
+    def add(self, folder: Path, files: Mapping[str, str]) -> None:
+        """Write a new evaluation; one that exists is kept, since the folder is named by its inputs.
+
+        Args:
+            folder: the evaluation's.
+            files: the names of its files and their texts.
+        """
+        with self._held():
+            if not (folder / EVIDENCE_FILE).exists():
+                self._write({folder / name: text for name, text in files.items()})
+
+    def amend(self, folder: Path, files: Mapping[str, str] | None = None, **sections: Part) -> Evidence:
+        """Add later measurements to an evaluation's evidence.
+
+        Args:
+            folder: the evaluation's.
+            files: names and texts of files next to the evidence, which belong to the new sections.
+            sections: fields of `Evidence` with their new values.
+
+        Raises:
+            UserError: a file of the evaluation differs from its line.
+        """
+        with self._held():
+            self._require_evaluation(folder)
+            evidence = load_evidence(folder).model_copy(update=sections)
+            texts = {**(files or {}), EVIDENCE_FILE: json_document(evidence.model_dump(mode="json"))}
+            self._write({folder / name: text for name, text in texts.items()})
+            return evidence
+
+    def load(self, folder: Path) -> Evidence:
+        """Load an evaluation's evidence, after checking all its files.
+
+        Raises:
+            UserError: there is no such evidence, or a file of the evaluation differs from its line.
+        """
+        with self._held():
+            self._require_evaluation(folder)
+            return load_evidence(folder)
+
+    def require(self, *files: Path) -> None:
+        """Refuse files that differ from their newest lines.
+
+        Raises:
+            UserError: one was changed, or has no line.
+        """
+        if not files:
+            return  # no log has to exist
+        with self._held():
+            for file in files:
+                self._require(self._name(file))
+
+    def require_all(self) -> None:
+        """Refuse a project in which a file of any evaluation differs from its line.
+
+        Raises:
+            UserError: as for :meth:`require`; the message names the first such file.
+        """
+        if not self.path.parent.exists():
+            return
+        with self._held():
+            for file in sorted(self.path.parent.glob(f"[!.]*/{EVIDENCE_FILE}")):
+                self._require_evaluation(file.parent)
+
+    def removed_since(self, time: str, adapter: str | None = None) -> list[str]:
+        """Return the evaluations of an adapter, or all, that were written after a time and whose evidence is gone."""
+        of_adapter = {o.evaluation for o in self.openings if o.adapter_digest == adapter}
+        removed = []
+        for name, line in self._newest().items():
+            folder, _, file = name.rpartition("/")
+            if file == EVIDENCE_FILE and (adapter is None or folder in of_adapter) and line.time > time:
+                removed += [] if (self.path.parent / name).exists() else [folder]
+        return removed
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """Hold the lock, with the lines read again and an interrupted write completed."""
+        with _locked(self.path.parent):
+            self._lines = _read(self.path)
+            with writing(self.path):
+                self._complete()
+            yield
+
+    def _next(self) -> dict[str, Any]:
+        """Return the fields that each new line has."""
+        previous = self._lines[-1].digest if self._lines else ""
+        return {"number": len(self._lines) + 1, "time": now(), "previous": previous, "digest": ""}
+
+    def _append(self, line: _Line) -> None:
+        text = self.path.read_text(encoding="utf-8") if self._lines else ""
+        write_text(self.path, f"{text}{canonical_json(line.model_dump(mode='json'))}\n")
+        self._lines.append(line)
+
+    def _write(self, files: Mapping[Path, str]) -> None:
+        # The line commits the write. A crash before it leaves staged files without a line, which are discarded; one
+        # after it leaves staged files that match their line, which the next command puts in place.
+        for file, text in files.items():
+            write_text(_staged(file), text)
+        digests = {self._name(file): hashlib.sha256(text.encode()).hexdigest() for file, text in files.items()}
+        line = WrittenFiles(**self._next(), author=current_author(self.path.parent), files=digests)
+        self._append(line.model_copy(update={"digest": line.true_digest}))
+        for file in files:
+            _staged(file).replace(file)
+
+    def _complete(self) -> None:
+        """Put staged files in place whose line was written, and discard the others."""
+        newest = {self.path.parent / name: line.files[name] for name, line in self._newest().items()}
+        folders = {self.path.parent, *(file.parent for file in newest), *self.path.parent.glob("[!.]*/")}
+        for staged in [file for folder in folders for file in folder.glob(f".*{_STAGED}*")]:  # also half-written ones
+            target = staged.with_name(staged.name.removeprefix(".").removesuffix(_STAGED))
+            if newest.get(target) == file_digest(staged):
+                staged.replace(target)
+                continue
+            staged.unlink()
+            if target.parent.parent == self.path.parent and not any(target.parent.iterdir()):
+                target.parent.rmdir()  # a new evaluation that was not written
+
+    def _name(self, file: Path) -> str:
+        """Return a file's name in the lines: its path relative to the folder of evaluations."""
+        return os.path.relpath(file, self.path.parent)
+
+    def _newest(self) -> dict[str, WrittenFiles]:
+        """Return each file's newest line."""
+        return {name: line for line in self._lines if isinstance(line, WrittenFiles) for name in line.files}
+
+    def _require_evaluation(self, folder: Path) -> None:
+        if not (folder / EVIDENCE_FILE).exists():
+            return  # loading it reports the error
+        self._require(self._name(folder / EVIDENCE_FILE))
+        for name in self._newest():
+            if name.startswith(f"{self._name(folder)}/") and (self.path.parent / name).exists():
+                self._require(name)
+
+    def _require(self, name: str) -> None:
+        file, line = self.path.parent / name, self._newest().get(name)
+        measured = file.parent if file.parent.parent == self.path.parent else file
+        again = (
+            f"Restore it, for example from git. Or remove {measured} and measure again: existing answers are reused."
+        )
+        if line is None:
+            raise UserError(f"{file.name} has no line in {self.path}", where=str(file), fix=again)
+        found = file_digest(file)
+        if found != line.files[name]:
+            raise UserError(
+                f"{file.name} was changed after it was written: its SHA-256 is {found[:12]}…, and "
+                f"{line.files[name][:12]}… in line {line.number} of {self.path}",
+                where=str(file),
+                fix=again,
+            )
+
     def _require_those_of_the_evidence(self) -> None:
         for file in sorted(self.path.parent.glob(f"[!.]*/{EVIDENCE_FILE}")):
             opened = _opening_in(file)
             if opened is None:
                 continue
-            there = self.openings[opened["number"] - 1] if opened["number"] <= len(self.openings) else None
+            there = self._lines[opened["number"] - 1] if opened["number"] <= len(self._lines) else None
             if there is None or there.digest != opened["digest"]:
                 what = "was changed" if there else "is missing"
                 raise UserError(
@@ -98,28 +263,92 @@ class AccessLog:
                 )
 
 
-def _read(path: Path) -> list[LoggedAccess]:
+def log_of(place: Path, evaluations: Path) -> AccessLog | None:
+    """Return the access log that binds an evaluation's files, or None for evidence outside of any project.
+
+    The evaluations of a project need its log. An evaluation elsewhere needs the log of the folder that it lies in, if
+    that folder has one: it belongs to another project.
+
+    Args:
+        place: the evaluation's folder or evidence file.
+        evaluations: the project's folder of evaluations.
+    """
+    folder = _folder(place)
+    # Absolute paths too: a link in the folder of evaluations does not lead out of the project.
+    if evaluations.absolute() in folder.parents or evaluations.resolve() in folder.resolve().parents:
+        return AccessLog(evaluations)
+    return AccessLog(folder.parent) if (folder.parent / ACCESS_LOG).exists() else None
+
+
+def amendable(place: Path, evaluations: Path) -> tuple[AccessLog, Path]:
+    """Return the access log of an evaluation that gets more measurements, and its folder as the log names it.
+
+    Raises:
+        UserError: it has none.
+    """
+    log = log_of(place, evaluations)
+    if log is None:
+        raise UserError(
+            "The evaluation is outside of a project, so no access log can record what is added to it",
+            where=str(place),
+            fix="Run the command in its project.",
+        )
+    return log, log.path.parent / _folder(place).name
+
+
+def load_checked(place: Path, evaluations: Path, reporter: Reporter) -> Evidence:
+    """Load evidence, checked against its access log; evidence without a log gets a warning.
+
+    Args:
+        place: the evaluation's folder or evidence file.
+        evaluations: the project's folder of evaluations.
+        reporter: receives the warning.
+
+    Raises:
+        UserError: there is no such evidence, or a file of the evaluation or a line of the log was changed or is
+            missing.
+    """
+    log = log_of(place, evaluations)
+    if log is None:
+        evidence = load_evidence(place)
+        reporter.warn(f"{place} is outside of a project's evaluations: no access log shows that it was not changed.")
+        return evidence
+    if not place.is_dir() and place.name != EVIDENCE_FILE:
+        log.require(log.path.parent / _folder(place).name / place.name)
+    return log.load(log.path.parent / _folder(place).name)
+
+
+def _folder(place: Path) -> Path:
+    """Return the absolute path of an evaluation's folder, which may be given as its evidence file."""
+    return Path(os.path.normpath((place if place.is_dir() else place.parent).absolute()))
+
+
+def _staged(file: Path) -> Path:
+    return file.with_name(f".{file.name}{_STAGED}")
+
+
+def _read(path: Path) -> list[_Line]:
     """Return the lines, each checked against its own digest and the line before."""
-    openings: list[LoggedAccess] = []
+    lines: list[_Line] = []
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    for number, line in enumerate(text_lines(text), start=1):
+    for number, text_line in enumerate(text_lines(text), start=1):
         where = f"{path}:{number}"
         try:
-            opening = LoggedAccess.model_validate_json(line)
+            line = _LINE.validate_json(text_line)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             what = f"Not a line of the access log: {'.'.join(map(str, first['loc']))} {first['msg']}"
             raise UserError(what, where=where, fix=_RESTORE) from None
-        if opening.true_digest != opening.digest:
+        if line.true_digest != line.digest:
             raise UserError(f"Line {number} was changed after it was written", where=where, fix=_RESTORE)
-        if (opening.number, opening.previous) != (number, openings[-1].digest if openings else ""):
+        if (line.number, line.previous) != (number, lines[-1].digest if lines else ""):
             raise UserError(
                 f"Line {number} does not follow the line before it: a line was changed, removed or inserted",
                 where=where,
                 fix=_RESTORE,
             )
-        openings.append(opening)
-    return openings
+        lines.append(line)
+    return lines
 
 
 def _opening_in(file: Path) -> dict[str, Any] | None:

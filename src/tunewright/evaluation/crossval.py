@@ -49,7 +49,7 @@ from tunewright.evaluation.runner import (
 from tunewright.evaluation.train_similarity import Distances, scores_by_distance, scores_by_template
 from tunewright.evidence.answer_format import answer_form
 from tunewright.evidence.logged_access import LoggedAccess
-from tunewright.evidence.schema import EVIDENCE_FILE, SCHEMA_VERSION, Advice, Evidence, Fold, load_evidence
+from tunewright.evidence.schema import EVIDENCE_FILE, SCHEMA_VERSION, Advice, Evidence, Fold
 from tunewright.evidence.scoring import ScoredArms, count_references, measured_metrics, report_references
 from tunewright.metrics import Scorer, metric_inputs, open_scorers, score_all
 from tunewright.models.bases import Base
@@ -169,7 +169,7 @@ class CrossValidation:
         folder = self.project.evaluations / self.identity
         access_log = AccessLog(self.project.evaluations)
         if (folder / EVIDENCE_FILE).exists():
-            return EvaluateResult(folder, load_evidence(folder), evaluated=False)
+            return EvaluateResult(folder, access_log.load(folder), evaluated=False)
         opening = self._open(access_log)
         earlier = access_log.earlier(opening, self.project.dataset, {m.key for m in self.version.domain})
         report_opening(opening, earlier, self.reporter)

@@ -10,9 +10,10 @@ from typing import Any
 
 from tunewright.config import EvaluateConfig
 from tunewright.core.errors import UserError
-from tunewright.core.io import digest, write_json
+from tunewright.core.io import digest, json_document, write_text
 from tunewright.core.progress import Reporter
 from tunewright.data.versions import Member
+from tunewright.evaluation.access_log import AccessLog
 from tunewright.evaluation.answer_journal import Answer
 from tunewright.evaluation.arm_runner import ArmRunner, measured_arm, scored_arms
 from tunewright.evaluation.arms import ZERO_SHOT, ArmPlan, other_instructions, plan_of, prompting_arms
@@ -85,14 +86,18 @@ def advise(arm_runner: ArmRunner) -> AdviseResult:
         schedule.settle()
     left_out = schedule.budget.left_out if schedule is not None and schedule.budget is not None else ()
     file = advice_file(arm_runner, left_out)
-    if file.exists():
-        return AdviseResult(file, Advice.model_validate_json(file.read_text(encoding="utf-8")), measured=False)
+    if (known := known_advice(arm_runner, file)) is not None:
+        return AdviseResult(file, known, measured=False)
     if schedule is None:  # a schedule has already prepared it
         prepare(arm_runner)
     with arm_runner.generator.countdown.shown():
         advice = _Choice(arm_runner).advice()
     arm_runner.generator.countdown.close("entrants", "finalists")
-    write_json(file, advice.model_dump(mode="json"))
+    document = json_document(advice.model_dump(mode="json"))
+    if (access_log := _access_log(arm_runner)) is not None:
+        access_log.write(file, document)
+    else:
+        write_text(file, document)
     return AdviseResult(file, advice, measured=True)
 
 
@@ -106,6 +111,26 @@ def advice_file(arm_runner: ArmRunner, left_out: Sequence[str] = ()) -> Path:
     decides = {**arm_runner.inputs(arm_runner.limit), **choosing_inputs(arm_runner.settings)}
     decides["arms"] = [name for name in decides["arms"] if name not in left_out]
     return arm_runner.folder / f"advice-{digest(decides)[:12]}.json"
+
+
+def known_advice(arm_runner: ArmRunner, file: Path) -> Advice | None:
+    """Return stored advice, or None.
+
+    Raises:
+        UserError: the file was changed after it was written.
+    """
+    access_log = _access_log(arm_runner)
+    if not file.exists():
+        return None
+    if access_log is not None:
+        access_log.require(file)
+    return Advice.model_validate_json(file.read_text(encoding="utf-8"))
+
+
+def _access_log(arm_runner: ArmRunner) -> AccessLog | None:
+    """Return the log that binds the advice; None for that of a fold, which is a cache like its answers."""
+    evaluations = arm_runner.project.evaluations
+    return AccessLog(evaluations) if arm_runner.folder == evaluations else None
 
 
 def prepare(arm_runner: ArmRunner) -> None:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from tunewright.adapters.registry import Adapter
 from tunewright.config import Config, MetricName
-from tunewright.core.io import digest, new_folder, write_json, write_text
+from tunewright.core.io import digest, json_document
 from tunewright.core.progress import Reporter
 from tunewright.data.dedup.leakage import nearest_training
 from tunewright.data.dedup.output_leakage import new_templates
@@ -34,7 +34,6 @@ from tunewright.evidence.schema import (
     Evidence,
     Item,
     find_evaluation,
-    load_evidence,
 )
 from tunewright.evidence.scoring import (
     ScoredArms,
@@ -166,8 +165,9 @@ def evaluation_progress(
         UserError: the access log is damaged.
     """
     settled = _settle(arm_runner, adapter, advice)
+    openings = AccessLog(arm_runner.folder).openings
     evaluated = (_folder(arm_runner, settled, split) / EVIDENCE_FILE).exists()
-    opened = split == "dev" or any(o.evaluation == settled.identity for o in AccessLog(arm_runner.folder).openings)
+    opened = split == "dev" or any(o.evaluation == settled.identity for o in openings)
     return EvaluationProgress(settled.plans, evaluated, opened)
 
 
@@ -199,7 +199,7 @@ def evaluate(arm_runner: ArmRunner, adapter: Adapter, advice: Advice) -> Evaluat
     folder = _folder(arm_runner, settled, "test")
     if (folder / EVIDENCE_FILE).exists():
         _tell_of_newer(folder, arm_runner.reporter)
-        return EvaluateResult(folder, load_evidence(folder), evaluated=False)
+        return EvaluateResult(folder, access_log.load(folder), evaluated=False)
     test = version.examples("test")
     arm_runner.warn_of_longer("test")
     opening = access_log.open(
@@ -236,10 +236,11 @@ def evaluate(arm_runner: ArmRunner, adapter: Adapter, advice: Advice) -> Evaluat
 def evaluate_on_dev(arm_runner: ArmRunner, adapter: Adapter, advice: Advice) -> EvaluateResult:
     """Compare the same arms on the dev split; the test split stays closed, and the evidence allows no release."""
     settled = _settle(arm_runner, adapter, advice)
+    access_log = AccessLog(arm_runner.folder)
     folder = _folder(arm_runner, settled, "dev")
     if (folder / EVIDENCE_FILE).exists():
         _tell_of_newer(folder, arm_runner.reporter)
-        return EvaluateResult(folder, load_evidence(folder), evaluated=False)
+        return EvaluateResult(folder, access_log.load(folder), evaluated=False)
     dev = arm_runner.version.examples("dev")
     arm_runner.warn_of_longer("dev")
     report_references([m.example for m in dev], "dev item", arm_runner.reporter)
@@ -333,7 +334,7 @@ def save_evaluation(
     distances: Distances,
     fold_of: Mapping[str, int] | None = None,
 ) -> None:
-    """Write evidence and items atomically.
+    """Write evidence and items atomically, with a line in the access log that binds both.
 
     ``distances`` holds each item's similarity to the training rows, if measured; ``fold_of`` maps pair keys to folds.
     """
@@ -354,6 +355,8 @@ def save_evaluation(
         )
         for i, m in enumerate(members)
     ]
-    with new_folder(folder) as temporary:
-        write_text(temporary / ITEMS_FILE, "".join(item.model_dump_json(exclude_none=True) + "\n" for item in items))
-        write_json(temporary / EVIDENCE_FILE, evidence.model_dump(mode="json"))
+    files = {
+        ITEMS_FILE: "".join(item.model_dump_json(exclude_none=True) + "\n" for item in items),
+        EVIDENCE_FILE: json_document(evidence.model_dump(mode="json")),
+    }
+    AccessLog(folder.parent).add(folder, files)

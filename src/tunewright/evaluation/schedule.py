@@ -22,7 +22,7 @@ from tunewright.evaluation.arm_runner import ArmRunner
 from tunewright.evaluation.arms import TUNED, TUNED_CONSTRAINED, ZERO_SHOT, ArmPlan, prompting_arms
 from tunewright.evaluation.eta import Work
 from tunewright.evaluation.generations import Prompt
-from tunewright.evaluation.prompt_search import advice_file, first_rows, prepare
+from tunewright.evaluation.prompt_search import advice_file, first_rows, known_advice, prepare
 from tunewright.evaluation.repeats import MOST_ITEMS
 from tunewright.evaluation.runner import evaluation_progress
 from tunewright.evaluation.speed import AnswerSpeed, adapted_factor, answer_speed
@@ -159,8 +159,7 @@ class Schedule:
         return self.budget.left_out if self.budget else ()
 
     def _known_advice(self) -> Advice | None:
-        file = advice_file(self._arm_runner, self._left_out)
-        return Advice.model_validate_json(file.read_text(encoding="utf-8")) if file.exists() else None
+        return known_advice(self._arm_runner, advice_file(self._arm_runner, self._left_out))
 
     def _stages(self, advice: Advice | None, left_out: Sequence[str]) -> dict[str, list[_Load]]:
         stages: dict[str, list[_Load]] = {}

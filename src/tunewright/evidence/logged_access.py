@@ -1,4 +1,4 @@
-"""Accesses to a test split: the contrasts declared beforehand, and earlier accesses."""
+"""Lines of the access log: accesses to a test split with the contrasts declared beforehand, and written files."""
 
 from __future__ import annotations
 
@@ -23,13 +23,35 @@ class Declared(Part):
     margin: Annotated[float | None, Field(description="Smallest gain worth shipping, for the deciding contrast.")]
 
 
-class LoggedAccess(Part):
-    """A line of ``access_log.jsonl``: an evaluation that is about to read the test split."""
+class LogLine(Part):
+    """A line of ``access_log.jsonl``, chained to the line before it by digest."""
 
     schema_version: Literal[1] = 1
     number: Annotated[int, Field(description="The line, from 1.")]
     time: Annotated[str, Field(description="UTC, ISO 8601.")]
     author: Annotated[str | None, Field(description="git's user.name, else the login name.")]
+    previous: Annotated[str, Field(description="Digest of the previous line; empty in the first.")]
+    digest: Annotated[str, Field(description="SHA-256 of this line without this field, as canonical JSON.")]
+
+    @property
+    def true_digest(self) -> str:
+        """The digest that ``digest`` must equal."""
+        return digest(self.model_dump(mode="json", exclude={"digest"}))
+
+
+class WrittenFiles(LogLine):
+    """A line about files with measurements, at the time they were written or amended."""
+
+    event: Literal["written"] = "written"
+    files: Annotated[
+        dict[str, str], Field(description="Path, relative to the folder of evaluations, to the file's SHA-256.")
+    ]
+
+
+class LoggedAccess(LogLine):
+    """A line about an evaluation that is about to read the test split."""
+
+    event: Literal["opened"] = "opened"
     evaluation: Annotated[str, Field(description="The evaluation's ID; a resumed evaluation keeps it.")]
     design: Annotated[Design, Field(description="cross-fitted: all rows are opened, including the test split.")]
     dataset: Annotated[str, Field(description="Digest of the dataset version.")]
@@ -39,13 +61,6 @@ class LoggedAccess(Part):
     adapter_digest: str | None
     base: Annotated[str, Field(description="Digest of the base.")]
     declared: Annotated[tuple[Declared, ...], Field(description="The contrasts; the first one decides.")]
-    previous: Annotated[str, Field(description="Digest of the previous line; empty in the first.")]
-    digest: Annotated[str, Field(description="SHA-256 of this line without this field, as canonical JSON.")]
-
-    @property
-    def true_digest(self) -> str:
-        """The digest that ``digest`` must equal."""
-        return digest(self.model_dump(mode="json", exclude={"digest"}))
 
 
 class EarlierAccess(Part):

@@ -10,7 +10,6 @@ from pydantic import Field, ValidationError
 
 from tunewright.config import MetricName, RetrieverName
 from tunewright.core.errors import UserError
-from tunewright.core.io import write_json
 from tunewright.core.progress import Reporter
 from tunewright.evidence.answer_format import AnswerFormat
 from tunewright.evidence.benchmarks import Benchmarks
@@ -368,18 +367,6 @@ def _peek(text: str) -> dict[str, Any]:
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def amend(folder: Path, **sections: Part) -> Evidence:
-    """Add later measurements to the folder's evidence atomically.
-
-    Args:
-        folder: an evaluation's folder.
-        sections: fields of `Evidence` with their new values.
-    """
-    evidence = load_evidence(folder).model_copy(update=sections)
-    write_json(folder / EVIDENCE_FILE, evidence.model_dump(mode="json"))
-    return evidence
 
 
 def find_evaluation(evaluations: Path, name: str | Path | None = None, *, dev: bool = True) -> Path:

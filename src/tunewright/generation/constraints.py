@@ -122,17 +122,22 @@ class Guide:
         return self._matcher.compute_bitmask()
 
 
-def mask_logits(logits: Tensor, guides: Sequence[Guide | None]) -> Tensor:
-    """Return the logits [rows, vocabulary] with minus infinity where a row's guide forbids a token."""
-    if all(guide is None for guide in guides):
+def mask_logits(logits: Tensor, masks: Sequence[bytes | None]) -> Tensor:
+    """Return the logits [rows, vocabulary] with minus infinity where a row's mask forbids a token.
+
+    Args:
+        logits: [rows, vocabulary].
+        masks: a bitmask of :meth:`Guide.allowed` for each row; None allows every token.
+    """
+    if all(mask is None for mask in masks):
         return logits
-    # One bit for each token goes to the device, in one copy for all rows. Rows without a guide may take any token. A
-    # model may have more logits than its tokenizer has tokens; no guide allows the extra ones.
+    # One bit for each token goes to the device, in one copy for all rows. Rows without a mask may take any token. A
+    # model may have more logits than its tokenizer has tokens; no mask allows the extra ones.
     vocabulary = logits.shape[1]
-    bits = np.full((len(guides), -(-vocabulary // 8)), 255, dtype=np.uint8)  # [rows, vocabulary / 8]
-    for row, guide in enumerate(guides):
-        if guide is not None:
-            own = np.frombuffer(guide.allowed(), dtype=np.uint8)[: bits.shape[1]]
+    bits = np.full((len(masks), -(-vocabulary // 8)), 255, dtype=np.uint8)  # [rows, vocabulary / 8]
+    for row, mask in enumerate(masks):
+        if mask is not None:
+            own = np.frombuffer(mask, dtype=np.uint8)[: bits.shape[1]]
             bits[row] = 0
             bits[row, : len(own)] = own
     packed = torch.from_numpy(bits).to(logits.device, non_blocking=True)

@@ -33,11 +33,13 @@ from tunewright.generation.constraints import mask_logits
 from tunewright.generation.kv_cache import (
     PASS_TOKENS,
     SharedPrefix,
+    copy_rows,
     from_prefix,
     merge,
     new_cache,
     select,
     shared_prefixes,
+    truncate,
 )
 from tunewright.generation.lora_dispatch import LoraDispatch
 from tunewright.generation.requests import Completion, Finish, Request, Row
@@ -209,7 +211,8 @@ class Batch:
             longest = state.cache.get_seq_length() + chunk.shape[1] + state.pending.shape[1]
             self._forward(chunk, [longest - _length(row) for row in state.rows], state.cache, adapters)
             return False
-        self._advance(state.rows, chunk, state.cache)
+        for error in self._take(state.rows, self._next_logits(state.rows, chunk, state.cache)).values():
+            raise error
         unfinished = [index for index, row in enumerate(state.rows) if row.finish is None]
         if unfinished:
             joining = [state.rows[index] for index in unfinished]
@@ -220,25 +223,92 @@ class Batch:
         return True
 
     @torch.inference_mode()
-    def step(self) -> None:
-        """Decode one token for every row in one forward pass; the batch must not be empty."""
-        # All rows end at the same column of the cache, whatever their lengths: padding is on the left.
-        self._advance(self.rows, torch.tensor([[row.ids[-1]] for row in self.rows]), self._cache)
-        self._keep([index for index, row in enumerate(self.rows) if row.finish is None])
+    def step(self) -> list[tuple[Row, Exception]]:
+        """Decode one token for every row in one forward pass; the batch must not be empty.
+
+        Returns:
+            The rows that cannot be computed, each with its error. They have left the batch; every other row has its
+            token.
+
+        Raises:
+            Exception: the model cannot compute anything.
+        """
+        failures: list[tuple[Row, Exception]] = []
+        while self.rows:
+            columns = self._cache.get_seq_length()
+            try:
+                # All rows end at the same column of the cache, whatever their lengths: padding is on the left.
+                logits = self._next_logits(self.rows, _newest(self.rows), self._cache)
+            except Exception as error:  # noqa: BLE001 - any failure is narrowed down to its rows
+                truncate(self._cache, columns)
+                failing = self._isolate_failures(error)
+                failures += [(self.rows[index], each) for index, each in failing.items()]
+                self._keep([index for index in range(len(self.rows)) if index not in failing])
+                continue
+            failing = self._take(self.rows, logits)
+            failures += [(self.rows[index], each) for index, each in failing.items()]
+            self._keep([i for i, row in enumerate(self.rows) if row.finish is None and i not in failing])
+            break
+        return failures
+
+    def _isolate_failures(self, error: Exception) -> dict[int, Exception]:
+        """Return the rows that make the next pass fail, with their errors.
+
+        Halves of the batch are tried on copies of the cache until single rows are left. If each half can be computed
+        and the batch cannot (out of memory, say), the newest row leaves.
+
+        Raises:
+            Exception: no row can be computed, and neither can a single token of the base.
+        """
+        failing: dict[int, Exception] = {}
+        untried = [list(range(len(self.rows)))]
+        while untried:
+            indices = untried.pop()
+            rows = [self.rows[index] for index in indices]
+            try:
+                if len(indices) < len(self.rows):
+                    self._next_logits(rows, _newest(rows), copy_rows(self._cache, indices))
+                    continue
+            except Exception as own:  # noqa: BLE001 - returned
+                error = own
+            if len(indices) == 1:
+                failing[indices[0]] = error
+            else:
+                untried += [indices[: len(indices) // 2], indices[len(indices) // 2 :]]
+        if len(failing) == len(self.rows):
+            self._forward(torch.tensor([[self._pad_id]]), [0], new_cache(), [None])
+        return failing or {len(self.rows) - 1: error}
 
     @torch.inference_mode()
     def cancel(self, row: Row) -> None:
         """Remove a row before it has finished; a row that is not in the batch is ignored."""
         self._keep([index for index, other in enumerate(self.rows) if other is not row])
 
-    def _advance(self, rows: list[Row], ids: Tensor, cache: Cache) -> None:
-        """Run new columns of tokens [rows, time] through the model, and give each row its next token."""
+    def _next_logits(self, rows: list[Row], ids: Tensor, cache: Cache) -> Tensor:
+        """Return the logits [rows, vocabulary] after new columns of the rows' tokens [rows, time]."""
         total = cache.get_seq_length() + ids.shape[1]
         first = [total - _length(row) for row in rows]  # padding columns of each row
-        logits = self._forward(ids, first, cache, [row.request.adapter for row in rows])
-        logits = mask_logits(logits, [row.guide for row in rows])
-        for row, token in zip(rows, next_tokens(logits, rows), strict=True):
-            row.take(token, self._stop_ids)
+        return self._forward(ids, first, cache, [row.request.adapter for row in rows])
+
+    def _take(self, rows: list[Row], logits: Tensor) -> dict[int, Exception]:
+        """Give each row its next token, and return the rows that cannot get one, with their errors."""
+        failing: dict[int, Exception] = {}
+        masks: list[bytes | None] = [None] * len(rows)
+        for index, row in enumerate(rows):
+            try:
+                masks[index] = row.guide.allowed() if row.guide else None
+            except Exception as error:  # noqa: BLE001 - returned
+                failing[index] = error
+        for index, token in enumerate(next_tokens(mask_logits(logits, masks), rows)):
+            if index in failing:
+                continue
+            try:
+                if token >= logits.shape[-1]:
+                    raise ValueError("The model's logits are not finite, so there is no next token.")
+                rows[index].take(token, self._stop_ids)
+            except Exception as error:  # noqa: BLE001 - returned
+                failing[index] = error
+        return failing
 
     def _forward(self, ids: Tensor, first: list[int], cache: Cache, adapters: Sequence[str | None]) -> Tensor:
         """Return the next token's logits [rows, vocabulary] after new columns of tokens [rows, time].
@@ -320,7 +390,8 @@ def generate(
             if room * _MIN_FREE_FRACTION >= batch_size:
                 rows |= queue.admit(room)
             if batch.rows:
-                batch.step()
+                for _, error in batch.step():
+                    raise error
             for index in [index for index, row in rows.items() if row.finish]:
                 completions[index] = rows.pop(index).completion
                 on_finished(index, completions[index])
@@ -422,6 +493,11 @@ _ATTENTION = "tunewright_decoding"
 """SDPA with masks that are never copied to the host."""
 AttentionInterface.register(_ATTENTION, sdpa_attention_forward)
 AttentionMaskInterface.register(_ATTENTION, _mask)
+
+
+def _newest(rows: Sequence[Row]) -> Tensor:
+    """Return the newest token of each row [rows, 1]."""
+    return torch.tensor([[row.ids[-1]] for row in rows])
 
 
 def _length(row: Row) -> int:

@@ -162,6 +162,23 @@ def select(cache: Cache, indices: list[int], time: int) -> None:
         layer.set_buffers(copied(layer.keys), copied(layer.values), time)
 
 
+def copy_rows(cache: Cache, indices: Sequence[int]) -> Cache:
+    """Return a cache of these rows; the first one is not changed."""
+    copied = new_cache()
+    layers: list[Any] = cache.layers
+    chosen = torch.tensor(indices, device=layers[0].keys.device)
+    for index, layer in enumerate(layers):
+        copied.update(layer.keys.index_select(0, chosen), layer.values.index_select(0, chosen), index)
+    return copied
+
+
+def truncate(cache: Cache, time: int) -> None:
+    """Keep the first ``time`` columns, also after a pass that failed in one of the layers."""
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        layer.keys, layer.values = layer.keys[:, :, :time], layer.values[:, :, :time]
+
+
 def merge(first: Cache, second: Cache) -> Cache:
     """Return the rows of both caches, the shorter padded on the left.
 

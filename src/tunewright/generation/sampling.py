@@ -27,10 +27,14 @@ def next_tokens(logits: Tensor, rows: Sequence[Row]) -> list[int]:
         logits: [rows, vocabulary].
         rows: their settings; rows that sample take one number from their generator.
 
-    Raises:
-        ValueError: the logits of a row that samples are not finite.
+    Returns:
+        The tokens. A row whose likeliest logit is not finite gets a token beyond the vocabulary.
     """
     tokens = logits.argmax(-1)
+    # NaN is the largest to argmax, so a row's likeliest logit is NaN if any is; it is -inf if no token is allowed.
+    likeliest = logits.gather(-1, tokens[:, None]).squeeze(-1)
+    # A difference is 0 only for finite numbers; isfinite() would launch four kernels.
+    tokens.masked_fill_(likeliest - likeliest != 0, logits.shape[-1])
     wanted = [(place, row) for place, row in enumerate(rows) if row.request.temperature > 0]
     if not wanted:
         greedy: list[int] = tokens.tolist()
@@ -55,8 +59,6 @@ def next_tokens(logits: Tensor, rows: Sequence[Row]) -> list[int]:
         drawn, _ = draw(own.index_select(0, again), hot, top, uniform, logits.shape[-1])
         for index, token in zip(missed, drawn.tolist(), strict=True):
             chosen[wanted[index][0]] = token
-    if any(token >= logits.shape[-1] for token in chosen):
-        raise ValueError("The model's logits are not finite, so no token can be sampled.")
     return chosen
 
 

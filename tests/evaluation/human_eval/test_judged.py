@@ -13,10 +13,11 @@ from tunewright.api import Project
 from tunewright.config.project import ProjectFolder
 from tunewright.core.io import write_text
 from tunewright.core.progress import LogReporter
+from tunewright.evaluation.access_log import AccessLog
 from tunewright.evaluation.human_eval.results import accepted_judge
 from tunewright.evaluation.judge.rows import ROWS_FILE, ArmPreference, JudgedItem, Outcome, Pair
 from tunewright.evidence.judge import Judgement, JudgeUsage
-from tunewright.evidence.schema import Item, amend, load_evidence
+from tunewright.evidence.schema import Item, load_evidence
 
 ITEMS = make_items(120, tuned=0.7, retrieved=0.3)
 
@@ -59,7 +60,7 @@ def folder(tmp_path: Path) -> Path:
         for item in ITEMS
     ]
     write_text(folder / ROWS_FILE, "".join(f"{row.model_dump_json()}\n" for row in rows))
-    amend(folder, judge=_judgement())
+    AccessLog(folder.parent).amend(folder, judge=_judgement())
     return folder
 
 
@@ -72,7 +73,7 @@ def test_outcomes_against_the_deciding_control_become_preferences(folder: Path) 
 
 
 def test_vetoed_judge_is_ignored_and_reported(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    amend(folder, judge=_judgement(vetoed=("it says yes to all",)))
+    AccessLog(folder.parent).amend(folder, judge=_judgement(vetoed=("it says yes to all",)))
     assert accepted_judge(folder, load_evidence(folder), LogReporter()) is None
     assert "vetoed" in caplog.text
 

@@ -40,7 +40,7 @@ def _taste(of: int) -> Taste:
 def _alone(folder: Path, count: int = 120) -> Path:
     """Each item its own cluster."""
     items = [i.model_copy(update={"cluster": i.key}) for i in make_items(count, tuned=0.7, retrieved=0.3)]
-    return save(folder, items)
+    return save(folder / "evaluation", items)
 
 
 def test_preferences_are_counted_by_stratum_and_tested_by_signs(tmp_path: Path) -> None:
@@ -80,13 +80,13 @@ def test_win_rate_weights_strata_and_counts_equal_answers_as_ties(tmp_path: Path
 
 @pytest.mark.parametrize(("says", "decision"), [(1, "treatment"), (-1, "control"), (0, "can't tell")])
 def test_unanimous_reviewers_decide(tmp_path: Path, says: int, decision: str) -> None:
-    folder = evaluation(tmp_path)
+    folder = evaluation(tmp_path / "evaluation")
     _judge_all(folder, lambda key: says)
     assert review_results(folder).decision == decision
 
 
 def test_agreement_equals_scikit_learn_and_reviewers_are_averaged(tmp_path: Path) -> None:
-    folder = evaluation(tmp_path)
+    folder = evaluation(tmp_path / "evaluation")
     first, second = _judge_all(folder, _taste(0)), _judge_all(folder, _taste(8), "ben")
     (found,) = review_results(folder).agreements
     keys = sorted(first)
@@ -124,7 +124,7 @@ def test_judge_without_some_verdicts_still_counts(tmp_path: Path) -> None:
 
 
 def test_win_rate_is_missing_with_a_reason_until_each_stratum_has_two_verdicts(tmp_path: Path) -> None:
-    folder = evaluation(tmp_path)
+    folder = evaluation(tmp_path / "evaluation")
     review = begin(folder)
     pair = review.next()
     assert pair is not None
@@ -137,7 +137,7 @@ def test_win_rate_is_missing_with_a_reason_until_each_stratum_has_two_verdicts(t
 
 
 def test_skipped_pairs_do_not_count_but_are_reported(tmp_path: Path) -> None:
-    folder = evaluation(tmp_path)
+    folder = evaluation(tmp_path / "evaluation")
     review = begin(folder, items=20)
     for number in range(20):
         pair = review.next()
@@ -151,4 +151,4 @@ def test_skipped_pairs_do_not_count_but_are_reported(tmp_path: Path) -> None:
 
 def test_results_without_a_review_name_the_command(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="The evaluation has no reviews"):
-        review_results(save(tmp_path, make_items(40), make_evidence(make_items(40))))
+        review_results(save(tmp_path / "evaluation", make_items(40), make_evidence(make_items(40))))

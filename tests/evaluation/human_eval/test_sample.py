@@ -119,7 +119,7 @@ def test_sides_are_random_and_independent_of_the_stratum() -> None:
 
 
 def test_sample_is_stored_with_the_first_verdict_and_never_changes(tmp_path: Path) -> None:
-    folder = evaluation(tmp_path)
+    folder = evaluation(tmp_path / "evaluation")
     assert begin(folder, items=30).progress.asked == 30
     assert not (folder / "human-eval").exists()
     review = begin(folder, items=20)
@@ -134,7 +134,7 @@ def test_sample_is_stored_with_the_first_verdict_and_never_changes(tmp_path: Pat
 def test_sample_is_refused_when_all_answers_are_equal(tmp_path: Path) -> None:
     same = [item.model_copy(update={"answers": dict.fromkeys(item.answers, "x")}) for item in ITEMS]
     with pytest.raises(UserError, match="alike"):
-        begin(save(tmp_path, same, make_evidence(ITEMS)))
+        begin(save(tmp_path / "evaluation", same, make_evidence(ITEMS)))
 
 
 def test_stored_sample_does_not_reveal_the_sides(tmp_path: Path) -> None:

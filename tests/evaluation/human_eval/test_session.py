@@ -15,7 +15,7 @@ from tunewright.evidence.schema import load_items
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return evaluation(tmp_path)
+    return evaluation(tmp_path / "evaluation")
 
 
 def _next(review: BlindReview) -> Pair:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from collections.abc import Sequence
 from contextlib import aclosing
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
+import torch
 from served_model import CONTEXT, build_base, build_model, running_engine, running_server
 from tenant_server import store_adapters
 
@@ -282,3 +284,134 @@ def test_unload_refuses_an_adapter_that_a_decoding_or_prefilling_request_needs(t
 
     with running_engine(build_base(), stop_ids=frozenset()) as engine:
         asyncio.run(asyncio.wait_for(run(engine), 120))
+
+
+NEIGHBOURS = [
+    Request((4, 5), None, 40),
+    Request((6, 7, 8), "one", 40, temperature=0.9, seed=1),
+    Request((9, 10), "two", 40, temperature=0.7, top_p=0.9, seed=2),
+    Request((4, 6, 8, 10), None, 40),
+]
+
+
+def _outcomes(engine: PeftEngine, requests: Sequence[Request]) -> list[list[int] | Exception]:
+    """Each request's tokens, or the error that ended it; all are asked at once."""
+
+    async def ask() -> list[list[Delta] | BaseException]:
+        return await asyncio.gather(*(_collect(engine, request) for request in requests), return_exceptions=True)
+
+    outcomes: list[list[int] | Exception] = []
+    for outcome in asyncio.run(asyncio.wait_for(ask(), 60)):
+        assert not isinstance(outcome, BaseException) or isinstance(outcome, Exception)
+        outcomes.append(outcome if isinstance(outcome, Exception) else _ids(outcome))
+    return outcomes
+
+
+def _alone(model: Any) -> list[list[int]]:
+    completions = [generate(model, [request], stop_ids=(), pad_id=0, batch_size=1)[0] for request in NEIGHBOURS]
+    return [list(completion.ids) for completion in completions]
+
+
+def _at_fault(kwargs: dict[str, Any]) -> list[int]:
+    """The rows of a decode pass whose text is of the request at fault: its length is its own."""
+    if kwargs["input_ids"].shape[1] != 1:
+        return []
+    return [row for row, place in enumerate(kwargs["position_ids"][:, 0].tolist()) if place >= FAULT_AT]
+
+
+FAULT_AT = 260
+FAULT = Request(tuple(range(8, 48)) * 6 + tuple(range(8, 18)), None, CONTEXT)
+"""Its prompt is much longer than its neighbours' texts, which end before ``FAULT_AT``."""
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_row_for_which_the_model_raises_fails_alone(place: int) -> None:
+    model, expected = build_model(), _alone(build_model())
+
+    def fail(_model: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+        if _at_fault(kwargs):
+            raise RuntimeError("a kernel refuses this row")
+
+    # In the last layer: the cache of the layers before it has the new column already.
+    seen: dict[str, Any] = {}
+    model.register_forward_pre_hook(lambda _model, _args, kwargs: seen.update(kwargs), with_kwargs=True)
+    layers = model.get_base_model().model.layers
+    layers[-1].register_forward_pre_hook(lambda layer, args, _: fail(layer, args, seen), with_kwargs=True)
+    with running_engine(model, stop_ids=frozenset()) as engine:
+        requests = [Request(r.prompt_ids, r.adapter, 120, r.temperature, r.top_p, r.seed) for r in NEIGHBOURS]
+        outcomes = _outcomes(engine, [*requests[:place], FAULT, *requests[place:]])
+        fault = outcomes.pop(place)
+        assert isinstance(fault, RequestFailedError)
+        assert "The model could not compute this request: a kernel refuses this row" in str(fault)
+        assert [ids[:40] for ids in outcomes if isinstance(ids, list)] == expected
+        assert [len(ids) for ids in outcomes if isinstance(ids, list)] == [120] * 4
+        assert engine.stopped is None
+        assert _outcomes(engine, NEIGHBOURS) == expected
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("together", [True, False])
+def test_row_with_logits_that_are_not_finite_fails_alone(temperature: float, together: bool) -> None:
+    model, expected = build_model(), _alone(build_model())
+
+    def spoil(_model: Any, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        for row in _at_fault(kwargs):
+            output.logits[row] = torch.nan
+
+    model.register_forward_hook(spoil, with_kwargs=True)
+    fault = Request(FAULT.prompt_ids, None, CONTEXT, temperature=temperature, seed=3)
+    with running_engine(model, stop_ids=frozenset()) as engine:
+        *others, failed = _outcomes(engine, [*(NEIGHBOURS if together else []), fault])
+        assert isinstance(failed, RequestFailedError)
+        assert "logits are not finite" in str(failed)
+        assert others == (expected if together else [])
+        assert engine.stopped is None
+        assert _outcomes(engine, NEIGHBOURS) == expected
+
+
+class _FailingGuide:
+    """A grammar that allows everything, until it raises."""
+
+    def __init__(self) -> None:
+        self.left = 5
+        self.complete = False
+
+    def start(self) -> _FailingGuide:
+        return _FailingGuide()
+
+    def allowed(self) -> bytes:
+        self.left -= 1
+        if self.left < 0:
+            raise UserError("The constraint failed while decoding: too complex")
+        return bytes([255] * 200)
+
+    def advance(self, token: int) -> None:
+        pass
+
+
+def test_row_whose_guide_raises_fails_alone() -> None:
+    expected = _alone(build_model())
+    fault = Request((4, 5, 6), "two", CONTEXT, temperature=1.0, seed=3, constraint=cast("Any", _FailingGuide()))
+    with running_engine(build_model(), stop_ids=frozenset()) as engine:
+        failed, *others = _outcomes(engine, [fault, *NEIGHBOURS])
+        assert isinstance(failed, RequestFailedError)
+        assert "too complex" in str(failed)
+        assert others == expected
+        assert engine.stopped is None
+
+
+def test_newest_row_fails_when_only_the_whole_batch_cannot_be_computed() -> None:
+    """As when memory suffices for fewer rows."""
+    model, expected = build_model(), _alone(build_model())
+
+    def fail(_model: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+        if kwargs["input_ids"].shape[1] == 1 and len(kwargs["input_ids"]) > 3:
+            raise RuntimeError("out of memory")
+
+    model.register_forward_pre_hook(fail, with_kwargs=True)
+    with running_engine(model, stop_ids=frozenset()) as engine:
+        outcomes = _outcomes(engine, NEIGHBOURS)
+        (failed,) = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
+        assert isinstance(failed, RequestFailedError)
+        assert all(ids == answer for ids, answer in zip(outcomes, expected, strict=True) if isinstance(ids, list))
+        assert engine.stopped is None

@@ -13,6 +13,7 @@ from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, write_json
 from tunewright.core.progress import Reporter
+from tunewright.evaluation.access_log import AccessLog
 from tunewright.evaluation.arm_runner import ArmRunner
 from tunewright.evaluation.benchmarks.bench import Bench, OpenSuite
 from tunewright.evaluation.benchmarks.choices import ChoicesSuite
@@ -21,7 +22,7 @@ from tunewright.evaluation.benchmarks.lm_eval import LmEvalSuite
 from tunewright.evaluation.benchmarks.samples import SamplesSuite
 from tunewright.evaluation.runner import EvaluateResult, evaluate
 from tunewright.evidence.benchmarks import Benchmarks, RegressionResult, Suite, standing
-from tunewright.evidence.schema import Advice, amend, evidence_on, load_evidence
+from tunewright.evidence.schema import Advice, evidence_on
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,10 @@ def measure_benchmarks(arm_runner: ArmRunner, adapter: Adapter, suites: Sequence
         benchmarks = _measured(bench, suites, identity)
         write_json(file, benchmarks.model_dump(mode="json"))
     folder = evaluation_of(project, adapter, arm_runner.reporter)
-    if folder is not None and load_evidence(folder).regressions != benchmarks:
-        amend(folder, regressions=benchmarks)
+    if folder is not None:
+        access_log = AccessLog(project.evaluations)
+        if access_log.load(folder).regressions != benchmarks:
+            access_log.amend(folder, regressions=benchmarks)
     return BenchmarkResult(adapter, benchmarks, not known, folder)
 
 
@@ -107,14 +110,20 @@ def evaluate_with_benchmarks(
     if not suites:
         return result
     measured = measure_benchmarks(arm_runner, adapter, suites)
-    evidence = load_evidence(result.folder)
+    access_log = AccessLog(result.folder.parent)
+    evidence = access_log.load(result.folder)
     if evidence.regressions != measured.benchmarks:  # it is not the newest evaluation of its adapter
-        evidence = amend(result.folder, regressions=measured.benchmarks)
+        evidence = access_log.amend(result.folder, regressions=measured.benchmarks)
     return EvaluateResult(result.folder, evidence, result.evaluated or measured.measured)
 
 
 def evaluation_of(project: ProjectFolder, adapter: Adapter, reporter: Reporter) -> Path | None:
-    """Return the newest held-out evaluation of an adapter, or None."""
+    """Return the newest held-out evaluation of an adapter, or None.
+
+    Raises:
+        UserError: an evaluation's files were changed after they were written.
+    """
+    AccessLog(project.evaluations).require_all()
     evidence = evidence_on(project.evaluations, adapter.digest, reporter)
     return None if evidence is None else project.evaluations / evidence.id
 

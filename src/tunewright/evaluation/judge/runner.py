@@ -11,10 +11,10 @@ from typing import TypeVar
 from tunewright.config.project import ProjectFolder
 from tunewright.core.clock import now, without_milliseconds
 from tunewright.core.errors import UserError
-from tunewright.core.io import write_text
 from tunewright.core.progress import Reporter
 from tunewright.data.examples import Message
 from tunewright.data.versions import load_version
+from tunewright.evaluation.access_log import amendable
 from tunewright.evaluation.judge.budget import JudgeBudget
 from tunewright.evaluation.judge.controls import control_cases, measured_controls, veto
 from tunewright.evaluation.judge.endpoint import Endpoint
@@ -26,7 +26,7 @@ from tunewright.evaluation.judge.replies import Conversation, cost, estimated_to
 from tunewright.evaluation.judge.rows import CONTROLS_FILE, ROWS_FILE, ControlRow, JudgedItem
 from tunewright.evidence.common import Part
 from tunewright.evidence.judge import Control, Judgement, JudgeUsage
-from tunewright.evidence.schema import Evidence, Item, amend, load_evidence, load_items
+from tunewright.evidence.schema import Evidence, Item, load_items
 
 
 def test_prompts(dataset: Path, evidence: Evidence, items: Sequence[Item]) -> list[Conversation]:
@@ -138,9 +138,9 @@ class Judge:
                 fix="Set judge.base_url and judge.model (and judge.api_key_env), such as those of a model you serve.",
             )
         self.project = project
-        self.folder = folder if folder.is_dir() else folder.parent
         self.reporter = reporter
-        self.evidence = load_evidence(folder)
+        self.access_log, self.folder = amendable(folder, project.evaluations)
+        self.evidence = self.access_log.load(self.folder)
         self.items = with_tasks(project.dataset, self.evidence, load_items(self.folder), reporter)
         self.treatment = self.evidence.contrasts[0].treatment
         self.control = self.evidence.contrasts[0].control
@@ -282,15 +282,12 @@ class Judge:
         )
 
     def _store(self, judgement: Judgement, cases: Sequence[ControlRow], rows: Sequence[JudgedItem]) -> JudgeResult:
-        """Write rows before the evidence, which refers to them. A vetoed judge leaves none."""
+        """Write the rows together with the evidence, which refers to them. A vetoed judge leaves none."""
         judgement = judgement.model_copy(update={"replaced": _replaced(self.evidence.judge, judgement)})
-        file = self.folder / ROWS_FILE
-        write_text(self.folder / CONTROLS_FILE, _lines(cases))
-        if not judgement.vetoed:
-            write_text(file, _lines(rows))
-        evidence = amend(self.folder, judge=judgement)
+        files = {CONTROLS_FILE: _lines(cases), **({} if judgement.vetoed else {ROWS_FILE: _lines(rows)})}
+        evidence = self.access_log.amend(self.folder, files, judge=judgement)
         if judgement.vetoed:
-            file.unlink(missing_ok=True)
+            (self.folder / ROWS_FILE).unlink(missing_ok=True)
         return JudgeResult(self.folder, evidence, judgement)
 
 

@@ -254,7 +254,9 @@ class PeftEngine:
         # Sent before the decode step, which takes as long again: first tokens do not wait for it.
         self._dispatch.send()
         if self._batch.rows:
-            self._batch.step()
+            for row, error in self._batch.step():
+                log.error("failed to compute a request", exc_info=error)
+                self._fail(next(sequence for sequence in self._running if sequence.row is row), error)
             for sequence in self._running:
                 if sequence not in self._prefilling:
                     self._dispatch.put(sequence.subscription, sequence.new_tokens())
