@@ -111,6 +111,9 @@ def test_system_prompt_of_a_foreign_adapter_is_the_stated_one(stock: Path, ours:
     (adapter,) = api.open(other).adapters.list()
     assert system_prompt(adapter, other / "dataset") == SystemPrompt("Cite the café.")
     assert "has its own lineage" in refused_import(other, ours, "--system-prompt", "Cite.")
+    marks = "e" + "\u0300\u0316" * 16
+    refusal = "The system prompt has more than 30 combining marks in a row, from character 2"
+    assert refusal in refused_import(other, stock, "--base-matches", "--system-prompt", marks)
     assert "The system prompt is empty" in refused_import(other, stock, "--base-matches", "--system-prompt", " ")
 
 

@@ -47,6 +47,7 @@ CODES: dict[str, tuple[str, str]] = {
     "E405": ("a first turn that is not the user's", "Begin with the user's turn, after the system turn."),
     "E406": ("two turns of one role in a row", "Merge them, or add the turn between them."),
     "E407": ("a last turn that is not the assistant's", "End with the ideal output."),
+    "E408": ("too many combining marks in a row", "Remove the marks, or leave the row out."),
 }
 """Code to description and fix. A code's meaning never changes; a new meaning gets a new code."""
 
