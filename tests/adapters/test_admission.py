@@ -111,6 +111,9 @@ def test_system_prompt_of_a_foreign_adapter_is_the_stated_one(stock: Path, ours:
     (adapter,) = api.open(other).adapters.list()
     assert system_prompt(adapter, other / "dataset") == SystemPrompt("Cite the café.")
     assert "has its own lineage" in refused_import(other, ours, "--system-prompt", "Cite.")
+    marks = "e" + "\u0300\u0316" * 16
+    refusal = "The system prompt has more than 30 combining marks in a row, from character 2"
+    assert refusal in refused_import(other, stock, "--base-matches", "--system-prompt", marks)
     assert "The system prompt is empty" in refused_import(other, stock, "--base-matches", "--system-prompt", " ")
 
 
@@ -194,6 +197,27 @@ def test_change_limit_is_the_ratio_of_frobenius_norms(
     assert ran.code == (0 if size < 1 else 2)
     if size > 1:
         assert f"is {2 * size:.1f} times their norm" in ran.document["error"]["what"]
+
+
+@pytest.mark.parametrize(("a", "b", "alpha"), [(6e4, 1e-8, 8), (3e2, 3e2, 1e-6), (1e3, 1e-7, 8), (1.0, 1e-3, 8)])
+def test_weights_whose_products_overflow_float16_are_refused(
+    a: float, b: float, alpha: float, other: Path, tmp_path: Path
+) -> None:
+    """Reference: float16 itself, on an input of ones."""
+    weights = {
+        name: np.full(tensor.shape, a if "lora_A" in name else b, tensor.dtype)
+        for name, tensor in lora_weights(seed=3).items()
+    }
+    stem = "base_model.model.model.layers.1.self_attn.v_proj"
+    down, up = (weights[f"{stem}.lora_{half}.weight"].astype(np.float16) for half in "AB")
+    with np.errstate(over="ignore"):
+        inner = down @ np.ones(down.shape[1], np.float16)
+        finite = bool(np.isfinite(inner).all() and np.isfinite(up @ inner).all())
+    adapter = write_adapter(tmp_path / "products", weights=weights, config=lora_config(lora_alpha=alpha))
+    ran = import_adapter(other, adapter, "--base-matches")
+    assert ran.code == (0 if finite else 2)
+    if not finite:
+        assert "the products of its weights reach" in ran.document["error"]["what"]
 
 
 # Quarantine

@@ -59,7 +59,18 @@ def test_adapter_without_lineage_has_an_unknown_system_prompt(tmp_path: Path) ->
     assert (found.text, "imported without a lineage" in str(found.why_none)) == (None, True)
 
 
-@pytest.mark.parametrize("claim", [{"text": 7}, {"text": "x", "rows": "many", "without": 0, "distinct": 1}, "x"])
+MARKED = "\u0300\u0316" * 16
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        {"text": 7},
+        {"text": "x", "rows": "many", "without": 0, "distinct": 1},
+        {"text": MARKED, "rows": 1, "without": 0, "distinct": 1},
+        "x",
+    ],
+)
 def test_foreign_lineage_with_an_invalid_system_prompt_is_refused(project: Path, tmp_path: Path, claim: Any) -> None:
     adapter = find_adapter(project / "adapters")
     data = json.dumps({**adapter.lineage, KEY: claim}).encode()

@@ -94,8 +94,7 @@ def test_edit_handles_every_yaml_style(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "train:\n  learning_rate: &rate 0.0002\n  warmup_ratio: *rate\n",
-        "seed: &n 1\ntrain:\n  learning_rate: *n\n",
+        "train:\n  learning_rate:  # why\n    0.0002\n",
         "train:\n  target_modules:\n  - q_proj  # why\n  - v_proj\n",
     ],
 )

@@ -60,6 +60,43 @@ def test_config_error_names_its_line(tmp_path: Path, text: str, line: int, words
     assert words in caught.value.what
 
 
+def _laughs(depth: int) -> str:
+    levels = [f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]" for level in range(1, depth)]
+    return "\n".join(["a0: &a0 [x, x]", *levels])
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [
+        (_laughs(10), 2, r"Aliases are not supported: \*a0"),
+        ("a: &a {b: *a}\n", 1, r"Aliases are not supported: \*a"),
+        ("a: &a {b: 1}\nc:\n  <<: *a\n", 3, "Aliases are not supported"),
+        ("name: a\na: " + "[" * 50_000, 2, r"nested too deep \(limit 32\)"),
+        ("{a: " * 50_000, 1, "nested too deep"),
+        ("".join(f"{' ' * depth}a:\n" for depth in range(100)), 33, "nested too deep"),
+        ("name: a\nseed: " + "9" * 401, 2, r"A number of 401 characters \(limit 400\)"),
+        ("name: a\nseed: 1" + ":1" * 20_000, 2, "A number of 40,001 characters"),
+        ("seed: " + ("1_" * 300) + "1.5", 1, "A number of"),
+    ],
+)
+def test_config_that_grows_without_bound_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, line: int, words: str
+) -> None:
+    built: list[object] = []
+    monkeypatch.setattr(yaml, "safe_load", built.append)
+    with pytest.raises(UserError, match=words) as caught:
+        _load(tmp_path, text)
+    assert caught.value.where == f"{tmp_path / 'tunewright.yaml'}:{line}"
+    assert not built
+
+
+def test_config_of_more_than_a_mebibyte_is_refused(tmp_path: Path) -> None:
+    text = "seed: 1\n#"
+    assert _load(tmp_path, text + "x" * (2**20 - len(text))).seed == 1
+    with pytest.raises(UserError, match="larger than 1,048,576 bytes"):
+        _load(tmp_path, text + "x" * (2**20 + 1 - len(text)))
+
+
 def test_config_reports_all_errors_together(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="2 errors") as caught:
         _load(tmp_path, "train:\n  lora_r: 0\n  epochs: 0\n")

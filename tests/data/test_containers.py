@@ -6,7 +6,10 @@ import contextlib
 import csv
 import io
 import json
+import subprocess
+import sys
 import tracemalloc
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ from tunewright.data.readers import (
     source_size,
 )
 from tunewright.data.readers.json_rows import _CHUNK
+from tunewright.data.readers.tables import _rows_per_batch, parquet_rows
 
 DATA = DataConfig(input="q", output="a")
 PAIRS = [{"prompt": f"question {i}, é", "completion": f"answer {i}"} for i in range(3)]
@@ -222,6 +226,99 @@ def test_saved_dataset_with_several_splits_is_refused(tmp_path: Path) -> None:
         read_pairs(tmp_path / "both", DATA)
     assert str(tmp_path / "both" / "train") in str(caught.value)
     assert len(read_pairs(tmp_path / "both" / "train", DATA).rows) == 1
+
+
+def _repeated(text: str, count: int) -> Any:
+    """An array that repeats a text, held once."""
+    import pyarrow as pa
+
+    return pa.DictionaryArray.from_arrays(pa.array([0] * count, pa.int32()), pa.array([text]))
+
+
+def _turns(user: Any, assistant: str, ends: list[int]) -> Any:
+    """A column of chats: two turns for each user text, cut into rows at ``ends``."""
+    import pyarrow as pa
+
+    count = len(user)
+    turns = pa.StructArray.from_arrays(
+        [
+            pa.array(["user", "assistant"] * count),
+            pa.concat_arrays([user, _repeated(assistant, count)]).take(
+                pa.array([at for one in range(count) for at in (one, count + one)])
+            ),
+        ],
+        ["role", "content"],
+    )
+    return pa.ListArray.from_arrays(pa.array([0, *ends], pa.int32()), turns)
+
+
+_READ_WITH_LITTLE_MEMORY = """
+import resource, sys
+from decimal import Decimal
+from pathlib import Path
+resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
+from tunewright.config import DataConfig
+from tunewright.data.readers import read_pairs
+for path in sys.argv[1:]:
+    reading = read_pairs(Path(path), DataConfig())
+    print(len(reading.rows), *sorted({(fault.code, fault.line) for fault in reading.faults}))
+"""
+
+
+def test_parquet_that_repeats_a_long_text_is_read_with_little_memory(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = 200  # of 20 MB
+    text = _repeated("x" * (20 << 20), rows)
+    tables = {
+        "pairs": pa.table({"prompt": text, "completion": ["b"] * rows}),
+        "chats": pa.table({"messages": _turns(text, "b", [2 * row for row in range(1, rows + 1)])}),
+        "one_row": pa.table({"messages": _turns(text, "b", [2, 2 * rows - 2, 2 * rows])}),
+    }
+    for name, table in tables.items():
+        pq.write_table(table, tmp_path / name, compression="zstd", store_schema=False)
+        assert (tmp_path / name).stat().st_size < 10_000
+    command = [sys.executable, "-c", _READ_WITH_LITTLE_MEMORY, *(str(tmp_path / name) for name in tables)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    every = " ".join(str(("E403", line)) for line in range(1, rows + 1))
+    expected = [f"0 {every}", f"0 {every}", "0 ('E108', 2) ('E403', 1) ('E403', 3)"]
+    assert (done.stdout.splitlines(), done.stderr) == (expected, "")
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dictionary": False}, {"row_group_size": 700, "data_page_size": 100}])
+def test_parquet_rows_equal_arrows_own(tmp_path: Path, options: dict[str, Any]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    count = 3000
+    columns = {
+        "q": [f"question {number}" for number in range(count)],
+        "a": ["yes" if number % 2 else "no" for number in range(count)],
+        "large": pa.array([None if number % 3 else f"{number}" for number in range(count)], pa.large_string()),
+        "bytes": [b"x" * (number % 5) for number in range(count)],
+        "decimal": pa.array([Decimal(number) / 8 for number in range(count)], pa.decimal128(20, 4)),
+        "fixed": pa.array([[number, None] for number in range(count)], pa.list_(pa.int64(), 2)),
+        "width": pa.array([b"abc"] * count, pa.binary(3)),
+        "map": pa.array([[("k", f"{number % 7}")] for number in range(count)], pa.map_(pa.string(), pa.string())),
+        "deep": [[{"t": [f"{number % 9}"] * (number % 4), "n": number}] * (number % 3) for number in range(count)],
+        "class": pa.array([f"{number % 4}" for number in range(count)]).dictionary_encode(),
+    }
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table(columns), path, **options)
+    rows = [raw.row for raw in parquet_rows(path, DATA, [], None)]
+    assert rows == pq.read_table(path).to_pylist()
+
+
+def test_parquet_batches_are_small_where_values_share_their_prefix(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path, long = tmp_path / "rows.parquet", "x" * (20 << 20)
+    columns = pa.table({"q": [long + str(number) for number in range(30)], "a": ["b"] * 30})
+    pq.write_table(columns, path, use_dictionary=False, column_encoding={"q": "DELTA_BYTE_ARRAY", "a": "PLAIN"})
+    assert path.stat().st_size < 2 * len(long)
+    assert 1 <= _rows_per_batch(pq.ParquetFile(path).metadata, 0) * len(long) <= 256 << 20
 
 
 @pytest.mark.parametrize("cut", [5, 100, -3])

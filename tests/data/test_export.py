@@ -98,7 +98,7 @@ def test_export_to_csv_and_alpaca_round_trips_for_one_turn_rows(
         DataConfig(input="prompt", output="completion", system_prompt=result.system) if form == "csv" else DataConfig()
     )
     assert _keys_read(path, config) == [m.key for m in changed.members]
-    assert len(listener.warned) == (form == "csv" and system is not None)
+    assert len([w for w in listener.warned if "formula" not in w]) == (form == "csv" and system is not None)
     assert result.system == (system if form == "csv" else None)
 
 
@@ -180,6 +180,18 @@ def test_export_refuses_unknown_formats_and_splits(
 def test_export_refuses_an_empty_split(version: DatasetVersion, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no dev rows"):
         export(_with(version, [example("a", "b")]), tmp_path / "x", "chat", Listener(), split="dev")
+
+
+def test_csv_export_keeps_formulas_and_reports_them(version: DatasetVersion, tmp_path: Path) -> None:
+    rows = [example("=cmd|' /C calc'!A0", "a"), example("b", "@SUM(A1)"), example("c", "1-1")]
+    changed, listener = _with(version, rows), Listener()
+    export(changed, tmp_path / "a.csv", "csv", listener)
+    assert [warning for warning in listener.warned if "2 rows of " in warning and "formula" in warning]
+    read = read_pairs(tmp_path / "a.csv", DataConfig())
+    assert {row.example.output for row in read.rows} == {"a", "@SUM(A1)", "1-1"}
+    silent = Listener()
+    export(changed, tmp_path / "a.jsonl", "chat", silent)
+    assert not silent.warned
 
 
 @pytest.mark.parametrize("form", ["chat", "alpaca", "csv", "parquet"])

@@ -13,12 +13,15 @@ import pytest
 from data_helpers import Listener
 from hypothesis import given
 from hypothesis import strategies as st
+from jinja2 import StrictUndefined
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tunewright.config import DataConfig
 from tunewright.config.io import load_config
 from tunewright.core.errors import UserError
 from tunewright.data.readers import ReadResult, read_pairs
 from tunewright.data.readers.file_check import check_files, fix_file
+from tunewright.data.readers.sandbox import parse_template, render
 
 ROW = {"id": 7, "title": "Mitosis", "parts": [{"text": "é", "ok": True}, {"text": "<b>"}], "gold": 1, "note": None}
 
@@ -110,7 +113,7 @@ def test_template_failure_is_a_fault_of_its_row(tmp_path: Path, template: str, c
             'uses the key "gold", which data.drop_columns drops',
             "data.drop_columns",
         ),
-        ({"output": "{% include 'x' %}"}, "includes another template", "data.output (--output)"),
+        ({"output": "{% include 'x' %}"}, "Include statements are not supported", "data.output (--output)"),
         ({"output": "{{ above[0] }}"}, "requires data.rows", "data.output (--output)"),
         ({"output": "{{ [1, 2] | random }}"}, "No filter named 'random'", "data.output (--output)"),
     ],
@@ -127,6 +130,103 @@ def test_invalid_template_is_refused_before_reading(
             act()
         assert words in caught.value.what
         assert caught.value.where == where
+
+
+MORE = "{% set ns = namespace(t='aa', l=[1], n=1) %}{% for i in range(999) %}{% set ns."
+TOO_LARGE = "makes a value of more than 1,048,576 characters and items"
+TOO_LONG = "takes too many steps (limit 16,777,216)"
+TOO_WIDE = "has a number over 10,000 in "
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ 'a' * 10**10 }}", TOO_LARGE),
+        ("{{ 10**10 * title }}", TOO_LARGE),
+        ("{{ ['a'] * 10**9 }}", TOO_LARGE),
+        ("{{ ([[1] * 3000] * 3000) | tojson }}", TOO_LARGE),
+        ("{{ 'a'.center(9999999999) }}", TOO_WIDE + "center"),
+        ("{{ 'a'.zfill(9999999999) }}", TOO_WIDE + "zfill"),
+        ("{{ 'a' | center(10**10) }}", TOO_WIDE + "center"),
+        ("{{ [title] | map('center', 10**10) | first }}", TOO_WIDE + "center"),
+        ("{{ title | indent(10**10) }}", TOO_WIDE + "indent"),
+        ("{{ parts | tojson(indent=10**10) }}", TOO_WIDE + "tojson"),
+        ("{{ 1.5 | round(10**9, 'ceil') }}", TOO_WIDE + "round"),
+        ("{{ parts | batch(10**9, 'a') | list }}", TOO_WIDE + "batch"),
+        ("{{ ('a ' * 99999) | wordwrap(1, 'b' * 99999) }}", TOO_LARGE),
+        ("{{ '%9999999999d' % 1 }}", "formatting with % is not supported (use ~)"),
+        ("{{ '{:9999999999}'.format(1) }}", "access to attribute 'format' of 'str' object is unsafe"),
+        ("{{ 'a'.expandtabs(10**10) }}", "'expandtabs' of 'str' object is unsafe"),
+        ("{{ (5).to_bytes(10**10) }}", "'to_bytes' of 'int' object is unsafe"),
+        ("{{ 9**(9**9) }}", "makes a number of more than 100,000 bits"),
+        (MORE + "n = (ns.n + 9) * (ns.n + 9) %}{% endfor %}", "makes a number of more than 100,000 bits"),
+        (MORE + "t = ns.t ~ ns.t %}{% endfor %}{{ ns.t }}", TOO_LARGE),
+        (MORE + "t = ns.t + ns.t %}{% endfor %}{{ ns.t }}", TOO_LARGE),
+        (MORE + "l = [ns.l, ns.l] %}{% endfor %}{{ ns.l | tojson }}", TOO_LARGE),
+        (MORE + "l = {1: ns.l, 2: ns.l} %}{% endfor %}", TOO_LARGE),
+        (MORE + "l = namespace(a=ns.l, b=ns.l) %}{% endfor %}{{ ns.l | string }}", TOO_LARGE),
+        (MORE + "l = dict(a=ns.l, b=ns.l) %}{% endfor %}", TOO_LARGE),
+        ("{{ ('a' * 4000).replace('', 'b' * 4000) }}", TOO_LARGE),
+        ("{{ ('a' * 4000) | replace('a', 'b' * 4000) }}", TOO_LARGE),
+        ("{{ range(99999) | join('b' * 4000) }}", TOO_LARGE),
+        ("{{ range(99999) | map('string') | join('b' * 4000) }}", TOO_LARGE),
+        ("{{ ('b' * 4000).join(title * 999) }}", TOO_LARGE),
+        ("{% for i in range(99999) %}" * 4 + "{% endfor %}" * 4, TOO_LONG),
+        ("{% for i in range(99999) %}" + "a" * 999 + "{% endfor %}", TOO_LARGE),
+        ("{% for i in range(99999) %}{% if range(99999) | sort %}{% endif %}{% endfor %}", TOO_LONG),
+        ("{% set a = 'a' * 99999 %}{% for i in range(99999) %}{% set b = a[1:] %}{% endfor %}", TOO_LONG),
+        ("{% set a = 'a' * 99999 %}{% for i in range(99999) if a == a %}{% endfor %}", TOO_LONG),
+        ("{% set a = 'a' * 99999 %}{% for i in range(99999) if 'b' in a %}{% endfor %}", TOO_LONG),
+        ("{% set a = 'a' * 99999 %}{% for i in range(99999) if a is lower %}{% endfor %}", TOO_LONG),
+        ("{% set a = 'a' * 99999 %}{% for i in range(99999) if a.upper() %}{% endfor %}", TOO_LONG),
+        ("{% set a = 'a' * 99999 %}{% for i in range(99999) if a | upper %}{% endfor %}", TOO_LONG),
+        ("{% set a = ['a' * 9999] * 99 %}{% for i in range(99999) if a | map('upper') | list %}{% endfor %}", TOO_LONG),
+        ("{{ ([[1]] * 99999) | sum(start=[]) }}", "adds up lists in sum"),
+    ],
+)
+def test_template_without_bound_is_a_fault_of_its_row(tmp_path: Path, template: str, words: str) -> None:
+    good = {"title": "a", "parts": []}
+    reading = _read(tmp_path, "{% if title != 'a' %}" + template + "{% endif %}x", ROW, good)
+    assert [(fault.line, fault.code) for fault in reading.faults] == [(1, "E207")]
+    assert words in reading.faults[0].reason
+    assert [row.example.output for row in reading.rows] == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{% macro a(n) %}{{ a(n) }}{{ a(n) }}{% endmacro %}{{ a(1) }}", "Macro statements are not supported"),
+        ("{% set a %}{{ title }}{% endset %}{{ a }}", "AssignBlock statements are not supported"),
+        ("{% filter upper %}a{% endfilter %}", "FilterBlock statements are not supported"),
+        ("{% block a %}{% endblock %}{{ self.a() }}", "Block statements are not supported"),
+        ("{% for a in parts recursive %}{{ loop(parts) }}{% endfor %}", "recursive loops are not supported"),
+        ("{{ '%9d' | format(1) }}", "No filter named 'format'"),
+    ],
+)
+def test_template_whose_text_cannot_be_bounded_is_refused(tmp_path: Path, template: str, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        _read(tmp_path, template)
+    assert words in caught.value.what
+
+
+@given(st.data())
+def test_template_operations_equal_jinjas_own(data: st.DataObject) -> None:
+    value = data.draw(st.text(max_size=20) | st.lists(st.text(max_size=5), max_size=5))
+    other = data.draw(st.text(min_size=1, max_size=3))
+    expressions = [
+        "{{ (v | string) ~ o ~ 1 ~ 2.5 }}",
+        "{% for a in v %}{{ loop.index }}/{{ loop.length }}{{ a }}{% else %}none{% endfor %}",
+        "{{ v | join(o) }}{{ v | map('upper') | join(o) }}",
+        "{{ (v | string).replace(o, o ~ o) | replace(o, 'x') | center(9) | indent(2) }}",
+        "{{ v[1:] | string }}{{ v | length }}{{ v | batch(2, o) | list | string }}",
+        "{{ 'y' if o in v and v != o and v is not none else 'n' }}{{ v | select('in', o) | list | string }}",
+        "{{ (v | string).split(o) | sort | unique | join('+') }}{{ [1, 2] | sum }}{{ 7 * 3 % 5 ** 2 // 2 }}",
+    ]
+    plain = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    for expression in expressions:
+        _, template = parse_template(expression)
+        ours = render(template, {"v": value, "o": other})
+        assert ours == plain.from_string(expression).render(v=value, o=other)
 
 
 def test_note_names_mapped_keys_and_other_keys_are_metadata(tmp_path: Path) -> None:

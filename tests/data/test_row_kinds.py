@@ -19,6 +19,7 @@ from tunewright.data.readers.validate import RowError, example_from_object
 
 ASKED, ANSWERED = "Which court?", "D. Mass."
 CHAT = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": ANSWERED}]
+MARKS = "\u0300\u0316" * 16
 SHARED = [{"from": "human", "value": ASKED}, {"from": "gpt", "value": ANSWERED}]
 
 
@@ -35,6 +36,13 @@ def _fault(tmp_path: Path, row: Any, data: DataConfig | None = None) -> Fault:
 
 def _turns(row: Any, data: DataConfig | None = None) -> list[tuple[str, str, int]]:
     return [(m.role, m.content, m.weight) for m in example_from_object(row, data or DataConfig()).messages]
+
+
+def test_group_with_too_many_combining_marks_is_refused(tmp_path: Path) -> None:
+    data = DataConfig(group_by=("customer",))
+    fault = _fault(tmp_path, {"prompt": ASKED, "completion": ANSWERED, "customer": MARKS}, data)
+    assert (fault.code, fault.path) == ("E408", "$.customer")
+    assert "more than 30 combining marks in a row, from character 1 of customer" in fault.reason
 
 
 @pytest.mark.parametrize(
@@ -132,6 +140,13 @@ def test_mistral_only_last_trains_the_last_answer_only() -> None:
         ({"messages": [CHAT[0], {"role": "assistant", "content": " "}]}, "E401", "$.messages[1].content", "empty"),
         ({"messages": [*CHAT, CHAT[1]]}, "E406", "$.messages[2]", "two assistant turns"),
         ({"messages": [*CHAT, CHAT[0]]}, "E407", "$.messages[2]", "the last turn"),
+        ({"prompt": "a" + MARKS, "completion": ANSWERED}, "E408", "$.prompt", "from character 2 of the user turn"),
+        (
+            {"messages": [CHAT[0], {**CHAT[1], "content": MARKS}]},
+            "E408",
+            "$.messages[1].content",
+            "more than 30 combining",
+        ),
         ({"messages": CHAT, "system_prompt": "a", "system": "b"}, "E404", "$.system_prompt", "must be the first"),
         ({"messages": CHAT, "only_last": "yes"}, "E305", "$.only_last", "neither true nor false"),
     ],

@@ -5,7 +5,6 @@ Rows of the generic mix-in and of replay do not count: they prevent forgetting a
 
 from __future__ import annotations
 
-import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 from tunewright.adapters.registry import Adapter
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
+from tunewright.core.unicode import mark_fault, normalize
 from tunewright.data.versions import Member, load_version
 
 KEY = "system_prompt"
@@ -72,11 +72,13 @@ def stated_system_prompt(text: str) -> dict[str, Any]:
     """Return the lineage's record of the system prompt that the user states for a foreign adapter.
 
     Raises:
-        UserError: an empty text.
+        UserError: an empty text, or too many combining marks in a row.
     """
     if not text.strip():
         raise UserError("The system prompt is empty", where="--system-prompt", fix="Remove the option.")
-    return {"text": unicodedata.normalize("NFC", text)}
+    if fault := mark_fault(text):
+        raise UserError(f"The system prompt has {fault}", where="--system-prompt", fix="Remove the marks.")
+    return {"text": normalize(text)}
 
 
 def system_prompt(adapter: Adapter, dataset: Path) -> SystemPrompt:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
@@ -12,10 +13,12 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
+from typer._click.exceptions import ClickException
 from typer.core import TyperGroup
 
 from tunewright._version import __version__
 from tunewright.cli.console import NOTHING_KEPT, session
+from tunewright.core.text import visible
 
 DATA, TRAIN, EVALUATE, DEPLOY, PROJECT = PANELS = ("Data", "Train", "Evaluate", "Deploy", "Project")
 
@@ -50,6 +53,24 @@ class _InPanels(TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:
         panels = {name: getattr(command, "rich_help_panel", PROJECT) for name, command in self.commands.items()}
         return sorted(super().list_commands(ctx), key=lambda name: PANELS.index(panels[name]))
+
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        with _visible_arguments():
+            return super().make_context(*args, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _visible_arguments():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _visible_arguments() -> Iterator[None]:
+    """Escape control characters in usage errors: an argument may be the name of a foreign file."""
+    try:
+        yield
+    except ClickException as error:
+        error.message = visible(error.message)
+        raise
 
 
 app = typer.Typer(

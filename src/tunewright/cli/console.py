@@ -16,13 +16,15 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from tunewright.cli.live import ConsoleReporter
 from tunewright.cli.stopping import STOPPED, stoppable
 from tunewright.core.errors import UserError
+from tunewright.core.text import visible
 from tunewright.training import distributed
 
 if TYPE_CHECKING:
@@ -52,11 +54,37 @@ def _exit_on_closed_pipe() -> NoReturn:
 
 
 class _Console(Console):
+    """A console that escapes control characters in the texts it prints: they may come from anybody's data.
+
+    Strings are escaped before they are laid out, and all else that is rendered after it.
+    """
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(visible(text), **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else visible(text), style, control)
+
     def on_broken_pipe(self) -> None:
         _exit_on_closed_pipe()
 
 
+class _VisibleFormatter(logging.Formatter):
+    """Formats the server's log."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
+def _json_text(document: object) -> str:
+    """Return JSON: its control characters are all within strings, where their escapes mean the same."""
+    return visible(json.dumps(document, indent=2, ensure_ascii=False)) + "\n"
+
+
 def _write(text: str) -> None:
+    if sys.stdout.isatty():
+        text = visible(text)
     try:
         # Flushed, since `serve` runs on for long after it has printed its address.
         print(text, end="", flush=True)
@@ -71,14 +99,16 @@ def plain_text(part: RenderableType) -> str:
         part.pad_edge = False
         for column in part.columns:
             column._cells = [_on_one_line(cell) for cell in column._cells]
-    console = Console(file=io.StringIO(), width=_PIPE_WIDTH, soft_wrap=True)
+    console = _Console(file=io.StringIO(), width=_PIPE_WIDTH, soft_wrap=True)
     with console.capture() as captured:
         console.print(part, markup=False, highlight=False)
     return "".join(f"{line.rstrip()}\n" for line in captured.get().splitlines())
 
 
 def _on_one_line(cell: RenderableType) -> RenderableType:
-    """Return a table's cell with its line ends escaped."""
+    """Return a table's cell with its line ends and control characters escaped."""
+    if isinstance(cell, Text) and visible(cell.plain) != cell.plain:
+        cell = Text(visible(cell.plain), cell.style)
     if isinstance(cell, Text) and "\n" in cell.plain:
         return Text("\\n").join(cell.split("\n", allow_blank=True))
     return cell.replace("\n", "\\n") if isinstance(cell, str) else cell
@@ -94,6 +124,8 @@ class Session:
         """The database that ``--database-url`` names."""
         # At each import it reports that a hub kernel, which nothing here uses, is not installed.
         logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+        if logging.lastResort is not None:
+            logging.lastResort.setFormatter(_VisibleFormatter())
         # A log has no width, so rows are not wrapped there.
         on_terminal = sys.stderr.isatty()
         self.console = _Console(
@@ -141,7 +173,7 @@ class Session:
             from pydantic_core import to_jsonable_python
 
             values = to_jsonable_python(document, by_alias=False)
-            self.print_out(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+            self.print_out(_json_text(values))
         elif alone is not None:
             self.print_out(alone)
             for part in people:
@@ -153,7 +185,10 @@ class Session:
             self.print_out("".join(map(plain_text, people)))
 
     def print_out(self, text: str) -> None:
-        """Print on stdout exactly this text. Ends the command where the reader of a pipe has closed it."""
+        """Print on stdout this text: exactly in a pipe, with control characters escaped on a terminal.
+
+        Ends the command where the reader of a pipe has closed it.
+        """
         if distributed.is_main_process():
             _write(text)
 
@@ -231,7 +266,7 @@ def _fail(current: Session, document: dict[str, Any], text: str, code: int) -> N
         raise typer.Exit(code)
     current.console.quiet = False
     if current.as_json:
-        _write(json.dumps({"error": document}, indent=2, ensure_ascii=False) + "\n")
+        _write(_json_text({"error": document}))
     else:
         current.console.print(text, style="red", markup=False, highlight=False)
     raise typer.Exit(code)

@@ -158,7 +158,7 @@ class _Screen:
 
     def __init__(self, console: Console, stages: Mapping[str, float]) -> None:
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -261,7 +261,7 @@ class _LineTask:
             return
         self.printed = now
         parts = [f"{self.title}: {self.done}/{self.total} {self.unit}", note, self._left(now)]
-        self.console.print(", ".join(part for part in parts if part))
+        self.console.print(", ".join(part for part in parts if part), markup=False, highlight=False)
 
     def _left(self, now: float) -> str:
         """Return the time left, by the speed since the first advances, or nothing before later ones."""

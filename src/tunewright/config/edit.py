@@ -108,7 +108,7 @@ def _replace(text: str, name: yaml.Node, value: yaml.Node, spelt: str) -> str | 
         # A list with a line for each item becomes a flow list behind the key.
         start, end = name.end_mark.index, value.value[-1].end_mark.index
         return None if "#" in text[start:end] else _replaced(text, start, end, f": {spelt}")
-    # More than a colon and space between them: an anchor, an alias, a comment.
+    # More than a colon and space between them: a comment.
     return _replaced(text, start, end, spelt) if between.strip() == ":" else None
 
 

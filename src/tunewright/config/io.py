@@ -13,6 +13,13 @@ from pydantic_core import ErrorDetails
 from tunewright.config import Config
 from tunewright.core.errors import UserError
 
+_MAX_BYTES = 1 << 20
+_MAX_DEPTH = 32
+_MAX_DIGITS = 400
+"""Of a number: Python converts some of YAML's notations in quadratic time. No finite float needs more."""
+
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+
 _Location = tuple[str | int, ...]
 
 
@@ -23,7 +30,11 @@ def load_config(path: Path) -> Config:
         UserError: The file is not YAML, or has an unknown key or an invalid value; names file, line and key.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as file:
+            content = file.read(_MAX_BYTES + 1)
+        if len(content) > _MAX_BYTES:
+            raise UserError(f"The config is larger than {_MAX_BYTES:,} bytes", where=str(path))
+        text = content.decode("utf-8-sig")
     except FileNotFoundError:
         raise UserError(
             "No such file", where=str(path), fix="Run `tunewright init` to create one, or name the project's folder."
@@ -36,6 +47,7 @@ def load_config(path: Path) -> Config:
 def parse_config(text: str, path: Path) -> Config:
     """Validate a config's text; raise the errors of :func:`load_config`, which name ``path``."""
     try:
+        _require_bounded(text, path)
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         lines = {} if root is None else _lines(root, path)
         values = yaml.safe_load(text)
@@ -54,6 +66,18 @@ def parse_config(text: str, path: Path) -> Config:
         return Config.model_validate(_without_empty_sections(values or {}))
     except ValidationError as error:
         raise _explain(error.errors(include_url=False), lines, path) from None
+
+
+def _require_bounded(text: str, path: Path) -> None:
+    """Refuse what makes a short text a large or endless value, before PyYAML builds any."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        where = f"{path}:{event.start_mark.line + 1 if event.start_mark else 1}"
+        if isinstance(event, yaml.AliasEvent):
+            raise UserError(f"Aliases are not supported: *{event.anchor}", where=where, fix="Write the value again.")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MAX_DEPTH:
+            raise UserError(f"Lists and mappings are nested too deep (limit {_MAX_DEPTH})", where=where)
 
 
 def _without_empty_sections(values: dict[str, Any]) -> dict[str, Any]:
@@ -93,6 +117,9 @@ def _lines(node: yaml.Node, path: Path, prefix: _Location = ()) -> dict[_Locatio
         children = [(key.value, key, value) for key, value in node.value]
     elif isinstance(node, yaml.SequenceNode):
         children = [(index, item, item) for index, item in enumerate(node.value)]
+    elif node.tag in _NUMBERS and len(node.value) > _MAX_DIGITS:
+        where = f"{path}:{node.start_mark.line + 1}"
+        raise UserError(f"A number of {len(node.value):,} characters (limit {_MAX_DIGITS})", where=where)
     for name, marked, child in children:
         location = (*prefix, name)
         line = marked.start_mark.line + 1

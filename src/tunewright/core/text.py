@@ -1,7 +1,8 @@
-"""Counts, lists and excerpts for messages, and the checksum of tokens."""
+"""Counts, lists, excerpts and visible control characters for messages, and the checksum of tokens."""
 
 from __future__ import annotations
 
+import re
 import string
 import zlib
 from collections.abc import Iterable, Sequence
@@ -12,6 +13,20 @@ _BASE62 = string.digits + string.ascii_uppercase + string.ascii_lowercase
 def count_of(number: int, thing: str) -> str:
     """Return a count with its noun: ``1 row``, ``1,200 rows``."""
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+# C0 without tabs and line ends, C1, the Bidi_Control property, and lone surrogates, which no stream encodes.
+_CONTROLS = re.compile(
+    "[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]|\r(?!\n)"
+)
+
+
+def visible(text: str) -> str:
+    """Return the text with control characters escaped as in JSON, since a terminal obeys them: ``\\u001b``.
+
+    Tabs and line ends stay.
+    """
+    return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 _LONGEST = 60  # characters of an excerpt

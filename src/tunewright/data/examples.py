@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from functools import cached_property
 from typing import Any, Literal, get_args
 
 from tunewright.core.io import digest
+from tunewright.core.unicode import normalize
 
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[str, ...] = get_args(Role)
@@ -100,13 +100,13 @@ def in_conflict(examples: Sequence[Example]) -> bool:
 def normalised(text: str) -> str:
     """Return the text in NFC, case folded, with white space collapsed."""
     # Case folding can decompose a letter, hence NFC before and after it.
-    folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
+    folded = normalize(normalize(text).casefold())
     return " ".join(folded.split())
 
 
 def _canonical(message: Message) -> list[str | int]:
     # A weight of 1 is left out, so that a pair has the same key with and without it.
-    turn: list[str | int] = [message.role, unicodedata.normalize("NFC", message.content)]
+    turn: list[str | int] = [message.role, normalize(message.content)]
     return turn if message.weight == 1 else [*turn, message.weight]
 
 

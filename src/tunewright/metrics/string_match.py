@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from tunewright.config import MetricName
 from tunewright.config.metrics import Normalisation
+from tunewright.core.unicode import normalize
 from tunewright.metrics.scorer import ItemScore, Pair, Scorer, Unscored, mean_score
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -51,10 +52,10 @@ _WORDS = {
 def normalised(text: str, settings: Normalisation | None = None) -> str:
     """Return the compared spelling: outer white space stripped, Unicode NFC, and the optional normalisations."""
     settings = settings or Normalisation()
-    text = unicodedata.normalize("NFC", text)
+    text = normalize(text)
     if settings.ignore_case:
         # Casefolding can leave a letter decomposed.
-        text = unicodedata.normalize("NFC", text.casefold())
+        text = normalize(text.casefold())
     if settings.ignore_punctuation:
         text = "".join(letter for letter in text if not unicodedata.category(letter).startswith("P"))
     return " ".join(text.split()) if settings.collapse_whitespace else text.strip()

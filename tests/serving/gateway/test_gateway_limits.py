@@ -14,11 +14,16 @@ import httpx
 import pytest
 from scripted_engine import ScriptedEngine, render, scripted_server
 
+from tunewright.core.unicode import normalize
 from tunewright.data.examples import Message
+from tunewright.serving.gateway import schemas
 from tunewright.serving.gateway.streaming import EventStreamResponse
 
 CHAT_URL, TEXT_URL = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "hello"}]
+MARKS = "\u0300\u0316" * 16
+MARK_PARTS = [{"type": "text", "text": MARKS[:16]}, {"type": "text", "text": MARKS[16:]}]
+"""Parts whose text has too many marks in a row when joined."""
 PROMPT = len(render([Message("user", "hello")]))
 
 
@@ -100,6 +105,8 @@ def test_error_message_is_bounded_however_many_faults_a_request_has() -> None:
         ({}, {"n": 2}, (400, "invalid_value", "n")),
         ({}, {"stop": ["x"] * 5}, (400, "invalid_value", "stop")),
         ({}, {"stop": "x" * 1001}, (400, "invalid_value", "stop.0")),
+        ({}, {"messages": [{"role": "user", "content": MARKS}]}, (400, "invalid_value", "messages.0")),
+        ({}, {"messages": [{"role": "user", "content": MARK_PARTS}]}, (400, "invalid_value", "messages.0")),
         ({"max_body_bytes": 2000}, {"user": "x" * 2000}, (413, "body_too_large", None)),
     ],
 )
@@ -108,6 +115,41 @@ def test_request_over_a_limit_is_refused_by_name(limits: Any, body: Any, expecte
     with scripted_server(engine, **limits) as client:
         assert reported(ask(client, **body)) == expected
     assert not engine.asked
+
+
+def test_prompt_with_too_many_combining_marks_in_a_row_is_refused() -> None:
+    engine = ScriptedEngine()
+    with scripted_server(engine) as client:
+        reply = ask(client, TEXT_URL, prompt=["hello", f"hello {MARKS}"])
+        assert reported(reply) == (400, "invalid_value", "prompt.1")
+        reason = "more than 30 combining marks in a row, from character 7: remove the marks."
+        assert reply.json()["error"]["message"] == f"prompt.1: {reason}"
+        assert ask(client, TEXT_URL, prompt="e" + MARKS[:30]).status_code == 200
+    assert len(engine.asked) == 1
+
+
+@pytest.mark.parametrize("url", [CHAT_URL, TEXT_URL])
+def test_prompt_of_too_many_characters_is_refused_before_it_is_normalised_or_tokenized(
+    monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    longest, normalised = 16 * ScriptedEngine().context_length, []
+
+    def counted(text: str) -> str:
+        normalised.append(len(text))
+        return normalize(text)
+
+    monkeypatch.setattr(schemas, "normalize", counted)
+    with scripted_server(ScriptedEngine()) as client:
+        for characters, expected in ((longest, "context length is"), (longest + 1, "(limit 32,000 characters for")):
+            text = "x" * characters
+            reply = (
+                ask(client, url, messages=[{"role": "user", "content": text}])
+                if url == CHAT_URL
+                else ask(client, url, prompt=text)
+            )
+            assert reported(reply)[:2] == (400, "context_length_exceeded")
+            assert expected in reply.json()["error"]["message"]
+    assert normalised == [longest]
 
 
 def test_max_tokens_is_capped_by_the_context_and_the_configured_limit() -> None:

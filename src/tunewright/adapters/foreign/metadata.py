@@ -6,12 +6,13 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from tunewright.adapters.manifest import Digest
 from tunewright.adapters.strict_json import strict_object
 from tunewright.config import Quantization
 from tunewright.core.errors import UserError
+from tunewright.core.unicode import mark_fault
 
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 """Characters that a terminal may read as commands, except line ends and tabs."""
@@ -59,8 +60,14 @@ class _Dataset(_Claim):
     mix: _Mix | None = None
 
 
+def _few_marks(text: str) -> str:
+    if fault := mark_fault(text):
+        raise ValueError(fault)
+    return text
+
+
 class _SystemPrompt(_Claim):
-    text: str | None
+    text: Annotated[str, AfterValidator(_few_marks)] | None
     rows: int
     without: int
     distinct: int

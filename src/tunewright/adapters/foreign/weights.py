@@ -69,6 +69,7 @@ def check_numbers(path: Path, config: ForeignConfig, norms: Mapping[str, float],
                 name = f"{_PREFIX}{module}.lora_{half}.weight"
                 pair[half] = weights.get_tensor(name)
                 _check_finite(pair[half], f"{where}, {name}")
+            _check_overflow(pair["A"], pair["B"], f"{where}, {module}")
             _check_change(pair["A"], pair["B"], config.scale(module), norms[module], f"{where}, {module}")
 
 
@@ -102,6 +103,23 @@ def _check_change(a: Any, b: Any, scale: float, norm: float, where: str) -> None
     if change > LARGEST_CHANGE * norm:
         raise UserError(
             f"The change of the base's weights is {change / norm:,.1f} times their norm (limit {LARGEST_CHANGE:g})",
+            where=where,
+        )
+
+
+def _check_overflow(a: Any, b: Any, where: str) -> None:
+    """Check that A·x and B·A·x stay within float16 for inputs x of norm √inputs, which layers' norms give them.
+
+    |a·x| is at most |a||x|, for a row of A or of BA. The scale does not matter: engines multiply by it at the end.
+    """
+    a, b = a.double(), b.double()
+    gram = a @ a.T
+    squared = max(float(gram.diagonal().max()), float(((b @ gram) * b).sum(1).max()))
+    reached = max(squared, 0.0) ** 0.5 * a.shape[1] ** 0.5
+    if reached > LARGEST_WEIGHT:
+        raise UserError(
+            f"On inputs of ordinary size the products of its weights reach {reached:.3g}, above float16's "
+            f"{LARGEST_WEIGHT:,.0f}",
             where=where,
         )
 

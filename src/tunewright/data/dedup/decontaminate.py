@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import re
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from typing import Literal
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
+from tunewright.core.unicode import normalize
 from tunewright.data.examples import Example, find_labels
 from tunewright.data.versions import DatasetVersion, Member, short
 
@@ -192,7 +192,7 @@ def _last_user_turn(messages: object) -> object:
 
 def normalised_words(text: str) -> Words:
     """Return a text as words: NFKC, case folded, without punctuation."""
-    return tuple(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
+    return tuple(re.findall(r"\w+", normalize(text, "NFKC").casefold()))
 
 
 def _runs(words: Words, length: int) -> Iterator[Words]:

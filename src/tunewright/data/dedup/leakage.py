@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol
@@ -12,6 +11,7 @@ import numpy as np
 
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter, Task
+from tunewright.core.unicode import normalize
 from tunewright.data.dedup import comparison_texts
 from tunewright.data.dedup.output_leakage import OutputLeakage, measure_output_leakage, near_overlap
 from tunewright.data.dedup.similarity import shingle_matrix, verified
@@ -295,7 +295,7 @@ def band_of(similarity: float) -> int:
 
 def _spelling(text: str) -> str:
     """Return the text that exact match compares, as in ``tunewright.metrics``."""
-    return unicodedata.normalize("NFC", text).strip()
+    return normalize(text).strip()
 
 
 def _wilson(exact: int, items: int) -> tuple[float, float]:

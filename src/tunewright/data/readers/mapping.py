@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import datetime
-import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from functools import cached_property, lru_cache
 from typing import Any
 
 import jmespath
-from jinja2 import StrictUndefined, Template, TemplateError, TemplateSyntaxError, Undefined, meta, nodes
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import Template, TemplateError, TemplateSyntaxError, meta, nodes
 from jmespath.exceptions import JMESPathError
 
 from tunewright.config import DataConfig
 from tunewright.core.errors import UserError
 from tunewright.data.readers.row_errors import JsonPath, RowError
+from tunewright.data.readers.sandbox import parse_template, render
 
 PARENT = "parent"
 Parent = Mapping[str, Any]
@@ -107,9 +103,17 @@ def _found(group: str, parent: Parent | None) -> bool:
 
 
 _ROW, _ABOVE = "row", "above"
-_PLAIN = (str, int, float, Decimal, datetime.date, datetime.time)
 # Exceptions of template operations on unexpected values.
-_FAILURES = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError)
+_FAILURES = (
+    TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+    RecursionError,
+    MemoryError,
+)
 
 
 @dataclass(frozen=True)
@@ -151,7 +155,7 @@ class MappedField:
             raise RowError("E207", f"{self.field} uses parent, but there is no object above the row")
         from_above = {PARENT: parent} if self.from_parent else {}
         try:
-            return self.template.render({**row, _ROW: row, _ABOVE: above, **from_above})
+            return render(self.template, {**row, _ROW: row, _ABOVE: above, **from_above})
         except RowError as error:
             raise RowError(error.code, f"{self.field}: {error}") from None
         except _FAILURES as error:
@@ -237,8 +241,7 @@ def _side(name: str, text: str, in_document: bool) -> MappedField:
     if not _is_template(text):
         return MappedField(f"data.{name}", text, None, (text,))
     try:
-        tree = _ENVIRONMENT.parse(text)
-        template = _ENVIRONMENT.from_string(text)
+        tree, template = parse_template(text)
         names = meta.find_undeclared_variables(tree)
     except (TemplateSyntaxError, SyntaxError) as error:
         reason = error.message if isinstance(error, TemplateSyntaxError) else error.msg
@@ -246,8 +249,6 @@ def _side(name: str, text: str, in_document: bool) -> MappedField:
         raise UserError(what, where=_where(name), fix=_HELP) from None
     except RecursionError:
         raise UserError("Invalid template: nested too deep", where=_where(name), fix=_HELP) from None
-    if any(True for _ in meta.find_referenced_templates(tree)):
-        raise UserError("The template includes another template, which is not supported", where=_where(name), fix=_HELP)
     if _ABOVE in names and not in_document:
         what = "The template uses above, which requires data.rows"
         raise UserError(what, where=_where(name), fix="Set the place of the rows in the document: data.rows (--rows).")
@@ -274,33 +275,3 @@ _HELP = (
     'Use a Jinja template over the row\'s keys, such as {{ question }} or {{ row["my column"] }} '
     "(docs/how-to/file-formats.md)."
 )
-
-
-def _text(value: Any) -> Any:
-    """Return the value of an expression; a value without a plain text form is a fault, not "None" in an answer."""
-    if isinstance(value, Undefined) or (isinstance(value, _PLAIN) and not isinstance(value, bool)):
-        if isinstance(value, float) and not math.isfinite(value):
-            raise RowError("E305", f"{value} is not text")
-        return value
-    kind = "null" if value is None else type(value).__name__
-    raise RowError("E305", f"a value of the template is {kind}, not text (use tojson, join or default)")
-
-
-def _tojson(value: Any, indent: int | None = None) -> str:
-    """Return JSON for an answer: not ASCII-escaped, keys in the row's order, no escaping for HTML."""
-    if isinstance(value, Undefined):
-        str(value)  # raises UndefinedError
-    return json.dumps(value, ensure_ascii=False, indent=indent, allow_nan=False)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True, finalize=_text
-    )
-    environment.filters["tojson"] = _tojson
-    # Results that change with each call would make different examples of the same row.
-    del environment.filters["random"], environment.globals["lipsum"]
-    return environment
-
-
-_ENVIRONMENT = _environment()

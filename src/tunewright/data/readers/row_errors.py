@@ -14,6 +14,7 @@ CODES: dict[str, tuple[str, str]] = {
     "E105": ("NaN or Infinity, which JSON does not allow", "Write text, or leave the row out."),
     "E106": ("lists or objects nested too deep", "Flatten the row, or leave it out."),
     "E107": ("a CSV row with more or fewer fields than the header", "Put fields with delimiters or quotes in quotes."),
+    "E108": ("a table's row of more than 64 MiB", "Leave it out, or leave out its largest column."),
     "E201": ("a key of no known row format", "Correct its spelling, or name it in data.drop_columns."),
     "E202": (
         "a missing key of this row format",
@@ -47,6 +48,7 @@ CODES: dict[str, tuple[str, str]] = {
     "E405": ("a first turn that is not the user's", "Begin with the user's turn, after the system turn."),
     "E406": ("two turns of one role in a row", "Merge them, or add the turn between them."),
     "E407": ("a last turn that is not the assistant's", "End with the ideal output."),
+    "E408": ("too many combining marks in a row", "Remove the marks, or leave the row out."),
 }
 """Code to description and fix. A code's meaning never changes; a new meaning gets a new code."""
 

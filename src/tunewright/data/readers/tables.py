@@ -20,11 +20,17 @@ from tunewright.data.readers.schemas import nearest_known_key
 from tunewright.data.readers.validate import RowError
 
 if TYPE_CHECKING:
+    import numpy as np
     import pyarrow as pa  # type: ignore[import-untyped]
+    from numpy.typing import NDArray
 
 DELIMITERS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "bar"}
 _CSV_FIELD_LIMIT = 2**31 - 1  # Python's default limit of 131,072 characters would apply before data.max_characters
 _BATCH = 1024
+_PARQUET_BATCH = 1 << 16  # rows; each batch repeats the dictionary of its row group, so small ones are slow
+_BATCH_BYTES = 256 << 20  # of a batch, on average within a row group
+_ROW_BYTES = 64 << 20  # of one row, and of the rows that are Python objects at once
+_OBJECT_BYTES = 64  # of a value in a list or object, besides its text
 _SNIFFED = 50  # rows that decide the delimiter
 
 # Known sets of columns: required and optional ones.
@@ -173,6 +179,8 @@ def _reading(path: Path, what: str) -> Iterator[None]:
         yield
     except UserError:
         raise
+    except MemoryError:  # Arrow's own is an ArrowException, too
+        raise UserError(f"Not enough memory to read the file as {what}", where=str(path)) from None
     except (pa.ArrowException, OSError, ValueError, OverflowError, KeyError, TypeError) as error:
         raise UserError(f"Unreadable as {what}: {error}", where=str(path)) from error
 
@@ -185,11 +193,42 @@ def parquet_rows(path: Path, data: DataConfig, notes: list[str], task: Task | No
     """
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-    with _reading(path, "Parquet"), pq.ParquetFile(path) as file:
-        schema = file.schema_arrow
+    with _reading(path, "Parquet"), pq.ParquetFile(path) as plain:
+        schema, metadata = plain.schema_arrow, plain.metadata
         used, others = columns(schema.names, f"{path}:1", data, notes, nested=True)
-        batches = file.iter_batches(_BATCH, columns=[*used, *others])
-        yield from _arrow_rows(batches, schema, file.metadata.num_rows, path.stat().st_size, task)
+        # Texts stay in their dictionaries: a file of a kilobyte can repeat a long one in a million rows.
+        with pq.ParquetFile(path, metadata=metadata, read_dictionary=_text_columns(metadata)) as file:
+            batches = (
+                batch
+                for group in range(metadata.num_row_groups)
+                for batch in file.iter_batches(
+                    _rows_per_batch(metadata, group), row_groups=[group], columns=[*used, *others]
+                )
+            )
+            yield from _arrow_rows(batches, schema, metadata.num_rows, path.stat().st_size, task)
+
+
+def _text_columns(metadata: Any) -> list[str]:
+    columns = map(metadata.schema.column, range(metadata.num_columns))
+    return [
+        column.path
+        for column in columns
+        if column.physical_type == "BYTE_ARRAY" and column.logical_type.type in ("STRING", "JSON", "ENUM", "NONE")
+    ]
+
+
+def _rows_per_batch(metadata: Any, group: int) -> int:
+    """Return how many rows of a Parquet row group to read at once, by the bytes that its columns can take."""
+    described = metadata.row_group(group)
+    size = 0.0  # of a row
+    for number in range(metadata.num_columns):
+        column, width = described.column(number), metadata.schema.column(number).length
+        size += column.total_uncompressed_size / max(described.num_rows, 1)
+        if width > 0:
+            size += width * column.num_values / max(described.num_rows, 1)
+        if "DELTA_BYTE_ARRAY" in column.encodings:  # a value may repeat the one before it in a few bytes
+            size += column.total_uncompressed_size
+    return max(1, min(_PARQUET_BATCH, int(_BATCH_BYTES / max(size, 1))))
 
 
 def saved_rows(folder: Path, data: DataConfig, notes: list[str], task: Task | None) -> Iterator[RawRow]:
@@ -218,19 +257,92 @@ def saved_rows(folder: Path, data: DataConfig, notes: list[str], task: Task | No
 def _arrow_rows(
     batches: Iterator[pa.RecordBatch], schema: pa.Schema, rows: int, size: int, task: Task | None
 ) -> Iterator[RawRow]:
+    import pyarrow as pa
+
     labels = _class_names(schema)
     number = reported = 0
     for batch in batches:
         batch.validate(full=True)  # Arrow trusts offsets, which may point out of memory in a damaged file
-        for row in batch.to_pylist():
-            number += 1
-            yield RawRow(number, {name: _plain(value, labels.get(name)) for name, value in row.items()})
+        for part in _parts(batch):
+            if isinstance(part, RowError):
+                number += 1
+                yield RawRow(number, part)
+                continue
+            fields = [schema.field(name) for name in part.schema.names]
+            for row in part.cast(pa.schema(fields)).to_pylist():
+                number += 1
+                yield RawRow(number, {name: _plain(value, labels.get(name)) for name, value in row.items()})
         if task is not None:
             done = size * number // max(rows, 1)
             task.advance(done - reported)
             reported = done
     if task is not None and reported < size:
         task.advance(size - reported)
+
+
+def _parts(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch | RowError]:
+    """Yield slices of at most ``_ROW_BYTES`` and ``_BATCH`` rows, and an error for each row above it."""
+    import numpy as np
+
+    sizes = np.zeros(batch.num_rows, np.int64)
+    for column in batch.columns:
+        sizes += _value_sizes(column)
+    start, total = 0, 0
+    for end, size in enumerate(sizes.tolist()):
+        if end > start and (total + size > _ROW_BYTES or end - start == _BATCH):
+            yield _slice(batch, start, end)
+            start, total = end, 0
+        total += size
+        if size > _ROW_BYTES:
+            yield RowError("E108", f"the row takes {size:,} bytes (limit {_ROW_BYTES:,})")
+            start, total = end + 1, 0
+    if start < batch.num_rows:
+        yield _slice(batch, start, batch.num_rows)
+
+
+def _slice(batch: pa.RecordBatch, start: int, end: int) -> pa.RecordBatch:
+    """Return a copy of some rows: a cast of a view would convert all values of the batch's lists."""
+    import numpy as np
+
+    return batch.take(np.arange(start, end))
+
+
+def _value_sizes(array: pa.Array) -> NDArray[np.int64]:
+    """Return the bytes of each value of an array, with every text counted where it is used."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc  # type: ignore[import-untyped]
+
+    kind = array.type
+    if pa.types.is_dictionary(kind):
+        lengths = np.append(_value_sizes(array.dictionary), 0)
+        return np.asarray(lengths[array.indices.cast(pa.int64()).fill_null(len(lengths) - 1).to_numpy()])
+    sizes = np.full(len(array), _OBJECT_BYTES, np.int64)
+    if pa.types.is_struct(kind):
+        for field in array.flatten():
+            sizes += _value_sizes(field)
+    elif pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_map(kind):
+        values = (
+            _value_sizes(array.keys) + _value_sizes(array.items)
+            if pa.types.is_map(kind)
+            else _value_sizes(array.values)
+        )
+        before = np.concatenate(([0], np.cumsum(values)))
+        offsets = array.offsets.to_numpy()
+        sizes += before[offsets[1:]] - before[offsets[:-1]]
+    elif pa.types.is_fixed_size_list(kind):
+        values = array.values.slice(array.offset * kind.list_size, len(array) * kind.list_size)
+        sizes += _value_sizes(values).reshape(len(array), kind.list_size).sum(axis=1)
+    elif pa.types.is_fixed_size_binary(kind):
+        sizes += kind.byte_width
+    elif (
+        pa.types.is_string(kind)
+        or pa.types.is_large_string(kind)
+        or pa.types.is_binary(kind)
+        or pa.types.is_large_binary(kind)
+    ):
+        sizes += pc.binary_length(array).fill_null(0).to_numpy(zero_copy_only=False)
+    return sizes
 
 
 def _class_names(schema: pa.Schema) -> dict[str, list[str]]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import datetime
 import json
 import math
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any, Literal
 
 from tunewright.config import DataConfig
+from tunewright.core.unicode import mark_fault, normalize
 from tunewright.data.examples import ROLES, Example, Message
 from tunewright.data.readers.mapping import Parent, names_parent, value_above
 from tunewright.data.readers.row_errors import RowError, place
@@ -93,7 +93,7 @@ def groups_of(row: Mapping[str, Any], data: DataConfig, parent: Parent | None = 
         parent: the objects above the row in its document, for groups from there.
 
     Raises:
-        RowError: the row lacks a key of data.group_by, or its value is a list or an object.
+        RowError: the row lacks a key of data.group_by, or its value is a list, an object or refused text.
     """
     groups = {}
     for key in data.group_by:
@@ -108,7 +108,11 @@ def groups_of(row: Mapping[str, Any], data: DataConfig, parent: Parent | None = 
             what = key if above else place(path)
             raise RowError("E205", f"{what} is {type(value).__name__}, not text or a number", path)
         if value not in (None, ""):
-            groups[key] = unicodedata.normalize("NFC", str(value))
+            text = str(value)
+            if fault := mark_fault(text):
+                path = () if above else (key,)
+                raise RowError("E408", f"{fault} of {key if above else place(path)}", path)
+            groups[key] = normalize(text)
     return groups
 
 
@@ -118,7 +122,8 @@ def example_from_turns(turns: Sequence[Turn], data: DataConfig) -> Example:
     Texts are normalised to NFC, so that equal digests mean equal text.
 
     Raises:
-        RowError: turns out of order, an unknown role or key, an empty or overlong text, half a surrogate pair.
+        RowError: turns out of order, an unknown role or key, an empty or overlong text, half a surrogate pair, or too
+            many combining marks in a row.
     """
     messages = [_message(turn) for turn in turns]
     if data.system_prompt is not None and messages[0].role != "system":
@@ -135,7 +140,10 @@ def example_from_turns(turns: Sequence[Turn], data: DataConfig) -> Example:
     characters = sum(len(message.content) for message in messages)
     if characters > data.max_characters:
         raise RowError("E403", f"{characters:,} characters (limit {data.max_characters:,}, data.max_characters)")
-    return Example(tuple(Message(m.role, unicodedata.normalize("NFC", m.content), m.weight) for m in messages))
+    for message, turn in zip(messages, turns, strict=True):
+        if fault := mark_fault(message.content):
+            raise RowError("E408", f"{fault} of the {message.role} turn", turn.content_path)
+    return Example(tuple(Message(m.role, normalize(m.content), m.weight) for m in messages))
 
 
 def _has_half_pair(text: str) -> bool:

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from tunewright.core.csv import safe_cell
 from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json, write_json, write_text, writing
 from tunewright.core.progress import Reporter
+from tunewright.core.text import count_of
 from tunewright.data.examples import Example
 from tunewright.data.splits import SPLITS, Split
 from tunewright.data.versions import DatasetVersion, Member, short
@@ -86,6 +88,12 @@ def export(
         reporter.warn(
             f"CSV cannot store the system turn that all {len(members):,} rows share: it is not in {path}. To read the "
             f"file back as the same examples, set data.system_prompt to: {system}"
+        )
+    formulas = [e for e in examples if any(safe_cell(text) != text for text in (e.prompt[-1].content, e.output))]
+    if form == "csv" and formulas:
+        reporter.warn(
+            f"{count_of(len(formulas), 'row')} of {path} begin as a formula, and are written unchanged for other "
+            "tools. A spreadsheet may run them: import the columns as text."
         )
     return Exported(path, form, version.digest, split, len(members), system)
 

@@ -21,6 +21,8 @@ from tunewright.serving.gateway.schemas import ApiError, ChatRequest, RequestBod
 Ids = tuple[int, ...]
 
 _BYTES_PER_TOKEN = 16
+_CHARACTERS_PER_TOKEN = 16
+"""Four times English text's; longer prompts are refused before they cost any processor time."""
 _SPARE_BYTES = 64 << 10
 _INLINE_CHARACTERS = 4096
 """A prompt up to this length is tokenized in the event loop, which takes about a millisecond."""
@@ -72,11 +74,12 @@ class RequestPreprocessor:
             system_prompt: added where the messages have no system message; None: nothing is added.
 
         Raises:
-            ApiError: 400, the template refuses the messages, or there are too many.
+            ApiError: 400, the template refuses the messages, or there are too many messages or characters.
         """
         if isinstance(body, ChatRequest) and len(body.messages) > self._limits.max_messages:
             message = f"Too many messages: {len(body.messages)} (limit {self._limits.max_messages})."
             raise ApiError(message, param="messages", code="too_many_messages")
+        self._require_room(body)
         try:
             # A change of threads takes longer than a short prompt does.
             characters = _characters(body) + len(system_prompt or "")
@@ -144,6 +147,16 @@ class RequestPreprocessor:
             tenant=tenant,
             arrived=arrived,
         )
+
+    def _require_room(self, body: RequestBody) -> None:
+        longest = _characters(body) if isinstance(body, ChatRequest) else max(map(len, body.prompt))
+        limit = _CHARACTERS_PER_TOKEN * self._context
+        if longest > limit:
+            message = (
+                f"The prompt has {longest:,} characters (limit {limit:,} characters for a context length of "
+                f"{self._context:,} tokens)."
+            )
+            raise ApiError(message, param=_prompt_param(body), code="context_length_exceeded")
 
     def _ids(self, body: RequestBody, system_prompt: str | None) -> list[Ids]:
         if isinstance(body, ChatRequest):

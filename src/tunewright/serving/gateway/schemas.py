@@ -7,15 +7,15 @@ answer, and those that only the server may set (``cache_salt``, ``priority``, ``
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from tunewright.core.unicode import mark_fault, normalize
 from tunewright.data.examples import Message, Role
 
 
@@ -137,6 +137,12 @@ def _one_part(content: Any) -> Any:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
+def _refuse_mark_runs(text: str) -> str:
+    if fault := mark_fault(text):
+        raise PydanticCustomError("combining_marks", "{fault}: remove the marks", {"fault": fault})
+    return text
+
+
 def _as_system(role: Any) -> Any:
     return "system" if role == "developer" else role
 
@@ -148,9 +154,18 @@ class ChatMessage(_Part):
     content: Annotated[list[TextPart], Field(min_length=1), BeforeValidator(_one_part)]
     name: str | None = None  # not rendered: no chat template of Llama or Mistral has a place for it
 
+    @model_validator(mode="after")
+    def _few_marks(self) -> Self:
+        _refuse_mark_runs(self._text)  # joined, since a run may continue in the next part
+        return self
+
     def as_message(self) -> Message:
         """Return the message in the form of training data: Unicode NFC, as in datasets."""
-        return Message(self.role, unicodedata.normalize("NFC", "".join(part.text for part in self.content)))
+        return Message(self.role, normalize(self._text))
+
+    @property
+    def _text(self) -> str:
+        return "".join(part.text for part in self.content)
 
 
 class StreamOptions(_Part):
@@ -275,7 +290,7 @@ class CompletionRequest(_BaseRequest):
     """OpenAI's default of ``max_tokens`` on this route."""
 
     prompt: Annotated[
-        list[Annotated[str, Field(min_length=1)]],
+        list[Annotated[str, Field(min_length=1), AfterValidator(_refuse_mark_runs)]],
         Field(min_length=1, max_length=MAX_PROMPTS),
         BeforeValidator(_prompts),
     ]
@@ -288,7 +303,7 @@ class CompletionRequest(_BaseRequest):
     @property
     def texts(self) -> list[str]:
         """The prompts in Unicode NFC, as in datasets."""
-        return [unicodedata.normalize("NFC", text) for text in self.prompt]
+        return [normalize(text) for text in self.prompt]
 
     @property
     def beginning(self) -> list[list[str]]:
