@@ -40,11 +40,12 @@ class ProjectContext:
 
         return open_chat(self.base, self.folder.config.chat, self.reporter)
 
-    def state(self, *, make: bool = False) -> State:
+    def state(self, *, make: bool = False, serving: bool = False) -> State:
         """Return the serving state, which the caller closes. The project's own state is created if it is missing.
 
         Args:
             make: also create a state elsewhere. Otherwise a mistyped path would become an empty state.
+            serving: open it for a server, whose requests wait for no slow statement.
 
         Raises:
             UserError: the database is missing, unreachable, or of a newer tunewright.
@@ -58,7 +59,7 @@ class ProjectContext:
                 fix = "Check the path, or create a state there with `tunewright tenant add` or `tunewright deploy`."
                 raise UserError("There is no serving state", where=named, fix=fix)
             self.reporter.say(f"Creating a serving state: {named}")
-        return State(url, current_author(self.folder.root))
+        return State(url, current_author(self.folder.root), serving=serving)
 
     def arm_runner(self, adapter: Adapter | None = None) -> ArmRunner:
         """Return a runner of arms on the base, quantized as ``adapter`` was trained (None: as the config says).

@@ -87,7 +87,7 @@ def open_service(
         system_prompts: without tenants, add the adapter's trained system prompt to requests without a system message.
     """
     if config.serve.database_url is not None or opened.folder.serving_state.exists():
-        state = opened.state()
+        state = opened.state(serving=True)
         try:
             if state.tenants.any():
                 if not auth:

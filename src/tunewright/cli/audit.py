@@ -58,12 +58,13 @@ def audit_table(lines: Sequence[AuditLine]) -> Table:
 
 
 _IN_OTHER_COLUMNS = {"id", "alias", "author", "created", "action", "digest"}
+_ELSEWHERE = {"totals"}  # `tenant usage` shows them
 
 
 def _details(details: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     """Yield a line's details in words, without those that are empty or in other columns."""
     for name, value in details.items():
-        if value in (None, [], "") or name in _IN_OTHER_COLUMNS:
+        if value in (None, [], "") or name in _IN_OTHER_COLUMNS | _ELSEWHERE:
             continue
         words = prefix + name.replace("_", " ")
         if name == "system_prompt":

@@ -214,8 +214,10 @@ def test_requests_of_a_dead_server_no_longer_count(state_url: str) -> None:
         state.quota.heartbeat("lives", "host:2", 1)
         assert state.quota.servers() == [("host:2", 1)]
         state.quota.reserve(reservation(caller, release), "lives")
-        state.quota.settle(number, used(1, 1))  # it comes back to life, and its late word no longer counts
         assert [line.outcome for line in state.usage.lines()] == ["lost", None]
+        for _ in range(2):
+            state.quota.settle(number, used(1, 1))  # it was only stopped, and its answer is billed
+        assert [(line.outcome, line.completion_tokens) for line in state.usage.lines()] == [("stop", 1), (None, None)]
 
 
 def test_changed_limits_replaces_given_limits_only() -> None:

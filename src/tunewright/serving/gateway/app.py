@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -34,8 +33,6 @@ from tunewright.serving.gateway.streaming import (
     sse_events,
 )
 from tunewright.serving.tenants import StateUnavailableError
-
-log = logging.getLogger("tunewright")
 
 ROUTES = (
     "POST /v1/chat/completions",
@@ -279,13 +276,12 @@ def _shutting_down() -> ApiError:
 def _as_response(error: AnyError) -> ApiError:
     """Return the error as the client sees it."""
     if isinstance(error, StateUnavailableError):
-        return ApiError("Authentication is temporarily unavailable.", status=503, code="state_unavailable")
+        message, headers = "Authentication is temporarily unavailable.", {"Retry-After": "5"}
+        return ApiError(message, status=503, code="state_unavailable", headers=headers)
     return as_api_error(error)
 
 
 async def _error_response(_http: HttpRequest, error: AnyError) -> Response:
-    if isinstance(error, StateUnavailableError):
-        log.warning("a request was refused: %s", error)
     response = _as_response(error)
     return JSONResponse(response.body, response.status, headers=response.headers)
 

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 
 from tunewright.core.io import canonical_json
 from tunewright.core.progress import Reporter
@@ -33,7 +34,7 @@ from tunewright.serving.tenants import (
 )
 from tunewright.serving.tenants.async_state import AsyncState
 from tunewright.serving.tenants.database import ceil_seconds
-from tunewright.serving.tenants.quota import LOST_SECONDS
+from tunewright.serving.tenants.quota import LOST_SECONDS, Outcome
 
 POLL_SECONDS = 0.5
 """The time between two looks for new releases."""
@@ -61,7 +62,7 @@ class TenantAuth:
         self._reporter = reporter
         self.gateway = uuid.uuid4().hex
         self._name = f"{socket.gethostname()}:{os.getpid()}"
-        self._trouble: str | None = None
+        self._troubles: set[str] = set()
 
     @property
     def names(self) -> list[str]:
@@ -105,6 +106,9 @@ class TenantAuth:
             caller = await self._async_state.read(self._state.keys.caller, key.strip())
         except InvalidKeyError as error:
             raise _unauthorized(str(error)) from None
+        except StateUnavailableError as error:
+            self._report_trouble(error)
+            raise
         return TenantPrincipal(self, caller)
 
     async def reserve(self, reservation: Reservation) -> int:
@@ -114,28 +118,33 @@ class TenantAuth:
 
         Raises:
             LimitExceededError: the request is over a limit.
+            StateUnavailableError: the database does not answer.
         """
         acquired = self.router.acquire(reservation.digest)
         assert acquired, "a live release's adapter is loaded"
         try:
             return await self._reserve(reservation)
-        except BaseException:
+        except BaseException as error:
             self.router.release(reservation.digest)
+            if isinstance(error, StateUnavailableError):
+                self._report_trouble(error)
             raise
 
     async def _reserve(self, reservation: Reservation) -> int:
         reserving = self._async_state.submit(self._state.quota.reserve, reservation, self.gateway)
         try:
-            return await asyncio.wrap_future(reserving)
-        except asyncio.CancelledError:
-            # The client disconnected. The thread may still reserve, so the reservation is settled once it is there.
-            reserving.add_done_callback(self._settle_cancelled)
+            return await self._async_state.answer(reserving)
+        except (asyncio.CancelledError, StateUnavailableError) as error:
+            # The client disconnected, or the database is slow. The thread may still reserve, so the reservation is
+            # settled once it is there.
+            outcome: Outcome = "timed out" if isinstance(error, StateUnavailableError) else "disconnected"
+            reserving.add_done_callback(partial(self._settle_abandoned, outcome))
             raise
 
-    def _settle_cancelled(self, reserving: Future[int]) -> None:
+    def _settle_abandoned(self, outcome: Outcome, reserving: Future[int]) -> None:
         if not reserving.cancelled() and reserving.exception() is None:
             number = reserving.result()
-            usage = RequestUsage(0, 0, 0.0, None, 0.0, "disconnected")
+            usage = RequestUsage(0, 0, 0.0, None, 0.0, outcome)
             self._async_state.write_later(lambda: self._state.quota.settle(number, usage))
 
     def settle(self, number: int, digest: str, usage: RequestUsage) -> None:
@@ -168,14 +177,15 @@ class TenantAuth:
                     await self._update()
                 await self.router.unload_unused()
                 await self._async_state.flush()
-                if asyncio.get_running_loop().time() - beat > _HEARTBEAT_SECONDS:
+                # The state answers again once it can be written to.
+                if self._troubles or asyncio.get_running_loop().time() - beat > _HEARTBEAT_SECONDS:
                     if self.router.incomplete:  # an adapter's files may have arrived meanwhile
                         await self.router.update()
                     await self._send_heartbeat()
                     beat = asyncio.get_running_loop().time()
-                self._report_trouble(None)
+                self._report_recovery()
             except StateUnavailableError as error:
-                self._report_trouble(str(error))
+                self._report_trouble(error)
             except EngineStoppedError:
                 pass  # a crashed engine may be restarting, and requests get this error
             except AdapterFailedError:
@@ -189,11 +199,16 @@ class TenantAuth:
         newest = self.router.newest_loaded
         await self._async_state.call(self._state.quota.heartbeat, self.gateway, self._name, newest)
 
-    def _report_trouble(self, trouble: str | None) -> None:
-        """Warn once when the database does not answer, and once when it does again."""
-        if trouble != self._trouble:
-            self._reporter.warn(trouble or "The serving state answers again.")
-            self._trouble = trouble
+    def _report_trouble(self, error: StateUnavailableError) -> None:
+        """Warn once of each error until the database answers again, however many requests it refuses."""
+        if str(error) not in self._troubles:
+            self._troubles.add(str(error))
+            self._reporter.warn(f"{error}\nRequests are refused (503) until the serving state answers.")
+
+    def _report_recovery(self) -> None:
+        if self._troubles:
+            self._troubles.clear()
+            self._reporter.warn("The serving state answers again.")
 
 
 @dataclass(frozen=True)

@@ -58,13 +58,23 @@ class State:
         url: ``sqlite:///FILE`` (created if it does not exist) or ``postgresql://…``.
         actor: the author of changes, for the audit log.
         clock: seconds since 1970, in place of the database's clock (tests).
+        steady: seconds that no change of the clock affects (tests; default: ``clock``, or else monotonic time).
+        serving: True for a server, in which no statement on PostgreSQL may take longer than 5 seconds.
 
     Raises:
         UserError: the database cannot be reached, or belongs to a newer tunewright.
     """
 
-    def __init__(self, url: str, actor: str | None = None, clock: Callable[[], float] | None = None) -> None:
-        self._database = Database(url, clock)
+    def __init__(
+        self,
+        url: str,
+        actor: str | None = None,
+        clock: Callable[[], float] | None = None,
+        steady: Callable[[], float] | None = None,
+        *,
+        serving: bool = False,
+    ) -> None:
+        self._database = Database(url, clock, steady, serving=serving)
         try:
             upgrade(self._database, actor)
         except BaseException:
@@ -81,17 +91,26 @@ class State:
         self.audit = Audit(self._database)
 
     def verify(self, noted: str | None = None) -> AuditCheck:
-        """Check the audit log against its digests, and releases, tenants and keys against the log.
+        """Check SQLite's file, the audit log, the tables against the log, and the usage against itself.
 
         Args:
             noted: a line's digest (or its beginning) that was noted earlier, and must still be in the chain.
 
         Raises:
             UserError: ``noted`` is not a digest.
+            StateUnavailableError: the database does not answer.
         """
-        check = self._verified(noted)
-        # A change between the two reads would look like a change without a log line, so the check is repeated.
-        return check if self.audit.verify().head == check.head else self.verify(noted)
+        damage = [f"the database file is damaged: {line}" for line in self._database.damage()]
+        try:
+            check = self._verified(noted)
+            # A change between the two reads would look like a change without a log line, so the check is repeated.
+            if self.audit.verify().head != check.head:
+                return self.verify(noted)
+        except StateUnavailableError:
+            if not damage:
+                raise
+            check = AuditCheck(0, "", ("the rest cannot be checked",))
+        return replace(check, faults=(*damage, *check.faults))
 
     def _verified(self, noted: str | None) -> AuditCheck:
         check = self.audit.verify(noted)
@@ -108,7 +127,9 @@ class State:
         differing = sorted(release for release in releases if logged.get(release) != stored.get(release))
         faults = [f"release {number} of {alias} differs from the audit log" for alias, number in differing]
         if not check.faults:  # a log with gaps cannot be replayed
-            faults += replay(self.audit.lines()).differing(self.tenants.list(), self.keys.list())
+            replayed = replay(self.audit.lines())
+            faults += replayed.differing(self.tenants.list(), self.keys.list(), self.usage_rollup.days())
+        faults += self.usage.faults()
         return replace(check, faults=(*check.faults, *faults))
 
     def close(self) -> None:

@@ -1,18 +1,19 @@
-"""Replays the audit log: the tenants and keys that follow from it, for comparison with the tables."""
+"""Replays the audit log: tenants, keys and daily usage that follow from it, for comparison with the tables."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tunewright.serving.tenants.audit import AuditLine
 from tunewright.serving.tenants.keys import Key
 from tunewright.serving.tenants.tenants import Tenant
+from tunewright.serving.tenants.usage_rollup import DayTotal
 
 Records = dict[str, dict[str, Any]]
-"""Fields to compare, by the name of a tenant or the prefix of a key."""
+"""Fields to compare, by the name of a tenant, the prefix of a key, or a day with tenant, alias and adapter."""
 
 
 @dataclass(frozen=True)
@@ -22,23 +23,35 @@ class AuditReplay:
     Args:
         tenants: aliases and limits by name.
         keys: tenant, aliases, expiry and revocation by prefix.
+        usage: the rolled-up totals.
+        unlogged: days that an earlier version rolled up without logging the totals.
     """
 
-    tenants: Records
-    keys: Records
+    tenants: Records = field(default_factory=dict)
+    keys: Records = field(default_factory=dict)
+    usage: Records = field(default_factory=dict)
+    unlogged: set[str] = field(default_factory=set)
 
-    def differing(self, tenants: Iterable[Tenant], keys: Iterable[Key]) -> list[str]:
-        """Return a sentence for each tenant and key that differs in the tables."""
+    def differing(self, tenants: Iterable[Tenant], keys: Iterable[Key], usage: Iterable[DayTotal]) -> list[str]:
+        """Return a sentence for each tenant, key and day that differs in the tables."""
         stored_tenants = {tenant.name: _tenant(tenant.aliases, asdict(tenant.limits)) for tenant in tenants}
         stored_keys = {
             key.prefix: _key(key.tenant, key.aliases, key.expires, key.replaced_by, key.revoked) for key in keys
         }
-        return [*_differing("tenant", self.tenants, stored_tenants), *_differing("key", self.keys, stored_keys)]
+        logged, stored = (
+            {name: total for name, total in records.items() if name.partition(",")[0] not in self.unlogged}
+            for records in (self.usage, {total.name: total.counts for total in usage})
+        )
+        return [
+            *_differing("tenant", self.tenants, stored_tenants),
+            *_differing("key", self.keys, stored_keys),
+            *_differing("usage of", logged, stored),
+        ]
 
 
 def replay(lines: Iterable[AuditLine]) -> AuditReplay:
     """Replay a whole log, the oldest line first."""
-    replayed = AuditReplay({}, {})
+    replayed = AuditReplay()
     for line in lines:
         _apply(replayed, line.action, line.subject, json.loads(line.details))
     return replayed
@@ -62,6 +75,12 @@ def _apply(replayed: AuditReplay, action: str, subject: str, details: Mapping[st
             replayed.keys[subject] |= {"expires": details["old_expires"], "replaced_by": details["new"]}
         case "key.revoke":
             replayed.keys[subject]["revoked"] = True
+        case "usage.rollup" if "totals" not in details:
+            replayed.unlogged.add(subject)
+        case "usage.rollup":
+            for total in (DayTotal(**total) for total in details["totals"]):
+                so_far = replayed.usage.get(total.name, {})
+                replayed.usage[total.name] = {name: so_far.get(name, 0) + count for name, count in total.counts.items()}
 
 
 def _tenant(aliases: Sequence[str], limits: Mapping[str, Any]) -> dict[str, Any]:

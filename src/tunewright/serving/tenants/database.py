@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import URL, Connection, create_engine, event, extract, func, insert, inspect, make_url, select
 from sqlalchemy.exc import ArgumentError, DatabaseError, DataError, IntegrityError, NoSuchModuleError
@@ -19,6 +20,20 @@ from tunewright.serving.tenants.tables import SCHEMA_VERSION, audit_head, metada
 
 BUSY_SECONDS = 10
 """Timeout of a writer that waits for others, each of which locks SQLite for well under a millisecond."""
+ANSWER_SECONDS = 5.0
+"""A server's limit for each answer of the database; later answers find nobody waiting."""
+
+# A frozen or unreachable machine is detected by TCP, also by commands that wait for a long statement.
+_CONNECTION = {
+    "connect_timeout": 5,
+    "tcp_user_timeout": 10_000,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+}
+_LOCK_TIMEOUT = f"-c lock_timeout={BUSY_SECONDS * 1000}"
+# PostgreSQL itself ends a slow statement first, so that only a hung one costs the connection.
+_STATEMENT_TIMEOUT = f"-c statement_timeout={int(ANSWER_SECONDS * 800)}"
 
 _SCHEMA_LOCK = 7_263_148_051  # an arbitrary number among PostgreSQL's advisory locks
 _WRITES = "tunewright_writes"
@@ -31,34 +46,54 @@ class StateUnavailableError(UserError):
     """The database does not answer or refuses; nothing was changed."""
 
 
+T = TypeVar("T")
+
+
 class Database:
     """Connections to the state, in atomic transactions.
 
     Args:
         url: ``sqlite:///FILE`` or ``postgresql://…``.
         clock: seconds since 1970, in place of the database's clock (tests).
+        steady: seconds that no change of the clock affects (tests; default: ``clock``, or else monotonic time).
+        serving: True for a server, in which no statement on PostgreSQL may take longer than `ANSWER_SECONDS`.
 
     Raises:
         UserError: the kind of database is not supported, it cannot be reached, or it belongs to a newer tunewright.
     """
 
-    def __init__(self, url: str, clock: Callable[[], float] | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        clock: Callable[[], float] | None = None,
+        steady: Callable[[], float] | None = None,
+        *,
+        serving: bool = False,
+    ) -> None:
         self._url = _checked(url)
         self.name = self._url.render_as_string(hide_password=True)
         self._clock = clock
+        self.steady = steady or clock or time.monotonic
+        self._ahead: float | None = None
         self.is_sqlite = self._url.get_backend_name() == "sqlite"
+        self._path = Path(str(self._url.database))
         if self.is_sqlite:
-            _make_folder(Path(str(self._url.database)))
+            _make_folder(self._path)
+            self._file = self._found_file()
             self._engine = create_engine(self._url, connect_args={"timeout": BUSY_SECONDS})
             event.listen(self._engine, "connect", _on_sqlite_connect)
             event.listen(self._engine, "begin", _on_sqlite_begin)
         else:
             try:
                 # A connection that the server closed meanwhile is detected before it is used.
-                self._engine = create_engine(self._url, pool_pre_ping=True)
+                self._engine = create_engine(
+                    self._url, pool_pre_ping=True, connect_args=_connect_args(self._url, serving=serving)
+                )
             except ModuleNotFoundError:
                 fix = 'Install it: pip install "tunewright[postgresql]"'
                 raise UserError("PostgreSQL's driver psycopg is not installed", where=self.name, fix=fix) from None
+            if serving:
+                event.listen(self._engine, "do_connect", _connect_bounded)
         try:
             self._create_or_check()
         except BaseException:
@@ -70,8 +105,9 @@ class Database:
         """Open a read-only transaction, which sees one state of the data.
 
         Raises:
-            StateUnavailableError: the database does not answer.
+            StateUnavailableError: the database does not answer, or its file was replaced.
         """
+        self._require_same_file()
         with self._translated_errors(), self._engine.connect() as connection:
             yield connection
 
@@ -80,8 +116,9 @@ class Database:
         """Open a transaction, which is committed at the end unless an exception is raised.
 
         Raises:
-            StateUnavailableError: the database does not answer, or cannot be written to.
+            StateUnavailableError: the database does not answer or cannot be written to, or its file was replaced.
         """
+        self._require_same_file()
         with (
             self._translated_errors(),
             self._engine.connect().execution_options(**{_WRITES: True}) as connection,
@@ -98,9 +135,59 @@ class Database:
         seconds = connection.execute(select(extract("epoch", func.clock_timestamp()))).scalar_one()
         return float(seconds)
 
+    def damage(self) -> list[str]:
+        """Return what SQLite finds wrong with its file: pages, order, indexes and constraints.
+
+        PostgreSQL checks its pages itself, if it was set up with ``initdb --data-checksums``.
+        """
+        if not self.is_sqlite:
+            return []
+        found = []
+        with self.reading() as connection:
+            try:
+                for line in connection.exec_driver_sql("PRAGMA integrity_check").scalars():
+                    found.append(str(line))
+            except DatabaseError as error:
+                if getattr(error.orig, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_CORRUPT:
+                    raise
+                found.append(str(error.orig))
+        return [] if found == ["ok"] else found
+
+    def not_before(self, now: float) -> float:
+        """Return the later of ``now`` and the time by this process's own count since it opened the state.
+
+        A clock that moves back then makes no expired key valid. A clock that was ahead does no lasting harm.
+        """
+        ahead = now - self.steady()
+        if self._ahead is None:
+            self._ahead = ahead
+        return now + max(0.0, self._ahead - ahead)
+
     def close(self) -> None:
         """Close all connections."""
         self._engine.dispose()
+
+    def _found_file(self) -> tuple[int, int] | None:
+        try:
+            found = self._path.stat()
+        except FileNotFoundError:
+            return None
+        return found.st_dev, found.st_ino
+
+    def _require_same_file(self) -> None:
+        """Check that SQLite's open file is still the one at its path.
+
+        A replaced file is not opened in place of the old one: the write-ahead log belongs to the old file, and numbers
+        of requests in progress would settle other requests.
+        """
+        if not self.is_sqlite or (found := self._found_file()) == self._file:
+            return
+        path = self._path.name
+        raise StateUnavailableError(
+            f"The file of the serving state was {'deleted' if found is None else 'replaced'} while it was in use",
+            where=self.name,
+            fix=f"Stop the server, put the right file there, remove {path}-wal and {path}-shm, and start the server.",
+        )
 
     @contextmanager
     def _translated_errors(self) -> Iterator[None]:
@@ -108,6 +195,8 @@ class Database:
             yield
         except (IntegrityError, DataError):
             raise  # the database answers, and the statement is wrong
+        except json.JSONDecodeError as error:
+            raise StateUnavailableError(f"The serving state has a damaged value: {error}", where=self.name) from error
         except DatabaseError as error:
             raise StateUnavailableError(
                 f"The serving state is unavailable: {' '.join(str(error.orig).split())}", where=self.name
@@ -115,6 +204,7 @@ class Database:
 
     def _create_or_check(self) -> None:
         with self.writing() as connection:
+            self.not_before(self.now(connection))
             if not self.is_sqlite:
                 connection.execute(select(func.pg_advisory_xact_lock(_SCHEMA_LOCK)))
             if inspect(connection).has_table(schema.name):
@@ -166,6 +256,35 @@ def _checked(url: str) -> URL:
         where=_SETTING,
         fix=_URLS,
     )
+
+
+def _connect_args(url: URL, *, serving: bool) -> dict[str, Any]:
+    """Return PostgreSQL's timeouts; those in the URL come first."""
+    own = url.query.get("options", ())
+    options = [_LOCK_TIMEOUT, *([_STATEMENT_TIMEOUT] if serving else ()), *((own,) if isinstance(own, str) else own)]
+    timeouts = {name: value for name, value in _CONNECTION.items() if name not in url.query}
+    return {**timeouts, "options": " ".join(options)}
+
+
+def _connect_bounded(_dialect: Any, _record: Any, arguments: list[Any], named: dict[str, Any]) -> Any:
+    """Connect to PostgreSQL; whatever it does not answer within `ANSWER_SECONDS` fails.
+
+    PostgreSQL's own timeouts do not run while it is frozen, nor those of TCP, since its kernel still confirms packets.
+    """
+    import psycopg
+
+    class Bounded(psycopg.Connection[Any]):
+        def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
+            limit = ANSWER_SECONDS if timeout is None else timeout
+            begun = time.monotonic()
+            try:
+                return super().wait(gen, interval, limit)
+            except psycopg.OperationalError:
+                if time.monotonic() - begun >= limit:
+                    self.pgconn.finish()  # or a rollback would wait again
+                raise
+
+    return Bounded.connect(*arguments, **named)
 
 
 def _make_folder(path: Path) -> None:

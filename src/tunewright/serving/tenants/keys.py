@@ -185,7 +185,7 @@ class Keys:
             row = rows[0] if rows else None
             if not _has_hash(key, row.sha256 if row else None) or row is None:
                 raise InvalidKeyError(_UNKNOWN)
-            state = key_state(row, self._database.now(connection))
+            state = key_state(row, self._database.not_before(self._database.now(connection)))
             if state != "valid":  # only the holder of the right secret gets to know this
                 raise InvalidKeyError(f"This API key is {state}.")
         own = frozenset(row.alias for row in rows if row.alias is not None)

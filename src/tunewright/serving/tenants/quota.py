@@ -8,11 +8,12 @@ interval of 60 seconds, not only in each minute of the clock.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from sqlalchemy import Connection, Row, bindparam, delete, func, insert, select, update
+from sqlalchemy import Connection, Row, bindparam, delete, func, insert, or_, select, update
 
 from tunewright.core.errors import UserError
 from tunewright.serving.tenants.database import Database
@@ -22,6 +23,13 @@ WINDOW_SECONDS = 60.0
 LOST_SECONDS = 45.0
 """A server without a heartbeat for this long is dead, and its unfinished requests no longer count."""
 
+_SETTLED_SECONDS = LOST_SECONDS / 2
+"""A server declares others dead only when the clock has been steady for this long, in which each living one beats."""
+_JUMP_SECONDS = 5.0
+"""A larger difference between the clock and steady time is a jump of the clock."""
+
+log = logging.getLogger("tunewright")
+
 Outcome = Literal["stop", "length", "disconnected", "timed out", "failed", "lost"]
 
 _UNLIMITED = "none"
@@ -29,7 +37,9 @@ _UNLIMITED = "none"
 # Built once, since every request runs them.
 _LIMITS = select(tenants).where(tenants.c.id == bindparam("tenant_id")).with_for_update()
 _RESERVE = insert(requests).returning(requests.c.id)
-_SETTLE = update(requests).where(requests.c.id == bindparam("number"), requests.c.finished.is_(None))
+# A request that was written off by mistake is billed when its server settles it after all.
+_UNSETTLED = or_(requests.c.finished.is_(None), requests.c.outcome == "lost")
+_SETTLE = update(requests).where(requests.c.id == bindparam("number"), _UNSETTLED)
 
 
 @dataclass(frozen=True)
@@ -131,6 +141,8 @@ class Quota:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._beat: tuple[float, float] | None = None  # of the last heartbeat: the clock's time and steady time
+        self._steady_since = 0.0
 
     def reserve(self, reservation: Reservation, gateway: str) -> int:
         """Reserve tokens for a request, and return the number to settle it by.
@@ -142,9 +154,14 @@ class Quota:
             # Waits for other reservations of this tenant; SQLite has a single writer anyway.
             limits = connection.execute(_LIMITS, {"tenant_id": reservation.tenant_id}).one()
             now = self._database.now(connection)
-            _check_quota(connection, limits, reservation, now)
-            row = connection.execute(_RESERVE, {"started": now, "gateway": gateway, **asdict(reservation)})
-            return int(row.scalar_one())
+            try:
+                _check_quota(connection, limits, reservation, now)
+            except LimitExceededError as error:
+                refused = error  # raised after the commit, because the check may have corrected times
+            else:
+                row = connection.execute(_RESERVE, {"started": now, "gateway": gateway, **asdict(reservation)})
+                return int(row.scalar_one())
+        raise refused
 
     def settle(self, number: int, usage: RequestUsage) -> None:
         """Replace a reservation by the request's usage; a second call changes nothing."""
@@ -157,19 +174,27 @@ class Quota:
     ) -> None:
         """Record a request's live answer, and the shadow's or the reason why it has none."""
         row = {"answer": answer, "shadow_answer": shadow_answer, "why_not": why_not}
+        of = select(shadow_answers.c.request_id).where(shadow_answers.c.request_id == number)
         with self._database.writing() as connection:
-            connection.execute(insert(shadow_answers).values(request_id=number, release_id=release_id, **row))
+            if connection.execute(of).first() is None:  # or an earlier attempt was committed without a reply
+                connection.execute(insert(shadow_answers).values(request_id=number, release_id=release_id, **row))
 
     def heartbeat(self, gateway: str, name: str, release_id: int) -> None:
         """Record that a server is alive and has taken the releases up to an id.
 
-        The unfinished requests of servers without a heartbeat get the outcome "lost".
+        The unfinished requests of servers without a heartbeat get the outcome "lost". After a jump of the clock, and
+        after the start of this server, the others first have the time to beat.
         """
         with self._database.writing() as connection:
             now = self._database.now(connection)
+            steady = self._clock_is_steady(now)
             values = {"name": name, "seen": now, "release_id": release_id}
             if not connection.execute(update(gateways).where(gateways.c.id == gateway).values(**values)).rowcount:
                 connection.execute(insert(gateways).values(id=gateway, **values))
+            # Beats from before the clock moved back; a server that has died since counts from now on.
+            connection.execute(update(gateways).where(gateways.c.seen > now).values(seen=now))
+            if not steady:
+                return
             living = select(gateways.c.id).where(gateways.c.seen > now - LOST_SECONDS)
             connection.execute(delete(gateways).where(gateways.c.seen <= now - LOST_SECONDS))
             connection.execute(
@@ -177,6 +202,21 @@ class Quota:
                 .where(requests.c.finished.is_(None), requests.c.gateway.not_in(living))
                 .values(outcome="lost", finished=now)
             )
+
+    def _clock_is_steady(self, now: float) -> bool:
+        """Return whether the clock has not jumped in the last `_SETTLED_SECONDS`, for which this server must run."""
+        beat = now, self._database.steady()
+        jump = 0.0 if self._beat is None else (beat[0] - self._beat[0]) - (beat[1] - self._beat[1])
+        if self._beat is None or abs(jump) > _JUMP_SECONDS:
+            self._steady_since = beat[1]
+        if jump < -_JUMP_SECONDS:
+            log.warning(
+                "the clock moved back by %.0f s; until this server restarts, keys that had expired stay expired", -jump
+            )
+        elif jump > _JUMP_SECONDS:
+            log.warning("the clock moved forward by %.0f s, or this machine was suspended", jump)
+        self._beat = beat
+        return beat[1] - self._steady_since >= _SETTLED_SECONDS
 
     def remove_gateway(self, gateway: str) -> None:
         """Remove a server that has shut down."""
@@ -187,7 +227,8 @@ class Quota:
         """Return the live servers: the name of each, and the newest release that it has taken."""
         with self._database.reading() as connection:
             now = self._database.now(connection)
-            rows = connection.execute(select(gateways).where(gateways.c.seen > now - LOST_SECONDS)).all()
+            living = gateways.c.seen.between(now - LOST_SECONDS, now + LOST_SECONDS)
+            rows = connection.execute(select(gateways).where(living)).all()
         return sorted((row.name, row.release_id) for row in rows)
 
 
@@ -212,6 +253,8 @@ def _check_quota(connection: Connection, limits: Row[Any], reservation: Reservat
         requests.c.tenant_id == reservation.tenant_id, requests.c.started > now - WINDOW_SECONDS
     )
     rows = [(row.started, row.tokens) for row in connection.execute(recent.order_by(requests.c.started))]
+    if rows and rows[-1][0] > now:
+        rows = _restarted(connection, reservation.tenant_id, rows, now)
     for limit, allowed, weights, weight in (
         ("requests_per_minute", limits.requests_per_minute, [1] * len(rows), 1),
         ("tokens_per_minute", limits.tokens_per_minute, [tokens for _, tokens in rows], reservation.tokens),
@@ -223,6 +266,20 @@ def _check_quota(connection: Connection, limits: Row[Any], reservation: Reservat
             if what == "tokens":
                 message += f", and this request may need {weight}"
             raise LimitExceededError(limit, f"{message}.", wait)
+
+
+def _restarted(
+    connection: Connection, tenant_id: int, rows: Sequence[tuple[float, int]], now: float
+) -> list[tuple[float, int]]:
+    """Return the requests without a start in the future; their true age is unknown after the clock moved back.
+
+    With the old times they would count until the clock is there again, which may take hours. Counted from now on, they
+    exceed no limit and leave the window after 60 seconds.
+    """
+    later = requests.c.tenant_id == tenant_id, requests.c.started > now
+    moved = connection.execute(update(requests).where(*later).values(started=now)).rowcount
+    log.warning("the clock moved back by %.0f s: %d requests now count as started just now", rows[-1][0] - now, moved)
+    return [(min(started, now), tokens) for started, tokens in rows]
 
 
 def _wait(started: Sequence[float], weights: Sequence[int], excess: int, now: float) -> float:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from sqlalchemy import Connection, func, select
+from sqlalchemy import Connection, and_, func, or_, select
 
 from tunewright.core.csv import safe_cell
 from tunewright.serving.tenants.database import Database
@@ -17,6 +17,9 @@ from tunewright.serving.tenants.tables import api_keys, releases, requests, shad
 from tunewright.serving.tenants.tenants import find_tenant
 from tunewright.serving.tenants.times import iso
 from tunewright.serving.tenants.usage_rollup import daily_totals, rolled_up_until
+
+_MOST_FAULTS = 100
+"""Requests that `Usage.faults` lists; one mistake may affect all."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,35 @@ class Usage:
             )
             for row in rows
         ]
+
+    def faults(self) -> list[str]:
+        """Return a sentence for each request whose usage contradicts itself, its key or its release.
+
+        One changed number or name contradicts another one. A change of several that agree is not found, nor one of
+        times, outcomes or end users, nor a request that was deleted.
+        """
+        sums = requests.c.prompt_tokens + requests.c.completion_tokens
+        settled = and_(requests.c.finished.is_not(None), requests.c.outcome.is_distinct_from("lost"))
+        adapters = releases.c.digest, func.coalesce(releases.c.candidate_digest, releases.c.digest)
+        checks = {
+            "its tokens do not add up": and_(settled, requests.c.tokens.is_distinct_from(sums)),
+            "its key belongs to another tenant": api_keys.c.tenant_id.is_distinct_from(requests.c.tenant_id),
+            "its release has another alias or adapter": or_(
+                releases.c.alias.is_distinct_from(requests.c.alias),
+                and_(*(requests.c.digest.is_distinct_from(digest) for digest in adapters)),
+            ),
+        }
+        query = select(requests.c.id, *checks.values())
+        query = query.outerjoin(api_keys, requests.c.key_id == api_keys.c.id)
+        query = query.outerjoin(releases, requests.c.release_id == releases.c.id)
+        with self._database.reading() as connection:
+            rows = connection.execute(query.where(or_(*checks.values())).order_by(requests.c.id)).all()
+        found = [
+            f"request {row[0]}: {', '.join(text for text, fails in zip(checks, row[1:], strict=True) if fails)}"
+            for row in rows
+        ]
+        more = [f"{len(found) - _MOST_FAULTS} more requests have such faults"] if len(found) > _MOST_FAULTS else []
+        return found[:_MOST_FAULTS] + more
 
     def rolled_up_until(self) -> float | None:
         """Return the time before which there may be daily totals only; None: every request has its line."""

@@ -6,8 +6,8 @@ interrupted call leaves complete days behind, and the next call resumes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from sqlalchemy import Connection, and_, delete, func, insert, select, update
@@ -15,7 +15,7 @@ from sqlalchemy import Connection, and_, delete, func, insert, select, update
 from tunewright.core.errors import UserError
 from tunewright.serving.tenants.audit import Change, changing
 from tunewright.serving.tenants.database import Database
-from tunewright.serving.tenants.tables import key_uses, requests, shadow_answers, usage_days
+from tunewright.serving.tenants.tables import key_uses, requests, shadow_answers, tenants, usage_days
 from tunewright.serving.tenants.times import iso
 
 DAY_SECONDS = 86_400
@@ -34,6 +34,30 @@ class RollupResult:
     requests: int
     shadow_answers: int
     """Answers of shadows to those requests, which were deleted; there is no total of them."""
+
+
+@dataclass(frozen=True)
+class DayTotal:
+    """The rolled-up usage of one tenant, alias and adapter on one day, as the audit log has it."""
+
+    day: str
+    tenant: str
+    alias: str
+    digest: str
+    requests: int
+    prompt_tokens: int
+    completion_tokens: int
+
+    @property
+    def name(self) -> str:
+        """The total's name in messages, which begins with the day."""
+        return f"{self.day}, {self.tenant}, {self.alias}, adapter {self.digest}"
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The numbers to compare."""
+        counted = ("requests", "prompt_tokens", "completion_tokens")
+        return {name: getattr(self, name) for name in counted}
 
 
 class UsageRollup:
@@ -66,6 +90,33 @@ class UsageRollup:
                 days, rolled_up, shadows = days + bool(counts[0]), rolled_up + counts[0], shadows + counts[1]
         return RollupResult(days, rolled_up, shadows)
 
+    def days(self) -> list[DayTotal]:
+        """Return the totals of all days."""
+        with self._database.reading() as connection:
+            names = _tenant_names(connection)
+            rows = connection.execute(select(usage_days)).mappings().all()
+            return [_day_total(row["day"], names, dict(row), dict(row)) for row in rows]
+
+
+def _tenant_names(connection: Connection) -> dict[int, str]:
+    return dict(connection.execute(select(tenants.c.id, tenants.c.name)).all())
+
+
+def _day_total(day: int, names: Mapping[int, str], by: Mapping[str, Any], sums: Mapping[str, Any]) -> DayTotal:
+    return DayTotal(
+        _date(day),
+        names[by["tenant_id"]],
+        by["alias"],
+        by["digest"],
+        sums["requests"],
+        int(sums["prompt_tokens"]),  # PostgreSQL sums to a decimal
+        int(sums["completion_tokens"]),
+    )
+
+
+def _date(day: int) -> str:
+    return str(iso(day * DAY_SECONDS))[:10]
+
 
 def _roll_up_day(change: Change, day: int, until: float) -> tuple[int, int]:
     """Roll up a day, and return the numbers of deleted requests and shadow answers."""
@@ -87,14 +138,17 @@ def _roll_up_day(change: Change, day: int, until: float) -> tuple[int, int]:
     rows = connection.execute(select(*columns, *sums).where(old).group_by(*columns)).all()
     if not rows:
         return 0, 0
+    names, totals = _tenant_names(connection), []
     for row in rows:
-        _add(connection, day, dict(zip(_BY, row[:3], strict=True)), dict(zip(_SUMS, row[3:], strict=True)))
+        by, summed = dict(zip(_BY, row[:3], strict=True)), dict(zip(_SUMS, row[3:], strict=True))
+        _add(connection, day, by, summed)
+        totals.append(asdict(_day_total(day, names, by, summed)))
     _keep_last_use(connection, old)
     shadows = connection.execute(
         delete(shadow_answers).where(shadow_answers.c.request_id.in_(select(requests.c.id).where(old)))
     ).rowcount
     rolled_up = connection.execute(delete(requests).where(old)).rowcount
-    change.log("usage.rollup", str(iso(day * DAY_SECONDS))[:10], requests=rolled_up, shadow_answers=shadows)
+    change.log("usage.rollup", _date(day), requests=rolled_up, shadow_answers=shadows, totals=totals)
     return rolled_up, shadows
 
 
