@@ -92,6 +92,10 @@ def check(client: httpx.Client, engine: ScriptedEngine) -> None:
                 received += bool(json.loads(line[6:])["choices"][0]["delta"].get("content"))
             if received == TOKENS - 1:
                 break
+    end = time.monotonic() + 30  # half the time after which the server itself ends the request
+    while engine.aborted != 1:
+        assert time.monotonic() < end, "the proxy has not passed the disconnect on"
+        time.sleep(0.01)
     engine.waits = [0.0]
     for path in ("/ready", "/health", "/metrics"):
         assert client.get(path).status_code == 404
