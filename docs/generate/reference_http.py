@@ -14,7 +14,7 @@ _PURPOSE = {
     "POST /v1/completions": "Continue one text or several, without the chat template.",
     "GET /v1/models": "List the models that the caller may use.",
     "GET /v1/models/NAME": "Describe one of them.",
-    "GET /ready": "`200` once requests are answered; `503` while the server loads, drains or has stopped.",
+    "GET /ready": "`200` while requests are answered; `503` while the server drains, or its engine or state is down.",
     "GET /health": "`200` while the process works; `503` once its engine has stopped for good.",
 }
 

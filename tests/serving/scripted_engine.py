@@ -87,6 +87,7 @@ class ScriptedEngine:
 @contextmanager
 def scripted_server(engine: ScriptedEngine, **limits: float | int) -> Iterator[httpx.Client]:
     """Yield a client of a server with this engine and these limits."""
-    gateway = Gateway(engine, AnonymousAuth(MODELS), TOKENIZATION, GatewayConfig.model_validate(limits))
-    with serving(gateway.app) as url, httpx.Client(base_url=url, trust_env=False, timeout=60) as client:
+    config = GatewayConfig.model_validate(limits)
+    gateway = Gateway(engine, AnonymousAuth(MODELS), TOKENIZATION, config)
+    with serving(gateway.app, limits=config) as url, httpx.Client(base_url=url, trust_env=False, timeout=60) as client:
         yield client

@@ -39,6 +39,25 @@ class GatewayConfig(Section):
             "request without max_tokens (null: what fits the context).",
         ),
     ] = None
+    max_connections: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="Maximum number of open connections. At the maximum, a new one takes the place of the one that "
+            "has waited longest for a request (4096: over 100 MiB if each sends the largest headers).",
+        ),
+    ] = 4096
+    header_timeout_s: Annotated[
+        float, Field(gt=0, description="Seconds in which the request line and all headers must arrive.")
+    ] = 10
+    keep_alive_timeout_s: Annotated[
+        float,
+        Field(
+            gt=0,
+            description="Seconds that a connection may wait for its next request (75: longer than a proxy keeps an "
+            "idle connection, so that it never sends a request into a closed one).",
+        ),
+    ] = 75
     body_timeout_s: Annotated[float, Field(gt=0, description="Seconds in which the whole body must arrive.")] = 30
     queue_timeout_s: Annotated[float, Field(gt=0, description="Seconds that a request may wait in the queue.")] = 60
     first_token_timeout_s: Annotated[

@@ -257,9 +257,12 @@ def test_server_stop_strings_apply_in_addition_to_the_requests(client: openai.Op
         ("GET", "/metrics", 404),
         ("POST", "/v1/load_lora_adapter", 404),
         ("POST", "/v1/models", 405),
+        ("POST", "/v1/chat/completions/", 404),
+        ("GET", "/ready/", 404),
     ],
 )
 def test_other_routes_do_not_exist(url: str, method: str, path: str, status: int) -> None:
     reply = httpx.request(method, f"{url}{path}", trust_env=False)
     assert reply.status_code == status
+    assert "location" not in reply.headers
     assert path in reply.json()["error"]["message"]

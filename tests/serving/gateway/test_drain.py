@@ -16,13 +16,15 @@ import pytest
 SERVER = """
 import sys
 from scripted_engine import LIMITS, MODELS, TOKENIZATION, ScriptedEngine
+from tunewright.config import GatewayConfig
 from tunewright.serving.gateway.auth import AnonymousAuth
 from tunewright.serving.gateway.app import Gateway
 from tunewright.serving.gateway.server import serve
 
 gateway = Gateway(ScriptedEngine([0.02] * int(sys.argv[1])), AnonymousAuth(MODELS), TOKENIZATION, LIMITS)
 report = lambda what: print(what, flush=True)
-serve(gateway.app, "127.0.0.1", 0, drain=gateway, drain_seconds=float(sys.argv[2]), on_ready=report, say=report)
+limits = GatewayConfig(drain_timeout_s=float(sys.argv[2]))
+serve(gateway.app, "127.0.0.1", 0, limits, drain=gateway, on_ready=report, say=report)
 print("in good order", flush=True)
 """
 ASKED = {"model": "base", "messages": [{"role": "user", "content": "hello"}], "stream": True}

@@ -128,6 +128,7 @@ def test_request_with_several_prompts_is_recorded_once(tmp_path: Path, adapters:
             assert answer.usage is not None
             until(lambda: state.usage.lines()[0].outcome is not None)
             (line,) = state.usage.lines()
+            state.tenants.limit("acme", Limits())  # requests for models count too
             with pytest.raises(openai.NotFoundError, match=r"do not have access to it\. Available models: courts\."):
                 client.models.retrieve("recipes")
             assert client.models.retrieve("courts").id == "courts"

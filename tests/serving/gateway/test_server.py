@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
+from tunewright.config import GatewayConfig
 from tunewright.core.errors import UserError
 from tunewright.serving.gateway.server import _listen, serve, serving
 
@@ -30,6 +31,7 @@ import asyncio, sys
 from starlette.applications import Starlette
 from starlette.responses import StreamingResponse
 from starlette.routing import Route
+from tunewright.config import GatewayConfig
 from tunewright.serving.gateway.server import serve
 
 async def words():
@@ -52,7 +54,7 @@ def on_ready(url):
     port = int(url.rsplit(":", 1)[1])
     print(url, flush=True)
 
-serve(Starlette(routes=[Route("/", answer)]), "127.0.0.1", 0, on_ready=on_ready)
+serve(Starlette(routes=[Route("/", answer)]), "127.0.0.1", 0, GatewayConfig(), on_ready=on_ready)
 print("in good order", flush=True)
 """
 
@@ -86,7 +88,7 @@ def test_serve_names_the_port_when_the_address_is_in_use() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"Cannot listen on 127.0.0.1 port {port}"):
-            serve(APP, "127.0.0.1", port)
+            serve(APP, "127.0.0.1", port, GatewayConfig())
 
 
 def test_tokens_do_not_wait_for_tcp_acknowledgements() -> None:

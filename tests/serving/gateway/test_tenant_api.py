@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,6 +15,7 @@ from served_model import CONTEXT, expected_answer
 from states import raw
 from tenant_server import ASKED, QUESTION, Running, Stored, ask, deploy, tenant_server, until
 
+from tunewright.serving.gateway.tenant_auth import POLL_SECONDS
 from tunewright.serving.tenants import Limits, State
 
 pytest_plugins = ["two_tenants"]
@@ -110,6 +113,122 @@ def test_rate_limited_response_has_retry_after(server: Running, state: State, tw
     ask(server.client(two_tenants["globex"]), "recipes")  # another tenant's business
     state.tenants.limit("acme", Limits())
     ask(client, "courts")
+
+
+def post(server: Running, key: str, **request: Any) -> httpx.Response:
+    headers = {"Authorization": f"Bearer {key}"}
+    return httpx.post(f"{server.url}/v1/chat/completions", headers=headers, trust_env=False, timeout=60, **request)
+
+
+def test_refused_requests_count_towards_requests_per_minute(
+    server: Running, state: State, two_tenants: dict[str, str]
+) -> None:
+    state.tenants.limit("acme", Limits(requests_per_minute=5))
+    key = two_tenants["acme"]
+    long = [{"role": "user", "content": "x " * CONTEXT}]
+    refused = [
+        post(server, key, content=b"{"),
+        post(server, key, json={"model": "nowhere", "messages": ASKED}),
+        post(server, key, json={"model": "courts", "messages": long}),
+        post(server, key, content=b"x" * 10_000_000),
+    ]
+    assert [reply.status_code for reply in refused] == [400, 404, 400, 413]
+    ask(server.client(key), "courts")
+    for _ in range(3):  # these are not counted, or a client that retries would never be answered
+        reply = post(server, key, content=b"{")
+        assert (reply.status_code, reply.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+        assert "5 requests in the last 60 seconds (limit 5)" in reply.json()["error"]["message"]
+        assert 1 <= int(reply.headers["retry-after"]) <= 60
+    assert len(state.usage.lines("acme")) == 1
+    ask(server.client(two_tenants["globex"]), "recipes")
+    state.tenants.limit("acme", Limits(requests_per_minute=6))
+    ask(server.client(key), "courts")
+
+
+def test_model_lists_count_towards_requests_per_minute(
+    server: Running, state: State, two_tenants: dict[str, str]
+) -> None:
+    state.tenants.limit("acme", Limits(requests_per_minute=3))
+    client = server.client(two_tenants["acme"])
+    client.models.list()
+    client.models.retrieve("courts")
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("nowhere")
+    with pytest.raises(openai.RateLimitError):
+        client.models.list()
+    with pytest.raises(openai.RateLimitError):
+        ask(client, "courts")
+
+
+def test_refused_requests_at_once_stop_at_the_limit(
+    state_url: str, state: State, two_tenants: dict[str, str], adapters: dict[str, Stored]
+) -> None:
+    """None of them has been recorded when the last one arrives."""
+    state.tenants.limit("acme", Limits(requests_per_minute=4))
+
+    async def burst(url: str) -> list[int]:
+        headers = {"Authorization": f"Bearer {two_tenants['acme']}"}
+        async with httpx.AsyncClient(base_url=url, headers=headers, timeout=60) as client:
+            asked = (client.post("/v1/chat/completions", content=b"{") for _ in range(30))
+            return [reply.status_code for reply in await asyncio.gather(*asked)]
+
+    with tenant_server(state_url, adapters) as one, tenant_server(state_url, adapters) as two:
+        codes = asyncio.run(burst(one.url))
+        assert (codes.count(400), codes.count(429)) == (4, 26)
+        assert post(two, two_tenants["acme"], content=b"{").status_code == 429
+
+
+def test_requests_at_once_are_all_answered_up_to_the_limit(
+    server: Running, state: State, two_tenants: dict[str, str]
+) -> None:
+    state.tenants.limit("acme", Limits(requests_per_minute=40))
+
+    async def burst() -> list[int]:
+        headers = {"Authorization": f"Bearer {two_tenants['acme']}"}
+        body = {"model": "courts", "messages": ASKED, "max_tokens": 1}
+        async with httpx.AsyncClient(base_url=server.url, headers=headers, timeout=60) as client:
+            asked = (client.post("/v1/chat/completions", json=body) for _ in range(40))
+            return [reply.status_code for reply in await asyncio.gather(*asked)]
+
+    assert asyncio.run(burst()) == [200] * 40
+    assert post(server, two_tenants["acme"], content=b"{").status_code == 429
+
+
+def test_requests_refused_by_another_limit_count_towards_requests_per_minute(
+    server: Running, state: State, two_tenants: dict[str, str]
+) -> None:
+    state.tenants.limit("acme", Limits(requests_per_minute=3, tokens_per_minute=100))
+    client = server.client(two_tenants["acme"])
+    for _ in range(3):
+        with pytest.raises(openai.BadRequestError, match="Lower max_tokens"):
+            client.chat.completions.create(model="courts", messages=ASKED, max_tokens=101)
+    with pytest.raises(openai.RateLimitError, match="3 requests"):
+        ask(client, "courts")
+
+
+def test_request_that_disconnects_within_its_body_counts_and_logs_nothing(
+    server: Running, state: State, two_tenants: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    state.tenants.limit("acme", Limits(requests_per_minute=3))
+    key = two_tenants["acme"]
+    address = httpx.URL(server.url)
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\nContent-Length: 100\r\n\r\n"
+    )
+    for _ in range(3):
+        with socket.create_connection((address.host, address.port or 0)) as connection:
+            connection.sendall(head.encode() + b"{")
+    until(lambda: post(server, key, content=b"{").status_code == 429)
+    assert not caplog.records
+
+
+def test_two_authorization_headers_are_refused(server: Running, two_tenants: dict[str, str]) -> None:
+    own, other = (f"Bearer {two_tenants[tenant]}" for tenant in ("acme", "globex"))
+    for first, second in ((own, other), (own, own), ("", own)):
+        for method, path in (("GET", "/v1/models"), ("POST", "/v1/chat/completions")):
+            headers = [("Authorization", first), ("Authorization", second)]
+            reply = httpx.request(method, server.url + path, headers=headers, content=b"{", trust_env=False)
+            assert (reply.status_code, reply.json()["error"]["code"]) == (400, "duplicate_authorization")
 
 
 def test_openai_client_retries_when_rate_limited(
@@ -220,6 +339,33 @@ def test_every_request_is_refused_when_the_state_is_unavailable(
     assert "api_keys" not in caught.value.response.text
     with raw(state_url) as execute:
         execute("ALTER TABLE elsewhere RENAME TO api_keys")
+    ask(client, "courts")
+
+
+@pytest.mark.parametrize("table", ["api_keys", "requests"])
+def test_server_is_not_ready_while_the_state_refuses_requests(
+    server: Running, state_url: str, two_tenants: dict[str, str], table: str
+) -> None:
+    def ready() -> tuple[int, str]:
+        reply = httpx.get(f"{server.url}/ready", trust_env=False)
+        return reply.status_code, reply.json()["status"]
+
+    client = server.client(two_tenants["acme"])
+    ask(client, "courts")
+    assert ready() == (200, "ready")
+    with raw(state_url) as execute:
+        execute(f"ALTER TABLE {table} RENAME TO elsewhere")
+    with pytest.raises(openai.InternalServerError):
+        ask(client, "courts")
+    looked = len(server.reported.messages)
+    for _ in range(3 * int(1 / POLL_SECONDS)):
+        assert ready() == (503, "unavailable")
+        time.sleep(POLL_SECONDS)
+    assert httpx.get(f"{server.url}/health", trust_env=False).status_code == 200
+    assert len(server.reported.messages) <= looked + 1
+    with raw(state_url) as execute:
+        execute(f"ALTER TABLE elsewhere RENAME TO {table}")
+    until(lambda: ready() == (200, "ready"))
     ask(client, "courts")
 
 

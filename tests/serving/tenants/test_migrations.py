@@ -21,7 +21,7 @@ def _make_old(url: str) -> None:
         for column in ("isolation", "untested", "system_prompt", "candidate_system_prompt"):
             execute(f"ALTER TABLE releases DROP COLUMN {column}")
         execute("ALTER TABLE requests DROP COLUMN end_user")
-        for table in ("usage_days", "key_uses"):
+        for table in ("usage_days", "key_uses", "unmetered_requests"):
             execute(f"DROP TABLE {table}")
         execute("UPDATE tunewright_schema SET version = 1")
         # The audit's lines of that time had no word of isolation.

@@ -90,7 +90,7 @@ class Gateway:
         """Return the state for Prometheus, whose thread reads copies only."""
         handlers = self._handlers.copy()
         return ServerState(
-            ready=not self._draining and self._engine.stopped is None,
+            ready=not self._draining and self._engine.stopped is None and self._auth.available,
             waiting=[handler.tenant for handler in handlers if handler.waiting],
             running=[handler.tenant for handler in handlers if not handler.waiting],
             released=self._auth.released,
@@ -120,7 +120,9 @@ class Gateway:
                 yield
                 await self._shadows.close()
 
-        return Starlette(routes=routes, exception_handlers=error_handlers, lifespan=lifespan)
+        app = Starlette(routes=routes, exception_handlers=error_handlers, lifespan=lifespan)
+        app.router.redirect_slashes = False  # a redirect would go to the address in the request's Host header
+        return app
 
     async def _health(self, _http: HttpRequest) -> Response:
         """Report liveness: 503 only once the engine needs a restart from outside."""
@@ -138,18 +140,22 @@ class Gateway:
             return JSONResponse({"status": "draining"}, 503)
         if self._engine.stopped:
             return JSONResponse({"status": "stopped", "reason": self._engine.stopped}, 503)
+        if not self._auth.available:
+            return JSONResponse({"status": "unavailable", "reason": "The serving state does not answer."}, 503)
         return JSONResponse({"status": "ready"})
 
     async def _models(self, http: HttpRequest) -> Response:
         principal = await self._authenticate(http)
-        return JSONResponse({"object": "list", "data": [_model_document(name) for name in principal.models()]})
+        async with principal.counting():
+            return JSONResponse({"object": "list", "data": [_model_document(name) for name in principal.models()]})
 
     async def _model(self, http: HttpRequest) -> Response:
         principal = await self._authenticate(http)
-        name = http.path_params["name"]
-        if name not in principal.models():
-            raise model_not_found(name, principal)
-        return JSONResponse(_model_document(name))
+        async with principal.counting():
+            name = http.path_params["name"]
+            if name not in principal.models():
+                raise model_not_found(name, principal)
+            return JSONResponse(_model_document(name))
 
     async def _chat(self, http: HttpRequest) -> Response:
         return await self._answer(http, ChatRequest)
@@ -158,7 +164,10 @@ class Gateway:
         return await self._answer(http, CompletionRequest)
 
     async def _authenticate(self, http: HttpRequest) -> Principal:
-        return await self._auth.authenticate(http.headers.get("authorization"))
+        authorization = http.headers.getlist("authorization")
+        if len(authorization) > 1:  # a proxy may have checked another one
+            raise ApiError("Several Authorization headers: send one.", code="duplicate_authorization")
+        return await self._auth.authenticate(authorization[0] if authorization else None)
 
     async def _answer(self, http: HttpRequest, body_type: BodyType) -> Response:
         self._in_flight += 1
@@ -198,15 +207,16 @@ class Gateway:
             tenant = principal.name
             if self._draining:
                 raise _shutting_down()
-            body = parse_request(
-                body_type, await read_body(http, self._preprocessor.body_bytes, self._limits.body_timeout_s)
-            )
-            # Nothing may be awaited between this and admit(): a release could take the adapter away.
-            requests = await self._preprocess(body, principal, arrived)
-            if self._engine.stopped:
-                raise EngineStoppedError(self._engine.stopped)
-            tokens = sum(request.prompt_tokens + request.engine_request.max_new_tokens for request in requests)
-            admission = await principal.admit(requests[0].target, tokens, body.end_user)
+            async with principal.counting():
+                body = parse_request(
+                    body_type, await read_body(http, self._preprocessor.body_bytes, self._limits.body_timeout_s)
+                )
+                # Nothing may be awaited between this and admit(): a release could take the adapter away.
+                requests = await self._preprocess(body, principal, arrived)
+                if self._engine.stopped:
+                    raise EngineStoppedError(self._engine.stopped)
+                tokens = sum(request.prompt_tokens + request.engine_request.max_new_tokens for request in requests)
+                admission = await principal.admit(requests[0].target, tokens, body.end_user)
         except (ApiError, EngineStoppedError, StateUnavailableError) as error:
             self.metrics.refused(tenant, _as_response(error).code or "")
             raise

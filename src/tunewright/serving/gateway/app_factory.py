@@ -115,8 +115,8 @@ class Service:
                     self._gateway.app,
                     self._config.serve.host,
                     self._config.serve.port,
+                    self._config.gateway,
                     drain=self._gateway,
-                    drain_seconds=self._config.gateway.drain_timeout_s,
                     on_ready=on_ready,
                     say=self._reporter.say,
                 )
@@ -135,7 +135,7 @@ class Service:
             with (
                 _frozen_heap(),
                 self._serving_metrics(),
-                serving(self._gateway.app, listened.host, listened.port) as url,
+                serving(self._gateway.app, listened.host, listened.port, self._config.gateway) as url,
             ):
                 yield url
         finally:

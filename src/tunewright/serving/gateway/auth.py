@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -93,6 +93,13 @@ class Principal(Protocol):
     def max_tokens(self) -> int | None:
         """Maximum number of tokens that the prompts and answers of one request may have together; None: no limit."""
 
+    def counting(self) -> AbstractAsyncContextManager[None]:
+        """Return a context in which a request is handled; it counts even if it is refused.
+
+        Raises:
+            ApiError: 429, there were too many requests.
+        """
+
     def models(self) -> list[str]:
         """Return the names of the models it may use."""
 
@@ -130,6 +137,10 @@ class Auth(Protocol):
     """True if `/health` reports the number of requests: not to tenants, which could observe each other by it."""
 
     @property
+    def available(self) -> bool:
+        """False while requests are refused because nobody can be authenticated."""
+
+    @property
     def names(self) -> list[str]:
         """The names of all models."""
 
@@ -165,6 +176,7 @@ class AnonymousAuth:
     """
 
     reports_load = True
+    available = True
     name = "everybody"
     max_tokens = None
 
@@ -190,6 +202,9 @@ class AnonymousAuth:
 
     async def authenticate(self, authorization: str | None) -> AnonymousAuth:  # noqa: ARG002 - SDKs always send a key
         return self
+
+    def counting(self) -> AbstractAsyncContextManager[None]:
+        return nullcontext()  # no quota
 
     def models(self) -> list[str]:
         return list(self._models)

@@ -14,10 +14,12 @@ from typing import Protocol
 import uvicorn
 from starlette.applications import Starlette
 
+from tunewright.config import GatewayConfig
 from tunewright.core.errors import UserError
 from tunewright.core.interrupts import leave_signals_to_server
+from tunewright.serving.gateway.connections import BoundedHttpProtocol, ConnectionState
 
-DRAIN_SECONDS = 30
+_DEFAULT_LIMITS = GatewayConfig()
 _FLUSH_SECONDS = 5
 """Time for clients to read the error that ends their request."""
 
@@ -40,18 +42,19 @@ def serve(
     app: Starlette,
     host: str,
     port: int,
+    limits: GatewayConfig,
     *,
     drain: Drainable | None = None,
-    drain_seconds: float = DRAIN_SECONDS,
     on_ready: Callable[[str], None] = lambda _url: None,
     say: Callable[[str], None] = lambda _message: None,
 ) -> None:
     """Serve until Ctrl-C or SIGTERM, then finish the requests in progress. Call it from the main thread.
 
     Args:
+        limits: the number of connections, their timeouts, and how long requests in progress may take to finish; a
+            second signal ends them at once.
         drain: refuses further requests during the shutdown. The server keeps listening until no request is left, so
             that clients get an error with a reason, and not a refused connection.
-        drain_seconds: how long requests in progress may take to finish; a second signal ends them at once.
         on_ready: called with the server's address once it accepts connections.
         say: called with messages about the shutdown.
 
@@ -59,7 +62,7 @@ def serve(
         UserError: the server cannot listen on the address.
     """
     listener = _listen(host, port)
-    server = _Server(app, lambda: on_ready(_url(listener)), drain, drain_seconds, say)
+    server = _Server(app, limits, lambda: on_ready(_url(listener)), drain, say)
     # uvicorn has shut down in good order and hands the signal on.
     with leave_signals_to_server(), suppress(KeyboardInterrupt):
         server.run(sockets=[listener])
@@ -69,7 +72,9 @@ def serve(
 
 
 @contextmanager
-def serving(app: Starlette, host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
+def serving(
+    app: Starlette, host: str = "127.0.0.1", port: int = 0, limits: GatewayConfig = _DEFAULT_LIMITS
+) -> Iterator[str]:
     """Serve in a thread while the block runs, and yield the server's address; port 0 picks a free one.
 
     Raises:
@@ -77,7 +82,7 @@ def serving(app: Starlette, host: str = "127.0.0.1", port: int = 0) -> Iterator[
     """
     listener = _listen(host, port)
     ready = threading.Event()
-    server = _Server(app, ready.set)
+    server = _Server(app, limits, ready.set)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="tunewright-server", daemon=True)
     thread.start()
     while not ready.wait(0.1):
@@ -91,21 +96,31 @@ def serving(app: Starlette, host: str = "127.0.0.1", port: int = 0) -> Iterator[
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server with a callback when it is ready, and with draining before it closes."""
+    """uvicorn's server with bounded connections, a callback when it is ready, and draining before it closes."""
 
     def __init__(
         self,
         app: Starlette,
+        limits: GatewayConfig,
         on_ready: Callable[[], None],
         drain: Drainable | None = None,
-        drain_seconds: float = DRAIN_SECONDS,
         say: Callable[[str], None] = lambda _message: None,
     ) -> None:
-        grace = math.ceil(drain_seconds) if drain is None else _FLUSH_SECONDS
-        super().__init__(uvicorn.Config(app, log_config=None, lifespan="on", timeout_graceful_shutdown=grace))
+        connections = ConnectionState(limits)
+        config = uvicorn.Config(
+            app,
+            http=BoundedHttpProtocol,
+            ws="none",
+            log_config=None,
+            lifespan="on",
+            backlog=connections.backlog,
+            timeout_graceful_shutdown=math.ceil(limits.drain_timeout_s) if drain is None else _FLUSH_SECONDS,
+        )
+        super().__init__(config)
+        self.server_state = self._connections = connections
         self._on_ready = on_ready
         self._drain = drain
-        self._drain_seconds = drain_seconds
+        self._drain_seconds = limits.drain_timeout_s
         self._until: float | None = None
         self._say = say
         self._announced = False
@@ -126,6 +141,7 @@ class _Server(uvicorn.Server):
             self._until = time.monotonic()
 
     async def on_tick(self, counter: int) -> bool:
+        self._connections.report()
         if self._drain is not None and self._until is not None:
             in_flight = _requests(self._drain.in_flight)
             if not self._announced:  # not in the signal handler, which may interrupt another write

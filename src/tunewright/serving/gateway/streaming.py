@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, TypeVar
 
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -33,7 +34,7 @@ async def read_body(http: HttpRequest, limit: int, seconds: float) -> bytes:
     """Return the request's body.
 
     Raises:
-        ApiError: 413, it is larger than the limit; 408, it did not arrive in time.
+        ApiError: 413, it is larger than the limit; 408, it did not arrive in time; 499, the client disconnected.
     """
     body = b""
     try:
@@ -46,6 +47,8 @@ async def read_body(http: HttpRequest, limit: int, seconds: float) -> bytes:
     except TimeoutError:
         message = f"Timed out after {seconds:g} s waiting for the request body."
         raise ApiError(message, status=408, code="body_timeout", headers=_CLOSE) from None
+    except ClientDisconnect:
+        raise ApiError("The client disconnected.", status=499, code="client_disconnected") from None
     return body
 
 

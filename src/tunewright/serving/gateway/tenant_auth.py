@@ -11,14 +11,16 @@ import hashlib
 import os
 import socket
 import uuid
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from tunewright.core.io import canonical_json
 from tunewright.core.progress import Reporter
+from tunewright.core.text import token_checksum
 from tunewright.engines.protocol import AdapterFailedError, EngineStoppedError
 from tunewright.serving.gateway.auth import Admission, Released, ServedAdapter, Shadow, Target, model_not_found
 from tunewright.serving.gateway.release_router import AdapterLoader, ReleaseRouter
@@ -39,6 +41,17 @@ from tunewright.serving.tenants.quota import LOST_SECONDS, Outcome
 POLL_SECONDS = 0.5
 """The time between two looks for new releases."""
 _HEARTBEAT_SECONDS = LOST_SECONDS / 4
+_NO_KEY = f"{'0' * 10}_{'0' * 43}"
+_UNKNOWN_KEY = f"tw_{_NO_KEY}{token_checksum(_NO_KEY)}"
+
+
+@dataclass
+class _Begun:
+    """The requests of a tenant that have begun and are not recorded yet; further ones enter in turn."""
+
+    count: int = 0
+    entry: asyncio.Lock = field(default_factory=asyncio.Lock)
+    recorded: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class TenantAuth:
@@ -63,6 +76,7 @@ class TenantAuth:
         self.gateway = uuid.uuid4().hex
         self._name = f"{socket.gethostname()}:{os.getpid()}"
         self._troubles: set[str] = set()
+        self._begun: defaultdict[int, _Begun] = defaultdict(_Begun)  # by tenant
 
     @property
     def names(self) -> list[str]:
@@ -83,6 +97,11 @@ class TenantAuth:
     def system_prompts(self) -> dict[str, str]:
         """The system messages added to requests without one, by alias."""
         return self.router.system_prompts
+
+    @property
+    def available(self) -> bool:
+        """False while requests are refused because the state does not answer."""
+        return not self._troubles
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -110,6 +129,42 @@ class TenantAuth:
             self._report_trouble(error)
             raise
         return TenantPrincipal(self, caller)
+
+    @asynccontextmanager
+    async def counting(self, caller: Caller, is_counted: Callable[[], bool]) -> AsyncIterator[None]:
+        """Count a request of the block towards requests per minute, unless it is counted at the end.
+
+        Raises:
+            LimitExceededError: the tenant has begun as many requests.
+            StateUnavailableError: the database does not answer.
+        """
+        limit, tenant, begun = caller.requests_per_minute, caller.tenant_id, self._begun[caller.tenant_id]
+        if limit is None:
+            yield
+            return
+        try:
+            async with begun.entry:
+                # A request may be recorded and still be among the begun ones, so this is a reason to wait only.
+                while (
+                    await self._async_state.read(self._state.quota.recent_requests, tenant, limit) + begun.count
+                    >= limit
+                ):
+                    begun.recorded.clear()
+                    await begun.recorded.wait()
+                begun.count += 1
+            try:
+                yield
+            finally:
+                try:
+                    if not is_counted():
+                        recording = self._async_state.submit(self._state.quota.record_unmetered, tenant)
+                        await self._async_state.answer(recording)
+                finally:
+                    begun.count -= 1
+                    begun.recorded.set()
+        except StateUnavailableError as error:
+            self._report_trouble(error)
+            raise
 
     async def reserve(self, reservation: Reservation) -> int:
         """Reserve quota, keep the adapter loaded, and return the number to settle by.
@@ -173,6 +228,8 @@ class TenantAuth:
         while True:
             await asyncio.sleep(POLL_SECONDS)
             try:
+                if self._troubles:
+                    await self._try_state()
                 if await self.router.has_changed():
                     await self._update()
                 await self.router.unload_unused()
@@ -190,6 +247,12 @@ class TenantAuth:
                 pass  # a crashed engine may be restarting, and requests get this error
             except AdapterFailedError:
                 pass  # an adapter could not be freed; the engine has logged why
+
+    async def _try_state(self) -> None:
+        """Do what a request needs: look a key up, and write its usage; of a key and a request that do not exist."""
+        with suppress(InvalidKeyError):
+            await self._async_state.read(self._state.keys.caller, _UNKNOWN_KEY)
+        await self._async_state.call(self._state.quota.settle, -1, RequestUsage(0, 0, 0.0, None, 0.0, "failed"))
 
     async def _update(self) -> None:
         await self.router.update()
@@ -211,12 +274,13 @@ class TenantAuth:
             self._reporter.warn("The serving state answers again.")
 
 
-@dataclass(frozen=True)
+@dataclass
 class TenantPrincipal:
-    """A tenant with a valid key."""
+    """A tenant with a valid key, for one request."""
 
     auth: TenantAuth
     caller: Caller
+    _counted: bool = False
 
     @property
     def name(self) -> str:
@@ -227,6 +291,19 @@ class TenantPrincipal:
     def max_tokens(self) -> int | None:
         """The tenant's limit of tokens per minute, which no single request can exceed."""
         return self.caller.tokens_per_minute
+
+    @asynccontextmanager
+    async def counting(self) -> AsyncIterator[None]:
+        """Count the block's request towards requests per minute, even if it is refused."""
+        try:
+            async with self.auth.counting(self.caller, lambda: self._counted):
+                try:
+                    yield
+                except (EngineStoppedError, StateUnavailableError):
+                    self._counted = True  # the server's fault
+                    raise
+        except LimitExceededError as error:
+            raise _over_limit(error) from None
 
     def models(self) -> list[str]:
         """Return the aliases that the key may use and that have a live release."""
@@ -258,7 +335,10 @@ class TenantPrincipal:
         try:
             number = await self.auth.reserve(reservation)
         except LimitExceededError as error:
+            # At this limit it is not counted again, or clients that retry would never be answered.
+            self._counted = error.limit == "requests_per_minute"
             raise _over_limit(error) from None
+        self._counted = True
         shadow = None
         if target.shadow is not None:
             shadow = self.auth.shadow(number, target.release_id, target.shadow, target.shadow_system_prompt)

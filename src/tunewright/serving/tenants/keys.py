@@ -40,7 +40,7 @@ _BROKEN = "Invalid API key: its checksum is wrong, so part of it is missing or m
 
 # Built once, since every request runs it; it returns a row for each alias of the key's tenant.
 _KEY_WITH_ALIASES = (
-    select(api_keys, tenants.c.name, tenants.c.tokens_per_minute, tenant_aliases.c.alias)
+    select(api_keys, tenants.c.name, tenants.c.requests_per_minute, tenants.c.tokens_per_minute, tenant_aliases.c.alias)
     .select_from(api_keys)
     .join(tenants)
     .outerjoin(tenant_aliases, tenant_aliases.c.tenant_id == tenants.c.id)
@@ -79,8 +79,10 @@ class Caller:
     tenant: str
     key_id: int
     aliases: frozenset[str]
-    tokens_per_minute: int | None
+    requests_per_minute: int | None
     """The tenant's limit; None: no limit."""
+    tokens_per_minute: int | None
+    """The same."""
 
 
 class InvalidKeyError(Exception):
@@ -195,7 +197,7 @@ class Keys:
                 raise InvalidKeyError(f"This API key is {state}.")
         own = frozenset(row.alias for row in rows if row.alias is not None)
         aliases = own if row.aliases is None else own & frozenset(row.aliases)
-        return Caller(row.tenant_id, row.name, row.id, aliases, row.tokens_per_minute)
+        return Caller(row.tenant_id, row.name, row.id, aliases, row.requests_per_minute, row.tokens_per_minute)
 
 
 def key_hash(key: str) -> str:

@@ -26,6 +26,12 @@ _STATEMENTS = {
         "ALTER TABLE releases ADD COLUMN candidate_system_prompt BOOLEAN",
         "ALTER TABLE requests ADD COLUMN end_user TEXT",
     ),
+    # Refused requests count towards requests per minute.
+    4: (
+        "CREATE TABLE unmetered_requests (tenant_id INTEGER NOT NULL REFERENCES tenants (id), "
+        "started DOUBLE PRECISION NOT NULL)",
+        "CREATE INDEX unmetered_requests_by_time ON unmetered_requests (tenant_id, started)",
+    ),
 }
 """The statements that lead from each version to the next, for SQLite and PostgreSQL alike."""
 

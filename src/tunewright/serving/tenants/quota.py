@@ -1,7 +1,8 @@
 """Limits: each request reserves the most tokens that it can use, and settles for those that it did use.
 
 One table serves as quota and as usage record. A limit counts a tenant's requests of the last 60 seconds (their number,
-and their tokens, reserved ones included) and its unfinished requests (concurrency). The count and the next request's
+and their tokens, reserved ones included) and its unfinished requests (concurrency). Refused requests have a table of
+their own, and count towards the number only. The count and the next request's
 row are one transaction, behind a lock on the tenant. So limits hold across all servers of a database, and in every
 interval of 60 seconds, not only in each minute of the clock.
 """
@@ -13,11 +14,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from sqlalchemy import Connection, Row, bindparam, delete, func, insert, or_, select, update
+from sqlalchemy import Connection, Row, Select, Table, bindparam, delete, func, insert, or_, select, update
 
 from tunewright.core.errors import UserError
 from tunewright.serving.tenants.database import Database
-from tunewright.serving.tenants.tables import gateways, requests, shadow_answers, tenants
+from tunewright.serving.tenants.tables import gateways, requests, shadow_answers, tenants, unmetered_requests
 
 WINDOW_SECONDS = 60.0
 LOST_SECONDS = 45.0
@@ -40,6 +41,14 @@ _RESERVE = insert(requests).returning(requests.c.id)
 # A request that was written off by mistake is billed when its server settles it after all.
 _UNSETTLED = or_(requests.c.finished.is_(None), requests.c.outcome == "lost")
 _SETTLE = update(requests).where(requests.c.id == bindparam("number"), _UNSETTLED)
+
+_COUNTED = (requests, unmetered_requests)
+
+
+def _started(table: Table, tenant_id: int, now: float, *columns: Any) -> Select[Any]:
+    """Select the starts of a tenant's requests in the last minute, or other columns of them."""
+    recent = table.c.started > now - WINDOW_SECONDS, table.c.started <= now
+    return select(*(columns or (table.c.started,))).where(table.c.tenant_id == tenant_id, *recent)
 
 
 @dataclass(frozen=True)
@@ -163,6 +172,34 @@ class Quota:
                 return int(row.scalar_one())
         raise refused
 
+    def recent_requests(self, tenant_id: int, allowed: int) -> int:
+        """Return the number of requests that a tenant has begun in the last 60 seconds, if it may begin another one.
+
+        Raises:
+            LimitExceededError: there are ``allowed`` requests or more.
+        """
+        with self._database.reading() as connection:
+            now = self._database.now(connection)
+            numbers = [_started(table, tenant_id, now, func.count()) for table in _COUNTED]
+            count = sum(int(connection.execute(number).scalar_one()) for number in numbers)
+            if count < allowed:
+                return count
+            times = [connection.execute(_started(table, tenant_id, now)).scalars() for table in _COUNTED]
+            started = sorted(time for table in times for time in table)
+        wait = _wait(started, [1] * count, count + 1 - allowed, now)
+        raise LimitExceededError("requests_per_minute", f"{_reached(count, 'requests', allowed)}.", wait)
+
+    def record_unmetered(self, tenant_id: int) -> None:
+        """Count a request without a reservation towards requests per minute; older records are deleted."""
+        own = unmetered_requests.c.tenant_id == tenant_id
+        started = unmetered_requests.c.started
+        with self._database.writing() as connection:
+            now = self._database.now(connection)
+            # The clock may have moved back.
+            outdated = or_(started <= now - WINDOW_SECONDS, started > now)
+            connection.execute(delete(unmetered_requests).where(own, outdated))
+            connection.execute(insert(unmetered_requests).values(tenant_id=tenant_id, started=now))
+
     def settle(self, number: int, usage: RequestUsage) -> None:
         """Replace a reservation by the request's usage; a second call changes nothing."""
         with self._database.writing() as connection:
@@ -255,6 +292,8 @@ def _check_quota(connection: Connection, limits: Row[Any], reservation: Reservat
     rows = [(row.started, row.tokens) for row in connection.execute(recent.order_by(requests.c.started))]
     if rows and rows[-1][0] > now:
         rows = _restarted(connection, reservation.tenant_id, rows, now)
+    unmetered = connection.execute(_started(unmetered_requests, reservation.tenant_id, now)).scalars()
+    rows = sorted([*rows, *((started, 0) for started in unmetered)])
     for limit, allowed, weights, weight in (
         ("requests_per_minute", limits.requests_per_minute, [1] * len(rows), 1),
         ("tokens_per_minute", limits.tokens_per_minute, [tokens for _, tokens in rows], reservation.tokens),
@@ -262,10 +301,14 @@ def _check_quota(connection: Connection, limits: Row[Any], reservation: Reservat
         if allowed is not None and sum(weights) + weight > allowed:
             wait = _wait([started for started, _ in rows], weights, sum(weights) + weight - allowed, now)
             what = limit.removesuffix("_per_minute")
-            message = f"Rate limit reached: {sum(weights)} {what} in the last 60 seconds (limit {allowed})"
+            message = _reached(sum(weights), what, allowed)
             if what == "tokens":
                 message += f", and this request may need {weight}"
             raise LimitExceededError(limit, f"{message}.", wait)
+
+
+def _reached(count: int, what: str, allowed: int) -> str:
+    return f"Rate limit reached: {count} {what} in the last 60 seconds (limit {allowed})"
 
 
 def _restarted(

@@ -3,6 +3,7 @@
 tenants --< tenant_aliases        the aliases that a tenant may call
    |---< api_keys                 hashes; a key may have fewer aliases than its tenant
    |---< requests >--- releases   a row for each request: its reservation, then its usage
+   |---< unmetered_requests       the other requests of the last minute: refused ones, and lists of models
    '---< usage_days               daily totals of deleted requests
 releases                          alias to adapter digest; rows are added, never changed
 audit, audit_head                 changes and their authors, chained by digests
@@ -27,7 +28,7 @@ from sqlalchemy import (
 )
 from sqlalchemy import Text as LongText
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 NAME = String(63)
 DIGEST = String(64)
@@ -126,6 +127,15 @@ Index(
     requests.c.tenant_id,
     sqlite_where=requests.c.finished.is_(None),
     postgresql_where=requests.c.finished.is_(None),
+)
+
+# They have no usage and only count towards requests per minute.
+unmetered_requests = Table(
+    "unmetered_requests",
+    metadata,
+    Column("tenant_id", ForeignKey("tenants.id"), nullable=False),
+    Column("started", Double, nullable=False),
+    Index("unmetered_requests_by_time", "tenant_id", "started"),
 )
 
 # Records that remain after the roll-up: daily totals, and the last use of each key.
