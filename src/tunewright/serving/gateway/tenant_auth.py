@@ -144,12 +144,14 @@ class TenantAuth:
             return
         try:
             async with begun.entry:
-                # A request may be recorded and still be among the begun ones, so this is a reason to wait only.
-                while (
-                    await self._async_state.read(self._state.quota.recent_requests, tenant, limit) + begun.count
-                    >= limit
-                ):
+                while True:
+                    # Taken before the read: a request that is recorded meanwhile counts twice, which is a reason to
+                    # wait only. Taken after it, such a request would not count at all.
+                    unrecorded = begun.count
                     begun.recorded.clear()
+                    recorded = await self._async_state.read(self._state.quota.recent_requests, tenant, limit)
+                    if recorded + unrecorded < limit:
+                        break
                     await begun.recorded.wait()
                 begun.count += 1
             try:
