@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 __all__ = ["UserError", "__version__", "open"]
 
-# An OpenMP thread that waits for the others keeps its core busy before it sleeps, for milliseconds by default. On a
-# busy machine, the thread that it waits for may need that core. With 3,000 spins such a machine computes several
-# times as fast, and a free one as before (docs/decisions/0065-openmp-spins.md). libgomp reads this when torch is
-# imported.
-if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+# An OpenMP thread that waits for the others keeps its core busy for milliseconds before it sleeps. On a busy machine
+# the thread that it waits for may need that core, so there it spins for a shorter time and computes several times as
+# fast (docs/decisions/0065-openmp-spins.md). libgomp reads this when torch is imported.
+_is_busy = os.getloadavg()[0] > (os.cpu_count() or 1) / 2
+if _is_busy and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "3000"
 
 
