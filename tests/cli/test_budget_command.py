@@ -135,7 +135,7 @@ def test_advise_names_the_samples_that_it_writes_and_writes_none_when_the_config
     config.write_text(config.read_text().replace("samples: 0", f"samples: {samples}"))
     ran = tunewright("advise", "--no-pilot", "--project", project, "--json")
     assert ran.code in {0, 3, 4}, ran.stderr
-    named = "Not counted: 128 turns or more of the base's own samples" in said(ran)
+    named = "Not counted: 96 turns or more of the base's own samples" in said(ran)
     written = list((project / ".tunewright").glob("self-samples/*/*.json"))
     assert (named, bool(written)) == (samples > 0, samples > 0)
     if not samples:
