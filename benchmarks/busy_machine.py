@@ -86,7 +86,8 @@ def _speeds(seconds: float) -> dict[str, float]:
     from peft import LoraConfig, get_peft_model
 
     from tunewright.core.progress import LogReporter
-    from tunewright.generation.decoding import Request, generate
+    from tunewright.generation.generate import generate
+    from tunewright.generation.requests import Request
     from tunewright.models.bases import resolve_base
     from tunewright.models.loading import load_model
 

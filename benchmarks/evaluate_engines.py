@@ -32,7 +32,7 @@ from tunewright.core.progress import LogReporter
 from tunewright.engines.choice import EMBEDDED, AnswerEngine
 from tunewright.engines.vllm import environment
 from tunewright.evaluation.generations import Generator, Prompt
-from tunewright.generation.decoding import Completion
+from tunewright.generation.requests import Completion
 
 RESULTS = Path(__file__).with_name("results") / "evaluate_engines.json"
 

@@ -38,7 +38,7 @@ LOG_CHARACTERS = 4000
 PRELOADED = [
     "tunewright.training.trainer",
     "tunewright.training.run",
-    "tunewright.generation.decoding",
+    "tunewright.generation.generate",
     "transformers.models.llama.modeling_llama",
     "bitsandbytes",
 ]

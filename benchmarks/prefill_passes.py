@@ -24,7 +24,8 @@ from rich.table import Table
 
 from tunewright.core.io import write_json
 from tunewright.core.progress import LogReporter
-from tunewright.generation.decoding import Batch, prefill_groups
+from tunewright.generation.decoding import Batch
+from tunewright.generation.generate import prefill_groups
 from tunewright.generation.requests import Request
 from tunewright.models.bases import resolve_base
 from tunewright.models.loading import load_model

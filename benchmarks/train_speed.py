@@ -318,7 +318,8 @@ def measure(model: Any, rows: Rows, stop_ids: Sequence[int]) -> dict[str, float]
     """Return the mean loss of the rows' trained tokens, and the share of greedy answers that match exactly."""
     import torch
 
-    from tunewright.generation.decoding import Request, generate
+    from tunewright.generation.generate import generate
+    from tunewright.generation.requests import Request
 
     was_training = model.training
     model.eval()

@@ -92,7 +92,7 @@ def without_state(project: Path, folder: Path) -> Path:
 def recorded_prompts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """A list that gets the prompt's ids of every request that an engine is asked from now on."""
     from tunewright.engines.protocol import TokenSink
-    from tunewright.generation.decoding import Request
+    from tunewright.generation.requests import Request
     from tunewright.serving.engines.peft import PeftEngine
 
     seen: list[tuple[int, ...]] = []

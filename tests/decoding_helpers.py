@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from tunewright.generation.decoding import Completion, Request
+from tunewright.generation.requests import Completion, Request
 
 VOCABULARY, STOPS, PAD = 128, frozenset({5, 6, 7}), 0
 SHAPE: dict[str, Any] = {

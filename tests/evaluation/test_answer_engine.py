@@ -24,7 +24,7 @@ from tunewright.engines.vllm.answers import VllmAnswers, gpu_share, rows_at_once
 from tunewright.engines.vllm.engine import VllmEngine
 from tunewright.evaluation.generations import Generator
 from tunewright.evaluation.repeats import noise_floor
-from tunewright.generation.decoding import Completion, Request
+from tunewright.generation.requests import Completion, Request
 from tunewright.metrics import scorer_of
 from tunewright.models.bases import Base, resolve_base
 from vllm_child import StopAfter, alive, install_fake, wait_until

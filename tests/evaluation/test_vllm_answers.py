@@ -22,7 +22,7 @@ from tunewright.engines.choice import EMBEDDED, AnswerEngine
 from tunewright.engines.vllm import environment
 from tunewright.evaluation.generations import Generator
 from tunewright.evaluation.repeats import noise_floor
-from tunewright.generation.decoding import Completion, Request
+from tunewright.generation.requests import Completion, Request
 from tunewright.metrics import scorer_of
 from tunewright.models.bases import Base
 from tunewright.training.self_samples import Sampler

@@ -22,7 +22,8 @@ from tunewright.config import ConstrainConfig
 from tunewright.core.errors import UserError
 from tunewright.data.examples import Message
 from tunewright.generation.constraints import Constraint, Grammar
-from tunewright.generation.decoding import Completion, Request, generate
+from tunewright.generation.generate import generate
+from tunewright.generation.requests import Completion, Request
 
 TOKENIZER = byte_tokenizer()
 STOP_IDS = frozenset([TOKENIZER.eos_token_id])

@@ -18,7 +18,9 @@ from decoding_helpers import ADAPTERS, PAD, STOPS, VOCABULARY, llama, mistral, r
 from hypothesis_settings import examples
 from tunewright.adapters.lora_weights import load_lora_weights
 from tunewright.core.errors import UserError
-from tunewright.generation.decoding import Batch, Completion, PrefillState, Request, Row, generate, prefill_groups
+from tunewright.generation.decoding import Batch, PrefillState
+from tunewright.generation.generate import generate, prefill_groups
+from tunewright.generation.requests import Completion, Request, Row
 
 
 def _requests(count: int, *adapters: str | None, longest: int = 40, **how: Any) -> list[Request]:

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from decoding_helpers import PAD, STOPS, VOCABULARY, reference
 from hypothesis_settings import examples
-from tunewright.generation.decoding import Batch, Request, generate
+from tunewright.generation.decoding import Batch
+from tunewright.generation.generate import generate
 from tunewright.generation.kv_cache import SharedPrefix, shared_prefixes
+from tunewright.generation.requests import Request
 
 PROMPTS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8).map(tuple), max_size=6)
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from decoding_helpers import PAD, STOPS, VOCABULARY, llama, reference
 from hypothesis_settings import examples
-from tunewright.generation.decoding import Completion, Request, generate
+from tunewright.generation.generate import generate
+from tunewright.generation.requests import Completion, Request
 
 PIECES = ["a", "b", "ab", "\n", "\n\n", "# ", "##", "ba\n", "é", "", "#"]
 PROMPTS = [tuple(range(start, start + 6)) for start in range(8, 108, 10)]

@@ -61,7 +61,8 @@ def _decode(names: Sequence[str | None], layers: int = LAYERS, mistral: bool = F
     from fake_card import FakeCard
     from fake_models import SHAPES, build
 
-    from tunewright.generation.decoding import Batch, Request
+    from tunewright.generation.decoding import Batch
+    from tunewright.generation.requests import Request
 
     shape = replace(SHAPES["mistral-7b" if mistral else "llama-3-8b"], layers=layers)
     model = build(shape, mistral=mistral, window=16 if mistral else None)
@@ -135,7 +136,7 @@ def _answers_while_training(quantization: str, dropout: float) -> tuple[list[str
     from tiny import byte_tokenizer, chat_of
     from tunewright.config import TrainConfig
     from tunewright.core.progress import LogReporter
-    from tunewright.generation.decoding import Request
+    from tunewright.generation.requests import Request
     from tunewright.training.dev_scores import DevTask
     from tunewright.training.lora import keep_float32, lora_config
 

@@ -174,7 +174,8 @@ def test_activation_checkpointing_changes_no_gradient(base: Base) -> None:
 
 
 def test_mixed_batch_over_nf4_answers_each_row_as_alone(base: Base, tmp_path: Path) -> None:
-    from tunewright.generation.decoding import Request, generate
+    from tunewright.generation.generate import generate
+    from tunewright.generation.requests import Request
     from tunewright.models.loading import with_adapters
 
     for name, seed in (("one", 1), ("two", 2)):

@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tiny import byte_tokenizer, chat_of
 from tunewright.config import GatewayConfig
 from tunewright.data.examples import Message
-from tunewright.generation.decoding import Request, generate
+from tunewright.generation.generate import generate
+from tunewright.generation.requests import Request
 from tunewright.serving.engines.peft import PeftEngine
 from tunewright.serving.gateway.app import Gateway
 from tunewright.serving.gateway.auth import AnonymousAuth

@@ -164,6 +164,8 @@ def _become(request: dict[str, Any], rank: int, port: int) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_limit"], request["file_limit"]))
     if request["killed_at"] is not None and rank == 0:
         sys.addaudithook(_Killer(*request["killed_at"]))
+    from tunewright.cli.stopping import end_process
+
     sys.argv = ["tunewright", *request["arguments"]]
     code: Any = 0
     try:
@@ -175,7 +177,7 @@ def _become(request: dict[str, Any], rank: int, port: int) -> None:
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code or 0)
+    end_process(code or 0)
 
 
 class _Killer:

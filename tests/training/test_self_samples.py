@@ -19,7 +19,8 @@ from tunewright.api import Project
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
 from tunewright.data.examples import Example, Message, normalised
-from tunewright.generation.decoding import Completion, generate
+from tunewright.generation.generate import generate
+from tunewright.generation.requests import Completion
 from tunewright.models.loading import load_model
 from tunewright.training import self_samples
 from tunewright.training.replay import draw_replay, sample_filter

@@ -32,7 +32,8 @@ def measured_speed(
         adapter: the adapter that answers; None: the base.
         batch_size: maximum number of rows.
     """
-    from tunewright.generation.decoding import Batch, Request
+    from tunewright.generation.decoding import Batch
+    from tunewright.generation.requests import Request
 
     lengths = accumulate(map(len, prompts[:batch_size]))
     rows = max(sum(length <= _MOST_PREFILLED for length in lengths), 1)

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import NoReturn
 
 from tunewright.core.interrupts import pending_work
 
@@ -32,6 +33,7 @@ _SHOW_CURSOR = "\x1b[?25h"
 
 _alone = False
 _stopped = False
+_ending = threading.Lock()
 
 
 def mark_command_process() -> None:
@@ -47,7 +49,17 @@ def _skip_teardown() -> None:
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()
-        os._exit(STOPPED)
+        end_process(STOPPED)
+
+
+def end_process(code: int) -> NoReturn:
+    """End the process without the interpreter's exit handlers.
+
+    The main thread and the signals' thread may both ask, at once; tools that extend ``os._exit``, such as coverage's
+    patch, save their data there and expect one thread.
+    """
+    _ending.acquire()  # held by the thread that ends the process, for good
+    os._exit(code)
 
 
 @contextmanager
@@ -130,7 +142,7 @@ class _SignalWatcher(threading.Thread):
                 os.write(1, f"{json.dumps(document, indent=2)}\n".encode())
         elif not self.quiet:
             _say(f"{_SHOW_CURSOR if sys.stderr.isatty() else ''}{what}.")
-        os._exit(STOPPED)
+        end_process(STOPPED)
 
 
 def _say(text: str) -> None:

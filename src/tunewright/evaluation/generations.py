@@ -27,7 +27,8 @@ from tunewright.evaluation.answer_journal import ENGINE, VLLM, Answer, Decoding,
 from tunewright.evaluation.eta import Countdown
 from tunewright.evidence.common import EngineUsed
 from tunewright.generation.constraints import Constraint, Grammar
-from tunewright.generation.decoding import Completion, Request, generate
+from tunewright.generation.generate import generate
+from tunewright.generation.requests import Completion, Request
 from tunewright.models.bases import Base
 from tunewright.models.loading import device, load_model, named, with_adapters
 from tunewright.training.micro_batch import in_memory

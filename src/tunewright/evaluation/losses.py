@@ -20,7 +20,7 @@ from tunewright.data.review.suspects import AnswerLoss
 from tunewright.data.versions import DatasetVersion, Member, short
 from tunewright.data.versions.members import read_places
 from tunewright.evaluation.crossval import out_of_fold
-from tunewright.generation.decoding import prefill_groups
+from tunewright.generation.generate import prefill_groups
 from tunewright.models.bases import Base
 from tunewright.models.loading import context_length, load_model, named, with_adapters
 from tunewright.training.rows import encode_members, name_of, trained_spans

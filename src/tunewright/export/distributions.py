@@ -12,7 +12,8 @@ from torch import Tensor
 from tunewright.chat import ChatFormat
 from tunewright.export.parity import TOP
 from tunewright.export.probe import Probe
-from tunewright.generation.decoding import Completion, Request, generate
+from tunewright.generation.generate import generate
+from tunewright.generation.requests import Completion, Request
 
 _BATCH = 8
 

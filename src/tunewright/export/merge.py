@@ -20,7 +20,7 @@ from tunewright.export.record import MergeMeasurement
 from tunewright.export.templates import count_equal_renderings, exported_template
 from tunewright.export.trained_model import ArtifactOutputs, TrainedModel
 from tunewright.export.weights import MergeMethod, Weights, put_into, read_deltas, trained_dtype
-from tunewright.generation.decoding import Completion
+from tunewright.generation.requests import Completion
 from tunewright.models.bases import INDEX, Base
 from tunewright.models.hf_logging import quiet_transformers
 from tunewright.models.loading import device, load_model

@@ -20,7 +20,7 @@ from tunewright.export.distributions import Context, TopTokens, answer, distance
 from tunewright.export.parity import Figures
 from tunewright.export.probe import Probe, contexts
 from tunewright.export.weights import Weights, put_into, trained_dtype
-from tunewright.generation.decoding import Completion
+from tunewright.generation.requests import Completion
 from tunewright.metrics import Scorer, score_all
 from tunewright.models.bases import Base
 from tunewright.models.loading import load_model, with_adapters

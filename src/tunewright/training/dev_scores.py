@@ -14,7 +14,8 @@ from tunewright.config import Config
 from tunewright.core.progress import Reporter
 from tunewright.data.examples import Example
 from tunewright.data.versions import Member
-from tunewright.generation.decoding import Request, generate
+from tunewright.generation.generate import generate
+from tunewright.generation.requests import Request
 from tunewright.metrics import Scorer, check_references, score_all, scorer_of
 
 _ADAPTER = "default"

@@ -18,7 +18,8 @@ from tunewright.data.mix import exclusion_reasons
 from tunewright.data.versions import DatasetVersion, Member
 from tunewright.engines.choice import AnswerEngine, answer_engine
 from tunewright.engines.vllm.answers import VllmAnswers
-from tunewright.generation.decoding import Completion, Request, generate
+from tunewright.generation.generate import generate
+from tunewright.generation.requests import Completion, Request
 from tunewright.models.bases import Base
 from tunewright.training import distributed
 from tunewright.training.rows import encode_members, render_digest

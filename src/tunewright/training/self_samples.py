@@ -21,7 +21,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import digest, write_json
 from tunewright.core.progress import Reporter, Task
 from tunewright.data.examples import Example, Message, normalised
-from tunewright.generation.decoding import Completion, Request
+from tunewright.generation.requests import Completion, Request
 from tunewright.models.bases import Base
 
 METHOD = "magpie-3"

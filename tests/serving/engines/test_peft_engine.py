@@ -21,7 +21,8 @@ from tunewright.adapters.lora_weights import load_lora_weights
 from tunewright.adapters.registry import CONFIG, adapter_digest
 from tunewright.core.errors import UserError
 from tunewright.engines.protocol import AdapterFailedError, Delta, EngineStoppedError, RequestFailedError, stream
-from tunewright.generation.decoding import Request, generate
+from tunewright.generation.generate import generate
+from tunewright.generation.requests import Request
 from tunewright.serving.engines.peft import PREFILL_CHUNK, PeftEngine
 
 ENDLESS = Request((1, 2, 3), None, CONTEXT)

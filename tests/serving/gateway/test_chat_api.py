@@ -12,7 +12,8 @@ import pytest
 from served_model import CONTEXT, MODELS, TOKENIZER, build_model, decode, render, running_server
 
 from tunewright.data.examples import Message
-from tunewright.generation.decoding import Request, generate
+from tunewright.generation.generate import generate
+from tunewright.generation.requests import Request
 
 NAMES = list(MODELS)
 QUESTION: list[Any] = [{"role": "user", "content": "Which court is this?"}]

@@ -9,7 +9,8 @@ import openai
 import pytest
 from served_model import MODELS, STOPS, TOKENIZER, build_model, decode, running_server
 
-from tunewright.generation.decoding import Request, generate
+from tunewright.generation.generate import generate
+from tunewright.generation.requests import Request
 
 PROMPT = "Ravenna Municipal Court is "
 

@@ -77,7 +77,8 @@ def expected_answer_without_stop(reference: Any, adapter: str, content: str, max
     from served_model import TOKENIZER, decode, render
 
     from tunewright.data.examples import Message
-    from tunewright.generation.decoding import Request, generate
+    from tunewright.generation.generate import generate
+    from tunewright.generation.requests import Request
 
     request = Request(render([Message("user", content)]), adapter, max_tokens)
     (answer,) = generate(reference, [request], stop_ids=(), pad_id=TOKENIZER.pad_token_id, batch_size=1)

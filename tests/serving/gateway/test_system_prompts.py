@@ -16,7 +16,8 @@ from tenant_server import SHIP, Running, Stored, tenant_server, until
 
 from tunewright.config import GatewayConfig
 from tunewright.data.examples import Message
-from tunewright.generation.decoding import Request, generate
+from tunewright.generation.generate import generate
+from tunewright.generation.requests import Request
 from tunewright.serving.gateway.app import Gateway
 from tunewright.serving.gateway.auth import AnonymousAuth
 from tunewright.serving.gateway.server import serving

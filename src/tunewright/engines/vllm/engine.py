@@ -26,7 +26,7 @@ from tunewright.engines.child import Child
 from tunewright.engines.protocol import Delta, EngineStoppedError, RequestFailedError, TokenSink, deliver_stream
 from tunewright.engines.vllm import worker
 from tunewright.engines.vllm.launch import PACKAGE, list_adapters, plan
-from tunewright.generation.decoding import Finish, Request
+from tunewright.generation.requests import Finish, Request
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The valid values of ``--max-lora-rank`` (vLLM 0.32, MaxLoRARanks in vllm/config/lora.py)."""

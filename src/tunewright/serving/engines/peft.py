@@ -22,9 +22,11 @@ from tunewright.engines.protocol import (
     TokenSink,
 )
 from tunewright.generation.batched_lora import Lora
-from tunewright.generation.decoding import Batch, PrefillState, Request, Row, prefill_groups
+from tunewright.generation.decoding import Batch, PrefillState
+from tunewright.generation.generate import prefill_groups
 from tunewright.generation.lora_dispatch import adapter_sort_keys
 from tunewright.generation.openmp import release_openmp_threads
+from tunewright.generation.requests import Request, Row
 from tunewright.serving.engines.token_dispatch import Subscription, TokenDispatch
 
 log = logging.getLogger("tunewright")
