@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 from tunewright.config import DataConfig
 from tunewright.core.errors import UserError
+from tunewright.core.text import count_of
 
 FEWEST_TRAINING_PAIRS = 50
 """Training on fewer pairs is refused unless forced."""
@@ -200,8 +201,8 @@ def _too_few(clusters: Mapping[str, Sequence[str]], data: DataConfig) -> UserErr
     total = sum(len(keys) for keys in clusters.values())
     largest = max((len(keys) for keys in clusters.values()), default=0)
     what = (
-        f"Too few independent rows to split: {total} distinct rows in {len(clusters)} clusters (minimum "
-        f"{MINIMUM_CLUSTERS})"
+        f"Too few independent rows to split: {count_of(total, 'distinct row')} in {count_of(len(clusters), 'cluster')} "
+        f"(minimum {MINIMUM_CLUSTERS})"
     )
     fix = "Add more pairs: a few hundred are a good start."
     if data.split_by == "output_template" and total >= MINIMUM_CLUSTERS:
