@@ -229,6 +229,7 @@ def test_part_is_drawn_by_the_seed_with_equal_rows_per_intent() -> None:
     assert set(drawn) < set(rows) and drawn == SCRIPT.draw(rows, 5, 0) != SCRIPT.draw(rows, 5, 1)
 
 
+@pytest.mark.slow
 def test_part_of_the_published_files_is_the_measured_one(tmp_path: Path) -> None:
     """Its rows and splits come out the same, and no message is in a file of the project."""
     if not (SHARED / "banking77").is_dir():
@@ -384,6 +385,7 @@ NAMES = (
 """What has digits and is no figure of the run."""
 
 
+@pytest.mark.slow
 def test_prose_figures_follow_from_the_record() -> None:
     prose, _ = _page()
     for reported in [*_of_the_run(), *_of_dev(), *_of_test()]:

@@ -137,6 +137,7 @@ def test_train_refuses_dora_before_resolving_the_base(command: str, tmp_path: Pa
     assert not (folder / "evaluations").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_dora_is_trained_and_evaluated_but_not_served(
     quantization: str, tmp_path: Path, tiny_base_folder: Path

@@ -63,7 +63,13 @@ def _tokenizer(family: str) -> Any:
     return makers.mistral_tokenizer(next(name for name in makers.MISTRAL_FILES if name == family))
 
 
-@pytest.mark.parametrize("family", EXPECTED)
+# Building tekken's and Llama 3's large tokenizers takes seconds each; test_makers.py compares them with their makers'.
+LARGE = ("tekken", "v7-tekken", "llama3", "llama3_1", "llama3_2")
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=pytest.mark.slow if name in LARGE else ()) for name in EXPECTED]
+)
 def test_conversation_is_rendered_as_in_its_family(family: str) -> None:
     chat = chat_of(_tokenizer(family))
     row = chat.rows(CONVERSATION)[-1]

@@ -252,6 +252,7 @@ def test_tekken_json_overrides_a_tokenizer_json_with_another_rule(tmp_path: Path
     assert _encode(load_tokenizer(wrong), HINDI) == makers.mistral_encoder("v13").encode(HINDI, bos=False, eos=False)
 
 
+@pytest.mark.slow
 def test_tokenizer_json_with_a_wrong_rule_is_corrected(tmp_path: Path) -> None:
     # transformers knows the files that it corrects by their 100,000 tokens and more.
     folder = makers.build_mistral_base(tmp_path / "base", "v7-tekken")

@@ -131,6 +131,7 @@ def _dicts(messages: Sequence[Message]) -> Chat:
     return [{"role": m.role, "content": m.content} for m in messages]
 
 
+@pytest.mark.slow
 @settings(examples(2000, quick=100), suppress_health_check=list(HealthCheck))
 @given(conversations())
 def test_ids_prompts_and_masks_match_the_makers_encoders(messages: list[Message]) -> None:

@@ -145,6 +145,7 @@ def test_commands_refuse_edited_evidence_items_and_advice(project: Path, tmp_pat
     assert len(openings(project)) == 1
 
 
+@pytest.mark.slow
 def test_verdict_warns_of_rows_opened_by_an_earlier_version(project: Path, tmp_path: Path) -> None:
     assert tunewright("evaluate", "-p", project).code == 0
     first = openings(project)[0]["items"]

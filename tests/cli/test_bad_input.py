@@ -200,6 +200,7 @@ class _CtrlC(LogTask):
             os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("title", "after"),
     [

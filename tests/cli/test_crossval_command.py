@@ -184,6 +184,7 @@ def test_crossval_deals_other_folds_with_another_seed(project: Path) -> None:
     assert not set(after["lineage"]["folds"]) & set(before["lineage"]["folds"])
 
 
+@pytest.mark.slow
 def test_crossval_refuses_too_few_pairs_or_clusters_before_training(
     project: Path, tmp_path: Path, tiny_base_folder: Path
 ) -> None:

@@ -32,6 +32,7 @@ def curved(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> 
 Curved = tuple[Path, dict[str, Any], int, str]
 
 
+@pytest.mark.slow
 def test_curve_trains_each_seed_on_nested_parts(curved: Curved) -> None:
     project, document, _, _ = curved
     points = document["curve"]["points"]

@@ -191,6 +191,7 @@ def test_review_help_imports_no_heavy_package() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_review_completes_a_pass_on_a_terminal(project: Path) -> None:
     terminal = Terminal("data", "review", "-p", project, "--reviewer", "ada")
     terminal.wait_for("q quit")

@@ -32,6 +32,7 @@ def test_demo_whole_adds_advice_curve_and_judge_to_the_report(tmp_path: Path, ti
         assert f">{title}" in report, title
 
 
+@pytest.mark.slow
 def test_demo_ends_with_two_isolated_tenants(tmp_path: Path, tiny_base_folder: Path) -> None:
     project = tiny_project(tmp_path / "demo", tiny_base_folder)
     ran = tunewright("demo", project, "--json")

@@ -77,6 +77,7 @@ def test_vllm_with_a_grammar_is_refused_before_the_test_split_is_opened(
     assert not (project / "evaluations").exists()
 
 
+@pytest.mark.slow
 def test_evidence_comparison_report_and_comment_name_the_engine(
     project: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

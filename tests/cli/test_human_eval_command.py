@@ -172,6 +172,7 @@ def test_human_eval_journal_names_no_arm(project: Path, folder: Path, press: lis
         assert set(json.loads(line)) == {"event", "key", "reviewer", "when", "verdict", "reference"}
 
 
+@pytest.mark.slow
 def test_human_eval_keeps_verdicts_and_resumes_after_a_kill(project: Path, folder: Path) -> None:
     arguments = ("human-eval", ID, "-p", project, "--reviewer", "ada")
     terminal = Terminal(*arguments)

@@ -17,6 +17,8 @@ from tunewright.adapters.registry import WEIGHTS, Adapter, list_adapters, store_
 from tunewright.serving.engines import peft
 from tunewright.serving.engines.peft import PeftEngine
 
+pytestmark = pytest.mark.slow
+
 FORCED = ("--force", "--because", "what is tested here is isolation")
 
 

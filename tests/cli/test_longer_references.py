@@ -5,8 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from command_line import Ran, tiny_project, tunewright
 from tunewright.data.versions import load_version
+
+pytestmark = pytest.mark.slow
 
 TOLD = r"(\d+) of (\d+) {split} references are longer than the limit of 4 tokens.*? (\d+) tokens fit all of"
 

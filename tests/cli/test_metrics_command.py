@@ -111,6 +111,7 @@ def test_verdict_and_report_name_the_custom_metric(project: Path) -> None:
     assert "could not be scored in both arms and are left out" in page
 
 
+@pytest.mark.slow
 def test_run_reports_detectable_differences_before_training(project: Path) -> None:
     ran = tunewright("train", "-p", project, "--json")
     dev, test = ran.document["detectable_effects"]

@@ -13,6 +13,8 @@ from command_line import pairs, tiny_project, tunewright, write_jsonl
 from tunewright.data.examples import output_template
 from tunewright.data.versions import load_version
 
+pytestmark = pytest.mark.slow
+
 COLUMNS = ["city", "river", "state", "peak", "lake", "road", "town", "port"]
 
 

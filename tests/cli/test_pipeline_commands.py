@@ -33,6 +33,7 @@ def test_help_imports_no_torch() -> None:
     assert "run" in done.stdout
 
 
+@pytest.mark.slow
 def test_verdict_imports_no_torch(project: Path) -> None:
     code = (
         f"import sys, tunewright\nprint(tunewright.open({str(project)!r}).verdict().decision)\n"

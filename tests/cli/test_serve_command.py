@@ -48,6 +48,7 @@ def server(project: Path) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any
         process.communicate()
 
 
+@pytest.mark.slow
 def test_base_adapter_and_checkpoint_answer_the_openai_client(
     server: tuple[subprocess.Popen[str], dict[str, Any]],
 ) -> None:

@@ -10,6 +10,8 @@ import pytest
 
 from command_line import Ran, pairs, tiny_project, tunewright, write_jsonl
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> tuple[Path, Ran]:

@@ -421,6 +421,7 @@ def server(project: Path) -> Iterator[tuple[subprocess.Popen[str], str, str, lis
         process.communicate()
 
 
+@pytest.mark.slow
 def test_running_server_picks_up_a_deploy(
     project: Path, server: tuple[subprocess.Popen[str], str, str, list[Adapter]]
 ) -> None:

@@ -242,6 +242,7 @@ def test_evaluate_refuses_an_adapter_without_recorded_rendering(project: Path, t
     assert (ran.code, "does not record the chat format" in ran.stderr) == (2, True)
 
 
+@pytest.mark.slow
 def test_train_reuses_the_adapter_of_an_equivalent_config(project: Path, tmp_path: Path) -> None:
     """Targets are a set: their order in peft's file changed with Python's hash seed, and the adapter's name with it."""
     model_config = json.loads((find_adapter(project / "adapters").folder / "adapter_config.json").read_text())
@@ -252,6 +253,7 @@ def test_train_reuses_the_adapter_of_an_equivalent_config(project: Path, tmp_pat
     assert first["adapter"] == second["adapter"] == find_adapter(project / "adapters").name
 
 
+@pytest.mark.slow
 def test_run_uses_the_plain_template_for_a_base_without_one(tmp_path: Path) -> None:
     base = build_base(tmp_path / "base")
     (base / "chat_template.jinja").unlink()

@@ -265,6 +265,7 @@ for path in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_parquet_that_repeats_a_long_text_is_read_with_little_memory(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -310,6 +311,7 @@ def test_parquet_rows_equal_arrows_own(tmp_path: Path, options: dict[str, Any]) 
     assert rows == pq.read_table(path).to_pylist()
 
 
+@pytest.mark.slow
 def test_parquet_batches_are_small_where_values_share_their_prefix(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -376,6 +378,7 @@ def test_rows_are_read_lazily(tmp_path: Path) -> None:
     assert done < total / 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lines", "array", "csv"])
 def test_rows_are_not_held_after_reading(tmp_path: Path, kind: str) -> None:
     path, count = tmp_path / kind, 10_000

@@ -209,6 +209,7 @@ def _purge_and_die_at(project: ProjectFolder, call: int) -> None:
     _purge(project)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [31, pytest.param(7, marks=pytest.mark.slow)])
 def test_purge_killed_at_any_file_call_is_finished_when_repeated(every: int, template: Path, tmp_path: Path) -> None:
     """The version stays whole meanwhile: what is damaged is at most what the log says is purged."""

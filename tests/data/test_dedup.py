@@ -161,6 +161,7 @@ def test_similarities_are_jaccard_of_character_4_grams(a: str, b: str) -> None:
     assert _found([a, b], 0.01).get((1, 0), 0.0) == pytest.approx(jaccard(a, b))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threshold", [0.5, 0.8])
 def test_near_pairs_are_complete_for_long_texts_and_many_blocks(threshold: float) -> None:
     """Templates with slots and edited copies of long texts, as in real families."""

@@ -247,6 +247,7 @@ def _append_many(folder: Path, name: str) -> None:
         append_reviews(folder, [_judged(f"{name}{number}", reviewer=name, verdict="edit", output="x" * 9000)])
 
 
+@pytest.mark.slow
 def test_concurrent_writers_lose_nothing(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     writers = [context.Process(target=_append_many, args=(tmp_path, name)) for name in ("ada", "ben")]

@@ -89,6 +89,7 @@ def test_lm_eval_task_equals_one_choice_at_a_time_with_adapter_off_and_on(
     assert "Loading" not in again.stderr
 
 
+@pytest.mark.slow
 @installed
 @pytest.mark.parametrize(
     ("suite", "words"),

@@ -28,6 +28,7 @@ def _benchmark() -> Any:
 CALIBRATION = _benchmark()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "setting",
     [

@@ -47,11 +47,7 @@ def _trained(folder: Path, architecture: Literal["llama", "mistral"], quantizati
     return project
 
 
-# By architecture, the marks of a test of faults, which are found alike in both.
-ARCHITECTURES: dict[str, tuple[pytest.MarkDecorator, ...]] = {"llama": (), "mistral": (pytest.mark.slow,)}
-
-
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(scope="module", params=["llama", pytest.param("mistral", marks=pytest.mark.slow)])
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _trained(tmp_path_factory.mktemp(request.param), request.param)
 
@@ -181,11 +177,8 @@ def a_file_that_is_none(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(gguf_model, "add_tokenizer", lambda *given: None)
 
 
-@pytest.mark.parametrize(
-    ("name", "trained"),
-    [pytest.param(name, kind, marks=marks) for kind, marks in ARCHITECTURES.items() for name in FAULTS],
-    indirect=["trained"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAULTS)
 def test_export_detects_a_planted_fault_and_keeps_only_the_record(
     name: str, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,6 +199,7 @@ def test_export_detects_a_planted_fault_and_keeps_only_the_record(
         assert [path.suffix for path in (project / "exports").iterdir()] != [".json"]
 
 
+@pytest.mark.slow
 def test_merge_over_nf4_measures_both_methods_and_takes_the_closer(tmp_path: Path) -> None:
     project = _trained(tmp_path, "llama", "nf4")
     ran = tunewright("export", "merge", "-p", project, "--json")

@@ -127,6 +127,7 @@ def _by_go(jobs: list[dict[str, Any]], folder: Path) -> list[list[str]]:
     return rendered
 
 
+@pytest.mark.slow
 def test_go_template_renders_as_the_chat_template(
     found: dict[str, tuple[ChatFormat, GoTemplate]], tmp_path: Path
 ) -> None:

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 HELPERS = """
 import os, torch
 from tunewright.generation.openmp import release_openmp_threads

@@ -17,6 +17,8 @@ from tunewright.core.errors import UserError
 from tunewright.models.memory.estimate import BatchShape
 from tunewright.training.lora import require_precision
 
+pytestmark = pytest.mark.slow
+
 BATCH, MICRO = 4, 2
 LOAD = BatchShape(rows=BATCH, shared=24, own=12, trained=4)
 

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from card_process import CardProcess
 
+pytestmark = pytest.mark.slow
+
 LAYERS = 2
 
 BASE, ONE, ONE_IN_4_BITS, SEVERAL, SEVERAL_AND_BASE = 40, 65, 72, 76, 80

@@ -215,6 +215,7 @@ def test_run_evaluated_at_every_step_keeps_nine_adapters(
     assert went_on.checkpoints.keys() == whole.checkpoints.keys()
 
 
+@pytest.mark.slow
 def test_answered_dev_rows_are_bounded_and_zero_lets_the_loss_decide(tmp_path: Path, tiny_base_folder: Path) -> None:
     reported = StopAfter()
     some = _opened_project(tmp_path / "some", tiny_base_folder, reported, eval_max_samples=5).train().adapter

@@ -82,6 +82,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path, serve
     return find_adapter(folder / "adapters"), ended.stdout + ended.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_losses_and_adapter_of_one(alone: Adapter, pair: tuple[Adapter, str]) -> None:
     """Prompts are shared, gradients accumulated, and an epoch's last step has one row: one process gets none."""
     from safetensors.torch import load_file
@@ -168,6 +169,7 @@ def test_error_in_one_process_ends_all_with_one_message(tmp_path: Path, tiny_bas
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("batch", "count", "words"),
     [

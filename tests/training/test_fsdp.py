@@ -177,6 +177,7 @@ def test_fsdp_over_nf4_resumes_to_the_same_adapter_when_killed_while_saving(
     assert find_adapter(folder / "adapters").digest == divided_in_4_bits.digest
 
 
+@pytest.mark.slow
 def test_train_refuses_replay_once_when_fsdp_shards_the_base(
     tmp_path: Path, tiny_base_folder: Path, server: Server
 ) -> None:

@@ -14,6 +14,8 @@ from tunewright.core.progress import LogReporter
 from tunewright.training.checkpoints import latest_complete_checkpoint
 from tunewright.training.train import PausedRun, TrainResult, train, train_until
 
+pytestmark = pytest.mark.slow
+
 
 def _opened_project(folder: Path, base: Path) -> Project:
     if not folder.exists():

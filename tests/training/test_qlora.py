@@ -219,6 +219,7 @@ def test_qlora_run_resumes_to_the_same_adapter(
     assert _opened_project(folder, tiny_base_folder).train().adapter.digest == adapter.digest
 
 
+@pytest.mark.slow
 def test_evaluation_quantizes_the_base_as_training_did(project: Path, adapter: Adapter) -> None:
     as_trained = tunewright.open(project).evaluate().evidence
     assert as_trained.lineage["decoding"]["quantization"] == "nf4"

@@ -14,6 +14,8 @@ from tiny import byte_tokenizer, chat_of
 from tunewright.data.versions import Member
 from tunewright.training.rows import encode_members
 
+pytestmark = pytest.mark.slow
+
 TOKENIZERS: dict[str, Callable[[], Any]] = {
     "llama3_2": partial(makers.llama3_tokenizer, "llama3_2"),
     "mistral-v3": partial(makers.mistral_tokenizer, "v3"),

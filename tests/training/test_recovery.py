@@ -110,6 +110,7 @@ def test_run_killed_at_ten_random_moments_ends_with_the_same_adapter(
     assert not list((folder / ".tunewright" / "training").iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_ctrl_c_and_sigterm_save_the_step_first(
     number: signal.Signals, tmp_path: Path, tiny_base_folder: Path, server: Server, unkilled: str
@@ -216,6 +217,7 @@ def _flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flipped", "missing", "goes_on", "words"),
     [
@@ -297,6 +299,7 @@ def test_full_disk_loses_no_checkpoint(tmp_path: Path, tiny_base_folder: Path, s
         assert find_adapter(folder / "adapters").digest == unkilled
 
 
+@pytest.mark.slow
 def test_read_only_disk_is_reported_and_loses_nothing(
     tmp_path: Path, killed: Path, server: Server, unkilled: str
 ) -> None:

@@ -108,6 +108,7 @@ def test_replay_is_part_of_what_decides_the_adapter(
         file.write_text(file.read_text().replace(f"replay: {other}", "replay: {samples: 6}"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [pytest.param(1, marks=pytest.mark.slow), 14])
 def test_stopped_run_with_replay_resumes_to_the_same_adapter(
     after: int, replayed: TrainResult, tmp_path: Path, tiny_base_folder: Path
@@ -138,6 +139,7 @@ def test_replay_works_together_with_a_mix_in(tmp_path: Path, tiny_base_folder: P
     assert lineage["replay"]["rows"] == 6
 
 
+@pytest.mark.slow
 def test_sweep_counts_the_rows_drawn_and_not_those_requested(
     tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -113,6 +113,7 @@ def test_instruction_is_cut_at_end_text_and_missing_without_an_end() -> None:
 # The draw
 
 
+@pytest.mark.slow
 def test_draw_depends_on_the_seed_alone_and_is_kept(tmp_path: Path, tiny_base_folder: Path) -> None:
     project = replay_project(tmp_path / "a", tiny_base_folder)
     model = load_model(project.base, "float32", "none")
@@ -131,6 +132,7 @@ def test_draw_depends_on_the_seed_alone_and_is_kept(tmp_path: Path, tiny_base_fo
     )
 
 
+@pytest.mark.slow
 def test_small_draw_is_the_start_of_a_larger_one(tmp_path: Path, tiny_base_folder: Path) -> None:
     project = replay_project(tmp_path / "project", tiny_base_folder)
     model = load_model(project.base, "float32", "none")

@@ -106,6 +106,7 @@ def test_run_resumes_to_the_same_adapter_after_a_stop(
     assert not work.exists()
 
 
+@pytest.mark.slow
 def test_stop_abandons_a_long_step_and_saves_the_previous_one(
     tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,6 +142,7 @@ def test_stop_abandons_a_long_step_and_saves_the_previous_one(
     assert stopped.train().adapter.digest == unstopped.adapter.digest
 
 
+@pytest.mark.slow
 def test_train_skips_known_inputs_and_trains_another_seed(
     unstopped: TrainResult, tmp_path: Path, tiny_base_folder: Path
 ) -> None:

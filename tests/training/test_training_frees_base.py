@@ -52,6 +52,7 @@ def test_crossval_holds_one_base_at_a_time(counts: list[int], tmp_path: Path, ti
     assert counts == [0] * 4
 
 
+@pytest.mark.slow
 def test_sweep_holds_one_base_at_a_time(counts: list[int], tmp_path: Path, tiny_base_folder: Path) -> None:
     project = _opened_project(tmp_path / "project", tiny_base_folder, also="\n  replay: {samples: 6}")
     project.sweep(rates=[1e-3, 1e-2])

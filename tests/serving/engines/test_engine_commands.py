@@ -15,6 +15,8 @@ from command_line import tiny_project
 from command_line import tunewright as command
 from tunewright.adapters.registry import list_adapters
 
+pytestmark = pytest.mark.slow
+
 KINDS = [pytest.param("llamacpp", id="llamacpp"), pytest.param("vllm", id="vllm", marks=pytest.mark.vllm)]
 
 

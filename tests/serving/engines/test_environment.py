@@ -91,6 +91,7 @@ def test_install_resumes_and_reinstalls_incomplete_packages(
     assert record.read_text() == whole
 
 
+@pytest.mark.slow
 def test_environment_that_fails_to_import_is_not_complete(wheels: Path, tmp_path: Path) -> None:
     place = tmp_path / "place"
     with pytest.raises(UserError, match="No module named 'nothing'"):
@@ -122,6 +123,7 @@ def test_every_build_pins_each_package_once_and_the_known_vllm_release(
         assert not any(name.startswith("nvidia") for name in names)
 
 
+@pytest.mark.slow
 def test_install_names_the_missing_build_and_the_torch_index_option(wheels: Path) -> None:
     pins = (*PINS, "torch==1.0+cpu")
     with pytest.raises(UserError, match=r"pip cannot find torch==1\.0\+cpu") as caught:

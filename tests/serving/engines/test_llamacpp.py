@@ -51,6 +51,7 @@ def _answer(ids: list[int], limit: int) -> Answer:
     return Answer(tuple(ids), "length" if len(ids) == limit else "stop")
 
 
+@pytest.mark.slow
 def test_llama_cpp_with_our_settings_is_isolated(
     small_base: Path, small_adapters: dict[str, Path], reference: PeftReference
 ) -> None:

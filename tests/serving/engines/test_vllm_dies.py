@@ -140,6 +140,7 @@ def test_hang_is_detected_when_all_clients_disconnect(engine: VllmEngine, monkey
     wait_until(lambda: engine.child.starts == 2 and engine.stopped is None)
 
 
+@pytest.mark.slow
 def test_child_is_given_up_after_repeated_crashes(
     engine: VllmEngine, orders: Path, reporter: StopAfter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,6 +154,7 @@ def test_child_is_given_up_after_repeated_crashes(
     assert "it is broken" in reporter.warnings[-1]
 
 
+@pytest.mark.slow
 def test_hanging_vllm_ends_with_a_killed_gateway_and_the_next_start_removes_its_folder(
     tmp_path: Path, orders: Path, short_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

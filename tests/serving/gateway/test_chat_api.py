@@ -117,6 +117,7 @@ def test_answer_ends_before_a_stop_string(client: openai.OpenAI, stream: bool) -
     assert (answer, finish) == (text[: text.index(stop)], "stop")
 
 
+@pytest.mark.slow
 def test_sixty_concurrent_requests_answer_as_each_alone(url: str) -> None:
     bodies: list[dict[str, Any]] = [
         {

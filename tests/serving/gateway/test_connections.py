@@ -331,6 +331,7 @@ def server_under_a_limit(soft: int, hard: int) -> Iterator[tuple[subprocess.Pope
         yield process, url, int(limit)
 
 
+@pytest.mark.slow
 def test_newcomers_are_answered_with_more_idle_connections_than_descriptors() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     raise_descriptor_limit(min(2048, hard))
@@ -346,6 +347,7 @@ def test_newcomers_are_answered_with_more_idle_connections_than_descriptors() ->
     assert "idle connection at the maximum of 200" in reached
 
 
+@pytest.mark.slow
 def test_soft_limit_of_descriptors_is_raised_at_the_start() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < 8192:

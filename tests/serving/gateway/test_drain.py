@@ -13,6 +13,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+pytestmark = pytest.mark.slow
+
 SERVER = """
 import sys
 from scripted_engine import LIMITS, MODELS, TOKENIZATION, ScriptedEngine

@@ -54,6 +54,7 @@ def test_release_drops_no_request(
     until(lambda: server.loaded == {adapters["one"].digest, adapters["two"].digest})
 
 
+@pytest.mark.slow
 def test_running_answer_keeps_its_adapter_during_a_release(
     state_url: str, state: State, two_tenants: dict[str, str], adapters: dict[str, Stored], reference: Any
 ) -> None:
@@ -126,6 +127,7 @@ def test_release_that_fails_to_load_keeps_the_one_before_it_live(
     assert ask(client, "courts")[1] == adapters["one"].digest
 
 
+@pytest.mark.slow
 def test_canary_answers_its_share_and_keeps_its_conversations(
     server: Running, state: State, two_tenants: dict[str, str], adapters: dict[str, Stored], reference: Any
 ) -> None:

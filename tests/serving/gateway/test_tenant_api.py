@@ -342,6 +342,7 @@ def test_every_request_is_refused_when_the_state_is_unavailable(
     ask(client, "courts")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("table", ["api_keys", "requests"])
 def test_server_is_not_ready_while_the_state_refuses_requests(
     server: Running, state_url: str, two_tenants: dict[str, str], table: str

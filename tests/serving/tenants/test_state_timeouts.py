@@ -31,6 +31,7 @@ def test_server_limits_statements_and_every_process_limits_locks(state_url: str,
     database.close()
 
 
+@pytest.mark.slow
 def test_server_ends_a_statement_that_takes_too_long(state_url: str) -> None:
     database = Database(f"{state_url}%20-cstatement_timeout%3D0", serving=True)  # only our own limit is left
     with pytest.raises(StateUnavailableError), database.reading() as connection:
@@ -39,6 +40,7 @@ def test_server_ends_a_statement_that_takes_too_long(state_url: str) -> None:
     database.close()
 
 
+@pytest.mark.slow
 def test_frozen_postgresql_is_unavailable_and_answers_again_later(state_url: str, postgres: Path) -> None:
     with State(state_url, serving=True) as state:
         state.tenants.add("acme")
@@ -49,6 +51,7 @@ def test_frozen_postgresql_is_unavailable_and_answers_again_later(state_url: str
         assert [tenant.name for tenant in state.tenants.list()] == ["acme"]
 
 
+@pytest.mark.slow
 def test_open_fails_when_the_address_never_answers(state_url: str) -> None:
     del state_url
     with socket.create_server(("127.0.0.1", 0)) as silent:
