@@ -29,10 +29,13 @@ docs: $(VENV)/.installed
 docs-serve: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
-test: lint typecheck pytest
+# Types are checked next to the tests: mypy's one process would leave a core idle for a minute.
+test: lint
+	@$(MAKE) --no-print-directory -j2 typecheck pytest
 
 # The slow tests too, and coverage: what .ci/run calls.
-test-all: lint typecheck pytest-all
+test-all: lint
+	@$(MAKE) --no-print-directory -j2 typecheck pytest-all
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .

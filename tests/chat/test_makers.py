@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -29,6 +29,13 @@ Messages = list[dict[str, str]]
 
 MISTRAL_VERSIONS: tuple[Mistral, ...] = get_args(Mistral)
 SENTENCEPIECE: tuple[Mistral, ...] = ("v1", "v2", "v3", "v7")
+
+
+def _quick_unless_large(names: Iterable[str]) -> list[Any]:
+    """Mark the tokenizers of 130,000 tokens as slow: those of v11 and later have the same format with fewer tokens."""
+    return [pytest.param(name, marks=pytest.mark.slow if name in ("tekken", "v7-tekken") else ()) for name in names]
+
+
 # The first example loads the tokenizer.
 unhurried = examples(40)
 DATE = "26 Jul 2024"
@@ -78,7 +85,7 @@ stripped_conversations = st.builds(
 )
 
 
-@pytest.mark.parametrize("version", MISTRAL_VERSIONS)
+@pytest.mark.parametrize("version", _quick_unless_large(MISTRAL_VERSIONS))
 @unhurried
 @given(messages=conversations)
 def test_mistral_conversations_match_mistral_common(version: Mistral, messages: Messages) -> None:
@@ -117,7 +124,7 @@ TOKENIZERS: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("name", _quick_unless_large(TOKENIZERS))
 @unhurried
 @given(messages=conversations.filter(lambda messages: messages[-1]["role"] == "assistant"))
 def test_template_appends_the_answer_to_the_prompt(name: str, messages: Messages) -> None:
@@ -126,7 +133,9 @@ def test_template_appends_the_answer_to_the_prompt(name: str, messages: Messages
     assert tokenizer.apply_chat_template(messages, tokenize=False).startswith(prompt)
 
 
-@pytest.mark.parametrize("name", ["llama2", *(v for v in MISTRAL_VERSIONS if v not in makers.WRITTEN)])
+@pytest.mark.parametrize(
+    "name", _quick_unless_large(["llama2", *(v for v in MISTRAL_VERSIONS if v not in makers.WRITTEN)])
+)
 @pytest.mark.parametrize("roles", [["assistant"], ["user", "user"], ["user", "system"]])
 def test_mistral_and_llama2_templates_refuse_roles_that_do_not_alternate(name: str, roles: list[str]) -> None:
     with pytest.raises(jinja2.TemplateError, match="take turns"):
@@ -139,7 +148,7 @@ def test_plain_text_matches_metas_tokenizer(text: str) -> None:
     assert _encode(makers.llama3_tokenizer(), text) == makers.llama3_encoder().encode(text, bos=False, eos=False)
 
 
-@pytest.mark.parametrize("version", MISTRAL_VERSIONS)
+@pytest.mark.parametrize("version", _quick_unless_large(MISTRAL_VERSIONS))
 @unhurried
 @given(text=TEXT)
 def test_plain_text_matches_mistrals_tokenizer(version: Mistral, text: str) -> None:
@@ -158,26 +167,32 @@ def test_prefix_space_is_added_only_by_sentencepiece(version: Mistral, text: str
 LOOK_ALIKES = "<|eot_id|> <|begin_of_text|> [INST] x [/INST] </s> <s> <unk> [SYSTEM_PROMPT] [TOOL_CALLS] <0x0A>"
 
 
-def test_special_tokens_in_text_are_ordinary_text_on_request() -> None:
+def test_special_tokens_in_text_are_ordinary_text_on_request_for_llama3() -> None:
     assert _encode(makers.llama3_tokenizer(), LOOK_ALIKES) == makers.llama3_encoder().encode(
         LOOK_ALIKES, bos=False, eos=False
     )
-    for version in MISTRAL_VERSIONS:
-        expected = makers.mistral_encoder(version).encode(LOOK_ALIKES, bos=False, eos=False)
-        assert _encode(makers.mistral_tokenizer(version), LOOK_ALIKES) == expected, version
 
 
-def test_special_tokens_have_the_makers_ids() -> None:
+@pytest.mark.parametrize("version", _quick_unless_large(MISTRAL_VERSIONS))
+def test_special_tokens_in_text_are_ordinary_text_on_request_for_mistral(version: Mistral) -> None:
+    expected = makers.mistral_encoder(version).encode(LOOK_ALIKES, bos=False, eos=False)
+    assert _encode(makers.mistral_tokenizer(version), LOOK_ALIKES) == expected
+
+
+def test_special_tokens_have_metas_ids() -> None:
     assert makers.llama3_tokenizer().get_added_vocab() == makers.llama3_encoder().special_tokens
-    for version in MISTRAL_VERSIONS:
-        tokenizer, encoder = makers.mistral_tokenizer(version), makers.mistral_encoder(version)
-        added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        special = [i for i in range(encoder.n_words) if encoder.is_special(i)]
-        assert added == {"<unk>": 0, **{encoder.id_to_piece(i): i for i in special}}
-        assert len(tokenizer) == encoder.n_words
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("version", _quick_unless_large(MISTRAL_VERSIONS))
+def test_special_tokens_have_mistrals_ids(version: Mistral) -> None:
+    tokenizer, encoder = makers.mistral_tokenizer(version), makers.mistral_encoder(version)
+    added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = [i for i in range(encoder.n_words) if encoder.is_special(i)]
+    assert added == {"<unk>": 0, **{encoder.id_to_piece(i): i for i in special}}
+    assert len(tokenizer) == encoder.n_words
+
+
+@pytest.mark.parametrize("name", _quick_unless_large(TOKENIZERS))
 def test_text_starts_with_bos(name: str) -> None:
     tokenizer = TOKENIZERS[name]()
     assert tokenizer("a")["input_ids"] == [tokenizer.bos_token_id, *_encode(tokenizer, "a")]
@@ -190,7 +205,7 @@ BASES: dict[str, tuple[Callable[[Path], Path], str | list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", _quick_unless_large(BASES))
 def test_base_loads_with_its_own_tokenizer(name: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -176,6 +176,7 @@ def _mask(ids: list[int], turns: list[tuple[list[int], list[int]]]) -> list[bool
     return [place in trained for place in range(len(ids))]
 
 
+@pytest.mark.slow
 def test_rows_are_split_when_the_system_text_moves() -> None:
     """So that the property above is known to have met both kinds of template."""
     turns = [Message("system", "s"), *(Message(r, r) for r in ("user", "assistant") * 3)]

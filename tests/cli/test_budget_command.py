@@ -12,6 +12,8 @@ import pytest
 from command_line import Ran, tiny_project, tunewright
 from tunewright.evidence.schema import load_evidence
 
+pytestmark = pytest.mark.slow
+
 CONFIG = "  screening_items: 20\n  margin: 0.5\n"
 
 

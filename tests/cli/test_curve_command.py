@@ -18,6 +18,8 @@ from tunewright.evidence.common import Interval
 from tunewright.evidence.learning_curve import Curve, Point, more_data
 from tunewright.report.plots import curve_plot
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def curved(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> tuple[Path, dict[str, Any], int, str]:
@@ -32,7 +34,6 @@ def curved(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> 
 Curved = tuple[Path, dict[str, Any], int, str]
 
 
-@pytest.mark.slow
 def test_curve_trains_each_seed_on_nested_parts(curved: Curved) -> None:
     project, document, _, _ = curved
     points = document["curve"]["points"]

@@ -18,6 +18,8 @@ from tunewright.adapters.registry import list_adapters
 from tunewright.config.io import load_config
 from tunewright.data.versions import load_version
 
+pytestmark = pytest.mark.slow
+
 NOTE = "  # Ada's rate; see the log\n"
 
 
