@@ -18,7 +18,7 @@ from tunewright.data.readers.encodings import invalid_byte_positions
 from tunewright.data.readers.json_rows import RawRow, numbers_note
 from tunewright.data.readers.mapping import PARENT, Parent, compile_jmespath, require_groups_found
 from tunewright.data.readers.row_errors import CODES, JsonPath
-from tunewright.data.readers.validate import RowError, row_object
+from tunewright.data.readers.validate import RowError, repeated_key, row_object
 
 _WHERE = "data.rows (--rows)"
 _TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[{}]|NaN|-?Infinity', re.DOTALL)
@@ -109,8 +109,7 @@ def _read(text: str, path: Path) -> _Document:
     def keep(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         row = dict(pairs)
         if len(row) < len(pairs):
-            keys = [key for key, _ in pairs]
-            doubles[len(document.objects)] = next(key for key in keys if keys.count(key) > 1)
+            doubles[len(document.objects)] = repeated_key(pairs)
         document.objects.append(row)
         return row
 

@@ -31,7 +31,7 @@ def compile_jmespath(expression: str, where: str, fix: str) -> jmespath.parser.P
     """
     try:
         return jmespath.compile(expression)
-    except (JMESPathError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # JMESPath's own are ValueErrors, as is a number of too many digits
         what = f"Invalid JMESPath expression: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         raise UserError(what, where=where, fix=fix) from None
 
