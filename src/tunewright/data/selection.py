@@ -16,7 +16,7 @@ from jmespath.exceptions import JMESPathError
 from tunewright.core.csv import read_sheet
 from tunewright.core.errors import UserError
 from tunewright.core.io import text_lines
-from tunewright.data.readers.mapping import compile_jmespath
+from tunewright.data.readers.mapping import compile_jmespath, search_jmespath
 from tunewright.data.trace import source_name
 from tunewright.data.versions import IMPORTS, Member, list_versions, short, version_folder
 
@@ -246,7 +246,7 @@ def _query(expression: str) -> Any:
 
     def matches(document: dict[str, Any]) -> bool:
         try:
-            value = compiled.search(document)
+            value = search_jmespath(compiled, document)
         except JMESPathError as error:
             what = f"The expression fails on row {short(document['key'])}: {error}"
             raise UserError(what, where="--where", fix=_EXAMPLES) from None

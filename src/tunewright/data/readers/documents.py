@@ -16,7 +16,7 @@ from jmespath.exceptions import JMESPathError
 from tunewright.core.errors import UserError
 from tunewright.data.readers.encodings import invalid_byte_positions
 from tunewright.data.readers.json_rows import RawRow, numbers_note
-from tunewright.data.readers.mapping import PARENT, Parent, compile_jmespath, require_groups_found
+from tunewright.data.readers.mapping import PARENT, Parent, compile_jmespath, require_groups_found, search_jmespath
 from tunewright.data.readers.row_errors import CODES, JsonPath
 from tunewright.data.readers.validate import RowError, repeated_key, row_object
 
@@ -153,8 +153,8 @@ def _tokens(text: str) -> tuple[list[tuple[int, int]], list[tuple[int, str]]]:
 
 def _found(document: _Document, expression: str) -> list[Any]:
     try:
-        found = check_expression(expression).search(document.value)
-    except (JMESPathError, RecursionError) as error:
+        found = search_jmespath(check_expression(expression), document.value)
+    except JMESPathError as error:
         raise UserError(f"{expression!r} fails on {document.path}: {error}", where=_WHERE) from None
     if isinstance(found, list) and found:
         return found
