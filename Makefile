@@ -8,7 +8,7 @@ DEMO   ?= build/demo
 # Containers set this: each command that is started would compile the package again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-whole gpu-proof docs docs-serve test test-all lint typecheck pytest pytest-all fuzz test-vllm test-clients test-demo test-wheel notebook check-clean clean
+.PHONY: demo demo-whole gpu-proof docs docs-serve test test-all lint typecheck pytest pytest-all fuzz test-vllm test-clients test-demo test-wheel notebook audit sbom check-clean clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tunewright demo $(DEMO)
@@ -89,6 +89,20 @@ test-wheel: $(VENV)/.installed
 # The notebook's outputs, from a run with the bundled base. `make test` runs it on a tiny base and keeps nothing.
 notebook: $(VENV)/.installed
 	$(BIN)/jupyter-execute --inplace --timeout=3600 examples/quickstart.ipynb
+
+# Published advisories on every pinned package. ADVISORIES=optional: without a network it says so and passes.
+audit: $(VENV)/.installed build/audit/.installed
+	$(BIN)/python tests/check_advisories.py build/audit/bin/pip-audit $(ADVISORIES)
+
+# Every package of .venv, those of development too, with versions and licences: CycloneDX 1.6, checked by its schema.
+sbom: $(VENV)/.installed build/audit/.installed
+	build/audit/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --validate \
+	    --output-file build/sbom.cdx.json $(BIN)/python
+
+build/audit/.installed: Makefile
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/pip install --quiet --disable-pip-version-check cyclonedx-bom==7.5.0 pip-audit==2.10.1
+	touch $@
 
 # What a newcomer gets: a fresh clone, an empty cache, the README's own command.
 check-clean:

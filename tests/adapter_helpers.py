@@ -12,17 +12,31 @@ import pytest
 from safetensors.numpy import save_file
 
 from command_line import tunewright
+from tunewright.adapters.private_keys import NEW_PASSPHRASE, PASSPHRASE, PrivateKey, new_private_key
 from tunewright.adapters.registry import CONFIG, LINEAGE, WEIGHTS, write_manifest
 from tunewright.core.io import write_json
+from tunewright.core.progress import LogReporter
 
 SHAPES = {"q_proj": (64, 64), "v_proj": (64, 32)}
 """Inputs and outputs in the tiny base."""
 
 
+PHRASE = "correct horse battery"
+
+
 def own_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A data folder of the test's own; private keys go there."""
+    """A data folder of the test's own; private keys go there, encrypted with a passphrase from the environment."""
+    for variable in (PASSPHRASE, NEW_PASSPHRASE):
+        monkeypatch.delenv(variable, raising=False)
+        monkeypatch.delenv(f"{variable}_FILE", raising=False)
+    monkeypatch.setenv(PASSPHRASE, PHRASE)
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data-home"))
     return tmp_path / "data-home" / "tunewright" / "keys"
+
+
+def create_key(name: str) -> PrivateKey:
+    """A new key, unlocked."""
+    return new_private_key(name, LogReporter())
 
 
 def lora_weights(rank: int = 4, size: float = 0.01, seed: int = 0) -> dict[str, Any]:

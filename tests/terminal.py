@@ -45,6 +45,14 @@ class Terminal:
             time.sleep(0.01)
         os.write(self.handle, key.encode())
 
+    def type(self, line: str, seconds: float = 300) -> None:
+        """Enter a line that is not shown, once the command waits for one: what is typed before would be shown."""
+        end = time.monotonic() + seconds
+        while termios.tcgetattr(self.handle)[3] & termios.ECHO:
+            assert time.monotonic() < end, "no secret was asked for"
+            time.sleep(0.01)
+        os.write(self.handle, f"{line}\n".encode())
+
     def code(self) -> int:
         """The exit code."""
         _, wait_status = os.waitpid(self.pid, 0)

@@ -13,13 +13,13 @@ from safetensors.numpy import load_file, save_file
 import tunewright as api
 from adapter_helpers import (
     claim,
+    create_key,
     import_adapter,
     own_keys,
     refused_import,
 )
 from command_line import tiny_project, tunewright
 from tiny import build_base
-from tunewright.adapters.keys import new_private_key
 from tunewright.adapters.manifest import MANIFEST, SIGNATURE
 from tunewright.adapters.registry import WEIGHTS, adapter_digest, write_manifest
 from tunewright.core.errors import UserError
@@ -148,7 +148,7 @@ def test_unsigned_claim_of_inputs_does_not_prevent_training(ours: Path, other: P
 def _signed(folder: Path, project: Path, name: str = "ann", *, trust: bool = True) -> None:
     from tunewright.adapters.signing import sign
 
-    key = new_private_key(name)
+    key = create_key(name)
     sign(folder, key)
     if trust:
         api.open(project).keys.trust(name)
@@ -163,7 +163,7 @@ def test_import_believes_claims_signed_by_a_trusted_key(ours: Path, other: Path)
 
 
 def test_import_refuses_unsigned_adapters_when_keys_are_trusted(ours: Path, other: Path) -> None:
-    new_private_key("ann")
+    create_key("ann")
     api.open(other).keys.trust("ann")
     assert "The adapter is unsigned, and this project requires a trusted signature" in refused_import(other, ours)
     _signed(ours, other, "bob", trust=False)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 import stat
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,14 +23,16 @@ from securesystemslib.dsse import Envelope
 from securesystemslib.exceptions import VerificationError
 from securesystemslib.signer import SSlibKey
 
-from adapter_helpers import lora_weights, own_keys, write_adapter
-from tunewright.adapters.keys import PrivateKey, TrustedKeys, new_private_key, private_key, private_keys
+from adapter_helpers import create_key, lora_weights, own_keys, write_adapter
+from tunewright.adapters.keys import TrustedKeys
 from tunewright.adapters.manifest import LOCAL, MANIFEST, SIGNATURE
+from tunewright.adapters.private_keys import PrivateKey, private_key, private_keys
 from tunewright.adapters.registry import CONFIG, LINEAGE, WEIGHTS, Adapter, store_adapter
 from tunewright.adapters.signing import PAYLOAD_TYPE, sign, signing_key, store_signer
 from tunewright.adapters.trust import require_trusted, trust_status
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, write_json
+from tunewright.core.progress import LogReporter
 
 
 @pytest.fixture(autouse=True)
@@ -36,9 +40,18 @@ def keys_of_my_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return own_keys(tmp_path, monkeypatch)
 
 
+@pytest.fixture(scope="module")
+def first_key(tmp_path_factory: pytest.TempPathFactory) -> PrivateKey:
+    """One key for all tests: encrypting takes a sixth of a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        own_keys(tmp_path_factory.mktemp("keys"), patch)
+        return create_key("ann")
+
+
 @pytest.fixture
-def ann() -> PrivateKey:
-    return new_private_key("ann")
+def ann(first_key: PrivateKey, keys_of_my_own: Path) -> PrivateKey:
+    keys_of_my_own.mkdir(parents=True, mode=0o700)
+    return replace(first_key, path=Path(shutil.copy2(first_key.path, keys_of_my_own)))
 
 
 def _trusting(tmp_path: Path, *keys: PrivateKey) -> TrustedKeys:
@@ -158,7 +171,7 @@ def test_signature_is_invalid_for_another_adapter(tmp_path: Path, ann: PrivateKe
 
 
 def test_unsigned_untrusted_and_revoked_are_distinguished(tmp_path: Path, ann: PrivateKey) -> None:
-    bob = new_private_key("bob")
+    bob = create_key("bob")
     unsigned, by_bob, by_ann = (_store(tmp_path, key, seed=n) for n, key in enumerate([None, bob, ann]))
     trusted = _trusting(tmp_path, ann)
     assert trust_status(unsigned, trusted).state == "unsigned"
@@ -187,7 +200,7 @@ def test_require_trusted_needs_a_signature_only_with_trusted_keys(tmp_path: Path
 
 
 def test_adapter_is_trusted_with_one_trusted_signature_of_two(tmp_path: Path, ann: PrivateKey) -> None:
-    adapter = _store(tmp_path, new_private_key("bob"))
+    adapter = _store(tmp_path, create_key("bob"))
     sign(adapter.folder, ann)
     found = trust_status(adapter, _trusting(tmp_path, ann))
     assert (found.state, len(found.keys)) == ("signed", 2)
@@ -214,7 +227,8 @@ def test_adapter_without_manifest_is_unsigned_and_its_change_is_detected(tmp_pat
 # Keys
 
 
-def test_private_key_is_owner_only_and_outside_the_project(tmp_path: Path, ann: PrivateKey) -> None:
+def test_private_key_is_owner_only_and_outside_the_project(tmp_path: Path) -> None:
+    ann = create_key("ann")
     assert stat.S_IMODE(ann.path.stat().st_mode) == 0o600
     assert stat.S_IMODE(ann.path.parent.stat().st_mode) == 0o700
     assert (tmp_path / "project") not in ann.path.parents
@@ -225,20 +239,20 @@ def test_private_key_is_owner_only_and_outside_the_project(tmp_path: Path, ann: 
 def test_private_key_readable_by_others_is_refused(tmp_path: Path, ann: PrivateKey) -> None:
     ann.path.chmod(0o640)
     with pytest.raises(UserError, match=r"Other users can read this private key \(mode 640\)"):
-        private_key("ann").sign(b"message")
+        private_key("ann").unlock(LogReporter())
 
 
 def test_key_is_never_overwritten(ann: PrivateKey) -> None:
     before = ann.path.read_bytes()
     with pytest.raises(UserError, match="You have a key 'ann' already"):
-        new_private_key("ann")
+        create_key("ann")
     assert ann.path.read_bytes() == before
 
 
 @pytest.mark.parametrize("name", ["", "Ann", "../ann", "a" * 64, "änn", ".ann", "ann/bob", "ann\n"])
 def test_key_name_cannot_be_a_path(name: str) -> None:
     with pytest.raises(UserError, match="Invalid name"):
-        new_private_key(name)
+        create_key(name)
 
 
 def test_revoked_key_cannot_be_trusted_again(tmp_path: Path, ann: PrivateKey) -> None:
@@ -264,7 +278,7 @@ def test_trust_accepts_only_public_ed25519_keys(tmp_path: Path, ann: PrivateKey)
     path.write_bytes(other.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
     path.chmod(0o600)
     with pytest.raises(UserError, match="Not an Ed25519 key"):
-        private_key("other").sign(b"message")
+        private_key("other").unlock(LogReporter())
     assert not trusted.folder.exists()
 
 
@@ -294,13 +308,13 @@ def test_store_signer_reports_the_key_or_the_reason(tmp_path: Path) -> None:
     keys, heard = tmp_path / "project" / "keys", _Heard()
     assert store_signer(keys, heard) is None  # type: ignore[arg-type]
     assert heard.said == []  # without keys signing is not in use
-    ann = new_private_key("ann")
+    ann = create_key("ann")
     assert store_signer(keys, heard) is None  # type: ignore[arg-type]
     assert "This project trusts none of your keys (ann)" in heard.said[-1]
     trusted = _trusting(tmp_path, ann)
     assert store_signer(keys, heard) == ann  # type: ignore[arg-type]
     assert heard.said[-1] == "The adapter will be signed with your key ann."
-    bob = new_private_key("bob")
+    bob = create_key("bob")
     trusted.trust("bob", bob.public_key, None)
     assert store_signer(keys, heard) is None  # type: ignore[arg-type]
     assert "Several of your keys could sign (ann, bob)" in heard.said[-1]

@@ -30,6 +30,13 @@ def _sentencepiece_decoder() -> Callable[[Sequence[int]], str]:
     return lambda ids: str(tokenizer.decode(list(ids)))
 
 
+def _byte_token(byte: int) -> str:
+    """The token of a byte, as GPT-2 writes it: a printable character for each."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [each for each in range(256) if each not in printable]
+    return chr(byte) if byte in printable else chr(256 + others.index(byte))
+
+
 def _pieces(stream: Any, tokens: Sequence[int]) -> list[str]:
     return [*(stream.push(token) for token in tokens), stream.flush()]
 
@@ -54,6 +61,44 @@ def test_flush_replaces_a_cut_off_character() -> None:
 @given(st.lists(st.sampled_from(range(256))))
 def test_detokenizer_reads_invalid_bytes_like_the_full_text(tokens: list[int]) -> None:
     assert "".join(_pieces(Detokenizer(_decode), tokens)) == _decode(tokens)
+
+
+PIECES = st.sampled_from(
+    ["\ufffd".encode(), "€".encode(), "é".encode(), "🙂".encode(), b"\xff", b"\xe2", b"\x82", b"a"]
+)
+LONG = st.lists(st.tuples(PIECES, st.integers(1, 30)), min_size=1, max_size=6).map(
+    lambda runs: b"".join(piece * count for piece, count in runs)
+)
+
+
+@given(LONG)
+def test_detokenizer_joins_to_the_text_after_long_runs_of_invalid_bytes(content: bytes) -> None:
+    tokens = [BYTES.convert_tokens_to_ids(_byte_token(byte)) for byte in content]
+    pieces = _pieces(Detokenizer(_decode), tokens)
+    assert "".join(pieces) == _decode(tokens)
+
+
+@given(st.lists(st.tuples(st.sampled_from("\ufffd€é🙂a"), st.integers(1, 30)), min_size=1, max_size=6))
+def test_sentencepiece_bytes_join_to_the_text_after_long_runs_of_replacement_characters(
+    runs: list[tuple[str, int]],
+) -> None:
+    text = "".join(letter * count for letter, count in runs)
+    tokens = [6 + byte for byte in text.encode()]
+    assert "".join(_pieces(Detokenizer(_sentencepiece_decoder()), tokens)) == text
+
+
+@given(LONG)
+def test_detokenizer_decodes_each_token_a_bounded_number_of_times(content: bytes) -> None:
+    decoded = 0
+
+    def counting(ids: Sequence[int]) -> str:
+        nonlocal decoded
+        decoded += len(ids)
+        return _decode(ids)
+
+    tokens = [BYTES.convert_tokens_to_ids(_byte_token(byte)) for byte in content]
+    _pieces(Detokenizer(counting), tokens)
+    assert decoded <= 150 * len(tokens)
 
 
 @given(st.lists(st.sampled_from([1, 2, 3, 4, 5])), st.text("ß€🙂", max_size=3))

@@ -1,7 +1,6 @@
-"""Signing keys: private keys outside any project, and the public keys that a project trusts.
+"""The public keys that a project trusts.
 
-  DATA/keys/NAME.pem      private, PKCS #8, readable by its owner only; DATA is the user's data folder for tunewright
-  PROJECT/keys/NAME.json  public, with the author and time of the trust; meant to be committed to git
+  PROJECT/keys/NAME.json  with the author and time of the trust; meant to be committed to git
 
 Ed25519 (RFC 8032) from the package cryptography. A key's ID is the SHA-256 of its SubjectPublicKeyInfo (RFC 5280) in
 DER.
@@ -10,23 +9,17 @@ DER.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import stat
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import platformdirs
 
 from tunewright.adapters.manifest import Digest, Name, Record, parse_record
 from tunewright.core.clock import now
 from tunewright.core.errors import UserError
-from tunewright.core.io import write_json, writing
+from tunewright.core.io import write_json
 
 if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
@@ -54,103 +47,10 @@ class TrustedKey(Record):
         from cryptography.exceptions import InvalidSignature
 
         try:
-            _read_public(self.public_key, self.name).verify(signature, message)
+            read_public(self.public_key, self.name).verify(signature, message)
         except InvalidSignature:
             return False
         return True
-
-
-@dataclass(frozen=True)
-class PrivateKey:
-    """One of the user's private keys."""
-
-    path: Path
-
-    @property
-    def name(self) -> str:
-        """The key's name."""
-        return self.path.stem
-
-    @cached_property
-    def _key(self) -> Ed25519PrivateKey:
-        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-        from cryptography.hazmat.primitives.serialization import load_pem_private_key
-
-        try:
-            key = load_pem_private_key(_read_secret(self.path), password=None)
-        except (ValueError, TypeError) as error:
-            raise UserError(f"Not a private key: {error}", where=str(self.path)) from None
-        if not isinstance(key, Ed25519PrivateKey):
-            raise UserError("Not an Ed25519 key", where=str(self.path))
-        return key
-
-    @property
-    def public_key(self) -> str:
-        """The public half: SubjectPublicKeyInfo, PEM."""
-        return _pem(self._key.public_key())
-
-    @property
-    def id(self) -> str:
-        """The SHA-256 of the public half, 64 hex digits."""
-        return _identity(self._key.public_key())
-
-    def sign(self, message: bytes) -> bytes:
-        """Return the signature (64 bytes) over a message."""
-        return self._key.sign(message)
-
-
-def private_folder() -> Path:
-    """Return the folder of this user's private keys, outside any project so that none is committed."""
-    return platformdirs.user_data_path("tunewright") / "keys"
-
-
-def private_keys() -> list[PrivateKey]:
-    """Return this user's private keys, by name."""
-    return [PrivateKey(path) for path in sorted(private_folder().glob("*.pem"))]
-
-
-def private_key(name: str) -> PrivateKey:
-    """Return this user's key of that name.
-
-    Raises:
-        UserError: no such key.
-    """
-    known = {key.name: key for key in private_keys()}
-    if name not in known:
-        fix = f"Your keys: {', '.join(known)}." if known else f"`tunewright keys create {name}` creates it."
-        raise UserError(f"You have no key {name!r}", where=str(private_folder()), fix=fix)
-    return known[name]
-
-
-def new_private_key(name: str) -> PrivateKey:
-    """Create a key.
-
-    Raises:
-        UserError: an invalid name, or one that a key has already.
-    """
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-
-    _require_name(name)
-    path = private_folder() / f"{name}.pem"
-    text = Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        path.parent.chmod(0o700)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        # Created with its mode: setting it afterwards would leave a moment in which others can read the key.
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.link(temporary, path)  # unlike a rename, a link never replaces a file
-        except FileExistsError:
-            raise UserError(f"You have a key {name!r} already", where=str(path), fix="Choose another name.") from None
-        finally:
-            temporary.unlink(missing_ok=True)
-    return PrivateKey(path)
 
 
 class TrustedKeys:
@@ -179,8 +79,8 @@ class TrustedKeys:
         Raises:
             UserError: not a key, or the name or the key is known already.
         """
-        _require_name(name)
-        identity = _identity(_read_public(public_key, name))
+        require_name(name)
+        identity = key_id(read_public(public_key, name))
         for known in self.all:
             if known.id == identity and known.revoked:
                 raise UserError(
@@ -225,26 +125,17 @@ class TrustedKeys:
 def _read_trusted(path: Path) -> TrustedKey:
     fix = "Restore it, from git for example."
     key = parse_record(TrustedKey, path.read_bytes(), str(path))
-    if key.name != path.stem or key.id != _identity(_read_public(key.public_key, str(path))):
+    if key.name != path.stem or key.id != key_id(read_public(key.public_key, str(path))):
         raise UserError("The file's name or ID does not match its key", where=str(path), fix=fix)
     return key
 
 
-def _read_secret(path: Path) -> bytes:
-    """Return a private key's file if only its owner can read it, as ssh requires."""
-    handle = os.open(path, os.O_RDONLY)
-    with os.fdopen(handle, "rb") as file:
-        facts = os.fstat(file.fileno())
-        if facts.st_uid != os.getuid() or stat.S_IMODE(facts.st_mode) & 0o077:
-            raise UserError(
-                f"Other users can read this private key (mode {stat.S_IMODE(facts.st_mode):o})",
-                where=str(path),
-                fix=f"Run chmod 600 {path}. If somebody may have read it, revoke it and create another.",
-            )
-        return file.read()
+def read_public(pem: str, where: str) -> Ed25519PublicKey:
+    """Return the key of a PEM text.
 
-
-def _read_public(pem: str, where: str) -> Ed25519PublicKey:
+    Raises:
+        UserError: not an Ed25519 public key; ``where`` names its place.
+    """
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
@@ -261,22 +152,25 @@ def _read_public(pem: str, where: str) -> Ed25519PublicKey:
 
 
 def _normal(pem: str, where: str) -> str:
-    return _pem(_read_public(pem, where))
+    return public_pem(read_public(pem, where))
 
 
-def _pem(key: Ed25519PublicKey) -> str:
+def public_pem(key: Ed25519PublicKey) -> str:
+    """Return the key's SubjectPublicKeyInfo in PEM."""
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
     return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
 
 
-def _identity(key: Ed25519PublicKey) -> str:
+def key_id(key: Ed25519PublicKey) -> str:
+    """Return the key's ID (64 hex digits)."""
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
     return hashlib.sha256(key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
 
 
-def _require_name(name: str) -> None:
+def require_name(name: str) -> None:
+    """Raise a UserError unless this is a valid key name."""
     if not NAME.fullmatch(name):
         raise UserError(
             f"Invalid name {name!r}: use up to 63 lowercase letters, digits, and . _ - after the first", where="NAME"

@@ -20,8 +20,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tunewright.adapters.keys import PrivateKey
 from tunewright.adapters.manifest import LOCAL, MANIFEST, changed_files, make_manifest, read_manifest
+from tunewright.adapters.private_keys import PrivateKey
 from tunewright.adapters.signing import sign
 from tunewright.adapters.vllm_compat import CONFIG as CONFIG
 from tunewright.adapters.vllm_compat import WEIGHTS as WEIGHTS

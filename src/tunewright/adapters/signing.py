@@ -14,8 +14,9 @@ from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
-from tunewright.adapters.keys import PrivateKey, TrustedKeys, private_keys
+from tunewright.adapters.keys import TrustedKeys
 from tunewright.adapters.manifest import MANIFEST, SIGNATURE, Digest, Record, parse_record
+from tunewright.adapters.private_keys import PrivateKey, private_key, private_keys
 from tunewright.core.errors import UserError
 from tunewright.core.io import write_json
 from tunewright.core.progress import Reporter
@@ -58,16 +59,27 @@ def signed_bytes(payload: bytes) -> bytes:
 def sign(folder: Path, key: PrivateKey) -> bool:
     """Add a signature over the manifest in ``folder``; return False if this key has signed it already.
 
+    The key must be unlocked unless it has.
+
     Raises:
         UserError: the existing signatures, or the key, cannot be read.
     """
-    existing = read_signatures(folder)
-    if any(signature.keyid == key.id for signature in existing):
+    if has_signed(folder, key):
         return False
+    existing = read_signatures(folder)
     made = key.sign(signed_bytes((folder / MANIFEST).read_bytes()))
     envelope = Envelope(signatures=(*existing, Signature(keyid=key.id, sig=base64.b64encode(made).decode())))
     write_json(folder / SIGNATURE, envelope.model_dump(mode="json"))
     return True
+
+
+def has_signed(folder: Path, key: PrivateKey) -> bool:
+    """Return whether one of the folder's signatures names this key.
+
+    Raises:
+        UserError: the signatures, or the key, cannot be read.
+    """
+    return any(signature.keyid == key.id for signature in read_signatures(folder))
 
 
 def read_signatures(folder: Path) -> tuple[Signature, ...]:
@@ -109,13 +121,16 @@ def _verify(signature: Signature, payload: bytes, trusted: TrustedKeys) -> Signe
 
 
 def store_signer(keys: Path, reporter: Reporter) -> PrivateKey | None:
-    """Return the key that signs stored adapters by default; report it, or the reason for its absence.
+    """Return the key that signs stored adapters by default, unlocked; report it, or the reason for its absence.
 
     A user without keys gets no report: signing is not in use.
 
     Args:
         keys: the project's folder of trusted keys.
-        reporter: reports the key or the reason.
+        reporter: reports the key or the reason, and asks for the passphrase.
+
+    Raises:
+        UserError: the key cannot be unlocked.
     """
     if not private_keys():
         return None
@@ -124,8 +139,9 @@ def store_signer(keys: Path, reporter: Reporter) -> PrivateKey | None:
     except UserError as error:
         reporter.say(f"The adapter will not be signed: {error.what}. {error.fix}")
         return None
+    unlocked = key.unlock(reporter)
     reporter.say(f"The adapter will be signed with your key {key.name}.")
-    return key
+    return unlocked
 
 
 def signing_key(trusted: TrustedKeys, name: str | None = None) -> PrivateKey:
@@ -135,8 +151,6 @@ def signing_key(trusted: TrustedKeys, name: str | None = None) -> PrivateKey:
     Raises:
         UserError: no key, several keys, or a key that the project does not trust.
     """
-    from tunewright.adapters.keys import private_key
-
     valid = {key.id: key.name for key in trusted.valid}
     if name is not None:
         key = private_key(name)

@@ -11,7 +11,7 @@ from tunewright.adapters.keys import TrustedKeys
 from tunewright.adapters.lineage import Trace, trace
 from tunewright.adapters.manifest import read_manifest
 from tunewright.adapters.registry import Adapter, find_adapter, list_adapters, write_manifest
-from tunewright.adapters.signing import sign, signing_key
+from tunewright.adapters.signing import has_signed, sign, signing_key
 from tunewright.adapters.trust import TrustStatus, trust_status
 from tunewright.api.context import ProjectContext
 from tunewright.config import Quantization
@@ -107,7 +107,7 @@ class AdaptersApi:
             The adapter, the key's name, and True if the signature is new.
 
         Raises:
-            UserError: no such adapter, files that differ from the stored ones, or no key to sign with.
+            UserError: no such adapter, files that differ from the stored ones, or no key to sign with or no passphrase.
         """
         found = find_adapter(self._project.adapters, adapter)
         trusted = TrustedKeys(self._project.keys)
@@ -115,6 +115,8 @@ class AdaptersApi:
         before = trust_status(found, trusted)
         if before.state == "tampered":
             raise UserError(f"The adapter is not signed: {'; '.join(before.reasons)}", where=found.name)
+        if not has_signed(found.folder, signer):
+            signer = signer.unlock(self._context.reporter)
         if read_manifest(found.folder) is None:
             write_manifest(found.folder, found.name)
         return found, signer.name, sign(found.folder, signer)

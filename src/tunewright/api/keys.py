@@ -6,15 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tunewright.adapters.keys import (
-    NAME,
-    PrivateKey,
-    TrustedKey,
-    TrustedKeys,
-    new_private_key,
-    private_key,
-    private_keys,
-)
+from tunewright.adapters.keys import NAME, TrustedKey, TrustedKeys
+from tunewright.adapters.private_keys import PrivateKey, new_private_key, private_key, private_keys
 from tunewright.api.context import ProjectContext
 from tunewright.core.errors import UserError
 from tunewright.data.versions.version import current_author
@@ -27,6 +20,8 @@ class KnownKey:
     name: str
     id: str
     own: bool
+    encrypted: bool | None
+    """Whether the private half is encrypted; None for a key of somebody else."""
     trusted: TrustedKey | None
 
 
@@ -35,21 +30,40 @@ class SigningKeysApi:
 
     def __init__(self, opened: ProjectContext) -> None:
         self._project = opened.folder
+        self._reporter = opened.reporter
 
     def create(self, name: str) -> PrivateKey:
-        """Create a key for this user. The project does not trust it yet.
+        """Create a key for this user, encrypted with a passphrase. The project does not trust it yet.
+
+        The passphrase is that of ``TUNEWRIGHT_KEY_PASSPHRASE`` or of the file that ``TUNEWRIGHT_KEY_PASSPHRASE_FILE``
+        names, else the terminal asks for it.
 
         Raises:
-            UserError: an invalid name, or a name that is taken.
+            UserError: an invalid name, a name that is taken, or no passphrase.
         """
-        return new_private_key(name)
+        return new_private_key(name, self._reporter)
+
+    def change_passphrase(self, name: str) -> PrivateKey:
+        """Encrypt one of this user's keys with a new passphrase, whether or not it has one.
+
+        The new passphrase is that of ``TUNEWRIGHT_KEY_NEW_PASSPHRASE`` or of the file that
+        ``TUNEWRIGHT_KEY_NEW_PASSPHRASE_FILE`` names, else the terminal asks for it.
+
+        Raises:
+            UserError: no such key, no passphrase, the wrong one, or a new one that is too short.
+        """
+        private_key(name).change_passphrase(self._reporter)
+        return private_key(name)
 
     def list(self) -> Sequence[KnownKey]:
         """Return this user's keys, and those that the project trusts or has revoked."""
         trusted = {key.id: key for key in TrustedKeys(self._project.keys).all}
         own = {key.id: key for key in private_keys()}
-        mine = [KnownKey(key.name, key.id, own=True, trusted=trusted.get(key.id)) for key in own.values()]
-        return [*mine, *(KnownKey(k.name, k.id, own=False, trusted=k) for k in trusted.values() if k.id not in own)]
+        mine = [
+            KnownKey(k.name, k.id, own=True, encrypted=k.is_encrypted, trusted=trusted.get(k.id)) for k in own.values()
+        ]
+        others = [k for k in trusted.values() if k.id not in own]
+        return [*mine, *(KnownKey(k.name, k.id, own=False, encrypted=None, trusted=k) for k in others)]
 
     def show(self, name: str) -> str:
         """Return the public half of a key (PEM): this user's own, else the project's.

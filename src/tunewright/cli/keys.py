@@ -21,13 +21,28 @@ keys_app = group("keys", DEPLOY, "Manage the keys that sign adapters, and which 
 
 @command(keys_app, "create", example="tunewright keys create ann", status=False)
 def keys_create(run: Session, name: Annotated[str, typer.Argument(help="Name of the key, such as your own.")]) -> None:
-    """Create a personal key (Ed25519). The private half stays in your data folder, readable only by you."""
+    """Create a personal key (Ed25519).
+
+    The private half stays in your data folder, encrypted with a passphrase. Without a terminal the passphrase comes
+    from the file that TUNEWRIGHT_KEY_PASSPHRASE_FILE names, or from TUNEWRIGHT_KEY_PASSPHRASE.
+    """
     key = run.unopened.keys.create(name)
     run.show(
         {"name": key.name, "id": key.id, "path": str(key.path), "public_key": key.public_key},
         f"New key {key.name}, ID {key.id[:16]}: {key.path}\n"
         f"A project signs with it once it trusts it: tunewright keys trust {key.name}",
     )
+
+
+@command(keys_app, "passphrase", example="tunewright keys passphrase ann", status=False)
+def keys_passphrase(run: Session, name: Annotated[str, typer.Argument(help="Name of one of your keys.")]) -> None:
+    """Change the passphrase of a key, or encrypt a key that has none.
+
+    Without a terminal the new passphrase comes from the file that TUNEWRIGHT_KEY_NEW_PASSPHRASE_FILE names, or from
+    TUNEWRIGHT_KEY_NEW_PASSPHRASE.
+    """
+    key = run.unopened.keys.change_passphrase(name)
+    run.show({"name": key.name, "id": key.id, "path": str(key.path)}, f"New passphrase for {key.name}: {key.path}")
 
 
 @command(keys_app, "list", example="tunewright keys list")
@@ -77,8 +92,14 @@ def keys_table(keys: Sequence[KnownKey]) -> Table:
     for name in ("key", "ID", "yours", "trusted by the project"):
         table.add_column(name)
     for key in keys:
-        table.add_row(key.name, key.id[:16], "yes" if key.own else "", Text(_trust(key)))
+        table.add_row(key.name, key.id[:16], _owner(key), Text(_trust(key)))
     return table
+
+
+def _owner(key: KnownKey) -> str:
+    if not key.own:
+        return ""
+    return "yes" if key.encrypted else "yes, not encrypted"
 
 
 def _trust(key: KnownKey) -> str:

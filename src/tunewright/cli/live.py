@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from getpass import getpass
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -293,12 +295,26 @@ class ConsoleReporter:
         self.console = console
         self._live = live and console.is_terminal and not console.is_dumb_terminal
         self._screen: _Screen | None = None
+        self._display: Live | None = None
 
     def say(self, message: str) -> None:
         self.console.print(message, markup=False, highlight=False)
 
     def warn(self, message: str) -> None:
         self.console.print(f"Warning: {message}", style="yellow", markup=False, highlight=False)
+
+    def secret(self, prompt: str) -> str | None:
+        if not (sys.stdin.isatty() and sys.stderr.isatty()):
+            return None
+        if self._display is not None:  # it would draw over the prompt
+            self._display.stop()
+        try:
+            return getpass(prompt)
+        except EOFError:
+            return ""
+        finally:
+            if self._display is not None:
+                self._display.start()
 
     @contextmanager
     def pipeline(self, stages: Mapping[str, float]) -> Iterator[StageDone | None]:
@@ -336,7 +352,7 @@ class ConsoleReporter:
     def _drawn(self, stages: Mapping[str, float]) -> Iterator[_Screen]:
         self._screen = _Screen(self.console, stages)
         try:
-            with Live(self._screen, console=self.console, refresh_per_second=4):
+            with Live(self._screen, console=self.console, refresh_per_second=4) as self._display:
                 yield self._screen
         finally:
-            self._screen = None
+            self._screen = self._display = None

@@ -33,6 +33,9 @@ class Reporter(Protocol):
     def warn(self, message: str) -> None:
         """Report a problem: nothing is dropped, cut or replaced without a warning."""
 
+    def secret(self, prompt: str) -> str | None:
+        """Ask the person at the terminal for a secret, which is not shown; return None if there is no terminal."""
+
     def task(self, title: str, total: int, unit: str) -> AbstractContextManager[Task]:
         """Open a progress display for ``total`` of ``unit`` (a plural: "examples")."""
 
@@ -57,6 +60,9 @@ class LogReporter:
 
     def warn(self, message: str) -> None:
         log.warning(message)
+
+    def secret(self, prompt: str) -> str | None:
+        """Return None: a log cannot answer."""
 
     @contextmanager
     def task(self, title: str, total: int, unit: str) -> Iterator[Task]:

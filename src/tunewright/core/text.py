@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import string
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from difflib import SequenceMatcher
 
 _BASE62 = string.digits + string.ascii_uppercase + string.ascii_lowercase
 
@@ -27,6 +29,31 @@ def visible(text: str) -> str:
     Tabs and line ends stay.
     """
     return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+_MOST_STEPS = 10_000_000
+"""Steps of the search for common words: a fraction of a second."""
+
+
+def changes(old: Sequence[str], new: Sequence[str]) -> list[tuple[str, int, int, int, int]]:
+    """Return difflib's opcodes between two lists of words and white space; kinds are those of SequenceMatcher.
+
+    Its search takes cubic time where words repeat. Then everything between the common beginning and end is one change.
+    """
+    head = _equal_until(old, new)
+    tail = min(_equal_until(old[::-1], new[::-1]), min(len(old), len(new)) - head)
+    a, b = old[head : len(old) - tail], new[head : len(new) - tail]
+    counts = Counter(word for word in b if not word.isspace())
+    steps = sum(counts[word] for word in a) * min(len(a), len(b))
+    found = [("equal", 0, head, 0, head)]
+    if steps > _MOST_STEPS:
+        found.append(("replace", head, len(old) - tail, head, len(new) - tail))
+    else:
+        # White space is no anchor of a match: it would occur in both texts as often as words do.
+        codes = SequenceMatcher(str.isspace, a, b, autojunk=False).get_opcodes()
+        found += [(kind, i + head, j + head, m + head, n + head) for kind, i, j, m, n in codes]
+    found.append(("equal", len(old) - tail, len(old), len(new) - tail, len(new)))
+    return [(kind, i, j, m, n) for kind, i, j, m, n in found if i < j or m < n]
 
 
 _LONGEST = 60  # characters of an excerpt
@@ -61,7 +88,7 @@ def _distinct(line: str, others: Sequence[str]) -> str:
     return f'"…{_cut(line[start:])}"'
 
 
-def _equal_until(one: str, other: str) -> int:
+def _equal_until(one: Sequence[str], other: Sequence[str]) -> int:
     pairs = enumerate(zip(one, other, strict=False))
     return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jmespath
 from jmespath.exceptions import JMESPathError
 
 from tunewright.core.csv import read_sheet
 from tunewright.core.errors import UserError
 from tunewright.core.io import text_lines
+from tunewright.data.readers.mapping import compile_jmespath, search_jmespath
 from tunewright.data.trace import source_name
 from tunewright.data.versions import IMPORTS, Member, list_versions, short, version_folder
 
@@ -242,15 +242,11 @@ def _checked(groups: Sequence[str], members: Iterable[Member]) -> set[str]:
 
 
 def _query(expression: str) -> Any:
-    try:
-        compiled = jmespath.compile(expression)
-    except JMESPathError as error:
-        what = str(error).splitlines()[0]
-        raise UserError(f"Invalid JMESPath expression: {what}", where="--where", fix=_EXAMPLES) from None
+    compiled = compile_jmespath(expression, "--where", _EXAMPLES)
 
     def matches(document: dict[str, Any]) -> bool:
         try:
-            value = compiled.search(document)
+            value = search_jmespath(compiled, document)
         except JMESPathError as error:
             what = f"The expression fails on row {short(document['key'])}: {error}"
             raise UserError(what, where="--where", fix=_EXAMPLES) from None

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 Decode = Callable[[Sequence[int]], str]
 
 _UNFINISHED = "\ufffd"  # decoders write it for bytes that are not (yet) a character
+_MOST_HELD = 16  # tokens: with at least a byte each, far more than a character's four
 
 
 class Detokenizer:
@@ -26,9 +27,29 @@ class Detokenizer:
         self._after.append(token)
         text = self._new()
         if not text or text.endswith(_UNFINISHED):
-            return ""
+            return self._certain() if len(self._after) > _MOST_HELD else ""
         self._before, self._after = self._after, []
         return text
+
+    def _certain(self) -> str:
+        """Return the text of the held tokens that later ones cannot change.
+
+        A model may repeat U+FFFD or invalid bytes. Decoding all of them at each token would take quadratic time.
+        """
+        text, held = self._new(), self._after
+        cuts = []
+        # The last three tokens may be an unfinished character, and one of five cuts is between two characters.
+        for last in range(3, 8):
+            self._after = held[:-last]
+            if (certain := self._new()) and text.startswith(certain):
+                cuts.append((len(certain) / len(self._after), last, certain))
+        self._after = held
+        if not cuts:
+            return ""
+        # Within a character, SentencePiece's decoders write U+FFFD for each byte: more text than between two.
+        _, last, certain = min(cuts)
+        self._before, self._after = held[:-last], held[-last:]
+        return certain
 
     def flush(self) -> str:
         """Return the remaining text: U+FFFD for a character that the answer's end cut off."""
@@ -48,6 +69,7 @@ class StopFilter:
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = stops
+        self._longest = max(map(len, stops), default=0)
         self._held = ""
         self.stopped = False
 
@@ -61,7 +83,7 @@ class StopFilter:
                 return self._release(len(self._held) - len(max(hits, key=len)))
         held_back = next(
             length
-            for length in range(len(self._held), -1, -1)
+            for length in range(min(len(self._held), self._longest), -1, -1)
             if length == 0 or any(stop.startswith(self._held[-length:]) for stop in self._stops)
         )
         return self._release(len(self._held) - held_back)

@@ -11,8 +11,8 @@ from typing import Any
 
 from accelerate.utils.memory import clear_device_cache
 
-from tunewright.adapters.keys import PrivateKey
 from tunewright.adapters.lineage import training_lineage
+from tunewright.adapters.private_keys import PrivateKey
 from tunewright.adapters.registry import Adapter, list_adapters, store_adapter
 from tunewright.adapters.signing import store_signer
 from tunewright.adapters.vllm_compat import require_servable
@@ -147,7 +147,9 @@ def train(
         if distributed.is_main_process():
             shutil.rmtree(work, ignore_errors=True)  # left by a run that was killed after it stored its adapter
         return TrainResult(existing, trained=False)
-    signer = store_signer(project.keys, reporter) if adapters is None else None
+    # Asked for its passphrase now, not after hours of training, and in the one process that stores.
+    signs = adapters is None and distributed.is_main_process()
+    signer = store_signer(project.keys, reporter) if signs else None
     with working_folder(work), quiet_transformers(), writing(work):
         run = _run(project, version, base, chat, reporter, work)
         inputs = {**training_lineage(config, version, base, chat), "inputs_digest": identity, **(facts or {})}

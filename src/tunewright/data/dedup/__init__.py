@@ -15,6 +15,9 @@ from tunewright.data.dedup.similarity import link, nearest_kept, shingle_matrix,
 from tunewright.data.examples import Example, normalised
 from tunewright.data.versions import DatasetVersion, Member
 
+# The lookbehind keeps the search linear: without it each letter of a long word would begin a search to its end.
+_WORD_AT_END = re.compile(r"(?<!\w)\w+$")
+
 
 @dataclass(frozen=True)
 class Repeat:
@@ -40,9 +43,9 @@ def distinctive(texts: Sequence[str]) -> list[str]:
     if len(different) < 2:
         return texts
     # Cut at a word boundary: a word that is only partly common belongs to the difference.
-    head = len(re.sub(r"\w+$", "", _common_head(different)))
+    head = len(_WORD_AT_END.sub("", _common_head(different)))
     backwards = [text[head:][::-1] for text in different]
-    tail = len(re.sub(r"\w+$", "", _common_head(backwards)))
+    tail = len(_WORD_AT_END.sub("", _common_head(backwards)))
     return [text[head : len(text) - tail].strip() for text in texts]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -234,8 +235,10 @@ def _occurrences(names: dict[tuple[str, str], str], counts: Counter[str]) -> Cal
 
     def replace_again(text: str) -> str:
         bare_text = _bare(text)
+        # The text between two findings is often shorter than any value, and there may be as many values as findings.
+        first = bisect_left(longest_first, -len(bare_text), key=lambda each: -len(each[0]))
         # Usually empty. Compiling an expression for each example would dominate the run time.
-        there = [(kind, value) for bare, kind, value in longest_first if bare in bare_text]
+        there = [(kind, value) for bare, kind, value in longest_first[first:] if bare in bare_text]
         for kind, value in there:
             text, count = re.subn(_spelled(kind, value), names[kind, value], text)
             counts[kind] += count

@@ -16,9 +16,9 @@ from jmespath.exceptions import JMESPathError
 from tunewright.core.errors import UserError
 from tunewright.data.readers.encodings import invalid_byte_positions
 from tunewright.data.readers.json_rows import RawRow, numbers_note
-from tunewright.data.readers.mapping import PARENT, Parent, compile_jmespath, require_groups_found
+from tunewright.data.readers.mapping import PARENT, Parent, compile_jmespath, require_groups_found, search_jmespath
 from tunewright.data.readers.row_errors import CODES, JsonPath
-from tunewright.data.readers.validate import RowError, row_object
+from tunewright.data.readers.validate import RowError, repeated_key, row_object
 
 _WHERE = "data.rows (--rows)"
 _TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[{}]|NaN|-?Infinity', re.DOTALL)
@@ -109,8 +109,7 @@ def _read(text: str, path: Path) -> _Document:
     def keep(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         row = dict(pairs)
         if len(row) < len(pairs):
-            keys = [key for key, _ in pairs]
-            doubles[len(document.objects)] = next(key for key in keys if keys.count(key) > 1)
+            doubles[len(document.objects)] = repeated_key(pairs)
         document.objects.append(row)
         return row
 
@@ -154,8 +153,8 @@ def _tokens(text: str) -> tuple[list[tuple[int, int]], list[tuple[int, str]]]:
 
 def _found(document: _Document, expression: str) -> list[Any]:
     try:
-        found = check_expression(expression).search(document.value)
-    except (JMESPathError, RecursionError) as error:
+        found = search_jmespath(check_expression(expression), document.value)
+    except JMESPathError as error:
         raise UserError(f"{expression!r} fails on {document.path}: {error}", where=_WHERE) from None
     if isinstance(found, list) and found:
         return found

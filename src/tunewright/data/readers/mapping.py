@@ -31,9 +31,23 @@ def compile_jmespath(expression: str, where: str, fix: str) -> jmespath.parser.P
     """
     try:
         return jmespath.compile(expression)
-    except (JMESPathError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # JMESPath's own are ValueErrors, as is a number of too many digits
         what = f"Invalid JMESPath expression: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         raise UserError(what, where=where, fix=fix) from None
+
+
+def search_jmespath(compiled: jmespath.parser.ParsedResult, value: Any) -> Any:
+    """Return what a compiled expression selects.
+
+    Raises:
+        JMESPathError: the expression fails on this value.
+    """
+    try:
+        return compiled.search(value)
+    except JMESPathError:
+        raise
+    except _FAILURES as error:  # not every function checks its types: merge(@, `1`)
+        raise JMESPathError(str(error) or type(error).__name__) from None
 
 
 def names_parent(group: str, data: DataConfig) -> bool:
@@ -66,8 +80,8 @@ def value_above(group: str, parent: Parent | None) -> Any:
         RowError: nothing is found there, or the expression fails.
     """
     try:
-        value = _expression(group).search({PARENT: parent})
-    except (JMESPathError, RecursionError) as error:
+        value = search_jmespath(_expression(group), {PARENT: parent})
+    except JMESPathError as error:
         raise RowError("E205", f"data.group_by: {group!r} fails above the row: {error}") from None
     if value is None:
         raise RowError("E205", f"data.group_by: {group!r} selects nothing above the row")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,15 +74,17 @@ def columns(
             )
         names = known
     names += [name for name in data.group_by if name not in names]
+    counts, given = Counter(header), set(names)
     for name in names:
-        if header.count(name) != 1:
+        if counts[name] != 1:
             what = "no column" if name not in header else "more than one column"
             why = " (data.group_by)" if name in data.group_by else ""
             raise UserError(f'{what} named "{name}"{why}', where=where, fix=there)
-    others = [name for name in header if name not in names and name not in data.drop_columns]
+    others = [name for name in header if name not in given and name not in data.drop_columns]
     # A CSV cell cannot contain a list of turns, and columns with duplicate or empty names are ambiguous.
-    kept = [name for name in others if name and header.count(name) == 1 and (nested or name != "history")]
-    unused = list(dict.fromkeys(name or "(without a name)" for name in others if name not in kept))
+    kept = [name for name in others if name and counts[name] == 1 and (nested or name != "history")]
+    stored = set(kept)
+    unused = list(dict.fromkeys(name or "(without a name)" for name in others if name not in stored))
     if unused:
         notes.append(f"{where.rsplit(':', 1)[0]}: unused columns: {', '.join(unused)}")
     ignored = [name for name in header if name in data.drop_columns]

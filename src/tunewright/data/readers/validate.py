@@ -63,10 +63,14 @@ def row_object(value: Any) -> dict[str, Any]:
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
-        keys = [key for key, _ in pairs]
-        double = next(key for key in keys if keys.count(key) > 1)
-        raise RowError("E104", f'duplicate key "{double}"')
+        raise RowError("E104", f'duplicate key "{repeated_key(pairs)}"')
     return row
+
+
+def repeated_key(pairs: Iterable[tuple[str, Any]]) -> str:
+    """Return the first key that a later pair repeats. One of them must."""
+    counts = Counter(key for key, _ in pairs)
+    return next(key for key, count in counts.items() if count > 1)
 
 
 def _refuse_constant(name: str) -> None:

@@ -335,6 +335,9 @@ class _Recorder:
         self.warned.append(message)
         self._reporter.warn(message)
 
+    def secret(self, prompt: str) -> str | None:
+        return self._reporter.secret(prompt)
+
     @contextmanager
     def task(self, title: str, total: int, unit: str) -> Iterator[Task]:
         with self._reporter.task(title, total, unit) as task:

@@ -6,10 +6,10 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from difflib import SequenceMatcher
 from functools import cached_property
 from typing import Any, Literal
 
+from tunewright.core.text import changes
 from tunewright.data.splits import Split
 from tunewright.data.versions import (
     DatasetVersion,
@@ -179,7 +179,6 @@ def _metadata(manifest: Manifest) -> dict[str, Any]:
 Mark = Literal["same", "gone", "new"]
 
 _CONTEXT = 40  # characters of unchanged text shown on each side of a change
-_SEARCHED = 2000  # words: difflib's exact search takes their square
 _LONGEST = 200  # characters of changed text shown in one piece
 
 
@@ -187,27 +186,16 @@ def word_changes(before: str, after: str) -> list[tuple[Mark, str]]:
     """Return the marked pieces of both texts in order.
 
     Joined without "new" pieces they are ``before``, without "gone" pieces ``after``. Words and the white space between
-    them are compared with difflib's SequenceMatcher.
+    them are compared by :func:`tunewright.core.text.changes`.
     """
     old, new = (re.findall(r"\s+|\S+", text) for text in (before, after))
-    # The common beginning and end need no search. In the rest, frequent words are ignored only if it is long.
-    head = _common(old, new)
-    tail = _common(old[head:][::-1], new[head:][::-1])
-    middle = old[head : len(old) - tail], new[head : len(new) - tail]
-    pieces: list[tuple[Mark, str]] = [("same", "".join(old[:head]))]
-    matcher = SequenceMatcher(None, *middle, autojunk=max(map(len, middle)) > _SEARCHED)
-    for kind, i, j, m, n in matcher.get_opcodes():
+    pieces: list[tuple[Mark, str]] = []
+    for kind, i, j, m, n in changes(old, new):
         if kind == "equal":
-            pieces.append(("same", "".join(middle[0][i:j])))
+            pieces.append(("same", "".join(old[i:j])))
         else:
-            pieces += [("gone", "".join(middle[0][i:j])), ("new", "".join(middle[1][m:n]))]
-    pieces.append(("same", "".join(old[len(old) - tail :])))
+            pieces += [("gone", "".join(old[i:j])), ("new", "".join(new[m:n]))]
     return [(mark, text) for mark, text in pieces if text]
-
-
-def _common(a: Sequence[str], b: Sequence[str]) -> int:
-    """Return the number of words that both texts begin with."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def marked(before: str, after: str) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 from typing import Literal
 
 from tunewright.config import MetricName
+from tunewright.core.text import changes
 from tunewright.evidence.schema import Contrast, Evidence, Item
 from tunewright.evidence.verdict import changed_words
 from tunewright.report.blocks import Block, Items, Lead, Section, ShownAnswer, ShownItem
@@ -118,7 +118,7 @@ def _answer(item: Item, arm: str, metric: MetricName) -> ShownAnswer:
         return ShownAnswer(arm, right, mark, (("same", answer),))
     theirs, ours = (re.findall(r"\w+|\s+|.", text) for text in (reference, answer))
     pieces: list[tuple[Literal["same", "extra", "missing"], str]] = []
-    for tag, a, b, c, d in difflib.SequenceMatcher(None, theirs, ours, autojunk=False).get_opcodes():
+    for tag, a, b, c, d in changes(theirs, ours):
         if c < d:
             pieces.append(("same" if tag == "equal" else "extra", "".join(ours[c:d])))
         else:

@@ -196,5 +196,8 @@ class _OnceReporter:
             self.said.add(message)
             self.reporter.warn(message)
 
+    def secret(self, prompt: str) -> str | None:
+        return self.reporter.secret(prompt)
+
     def task(self, title: str, total: int, unit: str) -> AbstractContextManager[Task]:
         return self.reporter.task(title, total, unit)

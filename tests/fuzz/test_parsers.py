@@ -1,0 +1,341 @@
+"""Parsers that meet foreign bytes, on damaged seeds: each input is read, or refused with the parser's own error.
+
+`tests/fuzz/corpus/TARGET/` has the seeds and every input that once found a fault. `make fuzz` changes them 10,000 times
+for each target; CONTRIBUTING.md says how to run an hour.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import uvicorn
+from hypothesis import given
+from hypothesis import strategies as st
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from tunewright.adapters.foreign.archives import quarantine_archive
+from tunewright.adapters.foreign.config import read_config
+from tunewright.adapters.foreign.header import read_header
+from tunewright.adapters.foreign.metadata import check_history, check_lineage, check_replay
+from tunewright.adapters.foreign.quarantine import QuarantinedFiles
+from tunewright.adapters.keys import TrustedKeys
+from tunewright.adapters.private_keys import PrivateKey
+from tunewright.config import DataConfig, GatewayConfig
+from tunewright.config.io import parse_config
+from tunewright.core.csv import read_sheet
+from tunewright.core.errors import UserError
+from tunewright.data.examples import Example, Message
+from tunewright.data.readers import read_pairs
+from tunewright.data.selection import Origins, Selection, select
+from tunewright.data.versions import Member
+from tunewright.models.memory.shape import Shape
+from tunewright.serving.gateway.connections import MAX_HEADER_BYTES, BoundedHttpProtocol, ConnectionState
+from tunewright.serving.gateway.schemas import ApiError, ChatRequest, CompletionRequest, parse_request
+
+CORPUS = Path(__file__).parent / "corpus"
+SHAPE = Shape(2, 64, 128, 4, 2, 16, 384, tied=True, attention_bias=False, mlp_bias=False)
+
+
+def _parse_chat(content: bytes, _folder: Path) -> None:
+    try:
+        request = parse_request(ChatRequest, content)
+    except ApiError as error:
+        assert error.status == 400
+        json.dumps(error.body).encode()
+        assert len(error.message) < 20_000
+        return
+    assert request.conversation
+    assert request.beginning
+
+
+def _parse_completion(content: bytes, _folder: Path) -> None:
+    try:
+        assert parse_request(CompletionRequest, content).texts
+    except ApiError as error:
+        assert error.status == 400
+
+
+def _parse_yaml(content: bytes, _folder: Path) -> None:
+    parse_config(content.decode("utf-8", "replace"), Path("tunewright.yaml"))
+
+
+def _read_safetensors(content: bytes, folder: Path) -> None:
+    (folder / "weights").write_bytes(content)
+    read_header(folder / "weights", "weights")
+
+
+def _read_adapter_config(content: bytes, _folder: Path) -> None:
+    config = read_config(content, SHAPE, "LlamaForCausalLM", "adapter_config.json")
+    for module in config.modules:
+        assert config.rank(module) >= 1
+        assert config.scale(module) == config.scale(module)
+
+
+def _read_metadata(content: bytes, folder: Path) -> None:
+    (folder / "lines").write_bytes(content)
+    for check in (lambda: check_lineage(content, "x"), lambda: check_history(folder / "lines", "x")):
+        try:
+            check()
+        except UserError as error:
+            assert error.what
+    check_replay(folder / "lines", "x")
+
+
+def _unpack(content: bytes, folder: Path) -> None:
+    with TemporaryDirectory(dir=folder) as inner:
+        archive, target = Path(inner) / "archive", Path(inner) / "files"
+        target.mkdir()
+        archive.write_bytes(content)
+        try:
+            quarantine_archive(archive, QuarantinedFiles(target, "archive"))
+        finally:
+            there = {path.name for path in folder.iterdir()}
+            assert there <= {Path(inner).name, *NAMES}, "a member was written elsewhere"
+
+
+def _read_rows(name: str, data: DataConfig) -> Callable[[bytes, Path], None]:
+    def use(content: bytes, folder: Path) -> None:
+        (folder / name).write_bytes(content)
+        reading = read_pairs(folder / name, data)
+        assert reading.rows or reading.faults
+
+    return use
+
+
+def _read_table(content: bytes, folder: Path) -> None:
+    (folder / "sheet.csv").write_bytes(content)
+    read_sheet(folder / "sheet.csv", ("key",), "tunewright")
+
+
+ROWS = b'{"a": [{"q": "x", "a": "y"}], "b": {"c": [1, "2", null, {"q": "x", "a": "y"}]}, "d": 1.5}'
+
+
+EXAMPLE = Example((Message("user", "x"), Message("assistant", "y")))
+ROW = Member(EXAMPLE, EXAMPLE.pair_key, "train", EXAMPLE.pair_key)
+
+
+def _search(content: bytes, folder: Path) -> None:
+    """Use the bytes as a JMESPath expression: data.rows on a document, and --where on rows."""
+    expression = content.decode("utf-8", "replace")
+    (folder / "rows.json").write_bytes(ROWS)
+    try:
+        read_pairs(folder / "rows.json", DataConfig(rows=expression, input="q", output="a"))
+    except UserError as error:
+        assert error.what
+    select(Selection(where=expression), {ROW.key: ROW}, (), Origins(), folder)
+
+
+def _render(content: bytes, folder: Path) -> None:
+    """Use the bytes as a Jinja template of the config."""
+    (folder / "rows.jsonl").write_bytes(b'{"q": "x", "a": ["y", 1], "b": {"c": null}}\n')
+    template = "{{ q }}" + content.decode("utf-8", "replace")
+    read_pairs(folder / "rows.jsonl", DataConfig(input="{{ q }}", output=template))
+
+
+def _load_private_key(content: bytes, folder: Path) -> None:
+    path = folder / "ann.pem"
+    path.write_bytes(content)
+    path.chmod(0o600)
+    assert len(PrivateKey(path).id) == 64
+
+
+def _trust(content: bytes, folder: Path) -> None:
+    with TemporaryDirectory(dir=folder) as keys:
+        TrustedKeys(Path(keys)).trust("ann", content.decode("utf-8", "replace"), None)
+
+
+class _Transport(asyncio.Transport):
+    """A client that reads everything."""
+
+    def __init__(self) -> None:
+        super().__init__({"peername": ("127.0.0.1", 1), "sockname": ("127.0.0.1", 2)})
+        self.sent = b""
+        self.closed = False
+
+    def write(self, data: Any) -> None:
+        self.sent += bytes(data)
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def close(self) -> None:
+        self.closed = True
+
+    def write_eof(self) -> None:
+        pass
+
+    def pause_reading(self) -> None:
+        pass
+
+    def resume_reading(self) -> None:
+        pass
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        pass
+
+
+async def _echo(request: Request) -> Response:
+    try:
+        body = await request.body()
+    except ClientDisconnect:
+        return Response(status_code=400)
+    assert sum(len(name) + len(value) for name, value in request.scope["headers"]) <= MAX_HEADER_BYTES
+    return JSONResponse({"bytes": len(body)})
+
+
+async def _exchange(content: bytes, parts: int) -> bytes:
+    loop = asyncio.get_running_loop()
+    failures: list[dict[str, Any]] = []
+    loop.set_exception_handler(lambda _loop, context: failures.append(context))
+    state = ConnectionState(GatewayConfig())
+    app = Starlette(routes=[Route("/", _echo, methods=["GET", "POST"])])
+    config = uvicorn.Config(app, ws="none", log_config=None, lifespan="off")
+    config.load()
+    protocol = BoundedHttpProtocol(config, state, {}, loop)
+    transport = _Transport()
+    protocol.connection_made(transport)
+    step = max(1, len(content) // parts)
+    for at in range(0, len(content), step):
+        if transport.closed:
+            break
+        protocol.data_received(content[at : at + step])
+        await asyncio.sleep(0)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    protocol.connection_lost(None)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    for task in state.tasks:
+        assert task.done(), "a request outlives its connection"
+    assert not failures, failures
+    return transport.sent
+
+
+def _serve(content: bytes, _folder: Path) -> None:
+    parts = 1 + content[0] % 8 if content else 1
+    sent = asyncio.run(_exchange(content, parts))
+    if sent:
+        assert sent.startswith(b"HTTP/1.1 ")
+        assert not sent.startswith(b"HTTP/1.1 5"), sent[:200]
+
+
+TARGETS: dict[str, Callable[[bytes, Path], None]] = {
+    "http": _serve,
+    "chat": _parse_chat,
+    "completion": _parse_completion,
+    "yaml": _parse_yaml,
+    "safetensors": _read_safetensors,
+    "adapter_config": _read_adapter_config,
+    "metadata": _read_metadata,
+    "archive": _unpack,
+    "jsonl": _read_rows("a.jsonl", DataConfig()),
+    "json": _read_rows("a.json", DataConfig(rows="rows[]")),
+    "csv": _read_rows("a.csv", DataConfig()),
+    "parquet": _read_rows("a.parquet", DataConfig()),
+    "sheet": _read_table,
+    "jmespath": _search,
+    "jinja": _render,
+    "private_key": _load_private_key,
+    "public_key": _trust,
+}
+NAMES = {
+    "weights",
+    "lines",
+    "a.jsonl",
+    "a.json",
+    "a.csv",
+    "a.parquet",
+    "sheet.csv",
+    "rows.json",
+    "rows.jsonl",
+    "ann.pem",
+}
+SEEDS = {name: [file.read_bytes() for file in sorted((CORPUS / name).iterdir())] for name in TARGETS}
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    """One folder for all inputs: a folder for each would take longer than the parser."""
+    with TemporaryDirectory() as name:
+        yield Path(name)
+
+
+def _try(target: str, content: bytes, folder: Path) -> None:
+    try:
+        TARGETS[target](content, folder)
+    except UserError as error:
+        assert error.what
+
+
+def _edits(seeds: list[bytes]) -> st.SearchStrategy[Any]:
+    pieces = sorted({piece for seed in seeds for piece in seed.replace(b"\n", b" ").split(b" ") if 0 < len(piece) < 40})
+    odd = [
+        b"\x00",
+        b"\xff",
+        b'"',
+        b"\\",
+        b"\n",
+        b"\r\n",
+        b"{",
+        b"}",
+        b"[",
+        b"]",
+        b":",
+        b",",
+        b"9" * 30,
+        b"-1",
+        b"\xed\xa0\x80",
+    ]
+    odd += [
+        b"0",
+        b"1e999",
+        b"NaN",
+        "\u0300".encode() * 40,
+        b"\xff\xff\xff\xff",
+        b"\x00" * 8,
+        b"{{",
+        b"}}",
+        b"'",
+        b"*",
+        b"@",
+    ]
+    piece = st.sampled_from([*pieces, *odd]) | st.binary(max_size=4)
+    share = st.floats(0, 1, exclude_max=True)
+    return st.lists(st.tuples(st.sampled_from("iirdcx"), share, share, piece), min_size=1, max_size=6)
+
+
+def _edited(content: bytes, edits: list[tuple[str, float, float, bytes]]) -> bytes:
+    for kind, start, share, piece in edits:
+        at = int(start * (len(content) + 1))
+        end = at + int(share * share * share * (len(content) - at + 1))  # short ranges are the more frequent ones
+        content = {
+            "i": content[:at] + piece + content[at:],
+            "r": content[:at] + piece + content[at + len(piece) :],
+            "d": content[:at] + content[end:],
+            "c": content[:end] + content[at:end] + content[end:],
+            "x": content[:at] + bytes(byte ^ 1 << (at % 8) for byte in content[at : at + 1]) + content[at + 1 :],
+        }[kind]
+    return content[: 1 << 16]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_parser_reads_or_refuses_its_corpus(target: str, folder: Path) -> None:
+    assert SEEDS[target]
+    for content in SEEDS[target]:
+        _try(target, content, folder)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@given(data=st.data())
+def test_parser_reads_or_refuses_changed_seeds(target: str, data: st.DataObject, folder: Path) -> None:
+    seeds = SEEDS[target]
+    _try(target, _edited(data.draw(st.sampled_from(seeds)), data.draw(_edits(seeds))), folder)

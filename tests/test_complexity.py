@@ -1,0 +1,56 @@
+"""The cost of twice the text is at most 2.5 times the cost: counted, in lines of Python that are executed.
+
+Lines are the same on any machine. They do not count work inside a regular expression or another native call;
+`benchmarks/complexity.py`, which `make fuzz` runs, measures the processor time of the same cases.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from complexity_cases import CASES, MAX_GROWTH, Case
+
+N = 500
+
+
+def _lines(use: Callable[[], object]) -> int:
+    """Count the lines of Python that run in a call."""
+    count = 0
+
+    def line(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal count
+        count += event == "line"
+        return line
+
+    before = sys.gettrace()
+    sys.settrace(line)
+    try:
+        use()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def _require_linear(case: Case, n: int) -> None:
+    short, long = case.text(n), case.text(4 * n)
+    case.use(case.text(1))  # fills caches
+    few, many = _lines(lambda: case.use(short)), _lines(lambda: case.use(long))
+    assert many <= MAX_GROWTH**2 * few, f"{case}: {few:,} lines for {n:,} characters, {many:,} for {4 * n:,}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_executed_lines_grow_with_the_text(case: Case) -> None:
+    _require_linear(case, N)
+
+
+def test_counted_lines_show_quadratic_growth() -> None:
+    def pairs(text: str) -> int:
+        return sum(1 for a in text for b in text if a == b)
+
+    with pytest.raises(AssertionError, match="pairs: "):
+        _require_linear(Case("pairs", lambda n: "a" * n, pairs), 50)
