@@ -24,6 +24,7 @@ from rich.text import Text
 from tunewright.cli.live import ConsoleReporter
 from tunewright.cli.stopping import STOPPED, stoppable
 from tunewright.core.errors import UserError
+from tunewright.core.io import refused
 from tunewright.core.text import visible
 from tunewright.training import distributed
 
@@ -230,6 +231,12 @@ def session(
             yield from _run(current, project, together=together)
     except UserError as error:
         _fail(current, error.as_dict(), f"Error: {error}", USER_ERROR)
+    except OSError as error:
+        # The disk's errors reach every command; those that know more about the file have translated them before.
+        message = refused(error)
+        if message is None:
+            raise
+        _fail(current, message.as_dict(), f"Error: {message}", USER_ERROR)
     except RuntimeError as error:
         if not distributed.is_peer_failure(error):
             raise

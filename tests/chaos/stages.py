@@ -1,0 +1,238 @@
+"""Commands of the pipeline, the project that each starts from, and what it leaves as other commands read it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from faulty import counted
+from forked import Command, Ended, Fault, Server
+
+from command_line import pairs, tiny_project, tunewright, write_jsonl
+
+HANG_S = 180
+"""A guard against commands that hang, no expectation."""
+FORCED = ("--force", "--because", "a test of faults", "--untested", "a test of faults")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command with the stage it starts from.
+
+    ``state`` reads what there is afterwards; it must equal that before the command or that after it.
+    """
+
+    stage: str
+    command: tuple[str, ...]
+    state: Callable[[Stages], Any]
+    codes: tuple[int, ...] = (0,)
+    """Exit codes of the undisturbed command."""
+    makes: str | None = None
+    """The stage that it makes."""
+
+
+class Stages:
+    """Copies of projects at a stage, always in the same folder, and commands on them."""
+
+    def __init__(self, root: Path, base: Path, server: Server) -> None:
+        self.root = root
+        self.base = base
+        self.server = server
+        self.work = root / "work"
+        self.project = self.work / "project"
+        self.kept = root / "stages"
+        self._warm: set[tuple[str, ...]] = set()
+
+    def prepare(self, stage: str) -> None:
+        """Put a fresh project of this stage into the working folder."""
+        if not (self.kept / stage).exists():
+            shutil.rmtree(self.work, ignore_errors=True)
+            self._build(stage)
+        shutil.rmtree(self.work, ignore_errors=True)
+        shutil.copytree(self.kept / stage, self.work, symlinks=True)
+
+    def _build(self, stage: str) -> None:
+        if stage == "new":
+            tiny_project(self.project, self.base, 72)
+            config = self.project / "tunewright.yaml"
+            text = config.read_text().replace("epochs: 2", "epochs: 1").replace("batch_size: 8", "batch_size: 16")
+            # Answers of one token: what is tested is the files.
+            config.write_text(text.replace("evaluate:\n", "evaluate:\n  max_new_tokens: 1\n").replace("[1, 2]", "[1]"))
+            write_jsonl(self.project / "few.jsonl", pairs(4, seed=5))
+        elif stage == "nothing":
+            self.project.mkdir(parents=True)
+        elif stage == "unpulled":
+            self.prepare("pushed")
+            shutil.rmtree(self.project / "dataset")
+        elif stage == "foreign":
+            self.prepare("trained")
+            (adapter,) = (self.project / "adapters").iterdir()
+            adapter.rename(self.project / "foreign")
+        elif stage == "second":
+            self.prepare("deployed")
+            config = self.project / "tunewright.yaml"
+            config.write_text(config.read_text().replace("0.003", "0.002"))
+            assert self.run(("train",)).code == 0
+        else:
+            case = next(case for case in CASES.values() if case.makes == stage)
+            self.prepare(case.stage)
+            assert self.run(case.command).code in case.codes
+        shutil.copytree(self.work, self.kept / stage, symlinks=True)
+
+    def start(self, command: tuple[str, ...], fault: Fault | None = None, memory: int | None = None) -> Command:
+        """Start a command on the project."""
+        words = [word.replace("PROJECT", str(self.project)).replace("WORK", str(self.work)) for word in command]
+        if "NEWEST" in words:
+            words[words.index("NEWEST")] = self.read("adapters", "list")["adapters"][-1]["name"]
+        warming = fault is None and memory is None and command[:2] not in self._warm
+        if warming:
+            self._warm.add(command[:2])
+        return self.server.start(*words, "-p", self.project, fault=fault, memory=memory, warming=warming)
+
+    def wait(self, started: Command) -> Ended:
+        """Wait for a command's end, and end it if it hangs."""
+        from signal import SIGKILL
+
+        watch = threading.Timer(HANG_S, lambda: started.send(SIGKILL))
+        watch.start()
+        try:
+            return started.wait()
+        finally:
+            watch.cancel()
+
+    def run(self, command: tuple[str, ...], fault: Fault | None = None, memory: int | None = None) -> Ended:
+        """Run a command to its end."""
+        return self.wait(self.start(command, fault, memory))
+
+    def read(self, *command: str, codes: tuple[int, ...] = (0,)) -> Any:
+        """Return the JSON document of a command that only reads; None where it says that there is nothing."""
+        ended = tunewright(*command, "--json", "-p", self.project)
+        assert "Traceback" not in ended.stderr, ended.stderr
+        document = json.loads(ended.stdout)
+        if ended.code == 2:
+            assert document["error"]["what"], document
+            return None
+        assert ended.code in codes, (command, ended)
+        return document
+
+    def fault(self, **how: Any) -> Fault:
+        """Return a fault in the working folder."""
+        return Fault(str(self.work), **how)
+
+
+def versions(stages: Stages) -> Any:
+    """Return the dataset's versions, of which none is damaged."""
+    checked = stages.read("data", "verify", codes=(0, 2))
+    assert checked is None or checked["ok"], checked
+    log = stages.read("data", "log")
+    return [version["digest"] for version in log["versions"]]
+
+
+def adapters(stages: Stages) -> Any:
+    """Return the adapters' digests; none is damaged."""
+    found = [adapter["digest"] for adapter in stages.read("adapters", "list")["adapters"]]
+    if found:
+        assert stages.read("adapters", "verify") is not None
+    return found
+
+
+def signed(stages: Stages) -> Any:
+    """Return the adapter's state: signed or not."""
+    return [(one["state"], len(one["keys"])) for one in stages.read("adapters", "verify")["adapters"]]
+
+
+def verdict(stages: Stages) -> Any:
+    """Return the verdict with its reasons, and how often the test split was opened; None before an evaluation."""
+    document = stages.read("verdict", codes=(0, 3, 4))
+    openings = stages.read("access-log")
+    if document is None:
+        return None
+    return document["decision"], document["reasons"], len(openings["openings"])
+
+
+def releases(stages: Stages) -> Any:
+    """Return the releases, whose audit log is whole."""
+    audit = stages.read("audit", "verify")
+    assert audit is None or audit["ok"], audit
+    found = stages.read("releases")
+    return [(one["alias"], one["number"], one["action"], one["adapter"]) for one in found["releases"]] if found else []
+
+
+def tenants(stages: Stages) -> Any:
+    """Return the tenants, whose audit log is whole."""
+    audit = stages.read("audit", "verify")
+    assert audit is None or audit["ok"], audit
+    found = stages.read("tenant", "list")
+    return [(one["name"], one["aliases"]) for one in found["tenants"]] if found else []
+
+
+def files(pattern: str, *without: str) -> Callable[[Stages], Any]:
+    """Return a state: the digests of the files that fit a pattern."""
+
+    def state(stages: Stages) -> Any:
+        found = sorted(path for path in stages.work.glob(pattern) if path.is_file() and path.name not in without)
+        return [(str(path.relative_to(stages.work)), hashlib.sha256(path.read_bytes()).hexdigest()) for path in found]
+
+    return state
+
+
+def shared(stages: Stages) -> Any:
+    """Return the versions that somebody else gets from the shared folder; None if it has none."""
+    other = stages.work / "other"
+    shutil.rmtree(other, ignore_errors=True)
+    other.mkdir()
+    shutil.copy(stages.project / "tunewright.yaml", other)
+    ended = tunewright("data", "pull", stages.work / "shared", "-p", other, "--json")
+    assert "Traceback" not in ended.stderr, ended.stderr
+    if ended.code == 2:
+        return None
+    done = tunewright("data", "log", "-p", other, "--json").document
+    assert tunewright("data", "verify", "-p", other, "--json").document["ok"]
+    shutil.rmtree(other)
+    return [version["digest"] for version in done["versions"]]
+
+
+CASES = {
+    "init": Case("nothing", ("init",), files("project/tunewright.yaml")),
+    "add": Case("new", ("data", "add", "PROJECT/pairs.jsonl"), versions, makes="added"),
+    "add-more": Case("added", ("data", "add", "PROJECT/few.jsonl"), versions),
+    "remove": Case("added", ("data", "remove", "--where", "contains(output, 'teal')", "--because", "x"), versions),
+    "purge": Case(
+        "added", ("data", "remove", "--where", "contains(output, 'teal')", "--because", "x", "--purge"), versions
+    ),
+    "push": Case("added", ("data", "push", "WORK/shared"), shared, makes="pushed"),
+    "pull": Case("unpulled", ("data", "pull", "WORK/shared"), versions),
+    "train": Case("added", ("train",), adapters, makes="trained"),
+    "evaluate": Case("trained", ("evaluate",), verdict, makes="evaluated"),
+    "report": Case("evaluated", ("report",), files("project/evaluations/*/report.html")),
+    "deploy": Case("trained", ("deploy", "courts", "tiny", *FORCED), releases, makes="deployed"),
+    "canary": Case("second", ("deploy", "courts", "NEWEST", "--canary", "10%", *FORCED), releases, makes="candidate"),
+    "promote": Case("candidate", ("promote", "courts", *FORCED[3:]), releases),
+    "tenant": Case("deployed", ("tenant", "add", "acme", "--alias", "courts"), tenants),
+    "export": Case("trained", ("export", "merge", "tiny", "--to", "WORK/out"), files("out/**/*", "export.json")),
+    "export-gguf": Case("trained", ("export", "gguf", "tiny", "--to", "WORK/out"), files("out/**/*", "export.json")),
+    "export-ollama": Case(
+        "trained", ("export", "ollama", "tiny", "--to", "WORK/out"), files("out/**/*", "export.json")
+    ),
+    "import": Case("foreign", ("adapters", "import", "PROJECT/foreign", "--unsigned", "--base-matches"), adapters),
+}
+
+
+def list_calls(stages: Stages, case: Case) -> tuple[Any, Any, list[str]]:
+    """Return the state before and after an undisturbed command, and its calls in their order."""
+    stages.prepare(case.stage)
+    before = case.state(stages)
+    stages.prepare(case.stage)
+    started = stages.start(case.command, stages.fault(kinds=31))
+    ended = stages.wait(started)
+    assert ended.code in case.codes, ended
+    after = case.state(stages)
+    calls = (started.folder / "faults.calls").read_text().splitlines()
+    assert len(calls) == counted(started)[0]
+    return before, after, calls
