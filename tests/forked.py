@@ -75,6 +75,7 @@ class Server:
 
     def __init__(self, folder: Path, preload: Path | None = None) -> None:
         self.folder = folder
+        self.preload = preload
         self.count = 0
         self.process = subprocess.Popen(
             [sys.executable, __file__],

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 from faulty import SEED_VARIABLE, compiled, seed
-from forked import Server
 from stages import Stages
+
+from forked import Server
+from scripted_judge import honest, scripted
 
 
 def pytest_report_header() -> str:
@@ -35,8 +37,16 @@ def stages(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path, lib
     with (
         tempfile.TemporaryDirectory(prefix="tw-chaos-", dir=place) as folder,
         Server(Path(folder) / "commands", library) as server,
+        scripted(honest) as judge,
     ):
-        yield Stages(Path(folder), tiny_base_folder, server)
+        yield Stages(Path(folder), tiny_base_folder, server, judge)
+
+
+@pytest.fixture(scope="session")
+def second(stages: Stages) -> Iterator[Stages]:
+    """Another process that runs commands on the same project."""
+    with Server(stages.root / "more-commands", stages.server.preload) as server:
+        yield Stages(stages.root, stages.base, server, stages.judge)
 
 
 @pytest.fixture

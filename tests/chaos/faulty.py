@@ -13,6 +13,7 @@ from enum import IntEnum, IntFlag
 from pathlib import Path
 
 import pytest
+
 from forked import Command
 
 SOURCE = Path(__file__).with_name("faults.c")

@@ -12,9 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from faulty import counted
-from forked import Command, Ended, Fault, Server
 
 from command_line import pairs, tiny_project, tunewright, write_jsonl
+from factories import make_items
+from forked import Command, Ended, Fault, Server
+from scripted_judge import Server as Judge
+from scripted_judge import write_project
+from tunewright.evidence.schema import load_evidence
 
 HANG_S = 180
 """A guard against commands that hang, no expectation."""
@@ -40,14 +44,16 @@ class Case:
 class Stages:
     """Copies of projects at a stage, always in the same folder, and commands on them."""
 
-    def __init__(self, root: Path, base: Path, server: Server) -> None:
+    def __init__(self, root: Path, base: Path, server: Server, judge: Judge) -> None:
         self.root = root
+        self.judge = judge
         self.base = base
         self.server = server
         self.work = root / "work"
         self.project = self.work / "project"
         self.kept = root / "stages"
         self._warm: set[tuple[str, ...]] = set()
+        self._listed: dict[str, tuple[Any, Any, list[str]]] = {}
 
     def prepare(self, stage: str) -> None:
         """Put a fresh project of this stage into the working folder."""
@@ -70,6 +76,9 @@ class Stages:
         elif stage == "unpulled":
             self.prepare("pushed")
             shutil.rmtree(self.project / "dataset")
+        elif stage == "unjudged":
+            judge = {"base_url": self.judge.url, "model": "scripted", "concurrency": 2, "max_retries": 8}
+            write_project(self.project, judge, make_items(20))
         elif stage == "foreign":
             self.prepare("trained")
             (adapter,) = (self.project / "adapters").iterdir()
@@ -121,6 +130,21 @@ class Stages:
         assert ended.code in codes, (command, ended)
         return document
 
+    def listed(self, name: str) -> tuple[Any, Any, list[str]]:
+        """Return the states before and after an undisturbed command, and its calls in their order."""
+        if name not in self._listed:
+            case = CASES[name]
+            self.prepare(case.stage)
+            before = case.state(self)
+            self.prepare(case.stage)
+            started = self.start(case.command, self.fault(kinds=31))
+            ended = self.wait(started)
+            assert ended.code in case.codes, ended
+            calls = (started.folder / "faults.calls").read_text().splitlines()
+            assert len(calls) == counted(started)[0]
+            self._listed[name] = before, case.state(self), calls
+        return self._listed[name]
+
     def fault(self, **how: Any) -> Fault:
         """Return a fault in the working folder."""
         return Fault(str(self.work), **how)
@@ -154,6 +178,15 @@ def verdict(stages: Stages) -> Any:
     if document is None:
         return None
     return document["decision"], document["reasons"], len(openings["openings"])
+
+
+def judgement(stages: Stages) -> Any:
+    """Return what the judge found, in evidence whose files are all unchanged; None before it."""
+    assert stages.read("access-log") is not None
+    assert stages.read("verdict", codes=(0, 3, 4)) is not None
+    (evaluation,) = (stages.project / "evaluations").glob("*/evidence.json")
+    found = load_evidence(evaluation.parent).judge
+    return None if found is None else found.model_dump(exclude={"replaced", "created", "calls", "usage", "cost"})
 
 
 def releases(stages: Stages) -> Any:
@@ -210,6 +243,7 @@ CASES = {
     "pull": Case("unpulled", ("data", "pull", "WORK/shared"), versions),
     "train": Case("added", ("train",), adapters, makes="trained"),
     "evaluate": Case("trained", ("evaluate",), verdict, makes="evaluated"),
+    "judge": Case("unjudged", ("judge",), judgement),
     "report": Case("evaluated", ("report",), files("project/evaluations/*/report.html")),
     "deploy": Case("trained", ("deploy", "courts", "tiny", *FORCED), releases, makes="deployed"),
     "canary": Case("second", ("deploy", "courts", "NEWEST", "--canary", "10%", *FORCED), releases, makes="candidate"),
@@ -222,17 +256,3 @@ CASES = {
     ),
     "import": Case("foreign", ("adapters", "import", "PROJECT/foreign", "--unsigned", "--base-matches"), adapters),
 }
-
-
-def list_calls(stages: Stages, case: Case) -> tuple[Any, Any, list[str]]:
-    """Return the state before and after an undisturbed command, and its calls in their order."""
-    stages.prepare(case.stage)
-    before = case.state(stages)
-    stages.prepare(case.stage)
-    started = stages.start(case.command, stages.fault(kinds=31))
-    ended = stages.wait(started)
-    assert ended.code in case.codes, ended
-    after = case.state(stages)
-    calls = (started.folder / "faults.calls").read_text().splitlines()
-    assert len(calls) == counted(started)[0]
-    return before, after, calls

@@ -13,7 +13,7 @@ import re
 
 import pytest
 from faulty import SEED_VARIABLE, Action, Kind, counted, seed
-from stages import CASES, Case, Stages, list_calls
+from stages import CASES, Case, Stages
 
 pytestmark = pytest.mark.chaos
 
@@ -55,7 +55,7 @@ def chosen(calls: list[str], draw: random.Random) -> list[int]:
 @pytest.mark.parametrize("name", CASES)
 def test_command_leaves_the_old_or_the_new_state_when_any_call_fails(name: str, stages: Stages) -> None:
     case = CASES[name]
-    before, after, calls = list_calls(stages, case)
+    before, after, calls = stages.listed(name)
     draw = random.Random(f"{seed()} {name}")
     failed = []
     for number in chosen(calls, draw):

@@ -15,9 +15,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from forked import Command, Server
 
 from command_line import tiny_project, tunewright
+from forked import Command, Server
 from tunewright.adapters.registry import find_adapter
 from tunewright.core.errors import UserError
 from tunewright.core.io import MANIFEST, damage
