@@ -31,6 +31,9 @@ class Ended:
     stderr: str
 
 
+FOREVER = 2**31
+
+
 @dataclass(frozen=True)
 class Fault:
     """A fault of tests/chaos/faults.c: at the ``when``-th call that changes something in ``folder``, or never."""
@@ -41,7 +44,8 @@ class Fault:
     when: int = 1
     number: int = 0
     """errno of the failed call."""
-    lasting: bool = False
+    lasting: int = 0
+    """Number of later calls that fail too."""
     seconds: int = 0
 
 
@@ -225,7 +229,7 @@ def _become(request: dict[str, Any], rank: int, port: int) -> None:
             fault.action,
             ctypes.c_long(fault.when),
             fault.number,
-            int(fault.lasting),
+            ctypes.c_long(fault.lasting),
             ctypes.c_long(fault.seconds),
         )
     sys.argv = ["tunewright", *request["arguments"]]

@@ -35,15 +35,15 @@ static struct shared *shared; /* in a file, which outlives a killed process */
 static struct {
     char folder[PATH_MAX];
     size_t length;
-    int kinds, action, number, lasting;
-    long when, seconds;
+    int kinds, action, number;
+    long when, lasting, seconds;
 } fault;
 static atomic_int shifted;
 static int listing = -1; /* gets a line for each call, if no fault is chosen */
 
-/* Act at the when-th call of these kinds on a path in this folder: FAIL it with errno number (and all later ones, if
-   lasting), end or stop the process before it, or move the clock by this number of seconds from then on. */
-void faults_arm(const char *counts, const char *folder, int kinds, int action, long when, int number, int lasting,
+/* Act at the when-th call of these kinds on a path in this folder: FAIL it with errno number (and as many later
+   ones as lasting says), end or stop the process before it, or move the clock by this number of seconds from then on. */
+void faults_arm(const char *counts, const char *folder, int kinds, int action, long when, int number, long lasting,
                 long seconds) {
     int file = open(counts, O_RDWR | O_CREAT, 0600);
     if (file < 0 || ftruncate(file, sizeof *shared) < 0) abort();
@@ -78,7 +78,7 @@ static int strikes(int kind, const char *name, const char *path) {
         int length = snprintf(line, sizeof line, "%s %s\n", name, path);
         syscall(SYS_write, listing, line, length);
     }
-    if (fault.action == LIST || call < fault.when || (call > fault.when && !(fault.lasting && fault.action == FAIL))) return 0;
+    if (fault.action == LIST || call < fault.when || call > fault.when + (fault.action == FAIL ? fault.lasting : 0)) return 0;
     if (atomic_fetch_add(&shared->fired, 1) == 0) snprintf(shared->at, sizeof shared->at, "%s %s", name, path);
     if (fault.action == LAST) syscall(SYS_kill, getpid(), SIGKILL);
     if (fault.action == STOP) syscall(SYS_kill, getpid(), SIGSTOP);

@@ -78,7 +78,7 @@ class Stages:
             shutil.rmtree(self.project / "dataset")
         elif stage == "unjudged":
             judge = {"base_url": self.judge.url, "model": "scripted", "concurrency": 2, "max_retries": 8}
-            write_project(self.project, judge, make_items(20))
+            write_project(self.project, judge, make_items(32))
         elif stage == "foreign":
             self.prepare("trained")
             (adapter,) = (self.project / "adapters").iterdir()
@@ -86,8 +86,17 @@ class Stages:
         elif stage == "second":
             self.prepare("deployed")
             config = self.project / "tunewright.yaml"
-            config.write_text(config.read_text().replace("0.003", "0.002"))
+            config.write_text(config.read_text().replace("0.003", "0.03"))
             assert self.run(("train",)).code == 0
+        elif stage == "tenants":
+            self.prepare("second")
+            newest = self.read("adapters", "list")["adapters"][-1]["name"]
+            self.read("deploy", "recipes", newest, *FORCED)
+            keys = {}
+            for tenant, alias in (("acme", "courts"), ("globex", "recipes")):
+                self.read("tenant", "add", tenant, "--alias", alias)
+                keys[alias] = self.read("tenant", "key", "add", tenant)["key"]
+            (self.project / "keys.json").write_text(json.dumps(keys))
         else:
             case = next(case for case in CASES.values() if case.makes == stage)
             self.prepare(case.stage)
@@ -186,7 +195,7 @@ def judgement(stages: Stages) -> Any:
     assert stages.read("verdict", codes=(0, 3, 4)) is not None
     (evaluation,) = (stages.project / "evaluations").glob("*/evidence.json")
     found = load_evidence(evaluation.parent).judge
-    return None if found is None else found.model_dump(exclude={"replaced", "created", "calls", "usage", "cost"})
+    return None if found is None else found.model_dump(exclude={"replaced", "created", "usage", "url"})
 
 
 def releases(stages: Stages) -> Any:

@@ -15,6 +15,8 @@ import pytest
 from faulty import SEED_VARIABLE, Action, Kind, counted, seed
 from stages import CASES, Case, Stages
 
+from forked import FOREVER, Fault
+
 pytestmark = pytest.mark.chaos
 
 EVERY = "TUNEWRIGHT_CHAOS_EVERY"
@@ -60,7 +62,7 @@ def test_command_leaves_the_old_or_the_new_state_when_any_call_fails(name: str, 
     failed = []
     for number in chosen(calls, draw):
         kind = KINDS.get(calls[number - 1].split()[0], Kind.WRITE)
-        code, lasting = draw.choice(NUMBERS[kind]), draw.random() < 0.5
+        code, lasting = draw.choice(NUMBERS[kind]), draw.choice((0, FOREVER))
         fault = stages.fault(kinds=31, action=Action.FAIL, when=number, number=code, lasting=lasting)
         try:
             _assert_old_or_new(stages, case, fault, before, after)
@@ -70,9 +72,9 @@ def test_command_leaves_the_old_or_the_new_state_when_any_call_fails(name: str, 
     assert not failed, f"{SEED_VARIABLE}={seed()} repeats these {len(failed)} of {name}:\n\n" + "\n".join(failed)
 
 
-def _assert_old_or_new(stages: Stages, case: Case, fault: object, before: object, after: object) -> None:
+def _assert_old_or_new(stages: Stages, case: Case, fault: Fault, before: object, after: object) -> None:
     stages.prepare(case.stage)
-    started = stages.start(case.command, fault)  # type: ignore[arg-type]
+    started = stages.start(case.command, fault)
     ended = stages.wait(started)
     _, fired, at = counted(started)
     assert "Traceback" not in ended.stderr, f"at {at}: {ended.stderr[-3000:]}"

@@ -14,7 +14,7 @@ import pytest
 from faulty import SEED_VARIABLE, Action, seed
 from stages import CASES, HANG_S, Stages
 
-from forked import Command, Ended
+from forked import FOREVER, Command, Ended
 
 pytestmark = pytest.mark.chaos
 
@@ -113,7 +113,7 @@ def test_full_disk_leaves_the_old_or_the_new_state(name: str, stages: Stages) ->
         # Removing works on a full disk.
         calls = stages.listed(name)[2][: number - 1]
         when = sum(call.split()[0] not in ("unlink", "unlinkat", "rmdir") for call in calls) + 1
-        fault = stages.fault(kinds=15, action=Action.FAIL, when=when, number=errno.ENOSPC, lasting=True)
+        fault = stages.fault(kinds=15, action=Action.FAIL, when=when, number=errno.ENOSPC, lasting=FOREVER)
         ended = stages.run(CASES[name].command, fault)
         assert_reported(ended, CASES[name].codes)
         if ended.code == 2:
@@ -125,7 +125,7 @@ def test_full_disk_leaves_the_old_or_the_new_state(name: str, stages: Stages) ->
 def test_disk_that_becomes_read_only_leaves_the_old_or_the_new_state(name: str, stages: Stages) -> None:
     for number in [1, *moments("read-only disk", name, stages)]:
         stages.prepare(CASES[name].stage)
-        fault = stages.fault(kinds=31, action=Action.FAIL, when=number, number=errno.EROFS, lasting=True)
+        fault = stages.fault(kinds=31, action=Action.FAIL, when=number, number=errno.EROFS, lasting=FOREVER)
         ended = stages.run(CASES[name].command, fault)
         assert_reported(ended, CASES[name].codes)
         if number == 1:

@@ -69,6 +69,7 @@ def _reach(command: Command, folder: Path, step: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.fault("kill", "train")
 def test_run_killed_at_ten_random_moments_ends_with_the_same_adapter(
     tmp_path: Path, tiny_base_folder: Path, server: Server
 ) -> None:
@@ -271,6 +272,7 @@ def _small_disk(folder: Path, size: str) -> Iterator[Path]:
 
 
 @pytest.mark.slow
+@pytest.mark.fault("full disk", "train")
 def test_full_disk_loses_no_checkpoint(tmp_path: Path, tiny_base_folder: Path, server: Server, unkilled: str) -> None:
     with _small_disk(tmp_path / "disk", "32m") as disk:
         folder = _project(disk / "project", tiny_base_folder)
@@ -297,6 +299,7 @@ def test_full_disk_loses_no_checkpoint(tmp_path: Path, tiny_base_folder: Path, s
         assert find_adapter(folder / "adapters").digest == unkilled
 
 
+@pytest.mark.fault("read-only disk", "train")
 def test_read_only_disk_is_reported_and_loses_nothing(
     tmp_path: Path, killed: Path, server: Server, unkilled: str
 ) -> None:

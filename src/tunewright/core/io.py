@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -25,6 +26,10 @@ _REFUSALS = {
     errno.EFBIG: (
         "the file exceeds the size limit of this system",
         "Raise the limit (ulimit -f), or choose another folder.",
+    ),
+    errno.ENOENT: (
+        "the file or folder has disappeared",
+        "Another program may have deleted it. Run the same command again.",
     ),
     errno.EEXIST: ("a file is in the place of a folder", "Choose another folder."),
     errno.ENOTDIR: ("a file is in the place of a folder", "Choose another folder."),
@@ -89,7 +94,8 @@ def _refusal(error: Exception, path: Path) -> int | None:
     for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
         if os.strerror(number) in str(error):  # safetensors: "I/O error: No space left on device (os error 28)"
             return number
-    if "inline_container.cc" in str(error):  # torch.save gives no reason, so a test write finds it
+    # torch.save and numpy's tofile give no reason, so a test write finds it.
+    if "inline_container.cc" in str(error) or re.fullmatch(r"\d+ requested and \d+ written", str(error)):
         return _probe(next(p for p in (path, *path.parents) if p.is_dir())) or errno.EIO
     return None
 

@@ -154,6 +154,7 @@ def test_running_answer_continues_while_adapters_change_and_the_old_process_ends
         asyncio.run(asyncio.wait_for(change(), 300))
 
 
+@pytest.mark.fault("engine", "serve")
 def test_llama_cpp_restarts_and_fails_running_requests_when_it_crashes(
     small_base: Path, small_adapters: dict[str, Path]
 ) -> None:
