@@ -38,9 +38,6 @@ WITHOUT = {
     ("connection", "export"): _NO_NETWORK,
     **{("postgresql", name): _NO_DATABASE for name in ("add", "train", "evaluate", "judge", "export")},
     **{("engine", name): _NO_ENGINE for name in ("add", "train", "judge")},
-    ("engine", "deploy"): "not tested: its isolation test starts engines as `serve` does",
-    ("engine", "promote"): "not tested: its isolation test starts engines as `serve` does",
-    ("engine", "export"): "does not apply: llama.cpp runs in the command's own process there",
 }
 """Cells without a test, and the reason."""
 

@@ -113,15 +113,15 @@ def _probe(folder: Path) -> int | None:
     return None
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file atomically: temporary file, fsync, rename."""
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file atomically: temporary file next to it, fsync, rename."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         temporary = Path(name)
         try:
-            with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-                file.write(text)
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.chmod(0o644)
@@ -131,6 +131,11 @@ def write_text(path: Path, text: str) -> None:
                 temporary.unlink(missing_ok=True)
             raise
         _sync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically, in UTF-8."""
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:

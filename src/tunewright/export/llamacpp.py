@@ -6,6 +6,7 @@ import secrets
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -109,7 +110,12 @@ def running(model: Path, context: int, lora: Path | None = None) -> Iterator[Lla
         )
         try:
             assert child.stdout is not None
-            address = child.stdout.readline().strip()
+            limit = threading.Timer(_ANSWER_S, child.kill)  # it may hang while it loads the file
+            limit.start()
+            try:
+                address = child.stdout.readline().strip()
+            finally:
+                limit.cancel()
             if not address:
                 child.wait()
                 log.seek(0)
