@@ -111,8 +111,9 @@ class Stages:
     def start(self, command: tuple[str, ...], fault: Fault | None = None, memory: int | None = None) -> Command:
         """Start a command on the project."""
         words = [word.replace("PROJECT", str(self.project)).replace("WORK", str(self.work)) for word in command]
-        if "NEWEST" in words:
-            words[words.index("NEWEST")] = self.read("adapters", "list")["adapters"][-1]["name"]
+        for word, place in (("OLDEST", 0), ("NEWEST", -1)):
+            if word in words:
+                words[words.index(word)] = self.read("adapters", "list")["adapters"][place]["name"]
         warming = fault is None and memory is None and command[:2] not in self._warm
         if warming:
             self._warm.add(command[:2])
@@ -265,7 +266,7 @@ CASES = {
     "evaluate": Case("trained", ("evaluate",), verdict, makes="evaluated", quick=False),
     "judge": Case("unjudged", ("judge",), judgement),
     "report": Case("evaluated", ("report",), files("project/evaluations/*/report.html")),
-    "deploy": Case("trained", ("deploy", "courts", "tiny", *FORCED), releases, makes="deployed"),
+    "deploy": Case("trained", ("deploy", "courts", "OLDEST", *FORCED), releases, makes="deployed"),
     "canary": Case("second", ("deploy", "courts", "NEWEST", "--canary", "10%", *FORCED), releases, makes="candidate"),
     "promote": Case("candidate", ("promote", "courts", *FORCED[3:]), releases),
     "tenant": Case("deployed", ("tenant", "add", "acme", "--alias", "courts"), tenants),

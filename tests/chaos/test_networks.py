@@ -57,20 +57,20 @@ class Proxy:
         with suppress(OSError):
             while True:
                 client, _ = self.listener.accept()
-                try:
-                    if isinstance(self.target, str):
-                        server = socket.socket(socket.AF_UNIX)
-                        server.connect(self.target)
-                    else:
-                        server = socket.create_connection(self.target)
-                except OSError:
-                    client.close()
-                    continue
-                for way in ((client, server, self.fault, self.pieces), (server, client, self.answered, self.answers)):
-                    threading.Thread(target=_pass_on, args=way, daemon=True).start()
+                threading.Thread(target=self._connect, args=(client,), daemon=True).start()
+
+    def _connect(self, client: socket.socket) -> None:
+        family = socket.AF_UNIX if isinstance(self.target, str) else socket.AF_INET
+        with client, socket.socket(family) as server, suppress(OSError):
+            server.connect(self.target)
+            back = threading.Thread(target=_pass_on, args=(server, client, self.answered, self.answers))
+            back.start()
+            _pass_on(client, server, self.fault, self.pieces)
+            back.join()
 
     def close(self) -> None:
         """Accept no more connections."""
+        self.listener.shutdown(socket.SHUT_RDWR)
         self.listener.close()
 
 
