@@ -8,7 +8,7 @@ DEMO   ?= build/demo
 # Containers set this: each command that is started would compile the package again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-whole gpu-proof docs docs-serve test test-all lint typecheck pytest pytest-all fuzz test-vllm test-clients test-demo test-wheel notebook audit sbom check-clean clean
+.PHONY: demo demo-whole gpu-proof docs docs-serve test test-all lint typecheck pytest pytest-all test-chaos fuzz test-vllm test-clients test-demo test-wheel notebook audit sbom check-clean clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tunewright demo $(DEMO)
@@ -54,7 +54,12 @@ pytest: $(VENV)/.installed
 
 # It fails below the coverage that pyproject.toml states.
 pytest-all: $(VENV)/.installed
-	$(PYTEST) -m "not vllm" --hypothesis-profile=all --cov --cov-report=term --cov-report=html:build/coverage
+	$(PYTEST) -m "not vllm and not chaos" --hypothesis-profile=all --cov --cov-report=term --cov-report=html:build/coverage
+
+# Every call that changes a file fails once, and each command meets each fault of docs/reference/faults.md. The seed is
+# printed: TUNEWRIGHT_CHAOS_SEED=N repeats its choices, and TUNEWRIGHT_CHAOS_EVERY=1 lets each single call fail.
+test-chaos: $(VENV)/.installed
+	$(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal -m "chaos and not vllm" tests/chaos $(ARGS)
 
 # 10,000 cases for each reader of files, where `make test` tries 25 and `make test-all` 100.
 fuzz: $(VENV)/.installed

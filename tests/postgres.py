@@ -77,6 +77,15 @@ def new_schema(server: Path) -> str:
     return f"postgresql://{USER}@/postgres?host={server}&options=-csearch_path%3D{name}"
 
 
+def restart(server: Path) -> None:
+    """Restart a server as after a crash: it ends all connections at once, and recovers from its log."""
+    programs = _programs()
+    assert programs is not None
+    command = [programs / "pg_ctl", "-D", server / "data", "-w", "-t", "120", "-m", "immediate", "-l", server / "log"]
+    options = ["-o", f"-k {server} -c listen_addresses='' -c fsync=off", "restart"]
+    subprocess.run([*command, *options], user=_runs_as(), cwd=server, capture_output=True, check=True)
+
+
 @contextmanager
 def frozen(server: Path) -> Iterator[None]:
     """Stop all processes of a server, whose kernel still confirms packets; they continue after the block."""

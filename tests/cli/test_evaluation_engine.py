@@ -120,6 +120,8 @@ def test_evidence_comparison_report_and_comment_name_the_engine(
 
 
 @pytest.mark.slow
+@pytest.mark.fault("kill", "evaluate")
+@pytest.mark.fault("engine", "evaluate")
 def test_evaluate_resumes_from_the_journal_after_a_kill_that_also_ends_vllm(
     project: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

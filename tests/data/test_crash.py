@@ -92,6 +92,7 @@ def _assert_old_or_new(project: ProjectFolder, old: str, new: str) -> str:
 
 
 @pytest.mark.parametrize("tried", [10, pytest.param(80, marks=pytest.mark.slow)])
+@pytest.mark.fault("kill", "add")
 def test_dataset_is_the_old_or_the_new_version_when_killed_at_any_file_call(
     tried: int, template: Path, tmp_path: Path
 ) -> None:

@@ -89,6 +89,7 @@ def test_endpoint_does_not_retry_permanent_errors(tmp_path: Path, status: int) -
         assert len(server.bodies) == 1
 
 
+@pytest.mark.fault("connection", "judge")
 def test_endpoint_reports_a_timeout(tmp_path: Path) -> None:
     with scripted(honest) as server:
         server.slow_s = 1.0
@@ -96,6 +97,7 @@ def test_endpoint_reports_a_timeout(tmp_path: Path) -> None:
             ask(server, tmp_path, count=1, timeout=0.1, max_retries=1)
 
 
+@pytest.mark.fault("connection", "judge")
 def test_endpoint_reports_a_refused_connection(tmp_path: Path) -> None:
     with scripted(honest) as server:
         pass
@@ -177,6 +179,7 @@ def test_failure_wakes_waiting_retries(tmp_path: Path) -> None:
         assert len(server.bodies) == 2, "the first was not asked again"
 
 
+@pytest.mark.fault("kill", "judge")
 def test_judge_resumes_after_a_kill(tmp_path: Path) -> None:
     project = tmp_path / "project"
     with scripted(honest) as server:

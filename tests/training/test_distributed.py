@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from forked import Server
 from hypothesis import given
 from hypothesis import strategies as st
 
 from command_line import tiny_project, tunewright
+from forked import Server
 from tunewright.adapters.registry import Adapter, find_adapter
 from tunewright.core.errors import UserError
 from tunewright.core.io import MANIFEST

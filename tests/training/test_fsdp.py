@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forked import Ended, Server
 
 from command_line import tiny_project, tunewright
+from forked import Ended, Server
 from tunewright.adapters.registry import Adapter, find_adapter
 from tunewright.core.errors import UserError
 from tunewright.core.io import MANIFEST

@@ -15,9 +15,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from forked import Command, Server
 
 from command_line import tiny_project, tunewright
+from forked import Command, Server
 from tunewright.adapters.registry import find_adapter
 from tunewright.core.errors import UserError
 from tunewright.core.io import MANIFEST, damage
@@ -69,6 +69,7 @@ def _reach(command: Command, folder: Path, step: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.fault("kill", "train")
 def test_run_killed_at_ten_random_moments_ends_with_the_same_adapter(
     tmp_path: Path, tiny_base_folder: Path, server: Server
 ) -> None:
@@ -273,6 +274,7 @@ def _small_disk(folder: Path, size: str) -> Iterator[Path]:
 
 
 @pytest.mark.slow
+@pytest.mark.fault("full disk", "train")
 def test_full_disk_loses_no_checkpoint(tmp_path: Path, tiny_base_folder: Path, server: Server, unkilled: str) -> None:
     with _small_disk(tmp_path / "disk", "32m") as disk:
         folder = _project(disk / "project", tiny_base_folder)
@@ -300,6 +302,7 @@ def test_full_disk_loses_no_checkpoint(tmp_path: Path, tiny_base_folder: Path, s
 
 
 @pytest.mark.slow
+@pytest.mark.fault("read-only disk", "train")
 def test_read_only_disk_is_reported_and_loses_nothing(
     tmp_path: Path, killed: Path, server: Server, unkilled: str
 ) -> None:

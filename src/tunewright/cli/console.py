@@ -24,6 +24,7 @@ from rich.text import Text
 from tunewright.cli.live import ConsoleReporter
 from tunewright.cli.stopping import STOPPED, stoppable
 from tunewright.core.errors import UserError
+from tunewright.core.io import refused
 from tunewright.core.text import visible
 from tunewright.training import distributed
 
@@ -40,6 +41,8 @@ NOTHING_KEPT = "nothing half done is kept; run the same command again"
 """State after a stopped command that stores its work at the end."""
 READER_LEFT = 128 + signal.SIGPIPE
 """Exit code of a command whose reader has closed the pipe, as in ``| head -1``."""
+_OUT_OF_MEMORY = ("not enough memory", "out of memory", "can't start new thread")
+"""Texts of torch's allocators, and of Python where no thread's stack can be reserved."""
 _LOG_WIDTH = 120
 _PIPE_WIDTH = 10**6
 """Columns of a pipe, where no cell may be cut and no row wrapped."""
@@ -230,7 +233,16 @@ def session(
             yield from _run(current, project, together=together)
     except UserError as error:
         _fail(current, error.as_dict(), f"Error: {error}", USER_ERROR)
-    except RuntimeError as error:
+    except OSError as error:
+        # The disk's errors reach every command; those that know more about the file have translated them before.
+        message = refused(error)
+        if message is None:
+            raise
+        _fail(current, message.as_dict(), f"Error: {message}", USER_ERROR)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY):
+            short = UserError("Not enough memory", fix="Close other programs, or use a smaller base or batch size.")
+            _fail(current, short.as_dict(), f"Error: {short}", USER_ERROR)
         if not distributed.is_peer_failure(error):
             raise
         what = "Another process of this run was lost; the same command resumes from the last checkpoint"

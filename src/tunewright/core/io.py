@@ -6,10 +6,11 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,17 @@ from tunewright.core.errors import UserError
 _REFUSALS = {
     errno.ENOSPC: ("the disk is full", "Free some space and run the same command again."),
     errno.EDQUOT: ("the disk quota is used up", "Free some space and run the same command again."),
+    errno.EIO: (
+        "the disk reports an input/output error",
+        "Check the disk: the system's log has its errors. Then run the same command again.",
+    ),
     errno.EFBIG: (
         "the file exceeds the size limit of this system",
         "Raise the limit (ulimit -f), or choose another folder.",
+    ),
+    errno.ENOENT: (
+        "the file or folder has disappeared",
+        "Another program may have deleted it. Run the same command again.",
     ),
     errno.EEXIST: ("a file is in the place of a folder", "Choose another folder."),
     errno.ENOTDIR: ("a file is in the place of a folder", "Choose another folder."),
@@ -57,6 +66,14 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def refused(error: OSError) -> UserError | None:
+    """Return the message for an error with which the operating system refuses a change of files, or None."""
+    if error.errno not in _REFUSALS:
+        return None
+    what, fix = _REFUSALS[error.errno]
+    return UserError(what, where=None if error.filename is None else str(error.filename), fix=fix)
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Raise a UserError where the operating system refuses to write below ``path``."""
@@ -74,11 +91,12 @@ def _refusal(error: Exception, path: Path) -> int | None:
     """Return the error number of a failed write, also if a native writer only has it in its message."""
     if isinstance(error, OSError) and error.errno in _REFUSALS:
         return error.errno
-    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
         if os.strerror(number) in str(error):  # safetensors: "I/O error: No space left on device (os error 28)"
             return number
-    if "inline_container.cc" in str(error):  # torch.save gives no reason, so a test write finds it
-        return _probe(next(p for p in (path, *path.parents) if p.is_dir()))
+    # torch.save and numpy's tofile give no reason, so a test write finds it.
+    if "inline_container.cc" in str(error) or re.fullmatch(r"\d+ requested and \d+ written", str(error)):
+        return _probe(next(p for p in (path, *path.parents) if p.is_dir())) or errno.EIO
     return None
 
 
@@ -95,23 +113,29 @@ def _probe(folder: Path) -> int | None:
     return None
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file atomically: temporary file, fsync, rename."""
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file atomically: temporary file next to it, fsync, rename."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         temporary = Path(name)
         try:
-            with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-                file.write(text)
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.chmod(0o644)
             temporary.replace(path)
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # the first error is the one to report
+                temporary.unlink(missing_ok=True)
             raise
         _sync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically, in UTF-8."""
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -7,11 +7,13 @@ import re
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from tunewright.core.errors import UserError
+from tunewright.core.io import write_bytes
 from tunewright.core.progress import Reporter
 from tunewright.data.review.reviews import Event, event_line, events_in, without_purged
 from tunewright.data.versions import IMPORTS, MANIFEST, Manifest, keys_digest, short
@@ -86,6 +88,7 @@ class RemoteStore:
         self.root = str(root).rstrip("/")
         protocols = {self.fs.protocol} if isinstance(self.fs.protocol, str) else set(self.fs.protocol)
         self.has_folders = not protocols & _BUCKETS
+        self.is_local = "file" in protocols
         self.is_web = "http" in protocols
         with self._refusals():
             if self.fs.exists(f"{self.root}/rows"):
@@ -131,8 +134,14 @@ class RemoteStore:
             return bool(self.fs.exists(f"{self.root}/versions/{short(digest)}/{MANIFEST}"))
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a file atomically: fsspec moves it into place at the end of the transaction."""
+        """Write a file atomically: fsspec moves it into place at the end of the transaction.
+
+        In a local folder it would copy from the folder for temporary files, and a full disk would leave half a file.
+        """
         path = f"{self.root}/{name}"
+        if self.is_local:
+            write_bytes(Path(path), data)
+            return
         with self._refusals():
             if self.has_folders:  # buckets have no folders, and makedirs would create a bucket with a mistyped name
                 self.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)

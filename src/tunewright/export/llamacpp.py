@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import secrets
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +39,11 @@ class EngineFailedError(Exception):
     """llama.cpp rejected the file, or exited."""
 
 
+def _without_answer(how: str) -> UserError:
+    """Return the error for a llama.cpp that ends or hangs without a word about the file."""
+    return UserError(f"llama.cpp {how}", fix="Check that it has enough memory, and run the same command again.")
+
+
 def require_llamacpp() -> None:
     """Check that llama.cpp is installed, before anything is written.
 
@@ -56,6 +63,7 @@ class LlamaCpp:
     """A running llama.cpp."""
 
     client: httpx.Client
+    child: subprocess.Popen[str]
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Return a conversation's ids by the file's own chat template and tokenizer."""
@@ -83,6 +91,10 @@ class LlamaCpp:
         try:
             reply = self.client.post(route, json=body)
         except httpx.TransportError as error:
+            if isinstance(error, httpx.TimeoutException):
+                raise _without_answer(f"did not answer within {_ANSWER_S:g} s") from error
+            if self.child.wait(_ANSWER_S) == -signal.SIGKILL:
+                raise _without_answer("was killed") from error
             raise EngineFailedError(f"llama.cpp exited: {error}") from error
         if reply.is_error:
             raise EngineFailedError(f"llama.cpp rejected the request: {reply.text[:500]}")
@@ -96,6 +108,7 @@ def running(model: Path, context: int, lora: Path | None = None) -> Iterator[Lla
 
     Raises:
         EngineFailedError: it rejects the file.
+        UserError: it is killed, or hangs.
     """
     key = secrets.token_hex(16)
     arguments = [str(model), str(context), str(torch.get_num_threads()), key, *([str(lora)] if lora else [])]
@@ -109,14 +122,20 @@ def running(model: Path, context: int, lora: Path | None = None) -> Iterator[Lla
         )
         try:
             assert child.stdout is not None
-            address = child.stdout.readline().strip()
+            limit = threading.Timer(_ANSWER_S, child.kill)  # it may hang while it loads the file
+            limit.start()
+            try:
+                address = child.stdout.readline().strip()
+            finally:
+                limit.cancel()
             if not address:
-                child.wait()
+                if child.wait() == -signal.SIGKILL:  # an invalid file ends it in another way
+                    raise _without_answer(f"was killed, or did not load the file within {_ANSWER_S:g} s")
                 log.seek(0)
                 raise EngineFailedError(f"llama.cpp rejected the file: {_error_of(log.read())}")
             headers = {"Authorization": f"Bearer {key}"}
             with httpx.Client(base_url=address, headers=headers, timeout=_ANSWER_S, trust_env=False) as client:
-                yield LlamaCpp(client)
+                yield LlamaCpp(client, child)
         finally:
             child.kill()
             child.communicate()

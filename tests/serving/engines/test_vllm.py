@@ -36,6 +36,7 @@ async def _ids(engine: Engine, request: Request) -> list[int]:
     return [token async for delta in stream(engine, request) for token in delta.ids]
 
 
+@pytest.mark.fault("engine", "serve")
 def test_vllm_with_our_settings_is_isolated_and_answers_equally_after_a_crash(
     small_base: Path, small_adapters: dict[str, Path], reference: PeftReference
 ) -> None:

@@ -26,6 +26,7 @@ from vllm_child import StopAfter, alive, ids, settings, wait_until
 pytest_plugins = ["vllm_child"]
 
 
+@pytest.mark.fault("engine", "serve")
 def test_vllm_restarts_and_fails_running_requests_when_it_crashes(engine: VllmEngine, reporter: StopAfter) -> None:
     async def ask() -> None:
         waiting = asyncio.create_task(ids(engine, Request((ENDLESS,), None, 500)))
@@ -64,6 +65,7 @@ def test_crash_of_vllms_core_is_not_blamed_on_a_request(engine: VllmEngine) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.fault("engine", "serve")
 def test_vllm_restarts_and_fails_running_requests_when_it_hangs(
     engine: VllmEngine, reporter: StopAfter, monkeypatch: pytest.MonkeyPatch
 ) -> None:

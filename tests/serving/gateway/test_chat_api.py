@@ -214,6 +214,7 @@ def test_failed_request_does_not_affect_others(url: str) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.fault("connection", "serve")
 def test_row_is_freed_when_the_client_disconnects(stream: bool) -> None:
     async def run(url: str) -> None:
         body = {"model": "base", "messages": QUESTION, "max_tokens": CONTEXT - 1000, "stream": stream}

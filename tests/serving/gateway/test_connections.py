@@ -190,6 +190,7 @@ def test_request_head_that_does_not_arrive_times_out(begun: bytes) -> None:
         assert refusal(read_to_end(connection)) == (408, "header_timeout")
 
 
+@pytest.mark.fault("connection", "serve")
 def test_request_head_that_trickles_times_out() -> None:
     with connection_to(header_timeout_s=0.5) as connection:
         trickle = send_until_refused(connection, _slowly(HEAD + b"a: " + b"x" * 10_000_000))

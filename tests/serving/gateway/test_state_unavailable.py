@@ -46,6 +46,7 @@ def assert_accounted(server: Running, key: str, state: State) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("state_url", ["postgresql"], indirect=True)
+@pytest.mark.fault("postgresql", "serve")
 def test_requests_are_refused_while_postgresql_is_frozen(
     server: Running, state: State, two_tenants: dict[str, str], postgres: Path
 ) -> None:

@@ -85,6 +85,7 @@ def test_valid_key_is_valid_again_after_the_clock_was_ahead_for_a_while(state_ur
         state.keys.caller(key)
 
 
+@pytest.mark.fault("clock jump", "serve")
 def test_requests_of_a_living_server_are_not_lost_when_the_clock_jumps_forward(state_url: str) -> None:
     time = Time()
     with opened(state_url, time) as one, opened(state_url, time) as two:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import fnmatch
+import gc
+import importlib
 import json
 import os
 import resource
@@ -12,7 +15,8 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,6 +29,24 @@ class Ended:
     code: int
     stdout: str
     stderr: str
+
+
+FOREVER = 2**31
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A fault of tests/chaos/faults.c: at the ``when``-th call that changes something in ``folder``, or never."""
+
+    folder: str
+    kinds: int
+    action: int = 0
+    when: int = 1
+    number: int = 0
+    """errno of the failed call."""
+    lasting: int = 0
+    """Number of later calls that fail too."""
+    seconds: int = 0
 
 
 class Command:
@@ -55,11 +77,16 @@ class Command:
 class Server:
     """The process that forks, one command at a time."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, preload: Path | None = None) -> None:
         self.folder = folder
+        self.preload = preload
         self.count = 0
         self.process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8"
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
+            env=os.environ | ({"LD_PRELOAD": str(preload)} if preload else {}),
         )
 
     def start(
@@ -69,6 +96,9 @@ class Server:
         file_limit: int | None = None,
         processes: int = 1,
         environment: Mapping[str, str] | None = None,
+        fault: Fault | None = None,
+        memory: int | None = None,
+        warming: bool = False,
     ) -> Command:
         """Start a command.
 
@@ -78,6 +108,9 @@ class Server:
             file_limit: the largest file that it may write, in bytes.
             processes: their number, started as by torchrun; ``killed_at`` and ``file_limit`` are for the first.
             environment: variables besides, as a launcher sets them.
+            fault: what happens to it; the server must have been started with the compiled faults.c.
+            memory: bytes that it may take in addition to those of its start.
+            warming: later commands find in memory the modules that this one imports.
         """
         self.count += 1
         folder = self.folder / f"command-{self.count}"
@@ -91,6 +124,9 @@ class Server:
             "file_limit": file_limit,
             "processes": processes,
             "environment": dict(environment or {}),
+            "fault": fault and asdict(fault),
+            "memory": memory,
+            "warming": warming,
         }
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(request) + "\n")
@@ -104,10 +140,18 @@ class Server:
         file_limit: int | None = None,
         processes: int = 1,
         environment: Mapping[str, str] | None = None,
+        fault: Fault | None = None,
+        memory: int | None = None,
     ) -> Ended:
         """Run a command to its end; the exit code is the first process's."""
         return self.start(
-            *arguments, killed_at=killed_at, file_limit=file_limit, processes=processes, environment=environment
+            *arguments,
+            killed_at=killed_at,
+            file_limit=file_limit,
+            processes=processes,
+            environment=environment,
+            fault=fault,
+            memory=memory,
         ).wait()
 
     def answer(self) -> int:
@@ -147,8 +191,15 @@ def _serve() -> None:
             if pids[-1] == 0:
                 _become(request, rank, port)
             print(pids[-1], flush=True)  # noqa: T201
-        for pid in pids:
-            print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)  # noqa: T201
+        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        if request["warming"]:
+            for name in (Path(request["folder"]) / "modules").read_text().splitlines():
+                with suppress(ImportError):  # a module that exists under another name only
+                    importlib.import_module(name)
+            gc.collect()
+            gc.freeze()
+        for code in codes:
+            print(code, flush=True)  # noqa: T201
 
 
 def _become(request: dict[str, Any], rank: int, port: int) -> None:
@@ -166,6 +217,23 @@ def _become(request: dict[str, Any], rank: int, port: int) -> None:
         sys.addaudithook(_Killer(*request["killed_at"]))
     from tunewright.cli.stopping import end_process
 
+    if request["memory"] is not None:
+        taken = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData"))
+        limit = int(taken.split()[1]) * 1024 + request["memory"]
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    if request["fault"] is not None:
+        fault = Fault(**request["fault"])
+        counts = os.fsencode(Path(request["folder"]) / "faults")
+        ctypes.CDLL(None).faults_arm(
+            counts,
+            os.fsencode(fault.folder),
+            fault.kinds,
+            fault.action,
+            ctypes.c_long(fault.when),
+            fault.number,
+            ctypes.c_long(fault.lasting),
+            ctypes.c_long(fault.seconds),
+        )
     sys.argv = ["tunewright", *request["arguments"]]
     code: Any = 0
     try:
@@ -177,6 +245,8 @@ def _become(request: dict[str, Any], rank: int, port: int) -> None:
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
+    if request["warming"]:
+        (Path(request["folder"]) / "modules").write_text("\n".join(sorted(sys.modules)))
     end_process(code or 0)
 
 

@@ -1,0 +1,95 @@
+"""Every call that changes a file fails once, and after it each command leaves the old state or the new one.
+
+Calls at the same place are alike: of each kind the first, the last and a random one fail (a random one of commands that
+take seconds), or each one if TUNEWRIGHT_CHAOS_EVERY is set.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import re
+
+import pytest
+from faulty import SEED_VARIABLE, Action, Kind, counted, seed
+from stages import CASES, Case, Stages
+
+from forked import FOREVER, Fault
+
+pytestmark = pytest.mark.chaos
+
+EVERY = "TUNEWRIGHT_CHAOS_EVERY"
+KINDS = {
+    "fsync": Kind.SYNC,
+    "fdatasync": Kind.SYNC,
+    **dict.fromkeys(("rename", "renameat", "link", "linkat"), Kind.RENAME),
+    **dict.fromkeys(("mkdir", "mkdirat", "open", "fopen"), Kind.CREATE),
+    **dict.fromkeys(("unlink", "unlinkat", "rmdir"), Kind.REMOVE),
+}
+NUMBERS = {
+    Kind.WRITE: (errno.ENOSPC, errno.EIO, errno.EROFS),
+    Kind.SYNC: (errno.EIO, errno.ENOSPC),
+    Kind.RENAME: (errno.ENOSPC, errno.EIO, errno.EROFS),
+    Kind.CREATE: (errno.ENOSPC, errno.EIO, errno.EROFS),
+    Kind.REMOVE: (errno.EIO, errno.EROFS),
+}
+
+
+def place(call: str) -> str:
+    """Return a call without what differs from run to run: digests, numbers and endings of temporary names."""
+    name, path = call.split(" ", 1)
+    path = re.sub(r"(/\.[^/]*)\.[a-z0-9_]{8}(?=/|$)", r"\1.*", path)
+    path = re.sub(r"/\.tmp\w+", "/.tmp*", path)
+    return f"{name} {re.sub(r'[0-9]+', '#', re.sub(r'[0-9a-f]{2,}(?=[./-]|$)', '#', path))}"
+
+
+def chosen(calls: list[str], draw: random.Random, *, quick: bool) -> list[int]:
+    """Return the numbers of the calls that fail, from 1; of a command that takes seconds one at each place."""
+    if os.environ.get(EVERY):
+        return list(range(1, len(calls) + 1))
+    places: dict[str, list[int]] = {}
+    for number, call in enumerate(calls, start=1):
+        places.setdefault(place(call), []).append(number)
+    ends = {one for numbers in places.values() for one in (numbers[0], numbers[-1])} if quick else set()
+    return sorted({*ends, *(draw.choice(numbers) for numbers in places.values())})
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_command_leaves_the_old_or_the_new_state_when_any_call_fails(name: str, stages: Stages) -> None:
+    case = CASES[name]
+    before, after, calls = stages.listed(name)
+    draw = random.Random(f"{seed()} {name}")
+    failed = []
+    for number in chosen(calls, draw, quick=case.quick):
+        kind = KINDS.get(calls[number - 1].split()[0], Kind.WRITE)
+        code, lasting = draw.choice(NUMBERS[kind]), draw.choice((0, FOREVER))
+        fault = stages.fault(kinds=31, action=Action.FAIL, when=number, number=code, lasting=lasting)
+        try:
+            _assert_old_or_new(stages, case, fault, before, after)
+        except AssertionError as error:
+            how = f"{calls[number - 1]}: {errno.errorcode[code]}{' from then on' if lasting else ''}"
+            failed.append(f"call {number} of {len(calls)}, {how}\n{error}\n")
+    assert not failed, f"{SEED_VARIABLE}={seed()} repeats these {len(failed)} of {name}:\n\n" + "\n".join(failed)
+
+
+def _assert_old_or_new(stages: Stages, case: Case, fault: Fault, before: object, after: object) -> None:
+    stages.prepare(case.stage)
+    started = stages.start(case.command, fault)
+    ended = stages.wait(started)
+    _, fired, at = counted(started)
+    assert "Traceback" not in ended.stderr, f"at {at}: {ended.stderr[-3000:]}"
+    assert ended.code in (2, *case.codes), f"exit code {ended.code} at {at}: {ended.stderr[-2000:]}"
+    if ended.code == 2:
+        assert fired, ended.stderr
+        assert ended.stderr.count("Error: ") == 1, f"at {at}: {ended.stderr[-2000:]}"
+    found = case.state(stages)
+    if ended.code != 2:
+        assert found == after, f"acknowledged, and lost: {found}, at {at}"
+    assert found in (before, after, case.between), f"neither old nor new: {found}, at {at}"
+    again = stages.run(case.command)
+    assert "Traceback" not in again.stderr, f"the next command, after {at}: {again.stderr[-2000:]}"
+    if found != after:
+        assert again.code in case.codes, f"the next command, after {at}: {again.stderr[-2000:]}"
+    found = case.state(stages)
+    assert found == after, f"the next command made {found} in place of {after}, after {at}"
