@@ -1,6 +1,6 @@
 """An hour of mixed load on a tiny base: what grows, and how fast.
 
-    python benchmarks/soak.py [--minutes 60] [--rate 4] [--seed 0]
+    python benchmarks/soak.py [--minutes 60] [--rate 3] [--seed 0]
 
 Clients of several tenants chat, complete, stream, disconnect, and send wrong keys and invalid bodies. Meanwhile an
 operator makes and ends tenants, rotates keys, and deploys, tries, promotes and rolls back adapters, as the command line
@@ -49,7 +49,7 @@ def main() -> None:
     """Run the load and show what grew."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--rate", type=float, default=4, help="requests per second")
+    parser.add_argument("--rate", type=float, default=3, help="requests per second")
     parser.add_argument("--change-seconds", type=float, default=6, help="between two changes of tenants or releases")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", action="store_true", help="write the results and the plot into the repository")
@@ -73,7 +73,7 @@ def main() -> None:
         "settings": {"minutes": options.minutes, "rate": options.rate, "seed": options.seed, "adapters": ADAPTERS},
         "requests": dict(sorted(load.counts.items())),
         "changes": dict(sorted(load.changes.items())),
-        "faults": load.faults,
+        "faults": dict(load.faults.most_common()),
         "audit_faults": list(check.faults),
         **summary(found),
     }
@@ -151,7 +151,7 @@ def _say(load: Load, samples: Samples) -> None:
     last = samples.last
     print(
         f"{samples.times[-1] / 60:5.1f} min: {sum(load.counts.values())} requests, {sum(load.changes.values())} "
-        f"changes, {len(load.faults)} faults; {last['private MB']:.1f} MB, {last['descriptors']} descriptors, "
+        f"changes, {load.faults.total()} faults; {last['private MB']:.1f} MB, {last['descriptors']} descriptors, "
         f"{last['threads']} threads, {last['tasks']} tasks, {last['objects']} objects, "
         f"{last['metric series']} series, {last['resident adapters']} adapters",
         file=sys.stderr,

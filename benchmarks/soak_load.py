@@ -20,7 +20,7 @@ import aiohttp
 from tunewright.adapters.registry import Adapter
 from tunewright.core.errors import UserError
 from tunewright.serving.gateway.app import ADAPTER_HEADER
-from tunewright.serving.tenants import Candidate, Grounds, Limits, State
+from tunewright.serving.tenants import Candidate, Grounds, Limits, State, StateUnavailableError
 
 REASON = Grounds(None, None, "a benchmark")
 LASTING = 4
@@ -96,7 +96,7 @@ class Load:
     """Average time between two changes."""
     counts: Counter[str] = field(default_factory=Counter)
     changes: Counter[str] = field(default_factory=Counter)
-    faults: list[str] = field(default_factory=list)
+    faults: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self._draw = random.Random(self.seed)
@@ -138,8 +138,11 @@ class Load:
         while True:
             await asyncio.sleep(self._draw.expovariate(1 / self.change_seconds))
             (kind,) = self._draw.choices(list(CHANGES), list(CHANGES.values()))
-            if await self._change(kind):
-                self.changes[kind] += 1
+            try:
+                if await self._change(kind):
+                    self.changes[kind] += 1
+            except (StateUnavailableError, aiohttp.ClientError, TimeoutError) as error:
+                self.faults[f"{kind}: {type(error).__name__} {error}"] += 1
 
     async def _change(self, kind: str) -> bool:
         """Make a change; False if there is nothing to change in this way."""
@@ -218,7 +221,7 @@ class Load:
             async with asyncio.timeout(150):
                 outcome = await self._send(kind, tenant)
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            self.faults.append(f"{kind}: {type(error).__name__} {error}")
+            self.faults[f"{kind}: {type(error).__name__} {error}"] += 1
             outcome = type(error).__name__
         finally:
             tenant.open -= 1
@@ -281,9 +284,9 @@ class Load:
             if reply.status == 200 and tenant is not None:
                 digest = reply.headers[ADAPTER_HEADER]
                 if digest not in {one.digest for one in tenant.adapters}:
-                    self.faults.append(f"{kind}: {tenant.name} was answered by {digest}")
+                    self.faults[f"{kind}: {tenant.name} was answered by {digest}"] += 1
                 if body.get("stream") and not answer.endswith(b"data: [DONE]\n\n"):
-                    self.faults.append(f"{kind}: a stream ended with {answer[-200:]!r}")
+                    self.faults[f"{kind}: a stream ended with {answer[-200:]!r}"] += 1
             return self._status(kind, reply.status, expected)
 
     async def _dropped(self, body: dict[str, Any], headers: dict[str, str], expected: Sequence[int]) -> str:
@@ -318,7 +321,7 @@ class Load:
 
     def _status(self, kind: str, status: int, expected: Sequence[int]) -> str:
         if status not in expected:
-            self.faults.append(f"{kind}: status {status}")
+            self.faults[f"{kind}: status {status}"] += 1
         return str(status)
 
 

@@ -153,7 +153,7 @@ def show(result: Mapping[str, Any]) -> None:
     )
     console.print("Requests:", result["requests"], "\nChanges:", result["changes"])
     console.print("Objects that grew:", result["grown_objects"])
-    console.print(f"{len(result['faults'])} faults", *result["faults"][:20], *result["audit_faults"], sep="\n")
+    console.print("Faults:", result["faults"], *result["audit_faults"])
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:

@@ -88,7 +88,6 @@ class FairScheduler:
         self._served: dict[str, float] = defaultdict(float)
         self._idle_since: dict[str, float] = {}  # of tenants without a request here; the longest idle comes first
         self._last_dequeued: str | None = None
-        self._last_counter = 0.0  # of the last dequeued tenant, once it is no longer active
         self._held_until: dict[str, float] = {}
         """Counters at which tenants no longer hold a request back."""
 
@@ -218,9 +217,9 @@ class FairScheduler:
             tenant = next(iter(self._idle_since))
             del self._idle_since[tenant]
             # It returns with the credit of a newcomer. The counters of ended tenants would otherwise add up.
-            counter = self._served.pop(tenant)
+            del self._served[tenant]
             if tenant == self._last_dequeued:
-                self._last_dequeued, self._last_counter = None, counter
+                self._last_dequeued = None  # a request is waiting now, and is dequeued before anyone asks
         return len(self._waiting.keys() | self._admitted.keys() | self._idle_since.keys())
 
     def _lowest_waiting(self) -> float:
@@ -228,7 +227,7 @@ class FairScheduler:
         if self._waiting:
             return min(self._served[tenant] for tenant in self._waiting)
         # Without a waiting tenant the last one served is the reference; 0 would give newcomers all past credit.
-        return self._last_counter if self._last_dequeued is None else self._served[self._last_dequeued]
+        return self._served[self._last_dequeued] if self._last_dequeued is not None else 0.0
 
     def _dequeue(self, ticket: Ticket) -> None:
         self._waiting[ticket.tenant].remove(ticket)
