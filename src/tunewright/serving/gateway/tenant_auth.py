@@ -16,6 +16,7 @@ from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from weakref import WeakValueDictionary
 
 from tunewright.core.io import canonical_json
 from tunewright.core.progress import Reporter
@@ -78,6 +79,9 @@ class TenantAuth:
         self._name = f"{socket.gethostname()}:{os.getpid()}"
         self._troubles: set[str] = set()
         self._begun: dict[int, _Begun] = {}  # by tenant, while there are any
+        # One reservation of a tenant at a time: the state's threads take them in the order of arrival, and another
+        # tenant would wait for hundreds of them.
+        self._reserving: WeakValueDictionary[int, asyncio.Lock] = WeakValueDictionary()
         self._keep: Callable[[Mapping[str, Collection[str]]], None] = lambda _callers: None
 
     @property
@@ -188,8 +192,13 @@ class TenantAuth:
         """
         acquired = self.router.acquire(reservation.digest)
         assert acquired, "a live release's adapter is loaded"
+        turn = self._reserving.setdefault(reservation.tenant_id, asyncio.Lock())
+        waits = turn.locked()
         try:
-            return await self._reserve(reservation)
+            async with turn:
+                if waits and self._troubles:  # or each would wait for the state as long as the one before it
+                    raise StateUnavailableError(min(self._troubles))
+                return await self._reserve(reservation)
         except BaseException as error:
             self.router.release(reservation.digest)
             if isinstance(error, StateUnavailableError):
