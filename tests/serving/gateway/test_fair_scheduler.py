@@ -353,3 +353,33 @@ def test_answer_token_weighs_as_two_prompt_tokens() -> None:
     scheduler.charge("a", prompt=10)
     scheduler.charge("b", answer=5)
     assert scheduler._served["a"] == scheduler._served["b"] == 5 * ANSWER_WEIGHT
+
+
+def test_scheduler_keeps_no_counters_of_tenants_that_have_gone() -> None:
+    engine, sizes = Engine(8), []
+    for number in range(40):
+        engine.enqueue(f"passing-{number}", 10, 2)
+        while engine.admitted or engine.waiting:
+            engine.step()
+        engine.now += ACTIVE_SECONDS / 3
+        sizes.append(len(engine.scheduler._served))
+    assert max(sizes) <= 5
+
+
+def test_tenant_returns_after_a_minute_with_one_burst_of_credit() -> None:
+    now = [0.0]
+    scheduler = FairScheduler(1, lambda: now[0])
+
+    def answer(tenant: str, tokens: int) -> None:
+        ticket = scheduler.enqueue(tenant, 1)
+        assert scheduler.admit() == [ticket]
+        scheduler.charge(tenant, answer=tokens)
+        scheduler.release(ticket)
+
+    for tenant in ("other", "busy", "other", "busy"):  # each has been forgotten when the next one comes
+        before = scheduler._lowest_waiting()
+        answer(tenant, 5000)
+        after = scheduler._served[tenant]
+        assert after == max(0.0, before - BURST_TOKENS) + 1 + 5000 * ANSWER_WEIGHT
+        assert scheduler._served.keys() == {tenant}
+        now[0] += 2 * ACTIVE_SECONDS

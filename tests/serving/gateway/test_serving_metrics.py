@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from scripted_engine import LIMITS, MODELS, TOKENIZATION, ScriptedEngine
-from states import DIGESTS, SHIP
+from states import DIGESTS, SHIP, Clock
 
 from tunewright.adapters.system_prompt import SystemPrompt
 from tunewright.config import GatewayConfig
@@ -19,10 +20,10 @@ from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
 from tunewright.serving.gateway.app import Gateway
 from tunewright.serving.gateway.auth import AnonymousAuth, Auth, ServedAdapter
-from tunewright.serving.gateway.metrics import exposed
+from tunewright.serving.gateway.metrics import ENDED_SECONDS, Metrics, ServerState, exposed
 from tunewright.serving.gateway.server import serving
 from tunewright.serving.gateway.tenant_auth import TenantAuth
-from tunewright.serving.tenants import Candidate, Limits, State
+from tunewright.serving.tenants import Candidate, Limits, RequestUsage, State
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -158,3 +159,92 @@ def test_metrics_name_the_port_when_the_address_is_in_use() -> None:
             exposed(gateway.metrics, "127.0.0.1", port),
         ):
             pass
+
+
+USAGE = RequestUsage(3, 5, 0.1, 0.2, 0.3, "stop")
+
+
+def counting(clock: Clock) -> Metrics:
+    """Metrics without a server."""
+    return Metrics(lambda: ServerState(True, (), (), (), ()), clock)
+
+
+def owners(metrics: Metrics) -> Counter[tuple[str, str]]:
+    """Return the number of series by tenant and alias (or error code)."""
+    labels = (sample.labels for family in metrics.registry.collect() for sample in family.samples)
+    named = (one for one in labels if "tenant" in one)
+    return Counter((one["tenant"], one.get("alias", one.get("code", ""))) for one in named)
+
+
+def test_metrics_do_not_grow_with_tenants_that_have_ended() -> None:
+    clock = Clock()
+    metrics = counting(clock)
+    sizes = []
+    for number in range(50):
+        metrics.settled(f"passing-{number}", "courts", USAGE)
+        metrics.refused(f"passing-{number}", "model_not_found")
+        metrics.keep({})
+        clock.now += ENDED_SECONDS / 5
+        sizes.append(owners(metrics).total())
+    assert sizes[10:] == [sizes[10]] * 40
+
+
+def test_metrics_of_an_ended_tenant_remain_for_ten_minutes_and_return_with_it() -> None:
+    clock = Clock()
+    metrics = counting(clock)
+    metrics.settled("acme", "courts", USAGE)
+    metrics.keep({})
+    clock.now += ENDED_SECONDS - 1
+    metrics.keep({})
+    assert ("acme", "courts") in owners(metrics)
+    metrics.keep({"acme": ["courts"]})  # it has a key again
+    clock.now += ENDED_SECONDS
+    metrics.keep({})
+    assert ("acme", "courts") in owners(metrics), "counted from the second end"
+    clock.now += ENDED_SECONDS
+    metrics.keep({})
+    assert not owners(metrics)
+    metrics.settled("acme", "courts", USAGE)
+    assert (
+        metrics.registry.get_sample_value("tunewright_prompt_tokens_total", {"tenant": "acme", "alias": "courts"}) == 3
+    )
+
+
+def test_metrics_drop_an_alias_that_a_tenant_may_no_longer_call_and_keep_its_others() -> None:
+    clock = Clock()
+    metrics = counting(clock)
+    for alias in ("courts", "recipes"):
+        metrics.settled("acme", alias, USAGE)
+    metrics.settled("globex", "recipes", USAGE)
+    for tenant in ("", "acme", "globex"):
+        metrics.refused(tenant, "invalid_api_key")
+    for _ in range(2):
+        metrics.keep({"acme": ["courts"]})
+        clock.now += ENDED_SECONDS
+    assert owners(metrics).keys() == {("acme", "courts"), ("", "invalid_api_key"), ("acme", "invalid_api_key")}
+
+
+def test_metrics_learn_from_the_state_which_tenants_have_ended(
+    state_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tunewright.serving.gateway.metrics.ENDED_SECONDS", 0.0)
+    served = ServedAdapter(tmp_path, SystemPrompt(None))
+    with State(state_url, "ann") as state:
+        state.releases.deploy("courts", "courts-1", DIGESTS["a"], SHIP)
+        keys = {}
+        for name in ("acme", "globex"):
+            state.tenants.add(name, ["courts"])
+            keys[name], _ = state.keys.create(name)
+        access = TenantAuth(State(state_url), ScriptedEngine(), lambda _name, _digest: served, LogReporter())
+        with server(ScriptedEngine(), access) as (client, metrics):
+            for name, key in keys.items():
+                headers = {"Authorization": f"Bearer {key}"}
+                body = {"model": "courts", "messages": HELLO}
+                assert client.post("/v1/chat/completions", json=body, headers=headers).status_code == 200
+                until(metrics, "requests_total", 1, tenant=name, alias="courts", outcome="length")
+            state.tenants.disable("acme")
+            for number in range(2):  # a release makes the server look at once
+                state.releases.deploy("courts", f"courts-{number}", DIGESTS["bc"[number]], SHIP)
+                until(metrics, "release", 2 + number, alias="courts", digest=DIGESTS["bc"[number]][:12], role="live")
+            until(metrics, "requests_total", None, tenant="acme", alias="courts", outcome="length")
+            assert value(metrics, "requests_total", tenant="globex", alias="courts", outcome="length") == 1

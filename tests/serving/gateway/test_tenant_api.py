@@ -6,16 +6,21 @@ import asyncio
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from scripted_engine import ScriptedEngine
 from served_model import CONTEXT, expected_answer
-from states import raw
+from states import raw, reservation, with_tenant
 from tenant_server import ASKED, QUESTION, Running, Stored, ask, deploy, tenant_server, until
 
-from tunewright.serving.gateway.tenant_auth import POLL_SECONDS
+from tunewright.adapters.system_prompt import SystemPrompt
+from tunewright.core.progress import LogReporter
+from tunewright.serving.gateway.auth import ServedAdapter
+from tunewright.serving.gateway.tenant_auth import POLL_SECONDS, TenantAuth
 from tunewright.serving.tenants import Limits, State
 
 pytest_plugins = ["two_tenants"]
@@ -384,3 +389,20 @@ def test_authentication_does_not_wait_for_a_writer(
             assert list(chunks)[-1].choices[0].finish_reason
             assert not asked.done()
         assert asked.result()
+
+
+def test_reservation_waits_for_one_of_another_tenants_reservations_only(state_url: str, tmp_path: Path) -> None:
+    served = ServedAdapter(tmp_path, SystemPrompt(None))
+    with State(state_url) as state:
+        busy, quiet = (reservation(*with_tenant(state, name)) for name in ("acme", "globex"))
+        access = TenantAuth(State(state_url), ScriptedEngine(), lambda _name, _digest: served, LogReporter())
+
+        async def reserve() -> list[int]:
+            async with access.running(lambda _callers: None):
+                # All of them at once, the quiet one last: the numbers are in the order of the reservations.
+                return await asyncio.gather(*(access.reserve(one) for one in (*[busy] * 20, quiet)))
+
+        *others, number = asyncio.run(reserve())
+        assert sorted([*others, number]).index(number) <= 2
+        assert others == sorted(others)
+        assert not access._reserving

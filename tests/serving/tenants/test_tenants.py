@@ -266,3 +266,17 @@ def test_key_has_the_time_of_its_last_use(state_url: str) -> None:
         assert [key.last_used for key in state.keys.list()] == [None]
         state.quota.reserve(reservation(caller, release), "g")
         assert [key.last_used for key in state.keys.list()] == [clock.now]
+
+
+def test_callers_are_the_tenants_with_a_valid_key_and_their_aliases(state_url: str) -> None:
+    with State(state_url) as state:
+        for name, aliases in (("acme", ["courts", "recipes"]), ("globex", []), ("initech", ["courts"])):
+            state.tenants.add(name, aliases)
+            state.keys.create(name)
+        state.tenants.add("keyless", ["courts"])
+        state.keys.create("acme", lifetime=60)
+        assert state.tenants.callers() == {"acme": {"courts", "recipes"}, "globex": set(), "initech": {"courts"}}
+        state.tenants.disable("acme")
+        (key,) = state.keys.list("initech")
+        state.keys.revoke(key.prefix)
+        assert state.tenants.callers() == {"globex": set()}

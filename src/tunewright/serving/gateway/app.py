@@ -116,7 +116,7 @@ class Gateway:
 
         @asynccontextmanager
         async def lifespan(_app: Starlette) -> AsyncIterator[None]:
-            async with self._auth.running():
+            async with self._auth.running(self.metrics.keep):
                 yield
                 await self._shadows.close()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,8 +156,12 @@ class Auth(Protocol):
     def system_prompts(self) -> dict[str, str]:
         """The system messages added to requests without one, by model."""
 
-    def running(self) -> AbstractAsyncContextManager[None]:
-        """Return a context that runs the background work while the server runs."""
+    def running(self, keep: Callable[[Mapping[str, Collection[str]]], None]) -> AbstractAsyncContextManager[None]:
+        """Return a context that runs the background work while the server runs.
+
+        Args:
+            keep: called now and then with the tenants that can send requests, and their aliases.
+        """
 
     async def authenticate(self, authorization: str | None) -> Principal:
         """Return the sender of a request, given its ``Authorization`` header.
@@ -197,7 +201,7 @@ class AnonymousAuth:
         return sorted({digest for digest in self._models.values() if digest is not None})
 
     @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
+    async def running(self, keep: Callable[[Mapping[str, Collection[str]]], None]) -> AsyncIterator[None]:  # noqa: ARG002 - all models stay
         yield
 
     async def authenticate(self, authorization: str | None) -> AnonymousAuth:  # noqa: ARG002 - SDKs always send a key

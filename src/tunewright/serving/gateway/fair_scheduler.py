@@ -214,7 +214,12 @@ class FairScheduler:
         since = self._clock() - ACTIVE_SECONDS
         # The longest idle tenant comes first, so the loop stops at the first one that is still active.
         while self._idle_since and next(iter(self._idle_since.values())) < since:
-            del self._idle_since[next(iter(self._idle_since))]
+            tenant = next(iter(self._idle_since))
+            del self._idle_since[tenant]
+            # It returns with the credit of a newcomer. The counters of ended tenants would otherwise add up.
+            del self._served[tenant]
+            if tenant == self._last_dequeued:
+                self._last_dequeued = None  # a request is waiting now, and is dequeued before anyone asks
         return len(self._waiting.keys() | self._admitted.keys() | self._idle_since.keys())
 
     def _lowest_waiting(self) -> float:

@@ -6,8 +6,9 @@ sends becomes a label, so no client can make the page grow.
 
 from __future__ import annotations
 
+import time
 from collections import Counter as Tally
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -29,6 +30,8 @@ from tunewright.serving.tenants.quota import RequestUsage
 disable_created_metrics()  # they double the number of series
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 _OWNER = ("tenant", "alias")
+ENDED_SECONDS = 600.0
+"""The time for which the series of an ended tenant remain, so that Prometheus reads their last values."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,13 @@ class Metrics:
 
     Args:
         now: called at each scrape, in another thread than the server's.
+        clock: seconds that never go back.
     """
 
-    def __init__(self, now: Callable[[], ServerState]) -> None:
+    def __init__(self, now: Callable[[], ServerState], clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._ended: dict[tuple[str, str], float | None] = {}
+        """By tenant and alias with series (no alias: refusals), the time since when there are no such requests."""
         self.registry = CollectorRegistry()
 
         def counter(name: str, text: str, labels: Sequence[str] = _OWNER) -> Counter:
@@ -73,11 +80,13 @@ class Metrics:
         self._queued = histogram("queue_seconds", "Time from arrival to the engine.")
         self._first = histogram("first_token_seconds", "Time from arrival to the first token.")
         self._total = histogram("request_seconds", "Time from arrival to the end.")
+        self._of_owner = (self._requests, self._prompt, self._completion, self._queued, self._first, self._total)
         self.registry.register(_Gauges(now))
         ProcessCollector(registry=self.registry)
 
     def settled(self, tenant: str, alias: str, usage: RequestUsage) -> None:
         """Count an admitted request that has ended."""
+        self._ended.setdefault((tenant, alias))
         self._requests.labels(tenant, alias, usage.outcome).inc()
         self._prompt.labels(tenant, alias).inc(usage.prompt_tokens)
         self._completion.labels(tenant, alias).inc(usage.completion_tokens)
@@ -88,7 +97,29 @@ class Metrics:
 
     def refused(self, tenant: str, code: str) -> None:
         """Count a refused request; ``tenant`` is empty if it is not known."""
+        if tenant:
+            self._ended.setdefault((tenant, ""))
         self._refusals.labels(tenant, code).inc()
+
+    def keep(self, callers: Mapping[str, Collection[str]]) -> None:
+        """Remove the series of other tenants and of their other aliases, :data:`ENDED_SECONDS` after they ended.
+
+        Args:
+            callers: the tenants that can send requests, with their aliases.
+        """
+        now = self._clock()
+        for (tenant, alias), since in list(self._ended.items()):
+            if tenant in callers and alias in ("", *callers[tenant]):
+                self._ended[tenant, alias] = None
+            elif since is None:
+                self._ended[tenant, alias] = now
+            elif now - since >= ENDED_SECONDS:
+                del self._ended[tenant, alias]
+                if alias:
+                    for metric in self._of_owner:
+                        metric.remove_by_labels({"tenant": tenant, "alias": alias})
+                else:
+                    self._refusals.remove_by_labels({"tenant": tenant})
 
 
 class _Gauges(Collector):

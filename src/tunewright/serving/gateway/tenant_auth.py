@@ -11,12 +11,12 @@ import hashlib
 import os
 import socket
 import uuid
-from collections import defaultdict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from weakref import WeakValueDictionary
 
 from tunewright.core.io import canonical_json
 from tunewright.core.progress import Reporter
@@ -49,6 +49,8 @@ _UNKNOWN_KEY = f"tw_{_NO_KEY}{token_checksum(_NO_KEY)}"
 class _Begun:
     """The requests of a tenant that have begun and are not recorded yet; further ones enter in turn."""
 
+    users: int = 0
+    """Requests that have begun or wait to begin."""
     count: int = 0
     entry: asyncio.Lock = field(default_factory=asyncio.Lock)
     recorded: asyncio.Event = field(default_factory=asyncio.Event)
@@ -76,7 +78,11 @@ class TenantAuth:
         self.gateway = uuid.uuid4().hex
         self._name = f"{socket.gethostname()}:{os.getpid()}"
         self._troubles: set[str] = set()
-        self._begun: defaultdict[int, _Begun] = defaultdict(_Begun)  # by tenant
+        self._begun: dict[int, _Begun] = {}  # by tenant, while there are any
+        # One reservation of a tenant at a time: the state's threads take them in the order of arrival, and another
+        # tenant would wait for hundreds of them.
+        self._reserving: WeakValueDictionary[int, asyncio.Lock] = WeakValueDictionary()
+        self._keep: Callable[[Mapping[str, Collection[str]]], None] = lambda _callers: None
 
     @property
     def names(self) -> list[str]:
@@ -104,8 +110,9 @@ class TenantAuth:
         return not self._troubles
 
     @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
+    async def running(self, keep: Callable[[Mapping[str, Collection[str]]], None]) -> AsyncIterator[None]:
         """Follow the releases while the server runs; the present ones are loaded first."""
+        self._keep = keep
         await self._update()
         following = asyncio.create_task(self._follow())
         try:
@@ -138,10 +145,12 @@ class TenantAuth:
             LimitExceededError: the tenant has begun as many requests.
             StateUnavailableError: the database does not answer.
         """
-        limit, tenant, begun = caller.requests_per_minute, caller.tenant_id, self._begun[caller.tenant_id]
+        limit, tenant = caller.requests_per_minute, caller.tenant_id
         if limit is None:
             yield
             return
+        begun = self._begun.setdefault(tenant, _Begun())
+        begun.users += 1
         try:
             async with begun.entry:
                 while True:
@@ -167,6 +176,10 @@ class TenantAuth:
         except StateUnavailableError as error:
             self._report_trouble(error)
             raise
+        finally:
+            begun.users -= 1
+            if not begun.users:
+                del self._begun[tenant]
 
     async def reserve(self, reservation: Reservation) -> int:
         """Reserve quota, keep the adapter loaded, and return the number to settle by.
@@ -179,8 +192,13 @@ class TenantAuth:
         """
         acquired = self.router.acquire(reservation.digest)
         assert acquired, "a live release's adapter is loaded"
+        turn = self._reserving.setdefault(reservation.tenant_id, asyncio.Lock())
+        waits = turn.locked()
         try:
-            return await self._reserve(reservation)
+            async with turn:
+                if waits and self._troubles:  # or each would wait for the state as long as the one before it
+                    raise StateUnavailableError(min(self._troubles))
+                return await self._reserve(reservation)
         except BaseException as error:
             self.router.release(reservation.digest)
             if isinstance(error, StateUnavailableError):
@@ -263,6 +281,7 @@ class TenantAuth:
     async def _send_heartbeat(self) -> None:
         newest = self.router.newest_loaded
         await self._async_state.call(self._state.quota.heartbeat, self.gateway, self._name, newest)
+        self._keep(await self._async_state.call(self._state.tenants.callers))
 
     def _report_trouble(self, error: StateUnavailableError) -> None:
         """Warn once of each error until the database answers again, however many requests it refuses."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -89,6 +90,17 @@ class Tenants:
         """Return whether there is a tenant. Once there is one, every request needs a key."""
         with self._database.reading() as connection:
             return connection.execute(select(tenants.c.id).limit(1)).first() is not None
+
+    def callers(self) -> dict[str, frozenset[str]]:
+        """Return the tenants that have a valid key, with their aliases."""
+        with self._database.reading() as connection:
+            valid = _is_valid(self._database.now(connection))
+            pairs = select(tenants.c.name, tenant_aliases.c.alias).distinct()
+            rows = connection.execute(pairs.join_from(tenants, api_keys).outerjoin(tenant_aliases).where(*valid)).all()
+        found: defaultdict[str, set[str]] = defaultdict(set)
+        for name, alias in rows:
+            found[name].update(() if alias is None else (alias,))
+        return {name: frozenset(aliases) for name, aliases in found.items()}
 
     def grant(self, name: str, aliases: Sequence[str]) -> Tenant:
         """Allow a tenant further aliases; those that it has already are left alone.
@@ -194,13 +206,13 @@ def _remove_aliases(connection: Connection, tenant_id: int, aliases: Sequence[st
     connection.execute(delete(tenant_aliases).where(own, tenant_aliases.c.alias.in_(aliases)))
 
 
+def _is_valid(now: float) -> tuple[Any, Any]:
+    """Return the conditions for a valid key."""
+    return api_keys.c.revoked.is_(None), or_(api_keys.c.expires.is_(None), api_keys.c.expires > now)
+
+
 def _tenant(connection: Connection, row: Row[Any], now: float) -> Tenant:
-    valid = connection.execute(
-        select(func.count()).where(
-            api_keys.c.tenant_id == row.id,
-            api_keys.c.revoked.is_(None),
-            or_(api_keys.c.expires.is_(None), api_keys.c.expires > now),
-        )
-    ).scalar_one()
+    keys = select(func.count()).where(api_keys.c.tenant_id == row.id, *_is_valid(now))
+    valid = connection.execute(keys).scalar_one()
     limits = Limits(row.requests_per_minute, row.tokens_per_minute, row.concurrency)
     return Tenant(row.name, tuple(aliases_of(connection, row.id)), limits, valid)
