@@ -34,6 +34,7 @@ from tunewright.adapters.registry import list_adapters
 from tunewright.adapters.system_prompt import SystemPrompt
 from tunewright.api.context import ProjectContext
 from tunewright.api.serving import adapter_of
+from tunewright.chat import ChatFormat
 from tunewright.config import Config
 from tunewright.config.project import ProjectFolder
 from tunewright.core.progress import LogReporter
@@ -143,7 +144,7 @@ def open_service(settings: dict[str, Any]) -> Service:
     return Service(
         patient(project.config, settings["serve"]),
         opened.base,
-        replace(opened.chat, stop_ids=frozenset()),
+        replace(opened.chat, stop_ids=_stop_ids(opened.chat, settings["serve"])),
         "none",
         # Prompts as long as the clients make them: nothing is added.
         TenantSource(
@@ -153,6 +154,13 @@ def open_service(settings: dict[str, Any]) -> Service:
         ),
         opened.reporter,
     )
+
+
+def _stop_ids(chat: ChatFormat, serve: Mapping[str, Any]) -> frozenset[int]:
+    """Return no tokens; for llama.cpp, which needs one, a special token that no conversation has."""
+    if serve.get("engine") != "llamacpp":
+        return frozenset()
+    return frozenset([max(chat.tokenizer.added_tokens_decoder.keys() - chat.stop_ids)])
 
 
 def patient(config: Config, serve: Mapping[str, Any]) -> Config:

@@ -42,7 +42,7 @@ from tunewright.engines.vllm.engine import VllmSettings, kv_cache_bytes, max_ran
 from tunewright.engines.vllm.launch import PACKAGE
 from tunewright.export.gguf.model import gguf_context, write_model
 from tunewright.export.weights import Weights
-from tunewright.models.loading import text_settings
+from tunewright.models.loading import context_length, text_settings
 from tunewright.serving.engines.llamacpp.engine import cache_tokens
 from tunewright.serving.engines.llamacpp.files import lora_file
 from tunewright.serving.engines.start import require_llamacpp
@@ -51,6 +51,7 @@ from tunewright.serving.tenants import State
 GREEDY = {"temperature": 0.0}
 UNENDING = {**GREEDY, **COUNTED, "ignore_eos": True}
 START_SECONDS = 300
+CACHE_BLOCK = 32
 EXTRA = Path(__file__).parents[1] / "build" / "transformers-serve"
 """A folder with fastapi (`pip install --target`), which has a starlette of its own version."""
 
@@ -220,11 +221,14 @@ def _transformers(material: Material, count: int) -> Iterator[Server]:
     assert count == 1
     if find_spec("fastapi") is None and not EXTRA.exists():
         raise UnavailableError(f"fastapi is not installed: pip install --target {EXTRA} fastapi")
-    folders = [_merged(material, number) for number in (0, 1)]
+    base, folders = material.opened.base, [_merged(material, number) for number in (0, 1)]
     port = _free_port()
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", "--port", str(port), "--host"]
     command += ["127.0.0.1", "--device", "cpu", "--dtype", material.opened.folder.config.train.dtype]
-    command += ["--continuous-batching"]
+    # By default its key/value cache takes half of the machine's free memory: 14 GB on one of 24 GB.
+    tokens = cache_tokens(text_settings(base).to_dict(), context_length(base), material.rows)
+    blocks = ["--cb-block-size", str(CACHE_BLOCK), "--cb-num-blocks", str(tokens // CACHE_BLOCK)]
+    command += ["--continuous-batching", *blocks]
     with _process(command, {"PYTHONPATH": str(EXTRA)}, material, port) as (url, pid):
         yield Server(pid, Clients(url, [""] * 2, [str(folder) for folder in folders], fields=[GREEDY] * 2))
 
