@@ -114,7 +114,7 @@ class Rival:
     Args:
         start: starts one with the adapters of the first tenants, as many as named.
         most: maximum number of adapters.
-        fixed: True if a running server gets no further adapters, so that each number needs a start.
+        fixed: start it for each number of adapters, because a further one takes a restart.
         limits: what it cannot do of the benchmark's program.
     """
 
@@ -253,7 +253,7 @@ def _merged(material: Material, number: int) -> Path:
 RIVALS = {
     "embedded": Rival("tunewright, embedded engine", lambda *asked: _gateway("peft", *asked)),
     "gateway-vllm": Rival("tunewright on vLLM", lambda *asked: _gateway("vllm", *asked)),
-    "gateway-llamacpp": Rival("tunewright on llama.cpp", lambda *asked: _gateway("llamacpp", *asked)),
+    "gateway-llamacpp": Rival("tunewright on llama.cpp", lambda *asked: _gateway("llamacpp", *asked), fixed=True),
     "vllm": Rival("vLLM", _vllm),
     "llamacpp": Rival(
         "llama.cpp", _llamacpp, fixed=True, limits="Its adapters are fixed at the start: a further one takes a restart."
@@ -300,7 +300,8 @@ def _process(
             stdout=out,
             stderr=subprocess.STDOUT,
             env={**inherited, **settings},
-            start_new_session=True,
+            # A group, so that all of it can be ended, and no session: Linux shares processors out by session.
+            process_group=0,
         )
     url = f"http://127.0.0.1:{port}"
     try:

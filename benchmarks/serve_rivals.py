@@ -185,7 +185,7 @@ class Meter:
                     if number:
                         assert server.load is not None
                         server.load(range(starts[number - 1], count))
-                    self._warm_up(server, count)
+                    self._warm_up(server, range(starts[number - 1] if number else 0, count))
                     if not number:
                         own.start.append(time.perf_counter() - began)
                     self._measure(server, count, own, turn)
@@ -208,9 +208,9 @@ class Meter:
         own.long.append([is_long(number) for number in range(len(asks))])
         own.memory.append(server.memory())
 
-    def _warm_up(self, server: Server, count: int) -> None:
-        """Ask for each adapter once, so that what is loaded at the first request is."""
-        self._ask(server, [Ask(0.0, tenant) for tenant in range(count)], -1)
+    def _warm_up(self, server: Server, tenants: Sequence[int]) -> None:
+        """Ask for each new adapter once, so that what is loaded at the first request is."""
+        self._ask(server, [Ask(0.0, tenant) for tenant in tenants], -1, tokens=2)
 
     def _cold(self, server: Server, tenant: int) -> float:
         """Return the seconds from the release of a tenant's adapter to its first token."""
@@ -221,13 +221,15 @@ class Meter:
         (answer,), _ = self._ask(server, [Ask(0.0, tenant)], -2)
         return loaded + answer.first
 
-    def _ask(self, server: Server, asks: Sequence[Ask], seed: int) -> tuple[list[Answer], float]:
-        draw = random.Random(seed)
+    def _ask(
+        self, server: Server, asks: Sequence[Ask], seed: int, *, tokens: int | None = None
+    ) -> tuple[list[Answer], float]:
+        draw, tokens = random.Random(seed), tokens or self._options.tokens
         prompts = [self._prompt(draw, long=seed >= 0 and is_long(number)) for number in range(len(asks))]
-        answers, seconds = asyncio.run(server.clients.open_loop(asks, prompts.__getitem__, self._options.tokens))
+        answers, seconds = asyncio.run(server.clients.open_loop(asks, prompts.__getitem__, tokens))
         statuses = Counter(answer.status for answer in answers)
         assert set(statuses) == {200}, statuses
-        assert {answer.counted for answer in answers} == {self._options.tokens}
+        assert {answer.counted for answer in answers} == {tokens}
         return answers, seconds
 
     def _prompt(self, draw: random.Random, *, long: bool) -> Prompt:
