@@ -111,4 +111,4 @@ class BatchedLora:
         self._up[slot, rank:].zero_()
         if lora is not None:
             self._down[slot, :rank] = lora.down.t()
-            self._up[slot, :rank] = lora.up * lora.scale
+            torch.mul(lora.up, lora.scale, out=self._up[slot, :rank])
