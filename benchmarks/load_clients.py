@@ -1,4 +1,4 @@
-"""The clients of `serve_load.py`: requests over HTTP at their due times, and their outcomes.
+"""The clients of `serve_load.py` and `serve_rivals.py`: requests over HTTP at their due times, and their outcomes.
 
 They share the server's processors, so they do little work: chunks are stored raw with their times, and parsed at the
 end.
@@ -10,7 +10,7 @@ import asyncio
 import gc
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ from tunewright.data.examples import Message
 from tunewright.serving.gateway.app import ADAPTER_HEADER
 
 Prompt = Sequence[Message]
+COUNTED = {"stream_options": {"include_usage": True}}
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,14 @@ class Clients:
     Args:
         keys, aliases: by tenant.
         clock: of the answers' times.
+        fields: further fields of a request's body, by tenant; empty: those that make the server count the tokens.
     """
 
     url: str
     keys: Sequence[str]
     aliases: Sequence[str]
     clock: Callable[[], float] = time.perf_counter
+    fields: Sequence[Mapping[str, Any]] = ()
 
     @asynccontextmanager
     async def connected(self, connections: int = 0) -> AsyncIterator[aiohttp.ClientSession]:
@@ -115,7 +118,7 @@ class Clients:
             "messages": [message.as_dict() for message in prompt],
             "max_tokens": tokens,
             "stream": True,
-            "stream_options": {"include_usage": True},
+            **(self.fields[ask.tenant] if self.fields else COUNTED),
         }
         headers = {"Authorization": f"Bearer {self.keys[ask.tenant]}"}
         chunks = []

@@ -1,7 +1,8 @@
-"""The server of `serve_load.py` and `fair_turns.py` in a separate process, controlled by :class:`Host`.
+"""The server of the load benchmarks in a separate process, controlled by :class:`Host`.
 
-The protocol is lines of JSON. The first one names what to serve (``project``, ``state``, ``threads``) and whether
-scheduling is ``fair`` or first come, first served; the answer is its address. Then:
+The protocol is lines of JSON. The first one names what to serve (``project``, ``state``, ``threads``), whether
+scheduling is ``fair`` or first come, first served, and changes of the config's section ``serve``. The answer is the
+server's address. Then:
 
     {"do": "memory"}                            private memory of the process in bytes
     {"do": "cpu"}                               processor seconds of all its threads
@@ -33,6 +34,7 @@ from tunewright.adapters.registry import list_adapters
 from tunewright.adapters.system_prompt import SystemPrompt
 from tunewright.api.context import ProjectContext
 from tunewright.api.serving import adapter_of
+from tunewright.chat import ChatFormat
 from tunewright.config import Config
 from tunewright.config.project import ProjectFolder
 from tunewright.core.progress import LogReporter
@@ -51,6 +53,7 @@ class Host:
         fair: schedule requests fairly between tenants; else first come, first served.
         script: another checkout's copy of this file, which serves with that checkout's code.
         environment: of the process.
+        serve: changed settings of the config's section ``serve``.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class Host:
         fair: bool = True,
         script: Path = Path(__file__),
         environment: Mapping[str, str] = os.environ,
+        serve: Mapping[str, Any] | None = None,
     ) -> None:
         self._process = subprocess.Popen(
             [sys.executable, str(script)],
@@ -71,7 +75,8 @@ class Host:
             env={**environment, "OMP_NUM_THREADS": str(threads)},
         )
         self.pid = self._process.pid
-        self.url: str = self.send(project=str(project), state=state, threads=threads, fair=fair)["url"]
+        about = {"project": str(project), "state": state, "threads": threads, "fair": fair, "serve": dict(serve or {})}
+        self.url: str = self.send(**about)["url"]
 
     def send(self, **order: Any) -> Any:
         """Send a command and wait for its reply."""
@@ -137,9 +142,9 @@ def open_service(settings: dict[str, Any]) -> Service:
     live = {release.digest for release in state.releases.live().values()}
     folders = {a.name: a.folder for a in list_adapters(project.adapters) if a.digest in live}
     return Service(
-        patient(project.config),
+        patient(project.config, settings["serve"]),
         opened.base,
-        replace(opened.chat, stop_ids=frozenset()),
+        replace(opened.chat, stop_ids=_stop_ids(opened.chat, settings["serve"])),
         "none",
         # Prompts as long as the clients make them: nothing is added.
         TenantSource(
@@ -151,13 +156,24 @@ def open_service(settings: dict[str, Any]) -> Service:
     )
 
 
-def patient(config: Config) -> Config:
-    """Return the config with a free port and without the gateway's timeouts, so that all waits are measured."""
+def _stop_ids(chat: ChatFormat, serve: Mapping[str, Any]) -> frozenset[int]:
+    """Return no tokens; for llama.cpp, which needs one, a special token that no conversation has."""
+    if serve.get("engine") != "llamacpp":
+        return frozenset()
+    return frozenset([max(chat.tokenizer.added_tokens_decoder.keys() - chat.stop_ids)])
+
+
+def patient(config: Config, serve: Mapping[str, Any]) -> Config:
+    """Return the config with a free port and without the gateway's timeouts, so that all waits are measured.
+
+    Args:
+        serve: further changes of the section of this name.
+    """
     waits = dict.fromkeys(
         ("queue_timeout_s", "first_token_timeout_s", "inter_token_timeout_s", "total_timeout_s"), 3600.0
     )
-    gateway, serve = config.gateway.model_copy(update=waits), config.serve.model_copy(update={"port": 0})
-    return config.model_copy(update={"gateway": gateway, "serve": serve})
+    gateway = config.gateway.model_copy(update=waits)
+    return config.model_copy(update={"gateway": gateway, "serve": config.serve.model_copy(update={**serve, "port": 0})})
 
 
 async def ask_bare(engine: Engine, asks: list[tuple[float, list[int], str, int]]) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""The tenants of `serve_load.py`: each with a key, an alias and an adapter."""
+"""The tenants of `serve_load.py` and `serve_rivals.py`: each with a key, an alias and an adapter."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,17 +25,22 @@ class Tenant:
     adapter: Adapter
 
 
-def make_tenants(opened: ProjectContext, state: State, count: int, seed: int, noise: float) -> list[Tenant]:
-    """Create tenants with adapters that are not yet released; the first has the trained adapter.
+def make_adapters(opened: ProjectContext, count: int, seed: int, noise: float) -> list[Adapter]:
+    """Return the trained adapter, followed by versions of it.
 
     Args:
         noise: standard deviation of what is added to 1, by which each weight of the others' B matrices is multiplied;
             far enough from 0 for answers of another kind.
     """
-    trained = find_adapter(opened.folder.adapters)
+    folder = opened.folder.adapters
+    trained = find_adapter(folder)
+    return [trained, *(disturbed(folder, trained, seed + number, noise) for number in range(1, count))]
+
+
+def add_tenants(state: State, adapters: Sequence[Adapter]) -> list[Tenant]:
+    """Create a tenant for each adapter, which is not yet released."""
     made = []
-    for number in range(count):
-        adapter = trained if number == 0 else disturbed(opened.folder.adapters, trained, seed + number, noise)
+    for number, adapter in enumerate(adapters):
         name, alias = f"tenant-{number:02}", f"model-{number:02}"
         state.tenants.add(name, [alias])
         key, _ = state.keys.create(name)

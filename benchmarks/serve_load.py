@@ -39,7 +39,7 @@ from load_clients import Clients, cold_loads
 from load_host import Host
 from load_mixed import mixed
 from load_shown import draw, machine, show
-from load_tenants import Tenant, make_tenants, release
+from load_tenants import Tenant, add_tenants, make_adapters, release
 from scipy.stats import quantile_test
 
 from tunewright.api.context import ProjectContext
@@ -76,7 +76,8 @@ def main() -> None:
         opened = ProjectContext(ProjectFolder(root), LogReporter())
         url = f"sqlite:///{temporary}/state.sqlite"
         with State(url, "load") as state:
-            tenants = make_tenants(opened, state, options.tenants + LATECOMERS, SEED, options.noise)
+            adapters = make_adapters(opened, options.tenants + LATECOMERS, SEED, options.noise)
+            tenants = add_tenants(state, adapters)
             release(state, tenants[0])
             with Host(root, url, options.threads) as host:
                 load = Load(opened, state, tenants, options, host)

@@ -76,7 +76,8 @@ class BatchedLora:
 
     def __init__(self) -> None:
         self._loaded: list[str | None] = []
-        self._down = self._up = torch.empty(0, 0, 0)  # [S, in, R] and [S, R, out]
+        # A as stored, untransposed: with one token a row, each of its products then reads consecutive numbers.
+        self._down = self._up = torch.empty(0, 0, 0)  # [S, R, in] and [S, R, out]
 
     def invalidate(self, name: str) -> None:
         """Copy this adapter again before its next use."""
@@ -88,9 +89,9 @@ class BatchedLora:
             return
         own = {name: loras[name] for name in names if name is not None and name in loras}
         rank = max(lora.down.shape[1] for lora in own.values())
-        if len(names) != len(self._loaded) or rank > self._down.shape[-1]:
+        if len(names) != len(self._loaded) or rank > self._down.shape[1]:
             like = next(iter(own.values()))
-            down = like.down.new_zeros(len(names), len(like.down), rank)  # [S, in, R]
+            down = like.down.new_zeros(len(names), rank, len(like.down))  # [S, R, in]
             up = like.up.new_zeros(len(names), rank, like.up.shape[1])  # [S, R, out]
             # Assigned together, after both allocations: out of memory leaves the old state.
             self._loaded, self._down, self._up = [None] * len(names), down, up
@@ -101,13 +102,13 @@ class BatchedLora:
 
     def delta(self, x: Tensor) -> Tensor:
         """Return the adapters' deltas for their rows: [S, N, in] to [S, N, out]."""
-        return x.bmm(self._down).bmm(self._up)
+        return x.bmm(self._down.transpose(1, 2)).bmm(self._up)
 
     def _copy(self, slot: int, lora: Lora | None) -> None:
-        # A rank below R leaves columns of the adapter that was here before: zero them.
+        # A rank below R leaves rows of the adapter that was here before: zero them.
         rank = 0 if lora is None else lora.down.shape[1]
-        self._down[slot, :, rank:].zero_()
+        self._down[slot, rank:].zero_()
         self._up[slot, rank:].zero_()
         if lora is not None:
-            self._down[slot, :, :rank] = lora.down
-            self._up[slot, :rank] = lora.up * lora.scale
+            self._down[slot, :rank] = lora.down.t()
+            torch.mul(lora.up, lora.scale, out=self._up[slot, :rank])

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from engine_kinds import STOPS, TOKENIZER, llamacpp_engine
 from isolation_helpers import PROMPTS, failed, result_of
 
 from small_models import write_adapter
+from tiny import chat_of
 from tunewright.adapters.registry import adapter_digest
 from tunewright.config import Config
 from tunewright.core.errors import UserError
@@ -30,7 +31,7 @@ from tunewright.generation.requests import Request
 from tunewright.models.bases import Base
 from tunewright.serving.engines.llamacpp.engine import BLOCK, LlamaCppEngine, LlamaCppSettings
 from tunewright.serving.engines.llamacpp.files import base_file
-from tunewright.serving.engines.start import EngineSpec, start_engine
+from tunewright.serving.engines.start import EngineSpec, load_all, start_engine
 from tunewright.serving.isolation.checks import TOLERANCE
 from tunewright.serving.isolation.probes import Answer
 from tunewright.serving.isolation.reference import PeftReference
@@ -248,6 +249,51 @@ def test_load_refuses_what_gguf_cannot_express_and_other_adapters_keep_answering
             assert await _ids(engine, Request(PROMPTS[0], None, 4))
 
         asyncio.run(load())
+
+
+def released(base: Path, folders: Iterable[Path]) -> LlamaCppEngine:
+    """The engine of a server whose live releases have these adapters."""
+    small = Base("small", base, None, "LlamaForCausalLM", {})
+    spec = EngineSpec(small, chat_of(TOKENIZER), "none", {}, to_come=tuple(folders))
+    engine = start_engine("llamacpp", Config(), spec, LogReporter())
+    assert isinstance(engine, LlamaCppEngine)
+    return engine
+
+
+def test_start_loads_all_live_releases_without_a_restart(
+    small_base: Path, small_adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    engine = released(small_base, small_adapters.values())
+    try:
+        first = engine._now
+        asyncio.run(load_all(engine, small_adapters))
+        assert engine._now is first
+        assert set(first.numbers) == set(small_adapters)
+    finally:
+        engine.stop()
+
+
+def test_start_leaves_live_releases_to_be_loaded_one_by_one_when_one_is_bad(
+    small_base: Path, small_adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    _, bad = write_adapter(small_base, tmp_path / "biased", seed=1)
+    config = json.loads((bad / "adapter_config.json").read_text())
+    (bad / "adapter_config.json").write_text(json.dumps({**config, "bias": "all"}))
+    digest, good = next(iter(small_adapters.items()))
+    engine = released(small_base, [good, bad])
+
+    async def load() -> None:
+        await engine.load(digest, good)
+        with pytest.raises(UserError, match="bias"):
+            await engine.load(adapter_digest(bad), bad)
+        assert await _ids(engine, Request(PROMPTS[0], digest, 4))
+
+    try:
+        asyncio.run(load())
+    finally:
+        engine.stop()
 
 
 def test_start_names_the_package_when_llama_cpp_is_not_installed(

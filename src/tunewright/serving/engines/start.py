@@ -9,6 +9,7 @@ from pathlib import Path
 
 import platformdirs
 
+from tunewright.adapters.registry import adapter_digest
 from tunewright.chat import ChatFormat
 from tunewright.config import Config, EngineName, Quantization
 from tunewright.core.errors import UserError
@@ -165,7 +166,15 @@ def _llamacpp(config: Config, spec: EngineSpec, reporter: Reporter) -> Engine:
         tokens=tokens,
         threads=torch.get_num_threads(),
     )
-    return LlamaCppEngine(settings, spec.adapters, stop_ids=spec.chat.stop_ids, reporter=reporter)
+    try:
+        # All of them in one start: a load restarts llama.cpp.
+        adapters = {**spec.adapters, **{adapter_digest(folder): folder for folder in spec.to_come}}
+        return LlamaCppEngine(settings, adapters, stop_ids=spec.chat.stop_ids, reporter=reporter)
+    except (UserError, OSError):
+        if not spec.to_come:
+            raise
+        # Loaded one by one, so that the releases with a bad adapter are named and the others served.
+        return LlamaCppEngine(settings, spec.adapters, stop_ids=spec.chat.stop_ids, reporter=reporter)
 
 
 def _with_adapters(engine: Engine, adapters: Mapping[str, Path]) -> Engine:
