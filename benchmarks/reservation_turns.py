@@ -48,7 +48,7 @@ class AnyAdapter:
 class NoTurns(dict[int, asyncio.Lock]):
     """Locks that nobody shares."""
 
-    def setdefault(self, _tenant: int, lock: asyncio.Lock) -> asyncio.Lock:  # type: ignore[override]
+    def setdefault(self, _tenant: int, lock: asyncio.Lock) -> asyncio.Lock:
         """Return the new lock."""
         return lock
 
