@@ -8,7 +8,7 @@ DEMO   ?= build/demo
 # Containers set this: each command that is started would compile the package again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-whole gpu-proof docs docs-serve test test-all lint typecheck pytest pytest-all test-chaos fuzz test-vllm test-clients test-demo test-wheel notebook audit sbom check-clean clean
+.PHONY: demo demo-whole gpu-proof soak docs docs-serve test test-all lint typecheck pytest pytest-all test-chaos fuzz test-vllm test-clients test-demo test-wheel notebook audit sbom check-clean clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tunewright demo $(DEMO)
@@ -20,6 +20,11 @@ demo-whole: $(VENV)/.installed
 # What holds on a CUDA card, into docs/gpu.md, which explains it. ARGS=--toy needs no card.
 gpu-proof: $(VENV)/.installed
 	$(BIN)/python benchmarks/gpu_proof.py $(ARGS)
+
+# An hour of mixed load with releases, into docs/benchmarks/soak.md's plot and benchmarks/results. ARGS="--minutes 10" is
+# shorter.
+soak: $(VENV)/.installed
+	$(BIN)/python benchmarks/soak.py --keep $(ARGS)
 
 # The documentation site, in build/site. Its reference is generated from the code; a broken link fails the build.
 docs: $(VENV)/.installed

@@ -59,4 +59,5 @@ async def main(url: str, key: str, model: str, idle: int, greedy: int, tokens: i
 
 
 if __name__ == "__main__":
-    asyncio.run(main(*sys.argv[1:4], *map(int, sys.argv[4:])))
+    server, bearer, alias, *counts = sys.argv[1:]
+    asyncio.run(main(server, bearer, alias, *map(int, counts)))

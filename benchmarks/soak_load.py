@@ -29,7 +29,7 @@ PASSING = 4
 """Most tenants at a time that are made and ended meanwhile."""
 LIMIT = 20
 """Requests per minute of that tenant."""
-OVERLAP = 5.0
+OVERLAP = 30.0
 """Seconds for which a rotated key stays valid."""
 CHAT, COMPLETIONS, MODELS = "/v1/chat/completions", "/v1/completions", "/v1/models"
 
@@ -252,7 +252,8 @@ class Load:
         if kind == "no key":
             return await self._post(kind, CHAT, body, {}, (401,))
         if kind == "wrong key":
-            return await self._post(kind, CHAT, body, _bearer(f"{tenant.key[:-1]}x"), (401,))
+            last = "x" if tenant.key[-1] != "x" else "y"
+            return await self._post(kind, CHAT, body, _bearer(tenant.key[:-1] + last), (401,))
         if kind == "old key":
             key = self._draw.choice(self._old_keys) if self._old_keys else "none"
             return await self._post(kind, CHAT, body, _bearer(key), (401,))
