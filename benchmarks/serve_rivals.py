@@ -23,6 +23,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -86,6 +87,7 @@ Found = dict[str, dict[int, Measured]]
 def main() -> None:
     """Measure all servers in alternating rounds."""
     options = read_options()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that no server is left behind
     about = {
         "machine": machine(options.threads),
         "settings": {name: value for name, value in vars(options).items() if name not in ("project", "save", "quick")},
