@@ -119,7 +119,7 @@ def test_plot_has_each_server(found: Found, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_servers_answer_the_same_requests_at_toy_size(tmp_path: Path, small_base: Path) -> None:
-    folder = tiny_project(tmp_path / "project", small_base, 60)
+    folder = tiny_project(tmp_path / "project", small_base)
     project = tunewright.open(folder, LogReporter())
     project.data.add([folder / "pairs.jsonl"])
     project.train()
