@@ -117,7 +117,8 @@ def simulate_many(tenants: int, seed: int, *, adapter_s: float, copy_s: float) -
     """Return requests a second, busy rows of a pass on average, and copies to slots.
 
     Args:
-        adapter_s, copy_s: seconds for each further adapter of a pass, and for each copy.
+        adapter_s, copy_s: seconds for each further adapter of a pass, and for each copy. An idle slot takes as long
+            as one in use, since the product is over all of them.
     """
     now = [0.0]
     scheduler, slots = FairScheduler(ROWS, lambda: now[0]), AdapterSlots()
@@ -138,13 +139,15 @@ def simulate_many(tenants: int, seed: int, *, adapter_s: float, copy_s: float) -
         now[0] += 0.035 + 0.00045 * 44 * len(new) if new else 0.0
         running += new
         adapters = sorted({ticket.tenant for ticket in running})
-        if len(adapters) >= 4:
+        computed = len(adapters)
+        if computed >= 4:
             before, in_slots = in_slots, slots.assign(adapters, SLOTS) or ()
             kept = before if len(before) == len(in_slots) else [None] * len(in_slots)  # more slots are new memory
             moved = sum(name not in (None, there) for name, there in zip(in_slots, kept, strict=True))
             copies += moved
             now[0] += copy_s * moved
-        now[0] += 0.038 + 0.0005 * len(running) + adapter_s * (len(adapters) - 1)
+            computed = len(in_slots)
+        now[0] += 0.038 + 0.0005 * len(running) + adapter_s * (computed - 1)
         passes, rows = passes + 1, rows + len(running)
         for ticket in list(running):
             tokens = 2 if ticket in new else 1

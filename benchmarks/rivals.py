@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import platformdirs
 import psutil
 from load_clients import COUNTED, Clients, cold_loads
 from load_host import Host
@@ -196,7 +197,7 @@ def _llamacpp(material: Material, count: int) -> Iterator[Server]:
     if not model.exists():
         weights = Weights(base, "float32", {})
         write_model(model, "base", weights, base, opened.chat, "f16", LogReporter())
-    place = material.folder / "loras"
+    place = platformdirs.user_cache_path("tunewright") / "gguf"  # as the engine's: an adapter is converted once
     used = material.adapters[:count]
     shape, port = text_settings(base), _free_port()
     settings = {

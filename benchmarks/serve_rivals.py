@@ -23,6 +23,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -86,43 +87,49 @@ Found = dict[str, dict[int, Measured]]
 def main() -> None:
     """Measure all servers in alternating rounds."""
     options = read_options()
-    about = machine(options.threads)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that no server is left behind
+    about = {
+        "machine": machine(options.threads),
+        "settings": {name: value for name, value in vars(options).items() if name not in ("project", "save", "quick")},
+        "versions": {name: version(name) for name in ("xllamacpp", "transformers", "torch")} | vllm_version(),
+        "in_time": {"first_s": IN_TIME.first, "between_mean_s": IN_TIME.between},
+    }
     found: Found = {}
     missing: dict[str, str] = {}
     loads: list[float] = []
+    results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary) / "project"
         shutil.copytree(options.project, root)
         opened = ProjectContext(ProjectFolder(root), LogReporter())
         adapters = make_adapters(opened, max(options.adapters) + 1, SEED, options.noise)
-        material = Material(opened, adapters, Path(temporary), options.threads, options.rows)
-        meter = Meter(material, options)
+        meter = Meter(Material(opened, adapters, Path(temporary), options.threads, options.rows), options)
         for turn in range(options.rounds):
             for name in options.only if turn % 2 == 0 else reversed(options.only):
                 if name in missing:
                     continue
-                loads.append(os.getloadavg()[0])
+                loads.append(round(os.getloadavg()[0], 1))
                 try:
                     meter.measure(RIVALS[name], found.setdefault(name, {}), turn)
                 except UnavailableError as error:
                     missing[name] = str(error)
                     del found[name]
-    results = {
-        "machine": about,
-        "others_load": [round(load, 1) for load in loads],
-        "settings": {name: value for name, value in vars(options).items() if name not in ("project", "save", "quick")},
-        "versions": {name: version(name) for name in ("xllamacpp", "transformers", "torch")} | vllm_version(),
-        "in_time": {"first_s": IN_TIME.first, "between_mean_s": IN_TIME.between},
+                results = {**about, "others_load": loads, "missing": missing, **results_of(found)}
+                if options.save:
+                    write_json(RESULTS, results)  # each time: a run that is stopped keeps what it has measured
+    print(table(results))
+    if options.save:
+        fill_page(PAGE, table(results))
+        draw(results, PLOT)
+
+
+def results_of(found: Found) -> dict[str, Any]:
+    """Return what has been measured so far."""
+    return {
         "servers": {name: {str(count): summary(one) for count, one in own.items()} for name, own in found.items()},
         "same_beginning": same_beginnings(found),
         "ratios": ratios(found),
-        "missing": missing,
     }
-    print(table(results))
-    if options.save:
-        write_json(RESULTS, results)
-        fill_page(PAGE, table(results))
-        draw(results, PLOT)
 
 
 def read_options() -> argparse.Namespace:
@@ -300,7 +307,7 @@ def ratios(found: Found) -> dict[str, dict[str, Any]]:
 
 
 def _ratio(one: Measured, other: Measured) -> dict[str, Any]:
-    pairs = list(zip(one.full, other.full, strict=True))
+    pairs = list(zip(one.full, other.full, strict=False))  # the last round may be in progress
     by_round = [a["tokens_per_s"] / b["tokens_per_s"] for a, b in pairs]
     by_cpu = [a["tokens_per_cpu_s"] / b["tokens_per_cpu_s"] for a, b in pairs]
     return {
@@ -317,7 +324,7 @@ def same_beginnings(found: Found) -> dict[str, dict[str, float]]:
         name: {
             str(count): statistics.mean(
                 a.text[:BEGINNING] == b.text[:BEGINNING]
-                for ours, theirs in zip(first[count].answers, own.answers, strict=True)
+                for ours, theirs in zip(first[count].answers, own.answers, strict=False)
                 for a, b in zip(ours, theirs, strict=True)
             )
             for count, own in counts.items()
@@ -328,17 +335,18 @@ def same_beginnings(found: Found) -> dict[str, dict[str, float]]:
 
 def table(results: Mapping[str, Any]) -> str:
     """Return the results in Markdown."""
-    columns = "server | adapters | tokens/s (rounds) | in time | goodput, requests/s | first token, p50 / p99"
-    columns += " | between tokens, p50 / p99 | memory | cold load"
+    columns = "server | adapters | tokens/s (rounds) | by processor time | in time | goodput, requests/s"
+    columns += " | first token, p50 / p99 | between tokens, p50 / p99 | memory | cold load"
     names = columns.split(" | ")
     lines = [f"| {columns} |", f"| --- |{' ---: |' * (len(names) - 1)}"]
     for name, counts in results["servers"].items():
         for count, one in counts.items():
-            spread = " to ".join(f"{pick(one['tokens_per_s_by_round']):.0f}" for pick in (min, max))
+            spread = " to ".join(f"{pick(one['tokens_per_s_by_round']):.1f}" for pick in (min, max))
             cells = [
                 RIVALS[name].name,
                 count,
-                f"{one['tokens_per_s']:.0f} ({spread})",
+                f"{one['tokens_per_s']:.1f} ({spread})",
+                f"{one['tokens_per_cpu_s']:.1f}",
                 f"{one['good_share']:.0%}",
                 f"{one['goodput_per_s']:.2f}",
                 f"{one['first_p50']:.2f} / {one['first_p99']:.2f} s",
@@ -352,7 +360,8 @@ def table(results: Mapping[str, Any]) -> str:
         *(f"- {RIVALS[name].name}: {RIVALS[name].limits}" for name in results["servers"] if RIVALS[name].limits),
     ]
     lines += [f"- {RIVALS[name].name} was not measured: {reason}" for name, reason in results["missing"].items()]
-    lines += ["", "| throughput | ratio | rounds | by processor time |", "| --- | ---: | --- | ---: |"]
+    if results["ratios"]:
+        lines += ["", "| throughput | ratio | rounds | by processor time |", "| --- | ---: | --- | ---: |"]
     for title, one in results["ratios"].items():
         spread = ", ".join(f"{value:.2f}" for value in one["by_round"])
         lines.append(f"| {title} | {one['ratio']:.2f} | {spread} | {one['ratio_by_cpu']:.2f} |")

@@ -26,6 +26,7 @@ from serve_rivals import (  # noqa: E402
     fill_page,
     is_long,
     ratios,
+    results_of,
     same_beginnings,
     summary,
     table,
@@ -61,8 +62,7 @@ def found() -> Found:
 
 def results(found: Found) -> dict[str, object]:
     """As the script writes them."""
-    servers = {name: {str(count): summary(one) for count, one in own.items()} for name, own in found.items()}
-    return {"servers": servers, "ratios": ratios(found), "missing": {"transformers": "fastapi is not installed"}}
+    return {**results_of(found), "missing": {"transformers": "fastapi is not installed"}}
 
 
 def test_summary_counts_answers_in_time(found: Found) -> None:
@@ -96,7 +96,7 @@ def test_table_names_each_server_and_the_reason_for_a_missing_one(found: Found) 
         ["| vLLM", "1"],
         ["| vLLM", "8"],
     ]
-    assert "| 75 (50 to 100) | 100% |" in lines[2]
+    assert "| 75.0 (50.0 to 100.0) | 100.0 | 100% |" in lines[2]
     assert "- transformers serve was not measured: fastapi is not installed" in lines
 
 
@@ -119,7 +119,7 @@ def test_plot_has_each_server(found: Found, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_servers_answer_the_same_requests_at_toy_size(tmp_path: Path, small_base: Path) -> None:
-    folder = tiny_project(tmp_path / "project", small_base, 60)
+    folder = tiny_project(tmp_path / "project", small_base)
     project = tunewright.open(folder, LogReporter())
     project.data.add([folder / "pairs.jsonl"])
     project.train()
