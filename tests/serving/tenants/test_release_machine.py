@@ -7,6 +7,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from states import DIGESTS, SHIP
@@ -120,7 +121,7 @@ class ReleaseMachine(RuleBasedStateMachine):
     def start_candidate(self, alias: str, name: str, share: float | None, tested: set[str] | None) -> None:
         now = self.model[alias].now
         candidate = Candidate(name, DIGESTS[name], share)
-        # A candidate on trial may be tried again in another way, which the share tells apart.
+        # A candidate on trial may be tried again with another share.
         live = self.state.releases.live().get(alias)
         same = live is not None and live.candidate == candidate
         allowed = share != 1.5 and now is not None and not now.undeployed and now.name != name and not same
@@ -181,4 +182,4 @@ def _line(release: Release) -> Line:
 
 
 TestReleases = ReleaseMachine.TestCase
-TestReleases.settings = examples(40, quick=6)
+TestReleases.settings = settings(examples(40, quick=5), stateful_step_count=25)
