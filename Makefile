@@ -66,9 +66,11 @@ pytest-all: $(VENV)/.installed
 test-chaos: $(VENV)/.installed
 	$(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal -m "chaos and not vllm" tests/chaos $(ARGS)
 
-# 10,000 cases for each reader of files, where `make test` tries 25 and `make test-all` 100.
+# 10,000 cases for each parser of foreign bytes and each reader of files, where `make test` tries 25 and `make test-all`
+# 100, and the growth of the processor time with the text. CONTRIBUTING.md has what a release needs.
 fuzz: $(VENV)/.installed
-	$(BIN)/pytest tests/data/test_reader_fuzz.py tests/adapters/test_header.py --hypothesis-profile=fuzz --durations=0
+	$(BIN)/pytest tests/fuzz tests/data/test_reader_fuzz.py tests/adapters/test_header.py --hypothesis-profile=fuzz --durations=0
+	$(BIN)/python benchmarks/complexity.py
 
 # The engine vllm: its own environment (2.4 GB in build/vllm, made once), then every engine's tests on real vLLM, and evaluation's.
 test-vllm: $(VENV)/.installed

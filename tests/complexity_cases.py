@@ -58,6 +58,10 @@ def _pair(prompt: str) -> bytes:
     return json.dumps({"prompt": prompt, "completion": "x"}, ensure_ascii=False).encode()
 
 
+def _prompt(piece: str) -> Callable[[int], bytes]:
+    return lambda n: _pair(piece * (n // len(piece)))
+
+
 @cache
 def _folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="complexity-"))
@@ -193,10 +197,7 @@ CASES = [
         for cue in pattern.cues
         for filler in ("", "a1B2", "-", " ")
     ),
-    *(
-        Case(f"prompt: {kind}", lambda n, piece=piece: _pair(piece * (n // len(piece))), _read("a.jsonl"))
-        for kind, piece in HOSTILE.items()
-    ),
+    *(Case(f"prompt: {kind}", _prompt(piece), _read("a.jsonl")) for kind, piece in HOSTILE.items()),
     Case("redact: many addresses", lambda n: " ".join(f"ann{i}@firm{i}.de" for i in range(n // 16)), _redact),
     Case("redact: many phone numbers", lambda n: " ".join(f"+49 30 9{i:07}" for i in range(n // 16)), _redact),
     Case("JSON Lines: rows", lambda n: (_pair("a") + b"\n") * (n // 40), _read("a.jsonl")),
@@ -318,7 +319,7 @@ CASES = [
     Case("completion: token ids", lambda n: _body(prompt=[1] * (n // 3)), _completion),
     Case("completion: long prompt", lambda n: _body(prompt="é" * (n // 6)), _completion),
     Case("word diff: all different", lambda n: " ".join(f"w{i}" for i in range(n)), _word_diff),
-    Case("word diff: backwards", lambda n: [f"w{i}" for i in range(n)], lambda words: changes(words, words[::-1])),
+    Case("word diff: backwards", lambda n: [f"w{i}" for i in range(n // 6)], lambda words: changes(words, words[::-1])),
     # Above the limit of the search, whose time is cubic below it.
     Case(
         "word diff: two words", lambda n: ["a", "b"] * (2 * n), lambda words: changes(["c", *words], [*words, "a", "a"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from itertools import groupby
 from types import FrameType
 from typing import Any
 
@@ -43,9 +44,14 @@ def _require_linear(case: Case, n: int) -> None:
     assert many <= MAX_GROWTH**2 * few, f"{case}: {few:,} lines for {n:,} characters, {many:,} for {4 * n:,}"
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_executed_lines_grow_with_the_text(case: Case) -> None:
-    _require_linear(case, N)
+# Together, since most cases take less time than a test of their own does.
+GROUPS = {name: list(cases) for name, cases in groupby(CASES, key=lambda case: case.name.partition(":")[0])}
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_executed_lines_grow_with_the_text(group: str) -> None:
+    for case in GROUPS[group]:
+        _require_linear(case, N)
 
 
 def test_counted_lines_show_quadratic_growth() -> None:

@@ -55,15 +55,19 @@ class DatasetMachine(RuleBasedStateMachine):
         for text, (_, split) in rows.items():
             assert self.splits.setdefault(text, split) == split, "a row has changed its split"
 
-    def _add(self, numbers: list[int], output: str | None = None, **options: bool) -> None:
+    def _add(
+        self, numbers: list[int], output: str | None = None, *, replace: bool = False, restore: bool = False
+    ) -> None:
         before = self._rows() if self.versions else {}
         pairs = [(PAIRS[n][0], output or PAIRS[n][1]) for n in numbers]
         # A conflict, or an answer that is there in another version, is refused or ignored as a whole file.
-        result = add(self.project, [write_jsonl(self.folder / "new.jsonl", pairs)], Listener(), **options)
+        result = add(
+            self.project, [write_jsonl(self.folder / "new.jsonl", pairs)], Listener(), replace=replace, restore=restore
+        )
         after = self._rows()
         for text, wanted in pairs:
-            out = self.removed if options.get("replace") else self.removed | self.superseded
-            withheld = not options.get("restore") and (text, wanted) in out
+            out = self.removed if replace else self.removed | self.superseded
+            withheld = not restore and (text, wanted) in out
             if withheld:
                 assert after.get(text) == before.get(text)
             else:

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -139,4 +140,4 @@ class AccessLogMachine(RuleBasedStateMachine):
 
 
 TestAccessLog = AccessLogMachine.TestCase
-TestAccessLog.settings = examples(40, quick=6)
+TestAccessLog.settings = settings(examples(40, quick=5), stateful_step_count=25)

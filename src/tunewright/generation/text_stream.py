@@ -75,12 +75,14 @@ class StopFilter:
 
     def push(self, text: str) -> str:
         """Return the text that is certain to belong to the answer."""
-        for character in text:
-            self._held += character
-            hits = [stop for stop in self._stops if self._held.endswith(stop)]
+        before = len(self._held)
+        self._held += text
+        for end in range(before + 1, len(self._held) + 1):
+            hits = [stop for stop in self._stops if self._held.endswith(stop, 0, end)]
             if hits:
                 self.stopped = True
-                return self._release(len(self._held) - len(max(hits, key=len)))
+                self._held = self._held[:end]
+                return self._release(end - len(max(hits, key=len)))
         held_back = next(
             length
             for length in range(min(len(self._held), self._longest), -1, -1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import io
 import lzma
@@ -89,6 +90,10 @@ def _report_damage(where: str) -> Iterator[None]:
         OverflowError,
     ) as error:
         raise UserError(f"The zip or tar archive cannot be read: {error}", where=where) from None
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # zip: a negative offset
+            raise
+        raise UserError("The zip or tar archive cannot be read: an offset is negative", where=where) from None
 
 
 def _unpack(source: IO[bytes], target: Path, where: str) -> None:
