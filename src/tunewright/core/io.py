@@ -71,7 +71,9 @@ def refused(error: OSError) -> UserError | None:
     if error.errno not in _REFUSALS:
         return None
     what, fix = _REFUSALS[error.errno]
-    return UserError(what, where=None if error.filename is None else str(error.filename), fix=fix)
+    if error.filename is None:
+        return UserError(what.capitalize(), fix=fix)
+    return UserError(what, where=str(error.filename), fix=fix)
 
 
 @contextmanager
