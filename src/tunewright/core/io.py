@@ -86,7 +86,8 @@ def writing(path: Path) -> Iterator[None]:
         if number is None or isinstance(error, UserError):
             raise
         what, fix = _REFUSALS[number]
-        raise UserError(f"{what}; existing files are unchanged", where=str(path), fix=fix) from error
+        missing = getattr(error, "filename", None) if number == errno.ENOENT else None
+        raise UserError(f"{what}; existing files are unchanged", where=str(missing or path), fix=fix) from error
 
 
 def _refusal(error: Exception, path: Path) -> int | None:
