@@ -223,9 +223,9 @@ def _post(url: str, key: str, alias: str) -> httpx.Response | None:
 def _assert_exact(state: State, adapters: dict[str, Stored], replies: list[httpx.Response | None]) -> None:
     """Each answer is its own adapter's and is recorded once; other records are of requests without an answer."""
     answered = [reply for reply in replies if reply is not None and reply.status_code == 200]
-    for reply in answered:
-        expected = {"courts": "one", "recipes": "two"}[reply.json()["model"]]
-        assert reply.headers["x-tunewright-adapter"] == adapters[expected].digest
+    for answer in answered:
+        expected = {"courts": "one", "recipes": "two"}[answer.json()["model"]]
+        assert answer.headers["x-tunewright-adapter"] == adapters[expected].digest
     for reply in replies:
         if reply is not None and reply.status_code != 200:
             assert (reply.status_code, reply.json()["error"]["code"]) == (503, "state_unavailable")
