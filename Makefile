@@ -64,7 +64,8 @@ pytest-all: $(VENV)/.installed
 # Every call that changes a file fails once, and each command meets each fault of docs/reference/faults.md. The seed is
 # printed: TUNEWRIGHT_CHAOS_SEED=N repeats its choices, and TUNEWRIGHT_CHAOS_EVERY=1 lets each single call fail.
 test-chaos: $(VENV)/.installed
-	$(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal -m "chaos and not vllm" tests/chaos $(ARGS)
+	seed=$${TUNEWRIGHT_CHAOS_SEED:-$$(date +%s)} && echo "TUNEWRIGHT_CHAOS_SEED=$$seed repeats this run" && \
+	TUNEWRIGHT_CHAOS_SEED=$$seed $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal -m chaos tests/chaos $(ARGS)
 
 # 10,000 cases for each parser of foreign bytes and each reader of files, where `make test` tries 25 and `make test-all`
 # 100, and the growth of the processor time with the text. CONTRIBUTING.md has what a release needs.

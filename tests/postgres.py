@@ -81,7 +81,18 @@ def restart(server: Path) -> None:
     """Restart a server as after a crash: it ends all connections at once, and recovers from its log."""
     programs = _programs()
     assert programs is not None
-    command = [programs / "pg_ctl", "-D", server / "data", "-w", "-t", "120", "-m", "immediate", "-l", server / "log"]
+    command: list[str | Path] = [
+        programs / "pg_ctl",
+        "-D",
+        server / "data",
+        "-w",
+        "-t",
+        "120",
+        "-m",
+        "immediate",
+        "-l",
+        server / "log",
+    ]
     options = ["-o", f"-k {server} -c listen_addresses='' -c fsync=off", "restart"]
     subprocess.run([*command, *options], user=_runs_as(), cwd=server, capture_output=True, check=True)
 

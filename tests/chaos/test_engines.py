@@ -16,6 +16,7 @@ from stages import CASES, FORCED, HANG_S, Stages
 from command_line import tunewright
 
 pytestmark = pytest.mark.chaos
+pytest_plugins = ["chaos_fixtures"]
 
 
 @contextmanager

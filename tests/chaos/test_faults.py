@@ -17,9 +17,10 @@ from stages import CASES, HANG_S, Stages
 from forked import FOREVER, Command, Ended
 
 pytestmark = pytest.mark.chaos
+pytest_plugins = ["chaos_fixtures"]
 
 COMMANDS = ("add", "train", "evaluate", "judge", "deploy", "promote", "export")
-TRIES = 4
+TRIES, TRIES_OF_SLOW = 3, 2
 DAY = 86_400
 MEGABYTE = 1 << 20
 
@@ -34,7 +35,8 @@ def moments(fault: str, name: str, stages: Stages) -> Iterator[int]:
     """Return numbers of calls that change a file, by the seed; a failure prints it."""
     calls = len(stages.listed(name)[2])
     draw = random.Random(f"{seed()} {fault} {name}")
-    for number in sorted(draw.sample(range(1, calls + 1), min(TRIES, calls))):
+    tries = TRIES if CASES[name].quick else TRIES_OF_SLOW
+    for number in sorted(draw.sample(range(1, calls + 1), min(tries, calls))):
         print(f"{SEED_VARIABLE}={seed()}: {fault} at call {number} of {calls} of {name}")  # noqa: T201
         yield number
 
@@ -117,7 +119,8 @@ def test_full_disk_leaves_the_old_or_the_new_state(name: str, stages: Stages) ->
         ended = stages.run(CASES[name].command, fault)
         assert_reported(ended, CASES[name].codes)
         if ended.code == 2:
-            assert "full" in ended.stderr, ended.stderr
+            # SQLite says so of a full disk that it meets elsewhere than in a write.
+            assert "full" in ended.stderr or "disk I/O error" in ended.stderr, ended.stderr
         assert_old_or_new(name, stages, ended)
 
 
@@ -157,7 +160,7 @@ def test_files_deleted_meanwhile_are_reported(name: str, stages: Stages) -> None
 @each_command("clock jump")
 def test_clock_that_jumps_changes_no_result(name: str, stages: Stages) -> None:
     case = CASES[name]
-    for number, days in zip(moments("clock jump", name, stages), (-4000, -1, 1, 4000), strict=False):
+    for number, days in zip(moments("clock jump", name, stages), (-4000, 4000, -1), strict=False):
         stages.prepare(case.stage)
         fault = stages.fault(kinds=31, action=Action.JUMP, when=number, seconds=days * DAY)
         ended = stages.run(case.command, fault)
@@ -172,7 +175,7 @@ def test_command_with_too_little_memory_leaves_the_old_or_the_new_state(name: st
     stages.listed(name)
     draw = random.Random(f"{seed()} memory {name}")
     reached = []
-    for megabytes in (1, draw.randrange(2, 20), draw.randrange(20, 100), draw.randrange(100, 400)):
+    for megabytes in (1, draw.randrange(2, 20), draw.randrange(20, 200)):
         print(f"{SEED_VARIABLE}={seed()}: {megabytes} MB for {name}")  # noqa: T201
         stages.prepare(CASES[name].stage)
         ended = stages.run(CASES[name].command, memory=megabytes * MEGABYTE)

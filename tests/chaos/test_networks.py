@@ -24,7 +24,7 @@ from postgres import USER, new_schema, restart
 from tunewright.serving.tenants import State
 
 pytestmark = pytest.mark.chaos
-pytest_plugins = ["two_tenants"]
+pytest_plugins = ["chaos_fixtures", "two_tenants"]
 
 BACKEND = "postgresql"
 
@@ -147,9 +147,9 @@ def _prepared(name: str, stages: Stages, postgres: Path) -> str:
 
 
 def _assert_old_or_new_after(
-    name: str, stages: Stages, postgres: Path, fault: Callable[[], bool], *, answers: bool
+    name: str, stages: Stages, postgres: Path, fault: Callable[[], bool], busy: threading.Lock, *, answers: bool
 ) -> None:
-    """The fault happens at pieces of what the command sends, or of what it receives."""
+    """The fault happens at pieces of what the command sends, or of what it receives, and lasts while it is busy."""
     url = _prepared(name, stages, postgres)
     before = _releases(stages, url) if name == "promote" else []
     target = f"{postgres}/.s.PGSQL.5432"
@@ -171,6 +171,8 @@ def _assert_old_or_new_after(
 
         with proxy(target, **{"answered" if answers else "fault": at}) as faulty:
             ended = _run(name, stages, through(faulty.port))
+        with busy:
+            pass
         assert "Traceback" not in ended.stderr, ended.stderr
         assert ended.code in (0, 2), ended
         found = _releases(stages, url)
@@ -188,18 +190,21 @@ def _assert_old_or_new_after(
 def test_release_is_made_or_not_when_the_connection_to_postgresql_is_dropped(
     name: str, answers: bool, stages: Stages, postgres: Path
 ) -> None:
-    _assert_old_or_new_after(name, stages, postgres, lambda: True, answers=answers)
+    _assert_old_or_new_after(name, stages, postgres, lambda: True, threading.Lock(), answers=answers)
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.fault("postgresql", name)) for name in ("deploy", "promote")]
 )
 def test_release_is_made_or_not_when_postgresql_restarts(name: str, stages: Stages, postgres: Path) -> None:
+    busy = threading.Lock()
+
     def restarting() -> bool:
-        restart(postgres)
+        with busy:
+            restart(postgres)
         return False
 
-    _assert_old_or_new_after(name, stages, postgres, restarting, answers=False)
+    _assert_old_or_new_after(name, stages, postgres, restarting, busy, answers=False)
 
 
 # A server
@@ -218,9 +223,9 @@ def _post(url: str, key: str, alias: str) -> httpx.Response | None:
 def _assert_exact(state: State, adapters: dict[str, Stored], replies: list[httpx.Response | None]) -> None:
     """Each answer is its own adapter's and is recorded once; other records are of requests without an answer."""
     answered = [reply for reply in replies if reply is not None and reply.status_code == 200]
-    for reply in answered:
-        expected = {"courts": "one", "recipes": "two"}[reply.json()["model"]]
-        assert reply.headers["x-tunewright-adapter"] == adapters[expected].digest
+    for answer in answered:
+        expected = {"courts": "one", "recipes": "two"}[answer.json()["model"]]
+        assert answer.headers["x-tunewright-adapter"] == adapters[expected].digest
     for reply in replies:
         if reply is not None and reply.status_code != 200:
             assert (reply.status_code, reply.json()["error"]["code"]) == (503, "state_unavailable")

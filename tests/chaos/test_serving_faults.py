@@ -23,6 +23,7 @@ from tunewright.serving.tenants import State
 from tunewright.serving.tenants.usage import UsageLine
 
 pytestmark = pytest.mark.chaos
+pytest_plugins = ["chaos_fixtures"]
 
 ALIASES = {"courts": "acme", "recipes": "globex"}
 SERVE = ("serve", "--port", "0", "--metrics-port", "0", "--json")

@@ -77,7 +77,7 @@ def test_disk_errors_become_user_errors(tmp_path: Path, error: Exception, words:
     assert "existing files are unchanged" in caught.value.what
 
 
-@pytest.mark.parametrize("error", [OSError(errno.EIO, "x"), RuntimeError("bug"), UserError("theirs")])
+@pytest.mark.parametrize("error", [OSError(errno.EBADF, "x"), RuntimeError("bug"), UserError("theirs")])
 def test_other_errors_are_not_converted(tmp_path: Path, error: Exception) -> None:
     with pytest.raises(type(error)) as caught, writing(tmp_path / "file"):
         raise error

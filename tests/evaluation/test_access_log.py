@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -315,6 +316,18 @@ def test_removed_since_names_later_evaluations_of_the_adapter(tmp_path: Path) ->
 
 
 # Kills
+
+
+def test_writer_reports_a_lock_that_a_stopped_process_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tunewright.evaluation.access_log._LOCK_S", 0.05)
+    handle = os.open(tmp_path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match=r"Another command has been writing the access log for 0\.05 s"):
+            AccessLog(tmp_path).write(tmp_path / "advice.json", "[]")
+    finally:
+        os.close(handle)
+    AccessLog(tmp_path).write(tmp_path / "advice.json", "[]")
 
 
 def killed(work: Callable[[], object], calls: int, *, after: bool) -> bool:

@@ -71,7 +71,9 @@ def refused(error: OSError) -> UserError | None:
     if error.errno not in _REFUSALS:
         return None
     what, fix = _REFUSALS[error.errno]
-    return UserError(what, where=None if error.filename is None else str(error.filename), fix=fix)
+    if error.filename is None:
+        return UserError(what.capitalize(), fix=fix)
+    return UserError(what, where=str(error.filename), fix=fix)
 
 
 @contextmanager
@@ -84,7 +86,8 @@ def writing(path: Path) -> Iterator[None]:
         if number is None or isinstance(error, UserError):
             raise
         what, fix = _REFUSALS[number]
-        raise UserError(f"{what}; existing files are unchanged", where=str(path), fix=fix) from error
+        missing = getattr(error, "filename", None) if number == errno.ENOENT else None
+        raise UserError(f"{what}; existing files are unchanged", where=str(missing or path), fix=fix) from error
 
 
 def _refusal(error: Exception, path: Path) -> int | None:

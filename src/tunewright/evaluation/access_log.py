@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,8 @@ from tunewright.evidence.schema import EVIDENCE_FILE, Evidence, load_evidence
 ACCESS_LOG = "access_log.jsonl"
 _RESTORE = "Restore the access log, for example from git: it records how often the test was opened."
 _STAGED = ".staged"
+_LOCK_S = 10.0
+"""Timeout of a writer that waits for others, each of which takes far less unless it is stopped."""
 _Line = LoggedAccess | WrittenFiles
 _LINE: TypeAdapter[_Line] = TypeAdapter(Annotated[_Line, Field(discriminator="event")])
 
@@ -375,12 +378,28 @@ def _shared(other: LoggedAccess, dataset: Path, keys: set[str]) -> int | None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Lock the access log for one writer, waiting for any other; the lock dies with its process."""
+    """Lock the access log for one writer, after waiting for any other; the lock dies with its process.
+
+    Raises:
+        UserError: another process keeps the lock, for example because it is stopped.
+    """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        until = time.monotonic() + _LOCK_S
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise UserError(
+                        f"Another command has been writing the access log for {_LOCK_S:g} s",
+                        where=str(folder),
+                        fix="Continue it (fg) or end it, and run the same command again.",
+                    ) from None
+            time.sleep(0.01)
         yield
     finally:
         os.close(handle)

@@ -1,25 +1,18 @@
-"""The seed of a run with faults, and projects at each stage of the pipeline to run commands on."""
+"""Projects at each stage of the pipeline to run commands on."""
 
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faulty import SEED_VARIABLE, compiled, seed
+from faulty import compiled
 from stages import Stages
 
 from forked import Server
 from scripted_judge import honest, scripted
-
-
-def pytest_report_header() -> str:
-    """Print the seed, which workers inherit through the environment."""
-    return f"faults: {SEED_VARIABLE}={seed()} repeats this run's choices"
 
 
 @pytest.fixture(scope="session")
@@ -47,18 +40,3 @@ def second(stages: Stages) -> Iterator[Stages]:
     """Another process that runs commands on the same project."""
     with Server(stages.root / "more-commands", stages.server.preload) as server:
         yield Stages(stages.root, stages.base, server, stages.judge)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 32 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", folder], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.decode().strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", folder], check=True)
-        shutil.rmtree(folder, ignore_errors=True)
