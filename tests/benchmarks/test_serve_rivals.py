@@ -123,7 +123,15 @@ def test_servers_answer_the_same_requests_at_toy_size(tmp_path: Path, small_base
     project = tunewright.open(folder, LogReporter())
     project.data.add([folder / "pairs.jsonl"])
     project.train()
-    command = [sys.executable, BENCHMARKS / "serve_rivals.py", folder, "--quick", "--only", "embedded", "llamacpp"]
+    command = [
+        sys.executable,
+        str(BENCHMARKS / "serve_rivals.py"),
+        str(folder),
+        "--quick",
+        "--only",
+        "embedded",
+        "llamacpp",
+    ]
     ran = subprocess.run(
         [*command, "--long-characters", "60", "--threads", "1"], capture_output=True, text=True, check=False
     )

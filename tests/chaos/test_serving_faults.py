@@ -33,7 +33,7 @@ MEGABYTE = 1 << 20
 
 @dataclass
 class Answers:
-    """What clients of each alias received."""
+    """The answers that clients of each alias received."""
 
     whole: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {alias: [] for alias in ALIASES})
     refused: list[httpx.Response] = field(default_factory=list)
