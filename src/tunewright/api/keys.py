@@ -43,7 +43,7 @@ class SigningKeysApi:
         """
         return new_private_key(name, self._reporter)
 
-    def change_passphrase(self, name: str) -> PrivateKey:
+    def passphrase(self, name: str) -> PrivateKey:
         """Encrypt one of this user's keys with a new passphrase, whether or not it has one.
 
         The new passphrase is that of ``TUNEWRIGHT_KEY_NEW_PASSPHRASE`` or of the file that

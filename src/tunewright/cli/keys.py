@@ -41,7 +41,7 @@ def keys_passphrase(run: Session, name: Annotated[str, typer.Argument(help="Name
     Without a terminal the new passphrase comes from the file that TUNEWRIGHT_KEY_NEW_PASSPHRASE_FILE names, or from
     TUNEWRIGHT_KEY_NEW_PASSPHRASE.
     """
-    key = run.unopened.keys.change_passphrase(name)
+    key = run.unopened.keys.passphrase(name)
     run.show({"name": key.name, "id": key.id, "path": str(key.path)}, f"New passphrase for {key.name}: {key.path}")
 
 

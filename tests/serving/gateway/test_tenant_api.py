@@ -391,7 +391,7 @@ def test_authentication_does_not_wait_for_a_writer(
         assert asked.result()
 
 
-def test_reservation_waits_for_one_of_another_tenants_reservations_only(state_url: str, tmp_path: Path) -> None:
+def test_reservation_does_not_wait_for_all_of_another_tenants_reservations(state_url: str, tmp_path: Path) -> None:
     served = ServedAdapter(tmp_path, SystemPrompt(None))
     with State(state_url) as state:
         busy, quiet = (reservation(*with_tenant(state, name)) for name in ("acme", "globex"))
@@ -403,6 +403,6 @@ def test_reservation_waits_for_one_of_another_tenants_reservations_only(state_ur
                 return await asyncio.gather(*(access.reserve(one) for one in (*[busy] * 20, quiet)))
 
         *others, number = asyncio.run(reserve())
-        assert sorted([*others, number]).index(number) <= 2
+        assert number < others[-1]
         assert others == sorted(others)
         assert not access._reserving
