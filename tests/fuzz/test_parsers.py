@@ -334,8 +334,7 @@ def test_parser_reads_or_refuses_its_corpus(target: str, folder: Path) -> None:
         _try(target, content, folder)
 
 
-# Arrow aborts the process on some damaged Parquet footers, and the tests with it (docs/concepts/threat-model.md).
-@pytest.mark.parametrize("target", [target for target in TARGETS if target != "parquet"])
+@pytest.mark.parametrize("target", TARGETS)
 @given(data=st.data())
 def test_parser_reads_or_refuses_changed_seeds(target: str, data: st.DataObject, folder: Path) -> None:
     seeds = SEEDS[target]

@@ -23,6 +23,7 @@ from tunewright.data.readers.validate import RowError
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
     from numpy.typing import NDArray
 
 DELIMITERS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "bar"}
@@ -201,14 +202,17 @@ def parquet_rows(path: Path, data: DataConfig, notes: list[str], task: Task | No
         used, others = columns(schema.names, f"{path}:1", data, notes, nested=True)
         # Texts stay in their dictionaries: a file of a kilobyte can repeat a long one in a million rows.
         with pq.ParquetFile(path, metadata=metadata, read_dictionary=_text_columns(metadata)) as file:
-            batches = (
-                batch
-                for group in range(metadata.num_row_groups)
-                for batch in file.iter_batches(
-                    _rows_per_batch(metadata, group), row_groups=[group], columns=[*used, *others]
-                )
-            )
+            batches = _parquet_batches(file, [*used, *others])
             yield from _arrow_rows(batches, schema, metadata.num_rows, path.stat().st_size, task)
+
+
+def _parquet_batches(file: pq.ParquetFile, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    for group in range(file.metadata.num_row_groups):
+        # Where a column's description is damaged, Arrow raises when it reads a row, but ends the process when it is
+        # asked for the description (pyarrow 26).
+        next(file.iter_batches(1, row_groups=[group], columns=names), None)
+        rows = _rows_per_batch(file.metadata, group, names)
+        yield from file.iter_batches(rows, row_groups=[group], columns=names)
 
 
 def _text_columns(metadata: Any) -> list[str]:
@@ -220,11 +224,14 @@ def _text_columns(metadata: Any) -> list[str]:
     ]
 
 
-def _rows_per_batch(metadata: Any, group: int) -> int:
-    """Return how many rows of a Parquet row group to read at once, by the bytes that its columns can take."""
+def _rows_per_batch(metadata: Any, group: int, names: Sequence[str]) -> int:
+    """Return how many rows of a Parquet row group to read at once, by the bytes that these columns can take."""
     described = metadata.row_group(group)
     size = 0.0  # of a row
     for number in range(metadata.num_columns):
+        path = metadata.schema.column(number).path
+        if not any(path == name or path.startswith(f"{name}.") for name in names):
+            continue
         column, width = described.column(number), metadata.schema.column(number).length
         size += column.total_uncompressed_size / max(described.num_rows, 1)
         if width > 0:
