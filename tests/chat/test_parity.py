@@ -22,6 +22,8 @@ from makers import LLAMA3_FAMILIES, Chat, Mistral
 from tunewright.chat import ChatFormat, chat_format
 from tunewright.data.examples import Message, Role
 
+pytestmark = pytest.mark.slow
+
 TODAY = date(2026, 2, 28)
 
 Reference = Callable[[Chat], list[int]]
@@ -131,7 +133,6 @@ def _dicts(messages: Sequence[Message]) -> Chat:
     return [{"role": m.role, "content": m.content} for m in messages]
 
 
-@pytest.mark.slow
 @settings(examples(2000, quick=100), suppress_health_check=list(HealthCheck))
 @given(conversations())
 def test_ids_prompts_and_masks_match_the_makers_encoders(messages: list[Message]) -> None:
@@ -176,7 +177,6 @@ def _mask(ids: list[int], turns: list[tuple[list[int], list[int]]]) -> list[bool
     return [place in trained for place in range(len(ids))]
 
 
-@pytest.mark.slow
 def test_rows_are_split_when_the_system_text_moves() -> None:
     """So that the property above is known to have met both kinds of template."""
     turns = [Message("system", "s"), *(Message(r, r) for r in ("user", "assistant") * 3)]

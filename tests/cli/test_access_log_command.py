@@ -18,6 +18,8 @@ import tunewright as package
 from command_line import pairs, tiny_project, tunewright, write_jsonl
 from tunewright.evaluation.access_log import ACCESS_LOG
 
+pytestmark = pytest.mark.slow
+
 FAST = "  static_seeds: 1\n  retrievers: [bm25]\n"
 
 
@@ -145,7 +147,6 @@ def test_commands_refuse_edited_evidence_items_and_advice(project: Path, tmp_pat
     assert len(openings(project)) == 1
 
 
-@pytest.mark.slow
 def test_verdict_warns_of_rows_opened_by_an_earlier_version(project: Path, tmp_path: Path) -> None:
     assert tunewright("evaluate", "-p", project).code == 0
     first = openings(project)[0]["items"]
@@ -158,7 +159,6 @@ def test_verdict_warns_of_rows_opened_by_an_earlier_version(project: Path, tmp_p
     assert len({each["test_split"] for each in openings(project)}) == 2
 
 
-@pytest.mark.slow
 def test_crossval_opens_the_test_split_too(project: Path) -> None:
     assert tunewright("crossval", "--folds", "2", "--force", "-p", project).code == 0
     (opening,) = openings(project)
@@ -182,7 +182,6 @@ def test_evaluate_dev_does_not_open_the_test_split(project: Path, monkeypatch: p
     assert tunewright("evaluate", "--dev", "-p", project, "--json").document["evaluated"] is False
 
 
-@pytest.mark.slow
 def test_ledger_counts_a_resumed_evaluation_once(project: Path) -> None:
     command = [sys.executable, "-m", "tunewright", "evaluate", "-p", str(project)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}

@@ -11,6 +11,8 @@ import pytest
 from command_line import Ran, tiny_project, tunewright
 from tunewright.adapters.registry import list_adapters
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def advised(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> tuple[Path, Ran]:

@@ -22,6 +22,8 @@ from tunewright.data.examples import Example, Message
 from tunewright.data.versions import load_version
 from tunewright.evaluation.access_log import ACCESS_LOG
 
+pytestmark = pytest.mark.slow
+
 FOLDS = 3
 
 
@@ -147,7 +149,6 @@ def _start(project: Path) -> subprocess.Popen[bytes]:
     )
 
 
-@pytest.mark.slow
 def test_crossval_resumes_to_the_same_evidence_after_a_kill(
     project: Path, tmp_path: Path, tiny_base_folder: Path
 ) -> None:
@@ -173,7 +174,6 @@ def test_crossval_resumes_to_the_same_evidence_after_a_kill(
     assert resumed == unstopped
 
 
-@pytest.mark.slow
 def test_crossval_deals_other_folds_with_another_seed(project: Path) -> None:
     before, _ = _evaluation(project)
     config = project / "tunewright.yaml"
@@ -184,7 +184,6 @@ def test_crossval_deals_other_folds_with_another_seed(project: Path) -> None:
     assert not set(after["lineage"]["folds"]) & set(before["lineage"]["folds"])
 
 
-@pytest.mark.slow
 def test_crossval_refuses_too_few_pairs_or_clusters_before_training(
     project: Path, tmp_path: Path, tiny_base_folder: Path
 ) -> None:
@@ -254,7 +253,6 @@ def test_suspects_with_a_named_adapter_reports_the_rows_it_was_trained_on(projec
     assert (unknown.code, "No adapter is named 'x'" in unknown.stderr) == (2, True)
 
 
-@pytest.mark.slow
 def test_suspects_uses_the_newest_adapter_without_a_crossval(project: Path) -> None:
     shutil.rmtree(project / ".tunewright" / "crossval")
     document, message = _suspects(project)

@@ -16,6 +16,8 @@ import pytest
 
 import tunewright
 
+pytestmark = pytest.mark.slow
+
 
 def _doctor(project: Path, **environment: str) -> tuple[int, dict[str, dict[str, Any]]]:
     """Run the command in a process of its own, and return its exit code and its checks by name."""

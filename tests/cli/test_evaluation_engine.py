@@ -13,6 +13,8 @@ import pytest
 from command_line import Ran, tiny_project, tunewright
 from vllm_child import alive, children_of, install_fake, wait_until
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
@@ -77,7 +79,6 @@ def test_vllm_with_a_grammar_is_refused_before_the_test_split_is_opened(
     assert not (project / "evaluations").exists()
 
 
-@pytest.mark.slow
 def test_evidence_comparison_report_and_comment_name_the_engine(
     project: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -119,7 +120,6 @@ def test_evidence_comparison_report_and_comment_name_the_engine(
     assert "Answers are computed by peft: there is no CUDA card." in " ".join(other.stderr.split())
 
 
-@pytest.mark.slow
 @pytest.mark.fault("kill", "evaluate")
 @pytest.mark.fault("engine", "evaluate")
 def test_evaluate_resumes_from_the_journal_after_a_kill_that_also_ends_vllm(

@@ -21,6 +21,8 @@ from tunewright.core.io import digest
 from tunewright.evidence.schema import Evidence, Item, load_evidence
 from tunewright.metrics import normalised
 
+pytestmark = pytest.mark.slow
+
 _CHRF = CHRF()
 
 

@@ -15,6 +15,8 @@ from tunewright.cli.evaluate import evidence_tables
 from tunewright.evidence.schema import Evidence
 from tunewright.evidence.statistics import holm
 
+pytestmark = pytest.mark.slow
+
 # Some items cannot be scored: those whose question has an even number.
 SCORING = """
 def shared_letters(answer, reference, example):
@@ -111,7 +113,6 @@ def test_verdict_and_report_name_the_custom_metric(project: Path) -> None:
     assert "could not be scored in both arms and are left out" in page
 
 
-@pytest.mark.slow
 def test_run_reports_detectable_differences_before_training(project: Path) -> None:
     ran = tunewright("train", "-p", project, "--json")
     dev, test = ran.document["detectable_effects"]

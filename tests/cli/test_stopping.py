@@ -18,6 +18,8 @@ import pytest
 
 from command_line import pairs, tunewright, write_jsonl
 
+pytestmark = pytest.mark.slow
+
 PATIENCE_S = 300
 """A guard against tests that hang, no expectation."""
 
@@ -138,7 +140,6 @@ def _stopped_on_terminal(seen: str, *arguments: str | Path) -> tuple[int, str]:
     return code, re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen)
 
 
-@pytest.mark.slow
 def test_data_add_adds_nothing_when_stopped(tmp_path: Path, tiny_base_folder: Path) -> None:
     folder = tmp_path / "project"
     folder.mkdir()

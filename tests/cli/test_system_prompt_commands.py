@@ -23,6 +23,8 @@ from tunewright.data.versions import Member
 from tunewright.evaluation.arms import TUNED
 from tunewright.serving.gateway.app_factory import Service
 
+pytestmark = pytest.mark.slow
+
 SYSTEM = "Name the first colour, d'été."
 FORCED = ("--force", "--because", "what is tested here is the system prompt", "--untested", "it takes its time")
 

@@ -24,6 +24,8 @@ from tunewright.data.selection import Selection
 from tunewright.data.verify import verify
 from tunewright.data.versions import checkout, load_version, locked
 
+pytestmark = pytest.mark.slow
+
 # A child that begins as a copy of this process is at work at once, where a new interpreter would first import for a
 # second; and it can be killed as dead as any other.
 FORK = multiprocessing.get_context("fork")
@@ -91,7 +93,7 @@ def _assert_old_or_new(project: ProjectFolder, old: str, new: str) -> str:
     return version.digest
 
 
-@pytest.mark.parametrize("tried", [10, pytest.param(80, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tried", [10, 80])
 @pytest.mark.fault("kill", "add")
 def test_dataset_is_the_old_or_the_new_version_when_killed_at_any_file_call(
     tried: int, template: Path, tmp_path: Path
@@ -119,7 +121,6 @@ def test_dataset_is_the_old_or_the_new_version_when_killed_at_any_file_call(
     assert seen == {old, new}
 
 
-@pytest.mark.slow
 def test_dataset_is_the_old_or_the_new_version_when_killed_at_random_times(template: Path, tmp_path: Path) -> None:
     project = _fresh(template, tmp_path / "w")
     old = load_version(project.dataset).digest
@@ -210,8 +211,7 @@ def _purge_and_die_at(project: ProjectFolder, call: int) -> None:
     _purge(project)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("every", [31, pytest.param(7, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [31, 7])
 def test_purge_killed_at_any_file_call_is_finished_when_repeated(every: int, template: Path, tmp_path: Path) -> None:
     """The version stays whole meanwhile: what is damaged is at most what the log says is purged."""
     project = _fresh(template, tmp_path / "w")

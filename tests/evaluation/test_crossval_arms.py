@@ -14,6 +14,8 @@ from tunewright.evidence.schema import load_items
 from tunewright.evidence.verdict import verdict
 from tunewright.report.html import render_report
 
+pytestmark = pytest.mark.slow
+
 
 def test_crossval_control_is_each_folds_best_prompting_arm(
     tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch

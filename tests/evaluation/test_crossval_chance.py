@@ -14,6 +14,8 @@ from tunewright.evidence.schema import Contrast, Evidence
 from tunewright.evidence.statistics import difference_interval, exact_mcnemar
 from tunewright.evidence.verdict import verdict
 
+pytestmark = pytest.mark.slow
+
 EVIDENCE = make_evidence(make_items(60))
 FEATURES = 12
 

@@ -23,6 +23,8 @@ from tunewright.data.examples import normalised
 from tunewright.evaluation.benchmarks.choices import Question, chosen, read_questions
 from tunewright.evaluation.forgetting import ForgettingMeter
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", autouse=True)
 def turns_end() -> Iterator[None]:

@@ -10,8 +10,10 @@ from command_line import tiny_project
 from command_line import tunewright as command
 from one_base import counted_bases
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.parametrize(("quantization", "bases"), [("none", 2), pytest.param("nf4", 4, marks=pytest.mark.slow)])
+
+@pytest.mark.parametrize(("quantization", "bases"), [("none", 2), ("nf4", 4)])
 def test_merge_holds_one_base_at_a_time(
     quantization: str, bases: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_base_folder: Path
 ) -> None:

@@ -18,6 +18,8 @@ from tunewright.core.progress import LogReporter
 from tunewright.data.examples import Message
 from tunewright.export.llamacpp import running
 
+pytestmark = pytest.mark.slow
+
 SYSTEM = "Name the first colour, d'été."
 
 

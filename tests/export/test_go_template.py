@@ -20,6 +20,8 @@ from tunewright.data.examples import Message
 from tunewright.export.go_template import GoTemplate, check_go_template, conversations, go_template, strips_whitespace
 from tunewright.export.ollama import modelfile, modelfile_system
 
+pytestmark = pytest.mark.slow
+
 # As template.Execute of Ollama does for a template that reads .Messages: neighbours of one role become one message,
 # the system texts are .System, and the messages (system ones too) are .Messages.
 PROGRAM = """
@@ -127,7 +129,6 @@ def _by_go(jobs: list[dict[str, Any]], folder: Path) -> list[list[str]]:
     return rendered
 
 
-@pytest.mark.slow
 def test_go_template_renders_as_the_chat_template(
     found: dict[str, tuple[ChatFormat, GoTemplate]], tmp_path: Path
 ) -> None:

@@ -22,6 +22,8 @@ from tunewright.core.progress import LogReporter, LogTask, Task
 from tunewright.metrics import normalised
 from tunewright.training.checkpoint_selection import best_evaluation, evaluations
 
+pytestmark = pytest.mark.slow
+
 
 class StopAfter(LogReporter):
     """Records messages; kills or stops the process at the n-th training step on request."""
@@ -164,7 +166,6 @@ def test_step_row_has_speed_learning_rate_and_gradient_norm(learnt: tuple[Projec
     assert all(set(row) == {*first, "tokens_per_s"} and row["tokens_per_s"] > 0 for row in others)
 
 
-@pytest.mark.slow
 def test_frequent_evaluation_does_not_change_training(tmp_path: Path, tiny_base_folder: Path) -> None:
     """Dropout draws random numbers, so the last step's adapter would differ."""
     last = []
@@ -178,7 +179,6 @@ def test_frequent_evaluation_does_not_change_training(tmp_path: Path, tiny_base_
     assert last[0] == last[1]
 
 
-@pytest.mark.slow
 def test_run_evaluated_at_every_step_keeps_nine_adapters(
     tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,7 +215,6 @@ def test_run_evaluated_at_every_step_keeps_nine_adapters(
     assert went_on.checkpoints.keys() == whole.checkpoints.keys()
 
 
-@pytest.mark.slow
 def test_answered_dev_rows_are_bounded_and_zero_lets_the_loss_decide(tmp_path: Path, tiny_base_folder: Path) -> None:
     reported = StopAfter()
     some = _opened_project(tmp_path / "some", tiny_base_folder, reported, eval_max_samples=5).train().adapter
@@ -228,7 +227,6 @@ def test_answered_dev_rows_are_bounded_and_zero_lets_the_loss_decide(tmp_path: P
     assert training["kept_step"] == min(training["epochs"], key=lambda e: e["dev_loss"])["step"]
 
 
-@pytest.mark.slow
 def test_patience_ends_a_run_also_after_a_stop(tmp_path: Path, tiny_base_folder: Path) -> None:
     def project(name: str, reporter: StopAfter) -> Project:
         keys = {"eval_steps": 1, "early_stopping_patience": 1, "lr_scheduler_type": "constant"}
@@ -263,7 +261,6 @@ _opened_project(Path({folder!r}), Path({base!r}), StopAfter({after}, signal.SIGK
 """
 
 
-@pytest.mark.slow
 def test_metrics_of_a_killed_run_have_no_gap_or_repetition(tmp_path: Path, tiny_base_folder: Path) -> None:
     import subprocess
 

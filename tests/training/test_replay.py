@@ -32,6 +32,8 @@ from tunewright.training.sweep.sweep import Sweep
 from tunewright.training.train import TrainResult
 from vllm_child import alive, children_of, install_fake
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +91,6 @@ def test_reported_training_loss_is_that_of_the_pairs(replayed: TrainResult) -> N
     assert first["train_loss"] > np.mean([row["loss"] for row in steps if row["step"] <= first["step"]])
 
 
-@pytest.mark.slow
 def test_replay_is_part_of_what_decides_the_adapter(
     replayed: TrainResult, tmp_path: Path, tiny_base_folder: Path
 ) -> None:
@@ -108,8 +109,7 @@ def test_replay_is_part_of_what_decides_the_adapter(
         file.write_text(file.read_text().replace(f"replay: {other}", "replay: {samples: 6}"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("after", [pytest.param(1, marks=pytest.mark.slow), 14])
+@pytest.mark.parametrize("after", [1, 14])
 def test_stopped_run_with_replay_resumes_to_the_same_adapter(
     after: int, replayed: TrainResult, tmp_path: Path, tiny_base_folder: Path
 ) -> None:
@@ -119,7 +119,6 @@ def test_stopped_run_with_replay_resumes_to_the_same_adapter(
     assert replay_project(folder, tiny_base_folder).train().adapter.digest == replayed.adapter.digest
 
 
-@pytest.mark.slow
 def test_replay_works_together_with_a_mix_in(tmp_path: Path, tiny_base_folder: Path) -> None:
     folder = tmp_path / "project"
     tiny_project(folder, tiny_base_folder)
@@ -139,7 +138,6 @@ def test_replay_works_together_with_a_mix_in(tmp_path: Path, tiny_base_folder: P
     assert lineage["replay"]["rows"] == 6
 
 
-@pytest.mark.slow
 def test_sweep_counts_the_rows_drawn_and_not_those_requested(
     tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,7 +157,6 @@ def test_sweep_counts_the_rows_drawn_and_not_those_requested(
     assert [row["step"] for row in adapter.history if "loss" in row][-1] == progress.steps == sweep.steps
 
 
-@pytest.mark.slow
 def test_replay_uses_the_nf4_base_as_reference(tmp_path: Path, tiny_base_folder: Path) -> None:
     pytest.importorskip("bitsandbytes")
     opened = replay_project(tmp_path / "project", tiny_base_folder, "  replay: {samples: 3}\n  quantization: nf4\n")
@@ -320,7 +317,6 @@ def test_kl_divergences_are_non_negative_and_train_only_the_adapter() -> None:
     assert off.grad is None
 
 
-@pytest.mark.slow
 def test_kl_replay_stays_closer_to_the_base_than_training_on_its_tokens(
     replayed: TrainResult, tmp_path: Path, tiny_base_folder: Path
 ) -> None:

@@ -15,6 +15,8 @@ from command_line import tiny_project
 from one_base import counted_bases
 from tunewright.training.packing.fused_loss import add_token_losses
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
@@ -39,20 +41,17 @@ def test_run_holds_one_base_at_a_time(counts: list[int], tmp_path: Path, tiny_ba
     assert counts == [0, 0, 0]  # prompting arms, training, evaluation
 
 
-@pytest.mark.slow
 def test_pilots_hold_one_base_at_a_time(counts: list[int], tmp_path: Path, tiny_base_folder: Path) -> None:
     _opened_project(tmp_path / "project", tiny_base_folder, count=160).advise()
     assert len(counts) >= 3
     assert set(counts) == {0}
 
 
-@pytest.mark.slow
 def test_crossval_holds_one_base_at_a_time(counts: list[int], tmp_path: Path, tiny_base_folder: Path) -> None:
     _opened_project(tmp_path / "project", tiny_base_folder, count=130).crossval(folds=2)
     assert counts == [0] * 4
 
 
-@pytest.mark.slow
 def test_sweep_holds_one_base_at_a_time(counts: list[int], tmp_path: Path, tiny_base_folder: Path) -> None:
     project = _opened_project(tmp_path / "project", tiny_base_folder, also="\n  replay: {samples: 6}")
     project.sweep(rates=[1e-3, 1e-2])
@@ -60,7 +59,6 @@ def test_sweep_holds_one_base_at_a_time(counts: list[int], tmp_path: Path, tiny_
     assert set(counts) == {0}
 
 
-@pytest.mark.slow
 def test_sweep_holds_one_base_at_a_time_when_trials_diverge(
     counts: list[int], tmp_path: Path, tiny_base_folder: Path
 ) -> None:
@@ -70,7 +68,6 @@ def test_sweep_holds_one_base_at_a_time_when_trials_diverge(
     assert counts == [0, 0]
 
 
-@pytest.mark.slow
 def test_curve_holds_one_base_at_a_time(counts: list[int], tmp_path: Path, tiny_base_folder: Path) -> None:
     _opened_project(tmp_path / "project", tiny_base_folder, count=300).curve(seeds=2)
     assert counts == [0] * 12

@@ -15,6 +15,8 @@ from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
 from tunewright.engines.vllm import environment
 
+pytestmark = pytest.mark.slow
+
 PROBE = "import json, small_one, small_two; print(json.dumps({'vllm': small_one.version}))"
 PINS = ("small-one==1.0", "Small.Two==2.0")
 
@@ -71,7 +73,6 @@ def test_install_creates_an_environment_checks_its_imports_and_finds_it_again(
     assert ran == [], "nothing is left to do"
 
 
-@pytest.mark.slow
 def test_install_resumes_and_reinstalls_incomplete_packages(
     wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,7 +92,6 @@ def test_install_resumes_and_reinstalls_incomplete_packages(
     assert record.read_text() == whole
 
 
-@pytest.mark.slow
 def test_environment_that_fails_to_import_is_not_complete(wheels: Path, tmp_path: Path) -> None:
     place = tmp_path / "place"
     with pytest.raises(UserError, match="No module named 'nothing'"):
@@ -123,7 +123,6 @@ def test_every_build_pins_each_package_once_and_the_known_vllm_release(
         assert not any(name.startswith("nvidia") for name in names)
 
 
-@pytest.mark.slow
 def test_install_names_the_missing_build_and_the_torch_index_option(wheels: Path) -> None:
     pins = (*PINS, "torch==1.0+cpu")
     with pytest.raises(UserError, match=r"pip cannot find torch==1\.0\+cpu") as caught:

@@ -23,6 +23,8 @@ from tunewright.engines.vllm.engine import VllmEngine
 from tunewright.generation.requests import Request
 from vllm_child import StopAfter, alive, ids, settings, wait_until
 
+pytestmark = pytest.mark.slow
+
 pytest_plugins = ["vllm_child"]
 
 
@@ -64,7 +66,6 @@ def test_crash_of_vllms_core_is_not_blamed_on_a_request(engine: VllmEngine) -> N
     assert asyncio.run(ids(engine, Request((5,), None, 2))) == [1, 2]
 
 
-@pytest.mark.slow
 @pytest.mark.fault("engine", "serve")
 def test_vllm_restarts_and_fails_running_requests_when_it_hangs(
     engine: VllmEngine, reporter: StopAfter, monkeypatch: pytest.MonkeyPatch
@@ -108,7 +109,6 @@ def test_child_waits_a_limited_time_for_its_helper_processes(
     wait_until(lambda: not alive(int((tmp_path / "tracker").read_text())))
 
 
-@pytest.mark.slow
 def test_vllm_counts_as_hung_when_it_computes_nothing_but_only_with_requests(
     engine: VllmEngine, reporter: StopAfter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,7 +122,6 @@ def test_vllm_counts_as_hung_when_it_computes_nothing_but_only_with_requests(
     assert any("vLLM hung" in warning for warning in reporter.warnings)
 
 
-@pytest.mark.slow
 def test_hang_is_detected_when_all_clients_disconnect(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, seconds in (("PROBE_SECONDS", 0.05), ("STUCK_SECONDS", 2)):
         monkeypatch.setattr(f"tunewright.engines.child.{name}", seconds)
@@ -142,7 +141,6 @@ def test_hang_is_detected_when_all_clients_disconnect(engine: VllmEngine, monkey
     wait_until(lambda: engine.child.starts == 2 and engine.stopped is None)
 
 
-@pytest.mark.slow
 def test_child_is_given_up_after_repeated_crashes(
     engine: VllmEngine, orders: Path, reporter: StopAfter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,7 +154,6 @@ def test_child_is_given_up_after_repeated_crashes(
     assert "it is broken" in reporter.warnings[-1]
 
 
-@pytest.mark.slow
 def test_hanging_vllm_ends_with_a_killed_gateway_and_the_next_start_removes_its_folder(
     tmp_path: Path, orders: Path, short_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,8 @@ from command_line import tiny_project
 from command_line import tunewright as command
 from one_base import counted_bases
 
+pytestmark = pytest.mark.slow
+
 
 def test_isolation_test_has_one_base_in_memory_at_a_time(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_base_folder: Path
