@@ -98,7 +98,7 @@ def _refusal(error: Exception, path: Path) -> int | None:
         if os.strerror(number) in str(error):  # safetensors: "I/O error: No space left on device (os error 28)"
             return number
     # torch.save and numpy's tofile give no reason, so a test write finds it.
-    if "inline_container.cc" in str(error) or re.fullmatch(r"\d+ requested and \d+ written", str(error)):
+    if re.search(r"inline_container\.cc|iostream error|^\d+ requested and \d+ written$", str(error)):
         return _probe(next(p for p in (path, *path.parents) if p.is_dir())) or errno.EIO
     return None
 
