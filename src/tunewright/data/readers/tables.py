@@ -195,7 +195,7 @@ def parquet_rows(path: Path, data: DataConfig, notes: list[str], task: Task | No
     Raises:
         UserError: a damaged file, or the errors of ``columns``.
     """
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq
 
     with _reading(path, "Parquet"), pq.ParquetFile(path) as plain:
         schema, metadata = plain.schema_arrow, plain.metadata
