@@ -49,6 +49,7 @@ def test_on_and_off_are_accepted_as_choices(tmp_path: Path) -> None:
         ("seed: 1\nname: a\nseed: 2\n", 3, "Duplicate key seed"),
         ("a: [", 1, "Not valid YAML"),
         ("- a\n", 1, "a mapping"),
+        ("? [a, b]\n: 1\n", 1, "A key must be a word"),
         ("train:\n  batch_size: 5\n  micro_batch_size: 2\n", 1, "not a multiple"),
         ("data:\n  val_size: .nan\n", 2, "data.val_size"),
     ],

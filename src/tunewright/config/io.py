@@ -57,9 +57,10 @@ def parse_config(text: str, path: Path) -> Config:
         raise UserError(f"Not valid YAML: {getattr(error, 'problem', error)}", where=where) from None
     except UserError:
         raise
-    except ValueError as error:  # a scalar that looks like a date or a number
+    except (ValueError, AttributeError) as error:  # a scalar that looks like a date or a number, or says that it is one
         assert root is not None
-        raise UserError(f"Invalid value: {error}", where=f"{path}:{_bad_scalar(root)}") from None
+        reason = error if isinstance(error, ValueError) else "not a date"
+        raise UserError(f"Invalid value: {reason}", where=f"{path}:{_bad_scalar(root)}") from None
     if not isinstance(values, dict | None):
         raise UserError("The config must be a mapping of keys to values", where=f"{path}:1")
     try:
@@ -114,6 +115,9 @@ def _lines(node: yaml.Node, path: Path, prefix: _Location = ()) -> dict[_Locatio
     lines: dict[_Location, int] = {}
     children: list[tuple[str | int, yaml.Node, yaml.Node]] = []
     if isinstance(node, yaml.MappingNode):
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise UserError("A key must be a word, not a list or mapping", where=f"{path}:{key.start_mark.line + 1}")
         children = [(key.value, key, value) for key, value in node.value]
     elif isinstance(node, yaml.SequenceNode):
         children = [(index, item, item) for index, item in enumerate(node.value)]
@@ -141,7 +145,7 @@ def _bad_scalar(node: yaml.Node) -> int:
     if isinstance(node, yaml.ScalarNode):
         try:
             loader.construct_object(node)
-        except ValueError:
+        except (ValueError, AttributeError):  # PyYAML matches `!!timestamp` without looking at the match
             return node.start_mark.line + 1
         return 0
     children = [part for pair in node.value for part in (pair if isinstance(pair, tuple) else (pair,))]
