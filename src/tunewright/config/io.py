@@ -57,7 +57,7 @@ def parse_config(text: str, path: Path) -> Config:
         raise UserError(f"Not valid YAML: {getattr(error, 'problem', error)}", where=where) from None
     except UserError:
         raise
-    except (ValueError, AttributeError) as error:  # a scalar that looks like a date or a number, or says that it is one
+    except (ValueError, AttributeError) as error:  # a scalar that looks like or says that it is a number or date
         assert root is not None
         reason = error if isinstance(error, ValueError) else "not a date"
         raise UserError(f"Invalid value: {reason}", where=f"{path}:{_bad_scalar(root)}") from None
@@ -117,7 +117,9 @@ def _lines(node: yaml.Node, path: Path, prefix: _Location = ()) -> dict[_Locatio
     if isinstance(node, yaml.MappingNode):
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise UserError("A key must be a word, not a list or mapping", where=f"{path}:{key.start_mark.line + 1}")
+                raise UserError(
+                    "A key must be a word, not a list or mapping", where=f"{path}:{key.start_mark.line + 1}"
+                )
         children = [(key.value, key, value) for key, value in node.value]
     elif isinstance(node, yaml.SequenceNode):
         children = [(index, item, item) for index, item in enumerate(node.value)]
