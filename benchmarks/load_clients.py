@@ -121,8 +121,12 @@ class Clients:
             **(self.fields[ask.tenant] if self.fields else COUNTED),
         }
         headers = {"Authorization": f"Bearer {self.keys[ask.tenant]}"}
+        try:
+            reply = await session.post("/v1/chat/completions", json=body, headers=headers)
+        except aiohttp.ClientConnectionError:  # the server has closed the idle connection: clients send it again
+            reply = await session.post("/v1/chat/completions", json=body, headers=headers)
         chunks = []
-        async with session.post("/v1/chat/completions", json=body, headers=headers) as reply:
+        async with reply:
             async for chunk in reply.content.iter_any():
                 chunks.append((self.clock() - began, chunk))
             digest = reply.headers.get(ADAPTER_HEADER, "")

@@ -221,7 +221,7 @@ def _llamacpp(material: Material, count: int) -> Iterator[Server]:
 def _transformers(material: Material, count: int) -> Iterator[Server]:
     assert count == 1
     if find_spec("fastapi") is None and not EXTRA.exists():
-        raise UnavailableError(f"fastapi is not installed: pip install --target {EXTRA} fastapi")
+        raise UnavailableError(f"fastapi is not installed: pip install --target build/{EXTRA.name} fastapi")
     base, folders = material.opened.base, [_merged(material, number) for number in (0, 1)]
     port = _free_port()
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", "--port", str(port), "--host"]

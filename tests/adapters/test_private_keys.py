@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from adapter_helpers import PHRASE, create_key, own_keys
-from command_line import tunewright
+from command_line import tiny_project, tunewright
 from terminal import Terminal
 from tunewright.adapters.private_keys import NEW_PASSPHRASE, PASSPHRASE, PrivateKey, private_key
 from tunewright.core.errors import UserError
@@ -243,3 +243,15 @@ def test_create_and_passphrase_ask_on_a_real_terminal(tmp_path: Path, monkeypatc
     assert terminal.code() == 0
     assert PHRASE not in terminal.screen
     assert _signs(private_key("ann"), _Person(PHRASE))
+
+
+def test_run_asks_for_the_passphrase_before_it_measures(
+    tmp_path: Path, ann: PrivateKey, monkeypatch: pytest.MonkeyPatch, tiny_base_folder: Path
+) -> None:
+    project = tiny_project(tmp_path / "project", tiny_base_folder)
+    assert tunewright("keys", "trust", ann.name, "-p", project).code == 0
+    monkeypatch.setenv(PASSPHRASE, OTHER)
+    ended = tunewright("run", "-p", project)
+    assert ended.code == 2
+    assert "Wrong passphrase for your key 'ann'" in ended.stderr
+    assert "prompting arms" not in ended.stderr

@@ -108,12 +108,17 @@ class Stages:
             assert self.run(case.command).code in case.codes
         shutil.copytree(self.work, self.kept / stage, symlinks=True)
 
-    def start(self, command: tuple[str, ...], fault: Fault | None = None, memory: int | None = None) -> Command:
-        """Start a command on the project."""
+    def named(self, command: tuple[str, ...]) -> tuple[str, ...]:
+        """Return a command with the project's own paths and adapters."""
         words = [word.replace("PROJECT", str(self.project)).replace("WORK", str(self.work)) for word in command]
         for word, place in (("OLDEST", 0), ("NEWEST", -1)):
             if word in words:
                 words[words.index(word)] = self.read("adapters", "list")["adapters"][place]["name"]
+        return tuple(words)
+
+    def start(self, command: tuple[str, ...], fault: Fault | None = None, memory: int | None = None) -> Command:
+        """Start a command on the project."""
+        words = self.named(command)
         warming = fault is None and memory is None and command[:2] not in self._warm
         if warming:
             self._warm.add(command[:2])

@@ -21,6 +21,8 @@ pytest_plugins = ["chaos_fixtures"]
 
 COMMANDS = ("add", "train", "evaluate", "judge", "deploy", "promote", "export")
 TRIES, TRIES_OF_SLOW = 3, 2
+ENDED_BY_A_LIBRARY = (-signal.SIGABRT, -signal.SIGKILL, -signal.SIGSEGV)
+"""OpenMP, oneDNN and what is written in Rust end a process that gets no memory; no message can be given then."""
 DAY = 86_400
 MEGABYTE = 1 << 20
 
@@ -144,7 +146,8 @@ def test_files_deleted_meanwhile_are_reported(name: str, stages: Stages) -> None
     draw = random.Random(f"{seed()} {name}")
     for number in moments("deleted files", name, stages):
         stages.prepare(case.stage)
-        started = stages.start(case.command, stages.fault(kinds=31, action=Action.STOP, when=number))
+        command = stages.named(case.command)  # the adapter's name, which may be deleted
+        started = stages.start(command, stages.fault(kinds=31, action=Action.STOP, when=number))
         assert wait_until_stopped(started)
         folders = [path for path in stages.project.rglob("*") if path.is_dir()]
         deleted = draw.choice(sorted(folders)) if folders else stages.project / "tunewright.yaml"
@@ -155,7 +158,7 @@ def test_files_deleted_meanwhile_are_reported(name: str, stages: Stages) -> None
             deleted.unlink()
         started.send(signal.SIGCONT)
         assert_reported(stages.wait(started), case.codes)
-        assert_reported(stages.run(case.command), (0, 1, 3, 4))
+        assert_reported(stages.run(command), (0, 1, 3, 4))
 
 
 @each_command("clock jump")
@@ -180,7 +183,9 @@ def test_command_with_too_little_memory_leaves_the_old_or_the_new_state(name: st
         print(f"{SEED_VARIABLE}={seed()}: {megabytes} MB for {name}")  # noqa: T201
         stages.prepare(CASES[name].stage)
         ended = stages.run(CASES[name].command, memory=megabytes * MEGABYTE)
-        assert_reported(ended, CASES[name].codes)
+        ended_by_a_library = ended.code in ENDED_BY_A_LIBRARY
+        if not ended_by_a_library:
+            assert_reported(ended, CASES[name].codes)
         reached.append(ended.code)
-        assert_old_or_new(name, stages, ended)
+        assert_old_or_new(name, stages, None if ended_by_a_library else ended)
     assert 2 in reached

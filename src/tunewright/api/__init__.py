@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tunewright.adapters.registry import Adapter, find_adapter
+from tunewright.adapters.signing import store_signer
 from tunewright.adapters.vllm_compat import require_servable
 from tunewright.api.adapters import AdaptersApi
 from tunewright.api.data import DatasetApi
@@ -31,6 +32,7 @@ from tunewright.models.quantized import require_bitsandbytes
 from tunewright.training.trackers import require_trackers
 
 if TYPE_CHECKING:
+    from tunewright.adapters.private_keys import PrivateKey
     from tunewright.advisor.result import AdviceResult
     from tunewright.evaluation.arm_runner import ArmRunner
     from tunewright.evaluation.benchmarks.runner import BenchmarkResult
@@ -112,11 +114,12 @@ class Project(EvaluationsApi):
         require_significance(self.data.split_power(), force=force, reporter=self.reporter)
         self._refuse_up_front()
         forced = self._forced(force)
+        signer = None if self._has_trained() else store_signer(self.folder.keys, self.reporter)
         advised = self.prompting()
         if advised.measured:
             prompting_done(advised.advice)
         done("advise", advised.measured, f"best prompting arm on dev: {advised.advice.best}")
-        trained = self._train(forced)
+        trained = self._train(forced, signer)
         done("train", trained.trained, trained.adapter.name)
         evaluated = self.evaluate(trained.adapter.name)
         done("evaluate", evaluated.evaluated, f"evidence {evaluated.evidence.id}")
@@ -423,8 +426,16 @@ class Project(EvaluationsApi):
 
         return require_min_examples(len(self.data.version().domain_of("train")), force=force, reporter=self.reporter)
 
-    def _train(self, forced: str | None) -> TrainResult:
+    def _has_trained(self) -> bool:
+        """Return whether the adapter of the config and the current version is there already."""
+        from tunewright.core.io import digest
+        from tunewright.training.train import find_trained, training_inputs
+
+        inputs = training_inputs(self.folder, self.data.version(), self.base, self.chat)
+        return find_trained(self.folder.adapters, self.folder.config.name, digest(inputs)) is not None
+
+    def _train(self, forced: str | None, signer: PrivateKey | None = None) -> TrainResult:
         from tunewright.training.train import train
 
         facts = {"forced": forced} if forced else {}
-        return train(self.folder, self.data.version(), self.base, self.chat, self.reporter, facts=facts)
+        return train(self.folder, self.data.version(), self.base, self.chat, self.reporter, facts=facts, signer=signer)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import os
 import shutil
 import signal
@@ -22,6 +21,7 @@ from pathlib import Path
 import httpx
 
 from tunewright.core.errors import UserError
+from tunewright.core.locks import lock
 from tunewright.core.progress import Reporter, duration
 
 START_SECONDS = 900
@@ -345,7 +345,8 @@ class PrivateFolder:
         # The lock gets its final name only once it is held, or another process could take it for abandoned.
         fresh = self.path / f"{_LOCK}.new"
         self._lock = fresh.open("xb")
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        held = lock(self._lock.fileno())
+        assert held, "nobody else knows this file"
         fresh.rename(self.path / _LOCK)
 
     def remove(self) -> None:
@@ -360,6 +361,6 @@ def _remove_abandoned() -> None:
             status = folder.lstat()
             if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
                 continue
-            with (folder / _LOCK).open("rb") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
+            with (folder / _LOCK).open("rb") as file:
+                if lock(file.fileno()):
+                    shutil.rmtree(folder, ignore_errors=True)

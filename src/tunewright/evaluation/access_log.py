@@ -8,11 +8,9 @@ a rewrite of the whole chain together with all files: commit it to git.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +21,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json, file_digest, json_document, text_lines, write_text, writing
+from tunewright.core.locks import locked_folder
 from tunewright.core.progress import Reporter
 from tunewright.data.versions.members import read_places
 from tunewright.data.versions.version import current_author
@@ -383,23 +382,10 @@ def _locked(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another process keeps the lock, for example because it is stopped.
     """
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        until = time.monotonic() + _LOCK_S
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    raise UserError(
-                        f"Another command has been writing the access log for {_LOCK_S:g} s",
-                        where=str(folder),
-                        fix="Continue it (fg) or end it, and run the same command again.",
-                    ) from None
-            time.sleep(0.01)
+    busy = UserError(
+        f"Another command has been writing the access log for {_LOCK_S:g} s",
+        where=str(folder),
+        fix="Continue it (fg) or end it, and run the same command again.",
+    )
+    with locked_folder(folder, busy, _LOCK_S):
         yield
-    finally:
-        os.close(handle)

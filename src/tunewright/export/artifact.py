@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +13,7 @@ from tunewright.adapters.registry import Adapter
 from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, file_digest, new_folder, write_json
+from tunewright.core.locks import in_use, remove_abandoned
 from tunewright.export.parity import LIMITS, Figures, Precision, shortcomings
 from tunewright.export.record import RECORD, Export, Kind, MergeMeasurement, read_record
 
@@ -110,10 +107,10 @@ def export(
 
     A folder that fails is removed, and its record stays as ``TARGET.failed.json``.
     """
-    _remove_cut_off(target)
+    remove_abandoned(target.parent.glob(f".{target.name}.*/"))  # of killed exports to the same folder
     failed = target.with_name(f"{target.name}.failed.json")
     try:
-        with new_folder(target) as temporary, _locked(temporary):
+        with new_folder(target) as temporary, in_use(temporary):
             record = _record(kind, adapter, made_of, build(temporary), temporary)
             write_json(temporary / RECORD, record.model_dump(mode="json"))
             if record.shortcomings:
@@ -123,31 +120,6 @@ def export(
         return ExportResult(None, error.record, failed, made=True)
     failed.unlink(missing_ok=True)
     return ExportResult(target, record, target / RECORD, made=True)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Show other exports that this folder is in use; the lock ends with the process."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _remove_cut_off(target: Path) -> None:
-    """Remove what killed exports to the same folder left."""
-    for folder in target.parent.glob(f".{target.name}.*/"):
-        with suppress(FileNotFoundError):  # another export removes it
-            handle = os.open(folder, os.O_RDONLY)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
-            except BlockingIOError:  # an export that runs at the same time
-                continue
-            finally:
-                os.close(handle)
 
 
 def _record(kind: Kind, adapter: Adapter, made_of: Mapping[str, Any], built: BuiltArtifact, folder: Path) -> Export:

@@ -9,7 +9,6 @@ written; a manifest that does not match means later damage.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import random
 import shutil
@@ -24,7 +23,8 @@ from transformers import TrainerCallback
 
 from tunewright.adapters.registry import CONFIG, WEIGHTS
 from tunewright.core.errors import UserError
-from tunewright.core.io import MANIFEST, damage, new_folder, seal, write_json, writing
+from tunewright.core.io import MANIFEST, damage, new_folder, seal, write_json
+from tunewright.core.locks import locked_folder
 from tunewright.core.progress import Reporter
 from tunewright.models.bases import Base
 from tunewright.training import distributed
@@ -226,16 +226,8 @@ def working_folder(work: Path) -> Iterator[None]:
     if not distributed.is_main_process():
         yield
         return
-    with writing(work):
-        work.mkdir(parents=True, exist_ok=True)
-        lock = (work / "lock").open("w")  # the system releases it, however this process ends
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                "Another process is training this adapter", where=str(work), fix="Wait for it, or stop it first."
-            ) from error
+    busy = UserError("Another process is training this adapter", where=str(work), fix="Wait for it, or stop it first.")
+    with locked_folder(work, busy):
         try:
             yield
         finally:

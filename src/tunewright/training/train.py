@@ -112,6 +112,7 @@ def train(
     adapters: Path | None = None,
     work: Path | None = None,
     facts: Mapping[str, Any] | None = None,
+    signer: PrivateKey | None = None,
 ) -> TrainResult:
     """Train the config's adapter on a dataset version, or find the one already trained on the same inputs.
 
@@ -125,6 +126,7 @@ def train(
         adapters: where the adapter is looked for and kept (None: with the project's own).
         work: the folder of the run's checkpoints, removed at its end (None: in the project's working folder).
         facts: further entries of the lineage.
+        signer: the unlocked key that signs (None: this user's, which asks for its passphrase before training).
 
     Raises:
         UserError: an adapter that vLLM would not load (`require_servable`), an example that cannot be trained on in
@@ -148,8 +150,8 @@ def train(
             shutil.rmtree(work, ignore_errors=True)  # left by a run that was killed after it stored its adapter
         return TrainResult(existing, trained=False)
     # Asked for its passphrase now, not after hours of training, and in the one process that stores.
-    signs = adapters is None and distributed.is_main_process()
-    signer = store_signer(project.keys, reporter) if signs else None
+    if signer is None and adapters is None and distributed.is_main_process():
+        signer = store_signer(project.keys, reporter)
     with working_folder(work), quiet_transformers(), writing(work):
         run = _run(project, version, base, chat, reporter, work)
         inputs = {**training_lineage(config, version, base, chat), "inputs_digest": identity, **(facts or {})}

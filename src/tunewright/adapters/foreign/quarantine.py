@@ -7,7 +7,6 @@ are ignored.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
@@ -22,6 +21,7 @@ from tunewright.adapters.manifest import LOCAL, MANIFEST, SIGNATURE
 from tunewright.adapters.registry import CHECKPOINTS, CONFIG, HISTORY, LINEAGE, REPLAY, WEIGHTS
 from tunewright.core.errors import UserError
 from tunewright.core.io import writing
+from tunewright.core.locks import in_use, remove_abandoned
 
 README = "README.md"
 
@@ -62,34 +62,17 @@ _KINDS = {
 def quarantine(root: Path) -> Iterator[Path]:
     """Create an empty folder within ``root``, readable by its owner alone, and remove it at the end in any case.
 
-    Folders that killed imports left are removed too: no process locks them.
+    Folders that killed imports left are removed too.
     """
-    for left in root.glob(".quarantine-*"):
-        _remove_if_left(left)
+    remove_abandoned(root.glob(".quarantine-*"))
     with writing(root):
         folder = Path(tempfile.mkdtemp(dir=root, prefix=".quarantine-"))
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH)
-        with writing(root):
-            yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(handle)
-
-
-def _remove_if_left(folder: Path) -> None:
-    try:
-        handle = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
-    except OSError:
-        return
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder, ignore_errors=True)
-    except BlockingIOError:
-        pass
-    finally:
-        os.close(handle)
+    with in_use(folder):
+        try:
+            with writing(root):
+                yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class QuarantinedFiles:

@@ -9,7 +9,6 @@ files cite them, so the merged logs have the same events in different orders. Ev
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json, write_text, writing
 from tunewright.core.io import digest as json_digest
+from tunewright.core.locks import lock_file
 from tunewright.data.review.acceptance import (
     Finding,
     FixedPlan,
@@ -305,7 +305,7 @@ def _held(path: Path) -> Iterator[BinaryIO]:
     """Open the log for reading and appending, locked."""
     while True:
         with path.open("a+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock_file(file)
             # While this process waited for the lock, a purge may have replaced the file.
             if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
                 yield file

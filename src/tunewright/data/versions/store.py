@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import graphlib
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,6 +15,7 @@ from typing import Any
 from tunewright.core.clock import without_milliseconds
 from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json, new_folder, text_lines, write_json, write_text, writing
+from tunewright.core.locks import locked_folder
 from tunewright.core.progress import Reporter
 from tunewright.data.versions.members import MEMBERS, members_file, read_places
 from tunewright.data.versions.removals import REMOVED_FILE, describe_purges, erased_metadata, read_removals
@@ -47,20 +46,12 @@ def locked(dataset: Path) -> Iterator[None]:
     Raises:
         UserError: another process is writing, or the folder cannot be created.
     """
-    with writing(dataset):
-        dataset.mkdir(parents=True, exist_ok=True)
-    handle = os.open(dataset, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                "Another command is changing this dataset", where=str(dataset), fix="Wait for it, then run this again."
-            ) from None
+    busy = UserError(
+        "Another command is changing this dataset", where=str(dataset), fix="Wait for it, then run this again."
+    )
+    with locked_folder(dataset, busy):
         _remove_leftovers(dataset)
         yield
-    finally:
-        os.close(handle)
 
 
 @contextmanager

@@ -5,7 +5,6 @@ Verdicts are stored for A and B. The sample's seed determines which arm is which
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from tunewright.core.errors import UserError
 from tunewright.core.io import writing
+from tunewright.core.locks import lock_file
 
 FOLDER = "human-eval"
 """Folder next to the evidence."""
@@ -163,14 +163,14 @@ def append_events(folder: Path, events: Sequence[Event]) -> None:
     """Append events to a reviewer's journal, first removing a partial line that a crash left.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: the file cannot be written, or another process keeps it locked.
     """
     path = journal_path(folder, events[0].reviewer)
     lines = "".join(f"{event.model_dump_json()}\n" for event in events).encode()
     with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
         with path.open("a+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock_file(file)
             file.seek(0)
             data = file.read()
             whole, torn = _whole_lines(data)
