@@ -37,7 +37,7 @@ from tunewright.config import ChatConfig, GatewayConfig
 from tunewright.core.io import write_json
 from tunewright.core.progress import LogReporter
 from tunewright.data.examples import Message
-from tunewright.engines.protocol import Delta, TokenSink
+from tunewright.engines.protocol import PREFILL_TOKENS, Delta, TokenSink
 from tunewright.generation.requests import Request
 from tunewright.models.bases import resolve_base
 from tunewright.serving.engines.token_dispatch import Subscription, TokenDispatch
@@ -86,7 +86,7 @@ class IdleEngine:
     """An engine that delivers fixed tokens and computes nothing."""
 
     name = "peft"
-    max_num_seqs, context_length = 16, 2048
+    max_num_seqs, prefill_tokens, context_length = 16, PREFILL_TOKENS, 2048
     stopped: str | None = None
     permanently_stopped = False
     in_flight = (0, 0)

@@ -192,6 +192,33 @@ def test_killed_server_loses_no_record_of_an_answer(
         assert len(lines(stages)) == len(recorded) + 2
 
 
+@pytest.mark.fault("kill", "serve")
+def test_limits_count_what_a_killed_server_recorded(stages: Stages, calls: int) -> None:
+    limit = 12
+    (number,) = moments("kill, limits", calls, 1)
+    for _ in range(5):  # the limit is one of a minute, in which both servers have to run
+        stages.prepare("tenants")
+        stages.read("tenant", "limit", "acme", "--requests", str(limit), "--concurrency", "2")
+        began = time.monotonic()
+        running = Served(stages, stages.fault(kinds=31, action=Action.KILL, when=number))
+        running.load(Answers())
+        if alive(running.command):
+            running.command.send(signal.SIGKILL)
+        stages.wait(running.command)
+        recorded = sum(line.tenant == "acme" for line in lines(stages))
+        after = Answers()
+        with served(stages) as again:
+            for _ in range(limit):  # one at a time: what the killed server left unfinished must take no place
+                again.ask("courts", after)
+        if time.monotonic() - began < 50:
+            break
+    else:
+        pytest.fail("the machine is too slow for a limit per minute")
+    assert len(after.whole["courts"]) == limit - recorded
+    codes = {(reply.status_code, reply.json()["error"]["code"]) for reply in after.refused}
+    assert codes == ({(429, "rate_limit_exceeded")} if recorded else set())
+
+
 @pytest.mark.fault("stop", "serve")
 def test_stopped_server_continues_with_exact_usage(
     stages: Stages, reference: dict[str, tuple[str, str]], calls: int

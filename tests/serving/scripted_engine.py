@@ -11,7 +11,7 @@ import httpx
 
 from tunewright.config import GatewayConfig
 from tunewright.data.examples import Message
-from tunewright.engines.protocol import Delta, TokenSink, deliver_stream
+from tunewright.engines.protocol import PREFILL_TOKENS, Delta, TokenSink, deliver_stream
 from tunewright.generation.requests import Request
 from tunewright.serving.gateway.app import Gateway
 from tunewright.serving.gateway.auth import AnonymousAuth
@@ -40,6 +40,7 @@ class ScriptedEngine:
     """
 
     name = "scripted"
+    prefill_tokens = PREFILL_TOKENS
 
     def __init__(self, waits: Sequence[float] = (0.0, 0.0), max_num_seqs: int = 8, context: int = 2000) -> None:
         self.waits = list(waits)

@@ -41,7 +41,7 @@ NOTHING_KEPT = "nothing half done is kept; run the same command again"
 """State after a stopped command that stores its work at the end."""
 READER_LEFT = 128 + signal.SIGPIPE
 """Exit code of a command whose reader has closed the pipe, as in ``| head -1``."""
-_OUT_OF_MEMORY = ("not enough memory", "out of memory", "can't start new thread")
+_OUT_OF_MEMORY = ("not enough memory", "out of memory", "Cannot allocate memory", "can't start new thread")
 """Texts of torch's allocators, and of Python where no thread's stack can be reserved."""
 _LOG_WIDTH = 120
 _PIPE_WIDTH = 10**6

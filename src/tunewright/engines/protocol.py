@@ -37,6 +37,9 @@ class EngineStoppedError(Exception):
     """The engine answers no requests: it has stopped, or is restarting after a crash."""
 
 
+PREFILL_TOKENS = 128
+"""``Engine.prefill_tokens`` on a processor, where a pass of 128 tokens takes several times as long as one of 16."""
+
 Event = Delta | RequestFailedError | EngineStoppedError
 """An event of one request: some tokens, or the error that ended it."""
 
@@ -58,6 +61,8 @@ class Engine(Protocol):
     """The name as in ``serve --engine``."""
     max_num_seqs: int
     """The number of requests that are computed at once."""
+    prefill_tokens: int
+    """Prompt tokens that one tenant may have in prefill at once, since running answers wait for each pass."""
     context_length: int
     """Maximum number of tokens that a prompt and its answer may have together."""
 

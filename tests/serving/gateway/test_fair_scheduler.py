@@ -6,15 +6,16 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tunewright.engines.protocol import PREFILL_TOKENS
 from tunewright.serving.gateway.fair_scheduler import (
     ACTIVE_SECONDS,
     ANSWER_WEIGHT,
     BURST_TOKENS,
     HELD_PASSES,
-    PREFILL_TOKENS,
     ROWS_PER_AHEAD,
     ROWS_PER_RESERVED,
     FairScheduler,
@@ -383,3 +384,11 @@ def test_tenant_returns_after_a_minute_with_one_burst_of_credit() -> None:
         assert after == max(0.0, before - BURST_TOKENS) + 1 + 5000 * ANSWER_WEIGHT
         assert scheduler._served.keys() == {tenant}
         now[0] += 2 * ACTIVE_SECONDS
+
+
+@pytest.mark.parametrize(("budget", "together"), [(PREFILL_TOKENS, 1), (2048, 4)])
+def test_engine_that_reads_more_in_a_pass_gets_long_prompts_together(budget: int, together: int) -> None:
+    scheduler = FairScheduler(8, prefill_tokens=budget)
+    for tenant in "abcd":
+        scheduler.enqueue(tenant, 300)
+    assert len(scheduler.admit()) == together

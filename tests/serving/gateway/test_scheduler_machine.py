@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from hypothesis_settings import examples
-from tunewright.serving.gateway.fair_scheduler import PREFILL_TOKENS, ROWS_PER_AHEAD, FairScheduler, Ticket
+from tunewright.engines.protocol import PREFILL_TOKENS
+from tunewright.serving.gateway.fair_scheduler import ROWS_PER_AHEAD, FairScheduler, Ticket
 
 TENANTS = st.sampled_from("abc")
 INDEX = st.integers(0, 63)

@@ -95,3 +95,19 @@ def test_answer_gives_up_and_drops_a_call_that_has_not_begun(tmp_path: Path, mon
 
 def test_close_writes_what_is_left_and_then_the_last(tmp_path: Path) -> None:
     assert _run(tmp_path, lambda state, written: state.write_later(_failing(1, written))) == ["usage", "last"]
+
+
+def test_write_of_a_cancelled_flush_is_written_at_close(tmp_path: Path) -> None:
+    proceed = threading.Event()
+
+    async def cancel(state: AsyncState, written: list[str]) -> None:
+        state.write_later(_failing(1, written))
+        await state.call(lambda: None)  # one thread: the first attempt has failed now
+        state.submit(proceed.wait)
+        flushing = asyncio.create_task(state.flush())
+        await asyncio.sleep(0.05)  # it waits for the thread
+        flushing.cancel()
+        await asyncio.gather(flushing, return_exceptions=True)
+        proceed.set()
+
+    assert _run(tmp_path, lambda state, written: asyncio.run(cancel(state, written))) == ["usage", "last"]

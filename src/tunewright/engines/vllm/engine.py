@@ -33,6 +33,8 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 BASE = "base"
 """The base's name on the socket; adapters are named by their digests, which are longer."""
 _CRASHED = "vLLM crashed and is restarting."
+GPU_BATCHED_TOKENS = 2048
+"""The least that vLLM 0.32 takes for a pass on a card (EngineArgs.get_batch_defaults); an H100 computes 8,192."""
 CPU_BATCHED_TOKENS = 512
 """Tokens of a pass without a GPU, where vLLM gathers a copy of the LoRA weights for each token. 2,048 tokens at rank 64
 would take 3.5 GiB for an 8B base."""
@@ -122,6 +124,7 @@ class VllmEngine:
 
     def __init__(self, settings: VllmSettings, *, stop_ids: Collection[int], reporter: Reporter) -> None:
         self.max_num_seqs = settings.max_num_seqs
+        self.prefill_tokens = CPU_BATCHED_TOKENS if settings.cpu else GPU_BATCHED_TOKENS
         self._settings = settings
         self._stop_ids = sorted(stop_ids)
         self._listed: dict[str, dict[str, Any]] = {}

@@ -15,6 +15,7 @@ from tunewright.adapters.lora_weights import load_lora_weights
 from tunewright.adapters.registry import require_digest
 from tunewright.core.errors import UserError
 from tunewright.engines.protocol import (
+    PREFILL_TOKENS,
     AdapterFailedError,
     Delta,
     EngineStoppedError,
@@ -82,6 +83,7 @@ class PeftEngine:
     """
 
     name = "peft"
+    prefill_tokens = PREFILL_TOKENS
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from tunewright.engines.protocol import PREFILL_TOKENS
 from tunewright.serving.gateway.fair_scheduler import FairScheduler, Ticket
 
 
@@ -27,10 +28,11 @@ class AdmissionQueue:
 
     Args:
         rows: requests that the engine computes at once.
+        prefill_tokens: see :class:`FairScheduler`.
     """
 
-    def __init__(self, rows: int) -> None:
-        self._scheduler = FairScheduler(rows)
+    def __init__(self, rows: int, prefill_tokens: int = PREFILL_TOKENS) -> None:
+        self._scheduler = FairScheduler(rows, prefill_tokens=prefill_tokens)
         self._admissions: dict[Ticket, asyncio.Future[None]] = {}
 
     @property

@@ -64,7 +64,7 @@ class Gateway:
         self._auth = auth
         self._limits = limits
         self._preprocessor = RequestPreprocessor(tokenization, limits, engine.context_length)
-        self._queue = AdmissionQueue(engine.max_num_seqs)
+        self._queue = AdmissionQueue(engine.max_num_seqs, engine.prefill_tokens)
         self._shadows = Shadows(engine, self._queue, self._preprocessor)
         self._in_flight = 0
         self._handlers: set[RequestHandler] = set()

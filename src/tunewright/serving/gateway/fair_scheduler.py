@@ -16,7 +16,8 @@ A tenant that returns need not wait for another one's answer to end.
 *Prefill.* Every row waits for each prefill pass. So a tenant has a token budget of prompts in prefill at one time, as
 in Sarathi-Serve (Agrawal et al. 2024, OSDI, arXiv 2403.02310). The budget is per tenant, or a tenant with one short
 prompt would wait for the prompts of all others. Prompts above the budget are computed in chunks by the engine, and one
-of them at a time over all tenants.
+of them at a time over all tenants. The engine states the budget: what a card computes in one pass takes a processor
+many (docs/decisions/0073).
 
 *Pairs.* Every row waits for each prefill pass, and a pass of one prompt takes nearly as long as one of two. So a tenant
 with its equal share of a nearly full engine holds its next request back, for :data:`HELD_PASSES` at most. It admits the
@@ -36,11 +37,11 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from tunewright.engines.protocol import PREFILL_TOKENS
+
 PROMPT_WEIGHT = 1.0
 ANSWER_WEIGHT = 2.0
 """The paper's weights: an answer's token takes a whole pass, and a prompt's token shares one."""
-PREFILL_TOKENS = 128
-"""A tenant's budget of prompt tokens in prefill; a prompt up to this length counts as short."""
 ROWS_PER_RESERVED = 8
 """One row in this many is reserved for tenants below their equal share."""
 ROWS_PER_AHEAD = 4
@@ -60,13 +61,10 @@ class Ticket:
     tenant: str
     prompt: int
     """Tokens of the prompt."""
+    short: bool
+    """True if the prompt is computed together with others."""
     admitted: bool = False
     prefilling: bool = False
-
-    @property
-    def short(self) -> bool:
-        """True if the prompt is computed together with others."""
-        return self.prompt <= PREFILL_TOKENS
 
 
 class FairScheduler:
@@ -75,11 +73,15 @@ class FairScheduler:
     Args:
         rows: requests that the engine computes at once.
         clock: seconds that never go back.
+        prefill_tokens: a tenant's budget of prompt tokens in prefill; a prompt up to this length counts as short.
     """
 
-    def __init__(self, rows: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, rows: int, clock: Callable[[], float] = time.monotonic, prefill_tokens: int = PREFILL_TOKENS
+    ) -> None:
         assert rows >= 1
         self._rows = rows
+        self._prefill_tokens = prefill_tokens
         self._ahead = rows // ROWS_PER_AHEAD
         self._clock = clock
         self._waiting: dict[str, deque[Ticket]] = {}
@@ -118,7 +120,7 @@ class FairScheduler:
             self._served[tenant] = max(self._served[tenant], self._lowest_waiting() - BURST_TOKENS)
             self._waiting[tenant] = deque()
         self._idle_since.pop(tenant, None)
-        ticket = Ticket(tenant, prompt)
+        ticket = Ticket(tenant, prompt, short=prompt <= self._prefill_tokens)
         self._waiting[tenant].append(ticket)
         return ticket
 
@@ -186,7 +188,7 @@ class FairScheduler:
             # Chunks of two long prompts would alternate, which delays the first one and does not help the second.
             return all(other.short for other in self._prefilling)
         own = sum(other.prompt for other in self._prefilling if other.short and other.tenant == ticket.tenant)
-        return own + ticket.prompt <= PREFILL_TOKENS
+        return own + ticket.prompt <= self._prefill_tokens
 
     def _hold(self, tenant: str, active: int) -> bool:
         """Return whether the tenant's next request waits, by the rule of pairs, to be prefilled with another one."""
@@ -194,7 +196,7 @@ class FairScheduler:
         nearly_full = self._rows - self._admitted.total() < self._rows // 4
         if own == 0 or own < self._rows // active or not nearly_full or len(queue) == 1:
             return False
-        together = queue[0].prompt + queue[1].prompt <= PREFILL_TOKENS
+        together = queue[0].prompt + queue[1].prompt <= self._prefill_tokens
         if together and self.free - 1 > self._reserved:
             return False
         # Each pass gives each of its rows one token, so its own counter counts the passes.

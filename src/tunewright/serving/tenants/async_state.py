@@ -96,12 +96,10 @@ class AsyncState:
             StateUnavailableError: the database does not answer yet.
         """
         while self._unwritten:
-            write = self._unwritten.popleft()
-            try:
-                await self.call(write)
-            except StateUnavailableError:
-                self._unwritten.appendleft(write)
-                raise
+            # Removed only once it is written: a server that ends cancels this, and writes the rest in `close`. Each of
+            # these writes may be repeated.
+            await self.call(self._unwritten[0])
+            self._unwritten.popleft()
 
     def close(self, last: Callable[[], None]) -> None:
         """Finish all writes, then the last one, and close the state; what takes longer than `CLOSE_SECONDS` is lost."""

@@ -31,7 +31,14 @@ from tunewright.adapters.registry import require_digest
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.engines.child import Child, Plan, socket_in
-from tunewright.engines.protocol import Delta, EngineStoppedError, RequestFailedError, TokenSink, deliver_stream
+from tunewright.engines.protocol import (
+    PREFILL_TOKENS,
+    Delta,
+    EngineStoppedError,
+    RequestFailedError,
+    TokenSink,
+    deliver_stream,
+)
 from tunewright.generation.requests import Finish, Request
 from tunewright.serving.engines.llamacpp.cache_slots import CacheSlot, CacheSlots
 
@@ -110,6 +117,7 @@ class LlamaCppEngine:
     """
 
     name = "llamacpp"
+    prefill_tokens = PREFILL_TOKENS
 
     def __init__(
         self,
