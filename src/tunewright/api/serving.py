@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import ipaddress
+import os
 import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from tunewright.serving.gateway.app_factory import Service
     from tunewright.serving.gateway.auth import ServedAdapter
     from tunewright.serving.tenants import State
+
+_M_ARENA_MAX = -8  # of glibc's malloc.h
 
 
 class EnginesApi:
@@ -86,6 +90,7 @@ def open_service(
         auth: True restricts a server without tenants to this machine.
         system_prompts: without tenants, add the adapter's trained system prompt to requests without a system message.
     """
+    _share_one_arena()
     if config.serve.database_url is not None or opened.folder.serving_state.exists():
         state = opened.state(serving=True)
         try:
@@ -116,6 +121,19 @@ def open_service(
             prompt = SystemPrompt(None, "left out by --no-system-prompt")
         served[name] = ServedAdapter(folder, prompt)
     return Service(config, opened.base, opened.chat, held, served, opened.reporter)
+
+
+def _share_one_arena() -> None:
+    """Let all threads allocate from one arena of glibc's.
+
+    By default each thread has its own, and what it frees there is of no use to the others: after half an hour of mixed
+    load 10 MB were free in that way, and grew (docs/benchmarks/soak.md). Small blocks are cached by thread in any case.
+    """
+    if "MALLOC_ARENA_MAX" in os.environ:
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # neither musl nor macOS has it
+        libc.mallopt(_M_ARENA_MAX, 1)
 
 
 def _for_tenants(opened: ProjectContext, state: State, names: Sequence[str], config: Config) -> Service:
