@@ -126,6 +126,8 @@ ROW = Member(EXAMPLE, EXAMPLE.pair_key, "train", EXAMPLE.pair_key)
 def _search(content: bytes, folder: Path) -> None:
     """Use the bytes as a JMESPath expression: data.rows on a document, and --where on rows."""
     expression = content.decode("utf-8", "replace")
+    if not expression:
+        return  # the config refuses it
     (folder / "rows.json").write_bytes(ROWS)
     try:
         read_pairs(folder / "rows.json", DataConfig(rows=expression, input="q", output="a"))
