@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,11 +16,31 @@ if TYPE_CHECKING:
 
 __all__ = ["UserError", "__version__", "open"]
 
+_STAT = Path("/proc/stat")
+
+
+def _is_busy() -> bool:
+    """Return whether other programs use at least half of the cores now, and have done so for a while.
+
+    The load of the last minute alone may be that of a server that has just been restarted.
+    """
+    cores = os.cpu_count() or 1
+    if os.getloadavg()[0] <= cores / 2:
+        return False
+    if not _STAT.exists():  # not Linux
+        return True
+    running = []
+    for _ in range(5):
+        time.sleep(0.01)
+        words = _STAT.read_text().split()
+        running.append(int(words[words.index("procs_running") + 1]) - 1)  # without this process
+    return sum(running) / len(running) >= cores / 2
+
+
 # An OpenMP thread that waits for the others keeps its core busy for milliseconds before it sleeps. On a busy machine
 # the thread that it waits for may need that core, so there it spins for a shorter time and computes several times as
 # fast (docs/decisions/0065-openmp-spins.md). libgomp reads this when torch is imported.
-_is_busy = os.getloadavg()[0] > (os.cpu_count() or 1) / 2
-if _is_busy and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys() and _is_busy():
     os.environ["GOMP_SPINCOUNT"] = "3000"
 
 
