@@ -116,11 +116,13 @@ async def take(host: Host, database: Path, session: aiohttp.ClientSession, *, lo
 def process_sample(pid: int) -> dict[str, float]:
     """Return memory, descriptors and threads of a process."""
     process = psutil.Process(pid)
-    memory = process.memory_full_info()
+    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    # Not psutil's uss: pages of libraries are private or shared by what other processes load.
+    anonymous = next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Anonymous:"))
     times = process.cpu_times()
     return {
-        "resident MB": memory.rss / 1e6,
-        "private MB": memory.uss / 1e6,
+        "resident MB": process.memory_info().rss / 1e6,
+        "private MB": anonymous * 1024 / 1e6,
         "descriptors": process.num_fds(),
         "threads": process.num_threads(),
         "processor seconds": times.user + times.system,
