@@ -126,8 +126,8 @@ def open_service(
 def _share_one_arena() -> None:
     """Let all threads allocate from one arena of glibc's.
 
-    By default each thread has its own, and what it frees there is of no use to the others: after half an hour of mixed
-    load 10 MB were free in that way, and grew (docs/benchmarks/soak.md). Small blocks are cached by thread in any case.
+    By default each thread has its own, and memory that it frees there is of no use to the others: after half an hour of
+    mixed load, these arenas held 10 MB of free memory (docs/benchmarks/soak.md). Small blocks are still cached by thread.
     """
     if "MALLOC_ARENA_MAX" in os.environ:
         return
