@@ -126,8 +126,9 @@ def open_service(
 def _share_one_arena() -> None:
     """Let all threads allocate from one arena of glibc's.
 
-    By default each thread has its own, and memory that it frees there is of no use to the others: after half an hour of
-    mixed load, these arenas held 10 MB of free memory (docs/benchmarks/soak.md). Small blocks are still cached by thread.
+    By default each thread has its own, and memory that it frees there is of no use to the others. After half an hour
+    of mixed load, these arenas held 10 MB of free memory (docs/benchmarks/soak.md). Small blocks are still cached by
+    thread.
     """
     if "MALLOC_ARENA_MAX" in os.environ:
         return
