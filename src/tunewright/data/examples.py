@@ -7,28 +7,85 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from tunewright.core.io import digest
+from tunewright.core.io import canonical_json, digest
 from tunewright.core.unicode import normalize
 
-Role = Literal["system", "user", "assistant"]
-ROLES: tuple[str, ...] = get_args(Role)
+Role = Literal["tools", "system", "user", "assistant", "tool"]
+ROLES: tuple[str, ...] = ("system", "user", "assistant")
+"""Roles that a row may name."""
+
+INSTRUCTIONS: frozenset[Role] = frozenset({"tools", "system"})
+"""Roles of messages that many conversations share, before the user's question."""
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A function call of an assistant turn."""
+
+    name: str
+    arguments: str
+    """A JSON object in its canonical form."""
+    id: str
+    """Its place among the conversation's calls (see :func:`call_id`), which the result names."""
+
+    @property
+    def text(self) -> str:
+        """One line of JSON: ``{"name": "weather", "arguments": {"city":"Oslo"}}``."""
+        return f'{{"name": {canonical_json(self.name)}, "arguments": {self.arguments}}}'
+
+
+def call_id(place: int) -> str:
+    """Return the id of a conversation's call by its place: nine letters and digits, as Mistral's templates require.
+
+    The ids in files are random, so that no model could learn them.
+    """
+    return f"call{place:05d}"
 
 
 @dataclass(frozen=True)
 class Message:
-    """A turn of a conversation."""
+    """A turn of a conversation, or the functions declared for it (role ``tools``, always the first message)."""
 
     role: Role
     content: str
+    """The turn's text. Role ``tools``: a JSON array of OpenAI's function declarations, in its canonical form."""
     weight: Literal[0, 1] = 1
     """0 for an assistant turn that is shown to the model but not trained (as in OpenAI's chat format)."""
+    calls: tuple[ToolCall, ...] = ()
+    """An assistant turn's function calls; several are parallel."""
+    call_id: str | None = None
+    """The call that a turn of role ``tool`` answers."""
 
-    def as_dict(self) -> dict[str, str | int]:
-        """Return the turn as JSON files have it."""
-        turn: dict[str, str | int] = {"role": self.role, "content": self.content}
-        return turn if self.weight == 1 else {**turn, "weight": self.weight}
+    @property
+    def text(self) -> str:
+        """The content, and below it one line for each call."""
+        lines = [self.content] if self.content or not self.calls else []
+        return "\n".join([*lines, *(call.text for call in self.calls)])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the turn as JSON files have it, in the form of OpenAI's API except for the role ``tools``."""
+        turn: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.weight != 1:
+            turn["weight"] = self.weight
+        if self.calls:
+            turn["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in self.calls
+            ]
+        if self.call_id is not None:
+            turn["tool_call_id"] = self.call_id
+        return turn
+
+    @classmethod
+    def from_dict(cls, turn: Mapping[str, Any]) -> Message:
+        """Rebuild a turn from the JSON that this package wrote itself."""
+        calls = tuple(
+            ToolCall(call["function"]["name"], call["function"]["arguments"], call["id"])
+            for call in turn.get("tool_calls", ())
+        )
+        return cls(turn["role"], turn["content"], turn.get("weight", 1), calls, turn.get("tool_call_id"))
 
 
 @dataclass(frozen=True)
@@ -44,13 +101,13 @@ class Example:
 
     @property
     def output(self) -> str:
-        """The ideal output."""
-        return self.messages[-1].content
+        """The ideal output: the last turn's text, calls included."""
+        return self.messages[-1].text
 
     @property
     def input_text(self) -> str:
-        """Text of the prompt without its system turns."""
-        return "\n".join(m.content for m in self.prompt if m.role != "system")
+        """Text of the prompt without its instructions."""
+        return "\n".join(m.text for m in self.prompt if m.role not in INSTRUCTIONS)
 
     @cached_property
     def pair_key(self) -> str:
@@ -65,11 +122,11 @@ class Example:
     @cached_property
     def prompt_key(self) -> str:
         """SHA-256 of the prompt, ignoring case and white space (see ``in_conflict``)."""
-        return digest([[m.role, normalised(m.content)] for m in self.prompt])
+        return digest([_normalised_turn(m) for m in self.prompt])
 
     @cached_property
     def question_key(self) -> str:
-        """SHA-256 of the prompt without system turns, ignoring case and white space."""
+        """SHA-256 of the prompt without instructions, ignoring case and white space."""
         return digest(self._question())
 
     @cached_property
@@ -78,12 +135,12 @@ class Example:
         return digest([*self._question(), self.output.strip()])
 
     def _question(self) -> list[list[str]]:
-        return [[m.role, normalised(m.content)] for m in self.prompt if m.role != "system"]
+        return [_normalised_turn(m) for m in self.prompt if m.role not in INSTRUCTIONS]
 
     @classmethod
     def from_dicts(cls, messages: list[dict[str, Any]]) -> Example:
         """Rebuild an example from the JSON that this package wrote itself."""
-        return cls(tuple(Message(m["role"], m["content"], m.get("weight", 1)) for m in messages))
+        return cls(tuple(map(Message.from_dict, messages)))
 
 
 def in_conflict(examples: Sequence[Example]) -> bool:
@@ -104,10 +161,19 @@ def normalised(text: str) -> str:
     return " ".join(folded.split())
 
 
-def _canonical(message: Message) -> list[str | int]:
-    # A weight of 1 is left out, so that a pair has the same key with and without it.
-    turn: list[str | int] = [message.role, normalize(message.content)]
-    return turn if message.weight == 1 else [*turn, message.weight]
+def _canonical(message: Message) -> list[Any]:
+    # Defaults are left out, so that a pair has the same key with and without them.
+    turn: list[Any] = [message.role, normalize(message.content)]
+    if message.weight != 1:
+        turn.append(message.weight)
+    if message.calls:
+        turn.append([[call.name, normalize(call.arguments)] for call in message.calls])
+    return turn if message.call_id is None else [*turn, message.call_id]
+
+
+def _normalised_turn(message: Message) -> list[str]:
+    turn = [message.role, normalised(message.text)]
+    return turn if message.call_id is None else [*turn, message.call_id]
 
 
 # A string in double or single quotes, including doubled or escaped quotes; or a number. An apostrophe inside a word

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from tunewright.core.unicode import mark_fault, normalize
-from tunewright.data.examples import Message, Role
+from tunewright.data.examples import Message
 
 
 class ApiError(Exception):
@@ -150,7 +150,7 @@ def _as_system(role: Any) -> Any:
 class ChatMessage(_Part):
     """One message; a plain string becomes a single part, and the role ``developer`` becomes ``system``."""
 
-    role: Annotated[Role, BeforeValidator(_as_system)]
+    role: Annotated[Literal["system", "user", "assistant"], BeforeValidator(_as_system)]
     content: Annotated[list[TextPart], Field(min_length=1), BeforeValidator(_one_part)]
     name: str | None = None  # not rendered: no chat template of Llama or Mistral has a place for it
 
