@@ -156,7 +156,7 @@ def test_csv_is_refused_where_a_quote_is_not_closed_for_too_long(tmp_path: Path,
 def test_binary_file_in_a_compressed_one_is_refused(
     tmp_path: Path, compress: Compress, suffix: str, inner: bytes
 ) -> None:
-    with pytest.raises(UserError, match="inside .*: decompress the file first"):
+    with pytest.raises(UserError, match=r"inside .*: decompress the file first"):
         read_pairs(_write(tmp_path / f"a.jsonl{suffix}", compress(inner + bytes(100))), DataConfig())
 
 
