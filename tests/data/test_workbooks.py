@@ -75,7 +75,7 @@ def _texts(reading: ReadResult) -> list[tuple[int, str, str]]:
 
 
 def test_sheet_is_read_below_its_header_wherever_it_begins(tmp_path: Path) -> None:
-    rows = [
+    rows: list[list[Any]] = [
         [],
         [None, None, "prompt", "id", "completion"],
         [None, None, "hi", 7, "ho"],
@@ -127,15 +127,17 @@ def test_sheet_has_the_rows_of_the_same_table_as_csv(
     csv.writer(text).writerows([HEADER, *rows])
     (folder / "same.csv").write_text(text.getvalue(), encoding="utf-8", newline="")
     # A text that begins with "=" would be a formula.
-    book = _save(folder / "same.xlsx", [HEADER, *rows], lambda sheet: [_as_text(cell) for row in sheet for cell in row])
+    book = _save(folder / "same.xlsx", [HEADER, *rows], _write_as_text)
     sheet, table = _read(book), _read(folder / "same.csv")
     assert [row.example for row in sheet.rows] == [row.example for row in table.rows]
     assert [(f.code, f.reason) for f in sheet.faults] == [(f.code, f.reason) for f in table.faults]
 
 
-def _as_text(cell: Any) -> None:
-    if cell.value is not None:
-        cell.data_type = "s"
+def _write_as_text(sheet: Any) -> None:
+    for row in sheet:
+        for cell in row:
+            if cell.value is not None:
+                cell.data_type = "s"
 
 
 def test_formula_is_its_stored_value_and_a_fault_without_one(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from tunewright.data.dedup.output_leakage import OutputLeakage
 from tunewright.data.merge import Merge
 from tunewright.data.notices import Conflict, Duplicate, LargeCluster, ReplacedRow, SplitChange
 from tunewright.data.readers import Fault, ReadResult, SourceRow, read_pairs, source_digest, source_size
+from tunewright.data.readers.hub import hub_source
 from tunewright.data.readers.validate import counted
 from tunewright.data.remove import restore_event
 from tunewright.data.screening import screen
@@ -248,7 +249,7 @@ def _sources(inputs: _InputFiles, root: Path) -> dict[str, Source]:
     sources: dict[str, Source] = {}
     for path, reading in zip(inputs.files, inputs.readings, strict=True):
         full, home = path.resolve(), root.resolve()
-        name = full.relative_to(home).as_posix() if full.is_relative_to(home) else path.name
+        name = full.relative_to(home).as_posix() if full.is_relative_to(home) else hub_source(path) or path.name
         name += reading.source.removeprefix(str(path))  # the sheet of a workbook
         sha256 = source_digest(path)
         if any(other != reading.source and source.name == name for other, source in sources.items()):

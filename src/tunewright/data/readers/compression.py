@@ -16,7 +16,6 @@ from tunewright.core.progress import Task
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"(\xb5/\xfd": "Zstandard"}
 """First bytes to name."""
 
-COMPRESSED_SUFFIXES = (".gz", ".zst")
 MOST_EXPANSION = 100
 """A file may contain this many times its own size. JSON Lines that share a prompt of 4,000 characters reach 70."""
 

@@ -13,12 +13,20 @@ from typing import Any, TextIO
 from tunewright.config import DataConfig
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter, Task
-from tunewright.data.readers.compression import COMPRESSED_SUFFIXES, COMPRESSIONS, compression_of, open_bytes
+from tunewright.data.readers.compression import COMPRESSIONS, compression_of, open_bytes
 from tunewright.data.readers.documents import array_hint, check_expression, document_rows, list_keys, rows_hint
 from tunewright.data.readers.encodings import Encoding, find_encoding, note_on, open_text
+from tunewright.data.readers.hub import hub_files, is_hub_name
 from tunewright.data.readers.json_rows import RawRow, json_array, json_lines, json_objects, number_if_ambiguous
 from tunewright.data.readers.mapping import check_groups, names_parent, pair_mapping
 from tunewright.data.readers.schemas import KNOWN_KEYS, misspelled_keys, parse_conversation
+from tunewright.data.readers.suffixes import (
+    JSON_SUFFIXES,
+    OTHER_SUFFIXES,
+    TEXT_SUFFIXES,
+    has_known_suffix,
+    plain_suffix,
+)
 from tunewright.data.readers.tables import DELIMITERS, csv_rows, delimiter_of, parquet_rows, saved_rows
 from tunewright.data.readers.validate import RowError, parse_json_row
 
@@ -26,7 +34,6 @@ _KINDS = (
     "Supported: JSON Lines, a JSON array, CSV or TSV, each also as .gz or .zst, Parquet, an .xlsx workbook, a folder "
     "written by datasets' save_to_disk."
 )
-JSON_NAMES = (".jsonl", ".ndjson", ".json")
 SAVED = ("state.json", "dataset_dict.json")
 """A folder with one of these was written by ``Dataset.save_to_disk``."""
 _TABLE_NAMES = (".csv", ".tsv", ".tab", ".txt", ".psv", "")
@@ -117,14 +124,6 @@ def is_workbook(path: Path) -> bool:
         return file.read(4) == _ZIP
 
 
-def _suffix(path: Path) -> str:
-    """Return the last suffix in lower case, without that of a compression."""
-    name = path.name.lower()
-    for compressed in COMPRESSED_SUFFIXES:
-        name = name.removesuffix(compressed)
-    return Path(name).suffix
-
-
 def check_mapping(data: DataConfig) -> None:
     """Check the templates and JMESPaths of the config, before any file is read.
 
@@ -159,10 +158,10 @@ def _text_rows(path: Path, encoding: Encoding, task: Task | None, reader: _Reade
 
 
 def _text_reader(head: str, path: Path, data: DataConfig, notes: list[str]) -> tuple[str, _Reader]:
-    suffix = _suffix(path)
+    suffix = plain_suffix(path)
     start = head.lstrip()
     lines = [line for line in start.split("\n") if line.strip()]
-    named_json = suffix in JSON_NAMES
+    named_json = suffix in JSON_SUFFIXES
     expression = data.rows
     if expression is not None and (named_json or start.startswith(("{", "["))):
         above = [group for group in data.group_by if names_parent(group, data)]
@@ -274,31 +273,25 @@ def require_columns(paths: Sequence[Path], data: DataConfig, where: str) -> None
     )
 
 
-_TEXT_SUFFIXES = (*JSON_NAMES, ".csv", ".tsv", ".tab", ".psv")
-_OTHER_SUFFIXES = (".parquet", ".xlsx")
-
-
-def has_known_suffix(path: Path) -> bool:
-    """Return whether a file of a folder is read; one that is named directly may have any suffix."""
-    return _suffix(path) in _TEXT_SUFFIXES or path.suffix.lower() in _OTHER_SUFFIXES
-
-
 _MOST_NAMED = 5
 
 
 def source_files(named: Iterable[str | Path], reporter: Reporter) -> list[Path]:
-    """Return the files to read, each once, with folders and glob patterns expanded, sorted by name.
+    """Return the files to read, each once, with folders, glob patterns and datasets of the hub expanded.
 
     A folder that ``Dataset.save_to_disk`` wrote is one source. Of other folders, all files below that
-    ``has_known_suffix`` are read; hidden files are ignored, and other files are reported.
+    ``has_known_suffix`` are read; hidden files are ignored, and other files are reported. Files of each are sorted by
+    name.
 
     Raises:
-        UserError: a folder without such a file, or a pattern without a match.
+        UserError: a folder without such a file, a pattern without a match, or as ``hub_files``.
     """
     found: list[Path] = []
     for name in named:
         path = Path(name)
-        if path.is_dir() and not _saved(path):
+        if is_hub_name(name):
+            found += hub_files(name, reporter)
+        elif path.is_dir() and not _saved(path):
             found += _in_folder(path, reporter)
         elif not path.exists() and glob.has_magic(str(name)):
             matches = sorted(map(Path, glob.glob(str(name), recursive=True)))  # noqa: PTH207 a pattern may be absolute
@@ -323,8 +316,7 @@ def _in_folder(folder: Path, reporter: Reporter) -> list[Path]:
         raise UserError(
             "The folder has no files of pairs",
             where=str(folder),
-            fix=f"Supported suffixes: {', '.join(_TEXT_SUFFIXES)} (also with .gz or .zst), "
-            f"{', '.join(_OTHER_SUFFIXES)}.",
+            fix=f"Supported suffixes: {', '.join(TEXT_SUFFIXES)} (also with .gz or .zst), {', '.join(OTHER_SUFFIXES)}.",
         )
     reporter.say(f"{folder}: {_file_count(taken)} to read: {_relative_names(taken, folder)}")
     if others:
