@@ -111,7 +111,7 @@ def test_name_stands_for_its_files_at_one_commit(hub: DatasetHub, name: str, fil
         ("org/configs/hard", ["BuilderConfig 'hard' not found", "'easy', '2023.en'"]),
         ("org/configs/other.csv", ["The dataset has no such file", "easy/a.jsonl"]),
         ("org/script", ["Dataset scripts are no longer supported"]),
-        ("org/http", ["files that are not its own: http://127.0.0.1"]),
+        ("org/http", ["Data files don't belong to org/http"]),
         ("org/empty", ["datasets cannot find its files"]),
         ("org/elsewhere", ["Data files don't belong to org/elsewhere"]),
         ("plain", ["is not the name of a dataset on the hub", "OWNER/NAME"]),
