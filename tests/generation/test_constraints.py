@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 import makers
 from hypothesis_settings import examples
 from tiny import byte_tokenizer, chat_of
-from tunewright.chat.answers import constraint_on
+from tunewright.chat.answers import grammar_compiler
 from tunewright.config import ConstrainConfig
 from tunewright.core.errors import UserError
 from tunewright.data.examples import Message
-from tunewright.generation.constraints import Constraint, Grammar
+from tunewright.generation.constraints import Constraint, Grammar, GrammarCompiler
 from tunewright.generation.generate import generate
 from tunewright.generation.requests import Completion, Request
 
@@ -52,7 +52,7 @@ def model() -> Any:
 
 
 def _constraint(**how: Any) -> Constraint:
-    return Constraint(Grammar.from_config(ConstrainConfig(**how), Path()), TOKENIZER, STOP_IDS)
+    return GrammarCompiler(TOKENIZER, STOP_IDS).compile(Grammar.from_config(ConstrainConfig(**how), Path()))
 
 
 def _requests(texts: Sequence[str], constraint: Constraint | None, limit: int = 60, **how: Any) -> list[Request]:
@@ -154,7 +154,7 @@ def test_constraint_allows_answers_in_the_chat_format(name: str) -> None:
         "bytes": byte_tokenizer,
     }
     chat = chat_of(makes[name]())
-    constraint = constraint_on(chat, Grammar.from_config(ConstrainConfig(choices=("Yes indeed", "No")), Path()))
+    constraint = grammar_compiler(chat).compile(Grammar.choices(("Yes indeed", "No")))
     written = chat.encode([Message("user", "Is it?"), Message("assistant", "Yes indeed")])
     answer = [token for token, trained in zip(written.ids, written.loss_mask, strict=True) if trained]
     guide = constraint.start()

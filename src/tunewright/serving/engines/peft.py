@@ -57,9 +57,8 @@ class _Sequence:
     def new_tokens(self) -> Delta:
         """Return the tokens that no earlier call returned."""
         assert self.row is not None
-        new = tuple(self.row.ids[self._delivered :])
-        self._delivered += len(new)
-        return Delta(new, self.row.finish)
+        before, self._delivered = self._delivered, len(self.row.ids)
+        return Delta(tuple(self.row.ids[before:]), self.row.finish, tuple(self.row.logprobs[before:]))
 
 
 class PeftEngine:
@@ -83,6 +82,7 @@ class PeftEngine:
     """
 
     name = "peft"
+    unsupported: frozenset[str] = frozenset()
     prefill_tokens = PREFILL_TOKENS
 
     def __init__(
