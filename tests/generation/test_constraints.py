@@ -188,3 +188,17 @@ def test_grammar_reads_a_schema_file_and_reports_its_faults(tmp_path: Path) -> N
         Grammar.from_config(config, tmp_path)
     with pytest.raises(UserError, match=r"other\.json: No such JSON schema"):
         Grammar.from_config(ConstrainConfig(json_schema="other.json"), tmp_path)
+
+
+def test_guide_fails_when_its_grammar_becomes_too_complex_and_never_ends_the_answer() -> None:
+    guide = GrammarCompiler(TOKENIZER, STOP_IDS).compile(Grammar.regex("((a{1,100}){1,100}){1,100}")).start()
+    letter = TOKENIZER.convert_tokens_to_ids("a")
+
+    def decode() -> None:
+        for _ in range(3000):
+            allowed = np.unpackbits(np.frombuffer(guide.allowed(), dtype=np.uint8), bitorder="little")
+            assert allowed[letter], "a fault is no reason to end"
+            guide.advance(letter)
+
+    with pytest.raises(UserError, match="too many expressions constructed$"):
+        decode()

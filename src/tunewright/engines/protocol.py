@@ -32,6 +32,10 @@ class RequestFailedError(Exception):
     """The model could not compute this request; the engine keeps running."""
 
 
+class ConstraintFailedError(RequestFailedError):
+    """The request's constraint is too complex for its engine; other requests are not affected."""
+
+
 class AdapterFailedError(Exception):
     """An adapter could not be loaded or unloaded; the engine keeps running without that change."""
 
@@ -132,11 +136,11 @@ def deliver_stream(deltas: AsyncGenerator[Delta, None], sink: TokenSink) -> Call
 async def checked(deltas: AsyncGenerator[Delta, None], request: Request) -> AsyncGenerator[Delta, None]:
     """Yield the deltas of an engine that compiles constraints itself, as the embedded engine would deliver them.
 
-    An answer ends as soon as it matches and nothing can follow. A token that the constraint does not allow fails the
-    request: the engine has a fault, or has given the constraint up as too complex.
+    An answer ends as soon as it matches and nothing can follow. A token or an end that the constraint does not allow
+    fails the request: the engine has given the constraint up as too complex.
 
     Raises:
-        RequestFailedError: a token is not allowed.
+        ConstraintFailedError: a token, or the end, is not allowed.
     """
     guide = request.constraint.start() if request.constraint else None
     async with aclosing(deltas):
@@ -148,10 +152,12 @@ async def checked(deltas: AsyncGenerator[Delta, None], request: Request) -> Asyn
                 try:
                     guide.advance(token)
                 except UserError as error:
-                    raise RequestFailedError(error.what) from error
+                    raise ConstraintFailedError(error.what) from error
                 if guide.complete:
                     yield Delta(delta.ids[:place], "stop", delta.logprobs[:place])
                     return
+            if delta.finish == "stop" and not guide.accepting:
+                raise ConstraintFailedError("the engine has ended the answer before it matches")
             yield delta
 
 

@@ -7,6 +7,7 @@ allowed text is allowed in every tokenization: an answer that matches without th
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,9 @@ from tunewright.core.errors import UserError
 
 _WHERE = "evaluate.structured_outputs"
 
-_LIMITS = LLParserLimits(initial_lexer_fuel=500_000, step_lexer_fuel=100_000, step_max_items=20_000, verbose_errors=False)
+_LIMITS = LLParserLimits(
+    initial_lexer_fuel=500_000, step_lexer_fuel=100_000, step_max_items=20_000, verbose_errors=False
+)
 """Half of llguidance's own limits: no rule takes a second to compile, or a tenth of a second for the next mask. They
 count work, not time, so the same rule fails at the same token on every machine."""
 
@@ -67,7 +70,11 @@ class Grammar:
 
     @classmethod
     def lark(cls, grammar: str) -> Grammar:
-        """Return the grammar of an answer that a context-free grammar's rule ``start`` matches, in llguidance's Lark."""
+        """Return the grammar of an answer that the rule ``start`` of a context-free grammar matches.
+
+        Args:
+            grammar: in llguidance's variant of Lark.
+        """
         return cls(f"%lark {{\n{grammar}\n}}")
 
 
@@ -107,11 +114,17 @@ class GrammarCompiler:
     @property
     def token_bytes(self) -> list[bytes | None]:
         """The bytes that each token stands for; None for special tokens."""
-        tokenizer = self._tokenizer
-        return [
-            None if tokenizer.is_special_token(token) else tokenizer.decode_bytes([token])
-            for token in range(tokenizer.vocab_size)
-        ]
+        special = self._tokenizer.is_special_token
+        return [None if special(token) else self.piece(token) for token in range(self.vocabulary)]
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of tokens."""
+        return self._tokenizer.vocab_size
+
+    def piece(self, token: int) -> bytes:
+        """Return the bytes that a token stands for; a special token's name, and nothing for an id that is no token."""
+        return self._tokenizer.decode_bytes([token]) if token < self.vocabulary else b""
 
 
 class Constraint:
@@ -135,9 +148,10 @@ class Constraint:
         before, after = (f"{json.dumps(text)}?" if text else "" for text in affixes)
         self.rules = f"start: {before} answer {after}\nanswer: {grammar.rule}\n"
         self._fresh = LLMatcher(self._tokenizer, self.rules, log_level=0, limits=_LIMITS)
+        if not self._fresh.is_error():
+            self._fresh.compute_bitmask()  # the first one takes longest, and every row begins with it
         if self._fresh.is_error():
-            reason = " ".join(self._fresh.get_error().split())
-            raise UserError(f"Invalid constraint: {reason[:300]}", where=_WHERE)
+            raise UserError(f"Invalid constraint: {_reason(self._fresh.get_error())}", where=_WHERE)
 
     def start(self) -> Guide:
         """Return a guide for a row without tokens."""
@@ -148,6 +162,13 @@ class Constraint:
         matcher = self._fresh.deep_copy()
         tokens = self._tokenizer.tokenize_str(text.strip())
         return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
+
+
+def _reason(error: str) -> str:
+    """Return llguidance's error without its listing of the rules, and without places in it."""
+    message = re.split(r"\n\s*1 \| |<non-verbose/>", error)[0]
+    message = re.sub(r"\b(at )?\d+\(\d+\): ", "", message).removeprefix("failed to compile JSON schema: ")
+    return " ".join(message.split())[:300]
 
 
 class Guide:
@@ -163,12 +184,17 @@ class Guide:
             UserError: the grammar does not allow the token, or has become too complex for the engine.
         """
         if not self._matcher.consume_token(token):
-            raise UserError(f"The constraint failed while decoding: {self._matcher.get_error()[:300]}", where=_WHERE)
+            raise UserError(f"The constraint failed while decoding: {_reason(self._matcher.get_error())}", where=_WHERE)
+
+    @property
+    def accepting(self) -> bool:
+        """True if the text matches; more may follow."""
+        return bool(self._matcher.is_accepting())
 
     @property
     def complete(self) -> bool:
         """True if the text matches and nothing can follow."""
-        return self._matcher.is_stopped() and self._matcher.is_accepting()
+        return self._matcher.is_stopped() and self.accepting
 
     def allowed(self) -> bytes:
         """Return a bitmask over the vocabulary, the lowest token in the lowest bit.
@@ -176,9 +202,10 @@ class Guide:
         Raises:
             UserError: the grammar has become too complex for the engine.
         """
-        if self._matcher.is_error():
-            raise UserError(f"The constraint failed while decoding: {self._matcher.get_error()[:300]}", where=_WHERE)
-        return self._matcher.compute_bitmask()
+        mask = self._matcher.compute_bitmask()
+        if self._matcher.is_error():  # the mask would end the answer
+            raise UserError(f"The constraint failed while decoding: {_reason(self._matcher.get_error())}", where=_WHERE)
+        return mask
 
 
 def mask_logits(logits: Tensor, masks: Sequence[bytes | None]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterator
+from collections.abc import AsyncGenerator, Coroutine, Iterator
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,18 @@ from peft import PeftModel
 from transformers import LlamaForCausalLM
 
 from tunewright.core.errors import UserError
-from tunewright.engines.protocol import Delta, Engine, EngineStoppedError, RequestFailedError, stream
+from tunewright.engines.protocol import (
+    ConstraintFailedError,
+    Delta,
+    Engine,
+    EngineStoppedError,
+    RequestFailedError,
+    checked,
+    stream,
+)
 from tunewright.generation.constraints import Grammar
 from tunewright.generation.generate import generate
-from tunewright.generation.requests import Request
+from tunewright.generation.requests import Finish, Request
 
 PROMPTS = [tuple(TOKENIZER(text).input_ids) for text in ("Mobile County", "Where is it?", "a", "The quick brown fox")]
 SOON = 120
@@ -177,7 +185,10 @@ def test_load_refuses_files_that_do_not_match_the_digest_and_running_answers_con
 
 SCHEMA = {
     "type": "object",
-    "properties": {"court": {"type": "string", "pattern": "^[ -~]{0,6}$"}, "number": {"type": "integer", "maximum": 99}},
+    "properties": {
+        "court": {"type": "string", "pattern": "^[ -~]{0,6}$"},
+        "number": {"type": "integer", "maximum": 99},
+    },
     "required": ["court", "number"],
     "additionalProperties": False,
 }
@@ -185,7 +196,7 @@ GRAMMARS = {
     "choices": Grammar.choices(["Ala.", "Alaska", "Fla."]),
     "regex": Grammar.regex(r"[A-Z][a-z]{2,5} (1st|2d) \d{2}"),
     "schema": Grammar.json_schema(SCHEMA),
-    "lark": Grammar.lark('start: "(" start ")" | word\nword: /[a-f]+/'),
+    "lark": Grammar.lark('start: "(" start ")" | word\nword: /[p-w]+/'),
 }
 
 
@@ -219,7 +230,7 @@ def _log_probabilities(base: Path, folder: Path, prompt: tuple[int, ...], ids: t
     model: Any = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), folder).eval()
     with torch.inference_mode():
         logits = model(input_ids=torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
-    return logits.double().log_softmax(-1)
+    return torch.log_softmax(logits.double(), -1)
 
 
 @pytest.mark.parametrize("how", [{}, {"temperature": 1.0, "seed": 3}, {"logit_bias": ((70, 8.0),)}])
@@ -297,3 +308,32 @@ def test_stopped_engine_fails_running_and_new_requests(engine: Engine, small_bas
             await _answer(engine, Request(PROMPTS[0], None, 5))
 
     _run(ask())
+
+
+@pytest.mark.parametrize(
+    ("text", "finish", "outcome"),
+    [
+        ("abcabc", "length", "abc"),  # nothing can follow, whatever the engine sends
+        ("ab", "stop", None),
+        ("ab", "length", "ab"),
+        ("axc", "length", None),
+    ],
+)
+def test_deltas_of_an_engine_with_its_own_grammar_are_checked(text: str, finish: Finish, outcome: str | None) -> None:
+    request = Request((1,), None, 6, constraint=COMPILER.compile(Grammar.regex("abc")))
+
+    async def deltas() -> AsyncGenerator[Delta, None]:
+        ids = TOKENIZER.convert_tokens_to_ids(list(text))
+        for place, token in enumerate(ids, 1):
+            yield Delta((token,), finish if place == len(ids) else None)
+
+    async def ask() -> list[Delta]:
+        return [delta async for delta in checked(deltas(), request)]
+
+    if outcome is None:
+        with pytest.raises(ConstraintFailedError):
+            _run(ask())
+    else:
+        got = _run(ask())
+        assert TOKENIZER.decode([token for delta in got for token in delta.ids]) == outcome
+        assert got[-1].finish == ("stop" if outcome == "abc" else finish)

@@ -329,17 +329,21 @@ class LlamaCppEngine:
         if self._stop_ids.intersection(ids):
             (_,) = ids
             return Delta((), "stop")
-        likeliest = [] if logprobs is None else event.get("completion_probabilities", [])
-        found = tuple(
-            TokenLogprob(token["logprob"], tuple((top["id"], top["logprob"]) for top in token["top_logprobs"][:logprobs]))
-            for token in likeliest
-        )
+        found = () if logprobs is None else _logprobs(event, logprobs)
         if not event["stop"]:
             return Delta(ids, None, found)
         finishes: dict[str, Finish] = {"limit": "length", "eos": "stop"}
         if event["stop_type"] not in finishes:
             raise RequestFailedError(f"llama.cpp ended this request early ({event['stop_type']}).")
         return Delta(ids, finishes[event["stop_type"]], found)
+
+
+def _logprobs(event: Mapping[str, Any], most: int) -> tuple[TokenLogprob, ...]:
+    """Return the log probabilities of an event's tokens, with at most ``most`` of the likeliest."""
+    return tuple(
+        TokenLogprob(token["logprob"], tuple((top["id"], top["logprob"]) for top in token["top_logprobs"][:most]))
+        for token in event.get("completion_probabilities", ())
+    )
 
 
 def _seed(request: Request, answered: int) -> int:
