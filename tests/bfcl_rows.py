@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 
 from real_data import SHARED
+from tunewright.config import DataConfig
 from tunewright.core.io import canonical_json
-from tunewright.data.examples import Example, Message, ToolCall, call_id
+from tunewright.data.examples import Example, ToolCall
+from tunewright.data.readers.validate import example_from_object
 from tunewright.examples.bfcl import convert
 
 FOLDER = SHARED / "bfcl"
@@ -51,7 +53,12 @@ def items() -> tuple[Item, ...]:
     for path in FOLDER.glob("possible_answer/*.json"):
         truths |= {item["id"]: item["ground_truth"] for item in _lines(path)}
     return tuple(
-        Item(row, example_of(row), originals[row["id"]]["function"], truths.get(row["id"], []))
+        Item(
+            row,
+            example_from_object(row, DataConfig(group_by=("family",))),
+            originals[row["id"]]["function"],
+            truths.get(row["id"], []),
+        )
         for row in convert(FOLDER).rows
     )
 
@@ -60,22 +67,6 @@ def _lines(path: Any) -> Iterator[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.strip():
             yield json.loads(line)
-
-
-def example_of(row: Mapping[str, Any]) -> Example:
-    """The example that a converted row is."""
-    *turns, last = row["messages"]
-    calls = last.get("tool_calls", ())
-    answer = Message(
-        "assistant",
-        last["content"] or "",
-        calls=tuple(
-            ToolCall(call["function"]["name"], call["function"]["arguments"], call_id(place))
-            for place, call in enumerate(calls)
-        ),
-    )
-    tools = Message("tools", canonical_json(row["tools"]))
-    return Example((tools, *(Message(turn["role"], turn["content"]) for turn in turns), answer))
 
 
 def answer_text(calls: Sequence[Call]) -> str:

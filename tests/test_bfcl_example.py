@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jsonschema import Draft202012Validator
 
 from bfcl_rows import FOLDER, items, needs_bfcl
 from tunewright.core.errors import UserError
@@ -169,14 +168,7 @@ def test_every_item_of_the_data_set_is_a_row_or_named() -> None:
     assert {row["id"] for row in converted.rows} | {name for name in named if ".json" not in name} == there
     assert [name for name in named if ".json" in name] == ["BFCL_v4_multi_turn_base.json"]
     assert len(converted.rows) > 0.99 * len(there)
-
-
-@needs_bfcl
-def test_converted_calls_satisfy_their_schemas() -> None:
-    for item in items():
-        schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in item.row["tools"]}
-        for call in item.example.messages[-1].calls:
-            Draft202012Validator(schemas[call.name]).validate(json.loads(call.arguments))
+    assert len(items()) == len(converted.rows)  # the reader of rows takes them all, and checks calls against schemas
 
 
 @needs_bfcl

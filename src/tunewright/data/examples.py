@@ -13,7 +13,7 @@ from tunewright.core.io import canonical_json, digest
 from tunewright.core.unicode import normalize
 
 Role = Literal["tools", "system", "user", "assistant", "tool"]
-ROLES: tuple[str, ...] = ("system", "user", "assistant")
+ROLES: tuple[str, ...] = ("system", "user", "assistant", "tool")
 """Roles that a row may name."""
 
 INSTRUCTIONS: frozenset[Role] = frozenset({"tools", "system"})

@@ -8,7 +8,6 @@ functions; further conditions depend on the reference alone, so all arms are sco
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -17,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from tunewright.config import MetricName
-from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json
 from tunewright.data.examples import Example, ToolCall, call_id
+from tunewright.data.tool_limits import ArgumentsError, SchemaLimitError
 from tunewright.metrics.fields import micro_f1, parsed
 from tunewright.metrics.scorer import ItemScore, Pair, Scorer, Unscored, mean_score
 
@@ -115,15 +114,13 @@ def call_name_match(name: MetricName) -> Scorer:
 def call_schema_valid(name: MetricName) -> Scorer:
     """Return a scorer: 1 if the answer has calls, all of declared functions with arguments of their schema, else 0.
 
-    An item is unscored if the reference has no call. ``$ref`` is followed inside the schema only.
+    Arguments that take too long to be checked do not satisfy their schema. An item is unscored if the reference has no
+    call.
     """
 
     def right(pair: Pair) -> bool:
-        validators = _validators(pair.example.messages[0].content)
-        calls = calls_in(pair.answer)
-        return bool(calls) and all(
-            call.name in validators and _satisfies(call, validators[call.name]) for call in calls
-        )
+        schemas, calls = parameters_of(pair.example) or {}, calls_in(pair.answer)
+        return bool(calls) and all(call.name in schemas and _satisfies(call, schemas[call.name]) for call in calls)
 
     definition = "the share of answers whose calls name declared functions and satisfy their JSON Schema"
     return _where_called(name, definition, right)
@@ -140,30 +137,14 @@ def _where_called(name: MetricName, definition: str, right: Callable[[Pair], boo
     return Scorer(name, "right or wrong", definition, 2, item)
 
 
-@lru_cache(maxsize=256)
-def _validators(declarations: str) -> dict[str, Any]:
-    from jsonschema import Draft202012Validator
-    from jsonschema.validators import validator_for
-    from referencing import Registry
-
-    return {
-        name: validator_for(schema, default=Draft202012Validator)(schema, registry=Registry())
-        for name, schema in _parameters(declarations).items()
-    }
-
-
-def _satisfies(call: ToolCall, validator: Any) -> bool:
-    from jsonschema.exceptions import UnknownType
-    from referencing.exceptions import Unresolvable
+def _satisfies(call: ToolCall, schema: Any) -> bool:
+    from tunewright.data.tool_schemas import compiled_schema  # jsonschema takes a tenth of a second to import
 
     try:
-        return bool(validator.is_valid(json.loads(call.arguments)))
-    except (Unresolvable, UnknownType, re.error, RecursionError) as error:
-        raise UserError(
-            f"The schema of function {call.name!r} cannot be applied: {type(error).__name__} {error}",
-            where="evaluate.metric",
-            fix="Correct the declaration in the rows.",
-        ) from None
+        compiled_schema(canonical_json(schema)).check(json.loads(call.arguments))
+    except (ArgumentsError, SchemaLimitError):
+        return False
+    return True
 
 
 def irrelevance_detection(name: MetricName) -> Scorer:

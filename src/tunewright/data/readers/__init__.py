@@ -119,7 +119,7 @@ def scan_pairs(path: Path, data: DataConfig, notes: list[str], task: Task | None
             ignored.update(row.keys() & data.drop_columns)
             conversation = parse_conversation(row, data, above, parent)
             kinds[conversation.kind, conversation.reason] += 1
-            example = example_from_turns(conversation.turns, data)
+            example = example_from_turns(conversation.turns, data, conversation.tools)
             metadata, too_long = metadata_of(row, conversation, data)
             left_out.update(too_long)
             yield SourceRow(example, str(path), line, groups_of(row, data, parent), metadata)
