@@ -17,8 +17,11 @@ from typing import Any
 
 from jsonschema import Draft202012Validator
 
+from tunewright.config.io import write_config
+from tunewright.config.project import CONFIG_FILE
 from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json
+from tunewright.core.progress import Reporter
 from tunewright.data.readers.validate import MOST_CHARACTERS
 from tunewright.metrics.call_ast import ACCEPTABLE, OPTIONAL, alternative
 
@@ -26,6 +29,7 @@ NAME = "bfcl"
 ROWS_FILE = "bfcl.jsonl"
 LEFT_OUT_FILE = "left-out.txt"
 PREFIX = "BFCL_v4_"
+WHERE = "Give the folder bfcl_eval/data of BFCL's repository or of the package bfcl-eval."
 
 CATEGORIES = (
     "simple_python",
@@ -57,6 +61,27 @@ _FUNCTION_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 """Names that OpenAI's API takes. BFCL replaces dots by underscores for such APIs."""
 
 
+_SECTIONS: dict[str, dict[str, Any]] = {
+    "data": {"sources": [ROWS_FILE], "group_by": ["family"]},
+    # The bundled base's own template has no form for functions.
+    "chat": {"tools": "hermes"},
+    # A model this small learns at a higher rate than the 7B models that the preset's 2e-4 is for.
+    "train": {"preset": "all-linear", "learning_rate": 1e-3, "epochs": 2},
+    "evaluate": {
+        "metric": "call_ast_match",
+        "extra_metrics": [
+            "call_exact_match",
+            "call_name_match",
+            "call_argument_f1",
+            "call_schema_valid",
+            "irrelevance_detection",
+        ],
+        # Demonstrations with their functions are long.
+        "num_fewshot": [1, 2, 4],
+    },
+}
+
+
 class _UnconvertibleError(ValueError):
     """The reason why an item is no row."""
 
@@ -75,6 +100,40 @@ class Converted:
         return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
 
 
+def project_files(folder: Path, reporter: Reporter) -> dict[str, str]:
+    """Return the project's files by name.
+
+    Args:
+        folder: BFCL's files.
+        reporter: reports the number of rows, and of items that are left out.
+
+    Raises:
+        UserError: as for :func:`convert`.
+    """
+    converted = convert(folder)
+    reporter.say(f"{len(converted.rows):,} rows, in {len({row['family'] for row in converted.rows}):,} families")
+    if converted.left_out:
+        reporter.warn(f"Items and files left out, with their reasons in {LEFT_OUT_FILE}: {len(converted.left_out):,}")
+    base = {"name": NAME, "base_model": "bundled:smollm2-135m-instruct"}
+    return {
+        CONFIG_FILE: write_config({**base, **_SECTIONS}),
+        ROWS_FILE: converted.text,
+        LEFT_OUT_FILE: "".join(f"{line}\n" for line in converted.left_out),
+        "README.md": _readme(converted),
+    }
+
+
+def _readme(converted: Converted) -> str:
+    return f"""# {NAME}
+
+{len(converted.rows):,} rows of the Berkeley Function Calling Leaderboard, version 4 (BFCL; Apache-2.0,
+https://github.com/ShishirPatil/gorilla): a question, the functions declared for it, and the calls that answer it.
+
+    tunewright run              the whole pipeline: data, advise, train, evaluate, verdict, report
+    tunewright serve            the base and the adapter behind an OpenAI-compatible API
+"""
+
+
 def convert(folder: Path) -> Converted:
     """Convert all of BFCL's files in a folder.
 
@@ -90,7 +149,7 @@ def convert(folder: Path) -> Converted:
         raise UserError(
             f"No file of BFCL, such as {PREFIX}simple_python.json, in this folder",
             where=str(folder),
-            fix="Give the folder bfcl_eval/data of BFCL's repository or of the package bfcl-eval.",
+            fix=WHERE,
         )
     rows, left_out = [], []
     for category in CATEGORIES:
