@@ -145,7 +145,7 @@ def _chosen(space: tuple[str, dict[str, list[Any]]], choice: Sequence[int]) -> C
     return name, {argument: value for argument, value in picked.items() if value is not _OUT}
 
 
-_OTHERS = ("wholly different", 987_654_321, 0.123_456_789, ["wholly different"], {"wholly": "different"})
+_OTHERS = ("quite different", 987_654_321, 0.123_456_789, ["quite different"], {"quite": "different"})
 
 
 def perturbed(item: Item, calls: Sequence[Call], random_: random.Random) -> Iterator[tuple[str, list[Call]]]:

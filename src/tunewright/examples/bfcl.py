@@ -302,7 +302,7 @@ def _first(values: Sequence[Any], schema: dict[str, Any], *, required: bool, nes
     for value in sorted(values, key=lambda value: value == OPTIONAL):
         if value == OPTIONAL and not required:
             continue
-        # Objects inside objects have their values as they are.
+        # Objects inside objects have plain values.
         plain = value if nested else _plain(value, schema)
         if Draft202012Validator(schema).is_valid(plain):
             return plain

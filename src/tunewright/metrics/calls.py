@@ -31,7 +31,7 @@ _NO_ARGUMENT = Unscored("the reference's calls have no arguments")
 def calls_in(text: str) -> tuple[ToolCall, ...]:
     """Return the calls of an answer: the lines at its end that are calls in their canonical form.
 
-    A call in another spelling is text, as it is for a program that reads the answer.
+    A call in another spelling is text.
     """
     found: list[ToolCall] = []
     for line in reversed(text.strip().split("\n")):
