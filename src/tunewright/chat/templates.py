@@ -76,6 +76,11 @@ class Template:
         """True if the rendered text depends on the date."""
         return "strftime_now" in self.source or "date_string" in self.source
 
+    @property
+    def has_builtin(self) -> bool:
+        """True if the template has a form of its own for Llama's built-in functions."""
+        return self.tools == "own" and "builtin_tools" in self.source
+
     def render(self, messages: Sequence[Message], *, generation_prompt: bool) -> str:
         """Return the conversation as text; with ``generation_prompt``, up to the beginning of the next answer.
 
@@ -83,8 +88,7 @@ class Template:
             UserError: the template refuses this conversation.
         """
         functions = declared_functions(messages)
-        has_builtin = self.tools == "own" and "builtin_tools" in self.source
-        builtin = [f["name"] for f in functions if has_builtin and is_builtin(f)]
+        builtin = [f["name"] for f in functions if self.has_builtin and is_builtin(f)]
         tools = [{"type": "function", "function": f} for f in functions if f["name"] not in builtin]
         try:
             text = self._compiled().render(
