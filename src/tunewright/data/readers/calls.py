@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from tunewright.data.examples import Message, ToolCall, call_id
+from tunewright.data.examples import Example, Message, ToolCall, call_id
 from tunewright.data.readers.row_errors import RowError, place
-from tunewright.data.readers.turns import Declared, Turn
+from tunewright.data.readers.turns import Declared, RawCall, Turn
 from tunewright.data.tool_limits import ArgumentsError, DeclarationError, SchemaLimitError
-from tunewright.data.tools import Toolset, canonical_arguments, read_tools
+from tunewright.data.tools import Toolset, canonical_arguments, parse_json, read_tools
 
 
 def declared_tools(declared: Declared) -> Toolset:
@@ -57,6 +57,45 @@ def checked_calls(turn: Turn, tools: Toolset | None) -> tuple[ToolCall, ...]:
 
 
 _MOST_NAMES = 8
+
+
+def edited_answer(example: Example, text: str) -> Message:
+    """Return the example's last turn with another text, which may end with calls, one line of JSON each.
+
+    This is the inverse of ``Message.text``. In a conversation without functions the text stays text.
+
+    Raises:
+        RowError: the calls are invalid, as in a row.
+    """
+    last = example.messages[-1]
+    if example.messages[0].role != "tools":
+        return replace(last, content=text)
+    lines = text.split("\n")
+    calls: list[RawCall] = []
+    while lines:
+        call = _call_of_line(lines[-1])
+        if call is None and lines[-1].strip():
+            break
+        lines.pop()
+        if call is not None:
+            calls.insert(0, call)
+    if not calls:
+        return replace(last, content=text, calls=())
+    turn = Turn("assistant", "\n".join(lines), (), (), calls=tuple(calls))
+    first = sum(len(message.calls) for message in example.prompt)
+    made = checked_calls(turn, read_tools(example.messages[0].content))
+    numbered = tuple(replace(call, id=call_id(first + n)) for n, call in enumerate(made))
+    return replace(last, content=turn.content if turn.content.strip() else "", calls=numbered)
+
+
+def _call_of_line(line: str) -> RawCall | None:
+    try:
+        value = parse_json(line)
+    except ValueError:
+        return None
+    if not isinstance(value, dict) or value.keys() != {"name", "arguments"} or not isinstance(value["name"], str):
+        return None
+    return RawCall(value["name"], value["arguments"], None, ("answer",), ("answer",))
 
 
 def check_order(messages: Sequence[Message], turns: Sequence[Turn]) -> None:

@@ -18,6 +18,7 @@ from tunewright.core.io import canonical_json, writing
 from tunewright.core.progress import Reporter, Task
 from tunewright.core.text import count_of
 from tunewright.data.pii import LABELS, find_in_value
+from tunewright.data.pii.message_texts import message_texts
 from tunewright.data.readers import Fault, SourceRow, check_mapping, scan_pairs, source_size
 from tunewright.data.readers.calls import declared_tools
 from tunewright.data.readers.repairs import repair_turns
@@ -115,7 +116,7 @@ def _checked(
                 examples += 1
                 if rows is not None:
                     rows.append(row)
-                texts = [("", m.text) for m in row.example.messages]
+                texts = [text for m in row.example.messages for text in message_texts(m)]
                 texts += [*row.groups.items(), *texts_of(row.metadata)]
                 found = (f for name, text in texts for f in find_in_value(name, text))
                 secrets.update(f.kind for f in found if f.category == "secret" and f.kind not in data.allow)
