@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tunewright.chat.format import ChatFormat
+from tunewright.chat.tool_calls import declared_functions
 from tunewright.config import Config
 from tunewright.core.progress import Reporter
 from tunewright.data.examples import Example, Message
 from tunewright.data.versions import Member
 
 if TYPE_CHECKING:
-    from tunewright.generation.constraints import Constraint, Grammar
+    from tunewright.generation.constraints import GrammarCompiler
     from tunewright.generation.requests import Completion
 
 PLAIN_STOPS = tuple(f"{line}### {heading}" for heading in ("Instruction", "Response") for line in ("\n\n", "\n"))
@@ -32,23 +33,51 @@ def stop_strings(config: Config, chat: ChatFormat) -> tuple[str, ...]:
     return PLAIN_STOPS if chat.template.kind == "plain" else ()
 
 
-def answer_text(chat: ChatFormat, completion: Completion) -> str:
-    """Return the text of a completion, up to the stop string that ended it."""
+def answer_text(chat: ChatFormat, completion: Completion, conversation: Sequence[Message] = ()) -> str:
+    """Return the text of a completion, up to the stop string that ended it.
+
+    Args:
+        chat: the base's format.
+        completion: the answer.
+        conversation: the answered messages. If they declare functions, calls are read and have their canonical text
+            (``Message.text``), which references have too.
+    """
+    if declared_functions(conversation):
+        return answer_message(chat, completion, conversation).text
     return chat.text(completion.ids) if completion.before_stop is None else completion.before_stop
 
 
-def constraint_on(chat: ChatFormat, grammar: Grammar) -> Constraint:
-    """Return the grammar as a constraint on this format's answers.
+def answer_message(chat: ChatFormat, completion: Completion, conversation: Sequence[Message]) -> Message:
+    """Return a completion as the assistant's turn, up to the stop string that ended it.
 
-    Raises:
-        UserError: the grammar engine refuses it.
+    Args:
+        chat: the base's format.
+        completion: the answer.
+        conversation: the answered messages; calls are read if they declare functions.
     """
-    from tunewright.generation.constraints import Constraint, answer_affixes
+    ids, rest = completion.ids, ""
+    if completion.before_stop is not None:
+        # The stop string may begin inside a token.
+        while not completion.before_stop.startswith(chat.text(ids)):
+            ids = ids[:-1]
+        rest = completion.before_stop[len(chat.text(ids)) :]
+    return chat.answer(ids, conversation, rest)
+
+
+def grammar_compiler(chat: ChatFormat) -> GrammarCompiler:
+    """Return the compiler of grammars for this format's answers."""
+    from tunewright.generation.constraints import GrammarCompiler, answer_affixes
 
     text = "x"
     tokens = chat.encode([Message("user", text), Message("assistant", text)])
     answer = [token for token in tokens.ids[-answer_length(tokens.loss_mask) :] if token not in chat.stop_ids]
-    return Constraint(grammar, chat.tokenizer, chat.stop_ids, answer_affixes(chat.tokenizer, answer, text))
+    return GrammarCompiler(chat.tokenizer, chat.stop_ids, answer_affixes(chat.tokenizer, answer, text))
+
+
+def constraint_end(chat: ChatFormat) -> int:
+    """Return the token that ends a constrained answer in engines that take only one: the tokenizer's end token."""
+    end: int = chat.tokenizer.eos_token_id
+    return end if end in chat.stop_ids else min(chat.stop_ids)
 
 
 def answer_limit(config: Config, chat: ChatFormat, members: Iterable[Member]) -> int:

@@ -77,6 +77,13 @@ class ChatConfig(Section):
             "same (2024-07-26: the date in Llama 3.1's template)."
         ),
     ] = datetime.date(2024, 7, 26)
+    tools: Annotated[
+        Literal["own", "hermes"],
+        Field(
+            description="The form of functions, calls and results. `own` is that of the base's chat template. `hermes` "
+            "writes the Hermes format (<tools>, <tool_call>, <tool_response>), for templates without a form."
+        ),
+    ] = "own"
 
 
 class EvaluateConfig(Section):
@@ -86,8 +93,9 @@ class EvaluateConfig(Section):
         Metric,
         Field(
             description="The metric that decides: exact_match, bleu, chrf, token_f1, json (F1 over an object's fields) "
-            "or json_valid; with settings, {exact_match: {ignore_case: true}}, {choices: [granted, denied]}, {json: "
-            "{fields: [name, date]}}, {regex: '[A-Z]+-[0-9]+'}, {python: 'module:function'}."
+            "or json_valid; for function calls, call_exact_match, call_ast_match, call_name_match, call_argument_f1, "
+            "call_schema_valid or irrelevance_detection; with settings, {exact_match: {ignore_case: true}}, {choices: "
+            "[granted, denied]}, {json: {fields: [name, date]}}, {regex: '[A-Z]+-[0-9]+'}, {python: 'module:function'}."
         ),
     ] = "exact_match"
     extra_metrics: Annotated[
