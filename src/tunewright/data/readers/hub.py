@@ -144,7 +144,9 @@ def _of_split(hub: HubName, commit: str) -> list[str]:
     # A missing or unknown configuration, no data, or a script, which datasets no longer runs.
     except (ValueError, FileNotFoundError, RuntimeError) as error:
         what = " ".join(str(error).split()).partition(" Example of usage")[0]
-        raise UserError(f"The library datasets cannot find its files: {what}", where=str(hub), fix=f"Expected {_FORM}.") from None
+        raise UserError(
+            f"The library datasets cannot find its files: {what}", where=str(hub), fix=f"Expected {_FORM}."
+        ) from None
     splits = {str(split): list(files) for split, files in (builder.config.data_files or {}).items()}
     if hub.split is None and len(splits) > 1:
         first = HubName(hub.repository, hub.revision, hub.inside, next(iter(splits)))

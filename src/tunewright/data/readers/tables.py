@@ -37,6 +37,9 @@ _SNIFFED = 50  # rows that decide the delimiter
 
 # Known sets of columns: required and optional ones.
 _KNOWN_COLUMNS = (
+    (("preferred_output", "non_preferred_output", "input"), ()),
+    (("prompt", "chosen", "rejected"), ("system", "tools")),
+    (("chosen", "rejected"), ("tools",)),
     (("messages",), ("system", "system_prompt", "only_last", "tools")),
     (("interactions",), ("system", "system_prompt", "only_last", "tools")),
     (("conversation",), ()),
@@ -44,6 +47,7 @@ _KNOWN_COLUMNS = (
     (("prompt", "completion"), ()),
     (("instruction", "output"), ("input", "system", "history")),
 )
+_TEXT_COLUMNS = (("prompt", "completion"), ("instruction", "output"), ("prompt", "chosen", "rejected"))
 
 
 def columns(
@@ -96,8 +100,8 @@ def columns(
 
 def _known(header: Sequence[str], nested: bool) -> list[str] | None:
     for needed, also in _KNOWN_COLUMNS:
-        lists = "history" in also or len(needed) == 2
-        if set(needed) <= set(header) and (nested or lists):
+        texts = needed in _TEXT_COLUMNS
+        if set(needed) <= set(header) and (nested or texts):
             return [*needed, *(n for n in also if n in header and (nested or n != "history"))]
     return None
 
