@@ -37,7 +37,7 @@ _SNIFFED = 50  # rows that decide the delimiter
 
 # Known sets of columns: required and optional ones.
 _KNOWN_COLUMNS = (
-    (("preferred_output", "non_preferred_output", "input"), ()),
+    (("preferred_output", "non_preferred_output"), ("input",)),
     (("prompt", "chosen", "rejected"), ("system", "tools")),
     (("chosen", "rejected"), ("tools",)),
     (("messages",), ("system", "system_prompt", "only_last", "tools")),
