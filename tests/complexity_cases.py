@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 from jmespath.parser import Parser
 
@@ -110,6 +111,32 @@ def _read(name: str, data: DataConfig | None = None) -> Use:
             read_pairs(path, data or DataConfig())
 
     return use
+
+
+def _preferences(n: int) -> bytes:
+    turns = [{"role": role, "content": "x"} for _ in range(n // 60) for role in ("user", "assistant")]
+    answers = ([*turns, {"role": "user", "content": "x"}, {"role": "assistant", "content": text}] for text in "yz")
+    return json.dumps(dict(zip(("chosen", "rejected"), answers, strict=True))).encode()
+
+
+def _row(*texts: str) -> str:
+    cells = (f'<c t="inlineStr"><is><t>{text}</t></is></c>' for text in texts)
+    return f"<row>{''.join(cells)}</row>"
+
+
+def _header(more: int = 0) -> str:
+    return _row("prompt", "completion", *(f"c{i}" for i in range(more)))
+
+
+def _read_sheet(rows: str) -> None:
+    seed = Path(__file__).parent / "fuzz" / "corpus" / "xlsx" / "inline.xlsx"
+    sheet = "xl/worksheets/sheet1.xml"
+    xml = f'<worksheet xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main">{rows}</worksheet>'
+    with ZipFile(seed) as book, ZipFile(_folder() / "a.xlsx", "w") as archive:
+        for name in book.namelist():
+            archive.writestr(name, xml if name == sheet else book.read(name))
+    with suppress(UserError):
+        read_pairs(_folder() / "a.xlsx", DataConfig())
 
 
 def _sheet(text: str) -> None:
@@ -296,6 +323,11 @@ CASES = [
     Case("CSV: quotes", lambda n: b'prompt,completion\n"' + b'""' * (n // 2) + b'",x\n', _read("a.csv")),
     Case("CSV: bad bytes", lambda n: b"prompt,completion\n" + b"\xe9,\x81\n" * (n // 4), _read("a.csv")),
     Case("CSV: carriage returns", lambda n: b"prompt,completion\n" + b"a,b\r" * (n // 4), _read("a.csv")),
+    Case("preferences: turns", _preferences, _read("a.jsonl")),
+    Case("workbook: rows", lambda n: _header() + _row("a", "b") * (n // 20), _read_sheet),
+    Case("workbook: columns", lambda n: _header(n // 20) + _row(*"a" * (n // 20)), _read_sheet),
+    Case("workbook: rows and columns", lambda n: _header(n // 20) + _row("a", "b") * (n // 20), _read_sheet),
+    Case("workbook: merged cells", lambda n: _header() + '<mergeCell ref="A2:B2"/>' * (n // 20), _read_sheet),
     Case("text: spaces", lambda n: b" \n" * (n // 2), _read("a.txt")),
     Case("sheet: rows", lambda n: "a,b\n" * (n // 4), _sheet),
     Case("sheet: columns", lambda n: "a,b" + ",c" * (n // 4) + "\n" + "," * (n // 4 + 1) + "\n", _sheet),
