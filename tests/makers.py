@@ -72,15 +72,18 @@ def meta_chat_format(generation: Literal[3, 4] = 3) -> Any:
     """Meta's own chat format of Llama 3 or 4."""
     if generation == 3:
         return import_module("llama_models.llama3.chat_format").ChatFormat(llama3_encoder())
-    images = "torchvision", "torchvision.transforms"
-    missing = [name for name in images if find_spec(images[0]) is None]
-    # Llama 4's module imports torchvision for images; an empty module in its place is enough for text.
-    sys.modules |= {name: ModuleType(name) for name in missing}
+    if find_spec("torchvision") is not None:
+        return import_module("llama_models.llama4.chat_format").ChatFormat(llama4_encoder())
+    # Llama 4's module imports torchvision for images; empty modules in its place are enough for text.
+    images, transforms = ModuleType("torchvision"), ModuleType("torchvision.transforms")
+    vars(images)["transforms"] = transforms
+    vars(transforms)["functional"] = ModuleType("torchvision.transforms.functional")
+    sys.modules |= {module.__name__: module for module in (images, transforms)}
     try:
         return import_module("llama_models.llama4.chat_format").ChatFormat(llama4_encoder())
     finally:
-        for name in missing:
-            del sys.modules[name]
+        for module in (images, transforms):
+            del sys.modules[module.__name__]
 
 
 @cache
@@ -114,7 +117,7 @@ def llama3_tokenizer(family: Llama3 = "llama3") -> Any:
 def llama4_tokenizer() -> Any:
     """Llama 4's tokenizer as transformers loads it, with a template after Meta's."""
     return _transformers_tokenizer(
-        _convert_meta(llama4_encoder()),
+        _convert_meta(llama4_encoder(), llama4_encoder().O200K_PATTERN),
         (TEMPLATES / "llama4.jinja").read_text(encoding="utf-8"),
         bos="<|begin_of_text|>",
         eos="<|eot|>",
@@ -302,14 +305,14 @@ def _transformers_tokenizer(
 
 @cache
 def _convert_llama3() -> Tokenizer:
-    return _convert_meta(llama3_encoder())
+    return _convert_meta(llama3_encoder(), llama3_encoder().pat_str)
 
 
-def _convert_meta(encoder: Any) -> Tokenizer:
+def _convert_meta(encoder: Any, pattern: str) -> Tokenizer:
     special = sorted(encoder.special_tokens, key=lambda token: int(encoder.special_tokens[token]))
     # All ids below the special tokens' are ordinary tokens.
     ranks = {encoder.model.decode_single_token_bytes(i): i for i in range(encoder.special_tokens[special[0]])}
-    return _byte_level_bpe(ranks, {}, special, encoder.pat_str, bos=special[0])
+    return _byte_level_bpe(ranks, {}, special, pattern, bos=special[0])
 
 
 @cache

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any, get_args
 
@@ -137,9 +138,9 @@ def _raw(message: Message, *, encoded: bool, builtin: frozenset[str]) -> Any:
             return RawMessage.model_construct(role="assistant", content="", tool_calls=[raw], stop_reason=stop)
         text = f'{{"name": "{call.name}", "parameters": {_dumped(arguments)}}}'
         return RawMessage(role="assistant", content=text, stop_reason=stop)
-    content = message.content.strip()
+    content = message.content
     if message.role == "tool":
-        content = message.content if encoded else _dumped(message.content)
+        content = content if encoded else _dumped(content)
     return RawMessage(role=message.role, content=content)
 
 
@@ -154,6 +155,7 @@ def _meta3(messages: Sequence[Message], *, encoded: bool = False, builtin: froze
         system += turns.pop(0).content.strip()
     functions = _function_texts(messages, builtin)
     first = (INTRODUCTION + functions if functions else "") + turns[0].content.strip()
+    turns = [replace(m, content=m.content.strip()) if m.role != "tool" else m for m in turns]
     turns[:1] = [Message("system", system), Message("user", first)]
     ids = [chat.tokenizer.special_tokens["<|begin_of_text|>"]]
     for turn in turns:
@@ -264,14 +266,15 @@ def _meta4(messages: Sequence[Message]) -> list[int]:
     introduction = "Given the following functions, please respond with a JSON for a function call.\n\n"
     first = Message("user", introduction + _function_texts(messages) + turns[0].content.strip())
     ids = [special["<|begin_of_text|>"]]
-    for turn in [Message("system", system), first, *turns[1:]]:
+    spoken = [replace(m, content=m.content.strip()) if m.role != "tool" else m for m in turns[1:]]
+    for turn in [Message("system", system), first, *spoken]:
         ids += chat._encode_header(turn.role)
         if turn.calls:
             calls = (f'{{"name": "{c.name}", "parameters": {_dumped(json.loads(c.arguments))}}}' for c in turn.calls)
             ids += [special["<|python_start|>"], special["<|python_end|>"]]
             text = "".join(calls)
         else:
-            text = _dumped(turn.content) if turn.role == "tool" else turn.content.strip()
+            text = _dumped(turn.content) if turn.role == "tool" else turn.content
         ids += [*chat.tokenizer.encode(text, bos=False, eos=False), special["<|eot|>"]]
     return ids + (chat._encode_header("assistant") if turns[-1].role != "assistant" else [])
 
