@@ -17,6 +17,7 @@ from zipfile import ZipFile
 
 from jmespath.parser import Parser
 
+from tunewright.chat.tool_calls import FORMS
 from tunewright.config import DataConfig
 from tunewright.config.io import parse_config
 from tunewright.core.csv import read_sheet, safe_cell
@@ -390,6 +391,22 @@ CASES = [
     Case("chat: user label", lambda n: _body(user="a" * n, messages=[]), _chat),
     Case("chat: metadata", lambda n: _body(metadata={f"k{i}": "v" for i in range(n // 12)}, messages=[]), _chat),
     Case("chat: stops", lambda n: _body(stop=["a"] * (n // 5), messages=[]), _chat),
+    *(
+        Case(f"calls: {form.name}, {before}{piece}…", _repeated(piece, before, after), form({}).read)
+        for form in FORMS
+        for before, piece, after in [
+            ("", '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>', " "),
+            ("", "<tool_call>", ""),
+            ("", '<tool_call>"', ""),
+            ('<tool_call>{"name": "', "<tool_call>", ""),
+            ("", "[TOOL_CALLS]f[ARGS]{}", " "),
+            ("[TOOL_CALLS]", "[", ""),
+            ('[TOOL_CALLS][{"name": "f", "arguments": {}}', ',{"name": "f", "arguments": {}}', ""),
+            ("<|python_start|><|python_end|>", '{"name": "f", "parameters": {}}', " "),
+            ('<|python_tag|>brave_search.call(query="', '")', " "),
+            ("", " ", "{"),
+        ]
+    ),
     Case("completion: prompts", lambda n: _body(prompt=["a"] * (n // 5)), _completion),
     Case("completion: token ids", lambda n: _body(prompt=[1] * (n // 3)), _completion),
     Case("completion: long prompt", lambda n: _body(prompt="é" * (n // 6)), _completion),
