@@ -119,7 +119,7 @@ class RequestPreprocessor:
         """
         if isinstance(body, ChatRequest) and len(body.messages) > self._limits.max_messages:
             message = f"Too many messages: {len(body.messages)} (limit {self._limits.max_messages})."
-            raise ApiError(message, param="messages", code="too_many_messages")
+            raise ApiError(message, param=body.prompt_param, code="too_many_messages")
         self._require_room(body)
         try:
             # A change of threads takes longer than a short prompt does.
@@ -129,7 +129,7 @@ class RequestPreprocessor:
             async with self._queue.slot(tenant, characters):
                 return await asyncio.get_running_loop().run_in_executor(self._thread, self._ids, body, system_prompt)
         except UserError as error:
-            param = _prompt_param(body)
+            param = body.prompt_param
             raise ApiError(str(error), param=param, code=f"invalid_{param}") from error
 
     def request(
@@ -160,14 +160,14 @@ class RequestPreprocessor:
         added = " including the adapter's system prompt" if source == "adapter" else ""
         if (limit := self._limits.max_prompt_tokens) is not None and len(prompt) > limit:
             message = f"The prompt is too long: {len(prompt)} tokens{added} (limit {limit})."
-            raise ApiError(message, param=_prompt_param(body), code="prompt_too_long")
+            raise ApiError(message, param=body.prompt_param, code="prompt_too_long")
         room = self._context - len(prompt)
         if room < 1:
             message = (
                 f"The prompt has {len(prompt)} tokens{added}, and the context length is {self._context} tokens for "
                 "prompt and answer together."
             )
-            raise ApiError(message, param=_prompt_param(body), code="context_length_exceeded")
+            raise ApiError(message, param=body.prompt_param, code="context_length_exceeded")
         new_tokens = min(
             room, self._limits.max_completion_tokens or room, body.token_limit or body.default_tokens or room
         )
@@ -207,7 +207,7 @@ class RequestPreprocessor:
                 f"The prompt has {longest:,} characters (limit {limit:,} characters for a context length of "
                 f"{self._context:,} tokens)."
             )
-            raise ApiError(message, param=_prompt_param(body), code="context_length_exceeded")
+            raise ApiError(message, param=body.prompt_param, code="context_length_exceeded")
 
     def _ids(self, body: RequestBody, system_prompt: str | None) -> list[Ids]:
         if isinstance(body, ChatRequest):
@@ -216,10 +216,6 @@ class RequestPreprocessor:
                 messages.insert(0, Message("system", system_prompt))
             return [self._tokenization.render(messages)]
         return [self._tokenization.continuation(text) for text in body.texts]
-
-
-def _prompt_param(body: RequestBody) -> str:
-    return "messages" if isinstance(body, ChatRequest) else "prompt"
 
 
 def _characters(body: RequestBody) -> int:

@@ -20,9 +20,9 @@ from tunewright.core.unicode import mark_fault, normalize
 from tunewright.data.examples import Message
 from tunewright.serving.gateway.errors import ApiError
 from tunewright.serving.gateway.parsing import Part
-from tunewright.serving.gateway.structured import AnswerFormat, Choices, Form, StructuredOutputs, one_form
+from tunewright.serving.gateway.structured import AnswerFormat, Choices, Form, Schema, StructuredOutputs, one_form
 
-_ANSWER_NEUTRAL: dict[str, tuple[Any, ...]] = {
+ANSWER_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     # False and 0 are not neutral here: in vLLM and TGI these options are on, or 1, by default.
     "add_generation_prompt": (True,),
@@ -51,7 +51,8 @@ _COMPLETION_NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-def _no_image(kind: Any) -> Any:
+def no_image(kind: Any) -> Any:
+    """Refuse the type of an image; the other types are checked elsewhere."""
     if "image" in str(kind):
         raise PydanticCustomError("image", "images are not supported, only text: remove the image")
     return kind
@@ -60,7 +61,7 @@ def _no_image(kind: Any) -> Any:
 class TextPart(Part):
     """One part of a message's content."""
 
-    type: Annotated[Literal["text"], BeforeValidator(_no_image)]
+    type: Annotated[Literal["text"], BeforeValidator(no_image)]
     text: str
 
 
@@ -68,26 +69,28 @@ def _one_part(content: Any) -> Any:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-def _refuse_mark_runs(text: str) -> str:
+def refuse_mark_runs(text: str) -> str:
+    """Return the text; refuse more combining marks in a row than any script needs."""
     if fault := mark_fault(text):
         raise PydanticCustomError("combining_marks", "{fault}: remove the marks", {"fault": fault})
     return text
 
 
-def _as_system(role: Any) -> Any:
+def as_system(role: Any) -> Any:
+    """Return the role, "system" for OpenAI's newer name of it."""
     return "system" if role == "developer" else role
 
 
 class ChatMessage(Part):
     """One message; a plain string becomes a single part, and the role ``developer`` becomes ``system``."""
 
-    role: Annotated[Literal["system", "user", "assistant"], BeforeValidator(_as_system)]
+    role: Annotated[Literal["system", "user", "assistant"], BeforeValidator(as_system)]
     content: Annotated[list[TextPart], Field(min_length=1), BeforeValidator(_one_part)]
     name: str | None = None  # not rendered: no chat template of Llama or Mistral has a place for it
 
     @model_validator(mode="after")
     def _few_marks(self) -> Self:
-        _refuse_mark_runs(self._text)  # joined, since a run may continue in the next part
+        refuse_mark_runs(self._text)  # joined, since a run may continue in the next part
         return self
 
     def as_message(self) -> Message:
@@ -111,6 +114,8 @@ MAX_PROMPTS = 128
 Label = Annotated[str, Field(max_length=512, pattern=r"^[^\x00-\x1f\x7f]*$")]
 """Stored with a tenant's usage: PostgreSQL takes no NUL."""
 
+ServiceTier = Literal["auto", "default", "flex", "priority", "scale"]
+
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
@@ -132,7 +137,7 @@ class _BaseRequest(Part):
     variety is requested. So ``top_p`` without a temperature has no effect, and is refused.
     """
 
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = _ANSWER_NEUTRAL
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = ANSWER_NEUTRAL
 
     model: str
     stream: bool | None = None
@@ -150,7 +155,7 @@ class _BaseRequest(Part):
     ) = None
     response_format: AnswerFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    guided_json: dict[str, Any] | str | None = None
+    guided_json: Schema | None = None
     guided_regex: Annotated[str, Field(min_length=1)] | None = None
     guided_choice: Choices | None = None
     # Labels, and hints for OpenAI's storage and cache: no answer depends on them.
@@ -161,7 +166,7 @@ class _BaseRequest(Part):
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     # Every request has the same priority here, and the response says "default".
-    service_tier: Literal["auto", "default", "flex", "priority", "scale"] | None = None
+    service_tier: ServiceTier | None = None
 
     @model_validator(mode="after")
     def _no_field_without_effect(self) -> Self:
@@ -209,8 +214,9 @@ class _BaseRequest(Part):
 class ChatRequest(_BaseRequest):
     """The body of ``POST /v1/chat/completions``."""
 
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = _ANSWER_NEUTRAL | _CHAT_NEUTRAL
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = ANSWER_NEUTRAL | _CHAT_NEUTRAL
     default_tokens: ClassVar[None] = None
+    prompt_param: ClassVar[str] = "messages"
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -273,12 +279,13 @@ def _prompts(prompt: Any) -> Any:
 class CompletionRequest(_BaseRequest):
     """The body of ``POST /v1/completions``: texts to continue, without the chat template."""
 
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = _ANSWER_NEUTRAL | _COMPLETION_NEUTRAL
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = ANSWER_NEUTRAL | _COMPLETION_NEUTRAL
     default_tokens: ClassVar[int] = 16
     """OpenAI's default of ``max_tokens`` on this route."""
+    prompt_param: ClassVar[str] = "prompt"
 
     prompt: Annotated[
-        list[Annotated[str, Field(min_length=1), AfterValidator(_refuse_mark_runs)]],
+        list[Annotated[str, Field(min_length=1), AfterValidator(refuse_mark_runs)]],
         Field(min_length=1, max_length=MAX_PROMPTS),
         BeforeValidator(_prompts),
     ]
