@@ -45,7 +45,7 @@ def require_compatible(adapter: Adapter, base: Base, chat: ChatFormat) -> None:
         raise UserError(
             f"The adapter was trained with another chat format: {'; '.join(rendering)}",
             where=adapter.name,
-            fix="Set chat.template and chat.date to the values of its training, or train again.",
+            fix="Set chat.template, chat.tools and chat.date to the values of its training, or train again.",
         )
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tunewright.chat.format import ChatFormat, Tokens, chat_format
-from tunewright.chat.loading import cached_format, open_chat
+from tunewright.chat.format import ChatFormat, Tokens
+from tunewright.chat.loading import cached_format, chat_format, open_chat
 from tunewright.config import ChatConfig, DataConfig
 from tunewright.core.errors import UserError
 from tunewright.data.examples import Message

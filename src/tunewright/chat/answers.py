@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tunewright.chat.format import ChatFormat
+from tunewright.chat.tool_calls import declared_functions
 from tunewright.config import Config
 from tunewright.core.progress import Reporter
 from tunewright.data.examples import Example, Message
@@ -32,9 +33,35 @@ def stop_strings(config: Config, chat: ChatFormat) -> tuple[str, ...]:
     return PLAIN_STOPS if chat.template.kind == "plain" else ()
 
 
-def answer_text(chat: ChatFormat, completion: Completion) -> str:
-    """Return the text of a completion, up to the stop string that ended it."""
+def answer_text(chat: ChatFormat, completion: Completion, conversation: Sequence[Message] = ()) -> str:
+    """Return the text of a completion, up to the stop string that ended it.
+
+    Args:
+        chat: the base's format.
+        completion: the answer.
+        conversation: the answered messages. If they declare functions, calls are read and have their canonical text
+            (``Message.text``), which references have too.
+    """
+    if declared_functions(conversation):
+        return answer_message(chat, completion, conversation).text
     return chat.text(completion.ids) if completion.before_stop is None else completion.before_stop
+
+
+def answer_message(chat: ChatFormat, completion: Completion, conversation: Sequence[Message]) -> Message:
+    """Return a completion as the assistant's turn, up to the stop string that ended it.
+
+    Args:
+        chat: the base's format.
+        completion: the answer.
+        conversation: the answered messages; calls are read if they declare functions.
+    """
+    ids, rest = completion.ids, ""
+    if completion.before_stop is not None:
+        # The stop string may begin inside a token.
+        while not completion.before_stop.startswith(chat.text(ids)):
+            ids = ids[:-1]
+        rest = completion.before_stop[len(chat.text(ids)) :]
+    return chat.answer(ids, conversation, rest)
 
 
 def grammar_compiler(chat: ChatFormat) -> GrammarCompiler:

@@ -12,24 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import date
 from functools import cached_property
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
-from tunewright.chat.templates import PLAIN_INSTEAD, Template, TemplateKind
+from tunewright.chat.shapes import PROBES, Shape, of_roles, shape_of
+from tunewright.chat.templates import PLAIN_INSTEAD, Template
 from tunewright.chat.text import Piece, TextEncoder
+from tunewright.chat.tool_calls import declared_functions, numbered, signed
+from tunewright.chat.tool_form import ToolForm, find_tool_form, has_functions, refuse_undeclared
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest
 from tunewright.data.examples import Message, Role
 
 _MOST_SHAPES = 1000
-_SHAPES: tuple[tuple[Role, ...], ...] = (
-    ("user",),
-    ("user", "assistant"),
-    ("user", "assistant", "user", "assistant"),
-    ("system", "user", "assistant", "user", "assistant"),
-)
 
 
 @dataclass(frozen=True)
@@ -84,7 +80,7 @@ class ChatFormat:
     template: Template
     stop_ids: frozenset[int]
     encoder: TextEncoder
-    _control_by_shape: dict[tuple[tuple[Role, ...], bool], list[int]] = field(default_factory=dict, repr=False)
+    _control_by_shape: dict[tuple[Shape, bool], list[int]] = field(default_factory=dict, repr=False)
 
     def prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Return the ids of the conversation up to the beginning of the assistant's next answer.
@@ -92,10 +88,15 @@ class ChatFormat:
         Raises:
             UserError: the template refuses this conversation.
         """
-        hidden, stand_ins = self.encoder.hide(messages)
+        hidden, stand_ins = self._hide(messages)
         text = self.template.render(hidden, generation_prompt=True)
-        cuts = [len(earlier) for earlier in self._prompts(hidden) if text.startswith(earlier)]
         self._check_control(text, messages, generation_prompt=True)
+        cuts = []
+        for place, earlier in zip(_assistant_places(messages), self._prompts(hidden), strict=True):
+            if text.startswith(earlier):
+                cuts.append(len(earlier))
+                if messages[place].calls:
+                    self._check_answer(text[len(earlier) :], messages[place], stand_ins)
         return self.tokens([self._rendered_row(text, cuts, [], stand_ins)])[0].ids
 
     def continuation(self, text: str) -> tuple[int, ...]:
@@ -131,8 +132,8 @@ class ChatFormat:
         Raises:
             UserError: the template refuses this conversation, or leaves an answer without an end token.
         """
-        hidden, stand_ins = self.encoder.hide(_answered(messages))
-        turns = self._assistant_turns(hidden)
+        hidden, stand_ins = self._hide(_answered(messages))
+        turns = self._assistant_turns(messages, hidden, stand_ins)
         return self.tokens([self._row(turns[-1].shown, turns, stand_ins)])[0]
 
     def rows(self, messages: Sequence[Message]) -> list[Tokens]:
@@ -145,8 +146,8 @@ class ChatFormat:
 
     def rendered_rows(self, messages: Sequence[Message]) -> list[RenderedRow]:
         """Return the rows of a conversation before encoding; :meth:`tokens` encodes many of them at once."""
-        hidden, stand_ins = self.encoder.hide(_answered(messages))
-        turns = self._assistant_turns(hidden)
+        hidden, stand_ins = self._hide(_answered(messages))
+        turns = self._assistant_turns(messages, hidden, stand_ins)
         whole = turns[-1].shown
         if all(whole.startswith(turn.shown) for turn in turns if turn.trained):
             return [self._row(whole, turns, stand_ins)]
@@ -184,6 +185,40 @@ class ChatFormat:
     def text(self, ids: Sequence[int]) -> str:
         """Return the text of an answer, without special tokens."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def answer(self, ids: Sequence[int], conversation: Sequence[Message], rest: str = "") -> Message:
+        """Return the assistant's turn that generated ids spell, with its calls if the conversation declares functions.
+
+        Args:
+            ids: the answer, with or without its end token.
+            conversation: the messages that were answered; they number the calls.
+            rest: text after these ids.
+
+        Raises:
+            UserError: the template has no form of calls.
+        """
+        if not declared_functions(conversation):
+            return Message("assistant", self.text(ids) + rest)
+        form = self.tool_form.form
+        marks = set(form.control.values())
+        pieces: list[Piece] = []
+        for mark, grouped in groupby(ids, marks.__contains__):
+            run = list(grouped)
+            pieces += run if mark else [self.tokenizer.backend_tokenizer.decode(run, skip_special_tokens=True)]
+        read = form.read(signed(pieces, self.encoder.control_names) + rest)
+        if read is None:
+            return Message("assistant", self.text(ids) + rest)
+        content, calls = read
+        return Message("assistant", content, calls=numbered(calls, conversation))
+
+    @cached_property
+    def tool_form(self) -> ToolForm:
+        """The form in which the template writes calls.
+
+        Raises:
+            UserError: the template drops functions, calls or results, or writes calls in an unknown form.
+        """
+        return find_tool_form(self)
 
     def texts(self, many: Sequence[Sequence[int]]) -> list[str]:
         """Return the text of each list of ids, including special tokens."""
@@ -224,6 +259,8 @@ class ChatFormat:
             "date": self.template.today.isoformat() if self.template.uses_date else None,
             "end_tokens": self._end_tokens,
             "probe": digest(probes),
+            # Left out by default, so that formats of adapters from before this setting keep their digests.
+            **({"tools": self.template.tools} if self.template.tools != "own" else {}),
         }
 
     @cached_property
@@ -240,15 +277,38 @@ class ChatFormat:
         """Control tokens in rendered conversations."""
         return frozenset(token for text in self._neutrals() for token in self._control_ids(text))
 
-    def _assistant_turns(self, messages: Sequence[Message]) -> list[_Turn]:
+    def _hide(self, messages: Sequence[Message]) -> tuple[list[Message], dict[int, str]]:
+        if has_functions(messages):
+            refuse_undeclared(messages)
+            _ = self.tool_form
+        return self.encoder.hide(messages)
+
+    def _assistant_turns(
+        self, messages: Sequence[Message], hidden: Sequence[Message], stand_ins: dict[int, str]
+    ) -> list[_Turn]:
         turns = []
-        for place, prompt in zip(_assistant_places(messages), self._prompts(messages), strict=True):
-            shown = self.template.render(messages[: place + 1], generation_prompt=False)
+        for place, prompt in zip(_assistant_places(messages), self._prompts(hidden), strict=True):
+            shown = self.template.render(hidden[: place + 1], generation_prompt=False)
             self._check_control(shown, messages[: place + 1], generation_prompt=False)
-            answer = shown[self._answer_start(prompt, shown) :]
-            answer = answer[: self._answer_end(answer)]
+            answer = self.answer_in(prompt, shown)
+            if messages[0].role == "tools":
+                self._check_answer(answer, messages[place], stand_ins)
             turns.append(_Turn(prompt, prompt + answer, messages[place].weight == 1))
         return turns
+
+    def answer_in(self, prompt: str, shown: str) -> str:
+        """Return the text that the answered conversation adds to its prompt, up to its end token.
+
+        Raises:
+            UserError: the answer cannot be found, or has no end token.
+        """
+        answer = shown[self._answer_start(prompt, shown) :]
+        return answer[: self._answer_end(answer)]
+
+    def _check_answer(self, rendered: str, message: Message, stand_ins: dict[int, str]) -> None:
+        """Check that a rendered answer, with text after it or without, reads back as its turn."""
+        pieces = self.encoder.pieces(rendered[: self._answer_end(rendered)], stand_ins, start=False)
+        self.tool_form.check(signed(pieces, self.encoder.control_names), message, self.template)
 
     def _answer_start(self, prompt: str, shown: str) -> int:
         """Return the beginning of the answer in ``shown``.
@@ -308,12 +368,13 @@ class ChatFormat:
         )
 
     def _check_control(self, text: str, messages: Sequence[Message], *, generation_prompt: bool) -> None:
-        """Check that the control tokens depend on the conversation's roles only, not on its messages."""
-        shape = (tuple(m.role for m in messages), generation_prompt)
+        """Check that the control tokens depend on the conversation's shape only, not on its texts."""
+        shape = shape_of(messages), generation_prompt
         if shape not in self._control_by_shape:
             if len(self._control_by_shape) >= _MOST_SHAPES:
                 self._control_by_shape.clear()  # the number of shapes on a server is unbounded
-            self._control_by_shape[shape] = self._control_ids(self._neutral(*shape))
+            ordinary = self.template.render(shape[0], generation_prompt=generation_prompt)
+            self._control_by_shape[shape] = self._control_ids(ordinary)
         if self._control_ids(text) != self._control_by_shape[shape]:
             raise UserError(
                 "The chat template renders these texts with other control tokens than ordinary texts",
@@ -325,7 +386,7 @@ class ChatFormat:
         return [token for token, _, _ in self.encoder.control_places(text)]
 
     def _neutral(self, roles: Sequence[Role], generation_prompt: bool = False) -> str:
-        return self.template.render([Message(role, "x") for role in roles], generation_prompt=generation_prompt)
+        return self.template.render(of_roles(roles), generation_prompt=generation_prompt)
 
     def _neutral_ids(self, roles: Sequence[Role]) -> list[int]:
         return self._control_ids(self._neutral(roles, generation_prompt=roles[-1] == "user"))
@@ -342,7 +403,7 @@ class ChatFormat:
     def _accepted(self) -> list[tuple[Role, ...]]:
         """Probe conversations that the template accepts."""
         accepted: list[tuple[Role, ...]] = []
-        for roles in _SHAPES:
+        for roles in PROBES:
             try:
                 self._neutral(roles)
             except UserError:
@@ -352,35 +413,6 @@ class ChatFormat:
 
     def _neutrals(self) -> list[str]:
         return [self._neutral(roles) for roles in self._accepted]
-
-
-def chat_format(tokenizer: Any, *, stop_ids: frozenset[int], kind: TemplateKind, today: date) -> ChatFormat:
-    """Return the chat format of a tokenizer.
-
-    Raises:
-        UserError: the tokenizer lacks its own template (``kind``), the template cannot be used, or the
-            tokenizer's rules are not supported.
-    """
-    template = Template.of(tokenizer, kind, today)
-    neutral = template.render([Message("user", "x")], generation_prompt=True)
-    chat = ChatFormat(tokenizer, template, stop_ids, TextEncoder(tokenizer, neutral))
-    _check_rules(chat)
-    return chat
-
-
-def _check_rules(chat: ChatFormat) -> None:
-    """Compare the encoder with the tokenizer's own call on a text without control tokens in messages; try an answer."""
-    text = chat.template.render([Message("user", "What's  new,\n\nZoë?")], generation_prompt=True)
-    (tokens,) = chat.tokens([chat._rendered_row(text, [], [], {})])
-    own: list[int] = chat.tokenizer(text, add_special_tokens=False)["input_ids"]
-    ours = list(tokens.ids)
-    if ours not in (own, [chat.bos_id, *own]):
-        raise UserError("The tokenizer's rules are not supported", where=chat.template.name, fix="Use another base.")
-    if ours[:2] == [chat.bos_id] * 2:
-        raise UserError(
-            "The chat template writes the beginning-of-text token twice", where=chat.template.name, fix=PLAIN_INSTEAD
-        )
-    chat.encode([Message("user", "x"), Message("assistant", "x")])
 
 
 def _answered(messages: Sequence[Message]) -> Sequence[Message]:

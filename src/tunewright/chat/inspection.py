@@ -61,6 +61,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     if before["kind"] != now["kind"]:
         names = {"own": "the base's own template", "plain": "the plain form"}
         found.append(f"the format was {names[before['kind']]} and is {names[now['kind']]}")
+    elif (old_tools := before.get("tools", "own")) != (new_tools := now.get("tools", "own")):
+        found.append(f"chat.tools was {old_tools} and is {new_tools}")
     elif before["template"] != now["template"]:
         old, new = (str(side["template"]).splitlines() for side in (before, now))
         changed = (i for i, pair in enumerate(zip_longest(old, new), start=1) if pair[0] != pair[1])

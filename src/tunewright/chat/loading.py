@@ -8,13 +8,50 @@ from datetime import date
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from tunewright.chat.format import ChatFormat, chat_format
-from tunewright.chat.templates import TemplateKind
+from tunewright.chat.format import ChatFormat
+from tunewright.chat.templates import PLAIN_INSTEAD, Template, TemplateKind, ToolsKind
+from tunewright.chat.text import TextEncoder
+from tunewright.chat.tool_form import rendered_calls
 from tunewright.config import ChatConfig
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter, Reporter
+from tunewright.data.examples import Message
 from tunewright.models.bases import Base, untrained_tokens
 from tunewright.models.loading import TEKKEN, end_token_ids, load_tokenizer
+
+
+def chat_format(
+    tokenizer: Any, *, stop_ids: frozenset[int], kind: TemplateKind, today: date, tools: ToolsKind = "own"
+) -> ChatFormat:
+    """Return the chat format of a tokenizer.
+
+    Raises:
+        UserError: the tokenizer lacks its own template (``kind``), the template cannot be used, or the
+            tokenizer's rules are not supported.
+    """
+    template = Template.of(tokenizer, kind, today, tools)
+    neutral = template.render([Message("user", "x")], generation_prompt=True)
+    with_calls = list(rendered_calls(template))
+    encoder = TextEncoder(tokenizer, "".join([neutral, *with_calls]))
+    ends = {end for text in with_calls if (end := encoder.last_control(text)) is not None}
+    chat = ChatFormat(tokenizer, template, stop_ids | ends, encoder)
+    _check_rules(chat)
+    return chat
+
+
+def _check_rules(chat: ChatFormat) -> None:
+    """Compare the encoder with the tokenizer's own call on a text without control tokens in messages; try an answer."""
+    text = chat.template.render([Message("user", "What's  new,\n\nZoë?")], generation_prompt=True)
+    (tokens,) = chat.tokens([chat._rendered_row(text, [], [], {})])
+    own: list[int] = chat.tokenizer(text, add_special_tokens=False)["input_ids"]
+    ours = list(tokens.ids)
+    if ours not in (own, [chat.bos_id, *own]):
+        raise UserError("The tokenizer's rules are not supported", where=chat.template.name, fix="Use another base.")
+    if ours[:2] == [chat.bos_id] * 2:
+        raise UserError(
+            "The chat template writes the beginning-of-text token twice", where=chat.template.name, fix=PLAIN_INSTEAD
+        )
+    chat.encode([Message("user", "x"), Message("assistant", "x")])
 
 
 def open_chat(base: Base, settings: ChatConfig | None = None, reporter: Reporter | None = None) -> ChatFormat:
@@ -36,7 +73,11 @@ def open_chat(base: Base, settings: ChatConfig | None = None, reporter: Reporter
                 "instruction-tuned variant has a template."
             )
     chat = chat_format(
-        tokenizer, stop_ids=_stop_ids(tokenizer, base, end_token_ids(base)), kind=kind, today=settings.date
+        tokenizer,
+        stop_ids=_stop_ids(tokenizer, base, end_token_ids(base)),
+        kind=kind,
+        today=settings.date,
+        tools=settings.tools,
     )
     refuse_untrained(chat, base, chat.used_control_ids)
     return chat

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, datetime, time
 from typing import Any, Literal
 
 import jinja2
 
+from tunewright.chat.hermes import hermes_source
+from tunewright.chat.tool_calls import declared_functions, is_builtin
 from tunewright.core.errors import UserError
-from tunewright.data.examples import Message
+from tunewright.data.examples import Message, Role
 
 TemplateKind = Literal["own", "plain"]
+ToolsKind = Literal["own", "hermes"]
 
+HERMES_INSTEAD = "Set chat.tools to hermes, which writes functions and calls as text."
 PLAIN_INSTEAD = "Correct the template in the base's tokenizer files, or set chat.template to plain."
 
 PLAIN_FORM = """\
@@ -47,9 +52,11 @@ class Template:
     """Date for templates that use it."""
     name: str
     """Name of the tokenizer, for messages."""
+    tools: ToolsKind = "own"
+    """The form of functions, calls and results; ``source`` renders it."""
 
     @classmethod
-    def of(cls, tokenizer: Any, kind: TemplateKind, today: date) -> Template:
+    def of(cls, tokenizer: Any, kind: TemplateKind, today: date, tools: ToolsKind = "own") -> Template:
         """Return the tokenizer's own template, or the plain form.
 
         Raises:
@@ -60,6 +67,8 @@ class Template:
         special = {key: str(text) for key, text in sorted(tokenizer.special_tokens_map.items())}
         template = cls(kind, source, special, today, name)
         template._compiled()
+        if tools == "hermes":
+            return replace(template, source=hermes_source(source, tool_role=template._has_tool_role()), tools=tools)
         return template
 
     @property
@@ -67,18 +76,28 @@ class Template:
         """True if the rendered text depends on the date."""
         return "strftime_now" in self.source or "date_string" in self.source
 
+    @property
+    def has_builtin(self) -> bool:
+        """True if the template has a form of its own for Llama's built-in functions."""
+        return self.tools == "own" and "builtin_tools" in self.source
+
     def render(self, messages: Sequence[Message], *, generation_prompt: bool) -> str:
         """Return the conversation as text; with ``generation_prompt``, up to the beginning of the next answer.
 
         Raises:
             UserError: the template refuses this conversation.
         """
+        functions = declared_functions(messages)
+        builtin = [f["name"] for f in functions if self.has_builtin and is_builtin(f)]
+        tools = [{"type": "function", "function": f} for f in functions if f["name"] not in builtin]
         try:
             text = self._compiled().render(
                 {
                     **self.special_tokens,
-                    "messages": [{"role": m.role, "content": m.content} for m in messages],
-                    "tools": None,
+                    "messages": _turns(messages),
+                    "tools": tools or None,
+                    # Llama 3.1's template tests whether this is defined, not whether it is empty.
+                    **({"builtin_tools": builtin} if builtin else {}),
                     "documents": None,
                     "add_generation_prompt": generation_prompt,
                     "strftime_now": datetime.combine(self.today, time()).strftime,
@@ -87,9 +106,22 @@ class Template:
             )
         except Exception as error:
             raise UserError(
-                f"The chat template refuses this conversation: {error}", where=self.name, fix=PLAIN_INSTEAD
+                f"The chat template refuses this conversation: {error}",
+                where=self.name,
+                fix=HERMES_INSTEAD if functions and self.tools == "own" else PLAIN_INSTEAD,
             ) from error
         return str(text)
+
+    def _has_tool_role(self) -> bool:
+        """Return whether the template has a role of its own for results, and writes their text unchanged."""
+        asked = [Message("user", "x"), Message("assistant", "x")]
+        result = 'a "result"'
+        try:
+            as_tool = self.render([*asked, Message("tool", result)], generation_prompt=False)
+            others = [self.render([*asked, Message(role, result)], generation_prompt=False) for role in _OTHER_ROLES]
+        except UserError:
+            return False
+        return result in as_tool and as_tool not in others
 
     def _compiled(self) -> Any:
         # transformers' sandbox (cached there), so that templates behave as in apply_chat_template, which has no way to
@@ -104,6 +136,34 @@ class Template:
                 where=f"{self.name}, chat template line {error.lineno}",
                 fix=PLAIN_INSTEAD,
             ) from error
+
+
+_OTHER_ROLES: tuple[Role, ...] = ("user", "assistant")
+
+
+def _turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Return the turns as transformers' templates take them: arguments as objects, results with their function."""
+    turns = []
+    names: dict[str, str] = {}
+    for message in messages:
+        if message.role == "tools":
+            continue
+        turn: dict[str, Any] = {"role": message.role, "content": message.content}
+        if message.calls:
+            names |= {call.id: call.name for call in message.calls}
+            turn["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": json.loads(call.arguments)},
+                }
+                for call in message.calls
+            ]
+        if message.call_id is not None:
+            turn["tool_call_id"] = message.call_id
+            turn["name"] = names.get(message.call_id)
+        turns.append(turn)
+    return turns
 
 
 def _own(tokenizer: Any, name: str) -> str:

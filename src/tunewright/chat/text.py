@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -43,6 +44,7 @@ class TextEncoder:
         added = {token.content: token for token in tokenizer.added_tokens_decoder.values() if token.content.strip()}
         control = {text: token for text, token in added.items() if token.special or text in written}
         self.control: Mapping[str, int] = {text: tokenizer.convert_tokens_to_ids(text) for text in control}
+        self.control_names: Mapping[int, str] = {number: text for text, number in self.control.items()}
         longest_first = sorted(control, key=len, reverse=True)
         self._look_alike = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._written = re.compile("|".join(_as_written(control[text]) for text in longest_first) or "(?!)")
@@ -59,22 +61,34 @@ class TextEncoder:
     def hide(self, messages: Sequence[Message]) -> tuple[list[Message], dict[int, str]]:
         """Replace texts that look like control tokens by one character each; return the messages and the replacements.
 
-        The characters survive the template's operations (trim, split, join), and cannot become control tokens.
+        The characters survive the template's operations (trim, split, join, JSON), and cannot become control tokens.
+        Calls and declarations are covered too.
 
         Raises:
             UserError: half of a surrogate pair, which no tokenizer accepts.
         """
-        for message in messages:
-            if not message.content.isascii() and any("\ud800" <= c <= "\udfff" for c in message.content):
-                raise UserError(f"Half of a surrogate pair in the {message.role} turn, which is not a character")
-        found = {text for m in messages for text in self._look_alike.findall(m.content)}
+        texts = {text: message.role for message in messages for text in _texts(message)}
+        for text, role in texts.items():
+            if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+                raise UserError(f"Half of a surrogate pair in the {role} turn, which is not a character")
+        found = {match for text in texts for match in self._look_alike.findall(text)}
         if not found:
             return list(messages), {}
-        used = {character for m in messages for character in m.content}
-        free = (code for code in _STAND_INS if chr(code) not in used)
+        used = {character for text in texts for character in text}
+        free = (
+            code for code in _STAND_INS if chr(code) not in used and not any(_escape(code) in text for text in texts)
+        )
         stand_ins = {text: next(free) for text in sorted(found)}
+
+        def hide(text: str) -> str:
+            return self._look_alike.sub(lambda match: chr(stand_ins[match.group()]), text)
+
         hidden = [
-            replace(m, content=self._look_alike.sub(lambda match: chr(stand_ins[match.group()]), m.content))
+            replace(
+                m,
+                content=hide(m.content),
+                calls=tuple(replace(call, name=hide(call.name), arguments=hide(call.arguments)) for call in m.calls),
+            )
             for m in messages
         ]
         return hidden, {code: text for text, code in stand_ins.items()}
@@ -82,6 +96,11 @@ class TextEncoder:
     def control_places(self, text: str) -> list[tuple[int, int, int]]:
         """Return id, begin and end of each control token from the template."""
         return [(self.control[m.group().strip()], m.start(), m.end()) for m in self._written.finditer(text)]
+
+    def last_control(self, text: str) -> int | None:
+        """Return the control token that ends the text, ignoring white space, if one does."""
+        places = self.control_places(text)
+        return places[-1][0] if places and not text[places[-1][2] :].strip() else None
 
     def pieces(self, text: str, hidden: Mapping[int, str], *, start: bool) -> list[Piece]:
         """Return control ids and the runs of text between them, with hidden texts restored.
@@ -102,7 +121,7 @@ class TextEncoder:
             pieces.append(text[place:])
         if start and self.space_first and pieces and isinstance(pieces[0], str) and not pieces[0].startswith(" "):
             pieces[0] = " " + pieces[0]
-        return [piece.translate(hidden) if isinstance(piece, str) else piece for piece in pieces] if hidden else pieces
+        return [_restored(piece, hidden) if isinstance(piece, str) else piece for piece in pieces] if hidden else pieces
 
     def ids(self, runs: Iterable[str]) -> dict[str, list[int]]:
         """Return the ids of each distinct run of text.
@@ -119,6 +138,23 @@ class TextEncoder:
                 token = self._backend.id_to_token(next(i for i in found if i in forbidden))
                 raise UserError(f"The tokenizer encodes the plain text {run[:60]!r} as the control token {token}")
         return ids
+
+
+def _texts(message: Message) -> list[str]:
+    return [message.content, *(text for call in message.calls for text in (call.name, call.arguments))]
+
+
+def _escape(code: int) -> str:
+    """Return the character as JSON in ASCII writes it."""
+    return json.dumps(chr(code))[1:-1]
+
+
+def _restored(piece: str, hidden: Mapping[int, str]) -> str:
+    """Restore hidden texts, which a template may have written as JSON in ASCII."""
+    if "\\u" in piece:
+        for code, text in hidden.items():
+            piece = piece.replace(_escape(code), json.dumps(text)[1:-1])
+    return piece.translate(hidden)
 
 
 def _as_written(token: Any) -> str:

@@ -77,6 +77,13 @@ class ChatConfig(Section):
             "same (2024-07-26: the date in Llama 3.1's template)."
         ),
     ] = datetime.date(2024, 7, 26)
+    tools: Annotated[
+        Literal["own", "hermes"],
+        Field(
+            description="The form of functions, calls and results. `own` is that of the base's chat template. `hermes` "
+            "writes the Hermes format (<tools>, <tool_call>, <tool_response>), for templates without a form."
+        ),
+    ] = "own"
 
 
 class EvaluateConfig(Section):

@@ -204,7 +204,7 @@ class ArmRunner:
         messages = with_demonstrations(member, shown)
         if plan.instruction:
             messages = self.instruction.replaced(messages, self.settings.instructions[plan.instruction - 1])
-        return self.generator.chat.prompt(messages)
+        return self.generator.prompt(messages)
 
 
 def references_inputs(domain: Sequence[Member]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, writing
 from tunewright.core.progress import Reporter
+from tunewright.data.examples import Message
 from tunewright.engines.choice import EMBEDDED, AnswerEngine, answer_engine
 from tunewright.engines.vllm.answers import VllmAnswers
 from tunewright.evaluation.answer_journal import ENGINE, VLLM, Answer, Decoding, appending, read_answers
@@ -125,12 +126,29 @@ class Generator:
         self.stop = stop
         self.grammar = grammar
         self.engine = engine
+        self._functions: dict[Prompt, Message] = {}
         self._model: Any = None
         self._loaded: set[str] = set()
         self._vllm: VllmAnswers | None = None
         if engine.environment is not None:
             self._vllm = VllmAnswers(base, dtype, engine.environment, batch_size, rank, reporter)
         self._announced = False
+
+    def prompt(self, messages: Sequence[Message]) -> Prompt:
+        """Return the ids of a prompt; if it declares functions, calls in its answers are read.
+
+        Raises:
+            UserError: the template refuses this conversation.
+        """
+        ids = self.chat.prompt(messages)
+        if messages[0].role == "tools":
+            self._functions[ids] = messages[0]
+        return ids
+
+    def text(self, prompt: Prompt, completion: Completion) -> str:
+        """Return the text of a prompt's answer; calls have their canonical text."""
+        functions = self._functions.get(prompt)
+        return answer_text(self.chat, completion, () if functions is None else [functions])
 
     @property
     def rows(self) -> int:
@@ -219,7 +237,7 @@ class Generator:
 
             def keep(index: int, completion: Completion) -> None:
                 key = digest(requests[index].prompt_ids)
-                found[key] = answer_text(self.chat, completion), completion.finish == "length"
+                found[key] = self.text(requests[index].prompt_ids, completion), completion.finish == "length"
                 if key not in known:
                     file.write(
                         json.dumps(

@@ -240,7 +240,7 @@ class LearningCurve:
         """Answer the dev rows and score the answers."""
         generator = self.generator()
         examples = [m.example for m in self.version.examples("dev")]
-        answers = generator.answer("answering dev", [self.chat.prompt(e.prompt) for e in examples], self.limit, adapter)
+        answers = generator.answer("answering dev", [generator.prompt(e.prompt) for e in examples], self.limit, adapter)
         return score_all(self.scorer, [g.text for g in answers], examples)
 
     def _point(self, seed: int, share: float, rows: int, adapter: Adapter, scores: Scores) -> Point:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from tunewright.chat.answers import answer_text
 from tunewright.data.versions import Member
 from tunewright.evaluation.generations import Generator, Prompt
 from tunewright.evidence.common import NoiseFloor
@@ -52,8 +51,12 @@ def noise_floor(
                 # Otherwise the second pass would reuse the first pass's keys and values from vLLM's prefix cache.
                 company=f"noise floor, {size} at once",
             )
-            texts = (answer_text(generator.chat, completion) for completion in completions)
-            answers.append(dict(zip(order, texts, strict=True)))
+            answers.append(
+                {
+                    place: generator.text(prompts[place], completion)
+                    for place, completion in zip(order, completions, strict=True)
+                }
+            )
     first, second = ([given[place] for place in places] for given in answers)
     examples = [members[place].example for place in places]
     among = [member.example for member in members]

@@ -129,7 +129,7 @@ def observe_merged(folder: Path, trained: TrainedModel, reporter: Reporter) -> A
         completions = answer(model, probe, chat, None, task.advance)
     return ArtifactOutputs(
         answers=[completion.ids for completion in completions],
-        texts=_texts(chat, completions),
+        texts=_texts(trained, completions),
         distributions=distributions(model, trained.contexts),
         rendered=count_equal_renderings(
             tokenizer, [m.example.prompt for m in probe.members], probe.prompts, trained.system_prompt
@@ -138,7 +138,10 @@ def observe_merged(folder: Path, trained: TrainedModel, reporter: Reporter) -> A
     )
 
 
-def _texts(chat: ChatFormat, completions: Sequence[Completion]) -> list[str]:
+def _texts(trained: TrainedModel, completions: Sequence[Completion]) -> list[str]:
     from tunewright.chat.answers import answer_text
 
-    return [answer_text(chat, completion) for completion in completions]
+    return [
+        answer_text(trained.chat, completion, member.example.prompt)
+        for completion, member in zip(completions, trained.probe.members, strict=True)
+    ]

@@ -81,7 +81,10 @@ class TrainedModel:
     @cached_property
     def texts(self) -> list[str]:
         """The model's answers as text."""
-        return [answer_text(self.chat, completion) for completion in self.completions]
+        return [
+            answer_text(self.chat, completion, member.example.prompt)
+            for completion, member in zip(self.completions, self.probe.members, strict=True)
+        ]
 
     def score(self, texts: Sequence[str]) -> float:
         """Score answers by the config's metric."""

@@ -56,7 +56,11 @@ class DevTask:
                 decode=self.chat.text,
                 on_finished=lambda _index, _completion: task.advance(),
             )
-        return [answer_text(self.chat, c) for c in completions]
+        asked = dict(zip(self.request_of, self.examples, strict=True))
+        return [
+            answer_text(self.chat, completion, asked[place].prompt)
+            for place, completion in zip(places, completions, strict=True)
+        ]
 
     def score(self, answers: Sequence[str]) -> float:
         """Score the answers to all requests by the deciding metric, from 0 to 1.

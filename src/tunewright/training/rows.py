@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 from tunewright.chat.format import ChatFormat, RenderedRow, Tokens
+from tunewright.chat.tool_calls import declared_functions
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.data.examples import Message
@@ -169,14 +171,24 @@ def expected_messages(member: Member, rows: int) -> list[list[Message]]:
     """Return the messages that each row of an example must spell: all turns, or, with one row an answer, those up to
     it.
 
-    In such rows templates may shorten earlier answers, so these are not checked.
+    In such rows templates may shorten earlier answers and drop earlier results (Mistral v2), so these are not checked.
     """
     messages = member.example.messages
     trained = [place for place, m in enumerate(messages) if m.role == "assistant" and m.weight]
     if rows == 1:
         return [list(messages)]
     assert rows == len(trained), "one row, or one for each trained answer"
-    return [[*(m for m in messages[:place] if m.role != "assistant"), messages[place]] for place in trained]
+    return [[*_certain(messages[:place]), messages[place]] for place in trained]
+
+
+def _certain(prompt: Sequence[Message]) -> list[Message]:
+    """Return the turns that every template renders in full: no answers, and results of the last question only."""
+    last = max(place for place, message in enumerate(prompt) if message.role == "user")
+    return [
+        message
+        for place, message in enumerate(prompt)
+        if message.role != "assistant" and (message.role != "tool" or place > last)
+    ]
 
 
 def row_faults(chat: ChatFormat, rows: Sequence[Tokens], expected: Sequence[Sequence[Message]]) -> list[str | None]:
@@ -194,7 +206,9 @@ def row_faults(chat: ChatFormat, rows: Sequence[Tokens], expected: Sequence[Sequ
     )
     faults = []
     for row, messages, text, each in zip(rows, expected, texts, spans, strict=True):
-        trained = [next(answers) for _ in each]
+        trained = [Message("assistant", next(answers)) for _ in each]
+        if messages[0].role == "tools":
+            trained = [chat.answer(row.ids[start : end - 1], messages[:1]) for start, end in each]
         faults.append(_form_fault(chat, row, each) or _text_fault(messages, text, trained))
     return faults
 
@@ -216,21 +230,41 @@ def _form_fault(chat: ChatFormat, row: Tokens, spans: Sequence[tuple[int, int]])
     return None
 
 
-def _text_fault(messages: Sequence[Message], text: str, trained: Sequence[str]) -> str | None:
+def _text_fault(messages: Sequence[Message], text: str, trained: Sequence[Message]) -> str | None:
     """Check that the tokens spell every turn and train every answer; templates may strip white space at the ends."""
-    answers = [m.content for m in messages if m.role == "assistant" and m.weight]
+    answers = [m for m in messages if m.role == "assistant" and m.weight]
     if len(trained) != len(answers):
         return f"{len(trained)} answers would be trained, of {len(answers)}"
     for answer, spelled in zip(answers, trained, strict=True):
-        if _plain(spelled) != _plain(answer):
-            return f"the answer's tokens read {spelled[:60]!r}, not {answer[:60]!r}"
+        if _turn(spelled) != _turn(answer):
+            return f"the answer's tokens read {spelled.text[:60]!r}, not {answer.text[:60]!r}"
+    spelled_text = _plain(text)
     for message in messages:
-        if _plain(message.content) not in _plain(text):
+        in_json = message.role in ("tools", "tool")
+        missing = next((part for part in _parts(message) if not _spelled(part, spelled_text, in_json=in_json)), None)
+        if missing is not None:
             return (
-                f"the tokens don't spell the {message.role} turn {message.content[:60]!r}: the template or the "
-                "tokenizer drops a part"
+                f"the tokens don't spell the {message.role} turn {missing[:60]!r}: the template or the tokenizer "
+                "drops a part"
             )
     return None
+
+
+def _turn(message: Message) -> tuple[str, list[tuple[str, str]]]:
+    return _plain(message.content), [(call.name, call.arguments) for call in message.calls]
+
+
+def _parts(message: Message) -> list[str]:
+    """Return the texts of a turn that its tokens must spell: of functions, their names and descriptions."""
+    if message.role != "tools":
+        return [message.content]
+    functions = declared_functions([message])
+    return [text for f in functions for text in (f["name"], f.get("description", ""))]
+
+
+def _spelled(part: str, text: str, *, in_json: bool) -> bool:
+    """Return whether the text has this part, unchanged or, where a template may write JSON, escaped."""
+    return _plain(part) in text or (in_json and _plain(json.dumps(part, ensure_ascii=False)[1:-1]) in text)
 
 
 def _plain(text: str) -> str:
