@@ -137,7 +137,7 @@ def test_openai_python_works_with_its_defaults(url: str, interpreter: Path, vers
         "embeddings": "NotFoundError embeddings_not_supported None",
         "model": "NotFoundError model_not_found model",
         "retrieve": "NotFoundError model_not_found model",
-        "tools": "BadRequestError unsupported_parameter tools",
+        "tools": "BadRequestError tools_not_supported tools",
         "n": "BadRequestError too_many_choices n",
         "verbosity": "BadRequestError unsupported_parameter verbosity",
         "long": "BadRequestError prompt_too_long messages",

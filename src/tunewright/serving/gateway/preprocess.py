@@ -8,6 +8,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from tunewright.chat import ChatFormat
+from tunewright.chat.call_grammar import call_grammar
+from tunewright.chat.tool_calls import declared_functions
 from tunewright.config import GatewayConfig
 from tunewright.core.errors import UserError
 from tunewright.data.examples import Message
@@ -20,7 +23,8 @@ from tunewright.serving.gateway.auth import Target
 from tunewright.serving.gateway.errors import ApiError
 from tunewright.serving.gateway.request import GenerationRequest, system_source
 from tunewright.serving.gateway.schemas import MAX_PROMPTS, ChatRequest, RequestBody
-from tunewright.serving.gateway.structured import GrammarCache
+from tunewright.serving.gateway.structured import Form, GrammarCache, require_schema
+from tunewright.serving.gateway.tools import CallReader
 
 Ids = tuple[int, ...]
 
@@ -43,6 +47,7 @@ class Tokenization:
         decode: converts an answer's ids to text, without special tokens.
         grammars: compiles constraints on an answer's text, and knows the bytes of each token.
         stops: texts that end every chat answer, in addition to those of the request.
+        chat: reads and constrains calls of functions; None: there are no functions.
     """
 
     render: Callable[[Sequence[Message]], Ids]
@@ -50,6 +55,7 @@ class Tokenization:
     decode: Decode
     grammars: GrammarCompiler
     stops: tuple[str, ...] = ()
+    chat: ChatFormat | None = None
 
 
 class RequestPreprocessor:
@@ -65,6 +71,7 @@ class RequestPreprocessor:
         self._engine = engine
         self._context = context = engine.context_length
         self._grammars = GrammarCache(tokenization.grammars.compile)
+        self._no_tools = _no_tools(tokenization.chat)
         self.body_bytes = limits.max_body_bytes or _BYTES_PER_TOKEN * context + _SPARE_BYTES
         # Tokenizing a long prompt takes half a second, which would block all streams in the event loop. One thread
         # only, since
@@ -84,6 +91,9 @@ class RequestPreprocessor:
             if getattr(body, field, None):
                 message = f"{field} is not supported by the engine {self._engine.name}: remove it."
                 raise ApiError(message, param=field, code="unsupported_parameter")
+        if isinstance(body, ChatRequest) and body.conversation[0].role == "tools" and self._no_tools is not None:
+            message = f"Functions are not supported with this base: {self._no_tools}"
+            raise ApiError(message, param="tools", code="tools_not_supported")
         if body.choices > self._limits.max_n:
             raise ApiError(
                 f"Too many answers: n is {body.choices} (limit {self._limits.max_n}).",
@@ -105,7 +115,20 @@ class RequestPreprocessor:
         Raises:
             ApiError: 400, the form is not valid, not supported, or too complex.
         """
-        return None if body.form is None else await self._grammars.constraint(body.form, tenant)
+        form = body.form
+        if form is None and isinstance(body, ChatRequest) and body.constrains_calls:
+            form = self._calls(body)
+        return None if form is None else await self._grammars.constraint(form, tenant)
+
+    def _calls(self, body: ChatRequest) -> Form:
+        for number, tool in enumerate(body.tools or ()):
+            require_schema(tool.function.parameters or {}, f"tools.{number}.function.parameters")
+        functions, parallel = declared_functions(body.conversation), body.parallel_tool_calls is not False
+        assert self._tokenization.chat is not None, "require_supported() was called before"
+        try:
+            return "tools", call_grammar(self._tokenization.chat, functions, body.chosen, parallel=parallel)
+        except UserError as error:
+            raise ApiError(f"{error.what}.", param="tool_choice", code="invalid_value") from error
 
     async def prompts(self, body: RequestBody, tenant: str, system_prompt: str | None) -> list[Ids]:
         """Return the token ids of each prompt in the body.
@@ -186,6 +209,10 @@ class RequestPreprocessor:
             logit_bias=body.biases,
             logprobs=body.likeliest,
         )
+        calls = None
+        if isinstance(body, ChatRequest) and body.may_call:
+            assert self._tokenization.chat is not None, "require_supported() was called before"
+            calls = CallReader(self._tokenization.chat, body.conversation)
         template_stops = self._tokenization.stops if isinstance(body, ChatRequest) else ()
         return GenerationRequest(
             body,
@@ -194,6 +221,7 @@ class RequestPreprocessor:
             (*template_stops, *(body.stop or ())),
             decode=self._tokenization.decode,
             piece=self._tokenization.grammars.piece,
+            calls=calls,
             limits=self._limits,
             tenant=tenant,
             arrived=arrived,
@@ -211,14 +239,25 @@ class RequestPreprocessor:
 
     def _ids(self, body: RequestBody, system_prompt: str | None) -> list[Ids]:
         if isinstance(body, ChatRequest):
-            messages = body.conversation
+            messages = list(body.conversation)
             if system_prompt is not None and system_source(body, system_prompt) == "adapter":
-                messages.insert(0, Message("system", system_prompt))
+                messages.insert(messages[0].role == "tools", Message("system", system_prompt))
             return [self._tokenization.render(messages)]
         return [self._tokenization.continuation(text) for text in body.texts]
 
 
+def _no_tools(chat: ChatFormat | None) -> str | None:
+    """Return why functions are not supported; None if they are."""
+    if chat is None:
+        return "it has no chat template."
+    try:
+        chat.tool_form  # noqa: B018 - it is found here, and not while a request waits
+    except UserError as error:
+        return f"{error.what}."
+    return None
+
+
 def _characters(body: RequestBody) -> int:
     if isinstance(body, ChatRequest):
-        return sum(len(part.text) for message in body.messages for part in message.content)
+        return sum(len(message.text) for message in body.conversation)
     return sum(map(len, body.prompt))

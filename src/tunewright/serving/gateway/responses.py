@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from tunewright.data.examples import ToolCall
 from tunewright.generation.requests import Finish
 from tunewright.serving.gateway.errors import ApiError
 from tunewright.serving.gateway.request import ScoredToken, TextChunk
@@ -23,6 +24,7 @@ class Answer:
     text: str
     finish: Finish
     scored: tuple[ScoredToken, ...] | None = None
+    calls: tuple[ToolCall, ...] = ()
 
 
 class ResponseFormat(Protocol):
@@ -101,9 +103,9 @@ class ChatCompletionResponse(_OpenAIResponse):
         choices = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": answer.text, "refusal": None},
+                "message": _message(answer),
                 "logprobs": _chat_logprobs(answer.scored),
-                "finish_reason": answer.finish,
+                "finish_reason": _finish_reason(answer),
             }
             for index, answer in enumerate(answers)
         ]
@@ -118,21 +120,42 @@ class ChatCompletionResponse(_OpenAIResponse):
         return self._chunk(index, {"content": chunk.text}, chunk.scored)
 
     def finish_chunks(self, index: int, answer: Answer) -> list[Document]:
-        """Return a ``chat.completion.chunk`` without text."""
-        return [self._chunk(index, {}, finish=answer.finish)]
+        """Return a ``chat.completion.chunk`` with each call, and one with the finish reason alone."""
+        calls = [
+            self._chunk(index, {"tool_calls": [{"index": place, **_call(call)}]})
+            for place, call in enumerate(answer.calls)
+        ]
+        return [*calls, self._chunk(index, {}, finish=_finish_reason(answer))]
 
     def _chunk(
         self,
         index: int,
-        delta: dict[str, str],
+        delta: Document,
         scored: Sequence[ScoredToken] | None = None,
-        finish: Finish | None = None,
+        finish: str | None = None,
     ) -> Document:
         choice = {"index": index, "delta": delta, "logprobs": _chat_logprobs(scored), "finish_reason": finish}
         return self._document([choice], chunk=True)
 
     def _kind(self, *, chunk: bool) -> tuple[str, str]:
         return "chatcmpl", "chat.completion.chunk" if chunk else "chat.completion"
+
+
+def _message(answer: Answer) -> Document:
+    message: Document = {"role": "assistant", "content": answer.text, "refusal": None}
+    if answer.calls:
+        message |= {"content": answer.text or None, "tool_calls": [_call(call) for call in answer.calls]}
+    return message
+
+
+def _call(call: ToolCall) -> Document:
+    """Return a call with a new id: the model's own ids are places, and repeat in each conversation."""
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": f"call_{new_id()[:24]}", "type": "function", "function": function}
+
+
+def _finish_reason(answer: Answer) -> str:
+    return "tool_calls" if answer.calls and answer.finish == "stop" else answer.finish
 
 
 class CompletionResponse(_OpenAIResponse):

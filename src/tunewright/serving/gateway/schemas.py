@@ -17,10 +17,11 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from tunewright.core.unicode import mark_fault, normalize
-from tunewright.data.examples import Message
+from tunewright.data.examples import Message, ToolCall
 from tunewright.serving.gateway.errors import ApiError
 from tunewright.serving.gateway.parsing import Part
 from tunewright.serving.gateway.structured import AnswerFormat, Choices, Form, Schema, StructuredOutputs, one_form
+from tunewright.serving.gateway.tools import AssistantCall, Choice, Tool, ToolChoice, declarations, numbered
 
 ANSWER_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
@@ -39,9 +40,7 @@ ANSWER_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),  # {} turns web search on
 }
 _CHAT_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "tool_choice": ("auto", "none"),
     "function_call": ("auto", "none"),
-    "parallel_tool_calls": (True, False),
     "reasoning_effort": ("none",),
     "modalities": (["text"],),
     "verbosity": ("medium",),
@@ -84,18 +83,40 @@ def as_system(role: Any) -> Any:
 class ChatMessage(Part):
     """One message; a plain string becomes a single part, and the role ``developer`` becomes ``system``."""
 
-    role: Annotated[Literal["system", "user", "assistant"], BeforeValidator(as_system)]
+    role: Annotated[Literal["system", "user", "assistant", "tool"], BeforeValidator(as_system)]
     content: Annotated[list[TextPart], Field(min_length=1), BeforeValidator(_one_part)]
     name: str | None = None  # not rendered: no chat template of Llama or Mistral has a place for it
+    tool_calls: list[AssistantCall] | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _calls_need_no_text(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("content") is None and data.get("tool_calls"):
+            return {**data, "content": ""}
+        return data
 
     @model_validator(mode="after")
     def _few_marks(self) -> Self:
         refuse_mark_runs(self._text)  # joined, since a run may continue in the next part
         return self
 
-    def as_message(self) -> Message:
-        """Return the message in the form of training data: Unicode NFC, as in datasets."""
-        return Message(self.role, normalize(self._text))
+    @model_validator(mode="after")
+    def _calls_in_their_place(self) -> Self:
+        if (self.role == "tool") is (self.tool_call_id is None):
+            raise PydanticCustomError("tool_call_id", "tool_call_id goes with the role tool, and with no other")
+        if self.tool_calls and self.role != "assistant":
+            raise PydanticCustomError("tool_calls", "tool_calls goes with the role assistant, and with no other")
+        return self
+
+    def as_message(self, *, calls: tuple[ToolCall, ...] = (), call_id: str | None = None) -> Message:
+        """Return the message in the form of training data: Unicode NFC, as in datasets.
+
+        Args:
+            calls: an assistant's calls, with ids by place.
+            call_id: the call that a result answers.
+        """
+        return Message(self.role, normalize(self._text), calls=calls, call_id=call_id)
 
     @property
     def _text(self) -> str:
@@ -108,6 +129,8 @@ class StreamOptions(Part):
     include_usage: bool | None = None
 
 
+MAX_TOOLS = 128
+"""As in OpenAI's API."""
 MAX_PROMPTS = 128
 """Maximum number of prompts in one completion request."""
 
@@ -222,6 +245,9 @@ class ChatRequest(_BaseRequest):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None
+    tools: Annotated[list[Tool] | None, Field(max_length=MAX_TOOLS)] = None
+    tool_choice: Choice = None
+    parallel_tool_calls: bool | None = None
 
     @model_validator(mode="after")
     def _one_limit(self) -> Self:
@@ -246,17 +272,49 @@ class ChatRequest(_BaseRequest):
         """Maximum number of tokens the answer may have; None: as many as the context has room for."""
         return self.max_completion_tokens if self.max_tokens is None else self.max_tokens
 
+    @model_validator(mode="after")
+    def _valid_calls(self) -> Self:
+        if not self.tools and self.tool_choice not in (None, "auto", "none"):
+            raise ApiError("tool_choice requires tools.", param="tool_choice", code="invalid_value")
+        if self.may_call and self.form is not None:
+            message = f"{self.form[0]} together with tools is not supported: set tool_choice to none."
+            raise ApiError(message, param=self.form[0], code="unsupported_parameter")
+        self.conversation  # noqa: B018 - it raises
+        return self
+
     @property
+    def may_call(self) -> bool:
+        """True if the answer may be calls of functions."""
+        return bool(self.tools) and self.tool_choice != "none"
+
+    @property
+    def chosen(self) -> str:
+        """The choice of functions: "auto", "required" or a function's name."""
+        choice = self.tool_choice
+        return choice.function.name if isinstance(choice, ToolChoice) else choice or "auto"
+
+    @property
+    def constrains_calls(self) -> bool:
+        """True if calls must match the functions' schemas, there must be one, or there may not be several."""
+        strict = any(tool.function.strict for tool in self.tools or ())
+        return self.may_call and (strict or self.chosen != "auto" or self.parallel_tool_calls is False)
+
+    @cached_property
     def conversation(self) -> list[Message]:
-        """The messages in the form of training data, with one system message at most at the beginning.
+        """The messages in the form of training data: functions first, then at most one system message.
 
         Some frameworks send several there, for example pydantic-ai its system prompt and its instructions. They are
-        joined by a blank line.
+        joined by a blank line. Functions that the answer must not call are left out, if no message calls them.
+
+        Raises:
+            ApiError: 400, calls and results do not match, or a function is declared twice.
         """
-        messages = [message.as_message() for message in self.messages]
+        messages = numbered(self.messages)
         system = list(takewhile(lambda message: message.role == "system", messages))
         if len(system) > 1:
             messages[: len(system)] = [Message("system", "\n\n".join(message.content for message in system))]
+        if self.tools and (self.may_call or any(message.calls for message in messages)):
+            messages.insert(0, declarations(self.tools))
         return messages
 
     @property

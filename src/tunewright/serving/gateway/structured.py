@@ -137,11 +137,20 @@ def _form(name: str, value: Any, param: str) -> Form:
 
 
 def _schema(schema: dict[str, Any], param: str) -> Grammar:
+    require_schema(schema, param)
+    return Grammar.json_schema(schema)
+
+
+def require_schema(schema: dict[str, Any], param: str) -> None:
+    """Check a schema's size, and that it is not recursive.
+
+    Raises:
+        ApiError: 400, naming the field.
+    """
     _require_size(schema, param)
     if (cycle := _recursion(schema)) is not None:
         message = f"{param}: the schema is recursive, at {cycle!r}. Write the levels out that answers may have."
         raise ApiError(message, param=param, code="recursive_schema")
-    return Grammar.json_schema(schema)
 
 
 def _require_size(value: Any, param: str) -> None:
