@@ -25,6 +25,7 @@ from tunewright.serving.gateway.auth import AnonymousAuth
 from tunewright.serving.gateway.errors import ApiError
 from tunewright.serving.gateway.parsing import parse_request
 from tunewright.serving.gateway.preprocess import Tokenization
+from tunewright.serving.gateway.responses_api import ResponsesRequest
 from tunewright.serving.gateway.schemas import ChatRequest
 from tunewright.serving.gateway.server import serving
 
@@ -197,6 +198,62 @@ def test_tool_choice_none_answers_as_without_tools(embedded: openai.OpenAI) -> N
     without = embedded.chat.completions.create(**how)
     none = embedded.chat.completions.create(tools=TOOLS, tool_choice="none", **how)
     assert (none.choices, none.usage) == (without.choices, without.usage)
+
+
+FLAT: list[Any] = [{"type": "function", "strict": None, **function} for function in (WEATHER, CLOCK)]
+
+
+@pytest.mark.parametrize("content", ["", "I look."])
+def test_response_has_the_calls_as_items_and_its_events_join_to_them(content: str) -> None:
+    chat = family("hermes-chatml")
+    turn = Message("assistant", content, calls=(CALL, ToolCall("clock", "{}", call_id(1))))
+    engine = Saying(answer_ids(chat, turn))
+    how: Any = {"model": "base", "input": "How is it there?", "tools": FLAT}
+    with client_of(engine, chat) as client:
+        response = client.responses.create(**how)
+        events = list(client.responses.create(stream=True, **how))
+        with client.responses.stream(**how) as stream:
+            final = stream.get_final_response()
+        items: Any = [{"role": "user", "content": "How is it there?"}, *response.output]
+        made = [item for item in response.output if item.type == "function_call"]
+        items += [{"type": "function_call_output", "call_id": call.call_id, "output": "rain"} for call in made]
+        client.responses.create(model="base", input=items, tools=FLAT)
+    expected = [("weather", CALL.arguments), ("clock", "{}")]
+    for each in (response, final):
+        assert [(item.name, item.arguments) for item in each.output if item.type == "function_call"] == expected
+        assert (each.output_text, each.status) == (content, "completed")
+    done: Any = [event for event in events if event.type == "response.output_item.done"]
+    assert [event.output_index for event in done] == list(range(len(response.output)))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    results = [Message("tool", "rain", call_id=call_id(place)) for place in range(2)]
+    assert engine.asked[-1][0].prompt_ids == chat.prompt([*ASKED, turn, *results])
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"input": [{"type": "function_call_output", "call_id": "a", "output": "x"}]}, "input"),
+        ({"input": [{"type": "function_call", "call_id": "a", "name": "clock"}]}, "input.0.arguments"),
+        ({"input": [{"type": "item_reference", "id": "a"}]}, "input.0.type"),
+        ({"tools": [{"type": "web_search"}]}, "tools.0.name"),
+        ({"tool_choice": "any"}, "tool_choice"),
+    ],
+)
+def test_fault_of_calls_in_a_request_for_a_response_names_its_field(more: dict[str, Any], param: str) -> None:
+    body = {"model": "m", "input": "x", "tools": FLAT} | more
+    with pytest.raises(ApiError) as caught:
+        parse_request(ResponsesRequest, json.dumps(body).encode()).as_chat()
+    assert (caught.value.status, caught.value.param) == (400, param)
+
+
+def test_required_call_of_a_response_matches_its_schema(embedded: openai.OpenAI) -> None:
+    named: Any = {"type": "function", "name": "weather"}
+    response = embedded.responses.create(
+        model="courts", input="How is it there?", tools=FLAT, tool_choice=named, max_output_tokens=200
+    )
+    (call,) = response.output
+    assert call.type == "function_call"
+    jsonschema.validate(json.loads(call.arguments), WEATHER["parameters"])
 
 
 def turn(**fields: Any) -> dict[str, Any]:

@@ -40,8 +40,8 @@ class ResponseFormat(Protocol):
     def first_chunks(self) -> list[Document]:
         """Return the chunks that a stream begins with."""
 
-    def text_chunk(self, index: int, chunk: TextChunk) -> Document:
-        """Return a chunk with some text of a choice."""
+    def text_chunk(self, index: int, chunk: TextChunk) -> list[Document]:
+        """Return the chunks with some text of a choice."""
 
     def finish_chunks(self, index: int, answer: Answer) -> list[Document]:
         """Return the last chunks of a choice, with its finish reason."""
@@ -115,9 +115,9 @@ class ChatCompletionResponse(_OpenAIResponse):
         """Return a chunk with the role for each choice."""
         return [self._chunk(index, {"role": "assistant", "content": ""}) for index in range(self.body.choices)]
 
-    def text_chunk(self, index: int, chunk: TextChunk) -> Document:
+    def text_chunk(self, index: int, chunk: TextChunk) -> list[Document]:
         """Return a ``chat.completion.chunk`` with text."""
-        return self._chunk(index, {"content": chunk.text}, chunk.scored)
+        return [self._chunk(index, {"content": chunk.text}, chunk.scored)]
 
     def finish_chunks(self, index: int, answer: Answer) -> list[Document]:
         """Return a ``chat.completion.chunk`` with each call, and one with the finish reason alone."""
@@ -170,9 +170,9 @@ class CompletionResponse(_OpenAIResponse):
         """Return no chunks."""
         return []
 
-    def text_chunk(self, index: int, chunk: TextChunk) -> Document:
+    def text_chunk(self, index: int, chunk: TextChunk) -> list[Document]:
         """Return a ``text_completion`` with text."""
-        return self._document([_choice(index, chunk.text, None, chunk.scored)])
+        return [self._document([_choice(index, chunk.text, None, chunk.scored)])]
 
     def finish_chunks(self, index: int, answer: Answer) -> list[Document]:
         """Return a ``text_completion`` with the finish reason."""

@@ -1,4 +1,4 @@
-"""OpenAI's responses API (https://platform.openai.com/docs/api-reference/responses): texts, without stored state.
+"""OpenAI's responses API (https://platform.openai.com/docs/api-reference/responses), without stored state.
 
 A request is answered as the chat request with the same messages: the same prompt, limits and quota.
 """
@@ -10,10 +10,10 @@ from functools import cached_property
 from itertools import count
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from tunewright.serving.gateway.errors import ApiError
-from tunewright.serving.gateway.parsing import Part
+from tunewright.serving.gateway.parsing import Part, as_request
 from tunewright.serving.gateway.request import TextChunk
 from tunewright.serving.gateway.responses import Answer, Document, new_id, now
 from tunewright.serving.gateway.schemas import (
@@ -27,6 +27,7 @@ from tunewright.serving.gateway.schemas import (
     refuse_mark_runs,
 )
 from tunewright.serving.gateway.structured import Form
+from tunewright.serving.gateway.tools import FunctionDeclaration
 
 SCHEMA_PARAM = "text.format.schema"
 
@@ -99,8 +100,48 @@ class ResponsesChatRequest(ChatRequest):
         return form and (SCHEMA_PARAM, form[1])
 
 
+class FunctionCallItem(Part):
+    """A call of an earlier response's output."""
+
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str
+    id: str | None = None
+    status: str | None = None
+
+
+class FunctionOutputItem(Part):
+    """The result of a call."""
+
+    type: Literal["function_call_output"]
+    call_id: str
+    output: str
+    id: str | None = None
+    status: str | None = None
+
+
+def _item_type(item: Any) -> str:
+    kind = item.get("type") if isinstance(item, dict) else None
+    return {"function_call": "[call]", "function_call_output": "[output]"}.get(kind, "[message]")
+
+
+InputItem = Annotated[
+    Annotated[InputMessage, Tag("[message]")]
+    | Annotated[FunctionCallItem, Tag("[call]")]
+    | Annotated[FunctionOutputItem, Tag("[output]")],
+    Discriminator(_item_type),
+]
+
+
 def _one_message(given: Any) -> Any:
     return [{"role": "user", "content": given}] if isinstance(given, str) else given
+
+
+class ResponsesTool(FunctionDeclaration):
+    """A declared function."""
+
+    type: Literal["function"]
 
 
 class ResponsesRequest(Part):
@@ -108,13 +149,14 @@ class ResponsesRequest(Part):
 
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         **ANSWER_NEUTRAL,
-        "parallel_tool_calls": (True, False),
-        "tool_choice": ("auto", "none"),
         "truncation": ("disabled",),
     }
 
     model: str
-    input: Annotated[list[InputMessage], Field(min_length=1), BeforeValidator(_one_message)]
+    input: Annotated[list[InputItem], Field(min_length=1), BeforeValidator(_one_message)]
+    tools: list[ResponsesTool] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
@@ -152,15 +194,45 @@ class ResponsesRequest(Part):
         Raises:
             ApiError: 400, the form of the answer is not valid or over a limit.
         """
-        messages = [{"role": message.role, "content": message.text} for message in self.input]
+        messages = _chat_messages(self.input)
         if self.instructions is not None:
             messages.insert(0, {"role": "system", "content": self.instructions})
         same = ("model", "temperature", "top_p", "stream", "user", "safety_identifier", "metadata", "service_tier")
-        fields = {name: getattr(self, name) for name in same}
+        fields = {name: getattr(self, name) for name in (*same, "parallel_tool_calls")}
         if self.text and self.text.format:
             fields["response_format"] = self.text.format.response_format
-        limit = {"max_completion_tokens": self.max_output_tokens}
-        return ResponsesChatRequest.model_validate({**fields, **limit, "messages": messages})
+        if self.tools:
+            declared = [tool.model_dump(exclude={"type"}, exclude_none=True) for tool in self.tools]
+            fields["tools"] = [{"type": "function", "function": function} for function in declared]
+        choice = self.tool_choice
+        if isinstance(choice, dict):
+            name = {key: value for key, value in choice.items() if key != "type"}
+            choice = {"type": choice.get("type"), "function": name}
+        limit = {"max_completion_tokens": self.max_output_tokens, "tool_choice": choice}
+        try:
+            return as_request(ResponsesChatRequest, {**fields, **limit, "messages": messages})
+        except ApiError as error:
+            if error.param is None or not error.param.startswith("messages"):
+                raise
+            message = error.message.replace(error.param, "input")
+            raise ApiError(message, param="input", code=error.code) from error
+
+
+def _chat_messages(items: Sequence[InputMessage | FunctionCallItem | FunctionOutputItem]) -> list[dict[str, Any]]:
+    """Return the messages of a chat request; calls in a row, and a text before them, are one turn of the assistant."""
+    messages: list[dict[str, Any]] = []
+    for item in items:
+        if isinstance(item, InputMessage):
+            messages.append({"role": item.role, "content": item.text})
+        elif isinstance(item, FunctionOutputItem):
+            messages.append({"role": "tool", "tool_call_id": item.call_id, "content": item.output})
+        else:
+            if not messages or messages[-1]["role"] != "assistant":
+                messages.append({"role": "assistant", "content": ""})
+            function = {"name": item.name, "arguments": item.arguments}
+            call = {"id": item.call_id, "type": "function", "function": function}
+            messages[-1].setdefault("tool_calls", []).append(call)
+    return messages
 
 
 class ResponsesFormat:
@@ -177,34 +249,48 @@ class ResponsesFormat:
         self._id, self._item, self._created = f"resp_{new_id()}", f"msg_{new_id()}", now()
         self._numbers = count()
         self._answer: Answer | None = None
+        self._calls: list[Document] = []
+        self._begun = False
 
     def response(self, answers: Sequence[Answer], usage: Usage) -> Document:
         """Return the complete response."""
-        (self._answer,) = answers
+        (answer,) = answers
+        self._complete(answer)
         return self._document(usage)
 
     def first_chunks(self) -> list[Document]:
-        """Return the events up to the beginning of the text."""
+        """Return the events that begin the response."""
         return [
             self._event("response.created", response=self._document(None)),
             self._event("response.in_progress", response=self._document(None)),
-            self._event("response.output_item.added", output_index=0, item=self._message("in_progress", [])),
-            self._part_event("response.content_part.added", part=_output_text("")),
         ]
 
-    def text_chunk(self, index: int, chunk: TextChunk) -> Document:  # noqa: ARG002 - there is one answer
-        """Return an event with some text."""
-        return self._part_event("response.output_text.delta", delta=chunk.text, logprobs=[])
+    def text_chunk(self, index: int, chunk: TextChunk) -> list[Document]:  # noqa: ARG002 - there is one answer
+        """Return an event with some text; the first has the beginning of the message before it."""
+        return [*self._begin(), self._part_event("response.output_text.delta", delta=chunk.text, logprobs=[])]
 
     def finish_chunks(self, index: int, answer: Answer) -> list[Document]:  # noqa: ARG002 - there is one answer
-        """Return the events that end the text."""
-        self._answer = answer
-        part = _output_text(answer.text)
-        return [
-            self._part_event("response.output_text.done", text=answer.text, logprobs=[]),
-            self._part_event("response.content_part.done", part=part),
-            self._event("response.output_item.done", output_index=0, item=self._message(self._status, [part])),
-        ]
+        """Return the events that end the message, and those of each call."""
+        self._complete(answer)
+        events = [] if answer.calls else self._begin()
+        if self._begun:
+            part = _output_text(answer.text)
+            events += [
+                self._part_event("response.output_text.done", text=answer.text, logprobs=[]),
+                self._part_event("response.content_part.done", part=part),
+                self._event("response.output_item.done", output_index=0, item=self._message(self._status, [part])),
+            ]
+        for place, call in enumerate(self._calls, start=int(self._begun)):
+            item = {"item_id": call["id"], "output_index": place}
+            begun = {**call, "arguments": "", "status": "in_progress"}
+            arguments = call["arguments"]
+            events += [
+                self._event("response.output_item.added", output_index=place, item=begun),
+                self._event("response.function_call_arguments.delta", **item, delta=arguments),
+                self._event("response.function_call_arguments.done", **item, name=call["name"], arguments=arguments),
+                self._event("response.output_item.done", output_index=place, item=call),
+            ]
+        return events
 
     def last_chunks(self, usage: Usage) -> list[Document]:
         """Return the event with the complete response."""
@@ -220,6 +306,37 @@ class ResponsesFormat:
             return "in_progress"
         return "completed" if self._answer.finish == "stop" else "incomplete"
 
+    def _begin(self) -> list[Document]:
+        """Return the events that begin the message, once."""
+        if self._begun:
+            return []
+        self._begun = True
+        return [
+            self._event("response.output_item.added", output_index=0, item=self._message("in_progress", [])),
+            self._part_event("response.content_part.added", part=_output_text("")),
+        ]
+
+    def _complete(self, answer: Answer) -> None:
+        self._answer = answer
+        self._calls = [
+            {
+                "id": f"fc_{new_id()}",
+                "type": "function_call",
+                "call_id": f"call_{new_id()[:24]}",
+                "name": call.name,
+                "arguments": call.arguments,
+                "status": "completed",
+            }
+            for call in answer.calls
+        ]
+
+    def _output(self) -> list[Document]:
+        answer = self._answer
+        if answer is None:
+            return []
+        message = [self._message(self._status, [_output_text(answer.text)])] if answer.text or not answer.calls else []
+        return [*message, *self._calls]
+
     def _event(self, kind: str, **fields: Any) -> Document:
         return {"type": kind, "sequence_number": next(self._numbers), **fields}
 
@@ -230,7 +347,7 @@ class ResponsesFormat:
         return {"id": self._item, "type": "message", "role": "assistant", "status": status, "content": content}
 
     def _document(self, usage: Usage | None) -> Document:
-        body, answer = self._body, self._answer
+        body = self._body
         text = body.text.model_dump(by_alias=True, exclude_none=True) if body.text else {}
         return {
             "id": self._id,
@@ -243,19 +360,23 @@ class ResponsesFormat:
             "max_output_tokens": body.max_output_tokens,
             "metadata": body.metadata or {},
             "model": body.model,
-            "output": [] if answer is None else [self._message(self._status, [_output_text(answer.text)])],
-            "parallel_tool_calls": True,
+            "output": self._output(),
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": None,
             "service_tier": "default",
             "store": False,  # whatever the request says
             "temperature": body.temperature or 0.0,
             "text": {"format": {"type": "text"}, **text},
-            "tool_choice": "auto",
-            "tools": [],
+            "tool_choice": body.tool_choice or "auto",
+            "tools": [_declared(tool) for tool in body.tools or ()],
             "top_p": 1.0 if body.top_p is None else body.top_p,
             "truncation": "disabled",
             "usage": usage and _usage(usage),
         }
+
+
+def _declared(tool: ResponsesTool) -> Document:
+    return {"parameters": None, "strict": None, **tool.model_dump(exclude_none=True)}
 
 
 def _output_text(text: str) -> Document:
