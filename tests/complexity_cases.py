@@ -30,7 +30,9 @@ from tunewright.data.readers.mapping import compile_jmespath
 from tunewright.data.versions.diff import marked
 from tunewright.generation.text_stream import StopFilter
 from tunewright.report.markdown import plain
-from tunewright.serving.gateway.schemas import ApiError, ChatRequest, CompletionRequest, parse_request
+from tunewright.serving.gateway.errors import ApiError
+from tunewright.serving.gateway.parsing import parse_request
+from tunewright.serving.gateway.schemas import ChatRequest, CompletionRequest
 
 Use = Callable[[Any], object]
 

@@ -39,7 +39,9 @@ from tunewright.data.selection import Origins, Selection, select
 from tunewright.data.versions import Member
 from tunewright.models.memory.shape import Shape
 from tunewright.serving.gateway.connections import MAX_HEADER_BYTES, BoundedHttpProtocol, ConnectionState
-from tunewright.serving.gateway.schemas import ApiError, ChatRequest, CompletionRequest, parse_request
+from tunewright.serving.gateway.errors import ApiError
+from tunewright.serving.gateway.parsing import parse_request
+from tunewright.serving.gateway.schemas import ChatRequest, CompletionRequest
 
 CORPUS = Path(__file__).parent / "corpus"
 SHAPE = Shape(2, 64, 128, 4, 2, 16, 384, tied=True, attention_bias=False, mlp_bias=False)

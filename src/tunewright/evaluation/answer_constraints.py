@@ -8,12 +8,12 @@ from functools import cached_property
 from typing import Literal
 
 from tunewright.chat import ChatFormat
-from tunewright.chat.answers import answer_length, constraint_on
+from tunewright.chat.answers import answer_length, grammar_compiler
 from tunewright.chat.call_grammar import call_grammar
 from tunewright.chat.tool_calls import declared_functions
 from tunewright.config.project import ProjectFolder
 from tunewright.data.examples import Example, Message
-from tunewright.generation.constraints import Constraint, Grammar
+from tunewright.generation.constraints import Constraint, Grammar, GrammarCompiler
 
 _MOST = 512
 """Compiled grammars that are kept."""
@@ -57,9 +57,13 @@ class AnswerConstraints:
         self._compiled: OrderedDict[str, Constraint] = OrderedDict()
 
     @cached_property
+    def _compiler(self) -> GrammarCompiler:
+        return grammar_compiler(self._chat)
+
+    @cached_property
     def _shared(self) -> Constraint:
         assert isinstance(self._grammar, Grammar)
-        return constraint_on(self._chat, self._grammar)
+        return self._compiler.compile(self._grammar)
 
     def of_row(self, functions: Message | None) -> Constraint | None:
         """Return the constraint on a row's answer; None for calls in a row that declares no functions.
@@ -76,7 +80,7 @@ class AnswerConstraints:
             return None
         if functions.content not in self._compiled:
             grammar = call_grammar(self._chat, declared_functions([functions]), self._grammar.choice)
-            self._compiled[functions.content] = constraint_on(self._chat, grammar)
+            self._compiled[functions.content] = self._compiler.compile(grammar)
             if len(self._compiled) > _MOST:
                 self._compiled.popitem(last=False)
         return self._compiled[functions.content]

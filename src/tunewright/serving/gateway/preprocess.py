@@ -11,12 +11,16 @@ from dataclasses import dataclass
 from tunewright.config import GatewayConfig
 from tunewright.core.errors import UserError
 from tunewright.data.examples import Message
+from tunewright.engines.protocol import Engine
+from tunewright.generation.constraints import Constraint, GrammarCompiler
 from tunewright.generation.requests import Request
 from tunewright.generation.text_stream import Decode
 from tunewright.serving.gateway.admission import AdmissionQueue
 from tunewright.serving.gateway.auth import Target
+from tunewright.serving.gateway.errors import ApiError
 from tunewright.serving.gateway.request import GenerationRequest, system_source
-from tunewright.serving.gateway.schemas import ApiError, ChatRequest, RequestBody
+from tunewright.serving.gateway.schemas import MAX_PROMPTS, ChatRequest, RequestBody
+from tunewright.serving.gateway.structured import GrammarCache
 
 Ids = tuple[int, ...]
 
@@ -37,12 +41,14 @@ class Tokenization:
             UserError that it raises becomes a response with status 400.
         continuation: converts a text to continue to its ids, without the template. Its UserErrors become 400, too.
         decode: converts an answer's ids to text, without special tokens.
+        grammars: compiles constraints on an answer's text, and knows the bytes of each token.
         stops: texts that end every chat answer, in addition to those of the request.
     """
 
     render: Callable[[Sequence[Message]], Ids]
     continuation: Callable[[str], Ids]
     decode: Decode
+    grammars: GrammarCompiler
     stops: tuple[str, ...] = ()
 
 
@@ -50,13 +56,15 @@ class RequestPreprocessor:
     """Tokenizes prompts, checks them against the limits, and makes generation requests of them.
 
     Args:
-        context: maximum tokens of a prompt and its answer together.
+        engine: the engine that answers.
     """
 
-    def __init__(self, tokenization: Tokenization, limits: GatewayConfig, context: int) -> None:
+    def __init__(self, tokenization: Tokenization, limits: GatewayConfig, engine: Engine) -> None:
         self._tokenization = tokenization
         self._limits = limits
-        self._context = context
+        self._engine = engine
+        self._context = context = engine.context_length
+        self._grammars = GrammarCache(tokenization.grammars.compile)
         self.body_bytes = limits.max_body_bytes or _BYTES_PER_TOKEN * context + _SPARE_BYTES
         # Tokenizing a long prompt takes half a second, which would block all streams in the event loop. One thread
         # only, since
@@ -65,6 +73,39 @@ class RequestPreprocessor:
         self._queue = AdmissionQueue(1)
         # Prompts arrive one by one: handing one to the tokenizer's own threads costs more than it saves.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+    def require_supported(self, body: RequestBody) -> None:
+        """Check the fields that depend on the engine, the base or the config.
+
+        Raises:
+            ApiError: 400, naming the field.
+        """
+        for field in sorted(self._engine.unsupported):
+            if getattr(body, field, None):
+                message = f"{field} is not supported by the engine {self._engine.name}: remove it."
+                raise ApiError(message, param=field, code="unsupported_parameter")
+        if body.choices > self._limits.max_n:
+            raise ApiError(
+                f"Too many answers: n is {body.choices} (limit {self._limits.max_n}).",
+                param="n",
+                code="too_many_choices",
+            )
+        prompts = 1 if isinstance(body, ChatRequest) else len(body.prompt)
+        if prompts * body.choices > MAX_PROMPTS:
+            message = f"Too many answers: {prompts} prompts with n {body.choices} (limit {MAX_PROMPTS} in all)."
+            raise ApiError(message, param="n", code="too_many_choices")
+        for token, _ in body.biases:
+            if token >= self._tokenization.grammars.vocabulary:
+                message = f"logit_bias: {token} is not a token (the base has {self._tokenization.grammars.vocabulary})."
+                raise ApiError(message, param="logit_bias", code="invalid_value")
+
+    async def constraint(self, body: RequestBody, tenant: str) -> Constraint | None:
+        """Return the compiled form of the answer; None: any text.
+
+        Raises:
+            ApiError: 400, the form is not valid, not supported, or too complex.
+        """
+        return None if body.form is None else await self._grammars.constraint(body.form, tenant)
 
     async def prompts(self, body: RequestBody, tenant: str, system_prompt: str | None) -> list[Ids]:
         """Return the token ids of each prompt in the body.
@@ -78,7 +119,7 @@ class RequestPreprocessor:
         """
         if isinstance(body, ChatRequest) and len(body.messages) > self._limits.max_messages:
             message = f"Too many messages: {len(body.messages)} (limit {self._limits.max_messages})."
-            raise ApiError(message, param="messages", code="too_many_messages")
+            raise ApiError(message, param=body.prompt_param, code="too_many_messages")
         self._require_room(body)
         try:
             # A change of threads takes longer than a short prompt does.
@@ -88,7 +129,7 @@ class RequestPreprocessor:
             async with self._queue.slot(tenant, characters):
                 return await asyncio.get_running_loop().run_in_executor(self._thread, self._ids, body, system_prompt)
         except UserError as error:
-            param = _prompt_param(body)
+            param = body.prompt_param
             raise ApiError(str(error), param=param, code=f"invalid_{param}") from error
 
     def request(
@@ -100,8 +141,12 @@ class RequestPreprocessor:
         tenant: str,
         arrived: float,
         max_tokens: int | None = None,
+        choice: int = 0,
+        constraint: Constraint | None = None,
     ) -> GenerationRequest:
-        """Return the generation request of one prompt.
+        """Return the generation request of one prompt, and of the choice with this number of ``n``.
+
+        Choices with a seed get consecutive ones, as in vLLM, since they would be equal otherwise.
 
         A token limit above the rest of the context, or above ``gateway.max_completion_tokens``, is lowered to it; an
         answer that ends there has the ``finish_reason`` "length". Without a limit in the body, the prompt and its
@@ -115,14 +160,14 @@ class RequestPreprocessor:
         added = " including the adapter's system prompt" if source == "adapter" else ""
         if (limit := self._limits.max_prompt_tokens) is not None and len(prompt) > limit:
             message = f"The prompt is too long: {len(prompt)} tokens{added} (limit {limit})."
-            raise ApiError(message, param=_prompt_param(body), code="prompt_too_long")
+            raise ApiError(message, param=body.prompt_param, code="prompt_too_long")
         room = self._context - len(prompt)
         if room < 1:
             message = (
                 f"The prompt has {len(prompt)} tokens{added}, and the context length is {self._context} tokens for "
                 "prompt and answer together."
             )
-            raise ApiError(message, param=_prompt_param(body), code="context_length_exceeded")
+            raise ApiError(message, param=body.prompt_param, code="context_length_exceeded")
         new_tokens = min(
             room, self._limits.max_completion_tokens or room, body.token_limit or body.default_tokens or room
         )
@@ -134,7 +179,12 @@ class RequestPreprocessor:
             max_new_tokens=new_tokens,
             temperature=body.temperature or 0.0,
             top_p=1.0 if body.top_p is None else body.top_p,
-            seed=body.seed,
+            seed=None if body.seed is None else (body.seed + choice + 2**63) % 2**64 - 2**63,
+            constraint=constraint,
+            presence_penalty=body.presence_penalty or 0.0,
+            frequency_penalty=body.frequency_penalty or 0.0,
+            logit_bias=body.biases,
+            logprobs=body.likeliest,
         )
         template_stops = self._tokenization.stops if isinstance(body, ChatRequest) else ()
         return GenerationRequest(
@@ -143,6 +193,7 @@ class RequestPreprocessor:
             engine_request,
             (*template_stops, *(body.stop or ())),
             decode=self._tokenization.decode,
+            piece=self._tokenization.grammars.piece,
             limits=self._limits,
             tenant=tenant,
             arrived=arrived,
@@ -156,7 +207,7 @@ class RequestPreprocessor:
                 f"The prompt has {longest:,} characters (limit {limit:,} characters for a context length of "
                 f"{self._context:,} tokens)."
             )
-            raise ApiError(message, param=_prompt_param(body), code="context_length_exceeded")
+            raise ApiError(message, param=body.prompt_param, code="context_length_exceeded")
 
     def _ids(self, body: RequestBody, system_prompt: str | None) -> list[Ids]:
         if isinstance(body, ChatRequest):
@@ -165,10 +216,6 @@ class RequestPreprocessor:
                 messages.insert(0, Message("system", system_prompt))
             return [self._tokenization.render(messages)]
         return [self._tokenization.continuation(text) for text in body.texts]
-
-
-def _prompt_param(body: RequestBody) -> str:
-    return "messages" if isinstance(body, ChatRequest) else "prompt"
 
 
 def _characters(body: RequestBody) -> int:

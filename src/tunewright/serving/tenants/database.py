@@ -196,6 +196,10 @@ class Database:
         except json.JSONDecodeError as error:
             raise StateUnavailableError(f"The serving state has a damaged value: {error}", where=self.name) from error
         except DatabaseError as error:
+            if self.is_sqlite:
+                # Where a file can't be opened for writing, SQLite opens it for reading, and so keeps it: its write-ahead
+                # log and index for all connections of the process. They are opened again with the next transaction.
+                self._engine.dispose()
             raise StateUnavailableError(
                 f"The serving state is unavailable: {' '.join(str(error.orig).split())}", where=self.name
             ) from error
