@@ -72,7 +72,7 @@ def _ordered(value: Any, *, names: bool = False) -> Any:
         return [_ordered(item) for item in value]
     if not isinstance(value, dict):
         return value
-    keys = sorted(value)
+    keys = list(value)  # sorted, as canonical JSON is; sorting again would order stand-ins otherwise than their texts
     if not names:
         keys.sort(key=lambda key: _FIRST_KEYS.index(key) if key in _FIRST_KEYS else len(_FIRST_KEYS))
     return {key: _ordered(value[key], names=key == "properties" and not names) for key in keys}
