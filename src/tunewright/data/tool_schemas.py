@@ -7,7 +7,9 @@ a limit of processor time.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -28,7 +30,8 @@ MAX_STEPS = 2_000_000
 """Values of a schema times values of the arguments."""
 MAX_PATTERN = 1_000
 """Characters of a regular expression."""
-_PATTERN_SECONDS = 0.1
+_SECONDS = 1.0
+"""Processor time of the patterns in one check."""
 
 _Pointer = tuple[str, ...]
 
@@ -57,7 +60,11 @@ class CompiledSchema:
         """
         if self.size * _count(arguments) > MAX_STEPS:
             raise SchemaLimitError("schema and arguments are too large to be checked")
-        error = next(self.validator.iter_errors(arguments), None)
+        token = _END.set(time.thread_time() + _SECONDS)
+        try:
+            error = next(self.validator.iter_errors(arguments), None)
+        finally:
+            _END.reset(token)
         if error is not None:
             raise ArgumentsError(_violated(error))
 
@@ -203,9 +210,12 @@ def _target(reference: Any, places: Mapping[_Pointer, Any]) -> _Pointer:
     return path
 
 
+_END: ContextVar[float] = ContextVar("the thread's time at which a check ends")
+
+
 def _found(pattern: str, text: str) -> bool:
     try:
-        return regex.search(pattern, text, timeout=_PATTERN_SECONDS) is not None
+        return regex.search(pattern, text, timeout=max(_END.get() - time.thread_time(), 0.001)) is not None
     except TimeoutError:
         raise SchemaLimitError(f"the pattern {_cut(canonical_json(pattern))} takes too long on the arguments") from None
 

@@ -154,10 +154,11 @@ def parse_json(text: str) -> Any:
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f'duplicate key "{next(key for key in keys if keys.count(key) > 1)}"')
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f'duplicate key "{key}"')
+        found[key] = value
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 
 from tunewright.data.examples import Example, Message, ToolCall, call_id
 from tunewright.data.readers.row_errors import RowError, place
@@ -78,10 +79,10 @@ def edited_answer(example: Example, text: str) -> Message:
             break
         lines.pop()
         if call is not None:
-            calls.insert(0, call)
+            calls.append(call)
     if not calls:
         return replace(last, content=text, calls=())
-    turn = Turn("assistant", "\n".join(lines), (), (), calls=tuple(calls))
+    turn = Turn("assistant", "\n".join(lines), (), (), calls=tuple(reversed(calls)))
     first = sum(len(message.calls) for message in example.prompt)
     made = checked_calls(turn, read_tools(example.messages[0].content))
     numbered = tuple(replace(call, id=call_id(first + n)) for n, call in enumerate(made))
@@ -139,7 +140,7 @@ def linked(messages: Sequence[Message], turns: Sequence[Turn]) -> list[Message]:
     waiting: dict[str, ToolCall] = {}
     for message, turn in zip(messages, turns, strict=True):
         if waiting and message.role != "tool":
-            names = ", ".join(f'"{call.name}" ({given})' for given, call in waiting.items())
+            names = ", ".join(f'"{call.name}" ({given})' for given, call in islice(waiting.items(), _MOST_NAMES))
             raise RowError("E508", f"{place(turn.path)} follows calls without a result: {names}", turn.path)
         if message.role == "tool":
             done.append(replace(message, call_id=ids[_answered(turn, ids, waiting)]))

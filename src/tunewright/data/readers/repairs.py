@@ -111,7 +111,8 @@ def _ids(turns: list[Turn], _at: int, _error: RowError) -> Repaired | None:
             and len(set(ids)) == len(ids)
             and set(given) <= set(ids)
         ):
-            order = [ids.index(each) for each in given]
+            places = {each: number for number, each in enumerate(ids)}
+            order = [places[each] for each in given]
         else:
             return None
         new = [call_id(count + n) for n in range(len(ids))]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import re
+import warnings
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -169,23 +172,28 @@ def numbered(turns: Sequence[Turn]) -> list[Turn]:
         RowError: a result of such a format answers no open call.
     """
     done: list[Turn] = []
-    count, waiting = 0, list[RawCall]()
+    calls: list[RawCall] = []
+    waiting: dict[str | None, deque[int]] = {}  # places of the last turn's calls by name, and of all under None
+    answered: set[int] = set()
     for turn in turns:
-        calls = []
-        for call in turn.calls:
-            calls.append(replace(call, id=call_id(count)) if call.id is _BY_ORDER else call)
-            count += 1
         answers = turn.call_id
         if turn.calls:
-            waiting = calls
+            waiting = {None: deque()}
+            for call in turn.calls:
+                for name in (None, call.name):
+                    waiting.setdefault(name, deque()).append(len(calls))
+                calls.append(replace(call, id=call_id(len(calls))) if call.id is _BY_ORDER else call)
         elif turn.call_id is _BY_ORDER:
-            answered = next((each for each in waiting if turn.name in (None, each.name)), None)
-            if answered is None:
-                name = f' of "{turn.name}"' if turn.name else ""
-                raise RowError("E506", f"{place(turn.path)} is a result{name}, but no such call is open", turn.path)
-            waiting.remove(answered)
-            answers = answered.id
-        done.append(replace(turn, calls=tuple(calls), call_id=answers))
+            name = turn.name if isinstance(turn.name, str) and turn.name else None
+            queue = waiting.get(name, deque())
+            while queue and queue[0] in answered:
+                queue.popleft()
+            if not queue:
+                of = f' of "{name}"' if name else ""
+                raise RowError("E506", f"{place(turn.path)} is a result{of}, but no such call is open", turn.path)
+            answered.add(queue[0])
+            answers = calls[queue.popleft()].id
+        done.append(replace(turn, calls=tuple(calls[len(calls) - len(turn.calls) :]), call_id=answers))
     return done
 
 
@@ -201,14 +209,12 @@ def system_tools(turns: Sequence[Turn]) -> tuple[Declared, list[Turn]] | None:
     first = turns[0] if turns else None
     if first is None or first.role != "system" or not isinstance(first.content, str):
         return None
-    text, end = first.content, 0
-    for start in _places(text, "<tools>"):  # the text around may mention the tags
-        end = text.find("</tools>", start)
-        inner = text[start + len("<tools>") : end].strip() if end >= 0 else ""
-        if inner[:1] in ("[", "{"):
-            break
-    else:
+    text = first.content
+    found = _DECLARED.search(text)  # the text around may mention the tags
+    end = text.find("</tools>", found.start()) if found else -1
+    if found is None or end < 0:
         return None
+    start, inner = found.start(), text[found.end() : end].strip()
     try:
         value = json_or_literal(inner)
     except ValueError:
@@ -228,14 +234,8 @@ def system_tools(turns: Sequence[Turn]) -> tuple[Declared, list[Turn]] | None:
     return declared, [*rest, *turns[1:]]
 
 
+_DECLARED = re.compile(r"<tools>\s*(?=[\[{])")
 _PREAMBLES = ("You are a function calling AI model", "# Tools")
-
-
-def _places(text: str, mark: str) -> Iterator[int]:
-    at = text.find(mark)
-    while at >= 0:
-        yield at
-        at = text.find(mark, at + 1)
 
 
 def tagged_turns(turns: Sequence[Turn]) -> list[Turn]:
@@ -315,7 +315,9 @@ def json_or_literal(text: str) -> Any:
         if len(text) > _MOST_LITERAL:
             raise
         try:
-            value = ast.literal_eval(text)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of escapes in foreign text
+                value = ast.literal_eval(text)
             canonical_json(value)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             raise error from None
