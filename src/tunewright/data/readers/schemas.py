@@ -191,7 +191,7 @@ def _side(side: Side, data: DataConfig) -> Conversation:
         )
         here, content = side.located(turn.path), side.located(turn.content_path)
         turns.append(replace(turn, path=here, content_path=content, calls=tuple(calls)))
-    tools = conversation.tools and replace(conversation.tools, path=side.located(conversation.tools.path))
+    tools = conversation.tools and conversation.tools._replace(path=side.located(conversation.tools.path))
     return replace(conversation, turns=tuple(turns), tools=tools)
 
 
