@@ -219,7 +219,8 @@ def test_response_has_the_calls_as_items_and_its_events_join_to_them(content: st
         items += [{"type": "function_call_output", "call_id": call.call_id, "output": "rain"} for call in made]
         client.responses.create(model="base", input=items, tools=FLAT)
     expected = [("weather", CALL.arguments), ("clock", "{}")]
-    for each in (response, final):
+    both: list[Any] = [response, final]
+    for each in both:
         assert [(item.name, item.arguments) for item in each.output if item.type == "function_call"] == expected
         assert (each.output_text, each.status) == (content, "completed")
     done: Any = [event for event in events if event.type == "response.output_item.done"]

@@ -123,7 +123,9 @@ class FunctionOutputItem(Part):
 
 def _item_type(item: Any) -> str:
     kind = item.get("type") if isinstance(item, dict) else None
-    return {"function_call": "[call]", "function_call_output": "[output]"}.get(kind, "[message]")
+    if kind == "function_call":
+        return "[call]"
+    return "[output]" if kind == "function_call_output" else "[message]"
 
 
 InputItem = Annotated[
