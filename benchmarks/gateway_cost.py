@@ -33,6 +33,7 @@ from rich.table import Table
 
 from tunewright.adapters.system_prompt import SystemPrompt
 from tunewright.chat import open_chat
+from tunewright.chat.answers import grammar_compiler
 from tunewright.config import ChatConfig, GatewayConfig
 from tunewright.core.io import write_json
 from tunewright.core.progress import LogReporter
@@ -86,6 +87,7 @@ class IdleEngine:
     """An engine that delivers fixed tokens and computes nothing."""
 
     name = "peft"
+    unsupported: frozenset[str] = frozenset()
     max_num_seqs, prefill_tokens, context_length = 16, PREFILL_TOKENS, 2048
     stopped: str | None = None
     permanently_stopped = False
@@ -133,7 +135,7 @@ def measure(options: argparse.Namespace) -> list[float]:
             sys.modules[name] = None  # type: ignore[assignment]  # as if it were not there
     base = resolve_base("bundled:smollm2-135m-instruct", None, Path(), LogReporter())
     chat = open_chat(base, ChatConfig(), LogReporter())
-    tokenization, took = Tokenization(chat.prompt, chat.continuation, chat.text), []
+    tokenization, took = Tokenization(chat.prompt, chat.continuation, chat.text, grammar_compiler(chat)), []
     with tempfile.TemporaryDirectory() as folder:
         state, engine = State(f"sqlite:///{folder}/state.sqlite", "gateway_cost"), IdleEngine()
         state.tenants.add("tenant", [ALIAS])

@@ -164,10 +164,10 @@ def write_rows(file: Path, data: str, train_rows: int | None, dev_rows: int | No
     """Write the data set's train and dev rows, as ids and labels, and the tokens that end an answer."""
     import tunewright
     from tunewright.config.project import CONFIG_FILE, create_project
-    from tunewright.demo import example_files
+    from tunewright.examples import legal_citations
     from tunewright.training.rows import IGNORED, as_columns, encode_members
 
-    files = example_files("legal-citations")
+    files = legal_citations.project_files()
     if data != "demo":
         files[CONFIG_FILE] = files[CONFIG_FILE].replace("Give the citation abbreviation of this court.", INSTRUCTION)
     written: dict[str, Any] = {}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -31,7 +31,9 @@ from tunewright.data.readers.mapping import compile_jmespath
 from tunewright.data.versions.diff import marked
 from tunewright.generation.text_stream import StopFilter
 from tunewright.report.markdown import plain
-from tunewright.serving.gateway.schemas import ApiError, ChatRequest, CompletionRequest, parse_request
+from tunewright.serving.gateway.errors import ApiError
+from tunewright.serving.gateway.parsing import parse_request
+from tunewright.serving.gateway.schemas import ChatRequest, CompletionRequest
 
 Use = Callable[[Any], object]
 
@@ -53,6 +55,37 @@ class Case:
 
 def _repeated(piece: str, before: str = "", after: str = "") -> Callable[[int], str]:
     return lambda n: before + piece * max(1, n // len(piece)) + after
+
+
+def _declaring(names: Iterable[str], properties: Any = None, **row: Any) -> bytes:
+    functions = [{"name": n, "parameters": {"type": "object", "properties": properties or {}}} for n in names]
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    return json.dumps({"messages": messages, "tools": functions, **row}).encode()
+
+
+def _with_functions(count: int) -> bytes:
+    calls = [{"id": f"c{i}", "type": "function", "function": {"name": "f", "arguments": "{}"}} for i in range(count)]
+    results = [{"role": "tool", "tool_call_id": f"c{i}", "content": "a"} for i in reversed(range(count))]
+    turns: list[Any] = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "tool_calls": calls or None, "content": "b"},
+    ]
+    turns += [*results, {"role": "assistant", "content": "c"}] if calls else []
+    return _declaring(["f"], messages=turns)
+
+
+def _by_order(count: int) -> bytes:
+    """Results that name the last of many calls first."""
+    calls = json.dumps([{"name": f"f{i}", "arguments": {}} for i in range(count)])
+    results = [{"from": "tool", "name": f"f{i}", "value": "a"} for i in reversed(range(count))]
+    turns = [{"from": "human", "value": "a"}, {"from": "function_call", "value": calls}, *results]
+    tools = [{"name": f"f{i}"} for i in range(count)]
+    return json.dumps({"conversations": [*turns, {"from": "gpt", "value": "a"}], "tools": tools}).encode()
+
+
+def _hermes(system: str, answer: str = "b") -> bytes:
+    turns = {"system": system, "human": "a", "gpt": answer}
+    return json.dumps({"conversations": [{"from": role, "value": text} for role, text in turns.items()]}).encode()
 
 
 def _pair(prompt: str) -> bytes:
@@ -214,6 +247,16 @@ CASES = [
     Case("JSON Lines: surrogates", lambda n: _pair("x").replace(b"x", b"\\ud800" * (n // 6)), _read("a.jsonl")),
     Case("JSON Lines: bad bytes", lambda n: _pair("x").replace(b"x", b"\xff" * n), _read("a.jsonl")),
     Case("JSON Lines: numbers", lambda n: b'{"prompt":' + b"7" * n + b"}", _read("a.jsonl")),
+    Case("tools: calls", lambda n: _with_functions(n // 100), _read("a.jsonl")),
+    Case("tools: results by order", lambda n: _by_order(n // 60), _read("a.jsonl")),
+    Case("tools: declarations", lambda n: _declaring(f"f{i}" for i in range(n // 60)), _read("a.jsonl")),
+    Case("tools: one name", lambda n: _declaring(["f"] * (n // 60)), _read("a.jsonl")),
+    Case("tools: properties", lambda n: _declaring(["f"], {f"p{i}": {} for i in range(n // 10)}), _read("a.jsonl")),
+    Case("tools: patterns", lambda n: _declaring(["f"], {"a": {"pattern": "(a|aa)+" * (n // 7)}}), _read("a.jsonl")),
+    Case("Hermes: <tools>", lambda n: _hermes("<tools>" * (n // 7)), _read("a.jsonl")),
+    Case("Hermes: <tools>[", lambda n: _hermes("<tools>[" * (n // 8) + "</tools>"), _read("a.jsonl")),
+    Case("Hermes: <tool_call>", lambda n: _hermes("<tools>[{}]</tools>", "<tool_call>" * (n // 11)), _read("a.jsonl")),
+    Case("Hermes: literals", lambda n: _hermes("<tools>[" + "{'a': 1}, " * (n // 10) + "]</tools>"), _read("a.jsonl")),
     Case("JSON array: rows", lambda n: b"[" + b",\n".join([_pair("a")] * (n // 40)) + b"]", _read("a.json")),
     Case("JSON array: one long row", lambda n: b"[" + _pair("a" * n) + b"]", _read("a.json")),
     Case("JSON array: spaces", lambda n: b"[" + b" " * n + b"]", _read("a.json")),

@@ -27,7 +27,9 @@ from tunewright.evidence.learning_curve import Curve
 from tunewright.evidence.schema import Advice, Evidence, Item
 from tunewright.evidence.verdict import Verdict
 from tunewright.serving.gateway.app import ROUTES
-from tunewright.serving.gateway.schemas import ApiError, ChatRequest, CompletionRequest, parse_request
+from tunewright.serving.gateway.errors import ApiError
+from tunewright.serving.gateway.parsing import parse_request
+from tunewright.serving.gateway.schemas import ChatRequest, CompletionRequest
 
 __all__ = [
     "API",

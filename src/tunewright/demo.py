@@ -16,7 +16,6 @@ import httpx
 from tunewright.api import Project, RunResult
 from tunewright.config import JudgeConfig, MetricName
 from tunewright.config.project import CONFIG_FILE, ProjectFolder, create_project
-from tunewright.core.errors import UserError
 from tunewright.core.io import write_text
 from tunewright.core.progress import Reporter
 from tunewright.data.versions import Member
@@ -66,17 +65,6 @@ class SlowMeasurements:
         }
 
 
-def example_files(name: str, *, quick: bool = False) -> dict[str, str]:
-    """Return the files of the example project called ``name``, with its quick or its whole settings.
-
-    Raises:
-        UserError: no such example.
-    """
-    if name != legal_citations.NAME:
-        raise UserError(f"Unknown example {name!r}", where="--example", fix=f"Use {legal_citations.NAME}.")
-    return legal_citations.project_files(quick=quick)
-
-
 def open_demo(directory: Path, reporter: Reporter, *, whole: bool = False) -> Project:
     """Return the demo project in ``directory``, created if it does not exist.
 
@@ -87,10 +75,10 @@ def open_demo(directory: Path, reporter: Reporter, *, whole: bool = False) -> Pr
     """
     config, name = directory / CONFIG_FILE, legal_citations.NAME
     if not config.exists():
-        create_project(directory, example_files(name, quick=not whole))
+        create_project(directory, legal_citations.project_files(quick=not whole))
         reporter.say(f"Wrote the example project {name} in {directory}")
-    elif whole and config.read_text(encoding="utf-8") == example_files(name, quick=True)[CONFIG_FILE]:
-        write_text(config, example_files(name)[CONFIG_FILE])
+    elif whole and config.read_text(encoding="utf-8") == legal_citations.project_files(quick=True)[CONFIG_FILE]:
+        write_text(config, legal_citations.project_files()[CONFIG_FILE])
         reporter.say(f"Replaced the quick settings in {config} by the whole ones")
     return Project(ProjectFolder(directory), reporter)
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from faulty import SEED_VARIABLE, Action, counted, seed
+from faulty import SEED_VARIABLE, Action, Kind, counted, seed
 from stages import HANG_S, Stages
 
 from forked import Command, Fault
@@ -155,9 +159,13 @@ def calls(stages: Stages, reference: dict[str, tuple[str, str]]) -> int:
 
 
 def moments(fault: str, calls: int, tries: int) -> Iterator[int]:
-    """Return numbers of calls in the second half, when the server answers, by the seed."""
+    """Return numbers of calls in the second half, when the server answers, by the seed.
+
+    The last tenth is left out: the number of calls depends on how requests meet, and differs by a few each time.
+    """
     draw = random.Random(f"{seed()} {fault} serve")
-    for number in sorted(draw.sample(range(calls // 2, calls), min(tries, calls // 2))):
+    middle = range(calls // 2, calls * 9 // 10)
+    for number in sorted(draw.sample(middle, min(tries, len(middle)))):
         print(f"{SEED_VARIABLE}={seed()}: {fault} at call {number} of {calls} of serve")  # noqa: T201
         yield number
 
@@ -198,7 +206,7 @@ def test_limits_count_what_a_killed_server_recorded(stages: Stages, calls: int) 
     (number,) = moments("kill, limits", calls, 1)
     for _ in range(5):  # the limit is one of a minute, in which both servers have to run
         stages.prepare("tenants")
-        stages.read("tenant", "limit", "acme", "--requests", str(limit), "--concurrency", "2")
+        stages.read("tenant", "limit", "acme", "--requests", str(limit))
         began = time.monotonic()
         running = Served(stages, stages.fault(kinds=31, action=Action.KILL, when=number))
         running.load(Answers())
@@ -208,7 +216,7 @@ def test_limits_count_what_a_killed_server_recorded(stages: Stages, calls: int) 
         recorded = sum(line.tenant == "acme" for line in lines(stages))
         after = Answers()
         with served(stages) as again:
-            for _ in range(limit):  # one at a time: what the killed server left unfinished must take no place
+            for _ in range(limit):
                 again.ask("courts", after)
         if time.monotonic() - began < 50:
             break
@@ -275,6 +283,43 @@ def test_usage_is_exact_after_the_disk_refused_writes_for_a_while(
         assert_exact(answers, stages)
 
 
+_REOPENED = """
+import ctypes, sys
+from tunewright.serving.tenants import StateUnavailableError
+from tunewright.serving.tenants.database import Database
+
+folder, create, fail, erofs, soon, never = sys.argv[1], *map(int, sys.argv[2:])
+faults = ctypes.CDLL(None)
+database = Database(f"sqlite:///{folder}/state.sqlite")
+with database.reading() as first:
+    first.exec_driver_sql("SELECT 1")
+    for when in (soon, never):
+        moment = ctypes.c_long(when)
+        faults.faults_arm(b"/dev/shm/counts", folder.encode(), create, fail, moment, erofs, ctypes.c_long(99), 0)
+        try:
+            with database.writing() as second:
+                second.exec_driver_sql("UPDATE tunewright_schema SET version = version")
+            print("written")
+        except StateUnavailableError as error:
+            print(error)
+"""
+
+
+def test_database_is_opened_for_writing_again_after_the_disk_was_read_only(library: Path, tmp_path: Path) -> None:
+    numbers = map(str, (int(Kind.CREATE), int(Action.FAIL), errno.EROFS, 1, 10**9))
+    ended = subprocess.run(
+        [sys.executable, "-c", _REOPENED.replace("/dev/shm/counts", f"{tmp_path}-counts"), str(tmp_path), *numbers],
+        env=os.environ | {"LD_PRELOAD": str(library)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    refused, written = ended.stdout.splitlines()
+    assert "readonly database" in refused
+    assert written == "written"
+
+
 @pytest.mark.fault("deleted files", "serve")
 def test_server_refuses_requests_when_its_state_is_deleted(
     stages: Stages, reference: dict[str, tuple[str, str]]
@@ -310,8 +355,14 @@ def test_usage_is_exact_when_the_clock_jumps(
 def test_server_without_memory_for_the_base_reports_it(stages: Stages) -> None:
     draw = random.Random(f"{seed()} memory serve")
     stages.prepare("tenants")
-    for megabytes in (1, draw.randrange(2, 10)):
+    reached = []
+    for megabytes in (1, *draw.sample(range(2, 10), 2)):
         ended = stages.run(SERVE, memory=megabytes * MEGABYTE)
+        reached.append(ended.code)
+        if ended.code < 0:  # a library in Rust, which can give no message then
+            assert "memory allocation of" in ended.stderr
+            continue
         assert "Traceback" not in ended.stderr, ended.stderr[-3000:]
         assert ended.code == 2, ended
         assert json.loads(ended.stdout)["error"]["fix"]
+    assert 2 in reached

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis_settings import examples
 from tool_families import FAMILIES, family, texts
 from tunewright.chat import ChatFormat
-from tunewright.chat.answers import constraint_on
+from tunewright.chat.answers import grammar_compiler
 from tunewright.chat.call_grammar import call_grammar
 from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json
@@ -62,7 +62,7 @@ def _allows(constraint: Constraint, ids: Sequence[int]) -> bool:
 
 
 def _constraint(chat: ChatFormat, choice: str = "auto", *, parallel: bool = True) -> Constraint:
-    return constraint_on(chat, call_grammar(chat, [WEATHER, CLOCK], choice, parallel=parallel))
+    return grammar_compiler(chat).compile(call_grammar(chat, [WEATHER, CLOCK], choice, parallel=parallel))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -128,7 +128,7 @@ def test_several_calls_are_allowed_if_parallel(name: str) -> None:
 
 def test_builtin_functions_have_their_form() -> None:
     chat = family("llama3_1")
-    constraint = constraint_on(chat, call_grammar(chat, [SEARCH, WEATHER], "required"))
+    constraint = grammar_compiler(chat).compile(call_grammar(chat, [SEARCH, WEATHER], "required"))
     assert _allows(constraint, _ids(chat, ("brave_search", {"query": "gold"}), functions=[SEARCH]))
     as_json = chat.encoder.ids(['{"name": "brave_search", "parameters": {"query": "gold"}}'])
     assert not _allows(constraint, next(iter(as_json.values())))

@@ -66,6 +66,36 @@ def test_init_example_creates_a_complete_project(tmp_path: Path) -> None:
     assert (unknown.code, "legal-citations" in unknown.stderr) == (2, True)
 
 
+def test_init_bfcl_converts_its_data(tmp_path: Path) -> None:
+    item = {"id": "irrelevance_0", "question": [[{"role": "user", "content": "Hi"}]]}
+    function = {"name": "f", "description": "F.", "parameters": {"type": "dict", "properties": {}, "required": []}}
+    folder = tmp_path / "data"
+    folder.mkdir()
+    lines = [{**item, "function": [function]}, {**item, "id": "irrelevance_1", "function": []}]
+    (folder / "BFCL_v4_irrelevance.json").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    made = tunewright("init", tmp_path / "p", "--example", "bfcl", "--data", folder)
+    assert (made.code, "left out, with their reasons in left-out.txt: 1" in made.stderr) == (0, True)
+    (row,) = [json.loads(line) for line in (tmp_path / "p" / "bfcl.jsonl").read_text().splitlines()]
+    assert (row["id"], row["family"]) == ("irrelevance_0", "f")
+    assert (tmp_path / "p" / "left-out.txt").read_text() == "irrelevance_1: it declares no function\n"
+    config = tunewright("config", "show", "--project", tmp_path / "p", "--json").document
+    assert config["data"]["group_by"] == ["family"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--example", "bfcl"], "--data: The example bfcl needs its data"),
+        (["--example", "legal-citations", "--data", "x"], "--data: The example legal-citations brings its own data"),
+        (["--data", "x"], "--data requires --example"),
+        (["--example", "bfcl", "--data", "nowhere"], "nowhere: No file of BFCL"),
+    ],
+)
+def test_init_refuses_data_that_no_example_reads(tmp_path: Path, options: list[str], message: str) -> None:
+    result = tunewright("init", tmp_path / "p", *options)
+    assert (result.code, message in result.stderr) == (2, True), result.stderr
+
+
 def test_schema_names_the_source_of_each_default() -> None:
     schema = json.loads(tunewright("config", "schema").stdout)
     train = schema["$defs"]["TrainConfig"]["properties"]

@@ -94,13 +94,8 @@ def test_check_files_is_ok_for_valid_files(tmp_path: Path) -> None:
     ("turns", "repaired", "codes"),
     [
         ([{**USER, "name": "Ann"}, ANSWER], [USER, ANSWER], ["E309"]),
-        ([USER, {**ANSWER, "refusal": None, "tool_calls": []}], [USER, ANSWER], ["E303", "E204"]),
+        ([USER, {**ANSWER, "refusal": None, "tool_calls": []}], [USER, ANSWER], ["E303"]),
         ([{"role": "human", "content": "a"}, {"role": "Assistant", "content": "b"}], [USER, ANSWER], ["E304", "E304"]),
-        (
-            [{"role": "user", "content": [{"type": "text", "text": "x "}, {"type": "text", "text": "y"}]}, ANSWER],
-            [{"role": "user", "content": "x y"}, ANSWER],
-            ["E306"],
-        ),
         ([{**USER, "weight": 0}, {**ANSWER, "weight": None}], [USER, ANSWER], ["E307", "E307"]),
         ([USER, ANSWER, USER], [USER, ANSWER], ["E407"]),
         ([USER, ANSWER, USER, {**ANSWER, "weight": 0}], [USER, ANSWER], ["E308"]),
@@ -128,7 +123,7 @@ def test_fix_file_repairs_and_lists_unambiguous_faults(
         ({"messages": [USER, {**ANSWER, "weight": 0}]}, "E308"),
         ({"messages": [{"role": "user", "content": " "}, ANSWER]}, "E401"),
         ({"messages": [USER, {"role": "assistant", "content": None}]}, "E305"),
-        ({"messages": [USER, {**ANSWER, "tool_calls": [{"id": "x"}]}]}, "E204"),
+        ({"messages": [USER, {**ANSWER, "tool_calls": [{"id": "x"}]}]}, "E511"),
         ({"messages": [USER, {**ANSWER, "weight": 2}]}, "E307"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ANSWER]}, "E208"),
         ({"messages": [{**USER, "topic": "law"}, ANSWER]}, "E303"),

@@ -28,6 +28,16 @@ RECIPES = st.sampled_from([DataConfig(), MAPPED, TEMPLATED, DataConfig(group_by=
 PAIR = b'{"prompt": "two and two?", "completion": "four"}'
 CHAT = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 1}]}'
 
+CALL = json.dumps(
+    {
+        "messages": [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "f", "arguments": "{}"}}]},
+        ],
+        "tools": [{"name": "f"}],
+    }
+).encode()
+
 
 @pytest.fixture(scope="module")
 def folder() -> Iterator[Path]:
@@ -58,10 +68,16 @@ def _check_bytes(folder: Path, name: str, content: bytes, data: DataConfig) -> N
 
 
 _scalars = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.sampled_from(["user", "gpt", "[]"])
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=5),
+    st.sampled_from(["user", "gpt", "[]", "tool"]),
 )
 _NAMES = ["messages", "role", "content", "weight", "prompt", "completion", "instruction", "output", "history", "tools"]
 _NAMES += ["conversations", "from", "value", "text", "system", "q", "a", "b", "x", "g", "id", "row"]
+_NAMES += ["functions", "tool_calls", "function", "name", "arguments", "parameters", "tool_call_id", "function_call"]
 _keys = st.sampled_from(_NAMES)
 _json = st.recursive(
     _scalars,
@@ -76,7 +92,9 @@ def _pieces(*special: bytes) -> st.SearchStrategy[bytes]:
     pieces += [b"\xef\xbb\xbf", b"\xff\xfe", b"\x00", b"\xe9", b"\x81", b"\xc3\xa9", b"NaN", b"-Infinity", b"1e999"]
     return st.one_of(
         st.binary(max_size=200),
-        st.lists(st.sampled_from([*pieces, PAIR, CHAT, b'{"q": "x", "a": "y"}', *special]), max_size=25).map(b"".join),
+        st.lists(st.sampled_from([*pieces, PAIR, CHAT, CALL, b'{"q": "x", "a": "y"}', *special]), max_size=25).map(
+            b"".join
+        ),
     )
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tunewright.config import DataConfig
 from tunewright.data.readers import Fault, ReadResult, read_pairs
-from tunewright.data.readers.file_check import _REPAIRS
+from tunewright.data.readers.repairs import _REPAIRS
 from tunewright.data.readers.row_errors import CODES
 from tunewright.data.readers.validate import RowError, example_from_object
 
@@ -122,8 +122,8 @@ def test_mistral_only_last_trains_the_last_answer_only() -> None:
             "preference rows",
         ),
         ({"input_ids": [1], "attention_mask": [1], "labels": [1]}, "E203", "$.input_ids", "tokenizer"),
-        ({"messages": CHAT, "tools": [{"type": "function"}]}, "E204", "$.tools", "tools are not supported"),
-        ({"conversations": [{"from": "observation", "value": "a"}]}, "E204", "$.conversations[0]", "observation"),
+        ({"prompt": ASKED, "completion": ANSWERED, "tools": [{}]}, "E204", "$.tools", "this row format does not hold"),
+        ({"instruction": ASKED, "output": ANSWERED, "tools": [{}]}, "E204", "$.tools", "does not hold"),
         ({"messages": CHAT, "sytem": "x"}, "E201", "$.sytem", 'unknown key "sytem", did you mean "system"?'),
         ({"mesages": CHAT}, "E201", "$.mesages", 'did you mean "messages"?'),
         ({"promt": "a", "completion": "b"}, "E201", "$.promt", 'unknown key "promt", did you mean "prompt"?'),

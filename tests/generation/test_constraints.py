@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 import makers
 from hypothesis_settings import examples
 from tiny import byte_tokenizer, chat_of
-from tunewright.chat.answers import constraint_on
+from tunewright.chat.answers import grammar_compiler
 from tunewright.config import ConstrainConfig
 from tunewright.core.errors import UserError
 from tunewright.data.examples import Message
-from tunewright.generation.constraints import Constraint, Grammar
+from tunewright.generation.constraints import Constraint, Grammar, GrammarCompiler
 from tunewright.generation.generate import generate
 from tunewright.generation.requests import Completion, Request
 
@@ -52,7 +52,7 @@ def model() -> Any:
 
 
 def _constraint(**how: Any) -> Constraint:
-    return Constraint(Grammar.from_config(ConstrainConfig(**how), Path()), TOKENIZER, STOP_IDS)
+    return GrammarCompiler(TOKENIZER, STOP_IDS).compile(Grammar.from_config(ConstrainConfig(**how), Path()))
 
 
 def _requests(texts: Sequence[str], constraint: Constraint | None, limit: int = 60, **how: Any) -> list[Request]:
@@ -154,7 +154,7 @@ def test_constraint_allows_answers_in_the_chat_format(name: str) -> None:
         "bytes": byte_tokenizer,
     }
     chat = chat_of(makes[name]())
-    constraint = constraint_on(chat, Grammar.from_config(ConstrainConfig(choices=("Yes indeed", "No")), Path()))
+    constraint = grammar_compiler(chat).compile(Grammar.choices(("Yes indeed", "No")))
     written = chat.encode([Message("user", "Is it?"), Message("assistant", "Yes indeed")])
     answer = [token for token, trained in zip(written.ids, written.loss_mask, strict=True) if trained]
     guide = constraint.start()
@@ -188,3 +188,17 @@ def test_grammar_reads_a_schema_file_and_reports_its_faults(tmp_path: Path) -> N
         Grammar.from_config(config, tmp_path)
     with pytest.raises(UserError, match=r"other\.json: No such JSON schema"):
         Grammar.from_config(ConstrainConfig(json_schema="other.json"), tmp_path)
+
+
+def test_guide_fails_when_its_grammar_becomes_too_complex_and_never_ends_the_answer() -> None:
+    guide = GrammarCompiler(TOKENIZER, STOP_IDS).compile(Grammar.regex("((a{1,100}){1,100}){1,100}")).start()
+    letter = TOKENIZER.convert_tokens_to_ids("a")
+
+    def decode() -> None:
+        for _ in range(3000):
+            allowed = np.unpackbits(np.frombuffer(guide.allowed(), dtype=np.uint8), bitorder="little")
+            assert allowed[letter], "a fault is no reason to end"
+            guide.advance(letter)
+
+    with pytest.raises(UserError, match=r"too many expressions constructed$"):
+        decode()

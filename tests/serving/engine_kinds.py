@@ -15,6 +15,7 @@ from tunewright.core.progress import LogReporter
 from tunewright.engines.protocol import Engine
 from tunewright.engines.vllm import environment
 from tunewright.engines.vllm.engine import VllmEngine, VllmSettings
+from tunewright.generation.constraints import GrammarCompiler
 from tunewright.models.bases import Base
 from tunewright.serving.engines.llamacpp.engine import LlamaCppEngine, LlamaCppSettings
 from tunewright.serving.engines.llamacpp.files import base_file, lora_file
@@ -22,6 +23,8 @@ from tunewright.serving.engines.llamacpp.files import base_file, lora_file
 TOKENIZER = byte_tokenizer()
 STOPS = frozenset({TOKENIZER.eos_token_id})
 ROOM = 3
+COMPILER = GrammarCompiler(TOKENIZER, STOPS)
+PIECES = COMPILER.token_bytes
 
 
 @contextmanager
@@ -72,7 +75,7 @@ def llamacpp_engine(
     place, reporter = base.parent / "gguf", LogReporter()
     asked: dict[str, Any] = {"max_num_seqs": 16, "context": CONTEXT, "tokens": 16 * CONTEXT, "threads": 1, **settings}
     of = started(
-        base=base_file(place, opened, stop_ids, "f16", reporter),
+        base=base_file(place, opened, PIECES, stop_ids, min(stop_ids), "f16", reporter),
         lora_file=lambda digest, folder: lora_file(place, opened, digest, folder, reporter),
         **asked,
     )

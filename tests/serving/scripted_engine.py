@@ -9,9 +9,11 @@ from pathlib import Path
 
 import httpx
 
+from tiny import byte_tokenizer
 from tunewright.config import GatewayConfig
 from tunewright.data.examples import Message
 from tunewright.engines.protocol import PREFILL_TOKENS, Delta, TokenSink, deliver_stream
+from tunewright.generation.constraints import GrammarCompiler
 from tunewright.generation.requests import Request
 from tunewright.serving.gateway.app import Gateway
 from tunewright.serving.gateway.auth import AnonymousAuth
@@ -28,7 +30,12 @@ def render(messages: Sequence[Message]) -> tuple[int, ...]:
     return tuple("\n".join(f"{message.role}: {message.content}" for message in messages).encode())
 
 
-TOKENIZATION = Tokenization(render, lambda text: tuple(text.encode()), lambda ids: bytes(ids).decode(errors="replace"))
+TOKENIZATION = Tokenization(
+    render,
+    lambda text: tuple(text.encode()),
+    lambda ids: bytes(ids).decode(errors="replace"),
+    GrammarCompiler(byte_tokenizer(), {0}),
+)
 
 
 class ScriptedEngine:
@@ -40,6 +47,7 @@ class ScriptedEngine:
     """
 
     name = "scripted"
+    unsupported: frozenset[str] = frozenset()
     prefill_tokens = PREFILL_TOKENS
 
     def __init__(self, waits: Sequence[float] = (0.0, 0.0), max_num_seqs: int = 8, context: int = 2000) -> None:

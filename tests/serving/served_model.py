@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tiny import byte_tokenizer, chat_of
+from tunewright.chat.answers import grammar_compiler
 from tunewright.config import GatewayConfig
 from tunewright.data.examples import Message
 from tunewright.generation.generate import generate
@@ -26,6 +27,7 @@ CHAT = chat_of(TOKENIZER)
 STOPS = frozenset({TOKENIZER.eos_token_id})
 MODELS = {"base": None, "courts": "one", "recipes": "two", "tickets": "three"}
 """Adapters by the names that clients ask for; here they are called otherwise than by digests."""
+GRAMMARS = grammar_compiler(CHAT)
 # Far more than a test waits for: what has this much room and still ends was taken out.
 CONTEXT = 100_000
 NOT_A_TOKEN = 1_000_000
@@ -96,7 +98,7 @@ def running_engine(model: Any, max_num_seqs: int = 8, stop_ids: frozenset[int] =
 
 def texts(stops: Sequence[str] = ()) -> Tokenization:
     """Between text and ids, as a server has it."""
-    return Tokenization(render, CHAT.continuation, decode, tuple(stops))
+    return Tokenization(render, CHAT.continuation, decode, GRAMMARS, tuple(stops))
 
 
 @contextmanager

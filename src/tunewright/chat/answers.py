@@ -16,7 +16,7 @@ from tunewright.data.examples import Example, Message
 from tunewright.data.versions import Member
 
 if TYPE_CHECKING:
-    from tunewright.generation.constraints import Constraint, Grammar
+    from tunewright.generation.constraints import GrammarCompiler
     from tunewright.generation.requests import Completion
 
 PLAIN_STOPS = tuple(f"{line}### {heading}" for heading in ("Instruction", "Response") for line in ("\n\n", "\n"))
@@ -64,18 +64,20 @@ def answer_message(chat: ChatFormat, completion: Completion, conversation: Seque
     return chat.answer(ids, conversation, rest)
 
 
-def constraint_on(chat: ChatFormat, grammar: Grammar) -> Constraint:
-    """Return the grammar as a constraint on this format's answers.
-
-    Raises:
-        UserError: the grammar engine refuses it.
-    """
-    from tunewright.generation.constraints import Constraint, answer_affixes
+def grammar_compiler(chat: ChatFormat) -> GrammarCompiler:
+    """Return the compiler of grammars for this format's answers."""
+    from tunewright.generation.constraints import GrammarCompiler, answer_affixes
 
     text = "x"
     tokens = chat.encode([Message("user", text), Message("assistant", text)])
     answer = [token for token in tokens.ids[-answer_length(tokens.loss_mask) :] if token not in chat.stop_ids]
-    return Constraint(grammar, chat.tokenizer, chat.stop_ids, answer_affixes(chat.tokenizer, answer, text))
+    return GrammarCompiler(chat.tokenizer, chat.stop_ids, answer_affixes(chat.tokenizer, answer, text))
+
+
+def constraint_end(chat: ChatFormat) -> int:
+    """Return the token that ends a constrained answer in engines that take only one: the tokenizer's end token."""
+    end: int = chat.tokenizer.eos_token_id
+    return end if end in chat.stop_ids else min(chat.stop_ids)
 
 
 def answer_limit(config: Config, chat: ChatFormat, members: Iterable[Member]) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -232,9 +233,32 @@ def conversation_text(member: Member) -> Text:
     text = Text()
     for message in member.example.messages:
         weight = "" if message.weight else " (weight 0: not trained)"
-        text.append(f"{message.role}{weight}\n", style="bold")
-        text.append(f"{''.join(map(escape_control_character, message.content))}\n")
+        answers = f" (result of {message.call_id})" if message.call_id is not None else ""
+        text.append(f"{message.role}{answers}{weight}\n", style="bold")
+        if message.role == "tools":
+            text.append(_escaped("".join(map(_signature, json.loads(message.content)))))
+            continue
+        if message.content or not message.calls:
+            text.append(_escaped(f"{message.content}\n"))
+        for call in message.calls:
+            text.append(_escaped(f"{call.id}: {call.name}({call.arguments})\n"))
     return text
+
+
+def _signature(tool: Mapping[str, Any]) -> str:
+    """Return a declaration in one line: ``get_weather(city: string, days?: integer): The weather.``"""
+    function = tool["function"]
+    needed = function["parameters"].get("required", [])
+    named = [
+        f"{name}{'' if name in needed else '?'}: {about.get('type', 'any') if isinstance(about, dict) else 'any'}"
+        for name, about in function["parameters"].get("properties", {}).items()
+    ]
+    description = f": {' '.join(function['description'].split())}" if "description" in function else ""
+    return f"{function['name']}({', '.join(named)}){description}\n"
+
+
+def _escaped(text: str) -> str:
+    return "".join(map(escape_control_character, text))
 
 
 def tokens_text(tokens: Sequence[TokenView]) -> Text:

@@ -45,14 +45,20 @@ _DEMO_STAGES = {
 def init(
     run: Session,
     directory: Annotated[Path, typer.Argument(help="Folder of the new project.")] = Path(),
-    example: Annotated[str | None, typer.Option(help="Write this complete example project: legal-citations.")] = None,
+    example: Annotated[
+        str | None, typer.Option(help="Write this complete example project: legal-citations or bfcl.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder with the data of the example bfcl.")] = None,
 ) -> None:
     """Write a commented tunewright.yaml, or a whole example project."""
     from tunewright.config.io import write_config
     from tunewright.config.project import CONFIG_FILE, create_project
-    from tunewright.demo import example_files
+    from tunewright.core.errors import UserError
+    from tunewright.examples import example_files
 
-    files = example_files(example) if example else {CONFIG_FILE: write_config({})}
+    if example is None and data is not None:
+        raise UserError("--data requires --example")
+    files = example_files(example, data, run.reporter) if example else {CONFIG_FILE: write_config({})}
     create_project(directory, files)
     next_step = "tunewright run" if example else "edit it, then run `tunewright data add FILE`"
     run.show(

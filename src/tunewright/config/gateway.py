@@ -28,6 +28,15 @@ class GatewayConfig(Section):
             "the square).",
         ),
     ] = 128
+    max_n: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=128,
+            description="Largest n: answers to one prompt, each of which takes a row of the batch and counts in limits "
+            "(16: as many as a batch has rows by default; OpenAI takes 128).",
+        ),
+    ] = 16
     max_prompt_tokens: Annotated[
         int | None, Field(ge=1, description="Longest prompt in tokens (null: what fits the context).")
     ] = None

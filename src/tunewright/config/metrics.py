@@ -12,7 +12,20 @@ from tunewright.config.section import Section
 MetricName = str
 """A metric's name in evidence and tables: its kind, followed by its settings."""
 
-PlainMetric = Literal["exact_match", "bleu", "chrf", "token_f1", "json", "json_valid"]
+PlainMetric = Literal[
+    "exact_match",
+    "bleu",
+    "chrf",
+    "token_f1",
+    "json",
+    "json_valid",
+    "call_exact_match",
+    "call_ast_match",
+    "call_name_match",
+    "call_argument_f1",
+    "call_schema_valid",
+    "irrelevance_detection",
+]
 
 
 class _Keyed(Section):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from tunewright.core.io import canonical_json, digest
 from tunewright.core.unicode import normalize
 
 Role = Literal["tools", "system", "user", "assistant", "tool"]
-ROLES: tuple[str, ...] = ("system", "user", "assistant")
+ROLES: tuple[str, ...] = ("system", "user", "assistant", "tool")
 """Roles that a row may name."""
 
 INSTRUCTIONS: frozenset[Role] = frozenset({"tools", "system"})
@@ -137,10 +138,33 @@ class Example:
     def _question(self) -> list[list[str]]:
         return [_normalised_turn(m) for m in self.prompt if m.role not in INSTRUCTIONS]
 
+    def as_row(self) -> dict[str, Any]:
+        """Return the conversation as a row of OpenAI's chat format, with declarations under ``tools``."""
+        first, *others = self.messages
+        if first.role != "tools":
+            return {"messages": [m.as_dict() for m in self.messages]}
+        return {"messages": [m.as_dict() for m in others], "tools": json.loads(first.content)}
+
     @classmethod
     def from_dicts(cls, messages: list[dict[str, Any]]) -> Example:
         """Rebuild an example from the JSON that this package wrote itself."""
         return cls(tuple(map(Message.from_dict, messages)))
+
+
+def with_calls_numbered(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """Return the turns of several conversations as one: ids of calls become their places in it."""
+    done: list[Message] = []
+    ids: dict[str, str] = {}
+    count = 0
+    for message in messages:
+        for call in message.calls:
+            ids[call.id] = call_id(count)
+            count += 1
+        if message.calls or message.call_id is not None:
+            calls = tuple(replace(call, id=ids[call.id]) for call in message.calls)
+            message = replace(message, calls=calls, call_id=ids[message.call_id] if message.call_id else None)
+        done.append(message)
+    return tuple(done)
 
 
 def in_conflict(examples: Sequence[Example]) -> bool:

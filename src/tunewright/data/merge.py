@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from dataclasses import replace as replaced
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from tunewright.config import Duplicates
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.data.dedup import exact_repeats, find_duplicates, near_repeats
-from tunewright.data.examples import Example, in_conflict
+from tunewright.data.examples import Example, Message, in_conflict
 from tunewright.data.notices import Conflict, Duplicate, ReplacedRow, conflicting
 from tunewright.data.readers import SourceRow
 from tunewright.data.remove import exclude_removed
@@ -227,5 +228,5 @@ def merge(
     return Merge(parent, read, kept, first, dropped, reweighted, edited, superseded, replacement, withheld, near)
 
 
-def _turns(example: Example) -> tuple[tuple[str, str], ...]:
-    return tuple((m.role, m.content) for m in example.messages)
+def _turns(example: Example) -> tuple[Message, ...]:
+    return tuple(replaced(m, weight=1) for m in example.messages)

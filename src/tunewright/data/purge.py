@@ -19,7 +19,8 @@ import numpy as np
 
 from tunewright.core.progress import Reporter
 from tunewright.core.text import count_of, listed
-from tunewright.data.examples import Example
+from tunewright.data.examples import INSTRUCTIONS, Example
+from tunewright.data.pii.message_texts import message_texts
 from tunewright.data.review.reviews import redact_reviews
 from tunewright.data.review.suspects import remove_cached_suspects
 from tunewright.data.selection import Origins, read_origins
@@ -136,7 +137,9 @@ def _sources(root: Path, origins: Origins, keys: Iterable[str]) -> Iterator[Rema
             read[name].add(key)
     for name, there in sorted(read.items()):
         path = _SAME_NAME.sub("", name)
-        if (root / path).exists():
+        if not (root / path).exists():
+            path = path.rpartition(":")[0]  # of a sheet of a workbook
+        if path and (root / path).exists():
             lines = sorted(origins.first[key][1] for key in there if origins.first[key][0] == name)
             shown = f"{', '.join(map(str, lines[:_GROUPS]))}{' …' if len(lines) > _GROUPS else ''}"
             places = f" at line{'' if len(lines) == 1 else 's'} {shown}" if lines else ""
@@ -175,12 +178,11 @@ def _needles(rows: Iterable[Example]) -> dict[bytes, set[int]]:
     """Map each byte string to search for to the numbers of the rows that have it."""
     needles: dict[bytes, set[int]] = defaultdict(set)
     for number, example in enumerate(rows):
-        for message in example.messages:
-            text = message.content.strip()
-            if message.role == "system" or len(text) < FEWEST_CHARACTERS:
-                continue
-            for spelled in _spellings(text[:_LONGEST]):
-                needles[spelled.encode(errors="replace")].add(number)
+        texts = (text.strip() for m in example.messages if m.role not in INSTRUCTIONS for _, text in message_texts(m))
+        for text in texts:
+            if len(text) >= FEWEST_CHARACTERS:
+                for spelled in _spellings(text[:_LONGEST]):
+                    needles[spelled.encode(errors="replace")].add(number)
     return needles
 
 

@@ -141,7 +141,7 @@ def _with_known_spelling(rows: Sequence[SourceRow], known: Mapping[str, Example]
         if olds:
             # Only the text changes: the file decides which turns are trained.
             turns = zip(row.example.prompt, olds[0].prompt, strict=True)
-            prompt = (replace(turn, content=old.content) for turn, old in turns)
+            prompt = (replace(turn, content=old.content, calls=old.calls) for turn, old in turns)
             found[row.example.pair_key] = Example((*prompt, row.example.messages[-1]))
     return found
 

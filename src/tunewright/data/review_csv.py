@@ -10,6 +10,8 @@ from tunewright.core.clock import now
 from tunewright.core.csv import one_line_end, read_sheet, refuse_faulty, restored_cell, write_sheet
 from tunewright.core.errors import UserError
 from tunewright.data.pii import secret_kinds
+from tunewright.data.readers.calls import edited_answer
+from tunewright.data.readers.row_errors import RowError
 from tunewright.data.review.reviews import VERDICTS, Verdict, VerdictEvent, append_reviews, read_reviews
 from tunewright.data.review.session import ReviewItem, ReviewSession
 from tunewright.data.trace import places_by_key
@@ -57,7 +59,7 @@ def export_csv(path: Path, review: ReviewSession, most: int) -> int:
 
 def _prompt(card: ReviewItem) -> str:
     turns = card.member.example.prompt
-    return turns[0].content if len(turns) == 1 else "\n\n".join(f"{m.role}: {m.content}" for m in turns)
+    return turns[0].content if len(turns) == 1 else "\n\n".join(f"{m.role}: {m.text}" for m in turns)
 
 
 def import_csv(
@@ -116,6 +118,11 @@ def _fault(fields: Mapping[str, str], members: Mapping[str, Member], allow: Coll
         return "new_output equals the present answer"
     if found := secret_kinds(output, allow):
         return f"new_output contains a secret ({found})"
+    if output.strip():
+        try:
+            edited_answer(member.example, output)
+        except RowError as error:
+            return f"new_output: {error}. {error.fix}"
     if fields["draw"].strip() and not fields["draw"].strip().isdecimal():
         return f"invalid draw {fields['draw']!r}: keep the column as exported"
     return None

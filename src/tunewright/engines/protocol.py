@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from tunewright.generation.requests import Finish, Request
+from tunewright.core.errors import UserError
+from tunewright.generation.requests import Finish, Request, TokenLogprob
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,16 @@ class Delta:
 
     ids: tuple[int, ...]
     finish: Finish | None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One for each token, if the request asks for them."""
 
 
 class RequestFailedError(Exception):
     """The model could not compute this request; the engine keeps running."""
+
+
+class ConstraintFailedError(RequestFailedError):
+    """The request's constraint is too complex for its engine; other requests are not affected."""
 
 
 class AdapterFailedError(Exception):
@@ -65,6 +72,8 @@ class Engine(Protocol):
     """Prompt tokens that one tenant may have in prefill at once, since running answers wait for each pass."""
     context_length: int
     """Maximum number of tokens that a prompt and its answer may have together."""
+    unsupported: frozenset[str]
+    """Fields of :class:`tunewright.generation.requests.Request` that must have their defaults."""
 
     @property
     def stopped(self) -> str | None:
@@ -122,6 +131,34 @@ def deliver_stream(deltas: AsyncGenerator[Delta, None], sink: TokenSink) -> Call
             sink.deliver(error)
 
     return asyncio.get_running_loop().create_task(run()).cancel
+
+
+async def checked(deltas: AsyncGenerator[Delta, None], request: Request) -> AsyncGenerator[Delta, None]:
+    """Yield the deltas of an engine that compiles constraints itself, as the embedded engine would deliver them.
+
+    An answer ends as soon as it matches and nothing can follow. A token or an end that the constraint does not allow
+    fails the request: the engine has given the constraint up as too complex.
+
+    Raises:
+        ConstraintFailedError: a token, or the end, is not allowed.
+    """
+    guide = request.constraint.start() if request.constraint else None
+    async with aclosing(deltas):
+        async for delta in deltas:
+            if guide is None:
+                yield delta
+                continue
+            for place, token in enumerate(delta.ids, 1):
+                try:
+                    guide.advance(token)
+                except UserError as error:
+                    raise ConstraintFailedError(error.what) from error
+                if guide.complete:
+                    yield Delta(delta.ids[:place], "stop", delta.logprobs[:place])
+                    return
+            if delta.finish == "stop" and not guide.accepting:
+                raise ConstraintFailedError("the engine has ended the answer before it matches")
+            yield delta
 
 
 class _Queue:

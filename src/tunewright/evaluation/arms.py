@@ -30,7 +30,8 @@ class Instruction:
     def replaced(self, messages: Sequence[Message], other: str) -> tuple[Message, ...]:
         """Return the conversation with ``other`` replacing the instruction in every user turn that begins with it."""
         if self.place == "none":
-            return (Message("system", other), *messages)
+            declared = [m for m in messages if m.role == "tools"]  # always the first message
+            return (*declared, Message("system", other), *messages[len(declared) :])
         if self.place == "system":
             return tuple(replace(m, content=other) if m.role == "system" else m for m in messages)
         white = self.text[len(self.text.rstrip()) :]

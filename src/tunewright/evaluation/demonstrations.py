@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunewright.config import RetrieverName
-from tunewright.data.examples import Message
+from tunewright.data.examples import INSTRUCTIONS, Message, with_calls_numbered
 from tunewright.data.versions import Member
 from tunewright.evaluation.arms import ArmPlan
 
@@ -151,7 +151,7 @@ def _seeded_order(name: str) -> bytes:
 def with_demonstrations(query: Member, demonstrations: Sequence[Member]) -> tuple[Message, ...]:
     """Return the query's prompt after worked examples, as conversation turns in their order."""
     prompt = query.example.prompt
-    system = tuple(m for m in prompt if m.role == "system")
-    asked = tuple(m for m in prompt if m.role != "system")
-    shown = tuple(m for d in demonstrations for m in d.example.messages if m.role != "system")
-    return system + shown + asked
+    instructions = tuple(m for m in prompt if m.role in INSTRUCTIONS)
+    asked = tuple(m for m in prompt if m.role not in INSTRUCTIONS)
+    shown = tuple(m for d in demonstrations for m in d.example.messages if m.role not in INSTRUCTIONS)
+    return with_calls_numbered(instructions + shown + asked)

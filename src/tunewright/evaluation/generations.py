@@ -15,7 +15,7 @@ from accelerate.utils.memory import clear_device_cache
 
 from tunewright.adapters.registry import Adapter
 from tunewright.chat import ChatFormat
-from tunewright.chat.answers import answer_text, constraint_on, stop_strings
+from tunewright.chat.answers import answer_text, grammar_compiler, stop_strings
 from tunewright.config import Quantization
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
@@ -162,7 +162,7 @@ class Generator:
         Raises:
             UserError: the grammar engine rejects it.
         """
-        return constraint_on(self.chat, self.grammar) if self.grammar else None
+        return grammar_compiler(self.chat).compile(self.grammar) if self.grammar else None
 
     def answer(
         self,

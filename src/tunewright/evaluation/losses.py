@@ -15,7 +15,7 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, write_json
 from tunewright.core.progress import Reporter
-from tunewright.data.examples import Example, Message
+from tunewright.data.examples import INSTRUCTIONS, Example, Message, with_calls_numbered
 from tunewright.data.review.suspects import AnswerLoss
 from tunewright.data.versions import DatasetVersion, Member, short
 from tunewright.data.versions.members import read_places
@@ -129,9 +129,10 @@ def row_losses(
 
 
 def _without_input(member: Member) -> Member:
-    """Return the member's answer with a dash in place of its conversation; its system turn stays."""
-    system = [turn for turn in member.example.messages if turn.role == "system"]
-    return replace(member, example=Example((*system, Message("user", "-"), member.example.messages[-1])))
+    """Return the member's answer with a dash in place of its conversation; its instructions stay."""
+    instructions = [turn for turn in member.example.messages if turn.role in INSTRUCTIONS]
+    turns = (*instructions, Message("user", "-"), member.example.messages[-1])
+    return replace(member, example=Example(with_calls_numbered(turns)))
 
 
 def _newest_fit(project: ProjectFolder, base: Base, chat: ChatFormat, reporter: Reporter) -> Adapter | None:

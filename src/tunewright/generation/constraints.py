@@ -7,14 +7,15 @@ allowed text is allowed in every tokenization: an answer that matches without th
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from llguidance import LLMatcher, LLTokenizer, regex_to_lark
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 from llguidance.hf import from_tokenizer
 from torch import Tensor
 
@@ -22,6 +23,12 @@ from tunewright.config import ConstrainConfig
 from tunewright.core.errors import UserError
 
 _WHERE = "evaluate.structured_outputs"
+
+_LIMITS = LLParserLimits(
+    initial_lexer_fuel=500_000, step_lexer_fuel=100_000, step_max_items=20_000, verbose_errors=False
+)
+"""Half of llguidance's own limits: no rule takes a second to compile, or a tenth of a second for the next mask. They
+count work, not time, so the same rule fails at the same token on every machine."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +45,37 @@ class Grammar:
             UserError: the schema's file does not exist, or is not JSON.
         """
         if config.choices is not None:
-            # Lark's string literals have JSON's syntax.
-            return cls(" | ".join(json.dumps(choice, ensure_ascii=False) for choice in config.choices))
+            return cls.choices(config.choices)
         if config.regex is not None:
-            return cls(f"/{regex_to_lark(config.regex, 'd')}/")
+            return cls.regex(config.regex)
         schema = config.json_schema
         assert schema is not None
-        return cls(f"%json {json.dumps(_read_schema(root / schema) if isinstance(schema, str) else schema)}")
+        return cls.json_schema(_read_schema(root / schema) if isinstance(schema, str) else schema)
+
+    @classmethod
+    def choices(cls, choices: Sequence[str]) -> Grammar:
+        """Return the grammar of an answer that is one of these texts."""
+        # Lark's string literals have JSON's syntax.
+        return cls(" | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices))
+
+    @classmethod
+    def regex(cls, regex: str) -> Grammar:
+        """Return the grammar of an answer that matches this regular expression as a whole, in Rust's syntax."""
+        return cls(f"/{regex_to_lark(regex, 'd')}/")
+
+    @classmethod
+    def json_schema(cls, schema: Mapping[str, Any]) -> Grammar:
+        """Return the grammar of an answer that is JSON of this schema."""
+        return cls(f"%json {json.dumps(schema)}")
+
+    @classmethod
+    def lark(cls, grammar: str) -> Grammar:
+        """Return the grammar of an answer that the rule ``start`` of a context-free grammar matches.
+
+        Args:
+            grammar: in llguidance's variant of Lark.
+        """
+        return cls(f"%lark {{\n{grammar}\n}}")
 
 
 def _read_schema(path: Path) -> Any:
@@ -59,30 +90,68 @@ def _read_schema(path: Path) -> Any:
     return schema
 
 
-class Constraint:
-    """A grammar compiled for a tokenizer; it can guide any number of rows.
+class GrammarCompiler:
+    """Compiles grammars for one base; safe to use in several threads.
 
     Args:
-        grammar: the form of allowed answers.
         tokenizer: a transformers tokenizer of the ``tokenizers`` library.
         stop_ids: tokens that end an answer: allowed where the text so far matches.
         affixes: optional text before and after the answer that its tokens may write: see :func:`answer_affixes`.
+    """
+
+    def __init__(self, tokenizer: Any, stop_ids: Collection[int], affixes: tuple[str, str] = ("", "")) -> None:
+        self._tokenizer: LLTokenizer = from_tokenizer(tokenizer, eos_token=sorted(stop_ids))
+        self._affixes = affixes
+
+    def compile(self, grammar: Grammar) -> Constraint:
+        """Return the grammar as a constraint. Other Python threads run meanwhile.
+
+        Raises:
+            UserError: the engine rejects the grammar.
+        """
+        return Constraint(grammar, self._tokenizer, self._affixes)
+
+    @property
+    def token_bytes(self) -> list[bytes | None]:
+        """The bytes that each token stands for; None for special tokens."""
+        special = self._tokenizer.is_special_token
+        return [None if special(token) else self.piece(token) for token in range(self.vocabulary)]
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of tokens."""
+        return self._tokenizer.vocab_size
+
+    def piece(self, token: int) -> bytes:
+        """Return the bytes that a token stands for; a special token's name, and nothing for an id that is no token."""
+        return self._tokenizer.decode_bytes([token]) if token < self.vocabulary else b""
+
+
+class Constraint:
+    """A grammar compiled for a tokenizer; it can guide any number of rows. Made by :class:`GrammarCompiler`.
+
+    Args:
+        grammar: the form of allowed answers.
+        tokenizer: llguidance's, with the tokens that end an answer.
+        affixes: see :class:`GrammarCompiler`.
+
+    Attributes:
+        rules: the whole grammar in llguidance's Lark, for engines that compile it themselves.
 
     Raises:
         UserError: the engine rejects the grammar.
     """
 
-    def __init__(
-        self, grammar: Grammar, tokenizer: Any, stop_ids: Collection[int], affixes: tuple[str, str] = ("", "")
-    ) -> None:
+    def __init__(self, grammar: Grammar, tokenizer: LLTokenizer, affixes: tuple[str, str]) -> None:
         self.grammar = grammar
-        self._tokenizer: LLTokenizer = from_tokenizer(tokenizer, eos_token=sorted(stop_ids))
+        self._tokenizer = tokenizer
         before, after = (f"{json.dumps(text)}?" if text else "" for text in affixes)
-        rules = f"start: {before} answer {after}\nanswer: {grammar.rule}\n"
-        self._fresh = LLMatcher(self._tokenizer, rules, log_level=0)
+        self.rules = f"start: {before} answer {after}\nanswer: {grammar.rule}\n"
+        self._fresh = LLMatcher(self._tokenizer, self.rules, log_level=0, limits=_LIMITS)
+        if not self._fresh.is_error():
+            self._fresh.compute_bitmask()  # the first one takes longest, and every row begins with it
         if self._fresh.is_error():
-            reason = " ".join(self._fresh.get_error().split())
-            raise UserError(f"Invalid constraint: {reason[:300]}", where=_WHERE)
+            raise UserError(f"Invalid constraint: {_reason(self._fresh.get_error())}", where=_WHERE)
 
     def start(self) -> Guide:
         """Return a guide for a row without tokens."""
@@ -95,6 +164,13 @@ class Constraint:
         return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
 
 
+def _reason(error: str) -> str:
+    """Return llguidance's error without its listing of the rules, and without places in it."""
+    message = re.split(r"\n\s*1 \| |<non-verbose/>", error)[0]
+    message = re.sub(r"\b(at )?\d+\(\d+\): ", "", message).removeprefix("failed to compile JSON schema: ")
+    return " ".join(message.split())[:300]
+
+
 class Guide:
     """One row's state in a grammar."""
 
@@ -102,14 +178,23 @@ class Guide:
         self._matcher = matcher
 
     def advance(self, token: int) -> None:
-        """Advance by an allowed token that does not end the answer."""
-        taken = self._matcher.consume_token(token)
-        assert taken, self._matcher.get_error()
+        """Advance by a token that does not end the answer.
+
+        Raises:
+            UserError: the grammar does not allow the token, or has become too complex for the engine.
+        """
+        if not self._matcher.consume_token(token):
+            raise UserError(f"The constraint failed while decoding: {_reason(self._matcher.get_error())}", where=_WHERE)
+
+    @property
+    def accepting(self) -> bool:
+        """True if the text matches; more may follow."""
+        return bool(self._matcher.is_accepting())
 
     @property
     def complete(self) -> bool:
         """True if the text matches and nothing can follow."""
-        return self._matcher.is_stopped() and self._matcher.is_accepting()
+        return self._matcher.is_stopped() and self.accepting
 
     def allowed(self) -> bytes:
         """Return a bitmask over the vocabulary, the lowest token in the lowest bit.
@@ -117,9 +202,10 @@ class Guide:
         Raises:
             UserError: the grammar has become too complex for the engine.
         """
-        if self._matcher.is_error():
-            raise UserError(f"The constraint failed while decoding: {self._matcher.get_error()[:300]}", where=_WHERE)
-        return self._matcher.compute_bitmask()
+        mask = self._matcher.compute_bitmask()
+        if self._matcher.is_error():  # the mask would end the answer
+            raise UserError(f"The constraint failed while decoding: {_reason(self._matcher.get_error())}", where=_WHERE)
+        return mask
 
 
 def mask_logits(logits: Tensor, masks: Sequence[bytes | None]) -> Tensor:

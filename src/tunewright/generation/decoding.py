@@ -36,6 +36,7 @@ from tunewright.generation.kv_cache import (
     select,
     truncate,
 )
+from tunewright.generation.logits import adjust_logits, token_logprobs
 from tunewright.generation.lora_dispatch import LoraDispatch
 from tunewright.generation.requests import Request, Row
 from tunewright.generation.sampling import next_tokens
@@ -287,13 +288,15 @@ class Batch:
                 masks[index] = row.guide.allowed() if row.guide else None
             except Exception as error:  # noqa: BLE001 - returned
                 failing[index] = error
-        for index, token in enumerate(next_tokens(mask_logits(logits, masks), rows)):
+        tokens = next_tokens(mask_logits(adjust_logits(logits, rows), masks), rows)
+        logprobs = token_logprobs(logits, rows, tokens)
+        for index, token in enumerate(tokens):
             if index in failing:
                 continue
             try:
                 if token >= logits.shape[-1]:
                     raise ValueError("The model's logits are not finite, so there is no next token.")
-                rows[index].take(token, self._stop_ids)
+                rows[index].take(token, self._stop_ids, logprobs[index])
             except Exception as error:  # noqa: BLE001 - returned
                 failing[index] = error
         return failing

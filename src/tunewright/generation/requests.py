@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,15 @@ from tunewright.generation.lora_dispatch import BASE_ROW
 from tunewright.generation.text_stream import Decode, TextStream
 
 Finish = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """The model's log probability of a token of an answer, and the likeliest tokens in its place."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """Tokens with their log probabilities, the likeliest first."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +38,10 @@ class Request:
         seed: the same seed samples the same answer, whatever else is in the batch; None draws a new seed.
         stop: non-empty texts; the first that is complete ends the answer before it.
         constraint: the grammar of the answer; an answer cut at the limit may not match it yet.
+        presence_penalty: subtracted from the logit of each token that the answer has.
+        frequency_penalty: subtracted from a token's logit for each time that the answer has it.
+        logit_bias: tokens with what is added to their logits.
+        logprobs: report each token's log probability, with this many of the likeliest; None: report none.
     """
 
     prompt_ids: tuple[int, ...]
@@ -38,6 +52,10 @@ class Request:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     constraint: Constraint | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         assert self.prompt_ids, "a prompt has at least one token"
@@ -69,6 +87,8 @@ class Row:
     def __init__(self, request: Request, decode: Decode | None = None) -> None:
         self.request = request
         self.ids: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        self._counts: Counter[int] = Counter()
         self.finish: Finish | None = None
         self.guide = request.constraint.start() if request.constraint else None
         self._before_stop: str | None = None
@@ -98,12 +118,23 @@ class Row:
         assert self._generator is not None, "a greedy row draws nothing"
         return float(torch.rand((), dtype=torch.float64, generator=self._generator))
 
-    def take(self, token: int, stop_ids: Collection[int]) -> None:
-        """Append the next token, or finish on it."""
+    def logit_changes(self) -> Iterator[tuple[int, float]]:
+        """Yield tokens with what is added to their logits: biases and penalties. A token may occur twice."""
+        yield from self.request.logit_bias
+        presence, frequency = self.request.presence_penalty, self.request.frequency_penalty
+        if presence or frequency:
+            for token, count in self._counts.items():
+                yield token, -presence - count * frequency
+
+    def take(self, token: int, stop_ids: Collection[int], logprob: TokenLogprob | None = None) -> None:
+        """Append the next token with its log probability, or finish on it."""
         if token in stop_ids:
             self._end("stop")
             return
         self.ids.append(token)
+        self._counts[token] += 1
+        if logprob is not None:
+            self.logprobs.append(logprob)
         if self.guide is not None:
             self.guide.advance(token)
         if self._stream is not None:

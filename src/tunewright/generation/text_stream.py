@@ -105,6 +105,8 @@ class TextStream:
     def __init__(self, decode: Decode, stops: Sequence[str]) -> None:
         self._detokenizer = Detokenizer(decode)
         self._filter = StopFilter(stops)
+        self.decoded = 0
+        """Characters decoded so far, with those held back."""
 
     @property
     def stopped(self) -> bool:
@@ -113,7 +115,9 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """Return the text to send after this token."""
-        return self._filter.push(self._detokenizer.push(token))
+        text = self._detokenizer.push(token)
+        self.decoded += len(text)
+        return self._filter.push(text)
 
     def flush(self) -> str:
         """Return the rest of the text after the last token."""

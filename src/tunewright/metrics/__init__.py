@@ -7,7 +7,16 @@ from typing import Any
 
 from tunewright.config import EvaluateConfig, Metric, metric_name
 from tunewright.config.metrics import Choices, ExactMatch, Json, Normalisation, Python, Regex
+from tunewright.core.io import digest
 from tunewright.metrics.bleu_chrf import bleu, chrf
+from tunewright.metrics.call_ast import acceptable_values, call_ast_match
+from tunewright.metrics.calls import (
+    call_argument_f1,
+    call_exact_match,
+    call_name_match,
+    call_schema_valid,
+    irrelevance_detection,
+)
 from tunewright.metrics.custom import custom_metric, file_digest, module_file
 from tunewright.metrics.fields import json_fields, json_valid
 from tunewright.metrics.labels import axis_label, metric_label, p_text, points_text, score_text
@@ -52,7 +61,7 @@ def scorer_of(metric: Metric, root: Path) -> Scorer:
 
     Args:
         metric: metric of the config.
-        root: the project's folder, with its custom metric functions.
+        root: the project's folder, with its custom metric functions and its rows' acceptable values.
 
     Raises:
         UserError: a function does not exist, or its module cannot be imported.
@@ -81,11 +90,23 @@ def scorer_of(metric: Metric, root: Path) -> Scorer:
             return json_fields(name, None)
         case "json_valid":
             return json_valid(name)
+        case "call_exact_match":
+            return call_exact_match(name)
+        case "call_ast_match":
+            return call_ast_match(name, acceptable_values(root))
+        case "call_name_match":
+            return call_name_match(name)
+        case "call_argument_f1":
+            return call_argument_f1(name)
+        case "call_schema_valid":
+            return call_schema_valid(name)
+        case "irrelevance_detection":
+            return irrelevance_detection(name)
 
 
 def metric_kind(metric: Metric) -> Kind:
     """Return the metric's kind without importing a custom function."""
-    if isinstance(metric, Json) or metric in ("json", "bleu", "chrf"):
+    if isinstance(metric, Json) or metric in ("json", "bleu", "chrf", "call_argument_f1"):
         return "corpus"
     return "mean" if isinstance(metric, Python) or metric == "token_f1" else "right or wrong"
 
@@ -96,11 +117,13 @@ def open_scorers(settings: EvaluateConfig, root: Path) -> tuple[Scorer, ...]:
 
 
 def metric_inputs(metric: Metric, root: Path) -> Any:
-    """Return everything that decides a metric's scores, for digests: its config and its custom function's file.
+    """Return everything that decides a metric's scores, for digests: its config, and the file or the metadata it reads.
 
     Raises:
         UserError: the file does not exist.
     """
+    if metric == "call_ast_match":
+        return {metric: digest(acceptable_values(root))}
     if isinstance(metric, str):
         return metric
     inputs = metric.model_dump(mode="json")

@@ -68,7 +68,7 @@ def json_fields(name: MetricName, fields: Sequence[str] | None) -> Scorer:
         return ItemScore(2 * right / (len(answer) + len(reference)), (right, len(answer), len(reference)))
 
     which = "top-level fields" if fields is None else f"the fields {', '.join(fields)}"
-    return Scorer(name, "corpus", f"micro F1 over {which} of a JSON object, all items' together", 3, item, _micro_f1)
+    return Scorer(name, "corpus", f"micro F1 over {which} of a JSON object, all items' together", 3, item, micro_f1)
 
 
 def same(one: Any, other: Any) -> bool:
@@ -80,7 +80,7 @@ def same(one: Any, other: Any) -> bool:
     return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
 
 
-def _micro_f1(sums: Floats) -> Floats:
+def micro_f1(sums: Floats) -> Floats:
     """Map [..., right, answered, wanted] to F1; every scored item wants at least one field."""
     f1: Floats = 2 * sums[..., 0] / np.asarray(sums[..., 1] + sums[..., 2])
     return f1

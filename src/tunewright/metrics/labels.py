@@ -4,8 +4,24 @@ from __future__ import annotations
 
 from tunewright.config import MetricName
 
-_SHARES = {"exact_match": "exact match", "choices": "accuracy", "json_valid": "valid JSON", "regex": "valid format"}
-_SCORES = {"bleu": "BLEU", "chrf": "chrF", "token_f1": "token F1", "json": "field F1"}
+_SHARES = {
+    "exact_match": "exact match",
+    "choices": "accuracy",
+    "json_valid": "valid JSON",
+    "regex": "valid format",
+    "call_exact_match": "call exact match",
+    "call_ast_match": "call AST match",
+    "call_name_match": "call name match",
+    "call_schema_valid": "valid calls",
+    "irrelevance_detection": "irrelevance detection",
+}
+_SCORES = {
+    "bleu": "BLEU",
+    "chrf": "chrF",
+    "token_f1": "token F1",
+    "json": "field F1",
+    "call_argument_f1": "argument F1",
+}
 
 
 def metric_label(metric: MetricName) -> str:

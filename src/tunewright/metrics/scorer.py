@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tunewright.config import MetricName
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
-from tunewright.data.examples import Example
+from tunewright.data.examples import INSTRUCTIONS, Example
 
 Floats = NDArray[np.float64]
 
@@ -151,7 +151,7 @@ def references_of(examples: Sequence[Example], among: Sequence[Example] | None =
 
 
 def _same_input(example: Example) -> tuple[str, tuple[str, ...]]:
-    return example.prompt_key, tuple(m.content for m in example.prompt if m.role == "system")
+    return example.prompt_key, tuple(m.content for m in example.prompt if m.role in INSTRUCTIONS)
 
 
 def score_all(

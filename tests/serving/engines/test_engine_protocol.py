@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterator
+from collections.abc import AsyncGenerator, Coroutine, Iterator
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from engine_kinds import KINDS, STOPS, TOKENIZER
+from engine_kinds import COMPILER, KINDS, STOPS, TOKENIZER
 from peft import PeftModel
 from transformers import LlamaForCausalLM
 
 from tunewright.core.errors import UserError
-from tunewright.engines.protocol import Delta, Engine, EngineStoppedError, RequestFailedError, stream
-from tunewright.generation.requests import Request
+from tunewright.engines.protocol import (
+    ConstraintFailedError,
+    Delta,
+    Engine,
+    EngineStoppedError,
+    RequestFailedError,
+    checked,
+    stream,
+)
+from tunewright.generation.constraints import Grammar
+from tunewright.generation.generate import generate
+from tunewright.generation.requests import Finish, Request
 
 PROMPTS = [tuple(TOKENIZER(text).input_ids) for text in ("Mobile County", "Where is it?", "a", "The quick brown fox")]
 SOON = 120
@@ -173,6 +183,116 @@ def test_load_refuses_files_that_do_not_match_the_digest_and_running_answers_con
     _run(ask())
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "court": {"type": "string", "pattern": "^[ -~]{0,6}$"},
+        "number": {"type": "integer", "maximum": 99},
+    },
+    "required": ["court", "number"],
+    "additionalProperties": False,
+}
+GRAMMARS = {
+    "choices": Grammar.choices(["Ala.", "Alaska", "Fla."]),
+    "regex": Grammar.regex(r"[A-Z][a-z]{2,5} (1st|2d) \d{2}"),
+    "schema": Grammar.json_schema(SCHEMA),
+    "lark": Grammar.lark('start: "(" start ")" | word\nword: /[p-w]+/'),
+}
+
+
+def test_constrained_answers_are_those_of_the_decoding_loop(engine: Engine, small_base: Path) -> None:
+    model: Any = LlamaForCausalLM.from_pretrained(small_base).eval()
+    constraints = [COMPILER.compile(grammar) for grammar in GRAMMARS.values()]
+    requests = [Request(prompt, None, 40, constraint=each) for each in constraints for prompt in PROMPTS]
+    free = [Request(prompt, None, 12) for prompt in PROMPTS]
+    expected = generate(model, [*requests, *free], stop_ids=STOPS, pad_id=0, batch_size=4)
+
+    async def ask() -> list[Any]:
+        return await asyncio.gather(*(_answer(engine, request) for request in [*requests, *free]))
+
+    answers = _run(ask())
+    assert answers == [(completion.ids, completion.finish) for completion in expected]
+    for request, (ids, finish) in zip(requests, answers, strict=False):
+        assert request.constraint is not None
+        assert request.constraint.matches(TOKENIZER.decode(ids)) or finish == "length"
+    assert sum(finish == "stop" for _, finish in answers[: len(requests)]) >= len(requests) / 2
+
+
+def test_constrained_answer_cut_at_its_limit_has_finish_length(engine: Engine) -> None:
+    constraint = COMPILER.compile(Grammar.regex("[a-z]{30}"))
+    ids, finish = _run(_answer(engine, Request(PROMPTS[0], None, 10, constraint=constraint)))
+    assert (len(ids), finish) == (10, "length")
+    assert len(_run(_answer(engine, Request(PROMPTS[0], None, 30, constraint=constraint)))[0]) == 30
+
+
+def _log_probabilities(base: Path, folder: Path, prompt: tuple[int, ...], ids: tuple[int, ...]) -> torch.Tensor:
+    """PEFT's own, at each token of an answer."""
+    model: Any = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), folder).eval()
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
+    return torch.log_softmax(logits.double(), -1)
+
+
+@pytest.mark.parametrize("how", [{}, {"temperature": 1.0, "seed": 3}, {"logit_bias": ((70, 8.0),)}])
+def test_log_probabilities_are_those_of_the_model_at_each_token(
+    engine: Engine, small_base: Path, small_adapters: dict[str, Path], how: dict[str, Any]
+) -> None:
+    digest, folder = next(iter(small_adapters.items()))
+    deltas = _run(_deltas(engine, Request(PROMPTS[0], digest, 8, logprobs=3, **how)))
+    ids = tuple(token for delta in deltas for token in delta.ids)
+    found = [logprob for delta in deltas for logprob in delta.logprobs]
+    expected = _log_probabilities(small_base, folder, PROMPTS[0], ids)
+    assert len(found) == len(ids)
+    for token, logprob, row in zip(ids, found, expected, strict=True):
+        assert logprob.logprob == pytest.approx(row[token].item(), abs=0.05)
+        assert [value for _, value in logprob.top[:3]] == pytest.approx(row.topk(3).values.tolist(), abs=0.05)
+    plain = _run(_deltas(engine, Request(PROMPTS[0], digest, 8, logprobs=0)))
+    assert all(logprob.top[:0] == () and logprob.logprob < 0 for delta in plain for logprob in delta.logprobs)
+
+
+def _shortfalls(base: Path, request: Request, ids: tuple[int, ...]) -> list[float]:
+    """How far each token of a greedy answer is from the likeliest one, by OpenAI's formula in a plain loop."""
+    model: Any = LlamaForCausalLM.from_pretrained(base).eval()
+    found = []
+    for place, token in enumerate(ids):
+        before = ids[:place]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([[*request.prompt_ids, *before]])).logits[0, -1]
+        for used in set(before):
+            logits[used] -= before.count(used) * request.frequency_penalty + request.presence_penalty
+        for biased, bias in request.logit_bias:
+            logits[biased] += bias
+        found.append(float(logits.max() - logits[token]))
+    return found
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"frequency_penalty": 1.5},
+        {"presence_penalty": 2.0},
+        {"presence_penalty": -2.0, "frequency_penalty": -0.3},
+        {"logit_bias": ((40, 3.0), (41, -100.0))},
+        {"logit_bias": ((66, 100.0),)},
+    ],
+)
+def test_penalties_and_biases_change_the_answer_by_openais_formula(
+    engine: Engine, small_base: Path, how: dict[str, Any]
+) -> None:
+    if engine.unsupported & set(how):
+        pytest.skip("the gateway refuses them for this engine")
+    asked = [Request(prompt, None, 16, **how) for prompt in PROMPTS]
+
+    async def ask() -> list[Any]:
+        return await asyncio.gather(*(_answer(engine, request) for request in asked))
+
+    answers = [ids for ids, _ in _run(ask())]
+    for request, ids in zip(asked, answers, strict=True):
+        assert max(_shortfalls(small_base, request, ids)) < 0.02, "a tie to within 16 bits at most"
+    free = [_expected(small_base, None, prompt, 16)[0] for prompt in PROMPTS]
+    assert answers != free
+
+
 def test_stopped_engine_fails_running_and_new_requests(engine: Engine, small_base: Path) -> None:
     """The last test of this file: it ends the engine."""
 
@@ -188,3 +308,32 @@ def test_stopped_engine_fails_running_and_new_requests(engine: Engine, small_bas
             await _answer(engine, Request(PROMPTS[0], None, 5))
 
     _run(ask())
+
+
+@pytest.mark.parametrize(
+    ("text", "finish", "outcome"),
+    [
+        ("abcabc", "length", "abc"),  # nothing can follow, whatever the engine sends
+        ("ab", "stop", None),
+        ("ab", "length", "ab"),
+        ("axc", "length", None),
+    ],
+)
+def test_deltas_of_an_engine_with_its_own_grammar_are_checked(text: str, finish: Finish, outcome: str | None) -> None:
+    request = Request((1,), None, 6, constraint=COMPILER.compile(Grammar.regex("abc")))
+
+    async def deltas() -> AsyncGenerator[Delta, None]:
+        ids = TOKENIZER.convert_tokens_to_ids(list(text))
+        for place, token in enumerate(ids, 1):
+            yield Delta((token,), finish if place == len(ids) else None)
+
+    async def ask() -> list[Delta]:
+        return [delta async for delta in checked(deltas(), request)]
+
+    if outcome is None:
+        with pytest.raises(ConstraintFailedError):
+            _run(ask())
+    else:
+        got = _run(ask())
+        assert TOKENIZER.decode([token for delta in got for token in delta.ids]) == outcome
+        assert got[-1].finish == ("stop" if outcome == "abc" else finish)

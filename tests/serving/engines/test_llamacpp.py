@@ -16,7 +16,7 @@ from typing import Any
 
 import gguf
 import pytest
-from engine_kinds import STOPS, TOKENIZER, llamacpp_engine
+from engine_kinds import PIECES, STOPS, TOKENIZER, llamacpp_engine
 from isolation_helpers import PROMPTS, failed, result_of
 
 from small_models import write_adapter
@@ -185,23 +185,31 @@ def test_llama_cpp_restarts_and_fails_running_requests_when_it_crashes_or_hangs(
         asyncio.run(asyncio.wait_for(ask(), 300))
 
 
-def test_base_file_has_a_vocabulary_of_numbers_and_our_stop_tokens(small_base: Path, tmp_path: Path) -> None:
+def test_base_file_has_texts_of_whole_characters_and_our_stop_tokens(small_base: Path, tmp_path: Path) -> None:
     base = Base("small", small_base, None, "LlamaForCausalLM", {})
-    path = base_file(tmp_path, base, {7, 3, 5, 9}, "q8_0", LogReporter())
+    pieces = [*PIECES]
+    pieces[10:15] = [b"a b", "é".encode(), b"\xe9", b"</s>", b"a b"]
+
+    def write(stop_ids: set[int]) -> Path:
+        return base_file(tmp_path, base, pieces, stop_ids, 7, "q8_0", LogReporter())
+
+    path = write({7, 3, 5, 9})
     reader = gguf.GGUFReader(path)
 
     def field(name: str) -> Any:
         return reader.fields[f"tokenizer.{name}"].contents()
 
-    assert field("ggml.tokens") == [str(token) for token in range(len(TOKENIZER))]
-    assert [field(f"ggml.{name}_token_id") for name in ("eos", "eot", "eom")] == [3, 5, 7]
+    assert field("ggml.tokens")[10:15] == ["aĠb", "Ã©", "[12]", "[13]", "[14]"]
+    assert field("ggml.token_type")[10:15] == [1, 1, 3, 3, 3]
+    assert field("ggml.tokens")[7] == "[7]", "an end token has no text"
+    assert [field(f"ggml.{name}_token_id") for name in ("eos", "eot", "eom")] == [3, 7, 5]
     assert "tokenizer.chat_template" not in reader.fields
-    assert base_file(tmp_path, base, {9, 7, 5, 3}, "q8_0", LogReporter()) == path, "it is made once"
+    assert write({9, 7, 5, 3}) == path, "it is made once"
     with path.open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x7f")
     with pytest.raises(UserError, match=r"weights\.gguf"):
-        base_file(tmp_path, base, {3, 5, 7, 9}, "q8_0", LogReporter())
+        write({3, 5, 7, 9})
 
 
 def test_stop_token_without_a_gguf_name_ends_an_answer(small_base: Path) -> None:

@@ -176,10 +176,11 @@ def test_unknown_model_has_the_same_error_on_both_routes(client: openai.OpenAI, 
 
 
 def test_unsupported_field_is_refused_by_name(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="logprobs is not supported: remove it") as caught:
-        client.chat.completions.create(model="base", messages=QUESTION, logprobs=True)
+    with pytest.raises(openai.BadRequestError, match="prediction is not supported: remove it") as caught:
+        predicted: Any = {"type": "content", "content": "x"}
+        client.chat.completions.create(model="base", messages=QUESTION, prediction=predicted)
     assert (caught.value.param, caught.value.code, caught.value.type) == (
-        "logprobs",
+        "prediction",
         "unsupported_parameter",
         "invalid_request_error",
     )

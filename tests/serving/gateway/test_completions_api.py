@@ -132,9 +132,10 @@ def test_special_tokens_in_a_prompt_stay_text(client: openai.OpenAI, model: Any)
         ({"prompt": ["x"] * 129}, "prompt", "invalid_value"),
         ({"prompt": [1, 2, 3]}, "prompt", "invalid_value"),
         ({"prompt": [[1, 2, 3], [4]]}, "prompt", "invalid_value"),
-        ({"prompt": "x", "logprobs": 1}, "logprobs", "unsupported_parameter"),
+        ({"prompt": "x", "logprobs": 21}, "logprobs", "invalid_value"),
         ({"prompt": "x", "suffix": "y"}, "suffix", "unsupported_parameter"),
-        ({"prompt": "x", "n": 2}, "n", "invalid_value"),
+        ({"prompt": "x", "n": 17}, "n", "too_many_choices"),
+        ({"prompt": ["x"] * 43, "n": 3}, "n", "too_many_choices"),
     ],
 )
 def test_unsupported_completion_field_is_refused_by_name(
@@ -149,3 +150,33 @@ def test_unknown_model_is_not_found(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
         client.completions.create(model="other", prompt="x")
     assert caught.value.code == "model_not_found"
+
+
+def test_each_prompt_has_n_choices_in_order(client: openai.OpenAI) -> None:
+    how: Any = {"model": "courts", "max_tokens": 12, "temperature": 1.0}
+    answer = client.completions.create(prompt=PROMPTS[:2], n=3, seed=5, **how)
+    assert [choice.index for choice in answer.choices] == list(range(6))
+    alone = [
+        client.completions.create(prompt=prompt, seed=seed, **how).choices[0].text
+        for prompt in PROMPTS[:2]
+        for seed in (5, 6, 7)
+    ]
+    assert [choice.text for choice in answer.choices] == alone
+    assert len(set(alone)) > 4
+
+
+def test_completion_log_probabilities_align_with_the_text(client: openai.OpenAI) -> None:
+    how: Any = {"model": "courts", "prompt": PROMPT, "max_tokens": 20}
+    choice = client.completions.create(logprobs=2, **how).choices[0]
+    found = choice.logprobs
+    assert found is not None and found.tokens and found.text_offset and found.top_logprobs and found.token_logprobs
+    assert "".join(found.tokens) == choice.text
+    for token, offset, logprob, top in zip(
+        found.tokens, found.text_offset, found.token_logprobs, found.top_logprobs, strict=True
+    ):
+        assert choice.text.startswith(token, offset)
+        assert top[token] == logprob == max(top.values()), "greedy"
+        assert 2 <= len(top) <= 3
+    streamed = list(client.completions.create(logprobs=2, stream=True, **how))
+    pieces = [chunk.choices[0].logprobs for chunk in streamed if chunk.choices[0].logprobs]
+    assert [offset for piece in pieces for offset in piece.text_offset or ()] == found.text_offset

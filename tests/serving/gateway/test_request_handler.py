@@ -20,9 +20,10 @@ from tunewright.generation.requests import Request
 from tunewright.serving.gateway.admission import AdmissionQueue
 from tunewright.serving.gateway.app import Gateway
 from tunewright.serving.gateway.auth import Admission, AnonymousAuth, Target
+from tunewright.serving.gateway.errors import ApiError
 from tunewright.serving.gateway.preprocess import RequestPreprocessor
 from tunewright.serving.gateway.request_handler import RequestHandler
-from tunewright.serving.gateway.schemas import ApiError, CompletionRequest
+from tunewright.serving.gateway.schemas import CompletionRequest
 from tunewright.serving.gateway.server import serving
 from tunewright.serving.tenants import Candidate, Limits, State
 
@@ -67,7 +68,7 @@ def test_one_failed_prompt_ends_the_request_and_frees_the_others() -> None:
 def test_abort_before_the_first_chunk_reaches_the_client() -> None:
     async def run() -> None:
         engine = ScriptedEngine()
-        preprocessor = RequestPreprocessor(TOKENIZATION, LIMITS, engine.context_length)
+        preprocessor = RequestPreprocessor(TOKENIZATION, LIMITS, engine)
         body = CompletionRequest(model="base", prompt=["one", "two"])
         now, target = time.monotonic(), Target("base", None)
         requests = [
@@ -150,7 +151,7 @@ def test_shadow_skips_requests_with_several_prompts(tmp_path: Path, adapters: di
             client.completions.create(model="courts", prompt=["one"], max_tokens=4)
             until(lambda: len(state.usage.shadow_lines("courts")) == 2)
             listed, single = state.usage.shadow_lines("courts")
-    assert (listed.shadow_answer, listed.why_not) == (None, "the request had 2 prompts")
+    assert (listed.shadow_answer, listed.why_not) == (None, "the request had 2 answers")
     assert listed.answer == f"{choices[0].text}\n\n{choices[1].text}"
     assert single.shadow_answer is not None
 

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from tunewright.data.examples import Message
-from tunewright.serving.gateway.schemas import ApiError, ChatRequest, CompletionRequest, parse_request
+from tunewright.serving.gateway.errors import ApiError
+from tunewright.serving.gateway.parsing import parse_request
+from tunewright.serving.gateway.schemas import ChatRequest, CompletionRequest
 
 TURN = {"role": "user", "content": "x"}
 LEAST = {"model": "m", "messages": [TURN]}
@@ -55,6 +57,7 @@ NEUTRAL: list[tuple[str, Any]] = [
     ("verbosity", "medium"),
     ("service_tier", "auto"),
     ("service_tier", "default"),
+    ("service_tier", "flex"),
     ("stream_options", None),
     ("stream_options", {"include_usage": True}),
     ("stream_options", {"include_usage": None, "include_obfuscation": False}),
@@ -88,15 +91,21 @@ def test_chat_request_accepts_all_neutral_values_at_once() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("best_of", 1), ("echo", False), ("suffix", None), ("suffix", ""), ("logprobs", None), ("logprobs", False)],
+    [
+        ("best_of", 1),
+        ("echo", False),
+        ("suffix", None),
+        ("suffix", ""),
+        ("logprobs", None),
+        ("logprobs", False),
+        ("logprobs", 0),
+    ],
 )
 def test_completion_request_accepts_neutral_value(field: str, value: Any) -> None:
     parse_request(CompletionRequest, json.dumps({"model": "m", "prompt": "x", field: value}).encode())
 
 
-@pytest.mark.parametrize(
-    ("field", "value"), [("best_of", 2), ("best_of", True), ("echo", True), ("suffix", "y"), ("logprobs", 0)]
-)
+@pytest.mark.parametrize(("field", "value"), [("best_of", 2), ("best_of", True), ("echo", True), ("suffix", "y")])
 def test_completion_request_refuses_value_that_changes_the_answer(field: str, value: Any) -> None:
     with pytest.raises(ApiError, match=f"{field} is not supported: remove it") as caught:
         parse_request(CompletionRequest, json.dumps({"model": "m", "prompt": "x", field: value}).encode())
@@ -138,16 +147,29 @@ def test_leading_system_messages_are_joined() -> None:
     [
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"response_format": {}}, "response_format"),
+        ({"response_format": {}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"response_format": {"type": "text", "json_schema": {}}}, "response_format.json_schema.name"),
+        ({"response_format": {"type": "grammar"}}, "response_format.type"),
+        ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag"),
+        ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs.choice"),
+        ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "guided_regex"),
+        ({"guided_choice": []}, "guided_choice"),
+        ({"guided_json": "not json"}, "guided_json"),
+        ({"guided_grammar": "start: x"}, "guided_grammar"),
         ({"reasoning_effort": "low"}, "reasoning_effort"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"verbosity": "low"}, "verbosity"),
-        ({"service_tier": "flex"}, "service_tier"),
-        ({"frequency_penalty": 0.1}, "frequency_penalty"),
-        ({"logit_bias": {"5": 1}}, "logit_bias"),
-        ({"logprobs": True}, "logprobs"),
+        ({"service_tier": "gold"}, "service_tier"),
+        ({"frequency_penalty": 2.1}, "frequency_penalty"),
+        ({"presence_penalty": "1"}, "presence_penalty"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5"),
+        ({"logit_bias": {"five": 1}}, "logit_bias.five"),
+        ({"logit_bias": {str(token): 1 for token in range(301)}}, "logit_bias"),
+        ({"logprobs": 1}, "logprobs"),
         ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"best_of": 2}, "best_of"),
         ({"skip_special_tokens": False}, "skip_special_tokens"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
         ({"web_search_options": {}}, "web_search_options"),
@@ -156,7 +178,7 @@ def test_leading_system_messages_are_joined() -> None:
         ({"metadata": "x"}, "metadata"),
         ({"unknown": 1}, "unknown"),
         ({"unknown": "x"}, "unknown"),
-        ({"n": 2}, "n"),
+        ({"n": 0}, "n"),
         ({"temperature": 2.1}, "temperature"),
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": "1"}, "temperature"),
@@ -207,6 +229,6 @@ def test_body_that_is_not_a_json_object_is_refused(body: bytes) -> None:
 
 def test_error_lists_all_faults() -> None:
     with pytest.raises(ApiError) as caught:
-        parse_request(ChatRequest, json.dumps({"tools": [{}], "n": 3, "model": "m"}).encode())
-    for fault in ("tools is not supported: remove it", "n: Input should be 1", "messages is missing"):
+        parse_request(ChatRequest, json.dumps({"tools": [{}], "n": 0, "model": "m"}).encode())
+    for fault in ("tools is not supported: remove it", "n: Input should be greater", "messages is missing"):
         assert fault in caught.value.message

@@ -12,7 +12,7 @@ import numpy as np
 
 from tunewright.core.progress import Reporter
 from tunewright.data.dedup.similarity import link, nearest_kept, shingle_matrix, similarities
-from tunewright.data.examples import Example, normalised
+from tunewright.data.examples import INSTRUCTIONS, Example, normalised
 from tunewright.data.versions import DatasetVersion, Member
 
 # The lookbehind keeps the search linear: without it each letter of a long word would begin a search to its end.
@@ -57,7 +57,7 @@ def _common_head(texts: Collection[str]) -> str:
 
 
 def find_duplicates(examples: Sequence[Example], kept: int, threshold: float, reporter: Reporter) -> dict[int, Repeat]:
-    """Return the rows that repeat an earlier one: near-equal input, same output and same system turn.
+    """Return the rows that repeat an earlier one: near-equal input, same output, system turn and functions.
 
     Rows are compared in order with those kept so far, so that a chain of small differences is not dropped as a whole.
     A near-equal input with another output is not a duplicate, since the difference may be the task.
@@ -83,8 +83,12 @@ def find_duplicates(examples: Sequence[Example], kept: int, threshold: float, re
 
 
 def _answer(example: Example) -> tuple[tuple[str, ...], str]:
-    """Return the parts of an example that are equal in duplicates: system turns and output."""
-    return tuple(m.content for m in example.prompt if m.role == "system"), example.output.strip()
+    """Return the parts of an example that are equal in duplicates: instructions and output."""
+    return _instructions(example), example.output.strip()
+
+
+def _instructions(example: Example) -> tuple[str, ...]:
+    return tuple(m.content for m in example.prompt if m.role in INSTRUCTIONS)
 
 
 def find_clusters(examples: Sequence[Example], threshold: float, reporter: Reporter) -> list[str]:
@@ -154,10 +158,10 @@ def _least_like(matrix: Any, row: int) -> tuple[int, float]:
 
 
 def exact_repeats(examples: Sequence[Example], kept: int) -> dict[int, Repeat]:
-    """Return the rows with the same prompt as an earlier one, and its output and system turn.
+    """Return the rows with the same prompt as an earlier one, and its output, system turn and functions.
 
     Prompts are compared after NFC, case folding and collapsing of white space; outputs without surrounding white space;
-    system turns exactly.
+    system turns and functions exactly.
 
     Args:
         examples: all rows, in order of preference.
@@ -166,8 +170,7 @@ def exact_repeats(examples: Sequence[Example], kept: int) -> dict[int, Repeat]:
     first: dict[tuple[str, tuple[str, ...], str], int] = {}
     repeats: dict[int, Repeat] = {}
     for row, example in enumerate(examples):
-        system = tuple(m.content for m in example.prompt if m.role == "system")
-        earlier = first.setdefault((example.prompt_key, system, example.output.strip()), row)
+        earlier = first.setdefault((example.prompt_key, *_answer(example)), row)
         if earlier != row and row >= kept:
             repeats[row] = Repeat(earlier, 1.0)
     return repeats

@@ -82,7 +82,7 @@ def find_hits(
     """Return the best hit of each row and item, sorted by row, source and item.
 
     Args:
-        rows: training rows (or a generic mix-in) by key; user turns and longer assistant turns are searched.
+        rows: training rows (or a generic mix-in) by key; user turns, and longer answers and results, are searched.
         against: name of each source, such as "test split" or a file's, to the texts of its items.
         reporter: shows the progress.
         labels: outputs that are labels (``find_labels``), which are ignored as assistant turns.
@@ -93,7 +93,7 @@ def find_hits(
     with reporter.task("looking for test items", len(rows), "examples") as task:
         for key, example in rows.items():
             asked = [normalised_words(m.content) for m in example.messages if m.role == "user"]
-            replies = [m.content for m in example.messages if m.role == "assistant"]
+            replies = [m.text for m in example.messages if m.role in ("assistant", "tool")]
             said = [normalised_words(reply) for reply in replies if reply.strip() not in labels]
             turns = [*asked, *(turn for turn in said if len(turn) >= FEWEST)]
             for turn in asked:

@@ -11,7 +11,8 @@ from typing import Any
 
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter, Reporter
-from tunewright.data.examples import Example, Role
+from tunewright.data.examples import INSTRUCTIONS, Example, Role
+from tunewright.data.pii.message_texts import message_texts, with_texts
 from tunewright.data.pii.names import NAME_LABELS
 from tunewright.data.pii.personal_patterns import PERSONAL
 from tunewright.data.pii.secret_patterns import SECRETS, Category, Finder, Finding, Pattern
@@ -38,16 +39,24 @@ _PLACEHOLDER = re.compile(rf"<({'|'.join(kind.upper() for kind in LABELS)})_(\d+
 
 @dataclass(frozen=True)
 class LocatedFinding:
-    """A finding with its place: the row (FILE:LINE), the turn's index in ``messages`` and its role."""
+    """A finding with its place: the row (FILE:LINE), the turn's index in the row's ``messages``, and its role.
+
+    Inside of a call's arguments or of declarations (role ``tools``), ``key`` is the nearest key, and start and end are
+    those in the value. The key is "" elsewhere, and for a finding in a key.
+    """
 
     row: str
     message: int
     role: Role
     finding: Finding
+    key: str = ""
 
     def __str__(self) -> str:
         found = self.finding
-        return f"{self.row}: {LABELS[found.kind]} in messages[{self.message}] ({self.role}), {found.start}-{found.end}"
+        place = "tools" if self.role == "tools" else f"messages[{self.message}] ({self.role})"
+        # A key that contains a secret is not named: the message would leak it.
+        key = f' under "{self.key}"' if self.key and not find(self.key) else ""
+        return f"{self.row}: {LABELS[found.kind]} in {place}{key}, {found.start}-{found.end}"
 
 
 @dataclass(frozen=True)
@@ -148,23 +157,26 @@ def scan(
     also: Finder | None = None,
     allow: Collection[str] = (),
 ) -> Scan:
-    """Search all turns of examples, each given with its place (FILE:LINE).
+    """Search all turns of examples, arguments of calls included, each given with its place (FILE:LINE).
 
     Args:
         also: an additional finder, such as one of names (``open_presidio``).
         allow: permitted kinds: counted, but not reported as secrets or personal data.
     """
     places: list[LocatedFinding] = []
-    system_turns: dict[str, list[Finding]] = {}  # rows of a domain share them
+    shared: dict[str, list[tuple[str, Finding]]] = {}  # rows of a domain share their instructions
     with (reporter or LogReporter()).task("looking for secrets", len(rows), "examples") as task:
         for number, (row, example) in enumerate(rows, start=1):
-            for index, message in enumerate(example.messages):
-                findings = system_turns.get(message.content)
+            turns = [message for message in example.messages if message.role != "tools"]
+            declared = [message for message in example.messages if message.role == "tools"]
+            for index, message in [*((0, message) for message in declared), *enumerate(turns)]:
+                findings = shared.get(message.content) if message.role in INSTRUCTIONS else None
                 if findings is None:
-                    findings = find(message.content, also)
-                    if message.role == "system":
-                        system_turns[message.content] = findings
-                places += [LocatedFinding(row, index, message.role, finding) for finding in findings]
+                    texts = message_texts(message)
+                    findings = [(name, found) for name, text in texts for found in find_in_value(name, text, also)]
+                    if message.role in INSTRUCTIONS:
+                        shared[message.content] = findings
+                places += [LocatedFinding(row, index, message.role, finding, name) for name, finding in findings]
             if number % _STEP == 0:
                 task.advance(_STEP)
         task.advance(len(rows) % _STEP)
@@ -176,13 +188,15 @@ def redact(
 ) -> tuple[Example, dict[str, int]]:
     """Return the example with a placeholder such as ``<EMAIL_1>`` for each finding, and counts by kind.
 
-    A value has the same placeholder in all turns, whatever its spacing, and is replaced in all turns. Redacting again
-    changes nothing.
+    A value has the same placeholder in all turns, whatever its spacing, and is replaced in all turns. Arguments of
+    calls stay valid JSON. Redacting again changes nothing.
 
     Args:
         also, allow: as for ``scan``; permitted kinds are not replaced.
     """
-    texts = [message.content for message in example.messages]
+    named = [message_texts(message) for message in example.messages]
+    keys = [name for of_message in named for name, _ in of_message]
+    texts = [text for of_message in named for _, text in of_message]
     names: dict[tuple[str, str], str] = {}
     last = Counter[str]()  # the highest number of each kind's placeholders
     for text in texts:
@@ -191,7 +205,7 @@ def redact(
     counts = Counter[str]()
     # Repeat, since a replacement can expose a match in the text next to it.
     while True:
-        found = [find(text, also) for text in texts]
+        found = [find_in_value(key, text, also) for key, text in zip(keys, texts, strict=True)]
         if all(finding.kind in allow for findings in found for finding in findings):
             break
         for text, findings in zip(texts, found, strict=True):
@@ -206,8 +220,11 @@ def redact(
         texts = [_replaced(text, findings, names, counts, again) for text, findings in zip(texts, found, strict=True)]
     if not names:
         return example, {}
-    turns = zip(example.messages, texts, strict=True)
-    return Example(tuple(replace(message, content=text) for message, text in turns)), dict(counts)
+    left = iter(texts)
+    turns = zip(example.messages, named, strict=True)
+    return Example(tuple(with_texts(message, [next(left) for _ in of_turn]) for message, of_turn in turns)), dict(
+        counts
+    )
 
 
 def _replaced(

@@ -6,22 +6,26 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from tunewright.config import DataConfig
 from tunewright.core.errors import UserError
-from tunewright.core.io import writing
+from tunewright.core.io import canonical_json, writing
 from tunewright.core.progress import Reporter, Task
 from tunewright.core.text import count_of
 from tunewright.data.pii import LABELS, find_in_value
+from tunewright.data.pii.message_texts import message_texts
 from tunewright.data.readers import Fault, SourceRow, check_mapping, scan_pairs, source_size
-from tunewright.data.readers.row_errors import RowError, place
-from tunewright.data.readers.schemas import Conversation, Turn, parse_conversation
+from tunewright.data.readers.calls import declared_tools
+from tunewright.data.readers.repairs import repair_turns
+from tunewright.data.readers.row_errors import RowError
+from tunewright.data.readers.schemas import Conversation, parse_conversation
 from tunewright.data.readers.sources import Source, open_source
+from tunewright.data.readers.turns import Turn
 from tunewright.data.readers.validate import example_from_turns, groups_of, metadata_of, texts_of
 
 
@@ -112,7 +116,7 @@ def _checked(
                 examples += 1
                 if rows is not None:
                     rows.append(row)
-                texts = [("", m.content) for m in row.example.messages]
+                texts = [text for m in row.example.messages for text in message_texts(m)]
                 texts += [*row.groups.items(), *texts_of(row.metadata)]
                 found = (f for name, text in texts for f in find_in_value(name, text))
                 secrets.update(f.kind for f in found if f.category == "secret" and f.kind not in data.allow)
@@ -155,7 +159,7 @@ def fix_file(path: Path, out: Path, data: DataConfig, task: Task | None = None) 
     plain = data.model_copy(update={"system_prompt": None})
     with _new_file(out) as copy:
         written = 0
-        for row in _fixed_rows(path, source, plain, changes):
+        for row in _fixed_rows(source, plain, changes):
             copy.write(json.dumps(row, ensure_ascii=False) + "\n")
             written += 1
         if not written:
@@ -171,7 +175,7 @@ def _changes_of_the_whole(path: Path, source: Source, notes: Sequence[str]) -> l
     return changes
 
 
-def _fixed_rows(path: Path, source: Source, data: DataConfig, changes: list[Change]) -> Iterator[dict[str, Any]]:
+def _fixed_rows(source: Source, data: DataConfig, changes: list[Change]) -> Iterator[dict[str, Any]]:
     kinds: set[str] = set()
     for line, row, above, parent in source.rows:
         try:
@@ -182,22 +186,23 @@ def _fixed_rows(path: Path, source: Source, data: DataConfig, changes: list[Chan
             turns, done = _repaired(conversation, data)
             metadata, lost = metadata_of(row, conversation, data)
         except RowError as fault:
-            changes.append(Change(str(path), line, fault.code, f"left out: {fault}", left_out=True))
+            changes.append(Change(source.name, line, fault.code, f"left out: {fault}", left_out=True))
             continue
         if conversation.kind not in kinds and conversation.kind != "OpenAI chats":
             kinds.add(conversation.kind)
             what = f"{conversation.kind} written as chat rows, from here on"
-            changes.append(Change(str(path), line, None, what))
+            changes.append(Change(source.name, line, None, what))
         dropped = [key for key in data.drop_columns if key in row]
         if dropped:
-            changes.append(Change(str(path), line, None, f"dropped by data.drop_columns: {', '.join(dropped)}"))
-        changes += [Change(str(path), line, code, what) for code, what in done]
+            changes.append(Change(source.name, line, None, f"dropped by data.drop_columns: {', '.join(dropped)}"))
+        changes += [Change(source.name, line, code, what) for code, what in done]
         lost += [key for key in metadata if key in _CHAT_KEYS]  # these keys have a meaning in chat rows
         if lost:
-            changes.append(Change(str(path), line, None, f"keys not in the copy: {', '.join(lost)}"))
+            changes.append(Change(source.name, line, None, f"keys not in the copy: {', '.join(lost)}"))
             metadata = {key: value for key, value in metadata.items() if key not in lost}
         plain = {key: groups.get(key) for key in data.group_by}
-        yield {**metadata, **plain, "messages": [_written(turn) for turn in turns]}
+        tools = {"tools": json.loads(declared_tools(conversation.tools).text)} if conversation.tools else {}
+        yield {**metadata, **plain, "messages": [_written(turn) for turn in turns], **tools}
 
 
 def _repaired(conversation: Conversation, data: DataConfig) -> tuple[list[Turn], list[tuple[str, str]]]:
@@ -205,7 +210,7 @@ def _repaired(conversation: Conversation, data: DataConfig) -> tuple[list[Turn],
     turns, done = list(conversation.turns), []
     while True:
         try:
-            example_from_turns(turns, data)
+            example_from_turns(turns, data, conversation.tools)
         except RowError as fault:
             repaired = repair_turns(turns, fault)
             if repaired is None:
@@ -217,8 +222,21 @@ def _repaired(conversation: Conversation, data: DataConfig) -> tuple[list[Turn],
 
 
 def _written(turn: Turn) -> dict[str, Any]:
-    weight = {"weight": 0} if turn.rest.get("weight") == 0 else {}
-    return {"role": turn.role, "content": turn.content, **weight}
+    written = {"role": turn.role, "content": turn.content}
+    if turn.rest.get("weight") == 0:
+        written["weight"] = 0
+    if turn.calls:
+        written["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": _as_text(call.arguments)}}
+            for call in turn.calls
+        ]
+    if turn.call_id is not None:
+        written["tool_call_id"] = turn.call_id
+    return written
+
+
+def _as_text(arguments: Any) -> str:
+    return arguments if isinstance(arguments, str) else canonical_json(arguments)
 
 
 _CHAT_KEYS = {"messages", "system", "system_prompt", "only_last"}
@@ -239,112 +257,3 @@ def _new_file(path: Path) -> Iterator[TextIO]:
             Path(name).rename(path)
         finally:
             Path(name).unlink(missing_ok=True)
-
-
-Repaired = tuple[list[Turn], str]
-"""The repaired turns, and a description of the repair."""
-
-_OTHER_NAMES = {"human": "user", "gpt": "assistant", "developer": "system"}
-
-
-def repair_turns(turns: Sequence[Turn], error: RowError) -> Repaired | None:
-    """Repair one fault of these turns; None if there is no safe repair."""
-    repair = _REPAIRS.get(error.code)
-    at = next((i for i, turn in enumerate(turns) if turn.content_path == error.path), None)
-    if at is None:
-        at = next((i for i, turn in enumerate(turns) if turn.path and error.path[: len(turn.path)] == turn.path), None)
-    if repair is None or at is None:
-        return None
-    return repair(list(turns), at, error)
-
-
-def _key(turns: list[Turn], at: int, error: RowError) -> Repaired | None:
-    """Drop a key without a value, or a name, which no chat template renders."""
-    key = str(error.path[-1])
-    if key not in turns[at].rest or (error.code != "E309" and turns[at].rest[key] not in (None, "", [], {})):
-        return None
-    return _without(turns, at, key, f"{place(error.path)} left out")
-
-
-def _repair_weight(turns: list[Turn], at: int, error: RowError) -> Repaired | None:
-    weight = turns[at].rest["weight"]
-    nothing = weight is None or (turns[at].role != "assistant" and weight == 0 and not isinstance(weight, bool))
-    return _without(turns, at, "weight", f"{place(error.path)} left out: it has no effect") if nothing else None
-
-
-def _without(turns: list[Turn], at: int, key: str, what: str) -> Repaired:
-    rest = {name: value for name, value in turns[at].rest.items() if name != key}
-    turns[at] = replace(turns[at], rest=rest)
-    return turns, what
-
-
-def _role(turns: list[Turn], at: int, error: RowError) -> Repaired | None:
-    role = turns[at].role
-    if not isinstance(role, str):
-        return None
-    plain = role.strip().lower()
-    known = _OTHER_NAMES.get(plain, plain)
-    if known not in ("system", "user", "assistant"):
-        return None
-    turns[at] = replace(turns[at], role=known)
-    return turns, f'the role of {place(error.path)} is "{known}" instead of "{role}"'
-
-
-def _parts(turns: list[Turn], at: int, error: RowError) -> Repaired | None:
-    """Join parts that are all text, without separator, like chat templates."""
-    texts = [_part_text(part) for part in turns[at].content]
-    if not texts or None in texts:
-        return None
-    turns[at] = replace(turns[at], content="".join(text for text in texts if text is not None))
-    return turns, f"{place(error.path)}: {len(texts)} parts joined to one text"
-
-
-def _part_text(part: Any) -> str | None:
-    if isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text":
-        return part["text"] if isinstance(part["text"], str) else None
-    return None
-
-
-def _blank(turns: list[Turn], at: int, error: RowError) -> Repaired | None:
-    """Drop a blank last turn after an answer, or a blank system turn."""
-    last = at == len(turns) - 1 and any(turn.role == "assistant" for turn in turns[:at])
-    if not last and not (at == 0 and turns[0].role == "system"):
-        return None
-    del turns[at]
-    return turns, f"{place(error.path)} left out: it is empty"
-
-
-def _repeat(turns: list[Turn], at: int, _error: RowError) -> Repaired | None:
-    """Drop one of two consecutive turns of a role if it is blank or a repetition."""
-    before, here = turns[at - 1], turns[at]
-    if here.content == before.content and here.rest == before.rest:
-        del turns[at]
-        return turns, f"{place(here.path)} left out: it repeats the previous turn"
-    for drop, turn in ((at - 1, before), (at, here)):
-        if isinstance(turn.content, str) and not turn.content.strip():
-            del turns[drop]
-            return turns, f"{place(turn.path)} left out: it is empty"
-    return None
-
-
-def _unanswered(turns: list[Turn], _at: int, _error: RowError) -> Repaired | None:
-    """Drop the turns after the last trained answer, which would not be trained on."""
-    answers = [i for i, turn in enumerate(turns) if turn.role == "assistant" and turn.rest.get("weight", 1) == 1]
-    if not answers:
-        return None
-    left = [place(turn.path) for turn in turns[answers[-1] + 1 :]]
-    return turns[: answers[-1] + 1], f"{', '.join(left)} left out: no trained answer follows"
-
-
-_REPAIRS: dict[str, Callable[[list[Turn], int, RowError], Repaired | None]] = {
-    "E204": _key,
-    "E303": _key,
-    "E304": _role,
-    "E306": _parts,
-    "E307": _repair_weight,
-    "E308": _unanswered,
-    "E309": _key,
-    "E401": _blank,
-    "E406": _repeat,
-    "E407": _unanswered,
-}

@@ -14,14 +14,21 @@ CODES: dict[str, tuple[str, str]] = {
     "E105": ("NaN or Infinity, which JSON does not allow", "Write text, or leave the row out."),
     "E106": ("lists or objects nested too deep", "Flatten the row, or leave it out."),
     "E107": ("a CSV row with more or fewer fields than the header", "Put fields with delimiters or quotes in quotes."),
-    "E108": ("a table's row of more than 64 MiB", "Leave it out, or leave out its largest column."),
+    "E108": ("a row of more than 64 MiB", "Leave it out, or leave out its largest column."),
+    "E109": (
+        "a spreadsheet cell without a value: an error, or a formula that was never calculated",
+        "Correct the formula, or open the file in a spreadsheet program and save it.",
+    ),
     "E201": ("a key of no known row format", "Correct its spelling, or name it in data.drop_columns."),
     "E202": (
         "a missing key of this row format",
         "Add it, or name your keys in data.input and data.output.",
     ),
     "E203": ("a row format without an input and an ideal output", "Write prompt and completion, or messages."),
-    "E204": ("tools or tool calls, which are not supported", "Write the call as the text of a turn."),
+    "E204": (
+        "tools or tool calls in a row format that does not hold them",
+        "Write chat rows: messages with tool_calls, and tools.",
+    ),
     "E205": (
         "a missing or invalid group value",
         "Give each row the key of data.group_by: text, number or null.",
@@ -34,10 +41,13 @@ CODES: dict[str, tuple[str, str]] = {
     "E208": ("an image; only text is supported", "Leave such rows out, or name the key in data.drop_columns."),
     "E301": ("a turn that is not an object", "Write each turn as an object with a role and its content."),
     "E302": ("a turn without role or content", "Give the turn both."),
-    "E303": ("an unknown key of a turn", "Delete it: a turn has role, content and optionally weight."),
-    "E304": ("an unknown role", "Use system, user or assistant."),
+    "E303": (
+        "an unknown key of a turn",
+        "Delete it: a turn has role and content, perhaps weight, tool_calls or tool_call_id.",
+    ),
+    "E304": ("an unknown role", "Use system, user, assistant or tool."),
     "E305": ("a value that is not text", "Write text in quotes, or leave the row out."),
-    "E306": ("a text given as a list of parts", "Join the texts of its parts."),
+    "E306": ("a text given as a list of parts that are not all text", "Write the text, or leave the row out."),
     "E307": ("an invalid weight", "Give assistant turns the weight 1 or 0, and other turns none."),
     "E308": ("a last turn that is not trained", "End the conversation at its last trained answer."),
     "E309": ("a turn with a name", "Delete the name, which chat templates do not render."),
@@ -49,6 +59,31 @@ CODES: dict[str, tuple[str, str]] = {
     "E406": ("two turns of one role in a row", "Merge them, or add the turn between them."),
     "E407": ("a last turn that is not the assistant's", "End with the ideal output."),
     "E408": ("too many combining marks in a row", "Remove the marks, or leave the row out."),
+    "E501": (
+        "a function declaration that is not valid",
+        "Write name, description and parameters: a JSON Schema (Draft 2020-12) of the type object.",
+    ),
+    "E502": (
+        "a function's schema that is recursive, too large or too slow, or refers to another document",
+        "Simplify it: inline what it refers to, and leave out the recursion.",
+    ),
+    "E503": ("a call of a function that is not declared", "Declare it in tools, or correct the name."),
+    "E504": ("arguments of a call that are not a JSON object", "Write an object, or its text in JSON."),
+    "E505": ("arguments of a call that violate the function's schema", "Correct the arguments, or the schema."),
+    "E506": ("a result that answers no open call", "Put one result after each call, with the call's id."),
+    "E507": ("a call that repeats an id", "Give each call of the conversation a different id."),
+    "E508": ("a call without a result before the next turn", "Add the result, or end the conversation with the call."),
+    "E509": ("a call in a row that declares no functions", "Declare the functions in tools."),
+    "E510": (
+        "several calls in one turn where parallel_tool_calls is false",
+        "Write one call in each turn, or drop the key.",
+    ),
+    "E511": (
+        "a malformed call or result",
+        'Write {"id": …, "type": "function", "function": {"name": …, "arguments": …}}.',
+    ),
+    "E512": ("a call or result without an id", "Give the call an id, and the result the same as tool_call_id."),
+    "E513": ("a user turn right after a result", "Add the assistant's answer to the result before it."),
 }
 """Code to description and fix. A code's meaning never changes; a new meaning gets a new code."""
 

@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tunewright.config import DataConfig
 from tunewright.data.readers.mapping import Parent, pair_mapping
 from tunewright.data.readers.row_errors import JsonPath, RowError, place
+from tunewright.data.readers.turns import (
+    Declared,
+    Turn,
+    TurnKeys,
+    numbered,
+    read_turn,
+    system_tools,
+    tagged_turns,
+)
 
 ROW_SHAPES = '{"messages": [...]} or {"prompt": "...", "completion": "..."}'
 
 _MOST_KEYS = 8  # named in one fault: an object of a thousand rows has a thousand keys
 _NEAR = 0.8  # of 1: "mesages", "promt" and "imput" reach it, "context" does not
-_SHARE_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
-_TOOL_ROLES = ("tool", "function", "function_call", "observation")
-_TOOL_KEYS = ("tools", "available_tools", "functions", "tool_calls", "function_call")
+_CHAT_TURNS = TurnKeys(("role",), ("content", "text"), {"developer": "system"})
+_SHARE_TURNS = TurnKeys(
+    ("from", "role"),
+    ("value", "content"),
+    {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "developer": "system", "observation": "tool"},
+    has_ids=False,
+)
+_DECLARING = ("tools", "available_tools", "functions")
+_TOOL_KEYS = (*_DECLARING, "tool_calls", "function_call")
 _UNTRAINABLE = {
     "chosen": "preference rows (chosen, rejected) have two outputs",
     "rejected": "preference rows (chosen, rejected) have two outputs",
@@ -33,18 +48,6 @@ KNOWN_KEYS = frozenset(
 
 
 @dataclass(frozen=True)
-class Turn:
-    """An unchecked turn of a file, with the places of role and content."""
-
-    role: Any
-    content: Any
-    path: JsonPath
-    content_path: JsonPath
-    rest: Mapping[str, Any] = field(default_factory=dict)
-    """Keys other than role and content."""
-
-
-@dataclass(frozen=True)
 class Conversation:
     """The turns of a row, the name of its format, the reason for choosing it, and the keys that it uses."""
 
@@ -52,6 +55,7 @@ class Conversation:
     reason: str
     turns: tuple[Turn, ...]
     keys: frozenset[str] = frozenset()
+    tools: Declared | None = None
 
 
 def parse_conversation(
@@ -108,7 +112,7 @@ def _used(row: Mapping[str, Any], needed: set[str], also: Collection[str], data:
         if key in _TOOL_KEYS and key not in {*needed, *also, *data.group_by}:
             if row[key] in (None, [], "", "[]"):
                 continue
-            raise RowError("E204", f'the row has "{key}": tools are not supported', (key,))
+            raise RowError("E204", f'the row has "{key}", which this row format does not hold', (key,))
     unknown = [key for key in row if key not in used and key not in data.group_by]
     meant = {key: known for key in unknown if (known := nearest_known_key(key, (*needed, *also)))}
     faults = [f'unknown key "{key}", did you mean "{known}"?' for key, known in list(meant.items())[:_MOST_KEYS]]
@@ -194,27 +198,19 @@ def _system(row: Mapping[str, Any], *keys: str) -> list[Turn]:
 
 
 def _share_gpt(row: Mapping[str, Any], data: DataConfig) -> Conversation:
-    keys = _used(row, {"conversations"}, ("system",), data)
-    turns = _listed(row, "conversations", ("from", "role"), ("value", "content"))
-    named = [_renamed(turn) for turn in turns]
-    first = turns[0].content_path[-1]
+    """Parse ShareGPT's format, with the functions of LLaMA-Factory (its data/README.md) and of Hermes."""
+    keys = _used(row, {"conversations"}, ("system", *_DECLARING), data)
+    turns = [*_system(row, "system"), *_listed(row, "conversations", _SHARE_TURNS)]
+    first = turns[-1].content_path[-1]
     reason = f"rows have conversations[].{'from' if first == 'value' else 'role'}/{first}"
-    return Conversation("ShareGPT conversations", reason, (*_system(row, "system"), *named), keys)
-
-
-def _renamed(turn: Turn) -> Turn:
-    if not isinstance(turn.role, str):
-        return turn
-    if turn.role in _TOOL_ROLES:
-        raise RowError("E204", f'{place(turn.path)} is from "{turn.role}": tool calls are not supported', turn.path)
-    return replace(turn, role=_SHARE_ROLES.get(turn.role, turn.role))
+    return _with_functions(Conversation("ShareGPT conversations", reason, tuple(turns), keys), row, data)
 
 
 def _chat(row: Mapping[str, Any], key: str, data: DataConfig) -> Conversation:
     """Parse OpenAI's and Together's formats, and Mistral's with interactions, text and system_prompt."""
     mistral = key == "interactions" or not {"system", "system_prompt", "only_last"}.isdisjoint(row)
-    used = _used(row, {key}, ("system", "system_prompt", "only_last"), data)
-    turns = _listed(row, key, ("role",), ("content", "text"))
+    used = _used(row, {key}, ("system", "system_prompt", "only_last", *_DECLARING), data)
+    turns = _listed(row, key, _CHAT_TURNS)
     first = turns[0].content_path[-1]
     mistral = mistral or first == "text"
     if _flag(row, "only_last"):
@@ -225,7 +221,40 @@ def _chat(row: Mapping[str, Any], key: str, data: DataConfig) -> Conversation:
     if key == "conversation":
         kind = "Together conversations"
     reason = f"rows have {key}[].role/{first}"
-    return Conversation(kind, reason, (*_system(row, "system", "system_prompt"), *turns), used)
+    turns = [*_system(row, "system", "system_prompt"), *turns]
+    return _with_functions(Conversation(kind, reason, tuple(turns), used), row, data)
+
+
+def _with_functions(conversation: Conversation, row: Mapping[str, Any], data: DataConfig) -> Conversation:
+    """Return the conversation with the row's declarations, and with calls and results in one form."""
+    declared = _declared(row, data)
+    turns = list(conversation.turns)
+    kind, reason = conversation.kind, conversation.reason
+    hermes = system_tools(turns)
+    if hermes is not None:
+        kind, reason = (
+            "Hermes conversations",
+            "system turns declare functions in <tools>, read without the text on tags",
+        )
+        turns = hermes[1]
+        declared = declared or hermes[0]
+    if declared is not None:
+        turns = tagged_turns(turns)
+    turns = numbered(turns)
+    if row.get("parallel_tool_calls") is not None and not _flag(row, "parallel_tool_calls"):
+        several = next((turn for turn in turns if len(turn.calls) > 1), None)
+        if several is not None:
+            count = len(several.calls)
+            reason = f"{place(several.path)} has {count} calls, but parallel_tool_calls is false"
+            raise RowError("E510", reason, several.path)
+    return replace(conversation, kind=kind, reason=reason, turns=tuple(turns), tools=declared)
+
+
+def _declared(row: Mapping[str, Any], data: DataConfig) -> Declared | None:
+    keys = [key for key in _DECLARING if row.get(key) not in (None, [], "", "[]") and key not in data.group_by]
+    if len(keys) > 1:
+        raise RowError("E501", f"the row has both {_quoted(keys)}", (keys[1],))
+    return Declared(row[keys[0]], (keys[0],)) if keys else None
 
 
 def _flag(row: Mapping[str, Any], key: str) -> bool:
@@ -235,28 +264,8 @@ def _flag(row: Mapping[str, Any], key: str) -> bool:
     return bool(value)
 
 
-def _listed(row: Mapping[str, Any], key: str, roles: Sequence[str], contents: Sequence[str]) -> list[Turn]:
-    """Return the turns in a list of objects; errors name the first of ``roles`` and of ``contents``."""
+def _listed(row: Mapping[str, Any], key: str, keys: TurnKeys) -> list[Turn]:
     turns = row[key]
     if not isinstance(turns, list) or not turns:
         raise RowError("E206", f"{key} must be a list of turns", (key,))
-    return [_turn(turn, (key, i), roles, contents) for i, turn in enumerate(turns)]
-
-
-def _turn(turn: Any, path: JsonPath, roles: Sequence[str], contents: Sequence[str]) -> Turn:
-    if not isinstance(turn, dict):
-        raise RowError("E301", f"{place(path)} must be an object with {roles[0]} and {contents[0]}", path)
-    names = []
-    for known in (roles, contents):
-        there = [name for name in known if name in turn]
-        if len(there) > 1:
-            raise RowError("E303", f"{place(path)} has both {_quoted(there)}", path)
-        calls = [name for name in _TOOL_KEYS if turn.get(name)]
-        if not there and calls:
-            raise RowError("E204", f'{place(path)} has "{calls[0]}": tool calls are not supported', path)
-        if not there:
-            raise RowError("E302", f'{place(path)} has no "{known[0]}"', path)
-        names.append(there[0])
-    role, content = names
-    rest = {key: value for key, value in turn.items() if key not in names}
-    return Turn(turn[role], turn[content], path, (*path, content), rest)
+    return [read_turn(turn, (key, i), keys) for i, turn in enumerate(turns)]

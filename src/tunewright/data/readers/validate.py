@@ -7,15 +7,19 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from decimal import Decimal
 from typing import Any, Literal
 
 from tunewright.config import DataConfig
 from tunewright.core.unicode import mark_fault, normalize
 from tunewright.data.examples import ROLES, Example, Message
+from tunewright.data.readers.calls import check_order, checked_calls, declared_tools, linked
 from tunewright.data.readers.mapping import Parent, names_parent, value_above
 from tunewright.data.readers.row_errors import RowError, place
-from tunewright.data.readers.schemas import ROW_SHAPES, Conversation, Turn, parse_conversation
+from tunewright.data.readers.schemas import ROW_SHAPES, Conversation, parse_conversation
+from tunewright.data.readers.turns import Declared, Turn
+from tunewright.data.tools import Toolset
 
 __all__ = ["RowError", "example_from_object", "example_from_turns", "groups_of", "json_decoder", "parse_json_row"]
 
@@ -87,7 +91,8 @@ def example_from_object(row: Mapping[str, Any], data: DataConfig) -> Example:
     Raises:
         RowError: unknown, missing or mixed keys, or the errors of ``example_from_turns``.
     """
-    return example_from_turns(parse_conversation(row, data).turns, data)
+    conversation = parse_conversation(row, data)
+    return example_from_turns(conversation.turns, data, conversation.tools)
 
 
 def groups_of(row: Mapping[str, Any], data: DataConfig, parent: Parent | None = None) -> dict[str, str]:
@@ -120,34 +125,43 @@ def groups_of(row: Mapping[str, Any], data: DataConfig, parent: Parent | None = 
     return groups
 
 
-def example_from_turns(turns: Sequence[Turn], data: DataConfig) -> Example:
+def example_from_turns(turns: Sequence[Turn], data: DataConfig, tools: Declared | None = None) -> Example:
     """Return the example with these turns, preceded by the config's system turn if they have none.
 
     Texts are normalised to NFC, so that equal digests mean equal text.
 
+    Args:
+        tools: the declarations of the row's functions.
+
     Raises:
-        RowError: turns out of order, an unknown role or key, an empty or overlong text, half a surrogate pair, or too
-            many combining marks in a row.
+        RowError: turns out of order, an unknown role or key, an empty or overlong text, half a surrogate pair, too
+            many combining marks in a row, or invalid declarations, calls or results.
     """
-    messages = [_message(turn) for turn in turns]
+    declared = None if tools is None else declared_tools(tools)
+    messages = [_message(turn, declared) for turn in turns]
     if data.system_prompt is not None and messages[0].role != "system":
         messages.insert(0, Message("system", data.system_prompt))
         turns = [Turn("system", data.system_prompt, (), ()), *turns]
-    _check_order(messages, turns)
+    check_order(messages, turns)
+    messages = linked(messages, turns)
     for message, turn in zip(messages, turns, strict=True):
-        if not message.content.strip():
+        if not message.content.strip() and not message.calls and message.role != "tool":
             what = "answer" if message.role == "assistant" else f"{message.role} turn"
             raise RowError("E401", f"an empty {what}", turn.content_path)
-        if _has_half_pair(message.content):
+    if tools is not None and declared is not None:
+        messages.insert(0, Message("tools", declared.text))
+        turns = [Turn("tools", declared.text, tools.path, tools.path), *turns]
+    for message, turn in zip(messages, turns, strict=True):
+        if _has_half_pair(message.text):
             reason = f"half of a surrogate pair in the {message.role} turn, which is not a character"
             raise RowError("E402", reason, turn.content_path)
-    characters = sum(len(message.content) for message in messages)
+    characters = sum(len(message.text) for message in messages)
     if characters > data.max_characters:
         raise RowError("E403", f"{characters:,} characters (limit {data.max_characters:,}, data.max_characters)")
     for message, turn in zip(messages, turns, strict=True):
-        if fault := mark_fault(message.content):
+        if fault := mark_fault(message.text):
             raise RowError("E408", f"{fault} of the {message.role} turn", turn.content_path)
-    return Example(tuple(Message(m.role, normalize(m.content), m.weight) for m in messages))
+    return Example(tuple(replace(message, content=normalize(message.content)) for message in messages))
 
 
 def _has_half_pair(text: str) -> bool:
@@ -160,25 +174,23 @@ def _has_half_pair(text: str) -> bool:
     return False
 
 
-def _message(turn: Turn) -> Message:
+def _message(turn: Turn, tools: Toolset | None) -> Message:
     # Nearly all of a million turns are valid, so texts are formatted only for faults.
-    if turn.rest:
-        _check_rest(turn)
     if turn.role not in ROLES:
         role = json.dumps(turn.role, default=str)
         raise RowError("E304", f"{place(turn.path)}.role is {role} (expected {', '.join(ROLES)})", turn.path)
+    if turn.rest:
+        _check_rest(turn)
     if not isinstance(turn.content, str):
         raise _not_text(turn)
-    return Message(turn.role, turn.content, _weight(turn) if "weight" in turn.rest else 1)
+    calls = checked_calls(turn, tools) if turn.calls else ()
+    return Message(turn.role, turn.content, _weight(turn) if "weight" in turn.rest else 1, calls)
 
 
 def _check_rest(turn: Turn) -> None:
     name = place(turn.path)
     for key in turn.rest:
         path = (*turn.path, key)
-        if key in ("tool_calls", "function_call"):
-            reason = f'{name} has "{key}": tool calls are not supported'
-            raise RowError("E204", reason, path)
         if key == "name":
             reason = f'{name} has the unknown key "name", which chat templates do not render'
             raise RowError("E309", reason, path)
@@ -203,29 +215,9 @@ def _not_text(turn: Turn) -> RowError:
         reason = f"images are not supported: {name} contains one"
         return RowError("E208", reason, turn.content_path)
     if isinstance(value, list):
-        return RowError("E306", f"{name} is a list of parts, not text", turn.content_path)
+        return RowError("E306", f"{name} is a list of parts that are not all text", turn.content_path)
     kind = "null" if value is None else type(value).__name__
     return RowError("E305", f"{name} is {kind}, not text", turn.content_path)
-
-
-def _check_order(messages: Sequence[Message], turns: Sequence[Turn]) -> None:
-    """Check the order that chat templates render: optional system, then user and assistant in turn, assistant last."""
-    start = 1 if messages[0].role == "system" else 0
-    for i in range(start, len(messages)):
-        if messages[i].role == "system":
-            raise RowError("E404", "a system turn must be the first turn", turns[i].path)
-    for i in range(start, len(messages)):
-        role = messages[i].role
-        if role != ("user", "assistant")[(i - start) % 2]:
-            if i == start:
-                raise RowError("E405", "the first turn must be the user's", turns[i].path)
-            reason = f"two {role} turns in a row (user and assistant must alternate)"
-            raise RowError("E406", reason, turns[i].path)
-    if len(messages) - start < 2 or messages[-1].role != "assistant":
-        raise RowError("E407", "the last turn must be the assistant's, which is the ideal output", turns[-1].path)
-    if messages[-1].weight == 0:
-        reason = "the last turn has the weight 0, but it is the ideal output"
-        raise RowError("E308", reason, (*turns[-1].path, "weight"))
 
 
 MOST_CHARACTERS = 1_000

@@ -16,6 +16,8 @@ from tunewright.core.text import count_of
 from tunewright.data.dedup import count_near_repeats
 from tunewright.data.examples import Example
 from tunewright.data.pii import secret_kinds
+from tunewright.data.readers.calls import edited_answer
+from tunewright.data.readers.row_errors import RowError
 from tunewright.data.review.reviews import REVIEWS_FILE, ReviewLog, VerdictEvent, event_digest, read_reviews
 from tunewright.data.versions import (
     DatasetVersion,
@@ -143,8 +145,16 @@ def _apply(
             continue
         output = chosen[member.key][0].output
         assert output is not None
-        last = replace(member.example.messages[-1], content=output)
-        example = Example((*member.example.messages[:-1], last))
+        try:
+            last = edited_answer(member.example, output)
+        except RowError as error:
+            by = chosen[member.key][0].reviewer
+            raise UserError(
+                f"The edited answer of row {short(member.key)} by {by} is not valid: {error}",
+                where=REVIEWS_FILE,
+                fix=f"{error.fix} Review the row again.",
+            ) from None
+        example = Example((*member.example.prompt, last))
         key = example.pair_key
         names = tuple(sorted(judged.reviewer for judged in chosen[member.key]))
         first = chosen[member.key][0]

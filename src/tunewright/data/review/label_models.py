@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunewright.core.progress import Reporter
+from tunewright.data.examples import INSTRUCTIONS
 from tunewright.data.versions import DatasetVersion, Member
 
 Reason = Literal["conflict", "near-duplicate", "label", "loss"]
@@ -152,11 +153,11 @@ def rank_by_classifier(
 
 
 def _texts(members: Sequence[Member]) -> list[str]:
-    """Return the text that decides each answer: the input, with the system turn if there are several."""
-    systems = {tuple(m.content for m in one.example.prompt if m.role == "system") for one in members}
-    if len(systems) < 2:
+    """Return the text that decides each answer: the input, with the instructions if there are several."""
+    instructions = {tuple(m.content for m in one.example.prompt if m.role in INSTRUCTIONS) for one in members}
+    if len(instructions) < 2:
         return [one.example.input_text for one in members]
-    return ["\n".join(m.content for m in one.example.prompt) for one in members]
+    return ["\n".join(m.text for m in one.example.prompt) for one in members]
 
 
 def _out_of_fold(

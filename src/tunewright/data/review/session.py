@@ -11,6 +11,8 @@ from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.data.pii import secret_kinds
+from tunewright.data.readers.calls import edited_answer
+from tunewright.data.readers.row_errors import RowError
 from tunewright.data.review.acceptance import FixedPlan, Outcome, SequentialPlan, judge, sample_order
 from tunewright.data.review.label_models import Suspect
 from tunewright.data.review.reviews import (
@@ -188,6 +190,10 @@ class ReviewSession:
             return f"The answer contains a secret ({found}): no verdict."
         if not output.strip():
             return "The answer is empty: no verdict. If no answer is right, press w."
+        try:
+            edited_answer(card.member.example, output)
+        except RowError as error:
+            return f"{error}: no verdict. {error.fix}"
         self.judge(card, "edit", output)
         return ""
 

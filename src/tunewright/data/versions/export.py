@@ -50,9 +50,10 @@ def export(
 ) -> Exported:
     """Write a version, or one split of it, to a file, atomically.
 
-    chat: JSON lines of ``{"messages": [...]}`` (OpenAI's format). alpaca: one JSON array of instruction, input (always
-    empty), output and, where a row has a system turn, system. csv: the columns prompt and completion. parquet: the
-    column messages, zstd, with the version's digest in the schema's metadata.
+    chat: JSON lines of ``{"messages": [...], "tools": [...]}`` (OpenAI's format), tools only if the row has any.
+    alpaca: one JSON array of instruction, input (always empty), output and, where a row has a system turn, system.
+    csv: the columns prompt and completion. parquet: the column messages (and tools, as JSON, if a row has any), zstd,
+    with the version's digest in the schema's metadata.
 
     Args:
         metadata: pair key to the keys to put before the messages of a chat row; None: write messages only.
@@ -115,6 +116,7 @@ def _fit(members: Sequence[Member], form: Format) -> str | None:
     """
     if form in ("chat", "parquet"):
         return None
+    _refuse(members, form, "functions and calls", lambda e: e.messages[0].role == "tools")
     _refuse(members, form, "weights on turns", lambda e: any(m.weight != 1 for m in e.messages))
     _refuse(members, form, "conversations of several turns", lambda e: sum(m.role == "user" for m in e.messages) > 1)
     systems = {m.example.messages[0].content if m.example.messages[0].role == "system" else None for m in members}
@@ -144,10 +146,7 @@ def _refuse(members: Sequence[Member], form: Format, what: str, wrong: Callable[
 
 
 def _write_chat(path: Path, members: Sequence[Member], metadata: Mapping[str, Mapping[str, Any]]) -> None:
-    lines = (
-        canonical_json({**metadata.get(m.key, {}), "messages": [turn.as_dict() for turn in m.example.messages]})
-        for m in members
-    )
+    lines = (canonical_json({**metadata.get(m.key, {}), **m.example.as_row()}) for m in members)
     write_text(path, "".join(line + "\n" for line in lines))
 
 
@@ -177,8 +176,17 @@ def _write_parquet(path: Path, examples: Sequence[Example], facts: dict[str, str
     # Only if a row needs it: some readers refuse turns with an unknown key.
     if any(m.weight != 1 for e in examples for m in e.messages):
         fields.append(pa.field("weight", pa.int8()))
-    schema = pa.schema([pa.field("messages", pa.list_(pa.struct(fields)), nullable=False)], metadata=facts)
-    table = pa.Table.from_pylist([{"messages": [m.as_dict() for m in e.messages]} for e in examples], schema=schema)
+    columns = []
+    if any(m.calls for e in examples for m in e.messages):
+        function = pa.struct([("name", pa.string()), ("arguments", pa.string())])
+        call = pa.struct([("id", pa.string()), ("type", pa.string()), ("function", function)])
+        fields += [pa.field("tool_calls", pa.list_(call)), pa.field("tool_call_id", pa.string())]
+    rows = [e.as_row() for e in examples]
+    if any("tools" in row for row in rows):
+        columns.append(pa.field("tools", pa.string()))  # as JSON: a column has one type, but schemas differ
+        rows = [{**row, "tools": canonical_json(row["tools"])} if "tools" in row else row for row in rows]
+    columns.insert(0, pa.field("messages", pa.list_(pa.struct(fields)), nullable=False))
+    table = pa.Table.from_pylist(rows, schema=pa.schema(columns, metadata=facts))
     with _new_file(path) as temporary:
         parquet.write_table(table, temporary, compression="zstd")
 

@@ -23,10 +23,17 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import file_digest
 from tunewright.core.progress import Reporter
 from tunewright.engines.child import Child
-from tunewright.engines.protocol import Delta, EngineStoppedError, RequestFailedError, TokenSink, deliver_stream
+from tunewright.engines.protocol import (
+    Delta,
+    EngineStoppedError,
+    RequestFailedError,
+    TokenSink,
+    checked,
+    deliver_stream,
+)
 from tunewright.engines.vllm import worker
 from tunewright.engines.vllm.launch import PACKAGE, list_adapters, plan
-from tunewright.generation.requests import Finish, Request
+from tunewright.generation.requests import Finish, Request, TokenLogprob
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The valid values of ``--max-lora-rank`` (vLLM 0.32, MaxLoRARanks in vllm/config/lora.py)."""
@@ -95,6 +102,8 @@ class VllmSettings:
             "--max-loras": self.slots,
             "--max-cpu-loras": self.slots,
             "--max-lora-rank": self.allowed_rank,
+            # Constraints are rules of llguidance, as in the embedded engine.
+            "--structured-outputs-config": json.dumps({"backend": "guidance"}),
             "--generation-config": "vllm",  # not the base's defaults, which would add to the request's sampling
             "--middleware": f"{PACKAGE}.RouteFilter",
         }
@@ -121,6 +130,7 @@ class VllmEngine:
     """
 
     name = "vllm"
+    unsupported: frozenset[str] = frozenset()
 
     def __init__(self, settings: VllmSettings, *, stop_ids: Collection[int], reporter: Reporter) -> None:
         self.max_num_seqs = settings.max_num_seqs
@@ -159,7 +169,7 @@ class VllmEngine:
         Prefixes are shared between requests of one tenant only. Otherwise a tenant could tell by the time to the first
         token which prompts another one has sent (CVE-2025-46570).
         """
-        return deliver_stream(self.stream(request, tenant=tenant), sink)
+        return deliver_stream(checked(self.stream(request, tenant=tenant), request), sink)
 
     async def stream(
         self, request: Request, *, tenant: str = "", stop_ids: Collection[int] | None = None
@@ -200,7 +210,7 @@ class VllmEngine:
     @asynccontextmanager
     async def _post(self, request: Request, body: Mapping[str, Any]) -> AsyncIterator[httpx.Response]:
         """Send a request and yield the reply; the request counts as running until the block ends."""
-        assert request.constraint is None and not request.stop, "the caller handles stop strings"
+        assert not request.stop, "the caller handles stop strings"
         if self.stopped:
             raise EngineStoppedError(self.stopped)
         if request.adapter is not None and request.adapter not in self._listed:
@@ -274,6 +284,14 @@ class VllmEngine:
         }
         if request.temperature > 0 and request.seed is not None:
             body["seed"] = request.seed
+        if request.presence_penalty or request.frequency_penalty:
+            body |= {"presence_penalty": request.presence_penalty, "frequency_penalty": request.frequency_penalty}
+        if request.logit_bias:
+            body["logit_bias"] = {str(token): bias for token, bias in request.logit_bias}
+        if request.logprobs is not None:
+            body |= {"logprobs": request.logprobs, "return_tokens_as_token_ids": True}
+        if request.constraint is not None:
+            body["structured_outputs"] = {"grammar": request.constraint.rules}
         return body
 
     def _ask_context(self) -> int:
@@ -336,7 +354,22 @@ def _delta(choice: Mapping[str, Any], stop_ids: Collection[int]) -> Delta:
     if finish == "stop" and ids and ids[-1] in stop_ids:
         ids = ids[:-1]
     ended: Finish | None = finish
-    return Delta(ids, ended)
+    return Delta(ids, ended, _logprobs(choice)[: len(ids)])
+
+
+def _logprobs(choice: Mapping[str, Any]) -> tuple[TokenLogprob, ...]:
+    """Return the log probabilities of a choice's tokens, which are named ``token_id:ID``; empty if it has none.
+
+    vLLM adds the chosen token to the likeliest ones, if it is none of them.
+    """
+    reported = choice.get("logprobs")
+    if not reported:
+        return ()
+    found = []
+    for logprob, top in zip(reported["token_logprobs"], reported["top_logprobs"] or (), strict=True):
+        likeliest = sorted(((int(name.partition(":")[2]), value) for name, value in top.items()), key=lambda t: -t[1])
+        found.append(TokenLogprob(logprob, tuple(likeliest)))
+    return tuple(found)
 
 
 def _entry(digest: str, folder: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from tunewright.core.clock import now, without_milliseconds
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.data.examples import Message
-from tunewright.data.versions import load_version
+from tunewright.data.versions import load_version, short
 from tunewright.evaluation.access_log import amendable
 from tunewright.evaluation.judge.budget import JudgeBudget
 from tunewright.evaluation.judge.controls import control_cases, measured_controls, veto
@@ -33,9 +33,17 @@ def test_prompts(dataset: Path, evidence: Evidence, items: Sequence[Item]) -> li
     """Return each item's chat prompt: its messages up to the answer, the system prompt included.
 
     Raises:
-        UserError: the evaluated dataset version is missing.
+        UserError: the evaluated dataset version is missing, or an item has functions.
     """
     messages = _messages(dataset, evidence)
+    odd = [item.key for item in items if any(m.role == "tools" for m in messages[item.key])]
+    if odd:
+        raise UserError(
+            f"{len(odd):,} of {len(items):,} test items have functions (the first is {short(odd[0])}), which are not "
+            "sent to a reference model",
+            where="judge.reference_model",
+            fix="Give its answers in a file: judge.reference_model.answers.",
+        )
     return [tuple({"role": m.role, "content": m.content} for m in messages[item.key]) for item in items]
 
 
@@ -56,7 +64,7 @@ def task_text(messages: Sequence[Message]) -> str:
     """Return a prompt as one text, with speakers named where they are not obvious."""
     if [message.role for message in messages if message.role != "system"] == ["user"]:
         return "\n\n".join(message.content for message in messages)
-    return "\n\n".join(f"{message.role.capitalize()}: {message.content}" for message in messages)
+    return "\n\n".join(f"{message.role.capitalize()}: {message.text}" for message in messages)
 
 
 def _messages(dataset: Path, evidence: Evidence) -> dict[str, tuple[Message, ...]]:

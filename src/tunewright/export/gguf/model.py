@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,8 @@ def write_token_id_model(
     name: str,
     weights: Weights,
     base: Base,
-    stop_ids: Collection[int],
+    pieces: Sequence[bytes | None],
+    stop_ids: Sequence[int],
     file_type: FileType,
     reporter: Reporter,
 ) -> list[str]:
@@ -72,7 +73,7 @@ def write_token_id_model(
     """
 
     def add_tokens(writer: Any, vocabulary: int) -> None:
-        add_token_ids(writer, stop_ids, vocabulary)
+        add_token_ids(writer, pieces, stop_ids, vocabulary)
 
     return _write(path, name, weights, base, add_tokens, file_type, reporter)
 

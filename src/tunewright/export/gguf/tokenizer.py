@@ -7,7 +7,7 @@ The comparison that every GGUF goes through checks that both give the same ids.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gguf
@@ -69,28 +69,58 @@ def add_tokenizer(writer: Any, chat: ChatFormat, vocabulary: int, system_prompt:
     writer.add_chat_template(exported_template(chat, system_prompt))
 
 
-def add_token_ids(writer: Any, stop_ids: Collection[int], vocabulary: int) -> None:
-    """Write a vocabulary whose tokens are named by their ids, for a model that reads and writes ids alone.
+def add_token_ids(writer: Any, pieces: Sequence[bytes | None], stop_ids: Sequence[int], vocabulary: int) -> None:
+    """Write a vocabulary for a model that reads and writes ids alone, and whose answers a grammar may constrain.
 
-    With the tokens' own texts llama.cpp would end answers at anything that looks like an end token (such as
-    ``<|endoftext|>``). It also holds a token back while its bytes are not a whole character, and then reports only the
-    next one's id.
+    A grammar needs tokens' texts. llama.cpp holds a token back while its bytes are not whole characters, and then
+    reports only the next one's id; it would also end answers at anything that looks like an end token (such as
+    ``<|endoftext|>``). So only tokens of whole characters have their text. The others, and special tokens, are named
+    by their ids and are control tokens: no grammar allows them, and they have no text.
 
     Args:
-        stop_ids: tokens that end an answer, at least one. GGUF has names for three; llama.cpp does not recognize
-            others.
+        pieces: each token's bytes; None for special tokens.
+        stop_ids: tokens that end an answer, at least one; the first is the one that ends a constrained answer. GGUF
+            has names for three; llama.cpp does not recognize others.
+        vocabulary: the number of the model's logits.
     """
     assert stop_ids
+    names: dict[str, int] = {}
+    for token, piece in enumerate(pieces):
+        if piece and token not in stop_ids and _is_text(piece):
+            # Of two tokens with the same text, one can be named by it.
+            names.setdefault("".join(_BYTE_NAMES[byte] for byte in piece), token)
+    texts = {token: name for name, token in names.items()}
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([str(token) for token in range(vocabulary)])
-    writer.add_token_types([gguf.TokenType.NORMAL] * vocabulary)
-    writer.add_token_merges(["0 0"])
+    writer.add_token_list([texts.get(token, f"[{token}]") for token in range(vocabulary)])
+    kinds = (gguf.TokenType.CONTROL, gguf.TokenType.NORMAL)
+    writer.add_token_types([kinds[token in texts] for token in range(vocabulary)])
+    writer.add_token_merges(["[0] [0]"])
+    # llama.cpp's grammars end with the token "eot", if there is one.
     add_end = (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id)
-    for token, add in zip(sorted(stop_ids), add_end, strict=False):
+    first, *others = stop_ids
+    for token, add in zip([*others[:1], first, *others[1:]], add_end, strict=False):
         add(token)
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
+
+
+def _byte_names() -> dict[int, str]:
+    """Return GPT-2's visible character for each byte (``bytes_to_unicode`` in openai/gpt-2, src/encoder.py)."""
+    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {byte: chr(byte) for byte in shown} | {byte: chr(256 + place) for place, byte in enumerate(hidden)}
+
+
+_BYTE_NAMES = _byte_names()
+
+
+def _is_text(piece: bytes) -> bool:
+    try:
+        text = piece.decode()
+    except UnicodeDecodeError:
+        return False
+    return len(text) < 3 or (text[0], text[-1]) not in {("<", ">"), ("[", "]"), ("_", ">")}  # like an end token
 
 
 def pre_tokenizer_name(stored: Mapping[str, Any], where: str) -> str:

@@ -17,6 +17,7 @@ from tunewright.core.errors import UserError
 from tunewright.engines.protocol import (
     PREFILL_TOKENS,
     AdapterFailedError,
+    ConstraintFailedError,
     Delta,
     EngineStoppedError,
     RequestFailedError,
@@ -57,9 +58,8 @@ class _Sequence:
     def new_tokens(self) -> Delta:
         """Return the tokens that no earlier call returned."""
         assert self.row is not None
-        new = tuple(self.row.ids[self._delivered :])
-        self._delivered += len(new)
-        return Delta(new, self.row.finish)
+        before, self._delivered = self._delivered, len(self.row.ids)
+        return Delta(tuple(self.row.ids[before:]), self.row.finish, tuple(self.row.logprobs[before:]))
 
 
 class PeftEngine:
@@ -83,6 +83,7 @@ class PeftEngine:
     """
 
     name = "peft"
+    unsupported: frozenset[str] = frozenset()
     prefill_tokens = PREFILL_TOKENS
 
     def __init__(
@@ -259,7 +260,6 @@ class PeftEngine:
         self._dispatch.send()
         if self._batch.rows:
             for row, error in self._batch.step():
-                log.error("failed to compute a request", exc_info=error)
                 self._fail(next(sequence for sequence in self._running if sequence.row is row), error)
             for sequence in self._running:
                 if sequence not in self._prefilling:
@@ -305,12 +305,11 @@ class PeftEngine:
         """Compute prompts in one pass; if that fails, one by one, so that only the request at fault fails."""
         try:
             rows = self._batch.admit([sequence.request for sequence in sequences])
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - _fail logs it
             if len(sequences) > 1:
                 for sequence in sequences:
                     self._prefill_together([sequence])
                 return
-            log.exception("failed to compute a request")
             self._fail(sequences[0], error)
             return
         for sequence, row in zip(sequences, rows, strict=True):
@@ -323,8 +322,7 @@ class PeftEngine:
         try:
             if not self._batch.prefill(reading, PREFILL_CHUNK):
                 return
-        except Exception as error:
-            log.exception("failed to compute a request")
+        except Exception as error:  # noqa: BLE001 - _fail logs it
             self._fail(sequence, error)
         else:
             (sequence.row,) = reading.rows
@@ -334,7 +332,11 @@ class PeftEngine:
     def _fail(self, sequence: _Sequence, error: Exception) -> None:
         with self._changed:
             self._running.remove(sequence)
-        failure = RequestFailedError(f"The model could not compute this request: {error}")
+        if isinstance(error, UserError) and sequence.request.constraint is not None:
+            failure: RequestFailedError = ConstraintFailedError(error.what)
+        else:
+            log.error("failed to compute a request", exc_info=error)
+            failure = RequestFailedError(f"The model could not compute this request: {error}")
         self._dispatch.put(sequence.subscription, failure)
 
     def _drop(self, sequence: _Sequence) -> None:

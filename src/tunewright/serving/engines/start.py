@@ -145,6 +145,7 @@ def _llamacpp(config: Config, spec: EngineSpec, reporter: Reporter) -> Engine:
         )
     import torch
 
+    from tunewright.chat.answers import constraint_end, grammar_compiler
     from tunewright.export.gguf.model import gguf_context, require_gguf
     from tunewright.serving.engines.llamacpp.engine import LlamaCppEngine, LlamaCppSettings, cache_tokens
     from tunewright.serving.engines.llamacpp.files import base_file, lora_file
@@ -159,7 +160,15 @@ def _llamacpp(config: Config, spec: EngineSpec, reporter: Reporter) -> Engine:
     if context < model_config.max_position_embeddings:
         reporter.warn(f"The context is limited to {context:,} tokens, less than the base's, by llama.cpp's cache")
     settings = LlamaCppSettings(
-        base=base_file(place, base, spec.chat.stop_ids, config.serve.gguf, reporter),
+        base=base_file(
+            place,
+            base,
+            grammar_compiler(spec.chat).token_bytes,
+            spec.chat.stop_ids,
+            constraint_end(spec.chat),
+            config.serve.gguf,
+            reporter,
+        ),
         lora_file=lambda digest, folder: lora_file(place, base, digest, folder, reporter),
         max_num_seqs=rows,
         context=context,

@@ -17,12 +17,14 @@ from tunewright.config import GatewayConfig
 from tunewright.engines.protocol import Engine, EngineStoppedError, RequestFailedError
 from tunewright.serving.gateway.admission import AdmissionQueue
 from tunewright.serving.gateway.auth import Auth, Principal, model_not_found
+from tunewright.serving.gateway.errors import ApiError
 from tunewright.serving.gateway.metrics import Metrics, ServerState
+from tunewright.serving.gateway.parsing import parse_request
 from tunewright.serving.gateway.preprocess import RequestPreprocessor, Tokenization
 from tunewright.serving.gateway.request import GenerationRequest
 from tunewright.serving.gateway.request_handler import RequestHandler
 from tunewright.serving.gateway.responses import ChatCompletionResponse, CompletionResponse, ResponseFormat
-from tunewright.serving.gateway.schemas import ApiError, ChatRequest, CompletionRequest, RequestBody, parse_request
+from tunewright.serving.gateway.schemas import ChatRequest, CompletionRequest, RequestBody
 from tunewright.serving.gateway.shadows import Shadows
 from tunewright.serving.gateway.streaming import (
     FLUSH_SECONDS,
@@ -63,7 +65,7 @@ class Gateway:
         self._engine = engine
         self._auth = auth
         self._limits = limits
-        self._preprocessor = RequestPreprocessor(tokenization, limits, engine.context_length)
+        self._preprocessor = RequestPreprocessor(tokenization, limits, engine)
         self._queue = AdmissionQueue(engine.max_num_seqs, engine.prefill_tokens)
         self._shadows = Shadows(engine, self._queue, self._preprocessor)
         self._in_flight = 0
@@ -186,7 +188,7 @@ class Gateway:
         target = handler.target
         headers = {ADAPTER_HEADER: target.digest or "none", SYSTEM_HEADER: handler.system_source}
         response_format: ResponseFormat
-        response_format = (ChatCompletionResponse if body_type is ChatRequest else CompletionResponse)(target.name)
+        response_format = (ChatCompletionResponse if body_type is ChatRequest else CompletionResponse)(body)
         if body.stream:
             return await self._stream(http, handler, response_format, headers, arrived)
         try:
@@ -227,15 +229,27 @@ class Gateway:
     async def _preprocess(self, body: RequestBody, principal: Principal, arrived: float) -> list[GenerationRequest]:
         """Tokenize the prompts; again if a release has changed the system prompt meanwhile."""
         target = principal.target(body)  # an unknown model is refused before the prompt costs any time
+        self._preprocessor.require_supported(body)
+        constraint = await self._preprocessor.constraint(body, principal.name)
         while True:
             prompts = await self._preprocessor.prompts(body, principal.name, target.system_prompt)
             tokenized_for, target = target, principal.target(body)
             if target.system_prompt == tokenized_for.system_prompt:
                 break
-        limit = None if principal.max_tokens is None else principal.max_tokens // len(prompts)
+        answers = [(prompt, choice) for prompt in prompts for choice in range(body.choices)]
+        limit = None if principal.max_tokens is None else principal.max_tokens // len(answers)
         return [
-            self._preprocessor.request(body, target, prompt, tenant=principal.name, arrived=arrived, max_tokens=limit)
-            for prompt in prompts
+            self._preprocessor.request(
+                body,
+                target,
+                prompt,
+                tenant=principal.name,
+                arrived=arrived,
+                max_tokens=limit,
+                choice=choice,
+                constraint=constraint,
+            )
+            for prompt, choice in answers
         ]
 
     async def _stream(

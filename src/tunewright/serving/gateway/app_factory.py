@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tunewright.adapters.registry import adapter_digest
 from tunewright.chat import ChatFormat
-from tunewright.chat.answers import stop_strings
+from tunewright.chat.answers import grammar_compiler, stop_strings
 from tunewright.config import Config, Quantization
 from tunewright.core.progress import Reporter
 from tunewright.models.bases import Base
@@ -88,7 +88,9 @@ class Service:
                 prompt.report(name, reporter)
             added = {name: prompt.text for name, prompt in prompts.items() if prompt.text is not None}
             self._auth = AnonymousAuth({base.spec: None, **digests}, added)
-        tokenization = Tokenization(chat.prompt, chat.continuation, chat.text, stop_strings(config, chat))
+        tokenization = Tokenization(
+            chat.prompt, chat.continuation, chat.text, grammar_compiler(chat), stop_strings(config, chat)
+        )
         self.metrics_url: str | None = None
         """The address of the metrics while the server runs."""
         self._gateway = Gateway(self._engine, self._auth, tokenization, config.gateway)

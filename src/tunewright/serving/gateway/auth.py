@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from tunewright.adapters.system_prompt import SystemPrompt
-from tunewright.serving.gateway.schemas import ApiError, RequestBody
+from tunewright.serving.gateway.errors import ApiError
+from tunewright.serving.gateway.schemas import RequestBody
 from tunewright.serving.tenants.quota import RequestUsage
 
 

@@ -20,7 +20,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from tunewright.config import GatewayConfig
-from tunewright.serving.gateway.schemas import ApiError
+from tunewright.serving.gateway.errors import ApiError
 
 log = logging.getLogger("tunewright")
 

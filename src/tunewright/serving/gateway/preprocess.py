@@ -11,12 +11,16 @@ from dataclasses import dataclass
 from tunewright.config import GatewayConfig
 from tunewright.core.errors import UserError
 from tunewright.data.examples import Message
+from tunewright.engines.protocol import Engine
+from tunewright.generation.constraints import Constraint, GrammarCompiler
 from tunewright.generation.requests import Request
 from tunewright.generation.text_stream import Decode
 from tunewright.serving.gateway.admission import AdmissionQueue
 from tunewright.serving.gateway.auth import Target
+from tunewright.serving.gateway.errors import ApiError
 from tunewright.serving.gateway.request import GenerationRequest, system_source
-from tunewright.serving.gateway.schemas import ApiError, ChatRequest, RequestBody
+from tunewright.serving.gateway.schemas import MAX_PROMPTS, ChatRequest, RequestBody
+from tunewright.serving.gateway.structured import GrammarCache
 
 Ids = tuple[int, ...]
 
@@ -37,12 +41,14 @@ class Tokenization:
             UserError that it raises becomes a response with status 400.
         continuation: converts a text to continue to its ids, without the template. Its UserErrors become 400, too.
         decode: converts an answer's ids to text, without special tokens.
+        grammars: compiles constraints on an answer's text, and knows the bytes of each token.
         stops: texts that end every chat answer, in addition to those of the request.
     """
 
     render: Callable[[Sequence[Message]], Ids]
     continuation: Callable[[str], Ids]
     decode: Decode
+    grammars: GrammarCompiler
     stops: tuple[str, ...] = ()
 
 
@@ -50,13 +56,15 @@ class RequestPreprocessor:
     """Tokenizes prompts, checks them against the limits, and makes generation requests of them.
 
     Args:
-        context: maximum tokens of a prompt and its answer together.
+        engine: the engine that answers.
     """
 
-    def __init__(self, tokenization: Tokenization, limits: GatewayConfig, context: int) -> None:
+    def __init__(self, tokenization: Tokenization, limits: GatewayConfig, engine: Engine) -> None:
         self._tokenization = tokenization
         self._limits = limits
-        self._context = context
+        self._engine = engine
+        self._context = context = engine.context_length
+        self._grammars = GrammarCache(tokenization.grammars.compile)
         self.body_bytes = limits.max_body_bytes or _BYTES_PER_TOKEN * context + _SPARE_BYTES
         # Tokenizing a long prompt takes half a second, which would block all streams in the event loop. One thread
         # only, since
@@ -65,6 +73,39 @@ class RequestPreprocessor:
         self._queue = AdmissionQueue(1)
         # Prompts arrive one by one: handing one to the tokenizer's own threads costs more than it saves.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+    def require_supported(self, body: RequestBody) -> None:
+        """Check the fields that depend on the engine, the base or the config.
+
+        Raises:
+            ApiError: 400, naming the field.
+        """
+        for field in sorted(self._engine.unsupported):
+            if getattr(body, field, None):
+                message = f"{field} is not supported by the engine {self._engine.name}: remove it."
+                raise ApiError(message, param=field, code="unsupported_parameter")
+        if body.choices > self._limits.max_n:
+            raise ApiError(
+                f"Too many answers: n is {body.choices} (limit {self._limits.max_n}).",
+                param="n",
+                code="too_many_choices",
+            )
+        prompts = 1 if isinstance(body, ChatRequest) else len(body.prompt)
+        if prompts * body.choices > MAX_PROMPTS:
+            message = f"Too many answers: {prompts} prompts with n {body.choices} (limit {MAX_PROMPTS} in all)."
+            raise ApiError(message, param="n", code="too_many_choices")
+        for token, _ in body.biases:
+            if token >= self._tokenization.grammars.vocabulary:
+                message = f"logit_bias: {token} is not a token (the base has {self._tokenization.grammars.vocabulary})."
+                raise ApiError(message, param="logit_bias", code="invalid_value")
+
+    async def constraint(self, body: RequestBody, tenant: str) -> Constraint | None:
+        """Return the compiled form of the answer; None: any text.
+
+        Raises:
+            ApiError: 400, the form is not valid, not supported, or too complex.
+        """
+        return None if body.form is None else await self._grammars.constraint(body.form, tenant)
 
     async def prompts(self, body: RequestBody, tenant: str, system_prompt: str | None) -> list[Ids]:
         """Return the token ids of each prompt in the body.
@@ -100,8 +141,12 @@ class RequestPreprocessor:
         tenant: str,
         arrived: float,
         max_tokens: int | None = None,
+        choice: int = 0,
+        constraint: Constraint | None = None,
     ) -> GenerationRequest:
-        """Return the generation request of one prompt.
+        """Return the generation request of one prompt, and of the choice with this number of ``n``.
+
+        Choices with a seed get consecutive ones, as in vLLM, since they would be equal otherwise.
 
         A token limit above the rest of the context, or above ``gateway.max_completion_tokens``, is lowered to it; an
         answer that ends there has the ``finish_reason`` "length". Without a limit in the body, the prompt and its
@@ -134,7 +179,12 @@ class RequestPreprocessor:
             max_new_tokens=new_tokens,
             temperature=body.temperature or 0.0,
             top_p=1.0 if body.top_p is None else body.top_p,
-            seed=body.seed,
+            seed=None if body.seed is None else (body.seed + choice + 2**63) % 2**64 - 2**63,
+            constraint=constraint,
+            presence_penalty=body.presence_penalty or 0.0,
+            frequency_penalty=body.frequency_penalty or 0.0,
+            logit_bias=body.biases,
+            logprobs=body.likeliest,
         )
         template_stops = self._tokenization.stops if isinstance(body, ChatRequest) else ()
         return GenerationRequest(
@@ -143,6 +193,7 @@ class RequestPreprocessor:
             engine_request,
             (*template_stops, *(body.stop or ())),
             decode=self._tokenization.decode,
+            piece=self._tokenization.grammars.piece,
             limits=self._limits,
             tenant=tenant,
             arrived=arrived,

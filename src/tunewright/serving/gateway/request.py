@@ -9,16 +9,39 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tunewright.config import GatewayConfig
-from tunewright.engines.protocol import Delta, Engine, EngineStoppedError, Event, RequestFailedError
-from tunewright.generation.requests import Finish, Request
+from tunewright.engines.protocol import (
+    ConstraintFailedError,
+    Delta,
+    Engine,
+    EngineStoppedError,
+    Event,
+    RequestFailedError,
+)
+from tunewright.generation.requests import Finish, Request, TokenLogprob
 from tunewright.generation.text_stream import Decode, TextStream
 from tunewright.serving.gateway.admission import AdmissionQueue, Slot
 from tunewright.serving.gateway.auth import Target
-from tunewright.serving.gateway.schemas import ApiError, ChatRequest, RequestBody
+from tunewright.serving.gateway.errors import ApiError
+from tunewright.serving.gateway.schemas import ChatRequest, RequestBody
 from tunewright.serving.tenants.quota import Outcome, RequestUsage
 
 SystemSource = Literal["adapter", "request", "none"]
 """The origin of a request's system message: the prompt that its adapter was trained with, or the request itself."""
+
+
+@dataclass(frozen=True)
+class ScoredToken:
+    """A token of an answer with its log probability.
+
+    Args:
+        offset: where its text begins in the answer's.
+        top: the likeliest tokens in its place with theirs.
+    """
+
+    piece: bytes
+    offset: int
+    logprob: float
+    top: tuple[tuple[bytes, float], ...]
 
 
 @dataclass(frozen=True)
@@ -29,6 +52,8 @@ class TextChunk:
     finish: Finish | None
     tokens: int
     """Tokens of the answer so far."""
+    scored: tuple[ScoredToken, ...] | None = None
+    """The tokens whose text begins in this chunk; None if the request does not ask for log probabilities."""
 
 
 Failure = RequestFailedError | EngineStoppedError | ApiError
@@ -60,6 +85,7 @@ class GenerationRequest:
         target: the adapter that answers.
         engine_request: prompt and sampling for the engine.
         stops: texts that end the answer.
+        piece: returns the bytes that a token stands for.
         tenant: the tenant whose turn it takes in the queue.
         arrived: when the HTTP request arrived.
     """
@@ -72,6 +98,7 @@ class GenerationRequest:
         stops: tuple[str, ...],
         *,
         decode: Decode,
+        piece: Callable[[int], bytes],
         limits: GatewayConfig,
         tenant: str,
         arrived: float,
@@ -86,6 +113,10 @@ class GenerationRequest:
         self.outcome: Outcome = "disconnected"  # unless it ends in another way
         self._limits = limits
         self._stream = TextStream(decode, stops)
+        self._piece = piece
+        self._unsent: list[ScoredToken] = []
+        """Tokens whose text is held back."""
+        self.scored: list[ScoredToken] | None = None if engine_request.logprobs is None else []
         self._arrived = arrived
         self._queued_at = arrived
         self._admitted_at: float | None = None
@@ -152,12 +183,14 @@ class GenerationRequest:
         if self._ended.is_set():  # tokens that were on their way when a stop string or a timeout ended it
             return
         if not isinstance(event, Delta):
-            self._end("failed", event)
+            self._end("failed", self._named(event))
             return
         self._count(event)
         text = ""
-        for token in event.ids:
+        for place, token in enumerate(event.ids):
             self.tokens += 1
+            if self.scored is not None:
+                self._unsent.append(self._scored(token, event.logprobs[place]))
             text += self._stream.push(token)
             if self._stream.stopped:
                 break
@@ -165,10 +198,33 @@ class GenerationRequest:
             text += self._stream.flush()
         finish: Finish | None = "stop" if self._stream.stopped else event.finish
         self.text += text
-        if finish:
-            self._end(finish, TextChunk(text, finish, self.tokens))
-        elif text:
-            self._emit(TextChunk(text, None, self.tokens))
+        if finish or text:
+            chunk = TextChunk(text, finish, self.tokens, self._sent_with(finish))
+            if finish:
+                self._end(finish, chunk)
+            else:
+                self._emit(chunk)
+
+    def _scored(self, token: int, found: TokenLogprob) -> ScoredToken:
+        top = tuple((self._piece(likely), logprob) for likely, logprob in found.top[: self.engine_request.logprobs])
+        return ScoredToken(self._piece(token), self._stream.decoded, found.logprob, top)
+
+    def _sent_with(self, finish: Finish | None) -> tuple[ScoredToken, ...] | None:
+        """Return the tokens whose text begins in the text sent so far; at the end also those without text."""
+        if self.scored is None:
+            return None
+        whole = finish is not None and not self._stream.stopped
+        sent = tuple(each for each in self._unsent if whole or each.offset < len(self.text))
+        self._unsent = self._unsent[len(sent) :]
+        self.scored += sent
+        return sent
+
+    def _named(self, failure: RequestFailedError | EngineStoppedError) -> Failure:
+        """Return the failure; an answer's constraint that turned out too complex is the client's fault."""
+        if isinstance(failure, ConstraintFailedError) and self.body.form is not None:
+            param, _ = self.body.form
+            return ApiError(f"{param} is too complex: {failure}.", param=param, code="constraint_too_complex")
+        return failure
 
     def fail(self, error: ApiError) -> None:
         """End the request with an error, after the text that was computed so far."""

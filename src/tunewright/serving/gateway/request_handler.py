@@ -10,8 +10,10 @@ from tunewright.engines.protocol import Engine
 from tunewright.generation.requests import Finish
 from tunewright.serving.gateway.admission import AdmissionQueue
 from tunewright.serving.gateway.auth import Admission, Target
+from tunewright.serving.gateway.errors import ApiError
 from tunewright.serving.gateway.request import GenerationRequest, SystemSource, TextChunk
-from tunewright.serving.gateway.schemas import ApiError, Usage
+from tunewright.serving.gateway.responses import Answer
+from tunewright.serving.gateway.schemas import Usage
 from tunewright.serving.tenants.quota import Outcome, RequestUsage
 
 _WORST_FIRST: tuple[Outcome, ...] = ("failed", "timed out", "disconnected", "length", "stop")
@@ -71,11 +73,6 @@ class RequestHandler:
         """True if each answer is complete, in its ``text``."""
         return all(request.finished for request in self.requests)
 
-    @property
-    def include_usage(self) -> bool:
-        """True if a stream ends with the usage."""
-        return self.requests[0].body.include_usage
-
     def usage(self, tokens: int) -> Usage:
         """Return OpenAI's ``usage``, given the number of generated tokens."""
         return Usage(sum(request.prompt_tokens for request in self.requests), tokens)
@@ -122,16 +119,21 @@ class RequestHandler:
             for task in tasks:
                 task.cancel()
 
-    async def answers(self) -> tuple[list[tuple[str, Finish]], Usage]:
-        """Return each choice's text with its finish reason, and the usage of all."""
+    def answer(self, index: int, finish: Finish) -> Answer:
+        """Return a complete answer."""
+        request = self.requests[index]
+        return Answer(request.text, finish, None if request.scored is None else tuple(request.scored))
+
+    async def answers(self) -> tuple[list[Answer], Usage]:
+        """Return each choice's answer, and the usage of all."""
         last: dict[int, TextChunk] = {}
         async for index, chunk in self.chunks():
             last[index] = chunk
         answers = []
-        for index, request in enumerate(self.requests):
+        for index in range(len(self.requests)):
             finish = last[index].finish
             assert finish is not None
-            answers.append((request.text, finish))
+            answers.append(self.answer(index, finish))
         return answers, self.usage(sum(chunk.tokens for chunk in last.values()))
 
     def settle(self) -> RequestUsage | None:

@@ -9,112 +9,193 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from tunewright.generation.requests import Finish
-from tunewright.serving.gateway.schemas import Usage
+from tunewright.serving.gateway.errors import ApiError
+from tunewright.serving.gateway.request import ScoredToken, TextChunk
+from tunewright.serving.gateway.schemas import ChatRequest, CompletionRequest, Usage
 
-Answer = tuple[str, Finish]
+Document = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One complete answer; ``scored`` is None if the request does not ask for log probabilities."""
+
+    text: str
+    finish: Finish
+    scored: tuple[ScoredToken, ...] | None = None
 
 
 class ResponseFormat(Protocol):
     """The documents of one response, which share an id."""
 
-    def response(self, answers: Sequence[Answer], usage: Usage) -> dict[str, Any]:
+    @property
+    def end(self) -> str:
+        """The last event of a stream."""
+
+    def response(self, answers: Sequence[Answer], usage: Usage) -> Document:
         """Return the complete response: a choice for each answer."""
 
-    def first_chunks(self) -> list[dict[str, Any]]:
+    def first_chunks(self) -> list[Document]:
         """Return the chunks that a stream begins with."""
 
-    def text_chunk(self, index: int, text: str) -> dict[str, Any]:
+    def text_chunk(self, index: int, chunk: TextChunk) -> Document:
         """Return a chunk with some text of a choice."""
 
-    def finish_chunk(self, index: int, finish: Finish) -> dict[str, Any]:
-        """Return the last chunk of a choice, with its finish reason."""
+    def finish_chunks(self, index: int, answer: Answer) -> list[Document]:
+        """Return the last chunks of a choice, with its finish reason."""
 
-    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
-        """Return the chunk with the usage, which has no choices."""
+    def last_chunks(self, usage: Usage) -> list[Document]:
+        """Return the chunks that follow all choices."""
+
+    def error_chunk(self, error: ApiError) -> Document:
+        """Return the chunk that ends a stream with an error."""
 
 
-def _new_id() -> str:
+def new_id() -> str:
+    """Return a random id."""
     return uuid.uuid4().hex
 
 
-def _now() -> int:
+def now() -> int:
+    """Return the time of a response, in seconds since 1970."""
     return int(time.time())
 
 
 @dataclass(frozen=True)
-class ChatCompletionResponse:
-    """The format of ``/v1/chat/completions``, where a request has one choice."""
+class _OpenAIResponse:
+    """Common to both routes.
 
-    model: str
-    id: str = field(default_factory=_new_id)
-    created: int = field(default_factory=_now)
+    Args:
+        body: the request.
+    """
 
-    def response(self, answers: Sequence[Answer], usage: Usage) -> dict[str, Any]:
+    body: ChatRequest | CompletionRequest
+    id: str = field(default_factory=new_id)
+    created: int = field(default_factory=now)
+    end: str = "data: [DONE]\n\n"
+
+    def last_chunks(self, usage: Usage) -> list[Document]:
+        """Return a chunk with the usage and without choices, if the request asks for it."""
+        return [self._document([], usage=usage.as_dict(), chunk=True)] if self.body.include_usage else []
+
+    def error_chunk(self, error: ApiError) -> Document:
+        """Return the error as in a response."""
+        return error.body
+
+    def _kind(self, *, chunk: bool) -> tuple[str, str]:
+        """Return the beginning of the id, and the kind of document."""
+        raise NotImplementedError
+
+    def _document(self, choices: list[Document], *, chunk: bool = False, **more: Any) -> Document:
+        name, kind = self._kind(chunk=chunk)
+        head = {"id": f"{name}-{self.id}", "object": kind, "created": self.created, "model": self.body.model}
+        tier = {} if self.body.service_tier is None else {"service_tier": "default"}
+        return {**head, "choices": choices, **more, **tier}
+
+
+class ChatCompletionResponse(_OpenAIResponse):
+    """The format of ``/v1/chat/completions``."""
+
+    def response(self, answers: Sequence[Answer], usage: Usage) -> Document:
         """Return a ``chat.completion``."""
-        choices = []
-        for index, (text, finish) in enumerate(answers):
-            message = {"role": "assistant", "content": text, "refusal": None}
-            choices.append({"index": index, "message": message, "logprobs": None, "finish_reason": finish})
-        return self._document("chat.completion", choices, usage=usage.as_dict())
-
-    def first_chunks(self) -> list[dict[str, Any]]:
-        """Return a chunk with the role."""
-        return [self._chunk(0, {"role": "assistant", "content": ""})]
-
-    def text_chunk(self, index: int, text: str) -> dict[str, Any]:
-        """Return a ``chat.completion.chunk`` with text."""
-        return self._chunk(index, {"content": text})
-
-    def finish_chunk(self, index: int, finish: Finish) -> dict[str, Any]:
-        """Return a ``chat.completion.chunk`` without text."""
-        return self._chunk(index, {}, finish)
-
-    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
-        """Return a ``chat.completion.chunk`` without choices."""
-        return self._document("chat.completion.chunk", [], usage=usage.as_dict())
-
-    def _chunk(self, index: int, delta: dict[str, str], finish: Finish | None = None) -> dict[str, Any]:
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
-        return self._document("chat.completion.chunk", [choice])
-
-    def _document(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        head = {"id": f"chatcmpl-{self.id}", "object": kind, "created": self.created, "model": self.model}
-        return {**head, "choices": choices, **more}
-
-
-@dataclass(frozen=True)
-class CompletionResponse:
-    """The format of ``/v1/completions``, where chunks have the shape of complete responses."""
-
-    model: str
-    id: str = field(default_factory=_new_id)
-    created: int = field(default_factory=_now)
-
-    def response(self, answers: Sequence[Answer], usage: Usage) -> dict[str, Any]:
-        """Return a ``text_completion`` with all texts."""
-        choices = [_choice(index, text, finish) for index, (text, finish) in enumerate(answers)]
+        choices = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": answer.text, "refusal": None},
+                "logprobs": _chat_logprobs(answer.scored),
+                "finish_reason": answer.finish,
+            }
+            for index, answer in enumerate(answers)
+        ]
         return self._document(choices, usage=usage.as_dict())
 
-    def first_chunks(self) -> list[dict[str, Any]]:
+    def first_chunks(self) -> list[Document]:
+        """Return a chunk with the role for each choice."""
+        return [self._chunk(index, {"role": "assistant", "content": ""}) for index in range(self.body.choices)]
+
+    def text_chunk(self, index: int, chunk: TextChunk) -> Document:
+        """Return a ``chat.completion.chunk`` with text."""
+        return self._chunk(index, {"content": chunk.text}, chunk.scored)
+
+    def finish_chunks(self, index: int, answer: Answer) -> list[Document]:
+        """Return a ``chat.completion.chunk`` without text."""
+        return [self._chunk(index, {}, finish=answer.finish)]
+
+    def _chunk(
+        self,
+        index: int,
+        delta: dict[str, str],
+        scored: Sequence[ScoredToken] | None = None,
+        finish: Finish | None = None,
+    ) -> Document:
+        choice = {"index": index, "delta": delta, "logprobs": _chat_logprobs(scored), "finish_reason": finish}
+        return self._document([choice], chunk=True)
+
+    def _kind(self, *, chunk: bool) -> tuple[str, str]:
+        return "chatcmpl", "chat.completion.chunk" if chunk else "chat.completion"
+
+
+class CompletionResponse(_OpenAIResponse):
+    """The format of ``/v1/completions``, where chunks have the shape of complete responses."""
+
+    def response(self, answers: Sequence[Answer], usage: Usage) -> Document:
+        """Return a ``text_completion`` with all texts."""
+        choices = [_choice(index, each.text, each.finish, each.scored) for index, each in enumerate(answers)]
+        return self._document(choices, usage=usage.as_dict())
+
+    def first_chunks(self) -> list[Document]:
         """Return no chunks."""
         return []
 
-    def text_chunk(self, index: int, text: str) -> dict[str, Any]:
+    def text_chunk(self, index: int, chunk: TextChunk) -> Document:
         """Return a ``text_completion`` with text."""
-        return self._document([_choice(index, text, None)])
+        return self._document([_choice(index, chunk.text, None, chunk.scored)])
 
-    def finish_chunk(self, index: int, finish: Finish) -> dict[str, Any]:
+    def finish_chunks(self, index: int, answer: Answer) -> list[Document]:
         """Return a ``text_completion`` with the finish reason."""
-        return self._document([_choice(index, "", finish)])
+        return [self._document([_choice(index, "", answer.finish, None)])]
 
-    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
-        """Return a ``text_completion`` without choices."""
-        return self._document([], usage=usage.as_dict())
-
-    def _document(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        head = {"id": f"cmpl-{self.id}", "object": "text_completion", "created": self.created, "model": self.model}
-        return {**head, "choices": choices, **more}
+    def _kind(self, *, chunk: bool) -> tuple[str, str]:  # noqa: ARG002
+        return "cmpl", "text_completion"
 
 
-def _choice(index: int, text: str, finish: Finish | None) -> dict[str, Any]:
-    return {"index": index, "text": text, "logprobs": None, "finish_reason": finish}
+def _choice(index: int, text: str, finish: Finish | None, scored: Sequence[ScoredToken] | None) -> Document:
+    return {"index": index, "text": text, "logprobs": _completion_logprobs(scored), "finish_reason": finish}
+
+
+def _chat_logprobs(scored: Sequence[ScoredToken] | None) -> Document | None:
+    if scored is None:
+        return None
+    return {
+        "content": [
+            {
+                **_token(token.piece, token.logprob),
+                "top_logprobs": [_token(piece, logprob) for piece, logprob in token.top],
+            }
+            for token in scored
+        ],
+        "refusal": None,
+    }
+
+
+def _token(piece: bytes, logprob: float) -> Document:
+    return {"token": _text(piece), "bytes": list(piece), "logprob": logprob}
+
+
+def _completion_logprobs(scored: Sequence[ScoredToken] | None) -> Document | None:
+    if scored is None:
+        return None
+    return {
+        "tokens": [_text(token.piece) for token in scored],
+        "token_logprobs": [token.logprob for token in scored],
+        # The likeliest tokens and the chosen one.
+        "top_logprobs": [
+            {_text(piece): logprob for piece, logprob in [(token.piece, token.logprob), *token.top]} for token in scored
+        ],
+        "text_offset": [token.offset for token in scored],
+    }
+
+
+def _text(piece: bytes) -> str:
+    """Return a token's text; U+FFFD for a part of a character."""
+    return piece.decode(errors="replace")

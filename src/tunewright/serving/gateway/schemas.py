@@ -9,58 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import takewhile
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from tunewright.core.unicode import mark_fault, normalize
 from tunewright.data.examples import Message
-
-
-class ApiError(Exception):
-    """An error in OpenAI's format.
-
-    Args:
-        message: the fault and its remedy.
-        status: the HTTP status.
-        param: the body's field at fault.
-        code: an identifier for programs.
-        kind: OpenAI's ``type``, if the status does not imply it.
-        headers: headers of the response.
-    """
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        status: int = 400,
-        param: str | None = None,
-        code: str | None = None,
-        kind: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.message = message
-        self.status = status
-        self.param = param
-        self.code = code
-        self.kind = kind or ("invalid_request_error" if status < 500 else "server_error")
-        self.headers = headers
-
-    @property
-    def body(self) -> dict[str, Any]:
-        """The JSON document of the response."""
-        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
-
-
-_EMPTY: tuple[Any, ...] = (False, 0, [], {})
-"""Neutral values of an undeclared field, besides null: an option that is off, or an empty list."""
+from tunewright.serving.gateway.errors import ApiError
+from tunewright.serving.gateway.parsing import Part
+from tunewright.serving.gateway.structured import AnswerFormat, Choices, Form, StructuredOutputs, one_form
 
 _ANSWER_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
-    "service_tier": ("auto", "default"),
     # False and 0 are not neutral here: in vLLM and TGI these options are on, or 1, by default.
     "add_generation_prompt": (True,),
     "add_special_tokens": (),
@@ -73,51 +36,19 @@ _ANSWER_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "spaces_between_special_tokens": (True,),
     "top_k": (0, -1),
     "truncate_prompt_tokens": (),
-    # Nor is {}: a schema that every JSON value matches, or an option that turns web search on.
-    "guided_json": (),
-    "structured_outputs": (),
-    "web_search_options": (),
+    "web_search_options": (),  # {} turns web search on
 }
 _CHAT_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("auto", "none"),
     "function_call": ("auto", "none"),
     "parallel_tool_calls": (True, False),
-    "response_format": ({"type": "text"},),
     "reasoning_effort": ("none",),
     "modalities": (["text"],),
     "verbosity": ("medium",),
 }
 _COMPLETION_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
-    "logprobs": (False,),  # 0 requests the log probability of each token of the answer
 }
-
-
-class _Part(BaseModel):
-    """A part of a body; undeclared fields must have a neutral value.
-
-    ``neutral`` lists the neutral values of fields to which :data:`_EMPTY` does not apply; null is always neutral.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_neutral(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        return {
-            field: value for field, value in data.items() if field in cls.model_fields or not cls._neutral(field, value)
-        }
-
-    @classmethod
-    def _neutral(cls, field: str, value: Any) -> bool:
-        # False == 0 in Python, but as `logprobs` they differ.
-        return value is None or any(
-            value == known and isinstance(value, bool) is isinstance(known, bool)
-            for known in cls.neutral.get(field, _EMPTY)
-        )
 
 
 def _no_image(kind: Any) -> Any:
@@ -126,7 +57,7 @@ def _no_image(kind: Any) -> Any:
     return kind
 
 
-class TextPart(_Part):
+class TextPart(Part):
     """One part of a message's content."""
 
     type: Annotated[Literal["text"], BeforeValidator(_no_image)]
@@ -147,7 +78,7 @@ def _as_system(role: Any) -> Any:
     return "system" if role == "developer" else role
 
 
-class ChatMessage(_Part):
+class ChatMessage(Part):
     """One message; a plain string becomes a single part, and the role ``developer`` becomes ``system``."""
 
     role: Annotated[Literal["system", "user", "assistant"], BeforeValidator(_as_system)]
@@ -168,7 +99,7 @@ class ChatMessage(_Part):
         return "".join(part.text for part in self.content)
 
 
-class StreamOptions(_Part):
+class StreamOptions(Part):
     """Options of a stream."""
 
     include_usage: bool | None = None
@@ -183,11 +114,18 @@ Label = Annotated[str, Field(max_length=512, pattern=r"^[^\x00-\x1f\x7f]*$")]
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
+MAX_BIASES = 300
+MAX_TOP_LOGPROBS = 20
+Bias = Annotated[float, Field(ge=-100, le=100)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+TopLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)]
+
+
 def _one_stop(stop: Any) -> Any:
     return [stop] if isinstance(stop, str) else stop
 
 
-class _BaseRequest(_Part):
+class _BaseRequest(Part):
     """The fields of both routes.
 
     One default differs from OpenAI's: the temperature is 0, since a domain model should give its best answer unless
@@ -204,7 +142,17 @@ class _BaseRequest(_Part):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Annotated[list[StopString] | None, Field(max_length=4), BeforeValidator(_one_stop)] = None
-    n: Literal[1] | None = None  # one answer per prompt
+    n: Annotated[int, Field(ge=1)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: (
+        Annotated[dict[Annotated[str, Field(pattern=r"^\d{1,7}$")], Bias], Field(max_length=MAX_BIASES)] | None
+    ) = None
+    response_format: AnswerFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: Annotated[str, Field(min_length=1)] | None = None
+    guided_choice: Choices | None = None
     # Labels, and hints for OpenAI's storage and cache: no answer depends on them.
     user: Label | None = None
     safety_identifier: Label | None = None
@@ -212,6 +160,8 @@ class _BaseRequest(_Part):
     store: bool | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
+    # Every request has the same priority here, and the response says "default".
+    service_tier: Literal["auto", "default", "flex", "priority", "scale"] | None = None
 
     @model_validator(mode="after")
     def _no_field_without_effect(self) -> Self:
@@ -219,6 +169,31 @@ class _BaseRequest(_Part):
             message = "top_p has no effect at temperature 0, the default: set temperature too."
             raise ApiError(message, param="top_p", code="invalid_value")
         return self
+
+    @model_validator(mode="after")
+    def _valid_form(self) -> Self:
+        self.form  # noqa: B018 - it raises
+        return self
+
+    @cached_property
+    def form(self) -> Form | None:
+        """The form that the answer must have; None: any text.
+
+        Raises:
+            ApiError: 400, there are several forms, or one is not valid or over a limit.
+        """
+        guided = {"json": self.guided_json, "regex": self.guided_regex, "choice": self.guided_choice}
+        return one_form(self.response_format, self.structured_outputs, guided)
+
+    @property
+    def choices(self) -> int:
+        """The number of answers to each prompt."""
+        return self.n or 1
+
+    @property
+    def biases(self) -> tuple[tuple[int, float], ...]:
+        """Token ids with what is added to their logits."""
+        return tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items())
 
     @property
     def end_user(self) -> str | None:
@@ -239,6 +214,8 @@ class ChatRequest(_BaseRequest):
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: TopLogprobs | None = None
 
     @model_validator(mode="after")
     def _one_limit(self) -> Self:
@@ -246,6 +223,17 @@ class ChatRequest(_BaseRequest):
             message = "max_tokens and max_completion_tokens differ, and mean the same: set only one of them."
             raise ApiError(message, param="max_tokens", code="invalid_value")
         return self
+
+    @model_validator(mode="after")
+    def _logprobs_on(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError("top_logprobs requires logprobs: true.", param="top_logprobs", code="invalid_value")
+        return self
+
+    @property
+    def likeliest(self) -> int | None:
+        """The number of likeliest tokens to report with each token's log probability; None: report none."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def token_limit(self) -> int | None:
@@ -294,6 +282,12 @@ class CompletionRequest(_BaseRequest):
         Field(min_length=1, max_length=MAX_PROMPTS),
         BeforeValidator(_prompts),
     ]
+    logprobs: Annotated[TopLogprobs | None, BeforeValidator(lambda value: None if value is False else value)] = None
+
+    @property
+    def likeliest(self) -> int | None:
+        """The number of likeliest tokens to report with each token's log probability; None: report none."""
+        return self.logprobs
 
     @property
     def token_limit(self) -> int | None:
@@ -312,43 +306,6 @@ class CompletionRequest(_BaseRequest):
 
 
 RequestBody = ChatRequest | CompletionRequest
-
-R = TypeVar("R", bound=_BaseRequest)
-
-_MAX_FAULTS = 10
-_MAX_PARAM = 100
-
-
-def parse_request(kind: type[R], body: bytes) -> R:
-    """Return the validated body.
-
-    Raises:
-        ApiError: 400, naming the fields at fault.
-    """
-    try:
-        return kind.model_validate_json(body)
-    except ValidationError as error:
-        errors = error.errors(include_url=False, include_input=False)
-        faults = [_fault(details) for details in errors[:_MAX_FAULTS]]
-        message = " ".join(fault.message for fault in faults)
-        if len(errors) > _MAX_FAULTS:
-            message += f" {len(errors) - _MAX_FAULTS} more errors."
-        raise ApiError(message, param=faults[0].param, code=faults[0].code) from error
-
-
-def _fault(details: ErrorDetails) -> ApiError:
-    param = ".".join(map(str, details["loc"])) or None
-    if param is not None and len(param) > _MAX_PARAM:  # the client chose it: an error must not repeat a megabyte
-        param = f"{param[:_MAX_PARAM]}…"
-    if details["type"] == "json_invalid":
-        return ApiError(f"The body is not valid JSON: {details['msg']}.", code="invalid_json")
-    if details["type"] == "extra_forbidden":
-        message = f"{param} is not supported: remove it."
-        return ApiError(message, param=param, code="unsupported_parameter")
-    if details["type"] == "missing":
-        return ApiError(f"{param} is missing.", param=param, code="missing_required_parameter")
-    where = param or "The body"
-    return ApiError(f"{where}: {details['msg']}.", param=param, code="invalid_value")
 
 
 @dataclass(frozen=True)

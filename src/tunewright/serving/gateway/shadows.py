@@ -8,10 +8,10 @@ from dataclasses import replace
 from tunewright.engines.protocol import Engine, EngineStoppedError, RequestFailedError
 from tunewright.serving.gateway.admission import AdmissionQueue
 from tunewright.serving.gateway.auth import Admission, Shadow
+from tunewright.serving.gateway.errors import ApiError
 from tunewright.serving.gateway.preprocess import RequestPreprocessor
 from tunewright.serving.gateway.request import GenerationRequest
 from tunewright.serving.gateway.request_handler import RequestHandler
-from tunewright.serving.gateway.schemas import ApiError
 
 MAX_CONCURRENT = 4
 """While this many shadow requests run, further ones are skipped, and the record says so."""
@@ -37,7 +37,7 @@ class Shadows:
         live, *more = handler.requests
         if more:  # the record has room for one answer per request
             texts = "\n\n".join(request.text for request in handler.requests)
-            shadow.record(texts, None, f"the request had {len(handler.requests)} prompts")
+            shadow.record(texts, None, f"the request had {len(handler.requests)} answers")
         elif len(self._running) >= MAX_CONCURRENT:
             shadow.record(live.text, None, f"{MAX_CONCURRENT} other shadow requests were running")
         elif not shadow.acquire():
@@ -84,4 +84,12 @@ class Shadows:
             [prompt] = await self._preprocessor.prompts(live.body, _TENANT, shadow.system_prompt)
         target = replace(live.target, digest=shadow.digest, system_prompt=shadow.system_prompt)
         now = asyncio.get_running_loop().time()
-        return self._preprocessor.request(live.body, target, prompt, tenant=_TENANT, arrived=now, max_tokens=max_tokens)
+        return self._preprocessor.request(
+            live.body,
+            target,
+            prompt,
+            tenant=_TENANT,
+            arrived=now,
+            max_tokens=max_tokens,
+            constraint=live.engine_request.constraint,
+        )

@@ -14,10 +14,10 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from tunewright.engines.protocol import EngineStoppedError, RequestFailedError
+from tunewright.serving.gateway.errors import ApiError
 from tunewright.serving.gateway.request import TextChunk
 from tunewright.serving.gateway.request_handler import RequestHandler
 from tunewright.serving.gateway.responses import ResponseFormat
-from tunewright.serving.gateway.schemas import ApiError
 
 T = TypeVar("T")
 
@@ -115,22 +115,24 @@ async def sse_events(
         item: tuple[int, TextChunk] | None = first
         while item is not None:
             index, chunk = item
-            if chunk.text:
-                documents.append(response_format.text_chunk(index, chunk.text))
+            if chunk.text or chunk.scored:
+                documents.append(response_format.text_chunk(index, chunk))
             if chunk.finish:
-                documents.append(response_format.finish_chunk(index, chunk.finish))
+                documents += response_format.finish_chunks(index, handler.answer(index, chunk.finish))
                 unfinished, tokens = unfinished - 1, tokens + chunk.tokens
-            if not unfinished and handler.include_usage:
-                documents.append(response_format.usage_chunk(handler.usage(tokens)))
-            yield "".join(map(_sse, documents)) + ("" if unfinished else "data: [DONE]\n\n")
+            if not unfinished:
+                documents += response_format.last_chunks(handler.usage(tokens))
+            yield "".join(map(_sse, documents)) + ("" if unfinished else response_format.end)
             documents = []
             item = await anext(rest, None)
     except (ApiError, RequestFailedError, EngineStoppedError) as error:
-        yield _sse(as_api_error(error).body)
+        yield _sse(response_format.error_chunk(as_api_error(error)))
 
 
 def _sse(document: dict[str, Any]) -> str:
-    return f"data: {_ENCODER.encode(document)}\n\n"
+    """Return an event; one with a type (of the responses route) is also named by it."""
+    name = f"event: {document['type']}\n" if "type" in document else ""
+    return f"{name}data: {_ENCODER.encode(document)}\n\n"
 
 
 def as_api_error(error: ApiError | RequestFailedError | EngineStoppedError) -> ApiError:

@@ -23,8 +23,9 @@ from tunewright.core.progress import Reporter
 from tunewright.core.text import token_checksum
 from tunewright.engines.protocol import AdapterFailedError, EngineStoppedError
 from tunewright.serving.gateway.auth import Admission, Released, ServedAdapter, Shadow, Target, model_not_found
+from tunewright.serving.gateway.errors import ApiError
 from tunewright.serving.gateway.release_router import AdapterLoader, ReleaseRouter
-from tunewright.serving.gateway.schemas import ApiError, RequestBody
+from tunewright.serving.gateway.schemas import RequestBody
 from tunewright.serving.tenants import (
     Caller,
     InvalidKeyError,

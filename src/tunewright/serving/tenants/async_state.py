@@ -86,6 +86,8 @@ class AsyncState:
         def keep(attempted: Future[None]) -> None:
             if attempted.cancelled():
                 self._unwritten.append(write)
+            elif (error := attempted.exception()) is not None:
+                log.error("a record of usage or of a shadow answer was refused and is lost", exc_info=error)
 
         self._threads.submit(attempt).add_done_callback(keep)
 

@@ -37,9 +37,10 @@ from tunewright.engines.protocol import (
     EngineStoppedError,
     RequestFailedError,
     TokenSink,
+    checked,
     deliver_stream,
 )
-from tunewright.generation.requests import Finish, Request
+from tunewright.generation.requests import Finish, Request, TokenLogprob
 from tunewright.serving.engines.llamacpp.cache_slots import CacheSlot, CacheSlots
 
 BLOCK = 256
@@ -117,6 +118,8 @@ class LlamaCppEngine:
     """
 
     name = "llamacpp"
+    # llama.cpp's own penalties count the prompt's tokens, too.
+    unsupported = frozenset({"presence_penalty", "frequency_penalty"})
     prefill_tokens = PREFILL_TOKENS
 
     def __init__(
@@ -159,11 +162,14 @@ class LlamaCppEngine:
 
         Nothing is kept from one request to the next, so the tenant makes no difference here. An answer that runs out of
         cache gives its slot up and resumes later; if it is sampled, its remaining tokens are drawn with another seed.
+        A constrained answer cannot resume, since llama.cpp begins its grammar with each call: it reserves cache for its
+        full length.
         """
-        return deliver_stream(self._stream(request), sink)
+        return deliver_stream(checked(self._stream(request), request), sink)
 
     async def _stream(self, request: Request) -> AsyncGenerator[Delta, None]:
-        assert request.constraint is None and not request.stop, "the gateway handles stop strings"
+        assert not request.stop, "the gateway handles stop strings"
+        assert not request.presence_penalty and not request.frequency_penalty, "the gateway refuses penalties"
         if len(request.prompt_ids) + request.max_new_tokens > self.context_length:
             raise RequestFailedError(
                 f"The context length is {self.context_length} tokens for prompt and answer together."
@@ -258,7 +264,8 @@ class LlamaCppEngine:
         """Yield the answer, over as many calls as it takes."""
         ids: list[int] = []
         while True:
-            tokens = len(request.prompt_ids) + min(len(ids) + BLOCK, request.max_new_tokens)
+            ahead = request.max_new_tokens if request.constraint else len(ids) + BLOCK
+            tokens = len(request.prompt_ids) + min(ahead, request.max_new_tokens)
             async with (
                 generation.slots.slot(request.adapter, tokens, resumed=bool(ids)) as slot,
                 aclosing(self._asked(generation, request, ids)) as deltas,
@@ -287,7 +294,7 @@ class LlamaCppEngine:
             async for line in reply.aiter_lines():
                 if not line.startswith("data: {"):
                     continue
-                delta = self._delta(json.loads(line.removeprefix("data: ")))
+                delta = self._delta(json.loads(line.removeprefix("data: ")), request.logprobs)
                 if delta.ids or delta.finish:
                     yield delta
                 if delta.finish:
@@ -295,7 +302,7 @@ class LlamaCppEngine:
         raise EngineStoppedError(generation.child.failure_reason or "llama.cpp ended an answer before it was complete.")
 
     def _body(self, generation: _Generation, request: Request, before: list[int]) -> dict[str, Any]:
-        return {
+        body = {
             "prompt": [*request.prompt_ids, *before],
             "n_predict": request.max_new_tokens - len(before),
             "temperature": request.temperature,
@@ -307,20 +314,36 @@ class LlamaCppEngine:
             "return_tokens": True,
             "stream": True,
         }
+        if request.logit_bias:
+            body["logit_bias"] = [list(pair) for pair in request.logit_bias]
+        if request.logprobs is not None:
+            body["n_probs"] = max(1, request.logprobs)  # 0 would report nothing
+        if request.constraint is not None:
+            body["grammar"] = f"%llguidance {{}}\n{request.constraint.rules}"
+        return body
 
-    def _delta(self, event: dict[str, Any]) -> Delta:
+    def _delta(self, event: dict[str, Any], logprobs: int | None) -> Delta:
         if "error" in event:
             raise RequestFailedError(f"llama.cpp could not compute this request: {event['error'].get('message')}")
         ids = tuple(event["tokens"])
         if self._stop_ids.intersection(ids):
             (_,) = ids
             return Delta((), "stop")
+        found = () if logprobs is None else _logprobs(event, logprobs)
         if not event["stop"]:
-            return Delta(ids, None)
+            return Delta(ids, None, found)
         finishes: dict[str, Finish] = {"limit": "length", "eos": "stop"}
         if event["stop_type"] not in finishes:
             raise RequestFailedError(f"llama.cpp ended this request early ({event['stop_type']}).")
-        return Delta(ids, finishes[event["stop_type"]])
+        return Delta(ids, finishes[event["stop_type"]], found)
+
+
+def _logprobs(event: Mapping[str, Any], most: int) -> tuple[TokenLogprob, ...]:
+    """Return the log probabilities of an event's tokens, with at most ``most`` of the likeliest."""
+    return tuple(
+        TokenLogprob(token["logprob"], tuple((top["id"], top["logprob"]) for top in token["top_logprobs"][:most]))
+        for token in event.get("completion_probabilities", ())
+    )
 
 
 def _seed(request: Request, answered: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from tunewright.core.errors import UserError
@@ -18,20 +18,32 @@ _FORMAT = 1
 """Increase it when the same weights are written differently."""
 
 
-def base_file(place: Path, base: Base, stop_ids: Collection[int], file_type: FileType, reporter: Reporter) -> Path:
-    """Return the base's file, with numbers as vocabulary: llama.cpp gets ids and returns ids.
+def base_file(
+    place: Path,
+    base: Base,
+    pieces: Sequence[bytes | None],
+    stop_ids: Collection[int],
+    end_id: int,
+    file_type: FileType,
+    reporter: Reporter,
+) -> Path:
+    """Return the base's file, with a vocabulary for grammars only: llama.cpp gets ids and returns ids.
 
     Args:
         place: the folder of all such files.
+        pieces: see :func:`tunewright.export.gguf.tokenizer.add_token_ids`.
+        end_id: the one of ``stop_ids`` that ends a constrained answer.
 
     Raises:
         UserError: llama.cpp does not support the base, or the disk is full.
     """
+    ends = [end_id, *sorted(set(stop_ids) - {end_id})]
 
     def write(path: Path) -> None:
-        write_token_id_model(path, base.spec, Weights(base, "float32", {}), base, stop_ids, file_type, reporter)
+        write_token_id_model(path, base.spec, Weights(base, "float32", {}), base, pieces, ends, file_type, reporter)
 
-    made_of = {"base": base.digest, "stops": sorted(stop_ids), "type": file_type}
+    tokens = digest([None if piece is None else piece.hex() for piece in pieces])
+    made_of = {"base": base.digest, "stops": ends, "tokens": tokens, "type": file_type}
     return _cached(place / f"base-{digest([_FORMAT, made_of])[:24]}-{file_type}", write)
 
 

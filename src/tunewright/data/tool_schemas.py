@@ -1,0 +1,275 @@
+"""JSON Schemas of functions: bounded, then compiled once, to check the arguments of calls.
+
+Nothing is fetched, and time and memory are bounded: references are local, schemas are not recursive, and a pattern has
+a limit of processor time.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+from urllib.parse import unquote
+
+import regex
+from jsonschema import Draft202012Validator, FormatChecker
+from jsonschema.exceptions import ValidationError
+from jsonschema.validators import extend
+from referencing import Registry
+
+from tunewright.core.io import canonical_json
+from tunewright.data.tool_limits import MAX_DEPTH, ArgumentsError, DeclarationError, SchemaLimitError, inner_values
+
+MAX_VALUES = 10_000
+"""Schemas and listed values of one function, with references followed."""
+MAX_STEPS = 2_000_000
+"""Values of a schema times values of the arguments."""
+MAX_PATTERN = 1_000
+"""Characters of a regular expression."""
+_SECONDS = 1.0
+"""Processor time of the patterns in one check."""
+
+_Pointer = tuple[str, ...]
+
+
+def _count(value: Any) -> int:
+    count, left = 0, [value]
+    while left:
+        count += 1
+        left += inner_values(left.pop())
+    return count
+
+
+@dataclass(frozen=True)
+class CompiledSchema:
+    """A schema that is within the limits."""
+
+    validator: Any
+    size: int
+
+    def check(self, arguments: Mapping[str, Any]) -> None:
+        """Check arguments.
+
+        Raises:
+            ArgumentsError: they violate the schema.
+            SchemaLimitError: the check would take too long.
+        """
+        if self.size * _count(arguments) > MAX_STEPS:
+            raise SchemaLimitError("schema and arguments are too large to be checked")
+        token = _END.set(time.thread_time() + _SECONDS)
+        try:
+            error = next(self.validator.iter_errors(arguments), None)
+        finally:
+            _END.reset(token)
+        if error is not None:
+            raise ArgumentsError(_violated(error))
+
+
+def _violated(error: ValidationError) -> str:
+    """Return the violated keyword and its place, without the value, which may be a secret."""
+    place = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in error.absolute_path)
+    if error.validator in ("required", "additionalProperties", "dependentRequired"):
+        return f"arguments{place}: {_cut(error.message)}"  # names keys only
+    return f'arguments{place}: not valid under "{error.validator}": {_cut(canonical_json(error.validator_value))}'
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:99]}…"
+
+
+@lru_cache(maxsize=4096)  # rows of a domain share their functions
+def compiled_schema(text: str) -> CompiledSchema:
+    """Return the schema in a JSON text, ready to check arguments.
+
+    Raises:
+        DeclarationError: not a JSON Schema (Draft 2020-12).
+        SchemaLimitError: over a limit.
+    """
+    schema = json.loads(text)
+    size = _checked_size(schema)
+    for key in ("$schema", "$id"):  # both would make references other than local
+        schema.pop(key, None)
+    metaschema = Draft202012Validator(Draft202012Validator.META_SCHEMA, format_checker=_FORMATS)
+    error = next(metaschema.iter_errors(schema), None)
+    if error is not None:
+        place = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in error.absolute_path)
+        raise DeclarationError(f"not JSON Schema (Draft 2020-12): parameters{place}: {_cut(error.message)}")
+    return CompiledSchema(_Validator(schema, registry=Registry()), size)
+
+
+_FORMATS = FormatChecker(formats=())
+
+
+@_FORMATS.checks("regex", raises=(regex.error, RecursionError))
+def _is_regex(pattern: object) -> bool:
+    return not isinstance(pattern, str) or bool(regex.compile(pattern))
+
+
+_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
+_SINGLE = ("items", "additionalProperties", "contains", "propertyNames", "not", "if", "then", "else", "contentSchema")
+_REFUSED = ("$dynamicRef", "$dynamicAnchor", "$recursiveRef", "$anchor", "unevaluatedItems", "unevaluatedProperties")
+"""They would need a check of their own that it ends; no schema for functions uses them."""
+
+
+def _checked_size(schema: Any) -> int:
+    """Return the number of schemas and listed values, with references followed.
+
+    Raises:
+        SchemaLimitError: a recursive or too large schema, a reference to elsewhere, a keyword that is not supported.
+    """
+    places: dict[_Pointer, Any] = {(): schema}
+    left: list[_Pointer] = [()]
+    while left:
+        path = left.pop()
+        _check_keywords(places[path], path)
+        for inner, child in _subschemas(places[path]):
+            places[*path, *inner] = child
+            left.append((*path, *inner))
+        if len(places) > MAX_VALUES:
+            raise SchemaLimitError(f"more than {MAX_VALUES:,} values")
+    return _followed((), places, {}, set(), 0)[0]
+
+
+def _subschemas(schema: Any) -> Iterator[tuple[_Pointer, Any]]:
+    if not isinstance(schema, dict):
+        return
+    for key in _MAPS:
+        inner = schema.get(key)
+        if isinstance(inner, dict):
+            yield from (((key, name), each) for name, each in inner.items())
+    for key in _LISTS:
+        inner = schema.get(key)
+        if isinstance(inner, list):
+            yield from (((key, str(place)), each) for place, each in enumerate(inner))
+    yield from (((key,), schema[key]) for key in _SINGLE if isinstance(schema.get(key), dict | bool))
+
+
+def _check_keywords(schema: Any, path: _Pointer) -> None:
+    if not isinstance(schema, dict):
+        return
+    refused = [*_REFUSED, *(["$id", "$schema"] if path else [])]
+    for key in refused:
+        if key in schema:
+            raise SchemaLimitError(f'the keyword "{key}" is not supported')
+    required = schema.get("dependentRequired")
+    lists = [schema.get("required"), schema.get("type"), *(required.values() if isinstance(required, dict) else ())]
+    for names in lists:  # the metaschema compares their items with each other, which takes long for mixed types
+        if isinstance(names, list) and not all(isinstance(name, str) for name in names):
+            raise DeclarationError("not JSON Schema (Draft 2020-12): required and type list texts")
+    patterns = schema.get("patternProperties")
+    for pattern in (schema.get("pattern"), *(patterns if isinstance(patterns, dict) else ())):
+        if isinstance(pattern, str) and len(pattern) > MAX_PATTERN:
+            raise SchemaLimitError(f"a pattern of {len(pattern):,} characters (limit {MAX_PATTERN:,})")
+
+
+def _followed(
+    path: _Pointer,
+    places: Mapping[_Pointer, Any],
+    done: dict[_Pointer, tuple[int, int]],
+    above: set[_Pointer],
+    level: int,
+) -> tuple[int, int]:
+    """Return size and height of a schema, with references followed."""
+    if path in above:
+        raise SchemaLimitError("a recursive schema is not supported")
+    if path not in done:
+        if level > MAX_DEPTH:
+            raise SchemaLimitError(f"more than {MAX_DEPTH} schemas deep")
+        above.add(path)
+        schema = places[path]
+        size, height = 1, 0
+        if isinstance(schema, dict):
+            size += sum(_count(schema[key]) for key in ("enum", "const", "required") if key in schema)
+            inner = [(*path, *steps) for steps, _ in _subschemas(schema)]
+            if "$ref" in schema:
+                inner.append(_target(schema["$ref"], places))
+            for each in inner:
+                more, high = _followed(each, places, done, above, level + 1)
+                size, height = size + more, max(height, high + 1)
+        above.remove(path)
+        if size > MAX_VALUES:
+            raise SchemaLimitError(f"more than {MAX_VALUES:,} values, with references followed")
+        done[path] = size, height
+    if level + done[path][1] > MAX_DEPTH:
+        raise SchemaLimitError(f"more than {MAX_DEPTH} schemas deep, with references followed")
+    return done[path]
+
+
+def _target(reference: Any, places: Mapping[_Pointer, Any]) -> _Pointer:
+    """Return the place that a JSON Pointer (RFC 6901) in a fragment names."""
+    if not isinstance(reference, str) or not (reference == "#" or reference.startswith("#/")):
+        raise SchemaLimitError('"$ref" must be local, such as "#/$defs/address"')
+    path = tuple(step.replace("~1", "/").replace("~0", "~") for step in unquote(reference[1:]).split("/")[1:])
+    if path not in places:
+        raise DeclarationError(f'"$ref" {_cut(reference)} names no schema of this document')
+    return path
+
+
+_END: ContextVar[float] = ContextVar("the thread's time at which a check ends")
+
+
+def _found(pattern: str, text: str) -> bool:
+    try:
+        return regex.search(pattern, text, timeout=max(_END.get() - time.thread_time(), 0.001)) is not None
+    except TimeoutError:
+        raise SchemaLimitError(f"the pattern {_cut(canonical_json(pattern))} takes too long on the arguments") from None
+
+
+# jsonschema's own forms of these keywords search with Python's re, which has no limit, or compare all pairs of items.
+
+
+def _pattern(_validator: Any, pattern: str, value: Any, _schema: Any) -> Iterator[ValidationError]:
+    if isinstance(value, str) and not _found(pattern, value):
+        yield ValidationError("does not match")
+
+
+def _pattern_properties(
+    validator: Any, patterns: Mapping[str, Any], value: Any, _schema: Any
+) -> Iterator[ValidationError]:
+    if isinstance(value, dict):
+        for pattern, schema in patterns.items():
+            for key, inner in value.items():
+                if _found(pattern, key):
+                    yield from validator.descend(inner, schema, path=key, schema_path=pattern)
+
+
+def _additional_properties(validator: Any, others: Any, value: Any, schema: Any) -> Iterator[ValidationError]:
+    if isinstance(value, dict):
+        patterns = schema.get("patternProperties", {})
+        for key, inner in value.items():
+            if key in schema.get("properties", {}) or any(_found(pattern, key) for pattern in patterns):
+                continue
+            if others is False:
+                yield ValidationError(f'unexpected key "{key}"')
+            else:
+                yield from validator.descend(inner, others, path=key)
+
+
+def _unique_items(_validator: Any, unique: bool, value: Any, _schema: Any) -> Iterator[ValidationError]:
+    if unique and isinstance(value, list) and len({canonical_json(_whole(each)) for each in value}) < len(value):
+        yield ValidationError("has equal items")
+
+
+def _whole(value: Any) -> Any:
+    """Return the value with numbers such as 1.0 as 1, to which they are equal in JSON Schema."""
+    if isinstance(value, dict):
+        return {key: _whole(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_whole(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+_Validator = extend(
+    Draft202012Validator,
+    {
+        "pattern": _pattern,
+        "patternProperties": _pattern_properties,
+        "additionalProperties": _additional_properties,
+        "uniqueItems": _unique_items,
+    },
+)

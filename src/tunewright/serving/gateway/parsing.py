@@ -1,0 +1,79 @@
+"""Request bodies: declared fields, fields with a neutral value, and one error for everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from tunewright.serving.gateway.errors import ApiError
+
+_EMPTY: tuple[Any, ...] = (False, 0, [], {})
+"""Neutral values of an undeclared field, besides null: an option that is off, or an empty list."""
+
+
+class Part(BaseModel):
+    """A part of a body; undeclared fields must have a neutral value.
+
+    ``neutral`` lists the neutral values of fields to which :data:`_EMPTY` does not apply; null is always neutral.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_neutral(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        declared = {field.alias or name for name, field in cls.model_fields.items()}
+        return {field: value for field, value in data.items() if field in declared or not cls._neutral(field, value)}
+
+    @classmethod
+    def _neutral(cls, field: str, value: Any) -> bool:
+        # False == 0 in Python, but as `logprobs` they differ.
+        return value is None or any(
+            value == known and isinstance(value, bool) is isinstance(known, bool)
+            for known in cls.neutral.get(field, _EMPTY)
+        )
+
+
+R = TypeVar("R", bound=Part)
+
+_MAX_FAULTS = 10
+_MAX_PARAM = 100
+
+
+def parse_request(kind: type[R], body: bytes) -> R:
+    """Return the validated body.
+
+    Raises:
+        ApiError: 400, naming the fields at fault.
+    """
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        errors = error.errors(include_url=False, include_input=False)
+        faults = [_fault(details) for details in errors[:_MAX_FAULTS]]
+        message = " ".join(fault.message for fault in faults)
+        if len(errors) > _MAX_FAULTS:
+            message += f" {len(errors) - _MAX_FAULTS} more errors."
+        raise ApiError(message, param=faults[0].param, code=faults[0].code) from error
+
+
+def _fault(details: ErrorDetails) -> ApiError:
+    # pydantic marks a fault of a key itself, not of its value.
+    param = ".".join(str(place) for place in details["loc"] if place != "[key]") or None
+    if param is not None and len(param) > _MAX_PARAM:  # the client chose it: an error must not repeat a megabyte
+        param = f"{param[:_MAX_PARAM]}…"
+    if details["type"] == "json_invalid":
+        return ApiError(f"The body is not valid JSON: {details['msg']}.", code="invalid_json")
+    if details["type"] == "extra_forbidden":
+        message = f"{param} is not supported: remove it."
+        return ApiError(message, param=param, code="unsupported_parameter")
+    if details["type"] == "missing":
+        return ApiError(f"{param} is missing.", param=param, code="missing_required_parameter")
+    where = param or "The body"
+    return ApiError(f"{where}: {details['msg']}.", param=param, code="invalid_value")
