@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
 import uvicorn
@@ -111,6 +112,15 @@ def _read_rows(name: str, data: DataConfig) -> Callable[[bytes, Path], None]:
         assert reading.rows or reading.faults
 
     return use
+
+
+def _read_sheet_xml(content: bytes, folder: Path) -> None:
+    """Read the bytes as the sheet of a workbook, whose zip archive would hide most changes behind a checksum."""
+    with ZipFile(CORPUS / "xlsx" / "shared.xlsx") as seed, ZipFile(folder / "sheet.xlsx", "w") as archive:
+        for name in seed.namelist():
+            archive.writestr(name, content if name == "xl/worksheets/sheet1.xml" else seed.read(name))
+    reading = read_pairs(folder / "sheet.xlsx", DataConfig())
+    assert reading.rows or reading.faults
 
 
 def _read_table(content: bytes, folder: Path) -> None:
@@ -245,6 +255,10 @@ TARGETS: dict[str, Callable[[bytes, Path], None]] = {
     "json": _read_rows("a.json", DataConfig(rows="rows[]")),
     "csv": _read_rows("a.csv", DataConfig()),
     "parquet": _read_rows("a.parquet", DataConfig()),
+    "gzip": _read_rows("a.jsonl.gz", DataConfig()),
+    "zstd": _read_rows("a.csv.zst", DataConfig()),
+    "xlsx": _read_rows("a.xlsx", DataConfig()),
+    "xlsx_sheet": _read_sheet_xml,
     "sheet": _read_table,
     "jmespath": _search,
     "jinja": _render,
@@ -258,6 +272,10 @@ NAMES = {
     "a.json",
     "a.csv",
     "a.parquet",
+    "a.jsonl.gz",
+    "a.csv.zst",
+    "a.xlsx",
+    "sheet.xlsx",
     "sheet.csv",
     "rows.json",
     "rows.jsonl",

@@ -23,6 +23,7 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter, Reporter
 from tunewright.data.add import AddResult
+from tunewright.data.readers.hub import is_hub_name
 from tunewright.evidence.power import DetectableEffects, detectable_effects, detectable_effects_text
 from tunewright.evidence.schema import Advice
 from tunewright.evidence.split_power import require_significance, split_power_text
@@ -109,7 +110,7 @@ class Project(EvaluationsApi):
                 where="data.sources",
                 fix="List your files, such as sources: [pairs.jsonl]",
             )
-        added = self.data.add([self.folder.root / source for source in sources])
+        added = self.data.add([source if is_hub_name(source) else self.folder.root / source for source in sources])
         done("data", added.created, f"version {added.version.digest[:12]}")
         require_significance(self.data.split_power(), force=force, reporter=self.reporter)
         self._refuse_up_front()

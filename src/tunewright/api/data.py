@@ -16,7 +16,7 @@ from tunewright.core.io import digest
 from tunewright.core.progress import Reporter
 from tunewright.data.add import AddResult, add
 from tunewright.data.readers import require_columns
-from tunewright.data.readers.sources import source_files
+from tunewright.data.readers.sources import is_workbook, source_files
 from tunewright.data.trace import find_row
 from tunewright.data.versions import DatasetVersion, Manifest, Member, checkout, list_versions, load_version
 from tunewright.data.versions.version import clusters_by_split
@@ -79,9 +79,10 @@ class SuspectsResult:
 
 @dataclass(frozen=True)
 class ColumnMapping:
-    """Overrides of data.rows, data.input and data.output of the config; None: the config's."""
+    """Overrides of data.rows, data.sheet, data.input and data.output of the config; None: the config's."""
 
     rows: str | None = None
+    sheet: str | None = None
     input_column: str | None = None
     output_column: str | None = None
 
@@ -216,13 +217,20 @@ class DatasetApi:
             UserError: an option is empty, or no file uses it.
         """
         data = self._project.config.data
-        options = {"rows": mapping.rows, "input": mapping.input_column, "output": mapping.output_column}
+        options = {
+            "rows": mapping.rows,
+            "sheet": mapping.sheet,
+            "input": mapping.input_column,
+            "output": mapping.output_column,
+        }
         given = {key: option for key, option in options.items() if option is not None}
         empty = [key for key, option in given.items() if not option]
         if empty:
             raise UserError("Must not be empty", where=f"--{empty[0]}", fix="Omit it to use the config's value.")
         data = data.model_copy(update=given)
-        columns = [key for key in given if key != "rows"]
+        if mapping.sheet is not None and not any(map(is_workbook, paths)):
+            raise UserError("No file is an .xlsx workbook", where="--sheet", fix="Leave it out for these files.")
+        columns = [key for key in given if key in ("input", "output")]
         if columns:
             require_columns(paths, data, "--" + "/--".join(columns))
         return data

@@ -39,6 +39,10 @@ class AddOptions:
         str | None,
         typer.Option(help="JMESPath to the rows in a JSON document.", show_default="data.rows in the config"),
     ] = None
+    sheet: Annotated[
+        str | None,
+        typer.Option(help="Sheet of an .xlsx workbook.", show_default="data.sheet in the config"),
+    ] = None
     input_column: Annotated[
         str | None,
         typer.Option("--input", help="Column, key or template of the input.", show_default="data.input in the config"),
@@ -87,7 +91,9 @@ def data_add(
     run: Session,
     files: Annotated[
         list[Path],
-        typer.Argument(help="Files of pairs (JSON, CSV, Parquet, saved `datasets` folders), folders or patterns."),
+        typer.Argument(
+            help="Files of pairs (JSON, CSV, .xlsx, Parquet, saved `datasets` folders), folders or patterns."
+        ),
     ],
     options: AddOptions = AddOptions(),
     message: Annotated[str, typer.Option("--message", "-m", help="Message stored with the version.")] = "",
@@ -126,7 +132,7 @@ def data_check(
     refuse them. Without files, every row is encoded: lengths, trained share, and rows too long or unfit for training.
     """
     given = [each.name for each in fields(options) if getattr(options, each.name) not in (None, False)]
-    mapping = [name for name in given if name in ("rows", "input_column", "output_column")]
+    mapping = [name for name in given if name in ("rows", "sheet", "input_column", "output_column")]
     adding = [f"--{name.replace('_', '-')}" for name in given if name not in mapping]
     data = run.project.data
     if files is None and given:

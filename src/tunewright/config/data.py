@@ -63,6 +63,7 @@ class MixConfig(Section):
         ),
     ] = 0.05
     rows: Annotated[str | None, Field(description="Like data.rows, for this file.")] = None
+    sheet: Annotated[str | None, Field(description="Like data.sheet, for this file.")] = None
     input: Annotated[str | None, Field(description="Like data.input, for this file.")] = None
     output: Annotated[str | None, Field(description="Like data.output, for this file.")] = None
     drop_columns: Annotated[
@@ -87,6 +88,10 @@ class DataConfig(Section):
             description="JMESPath expression that finds the rows in a JSON document that is not an array of rows, such "
             "as values(@) for {id: row, ...} or *[] for {name: [row, ...], ...}.",
         ),
+    ] = None
+    sheet: Annotated[
+        str | None,
+        Field(min_length=1, description="Sheet of an .xlsx workbook. Required if several visible sheets have rows."),
     ] = None
     input: Annotated[
         str | None,

@@ -20,6 +20,7 @@ from tunewright.data.dedup.output_leakage import OutputLeakage
 from tunewright.data.merge import Merge
 from tunewright.data.notices import Conflict, Duplicate, LargeCluster, ReplacedRow, SplitChange
 from tunewright.data.readers import Fault, ReadResult, SourceRow, read_pairs, source_digest, source_size
+from tunewright.data.readers.hub import hub_source
 from tunewright.data.readers.validate import counted
 from tunewright.data.remove import restore_event
 from tunewright.data.screening import screen
@@ -244,15 +245,16 @@ def _near_count(merged: Merge, draft: VersionDraft, config: Config) -> int:
 
 
 def _sources(inputs: _InputFiles, root: Path) -> dict[str, Source]:
-    """Map each file's name as given to its source record, named relative to the project or by its file name."""
+    """Map each file's name in messages to its source record, named relative to the project or by its file name."""
     sources: dict[str, Source] = {}
     for path, reading in zip(inputs.files, inputs.readings, strict=True):
         full, home = path.resolve(), root.resolve()
-        name = full.relative_to(home).as_posix() if full.is_relative_to(home) else path.name
+        name = full.relative_to(home).as_posix() if full.is_relative_to(home) else hub_source(path) or path.name
+        name += reading.source.removeprefix(str(path))  # the sheet of a workbook
         sha256 = source_digest(path)
-        if any(other != str(path) and source.name == name for other, source in sources.items()):
+        if any(other != reading.source and source.name == name for other, source in sources.items()):
             name = f"{name}@{sha256[:8]}"  # two files of one name, from different folders
-        sources[str(path)] = Source(name=name, sha256=sha256, rows=len(reading.rows))
+        sources[reading.source] = Source(name=name, sha256=sha256, rows=len(reading.rows))
     return sources
 
 

@@ -100,6 +100,7 @@ def _read(path: Path, data: DataConfig, mix: MixConfig, seed: int, reporter: Rep
     """Return the source's distinct rows, in draw order."""
     own = DataConfig(
         rows=mix.rows,
+        sheet=mix.sheet,
         input=mix.input,
         output=mix.output,
         drop_columns=mix.drop_columns,

@@ -137,7 +137,9 @@ def _sources(root: Path, origins: Origins, keys: Iterable[str]) -> Iterator[Rema
             read[name].add(key)
     for name, there in sorted(read.items()):
         path = _SAME_NAME.sub("", name)
-        if (root / path).exists():
+        if not (root / path).exists():
+            path = path.rpartition(":")[0]  # of a sheet of a workbook
+        if path and (root / path).exists():
             lines = sorted(origins.first[key][1] for key in there if origins.first[key][0] == name)
             shown = f"{', '.join(map(str, lines[:_GROUPS]))}{' …' if len(lines) > _GROUPS else ''}"
             places = f" at line{'' if len(lines) == 1 else 's'} {shown}" if lines else ""

@@ -96,7 +96,8 @@ def source_name(file: str, sources: Sequence[str], root: Path, where: str = "ROW
     for name in filter(None, (file, within)):
         if name in sources:
             return name
-    same = [source for source in sources if Path(source).name == path.name]
+    # A sheet of a workbook is named FILE:SHEET.
+    same = [source for source in sources if path.name in (Path(source).name, Path(source.rpartition(":")[0]).name)]
     if len(same) == 1:
         return same[0]
     what = f"{len(same)} added files are named {path.name}" if same else f"No row was read from a file {file}"

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from tunewright.core.errors import UserError
+from tunewright.core.hub import error_reason, hub_refusals, hub_silence
 from tunewright.core.io import write_json, writing
 from tunewright.core.progress import Reporter
 
 _WANTED = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model"]
 CONSOLIDATED = "consolidated"
 """Prefix of weights for Mistral's own code; its repositories have all weights twice, and the other copy is read."""
-PATIENCE_S = 3.0
-"""Seconds that the hub has for a first response, so that a command ends within five."""
 
 
 def hub_folder(repository: str, revision: str | None, lock_file: Path, reporter: Reporter) -> tuple[Path, str]:
@@ -74,7 +72,7 @@ def hub_config(repository: str, revision: str | None, lock_file: Path) -> Path:
                 hf_hub_download(repository, "config.json", revision=commit, local_files_only=offline is not None)
             )
         except LocalEntryNotFoundError as error:
-            raise _unreachable(repository, offline or _reason(error)) from error
+            raise _unreachable(repository, offline or error_reason(error)) from error
 
 
 def cached_folder(repository: str, revision: str | None, lock_file: Path) -> Path | None:
@@ -91,36 +89,6 @@ def cached_folder(repository: str, revision: str | None, lock_file: Path) -> Pat
         return Path(snapshot_download(repository, revision=commit, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
-
-
-def _silence(repository: str, revision: str | None) -> str | None:
-    """Return why the hub does not respond; None if it does.
-
-    The hub's own client waits and retries for minutes, and a name that does not resolve blocks beyond any timeout. So a
-    thread sends the request, and is abandoned if it takes too long.
-    """
-    from huggingface_hub import constants, get_session, hf_hub_url
-
-    if constants.is_offline_mode():
-        return "HF_HUB_OFFLINE is set"
-    url = hf_hub_url(repository, "config.json", revision=revision)
-    result: list[str | None] = []
-
-    def ask() -> None:
-        try:
-            get_session().request("HEAD", url, timeout=PATIENCE_S, follow_redirects=False)
-            result.append(None)
-        except Exception as error:  # noqa: BLE001 - any error means no response, and is reported as the reason
-            result.append(_reason(error))
-
-    thread = threading.Thread(target=ask, name="tunewright-hub", daemon=True)
-    thread.start()
-    thread.join(PATIENCE_S)
-    return result[0] if result else f"no response within {PATIENCE_S:g} s"
-
-
-def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
 
 
 def _unreachable(repository: str, why: str) -> UserError:
@@ -144,26 +112,20 @@ def _pins(lock_file: Path) -> dict[str, str]:
 
 @contextmanager
 def _refusals(repository: str, revision: str | None) -> Iterator[None]:
-    """Turn the hub's refusals into UserErrors."""
+    """Convert the hub's refusals of a base into UserErrors."""
     from huggingface_hub import errors
 
     try:
-        yield
-    except errors.GatedRepoError:
-        raise UserError(
-            f"{repository} is gated",
-            where="base_model",
-            fix=f"Accept its licence on the page of {repository}, then run `hf auth login` (or set HF_TOKEN).",
-        ) from None
-    except errors.RevisionNotFoundError:
-        raise UserError(f"{repository} has no revision {revision!r}", where="revision") from None
-    except errors.RepositoryNotFoundError:
-        raise UserError(
-            f"The hub has no model {repository}, or it is private",
-            where="base_model",
-            fix="Check the spelling. For a private model run `hf auth login` (or set HF_TOKEN).",
-        ) from None
+        with hub_refusals("model", repository, revision, "base_model", "revision"):
+            yield
     except errors.RemoteEntryNotFoundError:
         raise UserError(f"{repository} has no config.json: it is not a base", where="base_model") from None
     except (OSError, errors.HTTPError) as error:
-        raise _unreachable(repository, _reason(error)) from error
+        raise _unreachable(repository, error_reason(error)) from error
+
+
+def _silence(repository: str, revision: str | None) -> str | None:
+    """Return why the hub does not respond; None if it does."""
+    from huggingface_hub import hf_hub_url
+
+    return hub_silence(hf_hub_url(repository, "config.json", revision=revision))

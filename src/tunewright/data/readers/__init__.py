@@ -46,9 +46,10 @@ __all__ = [
 class SourceRow:
     """An example with its place in a file.
 
-    ``source`` is the file as the user named it. ``line`` (from 1) is the line where the row starts; it is the number of
-    the row if there are no lines (Parquet, saved datasets, rows created by data.rows), or if rows share a line.
-    ``groups`` has the row's values of data.group_by, ``metadata`` those of unused keys.
+    ``source`` is the file as the user named it, in a workbook with ``:SHEET``. ``line`` (from 1) is the line where the
+    row starts; it is the number of the row if there are no lines (Parquet, workbooks, saved datasets, rows created by
+    data.rows), or if rows share a line. ``groups`` has the row's values of data.group_by, ``metadata`` those of unused
+    keys.
     """
 
     example: Example
@@ -81,6 +82,11 @@ class ReadResult:
     rows: list[SourceRow]
     faults: list[Fault]
     notes: list[str]
+
+    @property
+    def source(self) -> str:
+        """The ``source`` of every row and fault."""
+        return self.rows[0].source if self.rows else self.faults[0].source
 
 
 def read_pairs(path: Path, data: DataConfig, task: Task | None = None) -> ReadResult:
@@ -122,9 +128,9 @@ def scan_pairs(path: Path, data: DataConfig, notes: list[str], task: Task | None
             example = example_from_turns(conversation.turns, data, conversation.tools)
             metadata, too_long = metadata_of(row, conversation, data)
             left_out.update(too_long)
-            yield SourceRow(example, str(path), line, groups_of(row, data, parent), metadata)
+            yield SourceRow(example, source.name, line, groups_of(row, data, parent), metadata)
         except RowError as fault:
-            yield fault_of(fault, path, line)
+            yield fault_of(fault, source.name, line)
     if not count:
         raise UserError("The file has no rows", where=str(path))
     notes.extend(_format_notes(path, source.kind, kinds))
@@ -142,9 +148,9 @@ def _format_notes(path: Path, container: str, kinds: Counter[tuple[str, str]]) -
         yield f"{path}: {container}: {of}{kind}, because {reason}"
 
 
-def fault_of(error: RowError, path: Path, line: int) -> Fault:
+def fault_of(error: RowError, source: str, line: int) -> Fault:
     """Return an error of a row as a fault of its file."""
-    return Fault(str(path), line, str(error), error.code, json_path(error.path), error.fix)
+    return Fault(source, line, str(error), error.code, json_path(error.path), error.fix)
 
 
 def source_digest(path: Path) -> str:

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import BinaryIO, TextIO
 
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Task
+from tunewright.data.readers.compression import open_bytes
 
 _CHUNK = 1 << 20
 _SAVE = "Save it as UTF-8: iconv -f ENCODING -t UTF-8 FILE > NEW."
@@ -51,25 +52,25 @@ def find_encoding(path: Path) -> Encoding:
     Raises:
         UserError: truncated UTF-16 or UTF-32, or an unsupported encoding, with file and line.
     """
-    with path.open("rb") as file:
+    with open_bytes(path) as file:
         head = file.read(4096)
-        file.seek(0)
         for mark, codec, name in _BOMS:
             if head.startswith(mark):
-                if codec != "utf-8-sig" and not _is_all(file, codec):
+                if codec != "utf-8-sig" and not _is_all(head, file, codec):
                     line = _first_bad_line(path, codec)
                     raise UserError(f"Invalid {name} despite its byte-order mark", where=f"{path}:{line}", fix=_SAVE)
                 return Encoding(codec, name, mark=True)
         if head.count(0) * 3 > len(head):
             raise UserError("UTF-16 without a byte-order mark, or not text", where=str(path), fix=_SAVE)
-        if _is_all(file, "utf-8"):
+        if _is_all(head, file, "utf-8"):
             return Encoding("utf-8", "UTF-8")
     return _eight_bit(path)
 
 
-def _is_all(file: BinaryIO, codec: str) -> bool:
+def _is_all(head: bytes, file: BinaryIO, codec: str) -> bool:
     decoder = codecs.getincrementaldecoder(codec)()
     try:
+        decoder.decode(head)
         while chunk := file.read(_CHUNK):
             decoder.decode(chunk)
         decoder.decode(b"", final=True)
@@ -81,7 +82,7 @@ def _is_all(file: BinaryIO, codec: str) -> bool:
 def _first_bad_line(path: Path, codec: str) -> int:
     decoder = codecs.getincrementaldecoder(codec)("replace")
     line = 1
-    with path.open("rb") as file:
+    with open_bytes(path) as file:
         while chunk := file.read(_CHUNK):
             before, found, _ = decoder.decode(chunk).partition("\ufffd")
             line += before.count("\n")
@@ -93,7 +94,7 @@ def _first_bad_line(path: Path, codec: str) -> int:
 def _eight_bit(path: Path) -> Encoding:
     foreign = utf8 = first = undefined = 0
     excerpt = ""
-    with path.open("rb") as file:
+    with open_bytes(path) as file:
         for number, line in enumerate(file, start=1):
             if line.isascii():
                 continue
@@ -149,28 +150,9 @@ def invalid_byte_positions(text: str) -> list[int]:
     return [] if text.isascii() else [found.start() for found in _ESCAPED.finditer(text)]
 
 
-class _Counting(io.RawIOBase):
-    """A file that reports the bytes read to a task."""
-
-    def __init__(self, file: BinaryIO, task: Task) -> None:
-        self.file, self.task = file, task
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: bytearray) -> int:  # type: ignore[override]
-        chunk = self.file.read(len(buffer))
-        buffer[: len(chunk)] = chunk
-        if chunk:
-            self.task.advance(len(chunk))
-        return len(chunk)
-
-
 @contextmanager
 def open_text(path: Path, encoding: Encoding, task: Task | None = None) -> Iterator[TextIO]:
     """Open a file as text; lines end at ``\\n`` only, and invalid bytes in UTF-8 become lone surrogates."""
     errors = "surrogateescape" if encoding.codec.startswith("utf-8") else "strict"
-    with path.open("rb", buffering=0 if task else -1) as file:
-        counted: Any = _Counting(file, task) if task else None
-        raw: Any = io.BufferedReader(counted, 1 << 16) if task else file
-        yield io.TextIOWrapper(raw, encoding=encoding.codec, errors=errors, newline="\n")
+    with open_bytes(path, task) as file:
+        yield io.TextIOWrapper(file, encoding=encoding.codec, errors=errors, newline="\n")

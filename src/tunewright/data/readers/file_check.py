@@ -159,7 +159,7 @@ def fix_file(path: Path, out: Path, data: DataConfig, task: Task | None = None) 
     plain = data.model_copy(update={"system_prompt": None})
     with _new_file(out) as copy:
         written = 0
-        for row in _fixed_rows(path, source, plain, changes):
+        for row in _fixed_rows(source, plain, changes):
             copy.write(json.dumps(row, ensure_ascii=False) + "\n")
             written += 1
         if not written:
@@ -175,7 +175,7 @@ def _changes_of_the_whole(path: Path, source: Source, notes: Sequence[str]) -> l
     return changes
 
 
-def _fixed_rows(path: Path, source: Source, data: DataConfig, changes: list[Change]) -> Iterator[dict[str, Any]]:
+def _fixed_rows(source: Source, data: DataConfig, changes: list[Change]) -> Iterator[dict[str, Any]]:
     kinds: set[str] = set()
     for line, row, above, parent in source.rows:
         try:
@@ -186,19 +186,19 @@ def _fixed_rows(path: Path, source: Source, data: DataConfig, changes: list[Chan
             turns, done = _repaired(conversation, data)
             metadata, lost = metadata_of(row, conversation, data)
         except RowError as fault:
-            changes.append(Change(str(path), line, fault.code, f"left out: {fault}", left_out=True))
+            changes.append(Change(source.name, line, fault.code, f"left out: {fault}", left_out=True))
             continue
         if conversation.kind not in kinds and conversation.kind != "OpenAI chats":
             kinds.add(conversation.kind)
             what = f"{conversation.kind} written as chat rows, from here on"
-            changes.append(Change(str(path), line, None, what))
+            changes.append(Change(source.name, line, None, what))
         dropped = [key for key in data.drop_columns if key in row]
         if dropped:
-            changes.append(Change(str(path), line, None, f"dropped by data.drop_columns: {', '.join(dropped)}"))
-        changes += [Change(str(path), line, code, what) for code, what in done]
+            changes.append(Change(source.name, line, None, f"dropped by data.drop_columns: {', '.join(dropped)}"))
+        changes += [Change(source.name, line, code, what) for code, what in done]
         lost += [key for key in metadata if key in _CHAT_KEYS]  # these keys have a meaning in chat rows
         if lost:
-            changes.append(Change(str(path), line, None, f"keys not in the copy: {', '.join(lost)}"))
+            changes.append(Change(source.name, line, None, f"keys not in the copy: {', '.join(lost)}"))
             metadata = {key: value for key, value in metadata.items() if key not in lost}
         plain = {key: groups.get(key) for key in data.group_by}
         tools = {"tools": json.loads(declared_tools(conversation.tools).text)} if conversation.tools else {}

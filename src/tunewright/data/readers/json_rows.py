@@ -28,20 +28,25 @@ class RawRow(NamedTuple):
 
 
 _CHUNK = 1 << 16
-_LONGEST = 1 << 26  # characters: an unclosed quote must not read the rest of a large file into memory
+LONGEST_ROW = 1 << 26  # characters: an unclosed quote must not read the rest of a large file into memory
 _SPACE = re.compile(r"[ \t\n\r]*")
 _PLAIN = json.JSONDecoder()
 
 
 def json_lines(text: TextIO) -> Iterator[RawRow]:
-    """Yield the rows of JSON Lines, skipping blank lines."""
-    for number, line in enumerate(text, start=1):
-        if line.isspace():
-            continue
-        try:
-            yield RawRow(number, parse_json_row(line))
-        except RowError as fault:
-            yield RawRow(number, fault)
+    """Yield the rows of JSON Lines, skipping blank lines; of a line that is too long, only a part is held."""
+    number = 0
+    while line := text.readline(LONGEST_ROW):
+        number += 1
+        if len(line) == LONGEST_ROW and line[-1] != "\n":
+            while (rest := text.readline(LONGEST_ROW)) and rest[-1] != "\n":
+                pass
+            yield RawRow(number, RowError("E108", f"the row has over {LONGEST_ROW - 1:,} characters"))
+        elif not line.isspace():
+            try:
+                yield RawRow(number, parse_json_row(line))
+            except RowError as fault:
+                yield RawRow(number, fault)
 
 
 def json_array(text: TextIO, path: Path) -> Iterator[RawRow]:
@@ -172,8 +177,8 @@ class _Cursor:
 
     def _more(self) -> bool:
         held = len(self.buffer) - self.at
-        if held > _LONGEST:
-            raise self.refusal(f"a row of more than {_LONGEST:,} characters (for a document of rows, see data.rows)")
+        if held > LONGEST_ROW:
+            raise self.refusal(f"a row of more than {LONGEST_ROW:,} characters (for a document of rows, see data.rows)")
         # Double the buffer, so that a long row is not decoded again for each small piece of it.
         chunk = self.text.read(max(_CHUNK, held))
         self.buffer, self.at = self.buffer[self.at :] + chunk, 0

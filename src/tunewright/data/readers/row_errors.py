@@ -14,7 +14,11 @@ CODES: dict[str, tuple[str, str]] = {
     "E105": ("NaN or Infinity, which JSON does not allow", "Write text, or leave the row out."),
     "E106": ("lists or objects nested too deep", "Flatten the row, or leave it out."),
     "E107": ("a CSV row with more or fewer fields than the header", "Put fields with delimiters or quotes in quotes."),
-    "E108": ("a table's row of more than 64 MiB", "Leave it out, or leave out its largest column."),
+    "E108": ("a row of more than 64 MiB", "Leave it out, or leave out its largest column."),
+    "E109": (
+        "a spreadsheet cell without a value: an error, or a formula that was never calculated",
+        "Correct the formula, or open the file in a spreadsheet program and save it.",
+    ),
     "E201": ("a key of no known row format", "Correct its spelling, or name it in data.drop_columns."),
     "E202": (
         "a missing key of this row format",

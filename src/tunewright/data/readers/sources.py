@@ -13,24 +13,37 @@ from typing import Any, TextIO
 from tunewright.config import DataConfig
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter, Task
+from tunewright.data.readers.compression import COMPRESSIONS, compression_of, open_bytes
 from tunewright.data.readers.documents import array_hint, check_expression, document_rows, list_keys, rows_hint
 from tunewright.data.readers.encodings import Encoding, find_encoding, note_on, open_text
+from tunewright.data.readers.hub import hub_files, is_hub_name
 from tunewright.data.readers.json_rows import RawRow, json_array, json_lines, json_objects, number_if_ambiguous
 from tunewright.data.readers.mapping import check_groups, names_parent, pair_mapping
 from tunewright.data.readers.schemas import KNOWN_KEYS, misspelled_keys, parse_conversation
+from tunewright.data.readers.suffixes import (
+    JSON_SUFFIXES,
+    OTHER_SUFFIXES,
+    TEXT_SUFFIXES,
+    has_known_suffix,
+    plain_suffix,
+)
 from tunewright.data.readers.tables import DELIMITERS, csv_rows, delimiter_of, parquet_rows, saved_rows
 from tunewright.data.readers.validate import RowError, parse_json_row
 
-_KINDS = "Supported: JSON Lines, a JSON array, CSV or TSV, Parquet, a folder written by datasets' save_to_disk."
-JSON_NAMES = (".jsonl", ".ndjson", ".json")
+_KINDS = (
+    "Supported: JSON Lines, a JSON array, CSV or TSV, each also as .gz or .zst, Parquet, an .xlsx workbook, a folder "
+    "written by datasets' save_to_disk."
+)
 SAVED = ("state.json", "dataset_dict.json")
 """A folder with one of these was written by ``Dataset.save_to_disk``."""
 _TABLE_NAMES = (".csv", ".tsv", ".tab", ".txt", ".psv", "")
 _PARQUET = b"PAR1"
-_ARCHIVES = {
-    b"PK\x03\x04": "a zip archive or a spreadsheet",
-    b"\x1f\x8b": "compressed by gzip",
-    b"(\xb5/\xfd": "compressed by zstd",
+_ZIP = b"PK\x03\x04"
+_OTHERS = {
+    b"\xd0\xcf\x11\xe0": "a workbook that is encrypted or in the format of Excel 97 (.xls); save it as .xlsx without a "
+    "password",
+    b"BZh": "compressed by bzip2",
+    b"\xfd7zX": "compressed by xz",
 }
 _HEAD = 1 << 16  # characters
 _LOOKED_AT = 20  # rows that decide whether names of columns, or an array's objects, can be rows
@@ -38,8 +51,9 @@ _LOOKED_AT = 20  # rows that decide whether names of columns, or an array's obje
 
 @dataclass(frozen=True)
 class Source:
-    """A file's format ("JSON Lines"), its rows as an iterator, and the encoding of text."""
+    """A file's name in messages, its format ("JSON Lines"), its rows as an iterator, and the encoding of text."""
 
+    name: str
     kind: str
     rows: Iterator[RawRow]
     encoding: Encoding | None = None
@@ -73,10 +87,21 @@ def open_source(path: Path, data: DataConfig, notes: list[str], task: Task | Non
         raise UserError("Not a regular file", where=str(path), fix="Save it as a file first.")
     if magic == _PARQUET:
         _refuse_rows(data, "Parquet", path)
-        return Source("Parquet", parquet_rows(path, data, notes, task), table=True)
-    for archive, what in _ARCHIVES.items():
-        if magic.startswith(archive):
-            raise UserError(f"Unsupported file format: {what}", where=str(path), fix=_KINDS)
+        return Source(str(path), "Parquet", parquet_rows(path, data, notes, task), table=True)
+    if magic == _ZIP:
+        _refuse_rows(data, "a workbook", path)
+        from tunewright.data.readers.workbooks import open_workbook
+
+        sheet = open_workbook(path, data, notes, task)
+        return Source(f"{path}:{sheet.title}", f"sheet {sheet.title}", sheet.rows, table=True)
+    compression = compression_of(path)
+    if compression is not None:
+        with open_bytes(path) as file:
+            magic = file.read(4)
+    for first, what in (_OTHERS | {_PARQUET: "Parquet", _ZIP: "a zip archive"} | COMPRESSIONS).items():
+        if magic.startswith(first):
+            inside = f" inside {compression}: decompress the file first" if compression else ""
+            raise UserError(f"Unsupported file format: {what}{inside}", where=str(path), fix=_KINDS)
     encoding = find_encoding(path)
     note = note_on(path, encoding)
     if note:
@@ -86,7 +111,17 @@ def open_source(path: Path, data: DataConfig, notes: list[str], task: Task | Non
         while len(head.lstrip()) < _HEAD // 2 and (more := text.read(_HEAD)):
             head = head.lstrip() + more
         kind, reader = _text_reader(head, path, data, notes)
-    return Source(kind, _text_rows(path, encoding, task, reader), encoding, table=kind.startswith("CSV"))
+    table = kind.startswith("CSV")
+    kind += f" in {compression}" if compression else ""
+    return Source(str(path), kind, _text_rows(path, encoding, task, reader), encoding, table=table)
+
+
+def is_workbook(path: Path) -> bool:
+    """Return whether the file is a zip archive, as .xlsx workbooks are."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) == _ZIP
 
 
 def check_mapping(data: DataConfig) -> None:
@@ -111,7 +146,7 @@ def _open_folder(path: Path, data: DataConfig, notes: list[str], task: Task | No
     if not any((path / name).is_file() for name in SAVED):
         raise UserError("Expected a file, got a folder", where=str(path), fix="Name the files in it.")
     _refuse_rows(data, "a saved dataset", path)
-    return Source("a saved dataset", saved_rows(path, data, notes, task), table=True)
+    return Source(str(path), "a saved dataset", saved_rows(path, data, notes, task), table=True)
 
 
 _Reader = Callable[[TextIO], Iterator[RawRow]]
@@ -123,10 +158,10 @@ def _text_rows(path: Path, encoding: Encoding, task: Task | None, reader: _Reade
 
 
 def _text_reader(head: str, path: Path, data: DataConfig, notes: list[str]) -> tuple[str, _Reader]:
-    suffix = path.suffix.lower()
+    suffix = plain_suffix(path)
     start = head.lstrip()
     lines = [line for line in start.split("\n") if line.strip()]
-    named_json = suffix in JSON_NAMES
+    named_json = suffix in JSON_SUFFIXES
     expression = data.rows
     if expression is not None and (named_json or start.startswith(("{", "["))):
         above = [group for group in data.group_by if names_parent(group, data)]
@@ -238,25 +273,25 @@ def require_columns(paths: Sequence[Path], data: DataConfig, where: str) -> None
     )
 
 
-SUFFIXES = (*JSON_NAMES, ".csv", ".tsv", ".tab", ".psv", ".parquet")
-"""Suffixes of files of pairs in a folder; a file that is named directly may have any suffix."""
-
 _MOST_NAMED = 5
 
 
 def source_files(named: Iterable[str | Path], reporter: Reporter) -> list[Path]:
-    """Return the files to read, each once, with folders and glob patterns expanded, sorted by name.
+    """Return the files to read, each once, with folders, glob patterns and datasets of the hub expanded.
 
-    A folder that ``Dataset.save_to_disk`` wrote is one source. Of other folders, all files below with one of
-    ``SUFFIXES`` are read; hidden files are ignored, and other files are reported.
+    A folder that ``Dataset.save_to_disk`` wrote is one source. Of other folders, all files below that
+    ``has_known_suffix`` are read; hidden files are ignored, and other files are reported. Files of each are sorted by
+    name.
 
     Raises:
-        UserError: a folder without such a file, or a pattern without a match.
+        UserError: a folder without such a file, a pattern without a match, or as ``hub_files``.
     """
     found: list[Path] = []
     for name in named:
         path = Path(name)
-        if path.is_dir() and not _saved(path):
+        if is_hub_name(name):
+            found += hub_files(name, reporter)
+        elif path.is_dir() and not _saved(path):
             found += _in_folder(path, reporter)
         elif not path.exists() and glob.has_magic(str(name)):
             matches = sorted(map(Path, glob.glob(str(name), recursive=True)))  # noqa: PTH207 a pattern may be absolute
@@ -275,11 +310,13 @@ def _in_folder(folder: Path, reporter: Reporter) -> list[Path]:
     below = [path for path in sorted(folder.rglob("*")) if not _hidden(path.relative_to(folder))]
     saved = [path for path in below if path.is_dir() and _saved(path)]
     files = [path for path in below if path.is_file() and not any(path.is_relative_to(one) for one in saved)]
-    taken = sorted([*saved, *(path for path in files if path.suffix.lower() in SUFFIXES)])
+    taken = sorted([*saved, *(path for path in files if has_known_suffix(path))])
     others = [path for path in files if path not in set(taken)]
     if not taken:
         raise UserError(
-            "The folder has no files of pairs", where=str(folder), fix=f"Supported suffixes: {', '.join(SUFFIXES)}."
+            "The folder has no files of pairs",
+            where=str(folder),
+            fix=f"Supported suffixes: {', '.join(TEXT_SUFFIXES)} (also with .gz or .zst), {', '.join(OTHER_SUFFIXES)}.",
         )
     reporter.say(f"{folder}: {_file_count(taken)} to read: {_relative_names(taken, folder)}")
     if others:

@@ -15,7 +15,7 @@ from tunewright.config import DataConfig
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Task
 from tunewright.data.readers.encodings import escaped
-from tunewright.data.readers.json_rows import RawRow
+from tunewright.data.readers.json_rows import LONGEST_ROW, RawRow
 from tunewright.data.readers.mapping import pair_mapping
 from tunewright.data.readers.schemas import nearest_known_key
 from tunewright.data.readers.validate import RowError
@@ -140,13 +140,15 @@ def csv_rows(text: TextIO, path: Path, delimiter: str, data: DataConfig, notes: 
         UserError: the errors of ``columns``, or unbalanced quotes, with file and line.
     """
     csv.field_size_limit(_CSV_FIELD_LIMIT)
-    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    lines = _BoundedLines(text)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     header: list[str] | None = None
     places: dict[str, int] = {}
     used: list[str] = []
     start = 1
     try:
         for fields in reader:
+            lines.taken = 0
             if header is None and fields:
                 header = fields
                 if any(escaped(name) is not None for name in header):
@@ -162,6 +164,26 @@ def csv_rows(text: TextIO, path: Path, delimiter: str, data: DataConfig, notes: 
             where=f"{path}:{start}",
             fix='Quote text with a delimiter, a quote or a line break, and double quotes in it: "".',
         ) from None
+
+
+class _BoundedLines:
+    """The lines of a text, as long as those of one row are not too long together."""
+
+    def __init__(self, text: TextIO) -> None:
+        self.text = text
+        self.taken = 0
+
+    def __iter__(self) -> _BoundedLines:
+        return self
+
+    def __next__(self) -> str:
+        line = self.text.readline(LONGEST_ROW - self.taken)
+        self.taken += len(line)
+        if self.taken == LONGEST_ROW and not line.endswith("\n"):
+            raise csv.Error(f"a row of over {LONGEST_ROW - 1:,} characters")
+        if not line:
+            raise StopIteration
+        return line
 
 
 def _csv_row(fields: list[str], width: int, places: dict[str, int], used: Sequence[str]) -> dict[str, Any] | RowError:

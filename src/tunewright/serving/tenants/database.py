@@ -197,8 +197,8 @@ class Database:
             raise StateUnavailableError(f"The serving state has a damaged value: {error}", where=self.name) from error
         except DatabaseError as error:
             if self.is_sqlite:
-                # Where a file can't be opened for writing, SQLite opens it for reading, and so keeps it: its write-ahead
-                # log and index for all connections of the process. They are opened again with the next transaction.
+                # Where a file can't be opened for writing, SQLite opens it for reading, and keeps it so: the index of
+                # its write-ahead log even for all connections. The next transaction opens new connections.
                 self._engine.dispose()
             raise StateUnavailableError(
                 f"The serving state is unavailable: {' '.join(str(error.orig).split())}", where=self.name
