@@ -98,7 +98,7 @@ def test_functions_calls_and_results_match_mistral_common(version: Mistral) -> N
         tools = [{"type": "function", "function": dict(f)} for f in declared_functions(messages)]
         return makers.mistral_reference(version, _openai(messages), tools)
 
-    @settings(examples(2000, quick=10), suppress_health_check=list(HealthCheck))
+    @settings(examples(20, quick=10), suppress_health_check=list(HealthCheck))
     @given(conversations(parallel=version != "v2", results=results))
     def check(messages: list[Message]) -> None:
         _assert_parity(chat, reference, messages)
@@ -185,7 +185,7 @@ LLAMA3_WITH_TOOLS: tuple[makers.Llama3, ...] = ("llama3_1", "llama3_2")
 @pytest.mark.slow
 @pytest.mark.parametrize("family", LLAMA3_WITH_TOOLS)
 def test_json_calls_match_metas_chat_format(family: makers.Llama3) -> None:
-    @settings(examples(2000, quick=20), suppress_health_check=list(HealthCheck))
+    @settings(examples(20), suppress_health_check=list(HealthCheck))
     @given(conversations(parallel=False))
     def check(messages: list[Message]) -> None:
         _assert_parity(_llama3(family), _meta3, messages)
@@ -201,7 +201,7 @@ def test_published_templates_differ_from_metas_chat_format_in_three_places(famil
     def reference(messages: Sequence[Message]) -> list[int]:
         return _meta3(messages, encoded=True)
 
-    @settings(examples(2000, quick=20), suppress_health_check=list(HealthCheck))
+    @settings(examples(20), suppress_health_check=list(HealthCheck))
     @given(conversations(parallel=False))
     def check(messages: list[Message]) -> None:
         assume(all(call.arguments.isascii() for m in messages for call in m.calls))
@@ -231,7 +231,7 @@ def test_builtin_calls_match_metas_chat_format() -> None:
     def reference(messages: Sequence[Message]) -> list[int]:
         return _meta3(messages, builtin=frozenset(["brave_search"]))
 
-    @settings(examples(2000, quick=20), suppress_health_check=list(HealthCheck))
+    @settings(examples(20), suppress_health_check=list(HealthCheck))
     @given(conversations(parallel=False), texts)
     def check(messages: list[Message], query: str) -> None:
         functions = [{"type": "function", "function": SEARCH}, *json.loads(messages[0].content)]
@@ -283,7 +283,7 @@ def _meta4(messages: Sequence[Message]) -> list[int]:
 def test_llama4_calls_match_metas_tokens() -> None:
     chat = format_of(makers.llama4_tokenizer())
 
-    @settings(examples(2000, quick=20), suppress_health_check=list(HealthCheck))
+    @settings(examples(20), suppress_health_check=list(HealthCheck))
     @given(conversations())
     def check(messages: list[Message]) -> None:
         _assert_parity(chat, _meta4, messages)

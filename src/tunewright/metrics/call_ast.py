@@ -107,7 +107,7 @@ def _options(calls: Sequence[ToolCall], own: Any, parameters: Mapping[str, Any],
             f"Invalid metadata {ACCEPTABLE!r} of row {key[:12]}: expected a list of {len(calls)} objects, one for each "
             "call of its last turn, whose values are lists",
             where="evaluate.metric",
-            fix="Correct the row's file, and add it with `tunewright data add --replace`.",
+            fix="Correct the row's file, and add it together with new rows.",
         )
     return [
         {name: [alternative(value, declared.get(name, {}))] for name, value in json.loads(call.arguments).items()}
