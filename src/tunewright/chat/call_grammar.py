@@ -11,6 +11,7 @@ from tunewright.chat.tool_calls import CallForm, Hermes, Llama, Llama4, MistralA
 from tunewright.chat.tool_form import ToolForm
 from tunewright.core.errors import UserError
 from tunewright.data.examples import call_id
+from tunewright.data.tools import NO_PARAMETERS
 
 if TYPE_CHECKING:
     from tunewright.generation.constraints import Grammar
@@ -110,7 +111,7 @@ def _with_text(form: ToolForm, more: str | None) -> dict[str, str]:
 def _schema(function: Mapping[str, Any]) -> dict[str, Any]:
     """Return the schema of a function's arguments, which are always an object."""
     parameters = function.get("parameters")
-    if not isinstance(parameters, dict) or not parameters:
+    if not isinstance(parameters, dict) or parameters in ({}, NO_PARAMETERS):
         # OpenAI: "Omitting parameters defines a function with an empty parameter list."
         parameters = {"properties": {}, "additionalProperties": False}
     return {**parameters, "type": "object", "x-guidance": _SPELLING}

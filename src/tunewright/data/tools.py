@@ -61,7 +61,7 @@ def read_tools(value: Any) -> Toolset:
     require_depth(value)
     declared, schemas = [], {}
     for place, each in enumerate(value):
-        function = _function(each, (place,))
+        function = canonical_function(each, (place,))
         if function["name"] in schemas:
             raise DeclarationError(f'function "{function["name"]}" is declared twice', (place,))
         declared.append({"type": "function", "function": function})
@@ -81,8 +81,12 @@ def read_tools(value: Any) -> Toolset:
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 
 
-def _function(declared: Any, path: Path) -> dict[str, Any]:
-    """Return name, description and parameters of one declaration, in NFC."""
+def canonical_function(declared: Any, path: Path = ()) -> dict[str, Any]:
+    """Return name, description and parameters of one declaration, in NFC: the same for rows and for requests.
+
+    Raises:
+        DeclarationError: it is no declaration; the schema itself is not checked.
+    """
     inner = declared
     if isinstance(declared, dict) and "function" in declared:
         inner, path = declared["function"], (*path, "function")

@@ -16,8 +16,10 @@ from served_model import build_model, running_engine
 from tool_families import family
 from tunewright.chat import ChatFormat
 from tunewright.chat.answers import grammar_compiler
-from tunewright.core.io import canonical_json
+from tunewright.config import DataConfig
 from tunewright.data.examples import Message, ToolCall, call_id
+from tunewright.data.readers.validate import example_from_object
+from tunewright.data.tools import read_tools
 from tunewright.engines.protocol import Delta, Engine
 from tunewright.generation.requests import Request
 from tunewright.serving.gateway.app import Gateway
@@ -41,7 +43,7 @@ WEATHER: dict[str, Any] = {
 }
 CLOCK: dict[str, Any] = {"name": "clock"}
 TOOLS: list[Any] = [{"type": "function", "function": function} for function in (WEATHER, CLOCK)]
-DECLARED = Message("tools", canonical_json(TOOLS))
+DECLARED = Message("tools", read_tools(TOOLS).text)
 QUESTION: list[Any] = [{"role": "user", "content": "How is it there?"}]
 ASKED = [DECLARED, Message("user", "How is it there?")]
 CALL = ToolCall("weather", '{"city":"Oslo","days":2}', call_id(0))
@@ -114,6 +116,18 @@ def test_calls_of_an_answer_are_read_and_streamed(name: str, calls: tuple[ToolCa
     assert plain.tool_calls is None, "without tools an answer is text"
     if content and not calls:
         assert sum(bool(chunk.choices[0].delta.content) for chunk in chunks) > 3, "text is not held back for long"
+
+
+def test_request_declares_functions_as_rows_of_the_same_text_do() -> None:
+    functions = [{"name": "clock", "description": "", "strict": True}, {**WEATHER, "description": "Cafe\u0301"}]
+    body: dict[str, Any] = {
+        "messages": QUESTION,
+        "tools": [{"type": "function", "function": each} for each in functions],
+    }
+    answered = [*QUESTION, {"role": "assistant", "content": "x"}]
+    row = example_from_object(body | {"messages": answered}, DataConfig())
+    request = parse_request(ChatRequest, json.dumps({"model": "courts", **body}).encode())
+    assert tuple(request.conversation) == row.prompt
 
 
 def test_conversation_with_results_is_rendered_as_in_training_whatever_the_ids() -> None:

@@ -5,7 +5,6 @@ The model never sees a client's call ids, which are random: they are replaced by
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,6 +15,8 @@ from tunewright.chat import ChatFormat
 from tunewright.chat.answers import answer_message
 from tunewright.core.io import canonical_json
 from tunewright.data.examples import Message, ToolCall, call_id
+from tunewright.data.tool_limits import ArgumentsError, DeclarationError
+from tunewright.data.tools import canonical_arguments, canonical_function
 from tunewright.generation.requests import Completion, Finish
 from tunewright.serving.gateway.errors import ApiError
 from tunewright.serving.gateway.parsing import Part
@@ -69,12 +70,9 @@ Choice = Annotated[str | ToolChoice | None, BeforeValidator(_choice)]
 
 def _canonical(arguments: Any) -> Any:
     try:
-        value = json.loads(arguments) if isinstance(arguments, str) else None
-        if isinstance(value, dict):
-            return canonical_json(value)
-    except (ValueError, RecursionError):
-        pass
-    raise PydanticCustomError("arguments", "must be the text of a JSON object")
+        return canonical_arguments(arguments if isinstance(arguments, str) else None)[0]
+    except ArgumentsError:
+        raise PydanticCustomError("arguments", "must be the text of a JSON object") from None
 
 
 class CalledFunction(Part):
@@ -96,17 +94,21 @@ def declarations(tools: Sequence[Tool]) -> Message:
     """Return the message that declares functions.
 
     Raises:
-        ApiError: 400, two functions have the same name.
+        ApiError: 400, two functions have the same name, or parameters that are no object.
     """
     names = [tool.function.name for tool in tools]
     for number, name in enumerate(names):
         if name in names[:number]:
             message = f"tools.{number}: the function {name} is declared twice."
             raise ApiError(message, param=f"tools.{number}", code="invalid_value")
-    declared = [
-        {"type": "function", "function": tool.function.model_dump(exclude_none=True, exclude={"strict"})}
-        for tool in tools
-    ]
+    declared = []
+    for number, tool in enumerate(tools):
+        try:
+            function = canonical_function(tool.function.model_dump())
+        except DeclarationError as error:
+            param = f"tools.{number}.function"
+            raise ApiError(f"{param}: {error}.", param=param, code="invalid_value") from None
+        declared.append({"type": "function", "function": function})
     return Message("tools", canonical_json(declared))
 
 
