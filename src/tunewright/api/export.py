@@ -10,7 +10,7 @@ from tunewright.adapters.compatibility import require_compatible
 from tunewright.adapters.registry import Adapter, find_adapter
 from tunewright.adapters.system_prompt import system_prompt
 from tunewright.api.context import ProjectContext
-from tunewright.core.io import digest, writing
+from tunewright.core.io import digest, write_text, writing
 from tunewright.data.versions import load_version
 
 if TYPE_CHECKING:
@@ -145,6 +145,7 @@ class ExportApi:
         from tunewright.export.gguf.model import write_model
         from tunewright.export.llamacpp import EngineFailedError, observe_gguf
         from tunewright.export.merge import choose_merge_method
+        from tunewright.export.templates import TEMPLATE_FILE, exported_template
         from tunewright.export.weights import Weights, read_deltas, trained_dtype
 
         found = find_export(target, made_of)
@@ -172,6 +173,12 @@ class ExportApi:
                 changed = Weights(opened.base, trained_dtype(tuned), read_deltas(tuned.folder))
                 way, ways = "original", ()
                 notes = write_lora(path, tuned.name, changed, opened.base, file_type, reporter)
+                if opened.chat.template.tools == "hermes":
+                    # Another GGUF file of the base has the base's own template, without a form of functions.
+                    write_text(folder / TEMPLATE_FILE, exported_template(opened.chat))
+                    notes.append(
+                        f"for functions, give llama.cpp the template too: --chat-template-file {TEMPLATE_FILE}"
+                    )
                 model, lora = self._base_gguf(file_type), path
             figures, failure = None, None
             try:
@@ -245,7 +252,7 @@ class ExportApi:
         opened = self._context
         config = opened.folder.config
         version = load_version(opened.folder.dataset, adapter.lineage["dataset"]["digest"])
-        probe = draw_probe(version, opened.chat, config, context_length(opened.base), opened.reporter)
-        scorer = open_scorers(config.evaluate, opened.folder.root)[0]
         system = self._system_prompt(adapter)
+        probe = draw_probe(version, opened.chat, config, context_length(opened.base), system, opened.reporter)
+        scorer = open_scorers(config.evaluate, opened.folder.root)[0]
         return measure_trained(opened.base, adapter, opened.chat, system, probe, scorer, opened.reporter)

@@ -87,5 +87,7 @@ def _table(found: Figures, limits: Limits) -> Table:
     table.add_row("same greedy answer", f"{100 * found.greedy:.1f}%", f"{100 * limits.greedy:g}%")
     table.add_row("score", scores[0], f"{scores[1]} - {100 * limits.score:g}")
     table.add_row("prompts rendered as in training", f"{found.rendered}", f"{found.prompts}")
+    if found.functions:
+        table.add_row("conversations with functions, likewise", f"{found.functions_rendered}", f"{found.functions}")
     table.add_row("KL from the base, nats", f"{found.from_base:.2g}", "")
     return table

@@ -10,6 +10,7 @@ from pathlib import Path
 from tunewright.chat import ChatFormat
 from tunewright.chat.answers import stop_strings
 from tunewright.config import Config
+from tunewright.core.errors import UserError
 from tunewright.core.io import write_text
 from tunewright.export.artifact import BuiltArtifact, ExportResult
 from tunewright.export.gguf.tensors import FileType
@@ -30,7 +31,7 @@ def ollama_built(
 ) -> BuiltArtifact:
     """Fill ``folder`` for Ollama from measured GGUF files: a merged one, or a LoRA file with ``base`` under it."""
     assert parts.folder is not None
-    (file,) = (parts.folder / name for name in parts.record.files)
+    (file,) = (parts.folder / name for name in parts.record.files if name.endswith(".gguf"))
     model, lora = (file, None) if base is None else (base, file)
     stop, context = stop_strings(config, chat), config.train.max_length
     notes = write_ollama(folder, chat, system_prompt, stop, model, lora, context)
@@ -66,6 +67,12 @@ def write_ollama(
     text = modelfile(template.source, chat, stop, model.name, lora.name if lora else None, context, system)
     write_text(folder / MODELFILE, text)
     notes = ["Ollama and llama.cpp read text that looks like a special token as that token; here it stays text"]
+    if _writes_functions(chat):
+        notes.append(
+            "functions are not in the Modelfile, and Ollama refuses requests with tools: Go writes their JSON without "
+            "spaces and with escaped <, > and &, which differs from the JSON of training. Serve the GGUF file with "
+            "llama.cpp for functions"
+        )
     if strips_whitespace(chat):
         notes.append(
             "the chat template strips white space from both ends of messages and Ollama's does not: send them stripped"
@@ -116,6 +123,15 @@ def modelfile(
         f"PARAMETER num_ctx {context}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _writes_functions(chat: ChatFormat) -> bool:
+    """Return whether the chat template has a form of functions, which the Go template lacks."""
+    try:
+        _ = chat.tool_form
+    except UserError:
+        return False
+    return True
 
 
 def _quoted(text: str) -> str:

@@ -50,6 +50,10 @@ class Figures(Part):
     score: Annotated[float, Field(description="The artifact's score by the config's metric on these prompts.")]
     trained_score: Annotated[float, Field(description="The trained model's.")]
     rendered: Annotated[int, Field(description="Prompts that the artifact itself renders to the ids of training.")]
+    functions: Annotated[
+        int, Field(description="Conversations with function calls and results that were rendered as well.")
+    ] = 0
+    functions_rendered: Annotated[int, Field(description="Those rendered to the ids of training.")] = 0
 
 
 class Limits(Part):
@@ -103,6 +107,11 @@ def shortcomings(figures: Figures, limits: Limits) -> list[str]:
         found.append(
             f"it renders {figures.prompts - figures.rendered} of {figures.prompts} prompts to other tokens than "
             "training did"
+        )
+    if figures.functions_rendered < figures.functions:
+        found.append(
+            f"it renders {figures.functions - figures.functions_rendered} of {figures.functions} conversations with "
+            "functions to other tokens than training would"
         )
     return found
 
