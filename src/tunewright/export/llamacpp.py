@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import signal
 import subprocess
@@ -192,6 +193,9 @@ def _chat_request(messages: Sequence[Message], template: Template) -> dict[str, 
     for turn, variables in zip(turns, given["messages"], strict=True):
         if turn["role"] == "tool":
             turn["name"] = variables["name"]
+        for call in turn.get("tool_calls", ()):
+            # llama.cpp inserts arguments into Mistral v2's template as they were sent; training has these spaces.
+            call["function"]["arguments"] = json.dumps(json.loads(call["function"]["arguments"]), ensure_ascii=False)
     body: dict[str, Any] = {"messages": turns}
     if given["tools"]:
         body["tools"] = given["tools"]
