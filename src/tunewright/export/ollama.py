@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +9,7 @@ from tunewright.chat import ChatFormat
 from tunewright.chat.answers import stop_strings
 from tunewright.config import Config
 from tunewright.core.errors import UserError
-from tunewright.core.io import write_text
+from tunewright.core.io import link_or_copy, write_text
 from tunewright.export.artifact import BuiltArtifact, ExportResult
 from tunewright.export.gguf.tensors import FileType
 from tunewright.export.go_template import go_template, strips_whitespace
@@ -59,7 +57,7 @@ def write_ollama(
     """
     template = go_template(chat)
     for file in filter(None, (model, lora)):
-        _put(file, folder / file.name)
+        link_or_copy(file, folder / file.name)
     system = None
     if system_prompt is not None:
         # A chat template that strips messages also strips this one; Ollama's does not.
@@ -136,11 +134,3 @@ def _writes_functions(chat: ChatFormat) -> bool:
 
 def _quoted(text: str) -> str:
     return f'"""{text}"""' if "\n" in text or '"' in text else f'"{text}"'
-
-
-def _put(source: Path, target: Path) -> None:
-    """Hard-link a file, or copy it if the file system has no hard links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
