@@ -120,7 +120,8 @@ def test_adapter_folder_loads_in_peft_and_names_no_local_path(project: Path, tmp
     for name in ran.document["files"]:
         assert str(project.parent).encode() not in (folder / name).read_bytes(), name
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == BASE
-    assert ModelCard.load(folder / "README.md").data.base_model == BASE
+    card: Any = ModelCard.load(folder / "README.md")
+    assert card.data.base_model == BASE
 
     context = ProjectContext(ProjectFolder(project), LogReporter())
     member = _asked(project)[0]
@@ -194,7 +195,7 @@ def test_card_follows_the_evidence_and_the_merged_model_is_compared(project: Pat
     assert ran.code == 0, ran.stderr
     assert ran.document["evidence"] == evidence
     assert hub.messages[0].endswith(f"evidence {evidence}")
-    card = ModelCard(hub.files["README.md"].decode())
+    card: Any = ModelCard(hub.files["README.md"].decode())
     assert card.data.library_name == "transformers"
     assert card.data.eval_results[0].metric_args["evidence"] == evidence
     assert "Merging rounds weights: mean KL" in card.text

@@ -35,7 +35,7 @@ SUBJECT = CardSubject("legal-aaaaaaaaaaaa", LINEAGE, "ada/legal", BASE, "apache-
 
 def test_metadata_are_the_hubs_own() -> None:
     evidence = full_evidence()
-    data = ModelCard(model_card(SUBJECT, evidence)).data
+    data: Any = ModelCard(model_card(SUBJECT, evidence)).data
     assert data.base_model == BASE
     assert data.base_model_relation == "adapter"
     assert (data.library_name, data.license, data.datasets) == ("peft", "apache-2.0", ["org/courts"])
@@ -70,7 +70,7 @@ def test_card_has_no_path_and_no_row(evidence: Any) -> None:
 
 
 def test_card_without_evidence_says_so_and_names_the_command() -> None:
-    card = ModelCard(model_card(SUBJECT, None))
+    card: Any = ModelCard(model_card(SUBJECT, None))
     assert card.data.eval_results is None
     assert "Verdict: no evidence" in card.text
     assert "`tunewright evaluate legal-aaaaaaaaaaaa`" in card.text
@@ -78,7 +78,7 @@ def test_card_without_evidence_says_so_and_names_the_command() -> None:
 
 def test_card_of_an_imported_adapter_says_that_the_data_are_unknown() -> None:
     foreign = {key: LINEAGE[key] for key in ("digest", "created")}
-    card = ModelCard(model_card(CardSubject("other", foreign, None, None, None, has_system_prompt=False), None))
+    card: Any = ModelCard(model_card(CardSubject("other", foreign, None, None, None, has_system_prompt=False), None))
     assert "training data are unknown" in card.text
     assert "No licence has been stated" in card.text
     assert card.data.base_model is None

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from tunewright.export.artifact import ExportResult
     from tunewright.export.gguf.tensors import FileType
     from tunewright.export.hub import HubResult
-    from tunewright.export.parity import Precision
     from tunewright.export.trained_model import TrainedModel
 
 
@@ -79,7 +78,8 @@ class ExportApi:
         Args:
             adapter: a name or its beginning (None: the newest).
             merged: write base and adapter as one file; otherwise the adapter alone, for use with a GGUF of the base.
-            file_type: f16 or q8_0 (8 bits, one scale per 32 weights).
+            file_type: f16, q8_0 (8 bits, one scale per 32 weights), or llama.cpp's mixtures q5_k_m and q4_k_m. An
+                adapter alone stays in f16 with the last two: they are the type of its base.
             to: the output folder (None: exports/NAME-gguf-TYPE, or exports/NAME-merged-gguf-TYPE).
 
         Raises:
@@ -109,7 +109,7 @@ class ExportApi:
         Args:
             adapter: a name or its beginning (None: the newest).
             lora: write base and adapter as separate files; otherwise both merged into one.
-            file_type: f16 or q8_0.
+            file_type: f16, q8_0, q5_k_m or q4_k_m.
             to: the output folder (None: exports/NAME-ollama-TYPE).
 
         Raises:
@@ -252,6 +252,7 @@ class ExportApi:
         from tunewright.export.artifact import BuiltArtifact, export, find_export
         from tunewright.export.gguf.lora import write_lora
         from tunewright.export.gguf.model import write_model
+        from tunewright.export.gguf.tensors import PRECISIONS
         from tunewright.export.llamacpp import EngineFailedError, observe_gguf
         from tunewright.export.merge import choose_merge_method
         from tunewright.export.templates import TEMPLATE_FILE, exported_template
@@ -264,7 +265,9 @@ class ExportApi:
         trained = self._trained(tuned)
 
         def build(folder: Path) -> BuiltArtifact:
-            path = folder / f"{tuned.name}-{'' if merged else 'lora-'}{file_type}.gguf"
+            # An adapter's matrices are small and rounding them costs more: only its base is in a K-quant.
+            lora_type: FileType = file_type if file_type in ("f16", "q8_0") else "f16"
+            path = folder / f"{tuned.name}-{file_type if merged else f'lora-{lora_type}'}.gguf"
             if merged:
                 weights, way, ways = choose_merge_method(trained, reporter)
                 notes = write_model(
@@ -281,7 +284,9 @@ class ExportApi:
             else:
                 changed = Weights(opened.base, trained_dtype(tuned), read_deltas(tuned.folder))
                 way, ways = "original", ()
-                notes = write_lora(path, tuned.name, changed, opened.base, file_type, reporter)
+                notes = write_lora(path, tuned.name, changed, opened.base, lora_type, reporter)
+                if lora_type != file_type:
+                    notes.append(f"the adapter's file is in {lora_type}; its base was in {file_type}")
                 if opened.chat.template.tools == "hermes":
                     # Another GGUF file of the base has the base's own template, without a form of functions.
                     write_text(folder / TEMPLATE_FILE, exported_template(opened.chat))
@@ -294,9 +299,8 @@ class ExportApi:
                 figures = trained.figures(observe_gguf(model, trained, reporter, lora))
             except EngineFailedError as error:
                 failure = str(error)
-            precision: Precision = "16-bit" if file_type == "f16" else "8-bit"
             notes += self._system_notes(tuned, template=merged)
-            return BuiltArtifact(figures, precision, way, ways, tuple(notes), failure)
+            return BuiltArtifact(figures, PRECISIONS[file_type], way, ways, tuple(notes), failure)
 
         return export(target, "gguf-merged" if merged else "gguf-lora", tuned, made_of, build)
 

@@ -23,7 +23,10 @@ export_app = group(
 )
 
 To = Annotated[Path | None, typer.Option(help="Folder to create.", show_default="exports/NAME-…")]
-Type = Annotated[Literal["f16", "q8_0"], typer.Option("--type", help="16 bits, or 8 bits with one scale per 32.")]
+Type = Annotated[
+    Literal["f16", "q8_0", "q5_k_m", "q4_k_m"],
+    typer.Option("--type", help="16 bits, 8 bits, or llama.cpp's mixtures of about 5.7 and 4.9 bits."),
+]
 
 
 @command(export_app, "merge", example="tunewright export merge legal-4f1c02a9 --to merged")

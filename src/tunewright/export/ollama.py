@@ -11,9 +11,8 @@ from tunewright.config import Config
 from tunewright.core.errors import UserError
 from tunewright.core.io import link_or_copy, write_text
 from tunewright.export.artifact import BuiltArtifact, ExportResult
-from tunewright.export.gguf.tensors import FileType
+from tunewright.export.gguf.tensors import PRECISIONS, FileType
 from tunewright.export.go_template import go_template, strips_whitespace
-from tunewright.export.parity import Precision
 
 MODELFILE = "Modelfile"
 
@@ -34,8 +33,7 @@ def ollama_built(
     stop, context = stop_strings(config, chat), config.train.max_length
     notes = write_ollama(folder, chat, system_prompt, stop, model, lora, context)
     record = parts.record
-    precision: Precision = "16-bit" if file_type == "f16" else "8-bit"
-    return BuiltArtifact(record.figures, precision, record.way, record.ways, (*record.notes, *notes))
+    return BuiltArtifact(record.figures, PRECISIONS[file_type], record.way, record.ways, (*record.notes, *notes))
 
 
 def write_ollama(
