@@ -66,9 +66,11 @@ def test_merged_template_adds_the_system_prompt(project: Path) -> None:
 def test_merged_gguf_template_adds_the_system_prompt_in_llama_cpp(project: Path) -> None:
     folder, notes = _exported(project, "gguf", "--merged")
     assert "its chat template adds the trained system prompt" in notes
+    chat = ProjectContext(ProjectFolder(project), LogReporter()).chat
     with running(next(folder.glob("*.gguf")), 512) as engine:
         for turns, ids in _asked(project):
-            assert tuple(engine.prompt_ids([Message(t["role"], t["content"]) for t in turns])) == ids
+            messages = [Message(t["role"], t["content"]) for t in turns]
+            assert tuple(engine.prompt_ids(messages, chat.template)) == ids
 
 
 def test_lora_file_export_notes_the_missing_system_prompt(project: Path) -> None:

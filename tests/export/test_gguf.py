@@ -68,7 +68,7 @@ def test_llama_cpp_renders_the_training_ids_and_predicts_equally(name: str, tmp_
     with running(tmp_path / "model.gguf", 512) as engine:
         for messages in CHATS:
             ids = list(chat.prompt(messages))
-            assert engine.prompt_ids(messages) == ids, messages
+            assert engine.prompt_ids(messages, chat.template) == ids, messages
         ours = logits(model, [ids])[0][-1].double().log_softmax(-1)
         theirs = _log_probs(engine, ids, len(ours))
     there = ~theirs.isnan()

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 from export_helpers import CHATS
 
 from makers import llama2_tokenizer, llama3_tokenizer, mistral_tokenizer
 from tiny import byte_tokenizer, chat_of
+from tool_families import FAMILIES, family
 from tunewright.chat import ChatFormat
+from tunewright.chat.tool_calls import declared_functions
 from tunewright.data.examples import Message
+from tunewright.export.function_conversations import function_conversations
 from tunewright.export.templates import count_equal_renderings, exported_template
 
 SYSTEM = "Answer with the court's \"citation\".\n\n\tC:\\new — {{ d'été }} {% no %} 中文 #}"
@@ -45,7 +50,7 @@ def test_exported_template_renders_the_training_ids_on_any_day(name: str) -> Non
     own = tokenizer.chat_template
     try:
         tokenizer.chat_template = exported_template(chat)
-        assert count_equal_renderings(tokenizer, CHATS, ids) == len(CHATS)
+        assert count_equal_renderings(tokenizer, chat.template, CHATS, ids) == len(CHATS)
         if "date" in name:
             assert "26 Jul 2024" in tokenizer.chat_template
     finally:
@@ -63,13 +68,55 @@ def test_exported_template_adds_the_system_prompt_where_it_is_missing(name: str)
     own = tokenizer.chat_template
     try:
         tokenizer.chat_template = exported_template(chat)
-        assert count_equal_renderings(tokenizer, CHATS, ids) == 0
+        assert count_equal_renderings(tokenizer, chat.template, CHATS, ids) == 0
         tokenizer.chat_template = exported_template(chat, SYSTEM)
-        assert count_equal_renderings(tokenizer, CHATS, ids) == len(CHATS)
-        assert count_equal_renderings(tokenizer, with_system, ids, SYSTEM) == len(CHATS)
-        assert count_equal_renderings(tokenizer, others, other_ids, SYSTEM) == len(CHATS)
+        assert count_equal_renderings(tokenizer, chat.template, CHATS, ids) == len(CHATS)
+        assert count_equal_renderings(tokenizer, chat.template, with_system, ids, SYSTEM) == len(CHATS)
+        assert count_equal_renderings(tokenizer, chat.template, others, other_ids, SYSTEM) == len(CHATS)
         # What only the one with the system message renders to does not count.
         tokenizer.chat_template = exported_template(chat)
-        assert count_equal_renderings(tokenizer, with_system, ids, SYSTEM) == 0
+        assert count_equal_renderings(tokenizer, chat.template, with_system, ids, SYSTEM) == 0
     finally:
         tokenizer.chat_template = own  # the makers' tokenizers are shared
+
+
+def _shown(messages: Sequence[Message]) -> dict[str, Any]:
+    """A conversation as transformers documents it: arguments as objects, results with their function's name."""
+    turns = []
+    names: dict[str, str] = {}
+    for message in messages[1:]:
+        turn = message.as_dict()
+        for call in turn.get("tool_calls", ()):
+            names[call["id"]] = call["function"]["name"]
+            call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+        if message.role == "tool":
+            turn["name"] = names[turn["tool_call_id"]]
+        turns.append(turn)
+    functions = declared_functions(messages)
+    return {"conversation": turns, "tools": [{"type": "function", "function": function} for function in functions]}
+
+
+@pytest.mark.parametrize("system", [None, SYSTEM])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_exported_template_renders_functions_as_training(name: str, system: str | None) -> None:
+    chat = family(name)
+    conversations = function_conversations(chat, system)
+    kinds = {tuple(m.role for m in messages if m.role != "system") for messages in conversations}
+    assert ("tools", "user", "assistant", "tool") in kinds
+    # Mistral v2's template has parallel calls, but no several results for them.
+    several = chat.tool_form.parallel and name != "mistral-v2"
+    assert any(len(m.calls) == 2 for messages in conversations for m in messages) == several
+    ids = [chat.prompt(messages) for messages in conversations]
+    tokenizer = copy.deepcopy(chat.tokenizer)
+    tokenizer.chat_template = exported_template(chat, system)
+    assert count_equal_renderings(tokenizer, chat.template, conversations, ids, system) == len(conversations)
+    for messages, wanted in zip(conversations, ids, strict=True):
+        shown = tokenizer.apply_chat_template(**_shown(messages), add_generation_prompt=True, return_dict=False)
+        assert tuple(shown) == wanted
+
+
+def test_count_equal_renderings_finds_a_template_without_functions() -> None:
+    chat = family("hermes-chatml")
+    conversations = function_conversations(chat, None)
+    ids = [chat.prompt(messages) for messages in conversations]
+    assert count_equal_renderings(byte_tokenizer(), chat.template, conversations, ids) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,13 +11,16 @@ from tunewright.adapters.compatibility import require_compatible
 from tunewright.adapters.registry import Adapter, find_adapter
 from tunewright.adapters.system_prompt import system_prompt
 from tunewright.api.context import ProjectContext
-from tunewright.core.io import digest, writing
+from tunewright.core.errors import UserError
+from tunewright.core.io import digest, write_text, writing
+from tunewright.data.examples import Message
 from tunewright.data.versions import load_version
+from tunewright.models.bases import hub_id
 
 if TYPE_CHECKING:
     from tunewright.export.artifact import ExportResult
     from tunewright.export.gguf.tensors import FileType
-    from tunewright.export.parity import Precision
+    from tunewright.export.hub import HubResult
     from tunewright.export.trained_model import TrainedModel
 
 
@@ -74,7 +78,8 @@ class ExportApi:
         Args:
             adapter: a name or its beginning (None: the newest).
             merged: write base and adapter as one file; otherwise the adapter alone, for use with a GGUF of the base.
-            file_type: f16 or q8_0 (8 bits, one scale per 32 weights).
+            file_type: f16, q8_0 (8 bits, one scale per 32 weights), or llama.cpp's mixtures q5_k_m and q4_k_m. An
+                adapter alone stays in f16 with the last two: they are the type of its base.
             to: the output folder (None: exports/NAME-gguf-TYPE, or exports/NAME-merged-gguf-TYPE).
 
         Raises:
@@ -104,7 +109,7 @@ class ExportApi:
         Args:
             adapter: a name or its beginning (None: the newest).
             lora: write base and adapter as separate files; otherwise both merged into one.
-            file_type: f16 or q8_0.
+            file_type: f16, q8_0, q5_k_m or q4_k_m.
             to: the output folder (None: exports/NAME-ollama-TYPE).
 
         Raises:
@@ -137,14 +142,120 @@ class ExportApi:
             ),
         )
 
+    def hub(
+        self,
+        adapter: str | None = None,
+        *,
+        merged: bool = False,
+        base_model: str | None = None,
+        model_license: str | None = None,
+        push: str | None = None,
+        public: bool = False,
+        to: str | Path | None = None,
+    ) -> HubResult:
+        """Write a repository folder for the Hugging Face hub, with a model card from lineage, evidence and verdict.
+
+        Args:
+            adapter: a name or its beginning (None: the newest).
+            merged: publish the model of :meth:`merge`; otherwise the adapter in PEFT's form.
+            base_model: the base's hub id (None: the config's base_model, if that is a hub id).
+            model_license: the model's license as the hub names it, such as apache-2.0 (None: none is stated).
+            push: the repository OWNER/NAME to create and commit to (None: nothing leaves this machine).
+            public: make a new repository public; otherwise it is private.
+            to: the output folder (None: exports/NAME-hub, or exports/NAME-hub-merged).
+
+        Raises:
+            UserError: an id that is not OWNER/NAME, a merged model that differs from the trained one, evidence that was
+                changed, a hub that is unreachable or refuses, or as for :meth:`merge`.
+        """
+        from tunewright.core.io import write_text
+        from tunewright.export import hub
+        from tunewright.export.artifact import BuiltArtifact, export, find_export
+
+        opened = self._context
+        for name, where in ((base_model, "--base-model"), (push, "--push")):
+            if name is not None:
+                hub.require_hub_id(name, where)
+        tuned = self._find(adapter)
+        base_model = base_model or hub_id(opened.base)
+        source = self.merge(tuned.name) if merged else None
+        if source is not None and source.folder is None:
+            raise UserError(
+                f"The merged model differs from the trained one: {'; '.join(source.record.shortcomings)}",
+                where=str(source.numbers),
+                fix="Publish the adapter: run the same command without --merged.",
+            )
+        card, evidence = self._card(tuned, source, base_model, model_license, push)
+        target = self._target(tuned, f"hub{'-merged' if merged else ''}", to)
+        made_of = {"kind": "hub", "merged": merged, "adapter": tuned.digest, "card": digest(card)}
+        notes = []
+        if evidence is None:
+            notes.append(f"the card says that there is no evidence: run `tunewright evaluate {tuned.name}`")
+        if base_model is None:
+            notes.append("the card names no base model, because the base is not a hub id: use --base-model")
+
+        def build(folder: Path) -> BuiltArtifact:
+            if source is not None and source.folder is not None:
+                hub.copy_merged(folder, source.folder, list(source.record.files))
+            else:
+                system = self._system_prompt(tuned)
+                hub.write_adapter(folder, tuned, base_model, opened.chat, system)
+                hub.check_template(folder, opened.chat, self._dev_prompts(tuned), system)
+            write_text(folder / hub.CARD, card)
+            return BuiltArtifact(source.record.figures if source else None, "16-bit", "original", notes=tuple(notes))
+
+        result = find_export(target, made_of) or export(target, "hub", tuned, made_of, build)
+        assert result.folder is not None
+        message = f"{tuned.name}{f', evidence {evidence}' if evidence else ''}"
+        pushed = hub.push(result.folder, hub.Destination(push, not public), message) if push else None
+        return hub.HubResult(result.folder, result.record, result.made, evidence, pushed)
+
+    def _card(
+        self,
+        tuned: Adapter,
+        merged: ExportResult | None,
+        base_model: str | None,
+        model_license: str | None,
+        repository: str | None,
+    ) -> tuple[str, str | None]:
+        """Return the model card, and the ID of the evidence in it."""
+        from tunewright.evaluation.access_log import load_checked
+        from tunewright.evidence.schema import evidence_on
+        from tunewright.report.model_card import CardSubject, model_card
+
+        opened = self._context
+        found = evidence_on(opened.folder.evaluations, tuned.digest, opened.reporter)
+        if found is not None:
+            folder = opened.folder.evaluations
+            found = load_checked(folder / found.id, folder, opened.reporter)
+        subject = CardSubject(
+            tuned.name,
+            tuned.lineage,
+            repository,
+            base_model,
+            model_license,
+            self._system_prompt(tuned) is not None,
+            merged.record.figures if merged else None,
+        )
+        return model_card(subject, found), found.id if found else None
+
+    def _dev_prompts(self, adapter: Adapter) -> list[Sequence[Message]]:
+        """Return the dev prompts of the adapter's dataset; none for one without a known dataset."""
+        if "dataset" not in adapter.lineage:
+            return []
+        version = load_version(self._context.folder.dataset, adapter.lineage["dataset"]["digest"])
+        return [member.example.prompt for member in version.domain_of("dev")]
+
     def _gguf(
         self, tuned: Adapter, target: Path, made_of: dict[str, Any], merged: bool, file_type: FileType
     ) -> ExportResult:
         from tunewright.export.artifact import BuiltArtifact, export, find_export
         from tunewright.export.gguf.lora import write_lora
         from tunewright.export.gguf.model import write_model
+        from tunewright.export.gguf.tensors import PRECISIONS
         from tunewright.export.llamacpp import EngineFailedError, observe_gguf
         from tunewright.export.merge import choose_merge_method
+        from tunewright.export.templates import TEMPLATE_FILE, exported_template
         from tunewright.export.weights import Weights, read_deltas, trained_dtype
 
         found = find_export(target, made_of)
@@ -154,7 +265,9 @@ class ExportApi:
         trained = self._trained(tuned)
 
         def build(folder: Path) -> BuiltArtifact:
-            path = folder / f"{tuned.name}-{'' if merged else 'lora-'}{file_type}.gguf"
+            # An adapter's matrices are small and rounding them costs more: only its base is in a K-quant.
+            lora_type: FileType = file_type if file_type in ("f16", "q8_0") else "f16"
+            path = folder / f"{tuned.name}-{file_type if merged else f'lora-{lora_type}'}.gguf"
             if merged:
                 weights, way, ways = choose_merge_method(trained, reporter)
                 notes = write_model(
@@ -171,16 +284,23 @@ class ExportApi:
             else:
                 changed = Weights(opened.base, trained_dtype(tuned), read_deltas(tuned.folder))
                 way, ways = "original", ()
-                notes = write_lora(path, tuned.name, changed, opened.base, file_type, reporter)
+                notes = write_lora(path, tuned.name, changed, opened.base, lora_type, reporter)
+                if lora_type != file_type:
+                    notes.append(f"the adapter's file is in {lora_type}; its base was in {file_type}")
+                if opened.chat.template.tools == "hermes":
+                    # Another GGUF file of the base has the base's own template, without a form of functions.
+                    write_text(folder / TEMPLATE_FILE, exported_template(opened.chat))
+                    notes.append(
+                        f"for functions, give llama.cpp the template too: --chat-template-file {TEMPLATE_FILE}"
+                    )
                 model, lora = self._base_gguf(file_type), path
             figures, failure = None, None
             try:
                 figures = trained.figures(observe_gguf(model, trained, reporter, lora))
             except EngineFailedError as error:
                 failure = str(error)
-            precision: Precision = "16-bit" if file_type == "f16" else "8-bit"
             notes += self._system_notes(tuned, template=merged)
-            return BuiltArtifact(figures, precision, way, ways, tuple(notes), failure)
+            return BuiltArtifact(figures, PRECISIONS[file_type], way, ways, tuple(notes), failure)
 
         return export(target, "gguf-merged" if merged else "gguf-lora", tuned, made_of, build)
 
@@ -245,7 +365,7 @@ class ExportApi:
         opened = self._context
         config = opened.folder.config
         version = load_version(opened.folder.dataset, adapter.lineage["dataset"]["digest"])
-        probe = draw_probe(version, opened.chat, config, context_length(opened.base), opened.reporter)
-        scorer = open_scorers(config.evaluate, opened.folder.root)[0]
         system = self._system_prompt(adapter)
+        probe = draw_probe(version, opened.chat, config, context_length(opened.base), system, opened.reporter)
+        scorer = open_scorers(config.evaluate, opened.folder.root)[0]
         return measure_trained(opened.base, adapter, opened.chat, system, probe, scorer, opened.reporter)

@@ -87,17 +87,11 @@ class Template:
         Raises:
             UserError: the template refuses this conversation.
         """
-        functions = declared_functions(messages)
-        builtin = [f["name"] for f in functions if self.has_builtin and is_builtin(f)]
-        tools = [{"type": "function", "function": f} for f in functions if f["name"] not in builtin]
         try:
             text = self._compiled().render(
                 {
                     **self.special_tokens,
-                    "messages": _turns(messages),
-                    "tools": tools or None,
-                    # Llama 3.1's template tests whether this is defined, not whether it is empty.
-                    **({"builtin_tools": builtin} if builtin else {}),
+                    **self.variables(messages),
                     "documents": None,
                     "add_generation_prompt": generation_prompt,
                     "strftime_now": datetime.combine(self.today, time()).strftime,
@@ -108,9 +102,24 @@ class Template:
             raise UserError(
                 f"The chat template refuses this conversation: {error}",
                 where=self.name,
-                fix=HERMES_INSTEAD if functions and self.tools == "own" else PLAIN_INSTEAD,
+                fix=HERMES_INSTEAD if declared_functions(messages) and self.tools == "own" else PLAIN_INSTEAD,
             ) from error
         return str(text)
+
+    def variables(self, messages: Sequence[Message]) -> dict[str, Any]:
+        """Return a conversation as ``apply_chat_template`` takes it: ``messages``, ``tools``, and built-in functions.
+
+        Arguments are objects, and results have their function's name.
+        """
+        functions = declared_functions(messages)
+        builtin = [f["name"] for f in functions if self.has_builtin and is_builtin(f)]
+        tools = [{"type": "function", "function": f} for f in functions if f["name"] not in builtin]
+        return {
+            "messages": _turns(messages),
+            "tools": tools or None,
+            # Llama 3.1's template tests whether this is defined, not whether it is empty.
+            **({"builtin_tools": builtin} if builtin else {}),
+        }
 
     def _has_tool_role(self) -> bool:
         """Return whether the template has a role of its own for results, and writes their text unchanged."""

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from tunewright.cli.app import DEPLOY, Adapter, command, group
 from tunewright.cli.console import MEASURED_NO, Session
+from tunewright.core.errors import UserError
 
 if TYPE_CHECKING:
     from tunewright.export.artifact import ExportResult
@@ -22,7 +23,10 @@ export_app = group(
 )
 
 To = Annotated[Path | None, typer.Option(help="Folder to create.", show_default="exports/NAME-…")]
-Type = Annotated[Literal["f16", "q8_0"], typer.Option("--type", help="16 bits, or 8 bits with one scale per 32.")]
+Type = Annotated[
+    Literal["f16", "q8_0", "q5_k_m", "q4_k_m"],
+    typer.Option("--type", help="16 bits, 8 bits, or llama.cpp's mixtures of about 5.7 and 4.9 bits."),
+]
 
 
 @command(export_app, "merge", example="tunewright export merge legal-4f1c02a9 --to merged")
@@ -59,6 +63,37 @@ def ollama(
     return _show(run, run.project.export.ollama(adapter, lora=lora, file_type=file_type, to=to))
 
 
+@command(export_app, "hub", example="tunewright export hub --base-model meta-llama/Llama-3.1-8B-Instruct")
+def hub(
+    run: Session,
+    adapter: Adapter = None,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="Publish the merged model, not the adapter in PEFT's form.")
+    ] = False,
+    base_model: Annotated[
+        str | None, typer.Option(help="Hub id of the base.", show_default="base_model, if it is a hub id")
+    ] = None,
+    model_license: Annotated[
+        str | None, typer.Option("--license", help="License as the hub names it, such as apache-2.0.")
+    ] = None,
+    push: Annotated[
+        str | None, typer.Option(help="Commit the folder to this repository (OWNER/NAME).", show_default="no push")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="With --push: make a new repository public.")] = False,
+    to: To = None,
+) -> None:
+    """Write a repository folder for the Hugging Face hub, with a model card made from lineage, evidence and verdict."""
+    if public and push is None:
+        raise UserError("`--public` requires `--push`", where="--public")
+    result = run.project.export.hub(
+        adapter, merged=merged, base_model=base_model, model_license=model_license, push=push, public=public, to=to
+    )
+    done = "Written to" if result.made else "Already written and unchanged:"
+    notes = [f"Note: {note}" for note in result.record.notes]
+    pushed = f"Pushed: {result.pushed}" if result.pushed else "Nothing was pushed (--push OWNER/NAME does)."
+    run.show(result.as_dict(), *notes, f"{done} {result.folder}", pushed)
+
+
 def _show(run: Session, result: ExportResult) -> int | None:
     done = "Exported to" if result.made else "Already exported and unchanged:"
     text = f"{done} {result.folder}" if result.good else f"Not kept. Its figures are in {result.numbers}"
@@ -87,5 +122,7 @@ def _table(found: Figures, limits: Limits) -> Table:
     table.add_row("same greedy answer", f"{100 * found.greedy:.1f}%", f"{100 * limits.greedy:g}%")
     table.add_row("score", scores[0], f"{scores[1]} - {100 * limits.score:g}")
     table.add_row("prompts rendered as in training", f"{found.rendered}", f"{found.prompts}")
+    if found.functions:
+        table.add_row("conversations with functions, likewise", f"{found.functions_rendered}", f"{found.functions}")
     table.add_row("KL from the base, nats", f"{found.from_base:.2g}", "")
     return table

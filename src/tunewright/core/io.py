@@ -173,6 +173,14 @@ def new_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """Hard-link a file, or copy it if the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def seal(folder: Path) -> None:
     """Mark a folder as complete: sync its files to disk, then write their digests atomically."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)

@@ -23,19 +23,21 @@ class BuiltArtifact:
     """The files in a folder and their measurements."""
 
     figures: Figures | None
-    """None if the engine rejected the file."""
+    """None if the engine rejected the file, or for the trained adapter itself."""
     precision: Precision
     way: str
     ways: tuple[MergeMeasurement, ...] = ()
     notes: tuple[str, ...] = ()
     failure: str | None = None
-    """The reason for missing figures."""
+    """The reason why the engine rejected the file."""
 
     @property
     def shortcomings(self) -> tuple[str, ...]:
         """Reasons why the artifact fails; empty if it passes."""
+        if self.failure is not None:
+            return (self.failure,)
         if self.figures is None:
-            return (self.failure or "The artifact was not measured",)
+            return ()
         return tuple(shortcomings(self.figures, LIMITS[self.precision]))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import signal
 import subprocess
@@ -18,12 +19,15 @@ from typing import Any
 import httpx
 import torch
 
+from tunewright.chat.answers import answer_text
+from tunewright.chat.templates import Template
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.data.examples import Message
 from tunewright.export.distributions import TopTokens
 from tunewright.export.templates import equivalent_conversations
 from tunewright.export.trained_model import ArtifactOutputs, TrainedModel
+from tunewright.generation.requests import Completion
 from tunewright.generation.text_stream import TextStream
 
 TOP_TOKENS = 1000
@@ -65,10 +69,12 @@ class LlamaCpp:
     client: httpx.Client
     child: subprocess.Popen[str]
 
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Return a conversation's ids by the file's own chat template and tokenizer."""
-        turns = [{"role": m.role, "content": m.content} for m in messages]
-        text = self._ask("/apply-template", {"messages": turns})["prompt"]
+    def prompt_ids(self, messages: Sequence[Message], template: Template) -> list[int]:
+        """Return a conversation's ids by the file's own chat template and tokenizer.
+
+        ``template`` is that of training: it decides which functions are the base's built-in ones.
+        """
+        text = self._ask("/apply-template", _chat_request(messages, template))["prompt"]
         body = {"content": text, "add_special": True, "parse_special": True}
         ids: list[int] = self._ask("/tokenize", body)["tokens"]
         return ids
@@ -151,13 +157,18 @@ def observe_gguf(model: Path, trained: TrainedModel, reporter: Reporter, lora: P
     # With a LoRA file, the model file is the base's own and lacks the adapter's system prompt.
     default = trained.system_prompt if lora is None else None
     with running(model, probe.context + _ROOM, lora) as engine:
-        rendered = 0
         answers = []
+
+        def renders(messages: Sequence[Message], ids: Sequence[int]) -> bool:
+            conversations = equivalent_conversations(messages, default)
+            return all(engine.prompt_ids(asked, chat.template) == list(ids) for asked in conversations)
+
+        rendered = sum(map(renders, (member.example.prompt for member in probe.members), probe.prompts))
+        functions_rendered = sum(renders(asked, chat.prompt(asked)) for asked in probe.functions)
         with reporter.task(f"{(lora or model).name} in llama.cpp", len(probe.prompts), "prompts") as task:
             for member, prompt in zip(probe.members, probe.prompts, strict=True):
-                conversations = equivalent_conversations(member.example.prompt, default)
-                rendered += all(engine.prompt_ids(asked) == list(prompt) for asked in conversations)
-                answers.append(_cut(engine.answer(prompt, probe.limit), trained))
+                ids, text = _cut(engine.answer(prompt, probe.limit), trained)
+                answers.append((ids, answer_text(chat, Completion(ids, "stop", text), member.example.prompt)))
                 task.advance()
         listed = []
         with reporter.task("distributions in llama.cpp", len(trained.log_probs), "places") as task:
@@ -167,11 +178,30 @@ def observe_gguf(model: Path, trained: TrainedModel, reporter: Reporter, lora: P
                     task.advance()
     return ArtifactOutputs(
         answers=[ids for ids, _ in answers],
-        texts=[text if text is not None else chat.text(ids) for ids, text in answers],
+        texts=[text for _, text in answers],
         distributions=listed,
         rendered=rendered,
+        functions_rendered=functions_rendered,
         arithmetic="llama.cpp",
     )
+
+
+def _chat_request(messages: Sequence[Message], template: Template) -> dict[str, Any]:
+    """Return a conversation as a request in OpenAI's form; results also name their function, as some templates need."""
+    given = template.variables(messages)
+    turns = [m.as_dict() for m in messages if m.role != "tools"]
+    for turn, variables in zip(turns, given["messages"], strict=True):
+        if turn["role"] == "tool":
+            turn["name"] = variables["name"]
+        for call in turn.get("tool_calls", ()):
+            # llama.cpp inserts arguments into Mistral v2's template as they were sent; training has these spaces.
+            call["function"]["arguments"] = json.dumps(json.loads(call["function"]["arguments"]), ensure_ascii=False)
+    body: dict[str, Any] = {"messages": turns}
+    if given["tools"]:
+        body["tools"] = given["tools"]
+    if "builtin_tools" in given:
+        body["chat_template_kwargs"] = {"builtin_tools": given["builtin_tools"]}
+    return body
 
 
 def _error_of(log: bytes) -> str:

@@ -132,7 +132,14 @@ def observe_merged(folder: Path, trained: TrainedModel, reporter: Reporter) -> A
         texts=_texts(trained, completions),
         distributions=distributions(model, trained.contexts),
         rendered=count_equal_renderings(
-            tokenizer, [m.example.prompt for m in probe.members], probe.prompts, trained.system_prompt
+            tokenizer, chat.template, [m.example.prompt for m in probe.members], probe.prompts, trained.system_prompt
+        ),
+        functions_rendered=count_equal_renderings(
+            tokenizer,
+            chat.template,
+            probe.functions,
+            [chat.prompt(asked) for asked in probe.functions],
+            trained.system_prompt,
         ),
         arithmetic=trained.arithmetic,
     )

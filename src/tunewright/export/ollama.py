@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from tunewright.chat import ChatFormat
 from tunewright.chat.answers import stop_strings
 from tunewright.config import Config
-from tunewright.core.io import write_text
+from tunewright.core.errors import UserError
+from tunewright.core.io import link_or_copy, write_text
 from tunewright.export.artifact import BuiltArtifact, ExportResult
-from tunewright.export.gguf.tensors import FileType
+from tunewright.export.gguf.tensors import PRECISIONS, FileType
 from tunewright.export.go_template import go_template, strips_whitespace
-from tunewright.export.parity import Precision
 
 MODELFILE = "Modelfile"
 
@@ -30,13 +28,12 @@ def ollama_built(
 ) -> BuiltArtifact:
     """Fill ``folder`` for Ollama from measured GGUF files: a merged one, or a LoRA file with ``base`` under it."""
     assert parts.folder is not None
-    (file,) = (parts.folder / name for name in parts.record.files)
+    (file,) = (parts.folder / name for name in parts.record.files if name.endswith(".gguf"))
     model, lora = (file, None) if base is None else (base, file)
     stop, context = stop_strings(config, chat), config.train.max_length
     notes = write_ollama(folder, chat, system_prompt, stop, model, lora, context)
     record = parts.record
-    precision: Precision = "16-bit" if file_type == "f16" else "8-bit"
-    return BuiltArtifact(record.figures, precision, record.way, record.ways, (*record.notes, *notes))
+    return BuiltArtifact(record.figures, PRECISIONS[file_type], record.way, record.ways, (*record.notes, *notes))
 
 
 def write_ollama(
@@ -58,7 +55,7 @@ def write_ollama(
     """
     template = go_template(chat)
     for file in filter(None, (model, lora)):
-        _put(file, folder / file.name)
+        link_or_copy(file, folder / file.name)
     system = None
     if system_prompt is not None:
         # A chat template that strips messages also strips this one; Ollama's does not.
@@ -66,6 +63,12 @@ def write_ollama(
     text = modelfile(template.source, chat, stop, model.name, lora.name if lora else None, context, system)
     write_text(folder / MODELFILE, text)
     notes = ["Ollama and llama.cpp read text that looks like a special token as that token; here it stays text"]
+    if _writes_functions(chat):
+        notes.append(
+            "functions are not in the Modelfile, and Ollama refuses requests with tools: Go writes their JSON without "
+            "spaces and with escaped <, > and &, which differs from the JSON of training. Serve the GGUF file with "
+            "llama.cpp for functions"
+        )
     if strips_whitespace(chat):
         notes.append(
             "the chat template strips white space from both ends of messages and Ollama's does not: send them stripped"
@@ -118,13 +121,14 @@ def modelfile(
     return "\n".join(lines) + "\n"
 
 
+def _writes_functions(chat: ChatFormat) -> bool:
+    """Return whether the chat template has a form of functions, which the Go template lacks."""
+    try:
+        _ = chat.tool_form
+    except UserError:
+        return False
+    return True
+
+
 def _quoted(text: str) -> str:
     return f'"""{text}"""' if "\n" in text or '"' in text else f'"{text}"'
-
-
-def _put(source: Path, target: Path) -> None:
-    """Hard-link a file, or copy it if the file system has no hard links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)

@@ -25,7 +25,7 @@ TOP = 100
 below them, and engines list only a limited number.
 """
 
-Precision = Literal["16-bit", "8-bit"]
+Precision = Literal["16-bit", "8-bit", "5-bit", "4-bit"]
 
 
 class Figures(Part):
@@ -50,6 +50,10 @@ class Figures(Part):
     score: Annotated[float, Field(description="The artifact's score by the config's metric on these prompts.")]
     trained_score: Annotated[float, Field(description="The trained model's.")]
     rendered: Annotated[int, Field(description="Prompts that the artifact itself renders to the ids of training.")]
+    functions: Annotated[
+        int, Field(description="Conversations with function calls and results that were rendered as well.")
+    ] = 0
+    functions_rendered: Annotated[int, Field(description="Those rendered to the ids of training.")] = 0
 
 
 class Limits(Part):
@@ -72,6 +76,8 @@ FEW = 2
 LIMITS: dict[Precision, Limits] = {
     "16-bit": Limits(max_logit=1.0, kl=0.002, lost=0.02, top1=0.98, greedy=0.9, score=0.05),
     "8-bit": Limits(max_logit=3.0, kl=0.02, lost=0.05, top1=0.95, greedy=0.8, score=0.1),
+    "5-bit": Limits(max_logit=5.0, kl=0.05, lost=0.08, top1=0.9, greedy=0.7, score=0.1),
+    "4-bit": Limits(max_logit=8.0, kl=0.1, lost=0.1, top1=0.85, greedy=0.6, score=0.1),
 }
 
 
@@ -103,6 +109,11 @@ def shortcomings(figures: Figures, limits: Limits) -> list[str]:
         found.append(
             f"it renders {figures.prompts - figures.rendered} of {figures.prompts} prompts to other tokens than "
             "training did"
+        )
+    if figures.functions_rendered < figures.functions:
+        found.append(
+            f"it renders {figures.functions - figures.functions_rendered} of {figures.functions} conversations with "
+            "functions to other tokens than training would"
         )
     return found
 

@@ -9,11 +9,14 @@ import numpy as np
 
 from tunewright.chat import ChatFormat
 from tunewright.chat.answers import answer_limit, stop_strings
+from tunewright.chat.tool_form import has_functions
 from tunewright.config import Config
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest
 from tunewright.core.progress import Reporter
+from tunewright.data.examples import Message
 from tunewright.data.versions import DatasetVersion, Member
+from tunewright.export.function_conversations import function_conversations
 from tunewright.export.parity import PLACES, PROMPTS
 
 
@@ -26,6 +29,8 @@ class Probe:
     limit: int
     """Tokens of the longest answer."""
     stop: tuple[str, ...]
+    functions: tuple[tuple[Message, ...], ...] = ()
+    """Conversations with functions, which are only rendered."""
 
     @property
     def context(self) -> int:
@@ -33,8 +38,17 @@ class Probe:
         return max(map(len, self.prompts)) + self.limit
 
 
-def draw_probe(version: DatasetVersion, chat: ChatFormat, config: Config, context: int, reporter: Reporter) -> Probe:
+def draw_probe(
+    version: DatasetVersion,
+    chat: ChatFormat,
+    config: Config,
+    context: int,
+    system_prompt: str | None,
+    reporter: Reporter,
+) -> Probe:
     """Return dev rows from as many clusters as possible, in an order that the config's seed draws.
+
+    If rows have functions or ``chat.tools`` is hermes, generated conversations with functions come on top.
 
     Raises:
         UserError: no dev row fits the base's context.
@@ -61,7 +75,11 @@ def draw_probe(version: DatasetVersion, chat: ChatFormat, config: Config, contex
             fix="Add a dev split to the dataset, and train on that version.",
         )
     members, prompts = zip(*fitting, strict=True)
-    return Probe(members, prompts, limit, stop_strings(config, chat))
+    used = chat.template.tools == "hermes" or any(
+        has_functions(member.example.messages) for member in version.domain_of("train")
+    )
+    functions = function_conversations(chat, system_prompt) if used else ()
+    return Probe(members, prompts, limit, stop_strings(config, chat), functions)
 
 
 def places(tokens: int, *, ended: bool) -> list[int]:

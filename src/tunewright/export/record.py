@@ -15,7 +15,7 @@ from tunewright.export.parity import Figures, Limits
 
 RECORD = "export.json"
 
-Kind = Literal["merged", "gguf-lora", "gguf-merged", "ollama"]
+Kind = Literal["merged", "gguf-lora", "gguf-merged", "ollama", "hub"]
 
 
 class MergeMeasurement(Part):
@@ -37,7 +37,9 @@ class Export(Part):
         Field(description="Measured merge methods; empty if there is only one."),
     ]
     way: Annotated[str, Field(description="The merge method: the one closest to the trained model.")]
-    figures: Annotated[Figures | None, Field(description="None if the engine rejected the file.")]
+    figures: Annotated[
+        Figures | None, Field(description="None if the engine rejected the file, or for an adapter itself.")
+    ]
     limits: Limits
     shortcomings: Annotated[tuple[str, ...], Field(description="Why the artifact failed; empty for one that was kept.")]
     notes: Annotated[tuple[str, ...], Field(description="Notes for the user.")]

@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from tunewright.chat import ChatFormat
+from tunewright.chat.templates import Template
 from tunewright.core.errors import UserError
 from tunewright.data.examples import Message
+
+TEMPLATE_FILE = "chat_template.jinja"
 
 _ASKS_FOR_TODAY = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>.*?)(?P=quote)\s*\)""")
 
@@ -54,25 +57,29 @@ def exported_template(chat: ChatFormat, system_prompt: str | None = None) -> str
 
 def equivalent_conversations(messages: Sequence[Message], system_prompt: str | None) -> list[Sequence[Message]]:
     """Return the conversations that must render alike: this one, and the one without its default system turn."""
-    if system_prompt is None or messages[0] != Message("system", system_prompt):
+    place = 1 if messages[0].role == "tools" else 0
+    if system_prompt is None or messages[place] != Message("system", system_prompt):
         return [messages]
-    return [messages, messages[1:]]
+    return [messages, [*messages[:place], *messages[place + 1 :]]]
 
 
 def count_equal_renderings(
     tokenizer: Any,
+    template: Template,
     conversations: Sequence[Sequence[Message]],
     ids: Sequence[Sequence[int]],
     system_prompt: str | None = None,
 ) -> int:
     """Return the number of conversations that a tokenizer's own template renders to these ids, up to the answer.
 
-    Conversations that begin with ``system_prompt`` must also render to them without it.
+    Conversations that begin with ``system_prompt`` must also render to them without it. ``template`` is that of
+    training: it decides which functions are the base's built-in ones.
     """
 
     def rendered(messages: Sequence[Message]) -> list[int]:
-        turns = [{"role": m.role, "content": m.content} for m in messages]
-        return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
+        given = template.variables(messages)
+        turns = given.pop("messages")
+        return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False, **given))
 
     return sum(
         all(rendered(asked) == list(wanted) for asked in equivalent_conversations(messages, system_prompt))

@@ -45,6 +45,8 @@ class ArtifactOutputs:
     """Next-token distributions at each place of the *trained model's* answers."""
     rendered: int
     """Prompts that it renders to the ids of training."""
+    functions_rendered: int
+    """The same of the conversations with functions."""
     arithmetic: str
 
 
@@ -110,6 +112,8 @@ class TrainedModel:
             score=self.score(seen.texts),
             trained_score=self.score(self.texts),
             rendered=seen.rendered,
+            functions=len(self.probe.functions),
+            functions_rendered=seen.functions_rendered,
         )
 
 

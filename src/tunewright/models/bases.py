@@ -49,6 +49,11 @@ class Base:
         return digest(self.files)
 
 
+def hub_id(base: Base) -> str | None:
+    """Return the base's hub id; None for a folder and for the bundled model."""
+    return base.spec if base.commit is not None else None
+
+
 def resolve_base(spec: str, revision: str | None, root: Path, reporter: Reporter) -> Base:
     """Find, download and check the base that ``spec`` names; relative folders are relative to ``root``.
 

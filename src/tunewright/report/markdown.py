@@ -32,12 +32,12 @@ def verdict_markdown(evidence: Evidence, known: ProjectFacts | None = None) -> s
     blocks = [
         f"## {headline(result)}: {plain(evidence.project)}",
         plain(measured),
-        _list([plain(reason) for reason in reasons if reason not in in_table]),
+        bullets([plain(reason) for reason in reasons if reason not in in_table]),
         "Known causes:" if result.causes else "",
-        _list([plain(cause_text(cause)) for cause in result.causes]),
-        _arms(evidence),
-        _contrasts(evidence),
-        _suites(evidence.regressions.suites) if evidence.regressions else "",
+        bullets([plain(cause_text(cause)) for cause in result.causes]),
+        arms_table(evidence),
+        contrasts_table(evidence),
+        suites_table(evidence.regressions.suites) if evidence.regressions else "",
         plain(noise_line(evidence.noise_floor)) if evidence.noise_floor else "",
         _made_with(evidence),
     ]
@@ -56,21 +56,23 @@ def plain(text: str) -> str:
     return _OPENS_A_LIST.sub(r"\1\\\3", line)
 
 
-def _list(lines: Sequence[str]) -> str:
+def bullets(lines: Sequence[str]) -> str:
+    """Return a list of lines that are Markdown already."""
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table of cells that are Markdown already; all columns but the first are right-aligned."""
     marks = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, marks, *rows))
 
 
-def _arms(evidence: Evidence) -> str:
+def arms_table(evidence: Evidence) -> str:
+    """Return each arm's scores with their intervals."""
     head = ["Arm"]
     for metric in metric_order(evidence):
         head += [plain(metric_label(metric)), "95% interval"]
-    return _table([*head, "Prompt tokens"], [_arm(evidence, arm) for arm in evidence.arms])
+    return table([*head, "Prompt tokens"], [_arm(evidence, arm) for arm in evidence.arms])
 
 
 def _arm(evidence: Evidence, arm: Arm) -> list[str]:
@@ -82,9 +84,10 @@ def _arm(evidence: Evidence, arm: Arm) -> list[str]:
     return [*cells, f"{arm.prompt_tokens:.0f}"]
 
 
-def _contrasts(evidence: Evidence) -> str:
+def contrasts_table(evidence: Evidence) -> str:
+    """Return the differences of arms; the first one decides."""
     head = ("Contrast", "Metric", "Points", "95% interval", "p", "p, Holm", "Better", "Worse")
-    return _table(head, [_contrast(evidence, contrast) for contrast in evidence.contrasts])
+    return table(head, [_contrast(evidence, contrast) for contrast in evidence.contrasts])
 
 
 def _contrast(evidence: Evidence, contrast: Contrast) -> list[str]:
@@ -105,11 +108,12 @@ def _p_value(p_value: float) -> str:
     return plain(p_text(p_value).removeprefix("p ").removeprefix("= "))
 
 
-def _suites(suites: Sequence[Suite]) -> str:
+def suites_table(suites: Sequence[Suite]) -> str:
+    """Return the regression benchmarks; empty without any."""
     if not suites:
         return ""
     head = ("General ability", "Items", "Off", "On", "Worse by", "At most (95%)", "Margin", "Result")
-    return _table(head, [_suite(suite) for suite in suites])
+    return table(head, [_suite(suite) for suite in suites])
 
 
 def _suite(suite: Suite) -> list[str]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from tunewright.chat import ChatFormat
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
+from tunewright.export.gguf.mixtures import Mixture
 from tunewright.export.gguf.tensors import FILE_TYPES, FileType, TensorFile, gguf_name, interleaved
 from tunewright.export.gguf.tokenizer import add_token_ids, add_tokenizer
 from tunewright.export.weights import Weights
@@ -90,7 +91,11 @@ def _write(
     require_gguf(base)
     config: Any = text_settings(base)
     tied = read_shape(base.folder / "config.json").tied
-    file = TensorFile(path, file_type)
+    mixture = None
+    if file_type in ("q4_k_m", "q5_k_m"):
+        shared = config.num_attention_heads != config.num_key_value_heads
+        mixture = Mixture(file_type, config.num_hidden_layers, tied, shared)
+    file = TensorFile(path, file_type, mixture)
     notes = _add_shape(file.writer, config)
     file.writer.add_type(gguf.GGUFType.MODEL)
     file.writer.add_name(name)
@@ -109,7 +114,12 @@ def _write(
     with reporter.task(f"writing {path.name}", len(weights.base), "tensors") as task:
         file.write(task.advance)
     if file.whole:
-        notes.append(f"{len(file.whole)} matrices are in f16: q8_0 needs rows of a multiple of 32 weights")
+        notes.append(f"{len(file.whole)} matrices are in f16: {file_type} needs rows of a multiple of 32 weights")
+    if file.other:
+        notes.append(
+            f"{len(file.other)} matrices are in q5_0, q5_1 or q8_0, which are larger: {file_type} needs rows of a "
+            "multiple of 256 weights"
+        )
     return notes
 
 

@@ -12,13 +12,23 @@ import numpy as np
 from torch import Tensor
 
 from tunewright.core.errors import UserError
+from tunewright.export.gguf.mixtures import Mixture, quantize_rows
+from tunewright.export.parity import Precision
 
-FileType = Literal["f16", "q8_0"]
+FileType = Literal["f16", "q8_0", "q4_k_m", "q5_k_m"]
 
 ARCHITECTURE = gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.LLAMA]
-FILE_TYPES = {"f16": gguf.LlamaFileType.MOSTLY_F16, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
-_BLOCK = 32
-"""Weights of a row that share one scale in Q8_0."""
+FILE_TYPES = {
+    "f16": gguf.LlamaFileType.MOSTLY_F16,
+    "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+    "q4_k_m": gguf.LlamaFileType.MOSTLY_Q4_K_M,
+    "q5_k_m": gguf.LlamaFileType.MOSTLY_Q5_K_M,
+}
+PRECISIONS: dict[FileType, Precision] = {"f16": "16-bit", "q8_0": "8-bit", "q4_k_m": "4-bit", "q5_k_m": "5-bit"}
+"""The limits that a file of each type is compared with."""
+_BLOCK, _SUPER_BLOCK = 32, 256
+"""Weights of a row that share one scale in Q8_0, and a block of scales in K-quants."""
+_UNQUANTIZED = (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16)
 
 
 def gguf_name(name: str, layers: int) -> str:
@@ -53,12 +63,16 @@ class TensorFile:
     Args:
         path: the file.
         file_type: type of the matrices; vectors are always float32.
+        mixture: their types in a file of K-quants.
     """
 
     path: Path
     file_type: FileType
+    mixture: Mixture | None = None
     whole: list[str] = field(default_factory=list)
-    """Matrices in float16, because their rows are not a multiple of 32 long, as q8_0 needs."""
+    """Matrices in float16, because their rows are not a multiple of 32 long, as quantized types need."""
+    other: list[str] = field(default_factory=list)
+    """Matrices in a larger type, because their rows are not a multiple of 256 long, as K-quants need."""
 
     def __post_init__(self) -> None:
         self.writer: Any = gguf.GGUFWriter(self.path, ARCHITECTURE)
@@ -68,7 +82,7 @@ class TensorFile:
         """Announce a tensor, which ``tensor`` returns later in float32."""
         kind = self._kind(name, shape)
         self._tensors.append((name, kind, tensor))
-        if kind == gguf.GGMLQuantizationType.Q8_0:
+        if kind not in _UNQUANTIZED:
             byte_shape = gguf.quant_shape_to_byte_shape(shape, kind)
             self.writer.add_tensor_info(name, byte_shape, np.dtype(np.uint8), int(np.prod(byte_shape)), raw_dtype=kind)
         else:
@@ -81,7 +95,10 @@ class TensorFile:
         self.writer.write_kv_data_to_file()
         self.writer.write_ti_data_to_file()
         for _, kind, tensor in self._tensors:
-            self.writer.write_tensor_data(gguf.quants.quantize(tensor().contiguous().numpy(), kind))
+            values = tensor().contiguous().numpy()
+            # The package gguf converts to the types without K itself.
+            python = kind in (*_UNQUANTIZED, gguf.GGMLQuantizationType.Q8_0)
+            self.writer.write_tensor_data(gguf.quants.quantize(values, kind) if python else quantize_rows(values, kind))
             on_tensor()
         self.writer.close()
 
@@ -93,4 +110,8 @@ class TensorFile:
         if shape[-1] % _BLOCK:
             self.whole.append(name)
             return gguf.GGMLQuantizationType.F16
-        return gguf.GGMLQuantizationType.Q8_0
+        if self.mixture is None:
+            return gguf.GGMLQuantizationType.Q8_0
+        if shape[-1] % _SUPER_BLOCK:
+            self.other.append(name)
+        return self.mixture.kind(name, shape[-1])

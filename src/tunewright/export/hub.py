@@ -1,0 +1,139 @@
+"""A repository folder for the Hugging Face hub: the adapter in PEFT's form, or a merged model, with its model card."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunewright.adapters.registry import CONFIG, WEIGHTS, Adapter
+from tunewright.chat import ChatFormat
+from tunewright.core.errors import UserError
+from tunewright.core.hub import hub_silence
+from tunewright.core.io import link_or_copy, write_json
+from tunewright.data.examples import Message
+from tunewright.export.merge import save_tokenizer
+from tunewright.export.record import RECORD, Export
+from tunewright.export.templates import count_equal_renderings
+
+CARD = "README.md"
+_HUB_ID = re.compile(r"[\w][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Destination:
+    """A repository on the hub."""
+
+    repository: str
+    private: bool
+
+
+@dataclass(frozen=True)
+class HubResult:
+    """A repository folder, and the place where it was pushed."""
+
+    folder: Path
+    record: Export
+    made: bool
+    """False if the folder existed already."""
+    evidence: str | None
+    """ID of the evidence in the card; None if there is none."""
+    pushed: str | None
+    """Address of the commit on the hub; None if nothing was pushed."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the result for ``--json``."""
+        return {
+            "folder": str(self.folder),
+            "made": self.made,
+            "evidence": self.evidence,
+            "pushed": self.pushed,
+            "files": self.record.files,
+            "notes": list(self.record.notes),
+        }
+
+
+def require_hub_id(name: str, where: str) -> None:
+    """Check the form of a hub id.
+
+    Raises:
+        UserError: it is not OWNER/NAME.
+    """
+    if not _HUB_ID.fullmatch(name):
+        raise UserError(f"Not a hub id: {name!r}", where=where, fix="Use OWNER/NAME.")
+
+
+def write_adapter(
+    folder: Path, adapter: Adapter, base_model: str | None, chat: ChatFormat, system_prompt: str | None
+) -> None:
+    """Write the adapter's files and the tokenizer with the template of training.
+
+    The base's name in the adapter's configuration becomes its hub id: the folder that training used is private.
+    """
+    settings = json.loads((adapter.folder / CONFIG).read_text(encoding="utf-8"))
+    write_json(folder / CONFIG, {**settings, "base_model_name_or_path": base_model})
+    shutil.copyfile(adapter.folder / WEIGHTS, folder / WEIGHTS)
+    save_tokenizer(folder, chat, system_prompt)
+
+
+def check_template(
+    folder: Path, chat: ChatFormat, conversations: Sequence[Sequence[Message]], system_prompt: str | None
+) -> None:
+    """Check that the folder's own tokenizer and template render conversations to the ids of training.
+
+    Raises:
+        UserError: they do not.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    ids = [chat.prompt(messages) for messages in conversations]
+    equal = count_equal_renderings(tokenizer, chat.template, conversations, ids, system_prompt)
+    if equal < len(ids):
+        raise UserError(
+            f"The exported template renders {len(ids) - equal} of {len(ids)} dev prompts to other tokens than training "
+            "did",
+            where=chat.template.name,
+            fix="Remove text that looks like a special token from these rows, and train again.",
+        )
+
+
+def copy_merged(folder: Path, merged: Path, names: list[str]) -> None:
+    """Copy the files of a merged model."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        link_or_copy(merged / name, folder / name)
+
+
+def push(folder: Path, destination: Destination, message: str) -> str:
+    """Create the repository if it does not exist, and commit the folder to it without its own record.
+
+    Returns:
+        The commit's address.
+
+    Raises:
+        UserError: the hub is unreachable, or refuses.
+    """
+    from huggingface_hub import HfApi, constants, errors
+
+    name = destination.repository
+    if (silence := hub_silence(constants.ENDPOINT)) is not None:
+        raise UserError(
+            f"The hub ({constants.ENDPOINT}) is unreachable: {silence}",
+            where="--push",
+            fix=f"The folder is complete: push it later with the same command, or with `hf upload {name} {folder}`.",
+        )
+    api = HfApi(endpoint=constants.ENDPOINT)
+    fix = "Run `hf auth login` (or set HF_TOKEN) with a token that may write to the repository."
+    try:
+        api.create_repo(name, private=destination.private, exist_ok=True)
+        commit = api.upload_folder(repo_id=name, folder_path=folder, commit_message=message, ignore_patterns=[RECORD])
+    except errors.HfHubHTTPError as error:
+        raise UserError(f"The hub refused the push to {name}: {error}", where="--push", fix=fix) from error
+    except ValueError as error:  # the hub's own check of the card's metadata
+        raise UserError(f"The hub refused the model card: {error}", where=str(folder / CARD)) from error
+    return str(commit.commit_url)
