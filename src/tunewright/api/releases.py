@@ -20,7 +20,7 @@ from tunewright.evidence.schema import EVIDENCE_FILE, evidence_on
 from tunewright.evidence.verdict import Verdict, verdict
 
 if TYPE_CHECKING:
-    from tunewright.serving.tenants import IsolationTest, Release, State
+    from tunewright.serving.tenants import IsolationTest, Release, ServingCheck, State
     from tunewright.serving.tenants.usage import ShadowLine
 
 
@@ -29,11 +29,14 @@ class DeployResult:
     """The result of a request to release an adapter."""
 
     release: Release | None
-    """The new release; None if the verdict or the isolation test refused it, and no alias has changed."""
+    """The new release; None if the verdict, the isolation test or the serving check refused it: no alias has changed.
+    """
     verdict: Verdict | None = None
     """The verdict of the adapter's newest evaluation; None if it was released without one."""
     isolation: IsolationTest | None = None
     """The isolation test that decided; None if it was not run."""
+    serving: ServingCheck | None = None
+    """The serving check; None if it was not run."""
     servers: int = 0
     """Running servers that share this state and apply the release within a second."""
 
@@ -42,6 +45,8 @@ class DeployResult:
         """Exit code: 0 released; 3 refused by a measured *no*; 4 undecided."""
         if self.release is not None:
             return 0
+        if self.serving is not None:
+            return 3
         if self.isolation is not None:
             return 3 if self.isolation.verdict == "not isolated" else 4
         assert self.verdict is not None
@@ -54,6 +59,7 @@ class DeployResult:
             "release": self.release.as_dict() if self.release else None,
             "verdict": decided,
             "isolation": asdict(self.isolation) if self.isolation else None,
+            "serving": asdict(self.serving) if self.serving else None,
             "servers": self.servers,
         }
 
@@ -81,16 +87,16 @@ class ReleasesApi:
         untested: str | None = None,
         system_prompt: bool = True,
     ) -> DeployResult:
-        """Release an adapter for an alias if an evaluation says *ship* and the isolation test passes.
+        """Release an adapter for an alias if an evaluation says *ship*, and the isolation test and serving check pass.
 
         Args:
             alias: the name that tenants call; created if it does not exist.
             adapter: a name or its beginning.
             canary: the candidate's share of the traffic, above 0 and below 1; the live release answers the rest.
             shadow: send the candidate a copy of each request and record its answers; none is returned.
-            because: reason to release whatever the verdict; it is stored.
-            engine: the engine of the isolation test (None: the config's, which serves).
-            untested: reason to skip the isolation test; it is stored.
+            because: reason to release whatever the verdict and the serving check; it is stored.
+            engine: the engine of the isolation test and the serving check (None: the config's, which serves).
+            untested: reason to skip the isolation test and the serving check; it is stored.
             system_prompt: add the adapter's trained system prompt to requests without a system message; False leaves
                 them unchanged.
 
@@ -118,25 +124,27 @@ class ReleasesApi:
             else:
                 state.releases.require_triable(alias, candidate)
             self._require_servable(chosen, alias, state)
-            test, passes = self._tested(state, alias, chosen, engine, untested)
+            test, check, passes = self._tested(state, alias, chosen, engine, untested, forced=because is not None)
             if not passes:
-                return DeployResult(None, decided, test)
-            grounds = Grounds(decided.decision if decided else None, evaluation, because, test, untested)
+                return DeployResult(None, decided, test, check)
+            grounds = Grounds(decided.decision if decided else None, evaluation, because, test, untested, check)
             if candidate is None:
                 made = state.releases.deploy(alias, chosen.name, chosen.digest, grounds, system_prompt=system_prompt)
             else:
                 made = state.releases.start_candidate(alias, candidate, grounds)
-            return DeployResult(made, decided, test, len(state.quota.servers()))
+            return DeployResult(made, decided, test, check, len(state.quota.servers()))
 
     def promote(self, alias: str, *, engine: EngineName | None = None, untested: str | None = None) -> DeployResult:
-        """Make an alias's candidate its live release once the isolation test has passed.
+        """Make an alias's candidate its live release once the isolation test and the serving check have passed.
 
-        The test is not repeated if nothing else was released since the candidate passed it.
+        The test is not repeated if nothing else was released since the candidate passed it; the check is not repeated
+        for the same adapter and engine. A candidate that was forced needs to pass the test only.
 
         Args:
             alias: its name.
-            engine: the engine of the isolation test (None: the one that the candidate passed on, else the config's).
-            untested: reason to skip the isolation test; it is stored.
+            engine: the engine of the isolation test and the serving check (None: the one that the candidate passed on,
+                else the config's).
+            untested: reason to skip the isolation test and the serving check; it is stored.
 
         Raises:
             UserError: no such alias, no candidate, a candidate that is missing here, or an engine that is not
@@ -151,27 +159,45 @@ class ReleasesApi:
                 self._require_evaluation(before.grounds.evaluation)
             if engine is None and before.grounds.isolation is not None:
                 engine = cast("EngineName", before.grounds.isolation.engine)
-            test, passes = self._tested(state, alias, chosen, engine, untested)
+            forced = before.grounds.because is not None
+            test, check, passes = self._tested(state, alias, chosen, engine, untested, forced=forced)
             if not passes:
-                return DeployResult(None, None, test)
-            made = state.releases.promote(alias, replace(before.grounds, isolation=test, untested=untested))
-            return DeployResult(made, None, test, len(state.quota.servers()))
+                return DeployResult(None, None, test, check)
+            grounds = replace(before.grounds, isolation=test, untested=untested, serving=check)
+            made = state.releases.promote(alias, grounds)
+            return DeployResult(made, None, test, check, len(state.quota.servers()))
 
     def _tested(
-        self, state: State, alias: str, adapter: Adapter, engine: EngineName | None, untested: str | None
-    ) -> tuple[IsolationTest | None, bool]:
-        """Return the isolation test, unless skipped, and whether the release may go live; audit a refusal."""
-        from tunewright.api.isolation import IsolationGate
+        self,
+        state: State,
+        alias: str,
+        adapter: Adapter,
+        engine: EngineName | None,
+        untested: str | None,
+        *,
+        forced: bool,
+    ) -> tuple[IsolationTest | None, ServingCheck | None, bool]:
+        """Return the isolation test and the serving check, unless skipped, and whether the release may go live.
 
-        gate = IsolationGate(self._context, state, alias, adapter, engine)
+        A refusal is audited. A forced release may fail the serving check, but not the isolation test.
+        """
+        from tunewright.api.isolation import ReleaseGate
+
+        gate = ReleaseGate(self._context, state, alias, adapter, engine)
         if untested is not None:
             gate.require_not_failed()
-            self._context.reporter.warn(f"{alias} goes live without the isolation test.")
-            return None, True
+            self._context.reporter.warn(f"{alias} goes live without the isolation test and the serving check.")
+            return None, None, True
         test, passes = gate.require_isolation()
         if not passes:
             state.releases.refuse(alias, adapter.name, adapter.digest, test)
-        return test, passes
+            return test, None, False
+        check = gate.serving_check()
+        if not check.passes and forced:
+            self._context.reporter.warn(f"{alias} goes live although the serving check failed: it was forced.")
+        elif not check.passes:
+            state.releases.refuse_served(alias, adapter.name, check)
+        return test, check, check.passes or forced
 
     def rollback(self, alias: str, number: int | None = None) -> Release:
         """Discard an alias's candidate, or without a candidate restore the previous release.

@@ -15,7 +15,14 @@ from tunewright.serving.tenants.database import Database, StateUnavailableError,
 from tunewright.serving.tenants.keys import Caller, InvalidKeyError, Key, Keys
 from tunewright.serving.tenants.migrations import upgrade
 from tunewright.serving.tenants.quota import LimitExceededError, Limits, Quota, RequestUsage, Reservation
-from tunewright.serving.tenants.release_record import Candidate, Grounds, IsolationCheck, IsolationTest, Release
+from tunewright.serving.tenants.release_record import (
+    Candidate,
+    Grounds,
+    IsolationCheck,
+    IsolationTest,
+    Release,
+    ServingCheck,
+)
 from tunewright.serving.tenants.releases import Releases
 from tunewright.serving.tenants.tenants import Tenant, Tenants
 from tunewright.serving.tenants.usage import Usage
@@ -41,6 +48,7 @@ __all__ = [
     "RequestUsage",
     "Reservation",
     "RollupResult",
+    "ServingCheck",
     "State",
     "StateUnavailableError",
     "Tenant",

@@ -32,6 +32,8 @@ _STATEMENTS = {
         "started DOUBLE PRECISION NOT NULL)",
         "CREATE INDEX unmetered_requests_by_time ON unmetered_requests (tenant_id, started)",
     ),
+    # The result of the serving check is stored with a release.
+    5: ("ALTER TABLE releases ADD COLUMN serving JSON",),
 }
 """The statements that lead from each version to the next, for SQLite and PostgreSQL alike."""
 

@@ -16,11 +16,12 @@ from sqlalchemy import Connection, Row, func, insert, select
 from tunewright.core.errors import UserError
 from tunewright.serving.tenants.audit import Change, changing
 from tunewright.serving.tenants.database import Database
-from tunewright.serving.tenants.release_record import Action, Candidate, Grounds, IsolationTest, Release
+from tunewright.serving.tenants.release_record import Action, Candidate, Grounds, IsolationTest, Release, ServingCheck
 from tunewright.serving.tenants.tables import audit, releases
 from tunewright.serving.tenants.tenants import check_name
 
 _REFUSED = "isolation.refused"
+_NOT_AS_TRAINED = "serving.refused"
 
 
 class Releases:
@@ -67,6 +68,11 @@ class Releases:
             tests = [json.loads(details)["isolation"] for details in connection.execute(query).scalars()]
         return next((IsolationTest.of(test) for test in tests if test["subject"] == subject), None)
 
+    def checked(self, subject: str) -> ServingCheck | None:
+        """Return the newest serving check of this subject that a release has, if there is one."""
+        checks = [release.grounds.serving for release in self.history()]
+        return next((check for check in reversed(checks) if check is not None and check.subject == subject), None)
+
     def require_deployable(self, alias: str, adapter: str, digest: str, *, system_prompt: bool = True) -> None:
         """Check that :meth:`deploy` would accept this adapter now.
 
@@ -93,6 +99,11 @@ class Releases:
         """
         with self._database.reading() as connection:
             return _promotable(connection, alias)
+
+    def refuse_served(self, alias: str, adapter: str, check: ServingCheck) -> None:
+        """Record in the audit log that an adapter failed its serving check; nothing else changes."""
+        with changing(self._database, self._actor) as change:
+            change.log(_NOT_AS_TRAINED, alias, adapter=adapter, digest=check.adapter, serving=asdict(check))
 
     def refuse(self, alias: str, adapter: str, digest: str, test: IsolationTest) -> None:
         """Record in the audit log that an adapter failed its isolation test; nothing else changes."""
@@ -278,7 +289,7 @@ def _add(
             restores=restores,
             author=change.actor,
             created=change.now,
-            **asdict(grounds),  # includes the isolation test as JSON
+            **asdict(grounds),  # includes the isolation test and the serving check as JSON
         )
         .returning(releases)
     ).one()
@@ -326,6 +337,7 @@ def _release(row: Row[Any]) -> Release:
             row.because,
             None if row.isolation is None else IsolationTest.of(row.isolation),
             row.untested,
+            None if row.serving is None else ServingCheck.of(row.serving),
         ),
         row.author,
         row.created,
