@@ -16,7 +16,7 @@ from tunewright.api.serving import adapter_of
 from tunewright.config import EngineName
 from tunewright.core.errors import UserError
 from tunewright.evaluation.access_log import AccessLog
-from tunewright.evidence.schema import EVIDENCE_FILE, evidence_on
+from tunewright.evidence.schema import EVIDENCE_FILE, Evidence, evidence_on
 from tunewright.evidence.verdict import Verdict, verdict
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ class ReleasesApi:
         engine: EngineName | None = None,
         untested: str | None = None,
         system_prompt: bool = True,
+        constrain: bool = False,
     ) -> DeployResult:
         """Release an adapter for an alias if an evaluation says *ship*, and the isolation test and serving check pass.
 
@@ -99,10 +100,12 @@ class ReleasesApi:
             untested: reason to skip the isolation test and the serving check; it is stored.
             system_prompt: add the adapter's trained system prompt to requests without a system message; False leaves
                 them unchanged.
+            constrain: constrain answers by the config's ``evaluate.structured_outputs``, unless a request sets a form.
 
         Raises:
             UserError: no such adapter, one that does not fit, was never evaluated or is already released, or an engine
-                that is not installed or cannot hold it.
+                that is not installed or cannot hold it. With ``constrain``: the config has no constraint, or the
+                adapter was not evaluated with it.
         """
         from tunewright.serving.tenants import Candidate, Grounds
 
@@ -111,16 +114,20 @@ class ReleasesApi:
         _require_reason(because, "--because")
         _require_reason(untested, "--untested")
         chosen = find_adapter(self._context.folder.adapters, adapter)
-        decided, evaluation = self._judge(chosen, because)
+        decided, evidence = self._judge(chosen, because)
+        grammar = self._grammar(chosen, evidence, because) if constrain else None
+        evaluation = evidence.id if evidence else None
         if because is None and decided is not None and decided.decision != "ship":
             return DeployResult(None, decided)
         candidate = None
         if shadow or canary is not None:
-            candidate = Candidate(chosen.name, chosen.digest, canary, system_prompt)
+            candidate = Candidate(chosen.name, chosen.digest, canary, system_prompt, grammar)
         with self._context.state(make=True) as state:
             # Refuse invalid requests before the slow isolation test.
             if candidate is None:
-                state.releases.require_deployable(alias, chosen.name, chosen.digest, system_prompt=system_prompt)
+                state.releases.require_deployable(
+                    alias, chosen.name, chosen.digest, system_prompt=system_prompt, grammar=grammar
+                )
             else:
                 state.releases.require_triable(alias, candidate)
             self._require_servable(chosen, alias, state)
@@ -129,7 +136,9 @@ class ReleasesApi:
                 return DeployResult(None, decided, test, check)
             grounds = Grounds(decided.decision if decided else None, evaluation, because, test, untested, check)
             if candidate is None:
-                made = state.releases.deploy(alias, chosen.name, chosen.digest, grounds, system_prompt=system_prompt)
+                made = state.releases.deploy(
+                    alias, chosen.name, chosen.digest, grounds, system_prompt=system_prompt, grammar=grammar
+                )
             else:
                 made = state.releases.start_candidate(alias, candidate, grounds)
             return DeployResult(made, decided, test, check, len(state.quota.servers()))
@@ -254,8 +263,8 @@ class ReleasesApi:
             state.releases.history(alias)
             return state.usage.shadow_lines(alias)
 
-    def _judge(self, adapter: Adapter, because: str | None) -> tuple[Verdict | None, str | None]:
-        """Return the verdict of the adapter's newest evaluation, and the evaluation's ID."""
+    def _judge(self, adapter: Adapter, because: str | None) -> tuple[Verdict | None, Evidence | None]:
+        """Return the verdict of the adapter's newest evaluation, and its evidence."""
         # Before one is chosen: a changed file could hide that it is about this adapter, or the newest.
         self._check_access_log()
         evidence = evidence_on(self._context.folder.evaluations, adapter.digest, self._context.reporter)
@@ -276,7 +285,40 @@ class ReleasesApi:
                 where=str(access_log.path),
                 fix=f"Restore its folder, or run `tunewright evaluate {adapter.name}` with the config that it had.",
             )
-        return verdict(evidence), evidence.id
+        return verdict(evidence), evidence
+
+    def _grammar(self, adapter: Adapter, evidence: Evidence | None, because: str | None) -> str:
+        """Return the rule of the config's constraint, with which the adapter was evaluated.
+
+        A forced release may be without that evidence, with a warning.
+
+        Raises:
+            UserError: the config has no constraint, it cannot be compiled, or no evidence has it.
+        """
+        from tunewright.chat.answers import grammar_compiler
+        from tunewright.evaluation.generations import grammar_of
+
+        grammar = grammar_of(self._context.folder)
+        if grammar is None:
+            raise UserError(
+                "The config has no constraint",
+                where="--constrain",
+                fix="Set evaluate.structured_outputs, and evaluate the adapter with it.",
+            )
+        grammar_compiler(self._context.chat).compile(grammar)
+        arms = [] if evidence is None else [arm for arm in evidence.arms if arm.kind == "tuned" and arm.constrained]
+        if evidence is None or not arms:
+            missing = f"{adapter.name} has no evidence with constrained answers"
+        elif evidence.lineage.get("grammar") != grammar.digest:
+            missing = f"{adapter.name} was evaluated with another constraint than evaluate.structured_outputs has now"
+        else:
+            return grammar.rule
+        if because is None:
+            raise UserError(
+                missing, where="--constrain", fix=f"Run `tunewright evaluate {adapter.name}` with this constraint."
+            )
+        self._context.reporter.warn(f"{missing}. The release constrains its answers all the same: it was forced.")
+        return grammar.rule
 
     def _require_evaluation(self, evaluation: str) -> None:
         """Refuse to promote on an evaluation that was changed or removed since the candidate was released."""

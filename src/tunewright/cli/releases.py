@@ -64,6 +64,12 @@ def deploy(
             help="Do not add the trained system prompt to requests without a system message.",
         ),
     ] = False,
+    constrain: Annotated[
+        bool,
+        typer.Option(
+            "--constrain", help="Constrain answers by evaluate.structured_outputs, unless a request sets a form."
+        ),
+    ] = False,
     engine: TestedOn = None,
     untested: Untested = None,
 ) -> int | None:
@@ -87,6 +93,7 @@ def deploy(
         engine=engine.value if engine else None,
         untested=untested,
         system_prompt=not no_system_prompt,
+        constrain=constrain,
     )
     if result.release is None and result.isolation is None:
         assert result.verdict is not None
@@ -168,6 +175,7 @@ def releases_tables(releases: Sequence[Release]) -> list[RenderableType]:
     for release in releases:
         candidate = "" if release.candidate is None else f"\n{release.candidate.adapter}\n{release.candidate.summary}"
         bare = "" if release.system_prompt else "\nwithout its system prompt"
+        bare += "" if release.grammar is None else "\nconstrained"
         verdict = "" if release.undeployed else release.grounds.verdict or "not evaluated"
         restores = "" if release.restores is None else f" to {release.restores}"
         table.add_row(

@@ -18,7 +18,15 @@ def _make_old(url: str) -> None:
         with_tenant(state)
         state.releases.deploy("recipes", "b", DIGESTS["b"], SHIP)
     with raw(url) as execute:
-        for column in ("isolation", "untested", "system_prompt", "candidate_system_prompt", "serving"):
+        for column in (
+            "isolation",
+            "untested",
+            "system_prompt",
+            "candidate_system_prompt",
+            "serving",
+            "grammar",
+            "candidate_grammar",
+        ):
             execute(f"ALTER TABLE releases DROP COLUMN {column}")
         execute("ALTER TABLE requests DROP COLUMN end_user")
         for table in ("usage_days", "key_uses", "unmetered_requests"):
@@ -99,6 +107,6 @@ def test_verify_accepts_audit_lines_without_later_fields(state_url: str) -> None
             **now,
             "grounds": {k: v for k, v in now["grounds"].items() if k not in ("isolation", "untested", "serving")},
         }
-        del old["system_prompt"]
+        del old["system_prompt"], old["grammar"]
         assert _comparable(old) == _comparable(now)
         assert _comparable({**old, "digest": DIGESTS["c"]}) != _comparable(now)

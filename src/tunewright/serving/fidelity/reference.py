@@ -19,6 +19,9 @@ from tunewright.serving.isolation.probes import Answer, GreedyAnswer
 from tunewright.serving.isolation.reference import alternatives
 
 
+_BATCH = 8
+
+
 @dataclass(frozen=True)
 class ReferenceAnswer:
     """A greedy answer, and the distributions at some of its places."""
@@ -39,21 +42,25 @@ def comparable(completion: Completion) -> Answer:
 
 
 def reference_answers(
-    model: Any, adapter: str | None, probe: Probe, chat: ChatFormat, on_answer: Callable[[], None]
+    model: Any, adapter: str | None, probe: Probe, chat: ChatFormat, on_answers: Callable[[int], None]
 ) -> list[ReferenceAnswer]:
     """Return the greedy answers of the base, or of the base with an adapter.
 
     Args:
         model: the base with the adapter, a PEFT model.
         adapter: the adapter's name; None for the base.
+        on_answers: called with the number of new answers.
     """
     if adapter is not None:
         model.set_adapter(adapter)
-    found = []
-    for prompt in probe.prompts:
+    completions: list[Completion] = []
+    for first in range(0, len(probe.prompts), _BATCH):
+        prompts = probe.prompts[first : first + _BATCH]
         with nullcontext() if adapter is not None else model.disable_adapter():
-            completion = _completion(model, prompt, probe, chat)
-        on_answer()
+            completions += _completions(model, prompts, probe, chat)
+        on_answers(len(prompts))
+    found = []
+    for prompt, completion in zip(probe.prompts, completions, strict=True):
         ids, count = (*prompt, *completion.ids), len(completion.ids)
         chosen = tuple(places(count, ended=False)) if count else ()
         with nullcontext() if adapter is not None else model.disable_adapter():
@@ -72,20 +79,23 @@ def reference_answers(
 
 
 @torch.inference_mode()
-def _completion(model: Any, prompt: tuple[int, ...], probe: Probe, chat: ChatFormat) -> Completion:
-    """Return transformers' own greedy answer, which shares no code with the engines, cut at a stop string."""
-    asked = torch.tensor([prompt], device=model.device)
+def _completions(model: Any, prompts: Sequence[tuple[int, ...]], probe: Probe, chat: ChatFormat) -> list[Completion]:
+    """Return transformers' own greedy answers, which share no code with the engines, cut at a stop string."""
+    longest = max(map(len, prompts))
+    padding, pad = [longest - len(prompt) for prompt in prompts], chat.tokenizer.pad_token_id
     made = model.generate(
-        input_ids=asked,
-        attention_mask=torch.ones_like(asked),
+        input_ids=torch.tensor([[pad] * n + list(p) for n, p in zip(padding, prompts, strict=True)]).to(model.device),
+        attention_mask=torch.tensor([[0] * n + [1] * (longest - n) for n in padding]).to(model.device),
         max_new_tokens=probe.limit,
         do_sample=False,
         eos_token_id=sorted(chat.stop_ids),
-        pad_token_id=chat.tokenizer.pad_token_id,
+        pad_token_id=pad,
     )
-    ids: list[int] = made[0, len(prompt) :].tolist()
-    ended = bool(ids) and ids[-1] in chat.stop_ids
-    return cut(ids[:-1] if ended else ids, "stop" if ended else "length", probe.stop, chat)
+    found = []
+    for ids in made[:, longest:].tolist():
+        ends = [place for place, token in enumerate(ids) if token in chat.stop_ids]
+        found.append(cut(ids[: ends[0]] if ends else ids, "stop" if ends else "length", probe.stop, chat))
+    return found
 
 
 def cut(ids: Sequence[int], finish: Finish, stop: tuple[str, ...], chat: ChatFormat) -> Completion:

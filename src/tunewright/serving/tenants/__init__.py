@@ -161,4 +161,5 @@ def _comparable(release: Mapping[str, Any]) -> str:
 
 
 def _without_default(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in record.items() if name != "system_prompt" or value is not True}
+    defaults: dict[str, Any] = {"system_prompt": True, "grammar": None}
+    return {name: value for name, value in record.items() if name not in defaults or value != defaults[name]}

@@ -156,6 +156,9 @@ class ServingCheck:
         return cls(**{**stored, "figures": figures, "reasons": tuple(stored["reasons"])})
 
 
+Answer = tuple[str, bool, str | None]
+"""The adapter's digest, True if its system prompt is added, and the rule that constrains answers."""
+
 Action = Literal["deploy", "canary", "shadow", "promote", "rollback", "undeploy"]
 
 
@@ -187,11 +190,19 @@ class Candidate:
     """The share of the traffic that it answers, as a canary; None: its answers are only recorded, as a shadow."""
     system_prompt: bool = True
     """True if its trained system prompt is added to requests without one."""
+    grammar: str | None = None
+    """The rule that its answers match if their request sets no form; None: any text."""
+
+    @property
+    def answer(self) -> Answer:
+        """As :attr:`Release.answer`."""
+        return self.digest, self.system_prompt, self.grammar
 
     @property
     def summary(self) -> str:
         """The kind of trial, in words."""
         how = "in the shadow" if self.share is None else f"on {100 * self.share:.4g}% of the traffic"
+        how = how if self.grammar is None else f"{how}, constrained"
         return how if self.system_prompt else f"{how} without its system prompt"
 
 
@@ -216,6 +227,8 @@ class Release:
     created: float
     system_prompt: bool = True
     """True if the adapter's trained system prompt is added to requests without one."""
+    grammar: str | None = None
+    """The rule that answers match if their request sets no form; None: any text."""
 
     @property
     def undeployed(self) -> bool:
@@ -223,9 +236,9 @@ class Release:
         return self.action == "undeploy"
 
     @property
-    def answer(self) -> tuple[str, bool]:
+    def answer(self) -> Answer:
         """The part of a release that decides the alias's answers: equal for two releases that answer alike."""
-        return self.digest, self.system_prompt
+        return self.digest, self.system_prompt, self.grammar
 
     @property
     def adapters(self) -> list[tuple[str, str]]:

@@ -16,7 +16,15 @@ from sqlalchemy import Connection, Row, func, insert, select
 from tunewright.core.errors import UserError
 from tunewright.serving.tenants.audit import Change, changing
 from tunewright.serving.tenants.database import Database
-from tunewright.serving.tenants.release_record import Action, Candidate, Grounds, IsolationTest, Release, ServingCheck
+from tunewright.serving.tenants.release_record import (
+    Action,
+    Answer,
+    Candidate,
+    Grounds,
+    IsolationTest,
+    Release,
+    ServingCheck,
+)
 from tunewright.serving.tenants.tables import audit, releases
 from tunewright.serving.tenants.tenants import check_name
 
@@ -73,14 +81,16 @@ class Releases:
         checks = [release.grounds.serving for release in self.history()]
         return next((check for check in reversed(checks) if check is not None and check.subject == subject), None)
 
-    def require_deployable(self, alias: str, adapter: str, digest: str, *, system_prompt: bool = True) -> None:
+    def require_deployable(
+        self, alias: str, adapter: str, digest: str, *, system_prompt: bool = True, grammar: str | None = None
+    ) -> None:
         """Check that :meth:`deploy` would accept this adapter now.
 
         Raises:
             UserError: as :meth:`deploy`.
         """
         with self._database.reading() as connection:
-            _require_new(connection, alias, adapter, (digest, system_prompt))
+            _require_new(connection, alias, adapter, (digest, system_prompt, grammar))
 
     def require_triable(self, alias: str, candidate: Candidate) -> None:
         """Check that :meth:`start_candidate` would accept this candidate now.
@@ -110,18 +120,28 @@ class Releases:
         with changing(self._database, self._actor) as change:
             change.log(_REFUSED, alias, adapter=adapter, digest=digest, isolation=asdict(test))
 
-    def deploy(self, alias: str, adapter: str, digest: str, grounds: Grounds, *, system_prompt: bool = True) -> Release:
+    def deploy(
+        self,
+        alias: str,
+        adapter: str,
+        digest: str,
+        grounds: Grounds,
+        *,
+        system_prompt: bool = True,
+        grammar: str | None = None,
+    ) -> Release:
         """Make an adapter the live one of an alias, and drop its candidate.
 
         Args:
             system_prompt: whether the adapter's trained system prompt is added to requests without one.
+            grammar: the rule that answers match if their request sets no form.
 
         Raises:
             UserError: the adapter is live already, the alias's name is not valid, or another adapter has gone live
                 since the isolation test.
         """
         with changing(self._database, self._actor) as change:
-            answer = (digest, system_prompt)
+            answer = (digest, system_prompt, grammar)
             before = _require_new(change.connection, alias, adapter, answer)
             return _add(change, before, "deploy", alias, adapter, answer, None, grounds)
 
@@ -150,8 +170,7 @@ class Releases:
         with changing(self._database, self._actor) as change:
             before, chosen = _promotable(change.connection, alias)
             by = before.grounds if grounds is None else grounds
-            answer = (chosen.digest, chosen.system_prompt)
-            return _add(change, before, "promote", alias, chosen.adapter, answer, None, by)
+            return _add(change, before, "promote", alias, chosen.adapter, chosen.answer, None, by)
 
     def rollback_target(self, alias: str, number: int | None = None) -> Release:
         """Return the release that :meth:`rollback` would restore.
@@ -191,7 +210,7 @@ class Releases:
             return _add(change, now, "undeploy", alias, now.adapter, now.answer, None, grounds)
 
 
-def _require_new(connection: Connection, alias: str, adapter: str, answer: tuple[str, bool]) -> Release | None:
+def _require_new(connection: Connection, alias: str, adapter: str, answer: Answer) -> Release | None:
     check_name(alias, "an alias")
     before = _last(connection, alias)
     if before is not None and before.answer == answer and before.candidate is None and not before.undeployed:
@@ -265,12 +284,12 @@ def _add(
     action: Action,
     alias: str,
     adapter: str,
-    answer: tuple[str, bool],
+    answer: Answer,
     candidate: Candidate | None,
     grounds: Grounds,
     restores: int | None = None,
 ) -> Release:
-    digest, system_prompt = answer
+    digest, system_prompt, grammar = answer
     if action not in ("rollback", "undeploy"):
         _require_tested(change.connection, alias, digest, candidate, grounds)
     row = change.connection.execute(
@@ -286,6 +305,8 @@ def _add(
             share=candidate and candidate.share,
             system_prompt=system_prompt,
             candidate_system_prompt=candidate and candidate.system_prompt,
+            grammar=grammar,
+            candidate_grammar=candidate and candidate.grammar,
             restores=restores,
             author=change.actor,
             created=change.now,
@@ -321,7 +342,7 @@ def _release(row: Row[Any]) -> Release:
     candidate = None
     if row.candidate is not None:
         adds = row.candidate_system_prompt is not False
-        candidate = Candidate(row.candidate, row.candidate_digest, row.share, adds)
+        candidate = Candidate(row.candidate, row.candidate_digest, row.share, adds, row.candidate_grammar)
     return Release(
         row.id,
         row.alias,
@@ -342,6 +363,7 @@ def _release(row: Row[Any]) -> Release:
         row.author,
         row.created,
         row.system_prompt is not False,
+        row.grammar,
     )
 
 

@@ -96,6 +96,9 @@ releases = Table(
     Column("system_prompt", Boolean),
     Column("candidate_system_prompt", Boolean),
     Column("serving", JSON(none_as_null=True)),  # the serving check of the adapter
+    # The rule that answers match if their request sets no form; null: any text.
+    Column("grammar", LongText),
+    Column("candidate_grammar", LongText),
     UniqueConstraint("alias", "number"),
 )
 
