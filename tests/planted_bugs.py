@@ -6,9 +6,10 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tunewright.adapters.lora_weights import load_lora_weights
 from tunewright.engines.protocol import Delta, TokenSink, deliver_stream, stream
 from tunewright.generation.requests import Request
-from tunewright.serving.engines.peft import PeftEngine, load_lora_weights
+from tunewright.serving.engines.peft import PeftEngine
 
 
 @dataclass(frozen=True)

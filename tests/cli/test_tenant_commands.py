@@ -212,7 +212,7 @@ def test_deploy_constrain_requires_evidence_with_the_same_constraint(project: Pa
     assert f"tunewright evaluate {first.name}" in ran.stderr
 
     arm = next(arm for arm in SHIPS.arms if arm.name == "tuned")
-    arms = (*SHIPS.arms, arm.model_copy(update={"name": "tuned+constrained", "constrained": True}))
+    arms = [*SHIPS.arms, arm.model_copy(update={"name": "tuned+constrained", "constrained": True})]
     grammar = Grammar.choices(["red", "blue"])
     constrained = SHIPS.model_copy(update={"arms": arms, "lineage": SHIPS.lineage | {"grammar": grammar.digest}})
     _evaluated(project, first, constrained, 2)

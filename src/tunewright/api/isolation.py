@@ -1,4 +1,4 @@
-"""What is tested before a release goes live: isolation (also by ``tunewright serve --self-test``), and its answers."""
+"""The tests of a release before it goes live: isolation (also by ``tunewright serve --self-test``) and its answers."""
 
 from __future__ import annotations
 

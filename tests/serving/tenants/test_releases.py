@@ -201,9 +201,9 @@ def test_system_prompt_choice_belongs_to_the_release(state_url: str) -> None:
         assert releases.promote("courts").answer == (DIGESTS["b"], True, None)
         assert releases.rollback("courts").answer == (DIGESTS["a"], False, None)
         releases.start_candidate("courts", Candidate("c", DIGESTS["c"], None, False), SHIP)
-        assert releases.promote("courts").answer == (DIGESTS["c"], False)
+        assert releases.promote("courts").answer == (DIGESTS["c"], False, None)
         assert not releases.undeploy("courts").system_prompt
-        assert releases.rollback("courts").answer == (DIGESTS["c"], False)
+        assert releases.rollback("courts").answer == (DIGESTS["c"], False, None)
         assert releases.rollback("courts").answer == (DIGESTS["a"], False, None)
         assert releases.rollback("courts").answer == (DIGESTS["a"], True, None)
         assert releases.live() == {"courts": releases.history("courts")[-1]}

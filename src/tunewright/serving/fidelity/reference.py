@@ -18,7 +18,6 @@ from tunewright.generation.text_stream import TextStream
 from tunewright.serving.isolation.probes import Answer, GreedyAnswer
 from tunewright.serving.isolation.reference import alternatives
 
-
 _BATCH = 8
 
 

@@ -58,7 +58,7 @@ _LORA_B = ".lora_B."
 
 @dataclass(frozen=True)
 class _Engine:
-    """What an engine has answered to one prompt."""
+    """An engine's answer to one prompt."""
 
     completion: Completion
     """Its greedy answer."""

@@ -112,7 +112,8 @@ class ServingFigures:
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> ServingFigures:
         """Return the figures that the state has stored as JSON."""
-        return cls(**{k: Estimate(**v) if isinstance(v, dict) else v for k, v in stored.items()})
+        fields: dict[str, Any] = {k: Estimate(**v) if isinstance(v, dict) else v for k, v in stored.items()}
+        return cls(**fields)
 
 
 @dataclass(frozen=True)
