@@ -293,10 +293,11 @@ class ReleasesApi:
         A forced release may be without that evidence, with a warning.
 
         Raises:
-            UserError: the config has no constraint, it cannot be compiled, or no evidence has it.
+            UserError: the config has no constraint on texts, it cannot be compiled, or no evidence has it.
         """
         from tunewright.chat.answers import grammar_compiler
-        from tunewright.evaluation.generations import grammar_of
+        from tunewright.evaluation.answer_constraints import grammar_of
+        from tunewright.generation.constraints import Grammar
 
         grammar = grammar_of(self._context.folder)
         if grammar is None:
@@ -304,6 +305,12 @@ class ReleasesApi:
                 "The config has no constraint",
                 where="--constrain",
                 fix="Set evaluate.structured_outputs, and evaluate the adapter with it.",
+            )
+        if not isinstance(grammar, Grammar):
+            raise UserError(
+                "A release cannot carry evaluate.structured_outputs.tools: the functions are part of each request",
+                where="--constrain",
+                fix="Omit --constrain; clients send strict functions, or tool_choice required.",
             )
         grammar_compiler(self._context.chat).compile(grammar)
         arms = [] if evidence is None else [arm for arm in evidence.arms if arm.kind == "tuned" and arm.constrained]
