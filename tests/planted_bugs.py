@@ -1,4 +1,4 @@
-"""Engines that mix their adapters up, each in a way in which a real one has."""
+"""Engines with faults: they mix their adapters up as real ones have, or apply an adapter wrongly."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tunewright.adapters.lora_weights import load_lora_weights
 from tunewright.engines.protocol import Delta, TokenSink, deliver_stream, stream
 from tunewright.generation.requests import Request
 from tunewright.serving.engines.peft import PeftEngine
@@ -90,3 +91,46 @@ class LastVersion(OldVersion):
     """The same, where the slot that was left last is taken first."""
 
     newest = True
+
+
+class WrongScale(PeftEngine):
+    """An engine that reads an adapter's alpha wrongly: all of its changes are too small."""
+
+    factor = 0.5
+
+    async def load(self, digest: str, folder: Path) -> None:
+        await super().load(digest, folder)
+        loras = load_lora_weights(folder, self._model)
+        smaller = {name: replace(lora, scale=self.factor * lora.scale) for name, lora in loras.items()}
+
+        def put() -> None:
+            self._batch.remove_adapter(digest)
+            self._batch.add_adapter(digest, smaller)
+
+        await self._run_between_steps(put)
+
+
+class LateBase(Planted):
+    """An engine that loses the adapter in long answers: after twelve tokens the base answers."""
+
+    after = 12
+
+    async def deltas(self, request: Request) -> AsyncGenerator[Delta, None]:
+        if request.adapter is None or request.max_new_tokens <= self.after:
+            async for delta in super().deltas(request):
+                yield delta
+            return
+        ids: tuple[int, ...] = ()
+        async for delta in super().deltas(replace(request, max_new_tokens=self.after)):
+            ids += delta.ids
+            yield replace(delta, finish=None if delta.finish == "length" else delta.finish)
+            if delta.finish == "stop":
+                return
+        rest = replace(
+            request,
+            adapter=None,
+            prompt_ids=(*request.prompt_ids, *ids),
+            max_new_tokens=request.max_new_tokens - self.after,
+        )
+        async for delta in super().deltas(rest):
+            yield delta

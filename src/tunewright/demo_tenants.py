@@ -107,7 +107,9 @@ def _release(opened: Project, alias: str, adapter: Adapter, because: str | None)
         return True
     opened.reporter.say(f"deploy {alias} {adapter.name}{'' if because is None else f': forced, {because}'}")
     done = opened.deploy(alias, adapter.name, because=because)
-    if done.release is None and done.isolation is not None:
+    if done.release is None and done.serving is not None:
+        opened.reporter.warn(f"{alias} does not go live: {'; '.join(done.serving.reasons)}")
+    elif done.release is None and done.isolation is not None:
         opened.reporter.warn(f"{alias} does not go live: {'; '.join(done.isolation.reasons)}")
     return done.release is not None
 

@@ -28,6 +28,7 @@ from tunewright.adapters.registry import Adapter, find_adapter, list_adapters
 from tunewright.evaluation.access_log import ACCESS_LOG, AccessLog
 from tunewright.evidence.logged_access import LogLine
 from tunewright.evidence.schema import Evidence
+from tunewright.generation.constraints import Grammar
 from tunewright.serving.tenants import RequestUsage, State
 
 
@@ -63,6 +64,7 @@ def _evaluated(project: Path, adapter: Adapter, evidence: Evidence, number: int 
     AccessLog(evaluations).write(evaluations / stored.id / "evidence.json", stored.model_dump_json())
 
 
+FORCE = ("--force", "--because", "it is urgent")
 SHIPS = make_evidence(make_items())
 FAILS = with_contrast(SHIPS, difference=-0.2, low=-0.3, high=-0.1, p_value=0.001)
 OPEN = with_contrast(SHIPS, difference=0.02, low=-0.1, high=0.1, p_value=0.6)
@@ -190,6 +192,42 @@ def test_deploy_force_stores_the_reason(project: Path) -> None:
     assert "courts 1 was forced: the client insists" in reported
     assert "courts 2 was forced: never evaluated" in reported
     assert "the client insists" in _document(project, "audit", "show")["lines"][0]["details"]
+    assert _document(project, "audit", "verify")["ok"]
+
+
+def test_deploy_constrain_requires_evidence_with_the_same_constraint(project: Path) -> None:
+    first, second = _adapters(project)
+    config = project / "tunewright.yaml"
+    text = config.read_text()
+    config.unlink()
+    config.write_text(text)
+    _evaluated(project, first, SHIPS)
+    command = ["deploy", "courts", first.name, "--constrain"]
+    ran = _run(project, *command)
+    assert (ran.code, "The config has no constraint" in ran.stderr) == (2, True)
+    choices = 'evaluate:\n  structured_outputs: {choices: ["red", "blue"]}\n'
+    config.write_text(text.replace("evaluate:\n", choices))
+    ran = _run(project, *command)
+    assert (ran.code, "has no evidence with constrained answers" in ran.stderr) == (2, True)
+    assert f"tunewright evaluate {first.name}" in ran.stderr
+
+    arm = next(arm for arm in SHIPS.arms if arm.name == "tuned")
+    arms = [*SHIPS.arms, arm.model_copy(update={"name": "tuned+constrained", "constrained": True})]
+    grammar = Grammar.choices(["red", "blue"])
+    constrained = SHIPS.model_copy(update={"arms": arms, "lineage": SHIPS.lineage | {"grammar": grammar.digest}})
+    _evaluated(project, first, constrained, 2)
+    release = _document(project, *command)["release"]
+    assert (release["grammar"], release["grounds"]["evaluation"]) == (grammar.rule, f"{2:012x}")
+    assert "constrained" in _run(project, "releases").stdout
+
+    config.write_text(text.replace("evaluate:\n", choices.replace("blue", "green")))
+    ran = _run(project, *command)
+    assert (ran.code, "was evaluated with another constraint" in ran.stderr) == (2, True)
+    forced = _run(project, "deploy", "courts", second.name, "--constrain", "--canary", "10%", *FORCE, "--json")
+    assert forced.document["release"]["candidate"]["grammar"] == Grammar.choices(["red", "green"]).rule
+    assert "The release constrains its answers all the same" in forced.stderr
+    assert _document(project, "promote", "courts")["release"]["grammar"] == Grammar.choices(["red", "green"]).rule
+    assert _document(project, "rollback", "courts")["grammar"] == grammar.rule
     assert _document(project, "audit", "verify")["ok"]
 
 

@@ -1,4 +1,4 @@
-"""The isolation test: on request (``tunewright serve --self-test``), and before a release goes live."""
+"""The tests of a release before it goes live: isolation (also by ``tunewright serve --self-test``) and its answers."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from tunewright.data.examples import Message
 from tunewright.data.versions import Member, has_version, load_version
 
 if TYPE_CHECKING:
+    from tunewright.export.probe import Probe
     from tunewright.serving.isolation.runner import IsolationRunner
-    from tunewright.serving.tenants import IsolationTest, State
+    from tunewright.serving.tenants import IsolationTest, ServingCheck, State
 
 DEV_PROMPTS = 16
 """Number of dev items tried first: an adapter differs most on its own task."""
@@ -33,6 +34,32 @@ GENERAL = (
     "def add(a, b):",
 )
 """Prompts tried after the dev items, or alone on a machine without the data, such as a server."""
+
+
+ANSWER_TOKENS = 64
+"""Tokens of an answer to a general question in the serving check."""
+
+
+def serving_probe(opened: ProjectContext) -> Probe:
+    """Return the prompts of the serving check: dev items, or general questions on a machine without the data.
+
+    Raises:
+        UserError: no dev row fits the base's context.
+    """
+    from tunewright.chat.answers import stop_strings
+    from tunewright.export.probe import Probe, draw_probe
+    from tunewright.models.loading import context_length
+
+    config, chat = opened.folder.config, opened.chat
+    if has_version(opened.folder.dataset):
+        version = load_version(opened.folder.dataset)
+        if version.domain_of("dev"):
+            return draw_probe(version, chat, config, context_length(opened.base), opened.reporter)
+    opened.reporter.warn(
+        "There are no dev items here: the serving check asks general questions, and no JSON or calls are checked."
+    )
+    prompts = tuple(chat.prompt((Message("user", text),)) for text in GENERAL)
+    return Probe((), prompts, config.evaluate.max_new_tokens or ANSWER_TOKENS, stop_strings(config, chat))
 
 
 def probe_prompts(opened: ProjectContext) -> list[tuple[int, ...]]:
@@ -71,8 +98,8 @@ def open_self_test(opened: ProjectContext, names: Sequence[str], engine: EngineN
     )
 
 
-class IsolationGate:
-    """The isolation test that a release must pass before it goes live.
+class ReleaseGate:
+    """The isolation test and the serving check that a release must pass before it goes live.
 
     Args:
         alias: the alias that receives ``adapter``, live or as a candidate.
@@ -132,6 +159,21 @@ class IsolationGate:
                     "answered for the other."
                 )
         return test, passes
+
+    def serving_check(self) -> ServingCheck:
+        """Compare the adapter's answers through the engine with the trained model's, unless that was done before."""
+        from tunewright.serving.fidelity.runner import ServingCheckRunner
+
+        say = self._context.reporter.say
+        runner = ServingCheckRunner(self._test, self._adapter, serving_probe(self._context))
+        known = self._state.releases.checked(runner.subject)
+        if known is not None:
+            say(f"Serving check: {known.summary} on {known.checked[:16].replace('T', ' ')}, and not run again.")
+            return known
+        say(f"Serving check on {self._test.engine}: {len(runner.probe.prompts)} prompts")
+        check = runner.run()
+        say(f"Serving check: {check.summary}, {duration(check.seconds)}")
+        return check
 
     def require_not_failed(self) -> None:
         """Refuse to skip the test if this set has failed it.

@@ -16,11 +16,11 @@ from tunewright.api.serving import adapter_of
 from tunewright.config import EngineName
 from tunewright.core.errors import UserError
 from tunewright.evaluation.access_log import AccessLog
-from tunewright.evidence.schema import EVIDENCE_FILE, evidence_on
+from tunewright.evidence.schema import EVIDENCE_FILE, Evidence, evidence_on
 from tunewright.evidence.verdict import Verdict, verdict
 
 if TYPE_CHECKING:
-    from tunewright.serving.tenants import IsolationTest, Release, State
+    from tunewright.serving.tenants import IsolationTest, Release, ServingCheck, State
     from tunewright.serving.tenants.usage import ShadowLine
 
 
@@ -29,11 +29,14 @@ class DeployResult:
     """The result of a request to release an adapter."""
 
     release: Release | None
-    """The new release; None if the verdict or the isolation test refused it, and no alias has changed."""
+    """The new release; None if the verdict, the isolation test or the serving check refused it: no alias has changed.
+    """
     verdict: Verdict | None = None
     """The verdict of the adapter's newest evaluation; None if it was released without one."""
     isolation: IsolationTest | None = None
     """The isolation test that decided; None if it was not run."""
+    serving: ServingCheck | None = None
+    """The serving check; None if it was not run."""
     servers: int = 0
     """Running servers that share this state and apply the release within a second."""
 
@@ -42,6 +45,8 @@ class DeployResult:
         """Exit code: 0 released; 3 refused by a measured *no*; 4 undecided."""
         if self.release is not None:
             return 0
+        if self.serving is not None:
+            return 3
         if self.isolation is not None:
             return 3 if self.isolation.verdict == "not isolated" else 4
         assert self.verdict is not None
@@ -54,6 +59,7 @@ class DeployResult:
             "release": self.release.as_dict() if self.release else None,
             "verdict": decided,
             "isolation": asdict(self.isolation) if self.isolation else None,
+            "serving": asdict(self.serving) if self.serving else None,
             "servers": self.servers,
         }
 
@@ -80,23 +86,26 @@ class ReleasesApi:
         engine: EngineName | None = None,
         untested: str | None = None,
         system_prompt: bool = True,
+        constrain: bool = False,
     ) -> DeployResult:
-        """Release an adapter for an alias if an evaluation says *ship* and the isolation test passes.
+        """Release an adapter for an alias if an evaluation says *ship*, and the isolation test and serving check pass.
 
         Args:
             alias: the name that tenants call; created if it does not exist.
             adapter: a name or its beginning.
             canary: the candidate's share of the traffic, above 0 and below 1; the live release answers the rest.
             shadow: send the candidate a copy of each request and record its answers; none is returned.
-            because: reason to release whatever the verdict; it is stored.
-            engine: the engine of the isolation test (None: the config's, which serves).
-            untested: reason to skip the isolation test; it is stored.
+            because: reason to release whatever the verdict and the serving check; it is stored.
+            engine: the engine of the isolation test and the serving check (None: the config's, which serves).
+            untested: reason to skip the isolation test and the serving check; it is stored.
             system_prompt: add the adapter's trained system prompt to requests without a system message; False leaves
                 them unchanged.
+            constrain: constrain answers by the config's ``evaluate.structured_outputs``, unless a request sets a form.
 
         Raises:
             UserError: no such adapter, one that does not fit, was never evaluated or is already released, or an engine
-                that is not installed or cannot hold it.
+                that is not installed or cannot hold it. With ``constrain``: the config has no constraint, or the
+                adapter was not evaluated with it.
         """
         from tunewright.serving.tenants import Candidate, Grounds
 
@@ -105,38 +114,46 @@ class ReleasesApi:
         _require_reason(because, "--because")
         _require_reason(untested, "--untested")
         chosen = find_adapter(self._context.folder.adapters, adapter)
-        decided, evaluation = self._judge(chosen, because)
+        decided, evidence = self._judge(chosen, because)
+        grammar = self._grammar(chosen, evidence, because) if constrain else None
+        evaluation = evidence.id if evidence else None
         if because is None and decided is not None and decided.decision != "ship":
             return DeployResult(None, decided)
         candidate = None
         if shadow or canary is not None:
-            candidate = Candidate(chosen.name, chosen.digest, canary, system_prompt)
+            candidate = Candidate(chosen.name, chosen.digest, canary, system_prompt, grammar)
         with self._context.state(make=True) as state:
             # Refuse invalid requests before the slow isolation test.
             if candidate is None:
-                state.releases.require_deployable(alias, chosen.name, chosen.digest, system_prompt=system_prompt)
+                state.releases.require_deployable(
+                    alias, chosen.name, chosen.digest, system_prompt=system_prompt, grammar=grammar
+                )
             else:
                 state.releases.require_triable(alias, candidate)
             self._require_servable(chosen, alias, state)
-            test, passes = self._tested(state, alias, chosen, engine, untested)
+            test, check, passes = self._tested(state, alias, chosen, engine, untested, forced=because is not None)
             if not passes:
-                return DeployResult(None, decided, test)
-            grounds = Grounds(decided.decision if decided else None, evaluation, because, test, untested)
+                return DeployResult(None, decided, test, check)
+            grounds = Grounds(decided.decision if decided else None, evaluation, because, test, untested, check)
             if candidate is None:
-                made = state.releases.deploy(alias, chosen.name, chosen.digest, grounds, system_prompt=system_prompt)
+                made = state.releases.deploy(
+                    alias, chosen.name, chosen.digest, grounds, system_prompt=system_prompt, grammar=grammar
+                )
             else:
                 made = state.releases.start_candidate(alias, candidate, grounds)
-            return DeployResult(made, decided, test, len(state.quota.servers()))
+            return DeployResult(made, decided, test, check, len(state.quota.servers()))
 
     def promote(self, alias: str, *, engine: EngineName | None = None, untested: str | None = None) -> DeployResult:
-        """Make an alias's candidate its live release once the isolation test has passed.
+        """Make an alias's candidate its live release once the isolation test and the serving check have passed.
 
-        The test is not repeated if nothing else was released since the candidate passed it.
+        The test is not repeated if nothing else was released since the candidate passed it; the check is not repeated
+        for the same adapter and engine. A candidate that was forced needs to pass the test only.
 
         Args:
             alias: its name.
-            engine: the engine of the isolation test (None: the one that the candidate passed on, else the config's).
-            untested: reason to skip the isolation test; it is stored.
+            engine: the engine of the isolation test and the serving check (None: the one that the candidate passed on,
+                else the config's).
+            untested: reason to skip the isolation test and the serving check; it is stored.
 
         Raises:
             UserError: no such alias, no candidate, a candidate that is missing here, or an engine that is not
@@ -151,27 +168,45 @@ class ReleasesApi:
                 self._require_evaluation(before.grounds.evaluation)
             if engine is None and before.grounds.isolation is not None:
                 engine = cast("EngineName", before.grounds.isolation.engine)
-            test, passes = self._tested(state, alias, chosen, engine, untested)
+            forced = before.grounds.because is not None
+            test, check, passes = self._tested(state, alias, chosen, engine, untested, forced=forced)
             if not passes:
-                return DeployResult(None, None, test)
-            made = state.releases.promote(alias, replace(before.grounds, isolation=test, untested=untested))
-            return DeployResult(made, None, test, len(state.quota.servers()))
+                return DeployResult(None, None, test, check)
+            grounds = replace(before.grounds, isolation=test, untested=untested, serving=check)
+            made = state.releases.promote(alias, grounds)
+            return DeployResult(made, None, test, check, len(state.quota.servers()))
 
     def _tested(
-        self, state: State, alias: str, adapter: Adapter, engine: EngineName | None, untested: str | None
-    ) -> tuple[IsolationTest | None, bool]:
-        """Return the isolation test, unless skipped, and whether the release may go live; audit a refusal."""
-        from tunewright.api.isolation import IsolationGate
+        self,
+        state: State,
+        alias: str,
+        adapter: Adapter,
+        engine: EngineName | None,
+        untested: str | None,
+        *,
+        forced: bool,
+    ) -> tuple[IsolationTest | None, ServingCheck | None, bool]:
+        """Return the isolation test and the serving check, unless skipped, and whether the release may go live.
 
-        gate = IsolationGate(self._context, state, alias, adapter, engine)
+        A refusal is audited. A forced release may fail the serving check, but not the isolation test.
+        """
+        from tunewright.api.isolation import ReleaseGate
+
+        gate = ReleaseGate(self._context, state, alias, adapter, engine)
         if untested is not None:
             gate.require_not_failed()
-            self._context.reporter.warn(f"{alias} goes live without the isolation test.")
-            return None, True
+            self._context.reporter.warn(f"{alias} goes live without the isolation test and the serving check.")
+            return None, None, True
         test, passes = gate.require_isolation()
         if not passes:
             state.releases.refuse(alias, adapter.name, adapter.digest, test)
-        return test, passes
+            return test, None, False
+        check = gate.serving_check()
+        if not check.passes and forced:
+            self._context.reporter.warn(f"{alias} goes live although the serving check failed: it was forced.")
+        elif not check.passes:
+            state.releases.refuse_served(alias, adapter.name, check)
+        return test, check, check.passes or forced
 
     def rollback(self, alias: str, number: int | None = None) -> Release:
         """Discard an alias's candidate, or without a candidate restore the previous release.
@@ -228,8 +263,8 @@ class ReleasesApi:
             state.releases.history(alias)
             return state.usage.shadow_lines(alias)
 
-    def _judge(self, adapter: Adapter, because: str | None) -> tuple[Verdict | None, str | None]:
-        """Return the verdict of the adapter's newest evaluation, and the evaluation's ID."""
+    def _judge(self, adapter: Adapter, because: str | None) -> tuple[Verdict | None, Evidence | None]:
+        """Return the verdict of the adapter's newest evaluation, and its evidence."""
         # Before one is chosen: a changed file could hide that it is about this adapter, or the newest.
         self._check_access_log()
         evidence = evidence_on(self._context.folder.evaluations, adapter.digest, self._context.reporter)
@@ -250,7 +285,47 @@ class ReleasesApi:
                 where=str(access_log.path),
                 fix=f"Restore its folder, or run `tunewright evaluate {adapter.name}` with the config that it had.",
             )
-        return verdict(evidence), evidence.id
+        return verdict(evidence), evidence
+
+    def _grammar(self, adapter: Adapter, evidence: Evidence | None, because: str | None) -> str:
+        """Return the rule of the config's constraint, with which the adapter was evaluated.
+
+        A forced release may be without that evidence, with a warning.
+
+        Raises:
+            UserError: the config has no constraint on texts, it cannot be compiled, or no evidence has it.
+        """
+        from tunewright.chat.answers import grammar_compiler
+        from tunewright.evaluation.answer_constraints import grammar_of
+        from tunewright.generation.constraints import Grammar
+
+        grammar = grammar_of(self._context.folder)
+        if grammar is None:
+            raise UserError(
+                "The config has no constraint",
+                where="--constrain",
+                fix="Set evaluate.structured_outputs, and evaluate the adapter with it.",
+            )
+        if not isinstance(grammar, Grammar):
+            raise UserError(
+                "A release cannot carry evaluate.structured_outputs.tools: the functions are part of each request",
+                where="--constrain",
+                fix="Omit --constrain; clients send strict functions, or tool_choice required.",
+            )
+        grammar_compiler(self._context.chat).compile(grammar)
+        arms = [] if evidence is None else [arm for arm in evidence.arms if arm.kind == "tuned" and arm.constrained]
+        if evidence is None or not arms:
+            missing = f"{adapter.name} has no evidence with constrained answers"
+        elif evidence.lineage.get("grammar") != grammar.digest:
+            missing = f"{adapter.name} was evaluated with another constraint than evaluate.structured_outputs has now"
+        else:
+            return grammar.rule
+        if because is None:
+            raise UserError(
+                missing, where="--constrain", fix=f"Run `tunewright evaluate {adapter.name}` with this constraint."
+            )
+        self._context.reporter.warn(f"{missing}. The release constrains its answers all the same: it was forced.")
+        return grammar.rule
 
     def _require_evaluation(self, evaluation: str) -> None:
         """Refuse to promote on an evaluation that was changed or removed since the candidate was released."""

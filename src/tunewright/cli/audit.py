@@ -74,6 +74,10 @@ def _details(details: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield f"isolation test: {value['verdict']} on {value['engine']}, {value['tested'][:16].replace('T', ' ')}"
             if value["verdict"] != "isolated":
                 yield from value["reasons"]
+        elif name == "serving":
+            passed = "failed" if value["reasons"] else "passed"
+            yield f"serving check: {passed} on {value['engine']}, {value['checked'][:16].replace('T', ' ')}"
+            yield from value["reasons"]
         elif isinstance(value, dict):
             yield from _details(value, "" if name == "grounds" else f"{words} ")
         elif name.endswith("expires"):

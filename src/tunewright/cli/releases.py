@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from tunewright.api.releases import DeployResult
-    from tunewright.serving.tenants import Release
+    from tunewright.serving.tenants import Release, ServingCheck
+    from tunewright.serving.tenants.release_record import Estimate
     from tunewright.serving.tenants.usage import ShadowLine
 
 AUTHOR_WIDTH = 16  # columns; a name from git may be long
@@ -26,11 +27,17 @@ AUTHOR_WIDTH = 16  # columns; a name from git may be long
 Alias = Annotated[str, typer.Argument(help="Alias that tenants call.")]
 TestedOn = Annotated[
     Engine | None,
-    typer.Option("--engine", help="Engine of the isolation test.", show_default="serve.engine in the config"),
+    typer.Option(
+        "--engine",
+        help="Engine of the isolation test and the serving check.",
+        show_default="serve.engine in the config",
+    ),
 ]
 Untested = Annotated[
     str | None,
-    typer.Option(help="Skip the isolation test for this reason, which is stored.", metavar="REASON"),
+    typer.Option(
+        help="Skip the isolation test and the serving check for this reason, which is stored.", metavar="REASON"
+    ),
 ]
 Because = Annotated[str | None, typer.Option(help="Reason, stored in the release history.")]
 
@@ -46,7 +53,9 @@ def deploy(
     shadow: Annotated[
         bool, typer.Option("--shadow", help="Send it a copy of each request and record its answers; none is returned.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Deploy whatever the verdict; requires --because.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Deploy whatever the verdict and the serving check; requires --because.")
+    ] = False,
     because: Because = None,
     no_system_prompt: Annotated[
         bool,
@@ -55,13 +64,20 @@ def deploy(
             help="Do not add the trained system prompt to requests without a system message.",
         ),
     ] = False,
+    constrain: Annotated[
+        bool,
+        typer.Option(
+            "--constrain", help="Constrain answers by evaluate.structured_outputs, unless a request sets a form."
+        ),
+    ] = False,
     engine: TestedOn = None,
     untested: Untested = None,
 ) -> int | None:
     """Point an alias at an adapter whose verdict is ship. Running servers follow within a second.
 
     The isolation test runs first, with all live adapters: is each request answered by its own adapter? Exit code 3 if
-    the verdict is not to ship or the test finds a wrong answer, 4 if the test can't tell; the alias is then unchanged.
+    the verdict is not to ship, the test finds a wrong answer, or the serving check fails, 4 if the test can't tell; the
+    alias is then unchanged. The serving check has the engine answer dev items: as the trained model does?
     """
     from tunewright.serving.tenants.times import percent
 
@@ -77,6 +93,7 @@ def deploy(
         engine=engine.value if engine else None,
         untested=untested,
         system_prompt=not no_system_prompt,
+        constrain=constrain,
     )
     if result.release is None and result.isolation is None:
         assert result.verdict is not None
@@ -87,12 +104,19 @@ def deploy(
 
 @command(app, "promote", panel=DEPLOY, example="tunewright promote legal", status=False, database=True)
 def promote(run: Session, alias: Alias, engine: TestedOn = None, untested: Untested = None) -> int | None:
-    """Make an alias's candidate its live adapter, after an isolation test if these adapters have not passed one."""
+    """Make an alias's candidate its live adapter, after an isolation test if these adapters have not passed one.
+
+    The serving check runs too, unless the candidate passed it on this engine.
+    """
     return _show(run, alias, run.project.promote(alias, engine=engine.value if engine else None, untested=untested))
 
 
 def _show(run: Session, alias: str, result: DeployResult) -> int | None:
-    """Show a release, or the isolation test that it did not pass."""
+    """Show a release, or the isolation test or the serving check that it did not pass."""
+    checked = [] if result.serving is None else serving_tables(result.serving)
+    if result.release is None and result.serving is not None:
+        run.show(result.as_dict(), *checked, f"{alias} is unchanged.")
+        return result.exit_code
     if result.release is None:
         assert result.isolation is not None
         table = isolation_table(result.isolation, len(result.isolation.adapters))
@@ -100,7 +124,7 @@ def _show(run: Session, alias: str, result: DeployResult) -> int | None:
         return result.exit_code
     running = f"{result.servers} running servers follow." if result.servers != 1 else "The running server follows."
     text = running if result.servers else "No server is running: `tunewright serve` starts one."
-    run.show(result.as_dict(), *releases_tables([result.release]), text)
+    run.show(result.as_dict(), *checked, *releases_tables([result.release]), text)
     return None
 
 
@@ -146,11 +170,12 @@ def releases(
 def releases_tables(releases: Sequence[Release]) -> list[RenderableType]:
     """Return the releases, each with its candidate, and the reasons of those that were forced."""
     table = Table()
-    for name in ("release", "action", "answers with", "verdict", "isolation test", "by", "when"):
+    for name in ("release", "action", "answers with", "verdict", "isolation test", "serving check", "by", "when"):
         table.add_column(name, overflow="fold", max_width=AUTHOR_WIDTH if name == "by" else None)
     for release in releases:
         candidate = "" if release.candidate is None else f"\n{release.candidate.adapter}\n{release.candidate.summary}"
         bare = "" if release.system_prompt else "\nwithout its system prompt"
+        bare += "" if release.grammar is None else "\nconstrained"
         verdict = "" if release.undeployed else release.grounds.verdict or "not evaluated"
         restores = "" if release.restores is None else f" to {release.restores}"
         table.add_row(
@@ -159,6 +184,7 @@ def releases_tables(releases: Sequence[Release]) -> list[RenderableType]:
             f"nothing; was\n{release.adapter}" if release.undeployed else f"{release.adapter}{bare}{candidate}",
             f"{verdict},\nforced" if release.grounds.because is not None and not release.undeployed else verdict,
             _isolation(release),
+            _serving(release),
             release.author or "",
             minute(release.created),
         )
@@ -181,6 +207,43 @@ def _isolation(release: Release) -> str:
             return ""
         return "none" if release.grounds.untested is None else "left out"
     return f"{test.verdict}\non {test.engine},\n{test.tested[:16].replace('T', ' ')}"
+
+
+def _serving(release: Release) -> str:
+    check = release.grounds.serving
+    if check is None:
+        return "" if release.undeployed else "none" if release.grounds.untested is None else "left out"
+    own = next(each for each in check.figures if each.served == "adapter")
+    return f"{check.summary.replace(' on', f'{chr(10)}on')},\n{100 * own.same.value:.0f}% the same"
+
+
+_SERVED = {"adapter": "the adapter", "identity": "an identity adapter", "merged": "merged into the base"}
+
+
+def serving_tables(check: ServingCheck) -> list[RenderableType]:
+    """Return the figures of a serving check with their 95% intervals, and its conclusion."""
+    title = f"Answers through {check.engine}, compared with PEFT's"
+    table = Table("served", "prompts", "KL, nats (allowed)", "the same", "wrong", "well-formed", title=title)
+    for each in check.figures:
+        kl = "none reported" if each.kl is None else f"{each.kl.value:.2g}, {each.kl.low:.2g} to {each.kl.high:.2g}"
+        formed = "no JSON or calls"
+        if each.well_formed is not None and each.trained_well_formed is not None and each.change is not None:
+            formed = (
+                f"{100 * each.well_formed.value:.1f}% of {each.formed} (PEFT {100 * each.trained_well_formed.value:.1f}"
+                f"%)\nchange {100 * each.change.low:+.1f} to {100 * each.change.high:+.1f}"
+            )
+        limit = f"\n({each.kl_limit:.2g})"
+        table.add_row(
+            _SERVED[each.served], str(each.prompts), kl + limit, _share(each.same), _share(each.wrong), formed
+        )
+    left_out = [f"The merged model was not served: {check.left_out}."] if check.left_out else []
+    if check.passes:
+        return [table, *left_out, f"{check.engine} answers as the trained model does, within these intervals."]
+    return [table, *left_out, "\n".join([*check.reasons, f"{check.engine} does NOT answer as the trained model does."])]
+
+
+def _share(estimate: Estimate) -> str:
+    return f"{100 * estimate.value:.0f}%, {100 * estimate.low:.0f} to {100 * estimate.high:.0f}"
 
 
 def shadow_tables(lines: Sequence[ShadowLine], differing: int = 10) -> list[RenderableType]:

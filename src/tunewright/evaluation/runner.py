@@ -311,6 +311,7 @@ def _evidence(
         ),
         lineage={
             **measured_with(config, generator.base, generator.chat, generator.quantization, arm_runner.limit),
+            **({"grammar": digest(generator.grammar.rule)} if generator.grammar else {}),
             "adapter": {
                 "name": adapter.name,
                 "digest": adapter.digest,

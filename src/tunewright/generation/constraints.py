@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tunewright.config import ConstrainConfig
 from tunewright.core.errors import UserError
+from tunewright.core.io import digest
 
 _WHERE = "evaluate.structured_outputs"
 
@@ -36,6 +37,11 @@ class Grammar:
     """The form of an allowed answer, as a rule in llguidance's Lark; equal rules allow equal answers."""
 
     rule: str
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of the rule, as evidence and releases state it."""
+        return digest(self.rule)
 
     @classmethod
     def from_config(cls, config: ConstrainConfig, root: Path) -> Grammar:

@@ -18,7 +18,15 @@ def _make_old(url: str) -> None:
         with_tenant(state)
         state.releases.deploy("recipes", "b", DIGESTS["b"], SHIP)
     with raw(url) as execute:
-        for column in ("isolation", "untested", "system_prompt", "candidate_system_prompt"):
+        for column in (
+            "isolation",
+            "untested",
+            "system_prompt",
+            "candidate_system_prompt",
+            "serving",
+            "grammar",
+            "candidate_grammar",
+        ):
             execute(f"ALTER TABLE releases DROP COLUMN {column}")
         execute("ALTER TABLE requests DROP COLUMN end_user")
         for table in ("usage_days", "key_uses", "unmetered_requests"):
@@ -26,7 +34,7 @@ def _make_old(url: str) -> None:
         execute("UPDATE tunewright_schema SET version = 1")
         # The audit's lines of that time had no word of isolation.
         lines = execute("SELECT number, details FROM audit WHERE action LIKE 'release.%'").all()
-        assert all('"isolation":null,"untested":null,' in details for _, details in lines)
+        assert all('"isolation":null,"serving":null,"untested":null,' in details for _, details in lines)
 
 
 def test_migration_keeps_releases_and_audit_and_is_logged(state_url: str) -> None:
@@ -95,7 +103,10 @@ def test_verify_accepts_audit_lines_without_later_fields(state_url: str) -> None
         from tunewright.serving.tenants import _comparable
 
         now = made.as_dict()
-        old = {**now, "grounds": {k: v for k, v in now["grounds"].items() if k not in ("isolation", "untested")}}
-        del old["system_prompt"]
+        old = {
+            **now,
+            "grounds": {k: v for k, v in now["grounds"].items() if k not in ("isolation", "untested", "serving")},
+        }
+        del old["system_prompt"], old["grammar"]
         assert _comparable(old) == _comparable(now)
         assert _comparable({**old, "digest": DIGESTS["c"]}) != _comparable(now)

@@ -198,14 +198,14 @@ def test_system_prompt_choice_belongs_to_the_release(state_url: str) -> None:
         beside = releases.start_candidate("courts", Candidate("b", DIGESTS["b"], 0.1), SHIP)
         assert beside.candidate is not None
         assert (beside.system_prompt, beside.candidate.system_prompt) == (False, True)
-        assert releases.promote("courts").answer == (DIGESTS["b"], True)
-        assert releases.rollback("courts").answer == (DIGESTS["a"], False)
+        assert releases.promote("courts").answer == (DIGESTS["b"], True, None)
+        assert releases.rollback("courts").answer == (DIGESTS["a"], False, None)
         releases.start_candidate("courts", Candidate("c", DIGESTS["c"], None, False), SHIP)
-        assert releases.promote("courts").answer == (DIGESTS["c"], False)
+        assert releases.promote("courts").answer == (DIGESTS["c"], False, None)
         assert not releases.undeploy("courts").system_prompt
-        assert releases.rollback("courts").answer == (DIGESTS["c"], False)
-        assert releases.rollback("courts").answer == (DIGESTS["a"], False)
-        assert releases.rollback("courts").answer == (DIGESTS["a"], True)
+        assert releases.rollback("courts").answer == (DIGESTS["c"], False, None)
+        assert releases.rollback("courts").answer == (DIGESTS["a"], False, None)
+        assert releases.rollback("courts").answer == (DIGESTS["a"], True, None)
         assert releases.live() == {"courts": releases.history("courts")[-1]}
         assert state.verify().faults == ()
         with raw(state_url) as execute:

@@ -230,14 +230,14 @@ class Gateway:
         return handler, response_format
 
     async def _preprocess(self, body: RequestBody, principal: Principal, arrived: float) -> list[GenerationRequest]:
-        """Tokenize the prompts; again if a release has changed the system prompt meanwhile."""
+        """Tokenize the prompts; again if a release has changed the system prompt or the constraint meanwhile."""
         target = principal.target(body)  # an unknown model is refused before the prompt costs any time
         self._preprocessor.require_supported(body)
-        constraint = await self._preprocessor.constraint(body, principal.name)
         while True:
+            constraint = await self._preprocessor.constraint(body, target.grammar, principal.name)
             prompts = await self._preprocessor.prompts(body, principal.name, target.system_prompt)
             tokenized_for, target = target, principal.target(body)
-            if target.system_prompt == tokenized_for.system_prompt:
+            if (target.system_prompt, target.grammar) == (tokenized_for.system_prompt, tokenized_for.grammar):
                 break
         answers = [(prompt, choice) for prompt in prompts for choice in range(body.choices)]
         limit = None if principal.max_tokens is None else principal.max_tokens // len(answers)

@@ -37,6 +37,10 @@ class Target:
     """The system message added to requests without one; None: nothing is added."""
     shadow_system_prompt: str | None = None
     """The same for the shadow."""
+    grammar: str | None = None
+    """The rule that constrains answers to requests that set no form; None: any text."""
+    shadow_grammar: str | None = None
+    """The same for the shadow."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class Shadow:
         acquire: keeps the adapter loaded until ``release``; returns False if it is not loaded any more.
         release: to be called once after each ``acquire`` that returned True.
         record: stores the live answer, with the shadow's answer or the reason why it has none.
+        grammar: the rule that constrains answers to requests that set no form; None: any text.
     """
 
     digest: str
@@ -68,6 +73,7 @@ class Shadow:
     acquire: Callable[[], bool]
     release: Callable[[], None]
     record: Callable[[str, str | None, str | None], None]
+    grammar: str | None = None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from tunewright.config import GatewayConfig
 from tunewright.core.errors import UserError
 from tunewright.data.examples import Message
 from tunewright.engines.protocol import Engine
-from tunewright.generation.constraints import Constraint, GrammarCompiler
+from tunewright.generation.constraints import Constraint, Grammar, GrammarCompiler
 from tunewright.generation.requests import Request
 from tunewright.generation.text_stream import Decode
 from tunewright.serving.gateway.admission import AdmissionQueue
@@ -109,15 +109,22 @@ class RequestPreprocessor:
                 message = f"logit_bias: {token} is not a token (the base has {self._tokenization.grammars.vocabulary})."
                 raise ApiError(message, param="logit_bias", code="invalid_value")
 
-    async def constraint(self, body: RequestBody, tenant: str) -> Constraint | None:
+    async def constraint(self, body: RequestBody, grammar: str | None, tenant: str) -> Constraint | None:
         """Return the compiled form of the answer; None: any text.
+
+        Args:
+            grammar: the release's rule, for requests that set no form and declare no functions to call.
+            tenant: on whose account it waits for the compiler.
 
         Raises:
             ApiError: 400, the form is not valid, not supported, or too complex.
         """
         form = body.form
+        may_call = isinstance(body, ChatRequest) and body.may_call
         if form is None and isinstance(body, ChatRequest) and body.constrains_calls:
             form = self._calls(body)
+        elif form is None and grammar is not None and not may_call:
+            form = ("model", Grammar(grammar))
         return None if form is None else await self._grammars.constraint(form, tenant)
 
     def _calls(self, body: ChatRequest) -> Form:

@@ -87,7 +87,10 @@ class ReleaseRouter:
     @property
     def system_prompts(self) -> dict[str, str]:
         """The system messages added to requests without one, by alias."""
-        prompts = {alias: self.system_prompt(*release.answer) for alias, release in self._routes.copy().items()}
+        prompts = {
+            alias: self.system_prompt(release.digest, release.system_prompt)
+            for alias, release in self._routes.copy().items()
+        }
         return {alias: text for alias, text in prompts.items() if text is not None}
 
     @property
@@ -194,8 +197,10 @@ class ReleaseRouter:
         self._reporter.say(f"{release.alias}: release {release.number} is live: {release.adapter}{tried}")
         adapters = [(release.adapter, *release.answer)]
         if candidate is not None:
-            adapters.append((candidate.adapter, candidate.digest, candidate.system_prompt))
-        for adapter, digest, added in adapters:
+            adapters.append((candidate.adapter, *candidate.answer))
+        for adapter, digest, added, grammar in adapters:
+            if grammar is not None:
+                self._reporter.say(f"{release.alias}, {adapter}: requests that set no form get constrained answers")
             prompt = self._loaded[digest]
             if added:
                 prompt.report(f"{release.alias}, {adapter}", self._reporter)

@@ -71,10 +71,10 @@ class Shadows:
             shadow.release()
 
     async def _request(self, live: GenerationRequest, shadow: Shadow) -> GenerationRequest:
-        """Return the same request for the candidate, with the system prompt that the candidate was trained with.
+        """Return the same request for the candidate, with the candidate's system prompt and constraint.
 
         Raises:
-            ApiError: its prompt is too long.
+            ApiError: its prompt is too long, or the constraint too complex.
         """
         prompt, max_tokens = live.engine_request.prompt_ids, None
         if live.target.system_prompt == shadow.system_prompt:
@@ -82,7 +82,7 @@ class Shadows:
         else:
             # Requests with several prompts have no shadow.
             [prompt] = await self._preprocessor.prompts(live.body, _TENANT, shadow.system_prompt)
-        target = replace(live.target, digest=shadow.digest, system_prompt=shadow.system_prompt)
+        target = replace(live.target, digest=shadow.digest, system_prompt=shadow.system_prompt, grammar=shadow.grammar)
         now = asyncio.get_running_loop().time()
         return self._preprocessor.request(
             live.body,
@@ -91,5 +91,5 @@ class Shadows:
             tenant=_TENANT,
             arrived=now,
             max_tokens=max_tokens,
-            constraint=live.engine_request.constraint,
+            constraint=await self._preprocessor.constraint(live.body, shadow.grammar, _TENANT),
         )

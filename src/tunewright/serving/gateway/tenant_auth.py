@@ -228,8 +228,10 @@ class TenantAuth:
         self.router.release(digest)
         self._async_state.write_later(lambda: self._state.quota.settle(number, usage))
 
-    def shadow(self, number: int, release_id: int, digest: str, system_prompt: str | None) -> Shadow:
+    def shadow(self, number: int, target: Target) -> Shadow:
         """Return the shadow of a request."""
+        digest, release_id = target.shadow, target.release_id
+        assert digest is not None and release_id is not None
 
         def record(answer: str, shadow_answer: str | None, why_not: str | None) -> None:
             self._async_state.write_later(
@@ -238,10 +240,11 @@ class TenantAuth:
 
         return Shadow(
             digest,
-            system_prompt,
+            target.shadow_system_prompt,
             acquire=lambda: self.router.acquire(digest),
             release=lambda: self.router.release(digest),
             record=record,
+            grammar=target.shadow_grammar,
         )
 
     async def _follow(self) -> None:
@@ -337,15 +340,15 @@ class TenantPrincipal:
         release = router.route(body.model) if body.model in self.caller.aliases else None
         if release is None:
             raise model_not_found(body.model, self)
-        digest, shadow = release.digest, None
-        prompt, shadow_prompt = router.system_prompt(*release.answer), None
+        digest, shadow, grammar, shadow_grammar = release.digest, None, release.grammar, None
+        prompt, shadow_prompt = router.system_prompt(release.digest, release.system_prompt), None
         if (candidate := release.candidate) is not None:
             candidate_prompt = router.system_prompt(candidate.digest, candidate.system_prompt)
             if candidate.share is None:
-                shadow, shadow_prompt = candidate.digest, candidate_prompt
+                shadow, shadow_prompt, shadow_grammar = candidate.digest, candidate_prompt, candidate.grammar
             elif in_canary_share(self.caller.tenant, body, candidate.digest, candidate.share):
-                digest, prompt = candidate.digest, candidate_prompt
-        return Target(body.model, digest, release.id, shadow, prompt, shadow_prompt)
+                digest, prompt, grammar = candidate.digest, candidate_prompt, candidate.grammar
+        return Target(body.model, digest, release.id, shadow, prompt, shadow_prompt, grammar, shadow_grammar)
 
     async def admit(self, target: Target, tokens: int, end_user: str | None) -> Admission:
         """Reserve the most that the request can use."""
@@ -363,7 +366,7 @@ class TenantPrincipal:
         self._counted = True
         shadow = None
         if target.shadow is not None:
-            shadow = self.auth.shadow(number, target.release_id, target.shadow, target.shadow_system_prompt)
+            shadow = self.auth.shadow(number, target)
         return Admission(settle=lambda usage: self.auth.settle(number, digest, usage), shadow=shadow)
 
 

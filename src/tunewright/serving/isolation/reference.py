@@ -85,16 +85,7 @@ class PeftReference:
         return [GreedyAnswer(answer, self._behind(row, answer)) for answer, row in zip(answers, logits, strict=True)]
 
     def _behind(self, logits: torch.Tensor, answer: Answer) -> tuple[dict[int, float], ...]:
-        """Return for each choice by how many nats the likeliest tokens and the end are less likely."""
-        found = []
-        for row in logits[: len(answer.choices)]:
-            top = row.topk(min(_LIKELIEST, len(row)))
-            behind = (top.values[0] - top.values).tolist()
-            at = dict(zip(top.indices.tolist(), behind, strict=True))
-            if self._stop_ids:
-                at[END] = float(top.values[0] - row[self._stop_ids].max())
-            found.append(at)
-        return tuple(found)
+        return tuple(alternatives(row, self._stop_ids) for row in logits[: len(answer.choices)])
 
     def _ended(self, ids: list[int]) -> Answer:
         """Return an answer without its end and the padding behind it."""
@@ -134,3 +125,18 @@ class PeftReference:
                 yield
         else:
             yield
+
+
+def alternatives(logits: torch.Tensor, stop_ids: Collection[int]) -> dict[int, float]:
+    """Return by how many nats the likeliest tokens and the end are less likely than the likeliest one.
+
+    Args:
+        logits: logits or log-probabilities of one place, [vocabulary].
+        stop_ids: tokens that end an answer; :data:`.probes.END` stands for the likeliest of them.
+    """
+    top = logits.topk(min(_LIKELIEST, len(logits)))
+    behind = (top.values[0] - top.values).tolist()
+    at = dict(zip(top.indices.tolist(), behind, strict=True))
+    if stop_ids:
+        at[END] = float(top.values[0] - logits[list(stop_ids)].max())
+    return at

@@ -15,7 +15,14 @@ from tunewright.serving.tenants.database import Database, StateUnavailableError,
 from tunewright.serving.tenants.keys import Caller, InvalidKeyError, Key, Keys
 from tunewright.serving.tenants.migrations import upgrade
 from tunewright.serving.tenants.quota import LimitExceededError, Limits, Quota, RequestUsage, Reservation
-from tunewright.serving.tenants.release_record import Candidate, Grounds, IsolationCheck, IsolationTest, Release
+from tunewright.serving.tenants.release_record import (
+    Candidate,
+    Grounds,
+    IsolationCheck,
+    IsolationTest,
+    Release,
+    ServingCheck,
+)
 from tunewright.serving.tenants.releases import Releases
 from tunewright.serving.tenants.tenants import Tenant, Tenants
 from tunewright.serving.tenants.usage import Usage
@@ -41,6 +48,7 @@ __all__ = [
     "RequestUsage",
     "Reservation",
     "RollupResult",
+    "ServingCheck",
     "State",
     "StateUnavailableError",
     "Tenant",
@@ -153,4 +161,5 @@ def _comparable(release: Mapping[str, Any]) -> str:
 
 
 def _without_default(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in record.items() if name != "system_prompt" or value is not True}
+    defaults: dict[str, Any] = {"system_prompt": True, "grammar": None}
+    return {name: value for name, value in record.items() if name not in defaults or value != defaults[name]}

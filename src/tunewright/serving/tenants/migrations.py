@@ -32,6 +32,12 @@ _STATEMENTS = {
         "started DOUBLE PRECISION NOT NULL)",
         "CREATE INDEX unmetered_requests_by_time ON unmetered_requests (tenant_id, started)",
     ),
+    # The result of the serving check is stored with a release, which may carry a constraint.
+    5: (
+        "ALTER TABLE releases ADD COLUMN serving JSON",
+        "ALTER TABLE releases ADD COLUMN grammar TEXT",
+        "ALTER TABLE releases ADD COLUMN candidate_grammar TEXT",
+    ),
 }
 """The statements that lead from each version to the next, for SQLite and PostgreSQL alike."""
 

@@ -16,11 +16,20 @@ from sqlalchemy import Connection, Row, func, insert, select
 from tunewright.core.errors import UserError
 from tunewright.serving.tenants.audit import Change, changing
 from tunewright.serving.tenants.database import Database
-from tunewright.serving.tenants.release_record import Action, Candidate, Grounds, IsolationTest, Release
+from tunewright.serving.tenants.release_record import (
+    Action,
+    Answer,
+    Candidate,
+    Grounds,
+    IsolationTest,
+    Release,
+    ServingCheck,
+)
 from tunewright.serving.tenants.tables import audit, releases
 from tunewright.serving.tenants.tenants import check_name
 
 _REFUSED = "isolation.refused"
+_NOT_AS_TRAINED = "serving.refused"
 
 
 class Releases:
@@ -67,14 +76,21 @@ class Releases:
             tests = [json.loads(details)["isolation"] for details in connection.execute(query).scalars()]
         return next((IsolationTest.of(test) for test in tests if test["subject"] == subject), None)
 
-    def require_deployable(self, alias: str, adapter: str, digest: str, *, system_prompt: bool = True) -> None:
+    def checked(self, subject: str) -> ServingCheck | None:
+        """Return the newest serving check of this subject that a release has, if there is one."""
+        checks = [release.grounds.serving for release in self.history()]
+        return next((check for check in reversed(checks) if check is not None and check.subject == subject), None)
+
+    def require_deployable(
+        self, alias: str, adapter: str, digest: str, *, system_prompt: bool = True, grammar: str | None = None
+    ) -> None:
         """Check that :meth:`deploy` would accept this adapter now.
 
         Raises:
             UserError: as :meth:`deploy`.
         """
         with self._database.reading() as connection:
-            _require_new(connection, alias, adapter, (digest, system_prompt))
+            _require_new(connection, alias, adapter, (digest, system_prompt, grammar))
 
     def require_triable(self, alias: str, candidate: Candidate) -> None:
         """Check that :meth:`start_candidate` would accept this candidate now.
@@ -94,23 +110,38 @@ class Releases:
         with self._database.reading() as connection:
             return _promotable(connection, alias)
 
+    def refuse_served(self, alias: str, adapter: str, check: ServingCheck) -> None:
+        """Record in the audit log that an adapter failed its serving check; nothing else changes."""
+        with changing(self._database, self._actor) as change:
+            change.log(_NOT_AS_TRAINED, alias, adapter=adapter, digest=check.adapter, serving=asdict(check))
+
     def refuse(self, alias: str, adapter: str, digest: str, test: IsolationTest) -> None:
         """Record in the audit log that an adapter failed its isolation test; nothing else changes."""
         with changing(self._database, self._actor) as change:
             change.log(_REFUSED, alias, adapter=adapter, digest=digest, isolation=asdict(test))
 
-    def deploy(self, alias: str, adapter: str, digest: str, grounds: Grounds, *, system_prompt: bool = True) -> Release:
+    def deploy(
+        self,
+        alias: str,
+        adapter: str,
+        digest: str,
+        grounds: Grounds,
+        *,
+        system_prompt: bool = True,
+        grammar: str | None = None,
+    ) -> Release:
         """Make an adapter the live one of an alias, and drop its candidate.
 
         Args:
             system_prompt: whether the adapter's trained system prompt is added to requests without one.
+            grammar: the rule that answers match if their request sets no form.
 
         Raises:
             UserError: the adapter is live already, the alias's name is not valid, or another adapter has gone live
                 since the isolation test.
         """
         with changing(self._database, self._actor) as change:
-            answer = (digest, system_prompt)
+            answer = (digest, system_prompt, grammar)
             before = _require_new(change.connection, alias, adapter, answer)
             return _add(change, before, "deploy", alias, adapter, answer, None, grounds)
 
@@ -139,8 +170,7 @@ class Releases:
         with changing(self._database, self._actor) as change:
             before, chosen = _promotable(change.connection, alias)
             by = before.grounds if grounds is None else grounds
-            answer = (chosen.digest, chosen.system_prompt)
-            return _add(change, before, "promote", alias, chosen.adapter, answer, None, by)
+            return _add(change, before, "promote", alias, chosen.adapter, chosen.answer, None, by)
 
     def rollback_target(self, alias: str, number: int | None = None) -> Release:
         """Return the release that :meth:`rollback` would restore.
@@ -180,7 +210,7 @@ class Releases:
             return _add(change, now, "undeploy", alias, now.adapter, now.answer, None, grounds)
 
 
-def _require_new(connection: Connection, alias: str, adapter: str, answer: tuple[str, bool]) -> Release | None:
+def _require_new(connection: Connection, alias: str, adapter: str, answer: Answer) -> Release | None:
     check_name(alias, "an alias")
     before = _last(connection, alias)
     if before is not None and before.answer == answer and before.candidate is None and not before.undeployed:
@@ -254,12 +284,12 @@ def _add(
     action: Action,
     alias: str,
     adapter: str,
-    answer: tuple[str, bool],
+    answer: Answer,
     candidate: Candidate | None,
     grounds: Grounds,
     restores: int | None = None,
 ) -> Release:
-    digest, system_prompt = answer
+    digest, system_prompt, grammar = answer
     if action not in ("rollback", "undeploy"):
         _require_tested(change.connection, alias, digest, candidate, grounds)
     row = change.connection.execute(
@@ -275,10 +305,12 @@ def _add(
             share=candidate and candidate.share,
             system_prompt=system_prompt,
             candidate_system_prompt=candidate and candidate.system_prompt,
+            grammar=grammar,
+            candidate_grammar=candidate and candidate.grammar,
             restores=restores,
             author=change.actor,
             created=change.now,
-            **asdict(grounds),  # includes the isolation test as JSON
+            **asdict(grounds),  # includes the isolation test and the serving check as JSON
         )
         .returning(releases)
     ).one()
@@ -310,7 +342,7 @@ def _release(row: Row[Any]) -> Release:
     candidate = None
     if row.candidate is not None:
         adds = row.candidate_system_prompt is not False
-        candidate = Candidate(row.candidate, row.candidate_digest, row.share, adds)
+        candidate = Candidate(row.candidate, row.candidate_digest, row.share, adds, row.candidate_grammar)
     return Release(
         row.id,
         row.alias,
@@ -326,10 +358,12 @@ def _release(row: Row[Any]) -> Release:
             row.because,
             None if row.isolation is None else IsolationTest.of(row.isolation),
             row.untested,
+            None if row.serving is None else ServingCheck.of(row.serving),
         ),
         row.author,
         row.created,
         row.system_prompt is not False,
+        row.grammar,
     )
 
 

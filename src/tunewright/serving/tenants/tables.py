@@ -28,7 +28,7 @@ from sqlalchemy import (
 )
 from sqlalchemy import Text as LongText
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 
 NAME = String(63)
 DIGEST = String(64)
@@ -95,6 +95,10 @@ releases = Table(
     # False: the trained system prompt is not added to requests without one. Null, as older versions wrote: it is.
     Column("system_prompt", Boolean),
     Column("candidate_system_prompt", Boolean),
+    Column("serving", JSON(none_as_null=True)),  # the serving check of the adapter
+    # The rule that answers match if their request sets no form; null: any text.
+    Column("grammar", LongText),
+    Column("candidate_grammar", LongText),
     UniqueConstraint("alias", "number"),
 )
 

@@ -1,0 +1,1 @@
+"""The serving check: an engine answers held-out prompts as the model under PEFT does."""
