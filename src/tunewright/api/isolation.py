@@ -54,7 +54,7 @@ def serving_probe(opened: ProjectContext) -> Probe:
     if has_version(opened.folder.dataset):
         version = load_version(opened.folder.dataset)
         if version.domain_of("dev"):
-            return draw_probe(version, chat, config, context_length(opened.base), opened.reporter)
+            return draw_probe(version, chat, config, context_length(opened.base), None, opened.reporter)
     opened.reporter.warn(
         "There are no dev items here: the serving check asks general questions, and no JSON or calls are checked."
     )
