@@ -70,7 +70,7 @@ test-chaos: $(VENV)/.installed
 # 10,000 cases for each parser of foreign bytes and each reader of files, where `make test` tries 25 and `make test-all`
 # 100, and the growth of the processor time with the text. CONTRIBUTING.md has what a release needs.
 fuzz: $(VENV)/.installed
-	$(BIN)/pytest tests/fuzz tests/data/test_reader_fuzz.py tests/adapters/test_header.py --hypothesis-profile=fuzz --durations=0
+	$(BIN)/pytest tests/fuzz tests/data/test_reader_fuzz.py tests/adapters/test_header.py tests/chat/test_tool_parity.py --hypothesis-profile=fuzz --durations=0
 	$(BIN)/python benchmarks/complexity.py
 
 # The engine vllm: its own environment (2.4 GB in build/vllm, made once), then every engine's tests on real vLLM, and evaluation's.

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 from jmespath.parser import Parser
 
+from tunewright.chat.tool_calls import FORMS
 from tunewright.config import DataConfig
 from tunewright.config.io import parse_config
 from tunewright.core.csv import read_sheet, safe_cell
@@ -110,6 +112,32 @@ def _read(name: str, data: DataConfig | None = None) -> Use:
             read_pairs(path, data or DataConfig())
 
     return use
+
+
+def _preferences(n: int) -> bytes:
+    turns = [{"role": role, "content": "x"} for _ in range(n // 60) for role in ("user", "assistant")]
+    answers = ([*turns, {"role": "user", "content": "x"}, {"role": "assistant", "content": text}] for text in "yz")
+    return json.dumps(dict(zip(("chosen", "rejected"), answers, strict=True))).encode()
+
+
+def _row(*texts: str) -> str:
+    cells = (f'<c t="inlineStr"><is><t>{text}</t></is></c>' for text in texts)
+    return f"<row>{''.join(cells)}</row>"
+
+
+def _header(more: int = 0) -> str:
+    return _row("prompt", "completion", *(f"c{i}" for i in range(more)))
+
+
+def _read_sheet(rows: str) -> None:
+    seed = Path(__file__).parent / "fuzz" / "corpus" / "xlsx" / "inline.xlsx"
+    sheet = "xl/worksheets/sheet1.xml"
+    xml = f'<worksheet xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main">{rows}</worksheet>'
+    with ZipFile(seed) as book, ZipFile(_folder() / "a.xlsx", "w") as archive:
+        for name in book.namelist():
+            archive.writestr(name, xml if name == sheet else book.read(name))
+    with suppress(UserError):
+        read_pairs(_folder() / "a.xlsx", DataConfig())
 
 
 def _sheet(text: str) -> None:
@@ -296,6 +324,11 @@ CASES = [
     Case("CSV: quotes", lambda n: b'prompt,completion\n"' + b'""' * (n // 2) + b'",x\n', _read("a.csv")),
     Case("CSV: bad bytes", lambda n: b"prompt,completion\n" + b"\xe9,\x81\n" * (n // 4), _read("a.csv")),
     Case("CSV: carriage returns", lambda n: b"prompt,completion\n" + b"a,b\r" * (n // 4), _read("a.csv")),
+    Case("preferences: turns", _preferences, _read("a.jsonl")),
+    Case("workbook: rows", lambda n: _header() + _row("a", "b") * (n // 20), _read_sheet),
+    Case("workbook: columns", lambda n: _header(n // 20) + _row(*"a" * (n // 20)), _read_sheet),
+    Case("workbook: rows and columns", lambda n: _header(n // 20) + _row("a", "b") * (n // 20), _read_sheet),
+    Case("workbook: merged cells", lambda n: _header() + '<mergeCell ref="A2:B2"/>' * (n // 20), _read_sheet),
     Case("text: spaces", lambda n: b" \n" * (n // 2), _read("a.txt")),
     Case("sheet: rows", lambda n: "a,b\n" * (n // 4), _sheet),
     Case("sheet: columns", lambda n: "a,b" + ",c" * (n // 4) + "\n" + "," * (n // 4 + 1) + "\n", _sheet),
@@ -358,6 +391,22 @@ CASES = [
     Case("chat: user label", lambda n: _body(user="a" * n, messages=[]), _chat),
     Case("chat: metadata", lambda n: _body(metadata={f"k{i}": "v" for i in range(n // 12)}, messages=[]), _chat),
     Case("chat: stops", lambda n: _body(stop=["a"] * (n // 5), messages=[]), _chat),
+    *(
+        Case(f"calls: {form.name}, {before}{piece}…", _repeated(piece, before, after), form({}).read)
+        for form in FORMS
+        for before, piece, after in [
+            ("", '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>', " "),
+            ("", "<tool_call>", ""),
+            ("", '<tool_call>"', ""),
+            ('<tool_call>{"name": "', "<tool_call>", ""),
+            ("", "[TOOL_CALLS]f[ARGS]{}", " "),
+            ("[TOOL_CALLS]", "[", ""),
+            ('[TOOL_CALLS][{"name": "f", "arguments": {}}', ',{"name": "f", "arguments": {}}', ""),
+            ("<|python_start|><|python_end|>", '{"name": "f", "parameters": {}}', " "),
+            ('<|python_tag|>brave_search.call(query="', '")', " "),
+            ("", " ", "{"),
+        ]
+    ),
     Case("completion: prompts", lambda n: _body(prompt=["a"] * (n // 5)), _completion),
     Case("completion: token ids", lambda n: _body(prompt=[1] * (n // 3)), _completion),
     Case("completion: long prompt", lambda n: _body(prompt="é" * (n // 6)), _completion),

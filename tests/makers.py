@@ -5,11 +5,13 @@ Their vocabularies come inside the makers' packages (llama-models, mistral-commo
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 if TYPE_CHECKING:
@@ -60,6 +62,31 @@ def llama3_encoder() -> Any:
 
 
 @cache
+def llama4_encoder() -> Any:
+    """Meta's own tokenizer of Llama 4."""
+    return import_module("llama_models.llama4.tokenizer").Tokenizer.get_instance()
+
+
+@cache
+def meta_chat_format(generation: Literal[3, 4] = 3) -> Any:
+    """Meta's own chat format of Llama 3 or 4."""
+    if generation == 3:
+        return import_module("llama_models.llama3.chat_format").ChatFormat(llama3_encoder())
+    if find_spec("torchvision") is not None:
+        return import_module("llama_models.llama4.chat_format").ChatFormat(llama4_encoder())
+    # Llama 4's module imports torchvision for images; empty modules in its place are enough for text.
+    images, transforms = ModuleType("torchvision"), ModuleType("torchvision.transforms")
+    vars(images)["transforms"] = transforms
+    vars(transforms)["functional"] = ModuleType("torchvision.transforms.functional")
+    sys.modules |= {module.__name__: module for module in (images, transforms)}
+    try:
+        return import_module("llama_models.llama4.chat_format").ChatFormat(llama4_encoder())
+    finally:
+        for module in (images, transforms):
+            del sys.modules[module.__name__]
+
+
+@cache
 def mistral_encoder(version: Mistral) -> MistralEncoder:
     """Mistral's own text tokenizer."""
     from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
@@ -83,6 +110,18 @@ def llama3_tokenizer(family: Llama3 = "llama3") -> Any:
         bos="<|begin_of_text|>",
         eos="<|eot_id|>",
         pad="<|finetune_right_pad_id|>",
+    )
+
+
+@cache
+def llama4_tokenizer() -> Any:
+    """Llama 4's tokenizer as transformers loads it, with a template after Meta's."""
+    return _transformers_tokenizer(
+        _convert_meta(llama4_encoder(), llama4_encoder().O200K_PATTERN),
+        (TEMPLATES / "llama4.jinja").read_text(encoding="utf-8"),
+        bos="<|begin_of_text|>",
+        eos="<|eot|>",
+        pad="<|finetune_right_pad|>",
     )
 
 
@@ -113,8 +152,10 @@ def llama3_reference(messages: Chat, generation_prompt: bool) -> list[int]:
     return llama3_reference(messages, generation_prompt=True)[:-header]
 
 
-def mistral_reference(version: Mistral, messages: Chat) -> list[int]:
-    """Ids of the conversation by mistral-common; they end where the answer begins if the user spoke last."""
+def mistral_reference(
+    version: Mistral, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+) -> list[int]:
+    """Ids of the conversation by mistral-common; they end where the answer begins if the user or a tool spoke last."""
     from mistral_common.protocol.instruct.normalize import get_normalizer
     from mistral_common.protocol.instruct.request import ChatCompletionRequest
     from mistral_common.tokens.tokenizers import instruct
@@ -137,7 +178,7 @@ def mistral_reference(version: Mistral, messages: Chat) -> list[int]:
     encoder = mistral_encoder(version)
     settings = encoder.model_settings_builder if version == "v15" else None
     request: ChatCompletionRequest[Any] = ChatCompletionRequest.model_validate(
-        {"messages": [dict(m) for m in messages]}
+        {"messages": [dict(m) for m in messages], **({"tools": [dict(t) for t in tools]} if tools else {})}
     )
     normalized = get_normalizer(number, settings).from_chat_completion_request(request)
     return list(instruct_tokenizer(encoder).encode_instruct(normalized).tokens)
@@ -264,11 +305,14 @@ def _transformers_tokenizer(
 
 @cache
 def _convert_llama3() -> Tokenizer:
-    encoder = llama3_encoder()
+    return _convert_meta(llama3_encoder(), llama3_encoder().pat_str)
+
+
+def _convert_meta(encoder: Any, pattern: str) -> Tokenizer:
     special = sorted(encoder.special_tokens, key=lambda token: int(encoder.special_tokens[token]))
     # All ids below the special tokens' are ordinary tokens.
     ranks = {encoder.model.decode_single_token_bytes(i): i for i in range(encoder.special_tokens[special[0]])}
-    return _byte_level_bpe(ranks, {}, special, encoder.pat_str, bos=special[0])
+    return _byte_level_bpe(ranks, {}, special, pattern, bos=special[0])
 
 
 @cache

@@ -7,15 +7,36 @@ import json
 from typing import Any
 
 from reference_config import described
-from reference_sources import ROUTES, SERVING_SOURCE, ApiError, ChatRequest, CompletionRequest, parse_request
+from reference_sources import (
+    ROUTES,
+    SERVING_SOURCE,
+    ApiError,
+    ChatRequest,
+    CompletionRequest,
+    ResponsesRequest,
+    parse_request,
+)
 
 _PURPOSE = {
     "POST /v1/chat/completions": "Answer a conversation; with `stream: true` as server-sent events.",
     "POST /v1/completions": "Continue one text or several, without the chat template.",
+    "POST /v1/responses": "Answer messages as chat completions do, in the format of OpenAI's responses API; nothing is "
+    "stored.",
     "GET /v1/models": "List the models that the caller may use.",
     "GET /v1/models/NAME": "Describe one of them.",
     "GET /ready": "`200` while requests are answered; `503` while the server drains, or its engine or state is down.",
     "GET /health": "`200` while the process works; `503` once its engine has stopped for good.",
+}
+
+
+_WITHOUT_EFFECT = {
+    "user",
+    "safety_identifier",
+    "metadata",
+    "store",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "service_tier",
 }
 
 
@@ -40,25 +61,28 @@ def pages() -> dict[str, str]:
         "```\n",
         *_request("Chat completions", "POST /v1/chat/completions", ChatRequest),
         *_request("Completions", "POST /v1/completions", CompletionRequest),
+        *_request("Responses", "POST /v1/responses", ResponsesRequest),
         *_errors(),
     ]
     return {"reference/http.md": "\n".join(out)}
 
 
-def _request(title: str, route: str, model: type[ChatRequest | CompletionRequest]) -> list[str]:
+def _request(title: str, route: str, model: type[ChatRequest | CompletionRequest | ResponsesRequest]) -> list[str]:
     accepted = [
         f"| `{field.alias or name}` | {described(field.annotation, tuple(field.metadata))} | "
-        f"{'required' if field.is_required() else 'optional'} |"
+        f"{'required' if field.is_required() else 'accepted' if name in _WITHOUT_EFFECT else 'honoured'} |"
         for name, field in model.model_fields.items()
     ]
     escape_control_character = [f"| `{name}` | {_values(values)} |" for name, values in sorted(model.neutral.items())]
     return [
         f"## {title}\n",
         f"`{route}`\n",
-        "| accepted field | type | |",
+        "| field | type | |",
         "| --- | --- | --- |",
         *accepted,
         "",
+        "*Honoured* fields change the answer. *Accepted* ones change nothing of it: labels, and hints for OpenAI's "
+        "storage, cache and queue.\n",
         "Every other field is accepted with `null`, `false`, `0`, `[]` or `{}`, which change nothing. These fields "
         "have other values without effect, and are accepted with them alone:\n",
         "| field | accepted values |",
@@ -72,18 +96,19 @@ def _request(title: str, route: str, model: type[ChatRequest | CompletionRequest
     ]
 
 
-def _refusal(model: type[ChatRequest | CompletionRequest]) -> ApiError:
+def _refusal(model: type[ChatRequest | CompletionRequest | ResponsesRequest]) -> ApiError:
     """Return the answer to a field that is not supported, as the gateway itself gives it."""
-    body: dict[str, Any] = {"model": "legal", "logit_bias": {"50256": -100}}
-    if model is ChatRequest:
-        body["messages"] = [{"role": "user", "content": "?"}]
-    else:
-        body["prompt"] = "?"
+    subjects: dict[type, dict[str, Any]] = {
+        ChatRequest: {"messages": [{"role": "user", "content": "?"}]},
+        CompletionRequest: {"prompt": "?"},
+        ResponsesRequest: {"input": "?"},
+    }
+    body = {"model": "legal", "cache_salt": "mine", **subjects[model]}
     try:
         parse_request(model, json.dumps(body).encode())
     except ApiError as error:
         return error
-    raise AssertionError("logit_bias is accepted: choose another field for the example")
+    raise AssertionError("cache_salt is accepted: choose another field for the example")
 
 
 def _values(values: tuple[Any, ...]) -> str:

@@ -29,6 +29,7 @@ from tunewright.evidence.verdict import Verdict
 from tunewright.serving.gateway.app import ROUTES
 from tunewright.serving.gateway.errors import ApiError
 from tunewright.serving.gateway.parsing import parse_request
+from tunewright.serving.gateway.responses_api import ResponsesRequest
 from tunewright.serving.gateway.schemas import ChatRequest, CompletionRequest
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "ChatRequest",
     "CompletionRequest",
     "Config",
+    "ResponsesRequest",
     "parse_request",
 ]
 

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 
 from hypothesis_settings import examples
 from tiny import byte_tokenizer, chat_of
-from tunewright.chat.answers import PLAIN_STOPS, answer_limit, stop_strings
+from tunewright.chat import chat_format
+from tunewright.chat.answers import PLAIN_STOPS, answer_limit, answer_text, stop_strings
 from tunewright.config import Config, EvaluateConfig
 from tunewright.data.examples import Message
+from tunewright.generation.requests import Completion
 from tunewright.generation.text_stream import TextStream
 
 CHAT = chat_of(byte_tokenizer())
@@ -72,3 +74,22 @@ def test_stop_strings_match_the_next_turn_of_the_plain_form(turn: str) -> None:
             break
     assert stream.stopped
     assert text == "A"
+
+
+FUNCTIONS = Message("tools", '[{"function":{"name":"f"},"type":"function"}]')
+
+
+@pytest.mark.parametrize(
+    ("declared", "expected"),
+    [(True, 'Look:\n{"name": "f", "arguments": {"a":1,"b":2}}'), (False, None)],
+)
+@pytest.mark.parametrize("stopped", [True, False])
+def test_answer_text_has_canonical_calls_where_functions_are_declared(
+    declared: bool, expected: str | None, stopped: bool
+) -> None:
+    text = 'Look:\n<tool_call>\n{"arguments": {"b": 2, "a":1}, "name": "f"}\n</tool_call>'
+    chat = chat_format(byte_tokenizer(), stop_ids=CHAT.stop_ids, kind="own", today=CHAT.template.today, tools="hermes")
+    ids = tuple(chat.tokenizer(text + " END" * stopped)["input_ids"])
+    completion = Completion(ids, "stop", text if stopped else None)
+    conversation = [*([FUNCTIONS] if declared else []), Message("user", "x")]
+    assert answer_text(chat, completion, conversation) == (expected or text)

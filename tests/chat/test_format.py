@@ -248,8 +248,9 @@ def test_syntax_error_is_reported_with_its_line() -> None:
         ([("system", "a"), ("system", "b"), ("user", "c"), ("assistant", "d")], "a system turn must be the first turn"),
         ([("user", "a"), ("assistant", " ")], "an empty answer"),
         ([("user", "a")], "the last turn must be the assistant's"),
-        ([("user", [{"type": "text", "text": "a"}]), ("assistant", "b")], "a list of parts"),
-        ([("tool", "a"), ("assistant", "b")], 'role is "tool"'),
+        ([("user", [{"type": "audio", "text": "a"}]), ("assistant", "b")], "a list of parts"),
+        ([("tool", "a"), ("assistant", "b")], "the first turn must be the user's"),
+        ([("user", "a"), ("tool", "b"), ("assistant", "c")], r"messages\[1\] has no tool_call_id"),
     ],
 )
 def test_encode_refuses_invalid_turns(messages: list[tuple[str, Any]], words: str) -> None:

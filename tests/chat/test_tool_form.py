@@ -25,7 +25,7 @@ from tool_families import (
     texts,
     tokenizer_of,
 )
-from tunewright.chat import ChatFormat
+from tunewright.chat import ChatFormat, encode
 from tunewright.chat.inspection import differences
 from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json
@@ -374,3 +374,11 @@ def test_keys_of_declarations_have_one_order(drawn: list[str]) -> None:
     properties = declared["function"]["parameters"]["properties"]
     assert list(properties) == sorted(drawn)
     assert all(list(schema) == ["type", "description"] for schema in properties.values())
+
+
+def test_encode_takes_an_example_with_functions_as_messages_and_as_dicts() -> None:
+    chat, messages = family("llama3_1"), _answered()
+    encoded = encode(chat.tokenizer, messages)
+    assert encoded == encode(chat.tokenizer, [m.as_dict() for m in messages])
+    assert encoded.ids == chat.encode(messages).ids
+    assert encode(chat.tokenizer, messages[1:2] + messages[-1:]).ids != encoded.ids

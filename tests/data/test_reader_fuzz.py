@@ -76,6 +76,7 @@ _scalars = st.one_of(
     st.sampled_from(["user", "gpt", "[]", "tool"]),
 )
 _NAMES = ["messages", "role", "content", "weight", "prompt", "completion", "instruction", "output", "history", "tools"]
+_NAMES += ["chosen", "rejected", "input", "preferred_output", "non_preferred_output"]
 _NAMES += ["conversations", "from", "value", "text", "system", "q", "a", "b", "x", "g", "id", "row"]
 _NAMES += ["functions", "tool_calls", "function", "name", "arguments", "parameters", "tool_call_id", "function_call"]
 _keys = st.sampled_from(_NAMES)
@@ -110,6 +111,25 @@ def test_json_lines_survive_any_bytes(folder: Path, content: bytes, data: DataCo
 @given(st.lists(_json, min_size=1, max_size=4), RECIPES)
 def test_json_lines_survive_any_values(folder: Path, values: list[Any], data: DataConfig) -> None:
     _check_bytes(folder, "b.jsonl", PAIR + b"\n" + b"\n".join(map(_dumped, values)), data)
+
+
+_turn = st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant", 1]), "content": _scalars})
+_side = st.one_of(_scalars, _turn, st.lists(_turn | _json, max_size=4))
+
+
+@given(
+    st.dictionaries(st.sampled_from(["prompt", "system", "tools", "input", "messages"]), _side, max_size=2),
+    st.dictionaries(st.sampled_from(["chosen", "rejected"]), _side, min_size=1),
+    st.dictionaries(st.sampled_from(["preferred_output", "non_preferred_output"]), _side, max_size=2),
+    RECIPES,
+)
+def test_preference_rows_survive_any_values(
+    folder: Path, prompt: dict[str, Any], pair: dict[str, Any], outputs: dict[str, Any], data: DataConfig
+) -> None:
+    row = prompt | (outputs or pair)
+    if outputs and "input" in row:
+        row["input"] = {"messages": row["input"]}
+    _check_bytes(folder, "p.jsonl", _dumped(row), data)
 
 
 @given(_pieces(b"[" + PAIR + b",", PAIR + b"]"), RECIPES)

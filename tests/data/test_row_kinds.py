@@ -114,12 +114,11 @@ def test_mistral_only_last_trains_the_last_answer_only() -> None:
     ("row", "code", "path", "words"),
     [
         ({"text": "a whole document"}, "E203", "$.text", "Together's general format"),
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "E203", "$.chosen", "preference rows"),
         (
             {"input": {}, "preferred_output": [], "non_preferred_output": []},
-            "E203",
+            "E209",
             "$.preferred_output",
-            "preference rows",
+            'the row has no "preferred_output"',
         ),
         ({"input_ids": [1], "attention_mask": [1], "labels": [1]}, "E203", "$.input_ids", "tokenizer"),
         ({"prompt": ASKED, "completion": ANSWERED, "tools": [{}]}, "E204", "$.tools", "this row format does not hold"),

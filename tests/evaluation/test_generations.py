@@ -12,12 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tunewright.chat import open_chat
+from tunewright.config import ChatConfig
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
 from tunewright.data.examples import Message
 from tunewright.evaluation import generations
 from tunewright.evaluation.answer_journal import Decoding
 from tunewright.evaluation.generations import Generator
+from tunewright.generation.requests import Completion
 from tunewright.models.bases import resolve_base
 
 
@@ -118,6 +120,17 @@ def test_stop_string_ends_the_answer_and_changes_the_journal(generator: Generato
     assert [g.text for g in cut] == [g.text.split(stop)[0] for g in whole]
     assert any(stop in g.text for g in whole)
     assert len(list(generator.folder.iterdir())) == 2
+
+
+def test_answers_have_canonical_calls_where_the_prompt_declares_functions(generator: Generator) -> None:
+    hermes = open_chat(generator.base, ChatConfig(tools="hermes"))
+    calling = Generator(generator.base, hermes, "float32", "none", 4, generator.folder.parent, LogReporter())
+    asked = Message("user", "x")
+    functions = Message("tools", '[{"function":{"name":"f"},"type":"function"}]')
+    text = '<tool_call>\n{"arguments": {"b": 2, "a": 1}, "name": "f"}\n</tool_call>'
+    completion = Completion(tuple(hermes.tokenizer(text, add_special_tokens=False)["input_ids"]), "stop")
+    assert calling.text(calling.prompt([functions, asked]), completion) == '{"name": "f", "arguments": {"a":1,"b":2}}'
+    assert calling.text(calling.prompt([asked]), completion) == text
 
 
 TEXTS = st.text(max_size=4)

@@ -310,7 +310,13 @@ def test_acceptable_values_belong_to_the_rows_own_reference() -> None:
     assert score_all(scorer, [_text([ROME])] * 2, [one, other]).values.tolist() == [1, 1]
 
 
-@pytest.mark.parametrize("acceptable", [{}, [], [{}, {}], [{"city": "Oslo"}], "Oslo", [["Oslo"]]])
+@pytest.mark.parametrize(
+    "acceptable",
+    [
+        *({}, [], [{}, {}], [{"city": "Oslo"}], "Oslo", [["Oslo"]]),
+        *([{"place": [{"lat": 1}]}], [{"stops": [[{"at": "A"}]]}]),
+    ],
+)
 def test_acceptable_values_of_another_form_are_an_error(acceptable: Any) -> None:
     with pytest.raises(UserError, match=r"Invalid metadata 'acceptable' of row \w{12}: expected a list of 1 objects"):
         _ast(acceptable, [OSLO], [OSLO])

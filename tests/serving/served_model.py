@@ -98,7 +98,7 @@ def running_engine(model: Any, max_num_seqs: int = 8, stop_ids: frozenset[int] =
 
 def texts(stops: Sequence[str] = ()) -> Tokenization:
     """Between text and ids, as a server has it."""
-    return Tokenization(render, CHAT.continuation, decode, GRAMMARS, tuple(stops))
+    return Tokenization(render, CHAT.continuation, decode, GRAMMARS, tuple(stops), CHAT)
 
 
 @contextmanager

@@ -484,12 +484,13 @@ class DatasetApi:
 
         ``metadata`` adds the source files' other keys to chat rows.
         """
-        from tunewright.data.trace import metadata_by_key
+        from tunewright.data.trace import metadata_by_key, rejected_answers
         from tunewright.data.versions.export import export
 
         chosen = self.version(version)
         extra = metadata_by_key(self._dataset, chosen.manifest) if metadata else None
-        return export(chosen, Path(out), form, self._reporter, split=split, metadata=extra)
+        rejected = rejected_answers(self._dataset, chosen.manifest) if form == "preference" else None
+        return export(chosen, Path(out), form, self._reporter, split=split, metadata=extra, rejected=rejected)
 
     def push(self, url: str) -> Transfer:
         """Copy the current version with its ancestors and reviews to a folder or bucket."""

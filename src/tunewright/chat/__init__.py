@@ -24,7 +24,8 @@ def encode(tokenizer_or_base: Any, messages: Sequence[Message | Mapping[str, Any
 
     Args:
         tokenizer_or_base: a :class:`Base`, or a transformers tokenizer with a chat template.
-        messages: turns, as :class:`Message` or dicts as in chat files; the last is the assistant's.
+        messages: turns, as :class:`Message` or dicts as in chat files; the last is the assistant's. Declarations of
+            functions are a first message of role ``tools``.
 
     Raises:
         UserError: invalid turns, or an unusable template.
@@ -32,8 +33,13 @@ def encode(tokenizer_or_base: Any, messages: Sequence[Message | Mapping[str, Any
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
         raise UserError("A conversation must be a list of turns", where="messages")
     turns = [m.as_dict() if isinstance(m, Message) else m for m in messages]
+    row: dict[str, Any] = {"messages": turns}
+    if (
+        turns and isinstance(turns[0], Mapping) and turns[0].get("role") == "tools"
+    ):  # an example's first message, which rows have under a key
+        row = {"messages": turns[1:], "tools": turns[0].get("content")}
     try:
-        example = example_from_object({"messages": turns}, DataConfig(max_characters=2**31))
+        example = example_from_object(row, DataConfig(max_characters=2**31))
     except RowError as error:
         raise UserError(f"Invalid conversation: {error}", where="messages") from error
     if isinstance(tokenizer_or_base, Base):

@@ -24,7 +24,9 @@ _SPELLING = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible
 def call_grammar(
     chat: ChatFormat, functions: Sequence[Mapping[str, Any]], choice: str = "auto", *, parallel: bool = True
 ) -> Grammar:
-    """Return the grammar of answers in the base's form of calls; :func:`grammar_compiler` compiles it.
+    """Return the grammar of answers in the base's form of calls.
+
+    :func:`tunewright.chat.answers.grammar_compiler` compiles it.
 
     Calls are spelled as the template spells them, with the keys of arguments in the schema's order.
 

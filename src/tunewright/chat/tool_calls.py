@@ -72,7 +72,7 @@ def _ordered(value: Any, *, names: bool = False) -> Any:
         return [_ordered(item) for item in value]
     if not isinstance(value, dict):
         return value
-    keys = sorted(value)
+    keys = list(value)  # sorted, as canonical JSON is; sorting again would order stand-ins otherwise than their texts
     if not names:
         keys.sort(key=lambda key: _FIRST_KEYS.index(key) if key in _FIRST_KEYS else len(_FIRST_KEYS))
     return {key: _ordered(value[key], names=key == "properties" and not names) for key in keys}
@@ -225,27 +225,24 @@ class Hermes(CallForm):
         mark = self._signs["<tool_call>"]
         place = text.find(mark)
         while place >= 0:
-            if calls := self._calls(text, place):
+            calls, end = self._calls(text, place)
+            if end == len(text):
                 return text[:place].removesuffix("\n"), calls
-            place = text.find(mark, place + 1)
+            place = text.find(mark, max(end, place + 1))
         return None
 
-    def _calls(self, text: str, place: int) -> list[Call] | None:
-        """Return the calls from this place to the end of the text."""
+    def _calls(self, text: str, place: int) -> tuple[list[Call], int]:
+        """Return the calls from this place on, and the place after them, where none begins."""
         begin, end = self._signs["<tool_call>"], self._signs["</tool_call>"]
         calls = []
-        while place < len(text):
-            if not text.startswith(begin, place):
-                return None
+        while text.startswith(begin, place):
             call = _call_at(text, _skip_space(text, place + len(begin)), "arguments")
-            if call is None:
-                return None
-            place = _skip_space(text, call[1])
-            if not text.startswith(end, place):
-                return None
+            after = _skip_space(text, call[1]) if call else place
+            if call is None or not text.startswith(end, after):
+                break
             calls.append(call[0])
-            place = _skip_space(text, place + len(end))
-        return calls
+            place = _skip_space(text, after + len(end))
+        return calls, place
 
 
 FORMS: tuple[type[CallForm], ...] = (Hermes, MistralArguments, MistralList, Llama4, Llama)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tunewright.data.remote import Transfer
 
 # As in data.export and data.splits, which are too heavy to import for --help.
-Format = Literal["chat", "alpaca", "csv", "parquet"]
+Format = Literal["chat", "alpaca", "csv", "parquet", "preference"]
 Split = Literal["train", "dev", "test"]
 
 Url = Annotated[str, typer.Argument(help="Folder or any URL that fsspec supports, such as s3://bucket/prefix.")]

@@ -174,7 +174,7 @@ class EvaluateConfig(Section):
         ConstrainConfig | None,
         Field(
             description="Form that constrained arms enforce while they decode, measured alongside the free arms: "
-            "{choices: [a, b]}, {regex: PATTERN} or {json_schema: FILE}."
+            "{choices: [a, b]}, {regex: PATTERN}, {json_schema: FILE} or {tools: auto} (calls of each row's functions)."
         ),
     ] = None
     engine: Annotated[

@@ -77,8 +77,9 @@ class DataConfig(Section):
     sources: Annotated[
         tuple[str, ...],
         Field(
-            description="Files of pairs that `tunewright run` adds: JSON, CSV, Parquet or a saved `datasets` folder, "
-            "relative to this file. Folders of such files and patterns such as data/*.jsonl work too."
+            description="Files of pairs that `tunewright run` adds: JSON, CSV, .xlsx, Parquet or a saved `datasets` "
+            "folder, relative to this file. Folders of such files, patterns such as data/*.jsonl and datasets of the "
+            "Hugging Face hub such as hf://datasets/org/name:train work too."
         ),
     ] = ()
     rows: Annotated[

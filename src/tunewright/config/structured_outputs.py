@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -10,7 +10,7 @@ from tunewright.config.section import Section
 
 
 class ConstrainConfig(Section):
-    """The form of a constrained answer: choices, a regular expression or a JSON schema."""
+    """The form of a constrained answer: choices, a regular expression, a JSON schema or function calls."""
 
     choices: Annotated[
         tuple[Annotated[str, Field(min_length=1)], ...] | None,
@@ -29,9 +29,16 @@ class ConstrainConfig(Section):
             description="The whole answer is JSON of this schema: the schema itself, or its file relative to this one."
         ),
     ] = None
+    tools: Annotated[
+        Literal["auto", "required"] | None,
+        Field(
+            description="Calls in the answer are of functions that the row declares, with arguments by their schemas. "
+            "`auto` allows text too; `required` allows calls alone. Rows without functions are not constrained."
+        ),
+    ] = None
 
     @model_validator(mode="after")
-    def _one_of_three(self) -> ConstrainConfig:
-        if [self.choices, self.regex, self.json_schema].count(None) != 2:
-            raise ValueError("set exactly one of choices, regex and json_schema")
+    def _one_of_four(self) -> ConstrainConfig:
+        if [self.choices, self.regex, self.json_schema, self.tools].count(None) != 3:
+            raise ValueError("set exactly one of choices, regex, json_schema and tools")
         return self

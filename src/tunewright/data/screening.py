@@ -6,15 +6,18 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json
 from tunewright.core.progress import Reporter
 from tunewright.core.text import listed
 from tunewright.data import pii
+from tunewright.data.examples import Example
 from tunewright.data.pii.names import open_presidio
 from tunewright.data.pii.secret_patterns import Finder, Finding
 from tunewright.data.readers import SourceRow
+from tunewright.data.readers.preferences import REJECTED, rejected_messages, rejected_value
 from tunewright.data.readers.validate import texts_of
 
 _MOST = 10
@@ -67,12 +70,22 @@ def _redacted(
         for row in rows:
             example, of_row = pii.redact(row.example, also=also, allow=allow)
             counts.update(of_row)
-            done.append(replace(row, example=example))
+            metadata = row.metadata
+            if REJECTED in metadata and isinstance(metadata[REJECTED], str | list):
+                metadata = {**metadata, REJECTED: _redacted_answer(row.example, metadata[REJECTED], also, allow)}
+            done.append(replace(row, example=example, metadata=metadata))
             task.advance()
     if counts:
         kinds = ", ".join(f"{count:,} {pii.LABELS[kind]}" for kind, count in sorted(counts.items()))
         reporter.say(f"Replaced by placeholders: {kinds}")
     return done, counts
+
+
+def _redacted_answer(example: Example, rejected: Any, also: Finder | None, allow: Sequence[str]) -> Any:
+    """Return a rejected answer with the placeholders of the row's prompt."""
+    answer = rejected_messages(rejected)
+    redacted, _ = pii.redact(Example((*example.prompt, *answer)), also=also, allow=allow)
+    return rejected_value(redacted.messages[-len(answer) :])
 
 
 def _with_clean_values(

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tunewright.core.errors import UserError
-from tunewright.core.io import text_lines
+from tunewright.core.io import canonical_json, text_lines
+from tunewright.data.readers.preferences import REJECTED
 from tunewright.data.review.edits import superseded_keys
 from tunewright.data.review.reviews import read_reviews
 from tunewright.data.versions import (
@@ -153,6 +154,16 @@ def read_metadata(dataset: Path, manifest: Manifest) -> dict[str, list[dict[str,
     for key, metadata in found.values():
         by_key.setdefault(key, []).append(metadata)
     return by_key
+
+
+def rejected_answers(dataset: Path, manifest: Manifest) -> dict[str, list[Any]]:
+    """Return the distinct rejected answers of each pair key that has any, as the metadata of preference rows."""
+    found: dict[str, list[Any]] = {}
+    for key, rows in read_metadata(dataset, manifest).items():
+        answers = {canonical_json(metadata[REJECTED]): metadata[REJECTED] for metadata in rows if REJECTED in metadata}
+        if answers:
+            found[key] = list(answers.values())
+    return found
 
 
 def _records(dataset: Path, manifest: Manifest) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -26,6 +26,7 @@ from tunewright.data.splits import SPLITS
 from tunewright.data.versions import DatasetVersion, Member
 from tunewright.data.versions.version import current_author
 from tunewright.evaluation.access_log import AccessLog
+from tunewright.evaluation.answer_constraints import grammar_of
 from tunewright.evaluation.answer_journal import Answer
 from tunewright.evaluation.arm_runner import (
     ArmRunner,
@@ -36,7 +37,7 @@ from tunewright.evaluation.arm_runner import (
 )
 from tunewright.evaluation.arms import TUNED, ZERO_SHOT, ArmPlan
 from tunewright.evaluation.folds import fold_versions
-from tunewright.evaluation.generations import Generator, grammar_of
+from tunewright.evaluation.generations import Generator
 from tunewright.evaluation.prompt_search import advise, choosing_inputs
 from tunewright.evaluation.runner import (
     EvaluateResult,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunewright.config import RetrieverName
-from tunewright.data.examples import INSTRUCTIONS, Message, with_calls_numbered
+from tunewright.data.examples import INSTRUCTIONS, Message, call_id
 from tunewright.data.versions import Member
 from tunewright.evaluation.arms import ArmPlan
 
@@ -87,14 +88,17 @@ class Demonstrations:
         self._orders: dict[tuple[RetrieverName, str], list[int]] = {}
 
     def shown(self, plan: ArmPlan, query: Member) -> list[Member]:
-        """Return the demonstrations for ``query`` in prompt order; none is from the query's own cluster."""
+        """Return the demonstrations for ``query`` in prompt order; none is from the query's own cluster.
+
+        Rows with functions are shown only to queries that declare functions.
+        """
         if not plan.shots:
             return []
         if plan.retriever is not None:
             # The most similar one stands nearest to the question.
             return self.nearest(plan.retriever, query, plan.shots)[::-1]
         assert plan.seed is not None
-        drawn = self.drawn(plan.seed)[: plan.shots]
+        drawn = [member for member in self.drawn(plan.seed) if _can_show(member, query)][: plan.shots]
         # They are the same for every question, so none can be exchanged: the split keeps clusters on one side.
         assert query.cluster not in {m.cluster for m in drawn}, "a question's own cluster is among the training rows"
         return drawn
@@ -112,7 +116,8 @@ class Demonstrations:
             # Several references of one input would all be equally near: four shots of them show one input.
             first_of: dict[tuple[str, ...], int] = {}
             for place in order[self._clusters[order] != query.cluster].tolist():
-                first_of.setdefault(self._asked[place], place)
+                if _can_show(self._train[place], query):
+                    first_of.setdefault(self._asked[place], place)
             self._orders[key] = list(first_of.values())
         return [self._train[i] for i in self._orders[key][:k]]
 
@@ -149,9 +154,34 @@ def _seeded_order(name: str) -> bytes:
 
 
 def with_demonstrations(query: Member, demonstrations: Sequence[Member]) -> tuple[Message, ...]:
-    """Return the query's prompt after worked examples, as conversation turns in their order."""
+    """Return the query's prompt after worked examples, as conversation turns in their order.
+
+    Demonstrations keep their calls and results. The declared functions are the query's alone, as a client sends them.
+    """
     prompt = query.example.prompt
-    instructions = tuple(m for m in prompt if m.role in INSTRUCTIONS)
-    asked = tuple(m for m in prompt if m.role not in INSTRUCTIONS)
-    shown = tuple(m for d in demonstrations for m in d.example.messages if m.role not in INSTRUCTIONS)
-    return with_calls_numbered(instructions + shown + asked)
+    turns = [d.example.messages for d in demonstrations]
+    conversations = [[m for m in messages if m.role not in INSTRUCTIONS] for messages in [*turns, prompt]]
+    return (*(m for m in prompt if m.role in INSTRUCTIONS), *_numbered(conversations))
+
+
+def _numbered(conversations: Iterable[Sequence[Message]]) -> Iterator[Message]:
+    """Yield the turns of several conversations as one, with the ids of calls by their place in it."""
+    count = 0
+    for messages in conversations:
+        ids: dict[str, str] = {}
+        for message in messages:
+            for call in message.calls:
+                ids[call.id] = call_id(count)
+                count += 1
+            calls = tuple(replace(call, id=ids[call.id]) for call in message.calls)
+            answered = None if message.call_id is None else ids[message.call_id]
+            yield replace(message, calls=calls, call_id=answered)
+
+
+def _declares(member: Member) -> bool:
+    return member.example.messages[0].role == "tools"
+
+
+def _can_show(member: Member, query: Member) -> bool:
+    """Return whether a query's prompt may show a row: calls need declared functions."""
+    return _declares(query) or not _declares(member)

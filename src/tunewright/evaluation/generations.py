@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache, cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +16,7 @@ from accelerate.utils.memory import clear_device_cache
 
 from tunewright.adapters.registry import Adapter
 from tunewright.chat import ChatFormat
-from tunewright.chat.answers import answer_text, grammar_compiler, stop_strings
+from tunewright.chat.answers import answer_text, stop_strings
 from tunewright.config import Quantization
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
@@ -24,10 +25,11 @@ from tunewright.core.progress import Reporter
 from tunewright.data.examples import Message
 from tunewright.engines.choice import EMBEDDED, AnswerEngine, answer_engine
 from tunewright.engines.vllm.answers import VllmAnswers
+from tunewright.evaluation.answer_constraints import AnswerConstraints, CallGrammars, grammar_of
 from tunewright.evaluation.answer_journal import ENGINE, VLLM, Answer, Decoding, appending, read_answers
 from tunewright.evaluation.eta import Countdown
 from tunewright.evidence.common import EngineUsed
-from tunewright.generation.constraints import Constraint, Grammar
+from tunewright.generation.constraints import Grammar
 from tunewright.generation.generate import generate
 from tunewright.generation.requests import Completion, Request
 from tunewright.models.bases import Base
@@ -35,8 +37,6 @@ from tunewright.models.loading import device, load_model, named, with_adapters
 from tunewright.training.micro_batch import in_memory
 from tunewright.training.self_samples import BATCH
 
-# Reading a package's metadata takes a millisecond, and every batch of answers names its packages.
-_version = cache(version)
 # Reading a package's metadata takes a millisecond, and every batch of answers names its packages.
 _version = cache(version)
 _PACKAGES = ("torch", "transformers", "tokenizers", "peft")
@@ -60,9 +60,6 @@ class Generator:
         grammar: the grammar of constrained answers.
         engine: the engine that computes the answers.
         rank: the highest LoRA rank that vLLM starts with, unless an adapter has a higher one.
-
-    Raises:
-        UserError: the grammar cannot be used with this base's tokenizer.
     """
 
     @classmethod
@@ -111,7 +108,7 @@ class Generator:
         reporter: Reporter,
         *,
         stop: tuple[str, ...] = (),
-        grammar: Grammar | None = None,
+        grammar: Grammar | CallGrammars | None = None,
         engine: AnswerEngine = EMBEDDED,
         rank: int = 1,
     ) -> None:
@@ -156,13 +153,9 @@ class Generator:
         return self.batch_size if self._vllm is None else self._vllm.rows
 
     @cached_property
-    def constraint(self) -> Constraint | None:
-        """The constraint that constrained answers have to match.
-
-        Raises:
-            UserError: the grammar engine rejects it.
-        """
-        return grammar_compiler(self.chat).compile(self.grammar) if self.grammar else None
+    def constraints(self) -> AnswerConstraints | None:
+        """The constraints that constrained answers have to match."""
+        return AnswerConstraints(self.chat, self.grammar) if self.grammar else None
 
     def answer(
         self,
@@ -259,11 +252,17 @@ class Generator:
         *,
         constrained: bool = False,
     ) -> list[Request]:
-        """Return the decoding requests for the prompts."""
-        assert self.grammar or not constrained
+        """Return the decoding requests for the prompts.
+
+        Raises:
+            UserError: the grammar cannot be used.
+        """
         name = None if adapter is None else self._name(adapter)
-        held_to = self.constraint if constrained else None
-        return [Request(p, name, max_new_tokens, stop=self.stop, constraint=held_to) for p in prompts]
+        free = [Request(p, name, max_new_tokens, stop=self.stop) for p in prompts]
+        if not constrained:
+            return free
+        assert self.constraints is not None
+        return [replace(r, constraint=self.constraints.of_row(self._functions.get(r.prompt_ids))) for r in free]
 
     def generate(
         self,
@@ -448,13 +447,3 @@ class Generator:
             packages=packages,
             engine=engine,
         )
-
-
-def grammar_of(project: ProjectFolder) -> Grammar | None:
-    """Return the grammar of the project's constrained answers.
-
-    Raises:
-        UserError: the config's schema file cannot be read.
-    """
-    constrain = project.config.evaluate.structured_outputs
-    return Grammar.from_config(constrain, project.root) if constrain else None

@@ -12,6 +12,7 @@ from tunewright.config import EvaluateConfig
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, json_document, write_text
 from tunewright.core.progress import Reporter
+from tunewright.data.examples import Example
 from tunewright.data.versions import Member
 from tunewright.evaluation.access_log import AccessLog
 from tunewright.evaluation.answer_journal import Answer
@@ -32,23 +33,25 @@ def warn_of_unreachable(generator: Generator, members: Sequence[Member], reporte
         UserError: no reference can be reached, or the grammar cannot be used.
     """
 
-    def is_cut(text: str) -> bool:
-        return any(stop in text for stop in generator.stop)
+    def is_cut(example: Example) -> bool:
+        return any(stop in example.output for stop in generator.stop)
 
     if generator.stop:
         _warn("evaluate.stop", "hold a stop string, so every answer ends before", is_cut, members, reporter)
-    constraint = generator.constraint
-    if constraint is not None:
+    constraints = generator.constraints
+    if constraints is not None:
 
-        def differs(text: str) -> bool:
-            return not constraint.matches(text)
+        def differs(example: Example) -> bool:
+            return not constraints.allow(example)
 
         what = "do not match the grammar, so no constrained answer can equal"
         _warn("evaluate.structured_outputs", what, differs, members, reporter)
 
 
-def _warn(where: str, what: str, wrong: Callable[[str], bool], members: Sequence[Member], reporter: Reporter) -> None:
-    found = [member for member in members if wrong(member.example.output)]
+def _warn(
+    where: str, what: str, wrong: Callable[[Example], bool], members: Sequence[Member], reporter: Reporter
+) -> None:
+    found = [member for member in members if wrong(member.example)]
     if not found:
         return
     rows = "; ".join(f"{m.key[:12]} {m.example.output.strip().splitlines()[:1]}" for m in found[:_SHOWN])

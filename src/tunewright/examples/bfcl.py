@@ -115,12 +115,14 @@ def project_files(folder: Path, reporter: Reporter) -> dict[str, str]:
     if converted.left_out:
         reporter.warn(f"Items and files left out, with their reasons in {LEFT_OUT_FILE}: {len(converted.left_out):,}")
     base = {"name": NAME, "base_model": "bundled:smollm2-135m-instruct"}
-    return {
+    files = {
         CONFIG_FILE: write_config({**base, **_SECTIONS}),
         ROWS_FILE: converted.text,
-        LEFT_OUT_FILE: "".join(f"{line}\n" for line in converted.left_out),
         "README.md": _readme(converted),
     }
+    if converted.left_out:
+        files[LEFT_OUT_FILE] = "".join(f"{line}\n" for line in converted.left_out)
+    return files
 
 
 def _readme(converted: Converted) -> str:

@@ -159,9 +159,12 @@ class Constraint:
 
     def matches(self, text: str) -> bool:
         """Return whether this text is an allowed answer, ignoring outer white space."""
+        return self.accepts(self._tokenizer.tokenize_str(text.strip()))
+
+    def accepts(self, tokens: Sequence[int]) -> bool:
+        """Return whether these tokens, without an end token, are an allowed answer."""
         matcher = self._fresh.deep_copy()
-        tokens = self._tokenizer.tokenize_str(text.strip())
-        return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
+        return matcher.try_consume_tokens(list(tokens)) == len(tokens) and matcher.is_accepting()
 
 
 def _reason(error: str) -> str:

@@ -100,24 +100,42 @@ def call_ast_match(name: MetricName, acceptable: Mapping[str, Any]) -> Scorer:
 
 def _options(calls: Sequence[ToolCall], own: Any, parameters: Mapping[str, Any], key: str) -> list[Options]:
     """Return the acceptable values of every argument of the reference's calls, and of those that may be added."""
-    if own is None:
-        own = [{} for _ in calls]
-    shaped = isinstance(own, list) and len(own) == len(calls)
-    if not shaped or not all(isinstance(o, dict) and all(isinstance(v, list) for v in o.values()) for o in own):
+    listed = [{} for _ in calls] if own is None else own
+    schemas = [_properties(parameters.get(call.name, {})) for call in calls]
+    if not isinstance(listed, list) or len(listed) != len(calls) or not all(map(_has_lists, listed, schemas)):
         raise UserError(
             f"Invalid metadata {ACCEPTABLE!r} of row {key[:12]}: expected a list of {len(calls)} objects, one for each "
             "call of its last turn, whose values are lists",
             where="evaluate.metric",
-            fix="Correct the row's file, and add it with `tunewright data add --replace`.",
+            fix="Correct the row's file, and add it together with new rows.",
         )
-    found: list[Options] = []
-    for call, listed in zip(calls, own, strict=True):
-        schemas = _properties(parameters.get(call.name, {}))
-        plain = {
-            name: [alternative(value, schemas.get(name, {}))] for name, value in json.loads(call.arguments).items()
-        }
-        found.append(plain | listed)
-    return found
+    return [
+        {name: [alternative(value, declared.get(name, {}))] for name, value in json.loads(call.arguments).items()}
+        | options
+        for call, options, declared in zip(calls, listed, schemas, strict=True)
+    ]
+
+
+def _has_lists(options: Any, schemas: Mapping[str, Any]) -> bool:
+    """Return whether each value is a list, also inside of objects where the schema says ``object``."""
+    if not isinstance(options, dict) or not all(isinstance(choice, list) for choice in options.values()):
+        return False
+    objects = [
+        each
+        for name, choice in options.items()
+        for value in choice
+        for each in _objects_in(value, schemas.get(name, {}))
+    ]
+    return all(isinstance(choice, list) for each in objects for choice in each.values())
+
+
+def _objects_in(value: Any, schema: Any) -> list[dict[str, Any]]:
+    """Return the objects of an acceptable value that the schema declares as objects."""
+    if isinstance(value, dict) and dict in _kinds(schema):
+        return [value]
+    if isinstance(value, list) and dict in _kinds(_items(schema)):
+        return [each for each in value if isinstance(each, dict)]
+    return []
 
 
 def alternative(value: Any, schema: Any) -> Any:
@@ -160,10 +178,9 @@ def _value_fits(value: Any, choice: Sequence[Any], schema: Any) -> bool:
 def _object_fits(value: Any, options: Any) -> bool:
     if not isinstance(value, dict) or not isinstance(options, dict):
         return False
-    lists = {key: choice if isinstance(choice, list) else [choice] for key, choice in options.items()}
     return all(
-        key in lists and any(_same_text(inner, each) for each in lists[key]) for key, inner in value.items()
-    ) and all(key in value or OPTIONAL in choice for key, choice in lists.items())
+        key in options and any(_same_text(inner, each) for each in options[key]) for key, inner in value.items()
+    ) and all(key in value or OPTIONAL in choice for key, choice in options.items())
 
 
 def _same_text(one: Any, other: Any) -> bool:

@@ -58,8 +58,7 @@ print(
             "text temperature 0": OpenAI(model=MODEL, base_url=URL, api_key=KEY, temperature=0).batch([QUESTION, "x"]),
             "refused": {
                 "tools": refused(lambda: chat.bind_tools([Court]).invoke(QUESTION)),
-                "schema": refused(lambda: chat.with_structured_output(Court).invoke(QUESTION)),
-                "n": refused(lambda: ChatOpenAI(model=MODEL, base_url=URL, api_key=KEY, n=2).invoke(QUESTION)),
+                "n": refused(lambda: ChatOpenAI(model=MODEL, base_url=URL, api_key=KEY, n=17).invoke(QUESTION)),
                 "embeddings": refused(
                     lambda: OpenAIEmbeddings(
                         model=MODEL, base_url=URL, api_key=KEY, check_embedding_ctx_length=False

@@ -37,12 +37,12 @@ console.log(
     texts: texts.choices.map((choice) => [choice.index, choice.text]),
     models,
     model: (await client.models.retrieve(MODEL)).id,
+    response: (await client.responses.create({ model: MODEL, input: QUESTION })).output_text,
     raised: {
       embeddings: await thrown(() => client.embeddings.create({ model: MODEL, input: "x" })),
-      responses: await thrown(() => client.responses.create({ model: MODEL, input: "x" })),
       model: await thrown(() => chat({ model: "other" })),
       retrieve: await thrown(() => client.models.retrieve("other")),
-      n: await thrown(() => chat({ n: 2 })),
+      n: await thrown(() => chat({ n: 17 })),
     },
   }),
 );

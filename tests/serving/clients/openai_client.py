@@ -59,20 +59,21 @@ print(
             )
             .choices[0]
             .message.content,
+            "response": client.responses.create(model=MODEL, input=QUESTION).output_text,
+            "choices": [choice.message.content for choice in create(model=MODEL, messages=TURNS, n=2).choices],
             "texts": [[choice.index, choice.text] for choice in texts.choices],
             "texts usage": texts.usage.model_dump(exclude_none=True),
             "models": [model.id for model in client.models.list()],
             "model": client.models.retrieve(MODEL).id,
             "raised": {
                 "embeddings": raised(lambda: client.embeddings.create(model=MODEL, input="x")),
-                "responses": raised(lambda: client.responses.create(model=MODEL, input="x")),
                 "model": raised(lambda: create(model="other", messages=TURNS)),
                 "retrieve": raised(lambda: client.models.retrieve("other")),
                 "tools": raised(
                     lambda: create(model=MODEL, messages=TURNS, tools=[{"type": "function", "function": {"name": "f"}}])
                 ),
-                "n": raised(lambda: create(model=MODEL, messages=TURNS, n=2)),
-                "logprobs": raised(lambda: create(model=MODEL, messages=TURNS, logprobs=True)),
+                "n": raised(lambda: create(model=MODEL, messages=TURNS, n=17)),
+                "verbosity": raised(lambda: create(model=MODEL, messages=TURNS, verbosity="low")),
                 "long": raised(lambda: create(model=MODEL, messages=[{"role": "user", "content": "x" * 2000}])),
             },
         }

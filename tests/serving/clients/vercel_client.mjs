@@ -37,6 +37,7 @@ console.log(
   JSON.stringify({
     compatible: await answers(compatible(MODEL), compatible.completionModel(MODEL)),
     openai: await answers(openai.chat(MODEL), openai.completion(MODEL)),
-    raised: { responses: await thrown(openai(MODEL)), model: await thrown(compatible("other")) },
+    responses: (await generateText({ model: openai(MODEL), prompt: QUESTION })).text,
+    raised: { model: await thrown(compatible("other")) },
   }),
 );

@@ -226,7 +226,7 @@ def test_constrained_answer_cut_at_its_limit_has_finish_length(engine: Engine) -
 
 
 def _log_probabilities(base: Path, folder: Path, prompt: tuple[int, ...], ids: tuple[int, ...]) -> torch.Tensor:
-    """PEFT's own, at each token of an answer."""
+    """Return PEFT's own at each token of an answer."""
     model: Any = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), folder).eval()
     with torch.inference_mode():
         logits = model(input_ids=torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
@@ -251,7 +251,7 @@ def test_log_probabilities_are_those_of_the_model_at_each_token(
 
 
 def _shortfalls(base: Path, request: Request, ids: tuple[int, ...]) -> list[float]:
-    """How far each token of a greedy answer is from the likeliest one, by OpenAI's formula in a plain loop."""
+    """Return how far each token of a greedy answer is from the likeliest one, in a plain loop with OpenAI's formula."""
     model: Any = LlamaForCausalLM.from_pretrained(base).eval()
     found = []
     for place, token in enumerate(ids):

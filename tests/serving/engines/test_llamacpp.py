@@ -200,6 +200,7 @@ def test_base_file_has_texts_of_whole_characters_and_our_stop_tokens(small_base:
         return reader.fields[f"tokenizer.{name}"].contents()
 
     assert field("ggml.tokens")[10:15] == ["aĠb", "Ã©", "[12]", "[13]", "[14]"]
+    assert field("ggml.pre") == "smollm", "with gpt-2, llama.cpp would drop the space of the token ' .'"
     assert field("ggml.token_type")[10:15] == [1, 1, 3, 3, 3]
     assert field("ggml.tokens")[7] == "[7]", "an end token has no text"
     assert [field(f"ggml.{name}_token_id") for name in ("eos", "eot", "eom")] == [3, 7, 5]

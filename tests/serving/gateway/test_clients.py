@@ -130,17 +130,16 @@ def test_openai_python_works_with_its_defaults(url: str, interpreter: Path, vers
     assert got["version"].startswith(version)
     check_openai(got, url)
     answer, _ = chat(url, ("user", QUESTION))
-    assert [got["parse"], *got["async"]] == [answer] * 4
+    assert [got["parse"], got["response"], *got["choices"], *got["async"]] == [answer] * 7
     assert got["labels"] == chat(url, ("system", "Be brief."), ("user", QUESTION))[0]
     assert got["texts usage"]["prompt_tokens"] == len(QUESTION) + 1
     assert got["raised"] == {
-        "embeddings": "NotFoundError unknown_route None",
-        "responses": "NotFoundError unknown_route None",
+        "embeddings": "NotFoundError embeddings_not_supported None",
         "model": "NotFoundError model_not_found model",
         "retrieve": "NotFoundError model_not_found model",
-        "tools": "BadRequestError unsupported_parameter tools",
-        "n": "BadRequestError invalid_value n",
-        "logprobs": "BadRequestError unsupported_parameter logprobs",
+        "tools": "BadRequestError tools_not_supported tools",
+        "n": "BadRequestError too_many_choices n",
+        "verbosity": "BadRequestError unsupported_parameter verbosity",
         "long": "BadRequestError prompt_too_long messages",
     }
 
@@ -149,13 +148,12 @@ def test_openai_python_works_with_its_defaults(url: str, interpreter: Path, vers
 def test_openai_npm_works_with_its_defaults(url: str) -> None:
     got = node("openai_client.mjs", url)
     check_openai(got, url)
-    assert got["at once"] == [got["create"]] * 3
+    assert [got["response"], *got["at once"]] == [got["create"]] * 4
     assert got["raised"] == {
-        "embeddings": "NotFoundError unknown_route null",
-        "responses": "NotFoundError unknown_route null",
+        "embeddings": "NotFoundError embeddings_not_supported null",
         "model": "NotFoundError model_not_found model",
         "retrieve": "NotFoundError model_not_found model",
-        "n": "BadRequestError invalid_value n",
+        "n": "BadRequestError too_many_choices n",
     }
 
 
@@ -182,9 +180,8 @@ def test_langchain_works_with_its_defaults(url: str) -> None:
     assert got["text temperature 0"] == [text(url, QUESTION, ANSWER_TOKENS), text(url, "x", ANSWER_TOKENS)]
     assert got["refused"] == {
         "tools": "OpenAIInvalidRequestError tools",
-        "schema": "OpenAIInvalidRequestError response_format",
         "n": "OpenAIInvalidRequestError n",
-        "embeddings": "NotFoundError unknown_route",
+        "embeddings": "NotFoundError embeddings_not_supported",
     }
 
 
@@ -233,4 +230,5 @@ def test_vercel_ai_works_with_its_defaults(url: str) -> None:
         assert said["system"] == chat(url, ("system", "Be brief."), ("user", QUESTION))[0]
         assert said["repeated"] == chat(url, ("user", QUESTION), ("assistant", answer), ("user", "And?"))[0]
         assert said["completion"] == text(url, f"user:\n{QUESTION}\n\nassistant:\n", 16)
-    assert got["raised"] == {"responses": [404, "unknown_route"], "model": [404, "model_not_found"]}
+    assert got["responses"] == answer
+    assert got["raised"] == {"model": [404, "model_not_found"]}

@@ -145,7 +145,7 @@ def test_leading_system_messages_are_joined() -> None:
 @pytest.mark.parametrize(
     ("more", "param"),
     [
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {}}]}, "tools.0.function.name"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"response_format": {}}, "response_format.type"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
@@ -197,9 +197,10 @@ def test_leading_system_messages_are_joined() -> None:
         ({"messages": [TURN | {"name": 5}]}, "messages.0.name"),
         ({"messages": [{"role": "assistant", "content": "x", "refusal": "no"}]}, "messages.0.refusal"),
         ({"messages": [{"role": "assistant", "content": None}]}, "messages.0.content"),
-        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "messages.0.content"),
-        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]}, "messages.0.tool_calls"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "messages.0.tool_calls.0.function"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "messages.0.tool_calls.0.id"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0"),
+        ({"messages": [{"role": "function", "content": "x"}]}, "messages.0.role"),
         ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0.type"),
         ({"model": None}, "model"),
@@ -229,6 +230,6 @@ def test_body_that_is_not_a_json_object_is_refused(body: bytes) -> None:
 
 def test_error_lists_all_faults() -> None:
     with pytest.raises(ApiError) as caught:
-        parse_request(ChatRequest, json.dumps({"tools": [{}], "n": 0, "model": "m"}).encode())
-    for fault in ("tools is not supported: remove it", "n: Input should be greater", "messages is missing"):
+        parse_request(ChatRequest, json.dumps({"prediction": {"x": 1}, "n": 0, "model": "m"}).encode())
+    for fault in ("prediction is not supported: remove it", "n: Input should be greater", "messages is missing"):
         assert fault in caught.value.message

@@ -39,6 +39,10 @@ CODES: dict[str, tuple[str, str]] = {
         "Add it, or handle rows without it in the template (is defined, default).",
     ),
     "E208": ("an image; only text is supported", "Leave such rows out, or name the key in data.drop_columns."),
+    "E209": (
+        "a preference row without two different answers to one prompt",
+        "Write input, preferred_output and non_preferred_output, or prompt, chosen and rejected.",
+    ),
     "E301": ("a turn that is not an object", "Write each turn as an object with a role and its content."),
     "E302": ("a turn without role or content", "Give the turn both."),
     "E303": (

@@ -9,6 +9,7 @@ from typing import Any
 
 from tunewright.config import DataConfig
 from tunewright.data.readers.mapping import Parent, pair_mapping
+from tunewright.data.readers.preferences import PAIR_KEYS, PREFERENCE_KEYS, Preference, Side, parse_preference
 from tunewright.data.readers.row_errors import JsonPath, RowError, place
 from tunewright.data.readers.turns import (
     Declared,
@@ -34,15 +35,22 @@ _SHARE_TURNS = TurnKeys(
 _DECLARING = ("tools", "available_tools", "functions")
 _TOOL_KEYS = (*_DECLARING, "tool_calls", "function_call")
 _UNTRAINABLE = {
-    "chosen": "preference rows (chosen, rejected) have two outputs",
-    "rejected": "preference rows (chosen, rejected) have two outputs",
-    "preferred_output": "preference rows (Together, OpenAI) have two outputs",
     "input_ids": "rows of token ids depend on one base's tokenizer",
     "text": "rows of plain text (Together's general format) do not separate input and ideal output",
 }
 
 KNOWN_KEYS = frozenset(
-    ("messages", "interactions", "conversation", "conversations", "instruction", "prompt", "completion", *_UNTRAINABLE)
+    (
+        "messages",
+        "interactions",
+        "conversation",
+        "conversations",
+        "instruction",
+        "prompt",
+        "completion",
+        *PREFERENCE_KEYS,
+        *_UNTRAINABLE,
+    )
 )
 """An object with one of these keys is a row, if a faulty one."""
 
@@ -56,6 +64,8 @@ class Conversation:
     turns: tuple[Turn, ...]
     keys: frozenset[str] = frozenset()
     tools: Declared | None = None
+    rejected: Conversation | None = None
+    """Of a preference row: the same prompt with the answer that is not the ideal one."""
 
 
 def parse_conversation(
@@ -86,6 +96,8 @@ def parse_conversation(
         reason = f"the config names {data.input} as input and {data.output} as output"
         return Conversation("mapped pairs", reason, _pair(row, data.input, data.output), keys)
     _refuse_images(row, data)
+    if _is_preference(row, data):
+        return _preferred(parse_preference(row), data)
     for key in ("messages", "interactions", "conversation"):
         if key in row:
             return _chat(row, key, data)
@@ -152,6 +164,35 @@ def _refuse_images(row: Mapping[str, Any], data: DataConfig) -> None:
 def _quoted(keys: Sequence[str]) -> str:
     text = ", ".join(f'"{key}"' for key in keys[:_MOST_KEYS])
     return f"{text} and {len(keys) - _MOST_KEYS:,} more" if len(keys) > _MOST_KEYS else text
+
+
+def _is_preference(row: Mapping[str, Any], data: DataConfig) -> bool:
+    """Return whether the row has two answers; a rejected answer next to messages is metadata, as exports write it."""
+    there = (PREFERENCE_KEYS & row.keys()) - set(data.group_by)
+    chats = {"messages", "interactions", "conversation", "conversations"}
+    return bool(there) and not row.keys() & {"completion", "output"} and (there == PAIR_KEYS or chats.isdisjoint(row))
+
+
+def _preferred(pair: Preference, data: DataConfig) -> Conversation:
+    preferred, rejected = (_side(side, data) for side in (pair.preferred, pair.rejected))
+    return replace(preferred, kind=pair.kind, reason=pair.reason, keys=pair.keys, rejected=rejected)
+
+
+def _side(side: Side, data: DataConfig) -> Conversation:
+    try:
+        conversation = _chat(side.row, "messages", data)
+    except RowError as error:
+        raise side.located_error(error) from None
+    turns = []
+    for turn in conversation.turns:
+        calls = (
+            replace(call, path=side.located(call.path), arguments_path=side.located(call.arguments_path))
+            for call in turn.calls
+        )
+        here, content = side.located(turn.path), side.located(turn.content_path)
+        turns.append(replace(turn, path=here, content_path=content, calls=tuple(calls)))
+    tools = conversation.tools and conversation.tools._replace(path=side.located(conversation.tools.path))
+    return replace(conversation, turns=tuple(turns), tools=tools)
 
 
 def _refuse_untrainable(row: Mapping[str, Any], data: DataConfig) -> None:

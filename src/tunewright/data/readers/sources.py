@@ -14,6 +14,7 @@ from tunewright.config import DataConfig
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter, Task
 from tunewright.data.readers.compression import COMPRESSIONS, compression_of, open_bytes
+from tunewright.data.readers.csv_rows import DELIMITERS, csv_rows, delimiter_of
 from tunewright.data.readers.documents import array_hint, check_expression, document_rows, list_keys, rows_hint
 from tunewright.data.readers.encodings import Encoding, find_encoding, note_on, open_text
 from tunewright.data.readers.hub import hub_files, is_hub_name
@@ -27,7 +28,7 @@ from tunewright.data.readers.suffixes import (
     has_known_suffix,
     plain_suffix,
 )
-from tunewright.data.readers.tables import DELIMITERS, csv_rows, delimiter_of, parquet_rows, saved_rows
+from tunewright.data.readers.tables import parquet_rows, saved_rows
 from tunewright.data.readers.validate import RowError, parse_json_row
 
 _KINDS = (

@@ -1,21 +1,18 @@
-"""Rows in tables (CSV with common delimiters, Parquet, saved ``datasets`` folders) and the choice of columns."""
+"""Rows in Arrow's tables (Parquet, saved ``datasets`` folders), and the choice of columns in any table."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from tunewright.config import DataConfig
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Task
-from tunewright.data.readers.encodings import escaped
-from tunewright.data.readers.json_rows import LONGEST_ROW, RawRow
+from tunewright.data.readers.json_rows import RawRow
 from tunewright.data.readers.mapping import pair_mapping
 from tunewright.data.readers.schemas import nearest_known_key
 from tunewright.data.readers.validate import RowError
@@ -26,17 +23,17 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
     from numpy.typing import NDArray
 
-DELIMITERS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "bar"}
-_CSV_FIELD_LIMIT = 2**31 - 1  # Python's default limit of 131,072 characters would apply before data.max_characters
 _BATCH = 1024
 _PARQUET_BATCH = 1 << 16  # rows; each batch repeats the dictionary of its row group, so small ones are slow
 _BATCH_BYTES = 256 << 20  # of a batch, on average within a row group
 _ROW_BYTES = 64 << 20  # of one row, and of the rows that are Python objects at once
 _OBJECT_BYTES = 64  # of a value in a list or object, besides its text
-_SNIFFED = 50  # rows that decide the delimiter
 
 # Known sets of columns: required and optional ones.
 _KNOWN_COLUMNS = (
+    (("preferred_output", "non_preferred_output"), ("input",)),
+    (("prompt", "chosen", "rejected"), ("system", "tools")),
+    (("chosen", "rejected"), ("tools",)),
     (("messages",), ("system", "system_prompt", "only_last", "tools")),
     (("interactions",), ("system", "system_prompt", "only_last", "tools")),
     (("conversation",), ()),
@@ -44,6 +41,7 @@ _KNOWN_COLUMNS = (
     (("prompt", "completion"), ()),
     (("instruction", "output"), ("input", "system", "history")),
 )
+_TEXT_COLUMNS = (("prompt", "completion"), ("instruction", "output"), ("prompt", "chosen", "rejected"))
 
 
 def columns(
@@ -96,104 +94,10 @@ def columns(
 
 def _known(header: Sequence[str], nested: bool) -> list[str] | None:
     for needed, also in _KNOWN_COLUMNS:
-        lists = "history" in also or len(needed) == 2
-        if set(needed) <= set(header) and (nested or lists):
+        texts = needed in _TEXT_COLUMNS
+        if set(needed) <= set(header) and (nested or texts):
             return [*needed, *(n for n in also if n in header and (nested or n != "history"))]
     return None
-
-
-def delimiter_of(head: str, data: DataConfig) -> str:
-    """Return the delimiter that gives the config's columns, else the most regular table, in the first lines."""
-    mapping = pair_mapping(data)
-    best, best_score = ",", (False, 0.0, 0)
-    for delimiter in DELIMITERS:
-        rows = _parsed(head, delimiter)
-        if not rows or len(rows[0]) < 2:
-            continue
-        header = rows[0]
-        named = mapping is not None and mapping.keys <= set(header)
-        alike = sum(len(row) == len(header) for row in rows) / len(rows)
-        score = (named, alike, len(header))
-        if score > best_score:
-            best, best_score = delimiter, score
-    return best
-
-
-def _parsed(head: str, delimiter: str) -> list[list[str]]:
-    rows: list[list[str]] = []
-    csv.field_size_limit(_CSV_FIELD_LIMIT)
-    try:
-        for row in csv.reader(io.StringIO(head, newline="\n"), delimiter=delimiter, strict=True):
-            if row:
-                rows.append(row)
-            if len(rows) > _SNIFFED:
-                break
-    except csv.Error:  # reported with its line when the file is read
-        pass
-    return rows
-
-
-def csv_rows(text: TextIO, path: Path, delimiter: str, data: DataConfig, notes: list[str]) -> Iterator[RawRow]:
-    """Yield the rows below the header; line breaks in quotes belong to the field, and blank lines are skipped.
-
-    Raises:
-        UserError: the errors of ``columns``, or unbalanced quotes, with file and line.
-    """
-    csv.field_size_limit(_CSV_FIELD_LIMIT)
-    lines = _BoundedLines(text)
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    header: list[str] | None = None
-    places: dict[str, int] = {}
-    used: list[str] = []
-    start = 1
-    try:
-        for fields in reader:
-            lines.taken = 0
-            if header is None and fields:
-                header = fields
-                if any(escaped(name) is not None for name in header):
-                    raise UserError("Not UTF-8", where=f"{path}:{start}", fix="Save the file as UTF-8.")
-                used, others = columns(header, f"{path}:{start}", data, notes, nested=False)
-                places = {name: header.index(name) for name in (*used, *others)}
-            elif header is not None and fields:
-                yield RawRow(start, _csv_row(fields, len(header), places, used))
-            start = reader.line_num + 1
-    except csv.Error as error:
-        raise UserError(
-            f"Unreadable CSV from here on: {error}",
-            where=f"{path}:{start}",
-            fix='Quote text with a delimiter, a quote or a line break, and double quotes in it: "".',
-        ) from None
-
-
-class _BoundedLines:
-    """The lines of a text, as long as those of one row are not too long together."""
-
-    def __init__(self, text: TextIO) -> None:
-        self.text = text
-        self.taken = 0
-
-    def __iter__(self) -> _BoundedLines:
-        return self
-
-    def __next__(self) -> str:
-        line = self.text.readline(LONGEST_ROW - self.taken)
-        self.taken += len(line)
-        if self.taken == LONGEST_ROW and not line.endswith("\n"):
-            raise csv.Error(f"a row of over {LONGEST_ROW - 1:,} characters")
-        if not line:
-            raise StopIteration
-        return line
-
-
-def _csv_row(fields: list[str], width: int, places: dict[str, int], used: Sequence[str]) -> dict[str, Any] | RowError:
-    if len(fields) != width:
-        return RowError("E107", f"{len(fields)} fields (the header has {width})")
-    row = {name: fields[at] for name, at in places.items()}
-    for name in used:
-        if escaped(row[name]) is not None:
-            return RowError("E101", "not UTF-8", (name,))
-    return row
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from tunewright.core.unicode import mark_fault, normalize
 from tunewright.data.examples import ROLES, Example, Message
 from tunewright.data.readers.calls import check_order, checked_calls, declared_tools, linked
 from tunewright.data.readers.mapping import Parent, names_parent, value_above
+from tunewright.data.readers.preferences import REJECTED, rejected_value
 from tunewright.data.readers.row_errors import RowError, place
 from tunewright.data.readers.schemas import ROW_SHAPES, Conversation, parse_conversation
 from tunewright.data.readers.turns import Declared, Turn
@@ -233,9 +234,15 @@ def metadata_of(
     """Return the row's unused keys with JSON values, and the keys whose values cannot be kept.
 
     Null and empty values are left out. Values longer than ``MOST_CHARACTERS``, or without a JSON form, are not kept.
+    ``REJECTED`` is the rejected answer of a preference row.
+
+    Raises:
+        RowError: a rejected answer that is invalid, as for ``example_from_turns``.
     """
     kept: dict[str, Any] = {}
     left_out: list[str] = []
+    if conversation.rejected is not None:
+        kept[REJECTED] = _rejected(conversation.rejected, data)
     if row.keys() <= conversation.keys:
         return kept, left_out
     for key, given in row.items():
@@ -250,11 +257,18 @@ def metadata_of(
             continue
         if value in _ABSENT:
             continue
-        if len(text) > MOST_CHARACTERS:
+        if len(text) > (data.max_characters if key == REJECTED else MOST_CHARACTERS):
             left_out.append(key)
         else:
             kept[key] = value
     return kept, left_out
+
+
+def _rejected(conversation: Conversation, data: DataConfig) -> str | list[dict[str, Any]]:
+    """Return the rejected answer: its text, or its turns after the last one of the user if there are several."""
+    messages = example_from_turns(conversation.turns, data, conversation.tools).messages
+    asked = max(i for i, message in enumerate(messages) if message.role == "user")
+    return rejected_value(messages[asked + 1 :])
 
 
 def _json_value(value: Any) -> Any:

@@ -242,9 +242,8 @@ def _rows(path: Path, title: str, data: DataConfig, notes: list[str], task: Task
         for number, cells in parser.parse():
             if table is None:
                 table = _Table(where, number, _header(cells, where), workbook)
-                table.used, table.kept = columns(
-                    list(table.names.values()), f"{where}:{number}", data, notes, nested=False
-                )
+                table.used, others = columns(list(table.names.values()), f"{where}:{number}", data, notes, nested=False)
+                table.wanted = {*table.used, *others}
             else:
                 yield RawRow(number, table.row(cells))
             if task is not None:
@@ -281,20 +280,19 @@ class _Table:
     names: dict[int, str]
     workbook: _Workbook
     used: list[str] = field(default_factory=list)
-    kept: list[str] = field(default_factory=list)
+    wanted: set[str] = field(default_factory=set)
     _unnamed: list[str] = field(default_factory=list)
     _formatted: list[str] = field(default_factory=list)
     _full: list[str] = field(default_factory=list)
 
     def row(self, cells: Sequence[dict[str, Any]]) -> dict[str, Any] | RowError:
-        """Return a row by the names of its columns; columns without a value are empty texts."""
-        wanted = {*self.used, *self.kept}
-        row = {name: "" for name in self.names.values() if name in wanted}
+        """Return a row by the names of its columns; used columns without a value are empty texts."""
+        row = dict.fromkeys(self.used, "")  # others without a value would not be kept
         for cell in cells:
             name = self.names.get(cell["column"])
             if name is None:
                 self._unnamed.append(_place(cell))
-            elif name in wanted:
+            elif name in self.wanted:
                 try:
                     row[name] = _text(cell)
                 except RowError as fault:

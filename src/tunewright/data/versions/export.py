@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,10 +19,11 @@ from tunewright.core.io import canonical_json, write_json, write_text, writing
 from tunewright.core.progress import Reporter
 from tunewright.core.text import count_of
 from tunewright.data.examples import Example
+from tunewright.data.readers.preferences import rejected_messages
 from tunewright.data.splits import SPLITS, Split
 from tunewright.data.versions import DatasetVersion, Member, short
 
-Format = Literal["chat", "alpaca", "csv", "parquet"]
+Format = Literal["chat", "alpaca", "csv", "parquet", "preference"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
 _NAMED = 5  # rows named in a refusal
@@ -47,16 +49,19 @@ def export(
     *,
     split: Split | None = None,
     metadata: Mapping[str, Mapping[str, Any]] | None = None,
+    rejected: Mapping[str, Sequence[Any]] | None = None,
 ) -> Exported:
     """Write a version, or one split of it, to a file, atomically.
 
     chat: JSON lines of ``{"messages": [...], "tools": [...]}`` (OpenAI's format), tools only if the row has any.
     alpaca: one JSON array of instruction, input (always empty), output and, where a row has a system turn, system.
     csv: the columns prompt and completion. parquet: the column messages (and tools, as JSON, if a row has any), zstd,
-    with the version's digest in the schema's metadata.
+    with the version's digest in the schema's metadata. preference: JSON lines of prompt, chosen and rejected, each a
+    list of turns (TRL's format), one for each rejected answer; other rows are left out.
 
     Args:
         metadata: pair key to the keys to put before the messages of a chat row; None: write messages only.
+        rejected: pair key to the rejected answers, for the format preference.
 
     Raises:
         UserError: metadata in a format other than chat, rows that the format cannot represent (named; nothing is
@@ -68,6 +73,8 @@ def export(
     members = [m for m in version.members if split in (None, m.split)]
     if not members:
         raise UserError(f"Version {short(version.digest)} has no {split} rows", where="--split")
+    if form == "preference":
+        return Exported(path, form, version.digest, split, _write_preferences(path, members, rejected or {}, reporter))
     system = _fit(members, form)
     examples = [m.example for m in members]
     with reporter.task("exporting", 1, "files") as task:
@@ -148,6 +155,32 @@ def _refuse(members: Sequence[Member], form: Format, what: str, wrong: Callable[
 def _write_chat(path: Path, members: Sequence[Member], metadata: Mapping[str, Mapping[str, Any]]) -> None:
     lines = (canonical_json({**metadata.get(m.key, {}), **m.example.as_row()}) for m in members)
     write_text(path, "".join(line + "\n" for line in lines))
+
+
+def _write_preferences(
+    path: Path, members: Sequence[Member], rejected: Mapping[str, Sequence[Any]], reporter: Reporter
+) -> int:
+    """Write a line for each rejected answer, and return the number of lines."""
+    lines = []
+    for member in members:
+        messages = member.example.messages
+        asked = max(i for i, message in enumerate(messages) if message.role == "user") + 1
+        prompt, chosen = ([turn.as_dict() for turn in part] for part in (messages[:asked], messages[asked:]))
+        row: dict[str, Any] = {"prompt": prompt, "chosen": chosen}
+        if messages[0].role == "tools":
+            row |= {"prompt": prompt[1:], "tools": json.loads(messages[0].content)}
+        for answer in rejected.get(member.key, ()):
+            turns = [turn.as_dict() for turn in rejected_messages(answer)]
+            if turns != chosen:  # a reviewer may have chosen it since
+                lines.append(canonical_json({**row, "rejected": turns}))
+    if not lines:
+        what = "No row has a rejected answer"
+        raise UserError(what, where="--format", fix="Add preference rows, or export as chat.")
+    write_text(path, "".join(line + "\n" for line in lines))
+    without = sum(member.key not in rejected for member in members)
+    if without:
+        reporter.warn(f"{count_of(without, 'row')} without a rejected answer left out of {path}")
+    return len(lines)
 
 
 def _write_alpaca(path: Path, examples: Sequence[Example]) -> None:

@@ -91,7 +91,8 @@ def add_token_ids(writer: Any, pieces: Sequence[bytes | None], stop_ids: Sequenc
             names.setdefault("".join(_BYTE_NAMES[byte] for byte in piece), token)
     texts = {token: name for name, token in names.items()}
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    # llama.cpp removes spaces before punctuation from the texts of most other kinds, "gpt-2" among them.
+    writer.add_tokenizer_pre("smollm")
     writer.add_token_list([texts.get(token, f"[{token}]") for token in range(vocabulary)])
     kinds = (gguf.TokenType.CONTROL, gguf.TokenType.NORMAL)
     writer.add_token_types([kinds[token in texts] for token in range(vocabulary)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -24,6 +24,7 @@ from tunewright.serving.gateway.preprocess import RequestPreprocessor, Tokenizat
 from tunewright.serving.gateway.request import GenerationRequest
 from tunewright.serving.gateway.request_handler import RequestHandler
 from tunewright.serving.gateway.responses import ChatCompletionResponse, CompletionResponse, ResponseFormat
+from tunewright.serving.gateway.responses_api import ResponsesFormat, ResponsesRequest
 from tunewright.serving.gateway.schemas import ChatRequest, CompletionRequest, RequestBody
 from tunewright.serving.gateway.shadows import Shadows
 from tunewright.serving.gateway.streaming import (
@@ -39,6 +40,7 @@ from tunewright.serving.tenants import StateUnavailableError
 ROUTES = (
     "POST /v1/chat/completions",
     "POST /v1/completions",
+    "POST /v1/responses",
     "GET /v1/models",
     "GET /v1/models/NAME",
     "GET /ready",
@@ -47,7 +49,8 @@ ROUTES = (
 ADAPTER_HEADER = "x-tunewright-adapter"
 SYSTEM_HEADER = "x-tunewright-system"
 
-BodyType = type[ChatRequest] | type[CompletionRequest]
+Parse = Callable[[bytes], tuple[RequestBody, ResponseFormat]]
+"""Validates a body, and returns it with the format of its response."""
 AnyError = ApiError | RequestFailedError | EngineStoppedError | StateUnavailableError
 
 
@@ -107,6 +110,8 @@ class Gateway:
             Route("/v1/models/{name:path}", self._model),  # a base's name may contain slashes
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/completions", self._completions, methods=["POST"]),
+            Route("/v1/responses", self._responses, methods=["POST"]),
+            Route("/v1/embeddings", _no_embeddings, methods=["POST"]),
         ]
         error_handlers: dict[Any, Any] = {
             ApiError: _error_response,
@@ -160,10 +165,13 @@ class Gateway:
             return JSONResponse(_model_document(name))
 
     async def _chat(self, http: HttpRequest) -> Response:
-        return await self._answer(http, ChatRequest)
+        return await self._answer(http, _parse_chat)
 
     async def _completions(self, http: HttpRequest) -> Response:
-        return await self._answer(http, CompletionRequest)
+        return await self._answer(http, _parse_completion)
+
+    async def _responses(self, http: HttpRequest) -> Response:
+        return await self._answer(http, _parse_responses)
 
     async def _authenticate(self, http: HttpRequest) -> Principal:
         authorization = http.headers.getlist("authorization")
@@ -171,25 +179,23 @@ class Gateway:
             raise ApiError("Several Authorization headers: send one.", code="duplicate_authorization")
         return await self._auth.authenticate(authorization[0] if authorization else None)
 
-    async def _answer(self, http: HttpRequest, body_type: BodyType) -> Response:
+    async def _answer(self, http: HttpRequest, parse: Parse) -> Response:
         self._in_flight += 1
         streaming = False
         try:
-            response = await self._respond(http, body_type)
+            response = await self._respond(http, parse)
             streaming = isinstance(response, EventStreamResponse)
             return response
         finally:
             if not streaming:  # a stream ends later, and counts itself out
                 self._in_flight -= 1
 
-    async def _respond(self, http: HttpRequest, body_type: BodyType) -> Response:
+    async def _respond(self, http: HttpRequest, parse: Parse) -> Response:
         arrived = asyncio.get_running_loop().time()
-        body, handler = await self._admit(http, body_type, arrived)
+        handler, response_format = await self._admit(http, parse, arrived)
         target = handler.target
         headers = {ADAPTER_HEADER: target.digest or "none", SYSTEM_HEADER: handler.system_source}
-        response_format: ResponseFormat
-        response_format = (ChatCompletionResponse if body_type is ChatRequest else CompletionResponse)(body)
-        if body.stream:
+        if handler.requests[0].body.stream:
             return await self._stream(http, handler, response_format, headers, arrived)
         try:
             result = await cancel_on_disconnect(http, handler.answers())
@@ -199,9 +205,7 @@ class Gateway:
             return Response(status_code=499)  # not read by anyone: the client has disconnected
         return JSONResponse(response_format.response(*result), headers=headers)
 
-    async def _admit(
-        self, http: HttpRequest, body_type: BodyType, arrived: float
-    ) -> tuple[RequestBody, RequestHandler]:
+    async def _admit(self, http: HttpRequest, parse: Parse, arrived: float) -> tuple[RequestHandler, ResponseFormat]:
         """Authenticate, parse, tokenize and reserve quota."""
         tenant = ""
         try:
@@ -210,9 +214,8 @@ class Gateway:
             if self._draining:
                 raise _shutting_down()
             async with principal.counting():
-                body = parse_request(
-                    body_type, await read_body(http, self._preprocessor.body_bytes, self._limits.body_timeout_s)
-                )
+                raw = await read_body(http, self._preprocessor.body_bytes, self._limits.body_timeout_s)
+                body, response_format = parse(raw)
                 # Nothing may be awaited between this and admit(): a release could take the adapter away.
                 requests = await self._preprocess(body, principal, arrived)
                 if self._engine.stopped:
@@ -224,7 +227,7 @@ class Gateway:
             raise
         handler = RequestHandler(requests, admission, self._engine, self._queue)
         self._handlers.add(handler)
-        return body, handler
+        return handler, response_format
 
     async def _preprocess(self, body: RequestBody, principal: Principal, arrived: float) -> list[GenerationRequest]:
         """Tokenize the prompts; again if a release has changed the system prompt meanwhile."""
@@ -286,6 +289,29 @@ class Gateway:
         if usage is not None:
             self.metrics.settled(handler.tenant, handler.target.name, usage)
         self._shadows.start(handler)
+
+
+def _parse_chat(raw: bytes) -> tuple[RequestBody, ResponseFormat]:
+    body = parse_request(ChatRequest, raw)
+    return body, ChatCompletionResponse(body)
+
+
+def _parse_completion(raw: bytes) -> tuple[RequestBody, ResponseFormat]:
+    body = parse_request(CompletionRequest, raw)
+    return body, CompletionResponse(body)
+
+
+def _parse_responses(raw: bytes) -> tuple[RequestBody, ResponseFormat]:
+    body = parse_request(ResponsesRequest, raw)
+    return body.as_chat(), ResponsesFormat(body)
+
+
+async def _no_embeddings(_http: HttpRequest) -> Response:
+    message = (
+        "This server generates text and has no embeddings. Serve an embedding model on another server, for example "
+        "with vLLM (--runner pooling) or Text Embeddings Inference, and use its base URL for embeddings."
+    )
+    raise ApiError(message, status=404, code="embeddings_not_supported")
 
 
 def _model_document(name: str) -> dict[str, Any]:

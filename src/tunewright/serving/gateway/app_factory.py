@@ -89,7 +89,7 @@ class Service:
             added = {name: prompt.text for name, prompt in prompts.items() if prompt.text is not None}
             self._auth = AnonymousAuth({base.spec: None, **digests}, added)
         tokenization = Tokenization(
-            chat.prompt, chat.continuation, chat.text, grammar_compiler(chat), stop_strings(config, chat)
+            chat.prompt, chat.continuation, chat.text, grammar_compiler(chat), stop_strings(config, chat), chat
         )
         self.metrics_url: str | None = None
         """The address of the metrics while the server runs."""

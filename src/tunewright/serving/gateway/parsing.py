@@ -55,17 +55,33 @@ def parse_request(kind: type[R], body: bytes) -> R:
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
-        errors = error.errors(include_url=False, include_input=False)
-        faults = [_fault(details) for details in errors[:_MAX_FAULTS]]
-        message = " ".join(fault.message for fault in faults)
-        if len(errors) > _MAX_FAULTS:
-            message += f" {len(errors) - _MAX_FAULTS} more errors."
-        raise ApiError(message, param=faults[0].param, code=faults[0].code) from error
+        raise _refusal(error) from error
+
+
+def as_request(kind: type[R], fields: Mapping[str, Any]) -> R:
+    """Return a request with these fields, of which some are checked only now.
+
+    Raises:
+        ApiError: 400, naming the fields at fault.
+    """
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        raise _refusal(error) from error
+
+
+def _refusal(error: ValidationError) -> ApiError:
+    errors = error.errors(include_url=False, include_input=False)
+    faults = [_fault(details) for details in errors[:_MAX_FAULTS]]
+    message = " ".join(fault.message for fault in faults)
+    if len(errors) > _MAX_FAULTS:
+        message += f" {len(errors) - _MAX_FAULTS} more errors."
+    return ApiError(message, param=faults[0].param, code=faults[0].code)
 
 
 def _fault(details: ErrorDetails) -> ApiError:
-    # pydantic marks a fault of a key itself, not of its value.
-    param = ".".join(str(place) for place in details["loc"] if place != "[key]") or None
+    # In brackets are the kind of a part, and pydantic's mark for a fault of a key itself.
+    param = ".".join(str(place) for place in details["loc"] if not str(place).startswith("[")) or None
     if param is not None and len(param) > _MAX_PARAM:  # the client chose it: an error must not repeat a megabyte
         param = f"{param[:_MAX_PARAM]}…"
     if details["type"] == "json_invalid":

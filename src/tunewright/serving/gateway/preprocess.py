@@ -8,6 +8,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from tunewright.chat import ChatFormat
+from tunewright.chat.call_grammar import call_grammar
+from tunewright.chat.tool_calls import declared_functions
 from tunewright.config import GatewayConfig
 from tunewright.core.errors import UserError
 from tunewright.data.examples import Message
@@ -20,7 +23,8 @@ from tunewright.serving.gateway.auth import Target
 from tunewright.serving.gateway.errors import ApiError
 from tunewright.serving.gateway.request import GenerationRequest, system_source
 from tunewright.serving.gateway.schemas import MAX_PROMPTS, ChatRequest, RequestBody
-from tunewright.serving.gateway.structured import GrammarCache
+from tunewright.serving.gateway.structured import Form, GrammarCache, require_schema
+from tunewright.serving.gateway.tools import CallReader
 
 Ids = tuple[int, ...]
 
@@ -43,6 +47,7 @@ class Tokenization:
         decode: converts an answer's ids to text, without special tokens.
         grammars: compiles constraints on an answer's text, and knows the bytes of each token.
         stops: texts that end every chat answer, in addition to those of the request.
+        chat: reads and constrains calls of functions; None: there are no functions.
     """
 
     render: Callable[[Sequence[Message]], Ids]
@@ -50,6 +55,7 @@ class Tokenization:
     decode: Decode
     grammars: GrammarCompiler
     stops: tuple[str, ...] = ()
+    chat: ChatFormat | None = None
 
 
 class RequestPreprocessor:
@@ -65,6 +71,7 @@ class RequestPreprocessor:
         self._engine = engine
         self._context = context = engine.context_length
         self._grammars = GrammarCache(tokenization.grammars.compile)
+        self._no_tools = _no_tools(tokenization.chat)
         self.body_bytes = limits.max_body_bytes or _BYTES_PER_TOKEN * context + _SPARE_BYTES
         # Tokenizing a long prompt takes half a second, which would block all streams in the event loop. One thread
         # only, since
@@ -84,6 +91,9 @@ class RequestPreprocessor:
             if getattr(body, field, None):
                 message = f"{field} is not supported by the engine {self._engine.name}: remove it."
                 raise ApiError(message, param=field, code="unsupported_parameter")
+        if isinstance(body, ChatRequest) and body.conversation[0].role == "tools" and self._no_tools is not None:
+            message = f"Functions are not supported with this base: {self._no_tools}"
+            raise ApiError(message, param="tools", code="tools_not_supported")
         if body.choices > self._limits.max_n:
             raise ApiError(
                 f"Too many answers: n is {body.choices} (limit {self._limits.max_n}).",
@@ -105,7 +115,20 @@ class RequestPreprocessor:
         Raises:
             ApiError: 400, the form is not valid, not supported, or too complex.
         """
-        return None if body.form is None else await self._grammars.constraint(body.form, tenant)
+        form = body.form
+        if form is None and isinstance(body, ChatRequest) and body.constrains_calls:
+            form = self._calls(body)
+        return None if form is None else await self._grammars.constraint(form, tenant)
+
+    def _calls(self, body: ChatRequest) -> Form:
+        for number, tool in enumerate(body.tools or ()):
+            require_schema(tool.function.parameters or {}, f"tools.{number}.function.parameters")
+        functions, parallel = declared_functions(body.conversation), body.parallel_tool_calls is not False
+        assert self._tokenization.chat is not None, "require_supported() was called before"
+        try:
+            return "tools", call_grammar(self._tokenization.chat, functions, body.chosen, parallel=parallel)
+        except UserError as error:
+            raise ApiError(f"{error.what}.", param="tool_choice", code="invalid_value") from error
 
     async def prompts(self, body: RequestBody, tenant: str, system_prompt: str | None) -> list[Ids]:
         """Return the token ids of each prompt in the body.
@@ -119,7 +142,7 @@ class RequestPreprocessor:
         """
         if isinstance(body, ChatRequest) and len(body.messages) > self._limits.max_messages:
             message = f"Too many messages: {len(body.messages)} (limit {self._limits.max_messages})."
-            raise ApiError(message, param="messages", code="too_many_messages")
+            raise ApiError(message, param=body.prompt_param, code="too_many_messages")
         self._require_room(body)
         try:
             # A change of threads takes longer than a short prompt does.
@@ -129,7 +152,7 @@ class RequestPreprocessor:
             async with self._queue.slot(tenant, characters):
                 return await asyncio.get_running_loop().run_in_executor(self._thread, self._ids, body, system_prompt)
         except UserError as error:
-            param = _prompt_param(body)
+            param = body.prompt_param
             raise ApiError(str(error), param=param, code=f"invalid_{param}") from error
 
     def request(
@@ -160,14 +183,14 @@ class RequestPreprocessor:
         added = " including the adapter's system prompt" if source == "adapter" else ""
         if (limit := self._limits.max_prompt_tokens) is not None and len(prompt) > limit:
             message = f"The prompt is too long: {len(prompt)} tokens{added} (limit {limit})."
-            raise ApiError(message, param=_prompt_param(body), code="prompt_too_long")
+            raise ApiError(message, param=body.prompt_param, code="prompt_too_long")
         room = self._context - len(prompt)
         if room < 1:
             message = (
                 f"The prompt has {len(prompt)} tokens{added}, and the context length is {self._context} tokens for "
                 "prompt and answer together."
             )
-            raise ApiError(message, param=_prompt_param(body), code="context_length_exceeded")
+            raise ApiError(message, param=body.prompt_param, code="context_length_exceeded")
         new_tokens = min(
             room, self._limits.max_completion_tokens or room, body.token_limit or body.default_tokens or room
         )
@@ -186,6 +209,10 @@ class RequestPreprocessor:
             logit_bias=body.biases,
             logprobs=body.likeliest,
         )
+        calls = None
+        if isinstance(body, ChatRequest) and body.may_call:
+            assert self._tokenization.chat is not None, "require_supported() was called before"
+            calls = CallReader(self._tokenization.chat, body.conversation)
         template_stops = self._tokenization.stops if isinstance(body, ChatRequest) else ()
         return GenerationRequest(
             body,
@@ -194,6 +221,7 @@ class RequestPreprocessor:
             (*template_stops, *(body.stop or ())),
             decode=self._tokenization.decode,
             piece=self._tokenization.grammars.piece,
+            calls=calls,
             limits=self._limits,
             tenant=tenant,
             arrived=arrived,
@@ -207,22 +235,29 @@ class RequestPreprocessor:
                 f"The prompt has {longest:,} characters (limit {limit:,} characters for a context length of "
                 f"{self._context:,} tokens)."
             )
-            raise ApiError(message, param=_prompt_param(body), code="context_length_exceeded")
+            raise ApiError(message, param=body.prompt_param, code="context_length_exceeded")
 
     def _ids(self, body: RequestBody, system_prompt: str | None) -> list[Ids]:
         if isinstance(body, ChatRequest):
-            messages = body.conversation
+            messages = list(body.conversation)
             if system_prompt is not None and system_source(body, system_prompt) == "adapter":
-                messages.insert(0, Message("system", system_prompt))
+                messages.insert(messages[0].role == "tools", Message("system", system_prompt))
             return [self._tokenization.render(messages)]
         return [self._tokenization.continuation(text) for text in body.texts]
 
 
-def _prompt_param(body: RequestBody) -> str:
-    return "messages" if isinstance(body, ChatRequest) else "prompt"
+def _no_tools(chat: ChatFormat | None) -> str | None:
+    """Return why functions are not supported; None if they are."""
+    if chat is None:
+        return "it has no chat template."
+    try:
+        chat.tool_form  # noqa: B018 - it is found here, and not while a request waits
+    except UserError as error:
+        return f"{error.what}."
+    return None
 
 
 def _characters(body: RequestBody) -> int:
     if isinstance(body, ChatRequest):
-        return sum(len(part.text) for message in body.messages for part in message.content)
+        return sum(len(message.text) for message in body.conversation)
     return sum(map(len, body.prompt))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tunewright.config import GatewayConfig
+from tunewright.data.examples import Message, ToolCall
 from tunewright.engines.protocol import (
     ConstraintFailedError,
     Delta,
@@ -23,6 +24,7 @@ from tunewright.serving.gateway.admission import AdmissionQueue, Slot
 from tunewright.serving.gateway.auth import Target
 from tunewright.serving.gateway.errors import ApiError
 from tunewright.serving.gateway.schemas import ChatRequest, RequestBody
+from tunewright.serving.gateway.tools import CallReader
 from tunewright.serving.tenants.quota import Outcome, RequestUsage
 
 SystemSource = Literal["adapter", "request", "none"]
@@ -86,6 +88,7 @@ class GenerationRequest:
         engine_request: prompt and sampling for the engine.
         stops: texts that end the answer.
         piece: returns the bytes that a token stands for.
+        calls: reads the answer's calls; None if it cannot have any.
         tenant: the tenant whose turn it takes in the queue.
         arrived: when the HTTP request arrived.
     """
@@ -99,6 +102,7 @@ class GenerationRequest:
         *,
         decode: Decode,
         piece: Callable[[int], bytes],
+        calls: CallReader | None = None,
         limits: GatewayConfig,
         tenant: str,
         arrived: float,
@@ -109,11 +113,16 @@ class GenerationRequest:
         self.stops = stops
         self.tenant = tenant
         self.text = ""
+        """The answer's text without its calls."""
+        self.calls: tuple[ToolCall, ...] = ()
+        """The calls of a complete answer."""
         self.tokens = 0
         self.outcome: Outcome = "disconnected"  # unless it ends in another way
         self._limits = limits
         self._stream = TextStream(decode, stops)
         self._piece = piece
+        self._reader = calls
+        self._sent = 0  # characters
         self._unsent: list[ScoredToken] = []
         """Tokens whose text is held back."""
         self.scored: list[ScoredToken] | None = None if engine_request.logprobs is None else []
@@ -191,6 +200,8 @@ class GenerationRequest:
             self.tokens += 1
             if self.scored is not None:
                 self._unsent.append(self._scored(token, event.logprobs[place]))
+            if self._reader is not None:
+                self._reader.push(token, self._stream.decoded)
             text += self._stream.push(token)
             if self._stream.stopped:
                 break
@@ -198,12 +209,31 @@ class GenerationRequest:
             text += self._stream.flush()
         finish: Finish | None = "stop" if self._stream.stopped else event.finish
         self.text += text
+        text = self._content(finish)
         if finish or text:
             chunk = TextChunk(text, finish, self.tokens, self._sent_with(finish))
             if finish:
                 self._end(finish, chunk)
             else:
                 self._emit(chunk)
+
+    def _content(self, finish: Finish | None) -> str:
+        """Return the further text that is certain to be content, and read the calls of a complete answer."""
+        end = len(self.text)
+        if self._reader is not None and finish is None:
+            end = max(self._sent, self._reader.certain(self.text))
+        elif self._reader is not None and finish is not None:
+            message = self._reader.read(self.text, finish, stopped=self._stream.stopped)
+            if message.calls:
+                self.calls, self.text = message.calls, message.content
+            end = len(self.text)
+        text, self._sent = self.text[self._sent : end], end
+        return text
+
+    @property
+    def recorded(self) -> str:
+        """The whole answer as one text: one line of JSON for each call."""
+        return Message("assistant", self.text, calls=self.calls).text
 
     def _scored(self, token: int, found: TokenLogprob) -> ScoredToken:
         top = tuple((self._piece(likely), logprob) for likely, logprob in found.top[: self.engine_request.logprobs])
@@ -213,16 +243,16 @@ class GenerationRequest:
         """Return the tokens whose text begins in the text sent so far; at the end also those without text."""
         if self.scored is None:
             return None
-        whole = finish is not None and not self._stream.stopped
-        sent = tuple(each for each in self._unsent if whole or each.offset < len(self.text))
+        whole = finish is not None and not self._stream.stopped and not self.calls
+        sent = tuple(each for each in self._unsent if whole or each.offset < self._sent)
         self._unsent = self._unsent[len(sent) :]
         self.scored += sent
         return sent
 
     def _named(self, failure: RequestFailedError | EngineStoppedError) -> Failure:
         """Return the failure; an answer's constraint that turned out too complex is the client's fault."""
-        if isinstance(failure, ConstraintFailedError) and self.body.form is not None:
-            param, _ = self.body.form
+        if isinstance(failure, ConstraintFailedError):
+            param, _ = self.body.form or ("tools", None)
             return ApiError(f"{param} is too complex: {failure}.", param=param, code="constraint_too_complex")
         return failure
 

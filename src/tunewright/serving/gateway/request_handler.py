@@ -122,7 +122,8 @@ class RequestHandler:
     def answer(self, index: int, finish: Finish) -> Answer:
         """Return a complete answer."""
         request = self.requests[index]
-        return Answer(request.text, finish, None if request.scored is None else tuple(request.scored))
+        scored = None if request.scored is None else tuple(request.scored)
+        return Answer(request.text, finish, scored, request.calls)
 
     async def answers(self) -> tuple[list[Answer], Usage]:
         """Return each choice's answer, and the usage of all."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from tunewright.data.examples import ToolCall
 from tunewright.generation.requests import Finish
 from tunewright.serving.gateway.errors import ApiError
 from tunewright.serving.gateway.request import ScoredToken, TextChunk
@@ -23,6 +24,7 @@ class Answer:
     text: str
     finish: Finish
     scored: tuple[ScoredToken, ...] | None = None
+    calls: tuple[ToolCall, ...] = ()
 
 
 class ResponseFormat(Protocol):
@@ -38,8 +40,8 @@ class ResponseFormat(Protocol):
     def first_chunks(self) -> list[Document]:
         """Return the chunks that a stream begins with."""
 
-    def text_chunk(self, index: int, chunk: TextChunk) -> Document:
-        """Return a chunk with some text of a choice."""
+    def text_chunk(self, index: int, chunk: TextChunk) -> list[Document]:
+        """Return the chunks with some text of a choice."""
 
     def finish_chunks(self, index: int, answer: Answer) -> list[Document]:
         """Return the last chunks of a choice, with its finish reason."""
@@ -101,9 +103,9 @@ class ChatCompletionResponse(_OpenAIResponse):
         choices = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": answer.text, "refusal": None},
+                "message": _message(answer),
                 "logprobs": _chat_logprobs(answer.scored),
-                "finish_reason": answer.finish,
+                "finish_reason": _finish_reason(answer),
             }
             for index, answer in enumerate(answers)
         ]
@@ -113,26 +115,47 @@ class ChatCompletionResponse(_OpenAIResponse):
         """Return a chunk with the role for each choice."""
         return [self._chunk(index, {"role": "assistant", "content": ""}) for index in range(self.body.choices)]
 
-    def text_chunk(self, index: int, chunk: TextChunk) -> Document:
+    def text_chunk(self, index: int, chunk: TextChunk) -> list[Document]:
         """Return a ``chat.completion.chunk`` with text."""
-        return self._chunk(index, {"content": chunk.text}, chunk.scored)
+        return [self._chunk(index, {"content": chunk.text}, chunk.scored)]
 
     def finish_chunks(self, index: int, answer: Answer) -> list[Document]:
-        """Return a ``chat.completion.chunk`` without text."""
-        return [self._chunk(index, {}, finish=answer.finish)]
+        """Return a ``chat.completion.chunk`` with each call, and one with the finish reason alone."""
+        calls = [
+            self._chunk(index, {"tool_calls": [{"index": place, **_call(call)}]})
+            for place, call in enumerate(answer.calls)
+        ]
+        return [*calls, self._chunk(index, {}, finish=_finish_reason(answer))]
 
     def _chunk(
         self,
         index: int,
-        delta: dict[str, str],
+        delta: Document,
         scored: Sequence[ScoredToken] | None = None,
-        finish: Finish | None = None,
+        finish: str | None = None,
     ) -> Document:
         choice = {"index": index, "delta": delta, "logprobs": _chat_logprobs(scored), "finish_reason": finish}
         return self._document([choice], chunk=True)
 
     def _kind(self, *, chunk: bool) -> tuple[str, str]:
         return "chatcmpl", "chat.completion.chunk" if chunk else "chat.completion"
+
+
+def _message(answer: Answer) -> Document:
+    message: Document = {"role": "assistant", "content": answer.text, "refusal": None}
+    if answer.calls:
+        message |= {"content": answer.text or None, "tool_calls": [_call(call) for call in answer.calls]}
+    return message
+
+
+def _call(call: ToolCall) -> Document:
+    """Return a call with a new id: the model's own ids are places, and repeat in each conversation."""
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": f"call_{new_id()[:24]}", "type": "function", "function": function}
+
+
+def _finish_reason(answer: Answer) -> str:
+    return "tool_calls" if answer.calls and answer.finish == "stop" else answer.finish
 
 
 class CompletionResponse(_OpenAIResponse):
@@ -147,9 +170,9 @@ class CompletionResponse(_OpenAIResponse):
         """Return no chunks."""
         return []
 
-    def text_chunk(self, index: int, chunk: TextChunk) -> Document:
+    def text_chunk(self, index: int, chunk: TextChunk) -> list[Document]:
         """Return a ``text_completion`` with text."""
-        return self._document([_choice(index, chunk.text, None, chunk.scored)])
+        return [self._document([_choice(index, chunk.text, None, chunk.scored)])]
 
     def finish_chunks(self, index: int, answer: Answer) -> list[Document]:
         """Return a ``text_completion`` with the finish reason."""

@@ -17,12 +17,13 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from tunewright.core.unicode import mark_fault, normalize
-from tunewright.data.examples import Message
+from tunewright.data.examples import Message, ToolCall
 from tunewright.serving.gateway.errors import ApiError
 from tunewright.serving.gateway.parsing import Part
-from tunewright.serving.gateway.structured import AnswerFormat, Choices, Form, StructuredOutputs, one_form
+from tunewright.serving.gateway.structured import AnswerFormat, Choices, Form, Schema, StructuredOutputs, one_form
+from tunewright.serving.gateway.tools import AssistantCall, Choice, Tool, ToolChoice, declarations, numbered
 
-_ANSWER_NEUTRAL: dict[str, tuple[Any, ...]] = {
+ANSWER_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     # False and 0 are not neutral here: in vLLM and TGI these options are on, or 1, by default.
     "add_generation_prompt": (True,),
@@ -39,9 +40,7 @@ _ANSWER_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),  # {} turns web search on
 }
 _CHAT_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "tool_choice": ("auto", "none"),
     "function_call": ("auto", "none"),
-    "parallel_tool_calls": (True, False),
     "reasoning_effort": ("none",),
     "modalities": (["text"],),
     "verbosity": ("medium",),
@@ -51,7 +50,8 @@ _COMPLETION_NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-def _no_image(kind: Any) -> Any:
+def no_image(kind: Any) -> Any:
+    """Refuse the type of an image; the other types are checked elsewhere."""
     if "image" in str(kind):
         raise PydanticCustomError("image", "images are not supported, only text: remove the image")
     return kind
@@ -60,7 +60,7 @@ def _no_image(kind: Any) -> Any:
 class TextPart(Part):
     """One part of a message's content."""
 
-    type: Annotated[Literal["text"], BeforeValidator(_no_image)]
+    type: Annotated[Literal["text"], BeforeValidator(no_image)]
     text: str
 
 
@@ -68,31 +68,55 @@ def _one_part(content: Any) -> Any:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-def _refuse_mark_runs(text: str) -> str:
+def refuse_mark_runs(text: str) -> str:
+    """Return the text; refuse more combining marks in a row than any script needs."""
     if fault := mark_fault(text):
         raise PydanticCustomError("combining_marks", "{fault}: remove the marks", {"fault": fault})
     return text
 
 
-def _as_system(role: Any) -> Any:
+def as_system(role: Any) -> Any:
+    """Return the role, "system" for OpenAI's newer name of it."""
     return "system" if role == "developer" else role
 
 
 class ChatMessage(Part):
     """One message; a plain string becomes a single part, and the role ``developer`` becomes ``system``."""
 
-    role: Annotated[Literal["system", "user", "assistant"], BeforeValidator(_as_system)]
+    role: Annotated[Literal["system", "user", "assistant", "tool"], BeforeValidator(as_system)]
     content: Annotated[list[TextPart], Field(min_length=1), BeforeValidator(_one_part)]
     name: str | None = None  # not rendered: no chat template of Llama or Mistral has a place for it
+    tool_calls: list[AssistantCall] | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _calls_need_no_text(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("content") is None and data.get("tool_calls"):
+            return {**data, "content": ""}
+        return data
 
     @model_validator(mode="after")
     def _few_marks(self) -> Self:
-        _refuse_mark_runs(self._text)  # joined, since a run may continue in the next part
+        refuse_mark_runs(self._text)  # joined, since a run may continue in the next part
         return self
 
-    def as_message(self) -> Message:
-        """Return the message in the form of training data: Unicode NFC, as in datasets."""
-        return Message(self.role, normalize(self._text))
+    @model_validator(mode="after")
+    def _calls_in_their_place(self) -> Self:
+        if (self.role == "tool") is (self.tool_call_id is None):
+            raise PydanticCustomError("tool_call_id", "tool_call_id goes with the role tool, and with no other")
+        if self.tool_calls and self.role != "assistant":
+            raise PydanticCustomError("tool_calls", "tool_calls goes with the role assistant, and with no other")
+        return self
+
+    def as_message(self, *, calls: tuple[ToolCall, ...] = (), call_id: str | None = None) -> Message:
+        """Return the message in the form of training data: Unicode NFC, as in datasets.
+
+        Args:
+            calls: an assistant's calls, with ids by place.
+            call_id: the call that a result answers.
+        """
+        return Message(self.role, normalize(self._text), calls=calls, call_id=call_id)
 
     @property
     def _text(self) -> str:
@@ -105,11 +129,15 @@ class StreamOptions(Part):
     include_usage: bool | None = None
 
 
+MAX_TOOLS = 128
+"""As in OpenAI's API."""
 MAX_PROMPTS = 128
 """Maximum number of prompts in one completion request."""
 
 Label = Annotated[str, Field(max_length=512, pattern=r"^[^\x00-\x1f\x7f]*$")]
 """Stored with a tenant's usage: PostgreSQL takes no NUL."""
+
+ServiceTier = Literal["auto", "default", "flex", "priority", "scale"]
 
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 
@@ -132,7 +160,7 @@ class _BaseRequest(Part):
     variety is requested. So ``top_p`` without a temperature has no effect, and is refused.
     """
 
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = _ANSWER_NEUTRAL
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = ANSWER_NEUTRAL
 
     model: str
     stream: bool | None = None
@@ -150,7 +178,7 @@ class _BaseRequest(Part):
     ) = None
     response_format: AnswerFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    guided_json: dict[str, Any] | str | None = None
+    guided_json: Schema | None = None
     guided_regex: Annotated[str, Field(min_length=1)] | None = None
     guided_choice: Choices | None = None
     # Labels, and hints for OpenAI's storage and cache: no answer depends on them.
@@ -161,7 +189,7 @@ class _BaseRequest(Part):
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     # Every request has the same priority here, and the response says "default".
-    service_tier: Literal["auto", "default", "flex", "priority", "scale"] | None = None
+    service_tier: ServiceTier | None = None
 
     @model_validator(mode="after")
     def _no_field_without_effect(self) -> Self:
@@ -209,13 +237,17 @@ class _BaseRequest(Part):
 class ChatRequest(_BaseRequest):
     """The body of ``POST /v1/chat/completions``."""
 
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = _ANSWER_NEUTRAL | _CHAT_NEUTRAL
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = ANSWER_NEUTRAL | _CHAT_NEUTRAL
     default_tokens: ClassVar[None] = None
+    prompt_param: ClassVar[str] = "messages"
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None
+    tools: Annotated[list[Tool] | None, Field(max_length=MAX_TOOLS)] = None
+    tool_choice: Choice = None
+    parallel_tool_calls: bool | None = None
 
     @model_validator(mode="after")
     def _one_limit(self) -> Self:
@@ -240,17 +272,49 @@ class ChatRequest(_BaseRequest):
         """Maximum number of tokens the answer may have; None: as many as the context has room for."""
         return self.max_completion_tokens if self.max_tokens is None else self.max_tokens
 
+    @model_validator(mode="after")
+    def _valid_calls(self) -> Self:
+        if not self.tools and self.tool_choice not in (None, "auto", "none"):
+            raise ApiError("tool_choice requires tools.", param="tool_choice", code="invalid_value")
+        if self.may_call and self.form is not None:
+            message = f"{self.form[0]} together with tools is not supported: set tool_choice to none."
+            raise ApiError(message, param=self.form[0], code="unsupported_parameter")
+        self.conversation  # noqa: B018 - it raises
+        return self
+
     @property
+    def may_call(self) -> bool:
+        """True if the answer may be calls of functions."""
+        return bool(self.tools) and self.tool_choice != "none"
+
+    @property
+    def chosen(self) -> str:
+        """The choice of functions: "auto", "required" or a function's name."""
+        choice = self.tool_choice
+        return choice.function.name if isinstance(choice, ToolChoice) else choice or "auto"
+
+    @property
+    def constrains_calls(self) -> bool:
+        """True if calls must match the functions' schemas, there must be one, or there may not be several."""
+        strict = any(tool.function.strict for tool in self.tools or ())
+        return self.may_call and (strict or self.chosen != "auto" or self.parallel_tool_calls is False)
+
+    @cached_property
     def conversation(self) -> list[Message]:
-        """The messages in the form of training data, with one system message at most at the beginning.
+        """The messages in the form of training data: functions first, then at most one system message.
 
         Some frameworks send several there, for example pydantic-ai its system prompt and its instructions. They are
-        joined by a blank line.
+        joined by a blank line. Functions that the answer must not call are left out, if no message calls them.
+
+        Raises:
+            ApiError: 400, calls and results do not match, or a function is declared twice.
         """
-        messages = [message.as_message() for message in self.messages]
+        messages = numbered(self.messages)
         system = list(takewhile(lambda message: message.role == "system", messages))
         if len(system) > 1:
             messages[: len(system)] = [Message("system", "\n\n".join(message.content for message in system))]
+        if self.tools and (self.may_call or any(message.calls for message in messages)):
+            messages.insert(0, declarations(self.tools))
         return messages
 
     @property
@@ -273,12 +337,13 @@ def _prompts(prompt: Any) -> Any:
 class CompletionRequest(_BaseRequest):
     """The body of ``POST /v1/completions``: texts to continue, without the chat template."""
 
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = _ANSWER_NEUTRAL | _COMPLETION_NEUTRAL
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = ANSWER_NEUTRAL | _COMPLETION_NEUTRAL
     default_tokens: ClassVar[int] = 16
     """OpenAI's default of ``max_tokens`` on this route."""
+    prompt_param: ClassVar[str] = "prompt"
 
     prompt: Annotated[
-        list[Annotated[str, Field(min_length=1), AfterValidator(_refuse_mark_runs)]],
+        list[Annotated[str, Field(min_length=1), AfterValidator(refuse_mark_runs)]],
         Field(min_length=1, max_length=MAX_PROMPTS),
         BeforeValidator(_prompts),
     ]

@@ -36,12 +36,12 @@ class Shadows:
             return
         live, *more = handler.requests
         if more:  # the record has room for one answer per request
-            texts = "\n\n".join(request.text for request in handler.requests)
+            texts = "\n\n".join(request.recorded for request in handler.requests)
             shadow.record(texts, None, f"the request had {len(handler.requests)} answers")
         elif len(self._running) >= MAX_CONCURRENT:
-            shadow.record(live.text, None, f"{MAX_CONCURRENT} other shadow requests were running")
+            shadow.record(live.recorded, None, f"{MAX_CONCURRENT} other shadow requests were running")
         elif not shadow.acquire():
-            shadow.record(live.text, None, "the candidate was unloaded")
+            shadow.record(live.recorded, None, "the candidate was unloaded")
         else:
             task = asyncio.create_task(self._run(live, shadow))
             self._running.add(task)
@@ -61,13 +61,13 @@ class Shadows:
             handler = RequestHandler([request], Admission(settle=lambda _usage: None), self._engine, self._queue)
             async for _chunk in handler.chunks():
                 pass
-            answer = request.text
+            answer = request.recorded
         except asyncio.CancelledError:
             why_not = "the server stopped"
         except (ApiError, RequestFailedError, EngineStoppedError) as error:
             why_not = str(error)
         finally:
-            shadow.record(live.text, answer, why_not)
+            shadow.record(live.recorded, answer, why_not)
             shadow.release()
 
     async def _request(self, live: GenerationRequest, shadow: Shadow) -> GenerationRequest:

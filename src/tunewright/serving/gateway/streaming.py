@@ -116,7 +116,7 @@ async def sse_events(
         while item is not None:
             index, chunk = item
             if chunk.text or chunk.scored:
-                documents.append(response_format.text_chunk(index, chunk))
+                documents += response_format.text_chunk(index, chunk)
             if chunk.finish:
                 documents += response_format.finish_chunks(index, handler.answer(index, chunk.finish))
                 unfinished, tokens = unfinished - 1, tokens + chunk.tokens

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from tunewright.core.errors import UserError
 from tunewright.generation.constraints import Constraint, Grammar
@@ -29,6 +30,19 @@ COMPILE_SECONDS = 5.0
 KEPT = 32
 """Compiled grammars that are kept for each tenant."""
 KEPT_TENANTS = 64
+
+
+def _parsed(schema: Any) -> Any:
+    if not isinstance(schema, str):
+        return schema
+    try:
+        return json.loads(schema)
+    except (ValueError, RecursionError):
+        raise PydanticCustomError("schema", "not a JSON schema: it must be a JSON object") from None
+
+
+Schema = Annotated[dict[str, Any], BeforeValidator(_parsed)]
+"""A JSON schema, or its text."""
 
 Choices = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
 
@@ -52,7 +66,7 @@ class AnswerFormat(Part):
 class StructuredOutputs(Part):
     """The form of an answer in vLLM's API: exactly one of the fields."""
 
-    json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
+    json_: Annotated[Schema | None, Field(alias="json")] = None
     json_object: bool | None = None
     regex: Annotated[str | None, Field(min_length=1)] = None
     choice: Choices | None = None
@@ -115,29 +129,28 @@ def _guided(asked: Mapping[str, Any]) -> Iterator[Form]:
 
 def _form(name: str, value: Any, param: str) -> Form:
     if name == "json":
-        return param, _schema(_parsed(value, param) if isinstance(value, str) else value, param)
+        return param, _schema(value, param)
     _require_size(value, param)
     if name == "choice":
         return param, Grammar.choices(value)
     return param, Grammar.regex(value) if name == "regex" else Grammar.lark(value)
 
 
-def _parsed(text: str, param: str) -> Any:
-    try:
-        schema = json.loads(text)
-    except (ValueError, RecursionError):
-        schema = None
-    if not isinstance(schema, dict):
-        raise ApiError(f"{param} is not a JSON schema: it must be an object.", param=param, code="invalid_schema")
-    return schema
-
-
 def _schema(schema: dict[str, Any], param: str) -> Grammar:
+    require_schema(schema, param)
+    return Grammar.json_schema(schema)
+
+
+def require_schema(schema: dict[str, Any], param: str) -> None:
+    """Check a schema's size, and that it is not recursive.
+
+    Raises:
+        ApiError: 400, naming the field.
+    """
     _require_size(schema, param)
     if (cycle := _recursion(schema)) is not None:
         message = f"{param}: the schema is recursive, at {cycle!r}. Write the levels out that answers may have."
         raise ApiError(message, param=param, code="recursive_schema")
-    return Grammar.json_schema(schema)
 
 
 def _require_size(value: Any, param: str) -> None:

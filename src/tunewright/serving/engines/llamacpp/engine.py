@@ -319,7 +319,9 @@ class LlamaCppEngine:
         if request.logprobs is not None:
             body["n_probs"] = max(1, request.logprobs)  # 0 would report nothing
         if request.constraint is not None:
-            body["grammar"] = f"%llguidance {{}}\n{request.constraint.rules}"
+            # Where only one text can follow, llguidance forces its usual tokens. It does not know them here, since the
+            # file has no merges, and would force single characters: the model chooses among all tokens of the text.
+            body["grammar"] = f'%llguidance {{"no_forcing": true}}\n{request.constraint.rules}'
         return body
 
     def _delta(self, event: dict[str, Any], logprobs: int | None) -> Delta:

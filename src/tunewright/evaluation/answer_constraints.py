@@ -1,0 +1,98 @@
+"""Constraints of constrained answers: one grammar for all rows, or the calls of each row's functions."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from tunewright.chat import ChatFormat
+from tunewright.chat.answers import answer_length, grammar_compiler
+from tunewright.chat.call_grammar import call_grammar
+from tunewright.chat.tool_calls import declared_functions
+from tunewright.config.project import ProjectFolder
+from tunewright.data.examples import Example, Message
+from tunewright.generation.constraints import Constraint, Grammar, GrammarCompiler
+
+_MOST = 512
+"""Compiled grammars that are kept."""
+
+
+@dataclass(frozen=True)
+class CallGrammars:
+    """The grammar of function calls of each row, made from the functions that it declares."""
+
+    choice: Literal["auto", "required"]
+
+    @property
+    def rule(self) -> str:
+        """Name the grammars, for digests: the functions are part of the prompt."""
+        return f"function calls: {self.choice}"
+
+
+def grammar_of(project: ProjectFolder) -> Grammar | CallGrammars | None:
+    """Return the grammar of the project's constrained answers.
+
+    Raises:
+        UserError: the config's schema file cannot be read.
+    """
+    constrain = project.config.evaluate.structured_outputs
+    if constrain is None:
+        return None
+    return CallGrammars(constrain.tools) if constrain.tools else Grammar.from_config(constrain, project.root)
+
+
+class AnswerConstraints:
+    """Compiled grammars for one base.
+
+    Args:
+        chat: the base's format.
+        grammar: the form of constrained answers.
+    """
+
+    def __init__(self, chat: ChatFormat, grammar: Grammar | CallGrammars) -> None:
+        self._chat = chat
+        self._grammar = grammar
+        self._compiled: OrderedDict[str, Constraint] = OrderedDict()
+
+    @cached_property
+    def _compiler(self) -> GrammarCompiler:
+        return grammar_compiler(self._chat)
+
+    @cached_property
+    def _shared(self) -> Constraint:
+        assert isinstance(self._grammar, Grammar)
+        return self._compiler.compile(self._grammar)
+
+    def of_row(self, functions: Message | None) -> Constraint | None:
+        """Return the constraint on a row's answer; None for calls in a row that declares no functions.
+
+        Args:
+            functions: the row's declarations: its message of role ``tools``.
+
+        Raises:
+            UserError: the grammar engine rejects the grammar, or the template has no form of calls.
+        """
+        if isinstance(self._grammar, Grammar):
+            return self._shared
+        if functions is None:
+            return None
+        if functions.content not in self._compiled:
+            grammar = call_grammar(self._chat, declared_functions([functions]), self._grammar.choice)
+            self._compiled[functions.content] = self._compiler.compile(grammar)
+            if len(self._compiled) > _MOST:
+                self._compiled.popitem(last=False)
+        return self._compiled[functions.content]
+
+    def allow(self, example: Example) -> bool:
+        """Return whether a constrained answer can equal the example's ideal output."""
+        if isinstance(self._grammar, Grammar):
+            return self._shared.matches(example.output)
+        first = example.messages[0]
+        constraint = self.of_row(first if first.role == "tools" else None)
+        if constraint is None:
+            return True
+        row = self._chat.encode(example.messages)
+        answer = row.ids[-answer_length(row.loss_mask) :]
+        return constraint.accepts([token for token in answer if token not in self._chat.stop_ids])

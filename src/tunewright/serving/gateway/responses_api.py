@@ -1,0 +1,395 @@
+"""OpenAI's responses API (https://platform.openai.com/docs/api-reference/responses), without stored state.
+
+A request is answered as the chat request with the same messages: the same prompt, limits and quota.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from itertools import count
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+
+from tunewright.serving.gateway.errors import ApiError
+from tunewright.serving.gateway.parsing import Part, as_request
+from tunewright.serving.gateway.request import TextChunk
+from tunewright.serving.gateway.responses import Answer, Document, new_id, now
+from tunewright.serving.gateway.schemas import (
+    ANSWER_NEUTRAL,
+    ChatRequest,
+    Label,
+    ServiceTier,
+    Usage,
+    as_system,
+    no_image,
+    refuse_mark_runs,
+)
+from tunewright.serving.gateway.structured import Form
+from tunewright.serving.gateway.tools import FunctionDeclaration
+
+SCHEMA_PARAM = "text.format.schema"
+
+
+class InputText(Part):
+    """A part of an input message; ``output_text`` is a part of an earlier response."""
+
+    type: Annotated[Literal["input_text", "output_text"], BeforeValidator(no_image)]
+    text: str
+
+
+def _one_part(content: Any) -> Any:
+    return [{"type": "input_text", "text": content}] if isinstance(content, str) else content
+
+
+class InputMessage(Part):
+    """A message of the input, or of an earlier response's output."""
+
+    type: Literal["message"] | None = None
+    role: Annotated[Literal["system", "user", "assistant"], BeforeValidator(as_system)]
+    content: Annotated[list[InputText], Field(min_length=1), BeforeValidator(_one_part)]
+    id: str | None = None
+    status: str | None = None
+
+    @model_validator(mode="after")
+    def _few_marks(self) -> Self:
+        refuse_mark_runs(self.text)
+        return self
+
+    @property
+    def text(self) -> str:
+        """The parts' texts, joined."""
+        return "".join(part.text for part in self.content)
+
+
+class TextFormat(Part):
+    """The form of the answer: as ``response_format`` of chat completions, the schema's fields next to the type."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    description: str | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+    @property
+    def response_format(self) -> dict[str, Any]:
+        """The same form in a chat request."""
+        if self.type != "json_schema":
+            return {"type": self.type}
+        schema = {"name": self.name, "description": self.description, "schema": self.schema_, "strict": self.strict}
+        return {"type": self.type, "json_schema": schema}
+
+
+class TextOptions(Part):
+    """Options of the answer's text."""
+
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {"verbosity": ("medium",)}
+    format: TextFormat | None = None
+
+
+class ResponsesChatRequest(ChatRequest):
+    """The chat request that a request for a response stands for; its errors name the fields of the latter."""
+
+    prompt_param: ClassVar[str] = "input"
+
+    @cached_property
+    def form(self) -> Form | None:
+        """See :class:`ChatRequest`."""
+        form = super().form
+        return form and (SCHEMA_PARAM, form[1])
+
+
+class FunctionCallItem(Part):
+    """A call of an earlier response's output."""
+
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str
+    id: str | None = None
+    status: str | None = None
+
+
+class FunctionOutputItem(Part):
+    """The result of a call."""
+
+    type: Literal["function_call_output"]
+    call_id: str
+    output: str
+    id: str | None = None
+    status: str | None = None
+
+
+def _item_type(item: Any) -> str:
+    kind = item.get("type") if isinstance(item, dict) else None
+    if kind == "function_call":
+        return "[call]"
+    return "[output]" if kind == "function_call_output" else "[message]"
+
+
+InputItem = Annotated[
+    Annotated[InputMessage, Tag("[message]")]
+    | Annotated[FunctionCallItem, Tag("[call]")]
+    | Annotated[FunctionOutputItem, Tag("[output]")],
+    Discriminator(_item_type),
+]
+
+
+def _one_message(given: Any) -> Any:
+    return [{"role": "user", "content": given}] if isinstance(given, str) else given
+
+
+class ResponsesTool(FunctionDeclaration):
+    """A declared function."""
+
+    type: Literal["function"]
+
+
+class ResponsesRequest(Part):
+    """The body of ``POST /v1/responses``."""
+
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **ANSWER_NEUTRAL,
+        "truncation": ("disabled",),
+    }
+
+    model: str
+    input: Annotated[list[InputItem], Field(min_length=1), BeforeValidator(_one_message)]
+    tools: list[ResponsesTool] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    instructions: str | None = None
+    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    stream: bool | None = None
+    text: TextOptions | None = None
+    user: Label | None = None
+    safety_identifier: Label | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    service_tier: ServiceTier | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_is_stored(cls, data: Any) -> Any:
+        for field in ("previous_response_id", "conversation"):
+            if isinstance(data, dict) and data.get(field) is not None:
+                message = f"{field} is not supported, since no response is stored: send the earlier items in input."
+                raise ApiError(message, param=field, code="unsupported_parameter")
+        return data
+
+    @model_validator(mode="after")
+    def _named_schema(self) -> Self:
+        form = self.text and self.text.format
+        if form and (form.type == "json_schema") is (form.schema_ is None or form.name is None):
+            message = "text.format: name and schema go with the type json_schema, and with no other."
+            raise ApiError(message, param="text.format", code="invalid_value")
+        return self
+
+    def as_chat(self) -> ResponsesChatRequest:
+        """Return the chat request with the same messages.
+
+        Raises:
+            ApiError: 400, the form of the answer is not valid or over a limit.
+        """
+        messages = _chat_messages(self.input)
+        if self.instructions is not None:
+            messages.insert(0, {"role": "system", "content": self.instructions})
+        same = ("model", "temperature", "top_p", "stream", "user", "safety_identifier", "metadata", "service_tier")
+        fields = {name: getattr(self, name) for name in (*same, "parallel_tool_calls")}
+        if self.text and self.text.format:
+            fields["response_format"] = self.text.format.response_format
+        if self.tools:
+            declared = [tool.model_dump(exclude={"type"}, exclude_none=True) for tool in self.tools]
+            fields["tools"] = [{"type": "function", "function": function} for function in declared]
+        choice = self.tool_choice
+        if isinstance(choice, dict):
+            name = {key: value for key, value in choice.items() if key != "type"}
+            choice = {"type": choice.get("type"), "function": name}
+        limit = {"max_completion_tokens": self.max_output_tokens, "tool_choice": choice}
+        try:
+            return as_request(ResponsesChatRequest, {**fields, **limit, "messages": messages})
+        except ApiError as error:
+            if error.param is None or not error.param.startswith("messages"):
+                raise
+            message = error.message.replace(error.param, "input")
+            raise ApiError(message, param="input", code=error.code) from error
+
+
+def _chat_messages(items: Sequence[InputMessage | FunctionCallItem | FunctionOutputItem]) -> list[dict[str, Any]]:
+    """Return the messages of a chat request; calls in a row, and a text before them, are one turn of the assistant."""
+    messages: list[dict[str, Any]] = []
+    for item in items:
+        if isinstance(item, InputMessage):
+            messages.append({"role": item.role, "content": item.text})
+        elif isinstance(item, FunctionOutputItem):
+            messages.append({"role": "tool", "tool_call_id": item.call_id, "content": item.output})
+        else:
+            if not messages or messages[-1]["role"] != "assistant":
+                messages.append({"role": "assistant", "content": ""})
+            function = {"name": item.name, "arguments": item.arguments}
+            call = {"id": item.call_id, "type": "function", "function": function}
+            messages[-1].setdefault("tool_calls", []).append(call)
+    return messages
+
+
+class ResponsesFormat:
+    """The documents of one response, complete or as the events of a stream.
+
+    Args:
+        body: the request.
+    """
+
+    end = ""
+
+    def __init__(self, body: ResponsesRequest) -> None:
+        self._body = body
+        self._id, self._item, self._created = f"resp_{new_id()}", f"msg_{new_id()}", now()
+        self._numbers = count()
+        self._answer: Answer | None = None
+        self._calls: list[Document] = []
+        self._begun = False
+
+    def response(self, answers: Sequence[Answer], usage: Usage) -> Document:
+        """Return the complete response."""
+        (answer,) = answers
+        self._complete(answer)
+        return self._document(usage)
+
+    def first_chunks(self) -> list[Document]:
+        """Return the events that begin the response."""
+        return [
+            self._event("response.created", response=self._document(None)),
+            self._event("response.in_progress", response=self._document(None)),
+        ]
+
+    def text_chunk(self, index: int, chunk: TextChunk) -> list[Document]:  # noqa: ARG002 - there is one answer
+        """Return an event with some text; the first has the beginning of the message before it."""
+        return [*self._begin(), self._part_event("response.output_text.delta", delta=chunk.text, logprobs=[])]
+
+    def finish_chunks(self, index: int, answer: Answer) -> list[Document]:  # noqa: ARG002 - there is one answer
+        """Return the events that end the message, and those of each call."""
+        self._complete(answer)
+        events = [] if answer.calls else self._begin()
+        if self._begun:
+            part = _output_text(answer.text)
+            events += [
+                self._part_event("response.output_text.done", text=answer.text, logprobs=[]),
+                self._part_event("response.content_part.done", part=part),
+                self._event("response.output_item.done", output_index=0, item=self._message(self._status, [part])),
+            ]
+        for place, call in enumerate(self._calls, start=int(self._begun)):
+            item = {"item_id": call["id"], "output_index": place}
+            begun = {**call, "arguments": "", "status": "in_progress"}
+            arguments = call["arguments"]
+            events += [
+                self._event("response.output_item.added", output_index=place, item=begun),
+                self._event("response.function_call_arguments.delta", **item, delta=arguments),
+                self._event("response.function_call_arguments.done", **item, name=call["name"], arguments=arguments),
+                self._event("response.output_item.done", output_index=place, item=call),
+            ]
+        return events
+
+    def last_chunks(self, usage: Usage) -> list[Document]:
+        """Return the event with the complete response."""
+        return [self._event(f"response.{self._status}", response=self._document(usage))]
+
+    def error_chunk(self, error: ApiError) -> Document:
+        """Return the event of an error."""
+        return self._event("error", code=error.code, message=error.message, param=error.param)
+
+    @property
+    def _status(self) -> Literal["in_progress", "completed", "incomplete"]:
+        if self._answer is None:
+            return "in_progress"
+        return "completed" if self._answer.finish == "stop" else "incomplete"
+
+    def _begin(self) -> list[Document]:
+        """Return the events that begin the message, once."""
+        if self._begun:
+            return []
+        self._begun = True
+        return [
+            self._event("response.output_item.added", output_index=0, item=self._message("in_progress", [])),
+            self._part_event("response.content_part.added", part=_output_text("")),
+        ]
+
+    def _complete(self, answer: Answer) -> None:
+        self._answer = answer
+        self._calls = [
+            {
+                "id": f"fc_{new_id()}",
+                "type": "function_call",
+                "call_id": f"call_{new_id()[:24]}",
+                "name": call.name,
+                "arguments": call.arguments,
+                "status": "completed",
+            }
+            for call in answer.calls
+        ]
+
+    def _output(self) -> list[Document]:
+        answer = self._answer
+        if answer is None:
+            return []
+        message = [self._message(self._status, [_output_text(answer.text)])] if answer.text or not answer.calls else []
+        return [*message, *self._calls]
+
+    def _event(self, kind: str, **fields: Any) -> Document:
+        return {"type": kind, "sequence_number": next(self._numbers), **fields}
+
+    def _part_event(self, kind: str, **fields: Any) -> Document:
+        return self._event(kind, item_id=self._item, output_index=0, content_index=0, **fields)
+
+    def _message(self, status: str, content: list[Document]) -> Document:
+        return {"id": self._item, "type": "message", "role": "assistant", "status": status, "content": content}
+
+    def _document(self, usage: Usage | None) -> Document:
+        body = self._body
+        text = body.text.model_dump(by_alias=True, exclude_none=True) if body.text else {}
+        return {
+            "id": self._id,
+            "object": "response",
+            "created_at": self._created,
+            "status": self._status,
+            "error": None,
+            "incomplete_details": {"reason": "max_output_tokens"} if self._status == "incomplete" else None,
+            "instructions": body.instructions,
+            "max_output_tokens": body.max_output_tokens,
+            "metadata": body.metadata or {},
+            "model": body.model,
+            "output": self._output(),
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
+            "previous_response_id": None,
+            "service_tier": "default",
+            "store": False,  # whatever the request says
+            "temperature": body.temperature or 0.0,
+            "text": {"format": {"type": "text"}, **text},
+            "tool_choice": body.tool_choice or "auto",
+            "tools": [_declared(tool) for tool in body.tools or ()],
+            "top_p": 1.0 if body.top_p is None else body.top_p,
+            "truncation": "disabled",
+            "usage": usage and _usage(usage),
+        }
+
+
+def _declared(tool: ResponsesTool) -> Document:
+    return {"parameters": None, "strict": None, **tool.model_dump(exclude_none=True)}
+
+
+def _output_text(text: str) -> Document:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def _usage(usage: Usage) -> Document:
+    return {
+        "input_tokens": usage.prompt_tokens,
+        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+        "output_tokens": usage.completion_tokens,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+    }

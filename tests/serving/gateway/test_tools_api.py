@@ -1,0 +1,319 @@
+"""Functions through OpenAI's client: calls in answers, streamed and whole, results in messages, and their faults."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jsonschema
+import openai
+import pytest
+from scripted_engine import LIMITS, MODELS, ScriptedEngine
+from served_model import build_model, running_engine
+
+from tool_families import family
+from tunewright.chat import ChatFormat
+from tunewright.chat.answers import grammar_compiler
+from tunewright.core.io import canonical_json
+from tunewright.data.examples import Message, ToolCall, call_id
+from tunewright.engines.protocol import Delta, Engine
+from tunewright.generation.requests import Request
+from tunewright.serving.gateway.app import Gateway
+from tunewright.serving.gateway.auth import AnonymousAuth
+from tunewright.serving.gateway.errors import ApiError
+from tunewright.serving.gateway.parsing import parse_request
+from tunewright.serving.gateway.preprocess import Tokenization
+from tunewright.serving.gateway.responses_api import ResponsesRequest
+from tunewright.serving.gateway.schemas import ChatRequest
+from tunewright.serving.gateway.server import serving
+
+WEATHER: dict[str, Any] = {
+    "name": "weather",
+    "description": "Return the weather.",
+    "parameters": {
+        "type": "object",
+        "properties": {"city": {"enum": ["Oslo", "Rome"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
+        "required": ["city", "days"],
+        "additionalProperties": False,
+    },
+}
+CLOCK: dict[str, Any] = {"name": "clock"}
+TOOLS: list[Any] = [{"type": "function", "function": function} for function in (WEATHER, CLOCK)]
+DECLARED = Message("tools", canonical_json(TOOLS))
+QUESTION: list[Any] = [{"role": "user", "content": "How is it there?"}]
+ASKED = [DECLARED, Message("user", "How is it there?")]
+CALL = ToolCall("weather", '{"city":"Oslo","days":2}', call_id(0))
+FAMILIES = ["hermes-chatml", "qwen2_5", "llama3_1", "mistral-v7"]
+
+
+class Saying(ScriptedEngine):
+    """Says given tokens one by one."""
+
+    def __init__(self, ids: tuple[int, ...]) -> None:
+        super().__init__()
+        self.ids = ids
+
+    async def deltas(self, request: Request) -> AsyncGenerator[Delta, None]:
+        for place, token in enumerate(self.ids, 1):
+            yield Delta((token,), "stop" if place == len(self.ids) else None)
+
+
+def answer_ids(chat: ChatFormat, turn: Message) -> tuple[int, ...]:
+    """Return the ids of a turn as a trained model would write it, without the end token."""
+    prompt, ids = chat.prompt(ASKED), chat.encode([*ASKED, turn]).ids
+    assert ids[: len(prompt)] == prompt
+    answer = ids[len(prompt) :]
+    return answer[: next(place for place, token in enumerate(answer) if token in chat.stop_ids)]
+
+
+@contextmanager
+def client_of(engine: Engine, chat: ChatFormat, models: Any = MODELS) -> Iterator[openai.OpenAI]:
+    tokenization = Tokenization(chat.prompt, chat.continuation, chat.text, grammar_compiler(chat), (), chat)
+    with (
+        serving(Gateway(engine, AnonymousAuth(models), tokenization, LIMITS).app) as url,
+        openai.DefaultHttpxClient(trust_env=False) as http,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, http_client=http) as client,
+    ):
+        yield client
+
+
+def spoken(message: Any) -> tuple[str, list[tuple[str, str]]]:
+    # Mistral's templates write a space before an answer, which is part of it.
+    return (message.content or "").lstrip(), [
+        (call.function.name, call.function.arguments) for call in message.tool_calls or ()
+    ]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("calls", [(CALL,), (CALL, ToolCall("clock", "{}", call_id(1))), ()])
+@pytest.mark.parametrize("content", ["", "I look: {it up} [now] <tool"])
+def test_calls_of_an_answer_are_read_and_streamed(name: str, calls: tuple[ToolCall, ...], content: str) -> None:
+    chat = family(name)
+    if (len(calls) > 1 and not chat.tool_form.parallel) or (content and calls and not chat.tool_form.with_text):
+        pytest.skip("the template has no such turn")
+    content = content if calls or content else "Sunny."
+    engine = Saying(answer_ids(chat, Message("assistant", content, calls=calls)))
+    expected = content, [(call.name, call.arguments) for call in calls]
+    how: Any = {"model": "base", "messages": QUESTION, "tools": TOOLS}
+    with client_of(engine, chat) as client:
+        (choice,) = client.chat.completions.create(**how).choices
+        assert spoken(choice.message) == expected
+        assert choice.finish_reason == ("tool_calls" if calls else "stop")
+        assert bool(content) is (choice.message.content is not None)
+        chunks = list(client.chat.completions.create(stream=True, **how))
+        with client.chat.completions.stream(**how) as stream:
+            (final,) = stream.get_final_completion().choices
+        plain = client.chat.completions.create(model="base", messages=QUESTION).choices[0].message
+    assert spoken(final.message) == expected
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == (choice.message.content or "")
+    assert chunks[-1].choices[0].finish_reason == choice.finish_reason
+    ids = [call.id for message in (choice.message, final.message) for call in message.tool_calls or ()]
+    assert len(set(ids)) == 2 * len(calls), "new ids in each response"
+    assert plain.tool_calls is None, "without tools an answer is text"
+    if content and not calls:
+        assert sum(bool(chunk.choices[0].delta.content) for chunk in chunks) > 3, "text is not held back for long"
+
+
+def test_conversation_with_results_is_rendered_as_in_training_whatever_the_ids() -> None:
+    chat = family("mistral-v7")
+    engine = Saying(answer_ids(chat, Message("assistant", "Sunny.")))
+    turns = [
+        *QUESTION,
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [
+                {
+                    "id": "x-1",
+                    "type": "function",
+                    "function": {"name": "weather", "arguments": '{"days": 2, "city": "Oslo"}'},
+                },
+                {"id": "x-2", "type": "function", "function": {"name": "clock", "arguments": "{}"}},
+            ],
+        },
+        {"role": "tool", "tool_call_id": "x-2", "content": "noon"},
+        {"role": "tool", "tool_call_id": "x-1", "content": [{"type": "text", "text": "rain"}]},
+    ]
+    with client_of(engine, chat) as client:
+        client.chat.completions.create(model="base", messages=turns, tools=TOOLS)
+    ((request, _),) = engine.asked
+    assert request.prompt_ids == chat.prompt(
+        [
+            *ASKED,
+            Message("assistant", "", calls=(CALL, ToolCall("clock", "{}", call_id(1)))),
+            Message("tool", "noon", call_id=call_id(1)),
+            Message("tool", "rain", call_id=call_id(0)),
+        ]
+    )
+
+
+@pytest.fixture(scope="module")
+def embedded() -> Iterator[openai.OpenAI]:
+    """The embedded engine, whose random weights call functions where a grammar makes them."""
+    models = {"base": None, "courts": "one"}
+    with running_engine(build_model()) as engine, client_of(engine, family("hermes-chatml"), models) as client:
+        yield client
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+def test_required_call_matches_its_functions_schema(embedded: openai.OpenAI, choice: Any) -> None:
+    for seed in range(3):
+        (answer,) = embedded.chat.completions.create(
+            model="courts",
+            messages=QUESTION,
+            tools=TOOLS,
+            tool_choice=choice,
+            parallel_tool_calls=False,
+            max_tokens=200,
+            temperature=1,
+            seed=seed,
+        ).choices
+        content, [(name, arguments)] = spoken(answer.message)
+        assert content == ""
+        assert name == "weather" if choice != "required" else name in ("weather", "clock")
+        if name == "weather":
+            jsonschema.validate(json.loads(arguments), WEATHER["parameters"])
+
+
+def test_agent_calls_a_local_function_and_continues_with_its_result(embedded: openai.OpenAI) -> None:
+    messages = list(QUESTION)
+    how: Any = {"model": "courts", "tools": TOOLS, "max_tokens": 200}
+    named: Any = {"type": "function", "function": {"name": "weather"}}
+    for _ in range(2):
+        message = embedded.chat.completions.create(messages=messages, tool_choice=named, **how).choices[0].message
+        assert message.tool_calls
+        messages.append(message)
+        for call in message.tool_calls:
+            assert call.type == "function"
+            asked = json.loads(call.function.arguments)
+            messages.append({"role": "tool", "tool_call_id": call.id, "content": f"{asked['city']}: rain"})
+    last = embedded.chat.completions.create(messages=messages, tool_choice="none", **how | {"max_tokens": 9})
+    assert last.choices[0].message.content and last.choices[0].message.tool_calls is None
+
+
+def test_tool_choice_none_answers_as_without_tools(embedded: openai.OpenAI) -> None:
+    how: Any = {"model": "courts", "messages": QUESTION, "max_tokens": 20}
+    without = embedded.chat.completions.create(**how)
+    none = embedded.chat.completions.create(tools=TOOLS, tool_choice="none", **how)
+    assert (none.choices, none.usage) == (without.choices, without.usage)
+
+
+FLAT: list[Any] = [{"type": "function", "strict": None, **function} for function in (WEATHER, CLOCK)]
+
+
+@pytest.mark.parametrize("content", ["", "I look."])
+def test_response_has_the_calls_as_items_and_its_events_join_to_them(content: str) -> None:
+    chat = family("hermes-chatml")
+    turn = Message("assistant", content, calls=(CALL, ToolCall("clock", "{}", call_id(1))))
+    engine = Saying(answer_ids(chat, turn))
+    how: Any = {"model": "base", "input": "How is it there?", "tools": FLAT}
+    with client_of(engine, chat) as client:
+        response = client.responses.create(**how)
+        events = list(client.responses.create(stream=True, **how))
+        with client.responses.stream(**how) as stream:
+            final = stream.get_final_response()
+        items: Any = [{"role": "user", "content": "How is it there?"}, *response.output]
+        made = [item for item in response.output if item.type == "function_call"]
+        items += [{"type": "function_call_output", "call_id": call.call_id, "output": "rain"} for call in made]
+        client.responses.create(model="base", input=items, tools=FLAT)
+    expected = [("weather", CALL.arguments), ("clock", "{}")]
+    both: list[Any] = [response, final]
+    for each in both:
+        assert [(item.name, item.arguments) for item in each.output if item.type == "function_call"] == expected
+        assert (each.output_text, each.status) == (content, "completed")
+    done: Any = [event for event in events if event.type == "response.output_item.done"]
+    assert [event.output_index for event in done] == list(range(len(response.output)))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    results = [Message("tool", "rain", call_id=call_id(place)) for place in range(2)]
+    assert engine.asked[-1][0].prompt_ids == chat.prompt([*ASKED, turn, *results])
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"input": [{"type": "function_call_output", "call_id": "a", "output": "x"}]}, "input"),
+        ({"input": [{"type": "function_call", "call_id": "a", "name": "clock"}]}, "input.0.arguments"),
+        ({"input": [{"type": "item_reference", "id": "a"}]}, "input.0.type"),
+        ({"tools": [{"type": "web_search"}]}, "tools.0.name"),
+        ({"tool_choice": "any"}, "tool_choice"),
+    ],
+)
+def test_fault_of_calls_in_a_request_for_a_response_names_its_field(more: dict[str, Any], param: str) -> None:
+    body = {"model": "m", "input": "x", "tools": FLAT} | more
+    with pytest.raises(ApiError) as caught:
+        parse_request(ResponsesRequest, json.dumps(body).encode()).as_chat()
+    assert (caught.value.status, caught.value.param) == (400, param)
+
+
+def test_required_call_of_a_response_matches_its_schema(embedded: openai.OpenAI) -> None:
+    named: Any = {"type": "function", "name": "weather"}
+    response = embedded.responses.create(
+        model="courts", input="How is it there?", tools=FLAT, tool_choice=named, max_output_tokens=200
+    )
+    (call,) = response.output
+    assert call.type == "function_call"
+    jsonschema.validate(json.loads(call.arguments), WEATHER["parameters"])
+
+
+def turn(**fields: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": None, **fields}
+
+
+def calls(*ids: str, name: str = "clock", arguments: Any = "{}") -> dict[str, Any]:
+    called = {"name": name, "arguments": arguments}
+    return turn(tool_calls=[{"id": one, "type": "function", "function": called} for one in ids])
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"messages": [*QUESTION, {"role": "tool", "tool_call_id": "a", "content": "x"}]}, "messages.1.tool_call_id"),
+        ({"messages": [*QUESTION, calls("a")]}, "messages.1"),
+        ({"messages": [*QUESTION, calls("a"), *QUESTION]}, "messages.1"),
+        ({"messages": [*QUESTION, calls("a", "a")]}, "messages.1.tool_calls"),
+        ({"messages": [*QUESTION, calls("a", arguments="{")]}, "messages.1.tool_calls.0.function.arguments"),
+        ({"messages": [*QUESTION, calls("a", arguments="[]")]}, "messages.1.tool_calls.0.function.arguments"),
+        ({"messages": [*QUESTION, {"role": "tool", "content": "x"}]}, "messages.1"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": calls("a")["tool_calls"]}]}, "messages.0"),
+        ({"tools": [*TOOLS, TOOLS[0]]}, "tools.2"),
+        ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
+        ({"tools": [], "tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": "any"}, "tool_choice"),
+        ({"tool_choice": {"type": "function"}}, "tool_choice"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+    ],
+)
+def test_fault_of_calls_names_its_field(more: dict[str, Any], param: str) -> None:
+    body = {"model": "m", "messages": QUESTION, "tools": TOOLS} | more
+    with pytest.raises(ApiError) as caught:
+        parse_request(ChatRequest, json.dumps(body).encode())
+    assert (caught.value.status, caught.value.param) == (400, param)
+
+
+def test_function_that_is_not_declared_and_recursive_parameters_are_refused(embedded: openai.OpenAI) -> None:
+    how: Any = {"model": "courts", "messages": QUESTION, "max_tokens": 5}
+    other: Any = {"type": "function", "function": {"name": "other"}}
+    with pytest.raises(openai.BadRequestError, match=r"named other \(declared: weather, clock\)") as caught:
+        embedded.chat.completions.create(tools=TOOLS, tool_choice=other, **how)
+    assert caught.value.param == "tool_choice"
+    nested: Any = {"type": "object", "properties": {"x": {"$ref": "#"}}}
+    tree: Any = [{"type": "function", "function": {"name": "f", "parameters": nested, "strict": True}}]
+    with pytest.raises(openai.BadRequestError, match="recursive") as caught:
+        embedded.chat.completions.create(tools=tree, **how)
+    assert caught.value.param == "tools.0.function.parameters"
+
+
+def test_functions_are_refused_by_name_on_a_base_without_a_form_for_them() -> None:
+    chat = family("hermes-plain")
+    from tiny import byte_tokenizer, chat_of
+
+    plain = chat_of(byte_tokenizer(), "plain")
+    assert chat.tool_form
+    with client_of(Saying((65,)), plain) as client:
+        with pytest.raises(openai.BadRequestError, match="not supported with this base") as caught:
+            client.chat.completions.create(model="base", messages=QUESTION, tools=TOOLS)
+        assert (caught.value.param, caught.value.code) == ("tools", "tools_not_supported")
+        assert client.chat.completions.create(model="base", messages=QUESTION).choices
