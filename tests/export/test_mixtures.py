@@ -50,8 +50,7 @@ def test_mixture_takes_larger_types_for_other_row_lengths() -> None:
 @pytest.mark.parametrize("rows", [1, 5, 67])
 def test_quantized_rows_are_read_back_close_to_the_weights(kind: str, error: float, rows: int) -> None:
     weights = np.random.default_rng(0).normal(size=(rows, 512)).astype(np.float32)
-    quantized = KIND.__members__[kind]
-    back = gguf.quants.dequantize(quantize_rows(weights, quantized), quantized)
+    back = gguf.quants.dequantize(quantize_rows(weights, getattr(KIND, kind)), getattr(KIND, kind))
     assert back.shape == weights.shape
     assert np.sqrt(((back - weights) ** 2).mean()) < error
 

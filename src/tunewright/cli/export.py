@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 export_app = group(
     "export",
     DEPLOY,
-    "Export an adapter as a merged model, GGUF or for Ollama. Exit code 3: its answers differ; nothing was kept.",
+    "Export an adapter as a merged model, GGUF, for Ollama or the hub. Exit code 3: its answers differ; nothing kept.",
 )
 
 To = Annotated[Path | None, typer.Option(help="Folder to create.", show_default="exports/NAME-…")]

@@ -52,7 +52,7 @@ class CardSubject:
     """The base's hub id; None for a base that is only known as a folder."""
     license: str | None
     has_system_prompt: bool
-    """Whether the chat template adds the trained system prompt."""
+    """True if the chat template adds the trained system prompt."""
     figures: Figures | None = None
     """For a merged model, its comparison with the trained one; None for an adapter."""
 
