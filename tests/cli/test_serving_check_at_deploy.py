@@ -150,6 +150,18 @@ def test_deploy_checks_with_general_questions_without_a_dataset(project: Path) -
     assert {figures["formed"] for figures in ran.document["serving"]["figures"]} == {0}
 
 
+@pytest.mark.slow
+def test_serving_check_leaves_the_merged_model_out_on_llamacpp(project: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    check = _checked(project, "llamacpp")
+    assert check.reasons == ()
+    assert check.left_out is not None and "convert" in check.left_out
+    assert [figures.served for figures in check.figures] == ["adapter", "identity"]
+    for figures in check.figures:
+        assert figures.kl is not None
+        assert figures.kl.value < 0.01
+
+
 @pytest.mark.vllm
 def test_serving_check_passes_on_vllm(project: Path) -> None:
     check = _checked(project, "vllm")
