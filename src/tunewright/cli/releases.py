@@ -223,19 +223,15 @@ _SERVED = {"adapter": "the adapter", "identity": "an identity adapter", "merged"
 def serving_tables(check: ServingCheck) -> list[RenderableType]:
     """Return the figures of a serving check with their 95% intervals, and its conclusion."""
     title = f"Answers through {check.engine}, compared with PEFT's"
-    table = Table("served", "prompts", "KL, nats (allowed)", "the same", "wrong", "well-formed", title=title)
+    table = Table("served", "answers", "KL, nats", "allowed", "the same", "wrong", "well-formed", "change", title=title)
     for each in check.figures:
-        kl = "none reported" if each.kl is None else f"{each.kl.value:.2g}, {each.kl.low:.2g} to {each.kl.high:.2g}"
-        formed = "no JSON or calls"
-        if each.well_formed is not None and each.trained_well_formed is not None and each.change is not None:
-            formed = (
-                f"{100 * each.well_formed.value:.1f}% of {each.formed} (PEFT {100 * each.trained_well_formed.value:.1f}"
-                f"%)\nchange {100 * each.change.low:+.1f} to {100 * each.change.high:+.1f}"
-            )
-        limit = f"\n({each.kl_limit:.2g})"
-        table.add_row(
-            _SERVED[each.served], str(each.prompts), kl + limit, _share(each.same), _share(each.wrong), formed
-        )
+        kl = "none reported" if each.kl is None else f"{each.kl.value:.2g} ({each.kl.low:.2g} to {each.kl.high:.2g})"
+        formed, change = "no JSON or calls", ""
+        if each.well_formed is not None and each.change is not None:
+            formed = f"{100 * each.well_formed.value:.0f}% of {each.formed}"
+            change = f"{100 * each.change.value:+.0f} ({100 * each.change.low:+.0f} to {100 * each.change.high:+.0f})"
+        same, wrong = _share(each.same), _share(each.wrong)
+        table.add_row(_SERVED[each.served], str(each.prompts), kl, f"{each.kl_limit:.2g}", same, wrong, formed, change)
     left_out = [f"The merged model was not served: {check.left_out}."] if check.left_out else []
     if check.passes:
         return [table, *left_out, f"{check.engine} answers as the trained model does, within these intervals."]
@@ -243,7 +239,7 @@ def serving_tables(check: ServingCheck) -> list[RenderableType]:
 
 
 def _share(estimate: Estimate) -> str:
-    return f"{100 * estimate.value:.0f}%, {100 * estimate.low:.0f} to {100 * estimate.high:.0f}"
+    return f"{100 * estimate.value:.0f}% ({100 * estimate.low:.0f} to {100 * estimate.high:.0f})"
 
 
 def shadow_tables(lines: Sequence[ShadowLine], differing: int = 10) -> list[RenderableType]:

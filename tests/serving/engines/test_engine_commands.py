@@ -11,9 +11,13 @@ import openai
 import pytest
 
 import tunewright
-from command_line import tiny_project
+from command_line import tiny_project, without_state
 from command_line import tunewright as command
 from tunewright.adapters.registry import list_adapters
+from tunewright.api.context import ProjectContext
+from tunewright.api.isolation import ReleaseGate
+from tunewright.config.project import ProjectFolder
+from tunewright.core.progress import LogReporter
 
 pytestmark = pytest.mark.slow
 
@@ -43,6 +47,26 @@ def test_self_test_passes_for_trained_adapters(kind: Any, project: Path) -> None
     reported = ran.document
     assert (reported["verdict"], reported["engine"], len(reported["models"])) == ("isolated", kind, 3)
     assert all(check["asked"] > 0 and not check["failures"] for check in reported["checks"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_serving_check_passes_for_a_trained_adapter(kind: Any, project: Path, tmp_path: Path) -> None:
+    opened = ProjectContext(ProjectFolder(without_state(project, tmp_path / "project")), LogReporter())
+    adapter = list_adapters(project / "adapters")[0]
+    with opened.state(make=True) as state:
+        check = ReleaseGate(opened, state, "red", adapter, kind).serving_check()
+    assert (check.engine, check.reasons) == (kind, ())
+    served = [figures.served for figures in check.figures]
+    if kind == "llamacpp":
+        assert check.left_out is not None and "convert" in check.left_out
+        assert served == ["adapter", "identity"]
+    else:
+        assert check.left_out is None
+        assert served == ["adapter", "identity", "merged"]
+    for figures in check.figures:
+        assert figures.kl is not None
+        assert figures.kl.value < 0.001
+        assert figures.wrong.value == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
