@@ -46,7 +46,7 @@ def init(
     run: Session,
     directory: Annotated[Path, typer.Argument(help="Folder of the new project.")] = Path(),
     example: Annotated[
-        str | None, typer.Option(help="Write this complete example project: legal-citations or bfcl.")
+        str | None, typer.Option(help="Write this complete example project: legal-citations, bfcl or orders.")
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Folder with the data of the example bfcl.")] = None,
 ) -> None:

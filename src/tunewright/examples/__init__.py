@@ -6,9 +6,9 @@ from pathlib import Path
 
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
-from tunewright.examples import bfcl, legal_citations
+from tunewright.examples import bfcl, legal_citations, orders
 
-NAMES = (legal_citations.NAME, bfcl.NAME)
+NAMES = (legal_citations.NAME, bfcl.NAME, orders.NAME)
 
 
 def example_files(name: str, data: Path | None, reporter: Reporter) -> dict[str, str]:
@@ -26,8 +26,8 @@ def example_files(name: str, data: Path | None, reporter: Reporter) -> dict[str,
         if data is None:
             raise UserError(f"The example {name} needs its data", where="--data", fix=bfcl.WHERE)
         return bfcl.project_files(data, reporter)
-    if name != legal_citations.NAME:
+    if name not in NAMES:
         raise UserError(f"Unknown example {name!r}", where="--example", fix=f"Use {' or '.join(NAMES)}.")
     if data is not None:
         raise UserError(f"The example {name} brings its own data", where="--data", fix="Remove the option.")
-    return legal_citations.project_files()
+    return orders.project_files() if name == orders.NAME else legal_citations.project_files()

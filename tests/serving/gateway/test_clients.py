@@ -5,11 +5,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,23 +13,14 @@ from typing import Any
 
 import httpx
 import pytest
+from client_scripts import NODE, PYTHON, ROOT, needs_node, needs_python, node, python, run
 from served_model import MODELS, build_model, expected_answer, running_server
 
 from tunewright.config import GatewayConfig
 
-ROOT = Path(__file__).parents[3]
-SCRIPTS = Path(__file__).parents[1] / "clients"
-PYTHON = ROOT / "build" / "clients" / "python" / "bin" / "python"
-NODE = ROOT / "build" / "clients" / "node"
 MODEL, QUESTION = "courts", "Which court is this?"
 ANSWER_TOKENS = 24
 """The tiny base would fill the context; clients that ask for more, as LangChain's 256, get this many."""
-
-needs_python = pytest.mark.skipif(not PYTHON.exists(), reason="`make test-clients` makes the clients' environment")
-needs_node = pytest.mark.skipif(
-    not ((NODE / "node_modules").exists() and shutil.which("node")),
-    reason="`make test-clients` installs the npm packages, where there is npm",
-)
 
 
 @pytest.fixture(scope="module")
@@ -44,27 +31,6 @@ def url() -> Iterator[str]:
     limits = GatewayConfig(max_completion_tokens=ANSWER_TOKENS, max_prompt_tokens=1000)
     with running_server(model, stops=[stop], limits=limits) as address:
         yield f"{address}/v1"
-
-
-def run(command: list[str | Path], script: Path, *arguments: str) -> str:
-    """Return the script's output in an environment without the machine's proxies or keys."""
-    kept = {name: value for name, value in os.environ.items() if not re.search("proxy|OPENAI|PYTHON", name, re.I)}
-    done = subprocess.run(
-        [*command, script, *arguments], env=kept, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def python(script: str, url: str, interpreter: Path = PYTHON) -> Any:
-    return json.loads(run([interpreter], SCRIPTS / script, url, MODEL, QUESTION))
-
-
-def node(script: str, url: str) -> Any:
-    # Node looks for packages from the script's own folder upwards.
-    placed = NODE / script
-    placed.write_text((SCRIPTS / script).read_text(encoding="utf-8"), encoding="utf-8")
-    return json.loads(run(["node"], placed, url, MODEL, QUESTION))
 
 
 def chat(url: str, *turns: tuple[str, str]) -> tuple[str, dict[str, int]]:
@@ -101,7 +67,7 @@ def test_documented_example_prints_the_answer(url: str, language: str, code: str
     ):
         assert written in code
         code = code.replace(written, here)
-    folder = ROOT / "build" / "clients" / language.replace("js", "node")
+    folder = NODE if language == "js" else ROOT / "build" / "clients" / language
     script = folder / f"example.{'py' if language == 'python' else 'mjs'}"
     script.write_text(code, encoding="utf-8")
     printed = run([PYTHON if language == "python" else "node"], script).splitlines()
@@ -126,7 +92,7 @@ def check_openai(got: Any, url: str) -> None:
     ],
 )
 def test_openai_python_works_with_its_defaults(url: str, interpreter: Path, version: str) -> None:
-    got = python("openai_client.py", url, interpreter)
+    got = python("openai_client.py", url, MODEL, QUESTION, interpreter=interpreter)
     assert got["version"].startswith(version)
     check_openai(got, url)
     answer, _ = chat(url, ("user", QUESTION))
@@ -146,7 +112,7 @@ def test_openai_python_works_with_its_defaults(url: str, interpreter: Path, vers
 
 @needs_node
 def test_openai_npm_works_with_its_defaults(url: str) -> None:
-    got = node("openai_client.mjs", url)
+    got = node("openai_client.mjs", url, MODEL, QUESTION)
     check_openai(got, url)
     assert [got["response"], *got["at once"]] == [got["create"]] * 4
     assert got["raised"] == {
@@ -159,7 +125,7 @@ def test_openai_npm_works_with_its_defaults(url: str) -> None:
 
 @needs_python
 def test_langchain_works_with_its_defaults(url: str) -> None:
-    got = python("langchain_client.py", url)
+    got = python("langchain_client.py", url, MODEL, QUESTION)
     answer, usage = chat(url, ("user", QUESTION))
     assert got["finish"] == "stop"
     for how in ("invoke", "stream", "stream with usage", "ainvoke", "astream"):
@@ -187,7 +153,7 @@ def test_langchain_works_with_its_defaults(url: str) -> None:
 
 @needs_python
 def test_llamaindex_works_with_its_defaults(url: str) -> None:
-    got = python("llamaindex_client.py", url)
+    got = python("llamaindex_client.py", url, MODEL, QUESTION)
     assert all(got["defaults"].values())  # at its temperature of 0.1
     answer, _ = chat(url, ("user", QUESTION))
     system, user = ("system", "Be brief."), ("user", QUESTION)
@@ -206,7 +172,7 @@ def test_llamaindex_works_with_its_defaults(url: str) -> None:
 
 @needs_python
 def test_pydantic_ai_works_with_its_defaults(url: str) -> None:
-    got = python("pydantic_ai_client.py", url)
+    got = python("pydantic_ai_client.py", url, MODEL, QUESTION)
     answer, usage = chat(url, ("user", QUESTION))
     assert [got["run"], got["stream"], *got["at once"]] == [answer] * 5
     assert got["pieces"] > 2
@@ -214,13 +180,24 @@ def test_pydantic_ai_works_with_its_defaults(url: str) -> None:
     assert got["history"] == chat(url, ("user", QUESTION), ("assistant", answer), ("user", "And?"))[0]
     # It sends two system turns.
     assert got["directed"] == chat(url, ("system", "You know courts.\n\nBe brief."), ("user", QUESTION))[0]
-    assert got["refused"]["code"] == "unsupported_parameter"
-    assert "tools is not supported: remove it" in got["refused"]["message"]
+    assert got["refused"]["code"] == "tools_not_supported"
+
+
+@needs_python
+def test_litellm_works_with_its_defaults(url: str) -> None:
+    got = python("litellm_client.py", url, MODEL, QUESTION)
+    answer, usage = chat(url, ("user", QUESTION))
+    assert [got[how] for how in ("create", "stream", "async", "response")] == [answer] * 4
+    assert got["usage"] == [usage["prompt_tokens"], usage["completion_tokens"]]
+    assert got["finish"] == "stop"
+    assert got["repeated"] == chat(url, ("user", QUESTION), ("assistant", answer), ("user", "And?"))[0]
+    assert got["text"] == text(url, QUESTION, 16)
+    assert got["refused"] == "BadRequestError 400"
 
 
 @needs_node
 def test_vercel_ai_works_with_its_defaults(url: str) -> None:
-    got = node("vercel_client.mjs", url)
+    got = node("vercel_client.mjs", url, MODEL, QUESTION)
     answer, usage = chat(url, ("user", QUESTION))
     for provider in ("compatible", "openai"):
         said = got[provider]
