@@ -44,13 +44,13 @@ class CallDelta:
 
 @dataclass(frozen=True)
 class _Syntax:
-    """How a form writes calls.
+    """The patterns of a form of calls.
 
     Args:
         key: the key of the arguments.
         opening: the mark that begins calls; None: they begin the answer, or are not in it.
         first: the beginning of the first call, up to the brace of its arguments.
-        next: the beginning of a further call; None: there is none.
+        next: the beginning of a further call; None: an answer has one.
         tail: what follows the arguments in each call.
         close: what follows all calls.
         before: white space between a text and the mark.

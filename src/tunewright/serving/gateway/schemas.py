@@ -86,6 +86,7 @@ class ChatMessage(Part):
     role: Annotated[Literal["system", "user", "assistant", "tool"], BeforeValidator(as_system)]
     content: Annotated[list[TextPart], Field(min_length=1), BeforeValidator(_one_part)]
     name: str | None = None  # not rendered: no chat template of Llama or Mistral has a place for it
+    parsed: Any = None  # OpenAI's client adds it to a turn that it has parsed: the same as ``content``
     tool_calls: list[AssistantCall] | None = None
     tool_call_id: str | None = None
 

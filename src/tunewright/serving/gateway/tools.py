@@ -94,6 +94,7 @@ class CalledFunction(Part):
 
     name: FunctionName
     arguments: Annotated[str, BeforeValidator(_canonical)]
+    parsed_arguments: Any = None  # OpenAI's client adds them to a turn that it has parsed: the same as ``arguments``
 
 
 class AssistantCall(Part):
