@@ -19,7 +19,7 @@ from tunewright.chat.call_grammar import call_grammar
 from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json
 from tunewright.data.examples import Message, ToolCall, call_id
-from tunewright.generation.constraints import Constraint
+from tunewright.generation.constraints import Constraint, Grammar
 from tunewright.generation.generate import generate
 from tunewright.generation.requests import Request
 
@@ -61,8 +61,10 @@ def _allows(constraint: Constraint, ids: Sequence[int]) -> bool:
     return matcher.try_consume_tokens(list(ids)) == len(ids) and matcher.is_accepting()
 
 
-def _constraint(chat: ChatFormat, choice: str = "auto", *, parallel: bool = True) -> Constraint:
-    return grammar_compiler(chat).compile(call_grammar(chat, [WEATHER, CLOCK], choice, parallel=parallel))
+def _constraint(
+    chat: ChatFormat, choice: str = "auto", *, parallel: bool = True, text: Grammar | None = None
+) -> Constraint:
+    return grammar_compiler(chat).compile(call_grammar(chat, [WEATHER, CLOCK], choice, parallel=parallel, text=text))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -124,6 +126,52 @@ def test_several_calls_are_allowed_if_parallel(name: str) -> None:
         assert _allows(_constraint(chat, choice), ids)
         assert not _allows(_constraint(chat, choice, parallel=False), ids)
     assert not _allows(_constraint(chat, "weather"), ids)
+
+
+SCHEMAS: list[dict[str, Any]] = [
+    {
+        "type": "object",
+        "properties": {"answer": {"type": "string"}, "sure": {"$ref": "#/$defs/sure"}},
+        "required": ["answer", "sure"],
+        "additionalProperties": False,
+        "$defs": {"sure": {"type": "boolean"}},
+    },
+    # Its first key is that of calls, too.
+    {
+        "type": "object",
+        "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+        "required": ["name", "age"],
+        "additionalProperties": False,
+    },
+]
+VALUES = [{"answer": "no", "sure": True}, {"name": "weather", "age": 3}]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("place", [0, 1])
+def test_answer_is_calls_or_text_of_its_form(name: str, place: int) -> None:
+    chat = family(name)
+    form, right, wrong = Grammar.json_schema(SCHEMAS[place]), VALUES[place], VALUES[1 - place]
+    auto, required, alone = _constraint(chat, text=form), _constraint(chat, "required", text=form), _constraint(chat)
+    for text in (json.dumps(right), json.dumps(right, separators=(",", ":")), json.dumps(right, indent=2)):
+        ids = _ids(chat, content=text)
+        assert (_allows(auto, ids), _allows(required, ids)) == (True, False)
+    for text in (json.dumps(wrong), "It is cold.", json.dumps(right) + "."):
+        assert not _allows(auto, _ids(chat, content=text))
+    made: list[list[tuple[str, dict[str, Any]]]] = [[("weather", {"city": "Oslo", "days": 3})], [("clock", {})]]
+    made += [] if name in SINGLE else [[("clock", {}), ("weather", {"city": "Oslo"})]]
+    for calls in made:
+        ids = _ids(chat, *calls)
+        assert (_allows(auto, ids), _allows(required, ids), _allows(alone, ids)) == (True, True, True)
+    assert [call for call in WRONG if _allows(auto, _ids(chat, call))] == []
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_choices_of_text_and_calls_share_a_grammar(name: str) -> None:
+    chat = family(name)
+    auto = _constraint(chat, text=Grammar.choices(["yes", "no"]))
+    assert [_allows(auto, _ids(chat, content=text)) for text in ("yes", "no", "maybe")] == [True, True, False]
+    assert _allows(auto, _ids(chat, ("clock", {})))
 
 
 def test_builtin_functions_have_their_form() -> None:

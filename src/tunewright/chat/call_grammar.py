@@ -18,12 +18,18 @@ if TYPE_CHECKING:
 
 _ANY = "/(?s:.*)/"
 _ID = "/[a-zA-Z0-9]{9}/"
+_SPACE = r"/[ \t\r\n]+/?"
 # As transformers' `tojson` writes JSON in templates, and so in training.
 _SPELLING = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 
 
 def call_grammar(
-    chat: ChatFormat, functions: Sequence[Mapping[str, Any]], choice: str = "auto", *, parallel: bool = True
+    chat: ChatFormat,
+    functions: Sequence[Mapping[str, Any]],
+    choice: str = "auto",
+    *,
+    parallel: bool = True,
+    text: Grammar | None = None,
 ) -> Grammar:
     """Return the grammar of answers in the base's form of calls.
 
@@ -36,6 +42,7 @@ def call_grammar(
         functions: declared functions, as :func:`tunewright.chat.tool_calls.declared_functions` returns them.
         choice: "auto" allows text or calls, "required" calls alone, and a function's name calls of that function.
         parallel: allow several calls where the template does.
+        text: the form of an answer that is text, which then has no calls after it; None: any text.
 
     Raises:
         UserError: the template has no form of calls, or no function has this name.
@@ -48,11 +55,19 @@ def call_grammar(
         raise UserError(f"No declared function is named {choice} (declared: {declared})", where="tool_choice")
     form = chat.tool_form
     more = "*" if parallel and form.parallel and choice in ("auto", "required") else None
-    rules = _calls(form, " | ".join(_call(chat, form, function) for function in chosen), more)
+    either = text is not None and choice == "auto"
+    rules = _calls(form, " | ".join(_call(chat, form, function, either=either) for function in chosen), more)
+    if either:
+        assert text is not None
+        return Grammar("\n".join(["format | calls", f"format: {text.rule}", *_lines(rules)]))
     if choice == "auto":
         rules |= _with_text(form, more)
     rule = "calls" if choice != "auto" else "text | text_calls" if form.with_text else "text | calls"
-    return Grammar("\n".join([rule, *(f"{name}: {body}" for name, body in rules.items())]))
+    return Grammar("\n".join([rule, *_lines(rules)]))
+
+
+def _lines(rules: Mapping[str, str]) -> list[str]:
+    return [f"{name}: {body}" for name, body in rules.items()]
 
 
 def _calls(form: ToolForm, call: str, more: str | None) -> dict[str, str]:
@@ -71,8 +86,8 @@ def _calls(form: ToolForm, call: str, more: str | None) -> dict[str, str]:
     return {"calls": f"{before}call {following}", "call": call}
 
 
-def _call(chat: ChatFormat, form: ToolForm, function: Mapping[str, Any]) -> str:
-    """Return the rule of one function's call."""
+def _call(chat: ChatFormat, form: ToolForm, function: Mapping[str, Any], *, either: bool) -> str:
+    """Return the rule of one function's call; the answer may be ``either`` a call or text of some form."""
     kind = form.form
     name = json.dumps(function["name"], ensure_ascii=False)
     arguments = f"%json {json.dumps(_schema(function), ensure_ascii=False)}"
@@ -82,6 +97,16 @@ def _call(chat: ChatFormat, form: ToolForm, function: Mapping[str, Any]) -> str:
     if isinstance(kind, Llama) and chat.template.has_builtin and is_builtin(function):
         query = _text(f'{function["name"]}.call(query="')
         return f'{_mark(kind, "<|python_tag|>")} {query} /(?s:[^"]*)/ {_text(chr(34) + ")")}'
+    if isinstance(kind, Llama) and either:
+        # llguidance's lexer takes the longest match: the literal `{"name": ` would forbid a JSON text's other keys, and
+        # a fixed spelling of calls its white space.
+        schema = {key: value for key, value in _schema(function).items() if key != "x-guidance"}
+        parts = [
+            *map(_text, ["{", '"name"', ":", name, ",", '"parameters"', ":"]),
+            f"%json {json.dumps(schema)}",
+            '"}"',
+        ]
+        return f" {_SPACE} ".join(parts)
     key = "parameters" if isinstance(kind, Llama | Llama4) else "arguments"
     head, tail = _text(f'{{"name": {name}, "{key}": '), '"}"'
     if isinstance(kind, MistralList) and call_id(0) in form.example:

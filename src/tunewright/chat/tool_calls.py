@@ -9,7 +9,6 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -37,18 +36,6 @@ _FIRST_KEYS = ("name", "type", "description", "enum", "properties", "required", 
 
 Call = tuple[str, str]
 """A function's name and its arguments as canonical JSON."""
-
-
-@dataclass(frozen=True)
-class CallStart:
-    """The beginning of calls in an answer; text before it is certainly content."""
-
-    ids: frozenset[int]
-    """Control tokens that begin a call."""
-    texts: tuple[str, ...]
-    """Ordinary text that begins a call."""
-    first_only: bool
-    """True if calls begin an answer or are not in it, ignoring white space."""
 
 
 @lru_cache(maxsize=1024)
@@ -90,6 +77,9 @@ class CallForm(ABC):
 
     Args:
         control: the texts of the tokenizer's control tokens; other marks are ordinary text.
+
+    Attributes:
+        signs: each mark as :func:`signed` writes it.
     """
 
     name: ClassVar[str]
@@ -98,7 +88,7 @@ class CallForm(ABC):
 
     def __init__(self, control: Mapping[str, int]) -> None:
         self.control = {mark: control[mark] for mark in self.marks if mark in control}
-        self._signs = {mark: _SIGNS[mark] if mark in self.control else mark for mark in self.marks}
+        self.signs = {mark: _SIGNS[mark] if mark in self.control else mark for mark in self.marks}
 
     @abstractmethod
     def read(self, text: str) -> tuple[str, list[Call]] | None:
@@ -107,14 +97,6 @@ class CallForm(ABC):
         Args:
             text: the answer, with marks that are control tokens as :func:`signed` writes them.
         """
-
-    @property
-    def start(self) -> CallStart:
-        """The beginning of calls in an answer."""
-        mark = self.marks[0]
-        if mark in self.control:
-            return CallStart(frozenset([self.control[mark]]), (), first_only=False)
-        return CallStart(frozenset(), (mark,), first_only=False)
 
 
 def signed(pieces: Iterable[Piece], names: Mapping[int, str]) -> str:
@@ -134,7 +116,7 @@ class Llama(CallForm):
     marks = ("<|python_tag|>",)
 
     def read(self, text: str) -> tuple[str, list[Call]] | None:
-        tag = self._signs["<|python_tag|>"]
+        tag = self.signs["<|python_tag|>"]
         body = text.strip()
         tagged = body.startswith(tag)
         body = body.removeprefix(tag).strip()
@@ -142,12 +124,8 @@ class Llama(CallForm):
             if found[1] in BUILTIN and without_signs(found[2]) == found[2]:
                 return "", [(found[1], canonical_json({"query": found[2]}))]
             return None
-        call = _call_at(body, 0, "parameters")
+        call = call_at(body, 0, "parameters")
         return ("", [call[0]]) if call and call[1] == len(body) else None
-
-    @property
-    def start(self) -> CallStart:
-        return CallStart(frozenset(self.control.values()), ("{",), first_only=True)
 
 
 class Llama4(CallForm):
@@ -158,22 +136,17 @@ class Llama4(CallForm):
 
     def read(self, text: str) -> tuple[str, list[Call]] | None:
         body = text.strip()
-        content, end, rest = body.removeprefix(self._signs["<|python_start|>"]).partition(self._signs["<|python_end|>"])
-        if not body.startswith(self._signs["<|python_start|>"]) or not end:
+        content, end, rest = body.removeprefix(self.signs["<|python_start|>"]).partition(self.signs["<|python_end|>"])
+        if not body.startswith(self.signs["<|python_start|>"]) or not end:
             return None
         calls, place = [], 0
         while place < len(rest):
-            call = _call_at(rest, place, "parameters")
+            call = call_at(rest, place, "parameters")
             if call is None:
                 return None
             calls.append(call[0])
             place = _skip_space(rest, call[1])
         return (content, calls) if calls and without_signs(content) == content else None
-
-    @property
-    def start(self) -> CallStart:
-        start = super().start
-        return CallStart(start.ids, start.texts, first_only=True)
 
 
 class MistralList(CallForm):
@@ -183,7 +156,7 @@ class MistralList(CallForm):
     marks = ("[TOOL_CALLS]",)
 
     def read(self, text: str) -> tuple[str, list[Call]] | None:
-        content, mark, rest = text.partition(self._signs["[TOOL_CALLS]"])
+        content, mark, rest = text.partition(self.signs["[TOOL_CALLS]"])
         if not mark:
             return None
         place = _skip_space(rest, 0)
@@ -202,11 +175,11 @@ class MistralArguments(CallForm):
     marks = ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]")
 
     def read(self, text: str) -> tuple[str, list[Call]] | None:
-        content, *parts = text.split(self._signs["[TOOL_CALLS]"])
+        content, *parts = text.split(self.signs["[TOOL_CALLS]"])
         calls = []
         for part in parts:
-            head, _, arguments = part.partition(self._signs["[ARGS]"])
-            name = head.partition(self._signs["[CALL_ID]"])[0].strip()
+            head, _, arguments = part.partition(self.signs["[ARGS]"])
+            name = head.partition(self.signs["[CALL_ID]"])[0].strip()
             found = _json_at(arguments, _skip_space(arguments, 0))
             call = _call({"name": name, "arguments": found[0]}, "arguments") if found else None
             if found is None or call is None or _skip_space(arguments, found[1]) < len(arguments):
@@ -222,7 +195,7 @@ class Hermes(CallForm):
     marks = ("<tool_call>", "</tool_call>")
 
     def read(self, text: str) -> tuple[str, list[Call]] | None:
-        mark = self._signs["<tool_call>"]
+        mark = self.signs["<tool_call>"]
         place = text.find(mark)
         while place >= 0:
             calls, end = self._calls(text, place)
@@ -233,10 +206,10 @@ class Hermes(CallForm):
 
     def _calls(self, text: str, place: int) -> tuple[list[Call], int]:
         """Return the calls from this place on, and the place after them, where none begins."""
-        begin, end = self._signs["<tool_call>"], self._signs["</tool_call>"]
+        begin, end = self.signs["<tool_call>"], self.signs["</tool_call>"]
         calls = []
         while text.startswith(begin, place):
-            call = _call_at(text, _skip_space(text, place + len(begin)), "arguments")
+            call = call_at(text, _skip_space(text, place + len(begin)), "arguments")
             after = _skip_space(text, call[1]) if call else place
             if call is None or not text.startswith(end, after):
                 break
@@ -254,10 +227,17 @@ def numbered(calls: Sequence[Call], conversation: Sequence[Message]) -> tuple[To
     return tuple(ToolCall(name, text, call_id(place)) for place, (name, text) in enumerate(calls, start=earlier))
 
 
-def _call_at(text: str, place: int, key: str) -> tuple[Call, int] | None:
-    """Return the call that a JSON object at this place spells, and the place after it."""
+def call_at(text: str, place: int, key: str, more: Collection[str] = ("type",)) -> tuple[Call, int] | None:
+    """Return the call that a JSON object at this place spells, and the place after it.
+
+    Args:
+        text: an answer.
+        place: where the object begins.
+        key: the key of the arguments.
+        more: further keys that the object may have.
+    """
     found = _json_at(text, place)
-    call = _call(found[0], key, {"type"}) if found else None
+    call = _call(found[0], key, more) if found else None
     return (call, found[1]) if found and call else None
 
 

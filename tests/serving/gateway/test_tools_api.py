@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import jsonschema
 import openai
+import pydantic
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from scripted_engine import LIMITS, MODELS, ScriptedEngine
 from served_model import build_model, running_engine
 
-from tool_families import family
+from hypothesis_settings import examples
+from tool_families import FAMILIES as ALL_FAMILIES
+from tool_families import arguments, family
 from tunewright.chat import ChatFormat
 from tunewright.chat.answers import grammar_compiler
 from tunewright.config import DataConfig
@@ -21,7 +26,7 @@ from tunewright.data.examples import Message, ToolCall, call_id
 from tunewright.data.readers.validate import example_from_object
 from tunewright.data.tools import read_tools
 from tunewright.engines.protocol import Delta, Engine
-from tunewright.generation.requests import Request
+from tunewright.generation.requests import Finish, Request
 from tunewright.serving.gateway.app import Gateway
 from tunewright.serving.gateway.auth import AnonymousAuth
 from tunewright.serving.gateway.errors import ApiError
@@ -43,6 +48,7 @@ WEATHER: dict[str, Any] = {
 }
 CLOCK: dict[str, Any] = {"name": "clock"}
 TOOLS: list[Any] = [{"type": "function", "function": function} for function in (WEATHER, CLOCK)]
+FLAT: list[Any] = [{"type": "function", "strict": None, **function} for function in (WEATHER, CLOCK)]
 DECLARED = Message("tools", read_tools(TOOLS).text)
 QUESTION: list[Any] = [{"role": "user", "content": "How is it there?"}]
 ASKED = [DECLARED, Message("user", "How is it there?")]
@@ -53,13 +59,14 @@ FAMILIES = ["hermes-chatml", "qwen2_5", "llama3_1", "mistral-v7"]
 class Saying(ScriptedEngine):
     """Says given tokens one by one."""
 
-    def __init__(self, ids: tuple[int, ...]) -> None:
+    def __init__(self, ids: tuple[int, ...], finish: Finish = "stop") -> None:
         super().__init__()
         self.ids = ids
+        self.finish = finish
 
     async def deltas(self, request: Request) -> AsyncGenerator[Delta, None]:
         for place, token in enumerate(self.ids, 1):
-            yield Delta((token,), "stop" if place == len(self.ids) else None)
+            yield Delta((token,), self.finish if place == len(self.ids) else None)
 
 
 def answer_ids(chat: ChatFormat, turn: Message) -> tuple[int, ...]:
@@ -81,10 +88,10 @@ def client_of(engine: Engine, chat: ChatFormat, models: Any = MODELS) -> Iterato
         yield client
 
 
-def spoken(message: Any) -> tuple[str, list[tuple[str, str]]]:
+def spoken(message: Any) -> tuple[str, list[tuple[str, Any]]]:
     # Mistral's templates write a space before an answer, which is part of it.
     return (message.content or "").lstrip(), [
-        (call.function.name, call.function.arguments) for call in message.tool_calls or ()
+        (call.function.name, json.loads(call.function.arguments)) for call in message.tool_calls or ()
     ]
 
 
@@ -97,7 +104,7 @@ def test_calls_of_an_answer_are_read_and_streamed(name: str, calls: tuple[ToolCa
         pytest.skip("the template has no such turn")
     content = content if calls or content else "Sunny."
     engine = Saying(answer_ids(chat, Message("assistant", content, calls=calls)))
-    expected = content, [(call.name, call.arguments) for call in calls]
+    expected = content, [(call.name, json.loads(call.arguments)) for call in calls]
     how: Any = {"model": "base", "messages": QUESTION, "tools": TOOLS}
     with client_of(engine, chat) as client:
         (choice,) = client.chat.completions.create(**how).choices
@@ -128,6 +135,110 @@ def test_request_declares_functions_as_rows_of_the_same_text_do() -> None:
     row = example_from_object(body | {"messages": answered}, DataConfig())
     request = parse_request(ChatRequest, json.dumps({"model": "courts", **body}).encode())
     assert tuple(request.conversation) == row.prompt
+
+
+def joined_chat(chunks: Iterable[Any]) -> tuple[str, list[tuple[str, str]], str]:
+    content, called, finish = "", [], ""
+    for chunk in chunks:
+        (choice,) = chunk.choices
+        content += choice.delta.content or ""
+        finish = choice.finish_reason or finish
+        for call in choice.delta.tool_calls or ():
+            if call.id:
+                called.append((call.function.name, ""))
+            name, before = called[call.index]
+            called[call.index] = name, before + call.function.arguments
+    return content, called, finish
+
+
+def joined_response(events: Iterable[Any]) -> tuple[str, list[tuple[str, str]], str]:
+    content, called, status = "", [], ""
+    for event in events:
+        if event.type == "response.output_text.delta":
+            content += event.delta
+        elif event.type == "response.output_item.added" and event.item.type == "function_call":
+            called.append((event.item.name, ""))
+        elif event.type == "response.function_call_arguments.delta":
+            called[-1] = called[-1][0], called[-1][1] + event.delta
+        elif event.type == "response.function_call_arguments.done":
+            assert (event.name, event.arguments) == called[-1]
+        elif event.type in ("response.completed", "response.incomplete"):
+            status = event.response.status
+    return content, called, status
+
+
+@pytest.mark.parametrize("name", ALL_FAMILIES)
+def test_streamed_pieces_join_to_the_answer_wherever_it_is_cut(name: str) -> None:
+    chat, engine = family(name), Saying(())
+    most = 3 if chat.tool_form.parallel else 1
+    made = st.lists(st.tuples(st.sampled_from(["weather", "clock"]), arguments), max_size=most)
+    how: Any = {"model": "base", "messages": QUESTION, "tools": TOOLS}
+    items: Any = {"model": "base", "input": "How is it there?", "tools": FLAT}
+
+    with client_of(engine, chat) as client:
+
+        @settings(examples(20, quick=6), suppress_health_check=list(HealthCheck))
+        @given(made, st.booleans(), st.floats(0, 1))
+        def check(made: list[tuple[str, str]], cut: bool, share: float) -> None:
+            calls = tuple(ToolCall(called, text, call_id(place)) for place, (called, text) in enumerate(made))
+            content = "I look." if chat.tool_form.with_text or not calls else ""
+            ids = answer_ids(chat, Message("assistant", content, calls=calls))
+            engine.ids, engine.finish = (ids[: 1 + int(share * (len(ids) - 1))], "length") if cut else (ids, "stop")
+            (choice,) = client.chat.completions.create(**how).choices
+            whole = [
+                (call.function.name, call.function.arguments)
+                for call in choice.message.tool_calls or ()
+                if call.type == "function"
+            ]
+            content, finish = choice.message.content or "", choice.finish_reason
+            assert finish == ("length" if cut else "tool_calls" if calls else "stop")
+            assert joined_chat(client.chat.completions.create(stream=True, **how)) == (content, whole, finish)
+            if not cut:
+                assert [(called, json.loads(text)) for called, text in whole] == [
+                    (called, json.loads(text)) for called, text in made
+                ]
+            response = client.responses.create(**items)
+            output = [(item.name, item.arguments) for item in response.output if item.type == "function_call"]
+            assert (response.output_text, output) == (content, whole)
+            assert joined_response(client.responses.create(stream=True, **items)) == (content, whole, response.status)
+
+        check()
+
+
+def test_answer_cut_in_its_calls_has_the_complete_ones_and_what_there_is_of_the_last() -> None:
+    chat = family("hermes-chatml")
+    ids = answer_ids(chat, Message("assistant", "I look.", calls=(CALL, ToolCall("clock", "{}", call_id(1)))))
+    text = chat.text(ids)
+    how: Any = {"model": "base", "messages": QUESTION, "tools": TOOLS}
+    engine = Saying((), "length")
+    with client_of(engine, chat) as client:
+        for end, expected in (
+            (text.index('"weather') + 4, []),
+            (text.index("Oslo") + 2, [("weather", '{"city": "Os')]),
+            (text.index('"clock') + 4, [("weather", '{"city": "Oslo", "days": 2}')]),
+        ):
+            engine.ids = ids[:end]  # a token is a byte
+            (choice,) = client.chat.completions.create(**how).choices
+            made = [(call.function.name, call.function.arguments) for call in choice.message.tool_calls or ()]
+            assert (choice.finish_reason, choice.message.content, made) == ("length", "I look.", expected)
+            response = client.responses.create(model="base", input="How is it there?", tools=FLAT)
+            assert (response.status, response.output_text) == ("incomplete", "I look.")
+            calls = [item for item in response.output if item.type == "function_call"]
+            assert [(call.name, call.arguments) for call in calls] == expected
+            assert [call.status for call in calls] == [
+                "completed" if text.endswith("}") else "incomplete" for _, text in expected
+            ]
+
+
+def test_call_is_streamed_while_it_is_generated() -> None:
+    chat = family("hermes-chatml")
+    engine = Saying(answer_ids(chat, Message("assistant", "", calls=(CALL,))))
+    how: Any = {"model": "base", "messages": QUESTION, "tools": TOOLS}
+    with client_of(engine, chat) as client:
+        chunks = [chunk.choices[0].delta.tool_calls for chunk in client.chat.completions.create(stream=True, **how)]
+    first, *others = [calls[0] for calls in chunks if calls]
+    assert first.id and first.function and (first.function.name, first.function.arguments) == ("weather", "")
+    assert len(others) > 5 and all(call.id is None and call.function for call in others)
 
 
 def test_conversation_with_results_is_rendered_as_in_training_whatever_the_ids() -> None:
@@ -188,7 +299,7 @@ def test_required_call_matches_its_functions_schema(embedded: openai.OpenAI, cho
         assert content == ""
         assert name == "weather" if choice != "required" else name in ("weather", "clock")
         if name == "weather":
-            jsonschema.validate(json.loads(arguments), WEATHER["parameters"])
+            jsonschema.validate(arguments, WEATHER["parameters"])
 
 
 def test_agent_calls_a_local_function_and_continues_with_its_result(embedded: openai.OpenAI) -> None:
@@ -207,14 +318,54 @@ def test_agent_calls_a_local_function_and_continues_with_its_result(embedded: op
     assert last.choices[0].message.content and last.choices[0].message.tool_calls is None
 
 
+def test_client_parses_calls_or_an_answer_of_its_format(embedded: openai.OpenAI) -> None:
+    class Weather(pydantic.BaseModel):
+        city: Literal["Oslo", "Rome"]
+
+    class Court(pydantic.BaseModel):
+        name: Literal["Ala.", "Fla."]
+
+    how: Any = {"model": "courts", "messages": QUESTION, "max_tokens": 100, "temperature": 2}
+    how |= {
+        "parallel_tool_calls": False,
+        "logit_bias": {str(ord(space)): -50 for space in " \t\r\n"},
+        "response_format": Court,
+    }
+    tools: Any = [openai.pydantic_function_tool(Weather)]
+    kinds = set()
+    for seed in range(20):
+        (choice,) = embedded.chat.completions.parse(tools=tools, seed=seed, **how).choices
+        kinds.add(choice.finish_reason)
+        for call in choice.message.tool_calls or ():
+            assert isinstance(call.function.parsed_arguments, Weather)
+        assert isinstance(choice.message.parsed, Court) is (choice.finish_reason == "stop")
+    assert kinds == {"stop", "tool_calls"}
+    (choice,) = embedded.chat.completions.parse(tools=tools, tool_choice="required", **how).choices
+    assert choice.message.tool_calls and not choice.message.content
+    (choice,) = embedded.chat.completions.parse(tools=tools, tool_choice="none", **how).choices
+    assert choice.message.parsed and not choice.message.tool_calls
+
+
+def test_fault_of_a_format_next_to_tools_names_the_format(embedded: openai.OpenAI) -> None:
+    form: Any = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "nothing"}}}
+    with pytest.raises(openai.BadRequestError) as caught:
+        embedded.chat.completions.create(model="courts", messages=QUESTION, tools=TOOLS, response_format=form)
+    assert caught.value.param == "response_format.json_schema.schema"
+
+
+def test_fault_of_a_schema_in_a_responses_tool_is_named_as_it_was_sent(embedded: openai.OpenAI) -> None:
+    nested: Any = {"type": "object", "properties": {"x": {"$ref": "#"}}}
+    tools: Any = [*FLAT, {"type": "function", "name": "f", "parameters": nested, "strict": True}]
+    with pytest.raises(openai.BadRequestError, match=r"tools\.2\.parameters: the schema is recursive") as caught:
+        embedded.responses.create(model="courts", input="How is it there?", tools=tools)
+    assert caught.value.param == "tools.2.parameters"
+
+
 def test_tool_choice_none_answers_as_without_tools(embedded: openai.OpenAI) -> None:
     how: Any = {"model": "courts", "messages": QUESTION, "max_tokens": 20}
     without = embedded.chat.completions.create(**how)
     none = embedded.chat.completions.create(tools=TOOLS, tool_choice="none", **how)
     assert (none.choices, none.usage) == (without.choices, without.usage)
-
-
-FLAT: list[Any] = [{"type": "function", "strict": None, **function} for function in (WEATHER, CLOCK)]
 
 
 @pytest.mark.parametrize("content", ["", "I look."])
@@ -232,10 +383,12 @@ def test_response_has_the_calls_as_items_and_its_events_join_to_them(content: st
         made = [item for item in response.output if item.type == "function_call"]
         items += [{"type": "function_call_output", "call_id": call.call_id, "output": "rain"} for call in made]
         client.responses.create(model="base", input=items, tools=FLAT)
-    expected = [("weather", CALL.arguments), ("clock", "{}")]
+    expected = [("weather", json.loads(CALL.arguments)), ("clock", {})]
     both: list[Any] = [response, final]
     for each in both:
-        assert [(item.name, item.arguments) for item in each.output if item.type == "function_call"] == expected
+        assert [
+            (item.name, json.loads(item.arguments)) for item in each.output if item.type == "function_call"
+        ] == expected
         assert (each.output_text, each.status) == (content, "completed")
     done: Any = [event for event in events if event.type == "response.output_item.done"]
     assert [event.output_index for event in done] == list(range(len(response.output)))
@@ -297,7 +450,6 @@ def calls(*ids: str, name: str = "clock", arguments: Any = "{}") -> dict[str, An
         ({"tools": [], "tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": "any"}, "tool_choice"),
         ({"tool_choice": {"type": "function"}}, "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
     ],
 )
 def test_fault_of_calls_names_its_field(more: dict[str, Any], param: str) -> None:

@@ -110,7 +110,7 @@ class RequestPreprocessor:
                 raise ApiError(message, param="logit_bias", code="invalid_value")
 
     async def constraint(self, body: RequestBody, grammar: str | None, tenant: str) -> Constraint | None:
-        """Return the compiled form of the answer; None: any text.
+        """Return the compiled form of the answer, text or calls; None: any.
 
         Args:
             grammar: the release's rule, for requests that set no form and declare no functions to call.
@@ -120,20 +120,23 @@ class RequestPreprocessor:
             ApiError: 400, the form is not valid, not supported, or too complex.
         """
         form = body.form
+        # Alone first: a fault of the text's form has its own name.
+        constraint = None if form is None else await self._grammars.constraint(form, tenant)
         may_call = isinstance(body, ChatRequest) and body.may_call
-        if form is None and isinstance(body, ChatRequest) and body.constrains_calls:
-            form = self._calls(body)
-        elif form is None and grammar is not None and not may_call:
-            form = ("model", Grammar(grammar))
-        return None if form is None else await self._grammars.constraint(form, tenant)
+        if isinstance(body, ChatRequest) and body.constrains_calls:
+            return await self._grammars.constraint(self._calls(body), tenant)
+        if form is None and grammar is not None and not may_call:
+            return await self._grammars.constraint(("model", Grammar(grammar)), tenant)
+        return constraint
 
     def _calls(self, body: ChatRequest) -> Form:
         for number, tool in enumerate(body.tools or ()):
-            require_schema(tool.function.parameters or {}, f"tools.{number}.function.parameters")
+            require_schema(tool.function.parameters or {}, body.parameters_param.format(number))
         functions, parallel = declared_functions(body.conversation), body.parallel_tool_calls is not False
         assert self._tokenization.chat is not None, "require_supported() was called before"
         try:
-            return "tools", call_grammar(self._tokenization.chat, functions, body.chosen, parallel=parallel)
+            text = None if body.form is None else body.form[1]
+            return "tools", call_grammar(self._tokenization.chat, functions, body.chosen, parallel=parallel, text=text)
         except UserError as error:
             raise ApiError(f"{error.what}.", param="tool_choice", code="invalid_value") from error
 
@@ -219,7 +222,7 @@ class RequestPreprocessor:
         calls = None
         if isinstance(body, ChatRequest) and body.may_call:
             assert self._tokenization.chat is not None, "require_supported() was called before"
-            calls = CallReader(self._tokenization.chat, body.conversation)
+            calls = CallReader(self._tokenization.chat, calls_only=body.chosen != "auto")
         template_stops = self._tokenization.stops if isinstance(body, ChatRequest) else ()
         return GenerationRequest(
             body,

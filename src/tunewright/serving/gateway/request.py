@@ -8,8 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from tunewright.chat.call_stream import CallDelta
+from tunewright.chat.tool_calls import Call
 from tunewright.config import GatewayConfig
-from tunewright.data.examples import Message, ToolCall
 from tunewright.engines.protocol import (
     ConstraintFailedError,
     Delta,
@@ -24,7 +25,7 @@ from tunewright.serving.gateway.admission import AdmissionQueue, Slot
 from tunewright.serving.gateway.auth import Target
 from tunewright.serving.gateway.errors import ApiError
 from tunewright.serving.gateway.schemas import ChatRequest, RequestBody
-from tunewright.serving.gateway.tools import CallReader
+from tunewright.serving.gateway.tools import CallReader, as_turn
 from tunewright.serving.tenants.quota import Outcome, RequestUsage
 
 SystemSource = Literal["adapter", "request", "none"]
@@ -56,6 +57,8 @@ class TextChunk:
     """Tokens of the answer so far."""
     scored: tuple[ScoredToken, ...] | None = None
     """The tokens whose text begins in this chunk; None if the request does not ask for log probabilities."""
+    calls: tuple[CallDelta, ...] = ()
+    """Pieces of calls."""
 
 
 Failure = RequestFailedError | EngineStoppedError | ApiError
@@ -114,15 +117,13 @@ class GenerationRequest:
         self.tenant = tenant
         self.text = ""
         """The answer's text without its calls."""
-        self.calls: tuple[ToolCall, ...] = ()
-        """The calls of a complete answer."""
         self.tokens = 0
         self.outcome: Outcome = "disconnected"  # unless it ends in another way
         self._limits = limits
         self._stream = TextStream(decode, stops)
         self._piece = piece
         self._reader = calls
-        self._sent = 0  # characters
+        self._sent = 0  # characters before calls
         self._unsent: list[ScoredToken] = []
         """Tokens whose text is held back."""
         self.scored: list[ScoredToken] | None = None if engine_request.logprobs is None else []
@@ -208,32 +209,28 @@ class GenerationRequest:
         if event.finish and not self._stream.stopped:
             text += self._stream.flush()
         finish: Finish | None = "stop" if self._stream.stopped else event.finish
+        deltas: tuple[CallDelta, ...] = ()
+        before_calls = self._reader is None or not self._reader.begun
+        if self._reader is not None:
+            text, deltas = self._reader.read(text, finish)
         self.text += text
-        text = self._content(finish)
-        if finish or text:
-            chunk = TextChunk(text, finish, self.tokens, self._sent_with(finish))
+        self._sent += len(text) if before_calls else 0
+        if finish or text or deltas:
+            chunk = TextChunk(text, finish, self.tokens, self._sent_with(finish), deltas)
             if finish:
                 self._end(finish, chunk)
             else:
                 self._emit(chunk)
 
-    def _content(self, finish: Finish | None) -> str:
-        """Return the further text that is certain to be content, and read the calls of a complete answer."""
-        end = len(self.text)
-        if self._reader is not None and finish is None:
-            end = max(self._sent, self._reader.certain(self.text))
-        elif self._reader is not None and finish is not None:
-            message = self._reader.read(self.text, finish, stopped=self._stream.stopped)
-            if message.calls:
-                self.calls, self.text = message.calls, message.content
-            end = len(self.text)
-        text, self._sent = self.text[self._sent : end], end
-        return text
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        """The calls so far."""
+        return () if self._reader is None else self._reader.calls
 
     @property
     def recorded(self) -> str:
         """The whole answer as one text: one line of JSON for each call."""
-        return Message("assistant", self.text, calls=self.calls).text
+        return as_turn(self.text, self.calls).text
 
     def _scored(self, token: int, found: TokenLogprob) -> ScoredToken:
         top = tuple((self._piece(likely), logprob) for likely, logprob in found.top[: self.engine_request.logprobs])

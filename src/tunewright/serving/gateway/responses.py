@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from tunewright.data.examples import ToolCall
+from tunewright.chat.call_stream import CallDelta
+from tunewright.chat.tool_calls import Call
 from tunewright.generation.requests import Finish
 from tunewright.serving.gateway.errors import ApiError
 from tunewright.serving.gateway.request import ScoredToken, TextChunk
@@ -24,7 +25,7 @@ class Answer:
     text: str
     finish: Finish
     scored: tuple[ScoredToken, ...] | None = None
-    calls: tuple[ToolCall, ...] = ()
+    calls: tuple[Call, ...] = ()
 
 
 class ResponseFormat(Protocol):
@@ -42,6 +43,9 @@ class ResponseFormat(Protocol):
 
     def text_chunk(self, index: int, chunk: TextChunk) -> list[Document]:
         """Return the chunks with some text of a choice."""
+
+    def call_chunk(self, index: int, delta: CallDelta) -> list[Document]:
+        """Return the chunks with a piece of a choice's call."""
 
     def finish_chunks(self, index: int, answer: Answer) -> list[Document]:
         """Return the last chunks of a choice, with its finish reason."""
@@ -119,13 +123,17 @@ class ChatCompletionResponse(_OpenAIResponse):
         """Return a ``chat.completion.chunk`` with text."""
         return [self._chunk(index, {"content": chunk.text}, chunk.scored)]
 
+    def call_chunk(self, index: int, delta: CallDelta) -> list[Document]:
+        """Return a ``chat.completion.chunk`` with a call's id and name, or with a piece of its arguments."""
+        if delta.name is None:
+            return [
+                self._chunk(index, {"tool_calls": [{"index": delta.index, "function": {"arguments": delta.arguments}}]})
+            ]
+        return [self._chunk(index, {"tool_calls": [{"index": delta.index, **_call((delta.name, delta.arguments))}]})]
+
     def finish_chunks(self, index: int, answer: Answer) -> list[Document]:
-        """Return a ``chat.completion.chunk`` with each call, and one with the finish reason alone."""
-        calls = [
-            self._chunk(index, {"tool_calls": [{"index": place, **_call(call)}]})
-            for place, call in enumerate(answer.calls)
-        ]
-        return [*calls, self._chunk(index, {}, finish=_finish_reason(answer))]
+        """Return a ``chat.completion.chunk`` with the finish reason alone."""
+        return [self._chunk(index, {}, finish=_finish_reason(answer))]
 
     def _chunk(
         self,
@@ -148,9 +156,9 @@ def _message(answer: Answer) -> Document:
     return message
 
 
-def _call(call: ToolCall) -> Document:
+def _call(call: Call) -> Document:
     """Return a call with a new id: the model's own ids are places, and repeat in each conversation."""
-    function = {"name": call.name, "arguments": call.arguments}
+    function = dict(zip(("name", "arguments"), call, strict=True))
     return {"id": f"call_{new_id()[:24]}", "type": "function", "function": function}
 
 
@@ -173,6 +181,10 @@ class CompletionResponse(_OpenAIResponse):
     def text_chunk(self, index: int, chunk: TextChunk) -> list[Document]:
         """Return a ``text_completion`` with text."""
         return [self._document([_choice(index, chunk.text, None, chunk.scored)])]
+
+    def call_chunk(self, index: int, delta: CallDelta) -> list[Document]:
+        """Return nothing: this route has no functions."""
+        raise AssertionError(f"a completion has no calls: {index}, {delta}")
 
     def finish_chunks(self, index: int, answer: Answer) -> list[Document]:
         """Return a ``text_completion`` with the finish reason."""

@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
+from tunewright.chat.call_stream import CallDelta
 from tunewright.serving.gateway.errors import ApiError
 from tunewright.serving.gateway.parsing import Part, as_request
 from tunewright.serving.gateway.request import TextChunk
@@ -27,7 +28,7 @@ from tunewright.serving.gateway.schemas import (
     refuse_mark_runs,
 )
 from tunewright.serving.gateway.structured import Form
-from tunewright.serving.gateway.tools import FunctionDeclaration
+from tunewright.serving.gateway.tools import FunctionDeclaration, is_object
 
 SCHEMA_PARAM = "text.format.schema"
 
@@ -92,6 +93,7 @@ class ResponsesChatRequest(ChatRequest):
     """The chat request that a request for a response stands for; its errors name the fields of the latter."""
 
     prompt_param: ClassVar[str] = "input"
+    parameters_param: ClassVar[str] = "tools.{}.parameters"
 
     @cached_property
     def form(self) -> Form | None:
@@ -248,16 +250,20 @@ class ResponsesFormat:
 
     def __init__(self, body: ResponsesRequest) -> None:
         self._body = body
-        self._id, self._item, self._created = f"resp_{new_id()}", f"msg_{new_id()}", now()
+        self._id, self._created = f"resp_{new_id()}", now()
         self._numbers = count()
         self._answer: Answer | None = None
-        self._calls: list[Document] = []
-        self._begun = False
+        self._items: list[Document] = []
+        self._parts: list[str] | None = None  # of the last item's text or arguments, while it is in progress
 
     def response(self, answers: Sequence[Answer], usage: Usage) -> Document:
         """Return the complete response."""
         (answer,) = answers
-        self._complete(answer)
+        if answer.text:
+            self._add(answer.text)
+        for place, (name, arguments) in enumerate(answer.calls):
+            self.call_chunk(0, CallDelta(place, name, arguments))
+        self.finish_chunks(0, answer)
         return self._document(usage)
 
     def first_chunks(self) -> list[Document]:
@@ -269,30 +275,25 @@ class ResponsesFormat:
 
     def text_chunk(self, index: int, chunk: TextChunk) -> list[Document]:  # noqa: ARG002 - there is one answer
         """Return an event with some text; the first has the beginning of the message before it."""
-        return [*self._begin(), self._part_event("response.output_text.delta", delta=chunk.text, logprobs=[])]
+        return self._add(chunk.text)
+
+    def call_chunk(self, index: int, delta: CallDelta) -> list[Document]:  # noqa: ARG002 - there is one answer
+        """Return the events with a piece of a call; the first has the end of the item before it."""
+        events = []
+        if delta.name is not None:
+            call = {"call_id": f"call_{new_id()[:24]}", "name": delta.name, "arguments": ""}
+            events = [*self._end(), *self._begin({"id": f"fc_{new_id()}", "type": "function_call", **call})]
+        if delta.arguments:
+            assert self._parts is not None, "a call begins with its name"
+            self._parts.append(delta.arguments)
+            events.append(self._item_event("response.function_call_arguments.delta", delta=delta.arguments))
+        return events
 
     def finish_chunks(self, index: int, answer: Answer) -> list[Document]:  # noqa: ARG002 - there is one answer
-        """Return the events that end the message, and those of each call."""
-        self._complete(answer)
-        events = [] if answer.calls else self._begin()
-        if self._begun:
-            part = _output_text(answer.text)
-            events += [
-                self._part_event("response.output_text.done", text=answer.text, logprobs=[]),
-                self._part_event("response.content_part.done", part=part),
-                self._event("response.output_item.done", output_index=0, item=self._message(self._status, [part])),
-            ]
-        for place, call in enumerate(self._calls, start=int(self._begun)):
-            item = {"item_id": call["id"], "output_index": place}
-            begun = {**call, "arguments": "", "status": "in_progress"}
-            arguments = call["arguments"]
-            events += [
-                self._event("response.output_item.added", output_index=place, item=begun),
-                self._event("response.function_call_arguments.delta", **item, delta=arguments),
-                self._event("response.function_call_arguments.done", **item, name=call["name"], arguments=arguments),
-                self._event("response.output_item.done", output_index=place, item=call),
-            ]
-        return events
+        """Return the events that end the last item: an empty message if there was none."""
+        events = [] if self._items else self._begin_message()
+        self._answer = answer
+        return [*events, *self._end()]
 
     def last_chunks(self, usage: Usage) -> list[Document]:
         """Return the event with the complete response."""
@@ -308,45 +309,54 @@ class ResponsesFormat:
             return "in_progress"
         return "completed" if self._answer.finish == "stop" else "incomplete"
 
-    def _begin(self) -> list[Document]:
-        """Return the events that begin the message, once."""
-        if self._begun:
+    def _add(self, text: str) -> list[Document]:
+        begun = self._parts is not None and self._items[-1]["type"] == "message"
+        events = [] if begun else [*self._end(), *self._begin_message()]
+        assert self._parts is not None
+        self._parts.append(text)
+        return [*events, self._part_event("response.output_text.delta", delta=text, logprobs=[])]
+
+    def _begin_message(self) -> list[Document]:
+        message = {"id": f"msg_{new_id()}", "type": "message", "role": "assistant", "content": []}
+        return [*self._begin(message), self._part_event("response.content_part.added", part=_output_text(""))]
+
+    def _begin(self, item: Document) -> list[Document]:
+        self._parts = []
+        self._items.append({**item, "status": "in_progress"})
+        return [self._event("response.output_item.added", output_index=len(self._items) - 1, item=self._items[-1])]
+
+    def _end(self) -> list[Document]:
+        """Return the events that end the item in progress, if there is one."""
+        if self._parts is None:
             return []
-        self._begun = True
+        text, self._parts, item = "".join(self._parts), None, self._items[-1]
+        cut = self._status == "incomplete"
+        if item["type"] == "message":
+            events = [
+                self._part_event("response.output_text.done", text=text, logprobs=[]),
+                self._part_event("response.content_part.done", part=_output_text(text)),
+            ]
+            item = {**item, "content": [_output_text(text)]}
+        else:
+            cut = cut and not is_object(text)
+            done = "response.function_call_arguments.done"
+            events = [self._item_event(done, name=item["name"], arguments=text)]
+            item = {**item, "arguments": text}
+        self._items[-1] = item | {"status": "incomplete" if cut else "completed"}
         return [
-            self._event("response.output_item.added", output_index=0, item=self._message("in_progress", [])),
-            self._part_event("response.content_part.added", part=_output_text("")),
+            *events,
+            self._event("response.output_item.done", output_index=len(self._items) - 1, item=self._items[-1]),
         ]
-
-    def _complete(self, answer: Answer) -> None:
-        self._answer = answer
-        self._calls = [
-            {
-                "id": f"fc_{new_id()}",
-                "type": "function_call",
-                "call_id": f"call_{new_id()[:24]}",
-                "name": call.name,
-                "arguments": call.arguments,
-                "status": "completed",
-            }
-            for call in answer.calls
-        ]
-
-    def _output(self) -> list[Document]:
-        answer = self._answer
-        if answer is None:
-            return []
-        message = [self._message(self._status, [_output_text(answer.text)])] if answer.text or not answer.calls else []
-        return [*message, *self._calls]
 
     def _event(self, kind: str, **fields: Any) -> Document:
         return {"type": kind, "sequence_number": next(self._numbers), **fields}
 
-    def _part_event(self, kind: str, **fields: Any) -> Document:
-        return self._event(kind, item_id=self._item, output_index=0, content_index=0, **fields)
+    def _item_event(self, kind: str, **fields: Any) -> Document:
+        """Return an event of the last item."""
+        return self._event(kind, item_id=self._items[-1]["id"], output_index=len(self._items) - 1, **fields)
 
-    def _message(self, status: str, content: list[Document]) -> Document:
-        return {"id": self._item, "type": "message", "role": "assistant", "status": status, "content": content}
+    def _part_event(self, kind: str, **fields: Any) -> Document:
+        return self._item_event(kind, content_index=0, **fields)
 
     def _document(self, usage: Usage | None) -> Document:
         body = self._body
@@ -362,7 +372,7 @@ class ResponsesFormat:
             "max_output_tokens": body.max_output_tokens,
             "metadata": body.metadata or {},
             "model": body.model,
-            "output": self._output(),
+            "output": self._items if self._answer else [],
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": None,
             "service_tier": "default",

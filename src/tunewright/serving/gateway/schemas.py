@@ -86,6 +86,7 @@ class ChatMessage(Part):
     role: Annotated[Literal["system", "user", "assistant", "tool"], BeforeValidator(as_system)]
     content: Annotated[list[TextPart], Field(min_length=1), BeforeValidator(_one_part)]
     name: str | None = None  # not rendered: no chat template of Llama or Mistral has a place for it
+    parsed: Any = None  # OpenAI's client adds it to a turn that it has parsed: the same as ``content``
     tool_calls: list[AssistantCall] | None = None
     tool_call_id: str | None = None
 
@@ -240,6 +241,7 @@ class ChatRequest(_BaseRequest):
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = ANSWER_NEUTRAL | _CHAT_NEUTRAL
     default_tokens: ClassVar[None] = None
     prompt_param: ClassVar[str] = "messages"
+    parameters_param: ClassVar[str] = "tools.{}.function.parameters"
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -276,9 +278,6 @@ class ChatRequest(_BaseRequest):
     def _valid_calls(self) -> Self:
         if not self.tools and self.tool_choice not in (None, "auto", "none"):
             raise ApiError("tool_choice requires tools.", param="tool_choice", code="invalid_value")
-        if self.may_call and self.form is not None:
-            message = f"{self.form[0]} together with tools is not supported: set tool_choice to none."
-            raise ApiError(message, param=self.form[0], code="unsupported_parameter")
         self.conversation  # noqa: B018 - it raises
         return self
 
@@ -295,8 +294,11 @@ class ChatRequest(_BaseRequest):
 
     @property
     def constrains_calls(self) -> bool:
-        """True if calls must match the functions' schemas, there must be one, or there may not be several."""
-        strict = any(tool.function.strict for tool in self.tools or ())
+        """True if calls must match the functions' schemas.
+
+        It is so if a function is strict, there must be a call, there may not be several, or text must have a form.
+        """
+        strict = any(tool.function.strict for tool in self.tools or ()) or self.form is not None
         return self.may_call and (strict or self.chosen != "auto" or self.parallel_tool_calls is False)
 
     @cached_property

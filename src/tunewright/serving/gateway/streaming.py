@@ -117,6 +117,8 @@ async def sse_events(
             index, chunk = item
             if chunk.text or chunk.scored:
                 documents += response_format.text_chunk(index, chunk)
+            for delta in chunk.calls:
+                documents += response_format.call_chunk(index, delta)
             if chunk.finish:
                 documents += response_format.finish_chunks(index, handler.answer(index, chunk.finish))
                 unfinished, tokens = unfinished - 1, tokens + chunk.tokens

@@ -5,6 +5,7 @@ The model never sees a client's call ids, which are random: they are replaced by
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,12 +13,13 @@ from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
 from tunewright.chat import ChatFormat
-from tunewright.chat.answers import answer_message
+from tunewright.chat.call_stream import CallDelta, CallStream
+from tunewright.chat.tool_calls import Call
 from tunewright.core.io import canonical_json
 from tunewright.data.examples import Message, ToolCall, call_id
 from tunewright.data.tool_limits import ArgumentsError, DeclarationError
 from tunewright.data.tools import canonical_arguments, canonical_function
-from tunewright.generation.requests import Completion, Finish
+from tunewright.generation.requests import Finish
 from tunewright.serving.gateway.errors import ApiError
 from tunewright.serving.gateway.parsing import Part
 
@@ -68,11 +70,23 @@ def _choice(choice: Any) -> Any:
 Choice = Annotated[str | ToolChoice | None, BeforeValidator(_choice)]
 
 
-def _canonical(arguments: Any) -> Any:
+def _canonical_object(text: str) -> str | None:
     try:
-        return canonical_arguments(arguments if isinstance(arguments, str) else None)[0]
+        return canonical_arguments(text)[0]
     except ArgumentsError:
-        raise PydanticCustomError("arguments", "must be the text of a JSON object") from None
+        return None
+
+
+def is_object(text: str) -> bool:
+    """Return whether this is the text of a JSON object."""
+    return _canonical_object(text) is not None
+
+
+def _canonical(arguments: Any) -> Any:
+    text = _canonical_object(arguments) if isinstance(arguments, str) else None
+    if text is None:
+        raise PydanticCustomError("arguments", "must be the text of a JSON object")
+    return text
 
 
 class CalledFunction(Part):
@@ -80,6 +94,7 @@ class CalledFunction(Part):
 
     name: FunctionName
     arguments: Annotated[str, BeforeValidator(_canonical)]
+    parsed_arguments: Any = None  # OpenAI's client adds them to a turn that it has parsed: the same as ``arguments``
 
 
 class AssistantCall(Part):
@@ -154,48 +169,70 @@ def _require_answered(unanswered: dict[str, str]) -> None:
 
 
 class CallReader:
-    """Reads the calls of one answer, and says while it is generated what is certain to be content.
+    """Splits one answer into content and calls while it is generated.
 
     Args:
         chat: the base's format.
-        conversation: the answered messages, which declare functions.
+        calls_only: the answer must be calls.
     """
 
-    def __init__(self, chat: ChatFormat, conversation: Sequence[Message]) -> None:
-        self._chat = chat
-        self._conversation = conversation
-        self._start = chat.tool_form.form.start
-        self._ids: list[int] = []
-        self._mark: int | None = None
+    def __init__(self, chat: ChatFormat, *, calls_only: bool) -> None:
+        form = chat.tool_form.form
+        self._stream = CallStream(form, calls_only=calls_only)
+        # Some tokenizers' decoders drop marks, as control tokens; others, such as Qwen's, write them.
+        self._signs = {token: (form.signs[mark], len(chat.text([token]))) for mark, token in form.control.items()}
+        self._marks: deque[tuple[int, str, int]] = deque()
+        self._read = 0  # characters
+        self._held = ""
 
     def push(self, token: int, decoded: int) -> None:
-        """Take the next token, after which ``decoded`` characters of the answer's text came."""
-        self._ids.append(token)
-        if token in self._start.ids and self._mark is None:
-            self._mark = decoded
+        """Take the next token, before which ``decoded`` characters of the answer's text came."""
+        if token in self._signs:
+            self._marks.append((decoded, *self._signs[token]))
 
-    def certain(self, text: str) -> int:
-        """Return how much of the text so far is certain to be content; the rest may be the beginning of calls."""
-        marks, first = self._start.texts, text.lstrip()
-        if self._start.first_only:
-            marked = self._mark is not None and not text[: self._mark].strip()
-            may_begin = not first or any(first.startswith(mark) or mark.startswith(first) for mark in marks)
-            return 0 if marked or may_begin else len(text)
-        begins = [place for mark in marks if (place := text.find(mark)) >= 0]
-        begins += [] if self._mark is None else [self._mark]
-        if not begins:
-            lengths = range(min(len(text), max(map(len, marks), default=0)), 0, -1)
-            half = next((n for n in lengths if any(mark.startswith(text[-n:]) for mark in marks)), 0)
-            begins = [len(text) - half]
-        return len(text[: min(begins)].rstrip())  # some forms have white space before calls
-
-    def read(self, text: str, finish: Finish, *, stopped: bool) -> Message:
-        """Return the whole answer as the assistant's turn.
+    def read(self, text: str, finish: Finish | None) -> tuple[str, tuple[CallDelta, ...]]:
+        """Return the further content and the pieces of calls that are certain after this text.
 
         Args:
-            text: the answer's text.
-            finish: why it ended.
-            stopped: a stop string ended it, which the text does not have.
+            text: the next piece of the answer, without control tokens.
+            finish: why the answer ended, if it has.
         """
-        completion = Completion(tuple(self._ids), finish, text if stopped else None)
-        return answer_message(self._chat, completion, self._conversation)
+        self._held += text
+        end = self._read + len(self._held)
+        parts = []
+        while self._marks and self._marks[0][0] + self._marks[0][2] <= end:
+            place, sign, width = self._marks.popleft()
+            parts += [self._take(place), sign]
+            self._take(place + width)
+        parts.append(self._take(self._marks[0][0] if self._marks and finish is None else end))
+        content, deltas = self._stream.push("".join(parts))
+        if finish is not None:
+            rest, more = self._stream.end(cut=finish == "length")
+            content, deltas = content + rest, deltas + more
+        return content, tuple(deltas)
+
+    def _take(self, place: int) -> str:
+        """Return the text up to this place of the answer that was not taken yet."""
+        count = max(0, place - self._read)
+        text, self._held = self._held[:count], self._held[count:]
+        self._read += len(text)
+        return text
+
+    @property
+    def begun(self) -> bool:
+        """True if the answer has a call."""
+        return self._stream.begun
+
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        """The calls so far, with their arguments as the model spells them."""
+        return tuple(self._stream.calls)
+
+
+def as_turn(text: str, calls: Sequence[Call]) -> Message:
+    """Return an answer as the assistant's turn, with canonical arguments where they are a JSON object."""
+    turns = (
+        ToolCall(name, _canonical_object(arguments) or arguments, call_id(place))
+        for place, (name, arguments) in enumerate(calls)
+    )
+    return Message("assistant", text, calls=tuple(turns))

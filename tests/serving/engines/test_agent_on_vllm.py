@@ -1,0 +1,120 @@
+"""An agent loop of OpenAI's client on the engines that are processes or libraries of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import openai
+import pydantic
+import pytest
+from engine_kinds import STOPS, llamacpp_engine, vllm_engine
+
+from tool_families import family
+from tunewright.chat.answers import grammar_compiler
+from tunewright.config import GatewayConfig
+from tunewright.engines.protocol import Engine
+from tunewright.serving.gateway.app import Gateway
+from tunewright.serving.gateway.auth import AnonymousAuth
+from tunewright.serving.gateway.preprocess import Tokenization
+from tunewright.serving.gateway.server import serving
+
+ROOM = 2048
+"""Context: declared functions alone are 400 tokens, of one byte each."""
+
+
+class Weather(pydantic.BaseModel):
+    city: Literal["Oslo", "Rome"]
+    days: Literal[1, 2]
+
+
+class Court(pydantic.BaseModel):
+    name: Literal["Ala.", "Fla."]
+
+
+TOOLS: list[Any] = [openai.pydantic_function_tool(Weather, name="weather")]
+COMPACT = {str(ord(space)): -50 for space in " \t\r\n"}
+"""Random weights would write white space without end."""
+
+
+@pytest.fixture(scope="module", params=[pytest.param("vllm", marks=pytest.mark.vllm), "llamacpp"])
+def client(
+    request: pytest.FixtureRequest,
+    small_base: Path,
+    small_adapters: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[openai.OpenAI]:
+    base = tmp_path_factory.mktemp("agent") / "base"
+    shutil.copytree(small_base, base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": ROOM}))
+    started = vllm_engine(base) if request.param == "vllm" else llamacpp_engine(base, context=ROOM, tokens=4 * ROOM)
+    chat = family("hermes-chatml")
+    assert chat.stop_ids == STOPS
+    digest, folder = next(iter(small_adapters.items()))
+    tokenization = Tokenization(chat.prompt, chat.continuation, chat.text, grammar_compiler(chat), (), chat)
+    with started as engine:
+        asyncio.run(_load(engine, digest, folder))
+        auth = AnonymousAuth({"base": None, "courts": digest})
+        with (
+            serving(Gateway(engine, auth, tokenization, GatewayConfig()).app) as url,
+            openai.DefaultHttpxClient(trust_env=False) as http,
+            openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, http_client=http) as client,
+        ):
+            yield client
+
+
+async def _load(engine: Engine, digest: str, folder: Path) -> None:
+    await engine.load(digest, folder)
+
+
+def test_agent_loop_calls_a_local_function_and_ends_with_a_formatted_answer(client: openai.OpenAI) -> None:
+    asked: list[Weather] = []
+
+    def weather(arguments: str) -> str:
+        asked.append(Weather.model_validate_json(arguments))
+        return f"{asked[-1].city}: rain"
+
+    messages: list[Any] = [{"role": "user", "content": "How is it?"}]
+    how: Any = {"model": "courts", "tools": TOOLS, "max_tokens": 200, "logit_bias": COMPACT, "response_format": Court}
+    how |= {"parallel_tool_calls": False}
+    choices: list[Any] = ["required", {"type": "function", "function": {"name": "weather"}}]
+    for choice in choices:
+        (answer,) = client.chat.completions.parse(messages=messages, tool_choice=choice, **how).choices
+        assert answer.finish_reason == "tool_calls"
+        with client.chat.completions.stream(messages=messages, tool_choice=choice, **how) as stream:
+            (streamed,) = stream.get_final_completion().choices
+        message = answer.message
+        assert message.tool_calls and streamed.message.tool_calls
+        assert [call.function for call in streamed.message.tool_calls] == [call.function for call in message.tool_calls]
+        messages.append(message)
+        for call in message.tool_calls:
+            messages.append({"role": "tool", "tool_call_id": call.id, "content": weather(call.function.arguments)})
+    assert len(asked) == 2
+    (last,) = client.chat.completions.parse(messages=messages, tool_choice="none", **how).choices
+    assert isinstance(last.message.parsed, Court) and last.message.tool_calls is None
+    messages += [last.message, {"role": "user", "content": "Sure?"}]
+    assert client.chat.completions.parse(messages=messages, tool_choice="none", **how).choices[0].message.parsed
+
+
+def test_free_choice_gives_calls_or_the_format(client: openai.OpenAI) -> None:
+    how: Any = {"model": "courts", "tools": TOOLS, "max_tokens": 200, "response_format": Court, "temperature": 2}
+    how |= {
+        "parallel_tool_calls": False,
+        "logit_bias": COMPACT,
+        "messages": [{"role": "user", "content": "How is it?"}],
+    }
+    kinds = set()
+    for seed in range(12):
+        (choice,) = client.chat.completions.parse(seed=seed, **how).choices
+        kinds.add(choice.finish_reason)
+        if choice.finish_reason == "stop":
+            assert isinstance(choice.message.parsed, Court)
+        else:
+            (call,) = choice.message.tool_calls or ()
+            assert isinstance(call.function.parsed_arguments, Weather)
+    assert kinds == {"stop", "tool_calls"}
