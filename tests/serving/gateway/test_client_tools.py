@@ -1,4 +1,4 @@
-"""Functions and structured output with published SDKs and frameworks, their defaults kept: only the base URL is changed.
+"""Functions and structured output with published SDKs and frameworks with their defaults: only the base URL changes.
 
 Structured output and required calls come from the embedded engine, whose random weights obey the schemas. Where the
 model chooses to call, a scripted model does: this is about what the clients send and read back.
