@@ -115,6 +115,6 @@ def test_free_choice_gives_calls_or_the_format(client: openai.OpenAI) -> None:
         if choice.finish_reason == "stop":
             assert isinstance(choice.message.parsed, Court)
         else:
-            (call,) = choice.message.tool_calls or ()
+            (call,) = choice.message.tool_calls or []
             assert isinstance(call.function.parsed_arguments, Weather)
     assert kinds == {"stop", "tool_calls"}

@@ -66,7 +66,7 @@ def test_required_call_has_arguments_of_its_schema_whole_and_streamed(client: op
     with client.chat.completions.stream(model="base", messages=QUESTION, **CALL) as stream:
         final = stream.get_final_completion().choices[0]
     for each in (choice, final):
-        (call,) = each.message.tool_calls or ()
+        (call,) = each.message.tool_calls or []
         assert call.type == "function" and call.function.name == "weather"
         assert json.loads(call.function.arguments)["city"] in ("Oslo", "Rome")
         assert each.finish_reason == "tool_calls"
@@ -74,7 +74,7 @@ def test_required_call_has_arguments_of_its_schema_whole_and_streamed(client: op
 
 def test_result_of_a_call_is_taken_for_the_next_answer(client: openai.OpenAI) -> None:
     message = client.chat.completions.create(model="base", messages=QUESTION, **CALL).choices[0].message
-    (call,) = message.tool_calls or ()
+    (call,) = message.tool_calls or []
     messages: Any = [*QUESTION, message, {"role": "tool", "tool_call_id": call.id, "content": "rain"}]
     answer = client.chat.completions.create(
         model="base", messages=messages, max_tokens=4, **CALL | {"tool_choice": "none", "parallel_tool_calls": True}
