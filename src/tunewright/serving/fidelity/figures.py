@@ -25,7 +25,7 @@ from tunewright.serving.tenants.release_record import Estimate, ServedAs, Servin
 
 NOISE = {"float32": 0.0005, "bfloat16": 0.01, "f16": 0.01, "q8_0": 0.05}
 """KL divergence in nats that rounding alone may cause, by the lower precision of the two models: see
-docs/decisions/0078-a-gate-on-the-serving-path.md for what was measured."""
+docs/decisions/0074-a-gate-on-the-serving-path.md for what was measured."""
 LOST = {"float32": 0.02, "bfloat16": 0.02, "f16": 0.02, "q8_0": 0.05}
 """The share of the adapter's effect that may be lost: the limits of exported models (`tunewright.export.parity`)."""
 WRONG = 0.05
