@@ -256,22 +256,6 @@ def test_answer_reads_any_ids(name: str) -> None:
     check()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_start_of_calls_precedes_them(name: str) -> None:
-    chat = family(name)
-    asked = [_tools(), QUESTION]
-    start = chat.tool_form.form.start
-    content = "" if name in WITHOUT_TEXT else "Look: "
-    ids = chat.rows([*asked, Message("assistant", content, calls=(_call(),))])[0].ids[len(chat.prompt(asked)) :]
-    places = [place for place, token in enumerate(ids) if token in start.ids]
-    text = chat.text(ids)
-    assert places or any(mark in text for mark in start.texts)
-    if start.first_only:
-        assert places == [0] or text.lstrip().startswith(start.texts)
-    before = chat.text(ids[: places[0]]) if places else text[: min(map(text.index, start.texts))]
-    assert before.strip() in ("", content.strip())
-
-
 LOSSY = (
     "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{% for m in messages %}"
     "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}{% for c in m['tool_calls'] or [] %}[{{ c.function.name }}("
