@@ -17,7 +17,8 @@ from zipfile import ZipFile
 
 from jmespath.parser import Parser
 
-from tunewright.chat.tool_calls import FORMS
+from tunewright.chat.call_stream import CallStream
+from tunewright.chat.tool_calls import FORMS, CallForm
 from tunewright.config import DataConfig
 from tunewright.config.io import parse_config
 from tunewright.core.csv import read_sheet, safe_cell
@@ -100,6 +101,16 @@ def _prompt(piece: str) -> Callable[[int], bytes]:
 @cache
 def _folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="complexity-"))
+
+
+def _streamed(form: CallForm) -> Use:
+    def read(text: str) -> None:
+        stream = CallStream(form)
+        for character in text:
+            stream.push(character)
+        stream.end(cut=False)
+
+    return read
 
 
 def _read(name: str, data: DataConfig | None = None) -> Use:
@@ -392,7 +403,8 @@ CASES = [
     Case("chat: metadata", lambda n: _body(metadata={f"k{i}": "v" for i in range(n // 12)}, messages=[]), _chat),
     Case("chat: stops", lambda n: _body(stop=["a"] * (n // 5), messages=[]), _chat),
     *(
-        Case(f"calls: {form.name}, {before}{piece}…", _repeated(piece, before, after), form({}).read)
+        Case(f"{how}: {form.name}, {before}{piece}…", _repeated(piece, before, after), use(form({})))
+        for how, use in (("calls", lambda form: form.read), ("streamed calls", _streamed))
         for form in FORMS
         for before, piece, after in [
             ("", '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>', " "),

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import openai
 import pydantic
 import pytest
-from engine_kinds import STOPS, llamacpp_engine, vllm_engine
+from engine_kinds import STOPS, TOKENIZER, llamacpp_engine, vllm_engine
 
 from tool_families import family
 from tunewright.chat.answers import grammar_compiler
@@ -37,7 +37,7 @@ class Court(pydantic.BaseModel):
 
 
 TOOLS: list[Any] = [openai.pydantic_function_tool(Weather, name="weather")]
-COMPACT = {str(ord(space)): -50 for space in " \t\r\n"}
+COMPACT = {str(TOKENIZER.convert_tokens_to_ids(space)): -50 for space in "ĠĊčĉ"}
 """Random weights would write white space without end."""
 
 
@@ -101,20 +101,19 @@ def test_agent_loop_calls_a_local_function_and_ends_with_a_formatted_answer(clie
     assert client.chat.completions.parse(messages=messages, tool_choice="none", **how).choices[0].message.parsed
 
 
-def test_free_choice_gives_calls_or_the_format(client: openai.OpenAI) -> None:
-    how: Any = {"model": "courts", "tools": TOOLS, "max_tokens": 200, "response_format": Court, "temperature": 2}
+@pytest.mark.parametrize(("avoided", "finish"), [("<", "stop"), ("{", "tool_calls")])
+def test_free_choice_allows_calls_and_the_format(client: openai.OpenAI, avoided: str, finish: str) -> None:
+    """Calls begin with ``<tool_call>`` and the format with a brace: the bias decides between them."""
+    how: Any = {"model": "courts", "tools": TOOLS, "max_tokens": 200, "response_format": Court}
     how |= {
         "parallel_tool_calls": False,
-        "logit_bias": COMPACT,
-        "messages": [{"role": "user", "content": "How is it?"}],
+        "logit_bias": {**COMPACT, str(TOKENIZER.convert_tokens_to_ids(avoided)): -100},
     }
-    kinds = set()
-    for seed in range(12):
-        (choice,) = client.chat.completions.parse(seed=seed, **how).choices
-        kinds.add(choice.finish_reason)
-        if choice.finish_reason == "stop":
-            assert isinstance(choice.message.parsed, Court)
-        else:
-            (call,) = choice.message.tool_calls or []
-            assert isinstance(call.function.parsed_arguments, Weather)
-    assert kinds == {"stop", "tool_calls"}
+    (choice,) = client.chat.completions.parse(messages=[{"role": "user", "content": "How is it?"}], **how).choices
+    assert choice.finish_reason == finish
+    if finish == "stop":
+        assert isinstance(choice.message.parsed, Court) and not choice.message.tool_calls
+    else:
+        assert choice.message.tool_calls and not choice.message.content
+        (call,) = choice.message.tool_calls
+        assert isinstance(call.function.parsed_arguments, Weather)

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scripted_engine import LIMITS, MODELS, ScriptedEngine
-from served_model import build_model, running_engine
+from served_model import TOKENIZER, build_model, running_engine
 
 from hypothesis_settings import examples
 from tool_families import FAMILIES as ALL_FAMILIES
@@ -328,7 +328,7 @@ def test_client_parses_calls_or_an_answer_of_its_format(embedded: openai.OpenAI)
     how: Any = {"model": "courts", "messages": QUESTION, "max_tokens": 100, "temperature": 2}
     how |= {
         "parallel_tool_calls": False,
-        "logit_bias": {str(ord(space)): -50 for space in " \t\r\n"},
+        "logit_bias": {str(TOKENIZER.convert_tokens_to_ids(space)): -50 for space in "ĠĊčĉ"},
         "response_format": Court,
     }
     tools: Any = [openai.pydantic_function_tool(Weather)]
