@@ -59,6 +59,7 @@ def answer(client: OpenAI, model: str, messages: list[Any]) -> str:
         messages.append(message)
         if not message.tool_calls:
             return message.content or ""
+        call: Any
         for call in message.tool_calls:
             result = FUNCTIONS[call.function.name](**json.loads(call.function.arguments))
             print(f"  {call.function.name}({call.function.arguments}) -> {json.dumps(result)}")

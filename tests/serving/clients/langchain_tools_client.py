@@ -21,15 +21,17 @@ class Weather(BaseModel):
     days: int = Field(ge=1, le=9)
 
 
-@tool
 def weather(city: Literal["Oslo", "Rome"], days: int) -> str:
     """Return the weather."""
     ran.append({"city": city, "days": days})
     return f"{city}: rain"
 
 
+WEATHER = tool(weather)
+
+
 def loop(*, stream: bool, responses: bool = False) -> str:
-    model = ChatOpenAI(model=MODEL, base_url=CALLING, api_key=KEY, use_responses_api=responses).bind_tools([weather])
+    model = ChatOpenAI(model=MODEL, base_url=CALLING, api_key=KEY, use_responses_api=responses).bind_tools([WEATHER])
     messages: list[Any] = [HumanMessage(QUESTION)]
     while True:
         if stream:
@@ -40,7 +42,7 @@ def loop(*, stream: bool, responses: bool = False) -> str:
         messages.append(message)
         if not message.tool_calls:
             return str(message.text)
-        messages += [weather.invoke(call) for call in message.tool_calls]
+        messages += [WEATHER.invoke(call) for call in message.tool_calls]
 
 
 chat = ChatOpenAI(model=MODEL, base_url=URL, api_key=KEY)
