@@ -61,6 +61,7 @@ def answer(client: OpenAI, model: str, messages: list[Any]) -> str:
             return message.content or ""
         call: Any
         for call in message.tool_calls:
+            assert call.type == "function"
             result = FUNCTIONS[call.function.name](**json.loads(call.function.arguments))
             print(f"  {call.function.name}({call.function.arguments}) -> {json.dumps(result)}")
             content = json.dumps(result, separators=(",", ":"), sort_keys=True)
