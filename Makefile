@@ -80,7 +80,7 @@ test-vllm: $(VENV)/.installed
 
 # Published SDKs and frameworks against the server: Python's in an environment of their own, npm's where there is npm.
 test-clients: $(VENV)/.installed build/clients/.installed
-	$(BIN)/pytest tests/serving/gateway/test_clients.py
+	$(BIN)/pytest tests/serving/gateway/test_clients.py tests/serving/gateway/test_client_tools.py
 
 build/clients/.installed: $(wildcard tests/serving/clients/*.txt tests/serving/clients/*.json)
 	$(PYTHON) -m venv build/clients/python

@@ -59,7 +59,6 @@ def answer(client: OpenAI, model: str, messages: list[Any]) -> str:
         messages.append(message)
         if not message.tool_calls:
             return message.content or ""
-        call: Any
         for call in message.tool_calls:
             assert call.type == "function"
             result = FUNCTIONS[call.function.name](**json.loads(call.function.arguments))
