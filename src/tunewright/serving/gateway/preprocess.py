@@ -22,7 +22,7 @@ from tunewright.serving.gateway.admission import AdmissionQueue
 from tunewright.serving.gateway.auth import Target
 from tunewright.serving.gateway.errors import ApiError
 from tunewright.serving.gateway.request import GenerationRequest, system_source
-from tunewright.serving.gateway.schemas import MAX_PROMPTS, ChatRequest, RequestBody
+from tunewright.serving.gateway.schemas import MAX_PROMPTS, ChatRequest, CompletionRequest, RequestBody
 from tunewright.serving.gateway.structured import Form, GrammarCache, require_schema
 from tunewright.serving.gateway.tools import CallReader
 
@@ -91,7 +91,8 @@ class RequestPreprocessor:
             if getattr(body, field, None):
                 message = f"{field} is not supported by the engine {self._engine.name}: remove it."
                 raise ApiError(message, param=field, code="unsupported_parameter")
-        if isinstance(body, ChatRequest) and body.conversation[0].role == "tools" and self._no_tools is not None:
+        declares = isinstance(body, ChatRequest) and body.tools and body.conversation[0].role == "tools"
+        if declares and self._no_tools is not None:
             message = f"Functions are not supported with this base: {self._no_tools}"
             raise ApiError(message, param="tools", code="tools_not_supported")
         if body.choices > self._limits.max_n:
@@ -268,6 +269,8 @@ def _no_tools(chat: ChatFormat | None) -> str | None:
 
 
 def _characters(body: RequestBody) -> int:
-    if isinstance(body, ChatRequest):
+    if isinstance(body, CompletionRequest):
+        return sum(map(len, body.prompt))
+    if body.tools:
         return sum(len(message.text) for message in body.conversation)
-    return sum(map(len, body.prompt))
+    return sum(len(part.text) for message in body.messages for part in message.content or ())

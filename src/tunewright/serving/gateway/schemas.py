@@ -278,7 +278,9 @@ class ChatRequest(_BaseRequest):
     def _valid_calls(self) -> Self:
         if not self.tools and self.tool_choice not in (None, "auto", "none"):
             raise ApiError("tool_choice requires tools.", param="tool_choice", code="invalid_value")
-        self.conversation  # noqa: B018 - it raises
+        # Other conversations have no such faults, and are normalised only once their length is known to fit.
+        if self.tools or any(message.role == "tool" or message.tool_calls for message in self.messages):
+            self.conversation  # noqa: B018 - it raises
         return self
 
     @property
