@@ -87,10 +87,10 @@ GOOD: dict[str, Any] = {
     [
         ({}, None),
         ({"kl": 0.5, "lost": 1.0, "from_base": 0.0}, "it is the base"),
-        ({"kl": 0.05, "lost": 0.1}, "lost 10.0% of the adapter's effect"),
+        ({"kl": 0.05, "lost": 0.2}, "lost 20.0% of the adapter's effect"),
         ({"effect": 1e-5, "lost": 0.0}, "the adapter has no effect"),
-        ({"kl": 0.1, "lost": 0.01, "effect": 10.0}, "mean KL 0.1 nats"),
-        ({"max_logit": 4.0}, "a log-probability moved by 4.00"),
+        ({"kl": 0.2, "lost": 0.01, "effect": 20.0}, "mean KL 0.2 nats"),
+        ({"max_logit": 9.0}, "a log-probability moved by 9.00"),
         ({"top1": 0.5}, "the likeliest token is the same at 50.0%"),
         ({"greedy": 0.5}, "50.0% of the greedy answers"),
         ({"score": 0.5}, "it scores 50.0% where the trained model scores 80.0%"),
