@@ -23,9 +23,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -35,9 +35,11 @@ from tunewright.adapters.system_prompt import SystemPrompt
 from tunewright.api.context import ProjectContext
 from tunewright.api.serving import adapter_of
 from tunewright.chat import ChatFormat
+from tunewright.chat.format import Tokens
 from tunewright.config import Config
 from tunewright.config.project import ProjectFolder
 from tunewright.core.progress import LogReporter
+from tunewright.data.examples import Message
 from tunewright.engines.protocol import Engine, stream
 from tunewright.generation.requests import Request
 from tunewright.serving.gateway.admission import AdmissionQueue, Slot
@@ -144,7 +146,7 @@ def open_service(settings: dict[str, Any]) -> Service:
     return Service(
         patient(project.config, settings["serve"]),
         opened.base,
-        replace(opened.chat, stop_ids=_stop_ids(opened.chat, settings["serve"])),
+        _endless(opened.chat, settings["serve"]),
         "none",
         # Prompts as long as the clients make them: nothing is added.
         TenantSource(
@@ -156,11 +158,24 @@ def open_service(settings: dict[str, Any]) -> Service:
     )
 
 
-def _stop_ids(chat: ChatFormat, serve: Mapping[str, Any]) -> frozenset[int]:
-    """Return no tokens; for llama.cpp, which needs one, a special token that no conversation has."""
-    if serve.get("engine") != "llamacpp":
-        return frozenset()
-    return frozenset([max(chat.tokenizer.added_tokens_decoder.keys() - chat.stop_ids)])
+@dataclass(frozen=True)
+class _EndlessFormat(ChatFormat):
+    """A format without the tokens that end answers."""
+
+    original: ChatFormat | None = None
+    """Encodes whole conversations, whose answers do end."""
+
+    def encode(self, messages: Sequence[Message]) -> Tokens:
+        assert self.original is not None
+        return self.original.encode(messages)
+
+
+def _endless(chat: ChatFormat, serve: Mapping[str, Any]) -> ChatFormat:
+    """Return the format without end tokens; for llama.cpp, which needs one, with one that no conversation has."""
+    ends: frozenset[int] = frozenset()
+    if serve.get("engine") == "llamacpp":
+        ends = frozenset([max(chat.tokenizer.added_tokens_decoder.keys() - chat.stop_ids)])
+    return _EndlessFormat(chat.tokenizer, chat.template, ends, chat.encoder, original=chat)
 
 
 def patient(config: Config, serve: Mapping[str, Any]) -> Config:

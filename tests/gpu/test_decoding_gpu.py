@@ -138,6 +138,7 @@ def _answers_while_training(quantization: str, dropout: float) -> tuple[list[str
     from tiny import byte_tokenizer, chat_of
     from tunewright.config import TrainConfig
     from tunewright.core.progress import LogReporter
+    from tunewright.data.examples import Example, Message
     from tunewright.generation.requests import Request
     from tunewright.training.dev_scores import DevTask
     from tunewright.training.lora import keep_float32, lora_config
@@ -145,7 +146,8 @@ def _answers_while_training(quantization: str, dropout: float) -> tuple[list[str
     settings: Any = {"preset": "all-linear", "quantization": quantization, "lora_dropout": dropout}
     requests = tuple(Request(tuple(range(5, 15 + row)), "default", 6) for row in range(4))
     scorer: Any = None  # answers are made here, and not valued
-    task = DevTask(scorer, requests, (), (), (), 4, chat_of(byte_tokenizer()), LogReporter())
+    examples = tuple(Example((Message("user", f"question {row}"), Message("assistant", "yes"))) for row in range(4))
+    task = DevTask(scorer, requests, examples, tuple(range(4)), examples, 4, chat_of(byte_tokenizer()), LogReporter())
     answers: list[str] = []
     with FakeCard():
         model = build(replace(SHAPES["llama-3-8b"], layers=2), nf4=quantization == "nf4")

@@ -101,12 +101,12 @@ class GrammarCompiler:
 
     Args:
         tokenizer: a transformers tokenizer of the ``tokenizers`` library.
-        stop_ids: tokens that end an answer: allowed where the text so far matches.
+        stop_ids: tokens that end an answer: allowed where the text so far matches. Empty: its end token.
         affixes: optional text before and after the answer that its tokens may write: see :func:`answer_affixes`.
     """
 
     def __init__(self, tokenizer: Any, stop_ids: Collection[int], affixes: tuple[str, str] = ("", "")) -> None:
-        self._tokenizer: LLTokenizer = from_tokenizer(tokenizer, eos_token=sorted(stop_ids))
+        self._tokenizer: LLTokenizer = from_tokenizer(tokenizer, eos_token=sorted(stop_ids) or None)
         self._affixes = affixes
 
     def compile(self, grammar: Grammar) -> Constraint:
