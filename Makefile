@@ -73,10 +73,12 @@ fuzz: $(VENV)/.installed
 	$(BIN)/pytest tests/fuzz tests/data/test_reader_fuzz.py tests/adapters/test_header.py tests/chat/test_tool_parity.py --hypothesis-profile=fuzz --durations=0
 	$(BIN)/python benchmarks/complexity.py
 
-# The engine vllm: its own environment (2.4 GB in build/vllm, made once), then every engine's tests on real vLLM, and evaluation's.
+# The environments of vLLM (2.4 GB in build/vllm) and llm-compressor (1.4 GB in build/llmcompressor), made once, then the
+# tests of engines and evaluation on real vLLM, and of compressed exports.
 test-vllm: $(VENV)/.installed
 	$(BIN)/tunewright engine install vllm --to build/vllm
-	$(BIN)/pytest -m vllm tests/serving tests/cli tests/evaluation
+	$(BIN)/tunewright engine install llmcompressor --to build/llmcompressor
+	$(BIN)/pytest -m vllm tests/serving tests/cli tests/evaluation tests/export
 
 # Published SDKs and frameworks against the server: Python's in an environment of their own, npm's where there is npm.
 test-clients: $(VENV)/.installed build/clients/.installed

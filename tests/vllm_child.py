@@ -14,7 +14,7 @@ import pytest
 
 from tunewright.core.io import write_json
 from tunewright.core.progress import LogReporter
-from tunewright.engines.vllm import environment
+from tunewright.engines import environment
 from tunewright.engines.vllm.engine import VllmEngine, VllmSettings
 from tunewright.generation.requests import Request
 
@@ -88,7 +88,7 @@ def install_fake(monkeypatch: pytest.MonkeyPatch, folder: Path, build: environme
     """Have the stand-in found as vLLM's environment of this build, and no other one."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     monkeypatch.setenv("FAKE_ORDERS", str(folder / "orders"))
-    place = environment.default_folder(build)
+    place = environment.default_folder(environment.VLLM, build)
     (place / "bin").mkdir(parents=True)
     _write_python(place / "bin" / "python")
     versions = {"vllm": "0.32.0", "torch": "2.13.0+fake", "cuda": build == "cuda"}

@@ -66,7 +66,7 @@ def test_vllm_that_is_not_installed_is_refused_before_the_test_split_is_opened(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     ran = tunewright(*command, "-p", _with(project, "engine: vllm"))
-    _refused(ran, "evaluate.engine", "vllm is not installed", "tunewright engine install vllm")
+    _refused(ran, "evaluate.engine", "vLLM is not installed", "tunewright engine install vllm")
     assert not (project / "evaluations").exists()
 
 

@@ -100,7 +100,7 @@ def test_vllm_that_is_not_installed_is_refused_with_the_command_that_installs_it
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(UserError, match="vllm is not installed") as refused:
+    with pytest.raises(UserError, match="vLLM is not installed") as refused:
         answer_engine(_config("vllm"), "none")
     assert "tunewright engine install vllm" in (refused.value.fix or "")
 

@@ -18,8 +18,8 @@ from tunewright.core.io import write_json
 from tunewright.core.progress import LogReporter
 from tunewright.data.examples import Example, Message
 from tunewright.data.versions import Member
+from tunewright.engines import environment
 from tunewright.engines.choice import EMBEDDED, AnswerEngine
-from tunewright.engines.vllm import environment
 from tunewright.evaluation.generations import Generator
 from tunewright.evaluation.repeats import noise_floor
 from tunewright.generation.requests import Completion, Request
@@ -50,7 +50,7 @@ def generators(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     """On peft and on vLLM, over one working folder."""
     base = Base("small", small_base, None, "LlamaForCausalLM", {"config.json": "0" * 64})
     work = tmp_path_factory.mktemp("work")
-    engines = EMBEDDED, AnswerEngine("vllm", "it is what is tested", environment.find())
+    engines = EMBEDDED, AnswerEngine("vllm", "it is what is tested", environment.find(environment.VLLM))
     peft, vllm = (
         Generator(base, chat_of(byte_tokenizer()), "float32", "none", 8, work, LogReporter(), engine=engine, rank=4)
         for engine in engines

@@ -12,8 +12,8 @@ import pytest
 from small_models import CONTEXT
 from tiny import byte_tokenizer
 from tunewright.core.progress import LogReporter
+from tunewright.engines import environment
 from tunewright.engines.protocol import Engine
-from tunewright.engines.vllm import environment
 from tunewright.engines.vllm.engine import VllmEngine, VllmSettings
 from tunewright.generation.constraints import GrammarCompiler
 from tunewright.models.bases import Base
@@ -45,7 +45,7 @@ def peft_engine(base: Path) -> Iterator[Engine]:
 @contextmanager
 def vllm_engine(base: Path, kind: type[VllmSettings] = VllmSettings, **settings: Any) -> Iterator[VllmEngine]:
     """vLLM in its own environment, which `make test-vllm` makes."""
-    found = environment.find()
+    found = environment.find(environment.VLLM)
     asked: dict[str, Any] = {
         "dtype": "float32",
         "room": ROOM,

@@ -19,6 +19,7 @@ from tunewright.models.bases import hub_id
 
 if TYPE_CHECKING:
     from tunewright.export.artifact import ExportResult
+    from tunewright.export.compressed import Scheme
     from tunewright.export.gguf.tensors import FileType
     from tunewright.export.hub import HubResult
     from tunewright.export.trained_model import TrainedModel
@@ -95,6 +96,61 @@ class ExportApi:
         target = self._target(tuned, f"{what}-{file_type}", to)
         made_of = self._export_inputs(tuned, {"kind": what, "file_type": file_type})
         return self._gguf(tuned, target, made_of, merged, file_type)
+
+    def compressed(
+        self, adapter: str | None = None, *, scheme: Scheme = "fp8", to: str | Path | None = None
+    ) -> ExportResult:
+        """Merge base and adapter (the newest by default) and quantize them with llm-compressor, for vLLM.
+
+        transformers loads the compressed files. They are kept only if they match the trained model.
+
+        Args:
+            adapter: a name or its beginning (None: the newest).
+            scheme: fp8 (8-bit floats, without calibration), or w4a16 (4-bit integers by GPTQ, calibrated on training
+                rows).
+            to: the output folder (None: exports/NAME-compressed-SCHEME).
+
+        Raises:
+            UserError: llm-compressor is not installed, does not support the model or fails, or as for :meth:`merge`.
+        """
+        from tunewright.export.artifact import BuiltArtifact, export, find_export
+        from tunewright.export.compressed import (
+            PRECISIONS,
+            compression,
+            observe_compressed,
+            require_compressed,
+            write_compressed,
+        )
+        from tunewright.export.merge import choose_merge_method
+
+        opened = self._context
+        environment = require_compressed(opened.base)
+        tuned = self._find(adapter)
+        version = load_version(opened.folder.dataset, tuned.lineage["dataset"]["digest"])
+        how = compression(
+            scheme,
+            environment,
+            opened.base,
+            opened.chat,
+            version,
+            max_length=tuned.lineage["config"]["train"]["max_length"],
+            seed=opened.folder.config.seed,
+        )
+        target = self._target(tuned, f"compressed-{scheme}", to)
+        made_of = self._export_inputs(tuned, {"kind": "compressed", **how.inputs})
+        found = find_export(target, made_of)
+        if found is not None:
+            return found
+        trained = self._trained(tuned)
+        weights, way, ways = choose_merge_method(trained, opened.reporter)
+
+        def build(folder: Path) -> BuiltArtifact:
+            write_compressed(folder, how, weights, opened.base, opened.chat, trained.system_prompt, opened.reporter)
+            figures = trained.figures(observe_compressed(folder, trained, opened.reporter))
+            notes = (*how.notes, *self._system_notes(tuned))
+            return BuiltArtifact(figures, PRECISIONS[scheme], way, ways, notes, packages=how.packages)
+
+        return export(target, "compressed", tuned, made_of, build)
 
     def ollama(
         self,

@@ -22,7 +22,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 
 if TYPE_CHECKING:
-    from tunewright.engines.vllm.environment import Build, Environment
+    from tunewright.engines.environment import Build, Environment, Tool
     from tunewright.serving.gateway.app_factory import Service
     from tunewright.serving.gateway.auth import ServedAdapter
     from tunewright.serving.tenants import State
@@ -42,7 +42,7 @@ class EnginesApi:
         """Create an engine's environment, or resume an interrupted installation.
 
         Args:
-            name: "vllm"; the other engines need no environment.
+            name: "vllm", or "llmcompressor" for compressed exports; the other engines need no environment.
             to: its folder (None: in the user's cache).
             build: "cpu" or "cuda" (None: "cuda" if there is a GPU).
             torch_index: index of PyTorch's CPU builds (None: pip's default).
@@ -50,10 +50,9 @@ class EnginesApi:
         Raises:
             UserError: unknown engine, no build for this machine, not enough disk, or pip fails.
         """
-        from tunewright.engines.vllm.environment import install
+        from tunewright.engines.environment import install
 
-        _require_vllm(name)
-        return install(self._reporter, to=to, build=build, torch_index=torch_index)
+        return install(_tool(name), self._reporter, to=to, build=build, torch_index=torch_index)
 
     def show(self, name: str) -> Environment:
         """Return the environment that is installed.
@@ -61,18 +60,20 @@ class EnginesApi:
         Raises:
             UserError: unknown engine, or it is not installed.
         """
-        from tunewright.engines.vllm.environment import find
+        from tunewright.engines.environment import find
 
-        _require_vllm(name)
-        return find()
+        return find(_tool(name))
 
 
-def _require_vllm(name: str) -> None:
-    if name != "vllm":
+def _tool(name: str) -> Tool:
+    from tunewright.engines.environment import TOOLS
+
+    if name not in TOOLS:
         raise UserError(
-            f"Unknown engine {name!r}: only vllm has its own environment",
+            f"Unknown engine {name!r}: only {' and '.join(TOOLS)} have their own environment",
             fix="The engine peft is part of tunewright and needs no installation.",
         )
+    return TOOLS[name]
 
 
 def open_service(

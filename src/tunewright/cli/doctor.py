@@ -34,12 +34,15 @@ _EXTRAS = {
     "examples": ("courts-db", "courts_db", "demo, init --example"),
     "4bit": ("bitsandbytes", "bitsandbytes", "train.quantization: nf4"),
     "liger": ("liger-kernel", "liger_kernel", "train.use_liger_kernel"),
+    "compressed": ("compressed-tensors", "compressed_tensors", "export compressed"),
     "gguf": ("xllamacpp", "xllamacpp", "export gguf, export ollama"),
     "presidio": ("presidio-analyzer", "presidio_analyzer", "data add --presidio"),
     "lm-eval": ("lm-eval", "lm_eval", "regressions.lm_eval in regressions and evaluate"),
     "s3": ("s3fs", "s3fs", "data push s3://…, data pull s3://…"),
 }
 """Each extra's package, its module, and what needs it."""
+_ENVIRONMENTS = {"vllm": "serve --engine vllm, evaluate.engine: vllm", "llmcompressor": "export compressed"}
+"""What needs each separate environment."""
 _COLOURS: dict[State, str] = {"ok": "green", "missing": "dim", "warning": "yellow", "problem": "bold red"}
 
 
@@ -222,16 +225,16 @@ def _hub(_folder: Path) -> Iterator[Check]:
 
 def _engines(_folder: Path) -> Iterator[Check]:
     from tunewright.core.errors import UserError
-    from tunewright.engines.vllm.environment import find
+    from tunewright.engines.environment import TOOLS, find
 
     yield Check("engines", "peft", "ok", "part of tunewright")
-    try:
-        vllm = find()
-        versions = ", ".join(f"{name} {version}" for name, version in vllm.versions.items() if name != "cuda")
-        yield Check("engines", "vllm", "ok", f"{vllm.build}: {versions}, in {vllm.folder}")
-    except UserError:
-        found = "not installed: serve --engine vllm, evaluate.engine: vllm"
-        yield Check("engines", "vllm", "missing", found, "tunewright engine install vllm")
+    for name, needed_by in _ENVIRONMENTS.items():
+        try:
+            there = find(TOOLS[name])
+            versions = ", ".join(f"{part} {version}" for part, version in there.versions.items() if part != "cuda")
+            yield Check("engines", name, "ok", f"{there.build}: {versions}, in {there.folder}")
+        except UserError:
+            yield Check("engines", name, "missing", f"not installed: {needed_by}", f"tunewright engine install {name}")
     yield _optional("engines", "llamacpp", "xllamacpp", "xllamacpp", "serve --engine llamacpp")
 
 

@@ -12,15 +12,15 @@ from tunewright.cli.app import DEPLOY, command, group
 from tunewright.cli.console import RESUMES, Session
 
 if TYPE_CHECKING:
-    from tunewright.engines.vllm.environment import Environment
+    from tunewright.engines.environment import Environment
 
-engine = group("engine", DEPLOY, "Install engines that need their own environment, such as vLLM.")
+engine = group("engine", DEPLOY, "Install vLLM or llm-compressor, which need their own environment.")
 
-Name = Annotated[str, typer.Argument(help="Name of the engine: vllm.", show_default=False)]
+Name = Annotated[str, typer.Argument(help="vllm or llmcompressor.", show_default=False)]
 
 
 class Build(StrEnum):
-    """A build of vLLM."""
+    """A build of PyTorch."""
 
     cpu = "cpu"
     cuda = "cuda"
@@ -62,5 +62,7 @@ def show(run: Session, name: Name) -> None:
 
 
 def _summary(environment: Environment) -> str:
+    from tunewright.engines.environment import TOOLS
+
     versions = ", ".join(f"{name} {version}" for name, version in environment.versions.items() if name != "cuda")
-    return f"vLLM ({environment.build}) is ready in {environment.folder}: {versions}"
+    return f"{TOOLS[environment.tool].title} ({environment.build}) is ready in {environment.folder}: {versions}"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 export_app = group(
     "export",
     DEPLOY,
-    "Export an adapter as a merged model, GGUF, for Ollama or the hub. Exit code 3: its answers differ; nothing kept.",
+    "Export an adapter for transformers, vLLM, llama.cpp, Ollama or the hub. Exit code 3: it differs; nothing kept.",
 )
 
 To = Annotated[Path | None, typer.Option(help="Folder to create.", show_default="exports/NAME-…")]
@@ -47,6 +47,19 @@ def gguf(
 ) -> int | None:
     """Write the adapter as a GGUF file, alone or merged into its base, and test it in llama.cpp before keeping it."""
     return _show(run, run.project.export.gguf(adapter, merged=merged, file_type=file_type, to=to))
+
+
+@command(export_app, "compressed", example="tunewright export compressed --scheme w4a16")
+def compressed(
+    run: Session,
+    adapter: Adapter = None,
+    scheme: Annotated[
+        Literal["fp8", "w4a16"], typer.Option(help="8-bit floats, or 4-bit integers by GPTQ on training rows.")
+    ] = "fp8",
+    to: To = None,
+) -> int | None:
+    """Merge base and adapter, and quantize them with llm-compressor for vLLM (compressed-tensors)."""
+    return _show(run, run.project.export.compressed(adapter, scheme=scheme, to=to))
 
 
 @command(export_app, "ollama", example="tunewright export ollama legal-4f1c02a9")

@@ -11,8 +11,8 @@ from typing import Any, Literal
 from tunewright.adapters.vllm_compat import CONFIG, vllm_refusals
 from tunewright.config import Config, Quantization
 from tunewright.core.errors import UserError
-from tunewright.engines.vllm import environment
-from tunewright.engines.vllm.environment import Environment
+from tunewright.engines import environment
+from tunewright.engines.environment import VLLM, Environment
 from tunewright.models.loading import device
 
 _WHERE = "evaluate.engine"
@@ -82,14 +82,14 @@ def answer_engine(
     if obstacle is not None:
         return AnswerEngine("peft", obstacle)
     try:
-        return AnswerEngine("vllm", "a CUDA card and vLLM's environment are here", environment.find("cuda"))
+        return AnswerEngine("vllm", "a CUDA card and vLLM's environment are here", environment.find(VLLM, "cuda"))
     except UserError:
         return AnswerEngine("peft", "vLLM is not installed with CUDA (`tunewright engine install vllm` does that)")
 
 
 def _installed() -> Environment:
     try:
-        return environment.find()
+        return environment.find(VLLM)
     except UserError as error:
         raise UserError(error.what, where=_WHERE, fix="`tunewright engine install vllm`, or set it to peft.") from None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ class BuiltArtifact:
     notes: tuple[str, ...] = ()
     failure: str | None = None
     """The reason why the engine rejected the file."""
+    packages: Mapping[str, str] = field(default_factory=dict)
+    """Versions in another environment that made it."""
 
     @property
     def shortcomings(self) -> tuple[str, ...]:
@@ -137,7 +139,7 @@ def _record(kind: Kind, adapter: Adapter, made_of: Mapping[str, Any], built: Bui
         shortcomings=built.shortcomings,
         notes=built.notes,
         files={path.relative_to(folder).as_posix(): file_digest(path) for path in files},
-        packages=packages(trained_quantization([adapter])),
+        packages={**packages(trained_quantization([adapter])), **built.packages},
         created=now(),
     )
 

@@ -88,6 +88,11 @@ def write_merged(
     for name in ("config.json", INDEX, *_PROCESSOR):
         if (base.folder / name).exists():
             shutil.copyfile(base.folder / name, folder / name)
+    save_settings(folder, base, chat, system_prompt)
+
+
+def save_settings(folder: Path, base: Base, chat: ChatFormat, system_prompt: str | None) -> None:
+    """Write the generation settings, and the tokenizer with the exported template."""
     write_json(folder / _GENERATION, generation_settings(base, chat))
     save_tokenizer(folder, chat, system_prompt)
 
@@ -111,21 +116,31 @@ def save_tokenizer(folder: Path, chat: ChatFormat, system_prompt: str | None) ->
 
 def observe_merged(folder: Path, trained: TrainedModel, reporter: Reporter) -> ArtifactOutputs:
     """Return the outputs of the model in ``folder``, loaded by transformers without any code of ours."""
+    return observe_folder(load_folder(folder, trained), folder, trained, reporter, "the merged model's answers")
+
+
+def load_folder(folder: Path, trained: TrainedModel) -> Any:
+    """Load the model in ``folder`` with the base's own class, including the vision tower, as the original base."""
     import transformers
-    from transformers import AutoTokenizer
 
     with quiet_transformers():
-        # Load with the base's own class, including the vision tower: the folder must load like the original base.
-        model = (
+        return (
             getattr(transformers, trained.base.architecture)
             .from_pretrained(
                 folder, dtype=trained.arithmetic, device_map=device(), local_files_only=True, use_safetensors=True
             )
             .eval()
         )
+
+
+def observe_folder(model: Any, folder: Path, trained: TrainedModel, reporter: Reporter, what: str) -> ArtifactOutputs:
+    """Return the outputs of a loaded model with the tokenizer and template in its folder."""
+    from transformers import AutoTokenizer
+
+    with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     probe, chat = trained.probe, trained.chat
-    with reporter.task("the merged model's answers", len(probe.prompts), "prompts") as task:
+    with reporter.task(what, len(probe.prompts), "prompts") as task:
         completions = answer(model, probe, chat, None, task.advance)
     return ArtifactOutputs(
         answers=[completion.ids for completion in completions],

@@ -25,7 +25,7 @@ TOP = 100
 below them, and engines list only a limited number.
 """
 
-Precision = Literal["16-bit", "8-bit", "5-bit", "4-bit"]
+Precision = Literal["16-bit", "8-bit", "fp8", "5-bit", "4-bit"]
 
 
 class Figures(Part):
@@ -76,6 +76,8 @@ FEW = 2
 LIMITS: dict[Precision, Limits] = {
     "16-bit": Limits(max_logit=1.0, kl=0.002, lost=0.02, top1=0.98, greedy=0.9, score=0.05),
     "8-bit": Limits(max_logit=3.0, kl=0.02, lost=0.05, top1=0.95, greedy=0.8, score=0.1),
+    # A number in FP8 has 3 bits after the first, so that single log-probabilities move as far as with 5-bit integers.
+    "fp8": Limits(max_logit=6.0, kl=0.02, lost=0.05, top1=0.95, greedy=0.8, score=0.1),
     "5-bit": Limits(max_logit=5.0, kl=0.05, lost=0.08, top1=0.9, greedy=0.7, score=0.1),
     "4-bit": Limits(max_logit=8.0, kl=0.1, lost=0.1, top1=0.85, greedy=0.6, score=0.1),
 }

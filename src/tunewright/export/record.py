@@ -15,7 +15,7 @@ from tunewright.export.parity import Figures, Limits
 
 RECORD = "export.json"
 
-Kind = Literal["merged", "gguf-lora", "gguf-merged", "ollama", "hub"]
+Kind = Literal["merged", "gguf-lora", "gguf-merged", "ollama", "compressed", "hub"]
 
 
 class MergeMeasurement(Part):

@@ -1,4 +1,4 @@
-"""The installation of vLLM's environment, with a small package in place of vLLM."""
+"""The installation of separate environments, with a small package in place of vLLM."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import pytest
 
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
-from tunewright.engines.vllm import environment
+from tunewright.engines import environment
+from tunewright.engines.environment import VLLM
 
 pytestmark = pytest.mark.slow
 
@@ -45,7 +46,7 @@ def _wheel(folder: Path, name: str, version: str) -> None:
 
 
 def _install(**options: Any) -> environment.Environment:
-    return environment.install(LogReporter(), build="cpu", requirements=PINS, probe=PROBE, **options)
+    return environment.install(VLLM, LogReporter(), build="cpu", requirements=PINS, probe=PROBE, **options)
 
 
 def _counted(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
@@ -64,10 +65,10 @@ def test_install_creates_an_environment_checks_its_imports_and_finds_it_again(
     wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UserError, match="not installed"):
-        environment.find("cpu")
+        environment.find(VLLM, "cpu")
     made = _install(to=tmp_path / "place")
     assert (made.build, made.versions, made.folder) == ("cpu", {"vllm": "1.0"}, tmp_path / "place")
-    assert environment.find("cpu") == environment.find() == made
+    assert environment.find(VLLM, "cpu") == environment.find(VLLM) == made
     ran = _counted(monkeypatch)
     assert _install(to=tmp_path / "place") == made
     assert ran == [], "nothing is left to do"
@@ -83,7 +84,7 @@ def test_install_resumes_and_reinstalls_incomplete_packages(
     with pytest.raises(UserError, match=r"No matching distribution found for Small\.Two"):
         _install(to=place)
     with pytest.raises(UserError, match="not installed"):
-        environment.find("cpu")
+        environment.find(VLLM, "cpu")
     shutil.move(hidden, wheels / hidden.name)
     (record,) = place.glob("lib/*/site-packages/small_one-1.0.dist-info/RECORD")
     whole = record.read_text()
@@ -95,7 +96,7 @@ def test_install_resumes_and_reinstalls_incomplete_packages(
 def test_environment_that_fails_to_import_is_not_complete(wheels: Path, tmp_path: Path) -> None:
     place = tmp_path / "place"
     with pytest.raises(UserError, match="No module named 'nothing'"):
-        environment.install(LogReporter(), to=place, build="cpu", requirements=PINS, probe="import nothing")
+        environment.install(VLLM, LogReporter(), to=place, build="cpu", requirements=PINS, probe="import nothing")
     assert not (place / environment.MARK).exists()
 
 
@@ -113,7 +114,7 @@ def test_install_refuses_before_it_starts_when_the_disk_is_full(
 def test_every_build_pins_each_package_once_and_the_known_vllm_release(
     build: environment.Build,
 ) -> None:
-    pins = environment.pins(build)
+    pins = environment.pins(VLLM, build)
     assert all(pin.count("==") == 1 for pin in pins)
     names = {pin.partition("==")[0].lower() for pin in pins}
     assert len(names) == len(pins)
@@ -126,5 +127,5 @@ def test_every_build_pins_each_package_once_and_the_known_vllm_release(
 def test_install_names_the_missing_build_and_the_torch_index_option(wheels: Path) -> None:
     pins = (*PINS, "torch==1.0+cpu")
     with pytest.raises(UserError, match=r"pip cannot find torch==1\.0\+cpu") as caught:
-        environment.install(LogReporter(), build="cpu", requirements=pins, probe=PROBE)
+        environment.install(VLLM, LogReporter(), build="cpu", requirements=pins, probe=PROBE)
     assert "--torch-index" in (caught.value.fix or "")

@@ -12,17 +12,17 @@ import torch
 from tunewright.chat import open_chat
 from tunewright.config import ChatConfig, Config, EngineName, ServeConfig
 from tunewright.core.progress import LogReporter
+from tunewright.engines import environment
+from tunewright.engines.environment import Build, Environment
 from tunewright.engines.vllm import engine as vllm_engine
-from tunewright.engines.vllm import environment
-from tunewright.engines.vllm.environment import Build, Environment
 from tunewright.models.bases import resolve_base
 from tunewright.serving.engines.start import EngineSpec, max_num_seqs, start_engine
 
 
 def _machine(monkeypatch: pytest.MonkeyPatch, build: Build, card: int | None) -> None:
     """vLLM is installed in this build; a card with ``card`` bytes."""
-    found = Environment(Path("vllm"), build, {})
-    monkeypatch.setattr(environment, "find", lambda: found)
+    found = Environment("vllm", Path("vllm"), build, {})
+    monkeypatch.setattr(environment, "find", lambda tool: found)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: card is not None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=card))
 

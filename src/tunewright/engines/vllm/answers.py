@@ -15,9 +15,9 @@ from typing import TypeVar
 
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
+from tunewright.engines.environment import Environment
 from tunewright.engines.protocol import EngineStoppedError, RequestFailedError
 from tunewright.engines.vllm.engine import RANKS, VllmEngine, VllmSettings, kv_cache_bytes, max_rank
-from tunewright.engines.vllm.environment import Environment
 from tunewright.generation.requests import Completion, Request, Row
 from tunewright.generation.text_stream import Decode
 from tunewright.models.bases import Base, read_config

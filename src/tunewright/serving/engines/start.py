@@ -71,9 +71,9 @@ def max_num_seqs(kind: EngineName, config: Config) -> int:
     if kind == "vllm":
         import torch
 
-        from tunewright.engines.vllm import environment
+        from tunewright.engines import environment
 
-        if environment.find().build == "cuda":
+        if environment.find(environment.VLLM).build == "cuda":
             large = torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory >= LARGE_CARD
             return 256 if large else 128
     return 16
@@ -105,7 +105,7 @@ def _peft(config: Config, spec: EngineSpec) -> Engine:
 
 
 def _vllm(config: Config, spec: EngineSpec, reporter: Reporter) -> Engine:
-    from tunewright.engines.vllm import environment
+    from tunewright.engines import environment
     from tunewright.engines.vllm.engine import VllmEngine, VllmSettings, kv_cache_bytes, max_rank
 
     if spec.quantization == "nf4":
@@ -115,7 +115,7 @@ def _vllm(config: Config, spec: EngineSpec, reporter: Reporter) -> Engine:
             fix="Use the engine peft. Or set serve.quantization: none, after evaluating the adapter on that base "
             "(evaluate.quantization: none): it is a different model.",
         )
-    found = environment.find()
+    found = environment.find(environment.VLLM)
     cpu = found.build == "cpu"
     known = [*spec.adapters.values(), *spec.to_come]
     dtype, rows = config.train.dtype, max_num_seqs("vllm", config)

@@ -63,9 +63,9 @@ class IsolationRunner:
             return {**own, "xllamacpp": version("xllamacpp")}
         if self.engine != "vllm":
             return own
-        from tunewright.engines.vllm.environment import find
+        from tunewright.engines.environment import VLLM, find
 
-        return {**own, **{f"vllm:{name}": str(found) for name, found in find().versions.items()}}
+        return {**own, **{f"vllm:{name}": str(found) for name, found in find(VLLM).versions.items()}}
 
     @cached_property
     def device(self) -> str:

@@ -1,4 +1,4 @@
-"""vLLM's virtual environment, separate from the trainer's, whose version pins conflict with vLLM's."""
+"""Virtual environments of vLLM and llm-compressor, whose version pins conflict with the trainer's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -25,24 +25,58 @@ Build = Literal["cpu", "cuda"]
 
 MARK = "tunewright-engine.json"
 """Written last: an environment without it is incomplete."""
-GIGABYTES = {"cpu": (0.6, 2.4), "cuda": (5.0, 11.0)}
-"""Gigabytes to download, and on disk."""
 
 _AT_ONCE = 8
 _TAIL = 12
 
-# Imports everything a server needs, in the environment itself.
-_PROBE = """
-import json, importlib.metadata as metadata
+
+@dataclass(frozen=True)
+class Tool:
+    """Software with its own environment."""
+
+    name: str
+    """The name in commands. A folder of this package with the same name has the pins, ``BUILD.txt``."""
+    title: str
+    """The display name."""
+    gigabytes: Mapping[Build, tuple[float, float]]
+    """Gigabytes to download, and on disk."""
+    probe: str
+    """Code that imports everything that is needed, in the environment itself, and prints the versions as JSON."""
+    otherwise: str
+    """Advice where there is no build."""
+
+
+VLLM = Tool(
+    "vllm",
+    "vLLM",
+    {"cpu": (0.6, 2.4), "cuda": (5.0, 11.0)},
+    """
+import json
 import vllm, vllm.entrypoints.openai.api_server, vllm.lora.resolver, torch
 print(json.dumps({"vllm": vllm.__version__, "torch": torch.__version__, "cuda": torch.cuda.is_available()}))
-"""
+""",
+    "Use the engine peft, which needs no installation.",
+)
+LLMCOMPRESSOR = Tool(
+    "llmcompressor",
+    "llm-compressor",
+    {"cpu": (0.4, 1.4), "cuda": (3.0, 7.0)},
+    """
+import json
+import llmcompressor, llmcompressor.modifiers.quantization, compressed_tensors, torch
+versions = {"llmcompressor": llmcompressor.__version__, "compressed-tensors": compressed_tensors.__version__}
+print(json.dumps({**versions, "torch": torch.__version__, "cuda": torch.cuda.is_available()}))
+""",
+    "Export 16 bits with `tunewright export merge`; vLLM quantizes them to FP8 at its start (--quantization fp8).",
+)
+TOOLS = {tool.name: tool for tool in (VLLM, LLMCOMPRESSOR)}
 
 
 @dataclass(frozen=True)
 class Environment:
     """A complete environment."""
 
+    tool: str
     folder: Path
     build: Build
     versions: dict[str, str]
@@ -53,9 +87,9 @@ class Environment:
         return self.folder / "bin" / "python"
 
 
-def pins(build: Build) -> tuple[str, ...]:
+def pins(tool: Tool, build: Build) -> tuple[str, ...]:
     """Return the pinned requirements of a build on this machine."""
-    text = resources.files("tunewright.engines.vllm").joinpath(f"{build}.txt").read_text(encoding="utf-8")
+    text = resources.files("tunewright.engines").joinpath(tool.name, f"{build}.txt").read_text(encoding="utf-8")
     wanted = [Requirement(line) for line in text.splitlines() if line and not line.startswith("#")]
     return tuple(f"{w.name}{w.specifier}" for w in wanted if w.marker is None or w.marker.evaluate())
 
@@ -68,59 +102,61 @@ def build_for_this_machine() -> Build:
     return "cuda" if listed.returncode == 0 and "GPU" in listed.stdout else "cpu"
 
 
-def default_folder(build: Build) -> Path:
+def default_folder(tool: Tool, build: Build) -> Path:
     """Return the default folder of an environment; each set of pins has its own."""
-    return platformdirs.user_cache_path("tunewright") / "engines" / f"vllm-{build}-{digest(list(pins(build)))[:12]}"
+    own = f"{tool.name}-{build}-{digest(list(pins(tool, build)))[:12]}"
+    return platformdirs.user_cache_path("tunewright") / "engines" / own
 
 
-def find(build: Build | None = None) -> Environment:
+def find(tool: Tool, build: Build | None = None) -> Environment:
     """Return the installed environment.
 
     Raises:
         UserError: it is not installed.
     """
     for candidate in (build,) if build else ("cuda", "cpu"):
-        folder = default_folder(candidate)
+        folder = default_folder(tool, candidate)
         elsewhere = folder.with_suffix(".json")
         if elsewhere.exists():
             folder = Path(json.loads(elsewhere.read_text(encoding="utf-8"))["folder"])
-        found = _complete(folder)
+        found = _complete(tool, folder)
         if found is not None and found.build == candidate:
             return found
-    raise UserError("The engine vllm is not installed", fix="Install it with `tunewright engine install vllm`.")
+    raise UserError(f"{tool.title} is not installed", fix=f"Install it with `tunewright engine install {tool.name}`.")
 
 
 def install(
+    tool: Tool,
     reporter: Reporter,
     *,
     to: Path | None = None,
     build: Build | None = None,
     torch_index: str | None = None,
     requirements: Sequence[str] | None = None,
-    probe: str = _PROBE,
+    probe: str | None = None,
 ) -> Environment:
-    """Install vLLM's environment; resume an interrupted installation, and leave a complete one alone.
+    """Install a tool's environment; resume an interrupted installation, and leave a complete one alone.
 
     Args:
         to: its folder; None: in the user's cache.
         build: None: "cuda" if there is a GPU.
         torch_index: the package index with PyTorch's builds without CUDA; None: the index that pip is configured for.
-        requirements, probe: other packages, and code that imports them.
+        requirements, probe: other packages, and code that imports them; None: the tool's own.
 
     Raises:
         UserError: there is no build for this machine, the disk is full, or pip fails.
     """
     build = build or build_for_this_machine()
-    _require_platform()
-    wanted = pins(build) if requirements is None else tuple(requirements)
-    folder = (to or default_folder(build)).absolute()
-    found = _complete(folder)
+    _require_platform(tool)
+    wanted = pins(tool, build) if requirements is None else tuple(requirements)
+    folder = (to or default_folder(tool, build)).absolute()
+    found = _complete(tool, folder)
     if found is not None and found.build == build and _mark(folder)["pins"] == digest(list(wanted)):
-        return _record_location(found, to)
-    _require_free(folder, build)
-    download, on_disk = GIGABYTES[build]
+        return _record_location(tool, found, to)
+    _require_free(tool, folder, build)
+    download, on_disk = tool.gigabytes[build]
     reporter.say(
-        f"Installing vLLM ({build}) into {folder}: {len(wanted)} packages, about {download} GB to download, "
+        f"Installing {tool.title} ({build}) into {folder}: {len(wanted)} packages, about {download} GB to download, "
         f"{on_disk} GB on disk"
     )
     (folder / MARK).unlink(missing_ok=True)
@@ -128,15 +164,15 @@ def install(
         _run([sys.executable, "-m", "venv", str(folder)], folder)
     with reporter.task("Installing", len(wanted), "packages") as task:
         _install_missing(folder, wanted, torch_index, task)
-    reporter.say("Importing vLLM, which compiles its Python files (a minute or two)")
-    versions = json.loads(_run([str(folder / "bin" / "python"), "-c", probe], folder).splitlines()[-1])
+    reporter.say(f"Importing {tool.title}, which compiles its Python files (a minute or two)")
+    versions = json.loads(_run([str(folder / "bin" / "python"), "-c", probe or tool.probe], folder).splitlines()[-1])
     write_json(folder / MARK, {"build": build, "pins": digest(list(wanted)), "versions": versions})
-    return _record_location(Environment(folder, build, versions), to)
+    return _record_location(tool, Environment(tool.name, folder, build, versions), to)
 
 
-def _record_location(environment: Environment, to: Path | None) -> Environment:
+def _record_location(tool: Tool, environment: Environment, to: Path | None) -> Environment:
     """Record the location of an environment outside the default folder."""
-    elsewhere = default_folder(environment.build).with_suffix(".json")
+    elsewhere = default_folder(tool, environment.build).with_suffix(".json")
     if to is not None:
         write_json(elsewhere, {"folder": str(environment.folder)})
     else:
@@ -149,11 +185,11 @@ def _mark(folder: Path) -> dict[str, Any]:
     return mark
 
 
-def _complete(folder: Path) -> Environment | None:
+def _complete(tool: Tool, folder: Path) -> Environment | None:
     if not (folder / MARK).exists():
         return None
     mark = _mark(folder)
-    return Environment(folder, mark["build"], mark["versions"])
+    return Environment(tool.name, folder, mark["build"], mark["versions"])
 
 
 def _install_missing(folder: Path, wanted: Sequence[str], torch_index: str | None, task: Task) -> None:
@@ -228,21 +264,20 @@ def _run(command: Sequence[str], folder: Path) -> str:
     return ran.stdout
 
 
-def _require_platform() -> None:
+def _require_platform(tool: Tool) -> None:
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
         raise UserError(
-            f"There is no build of vLLM for {sys.platform} on {platform.machine()}",
-            fix="Use the engine peft, which needs no installation.",
+            f"There is no build of {tool.title} for {sys.platform} on {platform.machine()}", fix=tool.otherwise
         )
 
 
-def _require_free(folder: Path, build: Build) -> None:
+def _require_free(tool: Tool, folder: Path, build: Build) -> None:
     place = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
     there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
-    needed, free = GIGABYTES[build][1] * 1e9 - there, shutil.disk_usage(place).free
+    needed, free = tool.gigabytes[build][1] * 1e9 - there, shutil.disk_usage(place).free
     if free < needed:
         raise UserError(
-            f"Not enough disk space for vLLM: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free",
+            f"Not enough disk space for {tool.title}: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free",
             where=str(place),
             fix="Free some space, or set another folder with --to.",
         )
