@@ -29,8 +29,8 @@ import tunewright
 from tunewright.adapters.registry import Adapter, find_adapter
 from tunewright.chat.answers import answer_limit, stop_strings
 from tunewright.core.progress import LogReporter
+from tunewright.engines import environment
 from tunewright.engines.choice import EMBEDDED, AnswerEngine
-from tunewright.engines.vllm import environment
 from tunewright.evaluation.generations import Generator, Prompt
 from tunewright.generation.requests import Completion
 
@@ -55,7 +55,7 @@ def main() -> None:
     prompts = [project.chat.prompt(m.example.prompt) for m in members]
     config = project.folder.config
     limit = answer_limit(config, project.chat, rows.domain_of("train"))
-    engines = EMBEDDED, AnswerEngine("vllm", "it is measured", environment.find())
+    engines = EMBEDDED, AnswerEngine("vllm", "it is measured", environment.find(environment.VLLM))
     generators: dict[str, Generator] = {
         engine.name: Generator(
             project.base,

@@ -28,7 +28,7 @@ ERRORS = {"UserError", "DivergedError", "StateUnavailableError", "IntegrityIssue
 CLIENT_ERRORS = {"ApiError", "EngineStoppedError", "RequestFailedError", "AdapterFailedError"}
 # A first word that keeps its own spelling: an option, a key, a path, or a name.
 NAME = re.compile(
-    r"(llama\.cpp|vLLM|lm-eval|bfloat16|nf4|peft|pip|gold|torch|mistral-common|presidio-analyzer)\b"
+    r"(llama\.cpp|vLLM|lm-eval|bfloat16|nf4|peft|pip|gold|torch|mistral-common|presidio-analyzer|llm-compressor|compressed-tensors)\b"
     r"|-|[a-z]+[\d_./`=\[]"
 )
 # Stands for an interpolated value.

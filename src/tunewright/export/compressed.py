@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ import torch
 from tunewright.chat import ChatFormat
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, write_json
-from tunewright.core.progress import Reporter
+from tunewright.core.progress import Reporter, Task
 from tunewright.data.versions import DatasetVersion
 from tunewright.engines.environment import LLMCOMPRESSOR, Environment, find
 from tunewright.engines.llmcompressor import worker
@@ -153,9 +154,12 @@ def write_compressed(
     merged.mkdir()
     write_merged(merged, weights, base, chat, system_prompt, reporter)
     name = f"llm-compressor {how.environment.versions['llmcompressor']}"
-    reporter.say(f"Quantizing to {how.scheme} with {name}: seconds for fp8, minutes to hours for w4a16 by size")
-    job = {"source": str(merged), "target": str(folder), "scheme": how.scheme}
-    _run(how.environment, {**job, "group_size": how.group_size, "rows": [list(row) for row in how.rows]})
+    job: dict[str, Any] = {"source": str(merged), "target": str(folder), "scheme": how.scheme}
+    job |= {"group_size": how.group_size, "rows": [list(row) for row in how.rows]}
+    # GPTQ calibrates layer by layer, and the output last; fp8 is one step.
+    parts = 1 if how.scheme == "fp8" else text_settings(base).num_hidden_layers + 1
+    with reporter.task(f"{how.scheme} with {name}", parts, "parts of the model") as task:
+        _run(how.environment, job, parts, task)
     shutil.rmtree(merged)
     save_settings(folder, base, chat, system_prompt)
     for path in folder.iterdir():
@@ -178,7 +182,7 @@ def group_size(base: Base) -> int:
     """Return the largest number of weights per scale that divides the rows of every linear layer.
 
     Raises:
-        UserError: there is none.
+        UserError: not even groups of 32 weights do.
     """
     config: Any = text_settings(base)
     head = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
@@ -194,11 +198,12 @@ def group_size(base: Base) -> int:
     )
 
 
-def _run(environment: Environment, job: dict[str, Any]) -> None:
+def _run(environment: Environment, job: dict[str, Any], parts: int, task: Task) -> None:
     """Run llm-compressor, whose output is shown only if it fails."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith(_NOT_INHERITED)}
     variables |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    with TemporaryDirectory() as work, (Path(work) / "log").open("wb+") as log:
+    with TemporaryDirectory() as work, (Path(work) / "log").open("wb") as log:
+        path = Path(log.name)
         write_json(Path(work) / "job.json", job)
         child = subprocess.Popen(
             [str(environment.python), "-I", worker.__file__, str(Path(work) / "job.json")],
@@ -208,8 +213,12 @@ def _run(environment: Environment, job: dict[str, Any]) -> None:
             cwd=work,
             env=variables,
         )
+        done = 0
         try:
-            code = child.wait()
+            while (code := _ended(child)) is None:
+                now = min(_finished_parts(path.read_bytes()), parts)
+                task.advance(now - done)
+                done = now
         finally:
             child.kill()
             child.communicate()
@@ -218,10 +227,24 @@ def _run(environment: Environment, job: dict[str, Any]) -> None:
                 "llm-compressor was killed", fix="Check that it has enough memory, and run the same command again."
             )
         if code:
-            log.seek(0)
-            tail = "\n".join(log.read().decode("utf-8", "replace").strip().splitlines()[-_TAIL:])
+            tail = "\n".join(path.read_bytes().decode("utf-8", "replace").strip().splitlines()[-_TAIL:])
             raise UserError(
                 f"llm-compressor failed:\n{tail}",
                 where=str(environment.folder),
                 fix="Correct the cause and run the same command again.",
             )
+        task.advance(parts - done)
+
+
+def _ended(child: subprocess.Popen[bytes]) -> int | None:
+    """Return the exit code; None if the child still runs a second later."""
+    try:
+        return child.wait(1)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _finished_parts(log: bytes) -> int:
+    """Return the number of parts before the one that llm-compressor's last progress bar names, as in "(3/31): "."""
+    found = re.findall(rb"\((\d+)/\d+\): (?:Calibrating|Propagating)", log)
+    return int(found[-1]) - 1 if found else 0
