@@ -26,6 +26,7 @@ from tunewright.core.io import write_json
 from tunewright.core.progress import LogReporter
 from tunewright.data.versions import load_version
 from tunewright.engines.environment import LLMCOMPRESSOR, VLLM, Environment, Tool, find, pins
+from tunewright.export import merge as merging
 from tunewright.export.compressed import ROWS, Compression, compression, group_size, write_compressed
 from tunewright.export.weights import Weights
 from tunewright.models.bases import Base
@@ -225,6 +226,17 @@ def _integers(tensors: dict[str, Tensor], name: str) -> Tensor:
 
 def _cosine(one: Tensor, other: Tensor) -> float:
     return float(nn.functional.cosine_similarity(one.flatten(), other.flatten(), dim=0))
+
+
+@pytest.mark.vllm
+def test_compressed_base_without_the_adapter_is_not_kept(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merging, "read_deltas", lambda folder: {})
+    arguments = ("--to", project / "nothing", "-p", project, "--json")
+    ran = tunewright("export", "compressed", *arguments)
+    assert ran.code == 3, ran.stderr
+    assert any("of the adapter's effect" in fault for fault in ran.document["shortcomings"])
+    assert not (project / "nothing").exists()
+    assert (project / "nothing.failed.json").exists()
 
 
 VLLM_SCRIPT = """

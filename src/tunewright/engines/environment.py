@@ -153,6 +153,12 @@ def install(
     found = _complete(tool, folder)
     if found is not None and found.build == build and _mark(folder)["pins"] == digest(list(wanted)):
         return _record_location(tool, found, to)
+    if found is None and (folder / MARK).exists():
+        raise UserError(
+            f"The folder has the environment of {_mark(folder).get('tool', VLLM.name)}",
+            where=str(folder),
+            fix="Use another folder with --to.",
+        )
     _require_free(tool, folder, build)
     download, on_disk = tool.gigabytes[build]
     reporter.say(
@@ -166,7 +172,7 @@ def install(
         _install_missing(folder, wanted, torch_index, task)
     reporter.say(f"Importing {tool.title}, which compiles its Python files (a minute or two)")
     versions = json.loads(_run([str(folder / "bin" / "python"), "-c", probe or tool.probe], folder).splitlines()[-1])
-    write_json(folder / MARK, {"build": build, "pins": digest(list(wanted)), "versions": versions})
+    write_json(folder / MARK, {"tool": tool.name, "build": build, "pins": digest(list(wanted)), "versions": versions})
     return _record_location(tool, Environment(tool.name, folder, build, versions), to)
 
 
@@ -189,6 +195,9 @@ def _complete(tool: Tool, folder: Path) -> Environment | None:
     if not (folder / MARK).exists():
         return None
     mark = _mark(folder)
+    # vLLM's environments of earlier versions have no name.
+    if mark.get("tool", VLLM.name) != tool.name:
+        return None
     return Environment(tool.name, folder, mark["build"], mark["versions"])
 
 

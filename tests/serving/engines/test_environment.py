@@ -14,7 +14,7 @@ import pytest
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
 from tunewright.engines import environment
-from tunewright.engines.environment import VLLM
+from tunewright.engines.environment import LLMCOMPRESSOR, VLLM
 
 pytestmark = pytest.mark.slow
 
@@ -72,6 +72,11 @@ def test_install_creates_an_environment_checks_its_imports_and_finds_it_again(
     ran = _counted(monkeypatch)
     assert _install(to=tmp_path / "place") == made
     assert ran == [], "nothing is left to do"
+    with pytest.raises(UserError, match="llm-compressor is not installed"):
+        environment.find(LLMCOMPRESSOR)
+    with pytest.raises(UserError, match="The folder has the environment of vllm"):
+        environment.install(LLMCOMPRESSOR, LogReporter(), to=tmp_path / "place", build="cpu", requirements=PINS)
+    assert environment.find(VLLM) == made
 
 
 def test_install_resumes_and_reinstalls_incomplete_packages(
