@@ -44,6 +44,8 @@ _GROUPS = (128, 64, 32)
 """Weights per scale: llm-compressor's default, and the smaller groups that vLLM's kernels take."""
 _NOT_INHERITED = ("PYTHON", "VIRTUAL_ENV", "LLM_COMPRESSOR_", "COMPRESSED_TENSORS_")
 _TAIL = 12
+_SHOWN_BY_BARS = 8192
+"""Bytes at the end of the log with the last progress bar in them."""
 
 
 @dataclass(frozen=True)
@@ -216,9 +218,9 @@ def _run(environment: Environment, job: dict[str, Any], parts: int, task: Task) 
         done = 0
         try:
             while (code := _ended(child)) is None:
-                now = min(_finished_parts(path.read_bytes()), parts)
-                task.advance(now - done)
-                done = now
+                if (now := min(_finished_parts(path), parts)) > done:
+                    task.advance(now - done)
+                    done = now
         finally:
             child.kill()
             child.communicate()
@@ -244,7 +246,9 @@ def _ended(child: subprocess.Popen[bytes]) -> int | None:
         return None
 
 
-def _finished_parts(log: bytes) -> int:
+def _finished_parts(log: Path) -> int:
     """Return the number of parts before the one that llm-compressor's last progress bar names, as in "(3/31): "."""
-    found = re.findall(rb"\((\d+)/\d+\): (?:Calibrating|Propagating)", log)
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - _SHOWN_BY_BARS))
+        found = re.findall(rb"\((\d+)/\d+\): (?:Calibrating|Propagating)", file.read())
     return int(found[-1]) - 1 if found else 0
