@@ -20,8 +20,7 @@ from tunewright.serving.gateway.responses import Answer, Document, new_id, now
 from tunewright.serving.gateway.schemas import (
     ANSWER_NEUTRAL,
     ChatRequest,
-    Label,
-    ServiceTier,
+    RequestFields,
     Usage,
     as_system,
     no_image,
@@ -148,32 +147,18 @@ class ResponsesTool(FunctionDeclaration):
     type: Literal["function"]
 
 
-class ResponsesRequest(Part):
+class ResponsesRequest(RequestFields):
     """The body of ``POST /v1/responses``."""
 
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        **ANSWER_NEUTRAL,
-        "truncation": ("disabled",),
-    }
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {**ANSWER_NEUTRAL, "truncation": ("disabled",)}
 
-    model: str
     input: Annotated[list[InputItem], Field(min_length=1), BeforeValidator(_one_message)]
     tools: list[ResponsesTool] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    stream: bool | None = None
     text: TextOptions | None = None
-    user: Label | None = None
-    safety_identifier: Label | None = None
-    metadata: dict[str, str] | None = None
-    store: bool | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
-    service_tier: ServiceTier | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -201,8 +186,7 @@ class ResponsesRequest(Part):
         messages = _chat_messages(self.input)
         if self.instructions is not None:
             messages.insert(0, {"role": "system", "content": self.instructions})
-        same = ("model", "temperature", "top_p", "stream", "user", "safety_identifier", "metadata", "service_tier")
-        fields = {name: getattr(self, name) for name in (*same, "parallel_tool_calls")}
+        fields = {name: getattr(self, name) for name in (*RequestFields.model_fields, "parallel_tool_calls")}
         if self.text and self.text.format:
             fields["response_format"] = self.text.format.response_format
         if self.tools:

@@ -154,8 +154,8 @@ def _one_stop(stop: Any) -> Any:
     return [stop] if isinstance(stop, str) else stop
 
 
-class _BaseRequest(Part):
-    """The fields of both routes.
+class RequestFields(Part):
+    """The fields of all routes: model, stream, sampling and labels.
 
     One default differs from OpenAI's: the temperature is 0, since a domain model should give its best answer unless
     variety is requested. So ``top_p`` without a temperature has no effect, and is refused.
@@ -165,23 +165,8 @@ class _BaseRequest(Part):
 
     model: str
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Annotated[list[StopString] | None, Field(max_length=4), BeforeValidator(_one_stop)] = None
-    n: Annotated[int, Field(ge=1)] | None = None
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    logit_bias: (
-        Annotated[dict[Annotated[str, Field(pattern=r"^\d{1,7}$")], Bias], Field(max_length=MAX_BIASES)] | None
-    ) = None
-    response_format: AnswerFormat | None = None
-    structured_outputs: StructuredOutputs | None = None
-    guided_json: Schema | None = None
-    guided_regex: Annotated[str, Field(min_length=1)] | None = None
-    guided_choice: Choices | None = None
     # Labels, and hints for OpenAI's storage and cache: no answer depends on them.
     user: Label | None = None
     safety_identifier: Label | None = None
@@ -198,6 +183,26 @@ class _BaseRequest(Part):
             message = "top_p has no effect at temperature 0, the default: set temperature too."
             raise ApiError(message, param="top_p", code="invalid_value")
         return self
+
+
+class _CompletionFields(RequestFields):
+    """The further fields of chat completions and completions."""
+
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Annotated[list[StopString] | None, Field(max_length=4), BeforeValidator(_one_stop)] = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: (
+        Annotated[dict[Annotated[str, Field(pattern=r"^\d{1,7}$")], Bias], Field(max_length=MAX_BIASES)] | None
+    ) = None
+    response_format: AnswerFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | None = None
+    guided_regex: Annotated[str, Field(min_length=1)] | None = None
+    guided_choice: Choices | None = None
 
     @model_validator(mode="after")
     def _valid_form(self) -> Self:
@@ -235,7 +240,7 @@ class _BaseRequest(Part):
         return self.stream_options is not None and self.stream_options.include_usage is True
 
 
-class ChatRequest(_BaseRequest):
+class ChatRequest(_CompletionFields):
     """The body of ``POST /v1/chat/completions``."""
 
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = ANSWER_NEUTRAL | _CHAT_NEUTRAL
@@ -338,7 +343,7 @@ def _prompts(prompt: Any) -> Any:
     return [prompt] if isinstance(prompt, str) else prompt
 
 
-class CompletionRequest(_BaseRequest):
+class CompletionRequest(_CompletionFields):
     """The body of ``POST /v1/completions``: texts to continue, without the chat template."""
 
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = ANSWER_NEUTRAL | _COMPLETION_NEUTRAL
