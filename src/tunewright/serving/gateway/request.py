@@ -249,7 +249,7 @@ class GenerationRequest:
     def _named(self, failure: RequestFailedError | EngineStoppedError) -> Failure:
         """Return the failure; an answer's constraint that turned out too complex is the client's fault."""
         if isinstance(failure, ConstraintFailedError):
-            param, _ = self.body.form or ("tools", None)
+            param, _ = self.body.form or ("model" if self._reader is None else "tools", None)
             return ApiError(f"{param} is too complex: {failure}.", param=param, code="constraint_too_complex")
         return failure
 
