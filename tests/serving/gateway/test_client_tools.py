@@ -88,14 +88,16 @@ def test_documented_curl_commands_print_answers(urls: tuple[str, str], tmp_path:
         script = tmp_path / f"{number}.sh"
         script.write_text(here, encoding="utf-8")
         printed.append(run(["sh"], script))
-    whole, stream, schema, call, response = printed
+    whole, stream, schema, call, response, anthropic = printed
     message = json.loads(whole)["choices"][0]["message"]
     chunks = [json.loads(line.removeprefix("data: ")) for line in stream.split("\n\n") if line.startswith("data: {")]
     assert "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks) == message["content"]
     assert stream.endswith("data: [DONE]\n\n")
     (called,) = json.loads(call)["choices"][0]["message"]["tool_calls"]
     (item,) = json.loads(response)["output"]
-    assert called["function"]["name"] == item["name"] == "set_level"
+    (block,) = json.loads(anthropic)["content"]
+    assert called["function"]["name"] == item["name"] == block["name"] == "set_level"
+    assert block["input"]["level"] in ("federal", "state", "municipal")
     for answer in (
         json.loads(schema)["choices"][0]["message"]["content"],
         called["function"]["arguments"],

@@ -345,6 +345,8 @@ def test_response_has_the_calls_as_items_and_its_events_join_to_them(content: st
         ({"input": [{"type": "function_call", "call_id": "a", "name": "clock"}]}, "input.0.arguments"),
         ({"input": [{"type": "item_reference", "id": "a"}]}, "input.0.type"),
         ({"tools": [{"type": "web_search"}]}, "tools.0.name"),
+        ({"tools": [{"type": "function", "name": "f", "parameters": {"type": 3}}]}, "tools.0"),
+        ({"text": {"format": {"type": "json_schema", "name": "a b", "schema": {}}}}, "text.format.schema"),
         ({"tool_choice": "any"}, "tool_choice"),
     ],
 )

@@ -228,6 +228,11 @@ class GenerationRequest:
         return () if self._reader is None else self._reader.calls
 
     @property
+    def stop(self) -> str | None:
+        """The request's own stop string that ended the answer; None: it ended otherwise."""
+        return self._stream.stop if self._stream.stop in (self.body.stop or ()) else None
+
+    @property
     def recorded(self) -> str:
         """The whole answer as one text: one line of JSON for each call."""
         return as_turn(self.text, self.calls).text

@@ -6,7 +6,6 @@ A request is answered as the chat request with the same messages: the same promp
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from itertools import count
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -26,10 +25,7 @@ from tunewright.serving.gateway.schemas import (
     no_image,
     refuse_mark_runs,
 )
-from tunewright.serving.gateway.structured import Form
 from tunewright.serving.gateway.tools import FunctionDeclaration, is_object
-
-SCHEMA_PARAM = "text.format.schema"
 
 
 class InputText(Part):
@@ -93,12 +89,7 @@ class ResponsesChatRequest(ChatRequest):
 
     prompt_param: ClassVar[str] = "input"
     parameters_param: ClassVar[str] = "tools.{}.parameters"
-
-    @cached_property
-    def form(self) -> Form | None:
-        """See :class:`ChatRequest`."""
-        form = super().form
-        return form and (SCHEMA_PARAM, form[1])
+    form_param: ClassVar[str | None] = "text.format.schema"
 
 
 class FunctionCallItem(Part):
@@ -197,13 +188,8 @@ class ResponsesRequest(RequestFields):
             name = {key: value for key, value in choice.items() if key != "type"}
             choice = {"type": choice.get("type"), "function": name}
         limit = {"max_completion_tokens": self.max_output_tokens, "tool_choice": choice}
-        try:
-            return as_request(ResponsesChatRequest, {**fields, **limit, "messages": messages})
-        except ApiError as error:
-            if error.param is None or not error.param.startswith("messages"):
-                raise
-            message = error.message.replace(error.param, "input")
-            raise ApiError(message, param="input", code=error.code) from error
+        names = {"messages": "input", "response_format.json_schema": "text.format.schema"}
+        return as_request(ResponsesChatRequest, {**fields, **limit, "messages": messages}, names)
 
 
 def _chat_messages(items: Sequence[InputMessage | FunctionCallItem | FunctionOutputItem]) -> list[dict[str, Any]]:
@@ -250,7 +236,7 @@ class ResponsesFormat:
         self.finish_chunks(0, answer)
         return self._document(usage)
 
-    def first_chunks(self) -> list[Document]:
+    def first_chunks(self, usage: Usage) -> list[Document]:  # noqa: ARG002 - it comes last
         """Return the events that begin the response."""
         return [
             self._event("response.created", response=self._document(None)),

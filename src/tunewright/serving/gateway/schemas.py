@@ -140,8 +140,9 @@ Label = Annotated[str, Field(max_length=512, pattern=r"^[^\x00-\x1f\x7f]*$")]
 
 ServiceTier = Literal["auto", "default", "flex", "priority", "scale"]
 
-StopString = Annotated[str, Field(min_length=1, max_length=1000)]
-
+Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
+TopP = Annotated[float, Field(gt=0, le=1)]
+StopStrings = Annotated[list[Annotated[str, Field(min_length=1, max_length=1000)]], Field(max_length=4)]
 
 MAX_BIASES = 300
 MAX_TOP_LOGPROBS = 20
@@ -165,8 +166,8 @@ class RequestFields(Part):
 
     model: str
     stream: bool | None = None
-    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
     # Labels, and hints for OpenAI's storage and cache: no answer depends on them.
     user: Label | None = None
     safety_identifier: Label | None = None
@@ -188,10 +189,12 @@ class RequestFields(Part):
 class _CompletionFields(RequestFields):
     """The further fields of chat completions and completions."""
 
+    form_param: ClassVar[str | None] = None  # of a route where one field alone sets the form of the answer
+
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Annotated[list[StopString] | None, Field(max_length=4), BeforeValidator(_one_stop)] = None
+    stop: Annotated[StopStrings | None, BeforeValidator(_one_stop)] = None
     n: Annotated[int, Field(ge=1)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
@@ -217,7 +220,8 @@ class _CompletionFields(RequestFields):
             ApiError: 400, there are several forms, or one is not valid or over a limit.
         """
         guided = {"json": self.guided_json, "regex": self.guided_regex, "choice": self.guided_choice}
-        return one_form(self.response_format, self.structured_outputs, guided)
+        form = one_form(self.response_format, self.structured_outputs, guided)
+        return form and (self.form_param or form[0], form[1])
 
     @property
     def choices(self) -> int:
