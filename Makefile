@@ -73,8 +73,9 @@ fuzz: $(VENV)/.installed
 	$(BIN)/pytest tests/fuzz tests/data/test_reader_fuzz.py tests/adapters/test_header.py tests/chat/test_tool_parity.py --hypothesis-profile=fuzz --durations=0
 	$(BIN)/python benchmarks/complexity.py
 
-# The engine vllm: its own environment (2.4 GB in build/vllm, made once), then every engine's tests on real vLLM, and evaluation's.
-test-vllm: $(VENV)/.installed
+# The engine vllm: its own environment (2.4 GB in build/vllm, made once), then every engine's tests on real vLLM, and
+# those of evaluation and of the clients.
+test-vllm: $(VENV)/.installed build/clients/.installed
 	$(BIN)/tunewright engine install vllm --to build/vllm
 	$(BIN)/pytest -m vllm tests/serving tests/cli tests/evaluation
 

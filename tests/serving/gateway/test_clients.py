@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import sys
 from collections.abc import Iterator
@@ -14,23 +15,42 @@ from typing import Any
 import httpx
 import pytest
 from client_scripts import NODE, PYTHON, ROOT, needs_node, needs_python, node, python, run
-from served_model import MODELS, build_model, expected_answer, running_server
+from engine_kinds import vllm_engine
+from served_model import MODELS, build_model, expected_answer, running_server, texts
 
+from small_models import write_adapter, write_printable_base
 from tunewright.config import GatewayConfig
+from tunewright.serving.gateway.app import Gateway
+from tunewright.serving.gateway.auth import AnonymousAuth
+from tunewright.serving.gateway.server import serving
 
 MODEL, QUESTION = "courts", "Which court is this?"
 ANSWER_TOKENS = 24
 """The tiny base would fill the context; clients that ask for more, as LangChain's 256, get this many."""
 
 
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    model = build_model()
-    # Some SDKs raise where an answer does not end by itself.
-    stop = expected_answer(model, MODELS[MODEL], QUESTION, ANSWER_TOKENS)[12:15]
-    limits = GatewayConfig(max_completion_tokens=ANSWER_TOKENS, max_prompt_tokens=1000)
-    with running_server(model, stops=[stop], limits=limits) as address:
-        yield f"{address}/v1"
+LIMITS = GatewayConfig(max_completion_tokens=ANSWER_TOKENS, max_prompt_tokens=1000)
+
+
+@pytest.fixture(scope="module", params=["embedded", pytest.param("vllm", marks=pytest.mark.vllm)])
+def url(request: pytest.FixtureRequest, small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server whose answer to the question ends at a stop string: some SDKs raise at a limit."""
+    if request.param == "embedded":
+        model = build_model()
+        stop = expected_answer(model, MODELS[MODEL], QUESTION, ANSWER_TOKENS)[12:15]
+        with running_server(model, stops=[stop], limits=LIMITS) as address:
+            yield f"{address}/v1"
+        return
+    folder = tmp_path_factory.mktemp("vllm")
+    base = write_printable_base(small_base, folder / "base", context=2048)
+    digest, adapter = write_adapter(base, folder / "adapter", seed=1)
+    auth = AnonymousAuth({name: own and digest for name, own in MODELS.items()})
+    with vllm_engine(base) as engine:
+        asyncio.run(engine.load(digest, adapter))
+        with serving(Gateway(engine, auth, texts(), LIMITS).app) as endless:
+            stop = chat(f"{endless}/v1", ("user", QUESTION))[0][12:15]
+        with serving(Gateway(engine, auth, texts([stop]), LIMITS).app) as address:
+            yield f"{address}/v1"
 
 
 def chat(url: str, *turns: tuple[str, str]) -> tuple[str, dict[str, int]]:
