@@ -225,16 +225,14 @@ class MessagesRequest(Part):
     @classmethod
     def _nothing_is_stored(cls, data: Any) -> Any:
         if isinstance(data, dict) and data.get("thread") is not None:  # of the SDK's tool_runner, by default
-            message = (
-                "thread is not supported, since no message is stored: send all messages (thread=False in the SDK)."
-            )
+            message = "The field thread is not supported, since nothing is stored: send all messages (thread=False)."
             raise ApiError(message, param="thread", code="unsupported_parameter")
         return data
 
     @model_validator(mode="after")
     def _ends_with_a_question(self) -> Self:
         if self.messages[-1].role == "assistant":
-            message = "messages: the last turn is the assistant's, and continuing it is not supported: remove it."
+            message = "The last of messages is the assistant's turn, and continuing it is not supported: remove it."
             raise ApiError(message, param="messages", code="unsupported_parameter")
         return self
 
