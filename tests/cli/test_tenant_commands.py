@@ -240,6 +240,7 @@ def test_deploy_constrain_carries_a_constraint_on_calls(project: Path) -> None:
     ran = _run(project, "deploy", "courts", _adapters(project)[0].name, "--constrain", *FORCE)
     assert (ran.code, "chat.tools" in ran.stderr) == (2, True), "the base has no form of calls"
     config.write_text(f"{text}seed: 7\nchat:\n  tools: hermes\n")
+    (project / "adapters").unlink()  # the new one is for this test alone
     name = _document(project, "train")["adapter"]
     adapter = find_adapter(project / "adapters", name)
     arm = next(arm for arm in SHIPS.arms if arm.name == "tuned")
