@@ -57,7 +57,7 @@ PYTEST := $(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-
 pytest: $(VENV)/.installed
 	$(PYTEST)
 
-pytest-all: $(VENV)/.installed
+pytest-all: $(VENV)/.installed build/clients/.installed
 	$(PYTEST) -m "not vllm and not chaos" --hypothesis-profile=all
 
 # The lines that the tests run, slow ones too, in build/coverage. It fails below the share that pyproject.toml states.
