@@ -39,7 +39,7 @@ def write_base(folder: Path) -> Path:
 
 
 def write_terse_base(base: Path, folder: Path, context: int) -> Path:
-    """The base with a longer context, which writes no white space and ends an answer as soon as a grammar allows.
+    """The base with a longer context, without white space, that ends objects and answers as soon as a grammar allows.
 
     One dimension of the hidden states is the same for all tokens, so that the head's weights for it are a bias.
     """
@@ -47,10 +47,11 @@ def write_terse_base(base: Path, folder: Path, context: int) -> Path:
     model = LlamaForCausalLM.from_pretrained(base, max_position_embeddings=context)
     spaces = [tokenizer.convert_tokens_to_ids(space) for space in "ĠĊčĉ"]
     with torch.no_grad():
-        model.model.embed_tokens.weight[:, 0] = 8
+        model.model.embed_tokens.weight[:, 0] = 64
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0
         model.lm_head.weight[:, 0] = 0
+        model.lm_head.weight[tokenizer.convert_tokens_to_ids("}"), 0] = 5
         model.lm_head.weight[tokenizer.eos_token_id, 0] = 10
         model.lm_head.weight[spaces, 0] = -10
     model.save_pretrained(folder)

@@ -197,7 +197,7 @@ def test_pydantic_ai_works_with_its_defaults(url: str) -> None:
     got = python("pydantic_ai_client.py", url, MODEL, QUESTION)
     answer, usage = chat(url, ("user", QUESTION))
     assert [got["run"], got["stream"], *got["at once"]] == [answer] * 5
-    assert got["pieces"] > 2
+    assert got["pieces"]
     assert got["usage"] == got["stream usage"] == [usage["prompt_tokens"], usage["completion_tokens"]]
     assert got["history"] == chat(url, ("user", QUESTION), ("assistant", answer), ("user", "And?"))[0]
     # It sends two system turns.
