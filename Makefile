@@ -8,7 +8,7 @@ DEMO   ?= build/demo
 # Containers set this: each command that is started would compile the package again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-whole gpu-proof soak docs docs-serve test test-all lint typecheck pytest pytest-all test-chaos fuzz test-vllm test-clients test-demo test-wheel notebook audit sbom check-clean clean
+.PHONY: demo demo-whole gpu-proof soak docs docs-serve test test-all lint typecheck pytest pytest-all coverage test-chaos fuzz test-vllm test-clients test-demo test-wheel notebook audit sbom check-clean clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tunewright demo $(DEMO)
@@ -38,7 +38,7 @@ docs-serve: $(VENV)/.installed
 test: lint
 	@$(MAKE) --no-print-directory -j2 typecheck pytest
 
-# The slow tests too, and coverage: what .ci/run calls.
+# The slow tests too, with more examples for each property: what .ci/run calls.
 test-all: lint
 	@$(MAKE) --no-print-directory -j2 typecheck pytest-all
 
@@ -57,9 +57,13 @@ PYTEST := $(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-
 pytest: $(VENV)/.installed
 	$(PYTEST)
 
-# It fails below the coverage that pyproject.toml states.
-pytest-all: $(VENV)/.installed
-	$(PYTEST) -m "not vllm and not chaos" --hypothesis-profile=all --cov --cov-report=term --cov-report=html:build/coverage
+pytest-all: $(VENV)/.installed build/clients/.installed
+	$(PYTEST) -m "not vllm and not chaos" --hypothesis-profile=all
+
+# The lines that the tests run, slow ones too, in build/coverage. It fails below the share that pyproject.toml states.
+# Tracing doubles the tests' time, so `make test-all` does without.
+coverage: $(VENV)/.installed
+	$(PYTEST) -m "not vllm and not chaos" --cov --cov-report=term --cov-report=html:build/coverage
 
 # Every call that changes a file fails once, and each command meets each fault of docs/reference/faults.md. The seed is
 # printed: TUNEWRIGHT_CHAOS_SEED=N repeats its choices, and TUNEWRIGHT_CHAOS_EVERY=1 lets each single call fail.
@@ -73,9 +77,9 @@ fuzz: $(VENV)/.installed
 	$(BIN)/pytest tests/fuzz tests/data/test_reader_fuzz.py tests/adapters/test_header.py tests/chat/test_tool_parity.py --hypothesis-profile=fuzz --durations=0
 	$(BIN)/python benchmarks/complexity.py
 
-# The environments of vLLM (2.4 GB in build/vllm) and llm-compressor (1.4 GB in build/llmcompressor), made once, then the
-# tests of engines and evaluation on real vLLM, and of compressed exports.
-test-vllm: $(VENV)/.installed
+# The environments of vLLM (2.4 GB in build/vllm) and llm-compressor (1.4 GB in build/llmcompressor), made once, then every
+# engine's tests on real vLLM, those of evaluation and of the clients, and compressed exports.
+test-vllm: $(VENV)/.installed build/clients/.installed
 	$(BIN)/tunewright engine install vllm --to build/vllm
 	$(BIN)/tunewright engine install llmcompressor --to build/llmcompressor
 	$(BIN)/pytest -m vllm tests/serving tests/cli tests/evaluation tests/export

@@ -38,7 +38,7 @@ from tunewright.api.context import ProjectContext
 from tunewright.config import EngineName
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
-from tunewright.engines.vllm import environment
+from tunewright.engines import environment
 from tunewright.engines.vllm.engine import VllmSettings, kv_cache_bytes, max_rank
 from tunewright.engines.vllm.launch import PACKAGE
 from tunewright.export.gguf.model import gguf_context, write_model
@@ -271,7 +271,7 @@ RIVALS = {
 
 def _vllm_environment() -> environment.Environment:
     try:
-        found = environment.find()
+        found = environment.find(environment.VLLM)
     except UserError as error:
         raise UnavailableError(str(error)) from error
     if found.build != "cpu":

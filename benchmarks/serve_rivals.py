@@ -159,10 +159,10 @@ def read_options() -> argparse.Namespace:
 def vllm_version() -> dict[str, str]:
     """Return vLLM's version, if it is installed."""
     from tunewright.core.errors import UserError
-    from tunewright.engines.vllm import environment
+    from tunewright.engines import environment
 
     try:
-        return {"vllm": environment.find().versions["vllm"]}
+        return {"vllm": environment.find(environment.VLLM).versions["vllm"]}
     except UserError:
         return {}
 

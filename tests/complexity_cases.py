@@ -34,6 +34,7 @@ from tunewright.data.versions.diff import marked
 from tunewright.generation.text_stream import StopFilter
 from tunewright.report.markdown import plain
 from tunewright.serving.gateway.errors import ApiError
+from tunewright.serving.gateway.messages_api import MessagesRequest
 from tunewright.serving.gateway.parsing import parse_request
 from tunewright.serving.gateway.schemas import ChatRequest, CompletionRequest
 
@@ -176,6 +177,11 @@ def _chat(body: bytes) -> None:
         assert request.beginning
 
 
+def _messages(body: bytes) -> None:
+    with suppress(ApiError):
+        assert parse_request(MessagesRequest, body).as_chat().conversation
+
+
 def _completion(body: bytes) -> None:
     with suppress(ApiError):
         assert parse_request(CompletionRequest, body).texts
@@ -183,6 +189,16 @@ def _completion(body: bytes) -> None:
 
 def _body(**fields: Any) -> bytes:
     return json.dumps({"model": "m", **fields}).encode()
+
+
+def _asked(characters: int) -> dict[str, Any]:
+    return {"role": "user", "content": [{"type": "text", "text": "a"}] * (characters // 32)}
+
+
+def _called(count: int) -> list[dict[str, Any]]:
+    uses = [{"type": "tool_use", "id": f"i{place}", "name": "f", "input": {}} for place in range(count)]
+    results = [{"type": "tool_result", "tool_use_id": use["id"], "content": "r"} for use in uses]
+    return [{"role": "assistant", "content": uses}, {"role": "user", "content": results}] if count else []
 
 
 def _stops(*stops: str) -> Use:
@@ -418,6 +434,10 @@ CASES = [
             ('<|python_tag|>brave_search.call(query="', '")', " "),
             ("", " ", "{"),
         ]
+    ),
+    Case("messages: blocks", lambda n: _body(max_tokens=1, messages=[_asked(n)]), _messages),
+    Case(
+        "messages: calls", lambda n: _body(max_tokens=1, messages=[_asked(9), *_called(n // 180), _asked(9)]), _messages
     ),
     Case("completion: prompts", lambda n: _body(prompt=["a"] * (n // 5)), _completion),
     Case("completion: token ids", lambda n: _body(prompt=[1] * (n // 3)), _completion),

@@ -13,7 +13,9 @@ from reference_sources import (
     ApiError,
     ChatRequest,
     CompletionRequest,
+    MessagesRequest,
     ResponsesRequest,
+    error_document,
     parse_request,
 )
 
@@ -22,6 +24,7 @@ _PURPOSE = {
     "POST /v1/completions": "Continue one text or several, without the chat template.",
     "POST /v1/responses": "Answer messages as chat completions do, in the format of OpenAI's responses API; nothing is "
     "stored.",
+    "POST /v1/messages": "Answer messages as chat completions do, in Anthropic's format.",
     "GET /v1/models": "List the models that the caller may use.",
     "GET /v1/models/NAME": "Describe one of them.",
     "GET /ready": "`200` while requests are answered; `503` while the server drains, or its engine or state is down.",
@@ -37,16 +40,19 @@ _WITHOUT_EFFECT = {
     "prompt_cache_key",
     "prompt_cache_retention",
     "service_tier",
+    "cache_control",
 }
+
+_Request = type[ChatRequest | CompletionRequest | ResponsesRequest | MessagesRequest]
 
 
 def pages() -> dict[str, str]:
     """Return the reference's page by its path in the site."""
     out = [
         "# HTTP API\n",
-        "`tunewright serve` answers these routes in OpenAI's format, so OpenAI's SDKs and frameworks built on them "
-        "work with another base URL. A field that would change the answer and is not listed here is refused by name, "
-        "with status 400. Fields that SDKs send with a value of no effect are accepted.\n",
+        "`tunewright serve` answers these routes in OpenAI's format and one in Anthropic's, so their SDKs and "
+        "frameworks built on them work with another base URL. A field that would change the answer and is not listed "
+        "here is refused by name, with status 400. Fields that SDKs send with a value of no effect are accepted.\n",
         "## Routes\n",
         "| route | purpose |",
         "| --- | --- |",
@@ -62,12 +68,13 @@ def pages() -> dict[str, str]:
         *_request("Chat completions", "POST /v1/chat/completions", ChatRequest),
         *_request("Completions", "POST /v1/completions", CompletionRequest),
         *_request("Responses", "POST /v1/responses", ResponsesRequest),
+        *_request("Messages", "POST /v1/messages", MessagesRequest),
         *_errors(),
     ]
     return {"reference/http.md": "\n".join(out)}
 
 
-def _request(title: str, route: str, model: type[ChatRequest | CompletionRequest | ResponsesRequest]) -> list[str]:
+def _request(title: str, route: str, model: _Request) -> list[str]:
     accepted = [
         f"| `{field.alias or name}` | {described(field.annotation, tuple(field.metadata))} | "
         f"{'required' if field.is_required() else 'accepted' if name in _WITHOUT_EFFECT else 'honoured'} |"
@@ -81,7 +88,7 @@ def _request(title: str, route: str, model: type[ChatRequest | CompletionRequest
         "| --- | --- | --- |",
         *accepted,
         "",
-        "*Honoured* fields change the answer. *Accepted* ones change nothing of it: labels, and hints for OpenAI's "
+        "*Honoured* fields change the answer. *Accepted* ones change nothing of it: labels, and hints for "
         "storage, cache and queue.\n",
         "Every other field is accepted with `null`, `false`, `0`, `[]` or `{}`, which change nothing. These fields "
         "have other values without effect, and are accepted with them alone:\n",
@@ -91,23 +98,24 @@ def _request(title: str, route: str, model: type[ChatRequest | CompletionRequest
         "",
         "Any other field or value is refused:\n",
         "```json",
-        json.dumps(_refusal(model).body, indent=2),
+        json.dumps(_refusal(model), indent=2),
         "```\n",
     ]
 
 
-def _refusal(model: type[ChatRequest | CompletionRequest | ResponsesRequest]) -> ApiError:
+def _refusal(model: _Request) -> dict[str, Any]:
     """Return the answer to a field that is not supported, as the gateway itself gives it."""
     subjects: dict[type, dict[str, Any]] = {
         ChatRequest: {"messages": [{"role": "user", "content": "?"}]},
         CompletionRequest: {"prompt": "?"},
         ResponsesRequest: {"input": "?"},
+        MessagesRequest: {"max_tokens": 9, "messages": [{"role": "user", "content": "?"}]},
     }
     body = {"model": "legal", "cache_salt": "mine", **subjects[model]}
     try:
         parse_request(model, json.dumps(body).encode())
     except ApiError as error:
-        return error
+        return error_document(error) if model is MessagesRequest else error.body
     raise AssertionError("cache_salt is accepted: choose another field for the example")
 
 
@@ -120,7 +128,8 @@ def _errors() -> list[str]:
     return [
         "## Errors\n",
         'An error has OpenAI\'s shape: `{"error": {"message", "type", "param", "code"}}`. Programs should read '
-        "`code`; messages may change. In the table, braces stand for values of the request.\n",
+        "`code`; messages may change. In the table, braces stand for values of the request. An error of `/v1/messages` "
+        'has the same status in Anthropic\'s shape: `{"type": "error", "error": {"type", "message"}}`.\n',
         "| code | status | message |",
         "| --- | --- | --- |",
         *(f"| `{code}` | {status} | {message} |" for code, status, message in found),

@@ -28,6 +28,7 @@ from tunewright.evidence.schema import Advice, Evidence, Item
 from tunewright.evidence.verdict import Verdict
 from tunewright.serving.gateway.app import ROUTES
 from tunewright.serving.gateway.errors import ApiError
+from tunewright.serving.gateway.messages_api import MessagesRequest, error_document
 from tunewright.serving.gateway.parsing import parse_request
 from tunewright.serving.gateway.responses_api import ResponsesRequest
 from tunewright.serving.gateway.schemas import ChatRequest, CompletionRequest
@@ -43,7 +44,9 @@ __all__ = [
     "ChatRequest",
     "CompletionRequest",
     "Config",
+    "MessagesRequest",
     "ResponsesRequest",
+    "error_document",
     "parse_request",
 ]
 

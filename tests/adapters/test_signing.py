@@ -290,7 +290,7 @@ def test_changed_trusted_key_file_is_refused(tmp_path: Path, ann: PrivateKey) ->
     with pytest.raises(UserError, match="The file's name or ID does not match its key"):
         TrustedKeys(trusted.folder)
     path.write_text(whole.replace('"name"', '"id": "", "name"'))
-    with pytest.raises(UserError, match="the key 'id' is repeated"):
+    with pytest.raises(UserError, match='duplicate key "id"'):
         TrustedKeys(trusted.folder)
 
 

@@ -86,6 +86,13 @@ def test_plain_text_escapes_line_ends_in_cells() -> None:
     assert plain_text(table) == "Two lines\nof a title\na         b\none\\ntwo  three\\n\\nfour\n"
 
 
+def test_plain_text_folds_no_column_of_limited_width() -> None:
+    table = Table("a")
+    table.add_column("by", overflow="fold", max_width=8)
+    table.add_row("one", "a long name of an author")
+    assert plain_text(table) == "a    by\none  a long name of an author\n"
+
+
 def test_terminal_gets_boxes_and_its_own_width(project: Path) -> None:
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 200, 0, 0))

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import openai
@@ -25,6 +25,7 @@ from command_line import Ran, tiny_project, tunewright, without_state
 from factories import make_evidence, make_items, make_opening, with_contrast
 from tunewright import open as open_project
 from tunewright.adapters.registry import Adapter, find_adapter, list_adapters
+from tunewright.chat.call_grammar import CallGrammars
 from tunewright.evaluation.access_log import ACCESS_LOG, AccessLog
 from tunewright.evidence.logged_access import LogLine
 from tunewright.evidence.schema import Evidence
@@ -229,6 +230,68 @@ def test_deploy_constrain_requires_evidence_with_the_same_constraint(project: Pa
     assert _document(project, "promote", "courts")["release"]["grammar"] == Grammar.choices(["red", "green"]).rule
     assert _document(project, "rollback", "courts")["grammar"] == grammar.rule
     assert _document(project, "audit", "verify")["ok"]
+
+
+def test_deploy_constrain_carries_a_constraint_on_calls(project: Path) -> None:
+    config = project / "tunewright.yaml"
+    text = config.read_text().replace("evaluate:\n", "evaluate:\n  structured_outputs: {tools: auto}\n")
+    config.unlink()
+    config.write_text(text)
+    ran = _run(project, "deploy", "courts", _adapters(project)[0].name, "--constrain", *FORCE)
+    assert (ran.code, "chat.tools" in ran.stderr) == (2, True), "the base has no form of calls"
+    config.write_text(f"{text}seed: 7\nchat:\n  tools: hermes\n")
+    (project / "adapters").unlink()  # the new one is for this test alone
+    name = _document(project, "train")["adapter"]
+    adapter = find_adapter(project / "adapters", name)
+    arm = next(arm for arm in SHIPS.arms if arm.name == "tuned")
+    arms = [*SHIPS.arms, arm.model_copy(update={"name": "tuned+constrained", "constrained": True})]
+    choices: list[Literal["required", "auto"]] = ["required", "auto"]
+    for number, choice in enumerate(choices, 1):
+        lineage = SHIPS.lineage | {"grammar": CallGrammars(choice).digest}
+        _evaluated(project, adapter, SHIPS.model_copy(update={"arms": arms, "lineage": lineage}), number)
+        if choice == "required":
+            ran = _run(project, "deploy", "courts", name, "--constrain")
+            assert (ran.code, "was evaluated with another constraint" in ran.stderr) == (2, True)
+    release = _document(project, "deploy", "courts", name, "--constrain")["release"]
+    assert (release["grammar"], release["grounds"]["evaluation"]) == (CallGrammars("auto").rule, f"{2:012x}")
+    assert "constrained" in _run(project, "releases").stdout
+
+
+def test_serve_constrain_is_refused_with_tenants_and_without_a_constraint(project: Path) -> None:
+    ran = _run(project, "serve", "--constrain", "--port", "0")
+    assert (ran.code, "The config has no constraint" in ran.stderr) == (2, True)
+    _document(project, "tenant", "add", "acme", "--alias", "courts")
+    ran = _run(project, "serve", "--constrain", "--port", "0")
+    assert (ran.code, "each release sets whether its answers are constrained" in ran.stderr) == (2, True)
+    assert "tunewright deploy ALIAS ADAPTER --constrain" in ran.stderr
+
+
+def test_serve_constrain_constrains_adapters_and_warns_of_missing_evidence(
+    project: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "tunewright")
+    first, second = _adapters(project)
+    config = project / "tunewright.yaml"
+    text = config.read_text()
+    config.unlink()
+    config.write_text(text.replace("evaluate:\n", 'evaluate:\n  structured_outputs: {choices: ["red", "blue"]}\n'))
+    arm = next(arm for arm in SHIPS.arms if arm.name == "tuned")
+    arms = [*SHIPS.arms, arm.model_copy(update={"name": "tuned+constrained", "constrained": True})]
+    lineage = SHIPS.lineage | {"grammar": Grammar.choices(["red", "blue"]).digest}
+    _evaluated(project, first, SHIPS.model_copy(update={"arms": arms, "lineage": lineage}))
+    service = open_project(project).serve(port=0, constrain=True)
+    assert f"{second.name} has no evidence with constrained answers. Its answers are constrained all" in caplog.text
+    assert f"{first.name} has no evidence" not in caplog.text
+    base = open_project(project).folder.config.base_model
+    answers = {}
+    with service.running() as url, httpx.Client(base_url=url, trust_env=False, timeout=60) as client:
+        for model in (base, first.name, second.name):
+            asked = {"model": model, "messages": [{"role": "user", "content": "?"}], "max_tokens": 9}
+            answers[model] = client.post("/v1/chat/completions", json=asked).json()["choices"][0]["message"]["content"]
+    assert {answers[first.name], answers[second.name]} <= {"red", "blue"}
+    assert answers[base] not in {"red", "blue"}
+    for name in (first.name, second.name):
+        assert f"{name}: requests that set no form get constrained answers" in caplog.text
 
 
 def test_canary_is_promoted_or_rolled_back(project: Path) -> None:

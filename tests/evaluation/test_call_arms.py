@@ -10,10 +10,11 @@ import pytest
 
 from command_line import tunewright, write_jsonl
 from tool_families import family
+from tunewright.chat.call_grammar import CallGrammars
 from tunewright.core.io import canonical_json
 from tunewright.data.examples import Example, Message, ToolCall, call_id
 from tunewright.data.versions import Member
-from tunewright.evaluation.answer_constraints import AnswerConstraints, CallGrammars
+from tunewright.evaluation.answer_constraints import AnswerConstraints
 from tunewright.evaluation.arms import ArmPlan, find_instruction
 from tunewright.evaluation.demonstrations import Demonstrations, with_demonstrations
 from tunewright.generation.constraints import Grammar

@@ -41,6 +41,7 @@ from tunewright.data.versions import Member
 from tunewright.models.memory.shape import Shape
 from tunewright.serving.gateway.connections import MAX_HEADER_BYTES, BoundedHttpProtocol, ConnectionState
 from tunewright.serving.gateway.errors import ApiError
+from tunewright.serving.gateway.messages_api import MessagesRequest
 from tunewright.serving.gateway.parsing import parse_request
 from tunewright.serving.gateway.schemas import ChatRequest, CompletionRequest
 
@@ -65,6 +66,14 @@ def _parse_completion(content: bytes, _folder: Path) -> None:
         assert parse_request(CompletionRequest, content).texts
     except ApiError as error:
         assert error.status == 400
+
+
+def _parse_messages(content: bytes, _folder: Path) -> None:
+    try:
+        assert parse_request(MessagesRequest, content).as_chat().conversation
+    except ApiError as error:
+        assert error.status == 400
+        assert len(error.message) < 20_000
 
 
 def _parse_yaml(content: bytes, _folder: Path) -> None:
@@ -246,6 +255,7 @@ TARGETS: dict[str, Callable[[bytes, Path], None]] = {
     "http": _serve,
     "chat": _parse_chat,
     "completion": _parse_completion,
+    "messages": _parse_messages,
     "yaml": _parse_yaml,
     "safetensors": _read_safetensors,
     "adapter_config": _read_adapter_config,

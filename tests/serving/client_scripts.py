@@ -26,7 +26,9 @@ needs_node = pytest.mark.skipif(
 
 def run(command: list[str | Path], script: Path, *arguments: str) -> str:
     """Return the script's output in an environment without the machine's proxies or keys."""
-    kept = {name: value for name, value in os.environ.items() if not re.search("proxy|OPENAI|PYTHON", name, re.I)}
+    kept = {
+        name: value for name, value in os.environ.items() if not re.search("proxy|OPENAI|ANTHROPIC|PYTHON", name, re.I)
+    }
     done = subprocess.run(
         [*command, script, *arguments], env=kept, capture_output=True, text=True, timeout=300, check=False
     )

@@ -1,15 +1,11 @@
-"""Strict parsing of untrusted JSON: one meaning for each text, or a refusal with the reason.
-
-Python's parser takes the last of two equal keys where others take the first, and accepts NaN. The checked document
-would then differ from what another program loads (RFC 8259, section 4, leaves equal keys open).
-"""
+"""Untrusted JSON documents of adapters: a checked one has the same meaning in every program that loads it."""
 
 from __future__ import annotations
 
-import json
-from typing import Any, NoReturn
+from typing import Any
 
 from tunewright.core.errors import UserError
+from tunewright.core.strict_json import strict_decoder
 
 _DEEPEST = 32
 """Nesting limit: a lineage has 7 levels."""
@@ -22,7 +18,7 @@ def strict_json(data: bytes, where: str) -> Any:
         UserError: not UTF-8, not JSON, a repeated key, an invalid number, or too deep a nesting.
     """
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_number)
+        value = strict_decoder.decode(data.decode("utf-8"))
         _require_shallow(value)
     except UnicodeDecodeError as error:
         raise UserError(f"Not UTF-8 at byte {error.start:,}", where=where) from None
@@ -43,19 +39,6 @@ def strict_object(data: bytes, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"Expected a JSON object (got {type(value).__name__})", where=where)
     return value
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"the key {key!r} is repeated")
-        found[key] = value
-    return found
-
-
-def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")
 
 
 def _require_shallow(value: Any) -> None:

@@ -370,6 +370,7 @@ class Project(EvaluationsApi):
         auth: bool = True,
         engine: EngineName | None = None,
         system_prompts: bool = True,
+        constrain: bool = False,
     ) -> Service:
         """Return a server, loaded but not yet started.
 
@@ -388,10 +389,12 @@ class Project(EvaluationsApi):
             auth: False accepts every client that can reach the address, without a key; only without tenants.
             system_prompts: add the adapter's trained system prompt to requests without one; False only
                 without tenants.
+            constrain: constrain the adapters' answers by the config's ``evaluate.structured_outputs``; only without
+                tenants, whose releases have their own constraint.
 
         Raises:
             UserError: a named adapter does not fit the base or the other adapters, or the address can be reached from
-                other machines without tenants.
+                other machines without tenants. With ``constrain``: the config has no constraint.
         """
         from tunewright.api.serving import open_service
 
@@ -399,7 +402,7 @@ class Project(EvaluationsApi):
         own = {name: value for name, value in given.items() if value is not None}
         config = self.folder.config
         served = config.model_copy(update={"serve": config.serve.model_copy(update=own)})
-        return open_service(self, adapters, served, auth=auth, system_prompts=system_prompts)
+        return open_service(self, adapters, served, auth=auth, system_prompts=system_prompts, constrain=constrain)
 
     def self_test(self, adapters: Sequence[str] = (), *, engine: EngineName | None = None) -> IsolationResult:
         """Run the isolation test on the base and the adapters that :meth:`serve` would serve.

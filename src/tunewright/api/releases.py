@@ -11,6 +11,7 @@ from tunewright.adapters.keys import TrustedKeys
 from tunewright.adapters.registry import Adapter, find_adapter
 from tunewright.adapters.trust import require_trusted
 from tunewright.adapters.vllm_compat import require_batchable
+from tunewright.api.constraints import missing_evidence, served_grammar
 from tunewright.api.context import ProjectContext
 from tunewright.api.serving import adapter_of
 from tunewright.config import EngineName
@@ -100,7 +101,8 @@ class ReleasesApi:
             untested: reason to skip the isolation test and the serving check; it is stored.
             system_prompt: add the adapter's trained system prompt to requests without a system message; False leaves
                 them unchanged.
-            constrain: constrain answers by the config's ``evaluate.structured_outputs``, unless a request sets a form.
+            constrain: constrain answers by the config's ``evaluate.structured_outputs``: texts unless a request sets a
+                form, or calls.
 
         Raises:
             UserError: no such adapter, one that does not fit, was never evaluated or is already released, or an engine
@@ -293,38 +295,16 @@ class ReleasesApi:
         A forced release may be without that evidence, with a warning.
 
         Raises:
-            UserError: the config has no constraint on texts, it cannot be compiled, or no evidence has it.
+            UserError: the config has no constraint, it cannot be compiled, or no evidence has it.
         """
-        from tunewright.chat.answers import grammar_compiler
-        from tunewright.evaluation.answer_constraints import grammar_of
-        from tunewright.generation.constraints import Grammar
-
-        grammar = grammar_of(self._context.folder)
-        if grammar is None:
-            raise UserError(
-                "The config has no constraint",
-                where="--constrain",
-                fix="Set evaluate.structured_outputs, and evaluate the adapter with it.",
-            )
-        if not isinstance(grammar, Grammar):
-            raise UserError(
-                "A release cannot carry evaluate.structured_outputs.tools: the functions are part of each request",
-                where="--constrain",
-                fix="Omit --constrain; clients send strict functions, or tool_choice required.",
-            )
-        grammar_compiler(self._context.chat).compile(grammar)
-        arms = [] if evidence is None else [arm for arm in evidence.arms if arm.kind == "tuned" and arm.constrained]
-        if evidence is None or not arms:
-            missing = f"{adapter.name} has no evidence with constrained answers"
-        elif evidence.lineage.get("grammar") != grammar.digest:
-            missing = f"{adapter.name} was evaluated with another constraint than evaluate.structured_outputs has now"
-        else:
-            return grammar.rule
-        if because is None:
+        grammar = served_grammar(self._context)
+        missing = missing_evidence(adapter.name, evidence, grammar)
+        if missing is not None and because is None:
             raise UserError(
                 missing, where="--constrain", fix=f"Run `tunewright evaluate {adapter.name}` with this constraint."
             )
-        self._context.reporter.warn(f"{missing}. The release constrains its answers all the same: it was forced.")
+        if missing is not None:
+            self._context.reporter.warn(f"{missing}. The release constrains its answers all the same: it was forced.")
         return grammar.rule
 
     def _require_evaluation(self, evaluation: str) -> None:

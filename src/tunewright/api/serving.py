@@ -6,20 +6,22 @@ import ctypes
 import ipaddress
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunewright.adapters.compatibility import require_compatible, trained_quantization
 from tunewright.adapters.keys import TrustedKeys
-from tunewright.adapters.registry import Adapter, find_adapter, list_adapters
+from tunewright.adapters.registry import Adapter, adapter_digest, find_adapter, list_adapters
 from tunewright.adapters.system_prompt import SystemPrompt, system_prompt
 from tunewright.adapters.trust import require_trusted
 from tunewright.adapters.vllm_compat import require_batchable
+from tunewright.api.constraints import missing_evidence, served_grammar
 from tunewright.api.context import ProjectContext
 from tunewright.config import Config, Quantization
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
+from tunewright.evidence.schema import evidence_on
 
 if TYPE_CHECKING:
     from tunewright.engines.environment import Build, Environment, Tool
@@ -83,6 +85,7 @@ def open_service(
     *,
     auth: bool,
     system_prompts: bool,
+    constrain: bool,
 ) -> Service:
     """Return a server with authentication if there are tenants, else an open one; see ``Project.serve``.
 
@@ -90,6 +93,7 @@ def open_service(
         config: the project's config with this server's overrides.
         auth: True restricts a server without tenants to this machine.
         system_prompts: without tenants, add the adapter's trained system prompt to requests without a system message.
+        constrain: without tenants, constrain the adapters' answers by the config's ``evaluate.structured_outputs``.
     """
     _share_one_arena()
     if config.serve.database_url is not None or opened.folder.serving_state.exists():
@@ -104,6 +108,12 @@ def open_service(
                         where="--no-system-prompt",
                         fix="Use `tunewright deploy ALIAS ADAPTER --no-system-prompt`.",
                     )
+                if constrain:
+                    raise UserError(
+                        "Tenants exist, so each release sets whether its answers are constrained",
+                        where="--constrain",
+                        fix="Use `tunewright deploy ALIAS ADAPTER --constrain`.",
+                    )
                 return _for_tenants(opened, state, names, config)
         except BaseException:
             state.close()
@@ -115,13 +125,28 @@ def open_service(
     from tunewright.serving.gateway.auth import ServedAdapter
 
     held, folders = choose_served(opened, names)
+    rules = _constraints(opened, folders) if constrain else {}
     served = {}
     for name, folder in folders.items():
         prompt = system_prompt(Adapter(opened.folder.adapters / name.partition("@")[0]), opened.folder.dataset)
         if prompt.text is not None and not system_prompts:
             prompt = SystemPrompt(None, "left out by --no-system-prompt")
-        served[name] = ServedAdapter(folder, prompt)
+        served[name] = ServedAdapter(folder, prompt, rules.get(name))
     return Service(config, opened.base, opened.chat, held, served, opened.reporter)
+
+
+def _constraints(opened: ProjectContext, folders: Mapping[str, Path]) -> dict[str, str]:
+    """Return the rule of each adapter's answers, with a warning for each that was not evaluated with it.
+
+    Raises:
+        UserError: the config has no constraint, or it cannot be compiled.
+    """
+    grammar = served_grammar(opened)
+    for name, folder in folders.items():
+        evidence = evidence_on(opened.folder.evaluations, adapter_digest(folder), opened.reporter)
+        if missing := missing_evidence(name, evidence, grammar):
+            opened.reporter.warn(f"{missing}. Its answers are constrained all the same.")
+    return dict.fromkeys(folders, grammar.rule)
 
 
 def _share_one_arena() -> None:

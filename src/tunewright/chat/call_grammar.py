@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 from tunewright.chat.format import ChatFormat
 from tunewright.chat.tool_calls import CallForm, Hermes, Llama, Llama4, MistralArguments, MistralList, is_builtin
 from tunewright.chat.tool_form import ToolForm
 from tunewright.core.errors import UserError
+from tunewright.core.io import digest
 from tunewright.data.examples import call_id
 from tunewright.data.tools import NO_PARAMETERS
 
@@ -21,6 +23,31 @@ _ID = "/[a-zA-Z0-9]{9}/"
 _SPACE = r"/[ \t\r\n]+/?"
 # As transformers' `tojson` writes JSON in templates, and so in training.
 _SPELLING = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+
+
+_CHOICES: tuple[Literal["auto"], Literal["required"]] = ("auto", "required")
+
+
+@dataclass(frozen=True)
+class CallGrammars:
+    """The grammars of function calls: one for each row or request, made from the functions that it declares."""
+
+    choice: Literal["auto", "required"]
+
+    @classmethod
+    def from_rule(cls, rule: str) -> CallGrammars | None:
+        """Return the grammars that this rule names; None for the rule of a text."""
+        return next((named for choice in _CHOICES if (named := cls(choice)).rule == rule), None)
+
+    @property
+    def rule(self) -> str:
+        """Name the grammars, for digests and releases: the functions are part of the prompt."""
+        return f"function calls: {self.choice}"
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of the rule, as evidence states it."""
+        return digest(self.rule)
 
 
 def call_grammar(

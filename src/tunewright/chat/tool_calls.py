@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from tunewright.chat.text import Piece
 from tunewright.core.io import canonical_json
+from tunewright.core.strict_json import strict_decoder
 from tunewright.data.examples import Message, ToolCall, call_id
 
 BUILTIN = frozenset({"brave_search", "wolfram_alpha"})
@@ -257,24 +258,10 @@ def _call(value: Any, key: str, more: Collection[str] = ()) -> Call | None:
 
 def _json_at(text: str, place: int) -> tuple[Any, int] | None:
     try:
-        value, end = _JSON.raw_decode(text, place)
+        value, end = strict_decoder.raw_decode(text, place)
     except (ValueError, RecursionError):
         return None
     return value, end
-
-
-def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        raise ValueError("a key occurs twice")
-    return value
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
-_JSON = json.JSONDecoder(object_pairs_hook=_pairs, parse_constant=_no_constant)
 
 
 def _skip_space(text: str, place: int) -> int:

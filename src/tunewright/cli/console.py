@@ -101,6 +101,7 @@ def plain_text(part: RenderableType) -> str:
         part.box = None
         part.pad_edge = False
         for column in part.columns:
+            column.max_width = None
             column._cells = [_on_one_line(cell) for cell in column._cells]
     console = _Console(file=io.StringIO(), width=_PIPE_WIDTH, soft_wrap=True)
     with console.capture() as captured:

@@ -66,9 +66,7 @@ def deploy(
     ] = False,
     constrain: Annotated[
         bool,
-        typer.Option(
-            "--constrain", help="Constrain answers by evaluate.structured_outputs, unless a request sets a form."
-        ),
+        typer.Option("--constrain", help="Constrain answers by evaluate.structured_outputs: texts or calls."),
     ] = False,
     engine: TestedOn = None,
     untested: Untested = None,

@@ -66,6 +66,12 @@ def serve(
             help="Without tenants: do not add the trained system prompt to requests without a system message.",
         ),
     ] = False,
+    constrain: Annotated[
+        bool,
+        typer.Option(
+            "--constrain", help="Without tenants: constrain the adapters' answers by evaluate.structured_outputs."
+        ),
+    ] = False,
     engine: Annotated[
         Engine | None, typer.Option(help="Inference engine.", show_default="serve.engine in the config")
     ] = None,
@@ -96,6 +102,7 @@ def serve(
         auth=not no_auth,
         engine=kind,
         system_prompts=not no_system_prompt,
+        constrain=constrain,
     )
 
     run.report_review_status(run.folder)

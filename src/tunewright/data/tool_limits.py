@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 MAX_DEPTH = 32
@@ -29,16 +29,15 @@ class ArgumentsError(ValueError):
 
 def require_depth(value: Any) -> None:
     """Raise a SchemaLimitError for JSON values nested deeper than any schema in its limit needs."""
-    layer, depth = [value], 0
-    while layer:
-        depth += 1
-        if depth > 4 * MAX_DEPTH:
-            raise SchemaLimitError(f"nested more than {4 * MAX_DEPTH} levels deep")
-        layer = [inner for each in layer for inner in inner_values(each)]
+    if any(depth > 4 * MAX_DEPTH for _, depth in nested_values(value)):
+        raise SchemaLimitError(f"nested more than {4 * MAX_DEPTH} levels deep")
 
 
-def inner_values(value: Any) -> Sequence[Any]:
-    """Return the values of a JSON object or list."""
-    if isinstance(value, Mapping):
-        return list(value.values())
-    return value if isinstance(value, list) else ()
+def nested_values(value: Any) -> Iterator[tuple[Any, int]]:
+    """Yield a JSON value and all values in it, each with its depth, from 1."""
+    left = [(value, 1)]
+    while left:
+        each, depth = left.pop()
+        yield each, depth
+        inner = each.values() if isinstance(each, Mapping) else each if isinstance(each, list) else ()
+        left += [(one, depth + 1) for one in inner]

@@ -22,7 +22,7 @@ from jsonschema.validators import extend
 from referencing import Registry
 
 from tunewright.core.io import canonical_json
-from tunewright.data.tool_limits import MAX_DEPTH, ArgumentsError, DeclarationError, SchemaLimitError, inner_values
+from tunewright.data.tool_limits import MAX_DEPTH, ArgumentsError, DeclarationError, SchemaLimitError, nested_values
 
 MAX_VALUES = 10_000
 """Schemas and listed values of one function, with references followed."""
@@ -37,11 +37,7 @@ _Pointer = tuple[str, ...]
 
 
 def _count(value: Any) -> int:
-    count, left = 0, [value]
-    while left:
-        count += 1
-        left += inner_values(left.pop())
-    return count
+    return sum(1 for _ in nested_values(value))
 
 
 @dataclass(frozen=True)

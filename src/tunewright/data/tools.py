@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from tunewright.core.io import canonical_json
+from tunewright.core.strict_json import parse_json
 from tunewright.core.unicode import normalize
 from tunewright.data.tool_limits import ArgumentsError, DeclarationError, Path, SchemaLimitError, require_depth
 
@@ -143,31 +143,6 @@ def canonical_arguments(value: Any) -> tuple[str, dict[str, Any]]:
         return canonical_json(found), found
     except (ValueError, TypeError) as error:  # an infinite number, or a table's value without a JSON form
         raise ArgumentsError(str(error)) from None
-
-
-def parse_json(text: str) -> Any:
-    """Return the value of a JSON text.
-
-    Raises:
-        ValueError: not JSON, a duplicate key, NaN or Infinity, a number of too many digits, or nested too deep.
-    """
-    try:
-        return json.loads(text, object_pairs_hook=_without_doubles, parse_constant=_refuse_constant)
-    except RecursionError:
-        raise ValueError("nested too deep") from None
-
-
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f'duplicate key "{key}"')
-        found[key] = value
-    return found
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _in_nfc(value: Any) -> Any:

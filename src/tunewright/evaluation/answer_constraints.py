@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 from tunewright.chat import ChatFormat
 from tunewright.chat.answers import answer_length, grammar_compiler
-from tunewright.chat.call_grammar import call_grammar
+from tunewright.chat.call_grammar import CallGrammars, call_grammar
 from tunewright.chat.tool_calls import declared_functions
 from tunewright.config.project import ProjectFolder
 from tunewright.data.examples import Example, Message
@@ -17,18 +15,6 @@ from tunewright.generation.constraints import Constraint, Grammar, GrammarCompil
 
 _MOST = 512
 """Compiled grammars that are kept."""
-
-
-@dataclass(frozen=True)
-class CallGrammars:
-    """The grammar of function calls of each row, made from the functions that it declares."""
-
-    choice: Literal["auto", "required"]
-
-    @property
-    def rule(self) -> str:
-        """Name the grammars, for digests: the functions are part of the prompt."""
-        return f"function calls: {self.choice}"
 
 
 def grammar_of(project: ProjectFolder) -> Grammar | CallGrammars | None:

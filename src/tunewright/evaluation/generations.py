@@ -17,6 +17,7 @@ from accelerate.utils.memory import clear_device_cache
 from tunewright.adapters.registry import Adapter
 from tunewright.chat import ChatFormat
 from tunewright.chat.answers import answer_text, stop_strings
+from tunewright.chat.call_grammar import CallGrammars
 from tunewright.config import Quantization
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
@@ -25,7 +26,7 @@ from tunewright.core.progress import Reporter
 from tunewright.data.examples import Message
 from tunewright.engines.choice import EMBEDDED, AnswerEngine, answer_engine
 from tunewright.engines.vllm.answers import VllmAnswers
-from tunewright.evaluation.answer_constraints import AnswerConstraints, CallGrammars, grammar_of
+from tunewright.evaluation.answer_constraints import AnswerConstraints, grammar_of
 from tunewright.evaluation.answer_journal import ENGINE, VLLM, Answer, Decoding, appending, read_answers
 from tunewright.evaluation.eta import Countdown
 from tunewright.evidence.common import EngineUsed

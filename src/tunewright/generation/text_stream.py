@@ -71,7 +71,13 @@ class StopFilter:
         self._stops = stops
         self._longest = max(map(len, stops), default=0)
         self._held = ""
-        self.stopped = False
+        self.stop: str | None = None
+        """The stop string that has ended the text."""
+
+    @property
+    def stopped(self) -> bool:
+        """True if a stop string has ended the text."""
+        return self.stop is not None
 
     def push(self, text: str) -> str:
         """Return the text that is certain to belong to the answer."""
@@ -80,9 +86,9 @@ class StopFilter:
         for end in range(before + 1, len(self._held) + 1):
             hits = [stop for stop in self._stops if self._held.endswith(stop, 0, end)]
             if hits:
-                self.stopped = True
+                self.stop = max(hits, key=len)
                 self._held = self._held[:end]
-                return self._release(end - len(max(hits, key=len)))
+                return self._release(end - len(self.stop))
         held_back = next(
             length
             for length in range(min(len(self._held), self._longest), -1, -1)
@@ -112,6 +118,11 @@ class TextStream:
     def stopped(self) -> bool:
         """True if a stop string has ended the answer."""
         return self._filter.stopped
+
+    @property
+    def stop(self) -> str | None:
+        """The stop string that has ended the answer."""
+        return self._filter.stop
 
     def push(self, token: int) -> str:
         """Return the text to send after this token."""

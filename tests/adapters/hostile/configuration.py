@@ -96,7 +96,7 @@ def a_layer_that_the_base_does_not_have(at: Path) -> Path:
     return _config(at, layers_to_transform=[0, 99])
 
 
-@hostile("the key 'r' is repeated")
+@hostile('duplicate key "r"')
 def a_key_given_twice(at: Path) -> Path:
     return _raw_config(at, json.dumps(lora_config())[:-1].encode() + b', "r": 512}')
 

@@ -1,25 +1,29 @@
 """Functions and structured output with published SDKs and frameworks with their defaults: only the base URL changes.
 
-Structured output and required calls come from the embedded engine, whose random weights obey the schemas. Where the
-model chooses to call, a scripted model does: this is about what the clients send and read back.
+Structured output and required calls come from the embedded engine or vLLM, whose random weights obey the schemas. Where
+the model chooses to call, a scripted model does: this is about what the clients send and read back.
 `make test-clients` makes their environments; without them these tests skip.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import shutil
 import sys
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from client_scripts import PYTHON, ROOT, needs_node, needs_python, node, python, run
+from engine_kinds import vllm_engine
 from scripted_engine import ScriptedEngine
 from served_model import MODELS, STOPS, build_model, running_engine
 
+from small_models import write_adapter, write_terse_base
 from tool_families import family
 from tunewright.chat.answers import grammar_compiler
 from tunewright.config import GatewayConfig
@@ -49,9 +53,9 @@ class CallingEngine(ScriptedEngine):
             yield Delta((token,), "stop" if place == len(ids) else None)
 
 
-def server(engine: Engine) -> Any:
+def server(engine: Engine, models: Mapping[str, str | None] = MODELS) -> Any:
     tokenization = Tokenization(CHAT.prompt, CHAT.continuation, CHAT.text, grammar_compiler(CHAT), (), CHAT)
-    return serving(Gateway(engine, AnonymousAuth(MODELS), tokenization, LIMITS).app)
+    return serving(Gateway(engine, AnonymousAuth(models), tokenization, LIMITS).app)
 
 
 def terse_model() -> Any:
@@ -66,12 +70,28 @@ def terse_model() -> Any:
     return model
 
 
-@pytest.fixture(scope="module")
-def urls() -> Iterator[tuple[str, str]]:
-    """The embedded engine, and one that calls."""
+@contextmanager
+def obedient(kind: str, base: Path, folder: Path) -> Iterator[str]:
+    """The address of a server whose answers obey a schema and then end."""
+    if kind == "embedded":
+        with running_engine(terse_model()) as embedded, server(embedded) as url:
+            yield url
+        return
+    terse = write_terse_base(base, folder / "base", context=2048)
+    digest, adapter = write_adapter(terse, folder / "adapter", seed=1)
+    with vllm_engine(terse) as engine:
+        asyncio.run(engine.load(digest, adapter))
+        with server(engine, {"base": None, MODEL: digest}) as url:
+            yield url
+
+
+@pytest.fixture(scope="module", params=["embedded", pytest.param("vllm", marks=pytest.mark.vllm)])
+def urls(
+    request: pytest.FixtureRequest, small_base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, str]]:
+    """The addresses of an engine that obeys schemas, and of one that calls."""
     with (
-        running_engine(terse_model()) as embedded,
-        server(embedded) as url,
+        obedient(request.param, small_base, tmp_path_factory.mktemp("terse")) as url,
         server(CallingEngine(context=100_000)) as calling,
     ):
         yield f"{url}/v1", f"{calling}/v1"
@@ -88,14 +108,16 @@ def test_documented_curl_commands_print_answers(urls: tuple[str, str], tmp_path:
         script = tmp_path / f"{number}.sh"
         script.write_text(here, encoding="utf-8")
         printed.append(run(["sh"], script))
-    whole, stream, schema, call, response = printed
+    whole, stream, schema, call, response, anthropic = printed
     message = json.loads(whole)["choices"][0]["message"]
     chunks = [json.loads(line.removeprefix("data: ")) for line in stream.split("\n\n") if line.startswith("data: {")]
     assert "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks) == message["content"]
     assert stream.endswith("data: [DONE]\n\n")
     (called,) = json.loads(call)["choices"][0]["message"]["tool_calls"]
     (item,) = json.loads(response)["output"]
-    assert called["function"]["name"] == item["name"] == "set_level"
+    (block,) = json.loads(anthropic)["content"]
+    assert called["function"]["name"] == item["name"] == block["name"] == "set_level"
+    assert block["input"]["level"] in ("federal", "state", "municipal")
     for answer in (
         json.loads(schema)["choices"][0]["message"]["content"],
         called["function"]["arguments"],

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import sys
 from collections.abc import Iterator
@@ -14,23 +15,42 @@ from typing import Any
 import httpx
 import pytest
 from client_scripts import NODE, PYTHON, ROOT, needs_node, needs_python, node, python, run
-from served_model import MODELS, build_model, expected_answer, running_server
+from engine_kinds import vllm_engine
+from served_model import MODELS, build_model, expected_answer, running_server, texts
 
+from small_models import write_adapter, write_printable_base
 from tunewright.config import GatewayConfig
+from tunewright.serving.gateway.app import Gateway
+from tunewright.serving.gateway.auth import AnonymousAuth
+from tunewright.serving.gateway.server import serving
 
 MODEL, QUESTION = "courts", "Which court is this?"
 ANSWER_TOKENS = 24
 """The tiny base would fill the context; clients that ask for more, as LangChain's 256, get this many."""
 
 
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    model = build_model()
-    # Some SDKs raise where an answer does not end by itself.
-    stop = expected_answer(model, MODELS[MODEL], QUESTION, ANSWER_TOKENS)[12:15]
-    limits = GatewayConfig(max_completion_tokens=ANSWER_TOKENS, max_prompt_tokens=1000)
-    with running_server(model, stops=[stop], limits=limits) as address:
-        yield f"{address}/v1"
+LIMITS = GatewayConfig(max_completion_tokens=ANSWER_TOKENS, max_prompt_tokens=1000)
+
+
+@pytest.fixture(scope="module", params=["embedded", pytest.param("vllm", marks=pytest.mark.vllm)])
+def url(request: pytest.FixtureRequest, small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server whose answer to the question ends at a stop string: some SDKs raise at a limit."""
+    if request.param == "embedded":
+        model = build_model()
+        stop = expected_answer(model, MODELS[MODEL], QUESTION, ANSWER_TOKENS)[12:15]
+        with running_server(model, stops=[stop], limits=LIMITS) as address:
+            yield f"{address}/v1"
+        return
+    folder = tmp_path_factory.mktemp("vllm")
+    base = write_printable_base(small_base, folder / "base", context=2048)
+    digest, adapter = write_adapter(base, folder / "adapter", seed=1)
+    auth = AnonymousAuth({name: own and digest for name, own in MODELS.items()})
+    with vllm_engine(base) as engine:
+        asyncio.run(engine.load(digest, adapter))
+        with serving(Gateway(engine, auth, texts(), LIMITS).app) as endless:
+            stop = chat(f"{endless}/v1", ("user", QUESTION))[0][12:15]
+        with serving(Gateway(engine, auth, texts([stop]), LIMITS).app) as address:
+            yield f"{address}/v1"
 
 
 def chat(url: str, *turns: tuple[str, str]) -> tuple[str, dict[str, int]]:
@@ -55,22 +75,24 @@ def examples() -> Iterator[Any]:
         section = heading or section
         if language:
             needs = needs_python if language == "python" else needs_node
-            yield pytest.param(language, code, id=section, marks=needs)
+            own = "from anthropic" in code  # in this environment, too
+            yield pytest.param("here" if own else language, code, id=section, marks=() if own else needs)
 
 
 @pytest.mark.parametrize(("language", "code"), list(examples()))
-def test_documented_example_prints_the_answer(url: str, language: str, code: str) -> None:
+def test_documented_example_prints_the_answer(url: str, language: str, code: str, tmp_path: Path) -> None:
+    base = "http://127.0.0.1:8000"
     for written, here in (
-        ("http://127.0.0.1:8000/v1", url),
+        (base, url.removesuffix("/v1")) if language == "here" else (f"{base}/v1", url),
         ("legal-citations-4402f7ff19bf", MODEL),
         ("Ravenna Municipal Court, Ohio", QUESTION),
     ):
         assert written in code
         code = code.replace(written, here)
-    folder = NODE if language == "js" else ROOT / "build" / "clients" / language
-    script = folder / f"example.{'py' if language == 'python' else 'mjs'}"
+    interpreter = {"js": Path("node"), "python": PYTHON, "here": Path(sys.executable)}[language]
+    script = NODE / "example.mjs" if language == "js" else tmp_path / "example.py"
     script.write_text(code, encoding="utf-8")
-    printed = run([PYTHON if language == "python" else "node"], script).splitlines()
+    printed = run([interpreter], script).splitlines()
     assert printed and set(printed) == {chat(url, ("user", QUESTION))[0]}
 
 
@@ -175,7 +197,7 @@ def test_pydantic_ai_works_with_its_defaults(url: str) -> None:
     got = python("pydantic_ai_client.py", url, MODEL, QUESTION)
     answer, usage = chat(url, ("user", QUESTION))
     assert [got["run"], got["stream"], *got["at once"]] == [answer] * 5
-    assert got["pieces"] > 2
+    assert got["pieces"]
     assert got["usage"] == got["stream usage"] == [usage["prompt_tokens"], usage["completion_tokens"]]
     assert got["history"] == chat(url, ("user", QUESTION), ("assistant", answer), ("user", "And?"))[0]
     # It sends two system turns.

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-import pytest
-from tenant_server import SHIP, Running, Stored, ask, until
+import json
+from typing import Any
 
+import jsonschema
+import openai
+import pytest
+from served_model import TOKENIZER, build_model, running_engine
+from tenant_server import SHIP, Running, Stored, ask, until
+from tool_server import DECLARED, QUESTION, TOOLS, WEATHER, Saying, client_of
+
+from tool_families import family
+from tunewright.chat.call_grammar import CallGrammars, call_grammar
+from tunewright.chat.tool_calls import declared_functions
+from tunewright.evaluation.answer_constraints import AnswerConstraints
 from tunewright.generation.constraints import Grammar
+from tunewright.serving.gateway.auth import AnonymousAuth
 from tunewright.serving.tenants import Candidate, State
 
 pytest_plugins = ["two_tenants"]
 
 COURTS = Grammar.choices(["Ala.", "Fla."]).rule
 STATES = Grammar.choices(["Ohio", "Utah"]).rule
+
+CHAT = family("hermes-chatml")
+MODELS = {"texts": "one", "auto": "one", "required": "one", "free": "one"}
+RULES = {"texts": COURTS, "auto": CallGrammars("auto").rule, "required": CallGrammars("required").rule}
 
 
 def _live(server: Running, number: int) -> None:
@@ -75,3 +91,88 @@ def test_candidate_has_its_own_constraint_and_keeps_it_when_promoted(
     _live(server, 4)
     assert ask(client, "courts")[0] in {"Ohio", "Utah"}
     assert state.verify().faults == ()
+
+
+def test_release_of_calls_follows_the_state_and_leaves_requests_without_functions_free(
+    server: Running, state: State, two_tenants: dict[str, str], adapters: dict[str, Stored]
+) -> None:
+    before = _free(server, two_tenants)
+    state.releases.deploy("courts", "one", adapters["one"].digest, SHIP, grammar=RULES["required"])
+    _live(server, 2)
+    assert ask(server.client(two_tenants["acme"]), "courts")[0] == before
+    said = "calls are constrained to the functions of each request (required)"
+    assert any(said in each for each in server.reported.messages)
+    assert state.releases.live()["courts"].grammar == RULES["required"]
+
+
+JSON_FORM = {"response_format": {"type": "json_object"}}
+AUTO, REQUIRED = CallGrammars("auto"), CallGrammars("required")
+Expected = CallGrammars | dict[str, Any] | Grammar | None
+"""Evaluation's own grammars, or the options of a grammar of calls."""
+
+
+def _grammar(expected: Expected) -> Grammar | None:
+    if isinstance(expected, CallGrammars):
+        constraint = AnswerConstraints(CHAT, expected).of_row(DECLARED)
+        assert constraint is not None
+        return constraint.grammar
+    if isinstance(expected, dict):
+        return call_grammar(CHAT, declared_functions([DECLARED]), **expected)
+    return expected
+
+
+@pytest.mark.parametrize(
+    ("model", "request_fields", "expected"),
+    [
+        ("auto", {}, None),
+        ("auto", {"tools": TOOLS}, AUTO),
+        ("auto", {"tools": TOOLS, "tool_choice": "none"}, None),
+        ("auto", {"tools": TOOLS, "tool_choice": "required"}, REQUIRED),
+        ("required", {}, None),
+        ("required", {"tools": TOOLS}, REQUIRED),
+        ("required", {"tools": TOOLS, "tool_choice": "auto"}, REQUIRED),
+        ("required", {"tools": TOOLS, "tool_choice": "none"}, None),
+        ("required", {"tools": TOOLS, "parallel_tool_calls": False}, {"choice": "required", "parallel": False}),
+        ("required", {"tools": TOOLS} | JSON_FORM, {"text": Grammar.json_schema({"type": "object"})}),
+        ("texts", {"tools": TOOLS}, {"text": Grammar(COURTS)}),
+        ("texts", {"tools": TOOLS, "tool_choice": "none"}, Grammar(COURTS)),
+        ("texts", {"tools": TOOLS, "tool_choice": "required"}, REQUIRED),
+        ("free", {"tools": TOOLS}, None),
+    ],
+)
+def test_release_constrains_answers_to_functions_as_evaluation_did(
+    model: str, request_fields: dict[str, Any], expected: Expected
+) -> None:
+    engine = Saying((65,))
+    with client_of(engine, CHAT, AnonymousAuth(MODELS, grammars=RULES)) as client:
+        client.chat.completions.create(model=model, messages=QUESTION, **request_fields)
+        client.completions.create(model=model, prompt="Oslo")
+    (chat, _), (text, _) = engine.asked
+    assert (chat.constraint and chat.constraint.grammar) == _grammar(expected)
+    assert (text.constraint and text.constraint.grammar) == (Grammar(COURTS) if model == "texts" else None)
+
+
+def test_answers_to_functions_are_calls_or_texts_of_the_release() -> None:
+    how: Any = {"messages": QUESTION, "tools": TOOLS, "max_tokens": 100, "temperature": 2}
+    how["parallel_tool_calls"] = False
+    how |= {"logit_bias": {str(TOKENIZER.convert_tokens_to_ids(space)): -50 for space in "ĠĊčĉ"}}
+    answers: dict[str, set[str]] = {"texts": set(), "required": set()}
+    with (
+        running_engine(build_model()) as engine,
+        client_of(engine, CHAT, AnonymousAuth(MODELS, grammars=RULES)) as client,
+    ):
+        for model, found in answers.items():
+            for seed in range(6):
+                (choice,) = client.chat.completions.create(model=model, seed=seed, **how).choices
+                calls: Any = choice.message.tool_calls or ()
+                for call in calls:
+                    if call.function.name == "weather" and choice.finish_reason == "tool_calls":
+                        jsonschema.validate(json.loads(call.function.arguments), WEATHER["parameters"])
+                found.add("call" if calls else choice.message.content or "")
+        with pytest.raises(openai.BadRequestError, match="recursive") as caught:
+            nested: Any = {"type": "object", "properties": {"x": {"$ref": "#"}}}
+            tree: Any = [{"type": "function", "function": {"name": "f", "parameters": nested}}]
+            client.chat.completions.create(model="required", **how | {"tools": tree})
+    assert caught.value.param == "tools.0.function.parameters"
+    assert answers["required"] == {"call"}
+    assert "call" in answers["texts"] and answers["texts"] <= {"call", "Ala.", "Fla."}

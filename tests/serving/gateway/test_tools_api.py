@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import jsonschema
@@ -13,79 +12,22 @@ import pydantic
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from scripted_engine import LIMITS, MODELS, ScriptedEngine
 from served_model import TOKENIZER, build_model, running_engine
+from tool_server import ASKED, CALL, CLOCK, QUESTION, TOOLS, WEATHER, Saying, answer_ids, client_of
 
 from hypothesis_settings import examples
 from tool_families import FAMILIES as ALL_FAMILIES
 from tool_families import arguments, family
-from tunewright.chat import ChatFormat
-from tunewright.chat.answers import grammar_compiler
 from tunewright.config import DataConfig
 from tunewright.data.examples import Message, ToolCall, call_id
 from tunewright.data.readers.validate import example_from_object
-from tunewright.data.tools import read_tools
-from tunewright.engines.protocol import Delta, Engine
-from tunewright.generation.requests import Finish, Request
-from tunewright.serving.gateway.app import Gateway
-from tunewright.serving.gateway.auth import AnonymousAuth
 from tunewright.serving.gateway.errors import ApiError
 from tunewright.serving.gateway.parsing import parse_request
-from tunewright.serving.gateway.preprocess import Tokenization
 from tunewright.serving.gateway.responses_api import ResponsesRequest
 from tunewright.serving.gateway.schemas import ChatRequest
-from tunewright.serving.gateway.server import serving
 
-WEATHER: dict[str, Any] = {
-    "name": "weather",
-    "description": "Return the weather.",
-    "parameters": {
-        "type": "object",
-        "properties": {"city": {"enum": ["Oslo", "Rome"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
-        "required": ["city", "days"],
-        "additionalProperties": False,
-    },
-}
-CLOCK: dict[str, Any] = {"name": "clock"}
-TOOLS: list[Any] = [{"type": "function", "function": function} for function in (WEATHER, CLOCK)]
 FLAT: list[Any] = [{"type": "function", "strict": None, **function} for function in (WEATHER, CLOCK)]
-DECLARED = Message("tools", read_tools(TOOLS).text)
-QUESTION: list[Any] = [{"role": "user", "content": "How is it there?"}]
-ASKED = [DECLARED, Message("user", "How is it there?")]
-CALL = ToolCall("weather", '{"city":"Oslo","days":2}', call_id(0))
 FAMILIES = ["hermes-chatml", "qwen2_5", "llama3_1", "mistral-v7"]
-
-
-class Saying(ScriptedEngine):
-    """Says given tokens one by one."""
-
-    def __init__(self, ids: tuple[int, ...], finish: Finish = "stop") -> None:
-        super().__init__()
-        self.ids = ids
-        self.finish = finish
-
-    async def deltas(self, request: Request) -> AsyncGenerator[Delta, None]:
-        for place, token in enumerate(self.ids, 1):
-            yield Delta((token,), self.finish if place == len(self.ids) else None)
-
-
-def answer_ids(chat: ChatFormat, turn: Message) -> tuple[int, ...]:
-    """Return the ids of a turn as a trained model would write it, without the end token."""
-    prompt, ids = chat.prompt(ASKED), chat.encode([*ASKED, turn]).ids
-    assert ids[: len(prompt)] == prompt
-    answer = ids[len(prompt) :]
-    return answer[: next(place for place, token in enumerate(answer) if token in chat.stop_ids)]
-
-
-@contextmanager
-def client_of(engine: Engine, chat: ChatFormat, models: Any = MODELS) -> Iterator[openai.OpenAI]:
-    tokenization = Tokenization(chat.prompt, chat.continuation, chat.text, grammar_compiler(chat), (), chat)
-    with (
-        serving(Gateway(engine, AnonymousAuth(models), tokenization, LIMITS).app) as url,
-        openai.DefaultHttpxClient(trust_env=False) as http,
-        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, http_client=http) as client,
-    ):
-        yield client
 
 
 def spoken(message: Any) -> tuple[str, list[tuple[str, Any]]]:
@@ -277,8 +219,7 @@ def test_conversation_with_results_is_rendered_as_in_training_whatever_the_ids()
 @pytest.fixture(scope="module")
 def embedded() -> Iterator[openai.OpenAI]:
     """The embedded engine, whose random weights call functions where a grammar makes them."""
-    models = {"base": None, "courts": "one"}
-    with running_engine(build_model()) as engine, client_of(engine, family("hermes-chatml"), models) as client:
+    with running_engine(build_model()) as engine, client_of(engine, family("hermes-chatml")) as client:
         yield client
 
 
@@ -404,6 +345,8 @@ def test_response_has_the_calls_as_items_and_its_events_join_to_them(content: st
         ({"input": [{"type": "function_call", "call_id": "a", "name": "clock"}]}, "input.0.arguments"),
         ({"input": [{"type": "item_reference", "id": "a"}]}, "input.0.type"),
         ({"tools": [{"type": "web_search"}]}, "tools.0.name"),
+        ({"tools": [{"type": "function", "name": "f", "parameters": {"type": 3}}]}, "tools.0"),
+        ({"text": {"format": {"type": "json_schema", "name": "a b", "schema": {}}}}, "text.format.schema"),
         ({"tool_choice": "any"}, "tool_choice"),
     ],
 )

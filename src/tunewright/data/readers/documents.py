@@ -14,11 +14,12 @@ import jmespath
 from jmespath.exceptions import JMESPathError
 
 from tunewright.core.errors import UserError
+from tunewright.core.strict_json import repeated_key
 from tunewright.data.readers.encodings import invalid_byte_positions
 from tunewright.data.readers.json_rows import RawRow, numbers_note
 from tunewright.data.readers.mapping import PARENT, Parent, compile_jmespath, require_groups_found, search_jmespath
 from tunewright.data.readers.row_errors import CODES, JsonPath
-from tunewright.data.readers.validate import RowError, repeated_key, row_object
+from tunewright.data.readers.validate import RowError, row_object
 
 _WHERE = "data.rows (--rows)"
 _TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[{}]|NaN|-?Infinity', re.DOTALL)

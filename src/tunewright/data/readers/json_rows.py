@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from tunewright.core.errors import UserError
+from tunewright.core.strict_json import ConstantError, DuplicateKeyError, strict_decoder
 from tunewright.data.readers.encodings import escaped
 from tunewright.data.readers.mapping import Parent
 from tunewright.data.readers.row_errors import JsonPath
-from tunewright.data.readers.validate import RowError, json_decoder, parse_json_row, row_object
+from tunewright.data.readers.validate import RowError, parse_json_row, row_object, strict_fault
 
 
 class RawRow(NamedTuple):
@@ -166,10 +167,13 @@ class _Cursor:
 
     def _decode(self) -> tuple[dict[str, Any] | RowError, int]:
         try:
-            value, end = json_decoder.raw_decode(self.buffer, self.at)
+            value, end = strict_decoder.raw_decode(self.buffer, self.at)
+        except (DuplicateKeyError, ConstantError) as error:
+            return strict_fault(error), _PLAIN.raw_decode(self.buffer, self.at)[1]
+        try:
             return row_object(value), end
         except RowError as fault:
-            return fault, _PLAIN.raw_decode(self.buffer, self.at)[1]
+            return fault, end
 
     def _is_cut(self, error: json.JSONDecodeError) -> bool:
         """Return whether the error may come from the end of the buffer."""

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from tunewright.core.io import canonical_json
+from tunewright.core.strict_json import parse_json
 from tunewright.data.examples import call_id
 from tunewright.data.readers.row_errors import JsonPath, RowError, place
-from tunewright.data.tools import parse_json
 
 
 @dataclass(frozen=True)

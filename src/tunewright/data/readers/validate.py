@@ -12,6 +12,7 @@ from decimal import Decimal
 from typing import Any, Literal
 
 from tunewright.config import DataConfig
+from tunewright.core.strict_json import ConstantError, DuplicateKeyError, strict_decoder
 from tunewright.core.unicode import mark_fault, normalize
 from tunewright.data.examples import ROLES, Example, Message
 from tunewright.data.readers.calls import check_order, checked_calls, declared_tools, linked
@@ -22,7 +23,7 @@ from tunewright.data.readers.schemas import ROW_SHAPES, Conversation, parse_conv
 from tunewright.data.readers.turns import Declared, Turn
 from tunewright.data.tools import Toolset
 
-__all__ = ["RowError", "example_from_object", "example_from_turns", "groups_of", "json_decoder", "parse_json_row"]
+__all__ = ["RowError", "example_from_object", "example_from_turns", "groups_of", "parse_json_row"]
 
 
 def parse_json_row(line: bytes | str) -> dict[str, Any]:
@@ -37,7 +38,7 @@ def parse_json_row(line: bytes | str) -> dict[str, Any]:
         text = line.decode() if isinstance(line, bytes) else line
         if not text.isascii():
             text.encode("utf-8", "surrogateescape").decode()
-        row = json_decoder.decode(text)
+        row = strict_decoder.decode(text)
     except UnicodeError as error:
         where = (
             f": {error.reason} at byte {error.start + 1} of the line" if isinstance(error, UnicodeDecodeError) else ""
@@ -47,8 +48,8 @@ def parse_json_row(line: bytes | str) -> dict[str, Any]:
         raise RowError("E102", f"not JSON: {error.msg.removesuffix(' at')} at character {error.colno}") from None
     except RecursionError:
         raise RowError("E106", "nested too deep") from None
-    except RowError:
-        raise
+    except (DuplicateKeyError, ConstantError) as error:
+        raise strict_fault(error) from None
     except ValueError as error:  # a whole number of more digits than Python reads
         raise RowError("E102", f"unreadable JSON: {error}") from None
     return row_object(row)
@@ -65,25 +66,9 @@ def row_object(value: Any) -> dict[str, Any]:
     return value
 
 
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        raise RowError("E104", f'duplicate key "{repeated_key(pairs)}"')
-    return row
-
-
-def repeated_key(pairs: Iterable[tuple[str, Any]]) -> str:
-    """Return the first key that a later pair repeats. One of them must."""
-    counts = Counter(key for key, _ in pairs)
-    return next(key for key, count in counts.items() if count > 1)
-
-
-def _refuse_constant(name: str) -> None:
-    raise RowError("E105", f"{name} is not JSON")
-
-
-json_decoder = json.JSONDecoder(object_pairs_hook=_without_doubles, parse_constant=_refuse_constant)
-"""Raises RowError for duplicate keys, NaN and Infinity."""
+def strict_fault(error: DuplicateKeyError | ConstantError) -> RowError:
+    """Return the error as a fault of a row."""
+    return RowError("E104" if isinstance(error, DuplicateKeyError) else "E105", str(error))
 
 
 def example_from_object(row: Mapping[str, Any], data: DataConfig) -> Example:

@@ -18,6 +18,7 @@ from tunewright.engines.protocol import Engine, EngineStoppedError, RequestFaile
 from tunewright.serving.gateway.admission import AdmissionQueue
 from tunewright.serving.gateway.auth import Auth, Principal, model_not_found
 from tunewright.serving.gateway.errors import ApiError
+from tunewright.serving.gateway.messages_api import MessagesFormat, MessagesRequest, error_document
 from tunewright.serving.gateway.metrics import Metrics, ServerState
 from tunewright.serving.gateway.parsing import parse_request
 from tunewright.serving.gateway.preprocess import RequestPreprocessor, Tokenization
@@ -37,10 +38,12 @@ from tunewright.serving.gateway.streaming import (
 )
 from tunewright.serving.tenants import StateUnavailableError
 
+_MESSAGES = "/v1/messages"
 ROUTES = (
     "POST /v1/chat/completions",
     "POST /v1/completions",
     "POST /v1/responses",
+    f"POST {_MESSAGES}",
     "GET /v1/models",
     "GET /v1/models/NAME",
     "GET /ready",
@@ -111,6 +114,7 @@ class Gateway:
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/completions", self._completions, methods=["POST"]),
             Route("/v1/responses", self._responses, methods=["POST"]),
+            Route(_MESSAGES, self._messages, methods=["POST"]),
             Route("/v1/embeddings", _no_embeddings, methods=["POST"]),
         ]
         error_handlers: dict[Any, Any] = {
@@ -173,10 +177,16 @@ class Gateway:
     async def _responses(self, http: HttpRequest) -> Response:
         return await self._answer(http, _parse_responses)
 
+    async def _messages(self, http: HttpRequest) -> Response:
+        return await self._answer(http, _parse_messages)
+
     async def _authenticate(self, http: HttpRequest) -> Principal:
-        authorization = http.headers.getlist("authorization")
+        # Anthropic's clients send their key as x-api-key.
+        keys = (f"Bearer {key}" for key in http.headers.getlist("x-api-key"))
+        authorization = [*http.headers.getlist("authorization"), *keys]
         if len(authorization) > 1:  # a proxy may have checked another one
-            raise ApiError("Several Authorization headers: send one.", code="duplicate_authorization")
+            message = "Several Authorization or x-api-key headers: send one of them, once."
+            raise ApiError(message, code="duplicate_authorization")
         return await self._auth.authenticate(authorization[0] if authorization else None)
 
     async def _answer(self, http: HttpRequest, parse: Parse) -> Response:
@@ -306,6 +316,11 @@ def _parse_responses(raw: bytes) -> tuple[RequestBody, ResponseFormat]:
     return body.as_chat(), ResponsesFormat(body)
 
 
+def _parse_messages(raw: bytes) -> tuple[RequestBody, ResponseFormat]:
+    body = parse_request(MessagesRequest, raw)
+    return body.as_chat(), MessagesFormat(body)
+
+
 async def _no_embeddings(_http: HttpRequest) -> Response:
     message = (
         "This server generates text and has no embeddings. Serve an embedding model on another server, for example "
@@ -331,12 +346,16 @@ def _as_response(error: AnyError) -> ApiError:
     return as_api_error(error)
 
 
-async def _error_response(_http: HttpRequest, error: AnyError) -> Response:
+async def _error_response(http: HttpRequest, error: AnyError) -> Response:
     response = _as_response(error)
-    return JSONResponse(response.body, response.status, headers=response.headers)
+    return JSONResponse(_error_body(http, response), response.status, headers=response.headers)
+
+
+def _error_body(http: HttpRequest, error: ApiError) -> dict[str, Any]:
+    return error_document(error) if http.url.path.startswith(_MESSAGES) else error.body
 
 
 async def _unknown_route(http: HttpRequest, error: HTTPException) -> Response:
     message = f"{http.method} {http.url.path}: {error.detail}. Routes: {', '.join(ROUTES)}."
     response = ApiError(message, status=error.status_code, code="unknown_route")
-    return JSONResponse(response.body, error.status_code, headers=error.headers)
+    return JSONResponse(_error_body(http, response), error.status_code, headers=error.headers)

@@ -16,7 +16,7 @@ from tunewright.core.progress import Reporter
 from tunewright.models.bases import Base
 from tunewright.serving.engines.start import EngineSpec, start_engine
 from tunewright.serving.gateway.app import Gateway
-from tunewright.serving.gateway.auth import AnonymousAuth, ServedAdapter
+from tunewright.serving.gateway.auth import AnonymousAuth, ServedAdapter, constraint_text
 from tunewright.serving.gateway.metrics import exposed
 from tunewright.serving.gateway.preprocess import Tokenization
 from tunewright.serving.gateway.server import require_free, serve, serving
@@ -87,7 +87,10 @@ class Service:
             for name, prompt in prompts.items():
                 prompt.report(name, reporter)
             added = {name: prompt.text for name, prompt in prompts.items() if prompt.text is not None}
-            self._auth = AnonymousAuth({base.spec: None, **digests}, added)
+            grammars = {name: adapter.grammar for name, adapter in adapters.items() if adapter.grammar is not None}
+            for name, grammar in grammars.items():
+                reporter.say(f"{name}: {constraint_text(grammar)}")
+            self._auth = AnonymousAuth({base.spec: None, **digests}, added, grammars)
         tokenization = Tokenization(
             chat.prompt, chat.continuation, chat.text, grammar_compiler(chat), stop_strings(config, chat), chat
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from tunewright.adapters.system_prompt import SystemPrompt
+from tunewright.chat.call_grammar import CallGrammars
 from tunewright.serving.gateway.errors import ApiError
 from tunewright.serving.gateway.schemas import RequestBody
 from tunewright.serving.tenants.quota import RequestUsage
@@ -20,6 +21,16 @@ class ServedAdapter:
 
     folder: Path
     system_prompt: SystemPrompt
+    grammar: str | None = None
+    """Without tenants, the rule that constrains answers; None: any. With tenants, each release has its own."""
+
+
+def constraint_text(grammar: str) -> str:
+    """Return what a rule constrains, in words."""
+    calls = CallGrammars.from_rule(grammar)
+    if calls is None:
+        return "requests that set no form get constrained answers"
+    return f"calls are constrained to the functions of each request ({calls.choice})"
 
 
 @dataclass(frozen=True)
@@ -38,7 +49,7 @@ class Target:
     shadow_system_prompt: str | None = None
     """The same for the shadow."""
     grammar: str | None = None
-    """The rule that constrains answers to requests that set no form; None: any text."""
+    """The rule that constrains answers, text or calls; None: any."""
     shadow_grammar: str | None = None
     """The same for the shadow."""
 
@@ -65,7 +76,7 @@ class Shadow:
         acquire: keeps the adapter loaded until ``release``; returns False if it is not loaded any more.
         release: to be called once after each ``acquire`` that returned True.
         record: stores the live answer, with the shadow's answer or the reason why it has none.
-        grammar: the rule that constrains answers to requests that set no form; None: any text.
+        grammar: the rule that constrains answers; None: any.
     """
 
     digest: str
@@ -184,6 +195,7 @@ class AnonymousAuth:
     Args:
         models: digests of adapters (None: the base) by model name.
         system_prompts: the system messages added to requests without one, by model name.
+        grammars: the rules that constrain answers, by model name.
     """
 
     reports_load = True
@@ -191,9 +203,15 @@ class AnonymousAuth:
     name = "everybody"
     max_tokens = None
 
-    def __init__(self, models: Mapping[str, str | None], system_prompts: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        models: Mapping[str, str | None],
+        system_prompts: Mapping[str, str] | None = None,
+        grammars: Mapping[str, str] | None = None,
+    ) -> None:
         self._models = dict(models)
         self.system_prompts = dict(system_prompts or {})
+        self._grammars = dict(grammars or {})
 
     @property
     def names(self) -> list[str]:
@@ -223,7 +241,8 @@ class AnonymousAuth:
     def target(self, body: RequestBody) -> Target:
         if body.model not in self._models:
             raise model_not_found(body.model, self)
-        return Target(body.model, self._models[body.model], system_prompt=self.system_prompts.get(body.model))
+        prompt, grammar = self.system_prompts.get(body.model), self._grammars.get(body.model)
+        return Target(body.model, self._models[body.model], system_prompt=prompt, grammar=grammar)
 
     async def admit(self, target: Target, tokens: int, end_user: str | None) -> Admission:  # noqa: ARG002 - no quota
         return Admission(settle=lambda _usage: None)

@@ -58,16 +58,28 @@ def parse_request(kind: type[R], body: bytes) -> R:
         raise _refusal(error) from error
 
 
-def as_request(kind: type[R], fields: Mapping[str, Any]) -> R:
-    """Return a request with these fields, of which some are checked only now.
+def as_request(kind: type[R], fields: Mapping[str, Any], names: Mapping[str, str]) -> R:
+    """Return the request that another one stands for; some of its fields are checked only now.
+
+    Args:
+        kind: the request's.
+        fields: its fields.
+        names: fields of the other request, by the beginning of their name in this one. Its tools have no ``function``.
 
     Raises:
-        ApiError: 400, naming the fields at fault.
+        ApiError: 400, naming the fields at fault as in the other request.
     """
     try:
         return kind.model_validate(fields)
-    except ValidationError as error:
-        raise _refusal(error) from error
+    except ValidationError as invalid:
+        error = _refusal(invalid)
+    except ApiError as refusal:
+        error = refusal
+    param = error.param or ""
+    other = next((other for name, other in names.items() if param.startswith(name)), param.replace(".function", ""))
+    if other == param:
+        raise error
+    raise ApiError(error.message.replace(param, other), param=other, code=error.code) from error
 
 
 def _refusal(error: ValidationError) -> ApiError:

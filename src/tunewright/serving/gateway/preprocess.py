@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from tunewright.chat import ChatFormat
-from tunewright.chat.call_grammar import call_grammar
+from tunewright.chat.call_grammar import CallGrammars, call_grammar
 from tunewright.chat.tool_calls import declared_functions
 from tunewright.config import GatewayConfig
 from tunewright.core.errors import UserError
@@ -114,30 +114,30 @@ class RequestPreprocessor:
         """Return the compiled form of the answer, text or calls; None: any.
 
         Args:
-            grammar: the release's rule, for requests that set no form and declare no functions to call.
+            grammar: the release's rule. A text's form is that of requests that set none; calls are constrained in
+                requests that declare functions.
             tenant: on whose account it waits for the compiler.
 
         Raises:
             ApiError: 400, the form is not valid, not supported, or too complex.
         """
         form = body.form
+        if form is None and grammar is not None and CallGrammars.from_rule(grammar) is None:
+            form = "model", Grammar(grammar)
         # Alone first: a fault of the text's form has its own name.
         constraint = None if form is None else await self._grammars.constraint(form, tenant)
-        may_call = isinstance(body, ChatRequest) and body.may_call
-        if isinstance(body, ChatRequest) and body.constrains_calls:
-            return await self._grammars.constraint(self._calls(body), tenant)
-        if form is None and grammar is not None and not may_call:
-            return await self._grammars.constraint(("model", Grammar(grammar)), tenant)
+        if isinstance(body, ChatRequest) and body.may_call and (body.constrains_calls or grammar is not None):
+            return await self._grammars.constraint(self._calls(body, _choice(body, grammar), form), tenant)
         return constraint
 
-    def _calls(self, body: ChatRequest) -> Form:
+    def _calls(self, body: ChatRequest, choice: str, form: Form | None) -> Form:
         for number, tool in enumerate(body.tools or ()):
             require_schema(tool.function.parameters or {}, body.parameters_param.format(number))
         functions, parallel = declared_functions(body.conversation), body.parallel_tool_calls is not False
         assert self._tokenization.chat is not None, "require_supported() was called before"
         try:
-            text = None if body.form is None else body.form[1]
-            return "tools", call_grammar(self._tokenization.chat, functions, body.chosen, parallel=parallel, text=text)
+            text = None if form is None else form[1]
+            return "tools", call_grammar(self._tokenization.chat, functions, choice, parallel=parallel, text=text)
         except UserError as error:
             raise ApiError(f"{error.what}.", param="tool_choice", code="invalid_value") from error
 
@@ -223,7 +223,7 @@ class RequestPreprocessor:
         calls = None
         if isinstance(body, ChatRequest) and body.may_call:
             assert self._tokenization.chat is not None, "require_supported() was called before"
-            calls = CallReader(self._tokenization.chat, calls_only=body.chosen != "auto")
+            calls = CallReader(self._tokenization.chat, calls_only=_choice(body, target.grammar) != "auto")
         template_stops = self._tokenization.stops if isinstance(body, ChatRequest) else ()
         return GenerationRequest(
             body,
@@ -255,6 +255,12 @@ class RequestPreprocessor:
                 messages.insert(messages[0].role == "tools", Message("system", system_prompt))
             return [self._tokenization.render(messages)]
         return [self._tokenization.continuation(text) for text in body.texts]
+
+
+def _choice(body: ChatRequest, grammar: str | None) -> str:
+    """Return the request's choice of functions; the release's if the request leaves the form of the answer open."""
+    calls = None if grammar is None else CallGrammars.from_rule(grammar)
+    return calls.choice if calls is not None and body.chosen == "auto" and body.form is None else body.chosen
 
 
 def _no_tools(chat: ChatFormat | None) -> str | None:

@@ -16,7 +16,7 @@ from tunewright.adapters.system_prompt import SystemPrompt
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.engines.protocol import AdapterFailedError
-from tunewright.serving.gateway.auth import Released, ServedAdapter
+from tunewright.serving.gateway.auth import Released, ServedAdapter, constraint_text
 from tunewright.serving.tenants import Release, State
 from tunewright.serving.tenants.async_state import AsyncState
 
@@ -200,7 +200,7 @@ class ReleaseRouter:
             adapters.append((candidate.adapter, *candidate.answer))
         for adapter, digest, added, grammar in adapters:
             if grammar is not None:
-                self._reporter.say(f"{release.alias}, {adapter}: requests that set no form get constrained answers")
+                self._reporter.say(f"{release.alias}, {adapter}: {constraint_text(grammar)}")
             prompt = self._loaded[digest]
             if added:
                 prompt.report(f"{release.alias}, {adapter}", self._reporter)

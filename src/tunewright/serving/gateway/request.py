@@ -228,6 +228,11 @@ class GenerationRequest:
         return () if self._reader is None else self._reader.calls
 
     @property
+    def stop(self) -> str | None:
+        """The request's own stop string that ended the answer; None: it ended otherwise."""
+        return self._stream.stop if self._stream.stop in (self.body.stop or ()) else None
+
+    @property
     def recorded(self) -> str:
         """The whole answer as one text: one line of JSON for each call."""
         return as_turn(self.text, self.calls).text
@@ -249,7 +254,7 @@ class GenerationRequest:
     def _named(self, failure: RequestFailedError | EngineStoppedError) -> Failure:
         """Return the failure; an answer's constraint that turned out too complex is the client's fault."""
         if isinstance(failure, ConstraintFailedError):
-            param, _ = self.body.form or ("tools", None)
+            param, _ = self.body.form or ("model" if self._reader is None else "tools", None)
             return ApiError(f"{param} is too complex: {failure}.", param=param, code="constraint_too_complex")
         return failure
 

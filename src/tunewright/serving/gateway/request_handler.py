@@ -123,7 +123,7 @@ class RequestHandler:
         """Return a complete answer."""
         request = self.requests[index]
         scored = None if request.scored is None else tuple(request.scored)
-        return Answer(request.text, finish, scored, request.calls)
+        return Answer(request.text, finish, scored, request.calls, request.stop)
 
     async def answers(self) -> tuple[list[Answer], Usage]:
         """Return each choice's answer, and the usage of all."""

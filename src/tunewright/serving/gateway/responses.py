@@ -20,12 +20,18 @@ Document = dict[str, Any]
 
 @dataclass(frozen=True)
 class Answer:
-    """One complete answer; ``scored`` is None if the request does not ask for log probabilities."""
+    """One complete answer.
+
+    Args:
+        scored: None if the request does not ask for log probabilities.
+        stop: the request's stop string that ended it.
+    """
 
     text: str
     finish: Finish
     scored: tuple[ScoredToken, ...] | None = None
     calls: tuple[Call, ...] = ()
+    stop: str | None = None
 
 
 class ResponseFormat(Protocol):
@@ -38,8 +44,8 @@ class ResponseFormat(Protocol):
     def response(self, answers: Sequence[Answer], usage: Usage) -> Document:
         """Return the complete response: a choice for each answer."""
 
-    def first_chunks(self) -> list[Document]:
-        """Return the chunks that a stream begins with."""
+    def first_chunks(self, usage: Usage) -> list[Document]:
+        """Return the chunks that a stream begins with; the usage has the prompt's tokens alone."""
 
     def text_chunk(self, index: int, chunk: TextChunk) -> list[Document]:
         """Return the chunks with some text of a choice."""
@@ -115,7 +121,7 @@ class ChatCompletionResponse(_OpenAIResponse):
         ]
         return self._document(choices, usage=usage.as_dict())
 
-    def first_chunks(self) -> list[Document]:
+    def first_chunks(self, usage: Usage) -> list[Document]:  # noqa: ARG002 - it comes last
         """Return a chunk with the role for each choice."""
         return [self._chunk(index, {"role": "assistant", "content": ""}) for index in range(self.body.choices)]
 
@@ -174,7 +180,7 @@ class CompletionResponse(_OpenAIResponse):
         choices = [_choice(index, each.text, each.finish, each.scored) for index, each in enumerate(answers)]
         return self._document(choices, usage=usage.as_dict())
 
-    def first_chunks(self) -> list[Document]:
+    def first_chunks(self, usage: Usage) -> list[Document]:  # noqa: ARG002 - it comes last
         """Return no chunks."""
         return []
 

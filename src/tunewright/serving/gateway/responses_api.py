@@ -6,7 +6,6 @@ A request is answered as the chat request with the same messages: the same promp
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from itertools import count
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -20,17 +19,13 @@ from tunewright.serving.gateway.responses import Answer, Document, new_id, now
 from tunewright.serving.gateway.schemas import (
     ANSWER_NEUTRAL,
     ChatRequest,
-    Label,
-    ServiceTier,
+    RequestFields,
     Usage,
     as_system,
     no_image,
     refuse_mark_runs,
 )
-from tunewright.serving.gateway.structured import Form
 from tunewright.serving.gateway.tools import FunctionDeclaration, is_object
-
-SCHEMA_PARAM = "text.format.schema"
 
 
 class InputText(Part):
@@ -94,12 +89,7 @@ class ResponsesChatRequest(ChatRequest):
 
     prompt_param: ClassVar[str] = "input"
     parameters_param: ClassVar[str] = "tools.{}.parameters"
-
-    @cached_property
-    def form(self) -> Form | None:
-        """See :class:`ChatRequest`."""
-        form = super().form
-        return form and (SCHEMA_PARAM, form[1])
+    form_param: ClassVar[str | None] = "text.format.schema"
 
 
 class FunctionCallItem(Part):
@@ -148,32 +138,18 @@ class ResponsesTool(FunctionDeclaration):
     type: Literal["function"]
 
 
-class ResponsesRequest(Part):
+class ResponsesRequest(RequestFields):
     """The body of ``POST /v1/responses``."""
 
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        **ANSWER_NEUTRAL,
-        "truncation": ("disabled",),
-    }
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {**ANSWER_NEUTRAL, "truncation": ("disabled",)}
 
-    model: str
     input: Annotated[list[InputItem], Field(min_length=1), BeforeValidator(_one_message)]
     tools: list[ResponsesTool] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    stream: bool | None = None
     text: TextOptions | None = None
-    user: Label | None = None
-    safety_identifier: Label | None = None
-    metadata: dict[str, str] | None = None
-    store: bool | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
-    service_tier: ServiceTier | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -201,8 +177,7 @@ class ResponsesRequest(Part):
         messages = _chat_messages(self.input)
         if self.instructions is not None:
             messages.insert(0, {"role": "system", "content": self.instructions})
-        same = ("model", "temperature", "top_p", "stream", "user", "safety_identifier", "metadata", "service_tier")
-        fields = {name: getattr(self, name) for name in (*same, "parallel_tool_calls")}
+        fields = {name: getattr(self, name) for name in (*RequestFields.model_fields, "parallel_tool_calls")}
         if self.text and self.text.format:
             fields["response_format"] = self.text.format.response_format
         if self.tools:
@@ -213,13 +188,8 @@ class ResponsesRequest(Part):
             name = {key: value for key, value in choice.items() if key != "type"}
             choice = {"type": choice.get("type"), "function": name}
         limit = {"max_completion_tokens": self.max_output_tokens, "tool_choice": choice}
-        try:
-            return as_request(ResponsesChatRequest, {**fields, **limit, "messages": messages})
-        except ApiError as error:
-            if error.param is None or not error.param.startswith("messages"):
-                raise
-            message = error.message.replace(error.param, "input")
-            raise ApiError(message, param="input", code=error.code) from error
+        names = {"messages": "input", "response_format.json_schema": "text.format.schema"}
+        return as_request(ResponsesChatRequest, {**fields, **limit, "messages": messages}, names)
 
 
 def _chat_messages(items: Sequence[InputMessage | FunctionCallItem | FunctionOutputItem]) -> list[dict[str, Any]]:
@@ -266,7 +236,7 @@ class ResponsesFormat:
         self.finish_chunks(0, answer)
         return self._document(usage)
 
-    def first_chunks(self) -> list[Document]:
+    def first_chunks(self, usage: Usage) -> list[Document]:  # noqa: ARG002 - it comes last
         """Return the events that begin the response."""
         return [
             self._event("response.created", response=self._document(None)),

@@ -140,8 +140,9 @@ Label = Annotated[str, Field(max_length=512, pattern=r"^[^\x00-\x1f\x7f]*$")]
 
 ServiceTier = Literal["auto", "default", "flex", "priority", "scale"]
 
-StopString = Annotated[str, Field(min_length=1, max_length=1000)]
-
+Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
+TopP = Annotated[float, Field(gt=0, le=1)]
+StopStrings = Annotated[list[Annotated[str, Field(min_length=1, max_length=1000)]], Field(max_length=4)]
 
 MAX_BIASES = 300
 MAX_TOP_LOGPROBS = 20
@@ -154,8 +155,8 @@ def _one_stop(stop: Any) -> Any:
     return [stop] if isinstance(stop, str) else stop
 
 
-class _BaseRequest(Part):
-    """The fields of both routes.
+class RequestFields(Part):
+    """The fields of all routes: model, stream, sampling and labels.
 
     One default differs from OpenAI's: the temperature is 0, since a domain model should give its best answer unless
     variety is requested. So ``top_p`` without a temperature has no effect, and is refused.
@@ -165,23 +166,8 @@ class _BaseRequest(Part):
 
     model: str
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Annotated[list[StopString] | None, Field(max_length=4), BeforeValidator(_one_stop)] = None
-    n: Annotated[int, Field(ge=1)] | None = None
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    logit_bias: (
-        Annotated[dict[Annotated[str, Field(pattern=r"^\d{1,7}$")], Bias], Field(max_length=MAX_BIASES)] | None
-    ) = None
-    response_format: AnswerFormat | None = None
-    structured_outputs: StructuredOutputs | None = None
-    guided_json: Schema | None = None
-    guided_regex: Annotated[str, Field(min_length=1)] | None = None
-    guided_choice: Choices | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
     # Labels, and hints for OpenAI's storage and cache: no answer depends on them.
     user: Label | None = None
     safety_identifier: Label | None = None
@@ -199,6 +185,28 @@ class _BaseRequest(Part):
             raise ApiError(message, param="top_p", code="invalid_value")
         return self
 
+
+class _CompletionFields(RequestFields):
+    """The further fields of chat completions and completions."""
+
+    form_param: ClassVar[str | None] = None  # of a route where one field alone sets the form of the answer
+
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Annotated[StopStrings | None, BeforeValidator(_one_stop)] = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: (
+        Annotated[dict[Annotated[str, Field(pattern=r"^\d{1,7}$")], Bias], Field(max_length=MAX_BIASES)] | None
+    ) = None
+    response_format: AnswerFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | None = None
+    guided_regex: Annotated[str, Field(min_length=1)] | None = None
+    guided_choice: Choices | None = None
+
     @model_validator(mode="after")
     def _valid_form(self) -> Self:
         self.form  # noqa: B018 - it raises
@@ -212,7 +220,8 @@ class _BaseRequest(Part):
             ApiError: 400, there are several forms, or one is not valid or over a limit.
         """
         guided = {"json": self.guided_json, "regex": self.guided_regex, "choice": self.guided_choice}
-        return one_form(self.response_format, self.structured_outputs, guided)
+        form = one_form(self.response_format, self.structured_outputs, guided)
+        return form and (self.form_param or form[0], form[1])
 
     @property
     def choices(self) -> int:
@@ -235,7 +244,7 @@ class _BaseRequest(Part):
         return self.stream_options is not None and self.stream_options.include_usage is True
 
 
-class ChatRequest(_BaseRequest):
+class ChatRequest(_CompletionFields):
     """The body of ``POST /v1/chat/completions``."""
 
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = ANSWER_NEUTRAL | _CHAT_NEUTRAL
@@ -338,7 +347,7 @@ def _prompts(prompt: Any) -> Any:
     return [prompt] if isinstance(prompt, str) else prompt
 
 
-class CompletionRequest(_BaseRequest):
+class CompletionRequest(_CompletionFields):
     """The body of ``POST /v1/completions``: texts to continue, without the chat template."""
 
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = ANSWER_NEUTRAL | _COMPLETION_NEUTRAL

@@ -109,7 +109,7 @@ async def sse_events(
 
     Events available at the same moment are yielded together, since sending costs more than encoding.
     """
-    documents = response_format.first_chunks()
+    documents = response_format.first_chunks(handler.usage(0))
     unfinished, tokens = len(handler.requests), 0
     try:
         item: tuple[int, TextChunk] | None = first
@@ -132,7 +132,7 @@ async def sse_events(
 
 
 def _sse(document: dict[str, Any]) -> str:
-    """Return an event; one with a type (of the responses route) is also named by it."""
+    """Return an event; one with a type (of responses and messages) is also named by it."""
     name = f"event: {document['type']}\n" if "type" in document else ""
     return f"{name}data: {_ENCODER.encode(document)}\n\n"
 

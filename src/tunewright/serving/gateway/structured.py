@@ -17,6 +17,7 @@ from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from tunewright.core.errors import UserError
+from tunewright.data.tool_limits import nested_values
 from tunewright.generation.constraints import Constraint, Grammar
 from tunewright.serving.gateway.admission import AdmissionQueue
 from tunewright.serving.gateway.errors import ApiError
@@ -154,23 +155,13 @@ def require_schema(schema: dict[str, Any], param: str) -> None:
 
 
 def _require_size(value: Any, param: str) -> None:
-    if any(depth > MAX_DEPTH for _, depth in _nodes(value)):
+    if any(depth > MAX_DEPTH for _, depth in nested_values(value)):
         message = f"{param} is nested too deeply (limit {MAX_DEPTH} levels)."
         raise ApiError(message, param=param, code="schema_too_large")
     size = len(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
     if size > MAX_BYTES:
         message = f"{param} is too large: {size:,} bytes (limit {MAX_BYTES:,})."
         raise ApiError(message, param=param, code="schema_too_large")
-
-
-def _nodes(value: Any) -> Iterator[tuple[Any, int]]:
-    """Yield a JSON value and all values in it, each with its depth."""
-    stack = [(value, 1)]
-    while stack:
-        node, depth = stack.pop()
-        yield node, depth
-        inner = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
-        stack += [(each, depth + 1) for each in inner]
 
 
 def _recursion(schema: dict[str, Any]) -> str | None:
@@ -190,7 +181,7 @@ def _recursion(schema: dict[str, Any]) -> str | None:
 
 
 def _references(node: Any) -> set[str]:
-    references = {each.get("$ref") for each, _ in _nodes(node) if isinstance(each, dict)}
+    references = {each.get("$ref") for each, _ in nested_values(node) if isinstance(each, dict)}
     return {reference for reference in references if isinstance(reference, str)}
 
 

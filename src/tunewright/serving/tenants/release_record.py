@@ -192,7 +192,7 @@ class Candidate:
     system_prompt: bool = True
     """True if its trained system prompt is added to requests without one."""
     grammar: str | None = None
-    """The rule that its answers match if their request sets no form; None: any text."""
+    """The rule that constrains its answers, text or calls; None: any."""
 
     @property
     def answer(self) -> Answer:
@@ -229,7 +229,7 @@ class Release:
     system_prompt: bool = True
     """True if the adapter's trained system prompt is added to requests without one."""
     grammar: str | None = None
-    """The rule that answers match if their request sets no form; None: any text."""
+    """The rule that constrains answers, text or calls; None: any."""
 
     @property
     def undeployed(self) -> bool:

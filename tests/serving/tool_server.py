@@ -1,0 +1,78 @@
+"""Functions, answers that call them, and servers whose base has a form for them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import openai
+from scripted_engine import LIMITS, MODELS, ScriptedEngine
+
+from tunewright.chat import ChatFormat
+from tunewright.chat.answers import grammar_compiler
+from tunewright.data.examples import Message, ToolCall, call_id
+from tunewright.data.tools import read_tools
+from tunewright.engines.protocol import Delta, Engine
+from tunewright.generation.requests import Finish, Request
+from tunewright.serving.gateway.app import Gateway
+from tunewright.serving.gateway.auth import AnonymousAuth, Auth
+from tunewright.serving.gateway.preprocess import Tokenization
+from tunewright.serving.gateway.server import serving
+
+WEATHER: dict[str, Any] = {
+    "name": "weather",
+    "description": "Return the weather.",
+    "parameters": {
+        "type": "object",
+        "properties": {"city": {"enum": ["Oslo", "Rome"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
+        "required": ["city", "days"],
+        "additionalProperties": False,
+    },
+}
+CLOCK: dict[str, Any] = {"name": "clock"}
+TOOLS: list[Any] = [{"type": "function", "function": function} for function in (WEATHER, CLOCK)]
+DECLARED = Message("tools", read_tools(TOOLS).text)
+QUESTION: list[Any] = [{"role": "user", "content": "How is it there?"}]
+ASKED = [DECLARED, Message("user", "How is it there?")]
+CALL = ToolCall("weather", '{"city":"Oslo","days":2}', call_id(0))
+
+
+class Saying(ScriptedEngine):
+    """Says given tokens one by one."""
+
+    def __init__(self, ids: tuple[int, ...], finish: Finish = "stop") -> None:
+        super().__init__()
+        self.ids = ids
+        self.finish = finish
+
+    async def deltas(self, request: Request) -> AsyncGenerator[Delta, None]:
+        for place, token in enumerate(self.ids, 1):
+            yield Delta((token,), self.finish if place == len(self.ids) else None)
+
+
+def answer_ids(chat: ChatFormat, turn: Message) -> tuple[int, ...]:
+    """Return the ids of a turn as a trained model would write it, without the end token."""
+    prompt, ids = chat.prompt(ASKED), chat.encode([*ASKED, turn]).ids
+    assert ids[: len(prompt)] == prompt
+    answer = ids[len(prompt) :]
+    return answer[: next(place for place, token in enumerate(answer) if token in chat.stop_ids)]
+
+
+@contextmanager
+def tool_server(engine: Engine, chat: ChatFormat, auth: Auth | None = None) -> Iterator[str]:
+    """Yield the address of a server with this engine on a base with this format."""
+    tokenization = Tokenization(chat.prompt, chat.continuation, chat.text, grammar_compiler(chat), (), chat)
+    with serving(Gateway(engine, auth or AnonymousAuth(MODELS), tokenization, LIMITS).app) as url:
+        yield url
+
+
+@contextmanager
+def client_of(engine: Engine, chat: ChatFormat, auth: Auth | None = None) -> Iterator[openai.OpenAI]:
+    """Yield OpenAI's client of such a server."""
+    with (
+        tool_server(engine, chat, auth) as url,
+        openai.DefaultHttpxClient(trust_env=False) as http,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, http_client=http) as client,
+    ):
+        yield client
