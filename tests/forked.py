@@ -71,6 +71,7 @@ class Command:
     def wait(self) -> Ended:
         """Wait for its end."""
         codes = [self.server.answer() for _ in self.pids]
+        self.server.running = None
         return Ended(codes[0], (self.folder / "stdout").read_text(encoding="utf-8"), self.stderr)
 
 
@@ -81,12 +82,15 @@ class Server:
         self.folder = folder
         self.preload = preload
         self.count = 0
+        self.running: Command | None = None
+        """The command that is not yet waited for."""
         self.process = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             encoding="utf-8",
-            env=os.environ | ({"LD_PRELOAD": str(preload)} if preload else {}),
+            # A backtrace needs memory: a library in Rust that has none for it never ends.
+            env=os.environ | {"RUST_BACKTRACE": "0"} | ({"LD_PRELOAD": str(preload)} if preload else {}),
         )
 
     def start(
@@ -112,6 +116,10 @@ class Server:
             memory: bytes that it may take in addition to those of its start.
             warming: later commands find in memory the modules that this one imports.
         """
+        if self.running is not None:  # a test that failed has left it
+            with suppress(ProcessLookupError):
+                self.running.send(signal.SIGKILL)
+            self.running.wait()
         self.count += 1
         folder = self.folder / f"command-{self.count}"
         folder.mkdir(parents=True)
@@ -131,7 +139,8 @@ class Server:
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
-        return Command(self, [self.answer() for _ in range(processes)], folder)
+        self.running = Command(self, [self.answer() for _ in range(processes)], folder)
+        return self.running
 
     def run(
         self,

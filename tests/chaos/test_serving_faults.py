@@ -86,7 +86,7 @@ def alive(command: Command) -> bool:
     try:
         with open(f"/proc/{command.pids[0]}/stat") as file:  # noqa: PTH123
             return file.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # it may end between the opening and the reading
         return False
 
 
