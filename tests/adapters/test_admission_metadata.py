@@ -85,7 +85,7 @@ def test_import_refuses_an_invalid_lineage(
     ("file", "line", "words"),
     [
         ("metrics.jsonl", b'{"step": "one"}\n', "metrics.jsonl:1: Not a line of metrics"),
-        ("metrics.jsonl", b'{"step": NaN}\n', "NaN is not a JSON number"),
+        ("metrics.jsonl", b'{"step": NaN}\n', "NaN is not JSON"),
         ("replay.jsonl", b'{"messages": [{"role": "root", "content": ""}]}\n', "replay.jsonl:1: Not a conversation"),
     ],
 )
