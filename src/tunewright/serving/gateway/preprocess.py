@@ -73,9 +73,9 @@ class RequestPreprocessor:
         self._grammars = GrammarCache(tokenization.grammars.compile)
         self._no_tools = _no_tools(tokenization.chat)
         self.body_bytes = limits.max_body_bytes or _BYTES_PER_TOKEN * context + _SPARE_BYTES
-        # Tokenizing a long prompt takes half a second, which would block all streams in the event loop. One thread
-        # only, since
-        # tokenizers are not thread-safe; its queue is fair, so that no tenant waits for all of another's prompts.
+        # Tokenizing a long prompt takes half a second, which would block all streams in the event loop. There is one
+        # thread, since tokenizers are not thread-safe; its queue is fair, so that no tenant waits for all of another's
+        # prompts.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tunewright-tokenizer")
         self._queue = AdmissionQueue(1)
         # Prompts arrive one by one: handing one to the tokenizer's own threads costs more than it saves.
