@@ -7,12 +7,13 @@ import json
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from stages import HANG_S, Stages
 
 from forked import Command, Fault
 from tunewright.serving.tenants import State
+from tunewright.serving.tenants.database import Database
 from tunewright.serving.tenants.usage import UsageLine
 
 pytestmark = pytest.mark.chaos
@@ -284,38 +286,58 @@ def test_usage_is_exact_after_the_disk_refused_writes_for_a_while(
 
 
 _REOPENED = """
-import ctypes, sys
+import ctypes, gc, sqlite3, sys
 from tunewright.serving.tenants import StateUnavailableError
 from tunewright.serving.tenants.database import Database
 
-folder, create, fail, erofs, soon, never = sys.argv[1], *map(int, sys.argv[2:])
+folder, kind, action, number, when = sys.argv[1], *map(int, sys.argv[2:])
+gc.disable()  # the collector would close connections that nothing refers to
 faults = ctypes.CDLL(None)
+
+def arm(when):
+    faults.faults_arm(f"{folder}-counts".encode(), folder.encode(), kind, action, ctypes.c_long(when), number, 0, 0)
+
+def write():
+    try:
+        with database.writing() as connection:
+            connection.exec_driver_sql("UPDATE tunewright_schema SET version = version")
+        print("written")
+    except StateUnavailableError as error:
+        print(error)
+
 database = Database(f"sqlite:///{folder}/state.sqlite")
-with database.reading() as first:
-    first.exec_driver_sql("SELECT 1")
-    for when in (soon, never):
-        moment = ctypes.c_long(when)
-        faults.faults_arm(b"/dev/shm/counts", folder.encode(), create, fail, moment, erofs, ctypes.c_long(99), 0)
-        try:
-            with database.writing() as second:
-                second.exec_driver_sql("UPDATE tunewright_schema SET version = version")
-            print("written")
-        except StateUnavailableError as error:
-            print(error)
+if when > 1:
+    database.close()
+    arm(when)
+with database.reading() as reader:
+    reader.exec_driver_sql("SELECT * FROM tunewright_schema")
+    if when == 1:
+        arm(when)
+    write()
+arm(10**9)
+write()
+write()
 """
 
 
-def test_database_is_opened_for_writing_again_after_the_disk_was_read_only(library: Path, tmp_path: Path) -> None:
-    numbers = map(str, (int(Kind.CREATE), int(Action.FAIL), errno.EROFS, 1, 10**9))
-    ended = subprocess.run(
-        [sys.executable, "-c", _REOPENED.replace("/dev/shm/counts", f"{tmp_path}-counts"), str(tmp_path), *numbers],
-        env=os.environ | {"LD_PRELOAD": str(library)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+# Opened at the third creation, the index of the write-ahead log is read-only for all connections.
+@pytest.mark.parametrize("when", [1, 3], ids=["one connection", "the log's index"])
+def test_database_is_written_again_after_the_disk_was_read_only(when: int, library: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "state"
+    folder.mkdir()
+    Database(f"sqlite:///{folder}/state.sqlite").close()
+    numbers = map(str, (int(Kind.CREATE), int(Action.FAIL), errno.EROFS, when))
+    with closing(sqlite3.connect(folder / "state.sqlite")) as other:
+        other.execute("SELECT * FROM tunewright_schema").fetchall()  # or the last connection would delete the log
+        ended = subprocess.run(
+            [sys.executable, "-c", _REOPENED, str(folder), *numbers],
+            env=os.environ | {"LD_PRELOAD": str(library)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     assert ended.returncode == 0, ended.stderr
-    refused, written = ended.stdout.splitlines()
+    refused, *_, written = ended.stdout.splitlines()
     assert "readonly database" in refused
     assert written == "written"
 

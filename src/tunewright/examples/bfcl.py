@@ -62,11 +62,12 @@ _FUNCTION_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
 
 _SECTIONS: dict[str, dict[str, Any]] = {
-    "data": {"sources": [ROWS_FILE], "group_by": ["family"]},
+    # Published questions about a database server have made-up passwords.
+    "data": {"sources": [ROWS_FILE], "group_by": ["family"], "allow": ["password"]},
     # The bundled base's own template has no form for functions.
     "chat": {"tools": "hermes"},
     # A model this small learns at a higher rate than the 7B models that the preset's 2e-4 is for.
-    "train": {"preset": "all-linear", "learning_rate": 1e-3, "epochs": 2},
+    "train": {"preset": "all-linear", "learning_rate": 1e-3, "epochs": 2, "max_length": 8192},
     "evaluate": {
         "metric": "call_ast_match",
         "extra_metrics": [

@@ -198,8 +198,9 @@ class Database:
         except DatabaseError as error:
             if self.is_sqlite:
                 # Where a file can't be opened for writing, SQLite opens it for reading, and keeps it so: the index of
-                # its write-ahead log even for all connections. The next transaction opens new connections.
-                self._engine.dispose()
+                # its write-ahead log even until the process has closed all connections. Those in use return to this
+                # pool; Engine.dispose() would make another pool and leave them open in the old one.
+                self._engine.pool.dispose()
             raise StateUnavailableError(
                 f"The serving state is unavailable: {' '.join(str(error.orig).split())}", where=self.name
             ) from error
