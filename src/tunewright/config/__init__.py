@@ -13,8 +13,9 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from tunewright.config.advise import AdviseConfig, PriceConfig
 from tunewright.config.data import DataConfig, Duplicates, Findable, MixConfig
+from tunewright.config.endpoint import EndpointConfig
 from tunewright.config.gateway import GatewayConfig
-from tunewright.config.judge import EndpointConfig, JudgeConfig, ReferenceModelConfig
+from tunewright.config.judge import JudgeConfig, ReferenceModelConfig
 from tunewright.config.metrics import Metric, MetricName, metric_name
 from tunewright.config.regressions import RegressionsConfig
 from tunewright.config.section import AnswerEngineName, EngineName, Quantization, RetrieverName, Section

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tunewright.core.io import digest
-from tunewright.evaluation.judge.replies import Reply
+from tunewright.endpoints.replies import Reply
 from tunewright.evaluation.judge.rows import Outcome
 
 Kind = Literal["correctness", "pairwise"]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
-from tunewright.evaluation.judge.endpoint import Endpoint
-from tunewright.evaluation.judge.replies import Conversation
+from tunewright.endpoints.client import Endpoint
+from tunewright.endpoints.replies import Conversation
 from tunewright.evidence.schema import Item
 
 REFERENCE_MODEL = "reference model"

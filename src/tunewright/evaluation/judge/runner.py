@@ -14,15 +14,15 @@ from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.data.examples import Message
 from tunewright.data.versions import load_version, short
+from tunewright.endpoints.budget import Budget
+from tunewright.endpoints.client import Endpoint
+from tunewright.endpoints.replies import Conversation, cost, estimated_tokens
 from tunewright.evaluation.access_log import amendable
-from tunewright.evaluation.judge.budget import JudgeBudget
 from tunewright.evaluation.judge.controls import control_cases, measured_controls, veto
-from tunewright.evaluation.judge.endpoint import Endpoint
 from tunewright.evaluation.judge.figures import judged_arm, judged_contrast, preference
 from tunewright.evaluation.judge.judge_requests import Candidate, JudgeRequests
 from tunewright.evaluation.judge.prompts import Question, Vote, prompts_digest, vote
 from tunewright.evaluation.judge.reference_answers import REFERENCE_MODEL, ReferenceAnswers, asked_answers, read_answers
-from tunewright.evaluation.judge.replies import Conversation, cost, estimated_tokens
 from tunewright.evaluation.judge.rows import CONTROLS_FILE, ROWS_FILE, ControlRow, JudgedItem
 from tunewright.evidence.common import Part
 from tunewright.evidence.judge import Control, Judgement, JudgeUsage
@@ -153,7 +153,7 @@ class Judge:
         self.treatment = self.evidence.contrasts[0].treatment
         self.control = self.evidence.contrasts[0].control
         self.cases = control_cases(self.items, self.settings.controls, project.config.seed, self.settings.criteria)
-        purse, journals = JudgeBudget(self.settings.budget), project.work / "judge"
+        purse, journals = Budget(self.settings.budget, "judge.budget"), project.work / "judge"
         self.endpoint = Endpoint(self.settings, "judge", journals, purse, reporter)
         self.other: Endpoint | None = None
         reference = self.settings.reference_model

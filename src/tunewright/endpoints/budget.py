@@ -1,4 +1,4 @@
-"""The budget of a judgement."""
+"""A budget in money for requests to endpoints."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ class OutOfBudgetError(Exception):
     """One more request might exceed the remaining budget."""
 
 
-class JudgeBudget:
+class Budget:
     """A budget that is never overdrawn: each request reserves its maximum cost before it is sent.
 
     Args:
         budget: in the prices' currency; None: no cap.
+        where: the config key that states it, for messages.
     """
 
-    def __init__(self, budget: float | None) -> None:
+    def __init__(self, budget: float | None, where: str) -> None:
         self.budget = budget
+        self.where = where
         self.spent = 0.0
         self._reserved = 0.0
         self._under_way = 0

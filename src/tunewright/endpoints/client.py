@@ -25,8 +25,8 @@ from tunewright.config import EndpointConfig
 from tunewright.core.errors import UserError
 from tunewright.core.interrupts import run_async
 from tunewright.core.progress import Reporter, Task
-from tunewright.evaluation.judge.budget import JudgeBudget, OutOfBudgetError
-from tunewright.evaluation.judge.replies import Conversation, Journal, Reply, cost, estimated_tokens
+from tunewright.endpoints.budget import Budget, OutOfBudgetError
+from tunewright.endpoints.replies import Conversation, Journal, Reply, cost, estimated_tokens
 
 LONGEST_WAIT = 600.0
 """Seconds; an endpoint that asks for a longer wait (a daily quota) ends the run, which can be resumed later."""
@@ -81,13 +81,11 @@ class Endpoint:
         config: with url and model.
         where: the config section, for messages.
         folder: folder of the reply journal.
-        purse: the budget, shared by all endpoints of a judgement.
+        purse: the budget, which several endpoints may share.
         reporter: shows progress and retries.
     """
 
-    def __init__(
-        self, config: EndpointConfig, where: str, folder: Path, purse: JudgeBudget, reporter: Reporter
-    ) -> None:
+    def __init__(self, config: EndpointConfig, where: str, folder: Path, purse: Budget, reporter: Reporter) -> None:
         self.config = config
         self.where = where
         self.journal = Journal(folder, config)
@@ -173,7 +171,7 @@ class Endpoint:
             async with self._purse.reserved(most):
                 return await self._reply(client, limiter, conversation, failure)
         except OutOfBudgetError as error:
-            raise UserError(str(error), where="judge.budget", fix=f"Raise it. {_KEPT}") from None
+            raise UserError(str(error), where=self._purse.where, fix=f"Raise it. {_KEPT}") from None
 
     async def _reply(
         self,

@@ -23,9 +23,9 @@ from scripted_judge import Server, honest, scripted, write_project
 from tunewright.config import EndpointConfig
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
-from tunewright.evaluation.judge import endpoint
-from tunewright.evaluation.judge.budget import JudgeBudget
-from tunewright.evaluation.judge.endpoint import Endpoint
+from tunewright.endpoints import client
+from tunewright.endpoints.budget import Budget
+from tunewright.endpoints.client import Endpoint
 from tunewright.evaluation.judge.rows import ROWS_FILE
 from tunewright.evidence.schema import load_evidence
 
@@ -35,7 +35,7 @@ CONVERSATIONS = [({"role": "user", "content": f"question {n}"},) for n in range(
 
 @pytest.fixture(autouse=True)
 def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint, "_FIRST_WAIT", 0.01)
+    monkeypatch.setattr(client, "_FIRST_WAIT", 0.01)
 
 
 def ask(server: Server, folder: Path, count: int = 12, **settings: Any) -> list[str]:
@@ -43,7 +43,9 @@ def ask(server: Server, folder: Path, count: int = 12, **settings: Any) -> list[
     config = EndpointConfig.model_validate({"base_url": server.url, "model": "scripted", **settings})
     return [
         r.text
-        for r in Endpoint(config, "judge", folder, JudgeBudget(None), LogReporter()).ask("t", CONVERSATIONS[:count])
+        for r in Endpoint(config, "judge", folder, Budget(None, "judge.budget"), LogReporter()).ask(
+            "t", CONVERSATIONS[:count]
+        )
     ]
 
 
@@ -263,7 +265,7 @@ def test_item_too_long_for_the_judge_is_unscored(tmp_path: Path) -> None:
         ({"base_url": "http://x/v1", "model": "m", "api_key_env": "NO_SUCH_KEY_HERE"}, "NO_SUCH_KEY_HERE is not set"),
         ({"base_url": "http://x/v1", "model": "m", "budget": 1.0}, "a budget requires price_input"),
         ({"base_url": "http://x/v1", "model": "m", "price_input": 1.0}, "set both price_input and price_output"),
-        ({"base_url": "http://x/v1", "model": "m", "parameters": {"stream": True}}, "stream is set by the judge"),
+        ({"base_url": "http://x/v1", "model": "m", "parameters": {"stream": True}}, "stream is set by tunewright"),
         ({"base_url": "http://x/v1", "model": "m", "controls": 5}, "judge.controls"),
         ({"base_url": "http://x/v1", "model": "m", "reference_model": {"model": "m"}}, "set either answers"),
         (

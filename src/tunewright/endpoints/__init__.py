@@ -1,0 +1,1 @@
+"""Models behind OpenAI-compatible endpoints: requests with limits, retries and a budget, each reply kept."""
