@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from bfcl_rows import FOLDER, items, needs_bfcl
+from command_line import tunewright
 from tunewright.core.errors import UserError
 from tunewright.examples.bfcl import CATEGORIES, NO_FUNCTION_FITS, Converted, convert
 
@@ -179,3 +180,13 @@ def test_function_is_in_one_family_only() -> None:
             families[tool["function"]["name"]].add(item.row["family"])
     assert {len(names) for names in families.values()} == {1}
     assert len({item.row["family"] for item in items()}) > 500
+
+
+@needs_bfcl
+@pytest.mark.slow  # 10 s
+def test_project_takes_all_of_its_rows(tmp_path: Path) -> None:
+    project = tmp_path / "bfcl"
+    assert tunewright("init", project, "--example", "bfcl", "--data", FOLDER).code == 0
+    added = tunewright("data", "add", project / "bfcl.jsonl", "--project", project, "--json")
+    assert added.code == 0, added.stderr
+    assert added.document["added"] == len(items())
