@@ -366,3 +366,13 @@ def test_encode_takes_an_example_with_functions_as_messages_and_as_dicts() -> No
     assert encoded == encode(chat.tokenizer, [m.as_dict() for m in messages])
     assert encoded.ids == chat.encode(messages).ids
     assert encode(chat.tokenizer, messages[1:2] + messages[-1:]).ids != encoded.ids
+
+
+def test_control_token_with_json_syntax_is_refused_for_functions_only() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ['"city"']})
+    tokenizer.chat_template = CHATML
+    chat = format_of(tokenizer, tools="hermes")
+    assert chat.encode([QUESTION, Message("assistant", 'The "city".')])
+    with pytest.raises(UserError, match="includes JSON syntax of a call or declaration: '\"city\"'"):
+        chat.encode(_answered())

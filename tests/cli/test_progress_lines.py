@@ -35,3 +35,8 @@ def test_line_task_leaves_the_first_batch_out_of_the_speed(monkeypatch: pytest.M
 
 def test_line_task_leaves_resumed_steps_out_of_the_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _lines(monkeypatch, 150, [(0, 100), (10, 10), (20, 10)]) == ["Scoring: 120/150 rows, 30 s left"]
+
+
+def test_line_task_prints_its_last_line_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = _lines(monkeypatch, 4, [(10, 4), (11, 0)])
+    assert lines == ["Scoring: 4/4 rows, 0 s left"]

@@ -10,7 +10,8 @@ rendering with the turn adds to the rendering of its prompt:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby, pairwise
@@ -281,7 +282,10 @@ class ChatFormat:
         if has_functions(messages):
             refuse_undeclared(messages)
             _ = self.tool_form
-        return self.encoder.hide(messages)
+        hidden, stand_ins = self.encoder.hide(messages)
+        if stand_ins and has_functions(messages):
+            _require_json(hidden, stand_ins.values())
+        return hidden, stand_ins
 
     def _assistant_turns(
         self, messages: Sequence[Message], hidden: Sequence[Message], stand_ins: dict[int, str]
@@ -419,6 +423,20 @@ def _answered(messages: Sequence[Message]) -> Sequence[Message]:
     if not messages or messages[-1].role != "assistant":
         raise UserError("The last turn must be the assistant's", where="messages")
     return messages
+
+
+def _require_json(hidden: Sequence[Message], found: Iterable[str]) -> None:
+    """Check that declarations and arguments are still JSON without the control tokens in their strings."""
+    try:
+        for message in hidden:
+            for text in [message.content] * (message.role == "tools") + [call.arguments for call in message.calls]:
+                json.loads(text)
+    except json.JSONDecodeError:
+        raise UserError(
+            f"A control token of the base includes JSON syntax of a call or declaration: "
+            f"{' or '.join(sorted(map(repr, found)))}",
+            fix="Functions need a base whose tokenizer has no such token.",
+        ) from None
 
 
 def _assistant_places(messages: Sequence[Message]) -> list[int]:

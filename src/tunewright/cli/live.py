@@ -258,7 +258,7 @@ class _LineTask:
         if now - self.first_at < self.burst_s:
             # Work resumed from an earlier run, or the first batch after warm-up, does not show the speed.
             self.first, self.since = self.done, now
-        finished = self.done == self.total and now - self.began > self.short_s
+        finished = steps > 0 and self.done == self.total and now - self.began > self.short_s
         if now - self.printed < self.every_s and not finished:
             return
         self.printed = now
