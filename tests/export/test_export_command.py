@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from command_line import tiny_project, tunewright
 from tiny import build_base
+from tunewright.adapters.registry import CONFIG, WEIGHTS
 from tunewright.config.project import ProjectFolder
 from tunewright.export import merge as merging
 from tunewright.export import templates
@@ -95,6 +97,26 @@ def test_merged_folder_computes_as_peft_and_its_record_is_true(project: Path) ->
     record = read_json(folder / "export.json")
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= record["files"].keys()
     assert record == {key: ran.document[key] for key in record}
+
+
+def test_merged_folder_of_an_imported_adapter_computes_as_peft(project: Path, tmp_path: Path) -> None:
+    stock, other = tmp_path / "stock", tmp_path / "other"
+    stock.mkdir()
+    shutil.copyfile(_adapter(project) / WEIGHTS, stock / WEIGHTS)
+    config = read_json(_adapter(project) / CONFIG)
+    (stock / CONFIG).write_text(json.dumps({**config, "lora_alpha": config["lora_alpha"] / 2}), encoding="utf-8")
+    shutil.copytree(project, other, ignore=shutil.ignore_patterns("adapters", "exports"))
+    options = ("--base-matches", "--unsigned", "-p", other, "--json")
+    imported = tunewright("adapters", "import", stock, *options)
+    assert imported.code == 0, imported.stderr
+    ran = tunewright("export", "merge", imported.document["adapter"], "-p", other, "--json")
+    assert ran.code == 0, ran.stderr
+    assert "bfloat16 is assumed: the adapter was not trained here" in ran.document["notes"]
+    model: Any = AutoModelForCausalLM.from_pretrained(ran.document["folder"], dtype=torch.float32)
+    base: Any = AutoModelForCausalLM.from_pretrained(project.parent / "base", dtype=torch.float32)
+    merged: Any = PeftModel.from_pretrained(base, stock).merge_and_unload()
+    for found, wanted in zip(model.parameters(), merged.parameters(), strict=True):
+        assert torch.equal(found, wanted.bfloat16().float())
 
 
 def test_export_finds_its_result_and_refuses_changed_or_foreign_folders(project: Path) -> None:

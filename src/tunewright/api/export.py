@@ -14,7 +14,7 @@ from tunewright.api.context import ProjectContext
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, write_text, writing
 from tunewright.data.examples import Message
-from tunewright.data.versions import load_version
+from tunewright.data.versions import DatasetVersion, load_version
 from tunewright.models.bases import hub_id
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class ExportApi:
         def build(folder: Path) -> BuiltArtifact:
             write_merged(folder, weights, opened.base, opened.chat, trained.system_prompt, opened.reporter)
             figures = trained.figures(observe_merged(folder, trained, opened.reporter))
-            return BuiltArtifact(figures, "16-bit", way, ways, self._system_notes(tuned))
+            return BuiltArtifact(figures, "16-bit", way, ways, self._notes(tuned))
 
         return export(target, "merged", tuned, made_of, build)
 
@@ -124,16 +124,16 @@ class ExportApi:
         from tunewright.export.merge import choose_merge_method
 
         opened = self._context
+        train = opened.folder.config.train
         environment = require_compressed(opened.base)
         tuned = self._find(adapter)
-        version = load_version(opened.folder.dataset, tuned.lineage["dataset"]["digest"])
         how = compression(
             scheme,
             environment,
             opened.base,
             opened.chat,
-            version,
-            max_length=tuned.lineage["config"]["train"]["max_length"],
+            self._version(tuned),
+            max_length=tuned.lineage.get("config", {}).get("train", {}).get("max_length", train.max_length),
             seed=opened.folder.config.seed,
         )
         target = self._target(tuned, f"compressed-{scheme}", to)
@@ -147,7 +147,7 @@ class ExportApi:
         def build(folder: Path) -> BuiltArtifact:
             write_compressed(folder, how, weights, opened.base, opened.chat, trained.system_prompt, opened.reporter)
             figures = trained.figures(observe_compressed(folder, trained, opened.reporter))
-            notes = (*how.notes, *self._system_notes(tuned))
+            notes = (*how.notes, *self._notes(tuned))
             return BuiltArtifact(figures, PRECISIONS[scheme], way, ways, notes, packages=how.packages)
 
         return export(target, "compressed", tuned, made_of, build)
@@ -355,7 +355,7 @@ class ExportApi:
                 figures = trained.figures(observe_gguf(model, trained, reporter, lora))
             except EngineFailedError as error:
                 failure = str(error)
-            notes += self._system_notes(tuned, template=merged)
+            notes += self._notes(tuned, template=merged)
             return BuiltArtifact(figures, PRECISIONS[file_type], way, ways, tuple(notes), failure)
 
         return export(target, "gguf-merged" if merged else "gguf-lora", tuned, made_of, build)
@@ -394,22 +394,32 @@ class ExportApi:
             "adapter": adapter.digest,
             "base": opened.base.digest,
             "template": opened.chat.digest,
-            "dataset": adapter.lineage["dataset"]["digest"],
+            "dataset": adapter.dataset or self._version(adapter).digest,
             **settings,
         }
+
+    def _version(self, adapter: Adapter) -> DatasetVersion:
+        """Return the version that the adapter was trained on; of a foreign adapter, whose data is unknown, the current
+        one, whose prompts serve as well to compare an artifact with the trained model."""
+        return load_version(self._context.folder.dataset, adapter.dataset)
 
     def _system_prompt(self, adapter: Adapter) -> str | None:
         """Return the adapter's trained system prompt; None if it has none or it is unknown."""
         return system_prompt(adapter, self._context.folder.dataset).text
 
-    def _system_notes(self, adapter: Adapter, *, template: bool = True) -> tuple[str, ...]:
-        """Return notes on the system prompt; ``template``: the export includes a chat template."""
+    def _notes(self, adapter: Adapter, *, template: bool = True) -> tuple[str, ...]:
+        """Return notes on precision and system prompt; ``template``: the export includes a chat template."""
+        foreign = () if "config" in adapter.lineage else ("bfloat16 is assumed: the adapter was not trained here",)
         prompt = system_prompt(adapter, self._context.folder.dataset)
-        if prompt.text is None:
-            return () if prompt.why_none is None else (f"no system prompt is written into it: {prompt.why_none}",)
-        if not template:
-            return (f"the adapter's file alone has no system prompt: send the trained one: {prompt.text}",)
-        return (f"its chat template adds the trained system prompt if there is no other: {prompt.shown}",)
+        if prompt.text is not None and template:
+            note = f"its chat template adds the trained system prompt if there is no other: {prompt.shown}"
+        elif prompt.text is not None:
+            note = f"the adapter's file alone has no system prompt: send the trained one: {prompt.text}"
+        elif prompt.why_none is not None:
+            note = f"no system prompt is written into it: {prompt.why_none}"
+        else:
+            return foreign
+        return (*foreign, note)
 
     def _trained(self, adapter: Adapter) -> TrainedModel:
         """Return the trained model on dev prompts of the version that it was trained on."""
@@ -420,7 +430,7 @@ class ExportApi:
 
         opened = self._context
         config = opened.folder.config
-        version = load_version(opened.folder.dataset, adapter.lineage["dataset"]["digest"])
+        version = self._version(adapter)
         system = self._system_prompt(adapter)
         probe = draw_probe(version, opened.chat, config, context_length(opened.base), system, opened.reporter)
         scorer = open_scorers(config.evaluate, opened.folder.root)[0]

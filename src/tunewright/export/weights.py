@@ -207,8 +207,11 @@ def dequantized(weight: Tensor) -> Tensor:
 
 
 def trained_dtype(adapter: Adapter) -> str:
-    """Return the base's dtype (over NF4, its compute dtype) in the adapter's training."""
-    return str(adapter.lineage["config"]["train"]["dtype"])
+    """Return the base's dtype (over NF4, its compute dtype) in the adapter's training.
+
+    A foreign adapter does not say it: bfloat16, the type that Llama and Mistral are published in, is assumed.
+    """
+    return str(adapter.lineage["config"]["train"]["dtype"]) if "config" in adapter.lineage else "bfloat16"
 
 
 def put_into(model: Any, names: Iterable[str], value: Callable[[str], Tensor]) -> None:
