@@ -8,7 +8,7 @@ DEMO   ?= build/demo
 # Containers set this: each command that is started would compile the package again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-whole gpu-proof soak docs docs-serve test test-all lint typecheck pytest pytest-all coverage test-chaos fuzz test-vllm test-clients test-demo test-wheel notebook audit sbom check-clean clean
+.PHONY: demo demo-whole gpu-proof soak docs docs-serve test test-all lint typecheck pytest pytest-all coverage test-chaos fuzz test-vllm engines test-clients test-demo test-wheel notebook audit sbom check-clean clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tunewright demo $(DEMO)
@@ -77,12 +77,15 @@ fuzz: $(VENV)/.installed
 	$(BIN)/pytest tests/fuzz tests/data/test_reader_fuzz.py tests/adapters/test_header.py tests/chat/test_tool_parity.py --hypothesis-profile=fuzz --durations=0
 	$(BIN)/python benchmarks/complexity.py
 
-# The environments of vLLM (2.4 GB in build/vllm) and llm-compressor (1.4 GB in build/llmcompressor), made once, then every
-# engine's tests on real vLLM, those of evaluation and of the clients, and compressed exports.
-test-vllm: $(VENV)/.installed build/clients/.installed
+# Every engine's tests on real vLLM, those of evaluation and of the clients, and compressed exports. Two workers: a vLLM
+# that starts uses one core for half a minute.
+test-vllm: engines build/clients/.installed
+	$(BIN)/pytest -n 2 --dist loadfile -m vllm tests/serving tests/cli tests/evaluation tests/export
+
+# The environments of vLLM (2.4 GB in build/vllm) and llm-compressor (1.4 GB in build/llmcompressor), made once.
+engines: $(VENV)/.installed
 	$(BIN)/tunewright engine install vllm --to build/vllm
 	$(BIN)/tunewright engine install llmcompressor --to build/llmcompressor
-	$(BIN)/pytest -m vllm tests/serving tests/cli tests/evaluation tests/export
 
 # Published SDKs and frameworks against the server: Python's in an environment of their own, npm's where there is npm.
 test-clients: $(VENV)/.installed build/clients/.installed

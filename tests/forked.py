@@ -30,6 +30,11 @@ class Ended:
     stdout: str
     stderr: str
 
+    @property
+    def had_no_memory_for_a_message(self) -> bool:
+        """True if OpenMP, oneDNN or a library in Rust ended the process, or Python could not print its error."""
+        return self.code < 0 or "lost sys.stderr" in self.stderr
+
 
 FOREVER = 2**31
 
