@@ -38,7 +38,8 @@ docs-serve: $(VENV)/.installed
 test: lint
 	@$(MAKE) --no-print-directory -j2 typecheck pytest
 
-# The slow tests too, with more examples for each property: what .ci/run calls.
+# The slow tests too, with 100 examples for each property. .ci/run asks for the 25 of `make test`: EXAMPLES=quick.
+EXAMPLES ?= all
 test-all: lint
 	@$(MAKE) --no-print-directory -j2 typecheck pytest-all
 
@@ -58,7 +59,7 @@ pytest: $(VENV)/.installed
 	$(PYTEST)
 
 pytest-all: $(VENV)/.installed build/clients/.installed
-	$(PYTEST) -m "not vllm and not chaos" --hypothesis-profile=all
+	$(PYTEST) -m "not vllm and not chaos" --hypothesis-profile=$(EXAMPLES)
 
 # The lines that the tests run, slow ones too, in build/coverage. It fails below the share that pyproject.toml states.
 # Tracing doubles the tests' time, so `make test-all` does without.

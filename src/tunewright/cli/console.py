@@ -251,6 +251,12 @@ def session(
     except KeyboardInterrupt:
         what = f"Stopped; {kept}"
         _fail(current, {"what": what, "where": None, "fix": None}, f"\n{what}.", STOPPED)
+    except BaseException as error:
+        # A panic of Rust, whose class cannot be imported, where the tokenizer gets no threads.
+        if "ThreadPoolBuildError" not in str(error):
+            raise
+        short = UserError("No threads can be started", fix="Raise the limits of memory and of processes.")
+        _fail(current, short.as_dict(), f"Error: {short}", USER_ERROR)
     finally:
         signal.signal(signal.SIGTERM, before)
 
