@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -314,7 +315,7 @@ from test_connections import APP
 from tunewright.config import GatewayConfig
 from tunewright.serving.gateway.server import serving
 
-with serving(APP, limits=GatewayConfig(header_timeout_s=600)) as url:
+with serving(APP, limits=GatewayConfig(header_timeout_s=float(sys.argv[3]))) as url:
     print(url, resource.getrlimit(resource.RLIMIT_NOFILE)[0], flush=True)
     sys.stdin.readline()
     print(len(list(Path("/proc/self/fd").iterdir())), flush=True)
@@ -322,14 +323,29 @@ with serving(APP, limits=GatewayConfig(header_timeout_s=600)) as url:
 
 
 @contextmanager
-def server_under_a_limit(soft: int, hard: int) -> Iterator[tuple[subprocess.Popen[str], str, int]]:
-    command = [sys.executable, "-c", UNDER_A_LIMIT, str(soft), str(hard)]
+def server_under_a_limit(
+    soft: int, hard: int, header_timeout_s: float = 600
+) -> Iterator[tuple[subprocess.Popen[str], str, int]]:
+    command = [sys.executable, "-c", UNDER_A_LIMIT, *map(str, (soft, hard, header_timeout_s))]
     paths = {"PYTHONPATH": ":".join([str(Path(__file__).parent), str(Path(__file__).parents[1]), *sys.path])}
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=paths) as process:
         assert process.stdout is not None
         url, limit = process.stdout.readline().split()
         yield process, url, int(limit)
+
+
+@pytest.mark.slow
+def test_request_sent_while_the_server_is_stopped_is_answered() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with server_under_a_limit(400, hard, 2) as (process, url, _), connected(url) as connection:
+        assert httpx.get(url, trust_env=False).status_code == 200  # so the connection is accepted
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(3)
+        connection.sendall(HEAD + b"\r\n")
+        process.send_signal(signal.SIGCONT)
+        assert read_answer(connection)[0] == 200
+        process.communicate("\n", timeout=300)
 
 
 @pytest.mark.slow

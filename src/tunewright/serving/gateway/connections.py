@@ -27,6 +27,8 @@ log = logging.getLogger("tunewright")
 MAX_HEADER_BYTES = 32 << 10
 """The request line and all headers, names and values; as much as nginx accepts by default."""
 MAX_HEADERS = 100
+_LATE_SECONDS = 0.5
+"""A timer that is later than this shows that the process was stopped, as in a machine that sleeps."""
 _LINGER_SECONDS = 2.0
 """The time to discard what a refused client still sends. Closing at once would reset the connection, and the client
 would lose the answer."""
@@ -239,7 +241,12 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._head_timer = None
 
     def _time_out(self) -> None:
-        self._head_timer = None
+        timer, self._head_timer = self._head_timer, None
+        assert timer is not None
+        if self.loop.time() - timer.when() > _LATE_SECONDS:
+            # What clients sent while the process was stopped is read after the timers.
+            self._start_head_timer()
+            return
         if self._in_head:
             self._refuse(_header_timeout(self._state.limits.header_timeout_s))
         else:  # nothing was asked, or it was answered
