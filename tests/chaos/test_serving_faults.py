@@ -286,7 +286,7 @@ def test_usage_is_exact_after_the_disk_refused_writes_for_a_while(
 
 
 _REOPENED = """
-import ctypes, gc, sqlite3, sys
+import ctypes, gc, sys
 from tunewright.serving.tenants import StateUnavailableError
 from tunewright.serving.tenants.database import Database
 
