@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from command_line import Ran, pairs, tiny_project, tunewright, without_state, write_jsonl
 from factories import make_evidence, make_items
 from planted_bugs import LateBase, WrongScale
-from tunewright.adapters.registry import Adapter, list_adapters
+from tunewright.adapters.registry import CONFIG, WEIGHTS, Adapter, list_adapters
 from tunewright.api.context import ProjectContext
 from tunewright.api.isolation import ReleaseGate
 from tunewright.config.project import ProjectFolder
@@ -100,6 +101,29 @@ def test_deploy_stores_the_serving_check_of_adapter_identity_and_merged_model(pr
     assert again.document["serving"] == check
     assert "Serving check: passed on peft on" in again.stderr
     assert "and not run again" in again.stderr
+
+
+def test_serving_check_of_an_imported_adapter_has_a_merged_model_too(project: Path, tmp_path: Path) -> None:
+    adapters = project / "adapters"
+    trained = adapters.resolve()
+    adapters.unlink()
+    shutil.copytree(trained, adapters)
+    stock = tmp_path / "stock"
+    stock.mkdir()
+    for name in (WEIGHTS, CONFIG):
+        shutil.copyfile(_adapter(project).folder / name, stock / name)
+    config = json.loads((stock / CONFIG).read_text(encoding="utf-8"))
+    (stock / CONFIG).write_text(json.dumps({**config, "lora_alpha": config["lora_alpha"] / 2}), encoding="utf-8")
+    name = _document(project, "adapters", "import", str(stock), "--base-matches", "--unsigned")["adapter"]
+    ran = _run(project, "deploy", "courts", name, "--force", "--because", "a foreign adapter", "--json")
+    assert ran.code == 0, ran.stderr
+    check = ran.document["serving"]
+    assert ([figures["served"] for figures in check["figures"]], check["left_out"]) == (
+        ["adapter", "identity", "merged"],
+        None,
+    )
+    merged = check["figures"][-1]
+    assert merged["kl"]["value"] < 1e-3, "its weights are rounded to bfloat16"
 
 
 def test_deploy_refuses_an_engine_that_loses_the_adapter_in_long_answers(

@@ -111,7 +111,10 @@ def test_merged_folder_of_an_imported_adapter_computes_as_peft(project: Path, tm
     assert imported.code == 0, imported.stderr
     ran = tunewright("export", "merge", imported.document["adapter"], "-p", other, "--json")
     assert ran.code == 0, ran.stderr
-    assert "bfloat16 is assumed: the adapter was not trained here" in ran.document["notes"]
+    assert (
+        "bfloat16 is assumed: the adapter's lineage does not name the precision of its training"
+        in ran.document["notes"]
+    )
     model: Any = AutoModelForCausalLM.from_pretrained(ran.document["folder"], dtype=torch.float32)
     base: Any = AutoModelForCausalLM.from_pretrained(project.parent / "base", dtype=torch.float32)
     merged: Any = PeftModel.from_pretrained(base, stock).merge_and_unload()

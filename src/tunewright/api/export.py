@@ -409,7 +409,11 @@ class ExportApi:
 
     def _notes(self, adapter: Adapter, *, template: bool = True) -> tuple[str, ...]:
         """Return notes on precision and system prompt; ``template``: the export includes a chat template."""
-        foreign = () if "config" in adapter.lineage else ("bfloat16 is assumed: the adapter was not trained here",)
+        foreign = (
+            ()
+            if "config" in adapter.lineage
+            else ("bfloat16 is assumed: the adapter's lineage does not name the precision of its training",)
+        )
         prompt = system_prompt(adapter, self._context.folder.dataset)
         if prompt.text is not None and template:
             note = f"its chat template adds the trained system prompt if there is no other: {prompt.shown}"

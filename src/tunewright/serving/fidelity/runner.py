@@ -267,8 +267,6 @@ class ServingCheckRunner:
         """Return why the merged model is not served; None if it is."""
         if self.of.engine == "llamacpp":
             return "llama.cpp would first have to convert the merged model"
-        if "config" not in self.adapter.lineage:
-            return "the lineage does not say in which precision the adapter was trained"
         try:
             read_deltas(self.adapter.folder)
         except UserError as error:
