@@ -18,6 +18,31 @@ from typing import Any
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 EXECUTABLE = next((found for name in NAMES if (found := shutil.which(name))), None)
 
+# Contrast of each element that has text of its own with what is behind it, by WCAG 2.2's formula.
+CONTRASTS = """(() => {
+  const numbers = text => text.match(/[\\d.]+/g).map(Number);
+  const light = rgb => {
+    const [r, g, b] = rgb.slice(0, 3).map(v => v / 255).map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+    return .2126 * r + .7152 * g + .0722 * b;
+  };
+  const behind = node => {
+    for (let at = node; at; at = at.parentElement) {
+      const rgb = numbers(getComputedStyle(at).backgroundColor);
+      if (rgb.length < 4 || rgb[3] > 0) return rgb;
+    }
+    return [255, 255, 255];
+  };
+  const found = [];
+  for (const node of document.querySelectorAll("main *")) {
+    if (![...node.childNodes].some(c => c.nodeType === 3 && c.data.trim()) || !node.getClientRects().length) continue;
+    const style = getComputedStyle(node);
+    const colour = node.closest("svg") ? style.fill : style.color;
+    const a = light(numbers(colour)), b = light(behind(node));
+    found.push([(Math.max(a, b) + .05) / (Math.min(a, b) + .05), node.tagName + " " + node.textContent.slice(0, 30)]);
+  }
+  return found;
+})()"""
+
 
 class Page:
     """A tab; ``said`` collects what it logs and every exception."""
@@ -60,13 +85,17 @@ class Page:
         self.happened.append(reported.get("method", ""))
         return reported
 
-    def open(self, file: Path, *, width: int, height: int = 900, dark: bool = False) -> None:
-        """Show a file in a window of this size, in CSS pixels, and wait until it has loaded."""
+    def open(self, place: Path | str, *, width: int, height: int = 900, dark: bool = False) -> None:
+        """Show a file or an address in a window of this size, in CSS pixels, and wait until it has loaded."""
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.send("Emulation.setEmulatedMedia", features=[scheme])
         self.happened.clear()
-        self.send("Page.navigate", url=file.as_uri())
+        self.send("Page.navigate", url=place.as_uri() if isinstance(place, Path) else place)
+        self.loaded()
+
+    def loaded(self) -> None:
+        """Wait until a page has loaded; clear `happened` before what leads to it."""
         while "Page.loadEventFired" not in self.happened:
             self._next()
 
@@ -80,6 +109,12 @@ class Page:
         """The Tab key, down and up."""
         for kind in ("rawKeyDown", "keyUp"):
             self.send("Input.dispatchKeyEvent", type=kind, key="Tab", code="Tab", windowsVirtualKeyCode=9)
+
+    def press(self, key: str, *, control: bool = False) -> None:
+        """A key, down and up; a character is typed."""
+        text = {"text": key} if len(key) == 1 else {"windowsVirtualKeyCode": 13} if key == "Enter" else {}
+        for kind in ("keyDown", "keyUp"):
+            self.send("Input.dispatchKeyEvent", type=kind, key=key, modifiers=2 if control else 0, **text)
 
     def picture(self, file: Path, *, top: float = 0, height: float | None = None) -> None:
         """A PNG of the page from ``top`` on (None: down to its end)."""

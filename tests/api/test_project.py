@@ -16,8 +16,8 @@ from command_line import tunewright as command
 from tunewright.cli import commands
 from tunewright.core.errors import UserError
 
-NO_VERBS = {"doctor", "init", "config", "demo"}
-"""Functions that create a project or describe the config."""
+NO_VERBS = {"doctor", "init", "config", "demo", "studio"}
+"""Commands that create a project, describe the config, or open a page on it."""
 
 
 def test_project_has_a_method_for_every_command(tmp_path: Path, tiny_base_folder: Path) -> None:

@@ -7,38 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from browser import EXECUTABLE, Page, chromium
+from browser import CONTRASTS, EXECUTABLE, Page, chromium
 from factories import make_history
 from report_evidence import CURVE, ITEMS, full_evidence
 from signals_factory import make_signals
 from tunewright.report.html import write_report
 
 pytestmark = pytest.mark.skipif(EXECUTABLE is None, reason="no Chromium is installed")
-
-# Contrast of each element that has text of its own with what is behind it, by WCAG 2.2's formula.
-CONTRASTS = """(() => {
-  const numbers = text => text.match(/[\\d.]+/g).map(Number);
-  const light = rgb => {
-    const [r, g, b] = rgb.slice(0, 3).map(v => v / 255).map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
-    return .2126 * r + .7152 * g + .0722 * b;
-  };
-  const behind = node => {
-    for (let at = node; at; at = at.parentElement) {
-      const rgb = numbers(getComputedStyle(at).backgroundColor);
-      if (rgb.length < 4 || rgb[3] > 0) return rgb;
-    }
-    return [255, 255, 255];
-  };
-  const found = [];
-  for (const node of document.querySelectorAll("main *")) {
-    if (![...node.childNodes].some(c => c.nodeType === 3 && c.data.trim()) || !node.getClientRects().length) continue;
-    const style = getComputedStyle(node);
-    const colour = node.closest("svg") ? style.fill : style.color;
-    const a = light(numbers(colour)), b = light(behind(node));
-    found.push([(Math.max(a, b) + .05) / (Math.min(a, b) + .05), node.tagName + " " + node.textContent.slice(0, 30)]);
-  }
-  return found;
-})()"""
 
 
 @pytest.fixture(scope="module")

@@ -107,6 +107,10 @@ class ReviewSession:
 
     def _append(self, event: VerdictEvent | UndoEvent | DrawEvent) -> None:
         append_reviews(self.dataset, [event])
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read the log again: other reviewers, or this one elsewhere, may have judged rows meanwhile."""
         self.reviews = read_reviews(self.dataset)
 
     @property

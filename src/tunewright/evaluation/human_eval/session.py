@@ -100,6 +100,10 @@ class BlindReview:
         self._passed: set[str] = set()  # skipped in this pass: not offered again before the next one
         self._back: str | None = None  # taken back: shown next
 
+    def refresh(self) -> None:
+        """Read the journal again: the reviewer may have judged pairs elsewhere meanwhile."""
+        self.journal = read_journal(self.folder, self.reviewer)
+
     @property
     def progress(self) -> Progress:
         """Return this reviewer's progress."""
@@ -183,7 +187,7 @@ class BlindReview:
         if events:
             self.keep_sample()
             append_events(self.folder, events)
-            self.journal = read_journal(self.folder, self.reviewer)
+            self.refresh()
 
     def _append(self, event: Event) -> None:
         self.record([event])

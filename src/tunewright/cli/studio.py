@@ -1,0 +1,61 @@
+"""``studio``: the project in a browser."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tunewright.cli.app import PROJECT, app, command
+from tunewright.cli.console import RESUMES, Session
+from tunewright.core.errors import UserError
+
+
+@command(app, "studio", panel=PROJECT, example="tunewright studio", kept=RESUMES, status=False)
+def studio(
+    run: Session,
+    host: Annotated[str, typer.Option(help="Address to listen on; another than loopback requires a password.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any.")] = 8765,
+    password_file: Annotated[
+        Path | None,
+        typer.Option(help="File with the password that signs browsers in.", show_default="a token in the address"),
+    ] = None,
+    reviewer: Annotated[
+        str | None, typer.Option(help="Name that reviews are recorded under.", show_default="your login name")
+    ] = None,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the address in your browser.")] = True,
+) -> None:
+    """Open the project in a browser: rows, review, blind comparison, reports and jobs, until Ctrl-C.
+
+    Jobs that were started on a page continue when the studio ends.
+    """
+    import webbrowser
+
+    from tunewright.data.review.session import default_reviewer
+    from tunewright.studio import Studio
+
+    made = Studio(
+        run.folder,
+        default_reviewer() if reviewer is None else reviewer,
+        password=None if password_file is None else _password(password_file),
+    )
+
+    def started(url: str) -> None:
+        run.show({"url": url}, f"The studio is at {url}\nCtrl-C ends it.")
+        if browser:
+            webbrowser.open(url)
+
+    made.run(host, port, started)
+
+
+def _password(file: Path) -> str:
+    try:
+        password = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The password cannot be read: {error}", where=str(file)) from None
+    if len(password) < 12:
+        raise UserError(f"The password has {len(password)} characters (at least 12)", where=str(file))
+    return password

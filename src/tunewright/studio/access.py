@@ -1,0 +1,129 @@
+"""Access to the studio: a secret is exchanged for a session cookie, and each form carries its session's token."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from dataclasses import dataclass, field
+from urllib.parse import parse_qsl
+
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tunewright.core.errors import UserError
+
+MAX_FORM = 1_000_000  # bytes: an edited answer, and some room
+HEADERS = {
+    # The browser itself refuses whatever does not come from the studio: the proof that it works offline.
+    "Content-Security-Policy": "default-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'; "
+    "object-src 'none'",
+    "Cache-Control": "no-store",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Referrer-Policy": "same-origin",
+    "X-Content-Type-Options": "nosniff",
+}
+_REFUSED_S = 1.0  # between two wrong secrets: 63 million years for the shortest generated one
+
+
+@dataclass
+class StudioSession:
+    """A browser that has signed in."""
+
+    reviewer: str
+    form_token: str = field(default_factory=lambda: secrets.token_urlsafe(24))
+    messages: list[str] = field(default_factory=list)
+    """Shown on the next page, once."""
+
+    def take_messages(self) -> list[str]:
+        """Return the messages and forget them."""
+        taken, self.messages = self.messages, []
+        return taken
+
+
+class Access:
+    """The sessions of one studio, in memory: they end with it.
+
+    Args:
+        secret: the token of the studio's address, or the password.
+        cookie: the cookie's name. Cookies of one host are shared by all its ports, so each studio has its own name.
+        reviewer: the name that reviews are recorded under, until a session chooses another one.
+    """
+
+    def __init__(self, secret: str, cookie: str, reviewer: str) -> None:
+        self._secret = secret.encode()
+        self._cookie = cookie
+        self._reviewer = reviewer
+        self._sessions: dict[str, StudioSession] = {}
+        self._refusing = asyncio.Lock()
+
+    async def sign_in(self, secret: str) -> str | None:
+        """Return a new session's ``Set-Cookie`` value, or None after a pause if the secret is wrong."""
+        if not secrets.compare_digest(secret.encode(), self._secret):
+            async with self._refusing:
+                await asyncio.sleep(_REFUSED_S)
+            return None
+        key = secrets.token_urlsafe(32)
+        self._sessions[key] = StudioSession(self._reviewer)
+        return f"{self._cookie}={key}; Path=/; HttpOnly; SameSite=Strict"
+
+    def session(self, request: Request) -> StudioSession | None:
+        """Return the request's session; None if it has none or the studio was restarted since."""
+        return self._sessions.get(request.cookies.get(self._cookie, ""))
+
+
+async def read_form(request: Request) -> dict[str, str]:
+    """Return the fields of a form in its URL-encoded body.
+
+    Raises:
+        UserError: the form is too large, not UTF-8, or was sent by another site's page.
+    """
+    require_same_origin(request)
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+        if len(body) > MAX_FORM:
+            raise UserError(f"The form is larger than {MAX_FORM:,} bytes", fix="Shorten the text.")
+    try:
+        fields = parse_qsl(body.decode(), keep_blank_values=True, strict_parsing=bool(body), errors="strict")
+    except ValueError:
+        raise UserError("The form cannot be read", fix="Reload the page and send it again.") from None
+    # HTML sends line ends as CRLF, whatever the text had.
+    return {name: value.replace("\r\n", "\n") for name, value in fields}
+
+
+def require_same_origin(request: Request) -> None:
+    """Refuse a form that a page of another site sent.
+
+    Raises:
+        UserError: its origin is not the studio.
+    """
+    origin = request.headers.get("origin")
+    if origin is not None and origin != f"{request.url.scheme}://{request.headers.get('host')}":
+        raise UserError("The form was sent by another site", fix="Use the studio's own pages.")
+
+
+def require_form_token(session: StudioSession, form: dict[str, str]) -> None:
+    """Refuse a form that this session's pages did not send.
+
+    Raises:
+        UserError: the form's token is missing or another session's.
+    """
+    if not secrets.compare_digest(form.pop("form_token", "").encode(), session.form_token.encode()):
+        raise UserError("The form belongs to an earlier session", fix="Go back, reload the page and send it again.")
+
+
+class WithHeaders:
+    """An application whose every response has `HEADERS`, unless it has its own value."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def sent(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                there = {name.lower() for name, _ in message["headers"]}
+                new = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
+                message["headers"] = [*message["headers"], *(each for each in new if each[0] not in there)]
+            await send(message)
+
+        await self._app(scope, receive, sent)

@@ -1,0 +1,231 @@
+"""The studio's application: routes, sign-in, and one page at a time on the project."""
+
+from __future__ import annotations
+
+import ipaddress
+import secrets
+from collections.abc import AsyncIterator, Callable
+from importlib.resources import files
+from pathlib import Path
+from threading import Lock
+from typing import Any, BinaryIO
+from urllib.parse import urlencode
+
+from anyio import sleep, to_thread
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from starlette.applications import Starlette
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, RedirectResponse, Response, StreamingResponse
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from tunewright.api import Project
+from tunewright.config import GatewayConfig
+from tunewright.config.project import ProjectFolder
+from tunewright.core.errors import UserError
+from tunewright.core.io import write_bytes
+from tunewright.core.text import visible
+from tunewright.serving.gateway.server import serve
+from tunewright.studio import pages
+from tunewright.studio.access import (
+    Access,
+    StudioSession,
+    WithHeaders,
+    read_form,
+    require_form_token,
+    require_same_origin,
+)
+from tunewright.studio.jobs import Jobs
+from tunewright.studio.visit import Cache, Handler, PageReporter, Visit
+
+_MAX_UPLOAD = 200_000_000  # bytes, held in memory once
+_LOG_SHOWN = 100_000  # bytes from the end of a job's log
+_LOOPBACK = ("127.0.0.1", "localhost")
+
+
+class Studio:
+    """The studio of one project.
+
+    Args:
+        root: the project's folder.
+        reviewer: the name that reviews are recorded under, until another one is chosen on a page.
+        password: signs browsers in; None: a token, which is part of the printed address.
+
+    Raises:
+        UserError: ``tunewright.yaml`` is missing or invalid.
+    """
+
+    def __init__(self, root: Path, reviewer: str, *, password: str | None = None) -> None:
+        self._root = root.resolve()
+        _ = ProjectFolder(self._root).config
+        self._token = secrets.token_urlsafe(24) if password is None else None
+        self._access = Access(password or str(self._token), f"tunewright_studio_{secrets.token_hex(4)}", reviewer)
+        self._lock = Lock()  # pages read and write the project's files one at a time
+        self._cache = Cache()
+        self._jobs = Jobs(ProjectFolder(self._root).work / "jobs", self._root)
+        self._templates = Environment(
+            loader=PackageLoader("tunewright.studio"),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        self._templates.filters["visible"] = visible
+
+    def app(self, hosts: tuple[str, ...] = _LOOPBACK) -> Starlette:
+        """Return the application, which answers requests for these host names only (``*``: for all)."""
+        routes = [
+            Route("/sign-in", self._sign_in_page, methods=["GET"]),
+            Route("/sign-in", self._sign_in, methods=["POST"]),
+            Route("/data/upload", self._upload, methods=["POST"]),
+            Route("/jobs/{job}/events", self._events, methods=["GET"]),
+            *(
+                Route(path, self._endpoint(handler, method), methods=[method])
+                for (method, path), handler in pages.HANDLERS.items()
+            ),
+            Mount("/static", StaticFiles(directory=str(files("tunewright.studio") / "static"))),
+        ]
+        return Starlette(
+            routes=routes,
+            # A page of another site whose name points at this address (DNS rebinding) has another Host header.
+            middleware=[Middleware(WithHeaders), Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))],
+            exception_handlers={UserError: self._refused, HTTPException: self._failed},
+        )
+
+    def run(self, host: str, port: int, on_ready: Callable[[str], None]) -> None:
+        """Serve until Ctrl-C or SIGTERM; ``on_ready`` is called with the address that signs a browser in.
+
+        Raises:
+            UserError: the studio cannot listen on the address, or others could reach it without a password.
+        """
+        local = host == "localhost" or _is_loopback(host)
+        if not local and self._token is not None:
+            fix = "Pass --password-file, or leave --host out."
+            raise UserError("Other machines could reach the studio without a password", where=f"--host {host}", fix=fix)
+        hosts = _LOOPBACK if local else ("*",)
+        serve(self.app(hosts), host, port, GatewayConfig(), on_ready=lambda url: on_ready(self.address(url)))
+
+    def address(self, url: str) -> str:
+        """Return the address that signs a browser in. Browsers do not send what is behind the #."""
+        return f"{url}/sign-in" + ("" if self._token is None else f"#token={self._token}")
+
+    def _endpoint(self, handler: Handler, method: str) -> Callable[[Request], Any]:
+        async def endpoint(request: Request) -> Response:
+            session = self._access.session(request)
+            if session is None:
+                return RedirectResponse("/sign-in", status_code=303)
+            form: dict[str, str] = {}
+            if method == "POST":
+                form = await read_form(request)
+                require_form_token(session, form)
+            answer: Response = await to_thread.run_sync(self._answer, handler, request, session, form)
+            return answer
+
+        return endpoint
+
+    def _answer(self, handler: Handler, request: Request, session: StudioSession, form: dict[str, str]) -> Response:
+        with self._lock:
+            # Opened again for each request: another process may have changed it.
+            project = Project(ProjectFolder(self._root), PageReporter())
+            place = {name: str(value) for name, value in request.path_params.items()}
+            query = dict(request.query_params)
+            return handler(Visit(project, session, form, place, query, self._cache, self._jobs, self._templates))
+
+    async def _sign_in_page(self, _request: Request) -> Response:
+        return HTMLResponse(self._sign_in_text(""))
+
+    async def _sign_in(self, request: Request) -> Response:
+        cookie = await self._access.sign_in((await read_form(request)).get("secret", ""))
+        if cookie is None:
+            return HTMLResponse(self._sign_in_text("That is not the secret of this studio."), status_code=403)
+        return RedirectResponse("/", status_code=303, headers={"Set-Cookie": cookie})
+
+    def _sign_in_text(self, wrong: str) -> str:
+        kind = "token" if self._token is not None else "password"
+        return self._templates.get_template("sign_in.html.j2").render(wrong=wrong, kind=kind)
+
+    async def _upload(self, request: Request) -> Response:
+        """Store a file in the project's `pages.UPLOADS`, whole or not at all."""
+        session = self._access.session(request)
+        if session is None:
+            return RedirectResponse("/sign-in", status_code=303)
+        require_same_origin(request)
+        size = request.headers.get("content-length", "")
+        if not size.isdecimal() or int(size) > _MAX_UPLOAD:
+            raise UserError(
+                f"The file is larger than {_MAX_UPLOAD:,} bytes", fix="Copy it to the project: tunewright data add FILE"
+            )
+        async with request.form(max_files=1, max_fields=1) as sent:
+            file = sent.get("file")
+            require_form_token(session, {"form_token": str(sent.get("form_token", ""))})
+            if not isinstance(file, UploadFile) or not file.filename:
+                raise UserError("No file was chosen", fix="Go back and choose one.")
+            name = Path(file.filename.replace("\\", "/")).name
+            await to_thread.run_sync(_store, self._root / pages.UPLOADS / name, file.file)
+        return RedirectResponse(f"/data/check?{urlencode({'file': name})}", status_code=303)
+
+    async def _events(self, request: Request) -> Response:
+        """Stream a job's log as server-sent events: its end, then what is added; `finished` at the end."""
+        if self._access.session(request) is None:
+            raise HTTPException(403)
+        job = self._jobs.find(str(request.path_params["job"]))
+
+        async def lines() -> AsyncIterator[str]:
+            at = 0
+            while True:
+                running = job.state == "running"
+                with job.log.open("rb") as log:
+                    at = max(at, log.seek(0, 2) - _LOG_SHOWN)
+                    log.seek(at)
+                    new = log.read()
+                whole = new if not running else new[: max(new.rfind(b"\n"), new.rfind(b"\r")) + 1]
+                at += len(whole)
+                for line in whole.decode(errors="replace").replace("\r\n", "\n").replace("\r", "\n").splitlines():
+                    yield f"data: {visible(line)}\n\n"
+                if not running:
+                    yield f"event: finished\ndata: {job.state}\n\n"
+                    return
+                await sleep(0.5)
+
+        return StreamingResponse(lines(), media_type="text/event-stream")
+
+    async def _refused(self, _request: Request, error: Exception) -> Response:
+        assert isinstance(error, UserError)
+        return self._error(400, error.what, error.where, error.fix)
+
+    async def _failed(self, request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        what = f"There is no page {request.url.path}" if error.status_code == 404 else error.detail
+        return self._error(error.status_code, what, None, None)
+
+    def _error(self, status: int, what: str, where: str | None, fix: str | None) -> Response:
+        text = self._templates.get_template("error.html.j2").render(what=what, where=where, fix=fix)
+        return HTMLResponse(text, status_code=status)
+
+
+def _store(path: Path, file: BinaryIO) -> None:
+    """Write an uploaded file.
+
+    Raises:
+        UserError: there is another file of this name.
+    """
+    if path.name.startswith(".") or visible(path.name) != path.name:
+        raise UserError(f"The file's name cannot be used: {path.name!r}", fix="Rename it.")
+    content = file.read()
+    if not path.exists():
+        write_bytes(path, content)
+    elif path.read_bytes() != content:
+        raise UserError(
+            f"There is another file {path.name!r}", where=pages.UPLOADS, fix="Rename yours, and upload it again."
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

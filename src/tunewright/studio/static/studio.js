@@ -1,0 +1,55 @@
+"use strict";
+
+// The token of the address signs in by itself. Without JavaScript it is typed.
+const signIn = document.getElementById("sign-in");
+if (signIn && location.hash.startsWith("#token=")) {
+  signIn.elements.secret.value = decodeURIComponent(location.hash.slice("#token=".length));
+  history.replaceState(null, "", location.pathname);
+  signIn.submit();
+}
+
+// A letter presses the button or opens the part that shows it, unless somebody is typing.
+let sent = false;
+document.addEventListener("keydown", event => {
+  const typing = event.target.closest("input, textarea, select");
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && typing) {
+    typing.form?.querySelector("[data-enter]")?.click();
+    return;
+  }
+  if (event.key === "Escape" && typing) {
+    typing.blur();
+    return;
+  }
+  if (typing || event.ctrlKey || event.altKey || event.metaKey || event.repeat) return;
+  const target = document.querySelector(`[data-key="${CSS.escape(event.key.toLowerCase())}"]`);
+  if (!target) return;
+  event.preventDefault();
+  target.click();
+  target.closest("details")?.querySelector("textarea")?.focus();
+});
+
+// A key that is pressed twice before the next page is there is one verdict.
+document.addEventListener("submit", event => {
+  if (sent) event.preventDefault();
+  sent = true;
+});
+addEventListener("pageshow", () => { sent = false; });
+
+// A job's log, line by line.
+const log = document.getElementById("log");
+if (log) {
+  const events = new EventSource(log.dataset.events);
+  events.onmessage = event => {
+    const atEnd = log.scrollTop + log.clientHeight >= log.scrollHeight - 4;
+    log.append(event.data + "\n");
+    if (atEnd) log.scrollTop = log.scrollHeight;
+  };
+  events.addEventListener("finished", event => {
+    events.close();
+    const state = document.getElementById("state");
+    if (state.textContent === "running") location.reload();
+    else state.textContent = event.data;
+  });
+  // After a lost connection the log begins again.
+  events.onopen = () => { log.textContent = ""; };
+}

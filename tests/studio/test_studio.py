@@ -1,0 +1,316 @@
+"""The studio's pages over HTTP, without JavaScript: what they record, and whom they refuse."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from html import unescape
+from pathlib import Path
+
+import httpx
+import pytest
+
+import tunewright as library
+from command_line import pairs, tiny_project, tunewright, write_jsonl
+from people_helpers import begin, evaluation
+from tunewright.core.errors import UserError
+from tunewright.serving.gateway.server import serving
+from tunewright.studio import Studio
+from tunewright.studio.jobs import Jobs
+
+EVALUATION = f"{7:012x}"
+PASSWORD = "a long password"
+HOSTILE = '<script>alert(1)</script> "><svg onload=alert(2)> \u202eright to left'
+
+
+class Browser:
+    """A signed-in browser without JavaScript."""
+
+    def __init__(self, client: httpx.Client) -> None:
+        self.client = client
+        signed_in = client.post("/sign-in", data={"secret": PASSWORD})
+        assert (signed_in.status_code, signed_in.url.path) == (200, "/")
+
+    def get(self, path: str) -> str:
+        """Return a page's HTML."""
+        answer = self.client.get(path)
+        assert answer.status_code == 200, answer.text
+        return answer.text
+
+    def send(self, path: str, page: str, **fields: str) -> httpx.Response:
+        """Send a form with the hidden fields of the page that it stands on."""
+        html = self.get(page)
+        hidden = re.findall('<input type="hidden" name="([^"]*)" value="([^"]*)"', html)
+        kept = {name: unescape(value) for name, value in hidden if name in ("form_token", "key", "file")}
+        return self.client.post(path, data=kept | fields)
+
+    def judge(self, action: str, **fields: str) -> str:
+        """Press a button of the review's page."""
+        answer = self.send("/review", "/review", action=action, **fields)
+        assert answer.status_code == 200, answer.text
+        return unescape(answer.text)
+
+
+@contextmanager
+def opened(url: str) -> Iterator[Browser]:
+    """A browser on a running studio."""
+    with httpx.Client(base_url=url, follow_redirects=True, timeout=60) as client:
+        yield Browser(client)
+
+
+@contextmanager
+def restarted(project: Path) -> Iterator[Browser]:
+    """A browser on a studio that is started for it."""
+    with serving(Studio(project, "ada", password=PASSWORD).app()) as url, opened(url) as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def added(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
+    folder = tiny_project(tmp_path_factory.mktemp("studio") / "project", tiny_base_folder)
+    write_jsonl(folder / "pairs.jsonl", [*pairs(120), {"prompt": HOSTILE, "completion": "hostile"}])
+    assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
+    return folder
+
+
+@pytest.fixture
+def project(added: Path, tmp_path: Path) -> Path:
+    """A project with rows and an evaluation, and nothing reviewed."""
+    shutil.copytree(added, tmp_path / "project")
+    evaluation(tmp_path / "project" / "evaluations" / EVALUATION, count=12)
+    return tmp_path / "project"
+
+
+@pytest.fixture
+def url(project: Path) -> Iterator[str]:
+    with serving(Studio(project, "ada", password=PASSWORD).app()) as url:
+        yield url
+
+
+@pytest.fixture
+def browser(url: str) -> Iterator[Browser]:
+    with opened(url) as browser:
+        yield browser
+
+
+def _row_key(html: str) -> str:
+    (key,) = set(re.findall('name="key" value="([0-9a-f]+)"', html))
+    return str(key)
+
+
+def test_every_page_needs_a_session(url: str) -> None:
+    for path in ("/", "/data", "/rows", "/review", f"/compare/{EVALUATION}", f"/report/{EVALUATION}", "/jobs/x"):
+        refused = httpx.get(f"{url}{path}", headers={"Cookie": "tunewright_studio=guessed"})
+        assert (refused.status_code, refused.headers["location"]) == (303, "/sign-in"), path
+    assert httpx.get(f"{url}/jobs/{'0' * 16}/events").status_code == 403
+    assert httpx.post(f"{url}/review", data={"action": "right"}).headers["location"] == "/sign-in"
+    wrong = httpx.post(f"{url}/sign-in", data={"secret": "a wrong password"})
+    assert wrong.status_code == 403
+    assert "set-cookie" not in wrong.headers
+
+
+def test_forms_of_other_sites_and_earlier_sessions_are_refused(browser: Browser, project: Path) -> None:
+    page = browser.get("/review")
+    log = (project / "dataset" / "reviews.jsonl").read_text()
+    form = {"action": "right", "key": _row_key(page)}
+    without = browser.client.post("/review", data=form)
+    other = browser.client.post("/review", data={**form, "form_token": "0" * 32})
+    token = re.search('name="form_token" value="([^"]*)"', page)
+    assert token is not None
+    foreign = browser.client.post(
+        "/review", data={**form, "form_token": token[1]}, headers={"Origin": "https://attacker.example"}
+    )
+    assert [each.status_code for each in (without, other, foreign)] == [400, 400, 400]
+    assert "earlier session" in without.text and "another site" in foreign.text
+    assert (project / "dataset" / "reviews.jsonl").read_text() == log
+
+
+def test_cookie_and_headers_keep_other_sites_out(url: str, browser: Browser) -> None:
+    cookie = httpx.post(f"{url}/sign-in", data={"secret": PASSWORD}).headers["set-cookie"]
+    assert "HttpOnly" in cookie and "SameSite=Strict" in cookie
+    answer = browser.client.get("/")
+    assert "default-src 'self'" in answer.headers["content-security-policy"]
+    assert "unsafe" not in answer.headers["content-security-policy"]
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    # A name of somebody else that was made to point at this address.
+    assert browser.client.get("/", headers={"Host": "attacker.example"}).status_code == 400
+
+
+def test_studio_on_an_open_address_needs_a_password(project: Path) -> None:
+    with pytest.raises(UserError, match="without a password"):
+        Studio(project, "ada").run("0.0.0.0", 0, print)
+    refused = tunewright("studio", "-p", project, "--host", "0.0.0.0", "--no-browser")
+    assert refused.code == 2 and "--password-file" in refused.stderr
+    (project / "short").write_text("short\n")
+    refused = tunewright("studio", "-p", project, "--password-file", project / "short")
+    assert refused.code == 2 and "5 characters (at least 12)" in refused.stderr
+
+
+def test_verdicts_are_those_of_the_command_line(browser: Browser, project: Path) -> None:
+    first = _row_key(browser.get("/review"))
+    assert "0 of 1 wrong" in browser.judge("right")
+    second = _row_key(browser.get("/review"))
+    assert second != first
+    assert "1 of 2 wrong" in browser.judge("edit", output="another answer")
+    assert "The answer is empty" in browser.judge("edit", output=" ")
+    review = library.open(project).data.review("ada")
+    current = {key: review.reviews.current_verdicts(key)["ada"] for key in (first, second)}
+    assert [current[key].verdict for key in (first, second)] == ["right", "edit"]
+    assert current[second].output == "another answer"
+    ahead = review.next()
+    assert ahead is not None and ahead.member.key == _row_key(browser.get("/review"))
+    status = tunewright("data", "review", "--status", "-p", project, "--json").document
+    assert status["outcome"]["checked"] == 2
+
+
+def test_undo_shows_the_row_again_also_after_a_restart(project: Path) -> None:
+    with restarted(project) as browser:
+        first = _row_key(browser.get("/review"))
+        browser.judge("right")
+    with restarted(project) as browser:
+        assert _row_key(browser.get("/review")) != first
+        assert "Taken back." in browser.judge("undo")
+        assert _row_key(browser.get("/review")) == first
+
+
+def test_second_tab_and_repeated_form_record_nothing_twice(browser: Browser, project: Path) -> None:
+    stale = _row_key(browser.get("/review"))
+    browser.judge("wrong")
+    again = browser.send("/review", "/review", action="right", key=stale)
+    assert "Nothing was recorded" in again.text
+    found = library.open(project).data.review("ada").reviews
+    assert [found.current_verdicts(stale)["ada"].verdict] == ["wrong"]
+
+
+def test_two_reviewers_judge_the_same_sample(browser: Browser, url: str, project: Path) -> None:
+    with opened(url) as other:
+        assert "You review as bo now." in other.send("/reviewer", "/review", reviewer="bo", back="/review").text
+        key = _row_key(browser.get("/review"))
+        browser.judge("right")
+        assert _row_key(other.get("/review")) != key, "one verdict settles a row"
+        other.judge("wrong")
+    found = library.open(project).data.review("cy").reviews
+    assert {name for row in found.stacks for name in found.current_verdicts(row)} == {"ada", "bo"}
+
+
+def test_skipped_row_comes_back_at_the_next_start(project: Path) -> None:
+    with restarted(project) as browser:
+        skipped = _row_key(browser.get("/review"))
+        browser.judge("skip")
+        assert _row_key(browser.get("/review")) != skipped
+    with restarted(project) as browser:
+        assert _row_key(browser.get("/review")) == skipped
+
+
+def test_edits_become_a_version(browser: Browser, project: Path) -> None:
+    before = library.open(project).data.version().digest
+    browser.judge("edit", output="another answer")
+    made = browser.send("/review/apply", "/review", message="from the studio")
+    now = library.open(project).data.version()
+    assert now.digest != before and f"New version {now.digest[:12]}" in unescape(made.text)
+    assert "another answer" in {member.example.output for member in now.members}
+    assert now.manifest.message == "1 answer edited in review (ada): from the studio"
+
+
+def test_blind_comparison_hides_the_arms_and_the_estimate_until_it_is_complete(browser: Browser, project: Path) -> None:
+    path = f"/compare/{EVALUATION}"
+    asked = 0
+    while 'name="key"' in (html := browser.get(path)):
+        assert not re.search("retrieved|zero-shot|tuned|Win rate|prefer", html)
+        if asked == 0:
+            assert "Reference</h2>" not in html
+            assert "Reference</h2>" in browser.send(path, path, action="reference").text
+            assert "why not" in browser.send(path, path, action="note", note="why not").text
+            browser.send(path, path, action="A")
+            assert "Taken back." in browser.send(path, path, action="undo").text
+        browser.send(path, path, action="A")
+        asked += 1
+    assert "prefer" in html
+    journal = begin(project / "evaluations" / EVALUATION).journal
+    assert len(journal.standing) == asked > 3
+    assert {said.verdict for said in journal.standing.values()} == {"A"}
+    assert set(journal.notes.values()) == {"why not"}
+    shown = tunewright("human-eval", EVALUATION, "--results", "-p", project, "--json")
+    assert shown.document["answered"] == asked
+
+
+def test_hostile_row_is_text_on_every_page(browser: Browser) -> None:
+    rows = browser.get("/rows?q=svg")
+    (key,) = set(re.findall('href="/rows/([0-9a-f]{64})"', rows))
+    for html in (rows, browser.get(f"/rows/{key}"), browser.get("/rows?q=%3Cscript%3Ealert(1)")):
+        assert "<script>alert" not in html and "<svg" not in html
+        assert "\u202e" not in html, "a control character turns the rest of the line around"
+        assert "&lt;script&gt;alert(1)" in html
+
+
+def test_rows_are_searched_filtered_and_paged(browser: Browser, project: Path) -> None:
+    version = library.open(project).data.version()
+    assert "121 rows, page 1 of 3" in browser.get("/rows")
+    assert "page 3 of 3" in browser.get("/rows?page=99")
+    assert f"{len(version.examples('dev'))} rows, page 1 of 1" in browser.get("/rows?split=dev")
+    wanted = [m for m in version.members if "teal" in m.example.input_text and "navy" in m.example.input_text]
+    found = browser.get("/rows?q=Navy+teal")
+    assert set(re.findall('href="/rows/([0-9a-f]{64})"', found)) == {m.key for m in wanted}
+
+
+def test_row_page_marks_the_trained_tokens(browser: Browser, project: Path) -> None:
+    member = library.open(project).data.version().members[0]
+    html = unescape(browser.get(f"/rows/{member.key}"))
+    trained = re.findall('<span class="trained( control)?" title="\\d+">([^<]*)', html)
+    assert "".join(text for control, text in trained if not control) == member.example.output
+    assert browser.client.get("/rows/ffffffffffff").status_code == 400
+
+
+def test_uploaded_file_is_checked_and_added(browser: Browser, project: Path) -> None:
+    token = re.search('name="form_token" value="([^"]*)"', browser.get("/data"))
+    assert token is not None
+
+    def upload(name: str, content: bytes) -> httpx.Response:
+        return browser.client.post("/data/upload", data={"form_token": token[1]}, files={"file": (name, content)})
+
+    rows = [*pairs(20, seed=5), {"prompt": "no answer"}]
+    checked = upload("more.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    assert "cannot be added like this" in checked.text and "more.jsonl:21" in checked.text
+    assert "Add the file" in browser.get("/data/check?file=more.jsonl&skip_bad=on")
+    before = len(library.open(project).data.version().members)
+    done = browser.send("/data/add", "/data/check?file=more.jsonl&skip_bad=on", skip_bad="on", message="20 more")
+    assert "is new" in done.text
+    now = library.open(project).data.version()
+    assert (len(now.members), now.manifest.message) == (before + 20, "20 more")
+    assert upload("more.jsonl", b"{}\n").status_code == 400, "another file of this name is not replaced"
+    assert upload("../escape.jsonl", b"{}\n").url.params["file"] == "escape.jsonl"
+    assert upload("binary.xlsx", bytes(range(256))).status_code == 200
+    assert "binary.xlsx" in browser.get("/data/check?file=binary.xlsx")
+    assert browser.client.get("/data/check?file=../tunewright.yaml").status_code == 400
+
+
+def test_project_page_names_the_next_step(browser: Browser, project: Path) -> None:
+    page = browser.get("/")
+    assert "not reviewed" in page and "tunewright train" in page
+    assert "Compare blind" in page
+    (project / "tunewright.yaml").write_text("name: [")
+    refused = browser.client.get("/")
+    assert refused.status_code == 400 and "tunewright.yaml" in refused.text and "Traceback" not in refused.text
+
+
+def test_large_form_is_refused(browser: Browser) -> None:
+    refused = browser.client.post("/review", data={"output": "x" * 1_100_000})
+    assert refused.status_code == 400 and "larger than 1,000,000 bytes" in refused.text
+
+
+def test_job_runs_and_its_log_is_kept(browser: Browser, project: Path) -> None:
+    """`advise` fails at once without a base; its message is in the log, and its state survives the studio."""
+    config = project / "tunewright.yaml"
+    config.write_text(re.sub("base_model: .*", f"base_model: {project}/nowhere", config.read_text()))
+    page = browser.send("/jobs", "/", command="advise")
+    (job,) = Jobs(project / ".tunewright" / "jobs", project).all()
+    assert page.url.path == f"/jobs/{job.id}"
+    with browser.client.stream("GET", f"/jobs/{job.id}/events") as events:
+        text = "".join(events.iter_text())
+    assert "nowhere" in text and text.rstrip().endswith("data: failed")
+    assert (job.state, job.exit_code) == ("failed", 2)
+    assert "failed" in browser.get("/")
+    assert browser.send("/jobs", "/", command="rm -rf").status_code == 400

@@ -1,0 +1,123 @@
+"""The studio in a real browser: keys, both themes, small windows, and nothing from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import tunewright as library
+from browser import CONTRASTS, EXECUTABLE, Page, chromium
+from command_line import pairs, tiny_project, tunewright, write_jsonl
+from people_helpers import evaluation
+from tunewright.data.review.reviews import read_reviews
+from tunewright.serving.gateway.server import serving
+from tunewright.studio import Studio
+
+pytestmark = pytest.mark.skipif(EXECUTABLE is None, reason="no Chromium is installed")
+
+EVALUATION = f"{7:012x}"
+LONG = "verylongwordwithoutanyspace" * 30
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
+    folder = tiny_project(tmp_path_factory.mktemp("studio-browser") / "project", tiny_base_folder)
+    write_jsonl(
+        folder / "pairs.jsonl", [*pairs(120), {"prompt": f"<b>{LONG}</b> \u05e9\u05dc\u05d5\u05dd", "completion": LONG}]
+    )
+    assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
+    evaluation(folder / "evaluations" / EVALUATION, count=12)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def url(project: Path) -> Iterator[str]:
+    studio = Studio(project, "ada")
+    with serving(studio.app()) as url:
+        yield studio.address(url)
+
+
+@pytest.fixture(scope="module")
+def page(url: str) -> Iterator[Page]:
+    """A browser that has followed the printed address: the script signs it in."""
+    with chromium() as page:
+        page.open(url, width=1100)
+        while page.value("document.title") == "Sign in: tunewright":
+            page.happened.clear()
+            page.loaded()
+        assert page.value("location.hash") == ""
+        yield page
+
+
+def _key(page: Page) -> str:
+    return str(page.value("document.querySelector('[name=key]').value"))
+
+
+def _press(page: Page, key: str, *, control: bool = False) -> None:
+    """Press a key that leads to the next page."""
+    page.happened.clear()
+    page.press(key, control=control)
+    page.loaded()
+
+
+def _place(url: str, path: str) -> str:
+    return url.partition("/sign-in")[0] + path
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [360, 1100])
+def test_pages_fit_can_be_read_and_ask_for_nothing_else(
+    page: Page, url: str, project: Path, width: int, dark: bool
+) -> None:
+    member = next(m for m in library.open(project).data.version().members if LONG in m.example.output)
+    paths = ("/", "/data", "/rows", f"/rows?q={LONG}", f"/rows/{member.key}", "/review", f"/compare/{EVALUATION}")
+    page.said.clear()
+    for path in paths:
+        page.open(_place(url, path), width=width, dark=dark)
+        assert page.value("document.documentElement.scrollWidth") == width, path
+        assert page.value("document.querySelectorAll('h1').length") == 1
+        dim = [text for contrast, text in page.value(CONTRASTS) if contrast < 4.5]
+        assert dim == [], path
+    assert page.said == []
+
+
+def test_review_by_keys_alone(page: Page, url: str, project: Path) -> None:
+    page.open(_place(url, "/review"), width=1100)
+    first = _key(page)
+    _press(page, "r")
+    second = _key(page)
+    _press(page, "w")
+    _press(page, "u")
+    assert _key(page) == second != first
+    page.press("e")
+    assert page.value("document.activeElement.id") == "output"
+    page.press("x")  # typed, and no verdict
+    assert "x" in page.value("document.activeElement.value")
+    _press(page, "Enter", control=True)
+    reviews = read_reviews(project / "dataset")
+    assert reviews.current_verdicts(first)["ada"].verdict == "right"
+    edited = reviews.current_verdicts(second)["ada"]
+    assert edited.verdict == "edit" and edited.output is not None and "x" in edited.output
+
+
+def test_key_pressed_twice_is_one_verdict(page: Page, url: str, project: Path) -> None:
+    page.open(_place(url, "/review"), width=1100)
+    before = len(read_reviews(project / "dataset").stacks)
+    page.happened.clear()
+    page.press("s")
+    page.press("s")
+    page.loaded()
+    assert len(read_reviews(project / "dataset").stacks) == before + 1
+
+
+def test_comparison_by_keys_alone(page: Page, url: str) -> None:
+    page.open(_place(url, f"/compare/{EVALUATION}"), width=1100)
+    first = _key(page)
+    _press(page, "r")
+    assert "Reference" in page.value("document.body.innerText")
+    _press(page, "a")
+    assert _key(page) != first
+    _press(page, "u")
+    assert _key(page) == first
