@@ -18,7 +18,7 @@ from tunewright.data.review.report import review_report
 from tunewright.data.review.reviews import Verdict
 from tunewright.data.review.session import ReviewSession
 from tunewright.data.trace import find_row, metadata_by_key
-from tunewright.data.versions import Member, current_manifest
+from tunewright.data.versions import current_manifest
 from tunewright.evaluation.human_eval.journal import Side
 from tunewright.evaluation.human_eval.session import BlindReview
 from tunewright.evidence.schema import DEV_PREFIX, EVIDENCE_FILE
@@ -211,8 +211,8 @@ def rows_page(visit: Visit) -> Response:
     split = visit.query.get("split", "")
     rows = [
         member
-        for member in visit.version.members
-        if (not split or member.split == split) and (not words or _matches(member, words))
+        for member, text in zip(visit.version.members, visit.cache.texts, strict=True)
+        if (not split or member.split == split) and all(word in text for word in words)
     ]
     pages = max(1, -(-len(rows) // _ON_A_PAGE))
     number = visit.query.get("page", "1")
@@ -229,11 +229,6 @@ def rows_page(visit: Visit) -> Response:
         split=split,
         excerpt=excerpt,
     )
-
-
-def _matches(member: Member, words: list[str]) -> bool:
-    text = f"{member.key} {member.example.input_text} {member.example.output}".casefold()
-    return all(word in text for word in words)
 
 
 def row_page(visit: Visit) -> Response:

@@ -44,6 +44,8 @@ class Cache:
     """Kept between requests: the current version, which takes seconds to load, and which rows a reviewer skipped."""
 
     version: DatasetVersion | None = None
+    texts: tuple[str, ...] = ()
+    """Its rows as a search sees them: key, input and answer in lower case."""
     neighbors: NeighborIndex | None = None
     """Of that version."""
     chat: tuple[tuple[object, ...], ChatFormat] | None = None
@@ -81,7 +83,11 @@ class Visit:
         if manifest is None:
             raise UserError("There are no rows yet", fix="Upload a file on the page Data.")
         if self.cache.version is None or self.cache.version.digest != manifest.digest:
-            self.cache.version, self.cache.neighbors = self.project.data.version(), None
+            version = self.project.data.version()
+            self.cache.version, self.cache.neighbors = version, None
+            self.cache.texts = tuple(
+                f"{m.key} {m.example.input_text} {m.example.output}".casefold() for m in version.members
+            )
         return self.cache.version
 
     @property

@@ -113,6 +113,8 @@ def _chosen(reviews: ReviewLog, version: DatasetVersion) -> tuple[dict[str, list
     chosen: dict[str, list[VerdictEvent]] = {}
     disputed: list[str] = []
     for member in version.domain:
+        if member.key not in reviews.stacks:
+            continue
         said = [judged for judged in reviews.current_verdicts(member.key).values() if judged.verdict != "skip"]
         edits = [judged for judged in said if judged.verdict == "edit"]
         if not edits:
