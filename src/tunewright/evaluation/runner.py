@@ -19,7 +19,16 @@ from tunewright.data.versions.version import current_author
 from tunewright.evaluation.access_log import ACCESS_LOG, AccessLog
 from tunewright.evaluation.answer_journal import Answer
 from tunewright.evaluation.arm_runner import ArmRunner, measured_arm, measured_with, scored_arms
-from tunewright.evaluation.arms import PARENT, TUNED, TUNED_CONSTRAINED, ZERO_SHOT, ArmPlan, plan_of, tuned_retrieved
+from tunewright.evaluation.arms import (
+    PARENT,
+    TUNED,
+    TUNED_CONSTRAINED,
+    ZERO_SHOT,
+    ArmPlan,
+    plan_of,
+    tuned_optimized,
+    tuned_retrieved,
+)
 from tunewright.evaluation.incumbent_costs import repriced
 from tunewright.evaluation.incumbents import IncumbentArms, declared_incumbents, incumbent_inputs
 from tunewright.evaluation.repeats import noise_floor
@@ -64,12 +73,14 @@ def contest(
     with_retrieved: bool,
     held: bool = False,
     parent: bool = False,
+    optimized: str | None = None,
     budget: Budget | None = None,
 ) -> list[ArmPlan]:
     """Return the arms compared on held-out items: zero-shot, the best on dev, tuned, and tuned with demonstrations.
 
-    With ``parent``, the adapter that tuned started from is added, and with ``held``, tuned constrained by the grammar.
-    A ``budget`` may have left out tuned with demonstrations or constrained.
+    With ``parent``, the adapter that tuned started from is added, with ``held``, tuned constrained by the grammar, and
+    with ``optimized``, tuned with the optimized instruction of this digest. A ``budget`` may have left out tuned with
+    demonstrations, constrained or with the optimized instruction.
     """
     left_out = budget.left_out if budget else ()
     with_retrieved = with_retrieved and "tuned+retrieved" not in left_out
@@ -78,6 +89,8 @@ def contest(
     plans = [ZERO_SHOT, known[advice.best], TUNED, *([PARENT] if parent else [])]
     if with_retrieved and advice.best_retrieved is not None:
         plans.append(tuned_retrieved(known[advice.best_retrieved]))
+    if (plan := tuned_optimized(optimized)) is not None and plan.name not in left_out:
+        plans.append(plan)
     if held:
         plans.append(TUNED_CONSTRAINED)
     return list(dict.fromkeys(plans))
@@ -88,7 +101,13 @@ def _all_arms(advice: Advice) -> list[Arm]:
 
 
 def declare(
-    config: Config, metric: MetricName, best: str, with_retrieved: str | None, *, parent: bool = False
+    config: Config,
+    metric: MetricName,
+    best: str,
+    with_retrieved: str | None,
+    *,
+    parent: bool = False,
+    optimized: str | None = None,
 ) -> tuple[Declared, ...]:
     """Declare the contrasts to measure: tuned against the best prompting arm (decides), zero-shot and its parent.
 
@@ -98,12 +117,12 @@ def declare(
         best: name of the best prompting arm.
         with_retrieved: name of the tuned arm with demonstrations, if it is measured.
         parent: the adapter that tuned started from is measured.
+        optimized: name of the tuned arm with the optimized instruction, if it is measured.
     """
     pairs = [(TUNED.name, control) for control in dict.fromkeys([best, ZERO_SHOT.name])]
     if parent:
         pairs.append((TUNED.name, PARENT.name))
-    if with_retrieved is not None:
-        pairs.append((with_retrieved, TUNED.name))
+    pairs += [(name, TUNED.name) for name in (with_retrieved, optimized) if name is not None]
     margin = config.evaluate.margin
     return tuple(
         Declared(treatment=treatment, control=control, metric=metric, margin=margin if number == 0 else None)
@@ -181,20 +200,23 @@ def _settle(
         with_retrieved=settings.tuned_retrieved,
         held=settings.structured_outputs is not None,
         parent=parent is not None,
+        optimized=arm_runner.optimized,
         budget=budget,
     )
     with_retrieved = next((plan.name for plan in plans if plan.kind == "tuned-retrieved"), None)
+    optimized = next((plan.name for plan in plans if plan.kind == "tuned" and plan.optimized), None)
     inputs = arm_runner.inputs(arm_runner.limit) | {
         "adapter": adapter.digest,
         "arms": [plan.name for plan in plans],
         "instructions": settings.instructions,
         "margin": settings.margin,
         **({"left_out": sorted(budget.left_out)} if budget else {}),
+        **({"optimized": arm_runner.optimization.id} if arm_runner.optimization else {}),
         **({"parent": parent.digest} if parent else {}),
         **incumbent_inputs(arm_runner, split),
     }
     metric = arm_runner.scorers[0].name
-    declared = declare(config, metric, advice.best, with_retrieved, parent=parent is not None)
+    declared = declare(config, metric, advice.best, with_retrieved, parent=parent is not None, optimized=optimized)
     declared += declared_incumbents(arm_runner, metric)
     return _EvaluationInputs(plans, declared, digest(inputs)[:12], parent)
 
@@ -391,6 +413,7 @@ def _evidence(
         arms=[measured_arm(plan.name, plan, answers[plan.name], scored, config.seed) for plan in settled.plans],
         contrasts=measured_contrasts(scored, settled.declared, config.seed),
         engine=generator.used,
+        prompt_optimization=arm_runner.optimization,
         form=answer_form(
             [m.example.output for m in version.domain],
             [m.example.output for m in members],
