@@ -21,7 +21,7 @@ from tunewright.evaluation.arm_runner import ArmRunner
 from tunewright.evaluation.arms import Instruction, find_instruction
 from tunewright.evaluation.eta import Countdown
 from tunewright.evaluation.judge.runner import task_text
-from tunewright.evaluation.prompt_optimization.store import instruction_digest, load, store
+from tunewright.evaluation.optimized_prompts import instruction_digest, load, store
 from tunewright.evidence.prompt_optimization import Candidate, OptimizedPrompt, ReflectionUsage
 from tunewright.metrics import check_references, score_all
 
@@ -67,7 +67,7 @@ def reflection_endpoint(config: Config) -> tuple[EndpointConfig, str]:
     """Return the reflection model's endpoint, by default the judge's, and the key of its section.
 
     Raises:
-        UserError: there is none, a budget lacks prices or a limit on replies, or GEPA is not installed.
+        UserError: the config names no model, a budget lacks prices or a limit on replies, or GEPA is not installed.
     """
     settings = config.evaluate.prompt_optimization or PromptOptimizationConfig()
     own = settings.reflection_model
