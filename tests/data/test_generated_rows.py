@@ -103,6 +103,23 @@ def test_unaccepted_rows_near_a_held_out_one_are_left_out_by_name(tmp_path: Path
         find_row(project.dataset, current(project), "generated.jsonl:1")
 
 
+def test_a_row_near_a_held_out_one_leaves_alone_and_its_document_stays(tmp_path: Path) -> None:
+    project = started(tmp_path)
+    near, passage = f"{held_out(project).example.input_text}!", {"document": "d1"}
+    rows = [chat(near, "x", passage=passage), chat("quite another question 17", "y", passage=passage)]
+    assert add_generated(project, *rows).unaccepted == 1
+    assert member(project, near) is None
+    assert member(project, "quite another question 17") is not None
+
+
+def test_a_document_with_an_accepted_held_out_row_takes_in_no_other(tmp_path: Path) -> None:
+    project = started(tmp_path)
+    row = accepted_test_row(project, passage={"document": "d1"})
+    assert row.groups == ("source_document=d1",)
+    add_generated(project, chat("quite another question 17", "y", passage={"document": "d1"}))
+    assert member(project, "quite another question 17") is None
+
+
 def test_unaccepted_rows_leave_when_a_persons_row_links_them_to_a_held_out_one(tmp_path: Path) -> None:
     project = started(tmp_path)
     test = held_out(project).example.input_text
@@ -122,10 +139,10 @@ def test_unaccepted_rows_leave_when_a_persons_row_links_them_to_a_held_out_one(t
     assert member(project, far) is None
 
 
-def accepted_test_row(project: ProjectFolder) -> Member:
+def accepted_test_row(project: ProjectFolder, **keys: Any) -> Member:
     """A generated row that a person accepted, before a person's row linked it to a test row."""
     text = "an input like no other one of all these 99"
-    add_generated(project, chat(text, "x"))
+    add_generated(project, chat(text, "x", **keys))
     row = member(project, text)
     assert row is not None
     judge(project, row, "right")

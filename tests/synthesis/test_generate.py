@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -271,6 +272,50 @@ def test_generate_pays_for_nothing_twice_after_a_failure_or_a_budget(tmp_path: P
         assert ran.code == 2
         assert "generate.budget" in ran.stderr
         assert 0 < len(teacher.bodies) - before < 18
+
+
+_TEXTS = re.compile(r"<<<(TASK|ANSWER) \w+>>>\n(.*?)\n<<<END", re.DOTALL)
+
+
+def judging(honest: bool) -> Any:
+    """A teacher that is a judge too: people's answers and those of even inputs are good."""
+    known = dict(PEOPLE)
+
+    def script(body: dict[str, Any], times: int) -> str:
+        prompt = asked(body)
+        if "SCORE: N" not in prompt:
+            return right(body, times)
+        texts = dict(_TEXTS.findall(prompt))
+        good = known[texts["TASK"]] == texts["ANSWER"] if texts["TASK"] in known else int(texts["ANSWER"][-1]) % 2 == 0
+        return f"I thought about it.\n**SCORE: {5 if good or not honest else 2}/5**"
+
+    return script
+
+
+def test_generate_keeps_what_a_tested_judge_scores_high_enough(tmp_path: Path) -> None:
+    with teaching(judging(honest=True)) as teacher:
+        judge = {"base_url": teacher.url, "model": "judge-1", "controls": 20}
+        project = teacher_project(tmp_path / "p", teacher.url, generate={"judge_score": 4}, judge=judge)
+        assert "at most 46 calls of the judge" in generate(project, "--estimate").stdout
+        ran = generate(project, "--json")
+        assert ran.code == 0, ran.stderr
+        assert ran.document["judged"] == {"calls": 40 + 6, "cost": None}
+    good = [text for text in INPUTS if int(text[-1]) % 2 == 0]
+    rows = read(project / "generated" / "inputs.jsonl")
+    assert [row["messages"][0]["content"] for row in rows] == good
+    assert {(row["generated"]["judge"], row["generated"]["score"]) for row in rows} == {("judge-1", 5)}
+    (reason,) = ran.document["left_out"]
+    assert reason == "scored under generate.judge_score by the judge"
+
+    with teaching(judging(honest=False)) as teacher:
+        judge = {"base_url": teacher.url, "model": "judge-1", "controls": 20}
+        refused = teacher_project(tmp_path / "refused", teacher.url, generate={"judge_score": 4}, judge=judge)
+        ran = generate(refused)
+        assert ran.code == 2
+        assert "it is right on 0 of 20 of other rows' answers" in ran.stderr
+        assert len(teacher.bodies) == 40, "a judge that fails its test costs nothing of the teacher"
+    none = teacher_project(tmp_path / "none", "http://127.0.0.1:9/v1", generate={"judge_score": 4})
+    assert "requires a judge" in generate(none).stderr
 
 
 @pytest.mark.slow

@@ -119,6 +119,8 @@ class DatasetApi:
         self._reporter = opened.reporter
         synthesis = SynthesisApi(opened)
         self.generate, self.estimate_generate = synthesis.generate, synthesis.estimate_generate
+        self.from_documents = synthesis.from_documents
+        self.estimate_from_documents = synthesis.estimate_from_documents
 
     def add(
         self,

@@ -1,4 +1,4 @@
-"""``data generate``: rows that a model writes."""
+"""``data generate`` and ``from-documents``: rows that a model writes."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from tunewright.synthesis.generate import Estimate, GenerateResult
+    from tunewright.synthesis.questions import DocumentsResult
 
 _NAMED = 3
 
@@ -46,10 +47,36 @@ def data_generate(
         run.show(expected, estimate_text(expected), *left_out_tables(expected.left_out))
         return
     result = run.project.data.generate(files, out)
-    run.show(result.as_dict(), *result_parts(result))
+    judged = result.judged
+    price = "" if judged is None or judged.cost is None else f", cost {judged.cost:.4f}"
+    lines = [] if judged is None else [f"{judged.calls:,} replies of the judge, its test included{price}"]
+    run.show(result.as_dict(), *result_parts(result, count_of(result.inputs, "input")), *lines)
 
 
-def estimate_text(estimate: Estimate) -> str:
+@command(data_app, "from-documents", example="tunewright data from-documents manual.pdf faq.md", kept=RESUMES)
+def data_from_documents(
+    run: Session,
+    files: Annotated[list[Path], typer.Argument(help="PDF, DOCX, HTML, Markdown or text documents.")],
+    out: Out = None,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Estimate calls, tokens and cost, and send nothing.")
+    ] = False,
+) -> None:
+    """Have the config's teacher write questions and answers from documents, each with the quote that proves it.
+
+    A row cites document, page or heading, and characters; an answer whose quote is not in the passage is left out. Rows
+    of one document stay on one side of the split. The file is for `data add`, as that of `data generate`.
+    """
+    if estimate:
+        expected = run.project.data.estimate_from_documents(files)
+        run.show(expected, estimate_text(expected, "part"), *left_out_tables(expected.left_out, "Left out"))
+        return
+    result = run.project.data.from_documents(files, out)
+    counts = f"{count_of(result.passages, 'passage')} of {count_of(result.documents, 'document')}"
+    run.show(result.as_dict(), *result_parts(result, counts, "Left out"))
+
+
+def estimate_text(estimate: Estimate, unit: str = "input") -> str:
     """Return the calls, tokens and cost of a run."""
     calls = estimate.calls
     asked = estimate.inputs - sum(map(len, estimate.left_out.values()))
@@ -61,18 +88,21 @@ def estimate_text(estimate: Estimate) -> str:
     )
     cost = "unknown" if calls.most_cost is None else f"at most about {calls.most_cost:.2f}"
     return (
-        f"{calls.calls:,} calls for {asked:,} of {count_of(estimate.inputs, 'input')}{known}\n"
+        f"{calls.calls:,} calls for {asked:,} of {count_of(estimate.inputs, unit)}{known}\n"
         f"Still to send: about {calls.prompt_tokens:,} prompt tokens, {replies}\n"
         f"Cost: {cost}"
+        + (f"\nBesides, at most {estimate.judge_calls:,} calls of the judge" if estimate.judge_calls else "")
     )
 
 
-def result_parts(result: GenerateResult) -> list[RenderableType]:
-    """Return the counts of a run, the reasons why inputs got no row, and the next command."""
+def result_parts(
+    result: GenerateResult | DocumentsResult, source: str, title: str = "Inputs without a row"
+) -> list[RenderableType]:
+    """Return the counts of a run, the reasons why something got no row, and the next command."""
     used = result.used
     cost = "" if used.cost is None else f", cost {used.cost:.4f}"
     lines = [
-        f"{count_of(result.rows, 'row')} from {count_of(result.inputs, 'input')}; {count_of(used.calls, 'answer')} of "
+        f"{count_of(result.rows, 'row')} from {source}; {count_of(used.calls, 'answer')} of "
         f"the teacher, {used.prompt_tokens:,} prompt and {used.completion_tokens:,} reply tokens{cost}"
     ]
     end = (
@@ -81,16 +111,16 @@ def result_parts(result: GenerateResult) -> list[RenderableType]:
         if result.out is not None
         else "No row was kept, and no file was written."
     )
-    return [*lines, *left_out_tables(result.left_out), end]
+    return [*lines, *left_out_tables(result.left_out, title), end]
 
 
-def left_out_tables(left_out: Mapping[str, Sequence[str]]) -> list[Table]:
+def left_out_tables(left_out: Mapping[str, Sequence[str]], title: str = "Inputs without a row") -> list[Table]:
     """Return the reasons why inputs get no row, with counts and the first places; no table if there are none."""
     if not left_out:
         return []
-    table = Table(title="Inputs without a row", title_justify="left")
+    table = Table(title=title, title_justify="left")
     table.add_column("reason")
-    table.add_column("inputs", justify="right")
+    table.add_column("count", justify="right")
     table.add_column("such as", overflow="fold")
     for reason, places in left_out.items():
         more = ", …" if len(places) > _NAMED else ""

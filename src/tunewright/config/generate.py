@@ -72,6 +72,26 @@ class GenerateConfig(EndpointConfig):
             "the metric needs none (regex, json_valid).",
         ),
     ] = 1.0
+    judge_score: Annotated[
+        int | None,
+        Field(
+            ge=2,
+            le=5,
+            description="Smallest score of a kept answer, from 1 to 5, by the model of the judge section. The judge is "
+            "tested first on training rows of people (null: answers are not judged).",
+        ),
+    ] = None
+    questions: Annotated[
+        int, Field(ge=1, le=20, description="Questions to ask for each passage in `data from-documents`.")
+    ] = 3
+    passage_characters: Annotated[
+        int,
+        Field(
+            ge=200,
+            le=20_000,
+            description="Longest passage of a document in characters (2,000 are about 500 tokens of English).",
+        ),
+    ] = 2_000
     response_format: Annotated[
         bool,
         Field(

@@ -159,13 +159,17 @@ def _domain(
     groups = merged.groups(rows)
     keys = sorted(merged.kept)
     outputs = {key: merged.kept[key].output.strip() for key in keys}
-    clusters = _clusters(keys, merged, groups, outputs, config, reporter)
     unaccepted: frozenset[str] = frozenset()
-    # Similarity ignores the words that all inputs share, which may be others without the rows that were left out.
-    while gone := _held_out(clusters, former, doubtful):
+    while True:
+        similar = _similar(keys, merged, config, reporter)
+        clusters = _joined(similar, groups, outputs, config)
+        # A row that resembles a held-out one leaves alone; the others of its document or group may stay.
+        gone = _held_out(similar, former, doubtful) or _held_out(clusters, former, doubtful)
+        if not gone:
+            break
+        # Similarity ignores the words that all inputs share, which may be others without these rows: look again.
         unaccepted |= gone
         keys = [key for key in keys if key not in gone]
-        clusters = _clusters(keys, merged, groups, outputs, config, reporter)
     if unaccepted:
         reporter.warn(notices.unaccepted([merged.place(key) for key in sorted(unaccepted)]))
     read = {merged.kept_pair_key(row.example.pair_key) for row in rows}
@@ -199,18 +203,23 @@ def _held_out(
     return frozenset(key for keys in held_out for key in keys if key in doubtful)
 
 
-def _clusters(
-    keys: Sequence[str],
-    merged: Merge,
-    groups: Mapping[str, tuple[str, ...]],
-    outputs: Mapping[str, str],
-    config: Config,
-    reporter: Reporter,
-) -> dict[str, list[str]]:
+def _similar(keys: Sequence[str], merged: Merge, config: Config, reporter: Reporter) -> dict[str, list[str]]:
+    """Return the keys of each cluster of similar inputs."""
     names = find_clusters([merged.kept[key] for key in keys], config.data.dedup_threshold, reporter)
     clusters: dict[str, list[str]] = defaultdict(list)
     for key, name in zip(keys, names, strict=True):
         clusters[name].append(key)
+    return clusters
+
+
+def _joined(
+    clusters: Mapping[str, Sequence[str]],
+    groups: Mapping[str, tuple[str, ...]],
+    outputs: Mapping[str, str],
+    config: Config,
+) -> dict[str, list[str]]:
+    """Return the clusters, joined where rows share a group or an output template."""
+    keys = [key for members in clusters.values() for key in members]
     by_template: dict[str, str] = {}
     if config.data.split_by == "output_template":
         by_template = template_groups({key: outputs[key] for key in keys})

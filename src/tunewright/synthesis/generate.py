@@ -20,20 +20,26 @@ from tunewright.evaluation.answer_constraints import AnswerConstraints
 from tunewright.metrics import Scorer
 from tunewright.synthesis.agreement import choose, needs_no_reference, score_of
 from tunewright.synthesis.inputs import Input, screen_inputs
+from tunewright.synthesis.rubric import JudgeCalls, RubricJudge
 from tunewright.synthesis.teachers import Calls, Sample, Teacher, Usage
 
 DISAGREE = "samples disagree"
 FORM = "not in the form of evaluate.structured_outputs"
 BELOW = "scores under generate.min_score"
+UNDER = "scored under generate.judge_score by the judge"
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run would take, before anything is sent; ``left_out`` has the places of inputs by reason."""
+    """What a run would take, before anything is sent; ``left_out`` has the places of inputs by reason.
+
+    ``judge_calls`` is the highest number, since only answers that are kept are judged.
+    """
 
     inputs: int
     left_out: dict[str, list[str]]
     calls: Calls
+    judge_calls: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,7 @@ class GenerateResult:
     left_out: dict[str, list[str]]
     models: dict[str, int]
     used: Usage
+    judged: JudgeCalls | None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the JSON document that ``--json`` prints."""
@@ -65,6 +72,7 @@ class RowGenerator:
         teacher: writes the samples.
         scorer: the metric that decides.
         constraints: the form that answers must have.
+        judge: scores the answers; None: they are not judged.
         reporter: shows progress and warnings.
     """
 
@@ -75,6 +83,7 @@ class RowGenerator:
         teacher: Teacher,
         scorer: Scorer,
         constraints: AnswerConstraints | None,
+        judge: RubricJudge | None,
         reporter: Reporter,
     ) -> None:
         self.project = project
@@ -83,6 +92,7 @@ class RowGenerator:
         self.teacher = teacher
         self.scorer = scorer
         self.constraints = constraints
+        self.judge = judge
         self.reporter = reporter
 
     def estimate(self, inputs: Sequence[Input]) -> Estimate:
@@ -90,7 +100,8 @@ class RowGenerator:
         reasons = screen_inputs(self.project, self.version, inputs, self.reporter)
         prompts = [each.example.prompt for place, each in enumerate(inputs) if place not in reasons]
         calls = self.teacher.calls(prompts, self.config.samples)
-        return Estimate(len(inputs), _places(inputs, reasons), calls)
+        judged = 0 if self.judge is None else len(prompts) + 2 * self.judge.config.controls
+        return Estimate(len(inputs), _places(inputs, reasons), calls, judged)
 
     def run(self, inputs: Sequence[Input], out: Path) -> GenerateResult:
         """Sample the teacher, and write the rows that are kept to a file that ``data add`` reads.
@@ -102,28 +113,46 @@ class RowGenerator:
         reasons = screen_inputs(self.project, self.version, inputs, self.reporter)
         asked = [place for place in range(len(inputs)) if place not in reasons]
         prompts = [inputs[place].example.prompt for place in asked]
+        if self.judge is not None and prompts:
+            self.judge.test(self.version)
         samples = self.teacher.sample("generating", prompts, self.config.samples) if prompts else []
         models = Counter(sample.model for each in samples for sample in each)
-        self._warn_of_versions(models)
-        rows = []
+        warn_of_versions(models, self.reporter)
+        kept: dict[int, tuple[Message, float]] = {}
         for place, drawn in zip(asked, samples, strict=True):
-            kept = self._kept(inputs[place], drawn)
-            if isinstance(kept, str):
-                reasons[place] = kept
+            chosen = self._kept(inputs[place], drawn)
+            if isinstance(chosen, str):
+                reasons[place] = chosen
             else:
-                rows.append(self._row(inputs[place], *kept, drawn))
+                kept[place] = chosen
+        scores = self._judged(inputs, kept, reasons)
+        rows = [
+            self._row(inputs[place], *kept[place], drawn, scores.get(place))
+            for place, drawn in zip(asked, samples, strict=True)
+            if place not in reasons
+        ]
         if rows:
             write_rows(out, rows)
         written = str(out) if rows else None
         left_out = _places(inputs, reasons)
-        return GenerateResult(written, len(inputs), len(rows), left_out, dict(models), self.teacher.used)
+        judged = None if self.judge is None else self.judge.used
+        used = self.teacher.used
+        return GenerateResult(written, len(inputs), len(rows), left_out, dict(models), used, judged)
 
-    def _warn_of_versions(self, models: Mapping[str, int]) -> None:
-        if len(models) > 1:
-            counts = ", ".join(f"{name} ({count:,})" for name, count in sorted(models.items()))
-            self.reporter.warn(
-                f"The teacher's version changed between samples: {counts}. Each row names the versions of its samples."
-            )
+    def _judged(
+        self, inputs: Sequence[Input], kept: Mapping[int, tuple[Message, float]], reasons: dict[int, str]
+    ) -> dict[int, int]:
+        """Return the judge's scores, and add a reason for each answer that does not pass."""
+        if self.judge is None or not kept:
+            return {}
+        examples = [Example((*inputs[place].example.prompt, answer)) for place, (answer, _) in kept.items()]
+        found: dict[int, int] = {}
+        for place, score in zip(kept, self.judge.scores("judging", examples), strict=True):
+            if isinstance(score, int):
+                found[place] = score
+            if not self.judge.passes(score):
+                reasons[place] = UNDER if isinstance(score, int) else f"not judged: {score}"
+        return found
 
     def _kept(self, given: Input, samples: Sequence[Sample]) -> tuple[Message, float] | str:
         """Return the chosen answer with its agreement, or the reason why the input gets no row."""
@@ -147,7 +176,9 @@ class RowGenerator:
                 return BELOW
         return answer, agreement
 
-    def _row(self, given: Input, answer: Message, agreement: float, samples: Sequence[Sample]) -> dict[str, Any]:
+    def _row(
+        self, given: Input, answer: Message, agreement: float, samples: Sequence[Sample], score: int | None
+    ) -> dict[str, Any]:
         example = Example((*given.example.prompt, answer))
         about = {
             "teacher": self.teacher.name,
@@ -159,11 +190,21 @@ class RowGenerator:
             )[:16],
             "samples": len(samples),
             "agreement": round(agreement, 4),
+            **({} if score is None else {"judge": self.project.config.judge.model, "score": score}),
             "license": self.config.license,
             "input": given.place,
         }
         own = {key: value for key, value in given.row.metadata.items() if key not in ("messages", "tools")}
         return {**example.as_row(), **given.row.groups, **own, GENERATED: about}
+
+
+def warn_of_versions(models: Mapping[str, int], reporter: Reporter) -> None:
+    """Warn if the teacher reported several versions; ``models`` counts samples by version."""
+    if len(models) > 1:
+        counts = ", ".join(f"{name} ({count:,})" for name, count in sorted(models.items()))
+        reporter.warn(
+            f"The teacher's version changed between samples: {counts}. Each row names the versions of its samples."
+        )
 
 
 def _places(inputs: Sequence[Input], reasons: Mapping[int, str]) -> dict[str, list[str]]:

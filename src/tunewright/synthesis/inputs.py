@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,8 +158,13 @@ def _held_out(
     clusters: dict[str, list[str]] = defaultdict(list)
     for key, name in zip(rows, names, strict=True):
         clusters[name].append(key)
+
+    def held_out(clusters: Iterable[Sequence[str]]) -> frozenset[str]:
+        near = (keys for keys in clusters if any(splits.get(key) in ("dev", "test") for key in keys))
+        return frozenset(key for keys in near for key in keys if key in inputs and key not in splits)
+
+    alone = held_out(clusters.values())
+    clusters = {name: [key for key in keys if key not in alone] for name, keys in clusters.items()}
     groups = {m.key: m.groups for m in version.domain}
     groups |= {key: tuple(f"{n}={v}" for n, v in each.row.groups.items()) for key, each in inputs.items()}
-    joined = join_groups(clusters, groups).values()
-    near = (keys for keys in joined if any(splits.get(key) in ("dev", "test") for key in keys))
-    return frozenset(key for keys in near for key in keys if key in inputs and key not in splits)
+    return alone | held_out(join_groups(clusters, groups).values())
