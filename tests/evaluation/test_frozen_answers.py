@@ -191,9 +191,9 @@ def test_system_prompt_replaces_the_rows_own(project: package.Project) -> None:
     member = next(m for m in project.data.version().members if m.example.messages[0].role == "system")
     with stand_in() as server:
         model, _ = model_of(project, server, system_prompt="New.")
-        assert [turn["content"] for turn in model.conversation(member.example)] == ["New.", "red"]
+        assert [turn["content"] for turn in model.request(member.example).conversation] == ["New.", "red"]
         model, _ = model_of(project, server)
-        assert [turn["content"] for turn in model.conversation(member.example)] == ["Old.", "red"]
+        assert [turn["content"] for turn in model.request(member.example).conversation] == ["Old.", "red"]
 
 
 def test_functions_are_sent_as_tools_and_calls_compare_in_canonical_form(

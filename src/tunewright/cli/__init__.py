@@ -13,6 +13,7 @@ _GROUPS = (
     "data",
     "data_rows",
     "data_versions",
+    "data_generate",
     "data_review",
     "advise",
     "optimize_prompt",

@@ -15,6 +15,7 @@ from tunewright.config.advise import AdviseConfig, PriceConfig
 from tunewright.config.data import DataConfig, Duplicates, Findable, MixConfig
 from tunewright.config.endpoint import EndpointConfig
 from tunewright.config.gateway import GatewayConfig
+from tunewright.config.generate import GenerateConfig
 from tunewright.config.incumbents import IncumbentConfig
 from tunewright.config.judge import JudgeConfig, ReferenceModelConfig
 from tunewright.config.metrics import Metric, MetricName, metric_name
@@ -47,6 +48,7 @@ __all__ = [
     "EvaluateConfig",
     "Findable",
     "GatewayConfig",
+    "GenerateConfig",
     "IncumbentConfig",
     "JudgeConfig",
     "Method",
@@ -387,5 +389,6 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     regressions: RegressionsConfig = RegressionsConfig()
     judge: JudgeConfig = JudgeConfig()
+    generate: GenerateConfig = GenerateConfig()
     serve: ServeConfig = ServeConfig()
     gateway: GatewayConfig = GatewayConfig()

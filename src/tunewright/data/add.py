@@ -67,6 +67,8 @@ class AddResult:
     """Training rows that contain a test row or a benchmark item; left out if data.contaminated is "drop"."""
     left_out: int
     """Number of contaminated rows left out."""
+    unaccepted: int
+    """Number of generated rows left out, because they share a cluster with held-out rows and nobody accepted them."""
     largest: tuple[LargeCluster, ...]
     """The largest clusters."""
     outputs: OutputLeakage
@@ -144,6 +146,7 @@ def add(
         personal=screened.personal,
         contaminated=draft.hits,
         left_out=len(draft.left_out),
+        unaccepted=len(draft.unaccepted),
         largest=draft.largest,
         outputs=draft.outputs,
         near_duplicates=planned.near,
@@ -313,7 +316,7 @@ def _imports(
     ]
     for line, row in zip(lines, rows, strict=True):
         # Rows that stay out get no metadata: a purge erases metadata by the keys of rows that were in a version.
-        if row.metadata and line["fate"] not in ("removed", "contaminated"):
+        if row.metadata and line["fate"] not in ("removed", "contaminated", "unaccepted"):
             line["metadata"] = row.metadata
     lines += [
         {"source": sources[f.source].name, "line": f.line, "fate": "skipped", "code": f.code, "reason": f.reason}

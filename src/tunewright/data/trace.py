@@ -88,6 +88,9 @@ def _key_at(dataset: Path, version: DatasetVersion, file: str, line: int) -> str
     if found["fate"] == "contaminated":
         what = "The row was left out: it contains a test input or a benchmark item"
         raise UserError(what, where=f"{file}:{line}")
+    if found["fate"] == "unaccepted":
+        what = "The row was left out: a model wrote it, nobody has accepted it, and it is too similar to a held-out row"
+        raise UserError(what, where=f"{file}:{line}")
     key = str(found.get("of", found["key"]))
     return superseded_keys(dataset, version.manifest).get(key, key)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ from tunewright.data.tools import canonical_arguments
 from tunewright.data.versions import Member
 from tunewright.endpoints.budget import Budget
 from tunewright.endpoints.client import Endpoint
-from tunewright.endpoints.replies import Conversation, Reply, conversation_text, cost, estimated_tokens
+from tunewright.endpoints.replies import ChatRequest, Reply, cost, estimated_tokens
 from tunewright.evaluation.access_log import AccessLog
 from tunewright.evidence.common import Part
 
@@ -158,20 +159,22 @@ class IncumbentModel:
             "trained_on": list(config.trained_on),
         }
 
-    def conversation(self, example: Example) -> Conversation:
-        """Return the messages to send for a row."""
+    def request(self, example: Example) -> ChatRequest:
+        """Return the request for a row: its messages, and its functions as ``tools``."""
         turns = [{k: v for k, v in m.as_dict().items() if k != "weight"} for m in example.prompt]
+        functions: dict[str, Any] = {}
+        if turns[0]["role"] == "tools":
+            functions["tools"] = json.loads(turns.pop(0)["content"])
         if self.config.system_prompt is not None:
             turns = [turn for turn in turns if turn["role"] != "system"]
-            place = int(turns[0]["role"] == "tools")
-            turns.insert(place, {"role": "system", "content": self.config.system_prompt})
-        return tuple(turns)
+            turns.insert(0, {"role": "system", "content": self.config.system_prompt})
+        return ChatRequest(tuple(turns), functions)
 
     def estimate(self, members: Sequence[Member]) -> IncumbentEstimate:
         """Estimate the calls that these rows still need; nothing is sent."""
         missing = self._missing(members)
         every = {self._key(m) for m in members}
-        prompt = sum(estimated_tokens(conversation_text(self.conversation(m.example))) for m in missing.values())
+        prompt = sum(estimated_tokens(self.request(m.example).text) for m in missing.values())
         completion = sum(estimated_tokens(m.example.output) for m in missing.values())
         limit = self.config.reply_limit
         most = None if limit is None else limit * len(missing)
@@ -229,7 +232,7 @@ class IncumbentModel:
     # Rows and files
 
     def _key(self, member: Member) -> str:
-        return self.endpoint.journal.key(self.conversation(member.example))
+        return self.endpoint.journal.key(self.request(member.example))
 
     def _missing(self, members: Sequence[Member]) -> dict[str, Member]:
         """Return the rows to ask, one for each distinct request."""
@@ -249,7 +252,7 @@ class IncumbentModel:
         """Return the replies of rows that are not frozen, by request."""
         if self.config.frozen:
             return {}
-        wanted = {self._key(m): self.conversation(m.example) for m in members}
+        wanted = {self._key(m): self.request(m.example) for m in members}
         asked = {key: said for key, said in wanted.items() if key not in self._frozen}
         if not asked:
             return {}
@@ -266,11 +269,11 @@ class IncumbentModel:
             key=member.key,
             request=key,
             text=reply.text,
-            calls=tuple((name, arguments) for name, arguments in reply.calls),
+            calls=tuple(map(_named, reply.tool_calls)),
             finish=reply.finish,
             gap=reply.refused or (_STOPPED if reply.finish == "content_filter" else None),
             model=reply.model,
-            time=reply.time,
+            time=reply.when,
             seconds=reply.seconds,
             at_once=self.config.concurrency,
             prompt_tokens=reply.prompt_tokens,
@@ -337,6 +340,15 @@ def read_frozen(path: Path) -> list[FrozenAnswer]:
                 f"Not a frozen answer: {what}", where=f"{path}:{number}", fix="Restore the file from git."
             ) from None
     return answers
+
+
+def _named(call: Any) -> tuple[str, str]:
+    """Return a call's name and arguments as the endpoint wrote them; a malformed one has its JSON in place of both."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        return "", json.dumps(call)
+    arguments = function.get("arguments", "")
+    return function["name"], arguments if isinstance(arguments, str) else json.dumps(arguments)
 
 
 def _arguments(text: str) -> str:

@@ -200,7 +200,10 @@ def _new_records(
         fate, before = record["fate"], recorded.get((record["source"], record["line"]))
         known = fate == "known" and before is not None and before[1] == record["key"]
         known = known and metadata.get((record["source"], record["line"])) == record.get("metadata")
-        again = fate in ("contaminated", "not mixed", "removed") and before == (fate, record.get("of", record["key"]))
+        again = fate in ("contaminated", "unaccepted", "not mixed", "removed") and before == (
+            fate,
+            record.get("of", record["key"]),
+        )
         if not (known or again or (fate == "mixed" and record["key"] in mixed)):
             yield record
 
