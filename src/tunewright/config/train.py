@@ -209,6 +209,13 @@ class TrainConfig(Section):
             "adapter is kept either way.",
         ),
     ] = None
+    generated: Annotated[
+        bool,
+        Field(
+            description="Train on generated rows. false leaves them out, to measure their effect with "
+            "`tunewright data generated-effect`."
+        ),
+    ] = True
     report_to: Annotated[
         tuple[Tracker, ...],
         Field(
@@ -227,7 +234,9 @@ class TrainConfig(Section):
 
     def deciding(self) -> dict[str, Any]:
         """Return the values that decide the trained weights: not checkpoints, trackers or the check for vLLM."""
-        return self.model_dump(mode="json", exclude={"save_steps", "report_to", "require_vllm_compatible"})
+        # The default is left out, so that adapters of earlier releases are found.
+        default = {"generated"} if self.generated else set()
+        return self.model_dump(mode="json", exclude={"save_steps", "report_to", "require_vllm_compatible", *default})
 
     @model_validator(mode="after")
     def _check_batches(self) -> TrainConfig:

@@ -318,6 +318,8 @@ def _row_use(name: str, version: str, place: Place | None, lineage: dict[str, An
         return RowUse(name, version, "absent")
     if place.split != "train":
         return RowUse(name, version, place.split)
+    if place.generated and (lineage.get("config") or {}).get("train", {}).get("generated") is False:
+        return RowUse(name, version, "left out", "generated")
     rendering = lineage.get("rendering")
     if rendering is None:
         return RowUse(name, version, "unknown", "its lineage does not say which training rows were left out")
