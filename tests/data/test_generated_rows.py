@@ -310,3 +310,20 @@ def test_no_version_holds_out_a_generated_row_that_nobody_accepted(steps: list[t
                 if each.generated and each.split != "train":
                     last = (accepted.get(each.key) or [""])[-1]
                     assert last == "right" or (each.key in edits and last == "")
+
+
+def test_folds_never_hold_out_a_generated_row(tmp_path: Path) -> None:
+    from tunewright.evaluation.folds import fold_versions
+
+    project = started(tmp_path)
+    accepted_test_row(project)
+    add_generated(project, *(chat(text, answer) for text, answer in unlike_pairs(20, seed=9)))
+    version = current(project)
+    folds = fold_versions(version, 4, 0)
+    people = {m.key for m in version.domain if not m.generated}
+    tested = [m.key for fold in folds for m in fold.examples("test")]
+    assert sorted(tested) == sorted(people)
+    for fold in folds:
+        held_out = {m.cluster for m in fold.members if m.split != "train"}
+        assert all(m.split == "train" and m.cluster not in held_out for m in fold.members if m.generated)
+        assert sum(m.generated for m in fold.members) >= 20

@@ -119,7 +119,7 @@ class DatasetApi:
         self._reporter = opened.reporter
         synthesis = SynthesisApi(opened)
         self.generate, self.estimate_generate = synthesis.generate, synthesis.estimate_generate
-        self.from_documents = synthesis.from_documents
+        self.from_documents, self.generated_effect = synthesis.from_documents, synthesis.generated_effect
         self.estimate_from_documents = synthesis.estimate_from_documents
 
     def add(

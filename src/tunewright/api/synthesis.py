@@ -14,6 +14,7 @@ from tunewright.data.versions import DatasetVersion, has_version, load_version
 
 if TYPE_CHECKING:
     from tunewright.evaluation.answer_constraints import AnswerConstraints
+    from tunewright.evidence.generated_effect import GeneratedEffect
     from tunewright.synthesis.generate import Estimate, GenerateResult, RowGenerator
     from tunewright.synthesis.inputs import Input
     from tunewright.synthesis.questions import DocumentsResult, QuestionWriter
@@ -80,6 +81,24 @@ class SynthesisApi:
         """
         paths = [Path(file) for file in files]
         return self._writer().run(paths, self._out(out, paths[0].stem))
+
+    def generated_effect(self, evaluation: str | Path, without: str | Path) -> GeneratedEffect:
+        """Compare an adapter with one trained without the generated rows, on people's test items.
+
+        The finding becomes a part of the first evaluation's evidence. Nothing is answered again.
+
+        Args:
+            evaluation: the evaluation of the adapter trained with them.
+            without: the evaluation of an adapter trained with train.generated: false.
+
+        Raises:
+            UserError: no such evaluation, or the two differ in more than the generated rows.
+        """
+        from tunewright.evidence.schema import find_evaluation
+        from tunewright.synthesis.effect import measure_effect
+
+        ours, theirs = (find_evaluation(self._project.evaluations, name) for name in (evaluation, without))
+        return measure_effect(self._project, ours, theirs, self._reporter)
 
     def _out(self, out: str | Path | None, name: str) -> Path:
         path = self._project.root / "generated" / f"{name}.jsonl" if out is None else Path(out)

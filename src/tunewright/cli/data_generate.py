@@ -76,6 +76,20 @@ def data_from_documents(
     run.show(result.as_dict(), *result_parts(result, counts, "Left out"))
 
 
+@command(data_app, "generated-effect", example="tunewright data generated-effect 0d7c9a2b41e0 5b21f0c1aa37")
+def data_generated_effect(
+    run: Session,
+    evaluation: Annotated[Path, typer.Argument(help="Evaluation of the adapter trained with the generated rows.")],
+    without: Annotated[Path, typer.Argument(help="Evaluation of an adapter trained with train.generated: false.")],
+) -> None:
+    """Compare two evaluated adapters, with and without the generated rows, on the test items of people.
+
+    The answers are those that the evaluations stored. The finding is added to the first evaluation and its report.
+    """
+    effect = run.project.data.generated_effect(evaluation, without)
+    run.show(effect.model_dump(mode="json"), effect.line)
+
+
 def estimate_text(estimate: Estimate, unit: str = "input") -> str:
     """Return the calls, tokens and cost of a run."""
     calls = estimate.calls

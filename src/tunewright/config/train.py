@@ -246,6 +246,13 @@ class TrainConfig(Section):
             "adapter is kept either way.",
         ),
     ] = None
+    generated: Annotated[
+        bool,
+        Field(
+            description="Train on generated rows. false leaves them out, to measure their effect with "
+            "`tunewright data generated-effect`."
+        ),
+    ] = True
     report_to: Annotated[
         tuple[Tracker, ...],
         Field(
@@ -267,10 +274,12 @@ class TrainConfig(Section):
         """Return the values that decide the trained weights: not checkpoints, trackers or the check for vLLM.
 
         The adapter in ``from`` is left out too, since its digest decides and not its name, and so are ``method`` and
-        ``beta`` for ``sft``: adapters trained before these keys existed keep their identity.
+        ``beta`` for ``sft`` and ``generated: true``: adapters trained before these keys existed keep their identity.
         """
         unused = {"save_steps", "report_to", "require_vllm_compatible", "from_"}
-        return self.model_dump(mode="json", exclude=unused if self.prefers else unused | {"method", "beta"})
+        unused |= set() if self.prefers else {"method", "beta"}
+        unused |= {"generated"} if self.generated else set()
+        return self.model_dump(mode="json", exclude=unused)
 
     @property
     def prefers(self) -> bool:

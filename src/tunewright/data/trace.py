@@ -346,6 +346,8 @@ def _own_use(name: str, lineage: Mapping[str, Any], places: _KnownPlaces, key: s
         return RowUse(name, version, "absent")
     if place.split != "train":
         return RowUse(name, version, place.split)
+    if place.generated and (lineage.get("config") or {}).get("train", {}).get("generated") is False:
+        return RowUse(name, version, "left out", "generated")
     rendering = lineage.get("rendering")
     if rendering is None:
         return RowUse(name, version, "unknown", "its lineage does not say which training rows were left out")

@@ -393,6 +393,7 @@ def _evidence(
     config, generator, version = arm_runner.project.config, arm_runner.generator, arm_runner.version
     members = version.examples(split)
     references = count_references([m.example for m in members])
+    with_generated = (adapter.lineage.get("config") or {}).get("train", {}).get("generated", True)
     return Evidence(
         id=_folder(arm_runner, settled, split).name,
         project=config.name,
@@ -403,7 +404,7 @@ def _evidence(
         split=split,
         items=len(members),
         clusters=len({m.cluster for m in members}),
-        train_items=len(version.examples("train")),
+        train_items=sum(with_generated or not m.generated for m in version.examples("train")),
         dev_arms=advice.arms,
         narrowing=advice.narrowing,
         static=advice.static,

@@ -14,6 +14,7 @@ from tunewright.core.progress import Reporter
 from tunewright.evidence.answer_format import AnswerFormat
 from tunewright.evidence.benchmarks import Benchmarks
 from tunewright.evidence.common import ArmScore, Budget, EngineUsed, Interval, NoiseFloor, Part, References
+from tunewright.evidence.generated_effect import GeneratedEffect
 from tunewright.evidence.human_eval import AnswerReview
 from tunewright.evidence.incumbents import Incumbents
 from tunewright.evidence.judge import Judgement
@@ -296,6 +297,10 @@ class Evidence(Part):
     ] = None
     incumbents: Annotated[
         Incumbents | None, Field(description="Models of evaluate.incumbents against the adapter; null: none.")
+    ] = None
+    generated_effect: Annotated[
+        GeneratedEffect | None,
+        Field(description="Effect of the generated training rows (`data generated-effect`); null: not measured."),
     ] = None
     judge: Annotated[
         Judgement | None, Field(description="Findings of `tunewright judge`, or the reason of its veto.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, writing
 from tunewright.core.progress import Reporter
+from tunewright.core.text import count_of
 from tunewright.data.versions import DatasetVersion
 from tunewright.metrics import metric_inputs
 from tunewright.models.bases import Base
@@ -238,6 +239,11 @@ def _run(
         )
     limit = min(config.train.max_length, context_length(base))
     parent = require_parent(project, version, base, chat, reporter)
+    if not config.train.generated:
+        kept = tuple(m for m in version.members if not (m.generated and m.split == "train"))
+        left_out = len(version.members) - len(kept)
+        reporter.say(f"{count_of(left_out, 'generated row')} left out of the training (train.generated: false)")
+        version = replace(version, members=kept)
     preferences = None
     if config.train.prefers:
         preferences = preference_rows(config.train, project.dataset, version, chat, limit, reporter)
