@@ -38,6 +38,11 @@ if TYPE_CHECKING:
     from tunewright.evaluation.arm_runner import ArmRunner
     from tunewright.evaluation.benchmarks.runner import BenchmarkResult
     from tunewright.evaluation.learning_curve import CurveResult
+    from tunewright.evaluation.prompt_optimization.run import (
+        OptimizePromptEstimate,
+        OptimizePromptResult,
+        PromptOptimization,
+    )
     from tunewright.evaluation.prompt_search import AdviseResult
     from tunewright.evaluation.runner import EvaluateResult
     from tunewright.models.memory.plan import MemoryCheck, Plan
@@ -155,6 +160,27 @@ class Project(EvaluationsApi):
         arm_runner = self.arm_runner()
         arm_runner.schedule = Schedule(arm_runner)
         return advise(arm_runner)
+
+    def optimize_prompt(self) -> OptimizePromptResult:
+        """Search for a better instruction with GEPA and the config's reflection model, and choose on dev.
+
+        Later commands measure the result as further arms, as long as the dataset version, base, template and metric
+        stay the same. Replies and answers are kept, so a stopped call resumes and pays for nothing twice.
+
+        Raises:
+            UserError: no reflection model or GEPA, too few training rows, or the endpoint fails.
+        """
+        return self._prompt_optimization().run()
+
+    def estimate_optimize_prompt(self) -> OptimizePromptEstimate:
+        """Return upper limits of the calls, tokens and cost of :meth:`optimize_prompt` without sending anything."""
+        return self._prompt_optimization().estimate()
+
+    def _prompt_optimization(self) -> PromptOptimization:
+        from tunewright.evaluation.prompt_optimization.run import PromptOptimization, reflection_endpoint
+
+        reflection_endpoint(self.folder.config)  # refused before a base is loaded
+        return PromptOptimization(self.arm_runner())
 
     def advise(
         self, stored: str | Path | None = None, *, pilot: bool = True, minutes: float | None = None

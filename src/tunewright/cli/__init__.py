@@ -15,6 +15,7 @@ _GROUPS = (
     "data_versions",
     "data_review",
     "advise",
+    "optimize_prompt",
     "train",
     "estimate_memory",
     "adapters",

@@ -68,6 +68,11 @@ class ProjectFolder:
         return self.root / "advice"
 
     @property
+    def prompts(self) -> Path:
+        """The folder of optimized prompts: one ID.json each, made to be committed to git."""
+        return self.root / "prompts"
+
+    @property
     def curves(self) -> Path:
         """Learning curves, one folder for each: ID."""
         return self.root / "curves"

@@ -115,6 +115,10 @@ class Endpoint:
                 run_async(self._ask_all(missing, task))
         return [self.journal.replies[key] for key in keys]
 
+    def require_key(self) -> None:
+        """Raise a UserError if the environment lacks the endpoint's API key."""
+        _secret(self.config, self.where)
+
     def is_known(self, conversation: Conversation) -> bool:
         """Return whether the journal has a reply to this conversation."""
         return self.journal.key(conversation) in self.journal.replies

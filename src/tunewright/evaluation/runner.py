@@ -18,7 +18,15 @@ from tunewright.data.versions.version import current_author
 from tunewright.evaluation.access_log import ACCESS_LOG, AccessLog
 from tunewright.evaluation.answer_journal import Answer
 from tunewright.evaluation.arm_runner import ArmRunner, measured_arm, measured_with, scored_arms
-from tunewright.evaluation.arms import TUNED, TUNED_CONSTRAINED, ZERO_SHOT, ArmPlan, plan_of, tuned_retrieved
+from tunewright.evaluation.arms import (
+    TUNED,
+    TUNED_CONSTRAINED,
+    ZERO_SHOT,
+    ArmPlan,
+    plan_of,
+    tuned_optimized,
+    tuned_retrieved,
+)
 from tunewright.evaluation.repeats import noise_floor
 from tunewright.evaluation.train_similarity import Distances, scores_by_distance, scores_by_template
 from tunewright.evidence.answer_format import answer_form
@@ -55,10 +63,18 @@ class EvaluateResult:
     """False when evidence of the same inputs already existed."""
 
 
-def contest(advice: Advice, *, with_retrieved: bool, held: bool = False, budget: Budget | None = None) -> list[ArmPlan]:
+def contest(
+    advice: Advice,
+    *,
+    with_retrieved: bool,
+    held: bool = False,
+    optimized: str | None = None,
+    budget: Budget | None = None,
+) -> list[ArmPlan]:
     """Return the arms compared on held-out items: zero-shot, the best on dev, tuned, and tuned with demonstrations.
 
-    With ``held``, tuned constrained by the grammar is added. A ``budget`` may have left the last two out.
+    With ``held``, tuned constrained by the grammar is added; with ``optimized``, tuned with the optimized instruction
+    of this digest. A ``budget`` may have left the last three out.
     """
     left_out = budget.left_out if budget else ()
     with_retrieved = with_retrieved and "tuned+retrieved" not in left_out
@@ -67,6 +83,8 @@ def contest(advice: Advice, *, with_retrieved: bool, held: bool = False, budget:
     plans = [ZERO_SHOT, known[advice.best], TUNED]
     if with_retrieved and advice.best_retrieved is not None:
         plans.append(tuned_retrieved(known[advice.best_retrieved]))
+    if (plan := tuned_optimized(optimized)) is not None and plan.name not in left_out:
+        plans.append(plan)
     if held:
         plans.append(TUNED_CONSTRAINED)
     return list(dict.fromkeys(plans))
@@ -76,7 +94,9 @@ def _all_arms(advice: Advice) -> list[Arm]:
     return [*advice.arms, *(advice.narrowing.arms if advice.narrowing else [])]
 
 
-def declare(config: Config, metric: MetricName, best: str, with_retrieved: str | None) -> tuple[Declared, ...]:
+def declare(
+    config: Config, metric: MetricName, best: str, with_retrieved: str | None, optimized: str | None = None
+) -> tuple[Declared, ...]:
     """Declare the contrasts to measure: tuned against the best prompting arm (decides), and zero-shot.
 
     Args:
@@ -84,10 +104,10 @@ def declare(config: Config, metric: MetricName, best: str, with_retrieved: str |
         metric: the deciding metric.
         best: name of the best prompting arm.
         with_retrieved: name of the tuned arm with demonstrations, if it is measured.
+        optimized: name of the tuned arm with the optimized instruction, if it is measured.
     """
     pairs = [(TUNED.name, control) for control in dict.fromkeys([best, ZERO_SHOT.name])]
-    if with_retrieved is not None:
-        pairs.append((with_retrieved, TUNED.name))
+    pairs += [(name, TUNED.name) for name in (with_retrieved, optimized) if name is not None]
     margin = config.evaluate.margin
     return tuple(
         Declared(treatment=treatment, control=control, metric=metric, margin=margin if number == 0 else None)
@@ -126,19 +146,24 @@ def _settle(arm_runner: ArmRunner, adapter: Adapter, advice: Advice) -> _Evaluat
     settings, config = arm_runner.settings, arm_runner.project.config
     budget = _budget(arm_runner)
     plans = contest(
-        advice, with_retrieved=settings.tuned_retrieved, held=settings.structured_outputs is not None, budget=budget
+        advice,
+        with_retrieved=settings.tuned_retrieved,
+        held=settings.structured_outputs is not None,
+        optimized=arm_runner.optimized,
+        budget=budget,
     )
     with_retrieved = next((plan.name for plan in plans if plan.kind == "tuned-retrieved"), None)
+    optimized = next((plan.name for plan in plans if plan.kind == "tuned" and plan.optimized), None)
     inputs = arm_runner.inputs(arm_runner.limit) | {
         "adapter": adapter.digest,
         "arms": [plan.name for plan in plans],
         "instructions": settings.instructions,
         "margin": settings.margin,
         **({"left_out": sorted(budget.left_out)} if budget else {}),
+        **({"optimized": arm_runner.optimization.id} if arm_runner.optimization else {}),
     }
-    return _EvaluationInputs(
-        plans, declare(config, arm_runner.scorers[0].name, advice.best, with_retrieved), digest(inputs)[:12]
-    )
+    declared = declare(config, arm_runner.scorers[0].name, advice.best, with_retrieved, optimized)
+    return _EvaluationInputs(plans, declared, digest(inputs)[:12])
 
 
 def _budget(arm_runner: ArmRunner) -> Budget | None:
@@ -303,6 +328,7 @@ def _evidence(
         arms=[measured_arm(plan.name, plan, answers[plan.name], scored, config.seed) for plan in settled.plans],
         contrasts=measured_contrasts(scored, settled.declared, config.seed),
         engine=generator.used,
+        prompt_optimization=arm_runner.optimization,
         form=answer_form(
             [m.example.output for m in version.domain],
             [m.example.output for m in members],

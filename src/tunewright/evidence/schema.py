@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from tunewright.config import MetricName, RetrieverName
+from tunewright.config import DemonstrationOrder, MetricName, RetrieverName
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.evidence.answer_format import AnswerFormat
@@ -17,6 +17,7 @@ from tunewright.evidence.common import ArmScore, Budget, EngineUsed, Interval, N
 from tunewright.evidence.human_eval import AnswerReview
 from tunewright.evidence.judge import Judgement
 from tunewright.evidence.logged_access import Design, EarlierAccess, LoggedAccess
+from tunewright.evidence.prompt_optimization import OptimizedPrompt
 from tunewright.evidence.train_similarity import OutputTemplates, TrainSimilarity
 from tunewright.metrics import Kind
 
@@ -37,9 +38,16 @@ class Arm(Part):
     shots: Annotated[int, Field(description="Demonstrations in the prompt.")]
     seed: Annotated[int | None, Field(description="Index of the draw of static demonstrations, from 1.")] = None
     retriever: Annotated[RetrieverName | None, Field(description="Method that retrieves the demonstrations.")] = None
+    mmr: Annotated[
+        float | None, Field(description="Weight of similarity against diversity; null: similarity alone.")
+    ] = None
+    order: Annotated[DemonstrationOrder, Field(description="Order of retrieved demonstrations.")] = "similar_last"
     instruction: Annotated[
         int, Field(description="0: the pairs' own instructions; else an index into evaluate.instructions, from 1.")
     ] = 0
+    optimized: Annotated[
+        str | None, Field(description="Digest of the optimized instruction in place of the pairs' own; null: none.")
+    ] = None
     constrained: Annotated[bool, Field(description="Decoding was constrained by evaluate.structured_outputs.")] = False
     items: int
     scores: Annotated[dict[MetricName, ArmScore], Field(description="Scores by every metric of the config.")]
@@ -232,6 +240,10 @@ class Evidence(Part):
     ]
     engine: Annotated[
         EngineUsed | None, Field(description="Engine that computed the answers of all arms; null in older evidence.")
+    ] = None
+    prompt_optimization: Annotated[
+        OptimizedPrompt | None,
+        Field(description="Prompt optimization on the same data and base; null: no optimizer was run."),
     ] = None
     noise_floor: Annotated[
         NoiseFloor | None,
