@@ -24,7 +24,7 @@ from tunewright.evaluation.arms import TUNED, ZERO_SHOT, ArmPlan, Instruction, f
 from tunewright.evaluation.demonstrations import Demonstrations, with_demonstrations
 from tunewright.evaluation.embeddings import Embeddings
 from tunewright.evaluation.generations import Generator, Prompt
-from tunewright.evaluation.prompt_optimization.store import find_optimized
+from tunewright.evaluation.optimized_prompts import find_optimized
 from tunewright.evidence.prompt_optimization import OptimizedPrompt
 from tunewright.evidence.schema import SCHEMA_VERSION, Arm
 from tunewright.evidence.scoring import ScoredArms, score_arm, score_arms

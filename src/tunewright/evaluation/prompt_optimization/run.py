@@ -21,7 +21,7 @@ from tunewright.evaluation.arm_runner import ArmRunner
 from tunewright.evaluation.arms import Instruction, find_instruction
 from tunewright.evaluation.eta import Countdown
 from tunewright.evaluation.judge.runner import task_text
-from tunewright.evaluation.prompt_optimization.store import instruction_digest, load, store
+from tunewright.evaluation.optimized_prompts import instruction_digest, load, store
 from tunewright.evidence.prompt_optimization import Candidate, OptimizedPrompt, ReflectionUsage
 from tunewright.metrics import check_references, score_all
 
