@@ -67,7 +67,7 @@ def reflection_endpoint(config: Config) -> tuple[EndpointConfig, str]:
     """Return the reflection model's endpoint, by default the judge's, and the key of its section.
 
     Raises:
-        UserError: there is none, a budget lacks prices or a limit on replies, or GEPA is not installed.
+        UserError: the config names no model, a budget lacks prices or a limit on replies, or GEPA is not installed.
     """
     settings = config.evaluate.prompt_optimization or PromptOptimizationConfig()
     own = settings.reflection_model
