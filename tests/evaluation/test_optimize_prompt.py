@@ -79,6 +79,7 @@ def test_optimized_instruction_is_measured_as_further_arms(tmp_path: Path, base:
     assert arms["zero-shot-optimized"].optimized == prompt.digest
 
 
+@pytest.mark.slow
 def test_adapter_is_measured_with_the_optimized_instruction(tmp_path: Path, base: Path) -> None:
     with reflecting() as server:
         project = opened(tmp_path / "project", base, server)
