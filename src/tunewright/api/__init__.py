@@ -182,7 +182,7 @@ class Project(EvaluationsApi):
         from tunewright.advisor.adviser import Adviser
 
         if pilot:
-            self._refuse_up_front()
+            self._refuse_up_front("A pilot")
         self._report_detectable_effects()
         return Adviser(self.arm_runner, pilot=pilot, minutes=minutes).advise()
 
@@ -257,7 +257,7 @@ class Project(EvaluationsApi):
 
         if minutes is not None and not minutes > 0:
             raise UserError(f"Must be greater than 0 (got {minutes:g})", where="--minutes")
-        self._refuse_up_front()
+        self._refuse_up_front("A sweep")
         version, chat = self.data.version(), self.chat
         sweep = Sweep(self.folder, version, self.base, chat, self.reporter, rates=rates, force=force)
         result = sweep.run(minutes)
@@ -281,7 +281,7 @@ class Project(EvaluationsApi):
 
         if seeds < 2:
             raise UserError(f"Must be at least 2 (got {seeds}): one seed cannot show the noise", where="--seeds")
-        self._refuse_up_front()
+        self._refuse_up_front("A learning curve")
         version, chat = self.data.version(), self.chat
         result = LearningCurve(self.folder, version, self.base, chat, self.reporter, seeds=seeds, force=force).run()
         write_text(result.folder / CURVE_PLOT, curve_plot(result.curve))
@@ -356,7 +356,7 @@ class Project(EvaluationsApi):
 
         if folds < 2:
             raise UserError(f"Must be at least 2 (got {folds})", where="--folds", fix="Five are usual.")
-        self._refuse_up_front()
+        self._refuse_up_front("Cross-validation")
         version, chat = self.data.version(), self.chat
         return CrossValidation(self.folder, version, self.base, chat, self.reporter, folds=folds, force=force).run()
 
@@ -416,9 +416,17 @@ class Project(EvaluationsApi):
 
         return open_self_test(self, adapters, engine).run(probe_prompts(self))
 
-    def _refuse_up_front(self) -> None:
-        """Refuse a config that cannot be trained, before a base is downloaded or anything measured."""
+    def _refuse_up_front(self, new_adapters_of: str | None = None) -> None:
+        """Refuse a config that cannot be trained, before a base is downloaded or anything measured.
+
+        Args:
+            new_adapters_of: the name of a command that trains new adapters on parts of the rows.
+        """
         settings = self.folder.config.train
+        if new_adapters_of is not None:
+            from tunewright.training.parent import require_new_adapter
+
+            require_new_adapter(settings, new_adapters_of)
         require_servable(settings)
         require_bitsandbytes(settings.quantization, "train.quantization")
         from tunewright.api.memory import require_room

@@ -20,9 +20,10 @@ from tunewright.config.metrics import Metric, MetricName, metric_name
 from tunewright.config.regressions import RegressionsConfig
 from tunewright.config.section import AnswerEngineName, EngineName, Quantization, RetrieverName, Section
 from tunewright.config.structured_outputs import ConstrainConfig
-from tunewright.config.train import PRESETS, ReplayConfig, Tracker, TrainConfig
+from tunewright.config.train import BETA, PRESETS, Method, ReplayConfig, Tracker, TrainConfig
 
 __all__ = [
+    "BETA",
     "PRESETS",
     "AdviseConfig",
     "AnswerEngineName",
@@ -37,6 +38,7 @@ __all__ = [
     "Findable",
     "GatewayConfig",
     "JudgeConfig",
+    "Method",
     "Metric",
     "MetricName",
     "MixConfig",
