@@ -1,12 +1,12 @@
-"""Preference tuning: what DPO adds to a supervised adapter on the demo's task, and what it costs.
+"""Preference tuning: what it adds to a supervised adapter on the demo's task, and what it costs.
 
     python benchmarks/preference_tuning.py [--work build/preference_tuning] [--rows 1200] [--samples 1]
-        [--rates 5e-5] [--control] [--dev-only]
+        [--tune dpo:5e-5 orpo:2e-4] [--control] [--dev-only]
 
 Trains an adapter on part of the legal citations, samples its answers to the training inputs, and takes the wrong ones
-as rejected answers next to the ideal outputs. DPO starts from the adapter; with several learning rates, the dev split
-chooses. ``--control`` also goes on with supervised training instead. Then the test split is opened once, and DPO is
-contrasted with its parent. Resumes where it stopped. Prints a table; writes benchmarks/results/preference_tuning.json.
+as rejected answers next to the ideal outputs. Preference methods start from the adapter, each with its learning rate,
+and dev chooses one. ``--control`` also goes on with supervised training instead. Then the test split is opened once,
+and the chosen adapter is contrasted with its parent. Resumes where it stopped. Prints a table; writes benchmarks/results/preference_tuning.json.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "preference_tuning")
     parser.add_argument("--rows", type=int, default=1200)
     parser.add_argument("--samples", type=int, default=1, help="answers to each training input")
-    parser.add_argument("--rates", type=float, nargs="+", default=[5e-5], help="learning rates of DPO")
+    parser.add_argument("--tune", nargs="+", default=["dpo:5e-5", "orpo:2e-4"], help="METHOD:RATE of each run")
     parser.add_argument("--control", action="store_true", help="another epoch of supervised training, too")
     parser.add_argument("--dev-only", action="store_true", help="leave the test split closed")
     options = parser.parse_args()
@@ -74,14 +74,17 @@ def main() -> None:
     pairs = sampled_pairs(project, parent, options, costs)
     start = {**SFT, "from": parent.name}
     runs = {"sft": parent}
-    for rate in options.rates:
-        name = f"dpo {rate:g}"
-        runs[name] = costs.trained(name, with_train(project, {**start, "method": "dpo", "learning_rate": rate}))
+    tuned: dict[str, dict[str, Any]] = {}
+    for asked in options.tune:
+        method, rate = asked.split(":")
+        name = f"{method} {float(rate):g}"
+        tuned[name] = {**start, "method": method, "learning_rate": float(rate)}
+        runs[name] = costs.trained(name, with_train(project, tuned[name]))
     if options.control:
         runs["more sft"] = costs.trained("more sft", with_train(project, {**start, "learning_rate": 2e-4}))
     arm_runner = ProjectContext(project.folder, reporter).arm_runner()
     dev = {name: arm_runner.dev_scores(adapter).total() for name, adapter in runs.items()}
-    best = max((name for name in runs if name.startswith("dpo")), key=dev.__getitem__)
+    best = max(tuned, key=dev.__getitem__)
     document: dict[str, Any] = {
         "machine": platform.platform(),
         "task": {**{split: len(arm_runner.version.examples(split)) for split in ("train", "dev", "test")}, **pairs},
@@ -90,7 +93,7 @@ def main() -> None:
     }
     del arm_runner
     if not options.dev_only:
-        document["test"] = on_test(with_train(project, {**start, "method": "dpo"}), runs[best])
+        document["test"] = on_test(with_train(project, tuned[best]), runs[best])
     write_json(RESULTS, document)
     Console(width=120).print(table(document))
     print(RESULTS.relative_to(ROOT))

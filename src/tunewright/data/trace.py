@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json, text_lines
+from tunewright.data.lineages import ancestors
 from tunewright.data.readers.preferences import REJECTED
 from tunewright.data.review.edits import superseded_keys
 from tunewright.data.review.reviews import read_reviews
@@ -312,14 +313,6 @@ class _KnownPlaces:
         if version not in self._places:
             self._places[version] = read_places(self._dataset, version)
         return self._places[version]
-
-
-def ancestors(lineage: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Yield an adapter's lineage, then that of the adapter that its training started from, and so on."""
-    at: Mapping[str, Any] | None = lineage
-    while at is not None:
-        yield at
-        at = at.get("parent")
 
 
 def _row_use(name: str, lineage: Mapping[str, Any], places: _KnownPlaces, key: str) -> RowUse:

@@ -112,8 +112,8 @@ class ArmPlan:
 
     @property
     def adapted(self) -> bool:
-        """True if the adapter answers rather than the base alone."""
-        return self.kind in {"tuned", "tuned-retrieved"}
+        """True if an adapter answers rather than the base alone."""
+        return self.kind in {"tuned", "tuned-retrieved", "parent"}
 
     @property
     def any_seed(self) -> ArmPlan:
@@ -123,6 +123,8 @@ class ArmPlan:
 
 ZERO_SHOT = ArmPlan("zero-shot")
 TUNED = ArmPlan("tuned")
+PARENT = ArmPlan("parent")
+"""The adapter that the tuned one started from."""
 TUNED_CONSTRAINED = ArmPlan("tuned", constrained=True)
 
 

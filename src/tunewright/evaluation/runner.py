@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from tunewright.adapters.registry import Adapter
+from tunewright.adapters.compatibility import require_compatible
+from tunewright.adapters.registry import Adapter, list_adapters
 from tunewright.config import Config, MetricName
 from tunewright.core.io import digest, json_document
 from tunewright.core.progress import Reporter
@@ -18,7 +19,7 @@ from tunewright.data.versions.version import current_author
 from tunewright.evaluation.access_log import ACCESS_LOG, AccessLog
 from tunewright.evaluation.answer_journal import Answer
 from tunewright.evaluation.arm_runner import ArmRunner, measured_arm, measured_with, scored_arms
-from tunewright.evaluation.arms import TUNED, TUNED_CONSTRAINED, ZERO_SHOT, ArmPlan, plan_of, tuned_retrieved
+from tunewright.evaluation.arms import PARENT, TUNED, TUNED_CONSTRAINED, ZERO_SHOT, ArmPlan, plan_of, tuned_retrieved
 from tunewright.evaluation.repeats import noise_floor
 from tunewright.evaluation.train_similarity import Distances, scores_by_distance, scores_by_template
 from tunewright.evidence.answer_format import answer_form
@@ -55,16 +56,24 @@ class EvaluateResult:
     """False when evidence of the same inputs already existed."""
 
 
-def contest(advice: Advice, *, with_retrieved: bool, held: bool = False, budget: Budget | None = None) -> list[ArmPlan]:
+def contest(
+    advice: Advice,
+    *,
+    with_retrieved: bool,
+    held: bool = False,
+    parent: bool = False,
+    budget: Budget | None = None,
+) -> list[ArmPlan]:
     """Return the arms compared on held-out items: zero-shot, the best on dev, tuned, and tuned with demonstrations.
 
-    With ``held``, tuned constrained by the grammar is added. A ``budget`` may have left the last two out.
+    With ``parent``, the adapter that tuned started from is added, and with ``held``, tuned constrained by the grammar.
+    A ``budget`` may have left out tuned with demonstrations or constrained.
     """
     left_out = budget.left_out if budget else ()
     with_retrieved = with_retrieved and "tuned+retrieved" not in left_out
     held = held and TUNED_CONSTRAINED.name not in left_out
     known = {arm.name: plan_of(arm) for arm in _all_arms(advice)}
-    plans = [ZERO_SHOT, known[advice.best], TUNED]
+    plans = [ZERO_SHOT, known[advice.best], TUNED, *([PARENT] if parent else [])]
     if with_retrieved and advice.best_retrieved is not None:
         plans.append(tuned_retrieved(known[advice.best_retrieved]))
     if held:
@@ -76,16 +85,21 @@ def _all_arms(advice: Advice) -> list[Arm]:
     return [*advice.arms, *(advice.narrowing.arms if advice.narrowing else [])]
 
 
-def declare(config: Config, metric: MetricName, best: str, with_retrieved: str | None) -> tuple[Declared, ...]:
-    """Declare the contrasts to measure: tuned against the best prompting arm (decides), and zero-shot.
+def declare(
+    config: Config, metric: MetricName, best: str, with_retrieved: str | None, *, parent: bool = False
+) -> tuple[Declared, ...]:
+    """Declare the contrasts to measure: tuned against the best prompting arm (decides), zero-shot and its parent.
 
     Args:
         config: holds the margin.
         metric: the deciding metric.
         best: name of the best prompting arm.
         with_retrieved: name of the tuned arm with demonstrations, if it is measured.
+        parent: the adapter that tuned started from is measured.
     """
     pairs = [(TUNED.name, control) for control in dict.fromkeys([best, ZERO_SHOT.name])]
+    if parent:
+        pairs.append((TUNED.name, PARENT.name))
     if with_retrieved is not None:
         pairs.append((with_retrieved, TUNED.name))
     margin = config.evaluate.margin
@@ -120,13 +134,45 @@ class _EvaluationInputs:
     plans: list[ArmPlan]
     declared: tuple[Declared, ...]
     identity: str
+    parent: Adapter | None = None
+    """The adapter that the evaluated one started from, if it is here."""
+
+    def adapter_of(self, plan: ArmPlan, adapter: Adapter) -> Adapter:
+        """Return the adapter that answers an adapted arm of ``adapter``'s evaluation."""
+        if plan.kind != PARENT.kind:
+            return adapter
+        assert self.parent is not None, "it is a plan only where it is here"
+        return self.parent
+
+
+def parent_of(arm_runner: ArmRunner, adapter: Adapter) -> Adapter | None:
+    """Return the adapter that another one started from; None if there is none, or, with a warning, if it is gone.
+
+    Raises:
+        UserError: its files have changed.
+    """
+    named = adapter.lineage.get("parent")
+    if named is None:
+        return None
+    found = next((a for a in list_adapters(arm_runner.project.adapters) if a.digest == named["digest"]), None)
+    if found is None:
+        arm_runner.reporter.warn(
+            f"{adapter.name} started from {named['name']}, which is not here: the two are not compared."
+        )
+        return None
+    require_compatible(found, arm_runner.generator.base, arm_runner.generator.chat)
+    return found
 
 
 def _settle(arm_runner: ArmRunner, adapter: Adapter, advice: Advice) -> _EvaluationInputs:
     settings, config = arm_runner.settings, arm_runner.project.config
-    budget = _budget(arm_runner)
+    budget, parent = _budget(arm_runner), parent_of(arm_runner, adapter)
     plans = contest(
-        advice, with_retrieved=settings.tuned_retrieved, held=settings.structured_outputs is not None, budget=budget
+        advice,
+        with_retrieved=settings.tuned_retrieved,
+        held=settings.structured_outputs is not None,
+        parent=parent is not None,
+        budget=budget,
     )
     with_retrieved = next((plan.name for plan in plans if plan.kind == "tuned-retrieved"), None)
     inputs = arm_runner.inputs(arm_runner.limit) | {
@@ -135,10 +181,10 @@ def _settle(arm_runner: ArmRunner, adapter: Adapter, advice: Advice) -> _Evaluat
         "instructions": settings.instructions,
         "margin": settings.margin,
         **({"left_out": sorted(budget.left_out)} if budget else {}),
+        **({"parent": parent.digest} if parent else {}),
     }
-    return _EvaluationInputs(
-        plans, declare(config, arm_runner.scorers[0].name, advice.best, with_retrieved), digest(inputs)[:12]
-    )
+    declared = declare(config, arm_runner.scorers[0].name, advice.best, with_retrieved, parent=parent is not None)
+    return _EvaluationInputs(plans, declared, digest(inputs)[:12], parent)
 
 
 def _budget(arm_runner: ArmRunner) -> Budget | None:
@@ -221,7 +267,10 @@ def evaluate(arm_runner: ArmRunner, adapter: Adapter, advice: Advice) -> Evaluat
     if arm_runner.schedule is not None:
         arm_runner.schedule.expect("contest", settled.plans, test, "test", adapter)
     with arm_runner.generator.countdown.shown():
-        answers = {plan.name: arm_runner.answers(plan, test, "test", adapter) for plan in settled.plans}
+        answers = {
+            plan.name: arm_runner.answers(plan, test, "test", settled.adapter_of(plan, adapter))
+            for plan in settled.plans
+        }
         prompts = [answer.prompt for answer in answers[ZERO_SHOT.name]]
         noise = noise_floor(arm_runner.generator, test, prompts, arm_runner.limit, arm_runner.scorers[0], config.seed)
     scored = scored_arms(arm_runner.scorers, test, answers)
@@ -249,7 +298,9 @@ def evaluate_on_dev(arm_runner: ArmRunner, adapter: Adapter, advice: Advice) -> 
         tuned = [plan for plan in settled.plans if plan.adapted]
         arm_runner.schedule.expect("contest", tuned, dev, "dev", adapter)
     with arm_runner.generator.countdown.shown():
-        answers = {plan.name: arm_runner.answers(plan, dev, "dev", adapter) for plan in settled.plans}
+        answers = {
+            plan.name: arm_runner.answers(plan, dev, "dev", settled.adapter_of(plan, adapter)) for plan in settled.plans
+        }
     scored = scored_arms(arm_runner.scorers, dev, answers)
     evidence = _evidence(arm_runner, adapter, advice, settled, answers, scored, "dev")
     evidence, distances = _by_distance(arm_runner, evidence, scored, "dev")

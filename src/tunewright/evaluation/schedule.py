@@ -19,12 +19,12 @@ from tunewright.core.io import digest, write_json
 from tunewright.core.progress import minutes_text
 from tunewright.data.versions import Member
 from tunewright.evaluation.arm_runner import ArmRunner
-from tunewright.evaluation.arms import TUNED, TUNED_CONSTRAINED, ZERO_SHOT, ArmPlan, prompting_arms
+from tunewright.evaluation.arms import PARENT, TUNED, TUNED_CONSTRAINED, ZERO_SHOT, ArmPlan, prompting_arms
 from tunewright.evaluation.eta import Work
 from tunewright.evaluation.generations import Prompt
 from tunewright.evaluation.prompt_search import advice_file, first_rows, known_advice, prepare
 from tunewright.evaluation.repeats import MOST_ITEMS
-from tunewright.evaluation.runner import evaluation_progress
+from tunewright.evaluation.runner import evaluation_progress, parent_of
 from tunewright.evaluation.speed import AnswerSpeed, adapted_factor, answer_speed
 from tunewright.evidence.common import RULE, Budget
 from tunewright.evidence.schema import Advice, Arm
@@ -95,6 +95,8 @@ class Schedule:
         self._turns = turns
         self._known = known
         self._speed: AnswerSpeed | None = None
+        self._parents: tuple[Adapter | None] | None = None
+        """The contest's parent, once it has been looked for."""
         self._slower = 1.0
         self._loads: dict[ArmPlan, _Load | None] = {}
         self._wholes: dict[ArmPlan, _Load | None] = {}
@@ -147,7 +149,7 @@ class Schedule:
         """
         if self._speed is not None:
             self._forget()
-            loads = [self._exact(plan, members, split, adapter) for plan in plans]
+            loads = [self._exact(plan, members, split, self._adapter_of(plan, adapter)) for plan in plans]
             self._plan(stage, [replace(load, kept=max(load.kept - counted, 0)) for load in loads])
 
     def _plan(self, stage: str, loads: Sequence[_Load]) -> None:
@@ -273,7 +275,9 @@ class Schedule:
                 plans = [plan for plan in progress.plans if _budget_name(plan) not in left_out]
                 if contest.split == "dev":  # the others are answered while a prompt is chosen
                     plans = [plan for plan in plans if plan.adapted]
-                return [self._exact(plan, members, contest.split, contest.adapter) for plan in plans]
+                return [
+                    self._exact(plan, members, contest.split, self._adapter_of(plan, contest.adapter)) for plan in plans
+                ]
         items, on = len(members), f"on {contest.split}"
         reads = {arm.name: _read(arm) for arm in _arms(advice)} or {
             x.plan.name: x.read for x in self._entrants(left_out)
@@ -290,6 +294,8 @@ class Schedule:
             loads.append(_Load(f"{TUNED.name} {on}", TUNED, items, 0, zero))
         else:
             loads.append(self._exact(TUNED, members, contest.split, contest.adapter))
+        if self._parent(contest.adapter) is not None:
+            loads.append(_Load(f"{PARENT.name} {on}", PARENT, items, 0, zero))
         settings = arm_runner.settings
         if settings.tuned_retrieved and retrieved and TUNED_RETRIEVED not in left_out:
             read = max(retrieved) if advice is None or advice.best_retrieved is None else reads[advice.best_retrieved]
@@ -297,6 +303,15 @@ class Schedule:
         if settings.structured_outputs is not None and TUNED_CONSTRAINED.name not in left_out:
             loads.append(_Load(f"{TUNED_CONSTRAINED.name} {on}", TUNED_CONSTRAINED, items, 0, zero))
         return loads
+
+    def _parent(self, adapter: Adapter) -> Adapter | None:
+        """Return the adapter that the contest's one started from, if it is here."""
+        if self._parents is None:
+            self._parents = (parent_of(self._arm_runner, adapter),)
+        return self._parents[0]
+
+    def _adapter_of(self, plan: ArmPlan, adapter: Adapter | None) -> Adapter | None:
+        return adapter if adapter is None or plan.kind != PARENT.kind else self._parent(adapter)
 
     # Timing
 

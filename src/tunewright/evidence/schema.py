@@ -26,14 +26,19 @@ ITEMS_FILE = "items.jsonl"
 DEV_PREFIX = "dev-"
 """Prefix of the ID and folder name of an evaluation on the dev split."""
 
-ArmKind = Literal["zero-shot", "static", "retrieved", "tuned", "tuned-retrieved", "mixed"]
+ArmKind = Literal["zero-shot", "static", "retrieved", "tuned", "tuned-retrieved", "parent", "mixed"]
 
 
 class Arm(Part):
     """A way of answering, measured on one split."""
 
-    name: Annotated[str, Field(description="zero-shot, static-K-seed-N, retrieved-K, tuned, or best-prompting.")]
-    kind: Annotated[ArmKind, Field(description="Prompting arm; mixed: the folds differ in their arm.")]
+    name: Annotated[
+        str, Field(description="zero-shot, static-K-seed-N, retrieved-K, tuned, parent, or best-prompting.")
+    ]
+    kind: Annotated[
+        ArmKind,
+        Field(description="Kind of arm. parent: the adapter that tuned started from. mixed: the folds differ."),
+    ]
     shots: Annotated[int, Field(description="Demonstrations in the prompt.")]
     seed: Annotated[int | None, Field(description="Index of the draw of static demonstrations, from 1.")] = None
     retriever: Annotated[RetrieverName | None, Field(description="Method that retrieves the demonstrations.")] = None

@@ -79,6 +79,7 @@ def verdict(evidence: Evidence) -> Verdict:
         _measurement(evidence, contrast),
         *why,
         *_left_out(contrast),
+        *_against_parent(evidence),
         *regressions,
         *said,
         *_scope(evidence),
@@ -149,6 +150,27 @@ def _left_out(contrast: Contrast) -> list[str]:
         return []
     why = "; ".join(f"{reason} ({count:,})" for reason, count in contrast.left_out.items())
     return [f"Left out, not scored in both arms: {_count(sum(contrast.left_out.values()), 'item')}: {why}."]
+
+
+def _against_parent(evidence: Evidence) -> list[str]:
+    """Return a sentence about the adapter that the tuned one started from; it does not decide."""
+    found = next((c for c in evidence.deciding if c.control == "parent"), None)
+    if found is None:
+        return []
+    recorded = evidence.lineage.get("adapter", {}).get("lineage", {})
+    method = recorded.get("config", {}).get("train", {}).get("method", "sft")
+    tuning = "more supervised training" if method == "sft" else method.upper()
+    low, high = found.interval.low, found.interval.high
+    if low > 0 or high < 0:
+        outcome = f"{tuning} {'gained' if low > 0 else 'lost'}"
+    else:
+        outcome = f"no difference by {tuning} is shown:"
+    better, worse = changed_words(evidence, found.metric)
+    return [
+        f"Against {recorded.get('parent', {}).get('name', 'its parent')}, from which it started, {outcome} "
+        f"{points_text(found.difference)} points, 95% interval {points_text(low)} to {points_text(high)}, "
+        f"{_tested(evidence, found)}; {found.fixed} {better}, {found.broken} {worse}."
+    ]
 
 
 def _more_items(evidence: Evidence) -> str:
