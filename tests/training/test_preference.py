@@ -36,7 +36,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) ->
 def dpo(trained: tuple[Path, Adapter]) -> tuple[Path, Adapter, list[str]]:
     """The same project with an adapter tuned by DPO."""
     folder, parent = trained
-    new_config(folder, {"from": parent.name, "method": "dpo"}, learning_rate=0.01, epochs=3)
+    new_config(folder, {"from": parent.name, "method": "dpo"}, learning_rate=0.02, epochs=8)
     heard = Heard()
     return folder, tunewright.open(folder, heard).train(force=True).adapter, heard.lines
 
@@ -73,9 +73,10 @@ def test_dpo_prefers_chosen_answers_and_starts_from_an_equal_reference(dpo: tupl
     steps = [row for row in dpo[1].history if "loss" in row]
     assert steps[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
     assert steps[0]["rewards/chosen"] == pytest.approx(0, abs=1e-6)
-    assert steps[-1]["loss"] < 0.6
-    assert steps[-1]["rewards/chosen"] > steps[-1]["rewards/rejected"]
-    assert steps[-1]["rewards/accuracies"] > 0.7
+    last = steps[-6:]  # an epoch
+    assert sum(row["loss"] for row in last) / 6 < 0.6
+    assert all(row["rewards/chosen"] > row["rewards/rejected"] for row in last)
+    assert sum(row["rewards/accuracies"] for row in last) / 6 > 0.7
 
 
 def test_dpo_trains_on_pairs_of_training_inputs_alone_and_names_the_others(
@@ -144,7 +145,7 @@ def test_evidence_contrasts_the_tuned_adapter_with_its_parent(dpo: tuple[Path, A
     folder, adapter, _ = dpo
     result = tunewright.open(folder).evaluate_on_dev(adapter.name)
     pairs = [(c.treatment, c.control) for c in result.evidence.deciding]
-    assert pairs[-1] == ("tuned", "parent")
+    assert ("tuned", "parent") in pairs
     assert pairs[0][1] == result.evidence.best_prompting
     parent = adapter.lineage["parent"]["name"]
     (reason,) = [each for each in verdict(result.evidence).reasons if each.startswith(f"Against {parent}")]
@@ -179,7 +180,7 @@ def test_orpo_and_kto_train_an_adapter(trained: tuple[Path, Adapter], method: st
 
 def test_run_without_a_pair_is_refused_and_counts_those_left_out(project: Path) -> None:
     new_config(project, {"method": "orpo"})
-    with pytest.raises(UserError, match=r"has no preference pair to train on$") as caught:
+    with pytest.raises(UserError, match="has no preference pair to train on\n") as caught:
         tunewright.open(project).train(force=True)
     assert caught.value.where == "train.method"
     dataset = project / "dataset"

@@ -323,10 +323,10 @@ class Project(EvaluationsApi):
         arm_runner = self.arm_runner(tuned)
         arm_runner.schedule = Schedule(arm_runner, minutes=minutes, contest=Contest(tuned, split))
         # Keys added since the adapter was trained had the effect of their defaults.
-        trained_by = TrainConfig().deciding() | tuned.lineage.get("config", {}).get("train", {})
-        if "config" in tuned.lineage and any(
-            trained_by[key] != value for key, value in self.folder.config.train.deciding().items()
-        ):
+        trained_by = TrainConfig().model_dump(mode="json") | tuned.lineage.get("config", {}).get("train", {})
+        settings = self.folder.config.train
+        now = {**settings.deciding(), "method": settings.method}
+        if "config" in tuned.lineage and any(trained_by[key] != value for key, value in now.items()):
             self.reporter.warn(
                 f"The config's train section has changed since {tuned.name} was trained. `tunewright train` trains an "
                 "adapter with the new values."
