@@ -236,6 +236,7 @@ def test_changed_kept_pair_is_named(project: Path) -> None:
     with pytest.raises(UserError, match="preference pair was changed") as caught:
         read_pairs(project / "dataset", _version(project))
     assert caught.value.where == f"{file}:1"
+    assert [issue.where for issue in tunewright.open(project).data.verify().damage] == [f"{file}:1"]
 
 
 def test_too_long_answer_drops_its_pair_or_stops(project: Path) -> None:
