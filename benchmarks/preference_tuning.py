@@ -5,7 +5,7 @@
 
 Trains an adapter on part of the legal citations, samples its answers to the training inputs, and takes the wrong ones
 as rejected answers next to the ideal outputs. Preference methods start from the adapter, each with its learning rate,
-and dev chooses one. ``--control`` also goes on with supervised training instead. Then the test split is opened once,
+and dev chooses one. ``--control`` also trains another supervised epoch instead. Then the test split is opened once,
 and the chosen adapter is contrasted with its parent. Resumes where it stopped. Prints a table; writes
 benchmarks/results/preference_tuning.json.
 """

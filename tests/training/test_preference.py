@@ -74,9 +74,9 @@ def test_dpo_prefers_chosen_answers_and_starts_from_an_equal_reference(dpo: tupl
     assert steps[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
     assert steps[0]["rewards/chosen"] == pytest.approx(0, abs=1e-6)
     last = steps[-6:]  # an epoch
-    assert sum(row["loss"] for row in last) / 6 < 0.6
+    assert sum(row["loss"] for row in last) / 6 < 0.65
     assert all(row["rewards/chosen"] > row["rewards/rejected"] for row in last)
-    assert sum(row["rewards/accuracies"] for row in last) / 6 > 0.7
+    assert sum(row["rewards/accuracies"] for row in last) / 6 > 0.6
 
 
 def test_dpo_trains_on_pairs_of_training_inputs_alone_and_names_the_others(

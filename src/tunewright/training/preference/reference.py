@@ -17,7 +17,7 @@ FILE = "reference.json"
 
 
 def set_reference(trainer: PreferenceTrainer, work: Path, identity: str, reporter: Reporter) -> None:
-    """Give the trainer its reference: that of an earlier part of this run, or the adapter as it is now.
+    """Give the trainer its reference: that of an earlier part of this run, or the current adapter.
 
     Args:
         trainer: before its first step, with the weights that it starts from.

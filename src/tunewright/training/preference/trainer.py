@@ -65,7 +65,7 @@ class PreferenceTrainer(Trainer):
         return self.method != "orpo"
 
     def log_probabilities(self, advance: Callable[[int], None]) -> list[float]:
-        """Return the log-probability of each answer, then of each mismatched one, under the adapter as it is now.
+        """Return the log-probability of each answer, then of each mismatched one, under the current adapter.
 
         Answers to one input are neighbours in the order, so their prompt is computed once.
         """
