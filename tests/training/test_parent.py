@@ -16,7 +16,8 @@ from command_line import tiny_project
 from preference_helpers import Heard, new_config, tiny_preference_project
 from tiny import build_base
 from tunewright.adapters.lineage import trace
-from tunewright.adapters.registry import LOCAL, Adapter
+from tunewright.adapters.manifest import LOCAL
+from tunewright.adapters.registry import Adapter
 from tunewright.api import Project
 from tunewright.core.errors import UserError
 from tunewright.core.io import write_json

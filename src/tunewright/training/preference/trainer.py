@@ -209,7 +209,8 @@ class PreferenceTrainer(Trainer):
     def _divergence(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
         """Return KTO's estimate of the divergence from the reference, from mismatched answers; at least 0.
 
-        It is that of the rows of this pass, as trl takes those of a micro-batch.
+        It is that of the rows of this pass, as trl takes those of a micro-batch. Each process has its own: they may
+        make different numbers of passes, so a pass must not wait for the others.
         """
         places = inputs["indices"].tolist()
         # Not through DDP, whose passes are collective.
@@ -217,8 +218,7 @@ class PreferenceTrainer(Trainer):
         with self._frozen():
             found = self._sums(own, [self.mismatched[place] for place in places])
         before = torch.tensor([self.reference[len(self.answers) + place] for place in places]).to(found)
-        mean: Tensor = (found - before).mean()
-        return self.accelerator.reduce(mean, "mean").clamp(min=0)
+        return (found - before).mean().clamp(min=0)
 
     def _add_rewards(self, log_ratios: Tensor, inputs: Mapping[str, Any], rows: int) -> None:
         assert isinstance(self._breakdown, RewardStatistics)
