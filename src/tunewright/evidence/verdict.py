@@ -169,13 +169,12 @@ def _against_parent(evidence: Evidence) -> list[str]:
     method = recorded.get("config", {}).get("train", {}).get("method", "sft")
     tuning = "more supervised training" if method == "sft" else method.upper()
     low, high = found.interval.low, found.interval.high
-    if low > 0 or high < 0:
-        outcome = f"{tuning} {'gained' if low > 0 else 'lost'}"
-    else:
-        outcome = f"no difference by {tuning} is shown:"
+    outcome = (
+        f"{tuning} is {'better' if low > 0 else 'worse'}" if low > 0 or high < 0 else f"{tuning} shows no difference"
+    )
     better, worse = changed_words(evidence, found.metric)
     return [
-        f"Against {recorded.get('parent', {}).get('name', 'its parent')}, from which it started, {outcome} "
+        f"Against {recorded.get('parent', {}).get('name', 'its parent')}, from which it started, {outcome}: "
         f"{points_text(found.difference)} points, 95% interval {points_text(low)} to {points_text(high)}, "
         f"{_tested(evidence, found)}; {found.fixed} {better}, {found.broken} {worse}."
     ]
