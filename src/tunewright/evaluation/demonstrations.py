@@ -103,7 +103,8 @@ class Dense:
 
     def _unit(self, vectors: Vectors) -> NDArray[np.float64]:
         centred = vectors.astype(np.float64) - self._mean
-        return centred / np.maximum(np.linalg.norm(centred, axis=-1, keepdims=True), 1e-12)
+        unit: NDArray[np.float64] = centred / np.maximum(np.linalg.norm(centred, axis=-1, keepdims=True), 1e-12)
+        return unit
 
 
 class Demonstrations:

@@ -114,7 +114,8 @@ class Embeddings:
                 batch = list(texts[start : start + _BATCH])
                 parts.append(self._model.encode(batch, batch_size=_BATCH, show_progress_bar=False))
                 task.advance(len(batch))
-        return np.concatenate(parts).astype(np.float32)
+        vectors: Vectors = np.concatenate(parts).astype(np.float32)
+        return vectors
 
     def _warn_of_longer(self, lengths: Sequence[int], most: int | None, retriever: str) -> None:
         longer = 0 if most is None else sum(length > most for length in lengths)

@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tunewright.config import Config, EndpointConfig, PromptOptimizationConfig
 from tunewright.core.clock import now
@@ -26,7 +26,8 @@ from tunewright.evidence.prompt_optimization import Candidate, OptimizedPrompt, 
 from tunewright.metrics import check_references, score_all
 
 if TYPE_CHECKING:
-    from gepa import GEPAResult
+    from gepa.core.adapter import GEPAAdapter
+    from gepa.core.result import GEPAResult
 
     from tunewright.evaluation.prompt_optimization.gepa_adapter import InstructionAdapter
 
@@ -217,7 +218,7 @@ class PromptOptimization:
         return OptimizePromptResult(self.file, prompt, optimized=True)
 
     def _search(self) -> tuple[GEPAResult[str, int], InstructionAdapter]:
-        import gepa
+        from gepa.api import optimize
 
         from tunewright.evaluation.prompt_optimization.gepa_adapter import INSTRUCTION, InstructionAdapter
 
@@ -225,11 +226,12 @@ class PromptOptimization:
         with self.reporter.task("Optimizing the prompt", settings.max_metric_calls, "answers") as task:
             examples = [member.example for member in self.train]
             adapter = InstructionAdapter(self.arm_runner, self.instruction, examples, self._ask, task)
-            result = gepa.optimize(
+            result: GEPAResult[str, int] = optimize(
                 seed_candidate={INSTRUCTION: self.instruction.text},
                 trainset=self.feedback,
                 valset=self.validation,
-                adapter=adapter,
+                # Its proposal is a method here, and an optional attribute in the protocol.
+                adapter=cast("GEPAAdapter[Member, dict[str, Any], str]", adapter),
                 reflection_minibatch_size=settings.minibatch_size,
                 max_metric_calls=settings.max_metric_calls,
                 stop_callbacks=[lambda _state: self._end is not None],
