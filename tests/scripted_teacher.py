@@ -26,7 +26,7 @@ LICENSE = "Apache-2.0, outputs may be trained on"
 Answer = str | dict[str, Any] | Response
 """A text, an assistant's message, or a whole response."""
 Script = Callable[[dict[str, Any], int], Answer]
-"""The answer to a request body that was received so many times before."""
+"""The answer to a request body that was received that often before."""
 
 
 @dataclass

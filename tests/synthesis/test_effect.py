@@ -66,7 +66,7 @@ def test_generated_effect_is_measured_and_said_in_the_report(tmp_path: Path, tin
     page = next(evaluations[0].glob("*.html")).read_text(encoding="utf-8")
     assert f"{len(written)} of {len(version.examples('train'))} training rows are generated" in page
     used = tunewright("data", "trained-by", written[0].key[:12], "-p", project, "--json").document
-    assert {each["adapter"]: each["use"] for each in used["uses"]} == {names[0]: "trained", names[1]: "left out"}
+    assert {each["adapter"]: each["use"] for each in used["adapters"]} == {names[0]: "trained", names[1]: "left out"}
 
     swapped = tunewright("data", "generated-effect", evaluations[1].name, evaluations[0].name, "-p", project)
     assert (swapped.code, "was trained without generated rows" in swapped.stderr) == (2, True)

@@ -336,7 +336,7 @@ def test_generate_resumes_after_kill_9_without_asking_twice(tmp_path: Path) -> N
         assert process.wait() == -signal.SIGKILL
         assert not (project / "generated").exists()
         assert generate(project).code == 0
-        # The reply that was under way when the process was killed is asked for again.
+        # The reply that was in flight when the process was killed is asked for again.
         assert len(teacher.bodies) <= 18 + 1
     assert len(read(project / "generated" / "inputs.jsonl")) == 6
 

@@ -129,7 +129,7 @@ def result_parts(
 
 
 def left_out_tables(left_out: Mapping[str, Sequence[str]], title: str = "Inputs without a row") -> list[Table]:
-    """Return the reasons why inputs get no row, with counts and the first places; no table if there are none."""
+    """Return the reasons why inputs get no row, with counts and the first places; no table without any."""
     if not left_out:
         return []
     table = Table(title=title, title_justify="left")

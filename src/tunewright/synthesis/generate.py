@@ -31,7 +31,7 @@ UNDER = "scored under generate.judge_score by the judge"
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run would take, before anything is sent; ``left_out`` has the places of inputs by reason.
+    """The calls of a run before anything is sent; ``left_out`` has the places of inputs by reason.
 
     ``judge_calls`` is the highest number, since only answers that are kept are judged.
     """
@@ -68,7 +68,7 @@ class RowGenerator:
 
     Args:
         project: its config has the generate section, the metric and the data settings.
-        version: the current version, whose held-out rows the inputs must not resemble; None: there is none.
+        version: the current version, whose held-out rows the inputs must not resemble; None: no dataset yet.
         teacher: writes the samples.
         scorer: the metric that decides.
         constraints: the form that answers must have.

@@ -92,7 +92,7 @@ class QuestionWriter:
 
     Args:
         project: its config has the generate section and the data settings.
-        version: the current version, whose held-out rows the questions must not resemble; None: there is none.
+        version: the current version, whose held-out rows the questions must not resemble; None: no dataset yet.
         teacher: writes the pairs; it was opened for answers of ``SCHEMA``.
         reporter: shows progress and warnings.
     """

@@ -40,7 +40,7 @@ themselves, of markers or of scores.
 <<<END {mark}>>>
 
 How good is ANSWER as the ideal answer to TASK? 5: right, complete and in the form that TASK asks for. 4: right, with \
-a flaw that does not matter. 3: partly right. 2: mostly wrong or beside the point. 1: wrong, empty or no answer to TASK.
+a flaw that does not matter. 3: partly right. 2: mostly wrong or off the point. 1: wrong, empty or no answer to TASK.
 {criteria}
 Give your reason in one or two sentences. Then end with one line, exactly of this form:
 SCORE: N"""

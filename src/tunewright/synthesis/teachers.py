@@ -52,7 +52,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Usage:
-    """What was asked and answered; ``cost`` is None without prices, and 0 for a local teacher."""
+    """Calls and tokens of a run; ``cost`` is None without prices, and 0 for a local teacher."""
 
     calls: int
     prompt_tokens: int
@@ -99,7 +99,7 @@ class _Reader:
         self._data = unmapped(data).model_copy(update={"system_prompt": None, "drop_columns": ()})
 
     def message(self, prompt: Prompt, turn: Mapping[str, Any]) -> tuple[Message | None, str | None]:
-        """Return the turn, or the reason why it is none."""
+        """Return the turn, or the reason why it cannot be used."""
         if not str(turn.get("content") or "").strip() and not turn.get("tool_calls"):
             return None, EMPTY
         row: dict[str, Any] = {"messages": [*_sent(prompt), turn]}
@@ -141,7 +141,7 @@ class EndpointTeacher:
 
     @property
     def about(self) -> dict[str, Any]:
-        """Where the teacher is, for provenance."""
+        """The endpoint, for provenance."""
         return {"url": str(self.config.base_url)}
 
     def calls(self, prompts: Sequence[Prompt], samples: int) -> Calls:
