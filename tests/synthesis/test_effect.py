@@ -56,10 +56,12 @@ def test_generated_effect_is_measured_and_said_in_the_report(tmp_path: Path, tin
     effect = ran.document
     assert (effect["generated"], effect["accepted"]) == (len(written), 0)
     assert effect["items"] == len(version.examples("test"))
-    with_them, without = (load_evidence(place) for place in evaluations)
-    assert effect["score_with"]["value"] == pytest.approx(with_them.arm("tuned").scores[with_them.metric].value)
-    assert effect["score_without"]["value"] == pytest.approx(without.arm("tuned").scores[without.metric].value)
-    assert without.train_items == len(version.examples("train")) - len(written)
+    with_rows, without_rows = (load_evidence(place) for place in evaluations)
+    assert effect["score_with"]["value"] == pytest.approx(with_rows.arm("tuned").scores[with_rows.metric].value)
+    assert effect["score_without"]["value"] == pytest.approx(
+        without_rows.arm("tuned").scores[without_rows.metric].value
+    )
+    assert without_rows.train_items == len(version.examples("train")) - len(written)
     assert load_evidence(evaluations[0]).generated_effect is not None
     report = tunewright("report", evaluations[0].name, "-p", project)
     assert report.code == 0, report.stderr

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scripted_teacher import LICENSE, asked, read, teacher_project, teaching
 
 from command_line import tunewright
+from scripted_teacher import LICENSE, asked, read, teacher_project, teaching
 from tunewright.core.errors import UserError
 from tunewright.data.versions import load_version
 from tunewright.synthesis.documents import read_document
