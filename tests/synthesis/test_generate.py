@@ -125,7 +125,7 @@ def test_generate_never_asks_for_known_or_held_out_inputs(tmp_path: Path) -> Non
 
 def test_generate_counts_unusable_samples_by_reason(tmp_path: Path, tiny_base_folder: Path) -> None:
     refusal = JSONResponse({"error": {"message": "content_filter"}}, 400)
-    answers = {INPUTS[0]: "", INPUTS[1]: refusal, INPUTS[2]: "granted", INPUTS[3]: "perhaps"}
+    answers: dict[str, Any] = {INPUTS[0]: "", INPUTS[1]: refusal, INPUTS[2]: "granted", INPUTS[3]: "perhaps"}
     with teaching(lambda body, _: answers.get(asked(body), "denied")) as teacher:
         structured = {"metric": "exact_match", "structured_outputs": {"choices": ["granted", "denied"]}}
         project = teacher_project(tmp_path / "p", teacher.url, str(tiny_base_folder), evaluate=structured)
