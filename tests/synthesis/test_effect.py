@@ -38,14 +38,14 @@ def test_generated_effect_is_measured_and_said_in_the_report(tmp_path: Path, tin
     written = [m for m in version.members if m.generated]
     assert written
     names, evaluations = [], []
-    for with_them in (True, False):
+    for generated_too in (True, False):
         config = yaml.safe_load((project / "tunewright.yaml").read_text(encoding="utf-8"))
-        config["train"] |= {"generated": with_them}
+        config["train"] |= {"generated": generated_too}
         (project / "tunewright.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
         trained = tunewright("train", "-p", project, "--json")
         assert trained.code == 0, trained.stderr
         names.append(trained.document["adapter"])
-        assert trained.document["examples"] == sum(with_them or not m.generated for m in version.examples("train"))
+        assert trained.document["examples"] == sum(generated_too or not m.generated for m in version.examples("train"))
         evaluated = tunewright("evaluate", names[-1], "-p", project, "--json")
         assert evaluated.code in (0, 3, 4), evaluated.stderr
         evaluations.append(
