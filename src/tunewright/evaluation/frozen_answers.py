@@ -19,7 +19,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json, digest, text_lines
 from tunewright.core.progress import Reporter
 from tunewright.data.examples import Example, Message, ToolCall, call_id
-from tunewright.data.tool_schemas import ArgumentsError
+from tunewright.data.tool_limits import ArgumentsError
 from tunewright.data.tools import canonical_arguments
 from tunewright.data.versions import Member
 from tunewright.endpoints.budget import Budget

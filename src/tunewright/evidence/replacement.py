@@ -70,8 +70,8 @@ def _replacement(evidence: Evidence, found: Incumbent, tuned: TunedServing, deci
     reasons = [_measured(evidence, found), _decided(evidence, found)]
     if outcome == "replace" and decision != "ship":
         reasons.append(
-            f"The verdict on the adapter itself is {decision}, for the reasons above: the base with its best prompt may "
-            "do as well."
+            f"The verdict on the adapter itself is {decision}, for the reasons above: the base with its best prompt "
+            "may do as well."
         )
     reasons += [cost_text(found, tuned, even), latency_text(found, tuned), *_cautions(found)]
     return Replacement(found, tuned, outcome, even, tuple(reasons))
