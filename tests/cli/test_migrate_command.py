@@ -113,6 +113,7 @@ def test_openai_job_becomes_a_project_with_its_model_as_incumbent(folder: Path) 
         "base_url": "https://api.openai.com/v1",
         "model": "ft:gpt-4o-mini-2024-07-18:acme::A1b2C3d4",
         "api_key_env": "OPENAI_API_KEY",
+        "trained_on": ["train.jsonl"],
     }
     named = " ".join(document["differences"])
     assert "batch_size was 'auto'" in named and "learning_rate_multiplier was 1.8" in named
@@ -122,7 +123,8 @@ def test_openai_job_becomes_a_project_with_its_model_as_incumbent(folder: Path) 
 def test_rows_of_a_migrated_job_are_added_with_their_places(folder: Path) -> None:
     migrated(folder, "openai", "--validation", folder / "v.jsonl")
     project = package.open(folder / "out")
-    version = project.data.add([folder / "out" / "train.jsonl", folder / "out" / VALIDATION_FILE]).version
+    project.data.add([folder / "out" / "train.jsonl", folder / "out" / VALIDATION_FILE])
+    version = project.data.version()
     assert len(version.members) == 20 + 5 + 7 + 8
     assert project.data.show("validation.jsonl:1").key in {m.key for m in version.members}
 

@@ -195,14 +195,22 @@ def test_missing_prices_are_named_and_not_taken_for_zero(evaluated: Evaluated, t
     assert "advise.prices has no hour" in shown["missing"]["tuned"]["cost"]
 
 
-def test_evaluate_on_dev_asks_dev_only(trained: Path, tmp_path: Path) -> None:
+def test_evaluate_on_dev_asks_dev_only_and_counts_rows_that_the_incumbent_has_seen(
+    trained: Path, tmp_path: Path
+) -> None:
     folder = Path(shutil.copytree(trained, tmp_path / "project"))
     with stand_in() as server:
-        with_incumbents(folder, {"name": "hosted", "base_url": server.url, "model": "stand-in"})
+        incumbent = {"name": "hosted", "base_url": server.url, "model": "stand-in"}
+        with_incumbents(folder, {**incumbent, "trained_on": ["other.jsonl"]})
+        ran = tunewright("evaluate", "--dev", "-p", folder)
+        assert ran.code == 2 and "No row was read from a file other.jsonl" in ran.stderr
+        with_incumbents(folder, {**incumbent, "trained_on": ["pairs.jsonl"]})
         ran = tunewright("evaluate", "--dev", "-p", folder, "--json")
         assert ran.code == 0, ran.stderr
         dev = [m.example.input_text for m in package.open(folder).data.version().examples("dev")]
         assert sorted(server.prompts) == sorted(dev)
+    said = tunewright("verdict", ran.document["evidence"]["id"], "-p", folder).stdout
+    assert f"{len(dev)} of the items are from files that hosted was trained on" in said
 
 
 def test_missing_key_is_reported_before_anything_is_sent_or_computed(trained: Path, tmp_path: Path) -> None:

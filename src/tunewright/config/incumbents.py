@@ -34,6 +34,13 @@ class IncumbentConfig(EndpointConfig):
             min_length=1, description="System prompt to send in place of the rows' own (null: the rows' own, if any)."
         ),
     ] = None
+    trained_on: Annotated[
+        tuple[Annotated[str, Field(min_length=1)], ...],
+        Field(
+            description="Added files of pairs that this model was itself trained on. Test rows from them favour it: "
+            "they are counted, and the loss is also measured on the others."
+        ),
+    ] = ()
     budget: Annotated[
         float | None,
         Field(

@@ -102,12 +102,10 @@ def migrate(
         job.differ(
             "The rows are preference pairs", "the preferred answer is trained; the rejected one stays in the row"
         )
-    if validation is None:
-        note = "test is split from the rows that the hosted model was trained on, which favours it"
-    else:
-        note = "clusters of similar rows are split anew, so test has rows that the hosted model was trained on, which "
-        note += "favours it"
-    job.differ("The job had its own validation file" if validation else "The job had no validation file", note)
+    job.differ(
+        "The job had its own validation file" if validation else "The job had no validation file",
+        "the project splits by clusters of similar rows, and trained_on marks those that the hosted model has seen",
+    )
     values = _values(service, job, list(texts), base)
     comments = "".join(f"# {line}\n" for line in (f"Migrated from {service}. Differences from the job:", *(
         f"- {difference}" for difference in job.differences
@@ -137,7 +135,8 @@ def _values(service: Service, job: HostedJob, sources: list[str], base: str | No
         job.differ("The job has no fine-tuned model", "the project has no incumbent")
     else:
         url, variable = _ENDPOINTS[service]
-        incumbent = {"name": service, "base_url": url, "model": job.model, "api_key_env": variable}
+        incumbent: dict[str, Any] = {"name": service, "base_url": url, "model": job.model, "api_key_env": variable}
+        incumbent |= {"trained_on": [TRAIN_FILE]}
         values["evaluate"] = {"incumbents": [incumbent]}
         job.differ(
             "The prices of the fine-tuned model are not in the job",

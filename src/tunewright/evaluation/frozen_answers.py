@@ -155,6 +155,7 @@ class IncumbentModel:
             "model": config.model,
             "parameters": config.parameters,
             "system_prompt": config.system_prompt,
+            "trained_on": list(config.trained_on),
         }
 
     def conversation(self, example: Example) -> Conversation:
@@ -309,8 +310,8 @@ class IncumbentModel:
         cut = sum(answer.finish == "length" for answer in frozen.given)
         if cut:
             self.reporter.warn(
-                f"{cut:,} of {total:,} answers of {self.arm} on {split} reached its token limit and count as they "
-                "are; raise max_tokens in its parameters."
+                f"{cut:,} of {total:,} answers of {self.arm} on {split} reached its token limit and are scored "
+                "as cut; raise max_tokens in its parameters."
             )
         if len(frozen.versions) > 1:
             counts = ", ".join(f"{name} ({count:,})" for name, count in frozen.versions.items())

@@ -10,6 +10,7 @@ from tunewright.config import MetricName
 from tunewright.config.project import ProjectFolder
 from tunewright.core.io import file_digest
 from tunewright.core.progress import Reporter
+from tunewright.data.trace import places_by_key, source_name
 from tunewright.data.versions import DatasetVersion
 from tunewright.evaluation.answer_journal import Answer
 from tunewright.evaluation.arm_runner import ArmRunner
@@ -20,7 +21,7 @@ from tunewright.evidence.common import ArmScore
 from tunewright.evidence.incumbents import Incumbent, Incumbents, measured_drop
 from tunewright.evidence.logged_access import Declared
 from tunewright.evidence.schema import Arm
-from tunewright.evidence.scoring import ScoredArms, score_arm, score_of
+from tunewright.evidence.scoring import ScoredArms, leave_out, score_arm, score_of
 from tunewright.metrics import score_all, score_text
 
 
@@ -38,14 +39,31 @@ def estimate_incumbents(
 
 
 def require_ready(project: ProjectFolder, version: DatasetVersion, splits: Sequence[Split], reporter: Reporter) -> None:
-    """Check the keys of all incumbents that have still to be asked, before anything is paid or computed.
+    """Check the keys and files of all incumbents, before anything is paid or computed.
 
     Raises:
-        UserError: a key is missing.
+        UserError: a key or a file is missing.
     """
     for model in incumbent_models(project, reporter):
+        _trained_on(model, project, version)
         for split in splits:
             model.require_ready(version.examples(split))
+
+
+def _trained_on(model: IncumbentModel, project: ProjectFolder, version: DatasetVersion) -> set[str]:
+    """Return the pair keys of rows from the files that a model was itself trained on.
+
+    Raises:
+        UserError: no row was read from such a file.
+    """
+    if not model.config.trained_on:
+        return set()
+    source_of = {
+        key: place.rpartition(":")[0] for key, place in places_by_key(project.dataset, version.manifest).items()
+    }
+    sources, where = sorted(set(source_of.values())), f"{model.endpoint.where}.trained_on"
+    files = {source_name(file, sources, project.root, where) for file in model.config.trained_on}
+    return {key for key, source in source_of.items() if source in files}
 
 
 def incumbent_inputs(arm_runner: ArmRunner, split: Split) -> dict[str, Any]:
@@ -175,6 +193,13 @@ class IncumbentArms:
         times = sorted(answer.time for answer in given if answer.time is not None)
         serving = incumbent_serving(config, frozen)
         gaps = list(frozen.gaps.values())
+        ours, theirs = arms[TUNED.name], arms[model.arm]
+        margin, seed = self.arm_runner.settings.non_inferiority_margin, self.arm_runner.project.config.seed
+        known = _trained_on(model, self.arm_runner.project, self.arm_runner.version)
+        seen = {place: "trained on" for place, m in enumerate(self.members) if m.key in known}
+        unseen = None
+        if 0 < len(seen) < len(self.members):
+            unseen = measured_drop(ours, leave_out(theirs, seen), clusters, margin, seed)
         return Incumbent(
             name=config.name,
             arm=model.arm,
@@ -193,11 +218,7 @@ class IncumbentArms:
             cost=None if serving.cost_per_1000 is None else serving.cost_per_1000 * len(given) / 1000,
             serving=serving,
             dev=self._dev.get(model.arm),
-            drop=measured_drop(
-                arms[TUNED.name],
-                arms[model.arm],
-                clusters,
-                self.arm_runner.settings.non_inferiority_margin,
-                self.arm_runner.project.config.seed,
-            ),
+            drop=measured_drop(ours, theirs, clusters, margin, seed),
+            seen=len(seen),
+            unseen=unseen,
         )

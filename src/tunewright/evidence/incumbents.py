@@ -91,6 +91,10 @@ class Incumbent(Part):
     serving: Serving
     dev: Annotated[ArmScore | None, Field(description="Its score on dev by the deciding metric; null: not asked.")]
     drop: Drop
+    seen: Annotated[int, Field(description="Items from files that the incumbent was trained on (trained_on).")] = 0
+    unseen: Annotated[
+        Drop | None, Field(description="The drop on the other items; null: all are others, or none is.")
+    ] = None
 
     @property
     def answered(self) -> int:

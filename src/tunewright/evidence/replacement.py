@@ -158,6 +158,15 @@ def _timed(latency: Latency) -> str:
 
 def _cautions(found: Incumbent) -> list[str]:
     cautions = []
+    if found.seen:
+        text = f"Caution: {found.seen:,} of the items are from files that {found.name} was trained on, which favours it"
+        if found.unseen is not None:
+            low, high = (_points(end) for end in (found.unseen.interval.low, found.unseen.interval.high))
+            text += (
+                f"; on the {found.unseen.items:,} others tuned loses {_points(found.unseen.value)} (95% interval "
+                f"{low} to {high})"
+            )
+        cautions.append(f"{text}.")
     if len(found.versions) > 1:
         counts = ", ".join(f"{name} ({count:,})" for name, count in found.versions.items())
         cautions.append(
@@ -169,8 +178,7 @@ def _cautions(found: Incumbent) -> list[str]:
         cautions.append(f"Caution: {sum(found.gaps.values()):,} items have no answer of {found.arm}: {why}.")
     if found.truncated > _CAUTION_SHARE * max(found.answered, 1):
         cautions.append(
-            f"Caution: {found.truncated:,} of {found.answered:,} answers of {found.arm} reached its token limit and "
-            "count as they are."
+            f"Caution: {found.truncated:,} of {found.answered:,} answers of {found.arm} reached its token limit."
         )
     if found.estimated:
         cautions.append(

@@ -82,7 +82,7 @@ class ScoredArms:
             return self
         return replace(
             self,
-            by_metric={metric: {**arms, arm: _without(arms[arm], gaps)} for metric, arms in self.by_metric.items()},
+            by_metric={metric: {**arms, arm: leave_out(arms[arm], gaps)} for metric, arms in self.by_metric.items()},
         )
 
     def why_not(self, place: int) -> dict[MetricName, dict[str, str]] | None:
@@ -94,7 +94,8 @@ class ScoredArms:
         return {metric: arms for metric, arms in reasons.items() if arms} or None
 
 
-def _without(scores: Scores, gaps: Mapping[int, str]) -> Scores:
+def leave_out(scores: Scores, gaps: Mapping[int, str]) -> Scores:
+    """Return the scores with these items unscored, by position and reason."""
     values, statistics, places = scores.values.copy(), scores.statistics.copy(), list(gaps)
     values[places], statistics[places] = np.nan, 0.0
     return replace(scores, values=values, statistics=statistics, unscored={**scores.unscored, **gaps})
