@@ -178,7 +178,7 @@ class IncumbentModel:
         return IncumbentEstimate(
             name=self.config.name,
             calls=len(missing),
-            known=len(every) - len(missing),
+            known=sum(key in self._frozen or key in self.endpoint.journal.replies for key in every),
             prompt_tokens=prompt,
             completion_tokens=completion,
             most_completion_tokens=most,
