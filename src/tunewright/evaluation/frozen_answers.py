@@ -340,7 +340,7 @@ def read_frozen(path: Path) -> list[FrozenAnswer]:
 
 
 def _arguments(text: str) -> str:
-    """Return a call's arguments in canonical form, or as they are if they are no JSON object."""
+    """Return a call's arguments in canonical form, or unchanged if they are no JSON object."""
     try:
         return canonical_arguments(text)[0]
     except ArgumentsError:
