@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, PlainTextResponse
 import tunewright as package
 from command_line import tiny_project, tunewright, write_jsonl
 from stand_in import StandIn, first_word, stand_in, with_incumbents
+from tunewright.api import Project
 from tunewright.config import IncumbentConfig
 from tunewright.core.errors import UserError
 from tunewright.data.versions import Member
@@ -47,7 +48,7 @@ def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def project(tmp_path: Path, tiny_base_folder: Path) -> package.Project:
+def project(tmp_path: Path, tiny_base_folder: Path) -> Project:
     """A project with a dataset and no adapter."""
     folder = tiny_project(tmp_path / "project", tiny_base_folder)
     opened = package.open(folder)
@@ -56,7 +57,7 @@ def project(tmp_path: Path, tiny_base_folder: Path) -> package.Project:
 
 
 def model_of(
-    project: package.Project, server: StandIn, reporter: Any = None, **settings: Any
+    project: Project, server: StandIn, reporter: Any = None, **settings: Any
 ) -> tuple[IncumbentModel, tuple[Member, ...]]:
     """An incumbent at the server, and the test rows."""
     config = IncumbentConfig.model_validate(
@@ -66,7 +67,7 @@ def model_of(
     return IncumbentModel(project.folder, config, reporter or Warnings()), tuple(rows)
 
 
-def ask(project: package.Project, server: StandIn, reporter: Any = None, **settings: Any) -> FrozenSet:
+def ask(project: Project, server: StandIn, reporter: Any = None, **settings: Any) -> FrozenSet:
     model, rows = model_of(project, server, reporter, **settings)
     return model.answers(rows, "test")
 
@@ -83,9 +84,7 @@ def failing_after(count: int, response: Any) -> Any:
         (JSONResponse({"error": {"message": "model stopped"}}, 404), "model stopped"),
     ],
 )
-def test_failing_endpoint_ends_in_one_error_and_loses_no_answer(
-    project: package.Project, response: Any, said: str
-) -> None:
+def test_failing_endpoint_ends_in_one_error_and_loses_no_answer(project: Project, response: Any, said: str) -> None:
     with stand_in() as server:
         server.misbehave = failing_after(5, response)
         with pytest.raises(UserError, match="Finished answers are kept") as raised:
@@ -99,7 +98,7 @@ def test_failing_endpoint_ends_in_one_error_and_loses_no_answer(
         assert len(frozen.given) == len(frozen.answers) == len(server.bodies) + 5
 
 
-def test_endpoint_that_is_down_or_slow_ends_in_one_error(project: package.Project) -> None:
+def test_endpoint_that_is_down_or_slow_ends_in_one_error(project: Project) -> None:
     with stand_in() as server:
         server.slow_s = 0.5
         with pytest.raises(UserError, match=r"no reply within 0.1 s"):
@@ -108,7 +107,7 @@ def test_endpoint_that_is_down_or_slow_ends_in_one_error(project: package.Projec
         ask(project, server, max_retries=0)
 
 
-def test_budget_is_never_exceeded_and_a_larger_one_resumes(project: package.Project) -> None:
+def test_budget_is_never_exceeded_and_a_larger_one_resumes(project: Project) -> None:
     with stand_in() as server:
         limited = {**PRICES, "parameters": {"max_tokens": 10}}
         with pytest.raises(UserError, match=r"budget of 0\.011 is used up") as raised:
@@ -120,7 +119,7 @@ def test_budget_is_never_exceeded_and_a_larger_one_resumes(project: package.Proj
         assert len(server.bodies) == len(frozen.answers)
 
 
-def test_change_of_the_model_version_is_counted_and_reported(project: package.Project) -> None:
+def test_change_of_the_model_version_is_counted_and_reported(project: Project) -> None:
     reporter = Warnings()
     with stand_in() as server:
         server.version = lambda count: "v1" if count < 4 else "v2"
@@ -129,7 +128,7 @@ def test_change_of_the_model_version_is_counted_and_reported(project: package.Pr
     assert any("changed its model version on test: v1 (4), v2" in warning for warning in reporter.warned)
 
 
-def test_cut_answers_are_counted_and_reported(project: package.Project) -> None:
+def test_cut_answers_are_counted_and_reported(project: Project) -> None:
     reporter = Warnings()
     with stand_in() as server:
         server.finish = lambda count: "length" if count < 3 else "stop"
@@ -138,7 +137,7 @@ def test_cut_answers_are_counted_and_reported(project: package.Project) -> None:
     assert any("3 of 12 answers of incumbent-hosted on test reached its token limit" in w for w in reporter.warned)
 
 
-def test_refused_rows_are_gaps_with_their_reasons(project: package.Project) -> None:
+def test_refused_rows_are_gaps_with_their_reasons(project: Project) -> None:
     reporter = Warnings()
     refusal = JSONResponse({"error": {"code": "content_filter", "message": "filtered"}}, 400)
     with stand_in() as server:
@@ -155,7 +154,7 @@ def test_refused_rows_are_gaps_with_their_reasons(project: package.Project) -> N
     assert gone.bodies == []
 
 
-def test_frozen_answers_are_used_for_rows_of_a_later_version(project: package.Project) -> None:
+def test_frozen_answers_are_used_for_rows_of_a_later_version(project: Project) -> None:
     root = project.folder.root
     with stand_in() as server:
         before = ask(project, server)
@@ -175,7 +174,7 @@ def test_frozen_answers_are_used_for_rows_of_a_later_version(project: package.Pr
     assert model.unfrozen(rows) == len(rows) - len(after.answers)
 
 
-def test_frozen_incumbent_without_any_answer_is_refused(project: package.Project) -> None:
+def test_frozen_incumbent_without_any_answer_is_refused(project: Project) -> None:
     with stand_in() as server:
         model, rows = model_of(project, server, frozen=True)
         with pytest.raises(UserError, match="No answer of hosted to these 12 rows is frozen"):
@@ -183,7 +182,7 @@ def test_frozen_incumbent_without_any_answer_is_refused(project: package.Project
         assert server.bodies == []
 
 
-def test_system_prompt_replaces_the_rows_own(project: package.Project) -> None:
+def test_system_prompt_replaces_the_rows_own(project: Project) -> None:
     root = project.folder.root
     row = [{"role": "system", "content": "Old."}, {"role": "user", "content": "red"}]
     write_jsonl(root / "chat.jsonl", [{"messages": [*row, {"role": "assistant", "content": "red"}]}])
@@ -229,7 +228,7 @@ def test_functions_are_sent_as_tools_and_calls_compare_in_canonical_form(
     assert answer.answer == member.example.output
 
 
-def test_incumbent_without_a_model_or_with_the_name_of_another_is_refused(project: package.Project) -> None:
+def test_incumbent_without_a_model_or_with_the_name_of_another_is_refused(project: Project) -> None:
     one = {"name": "hosted", "base_url": "http://127.0.0.1:9/v1", "model": "m"}
     for incumbents, said in (
         ([one, dict(one)], "two incumbents are named hosted"),
@@ -246,7 +245,7 @@ def test_incumbent_without_a_model_or_with_the_name_of_another_is_refused(projec
 
 
 @pytest.mark.slow
-def test_killed_run_resumes_without_paying_twice(project: package.Project) -> None:
+def test_killed_run_resumes_without_paying_twice(project: Project) -> None:
     """Only requests in progress are sent again: nobody stored their replies."""
     root = project.folder.root
     with stand_in(first_word) as server:
