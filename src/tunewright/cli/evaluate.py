@@ -237,13 +237,15 @@ def incumbents_table(incumbents: Incumbents) -> Table:
 
 def incumbent_estimate_text(estimate: IncumbentEstimate) -> str:
     """Return the calls, tokens and cost of an incumbent's answers."""
+    from tunewright.evidence.replacement import amount
+
     known = f", {estimate.known:,} more are there already" if estimate.known else ""
     most = estimate.most_completion_tokens
     limit = "without a limit" if most is None else f"at most {most:,}"
     cost = "unknown, since price_input and price_output are not set"
     if estimate.cost is not None:
-        highest = "without a limit" if estimate.most_cost is None else f"at most {estimate.most_cost:.2f}"
-        cost = f"about {estimate.cost:.2f}, {highest}"
+        highest = "without a limit" if estimate.most_cost is None else f"at most {amount(estimate.most_cost)}"
+        cost = f"about {amount(estimate.cost)}, {highest}"
     return (
         f"{estimate.name}: {estimate.calls:,} calls to send{known}\n"
         f"  about {estimate.prompt_tokens:,} prompt tokens (4 characters each) and {estimate.completion_tokens:,} "

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from tunewright.evidence.incumbents import HOURS_PER_MONTH, Incumbent, Latency, Outcome, TunedServing
 from tunewright.evidence.sample_size import items_to_settle
 from tunewright.evidence.schema import Evidence
@@ -189,8 +191,10 @@ def _cautions(found: Incumbent) -> list[str]:
 
 
 def amount(money: float) -> str:
-    """Return an amount in the prices' currency: three digits, at least two of them decimals."""
-    return f"{money:,.2f}" if money >= 1 else f"{money:.3g}"
+    """Return an amount in the prices' currency: ``1,204.50``, ``0.042``, ``0.0000894``."""
+    if money >= 1:
+        return f"{money:,.2f}"
+    return np.format_float_positional(money, precision=3, unique=False, fractional=False, trim="-")
 
 
 def _points(share: float) -> str:
