@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from tunewright.advisor.result import AdviceResult
     from tunewright.evaluation.arm_runner import ArmRunner
     from tunewright.evaluation.benchmarks.runner import BenchmarkResult
+    from tunewright.evaluation.frozen_answers import IncumbentEstimate
     from tunewright.evaluation.learning_curve import CurveResult
     from tunewright.evaluation.prompt_search import AdviseResult
     from tunewright.evaluation.runner import EvaluateResult
@@ -101,6 +102,8 @@ class Project(EvaluationsApi):
             prompting_done: called with the scores of the prompting arms on dev once they have been measured, long
                 before the whole result.
         """
+        from tunewright.evaluation.incumbents import require_ready
+
         done = stage_done or self._say_stage
         sources = self.folder.config.data.sources
         require_trackers(self.folder.config.train.report_to)
@@ -114,6 +117,7 @@ class Project(EvaluationsApi):
         done("data", added.created, f"version {added.version.digest[:12]}")
         require_significance(self.data.split_power(), force=force, reporter=self.reporter)
         self._refuse_up_front()
+        require_ready(self.folder, self.data.version(), self._asked_splits("test"), self.reporter)
         forced = self._forced(force)
         signer = None if self._has_trained() else store_signer(self.folder.keys, self.reporter)
         advised = self.prompting()
@@ -312,15 +316,42 @@ class Project(EvaluationsApi):
 
         return evaluate_on_dev(*self._contest(adapter, "dev", minutes))
 
+    def estimate_incumbents(self, *, dev: bool = False) -> list[IncumbentEstimate]:
+        """Return the calls, tokens and cost of the incumbents' answers in :meth:`evaluate`, without sending anything.
+
+        Args:
+            dev: estimate :meth:`evaluate_on_dev` instead, which leaves the test split closed.
+
+        Raises:
+            UserError: no incumbent, or a file of frozen answers was changed.
+        """
+        from tunewright.evaluation.incumbents import estimate_incumbents
+
+        if not self.folder.config.evaluate.incumbents:
+            raise UserError(
+                "The config has no incumbents",
+                where="evaluate.incumbents",
+                fix="Set name, base_url and model of a model that you use today.",
+            )
+        version = self.data.version()
+        return estimate_incumbents(self.folder, version, self._asked_splits("dev" if dev else "test"), self.reporter)
+
+    @staticmethod
+    def _asked_splits(split: Literal["test", "dev"]) -> list[Literal["test", "dev"]]:
+        """Return the splits that incumbents answer; dev comes first, so that a wrong setting shows before test."""
+        return ["dev"] if split == "dev" else ["dev", "test"]
+
     def _contest(
         self, adapter: str | None, split: Literal["test", "dev"], minutes: float | None
     ) -> tuple[ArmRunner, Adapter, Advice]:
         """Return the arm runner, the adapter and the advice that names its best prompting arm."""
+        from tunewright.evaluation.incumbents import require_ready
         from tunewright.evaluation.prompt_search import advise
         from tunewright.evaluation.schedule import Contest, Schedule
 
         tuned = find_adapter(self.folder.adapters, adapter)
         arm_runner = self.arm_runner(tuned)
+        require_ready(self.folder, arm_runner.version, self._asked_splits(split), self.reporter)
         arm_runner.schedule = Schedule(arm_runner, minutes=minutes, contest=Contest(tuned, split))
         # Keys added since the adapter was trained had the effect of their defaults.
         trained_by = TrainConfig().deciding() | tuned.lineage.get("config", {}).get("train", {})

@@ -15,6 +15,7 @@ from tunewright.config.advise import AdviseConfig, PriceConfig
 from tunewright.config.data import DataConfig, Duplicates, Findable, MixConfig
 from tunewright.config.endpoint import EndpointConfig
 from tunewright.config.gateway import GatewayConfig
+from tunewright.config.incumbents import IncumbentConfig
 from tunewright.config.judge import JudgeConfig, ReferenceModelConfig
 from tunewright.config.metrics import Metric, MetricName, metric_name
 from tunewright.config.regressions import RegressionsConfig
@@ -36,6 +37,7 @@ __all__ = [
     "EvaluateConfig",
     "Findable",
     "GatewayConfig",
+    "IncumbentConfig",
     "JudgeConfig",
     "Metric",
     "MetricName",
@@ -202,6 +204,32 @@ class EvaluateConfig(Section):
             description="Smallest gain over the best prompting arm that is worth shipping: 0.02 is 2 points.",
         ),
     ] = 0.02
+    incumbents: Annotated[
+        tuple[IncumbentConfig, ...],
+        Field(
+            description="Models in use today, behind OpenAI-compatible endpoints, which answer dev and test as arms: "
+            "name, base_url and model, with the other keys of `judge` that describe an endpoint, system_prompt, "
+            "budget and frozen."
+        ),
+    ] = ()
+    non_inferiority_margin: Annotated[
+        float,
+        Field(
+            gt=0,
+            lt=1,
+            description="Largest loss against an incumbent that still counts as not worse; without incumbents it has "
+            "no effect. (0.02: the default of `margin`, since a loss too small to ship for is too small to keep a "
+            "model for; fixed before the test is opened, as ICH E9 asks, section 3.3.2).",
+        ),
+    ] = 0.02
+
+    @field_validator("incumbents")
+    @classmethod
+    def _distinct(cls, incumbents: tuple[IncumbentConfig, ...]) -> tuple[IncumbentConfig, ...]:
+        names = [incumbent.name for incumbent in incumbents]
+        for name in sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two incumbents are named {name}")
+        return incumbents
 
     @field_validator("extra_metrics")
     @classmethod

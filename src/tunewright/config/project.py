@@ -83,6 +83,11 @@ class ProjectFolder:
         return self.root / "evaluations"
 
     @property
+    def incumbents(self) -> Path:
+        """Frozen answers of incumbents: plain text, made to be committed to git."""
+        return self.root / "incumbents"
+
+    @property
     def serving_state(self) -> Path:
         """Tenants, keys, releases and usage, unless serve.database_url puts them elsewhere; made at first use."""
         return self.root / "serving" / "state.sqlite"

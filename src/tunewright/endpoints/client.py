@@ -7,26 +7,30 @@ limit and be reported to the user.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import httpx
 from aiolimiter import AsyncLimiter
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
 from tunewright.config import EndpointConfig
+from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.core.interrupts import run_async
 from tunewright.core.progress import Reporter, Task
 from tunewright.endpoints.budget import Budget, OutOfBudgetError
-from tunewright.endpoints.replies import Conversation, Journal, Reply, cost, estimated_tokens
+from tunewright.endpoints.replies import Conversation, Journal, Reply, conversation_text, cost, estimated_tokens
 
 LONGEST_WAIT = 600.0
 """Seconds; an endpoint that asks for a longer wait (a daily quota) ends the run, which can be resumed later."""
@@ -115,6 +119,14 @@ class Endpoint:
                 run_async(self._ask_all(missing, task))
         return [self.journal.replies[key] for key in keys]
 
+    def require_key(self) -> None:
+        """Check the key before anything is sent.
+
+        Raises:
+            UserError: the environment variable of the config is not set, or its value is not a key.
+        """
+        _secret(self.config, self.where)
+
     def is_known(self, conversation: Conversation) -> bool:
         """Return whether the journal has a reply to this conversation."""
         return self.journal.key(conversation) in self.journal.replies
@@ -165,7 +177,7 @@ class Endpoint:
         failure: _Failure,
     ) -> Reply:
         # A token is at least one byte; a template adds a few.
-        prompt = _TEMPLATE_TOKENS + sum(len(message["content"].encode()) for message in conversation)
+        prompt = _TEMPLATE_TOKENS + len(conversation_text(conversation).encode())
         most = cost(self.config, prompt, self.config.reply_limit or 0) or 0.0
         try:
             async with self._purse.reserved(most):
@@ -206,8 +218,9 @@ class Endpoint:
         raise AssertionError("tenacity ends by a reply or an error")
 
     async def _request(self, client: httpx.AsyncClient, conversation: Conversation) -> Reply:
-        body = {"model": self.config.model, "messages": list(conversation), **self.config.parameters}
+        body = {"model": self.config.model, **_sent(conversation), **self.config.parameters}
         url = f"{str(self.config.base_url).rstrip('/')}/chat/completions"
+        began = time.perf_counter()
         try:
             async with asyncio.timeout(self.config.timeout):
                 response = await client.post(url, json=body)
@@ -218,7 +231,8 @@ class Endpoint:
         except httpx.InvalidURL as error:
             raise _RequestError(f"invalid address: {error}", status=400) from None
         if response.is_success:
-            return _parsed(response, conversation)
+            seconds = time.perf_counter() - began
+            return replace(_parsed(response, conversation), seconds=round(seconds, 4), time=now())
         message = self._told(response)
         if response.status_code in {400, 413, 422}:
             for pattern, why in ((_TOO_LONG, "too long for the model"), (_FILTERED, "refused by a content filter")):
@@ -273,23 +287,39 @@ def _secret(config: EndpointConfig, where: str) -> str | None:
     return key
 
 
+def _sent(conversation: Conversation) -> dict[str, Any]:
+    """Return the request's fields of a conversation; functions declared by its first turn become ``tools``."""
+    if conversation[0]["role"] != "tools":
+        return {"messages": list(conversation)}
+    return {"messages": list(conversation[1:]), "tools": json.loads(conversation[0]["content"])}
+
+
+def _arguments(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 def _parsed(response: httpx.Response, conversation: Conversation) -> Reply:
     try:
         document = response.json()
         choice = document["choices"][0]
         text = choice["message"].get("content") or ""
+        called = [call["function"] for call in choice["message"].get("tool_calls") or ()]
+        calls = tuple((str(function["name"]), _arguments(function["arguments"])) for function in called)
         usage = document.get("usage") or {}
         counts = usage.get("prompt_tokens"), usage.get("completion_tokens")
         finish = choice.get("finish_reason")
+        model = document.get("model")
         if not isinstance(text, str):
             raise TypeError("content is not text")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         start = " ".join(response.text.split())[:120]
         raise _RequestError(f"the reply is not a chat completion: {start!r}", status=502) from None
+    reply = Reply(text, finish, 0, 0, calls=calls, model=model if isinstance(model, str) else None)
     if isinstance(counts[0], int) and isinstance(counts[1], int):
-        return Reply(text, finish, counts[0], counts[1])
-    prompt = sum(estimated_tokens(message["content"]) for message in conversation)
-    return Reply(text, finish, prompt, estimated_tokens(text), estimated=True)
+        return replace(reply, prompt_tokens=counts[0], completion_tokens=counts[1])
+    prompt = estimated_tokens(conversation_text(conversation))
+    written = estimated_tokens(text + "".join(name + arguments for name, arguments in calls))
+    return replace(reply, prompt_tokens=prompt, completion_tokens=written, estimated=True)
 
 
 def _retry_after(value: str | None) -> float | None:

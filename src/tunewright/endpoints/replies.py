@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,8 +12,9 @@ from typing import Any, TextIO
 from tunewright.config import EndpointConfig
 from tunewright.core.io import digest, writing
 
-Message = dict[str, str]
+Message = dict[str, Any]
 Conversation = tuple[Message, ...]
+"""Turns in OpenAI's form. A first turn of role ``tools`` declares functions: its content is their JSON array."""
 
 CHARACTERS_PER_TOKEN = 4
 """OpenAI's rule of thumb for English text, where the endpoint does not count tokens itself."""
@@ -36,6 +37,21 @@ class Reply:
     """The endpoint gave no token counts: they are guessed."""
     refused: str | None = None
     """Reason for refusing this one conversation; there is no text then, and it is asked again."""
+    calls: Sequence[tuple[str, str]] = ()
+    """Function calls: name and arguments, as the endpoint wrote them."""
+    model: str | None = None
+    """The model's version, as the reply states it."""
+    seconds: float | None = None
+    """Time from sending the request to its whole reply, without earlier tries. None: a journal of an older version."""
+    time: str | None = None
+    """UTC, ISO 8601."""
+
+
+def conversation_text(conversation: Conversation) -> str:
+    """Return everything of a conversation that counts as prompt tokens: contents, declared functions and calls."""
+    parts = [str(message.get("content") or "") for message in conversation]
+    parts += [json.dumps(message["tool_calls"]) for message in conversation if message.get("tool_calls")]
+    return "".join(parts)
 
 
 def cost(endpoint: EndpointConfig, prompt_tokens: int, completion_tokens: int) -> float | None:

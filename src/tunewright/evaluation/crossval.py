@@ -171,6 +171,8 @@ class CrossValidation:
         access_log = AccessLog(self.project.evaluations)
         if (folder / EVIDENCE_FILE).exists():
             return EvaluateResult(folder, access_log.load(folder), evaluated=False)
+        if self.config.evaluate.incumbents:
+            self.reporter.warn("evaluate.incumbents are not asked in a cross-validation; `tunewright evaluate` does.")
         opening = self._open(access_log)
         earlier = access_log.earlier(opening, self.project.dataset, {m.key for m in self.version.domain})
         report_opening(opening, earlier, self.reporter)

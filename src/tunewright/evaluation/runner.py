@@ -19,6 +19,8 @@ from tunewright.evaluation.access_log import ACCESS_LOG, AccessLog
 from tunewright.evaluation.answer_journal import Answer
 from tunewright.evaluation.arm_runner import ArmRunner, measured_arm, measured_with, scored_arms
 from tunewright.evaluation.arms import TUNED, TUNED_CONSTRAINED, ZERO_SHOT, ArmPlan, plan_of, tuned_retrieved
+from tunewright.evaluation.incumbent_costs import repriced
+from tunewright.evaluation.incumbents import IncumbentArms, declared_incumbents, incumbent_inputs
 from tunewright.evaluation.repeats import noise_floor
 from tunewright.evaluation.train_similarity import Distances, scores_by_distance, scores_by_template
 from tunewright.evidence.answer_format import answer_form
@@ -96,8 +98,13 @@ def declare(config: Config, metric: MetricName, best: str, with_retrieved: str |
 
 
 def measured_contrasts(scored: ScoredArms, declared: Sequence[Declared], seed: int) -> list[Contrast]:
-    """Measure exactly the declared contrasts by the deciding metric, then the same by the extra metrics."""
-    return declared_contrasts(scored, [(each.treatment, each.control) for each in declared], seed)
+    """Measure exactly the declared contrasts by the deciding metric, then the same by the extra metrics.
+
+    Those with incumbents are decisions of their own, so they do not count among the contrasts that Holm's method
+    adjusts.
+    """
+    pairs = [(each.treatment, each.control) for each in declared if each.non_inferiority_margin is None]
+    return declared_contrasts(scored, pairs, seed)
 
 
 def report_opening(opening: LoggedAccess, earlier: Sequence[EarlierAccess], reporter: Reporter) -> None:
@@ -122,7 +129,9 @@ class _EvaluationInputs:
     identity: str
 
 
-def _settle(arm_runner: ArmRunner, adapter: Adapter, advice: Advice) -> _EvaluationInputs:
+def _settle(
+    arm_runner: ArmRunner, adapter: Adapter, advice: Advice, split: Literal["test", "dev"]
+) -> _EvaluationInputs:
     settings, config = arm_runner.settings, arm_runner.project.config
     budget = _budget(arm_runner)
     plans = contest(
@@ -135,10 +144,11 @@ def _settle(arm_runner: ArmRunner, adapter: Adapter, advice: Advice) -> _Evaluat
         "instructions": settings.instructions,
         "margin": settings.margin,
         **({"left_out": sorted(budget.left_out)} if budget else {}),
+        **incumbent_inputs(arm_runner, split),
     }
-    return _EvaluationInputs(
-        plans, declare(config, arm_runner.scorers[0].name, advice.best, with_retrieved), digest(inputs)[:12]
-    )
+    metric = arm_runner.scorers[0].name
+    declared = declare(config, metric, advice.best, with_retrieved) + declared_incumbents(arm_runner, metric)
+    return _EvaluationInputs(plans, declared, digest(inputs)[:12])
 
 
 def _budget(arm_runner: ArmRunner) -> Budget | None:
@@ -164,7 +174,7 @@ def evaluation_progress(
     Raises:
         UserError: the access log is damaged.
     """
-    settled = _settle(arm_runner, adapter, advice)
+    settled = _settle(arm_runner, adapter, advice, split)
     openings = AccessLog(arm_runner.folder).openings
     evaluated = (_folder(arm_runner, settled, split) / EVIDENCE_FILE).exists()
     opened = split == "dev" or any(o.evaluation == settled.identity for o in openings)
@@ -194,12 +204,13 @@ def evaluate(arm_runner: ArmRunner, adapter: Adapter, advice: Advice) -> Evaluat
         UserError: the access log is damaged.
     """
     config, version = arm_runner.project.config, arm_runner.version
-    settled = _settle(arm_runner, adapter, advice)
+    settled = _settle(arm_runner, adapter, advice, "test")
     access_log = AccessLog(arm_runner.folder)
     folder = _folder(arm_runner, settled, "test")
     if (folder / EVIDENCE_FILE).exists():
-        _tell_of_newer(folder, arm_runner.reporter)
-        return EvaluateResult(folder, access_log.load(folder), evaluated=False)
+        return _measured_before(arm_runner, access_log, folder)
+    incumbents = IncumbentArms(arm_runner, "test")
+    incumbents.try_dev()
     test = version.examples("test")
     arm_runner.warn_of_longer("test")
     opening = access_log.open(
@@ -218,15 +229,18 @@ def evaluate(arm_runner: ArmRunner, adapter: Adapter, advice: Advice) -> Evaluat
     report_opening(opening, earlier, arm_runner.reporter)
     report_references([m.example for m in test], "test item", arm_runner.reporter)
     check_references(arm_runner.scorers, [m.example for m in test], "test", arm_runner.reporter)
+    hosted = incumbents.ask()
     if arm_runner.schedule is not None:
         arm_runner.schedule.expect("contest", settled.plans, test, "test", adapter)
     with arm_runner.generator.countdown.shown():
         answers = {plan.name: arm_runner.answers(plan, test, "test", adapter) for plan in settled.plans}
         prompts = [answer.prompt for answer in answers[ZERO_SHOT.name]]
         noise = noise_floor(arm_runner.generator, test, prompts, arm_runner.limit, arm_runner.scorers[0], config.seed)
-    scored = scored_arms(arm_runner.scorers, test, answers)
+    answers |= hosted
+    scored = incumbents.scored(scored_arms(arm_runner.scorers, test, answers))
     settled = replace(settled, declared=opening.declared)
     evidence = _evidence(arm_runner, adapter, advice, settled, answers, scored, "test")
+    evidence = _with_incumbents(evidence, incumbents, scored, adapter)
     evidence, distances = _by_distance(arm_runner, evidence, scored, "test")
     evidence = evidence.model_copy(update={"noise_floor": noise, "opening": opening, "openings": earlier})
     save_evaluation(folder, evidence, test, answers, scored, distances)
@@ -235,26 +249,47 @@ def evaluate(arm_runner: ArmRunner, adapter: Adapter, advice: Advice) -> Evaluat
 
 def evaluate_on_dev(arm_runner: ArmRunner, adapter: Adapter, advice: Advice) -> EvaluateResult:
     """Compare the same arms on the dev split; the test split stays closed, and the evidence allows no release."""
-    settled = _settle(arm_runner, adapter, advice)
+    settled = _settle(arm_runner, adapter, advice, "dev")
     access_log = AccessLog(arm_runner.folder)
     folder = _folder(arm_runner, settled, "dev")
     if (folder / EVIDENCE_FILE).exists():
-        _tell_of_newer(folder, arm_runner.reporter)
-        return EvaluateResult(folder, access_log.load(folder), evaluated=False)
+        return _measured_before(arm_runner, access_log, folder)
     dev = arm_runner.version.examples("dev")
     arm_runner.warn_of_longer("dev")
     report_references([m.example for m in dev], "dev item", arm_runner.reporter)
+    incumbents = IncumbentArms(arm_runner, "dev")
+    hosted = incumbents.ask()
     if arm_runner.schedule is not None:
         # The others were counted while a prompt was chosen.
         tuned = [plan for plan in settled.plans if plan.adapted]
         arm_runner.schedule.expect("contest", tuned, dev, "dev", adapter)
     with arm_runner.generator.countdown.shown():
         answers = {plan.name: arm_runner.answers(plan, dev, "dev", adapter) for plan in settled.plans}
-    scored = scored_arms(arm_runner.scorers, dev, answers)
+    answers |= hosted
+    scored = incumbents.scored(scored_arms(arm_runner.scorers, dev, answers))
     evidence = _evidence(arm_runner, adapter, advice, settled, answers, scored, "dev")
+    evidence = _with_incumbents(evidence, incumbents, scored, adapter)
     evidence, distances = _by_distance(arm_runner, evidence, scored, "dev")
     save_evaluation(folder, evidence, dev, answers, scored, distances)
     return EvaluateResult(folder, evidence, evaluated=True)
+
+
+def _measured_before(arm_runner: ArmRunner, access_log: AccessLog, folder: Path) -> EvaluateResult:
+    """Return existing evidence; costs follow the config's prices, which decide nothing that was measured."""
+    _tell_of_newer(folder, arm_runner.reporter)
+    evidence = access_log.load(folder)
+    section = repriced(arm_runner.project.config, evidence)
+    if section is not None:
+        evidence = access_log.amend(folder, incumbents=section)
+        arm_runner.reporter.say("The costs in the evidence are computed again from the config's prices.")
+    return EvaluateResult(folder, evidence, evaluated=False)
+
+
+def _with_incumbents(evidence: Evidence, incumbents: IncumbentArms, scored: ScoredArms, adapter: Adapter) -> Evidence:
+    """Return the evidence with the incumbents' arms and their comparison."""
+    arms = [*evidence.arms, *incumbents.arms(scored)]
+    section = incumbents.section(scored, adapter, evidence.arm(TUNED.name))
+    return evidence.model_copy(update={"arms": arms, "incumbents": section})
 
 
 def _by_distance(

@@ -15,6 +15,7 @@ from tunewright.evidence.answer_format import AnswerFormat
 from tunewright.evidence.benchmarks import Benchmarks
 from tunewright.evidence.common import ArmScore, Budget, EngineUsed, Interval, NoiseFloor, Part, References
 from tunewright.evidence.human_eval import AnswerReview
+from tunewright.evidence.incumbents import Incumbents
 from tunewright.evidence.judge import Judgement
 from tunewright.evidence.logged_access import Design, EarlierAccess, LoggedAccess
 from tunewright.evidence.train_similarity import OutputTemplates, TrainSimilarity
@@ -26,14 +27,18 @@ ITEMS_FILE = "items.jsonl"
 DEV_PREFIX = "dev-"
 """Prefix of the ID and folder name of an evaluation on the dev split."""
 
-ArmKind = Literal["zero-shot", "static", "retrieved", "tuned", "tuned-retrieved", "mixed"]
+ArmKind = Literal["zero-shot", "static", "retrieved", "tuned", "tuned-retrieved", "mixed", "incumbent"]
 
 
 class Arm(Part):
     """A way of answering, measured on one split."""
 
-    name: Annotated[str, Field(description="zero-shot, static-K-seed-N, retrieved-K, tuned, or best-prompting.")]
-    kind: Annotated[ArmKind, Field(description="Prompting arm; mixed: the folds differ in their arm.")]
+    name: Annotated[
+        str, Field(description="zero-shot, static-K-seed-N, retrieved-K, tuned, best-prompting, or incumbent-NAME.")
+    ]
+    kind: Annotated[
+        ArmKind, Field(description="Prompting arm; mixed: the folds differ in their arm; incumbent: a hosted model.")
+    ]
     shots: Annotated[int, Field(description="Demonstrations in the prompt.")]
     seed: Annotated[int | None, Field(description="Index of the draw of static demonstrations, from 1.")] = None
     retriever: Annotated[RetrieverName | None, Field(description="Method that retrieves the demonstrations.")] = None
@@ -271,6 +276,9 @@ class Evidence(Part):
     human_eval: Annotated[AnswerReview | None, Field(description="Blind preferences of people.")] = None
     regressions: Annotated[
         Benchmarks | None, Field(description="Regression benchmarks with the adapter off and on; null: not measured.")
+    ] = None
+    incumbents: Annotated[
+        Incumbents | None, Field(description="Models of evaluate.incumbents against the adapter; null: none.")
     ] = None
     judge: Annotated[
         Judgement | None, Field(description="Findings of `tunewright judge`, or the reason of its veto.")

@@ -21,6 +21,7 @@ COLOURS: dict[ArmKind, str] = {
     "retrieved": PROMPTING,
     "mixed": PROMPTING,
     "zero-shot": PLAIN,
+    "incumbent": PLAIN,
 }
 
 
