@@ -31,6 +31,7 @@ _GROUPS = (
     "export",
     "engine",
     "project",
+    "migrate",
     "studio",
     "doctor",
 )
