@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SECTIONS = {
-    name: set(fields)
+    name: {each.alias or key for key, each in fields.items()}
     for name, field in Config.model_fields.items()
     if (fields := getattr(field.annotation, "model_fields", None)) is not None
 }

@@ -24,6 +24,7 @@ from tunewright.core.errors import UserError
 from tunewright.data.readers.row_errors import CODES as ROW_ERRORS
 from tunewright.data.versions.version import Manifest as VersionManifest
 from tunewright.evidence.learning_curve import Curve
+from tunewright.evidence.prompt_optimization import OptimizedPrompt
 from tunewright.evidence.schema import Advice, Evidence, Item
 from tunewright.evidence.verdict import Verdict
 from tunewright.serving.gateway.app import ROUTES
@@ -80,6 +81,7 @@ DOCUMENTS: dict[str, tuple[type[BaseModel], str]] = {
     "advice": (Advice, "`evaluations/advice-ID.json`: prompting arms measured on the dev split."),
     "evidence": (Evidence, "`evaluations/ID/evidence.json`: everything a verdict rests on."),
     "items": (Item, "`evaluations/ID/items.jsonl`: one test item a line, with every arm's answer."),
+    "optimized-prompt": (OptimizedPrompt, "`prompts/ID.json`: an optimized prompt with its history."),
     "learning-curve": (Curve, "`curves/ID/curve.json`: scores over the number of training rows."),
 }
 """JSON documents on disk that a pydantic model reads: name, model, where it lies."""

@@ -16,7 +16,7 @@ from command_line import tunewright as command
 from tunewright.cli import commands
 from tunewright.core.errors import UserError
 
-NO_VERBS = {"doctor", "init", "config", "demo", "studio"}
+NO_VERBS = {"doctor", "init", "config", "demo", "migrate", "studio"}
 """Commands that create a project, describe the config, or open a page on it."""
 
 

@@ -61,6 +61,17 @@ def test_preference_row_is_its_preferred_answer_and_keeps_the_other(
     assert plain.example.pair_key == found.example.pair_key
 
 
+def test_undesirable_completion_is_refused_as_an_ideal_output(tmp_path: Path) -> None:
+    """trl's unpaired format, in which half of the rows are bad answers."""
+    rows = [{"prompt": "Two and two?", "completion": text, "label": text == "four"} for text in ("four", "five")]
+    reading = _read(tmp_path, *rows)
+    assert [(f.line, f.code) for f in reading.faults] == [(2, "E209")]
+    assert "label is false" in reading.faults[0].reason
+    assert [row.example.output for row in reading.rows] == ["four"]
+    path = tmp_path / "a.jsonl"
+    assert not read_pairs(path, DataConfig(drop_columns=("label",))).faults
+
+
 def test_system_turn_and_several_turns_are_kept(tmp_path: Path) -> None:
     more = [SYSTEM, USER, GOOD, {"role": "user", "content": "And two?"}]
     six, seven = ({"role": "assistant", "content": text} for text in ("six", "seven"))

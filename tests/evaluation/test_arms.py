@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from tunewright.config import EvaluateConfig
-from tunewright.evaluation.arms import ZERO_SHOT, ArmPlan, other_instructions, prompting_arms, tuned_retrieved
+from tunewright.evaluation.arms import (
+    ZERO_SHOT,
+    ArmPlan,
+    other_instructions,
+    prompting_arms,
+    tuned_optimized,
+    tuned_retrieved,
+)
 
 
 def test_arms_are_named_and_the_cheapest_is_first() -> None:
@@ -39,3 +46,42 @@ def test_arms_include_every_other_instruction() -> None:
 def test_tuned_arm_keeps_its_trained_instruction() -> None:
     with_shots = tuned_retrieved(ArmPlan("retrieved", 8, retriever="tfidf", instruction=2))
     assert (with_shots.name, with_shots.instruction, with_shots.adapted) == ("tuned+retrieved-8-tfidf", 0, True)
+
+
+def test_retrieved_arms_have_every_diversity_and_order_of_more_than_one_demonstration() -> None:
+    settings = EvaluateConfig(
+        num_fewshot=(1, 4),
+        static_seeds=0,
+        retrievers=("bm25", "dense"),
+        mmr_lambda=(1.0, 0.7),
+        demonstration_order=("similar_last", "similar_first"),
+    )
+    names = [arm.name for arm in prompting_arms(settings) if arm.kind == "retrieved"]
+    assert names == [
+        "retrieved-1",
+        "retrieved-4",
+        "retrieved-4-similar-first",
+        "retrieved-4-mmr-0.7",
+        "retrieved-4-mmr-0.7-similar-first",
+        "retrieved-1-dense",
+        "retrieved-4-dense",
+        "retrieved-4-dense-similar-first",
+        "retrieved-4-dense-mmr-0.7",
+        "retrieved-4-dense-mmr-0.7-similar-first",
+    ]
+
+
+def test_optimized_instruction_makes_arms_with_and_without_the_adapter() -> None:
+    settings = EvaluateConfig(num_fewshot=(4,), static_seeds=0, retrievers=("bm25",), instructions=("Do it.",))
+    names = [arm.name for arm in prompting_arms(settings, "abc")]
+    assert names == ["zero-shot", "zero-shot-instruction-1", "zero-shot-optimized", "retrieved-4"]
+    shown = other_instructions(ArmPlan("retrieved", 4, retriever="bm25"), settings, "abc")
+    assert [arm.name for arm in shown] == ["retrieved-4-instruction-1", "retrieved-4-optimized"]
+    tuned = tuned_optimized("abc")
+    assert tuned is not None
+    assert (tuned.name, tuned.adapted, tuned_optimized(None)) == ("tuned-optimized", True, None)
+
+
+def test_tuned_arm_keeps_the_retrieved_arms_diversity_and_order() -> None:
+    plan = ArmPlan("retrieved", 4, retriever="dense", mmr=0.5, order="similar_first", optimized="abc")
+    assert tuned_retrieved(plan).name == "tuned+retrieved-4-dense-mmr-0.5-similar-first"

@@ -5,7 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,9 +20,23 @@ from tunewright.data.examples import Example, Message
 from tunewright.data.versions import Member
 from tunewright.evaluation.arms import ArmPlan
 from tunewright.evaluation.demonstrations import Demonstrations, TfIdf, with_demonstrations
+from tunewright.evaluation.embeddings import Vectors
 from tunewright.evaluation.folds import fold_versions
 
-RETRIEVERS: tuple[RetrieverName, ...] = ("bm25", "tfidf")
+RETRIEVERS: tuple[RetrieverName, ...] = ("bm25", "tfidf", "dense")
+
+
+def letters(_retriever: RetrieverName, texts: Sequence[str]) -> Vectors:
+    """Vectors of letter pairs, the beginnings of words among them."""
+    rows = np.zeros((len(texts), 997), dtype=np.float32)
+    for row, text in zip(rows, texts, strict=True):
+        for pair in pairwise(f" {' '.join(text.lower().split())} "):
+            row[int.from_bytes("".join(pair).encode()) % 997] += 1
+    return rows
+
+
+def of(train: list[Member], seed: int = 0) -> Demonstrations:
+    return Demonstrations(train, seed, letters)
 
 
 def member(text: str, answer: str = "x", cluster: str | None = None) -> Member:
@@ -31,7 +49,7 @@ COURTS = [member("Dayton Municipal Court, Ohio"), member("Toledo Municipal Court
 
 @pytest.mark.parametrize("retriever", RETRIEVERS)
 def test_retrieval_ranks_the_most_similar_example_first(retriever: RetrieverName) -> None:
-    found = Demonstrations(COURTS, 0).nearest(retriever, member("Municipal Court of Toledo"), 2)
+    found = of(COURTS).nearest(retriever, member("Municipal Court of Toledo"), 2)
     assert [m.example.input_text for m in found] == ["Toledo Municipal Court, Ohio", "Dayton Municipal Court, Ohio"]
 
 
@@ -39,27 +57,27 @@ def test_retrieval_ranks_the_most_similar_example_first(retriever: RetrieverName
 def test_retrieval_counts_single_letters(retriever: RetrieverName) -> None:
     districts = [member("District N.D. of Ohio"), member("District S.D. of Ohio")]
     for query in ("District S.D. of Iowa", "District N.D. of Iowa"):
-        (found,) = Demonstrations(districts, 0).nearest(retriever, member(query), 1)
+        (found,) = of(districts).nearest(retriever, member(query), 1)
         assert found.example.input_text[9:13] == query[9:13]
 
 
 @pytest.mark.parametrize("retriever", RETRIEVERS)
 def test_retrieval_excludes_the_querys_cluster(retriever: RetrieverName) -> None:
     train = [member("Ohio court one", cluster="family"), member("Guam", cluster="other")]
-    found = Demonstrations(train, 0).nearest(retriever, member("Ohio court two", cluster="family"), 2)
+    found = of(train).nearest(retriever, member("Ohio court two", cluster="family"), 2)
     assert [m.cluster for m in found] == ["other"]
 
 
 @pytest.mark.parametrize("retriever", RETRIEVERS)
 def test_retrieval_returns_examples_for_unknown_words(retriever: RetrieverName) -> None:
-    assert len(Demonstrations(COURTS, 0).nearest(retriever, member("¿?"), 2)) == 2
+    assert len(of(COURTS).nearest(retriever, member("¿?"), 2)) == 2
 
 
 @pytest.mark.parametrize("retriever", RETRIEVERS)
 def test_nearest_returns_distinct_inputs_when_an_input_has_several_references(retriever: RetrieverName) -> None:
     repeated = Member(member("toledo  municipal court, Ohio", "other").example, "key 0", "train", "Toledo")
     train = [repeated, *COURTS]
-    found = Demonstrations(train, 0).nearest(retriever, member("Municipal Court of Toledo"), 3)
+    found = of(train).nearest(retriever, member("Municipal Court of Toledo"), 3)
     assert [m.example.input_text for m in found] == [
         "toledo  municipal court, Ohio",
         "Dayton Municipal Court, Ohio",
@@ -76,8 +94,8 @@ def test_retrieval_is_deterministic_and_never_fails(texts: list[str], query: str
     if not any(character.isalnum() for text in texts for character in text):
         return
     members = [member(text or "empty") for text in texts]
-    first = Demonstrations(members, 0).nearest(retriever, member(query, cluster="query"), 3)
-    assert first == Demonstrations(members, 0).nearest(retriever, member(query, cluster="query"), 3)
+    first = of(members).nearest(retriever, member(query, cluster="query"), 3)
+    assert first == of(members).nearest(retriever, member(query, cluster="query"), 3)
     assert len(first) == min(3, len(members))
 
 
@@ -112,6 +130,57 @@ def test_tfidf_is_the_cosine_of_weighted_character_ngrams() -> None:
     ours = vector(grams(query))
     expected = [sum(value * vector(counts).get(gram, 0.0) for gram, value in ours.items()) for counts in every]
     assert TfIdf(texts).similarities(query) == pytest.approx(expected)
+
+
+# Diversity and order
+
+
+def test_mmr_selects_as_a_brute_force_loop_over_cosines() -> None:
+    train = [member(f"{word} court of {place}") for word in ("upper", "lower", "north") for place in ("Ohio", "Guam")]
+    query = member("upper court of Iowa", cluster="query")
+    tfidf = TfIdf([m.example.input_text for m in train])
+    relevance = tfidf.similarities(query.example.input_text)
+    between = [tfidf.similarities(m.example.input_text) for m in train]
+    for weight in (0.3, 0.7, 1.0):
+        chosen: list[int] = []
+        while len(chosen) < 4:
+            left = [n for n in range(len(train)) if n not in chosen]
+            chosen.append(
+                max(
+                    left,
+                    key=lambda n: (
+                        weight * relevance[n] - (1 - weight) * max((between[m][n] for m in chosen), default=0.0)
+                    ),
+                )
+            )
+        demonstrations = of(train)
+        assert demonstrations.diverse("tfidf", query, 2, weight) == [train[n] for n in chosen[:2]]
+        assert demonstrations.diverse("tfidf", query, 4, weight) == [train[n] for n in chosen]
+
+
+@pytest.mark.parametrize("retriever", RETRIEVERS)
+def test_mmr_shows_another_kind_where_similarity_repeats_one(retriever: RetrieverName) -> None:
+    train = [member("Municipal Court of Toledo I"), member("Municipal Court of Toledo II"), member("Toledo zoo")]
+    query = member("Municipal Court of Toledo III", cluster="query")
+    plain = of(train).shown(ArmPlan("retrieved", 2, retriever=retriever), query)
+    assert {m.example.input_text for m in plain} == {m.example.input_text for m in train[:2]}
+    diverse = of(train).shown(ArmPlan("retrieved", 2, retriever=retriever, mmr=0.2), query)
+    assert "Toledo zoo" in {m.example.input_text for m in diverse}
+    assert diverse[-1] == plain[-1]
+
+
+def test_similar_first_is_the_reverse_order() -> None:
+    plan = ArmPlan("retrieved", 3, retriever="bm25")
+    query = member("Municipal Court of Toledo")
+    last, first = (of(COURTS).shown(p, query) for p in (plan, replace(plan, order="similar_first")))
+    assert first == last[::-1]
+    assert first[0].example.input_text == "Toledo Municipal Court, Ohio"
+
+
+def test_mmr_never_shows_the_querys_cluster() -> None:
+    train = [member("Ohio court one", cluster="family"), member("Guam", cluster="a"), member("Ohio", cluster="b")]
+    shown = of(train).shown(ArmPlan("retrieved", 3, retriever="bm25", mmr=0.5), member("Ohio court", cluster="family"))
+    assert {m.cluster for m in shown} == {"a", "b"}
 
 
 # Static draws

@@ -6,6 +6,7 @@ import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version as package_version
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from tunewright.adapters.system_prompt import SystemPrompt, count_system_turns, 
 from tunewright.config import Config, Quantization
 from tunewright.core.clock import now
 from tunewright.core.errors import UserError
+from tunewright.data.lineages import ancestors
 from tunewright.data.splits import SPLITS, Split
 from tunewright.data.versions import DatasetVersion, keys_digest, list_versions, load_version
 from tunewright.data.versions.members import Places, read_places
@@ -66,6 +68,10 @@ class Trace:
     """The one that it was trained with."""
     replayed: int
     """Conversations written by the base that it was also trained on."""
+    parents: tuple[Mapping[str, Any], ...]
+    """Name, digest and dataset version of the adapter that it started from, then of that one's own, and so on."""
+    preferences: Mapping[str, Any] | None
+    """The preference data that it was tuned on, without the rows' keys."""
     training: Mapping[str, Any] | None
     stated: Mapping[str, Any] | None
     """The importing user's statement, if nothing else says so."""
@@ -99,6 +105,13 @@ def trace(adapter: Adapter, dataset: Path) -> Trace:
         dataset=_dataset(lineage, dataset) if "dataset" in lineage else None,
         system_prompt=system_prompt(adapter, dataset),
         replayed=len(adapter.replayed),
+        parents=tuple(
+            {"name": each["name"], "digest": each["digest"], "dataset": each["dataset"]["digest"]}
+            for each in islice(ancestors(lineage), 1, None)
+        ),
+        preferences={key: value for key, value in lineage["preferences"].items() if key != "rows"}
+        if "preferences" in lineage
+        else None,
         training=lineage.get("training"),
         stated=lineage.get("stated"),
         imported=adapter.imported,

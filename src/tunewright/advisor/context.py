@@ -89,7 +89,7 @@ def context_budget(
     zero = next(a for a in arms if a.arm.name == ZERO_SHOT.name)
     kinds: dict[str, dict[int, list[Answers]]] = defaultdict(lambda: defaultdict(list))
     for answers in arms:
-        if answers.arm.shots and not answers.arm.instruction and not answers.arm.constrained:
+        if answers.arm.shots and not (answers.arm.instruction or answers.arm.optimized or answers.arm.constrained):
             kinds[_kind(answers)][answers.arm.shots].append(answers)
     free = context - query - output
     curves = []
@@ -102,7 +102,10 @@ def context_budget(
 
 def _kind(answers: Answers) -> str:
     arm = answers.arm
-    return arm.kind if arm.retriever is None else f"{arm.kind} by {arm.retriever}"
+    if arm.retriever is None:
+        return arm.kind
+    diverse = "" if arm.mmr is None else f", MMR {arm.mmr:g}"
+    return f"{arm.kind} by {arm.retriever}{diverse}{', similar first' if arm.order == 'similar_first' else ''}"
 
 
 def _curve(name: str, arms: Sequence[Answers], items: Items, free: int) -> ShotCurve:

@@ -37,7 +37,13 @@ if TYPE_CHECKING:
     from tunewright.advisor.result import AdviceResult
     from tunewright.evaluation.arm_runner import ArmRunner
     from tunewright.evaluation.benchmarks.runner import BenchmarkResult
+    from tunewright.evaluation.frozen_answers import IncumbentEstimate
     from tunewright.evaluation.learning_curve import CurveResult
+    from tunewright.evaluation.prompt_optimization.run import (
+        OptimizePromptEstimate,
+        OptimizePromptResult,
+        PromptOptimization,
+    )
     from tunewright.evaluation.prompt_search import AdviseResult
     from tunewright.evaluation.runner import EvaluateResult
     from tunewright.models.memory.plan import MemoryCheck, Plan
@@ -101,6 +107,8 @@ class Project(EvaluationsApi):
             prompting_done: called with the scores of the prompting arms on dev once they have been measured, long
                 before the whole result.
         """
+        from tunewright.evaluation.incumbents import require_ready
+
         done = stage_done or self._say_stage
         sources = self.folder.config.data.sources
         require_trackers(self.folder.config.train.report_to)
@@ -114,6 +122,7 @@ class Project(EvaluationsApi):
         done("data", added.created, f"version {added.version.digest[:12]}")
         require_significance(self.data.split_power(), force=force, reporter=self.reporter)
         self._refuse_up_front()
+        require_ready(self.folder, self.data.version(), self._asked_splits("test"), self.reporter)
         forced = self._forced(force)
         signer = None if self._has_trained() else store_signer(self.folder.keys, self.reporter)
         advised = self.prompting()
@@ -156,6 +165,27 @@ class Project(EvaluationsApi):
         arm_runner.schedule = Schedule(arm_runner)
         return advise(arm_runner)
 
+    def optimize_prompt(self) -> OptimizePromptResult:
+        """Search for a better instruction with GEPA and the config's reflection model, and choose on dev.
+
+        Later commands measure the result as further arms, as long as the dataset version, base, template and metric
+        stay the same. Replies and answers are kept, so a stopped call resumes and pays for nothing twice.
+
+        Raises:
+            UserError: no reflection model or GEPA, too few training rows, or the endpoint fails.
+        """
+        return self._prompt_optimization().run()
+
+    def estimate_optimize_prompt(self) -> OptimizePromptEstimate:
+        """Return upper limits of the calls, tokens and cost of :meth:`optimize_prompt` without sending anything."""
+        return self._prompt_optimization().estimate()
+
+    def _prompt_optimization(self) -> PromptOptimization:
+        from tunewright.evaluation.prompt_optimization.run import PromptOptimization, reflection_endpoint
+
+        reflection_endpoint(self.folder.config)  # refused before a base is loaded
+        return PromptOptimization(self.arm_runner())
+
     def advise(
         self, stored: str | Path | None = None, *, pilot: bool = True, minutes: float | None = None
     ) -> AdviceResult:
@@ -182,7 +212,7 @@ class Project(EvaluationsApi):
         from tunewright.advisor.adviser import Adviser
 
         if pilot:
-            self._refuse_up_front()
+            self._refuse_up_front("A pilot")
         self._report_detectable_effects()
         return Adviser(self.arm_runner, pilot=pilot, minutes=minutes).advise()
 
@@ -257,7 +287,7 @@ class Project(EvaluationsApi):
 
         if minutes is not None and not minutes > 0:
             raise UserError(f"Must be greater than 0 (got {minutes:g})", where="--minutes")
-        self._refuse_up_front()
+        self._refuse_up_front("A sweep")
         version, chat = self.data.version(), self.chat
         sweep = Sweep(self.folder, version, self.base, chat, self.reporter, rates=rates, force=force)
         result = sweep.run(minutes)
@@ -281,7 +311,7 @@ class Project(EvaluationsApi):
 
         if seeds < 2:
             raise UserError(f"Must be at least 2 (got {seeds}): one seed cannot show the noise", where="--seeds")
-        self._refuse_up_front()
+        self._refuse_up_front("A learning curve")
         version, chat = self.data.version(), self.chat
         result = LearningCurve(self.folder, version, self.base, chat, self.reporter, seeds=seeds, force=force).run()
         write_text(result.folder / CURVE_PLOT, curve_plot(result.curve))
@@ -312,21 +342,48 @@ class Project(EvaluationsApi):
 
         return evaluate_on_dev(*self._contest(adapter, "dev", minutes))
 
+    def estimate_incumbents(self, *, dev: bool = False) -> list[IncumbentEstimate]:
+        """Return the calls, tokens and cost of the incumbents' answers in :meth:`evaluate`, without sending anything.
+
+        Args:
+            dev: estimate :meth:`evaluate_on_dev` instead, which leaves the test split closed.
+
+        Raises:
+            UserError: no incumbent, or a file of frozen answers was changed.
+        """
+        from tunewright.evaluation.incumbents import estimate_incumbents
+
+        if not self.folder.config.evaluate.incumbents:
+            raise UserError(
+                "The config has no incumbents",
+                where="evaluate.incumbents",
+                fix="Set name, base_url and model of a model that you use today.",
+            )
+        version = self.data.version()
+        return estimate_incumbents(self.folder, version, self._asked_splits("dev" if dev else "test"), self.reporter)
+
+    @staticmethod
+    def _asked_splits(split: Literal["test", "dev"]) -> list[Literal["test", "dev"]]:
+        """Return the splits that incumbents answer; dev comes first, so that a wrong setting shows before test."""
+        return ["dev"] if split == "dev" else ["dev", "test"]
+
     def _contest(
         self, adapter: str | None, split: Literal["test", "dev"], minutes: float | None
     ) -> tuple[ArmRunner, Adapter, Advice]:
         """Return the arm runner, the adapter and the advice that names its best prompting arm."""
+        from tunewright.evaluation.incumbents import require_ready
         from tunewright.evaluation.prompt_search import advise
         from tunewright.evaluation.schedule import Contest, Schedule
 
         tuned = find_adapter(self.folder.adapters, adapter)
         arm_runner = self.arm_runner(tuned)
+        require_ready(self.folder, arm_runner.version, self._asked_splits(split), self.reporter)
         arm_runner.schedule = Schedule(arm_runner, minutes=minutes, contest=Contest(tuned, split))
         # Keys added since the adapter was trained had the effect of their defaults.
-        trained_by = TrainConfig().deciding() | tuned.lineage.get("config", {}).get("train", {})
-        if "config" in tuned.lineage and any(
-            trained_by[key] != value for key, value in self.folder.config.train.deciding().items()
-        ):
+        trained_by = TrainConfig().model_dump(mode="json") | tuned.lineage.get("config", {}).get("train", {})
+        settings = self.folder.config.train
+        now = {**settings.deciding(), "method": settings.method}
+        if "config" in tuned.lineage and any(trained_by[key] != value for key, value in now.items()):
             self.reporter.warn(
                 f"The config's train section has changed since {tuned.name} was trained. `tunewright train` trains an "
                 "adapter with the new values."
@@ -356,7 +413,7 @@ class Project(EvaluationsApi):
 
         if folds < 2:
             raise UserError(f"Must be at least 2 (got {folds})", where="--folds", fix="Five are usual.")
-        self._refuse_up_front()
+        self._refuse_up_front("Cross-validation")
         version, chat = self.data.version(), self.chat
         return CrossValidation(self.folder, version, self.base, chat, self.reporter, folds=folds, force=force).run()
 
@@ -416,9 +473,17 @@ class Project(EvaluationsApi):
 
         return open_self_test(self, adapters, engine).run(probe_prompts(self))
 
-    def _refuse_up_front(self) -> None:
-        """Refuse a config that cannot be trained, before a base is downloaded or anything measured."""
+    def _refuse_up_front(self, new_adapters_of: str | None = None) -> None:
+        """Refuse a config that cannot be trained, before a base is downloaded or anything measured.
+
+        Args:
+            new_adapters_of: the name of a command that trains new adapters on parts of the rows.
+        """
         settings = self.folder.config.train
+        if new_adapters_of is not None:
+            from tunewright.training.parent import require_new_adapter
+
+            require_new_adapter(settings, new_adapters_of)
         require_servable(settings)
         require_bitsandbytes(settings.quantization, "train.quantization")
         from tunewright.api.memory import require_room

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunewright.adapters.registry import list_adapters
 from tunewright.api.context import ProjectContext
+from tunewright.api.synthesis import SynthesisApi
 from tunewright.config import DataConfig
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
@@ -116,6 +117,10 @@ class DatasetApi:
         self._project = opened.folder
         self._dataset = opened.folder.dataset
         self._reporter = opened.reporter
+        synthesis = SynthesisApi(opened)
+        self.generate, self.estimate_generate = synthesis.generate, synthesis.estimate_generate
+        self.from_documents, self.generated_effect = synthesis.from_documents, synthesis.generated_effect
+        self.estimate_from_documents = synthesis.estimate_from_documents
 
     def add(
         self,
@@ -409,10 +414,12 @@ class DatasetApi:
         """
         from tunewright.data.review.acceptance import FixedPlan
         from tunewright.data.review.session import ReviewSession, default_reviewer
+        from tunewright.data.trace import metadata_by_key
 
+        version = self.version()
         return ReviewSession(
             self._dataset,
-            self.version(),
+            version,
             default_reviewer() if reviewer is None else reviewer,
             self._reporter,
             plan=None if fixed is None else FixedPlan(allowed=fixed),
@@ -420,6 +427,9 @@ class DatasetApi:
             suspects=self.suspects(adapter).suspects if suspects else None,
             second=second,
             allow=self._project.config.data.allow,
+            metadata=metadata_by_key(self._dataset, version.manifest)
+            if any(m.generated for m in version.domain)
+            else {},
         )
 
     def import_reviews(self, file: str | Path, reviewer: str | None = None) -> Imported:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from tunewright.adapters.registry import list_adapters
 from tunewright.api.context import ProjectContext
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tunewright.advisor.signals import Signals
     from tunewright.evaluation.human_eval.session import BlindReview
     from tunewright.evaluation.judge.runner import Estimate, Judge, JudgeResult
+    from tunewright.evaluation.kept_preferences import KeptPreferences
     from tunewright.evidence.human_eval import AnswerReview
 
 
@@ -129,6 +130,23 @@ class EvaluationsApi(ProjectContext):
         section = review_results(folder, accepted_judge(folder, access_log.load(folder), self.reporter))
         access_log.amend(folder, human_eval=section)
         return section
+
+    def keep_preferences(
+        self, evaluation: str | Path | None = None, *, source: Literal["person", "judge"]
+    ) -> KeptPreferences:
+        """Keep an evaluation's preferences with the dataset as pairs for preference tuning.
+
+        Args:
+            evaluation: ID, folder or evidence file (None: the newest).
+            source: people's blind verdicts, or the judge's where both orders agree.
+
+        Raises:
+            UserError: nothing was judged, the judge failed its controls, or a file of the evaluation was changed.
+        """
+        from tunewright.evaluation.kept_preferences import keep_preferences
+
+        folder = _folder(self.evaluation(evaluation, dev=False))
+        return keep_preferences(self.folder.dataset, self.folder.evaluations, folder, source, self.reporter)
 
     def verdict(self, evaluation: str | Path | None = None) -> Verdict:
         """Return ship, don't ship or can't tell, from an evaluation's evidence alone.

@@ -65,6 +65,9 @@ def memory_plan(
     require_targets(settings.target_modules, architecture)
     require_quantizable(settings.quantization, architecture, "train.quantization")
     at_once = rows or settings.micro_batch_size or settings.batch_size
+    if settings.method in ("dpo", "orpo"):  # the chosen and the rejected answer go through together
+        at_once *= 2
+        reporter.say(f"{settings.method.upper()}: each of the {at_once // 2:,} pairs of a micro-batch is two rows.")
     made = plan(spec, shape, settings, memory, rows=at_once, length=tokens, shared=shared, answer=answer or tokens)
     longest = None if alone else _longest_row(opened, spec, revision)
     checked = check_memory(made, settings, longest, rows=rows is not None, length=length is not None)

@@ -13,8 +13,10 @@ _GROUPS = (
     "data",
     "data_rows",
     "data_versions",
+    "data_generate",
     "data_review",
     "advise",
+    "optimize_prompt",
     "train",
     "estimate_memory",
     "adapters",
@@ -31,6 +33,7 @@ _GROUPS = (
     "export",
     "engine",
     "project",
+    "migrate",
     "studio",
     "doctor",
 )

@@ -195,6 +195,15 @@ def lineage_tree(shown: AdapterDetails) -> Tree:
     else:
         _add(tree, "dataset: unknown; it was trained elsewhere and came without lineage")
     _add(tree, f"system prompt: {trace.system_prompt.shown}")
+    for parent in trace.parents:
+        _add(tree, f"started from {parent['name']}, trained on dataset version {parent['dataset'][:_SHORT]}")
+    if trace.preferences:
+        given = trace.preferences["answers"]
+        _add(
+            tree,
+            f"{trace.preferences['method'].upper()} on {given['chosen']:,} chosen and {given['rejected']:,} rejected "
+            f"answers, digest {trace.preferences['digest'][:_SHORT]}",
+        )
     if trace.replayed:
         _add(tree, f"replay: {trace.replayed:,} conversations that the base wrote (replay.jsonl)")
     if trace.training:

@@ -106,6 +106,8 @@ def data_add(
         what += f", {len(result.skipped):,} left out as faulty"
     if result.left_out:
         what += f", {result.left_out:,} left out as holding a test input or a benchmark item"
+    if result.unaccepted:
+        what += f", {result.unaccepted:,} generated and left out as similar to a held-out row"
     what += f", {sum(len(r.before) for r in result.replaced):,} replaced" if result.replaced else ""
     what += f", {len(result.superseded):,} superseded earlier and left out" if result.superseded else ""
     what += f", {len(result.removed):,} removed earlier and left out" if result.removed else ""

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from tunewright.config import MetricName
+    from tunewright.evaluation.frozen_answers import IncumbentEstimate
     from tunewright.evaluation.runner import EvaluateResult
     from tunewright.evidence.common import Budget, EngineUsed, NoiseFloor, Score
+    from tunewright.evidence.incumbents import Incumbents
     from tunewright.evidence.schema import Advice, Arm, Evidence, Measured
 
 DEV_NOTE = (
@@ -38,12 +40,20 @@ def evaluate(
         ),
     ] = False,
     minutes: Minutes = None,
+    estimate: Annotated[
+        bool,
+        typer.Option("--estimate", help="Estimate calls, tokens and cost of the incumbents' answers; send nothing."),
+    ] = False,
 ) -> None:
-    """Compare the adapter with zero-shot and the best prompting arm on the held-out test split.
+    """Compare the adapter with zero-shot, the best prompting arm and incumbents on the held-out test split.
 
     Before the test split is opened, the planned comparison is written to the access log. Resumes where it stopped.
     """
     project = run.project
+    if estimate:
+        expected = project.estimate_incumbents(dev=dev)
+        run.show({"incumbents": expected}, *map(incumbent_estimate_text, expected))
+        return
     result = project.evaluate_on_dev(adapter, minutes=minutes) if dev else project.evaluate(adapter, minutes=minutes)
     _show(run, result)
 
@@ -91,6 +101,7 @@ def evidence_tables(evidence: Evidence) -> list[RenderableType]:
     return [
         arms_table(title, evidence.arms, evidence.metric, evidence.metrics),
         contrasts_table(f"Contrasts on the {evidence.split} split, in points", evidence),
+        *([incumbents_table(evidence.incumbents)] if evidence.incumbents else []),
         *([DEV_NOTE] if evidence.split == "dev" else []),
         *_left_out(evidence.budget),
         *engine,
@@ -202,6 +213,45 @@ def contrasts_table(title: str, evidence: Evidence) -> Table:
             f"{100 * c.minimum_detectable_effect:.1f}",
         )
     return table
+
+
+def incumbents_table(incumbents: Incumbents) -> Table:
+    """Return each incumbent with the tuned arm's loss against it, the margin, and its frozen answers."""
+    table = Table(title="Tuned against incumbents: loss in points", title_justify="left")
+    for name in ("incumbent", "model version", "answers", "loss", "95% interval", "margin", "outcome"):
+        wide = name in {"incumbent", "model version"}
+        table.add_column(name, justify="left" if wide else "right", no_wrap=not wide, overflow="fold")
+    for found in incumbents.compared:
+        drop = found.drop
+        table.add_row(
+            found.name,
+            ", ".join(found.versions),
+            f"{found.answered} of {found.answered + sum(found.gaps.values())}",
+            f"{100 * drop.value:+.1f}",
+            f"{100 * drop.interval.low:+.1f} to {100 * drop.interval.high:+.1f}",
+            f"{100 * drop.margin:g}",
+            drop.outcome,
+        )
+    return table
+
+
+def incumbent_estimate_text(estimate: IncumbentEstimate) -> str:
+    """Return the calls, tokens and cost of an incumbent's answers."""
+    from tunewright.evidence.replacement import amount
+
+    known = f", {estimate.known:,} more are there already" if estimate.known else ""
+    most = estimate.most_completion_tokens
+    limit = "without a limit" if most is None else f"at most {most:,}"
+    cost = "unknown, since price_input and price_output are not set"
+    if estimate.cost is not None:
+        highest = "without a limit" if estimate.most_cost is None else f"at most {amount(estimate.most_cost)}"
+        cost = f"about {amount(estimate.cost)}, {highest}"
+    return (
+        f"{estimate.name}: {estimate.calls:,} calls to send{known}\n"
+        f"  about {estimate.prompt_tokens:,} prompt tokens (4 characters each) and {estimate.completion_tokens:,} "
+        f"reply tokens (as long as the references), {limit}\n"
+        f"  cost: {cost}"
+    )
 
 
 def folds_table(evidence: Evidence) -> Table:

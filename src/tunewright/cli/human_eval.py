@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from tunewright.evaluation.human_eval.journal import Side
     from tunewright.evaluation.human_eval.session import BlindReview, Pair, Progress
+    from tunewright.evaluation.kept_preferences import KeptPreferences
     from tunewright.evidence.common import Interval, Score
     from tunewright.evidence.human_eval import AnswerReview
 
@@ -55,6 +56,10 @@ def human_eval(
     export: Annotated[Path | None, typer.Option(help="Write the remaining pairs to a CSV file.")] = None,
     reference: Annotated[bool, typer.Option("--reference", help="Include the references (--export only).")] = False,
     import_file: Annotated[Path | None, typer.Option("--import", help="Read verdicts from such a CSV file.")] = None,
+    keep_preferences: Annotated[
+        bool,
+        typer.Option("--keep-preferences", help="Keep all reviewers' preferences as pairs for preference tuning."),
+    ] = False,
 ) -> int | None:
     """Judge the tuned answers against the best prompting arm's, side by side and blind, on a random sample.
 
@@ -71,7 +76,11 @@ def human_eval(
         items=items is not None,
         reviewer=reviewer is not None,
         reference=reference,
+        keep_preferences=keep_preferences,
     )
+    if keep_preferences:
+        show_kept(run, run.project.keep_preferences(evaluation, source="person"))
+        return None
     if results:
         return _show_results(run, evaluation)
     if export is None and import_file is None:
@@ -90,6 +99,14 @@ def human_eval(
         else:
             _show_progress(run, blind)
     return None
+
+
+def show_kept(run: Session, kept: KeptPreferences) -> None:
+    """Print the pairs that were kept, by the split of their inputs."""
+    splits = ", ".join(f"{count:,} {split}" for split, count in sorted(kept.splits.items()))
+    new = f"{kept.new:,} new" if kept.kept else "none"
+    text = f"Preference pairs of this evaluation: {kept.kept:,} ({new}{f'; inputs: {splits}' if splits else ''})"
+    run.show(kept.as_dict(), f"{text}\nKept in {kept.file}")
 
 
 def _export(run: Session, blind: BlindReview, file: Path, *, reference: bool) -> None:

@@ -11,6 +11,7 @@ from rich.text import Text
 from tunewright.cli.app import EVALUATE, app, command
 from tunewright.cli.console import MEASURED_NO, RESUMES, Session
 from tunewright.cli.verdict import Evaluation
+from tunewright.core.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -27,6 +28,12 @@ def judge(
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Estimate calls, tokens and cost, and send nothing.")
     ] = False,
+    keep_preferences: Annotated[
+        bool,
+        typer.Option(
+            "--keep-preferences", help="Keep the judged preferences as pairs for preference tuning; send nothing."
+        ),
+    ] = False,
 ) -> int | None:
     """Have a model judge the answers' correctness and compare them. The judge is tested first; exit code 3 if it fails.
 
@@ -34,6 +41,15 @@ def judge(
     """
     from tunewright.evaluation.judge.rows import CONTROLS_FILE, ROWS_FILE
 
+    if estimate and keep_preferences:
+        raise UserError(
+            "--estimate and --keep-preferences are mutually exclusive", where="--keep-preferences", fix="Choose one."
+        )
+    if keep_preferences:
+        from tunewright.cli.human_eval import show_kept
+
+        show_kept(run, run.project.keep_preferences(evaluation, source="judge"))
+        return None
     if estimate:
         expected = run.project.estimate_judge(evaluation)
         run.show(expected, estimate_text(expected))

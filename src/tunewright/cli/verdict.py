@@ -69,6 +69,9 @@ def verdict_text(decision: Verdict) -> Text:
     if decision.causes:
         lines.append("Likely causes:")
         lines += [f"  - {cause.what}: {cause.evidence}. Next: {cause.next_command}." for cause in decision.causes]
+    for each in decision.replacements:
+        lines.append(f"Incumbent {each.incumbent.name}: {each.outcome}")
+        lines += [f"  {reason}" for reason in each.reasons]
     text.append("\n".join(lines), style="default")
     return text
 

@@ -9,20 +9,31 @@ from __future__ import annotations
 import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from tunewright.config.advise import AdviseConfig, PriceConfig
 from tunewright.config.data import DataConfig, Duplicates, Findable, MixConfig
 from tunewright.config.endpoint import EndpointConfig
 from tunewright.config.gateway import GatewayConfig
+from tunewright.config.generate import GenerateConfig
+from tunewright.config.incumbents import IncumbentConfig
 from tunewright.config.judge import JudgeConfig, ReferenceModelConfig
 from tunewright.config.metrics import Metric, MetricName, metric_name
+from tunewright.config.prompt_optimization import PromptOptimizationConfig, ReflectionModelConfig
 from tunewright.config.regressions import RegressionsConfig
-from tunewright.config.section import AnswerEngineName, EngineName, Quantization, RetrieverName, Section
+from tunewright.config.section import (
+    AnswerEngineName,
+    DemonstrationOrder,
+    EngineName,
+    Quantization,
+    RetrieverName,
+    Section,
+)
 from tunewright.config.structured_outputs import ConstrainConfig
-from tunewright.config.train import PRESETS, ReplayConfig, Tracker, TrainConfig
+from tunewright.config.train import BETA, PRESETS, Method, ReplayConfig, Tracker, TrainConfig
 
 __all__ = [
+    "BETA",
     "PRESETS",
     "AdviseConfig",
     "AnswerEngineName",
@@ -30,19 +41,25 @@ __all__ = [
     "Config",
     "ConstrainConfig",
     "DataConfig",
+    "DemonstrationOrder",
     "Duplicates",
     "EndpointConfig",
     "EngineName",
     "EvaluateConfig",
     "Findable",
     "GatewayConfig",
+    "GenerateConfig",
+    "IncumbentConfig",
     "JudgeConfig",
+    "Method",
     "Metric",
     "MetricName",
     "MixConfig",
     "PriceConfig",
+    "PromptOptimizationConfig",
     "Quantization",
     "ReferenceModelConfig",
+    "ReflectionModelConfig",
     "RegressionsConfig",
     "ReplayConfig",
     "RetrieverName",
@@ -124,10 +141,35 @@ class EvaluateConfig(Section):
     retrievers: Annotated[
         tuple[RetrieverName, ...],
         Field(
-            description="Retrievers of demonstrations similar to the question: bm25 (words) and tfidf (character "
-            "n-grams); [] for no retrieved arms."
+            description="Retrievers of demonstrations similar to the question: bm25 (words), tfidf (character "
+            "n-grams), dense (the base's own hidden states) and sentence-transformers (embedding_model); [] for no "
+            "retrieved arms."
         ),
     ] = ("bm25", "tfidf")
+    embedding_model: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            description="Model of the retriever sentence-transformers: a folder, relative to this file, or a hub id. "
+            "It needs tunewright[sentence-transformers].",
+        ),
+    ] = None
+    mmr_lambda: Annotated[
+        tuple[Annotated[float, Field(gt=0, le=1)], ...],
+        Field(
+            min_length=1,
+            description="Weights of similarity against diversity in retrieved demonstrations, by maximal marginal "
+            "relevance (Carbonell and Goldstein 1998); each is tried. 1 is similarity alone.",
+        ),
+    ] = (1.0,)
+    demonstration_order: Annotated[
+        tuple[DemonstrationOrder, ...],
+        Field(
+            min_length=1,
+            description="Orders of retrieved demonstrations to try: the most similar one next to the question "
+            "(similar_last, as in Liu et al. 2022, arXiv 2101.06804) or first (similar_first).",
+        ),
+    ] = ("similar_last",)
     instructions: Annotated[
         tuple[Annotated[str, Field(min_length=1)], ...],
         Field(
@@ -135,6 +177,13 @@ class EvaluateConfig(Section):
             "that all inputs begin with."
         ),
     ] = ()
+    prompt_optimization: Annotated[
+        PromptOptimizationConfig | None,
+        Field(
+            description="Reflection model and limits of `tunewright optimize-prompt` (null: the judge's endpoint, and "
+            "the defaults)."
+        ),
+    ] = None
     screening_items: Annotated[
         int | None,
         Field(
@@ -202,6 +251,32 @@ class EvaluateConfig(Section):
             description="Smallest gain over the best prompting arm that is worth shipping: 0.02 is 2 points.",
         ),
     ] = 0.02
+    incumbents: Annotated[
+        tuple[IncumbentConfig, ...],
+        Field(
+            description="Models in use today, behind OpenAI-compatible endpoints, which answer dev and test as arms: "
+            "name, base_url and model, with the other keys of `judge` that describe an endpoint, system_prompt, "
+            "budget and frozen."
+        ),
+    ] = ()
+    non_inferiority_margin: Annotated[
+        float,
+        Field(
+            gt=0,
+            lt=1,
+            description="Largest loss against an incumbent that still counts as not worse; without incumbents it has "
+            "no effect. (0.02: the default of `margin`, since a loss too small to ship for is too small to keep a "
+            "model for; fixed before the test is opened, as ICH E9 asks, section 3.3.2).",
+        ),
+    ] = 0.02
+
+    @field_validator("incumbents")
+    @classmethod
+    def _distinct(cls, incumbents: tuple[IncumbentConfig, ...]) -> tuple[IncumbentConfig, ...]:
+        names = [incumbent.name for incumbent in incumbents]
+        for name in sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two incumbents are named {name}")
+        return incumbents
 
     @field_validator("extra_metrics")
     @classmethod
@@ -212,6 +287,12 @@ class EvaluateConfig(Section):
         if twice:
             raise ValueError(f"{', '.join(sorted(twice))} is already measured")
         return extra_metrics
+
+    @model_validator(mode="after")
+    def _named_embedding_model(self) -> EvaluateConfig:
+        if "sentence-transformers" in self.retrievers and self.embedding_model is None:
+            raise ValueError("the retriever sentence-transformers requires embedding_model")
+        return self
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
@@ -308,5 +389,6 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     regressions: RegressionsConfig = RegressionsConfig()
     judge: JudgeConfig = JudgeConfig()
+    generate: GenerateConfig = GenerateConfig()
     serve: ServeConfig = ServeConfig()
     gateway: GatewayConfig = GatewayConfig()

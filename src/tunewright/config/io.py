@@ -183,7 +183,7 @@ def _fault(error: ErrorDetails) -> str:
     if error["type"] == "extra_forbidden":
         *parents, unknown = map(str, location)
         section = _model_at(parents)
-        known = list(section.model_fields) if section else []
+        known = [field.alias or name for name, field in section.model_fields.items()] if section else []
         # Part of a key's name (`base`) says more than similar letters (`advise`).
         nearest = [name for name in known if unknown in name.split("_")]
         nearest = nearest or difflib.get_close_matches(unknown, known, n=1)
@@ -214,9 +214,9 @@ def _section_lines(model: type[BaseModel], values: dict[str, Any], indent: str) 
             out += ["", f"# {doc}", f"{name}:", *_section_lines(nested, values.get(name, {}), "  ")]
             continue
         out += [f"{indent}# {line}" for line in _wrap(field.description or "", 100 - len(indent))]
-        default = field.get_default()
-        mark = "" if name in values else "#"
-        out.append(f"{indent}{mark}{name}: {_yaml(values.get(name, default))}{_choices(field.annotation)}")
+        key, default = field.alias or name, field.get_default()
+        mark = "" if key in values else "#"
+        out.append(f"{indent}{mark}{key}: {_yaml(values.get(key, default))}{_choices(field.annotation)}")
     return out
 
 

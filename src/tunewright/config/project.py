@@ -68,6 +68,11 @@ class ProjectFolder:
         return self.root / "advice"
 
     @property
+    def prompts(self) -> Path:
+        """The folder of optimized prompts: one ID.json each, made to be committed to git."""
+        return self.root / "prompts"
+
+    @property
     def curves(self) -> Path:
         """Learning curves, one folder for each: ID."""
         return self.root / "curves"
@@ -81,6 +86,11 @@ class ProjectFolder:
     def evaluations(self) -> Path:
         """Evidence, one folder for each evaluation: ID."""
         return self.root / "evaluations"
+
+    @property
+    def incumbents(self) -> Path:
+        """Frozen answers of incumbents: plain text, made to be committed to git."""
+        return self.root / "incumbents"
 
     @property
     def serving_state(self) -> Path:

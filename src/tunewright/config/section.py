@@ -6,8 +6,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-RetrieverName = Literal["bm25", "tfidf"]
+RetrieverName = Literal["bm25", "tfidf", "dense", "sentence-transformers"]
 """Ways to retrieve demonstrations for a question."""
+DemonstrationOrder = Literal["similar_last", "similar_first"]
+"""Places of the most similar demonstration: nearest to the question, or farthest from it."""
 
 EngineName = Literal["peft", "vllm", "llamacpp"]
 AnswerEngineName = Literal["auto", "peft", "vllm"]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from tunewright.config.section import Quantization, Section
 
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+Method = Literal["sft", "dpo", "orpo", "kto"]
 
 PRESETS: dict[str, dict[str, Any]] = {
     "classic": {"target_modules": ("q_proj", "v_proj"), "learning_rate": 2e-4, "epochs": 3},
@@ -19,6 +20,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "epochs": 3,
     },
 }
+
+METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
+    "dpo": {"learning_rate": 5e-6, "epochs": 1},
+    "kto": {"learning_rate": 5e-6, "epochs": 1},
+}
+"""Defaults that differ from the preset's: those of trl's scripts/dpo.py with LoRA, to which scripts/kto.py refers."""
+BETA = 0.1
+"""trl's default of DPOConfig, ORPOConfig and KTOConfig."""
 
 
 def _switch(value: Any) -> Any:
@@ -58,6 +67,8 @@ def _self_replay(value: Any) -> Any:
 class TrainConfig(Section):
     """Training of the adapter."""
 
+    model_config = ConfigDict(serialize_by_alias=True)
+
     preset: Annotated[
         Literal["classic", "all-linear"],
         Field(
@@ -66,6 +77,32 @@ class TrainConfig(Section):
             "arXiv 2305.14314)."
         ),
     ] = "classic"
+    from_: Annotated[
+        str | None,
+        Field(
+            alias="from",
+            min_length=1,
+            description="Adapter to start from, by name or digest (null: a new adapter). Its LoRA settings must be "
+            "those of this section.",
+        ),
+    ] = None
+    method: Annotated[
+        Method,
+        Field(
+            description="`sft` trains on the ideal outputs. `dpo` (Rafailov et al. 2023, arXiv 2305.18290) and `orpo` "
+            "(Hong et al. 2024, arXiv 2403.07691) train on pairs of a chosen and a rejected answer, `kto` "
+            "(Ethayarajh et al. 2024, arXiv 2402.01306) on single good and bad answers. With `dpo` and `kto`, the "
+            "defaults are learning_rate 5e-6 and 1 epoch."
+        ),
+    ] = "sft"
+    beta: Annotated[
+        float | None,
+        Field(
+            gt=0,
+            description="With dpo and kto, the weight of staying close to the adapter in `from`, or to the base. With "
+            "orpo, the weight of the odds ratio (null: 0.1, trl's default for all three).",
+        ),
+    ] = None
     target_modules: Annotated[
         tuple[Target, ...],
         Field(min_length=1, description="Linear layers that get LoRA weights (Hu et al. 2021, section 7.1)."),
@@ -209,6 +246,13 @@ class TrainConfig(Section):
             "adapter is kept either way.",
         ),
     ] = None
+    generated: Annotated[
+        bool,
+        Field(
+            description="Train on generated rows. false leaves them out, to measure their effect with "
+            "`tunewright data generated-effect`."
+        ),
+    ] = True
     report_to: Annotated[
         tuple[Tracker, ...],
         Field(
@@ -222,12 +266,33 @@ class TrainConfig(Section):
     def _fill_from_preset(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        preset = values.get("preset", "classic")
-        return {**PRESETS[preset], **values} if preset in PRESETS else values
+        preset, method = values.get("preset", "classic"), values.get("method", "sft")
+        own = METHOD_DEFAULTS.get(method, {}) if isinstance(method, str) else {}
+        return {**PRESETS[preset], **own, **values} if preset in PRESETS else values
 
     def deciding(self) -> dict[str, Any]:
-        """Return the values that decide the trained weights: not checkpoints, trackers or the check for vLLM."""
-        return self.model_dump(mode="json", exclude={"save_steps", "report_to", "require_vllm_compatible"})
+        """Return the values that decide the trained weights: not checkpoints, trackers or the check for vLLM.
+
+        The adapter in ``from`` is left out too, since its digest decides and not its name, and so are ``method`` and
+        ``beta`` for ``sft`` and ``generated: true``: adapters trained before these keys existed keep their identity.
+        """
+        unused = {"save_steps", "report_to", "require_vllm_compatible", "from_"}
+        unused |= set() if self.prefers else {"method", "beta"}
+        unused |= {"generated"} if self.generated else set()
+        return self.model_dump(mode="json", exclude=unused)
+
+    @property
+    def prefers(self) -> bool:
+        """True if it trains on preferred and rejected answers."""
+        return self.method != "sft"
+
+    @model_validator(mode="after")
+    def _check_method(self) -> TrainConfig:
+        if self.prefers and self.replay is not None:
+            raise ValueError(f"replay requires method: sft (got {self.method})")
+        if not self.prefers and self.beta is not None:
+            raise ValueError("beta requires method: dpo, orpo or kto (got sft)")
+        return self
 
     @model_validator(mode="after")
     def _check_batches(self) -> TrainConfig:

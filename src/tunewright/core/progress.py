@@ -70,6 +70,22 @@ class LogReporter:
         yield LogTask()
 
 
+class WithoutBars:
+    """A reporter of the steps inside a larger task: it passes messages on and shows no displays.
+
+    Args:
+        reporter: receives the messages.
+    """
+
+    def __init__(self, reporter: Reporter) -> None:
+        self.say, self.warn, self.secret = reporter.say, reporter.warn, reporter.secret
+
+    @contextmanager
+    def task(self, title: str, total: int, unit: str) -> Iterator[Task]:
+        log.debug("%s: %d %s", title, total, unit)
+        yield LogTask()
+
+
 def duration(seconds: float) -> str:
     """Return a duration in words: ``40 seconds``, ``7 minutes``, ``3.5 hours``."""
     if seconds < 90:

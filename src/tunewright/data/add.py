@@ -10,6 +10,7 @@ from typing import Any
 
 from tunewright.config import Config
 from tunewright.config.project import ProjectFolder
+from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.core.text import count_of
@@ -21,6 +22,7 @@ from tunewright.data.merge import Merge
 from tunewright.data.notices import Conflict, Duplicate, LargeCluster, ReplacedRow, SplitChange
 from tunewright.data.readers import Fault, ReadResult, SourceRow, read_pairs, source_digest, source_size
 from tunewright.data.readers.hub import hub_source
+from tunewright.data.readers.preferences import REJECTED, rejected_value
 from tunewright.data.readers.validate import counted
 from tunewright.data.remove import restore_event
 from tunewright.data.screening import screen
@@ -37,6 +39,7 @@ from tunewright.data.versions import (
     locked,
     save_version,
 )
+from tunewright.data.versions.kept_pairs import KEPT_PAIRS_FILE, KeptPair, add_kept_pairs
 from tunewright.data.versions.removals import append_removals
 from tunewright.data.versions.version import ImportCounts, cluster_sizes, clusters_by_split, new_manifest
 
@@ -64,6 +67,8 @@ class AddResult:
     """Training rows that contain a test row or a benchmark item; left out if data.contaminated is "drop"."""
     left_out: int
     """Number of contaminated rows left out."""
+    unaccepted: int
+    """Number of generated rows left out, because they share a cluster with held-out rows and nobody accepted them."""
     largest: tuple[LargeCluster, ...]
     """The largest clusters."""
     outputs: OutputLeakage
@@ -141,6 +146,7 @@ def add(
         personal=screened.personal,
         contaminated=draft.hits,
         left_out=len(draft.left_out),
+        unaccepted=len(draft.unaccepted),
         largest=draft.largest,
         outputs=draft.outputs,
         near_duplicates=planned.near,
@@ -161,15 +167,7 @@ def _save(
         assert merged.parent is not None
         if message:
             reporter.warn("The message was not stored: nothing is new, so no version was created.")
-        known = read_metadata(project.dataset, merged.parent.manifest)
-        fates = [(row, draft.fate(row, merged)) for row in planned.rows if row.metadata]
-        known_rows = [(row.metadata, fate["key"]) for row, fate in fates if fate["fate"] == "known"]
-        other = sum(metadata not in known.get(key, []) for metadata, key in known_rows)
-        if other:
-            reporter.warn(
-                f"The metadata of {count_of(other, 'known row')} was not stored: nothing else is new, so no version "
-                "was created."
-            )
+        _keep_known(project, inputs, planned, merged.parent, reporter)
         return merged.parent.manifest
     sources = _sources(inputs, project.root)
     version = new_manifest(
@@ -189,6 +187,48 @@ def _save(
     version = save_version(project.dataset, version, draft.members, imports, reporter)
     append_removals(project.dataset, [restore_event(removal, project.root) for removal in planned.restored])
     return version
+
+
+def _keep_known(
+    project: ProjectFolder, inputs: _InputFiles, planned: AddPlan, parent: DatasetVersion, reporter: Reporter
+) -> None:
+    """Keep the rejected answers of known rows as preference pairs, and warn of metadata that is not stored."""
+    known = read_metadata(project.dataset, parent.manifest)
+    sources = _sources(inputs, project.root)
+    pairs, other = [], 0
+    for row in planned.rows:
+        fate = planned.draft.fate(row, planned.merged) if row.metadata else {}
+        if fate.get("fate") != "known":
+            continue
+        key = str(fate["key"])
+        before = known.get(key, [])
+        if REJECTED in row.metadata and all(each.get(REJECTED) != row.metadata[REJECTED] for each in before):
+            pairs.append(
+                KeptPair(
+                    key=key,
+                    input=row.example.input_key,
+                    chosen=rejected_value(row.example.messages[-1:]),
+                    rejected=row.metadata[REJECTED],
+                    kind="file",
+                    by=f"{sources[row.source].name}:{row.line}",
+                    when=now(),
+                    version=parent.digest,
+                )
+            )
+        others = [_without_rejected(each) for each in before]
+        new = _without_rejected(row.metadata)
+        other += bool(new) and new not in others
+    if kept := add_kept_pairs(project.dataset, pairs):
+        reporter.say(f"Kept {count_of(kept, 'preference pair')} of known rows (dataset/{KEPT_PAIRS_FILE})")
+    if other:
+        reporter.warn(
+            f"The metadata of {count_of(other, 'known row')} was not stored: nothing else is new, so no version "
+            "was created."
+        )
+
+
+def _without_rejected(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in metadata.items() if name != REJECTED}
 
 
 @dataclass(frozen=True)
@@ -276,7 +316,7 @@ def _imports(
     ]
     for line, row in zip(lines, rows, strict=True):
         # Rows that stay out get no metadata: a purge erases metadata by the keys of rows that were in a version.
-        if row.metadata and line["fate"] not in ("removed", "contaminated"):
+        if row.metadata and line["fate"] not in ("removed", "contaminated", "unaccepted"):
             line["metadata"] = row.metadata
     lines += [
         {"source": sources[f.source].name, "line": f.line, "fate": "skipped", "code": f.code, "reason": f.reason}

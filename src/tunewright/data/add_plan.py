@@ -316,7 +316,7 @@ def _warn(merged: Merge, draft: VersionDraft, accepted: Sequence[Conflict], repo
     notices.warn_of_contents(domain, accepted, draft.moved, draft.largest, reporter)
     if draft.largest:
         reporter.say(notices.largest(draft.largest))
-    if draft.held and not draft.left_out:
+    if draft.held:
         reporter.warn(notices.contaminated(draft.held, dropping=False))
     notices.warn_of_untrained_answers(domain, reporter)
     if draft.outputs.high:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as replaced
 from pathlib import Path
@@ -48,6 +48,8 @@ class Merge:
     """Pair key that stays out because it was removed earlier, to its removal."""
     near: dict[str, tuple[str, float]]
     """Kept pair key to the kept one that it nearly repeats, and their similarity."""
+    generated: frozenset[str]
+    """Kept pair keys of rows whose answer a model wrote."""
 
     @property
     def former(self) -> dict[str, Split]:
@@ -201,8 +203,11 @@ def merge(
             first.setdefault(row.example.pair_key, row)
     again = {_turns(row.example) for row in rows if row.example.pair_key in known}
     there = {_turns(example): key for key, example in known.items() if _turns(example) not in again}
-    # Sorted by weights (a turn masked in one row is masked) and key, so that the files' order has no influence.
-    new = sorted(first, key=lambda key: (sum(m.weight for m in first[key].example.messages), key))
+    people = {row.example.pair_key for row in rows if not row.generated}
+    # Sorted by weights (a turn masked in one row is masked) and key, so that the files' order has no influence. Rows of
+    # people come first: a generated row may be the duplicate of one, and not the other way round.
+    weights = {key: sum(m.weight for m in row.example.messages) for key, row in first.items()}
+    new = sorted(first, key=lambda key: (key not in people, weights[key], key))
     reweighted: dict[str, str] = {}
     for key in new:
         old = there.pop(_turns(first[key].example), None)
@@ -225,7 +230,24 @@ def merge(
         found = near_repeats(list(kept.values()), similarity, reporter)
         near = {names[row]: (names[repeat.of], repeat.similarity) for row, repeat in found.items()}
     read = [*rows, *(row for row in read if row.example.pair_key in withheld)]
-    return Merge(parent, read, kept, first, dropped, reweighted, edited, superseded, replacement, withheld, near)
+    generated = _generated(parent, first, people, reweighted, replacement) & kept.keys()
+    return Merge(
+        parent, read, kept, first, dropped, reweighted, edited, superseded, replacement, withheld, near, generated
+    )
+
+
+def _generated(
+    parent: DatasetVersion | None,
+    first: Collection[str],
+    people: Collection[str],
+    reweighted: Mapping[str, str],
+    replacement: Replacement,
+) -> frozenset[str]:
+    """Return the pair keys of generated rows: those of the parent, and new ones that no file of people has."""
+    before = {m.key for m in parent.domain if m.generated} if parent else set()
+    same_text = {new for new, old in reweighted.items() if old not in before or new in people}
+    replacing = {key for key, row in replacement.rows.items() if row.generated}
+    return frozenset((before - replacement.rows.keys()) | (set(first) - set(people) - same_text) | replacing)
 
 
 def _turns(example: Example) -> tuple[Message, ...]:

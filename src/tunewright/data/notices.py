@@ -198,6 +198,13 @@ def contaminated(held: Sequence[tuple[str, MatchKind, str]], *, dropping: bool) 
     return f"{count_of(len(by_row), 'training row')} with a test input or a benchmark item, {what}:\n{lines}"
 
 
+def unaccepted(places: Sequence[str]) -> str:
+    """Return the warning for generated rows that are left out because they would be held out."""
+    what = count_of(len(places), "generated row")
+    lines = listed(places, len(places), _MOST_PLACES, "the version's imports.jsonl lists all")
+    return f"{what} left out: nobody has accepted them, and they share a cluster with a dev or test row:\n{lines}"
+
+
 def _holds(items: Sequence[tuple[MatchKind, str]]) -> str:
     how, item = items[0]
     return f"{HOLDS[how]} {item}" + (f" and {len(items) - 1} more" if len(items) > 1 else "")

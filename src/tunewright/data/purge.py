@@ -25,6 +25,7 @@ from tunewright.data.review.reviews import redact_reviews
 from tunewright.data.review.suspects import remove_cached_suspects
 from tunewright.data.selection import Origins, read_origins
 from tunewright.data.versions import Member, erase_purged
+from tunewright.data.versions.kept_pairs import erase_kept_pairs
 from tunewright.data.versions.removals import Removal, append_removals, describe_purges, read_removals
 from tunewright.data.versions.rows import has_rows, read_rows
 
@@ -104,6 +105,8 @@ def _erase(
 ) -> tuple[RemainingCopy, ...]:
     purged = {event.key for event in events if event.event == "purged"}
     redact_reviews(dataset, purged)
+    if purged and (pairs := erase_kept_pairs(dataset, purged)):
+        reporter.say(f"Deleted {count_of(pairs, 'kept preference pair')} of purged rows.")
     if purged and (forgotten := remove_cached_suspects(root)):
         reporter.say(f"Deleted {count_of(forgotten, 'cached list')} of suspects, because they quote rows.")
     # The search needs the text, so it comes before the erasure.

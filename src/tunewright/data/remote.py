@@ -51,6 +51,7 @@ from tunewright.data.versions import (
     version_folder,
     write_head,
 )
+from tunewright.data.versions.kept_pairs import KEPT_PAIRS_FILE, read_kept_pairs
 from tunewright.data.versions.members import MEMBERS, places_of, read_members, read_places
 from tunewright.data.versions.removals import Removals, erased_metadata, read_removals
 from tunewright.data.versions.rows import parse_rows, rows_text, write_rows
@@ -94,6 +95,8 @@ def push(dataset: Path, url: str, reporter: Reporter, *, options: dict[str, Any]
     """
     if not dataset.is_dir():
         raise UserError("There is no dataset to push", where=str(dataset), fix=_ADD)
+    if kept := len(read_kept_pairs(dataset)):
+        reporter.warn(f"{kept:,} preference pairs in dataset/{KEPT_PAIRS_FILE} are not copied: copy the file yourself.")
     with locked(dataset):
         head = current_manifest(dataset)
         if head is None:

@@ -17,7 +17,7 @@ from tunewright.core.text import count_of, listed
 from tunewright.data.dedup import count_near_repeats
 from tunewright.data.purge import RemainingCopy, purge
 from tunewright.data.readers import SourceRow
-from tunewright.data.review.edits import superseded_keys
+from tunewright.data.review.edits import superseded_keys, without_unaccepted
 from tunewright.data.selection import (
     Origins,
     Selection,
@@ -270,7 +270,7 @@ def _save(
     # The log comes first. After a crash, a row that is logged but still there is removed by the same command again; a
     # row that is gone but not logged would come back with its file.
     append_removals(project.dataset, _events({m.key: m for m in going}, because, "removed", project))
-    members = rename_clusters(left)
+    members = rename_clusters(without_unaccepted(project.dataset, parent.manifest, left, reporter))
     settings = parent.manifest.settings
     near = parent.manifest.counts.near_duplicates
     mix = parent.manifest.mix

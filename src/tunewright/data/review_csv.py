@@ -52,7 +52,8 @@ def export_csv(path: Path, review: ReviewSession, most: int) -> int:
     draw = "" if review.drawn is None else str(review.drawn.draw)
     for card in cards:
         key, output = card.member.key, card.member.example.output
-        rows.append([key, places.get(key, ""), draw, card.why or "", _prompt(card), output, "", ""])
+        apart = key in review.generated  # not a part of the sample
+        rows.append([key, places.get(key, ""), "" if apart else draw, card.why or "", _prompt(card), output, "", ""])
     write_sheet(path, EXPORT_COLUMNS, rows)
     return len(cards)
 

@@ -60,6 +60,7 @@ def assign_splits(
     data: DataConfig,
     seed: int,
     class_of: Mapping[str, str] | None = None,
+    train_only: Collection[str] = frozenset(),
 ) -> dict[str, Split]:
     """Return the split of each cluster.
 
@@ -75,13 +76,18 @@ def assign_splits(
         seed: decides the order of new clusters.
         class_of: the class of each pair key, to stratify as far as whole clusters and settled splits allow; None: do
             not stratify.
+        train_only: pair keys of generated rows, whose new clusters are for training. They do not count for the shares
+            of the other splits, and no cluster with a row of the former dev or test split has one.
 
     Raises:
         UserError: too few clusters for three splits.
     """
-    if len(clusters) < MINIMUM_CLUSTERS:
-        raise _too_few(clusters, data)
-    splits = _settled(clusters, former)
+    splits = _settled(clusters, {**former, **dict.fromkeys(train_only, "train")})
+    if train_only:
+        clusters = {name: [key for key in keys if key not in train_only] for name, keys in clusters.items()}
+    own = {name: keys for name, keys in clusters.items() if keys}
+    if len(own) < MINIMUM_CLUSTERS:
+        raise _too_few(own, data, generated=len(train_only))
     free = sorted(clusters.keys() - splits.keys(), key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
     total = sum(len(keys) for keys in clusters.values())
     goals: tuple[tuple[Split, float], ...] = (("test", data.test_size), ("dev", data.val_size))
@@ -197,7 +203,7 @@ def _fill_by_class(
     return taken
 
 
-def _too_few(clusters: Mapping[str, Sequence[str]], data: DataConfig) -> UserError:
+def _too_few(clusters: Mapping[str, Sequence[str]], data: DataConfig, generated: int) -> UserError:
     total = sum(len(keys) for keys in clusters.values())
     largest = max((len(keys) for keys in clusters.values()), default=0)
     what = (
@@ -205,6 +211,9 @@ def _too_few(clusters: Mapping[str, Sequence[str]], data: DataConfig) -> UserErr
         f"(minimum {MINIMUM_CLUSTERS})"
     )
     fix = "Add more pairs: a few hundred are a good start."
+    if generated:
+        what += f", without {count_of(generated, 'generated row')} that nobody has accepted"
+        fix = "Add pairs of people first: dev and test need them."
     if data.split_by == "output_template" and total >= MINIMUM_CLUSTERS:
         fix = (
             f"data.split_by: output_template joins rows whose outputs differ only in quoted strings and numbers (up to "

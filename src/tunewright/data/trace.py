@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json, text_lines
+from tunewright.data.lineages import ancestors
 from tunewright.data.readers.preferences import REJECTED
 from tunewright.data.review.edits import superseded_keys
 from tunewright.data.review.reviews import read_reviews
@@ -27,7 +29,7 @@ from tunewright.data.versions import (
     short,
     version_folder,
 )
-from tunewright.data.versions.members import Place, Places, read_places
+from tunewright.data.versions.members import Places, read_places
 from tunewright.data.versions.removals import read_removals
 
 
@@ -85,6 +87,9 @@ def _key_at(dataset: Path, version: DatasetVersion, file: str, line: int) -> str
         raise UserError(f"The row was not mixed in: {found['reason']}", where=f"{file}:{line}")
     if found["fate"] == "contaminated":
         what = "The row was left out: it contains a test input or a benchmark item"
+        raise UserError(what, where=f"{file}:{line}")
+    if found["fate"] == "unaccepted":
+        what = "The row was left out: a model wrote it, nobody has accepted it, and it is too similar to a held-out row"
         raise UserError(what, where=f"{file}:{line}")
     key = str(found.get("of", found["key"]))
     return superseded_keys(dataset, version.manifest).get(key, key)
@@ -262,7 +267,8 @@ Use = Literal["trained", "left out", "dev", "test", "absent", "unknown"]
 class RowUse:
     """Use of a row by one adapter's training: ``dev`` selected the checkpoint, ``absent`` means not in the version.
 
-    ``reason`` explains an unknown use, or gives the length of a row that was too long; else it is empty.
+    An adapter that started from another one has also used that one's rows. ``reason`` explains an unknown use, names
+    such a parent, or gives the length of a row that was too long; else it is empty.
     """
 
     adapter: str
@@ -287,41 +293,80 @@ def uses_of_row(dataset: Path, adapters: Path, key: str) -> tuple[RowUse, ...]:
 
 def row_uses(dataset: Path, adapters: Path, keys: Iterable[str]) -> dict[str, tuple[RowUse, ...]]:
     """Return the uses of several rows, by key; see :func:`uses_of_row`."""
-    digests = {m.digest for m in list_versions(dataset)}
     lineages = list(_lineages(adapters))
-    places: dict[str, Places] = {}
+    places = _KnownPlaces(dataset)
     found: dict[str, tuple[RowUse, ...]] = {}
     for key in keys:
-        row: list[RowUse] = []
-        for name, lineage in lineages:
-            version = (lineage.get("dataset") or {}).get("digest")
-            if version not in digests:
-                reason = (
-                    f"dataset version {short(version)} is not here"
-                    if version
-                    else "its lineage names no dataset version"
-                )
-                row.append(RowUse(name, version, "unknown", reason))
-                continue
-            if version not in places:
-                places[version] = read_places(dataset, version)
-            row.append(_row_use(name, version, places[version].get(key), lineage, key))
-        found[key] = tuple(row)
+        found[key] = tuple(_row_use(name, lineage, places, key) for name, lineage in lineages)
     return found
 
 
-def _row_use(name: str, version: str, place: Place | None, lineage: dict[str, Any], key: str) -> RowUse:
+class _KnownPlaces:
+    """The places of each version's rows, read once."""
+
+    def __init__(self, dataset: Path) -> None:
+        self._dataset = dataset
+        self._digests = {manifest.digest for manifest in list_versions(dataset)}
+        self._places: dict[str, Places] = {}
+
+    def of(self, version: str | None) -> Places | None:
+        """Return the places of a version's rows; None if it is not here."""
+        if version not in self._digests:
+            return None
+        if version not in self._places:
+            self._places[version] = read_places(self._dataset, version)
+        return self._places[version]
+
+
+def _row_use(name: str, lineage: Mapping[str, Any], places: _KnownPlaces, key: str) -> RowUse:
+    """Return the use of a row by an adapter: its own training's, unless a parent's counts more."""
+    own, *others = (_own_use(name, each, places, key) for each in ancestors(lineage))
+    for wanted in ("trained", "unknown"):
+        if own.use == wanted:
+            return own
+        for used, parent in zip(others, islice(ancestors(lineage), 1, None), strict=True):
+            if used.use == wanted:
+                through = f"through {parent['name']}, from which it started"
+                return replace(own, use=used.use, reason=f"{used.reason}, {through}" if used.reason else through)
+    return own
+
+
+_NO_PAIR = "no preference pair"
+
+
+def _own_use(name: str, lineage: Mapping[str, Any], places: _KnownPlaces, key: str) -> RowUse:
+    """Return the use of a row by an adapter's own training, without its parents'."""
+    version = (lineage.get("dataset") or {}).get("digest")
+    there = places.of(version)
+    if there is None:
+        reason = f"dataset version {short(version)} is not here" if version else "its lineage names no dataset version"
+        return RowUse(name, version, "unknown", reason)
+    place = there.get(key)
     if place is None:
         return RowUse(name, version, "absent")
     if place.split != "train":
         return RowUse(name, version, place.split)
+    if place.generated and (lineage.get("config") or {}).get("train", {}).get("generated") is False:
+        return RowUse(name, version, "left out", "generated")
     rendering = lineage.get("rendering")
     if rendering is None:
         return RowUse(name, version, "unknown", "its lineage does not say which training rows were left out")
+    preferences = lineage.get("preferences")
+    if preferences is not None and key in preferences["rows"]:
+        return RowUse(name, version, "trained")  # by one of its answers, even if another one was too long
     for row in rendering["train"]["left_out"]:
         if row["key"] == key:
             return RowUse(name, version, "left out", f"{row['tokens']:,} tokens")
-    return RowUse(name, version, "trained")
+    return RowUse(name, version, "trained") if preferences is None else RowUse(name, version, "left out", _NO_PAIR)
+
+
+def trained_keys(dataset: Path, lineage: Mapping[str, Any]) -> set[str]:
+    """Return the pair keys of the rows that an adapter's own training used; its dataset version must be here."""
+    if "preferences" in lineage:
+        return set(lineage["preferences"]["rows"])
+    left_out = {row["key"] for row in lineage["rendering"]["train"]["left_out"]}
+    places = read_places(dataset, lineage["dataset"]["digest"])
+    return {key for key, place in places.items() if place.split == "train"} - left_out
 
 
 def _lineages(adapters: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -26,6 +26,7 @@ from tunewright.data.versions import (
     read_manifest,
     short,
 )
+from tunewright.data.versions.kept_pairs import KEPT_PAIRS_FILE, read_kept_pairs
 from tunewright.data.versions.members import MEMBERS, places_of, read_members
 from tunewright.data.versions.removals import REMOVED_FILE, Removal, Removals, erased_metadata, parse_removal
 from tunewright.data.versions.rows import BadRow, scan_rows
@@ -81,7 +82,7 @@ class Verification:
 
 
 def verify(dataset: Path, reporter: Reporter) -> Verification:
-    """Check every file of every version and the log of reviews, and collect all issues.
+    """Check every file of every version, the log of reviews and kept pairs, and collect all issues.
 
     Raises:
         UserError: there is no dataset, or a file cannot be read.
@@ -115,6 +116,10 @@ def verify(dataset: Path, reporter: Reporter) -> Verification:
             damage.append(IntegrityIssue(error.where, error.what))
     reviews, undigested, bad_reviews = _check_reviews(dataset / REVIEWS_FILE)
     damage += bad_reviews
+    try:
+        read_kept_pairs(dataset)
+    except UserError as error:
+        damage.append(IntegrityIssue(error.where or str(dataset / KEPT_PAIRS_FILE), error.what))
     unsealed = tuple(c.manifest.digest for c in checks if c.manifest is not None and c.manifest.seal is None)
     unneeded = len(store.good - store.needed.keys())
     purges = tuple(purge for key, purge in sorted(store.purged.items()) if key in store.needed)

@@ -12,6 +12,7 @@ from tunewright.config import Config
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
+from tunewright.core.text import count_of
 from tunewright.data import notices
 from tunewright.data.dedup import find_clusters, largest_clusters
 from tunewright.data.dedup.decontaminate import (
@@ -29,6 +30,7 @@ from tunewright.data.merge import Merge
 from tunewright.data.mix import DrawnMix, mix_in
 from tunewright.data.notices import LargeCluster, SplitChange
 from tunewright.data.readers import SourceRow
+from tunewright.data.review.edits import unaccepted_keys
 from tunewright.data.splits import SPLITS, Split, assign_splits, join_groups
 from tunewright.data.versions import DatasetVersion, Member, load_version, short
 from tunewright.data.versions.removals import read_removals
@@ -44,8 +46,9 @@ class VersionDraft:
     members: list[Member]
     moved: tuple[SplitChange, ...]
     hits: tuple[ContaminationHit, ...]
-    held: list[tuple[str, MatchKind, str]]  # the hits for messages: place, kind of match, item
+    held: list[tuple[str, MatchKind, str]]  # the hits of rows that stay, for messages: place, kind of match, item
     left_out: frozenset[str]  # pair keys of training rows that contain a test row or benchmark item
+    unaccepted: frozenset[str]  # pair keys of generated rows that would be held out, and that nobody has accepted
     mixed: DrawnMix | None
     largest: tuple[LargeCluster, ...]
     outputs: OutputLeakage
@@ -53,7 +56,10 @@ class VersionDraft:
     def fate(self, row: SourceRow, merged: Merge) -> dict[str, Any]:
         """Return the record of imports.jsonl for a row."""
         fate = merged.fate(row)
-        return {**fate, "fate": "contaminated"} if fate.get("of", fate["key"]) in self.left_out else fate
+        key = fate.get("of", fate["key"])
+        if key in self.unaccepted:
+            return {**fate, "fate": "unaccepted"}
+        return {**fate, "fate": "contaminated"} if key in self.left_out else fate
 
 
 def draft_version(
@@ -77,15 +83,19 @@ def draft_version(
     benchmarks = {name: read_items(project.root / name) for name in config.data.benchmarks}
     dropping = config.data.contaminated == "drop"
     training = _to_train(merged, benchmarks, reporter) if dropping else frozenset()
-    domain = _domain(merged, rows, config, training, reporter, inherited or {})
+    manifest = merged.parent.manifest if merged.parent else None
+    doubtful = unaccepted_keys(project.dataset, manifest, merged.generated)
+    _refuse_generated_replacements(merged, doubtful)
+    domain, unaccepted = _domain(merged, rows, config, training, reporter, inherited or {}, doubtful)
     # Shared phrases ("overlap") are reported by `data leakage` only.
     hits = tuple(hit for hit in training_hits(domain, benchmarks, reporter) if hit.how != "overlap")
     items = item_names(hits, domain)
     held = [(merged.place(hit.row), hit.how, item) for hit, item in zip(hits, items, strict=True)]
-    left_out: frozenset[str] = frozenset()
-    if hits and dropping:
-        reporter.warn(notices.contaminated(held, dropping=True))
-        left_out = frozenset(hit.row for hit in hits)
+    left_out = frozenset(hit.row for hit in hits if dropping or hit.row in doubtful)
+    if left_out:
+        gone = [each for each, hit in zip(held, hits, strict=True) if hit.row in left_out]
+        held = [each for each, hit in zip(held, hits, strict=True) if hit.row not in left_out]
+        reporter.warn(notices.contaminated(gone, dropping=True))
         notices.warn_of_lost_classes(domain, left_out, reporter)
         domain = rename_clusters([m for m in domain if m.key not in left_out])
     former = merged.former
@@ -99,7 +109,24 @@ def draft_version(
         for f in families
     )
     members = sorted([*domain, *(mixed.members if mixed else [])], key=lambda m: m.key)
-    return VersionDraft(members, moved, hits, held, left_out, mixed, largest, measure_output_leakage(domain))
+    outputs = measure_output_leakage(domain)
+    return VersionDraft(members, moved, hits, held, left_out, unaccepted, mixed, largest, outputs)
+
+
+def _refuse_generated_replacements(merged: Merge, doubtful: Collection[str]) -> None:
+    """Refuse generated rows that would replace held-out ones: the version would lose a measured row of a person."""
+    splits = {m.key: m.split for m in merged.parent.domain} if merged.parent else {}
+    rows = [
+        merged.replacement.rows[new]
+        for new, olds in merged.replacement.olds.items()
+        if new in doubtful and any(splits.get(old, "train") != "train" for old in olds)
+    ]
+    if rows:
+        raise UserError(
+            f"Nothing was replaced: {count_of(len(rows), 'generated row')} would replace rows of dev or test",
+            where=f"{rows[0].source}:{rows[0].line}",
+            fix="Delete these rows from the file, or correct the answers in `tunewright data review`.",
+        )
 
 
 def _to_train(merged: Merge, benchmarks: Mapping[str, Sequence[str]], reporter: Reporter) -> frozenset[str]:
@@ -121,33 +148,83 @@ def _domain(
     training: Collection[str],
     reporter: Reporter,
     inherited: Mapping[str, Split],
-) -> list[Member]:
+    doubtful: Collection[str],
+) -> tuple[list[Member], frozenset[str]]:
     """Return the domain rows with splits and clusters, joined where rows share a group or an output template.
 
-    Rows of ``training`` are trained on, unless their cluster is held out already.
+    Rows of ``training`` are trained on, unless their cluster is held out already. Rows of ``doubtful`` (generated, and
+    accepted by nobody) are only trained on: those of a held-out cluster are left out, and returned by key.
     """
+    former: dict[str, Split] = {**dict.fromkeys(training, "train"), **inherited, **merged.former}
+    groups = merged.groups(rows)
     keys = sorted(merged.kept)
+    outputs = {key: merged.kept[key].output.strip() for key in keys}
+    unaccepted: frozenset[str] = frozenset()
+    while True:
+        similar = _similar(keys, merged, config, reporter)
+        clusters = _joined(similar, groups, outputs, config)
+        # A row that resembles a held-out one leaves alone; the others of its document or group may stay.
+        gone = _held_out(similar, former, doubtful) or _held_out(clusters, former, doubtful)
+        if not gone:
+            break
+        # Similarity ignores the words that all inputs share, which may be others without these rows: look again.
+        unaccepted |= gone
+        keys = [key for key in keys if key not in gone]
+    if unaccepted:
+        reporter.warn(notices.unaccepted([merged.place(key) for key in sorted(unaccepted)]))
+    read = {merged.kept_pair_key(row.example.pair_key) for row in rows}
+    notices.warn_of_missing_groups(config.data.group_by, merged.parent, groups, read, reporter)
+    notices.warn_of_idle_groups(config.data.group_by, groups, reporter)
+    cluster_of = {key: name for name, members in clusters.items() for key in members}
+    class_of = outputs if class_like(list(outputs.values())) else None
+    if merged.parent is not None:
+        _refuse_another_split(merged.parent, clusters, merged.former, config)
+    train_only = frozenset(doubtful).intersection(keys)
+    splits = assign_splits(clusters, former, config.data, config.seed, class_of, train_only)
+    members = [
+        Member(
+            merged.kept[key],
+            key,
+            splits[cluster_of[key]],
+            cluster_of[key],
+            groups.get(key, ()),
+            generated=key in merged.generated,
+        )
+        for key in keys
+    ]
+    return members, unaccepted
+
+
+def _held_out(
+    clusters: Mapping[str, Sequence[str]], former: Mapping[str, Split], doubtful: Collection[str]
+) -> frozenset[str]:
+    """Return the doubtful rows of clusters that have a held-out row."""
+    held_out = (keys for keys in clusters.values() if {former.get(key) for key in keys} & {"dev", "test"})
+    return frozenset(key for keys in held_out for key in keys if key in doubtful)
+
+
+def _similar(keys: Sequence[str], merged: Merge, config: Config, reporter: Reporter) -> dict[str, list[str]]:
+    """Return the keys of each cluster of similar inputs."""
     names = find_clusters([merged.kept[key] for key in keys], config.data.dedup_threshold, reporter)
     clusters: dict[str, list[str]] = defaultdict(list)
     for key, name in zip(keys, names, strict=True):
         clusters[name].append(key)
-    groups = merged.groups(rows)
-    read = {merged.kept_pair_key(row.example.pair_key) for row in rows}
-    notices.warn_of_missing_groups(config.data.group_by, merged.parent, groups, read, reporter)
-    notices.warn_of_idle_groups(config.data.group_by, groups, reporter)
-    outputs = {key: merged.kept[key].output.strip() for key in keys}
-    by_template = template_groups(outputs) if config.data.split_by == "output_template" else {}
+    return clusters
+
+
+def _joined(
+    clusters: Mapping[str, Sequence[str]],
+    groups: Mapping[str, tuple[str, ...]],
+    outputs: Mapping[str, str],
+    config: Config,
+) -> dict[str, list[str]]:
+    """Return the clusters, joined where rows share a group or an output template."""
+    keys = [key for members in clusters.values() for key in members]
+    by_template: dict[str, str] = {}
+    if config.data.split_by == "output_template":
+        by_template = template_groups({key: outputs[key] for key in keys})
     together = {key: (*groups.get(key, ()), *([by_template[key]] if key in by_template else ())) for key in keys}
-    clusters = join_groups(clusters, together)
-    cluster_of = {key: name for name, members in clusters.items() for key in members}
-    class_of = outputs if class_like(list(outputs.values())) else None
-    former: dict[str, Split] = {**dict.fromkeys(training, "train"), **inherited, **merged.former}
-    if merged.parent is not None:
-        _refuse_another_split(merged.parent, clusters, merged.former, config)
-    splits = assign_splits(clusters, former, config.data, config.seed, class_of)
-    return [
-        Member(merged.kept[key], key, splits[cluster_of[key]], cluster_of[key], groups.get(key, ())) for key in keys
-    ]
+    return join_groups(clusters, together)
 
 
 def _refuse_another_split(

@@ -7,11 +7,14 @@ limit and be reported to the user.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -22,11 +25,12 @@ from aiolimiter import AsyncLimiter
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
 from tunewright.config import EndpointConfig
+from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.core.interrupts import run_async
 from tunewright.core.progress import Reporter, Task
 from tunewright.endpoints.budget import Budget, OutOfBudgetError
-from tunewright.endpoints.replies import Conversation, Journal, Reply, cost, estimated_tokens
+from tunewright.endpoints.replies import ChatRequest, Conversation, Journal, Reply, as_request, cost, estimated_tokens
 
 LONGEST_WAIT = 600.0
 """Seconds; an endpoint that asks for a longer wait (a daily quota) ends the run, which can be resumed later."""
@@ -95,14 +99,14 @@ class Endpoint:
         self._key: str | None = None
         self._retried: Counter[str] = Counter()
 
-    def ask(self, title: str, conversations: Sequence[Conversation]) -> list[Reply]:
-        """Return replies in the conversations' order; equal conversations are asked once.
+    def ask(self, title: str, requests: Sequence[Conversation | ChatRequest]) -> list[Reply]:
+        """Return replies in the requests' order; equal requests are asked once.
 
         Raises:
             UserError: there is no key, the endpoint fails permanently, or the budget is used up.
         """
-        keys = [self.journal.key(conversation) for conversation in conversations]
-        wanted = dict(zip(keys, conversations, strict=True))
+        keys = [self.journal.key(request) for request in requests]
+        wanted = dict(zip(keys, map(as_request, requests), strict=True))
         missing = {key: wanted[key] for key in wanted if key not in self.journal.replies}
         for key in wanted.keys() - missing.keys() - self.used.keys():
             self._use(key)
@@ -115,9 +119,17 @@ class Endpoint:
                 run_async(self._ask_all(missing, task))
         return [self.journal.replies[key] for key in keys]
 
-    def is_known(self, conversation: Conversation) -> bool:
-        """Return whether the journal has a reply to this conversation."""
-        return self.journal.key(conversation) in self.journal.replies
+    def require_key(self) -> None:
+        """Check the key before anything is sent.
+
+        Raises:
+            UserError: the environment variable of the config is not set, or its value is not a key.
+        """
+        _secret(self.config, self.where)
+
+    def is_known(self, request: Conversation | ChatRequest) -> bool:
+        """Return whether the journal has a reply to this request."""
+        return self.journal.key(request) in self.journal.replies
 
     def _use(self, key: str) -> None:
         self.used[key] = self.journal.replies[key]
@@ -126,7 +138,7 @@ class Endpoint:
     def _cost(self, reply: Reply) -> float:
         return cost(self.config, reply.prompt_tokens, reply.completion_tokens) or 0.0
 
-    async def _ask_all(self, missing: Mapping[str, Conversation], task: Task) -> None:
+    async def _ask_all(self, missing: Mapping[str, ChatRequest], task: Task) -> None:
         """Run workers over one list; the first failure stops them all, once the requests in flight have finished."""
         waiting = iter(missing.items())
         failure = _Failure()
@@ -134,11 +146,11 @@ class Endpoint:
         limiter = AsyncLimiter(1, 60 / rate) if rate else None
 
         async def work(client: httpx.AsyncClient, file: TextIO) -> None:
-            for key, conversation in waiting:
+            for key, request in waiting:
                 if failure:
                     return
                 try:
-                    reply = await self._affordable_reply(client, limiter, conversation, failure)
+                    reply = await self._affordable_reply(client, limiter, request, failure)
                 except UserError as error:
                     failure.report(error)
                     return
@@ -161,15 +173,15 @@ class Endpoint:
         self,
         client: httpx.AsyncClient,
         limiter: AsyncLimiter | None,
-        conversation: Conversation,
+        request: ChatRequest,
         failure: _Failure,
     ) -> Reply:
         # A token is at least one byte; a template adds a few.
-        prompt = _TEMPLATE_TOKENS + sum(len(message["content"].encode()) for message in conversation)
+        prompt = _TEMPLATE_TOKENS + len(request.text.encode())
         most = cost(self.config, prompt, self.config.reply_limit or 0) or 0.0
         try:
             async with self._purse.reserved(most):
-                return await self._reply(client, limiter, conversation, failure)
+                return await self._reply(client, limiter, request, failure)
         except OutOfBudgetError as error:
             raise UserError(str(error), where=self._purse.where, fix=f"Raise it. {_KEPT}") from None
 
@@ -177,7 +189,7 @@ class Endpoint:
         self,
         client: httpx.AsyncClient,
         limiter: AsyncLimiter | None,
-        conversation: Conversation,
+        request: ChatRequest,
         failure: _Failure,
     ) -> Reply:
         def worth_it(error: BaseException) -> bool:
@@ -199,15 +211,17 @@ class Endpoint:
                     if failure:
                         raise _RequestError("stopped", status=400)
                     async with limiter or nullcontext():
-                        return await self._request(client, conversation)
+                        return await self._request(client, request)
         except _RequestError as error:
             tries = retrying.statistics["attempt_number"]
             raise self._failed(error, tries) from None
         raise AssertionError("tenacity ends by a reply or an error")
 
-    async def _request(self, client: httpx.AsyncClient, conversation: Conversation) -> Reply:
-        body = {"model": self.config.model, "messages": list(conversation), **self.config.parameters}
+    async def _request(self, client: httpx.AsyncClient, request: ChatRequest) -> Reply:
+        body = {"model": self.config.model, "messages": list(request.conversation), **self.config.parameters}
+        body |= request.parameters
         url = f"{str(self.config.base_url).rstrip('/')}/chat/completions"
+        began = time.perf_counter()
         try:
             async with asyncio.timeout(self.config.timeout):
                 response = await client.post(url, json=body)
@@ -218,7 +232,8 @@ class Endpoint:
         except httpx.InvalidURL as error:
             raise _RequestError(f"invalid address: {error}", status=400) from None
         if response.is_success:
-            return _parsed(response, conversation)
+            seconds = round(time.perf_counter() - began, 4)
+            return replace(_parsed(response, request), seconds=seconds, when=now())
         message = self._told(response)
         if response.status_code in {400, 413, 422}:
             for pattern, why in ((_TOO_LONG, "too long for the model"), (_FILTERED, "refused by a content filter")):
@@ -273,11 +288,13 @@ def _secret(config: EndpointConfig, where: str) -> str | None:
     return key
 
 
-def _parsed(response: httpx.Response, conversation: Conversation) -> Reply:
+def _parsed(response: httpx.Response, request: ChatRequest) -> Reply:
     try:
         document = response.json()
         choice = document["choices"][0]
         text = choice["message"].get("content") or ""
+        calls = tuple(choice["message"].get("tool_calls") or ())
+        model = document.get("model")
         usage = document.get("usage") or {}
         counts = usage.get("prompt_tokens"), usage.get("completion_tokens")
         finish = choice.get("finish_reason")
@@ -286,10 +303,16 @@ def _parsed(response: httpx.Response, conversation: Conversation) -> Reply:
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         start = " ".join(response.text.split())[:120]
         raise _RequestError(f"the reply is not a chat completion: {start!r}", status=502) from None
+    reply = Reply(text, finish, 0, 0, tool_calls=calls, model=model if isinstance(model, str) else None)
     if isinstance(counts[0], int) and isinstance(counts[1], int):
-        return Reply(text, finish, counts[0], counts[1])
-    prompt = sum(estimated_tokens(message["content"]) for message in conversation)
-    return Reply(text, finish, prompt, estimated_tokens(text), estimated=True)
+        return replace(reply, prompt_tokens=counts[0], completion_tokens=counts[1])
+    written = text + (json.dumps(calls) if calls else "")
+    return replace(
+        reply,
+        prompt_tokens=estimated_tokens(request.text),
+        completion_tokens=estimated_tokens(written),
+        estimated=True,
+    )
 
 
 def _retry_after(value: str | None) -> float | None:

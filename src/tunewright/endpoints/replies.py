@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 from tunewright.config import EndpointConfig
 from tunewright.core.io import digest, writing
 
-Message = dict[str, str]
+Message = dict[str, Any]
 Conversation = tuple[Message, ...]
 
 CHARACTERS_PER_TOKEN = 4
@@ -22,6 +22,26 @@ CHARACTERS_PER_TOKEN = 4
 def estimated_tokens(text: str) -> int:
     """Estimate the token count of ``text``."""
     return -(-len(text) // CHARACTERS_PER_TOKEN)
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """A conversation with parameters of its own, such as its functions.
+
+    Equal requests are asked once; those of different ``sample`` numbers are sent alike and asked apart.
+    """
+
+    conversation: Conversation
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    sample: int = 0
+
+    @property
+    def text(self) -> str:
+        """Everything that counts as prompt tokens: contents, calls, and parameters such as functions."""
+        parts = [str(message.get("content") or "") for message in self.conversation]
+        parts += [json.dumps(message["tool_calls"]) for message in self.conversation if message.get("tool_calls")]
+        parts += [json.dumps(dict(self.parameters), ensure_ascii=False)] if self.parameters else []
+        return "".join(parts)
 
 
 @dataclass(frozen=True)
@@ -36,6 +56,14 @@ class Reply:
     """The endpoint gave no token counts: they are guessed."""
     refused: str | None = None
     """Reason for refusing this one conversation; there is no text then, and it is asked again."""
+    tool_calls: tuple[Any, ...] = ()
+    """Function calls, as the endpoint wrote them."""
+    model: str | None = None
+    """The model's version, as the endpoint named it in the reply."""
+    seconds: float | None = None
+    """Time from sending the request to its whole reply, without earlier tries. None: a journal of an older version."""
+    when: str | None = None
+    """UTC, ISO 8601."""
 
 
 def cost(endpoint: EndpointConfig, prompt_tokens: int, completion_tokens: int) -> float | None:
@@ -60,9 +88,13 @@ class Journal:
         self.path = folder / f"{digest(self._asked)[:16]}.jsonl"
         self.replies = dict(_read(self.path))
 
-    def key(self, conversation: Conversation) -> str:
-        """Return the key of a reply to ``conversation``."""
-        return digest({**self._asked, "messages": list(conversation)})
+    def key(self, request: Conversation | ChatRequest) -> str:
+        """Return the key of a reply to a request."""
+        request = as_request(request)
+        own: dict[str, Any] = {"own": dict(request.parameters)} if request.parameters else {}
+        if request.sample:
+            own["sample"] = request.sample
+        return digest({**self._asked, **own, "messages": list(request.conversation)})
 
     @contextmanager
     def appending(self) -> Iterator[TextIO]:
@@ -81,12 +113,17 @@ class Journal:
             file.flush()
 
 
+def as_request(request: Conversation | ChatRequest) -> ChatRequest:
+    """Return the request; a conversation alone has no parameters of its own."""
+    return request if isinstance(request, ChatRequest) else ChatRequest(request)
+
+
 def _read(path: Path) -> Iterator[tuple[str, Reply]]:
     if not path.exists():
         return
     for line in path.read_text(encoding="utf-8").split("\n"):
         try:
             row = json.loads(line)
-            yield row.pop("key"), Reply(**row)
+            yield row.pop("key"), Reply(**{**row, "tool_calls": tuple(row.get("tool_calls", ()))})
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
             continue

@@ -20,9 +20,12 @@ from tunewright.core.progress import Reporter
 from tunewright.data.splits import Split
 from tunewright.data.versions import DatasetVersion, Member
 from tunewright.evaluation.answer_journal import Answer
-from tunewright.evaluation.arms import TUNED, ZERO_SHOT, ArmPlan, Instruction, find_instruction
+from tunewright.evaluation.arms import TUNED, ZERO_SHOT, ArmPlan, Instruction, find_instruction, prompting_arms
 from tunewright.evaluation.demonstrations import Demonstrations, with_demonstrations
+from tunewright.evaluation.embeddings import Embeddings
 from tunewright.evaluation.generations import Generator, Prompt
+from tunewright.evaluation.optimized_prompts import find_optimized
+from tunewright.evidence.prompt_optimization import OptimizedPrompt
 from tunewright.evidence.schema import SCHEMA_VERSION, Arm
 from tunewright.evidence.scoring import ScoredArms, score_arm, score_arms
 from tunewright.evidence.statistics import RESAMPLES
@@ -65,8 +68,9 @@ class ArmRunner:
         self.scorers = open_scorers(self.settings, project.root)
         self.folder = project.evaluations if folder is None else folder
         # Generic rows are trained on, but they do not demonstrate the task or indicate the length of its answers.
-        self.demonstrations = Demonstrations(version.domain_of("train"), project.config.seed)
         self.context = context_length(generator.base)
+        self.embeddings = Embeddings(project, generator, self.context)
+        self.demonstrations = Demonstrations(version.domain_of("train"), project.config.seed, self.embeddings.of)
         self._limit = limit
         self.schedule: Schedule | None = None
         self._warned_of: set[Split] = set()
@@ -99,6 +103,28 @@ class ArmRunner:
         """
         return find_instruction(self.version.domain)
 
+    @cached_property
+    def optimization(self) -> OptimizedPrompt | None:
+        """The prompt optimization on this dataset version and base; None for folds, whose test rows it may have seen.
+
+        Raises:
+            UserError: a stored prompt was changed after it was written.
+        """
+        project = self.project
+        if self.folder != project.evaluations:
+            return None
+        return find_optimized(project.prompts, project.evaluations, self.inputs(self.limit), self.reporter)
+
+    @property
+    def optimized(self) -> str | None:
+        """The digest of the optimized instruction, if there is one."""
+        return self.optimization.digest if self.optimization else None
+
+    @property
+    def prompting_arms(self) -> list[ArmPlan]:
+        """Every arm that needs no training."""
+        return prompting_arms(self.settings, self.optimized)
+
     def inputs(self, limit: int) -> dict[str, Any]:
         """Return everything that decides an arm's answers, apart from its adapter."""
         return {
@@ -119,6 +145,7 @@ class ArmRunner:
 
     def infeasible_reason(self, plan: ArmPlan, members: Sequence[Member]) -> str | None:
         """Return why this arm cannot answer all of these rows with its number of demonstrations, or None if it can."""
+        self.demonstrations.prepare(plan, members)
         fewest = min(len(self.demonstrations.shown(plan, m)) for m in members)
         if fewest < plan.shots:
             return f"the training rows have only {fewest} demonstrations for a question"
@@ -164,6 +191,7 @@ class ArmRunner:
         Raises:
             UserError: a row does not fit the base's context even alone.
         """
+        self.demonstrations.prepare(plan, members)
         built = [self._fitting_prompt(plan, member) for member in members]
         return [prompt for prompt, _ in built], sum(not whole for _, whole in built)
 
@@ -180,8 +208,10 @@ class ArmRunner:
         shown = self.demonstrations.shown(plan, member)
         left = len(shown)
         while not self._fits(prompt) and left:
-            left -= 1  # the first are the least similar ones
-            prompt = self._prompt(plan, member, shown[len(shown) - left :])
+            left -= 1
+            # The least similar ones go first.
+            kept = shown[:left] if plan.order == "similar_first" else shown[len(shown) - left :]
+            prompt = self._prompt(plan, member, kept)
         if not self._fits(prompt):
             raise UserError(
                 f"Row {member.key[:12]} alone makes a prompt of {len(prompt):,} tokens; with an answer of "
@@ -201,10 +231,20 @@ class ArmRunner:
         return self._built[key]
 
     def _prompt(self, plan: ArmPlan, member: Member, shown: Sequence[Member]) -> Prompt:
+        if plan.optimized is not None:
+            assert self.optimization is not None
+            return self.instructed(member, self.optimization.instruction, shown)
+        text = self.settings.instructions[plan.instruction - 1] if plan.instruction else None
+        return self.instructed(member, text, shown)
+
+    def instructed(self, member: Member, text: str | None, shown: Sequence[Member] = ()) -> Prompt:
+        """Return a row's prompt with an instruction in place of the pairs' own (None: theirs).
+
+        Raises:
+            UserError: the pairs share no single instruction, or the template refuses the conversation.
+        """
         messages = with_demonstrations(member, shown)
-        if plan.instruction:
-            messages = self.instruction.replaced(messages, self.settings.instructions[plan.instruction - 1])
-        return self.generator.prompt(messages)
+        return self.generator.prompt(messages if text is None else self.instruction.replaced(messages, text))
 
 
 def references_inputs(domain: Sequence[Member]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from tunewright.config import EvaluateConfig, RetrieverName
+from tunewright.config import DemonstrationOrder, EvaluateConfig, RetrieverName
 from tunewright.core.errors import UserError
 from tunewright.data.examples import Message
 from tunewright.data.versions import Member
@@ -85,7 +85,10 @@ class ArmPlan:
         shots: number of demonstrations in the prompt.
         seed: number of the draw of static demonstrations, from 1.
         retriever: the retriever of each question's demonstrations.
+        mmr: the weight of similarity against diversity among them (None: similarity alone).
+        order: their order.
         instruction: 0 for the pairs' own, else the number of one in evaluate.instructions, from 1.
+        optimized: digest of the optimized instruction in place of the pairs' own (None: not used).
         constrained: whether evaluate.structured_outputs constrains decoding.
     """
 
@@ -93,7 +96,10 @@ class ArmPlan:
     shots: int = 0
     seed: int | None = None
     retriever: RetrieverName | None = None
+    mmr: float | None = None
+    order: DemonstrationOrder = "similar_last"
     instruction: int = 0
+    optimized: str | None = None
     constrained: bool = False
 
     @property
@@ -104,16 +110,22 @@ class ArmPlan:
             parts.append(str(self.shots))
         if self.seed is not None:
             parts.append(f"seed-{self.seed}")
-        if self.retriever == "tfidf":
-            parts.append("tfidf")
+        if self.retriever is not None and self.retriever != "bm25":
+            parts.append(self.retriever)
+        if self.mmr is not None:
+            parts.append(f"mmr-{self.mmr:g}")
+        if self.order == "similar_first":
+            parts.append("similar-first")
         if self.instruction:
             parts.append(f"instruction-{self.instruction}")
+        if self.optimized is not None:
+            parts.append("optimized")
         return "-".join(parts) + ("+constrained" if self.constrained else "")
 
     @property
     def adapted(self) -> bool:
-        """True if the adapter answers rather than the base alone."""
-        return self.kind in {"tuned", "tuned-retrieved"}
+        """True if an adapter answers rather than the base alone."""
+        return self.kind in {"tuned", "tuned-retrieved", "parent"}
 
     @property
     def any_seed(self) -> ArmPlan:
@@ -123,18 +135,30 @@ class ArmPlan:
 
 ZERO_SHOT = ArmPlan("zero-shot")
 TUNED = ArmPlan("tuned")
+PARENT = ArmPlan("parent")
+"""The adapter that the tuned one started from."""
 TUNED_CONSTRAINED = ArmPlan("tuned", constrained=True)
 
 
 def plan_of(arm: Arm) -> ArmPlan:
     """Return the measured arm's plan."""
-    return ArmPlan(arm.kind, arm.shots, arm.seed, arm.retriever, arm.instruction, arm.constrained)
+    return ArmPlan(
+        arm.kind,
+        arm.shots,
+        arm.seed,
+        arm.retriever,
+        arm.mmr,
+        arm.order,
+        arm.instruction,
+        arm.optimized,
+        arm.constrained,
+    )
 
 
-def prompting_arms(settings: EvaluateConfig) -> list[ArmPlan]:
+def prompting_arms(settings: EvaluateConfig, optimized: str | None = None) -> list[ArmPlan]:
     """Return every arm that needs no training, those with the pairs' own instruction first.
 
-    They are followed by zero-shot with each other instruction.
+    They are followed by zero-shot with each other instruction; the one of digest ``optimized`` is the last.
 
     Where the config has a grammar, zero-shot and retrieved arms are also constrained by it. That covers zero-shot with
     each instruction, since one of them may name the allowed answers.
@@ -143,26 +167,39 @@ def prompting_arms(settings: EvaluateConfig) -> list[ArmPlan]:
     """
     shots = sorted(set(settings.num_fewshot))
     static = [ArmPlan("static", k, seed=seed) for k in shots for seed in range(1, settings.static_seeds + 1)]
-    retrieved = [
-        ArmPlan("retrieved", k, retriever=retriever) for retriever in dict.fromkeys(settings.retrievers) for k in shots
-    ]
-    zero_shot = _instructed(ZERO_SHOT, settings, own=True)
+    retrieved = _retrieved(settings, shots)
+    zero_shot = [ZERO_SHOT, *other_instructions(ZERO_SHOT, settings, optimized)]
     free = [*zero_shot, *static, *retrieved]
     if settings.structured_outputs is None:
         return free
     return [*free, *(replace(plan, constrained=True) for plan in [*zero_shot, *retrieved])]
 
 
-def other_instructions(plan: ArmPlan, settings: EvaluateConfig) -> list[ArmPlan]:
-    """Return the same arm with each instruction of evaluate.instructions."""
-    return _instructed(plan, settings, own=False)
+def _retrieved(settings: EvaluateConfig, shots: Sequence[int]) -> list[ArmPlan]:
+    """Return each retriever's arms with every weight of diversity and every order of the config."""
+    plans = [
+        ArmPlan("retrieved", k, retriever=retriever, mmr=None if weight == 1 else weight, order=order)
+        for retriever in settings.retrievers
+        for weight in settings.mmr_lambda
+        for order in settings.demonstration_order
+        for k in shots
+    ]
+    # A single demonstration is the most similar one, and has no order.
+    return list(dict.fromkeys(p if p.shots > 1 else replace(p, mmr=None, order="similar_last") for p in plans))
 
 
-def _instructed(plan: ArmPlan, settings: EvaluateConfig, *, own: bool) -> list[ArmPlan]:
-    return [replace(plan, instruction=number) for number in range(0 if own else 1, len(settings.instructions) + 1)]
+def other_instructions(plan: ArmPlan, settings: EvaluateConfig, optimized: str | None = None) -> list[ArmPlan]:
+    """Return the same arm with each instruction of evaluate.instructions, and with the optimized one, if any."""
+    numbered = [replace(plan, instruction=number) for number in range(1, len(settings.instructions) + 1)]
+    return numbered if optimized is None else [*numbered, replace(plan, optimized=optimized)]
 
 
 def tuned_retrieved(plan: ArmPlan) -> ArmPlan:
     """Return the adapter's arm with a retrieved arm's demonstrations and the instruction that it was trained on."""
     assert plan.kind == "retrieved"
-    return ArmPlan("tuned-retrieved", plan.shots, retriever=plan.retriever)
+    return ArmPlan("tuned-retrieved", plan.shots, retriever=plan.retriever, mmr=plan.mmr, order=plan.order)
+
+
+def tuned_optimized(optimized: str | None) -> ArmPlan | None:
+    """Return the adapter's arm with the optimized instruction of this digest, or None without one."""
+    return None if optimized is None else ArmPlan("tuned", optimized=optimized)

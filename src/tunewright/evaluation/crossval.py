@@ -125,6 +125,7 @@ class CrossValidation:
         self.chat = chat
         self.reporter = reporter
         self.scorers = open_scorers(self.config.evaluate, project.root)
+        self.items = [m for m in version.domain if not m.generated]
         self.versions = fold_versions(version, folds, self.config.seed)
         fewest = min(len(v.domain_of("train")) for v in self.versions)
         place = f" in the smallest of {folds} folds"
@@ -154,7 +155,7 @@ class CrossValidation:
             "margin": settings.margin,
             "schema": SCHEMA_VERSION,
             **choosing_inputs(settings),
-            **references_inputs(self.version.domain),
+            **references_inputs(self.items),
             "tuned_retrieved": settings.tuned_retrieved,
             **self.generator().engine.identity,
         }
@@ -171,10 +172,12 @@ class CrossValidation:
         access_log = AccessLog(self.project.evaluations)
         if (folder / EVIDENCE_FILE).exists():
             return EvaluateResult(folder, access_log.load(folder), evaluated=False)
+        if self.config.evaluate.incumbents:
+            self.reporter.warn("evaluate.incumbents are not asked in a cross-validation; `tunewright evaluate` does.")
         opening = self._open(access_log)
-        earlier = access_log.earlier(opening, self.project.dataset, {m.key for m in self.version.domain})
+        earlier = access_log.earlier(opening, self.project.dataset, {m.key for m in self.items})
         report_opening(opening, earlier, self.reporter)
-        report_references([m.example for m in self.version.domain], "item", self.reporter)
+        report_references([m.example for m in self.items], "item", self.reporter)
         done: list[_Done] = []
         for number in range(1, len(self.versions) + 1):
             began = time.monotonic()
@@ -185,19 +188,17 @@ class CrossValidation:
                 seconds = time.monotonic() - began
                 self.reporter.say(f"The fold took {duration(seconds)}. {left} left: about {duration(left * seconds)}.")
         roles = self._roles(done)
-        answers = {role.name: _in_order(self.version.domain, done, role) for role in roles}
-        scored = scored_arms(self.scorers, self.version.domain, answers)
+        answers = {role.name: _in_order(self.items, done, role) for role in roles}
+        scored = scored_arms(self.scorers, self.items, answers)
         evidence = self._evidence(done, roles, answers, scored)
         nearest = {key: near for v in self.versions for key, near in nearest_training(v, self.reporter).items()}
-        near = [nearest[m.key] for m in self.version.domain]
+        near = [nearest[m.key] for m in self.items]
         train_similarity = scores_by_distance(scored, near, evidence.contrasts[0], self.config.seed)
         new = self._new_templates()
         templates = (
             new
             if new is None
-            else scores_by_template(
-                scored, [new[m.key] for m in self.version.domain], evidence.contrasts[0], self.config.seed
-            )
+            else scores_by_template(scored, [new[m.key] for m in self.items], evidence.contrasts[0], self.config.seed)
         )
         evidence = evidence.model_copy(
             update={
@@ -208,7 +209,7 @@ class CrossValidation:
             }
         )
         fold_of = {m.key: n for n, v in enumerate(self.versions, start=1) for m in v.examples("test")}
-        save_evaluation(folder, evidence, self.version.domain, answers, scored, Distances(nearest, new), fold_of)
+        save_evaluation(folder, evidence, self.items, answers, scored, Distances(nearest, new), fold_of)
         return EvaluateResult(folder, evidence, evaluated=True)
 
     def _new_templates(self) -> dict[str, bool] | None:
@@ -225,7 +226,7 @@ class CrossValidation:
             design="cross-fitted",
             dataset=self.version.digest,
             test_split=self.version.split_digest("test"),
-            items=len(self.version.domain),
+            items=len(self.items),
             adapter=None,
             adapter_digest=None,
             base=self.base.digest,
@@ -291,7 +292,7 @@ class CrossValidation:
         answers: dict[str, list[Answer]],
         scored: ScoredArms,
     ) -> Evidence:
-        members, settings = self.version.domain, self.config.evaluate
+        members, settings = self.items, self.config.evaluate
         references = count_references([m.example for m in members])
         control = roles[1].name
         with_retrieved = roles[3].name if len(roles) > 3 else None

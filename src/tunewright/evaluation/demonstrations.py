@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,7 +16,12 @@ from tunewright.config import RetrieverName
 from tunewright.data.examples import INSTRUCTIONS, Message, call_id
 from tunewright.data.versions import Member
 from tunewright.evaluation.arms import ArmPlan
+from tunewright.evaluation.embeddings import Embed, Vectors
 
+_POOL = 64
+"""Most similar inputs from which diverse ones are selected, or four for each demonstration if that is more."""
+_KEPT_ROWS = 1024
+"""Training inputs whose similarities to all others stay in memory."""
 _NGRAMS = (2, 5)
 """Lengths of the character n-grams of TF-IDF, within words and at their edges."""
 
@@ -70,22 +75,58 @@ class TfIdf:
         return found
 
 
+class Dense:
+    """Cosine of vectors, centred on the training inputs.
+
+    Hidden states of a language model share a large common direction, which would make all cosines alike (Ethayarajh
+    2019, arXiv 1909.00512).
+    """
+
+    def __init__(self, texts: Sequence[str], embed: Callable[[Sequence[str]], Vectors]) -> None:
+        self._embed = embed
+        rows = embed(texts)
+        self._mean = rows.mean(axis=0)
+        self._rows = self._unit(rows)
+        self._queries: dict[str, NDArray[np.float64]] = dict(zip(texts, self._rows, strict=True))
+
+    def prepare(self, queries: Sequence[str]) -> None:
+        """Compute the vectors of these queries in one pass."""
+        missing = sorted({query for query in queries if query not in self._queries})
+        if missing:
+            self._queries |= dict(zip(missing, self._unit(self._embed(missing)), strict=True))
+
+    def similarities(self, query: str) -> NDArray[np.float64]:
+        """Return cosines."""
+        self.prepare([query])
+        found: NDArray[np.float64] = self._rows @ self._queries[query]
+        return found
+
+    def _unit(self, vectors: Vectors) -> NDArray[np.float64]:
+        centred = vectors.astype(np.float64) - self._mean
+        unit: NDArray[np.float64] = centred / np.maximum(np.linalg.norm(centred, axis=-1, keepdims=True), 1e-12)
+        return unit
+
+
 class Demonstrations:
     """The demonstrations of every arm, from one training split.
 
     Args:
         train: the pairs to show, without the generic mix-in.
         seed: decides the draws of static arms.
+        embed: returns texts' vectors for the dense retrievers, if any is used.
     """
 
-    def __init__(self, train: Sequence[Member], seed: int) -> None:
+    def __init__(self, train: Sequence[Member], seed: int, embed: Embed | None = None) -> None:
         self._train = train
         self._seed = seed
+        self._embed = embed
         self._clusters = np.array([m.cluster for m in train])
         self._asked = [m.example.prompt_key for m in train]
         self._draws: dict[int, list[Member]] = {}
         self._retrievers: dict[RetrieverName, Retriever] = {}
-        self._orders: dict[tuple[RetrieverName, str], list[int]] = {}
+        self._orders: dict[tuple[RetrieverName, str], tuple[list[int], NDArray[np.float64]]] = {}
+        self._diverse: dict[tuple[RetrieverName, float, str, int], list[int]] = {}
+        self._alike: dict[tuple[RetrieverName, int], NDArray[np.float64]] = {}
 
     def shown(self, plan: ArmPlan, query: Member) -> list[Member]:
         """Return the demonstrations for ``query`` in prompt order; none is from the query's own cluster.
@@ -95,8 +136,11 @@ class Demonstrations:
         if not plan.shots:
             return []
         if plan.retriever is not None:
-            # The most similar one stands nearest to the question.
-            return self.nearest(plan.retriever, query, plan.shots)[::-1]
+            if plan.mmr is None:
+                found = self.nearest(plan.retriever, query, plan.shots)
+            else:
+                found = self.diverse(plan.retriever, query, plan.shots, plan.mmr)
+            return found if plan.order == "similar_first" else found[::-1]
         assert plan.seed is not None
         drawn = [member for member in self.drawn(plan.seed) if _can_show(member, query)][: plan.shots]
         # They are the same for every question, so none can be exchanged: the split keeps clusters on one side.
@@ -108,6 +152,46 @@ class Demonstrations:
 
         The query's own cluster is excluded. Of an input with several outputs, the best-ranked pair is taken.
         """
+        return [self._train[i] for i in self._ranked(retriever, query)[0][:k]]
+
+    def diverse(self, retriever: RetrieverName, query: Member, k: int, weight: float) -> list[Member]:
+        """Return ``k`` training pairs by maximal marginal relevance, the most similar one first.
+
+        Each next one has the largest ``weight`` x (similarity to the question) - (1 - ``weight``) x (largest similarity
+        to those already selected), by Carbonell and Goldstein (1998). BM25 has no upper limit, so its scores are taken
+        as shares: of the nearest input's for the question, and of an input's score for itself between inputs.
+        """
+        places, similar = self._ranked(retriever, query)
+        pool = places[: max(_POOL, 4 * k)]
+        key = (retriever, weight, query.key, len(pool))
+        selected = self._diverse.setdefault(key, [])
+        relevance = similar[pool] / (max(float(similar[pool[0]]), 1e-12) if pool and retriever == "bm25" else 1)
+        redundancy = np.full(len(pool), -np.inf)
+        for place in selected:
+            redundancy = np.maximum(redundancy, self._similar_to(retriever, place)[pool])
+        while len(selected) < min(k, len(pool)):
+            marginal = weight * relevance - (1 - weight) * (redundancy if selected else 0)
+            marginal[[n for n, place in enumerate(pool) if place in selected]] = -np.inf
+            selected.append(pool[int(np.argmax(marginal))])
+            redundancy = np.maximum(redundancy, self._similar_to(retriever, selected[-1])[pool])
+        return [self._train[i] for i in selected[:k]]
+
+    def _similar_to(self, retriever: RetrieverName, place: int) -> NDArray[np.float64]:
+        """Return the similarity of every training input to one of them, as a share of its similarity to itself."""
+        if (key := (retriever, place)) not in self._alike:
+            if len(self._alike) >= _KEPT_ROWS:
+                self._alike.clear()
+            similar = self._retriever(retriever).similarities(self._texts[place])
+            self._alike[key] = similar / max(float(similar[place]), 1e-12)
+        return self._alike[key]
+
+    def prepare(self, plan: ArmPlan, queries: Sequence[Member]) -> None:
+        """Compute in one pass the vectors that a dense retriever needs for these questions."""
+        if plan.retriever is not None and isinstance(dense := self._retriever(plan.retriever), Dense):
+            dense.prepare([query.example.input_text for query in queries])
+
+    def _ranked(self, retriever: RetrieverName, query: Member) -> tuple[list[int], NDArray[np.float64]]:
+        """Return the places of training pairs of distinct inputs, the most similar first, and all similarities."""
         key = (retriever, query.key)
         if key not in self._orders:
             similar = self._retriever(retriever).similarities(query.example.input_text)
@@ -118,8 +202,8 @@ class Demonstrations:
             for place in order[self._clusters[order] != query.cluster].tolist():
                 if _can_show(self._train[place], query):
                     first_of.setdefault(self._asked[place], place)
-            self._orders[key] = list(first_of.values())
-        return [self._train[i] for i in self._orders[key][:k]]
+            self._orders[key] = list(first_of.values()), similar
+        return self._orders[key]
 
     def drawn(self, seed: int) -> list[Member]:
         """Return the training pairs in the order of this seed's static arms, one per cluster.
@@ -141,8 +225,16 @@ class Demonstrations:
 
     def _retriever(self, name: RetrieverName) -> Retriever:
         if name not in self._retrievers:
-            self._retrievers[name] = (Bm25 if name == "bm25" else TfIdf)(self._texts)
+            self._retrievers[name] = self._open(name)
         return self._retrievers[name]
+
+    def _open(self, name: RetrieverName) -> Retriever:
+        if name == "bm25":
+            return Bm25(self._texts)
+        if name == "tfidf":
+            return TfIdf(self._texts)
+        assert self._embed is not None
+        return Dense(self._texts, partial(self._embed, name))
 
     @cached_property
     def _texts(self) -> list[str]:

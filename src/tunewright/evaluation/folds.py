@@ -16,7 +16,8 @@ from tunewright.data.versions import DatasetVersion, Member, keys_digest, member
 def fold_versions(version: DatasetVersion, folds: int, seed: int) -> list[DatasetVersion]:
     """Return one version per fold: its test rows are the fold, its dev and train rows the rest.
 
-    The generic mix-in, which resembles no row of the domain, is in every fold's training part.
+    The generic mix-in, which resembles no row of the domain, is in every fold's training part. So are generated rows,
+    accepted or not, except in folds that hold out a row of their cluster: there they are left out.
 
     Clusters stay whole, so no row has a near-duplicate on another side. Folds are as equal in size as whole clusters
     allow (the largest first, each into the smallest fold). Dev gets the version's own share of all rows. These versions
@@ -32,7 +33,8 @@ def fold_versions(version: DatasetVersion, folds: int, seed: int) -> list[Datase
     """
     assert folds >= 2
     clusters: dict[str, list[Member]] = defaultdict(list)
-    for member in version.domain:
+    people = [member for member in version.domain if not member.generated]
+    for member in people:
         clusters[member.cluster].append(member)
     dealt = _assign_folds({name: len(rows) for name, rows in clusters.items()}, folds, seed)
     share = version.manifest.settings.val_size
@@ -46,7 +48,7 @@ def fold_versions(version: DatasetVersion, folds: int, seed: int) -> list[Datase
                 where="--folds",
                 fix="Add pairs with other inputs, or choose another number of folds.",
             )
-        dev = _choose(_shuffled(rest, f"{seed}:{number}"), rest, round(share * len(version.domain)))
+        dev = _choose(_shuffled(rest, f"{seed}:{number}"), rest, round(share * len(people)))
         made.append(_version(version, number, folds, held_out, dev))
     return made
 
@@ -82,7 +84,8 @@ def _version(version: DatasetVersion, number: int, folds: int, test: set[str], d
             return "train"
         return "test" if member.cluster in test else "dev" if member.cluster in dev else "train"
 
-    members = tuple(replace(member, split=split(member)) for member in version.members)
+    placed = (replace(member, split=split(member)) for member in version.members)
+    members = tuple(member for member in placed if not member.generated or member.split == "train")
     counts = Counter(member.split for member in members)
     manifest = version.manifest.model_copy(
         update={

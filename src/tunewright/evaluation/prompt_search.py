@@ -111,7 +111,7 @@ def advice_file(arm_runner: ArmRunner, left_out: Sequence[str] = ()) -> Path:
         arm_runner: measures the arms.
         left_out: arms that do not fit in the budget.
     """
-    decides = {**arm_runner.inputs(arm_runner.limit), **choosing_inputs(arm_runner.settings)}
+    decides = {**arm_runner.inputs(arm_runner.limit), **choosing_inputs(arm_runner.settings, arm_runner.optimized)}
     decides["arms"] = [name for name in decides["arms"] if name not in left_out]
     return arm_runner.folder / f"advice-{digest(decides)[:12]}.json"
 
@@ -142,7 +142,7 @@ def prepare(arm_runner: ArmRunner) -> None:
     Raises:
         UserError: as in :func:`advise`.
     """
-    if arm_runner.settings.instructions:
+    if arm_runner.settings.instructions or arm_runner.optimized:
         _ = arm_runner.instruction
     warn_of_unreachable(arm_runner.generator, arm_runner.version.domain, arm_runner.reporter)
     dev = [m.example for m in arm_runner.version.examples("dev")]
@@ -150,13 +150,15 @@ def prepare(arm_runner: ArmRunner) -> None:
     arm_runner.warn_of_longer("dev")
 
 
-def choosing_inputs(settings: EvaluateConfig) -> dict[str, Any]:
-    """Return everything in the config that decides the prompting arms and the choice among them."""
+def choosing_inputs(settings: EvaluateConfig, optimized: str | None = None) -> dict[str, Any]:
+    """Return everything that decides the prompting arms and the choice among them: the config, an optimized prompt."""
     return {
-        "arms": [plan.name for plan in prompting_arms(settings)],
+        "arms": [plan.name for plan in prompting_arms(settings, optimized)],
         "instructions": settings.instructions,
         "screening_items": settings.screening_items,
         "finalists": settings.finalists,
+        **({} if optimized is None else {"optimized": optimized}),
+        **({"embedding_model": settings.embedding_model} if "sentence-transformers" in settings.retrievers else {}),
     }
 
 
@@ -233,15 +235,16 @@ class _Choice:
     def _entrants(self, first: Sequence[Member]) -> dict[ArmPlan, list[Answer]]:
         """Return all arms' answers to the first items, and the best arm with the other instructions too."""
         answered: dict[ArmPlan, list[Answer]] = {}
-        for plan in prompting_arms(self._settings):
+        for plan in self._arm_runner.prompting_arms:
             if plan.name in self._left_out:
                 continue
             if (given := self._answers(plan, first)) is not None:
                 answered[plan] = given
         with_shots = {plan: given for plan, given in answered.items() if plan.shots}
-        if with_shots and self._settings.instructions:
+        optimized = self._arm_runner.optimized
+        if with_shots and (self._settings.instructions or optimized):
             _, arms = self._scored(first, with_shots)
-            for plan in other_instructions(plan_of(self._best(arms)), self._settings):
+            for plan in other_instructions(plan_of(self._best(arms)), self._settings, optimized):
                 if (given := self._answers(plan, first)) is not None:
                     answered[plan] = given
         return answered

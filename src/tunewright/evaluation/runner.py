@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from tunewright.adapters.registry import Adapter
+from tunewright.adapters.compatibility import require_compatible
+from tunewright.adapters.registry import Adapter, list_adapters
 from tunewright.config import Config, MetricName
 from tunewright.core.io import digest, json_document
 from tunewright.core.progress import Reporter
@@ -18,7 +19,18 @@ from tunewright.data.versions.version import current_author
 from tunewright.evaluation.access_log import ACCESS_LOG, AccessLog
 from tunewright.evaluation.answer_journal import Answer
 from tunewright.evaluation.arm_runner import ArmRunner, measured_arm, measured_with, scored_arms
-from tunewright.evaluation.arms import TUNED, TUNED_CONSTRAINED, ZERO_SHOT, ArmPlan, plan_of, tuned_retrieved
+from tunewright.evaluation.arms import (
+    PARENT,
+    TUNED,
+    TUNED_CONSTRAINED,
+    ZERO_SHOT,
+    ArmPlan,
+    plan_of,
+    tuned_optimized,
+    tuned_retrieved,
+)
+from tunewright.evaluation.incumbent_costs import repriced
+from tunewright.evaluation.incumbents import IncumbentArms, declared_incumbents, incumbent_inputs
 from tunewright.evaluation.repeats import noise_floor
 from tunewright.evaluation.train_similarity import Distances, scores_by_distance, scores_by_template
 from tunewright.evidence.answer_format import answer_form
@@ -55,18 +67,30 @@ class EvaluateResult:
     """False when evidence of the same inputs already existed."""
 
 
-def contest(advice: Advice, *, with_retrieved: bool, held: bool = False, budget: Budget | None = None) -> list[ArmPlan]:
+def contest(
+    advice: Advice,
+    *,
+    with_retrieved: bool,
+    held: bool = False,
+    parent: bool = False,
+    optimized: str | None = None,
+    budget: Budget | None = None,
+) -> list[ArmPlan]:
     """Return the arms compared on held-out items: zero-shot, the best on dev, tuned, and tuned with demonstrations.
 
-    With ``held``, tuned constrained by the grammar is added. A ``budget`` may have left the last two out.
+    With ``parent``, the adapter that tuned started from is added, with ``held``, tuned constrained by the grammar, and
+    with ``optimized``, tuned with the optimized instruction of this digest. A ``budget`` may have left out tuned with
+    demonstrations, constrained or with the optimized instruction.
     """
     left_out = budget.left_out if budget else ()
     with_retrieved = with_retrieved and "tuned+retrieved" not in left_out
     held = held and TUNED_CONSTRAINED.name not in left_out
     known = {arm.name: plan_of(arm) for arm in _all_arms(advice)}
-    plans = [ZERO_SHOT, known[advice.best], TUNED]
+    plans = [ZERO_SHOT, known[advice.best], TUNED, *([PARENT] if parent else [])]
     if with_retrieved and advice.best_retrieved is not None:
         plans.append(tuned_retrieved(known[advice.best_retrieved]))
+    if (plan := tuned_optimized(optimized)) is not None and plan.name not in left_out:
+        plans.append(plan)
     if held:
         plans.append(TUNED_CONSTRAINED)
     return list(dict.fromkeys(plans))
@@ -76,18 +100,29 @@ def _all_arms(advice: Advice) -> list[Arm]:
     return [*advice.arms, *(advice.narrowing.arms if advice.narrowing else [])]
 
 
-def declare(config: Config, metric: MetricName, best: str, with_retrieved: str | None) -> tuple[Declared, ...]:
-    """Declare the contrasts to measure: tuned against the best prompting arm (decides), and zero-shot.
+def declare(
+    config: Config,
+    metric: MetricName,
+    best: str,
+    with_retrieved: str | None,
+    *,
+    parent: bool = False,
+    optimized: str | None = None,
+) -> tuple[Declared, ...]:
+    """Declare the contrasts to measure: tuned against the best prompting arm (decides), zero-shot and its parent.
 
     Args:
         config: holds the margin.
         metric: the deciding metric.
         best: name of the best prompting arm.
         with_retrieved: name of the tuned arm with demonstrations, if it is measured.
+        parent: the adapter that tuned started from is measured.
+        optimized: name of the tuned arm with the optimized instruction, if it is measured.
     """
     pairs = [(TUNED.name, control) for control in dict.fromkeys([best, ZERO_SHOT.name])]
-    if with_retrieved is not None:
-        pairs.append((with_retrieved, TUNED.name))
+    if parent:
+        pairs.append((TUNED.name, PARENT.name))
+    pairs += [(name, TUNED.name) for name in (with_retrieved, optimized) if name is not None]
     margin = config.evaluate.margin
     return tuple(
         Declared(treatment=treatment, control=control, metric=metric, margin=margin if number == 0 else None)
@@ -96,8 +131,13 @@ def declare(config: Config, metric: MetricName, best: str, with_retrieved: str |
 
 
 def measured_contrasts(scored: ScoredArms, declared: Sequence[Declared], seed: int) -> list[Contrast]:
-    """Measure exactly the declared contrasts by the deciding metric, then the same by the extra metrics."""
-    return declared_contrasts(scored, [(each.treatment, each.control) for each in declared], seed)
+    """Measure exactly the declared contrasts by the deciding metric, then the same by the extra metrics.
+
+    Those with incumbents are decisions of their own, so they do not count among the contrasts that Holm's method
+    adjusts.
+    """
+    pairs = [(each.treatment, each.control) for each in declared if each.non_inferiority_margin is None]
+    return declared_contrasts(scored, pairs, seed)
 
 
 def report_opening(opening: LoggedAccess, earlier: Sequence[EarlierAccess], reporter: Reporter) -> None:
@@ -120,25 +160,65 @@ class _EvaluationInputs:
     plans: list[ArmPlan]
     declared: tuple[Declared, ...]
     identity: str
+    parent: Adapter | None = None
+    """The adapter that the evaluated one started from, if it is here."""
+
+    def adapter_of(self, plan: ArmPlan, adapter: Adapter) -> Adapter:
+        """Return the adapter that answers an adapted arm of ``adapter``'s evaluation."""
+        if plan.kind != PARENT.kind:
+            return adapter
+        assert self.parent is not None, "it is a plan only where it is here"
+        return self.parent
 
 
-def _settle(arm_runner: ArmRunner, adapter: Adapter, advice: Advice) -> _EvaluationInputs:
+def parent_of(arm_runner: ArmRunner, adapter: Adapter) -> Adapter | None:
+    """Return the adapter that another one started from; None if there is none, or, with a warning, if it is gone.
+
+    Raises:
+        UserError: its files have changed.
+    """
+    named = adapter.lineage.get("parent")
+    if named is None:
+        return None
+    found = next((a for a in list_adapters(arm_runner.project.adapters) if a.digest == named["digest"]), None)
+    if found is None:
+        arm_runner.reporter.warn(
+            f"{adapter.name} started from {named['name']}, which is not here: the two are not compared."
+        )
+        return None
+    require_compatible(found, arm_runner.generator.base, arm_runner.generator.chat)
+    return found
+
+
+def _settle(
+    arm_runner: ArmRunner, adapter: Adapter, advice: Advice, split: Literal["test", "dev"]
+) -> _EvaluationInputs:
     settings, config = arm_runner.settings, arm_runner.project.config
-    budget = _budget(arm_runner)
+    budget, parent = _budget(arm_runner), parent_of(arm_runner, adapter)
     plans = contest(
-        advice, with_retrieved=settings.tuned_retrieved, held=settings.structured_outputs is not None, budget=budget
+        advice,
+        with_retrieved=settings.tuned_retrieved,
+        held=settings.structured_outputs is not None,
+        parent=parent is not None,
+        optimized=arm_runner.optimized,
+        budget=budget,
     )
     with_retrieved = next((plan.name for plan in plans if plan.kind == "tuned-retrieved"), None)
+    optimized = next((plan.name for plan in plans if plan.kind == "tuned" and plan.optimized), None)
     inputs = arm_runner.inputs(arm_runner.limit) | {
         "adapter": adapter.digest,
         "arms": [plan.name for plan in plans],
         "instructions": settings.instructions,
         "margin": settings.margin,
         **({"left_out": sorted(budget.left_out)} if budget else {}),
+        **({"optimized": arm_runner.optimization.id} if arm_runner.optimization else {}),
+        **({"parent": parent.digest} if parent else {}),
+        **incumbent_inputs(arm_runner, split),
     }
-    return _EvaluationInputs(
-        plans, declare(config, arm_runner.scorers[0].name, advice.best, with_retrieved), digest(inputs)[:12]
-    )
+    metric = arm_runner.scorers[0].name
+    declared = declare(config, metric, advice.best, with_retrieved, parent=parent is not None, optimized=optimized)
+    declared += declared_incumbents(arm_runner, metric)
+    return _EvaluationInputs(plans, declared, digest(inputs)[:12], parent)
 
 
 def _budget(arm_runner: ArmRunner) -> Budget | None:
@@ -164,7 +244,7 @@ def evaluation_progress(
     Raises:
         UserError: the access log is damaged.
     """
-    settled = _settle(arm_runner, adapter, advice)
+    settled = _settle(arm_runner, adapter, advice, split)
     openings = AccessLog(arm_runner.folder).openings
     evaluated = (_folder(arm_runner, settled, split) / EVIDENCE_FILE).exists()
     opened = split == "dev" or any(o.evaluation == settled.identity for o in openings)
@@ -194,12 +274,13 @@ def evaluate(arm_runner: ArmRunner, adapter: Adapter, advice: Advice) -> Evaluat
         UserError: the access log is damaged.
     """
     config, version = arm_runner.project.config, arm_runner.version
-    settled = _settle(arm_runner, adapter, advice)
+    settled = _settle(arm_runner, adapter, advice, "test")
     access_log = AccessLog(arm_runner.folder)
     folder = _folder(arm_runner, settled, "test")
     if (folder / EVIDENCE_FILE).exists():
-        _tell_of_newer(folder, arm_runner.reporter)
-        return EvaluateResult(folder, access_log.load(folder), evaluated=False)
+        return _measured_before(arm_runner, access_log, folder)
+    incumbents = IncumbentArms(arm_runner, "test")
+    incumbents.try_dev()
     test = version.examples("test")
     arm_runner.warn_of_longer("test")
     opening = access_log.open(
@@ -218,15 +299,21 @@ def evaluate(arm_runner: ArmRunner, adapter: Adapter, advice: Advice) -> Evaluat
     report_opening(opening, earlier, arm_runner.reporter)
     report_references([m.example for m in test], "test item", arm_runner.reporter)
     check_references(arm_runner.scorers, [m.example for m in test], "test", arm_runner.reporter)
+    hosted = incumbents.ask()
     if arm_runner.schedule is not None:
         arm_runner.schedule.expect("contest", settled.plans, test, "test", adapter)
     with arm_runner.generator.countdown.shown():
-        answers = {plan.name: arm_runner.answers(plan, test, "test", adapter) for plan in settled.plans}
+        answers = {
+            plan.name: arm_runner.answers(plan, test, "test", settled.adapter_of(plan, adapter))
+            for plan in settled.plans
+        }
         prompts = [answer.prompt for answer in answers[ZERO_SHOT.name]]
         noise = noise_floor(arm_runner.generator, test, prompts, arm_runner.limit, arm_runner.scorers[0], config.seed)
-    scored = scored_arms(arm_runner.scorers, test, answers)
+    answers |= hosted
+    scored = incumbents.scored(scored_arms(arm_runner.scorers, test, answers))
     settled = replace(settled, declared=opening.declared)
     evidence = _evidence(arm_runner, adapter, advice, settled, answers, scored, "test")
+    evidence = _with_incumbents(evidence, incumbents, scored, adapter)
     evidence, distances = _by_distance(arm_runner, evidence, scored, "test")
     evidence = evidence.model_copy(update={"noise_floor": noise, "opening": opening, "openings": earlier})
     save_evaluation(folder, evidence, test, answers, scored, distances)
@@ -235,26 +322,49 @@ def evaluate(arm_runner: ArmRunner, adapter: Adapter, advice: Advice) -> Evaluat
 
 def evaluate_on_dev(arm_runner: ArmRunner, adapter: Adapter, advice: Advice) -> EvaluateResult:
     """Compare the same arms on the dev split; the test split stays closed, and the evidence allows no release."""
-    settled = _settle(arm_runner, adapter, advice)
+    settled = _settle(arm_runner, adapter, advice, "dev")
     access_log = AccessLog(arm_runner.folder)
     folder = _folder(arm_runner, settled, "dev")
     if (folder / EVIDENCE_FILE).exists():
-        _tell_of_newer(folder, arm_runner.reporter)
-        return EvaluateResult(folder, access_log.load(folder), evaluated=False)
+        return _measured_before(arm_runner, access_log, folder)
     dev = arm_runner.version.examples("dev")
     arm_runner.warn_of_longer("dev")
     report_references([m.example for m in dev], "dev item", arm_runner.reporter)
+    incumbents = IncumbentArms(arm_runner, "dev")
+    hosted = incumbents.ask()
     if arm_runner.schedule is not None:
         # The others were counted while a prompt was chosen.
         tuned = [plan for plan in settled.plans if plan.adapted]
         arm_runner.schedule.expect("contest", tuned, dev, "dev", adapter)
     with arm_runner.generator.countdown.shown():
-        answers = {plan.name: arm_runner.answers(plan, dev, "dev", adapter) for plan in settled.plans}
-    scored = scored_arms(arm_runner.scorers, dev, answers)
+        answers = {
+            plan.name: arm_runner.answers(plan, dev, "dev", settled.adapter_of(plan, adapter)) for plan in settled.plans
+        }
+    answers |= hosted
+    scored = incumbents.scored(scored_arms(arm_runner.scorers, dev, answers))
     evidence = _evidence(arm_runner, adapter, advice, settled, answers, scored, "dev")
+    evidence = _with_incumbents(evidence, incumbents, scored, adapter)
     evidence, distances = _by_distance(arm_runner, evidence, scored, "dev")
     save_evaluation(folder, evidence, dev, answers, scored, distances)
     return EvaluateResult(folder, evidence, evaluated=True)
+
+
+def _measured_before(arm_runner: ArmRunner, access_log: AccessLog, folder: Path) -> EvaluateResult:
+    """Return existing evidence; costs follow the config's prices, which decide nothing that was measured."""
+    _tell_of_newer(folder, arm_runner.reporter)
+    evidence = access_log.load(folder)
+    section = repriced(arm_runner.project.config, evidence)
+    if section is not None:
+        evidence = access_log.amend(folder, incumbents=section)
+        arm_runner.reporter.say("The costs in the evidence are computed again from the config's prices.")
+    return EvaluateResult(folder, evidence, evaluated=False)
+
+
+def _with_incumbents(evidence: Evidence, incumbents: IncumbentArms, scored: ScoredArms, adapter: Adapter) -> Evidence:
+    """Return the evidence with the incumbents' arms and their comparison."""
+    arms = [*evidence.arms, *incumbents.arms(scored)]
+    section = incumbents.section(scored, adapter, evidence.arm(TUNED.name))
+    return evidence.model_copy(update={"arms": arms, "incumbents": section})
 
 
 def _by_distance(
@@ -283,6 +393,7 @@ def _evidence(
     config, generator, version = arm_runner.project.config, arm_runner.generator, arm_runner.version
     members = version.examples(split)
     references = count_references([m.example for m in members])
+    with_generated = (adapter.lineage.get("config") or {}).get("train", {}).get("generated", True)
     return Evidence(
         id=_folder(arm_runner, settled, split).name,
         project=config.name,
@@ -293,7 +404,7 @@ def _evidence(
         split=split,
         items=len(members),
         clusters=len({m.cluster for m in members}),
-        train_items=len(version.examples("train")),
+        train_items=sum(with_generated or not m.generated for m in version.examples("train")),
         dev_arms=advice.arms,
         narrowing=advice.narrowing,
         static=advice.static,
@@ -303,6 +414,7 @@ def _evidence(
         arms=[measured_arm(plan.name, plan, answers[plan.name], scored, config.seed) for plan in settled.plans],
         contrasts=measured_contrasts(scored, settled.declared, config.seed),
         engine=generator.used,
+        prompt_optimization=arm_runner.optimization,
         form=answer_form(
             [m.example.output for m in version.domain],
             [m.example.output for m in members],

@@ -19,12 +19,20 @@ from tunewright.core.io import digest, write_json
 from tunewright.core.progress import minutes_text
 from tunewright.data.versions import Member
 from tunewright.evaluation.arm_runner import ArmRunner
-from tunewright.evaluation.arms import TUNED, TUNED_CONSTRAINED, ZERO_SHOT, ArmPlan, prompting_arms
+from tunewright.evaluation.arms import (
+    PARENT,
+    TUNED,
+    TUNED_CONSTRAINED,
+    ZERO_SHOT,
+    ArmPlan,
+    other_instructions,
+    tuned_optimized,
+)
 from tunewright.evaluation.eta import Work
 from tunewright.evaluation.generations import Prompt
 from tunewright.evaluation.prompt_search import advice_file, first_rows, known_advice, prepare
 from tunewright.evaluation.repeats import MOST_ITEMS
-from tunewright.evaluation.runner import evaluation_progress
+from tunewright.evaluation.runner import evaluation_progress, parent_of
 from tunewright.evaluation.speed import AnswerSpeed, adapted_factor, answer_speed
 from tunewright.evidence.common import RULE, Budget
 from tunewright.evidence.schema import Advice, Arm
@@ -95,6 +103,8 @@ class Schedule:
         self._turns = turns
         self._known = known
         self._speed: AnswerSpeed | None = None
+        self._parents: tuple[Adapter | None] | None = None
+        """The contest's parent, once it has been looked for."""
         self._slower = 1.0
         self._loads: dict[ArmPlan, _Load | None] = {}
         self._wholes: dict[ArmPlan, _Load | None] = {}
@@ -147,7 +157,7 @@ class Schedule:
         """
         if self._speed is not None:
             self._forget()
-            loads = [self._exact(plan, members, split, adapter) for plan in plans]
+            loads = [self._exact(plan, members, split, self._adapter_of(plan, adapter)) for plan in plans]
             self._plan(stage, [replace(load, kept=max(load.kept - counted, 0)) for load in loads])
 
     def _plan(self, stage: str, loads: Sequence[_Load]) -> None:
@@ -181,7 +191,7 @@ class Schedule:
 
     def _entrants(self, left_out: Sequence[str]) -> list[_Load]:
         """Return the prompting arms that fit the context, on the items that all of them answer."""
-        plans = [plan for plan in prompting_arms(self._arm_runner.settings) if plan.name not in left_out]
+        plans = [plan for plan in self._arm_runner.prompting_arms if plan.name not in left_out]
         return [load for plan in plans if (load := self._fitting(plan)) is not None]
 
     def _fitting(self, plan: ArmPlan) -> _Load | None:
@@ -226,12 +236,13 @@ class Schedule:
         settings, dev = self._arm_runner.settings, self._arm_runner.version.examples("dev")
         entrants = self._entrants(left_out)
         shown = [load for load in entrants if load.plan.shots]
-        if shown and settings.instructions:
+        other = other_instructions(ZERO_SHOT, settings, self._arm_runner.optimized)
+        if shown and other:
             dearest = max(shown, key=lambda load: load.read)
             items = len(first_rows(self._arm_runner))
             entrants += [
                 _Load(f"another instruction {n} on dev", dearest.plan, items, 0, dearest.read)
-                for n in range(len(settings.instructions))
+                for n in range(len(other))
             ]
         rest = len(dev) - len(first_rows(self._arm_runner))
         if rest <= 0:
@@ -273,7 +284,9 @@ class Schedule:
                 plans = [plan for plan in progress.plans if _budget_name(plan) not in left_out]
                 if contest.split == "dev":  # the others are answered while a prompt is chosen
                     plans = [plan for plan in plans if plan.adapted]
-                return [self._exact(plan, members, contest.split, contest.adapter) for plan in plans]
+                return [
+                    self._exact(plan, members, contest.split, self._adapter_of(plan, contest.adapter)) for plan in plans
+                ]
         items, on = len(members), f"on {contest.split}"
         reads = {arm.name: _read(arm) for arm in _arms(advice)} or {
             x.plan.name: x.read for x in self._entrants(left_out)
@@ -290,13 +303,27 @@ class Schedule:
             loads.append(_Load(f"{TUNED.name} {on}", TUNED, items, 0, zero))
         else:
             loads.append(self._exact(TUNED, members, contest.split, contest.adapter))
+        if self._parent(contest.adapter) is not None:
+            loads.append(_Load(f"{PARENT.name} {on}", PARENT, items, 0, zero))
         settings = arm_runner.settings
         if settings.tuned_retrieved and retrieved and TUNED_RETRIEVED not in left_out:
             read = max(retrieved) if advice is None or advice.best_retrieved is None else reads[advice.best_retrieved]
             loads.append(_Load(f"{TUNED_RETRIEVED} {on}", ArmPlan("tuned-retrieved", 1), items, 0, read))
+        plan = tuned_optimized(arm_runner.optimized)
+        if plan is not None and plan.name not in left_out:
+            loads.append(_Load(f"{plan.name} {on}", plan, items, 0, zero))
         if settings.structured_outputs is not None and TUNED_CONSTRAINED.name not in left_out:
             loads.append(_Load(f"{TUNED_CONSTRAINED.name} {on}", TUNED_CONSTRAINED, items, 0, zero))
         return loads
+
+    def _parent(self, adapter: Adapter) -> Adapter | None:
+        """Return the adapter that the contest's one started from, if it is here."""
+        if self._parents is None:
+            self._parents = (parent_of(self._arm_runner, adapter),)
+        return self._parents[0]
+
+    def _adapter_of(self, plan: ArmPlan, adapter: Adapter | None) -> Adapter | None:
+        return adapter if adapter is None or plan.kind != PARENT.kind else self._parent(adapter)
 
     # Timing
 
@@ -316,7 +343,7 @@ class Schedule:
             fits = [load for load in self._entrants(()) if load.plan.shots and not load.plan.constrained]
             return arm_runner.prompts(max(fits, key=lambda load: load.read).plan, first)[0] if fits else []
 
-        keyed = {"dataset": arm_runner.version.digest, "arms": [p.name for p in prompting_arms(arm_runner.settings)]}
+        keyed = {"dataset": arm_runner.version.digest, "arms": [p.name for p in arm_runner.prompting_arms]}
         generator, limit = arm_runner.generator, arm_runner.limit
         self._speed = answer_speed(generator, limit, short, long, keyed, again=again)
         if self._contest is not None:
@@ -406,11 +433,12 @@ class Schedule:
         """Return the arms in the order in which they are left out."""
         meeting = [load.plan for load in stages.get("contest", ())]
         extra = [TUNED_RETRIEVED] if any(plan.kind == "tuned-retrieved" for plan in meeting) else []
+        extra += [plan.name for plan in meeting if plan.kind == "tuned" and plan.optimized]
         extra += [TUNED_CONSTRAINED.name] if TUNED_CONSTRAINED in meeting else []
         if advice is not None:
             return extra
         plans = [load.plan for load in self._entrants(())]
-        retrieved = [plan for plan in prompting_arms(self._arm_runner.settings) if plan.kind == "retrieved"]
+        retrieved = [plan for plan in self._arm_runner.prompting_arms if plan.kind == "retrieved"]
         kept = {ZERO_SHOT, *sorted(retrieved, key=lambda plan: plan.shots)[:1]}
         order = sorted(enumerate(plans), key=lambda at: (-at[1].shots, at[1].kind != "static", -at[0]))
         return [*extra, *(plan.name for _, plan in order if plan not in kept)]

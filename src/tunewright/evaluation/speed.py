@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -121,13 +122,46 @@ def adapted_factor(
         again: measure it even if a ratio is kept.
         generator, limit, short, adapter, base, keyed: as in :func:`answer_speed`.
     """
+    batch = adapted_batch(generator, limit, short, adapter, keyed, again=again)
+    expected = base.seconds(batch.read, batch.written)
+    return batch.seconds / expected if expected else 1.0
+
+
+def adapted_batch(
+    generator: Generator, limit: int, short: Prompts, adapter: Adapter, keyed: object, *, again: bool = False
+) -> TimedBatch:
+    """Return a timed batch of the adapter's answers: the kept one, or a new measurement.
+
+    Args:
+        generator, limit, short, adapter, keyed, again: as in :func:`adapted_factor`.
+    """
     file = _file(generator, limit, adapter, keyed)
     batch = None if again else _kept(file, TimedBatch)
     if batch is None:
         batch = _timed(generator, short(), limit, adapter)
         write_json(file, batch.model_dump(mode="json"))
-    expected = base.seconds(batch.read, batch.written)
-    return batch.seconds / expected if expected else 1.0
+    return batch
+
+
+def latencies(generator: Generator, prompts: Sequence[Prompt], limit: int, adapter: Adapter) -> list[float]:
+    """Return the seconds of each answer, one request at a time, after a short warm-up.
+
+    Args:
+        generator: its engine answers; its journal is neither read nor written.
+        prompts: at least one.
+        limit: the longest answer in tokens.
+        adapter: the adapter that answers.
+    """
+    generator.generate(generator.requests(prompts[:1], 2, adapter), adapter=adapter)
+    seconds = []
+    with generator.reporter.task("measuring the latency of tuned", len(prompts), "answers") as task:
+        for prompt in prompts:
+            requests = generator.requests([prompt], limit, adapter)
+            began = time.perf_counter()
+            generator.generate(requests, adapter=adapter, at_once=1)
+            seconds.append(time.perf_counter() - began)
+            task.advance()
+    return seconds
 
 
 _Kept = TypeVar("_Kept", bound=BaseModel)

@@ -131,8 +131,8 @@ def _still_falling(epochs: Sequence[Mapping[str, Any]], history: Sequence[Mappin
         if losses[-1] > min(losses) or fall < _FALLING:
             return None
         return f"dev loss {' → '.join(f'{loss:.3f}' for loss in losses[-3:])} at step {epochs[-1]['step']:,}, its last"
-    # One evaluation shows no trend, so the losses of the steps are used.
-    steps = [float(row["loss"]) for row in history if "loss" in row]
+    # One evaluation shows no trend, so the losses of the steps are used, except of preference tuning: no likelihoods.
+    steps = [float(row["loss"]) for row in history if "loss" in row and "rewards/chosen" not in row]
     if len(steps) < _FEWEST_STEPS:
         return None
     third = len(steps) // 3

@@ -86,10 +86,10 @@ class EngineUsed(Part):
 
 
 RULE = (
-    "left out first: the adapter with demonstrations or a grammar, which decides nothing; then the prompting arms with "
-    "the most demonstrations, of equal numbers static before retrieved and the later before the earlier; last, other "
-    "instructions and grammars zero-shot. Never left out: zero-shot, the retrieved arm with the fewest demonstrations, "
-    "tuned, any item, and arms that would save no time, since their answers are all there"
+    "left out first: the adapter with demonstrations, an optimized prompt or a grammar, which decides nothing; then "
+    "the prompting arms with the most demonstrations, of equal numbers static before retrieved and the later before "
+    "the earlier; last, other instructions and grammars zero-shot. Never left out: zero-shot, the retrieved arm with "
+    "the fewest demonstrations, tuned, any item, and arms that would save no time, since their answers are all there"
 )
 
 

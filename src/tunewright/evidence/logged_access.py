@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from tunewright.config import MetricName
 from tunewright.core.io import digest
@@ -21,6 +21,17 @@ class Declared(Part):
     control: str
     metric: MetricName
     margin: Annotated[float | None, Field(description="Smallest gain worth shipping, for the deciding contrast.")]
+    non_inferiority_margin: Annotated[
+        float | None, Field(description="Largest loss that counts as not worse, against an incumbent.")
+    ] = None
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the later field where it is null: older lines are bound by a digest that does not have it."""
+        row: dict[str, Any] = handler(self)
+        if self.non_inferiority_margin is None:
+            del row["non_inferiority_margin"]
+        return row
 
 
 class LogLine(Part):

@@ -8,15 +8,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from tunewright.config import MetricName, RetrieverName
+from tunewright.config import DemonstrationOrder, MetricName, RetrieverName
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.evidence.answer_format import AnswerFormat
 from tunewright.evidence.benchmarks import Benchmarks
 from tunewright.evidence.common import ArmScore, Budget, EngineUsed, Interval, NoiseFloor, Part, References
+from tunewright.evidence.generated_effect import GeneratedEffect
 from tunewright.evidence.human_eval import AnswerReview
+from tunewright.evidence.incumbents import Incumbents
 from tunewright.evidence.judge import Judgement
 from tunewright.evidence.logged_access import Design, EarlierAccess, LoggedAccess
+from tunewright.evidence.prompt_optimization import OptimizedPrompt
 from tunewright.evidence.train_similarity import OutputTemplates, TrainSimilarity
 from tunewright.metrics import Kind
 
@@ -26,20 +29,36 @@ ITEMS_FILE = "items.jsonl"
 DEV_PREFIX = "dev-"
 """Prefix of the ID and folder name of an evaluation on the dev split."""
 
-ArmKind = Literal["zero-shot", "static", "retrieved", "tuned", "tuned-retrieved", "mixed"]
+ArmKind = Literal["zero-shot", "static", "retrieved", "tuned", "tuned-retrieved", "parent", "mixed", "incumbent"]
 
 
 class Arm(Part):
     """A way of answering, measured on one split."""
 
-    name: Annotated[str, Field(description="zero-shot, static-K-seed-N, retrieved-K, tuned, or best-prompting.")]
-    kind: Annotated[ArmKind, Field(description="Prompting arm; mixed: the folds differ in their arm.")]
+    name: Annotated[
+        str,
+        Field(description="zero-shot, static-K-seed-N, retrieved-K, tuned, parent, best-prompting, or incumbent-NAME."),
+    ]
+    kind: Annotated[
+        ArmKind,
+        Field(
+            description="Kind of arm. parent: the adapter that tuned started from. mixed: the folds differ. "
+            "incumbent: a hosted model."
+        ),
+    ]
     shots: Annotated[int, Field(description="Demonstrations in the prompt.")]
     seed: Annotated[int | None, Field(description="Index of the draw of static demonstrations, from 1.")] = None
     retriever: Annotated[RetrieverName | None, Field(description="Method that retrieves the demonstrations.")] = None
+    mmr: Annotated[
+        float | None, Field(description="Weight of similarity against diversity; null: similarity alone.")
+    ] = None
+    order: Annotated[DemonstrationOrder, Field(description="Order of retrieved demonstrations.")] = "similar_last"
     instruction: Annotated[
         int, Field(description="0: the pairs' own instructions; else an index into evaluate.instructions, from 1.")
     ] = 0
+    optimized: Annotated[
+        str | None, Field(description="Digest of the optimized instruction in place of the pairs' own; null: none.")
+    ] = None
     constrained: Annotated[bool, Field(description="Decoding was constrained by evaluate.structured_outputs.")] = False
     items: int
     scores: Annotated[dict[MetricName, ArmScore], Field(description="Scores by every metric of the config.")]
@@ -233,6 +252,10 @@ class Evidence(Part):
     engine: Annotated[
         EngineUsed | None, Field(description="Engine that computed the answers of all arms; null in older evidence.")
     ] = None
+    prompt_optimization: Annotated[
+        OptimizedPrompt | None,
+        Field(description="Prompt optimization on the same data and base; null: no optimizer was run."),
+    ] = None
     noise_floor: Annotated[
         NoiseFloor | None,
         Field(description="Differences between two runs of the same arm; null in a cross-fitted evaluation."),
@@ -271,6 +294,13 @@ class Evidence(Part):
     human_eval: Annotated[AnswerReview | None, Field(description="Blind preferences of people.")] = None
     regressions: Annotated[
         Benchmarks | None, Field(description="Regression benchmarks with the adapter off and on; null: not measured.")
+    ] = None
+    incumbents: Annotated[
+        Incumbents | None, Field(description="Models of evaluate.incumbents against the adapter; null: none.")
+    ] = None
+    generated_effect: Annotated[
+        GeneratedEffect | None,
+        Field(description="Effect of the generated training rows (`data generated-effect`); null: not measured."),
     ] = None
     judge: Annotated[
         Judgement | None, Field(description="Findings of `tunewright judge`, or the reason of its veto.")

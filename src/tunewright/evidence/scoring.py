@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -76,6 +76,15 @@ class ScoredArms:
             for metric, arms in self.by_metric.items()
         }
 
+    def leaving_out(self, arm: str, gaps: Mapping[int, str]) -> ScoredArms:
+        """Return the same with these items of one arm unscored, by position and reason."""
+        if not gaps:
+            return self
+        return replace(
+            self,
+            by_metric={metric: {**arms, arm: leave_out(arms[arm], gaps)} for metric, arms in self.by_metric.items()},
+        )
+
     def why_not(self, place: int) -> dict[MetricName, dict[str, str]] | None:
         """Return the reasons why one item is unscored, by metric and arm; None if it is scored everywhere."""
         reasons = {
@@ -83,6 +92,13 @@ class ScoredArms:
             for metric, arms in self.by_metric.items()
         }
         return {metric: arms for metric, arms in reasons.items() if arms} or None
+
+
+def leave_out(scores: Scores, gaps: Mapping[int, str]) -> Scores:
+    """Return the scores with these items unscored, by position and reason."""
+    values, statistics, places = scores.values.copy(), scores.statistics.copy(), list(gaps)
+    values[places], statistics[places] = np.nan, 0.0
+    return replace(scores, values=values, statistics=statistics, unscored={**scores.unscored, **gaps})
 
 
 def score_arms(

@@ -12,6 +12,7 @@ from tunewright.evidence.benchmarks import standing
 from tunewright.evidence.logged_access import openings_text
 from tunewright.evidence.power import ALPHA
 from tunewright.evidence.preferences import decisive_preferences
+from tunewright.evidence.replacement import Replacement, replacements
 from tunewright.evidence.sample_size import items_to_settle
 from tunewright.evidence.schema import Arm, Contrast, Evidence
 from tunewright.metrics import p_text, points_text, score_text
@@ -47,6 +48,8 @@ class Verdict:
     """The split of the items. Nothing is released on a verdict about dev."""
     causes: tuple[Reason, ...] = ()
     """Known causes of a *don't ship* or *can't tell*; see `tunewright.evidence.causes`."""
+    replacements: tuple[Replacement, ...] = ()
+    """Replace, keep or can't tell for each incumbent; they do not affect the decision."""
 
     @property
     def exit_code(self) -> int:
@@ -56,7 +59,10 @@ class Verdict:
     def as_dict(self) -> dict[str, Any]:
         """Return the verdict as ``--json`` prints it."""
         causes = [{"what": c.what, "evidence": c.evidence, "next": c.next_command} for c in self.causes]
-        return {"decision": self.decision, "split": self.split, "reasons": list(self.reasons), "causes": causes}
+        document = {"decision": self.decision, "split": self.split, "reasons": list(self.reasons), "causes": causes}
+        if self.replacements:
+            document["incumbents"] = [each.as_dict() for each in self.replacements]
+        return document
 
 
 def verdict(evidence: Evidence) -> Verdict:
@@ -70,6 +76,8 @@ def verdict(evidence: Evidence) -> Verdict:
     Three more checks can only make the decision stricter. Don't ship an adapter that is worse at a deciding benchmark;
     if that benchmark can't tell, neither can a *ship*. Don't ship answers that people prefer less in a blind review.
     Can't tell if only a judge that passed its controls prefers the other arm.
+
+    Incumbents have outcomes of their own (:mod:`tunewright.evidence.replacement`) and do not change the decision.
     """
     contrast = evidence.contrasts[0]
     decision, why = _decide(evidence, contrast)
@@ -79,12 +87,13 @@ def verdict(evidence: Evidence) -> Verdict:
         _measurement(evidence, contrast),
         *why,
         *_left_out(contrast),
+        *_against_parent(evidence),
         *regressions,
         *said,
         *_scope(evidence),
         *_cautions(evidence, contrast),
     )
-    return Verdict(decision, reasons, evidence.split)
+    return Verdict(decision, reasons, evidence.split, replacements=replacements(evidence, decision))
 
 
 def _with_benchmarks(evidence: Evidence, decision: Decision) -> tuple[Decision, list[str]]:
@@ -149,6 +158,26 @@ def _left_out(contrast: Contrast) -> list[str]:
         return []
     why = "; ".join(f"{reason} ({count:,})" for reason, count in contrast.left_out.items())
     return [f"Left out, not scored in both arms: {_count(sum(contrast.left_out.values()), 'item')}: {why}."]
+
+
+def _against_parent(evidence: Evidence) -> list[str]:
+    """Return a sentence about the adapter that the tuned one started from; it does not decide."""
+    found = next((c for c in evidence.deciding if c.control == "parent"), None)
+    if found is None:
+        return []
+    recorded = evidence.lineage.get("adapter", {}).get("lineage", {})
+    method = recorded.get("config", {}).get("train", {}).get("method", "sft")
+    tuning = "more supervised training" if method == "sft" else method.upper()
+    low, high = found.interval.low, found.interval.high
+    outcome = (
+        f"{tuning} is {'better' if low > 0 else 'worse'}" if low > 0 or high < 0 else f"{tuning} shows no difference"
+    )
+    better, worse = changed_words(evidence, found.metric)
+    return [
+        f"Against {recorded.get('parent', {}).get('name', 'its parent')}, from which it started, {outcome}: "
+        f"{points_text(found.difference)} points, 95% interval {points_text(low)} to {points_text(high)}, "
+        f"{_tested(evidence, found)}; {found.fixed} {better}, {found.broken} {worse}."
+    ]
 
 
 def _more_items(evidence: Evidence) -> str:

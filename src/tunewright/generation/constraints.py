@@ -56,7 +56,7 @@ class Grammar:
             return cls.regex(config.regex)
         schema = config.json_schema
         assert schema is not None
-        return cls.json_schema(_read_schema(root / schema) if isinstance(schema, str) else schema)
+        return cls.json_schema(read_schema(root / schema) if isinstance(schema, str) else schema)
 
     @classmethod
     def choices(cls, choices: Sequence[str]) -> Grammar:
@@ -84,7 +84,7 @@ class Grammar:
         return cls(f"%lark {{\n{grammar}\n}}")
 
 
-def _read_schema(path: Path) -> Any:
+def read_schema(path: Path) -> Any:
     try:
         schema = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

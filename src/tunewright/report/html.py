@@ -21,6 +21,7 @@ from tunewright.report.sections import (
     contrasts,
     cost,
     human_eval,
+    incumbents,
     items,
     judge,
     method,
@@ -88,6 +89,7 @@ def page_sections(
     """Return the page's sections in order, without those that were not measured."""
     found = (
         contrasts.section(evidence),
+        incumbents.section(evidence),
         arms.section(evidence),
         train_similarity.section(evidence),
         train_similarity.templates_section(evidence),

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from tunewright.evidence.benchmarks import Suite, suite_text
 from tunewright.evidence.causes import ProjectFacts, decided
 from tunewright.evidence.common import Interval
+from tunewright.evidence.replacement import Replacement
 from tunewright.evidence.schema import Arm, Contrast, Evidence
 from tunewright.metrics import metric_label, p_text, points_text
 from tunewright.report.text import cause_text, headline, metric_order, noise_line, suite_result
@@ -35,6 +36,7 @@ def verdict_markdown(evidence: Evidence, known: ProjectFacts | None = None) -> s
         bullets([plain(reason) for reason in reasons if reason not in in_table]),
         "Known causes:" if result.causes else "",
         bullets([plain(cause_text(cause)) for cause in result.causes]),
+        *(incumbent_block(each) for each in result.replacements),
         arms_table(evidence),
         contrasts_table(evidence),
         suites_table(evidence.regressions.suites) if evidence.regressions else "",
@@ -65,6 +67,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table of cells that are Markdown already; all columns but the first are right-aligned."""
     marks = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, marks, *rows))
+
+
+def incumbent_block(replacement: Replacement) -> str:
+    """Return the outcome for one incumbent with its reasons."""
+    head = f"**Incumbent {plain(replacement.incumbent.name)}: {replacement.outcome}**"
+    return "\n\n".join([head, bullets([plain(reason) for reason in replacement.reasons])])
 
 
 def arms_table(evidence: Evidence) -> str:

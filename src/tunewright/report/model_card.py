@@ -184,7 +184,8 @@ def _data(lineage: Mapping[str, Any]) -> tuple[str, ...]:
 def _recipe(lineage: Mapping[str, Any]) -> tuple[str, ...]:
     config = lineage.get("config") or {}
     train = config.get("train", {})
-    rows = [[f"`{key}`", plain(_value(train[key]))] for key in _RECIPE if key in train]
+    tuning = [key for key in ("from", "method", "beta") if train.get(key) not in (None, "sft")]
+    rows = [[f"`{key}`", plain(_value(train[key]))] for key in (*tuning, *_RECIPE) if key in train]
     if "seed" in lineage:
         rows.append(["`seed`", plain(str(lineage["seed"]))])
     packages = ", ".join(f"{name} {version}" for name, version in sorted(lineage.get("packages", {}).items()))

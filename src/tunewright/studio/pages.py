@@ -123,7 +123,8 @@ def _evaluations(visit: Visit) -> list[Evaluation]:
             found.append(Evaluation(name, "unreadable", str(error), on_test=False))
         else:
             on_test = not name.startswith(DEV_PREFIX)
-            found.append(Evaluation(name, verdict.decision, verdict.reasons[0], on_test))
+            against = [f"Incumbent {each.incumbent.name}: {each.outcome}." for each in verdict.replacements]
+            found.append(Evaluation(name, verdict.decision, " ".join([verdict.reasons[0], *against]), on_test))
     return found
 
 

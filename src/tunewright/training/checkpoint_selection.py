@@ -18,6 +18,11 @@ REPLAY_KL = "replay_kl"
 REPLAY_LOSS = "replay_loss"
 """Parts of ``loss`` in a run with replay: the pairs' loss, and the replayed rows' KL divergence or loss."""
 
+REWARD_CHOSEN = "rewards/chosen"
+REWARD_REJECTED = "rewards/rejected"
+REWARD_ACCURACY = "rewards/accuracies"
+"""trl's names in preference tuning: mean rewards of the answers, and the share of pairs whose chosen one has more."""
+
 _KEPT = (
     "step",
     "epoch",
@@ -25,6 +30,9 @@ _KEPT = (
     PAIR_LOSS,
     REPLAY_KL,
     REPLAY_LOSS,
+    REWARD_CHOSEN,
+    REWARD_REJECTED,
+    REWARD_ACCURACY,
     DEV_LOSS,
     DEV_METRIC,
     "learning_rate",
@@ -88,10 +96,14 @@ def evaluations(history: Sequence[Mapping[str, Any]]) -> list[Evaluation]:
 
 
 def pairs_loss(row: Mapping[str, Any]) -> float | None:
-    """Return the training loss of a step's pairs; None for other rows, and for a step of replayed rows alone."""
+    """Return the training loss of a step's pairs, in nats per token.
+
+    It is None for other rows, for a step of replayed rows alone, and in preference tuning, whose loss is another.
+    """
     if PAIR_LOSS in row:
         return float(row[PAIR_LOSS])
-    pairs_only = "loss" in row and not {REPLAY_KL, REPLAY_LOSS} & row.keys()
+    other = {REPLAY_KL, REPLAY_LOSS, REWARD_CHOSEN, REWARD_REJECTED}
+    pairs_only = "loss" in row and not other & row.keys()
     return float(row["loss"]) if pairs_only else None
 
 

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from tunewright.training.checkpoint_selection import PAIR_LOSS, REPLAY_KL, REPLAY_LOSS
+
+
+class StepStatistics(Protocol):
+    """Numbers of a step that are added up on the device, and read once when the step is logged."""
+
+    def clear(self) -> None:
+        """Reset, for a step that is repeated or a new step."""
+
+    def means(self, over_processes: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Return the means by their names in the history; ``over_processes`` sums a tensor over all processes."""
 
 
 class LossBreakdown:

@@ -6,14 +6,16 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tunewright.adapters.registry import HISTORY
+from tunewright.adapters.registry import HISTORY, Adapter
 from tunewright.chat import Tokens
-from tunewright.config import Config, TrainConfig, metric_name
+from tunewright.config import BETA, Config, TrainConfig, metric_name
 from tunewright.core.errors import UserError
 from tunewright.core.interrupts import finishing
+from tunewright.core.io import digest
 from tunewright.core.progress import Reporter, Task
 from tunewright.models.bases import Base
 from tunewright.models.families import FAMILIES
@@ -32,8 +34,12 @@ from tunewright.training.dev_scores import DevTask
 from tunewright.training.kernels import use_liger
 from tunewright.training.micro_batch import MicroBatch
 from tunewright.training.packing.order import Sharing, resolve_sharing
-from tunewright.training.rows import as_columns
+from tunewright.training.rows import as_columns, render_digest
 from tunewright.training.stopping import stop_on_signal
+
+if TYPE_CHECKING:
+    # Imported where they are used: a run without them needs no part of the dataset's code.
+    from tunewright.training.preference.pairs import PreferenceRows
 
 
 def total_steps(settings: TrainConfig, rows: int) -> int:
@@ -47,10 +53,33 @@ def evaluation_interval(settings: TrainConfig, steps: int) -> int:
 
 
 class Run:
-    """One training run in its working folder."""
+    """One training run in its working folder.
 
-    def __init__(self, config: Config, base: Base, work: Path, reporter: Reporter) -> None:
+    Args:
+        config: decides.
+        base: the base.
+        work: the working folder.
+        reporter: shows progress.
+        parent: the adapter to start from; None: a new one.
+        preferences: the answers that a preference method trains on, instead of the training rows.
+        limit: tokens of the longest row.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        base: Base,
+        work: Path,
+        reporter: Reporter,
+        *,
+        parent: Adapter | None = None,
+        preferences: PreferenceRows | None = None,
+        limit: int = 0,
+    ) -> None:
         self.config = config
+        self.parent = parent
+        self.preferences = preferences
+        self.limit = limit or config.train.max_length
         self.base = base
         self.work = work
         self.name = f"{config.name}-{work.name}"
@@ -74,12 +103,13 @@ class Run:
 
         With ``until``, train only up to that step, and save its checkpoint. Dev is then evaluated for the history, not
         for the checkpoint, so the run that resumes from it is unaffected. ``replay`` are rows that the base wrote,
-        trained on as the config's train.replay says.
+        trained on as the config's train.replay says. Preferences replace ``train``.
         """
         from transformers import set_seed
 
         settings = self.config.train
-        steps = total_steps(settings, len(train) + len(replay))
+        rows = self._columns(train, replay)
+        steps = total_steps(settings, len(rows["input_ids"]))
         # Before the adapter is made: its A matrices are drawn at random.
         set_seed(self.config.seed)
         checkpoint = distributed.broadcast_from_main(lambda: resumable_checkpoint(self.work, self.base, self.reporter))
@@ -90,9 +120,7 @@ class Run:
             self.reporter.task(f"Training {self.config.name}", steps, "steps") as task,
         ):
             keeping = CheckpointCallback(self.work, self.base, stop)
-            trainer = self._trainer(
-                model, tokenizer, as_columns(train, replay), as_columns(dev), dev_task, keeping, task
-            )
+            trainer = self._trainer(model, tokenizer, rows, as_columns(dev), dev_task, keeping, task)
             if checkpoint is not None:
                 done = step_of(checkpoint)
                 self.reporter.say(f"Resuming from step {done} of {steps}")
@@ -117,6 +145,13 @@ class Run:
             raise KeyboardInterrupt
         return history_rows(trainer.state.log_history), seconds
 
+    def _columns(self, train: Sequence[Tokens], replay: Sequence[Tokens]) -> dict[str, list[Any]]:
+        """Return the columns of the training set; of preferences, the first answer of each row and its place."""
+        if self.preferences is None:
+            return as_columns(train, replay)
+        first = self.preferences.rows[:: self.preferences.answers_per_row]
+        return {**as_columns(first), "place": list(range(len(first)))}
+
     def _make_missing_evaluation(self, trainer: Any, checkpoint: Path) -> None:
         """Make the evaluation that a stop cut off after a checkpoint's step.
 
@@ -126,7 +161,7 @@ class Run:
         from transformers import TrainerState
 
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        _load_adapter(trainer, checkpoint)
+        load_adapter(trainer.model, checkpoint)
         if not trainer.evaluate():
             raise KeyboardInterrupt
         add_evaluation(checkpoint, trainer.state, self.base)
@@ -153,13 +188,14 @@ class Run:
         from transformers import PrinterCallback
 
         from tunewright.training.lora import lora_config
-        from tunewright.training.trainer import Trainer
 
-        settings = self.config.train
+        settings, preferences = self.config.train, self.preferences
         if settings.use_liger_kernel:
             use_liger(model)
+        paired = preferences is not None and preferences.answers_per_row == 2
         self.sharing = resolve_sharing(
             train["input_ids"],
+            partners=[row.ids for row in preferences.rows[1::2]] if preferences is not None and paired else None,
             setting=settings.prefix_sharing,
             dropout=settings.lora_dropout,
             micro_batch=micro_batch(settings),
@@ -167,7 +203,7 @@ class Run:
             seed=self.config.seed,
         )
         self.reporter.say(self.sharing.reason)
-        trainer = Trainer(
+        trainer = self._trainer_type()(
             model,
             share=self.sharing.share,
             kl=settings.replay.kl_coef if settings.replay else None,
@@ -192,7 +228,26 @@ class Run:
             micro_batch=self.micro_batch,
         )
         trainer.remove_callback(PrinterCallback)
+        if self.parent is not None:
+            load_adapter(trainer.model, self.parent.folder)
+        if preferences is not None and trainer.needs_reference:
+            from tunewright.training.preference.reference import set_reference
+
+            start = [self.base.digest, None if self.parent is None else self.parent.digest]
+            identity = digest([*start, render_digest(preferences.rows)])
+            set_reference(trainer, self.work, identity, self.reporter)
         return trainer
+
+    def _trainer_type(self) -> Any:
+        """Return the class of the trainer, with the arguments of a preference method."""
+        if self.preferences is None:
+            from tunewright.training.trainer import Trainer
+
+            return Trainer
+        from tunewright.training.preference.trainer import PreferenceTrainer
+
+        beta = self.config.train.beta or BETA
+        return partial(PreferenceTrainer, preferences=self.preferences, beta=beta, limit=self.limit)
 
     def _arguments(self, steps: int) -> Any:
         import torch
@@ -269,8 +324,16 @@ def require_fsdp_supported(settings: TrainConfig) -> None:
     """Check that this config can be trained on a base that FSDP shards.
 
     Raises:
-        UserError: replay is set. It needs passes of the base that each process makes alone.
+        UserError: replay or a preference method is set, which need passes that each process makes alone, or an adapter
+            to start from, whose weights are not sharded.
     """
+    if settings.from_ is not None or settings.prefers:
+        key = "train.method" if settings.prefers else "train.from"
+        raise UserError(
+            f"{key} is not supported with FSDP",
+            where=key,
+            fix="Start without FSDP (`accelerate launch --multi_gpu`).",
+        )
     if settings.replay is not None:
         raise UserError(
             "Replay is not supported with FSDP: each process makes passes of the base alone",
@@ -331,10 +394,11 @@ def _train(trainer: Any, keeping: CheckpointCallback, checkpoint: Path | None) -
             trainer.save_step_before()
 
 
-def _load_adapter(trainer: Any, checkpoint: Path) -> None:
+def load_adapter(model: Any, folder: Path) -> None:
+    """Load an adapter's weights into a peft model whose own adapter has the same LoRA settings."""
     from peft import load_peft_weights, set_peft_model_state_dict
 
-    set_peft_model_state_dict(trainer.model, load_peft_weights(str(checkpoint), device="cpu"))
+    set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
 
 
 def _evaluate_at_pause(trainer: Any, checkpoint: Path | None) -> None:
@@ -343,6 +407,6 @@ def _evaluate_at_pause(trainer: Any, checkpoint: Path | None) -> None:
     if evaluated and evaluated[-1].step == trainer.state.global_step:
         return
     if checkpoint is not None:
-        _load_adapter(trainer, checkpoint)
+        load_adapter(trainer.model, checkpoint)
     trainer.remove_callback(EvaluationCallback)  # it counts the run's own evaluations
     trainer.evaluate()

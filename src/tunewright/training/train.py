@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, writing
 from tunewright.core.progress import Reporter
+from tunewright.core.text import count_of
 from tunewright.data.versions import DatasetVersion
 from tunewright.metrics import metric_inputs
 from tunewright.models.bases import Base
@@ -44,6 +45,8 @@ from tunewright.training.divergence import UnstableRunError
 from tunewright.training.kernels import require_liger
 from tunewright.training.lora import require_precision
 from tunewright.training.packing.order import ORDER
+from tunewright.training.parent import parent_inputs, parent_lineage, require_parent
+from tunewright.training.preference.pairs import PreferenceRows, preference_inputs, preference_rows
 from tunewright.training.replay import Replay, draw_replay, replay_inputs
 from tunewright.training.rows import EncodedRows, render_digest, training_rows
 from tunewright.training.run import Run, require_fsdp_supported
@@ -74,7 +77,8 @@ def training_inputs(project: ProjectFolder, version: DatasetVersion, base: Base,
     """Return everything that decides which adapter a training run produces.
 
     Raises:
-        UserError: a benchmark's file, which replay is checked against, cannot be read.
+        UserError: a benchmark's file, which replay is checked against, cannot be read, or there is no adapter that
+            ``train.from`` names.
     """
     config = project.config
     return {
@@ -86,6 +90,8 @@ def training_inputs(project: ProjectFolder, version: DatasetVersion, base: Base,
         "seed": config.seed,
         "order": ORDER,
         **replay_inputs(project),
+        **parent_inputs(project),
+        **preference_inputs(config.train, project.dataset, version),
     }
 
 
@@ -155,6 +161,7 @@ def train(
     with working_folder(work), quiet_transformers(), writing(work):
         run = _run(project, version, base, chat, reporter, work)
         inputs = {**training_lineage(config, version, base, chat), "inputs_digest": identity, **(facts or {})}
+        inputs |= parent_lineage(run.parent)
         adapter = distributed.broadcast_from_main(lambda: _store(run, config, work, place, inputs, signer))
     if distributed.is_main_process():
         shutil.rmtree(work)
@@ -200,6 +207,8 @@ class _TrainedRun:
     seconds: float
     details: dict[str, Any]
     """See `Run.details`."""
+    parent: Adapter | None
+    preferences: PreferenceRows | None
 
     @cached_property
     def evaluated(self) -> list[Evaluation]:
@@ -229,10 +238,22 @@ def _run(
             "computes."
         )
     limit = min(config.train.max_length, context_length(base))
+    parent = require_parent(project, version, base, chat, reporter)
+    if not config.train.generated:
+        kept = tuple(m for m in version.members if not (m.generated and m.split == "train"))
+        left_out = len(version.members) - len(kept)
+        reporter.say(f"{count_of(left_out, 'generated row')} left out of the training (train.generated: false)")
+        version = replace(version, members=kept)
+    preferences = None
+    if config.train.prefers:
+        preferences = preference_rows(config.train, project.dataset, version, chat, limit, reporter)
     splits = {
         name: training_rows(chat, version.examples(name), limit, config.train.on_overlength, reporter)
         for name in ("train", "dev")
+        if name == "dev" or preferences is None
     }
+    if preferences is not None:
+        splits["train"] = preferences.answers
     encoded_train, encoded_dev = splits["train"].rows, splits["dev"].rows
     refuse_untrained(chat, base, frozenset(token for row in encoded_train for token in row.ids))
     dev = list({m.key: m for m in splits["dev"].members}.values())
@@ -249,7 +270,7 @@ def _run(
 
         # Before the base is loaded: if vLLM writes the samples, it has the GPU for itself.
         replay = draw_replay(project, version, base, chat, model, limit, reporter)
-        run = Run(config, base, work, reporter)
+        run = Run(config, base, work, reporter, parent=parent, preferences=preferences, limit=limit)
         try:
             with tracked_in(project.work / "trackers", config.name, run.name):
                 history, seconds = run.fit(
@@ -257,8 +278,9 @@ def _run(
                 )
         except UnstableRunError as broken:
             # Returned, not raised: a traceback would keep the model while a sweep handles the error.
-            return broken.as_user_error([*splits["train"].members, *replay.members])
-        return _TrainedRun(splits, task, replay, history, seconds, run.details())
+            trained = splits["train"].members if preferences is None else preferences.members
+            return broken.as_user_error([*trained, *replay.members])
+        return _TrainedRun(splits, task, replay, history, seconds, run.details(), parent, preferences)
 
     result = finished_run()
     # transformers' trainer and accelerate form reference cycles with the model, and the next base needs its memory.
@@ -296,6 +318,7 @@ def _store(
             "dev_rows_answered": 0 if task is None else len(task.requests),
         },
         **run.replay.lineage,
+        **({} if run.preferences is None else run.preferences.lineage),
     }
     return store_adapter(
         place,

@@ -22,7 +22,7 @@ from tunewright.training.checkpoint_selection import DEV_METRIC
 from tunewright.training.checkpoints import is_complete
 from tunewright.training.dev_scores import DevTask
 from tunewright.training.lora import keep_float32
-from tunewright.training.loss_breakdown import LossBreakdown
+from tunewright.training.loss_breakdown import LossBreakdown, StepStatistics
 from tunewright.training.micro_batch import MicroBatch, RawRows, in_memory, too_little_memory
 from tunewright.training.packing import PackedBatch, attention, pack
 from tunewright.training.packing.fused_loss import Reference, add_token_losses, batch_token_losses
@@ -66,7 +66,7 @@ class Trainer(SFTTrainer):
         self._tokens = 0
         """Tokens of rows trained on in this process since the last log."""
         self._last_log: tuple[float, int] | None = None
-        self._breakdown: LossBreakdown | None = None
+        self._breakdown: StepStatistics | None = None
         attention.register()
         # Use the packed layout in training, and SDPA without a layout, when answers are generated.
         model.set_attn_implementation(attention.NAME)
@@ -199,7 +199,8 @@ class Trainer(SFTTrainer):
             for epoch in range(math.ceil(self.args.num_train_epochs)):
                 own.set_epoch(epoch)
                 batches += own
-        places = longest_batch(rows["input_ids"], batches)
+        tokens = self._token_rows()
+        places = longest_batch(tokens, batches)
         longest = RawRows(tuple(rows[place] for place in places))
         size = len(places)
         devices = [torch.cuda.current_device()] if self.accelerator.device.type == "cuda" else []
@@ -220,8 +221,14 @@ class Trainer(SFTTrainer):
                     break
                 size = micro.halve(size, 0)
         fits: int = min(gather_object([micro.asked if size == len(places) else size]))
-        micro.choose(fits, sum(len(row["input_ids"]) for row in longest.rows))
+        micro.choose(fits, sum(len(tokens[place]) for place in places))
         return fits
+
+    def _token_rows(self) -> Sequence[Sequence[int]]:
+        """Return the token ids that each training row puts into a pass."""
+        rows: Any = self.train_dataset
+        ids: Sequence[Sequence[int]] = rows["input_ids"][:]
+        return ids
 
     def _clear_breakdown(self) -> None:
         if self._breakdown is not None:
@@ -245,7 +252,7 @@ class Trainer(SFTTrainer):
         assert not return_outputs, "logits are never kept"
         batch: PackedBatch = inputs["packed"]
         losses = batch_token_losses(model, batch, self._reference(model, batch))
-        if self._breakdown is not None:
+        if isinstance(self._breakdown, LossBreakdown):
             self._breakdown.add(losses, batch.replayed)
         loss: Tensor = losses.sum()
         if num_items_in_batch is None:

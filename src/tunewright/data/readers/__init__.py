@@ -15,6 +15,7 @@ from tunewright.core.io import file_digest
 from tunewright.core.progress import Task
 from tunewright.core.text import count_of
 from tunewright.data.examples import Example
+from tunewright.data.readers.generated_rows import generated_groups, has_generated_rows, is_generated, unmapped
 from tunewright.data.readers.row_errors import json_path
 from tunewright.data.readers.schemas import parse_conversation
 from tunewright.data.readers.sources import check_mapping, open_source, require_columns
@@ -49,7 +50,7 @@ class SourceRow:
     ``source`` is the file as the user named it, in a workbook with ``:SHEET``. ``line`` (from 1) is the line where the
     row starts; it is the number of the row if there are no lines (Parquet, workbooks, saved datasets, rows created by
     data.rows), or if rows share a line. ``groups`` has the row's values of data.group_by, ``metadata`` those of unused
-    keys.
+    keys. ``generated`` is true if a model wrote the answer.
     """
 
     example: Example
@@ -57,6 +58,7 @@ class SourceRow:
     line: int
     groups: dict[str, str] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
+    generated: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,8 @@ def scan_pairs(path: Path, data: DataConfig, notes: list[str], task: Task | None
         UserError: the file cannot be read (missing, empty, unknown format or encoding, missing column, truncated JSON
             or CSV), or a template or JMESPath of the config is invalid.
     """
-    source = open_source(path, data, notes, task)
+    chats = unmapped(data)
+    source = open_source(path, chats if has_generated_rows(path) else data, notes, task)
     kinds: Counter[tuple[str, str]] = Counter()
     left_out: Counter[str] = Counter()
     ignored: set[str] = set()
@@ -122,13 +125,16 @@ def scan_pairs(path: Path, data: DataConfig, notes: list[str], task: Task | None
         try:
             if isinstance(row, RowError):
                 raise row
+            generated = is_generated(row)
+            settings = chats if generated else data
             ignored.update(row.keys() & data.drop_columns)
-            conversation = parse_conversation(row, data, above, parent)
+            conversation = parse_conversation(row, settings, above, parent)
             kinds[conversation.kind, conversation.reason] += 1
-            example = example_from_turns(conversation.turns, data, conversation.tools)
+            example = example_from_turns(conversation.turns, settings, conversation.tools)
             metadata, too_long = metadata_of(row, conversation, data)
             left_out.update(too_long)
-            yield SourceRow(example, source.name, line, groups_of(row, data, parent), metadata)
+            groups = generated_groups(row, data) if generated else groups_of(row, data, parent)
+            yield SourceRow(example, source.name, line, groups, metadata, generated)
         except RowError as fault:
             yield fault_of(fault, source.name, line)
     if not count:

@@ -222,7 +222,8 @@ def metadata_of(
     ``REJECTED`` is the rejected answer of a preference row.
 
     Raises:
-        RowError: a rejected answer that is invalid, as for ``example_from_turns``.
+        RowError: a rejected answer that is invalid, as for ``example_from_turns``, or a completion that is labelled as
+            undesirable.
     """
     kept: dict[str, Any] = {}
     left_out: list[str] = []
@@ -233,6 +234,9 @@ def metadata_of(
     for key, given in row.items():
         if key in conversation.keys or key in data.group_by or key in data.drop_columns:
             continue
+        if key == "label" and given is False and "completion" in row:  # trl's unpaired preferences, which KTO takes
+            reason = "label is false, so the completion is an undesirable answer and not an ideal output"
+            raise RowError("E209", reason, ("label",))
         try:
             value = _json_value(given)
             text = json.dumps({key: value}, ensure_ascii=False, allow_nan=False)

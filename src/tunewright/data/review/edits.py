@@ -94,6 +94,8 @@ def apply_edits(project: ProjectFolder, reporter: Reporter, *, message: str = ""
         source = Source(
             name=f"{dataset.name}/{REVIEWS_FILE}", sha256=file_digest(dataset / REVIEWS_FILE), rows=len(edited)
         )
+        now = {e.now for e in edited}
+        members = rename_clusters(without_unaccepted(dataset, parent.manifest, members, reporter, now))
         version = new_manifest(
             members,
             parent,
@@ -197,6 +199,47 @@ def superseded_keys(dataset: Path, manifest: Manifest) -> dict[str, str]:
                     steps[gone] = entry["key"]
                 steps.pop(entry["key"], None)
     return steps
+
+
+def unaccepted_keys(dataset: Path, manifest: Manifest | None, generated: Collection[str]) -> frozenset[str]:
+    """Return the generated rows that no person has accepted: by the verdict "right", or by an applied edit.
+
+    Args:
+        manifest: the version that has the edits; None: there is no version.
+        generated: pair keys of generated rows.
+    """
+    if not generated:
+        return frozenset()
+    reviews = read_reviews(dataset)
+    edited = set()
+    for path in import_files(dataset, manifest) if manifest else ():
+        for line in text_lines(path.read_text(encoding="utf-8")):
+            if '"fate":"edited"' in line:
+                edited.add(json.loads(line)["key"])
+
+    def accepted(key: str) -> bool:
+        found = reviews.finding(key)
+        return found == "right" or (found is None and key in edited)
+
+    return frozenset(key for key in generated if not accepted(key))
+
+
+def without_unaccepted(
+    dataset: Path, manifest: Manifest, members: Sequence[Member], reporter: Reporter, edited: Collection[str] = ()
+) -> list[Member]:
+    """Return the members of a new version without held-out generated rows whose acceptance was withdrawn.
+
+    Args:
+        manifest: the version before.
+        edited: pair keys of rows that a person edits in the new version.
+    """
+    held_out = {m.key for m in members if m.generated and m.split != "train"} - set(edited)
+    gone = unaccepted_keys(dataset, manifest, held_out)
+    if gone:
+        named = ", ".join(short(key) for key in sorted(gone)[:10])
+        what = count_of(len(gone), "generated row")
+        reporter.warn(f"{what} of dev or test left out, because the acceptance was withdrawn: {named}")
+    return [m for m in members if m.key not in gone]
 
 
 def waiting_edits(reviews: ReviewLog, version: DatasetVersion) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tunewright.data.review.acceptance import Outcome, judge, sample_order
-from tunewright.data.review.edits import waiting_edits
+from tunewright.data.review.edits import unaccepted_keys, waiting_edits
 from tunewright.data.review.reviews import DrawEvent, ReviewLog, findings, outcome, read_reviews, status_line
 from tunewright.data.versions import DatasetVersion, current_manifest, short
 from tunewright.data.versions.members import read_places
@@ -99,6 +99,10 @@ class ReviewReport:
     """Edited rows that are not in a version yet: number."""
     disputed: int
     """Edited rows whose reviewers disagree, which stay unchanged: number."""
+    generated: int
+    """Rows whose answer a model wrote: number."""
+    accepted: int
+    """Generated rows that a person accepted: number."""
 
     @property
     def status(self) -> str:
@@ -121,6 +125,9 @@ class ReviewReport:
             lines.insert(0, f"At most {self.outcome.upper:.1%} of the rows are wrong, at {level} (Clopper-Pearson).")
         if self.edits:
             lines.append(f"{self.edits:,} rows have pending edits: `tunewright data review --apply` applies them.")
+        if self.generated:
+            others = "; the others are only trained on" if self.accepted < self.generated else ""
+            lines.append(f"{self.accepted:,} of {self.generated:,} generated rows are accepted{others}.")
         if self.disputed:
             lines.append(f"{self.disputed:,} rows have disputed edits and stay unchanged.")
         return lines
@@ -136,18 +143,23 @@ class ReviewReport:
             "agreements": [asdict(agreement) for agreement in self.agreements],
             "edits": self.edits,
             "disputed": self.disputed,
+            "generated": self.generated,
+            "accepted": self.accepted,
         }
 
 
 def review_report(dataset: Path, version: DatasetVersion) -> ReviewReport:
     """Return the state of a version's review."""
     reviews = read_reviews(dataset)
+    generated = {m.key for m in version.domain if m.generated}
     return ReviewReport(
         version.digest,
         outcome(reviews, version),
         reviews.latest_draw(version.digest),
         tuple(agreements(reviews)),
         *waiting_edits(reviews, version),
+        generated=len(generated),
+        accepted=len(generated) - len(unaccepted_keys(dataset, version.manifest, generated)),
     )
 
 

@@ -6,14 +6,18 @@ import getpass
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.data.pii import secret_kinds
 from tunewright.data.readers.calls import edited_answer
+from tunewright.data.readers.generated_rows import GENERATED, PASSAGE
 from tunewright.data.readers.row_errors import RowError
 from tunewright.data.review.acceptance import FixedPlan, Outcome, SequentialPlan, judge, sample_order
+from tunewright.data.review.edits import unaccepted_keys
 from tunewright.data.review.label_models import Suspect
 from tunewright.data.review.reviews import (
     DrawEvent,
@@ -26,6 +30,8 @@ from tunewright.data.review.reviews import (
     status_line,
 )
 from tunewright.data.versions import DatasetVersion, Member
+
+_NO_METADATA: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,9 @@ class ReviewItem:
 class ReviewSession:
     """A session over the version's sample or suspects; each verdict is written before the next row is shown.
 
+    Generated rows that nobody has accepted come before the sample. They are apart from it, like suspects, so that the
+    sample stays random.
+
     Args:
         dataset: the project's dataset folder.
         version: the rows.
@@ -50,6 +59,7 @@ class ReviewSession:
         suspects: rows to review instead of the sample.
         second: review rows again that others have reviewed, blind.
         allow: kinds of secrets that answers may contain (data.allow).
+        metadata: of generated rows, by pair key, with their provenance.
 
     Raises:
         UserError: a plan other than the existing sample's, or mutually exclusive options.
@@ -67,6 +77,7 @@ class ReviewSession:
         suspects: Sequence[Suspect] | None = None,
         second: bool = False,
         allow: Collection[str] = (),
+        metadata: Mapping[str, Mapping[str, Any]] = _NO_METADATA,
     ) -> None:
         if not reviewer.strip():
             raise UserError("The reviewer's name is empty", where="--reviewer", fix="Pass a name.")
@@ -85,6 +96,12 @@ class ReviewSession:
         self.why = {s.key: f"{s.reason}: {s.detail}" for s in suspects or ()}
         self.drawn = None if suspects is not None else self._draw(plan, redraw, reporter)
         self.order = [s.key for s in suspects or ()] if self.drawn is None else self._order(self.drawn)
+        self.generated: list[str] = []
+        if self.drawn is not None and not second:
+            written = {m.key for m in version.domain if m.generated}
+            doubtful = unaccepted_keys(dataset, version.manifest, written)
+            self.generated = [key for key in self.order if key in doubtful]
+            self.why |= {key: written_by(metadata.get(key, {})) for key in self.generated}
 
     def _order(self, drawn: DrawEvent) -> list[str]:
         return sample_order(list(self.members), self.version.digest, drawn.draw)
@@ -125,12 +142,18 @@ class ReviewSession:
         """State in one line; for suspects, the number reviewed."""
         found = self.outcome
         if self.drawn is not None and found is not None:
-            return status_line(found, self.drawn.plan, self.drawn.draw)
+            line = status_line(found, self.drawn.plan, self.drawn.draw)
+            done = sum(self.reviews.finding(key) is not None for key in self.generated)
+            first = f"generated rows: {done:,} of {len(self.generated):,} reviewed; " if self.generated else ""
+            return first + line
         done = sum(self.reviews.finding(key) is not None for key in self.order)
         return f"suspects: {done:,} of {len(self.order):,} reviewed"
 
     def next(self) -> ReviewItem | None:
         """Return the next row to review; None if the sample has decided or the queue is empty."""
+        for number, key in enumerate(self.generated, start=1):
+            if key not in self._skipped and self._open(key):
+                return self._card(key, number)
         if self.drawn is not None and not self.second:
             found = self.outcome
             if found is not None and found.decision != "continue":
@@ -142,15 +165,17 @@ class ReviewSession:
 
     @property
     def needed(self) -> int:
-        """Minimum number of rows until the version can be accepted; for suspects, the number left."""
+        """Generated rows left, and the fewest rows until the version can be accepted; for suspects, the number left."""
         found = self.outcome
         if self.drawn is not None and found is not None:
-            return found.needed
+            return found.needed + sum(map(self._open, self.generated))
         return sum(self._open(key) for key in self.order)
 
     def upcoming(self, most: int) -> list[ReviewItem]:
         """Return at most ``most`` next rows, for review outside of this session."""
-        numbered = ((number, key) for number, key in enumerate(self.order, start=1) if self._open(key))
+        there = set(self.generated)
+        queue = [*self.generated, *(key for key in self.order if key not in there)]
+        numbered = ((number, key) for number, key in enumerate(queue, start=1) if self._open(key))
         return [self._card(key, number) for (number, key), _ in zip(numbered, range(most), strict=False)]
 
     def _card(self, key: str, number: int) -> ReviewItem:
@@ -169,7 +194,8 @@ class ReviewSession:
     def judge(self, card: ReviewItem, verdict: Verdict, output: str | None = None) -> None:
         """Record a verdict; an edit needs the corrected answer."""
         assert (verdict == "edit") == (output is not None), "an edit, and only an edit, has an output"
-        draw = self.drawn.draw if self.drawn is not None else None
+        in_sample = self.drawn is not None and card.member.key not in self.generated
+        draw = self.drawn.draw if self.drawn is not None and in_sample else None
         self._append(
             VerdictEvent(
                 key=card.member.key,
@@ -209,6 +235,18 @@ class ReviewSession:
         self._append(UndoEvent(key=last.key, version=self.version.digest, reviewer=self.reviewer, when=now()))
         self._skipped.discard(last.key)
         return self._card(last.key, self.order.index(last.key) + 1 if last.key in self.order else 0)
+
+
+def written_by(metadata: Mapping[str, Any]) -> str:
+    """Return who wrote a generated row, and how many of its samples agree, from the row's metadata."""
+    about = metadata.get(GENERATED, {})
+    passage = metadata.get(PASSAGE, {})
+    text = f"generated: by {about.get('teacher', 'a model')}"
+    if about.get("samples", 1) > 1:
+        text += f", agreement {about['agreement']:.0%} of {about['samples']} samples"
+    if "quote" in passage:
+        text += f'; {passage.get("name")}, {passage.get("at")}: "{passage["quote"]}"'
+    return text
 
 
 def check_options(actions: Mapping[str, bool], choices: Mapping[str, bool], message: bool) -> None:

@@ -1,9 +1,10 @@
 """Members of a version: dataset/versions/DIGEST12/members.tsv, sorted lines of pair key, split and cluster.
 
-A row with groups, or of the generic mix-in, has a fourth field with JSON:
+A row with groups, of the generic mix-in, or whose answer a model wrote, has a fourth field with JSON:
 
     KEY	SPLIT	CLUSTER	{"groups":["customer=ACME"]}
     KEY	train	CLUSTER	{"mix":true}
+    KEY	train	CLUSTER	{"generated":true}
 
 The SHA-256 of these lines is the version's digest. The file of a version that differs little from its parent has only
 the difference, so that an added row costs a line, in git and on disk:
@@ -31,12 +32,13 @@ MEMBERS = "members.tsv"
 
 
 class Place(NamedTuple):
-    """Place of a row in a version: split, cluster, sorted groups ("customer=ACME"), and whether it is mix-in."""
+    """Place of a row in a version: split, cluster, sorted groups ("customer=ACME"), if it is mix-in, if generated."""
 
     split: Split
     cluster: str
     groups: tuple[str, ...] = ()
     mixed: bool = False
+    generated: bool = False
 
 
 Places = dict[str, Place]
@@ -91,8 +93,7 @@ def places_of(text: str) -> Places:
     places: Places = {}
     for line in text_lines(text):
         key, split, cluster, *rest = line.split("\t")
-        groups, mixed = _read_more(rest[0]) if rest else ((), False)
-        places[key] = Place(_split(split), cluster, groups, mixed)
+        places[key] = Place(_split(split), cluster, *(_read_more(rest[0]) if rest else ()))
     return places
 
 
@@ -101,23 +102,31 @@ def member_line(key: str, place: Place) -> str:
     more: dict[str, Any] = {"groups": list(place.groups)} if place.groups else {}
     if place.mixed:
         more["mix"] = True
+    if place.generated:
+        more["generated"] = True
     return "\t".join([key, place.split, place.cluster, *([canonical_json(more)] if more else [])]) + "\n"
 
 
-def _read_more(field: str) -> tuple[tuple[str, ...], bool]:
-    """Return groups and mix-in from the fourth field.
+def _read_more(field: str) -> tuple[tuple[str, ...], bool, bool]:
+    """Return groups, mix-in and generated from the fourth field.
 
     Raises:
         ValueError: ``member_line`` would write it otherwise.
     """
     more = json.loads(field)
-    if not isinstance(more, dict) or not more or more.keys() - {"groups", "mix"} or canonical_json(more) != field:
+    if (
+        not isinstance(more, dict)
+        or not more
+        or more.keys() - {"groups", "mix", "generated"}
+        or canonical_json(more) != field
+    ):
         raise ValueError(field)
     groups = more.get("groups", ["-"])
     named = isinstance(groups, list) and groups and all(isinstance(value, str) for value in groups)
-    if not named or groups != sorted(set(groups)) or more.get("mix", True) is not True:
+    flags = all(more.get(name, True) is True for name in ("mix", "generated"))
+    if not named or groups != sorted(set(groups)) or not flags:
         raise ValueError(field)
-    return tuple(more.get("groups", ())), "mix" in more
+    return tuple(more.get("groups", ())), "mix" in more, "generated" in more
 
 
 def _is_more(field: str) -> bool:

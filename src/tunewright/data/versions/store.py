@@ -17,6 +17,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json, new_folder, text_lines, write_json, write_text, writing
 from tunewright.core.locks import locked_folder
 from tunewright.core.progress import Reporter
+from tunewright.data.versions.kept_pairs import KEPT_PAIRS_FILE, erase_kept_pairs
 from tunewright.data.versions.members import MEMBERS, members_file, read_places
 from tunewright.data.versions.removals import REMOVED_FILE, describe_purges, erased_metadata, read_removals
 from tunewright.data.versions.rows import has_rows, read_rows, remove_rows, write_rows
@@ -86,7 +87,7 @@ def _clear_unfinished(dataset: Path) -> None:
 
 
 def erase_purged(dataset: Path) -> int:
-    """Erase the text of purged rows from the dataset, and their metadata from every version's imports.
+    """Erase the text and pairs of purged rows from the dataset, and their metadata from every version's imports.
 
     Returns:
         The number of rows with text.
@@ -97,6 +98,7 @@ def erase_purged(dataset: Path) -> int:
     there = has_rows(dataset / "rows", purged)
     with writing(dataset):
         remove_rows(dataset / "rows", there)
+        erase_kept_pairs(dataset, purged)
         for path in sorted(dataset.glob(f"versions/{'[0-9a-f]' * 12}/{IMPORTS}")):
             manifest = path.parent / MANIFEST
             if manifest.is_file():
@@ -113,10 +115,9 @@ def _remove_leftovers(dataset: Path) -> None:
     marker = dataset.glob(f"{Path(UNFINISHED).parent}/.{Path(UNFINISHED).name}.*")
     folders = f"versions/.{'[0-9a-f]' * 12}.*"
     with writing(dataset):
-        logs = dataset.glob(f".{REMOVED_FILE}.*"), dataset.glob(".reviews.jsonl.*")
+        names = (REMOVED_FILE, "reviews.jsonl", KEPT_PAIRS_FILE)
         for path in (
-            *logs[0],
-            *logs[1],
+            *(path for name in names for path in dataset.glob(f".{name}.*")),
             *dataset.glob(".HEAD.*"),
             *dataset.glob("rows/.??.jsonl.*"),
             *dataset.glob(folders),
@@ -199,7 +200,10 @@ def _new_records(
         fate, before = record["fate"], recorded.get((record["source"], record["line"]))
         known = fate == "known" and before is not None and before[1] == record["key"]
         known = known and metadata.get((record["source"], record["line"])) == record.get("metadata")
-        again = fate in ("contaminated", "not mixed", "removed") and before == (fate, record.get("of", record["key"]))
+        again = fate in ("contaminated", "unaccepted", "not mixed", "removed") and before == (
+            fate,
+            record.get("of", record["key"]),
+        )
         if not (known or again or (fate == "mixed" and record["key"] in mixed)):
             yield record
 

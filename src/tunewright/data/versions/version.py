@@ -182,6 +182,8 @@ class Member:
     """Values of data.group_by that the row shares with others, such as "customer=ACME"; sorted."""
     mixed: bool = False
     """True for rows of the generic mix-in, which are trained on but are not domain rows."""
+    generated: bool = False
+    """True for rows whose answer a model wrote: they are held out only if a person has accepted them."""
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,8 @@ def keys_digest(keys: Iterable[str]) -> str:
 
 def members_text(members: Iterable[Member]) -> str:
     """Return the members as sorted lines, whose SHA-256 is the version's digest."""
-    return "".join(sorted(member_line(m.key, Place(m.split, m.cluster, m.groups, m.mixed)) for m in members))
+    places = ((m.key, Place(m.split, m.cluster, m.groups, m.mixed, m.generated)) for m in members)
+    return "".join(sorted(member_line(key, place) for key, place in places))
 
 
 def members_digest(members: Iterable[Member]) -> str:

@@ -23,20 +23,30 @@ from tunewright.evaluation.human_eval.sample import keep_sample, open_sample, tr
 from tunewright.evidence.schema import Evidence, Item, load_evidence, load_items
 
 
-def check_options(*, results: bool, export: bool, sheet: bool, items: bool, reviewer: bool, reference: bool) -> None:
+def check_options(
+    *,
+    results: bool,
+    export: bool,
+    sheet: bool,
+    items: bool,
+    reviewer: bool,
+    reference: bool,
+    keep_preferences: bool = False,
+) -> None:
     """Refuse options of ``tunewright human-eval`` that would be ignored; each argument is True if given.
 
     Raises:
         UserError: options conflict; the message names them.
     """
-    actions = [name for name, there in (("--results", results), ("--export", export), ("--import", sheet)) if there]
+    named = {"--results": results, "--export": export, "--import": sheet, "--keep-preferences": keep_preferences}
+    actions = [name for name, there in named.items() if there]
     if len(actions) > 1:
         raise UserError("These options are mutually exclusive", where=" ".join(actions), fix="Choose one.")
     if reference and not export:
         raise UserError("--reference requires --export", where="--reference", fix="Add --export.")
     idle = [name for name, there in (("--items", items), ("--reviewer", reviewer)) if there]
-    if results and idle:
-        raise UserError(f"--results does not use {', '.join(idle)}", where="--results", fix="Leave it out.")
+    if (results or keep_preferences) and idle:
+        raise UserError(f"{actions[0]} does not use {', '.join(idle)}", where=actions[0], fix="Leave it out.")
     if sheet and items:
         raise UserError("--import does not use --items", where="--import", fix="Leave it out.")
 

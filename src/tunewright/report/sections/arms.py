@@ -17,10 +17,12 @@ from tunewright.report.text import capitalised, metric_order, percent_interval
 COLOURS: dict[ArmKind, str] = {
     "tuned": TUNED,
     "tuned-retrieved": TUNED,
+    "parent": TUNED,
     "static": PROMPTING,
     "retrieved": PROMPTING,
     "mixed": PROMPTING,
     "zero-shot": PLAIN,
+    "incumbent": PLAIN,
 }
 
 

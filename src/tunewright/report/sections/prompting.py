@@ -5,6 +5,7 @@ from __future__ import annotations
 from tunewright.evidence.schema import Evidence, Fold, Narrowing, SeedSpread
 from tunewright.metrics import axis_label
 from tunewright.report.blocks import Block, Lead, Notes, Row, Section, Table, cells
+from tunewright.report.sections import prompt_optimization
 from tunewright.report.sections.arms import arms_figure, arms_table
 
 
@@ -28,6 +29,7 @@ def section(evidence: Evidence) -> Section | None:
             Lead("Demonstrations that are the same for every question depend on which ones were drawn:"),
             _draws(evidence.static),
         ]
+    blocks += prompt_optimization.blocks(evidence)
     if evidence.left_out:
         blocks.append(Notes(tuple(f"Left out: {each.name}, as {each.why}." for each in evidence.left_out)))
     if evidence.budget is not None:

@@ -125,11 +125,15 @@ def resolve_sharing(
     micro_batch: int,
     batch_size: int,
     seed: int,
+    partners: Sequence[Sequence[int]] | None = None,
 ) -> Sharing:
-    """Apply the config's ``setting`` to rows of token ids, batched as they are trained."""
+    """Apply the config's ``setting`` to rows of token ids, batched as they are trained.
+
+    ``partners`` are further rows, each of which goes through the model with the row of the same index.
+    """
     tokens = computed = 0
     for places in islice(StepBatches(rows, seed, step_rows=batch_size, micro_batch=micro_batch), _BATCHES):
-        batch = [rows[place] for place in places]
+        batch = [each[place] for each in (rows, *([] if partners is None else [partners])) for place in places]
         tokens += sum(map(len, batch))
         computed += computed_tokens(batch, plan_groups(batch))
     saves = f"{tokens / computed:.1f} times fewer tokens to compute"

@@ -1,0 +1,359 @@
+"""An incumbent's answers, frozen: asked once from its endpoint, then read from a file that the access log binds."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+
+from tunewright.config import IncumbentConfig
+from tunewright.config.project import ProjectFolder
+from tunewright.core.clock import now
+from tunewright.core.errors import UserError
+from tunewright.core.io import canonical_json, digest, text_lines
+from tunewright.core.progress import Reporter
+from tunewright.data.examples import Example, Message, ToolCall, call_id
+from tunewright.data.tool_limits import ArgumentsError
+from tunewright.data.tools import canonical_arguments
+from tunewright.data.versions import Member
+from tunewright.endpoints.budget import Budget
+from tunewright.endpoints.client import Endpoint
+from tunewright.endpoints.replies import ChatRequest, Reply, cost, estimated_tokens
+from tunewright.evaluation.access_log import AccessLog
+from tunewright.evidence.common import Part
+
+Split = Literal["test", "dev"]
+
+NOT_FROZEN = "no frozen answer"
+_UNSTATED = "not stated"
+_STOPPED = "stopped by a content filter"
+
+
+class FrozenAnswer(Part):
+    """An answer as the endpoint gave it; a line of the file after the first."""
+
+    key: Annotated[str, Field(description="The row's pair key.")]
+    request: Annotated[str, Field(description="Digest of endpoint, model, parameters and conversation.")]
+    text: str
+    calls: Annotated[tuple[tuple[str, str], ...], Field(description="Function calls: name and arguments.")] = ()
+    finish: str | None
+    gap: Annotated[str | None, Field(description="Reason why there is no answer; null: there is one.")] = None
+    model: Annotated[str | None, Field(description="Model version as the endpoint stated it.")]
+    time: Annotated[str | None, Field(description="UTC, ISO 8601.")]
+    seconds: Annotated[float | None, Field(description="From the request to its whole reply.")]
+    at_once: Annotated[int, Field(description="Most requests in flight when it was asked.")]
+    prompt_tokens: int
+    completion_tokens: int
+    estimated: Annotated[bool, Field(description="The endpoint did not count tokens: guessed.")]
+    cost: Annotated[float | None, Field(description="At the prices of that time; null: no prices were set.")]
+
+    @property
+    def answer(self) -> str:
+        """The answer's text, function calls included in their canonical form, as references have them."""
+        calls = tuple(
+            ToolCall(name, _arguments(arguments), call_id(n)) for n, (name, arguments) in enumerate(self.calls)
+        )
+        return Message("assistant", self.text, calls=calls).text
+
+
+class FrozenHeader(Part):
+    """The first line of the file."""
+
+    schema_version: Literal[1] = 1
+    incumbent: str
+    url: str
+    model: str
+    parameters: dict[str, Any]
+    system_prompt: str | None
+    split: Split
+    rows: Annotated[str, Field(description="Digest of the rows' requests.")]
+    frozen: Annotated[str, Field(description="Time of freezing: UTC, ISO 8601.")]
+
+
+@dataclass(frozen=True)
+class FrozenSet:
+    """One split's frozen answers, in the rows' order; None for a row without one."""
+
+    path: Path
+    answers: list[FrozenAnswer | None]
+
+    @property
+    def given(self) -> list[FrozenAnswer]:
+        """The rows' answers, without gaps."""
+        return [answer for answer in self.answers if answer is not None and answer.gap is None]
+
+    @property
+    def requests(self) -> list[FrozenAnswer]:
+        """The given answers once for each request, since rows with equal prompts share one."""
+        return list({answer.request: answer for answer in self.given}.values())
+
+    @property
+    def gaps(self) -> dict[int, str]:
+        """Position of each row without an answer, to the reason."""
+        reasons = [NOT_FROZEN if answer is None else answer.gap for answer in self.answers]
+        return {place: reason for place, reason in enumerate(reasons) if reason is not None}
+
+    @property
+    def versions(self) -> dict[str, int]:
+        """Model versions with their numbers of answers."""
+        return dict(Counter(answer.model or _UNSTATED for answer in self.given))
+
+
+@dataclass(frozen=True)
+class IncumbentEstimate:
+    """Calls, tokens and cost of an incumbent's answers that are not there yet; tokens are guessed from characters."""
+
+    name: str
+    calls: int
+    known: int
+    prompt_tokens: int
+    completion_tokens: int
+    """As many as the references have."""
+    most_completion_tokens: int | None
+    """None: the parameters set no limit."""
+    cost: float | None
+    """None: no prices."""
+    most_cost: float | None
+
+
+class IncumbentModel:
+    """An incumbent of the config with its frozen answers.
+
+    Args:
+        project: holds the frozen answers and, until they are complete, the journal of replies.
+        config: the incumbent's.
+        reporter: shows progress and warnings.
+    """
+
+    def __init__(self, project: ProjectFolder, config: IncumbentConfig, reporter: Reporter) -> None:
+        where = f"evaluate.incumbents.{config.name}"
+        self.config = config
+        self.reporter = reporter
+        self.evaluations = project.evaluations
+        self.folder = project.incumbents
+        journals = project.work / "incumbents"
+        self.endpoint = Endpoint(config, where, journals, Budget(config.budget, f"{where}.budget"), reporter)
+
+    @property
+    def arm(self) -> str:
+        """The name of its arm."""
+        return f"incumbent-{self.config.name}"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides its answers."""
+        config = self.config
+        return {
+            "name": config.name,
+            "url": config.base_url,
+            "model": config.model,
+            "parameters": config.parameters,
+            "system_prompt": config.system_prompt,
+            "trained_on": list(config.trained_on),
+        }
+
+    def request(self, example: Example) -> ChatRequest:
+        """Return the request for a row: its messages, and its functions as ``tools``."""
+        turns = [{k: v for k, v in m.as_dict().items() if k != "weight"} for m in example.prompt]
+        functions: dict[str, Any] = {}
+        if turns[0]["role"] == "tools":
+            functions["tools"] = json.loads(turns.pop(0)["content"])
+        if self.config.system_prompt is not None:
+            turns = [turn for turn in turns if turn["role"] != "system"]
+            turns.insert(0, {"role": "system", "content": self.config.system_prompt})
+        return ChatRequest(tuple(turns), functions)
+
+    def estimate(self, members: Sequence[Member]) -> IncumbentEstimate:
+        """Estimate the calls that these rows still need; nothing is sent."""
+        missing = self._missing(members)
+        every = {self._key(m) for m in members}
+        prompt = sum(estimated_tokens(self.request(m.example).text) for m in missing.values())
+        completion = sum(estimated_tokens(m.example.output) for m in missing.values())
+        limit = self.config.reply_limit
+        most = None if limit is None else limit * len(missing)
+        return IncumbentEstimate(
+            name=self.config.name,
+            calls=len(missing),
+            known=sum(key in self._frozen or key in self.endpoint.journal.replies for key in every),
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            most_completion_tokens=most,
+            cost=cost(self.config, prompt, completion),
+            most_cost=None if most is None else cost(self.config, prompt, most),
+        )
+
+    def unfrozen(self, members: Sequence[Member]) -> int:
+        """Return the number of rows without a frozen answer that ``frozen: true`` leaves out."""
+        return sum(self._key(m) not in self._frozen for m in members) if self.config.frozen else 0
+
+    def require_ready(self, members: Sequence[Member]) -> None:
+        """Check that the rows can be answered: there is a key, or with ``frozen`` at least one answer.
+
+        Raises:
+            UserError: the key is missing, or nothing is frozen.
+        """
+        if members and self.unfrozen(members) == len(members):
+            raise UserError(
+                f"No answer of {self.config.name} to these {len(members):,} rows is frozen",
+                where=f"{self.endpoint.where}.frozen",
+                fix="Check base_url, model, parameters and system_prompt, which identify frozen answers, and the "
+                "folder incumbents.",
+            )
+        if self._missing(members):
+            self.endpoint.require_key()
+
+    def answers(self, members: Sequence[Member], split: Split) -> FrozenSet:
+        """Return the split's frozen answers; rows that have none are asked, and the file is written once all are there.
+
+        Raises:
+            UserError: the endpoint fails or the budget is used up (replies are kept), or a file was changed.
+        """
+        keys = [self._key(m) for m in members]
+        missing = self._missing(members)
+        if missing:
+            where = f"{self.config.model} at {self.config.base_url}"
+            self.reporter.say(f"{split.capitalize()} items are sent to {where} ({len(missing):,} calls)")
+        replies = self._asked(members, split)
+        lines = [self._line(m, key, replies) for m, key in zip(members, keys, strict=True)]
+        rows = digest(sorted(line.request for line in lines if line is not None))
+        frozen = FrozenSet(self.folder / f"{self.config.name}-{split}-{rows[:12]}.jsonl", lines)
+        if not frozen.path.exists() and any(line is not None for line in lines):
+            self._freeze(frozen, split, rows)
+        self._report(frozen, split)
+        return frozen
+
+    # Rows and files
+
+    def _key(self, member: Member) -> str:
+        return self.endpoint.journal.key(self.request(member.example))
+
+    def _missing(self, members: Sequence[Member]) -> dict[str, Member]:
+        """Return the rows to ask, one for each distinct request."""
+        if self.config.frozen:
+            return {}
+        wanted = {self._key(m): m for m in members}
+        return {k: m for k, m in wanted.items() if k not in self._frozen and k not in self.endpoint.journal.replies}
+
+    @cached_property
+    def _frozen(self) -> Mapping[str, FrozenAnswer]:
+        """Answers of all frozen files by request."""
+        files = sorted(self.folder.glob("[!.]*.jsonl"))
+        AccessLog(self.evaluations).require(*files)
+        return {line.request: line for file in files for line in read_frozen(file)}
+
+    def _asked(self, members: Sequence[Member], split: Split) -> dict[str, Reply]:
+        """Return the replies of rows that are not frozen, by request."""
+        if self.config.frozen:
+            return {}
+        wanted = {self._key(m): self.request(m.example) for m in members}
+        asked = {key: said for key, said in wanted.items() if key not in self._frozen}
+        if not asked:
+            return {}
+        replies = self.endpoint.ask(f"{self.arm} on {split}", list(asked.values()))
+        return dict(zip(asked, replies, strict=True))
+
+    def _line(self, member: Member, key: str, replies: Mapping[str, Reply]) -> FrozenAnswer | None:
+        if key in self._frozen:
+            return self._frozen[key].model_copy(update={"key": member.key})
+        reply = replies.get(key)
+        if reply is None:
+            return None
+        return FrozenAnswer(
+            key=member.key,
+            request=key,
+            text=reply.text,
+            calls=tuple(map(_named, reply.tool_calls)),
+            finish=reply.finish,
+            gap=reply.refused or (_STOPPED if reply.finish == "content_filter" else None),
+            model=reply.model,
+            time=reply.when,
+            seconds=reply.seconds,
+            at_once=self.config.concurrency,
+            prompt_tokens=reply.prompt_tokens,
+            completion_tokens=reply.completion_tokens,
+            estimated=reply.estimated,
+            cost=cost(self.config, reply.prompt_tokens, reply.completion_tokens),
+        )
+
+    def _freeze(self, frozen: FrozenSet, split: Split, rows: str) -> None:
+        config = self.config
+        assert config.base_url is not None and config.model is not None
+        header = FrozenHeader(
+            incumbent=config.name,
+            url=config.base_url,
+            model=config.model,
+            parameters=config.parameters,
+            system_prompt=config.system_prompt,
+            split=split,
+            rows=rows,
+            frozen=now(),
+        )
+        lines = [header, *(line for line in frozen.answers if line is not None)]
+        text = "".join(f"{canonical_json(line.model_dump(mode='json'))}\n" for line in lines)
+        AccessLog(self.evaluations).write(frozen.path, text)
+        self.reporter.say(f"Frozen: {len(lines) - 1:,} answers of {self.arm} in {self.relative(frozen.path)}")
+
+    def relative(self, path: Path) -> str:
+        """Return a path relative to the project."""
+        return os.path.relpath(path, self.folder.parent)
+
+    def _report(self, frozen: FrozenSet, split: Split) -> None:
+        """Report gaps, cut answers and changes of the model."""
+        total = len(frozen.answers)
+        if frozen.gaps:
+            why = "; ".join(f"{reason} ({count:,})" for reason, count in Counter(frozen.gaps.values()).items())
+            self.reporter.warn(f"{len(frozen.gaps):,} of {total:,} {split} items have no answer of {self.arm}: {why}")
+        cut = sum(answer.finish == "length" for answer in frozen.given)
+        if cut:
+            self.reporter.warn(
+                f"{cut:,} of {total:,} answers of {self.arm} on {split} reached its token limit and are scored "
+                "as cut; raise max_tokens in its parameters."
+            )
+        if len(frozen.versions) > 1:
+            counts = ", ".join(f"{name} ({count:,})" for name, count in frozen.versions.items())
+            self.reporter.warn(f"{self.arm} changed its model version on {split}: {counts}")
+
+
+def read_frozen(path: Path) -> list[FrozenAnswer]:
+    """Load the answers of a frozen file.
+
+    Raises:
+        UserError: a line has another form.
+    """
+    answers = []
+    for number, line in enumerate(text_lines(path.read_text(encoding="utf-8")), start=1):
+        try:
+            if number == 1:
+                FrozenHeader.model_validate_json(line)
+            else:
+                answers.append(FrozenAnswer.model_validate_json(line))
+        except ValidationError as error:
+            what = " ".join(str(error).splitlines()[1:3])
+            raise UserError(
+                f"Not a frozen answer: {what}", where=f"{path}:{number}", fix="Restore the file from git."
+            ) from None
+    return answers
+
+
+def _named(call: Any) -> tuple[str, str]:
+    """Return a call's name and arguments as the endpoint wrote them; a malformed one has its JSON in place of both."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        return "", json.dumps(call)
+    arguments = function.get("arguments", "")
+    return function["name"], arguments if isinstance(arguments, str) else json.dumps(arguments)
+
+
+def _arguments(text: str) -> str:
+    """Return a call's arguments in canonical form, or unchanged if they are no JSON object."""
+    try:
+        return canonical_arguments(text)[0]
+    except ArgumentsError:
+        return text

@@ -1,0 +1,93 @@
+"""Section on incumbents: the loss against each, cost and latency of both sides, and the frozen answers."""
+
+from __future__ import annotations
+
+from markupsafe import Markup
+
+from tunewright.evidence.incumbents import Incumbent, Serving
+from tunewright.evidence.replacement import Replacement, amount
+from tunewright.evidence.schema import Evidence
+from tunewright.evidence.verdict import verdict
+from tunewright.metrics import points_text
+from tunewright.report.blocks import Block, Cell, Figure, Lead, Notes, Row, Section, Table, cells
+from tunewright.report.plots import TUNED, Bar, forest_plot
+from tunewright.report.text import capitalised, counted, points_interval
+
+
+def section(evidence: Evidence) -> Section | None:
+    """Return the outcome for each incumbent, with what it was decided on."""
+    found = evidence.incumbents
+    if found is None:
+        return None
+    outcomes = verdict(evidence).replacements
+    title = "Loss of tuned against each incumbent in points, with 95% intervals, against the margin"
+    figure = forest_plot(
+        "incumbents", title, [_bar(each) for each in found.compared], axis="loss, points", zero=True
+    )  # fmt: skip
+    blocks: list[Block] = [
+        Lead(
+            "Models in use today answered the same items once; their answers are frozen. An incumbent can be replaced "
+            "if the whole interval of the loss lies to the left of the margin, which the upright mark shows."
+        ),
+        Figure(Markup(figure)),
+        Table("Table of incumbents", _HEAD, tuple(_row(each) for each in outcomes)),
+        Table("Table of costs and latencies", _SIDES, tuple(_sides(evidence))),
+    ]
+    notes = [f"{each.incumbent.name}: {reason}" for each in outcomes for reason in each.reasons[1:]]
+    blocks.append(Notes(tuple(notes + [_frozen(each) for each in found.compared])))
+    return Section("incumbents", "Against the models in use", tuple(blocks))
+
+
+_HEAD = ("Incumbent", "Outcome", "Loss, points", "95% interval", "Margin", "Break-even, calls")
+_SIDES = ("Side", "Cost of 1,000 calls", "Latency, median", "Latency, 95th percentile")
+
+
+def _bar(found: Incumbent) -> Bar:
+    drop = found.drop
+    low, high = 100 * drop.interval.low, 100 * drop.interval.high
+    return Bar(found.name, 100 * drop.value, low, high, points_text(drop.value), TUNED, 100 * drop.margin)
+
+
+def _row(each: Replacement) -> Row:
+    drop, even = each.incumbent.drop, each.break_even
+    return Row(
+        cells(
+            Cell(each.incumbent.name, each.incumbent.model),
+            capitalised(each.outcome),
+            Cell(points_text(drop.value), f"{drop.items:,} items in {drop.clusters:,} clusters"),
+            Cell(points_interval(drop.interval), drop.method),
+            f"{100 * drop.margin:g}",
+            Cell("none", even.why) if even.calls is None else f"{even.calls:,.0f}",
+        )
+    )
+
+
+def _sides(evidence: Evidence) -> list[Row]:
+    assert evidence.incumbents is not None
+    sides: list[tuple[str, Serving]] = [("tuned", evidence.incumbents.tuned)]
+    sides += [(each.arm, each.serving) for each in evidence.incumbents.compared]
+    return [Row(cells(name, _cost(side), *_latency(side))) for name, side in sides]
+
+
+def _cost(side: Serving) -> Cell:
+    if side.cost_per_1000 is None:
+        return Cell("unknown", side.missing["cost"])
+    return Cell(amount(side.cost_per_1000), side.basis)
+
+
+def _latency(side: Serving) -> tuple[Cell, Cell]:
+    if side.latency is None:
+        unknown = Cell("unknown", side.missing["latency"])
+        return unknown, unknown
+    timed = side.latency
+    return Cell(f"{timed.p50:.2f} s"), Cell(f"{timed.p95:.2f} s", f"{timed.answers:,} answers, {timed.how}")
+
+
+def _frozen(found: Incumbent) -> str:
+    versions = ", ".join(f"{name} ({count:,})" for name, count in found.versions.items())
+    paid = "cost unknown" if found.cost is None else f"cost {amount(found.cost)}"
+    return (
+        f"{found.arm}: {counted(found.answered, 'answer')} of {versions} from {found.url}, {found.first[:16]} to "
+        f"{found.last[:16]} UTC; {found.prompt_tokens:,} prompt and {found.completion_tokens:,} reply tokens, {paid}. "
+        f"Frozen in {found.file} (SHA-256 {found.file_digest[:12]}…)."
+    )

@@ -1,0 +1,318 @@
+"""The trainer on preference data: the answers of a pair in one packed pass, and the losses of trl's trainers.
+
+Shapes: L trained tokens, A answers of a batch, P of its training rows (pairs, or with kto answers).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from tunewright.core.errors import UserError
+from tunewright.training.checkpoint_selection import REWARD_ACCURACY, REWARD_CHOSEN, REWARD_REJECTED
+from tunewright.training.micro_batch import RawRows
+from tunewright.training.packing import pack
+from tunewright.training.packing.fused_loss import batch_token_losses
+from tunewright.training.preference.losses import dpo_losses, kto_losses, orpo_losses
+from tunewright.training.preference.pairs import PreferenceRows
+from tunewright.training.rows import IGNORED, as_columns
+from tunewright.training.trainer import Trainer
+
+Row = tuple[list[int], list[int]]
+"""Token ids and labels of an answer with its prompt."""
+
+
+class PreferenceTrainer(Trainer):
+    """Trains on chosen and rejected answers.
+
+    A row of the training set is a pair, or with kto an answer; its column ``place`` is its index. Rows of the
+    evaluation set are those of `Trainer`: the dev loss is that of the ideal outputs, as in supervised training.
+
+    Args:
+        preferences: the answers.
+        beta: the factor of the loss.
+        limit: tokens of the longest row.
+    """
+
+    def __init__(self, model: Any, *, preferences: PreferenceRows, beta: float, limit: int, **kwargs: Any) -> None:
+        self.method = preferences.method
+        self._per_row = preferences.answers_per_row
+        self.beta = beta
+        self.weights = (preferences.desirable_weight, preferences.undesirable_weight)
+        self.desirable = preferences.desirable
+        columns = as_columns(preferences.rows)
+        self.answers: list[Row] = list(zip(columns["input_ids"], columns["labels"], strict=True))
+        self.mismatched = _mismatched(preferences, limit) if self.method == "kto" else []
+        """With kto, each input with another one's answer, which estimates the divergence from the reference."""
+        self.reference: list[float] = []
+        """Log-probabilities under the reference of ``answers``, then of ``mismatched``; empty until they are set."""
+        self._step_tokens = 0
+        """With orpo, the tokens of the chosen rows of the step in progress, all processes together."""
+        super().__init__(model, **kwargs)
+        self._breakdown = RewardStatistics(self.accelerator.device)
+
+    # The reference model
+
+    @property
+    def needs_reference(self) -> bool:
+        """True if the loss has a reference model: the adapter as it was before the first step."""
+        return self.method != "orpo"
+
+    def log_probabilities(self, advance: Callable[[int], None]) -> list[float]:
+        """Return the log-probability of each answer, then of each mismatched one, under the current adapter.
+
+        Answers to one input are neighbours in the order, so their prompt is computed once.
+        """
+        rows = [*self.answers, *self.mismatched]
+        size = self.args.train_batch_size * self._per_row
+        order = sorted(range(len(rows)), key=lambda place: rows[place][0])
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        own: list[tuple[int, float]] = []
+        with self._frozen():
+            for places in batches[self.accelerator.process_index :: self.accelerator.num_processes]:
+                own += zip(places, self._sums(self.model, [rows[place] for place in places]).tolist(), strict=True)
+                advance(len(places))
+        gathered: list[tuple[int, float]] = gather_object(own)
+        return [value for _, value in sorted(gathered)]
+
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
+        """Compute without gradients and dropout."""
+        model: Any = self.model
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                yield
+        finally:
+            model.train(was_training)
+
+    def _sums(self, model: Any, rows: Sequence[Row]) -> Tensor:
+        """Return the log-probability of each row's trained tokens [A]."""
+        labels = [given for _, given in rows]
+        packed = self._prepare_input(pack([ids for ids, _ in rows], labels, share=self.share))
+        return _added_up(-batch_token_losses(model, packed), self._prepare_input(_owners(labels)), len(rows))
+
+    # Batches
+
+    def _token_rows(self) -> Sequence[Sequence[int]]:
+        ids = [tokens for tokens, _ in self.answers]
+        if self.method == "kto":
+            return ids
+        return [[*chosen, *rejected] for chosen, rejected in zip(ids[::2], ids[1::2], strict=True)]
+
+    def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Pack the answers of some training rows into one batch: all chosen ones, then all rejected ones.
+
+        transformers counts its labels: one for each training row. No rows make a batch of which nothing is trained.
+        """
+        if rows and "place" not in rows[0]:
+            return super().collate(rows)  # of the evaluation set
+        places = [int(row["place"]) for row in rows]
+        indices = places
+        if self.method != "kto":
+            indices = [2 * place for place in places] + [2 * place + 1 for place in places]
+        answers = [self.answers[index] for index in indices]
+        labels = [given for _, given in answers]
+        if self.method == "orpo":
+            # trl's likelihood of a chosen answer covers its prompt, as does that of the paper's own code.
+            labels[: len(places)] = [ids for ids, _ in answers[: len(places)]]
+        if rows:
+            packed = pack([ids for ids, _ in answers], labels, share=self.share)
+        else:
+            shortest = min((ids for ids, _ in self.answers), key=len)
+            packed = replace(pack([shortest], [[IGNORED] * len(shortest)], share=False), row_tokens=0)
+        counted = torch.zeros(len(places), dtype=torch.long)
+        batch = {
+            "packed": packed,
+            "rows": RawRows(tuple(rows)),
+            "labels": counted,
+            "shift_labels": counted,
+            "owner": _owners(labels),
+            "indices": torch.tensor(indices, dtype=torch.long),
+        }
+        if self.method == "orpo":
+            batch["in_answer"] = _in_answer(answers, labels)
+        if self.reference:
+            batch["reference"] = torch.tensor([self.reference[index] for index in indices])
+        if self.method == "kto":
+            batch["desirable"] = torch.tensor([self.desirable[index] for index in indices], dtype=torch.bool)
+        return batch
+
+    def _packed(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        batch = self.collate(rows)
+        return {name: batch[name] for name in batch if name not in ("labels", "shift_labels", "rows")}
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """Count the step's training rows, and the tokens of their chosen answers for ORPO's likelihood."""
+        if self.method == "orpo":
+            count = sum(_chosen_tokens(batch) for batch in batch_samples)
+            if self.accelerator.num_processes > 1:
+                count = int(self.accelerator.reduce(torch.tensor(count, device=self.accelerator.device), "sum"))
+            self._step_tokens = count
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    # Losses
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Mapping[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Return the mean loss of the step's training rows, or this micro-batch's part of it."""
+        assert not return_outputs, "logits are never kept"
+        rows = len(inputs["indices"]) // self._per_row
+        divergence = self._divergence(model, inputs) if self.method == "kto" and rows else None
+        losses = batch_token_losses(model, inputs["packed"])
+        if not rows:
+            nothing: Tensor = losses.sum()
+            return nothing
+        # DDP averages over processes: multiply by their number.
+        items = rows if num_items_in_batch is None else num_items_in_batch / self.accelerator.num_processes
+        if self.method == "orpo":
+            return self._orpo(losses, inputs, rows, items)
+        sums = _added_up(-losses, inputs["owner"], len(inputs["indices"]))
+        reference = inputs["reference"].to(sums)
+        self._add_rewards(sums - reference, inputs, rows)
+        if divergence is not None:
+            each = kto_losses(sums, reference, divergence, inputs["desirable"], self.beta, self.weights)
+        else:
+            both = torch.stack([reference[:rows], reference[rows:]], dim=1)  # [P, 2]
+            each = dpo_losses(sums[:rows], sums[rows:], both, self.beta)
+        loss: Tensor = each.sum() / items
+        return loss
+
+    def _orpo(self, losses: Tensor, inputs: Mapping[str, Any], rows: int, items: Any) -> Tensor:
+        """Return ORPO's loss: the likelihood of the chosen rows, and the odds ratio of the answers.
+
+        ``losses`` are those of all tokens of the chosen rows, and of the answers of the rejected ones [L].
+        """
+        owner, in_answer = inputs["owner"], inputs["in_answer"].to(losses)
+        answers = len(inputs["indices"])
+        counts = _added_up(in_answer, owner, answers)
+        means = _added_up(-losses * in_answer, owner, answers) / counts
+        self._add_rewards(means, inputs, rows)
+        chosen = (owner < rows).to(losses)
+        tokens = self._step_tokens or max(1, _chosen_tokens(inputs))
+        likelihood = (losses * chosen).sum() * (self.accelerator.num_processes / tokens)
+        loss: Tensor = likelihood + orpo_losses(means[:rows], means[rows:], self.beta).sum() / items
+        return loss
+
+    def _divergence(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
+        """Return KTO's estimate of the divergence from the reference, from mismatched answers; at least 0.
+
+        It is that of the rows of this pass, as trl takes those of a micro-batch. Each process has its own: they may
+        make different numbers of passes, so a pass must not wait for the others.
+        """
+        places = inputs["indices"].tolist()
+        # Not through DDP, whose passes are collective.
+        own: Any = self.accelerator.unwrap_model(model)
+        with self._frozen():
+            found = self._sums(own, [self.mismatched[place] for place in places])
+        before = torch.tensor([self.reference[len(self.answers) + place] for place in places]).to(found)
+        return (found - before).mean().clamp(min=0)
+
+    def _add_rewards(self, log_ratios: Tensor, inputs: Mapping[str, Any], rows: int) -> None:
+        assert isinstance(self._breakdown, RewardStatistics)
+        rewards = self.beta * log_ratios.detach()
+        if self.method == "kto":
+            self._breakdown.add(rewards, inputs["desirable"])
+        else:
+            self._breakdown.add(rewards, torch.arange(len(rewards), device=rewards.device) < rows)
+            self._breakdown.add_pairs(rewards[:rows] > rewards[rows:])
+
+
+class RewardStatistics:
+    """Accumulates the rewards of a step's answers on the device, and reads them once.
+
+    A reward is ``beta`` times the log-ratio to the reference, with orpo the mean log-probability of a token.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(6, dtype=torch.float64, device=device)
+        """Of chosen answers: rewards and number; the same of rejected ones; of pairs: chosen has more, number."""
+
+    def add(self, rewards: Tensor, chosen: Tensor) -> None:
+        """Add answers [A], of which some are ``chosen`` [A]."""
+        good = chosen.double()
+        given = rewards.double()
+        self._sums[:4] += torch.stack([(given * good).sum(), good.sum(), (given * (1 - good)).sum(), (1 - good).sum()])
+
+    def add_pairs(self, right: Tensor) -> None:
+        """Add pairs: True where the chosen answer has the higher reward [P]."""
+        self._sums[4:] += torch.stack([right.double().sum(), right.new_ones(len(right)).double().sum()])
+
+    def clear(self) -> None:
+        """Reset, for a step that is repeated or a new step."""
+        self._sums.zero_()
+
+    def means(self, over_processes: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Return the mean rewards, and the share of pairs whose chosen answer has the higher one."""
+        sums = over_processes(self._sums).tolist()
+        names = (REWARD_CHOSEN, REWARD_REJECTED, REWARD_ACCURACY)
+        return {name: sums[2 * n] / sums[2 * n + 1] for n, name in enumerate(names) if sums[2 * n + 1]}
+
+
+def _owners(labels: Sequence[Sequence[int]]) -> Tensor:
+    """Return the row of each trained token, in the order of a packed batch [L]."""
+    counts = [sum(label != IGNORED for label in given[1:]) for given in labels]
+    return torch.arange(len(labels)).repeat_interleave(torch.tensor(counts, dtype=torch.long))
+
+
+def _in_answer(answers: Sequence[Row], labels: Sequence[Sequence[int]]) -> Tensor:
+    """Return True for trained tokens that belong to an answer, not to its prompt [L]."""
+    flags = [
+        own != IGNORED
+        for (_, given), used in zip(answers, labels, strict=True)
+        for own, label in zip(given[1:], used[1:], strict=True)
+        if label != IGNORED
+    ]
+    return torch.tensor(flags, dtype=torch.bool)
+
+
+def _chosen_tokens(batch: Mapping[str, Any]) -> int:
+    """Return the trained tokens of a batch's chosen rows, prompts included."""
+    return int((batch["owner"] < len(batch["indices"]) // 2).sum())
+
+
+def _added_up(values: Tensor, owner: Tensor, rows: int) -> Tensor:
+    """Return the sum of each row's tokens [A] from the tokens' values [L]."""
+    return values.new_zeros(rows).index_add(0, owner, values)
+
+
+def _mismatched(preferences: PreferenceRows, limit: int) -> list[Row]:
+    """Return each answer's prompt with the answer of the row before it, as trl pairs them.
+
+    An answer to the same input, or one that makes the row too long, is passed over.
+
+    Raises:
+        UserError: no other answer fits a prompt.
+    """
+    rows, members = preferences.rows, preferences.answers.members
+    starts = [row.loss_mask.index(True) for row in rows]
+    found: list[Row] = []
+    for place, row in enumerate(rows):
+        prompt = list(row.ids[: starts[place]])
+        for step in range(1, len(rows)):
+            other = (place - step) % len(rows)
+            answer = rows[other].ids[starts[other] :]
+            if members[other].key != members[place].key and len(prompt) + len(answer) <= limit:
+                mask = [False] * len(prompt) + list(rows[other].loss_mask[starts[other] :])
+                ids = [*prompt, *answer]
+                found.append((ids, [token if own else IGNORED for token, own in zip(ids, mask, strict=True)]))
+                break
+        else:
+            raise UserError(
+                f"KTO needs another input's answer that fits after each prompt in {limit:,} tokens, and one has none",
+                where="train.max_length",
+                fix="Raise it, or use method: dpo.",
+            )
+    return found
