@@ -34,6 +34,10 @@ def has_generated_rows(path: Path) -> bool:
         return False
     try:
         with path.open(encoding="utf-8") as file:
+            # A JSON array of all rows may be one line.
+            if file.read(1) != "{":
+                return False
+            file.seek(0)
             return is_generated(json.loads(file.readline(_HEAD)))
     except (OSError, ValueError, RecursionError):
         return False
