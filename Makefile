@@ -38,8 +38,10 @@ docs-serve: $(VENV)/.installed
 test: lint
 	@$(MAKE) --no-print-directory -j2 typecheck pytest
 
-# The slow tests too, with 100 examples for each property. .ci/run asks for the 25 of `make test`: EXAMPLES=quick.
+# The slow tests too, with 100 examples for each property. .ci/run asks for the 25 of `make test` (EXAMPLES=quick), and
+# leaves out here and in test-chaos what only a release needs (RELEASE=no).
 EXAMPLES ?= all
+RELEASE ?= yes
 test-all: lint
 	@$(MAKE) --no-print-directory -j2 typecheck pytest-all
 
@@ -59,7 +61,7 @@ pytest: $(VENV)/.installed
 	$(PYTEST)
 
 pytest-all: $(VENV)/.installed build/clients/.installed
-	$(PYTEST) -m "not vllm and not chaos" --hypothesis-profile=$(EXAMPLES)
+	$(PYTEST) -m "not vllm and not chaos$(if $(filter no,$(RELEASE)), and not release)" --hypothesis-profile=$(EXAMPLES)
 
 # The lines that the tests run, slow ones too, in build/coverage. It fails below the share that pyproject.toml states.
 # Tracing doubles the tests' time, so `make test-all` does without.
@@ -70,7 +72,8 @@ coverage: $(VENV)/.installed
 # printed: TUNEWRIGHT_CHAOS_SEED=N repeats its choices, and TUNEWRIGHT_CHAOS_EVERY=1 lets each single call fail.
 test-chaos: $(VENV)/.installed
 	seed=$${TUNEWRIGHT_CHAOS_SEED:-$$(date +%s)} && echo "TUNEWRIGHT_CHAOS_SEED=$$seed repeats this run" && \
-	TUNEWRIGHT_CHAOS_SEED=$$seed $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal -m chaos tests/chaos $(ARGS)
+	TUNEWRIGHT_CHAOS_SEED=$$seed $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal \
+	-m "chaos$(if $(filter no,$(RELEASE)), and not release)" tests/chaos $(ARGS)
 
 # 10,000 cases for each parser of foreign bytes and each reader of files, where `make test` tries 25 and `make test-all`
 # 100, and the growth of the processor time with the text. CONTRIBUTING.md has what a release needs.

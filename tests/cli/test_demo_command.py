@@ -14,6 +14,7 @@ from tunewright.evidence.schema import Item
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_demo_whole_adds_advice_curve_and_judge_to_the_report(tmp_path: Path, tiny_base_folder: Path) -> None:
     project = tiny_project(tmp_path / "demo", tiny_base_folder, count=270)
     config = project / "tunewright.yaml"

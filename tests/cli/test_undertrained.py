@@ -9,6 +9,8 @@ import pytest
 
 from command_line import Ran, tunewright
 
+pytestmark = [pytest.mark.slow, pytest.mark.release]
+
 CONFIG = """\
 name: too-short
 base_model: bundled:smollm2-135m-instruct
@@ -35,7 +37,6 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ran]:
     return folder, tunewright("run", "--project", folder, "--json")
 
 
-@pytest.mark.slow
 def test_run_reports_undertraining_and_the_fix(ran: tuple[Path, Ran]) -> None:
     _, done = ran
     assert done.code == 3, done.stderr
@@ -45,7 +46,6 @@ def test_run_reports_undertraining_and_the_fix(ran: tuple[Path, Ran]) -> None:
     assert cause["next"] == "Set train.epochs: 3 (now 1), then `tunewright train` and `tunewright evaluate --dev`"
 
 
-@pytest.mark.slow
 def test_verdict_and_report_agree_on_the_cause(ran: tuple[Path, Ran]) -> None:
     folder, done = ran
     cause = done.document["verdict"]["causes"][0]

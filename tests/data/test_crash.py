@@ -93,7 +93,7 @@ def _assert_old_or_new(project: ProjectFolder, old: str, new: str) -> str:
     return version.digest
 
 
-@pytest.mark.parametrize("tried", [10, 80])
+@pytest.mark.parametrize("tried", [10, pytest.param(80, marks=pytest.mark.release)])
 @pytest.mark.fault("kill", "add")
 def test_dataset_is_the_old_or_the_new_version_when_killed_at_any_file_call(
     tried: int, template: Path, tmp_path: Path
@@ -211,7 +211,7 @@ def _purge_and_die_at(project: ProjectFolder, call: int) -> None:
     _purge(project)
 
 
-@pytest.mark.parametrize("every", [31, 7])
+@pytest.mark.parametrize("every", [31, pytest.param(7, marks=pytest.mark.release)])
 def test_purge_killed_at_any_file_call_is_finished_when_repeated(every: int, template: Path, tmp_path: Path) -> None:
     """The version stays whole meanwhile: what is damaged is at most what the log says is purged."""
     project = _fresh(template, tmp_path / "w")

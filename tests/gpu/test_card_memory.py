@@ -79,6 +79,7 @@ def test_estimate_is_within_5_percent_of_counted_bytes(
 
 
 @pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize(("name", "setup"), [("llama-3-8b", LORA), ("llama-3-70b", QLORA)])
 def test_largest_micro_batch_for_80_gb_is_within_5_percent_and_fits(
     card: CardProcess, name: str, setup: TrainingSetup

@@ -69,6 +69,7 @@ def _reach(command: Command, folder: Path, step: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.fault("kill", "train")
 def test_run_killed_at_ten_random_moments_ends_with_the_same_adapter(
     tmp_path: Path, tiny_base_folder: Path, server: Server
