@@ -187,6 +187,12 @@ def test_bad_file_is_one_error_and_writes_nothing(folder: Path, file: str, text:
     assert not (folder / "out").exists()
 
 
+def test_missing_file_is_named_once(folder: Path) -> None:
+    ran = tunewright("migrate", "openai", folder / "gone.json", "--train", folder / "t.jsonl", "--out", folder / "out")
+    assert ran.code == 2
+    assert ran.stderr.count("gone.json") == 1 and "No such file" in ran.stderr
+
+
 def test_existing_project_is_not_overwritten(folder: Path) -> None:
     migrated(folder, "openai")
     before = (folder / "out" / "tunewright.yaml").read_bytes()

@@ -54,8 +54,10 @@ def studio(
 def _password(file: Path) -> str:
     try:
         password = file.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The password cannot be read: {error}", where=str(file)) from None
+    except OSError as error:
+        raise UserError(f"The password cannot be read: {error.strerror}", where=str(file)) from None
+    except UnicodeDecodeError:
+        raise UserError("The password is not UTF-8 text", where=str(file)) from None
     if len(password) < 12:
         raise UserError(f"The password has {len(password)} characters (at least 12)", where=str(file))
     return password

@@ -275,13 +275,16 @@ _READERS = {"openai": _openai, "together": _together, "fireworks": _fireworks}
 def _text(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The file cannot be read: {error}", where=str(path)) from None
+    except OSError as error:
+        raise UserError(f"The file cannot be read: {error.strerror}", where=str(path)) from None
+    except UnicodeDecodeError:
+        raise UserError("The file is not UTF-8 text", where=str(path)) from None
 
 
 def _object(path: Path) -> Mapping[str, Any]:
+    text = _text(path)
     try:
-        found = parse_json(_text(path))
+        found = parse_json(text)
     except ValueError as error:
         raise UserError(f"Not JSON: {error}", where=str(path)) from None
     if not isinstance(found, dict):
