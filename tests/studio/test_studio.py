@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from html import unescape
 from pathlib import Path
@@ -314,3 +315,35 @@ def test_job_runs_and_its_log_is_kept(browser: Browser, project: Path) -> None:
     assert (job.state, job.exit_code) == ("failed", 2)
     assert "failed" in browser.get("/")
     assert browser.send("/jobs", "/", command="rm -rf").status_code == 400
+
+
+@pytest.mark.slow
+def test_stopped_training_is_resumed_by_the_same_button_after_a_restart(project: Path) -> None:
+    """The studio is gone when the job is stopped in the second one: jobs are processes of their own."""
+    config = project / "tunewright.yaml"
+    config.write_text(config.read_text().replace("epochs: 2", "epochs: 60"))
+    jobs = Jobs(project / ".tunewright" / "jobs", project)
+    with restarted(project) as browser:
+        browser.send("/jobs", "/", command="train")
+        assert "train is running" in unescape(browser.send("/jobs", "/", command="train").text)
+    (job,) = jobs.all()
+    _wait_for(lambda: "step" in job.log.read_text())
+    assert job.state == "running"
+    with restarted(project) as browser:
+        browser.send(f"/jobs/{job.id}/stop", f"/jobs/{job.id}")
+        _wait_for(lambda: job.state != "running")
+        assert (job.state, job.exit_code) == ("stopped", 130)
+        assert not list(library.open(project).folder.adapters.glob("tiny-*"))
+        browser.send("/jobs", "/", command="train")
+        again = jobs.all()[0]
+        _wait_for(lambda: again.state != "running")
+    assert again.state == "done", again.log.read_text()
+    assert "Resuming from step" in again.log.read_text()
+    assert len(list(library.open(project).folder.adapters.glob("tiny-*"))) == 1
+
+
+def _wait_for(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + 600
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)
