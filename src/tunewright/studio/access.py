@@ -22,7 +22,7 @@ HEADERS = {
     "Referrer-Policy": "same-origin",
     "X-Content-Type-Options": "nosniff",
 }
-_REFUSED_S = 1.0  # between two wrong secrets: 63 million years for the shortest generated one
+_REFUSED_S = 1.0  # after each wrong secret, one at a time: nobody tries many passwords
 
 
 @dataclass

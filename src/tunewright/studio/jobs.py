@@ -22,12 +22,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import write_text
 
 JobState = Literal["running", "done", "stopped", "failed", "ended"]
-COMMANDS: dict[str, tuple[str, ...]] = {
-    "advise": ("advise",),
-    "train": ("train",),
-    "evaluate": ("evaluate",),
-    "run": ("run",),
-}
+COMMANDS = ("advise", "train", "evaluate", "run")
 """The commands that a page can start."""
 _STATES: dict[int, JobState] = {0: "done", 3: "done", 4: "done", 130: "stopped"}
 # The shell records its number and the exit code, so that nothing is lost when the studio is killed.
@@ -133,7 +128,7 @@ class Jobs:
             raise UserError(f"{busy.command[0]} is running", fix="Wait for it, or stop it first.")
         folder = self._folder / secrets.token_hex(8)
         folder.mkdir(parents=True)
-        command = (*COMMANDS[name], "--project", str(self._project))
+        command = (name, "--project", str(self._project))
         (folder / "log").touch()
         write_text(folder / "job.json", json.dumps({"command": command, "started": now()}))
         child = subprocess.Popen(

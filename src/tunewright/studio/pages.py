@@ -72,7 +72,7 @@ def project_page(visit: Visit) -> Response:
         evaluations=evaluations[:_NEWEST],
         jobs=visit.jobs.all()[:_NEWEST],
         running=visit.jobs.running(),
-        commands=list(COMMANDS),
+        commands=COMMANDS,
     )
 
 
