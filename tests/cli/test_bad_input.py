@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -12,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 from command_line import Ran, pairs, tiny_project, tunewright, write_jsonl
+from tunewright.cli.console import session
 from tunewright.cli.live import ConsoleReporter
 from tunewright.core.progress import LogTask, Task
 
@@ -259,3 +262,19 @@ def test_full_disk_is_reported_and_existing_files_still_work(
         assert _snapshot(folder / "dataset") == before
         filler.unlink()
         assert tunewright("run", "-p", folder).code in {0, 3, 4}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), "sklearn/externals"),
+        ImportError("libgomp.so.1: failed to map segment from shared object: Cannot allocate memory"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
+    ],
+)
+def test_lack_of_memory_is_reported_wherever_it_is_met(error: Exception, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as end, session(as_json=False):
+        raise error
+    assert end.value.exit_code == 2
+    assert capfd.readouterr().err.startswith("Error: Not enough memory\n")

@@ -42,7 +42,7 @@ NOTHING_KEPT = "nothing half done is kept; run the same command again"
 READER_LEFT = 128 + signal.SIGPIPE
 """Exit code of a command whose reader has closed the pipe, as in ``| head -1``."""
 _OUT_OF_MEMORY = ("not enough memory", "out of memory", "Cannot allocate memory", "can't start new thread")
-"""Texts of torch's allocators, and of Python where no thread's stack can be reserved."""
+"""Texts of torch's allocators, of Python where no thread's stack can be reserved, and of a library that cannot be read."""
 _LOG_WIDTH = 120
 _PIPE_WIDTH = 10**6
 """Columns of a pipe, where no cell may be cut and no row wrapped."""
@@ -236,15 +236,15 @@ def session(
         _fail(current, error.as_dict(), f"Error: {error}", USER_ERROR)
     except OSError as error:
         # The disk's errors reach every command; those that know more about the file have translated them before.
-        message = refused(error)
+        message = _lack_of_memory(error) or refused(error)
         if message is None:
             raise
         _fail(current, message.as_dict(), f"Error: {message}", USER_ERROR)
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY):
-            short = UserError("Not enough memory", fix="Close other programs, or use a smaller base or batch size.")
-            _fail(current, short.as_dict(), f"Error: {short}", USER_ERROR)
-        if not distributed.is_peer_failure(error):
+    except (MemoryError, ImportError, RuntimeError) as error:
+        message = _lack_of_memory(error)
+        if message is not None:
+            _fail(current, message.as_dict(), f"Error: {message}", USER_ERROR)
+        if not isinstance(error, RuntimeError) or not distributed.is_peer_failure(error):
             raise
         what = "Another process of this run was lost; the same command resumes from the last checkpoint"
         _fail(current, {"what": what, "where": None, "fix": None}, f"Error: {what}", FAILED)
@@ -259,6 +259,12 @@ def session(
         _fail(current, short.as_dict(), f"Error: {short}", USER_ERROR)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _lack_of_memory(error: Exception) -> UserError | None:
+    if isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY):
+        return UserError("Not enough memory", fix="Close other programs, or use a smaller base or batch size.")
+    return None
 
 
 def _run(current: Session, project: Path | None, *, together: bool) -> Iterator[Session]:
