@@ -42,7 +42,7 @@ NOTHING_KEPT = "nothing half done is kept; run the same command again"
 READER_LEFT = 128 + signal.SIGPIPE
 """Exit code of a command whose reader has closed the pipe, as in ``| head -1``."""
 _OUT_OF_MEMORY = ("not enough memory", "out of memory", "Cannot allocate memory", "can't start new thread")
-"""Texts of torch's allocators, of Python where no thread's stack can be reserved, and of a library that cannot be read."""
+"""Texts of torch's allocators, of Python where it cannot start a thread, and of imports."""
 _LOG_WIDTH = 120
 _PIPE_WIDTH = 10**6
 """Columns of a pipe, where no cell may be cut and no row wrapped."""

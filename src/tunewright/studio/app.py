@@ -30,7 +30,6 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import write_bytes
 from tunewright.core.text import visible
 from tunewright.serving.gateway.server import serve
-from tunewright.studio import pages
 from tunewright.studio.access import (
     Access,
     StudioSession,
@@ -40,6 +39,8 @@ from tunewright.studio.access import (
     require_same_origin,
 )
 from tunewright.studio.jobs import Jobs
+from tunewright.studio.pages import HANDLERS
+from tunewright.studio.pages.data import UPLOADS
 from tunewright.studio.visit import Cache, Handler, PageReporter, Visit
 
 _MAX_UPLOAD = 200_000_000  # bytes, held in memory once
@@ -83,10 +84,7 @@ class Studio:
             Route("/sign-in", self._sign_in, methods=["POST"]),
             Route("/data/upload", self._upload, methods=["POST"]),
             Route("/jobs/{job}/events", self._events, methods=["GET"]),
-            *(
-                Route(path, self._endpoint(handler, method), methods=[method])
-                for (method, path), handler in pages.HANDLERS.items()
-            ),
+            *(Route(path, self._endpoint(handler, method), methods=[method]) for (method, path), handler in HANDLERS),
             Mount("/static", StaticFiles(directory=str(files("tunewright.studio") / "static"))),
         ]
         return Starlette(
@@ -149,7 +147,7 @@ class Studio:
         return self._templates.get_template("sign_in.html.j2").render(wrong=wrong, kind=kind)
 
     async def _upload(self, request: Request) -> Response:
-        """Store a file in the project's `pages.UPLOADS`, whole or not at all."""
+        """Store a file in the project's `UPLOADS`, whole or not at all."""
         session = self._access.session(request)
         if session is None:
             return RedirectResponse("/sign-in", status_code=303)
@@ -165,7 +163,7 @@ class Studio:
             if not isinstance(file, UploadFile) or not file.filename:
                 raise UserError("No file was chosen", fix="Go back and choose one.")
             name = Path(file.filename.replace("\\", "/")).name
-            await to_thread.run_sync(_store, self._root / pages.UPLOADS / name, file.file)
+            await to_thread.run_sync(_store, self._root / UPLOADS / name, file.file)
         return RedirectResponse(f"/data/check?{urlencode({'file': name})}", status_code=303)
 
     async def _events(self, request: Request) -> Response:
@@ -219,9 +217,7 @@ def _store(path: Path, file: BinaryIO) -> None:
     if not path.exists():
         write_bytes(path, content)
     elif path.read_bytes() != content:
-        raise UserError(
-            f"There is another file {path.name!r}", where=pages.UPLOADS, fix="Rename yours, and upload it again."
-        )
+        raise UserError(f"There is another file {path.name!r}", where=UPLOADS, fix="Rename yours, and upload it again.")
 
 
 def _is_loopback(host: str) -> bool:

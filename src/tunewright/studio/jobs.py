@@ -22,8 +22,6 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import write_text
 
 JobState = Literal["running", "done", "stopped", "failed", "ended"]
-COMMANDS = ("advise", "train", "evaluate", "run")
-"""The commands that a page can start."""
 _STATES: dict[int, JobState] = {0: "done", 3: "done", 4: "done", 130: "stopped"}
 # The shell records its number and the exit code, so that nothing is lost when the studio is killed.
 _SHELL = """echo $$ > "$0/pid.part"; mv "$0/pid.part" "$0/pid"
@@ -116,19 +114,17 @@ class Jobs:
         """Return the job that is running, or None."""
         return next((job for job in self.all() if job.state == "running"), None)
 
-    def start(self, name: str) -> Job:
-        """Start one of `COMMANDS`. The same command resumes work that was stopped.
+    def start(self, *words: str) -> Job:
+        """Start ``tunewright`` with these arguments. The same command resumes work that was stopped.
 
         Raises:
-            UserError: another job is running, or there is no such command.
+            UserError: another job is running.
         """
-        if name not in COMMANDS:
-            raise UserError(f"The studio has no command {name!r}", fix=f"Choose from {', '.join(COMMANDS)}.")
         if (busy := self.running()) is not None:
             raise UserError(f"{busy.command[0]} is running", fix="Wait for it, or stop it first.")
         folder = self._folder / secrets.token_hex(8)
         folder.mkdir(parents=True)
-        command = (name, "--project", str(self._project))
+        command = (*words, "--project", str(self._project))
         (folder / "log").touch()
         write_text(folder / "job.json", json.dumps({"command": command, "started": now()}))
         child = subprocess.Popen(

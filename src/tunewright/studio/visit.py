@@ -130,6 +130,8 @@ class Visit:
 
 
 Handler = Callable[[Visit], Response]
+Handlers = dict[tuple[str, str], Handler]
+"""Functions of pages by method and path."""
 
 
 def path_of(*parts: str) -> str:

@@ -1,0 +1,150 @@
+"""The project's page, and the jobs that are started on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from starlette.responses import Response
+
+from tunewright.adapters.registry import list_adapters
+from tunewright.core.errors import UserError
+from tunewright.core.text import count_of
+from tunewright.data.review.report import review_report
+from tunewright.data.versions import current_manifest
+from tunewright.evidence.schema import DEV_PREFIX, EVIDENCE_FILE
+from tunewright.studio.visit import Handlers, Visit, path_of
+
+_COMMANDS = ("advise", "train", "evaluate", "run")
+_NEWEST = 10  # evaluations and jobs on the page
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of the pipeline on the project's page."""
+
+    name: str
+    state: Literal["done", "open", "next"]
+    text: str
+    job: str | None = None
+    """The command that a button starts."""
+    link: tuple[str, str] | None = None
+    """A page: its path, and the text of the link."""
+    command: str | None = None
+    """The same in a terminal."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation on the project's page; ``unreadable`` stands for the verdict of damaged evidence."""
+
+    id: str
+    verdict: str
+    reason: str
+    on_test: bool
+
+
+def project_page(visit: Visit) -> Response:
+    """Show the stages of the pipeline, what to do next, the evaluations and the jobs."""
+    evaluations = _evaluations(visit)
+    return visit.page(
+        "project.html.j2",
+        "Project",
+        stages=_stages(visit, evaluations),
+        evaluations=evaluations[:_NEWEST],
+        jobs=visit.jobs.all()[:_NEWEST],
+        running=visit.jobs.running(),
+        commands=_COMMANDS,
+    )
+
+
+def _stages(visit: Visit, evaluations: list[Evaluation]) -> list[Stage]:
+    folder = visit.project.folder
+    manifest = current_manifest(folder.dataset)
+    if manifest is None:
+        return [
+            Stage("Data", "next", "No rows yet.", link=("/data", "Upload a file"), command="tunewright data add FILE")
+        ]
+    counts = manifest.counts
+    split = ", ".join(f"{number:,} {name}" for name, number in counts.domain.items())
+    stages = [Stage("Data", "done", f"{count_of(counts.rows, 'row')}: {split}", link=("/rows", "Browse the rows"))]
+    review = review_report(folder.dataset, visit.version)
+    accepted = review.outcome is not None and review.outcome.decision == "accepted"
+    stages.append(
+        Stage(
+            "Review",
+            "done" if accepted else "next",
+            review.status,
+            link=("/review", "Review"),
+            command="tunewright data review",
+        )
+    )
+    adapters = list_adapters(folder.adapters)
+    current = [adapter for adapter in adapters if adapter.dataset == manifest.digest]
+    text = f"{count_of(len(adapters), 'adapter')}, {len(current)} of them on the current version"
+    stages.append(Stage("Train", "done" if current else "next", text, job="train", command="tunewright train"))
+    measured = [each for each in evaluations if each.on_test]
+    state: Literal["done", "open", "next"] = "done" if measured else "next" if current else "open"
+    text = f"{count_of(len(measured), 'evaluation')} on the test split"
+    stages.append(Stage("Evaluate", state, text, job="evaluate" if current else None, command="tunewright evaluate"))
+    if measured:
+        newest = measured[0]
+        stages.append(Stage("Verdict", "done", newest.verdict, link=(path_of("report", newest.id), "Read the report")))
+    return stages
+
+
+def _evaluations(visit: Visit) -> list[Evaluation]:
+    folder = visit.project.folder.evaluations
+    files = sorted(folder.glob(f"[!.]*/{EVIDENCE_FILE}"), key=lambda file: file.stat().st_mtime, reverse=True)
+    found = []
+    for file in files[:_NEWEST]:
+        name = file.parent.name
+        try:
+            verdict = visit.project.verdict(file.parent)
+        except UserError as error:
+            found.append(Evaluation(name, "unreadable", str(error), on_test=False))
+        else:
+            on_test = not name.startswith(DEV_PREFIX)
+            against = [f"Incumbent {each.incumbent.name}: {each.outcome}." for each in verdict.replacements]
+            found.append(Evaluation(name, verdict.decision, " ".join([verdict.reasons[0], *against]), on_test))
+    return found
+
+
+def choose_reviewer(visit: Visit) -> Response:
+    """Record reviews under another name from now on."""
+    name = visit.form.get("reviewer", "").strip()
+    if not name:
+        raise UserError("The reviewer's name is empty", fix="Go back and type a name.")
+    visit.session.reviewer = name
+    back = visit.form.get("back", "/")
+    return visit.go(back if back.startswith("/") and not back.startswith("//") else "/", f"You review as {name} now.")
+
+
+def start_job(visit: Visit) -> Response:
+    """Start one of the commands of the pipeline."""
+    name = visit.form.get("command", "")
+    if name not in _COMMANDS:
+        raise UserError(f"The studio has no command {name!r}", fix=f"Choose from {', '.join(_COMMANDS)}.")
+    return visit.go(path_of("jobs", visit.jobs.start(name).id))
+
+
+def job_page(visit: Visit) -> Response:
+    """Show a job's log, which grows while it runs."""
+    job = visit.jobs.find(visit.place["job"])
+    return visit.page("job.html.j2", f"Job: {job.command[0]}", job=job, state=job.state)
+
+
+def stop_job(visit: Visit) -> Response:
+    """Stop a job as Ctrl-C does."""
+    job = visit.jobs.find(visit.place["job"])
+    job.stop()
+    return visit.go(path_of("jobs", job.id), "Stopping. What was finished is kept, and the same command resumes.")
+
+
+HANDLERS: Handlers = {
+    ("GET", "/"): project_page,
+    ("POST", "/reviewer"): choose_reviewer,
+    ("POST", "/jobs"): start_job,
+    ("GET", "/jobs/{job}"): job_page,
+    ("POST", "/jobs/{job}/stop"): stop_job,
+}
