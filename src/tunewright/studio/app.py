@@ -41,6 +41,7 @@ from tunewright.studio.access import (
 from tunewright.studio.jobs import Jobs
 from tunewright.studio.pages import HANDLERS
 from tunewright.studio.pages.data import UPLOADS
+from tunewright.studio.pages.new_project import NEW_PROJECT
 from tunewright.studio.visit import Cache, Handler, PageReporter, Visit
 
 _MAX_UPLOAD = 200_000_000  # bytes, held in memory once
@@ -57,17 +58,20 @@ class Studio:
         password: signs browsers in; None: a token, which is part of the printed address.
 
     Raises:
-        UserError: ``tunewright.yaml`` is missing or invalid.
+        UserError: the folder is missing, or its ``tunewright.yaml`` is invalid. Without one, a page makes it.
     """
 
     def __init__(self, root: Path, reviewer: str, *, password: str | None = None) -> None:
         self._root = root.resolve()
-        _ = ProjectFolder(self._root).config
+        if not self._root.is_dir():
+            raise UserError("There is no such folder", where=str(root), fix="Create it, or name another one.")
+        if ProjectFolder(self._root).has_config:
+            _ = ProjectFolder(self._root).config
         self._token = secrets.token_urlsafe(24) if password is None else None
         self._access = Access(password or str(self._token), f"tunewright_studio_{secrets.token_hex(4)}", reviewer)
         self._lock = Lock()  # pages read and write the project's files one at a time
         self._cache = Cache()
-        self._jobs = Jobs(ProjectFolder(self._root).work / "jobs", self._root)
+        self._jobs = Jobs(self._root / ".tunewright" / "jobs", self._root)
         self._templates = Environment(
             loader=PackageLoader("tunewright.studio"),
             autoescape=True,
@@ -128,7 +132,12 @@ class Studio:
     def _answer(self, handler: Handler, request: Request, session: StudioSession, form: dict[str, str]) -> Response:
         with self._lock:
             # Opened again for each request: another process may have changed it.
-            project = Project(ProjectFolder(self._root), PageReporter())
+            folder = ProjectFolder(self._root)
+            if folder.has_config:
+                _ = folder.work  # with its .gitignore, before anything is written there
+            elif request.url.path != NEW_PROJECT:
+                return RedirectResponse(NEW_PROJECT, status_code=303)
+            project = Project(folder, PageReporter())
             place = {name: str(value) for name, value in request.path_params.items()}
             query = dict(request.query_params)
             return handler(Visit(project, session, form, place, query, self._cache, self._jobs, self._templates))
@@ -152,6 +161,8 @@ class Studio:
         if session is None:
             return RedirectResponse("/sign-in", status_code=303)
         require_same_origin(request)
+        if not ProjectFolder(self._root).has_config:
+            return RedirectResponse(NEW_PROJECT, status_code=303)
         size = request.headers.get("content-length", "")
         if not size.isdecimal() or int(size) > _MAX_UPLOAD:
             raise UserError(

@@ -111,9 +111,10 @@ class Visit:
         """Return a page."""
         reporter = self.project.reporter
         reported = reporter.messages if isinstance(reporter, PageReporter) else []
+        folder = self.project.folder
         text = self.templates.get_template(template).render(
             title=title,
-            project=self.project.folder.config.name,
+            project=folder.config.name if folder.has_config else folder.root.name,
             form_token=self.session.form_token,
             reviewer=self.session.reviewer,
             messages=[*self.session.take_messages(), *reported],
