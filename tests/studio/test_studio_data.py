@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
@@ -150,7 +151,7 @@ def test_same_column_for_both_sides_can_be_corrected_on_the_page(project: Path) 
 
 
 def test_sheet_of_a_workbook_is_chosen(project: Path) -> None:
-    from openpyxl import Workbook
+    from openpyxl import Workbook  # type: ignore[import-untyped]
 
     book = Workbook()
     for number, title in enumerate(("May", "June")):
@@ -207,3 +208,42 @@ def test_earlier_version_is_made_current_again(project: Path) -> None:
         done = browser.send("/data/checkout", "/data", version=first)
         assert f"Version {first[:12]} is the current one now." in done.text
     assert library.open(project).data.version().digest == first
+
+
+def test_difference_of_two_versions_is_that_of_the_command_line(project: Path) -> None:
+    first = library.open(project).data.version()
+    edited = first.members[0].example
+    rows = [*pairs(5, seed=9), {"prompt": edited.input_text, "completion": f"{edited.output} <b>indeed</b>"}]
+    write_jsonl(project / "more.jsonl", rows)
+    assert tunewright("data", "add", project / "more.jsonl", "--replace", "-p", project).code == 0
+    printed = tunewright("data", "diff", first.digest, "-p", project)
+    with restarted(project) as browser:
+        page = unescape(browser.get("/data/diff"))
+        assert "Added: 5" in page and "Edited answers: 1" in page
+        assert "<ins> <b>indeed</b></ins>" in page and edited.output in page
+        assert "<b>indeed" not in browser.get("/data/diff")
+        summary, comparability = printed.stdout.splitlines()[:2]
+        assert summary.partition(": ")[2][1:] in page and comparability[1:] in page
+        back = browser.get(f"/data/diff?b={first.digest}&a={library.open(project).data.version().digest}")
+        assert "Removed: 5" in back
+        assert browser.client.get("/data/diff?a=ffffffffffff").status_code == 400
+
+
+def test_leakage_page_has_the_numbers_of_the_command_line(project: Path) -> None:
+    version = library.open(project).data.version()
+    train = next(m for m in version.members if m.split == "train")
+    write_jsonl(project / "near.jsonl", [{"prompt": f"{train.example.input_text} 1", "completion": "x"}])
+    assert tunewright("data", "add", project / "near.jsonl", "-p", project).code == 0
+    report = library.open(project).data.leakage()
+    printed = tunewright("data", "leakage", "-p", project).stdout
+    with restarted(project) as browser:
+        page = unescape(browser.get("/data/leakage"))
+        found = re.findall(r'<th scope="row">([\d.]+ to [\d.]+)</th>\s*<td>(\d+)</td>\s*<td>(\d+)</td>', page)
+        assert [int(dev) for _, dev, _ in found] == report.histogram("dev")
+        assert [int(test) for _, _, test in found] == report.histogram("test")
+        widths = [float(width) for width in re.findall('<rect width="([^"]*)"', page)]
+        both = [dev + test for dev, test in zip(report.histogram("dev"), report.histogram("test"), strict=True)]
+        assert widths == [round(100 * count / max(both), 1) for count in both]
+        sentences = [line for line in printed.splitlines() if line.startswith("Test rows with")]
+        assert len(sentences) >= 3 and all(sentence in page for sentence in sentences)
+        assert "style=" not in page and "<style" not in page

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from tunewright.data.verify import Verification
     from tunewright.data.versions.diff import Diff
     from tunewright.data.versions.export import Exported, Format
+    from tunewright.evaluation.losses import Judging
     from tunewright.training.lengths import LengthReport
 
 
@@ -371,13 +372,36 @@ class DatasetApi:
         Raises:
             UserError: an adapter is named although answers are classes, which a model of other rows judges better.
         """
-        from tunewright.data.examples import class_like
-        from tunewright.data.review.suspects import FOLDER, METHOD, cached_suspects, find_suspects
+        from tunewright.data.review.suspects import cached_suspects, find_suspects
         from tunewright.data.trace import places_by_key
 
         version = self.version()
+        who = self._loss_judges(version, adapter)
+
+        def find(reporter: Reporter) -> SuspectList:
+            losses = None
+            if who is not None:
+                from tunewright.evaluation.losses import row_losses
+
+                losses = row_losses(self._project, self._context.base, self._context.chat, who, reporter)
+            return find_suspects(version, reporter, losses=losses)
+
+        found = cached_suspects(self._suspects_file(version, who), find, self._reporter)
+        places = places_by_key(self._dataset, version.manifest)
+        return SuspectsResult(version, found.suspects, who.judged_by if who else None, places, found.accuracy)
+
+    def stored_suspects(self, version: DatasetVersion) -> list[Suspect] | None:
+        """Return what :meth:`suspects` has found for a loaded version; None if it has not run on the same inputs."""
+        from tunewright.data.review.suspects import stored_suspects
+
+        file = self._suspects_file(version, self._loss_judges(version, None))
+        return stored_suspects(file).suspects if file.exists() else None
+
+    def _loss_judges(self, version: DatasetVersion, adapter: str | None) -> Judging | None:
+        """Return the models whose losses rank a version's answers; None where answers are classes or no model fits."""
+        from tunewright.data.examples import class_like
+
         project = self._project
-        who = None
         if class_like([m.example.output.strip() for m in version.domain]):
             if adapter is not None:
                 raise UserError(
@@ -385,16 +409,15 @@ class DatasetApi:
                     where="--adapter",
                     fix="Leave it out.",
                 )
-        elif adapter is not None or list_adapters(project.fold_adapters) or list_adapters(project.adapters):
-            from tunewright.evaluation.losses import judging, row_losses
+            return None
+        if adapter is None and not list_adapters(project.fold_adapters) and not list_adapters(project.adapters):
+            return None
+        from tunewright.evaluation.losses import judging
 
-            who = judging(project, version, self._context.base, self._context.chat, self._reporter, adapter)
+        return judging(project, version, self._context.base, self._context.chat, self._reporter, adapter)
 
-        def find(reporter: Reporter) -> SuspectList:
-            losses = None
-            if who is not None:
-                losses = row_losses(project, self._context.base, self._context.chat, who, reporter)
-            return find_suspects(version, reporter, losses=losses)
+    def _suspects_file(self, version: DatasetVersion, who: Judging | None) -> Path:
+        from tunewright.data.review.suspects import FOLDER, METHOD
 
         decides = {
             "version": version.digest,
@@ -402,10 +425,7 @@ class DatasetApi:
             "judges": who.digest if who else None,
             "method": METHOD,
         }
-        file = project.work / FOLDER / f"{digest(decides)[:16]}.json"
-        found = cached_suspects(file, find, self._reporter)
-        places = places_by_key(self._dataset, version.manifest)
-        return SuspectsResult(version, found.suspects, who.judged_by if who else None, places, found.accuracy)
+        return self._project.work / FOLDER / f"{digest(decides)[:16]}.json"
 
     def review(
         self,

@@ -15,6 +15,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
 from tunewright.data.review.label_models import NeighborIndex
 from tunewright.data.review.session import ReviewSession
+from tunewright.data.row_index import RowIndex
 from tunewright.data.versions import DatasetVersion, current_manifest
 from tunewright.evaluation.human_eval.session import BlindReview
 from tunewright.studio.access import StudioSession
@@ -22,6 +23,7 @@ from tunewright.studio.jobs import Jobs
 
 if TYPE_CHECKING:
     from tunewright.chat import ChatFormat
+    from tunewright.data.dedup.leakage import LeakageReport
 
 
 class PageReporter(LogReporter):
@@ -44,10 +46,12 @@ class Cache:
     """Kept between requests: the current version, which takes seconds to load, and which rows a reviewer skipped."""
 
     version: DatasetVersion | None = None
-    texts: tuple[str, ...] = ()
-    """Its rows as a search sees them: key, input and answer in lower case."""
+    rows: RowIndex | None = None
+    """Of that version."""
     neighbors: NeighborIndex | None = None
     """Of that version."""
+    leakage: tuple[tuple[str, int], LeakageReport] | None = None
+    """The leakage, and the version and seed that decided it."""
     chat: tuple[tuple[object, ...], ChatFormat] | None = None
     """The chat format, and the values of the config that decided it."""
     reviews: dict[tuple[str, str], ReviewSession] = field(default_factory=dict)
@@ -84,11 +88,16 @@ class Visit:
             raise UserError("There are no rows yet", fix="Upload a file on the page Data.")
         if self.cache.version is None or self.cache.version.digest != manifest.digest:
             version = self.project.data.version()
-            self.cache.version, self.cache.neighbors = version, None
-            self.cache.texts = tuple(
-                f"{m.key} {m.example.input_text} {m.example.output}".casefold() for m in version.members
-            )
+            self.cache.version, self.cache.rows, self.cache.neighbors = version, None, None
         return self.cache.version
+
+    @property
+    def rows(self) -> RowIndex:
+        """The current version's rows, ready to be searched."""
+        version = self.version
+        if self.cache.rows is None:
+            self.cache.rows = RowIndex(self.project.folder.dataset, version)
+        return self.cache.rows
 
     @property
     def neighbors(self) -> NeighborIndex:
@@ -97,6 +106,16 @@ class Visit:
         if self.cache.neighbors is None:
             self.cache.neighbors = NeighborIndex(version)
         return self.cache.neighbors
+
+    @property
+    def leakage(self) -> LeakageReport:
+        """The current version's leakage, which takes seconds to minutes to measure."""
+        from tunewright.data.dedup.leakage import measure_leakage
+
+        deciding = (self.version.digest, self.project.folder.config.seed)
+        if self.cache.leakage is None or self.cache.leakage[0] != deciding:
+            self.cache.leakage = (deciding, measure_leakage(self.version, deciding[1], self.project.reporter))
+        return self.cache.leakage[1]
 
     @property
     def chat(self) -> ChatFormat:

@@ -10,14 +10,19 @@ from starlette.responses import Response
 
 from tunewright.api.data import AddOptions, ColumnMapping
 from tunewright.core.errors import UserError
+from tunewright.data.dedup.leakage import leakage_sentences
 from tunewright.data.review.label_models import excerpt
 from tunewright.data.versions import current_manifest
+from tunewright.data.versions.diff import comparability, summary, word_changes
 from tunewright.studio.visit import Handlers, Visit
 
 UPLOADS = "uploads"
 """The folder of uploaded files, in the project's."""
 
 _FAULTS = 100  # of a file on its page
+_ROWS = 50  # of each kind of change between two versions
+_NEAREST = 10  # pairs of a held-out row and a training row
+_MEASURED_AT_ONCE = 20_000  # rows, whose leakage takes seconds to measure
 _CHANGES = 20  # of a corrected copy, on the next page
 _FLAGS = {
     "skip_bad": "Leave faulty rows out",
@@ -102,6 +107,55 @@ def checkout(visit: Visit) -> Response:
     return visit.go("/data", f"Version {manifest.digest[:12]} is the current one now.")
 
 
+def diff_page(visit: Visit) -> Response:
+    """Show the difference between two versions."""
+    versions = visit.project.data.log()[::-1]
+    if len(versions) < 2:
+        raise UserError("There are fewer than two versions", fix="Add a file, or edit answers in a review.")
+    parents = {each.digest: each.parent for each in versions}
+    after = visit.query.get("b") or _current(visit)
+    before = visit.query.get("a") or parents.get(after) or versions[-1].digest
+    found = visit.project.data.diff(before, after)
+    return visit.page(
+        "diff.html.j2",
+        "Difference",
+        versions=versions,
+        found=found,
+        summary=summary(found),
+        comparability=comparability(found),
+        word_changes=word_changes,
+        most=_ROWS,
+        excerpt=excerpt,
+    )
+
+
+def leakage_page(visit: Visit) -> Response:
+    """Show how similar held-out rows are to training rows; of a large version only on request."""
+    rows = len(visit.version.members)
+    known = visit.cache.leakage is not None and visit.cache.leakage[0][0] == visit.version.digest
+    if rows > _MEASURED_AT_ONCE and not known and "measure" not in visit.query:
+        return visit.page("leakage.html.j2", "Leakage", rows=rows, bands=[], report=None)
+    report = visit.leakage
+    counts = list(zip(report.histogram("dev"), report.histogram("test"), strict=True))
+    most = max(1, *(dev + test for dev, test in counts))
+    bands = [
+        (f"{place / 10:.1f} to {(place + 1) / 10:.1f}", dev, test, 100 * (dev + test) / most)
+        for place, (dev, test) in enumerate(counts)
+    ]
+    nearest = sorted(report.nearest, key=lambda row: -row.similarity)[:_NEAREST]
+    by_key = {member.key: member for member in visit.version.members}
+    return visit.page(
+        "leakage.html.j2",
+        "Leakage",
+        rows=rows,
+        bands=bands,
+        report=report,
+        sentences=leakage_sentences(report),
+        nearest=[(row, by_key[row.key], by_key[row.of]) for row in nearest if row.of is not None],
+        excerpt=excerpt,
+    )
+
+
 def _uploads(visit: Visit) -> list[Path]:
     folder = visit.project.folder.root / UPLOADS
     return sorted(file for file in folder.glob("[!.]*") if file.is_file())
@@ -131,7 +185,13 @@ def _mapping(fields: dict[str, str]) -> ColumnMapping:
 
 
 def _add_options(fields: dict[str, str]) -> AddOptions:
-    return AddOptions(_mapping(fields), **{name: name in fields for name in _FLAGS})
+    return AddOptions(
+        _mapping(fields),
+        skip_bad="skip_bad" in fields,
+        redact="redact" in fields,
+        accept_conflicts="accept_conflicts" in fields,
+        replace="replace" in fields,
+    )
 
 
 def _as_error(error: dict[str, Any]) -> UserError:
@@ -144,4 +204,6 @@ HANDLERS: Handlers = {
     ("POST", "/data/add"): add_file,
     ("POST", "/data/fix"): fix_file,
     ("POST", "/data/checkout"): checkout,
+    ("GET", "/data/diff"): diff_page,
+    ("GET", "/data/leakage"): leakage_page,
 }
