@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -136,10 +137,11 @@ class Visit:
             project=folder.config.name if folder.has_config else folder.root.name,
             form_token=self.session.form_token,
             reviewer=self.session.reviewer,
+            demo=self.session.read_only,
             messages=[*self.session.take_messages(), *reported],
             **values,
         )
-        return HTMLResponse(text)
+        return HTMLResponse(_disabled(text) if self.session.read_only else text)
 
     def go(self, path: str, *messages: str) -> Response:
         """Return a redirection to a page, which shows the messages."""
@@ -148,6 +150,14 @@ class Visit:
         self.session.messages += [*reported, *(message for message in messages if message)]
         return RedirectResponse(path, status_code=303)
 
+
+def _disabled(page: str) -> str:
+    """Return a page whose forms that change something have no live button; no row can hold markup of a form."""
+    return _POST_FORM.sub(lambda form: _LIVE_BUTTON.sub("<button disabled", form[0]), page)
+
+
+_POST_FORM = re.compile('<form method="post".*?</form>', re.DOTALL)
+_LIVE_BUTTON = re.compile("<button(?![^>]* disabled)")
 
 Handler = Callable[[Visit], Response]
 Handlers = dict[tuple[str, str], Handler]

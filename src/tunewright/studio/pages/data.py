@@ -18,6 +18,7 @@ from tunewright.studio.visit import Handlers, Visit
 
 UPLOADS = "uploads"
 """The folder of uploaded files, in the project's."""
+MAX_UPLOAD = 200_000_000  # bytes, held in memory once
 
 _FAULTS = 100  # of a file on its page
 _ROWS = 50  # of each kind of change between two versions
@@ -40,6 +41,7 @@ def data_page(visit: Visit) -> Response:
         "data.html.j2",
         "Data",
         uploads=_uploads(visit),
+        max_upload=MAX_UPLOAD,
         versions=visit.project.data.log()[::-1],
         current=current.digest if current else "",
     )
