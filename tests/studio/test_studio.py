@@ -225,7 +225,7 @@ def test_row_page_marks_the_trained_tokens(browser: Browser, project: Path) -> N
 def test_uploaded_file_is_checked_and_added(browser: Browser, project: Path) -> None:
     rows = [*pairs(20, seed=5), {"prompt": "no answer"}]
     checked = browser.upload("more.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
-    assert "cannot be added like this" in checked.text and "Row 21: " in checked.text
+    assert "cannot be added like this" in checked.text and '<th scope="row">21</th>' in checked.text
     assert "Add the file" in browser.get("/data/check?file=more.jsonl&skip_bad=on")
     before = len(library.open(project).data.version().members)
     done = browser.send("/data/add", "/data/check?file=more.jsonl&skip_bad=on", skip_bad="on", message="20 more")

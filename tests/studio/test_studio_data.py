@@ -238,7 +238,7 @@ def test_leakage_page_has_the_numbers_of_the_command_line(project: Path) -> None
     printed = tunewright("data", "leakage", "-p", project).stdout
     with restarted(project) as browser:
         page = unescape(browser.get("/data/leakage"))
-        found = re.findall(r'<th scope="row">([\d.]+ to [\d.]+)</th>\s*<td>(\d+)</td>\s*<td>(\d+)</td>', page)
+        found = re.findall(r'<th scope="row">([\d.]+\sto\s[\d.]+)</th>\s*<td>(\d+)</td>\s*<td>(\d+)</td>', page)
         assert [int(dev) for _, dev, _ in found] == report.histogram("dev")
         assert [int(test) for _, _, test in found] == report.histogram("test")
         widths = [float(width) for width in re.findall('<rect width="([^"]*)"', page)]

@@ -135,7 +135,7 @@ class Studio:
 
     def _demo_refusal(self) -> Response:
         fix = "Make a project of your own: tunewright studio in an empty folder."
-        return self._error(403, "This is a demo, where nothing can be changed; nothing was", None, fix)
+        return self._error(403, "This is a demo, where nothing can be changed; nothing was", fix=fix)
 
     def _endpoint(self, handler: Handler, method: str) -> Callable[[Request], Any]:
         async def endpoint(request: Request) -> Response:
@@ -233,14 +233,15 @@ class Studio:
 
     async def _refused(self, _request: Request, error: Exception) -> Response:
         assert isinstance(error, UserError)
-        return self._error(400, error.what, error.where, error.fix)
+        texts = (error.what, error.where or "", error.fix or "")
+        return self._error(400, *(text.replace(f"{self._root}/", "") for text in texts))
 
     async def _failed(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         what = f"There is no page {request.url.path}" if error.status_code == 404 else error.detail
-        return self._error(error.status_code, what, None, None)
+        return self._error(error.status_code, what)
 
-    def _error(self, status: int, what: str, where: str | None, fix: str | None) -> Response:
+    def _error(self, status: int, what: str, where: str = "", fix: str = "") -> Response:
         text = self._templates.get_template("error.html.j2").render(what=what, where=where, fix=fix)
         return HTMLResponse(text, status_code=status)
 

@@ -129,8 +129,6 @@ class Visit:
 
     def page(self, template: str, title: str, **values: Any) -> Response:
         """Return a page."""
-        reporter = self.project.reporter
-        reported = reporter.messages if isinstance(reporter, PageReporter) else []
         folder = self.project.folder
         text = self.templates.get_template(template).render(
             title=title,
@@ -138,17 +136,21 @@ class Visit:
             form_token=self.session.form_token,
             reviewer=self.session.reviewer,
             demo=self.session.read_only,
-            messages=[*self.session.take_messages(), *reported],
+            messages=[*self.session.take_messages(), *self._reported()],
             **values,
         )
         return HTMLResponse(_disabled(text) if self.session.read_only else text)
 
     def go(self, path: str, *messages: str) -> Response:
         """Return a redirection to a page, which shows the messages."""
-        reporter = self.project.reporter
-        reported = reporter.messages if isinstance(reporter, PageReporter) else []
-        self.session.messages += [*reported, *(message for message in messages if message)]
+        self.session.messages += [*self._reported(), *(message for message in messages if message)]
         return RedirectResponse(path, status_code=303)
+
+    def _reported(self) -> list[str]:
+        """Return what the project reported, with the paths of its files from its folder on."""
+        reporter = self.project.reporter
+        messages = reporter.messages if isinstance(reporter, PageReporter) else []
+        return [message.replace(f"{self.project.folder.root}/", "") for message in messages]
 
 
 def _disabled(page: str) -> str:

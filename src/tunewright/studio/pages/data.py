@@ -91,7 +91,7 @@ def add_file(visit: Visit) -> Response:
         return visit.go(_check_path(file.name, visit.form), message)
     added = visit.project.data.add([file], _add_options(visit.form), message=visit.form.get("message", ""))
     state = "is new" if added.created else "has all of these rows already"
-    return visit.go("/data", f"Version {added.version.digest[:12]} {state}.")
+    return visit.go("/data", f"Version {added.version.digest[:12]} {state}. The page Project has the next step.")
 
 
 def fix_file(visit: Visit) -> Response:
