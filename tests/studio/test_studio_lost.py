@@ -1,4 +1,4 @@
-"""What the studio makes of too much, too little and too late: nothing is left half-done, and nothing typed is lost."""
+"""Uploads that are too large or break off, and forms that come too late: nothing is half-done, and no text is lost."""
 
 from __future__ import annotations
 
