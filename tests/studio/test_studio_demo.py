@@ -55,6 +55,7 @@ def test_visitor_reads_every_page_without_sign_in_and_changes_no_file(client: ht
         forms = re.findall('<form method="post".*?</form>', page.text, re.DOTALL)
         buttons = [button for form in forms for button in re.findall("<button[^>]*>", form)]
         assert buttons and all(" disabled" in button for button in buttons), path
+    assert client.get(f"/report/{EVALUATION}").status_code == 200
     assert client.get("/sign-in").url.path == "/"
     assert "<button>Show</button>" in client.get("/rows").text, "a search changes nothing"
     # The review's sample was drawn in the copy.
@@ -66,7 +67,7 @@ def test_visitor_reads_every_page_without_sign_in_and_changes_no_file(client: ht
 )
 def test_every_request_that_could_change_something_is_refused(client: httpx.Client, path: str) -> None:
     refused = client.post(path, data={"action": "right", "secret": "None"})
-    assert refused.status_code == 403 and "nothing can be changed" in refused.text
+    assert refused.status_code == 403 and "This demo is read-only; nothing was changed" in refused.text
     assert "set-cookie" not in refused.headers
     assert client.request("DELETE", path).status_code == 403
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cached_property
@@ -44,7 +45,7 @@ class RowIndex:
     def find(self, query: RowQuery, suspects: AbstractSet[str] = frozenset()) -> list[Member]:
         """Return the matching rows, sorted by key; ``suspects`` are the keys that the flag of that name means."""
         members = self._version.members
-        places = range(len(members))
+        places: Sequence[int] = range(len(members))
         if query.split:
             places = [i for i in places if members[i].split == query.split]
         if query.cluster:

@@ -135,7 +135,7 @@ class Studio:
 
     def _demo_refusal(self) -> Response:
         fix = "Make a project of your own: tunewright studio in an empty folder."
-        return self._error(403, "This is a demo, where nothing can be changed; nothing was", fix=fix)
+        return self._error(403, "This demo is read-only; nothing was changed", fix=fix)
 
     def _endpoint(self, handler: Handler, method: str) -> Callable[[Request], Any]:
         async def endpoint(request: Request) -> Response:
