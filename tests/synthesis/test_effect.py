@@ -73,6 +73,8 @@ def test_generated_effect_is_measured_and_said_in_the_report(tmp_path: Path, tin
     assert share in page
     used = tunewright("data", "trained-by", written[0].key[:12], "-p", project, "--json").document
     assert {each["adapter"]: each["use"] for each in used["adapters"]} == {names[0]: "trained", names[1]: "left out"}
+    shown = tunewright("adapters", "show", names[1], "-p", project, "--json").document
+    assert len(shown["dataset"]["splits"][0]["left_out"]) == len(written)
 
     swapped = tunewright("data", "generated-effect", evaluations[1].name, evaluations[0].name, "-p", project)
     assert (swapped.code, "was trained without generated rows" in swapped.stderr) == (2, True)
