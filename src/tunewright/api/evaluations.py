@@ -25,9 +25,10 @@ from tunewright.evidence.verdict import Verdict
 
 if TYPE_CHECKING:
     from tunewright.advisor.signals import Signals
-    from tunewright.evaluation.human_eval.session import BlindReview
+    from tunewright.evaluation.human_eval.session import BlindReview, Progress
     from tunewright.evaluation.judge.runner import Estimate, Judge, JudgeResult
     from tunewright.evaluation.kept_preferences import KeptPreferences
+    from tunewright.evaluation.row_answers import RowAnswers
     from tunewright.evidence.human_eval import AnswerReview
 
 
@@ -115,6 +116,23 @@ class EvaluationsApi(ProjectContext):
         if name is None:
             raise UserError("Found neither a git user name nor a login name", where="--reviewer", fix="Pass a name.")
         return BlindReview(folder, name, self.reporter, items=items)
+
+    def human_eval_progress(self, evaluation: str | Path | None = None) -> dict[str, Progress]:
+        """Return how far each reviewer of an evaluation is, by name; it says nothing about the verdicts.
+
+        Raises:
+            UserError: no evaluation, or a file of the review was changed.
+        """
+        from tunewright.evaluation.human_eval.session import reviewers_progress
+
+        return reviewers_progress(_folder(self.evaluation(evaluation, dev=False)))
+
+    def row_answers(self, *, newest: int = 5) -> RowAnswers:
+        """Return the adapter's stored answers to rows, from the ``newest`` evaluations. Nothing is generated."""
+        from tunewright.evaluation.row_answers import evaluated_files, row_answers
+
+        evaluations = self.folder.evaluations
+        return row_answers(evaluated_files(evaluations)[:newest], evaluations, self.reporter)
 
     def human_eval_results(self, evaluation: str | Path | None = None) -> AnswerReview:
         """Add all reviewers' verdicts to the evidence and return them: preference, agreement, estimate for all items.

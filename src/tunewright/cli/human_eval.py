@@ -12,7 +12,7 @@ from rich.text import Text
 
 from tunewright.cli.app import EVALUATE, app, command
 from tunewright.cli.console import RESUMES, Session
-from tunewright.cli.data_review import read_key, require_terminal
+from tunewright.cli.data_review import read_key, read_note, require_terminal
 from tunewright.cli.data_rows import escape_control_character
 from tunewright.cli.verdict import Evaluation
 
@@ -158,14 +158,6 @@ def _pass(run: Session, blind: BlindReview) -> None:
             blind.answer(pair, SIDE_KEYS[key])
         else:
             note = f"Unknown key {key!r}."
-
-
-def read_note(run: Session) -> str:
-    """Return a line that the reviewer types. It replaces an earlier note."""
-    try:
-        return run.console.input("Note: ", markup=False)
-    except EOFError:
-        return ""
 
 
 def progress_text(progress: Progress) -> str:

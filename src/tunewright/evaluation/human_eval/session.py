@@ -11,6 +11,7 @@ from tunewright.core.progress import Reporter
 from tunewright.evaluation.human_eval.journal import (
     FOLDER,
     Event,
+    Journal,
     NoteLine,
     ReferenceShownLine,
     Side,
@@ -18,8 +19,9 @@ from tunewright.evaluation.human_eval.journal import (
     VerdictLine,
     append_events,
     read_journal,
+    read_journals,
 )
-from tunewright.evaluation.human_eval.sample import keep_sample, open_sample, treatment_is_a
+from tunewright.evaluation.human_eval.sample import Sample, keep_sample, load_sample, open_sample, treatment_is_a
 from tunewright.evidence.schema import Evidence, Item, load_evidence, load_items
 
 
@@ -78,6 +80,26 @@ class Progress:
     same: int
 
 
+def progress_of(journal: Journal, sample: Sample) -> Progress:
+    """Return the progress of a reviewer on a sample."""
+    standing = journal.standing
+    said = [standing[key].verdict for key in sample.order if key in standing]
+    skipped = said.count("skip")
+    return Progress(len(said) - skipped, skipped, len(sample.order), sample.same)
+
+
+def reviewers_progress(folder: Path) -> dict[str, Progress]:
+    """Return the progress of each reviewer of an evaluation, by name; it says nothing about the verdicts.
+
+    Raises:
+        UserError: there is no evaluation, or a file of the review was changed.
+    """
+    sample = load_sample(folder / FOLDER, load_evidence(folder))
+    if sample is None:
+        return {}
+    return {journal.reviewer: progress_of(journal, sample) for journal in read_journals(folder / FOLDER)}
+
+
 class BlindReview:
     """One reviewer's pass over an evaluation's sample; every event is on disk before the next pair is shown.
 
@@ -117,9 +139,7 @@ class BlindReview:
     @property
     def progress(self) -> Progress:
         """Return this reviewer's progress."""
-        said = [judged.verdict for key in self.sample.order if (judged := self.journal.standing.get(key))]
-        skipped = said.count("skip")
-        return Progress(len(said) - skipped, skipped, len(self.sample.order), self.sample.same)
+        return progress_of(self.journal, self.sample)
 
     def next(self) -> Pair | None:
         """Return the pair to judge now, or None if all are judged or skipped in this pass."""

@@ -5,14 +5,39 @@ from __future__ import annotations
 from starlette.responses import HTMLResponse, Response
 
 from tunewright.core.errors import UserError
+from tunewright.data.review.report import ReviewReport, review_report
+from tunewright.data.versions import current_manifest
 from tunewright.evaluation.human_eval.journal import Side
-from tunewright.evaluation.human_eval.session import BlindReview
+from tunewright.evaluation.human_eval.session import BlindReview, Progress
+from tunewright.evidence.schema import DEV_PREFIX, EVIDENCE_FILE
 from tunewright.studio.visit import Handlers, Visit, path_of
 
 _REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'"
 
-
+_NEWEST = 20  # evaluations
 _SIDES: dict[str, Side] = {"A": "A", "B": "B", "both": "both", "neither": "neither", "skip": "skip"}
+
+
+def comparisons_page(visit: Visit) -> Response:
+    """Show the evaluations on the test split, and how far each reviewer has compared their answers."""
+    folder = visit.project.folder.evaluations
+    files = sorted(folder.glob(f"[!.]*/{EVIDENCE_FILE}"), key=lambda file: file.stat().st_mtime, reverse=True)
+    names = [file.parent.name for file in files if not file.parent.name.startswith(DEV_PREFIX)]
+    found: list[tuple[str, dict[str, Progress], str | None]] = []
+    for name in names[:_NEWEST]:
+        try:
+            found.append((name, visit.project.human_eval_progress(folder / name), None))
+        except UserError as error:
+            found.append((name, {}, str(error)))
+    return visit.page(
+        "comparisons.html.j2", "Compare", evaluations=found, review=_row_review(visit), left_out=len(names) - len(found)
+    )
+
+
+def _row_review(visit: Visit) -> ReviewReport | None:
+    """Return the state of the rows' review; None without rows."""
+    dataset = visit.project.folder.dataset
+    return None if current_manifest(dataset) is None else review_report(dataset, visit.version)
 
 
 def compare_page(visit: Visit) -> Response:
@@ -67,6 +92,7 @@ def report_page(visit: Visit) -> Response:
 
 
 HANDLERS: Handlers = {
+    ("GET", "/compare"): comparisons_page,
     ("GET", "/compare/{evaluation}"): compare_page,
     ("POST", "/compare/{evaluation}"): judge_pair,
     ("GET", "/report/{evaluation}"): report_page,
