@@ -83,6 +83,7 @@ def _show(visit: Visit, queue: str, review: ReviewSession, draft: str | None = N
         status=review.status,
         left=_left(review),
         card=card,
+        last=review.reviews.latest(review.version.digest, review.reviewer),
         draft=draft,
         changes=None if draft is None else word_changes(stored, draft),
         note=review.note_on(key),
