@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 import tunewright as library
-from command_line import pairs, tiny_project, tunewright, write_jsonl
+from command_line import pairs, tunewright, write_jsonl
 from factories import make_items
-from people_helpers import begin, evaluation, save
+from people_helpers import begin, evaluation, evaluation_with_incumbent, save
 from studio_browser import PASSWORD, Browser, opened
 from tunewright.data.review.reviews import read_reviews
 from tunewright.serving.gateway.server import serving
@@ -23,8 +23,10 @@ EVALUATION = f"{7:012x}"
 
 
 @pytest.fixture(scope="module")
-def added(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
-    folder = tiny_project(tmp_path_factory.mktemp("studio-review") / "project", tiny_base_folder)
+def added(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("studio-review") / "project"
+    folder.mkdir()
+    (folder / "tunewright.yaml").write_text("name: review\n")
     rows = pairs(120)
     # The input of one row has the answer of another: a conflict, which is a suspect.
     write_jsonl(folder / "pairs.jsonl", [*rows, {"prompt": rows[0]["prompt"], "completion": "mauve"}])
@@ -211,6 +213,22 @@ def test_progress_page_lists_every_reviewer_without_the_verdicts(browser: Browse
     html = browser.get("/compare")
     assert f"<td>bo</td><td>1 of {len(blind.sample.order)}</td>" in html
     assert not re.search("retrieved|zero-shot|tuned|Win rate|prefer", html)
+
+
+def test_incumbent_has_a_blind_comparison_of_its_own(browser: Browser, project: Path) -> None:
+    folder = evaluation_with_incumbent(project / "evaluations" / EVALUATION, count=12)
+    path = f"/compare/{EVALUATION}/hosted"
+    assert f'href="{path}"' in browser.get("/compare")
+    asked = 0
+    while 'name="key"' in (html := browser.get(path)):
+        assert "incumbent-hosted" not in html and "tuned" not in html
+        browser.send(path, path, action="B")
+        asked += 1
+    assert "Win rate" in html or "no win rate" in html
+    assert len(begin(folder, against="hosted").journal.standing) == asked > 3
+    assert begin(folder).journal.standing == {}
+    assert f"<td>{asked} of {asked}</td>" in browser.get("/compare")
+    assert browser.client.get(f"/compare/{EVALUATION}/other").status_code == 400
 
 
 def test_unknown_queue_is_not_found(browser: Browser) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 import tunewright as library
 from browser import AXE, CONTRASTS, EXECUTABLE, Page, chromium
-from command_line import pairs, tiny_project, tunewright, write_jsonl
+from command_line import pairs, tunewright, write_jsonl
 from factories import make_items
 from people_helpers import save
 from tunewright.data.review.reviews import ReviewLog, read_reviews
@@ -31,9 +31,11 @@ ATTACKS = (
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project whose reviewers, notes, edits and stored answers attack the pages too."""
-    folder = tiny_project(tmp_path_factory.mktemp("studio-review-browser") / "project", tiny_base_folder)
+    folder = tmp_path_factory.mktemp("studio-review-browser") / "project"
+    folder.mkdir()
+    (folder / "tunewright.yaml").write_text("name: review\n")
     rows = [{"prompt": f"{n} {text}", "completion": text} for n, text in enumerate(ATTACKS)]
     write_jsonl(folder / "pairs.jsonl", [*pairs(60), *rows])
     assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0

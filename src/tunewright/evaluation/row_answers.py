@@ -9,8 +9,8 @@ from pathlib import Path
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.evaluation.access_log import load_checked
-from tunewright.evaluation.human_eval.journal import FOLDER, read_journal
-from tunewright.evaluation.human_eval.sample import load_sample
+from tunewright.evaluation.human_eval.journal import read_journal
+from tunewright.evaluation.human_eval.sample import comparison, load_sample
 from tunewright.evidence.schema import EVIDENCE_FILE, ITEMS_FILE, Evidence, Item, load_items
 
 
@@ -35,11 +35,15 @@ class EvaluatedRows:
 
     def awaits_verdict(self, key: str, reviewer: str) -> bool:
         """Return whether the reviewer has this row's answers still to compare blind."""
-        sample = load_sample(self.folder / FOLDER, self.evidence)
-        if sample is None or key not in sample.order:
-            return False
-        said = read_journal(self.folder / FOLDER, reviewer).standing.get(key)
-        return said is None or said.verdict == "skip"
+        incumbents = self.evidence.incumbents.compared if self.evidence.incumbents else ()
+        for against in (None, *(each.name for each in incumbents)):
+            place = comparison(self.folder, self.evidence, against).folder
+            sample = load_sample(place, self.evidence)
+            if sample is not None and key in sample.order:
+                said = read_journal(place, reviewer).standing.get(key)
+                if said is None or said.verdict == "skip":
+                    return True
+        return False
 
 
 @dataclass(frozen=True)

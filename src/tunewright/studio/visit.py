@@ -55,8 +55,8 @@ class Cache:
     """By version, reviewer and choice of rows."""
     answers: tuple[tuple[object, ...], RowAnswers] | None = None
     """The adapter's stored answers, and the files that they are from with their times."""
-    comparisons: dict[tuple[str, str], BlindReview] = field(default_factory=dict)
-    """By evaluation and reviewer."""
+    comparisons: dict[tuple[str, str, str | None], BlindReview] = field(default_factory=dict)
+    """By evaluation, reviewer and incumbent."""
 
 
 @dataclass

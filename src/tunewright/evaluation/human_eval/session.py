@@ -9,7 +9,6 @@ from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.evaluation.human_eval.journal import (
-    FOLDER,
     Event,
     Journal,
     NoteLine,
@@ -21,7 +20,14 @@ from tunewright.evaluation.human_eval.journal import (
     read_journal,
     read_journals,
 )
-from tunewright.evaluation.human_eval.sample import Sample, keep_sample, load_sample, open_sample, treatment_is_a
+from tunewright.evaluation.human_eval.sample import (
+    Sample,
+    comparison,
+    keep_sample,
+    load_sample,
+    open_sample,
+    treatment_is_a,
+)
 from tunewright.evidence.schema import Evidence, Item, load_evidence, load_items
 
 
@@ -34,6 +40,7 @@ def check_options(
     reviewer: bool,
     reference: bool,
     keep_preferences: bool = False,
+    against: bool = False,
 ) -> None:
     """Refuse options of ``tunewright human-eval`` that would be ignored; each argument is True if given.
 
@@ -49,6 +56,8 @@ def check_options(
     idle = [name for name, there in (("--items", items), ("--reviewer", reviewer)) if there]
     if (results or keep_preferences) and idle:
         raise UserError(f"{actions[0]} does not use {', '.join(idle)}", where=actions[0], fix="Leave it out.")
+    if keep_preferences and against:
+        raise UserError("--keep-preferences does not use --against", where="--keep-preferences", fix="Leave it out.")
     if sheet and items:
         raise UserError("--import does not use --items", where="--import", fix="Leave it out.")
 
@@ -88,16 +97,32 @@ def progress_of(journal: Journal, sample: Sample) -> Progress:
     return Progress(len(said) - skipped, skipped, len(sample.order), sample.same)
 
 
-def reviewers_progress(folder: Path) -> dict[str, Progress]:
-    """Return the progress of each reviewer of an evaluation, by name; it says nothing about the verdicts.
+@dataclass(frozen=True)
+class ComparisonProgress:
+    """The progress of all reviewers on a comparison; it says nothing about the verdicts."""
+
+    against: str | None
+    """Name of the incumbent; None: the best prompting arm."""
+    reviewers: dict[str, Progress]
+    """By name."""
+
+
+def reviewers_progress(folder: Path) -> list[ComparisonProgress]:
+    """Return the progress on each comparison of an evaluation that people can make.
 
     Raises:
         UserError: there is no evaluation, or a file of the review was changed.
     """
-    sample = load_sample(folder / FOLDER, load_evidence(folder))
-    if sample is None:
-        return {}
-    return {journal.reviewer: progress_of(journal, sample) for journal in read_journals(folder / FOLDER)}
+    evidence = load_evidence(folder)
+    found = []
+    incumbents = evidence.incumbents.compared if evidence.incumbents else ()
+    for against in (None, *(each.name for each in incumbents)):
+        place = comparison(folder, evidence, against).folder
+        sample = load_sample(place, evidence)
+        journals = [] if sample is None else read_journals(place)
+        at = {journal.reviewer: progress_of(journal, sample) for journal in journals if sample is not None}
+        found.append(ComparisonProgress(against, at))
+    return found
 
 
 class BlindReview:
@@ -108,14 +133,24 @@ class BlindReview:
         reviewer: the reviewer's name.
         reporter: reports a newly drawn sample, and lines that a crash cut off.
         items: number of items to review, if no sample has been drawn yet (None: 50).
+        against: name of the incumbent to compare with (None: the deciding contrast's control).
 
     Raises:
-        UserError: there is no evaluation, the name is invalid, or an existing sample differs.
+        UserError: there is no evaluation or incumbent, the name is invalid, or an existing sample differs.
     """
 
-    def __init__(self, folder: Path, reviewer: str, reporter: Reporter, *, items: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        reviewer: str,
+        reporter: Reporter,
+        *,
+        items: int | None = None,
+        against: str | None = None,
+    ) -> None:
         self.evidence = load_evidence(folder)
-        self.folder = folder / FOLDER
+        compared = comparison(folder, self.evidence, against)
+        self.folder = compared.folder
         self.journal = read_journal(self.folder, reviewer)
         self.reviewer = self.journal.reviewer
         if self.journal.torn:
@@ -123,8 +158,10 @@ class BlindReview:
                 "The last line of the review was cut off by a crash and does not count: judge that pair again."
             )
         every = load_items(folder)
-        require_arms(self.evidence, every)
-        self.sample = open_sample(self.folder, self.evidence, every, items)
+        if against is None:
+            require_arms(self.evidence, every)
+        every = compared.items(every)
+        self.sample = open_sample(compared, self.evidence, every, items)
         self._items = {item.key: item for item in every}
         _require_items(self.sample.order, self._items, self.folder)
         if strangers := self.journal.standing.keys() - set(self.sample.order):
