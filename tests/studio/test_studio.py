@@ -17,49 +17,14 @@ import pytest
 import tunewright as library
 from command_line import pairs, tiny_project, tunewright, write_jsonl
 from people_helpers import begin, evaluation
+from studio_browser import PASSWORD, Browser, opened
 from tunewright.core.errors import UserError
 from tunewright.serving.gateway.server import serving
 from tunewright.studio import Studio
 from tunewright.studio.jobs import Jobs
 
 EVALUATION = f"{7:012x}"
-PASSWORD = "a long password"
 HOSTILE = '<script>alert(1)</script> "><svg onload=alert(2)> \u202eright to left'
-
-
-class Browser:
-    """A signed-in browser without JavaScript."""
-
-    def __init__(self, client: httpx.Client) -> None:
-        self.client = client
-        signed_in = client.post("/sign-in", data={"secret": PASSWORD})
-        assert (signed_in.status_code, signed_in.url.path) == (200, "/")
-
-    def get(self, path: str) -> str:
-        """Return a page's HTML."""
-        answer = self.client.get(path)
-        assert answer.status_code == 200, answer.text
-        return answer.text
-
-    def send(self, path: str, page: str, **fields: str) -> httpx.Response:
-        """Send a form with the hidden fields of the page that it stands on."""
-        html = self.get(page)
-        hidden = re.findall('<input type="hidden" name="([^"]*)" value="([^"]*)"', html)
-        kept = {name: unescape(value) for name, value in hidden if name in ("form_token", "key", "file")}
-        return self.client.post(path, data=kept | fields)
-
-    def judge(self, action: str, **fields: str) -> str:
-        """Press a button of the review's page."""
-        answer = self.send("/review", "/review", action=action, **fields)
-        assert answer.status_code == 200, answer.text
-        return unescape(answer.text)
-
-
-@contextmanager
-def opened(url: str) -> Iterator[Browser]:
-    """A browser on a running studio."""
-    with httpx.Client(base_url=url, follow_redirects=True, timeout=60) as client:
-        yield Browser(client)
 
 
 @contextmanager

@@ -24,8 +24,10 @@ document.addEventListener("keydown", event => {
   const target = document.querySelector(`[data-key="${CSS.escape(event.key.toLowerCase())}"]`);
   if (!target) return;
   event.preventDefault();
-  target.click();
-  target.closest("details")?.querySelector("textarea")?.focus();
+  const part = target.closest("details");
+  // A part that is open stays open: its key leads back to the text.
+  if (!(part?.open && target.localName === "summary")) target.click();
+  part?.querySelector("textarea")?.focus();
 });
 
 // A key that is pressed twice before the next page is there is one verdict.
