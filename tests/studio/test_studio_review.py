@@ -14,7 +14,7 @@ import tunewright as library
 from command_line import pairs, tunewright, write_jsonl
 from factories import make_items
 from people_helpers import begin, evaluation, evaluation_with_incumbent, save
-from studio_browser import PASSWORD, Browser, opened
+from studio_client import PASSWORD, Browser, opened
 from tunewright.data.review.reviews import read_reviews
 from tunewright.serving.gateway.server import serving
 from tunewright.studio import Studio

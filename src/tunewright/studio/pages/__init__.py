@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from tunewright.studio.pages import data, evaluation, project, review
+from tunewright.studio.pages import data, evaluation, new_project, project, review, rows
 
 HANDLERS = (
     *project.HANDLERS.items(),
+    *new_project.HANDLERS.items(),
     *data.HANDLERS.items(),
+    *rows.HANDLERS.items(),
     *review.HANDLERS.items(),
     *evaluation.HANDLERS.items(),
 )

@@ -37,6 +37,15 @@ document.addEventListener("submit", event => {
 });
 addEventListener("pageshow", () => { sent = false; });
 
+// A file that the studio would refuse is not sent first.
+document.addEventListener("change", event => {
+  const largest = Number(event.target.dataset?.largest);
+  if (!largest) return;
+  const tooLarge = [...event.target.files].some(file => file.size > largest);
+  event.target.setCustomValidity(tooLarge ? `The file is larger than ${largest.toLocaleString("en")} bytes.` : "");
+  event.target.reportValidity();
+});
+
 // A job's log, line by line.
 const log = document.getElementById("log");
 if (log) {
