@@ -1,16 +1,13 @@
-"""Blind comparison, and reports."""
+"""Blind comparison."""
 
 from __future__ import annotations
 
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import Response
 
 from tunewright.core.errors import UserError
 from tunewright.evaluation.human_eval.journal import Side
 from tunewright.evaluation.human_eval.session import BlindReview
 from tunewright.studio.visit import Handlers, Visit, path_of
-
-_REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'"
-
 
 _SIDES: dict[str, Side] = {"A": "A", "B": "B", "both": "both", "neither": "neither", "skip": "skip"}
 
@@ -60,14 +57,7 @@ def _comparison(visit: Visit) -> BlindReview:
     return kept[place]
 
 
-def report_page(visit: Visit) -> Response:
-    """Show an evaluation's report, which is a page of its own with its styles inside."""
-    text = visit.project.report(visit.place["evaluation"]).read_text(encoding="utf-8")
-    return HTMLResponse(text, headers={"Content-Security-Policy": _REPORT_POLICY})
-
-
 HANDLERS: Handlers = {
     ("GET", "/compare/{evaluation}"): compare_page,
     ("POST", "/compare/{evaluation}"): judge_pair,
-    ("GET", "/report/{evaluation}"): report_page,
 }
