@@ -183,7 +183,12 @@ def test_sweep_and_curve_are_read_from_their_files(browser: Browser, project: Pa
     assert [len(line["points"]) for line in _charts(page)[0]["lines"]] == [3, 3]
     ledger.path.write_text("{}\n")
     (project / "curves" / CURVE.id / CURVE_FILE).write_text("{}")
-    for path in (f"/train/sweeps/{head.sweep}", f"/train/curves/{CURVE.id}", "/train/sweeps/.hidden", "/train/curves/x"):
+    for path in (
+        f"/train/sweeps/{head.sweep}",
+        f"/train/curves/{CURVE.id}",
+        "/train/sweeps/.hidden",
+        "/train/curves/x",
+    ):
         refused = browser.client.get(path)
         assert refused.status_code in (400, 404) and "Traceback" not in refused.text, path
 

@@ -15,10 +15,10 @@ from tunewright.training.checkpoint_selection import DEV_LOSS, DEV_METRIC, PAIR_
 
 _LOSSES = {
     "loss": "training loss",
+    DEV_LOSS: "dev loss",
     PAIR_LOSS: "loss of the pairs",
     REPLAY_KL: "replay KL",
     REPLAY_LOSS: "loss of replay",
-    DEV_LOSS: "dev loss",
 }
 
 

@@ -4,6 +4,8 @@ const dark = matchMedia("(prefers-color-scheme: dark)");
 const still = matchMedia("(prefers-reduced-motion: reduce)");
 const DASHES = [[], [6, 3], [2, 3], [10, 3, 2, 3]]; // so that lines differ without their colours too
 const COLOURS = 4;
+const NUMBER = new Intl.NumberFormat("en", { maximumSignificantDigits: 4 });
+const shown = value => value === null ? "" : value && Math.abs(value) < 0.001 ? value.toExponential(1) : NUMBER.format(value);
 
 // One chart of the page: its lines, and the plot that shows those with points.
 class Chart {
@@ -16,7 +18,7 @@ class Chart {
   }
 
   size() {
-    return { width: this.figure.clientWidth, height: 240 };
+    return { width: this.place.clientWidth, height: 240 };
   }
 
   clear() {
@@ -62,6 +64,7 @@ class Chart {
         stroke: colour(`--series-${index % COLOURS + 1}`),
         dash: DASHES[Math.floor(index / COLOURS) % DASHES.length],
         width: 2,
+        value: (_, value) => shown(value),
         points: { show: line.dots || line.points.length === 1, size: 6 },
         spanGaps: true,
       };
@@ -69,8 +72,8 @@ class Chart {
     this.plot = new uPlot({
       ...this.size(),
       scales: { x: { time: false } },
-      axes: [{ ...axis }, { ...axis, size: 64 }],
-      series: [{ label: this.spec.below }, ...series],
+      axes: [{ ...axis }, { ...axis, size: 64, values: (_, values) => values.map(shown) }],
+      series: [{ label: this.spec.below, value: (_, step) => step === null ? "" : step }, ...series],
       cursor: { drag: { x: false, y: false } },
     }, this.data(lines), this.place);
   }
@@ -108,7 +111,7 @@ if (state?.dataset.events) {
       step.textContent = row.step;
       line.append(step, ...columns.map(key => {
         const cell = document.createElement("td");
-        if (key in row) cell.textContent = Number(row[key].toPrecision(4));
+        if (key in row) cell.textContent = shown(row[key]);
         return cell;
       }));
       steps.prepend(line);
