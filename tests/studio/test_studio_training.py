@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
@@ -208,9 +209,9 @@ def test_forms_start_the_commands_of_the_terminal(browser: Browser, project: Pat
         page = browser.send("/train", "/train", **fields)
         job = jobs.find(page.url.path.rpartition("/")[2])
         assert list(job.command[: len(words)]) == words
-        job.stop()
         while job.state == "running":
-            pass
+            job.stop()
+            time.sleep(0.05)
     assert len(jobs.all()) == 3
     for fields in ({"kind": "sweep", "minutes": "--force"}, {"kind": "curve", "seeds": "0"}, {"kind": "rm"}):
         assert browser.send("/train", "/train", **fields).status_code == 400

@@ -80,7 +80,7 @@ def load_curve(file: Path) -> Curve:
     """Load a learning curve from its ``curve.json``.
 
     Raises:
-        UserError: there is none, or it cannot be read.
+        UserError: the file is missing or cannot be read.
     """
     try:
         return Curve.model_validate_json(file.read_bytes())

@@ -107,7 +107,7 @@ class Ledger:
         """Return the ledger in a sweep's folder.
 
         Raises:
-            UserError: there is none, or it is damaged.
+            UserError: the file is missing or damaged.
         """
         path = folder / LEDGER
         try:
