@@ -24,6 +24,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from tunewright.api import Project
+from tunewright.api.runs import RunsApi
 from tunewright.config import GatewayConfig
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
@@ -43,6 +44,7 @@ from tunewright.studio.jobs import Jobs
 from tunewright.studio.pages import HANDLERS
 from tunewright.studio.pages.data import MAX_UPLOAD, UPLOADS
 from tunewright.studio.pages.new_project import NEW_PROJECT
+from tunewright.studio.run_events import run_events
 from tunewright.studio.visit import Cache, Handler, PageReporter, Visit
 
 _LOG_SHOWN = 100_000  # bytes from the end of a job's log
@@ -92,6 +94,7 @@ class Studio:
             Route("/sign-in", self._sign_in, methods=["POST"]),
             Route("/data/upload", self._upload, methods=["POST"]),
             Route("/jobs/{job}/events", self._events, methods=["GET"]),
+            Route("/train/runs/{run}/events", self._run_events, methods=["GET"]),
             *(Route(path, self._endpoint(handler, method), methods=[method]) for (method, path), handler in HANDLERS),
             Mount("/static", StaticFiles(directory=str(files("tunewright.studio") / "static"))),
         ]
@@ -230,6 +233,14 @@ class Studio:
                 await sleep(0.5)
 
         return StreamingResponse(lines(), media_type="text/event-stream")
+
+    async def _run_events(self, request: Request) -> Response:
+        """Stream the metrics of a training run as server-sent events."""
+        if self._access.session(request) is None:
+            raise HTTPException(403)
+        runs = RunsApi(ProjectFolder(self._root))
+        run = await to_thread.run_sync(runs.find, str(request.path_params["run"]))
+        return StreamingResponse(run_events(run), media_type="text/event-stream")
 
     async def _refused(self, _request: Request, error: Exception) -> Response:
         assert isinstance(error, UserError)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tunewright.studio.pages import data, evaluation, new_project, project, review, rows
+from tunewright.studio.pages import data, evaluation, evidence, new_project, project, review, rows, training
 
 HANDLERS = (
     *project.HANDLERS.items(),
@@ -11,5 +11,7 @@ HANDLERS = (
     *rows.HANDLERS.items(),
     *review.HANDLERS.items(),
     *evaluation.HANDLERS.items(),
+    *training.HANDLERS.items(),
+    *evidence.HANDLERS.items(),
 )
 """Each page's method and path, with its function."""
