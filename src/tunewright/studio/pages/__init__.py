@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from tunewright.studio.pages import data, evaluation, project, review
+from tunewright.studio.pages import data, deploy, evaluation, project, review, tenants
 
 HANDLERS = (
     *project.HANDLERS.items(),
     *data.HANDLERS.items(),
     *review.HANDLERS.items(),
     *evaluation.HANDLERS.items(),
+    *deploy.HANDLERS.items(),
+    *tenants.HANDLERS.items(),
 )
 """Each page's method and path, with its function."""

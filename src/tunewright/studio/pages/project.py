@@ -13,6 +13,8 @@ from tunewright.core.text import count_of
 from tunewright.data.review.report import review_report
 from tunewright.data.versions import current_manifest
 from tunewright.evidence.schema import DEV_PREFIX, EVIDENCE_FILE
+from tunewright.studio.pages.deploy import needs_keys
+from tunewright.studio.served import refusal, served
 from tunewright.studio.visit import Handlers, Visit, path_of
 
 _COMMANDS = ("advise", "train", "evaluate", "run")
@@ -131,7 +133,16 @@ def start_job(visit: Visit) -> Response:
 def job_page(visit: Visit) -> Response:
     """Show a job's log, which grows while it runs."""
     job = visit.jobs.find(visit.place["job"])
-    return visit.page("job.html.j2", f"Job: {job.command[0]}", job=job, state=job.state)
+    server = served(job)
+    return visit.page(
+        "job.html.j2",
+        f"Job: {job.command[0]}",
+        job=job,
+        state=job.state,
+        refusal=refusal(job),
+        served=server,
+        keys=server is not None and needs_keys(visit),
+    )
 
 
 def stop_job(visit: Visit) -> Response:
