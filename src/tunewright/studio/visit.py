@@ -19,6 +19,7 @@ from tunewright.data.versions import DatasetVersion, current_manifest
 from tunewright.evaluation.human_eval.session import BlindReview
 from tunewright.studio.access import StudioSession
 from tunewright.studio.jobs import Jobs
+from tunewright.studio.playing import Playing
 
 if TYPE_CHECKING:
     from tunewright.chat import ChatFormat
@@ -43,6 +44,7 @@ class PageReporter(LogReporter):
 class Cache:
     """Kept between requests: the current version, which takes seconds to load, and which rows a reviewer skipped."""
 
+    playing: Playing
     version: DatasetVersion | None = None
     texts: tuple[str, ...] = ()
     """Its rows as a search sees them: key, input and answer in lower case."""

@@ -141,7 +141,10 @@ class Usage:
             day = str(iso(int(row["day"]) * DAY_SECONDS))[:10]
             by = (day, names[row["tenant_id"]], row["alias"], row["digest"])
             sums[by].update({name: int(row[name]) for name in _COUNTED})
-        return [DayTotal(*by, **total) for by, total in sorted(sums.items())]
+        return [
+            DayTotal(*by, total["requests"], total["prompt_tokens"], total["completion_tokens"])
+            for by, total in sorted(sums.items())
+        ]
 
     @property
     def _day(self) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tunewright.studio.pages import data, deploy, evaluation, project, review, tenants
+from tunewright.studio.pages import data, deploy, evaluation, playground, project, review, tenants
 
 HANDLERS = (
     *project.HANDLERS.items(),
@@ -11,5 +11,6 @@ HANDLERS = (
     *evaluation.HANDLERS.items(),
     *deploy.HANDLERS.items(),
     *tenants.HANDLERS.items(),
+    *playground.HANDLERS.items(),
 )
 """Each page's method and path, with its function."""
