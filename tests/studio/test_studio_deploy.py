@@ -39,7 +39,7 @@ class Visitor:
     def __init__(self, client: httpx.Client) -> None:
         self.client = client
         self.seen = ""
-        """All that was shown or set so far."""
+        """Headers and texts of all pages so far."""
         assert client.post("/sign-in", data={"secret": PASSWORD}).status_code == 200
 
     def get(self, path: str) -> str:
