@@ -15,9 +15,11 @@ import httpx
 import pytest
 
 import tunewright as library
+from browser import CONTRASTS, EXECUTABLE, chromium
 from command_line import pairs, tiny_project
 from tunewright.adapters.registry import Adapter, list_adapters
 from tunewright.api.playground import Playground
+from tunewright.core.text import visible
 from tunewright.evaluation.arms import TUNED, ZERO_SHOT, plan_of
 from tunewright.serving.gateway.server import serving
 from tunewright.studio import Studio
@@ -39,6 +41,10 @@ class Player:
         made = self.studio._cache.playing.playground
         assert made is not None
         return made
+
+    def url(self, path: str) -> str:
+        """Return a page's address."""
+        return str(self.client.base_url.join(path))
 
     def get(self, path: str) -> str:
         """Return a page's text."""
@@ -113,7 +119,8 @@ def _columns(page: str) -> dict[str, str]:
 
 
 def _text(column: str) -> str:
-    found = re.search(r'aria-label="Answer"[^>]*>(.*?)</pre>', column, re.DOTALL)
+    # Browsers ignore the line end at the beginning.
+    found = re.search(r'aria-label="Answer"[^>]*>\n(.*?)</pre>', column, re.DOTALL)
     assert found is not None, column
     return found[1]
 
@@ -133,7 +140,7 @@ def test_answers_are_those_of_the_evaluation(player: Player) -> None:
     columns = _columns(page)
     assert list(columns) == list(expected)
     for name, answer in expected.items():
-        assert _text(columns[name]) == answer.text, name
+        assert _text(columns[name]) == visible(answer.text), name
         assert f"{len(answer.prompt):,} prompt tokens" in columns[name]
     assert f"Digest <code>{adapter.digest[:12]}" in columns[adapter.name]
     assert best.name in columns["prompting"]
@@ -264,3 +271,30 @@ def test_base_that_cannot_be_loaded_is_reported(tmp_path: Path) -> None:
         _wait_for(lambda: "Loading" not in client.get("/playground").text)
         assert 'role="alert"' in client.get("/playground").text and "nowhere" in client.get("/playground").text
         assert client.get("/playground/0123456789abcdef/answers").status_code == 400
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(EXECUTABLE is None, reason="no Chromium is installed")
+def test_answers_appear_in_a_browser_by_keys_alone(player: Player) -> None:
+    adapter = _adapter(player.project)
+    with chromium() as page:
+        page.open(player.url("/sign-in"), width=360)
+        page.value(f"document.getElementById('secret').value = {json.dumps(PASSWORD)}")
+        page.happened.clear()
+        page.value("document.getElementById('sign-in').submit()")
+        page.loaded()
+        page.open(player.url("/playground"), width=360)
+        page.value("document.getElementById('question').focus()")
+        page.press("x")
+        page.value("document.getElementById('limit').value = '1500'")
+        page.happened.clear()
+        page.press("Enter", control=True)
+        page.loaded()
+        _wait_for(lambda: page.value("(document.getElementById('answer-0') || {}).textContent"))
+        _wait_for(lambda: page.value("!document.getElementById('asked') && document.readyState == 'complete'"))
+        assert "answer tokens" in page.value("document.body.innerText")
+        assert adapter.digest[:12] in page.value("document.body.innerText")
+        page.value("document.querySelectorAll('details').forEach(each => each.open = true)")
+        assert page.value("document.documentElement.scrollWidth") == 360
+        assert [text for contrast, text in page.value(CONTRASTS) if contrast < 4.5] == []
+        assert page.said == []
