@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import tunewright as library
-from browser import CONTRASTS, EXECUTABLE, Page, chromium
+from browser import AXE, CONTRASTS, EXECUTABLE, Page, chromium
 from command_line import pairs, tiny_project, tunewright, write_jsonl
 from people_helpers import evaluation
 from tunewright.data.review.reviews import read_reviews
@@ -81,6 +81,15 @@ def test_pages_fit_can_be_read_and_ask_for_nothing_else(
         dim = [text for contrast, text in page.value(CONTRASTS) if contrast < 4.5]
         assert dim == [], path
     assert page.said == []
+
+
+@pytest.mark.skipif(not AXE.exists(), reason="axe-core is not installed: make test-clients")
+@pytest.mark.parametrize("dark", [False, True])
+def test_axe_finds_no_fault(page: Page, url: str, project: Path, dark: bool) -> None:
+    member = library.open(project).data.version().members[0]
+    for path in ("/", "/data", "/rows", f"/rows/{member.key}", "/review", f"/compare/{EVALUATION}"):
+        page.open(_place(url, path), width=1100, dark=dark)
+        assert page.accessibility_faults() == [], path
 
 
 def test_review_by_keys_alone(page: Page, url: str, project: Path) -> None:
