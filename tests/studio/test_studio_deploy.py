@@ -15,6 +15,7 @@ import pytest
 from states import Clock, reservation
 
 import tunewright as library
+from browser import AXE, CONTRASTS, EXECUTABLE, chromium
 from command_line import tiny_project, tunewright
 from factories import make_evidence, make_items, with_contrast
 from tunewright.adapters.registry import Adapter, list_adapters
@@ -161,8 +162,21 @@ def test_only_adapters_to_ship_are_offered_and_others_have_their_reason(browser:
     assert "don't ship" in page
 
 
+def test_changed_evidence_is_named_and_the_rest_of_the_page_is_there(browser: Visitor, project: Path) -> None:
+    evaluations = project / "evaluations"
+    real = evaluations.resolve()
+    evaluations.unlink()
+    shutil.copytree(real, evaluations)
+    file = evaluations / f"{1:012x}" / "evidence.json"
+    file.write_text(file.read_text() + " ")
+    page = browser.get("/deploy")
+    assert "No adapter can be released" in page and "evidence.json" in page
+    assert "Start the server" in page and "<option" not in page
+
+
 def test_adapter_goes_live_by_a_form_and_its_release_is_the_command_lines(browser: Visitor, project: Path) -> None:
     good = _good(project)
+    assert "No alias is live yet." in browser.get("/")
     job = _ended(project, browser.send("/deploy", "/deploy", alias="courts", adapter=good.name, trial="all"))
     assert (job.state, job.exit_code) == ("done", 0), job.log.read_text()
     (release,) = library.open(project).releases("courts")
@@ -171,6 +185,7 @@ def test_adapter_goes_live_by_a_form_and_its_release_is_the_command_lines(browse
     page = browser.get("/deploy/courts")
     assert good.digest[:12] in page and "isolated on peft" in page and "passed on peft" in page
     assert f"/jobs/{job.id}" in browser.get("/deploy")
+    assert "Live: courts" in browser.get("/")
 
 
 def test_refused_release_changes_nothing_and_says_how_to_force_it(browser: Visitor, project: Path) -> None:
@@ -333,3 +348,34 @@ def test_server_runs_next_to_another_job_and_shows_how_to_ask_it(browser: Visito
     browser.sent("/deploy", f"/jobs/{server.id}/stop")
     _wait_for(lambda: server.state != "running")
     assert "Start the server" in browser.get("/deploy")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(EXECUTABLE is None, reason="no Chromium is installed")
+def test_pages_of_releases_and_tenants_fit_and_can_be_read(browser: Visitor, project: Path) -> None:
+    good = _good(project)
+    with _state(project) as state:
+        made = state.releases.deploy("courts", good.name, good.digest, GROUNDS)
+        made = state.releases.start_candidate("courts", Candidate("next" * 20, "c" * 64, None), GROUNDS)
+        state.tenants.add("acme", ["courts"])
+        caller = state.keys.caller(state.keys.create("acme")[0])
+        number = state.quota.reserve(reservation(caller, made), "g")
+        state.quota.record_shadow(number, made.id, "verylongword" * 40, "another", None)
+        state.quota.settle(number, RequestUsage(7, 3, 0.1, 0.2, 1.0, "stop"))
+    with chromium() as page:
+        place = str(browser.client.base_url).rstrip("/")
+        page.sign_in(f"{place}/sign-in", PASSWORD)
+        for path in ("/deploy", "/deploy/courts", "/tenants", "/tenants/acme", "/audit?verify=1"):
+            for width, dark in ((360, True), (1100, False)):
+                page.open(place + path, width=width, dark=dark)
+                page.value("document.querySelectorAll('details').forEach(each => each.open = true)")
+                assert page.value("document.documentElement.scrollWidth") == width, path
+                assert [text for contrast, text in page.value(CONTRASTS) if contrast < 4.5] == [], path
+                assert not AXE.exists() or page.accessibility_faults() == [], path
+        page.open(f"{place}/tenants/acme", width=360)
+        page.happened.clear()
+        page.value("document.querySelector('form[action$=\"/keys\"] button').click()")
+        page.loaded()
+        assert page.value("document.documentElement.scrollWidth") == 360
+        assert page.value("document.getElementById('secret').textContent").startswith("tw_")
+        assert page.said == []

@@ -32,11 +32,17 @@ def deploy_page(visit: Visit) -> Response:
     adapters = list_adapters(project.folder.adapters)[::-1]
     server = visit.jobs.server()
     jobs = [job for job in visit.jobs.all() if job.command[0] in RELEASES][:_JOBS]
+    releasable, fault = [], None
+    try:
+        releasable = project.releasable(adapters[:_ADAPTERS])
+    except UserError as error:  # evidence was changed: nothing can be released, and the rest of the page is needed
+        fault = error
     return visit.page(
         "deploy.html.j2",
         "Deploy",
-        aliases=_newest(visit),
-        adapters=project.releasable(adapters[:_ADAPTERS]),
+        aliases=newest_releases(visit),
+        adapters=releasable,
+        fault=fault,
         older=len(adapters[_ADAPTERS:]),
         constrains=project.folder.config.evaluate.structured_outputs is not None,
         running=visit.jobs.running(),
@@ -49,7 +55,7 @@ def deploy_page(visit: Visit) -> Response:
     )
 
 
-def _newest(visit: Visit) -> list[Release]:
+def newest_releases(visit: Visit) -> list[Release]:
     """Return the newest release of each alias, by name."""
     if not visit.project.has_state:
         return []

@@ -13,7 +13,7 @@ from tunewright.core.text import count_of
 from tunewright.data.review.report import review_report
 from tunewright.data.versions import current_manifest
 from tunewright.evidence.schema import DEV_PREFIX, EVIDENCE_FILE
-from tunewright.studio.pages.deploy import needs_keys
+from tunewright.studio.pages.deploy import needs_keys, newest_releases
 from tunewright.studio.served import refusal, served
 from tunewright.studio.visit import Handlers, Visit, path_of
 
@@ -92,7 +92,16 @@ def _stages(visit: Visit, evaluations: list[Evaluation]) -> list[Stage]:
     if measured:
         newest = measured[0]
         stages.append(Stage("Verdict", "done", newest.verdict, link=(path_of("report", newest.id), "Read the report")))
+        if any(each.verdict == "ship" for each in measured):
+            stages.append(_deploy_stage(visit))
     return stages
+
+
+def _deploy_stage(visit: Visit) -> Stage:
+    live = [release.alias for release in newest_releases(visit) if not release.undeployed]
+    text = f"Live: {', '.join(live)}" if live else "No alias is live yet."
+    link = ("/deploy", "Aliases and releases" if live else "Release the adapter")
+    return Stage("Deploy", "done" if live else "next", text, link=link, command="tunewright deploy ALIAS ADAPTER")
 
 
 def _evaluations(visit: Visit) -> list[Evaluation]:
