@@ -22,6 +22,7 @@ from tunewright.evaluation.human_eval.session import BlindReview
 from tunewright.evaluation.row_answers import RowAnswers, evaluated_files
 from tunewright.studio.access import StudioSession
 from tunewright.studio.jobs import Jobs
+from tunewright.studio.playing import Playing
 
 if TYPE_CHECKING:
     from tunewright.chat import ChatFormat
@@ -47,6 +48,7 @@ class PageReporter(LogReporter):
 class Cache:
     """Kept between requests: the current version, which takes seconds to load, and which rows a reviewer skipped."""
 
+    playing: Playing
     version: DatasetVersion | None = None
     rows: RowIndex | None = None
     """Of that version."""

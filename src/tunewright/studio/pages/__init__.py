@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from tunewright.studio.pages import data, evaluation, evidence, new_project, project, review, rows, training
+from tunewright.studio.pages import (
+    data,
+    deploy,
+    evaluation,
+    evidence,
+    new_project,
+    playground,
+    project,
+    review,
+    rows,
+    tenants,
+    training,
+)
 
 HANDLERS = (
     *project.HANDLERS.items(),
@@ -13,5 +25,8 @@ HANDLERS = (
     *evaluation.HANDLERS.items(),
     *training.HANDLERS.items(),
     *evidence.HANDLERS.items(),
+    *deploy.HANDLERS.items(),
+    *tenants.HANDLERS.items(),
+    *playground.HANDLERS.items(),
 )
 """Each page's method and path, with its function."""
