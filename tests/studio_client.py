@@ -43,9 +43,9 @@ class Browser:
         assert token is not None
         return self.client.post("/data/upload", data={"form_token": token[1]}, files={"file": (name, content)})
 
-    def judge(self, action: str, **fields: str) -> str:
-        """Press a button of the review's page."""
-        answer = self.send("/review", "/review", action=action, **fields)
+    def judge(self, action: str, page: str = "/review", **fields: str) -> str:
+        """Press a button of a page of the review."""
+        answer = self.send(page, page, action=action, **fields)
         assert answer.status_code == 200, answer.text
         return unescape(answer.text)
 

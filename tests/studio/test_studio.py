@@ -281,19 +281,33 @@ def test_stopped_training_is_resumed_by_the_same_button_after_a_restart(project:
     _wait_for(lambda: "step" in job.log.read_text())
     assert job.state == "running"
     with restarted(project) as browser:
+        (run,) = library.open(project).runs.list()
+        _wait_for(lambda: library.open(project).runs.find(run.name).history)
+        assert 'id="run-state" data-events=' in browser.get(f"/train/runs/{run.name}")
         browser.send(f"/jobs/{job.id}/stop", f"/jobs/{job.id}")
         _wait_for(lambda: job.state != "running")
         assert (job.state, job.exit_code) == ("stopped", 130)
         assert not list(library.open(project).folder.adapters.glob("tiny-*"))
-        browser.send("/jobs", "/", command="train")
+        stopped = library.open(project).runs.find(run.name)
+        assert stopped.state == "stopped" and stopped.history
+        assert "resumes from its last checkpoint" in browser.get(f"/train/runs/{run.name}")
+        browser.send("/train", f"/train/runs/{run.name}", kind="train")
         again = jobs.all()[0]
+        _wait_for(lambda: run.state == "running" or again.state != "running")
+        with browser.client.stream("GET", f"/train/runs/{run.name}/events") as events:
+            rows = [json.loads(line[6:]) for line in events.iter_lines() if line.startswith("data: {")]
         _wait_for(lambda: again.state != "running")
+        adapter = library.open(project).runs.find(run.name)
+        assert adapter.state == "finished"
+        assert adapter.history[: len(stopped.history)] == stopped.history
+        assert len(rows) > len(stopped.history) and rows == adapter.history[: len(rows)], "without gaps or repeats"
+        assert browser.client.get(f"/train/runs/{run.name}").url.path == f"/train/runs/{adapter.name}"
     assert again.state == "done", again.log.read_text()
     assert "Resuming from step" in again.log.read_text()
     assert len(list(library.open(project).folder.adapters.glob("tiny-*"))) == 1
 
 
-def _wait_for(condition: Callable[[], bool]) -> None:
+def _wait_for(condition: Callable[[], object]) -> None:
     until = time.monotonic() + 600
     while not condition():
         assert time.monotonic() < until

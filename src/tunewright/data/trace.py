@@ -348,7 +348,7 @@ def _own_use(name: str, lineage: Mapping[str, Any], places: KnownPlaces, key: st
         return RowUse(name, version, "absent")
     if place.split != "train":
         return RowUse(name, version, place.split)
-    if place.generated and (lineage.get("config") or {}).get("train", {}).get("generated") is False:
+    if place.generated and not _with_generated(lineage):
         return RowUse(name, version, "left out", "generated")
     rendering = lineage.get("rendering")
     if rendering is None:
@@ -368,7 +368,13 @@ def trained_keys(dataset: Path, lineage: Mapping[str, Any]) -> set[str]:
         return set(lineage["preferences"]["rows"])
     left_out = {row["key"] for row in lineage["rendering"]["train"]["left_out"]}
     places = read_places(dataset, lineage["dataset"]["digest"])
-    return {key for key, place in places.items() if place.split == "train"} - left_out
+    with_generated = _with_generated(lineage)
+    used = {key for key, place in places.items() if place.split == "train" and (with_generated or not place.generated)}
+    return used - left_out
+
+
+def _with_generated(lineage: Mapping[str, Any]) -> bool:
+    return bool((lineage.get("config") or {}).get("train", {}).get("generated", True))
 
 
 def _lineages(adapters: Path) -> Iterator[tuple[str, dict[str, Any]]]:

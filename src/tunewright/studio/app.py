@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing, suppress
 from importlib.resources import files
 from pathlib import Path
 from threading import Lock
@@ -24,6 +25,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from tunewright.api import Project
+from tunewright.api.runs import RunsApi
 from tunewright.config import GatewayConfig
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
@@ -43,6 +45,8 @@ from tunewright.studio.jobs import Jobs
 from tunewright.studio.pages import HANDLERS
 from tunewright.studio.pages.data import MAX_UPLOAD, UPLOADS
 from tunewright.studio.pages.new_project import NEW_PROJECT
+from tunewright.studio.playing import Playing
+from tunewright.studio.run_events import run_events
 from tunewright.studio.visit import Cache, Handler, PageReporter, Visit
 
 _LOG_SHOWN = 100_000  # bytes from the end of a job's log
@@ -74,7 +78,7 @@ class Studio:
         # One session for all visitors: without forms, they have nothing to tell apart.
         self._visitor = StudioSession(reviewer, read_only=True) if demo else None
         self._lock = Lock()  # pages read and write the project's files one at a time
-        self._cache = Cache()
+        self._cache = Cache(Playing(self._root))
         self._jobs = Jobs(self._root / ".tunewright" / "jobs", self._root)
         self._templates = Environment(
             loader=PackageLoader("tunewright.studio"),
@@ -92,6 +96,9 @@ class Studio:
             Route("/sign-in", self._sign_in, methods=["POST"]),
             Route("/data/upload", self._upload, methods=["POST"]),
             Route("/jobs/{job}/events", self._events, methods=["GET"]),
+            Route("/train/runs/{run}/events", self._run_events, methods=["GET"]),
+            Route("/playground/{question}/events", self._answer_events, methods=["GET"]),
+            Route("/playground/{question}/answers", self._wait_for_answers, methods=["GET"]),
             *(Route(path, self._endpoint(handler, method), methods=[method]) for (method, path), handler in HANDLERS),
             Mount("/static", StaticFiles(directory=str(files("tunewright.studio") / "static"))),
         ]
@@ -122,7 +129,15 @@ class Studio:
             fix = "Pass --password-file, or leave --host out."
             raise UserError("Other machines could reach the studio without a password", where=f"--host {host}", fix=fix)
         hosts = _LOOPBACK if local else ("*",)
-        serve(self.app(hosts), host, port, GatewayConfig(), on_ready=lambda url: on_ready(self.address(url)))
+        try:
+            serve(self.app(hosts), host, port, GatewayConfig(), on_ready=lambda url: on_ready(self.address(url)))
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Free the playground's base."""
+        with suppress(UserError):  # it is still loading, and ends with the process
+            self._cache.playing.unload()
 
     def address(self, url: str) -> str:
         """Return the address that signs a browser in. Browsers do not send what is behind the #."""
@@ -230,6 +245,34 @@ class Studio:
                 await sleep(0.5)
 
         return StreamingResponse(lines(), media_type="text/event-stream")
+
+    async def _run_events(self, request: Request) -> Response:
+        """Stream the metrics of a training run as server-sent events."""
+        if self._session(request) is None:
+            raise HTTPException(403)
+        runs = RunsApi(ProjectFolder(self._root))
+        run = await to_thread.run_sync(runs.find, str(request.path_params["run"]))
+        return StreamingResponse(run_events(run), media_type="text/event-stream")
+
+    async def _answer_events(self, request: Request) -> Response:
+        """Stream the answers to a question; a browser that leaves ends their computation."""
+        if self._session(request) is None:
+            raise HTTPException(403)
+        playing = self._cache.playing
+        question = playing.question(str(request.path_params["question"]))
+        return StreamingResponse(playing.events(question), media_type="text/event-stream")
+
+    async def _wait_for_answers(self, request: Request) -> Response:
+        """Compute the answers to a question, then show its page: for browsers without JavaScript."""
+        if self._session(request) is None:
+            return RedirectResponse("/sign-in", status_code=303)
+        name = str(request.path_params["question"])
+        playing = self._cache.playing
+        async with aclosing(playing.answers(playing.question(name))) as pieces:
+            async for _ in pieces:
+                if await request.is_disconnected():
+                    break
+        return RedirectResponse(f"/playground/{name}", status_code=303)
 
     async def _refused(self, _request: Request, error: Exception) -> Response:
         assert isinstance(error, UserError)

@@ -19,8 +19,10 @@ from tunewright.data.review.session import ReviewSession
 from tunewright.data.row_index import RowIndex
 from tunewright.data.versions import DatasetVersion, current_manifest
 from tunewright.evaluation.human_eval.session import BlindReview
+from tunewright.evaluation.row_answers import RowAnswers, evaluated_files
 from tunewright.studio.access import StudioSession
 from tunewright.studio.jobs import Jobs
+from tunewright.studio.playing import Playing
 
 if TYPE_CHECKING:
     from tunewright.chat import ChatFormat
@@ -46,6 +48,7 @@ class PageReporter(LogReporter):
 class Cache:
     """Kept between requests: the current version, which takes seconds to load, and which rows a reviewer skipped."""
 
+    playing: Playing
     version: DatasetVersion | None = None
     rows: RowIndex | None = None
     """Of that version."""
@@ -55,10 +58,12 @@ class Cache:
     """The leakage, and the version and seed that decided it."""
     chat: tuple[tuple[object, ...], ChatFormat] | None = None
     """The chat format, and the values of the config that decided it."""
-    reviews: dict[tuple[str, str], ReviewSession] = field(default_factory=dict)
-    """By version and reviewer."""
-    comparisons: dict[tuple[str, str], BlindReview] = field(default_factory=dict)
-    """By evaluation and reviewer."""
+    reviews: dict[tuple[str, ...], ReviewSession] = field(default_factory=dict)
+    """By version, reviewer and choice of rows."""
+    answers: tuple[tuple[object, ...], RowAnswers] | None = None
+    """The adapter's stored answers, and the files that they are from with their times."""
+    comparisons: dict[tuple[str, str, str | None], BlindReview] = field(default_factory=dict)
+    """By evaluation, reviewer and incumbent."""
 
 
 @dataclass
@@ -126,6 +131,15 @@ class Visit:
         if self.cache.chat is None or self.cache.chat[0] != deciding:
             self.cache.chat = (deciding, self.project.chat)
         return self.cache.chat[1]
+
+    @property
+    def answers(self) -> RowAnswers:
+        """The adapter's stored answers to rows."""
+        files = evaluated_files(self.project.folder.evaluations)
+        stamps = tuple((file, file.stat().st_mtime_ns) for file in files)
+        if self.cache.answers is None or self.cache.answers[0] != stamps:
+            self.cache.answers = (stamps, self.project.row_answers())
+        return self.cache.answers[1]
 
     def page(self, template: str, title: str, **values: Any) -> Response:
         """Return a page."""

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from tunewright.studio.pages import data, evaluation, new_project, project, review, rows
+from tunewright.studio.pages import (
+    data,
+    deploy,
+    evaluation,
+    evidence,
+    new_project,
+    playground,
+    project,
+    review,
+    rows,
+    tenants,
+    training,
+)
 
 HANDLERS = (
     *project.HANDLERS.items(),
@@ -11,5 +23,10 @@ HANDLERS = (
     *rows.HANDLERS.items(),
     *review.HANDLERS.items(),
     *evaluation.HANDLERS.items(),
+    *training.HANDLERS.items(),
+    *evidence.HANDLERS.items(),
+    *deploy.HANDLERS.items(),
+    *tenants.HANDLERS.items(),
+    *playground.HANDLERS.items(),
 )
 """Each page's method and path, with its function."""
