@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import tunewright as library
-from browser import CONTRASTS, EXECUTABLE, Page, chromium
+from browser import AXE, CONTRASTS, EXECUTABLE, Page, chromium
 from command_line import pairs, tiny_project, tunewright, write_jsonl
 from tunewright.serving.gateway.server import serving
 from tunewright.studio import Studio
@@ -36,6 +36,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) ->
     assert tunewright("data", "add", folder / "more.jsonl", "--replace", "-p", folder).code == 0
     (folder / "uploads").mkdir()
     (folder / "uploads" / "long.csv").write_text(f"{LONG};{LONG}2\n{LONG};x\n", encoding="utf-8")
+    write_jsonl(folder / "uploads" / "faulty.jsonl", [*pairs(3, seed=4), {"prompt": LONG}])
     return folder
 
 
@@ -51,23 +52,35 @@ def page() -> Iterator[Page]:
         yield page
 
 
-@pytest.mark.parametrize(("width", "dark"), [(360, True), (1100, False)])
-def test_data_pages_fit_and_can_be_read(page: Page, url: str, project: Path, width: int, dark: bool) -> None:
+def _paths(project: Path) -> list[str]:
     row = next(m for m in library.open(project).data.version().members if LONG in m.example.output)
-    paths = (
+    checks = ["/data/check?file=long.csv", "/data/check?file=faulty.jsonl"]
+    return [
         "/data",
-        "/data/check?file=long.csv",
+        *checks,
         "/data/diff",
         "/data/leakage",
         "/rows?flag=edited",
+        "/rows?flag=suspect",
         f"/rows/{row.key}",
-    )
+    ]
+
+
+@pytest.mark.parametrize(("width", "dark"), [(360, True), (1100, False)])
+def test_data_pages_fit_and_can_be_read(page: Page, url: str, project: Path, width: int, dark: bool) -> None:
     page.said.clear()
-    for path in paths:
+    for path in _paths(project):
         page.open(f"{url}{path}", width=width, dark=dark)
         assert page.value("document.documentElement.scrollWidth") == width, path
         assert [text for contrast, text in page.value(CONTRASTS) if contrast < 4.5] == [], path
     assert page.said == []
+
+
+@pytest.mark.skipif(not AXE.exists(), reason="axe-core is not installed: make test-clients")
+def test_axe_finds_no_fault_in_the_data_pages(page: Page, url: str, project: Path) -> None:
+    for path in _paths(project):
+        page.open(f"{url}{path}", width=1100)
+        assert page.accessibility_faults() == [], path
 
 
 def test_new_project_page_fits_and_can_be_read(page: Page, tmp_path: Path) -> None:
@@ -78,6 +91,7 @@ def test_new_project_page_fits_and_can_be_read(page: Page, tmp_path: Path) -> No
             page.open(f"{url}/", width=width, dark=dark)
             assert page.value("document.title") == "New project: tunewright"
             assert page.value("document.documentElement.scrollWidth") == width
+            assert not AXE.exists() or page.accessibility_faults() == []
             assert [text for contrast, text in page.value(CONTRASTS) if contrast < 4.5] == []
 
 

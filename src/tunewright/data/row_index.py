@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -51,7 +52,8 @@ class RowIndex:
         if query.cluster:
             places = [i for i in places if members[i].cluster.startswith(query.cluster.lower())]
         if query.source:
-            places = [i for i in places if self.source_of.get(members[i].key) == query.source]
+            sources = self._source_of_each
+            places = [i for i in places if sources[i] == query.source]
         if query.flag in ("generated", "mixed"):
             places = [i for i in places if getattr(members[i], query.flag)]
         elif query.flag:
@@ -62,15 +64,15 @@ class RowIndex:
         return [members[i] for i in places]
 
     @cached_property
-    def source_of(self) -> dict[str, str]:
-        """The file of each row by key; rows of earlier releases and of the mix-in may lack one."""
-        places = places_by_key(self._dataset, self._version.manifest)
-        return {key: place.rpartition(":")[0] for key, place in places.items()}
+    def sources(self) -> list[str]:
+        """All files that rows of the version were first read from."""
+        return sorted(set(filter(None, self._source_of_each)))
 
     @cached_property
-    def sources(self) -> list[str]:
-        """All files that rows of the version were read from."""
-        return sorted({self.source_of[m.key] for m in self._version.members if m.key in self.source_of})
+    def _source_of_each(self) -> list[str]:
+        """The file of each member; empty where no import records one."""
+        places = places_by_key(self._dataset, self._version.manifest)
+        return [sys.intern(places.get(m.key, "").rpartition(":")[0]) for m in self._version.members]
 
     def flags_of(self, member: Member) -> list[str]:
         """Return a row's flags; ``suspect`` is not among them."""
