@@ -151,6 +151,9 @@ def test_every_form_needs_its_sessions_token(browser: Visitor, project: Path) ->
 def test_reading_pages_creates_no_serving_state(browser: Visitor, project: Path) -> None:
     for path in ("/deploy", "/tenants", "/audit", "/audit?verify=1"):
         browser.get(path)
+    for path in ("/deploy/courts", "/tenants/acme"):
+        answer = browser.client.get(path)
+        assert (answer.status_code, "no aliases and tenants yet" in answer.text) == (400, True), path
     assert not (project / "serving").exists()
 
 
