@@ -13,6 +13,7 @@ NAME-DIGEST12/
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -106,9 +107,12 @@ class Adapter:
 
         A step also has ``learning_rate``, ``grad_norm`` before clipping, and ``tokens_per_s``; an evaluation has
         ``eval_metric``, from 0 to 1 by the config's metric. A foreign adapter has none.
+
+        Raises:
+            UserError: the file is damaged.
         """
         file = self.folder / HISTORY
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+        return read_history(file) if file.exists() else []
 
     @property
     def replayed(self) -> list[list[dict[str, Any]]]:
@@ -158,6 +162,33 @@ class Adapter:
                 where=str(self.folder),
                 fix="Remove the folder and train again. The training data and config are still there.",
             )
+
+
+def read_history(file: Path) -> list[dict[str, Any]]:
+    """Return the rows of a run's metrics file, oldest first, without a last line that is still being written.
+
+    Raises:
+        UserError: the file is missing, or has a line that is not a row of metrics.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError("The run has no metrics", where=str(file), fix="It was removed, or has not started.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The metrics cannot be read: {error}", where=str(file)) from None
+    return [_history_row(line, f"{file}:{number}") for number, line in enumerate(text.split("\n")[:-1], start=1)]
+
+
+def _history_row(line: str, where: str) -> dict[str, Any]:
+    try:
+        row: Any = json.loads(line)
+    except ValueError:
+        row = None
+    numbers = isinstance(row, dict) and all(isinstance(v, int | float) and math.isfinite(v) for v in row.values())
+    if not numbers or not {"step", "epoch"} <= row.keys() or not {"loss", "eval_loss"} & row.keys():
+        raise UserError("Not a row of metrics", where=where, fix="Restore the file, or train again.")
+    found: dict[str, Any] = row
+    return found
 
 
 def require_digest(folder: Path, expected: str) -> None:

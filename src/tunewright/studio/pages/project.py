@@ -48,7 +48,7 @@ class Evaluation:
 
 def project_page(visit: Visit) -> Response:
     """Show the stages of the pipeline, what to do next, the evaluations and the jobs."""
-    evaluations = _evaluations(visit)
+    evaluations = evaluations_of(visit)
     return visit.page(
         "project.html.j2",
         "Project",
@@ -104,11 +104,12 @@ def _deploy_stage(visit: Visit) -> Stage:
     return Stage("Deploy", "done" if live else "next", text, link=link, command="tunewright deploy ALIAS ADAPTER")
 
 
-def _evaluations(visit: Visit) -> list[Evaluation]:
+def evaluations_of(visit: Visit, most: int = _NEWEST) -> list[Evaluation]:
+    """Return the newest evaluations with their verdicts; damaged evidence is named."""
     folder = visit.project.folder.evaluations
     files = sorted(folder.glob(f"[!.]*/{EVIDENCE_FILE}"), key=lambda file: file.stat().st_mtime, reverse=True)
     found = []
-    for file in files[:_NEWEST]:
+    for file in files[:most]:
         name = file.parent.name
         try:
             verdict = visit.project.verdict(file.parent)
