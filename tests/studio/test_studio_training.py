@@ -121,7 +121,7 @@ def test_events_name_a_damaged_line(browser: Browser, project: Path) -> None:
     assert "event: fault" in text and f"{HISTORY}:2" in text and "event: finished" not in text
 
 
-@pytest.mark.parametrize("line", ["not json", '{"step": 1}', '{"step": 1, "epoch": 1, "loss": NaN}', "[1]", "\udcff"])
+@pytest.mark.parametrize("line", ["not json", '{"step": 1, "epoch": 1, "loss": NaN}', "[1]", "\udcff"])
 def test_damaged_metrics_are_one_message_and_other_runs_stay(browser: Browser, project: Path, line: str) -> None:
     other = _adapter(project, 0.001, "1" * 64)
     folder = _write_run(project)
