@@ -82,8 +82,20 @@ def test_pages_fit_can_be_read_and_ask_for_nothing_else(
     page: Page, url: str, project: Path, width: int, dark: bool
 ) -> None:
     member = next(m for m in library.open(project).data.version().members if LONG in m.example.output)
-    paths: tuple[str, ...] = ("/", "/data", "/rows", f"/rows?q={LONG}", f"/rows/{member.key}", "/review", f"/compare/{EVALUATION}")
-    paths = (*paths, "/train", f"/train/runs/{RUN}", "/evidence", f"/evidence/{EVALUATION}", f"/evidence/{EVALUATION}/1")
+    paths = (
+        "/",
+        "/data",
+        "/rows",
+        f"/rows?q={LONG}",
+        f"/rows/{member.key}",
+        "/review",
+        f"/compare/{EVALUATION}",
+        "/train",
+        f"/train/runs/{RUN}",
+        "/evidence",
+        f"/evidence/{EVALUATION}",
+        f"/evidence/{EVALUATION}/1",
+    )
     page.said.clear()
     for path in paths:
         page.open(_place(url, path), width=width, dark=dark)

@@ -105,8 +105,8 @@ class Adapter:
         """The run's metrics, oldest first: ``step``, ``epoch``, and a step's ``loss`` or an evaluation's
         ``eval_loss``.
 
-        A step also has ``learning_rate``, ``grad_norm`` before clipping, and ``tokens_per_s``; an evaluation has
-        ``eval_metric``, from 0 to 1 by the config's metric. A foreign adapter has none.
+        A step also has ``learning_rate``, ``grad_norm`` before clipping, ``tokens_per_s`` and ``memory_bytes``; an
+        evaluation has ``eval_metric``, from 0 to 1 by the config's metric. A foreign adapter has none.
 
         Raises:
             UserError: the file is damaged.
