@@ -17,6 +17,8 @@ from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 EXECUTABLE = next((found for name in NAMES if (found := shutil.which(name))), None)
+AXE = Path(__file__).parents[1] / "build/clients/node/node_modules/axe-core/axe.min.js"
+"""From `make test-clients`."""
 
 # Contrast of each element that has text of its own with what is behind it, by WCAG 2.2's formula.
 CONTRASTS = """(() => {
@@ -100,10 +102,27 @@ class Page:
             self._next()
 
     def value(self, expression: str) -> Any:
-        """Return the value of a JavaScript expression on the page."""
-        reported = self.send("Runtime.evaluate", expression=expression, returnByValue=True)
+        """Return the value of a JavaScript expression on the page; a promise's once it is there."""
+        reported = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in reported, reported
         return reported["result"].get("value")
+
+    def accessibility_faults(self) -> list[str]:
+        """Return the faults that axe-core finds: its rules for WCAG 2.2 AA and its best practices."""
+        self.value(AXE.read_text(encoding="utf-8") + ";0")
+        found: list[str] = self.value(
+            "axe.run().then(result => result.violations.map("
+            "each => each.id + ': ' + each.nodes.map(node => node.html).join(' | ').slice(0, 400)))"
+        )
+        return found
+
+    def sign_in(self, url: str, password: str) -> None:
+        """Sign in to a studio."""
+        self.open(url, width=360)
+        self.value(f"document.getElementById('secret').value = {json.dumps(password)}")
+        self.happened.clear()
+        self.value("document.getElementById('sign-in').submit()")
+        self.loaded()
 
     def press_tab(self) -> None:
         """The Tab key, down and up."""

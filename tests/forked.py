@@ -32,8 +32,8 @@ class Ended:
 
     @property
     def had_no_memory_for_a_message(self) -> bool:
-        """True if OpenMP, oneDNN or a library in Rust ended the process, or Python could not print its error."""
-        return self.code < 0 or "lost sys.stderr" in self.stderr
+        """True if OpenMP, oneDNN, a library in Rust or the C library ended the process, or Python could not print."""
+        return self.code < 0 or "lost sys.stderr" in self.stderr or "memory for thread-local data" in self.stderr
 
 
 FOREVER = 2**31

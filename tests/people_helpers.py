@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from factories import make_evidence, make_items
 from tunewright.core.progress import LogReporter
 from tunewright.evaluation.access_log import AccessLog
 from tunewright.evaluation.human_eval.sample import treatment_is_a
 from tunewright.evaluation.human_eval.session import BlindReview, Pair
+from tunewright.evidence.incumbents import Incumbents
 from tunewright.evidence.schema import EVIDENCE_FILE, ITEMS_FILE, Evidence, Item
 
 
@@ -27,9 +29,51 @@ def evaluation(folder: Path, count: int = 120) -> Path:
     return save(folder, make_items(count, tuned=0.7, retrieved=0.3))
 
 
-def begin(folder: Path, reviewer: str = "ada", items: int | None = None) -> BlindReview:
+def evaluation_with_incumbent(folder: Path, count: int = 40) -> Path:
+    """An evaluation whose incumbent *hosted* answers in words of its own, and not at all on the last item."""
+    items = make_items(count, tuned=0.7, retrieved=0.3)
+    evidence = make_evidence(items)
+    items = [
+        item.model_copy(update={"answers": {**item.answers, "incumbent-hosted": f"{item.reference} indeed {number}"}})
+        for number, item in enumerate(items[:-1])
+    ] + items[-1:]
+    side: dict[str, Any] = {"latency": None, "cost_per_1000": None, "basis": "no prices", "missing": {}}
+    hosted = {
+        "name": "hosted",
+        "arm": "incumbent-hosted",
+        "model": "m",
+        "url": "http://127.0.0.1:9/v1",
+        "file": "incumbents/hosted.jsonl",
+        "file_digest": "0" * 64,
+        "versions": {"m-1": count - 1},
+        "first": "2026-11-01T00:00:00+00:00",
+        "last": "2026-11-01T00:00:00+00:00",
+        "gaps": {"timeout": 1},
+        "truncated": 0,
+        "prompt_tokens": 1,
+        "completion_tokens": 1,
+        "estimated": 0,
+        "cost": None,
+        "serving": side,
+        "dev": None,
+        "drop": {
+            "value": 0.1,
+            "interval": {"low": -0.1, "high": 0.3},
+            "method": "t",
+            "items": count - 1,
+            "clusters": count // 2,
+            "left_out": {},
+            "margin": 0.02,
+        },
+    }
+    tuned = {**side, "seconds_per_call": 0.1, "rows": 8, "training": None, "hour": None}
+    found = Incumbents.model_validate({"tuned": tuned, "compared": [hosted]})
+    return save(folder, items, evidence.model_copy(update={"incumbents": found}))
+
+
+def begin(folder: Path, reviewer: str = "ada", items: int | None = None, *, against: str | None = None) -> BlindReview:
     """A reviewer's pass."""
-    return BlindReview(folder, reviewer, LogReporter(), items=items)
+    return BlindReview(folder, reviewer, LogReporter(), items=items, against=against)
 
 
 def side_of_treatment(review: BlindReview, pair: Pair) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import random
+import re
 import shutil
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,8 @@ COMMANDS = ("add", "train", "evaluate", "judge", "deploy", "promote", "export")
 TRIES, TRIES_OF_SLOW = 3, 2
 DAY = 86_400
 MEGABYTE = 1 << 20
+IGNORED = re.compile(r"Exception ignored in: .*\nTraceback .*\n(?:  .*\n)*MemoryError: \n")
+"""Printed by Python where a library's generator is closed without memory; the command continues to its own message."""
 
 
 def each_command(fault: str) -> pytest.MarkDecorator:
@@ -182,7 +186,7 @@ def test_command_with_too_little_memory_leaves_the_old_or_the_new_state(name: st
         stages.prepare(CASES[name].stage)
         ended = stages.run(CASES[name].command, memory=megabytes * MEGABYTE)
         if not ended.had_no_memory_for_a_message:
-            assert_reported(ended, CASES[name].codes)
+            assert_reported(replace(ended, stderr=IGNORED.sub("", ended.stderr)), CASES[name].codes)
         reached.append(ended.code)
         assert_old_or_new(name, stages, None if ended.had_no_memory_for_a_message else ended)
     assert 2 in reached

@@ -147,6 +147,27 @@ def test_review_reports_the_agreement_of_two_reviewers(project: Path, press: lis
     assert found["low"] < found["kappa"] < found["high"]
 
 
+def test_conflicts_are_settled_with_all_verdicts_and_notes_in_sight(
+    project: Path, press: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tunewright.cli.data_review as cli
+
+    monkeypatch.setattr(cli, "read_note", lambda _: "not \x1b[31mred")
+    press += "nrq" + "w"
+    tunewright("data", "review", "--reviewer", "ada", "-p", project)
+    ran = tunewright("data", "review", "--reviewer", "ben", "--second", "-p", project)
+    assert "Reviewers disagree on 1 row: `tunewright data review --conflicts` settles them." in " ".join(
+        ran.stdout.split()
+    )
+    assert "not \\u001b[31mred" not in ran.stderr
+    press += "r"
+    ran = tunewright("data", "review", "--reviewer", "ben", "--conflicts", "-p", project, "--json")
+    assert "ada: right (not \\u001b[31mred)" in ran.stderr and "ben: wrong" in ran.stderr
+    assert ran.document["conflicts"] == []
+    assert ran.document["agreements"][0]["agreed"] == 0
+    assert tunewright("data", "review", "--conflicts", "--export", project / "out.csv", "-p", project).code == 2
+
+
 def test_suspects_are_listed_and_reviewed_separately(project: Path, press: list[str]) -> None:
     # Each colour is the answer of about 15 rows: classes, of which one is wrong.
     version = load_version(project / "dataset")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from command_line import tunewright
-from people_helpers import begin, evaluation, side_of_treatment
+from people_helpers import begin, evaluation, evaluation_with_incumbent, side_of_treatment
 from terminal import Terminal
 from tunewright.cli import commands
 from tunewright.evidence.schema import load_evidence
@@ -61,6 +61,20 @@ def test_human_eval_shows_both_answers_without_naming_arms(project: Path, folder
     assert "Unknown key 'x'" in ran.stderr
     assert "4 of 50 pairs judged, 1 skipped" in ran.stderr
     assert [j.verdict for j in review.journal.standing.values()] == ["A", "B", "both", "neither", "skip"]
+
+
+def test_incumbent_is_compared_and_leaves_the_evidence_unchanged(tmp_path: Path, press: list[str]) -> None:
+    folder = evaluation_with_incumbent(tmp_path / "evaluations" / ID, count=24)
+    before = (folder / "evidence.json").read_bytes()
+    asked = len(begin(folder, against="hosted").sample.order)
+    press += ["a"] * asked
+    ran = _review(tmp_path, "--against", "hosted")
+    assert ran.code in (0, 3, 4) and not any(word in ran.stderr for word in ("tuned", "incumbent"))
+    shown = tunewright("human-eval", ID, "-p", tmp_path, "--results", "--against", "hosted", "--json")
+    assert (shown.document["control"], shown.document["answered"]) == ("incumbent-hosted", asked)
+    assert (folder / "evidence.json").read_bytes() == before
+    lacking = tunewright("human-eval", ID, "-p", tmp_path, "--results")
+    assert lacking.code == 2 and "no reviews" in lacking.stderr
 
 
 def test_undo_reference_and_note_by_key(project: Path, folder: Path, press: list[str]) -> None:

@@ -28,11 +28,18 @@ def add_pairs(project: ProjectFolder, pairs: list[Pair]) -> DatasetVersion:
 
 
 def review(
-    project: ProjectFolder, reviewer: str = "ada", *, second: bool = False, redraw: bool = False
+    project: ProjectFolder,
+    reviewer: str = "ada",
+    *,
+    second: bool = False,
+    conflicts: bool = False,
+    redraw: bool = False,
 ) -> ReviewSession:
     """A pass over the current version's sample."""
     version = load_version(project.dataset)
-    return ReviewSession(project.dataset, version, reviewer, Listener(), second=second, redraw=redraw)
+    return ReviewSession(
+        project.dataset, version, reviewer, Listener(), second=second, conflicts=conflicts, redraw=redraw
+    )
 
 
 def judge_next(session: ReviewSession, *verdicts: Verdict, output: str = "a better answer") -> list[str]:

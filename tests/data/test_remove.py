@@ -20,7 +20,7 @@ from tunewright.data.add import AddResult, add
 from tunewright.data.purge import find_copies
 from tunewright.data.remove import RemoveResult, remove
 from tunewright.data.review.edits import apply_edits
-from tunewright.data.review.reviews import PURGED, VerdictEvent, append_reviews, read_reviews
+from tunewright.data.review.reviews import PURGED, NoteEvent, VerdictEvent, append_reviews, read_reviews
 from tunewright.data.selection import Selection
 from tunewright.data.trace import find_row, metadata_by_key
 from tunewright.data.verify import verify
@@ -340,7 +340,10 @@ def test_purge_leaves_no_text_and_keeps_digests_valid(
             )
             for m in gone
         ]
-        append_reviews(project.dataset, said)
+        notes = [
+            NoteEvent(key=m.key, text=f"a note on {m.key}", version="0" * 64, reviewer="ada", when=WHEN) for m in gone
+        ]
+        append_reviews(project.dataset, [*said, *notes])
         apply_edits(project, Listener())
     elif step == "replace":
         write_jsonl(project.root / "new.jsonl", [(m.example.input_text, f"new for {m.key}") for m in gone])
@@ -353,7 +356,12 @@ def test_purge_leaves_no_text_and_keeps_digests_valid(
     result = _remove(project, where="contains(input, 'Zoë')", because="she asked", purge_text=True)
     assert result.purged >= count
     assert result.holders == ()
-    for word in ("Zoë", "Zo\\u00eb", *(f"an edit for {m.key}" for m in gone), *(f"new for {m.key}" for m in gone)):
+    for word in (
+        "Zoë",
+        "Zo\\u00eb",
+        *(f"an edit for {m.key}" for m in gone),
+        *(f"{text} {m.key}" for m in gone for text in ("new for", "a note on")),
+    ):
         assert _holding(project.root, word) == []
     found = verify(project.dataset, Listener())
     assert found.damage == ()

@@ -18,6 +18,7 @@ from tunewright.data.review.acceptance import FixedPlan, SequentialPlan
 from tunewright.data.review.reviews import (
     DrawEvent,
     Event,
+    NoteEvent,
     UndoEvent,
     Verdict,
     VerdictEvent,
@@ -33,12 +34,15 @@ WORDS: st.SearchStrategy[Verdict] = st.sampled_from(["right", "wrong", "skip"])
 VERDICTS_GIVEN = st.builds(
     VerdictEvent, version=st.just("v"), reviewer=REVIEWERS, when=SECONDS, key=KEYS, verdict=WORDS
 )
+NOTED = st.builds(
+    NoteEvent, version=st.just("v"), reviewer=REVIEWERS, when=SECONDS, key=KEYS, text=st.sampled_from(["", "why"])
+)
 UNDONE = st.builds(UndoEvent, version=st.just("v"), reviewer=REVIEWERS, when=SECONDS, key=KEYS)
 PLANS: st.SearchStrategy[SequentialPlan | FixedPlan] = st.sampled_from(
     [SequentialPlan(), FixedPlan(), FixedPlan(allowed=2)]
 )
 DRAWN = st.builds(DrawEvent, version=st.just("v"), reviewer=REVIEWERS, when=SECONDS, draw=st.integers(0, 2), plan=PLANS)
-LOGS = st.lists(VERDICTS_GIVEN | UNDONE | DRAWN, max_size=8)
+LOGS = st.lists(VERDICTS_GIVEN | NOTED | UNDONE | DRAWN, max_size=8)
 
 fast = examples(60)
 

@@ -17,6 +17,7 @@ from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.data.review.acceptance import FixedPlan, SequentialPlan, sample_order
 from tunewright.data.review.label_models import Suspect
+from tunewright.data.review.report import review_report
 from tunewright.data.review.reviews import VerdictEvent, append_reviews, read_reviews
 from tunewright.data.review.session import ReviewSession, check_options
 from tunewright.data.versions import load_version
@@ -140,6 +141,48 @@ def test_disputed_row_is_shown_to_a_third_reviewer_only(project: ProjectFolder) 
     offered = {name: card.member.key for name in ("ada", "ben", "cyd") if (card := review(project, name).next())}
     assert offered["cyd"] == key
     assert key not in (offered["ada"], offered["ben"])
+
+
+def test_settled_conflict_ends_the_dispute_and_is_no_agreement(project: ProjectFolder) -> None:
+    keys = judge_next(review(project, "ada"), "right", "wrong")
+    judge_next(review(project, "ben", second=True), "wrong", "wrong")
+    before = review_report(project.dataset, load_version(project.dataset))
+    assert before.conflicts == (keys[0],)
+    settling = review(project, "ben", conflicts=True)
+    assert settling.needed == 1
+    assert judge_next(settling, "right") == [keys[0]]
+    after = review_report(project.dataset, load_version(project.dataset))
+    assert after.conflicts == ()
+    assert read_reviews(project.dataset).finding(keys[0]) == "right"
+    assert [(found.agreed, found.rows) for found in after.agreements] == [(1, 2)]
+    assert after.agreements == before.agreements
+    assert settling.undo() is not None
+    assert settling.needed == 1
+
+
+def test_conflicts_are_those_with_a_verdict_of_the_reviewer(project: ProjectFolder) -> None:
+    judge_next(review(project, "ada"), "edit", output="one answer")
+    judge_next(review(project, "ben", second=True), "edit", output="another answer")
+    assert {name: review(project, name, conflicts=True).needed for name in ("ada", "ben", "cyd")} == {
+        "ada": 1,
+        "ben": 1,
+        "cyd": 0,
+    }
+    with pytest.raises(UserError, match="--conflicts cannot be combined"):
+        review(project, "ada", conflicts=True, second=True)
+
+
+def test_note_is_replaced_removed_and_never_a_secret(project: ProjectFolder) -> None:
+    session = review(project)
+    card = session.next()
+    assert card is not None
+    assert session.note(card, " odd ") == "Noted."
+    session.note(card, "very odd")
+    assert "secret" in session.note(card, "AKIAIOSFODNN7EXAMPLZ")
+    assert read_reviews(project.dataset).notes == {card.member.key: {"ada": "very odd"}}
+    assert session.next() == card, "a note is no verdict"
+    session.note(card, "")
+    assert read_reviews(project.dataset).notes == {card.member.key: {}}
 
 
 def test_second_review_covers_exactly_the_judged_rows(project: ProjectFolder) -> None:

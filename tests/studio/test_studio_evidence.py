@@ -8,12 +8,13 @@ from html import unescape
 from pathlib import Path
 
 import pytest
-from test_studio import HOSTILE, Browser, restarted
+from test_studio import HOSTILE
 
 import tunewright as library
 from command_line import tiny_project
 from factories import make_evidence, make_items
 from people_helpers import save
+from studio_client import Browser, restarted
 from tunewright.evidence.schema import EVIDENCE_FILE, ITEMS_FILE, Item
 from tunewright.evidence.verdict import verdict
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_studio import Browser, restarted
 
 from adapter_helpers import write_adapter
 from factories import make_history
 from report_evidence import CURVE
+from studio_client import Browser, restarted
 from tunewright.adapters.registry import HISTORY, Adapter, store_adapter
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, write_json

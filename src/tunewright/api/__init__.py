@@ -89,6 +89,7 @@ class Project(EvaluationsApi):
         releases = ReleasesApi(self, self.access_log)
         self.deploy, self.promote, self.rollback = releases.deploy, releases.promote, releases.rollback
         self.undeploy, self.releases, self.shadow = releases.undeploy, releases.history, releases.shadow
+        self.releasable = releases.releasable
         self.keys = SigningKeysApi(self)
         self.export = ExportApi(self)
 

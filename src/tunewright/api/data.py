@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunewright.adapters.registry import list_adapters
 from tunewright.api.context import ProjectContext
+from tunewright.api.reviews import ReviewApi
 from tunewright.api.synthesis import SynthesisApi
 from tunewright.config import DataConfig
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
-from tunewright.core.io import digest
-from tunewright.core.progress import Reporter
 from tunewright.data.add import AddResult, add
 from tunewright.data.readers import require_columns
 from tunewright.data.readers.sources import is_workbook, source_files
@@ -30,52 +28,15 @@ if TYPE_CHECKING:
     from tunewright.data.dedup.decontaminate import Contamination
     from tunewright.data.dedup.leakage import BandScore, LeakageReport, TemplateScore
     from tunewright.data.readers.file_check import Change
+    from tunewright.data.readers.file_preview import FilePreview
     from tunewright.data.remote import Transfer
     from tunewright.data.remove import RemoveResult
-    from tunewright.data.review.edits import EditResult
-    from tunewright.data.review.label_models import Suspect
-    from tunewright.data.review.report import ReviewReport
-    from tunewright.data.review.session import ReviewSession
-    from tunewright.data.review.suspects import SuspectList
-    from tunewright.data.review_csv import Imported
     from tunewright.data.splits import Split
     from tunewright.data.trace import RowOrigin, RowUse
     from tunewright.data.verify import Verification
     from tunewright.data.versions.diff import Diff
     from tunewright.data.versions.export import Exported, Format
     from tunewright.training.lengths import LengthReport
-
-
-@dataclass(frozen=True)
-class SuspectsResult:
-    """The rows of a version that are most likely wrong, worst first."""
-
-    version: DatasetVersion
-    suspects: list[Suspect]
-    judged_by: str | None
-    """The model whose losses ranked the answers; None if none was used."""
-    places: dict[str, str]
-    """``FILE:LINE`` by pair key."""
-    accuracy: float | None = None
-    """Share of rows whose answer a model of other rows predicts, if answers are classes."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the suspects as ``--json`` prints them, each with its row's input and answer."""
-        examples = {m.key: m.example for m in self.version.members}
-        return {
-            "version": self.version.digest,
-            "judged_by": self.judged_by,
-            "accuracy": self.accuracy,
-            "suspects": [
-                {
-                    **asdict(suspect),
-                    "input": examples[suspect.key].input_text,
-                    "answer": examples[suspect.key].output,
-                    "place": self.places.get(suspect.key),
-                }
-                for suspect in self.suspects
-            ],
-        }
 
 
 @dataclass(frozen=True)
@@ -121,6 +82,10 @@ class DatasetApi:
         self.generate, self.estimate_generate = synthesis.generate, synthesis.estimate_generate
         self.from_documents, self.generated_effect = synthesis.from_documents, synthesis.generated_effect
         self.estimate_from_documents = synthesis.estimate_from_documents
+        reviews = ReviewApi(opened)
+        self.suspects, self.stored_suspects, self.review = reviews.suspects, reviews.stored_suspects, reviews.review
+        self.import_reviews, self.apply_reviews = reviews.import_reviews, reviews.apply_reviews
+        self.review_status = reviews.review_status
 
     def add(
         self,
@@ -199,6 +164,24 @@ class DatasetApi:
             presidio=options.presidio,
             options=add_plan.AddOptions(options.replace, options.restore, options.split_from),
         )
+
+    def preview_file(self, file: str | Path, mapping: ColumnMapping = ColumnMapping()) -> FilePreview:
+        """Return the columns of a file of pairs, whatever their names, and its first three rows.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
+        from tunewright.data.readers.file_preview import preview_file
+
+        wanted = {"rows": mapping.rows, "sheet": mapping.sheet}
+        given = {key: value for key, value in wanted.items() if value is not None}
+        return preview_file(Path(file), self._project.config.data.model_copy(update=given))
+
+    def sheets(self, file: str | Path) -> tuple[str, ...]:
+        """Return the titles of a workbook's visible sheets; of another file, nothing."""
+        from tunewright.data.readers.file_preview import sheet_titles
+
+        return sheet_titles(Path(file))
 
     def fix_file(self, file: str | Path, out: str | Path, mapping: ColumnMapping = ColumnMapping()) -> list[Change]:
         """Write a corrected copy of a file of pairs, and list every change."""
@@ -342,115 +325,6 @@ class DatasetApi:
         from tunewright.data.dedup.decontaminate import contamination
 
         return contamination(self._project, self.version(), [Path(f) for f in files], self._reporter)
-
-    def suspects(self, adapter: str | None = None) -> SuspectsResult:
-        """Return the current version's rows that are most likely wrong, reusing a stored result of the same inputs.
-
-        Free text is ranked by each answer's loss. The losses come from the named adapter ("base": the base alone), else
-        from the version's cross-validated adapters, else from the newest adapter that fits.
-
-        Raises:
-            UserError: an adapter is named although answers are classes, which a model of other rows judges better.
-        """
-        from tunewright.data.examples import class_like
-        from tunewright.data.review.suspects import FOLDER, METHOD, cached_suspects, find_suspects
-        from tunewright.data.trace import places_by_key
-
-        version = self.version()
-        project = self._project
-        who = None
-        if class_like([m.example.output.strip() for m in version.domain]):
-            if adapter is not None:
-                raise UserError(
-                    "The answers are classes: a model of other rows judges them, and no adapter is used",
-                    where="--adapter",
-                    fix="Leave it out.",
-                )
-        elif adapter is not None or list_adapters(project.fold_adapters) or list_adapters(project.adapters):
-            from tunewright.evaluation.losses import judging, row_losses
-
-            who = judging(project, version, self._context.base, self._context.chat, self._reporter, adapter)
-
-        def find(reporter: Reporter) -> SuspectList:
-            losses = None
-            if who is not None:
-                losses = row_losses(project, self._context.base, self._context.chat, who, reporter)
-            return find_suspects(version, reporter, losses=losses)
-
-        decides = {
-            "version": version.digest,
-            "settings": version.manifest.settings.model_dump(mode="json"),
-            "judges": who.digest if who else None,
-            "method": METHOD,
-        }
-        file = project.work / FOLDER / f"{digest(decides)[:16]}.json"
-        found = cached_suspects(file, find, self._reporter)
-        places = places_by_key(self._dataset, version.manifest)
-        return SuspectsResult(version, found.suspects, who.judged_by if who else None, places, found.accuracy)
-
-    def review(
-        self,
-        reviewer: str | None = None,
-        *,
-        suspects: bool = False,
-        adapter: str | None = None,
-        second: bool = False,
-        fixed: int | None = None,
-        redraw: bool = False,
-    ) -> ReviewSession:
-        """Start a review of a random sample of the current version, drawn on first use, or of its suspects.
-
-        Args:
-            reviewer: the reviewer's name (None: the login name).
-            suspects: review the suspects instead of the sample.
-            adapter: ranks the suspects by its losses, as in :meth:`suspects`.
-            second: judge rows again that others have judged, without seeing their verdicts.
-            fixed: number of wrong rows that a sample of fixed size allows (None: the existing plan, or the sequential
-                one).
-            redraw: draw another sample; the old one stays on record.
-
-        Raises:
-            UserError: the plan differs from the existing sample's, or the options are mutually exclusive.
-        """
-        from tunewright.data.review.acceptance import FixedPlan
-        from tunewright.data.review.session import ReviewSession, default_reviewer
-        from tunewright.data.trace import metadata_by_key
-
-        version = self.version()
-        return ReviewSession(
-            self._dataset,
-            version,
-            default_reviewer() if reviewer is None else reviewer,
-            self._reporter,
-            plan=None if fixed is None else FixedPlan(allowed=fixed),
-            redraw=redraw,
-            suspects=self.suspects(adapter).suspects if suspects else None,
-            second=second,
-            allow=self._project.config.data.allow,
-            metadata=metadata_by_key(self._dataset, version.manifest)
-            if any(m.generated for m in version.domain)
-            else {},
-        )
-
-    def import_reviews(self, file: str | Path, reviewer: str | None = None) -> Imported:
-        """Record the verdicts of a filled-in spreadsheet; if a row is faulty, none is recorded."""
-        from tunewright.data.review.session import default_reviewer
-        from tunewright.data.review_csv import import_csv
-
-        name = default_reviewer() if reviewer is None else reviewer
-        return import_csv(Path(file), self._dataset, self.version(), name, self._project.config.data.allow)
-
-    def apply_reviews(self, *, message: str = "") -> EditResult:
-        """Create a new version with the answers that reviewers edited."""
-        from tunewright.data.review.edits import apply_edits
-
-        return apply_edits(self._project, self._reporter, message=message)
-
-    def review_status(self) -> ReviewReport:
-        """Return the state of the current version's review."""
-        from tunewright.data.review.report import review_report
-
-        return review_report(self._dataset, self.version())
 
     def diff(self, a: str, b: str | None = None) -> Diff:
         """Return the differences between two versions (the second: the current one by default)."""

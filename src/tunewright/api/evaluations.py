@@ -25,10 +25,11 @@ from tunewright.evidence.verdict import Verdict
 
 if TYPE_CHECKING:
     from tunewright.advisor.signals import Signals
-    from tunewright.evaluation.human_eval.session import BlindReview
+    from tunewright.evaluation.human_eval.session import BlindReview, ComparisonProgress
     from tunewright.evaluation.item_prompts import ArmPrompt
     from tunewright.evaluation.judge.runner import Estimate, Judge, JudgeResult
     from tunewright.evaluation.kept_preferences import KeptPreferences
+    from tunewright.evaluation.row_answers import RowAnswers
     from tunewright.evidence.human_eval import AnswerReview
 
 
@@ -94,7 +95,12 @@ class EvaluationsApi(ProjectContext):
     """
 
     def human_eval(
-        self, evaluation: str | Path | None = None, *, reviewer: str | None = None, items: int | None = None
+        self,
+        evaluation: str | Path | None = None,
+        *,
+        reviewer: str | None = None,
+        items: int | None = None,
+        against: str | None = None,
     ) -> BlindReview:
         """Return a blind review of an evaluation's answers, resumed where its reviewer stopped.
 
@@ -102,10 +108,11 @@ class EvaluationsApi(ProjectContext):
             evaluation: ID, folder or evidence file (None: the newest).
             reviewer: the reviewer's name (None: git's user.name, or the login name).
             items: size of the sample, if none has been drawn yet (None: 50).
+            against: incumbent whose answers are compared with the tuned ones (None: the best prompting arm's).
 
         Raises:
-            UserError: no evaluation, no name, or a sample of another size exists. Also if a file of the evaluation was
-                changed after it was written.
+            UserError: no evaluation, no incumbent of that name, no reviewer's name, or a sample of another size exists.
+                Also if a file of the evaluation was changed after it was written.
         """
         from tunewright.data.versions.version import current_author
         from tunewright.evaluation.human_eval.session import BlindReview
@@ -115,20 +122,45 @@ class EvaluationsApi(ProjectContext):
         name = current_author(self.folder.root) if reviewer is None else reviewer
         if name is None:
             raise UserError("Found neither a git user name nor a login name", where="--reviewer", fix="Pass a name.")
-        return BlindReview(folder, name, self.reporter, items=items)
+        return BlindReview(folder, name, self.reporter, items=items, against=against)
 
-    def human_eval_results(self, evaluation: str | Path | None = None) -> AnswerReview:
+    def human_eval_progress(self, evaluation: str | Path | None = None) -> list[ComparisonProgress]:
+        """Return how far each reviewer of an evaluation is, by comparison; it says nothing about the verdicts.
+
+        Raises:
+            UserError: no evaluation, or a file of the review was changed.
+        """
+        from tunewright.evaluation.human_eval.session import reviewers_progress
+
+        return reviewers_progress(_folder(self.evaluation(evaluation, dev=False)))
+
+    def row_answers(self, *, newest: int = 5) -> RowAnswers:
+        """Return the adapter's stored answers to rows, from the ``newest`` evaluations. Nothing is generated."""
+        from tunewright.evaluation.row_answers import evaluated_files, row_answers
+
+        evaluations = self.folder.evaluations
+        return row_answers(evaluated_files(evaluations)[:newest], evaluations, self.reporter)
+
+    def human_eval_results(self, evaluation: str | Path | None = None, *, against: str | None = None) -> AnswerReview:
         """Add all reviewers' verdicts to the evidence and return them: preference, agreement, estimate for all items.
 
         A judge of the same evaluation is compared with the reviewers and sharpens their estimate.
 
+        Args:
+            evaluation: ID, folder or evidence file (None: the newest).
+            against: incumbent of the comparison. The evidence has no section on it, so that it stays unchanged.
+
         Raises:
-            UserError: no evaluation, or no reviews. Also if a file of the evaluation was changed after it was written.
+            UserError: no evaluation, no incumbent of that name, or no reviews. Also if a file of the evaluation was
+                changed after it was written.
         """
         from tunewright.evaluation.human_eval.results import accepted_judge, review_results
 
         access_log, folder = amendable(self.evaluation(evaluation, dev=False), self.folder.evaluations)
-        section = review_results(folder, accepted_judge(folder, access_log.load(folder), self.reporter))
+        evidence = access_log.load(folder)
+        if against is not None:
+            return review_results(folder, against=against)
+        section = review_results(folder, accepted_judge(folder, evidence, self.reporter))
         access_log.amend(folder, human_eval=section)
         return section
 

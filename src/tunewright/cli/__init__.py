@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -38,6 +40,8 @@ _GROUPS = (
     "doctor",
 )
 
+_NO_MEMORY = b"Error: Not enough memory\nClose other programs, or use a smaller base or batch size.\n"
+
 
 def commands() -> typer.Typer:
     """Return the whole command line."""
@@ -50,7 +54,15 @@ def commands() -> typer.Typer:
 
 def main() -> None:
     """Run the console script ``tunewright``."""
-    from tunewright.cli.stopping import mark_command_process
+    try:
+        from tunewright.cli.stopping import mark_command_process
 
-    mark_command_process()
-    commands()()
+        mark_command_process()
+        commands()()
+    except (MemoryError, SystemError) as error:
+        # Before a command began, or as its own message was printed. Python raises SystemError if it has no memory for
+        # the exception itself ("error return without exception set").
+        if isinstance(error, SystemError) and " without " not in str(error):
+            raise
+        os.write(2, _NO_MEMORY)
+        sys.exit(2)

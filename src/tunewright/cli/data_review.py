@@ -20,6 +20,7 @@ from tunewright.cli.console import RESUMES, Session
 from tunewright.cli.data import data_app
 from tunewright.cli.data_rows import conversation_text, row_heading
 from tunewright.core.errors import UserError
+from tunewright.core.text import visible
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from tunewright.data.versions import DatasetVersion
 
 VERDICT_KEYS: dict[str, Verdict] = {"r": "right", "w": "wrong", "s": "skip"}
-KEYS = "r right   w wrong   e edit   s skip   u undo   q quit"
+KEYS = "r right   w wrong   e edit   s skip   n note   u undo   q quit"
 _EXPORTED = 60  # rows, where the plan needs fewer
 
 Judge = Annotated[
@@ -65,6 +66,10 @@ def data_review(
     second: Annotated[
         bool, typer.Option("--second", help="Review rows again, blind, that others have reviewed.")
     ] = False,
+    conflicts: Annotated[
+        bool,
+        typer.Option("--conflicts", help="Judge rows again on which you and others disagree, with all verdicts shown."),
+    ] = False,
     fixed: Annotated[
         int | None,
         typer.Option(min=0, max=1000, help="Draw a sample of fixed size that allows this many wrong rows."),
@@ -80,13 +85,14 @@ def data_review(
 ) -> int | None:
     """Judge a random sample of rows until the version is accepted ("under 5% wrong, at 95%") or rejected.
 
-    Keys: r right, w wrong, e edit in $EDITOR, s skip, u undo, q quit. A review resumes where it stopped. With --status,
-    the exit code is 0 for accepted, 3 for rejected, 4 for undecided.
+    Keys: r right, w wrong, e edit in $EDITOR, s skip, n note, u undo, q quit. A review resumes where it stopped.
+    With --status, the exit code is 0 for accepted, 3 for rejected, 4 for undecided.
     """
     from tunewright.data.review.session import check_options
     from tunewright.data.review_csv import export_csv
 
     chosen = {"--suspects": suspects, "--adapter": adapter is not None, "--second": second}
+    chosen["--conflicts"] = conflicts
     check_options(
         {"--status": status, "--export": export is not None, "--import": import_file is not None, "--apply": apply},
         {**chosen, "--fixed": fixed is not None, "--redraw": redraw},
@@ -106,7 +112,15 @@ def data_review(
         return None
     if export is None:
         require_terminal("--export and --import, or --status")
-    review = data.review(reviewer, suspects=suspects, adapter=adapter, second=second, fixed=fixed, redraw=redraw)
+    review = data.review(
+        reviewer,
+        suspects=suspects,
+        adapter=adapter,
+        second=second,
+        conflicts=conflicts,
+        fixed=fixed,
+        redraw=redraw,
+    )
     if export is not None:
         count = export_csv(export, review, max(review.needed, _EXPORTED))
         run.show({"file": str(export), "rows": count}, f"Wrote {count} rows to {export}: fill in the column verdict")
@@ -137,6 +151,8 @@ def _pass(run: Session, review: ReviewSession) -> None:
             note = "Taken back." if review.undo() is not None else "There is nothing to take back."
         elif key == "e":
             note = review.edit(card, edit_text(card.member.example.output))
+        elif key == "n":
+            note = review.note(card, read_note(run))
         elif key in VERDICT_KEYS:
             review.judge(card, VERDICT_KEYS[key])
         else:
@@ -162,8 +178,25 @@ def _screen(review: ReviewSession, card: ReviewItem, nearest: NeighborIndex, not
     ]
     if card.why is not None:
         parts.append(Text(card.why, style="yellow"))
+    parts += _verdict_lines(review, card)
     parts.append(Text(KEYS, style="bold"))
     return [*parts, Text(note, style="yellow")] if note else parts
+
+
+def _verdict_lines(review: ReviewSession, card: ReviewItem) -> list[RenderableType]:
+    """Return the reviewer's own note; in a review of conflicts, everybody's verdicts and notes."""
+    from tunewright.data.versions.diff import marked
+
+    key, stored = card.member.key, card.member.example.output
+    if not review.conflicts:
+        note = review.note_on(key)
+        return [Text(visible(f"Your note: {note}"))] if note else []
+    lines: list[RenderableType] = []
+    for name, judged in sorted(review.reviews.current_verdicts(key).items()):
+        said = f"edit: {marked(stored, judged.output)}" if judged.output is not None else judged.verdict
+        note = review.reviews.notes.get(key, {}).get(name, "")
+        lines.append(Text(visible(f"{name}: {said}{f' ({note})' if note else ''}")))
+    return lines
 
 
 def _suspects_table(found: Sequence[Suspect], version: DatasetVersion, places: Mapping[str, str]) -> RenderableType:
@@ -198,6 +231,14 @@ def read_key() -> str:
         return typer.getchar()
     except EOFError:
         return "q"
+
+
+def read_note(run: Session) -> str:
+    """Return a line that the reviewer types. It replaces an earlier note."""
+    try:
+        return run.console.input("Note: ", markup=False)
+    except EOFError:
+        return ""
 
 
 def edit_text(text: str) -> str | None:

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from tunewright.cli.app import EVALUATE, app, command
 from tunewright.cli.console import RESUMES, Session
-from tunewright.cli.data_review import read_key, require_terminal
+from tunewright.cli.data_review import read_key, read_note, require_terminal
 from tunewright.cli.data_rows import escape_control_character
 from tunewright.cli.verdict import Evaluation
 
@@ -54,6 +54,10 @@ def human_eval(
     ] = None,
     results: Annotated[bool, typer.Option("--results", help="Show the results of all reviewers and exit.")] = False,
     export: Annotated[Path | None, typer.Option(help="Write the remaining pairs to a CSV file.")] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="Incumbent whose answers to compare with.", show_default="the best prompting arm's"),
+    ] = None,
     reference: Annotated[bool, typer.Option("--reference", help="Include the references (--export only).")] = False,
     import_file: Annotated[Path | None, typer.Option("--import", help="Read verdicts from such a CSV file.")] = None,
     keep_preferences: Annotated[
@@ -61,7 +65,7 @@ def human_eval(
         typer.Option("--keep-preferences", help="Keep all reviewers' preferences as pairs for preference tuning."),
     ] = False,
 ) -> int | None:
-    """Judge the tuned answers against the best prompting arm's, side by side and blind, on a random sample.
+    """Judge the tuned answers against the best prompting arm's or an incumbent's, blind, on a random sample.
 
     Keys: a A is better, b B is better, g both good, n neither, r show the reference, w write a note, s skip, u undo,
     q quit. Resumes where it stopped. With --results, the exit code is 0 if people prefer the tuned answers, 3 if they
@@ -77,25 +81,26 @@ def human_eval(
         reviewer=reviewer is not None,
         reference=reference,
         keep_preferences=keep_preferences,
+        against=against is not None,
     )
     if keep_preferences:
         show_kept(run, run.project.keep_preferences(evaluation, source="person"))
         return None
     if results:
-        return _show_results(run, evaluation)
+        return _show_results(run, evaluation, against)
     if export is None and import_file is None:
         require_terminal("--export and --import, or --results")
     # An evaluation is enough, wherever it lies: no project is opened.
-    blind = run.unopened.human_eval(evaluation, reviewer=reviewer, items=items)
+    blind = run.unopened.human_eval(evaluation, reviewer=reviewer, items=items, against=against)
     if export is not None:
         _export(run, blind, export, reference=reference)
     elif import_file is not None:
         _import(run, blind, import_file)
-        _show_results(run, evaluation)
+        _show_results(run, evaluation, against)
     else:
         _pass(run, blind)
         if blind.next() is None:
-            _show_results(run, evaluation)
+            _show_results(run, evaluation, against)
         else:
             _show_progress(run, blind)
     return None
@@ -132,8 +137,8 @@ def _show_progress(run: Session, blind: BlindReview) -> None:
     run.show(document, f"{progress_text(at)}. The same command resumes here.")
 
 
-def _show_results(run: Session, evaluation: Path | None) -> int:
-    section = run.unopened.human_eval_results(evaluation)
+def _show_results(run: Session, evaluation: Path | None, against: str | None) -> int:
+    section = run.unopened.human_eval_results(evaluation, against=against)
     run.show({**section.model_dump(mode="json"), "decision": section.decision}, *results_tables(section))
     return EXIT_CODES[section.decision]
 
@@ -158,14 +163,6 @@ def _pass(run: Session, blind: BlindReview) -> None:
             blind.answer(pair, SIDE_KEYS[key])
         else:
             note = f"Unknown key {key!r}."
-
-
-def read_note(run: Session) -> str:
-    """Return a line that the reviewer types. It replaces an earlier note."""
-    try:
-        return run.console.input("Note: ", markup=False)
-    except EOFError:
-        return ""
 
 
 def progress_text(progress: Progress) -> str:

@@ -259,7 +259,7 @@ class _LineTask:
 
     def _left(self, now: float) -> str:
         """Return the time left, by the speed since the first advances, or nothing before later ones."""
-        if self.done == self.total:
+        if self.done >= self.total:  # GEPA ends its last round beyond its limit
             return "0 s left"
         if self.done == self.first:
             return ""

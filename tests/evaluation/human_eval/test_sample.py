@@ -18,6 +18,7 @@ from tunewright.evaluation.human_eval.sample import (
     STRATA,
     StratumName,
     allocate,
+    comparison,
     draw,
     draw_sample,
     stratify,
@@ -101,12 +102,14 @@ def test_weighted_sample_is_unbiased() -> None:
     assert abs(np.mean(unweighted) - truth.mean()) > 4 * np.std(unweighted) / np.sqrt(rounds)
 
 
-def test_review_order_mixes_the_strata() -> None:
-    sample = draw_sample(make_evidence(ITEMS), ITEMS, 40)
+def test_review_order_mixes_the_strata(tmp_path: Path) -> None:
+    evidence = make_evidence(ITEMS)
+    compared = comparison(tmp_path, evidence)
+    sample = draw_sample(compared, evidence, ITEMS, 40)
     strata = stratify(ITEMS, "tuned", "retrieved-4", "exact_match")
     firsts, seconds = ([strata[k] for k in half] for half in (sample.order[:20], sample.order[20:]))
     assert len(set(firsts)) == len(set(seconds)) == 3
-    assert sample.order == draw_sample(make_evidence(ITEMS), ITEMS, 40).order
+    assert sample.order == draw_sample(compared, evidence, ITEMS, 40).order
 
 
 def test_sides_are_random_and_independent_of_the_stratum() -> None:

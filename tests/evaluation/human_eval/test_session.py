@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from people_helpers import begin, evaluation, side_of_treatment
+from people_helpers import begin, evaluation, evaluation_with_incumbent, side_of_treatment
 from tunewright.core.errors import UserError
 from tunewright.evaluation.human_eval.journal import Side
-from tunewright.evaluation.human_eval.session import BlindReview, Pair
+from tunewright.evaluation.human_eval.results import review_results
+from tunewright.evaluation.human_eval.session import BlindReview, Pair, reviewers_progress
 from tunewright.evidence.schema import load_items
 
 
@@ -35,6 +36,39 @@ def _answer(review: BlindReview, *sides: Side) -> list[Pair]:
         pairs.append(_next(review))
         review.answer(pairs[-1], side)
     return pairs
+
+
+def test_incumbent_is_compared_apart_on_the_items_that_it_answered(tmp_path: Path) -> None:
+    folder = evaluation_with_incumbent(tmp_path / "evaluation")
+    prompting, hosted = begin(folder), begin(folder, against="hosted")
+    assert (hosted.sample.treatment, hosted.sample.control) == ("tuned", "incumbent-hosted")
+    answers = {item.key: item.answers for item in load_items(folder)}
+    assert list(answers)[-1] not in hosted.sample.order
+    assert hosted.sample.items == 39
+    for review in (prompting, hosted):
+        while (pair := review.next()) is not None:
+            own = answers[pair.key]
+            assert {pair.a, pair.b} == {own[review.sample.treatment], own[review.sample.control]}
+            review.answer(pair, "A" if side_of_treatment(review, pair) == "A" else "B")
+    shared = sorted(set(prompting.sample.order) & set(hosted.sample.order))
+    same = [
+        side_of_treatment(prompting, prompting.pair(k)) == side_of_treatment(hosted, hosted.pair(k)) for k in shared
+    ]
+    assert len(set(same)) == 2, "one comparison would give the sides of the other away"
+    found = review_results(folder, against="hosted")
+    assert (found.control, found.preferred) == ("incumbent-hosted", (len(hosted.sample.order), 0))
+    assert review_results(folder).control == prompting.sample.control != "incumbent-hosted"
+    at = {each.against: each.reviewers["ada"].answered for each in reviewers_progress(folder)}
+    assert at == {None: len(prompting.sample.order), "hosted": len(hosted.sample.order)}
+
+
+def test_unknown_incumbent_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+    folder = evaluation_with_incumbent(tmp_path / "evaluation")
+    with pytest.raises(UserError, match="no incumbent 'other'") as refused:
+        begin(folder, against="other")
+    assert refused.value.fix == "Use one of: hosted."
+    with pytest.raises(UserError, match="no incumbent 'hosted'"):
+        begin(evaluation(tmp_path / "alone"), against="hosted")
 
 
 def test_pair_sides_follow_the_seed(folder: Path) -> None:

@@ -117,11 +117,10 @@ def _chosen(reviews: ReviewLog, version: DatasetVersion) -> tuple[dict[str, list
     for member in version.domain:
         if member.key not in reviews.stacks:
             continue
-        said = [judged for judged in reviews.current_verdicts(member.key).values() if judged.verdict != "skip"]
-        edits = [judged for judged in said if judged.verdict == "edit"]
+        edits = [judged for judged in reviews.current_verdicts(member.key).values() if judged.verdict == "edit"]
         if not edits:
             continue
-        if any(judged.verdict == "right" for judged in said) or len({judged.output for judged in edits}) > 1:
+        if reviews.disputed(member.key):
             disputed.append(member.key)
         else:
             chosen[member.key] = edits
@@ -246,3 +245,24 @@ def waiting_edits(reviews: ReviewLog, version: DatasetVersion) -> tuple[int, int
     """Count the pending edits of a version: agreed, and disputed."""
     chosen, disputed = _chosen(reviews, version)
     return len(chosen), len(disputed)
+
+
+@dataclass(frozen=True)
+class PendingEdit:
+    """A row with edits that are in no version yet: reviewer to new answer."""
+
+    member: Member
+    outputs: dict[str, str]
+    disputed: bool
+
+
+def pending_edits(dataset: Path, version: DatasetVersion) -> list[PendingEdit]:
+    """Return the rows of a version with pending edits, the disputed ones last, which :func:`apply_edits` leaves out."""
+    reviews = read_reviews(dataset)
+    chosen, disputed = _chosen(reviews, version)
+    members = {member.key: member for member in version.domain}
+    return [
+        PendingEdit(members[key], {name: e.output for name, e in said.items() if e.output is not None}, key in disputed)
+        for key in (*chosen, *disputed)
+        if (said := reviews.current_verdicts(key))
+    ]

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from tunewright.core.text import count_of
 from tunewright.data.review.acceptance import Outcome, judge, sample_order
 from tunewright.data.review.edits import unaccepted_keys, waiting_edits
-from tunewright.data.review.reviews import DrawEvent, ReviewLog, findings, outcome, read_reviews, status_line
+from tunewright.data.review.reviews import VERDICTS, DrawEvent, ReviewLog, findings, outcome, read_reviews, status_line
 from tunewright.data.versions import DatasetVersion, current_manifest, short
 from tunewright.data.versions.members import read_places
 
@@ -43,12 +44,14 @@ class Agreement:
 
 
 def agreements(reviews: ReviewLog) -> list[Agreement]:
-    """Return the agreement of each pair of reviewers with a row in common."""
+    """Return the agreement of each pair of reviewers with a row in common.
+
+    Verdicts that settle a conflict were given with the other ones in sight, so the first ones count.
+    """
     verdicts: dict[str, dict[str, bool]] = {}
     for key in reviews.stacks:
-        for name, judged in reviews.current_verdicts(key).items():
-            if judged.verdict != "skip":
-                verdicts.setdefault(name, {})[key] = judged.verdict == "right"
+        for name, judged in reviews.independent_verdicts(key).items():
+            verdicts.setdefault(name, {})[key] = judged.verdict == "right"
     found = []
     for a, b in combinations(sorted(verdicts), 2):
         both = sorted(verdicts[a].keys() & verdicts[b].keys())
@@ -88,6 +91,17 @@ _EXIT_CODES = {"accepted": 0, "rejected": 3, "continue": 4}
 
 
 @dataclass(frozen=True)
+class ReviewerCounts:
+    """One reviewer's current verdicts on a version's rows."""
+
+    name: str
+    right: int
+    wrong: int
+    edit: int
+    skip: int
+
+
+@dataclass(frozen=True)
 class ReviewReport:
     """The state of a version's review; ``outcome`` and ``drawn`` are None where no sample was drawn."""
 
@@ -103,6 +117,10 @@ class ReviewReport:
     """Rows whose answer a model wrote: number."""
     accepted: int
     """Generated rows that a person accepted: number."""
+    conflicts: tuple[str, ...]
+    """Pair keys of the version's rows on which reviewers disagree."""
+    reviewers: tuple[ReviewerCounts, ...]
+    """By name."""
 
     @property
     def status(self) -> str:
@@ -128,6 +146,9 @@ class ReviewReport:
         if self.generated:
             others = "; the others are only trained on" if self.accepted < self.generated else ""
             lines.append(f"{self.accepted:,} of {self.generated:,} generated rows are accepted{others}.")
+        if self.conflicts:
+            count = count_of(len(self.conflicts), "row")
+            lines.append(f"Reviewers disagree on {count}: `tunewright data review --conflicts` settles them.")
         if self.disputed:
             lines.append(f"{self.disputed:,} rows have disputed edits and stay unchanged.")
         return lines
@@ -145,13 +166,16 @@ class ReviewReport:
             "disputed": self.disputed,
             "generated": self.generated,
             "accepted": self.accepted,
+            "conflicts": list(self.conflicts),
+            "reviewers": [asdict(counts) for counts in self.reviewers],
         }
 
 
 def review_report(dataset: Path, version: DatasetVersion) -> ReviewReport:
     """Return the state of a version's review."""
     reviews = read_reviews(dataset)
-    generated = {m.key for m in version.domain if m.generated}
+    members = {m.key: m for m in version.domain}
+    generated = {key for key, member in members.items() if member.generated}
     return ReviewReport(
         version.digest,
         outcome(reviews, version),
@@ -160,7 +184,17 @@ def review_report(dataset: Path, version: DatasetVersion) -> ReviewReport:
         *waiting_edits(reviews, version),
         generated=len(generated),
         accepted=len(generated) - len(unaccepted_keys(dataset, version.manifest, generated)),
+        conflicts=tuple(key for key in reviews.stacks if key in members and reviews.disputed(key)),
+        reviewers=_reviewer_counts(reviews, members),
     )
+
+
+def _reviewer_counts(reviews: ReviewLog, rows: Collection[str]) -> tuple[ReviewerCounts, ...]:
+    said: dict[str, Counter[str]] = {}
+    for key in reviews.stacks:
+        for name, judged in reviews.current_verdicts(key).items() if key in rows else ():
+            said.setdefault(name, Counter())[judged.verdict] += 1
+    return tuple(ReviewerCounts(name, **{v: said[name][v] for v in VERDICTS}) for name in sorted(said))
 
 
 def review_status(dataset: Path) -> str | None:

@@ -13,7 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal
 
@@ -66,6 +66,16 @@ class VerdictEvent(_Event):
     output: str | None = None
     """The corrected answer; set if and only if the verdict is ``edit``."""
     draw: int | None = None
+    settles: Literal[True] | None = None
+    """True if the other reviewers' verdicts were in sight. Such a verdict is no sign that two people agree."""
+
+
+class NoteEvent(_Event):
+    """A reviewer's note on a row, replacing any earlier one; an empty one removes it."""
+
+    event: Literal["note"] = "note"
+    key: str
+    text: str
 
 
 class UndoEvent(_Event):
@@ -83,7 +93,7 @@ class DrawEvent(_Event):
     plan: SamplingPlan
 
 
-Event = VerdictEvent | UndoEvent | DrawEvent
+Event = VerdictEvent | NoteEvent | UndoEvent | DrawEvent
 _EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="event")])
 
 
@@ -97,10 +107,26 @@ class ReviewLog:
     """Line of each event, from 1."""
     torn: bool = False
     """True if the file ends in half a line, because a crash cut off the last event."""
+    notes: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Pair key, then reviewer, to the note."""
 
     def current_verdicts(self, key: str) -> dict[str, VerdictEvent]:
         """Return the verdict of each reviewer on a row."""
         return {name: stack[-1] for name, stack in self.stacks.get(key, {}).items() if stack}
+
+    def independent_verdicts(self, key: str) -> dict[str, VerdictEvent]:
+        """Return each reviewer's latest verdict on a row that was given without seeing those of others; no skips."""
+        alone = {
+            name: [judged for judged in stack if judged.settles is None and judged.verdict != "skip"]
+            for name, stack in self.stacks.get(key, {}).items()
+        }
+        return {name: stack[-1] for name, stack in alone.items() if stack}
+
+    def disputed(self, key: str) -> bool:
+        """Return whether reviewers disagree on a row: right against wrong, or different edits."""
+        said = [judged for judged in self.current_verdicts(key).values() if judged.verdict != "skip"]
+        outputs = {judged.output for judged in said if judged.verdict == "edit"}
+        return len({judged.verdict == "right" for judged in said}) > 1 or len(outputs) > 1
 
     def finding(self, key: str) -> Finding | None:
         """Return the reviewers' joint finding: unsettled if all skipped or they disagree; None: not reviewed."""
@@ -154,7 +180,7 @@ def read_reviews(dataset: Path) -> ReviewLog:
     whole, torn = whole_lines(data)
     read = sorted(events_in(whole, str(path)), key=lambda each: _order(each[1]))
     events = [event for _, event in read]
-    return ReviewLog(tuple(events), _stacks(events), tuple(line for line, _ in read), torn)
+    return ReviewLog(tuple(events), _stacks(events), tuple(line for line, _ in read), torn, _notes(events))
 
 
 def events_in(data: bytes, where: str) -> list[tuple[int, Event]]:
@@ -235,6 +261,14 @@ def _stacks(events: Sequence[Event]) -> dict[str, dict[str, list[VerdictEvent]]]
     return stacks
 
 
+def _notes(events: Sequence[Event]) -> dict[str, dict[str, str]]:
+    notes: dict[str, dict[str, str]] = {}
+    for event in events:
+        if isinstance(event, NoteEvent):
+            notes.setdefault(event.key, {})[event.reviewer] = event.text
+    return {key: {name: text for name, text in said.items() if text} for key, said in notes.items()}
+
+
 def append_reviews(dataset: Path, events: Sequence[Event]) -> None:
     """Append events, after removing half a line that a crash left; the file is locked.
 
@@ -313,14 +347,16 @@ def _held(path: Path) -> Iterator[BinaryIO]:
 
 
 def without_purged(event: Event, purged: Collection[str]) -> Event:
-    """Return the event as stored after a purge of these pair keys: an edit loses its text."""
+    """Return the event as stored after a purge of these pair keys: an edit or a note loses its text."""
     if isinstance(event, VerdictEvent) and event.output is not None and event.key in purged:
         return event.model_copy(update={"output": PURGED, "digest": None})
+    if isinstance(event, NoteEvent) and event.text and event.key in purged:
+        return event.model_copy(update={"text": PURGED, "digest": None})
     return event
 
 
 def redact_reviews(dataset: Path, purged: Collection[str]) -> None:
-    """Remove the answers that reviewers wrote for purged rows; each event keeps its line.
+    """Remove the answers and notes that reviewers wrote for purged rows; each event keeps its line.
 
     Raises:
         UserError: the disk is full or refuses, or the log was changed by hand.

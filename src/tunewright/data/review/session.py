@@ -21,6 +21,8 @@ from tunewright.data.review.edits import unaccepted_keys
 from tunewright.data.review.label_models import Suspect
 from tunewright.data.review.reviews import (
     DrawEvent,
+    Event,
+    NoteEvent,
     UndoEvent,
     Verdict,
     VerdictEvent,
@@ -58,6 +60,7 @@ class ReviewSession:
         redraw: draw another sample, which is recorded in the log.
         suspects: rows to review instead of the sample.
         second: review rows again that others have reviewed, blind.
+        conflicts: judge rows again on which the reviewer and others disagree, with their verdicts in sight.
         allow: kinds of secrets that answers may contain (data.allow).
         metadata: of generated rows, by pair key, with their provenance.
 
@@ -76,6 +79,7 @@ class ReviewSession:
         redraw: bool = False,
         suspects: Sequence[Suspect] | None = None,
         second: bool = False,
+        conflicts: bool = False,
         allow: Collection[str] = (),
         metadata: Mapping[str, Mapping[str, Any]] = _NO_METADATA,
     ) -> None:
@@ -83,10 +87,13 @@ class ReviewSession:
             raise UserError("The reviewer's name is empty", where="--reviewer", fix="Pass a name.")
         if suspects is not None and (plan is not None or redraw):
             raise UserError("--suspects cannot be combined with options of the sample's plan or draw")
+        if conflicts and (suspects is not None or second or plan is not None or redraw):
+            raise UserError("--conflicts cannot be combined with other choices of rows")
         self.dataset = dataset
         self.version = version
         self.reviewer = reviewer
         self.second = second
+        self.conflicts = conflicts
         self.allow = allow
         self.members = {m.key: m for m in version.domain}
         self._skipped: set[str] = set()  # not offered again in this session
@@ -94,10 +101,14 @@ class ReviewSession:
         if self.reviews.torn:
             reporter.warn("The last review in reviews.jsonl was cut off by a crash and is ignored: review it again.")
         self.why = {s.key: f"{s.reason}: {s.detail}" for s in suspects or ()}
-        self.drawn = None if suspects is not None else self._draw(plan, redraw, reporter)
+        self.drawn: DrawEvent | None = None
+        if conflicts:
+            self.drawn = self.reviews.latest_draw(version.digest)
+        elif suspects is None:
+            self.drawn = self._draw(plan, redraw, reporter)
         self.order = [s.key for s in suspects or ()] if self.drawn is None else self._order(self.drawn)
         self.generated: list[str] = []
-        if self.drawn is not None and not second:
+        if self.drawn is not None and not second and not conflicts:
             written = {m.key for m in version.domain if m.generated}
             doubtful = unaccepted_keys(dataset, version.manifest, written)
             self.generated = [key for key in self.order if key in doubtful]
@@ -122,13 +133,20 @@ class ReviewSession:
         reporter.say(f"Drew sample {number + 1} of version {self.version.digest[:12]} (recorded in reviews.jsonl)")
         return drawn
 
-    def _append(self, event: VerdictEvent | UndoEvent | DrawEvent) -> None:
+    def _append(self, event: Event) -> None:
         append_reviews(self.dataset, [event])
         self.refresh()
 
     def refresh(self) -> None:
         """Read the log again: other reviewers, or this one elsewhere, may have judged rows meanwhile."""
         self.reviews = read_reviews(self.dataset)
+        if not self.conflicts:  # a skip that was taken back elsewhere
+            self._skipped = {key for key in self._skipped if self._verdict(key) == "skip"}
+
+    def _verdict(self, key: str) -> Verdict | None:
+        """Return this reviewer's verdict on a row."""
+        mine = self.reviews.current_verdicts(key).get(self.reviewer)
+        return None if mine is None else mine.verdict
 
     @property
     def outcome(self) -> Outcome | None:
@@ -139,7 +157,11 @@ class ReviewSession:
 
     @property
     def status(self) -> str:
-        """State in one line; for suspects, the number reviewed."""
+        """State in one line; for suspects, the number reviewed; for second reviews and conflicts, the number left."""
+        if self.conflicts:
+            return f"conflicts: {self.needed:,} to settle"
+        if self.second:
+            return f"second review: {self.needed:,} left"
         found = self.outcome
         if self.drawn is not None and found is not None:
             line = status_line(found, self.drawn.plan, self.drawn.draw)
@@ -158,23 +180,31 @@ class ReviewSession:
             found = self.outcome
             if found is not None and found.decision != "continue":
                 return None
-        for number, key in enumerate(self.order, start=1):
+        for number, key in enumerate(self._queue(), start=1):
             if key not in self._skipped and self._open(key):
                 return self._card(key, number)
         return None
 
+    def _queue(self) -> list[str]:
+        """Return the rows that may be open, in the order in which they are offered."""
+        if self.conflicts:
+            return [key for key in self.reviews.stacks if key in self.members]
+        if self.second:
+            return [key for key in self.order if key in self.reviews.stacks]
+        return self.order
+
     @property
     def needed(self) -> int:
-        """Generated rows left, and the fewest rows until the version can be accepted; for suspects, the number left."""
+        """Generated rows left, and the fewest rows until the version can be accepted; else the number of rows left."""
         found = self.outcome
-        if self.drawn is not None and found is not None:
+        if found is not None and not self.second and not self.conflicts:
             return found.needed + sum(map(self._open, self.generated))
-        return sum(self._open(key) for key in self.order)
+        return sum(self._open(key) for key in self._queue())
 
     def upcoming(self, most: int) -> list[ReviewItem]:
         """Return at most ``most`` next rows, for review outside of this session."""
         there = set(self.generated)
-        queue = [*self.generated, *(key for key in self.order if key not in there)]
+        queue = [*self.generated, *(key for key in self._queue() if key not in there)]
         numbered = ((number, key) for number, key in enumerate(queue, start=1) if self._open(key))
         return [self._card(key, number) for (number, key), _ in zip(numbered, range(most), strict=False)]
 
@@ -184,6 +214,8 @@ class ReviewSession:
     def _open(self, key: str) -> bool:
         current = self.reviews.current_verdicts(key)
         mine = current.get(self.reviewer)
+        if self.conflicts:
+            return mine is not None and mine.verdict != "skip" and self.reviews.disputed(key)
         if self.second:
             judged = any(name != self.reviewer and other.verdict != "skip" for name, other in current.items())
             return judged and (mine is None or mine.verdict == "skip")
@@ -192,8 +224,12 @@ class ReviewSession:
         return unsettled and (mine is None or mine.verdict == "skip")
 
     def judge(self, card: ReviewItem, verdict: Verdict, output: str | None = None) -> None:
-        """Record a verdict; an edit needs the corrected answer."""
+        """Record a verdict; an edit needs the corrected answer. A conflict that is skipped keeps its verdicts."""
         assert (verdict == "edit") == (output is not None), "an edit, and only an edit, has an output"
+        if self.conflicts:
+            self._skipped.add(card.member.key)  # offered once, also if it is still disputed
+            if verdict == "skip":
+                return
         in_sample = self.drawn is not None and card.member.key not in self.generated
         draw = self.drawn.draw if self.drawn is not None and in_sample else None
         self._append(
@@ -202,6 +238,7 @@ class ReviewSession:
                 verdict=verdict,
                 output=output,
                 draw=draw,
+                settles=True if self.conflicts else None,
                 version=self.version.digest,
                 reviewer=self.reviewer,
                 when=now(),
@@ -226,6 +263,22 @@ class ReviewSession:
             return f"{error}: no verdict. {error.fix}"
         self.judge(card, "edit", output)
         return ""
+
+    def note(self, card: ReviewItem, text: str) -> str:
+        """Store a note on the row, replacing this reviewer's earlier one; return a message to show."""
+        text = text.strip()
+        if text == self.note_on(card.member.key):
+            return ""
+        if found := secret_kinds(text, self.allow):
+            return f"The note contains a secret ({found}) and was not stored."
+        self._append(
+            NoteEvent(key=card.member.key, text=text, version=self.version.digest, reviewer=self.reviewer, when=now())
+        )
+        return "Noted." if text else "The note was removed."
+
+    def note_on(self, key: str) -> str:
+        """Return this reviewer's note on a row, or an empty text."""
+        return self.reviews.notes.get(key, {}).get(self.reviewer, "")
 
     def undo(self) -> ReviewItem | None:
         """Withdraw this reviewer's latest verdict on this version, also from an earlier session; return its row."""
@@ -254,7 +307,7 @@ def check_options(actions: Mapping[str, bool], choices: Mapping[str, bool], mess
 
     Args:
         actions: --status, --export, --import, --apply, and whether each is set.
-        choices: the options that choose rows, and whether each is set.
+        choices: the options that choose rows, and whether each is set; --conflicts is for a review on the screen.
         message: whether --message is set, which requires --apply.
 
     Raises:
@@ -264,7 +317,7 @@ def check_options(actions: Mapping[str, bool], choices: Mapping[str, bool], mess
     chosen = [name for name, there in choices.items() if there]
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} are mutually exclusive", fix="Use one at a time.")
-    if given and chosen and given != ["--export"]:
+    if given and chosen and (given != ["--export"] or "--conflicts" in chosen):
         raise UserError(f"{given[0]} cannot be combined with {' '.join(chosen)}", fix="Leave it out.")
     if "--adapter" in chosen and "--suspects" not in chosen:
         raise UserError("--adapter requires --suspects", fix="Add --suspects.")

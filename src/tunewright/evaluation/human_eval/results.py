@@ -12,8 +12,8 @@ import numpy as np
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.evaluation.human_eval.estimates import Design, Estimate, agreement, estimate
-from tunewright.evaluation.human_eval.journal import FOLDER, Journal, read_journals
-from tunewright.evaluation.human_eval.sample import Sample, load_sample, stratify, treatment_is_a
+from tunewright.evaluation.human_eval.journal import Journal, read_journals
+from tunewright.evaluation.human_eval.sample import Sample, comparison, load_sample, stratify, treatment_is_a
 from tunewright.evaluation.judge.rows import Outcome, load_judged
 from tunewright.evidence.common import Interval, Score
 from tunewright.evidence.human_eval import AnswerReview, PredictionPowered, RaterAgreement, Reviewer, ReviewStratum
@@ -65,23 +65,27 @@ Preferences = Mapping[str, int]
 """Pair key to 1 (treatment preferred), -1 (control) or 0 (both or neither)."""
 
 
-def review_results(folder: Path, judge: JudgePreferences | None = None) -> AnswerReview:
+def review_results(folder: Path, judge: JudgePreferences | None = None, *, against: str | None = None) -> AnswerReview:
     """Combine the reviewers' verdicts, weighted to all test items.
 
     Args:
         folder: the evaluation's folder.
         judge: a judge's preferences on the same two arms.
+        against: name of the incumbent that was compared (None: the deciding contrast's control).
 
     Raises:
-        UserError: there is no evaluation, or nobody has started to review it.
+        UserError: there is no evaluation or incumbent, or nobody has started to review it.
     """
-    evidence, items = load_evidence(folder), load_items(folder)
-    sample = load_sample(folder / FOLDER, evidence)
+    evidence = load_evidence(folder)
+    compared = comparison(folder, evidence, against)
+    items = compared.items(load_items(folder))
+    sample = load_sample(compared.folder, evidence)
     if sample is None:
+        option = "" if against is None else f" --against {against}"
         raise UserError(
-            "The evaluation has no reviews", where=str(folder), fix="Review it first: tunewright human-eval"
+            "The evaluation has no reviews", where=str(folder), fix=f"Review it first: tunewright human-eval{option}"
         )
-    journals = read_journals(folder / FOLDER)
+    journals = read_journals(compared.folder)
     said = {journal.reviewer: preferences(journal, sample) for journal in journals}
     by_item = {key: [theirs[key] for theirs in said.values() if key in theirs] for key in sample.order}
     scores = {key: float(np.mean(each)) for key, each in by_item.items() if each}

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, get_args
+from urllib.parse import quote
 
 import numpy as np
 from pydantic import Field, ValidationError
@@ -17,6 +19,7 @@ from pydantic import Field, ValidationError
 from tunewright.config import MetricName
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, write_json
+from tunewright.evaluation.human_eval.journal import FOLDER
 from tunewright.evidence.common import Part
 from tunewright.evidence.schema import Evidence, Item
 from tunewright.metrics import normalised
@@ -53,21 +56,58 @@ class Sample(Part):
     order: Annotated[tuple[str, ...], Field(description="Pair keys.")]
 
 
-def open_sample(folder: Path, evidence: Evidence, items: Sequence[Item], count: int | None) -> Sample:
-    """Return the evaluation's sample: the existing one, or a new one of ``count`` items (None: `ITEMS`).
+@dataclass(frozen=True)
+class Comparison:
+    """The two arms that reviewers compare, and the folder of their sample and journals."""
+
+    treatment: str
+    control: str
+    folder: Path
+
+    def items(self, every: Sequence[Item]) -> list[Item]:
+        """Return the items that both arms have answered: an incumbent's endpoint may have failed on some."""
+        return [item for item in every if self.treatment in item.answers and self.control in item.answers]
+
+
+def comparison(folder: Path, evidence: Evidence, against: str | None = None) -> Comparison:
+    """Return the comparison of the deciding contrast, or of its treatment with an incumbent.
 
     Args:
-        folder: folder for reviews of the evaluation.
-        evidence: its first contrast is reviewed.
-        items: all test items.
+        folder: the evaluation's.
+        evidence: its evidence.
+        against: name of the incumbent; None: the deciding contrast's control.
+
+    Raises:
+        UserError: the evaluation has no such incumbent.
+    """
+    first = evidence.contrasts[0]
+    if against is None:
+        return Comparison(first.treatment, first.control, folder / FOLDER)
+    known = {each.name: each.arm for each in evidence.incumbents.compared} if evidence.incumbents else {}
+    if against not in known:
+        raise UserError(
+            f"Evaluation {evidence.id} has no incumbent {against!r}",
+            where="--against",
+            fix=f"Use one of: {', '.join(known)}." if known else "Leave it out, or evaluate with evaluate.incumbents.",
+        )
+    return Comparison(first.treatment, known[against], folder / FOLDER / f"against-{quote(against, safe=' ')}")
+
+
+def open_sample(compared: Comparison, evidence: Evidence, items: Sequence[Item], count: int | None) -> Sample:
+    """Return the comparison's sample: the existing one, or a new one of ``count`` items (None: `ITEMS`).
+
+    Args:
+        compared: the two arms.
+        evidence: the evaluation's.
+        items: all test items with answers of both arms.
         count: number of items to review.
 
     Raises:
         UserError: the existing sample has another size or other items, or none can be drawn.
     """
-    sample = load_sample(folder, evidence)
+    sample = load_sample(compared.folder, evidence)
     if sample is None:
-        return draw_sample(evidence, items, ITEMS if count is None else count)
+        return draw_sample(compared, evidence, items, ITEMS if count is None else count)
     if count is not None and min(count, sum(s.items for s in sample.strata)) != len(sample.order):
         raise UserError(
             f"The sample of this evaluation has {len(sample.order)} items and cannot be changed",
@@ -112,27 +152,30 @@ def load_sample(folder: Path, evidence: Evidence) -> Sample | None:
     return sample
 
 
-def draw_sample(evidence: Evidence, items: Sequence[Item], count: int) -> Sample:
-    """Draw from the items whose answers by the deciding contrast's two arms differ.
+def draw_sample(compared: Comparison, evidence: Evidence, items: Sequence[Item], count: int) -> Sample:
+    """Draw from the items whose answers by the two arms differ.
 
     Raises:
         UserError: there are fewer than two items for each stratum, or no answers differ.
     """
-    first = evidence.contrasts[0]
-    strata = stratify(items, first.treatment, first.control, evidence.metric)
+    strata = stratify(items, compared.treatment, compared.control, evidence.metric)
     if not strata:
         raise UserError(
-            f"{first.treatment} and {first.control} answer all {len(items):,} test items alike, "
+            f"{compared.treatment} and {compared.control} answer all {len(items):,} test items alike, "
             "so there is nothing to compare"
         )
-    seed = int(digest({"review": evidence.id})[:12], 16)
+    # Each comparison has a seed of its own: with a common one, the treatment would be on the side known from the other.
+    decides = {"review": evidence.id}
+    if compared.control != evidence.contrasts[0].control:
+        decides["against"] = compared.control
+    seed = int(digest(decides)[:12], 16)
     chosen = draw(strata, count, seed)
     names = [strata[key] for key in chosen]
     sizes = [(name, sum(each == name for each in strata.values()), names.count(name)) for name in STRATA]
     return Sample(
         evaluation=evidence.id,
-        treatment=first.treatment,
-        control=first.control,
+        treatment=compared.treatment,
+        control=compared.control,
         metric=evidence.metric,
         seed=seed,
         items=len(items),

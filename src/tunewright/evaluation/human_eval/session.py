@@ -9,8 +9,8 @@ from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.evaluation.human_eval.journal import (
-    FOLDER,
     Event,
+    Journal,
     NoteLine,
     ReferenceShownLine,
     Side,
@@ -18,8 +18,16 @@ from tunewright.evaluation.human_eval.journal import (
     VerdictLine,
     append_events,
     read_journal,
+    read_journals,
 )
-from tunewright.evaluation.human_eval.sample import keep_sample, open_sample, treatment_is_a
+from tunewright.evaluation.human_eval.sample import (
+    Sample,
+    comparison,
+    keep_sample,
+    load_sample,
+    open_sample,
+    treatment_is_a,
+)
 from tunewright.evidence.schema import Evidence, Item, load_evidence, load_items
 
 
@@ -32,6 +40,7 @@ def check_options(
     reviewer: bool,
     reference: bool,
     keep_preferences: bool = False,
+    against: bool = False,
 ) -> None:
     """Refuse options of ``tunewright human-eval`` that would be ignored; each argument is True if given.
 
@@ -47,6 +56,8 @@ def check_options(
     idle = [name for name, there in (("--items", items), ("--reviewer", reviewer)) if there]
     if (results or keep_preferences) and idle:
         raise UserError(f"{actions[0]} does not use {', '.join(idle)}", where=actions[0], fix="Leave it out.")
+    if keep_preferences and against:
+        raise UserError("--keep-preferences does not use --against", where="--keep-preferences", fix="Leave it out.")
     if sheet and items:
         raise UserError("--import does not use --items", where="--import", fix="Leave it out.")
 
@@ -78,6 +89,42 @@ class Progress:
     same: int
 
 
+def progress_of(journal: Journal, sample: Sample) -> Progress:
+    """Return the progress of a reviewer on a sample."""
+    standing = journal.standing
+    said = [standing[key].verdict for key in sample.order if key in standing]
+    skipped = said.count("skip")
+    return Progress(len(said) - skipped, skipped, len(sample.order), sample.same)
+
+
+@dataclass(frozen=True)
+class ComparisonProgress:
+    """The progress of all reviewers on a comparison; it says nothing about the verdicts."""
+
+    against: str | None
+    """Name of the incumbent; None: the best prompting arm."""
+    reviewers: dict[str, Progress]
+    """By name."""
+
+
+def reviewers_progress(folder: Path) -> list[ComparisonProgress]:
+    """Return the progress on each comparison of an evaluation that people can make.
+
+    Raises:
+        UserError: there is no evaluation, or a file of the review was changed.
+    """
+    evidence = load_evidence(folder)
+    found = []
+    incumbents = evidence.incumbents.compared if evidence.incumbents else ()
+    for against in (None, *(each.name for each in incumbents)):
+        place = comparison(folder, evidence, against).folder
+        sample = load_sample(place, evidence)
+        journals = [] if sample is None else read_journals(place)
+        at = {journal.reviewer: progress_of(journal, sample) for journal in journals if sample is not None}
+        found.append(ComparisonProgress(against, at))
+    return found
+
+
 class BlindReview:
     """One reviewer's pass over an evaluation's sample; every event is on disk before the next pair is shown.
 
@@ -86,14 +133,24 @@ class BlindReview:
         reviewer: the reviewer's name.
         reporter: reports a newly drawn sample, and lines that a crash cut off.
         items: number of items to review, if no sample has been drawn yet (None: 50).
+        against: name of the incumbent to compare with (None: the deciding contrast's control).
 
     Raises:
-        UserError: there is no evaluation, the name is invalid, or an existing sample differs.
+        UserError: there is no evaluation or incumbent, the name is invalid, or an existing sample differs.
     """
 
-    def __init__(self, folder: Path, reviewer: str, reporter: Reporter, *, items: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        reviewer: str,
+        reporter: Reporter,
+        *,
+        items: int | None = None,
+        against: str | None = None,
+    ) -> None:
         self.evidence = load_evidence(folder)
-        self.folder = folder / FOLDER
+        compared = comparison(folder, self.evidence, against)
+        self.folder = compared.folder
         self.journal = read_journal(self.folder, reviewer)
         self.reviewer = self.journal.reviewer
         if self.journal.torn:
@@ -101,8 +158,10 @@ class BlindReview:
                 "The last line of the review was cut off by a crash and does not count: judge that pair again."
             )
         every = load_items(folder)
-        require_arms(self.evidence, every)
-        self.sample = open_sample(self.folder, self.evidence, every, items)
+        if against is None:
+            require_arms(self.evidence, every)
+        every = compared.items(every)
+        self.sample = open_sample(compared, self.evidence, every, items)
         self._items = {item.key: item for item in every}
         _require_items(self.sample.order, self._items, self.folder)
         if strangers := self.journal.standing.keys() - set(self.sample.order):
@@ -117,9 +176,7 @@ class BlindReview:
     @property
     def progress(self) -> Progress:
         """Return this reviewer's progress."""
-        said = [judged.verdict for key in self.sample.order if (judged := self.journal.standing.get(key))]
-        skipped = said.count("skip")
-        return Progress(len(said) - skipped, skipped, len(self.sample.order), self.sample.same)
+        return progress_of(self.journal, self.sample)
 
     def next(self) -> Pair | None:
         """Return the pair to judge now, or None if all are judged or skipped in this pass."""

@@ -5,11 +5,38 @@ from __future__ import annotations
 from starlette.responses import Response
 
 from tunewright.core.errors import UserError
+from tunewright.data.review.report import ReviewReport, review_report
+from tunewright.data.versions import current_manifest
 from tunewright.evaluation.human_eval.journal import Side
-from tunewright.evaluation.human_eval.session import BlindReview
+from tunewright.evaluation.human_eval.session import BlindReview, ComparisonProgress
+from tunewright.evidence.human_eval import AnswerReview
+from tunewright.evidence.schema import DEV_PREFIX, EVIDENCE_FILE
 from tunewright.studio.visit import Handlers, Visit, path_of
 
+_NEWEST = 20  # evaluations
 _SIDES: dict[str, Side] = {"A": "A", "B": "B", "both": "both", "neither": "neither", "skip": "skip"}
+
+
+def comparisons_page(visit: Visit) -> Response:
+    """Show the evaluations on the test split, and how far each reviewer has compared their answers."""
+    folder = visit.project.folder.evaluations
+    files = sorted(folder.glob(f"[!.]*/{EVIDENCE_FILE}"), key=lambda file: file.stat().st_mtime, reverse=True)
+    names = [file.parent.name for file in files if not file.parent.name.startswith(DEV_PREFIX)]
+    found: list[tuple[str, list[ComparisonProgress], str | None]] = []
+    for name in names[:_NEWEST]:
+        try:
+            found.append((name, visit.project.human_eval_progress(folder / name), None))
+        except UserError as error:
+            found.append((name, [], str(error)))
+    return visit.page(
+        "comparisons.html.j2", "Compare", evaluations=found, review=_row_review(visit), left_out=len(names) - len(found)
+    )
+
+
+def _row_review(visit: Visit) -> ReviewReport | None:
+    """Return the state of the rows' review; None without rows."""
+    dataset = visit.project.folder.dataset
+    return None if current_manifest(dataset) is None else review_report(dataset, visit.version)
 
 
 def compare_page(visit: Visit) -> Response:
@@ -21,17 +48,27 @@ def compare_page(visit: Visit) -> Response:
         "compare.html.j2",
         "Compare",
         evaluation=visit.place["evaluation"],
+        path=_path(visit),
+        against=visit.place.get("against"),
         progress=blind.progress,
         pair=pair,
         # Seen earlier, an estimate would tempt to stop where it pleases.
-        result=visit.project.human_eval_results(visit.place["evaluation"]) if complete else None,
+        result=_results(visit) if complete else None,
     )
+
+
+def _results(visit: Visit) -> AnswerReview:
+    return visit.project.human_eval_results(visit.place["evaluation"], against=visit.place.get("against"))
+
+
+def _path(visit: Visit) -> str:
+    return path_of("compare", *(visit.place[name] for name in ("evaluation", "against") if name in visit.place))
 
 
 def judge_pair(visit: Visit) -> Response:
     """Record a verdict, a note or a look at the reference."""
     blind, action = _comparison(visit), visit.form.get("action", "")
-    back = path_of("compare", visit.place["evaluation"])
+    back = _path(visit)
     if action == "undo":
         return visit.go(back, "Taken back." if blind.undo() is not None else "There is nothing to take back.")
     pair = blind.next()
@@ -49,15 +86,19 @@ def judge_pair(visit: Visit) -> Response:
 
 
 def _comparison(visit: Visit) -> BlindReview:
-    kept, place = visit.cache.comparisons, (visit.place["evaluation"], visit.session.reviewer)
+    against = visit.place.get("against")
+    kept, place = visit.cache.comparisons, (visit.place["evaluation"], visit.session.reviewer, against)
     if place in kept:
         kept[place].refresh()
     else:
-        kept[place] = visit.project.human_eval(place[0], reviewer=place[1])
+        kept[place] = visit.project.human_eval(place[0], reviewer=place[1], against=against)
     return kept[place]
 
 
 HANDLERS: Handlers = {
+    ("GET", "/compare"): comparisons_page,
     ("GET", "/compare/{evaluation}"): compare_page,
     ("POST", "/compare/{evaluation}"): judge_pair,
+    ("GET", "/compare/{evaluation}/{against}"): compare_page,
+    ("POST", "/compare/{evaluation}/{against}"): judge_pair,
 }

@@ -13,6 +13,8 @@ from tunewright.core.text import count_of
 from tunewright.data.review.report import review_report
 from tunewright.data.versions import current_manifest
 from tunewright.evidence.schema import DEV_PREFIX, EVIDENCE_FILE
+from tunewright.studio.pages.deploy import needs_keys, newest_releases
+from tunewright.studio.served import refusal, served
 from tunewright.studio.visit import Handlers, Visit, path_of
 
 _COMMANDS = ("advise", "train", "evaluate", "run")
@@ -90,7 +92,16 @@ def _stages(visit: Visit, evaluations: list[Evaluation]) -> list[Stage]:
     if measured:
         newest = measured[0]
         stages.append(Stage("Verdict", "done", newest.verdict, link=(path_of("report", newest.id), "Read the report")))
+        if any(each.verdict == "ship" for each in measured):
+            stages.append(_deploy_stage(visit))
     return stages
+
+
+def _deploy_stage(visit: Visit) -> Stage:
+    live = [release.alias for release in newest_releases(visit) if not release.undeployed]
+    text = f"Live: {', '.join(live)}" if live else "No alias is live yet."
+    link = ("/deploy", "Aliases and releases" if live else "Release the adapter")
+    return Stage("Deploy", "done" if live else "next", text, link=link, command="tunewright deploy ALIAS ADAPTER")
 
 
 def evaluations_of(visit: Visit, most: int = _NEWEST) -> list[Evaluation]:
@@ -132,7 +143,16 @@ def start_job(visit: Visit) -> Response:
 def job_page(visit: Visit) -> Response:
     """Show a job's log, which grows while it runs."""
     job = visit.jobs.find(visit.place["job"])
-    return visit.page("job.html.j2", f"Job: {job.command[0]}", job=job, state=job.state)
+    server = served(job)
+    return visit.page(
+        "job.html.j2",
+        f"Job: {job.command[0]}",
+        job=job,
+        state=job.state,
+        refusal=refusal(job),
+        served=server,
+        keys=server is not None and needs_keys(visit),
+    )
 
 
 def stop_job(visit: Visit) -> Response:

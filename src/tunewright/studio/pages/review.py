@@ -1,51 +1,214 @@
-"""The review of labels."""
+"""The review of labels: the random sample, suspects, second reviews, conflicts and edits, each on a page of its own."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from urllib.parse import urlencode
+
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from tunewright.core.errors import UserError
+from tunewright.data.examples import class_like
+from tunewright.data.review.edits import pending_edits
 from tunewright.data.review.label_models import excerpt
 from tunewright.data.review.report import review_report
 from tunewright.data.review.reviews import Verdict
-from tunewright.data.review.session import ReviewSession
+from tunewright.data.review.session import ReviewItem, ReviewSession
+from tunewright.data.versions.diff import marked, word_changes
 from tunewright.studio.visit import Handlers, Visit
 
 _VERDICTS: dict[str, Verdict] = {"right": "right", "wrong": "wrong", "skip": "skip"}
+_ON_A_PAGE = 100  # edits or conflicts
+
+
+@dataclass(frozen=True)
+class Queue:
+    """A choice of rows to review, with a page of its own: its path, its name, and what it is for."""
+
+    path: str
+    name: str
+    about: str
+
+
+_QUEUES = {
+    "sample": Queue(
+        "/review", "Random sample", "Rows drawn at random. They alone decide whether the version is accepted."
+    ),
+    "suspects": Queue(
+        "/review/suspects",
+        "Suspects",
+        "The rows most likely wrong, worst first. They say nothing about the other rows.",
+    ),
+    "second": Queue(
+        "/review/second", "Second review", "Rows that others have judged, without their verdicts, to measure agreement."
+    ),
+    "conflicts": Queue(
+        "/review/conflicts",
+        "Conflicts",
+        "Rows on which you and others disagree. A row is settled when all its reviewers agree.",
+    ),
+}
 
 
 def review_page(visit: Visit) -> Response:
-    """Show the next row of the sample, or the result."""
-    review = _review(visit)
+    """Show the next row of a queue, or its result."""
+    queue = _queue(visit)
+    review = _review(visit, queue)
+    if review is None:
+        return visit.page(
+            "suspects.html.j2",
+            "Review",
+            queues=_QUEUES.values(),
+            queue=_QUEUES[queue],
+            adapters=_judges(visit),
+            running=visit.jobs.running(),
+        )
+    return _show(visit, queue, review)
+
+
+def _show(visit: Visit, queue: str, review: ReviewSession, draft: str | None = None) -> Response:
+    """Return the page of the next row; ``draft`` is an edited answer that is not saved yet."""
     card = review.next()
-    report = review_report(visit.project.folder.dataset, visit.version)
-    neighbors = [] if card is None else visit.neighbors.of(card.member.key)
+    key = "" if card is None else card.member.key
+    stored = "" if card is None else card.member.example.output
+    answer = None if card is None else visit.answers.of(key, visit.session.reviewer)
+    said = review.reviews.current_verdicts(key) if review.conflicts else {}
     return visit.page(
         "review.html.j2",
         "Review",
+        queues=_QUEUES.values(),
+        queue=_QUEUES[queue],
+        adapter=_adapter(visit, queue),
         status=review.status,
+        left=_left(review),
         card=card,
-        neighbors=neighbors,
-        report=report,
+        last=review.reviews.latest(review.version.digest, review.reviewer),
+        draft=draft,
+        changes=None if draft is None else word_changes(stored, draft),
+        note=review.note_on(key),
+        verdicts=[
+            (
+                name,
+                judged.verdict,
+                word_changes(stored, judged.output or stored),
+                review.reviews.notes.get(key, {}).get(name),
+            )
+            for name, judged in sorted(said.items())
+        ],
+        answer=answer,
+        answer_changes=None if answer is None else word_changes(stored, answer.text),
+        neighbors=[] if card is None else visit.neighbors.of(key),
+        report=review_report(visit.project.folder.dataset, visit.version),
         excerpt=excerpt,
     )
 
 
+def _left(review: ReviewSession) -> str:
+    """Return how many rows are left: in the sample, the fewest until the verdict."""
+    if review.conflicts:
+        return f"{review.needed:,} to settle"
+    if review.outcome is None or review.second:
+        return f"{review.needed:,} left"
+    if review.outcome.decision != "continue" and not review.needed:
+        return f"Version {review.outcome.decision}"
+    return f"At least {review.needed:,} more until the verdict"
+
+
 def judge_row(visit: Visit) -> Response:
-    """Record a verdict on the row that the form was made for."""
-    review, action = _review(visit), visit.form.get("action", "")
+    """Record what was said about the row that the form was made for."""
+    queue, action = _queue(visit), visit.form.get("action", "")
+    back = _place(visit, queue)
+    review = _review(visit, queue)
+    if review is None:
+        return visit.go(back)
+    if action == "again":
+        visit.cache.reviews.pop(_kept_as(visit, queue))
+        return visit.go(back)
     if action == "undo":
-        return visit.go("/review", "Taken back." if review.undo() is not None else "There is nothing to take back.")
+        undone = review.undo()
+        shown = review.next()
+        if undone is not None and (shown is None or shown.member.key != undone.member.key):
+            return visit.go(back, f"Taken back: row {undone.member.key[:12]}, which is not next in this list.")
+        return visit.go(back, "Taken back." if undone is not None else "There is nothing to take back.")
     card = review.next()
     if card is None or card.member.key != visit.form.get("key"):
         # A second tab, the terminal, or the same form sent twice.
-        return visit.go("/review", "That row was judged meanwhile. Nothing was recorded for it now.")
-    if action == "edit":
-        return visit.go("/review", review.edit(card, visit.form.get("output")))
+        typed = visit.form.get("output", visit.form.get("note", ""))
+        text = f" Your text was: {typed}" if typed else ""
+        return visit.go(back, f"That row was judged meanwhile. Nothing was recorded for it now.{text}")
+    if action in ("edit", "preview"):
+        return _edited(visit, queue, review, card)
+    if action == "note":
+        return visit.go(back, review.note(card, visit.form.get("note", "")))
     if action not in _VERDICTS:
         raise UserError(f"Unknown verdict {action!r}", fix="Use the buttons of the page.")
     review.judge(card, _VERDICTS[action])
-    return visit.go("/review")
+    return visit.go(back)
+
+
+def _edited(visit: Visit, queue: str, review: ReviewSession, card: ReviewItem) -> Response:
+    """Show the differences of an edited answer, or save it; a text that cannot be saved stays in the form."""
+    stored, output = card.member.example.output, visit.form.get("output", "")
+    if visit.form["action"] == "preview":
+        return _show(visit, queue, review, draft=output)
+    if refused := review.edit(card, output):
+        visit.session.messages.append(refused)
+        return _show(visit, queue, review, draft=output)
+    return visit.go(_place(visit, queue), f"Edit saved: {marked(stored, output)}")
+
+
+def find_suspects(visit: Visit) -> Response:
+    """Start the search for suspects, which can take long, as a job."""
+    adapter = visit.form.get("adapter", "")
+    if adapter and adapter not in _judges(visit):
+        raise UserError(f"There is no adapter {adapter!r}", fix="Choose one of the list.")
+    chosen = ("--adapter", adapter) if adapter else ()
+    job = visit.jobs.start("data", "suspects", *chosen)
+    return visit.go(f"/jobs/{job.id}", "When the search is done, open Review, Suspects.")
+
+
+def _judges(visit: Visit) -> list[str]:
+    """Return the names that may rank suspects by loss; classes need none."""
+    if class_like([member.example.output.strip() for member in visit.version.domain]):
+        return []
+    return ["base", *(adapter.name for adapter in visit.project.adapters.list())]
+
+
+def agreement_page(visit: Visit) -> Response:
+    """Show how far reviewers agree, and the rows on which they do not."""
+    report = review_report(visit.project.folder.dataset, visit.version)
+    review = _review(visit, "conflicts")
+    assert review is not None
+    conflicts = [
+        (review.members[key], sorted(review.reviews.current_verdicts(key).items()))
+        for key in report.conflicts[:_ON_A_PAGE]
+    ]
+    return visit.page(
+        "agreement.html.j2",
+        "Review",
+        queues=_QUEUES.values(),
+        report=report,
+        conflicts=conflicts,
+        mine=review.needed,
+        excerpt=excerpt,
+        changes=word_changes,
+    )
+
+
+def edits_page(visit: Visit) -> Response:
+    """Show the edited answers that are in no version yet, with their differences."""
+    edits = pending_edits(visit.project.folder.dataset, visit.version)
+    agreed = [edit for edit in edits if not edit.disputed]
+    return visit.page(
+        "edits.html.j2",
+        "Review",
+        queues=_QUEUES.values(),
+        edits=edits[:_ON_A_PAGE],
+        count=len(edits),
+        agreed=len(agreed),
+        changes=word_changes,
+    )
 
 
 def apply_edits(visit: Visit) -> Response:
@@ -54,21 +217,58 @@ def apply_edits(visit: Visit) -> Response:
     return visit.go("/review", f"New version {made.version.digest[:12]}: {made.version.message}")
 
 
-def _review(visit: Visit) -> ReviewSession:
-    """Return the reviewer's session on the current version."""
-    digest = visit.version.digest
-    kept, place = visit.cache.reviews, (digest, visit.session.reviewer)
+def _queue(visit: Visit) -> str:
+    name = visit.place.get("queue", "sample")
+    if name not in _QUEUES:
+        raise HTTPException(404)
+    return name
+
+
+def _adapter(visit: Visit, queue: str) -> str:
+    """Return the adapter that ranks the suspects; empty: the default."""
+    return (visit.form.get("adapter") or visit.query.get("adapter", "")) if queue == "suspects" else ""
+
+
+def _place(visit: Visit, queue: str) -> str:
+    adapter = _adapter(visit, queue)
+    return _QUEUES[queue].path + (f"?{urlencode({'adapter': adapter})}" if adapter else "")
+
+
+def _kept_as(visit: Visit, queue: str) -> tuple[str, ...]:
+    return (visit.version.digest, visit.session.reviewer, queue, _adapter(visit, queue))
+
+
+def _review(visit: Visit, queue: str) -> ReviewSession | None:
+    """Return the reviewer's session on a queue of the current version; None if its suspects were not searched yet."""
+    version = visit.version
+    kept, place = visit.cache.reviews, _kept_as(visit, queue)
     if place in kept:
         kept[place].refresh()
-    else:
-        for old in [each for each in kept if each[0] != digest]:
-            del kept[old]
-        kept[place] = visit.project.data.review(visit.session.reviewer)
+        return kept[place]
+    for old in [each for each in kept if each[0] != version.digest]:
+        del kept[old]
+    adapter = place[-1] or None
+    data = visit.project.data
+    if queue == "suspects" and data.stored_suspects(version, adapter) is None:
+        return None
+    kept[place] = data.review(
+        visit.session.reviewer,
+        suspects=queue == "suspects",
+        adapter=adapter,
+        second=queue == "second",
+        conflicts=queue == "conflicts",
+        version=version,
+    )
     return kept[place]
 
 
 HANDLERS: Handlers = {
     ("GET", "/review"): review_page,
     ("POST", "/review"): judge_row,
+    ("GET", "/review/agreement"): agreement_page,
+    ("GET", "/review/edits"): edits_page,
     ("POST", "/review/apply"): apply_edits,
+    ("POST", "/review/find-suspects"): find_suspects,
+    ("GET", "/review/{queue}"): review_page,
+    ("POST", "/review/{queue}"): judge_row,
 }

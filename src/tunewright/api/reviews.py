@@ -1,0 +1,206 @@
+"""Commands of the label review: ``tunewright data suspects`` and ``data review``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunewright.adapters.registry import list_adapters
+from tunewright.api.context import ProjectContext
+from tunewright.core.errors import UserError
+from tunewright.core.io import digest
+from tunewright.core.progress import LogReporter, Reporter
+from tunewright.data.versions import DatasetVersion, load_version
+
+if TYPE_CHECKING:
+    from tunewright.data.review.edits import EditResult
+    from tunewright.data.review.label_models import Suspect
+    from tunewright.data.review.report import ReviewReport
+    from tunewright.data.review.session import ReviewSession
+    from tunewright.data.review.suspects import SuspectList
+    from tunewright.data.review_csv import Imported
+    from tunewright.evaluation.losses import Judging
+
+
+@dataclass(frozen=True)
+class SuspectsResult:
+    """The rows of a version that are most likely wrong, worst first."""
+
+    version: DatasetVersion
+    suspects: list[Suspect]
+    judged_by: str | None
+    """The model whose losses ranked the answers; None if none was used."""
+    places: dict[str, str]
+    """``FILE:LINE`` by pair key."""
+    accuracy: float | None = None
+    """Share of rows whose answer a model of other rows predicts, if answers are classes."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the suspects as ``--json`` prints them, each with its row's input and answer."""
+        examples = {m.key: m.example for m in self.version.members}
+        return {
+            "version": self.version.digest,
+            "judged_by": self.judged_by,
+            "accuracy": self.accuracy,
+            "suspects": [
+                {
+                    **asdict(suspect),
+                    "input": examples[suspect.key].input_text,
+                    "answer": examples[suspect.key].output,
+                    "place": self.places.get(suspect.key),
+                }
+                for suspect in self.suspects
+            ],
+        }
+
+
+class ReviewApi:
+    """Methods on the review of a project's rows."""
+
+    def __init__(self, opened: ProjectContext) -> None:
+        self._context = opened
+        self._project = opened.folder
+        self._dataset = opened.folder.dataset
+        self._reporter = opened.reporter
+
+    def suspects(self, adapter: str | None = None, *, version: DatasetVersion | None = None) -> SuspectsResult:
+        """Return the current version's rows that are most likely wrong, reusing a stored result of the same inputs.
+
+        Free text is ranked by each answer's loss. The losses come from the named adapter ("base": the base alone), else
+        from the version's cross-validated adapters, else from the newest adapter that fits.
+
+        Args:
+            adapter: ranks free text.
+            version: the current version, if it is loaded already.
+
+        Raises:
+            UserError: an adapter is named although answers are classes, which a model of other rows judges better.
+        """
+        from tunewright.data.review.suspects import cached_suspects, find_suspects
+        from tunewright.data.trace import places_by_key
+
+        version = load_version(self._dataset) if version is None else version
+        who = self._judging(version, adapter, self._reporter)
+
+        def find(reporter: Reporter) -> SuspectList:
+            losses = None
+            if who is not None:
+                from tunewright.evaluation.losses import row_losses
+
+                losses = row_losses(self._project, self._context.base, self._context.chat, who, reporter)
+            return find_suspects(version, reporter, losses=losses)
+
+        found = cached_suspects(self._suspects_file(version, who), find, self._reporter)
+        places = places_by_key(self._dataset, version.manifest)
+        return SuspectsResult(version, found.suspects, who.judged_by if who else None, places, found.accuracy)
+
+    def stored_suspects(self, version: DatasetVersion, adapter: str | None = None) -> list[Suspect] | None:
+        """Return what :meth:`suspects` has found for a loaded version; None if it has not run on the same inputs.
+
+        Raises:
+            UserError: as for :meth:`suspects`.
+        """
+        from tunewright.data.review.suspects import stored_suspects
+
+        file = self._suspects_file(version, self._judging(version, adapter, LogReporter()))
+        return stored_suspects(file).suspects if file.exists() else None
+
+    def _judging(self, version: DatasetVersion, adapter: str | None, reporter: Reporter) -> Judging | None:
+        """Return the models whose losses rank the answers; None if no losses are used."""
+        from tunewright.data.examples import class_like
+
+        project = self._project
+        if class_like([m.example.output.strip() for m in version.domain]):
+            if adapter is not None:
+                raise UserError(
+                    "The answers are classes: a model of other rows judges them, and no adapter is used",
+                    where="--adapter",
+                    fix="Leave it out.",
+                )
+            return None
+        if adapter is None and not list_adapters(project.fold_adapters) and not list_adapters(project.adapters):
+            return None
+        from tunewright.evaluation.losses import judging
+
+        return judging(project, version, self._context.base, self._context.chat, reporter, adapter)
+
+    def _suspects_file(self, version: DatasetVersion, who: Judging | None) -> Path:
+        from tunewright.data.review.suspects import FOLDER, METHOD
+
+        decides = {
+            "version": version.digest,
+            "settings": version.manifest.settings.model_dump(mode="json"),
+            "judges": who.digest if who else None,
+            "method": METHOD,
+        }
+        return self._project.work / FOLDER / f"{digest(decides)[:16]}.json"
+
+    def review(
+        self,
+        reviewer: str | None = None,
+        *,
+        suspects: bool = False,
+        adapter: str | None = None,
+        second: bool = False,
+        conflicts: bool = False,
+        fixed: int | None = None,
+        redraw: bool = False,
+        version: DatasetVersion | None = None,
+    ) -> ReviewSession:
+        """Start a review of a random sample of the current version, drawn on first use, or of its suspects.
+
+        Args:
+            reviewer: the reviewer's name (None: the login name).
+            suspects: review the suspects instead of the sample.
+            adapter: ranks the suspects by its losses, as in :meth:`suspects`.
+            second: judge rows again that others have judged, without seeing their verdicts.
+            conflicts: judge rows again on which the reviewer and others disagree, with their verdicts in sight.
+            fixed: number of wrong rows that a sample of fixed size allows (None: the existing plan, or the sequential
+                one).
+            redraw: draw another sample; the old one stays on record.
+            version: the current version, if it is loaded already.
+
+        Raises:
+            UserError: the plan differs from the existing sample's, or the options are mutually exclusive.
+        """
+        from tunewright.data.review.acceptance import FixedPlan
+        from tunewright.data.review.session import ReviewSession, default_reviewer
+        from tunewright.data.trace import metadata_by_key
+
+        version = load_version(self._dataset) if version is None else version
+        return ReviewSession(
+            self._dataset,
+            version,
+            default_reviewer() if reviewer is None else reviewer,
+            self._reporter,
+            plan=None if fixed is None else FixedPlan(allowed=fixed),
+            redraw=redraw,
+            suspects=self.suspects(adapter, version=version).suspects if suspects else None,
+            second=second,
+            conflicts=conflicts,
+            allow=self._project.config.data.allow,
+            metadata=metadata_by_key(self._dataset, version.manifest)
+            if any(m.generated for m in version.domain)
+            else {},
+        )
+
+    def import_reviews(self, file: str | Path, reviewer: str | None = None) -> Imported:
+        """Record the verdicts of a filled-in spreadsheet; if a row is faulty, none is recorded."""
+        from tunewright.data.review.session import default_reviewer
+        from tunewright.data.review_csv import import_csv
+
+        name = default_reviewer() if reviewer is None else reviewer
+        return import_csv(Path(file), self._dataset, load_version(self._dataset), name, self._project.config.data.allow)
+
+    def apply_reviews(self, *, message: str = "") -> EditResult:
+        """Create a new version with the answers that reviewers edited."""
+        from tunewright.data.review.edits import apply_edits
+
+        return apply_edits(self._project, self._reporter, message=message)
+
+    def review_status(self) -> ReviewReport:
+        """Return the state of the current version's review."""
+        from tunewright.data.review.report import review_report
+
+        return review_report(self._dataset, load_version(self._dataset))

@@ -1,0 +1,236 @@
+"""The studio's review: queues kept apart, differences, notes, second reviews, conflicts, and stored answers."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from html import unescape
+from pathlib import Path
+
+import pytest
+
+import tunewright as library
+from command_line import pairs, tunewright, write_jsonl
+from factories import make_items
+from people_helpers import begin, evaluation, evaluation_with_incumbent, save
+from studio_client import PASSWORD, Browser, opened
+from tunewright.data.review.reviews import read_reviews
+from tunewright.serving.gateway.server import serving
+from tunewright.studio import Studio
+
+EVALUATION = f"{7:012x}"
+
+
+@pytest.fixture(scope="module")
+def added(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("studio-review") / "project"
+    folder.mkdir()
+    (folder / "tunewright.yaml").write_text("name: review\n")
+    rows = pairs(120)
+    # The input of one row has the answer of another: a conflict, which is a suspect.
+    write_jsonl(folder / "pairs.jsonl", [*rows, {"prompt": rows[0]["prompt"], "completion": "mauve"}])
+    added = tunewright("data", "add", folder / "pairs.jsonl", "-p", folder, "--accept-conflicts")
+    assert added.code == 0, added.stderr
+    return folder
+
+
+@pytest.fixture
+def project(added: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(added, tmp_path / "project"))
+
+
+@pytest.fixture
+def url(project: Path) -> Iterator[str]:
+    with serving(Studio(project, "ada", password=PASSWORD).app()) as url:
+        yield url
+
+
+@pytest.fixture
+def browser(url: str) -> Iterator[Browser]:
+    with opened(url) as browser:
+        yield browser
+
+
+@pytest.fixture
+def ben(url: str) -> Iterator[Browser]:
+    """Another reviewer's browser."""
+    with opened(url) as browser:
+        browser.send("/reviewer", "/review", reviewer="ben", back="/review")
+        yield browser
+
+
+def _row_key(html: str) -> str:
+    (key,) = set(re.findall('name="key" value="([0-9a-f]+)"', html))
+    return str(key)
+
+
+def test_rows_until_the_verdict_are_stated_on_every_row(browser: Browser, project: Path) -> None:
+    review = library.open(project).data.review("ada")
+    assert f"At least {review.needed:,} more until the verdict" in browser.get("/review")
+    browser.judge("right")
+    assert f"At least {review.needed - 1:,} more until the verdict" in browser.get("/review")
+    for _ in range(review.needed - 1):
+        browser.judge("right")
+    assert "Version accepted" in browser.get("/review")
+
+
+def test_suspects_are_searched_as_a_job_and_reviewed_apart_from_the_sample(browser: Browser, project: Path) -> None:
+    assert "have not been searched yet" in browser.get("/review/suspects")
+    data = library.open(project).data
+    assert data.stored_suspects(data.version()) is None
+    # The button starts this command, which another test runs as a job.
+    suspects = data.suspects().suspects
+    assert data.stored_suspects(data.version()) == suspects
+    html = browser.get("/review/suspects")
+    assert _row_key(html) == suspects[0].key
+    assert f"{len(suspects):,} left" in html and suspects[0].reason in html
+    browser.judge("wrong", page="/review/suspects")
+    assert f"{len(suspects) - 1:,} left" in browser.get("/review/suspects")
+    verdict = read_reviews(project / "dataset").current_verdicts(suspects[0].key)["ada"]
+    assert (verdict.verdict, verdict.draw) == ("wrong", None)
+    outcome = data.review_status().outcome
+    assert outcome is None or outcome.checked == 0
+
+
+def test_find_suspects_starts_the_command(browser: Browser, project: Path) -> None:
+    refused = browser.send("/review/find-suspects", "/review/suspects", adapter="--help")
+    assert refused.status_code == 400
+    page = browser.send("/review/find-suspects", "/review/suspects")
+    with browser.client.stream("GET", f"{page.url.path}/events") as events:
+        text = "".join(events.iter_text())
+    assert text.rstrip().endswith("data: done"), text
+    assert 'name="key"' in browser.get("/review/suspects")
+
+
+def test_changes_are_shown_before_and_after_an_edit(browser: Browser, project: Path) -> None:
+    key = _row_key(browser.get("/review"))
+    stored = next(m for m in library.open(project).data.version().members if m.key == key).example.output
+    shown = browser.judge("preview", output=f"{stored} <i>now</i>")
+    assert f"{stored}<ins> &lt;i&gt;now&lt;/i&gt;</ins>" in shown
+    assert read_reviews(project / "dataset").current_verdicts(key) == {}, "a look records nothing"
+    saved = browser.judge("edit", output="teal again")
+    assert f"[-{stored}-]{{+teal again+}}" in saved
+    edits = browser.get("/review/edits")
+    assert f"<del>{stored}</del><ins>teal again</ins>" in edits and "1 to apply" in edits
+
+
+def test_refused_and_late_edits_keep_the_typed_text(browser: Browser) -> None:
+    stale = _row_key(browser.get("/review"))
+    refused = browser.judge("edit", output="key AKIAIOSFODNN7EXAMPLZ here")
+    assert "contains a secret" in refused and "key AKIAIOSFODNN7EXAMPLZ here</textarea>" in refused
+    browser.judge("right")
+    late = browser.send("/review", "/review", action="edit", output="a long text", key=stale)
+    assert "Nothing was recorded" in late.text and "Your text was: a long text" in late.text
+
+
+def test_note_is_kept_with_the_row_and_shown_to_its_author_alone(browser: Browser, ben: Browser, project: Path) -> None:
+    key = _row_key(browser.get("/review"))
+    assert "Noted." in browser.judge("note", note="why <b>red</b>?")
+    assert "why &lt;b&gt;red&lt;/b&gt;?</textarea>" in browser.get("/review")
+    assert "why &lt;b&gt;" not in ben.get("/review")
+    assert read_reviews(project / "dataset").notes[key] == {"ada": "why <b>red</b>?"}
+    assert "secret" in browser.judge("note", note="AKIAIOSFODNN7EXAMPLZ")
+    assert "was removed" in browser.judge("note", note="")
+    assert read_reviews(project / "dataset").notes[key] == {}
+    assert library.open(project).data.verify().ok
+
+
+def test_second_review_is_blind_and_its_conflict_is_settled_with_both_in_sight(
+    browser: Browser, ben: Browser, project: Path
+) -> None:
+    assert "0 left" in ben.get("/review/second")
+    key = _row_key(browser.get("/review"))
+    browser.judge("note", note="looks odd")
+    browser.judge("wrong")
+    html = ben.get("/review/second")
+    assert _row_key(html) == key and "1 left" in html and "looks odd" not in html and "<td>wrong" not in html
+    ben.judge("right", page="/review/second")
+    page = unescape(browser.get("/review/agreement"))
+    assert "ada and ben agree on 0 of 1 rows" in page and "Settle yours (1)" in page
+    html = ben.get("/review/conflicts")
+    assert _row_key(html) == key and "looks odd" in html and "<td>wrong</td>" in html
+    ben.judge("wrong", page="/review/conflicts")
+    page = unescape(ben.get("/review/agreement"))
+    assert "There are no conflicts." in page
+    # The settled verdict was given with the other one in sight: it is no agreement.
+    assert "ada and ben agree on 0 of 1 rows" in page
+    found = read_reviews(project / "dataset")
+    assert found.finding(key) == "wrong"
+    assert found.current_verdicts(key)["ben"].settles
+    assert "Taken back." in ben.judge("undo", page="/review/conflicts")
+    assert read_reviews(project / "dataset").disputed(key)
+
+
+def test_skipped_conflict_keeps_its_verdicts_and_is_offered_again(
+    browser: Browser, ben: Browser, project: Path
+) -> None:
+    browser.judge("wrong")
+    ben.judge("right", page="/review/second")
+    before = (project / "dataset" / "reviews.jsonl").read_text()
+    assert "No row is left" in ben.judge("skip", page="/review/conflicts")
+    assert (project / "dataset" / "reviews.jsonl").read_text() == before
+    assert 'name="key"' in ben.judge("again", page="/review/conflicts")
+
+
+def test_skipped_rows_are_offered_again_on_request(browser: Browser, ben: Browser, project: Path) -> None:
+    key = _row_key(browser.get("/review"))
+    browser.judge("right")
+    ben.judge("skip", page="/review/second")
+    assert "No row is left" in ben.get("/review/second")
+    assert _row_key(ben.judge("again", page="/review/second")) == key
+
+
+def test_stored_answer_of_the_model_stands_next_to_the_row_unless_it_waits_for_a_blind_comparison(
+    browser: Browser, project: Path
+) -> None:
+    key = _row_key(browser.get("/review"))
+    assert "The model's own answer" not in unescape(browser.get("/review"))
+    items = make_items(12, tuned=0.7, retrieved=0.3)
+    wrong = next(i for i in items if i.answers["tuned"] != i.answers["retrieved-4"])
+    items[items.index(wrong)] = mine = wrong.model_copy(update={"key": key})
+    folder = save(project / "evaluations" / EVALUATION, items)
+    html = unescape(browser.get("/review"))
+    assert "The model's own answer" in html and EVALUATION in html
+    shown = re.search('The model.s own answer</h2>\n<p class="text" dir="auto">(.*?)</p>', html, re.DOTALL)
+    assert shown is not None
+    assert re.sub("<del>.*?</del>|</?ins>", "", shown[1], flags=re.DOTALL) == mine.answers["tuned"]
+    blind = begin(folder)
+    blind.keep_sample()
+    assert "The model's own answer" not in unescape(browser.get("/review"))
+    while (pair := blind.next()) is not None:
+        blind.answer(pair, "A")
+    assert "The model's own answer" in unescape(browser.get("/review"))
+
+
+def test_progress_page_lists_every_reviewer_without_the_verdicts(browser: Browser, project: Path) -> None:
+    assert "Nothing has been evaluated" in browser.get("/compare")
+    folder = evaluation(project / "evaluations" / EVALUATION, count=12)
+    assert "not begun" in browser.get("/compare")
+    blind = begin(folder, "bo")
+    pair = blind.next()
+    assert pair is not None
+    blind.answer(pair, "A")
+    html = browser.get("/compare")
+    assert f"<td>bo</td><td>1 of {len(blind.sample.order)}</td>" in html
+    assert not re.search("retrieved|zero-shot|tuned|Win rate|prefer", html)
+
+
+def test_incumbent_has_a_blind_comparison_of_its_own(browser: Browser, project: Path) -> None:
+    folder = evaluation_with_incumbent(project / "evaluations" / EVALUATION, count=12)
+    path = f"/compare/{EVALUATION}/hosted"
+    assert f'href="{path}"' in browser.get("/compare")
+    asked = 0
+    while 'name="key"' in (html := browser.get(path)):
+        assert "incumbent-hosted" not in html and "tuned" not in html
+        browser.send(path, path, action="B")
+        asked += 1
+    assert "Win rate" in html or "no win rate" in html
+    assert len(begin(folder, against="hosted").journal.standing) == asked > 3
+    assert begin(folder).journal.standing == {}
+    assert f"<td>{asked} of {asked}</td>" in browser.get("/compare")
+    assert browser.client.get(f"/compare/{EVALUATION}/other").status_code == 400
+
+
+def test_unknown_queue_is_not_found(browser: Browser) -> None:
+    assert browser.client.get("/review/nothing").status_code == 404
