@@ -247,3 +247,14 @@ def test_leakage_page_has_the_numbers_of_the_command_line(project: Path) -> None
         sentences = [line for line in printed.splitlines() if line.startswith("Test rows with")]
         assert len(sentences) >= 3 and all(sentence in page for sentence in sentences)
         assert "style=" not in page and "<style" not in page
+
+
+def test_files_of_the_config_can_be_picked_and_others_cannot(project: Path) -> None:
+    with restarted(project) as browser:
+        browser.upload("pairs.jsonl", b'{"prompt": "of another file", "completion": "with the same name"}\n')
+        data = browser.get("/data")
+        assert "file=pairs.jsonl" in data and "file=./pairs.jsonl" in data
+        assert "<dd>120</dd><dt>known before</dt>" in browser.get("/data/check?file=./pairs.jsonl")
+        assert "<dd>1</dd><dt>new rows</dt>" in browser.get("/data/check?file=pairs.jsonl")
+        for name in ("./tunewright.yaml", "../project/pairs.jsonl", str(project / "pairs.jsonl"), ""):
+            assert browser.client.get("/data/check", params={"file": name}).status_code == 400, name

@@ -105,6 +105,8 @@ def test_suspects_are_those_that_the_command_found(browser: Browser, project: Pa
     page = unescape(browser.get("/rows?flag=suspect"))
     assert _keys(page) == {each.key for each in found[:50]} != set()
     assert found[0].detail in page
+    shown = re.findall('href="/rows/([0-9a-f]{64})"', page)
+    assert shown == [each.key for each in found[:50]], "the most suspicious first"
 
 
 def test_row_page_shows_the_versions_reviews_adapters_and_evaluations_that_saw_it(

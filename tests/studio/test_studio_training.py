@@ -23,6 +23,7 @@ from tunewright.core.io import digest, write_json
 from tunewright.core.locks import is_locked, locked_folder
 from tunewright.evidence.learning_curve import CURVE_FILE
 from tunewright.studio.jobs import Jobs
+from tunewright.training.dev_answers import DEV_ANSWERS, append_dev_answers
 from tunewright.training.sweep.ledger import Head, Ledger
 
 RUN = "0123456789ab"
@@ -121,7 +122,7 @@ def test_events_name_a_damaged_line(browser: Browser, project: Path) -> None:
     assert "event: fault" in text and f"{HISTORY}:2" in text and "event: finished" not in text
 
 
-@pytest.mark.parametrize("line", ["not json", '{"step": 1}', '{"step": 1, "epoch": 1, "loss": NaN}', "[1]", "\udcff"])
+@pytest.mark.parametrize("line", ["not json", '{"step": 1, "epoch": 1, "loss": NaN}', "[1]", "\udcff"])
 def test_damaged_metrics_are_one_message_and_other_runs_stay(browser: Browser, project: Path, line: str) -> None:
     other = _adapter(project, 0.001, "1" * 64)
     folder = _write_run(project)
@@ -130,6 +131,18 @@ def test_damaged_metrics_are_one_message_and_other_runs_stay(browser: Browser, p
     assert refused.status_code == 400 and HISTORY in refused.text and "Traceback" not in refused.text
     overview = browser.get("/train")
     assert HISTORY in overview and other.name in overview and "at step 30" in overview
+
+
+def test_answers_to_dev_rows_are_shown_where_they_change(browser: Browser, project: Path) -> None:
+    folder, key = _write_run(project), digest("row")
+    for step, text in ((10, "first"), (20, "first"), (30, "<b>last</b>"), (20, "second")):
+        append_dev_answers(folder, step, {key: text})
+    page = browser.get(f"/train/runs/{RUN}")
+    shown = re.findall("<dt>Step ([0-9]+)</dt><dd[^>]*>(.*?)</dd>", page)
+    assert shown == [("30", "&lt;b&gt;last&lt;/b&gt;"), ("20", "second"), ("10", "first")]
+    assert "the current dataset version does not have" in page
+    (folder / DEV_ANSWERS).write_text('{"step": 1}\n')
+    assert f"{DEV_ANSWERS}:1" in browser.client.get(f"/train/runs/{RUN}").text
 
 
 def test_removed_run_is_one_message(browser: Browser, project: Path) -> None:

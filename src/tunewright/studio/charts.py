@@ -54,12 +54,17 @@ def run_charts(history: Sequence[Mapping[str, Any]], metric: MetricName | None) 
     charts = [Chart("Loss", [_line(history, key, label) for key, label in _LOSSES.items()])]
     if metric is not None:
         charts.append(Chart(f"Dev: {axis_label(metric)}", [_line(history, DEV_METRIC, "dev score", 100)], scale=100))
-    for key, title in _NUMBERS.items():
-        charts.append(Chart(title, [_line(history, key, title)]))
+    for key, (title, scale) in _NUMBERS.items():
+        charts.append(Chart(title, [_line(history, key, title, scale)], scale=scale))
     return charts
 
 
-_NUMBERS = {"learning_rate": "Learning rate", "tokens_per_s": "Tokens per second"}
+_GIB = 1 / 2**30
+_NUMBERS = {
+    "learning_rate": ("Learning rate", 1.0),
+    "tokens_per_s": ("Tokens per second", 1.0),
+    "memory_bytes": ("Memory, GiB", _GIB),
+}
 
 
 def comparison_charts(runs: Sequence[TrainingRun]) -> list[Chart]:

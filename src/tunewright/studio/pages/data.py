@@ -35,12 +35,12 @@ _MAPPING = ("sheet", "input", "output")
 
 
 def data_page(visit: Visit) -> Response:
-    """Show a form that takes a file, the uploaded files and the versions."""
+    """Show a form that takes a file, the files that can be added, and the versions."""
     current = current_manifest(visit.project.folder.dataset)
     return visit.page(
         "data.html.j2",
         "Data",
-        uploads=_uploads(visit),
+        files=list(_files(visit)),
         max_upload=MAX_UPLOAD,
         versions=visit.project.data.log()[::-1],
         current=current.digest if current else "",
@@ -49,7 +49,7 @@ def data_page(visit: Visit) -> Response:
 
 def check_page(visit: Visit) -> Response:
     """Show what adding an uploaded file would do, and let its columns be chosen."""
-    file, options, mapping = _uploaded(visit, visit.query), _add_options(visit.query), _mapping(visit.query)
+    (name, file), options, mapping = _file(visit, visit.query), _add_options(visit.query), _mapping(visit.query)
     data = visit.project.data
     sheets: tuple[str, ...] = ()
     preview = checked = None
@@ -69,7 +69,7 @@ def check_page(visit: Visit) -> Response:
     return visit.page(
         "check.html.j2",
         "Data",
-        file=file.name,
+        file=name,
         fields={name: value for name, value in visit.query.items() if name in (*_FLAGS, *_MAPPING) and value},
         flags=_FLAGS,
         sheets=sheets,
@@ -85,10 +85,10 @@ def check_page(visit: Visit) -> Response:
 
 def add_file(visit: Visit) -> Response:
     """Add an uploaded file as a new version."""
-    file = _uploaded(visit, visit.form)
+    name, file = _file(visit, visit.form)
     if visit.form.get("version", "") != _current(visit):
         message = "Another tab or a terminal changed the dataset. Nothing was added; this is the effect now."
-        return visit.go(_check_path(file.name, visit.form), message)
+        return visit.go(_check_path(name, visit.form), message)
     added = visit.project.data.add([file], _add_options(visit.form), message=visit.form.get("message", ""))
     state = "is new" if added.created else "has all of these rows already"
     return visit.go("/data", f"Version {added.version.digest[:12]} {state}. The page Project has the next step.")
@@ -96,8 +96,8 @@ def add_file(visit: Visit) -> Response:
 
 def fix_file(visit: Visit) -> Response:
     """Write a corrected copy of an uploaded file, and show what adding the copy would do."""
-    file = _uploaded(visit, visit.form)
-    copy = file.with_name(f"{file.name.partition('.')[0]}-corrected.jsonl")
+    _, file = _file(visit, visit.form)
+    copy = visit.project.folder.root / UPLOADS / f"{file.name.partition('.')[0]}-corrected.jsonl"
     changes = [str(change) for change in visit.project.data.fix_file(file, copy, _mapping(visit.form))]
     more = [f"{len(changes) - _CHANGES:,} more changes are not shown."] if len(changes) > _CHANGES else []
     return visit.go(_check_path(copy.name), f"Wrote {copy.name}.", *changes[:_CHANGES], *more)
@@ -158,17 +158,21 @@ def leakage_page(visit: Visit) -> Response:
     )
 
 
-def _uploads(visit: Visit) -> list[Path]:
-    folder = visit.project.folder.root / UPLOADS
-    return sorted(file for file in folder.glob("[!.]*") if file.is_file())
+def _files(visit: Visit) -> dict[str, Path]:
+    """Return the files that can be added by their names on the page: uploaded ones, and ``./FILE`` of data.sources."""
+    root = visit.project.folder.root
+    uploads = {file.name: file for file in sorted((root / UPLOADS).glob("[!.]*")) if file.is_file()}
+    sources = {f"./{name}": root / name for name in visit.project.folder.config.data.sources}
+    return uploads | {name: file for name, file in sources.items() if file.is_file()}
 
 
-def _uploaded(visit: Visit, fields: dict[str, str]) -> Path:
+def _file(visit: Visit, fields: dict[str, str]) -> tuple[str, Path]:
+    """Return the name and path of the file that a form or an address names."""
     name = fields.get("file", "")
-    file = visit.project.folder.root / UPLOADS / name
-    if file.name != name or not file.is_file():
+    files = _files(visit)
+    if name not in files:
         raise UserError(f"There is no uploaded file {name!r}", fix="Upload it on the page Data.")
-    return file
+    return name, files[name]
 
 
 def _current(visit: Visit) -> str:

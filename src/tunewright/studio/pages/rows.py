@@ -29,6 +29,9 @@ def rows_page(visit: Visit) -> Response:
             raise UserError(f"Unknown {what} {value!r}", fix=f"Choose from {', '.join(known)}.")
     suspects = _suspects(visit) if query.flag == "suspect" else {}
     rows = visit.rows.find(query, (suspects or {}).keys())
+    if suspects:  # the most suspicious first
+        rank = {key: place for place, key in enumerate(suspects)}
+        rows.sort(key=lambda row: rank[row.key])
     pages = max(1, -(-len(rows) // _ON_A_PAGE))
     number = visit.query.get("page", "1")
     page = min(int(number), pages) if number.isdecimal() and int(number) > 0 else 1

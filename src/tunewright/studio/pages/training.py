@@ -9,6 +9,8 @@ from starlette.responses import Response
 from tunewright.api.runs import TrainingRun
 from tunewright.core.errors import UserError
 from tunewright.core.progress import duration
+from tunewright.data.examples import Example
+from tunewright.data.versions import current_manifest
 from tunewright.evidence.learning_curve import more_data
 from tunewright.metrics import metric_label, score_text
 from tunewright.studio.charts import comparison_charts, curve_chart, run_charts
@@ -110,8 +112,32 @@ def run_page(visit: Visit) -> Response:
         charts=run_charts(history, run.metric),
         evaluations=[(each, _scored(run, each.dev_metric)) for each in run.evaluations],
         steps=steps[: -_LAST_STEPS - 1 : -1],
+        dev_rows=_dev_rows(visit, run),
         running=visit.jobs.running(),
     )
+
+
+@dataclass(frozen=True)
+class _DevRow:
+    """A dev row with its answers: each step from which on it has another one."""
+
+    key: str
+    example: Example | None
+    """None if the current dataset version does not have it."""
+    answers: list[tuple[int, str]]
+
+
+def _dev_rows(visit: Visit, run: TrainingRun) -> list[_DevRow]:
+    answers = run.dev_answers
+    changed: dict[str, list[tuple[int, str]]] = {}
+    for step in sorted(answers):
+        for key, text in answers[step].items():
+            steps = changed.setdefault(key, [])
+            if not steps or steps[-1][1] != text:
+                steps.append((step, text))
+    known = changed and current_manifest(visit.project.folder.dataset) is not None
+    rows = {m.key: m.example for m in visit.version.examples("dev")} if known else {}
+    return [_DevRow(key, rows.get(key), steps) for key, steps in changed.items()]
 
 
 def _scored(run: TrainingRun, value: float | None) -> str:
