@@ -328,6 +328,10 @@ def test_usage_is_drawn_by_day_also_after_a_roll_up(browser: Visitor, project: P
         ]
         assert state.usage_rollup.roll_up((clock.now // DAY - 1) * DAY).requests == 5
         assert state.usage.by_day() == before == state.usage.by_day("acme")
+    days = tunewright("tenant", "usage", "--by-day", "-p", project, "--json").document["days"]
+    assert [day["requests"] for day in days] == [1, 4, 2]
+    text = tunewright("tenant", "usage", "acme", "--by-day", "-p", project).stdout
+    assert [line.split()[0] for line in text.splitlines()[1:]] == [day["day"] for day in days]
     page = browser.get("/tenants/acme")
     heights = [float(each) for each in re.findall(r'<rect [^>]*height="([\d.]+)"', page)]
     assert len(heights) == 30 and [height for height in heights if height] == [25, 100, 50]
