@@ -63,6 +63,16 @@ def newest_releases(visit: Visit) -> list[Release]:
     return [newest[alias] for alias in sorted(newest)]
 
 
+def require_state(visit: Visit) -> None:
+    """Refuse a page about an alias or a tenant before there is any: to look at it must not create a database.
+
+    Raises:
+        UserError: there is no serving state.
+    """
+    if not visit.project.has_state:
+        raise UserError("There are no aliases and tenants yet", fix="Start on the pages Deploy and Tenants.")
+
+
 def needs_keys(visit: Visit) -> bool:
     """Return whether requests to a server need a tenant's key."""
     return visit.project.has_state and bool(visit.project.tenant.list())
@@ -97,6 +107,7 @@ def _share(text: str) -> str:
 
 def alias_page(visit: Visit) -> Response:
     """Show an alias: what it answers with, its trial, and its history."""
+    require_state(visit)
     alias = visit.place["alias"]
     history = visit.project.releases(alias)
     shadows = visit.project.shadow(alias)
@@ -141,6 +152,7 @@ def _current(visit: Visit) -> str:
     Raises:
         UserError: something was, or there is no such alias.
     """
+    require_state(visit)
     alias = visit.place["alias"]
     newest = visit.project.releases(alias)[-1].number
     if visit.form.get("release") != str(newest):
