@@ -188,6 +188,7 @@ def test_adapter_goes_live_by_a_form_and_its_release_is_the_command_lines(browse
     page = browser.get("/deploy/courts")
     assert good.digest[:12] in page and "isolated on peft" in page and "passed on peft" in page
     assert f"/jobs/{job.id}" in browser.get("/deploy")
+    assert '<a href="/deploy/courts">' in browser.get(f"/jobs/{job.id}")
     assert "Live: courts" in browser.get("/")
 
 
@@ -237,6 +238,21 @@ def test_trials_end_by_rollback_and_undeploy_needs_the_current_page(browser: Vis
     assert [each.action for each in library.open(project).releases()] == ["deploy", "canary", "rollback", "undeploy"]
     assert "answers with" in browser.sent("/deploy/courts", "/deploy/courts/rollback", to="1")
     assert browser.send("/deploy/courts", "/deploy/courts/rollback", to="--x").status_code == 400
+
+
+@pytest.mark.slow
+def test_promotion_makes_the_command_lines_checks(browser: Visitor, project: Path) -> None:
+    good = _good(project)
+    with _state(project) as state:
+        state.releases.deploy("courts", good.name, good.digest, GROUNDS)
+        state.releases.start_candidate("courts", Candidate("tiny-000000000bad", "bad0" * 16, 0.1), GROUNDS)
+    job = _ended(project, browser.send("/deploy/courts", "/deploy/courts/promote"))
+    assert job.command[:2] == ("promote", "courts")
+    # Its files are not those of its digest.
+    assert (job.state, job.exit_code) == ("failed", 2), job.log.read_text()
+    assert "tiny-000000000bad" in job.log.read_text()
+    assert "failed" in browser.get("/deploy")
+    assert [each.action for each in library.open(project).releases()] == ["deploy", "canary"]
 
 
 def test_shadow_answers_are_compared(browser: Visitor, project: Path) -> None:
