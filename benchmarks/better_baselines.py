@@ -15,12 +15,12 @@ import csv
 import json
 import platform
 import random
-import re
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,15 @@ HOSTED, HUMAN, INPUTS = 1000, 480, 479  # rows of each part
 PORT = 8123  # of the hosted model
 TRAIN: dict[str, Any] = {"preset": "all-linear", "learning_rate": 1e-3, "epochs": 2}
 DATA = {"system_prompt": "Give the citation abbreviation of this court."}
+ADVICE = [
+    "Write only the abbreviation.",
+    "Write no sentence and no explanation.",
+    "Shorten each word to its first letters and a period.",
+    "Put the state first.",
+    "Leave out the words of and the.",
+    "Write Ct. for court and Cir. for circuit.",
+]
+"""Of the script that plays the reflection model."""
 ANSWERED_NO = {0, 3, 4}
 """Exit codes of a measured no and of can't tell: the walk continues."""
 
@@ -247,11 +256,15 @@ def served(folder: Path, port: int = PORT, *adapters: str) -> Iterator[str]:
 
 
 def reflection() -> Starlette:
-    """Return an API that plays the reflection model: it writes the corrected rows into the instruction."""
+    """Return an API that plays the reflection model: each call adds one of `ADVICE` to the instruction, in turn."""
+    calls = count()
 
     async def chat(request: Request) -> Response:
         asked = (await request.json())["messages"][-1]["content"]
-        text = f"```\n{improved(asked)}\n```"
+        current = asked.split("```")[1].strip()
+        number = next(calls)
+        new = [each for each in ADVICE[number % len(ADVICE) :] + ADVICE if each not in current]
+        text = f"```\n{current} {new[0] if new else ''}\n```"
         message = {"role": "assistant", "content": text}
         usage = {"prompt_tokens": len(asked) // 4, "completion_tokens": len(text) // 4}
         return JSONResponse(
@@ -263,19 +276,6 @@ def reflection() -> Starlette:
         )
 
     return Starlette(routes=[Route("/v1/chat/completions", chat, methods=["POST"])])
-
-
-def improved(asked: str) -> str:
-    """Return the next instruction: the last eight corrected rows, in GEPA's order, as examples."""
-    current = asked.split("```")[1]
-    rows = re.findall(r"^- .* => .*$", current, re.MULTILINE)
-    for part in re.split(r"^# Example \d+$", asked, flags=re.MULTILINE)[1:]:
-        query = re.search(r"## Inputs\n(.*?)\n\n## Generated", part, re.DOTALL)
-        citation = re.search(r"correct answer is: (.*)", part)
-        if query and citation:
-            rows.append(f"- {query[1].strip()} => {citation[1].strip()}")
-    examples = "\n".join(list(dict.fromkeys(rows))[-8:])
-    return f"{DATA['system_prompt']} Write the abbreviation and nothing else. Examples:\n{examples}"
 
 
 if __name__ == "__main__":

@@ -80,6 +80,8 @@ def measure(client: httpx.Client, words: list[str], rows: int, requests: int) ->
     paths = {
         "browse": lambda: f"/rows?page={generator.randint(1, rows // 50)}",
         "filter": lambda: f"/rows?split={generator.choice(splits)}",
+        "flag": lambda: f"/rows?flag={generator.choice(['conflict', 'edited'])}&split={generator.choice(splits)}",
+        "file": lambda: f"/rows?source=rows.jsonl&page={generator.randint(1, rows // 50)}",
         "search": lambda: f"/rows?{urlencode({'q': ' '.join(generator.choices(words, k=2))})}",
         "common": lambda: f"/rows?{urlencode({'q': 'label', 'page': generator.randint(1, rows // 50)})}",
         "review": lambda: "/review",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from factories import make_evidence, make_items
 from tunewright.core.progress import LogReporter
@@ -36,7 +37,7 @@ def evaluation_with_incumbent(folder: Path, count: int = 40) -> Path:
         item.model_copy(update={"answers": {**item.answers, "incumbent-hosted": f"{item.reference} indeed {number}"}})
         for number, item in enumerate(items[:-1])
     ] + items[-1:]
-    side = {"latency": None, "cost_per_1000": None, "basis": "no prices", "missing": {}}
+    side: dict[str, Any] = {"latency": None, "cost_per_1000": None, "basis": "no prices", "missing": {}}
     hosted = {
         "name": "hosted",
         "arm": "incumbent-hosted",

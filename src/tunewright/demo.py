@@ -6,9 +6,12 @@ a learning curve, a judge) only run on request.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -16,11 +19,12 @@ import httpx
 from tunewright.api import Project, RunResult
 from tunewright.config import JudgeConfig, MetricName
 from tunewright.config.project import CONFIG_FILE, ProjectFolder, create_project
+from tunewright.core.errors import UserError
 from tunewright.core.io import write_text
 from tunewright.core.progress import Reporter
 from tunewright.data.versions import Member
 from tunewright.evaluation.arms import TUNED
-from tunewright.evidence.schema import Item
+from tunewright.evidence.schema import EVIDENCE_FILE, Item
 from tunewright.examples import legal_citations
 
 if TYPE_CHECKING:
@@ -29,6 +33,8 @@ if TYPE_CHECKING:
     from tunewright.evaluation.learning_curve import CurveResult
 
 
+DEMO_FOLDER = "tunewright-demo"
+"""The folder that `tunewright demo` makes, unless it is given another one."""
 _REPLY = {"temperature": 0, "max_tokens": 64}
 """Token limit of the demo's judge: a verdict and a sentence."""
 
@@ -81,6 +87,39 @@ def open_demo(directory: Path, reporter: Reporter, *, whole: bool = False) -> Pr
         write_text(config, legal_citations.project_files()[CONFIG_FILE])
         reporter.say(f"Replaced the quick settings in {config} by the whole ones")
     return Project(ProjectFolder(directory), reporter)
+
+
+def find_demo(folder: Path) -> Path:
+    """Return the folder of the finished demo project: this one, or `DEMO_FOLDER` in it.
+
+    Raises:
+        UserError: neither is a demo project with an evaluation.
+    """
+    configs = {legal_citations.config_text(quick=quick) for quick in (True, False)}
+    for place in (folder / DEMO_FOLDER, folder):
+        config = place / CONFIG_FILE
+        ours = config.is_file() and config.read_text(encoding="utf-8", errors="replace") in configs
+        if ours and any(place.glob(f"evaluations/[!.]*/{EVIDENCE_FILE}")):
+            return place
+    fix = "Run `tunewright demo` first, which takes some minutes."
+    raise UserError("There is no finished demo project", where=str(folder / DEMO_FOLDER), fix=fix)
+
+
+@contextmanager
+def copied_demo(folder: Path) -> Iterator[Path]:
+    """Yield a temporary copy of the finished demo project, without caches and checkpoints of training.
+
+    Pages write files too: a review draws its sample, a report is made when it is first read. All of that stays in the
+    copy.
+
+    Raises:
+        UserError: as for :func:`find_demo`.
+    """
+    found = find_demo(folder)
+    with TemporaryDirectory(prefix=f"{DEMO_FOLDER}-", ignore_cleanup_errors=True) as temporary:
+        copy = Path(temporary) / found.resolve().name
+        shutil.copytree(found, copy, ignore=shutil.ignore_patterns(".tunewright"))
+        yield copy
 
 
 def choose_item(items: Sequence[Item], metric: MetricName) -> Item:

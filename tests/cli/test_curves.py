@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from tunewright.cli.live import ConsoleReporter, Curves, bars, downsample
+from tunewright.cli.live import ConsoleReporter, Curves, bars
+from tunewright.core.downsample import downsample
 
 
 def _drawn(curves: Curves, height: int = 40, width: int = 100) -> str:

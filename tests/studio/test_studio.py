@@ -7,7 +7,6 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from html import unescape
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import pytest
 import tunewright as library
 from command_line import pairs, tiny_project, tunewright, write_jsonl
 from people_helpers import begin, evaluation
-from studio_browser import PASSWORD, Browser, opened
+from studio_client import PASSWORD, Browser, opened, restarted
 from tunewright.core.errors import UserError
 from tunewright.serving.gateway.server import serving
 from tunewright.studio import Studio
@@ -25,13 +24,6 @@ from tunewright.studio.jobs import Jobs
 
 EVALUATION = f"{7:012x}"
 HOSTILE = '<script>alert(1)</script> "><svg onload=alert(2)> \u202eright to left'
-
-
-@contextmanager
-def restarted(project: Path) -> Iterator[Browser]:
-    """A browser on a studio that is started for it."""
-    with serving(Studio(project, "ada", password=PASSWORD).app()) as url, opened(url) as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +64,7 @@ def test_every_page_needs_a_session(url: str) -> None:
         refused = httpx.get(f"{url}{path}", headers={"Cookie": "tunewright_studio=guessed"})
         assert (refused.status_code, refused.headers["location"]) == (303, "/sign-in"), path
     assert httpx.get(f"{url}/jobs/{'0' * 16}/events").status_code == 403
-    assert httpx.post(f"{url}/review", data={"action": "right"}).headers["location"] == "/sign-in"
+    assert httpx.post(f"{url}/review", data={"action": "right"}).status_code == 403
     wrong = httpx.post(f"{url}/sign-in", data={"secret": "a wrong password"})
     assert wrong.status_code == 403
     assert "set-cookie" not in wrong.headers
@@ -231,24 +223,18 @@ def test_row_page_marks_the_trained_tokens(browser: Browser, project: Path) -> N
 
 
 def test_uploaded_file_is_checked_and_added(browser: Browser, project: Path) -> None:
-    token = re.search('name="form_token" value="([^"]*)"', browser.get("/data"))
-    assert token is not None
-
-    def upload(name: str, content: bytes) -> httpx.Response:
-        return browser.client.post("/data/upload", data={"form_token": token[1]}, files={"file": (name, content)})
-
     rows = [*pairs(20, seed=5), {"prompt": "no answer"}]
-    checked = upload("more.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
-    assert "cannot be added like this" in checked.text and "more.jsonl:21" in checked.text
+    checked = browser.upload("more.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    assert "cannot be added like this" in checked.text and '<th scope="row">21</th>' in checked.text
     assert "Add the file" in browser.get("/data/check?file=more.jsonl&skip_bad=on")
     before = len(library.open(project).data.version().members)
     done = browser.send("/data/add", "/data/check?file=more.jsonl&skip_bad=on", skip_bad="on", message="20 more")
     assert "is new" in done.text
     now = library.open(project).data.version()
     assert (len(now.members), now.manifest.message) == (before + 20, "20 more")
-    assert upload("more.jsonl", b"{}\n").status_code == 400, "another file of this name is not replaced"
-    assert upload("../escape.jsonl", b"{}\n").url.params["file"] == "escape.jsonl"
-    assert upload("binary.xlsx", bytes(range(256))).status_code == 200
+    assert browser.upload("more.jsonl", b"{}\n").status_code == 400, "another file of this name is not replaced"
+    assert browser.upload("../escape.jsonl", b"{}\n").url.params["file"] == "escape.jsonl"
+    assert browser.upload("binary.xlsx", bytes(range(256))).status_code == 200
     assert "binary.xlsx" in browser.get("/data/check?file=binary.xlsx")
     assert browser.client.get("/data/check?file=../tunewright.yaml").status_code == 400
 
@@ -295,19 +281,35 @@ def test_stopped_training_is_resumed_by_the_same_button_after_a_restart(project:
     _wait_for(lambda: "step" in job.log.read_text())
     assert job.state == "running"
     with restarted(project) as browser:
+        (run,) = library.open(project).runs.list()
+        _wait_for(lambda: library.open(project).runs.find(run.name).history)
+        assert 'id="run-state" data-events=' in browser.get(f"/train/runs/{run.name}")
         browser.send(f"/jobs/{job.id}/stop", f"/jobs/{job.id}")
         _wait_for(lambda: job.state != "running")
         assert (job.state, job.exit_code) == ("stopped", 130)
         assert not list(library.open(project).folder.adapters.glob("tiny-*"))
-        browser.send("/jobs", "/", command="train")
+        stopped = library.open(project).runs.find(run.name)
+        assert stopped.state == "stopped" and stopped.history
+        page = browser.get(f"/train/runs/{run.name}")
+        assert "resumes from its last checkpoint" in page and '"memory_bytes"' in page
+        assert not stopped.evaluations or "Answers to 5 dev rows" in page
+        browser.send("/train", f"/train/runs/{run.name}", kind="train")
         again = jobs.all()[0]
+        _wait_for(lambda: run.state == "running" or again.state != "running")
+        with browser.client.stream("GET", f"/train/runs/{run.name}/events") as events:
+            rows = [json.loads(line[6:]) for line in events.iter_lines() if line.startswith("data: {")]
         _wait_for(lambda: again.state != "running")
+        adapter = library.open(project).runs.find(run.name)
+        assert adapter.state == "finished"
+        assert adapter.history[: len(stopped.history)] == stopped.history
+        assert len(rows) > len(stopped.history) and rows == adapter.history[: len(rows)], "without gaps or repeats"
+        assert browser.client.get(f"/train/runs/{run.name}").url.path == f"/train/runs/{adapter.name}"
     assert again.state == "done", again.log.read_text()
     assert "Resuming from step" in again.log.read_text()
     assert len(list(library.open(project).folder.adapters.glob("tiny-*"))) == 1
 
 
-def _wait_for(condition: Callable[[], bool]) -> None:
+def _wait_for(condition: Callable[[], object]) -> None:
     until = time.monotonic() + 600
     while not condition():
         assert time.monotonic() < until

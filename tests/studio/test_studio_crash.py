@@ -16,7 +16,7 @@ import pytest
 
 import tunewright as library
 from command_line import pairs, tunewright, write_jsonl
-from studio_browser import PASSWORD, Browser, opened
+from studio_client import PASSWORD, Browser, opened
 from tunewright.data.review.reviews import read_reviews
 
 

@@ -14,7 +14,7 @@ import tunewright as library
 from command_line import pairs, tunewright, write_jsonl
 from factories import make_items
 from people_helpers import begin, evaluation, evaluation_with_incumbent, save
-from studio_browser import PASSWORD, Browser, opened
+from studio_client import PASSWORD, Browser, opened
 from tunewright.data.review.reviews import read_reviews
 from tunewright.serving.gateway.server import serving
 from tunewright.studio import Studio
@@ -78,10 +78,10 @@ def test_rows_until_the_verdict_are_stated_on_every_row(browser: Browser, projec
 def test_suspects_are_searched_as_a_job_and_reviewed_apart_from_the_sample(browser: Browser, project: Path) -> None:
     assert "have not been searched yet" in browser.get("/review/suspects")
     data = library.open(project).data
-    assert not data.has_suspects(data.version())
+    assert data.stored_suspects(data.version()) is None
     # The button starts this command, which another test runs as a job.
     suspects = data.suspects().suspects
-    assert data.has_suspects(data.version())
+    assert data.stored_suspects(data.version()) == suspects
     html = browser.get("/review/suspects")
     assert _row_key(html) == suspects[0].key
     assert f"{len(suspects):,} left" in html and suspects[0].reason in html
@@ -89,7 +89,8 @@ def test_suspects_are_searched_as_a_job_and_reviewed_apart_from_the_sample(brows
     assert f"{len(suspects) - 1:,} left" in browser.get("/review/suspects")
     verdict = read_reviews(project / "dataset").current_verdicts(suspects[0].key)["ada"]
     assert (verdict.verdict, verdict.draw) == ("wrong", None)
-    assert data.review_status().outcome is None or data.review_status().outcome.checked == 0
+    outcome = data.review_status().outcome
+    assert outcome is None or outcome.checked == 0
 
 
 def test_find_suspects_starts_the_command(browser: Browser, project: Path) -> None:

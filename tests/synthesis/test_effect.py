@@ -51,9 +51,13 @@ def test_generated_effect_is_measured_and_said_in_the_report(tmp_path: Path, tin
         evaluations.append(
             max((project / "evaluations").glob("*/evidence.json"), key=lambda f: f.stat().st_mtime).parent
         )
+    share = f"{len(written)} of {len(version.examples('train'))} training rows are generated"
+    comment = ("verdict", "--markdown", evaluations[0].name, "-p", project)
+    assert f"{share}, with unknown effect" in tunewright(*comment).stdout
     ran = tunewright("data", "generated-effect", evaluations[0].name, evaluations[1].name, "-p", project, "--json")
     assert ran.code == 0, ran.stderr
     effect = ran.document
+    assert f"{share} (0 accepted by people). With them" in tunewright(*comment).stdout
     assert (effect["generated"], effect["accepted"]) == (len(written), 0)
     assert effect["items"] == len(version.examples("test"))
     with_rows, without_rows = (load_evidence(place) for place in evaluations)
@@ -66,9 +70,11 @@ def test_generated_effect_is_measured_and_said_in_the_report(tmp_path: Path, tin
     report = tunewright("report", evaluations[0].name, "-p", project)
     assert report.code == 0, report.stderr
     page = next(evaluations[0].glob("*.html")).read_text(encoding="utf-8")
-    assert f"{len(written)} of {len(version.examples('train'))} training rows are generated" in page
+    assert share in page
     used = tunewright("data", "trained-by", written[0].key[:12], "-p", project, "--json").document
     assert {each["adapter"]: each["use"] for each in used["adapters"]} == {names[0]: "trained", names[1]: "left out"}
+    shown = tunewright("adapters", "show", names[1], "-p", project, "--json").document
+    assert len(shown["dataset"]["splits"][0]["left_out"]) == len(written)
 
     swapped = tunewright("data", "generated-effect", evaluations[1].name, evaluations[0].name, "-p", project)
     assert (swapped.code, "was trained without generated rows" in swapped.stderr) == (2, True)

@@ -18,6 +18,7 @@ from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.data.lineages import ancestors
 from tunewright.data.splits import SPLITS, Split
+from tunewright.data.trace import trained_keys
 from tunewright.data.versions import DatasetVersion, keys_digest, list_versions, load_version
 from tunewright.data.versions.members import Places, read_places
 
@@ -34,7 +35,7 @@ class SplitTrace:
     digest: str
     rows: int
     left_out: tuple[str, ...]
-    """Pair keys of rows that were too long and that training dropped."""
+    """Pair keys of rows that training did not use: too long, without a pair, or generated (train.generated: false)."""
     keys: tuple[str, ...] | None
     """Sorted pair keys of all its rows; None if the version is missing, or has other rows in this split."""
 
@@ -133,6 +134,9 @@ def _dataset(lineage: Mapping[str, Any], dataset: Path) -> DatasetTrace:
         if places is not None and not same:
             why_not = f"its {split} split has other rows than the lineage records"
         keys = tuple(here) if same else None
+        if keys is not None and split == "train" and "rendering" in lineage:
+            used = trained_keys(dataset, lineage)
+            left_out[split] = tuple(key for key in keys if key not in used)
         splits.append(SplitTrace(split, recorded["digest"], recorded["examples"], left_out.get(split, ()), keys))
     return DatasetTrace(named["digest"], not why_not, why_not, tuple(splits), named.get("mix"))
 

@@ -13,6 +13,7 @@ NAME-DIGEST12/
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -104,11 +105,14 @@ class Adapter:
         """The run's metrics, oldest first: ``step``, ``epoch``, and a step's ``loss`` or an evaluation's
         ``eval_loss``.
 
-        A step also has ``learning_rate``, ``grad_norm`` before clipping, and ``tokens_per_s``; an evaluation has
-        ``eval_metric``, from 0 to 1 by the config's metric. A foreign adapter has none.
+        A step also has ``learning_rate``, ``grad_norm`` before clipping, ``tokens_per_s`` and ``memory_bytes``; an
+        evaluation has ``eval_metric``, from 0 to 1 by the config's metric. A foreign adapter has none.
+
+        Raises:
+            UserError: the file is damaged.
         """
         file = self.folder / HISTORY
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+        return read_history(file) if file.exists() else []
 
     @property
     def replayed(self) -> list[list[dict[str, Any]]]:
@@ -158,6 +162,34 @@ class Adapter:
                 where=str(self.folder),
                 fix="Remove the folder and train again. The training data and config are still there.",
             )
+
+
+def read_history(file: Path) -> list[dict[str, Any]]:
+    """Return the rows of a run's metrics file, oldest first, without a last line that is still being written.
+
+    Raises:
+        UserError: the file is missing, or has a line that is not a row of metrics.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError("The run has no metrics", where=str(file), fix="It was removed, or has not started.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The metrics cannot be read: {error}", where=str(file)) from None
+    rows = [_history_row(line, f"{file}:{number}") for number, line in enumerate(text.split("\n")[:-1], start=1)]
+    # A foreign adapter may have lines of other kinds.
+    return [row for row in rows if "step" in row and ("loss" in row or {"eval_loss", "epoch"} <= row.keys())]
+
+
+def _history_row(line: str, where: str) -> dict[str, Any]:
+    try:
+        row: Any = json.loads(line)
+    except ValueError:
+        row = None
+    values = {key: value for key, value in row.items() if value is not None} if isinstance(row, dict) else {"": ""}
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in values.values()):
+        raise UserError("Not a row of metrics", where=where, fix="Restore the file, or train again.")
+    return values
 
 
 def require_digest(folder: Path, expected: str) -> None:

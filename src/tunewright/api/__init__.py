@@ -16,6 +16,7 @@ from tunewright.api.evaluations import EvaluationsApi
 from tunewright.api.export import ExportApi
 from tunewright.api.keys import SigningKeysApi
 from tunewright.api.releases import ReleasesApi
+from tunewright.api.runs import RunsApi
 from tunewright.api.serving import EnginesApi
 from tunewright.api.tenants import AuditApi, TenantsApi
 from tunewright.config import EngineName, TrainConfig
@@ -81,12 +82,14 @@ class Project(EvaluationsApi):
         super().__init__(folder, reporter or LogReporter())
         self.data = DatasetApi(self)
         self.adapters = AdaptersApi(self)
+        self.runs = RunsApi(folder)
         self.engine = EnginesApi(self.reporter)
         self.tenant = TenantsApi(self)
         self.audit = AuditApi(self)
         releases = ReleasesApi(self, self.access_log)
         self.deploy, self.promote, self.rollback = releases.deploy, releases.promote, releases.rollback
         self.undeploy, self.releases, self.shadow = releases.undeploy, releases.history, releases.shadow
+        self.releasable = releases.releasable
         self.keys = SigningKeysApi(self)
         self.export = ExportApi(self)
 

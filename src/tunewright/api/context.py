@@ -40,6 +40,14 @@ class ProjectContext:
 
         return open_chat(self.base, self.folder.config.chat, self.reporter)
 
+    @property
+    def has_state(self) -> bool:
+        """True if there is a serving state to read."""
+        from tunewright.serving.tenants import exists
+
+        named = self.folder.config.serve.database_url
+        return self.folder.serving_state.exists() if named is None else exists(named)
+
     def state(self, *, make: bool = False, serving: bool = False) -> State:
         """Return the serving state, which the caller closes. The project's own state is created if it is missing.
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from tunewright.data.dedup.decontaminate import Contamination
     from tunewright.data.dedup.leakage import BandScore, LeakageReport, TemplateScore
     from tunewright.data.readers.file_check import Change
+    from tunewright.data.readers.file_preview import FilePreview
     from tunewright.data.remote import Transfer
     from tunewright.data.remove import RemoveResult
     from tunewright.data.splits import Split
@@ -82,7 +83,7 @@ class DatasetApi:
         self.from_documents, self.generated_effect = synthesis.from_documents, synthesis.generated_effect
         self.estimate_from_documents = synthesis.estimate_from_documents
         reviews = ReviewApi(opened)
-        self.suspects, self.has_suspects, self.review = reviews.suspects, reviews.has_suspects, reviews.review
+        self.suspects, self.stored_suspects, self.review = reviews.suspects, reviews.stored_suspects, reviews.review
         self.import_reviews, self.apply_reviews = reviews.import_reviews, reviews.apply_reviews
         self.review_status = reviews.review_status
 
@@ -163,6 +164,24 @@ class DatasetApi:
             presidio=options.presidio,
             options=add_plan.AddOptions(options.replace, options.restore, options.split_from),
         )
+
+    def preview_file(self, file: str | Path, mapping: ColumnMapping = ColumnMapping()) -> FilePreview:
+        """Return the columns of a file of pairs, whatever their names, and its first three rows.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
+        from tunewright.data.readers.file_preview import preview_file
+
+        wanted = {"rows": mapping.rows, "sheet": mapping.sheet}
+        given = {key: value for key, value in wanted.items() if value is not None}
+        return preview_file(Path(file), self._project.config.data.model_copy(update=given))
+
+    def sheets(self, file: str | Path) -> tuple[str, ...]:
+        """Return the titles of a workbook's visible sheets; of another file, nothing."""
+        from tunewright.data.readers.file_preview import sheet_titles
+
+        return sheet_titles(Path(file))
 
     def fix_file(self, file: str | Path, out: str | Path, mapping: ColumnMapping = ColumnMapping()) -> list[Change]:
         """Write a corrected copy of a file of pairs, and list every change."""

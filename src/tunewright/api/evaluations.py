@@ -20,12 +20,13 @@ from tunewright.evaluation.access_log import AccessLog, amendable, load_checked
 from tunewright.evidence.causes import Labels, ProjectFacts, decided
 from tunewright.evidence.learning_curve import find_curve
 from tunewright.evidence.logged_access import LoggedAccess
-from tunewright.evidence.schema import Evidence, find_evaluation, load_items
+from tunewright.evidence.schema import Evidence, Item, find_evaluation, load_items
 from tunewright.evidence.verdict import Verdict
 
 if TYPE_CHECKING:
     from tunewright.advisor.signals import Signals
     from tunewright.evaluation.human_eval.session import BlindReview, ComparisonProgress
+    from tunewright.evaluation.item_prompts import ArmPrompt
     from tunewright.evaluation.judge.runner import Estimate, Judge, JudgeResult
     from tunewright.evaluation.kept_preferences import KeptPreferences
     from tunewright.evaluation.row_answers import RowAnswers
@@ -274,6 +275,32 @@ class EvaluationsApi(ProjectContext):
         if evaluation is None:
             AccessLog(self.folder.evaluations)  # completes an interrupted write, which may be the newest
         return find_evaluation(self.folder.evaluations, evaluation, dev=dev)
+
+    def evidence(self, evaluation: str | Path | None = None) -> tuple[Evidence, list[Item]]:
+        """Return an evaluation's evidence and its items, checked against the access log.
+
+        Raises:
+            UserError: as :meth:`verdict`.
+        """
+        evidence = self._evidence(evaluation)
+        return evidence, load_items(_folder(self.evaluation(evaluation)))
+
+    def item_prompts(self, evaluation: str | Path | None, key: str) -> list[ArmPrompt]:
+        """Return the prompt of each arm for one item: its tokens, and the demonstrations in it.
+
+        The prompts are built again as they were for the evaluation, and looked up in the journal of answers.
+
+        Args:
+            evaluation: ID, folder or evidence file (None: the newest).
+            key: the item's pair key.
+
+        Raises:
+            UserError: as :meth:`verdict`; or another dataset version, base or chat template.
+        """
+        from tunewright.evaluation.item_prompts import item_prompts
+
+        evidence = self._evidence(evaluation)
+        return item_prompts(self.folder, evidence, key, self.base, self.chat, self.reporter)
 
     def _evidence(self, evaluation: str | Path | None) -> Evidence:
         """Return an evaluation's evidence, checked against the access log."""

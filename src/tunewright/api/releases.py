@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -63,6 +63,21 @@ class DeployResult:
             "serving": asdict(self.serving) if self.serving else None,
             "servers": self.servers,
         }
+
+
+@dataclass(frozen=True)
+class Releasable:
+    """An adapter, and what its newest evaluation means for a release."""
+
+    adapter: Adapter
+    verdict: Verdict | None
+    refusal: UserError | None
+    """Why there is no verdict to decide by, and what to do."""
+
+    @property
+    def ships(self) -> bool:
+        """True if the verdict allows a release."""
+        return self.verdict is not None and self.verdict.decision == "ship"
 
 
 class ReleasesApi:
@@ -265,10 +280,28 @@ class ReleasesApi:
             state.releases.history(alias)
             return state.usage.shadow_lines(alias)
 
+    def releasable(self, adapters: Sequence[Adapter]) -> list[Releasable]:
+        """Return the verdict that :meth:`deploy` would decide by, for each of these adapters.
+
+        Raises:
+            UserError: the access log was changed.
+        """
+        self._check_access_log()
+        found = []
+        for adapter in adapters:
+            try:
+                found.append(Releasable(adapter, self._decide(adapter, None)[0], None))
+            except UserError as error:
+                found.append(Releasable(adapter, None, error))
+        return found
+
     def _judge(self, adapter: Adapter, because: str | None) -> tuple[Verdict | None, Evidence | None]:
         """Return the verdict of the adapter's newest evaluation, and its evidence."""
         # Before one is chosen: a changed file could hide that it is about this adapter, or the newest.
         self._check_access_log()
+        return self._decide(adapter, because)
+
+    def _decide(self, adapter: Adapter, because: str | None) -> tuple[Verdict | None, Evidence | None]:
         evidence = evidence_on(self._context.folder.evaluations, adapter.digest, self._context.reporter)
         if evidence is None:
             if because is None:

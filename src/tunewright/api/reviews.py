@@ -95,13 +95,16 @@ class ReviewApi:
         places = places_by_key(self._dataset, version.manifest)
         return SuspectsResult(version, found.suspects, who.judged_by if who else None, places, found.accuracy)
 
-    def has_suspects(self, version: DatasetVersion, adapter: str | None = None) -> bool:
-        """Return whether :meth:`suspects` of the current version is stored, so that it answers at once.
+    def stored_suspects(self, version: DatasetVersion, adapter: str | None = None) -> list[Suspect] | None:
+        """Return what :meth:`suspects` has found for a loaded version; None if it has not run on the same inputs.
 
         Raises:
             UserError: as for :meth:`suspects`.
         """
-        return self._suspects_file(version, self._judging(version, adapter, LogReporter())).exists()
+        from tunewright.data.review.suspects import stored_suspects
+
+        file = self._suspects_file(version, self._judging(version, adapter, LogReporter()))
+        return stored_suspects(file).suspects if file.exists() else None
 
     def _judging(self, version: DatasetVersion, adapter: str | None, reporter: Reporter) -> Judging | None:
         """Return the models whose losses rank the answers; None if no losses are used."""

@@ -171,15 +171,7 @@ def _for_tenants(opened: ProjectContext, state: State, names: Sequence[str], con
 
     def locate(name: str, digest: str) -> ServedAdapter:
         adapter = adapter_of(opened, name, digest)
-        _require_servable(opened, adapter)
-        trained = trained_quantization([adapter])
-        if config.serve.quantization is None and trained != held:
-            raise UserError(
-                f"The adapter was trained with train.quantization {trained}, but this server "
-                f"holds the base with {held}",
-                where=name,
-                fix="Restart the server, or set serve.quantization.",
-            )
+        require_held(opened, adapter, held)
         return ServedAdapter(adapter.folder, system_prompt(adapter, opened.folder.dataset))
 
     from tunewright.serving.gateway.app_factory import Service, TenantSource
@@ -297,6 +289,26 @@ def _servable_adapters(opened: ProjectContext, held: Quantization) -> Iterator[A
             )
             continue
         yield adapter
+
+
+def require_held(opened: ProjectContext, adapter: Adapter, held: Quantization) -> None:
+    """Check that an adapter fits the base that is in memory.
+
+    Args:
+        held: the base's quantization.
+
+    Raises:
+        UserError: the adapter does not fit or is not trusted; or it was trained on another quantization, and the config
+            has no ``serve.quantization``.
+    """
+    _require_servable(opened, adapter)
+    trained = trained_quantization([adapter])
+    if opened.folder.config.serve.quantization is None and trained != held:
+        raise UserError(
+            f"The adapter was trained with train.quantization {trained}, but this server holds the base with {held}",
+            where=adapter.name,
+            fix="Restart the server, or set serve.quantization.",
+        )
 
 
 def _require_servable(opened: ProjectContext, adapter: Adapter) -> None:

@@ -11,6 +11,7 @@ from tunewright.api.context import ProjectContext
 if TYPE_CHECKING:
     from tunewright.serving.tenants import AuditCheck, AuditLine, Key, Limits, RollupResult, Tenant
     from tunewright.serving.tenants.usage import UsageLine, UsageSum
+    from tunewright.serving.tenants.usage_rollup import DayTotal
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,11 @@ class TenantsApi:
         """
         with self._context.state() as state:
             return state.usage.sums(name, since)
+
+    def usage_by_day(self, name: str | None = None, *, since: float | None = None) -> Sequence[DayTotal]:
+        """Return the usage by day (UTC), tenant, alias and adapter, oldest first; arguments as for :meth:`usage`."""
+        with self._context.state() as state:
+            return state.usage.by_day(name, since)
 
     def requests(self, name: str | None = None, *, since: float | None = None) -> Sequence[UsageLine]:
         """Return every request that still has an individual record, oldest first; arguments as for :meth:`usage`."""

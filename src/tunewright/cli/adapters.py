@@ -236,7 +236,7 @@ def _dataset(tree: Tree, dataset: DatasetTrace) -> None:
     branch = _add(tree, f"dataset version {dataset.digest[:_SHORT]}: {here}")
     for split in dataset.splits:
         trained = {"train": "trained on", "dev": "which chose the checkpoint", "test": "held out"}[split.split]
-        out = f", {len(split.left_out):,} of them left out as too long" if split.left_out else ""
+        out = f", {len(split.left_out):,} of them left out" if split.left_out else ""
         rows = "row" if split.rows == 1 else "rows"
         _add(branch, f"{split.split}: {split.rows:,} {rows}, {trained}{out}; digest {split.digest[:_SHORT]}")
     if dataset.mix:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
+from tunewright.api.audit_text import audit_details
 from tunewright.cli.app import DEPLOY, command, group
 from tunewright.cli.console import FAILED, Session
-from tunewright.cli.releases import AUTHOR_WIDTH, minute
+from tunewright.cli.releases import AUTHOR_WIDTH
 
 if TYPE_CHECKING:
     from tunewright.serving.tenants import AuditLine
@@ -50,37 +50,8 @@ def audit_table(lines: Sequence[AuditLine]) -> Table:
     for name in ("when", "by", "what", "of", "details"):
         table.add_column(name, overflow="fold", max_width=AUTHOR_WIDTH if name == "by" else None)
     for line in lines:
-        details = ", ".join(_details(json.loads(line.details)))
+        details = ", ".join(audit_details(line))
         table.add_row(
             str(line.number), line.time[:16].replace("T", " "), line.actor or "", line.action, line.subject, details
         )
     return table
-
-
-_IN_OTHER_COLUMNS = {"id", "alias", "author", "created", "action", "digest"}
-_ELSEWHERE = {"totals"}  # `tenant usage` shows them
-
-
-def _details(details: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yield a line's details in words, without those that are empty or in other columns."""
-    for name, value in details.items():
-        if value in (None, [], "") or name in _IN_OTHER_COLUMNS | _ELSEWHERE:
-            continue
-        words = prefix + name.replace("_", " ")
-        if name == "system_prompt":
-            if not value:
-                yield f"{prefix}without its system prompt"
-        elif name == "isolation":
-            yield f"isolation test: {value['verdict']} on {value['engine']}, {value['tested'][:16].replace('T', ' ')}"
-            if value["verdict"] != "isolated":
-                yield from value["reasons"]
-        elif name == "serving":
-            passed = "failed" if value["reasons"] else "passed"
-            yield f"serving check: {passed} on {value['engine']}, {value['checked'][:16].replace('T', ' ')}"
-            yield from value["reasons"]
-        elif isinstance(value, dict):
-            yield from _details(value, "" if name == "grounds" else f"{words} ")
-        elif name.endswith("expires"):
-            yield f"{words} {minute(value)}"
-        else:
-            yield f"{words} {', '.join(value) if isinstance(value, list) else value}"

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from tunewright.data.add_plan import Effect, Preview
     from tunewright.data.dedup.decontaminate import Contamination
     from tunewright.data.dedup.leakage import BandScore, LeakageReport, TemplateScore
-    from tunewright.data.dedup.output_leakage import OutputLeakage
     from tunewright.data.versions import Manifest
     from tunewright.training.lengths import LengthReport
 
@@ -263,17 +262,14 @@ def _effect_lines(effect: Effect, ok: bool) -> list[str]:
 
 def leakage_text(report: LeakageReport, bands: Sequence[BandScore], templates: Sequence[TemplateScore] = ()) -> str:
     """Return a histogram of similarities next to a random split's, and scores by distance and by output template."""
+    from tunewright.data.dedup.leakage import leakage_sentences
+
     counts = [dev + test for dev, test in zip(report.histogram("dev"), report.histogram("test"), strict=True)]
     lines = [f"Held-out rows by the similarity of their nearest training row, version {report.version[:12]}"]
     for place, count in enumerate(counts):
         bar = "█" * round(_BAR * count / max(*counts, 1)) or "▏" * (count > 0)
         lines.append(f"{place / 10:.1f} to {(place + 1) / 10:.1f}  {bar} {count:,}")
-    lines += [
-        f"Test rows with a training row at {each.threshold} or above: {each.here:.1%} here, "
-        f"{each.random:.1%} in a random split"
-        for each in report.leaks
-    ]
-    lines += _output_lines(report.outputs)
+    lines += leakage_sentences(report)
     lines += [
         f"{band.arm}, nearest {band.low:.1f} to {band.high:.1f}: {band.exact} of {band.items} exact "
         f"({band.interval[0]:.1%} to {band.interval[1]:.1%})"
@@ -288,18 +284,6 @@ def leakage_text(report: LeakageReport, bands: Sequence[BandScore], templates: S
 
 
 _TEMPLATES = {"seen": "output template in training", "new": "new output template"}
-_OVERLAPS = {"identical": "an identical output", "template": "the same output template", "near": "a near-equal output"}
-
-
-def _output_lines(found: OutputLeakage) -> list[str]:
-    about = f"{found.outputs:,} different outputs, {found.templates:,} different templates"
-    if found.natural is not None:
-        return [f"Outputs in training and test are alike by nature: {found.natural} ({about})"]
-    lines = [
-        f"Test rows with {_OVERLAPS[each.how]} in training: {each.here:.1%} here, {each.random:.1%} in a random split"
-        for each in found.overlaps
-    ]
-    return [*lines, f"  ({about})"]
 
 
 def contamination_text(found: Contamination) -> str:

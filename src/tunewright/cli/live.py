@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from getpass import getpass
-from statistics import fmean
 from typing import TYPE_CHECKING
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -18,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from tunewright.core.downsample import downsample
 from tunewright.core.progress import Task
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ _LOSSES = {
     "eval_loss": ("dev loss", "magenta"),
 }
 _HEIGHT = 10
-_MOST_POINTS = 200
 _MOST_BARS = 24
 _BARS = "▁▂▃▄▅▆▇█"
 _FEWEST_LINES = 24  # on a lower terminal the plot would leave no room for anything else
@@ -113,13 +112,6 @@ def _named(metric: MetricName, share: float) -> str:
 
     text = score_text(metric, share)
     return f"{text} {metric_label(metric)}" if text.endswith("%") else text
-
-
-def downsample(points: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
-    """Return at most `_MOST_POINTS` points: means of neighbours, where there are more."""
-    size = -(-len(points) // _MOST_POINTS)
-    groups = [points[start : start + size] for start in range(0, len(points), size)]
-    return [(fmean(step for step, _ in group), fmean(value for _, value in group)) for group in groups]
 
 
 def bars(shares: Sequence[float]) -> str:
@@ -267,7 +259,7 @@ class _LineTask:
 
     def _left(self, now: float) -> str:
         """Return the time left, by the speed since the first advances, or nothing before later ones."""
-        if self.done == self.total:
+        if self.done >= self.total:  # GEPA ends its last round beyond its limit
             return "0 s left"
         if self.done == self.first:
             return ""

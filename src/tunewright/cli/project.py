@@ -49,21 +49,35 @@ def init(
         str | None, typer.Option(help="Write this complete example project: legal-citations, bfcl or orders.")
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Folder with the data of the example bfcl.")] = None,
+    name: Annotated[str | None, typer.Option(help="The project's name.", show_default="my-model")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="The base model: a folder (relative to the project) or a hub id.", show_default="the bundled base"
+        ),
+    ] = None,
 ) -> None:
     """Write a commented tunewright.yaml, or a whole example project."""
-    from tunewright.config.io import write_config
+    from tunewright.api.new_project import new_project
     from tunewright.config.project import CONFIG_FILE, create_project
     from tunewright.core.errors import UserError
     from tunewright.examples import example_files
 
     if example is None and data is not None:
         raise UserError("--data requires --example")
-    files = example_files(example, data, run.reporter) if example else {CONFIG_FILE: write_config({})}
-    create_project(directory, files)
+    if example is not None and (name is not None or base is not None):
+        raise UserError(f"--{'base' if name is None else 'name'} and --example are mutually exclusive")
+    if example:
+        files = example_files(example, data, run.reporter)
+        create_project(directory, files)
+        written = sorted(files)
+    else:
+        new_project(directory, name=name, base_model=base)
+        written = [CONFIG_FILE]
     next_step = "tunewright run" if example else "edit it, then run `tunewright data add FILE`"
     run.show(
-        {"project": str(directory), "files": sorted(files)},
-        f"Wrote {', '.join(sorted(files))} in {directory.resolve()}\nNext: {next_step}",
+        {"project": str(directory), "files": written},
+        f"Wrote {', '.join(written)} in {directory.resolve()}\nNext: {next_step}",
     )
 
 

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from tunewright.api.shadows import differing_lines, shadow_counts
 from tunewright.cli.app import DEPLOY, app, command
 from tunewright.cli.console import Session
 from tunewright.cli.serve import Engine, isolation_table
 from tunewright.cli.verdict import verdict_text
+from tunewright.core.clock import minute
 from tunewright.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -244,18 +246,13 @@ def shadow_tables(lines: Sequence[ShadowLine], differing: int = 10) -> list[Rend
     """Return counts of identical and other answers by shadow candidate, and the newest that differ."""
     if not lines:
         return ["No shadow candidate has answered yet."]
-    by_candidate: dict[str, list[ShadowLine]] = {}
-    for line in lines:
-        by_candidate.setdefault(line.candidate, []).append(line)
     counts = Table()
     counts.add_column("candidate")
     for name in ("asked", "the same", "other", "no answer"):
         counts.add_column(name, justify="right")
-    for candidate, asked in by_candidate.items():
-        answered = [line for line in asked if line.shadow_answer is not None]
-        same = sum(line.shadow_answer == line.answer for line in answered)
-        counts.add_row(candidate, *map(str, (len(asked), same, len(answered) - same, len(asked) - len(answered))))
-    others = [line for line in lines if line.shadow_answer not in (None, line.answer)]
+    for each in shadow_counts(lines):
+        counts.add_row(each.candidate, *map(str, (each.asked, each.same, each.other, each.unanswered)))
+    others = differing_lines(lines)
     if not others:
         return [counts]
     pairs = Table(title=f"The newest {min(differing, len(others))} that differ", title_justify="left", show_lines=True)
@@ -264,11 +261,3 @@ def shadow_tables(lines: Sequence[ShadowLine], differing: int = 10) -> list[Rend
     for line in others[-differing:]:
         pairs.add_row(str(line.request), line.tenant, line.answer, line.shadow_answer)
     return [counts, pairs]
-
-
-def minute(seconds: float | None) -> str:
-    """Return a time in UTC to the minute, or a dash."""
-    from tunewright.serving.tenants.times import iso
-
-    text = iso(seconds)
-    return "-" if text is None else text[:16].replace("T", " ")

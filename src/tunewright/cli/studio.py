@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -26,29 +27,51 @@ def studio(
     reviewer: Annotated[
         str | None, typer.Option(help="Name that reviews are recorded under.", show_default="your login name")
     ] = None,
+    demo: Annotated[
+        bool, typer.Option("--demo", help="Show the finished demo project, read-only and without sign-in.")
+    ] = False,
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the address in your browser.")] = True,
 ) -> None:
     """Open the project in a browser: rows, review, blind comparison, reports and jobs, until Ctrl-C.
 
-    Jobs that were started on a page continue when the studio ends.
+    Jobs that were started on a page continue when the studio ends. In a folder without a project, the first page makes
+    one.
     """
     import webbrowser
 
     from tunewright.data.review.session import default_reviewer
     from tunewright.studio import Studio
 
-    made = Studio(
-        run.folder,
-        default_reviewer() if reviewer is None else reviewer,
-        password=None if password_file is None else _password(password_file),
-    )
-
     def started(url: str) -> None:
         run.show({"url": url}, f"The studio is at {url}\nCtrl-C ends it.")
         if browser:
             webbrowser.open(url)
 
+    if demo:
+        _show_demo(run.folder, host, port, started, given={"--password-file": password_file, "--reviewer": reviewer})
+        return
+    made = Studio(
+        run.folder,
+        default_reviewer() if reviewer is None else reviewer,
+        password=None if password_file is None else _password(password_file),
+    )
     made.run(host, port, started)
+
+
+def _show_demo(folder: Path, host: str, port: int, started: Callable[[str], None], given: Mapping[str, object]) -> None:
+    """Serve a copy of the demo project.
+
+    Raises:
+        UserError: an option has no effect on a demo, or there is no demo project.
+    """
+    from tunewright.demo import copied_demo
+    from tunewright.studio import Studio
+
+    for name, value in given.items():
+        if value is not None:
+            raise UserError(f"{name} and --demo are mutually exclusive")
+    with copied_demo(folder) as copy:
+        Studio(copy, "visitor", demo=True).run(host, port, started)
 
 
 def _password(file: Path) -> str:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from tunewright.cli.app import DEPLOY, command, group
 from tunewright.cli.console import Session
-from tunewright.cli.releases import minute
+from tunewright.core.clock import minute
 from tunewright.core.errors import UserError
 
 if TYPE_CHECKING:

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from tunewright.config import MetricName
     from tunewright.evidence.learning_curve import Curve
-    from tunewright.training.sweep.ledger import Entry
     from tunewright.training.sweep.sweep import SweepResult
 
 
@@ -147,7 +146,7 @@ def sweep_tables(result: SweepResult, written: dict[str, Any]) -> list[Renderabl
     for name in head.trials:
         entries = [ledger.result(name, number) for number in range(1, len(head.rungs) + 1)]
         table.add_row(
-            name, *("" if e is None else measured_text(e, head.metric) for e in entries), _fate(ledger.fate(name))
+            name, *("" if e is None else measured_text(e, head.metric) for e in entries), ledger.outcome(name)
         )
     parts: list[RenderableType] = [table, f"Ledger: {ledger.path} ({duration(ledger.seconds)} in all)"]
     if result.winner is None or result.adapter is None:
@@ -166,14 +165,6 @@ def sweep_tables(result: SweepResult, written: dict[str, Any]) -> list[Renderabl
     return parts
 
 
-def _fate(entry: Entry | None) -> str:
-    if entry is None:
-        return "not reached"
-    if entry.event in {"out", "left out", "diverged"}:
-        return f"{entry.event} at rung {entry.rung}" + (f": {entry.why}" if entry.why else "")
-    return "the winner" if entry.event == "winner" else entry.event
-
-
 def _plain(value: Any) -> str:
     return f"[{', '.join(value)}]" if isinstance(value, tuple) else f"{value}"
 
@@ -185,7 +176,7 @@ def sweep_document(result: SweepResult, written: dict[str, Any]) -> dict[str, An
     for name, about in head.trials.items():
         results = [ledger.result(name, number) for number in range(1, len(head.rungs) + 1)]
         rungs = [e.model_dump(mode="json", exclude_none=True) for e in results if e is not None]
-        trials.append({"name": name, **about, "rungs": rungs, "fate": _fate(ledger.fate(name))})
+        trials.append({"name": name, **about, "rungs": rungs, "fate": ledger.outcome(name)})
     return {
         **head.model_dump(mode="json", exclude={"trials"}),
         "ledger": str(ledger.path),

@@ -35,6 +35,7 @@ from tunewright.config.train import BETA, PRESETS, Method, ReplayConfig, Tracker
 __all__ = [
     "BETA",
     "PRESETS",
+    "PROJECT_NAME",
     "AdviseConfig",
     "AnswerEngineName",
     "ChatConfig",
@@ -68,6 +69,9 @@ __all__ = [
     "TrainConfig",
     "metric_name",
 ]
+
+
+PROJECT_NAME = "[a-z0-9][a-z0-9-]{0,39}"
 
 
 def _plain_date(value: Any) -> Any:
@@ -365,7 +369,7 @@ class Config(Section):
     name: Annotated[
         str,
         Field(
-            pattern=r"^[a-z0-9][a-z0-9-]{0,39}$",
+            pattern=f"^{PROJECT_NAME}$",
             description="The project's name, and the start of its adapters' names.",
         ),
     ] = "my-model"

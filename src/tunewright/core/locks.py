@@ -78,6 +78,23 @@ def locked_folder(folder: Path, busy: UserError, seconds: float = 0.0) -> Iterat
         os.close(handle)
 
 
+def is_locked(folder: Path) -> bool:
+    """Return whether a process has locked this folder; False if it is gone.
+
+    The question itself holds a lock for a moment, for which :func:`locked_folder` has to wait.
+    """
+    on_nfs = folder / _NFS_LOCK
+    with suppress(FileNotFoundError):
+        handle = os.open(on_nfs if on_nfs.exists() else folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(handle)
+    return False
+
+
 @contextmanager
 def in_use(folder: Path) -> Iterator[None]:
     """Keep other processes from taking a temporary folder for abandoned."""

@@ -215,14 +215,14 @@ def _result(
         rows=tuple(Removed(m.key, m.split, d["source"], d["line"], d) for m, d in zip(going, documents, strict=True)),
         earlier=len(family.keys() - {m.key for m in going}),
         adapters=adapter_exposure(project.dataset, project.adapters, sorted(keys | former)),
-        evaluations=_measured(project.evaluations, keys | former),
+        evaluations=count_measured(project.evaluations, keys | former),
         same_input=tuple(m.key for m in left if m.example.question_key in questions),
         purged=0,
         holders=(),
     )
 
 
-def _measured(evaluations: Path, keys: Collection[str]) -> dict[str, int]:
+def count_measured(evaluations: Path, keys: Collection[str]) -> dict[str, int]:
     """Count the rows that each evaluation measured on, by its folder's name."""
     found: dict[str, int] = {}
     for path in sorted(evaluations.glob("[!.]*/items.jsonl")):

@@ -291,17 +291,19 @@ def uses_of_row(dataset: Path, adapters: Path, key: str) -> tuple[RowUse, ...]:
     return next(iter(row_uses(dataset, adapters, [key]).values()))
 
 
-def row_uses(dataset: Path, adapters: Path, keys: Iterable[str]) -> dict[str, tuple[RowUse, ...]]:
+def row_uses(
+    dataset: Path, adapters: Path, keys: Iterable[str], places: KnownPlaces | None = None
+) -> dict[str, tuple[RowUse, ...]]:
     """Return the uses of several rows, by key; see :func:`uses_of_row`."""
     lineages = list(_lineages(adapters))
-    places = _KnownPlaces(dataset)
+    places = places or KnownPlaces(dataset)
     found: dict[str, tuple[RowUse, ...]] = {}
     for key in keys:
         found[key] = tuple(_row_use(name, lineage, places, key) for name, lineage in lineages)
     return found
 
 
-class _KnownPlaces:
+class KnownPlaces:
     """The places of each version's rows, read once."""
 
     def __init__(self, dataset: Path) -> None:
@@ -318,7 +320,7 @@ class _KnownPlaces:
         return self._places[version]
 
 
-def _row_use(name: str, lineage: Mapping[str, Any], places: _KnownPlaces, key: str) -> RowUse:
+def _row_use(name: str, lineage: Mapping[str, Any], places: KnownPlaces, key: str) -> RowUse:
     """Return the use of a row by an adapter: its own training's, unless a parent's counts more."""
     own, *others = (_own_use(name, each, places, key) for each in ancestors(lineage))
     for wanted in ("trained", "unknown"):
@@ -334,7 +336,7 @@ def _row_use(name: str, lineage: Mapping[str, Any], places: _KnownPlaces, key: s
 _NO_PAIR = "no preference pair"
 
 
-def _own_use(name: str, lineage: Mapping[str, Any], places: _KnownPlaces, key: str) -> RowUse:
+def _own_use(name: str, lineage: Mapping[str, Any], places: KnownPlaces, key: str) -> RowUse:
     """Return the use of a row by an adapter's own training, without its parents'."""
     version = (lineage.get("dataset") or {}).get("digest")
     there = places.of(version)
@@ -346,7 +348,7 @@ def _own_use(name: str, lineage: Mapping[str, Any], places: _KnownPlaces, key: s
         return RowUse(name, version, "absent")
     if place.split != "train":
         return RowUse(name, version, place.split)
-    if place.generated and (lineage.get("config") or {}).get("train", {}).get("generated") is False:
+    if place.generated and not _with_generated(lineage):
         return RowUse(name, version, "left out", "generated")
     rendering = lineage.get("rendering")
     if rendering is None:
@@ -366,7 +368,13 @@ def trained_keys(dataset: Path, lineage: Mapping[str, Any]) -> set[str]:
         return set(lineage["preferences"]["rows"])
     left_out = {row["key"] for row in lineage["rendering"]["train"]["left_out"]}
     places = read_places(dataset, lineage["dataset"]["digest"])
-    return {key for key, place in places.items() if place.split == "train"} - left_out
+    with_generated = _with_generated(lineage)
+    used = {key for key, place in places.items() if place.split == "train" and (with_generated or not place.generated)}
+    return used - left_out
+
+
+def _with_generated(lineage: Mapping[str, Any]) -> bool:
+    return bool((lineage.get("config") or {}).get("train", {}).get("generated", True))
 
 
 def _lineages(adapters: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -192,8 +192,8 @@ class ArmRunner:
             UserError: a row does not fit the base's context even alone.
         """
         self.demonstrations.prepare(plan, members)
-        built = [self._fitting_prompt(plan, member) for member in members]
-        return [prompt for prompt, _ in built], sum(not whole for _, whole in built)
+        built = [self.fitting_prompt(plan, member) for member in members]
+        return [prompt for prompt, _, _ in built], sum(cut for _, _, cut in built)
 
     def dev_scores(self, adapter: Adapter | None) -> Scores:
         """Score the dev split by the deciding metric, zero-shot, with the adapter or the base alone."""
@@ -202,10 +202,14 @@ class ArmRunner:
         answers = self.answers(plan, dev, "dev", adapter)
         return score_all(self.scorers[0], [a.text for a in answers], [m.example for m in dev])
 
-    def _fitting_prompt(self, plan: ArmPlan, member: Member) -> tuple[Prompt, bool]:
-        """Return the prompt with as many demonstrations as fit, and whether none was dropped."""
+    def fitting_prompt(self, plan: ArmPlan, member: Member) -> tuple[Prompt, list[Member], bool]:
+        """Return the prompt with as many demonstrations as fit, those demonstrations, and whether one was dropped.
+
+        Raises:
+            UserError: the row does not fit the base's context even alone.
+        """
         prompt = self._whole_prompt(plan, member)
-        shown = self.demonstrations.shown(plan, member)
+        shown = kept = self.demonstrations.shown(plan, member)
         left = len(shown)
         while not self._fits(prompt) and left:
             left -= 1
@@ -219,7 +223,7 @@ class ArmRunner:
                 where="evaluate.max_new_tokens",
                 fix="Shorten the row or the answers, or use a base with a longer context.",
             )
-        return prompt, left == len(shown)
+        return prompt, kept, left < len(shown)
 
     def _fits(self, prompt: Prompt) -> bool:
         return len(prompt) + self.limit <= self.context

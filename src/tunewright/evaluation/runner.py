@@ -405,6 +405,7 @@ def _evidence(
         items=len(members),
         clusters=len({m.cluster for m in members}),
         train_items=sum(with_generated or not m.generated for m in version.examples("train")),
+        generated_train_items=sum(with_generated and m.generated for m in version.examples("train")),
         dev_arms=advice.arms,
         narrowing=advice.narrowing,
         static=advice.static,

@@ -67,18 +67,30 @@ def find_curve(curves: Path, evidence: Evidence) -> Curve | None:
     Raises:
         UserError: a curve that cannot be read.
     """
-    found = []
-    for file in sorted(curves.glob(f"[!.]*/{CURVE_FILE}")):
-        try:
-            curve = Curve.model_validate_json(file.read_bytes())
-        except ValidationError as error:
-            what = f"Invalid learning curve: {' '.join(str(error).splitlines()[:3])}"
-            fix = "Remove its folder; `tunewright train --curve` measures it again."
-            raise UserError(what, where=str(file), fix=fix) from None
-        same = all(curve.lineage.get(key) == evidence.lineage.get(key) for key in ("dataset", "base"))
-        if same and curve.metric == evidence.metric:
-            found.append(curve)
+    found = [
+        curve
+        for curve in map(load_curve, sorted(curves.glob(f"[!.]*/{CURVE_FILE}")))
+        if all(curve.lineage.get(key) == evidence.lineage.get(key) for key in ("dataset", "base"))
+        and curve.metric == evidence.metric
+    ]
     return max(found, key=lambda curve: str(curve.lineage.get("created", "")), default=None)
+
+
+def load_curve(file: Path) -> Curve:
+    """Load a learning curve from its ``curve.json``.
+
+    Raises:
+        UserError: the file is missing or cannot be read.
+    """
+    try:
+        return Curve.model_validate_json(file.read_bytes())
+    except FileNotFoundError:
+        fix = "Run `tunewright train --curve`."
+        raise UserError("There is no such learning curve", where=str(file), fix=fix) from None
+    except ValidationError as error:
+        what = f"Invalid learning curve: {' '.join(str(error).splitlines()[:3])}"
+        fix = "Remove its folder; `tunewright train --curve` measures it again."
+        raise UserError(what, where=str(file), fix=fix) from None
 
 
 @dataclass(frozen=True)

@@ -224,6 +224,7 @@ class Evidence(Part):
     items: int
     clusters: Annotated[int, Field(description="Independent clusters among the test items; intervals resample these.")]
     train_items: Annotated[int, Field(description="Training pairs; cross-fitted: the mean over folds, rounded.")]
+    generated_train_items: Annotated[int, Field(description="Those of them that a teacher has written.")] = 0
     dev_arms: Annotated[
         list[Arm],
         Field(

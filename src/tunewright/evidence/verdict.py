@@ -88,6 +88,7 @@ def verdict(evidence: Evidence) -> Verdict:
         *why,
         *_left_out(contrast),
         *_against_parent(evidence),
+        *_generated(evidence),
         *regressions,
         *said,
         *_scope(evidence),
@@ -177,6 +178,18 @@ def _against_parent(evidence: Evidence) -> list[str]:
         f"Against {recorded.get('parent', {}).get('name', 'its parent')}, from which it started, {outcome}: "
         f"{points_text(found.difference)} points, 95% interval {points_text(low)} to {points_text(high)}, "
         f"{_tested(evidence, found)}; {found.fixed} {better}, {found.broken} {worse}."
+    ]
+
+
+def _generated(evidence: Evidence) -> list[str]:
+    """Return a sentence about the generated training rows; it does not decide."""
+    if evidence.generated_effect is not None:
+        return [evidence.generated_effect.line]
+    if not evidence.generated_train_items:
+        return []
+    return [
+        f"{evidence.generated_train_items:,} of {evidence.train_items:,} training rows are generated, with unknown "
+        "effect: `tunewright data generated-effect` measures it."
     ]
 
 

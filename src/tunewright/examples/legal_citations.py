@@ -37,7 +37,7 @@ def project_files(*, quick: bool = False) -> dict[str, str]:
         }
     )
     lines = [json.dumps({"prompt": p, "completion": c}, ensure_ascii=False) + "\n" for p, c in pairs]
-    return {CONFIG_FILE: _config(quick=quick), PAIRS_FILE: "".join(lines), "README.md": _readme(len(pairs))}
+    return {CONFIG_FILE: config_text(quick=quick), PAIRS_FILE: "".join(lines), "README.md": _readme(len(pairs))}
 
 
 _SECTIONS: dict[str, dict[str, Any]] = {
@@ -64,7 +64,8 @@ _QUICK: dict[str, dict[str, Any]] = {
 """Changes for a quick run. The data, its splits and the test set are the same."""
 
 
-def _config(*, quick: bool) -> str:
+def config_text(*, quick: bool) -> str:
+    """Return the project's config."""
     changes = _QUICK if quick else {}
     sections = {name: _SECTIONS.get(name, {}) | changes.get(name, {}) for name in _SECTIONS | changes}
     return write_config({"name": NAME, "base_model": "bundled:smollm2-135m-instruct", **sections})

@@ -14,7 +14,7 @@ import platformdirs
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, file_digest, write_json
 from tunewright.core.progress import Reporter
-from tunewright.models.bundled import BUNDLED, bundled_folder
+from tunewright.models.bundled import BUNDLED, bundled_folder, bundled_weights
 from tunewright.models.families import family_of, text_config, text_name
 from tunewright.models.hub import CONSOLIDATED, cached_folder, hub_config, hub_folder
 
@@ -75,6 +75,19 @@ def resolve_base(spec: str, revision: str | None, root: Path, reporter: Reporter
         raise UserError("Only a hub id has a revision", where="revision", fix="Remove the key revision.")
     architecture = check_base_folder(folder)
     return Base(spec, folder, commit, architecture, _file_digests(folder))
+
+
+def check_spec(spec: str, root: Path) -> None:
+    """Check a base as far as is possible without a download: a folder whole, a hub id by its form.
+
+    Raises:
+        UserError: as for :func:`resolve_base`.
+    """
+    place = _place(spec, root)
+    if isinstance(place, Path):
+        check_base_folder(place)
+    elif place == "bundled":
+        bundled_weights(spec.removeprefix("bundled:"))
 
 
 def base_config(spec: str, revision: str | None, root: Path, reporter: Reporter) -> Path:

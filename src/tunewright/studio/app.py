@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing, suppress
 from importlib.resources import files
 from pathlib import Path
 from threading import Lock
@@ -18,12 +19,13 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from tunewright.api import Project
+from tunewright.api.runs import RunsApi
 from tunewright.config import GatewayConfig
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
@@ -32,6 +34,7 @@ from tunewright.core.text import visible
 from tunewright.serving.gateway.server import serve
 from tunewright.studio.access import (
     Access,
+    ReadOnly,
     StudioSession,
     WithHeaders,
     read_form,
@@ -40,10 +43,12 @@ from tunewright.studio.access import (
 )
 from tunewright.studio.jobs import Jobs
 from tunewright.studio.pages import HANDLERS
-from tunewright.studio.pages.data import UPLOADS
+from tunewright.studio.pages.data import MAX_UPLOAD, UPLOADS
+from tunewright.studio.pages.new_project import NEW_PROJECT
+from tunewright.studio.playing import Playing
+from tunewright.studio.run_events import run_events
 from tunewright.studio.visit import Cache, Handler, PageReporter, Visit
 
-_MAX_UPLOAD = 200_000_000  # bytes, held in memory once
 _LOG_SHOWN = 100_000  # bytes from the end of a job's log
 _LOOPBACK = ("127.0.0.1", "localhost")
 
@@ -55,19 +60,26 @@ class Studio:
         root: the project's folder.
         reviewer: the name that reviews are recorded under, until another one is chosen on a page.
         password: signs browsers in; None: a token, which is part of the printed address.
+        demo: show the project to everybody, without sign-in, and refuse to change anything.
 
     Raises:
-        UserError: ``tunewright.yaml`` is missing or invalid.
+        UserError: the folder is missing, or its ``tunewright.yaml`` is invalid. Without one, a page makes it.
     """
 
-    def __init__(self, root: Path, reviewer: str, *, password: str | None = None) -> None:
+    def __init__(self, root: Path, reviewer: str, *, password: str | None = None, demo: bool = False) -> None:
         self._root = root.resolve()
-        _ = ProjectFolder(self._root).config
-        self._token = secrets.token_urlsafe(24) if password is None else None
-        self._access = Access(password or str(self._token), f"tunewright_studio_{secrets.token_hex(4)}", reviewer)
+        if not self._root.is_dir():
+            raise UserError("There is no such folder", where=str(root), fix="Create it, or name another one.")
+        if ProjectFolder(self._root).has_config:
+            _ = ProjectFolder(self._root).config
+        secret = secrets.token_urlsafe(24) if password is None else password
+        self._token = secret if password is None and not demo else None
+        self._access = Access(secret, f"tunewright_studio_{secrets.token_hex(4)}", reviewer)
+        # One session for all visitors: without forms, they have nothing to tell apart.
+        self._visitor = StudioSession(reviewer, read_only=True) if demo else None
         self._lock = Lock()  # pages read and write the project's files one at a time
-        self._cache = Cache()
-        self._jobs = Jobs(ProjectFolder(self._root).work / "jobs", self._root)
+        self._cache = Cache(Playing(self._root))
+        self._jobs = Jobs(self._root / ".tunewright" / "jobs", self._root)
         self._templates = Environment(
             loader=PackageLoader("tunewright.studio"),
             autoescape=True,
@@ -84,14 +96,26 @@ class Studio:
             Route("/sign-in", self._sign_in, methods=["POST"]),
             Route("/data/upload", self._upload, methods=["POST"]),
             Route("/jobs/{job}/events", self._events, methods=["GET"]),
+            Route("/train/runs/{run}/events", self._run_events, methods=["GET"]),
+            Route("/playground/{question}/events", self._answer_events, methods=["GET"]),
+            Route("/playground/{question}/answers", self._wait_for_answers, methods=["GET"]),
             *(Route(path, self._endpoint(handler, method), methods=[method]) for (method, path), handler in HANDLERS),
             Mount("/static", StaticFiles(directory=str(files("tunewright.studio") / "static"))),
         ]
         return Starlette(
             routes=routes,
             # A page of another site whose name points at this address (DNS rebinding) has another Host header.
-            middleware=[Middleware(WithHeaders), Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))],
-            exception_handlers={UserError: self._refused, HTTPException: self._failed},
+            middleware=[
+                Middleware(WithHeaders),
+                Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts)),
+                *([Middleware(ReadOnly, refusal=self._demo_refusal())] if self._visitor else []),
+            ],
+            exception_handlers={
+                UserError: self._refused,
+                HTTPException: self._failed,
+                # The browser left in the middle of a form: nobody reads the answer, and nothing was stored.
+                ClientDisconnect: lambda _request, _error: Response(status_code=400),
+            },
         )
 
     def run(self, host: str, port: int, on_ready: Callable[[str], None]) -> None:
@@ -105,20 +129,36 @@ class Studio:
             fix = "Pass --password-file, or leave --host out."
             raise UserError("Other machines could reach the studio without a password", where=f"--host {host}", fix=fix)
         hosts = _LOOPBACK if local else ("*",)
-        serve(self.app(hosts), host, port, GatewayConfig(), on_ready=lambda url: on_ready(self.address(url)))
+        try:
+            serve(self.app(hosts), host, port, GatewayConfig(), on_ready=lambda url: on_ready(self.address(url)))
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Free the playground's base."""
+        with suppress(UserError):  # it is still loading, and ends with the process
+            self._cache.playing.unload()
 
     def address(self, url: str) -> str:
         """Return the address that signs a browser in. Browsers do not send what is behind the #."""
+        if self._visitor is not None:
+            return url
         return f"{url}/sign-in" + ("" if self._token is None else f"#token={self._token}")
+
+    def _session(self, request: Request) -> StudioSession | None:
+        return self._visitor or self._access.session(request)
+
+    def _demo_refusal(self) -> Response:
+        fix = "Make a project of your own: tunewright studio in an empty folder."
+        return self._error(403, "This demo is read-only; nothing was changed", fix=fix)
 
     def _endpoint(self, handler: Handler, method: str) -> Callable[[Request], Any]:
         async def endpoint(request: Request) -> Response:
-            session = self._access.session(request)
+            session = self._session(request)
+            form: dict[str, str] = {} if method == "GET" else await read_form(request)
             if session is None:
-                return RedirectResponse("/sign-in", status_code=303)
-            form: dict[str, str] = {}
+                return RedirectResponse("/sign-in", status_code=303) if method == "GET" else self._ended(form)
             if method == "POST":
-                form = await read_form(request)
                 require_form_token(session, form)
             answer: Response = await to_thread.run_sync(self._answer, handler, request, session, form)
             return answer
@@ -128,12 +168,19 @@ class Studio:
     def _answer(self, handler: Handler, request: Request, session: StudioSession, form: dict[str, str]) -> Response:
         with self._lock:
             # Opened again for each request: another process may have changed it.
-            project = Project(ProjectFolder(self._root), PageReporter())
+            folder = ProjectFolder(self._root)
+            if folder.has_config:
+                _ = folder.work  # with its .gitignore, before anything is written there
+            elif request.url.path != NEW_PROJECT:
+                return RedirectResponse(NEW_PROJECT, status_code=303)
+            project = Project(folder, PageReporter())
             place = {name: str(value) for name, value in request.path_params.items()}
             query = dict(request.query_params)
             return handler(Visit(project, session, form, place, query, self._cache, self._jobs, self._templates))
 
     async def _sign_in_page(self, _request: Request) -> Response:
+        if self._visitor is not None:
+            return RedirectResponse("/", status_code=303)
         return HTMLResponse(self._sign_in_text(""))
 
     async def _sign_in(self, request: Request) -> Response:
@@ -142,20 +189,28 @@ class Studio:
             return HTMLResponse(self._sign_in_text("That is not the secret of this studio."), status_code=403)
         return RedirectResponse("/", status_code=303, headers={"Set-Cookie": cookie})
 
-    def _sign_in_text(self, wrong: str) -> str:
+    def _ended(self, form: dict[str, str]) -> Response:
+        """Ask for the secret again, and return what was typed: the page that has it is made again after the sign-in."""
+        typed = [value for name, value in form.items() if name not in ("form_token", "key", "action") and value.strip()]
+        wrong = "Your session has ended, because the studio was started again. Nothing was recorded."
+        return HTMLResponse(self._sign_in_text(wrong, typed), status_code=403)
+
+    def _sign_in_text(self, wrong: str, typed: Sequence[str] = ()) -> str:
         kind = "token" if self._token is not None else "password"
-        return self._templates.get_template("sign_in.html.j2").render(wrong=wrong, kind=kind)
+        return self._templates.get_template("sign_in.html.j2").render(wrong=wrong, kind=kind, typed=typed)
 
     async def _upload(self, request: Request) -> Response:
         """Store a file in the project's `UPLOADS`, whole or not at all."""
-        session = self._access.session(request)
+        session = self._session(request)
         if session is None:
-            return RedirectResponse("/sign-in", status_code=303)
+            return self._ended({})
         require_same_origin(request)
+        if not ProjectFolder(self._root).has_config:
+            return RedirectResponse(NEW_PROJECT, status_code=303)
         size = request.headers.get("content-length", "")
-        if not size.isdecimal() or int(size) > _MAX_UPLOAD:
+        if not size.isdecimal() or int(size) > MAX_UPLOAD:
             raise UserError(
-                f"The file is larger than {_MAX_UPLOAD:,} bytes", fix="Copy it to the project: tunewright data add FILE"
+                f"The file is larger than {MAX_UPLOAD:,} bytes", fix="Copy it to the project: tunewright data add FILE"
             )
         async with request.form(max_files=1, max_fields=1) as sent:
             file = sent.get("file")
@@ -168,7 +223,7 @@ class Studio:
 
     async def _events(self, request: Request) -> Response:
         """Stream a job's log as server-sent events: its end, then what is added; `finished` at the end."""
-        if self._access.session(request) is None:
+        if self._session(request) is None:
             raise HTTPException(403)
         job = self._jobs.find(str(request.path_params["job"]))
 
@@ -191,16 +246,45 @@ class Studio:
 
         return StreamingResponse(lines(), media_type="text/event-stream")
 
+    async def _run_events(self, request: Request) -> Response:
+        """Stream the metrics of a training run as server-sent events."""
+        if self._session(request) is None:
+            raise HTTPException(403)
+        runs = RunsApi(ProjectFolder(self._root))
+        run = await to_thread.run_sync(runs.find, str(request.path_params["run"]))
+        return StreamingResponse(run_events(run), media_type="text/event-stream")
+
+    async def _answer_events(self, request: Request) -> Response:
+        """Stream the answers to a question; a browser that leaves ends their computation."""
+        if self._session(request) is None:
+            raise HTTPException(403)
+        playing = self._cache.playing
+        question = playing.question(str(request.path_params["question"]))
+        return StreamingResponse(playing.events(question), media_type="text/event-stream")
+
+    async def _wait_for_answers(self, request: Request) -> Response:
+        """Compute the answers to a question, then show its page: for browsers without JavaScript."""
+        if self._session(request) is None:
+            return RedirectResponse("/sign-in", status_code=303)
+        name = str(request.path_params["question"])
+        playing = self._cache.playing
+        async with aclosing(playing.answers(playing.question(name))) as pieces:
+            async for _ in pieces:
+                if await request.is_disconnected():
+                    break
+        return RedirectResponse(f"/playground/{name}", status_code=303)
+
     async def _refused(self, _request: Request, error: Exception) -> Response:
         assert isinstance(error, UserError)
-        return self._error(400, error.what, error.where, error.fix)
+        texts = (error.what, error.where or "", error.fix or "")
+        return self._error(400, *(text.replace(f"{self._root}/", "") for text in texts))
 
     async def _failed(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         what = f"There is no page {request.url.path}" if error.status_code == 404 else error.detail
-        return self._error(error.status_code, what, None, None)
+        return self._error(error.status_code, what)
 
-    def _error(self, status: int, what: str, where: str | None, fix: str | None) -> Response:
+    def _error(self, status: int, what: str, where: str = "", fix: str = "") -> Response:
         text = self._templates.get_template("error.html.j2").render(what=what, where=where, fix=fix)
         return HTMLResponse(text, status_code=status)
 

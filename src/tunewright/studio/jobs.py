@@ -22,6 +22,9 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import write_text
 
 JobState = Literal["running", "done", "stopped", "failed", "ended"]
+SERVER = "serve"
+"""The command that runs next to another job."""
+
 _STATES: dict[int, JobState] = {0: "done", 3: "done", 4: "done", 130: "stopped"}
 # The shell records its number and the exit code, so that nothing is lost when the studio is killed.
 _SHELL = """echo $$ > "$0/pid.part"; mv "$0/pid.part" "$0/pid"
@@ -111,16 +114,21 @@ class Jobs:
         raise UserError(f"There is no job {name!r}", fix="Choose one of the list.")
 
     def running(self) -> Job | None:
-        """Return the job that is running, or None."""
-        return next((job for job in self.all() if job.state == "running"), None)
+        """Return the job that is running, or None. A server is not counted: it runs next to others."""
+        return next((job for job in self.all() if job.command[0] != SERVER and job.state == "running"), None)
+
+    def server(self) -> Job | None:
+        """Return the newest server that was started here, running or not."""
+        return next((job for job in self.all() if job.command[0] == SERVER), None)
 
     def start(self, *words: str) -> Job:
         """Start ``tunewright`` with these arguments. The same command resumes work that was stopped.
 
         Raises:
-            UserError: another job is running.
+            UserError: another job is running, or for a server another server.
         """
-        if (busy := self.running()) is not None:
+        busy = self.server() if words[0] == SERVER else self.running()
+        if busy is not None and busy.state == "running":
             raise UserError(f"{busy.command[0]} is running", fix="Wait for it, or stop it first.")
         folder = self._folder / secrets.token_hex(8)
         folder.mkdir(parents=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,14 +16,17 @@ from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
 from tunewright.data.review.label_models import NeighborIndex
 from tunewright.data.review.session import ReviewSession
+from tunewright.data.row_index import RowIndex
 from tunewright.data.versions import DatasetVersion, current_manifest
 from tunewright.evaluation.human_eval.session import BlindReview
 from tunewright.evaluation.row_answers import RowAnswers, evaluated_files
 from tunewright.studio.access import StudioSession
 from tunewright.studio.jobs import Jobs
+from tunewright.studio.playing import Playing
 
 if TYPE_CHECKING:
     from tunewright.chat import ChatFormat
+    from tunewright.data.dedup.leakage import LeakageReport
 
 
 class PageReporter(LogReporter):
@@ -44,11 +48,14 @@ class PageReporter(LogReporter):
 class Cache:
     """Kept between requests: the current version, which takes seconds to load, and which rows a reviewer skipped."""
 
+    playing: Playing
     version: DatasetVersion | None = None
-    texts: tuple[str, ...] = ()
-    """Its rows as a search sees them: key, input and answer in lower case."""
+    rows: RowIndex | None = None
+    """Of that version."""
     neighbors: NeighborIndex | None = None
     """Of that version."""
+    leakage: tuple[tuple[str, int], LeakageReport] | None = None
+    """The leakage, and the version and seed that decided it."""
     chat: tuple[tuple[object, ...], ChatFormat] | None = None
     """The chat format, and the values of the config that decided it."""
     reviews: dict[tuple[str, ...], ReviewSession] = field(default_factory=dict)
@@ -87,11 +94,16 @@ class Visit:
             raise UserError("There are no rows yet", fix="Upload a file on the page Data.")
         if self.cache.version is None or self.cache.version.digest != manifest.digest:
             version = self.project.data.version()
-            self.cache.version, self.cache.neighbors = version, None
-            self.cache.texts = tuple(
-                f"{m.key} {m.example.input_text} {m.example.output}".casefold() for m in version.members
-            )
+            self.cache.version, self.cache.rows, self.cache.neighbors = version, None, None
         return self.cache.version
+
+    @property
+    def rows(self) -> RowIndex:
+        """The current version's rows, ready to be searched."""
+        version = self.version
+        if self.cache.rows is None:
+            self.cache.rows = RowIndex(self.project.folder.dataset, version)
+        return self.cache.rows
 
     @property
     def neighbors(self) -> NeighborIndex:
@@ -100,6 +112,16 @@ class Visit:
         if self.cache.neighbors is None:
             self.cache.neighbors = NeighborIndex(version)
         return self.cache.neighbors
+
+    @property
+    def leakage(self) -> LeakageReport:
+        """The current version's leakage, which takes seconds to minutes to measure."""
+        from tunewright.data.dedup.leakage import measure_leakage
+
+        deciding = (self.version.digest, self.project.folder.config.seed)
+        if self.cache.leakage is None or self.cache.leakage[0] != deciding:
+            self.cache.leakage = (deciding, measure_leakage(self.version, deciding[1], self.project.reporter))
+        return self.cache.leakage[1]
 
     @property
     def chat(self) -> ChatFormat:
@@ -121,25 +143,37 @@ class Visit:
 
     def page(self, template: str, title: str, **values: Any) -> Response:
         """Return a page."""
-        reporter = self.project.reporter
-        reported = reporter.messages if isinstance(reporter, PageReporter) else []
+        folder = self.project.folder
         text = self.templates.get_template(template).render(
             title=title,
-            project=self.project.folder.config.name,
+            project=folder.config.name if folder.has_config else folder.root.name,
             form_token=self.session.form_token,
             reviewer=self.session.reviewer,
-            messages=[*self.session.take_messages(), *reported],
+            demo=self.session.read_only,
+            messages=[*self.session.take_messages(), *self._reported()],
             **values,
         )
-        return HTMLResponse(text)
+        return HTMLResponse(_disabled(text) if self.session.read_only else text)
 
     def go(self, path: str, *messages: str) -> Response:
         """Return a redirection to a page, which shows the messages."""
-        reporter = self.project.reporter
-        reported = reporter.messages if isinstance(reporter, PageReporter) else []
-        self.session.messages += [*reported, *(message for message in messages if message)]
+        self.session.messages += [*self._reported(), *(message for message in messages if message)]
         return RedirectResponse(path, status_code=303)
 
+    def _reported(self) -> list[str]:
+        """Return what the project reported, with the paths of its files from its folder on."""
+        reporter = self.project.reporter
+        messages = reporter.messages if isinstance(reporter, PageReporter) else []
+        return [message.replace(f"{self.project.folder.root}/", "") for message in messages]
+
+
+def _disabled(page: str) -> str:
+    """Return a page whose forms that change something have no live button; no row can hold markup of a form."""
+    return _POST_FORM.sub(lambda form: _LIVE_BUTTON.sub("<button disabled", form[0]), page)
+
+
+_POST_FORM = re.compile('<form method="post".*?</form>', re.DOTALL)
+_LIVE_BUTTON = re.compile("<button(?![^>]* disabled)")
 
 Handler = Callable[[Visit], Response]
 Handlers = dict[tuple[str, str], Handler]

@@ -34,6 +34,8 @@ from tunewright.training.stopping import StopRequest
 _KEPT = 2
 """Complete checkpoints on disk: the newest, and the previous one in case the newest is damaged."""
 _STATE = "trainer_state.json"
+_ASKED_S = 0.5
+"""How long a run waits for a process that only asks whether its folder is locked (`is_locked`)."""
 
 
 class CheckpointCallback(TrainerCallback):
@@ -227,7 +229,7 @@ def working_folder(work: Path) -> Iterator[None]:
         yield
         return
     busy = UserError("Another process is training this adapter", where=str(work), fix="Wait for it, or stop it first.")
-    with locked_folder(work, busy):
+    with locked_folder(work, busy, _ASKED_S):
         try:
             yield
         finally:

@@ -163,6 +163,27 @@ def measure_leakage(version: DatasetVersion, seed: int, reporter: Reporter, most
     return LeakageReport(version.digest, len(held_out), tuple(nearest), leaks, outputs)
 
 
+_OVERLAPS = {"identical": "an identical output", "template": "the same output template", "near": "a near-equal output"}
+
+
+def leakage_sentences(report: LeakageReport) -> list[str]:
+    """Return the shares of test rows with a similar training row, or a similar output, here and in a random split."""
+    lines = [
+        f"Test rows with a training row at {each.threshold} or above: {each.here:.1%} here, "
+        f"{each.random:.1%} in a random split"
+        for each in report.leaks
+    ]
+    found = report.outputs
+    about = f"{found.outputs:,} different outputs, {found.templates:,} different templates"
+    if found.natural is not None:
+        return [*lines, f"Outputs in training and test are alike by nature: {found.natural} ({about})"]
+    lines += [
+        f"Test rows with {_OVERLAPS[each.how]} in training: {each.here:.1%} here, {each.random:.1%} in a random split"
+        for each in found.overlaps
+    ]
+    return [*lines, f"  ({about})"]
+
+
 def nearest_training(version: DatasetVersion, reporter: Reporter, split: Split = "test") -> dict[str, float]:
     """Return the Jaccard similarity (character 4-grams) of each test or dev row's nearest training input, by key."""
     members = version.members

@@ -72,6 +72,17 @@ def open_workbook(path: Path, data: DataConfig, notes: list[str], task: Task | N
     return Sheet(title, _rows(path, title, data, notes, task))
 
 
+def visible_sheets(path: Path) -> tuple[str, ...]:
+    """Return the titles of a workbook's visible sheets.
+
+    Raises:
+        UserError: a damaged workbook, or one that is too large for its size.
+    """
+    with _reading(path), path.open("rb") as file:
+        workbook = _Workbook(path, file)
+        return tuple(title for title in workbook.parts if title not in workbook.hidden)
+
+
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
     """Convert the errors of openpyxl, zipfile and XML parsers into UserErrors."""

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -344,6 +345,17 @@ class _Recorder:
             yield task
 
 
+def stored_suspects(file: Path) -> SuspectList:
+    """Return the suspects cached in a file, which exists."""
+    kept = _stored(file)
+    return SuspectList([Suspect(**suspect) for suspect in kept["suspects"]], kept["accuracy"])
+
+
+def _stored(file: Path) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return document
+
+
 def cached_suspects(file: Path, find: Callable[[Reporter], SuspectList], reporter: Reporter) -> SuspectList:
     """Return the suspects cached in a file, repeating the messages; else find and cache them.
 
@@ -353,13 +365,13 @@ def cached_suspects(file: Path, find: Callable[[Reporter], SuspectList], reporte
         reporter: receives the messages.
     """
     if file.exists():
-        kept = json.loads(file.read_text(encoding="utf-8"))
+        kept = _stored(file)
         reporter.say(f"Using cached suspects for the same rows and settings: {file}")
         for message in kept["said"]:
             reporter.say(message)
         for message in kept["warned"]:
             reporter.warn(message)
-        return SuspectList([Suspect(**suspect) for suspect in kept["suspects"]], kept["accuracy"])
+        return stored_suspects(file)
     recorder = _Recorder(reporter)
     found = find(recorder)
     listed = [asdict(each) for each in found.suspects]

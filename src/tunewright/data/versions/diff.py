@@ -225,7 +225,7 @@ def _middle_cut(text: str, *, first: bool, last: bool) -> str:
 
 def diff_text(diff: Diff, *, most: int = 20) -> str:
     """Return the difference as text, with at most ``most`` rows of each kind of change."""
-    lines = [f"{short(diff.a.digest)} → {short(diff.b.digest)}: {_summary(diff)}", _comparability(diff)]
+    lines = [f"{short(diff.a.digest)} → {short(diff.b.digest)}: {summary(diff)}", comparability(diff)]
     # Test rows first: they decide whether scores can be compared.
     test = {key for keys in diff.test_changes.values() for key in keys}
     edited = sorted(diff.edited, key=lambda e: e.after.key not in test)
@@ -244,7 +244,8 @@ def diff_text(diff: Diff, *, most: int = 20) -> str:
     return "\n".join(lines)
 
 
-def _summary(diff: Diff) -> str:
+def summary(diff: Diff) -> str:
+    """Return the number of rows of each kind of change."""
     if diff.same:
         return "the same rows in the same splits"
     counts = {"added": diff.added, "removed": diff.removed, "edited": diff.edited, "moved": diff.moved}
@@ -254,7 +255,8 @@ def _summary(diff: Diff) -> str:
     return ", ".join(parts)
 
 
-def _comparability(diff: Diff) -> str:
+def comparability(diff: Diff) -> str:
+    """Return whether scores of the two versions can be compared, and the reason if not."""
     if diff.comparable:
         return "0 test rows changed: scores stay comparable"
     kinds = ", ".join(f"{len(keys):,} {kind}" for kind, keys in diff.test_changes.items() if keys)

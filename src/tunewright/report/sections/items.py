@@ -8,6 +8,7 @@ from typing import Literal
 
 from tunewright.config import MetricName
 from tunewright.core.text import changes
+from tunewright.evidence.items import CHANGES, Change, change_of
 from tunewright.evidence.schema import Contrast, Evidence, Item
 from tunewright.evidence.verdict import changed_words
 from tunewright.report.blocks import Block, Items, Lead, Section, ShownAnswer, ShownItem
@@ -54,15 +55,15 @@ def _fixed(first: Contrast, word: str, fixed: Sequence[Numbered], *, graded: boo
     return Section("fixed", f"{capitalised(word)}: {_count(fixed)}", tuple(blocks))
 
 
-def _still_wrong(evidence: Evidence, groups: dict[str, list[Numbered]], *, graded: bool) -> Section:
-    first, wrong = evidence.contrasts[0], groups["still_wrong"]
-    rest = f"The remaining {len(groups['both_right'])} of {evidence.items} items"
+def _still_wrong(evidence: Evidence, groups: dict[Change, list[Numbered]], *, graded: bool) -> Section:
+    first, wrong = evidence.contrasts[0], groups["both wrong"]
+    rest = f"The remaining {len(groups['both right'])} of {evidence.items} items"
     lead = (
         f"The same score with both arms, less than the full one. {rest} have the full score with both."
         if graded
         else f"Wrong with both arms. {rest} are right with both."
     )
-    if unscored := len(groups["unscored"]):
+    if unscored := len(groups["not scored"]):
         lead += f" {unscored} could not be scored in both arms and are left out."
     blocks: list[Block] = [Lead(lead)]
     if wrong:
@@ -77,24 +78,13 @@ def _count(items: Sequence[Numbered]) -> str:
     return f"{len(items)} {'item' if len(items) == 1 else 'items'}"
 
 
-def _sorted_items(items: Sequence[Item], contrast: Contrast) -> dict[str, list[Numbered]]:
+def _sorted_items(items: Sequence[Item], contrast: Contrast) -> dict[Change, list[Numbered]]:
     """Return the items, numbered from 1 in their own order, grouped by the treatment's effect on their score."""
-    groups: dict[str, list[Numbered]] = {
-        name: [] for name in ("broken", "fixed", "still_wrong", "both_right", "unscored")
-    }
+    groups: dict[Change, list[Numbered]] = {name: [] for name in CHANGES}
     for number, item in enumerate(items, 1):
-        scores = item.scores[contrast.metric]
-        ours, theirs = scores.get(contrast.treatment), scores.get(contrast.control)
-        groups[_group(ours, theirs)].append((number, item))
+        change = change_of(item, contrast.treatment, contrast.control, contrast.metric)
+        groups[change].append((number, item))
     return groups
-
-
-def _group(ours: float | None, theirs: float | None) -> str:
-    if ours is None or theirs is None:
-        return "unscored"
-    if ours != theirs:
-        return "fixed" if ours > theirs else "broken"
-    return "both_right" if ours == 1 else "still_wrong"
 
 
 def _shown(numbered: Sequence[Numbered], contrast: Contrast) -> tuple[ShownItem, ...]:
@@ -103,16 +93,16 @@ def _shown(numbered: Sequence[Numbered], contrast: Contrast) -> tuple[ShownItem,
             number,
             item.input,
             item.reference,
-            tuple(_answer(item, arm, contrast.metric) for arm in (contrast.control, contrast.treatment)),
+            tuple(shown_answer(item, arm, contrast.metric) for arm in (contrast.control, contrast.treatment)),
         )
         for number, item in numbered
     )
 
 
-def _answer(item: Item, arm: str, metric: MetricName) -> ShownAnswer:
+def shown_answer(item: Item, arm: str, metric: MetricName) -> ShownAnswer:
     """Split the arm's answer by words where it differs from the reference; a full score counts as right."""
     answer, reference = item.answers[arm], item.reference
-    score = item.scores[metric].get(arm)
+    score = item.scores.get(metric, {}).get(arm)
     right, mark = score == 1, _mark(score)
     if right or not answer:
         return ShownAnswer(arm, right, mark, (("same", answer),))

@@ -21,8 +21,6 @@ def section(evidence: Evidence, history: Sequence[dict[str, Any]]) -> Section | 
     if evidence.design == "cross-fitted":
         return None
     trained = f"{evidence.train_items:,} training examples."
-    if evidence.generated_effect is not None:
-        trained += f" {evidence.generated_effect.line}"
     if not history:
         return Section("training", "Training", (Lead(f"{trained} This adapter has no loss history."),))
     metric = _trained_by(evidence)

@@ -9,14 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from sqlalchemy import Connection, and_, func, or_, select
+from sqlalchemy import Connection, Integer, and_, cast, func, or_, select
 
 from tunewright.core.csv import safe_cell
 from tunewright.serving.tenants.database import Database
 from tunewright.serving.tenants.tables import api_keys, releases, requests, shadow_answers, tenants
 from tunewright.serving.tenants.tenants import find_tenant
 from tunewright.serving.tenants.times import iso
-from tunewright.serving.tenants.usage_rollup import daily_totals, rolled_up_until
+from tunewright.serving.tenants.usage_rollup import DAY_SECONDS, DayTotal, daily_totals, rolled_up_until
 
 _MOST_FAULTS = 100
 """Requests that `Usage.faults` lists; one mistake may affect all."""
@@ -125,6 +125,34 @@ class Usage:
             names = dict(connection.execute(select(tenants.c.id, tenants.c.name)).all())
         return _summed(rows, names)
 
+    def by_day(self, tenant: str | None = None, since: float | None = None) -> list[DayTotal]:
+        """Return totals by day (UTC), tenant, alias and adapter, the oldest first.
+
+        Raises:
+            UserError: the tenant does not exist, or ``since`` is within a day that was rolled up.
+        """
+        with self._database.reading() as connection:
+            tenant_id = None if tenant is None else int(find_tenant(connection, tenant).id)
+            rows = _request_totals(connection, tenant_id, since, (self._day,))
+            rows += daily_totals(connection, tenant_id, since)
+            names = dict(connection.execute(select(tenants.c.id, tenants.c.name)).all())
+        sums: dict[tuple[str, str, str, str], Counter[str]] = defaultdict(Counter)
+        for row in rows:
+            day = str(iso(int(row["day"]) * DAY_SECONDS))[:10]
+            by = (day, names[row["tenant_id"]], row["alias"], row["digest"])
+            sums[by].update({name: int(row[name]) for name in _COUNTED})
+        return [
+            DayTotal(*by, total["requests"], total["prompt_tokens"], total["completion_tokens"])
+            for by, total in sorted(sums.items())
+        ]
+
+    @property
+    def _day(self) -> Any:
+        """The day of a request since 1970, as SQL."""
+        days = requests.c.started / DAY_SECONDS
+        # PostgreSQL rounds in a cast; SQLite cuts, and may have no floor.
+        return (cast(days, Integer) if self._database.is_sqlite else func.floor(days)).label("day")
+
     def shadow_lines(self, alias: str) -> list[ShadowLine]:
         """Return the requests of an alias's shadows, the oldest first."""
         query = select(shadow_answers, requests.c.started, tenants.c.name, releases.c.candidate)
@@ -193,11 +221,14 @@ def usage_csv(lines: Sequence[UsageLine]) -> str:
     return out.getvalue()
 
 
+_COUNTED = ("requests", "prompt_tokens", "completion_tokens")
 _SUMMED = ("requests", "in_flight", "prompt_tokens", "completion_tokens", "first_tokens", "first_token_s")
 
 
-def _request_totals(connection: Connection, tenant_id: int | None, since: float | None) -> list[dict[str, Any]]:
-    by = (requests.c.tenant_id, requests.c.alias, requests.c.digest)
+def _request_totals(
+    connection: Connection, tenant_id: int | None, since: float | None, more: tuple[Any, ...] = ()
+) -> list[dict[str, Any]]:
+    by = (requests.c.tenant_id, requests.c.alias, requests.c.digest, *more)
     query = select(
         *by,
         func.count().label("requests"),

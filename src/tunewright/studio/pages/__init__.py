@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
-from tunewright.studio.pages import data, evaluation, project, review
+from tunewright.studio.pages import (
+    data,
+    deploy,
+    evaluation,
+    evidence,
+    new_project,
+    playground,
+    project,
+    review,
+    rows,
+    tenants,
+    training,
+)
 
 HANDLERS = (
     *project.HANDLERS.items(),
+    *new_project.HANDLERS.items(),
     *data.HANDLERS.items(),
+    *rows.HANDLERS.items(),
     *review.HANDLERS.items(),
     *evaluation.HANDLERS.items(),
+    *training.HANDLERS.items(),
+    *evidence.HANDLERS.items(),
+    *deploy.HANDLERS.items(),
+    *tenants.HANDLERS.items(),
+    *playground.HANDLERS.items(),
 )
 """Each page's method and path, with its function."""

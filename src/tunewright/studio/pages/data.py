@@ -1,113 +1,215 @@
-"""The dataset's versions, uploaded files, and rows."""
+"""The dataset's versions, and uploaded files on their way into it."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
 
 from starlette.responses import Response
 
-from tunewright.api.data import AddOptions
+from tunewright.api.data import AddOptions, ColumnMapping
 from tunewright.core.errors import UserError
-from tunewright.data.dedup import cluster_counts
+from tunewright.data.dedup.leakage import leakage_sentences
 from tunewright.data.review.label_models import excerpt
-from tunewright.data.trace import find_row, metadata_by_key
+from tunewright.data.versions import current_manifest
+from tunewright.data.versions.diff import comparability, summary, word_changes
 from tunewright.studio.visit import Handlers, Visit
 
 UPLOADS = "uploads"
 """The folder of uploaded files, in the project's."""
+MAX_UPLOAD = 200_000_000  # bytes, held in memory once
 
-_ON_A_PAGE = 50  # rows
 _FAULTS = 100  # of a file on its page
+_ROWS = 50  # of each kind of change between two versions
+_NEAREST = 10  # pairs of a held-out row and a training row
+_MEASURED_AT_ONCE = 20_000  # rows, whose leakage takes seconds to measure
+_CHANGES = 20  # of a corrected copy, on the next page
+_FLAGS = {
+    "skip_bad": "Leave faulty rows out",
+    "redact": "Replace secrets and personal data with placeholders",
+    "accept_conflicts": "Keep inputs with different answers",
+    "replace": "Let a new answer replace the known one of the same input",
+}
+_MAPPING = ("sheet", "input", "output")
 
 
 def data_page(visit: Visit) -> Response:
-    """Show the versions and a form that takes a file."""
-    return visit.page("data.html.j2", "Data", versions=visit.project.data.log()[::-1])
+    """Show a form that takes a file, the files that can be added, and the versions."""
+    current = current_manifest(visit.project.folder.dataset)
+    return visit.page(
+        "data.html.j2",
+        "Data",
+        files=list(_files(visit)),
+        max_upload=MAX_UPLOAD,
+        versions=visit.project.data.log()[::-1],
+        current=current.digest if current else "",
+    )
 
 
 def check_page(visit: Visit) -> Response:
-    """Show what adding an uploaded file would do."""
-    file, options = _uploaded(visit, visit.query), _add_options(visit.query)
+    """Show what adding an uploaded file would do, and let its columns be chosen."""
+    (name, file), options, mapping = _file(visit, visit.query), _add_options(visit.query), _mapping(visit.query)
+    data = visit.project.data
+    sheets: tuple[str, ...] = ()
+    preview = checked = None
+    refusals: list[UserError] = []
+    try:
+        sheets = data.sheets(file)
+        preview = data.preview_file(file, mapping)
+    except UserError as refusal:
+        refusals.append(refusal)
+    try:
+        checked = data.check_files([file], options)
+    except UserError as refusal:
+        refusals.insert(0, refusal)
+    else:
+        unreadable = [each.unreadable for each in checked.files.files if each.unreadable]
+        refusals = [*map(_as_error, unreadable), *checked.refusals, *refusals]
     return visit.page(
         "check.html.j2",
         "Data",
-        file=file.name,
-        options=options,
-        checked=visit.project.data.check_files([file], options),
+        file=name,
+        fields={name: value for name, value in visit.query.items() if name in (*_FLAGS, *_MAPPING) and value},
+        flags=_FLAGS,
+        sheets=sheets,
+        preview=preview,
+        checked=checked,
+        # Paths as a person knows them: from the project's folder on.
+        refusals=dict.fromkeys(str(refusal).replace(f"{visit.project.folder.root}/", "") for refusal in refusals),
+        version=_current(visit),
         most=_FAULTS,
+        excerpt=excerpt,
     )
 
 
 def add_file(visit: Visit) -> Response:
     """Add an uploaded file as a new version."""
-    file = _uploaded(visit, visit.form)
+    name, file = _file(visit, visit.form)
+    if visit.form.get("version", "") != _current(visit):
+        message = "Another tab or a terminal changed the dataset. Nothing was added; this is the effect now."
+        return visit.go(_check_path(name, visit.form), message)
     added = visit.project.data.add([file], _add_options(visit.form), message=visit.form.get("message", ""))
     state = "is new" if added.created else "has all of these rows already"
-    return visit.go("/data", f"Version {added.version.digest[:12]} {state}.")
+    return visit.go("/data", f"Version {added.version.digest[:12]} {state}. The page Project has the next step.")
 
 
-def _uploaded(visit: Visit, fields: dict[str, str]) -> Path:
+def fix_file(visit: Visit) -> Response:
+    """Write a corrected copy of an uploaded file, and show what adding the copy would do."""
+    _, file = _file(visit, visit.form)
+    copy = visit.project.folder.root / UPLOADS / f"{file.name.partition('.')[0]}-corrected.jsonl"
+    changes = [str(change) for change in visit.project.data.fix_file(file, copy, _mapping(visit.form))]
+    more = [f"{len(changes) - _CHANGES:,} more changes are not shown."] if len(changes) > _CHANGES else []
+    return visit.go(_check_path(copy.name), f"Wrote {copy.name}.", *changes[:_CHANGES], *more)
+
+
+def checkout(visit: Visit) -> Response:
+    """Make an earlier version the current one."""
+    manifest = visit.project.data.checkout(visit.form.get("version", ""))
+    return visit.go("/data", f"Version {manifest.digest[:12]} is the current one now.")
+
+
+def diff_page(visit: Visit) -> Response:
+    """Show the difference between two versions."""
+    versions = visit.project.data.log()[::-1]
+    if len(versions) < 2:
+        raise UserError("There are fewer than two versions", fix="Add a file, or edit answers in a review.")
+    parents = {each.digest: each.parent for each in versions}
+    after = visit.query.get("b") or _current(visit)
+    before = visit.query.get("a") or parents.get(after) or versions[-1].digest
+    found = visit.project.data.diff(before, after)
+    return visit.page(
+        "diff.html.j2",
+        "Difference",
+        versions=versions,
+        found=found,
+        summary=summary(found),
+        comparability=comparability(found),
+        word_changes=word_changes,
+        most=_ROWS,
+        excerpt=excerpt,
+    )
+
+
+def leakage_page(visit: Visit) -> Response:
+    """Show how similar held-out rows are to training rows; of a large version only on request."""
+    rows = len(visit.version.members)
+    known = visit.cache.leakage is not None and visit.cache.leakage[0][0] == visit.version.digest
+    if rows > _MEASURED_AT_ONCE and not known and "measure" not in visit.query:
+        return visit.page("leakage.html.j2", "Leakage", rows=rows, bands=[], report=None)
+    report = visit.leakage
+    counts = list(zip(report.histogram("dev"), report.histogram("test"), strict=True))
+    most = max(1, *(dev + test for dev, test in counts))
+    bands = [
+        (f"{place / 10:.1f} to {(place + 1) / 10:.1f}", dev, test, 100 * (dev + test) / most)
+        for place, (dev, test) in enumerate(counts)
+    ]
+    nearest = sorted(report.nearest, key=lambda row: -row.similarity)[:_NEAREST]
+    by_key = {member.key: member for member in visit.version.members}
+    return visit.page(
+        "leakage.html.j2",
+        "Leakage",
+        rows=rows,
+        bands=bands,
+        report=report,
+        sentences=leakage_sentences(report),
+        nearest=[(row, by_key[row.key], by_key[row.of]) for row in nearest if row.of is not None],
+        excerpt=excerpt,
+    )
+
+
+def _files(visit: Visit) -> dict[str, Path]:
+    """Return the files that can be added by their names on the page: uploaded ones, and ``./FILE`` of data.sources."""
+    root = visit.project.folder.root
+    uploads = {file.name: file for file in sorted((root / UPLOADS).glob("[!.]*")) if file.is_file()}
+    sources = {f"./{name}": root / name for name in visit.project.folder.config.data.sources}
+    return uploads | {name: file for name, file in sources.items() if file.is_file()}
+
+
+def _file(visit: Visit, fields: dict[str, str]) -> tuple[str, Path]:
+    """Return the name and path of the file that a form or an address names."""
     name = fields.get("file", "")
-    file = visit.project.folder.root / UPLOADS / name
-    if file.name != name or not file.is_file():
+    files = _files(visit)
+    if name not in files:
         raise UserError(f"There is no uploaded file {name!r}", fix="Upload it on the page Data.")
-    return file
+    return name, files[name]
+
+
+def _current(visit: Visit) -> str:
+    manifest = current_manifest(visit.project.folder.dataset)
+    return manifest.digest if manifest else ""
+
+
+def _check_path(file: str, fields: dict[str, str] | None = None) -> str:
+    kept = {name: value for name, value in (fields or {}).items() if name in (*_FLAGS, *_MAPPING)}
+    return f"/data/check?{urlencode({'file': file, **kept})}"
+
+
+def _mapping(fields: dict[str, str]) -> ColumnMapping:
+    sheet, input_column, output_column = (fields.get(name) or None for name in _MAPPING)
+    return ColumnMapping(sheet=sheet, input_column=input_column, output_column=output_column)
 
 
 def _add_options(fields: dict[str, str]) -> AddOptions:
     return AddOptions(
-        skip_bad="skip_bad" in fields, redact="redact" in fields, accept_conflicts="accept_conflicts" in fields
+        _mapping(fields),
+        skip_bad="skip_bad" in fields,
+        redact="redact" in fields,
+        accept_conflicts="accept_conflicts" in fields,
+        replace="replace" in fields,
     )
 
 
-def rows_page(visit: Visit) -> Response:
-    """Show the rows of the current version that match a search and a split."""
-    words = visit.query.get("q", "").casefold().split()
-    split = visit.query.get("split", "")
-    rows = [
-        member
-        for member, text in zip(visit.version.members, visit.cache.texts, strict=True)
-        if (not split or member.split == split) and all(word in text for word in words)
-    ]
-    pages = max(1, -(-len(rows) // _ON_A_PAGE))
-    number = visit.query.get("page", "1")
-    page = min(int(number), pages) if number.isdecimal() and int(number) > 0 else 1
-    shown = rows[(page - 1) * _ON_A_PAGE : page * _ON_A_PAGE]
-    return visit.page(
-        "rows.html.j2",
-        "Rows",
-        rows=shown,
-        count=len(rows),
-        page=page,
-        pages=pages,
-        q=visit.query.get("q", ""),
-        split=split,
-        excerpt=excerpt,
-    )
-
-
-def row_page(visit: Visit) -> Response:
-    """Show one row: its conversation, its tokens with the loss mask, and the rows most similar to it."""
-    from tunewright.chat.inspection import view
-
-    member = find_row(visit.project.folder.dataset, visit.version, visit.place["row"])
-    chat = visit.chat
-    return visit.page(
-        "row.html.j2",
-        f"Row {member.key[:12]}",
-        member=member,
-        metadata=metadata_by_key(visit.project.folder.dataset, visit.version.manifest).get(member.key, {}),
-        counts=cluster_counts(visit.version, member),
-        tokens=[view(chat, row) for row in chat.rows(member.example.messages)],
-        neighbors=[] if member.mixed else visit.neighbors.of(member.key),
-        excerpt=excerpt,
-    )
+def _as_error(error: dict[str, Any]) -> UserError:
+    return UserError(error["what"], where=error["where"], fix=error["fix"])
 
 
 HANDLERS: Handlers = {
     ("GET", "/data"): data_page,
     ("GET", "/data/check"): check_page,
     ("POST", "/data/add"): add_file,
-    ("GET", "/rows"): rows_page,
-    ("GET", "/rows/{row}"): row_page,
+    ("POST", "/data/fix"): fix_file,
+    ("POST", "/data/checkout"): checkout,
+    ("GET", "/data/diff"): diff_page,
+    ("GET", "/data/leakage"): leakage_page,
 }

@@ -1,8 +1,8 @@
-"""Blind comparison, and reports."""
+"""Blind comparison."""
 
 from __future__ import annotations
 
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import Response
 
 from tunewright.core.errors import UserError
 from tunewright.data.review.report import ReviewReport, review_report
@@ -12,8 +12,6 @@ from tunewright.evaluation.human_eval.session import BlindReview, ComparisonProg
 from tunewright.evidence.human_eval import AnswerReview
 from tunewright.evidence.schema import DEV_PREFIX, EVIDENCE_FILE
 from tunewright.studio.visit import Handlers, Visit, path_of
-
-_REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'"
 
 _NEWEST = 20  # evaluations
 _SIDES: dict[str, Side] = {"A": "A", "B": "B", "both": "both", "neither": "neither", "skip": "skip"}
@@ -97,17 +95,10 @@ def _comparison(visit: Visit) -> BlindReview:
     return kept[place]
 
 
-def report_page(visit: Visit) -> Response:
-    """Show an evaluation's report, which is a page of its own with its styles inside."""
-    text = visit.project.report(visit.place["evaluation"]).read_text(encoding="utf-8")
-    return HTMLResponse(text, headers={"Content-Security-Policy": _REPORT_POLICY})
-
-
 HANDLERS: Handlers = {
     ("GET", "/compare"): comparisons_page,
     ("GET", "/compare/{evaluation}"): compare_page,
     ("POST", "/compare/{evaluation}"): judge_pair,
     ("GET", "/compare/{evaluation}/{against}"): compare_page,
     ("POST", "/compare/{evaluation}/{against}"): judge_pair,
-    ("GET", "/report/{evaluation}"): report_page,
 }

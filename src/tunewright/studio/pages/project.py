@@ -13,6 +13,8 @@ from tunewright.core.text import count_of
 from tunewright.data.review.report import review_report
 from tunewright.data.versions import current_manifest
 from tunewright.evidence.schema import DEV_PREFIX, EVIDENCE_FILE
+from tunewright.studio.pages.deploy import needs_keys, newest_releases
+from tunewright.studio.served import refusal, served
 from tunewright.studio.visit import Handlers, Visit, path_of
 
 _COMMANDS = ("advise", "train", "evaluate", "run")
@@ -46,7 +48,7 @@ class Evaluation:
 
 def project_page(visit: Visit) -> Response:
     """Show the stages of the pipeline, what to do next, the evaluations and the jobs."""
-    evaluations = _evaluations(visit)
+    evaluations = evaluations_of(visit)
     return visit.page(
         "project.html.j2",
         "Project",
@@ -90,14 +92,24 @@ def _stages(visit: Visit, evaluations: list[Evaluation]) -> list[Stage]:
     if measured:
         newest = measured[0]
         stages.append(Stage("Verdict", "done", newest.verdict, link=(path_of("report", newest.id), "Read the report")))
+        if any(each.verdict == "ship" for each in measured):
+            stages.append(_deploy_stage(visit))
     return stages
 
 
-def _evaluations(visit: Visit) -> list[Evaluation]:
+def _deploy_stage(visit: Visit) -> Stage:
+    live = [release.alias for release in newest_releases(visit) if not release.undeployed]
+    text = f"Live: {', '.join(live)}" if live else "No alias is live yet."
+    link = ("/deploy", "Aliases and releases" if live else "Release the adapter")
+    return Stage("Deploy", "done" if live else "next", text, link=link, command="tunewright deploy ALIAS ADAPTER")
+
+
+def evaluations_of(visit: Visit, most: int = _NEWEST) -> list[Evaluation]:
+    """Return the newest evaluations with their verdicts; damaged evidence is named."""
     folder = visit.project.folder.evaluations
     files = sorted(folder.glob(f"[!.]*/{EVIDENCE_FILE}"), key=lambda file: file.stat().st_mtime, reverse=True)
     found = []
-    for file in files[:_NEWEST]:
+    for file in files[:most]:
         name = file.parent.name
         try:
             verdict = visit.project.verdict(file.parent)
@@ -131,7 +143,16 @@ def start_job(visit: Visit) -> Response:
 def job_page(visit: Visit) -> Response:
     """Show a job's log, which grows while it runs."""
     job = visit.jobs.find(visit.place["job"])
-    return visit.page("job.html.j2", f"Job: {job.command[0]}", job=job, state=job.state)
+    server = served(job)
+    return visit.page(
+        "job.html.j2",
+        f"Job: {job.command[0]}",
+        job=job,
+        state=job.state,
+        refusal=refusal(job),
+        served=server,
+        keys=server is not None and needs_keys(visit),
+    )
 
 
 def stop_job(visit: Visit) -> Response:

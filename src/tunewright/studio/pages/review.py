@@ -249,7 +249,7 @@ def _review(visit: Visit, queue: str) -> ReviewSession | None:
         del kept[old]
     adapter = place[-1] or None
     data = visit.project.data
-    if queue == "suspects" and not data.has_suspects(version, adapter):
+    if queue == "suspects" and data.stored_suspects(version, adapter) is None:
         return None
     kept[place] = data.review(
         visit.session.reviewer,

@@ -37,6 +37,32 @@ document.addEventListener("submit", event => {
 });
 addEventListener("pageshow", () => { sent = false; });
 
+// A file that the studio would refuse is not sent first.
+document.addEventListener("change", event => {
+  const largest = Number(event.target.dataset?.largest);
+  if (!largest) return;
+  const tooLarge = [...event.target.files].some(file => file.size > largest);
+  event.target.setCustomValidity(tooLarge ? `The file is larger than ${largest.toLocaleString("en")} bytes.` : "");
+  event.target.reportValidity();
+});
+// Answers of the playground, as they are computed. The page that is loaded then has their tokens.
+const asked = document.getElementById("asked");
+if (asked) {
+  const events = new EventSource(asked.dataset.events);
+  events.onmessage = event => {
+    const piece = JSON.parse(event.data);
+    document.getElementById(`answer-${piece.model}`).append(piece.text);
+  };
+  events.addEventListener("finished", () => {
+    events.close();
+    location.reload();
+  });
+  // After a lost connection the answers begin again.
+  events.onopen = () => {
+    for (const answer of document.querySelectorAll("[id^=answer-]")) answer.textContent = "";
+  };
+}
+
 // A job's log, line by line.
 const log = document.getElementById("log");
 if (log) {

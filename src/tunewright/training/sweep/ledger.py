@@ -102,6 +102,23 @@ class Ledger:
         if not self._text or there != self.head:
             raise UserError("This is not the ledger of this sweep", where=f"{self.path}:1", fix=_RESTORE)
 
+    @classmethod
+    def stored(cls, folder: Path) -> Ledger:
+        """Return the ledger in a sweep's folder.
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
+        path = folder / LEDGER
+        try:
+            first = text_lines(path.read_text(encoding="utf-8"))[:1]
+            return cls(folder, Head.model_validate_json(first[0] if first else ""))
+        except FileNotFoundError:
+            raise UserError("The sweep has no ledger", where=str(path), fix="Run `tunewright train --sweep`.") from None
+        except (ValidationError, UnicodeDecodeError) as error:
+            what = f"Not a valid ledger: {' '.join(str(error).splitlines()[:2])}"
+            raise UserError(what, where=f"{path}:1", fix=_RESTORE) from None
+
     def add(self, event: Event, trial: str, rung: int, step: int, **values: Any) -> Entry:
         """Append a line."""
         entry = Entry(
@@ -136,6 +153,15 @@ class Ledger:
     def steps_of(self, trial: str) -> int:
         """Return the furthest step that a trial has reached."""
         return max((e.step for e in self.entries if e.trial == trial and e.steps), default=0)
+
+    def outcome(self, trial: str) -> str:
+        """Return the last decision on a trial in words."""
+        entry = self.fate(trial)
+        if entry is None:
+            return "not reached"
+        if entry.event in {"out", "left out", "diverged"}:
+            return f"{entry.event} at rung {entry.rung}" + (f": {entry.why}" if entry.why else "")
+        return "the winner" if entry.event == "winner" else entry.event
 
     @property
     def seconds(self) -> float:

@@ -1,4 +1,4 @@
-"""A browser without JavaScript on a studio."""
+"""A browser without JavaScript on a running studio."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from html import unescape
+from pathlib import Path
 
 import httpx
+
+from tunewright.serving.gateway.server import serving
+from tunewright.studio import Studio
 
 PASSWORD = "a long password"
 
@@ -18,7 +22,7 @@ class Browser:
     def __init__(self, client: httpx.Client) -> None:
         self.client = client
         signed_in = client.post("/sign-in", data={"secret": PASSWORD})
-        assert (signed_in.status_code, signed_in.url.path) == (200, "/")
+        assert signed_in.status_code == 200 and signed_in.url.path in ("/", "/new")
 
     def get(self, path: str) -> str:
         """Return a page's HTML."""
@@ -30,8 +34,14 @@ class Browser:
         """Send a form with the hidden fields of the page that it stands on."""
         html = self.get(page)
         hidden = re.findall('<input type="hidden" name="([^"]*)" value="([^"]*)"', html)
-        kept = {name: unescape(value) for name, value in hidden if name in ("form_token", "key", "file")}
+        kept = {name: unescape(value) for name, value in hidden if name in ("form_token", "key", "file", "version")}
         return self.client.post(path, data=kept | fields)
+
+    def upload(self, name: str, content: bytes) -> httpx.Response:
+        """Send a file from the page Data."""
+        token = re.search('name="form_token" value="([^"]*)"', self.get("/data"))
+        assert token is not None
+        return self.client.post("/data/upload", data={"form_token": token[1]}, files={"file": (name, content)})
 
     def judge(self, action: str, page: str = "/review", **fields: str) -> str:
         """Press a button of a page of the review."""
@@ -45,3 +55,10 @@ def opened(url: str) -> Iterator[Browser]:
     """A browser on a running studio."""
     with httpx.Client(base_url=url, follow_redirects=True, timeout=60) as client:
         yield Browser(client)
+
+
+@contextmanager
+def restarted(project: Path) -> Iterator[Browser]:
+    """A browser on a studio that is started for it."""
+    with serving(Studio(project, "ada", password=PASSWORD).app()) as url, opened(url) as browser:
+        yield browser

@@ -1,0 +1,89 @@
+"""Search and filters over the rows of a version."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from tunewright.data.review.edits import superseded_keys
+from tunewright.data.review.suspects import conflicts
+from tunewright.data.trace import places_by_key
+from tunewright.data.versions import DatasetVersion, Member
+
+FLAGS = ("suspect", "conflict", "generated", "edited", "mixed")
+
+
+@dataclass(frozen=True)
+class RowQuery:
+    """Conditions that a row must meet; an empty one is always met."""
+
+    words: str = ""
+    """Separated by white space; each is in the key, the input or the output, in any case."""
+    split: str = ""
+    cluster: str = ""
+    """First digits of the cluster."""
+    source: str = ""
+    """The file that the row was first read from."""
+    flag: str = ""
+    """One of ``FLAGS``."""
+
+
+class RowIndex:
+    """The rows of a version, ready to be searched.
+
+    Sources, edits and conflicts are looked up when the first query asks for them, and kept.
+    """
+
+    def __init__(self, dataset: Path, version: DatasetVersion) -> None:
+        self._dataset = dataset
+        self._version = version
+        self._texts = tuple(f"{m.key} {m.example.input_text} {m.example.output}".casefold() for m in version.members)
+
+    def find(self, query: RowQuery, suspects: AbstractSet[str] = frozenset()) -> list[Member]:
+        """Return the matching rows, sorted by key; ``suspects`` are the keys that the flag of that name means."""
+        members = self._version.members
+        places: Sequence[int] = range(len(members))
+        if query.split:
+            places = [i for i in places if members[i].split == query.split]
+        if query.cluster:
+            places = [i for i in places if members[i].cluster.startswith(query.cluster.lower())]
+        if query.source:
+            places = [i for i in places if self.source_of.get(members[i].key) == query.source]
+        if query.flag in ("generated", "mixed"):
+            places = [i for i in places if getattr(members[i], query.flag)]
+        elif query.flag:
+            flagged = suspects if query.flag == "suspect" else self._flagged(query.flag)
+            places = [i for i in places if members[i].key in flagged]
+        for word in query.words.casefold().split():
+            places = [i for i in places if word in self._texts[i]]
+        return [members[i] for i in places]
+
+    @cached_property
+    def source_of(self) -> dict[str, str]:
+        """The file of each row by key; rows of earlier releases and of the mix-in may lack one."""
+        places = places_by_key(self._dataset, self._version.manifest)
+        return {key: place.rpartition(":")[0] for key, place in places.items()}
+
+    @cached_property
+    def sources(self) -> list[str]:
+        """All files that rows of the version were read from."""
+        return sorted({self.source_of[m.key] for m in self._version.members if m.key in self.source_of})
+
+    def flags_of(self, member: Member) -> list[str]:
+        """Return a row's flags; ``suspect`` is not among them."""
+        flags = [flag for flag in ("conflict", "edited") if member.key in self._flagged(flag)]
+        return flags + [flag for flag in ("generated", "mixed") if getattr(member, flag)]
+
+    def _flagged(self, flag: str) -> frozenset[str]:
+        return self._conflicting if flag == "conflict" else self._edited
+
+    @cached_property
+    def _conflicting(self) -> frozenset[str]:
+        return frozenset(each.key for each in conflicts(self._version.domain))
+
+    @cached_property
+    def _edited(self) -> frozenset[str]:
+        return frozenset(superseded_keys(self._dataset, self._version.manifest).values())

@@ -1,0 +1,201 @@
+"""Aliases, their releases, the server, and the audit log."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from starlette.responses import Response
+
+from tunewright.adapters.registry import list_adapters
+from tunewright.api.audit_text import audit_details
+from tunewright.api.shadows import differing_lines, shadow_counts
+from tunewright.core.clock import minute
+from tunewright.core.errors import UserError
+from tunewright.studio.jobs import SERVER
+from tunewright.studio.served import RELEASES, outcome, served
+from tunewright.studio.visit import Handlers, Visit, path_of
+
+if TYPE_CHECKING:
+    from tunewright.serving.tenants import Release
+
+_ADAPTERS = 20  # newest ones on the page
+_JOBS = 5
+_DIFFERING = 10  # answers of a shadow
+_LINES = 100  # of the audit log on a page
+_TRIALS = ("all", "canary", "shadow")
+_SWITCHES = {"no_system_prompt": "--no-system-prompt", "constrain": "--constrain"}
+
+
+def deploy_page(visit: Visit) -> Response:
+    """Show the aliases, what can be released, and the server."""
+    project = visit.project
+    adapters = list_adapters(project.folder.adapters)[::-1]
+    server = visit.jobs.server()
+    jobs = [job for job in visit.jobs.all() if job.command[0] in RELEASES][:_JOBS]
+    releasable, fault = [], None
+    try:
+        releasable = project.releasable(adapters[:_ADAPTERS])
+    except UserError as error:  # evidence was changed: nothing can be released, and the rest of the page is needed
+        fault = error
+    return visit.page(
+        "deploy.html.j2",
+        "Deploy",
+        aliases=newest_releases(visit),
+        adapters=releasable,
+        fault=fault,
+        older=len(adapters[_ADAPTERS:]),
+        constrains=project.folder.config.evaluate.structured_outputs is not None,
+        running=visit.jobs.running(),
+        jobs=[(job, outcome(job)) for job in jobs],
+        server=server,
+        served=None if server is None else served(server),
+        keys=needs_keys(visit),
+        serve=project.folder.config.serve,
+        minute=minute,
+    )
+
+
+def newest_releases(visit: Visit) -> list[Release]:
+    """Return the newest release of each alias, by name."""
+    if not visit.project.has_state:
+        return []
+    newest = {release.alias: release for release in visit.project.releases()}
+    return [newest[alias] for alias in sorted(newest)]
+
+
+def require_state(visit: Visit) -> None:
+    """Refuse a page about an alias or a tenant before there is any: to look at it must not create a database.
+
+    Raises:
+        UserError: there is no serving state.
+    """
+    if not visit.project.has_state:
+        raise UserError("There are no aliases and tenants yet", fix="Start on the pages Deploy and Tenants.")
+
+
+def needs_keys(visit: Visit) -> bool:
+    """Return whether requests to a server need a tenant's key."""
+    return visit.project.has_state and bool(visit.project.tenant.list())
+
+
+def deploy(visit: Visit) -> Response:
+    """Start the job that releases an adapter. It makes the checks, and nothing here can skip one."""
+    from tunewright.serving.tenants.tenants import check_name
+
+    alias, adapter, trial = (visit.form.get(name, "") for name in ("alias", "adapter", "trial"))
+    check_name(alias, "an alias")
+    if adapter not in {each.name for each in list_adapters(visit.project.folder.adapters)}:
+        raise UserError(f"There is no adapter {adapter!r}", fix="Go back, reload the page and choose one.")
+    if trial not in _TRIALS:
+        raise UserError(f"Unknown trial {trial!r}", fix=f"Choose from {', '.join(_TRIALS)}.")
+    options = [option for name, option in _SWITCHES.items() if name in visit.form]
+    if trial == "shadow":
+        options.append("--shadow")
+    elif trial == "canary":
+        options.append(f"--canary={_share(visit.form.get('share', ''))}")
+    return visit.go(path_of("jobs", visit.jobs.start("deploy", alias, adapter, *options).id))
+
+
+def _share(text: str) -> str:
+    """Return a percentage in the command line's form."""
+    from tunewright.serving.tenants.times import percent
+
+    text = text.strip()
+    percent(text, "Share of the traffic")
+    return text
+
+
+def alias_page(visit: Visit) -> Response:
+    """Show an alias: what it answers with, its trial, and its history."""
+    require_state(visit)
+    alias = visit.place["alias"]
+    history = visit.project.releases(alias)
+    shadows = visit.project.shadow(alias)
+    return visit.page(
+        "alias.html.j2",
+        f"Alias {alias}",
+        now=history[-1],
+        history=history[::-1],
+        running=visit.jobs.running(),
+        usage=[each for each in visit.project.tenant.usage() if each.alias == alias],
+        shadows=shadow_counts(shadows),
+        differing=differing_lines(shadows)[-_DIFFERING:][::-1],
+        minute=minute,
+    )
+
+
+def promote(visit: Visit) -> Response:
+    """Start the job that makes a candidate live."""
+    alias = _current(visit)
+    return visit.go(path_of("jobs", visit.jobs.start("promote", alias).id))
+
+
+def rollback(visit: Visit) -> Response:
+    """Drop a candidate, or restore an earlier release."""
+    alias, number = _current(visit), visit.form.get("to", "")
+    if number and not (number.isascii() and number.isdigit()):
+        raise UserError(f"Invalid release {number!r}", fix="Choose one of the list.")
+    made = visit.project.rollback(alias, int(number) if number else None)
+    return visit.go(path_of("deploy", alias), f"{alias} answers with {made.adapter} again: release {made.number}.")
+
+
+def undeploy(visit: Visit) -> Response:
+    """Stop answering on an alias."""
+    alias = _current(visit)
+    made = visit.project.undeploy(alias, because=visit.form.get("because", "").strip() or None)
+    return visit.go(path_of("deploy", alias), f"{alias} answers nothing from release {made.number} on.")
+
+
+def _current(visit: Visit) -> str:
+    """Return the form's alias, if nothing was released since its page was made.
+
+    Raises:
+        UserError: something was, or there is no such alias.
+    """
+    require_state(visit)
+    alias = visit.place["alias"]
+    newest = visit.project.releases(alias)[-1].number
+    if visit.form.get("release") != str(newest):
+        raise UserError(
+            f"{alias} has changed meanwhile: its newest release is {newest}. Nothing was done",
+            fix="Go back, reload the page and look again.",
+        )
+    return alias
+
+
+def start_server(visit: Visit) -> Response:
+    """Start `tunewright serve`, which runs next to other jobs."""
+    port = visit.form.get("port", "")
+    if not (port.isascii() and port.isdigit() and int(port) <= 65535):
+        raise UserError(f"Invalid port {port!r}", fix="Use a number from 0 to 65535; 0 is any free port.")
+    return visit.go(path_of("jobs", visit.jobs.start(SERVER, f"--port={port}").id))
+
+
+def audit_page(visit: Visit) -> Response:
+    """Show the changes to tenants, keys, limits and releases, newest first, and check them if asked."""
+    has_state = visit.project.has_state
+    lines = visit.project.audit.show()[::-1] if has_state else []
+    pages = max(1, -(-len(lines) // _LINES))
+    number = visit.query.get("page", "1")
+    page = min(int(number), pages) if number.isdecimal() and int(number) > 0 else 1
+    return visit.page(
+        "audit.html.j2",
+        "Audit log",
+        lines=[(line, audit_details(line)) for line in lines[(page - 1) * _LINES : page * _LINES]],
+        count=len(lines),
+        page=page,
+        pages=pages,
+        check=visit.project.audit.verify() if has_state and "verify" in visit.query else None,
+    )
+
+
+HANDLERS: Handlers = {
+    ("GET", "/deploy"): deploy_page,
+    ("POST", "/deploy"): deploy,
+    ("GET", "/deploy/{alias}"): alias_page,
+    ("POST", "/deploy/{alias}/promote"): promote,
+    ("POST", "/deploy/{alias}/rollback"): rollback,
+    ("POST", "/deploy/{alias}/undeploy"): undeploy,
+    ("POST", "/server"): start_server,
+    ("GET", "/audit"): audit_page,
+}

@@ -1,0 +1,135 @@
+"""The playground: one question to the base, the best prompting arm and adapters."""
+
+from __future__ import annotations
+
+import json
+import math
+
+from starlette.responses import Response
+
+from tunewright.adapters.registry import list_adapters
+from tunewright.api.playground_answers import BASE, PROMPTING, PlaygroundAnswer, conversation, shared_system
+from tunewright.core.errors import UserError
+from tunewright.core.io import digest, write_text
+from tunewright.data.versions import current_manifest
+from tunewright.studio.pages.data import UPLOADS
+from tunewright.studio.playing import Question
+from tunewright.studio.visit import Handlers, Visit, path_of
+
+_ADAPTERS = 20  # newest ones on the page
+
+
+def playground_page(visit: Visit) -> Response:
+    """Show the form of a question, or the state of the base."""
+    playing = visit.cache.playing
+    config = visit.project.folder.config
+    adapters = list_adapters(visit.project.folder.adapters)[::-1]
+    page = visit.page(
+        "playground.html.j2",
+        "Playground",
+        state=playing.state,
+        error=playing.error,
+        outdated=playing.is_outdated(config),
+        base=config.base_model,
+        fixed={BASE: "The base, zero-shot", PROMPTING: "The best prompting arm"},
+        adapters=adapters[:_ADAPTERS],
+        older=len(adapters[_ADAPTERS:]),
+        running=visit.jobs.running(),
+    )
+    if playing.state == "loading":
+        page.headers["Refresh"] = "2"
+    return page
+
+
+def load(visit: Visit) -> Response:
+    """Load the base, in a thread of its own."""
+    visit.cache.playing.load()
+    return visit.go("/playground")
+
+
+def unload(visit: Visit) -> Response:
+    """Free the base's memory."""
+    visit.cache.playing.unload()
+    return visit.go("/playground", "The base is not in memory any more.")
+
+
+def ask(visit: Visit) -> Response:
+    """Take a question; its page starts the answers."""
+    text, limit = visit.form.get("question", ""), visit.form.get("limit", "").strip()
+    if not text.strip():
+        raise UserError("The question is empty", fix="Go back and type one.")
+    if limit and not (limit.isascii() and limit.isdigit() and 0 < int(limit) < 10**6):
+        raise UserError(f"Invalid number of tokens {limit!r}", fix="Use a number above 0, or leave it empty.")
+    if visit.cache.playing.playground is None:
+        raise UserError("The base is not loaded", fix="Load it on the page Playground.")
+    names = [BASE, PROMPTING, *(each.name for each in list_adapters(visit.project.folder.adapters)[::-1])]
+    models = tuple(name for name in names if f"model {name}" in visit.form)
+    if not models:
+        raise UserError("Nobody was chosen to answer", fix="Go back and choose the base or an adapter.")
+    version = visit.version if current_manifest(visit.project.folder.dataset) is not None else None
+    question = Question(text, models, version, int(limit) if limit else None)
+    return visit.go(path_of("playground", visit.cache.playing.ask(question)))
+
+
+def question_page(visit: Visit) -> Response:
+    """Show a question with the answers so far; the script shows them as they are computed."""
+    question = visit.cache.playing.question(visit.place["question"])
+    columns = [(model, question.answers.get(model)) for model in question.models]
+    return visit.page(
+        "question.html.j2",
+        "Question",
+        id=visit.place["question"],
+        question=question,
+        columns=[(model, None if isinstance(found, UserError) else found, found) for model, found in columns],
+        percent=lambda logprob: f"{100 * math.exp(logprob):.3g}%",
+    )
+
+
+def row_page(visit: Visit) -> Response:
+    """Show the editor of a new row, with the question and an answer."""
+    question = visit.cache.playing.question(visit.place["question"])
+    answer = question.answers.get(visit.query.get("model", ""))
+    if not isinstance(answer, PlaygroundAnswer):
+        raise UserError("There is no such answer", fix="Go back and choose one.")
+    return visit.page(
+        "new_row.html.j2",
+        "New row",
+        id=visit.place["question"],
+        question=question,
+        model=visit.query["model"],
+        answer=answer,
+    )
+
+
+def write_row(visit: Visit) -> Response:
+    """Write a row into a file of its own, and show what adding it would do: the same page as for any file."""
+    question = visit.cache.playing.question(visit.place["question"])
+    given = question.answers.get(visit.form.get("model", ""))
+    if not isinstance(given, PlaygroundAnswer):
+        raise UserError("There is no such answer", fix="Go back and choose one.")
+    text, answer = visit.form.get("question", ""), visit.form.get("answer", "")
+    if not (text.strip() and answer.strip()):
+        raise UserError("The question or the answer is empty", fix="Go back and type it.")
+    turns = [message.as_dict() for message in conversation(text, shared_system(question.version))]
+    origin = {
+        "from": "playground",
+        "answered_by": given.asked,
+        "adapter": given.digest,
+        "edited": (text, answer) != (question.text, given.text),
+        "by": visit.session.reviewer,
+    }
+    row = {"messages": [*turns, {"role": "assistant", "content": answer}], "origin": origin}
+    name = f"playground-{digest(row)[:12]}.jsonl"
+    write_text(visit.project.folder.root / UPLOADS / name, json.dumps(row, ensure_ascii=False) + "\n")
+    return visit.go(f"/data/check?file={name}")
+
+
+HANDLERS: Handlers = {
+    ("GET", "/playground"): playground_page,
+    ("POST", "/playground"): ask,
+    ("POST", "/playground/load"): load,
+    ("POST", "/playground/unload"): unload,
+    ("GET", "/playground/{question}"): question_page,
+    ("GET", "/playground/{question}/row"): row_page,
+    ("POST", "/playground/{question}/row"): write_row,
+}

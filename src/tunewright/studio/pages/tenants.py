@@ -1,0 +1,211 @@
+"""Tenants: access to aliases, limits, API keys and usage."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+from starlette.responses import Response
+
+from tunewright.core.clock import minute
+from tunewright.core.errors import UserError
+from tunewright.studio.pages.deploy import require_state
+from tunewright.studio.visit import Handlers, Visit, path_of
+
+if TYPE_CHECKING:
+    from tunewright.api.tenants import NewKey
+    from tunewright.serving.tenants import Limits
+    from tunewright.serving.tenants.usage_rollup import DayTotal
+
+_DAYS = 30  # of usage
+_DAY = 86_400
+_LIMITS = ("requests", "tokens", "concurrency")
+
+
+@dataclass(frozen=True)
+class Day:
+    """The usage of one day (UTC)."""
+
+    day: str
+    requests: int
+    prompt_tokens: int
+    completion_tokens: int
+
+
+def tenants_page(visit: Visit) -> Response:
+    """Show all tenants and their usage."""
+    has_state = visit.project.has_state
+    return visit.page(
+        "tenants.html.j2",
+        "Tenants",
+        tenants=visit.project.tenant.list() if has_state else [],
+        days=_days(visit.project.tenant.usage_by_day(since=_since())) if has_state else [],
+        sums=visit.project.tenant.usage() if has_state else [],
+    )
+
+
+def _since() -> float:
+    """Return the beginning of the first day that is shown."""
+    return (time.time() // _DAY - _DAYS + 1) * _DAY
+
+
+def _days(totals: Sequence[DayTotal]) -> list[Day]:
+    """Return every day up to today, those without a request too."""
+    sums: dict[str, Counter[str]] = {}
+    for total in totals:
+        sums.setdefault(total.day, Counter()).update(total.counts)
+    first = datetime.fromtimestamp(_since(), UTC)
+    days = [(first + timedelta(days=number)).date().isoformat() for number in range(_DAYS)]
+    names = ("requests", "prompt_tokens", "completion_tokens")
+    return [Day(day, *(sums.get(day, Counter())[name] for name in names)) for day in days]
+
+
+def add_tenant(visit: Visit) -> Response:
+    """Create a tenant."""
+    from tunewright.serving.tenants import Limits
+
+    name = visit.form.get("name", "").strip()
+    made = visit.project.tenant.add(name, _words(visit, "aliases"), _limits(visit, Limits()))
+    return visit.go(path_of("tenants", made.name), f"The tenant {made.name} is there. Every request needs a key now.")
+
+
+def tenant_page(visit: Visit) -> Response:
+    """Show one tenant: aliases, limits, keys and usage."""
+    require_state(visit)
+    name = visit.place["tenant"]
+    tenant = visit.project.tenant.get(name)
+    return visit.page(
+        "tenant.html.j2",
+        f"Tenant {name}",
+        tenant=tenant,
+        limits=dict(zip(_LIMITS, _shown(tenant.limits), strict=True)),
+        keys=visit.project.tenant.key.list(name),
+        days=_days(visit.project.tenant.usage_by_day(name, since=_since())),
+        sums=visit.project.tenant.usage(name),
+        minute=minute,
+    )
+
+
+def _shown(limits: Limits) -> tuple[str, ...]:
+    values = (limits.requests_per_minute, limits.tokens_per_minute, limits.concurrency)
+    return tuple("none" if value is None else str(value) for value in values)
+
+
+def change_aliases(visit: Visit) -> Response:
+    """Let a tenant call an alias, or no longer."""
+    name, aliases = visit.place["tenant"], _words(visit, "aliases")
+    if not aliases:
+        raise UserError("No alias was named", fix="Go back and name one.")
+    if visit.form.get("action") == "grant":
+        visit.project.tenant.grant(name, aliases)
+    elif visit.form.get("action") == "revoke":
+        visit.project.tenant.revoke(name, aliases)
+    else:
+        raise UserError("Unknown action", fix="Use the buttons of the page.")
+    return visit.go(path_of("tenants", name), f"The aliases of {name} are changed from its next request on.")
+
+
+def change_limits(visit: Visit) -> Response:
+    """Set a tenant's limits."""
+    name = visit.place["tenant"]
+    found = visit.project.tenant.get(name)
+    # A page of an earlier state must not undo what another tab or the terminal has set.
+    if visit.form.get("seen") != ", ".join(_shown(found.limits)):
+        raise UserError("The limits were changed meanwhile. Nothing was done", fix="Go back and reload the page.")
+    visit.project.tenant.limit(name, _limits(visit, found.limits))
+    return visit.go(path_of("tenants", name), f"The limits of {name} hold from its next request on.")
+
+
+def _limits(visit: Visit, before: Limits) -> Limits:
+    from tunewright.serving.tenants.quota import changed_limits
+
+    requests, tokens, concurrency = (visit.form.get(name, "").strip() or None for name in _LIMITS)
+    return changed_limits(before, requests=requests, tokens=tokens, concurrency=concurrency)
+
+
+def disable_tenant(visit: Visit) -> Response:
+    """Revoke all of a tenant's keys and aliases."""
+    name = visit.place["tenant"]
+    if visit.form.get("name") != name:
+        raise UserError("The typed name is another one. Nothing was done", fix=f"Type {name} to disable it.")
+    visit.project.tenant.disable(name)
+    return visit.go(path_of("tenants", name), f"{name} has no keys and no aliases any more. Its usage is kept.")
+
+
+def add_key(visit: Visit) -> Response:
+    """Create a key, and show it this once."""
+    name = visit.place["tenant"]
+    _require_same_keys(visit, name)
+    made = visit.project.tenant.key.add(
+        name, aliases=_words(visit, "aliases") or None, lifetime=_seconds(visit, "expires")
+    )
+    return _key_page(visit, made)
+
+
+def rotate_key(visit: Visit) -> Response:
+    """Replace a key by a new one, and show it this once."""
+    _require_same_keys(visit, visit.place["tenant"])
+    overlap = _seconds(visit, "overlap")
+    made = visit.project.tenant.key.rotate(
+        _own_key(visit), overlap=0.0 if overlap is None else overlap, lifetime=_seconds(visit, "expires")
+    )
+    return _key_page(visit, made)
+
+
+def _key_page(visit: Visit, made: NewKey) -> Response:
+    # The answer to the form itself, which no browser keeps: an address or a stored message would keep the key.
+    return visit.page("key.html.j2", "New API key", made=made, tenant=visit.place["tenant"], minute=minute)
+
+
+def revoke_key(visit: Visit) -> Response:
+    """Revoke a key."""
+    revoked = visit.project.tenant.key.revoke(_own_key(visit))
+    return visit.go(path_of("tenants", visit.place["tenant"]), f"{revoked.prefix} is revoked from the next request on.")
+
+
+def _own_key(visit: Visit) -> str:
+    prefix = visit.place["key"]
+    if prefix not in {key.prefix for key in visit.project.tenant.key.list(visit.place["tenant"])}:
+        raise UserError(f"{visit.place['tenant']} has no key {prefix!r}", fix="Go back and choose one of the list.")
+    return prefix
+
+
+def _require_same_keys(visit: Visit, tenant: str) -> None:
+    """Refuse a form that was sent twice, or whose page is older than the newest key.
+
+    Raises:
+        UserError: the tenant's keys have changed since the page was made.
+    """
+    if visit.form.get("seen") != str(len(visit.project.tenant.key.list(tenant))):
+        raise UserError(
+            "The keys were changed meanwhile. No key was made",
+            fix=f"Look at the page of {tenant}. A key that nobody wrote down can be revoked there.",
+        )
+
+
+def _words(visit: Visit, field: str) -> list[str]:
+    return visit.form.get(field, "").replace(",", " ").split()
+
+
+def _seconds(visit: Visit, field: str) -> float | None:
+    from tunewright.serving.tenants.times import duration
+
+    text = visit.form.get(field, "").strip()
+    return duration(text, field.capitalize()) if text else None
+
+
+HANDLERS: Handlers = {
+    ("GET", "/tenants"): tenants_page,
+    ("POST", "/tenants"): add_tenant,
+    ("GET", "/tenants/{tenant}"): tenant_page,
+    ("POST", "/tenants/{tenant}/aliases"): change_aliases,
+    ("POST", "/tenants/{tenant}/limits"): change_limits,
+    ("POST", "/tenants/{tenant}/disable"): disable_tenant,
+    ("POST", "/tenants/{tenant}/keys"): add_key,
+    ("POST", "/tenants/{tenant}/keys/{key}/rotate"): rotate_key,
+    ("POST", "/tenants/{tenant}/keys/{key}/revoke"): revoke_key,
+}

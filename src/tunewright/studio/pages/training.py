@@ -1,0 +1,209 @@
+"""Training runs, live and finished, next to each other; sweeps and learning curves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from starlette.responses import Response
+
+from tunewright.api.runs import TrainingRun
+from tunewright.core.errors import UserError
+from tunewright.core.progress import duration
+from tunewright.data.examples import Example
+from tunewright.data.versions import current_manifest
+from tunewright.evidence.learning_curve import more_data
+from tunewright.metrics import metric_label, score_text
+from tunewright.studio.charts import comparison_charts, curve_chart, run_charts
+from tunewright.studio.visit import Handlers, Visit, path_of
+
+_LAST_STEPS = 20
+_MOST_COMPARED = 8
+
+
+@dataclass(frozen=True)
+class _Summary:
+    """A run on the list; ``fault`` names damage of its metrics."""
+
+    run: TrainingRun
+    state: str
+    steps: int = 0
+    best: str = ""
+    fault: str = ""
+
+
+def train_page(visit: Visit) -> Response:
+    """Show all runs, sweeps and learning curves, and the forms that start one."""
+    runs = visit.project.runs
+    return visit.page(
+        "train.html.j2",
+        "Train",
+        runs=[_summary(run) for run in runs.list()],
+        sweeps=runs.sweeps(),
+        curves=runs.curves(),
+        running=visit.jobs.running(),
+    )
+
+
+def _summary(run: TrainingRun) -> _Summary:
+    try:
+        history = run.history
+    except UserError as error:
+        return _Summary(run, run.state, fault=f"{error.where}: {error.what}")
+    return _Summary(run, run.state, history[-1]["step"] if history else 0, _best(run))
+
+
+def _best(run: TrainingRun) -> str:
+    best = run.best
+    if best is None:
+        return "not evaluated yet"
+    score = "" if best.dev_metric is None or run.metric is None else f"{_score(run, best.dev_metric)}, "
+    return f"{score}dev loss {best.dev_loss:.3f} at step {best.step:,}"
+
+
+def _score(run: TrainingRun, value: float) -> str:
+    assert run.metric is not None
+    text = score_text(run.metric, value)
+    return f"{metric_label(run.metric)} {text}" if text.endswith("%") else text
+
+
+def start_training(visit: Visit) -> Response:
+    """Start a training, a sweep or a learning curve as a job."""
+    kind, form = visit.form.get("kind", ""), visit.form
+    words = ["train"]
+    if kind == "sweep":
+        words.append("--sweep")
+        words += ["--minutes", form["minutes"]] if form.get("minutes", "").strip() else []
+        words += [word for rate in form.get("rates", "").split() for word in ("--rate", rate)]
+        words += ["--write"] if "write" in form else []
+    elif kind == "curve":
+        words.append("--curve")
+        words += ["--seeds", form["seeds"]] if form.get("seeds", "").strip() else []
+    elif kind != "train":
+        raise UserError(f"Unknown training {kind!r}", fix="Use the buttons of the page.")
+    _require_numbers(form)
+    return visit.go(path_of("jobs", visit.jobs.start(*words).id))
+
+
+def _require_numbers(form: dict[str, str]) -> None:
+    """Refuse what the command would take for an option, or refuse only after it was started."""
+    for name in ("minutes", "rates", "seeds"):
+        for value in form.get(name, "").split():
+            try:
+                valid = float(value) > 0
+            except ValueError:
+                valid = False
+            if not valid:
+                raise UserError(f"Not a positive number: {value!r}", where=name, fix="Go back and correct it.")
+
+
+def run_page(visit: Visit) -> Response:
+    """Show a run's numbers, which grow while it runs."""
+    run = visit.project.runs.find(visit.place["run"])
+    if run.name != visit.place["run"]:
+        return visit.go(path_of("train", "runs", run.name), "The run has finished: this is its adapter.")
+    history = run.history
+    steps = [row for row in history if "loss" in row]
+    return visit.page(
+        "run.html.j2",
+        f"Run {run.name}",
+        run=run,
+        state=run.state,
+        best=_best(run) if history else "",
+        charts=run_charts(history, run.metric),
+        evaluations=[(each, _scored(run, each.dev_metric)) for each in run.evaluations],
+        steps=steps[: -_LAST_STEPS - 1 : -1],
+        dev_rows=_dev_rows(visit, run),
+        running=visit.jobs.running(),
+    )
+
+
+@dataclass(frozen=True)
+class _DevRow:
+    """A dev row with its answers: each step from which on it has another one."""
+
+    key: str
+    example: Example | None
+    """None if the current dataset version does not have it."""
+    answers: list[tuple[int, str]]
+
+
+def _dev_rows(visit: Visit, run: TrainingRun) -> list[_DevRow]:
+    answers = run.dev_answers
+    changed: dict[str, list[tuple[int, str]]] = {}
+    for step in sorted(answers):
+        for key, text in answers[step].items():
+            steps = changed.setdefault(key, [])
+            if not steps or steps[-1][1] != text:
+                steps.append((step, text))
+    known = changed and current_manifest(visit.project.folder.dataset) is not None
+    rows = {m.key: m.example for m in visit.version.examples("dev")} if known else {}
+    return [_DevRow(key, rows.get(key), steps) for key, steps in changed.items()]
+
+
+def _scored(run: TrainingRun, value: float | None) -> str:
+    return "" if value is None or run.metric is None else score_text(run.metric, value)
+
+
+def compare_page(visit: Visit) -> Response:
+    """Show several runs on one chart, with the config keys that differ and their dev results."""
+    names = [name.removeprefix("run.") for name in visit.query if name.startswith("run.")]
+    if len(names) > _MOST_COMPARED:
+        raise UserError(f"At most {_MOST_COMPARED} runs are compared (got {len(names)})", fix="Choose fewer.")
+    found = visit.project.runs.compare(names)
+    return visit.page(
+        "compare_runs.html.j2",
+        "Runs compared",
+        runs=found.runs,
+        differing=found.differing,
+        best=[_best(run) for run in found.runs],
+        charts=comparison_charts(found.runs),
+    )
+
+
+def sweep_page(visit: Visit) -> Response:
+    """Show each trial of a sweep at each rung, and its outcome."""
+    from tunewright.training.sweep.successive_halving import measured_text
+
+    ledger = visit.project.runs.sweep(visit.place["sweep"])
+    head = ledger.head
+    trials = []
+    for name in head.trials:
+        results = [ledger.result(name, number) for number in range(1, len(head.rungs) + 1)]
+        shown = ["" if each is None else measured_text(each, head.metric) for each in results]
+        trials.append((name, shown, ledger.outcome(name)))
+    return visit.page(
+        "sweep.html.j2",
+        f"Sweep {head.sweep}",
+        head=head,
+        trials=trials,
+        took=duration(ledger.seconds),
+    )
+
+
+def curve_page(visit: Visit) -> Response:
+    """Show a learning curve, and whether more rows would help."""
+    curve = visit.project.runs.curve(visit.place["curve"])
+    rows = []
+    for share in curve.shares:
+        points = {point.seed: point for point in curve.points if point.share == share}
+        counts = sorted({point.rows for point in points.values()})
+        scores = [score_text(curve.metric, points[seed].score) if seed in points else "" for seed in curve.seeds]
+        rows.append((f"{share:.0%}", " to ".join(f"{n:,}" for n in dict.fromkeys((counts[0], counts[-1]))), scores))
+    return visit.page(
+        "curve.html.j2",
+        f"Learning curve {curve.id}",
+        curve=curve,
+        rows=rows,
+        reasons=more_data(curve).reasons,
+        charts=[curve_chart(curve)],
+    )
+
+
+HANDLERS: Handlers = {
+    ("GET", "/train"): train_page,
+    ("POST", "/train"): start_training,
+    ("GET", "/train/runs/{run}"): run_page,
+    ("GET", "/train/compare"): compare_page,
+    ("GET", "/train/sweeps/{sweep}"): sweep_page,
+    ("GET", "/train/curves/{curve}"): curve_page,
+}

@@ -1,0 +1,260 @@
+"""A project and its data in the studio: a new project, columns of any name, versions, and two who change them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterator
+from html import unescape
+from pathlib import Path
+
+import pytest
+
+import tunewright as library
+from command_line import pairs, tiny_project, tunewright, write_jsonl
+from studio_client import Browser, restarted
+from tunewright.config.io import load_config
+
+
+def _csv(count: int, seed: int = 0, delimiter: str = ";") -> bytes:
+    """A file as a help desk exports it: semicolons, and columns that no reader knows."""
+    text = io.StringIO()
+    table = csv.writer(text, delimiter=delimiter)
+    table.writerow(["id", "question", "reply"])
+    table.writerows([n, row["prompt"], row["completion"]] for n, row in enumerate(pairs(count, seed)))
+    return text.getvalue().encode()
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Browser]:
+    """A browser on a folder with nothing in it."""
+    (tmp_path / "Help Desk").mkdir()
+    with restarted(tmp_path / "Help Desk") as browser:
+        yield browser
+
+
+@pytest.fixture
+def project(tmp_path: Path, tiny_base_folder: Path) -> Path:
+    folder = tiny_project(tmp_path / "project", tiny_base_folder)
+    assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
+    return folder
+
+
+def test_empty_folder_becomes_a_dataset_without_a_terminal(
+    browser: Browser, tmp_path: Path, tiny_base_folder: Path
+) -> None:
+    folder = tmp_path / "Help Desk"
+    assert browser.client.get("/data").url.path == "/new"
+    assert not list(folder.iterdir()), "a visit writes nothing"
+    page = browser.get("/new")
+    assert 'value="help-desk"' in page
+    wrong = browser.send("/new", "/new", name="Help Desk", choice="other", base_model=str(tiny_base_folder))
+    assert wrong.status_code == 400 and "Invalid project name &#39;Help Desk&#39;" in wrong.text
+    assert str(tiny_base_folder) in wrong.text, "what was typed is still there"
+    nowhere = browser.send("/new", "/new", name="help-desk", choice="other", base_model="no/such/folder")
+    assert nowhere.status_code == 400 and "neither a folder nor a hub id" in nowhere.text
+    assert "No base model was named" in browser.send("/new", "/new", name="help-desk", choice="other").text
+    assert not list(folder.iterdir())
+    made = browser.send("/new", "/new", name="help-desk", choice="other", base_model=str(tiny_base_folder))
+    assert made.url.path == "/data" and "Made the project help-desk." in made.text
+    config = load_config(folder / "tunewright.yaml")
+    assert (config.name, config.base_model) == ("help-desk", str(tiny_base_folder))
+    again = browser.client.get("/new")
+    assert again.url.path == "/" and "has a project already" in again.text
+
+    asked = browser.upload("faq.csv", _csv(120))
+    assert "Unknown columns" in asked.text and "cannot be added like this" in asked.text
+    for column in ("id", "question", "reply"):
+        assert f'<option value="{column}">' in asked.text
+    for row in pairs(3):
+        assert row["prompt"] in asked.text
+    chosen = "/data/check?file=faq.csv&input=question&output=reply"
+    checked = browser.get(chosen)
+    assert "<dd>120</dd><dt>new rows</dt>" in checked
+    assert 'question <span class="tag">input</span>' in checked
+    added = browser.send("/data/add", chosen, input="question", output="reply", message="the help desk's export")
+    assert "is new" in added.text
+    version = library.open(folder).data.version()
+    assert {(m.example.input_text, m.example.output) for m in version.members} == {
+        (row["prompt"], row["completion"]) for row in pairs(120)
+    }
+    assert version.manifest.message == "the help desk's export"
+
+
+def test_init_with_name_and_base_writes_what_the_page_writes(
+    browser: Browser, tmp_path: Path, tiny_base_folder: Path
+) -> None:
+    browser.send("/new", "/new", name="desk", choice="other", base_model=str(tiny_base_folder))
+    done = tunewright("init", tmp_path / "other", "--name", "desk", "--base", tiny_base_folder)
+    assert done.code == 0
+    assert (tmp_path / "other" / "tunewright.yaml").read_bytes() == (
+        tmp_path / "Help Desk" / "tunewright.yaml"
+    ).read_bytes()
+    refused = tunewright("init", tmp_path / "third", "--name", "desk", "--example", "legal-citations")
+    assert refused.code == 2 and "mutually exclusive" in refused.stderr
+    assert tunewright("init", tmp_path / "third", "--base", "no/such/folder").code == 2
+    assert not (tmp_path / "third").exists()
+
+
+def test_folder_that_another_process_made_a_project_is_not_overwritten(
+    browser: Browser, tmp_path: Path, tiny_base_folder: Path
+) -> None:
+    browser.get("/new")
+    folder = tmp_path / "Help Desk"
+    page = browser.client.get("/new").text
+    assert tunewright("init", folder).code == 0
+    config = (folder / "tunewright.yaml").read_bytes()
+    token = page.partition('name="form_token" value="')[2].partition('"')[0]
+    late = browser.client.post(
+        "/new",
+        data={"form_token": token, "name": "desk", "choice": "other", "base_model": str(tiny_base_folder)},
+    )
+    assert late.url.path == "/" and "Nothing was changed" in late.text
+    assert (folder / "tunewright.yaml").read_bytes() == config
+
+
+def test_studio_on_a_missing_folder_is_refused(tmp_path: Path) -> None:
+    refused = tunewright("studio", "-p", tmp_path / "nowhere", "--no-browser")
+    assert refused.code == 2 and "There is no such folder" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("latin.csv", "question;reply\nCafé;Thé\n".encode("utf-16-le"), "UTF-8"),
+        ("quotes.csv", b'question;reply\n"open;x\n', "Unreadable CSV"),
+        ("short.csv", b"question;reply\n", "Unknown columns"),
+        ("binary.bin", bytes(range(256)) * 40, "binary.bin"),
+        ("empty.csv", b"", "no rows"),
+    ],
+)
+def test_unreadable_file_shows_the_message_of_the_command_line(
+    project: Path, name: str, content: bytes, message: str
+) -> None:
+    with restarted(project) as browser:
+        shown = unescape(browser.upload(name, content).text)
+    printed = tunewright("data", "check", project / "uploads" / name, "-p", project)
+    assert printed.code == 2
+    said = next(line for line in (printed.stdout + printed.stderr).splitlines() if name in line)
+    assert said.partition(f"{name}")[2].strip(": ") in shown
+    assert message in shown
+    assert "cannot be added like this" in shown
+
+
+def test_same_column_for_both_sides_can_be_corrected_on_the_page(project: Path) -> None:
+    with restarted(project) as browser:
+        browser.upload("faq.csv", _csv(5))
+        page = unescape(browser.get("/data/check?file=faq.csv&input=question&output=question"))
+        assert '"question" cannot be both input and output' in page
+        assert '<select id="output"' in page
+
+
+def test_sheet_of_a_workbook_is_chosen(project: Path) -> None:
+    from openpyxl import Workbook  # type: ignore[import-untyped]
+
+    book = Workbook()
+    for number, title in enumerate(("May", "June")):
+        sheet = book.active if number == 0 else book.create_sheet()
+        sheet.title = title
+        sheet.append(["question", "reply"])
+        for row in pairs(6, seed=number):
+            sheet.append([f"{title} {row['prompt']}", row["completion"]])
+    content = io.BytesIO()
+    book.save(content)
+    with restarted(project) as browser:
+        asked = browser.upload("desk.xlsx", content.getvalue()).text
+        assert "Several sheets have rows" in asked and '<option value="June">' in asked
+        checked = browser.get("/data/check?file=desk.xlsx&sheet=June&input=question&output=reply")
+        assert "June " in checked and "<dd>6</dd><dt>new rows</dt>" in checked
+
+
+def test_corrected_copy_lists_its_changes_and_keeps_the_file(project: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": f"q {n}"}, {"role": "assistant", "content": "a"}]} for n in "abc"]
+    rows.append({"messages": [{"role": "user", "content": "no answer"}]})
+    write_jsonl(project / "chat.jsonl", rows)
+    content = (project / "chat.jsonl").read_bytes()
+    with restarted(project) as browser:
+        browser.upload("chat.jsonl", content)
+        fixed = browser.send("/data/fix", "/data/check?file=chat.jsonl")
+        assert fixed.url.params["file"] == "chat-corrected.jsonl"
+        assert "Wrote chat-corrected.jsonl." in fixed.text and "chat.jsonl:4: left out" in fixed.text
+        again = browser.send("/data/fix", "/data/check?file=chat.jsonl")
+        assert again.status_code == 400 and "exists already" in again.text
+    assert (project / "uploads" / "chat.jsonl").read_bytes() == content
+
+
+def test_file_is_not_added_to_a_dataset_that_changed_since_the_page(project: Path) -> None:
+    with restarted(project) as browser:
+        browser.upload("faq.csv", _csv(10, seed=3))
+        path = "/data/check?file=faq.csv&input=question&output=reply"
+        page = browser.get(path)
+        old = page.partition('name="version" value="')[2].partition('"')[0]
+        write_jsonl(project / "more.jsonl", pairs(5, seed=9))
+        assert tunewright("data", "add", project / "more.jsonl", "-p", project).code == 0
+        between = library.open(project).data.version().digest
+        late = browser.send("/data/add", path, input="question", output="reply", version=old)
+        assert "Nothing was added" in late.text and late.url.path == "/data/check"
+        assert library.open(project).data.version().digest == between
+        browser.send("/data/add", path, input="question", output="reply")
+    assert len(library.open(project).data.version().members) == 135
+
+
+def test_earlier_version_is_made_current_again(project: Path) -> None:
+    first = library.open(project).data.version().digest
+    write_jsonl(project / "more.jsonl", pairs(5, seed=9))
+    assert tunewright("data", "add", project / "more.jsonl", "-p", project).code == 0
+    with restarted(project) as browser:
+        done = browser.send("/data/checkout", "/data", version=first)
+        assert f"Version {first[:12]} is the current one now." in done.text
+    assert library.open(project).data.version().digest == first
+
+
+def test_difference_of_two_versions_is_that_of_the_command_line(project: Path) -> None:
+    first = library.open(project).data.version()
+    edited = first.members[0].example
+    rows = [*pairs(5, seed=9), {"prompt": edited.input_text, "completion": f"{edited.output} <b>indeed</b>"}]
+    write_jsonl(project / "more.jsonl", rows)
+    assert tunewright("data", "add", project / "more.jsonl", "--replace", "-p", project).code == 0
+    printed = tunewright("data", "diff", first.digest, "-p", project)
+    with restarted(project) as browser:
+        page = unescape(browser.get("/data/diff"))
+        assert "Added: 5" in page and "Edited answers: 1" in page
+        assert "<ins> <b>indeed</b></ins>" in page and edited.output in page
+        assert "<b>indeed" not in browser.get("/data/diff")
+        summary, comparability = printed.stdout.splitlines()[:2]
+        assert summary.partition(": ")[2][1:] in page and comparability[1:] in page
+        back = browser.get(f"/data/diff?b={first.digest}&a={library.open(project).data.version().digest}")
+        assert "Removed: 5" in back
+        assert browser.client.get("/data/diff?a=ffffffffffff").status_code == 400
+
+
+def test_leakage_page_has_the_numbers_of_the_command_line(project: Path) -> None:
+    version = library.open(project).data.version()
+    train = next(m for m in version.members if m.split == "train")
+    write_jsonl(project / "near.jsonl", [{"prompt": f"{train.example.input_text} 1", "completion": "x"}])
+    assert tunewright("data", "add", project / "near.jsonl", "-p", project).code == 0
+    report = library.open(project).data.leakage()
+    printed = tunewright("data", "leakage", "-p", project).stdout
+    with restarted(project) as browser:
+        page = unescape(browser.get("/data/leakage"))
+        found = re.findall(r'<th scope="row">([\d.]+\sto\s[\d.]+)</th>\s*<td>(\d+)</td>\s*<td>(\d+)</td>', page)
+        assert [int(dev) for _, dev, _ in found] == report.histogram("dev")
+        assert [int(test) for _, _, test in found] == report.histogram("test")
+        widths = [float(width) for width in re.findall('<rect width="([^"]*)"', page)]
+        both = [dev + test for dev, test in zip(report.histogram("dev"), report.histogram("test"), strict=True)]
+        assert widths == [round(100 * count / max(both), 1) for count in both]
+        sentences = [line for line in printed.splitlines() if line.startswith("Test rows with")]
+        assert len(sentences) >= 3 and all(sentence in page for sentence in sentences)
+        assert "style=" not in page and "<style" not in page
+
+
+def test_files_of_the_config_can_be_picked_and_others_cannot(project: Path) -> None:
+    with restarted(project) as browser:
+        browser.upload("pairs.jsonl", b'{"prompt": "of another file", "completion": "with the same name"}\n')
+        data = browser.get("/data")
+        assert "file=pairs.jsonl" in data and "file=./pairs.jsonl" in data
+        assert "<dd>120</dd><dt>known before</dt>" in browser.get("/data/check?file=./pairs.jsonl")
+        assert "<dd>1</dd><dt>new rows</dt>" in browser.get("/data/check?file=pairs.jsonl")
+        for name in ("./tunewright.yaml", "../project/pairs.jsonl", str(project / "pairs.jsonl"), ""):
+            assert browser.client.get("/data/check", params={"file": name}).status_code == 400, name

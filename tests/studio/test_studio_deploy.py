@@ -1,0 +1,384 @@
+"""Releases, tenants and keys in the studio: the command line's checks, and secrets that are shown once."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from html import unescape
+from pathlib import Path
+
+import httpx
+import pytest
+from states import Clock, reservation
+
+import tunewright as library
+from browser import AXE, CONTRASTS, EXECUTABLE, chromium
+from command_line import tiny_project, tunewright
+from factories import make_evidence, make_items, with_contrast
+from tunewright.adapters.registry import Adapter, list_adapters
+from tunewright.evaluation.access_log import AccessLog
+from tunewright.evidence.schema import Evidence
+from tunewright.serving.gateway.server import serving
+from tunewright.serving.tenants import Candidate, Grounds, RequestUsage, State
+from tunewright.studio import Studio
+from tunewright.studio.jobs import Job, Jobs
+from tunewright.studio.pages import HANDLERS
+
+PASSWORD = "a long password"
+SHIPS = make_evidence(make_items())
+FAILS = with_contrast(SHIPS, difference=-0.2, low=-0.3, high=-0.1, p_value=0.001)
+GROUNDS = Grounds("ship", "0123456789ab")
+DAY = 86_400
+
+
+class Visitor:
+    """A signed-in browser that sends the forms of the pages it reads."""
+
+    def __init__(self, client: httpx.Client) -> None:
+        self.client = client
+        self.seen = ""
+        """Headers and texts of all pages so far."""
+        assert client.post("/sign-in", data={"secret": PASSWORD}).status_code == 200
+
+    def get(self, path: str) -> str:
+        """Return a page's text."""
+        return self._text(self.client.get(path))
+
+    def send(self, page: str, action: str, /, **fields: str) -> httpx.Response:
+        """Fill in a form of a page, and send it."""
+        return self.client.post(action, data=self.hidden(page, action) | fields)
+
+    def sent(self, page: str, action: str, /, **fields: str) -> str:
+        """Send a form that is accepted, and return the next page's text."""
+        return self._text(self.send(page, action, **fields))
+
+    def hidden(self, page: str, action: str) -> dict[str, str]:
+        """Return the hidden fields of a page's form."""
+        forms = re.findall('<form method="post" action="([^"]*)"(.*?)</form>', self.get(page), re.DOTALL)
+        form = next(text for place, text in forms if unescape(place) == action)
+        found = re.findall('<input type="hidden" name="([^"]*)" value="([^"]*)"', form)
+        return {name: unescape(value) for name, value in found}
+
+    def _text(self, answer: httpx.Response) -> str:
+        assert answer.status_code == 200, answer.text
+        self.seen += f"{answer.headers} {answer.text}"
+        return unescape(answer.text)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
+    """A project with an adapter whose verdict is to ship, and a copy under another digest that failed."""
+    folder = tiny_project(tmp_path_factory.mktemp("studio-deploy") / "project", tiny_base_folder)
+    assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
+    assert tunewright("train", "-p", folder).code == 0
+    (good,) = list_adapters(folder / "adapters")
+    bad = Adapter(folder / "adapters" / "tiny-000000000bad")
+    shutil.copytree(good.folder, bad.folder)
+    lineage = json.loads((bad.folder / "lineage.json").read_text()) | {"digest": "bad0" * 16}
+    (bad.folder / "lineage.json").write_text(json.dumps(lineage))
+    _evaluated(folder, good, SHIPS, 1)
+    _evaluated(folder, bad, FAILS, 2)
+    return folder
+
+
+def _evaluated(project: Path, adapter: Adapter, evidence: Evidence, number: int) -> None:
+    lineage = evidence.lineage | {
+        "created": f"2026-11-0{number}T10:00:00+00:00",
+        "adapter": {"name": adapter.name, "digest": adapter.digest, "lineage": adapter.lineage},
+    }
+    stored = evidence.model_copy(update={"id": f"{number:012x}", "lineage": lineage})
+    evaluations = project / "evaluations"
+    AccessLog(evaluations).write(evaluations / stored.id / "evidence.json", stored.model_dump_json())
+
+
+@pytest.fixture
+def project(trained: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "project"
+    folder.mkdir()
+    for name in ("tunewright.yaml", "adapters", "dataset", "evaluations"):
+        (folder / name).symlink_to(trained / name)
+    return folder
+
+
+@pytest.fixture
+def browser(project: Path) -> Iterator[Visitor]:
+    with (
+        serving(Studio(project, "ada", password=PASSWORD).app()) as url,
+        httpx.Client(base_url=url, follow_redirects=True, timeout=60) as client,
+    ):
+        yield Visitor(client)
+
+
+def _good(project: Path) -> Adapter:
+    return next(each for each in list_adapters(project / "adapters") if not each.name.endswith("bad"))
+
+
+def _state(project: Path, clock: Callable[[], float] | None = None) -> State:
+    return State(f"sqlite:///{project}/serving/state.sqlite", "ann", clock)
+
+
+def _jobs(project: Path) -> Jobs:
+    return Jobs(project / ".tunewright" / "jobs", project)
+
+
+def _ended(project: Path, page: httpx.Response) -> Job:
+    """Wait for the job whose page this is."""
+    assert page.status_code == 200, page.text
+    job = _jobs(project).find(page.url.path.rpartition("/")[2])
+    _wait_for(lambda: job.state != "running")
+    return job
+
+
+def _wait_for(condition: Callable[[], object]) -> None:
+    until = time.monotonic() + 600
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def test_every_form_needs_its_sessions_token(browser: Visitor, project: Path) -> None:
+    for (method, path), _handler in HANDLERS:
+        if method == "POST":
+            answer = browser.client.post(re.sub(r"\{\w+\}", "x", path), data={"alias": "x", "name": "x"})
+            assert (answer.status_code, "earlier session" in answer.text) == (400, True), path
+    assert not (project / "serving").exists()
+    assert _jobs(project).all() == []
+
+
+def test_reading_pages_creates_no_serving_state(browser: Visitor, project: Path) -> None:
+    for path in ("/deploy", "/tenants", "/audit", "/audit?verify=1"):
+        browser.get(path)
+    for path in ("/deploy/courts", "/tenants/acme"):
+        answer = browser.client.get(path)
+        assert (answer.status_code, "no aliases and tenants yet" in answer.text) == (400, True), path
+    assert not (project / "serving").exists()
+
+
+def test_only_adapters_to_ship_are_offered_and_others_have_their_reason(browser: Visitor, project: Path) -> None:
+    page = browser.get("/deploy")
+    offered = re.findall(r'<option value="(tiny-\w+)"', page)
+    assert offered == [_good(project).name]
+    assert 'tunewright deploy ALIAS tiny-000000000bad --force --because "why"' in page
+    assert "don't ship" in page
+
+
+def test_changed_evidence_is_named_and_the_rest_of_the_page_is_there(browser: Visitor, project: Path) -> None:
+    evaluations = project / "evaluations"
+    real = evaluations.resolve()
+    evaluations.unlink()
+    shutil.copytree(real, evaluations)
+    file = evaluations / f"{1:012x}" / "evidence.json"
+    file.write_text(file.read_text() + " ")
+    page = browser.get("/deploy")
+    assert "No adapter can be released" in page and "evidence.json" in page
+    assert "Start the server" in page and "<option" not in page
+
+
+def test_adapter_goes_live_by_a_form_and_its_release_is_the_command_lines(browser: Visitor, project: Path) -> None:
+    good = _good(project)
+    assert "No alias is live yet." in browser.get("/")
+    job = _ended(project, browser.send("/deploy", "/deploy", alias="courts", adapter=good.name, trial="all"))
+    assert (job.state, job.exit_code) == ("done", 0), job.log.read_text()
+    (release,) = library.open(project).releases("courts")
+    assert (release.adapter, release.digest, release.grounds.verdict) == (good.name, good.digest, "ship")
+    assert release.grounds.isolation is not None and release.grounds.serving is not None
+    page = browser.get("/deploy/courts")
+    assert good.digest[:12] in page and "isolated on peft" in page and "passed on peft" in page
+    assert f"/jobs/{job.id}" in browser.get("/deploy")
+    assert "Live: courts" in browser.get("/")
+
+
+def test_refused_release_changes_nothing_and_says_how_to_force_it(browser: Visitor, project: Path) -> None:
+    sent = browser.send("/deploy", "/deploy", alias="courts", adapter="tiny-000000000bad", trial="all")
+    job = _ended(project, sent)
+    assert job.exit_code == 3, job.log.read_text()
+    page = browser.get(f"/jobs/{job.id}")
+    assert 'tunewright deploy courts tiny-000000000bad --force --because "why"' in page
+    assert "Verdict: don't ship" in job.log.read_text()
+    assert library.open(project).releases() == []
+    assert "refused" in browser.get("/deploy")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"alias": "--force"},
+        {"alias": "courts --untested x"},
+        {"adapter": "--because"},
+        {"adapter": "tiny"},
+        {"trial": "canary", "share": "--force"},
+        {"trial": "canary", "share": "200%"},
+        {"trial": "forced"},
+    ],
+)
+def test_texts_of_the_form_cannot_become_options(browser: Visitor, project: Path, fields: dict[str, str]) -> None:
+    whole = {"alias": "courts", "adapter": _good(project).name, "trial": "all", "share": "10%"} | fields
+    assert browser.send("/deploy", "/deploy", **whole).status_code == 400
+    assert browser.send("/deploy", "/server", port="-1").status_code == 400
+    assert _jobs(project).all() == []
+
+
+def test_trials_end_by_rollback_and_undeploy_needs_the_current_page(browser: Visitor, project: Path) -> None:
+    good = _good(project)
+    with _state(project) as state:
+        state.releases.deploy("courts", good.name, good.digest, GROUNDS)
+        state.releases.start_candidate("courts", Candidate("tiny-000000000bad", "bad0" * 16, 0.1), GROUNDS)
+    page = browser.get("/deploy/courts")
+    assert "on 10% of the traffic" in page and "Check and promote" in page
+    old = browser.hidden("/deploy/courts", "/deploy/courts/undeploy")
+    assert "release 3" in browser.sent("/deploy/courts", "/deploy/courts/rollback", to="")
+    refused = browser.client.post("/deploy/courts/undeploy", data=old)
+    assert refused.status_code == 400 and "has changed meanwhile" in refused.text
+    ended = browser.sent("/deploy/courts", "/deploy/courts/undeploy", because="mistyped <b>")
+    assert "answers nothing from release 4" in ended and "nothing: mistyped <b>" in ended
+    assert [each.action for each in library.open(project).releases()] == ["deploy", "canary", "rollback", "undeploy"]
+    assert "answers with" in browser.sent("/deploy/courts", "/deploy/courts/rollback", to="1")
+    assert browser.send("/deploy/courts", "/deploy/courts/rollback", to="--x").status_code == 400
+
+
+def test_shadow_answers_are_compared(browser: Visitor, project: Path) -> None:
+    good = _good(project)
+    with _state(project) as state:
+        state.releases.deploy("courts", good.name, good.digest, GROUNDS)
+        made = state.releases.start_candidate("courts", Candidate("next", "c" * 64, None), GROUNDS)
+        state.tenants.add("acme", ["courts"])
+        caller = state.keys.caller(state.keys.create("acme")[0])
+        for answer, shadow in (("same", "same"), ("live answer", "<script>"), ("other", None)):
+            number = state.quota.reserve(reservation(caller, made), "g")
+            state.quota.record_shadow(number, made.id, answer, shadow, None)
+            state.quota.settle(number, RequestUsage(7, 3, 0.1, 0.2, 1.0, "stop"))
+    page = browser.get("/deploy/courts")
+    assert "<td>3</td><td>1</td><td>1</td><td>1</td>" in page
+    assert "live answer" in page and "(live)" in page
+    assert "<td>&lt;script&gt;</td>" in browser.client.get("/deploy/courts").text
+
+
+def test_key_is_shown_once_and_in_no_later_page_log_or_cookie(browser: Visitor, project: Path) -> None:
+    assert "Every request needs a key now" in browser.sent(
+        "/tenants", "/tenants", name="acme", aliases="courts, recipes"
+    )
+    before = browser.hidden("/tenants/acme", "/tenants/acme/keys")
+    shown = browser.send("/tenants/acme", "/tenants/acme/keys", aliases="courts", expires="90d")
+    (secret,) = re.findall(r"tw_[0-9a-f]{10}_[\w-]{49}", shown.text)
+    assert shown.headers["cache-control"] == "no-store"
+    assert secret not in str(shown.url) and secret not in str(shown.headers) and not shown.history
+    with _state(project) as state:
+        assert state.keys.caller(secret).aliases == {"courts"}
+    # The same form again, as a reload of the page sends it.
+    again = browser.client.post("/tenants/acme/keys", data=before | {"aliases": "courts", "expires": "90d"})
+    assert again.status_code == 400 and "No key was made" in again.text
+    browser.seen = ""
+    for path in ("/", "/deploy", "/tenants", "/tenants/acme", "/audit?verify=1", "/tenants/acme"):
+        browser.get(path)
+    assert secret[14:] not in browser.seen + str(dict(browser.client.cookies)) + again.text
+    assert secret[:13] in browser.seen, "its prefix is listed"
+    kept = [file for file in project.rglob("*") if file.is_file() and secret.encode() in file.read_bytes()]
+    assert kept == []
+
+
+def test_tenant_forms_do_what_the_command_line_does(browser: Visitor, project: Path) -> None:
+    browser.sent("/tenants", "/tenants", name="acme", aliases="courts", requests="60")
+    browser.sent("/tenants/acme", "/tenants/acme/aliases", aliases="recipes laws", action="grant")
+    browser.sent("/tenants/acme", "/tenants/acme/aliases", aliases="courts", action="revoke")
+    stale = browser.hidden("/tenants/acme", "/tenants/acme/limits")
+    browser.sent("/tenants/acme", "/tenants/acme/limits", requests="none", tokens="10000", concurrency="4")
+    late = browser.client.post("/tenants/acme/limits", data=stale | {"requests": "1"})
+    assert late.status_code == 400 and "changed meanwhile" in late.text
+    assert browser.send("/tenants/acme", "/tenants/acme/limits", requests="-5").status_code == 400
+    (acme,) = tunewright("tenant", "list", "-p", project, "--json").document["tenants"]
+    assert (acme["aliases"], acme["limits"]) == (
+        ["laws", "recipes"],
+        {"requests_per_minute": None, "tokens_per_minute": 10000, "concurrency": 4},
+    )
+    first = browser.send("/tenants/acme", "/tenants/acme/keys")
+    (prefix,) = set(re.findall(r"tw_[0-9a-f]{10}", first.text))
+    second = browser.send("/tenants/acme", f"/tenants/acme/keys/{prefix}/rotate", overlap="2h")
+    (newer,) = set(re.findall(r"tw_[0-9a-f]{10}", second.text))
+    assert "is revoked" in browser.sent("/tenants/acme", f"/tenants/acme/keys/{newer}/revoke")
+    keys = tunewright("tenant", "key", "list", "-p", project, "--json").document["keys"]
+    assert {key["prefix"]: key["state"] for key in keys} == {prefix: "valid", newer: "revoked"}
+    assert browser.send("/tenants/acme", "/tenants/acme/disable", name="acm").status_code == 400
+    browser.sent("/tenants/acme", "/tenants/acme/disable", name="acme")
+    (acme,) = tunewright("tenant", "list", "-p", project, "--json").document["tenants"]
+    assert (acme["aliases"], acme["keys"]) == ([], 0)
+    audit = browser.get("/audit?verify=1")
+    assert "all as written" in audit and "tenant.limit" in audit
+
+
+def test_usage_is_drawn_by_day_also_after_a_roll_up(browser: Visitor, project: Path) -> None:
+    good, clock = _good(project), Clock()
+    clock.now = (time.time() // DAY - 3) * DAY + 100
+    with _state(project, clock) as state:
+        made = state.releases.deploy("courts", good.name, good.digest, GROUNDS)
+        state.tenants.add("acme", ["courts"])
+        caller = state.keys.caller(state.keys.create("acme")[0])
+        for count in (1, 4, 2):
+            for _ in range(count):
+                number = state.quota.reserve(reservation(caller, made), "g")
+                state.quota.settle(number, RequestUsage(7, 3, 0.1, 0.2, 1.0, "stop"))
+            clock.now += DAY
+        before = state.usage.by_day()
+        assert [(day.requests, day.prompt_tokens, day.completion_tokens) for day in before] == [
+            (1, 7, 3),
+            (4, 28, 12),
+            (2, 14, 6),
+        ]
+        assert state.usage_rollup.roll_up((clock.now // DAY - 1) * DAY).requests == 5
+        assert state.usage.by_day() == before == state.usage.by_day("acme")
+    page = browser.get("/tenants/acme")
+    heights = [float(each) for each in re.findall(r'<rect [^>]*height="([\d.]+)"', page)]
+    assert len(heights) == 30 and [height for height in heights if height] == [25, 100, 50]
+    assert "style=" not in page
+
+
+@pytest.mark.slow
+def test_server_runs_next_to_another_job_and_shows_how_to_ask_it(browser: Visitor, project: Path) -> None:
+    sent = browser.send("/deploy", "/server", port="0")
+    server = _jobs(project).find(sent.url.path.rpartition("/")[2])
+    _wait_for(lambda: server.state != "running" or "Serving at" in server.log.read_text())
+    page = browser.get(f"/jobs/{server.id}")
+    (address,) = set(re.findall(r"http://127\.0\.0\.1:\d+/v1(?=</code>)", page))
+    models = [each["id"] for each in httpx.get(f"{address}/models").json()["data"]]
+    assert f'"model": "{models[-1]}"' in page and "Authorization" not in page
+    other = _jobs(project).start("verdict", "0" * 11 + "1")
+    _wait_for(lambda: other.state != "running")
+    assert other.state == "done", other.log.read_text()
+    again = browser.client.post("/server", data=browser.hidden("/deploy", f"/jobs/{server.id}/stop") | {"port": "0"})
+    assert again.status_code == 400 and "serve is running" in again.text
+    browser.sent("/deploy", f"/jobs/{server.id}/stop")
+    _wait_for(lambda: server.state != "running")
+    assert "Start the server" in browser.get("/deploy")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(EXECUTABLE is None, reason="no Chromium is installed")
+def test_pages_of_releases_and_tenants_fit_and_can_be_read(browser: Visitor, project: Path) -> None:
+    good = _good(project)
+    with _state(project) as state:
+        made = state.releases.deploy("courts", good.name, good.digest, GROUNDS)
+        made = state.releases.start_candidate("courts", Candidate("next" * 20, "c" * 64, None), GROUNDS)
+        state.tenants.add("acme", ["courts"])
+        caller = state.keys.caller(state.keys.create("acme")[0])
+        number = state.quota.reserve(reservation(caller, made), "g")
+        state.quota.record_shadow(number, made.id, "verylongword" * 40, "another", None)
+        state.quota.settle(number, RequestUsage(7, 3, 0.1, 0.2, 1.0, "stop"))
+    with chromium() as page:
+        place = str(browser.client.base_url).rstrip("/")
+        page.sign_in(f"{place}/sign-in", PASSWORD)
+        for path in ("/deploy", "/deploy/courts", "/tenants", "/tenants/acme", "/audit?verify=1"):
+            for width, dark in ((360, True), (1100, False)):
+                page.open(place + path, width=width, dark=dark)
+                page.value("document.querySelectorAll('details').forEach(each => each.open = true)")
+                assert page.value("document.documentElement.scrollWidth") == width, path
+                assert [text for contrast, text in page.value(CONTRASTS) if contrast < 4.5] == [], path
+                assert not AXE.exists() or page.accessibility_faults() == [], path
+        page.open(f"{place}/tenants/acme", width=360)
+        page.happened.clear()
+        page.value("document.querySelector('form[action$=\"/keys\"] button').click()")
+        page.loaded()
+        assert page.value("document.documentElement.scrollWidth") == 360
+        assert page.value("document.getElementById('secret').textContent").startswith("tw_")
+        assert page.said == []

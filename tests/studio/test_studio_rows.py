@@ -1,0 +1,135 @@
+"""The rows in the studio: filters, flags, and the history of one row."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from html import unescape
+from pathlib import Path
+
+import pytest
+
+import tunewright as library
+from command_line import pairs, tiny_project, tunewright, write_jsonl
+from factories import make_items
+from people_helpers import save
+from studio_client import Browser, restarted
+from tunewright.studio.jobs import Jobs
+
+EVALUATION = f"{7:012x}"
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
+    """Two files, an edited row, two answers to one input, a model's answer, and a generic mix-in."""
+    folder = tiny_project(tmp_path_factory.mktemp("studio-rows") / "project", tiny_base_folder)
+    add = ("data", "add", "-p", folder)
+    assert tunewright(*add, folder / "pairs.jsonl").code == 0
+    data = library.open(folder).data
+    review = data.review("ada")
+    card = review.next()
+    assert card is not None
+    review.edit(card, "an edited answer")
+    data.apply_reviews()
+    rows = pairs(12, seed=5)
+    rows.append({"prompt": rows[0]["prompt"], "completion": "another answer"})
+    write_jsonl(folder / "more.jsonl", rows)
+    config = folder / "tunewright.yaml"
+    config.write_text(config.read_text().replace("data:\n", "data:\n  mix: {source: generic.jsonl, fraction: 0.1}\n"))
+    write_jsonl(folder / "generic.jsonl", [{"prompt": f"generic {n} {'x' * n}", "completion": "y"} for n in range(40)])
+    assert tunewright(*add, folder / "more.jsonl", "--accept-conflicts").code == 0
+    chat = [{"role": "user", "content": "who wrote this"}, {"role": "assistant", "content": "a model"}]
+    write_jsonl(folder / "generated.jsonl", [{"messages": chat, "generated": {"teacher": "big"}}])
+    assert tunewright(*add, folder / "generated.jsonl", "--accept-conflicts").code == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def browser(project: Path) -> Iterator[Browser]:
+    with restarted(project) as browser:
+        yield browser
+
+
+def _keys(html: str) -> set[str]:
+    return set(re.findall('href="/rows/([0-9a-f]{64})"', html))
+
+
+@pytest.mark.parametrize("flag", ["conflict", "generated", "edited", "mixed"])
+def test_flag_filters_the_rows_that_have_it(browser: Browser, project: Path, flag: str) -> None:
+    members = library.open(project).data.version().members
+    inputs = [m.example.input_text for m in members]
+    wanted = {
+        "conflict": {m.key for m in members if inputs.count(m.example.input_text) > 1},
+        "generated": {m.key for m in members if m.example.output == "a model"},
+        "edited": {m.key for m in members if m.example.output == "an edited answer"},
+        "mixed": {m.key for m in members if m.example.input_text.startswith("generic ")},
+    }[flag]
+    page = browser.get(f"/rows?flag={flag}")
+    assert _keys(page) == wanted != set()
+    assert page.count(f"<td>{flag}</td>") == len(wanted)
+
+
+def test_filters_by_cluster_and_file_are_joined_with_a_search(browser: Browser, project: Path) -> None:
+    members = library.open(project).data.version().members
+    row = next(m for m in members if m.example.output == "another answer")
+    assert _keys(browser.get(f"/rows?cluster={row.cluster[:12]}")) == {
+        m.key for m in members if m.cluster == row.cluster
+    }
+    options = re.findall('<option value="([^"]*)">[^<]*</option>', browser.get("/rows").partition('id="source"')[2])
+    (source,) = [unescape(each) for each in options if each.endswith("more.jsonl")]
+    page = browser.client.get("/rows", params={"source": source, "split": row.split, "q": row.example.input_text}).text
+    expected = {m.key for m in members if m.example.input_text == row.example.input_text and m.split == row.split}
+    assert _keys(page) == expected
+    assert browser.client.get("/rows?flag=wrong").status_code == 400
+    assert browser.client.get("/rows?split=all").status_code == 400
+
+
+def test_next_page_keeps_the_filters(browser: Browser) -> None:
+    page = browser.get("/rows?split=train&q=a")
+    (address,) = re.findall('href="([^"]*)" rel="next"', page)
+    second = browser.get(unescape(address))
+    assert "page 2 of" in second and not _keys(second) & _keys(page)
+    assert '<option value="train" selected>' in second
+
+
+def test_suspects_are_those_that_the_command_found(browser: Browser, project: Path) -> None:
+    before = browser.get("/rows?flag=suspect")
+    assert "have not been looked for yet" in before and not _keys(before)
+    job = browser.send("/rows/suspects", "/rows?flag=suspect")
+    (started,) = Jobs(project / ".tunewright" / "jobs", project).all()
+    assert job.url.path == f"/jobs/{started.id}" and started.command[:2] == ("data", "suspects")
+    with browser.client.stream("GET", f"/jobs/{started.id}/events") as events:
+        assert "".join(events.iter_text()).rstrip().endswith("data: done")
+    found = library.open(project).data.suspects().suspects
+    page = unescape(browser.get("/rows?flag=suspect"))
+    assert _keys(page) == {each.key for each in found[:50]} != set()
+    assert found[0].detail in page
+    shown = re.findall('href="/rows/([0-9a-f]{64})"', page)
+    assert shown == [each.key for each in found[:50]], "the most suspicious first"
+
+
+def test_row_page_shows_the_versions_reviews_adapters_and_evaluations_that_saw_it(
+    browser: Browser, project: Path
+) -> None:
+    data = library.open(project).data
+    versions = data.log()
+    row = next(m for m in data.version().members if m.example.output == "an edited answer")
+    lineage = {"dataset": {"digest": versions[1].digest}, "rendering": {"train": {"left_out": []}}}
+    for name, digest in (("seen-1", versions[1].digest), ("unseen-2", versions[0].digest)):
+        (project / "adapters" / name).mkdir(parents=True)
+        (project / "adapters" / name / "lineage.json").write_text(
+            json.dumps(lineage | {"dataset": {"digest": digest}}), encoding="utf-8"
+        )
+    items = make_items(12)
+    save(project / "evaluations" / EVALUATION, [items[0].model_copy(update={"key": row.key}), *items[1:]])
+    page = browser.get(f"/rows/{row.key}")
+    history = unescape(page.partition('id="history"')[2].partition('id="nearest"')[0])
+    for version in versions:
+        assert (f"<code>{version.digest[:12]}</code>" in history) == (version != versions[0])
+    assert f"seen-1: {'trained' if row.split == 'train' else row.split}" in history
+    assert "unseen-2" not in history
+    assert f'href="/report/{EVALUATION}"' in history
+    assert "Replaces, with the same input" in history
+    other = browser.get(f"/rows/{next(m.key for m in data.version().members if m.example.output == 'a model')}")
+    assert "generated.jsonl:1" in other and "No evaluation has measured on the row." in other
