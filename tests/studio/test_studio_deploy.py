@@ -161,6 +161,7 @@ def test_only_adapters_to_ship_are_offered_and_others_have_their_reason(browser:
     page = browser.get("/deploy")
     offered = re.findall(r'<option value="(tiny-\w+)"', page)
     assert offered == [_good(project).name]
+    assert 'name="alias" value="tiny"' in page
     assert 'tunewright deploy ALIAS tiny-000000000bad --force --because "why"' in page
     assert "don't ship" in page
 

@@ -30,6 +30,7 @@ def deploy_page(visit: Visit) -> Response:
     """Show the aliases, what can be released, and the server."""
     project = visit.project
     adapters = list_adapters(project.folder.adapters)[::-1]
+    aliases = newest_releases(visit)
     server = visit.jobs.server()
     jobs = [job for job in visit.jobs.all() if job.command[0] in RELEASES][:_JOBS]
     releasable, fault = [], None
@@ -40,7 +41,8 @@ def deploy_page(visit: Visit) -> Response:
     return visit.page(
         "deploy.html.j2",
         "Deploy",
-        aliases=newest_releases(visit),
+        aliases=aliases,
+        suggested=aliases[0].alias if len(aliases) == 1 else "" if aliases else _alias_of(project.folder.config.name),
         adapters=releasable,
         fault=fault,
         older=len(adapters[_ADAPTERS:]),
@@ -53,6 +55,17 @@ def deploy_page(visit: Visit) -> Response:
         serve=project.folder.config.serve,
         minute=minute,
     )
+
+
+def _alias_of(name: str) -> str:
+    """Return the project's name as an alias; empty if it cannot be one."""
+    from tunewright.serving.tenants.tenants import check_name
+
+    try:
+        check_name(name.lower(), "an alias")
+    except UserError:
+        return ""
+    return name.lower()
 
 
 def newest_releases(visit: Visit) -> list[Release]:
