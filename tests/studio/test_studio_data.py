@@ -253,7 +253,7 @@ def test_files_of_the_config_can_be_picked_and_others_cannot(project: Path) -> N
     with restarted(project) as browser:
         browser.upload("pairs.jsonl", b'{"prompt": "of another file", "completion": "with the same name"}\n')
         data = browser.get("/data")
-        assert "file=pairs.jsonl" in data and "file=./pairs.jsonl" in data
+        assert "file=pairs.jsonl" in data and "file=.%2Fpairs.jsonl" in data
         assert "<dd>120</dd><dt>known before</dt>" in browser.get("/data/check?file=./pairs.jsonl")
         assert "<dd>1</dd><dt>new rows</dt>" in browser.get("/data/check?file=pairs.jsonl")
         for name in ("./tunewright.yaml", "../project/pairs.jsonl", str(project / "pairs.jsonl"), ""):

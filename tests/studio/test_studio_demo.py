@@ -17,6 +17,7 @@ from tunewright.demo import DEMO_FOLDER, copied_demo, find_demo
 from tunewright.examples.legal_citations import config_text
 from tunewright.serving.gateway.server import serving
 from tunewright.studio import Studio
+from tunewright.studio.pages import HANDLERS
 
 EVALUATION = f"{7:012x}"
 
@@ -49,7 +50,9 @@ def client(finished: Path) -> Iterator[httpx.Client]:
 
 def test_visitor_reads_every_page_without_sign_in_and_changes_no_file(client: httpx.Client, finished: Path) -> None:
     before = _contents(finished)
-    for path in ("/", "/data", "/rows", "/review", f"/compare/{EVALUATION}", "/data/leakage"):
+    # Every page that needs neither a name nor a file, also those that do not exist yet.
+    paths = [path for (method, path), _ in HANDLERS if method == "GET" and "{" not in path]
+    for path in {*paths, f"/compare/{EVALUATION}"} - {"/new", "/data/check", "/data/diff", "/train/compare"}:
         page = client.get(path)
         assert page.status_code == 200 and "A read-only demo" in page.text, path
         forms = re.findall('<form method="post".*?</form>', page.text, re.DOTALL)
@@ -63,7 +66,20 @@ def test_visitor_reads_every_page_without_sign_in_and_changes_no_file(client: ht
 
 
 @pytest.mark.parametrize(
-    "path", ["/review", "/jobs", "/data/add", "/data/upload", "/reviewer", "/sign-in", "/rows/suspects", "/new", "/x"]
+    "path",
+    [
+        "/review",
+        "/jobs",
+        "/data/add",
+        "/data/upload",
+        "/reviewer",
+        "/sign-in",
+        "/review/find-suspects",
+        "/deploy",
+        "/playground",
+        "/new",
+        "/x",
+    ],
 )
 def test_every_request_that_could_change_something_is_refused(client: httpx.Client, path: str) -> None:
     refused = client.post(path, data={"action": "right", "secret": "None"})

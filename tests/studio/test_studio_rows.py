@@ -95,8 +95,8 @@ def test_next_page_keeps_the_filters(browser: Browser) -> None:
 
 def test_suspects_are_those_that_the_command_found(browser: Browser, project: Path) -> None:
     before = browser.get("/rows?flag=suspect")
-    assert "have not been looked for yet" in before and not _keys(before)
-    job = browser.send("/rows/suspects", "/rows?flag=suspect")
+    assert "have not been searched yet" in before and not _keys(before)
+    job = browser.send("/review/find-suspects", "/review/suspects")
     (started,) = Jobs(project / ".tunewright" / "jobs", project).all()
     assert job.url.path == f"/jobs/{started.id}" and started.command[:2] == ("data", "suspects")
     with browser.client.stream("GET", f"/jobs/{started.id}/events") as events:

@@ -169,6 +169,7 @@ def test_compared_runs_show_what_differs_and_their_curves(browser: Browser, proj
     assert "train.learning_rate" in page and "0.001" in page and "0.002" in page
     assert "lora_r" not in page, "it is the same in both"
     assert [[line["label"] for line in chart["lines"]] for chart in _charts(page)] == [names] * 3
+    assert page.count("<td>75.0%, dev loss 0.669</td>") == 2
     assert "at least two runs (got 1)" in browser.client.get(f"/train/compare?run.{names[0]}=on").text
 
 
@@ -192,6 +193,7 @@ def test_sweep_and_curve_are_read_from_their_files(browser: Browser, project: Pa
     assert head.sweep in overview and CURVE.id in overview
     page = unescape(browser.get(f"/train/sweeps/{head.sweep}"))
     assert "25.0%, loss 1.250" in page and "out at rung 1: 50.0% is better" in page and "not reached" in page
+    assert [line["points"] for line in _charts(page)[0]["lines"]] == [[[10, 25]], [[10, 50]]]
     page = unescape(browser.get(f"/train/curves/{CURVE.id}"))
     assert "Would more data help? Yes" in page and "1,782" in page
     assert [len(line["points"]) for line in _charts(page)[0]["lines"]] == [3, 3]

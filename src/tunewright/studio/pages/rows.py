@@ -13,7 +13,7 @@ from tunewright.data.review.label_models import excerpt
 from tunewright.data.row_index import FLAGS, RowQuery
 from tunewright.data.splits import SPLITS
 from tunewright.data.trace import find_row, metadata_by_key
-from tunewright.studio.visit import Handlers, Visit, path_of
+from tunewright.studio.visit import Handlers, Visit
 
 _ON_A_PAGE = 50  # rows
 _KEYS = {"q": "words", "split": "split", "cluster": "cluster", "source": "source", "flag": "flag"}
@@ -60,11 +60,6 @@ def _suspects(visit: Visit) -> dict[str, str] | None:
     return None if found is None else {each.key: each.detail for each in found}
 
 
-def find_suspects(visit: Visit) -> Response:
-    """Start the search for suspects, which may take minutes."""
-    return visit.go(path_of("jobs", visit.jobs.start("data", "suspects").id))
-
-
 def row_page(visit: Visit) -> Response:
     """Show one row: its conversation, tokens with the loss mask, history, and the rows most similar to it."""
     from tunewright.chat.inspection import view
@@ -87,6 +82,5 @@ def row_page(visit: Visit) -> Response:
 
 HANDLERS: Handlers = {
     ("GET", "/rows"): rows_page,
-    ("POST", "/rows/suspects"): find_suspects,
     ("GET", "/rows/{row}"): row_page,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from starlette.responses import Response
@@ -13,7 +14,7 @@ from tunewright.data.examples import Example
 from tunewright.data.versions import current_manifest
 from tunewright.evidence.learning_curve import more_data
 from tunewright.metrics import metric_label, score_text
-from tunewright.studio.charts import comparison_charts, curve_chart, run_charts
+from tunewright.studio.charts import comparison_charts, curve_chart, run_charts, sweep_chart
 from tunewright.studio.visit import Handlers, Visit, path_of
 
 _LAST_STEPS = 20
@@ -156,8 +157,20 @@ def compare_page(visit: Visit) -> Response:
         runs=found.runs,
         differing=found.differing,
         best=[_best(run) for run in found.runs],
+        evaluations=_by_step(found.runs),
         charts=comparison_charts(found.runs),
     )
+
+
+def _by_step(runs: Sequence[TrainingRun]) -> list[tuple[int, list[str]]]:
+    """Return each evaluated step with the result of each run; empty where a run was not evaluated."""
+    texts: dict[int, list[str]] = {}
+    for place, run in enumerate(runs):
+        for each in run.evaluations:
+            score = _scored(run, each.dev_metric)
+            row = texts.setdefault(each.step, [""] * len(runs))
+            row[place] = f"{score}, dev loss {each.dev_loss:.3f}" if score else f"dev loss {each.dev_loss:.3f}"
+    return sorted(texts.items())
 
 
 def sweep_page(visit: Visit) -> Response:
@@ -176,6 +189,7 @@ def sweep_page(visit: Visit) -> Response:
         f"Sweep {head.sweep}",
         head=head,
         trials=trials,
+        charts=[sweep_chart(ledger)],
         took=duration(ledger.seconds),
     )
 
