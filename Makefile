@@ -26,9 +26,11 @@ gpu-proof: $(VENV)/.installed
 soak: $(VENV)/.installed
 	$(BIN)/python benchmarks/soak.py --keep $(ARGS)
 
-# The documentation site, in build/site. Its reference is generated from the code; a broken link fails the build.
+# The documentation site, in build/site. Its reference is generated from the code; a broken link fails the build. Then
+# pictures of the studio's pages, in build/studio-pages.
 docs: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/python tests/studio_pages.py
 
 # The same, rebuilt at each change of a page, on http://127.0.0.1:8000.
 docs-serve: $(VENV)/.installed

@@ -5,7 +5,8 @@
 The legal citations of courts-db in three parts: 1,000 rows train an adapter that plays the hosted model and the
 teacher, 480 rows are those of people, and 479 inputs get their answers from the teacher. A script plays the reviewer,
 who knows the citations, and another one the reflection model. Runs the commands of
-docs/benchmarks/better-baselines.md, stores their output in WORK/printed, and skips those that have been run.
+docs/benchmarks/better-baselines.md, stores their output in WORK/printed, and skips those that have been run. Writes
+benchmarks/results/better_baselines.json.
 """
 
 from __future__ import annotations
@@ -34,11 +35,14 @@ import tunewright
 from tunewright.adapters.registry import list_adapters
 from tunewright.config.io import write_config
 from tunewright.config.project import CONFIG_FILE
-from tunewright.core.io import text_lines, write_text
+from tunewright.core.io import text_lines, write_json, write_text
+from tunewright.evidence.schema import load_evidence
+from tunewright.evidence.verdict import verdict
 from tunewright.examples import legal_citations
 from tunewright.serving.gateway.server import serving
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "better_baselines.json"
 HOSTED, HUMAN, INPUTS = 1000, 480, 479  # rows of each part
 PORT = 8123  # of the hosted model
 TRAIN: dict[str, Any] = {"preset": "all-linear", "learning_rate": 1e-3, "epochs": 2}
@@ -125,6 +129,36 @@ def main() -> None:
         trained_and_evaluated(walk, "dpo", settings, {**start, "method": "dpo", "learning_rate": 5e-5})
     walk.run("verdict", "verdict")
     walk.run("report", "report")
+    write_json(RESULTS, {"machine": platform.platform(), **summary(walk.folder)})
+    print(RESULTS.relative_to(ROOT))
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    """Return the measurements of the three evaluations, from their evidence."""
+    found: dict[str, Any] = {}
+    for name in ("with", "without", "dpo"):
+        evidence = load_evidence(
+            folder / "evaluations" / json.loads((folder / f"{name}.json").read_text())["evaluation"]
+        )
+        decision = verdict(evidence)
+        found[name] = {
+            "verdict": decision.decision,
+            "arms": {
+                arm.name: {metric: arm.score(metric).value for metric in evidence.metrics} for arm in evidence.arms
+            },
+            "contrasts": [each.model_dump(mode="json") for each in evidence.contrasts],
+            "incumbents": {each.incumbent.name: each.outcome for each in decision.replacements},
+        }
+        if evidence.generated_effect is not None:
+            found["generated_effect"] = evidence.generated_effect.model_dump(mode="json")
+        if evidence.prompt_optimization is not None:
+            prompt = evidence.prompt_optimization
+            found["instruction"] = {
+                "dev": prompt.best.dev,
+                "own_dev": prompt.candidates[0].dev,
+                "text": prompt.instruction,
+            }
+    return found
 
 
 def parts_of_rows() -> dict[str, list[Row]]:

@@ -139,6 +139,7 @@ def test_tenant_tables_match_the_json(project: Path) -> None:
         (["tenant", "key", "add", "acme", "--expires", "0d"], "--expires: A key's lifetime must be greater than 0"),
         (["tenant", "usage", "--since", "yesterday"], "--since: Invalid date 'yesterday'"),
         (["tenant", "usage", "--csv", "--json"], "mutually exclusive"),
+        (["tenant", "usage", "--csv", "--by-day"], "mutually exclusive"),
         (["tenant", "list", "--database-url", "mysql://x/y"], "Unsupported database"),
         (["tenant", "list", "--database-url", "sqlite:///no/such.sqlite"], "There is no serving state"),
         (["audit", "verify", "--database-url", "sqlite:///no/such.sqlite"], "There is no serving state"),

@@ -55,6 +55,13 @@ def test_gepa_finds_the_better_instruction_and_dev_chooses_it(tmp_path: Path, ba
         assert again.prompt.model_dump(mode="json") == prompt.model_dump(mode="json")
 
 
+def test_repeated_instruction_is_measured_on_dev_once(tmp_path: Path, base: Path) -> None:
+    with reflecting(lambda _: TWO) as server:
+        prompt = opened(tmp_path / "project", base, server).optimize_prompt().prompt
+    assert [each.instruction for each in prompt.candidates].count(TWO) > 1
+    assert [each.instruction for each in prompt.candidates if each.dev is not None] == [OWN, TWO]
+
+
 def test_only_training_rows_are_sent_to_the_reflection_model(tmp_path: Path, base: Path) -> None:
     with reflecting() as server:
         project = opened(tmp_path / "project", base, server)

@@ -147,7 +147,9 @@ def _answers_while_training(quantization: str, dropout: float) -> tuple[list[str
     requests = tuple(Request(tuple(range(5, 15 + row)), "default", 6) for row in range(4))
     scorer: Any = None  # answers are made here, and not valued
     examples = tuple(Example((Message("user", f"question {row}"), Message("assistant", "yes"))) for row in range(4))
-    task = DevTask(scorer, requests, examples, tuple(range(4)), examples, 4, chat_of(byte_tokenizer()), LogReporter())
+    task = DevTask(
+        scorer, requests, examples, tuple(range(4)), examples, 4, chat_of(byte_tokenizer()), LogReporter(), ()
+    )
     answers: list[str] = []
     with FakeCard():
         model = build(replace(SHAPES["llama-3-8b"], layers=2), nf4=quantization == "nf4")

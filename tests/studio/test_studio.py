@@ -290,7 +290,9 @@ def test_stopped_training_is_resumed_by_the_same_button_after_a_restart(project:
         assert not list(library.open(project).folder.adapters.glob("tiny-*"))
         stopped = library.open(project).runs.find(run.name)
         assert stopped.state == "stopped" and stopped.history
-        assert "resumes from its last checkpoint" in browser.get(f"/train/runs/{run.name}")
+        page = browser.get(f"/train/runs/{run.name}")
+        assert "resumes from its last checkpoint" in page and '"memory_bytes"' in page
+        assert not stopped.evaluations or page.count("<dt>Reference</dt>") == 5
         browser.send("/train", f"/train/runs/{run.name}", kind="train")
         again = jobs.all()[0]
         _wait_for(lambda: run.state == "running" or again.state != "running")

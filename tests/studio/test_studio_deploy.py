@@ -151,6 +151,9 @@ def test_every_form_needs_its_sessions_token(browser: Visitor, project: Path) ->
 def test_reading_pages_creates_no_serving_state(browser: Visitor, project: Path) -> None:
     for path in ("/deploy", "/tenants", "/audit", "/audit?verify=1"):
         browser.get(path)
+    for path in ("/deploy/courts", "/tenants/acme"):
+        answer = browser.client.get(path)
+        assert (answer.status_code, "no aliases and tenants yet" in answer.text) == (400, True), path
     assert not (project / "serving").exists()
 
 
@@ -158,6 +161,7 @@ def test_only_adapters_to_ship_are_offered_and_others_have_their_reason(browser:
     page = browser.get("/deploy")
     offered = re.findall(r'<option value="(tiny-\w+)"', page)
     assert offered == [_good(project).name]
+    assert 'name="alias" value="tiny"' in page
     assert 'tunewright deploy ALIAS tiny-000000000bad --force --because "why"' in page
     assert "don't ship" in page
 
@@ -185,6 +189,7 @@ def test_adapter_goes_live_by_a_form_and_its_release_is_the_command_lines(browse
     page = browser.get("/deploy/courts")
     assert good.digest[:12] in page and "isolated on peft" in page and "passed on peft" in page
     assert f"/jobs/{job.id}" in browser.get("/deploy")
+    assert '<a href="/deploy/courts">' in browser.get(f"/jobs/{job.id}")
     assert "Live: courts" in browser.get("/")
 
 
@@ -236,6 +241,21 @@ def test_trials_end_by_rollback_and_undeploy_needs_the_current_page(browser: Vis
     assert browser.send("/deploy/courts", "/deploy/courts/rollback", to="--x").status_code == 400
 
 
+@pytest.mark.slow
+def test_promotion_makes_the_command_lines_checks(browser: Visitor, project: Path) -> None:
+    good = _good(project)
+    with _state(project) as state:
+        state.releases.deploy("courts", good.name, good.digest, GROUNDS)
+        state.releases.start_candidate("courts", Candidate("tiny-000000000bad", "bad0" * 16, 0.1), GROUNDS)
+    job = _ended(project, browser.send("/deploy/courts", "/deploy/courts/promote"))
+    assert job.command[:2] == ("promote", "courts")
+    # Its files are not those of its digest.
+    assert (job.state, job.exit_code) == ("failed", 2), job.log.read_text()
+    assert "tiny-000000000bad" in job.log.read_text()
+    assert "failed" in browser.get("/deploy")
+    assert [each.action for each in library.open(project).releases()] == ["deploy", "canary"]
+
+
 def test_shadow_answers_are_compared(browser: Visitor, project: Path) -> None:
     good = _good(project)
     with _state(project) as state:
@@ -270,8 +290,8 @@ def test_key_is_shown_once_and_in_no_later_page_log_or_cookie(browser: Visitor, 
     browser.seen = ""
     for path in ("/", "/deploy", "/tenants", "/tenants/acme", "/audit?verify=1", "/tenants/acme"):
         browser.get(path)
-    assert secret.split("_")[2] not in browser.seen + str(dict(browser.client.cookies)) + again.text
-    assert secret.rpartition("_")[0][:13] in browser.seen, "its prefix is listed"
+    assert secret[14:] not in browser.seen + str(dict(browser.client.cookies)) + again.text
+    assert secret[:13] in browser.seen, "its prefix is listed"
     kept = [file for file in project.rglob("*") if file.is_file() and secret.encode() in file.read_bytes()]
     assert kept == []
 
@@ -325,6 +345,10 @@ def test_usage_is_drawn_by_day_also_after_a_roll_up(browser: Visitor, project: P
         ]
         assert state.usage_rollup.roll_up((clock.now // DAY - 1) * DAY).requests == 5
         assert state.usage.by_day() == before == state.usage.by_day("acme")
+    days = tunewright("tenant", "usage", "--by-day", "-p", project, "--json").document["days"]
+    assert [day["requests"] for day in days] == [1, 4, 2]
+    text = tunewright("tenant", "usage", "acme", "--by-day", "-p", project).stdout
+    assert [line.split()[0] for line in text.splitlines()[1:]] == [day["day"] for day in days]
     page = browser.get("/tenants/acme")
     heights = [float(each) for each in re.findall(r'<rect [^>]*height="([\d.]+)"', page)]
     assert len(heights) == 30 and [height for height in heights if height] == [25, 100, 50]

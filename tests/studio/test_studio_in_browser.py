@@ -103,10 +103,9 @@ def test_pages_fit_can_be_read_and_ask_for_nothing_else(
 
 
 @pytest.mark.skipif(not AXE.exists(), reason="axe-core is not installed: make test-clients")
-@pytest.mark.parametrize("dark", [False, True])
-def test_axe_finds_no_fault(page: Page, url: str, project: Path, dark: bool) -> None:
+def test_axe_finds_no_fault(page: Page, url: str, project: Path) -> None:
     for path in _paths(project):
-        page.open(_place(url, path), width=1100, dark=dark)
+        page.open(_place(url, path), width=1100)
         assert page.accessibility_faults() == [], path
 
 

@@ -23,6 +23,7 @@ from tunewright.core.io import digest, write_json
 from tunewright.core.locks import is_locked, locked_folder
 from tunewright.evidence.learning_curve import CURVE_FILE
 from tunewright.studio.jobs import Jobs
+from tunewright.training.dev_answers import DEV_ANSWERS, append_dev_answers
 from tunewright.training.sweep.ledger import Head, Ledger
 
 RUN = "0123456789ab"
@@ -121,7 +122,7 @@ def test_events_name_a_damaged_line(browser: Browser, project: Path) -> None:
     assert "event: fault" in text and f"{HISTORY}:2" in text and "event: finished" not in text
 
 
-@pytest.mark.parametrize("line", ["not json", '{"step": 1}', '{"step": 1, "epoch": 1, "loss": NaN}', "[1]", "\udcff"])
+@pytest.mark.parametrize("line", ["not json", '{"step": 1, "epoch": 1, "loss": NaN}', "[1]", "\udcff"])
 def test_damaged_metrics_are_one_message_and_other_runs_stay(browser: Browser, project: Path, line: str) -> None:
     other = _adapter(project, 0.001, "1" * 64)
     folder = _write_run(project)
@@ -130,6 +131,18 @@ def test_damaged_metrics_are_one_message_and_other_runs_stay(browser: Browser, p
     assert refused.status_code == 400 and HISTORY in refused.text and "Traceback" not in refused.text
     overview = browser.get("/train")
     assert HISTORY in overview and other.name in overview and "at step 30" in overview
+
+
+def test_answers_to_dev_rows_are_shown_where_they_change(browser: Browser, project: Path) -> None:
+    folder, key = _write_run(project), digest("row")
+    for step, text in ((10, "first"), (20, "first"), (30, "<b>last</b>"), (20, "second")):
+        append_dev_answers(folder, step, {key: text})
+    page = browser.get(f"/train/runs/{RUN}")
+    shown = re.findall("<dt>Step ([0-9]+)</dt><dd[^>]*>(.*?)</dd>", page)
+    assert shown == [("30", "&lt;b&gt;last&lt;/b&gt;"), ("20", "second"), ("10", "first")]
+    assert "the current dataset version does not have" in page
+    (folder / DEV_ANSWERS).write_text('{"step": 1}\n')
+    assert f"{DEV_ANSWERS}:1" in browser.client.get(f"/train/runs/{RUN}").text
 
 
 def test_removed_run_is_one_message(browser: Browser, project: Path) -> None:
@@ -156,6 +169,7 @@ def test_compared_runs_show_what_differs_and_their_curves(browser: Browser, proj
     assert "train.learning_rate" in page and "0.001" in page and "0.002" in page
     assert "lora_r" not in page, "it is the same in both"
     assert [[line["label"] for line in chart["lines"]] for chart in _charts(page)] == [names] * 3
+    assert page.count("<td>75.0%, dev loss 0.669</td>") == 2
     assert "at least two runs (got 1)" in browser.client.get(f"/train/compare?run.{names[0]}=on").text
 
 
@@ -179,6 +193,7 @@ def test_sweep_and_curve_are_read_from_their_files(browser: Browser, project: Pa
     assert head.sweep in overview and CURVE.id in overview
     page = unescape(browser.get(f"/train/sweeps/{head.sweep}"))
     assert "25.0%, loss 1.250" in page and "out at rung 1: 50.0% is better" in page and "not reached" in page
+    assert [line["points"] for line in _charts(page)[0]["lines"]] == [[[10, 25]], [[10, 50]]]
     page = unescape(browser.get(f"/train/curves/{CURVE.id}"))
     assert "Would more data help? Yes" in page and "1,782" in page
     assert [len(line["points"]) for line in _charts(page)[0]["lines"]] == [3, 3]

@@ -22,6 +22,9 @@ from tunewright.core.progress import LogReporter, LogTask, Task
 from tunewright.metrics import normalised
 from tunewright.training.checkpoint_selection import best_evaluation, evaluations
 
+MEASURED = {"tokens_per_s", "memory_bytes"}
+"""Numbers of a step that differ from run to run."""
+
 pytestmark = pytest.mark.slow
 
 
@@ -162,8 +165,10 @@ def test_progress_curves_have_every_step_and_evaluation(learnt: tuple[Project, A
 
 def test_step_row_has_speed_learning_rate_and_gradient_norm(learnt: tuple[Project, Adapter, StopAfter]) -> None:
     first, *others = [row for row in learnt[1].history if "loss" in row]
-    assert set(first) == {"step", "epoch", "loss", "learning_rate", "grad_norm"}
+    assert set(first) == {"step", "epoch", "loss", "learning_rate", "grad_norm", "memory_bytes"}
     assert all(set(row) == {*first, "tokens_per_s"} and row["tokens_per_s"] > 0 for row in others)
+    # This process with torch and a tiny model: its size is right, not only its name.
+    assert all(50e6 < row["memory_bytes"] < 50e9 for row in [first, *others])
 
 
 def test_frequent_evaluation_does_not_change_training(tmp_path: Path, tiny_base_folder: Path) -> None:
@@ -285,7 +290,7 @@ def test_metrics_of_a_killed_run_have_no_gap_or_repetition(tmp_path: Path, tiny_
 
 
 def _without_speed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in row.items() if key != "tokens_per_s"} for row in rows]
+    return [{key: value for key, value in row.items() if key not in MEASURED} for row in rows]
 
 
 def test_unstable_step_names_exactly_its_rows(

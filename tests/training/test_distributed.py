@@ -93,7 +93,7 @@ def test_two_processes_give_the_losses_and_adapter_of_one(alone: Adapter, pair: 
     assert [row["step"] for row in together.history] == [row["step"] for row in alone.history]
     for one, two in zip(alone.history, together.history, strict=True):
         # Between an epoch's ends transformers counts micro-batches, of which each process has fewer.
-        ours = {"epoch": 0, "tokens_per_s": 0}
+        ours = {"epoch": 0, "tokens_per_s": 0, "memory_bytes": 0}
         assert {**one, **ours} == pytest.approx({**two, **ours}, rel=1e-4)
     weights = [load_file(adapter.folder / "adapter_model.safetensors") for adapter in (alone, together)]
     assert weights[0].keys() == weights[1].keys()
@@ -121,7 +121,7 @@ def test_two_processes_with_replay_give_the_losses_of_one(
     assert one.lineage["replay"]["digest"] == two.lineage["replay"]["digest"]
     assert any("replay_kl" in row for row in one.history)
     for alone, together in zip(one.history, two.history, strict=True):
-        ours = {"epoch": 0, "tokens_per_s": 0}
+        ours = {"epoch": 0, "tokens_per_s": 0, "memory_bytes": 0}
         assert {**alone, **ours} == pytest.approx({**together, **ours}, rel=1e-3, abs=1e-5)
 
 

@@ -14,6 +14,9 @@ from tunewright.core.progress import LogReporter
 from tunewright.training.checkpoints import latest_complete_checkpoint
 from tunewright.training.train import PausedRun, TrainResult, train, train_until
 
+MEASURED = {"tokens_per_s", "memory_bytes"}
+"""Numbers of a step that differ from run to run."""
+
 pytestmark = pytest.mark.slow
 
 
@@ -66,7 +69,7 @@ def test_paused_run_ends_with_the_same_adapter_and_measures_each_pause(
 
 def _numbers(result: TrainResult) -> list[dict[str, Any]]:
     """Return the history without speeds."""
-    return [{key: row[key] for key in row if key != "tokens_per_s"} for row in result.adapter.history]
+    return [{key: row[key] for key in row if key not in MEASURED} for row in result.adapter.history]
 
 
 def _plain_dev_loss(base: Path, adapter: Path, project: Project) -> float:

@@ -105,8 +105,8 @@ class Adapter:
         """The run's metrics, oldest first: ``step``, ``epoch``, and a step's ``loss`` or an evaluation's
         ``eval_loss``.
 
-        A step also has ``learning_rate``, ``grad_norm`` before clipping, and ``tokens_per_s``; an evaluation has
-        ``eval_metric``, from 0 to 1 by the config's metric. A foreign adapter has none.
+        A step also has ``learning_rate``, ``grad_norm`` before clipping, ``tokens_per_s`` and ``memory_bytes``; an
+        evaluation has ``eval_metric``, from 0 to 1 by the config's metric. A foreign adapter has none.
 
         Raises:
             UserError: the file is damaged.
@@ -176,7 +176,9 @@ def read_history(file: Path) -> list[dict[str, Any]]:
         raise UserError("The run has no metrics", where=str(file), fix="It was removed, or has not started.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"The metrics cannot be read: {error}", where=str(file)) from None
-    return [_history_row(line, f"{file}:{number}") for number, line in enumerate(text.split("\n")[:-1], start=1)]
+    rows = [_history_row(line, f"{file}:{number}") for number, line in enumerate(text.split("\n")[:-1], start=1)]
+    # A foreign adapter may have lines of other kinds.
+    return [row for row in rows if "step" in row and ("loss" in row or {"eval_loss", "epoch"} <= row.keys())]
 
 
 def _history_row(line: str, where: str) -> dict[str, Any]:
@@ -184,11 +186,10 @@ def _history_row(line: str, where: str) -> dict[str, Any]:
         row: Any = json.loads(line)
     except ValueError:
         row = None
-    numbers = isinstance(row, dict) and all(isinstance(v, int | float) and math.isfinite(v) for v in row.values())
-    if not numbers or not {"step", "epoch"} <= row.keys() or not {"loss", "eval_loss"} & row.keys():
+    values = {key: value for key, value in row.items() if value is not None} if isinstance(row, dict) else {"": ""}
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in values.values()):
         raise UserError("Not a row of metrics", where=where, fix="Restore the file, or train again.")
-    found: dict[str, Any] = row
-    return found
+    return values
 
 
 def require_digest(folder: Path, expected: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import threading
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -11,8 +10,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tunewright.adapters.registry import Adapter, list_adapters
-from tunewright.adapters.system_prompt import count_system_turns, system_prompt
+from tunewright.adapters.system_prompt import system_prompt
 from tunewright.api.context import ProjectContext
+from tunewright.api.playground_answers import (
+    BASE,
+    PROMPTING,
+    AnswerToken,
+    PlaygroundAnswer,
+    conversation,
+    shared_system,
+)
 from tunewright.api.serving import choose_served, require_held
 from tunewright.chat.answers import grammar_compiler, stop_strings
 from tunewright.config import Config
@@ -34,44 +41,8 @@ from tunewright.generation.requests import Finish, Request
 from tunewright.generation.text_stream import TextStream
 from tunewright.serving.engines.start import EngineSpec, start_engine
 
-BASE = "base"
-PROMPTING = "prompting"
-"""The best prompting arm on dev."""
-
 _LIKELIEST = 5  # tokens with their probabilities in each place
 _ANSWER_TOKENS = 256  # without a dataset, whose answers decide otherwise
-_UNCERTAIN = math.log(0.5)
-
-
-@dataclass(frozen=True)
-class AnswerToken:
-    """A token of an answer."""
-
-    text: str
-    logprob: float
-    top: tuple[tuple[str, float], ...]
-    """The likeliest tokens in its place with their log probabilities."""
-
-    @property
-    def uncertain(self) -> bool:
-        """True if the model gave it less than half of the probability."""
-        return self.logprob < _UNCERTAIN
-
-
-@dataclass(frozen=True)
-class PlaygroundAnswer:
-    """A complete answer."""
-
-    text: str
-    finish: Finish
-    prompt_tokens: int
-    answer_tokens: int
-    tokens: tuple[AnswerToken, ...]
-    """Empty where the engine reports no probabilities."""
-    asked: str
-    """The arm or adapter that answered."""
-    digest: str | None
-    """The adapter's."""
 
 
 @dataclass(frozen=True)
@@ -263,18 +234,6 @@ class _Answered:
             prepared.asked,
             prepared.request.adapter,
         )
-
-
-def conversation(question: str, system: str | None) -> tuple[Message, ...]:
-    """Return the turns of a question."""
-    user = Message("user", question)
-    return (user,) if system is None else (Message("system", system), user)
-
-
-def shared_system(version: DatasetVersion | None) -> str | None:
-    """Return the system turn that all rows share; None if there is no such turn."""
-    text: str | None = None if version is None else count_system_turns(version.domain)["text"]
-    return text
 
 
 def _best(runner: ArmRunner) -> ArmPlan:

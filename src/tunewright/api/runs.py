@@ -15,6 +15,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.locks import is_locked
 from tunewright.evidence.learning_curve import CURVE_FILE, Curve, load_curve
 from tunewright.training.checkpoint_selection import Evaluation, best_evaluation, evaluations
+from tunewright.training.dev_answers import read_dev_answers
 
 if TYPE_CHECKING:
     from tunewright.training.sweep.ledger import Ledger
@@ -55,6 +56,15 @@ class TrainingRun:
         if not self.folder.is_dir():
             raise UserError(f"The run {self.name} was removed", fix="Choose another one on the page Train.")
         return read_history(file) if file.exists() else []
+
+    @property
+    def dev_answers(self) -> dict[int, dict[str, str]]:
+        """Answers to a few dev rows by step and pair key; empty once the run has finished.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        return read_dev_answers(self.folder)
 
     @property
     def evaluations(self) -> list[Evaluation]:

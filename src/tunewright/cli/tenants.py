@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tunewright.api.tenants import NewKey
     from tunewright.serving.tenants import Key, Tenant
     from tunewright.serving.tenants.usage import UsageSum
+    from tunewright.serving.tenants.usage_rollup import DayTotal
 
 _SHORT = 12  # digits of a digest
 
@@ -104,6 +105,7 @@ def tenant_usage(
     run: Session,
     name: AnyName = None,
     since: Annotated[str | None, typer.Option(help="First day, such as 2026-11-01.")] = None,
+    by_day: Annotated[bool, typer.Option("--by-day", help="Show each day (UTC) by itself.")] = False,
     csv: Annotated[bool, typer.Option("--csv", help="Print every request as CSV on stdout.")] = False,
 ) -> None:
     """Show requests and tokens by tenant, alias and adapter."""
@@ -112,9 +114,15 @@ def tenant_usage(
 
     if csv and run.as_json:
         raise UserError("--csv and --json are mutually exclusive", where="--csv", fix="Choose one.")
+    if csv and by_day:
+        raise UserError("--csv and --by-day are mutually exclusive", where="--csv", fix="Choose one.")
     begins = None if since is None else parse_time(since, "--since")
     if csv:
         run.print_out(usage_csv(run.project.tenant.requests(name, since=begins)))
+        return
+    if by_day:
+        days = run.project.tenant.usage_by_day(name, since=begins)
+        run.show({"days": days}, days_table(days) if days else "No requests yet.")
         return
     sums = run.project.tenant.usage(name, since=begins)
     run.show({"usage": sums}, usage_table(sums) if sums else "No requests yet.")
@@ -256,6 +264,19 @@ def usage_table(sums: Sequence[UsageSum]) -> Table:
             f"{each.completion_tokens:,}",
             "-" if first is None else f"{first:.3f}",
         )
+    return table
+
+
+def days_table(days: Sequence[DayTotal]) -> Table:
+    """Return usage by day, tenant, alias and adapter."""
+    table = Table()
+    for name in ("day", "tenant", "alias", "adapter"):
+        table.add_column(name)
+    for name in ("requests", "prompt tokens", "answer tokens"):
+        table.add_column(name, justify="right")
+    for each in days:
+        counts = (each.requests, each.prompt_tokens, each.completion_tokens)
+        table.add_row(each.day, each.tenant, each.alias, each.digest[:_SHORT], *(f"{count:,}" for count in counts))
     return table
 
 

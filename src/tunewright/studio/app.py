@@ -50,6 +50,8 @@ from tunewright.studio.run_events import run_events
 from tunewright.studio.visit import Cache, Handler, PageReporter, Visit
 
 _LOG_SHOWN = 100_000  # bytes from the end of a job's log
+_TYPED = ("question", "answer", "output", "note", "message")
+"""Fields whose text is worth keeping when a session has ended."""
 _LOOPBACK = ("127.0.0.1", "localhost")
 
 
@@ -191,7 +193,7 @@ class Studio:
 
     def _ended(self, form: dict[str, str]) -> Response:
         """Ask for the secret again, and return what was typed: the page that has it is made again after the sign-in."""
-        typed = [value for name, value in form.items() if name not in ("form_token", "key", "action") and value.strip()]
+        typed = [form[name] for name in _TYPED if form.get(name, "").strip()]
         wrong = "Your session has ended, because the studio was started again. Nothing was recorded."
         return HTMLResponse(self._sign_in_text(wrong, typed), status_code=403)
 

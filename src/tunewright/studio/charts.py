@@ -12,6 +12,7 @@ from tunewright.core.downsample import downsample
 from tunewright.evidence.learning_curve import Curve
 from tunewright.metrics import axis_label
 from tunewright.training.checkpoint_selection import DEV_LOSS, DEV_METRIC, PAIR_LOSS, REPLAY_KL, REPLAY_LOSS
+from tunewright.training.sweep.ledger import Ledger
 
 _LOSSES = {
     "loss": "training loss",
@@ -54,12 +55,17 @@ def run_charts(history: Sequence[Mapping[str, Any]], metric: MetricName | None) 
     charts = [Chart("Loss", [_line(history, key, label) for key, label in _LOSSES.items()])]
     if metric is not None:
         charts.append(Chart(f"Dev: {axis_label(metric)}", [_line(history, DEV_METRIC, "dev score", 100)], scale=100))
-    for key, title in _NUMBERS.items():
-        charts.append(Chart(title, [_line(history, key, title)]))
+    for key, (title, scale) in _NUMBERS.items():
+        charts.append(Chart(title, [_line(history, key, title, scale)], scale=scale))
     return charts
 
 
-_NUMBERS = {"learning_rate": "Learning rate", "tokens_per_s": "Tokens per second"}
+_GIB = 1 / 2**30
+_NUMBERS = {
+    "learning_rate": ("Learning rate", 1.0),
+    "tokens_per_s": ("Tokens per second", 1.0),
+    "memory_bytes": ("Memory, GiB", _GIB),
+}
 
 
 def comparison_charts(runs: Sequence[TrainingRun]) -> list[Chart]:
@@ -86,6 +92,20 @@ def curve_chart(curve: Curve) -> Chart:
         for seed in curve.seeds
     ]
     return Chart(f"Dev: {axis_label(curve.metric)}", lines, below="training rows")
+
+
+def sweep_chart(ledger: Ledger) -> Chart:
+    """Return the dev score of each trial at each rung, or the dev loss if no dev rows were answered."""
+    head = ledger.head
+    lines = []
+    for name in head.trials:
+        results = [ledger.result(name, number) for number in range(1, len(head.rungs) + 1)]
+        values = [(each.step, each.dev_loss if head.metric is None else each.dev_metric) for each in results if each]
+        scale = 1 if head.metric is None else 100
+        lines.append(
+            Line(name, [(float(step), scale * value) for step, value in values if value is not None], dots=True)
+        )
+    return Chart("Dev loss" if head.metric is None else f"Dev: {axis_label(head.metric)}", lines)
 
 
 def _line(history: Sequence[Mapping[str, Any]], key: str, label: str, scale: float = 1.0) -> Line:

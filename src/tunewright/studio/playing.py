@@ -21,7 +21,8 @@ from tunewright.core.text import visible
 from tunewright.data.versions import DatasetVersion
 
 if TYPE_CHECKING:
-    from tunewright.api.playground import Playground, PlaygroundAnswer
+    from tunewright.api.playground import Playground
+    from tunewright.api.playground_answers import PlaygroundAnswer
 
 _MOST = 50  # questions in memory
 

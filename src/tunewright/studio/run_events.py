@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from pathlib import Path
 
-from anyio import sleep
+from anyio import sleep, to_thread
 
 from tunewright.adapters.registry import HISTORY, read_history
 from tunewright.api.runs import TrainingRun
@@ -30,7 +31,7 @@ async def run_events(run: TrainingRun) -> AsyncIterator[str]:
             if stamp != (now.st_ino, now.st_size):
                 stamp = now.st_ino, now.st_size
                 try:
-                    rows = [json.dumps(row) for row in read_history(file)]
+                    rows = await to_thread.run_sync(_rows, file)
                 except UserError as error:
                     yield f"event: fault\ndata: {error.what} ({error.where})\n\n"
                     return
@@ -44,3 +45,7 @@ async def run_events(run: TrainingRun) -> AsyncIterator[str]:
             yield f"event: finished\ndata: {run.state}\n\n"
             return
         await sleep(_EVERY_S)
+
+
+def _rows(file: Path) -> list[str]:
+    return [json.dumps(row) for row in read_history(file)]

@@ -38,6 +38,7 @@ _KEPT = (
     "learning_rate",
     "grad_norm",
     "tokens_per_s",
+    "memory_bytes",
 )
 """Keys of transformers' ``log_history`` that the history keeps; gradient norms are before clipping."""
 

@@ -17,6 +17,7 @@ from tunewright.data.versions import Member
 from tunewright.generation.generate import generate
 from tunewright.generation.requests import Request
 from tunewright.metrics import Scorer, check_references, score_all, scorer_of
+from tunewright.training.dev_answers import SHOWN
 
 _ADAPTER = "default"
 """peft's name for the adapter in training."""
@@ -38,6 +39,8 @@ class DevTask:
     batch_size: int
     chat: ChatFormat
     reporter: Reporter
+    keys: tuple[str, ...]
+    """The examples' pair keys."""
 
     def answers(self, model: Any, places: Sequence[int]) -> list[str]:
         """Answer the requests at these indices greedily, in their order.
@@ -61,6 +64,10 @@ class DevTask:
             answer_text(self.chat, completion, asked[place].prompt)
             for place, completion in zip(places, completions, strict=True)
         ]
+
+    def shown(self, answers: Sequence[str]) -> dict[str, str]:
+        """Return the first rows' answers by pair key, from the answers to all requests."""
+        return {key: answers[place] for key, place in zip(self.keys[:SHOWN], self.request_of, strict=False)}
 
     def score(self, answers: Sequence[str]) -> float:
         """Score the answers to all requests by the deciding metric, from 0 to 1.
@@ -125,4 +132,5 @@ def dev_task(
         batch_size=config.evaluate.batch_size,
         chat=chat,
         reporter=reporter,
+        keys=tuple(m.key for m in dev),
     )

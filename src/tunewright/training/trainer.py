@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import gather_object
@@ -20,6 +21,7 @@ from trl import SFTTrainer
 from tunewright.training import distributed, fsdp
 from tunewright.training.checkpoint_selection import DEV_METRIC
 from tunewright.training.checkpoints import is_complete
+from tunewright.training.dev_answers import append_dev_answers
 from tunewright.training.dev_scores import DevTask
 from tunewright.training.lora import keep_float32
 from tunewright.training.loss_breakdown import LossBreakdown, StepStatistics
@@ -294,7 +296,7 @@ class Trainer(SFTTrainer):
         return list(order)[batch * size : (batch + 1) * size]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the parts of a step's loss, and the tokens per second since the previous step."""
+        """Add the parts of a step's loss, the tokens per second since the previous step, and the memory in use."""
         if "loss" in logs:
             self._add_counted()
         if "loss" in logs and self._breakdown is not None:
@@ -306,6 +308,7 @@ class Trainer(SFTTrainer):
                 before, tokens = self._last_log
                 logs["tokens_per_s"] = (self._total_train_tokens - tokens) / (now - before)
             self._last_log = now, self._total_train_tokens
+            logs["memory_bytes"] = memory_in_use(self.accelerator.device)
         super().log(logs, start_time)
 
     def evaluate(
@@ -371,7 +374,10 @@ class Trainer(SFTTrainer):
         with fsdp.match_forward_passes(self.model, self._idle_pass):
             own = list(zip(mine, task.answers(self.model, mine), strict=True))
         answers: list[tuple[int, str]] = gather_object(own)
-        return task.score([text for _, text in sorted(answers)])
+        texts = [text for _, text in sorted(answers)]
+        if self.accelerator.is_main_process:
+            append_dev_answers(Path(str(self.args.output_dir)), self.state.global_step, task.shown(texts))
+        return task.score(texts)
 
     @torch.no_grad()
     def _idle_pass(self) -> None:
@@ -418,3 +424,10 @@ class Trainer(SFTTrainer):
             process=process,
             processes=self.args.world_size,
         )
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Return the bytes of memory of this process: on a GPU the most that tensors have had, else what is resident."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return int(psutil.Process().memory_info().rss)

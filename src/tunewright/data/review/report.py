@@ -174,8 +174,10 @@ class ReviewReport:
 def review_report(dataset: Path, version: DatasetVersion) -> ReviewReport:
     """Return the state of a version's review."""
     reviews = read_reviews(dataset)
-    members = {m.key: m for m in version.domain}
-    generated = {key for key, member in members.items() if member.generated}
+    domain = version.domain
+    generated = {m.key for m in domain if m.generated}
+    # Few rows are judged, and a page of the studio waits for this.
+    judged = {m.key for m in domain if m.key in reviews.stacks}
     return ReviewReport(
         version.digest,
         outcome(reviews, version),
@@ -184,8 +186,8 @@ def review_report(dataset: Path, version: DatasetVersion) -> ReviewReport:
         *waiting_edits(reviews, version),
         generated=len(generated),
         accepted=len(generated) - len(unaccepted_keys(dataset, version.manifest, generated)),
-        conflicts=tuple(key for key in reviews.stacks if key in members and reviews.disputed(key)),
-        reviewers=_reviewer_counts(reviews, members),
+        conflicts=tuple(key for key in reviews.stacks if key in judged and reviews.disputed(key)),
+        reviewers=_reviewer_counts(reviews, judged),
     )
 
 

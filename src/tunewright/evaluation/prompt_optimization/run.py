@@ -266,7 +266,9 @@ class PromptOptimization:
 
         texts = [candidate[INSTRUCTION] for candidate in result.candidates]
         scores = result.val_aggregate_scores
-        ranked = sorted(range(1, len(texts)), key=lambda place: -scores[place])
+        # The reflection model may propose an instruction again.
+        first = {text: place for place, text in reversed(list(enumerate(texts)))}
+        ranked = sorted((place for place in first.values() if place > 0), key=lambda place: -scores[place])
         on_dev = {place: self._on_dev(adapter, texts[place]) for place in [0, *ranked[:_FINALISTS]]}
         dev = {place: score for place, score in on_dev.items() if score is not None}
         best = max(dev, key=lambda place: (dev[place], -place))

@@ -30,6 +30,7 @@ def deploy_page(visit: Visit) -> Response:
     """Show the aliases, what can be released, and the server."""
     project = visit.project
     adapters = list_adapters(project.folder.adapters)[::-1]
+    aliases = newest_releases(visit)
     server = visit.jobs.server()
     jobs = [job for job in visit.jobs.all() if job.command[0] in RELEASES][:_JOBS]
     releasable, fault = [], None
@@ -40,7 +41,8 @@ def deploy_page(visit: Visit) -> Response:
     return visit.page(
         "deploy.html.j2",
         "Deploy",
-        aliases=newest_releases(visit),
+        aliases=aliases,
+        suggested=aliases[0].alias if len(aliases) == 1 else "" if aliases else _alias_of(project.folder.config.name),
         adapters=releasable,
         fault=fault,
         older=len(adapters[_ADAPTERS:]),
@@ -55,12 +57,33 @@ def deploy_page(visit: Visit) -> Response:
     )
 
 
+def _alias_of(name: str) -> str:
+    """Return the project's name as an alias; empty if it cannot be one."""
+    from tunewright.serving.tenants.tenants import check_name
+
+    try:
+        check_name(name.lower(), "an alias")
+    except UserError:
+        return ""
+    return name.lower()
+
+
 def newest_releases(visit: Visit) -> list[Release]:
     """Return the newest release of each alias, by name."""
     if not visit.project.has_state:
         return []
     newest = {release.alias: release for release in visit.project.releases()}
     return [newest[alias] for alias in sorted(newest)]
+
+
+def require_state(visit: Visit) -> None:
+    """Refuse a page about an alias or a tenant before there is any: to look at it must not create a database.
+
+    Raises:
+        UserError: there is no serving state.
+    """
+    if not visit.project.has_state:
+        raise UserError("There are no aliases and tenants yet", fix="Start on the pages Deploy and Tenants.")
 
 
 def needs_keys(visit: Visit) -> bool:
@@ -97,6 +120,7 @@ def _share(text: str) -> str:
 
 def alias_page(visit: Visit) -> Response:
     """Show an alias: what it answers with, its trial, and its history."""
+    require_state(visit)
     alias = visit.place["alias"]
     history = visit.project.releases(alias)
     shadows = visit.project.shadow(alias)
@@ -141,6 +165,7 @@ def _current(visit: Visit) -> str:
     Raises:
         UserError: something was, or there is no such alias.
     """
+    require_state(visit)
     alias = visit.place["alias"]
     newest = visit.project.releases(alias)[-1].number
     if visit.form.get("release") != str(newest):

@@ -8,6 +8,7 @@ import math
 from starlette.responses import Response
 
 from tunewright.adapters.registry import list_adapters
+from tunewright.api.playground_answers import BASE, PROMPTING, PlaygroundAnswer, conversation, shared_system
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, write_text
 from tunewright.data.versions import current_manifest
@@ -20,8 +21,6 @@ _ADAPTERS = 20  # newest ones on the page
 
 def playground_page(visit: Visit) -> Response:
     """Show the form of a question, or the state of the base."""
-    from tunewright.api.playground import BASE, PROMPTING
-
     playing = visit.cache.playing
     config = visit.project.folder.config
     adapters = list_adapters(visit.project.folder.adapters)[::-1]
@@ -56,8 +55,6 @@ def unload(visit: Visit) -> Response:
 
 def ask(visit: Visit) -> Response:
     """Take a question; its page starts the answers."""
-    from tunewright.api.playground import BASE, PROMPTING
-
     text, limit = visit.form.get("question", ""), visit.form.get("limit", "").strip()
     if not text.strip():
         raise UserError("The question is empty", fix="Go back and type one.")
@@ -90,8 +87,6 @@ def question_page(visit: Visit) -> Response:
 
 def row_page(visit: Visit) -> Response:
     """Show the editor of a new row, with the question and an answer."""
-    from tunewright.api.playground import PlaygroundAnswer
-
     question = visit.cache.playing.question(visit.place["question"])
     answer = question.answers.get(visit.query.get("model", ""))
     if not isinstance(answer, PlaygroundAnswer):
@@ -108,8 +103,6 @@ def row_page(visit: Visit) -> Response:
 
 def write_row(visit: Visit) -> Response:
     """Write a row into a file of its own, and show what adding it would do: the same page as for any file."""
-    from tunewright.api.playground import PlaygroundAnswer, conversation, shared_system
-
     question = visit.cache.playing.question(visit.place["question"])
     given = question.answers.get(visit.form.get("model", ""))
     if not isinstance(given, PlaygroundAnswer):

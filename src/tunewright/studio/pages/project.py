@@ -84,7 +84,10 @@ def _stages(visit: Visit, evaluations: list[Evaluation]) -> list[Stage]:
     adapters = list_adapters(folder.adapters)
     current = [adapter for adapter in adapters if adapter.dataset == manifest.digest]
     text = f"{count_of(len(adapters), 'adapter')}, {len(current)} of them on the current version"
-    stages.append(Stage("Train", "done" if current else "next", text, job="train", command="tunewright train"))
+    runs = ("/train", "Runs, sweeps and curves")
+    stages.append(
+        Stage("Train", "done" if current else "next", text, job="train", link=runs, command="tunewright train")
+    )
     measured = [each for each in evaluations if each.on_test]
     state: Literal["done", "open", "next"] = "done" if measured else "next" if current else "open"
     text = f"{count_of(len(measured), 'evaluation')} on the test split"

@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from tunewright.core.clock import minute
 from tunewright.core.errors import UserError
+from tunewright.studio.pages.deploy import require_state
 from tunewright.studio.visit import Handlers, Visit, path_of
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def add_tenant(visit: Visit) -> Response:
 
 def tenant_page(visit: Visit) -> Response:
     """Show one tenant: aliases, limits, keys and usage."""
+    require_state(visit)
     name = visit.place["tenant"]
     tenant = visit.project.tenant.get(name)
     return visit.page(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from starlette.responses import Response
@@ -9,9 +10,11 @@ from starlette.responses import Response
 from tunewright.api.runs import TrainingRun
 from tunewright.core.errors import UserError
 from tunewright.core.progress import duration
+from tunewright.data.examples import Example
+from tunewright.data.versions import current_manifest
 from tunewright.evidence.learning_curve import more_data
 from tunewright.metrics import metric_label, score_text
-from tunewright.studio.charts import comparison_charts, curve_chart, run_charts
+from tunewright.studio.charts import comparison_charts, curve_chart, run_charts, sweep_chart
 from tunewright.studio.visit import Handlers, Visit, path_of
 
 _LAST_STEPS = 20
@@ -110,8 +113,32 @@ def run_page(visit: Visit) -> Response:
         charts=run_charts(history, run.metric),
         evaluations=[(each, _scored(run, each.dev_metric)) for each in run.evaluations],
         steps=steps[: -_LAST_STEPS - 1 : -1],
+        dev_rows=_dev_rows(visit, run),
         running=visit.jobs.running(),
     )
+
+
+@dataclass(frozen=True)
+class _DevRow:
+    """A dev row with its answers: each step from which on it has another one."""
+
+    key: str
+    example: Example | None
+    """None if the current dataset version does not have it."""
+    answers: list[tuple[int, str]]
+
+
+def _dev_rows(visit: Visit, run: TrainingRun) -> list[_DevRow]:
+    answers = run.dev_answers
+    changed: dict[str, list[tuple[int, str]]] = {}
+    for step in sorted(answers):
+        for key, text in answers[step].items():
+            steps = changed.setdefault(key, [])
+            if not steps or steps[-1][1] != text:
+                steps.append((step, text))
+    known = changed and current_manifest(visit.project.folder.dataset) is not None
+    rows = {m.key: m.example for m in visit.version.examples("dev")} if known else {}
+    return [_DevRow(key, rows.get(key), steps) for key, steps in changed.items()]
 
 
 def _scored(run: TrainingRun, value: float | None) -> str:
@@ -130,8 +157,20 @@ def compare_page(visit: Visit) -> Response:
         runs=found.runs,
         differing=found.differing,
         best=[_best(run) for run in found.runs],
+        evaluations=_by_step(found.runs),
         charts=comparison_charts(found.runs),
     )
+
+
+def _by_step(runs: Sequence[TrainingRun]) -> list[tuple[int, list[str]]]:
+    """Return each evaluated step with the result of each run; empty where a run was not evaluated."""
+    texts: dict[int, list[str]] = {}
+    for place, run in enumerate(runs):
+        for each in run.evaluations:
+            score = _scored(run, each.dev_metric)
+            row = texts.setdefault(each.step, [""] * len(runs))
+            row[place] = f"{score}, dev loss {each.dev_loss:.3f}" if score else f"dev loss {each.dev_loss:.3f}"
+    return sorted(texts.items())
 
 
 def sweep_page(visit: Visit) -> Response:
@@ -150,6 +189,7 @@ def sweep_page(visit: Visit) -> Response:
         f"Sweep {head.sweep}",
         head=head,
         trials=trials,
+        charts=[sweep_chart(ledger)],
         took=duration(ledger.seconds),
     )
 

@@ -86,15 +86,28 @@ dark.addEventListener("change", () => charts.forEach(chart => chart.draw()));
 const state = document.getElementById("run-state");
 if (state?.dataset.events) {
   const steps = document.querySelector("#steps-table tbody");
-  const columns = [...document.querySelectorAll("#steps-table [data-column]")].map(cell => cell.dataset.column);
+  const columns = [...document.querySelectorAll("#steps-table [data-column]")].map(cell => cell.dataset);
   const events = new EventSource(state.dataset.events);
   let waiting = false;
+  let evaluated = false;
+  // What follows an evaluation is made by the server, as when the page is loaded.
+  const refresh = async () => {
+    evaluated = false;
+    const answer = await fetch(location.href).catch(() => null);
+    if (!answer?.ok) return;
+    const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+    for (const id of ["evaluations-table", "dev-answers"]) {
+      const part = page.getElementById(id);
+      if (part) document.getElementById(id).replaceWith(part);
+    }
+  };
   const later = () => {
     if (waiting) return;
     waiting = true;
     setTimeout(() => {
       waiting = false;
       charts.forEach(chart => chart.update());
+      if (evaluated) refresh();
     }, still.matches ? 5000 : 500);
   };
   events.addEventListener("again", () => {
@@ -109,13 +122,15 @@ if (state?.dataset.events) {
       const step = document.createElement("th");
       step.scope = "row";
       step.textContent = row.step;
-      line.append(step, ...columns.map(key => {
+      line.append(step, ...columns.map(({ column, scale }) => {
         const cell = document.createElement("td");
-        if (key in row) cell.textContent = shown(row[key]);
+        if (column in row) cell.textContent = shown(row[column] / (scale ?? 1));
         return cell;
       }));
       steps.prepend(line);
       if (steps.rows.length > 20) steps.lastElementChild.remove();
+    } else {
+      evaluated = true;
     }
     later();
   };

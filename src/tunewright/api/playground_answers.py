@@ -1,0 +1,63 @@
+"""Answers of the playground, without the packages that compute them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tunewright.adapters.system_prompt import count_system_turns
+from tunewright.data.examples import Message
+from tunewright.data.versions import DatasetVersion
+
+if TYPE_CHECKING:
+    from tunewright.generation.requests import Finish
+
+BASE = "base"
+PROMPTING = "prompting"
+"""The best prompting arm on dev."""
+
+_UNCERTAIN = math.log(0.5)
+
+
+@dataclass(frozen=True)
+class AnswerToken:
+    """A token of an answer."""
+
+    text: str
+    logprob: float
+    top: tuple[tuple[str, float], ...]
+    """The likeliest tokens in its place with their log probabilities."""
+
+    @property
+    def uncertain(self) -> bool:
+        """True if the model gave it less than half of the probability."""
+        return self.logprob < _UNCERTAIN
+
+
+@dataclass(frozen=True)
+class PlaygroundAnswer:
+    """A complete answer."""
+
+    text: str
+    finish: Finish
+    prompt_tokens: int
+    answer_tokens: int
+    tokens: tuple[AnswerToken, ...]
+    """Empty where the engine reports no probabilities."""
+    asked: str
+    """The arm or adapter that answered."""
+    digest: str | None
+    """The adapter's."""
+
+
+def conversation(question: str, system: str | None) -> tuple[Message, ...]:
+    """Return the turns of a question."""
+    user = Message("user", question)
+    return (user,) if system is None else (Message("system", system), user)
+
+
+def shared_system(version: DatasetVersion | None) -> str | None:
+    """Return the system turn that all rows share; None if there is no such turn."""
+    text: str | None = None if version is None else count_system_turns(version.domain)["text"]
+    return text
