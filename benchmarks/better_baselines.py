@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -251,16 +252,24 @@ def sample_wrong_answers(walk: Walk, adapter: str) -> None:
     if file.exists():
         return
     train = [m.example for m in tunewright.open(walk.folder).data.version().members if m.split == "train"]
+
+    def answered(seed: int) -> str:
+        body = {"model": adapter, "messages": prompts[seed], "temperature": 1.0, "seed": seed, "max_tokens": 40}
+        answer = client.post("/chat/completions", json=body).raise_for_status().json()
+        return str(answer["choices"][0]["message"]["content"]).strip()
+
+    prompts = [[turn.as_dict() for turn in example.prompt] for example in train]
+    with (
+        served(walk.folder, PORT + 1, adapter) as url,
+        httpx.Client(base_url=url, timeout=600) as client,
+        ThreadPoolExecutor(16) as threads,
+    ):
+        answers = list(threads.map(answered, range(len(train))))
     pairs = []
-    with served(walk.folder, PORT + 1, adapter) as url, httpx.Client(base_url=url, timeout=600) as client:
-        for seed, example in enumerate(train):
-            prompt = [turn.as_dict() for turn in example.prompt]
-            body = {"model": adapter, "messages": prompt, "temperature": 1.0, "seed": seed, "max_tokens": 40}
-            answer = client.post("/chat/completions", json=body).raise_for_status().json()
-            text = answer["choices"][0]["message"]["content"].strip()
-            if text and text != example.output:
-                turns = [[{"role": "assistant", "content": each}] for each in (example.output, text)]
-                pairs.append({"prompt": prompt, "chosen": turns[0], "rejected": turns[1]})
+    for prompt, example, text in zip(prompts, train, answers, strict=True):
+        if text and text != example.output:
+            turns = [[{"role": "assistant", "content": each}] for each in (example.output, text)]
+            pairs.append({"prompt": prompt, "chosen": turns[0], "rejected": turns[1]})
     print(f"{len(pairs):,} of {len(train):,} sampled answers are wrong", flush=True)
     written(walk.folder, file.name, pairs)
 
