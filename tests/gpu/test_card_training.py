@@ -82,6 +82,7 @@ def test_training_stays_on_the_gpu(card: CardProcess, name: str, options: dict[s
     """The choice of the micro-batch, steps of two pieces with a checkpointed backward pass, dev loss, checkpoint."""
     report = card.run(_run, name, **options)
     assert [sorted({"loss", "eval_loss"} & row.keys()) for row in report.history] == [["loss"], ["eval_loss"]]
+    assert report.history[0]["memory_bytes"] > 0
     assert not [copy for copy in report.copies if copy.in_layer]
     # FlashAttention ran, also backward: two layers, and each pass with its recomputation.
     assert report.launches["_varlen_attn", None] > report.launches["_varlen_attn_backward", None] > 0
