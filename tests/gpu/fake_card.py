@@ -70,8 +70,8 @@ class FakeCard(TorchDispatchMode):
         super().__init__()
         cuda: Any = torch.cuda
         cuda.get_device_capability = lambda device=None: capability
-        cuda.max_memory_allocated = lambda device=None: self.peak
         self.now = self.peak = 0
+        cuda.max_memory_allocated = lambda device=None: self.peak
         self.peak_at = ""
         self.largest: tuple[int, str, tuple[int, ...]] = (0, "", ())
         self.copies: list[Transfer] = []

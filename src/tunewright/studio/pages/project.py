@@ -56,7 +56,8 @@ def project_page(visit: Visit) -> Response:
         evaluations=evaluations[:_NEWEST],
         jobs=visit.jobs.all()[:_NEWEST],
         running=visit.jobs.running(),
-        commands=_COMMANDS,
+        # `run` adds the files that the config lists; a project made in the browser lists no file.
+        commands=[name for name in _COMMANDS if name != "run" or visit.project.folder.config.data.sources],
     )
 
 
