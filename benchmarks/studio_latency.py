@@ -1,4 +1,4 @@
-"""Time of the studio's pages on a project with many rows: browse, filter, search and the next row of a review.
+"""Time of the studio's pages on a project with many rows: browse, filter, search, a row and the next of a review.
 
 Each page is requested again and again over HTTP, one after the other, as a person does. The rows are made up: a
 sentence of twelve words of a vocabulary of 5,000, and a label.
@@ -46,7 +46,8 @@ def main() -> None:
             began = time.perf_counter()
             client.get("/review").raise_for_status()
             print(f"{options.rows:,} rows; the first page, which loads them, took {time.perf_counter() - began:.1f} s")
-            table = measure(client, words, options.rows, options.requests)
+            keys = [member.key for member in library.open(project).data.version().members]
+            table = measure(client, words, keys, options.requests)
     print(f"{'page':<10} {'median':>8} {'p95':>8} {'largest':>10}")
     for name, (median, p95, size) in table.items():
         print(f"{name:<10} {median:>5.0f} ms {p95:>5.0f} ms {size / 1000:>7.1f} kB")
@@ -73,9 +74,11 @@ def make_project(project: Path, rows: int) -> list[str]:
     return words
 
 
-def measure(client: httpx.Client, words: list[str], rows: int, requests: int) -> dict[str, tuple[float, float, int]]:
+def measure(
+    client: httpx.Client, words: list[str], keys: list[str], requests: int
+) -> dict[str, tuple[float, float, int]]:
     """Return the median and the 95th percentile in milliseconds, and the largest page in bytes, by kind of page."""
-    generator = random.Random(2)
+    generator, rows = random.Random(2), len(keys)
     splits = ("train", "dev", "test")
     paths = {
         "browse": lambda: f"/rows?page={generator.randint(1, rows // 50)}",
@@ -84,6 +87,7 @@ def measure(client: httpx.Client, words: list[str], rows: int, requests: int) ->
         "file": lambda: f"/rows?source=rows.jsonl&page={generator.randint(1, rows // 50)}",
         "search": lambda: f"/rows?{urlencode({'q': ' '.join(generator.choices(words, k=2))})}",
         "common": lambda: f"/rows?{urlencode({'q': 'label', 'page': generator.randint(1, rows // 50)})}",
+        "row": lambda: f"/rows/{generator.choice(keys)}",
         "review": lambda: "/review",
         "project": lambda: "/",
     }

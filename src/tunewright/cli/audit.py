@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from tunewright.api.audit_text import audit_details
 from tunewright.cli.app import DEPLOY, command, group
 from tunewright.cli.console import FAILED, Session
 from tunewright.cli.releases import AUTHOR_WIDTH
@@ -45,6 +44,8 @@ def audit_verify(
 
 def audit_table(lines: Sequence[AuditLine]) -> Table:
     """Return the table of changes."""
+    from tunewright.api.audit_text import audit_details
+
     table = Table()
     table.add_column("line", justify="right")
     for name in ("when", "by", "what", "of", "details"):

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from tunewright.api.shadows import differing_lines, shadow_counts
 from tunewright.cli.app import DEPLOY, app, command
 from tunewright.cli.console import Session
 from tunewright.cli.serve import Engine, isolation_table
@@ -244,6 +243,8 @@ def _share(estimate: Estimate) -> str:
 
 def shadow_tables(lines: Sequence[ShadowLine], differing: int = 10) -> list[RenderableType]:
     """Return counts of identical and other answers by shadow candidate, and the newest that differ."""
+    from tunewright.api.shadows import differing_lines, shadow_counts
+
     if not lines:
         return ["No shadow candidate has answered yet."]
     counts = Table()

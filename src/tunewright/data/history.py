@@ -26,14 +26,16 @@ class RowHistory:
     """Evaluations that measured on the row, by their folders' names."""
 
 
-def row_history(project: ProjectFolder, version: DatasetVersion, key: str) -> RowHistory:
+def row_history(project: ProjectFolder, version: DatasetVersion, key: str, places: KnownPlaces) -> RowHistory:
     """Return the history of a row, by its full key.
+
+    Args:
+        places: reads each version's rows once.
 
     Raises:
         UserError: the version lacks the row, or a version, review or lineage cannot be read.
     """
     dataset = project.dataset
-    places = KnownPlaces(dataset)
     verdicts = read_reviews(dataset).current_verdicts(key).values()
     uses = row_uses(dataset, project.adapters, [key], places)[key]
     return RowHistory(

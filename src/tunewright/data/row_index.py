@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from tunewright.data.review.edits import superseded_keys
 from tunewright.data.review.suspects import conflicts
-from tunewright.data.trace import places_by_key
+from tunewright.data.trace import metadata_by_key, places_by_key
 from tunewright.data.versions import DatasetVersion, Member
 
 FLAGS = ("suspect", "conflict", "generated", "edited", "mixed")
@@ -35,7 +36,7 @@ class RowQuery:
 class RowIndex:
     """The rows of a version, ready to be searched.
 
-    Sources, edits and conflicts are looked up when the first query asks for them, and kept.
+    Sources, metadata, edits and conflicts are looked up when the first query asks for them, and kept.
     """
 
     def __init__(self, dataset: Path, version: DatasetVersion) -> None:
@@ -73,6 +74,11 @@ class RowIndex:
         """The file of each member; empty where no import records one."""
         places = places_by_key(self._dataset, self._version.manifest)
         return [sys.intern(places.get(m.key, "").rpartition(":")[0]) for m in self._version.members]
+
+    @cached_property
+    def metadata(self) -> Mapping[str, Mapping[str, Any]]:
+        """The metadata of each row that has any, by pair key."""
+        return metadata_by_key(self._dataset, self._version.manifest)
 
     def flags_of(self, member: Member) -> list[str]:
         """Return a row's flags; ``suspect`` is not among them."""

@@ -17,7 +17,8 @@ from tunewright.core.progress import LogReporter
 from tunewright.data.review.label_models import NeighborIndex
 from tunewright.data.review.session import ReviewSession
 from tunewright.data.row_index import RowIndex
-from tunewright.data.versions import DatasetVersion, current_manifest
+from tunewright.data.trace import KnownPlaces
+from tunewright.data.versions import DatasetVersion, current_manifest, list_versions
 from tunewright.evaluation.human_eval.session import BlindReview
 from tunewright.evaluation.row_answers import RowAnswers, evaluated_files
 from tunewright.studio.access import StudioSession
@@ -54,6 +55,8 @@ class Cache:
     """Of that version."""
     neighbors: NeighborIndex | None = None
     """Of that version."""
+    places: tuple[set[str], KnownPlaces] | None = None
+    """The places of rows in the versions with these digests."""
     leakage: tuple[tuple[str, int], LeakageReport] | None = None
     """The leakage, and the version and seed that decided it."""
     chat: tuple[tuple[object, ...], ChatFormat] | None = None
@@ -104,6 +107,14 @@ class Visit:
         if self.cache.rows is None:
             self.cache.rows = RowIndex(self.project.folder.dataset, version)
         return self.cache.rows
+
+    @property
+    def places(self) -> KnownPlaces:
+        """The places of every version's rows."""
+        digests = {each.digest for each in list_versions(self.project.folder.dataset)}
+        if self.cache.places is None or self.cache.places[0] != digests:
+            self.cache.places = (digests, KnownPlaces(self.project.folder.dataset))
+        return self.cache.places[1]
 
     @property
     def neighbors(self) -> NeighborIndex:

@@ -12,7 +12,7 @@ from tunewright.data.history import row_history
 from tunewright.data.review.label_models import excerpt
 from tunewright.data.row_index import FLAGS, RowQuery
 from tunewright.data.splits import SPLITS
-from tunewright.data.trace import find_row, metadata_by_key
+from tunewright.data.trace import find_row
 from tunewright.studio.visit import Handlers, Visit
 
 _ON_A_PAGE = 50  # rows
@@ -71,10 +71,10 @@ def row_page(visit: Visit) -> Response:
         f"Row {member.key[:12]}",
         member=member,
         flags=visit.rows.flags_of(member),
-        metadata=metadata_by_key(visit.project.folder.dataset, visit.version.manifest).get(member.key, {}),
+        metadata=visit.rows.metadata.get(member.key, {}),
         counts=cluster_counts(visit.version, member),
         tokens=[view(chat, row) for row in chat.rows(member.example.messages)],
-        history=row_history(visit.project.folder, visit.version, member.key),
+        history=row_history(visit.project.folder, visit.version, member.key, visit.places),
         neighbors=[] if member.mixed else visit.neighbors.of(member.key),
         excerpt=excerpt,
     )
