@@ -226,6 +226,7 @@ def test_uploaded_file_is_checked_and_added(browser: Browser, project: Path) -> 
     rows = [*pairs(20, seed=5), {"prompt": "no answer"}]
     checked = browser.upload("more.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
     assert "cannot be added like this" in checked.text and '<th scope="row">21</th>' in checked.text
+    assert 'tick "Leave faulty rows out" below' in unescape(checked.text) and "--skip-bad" not in checked.text
     assert "Add the file" in browser.get("/data/check?file=more.jsonl&skip_bad=on")
     before = len(library.open(project).data.version().members)
     done = browser.send("/data/add", "/data/check?file=more.jsonl&skip_bad=on", skip_bad="on", message="20 more")
@@ -287,6 +288,7 @@ def test_stopped_training_is_resumed_by_the_same_button_after_a_restart(project:
         browser.send(f"/jobs/{job.id}/stop", f"/jobs/{job.id}")
         _wait_for(lambda: job.state != "running")
         assert (job.state, job.exit_code) == ("stopped", 130)
+        assert "start it again, which resumes" in browser.get(f"/jobs/{job.id}")
         assert not list(library.open(project).folder.adapters.glob("tiny-*"))
         stopped = library.open(project).runs.find(run.name)
         assert stopped.state == "stopped" and stopped.history
@@ -299,6 +301,7 @@ def test_stopped_training_is_resumed_by_the_same_button_after_a_restart(project:
         with browser.client.stream("GET", f"/train/runs/{run.name}/events") as events:
             rows = [json.loads(line[6:]) for line in events.iter_lines() if line.startswith("data: {")]
         _wait_for(lambda: again.state != "running")
+        assert '<a href="/">evaluate the adapter</a>' in browser.get(f"/jobs/{again.id}")
         adapter = library.open(project).runs.find(run.name)
         assert adapter.state == "finished"
         assert adapter.history[: len(stopped.history)] == stopped.history

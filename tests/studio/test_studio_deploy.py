@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from html import unescape
@@ -353,6 +354,20 @@ def test_usage_is_drawn_by_day_also_after_a_roll_up(browser: Visitor, project: P
     heights = [float(each) for each in re.findall(r'<rect [^>]*height="([\d.]+)"', page)]
     assert len(heights) == 30 and [height for height in heights if height] == [25, 100, 50]
     assert "style=" not in page
+
+
+def test_server_without_a_live_alias_says_that_it_refuses_every_question(browser: Visitor, project: Path) -> None:
+    # Such a server prints no model below its address; the shell stands for its process.
+    folder = project / ".tunewright" / "jobs" / f"{5:016x}"
+    folder.mkdir(parents=True)
+    (folder / "job.json").write_text(json.dumps({"command": ["serve"], "started": "2026-01-01T00:00:00+00:00"}))
+    (folder / "log").write_text("Serving at http://127.0.0.1:1/v1\n\nCtrl-C stops the server.\n")
+    with subprocess.Popen(["/bin/sh", "-c", "read line", str(folder)], stdin=subprocess.PIPE) as shell:
+        (folder / "pid").write_text(str(shell.pid))
+        assert "refuses every question" in browser.get(f"/jobs/{folder.name}")
+        page = browser.get("/deploy")
+        assert "refuses every question" in page and "curl" not in page
+        shell.terminate()
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import tunewright as library
-from command_line import pairs, tunewright, write_jsonl
+from command_line import pairs, tiny_project, tunewright, write_jsonl
 from factories import make_items
 from people_helpers import begin, evaluation, evaluation_with_incumbent, save
 from studio_client import PASSWORD, Browser, opened
@@ -100,7 +100,37 @@ def test_find_suspects_starts_the_command(browser: Browser, project: Path) -> No
     with browser.client.stream("GET", f"{page.url.path}/events") as events:
         text = "".join(events.iter_text())
     assert text.rstrip().endswith("data: done"), text
+    done = browser.get(page.url.path)
+    assert "Job: data suspects" in done and '<a href="/review/suspects">review the suspects</a>' in done
     assert 'name="key"' in browser.get("/review/suspects")
+
+
+def test_suspects_of_the_base_are_found_without_naming_it(tmp_path: Path, tiny_base_folder: Path) -> None:
+    folder = tiny_project(tmp_path / "texts", tiny_base_folder)
+    write_jsonl(folder / "texts.jsonl", [{"prompt": f"name {n}", "completion": f"text {n * n}"} for n in range(60)])
+    assert tunewright("data", "add", folder / "texts.jsonl", "-p", folder).code == 0
+    data = library.open(folder).data
+    with serving(Studio(folder, "ada", password=PASSWORD).app()) as url, opened(url) as browser:
+        asked = browser.get("/review/suspects")
+        assert '<option value="base" selected>' in asked, "nothing else can rank answers that no other row has"
+        suspects = data.suspects("base").suspects
+        assert suspects and _row_key(browser.get("/review/suspects")) == suspects[0].key
+        data.suspects()  # without a model: none of these rows can be judged
+        nothing = browser.get("/review/suspects")
+        assert "0 left" in nothing and '<option value="base"' in nothing and "find suspects" in nothing
+
+
+def test_verdict_is_taken_back_on_the_page_of_its_row(browser: Browser, ben: Browser, project: Path) -> None:
+    key = _row_key(browser.get("/review"))
+    assert "Take back" not in browser.get(f"/rows/{key}")
+    browser.judge("right")
+    browser.judge("right")
+    assert "Take back" not in ben.get(f"/rows/{key}"), "the verdict of another reviewer"
+    back = browser.send(f"/rows/{key}/take-back", f"/rows/{key}")
+    assert back.url.path == "/review" and _row_key(back.text) == key
+    assert read_reviews(project / "dataset").current_verdicts(key) == {}
+    again = browser.send(f"/rows/{key}/take-back", "/review")
+    assert "no verdict of yours" in again.text
 
 
 def test_changes_are_shown_before_and_after_an_edit(browser: Browser, project: Path) -> None:
@@ -113,6 +143,8 @@ def test_changes_are_shown_before_and_after_an_edit(browser: Browser, project: P
     assert f"[-{stored}-]{{+teal again+}}" in saved
     edits = browser.get("/review/edits")
     assert f"<del>{stored}</del><ins>teal again</ins>" in edits and "1 to apply" in edits
+    assert "A new version needs a review of its own" in edits
+    assert "1 row has pending edits" in saved
 
 
 def test_refused_and_late_edits_keep_the_typed_text(browser: Browser) -> None:

@@ -47,6 +47,11 @@ class Job:
         return self.folder.name
 
     @property
+    def title(self) -> str:
+        """Its command without options, such as *train* or *data suspects*."""
+        return " ".join(self.command[:2] if self.command[0] == "data" else self.command[:1])
+
+    @property
     def log(self) -> Path:
         """The file with all output."""
         return self.folder / "log"
@@ -129,7 +134,7 @@ class Jobs:
         """
         busy = self.server() if words[0] == SERVER else self.running()
         if busy is not None and busy.state == "running":
-            raise UserError(f"{busy.command[0]} is running", fix="Wait for it, or stop it first.")
+            raise UserError(f"{busy.title} is running", fix="Wait for it, or stop it first.")
         folder = self._folder / secrets.token_hex(8)
         folder.mkdir(parents=True)
         command = (*words, "--project", str(self._project))

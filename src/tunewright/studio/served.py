@@ -20,10 +20,10 @@ class Served:
 
     url: str
     models: tuple[str, ...]
-    """Names that requests may ask for."""
+    """Names that requests may ask for; empty if there are tenants and no alias is live."""
 
     def curl(self, *, key: bool) -> str:
-        """Return a command that asks the last model; ``key``: with a tenant's API key from the environment."""
+        """Return a command that asks the last of the models; ``key``: with a tenant's API key from the environment."""
         body = {"model": self.models[-1], "messages": [{"role": "user", "content": "Hello"}]}
         authorization = ' -H "Authorization: Bearer $TUNEWRIGHT_API_KEY"' if key else ""
         text = json.dumps(body, ensure_ascii=False).replace("'", "'\\''")

@@ -168,7 +168,7 @@ class Visit:
 
     def go(self, path: str, *messages: str) -> Response:
         """Return a redirection to a page, which shows the messages."""
-        self.session.messages += [*self._reported(), *(message for message in messages if message)]
+        self.session.messages += [*(message for message in messages if message), *self._reported()]
         return RedirectResponse(path, status_code=303)
 
     def _reported(self) -> list[str]:

@@ -142,7 +142,8 @@ class ReviewReport:
             level = f"{100 * self.drawn.plan.confidence:g}%"
             lines.insert(0, f"At most {self.outcome.upper:.1%} of the rows are wrong, at {level} (Clopper-Pearson).")
         if self.edits:
-            lines.append(f"{self.edits:,} rows have pending edits: `tunewright data review --apply` applies them.")
+            have = f"{count_of(self.edits, 'row')} {'has' if self.edits == 1 else 'have'}"
+            lines.append(f"{have} pending edits: `tunewright data review --apply` applies them.")
         if self.generated:
             others = "; the others are only trained on" if self.accepted < self.generated else ""
             lines.append(f"{self.accepted:,} of {self.generated:,} generated rows are accepted{others}.")

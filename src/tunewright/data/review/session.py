@@ -280,9 +280,15 @@ class ReviewSession:
         """Return this reviewer's note on a row, or an empty text."""
         return self.reviews.notes.get(key, {}).get(self.reviewer, "")
 
-    def undo(self) -> ReviewItem | None:
-        """Withdraw this reviewer's latest verdict on this version, also from an earlier session; return its row."""
+    def undo(self, key: str | None = None) -> ReviewItem | None:
+        """Withdraw this reviewer's latest verdict on this version, also from an earlier session; return its row.
+
+        ``key`` names the row of the verdict; None: the newest of all rows.
+        """
         last = self.reviews.latest(self.version.digest, self.reviewer)
+        if key is not None:
+            judged = self.reviews.current_verdicts(key).get(self.reviewer)
+            last = judged if judged is not None and judged.version == self.version.digest else None
         if last is None or last.key not in self.members:
             return None
         self._append(UndoEvent(key=last.key, version=self.version.digest, reviewer=self.reviewer, when=now()))

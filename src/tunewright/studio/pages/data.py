@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from tunewright.api.data import AddOptions, ColumnMapping
 from tunewright.core.errors import UserError
+from tunewright.core.text import count_of
 from tunewright.data.dedup.leakage import leakage_sentences
 from tunewright.data.review.label_models import excerpt
 from tunewright.data.versions import current_manifest
@@ -76,7 +77,8 @@ def check_page(visit: Visit) -> Response:
         preview=preview,
         checked=checked,
         # Paths as a person knows them: from the project's folder on.
-        refusals=dict.fromkeys(str(refusal).replace(f"{visit.project.folder.root}/", "") for refusal in refusals),
+        refusals=dict.fromkeys(_on_page(refusal).replace(f"{visit.project.folder.root}/", "") for refusal in refusals),
+        unmapped=any("--input" in (refusal.fix or "") for refusal in refusals),
         version=_current(visit),
         most=_FAULTS,
         excerpt=excerpt,
@@ -91,7 +93,9 @@ def add_file(visit: Visit) -> Response:
         return visit.go(_check_path(name, visit.form), message)
     added = visit.project.data.add([file], _add_options(visit.form), message=visit.form.get("message", ""))
     state = "is new" if added.created else "has all of these rows already"
-    return visit.go("/data", f"Version {added.version.digest[:12]} {state}. The page Project has the next step.")
+    return visit.go(
+        "/data", f"Version {added.version.digest[:12]} {state}: {count_of(added.version.counts.rows, 'row')}."
+    )
 
 
 def fix_file(visit: Visit) -> Response:
@@ -198,6 +202,17 @@ def _add_options(fields: dict[str, str]) -> AddOptions:
         accept_conflicts="accept_conflicts" in fields,
         replace="replace" in fields,
     )
+
+
+def _on_page(refusal: UserError) -> str:
+    """Return a refusal with the page's own choice in place of the options of the command that makes it possible."""
+    fix = refusal.fix or ""
+    ticks = [f'tick "{text}"' for name, text in _FLAGS.items() if f"--{name.replace('_', '-')}" in fix]
+    if "--input" in fix:
+        ticks = ["choose the columns of the input and of the answer"]
+    if ticks:
+        fix = f"Correct the file, or {' or '.join(ticks)} below, and check again."
+    return str(UserError(refusal.what, where=refusal.where, fix=fix or None))
 
 
 def _as_error(error: dict[str, Any]) -> UserError:

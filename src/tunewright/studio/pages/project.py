@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
+from urllib.parse import urlencode
 
 from starlette.responses import Response
 
@@ -13,11 +14,19 @@ from tunewright.core.text import count_of
 from tunewright.data.review.report import review_report
 from tunewright.data.versions import current_manifest
 from tunewright.evidence.schema import DEV_PREFIX, EVIDENCE_FILE
+from tunewright.studio.jobs import Job
 from tunewright.studio.pages.deploy import needs_keys, newest_releases
 from tunewright.studio.served import refusal, served
 from tunewright.studio.visit import Handlers, Visit, path_of
 
 _COMMANDS = ("advise", "train", "evaluate", "run")
+_AFTER = {
+    "advise": ("/", "the project and its next step"),
+    "train": ("/", "evaluate the adapter"),
+    "evaluate": ("/evidence", "the evaluation's answers and report"),
+    "run": ("/evidence", "the evaluation's answers and report"),
+}
+"""The page that continues after a command."""
 _NEWEST = 10  # evaluations and jobs on the page
 
 
@@ -34,6 +43,8 @@ class Stage:
     """A page: its path, and the text of the link."""
     command: str | None = None
     """The same in a terminal."""
+    about: str = ""
+    """The purpose of the stage, in a sentence."""
 
 
 @dataclass(frozen=True)
@@ -80,19 +91,33 @@ def _stages(visit: Visit, evaluations: list[Evaluation]) -> list[Stage]:
             review.status,
             link=("/review", "Review"),
             command="tunewright data review",
+            about="Judge rows drawn at random, until it is clear whether few enough are wrong.",
         )
     )
     adapters = list_adapters(folder.adapters)
     current = [adapter for adapter in adapters if adapter.dataset == manifest.digest]
-    text = f"{count_of(len(adapters), 'adapter')}, {len(current)} of them on the current version"
+    text = f"{count_of(len(adapters), 'adapter')}, {len(current)} trained on the current version"
+    about = "The base model learns from the train rows. The result is an adapter, a small file next to the base."
     runs = ("/train", "Runs, sweeps and curves")
     stages.append(
-        Stage("Train", "done" if current else "next", text, job="train", link=runs, command="tunewright train")
+        Stage(
+            "Train",
+            "done" if current else "next",
+            text,
+            job="train",
+            link=runs,
+            command="tunewright train",
+            about=about,
+        )
     )
     measured = [each for each in evaluations if each.on_test]
     state: Literal["done", "open", "next"] = "done" if measured else "next" if current else "open"
     text = f"{count_of(len(measured), 'evaluation')} on the test split"
-    stages.append(Stage("Evaluate", state, text, job="evaluate" if current else None, command="tunewright evaluate"))
+    about = (
+        "The adapter and the base with prompts answer the test rows. The verdict says whether the adapter is better."
+    )
+    job = "evaluate" if current else None
+    stages.append(Stage("Evaluate", state, text, job=job, command="tunewright evaluate", about=about))
     if measured:
         newest = measured[0]
         stages.append(Stage("Verdict", "done", newest.verdict, link=(path_of("report", newest.id), "Read the report")))
@@ -150,13 +175,27 @@ def job_page(visit: Visit) -> Response:
     server = served(job)
     return visit.page(
         "job.html.j2",
-        f"Job: {job.command[0]}",
+        f"Job: {job.title}",
         job=job,
         state=job.state,
         refusal=refusal(job),
         served=server,
         keys=server is not None and needs_keys(visit),
+        next_page=_next_page(job),
     )
+
+
+def _next_page(job: Job) -> tuple[str, str] | None:
+    """Return the page that continues after a job that has ended well, or starts a stopped one again; and its text."""
+    if job.state == "stopped" and job.title in _COMMANDS:
+        return "/", "start it again, which resumes from what was finished"
+    if job.state != "done":
+        return None
+    if job.title == "data suspects":
+        options = dict(zip(job.command, job.command[1:], strict=False))
+        adapter = options.get("--adapter", "")
+        return "/review/suspects" + (f"?{urlencode({'adapter': adapter})}" if adapter else ""), "review the suspects"
+    return _AFTER.get(job.title)
 
 
 def stop_job(visit: Visit) -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import urlencode
 
@@ -56,12 +57,17 @@ def review_page(visit: Visit) -> Response:
     queue = _queue(visit)
     review = _review(visit, queue)
     if review is None:
+        if not _adapter(visit, queue) and (found := _searched(visit)):
+            return visit.go(f"{_QUEUES[queue].path}?{urlencode({'adapter': found})}")
+        judges = _judges(visit)
         return visit.page(
             "suspects.html.j2",
             "Review",
             queues=_QUEUES.values(),
             queue=_QUEUES[queue],
-            adapters=_judges(visit),
+            judges=judges,
+            # Without an adapter, only the base can rank answers that no other row has.
+            chosen=_adapter(visit, queue) or ("base" if len(judges) == 2 else ""),
             running=visit.jobs.running(),
         )
     return _show(visit, queue, review)
@@ -100,6 +106,8 @@ def _show(visit: Visit, queue: str, review: ReviewSession, draft: str | None = N
         answer_changes=None if answer is None else word_changes(stored, answer.text),
         neighbors=[] if card is None else visit.neighbors.of(key),
         report=review_report(visit.project.folder.dataset, visit.version),
+        judges=_judges(visit) if queue == "suspects" else [],
+        running=visit.jobs.running() if queue == "suspects" else None,
         excerpt=excerpt,
     )
 
@@ -161,18 +169,31 @@ def _edited(visit: Visit, queue: str, review: ReviewSession, card: ReviewItem) -
 def find_suspects(visit: Visit) -> Response:
     """Start the search for suspects, which can take long, as a job."""
     adapter = visit.form.get("adapter", "")
-    if adapter and adapter not in _judges(visit):
+    if adapter and adapter not in dict(_judges(visit)):
         raise UserError(f"There is no adapter {adapter!r}", fix="Choose one of the list.")
     chosen = ("--adapter", adapter) if adapter else ()
     job = visit.jobs.start("data", "suspects", *chosen)
-    return visit.go(f"/jobs/{job.id}", "When the search is done, open Review, Suspects.")
+    return visit.go(f"/jobs/{job.id}", "When the search is done, this page links to the suspects.")
 
 
-def _judges(visit: Visit) -> list[str]:
-    """Return the names that may rank suspects by loss; classes need none."""
+def _judges(visit: Visit) -> list[tuple[str, str]]:
+    """Return what may rank suspects by loss, with the text of its choice; classes need none."""
     if class_like([member.example.output.strip() for member in visit.version.domain]):
         return []
-    return ["base", *(adapter.name for adapter in visit.project.adapters.list())]
+    adapters = [adapter.name for adapter in visit.project.adapters.list()]
+    default = "the newest adapter that fits" if adapters else "other rows with the same answer"
+    named = [(name, f"adapter {name}: how unlikely it finds the answer") for name in adapters]
+    return [("", default), ("base", "the base model: how unlikely it finds the answer"), *named]
+
+
+def _searched(visit: Visit) -> str:
+    """Return a judge whose suspects were found, or an empty text."""
+    data, names = visit.project.data, [name for name, _ in _judges(visit) if name]
+    for name in reversed(names):
+        with suppress(UserError):  # an adapter of another base judges no rows
+            if data.stored_suspects(visit.version, name) is not None:
+                return name
+    return ""
 
 
 def agreement_page(visit: Visit) -> Response:

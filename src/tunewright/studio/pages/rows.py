@@ -13,7 +13,7 @@ from tunewright.data.review.label_models import excerpt
 from tunewright.data.row_index import FLAGS, RowQuery
 from tunewright.data.splits import SPLITS
 from tunewright.data.trace import find_row
-from tunewright.studio.visit import Handlers, Visit
+from tunewright.studio.visit import Handlers, Visit, path_of
 
 _ON_A_PAGE = 50  # rows
 _KEYS = {"q": "words", "split": "split", "cluster": "cluster", "source": "source", "flag": "flag"}
@@ -66,6 +66,8 @@ def row_page(visit: Visit) -> Response:
 
     member = find_row(visit.project.folder.dataset, visit.version, visit.place["row"])
     chat = visit.chat
+    history = row_history(visit.project.folder, visit.version, member.key, visit.places)
+    mine = (visit.session.reviewer, visit.version.digest)
     return visit.page(
         "row.html.j2",
         f"Row {member.key[:12]}",
@@ -74,13 +76,28 @@ def row_page(visit: Visit) -> Response:
         metadata=visit.rows.metadata.get(member.key, {}),
         counts=cluster_counts(visit.version, member),
         tokens=[view(chat, row) for row in chat.rows(member.example.messages)],
-        history=row_history(visit.project.folder, visit.version, member.key, visit.places),
+        history=history,
+        mine=any((each.reviewer, each.version) == mine for each in history.reviews),
         neighbors=[] if member.mixed else visit.neighbors.of(member.key),
         excerpt=excerpt,
     )
 
 
+def take_back(visit: Visit) -> Response:
+    """Withdraw the reviewer's verdict on a row of the current version, and show the review, which offers it again."""
+    member = find_row(visit.project.folder.dataset, visit.version, visit.place["row"])
+    review = visit.project.data.review(visit.session.reviewer, version=visit.version)
+    undone = review.undo(member.key)
+    if undone is None:
+        return visit.go(path_of("rows", member.key), "There is no verdict of yours on this row to take back.")
+    shown = review.next()
+    if shown is None or shown.member.key != member.key:
+        return visit.go(path_of("rows", member.key), "Taken back. The review offers the row again in its turn.")
+    return visit.go("/review", "Taken back. Judge the row again, or edit its answer.")
+
+
 HANDLERS: Handlers = {
     ("GET", "/rows"): rows_page,
     ("GET", "/rows/{row}"): row_page,
+    ("POST", "/rows/{row}/take-back"): take_back,
 }
