@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from factories import cross_fitted, make_evidence, make_history, make_items, with_contrast, with_scores
 from hypothesis_settings import examples
 from tunewright.config import Metric
+from tunewright.core.io import digest
 from tunewright.evidence.schema import Item
 from tunewright.evidence.verdict import verdict
 from tunewright.report.html import render_report, write_report
@@ -98,6 +99,12 @@ def test_report_shows_the_figures_of_the_evidence() -> None:
         "packages.peft",
     ):
         assert value in _read().text
+
+
+def test_report_shows_a_long_list_of_the_lineage_by_its_digest() -> None:
+    keys = [digest(str(number)) for number in range(300)]
+    page = render_report(EVIDENCE.model_copy(update={"lineage": {"preferences": {"rows": keys}}}), ITEMS, [])
+    assert f"300 values, SHA-256 {digest(keys)[:12]}" in page and keys[0] not in page
 
 
 def test_report_fetches_nothing_and_runs_no_script() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from tunewright.core.io import digest
 from tunewright.evidence.schema import Evidence
 from tunewright.metrics import metric_label
 from tunewright.report.blocks import Lead, Notes, Row, Section, Table, cells
@@ -37,6 +38,10 @@ def section(evidence: Evidence) -> Section:
     return Section("method", "How this was measured", (Notes(tuple(paragraphs)),))
 
 
+_LISTED = 20
+"""A longer list, such as the keys of preference pairs, is its length and digest."""
+
+
 def lineage(evidence: Evidence) -> Section:
     """Return the lineage recorded in the evidence."""
     rows = tuple(Row(cells(name, value)) for name, value in _flat(evidence.lineage))
@@ -51,6 +56,8 @@ def _flat(lineage: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         name = f"{prefix}{key}"
         if isinstance(value, dict):
             rows.extend(_flat(value, f"{name}."))
+        elif isinstance(value, list) and len(value) > _LISTED:
+            rows.append((name, f"{len(value):,} values, SHA-256 {digest(value)[:12]}"))
         else:
             rows.append((name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)))
     return rows
