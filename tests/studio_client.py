@@ -34,7 +34,9 @@ class Browser:
         """Send a form with the hidden fields of the page that it stands on."""
         html = self.get(page)
         hidden = re.findall('<input type="hidden" name="([^"]*)" value="([^"]*)"', html)
-        kept = {name: unescape(value) for name, value in hidden if name in ("form_token", "key", "file", "version")}
+        kept = {
+            name: unescape(value) for name, value in hidden if name in ("form_token", "key", "file", "version", "back")
+        }
         return self.client.post(path, data=kept | fields)
 
     def upload(self, name: str, content: bytes) -> httpx.Response:

@@ -145,7 +145,8 @@ def test_second_tab_and_repeated_form_record_nothing_twice(browser: Browser, pro
 
 def test_two_reviewers_judge_the_same_sample(browser: Browser, url: str, project: Path) -> None:
     with opened(url) as other:
-        assert "You review as bo now." in other.send("/reviewer", "/review", reviewer="bo", back="/review").text
+        assert "You review as bo now." in (changed := other.send("/reviewer", "/review", reviewer="bo")).text
+        assert changed.url.path == "/review"
         key = _row_key(browser.get("/review"))
         browser.judge("right")
         assert _row_key(other.get("/review")) != key, "one verdict settles a row"

@@ -178,7 +178,9 @@ class Studio:
             project = Project(folder, PageReporter())
             place = {name: str(value) for name, value in request.path_params.items()}
             query = dict(request.query_params)
-            return handler(Visit(project, session, form, place, query, self._cache, self._jobs, self._templates))
+            # An address that a form was sent to may have no page of its own.
+            path = request.url.path if request.method == "GET" else "/"
+            return handler(Visit(project, session, form, path, place, query, self._cache, self._jobs, self._templates))
 
     async def _sign_in_page(self, _request: Request) -> Response:
         if self._visitor is not None:

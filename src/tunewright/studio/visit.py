@@ -77,6 +77,8 @@ class Visit:
     session: StudioSession
     form: dict[str, str]
     """The fields of a sent form; empty where a page is only read."""
+    path: str
+    """The page's address, without its parameters."""
     place: dict[str, str]
     """Parts of the path."""
     query: dict[str, str]
@@ -160,6 +162,7 @@ class Visit:
             project=folder.config.name if folder.has_config else folder.root.name,
             form_token=self.session.form_token,
             reviewer=self.session.reviewer,
+            here=self.path,
             demo=self.session.read_only,
             messages=[*self.session.take_messages(), *self._reported()],
             **values,
