@@ -11,6 +11,7 @@ import pytest
 
 from command_line import tiny_project, tunewright
 from tunewright.adapters.registry import find_adapter
+from tunewright.config.project import ProjectFolder
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +95,14 @@ def test_init_bfcl_converts_its_data(tmp_path: Path) -> None:
 def test_init_refuses_data_that_no_example_reads(tmp_path: Path, options: list[str], message: str) -> None:
     result = tunewright("init", tmp_path / "p", *options)
     assert (result.code, message in result.stderr) == (2, True), result.stderr
+
+
+def test_init_sets_the_rate_of_the_bundled_base_if_it_is_named(tmp_path: Path) -> None:
+    for folder, options in (("named", ["--base", "bundled:smollm2-135m-instruct"]), ("default", [])):
+        assert tunewright("init", tmp_path / folder, *options).code == 0
+    rates = {name: ProjectFolder(tmp_path / name).config.train.learning_rate for name in ("named", "default")}
+    # Without a named base, the file is a start for any model.
+    assert rates == {"named": 1e-3, "default": 2e-4}
 
 
 def test_schema_names_the_source_of_each_default() -> None:

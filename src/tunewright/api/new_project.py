@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from tunewright.config import PROJECT_NAME
 from tunewright.config.io import write_config
 from tunewright.config.project import CONFIG_FILE, ProjectFolder, create_project
 from tunewright.core.errors import UserError
+from tunewright.models.bundled import BUNDLED, BUNDLED_TRAINING
 
 
 def new_project(root: Path, *, name: str | None = None, base_model: str | None = None) -> ProjectFolder:
-    """Write ``tunewright.yaml`` in a folder that has none.
+    """Write ``tunewright.yaml`` in a folder that has none; the bundled base, if named, gets its training settings.
 
     Args:
         root: the project's folder, created if it is missing.
@@ -31,5 +33,7 @@ def new_project(root: Path, *, name: str | None = None, base_model: str | None =
 
         check_spec(base_model, root)
     given = {"name": name, "base_model": base_model}
-    values = {key: value for key, value in given.items() if value is not None}
+    values: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    if base_model == f"bundled:{BUNDLED}":
+        values["train"] = BUNDLED_TRAINING
     return create_project(root, {CONFIG_FILE: write_config(values)})

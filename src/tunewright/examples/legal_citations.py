@@ -9,6 +9,7 @@ from typing import Any
 from tunewright.config.io import write_config
 from tunewright.config.project import CONFIG_FILE
 from tunewright.core.errors import UserError
+from tunewright.models.bundled import BUNDLED_TRAINING
 
 NAME = "legal-citations"
 PAIRS_FILE = "pairs.jsonl"
@@ -42,8 +43,7 @@ def project_files(*, quick: bool = False) -> dict[str, str]:
 
 _SECTIONS: dict[str, dict[str, Any]] = {
     "data": {"sources": [PAIRS_FILE], "system_prompt": "Give the citation abbreviation of this court."},
-    # A model this small learns at a higher rate than the 7B models that the preset's 2e-4 is for.
-    "train": {"preset": "all-linear", "learning_rate": 1e-3, "epochs": 2},
+    "train": BUNDLED_TRAINING | {"epochs": 2},
     # Without the default's 16 demonstrations: retrieved, they would add two thirds to the time of all arms.
     "evaluate": {"num_fewshot": [1, 2, 4, 8]},
 }
