@@ -7,6 +7,8 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from tunewright.core.errors import OUT_OF_MEMORY
+
 if TYPE_CHECKING:
     import typer
 
@@ -40,7 +42,8 @@ _GROUPS = (
     "doctor",
 )
 
-_NO_MEMORY = b"Error: Not enough memory\nClose other programs, or use a smaller base or batch size.\n"
+_NO_MEMORY = f"Error: {OUT_OF_MEMORY}\n".encode()
+"""Made while there is memory for it."""
 
 
 def commands() -> typer.Typer:

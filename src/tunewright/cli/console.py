@@ -23,7 +23,7 @@ from rich.text import Text
 
 from tunewright.cli.live import ConsoleReporter
 from tunewright.cli.stopping import STOPPED, stoppable
-from tunewright.core.errors import UserError
+from tunewright.core.errors import OUT_OF_MEMORY, UserError
 from tunewright.core.io import refused
 from tunewright.core.text import visible
 from tunewright.training import distributed
@@ -41,7 +41,7 @@ NOTHING_KEPT = "nothing half done is kept; run the same command again"
 """State after a stopped command that stores its work at the end."""
 READER_LEFT = 128 + signal.SIGPIPE
 """Exit code of a command whose reader has closed the pipe, as in ``| head -1``."""
-_OUT_OF_MEMORY = ("not enough memory", "out of memory", "Cannot allocate memory", "can't start new thread")
+_MEMORY_ERRORS = ("not enough memory", "out of memory", "Cannot allocate memory", "can't start new thread")
 """Texts of torch's allocators, of Python where it cannot start a thread, and of imports."""
 _LOG_WIDTH = 120
 _PIPE_WIDTH = 10**6
@@ -262,8 +262,8 @@ def session(
 
 
 def _lack_of_memory(error: Exception) -> UserError | None:
-    if isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY):
-        return UserError("Not enough memory", fix="Close other programs, or use a smaller base or batch size.")
+    if isinstance(error, MemoryError) or any(words in str(error) for words in _MEMORY_ERRORS):
+        return OUT_OF_MEMORY
     return None
 
 

@@ -25,3 +25,6 @@ class UserError(ValueError):
     def as_dict(self) -> dict[str, str | None]:
         """Return the error as ``--json`` prints it."""
         return {"what": self.what, "where": self.where, "fix": self.fix}
+
+
+OUT_OF_MEMORY = UserError("Not enough memory", fix="Close other programs, or use a smaller base or batch size.")
