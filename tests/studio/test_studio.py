@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from html import unescape
 from pathlib import Path
 
@@ -18,9 +18,10 @@ from command_line import pairs, tiny_project, tunewright, write_jsonl
 from people_helpers import begin, evaluation
 from studio_client import PASSWORD, Browser, opened, restarted
 from tunewright.core.errors import UserError
-from tunewright.serving.gateway.server import serving
 from tunewright.studio import Studio
 from tunewright.studio.jobs import Jobs
+
+pytest_plugins = ["studio_fixtures"]
 
 EVALUATION = f"{7:012x}"
 HOSTILE = '<script>alert(1)</script> "><svg onload=alert(2)> \u202eright to left'
@@ -40,18 +41,6 @@ def project(added: Path, tmp_path: Path) -> Path:
     shutil.copytree(added, tmp_path / "project")
     evaluation(tmp_path / "project" / "evaluations" / EVALUATION, count=12)
     return tmp_path / "project"
-
-
-@pytest.fixture
-def url(project: Path) -> Iterator[str]:
-    with serving(Studio(project, "ada", password=PASSWORD).app()) as url:
-        yield url
-
-
-@pytest.fixture
-def browser(url: str) -> Iterator[Browser]:
-    with opened(url) as browser:
-        yield browser
 
 
 def _row_key(html: str) -> str:

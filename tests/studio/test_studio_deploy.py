@@ -275,7 +275,7 @@ def test_shadow_answers_are_compared(browser: Visitor, project: Path) -> None:
 
 
 def test_key_is_shown_once_and_in_no_later_page_log_or_cookie(browser: Visitor, project: Path) -> None:
-    assert "Every request needs a key now" in browser.sent(
+    assert "Every request needs an API key now" in browser.sent(
         "/tenants", "/tenants", name="acme", aliases="courts, recipes"
     )
     before = browser.hidden("/tenants/acme", "/tenants/acme/keys")

@@ -13,10 +13,12 @@ import pytest
 
 import tunewright as library
 from command_line import pairs, tiny_project, tunewright, write_jsonl
-from studio_client import PASSWORD, Browser, opened
+from studio_client import PASSWORD, Browser
 from tunewright.data.versions import locked
 from tunewright.serving.gateway.server import serving
 from tunewright.studio import Studio
+
+pytest_plugins = ["studio_fixtures"]
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +32,6 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) ->
 def url(project: Path) -> Iterator[str]:
     with serving(Studio(project, "ada", password=PASSWORD).app()) as url:
         yield url
-
-
-@pytest.fixture
-def browser(url: str) -> Iterator[Browser]:
-    with opened(url) as browser:
-        yield browser
 
 
 def _head(browser: Browser, length: int) -> bytes:

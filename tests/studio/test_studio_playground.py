@@ -279,9 +279,9 @@ def test_row_that_contradicts_another_one_is_shown_as_a_conflict(player: Player)
     ("fields", "message"),
     [
         ({"question": " ", "model base": "on"}, "The question is empty"),
-        ({"question": "x"}, "Nobody was chosen"),
+        ({"question": "x"}, "No model is chosen"),
         ({"question": "x", "model base": "on", "limit": "-1"}, "Invalid number of tokens"),
-        ({"question": "x", "model ../secret": "on"}, "Nobody was chosen"),
+        ({"question": "x", "model ../secret": "on"}, "No model is chosen"),
     ],
 )
 def test_unusable_questions_are_refused(player: Player, fields: dict[str, str], message: str) -> None:

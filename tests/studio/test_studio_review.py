@@ -19,6 +19,8 @@ from tunewright.data.review.reviews import read_reviews
 from tunewright.serving.gateway.server import serving
 from tunewright.studio import Studio
 
+pytest_plugins = ["studio_fixtures"]
+
 EVALUATION = f"{7:012x}"
 
 
@@ -38,18 +40,6 @@ def added(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def project(added: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(added, tmp_path / "project"))
-
-
-@pytest.fixture
-def url(project: Path) -> Iterator[str]:
-    with serving(Studio(project, "ada", password=PASSWORD).app()) as url:
-        yield url
-
-
-@pytest.fixture
-def browser(url: str) -> Iterator[Browser]:
-    with opened(url) as browser:
-        yield browser
 
 
 @pytest.fixture

@@ -112,7 +112,7 @@ class Playing:
         """Return a question.
 
         Raises:
-            UserError: there is none of this ID, since the studio was restarted or many others came after it.
+            UserError: no question has this ID: the studio was restarted, or many others came after it.
         """
         found = self._questions.get(name)
         if found is None:

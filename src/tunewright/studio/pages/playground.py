@@ -65,7 +65,7 @@ def ask(visit: Visit) -> Response:
     names = [BASE, PROMPTING, *(each.name for each in list_adapters(visit.project.folder.adapters)[::-1])]
     models = tuple(name for name in names if f"model {name}" in visit.form)
     if not models:
-        raise UserError("Nobody was chosen to answer", fix="Go back and choose the base or an adapter.")
+        raise UserError("No model is chosen", fix="Go back and choose the base or an adapter.")
     version = visit.version if current_manifest(visit.project.folder.dataset) is not None else None
     question = Question(text, models, version, int(limit) if limit else None)
     return visit.go(path_of("playground", visit.cache.playing.ask(question)))

@@ -70,7 +70,7 @@ def add_tenant(visit: Visit) -> Response:
 
     name = visit.form.get("name", "").strip()
     made = visit.project.tenant.add(name, _words(visit, "aliases"), _limits(visit, Limits()))
-    return visit.go(path_of("tenants", made.name), f"The tenant {made.name} is there. Every request needs a key now.")
+    return visit.go(path_of("tenants", made.name), f"Tenant {made.name} created. Every request needs an API key now.")
 
 
 def tenant_page(visit: Visit) -> Response:
