@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from importlib import import_module
@@ -42,8 +43,9 @@ _GROUPS = (
     "doctor",
 )
 
+# Made while there is memory for them.
 _NO_MEMORY = f"Error: {OUT_OF_MEMORY}\n".encode()
-"""Made while there is memory for it."""
+_NO_MEMORY_JSON = f"{json.dumps({'error': OUT_OF_MEMORY.as_dict()}, indent=2)}\n".encode()
 
 
 def commands() -> typer.Typer:
@@ -67,5 +69,8 @@ def main() -> None:
         # the exception itself ("error return without exception set").
         if isinstance(error, SystemError) and " without " not in str(error):
             raise
-        os.write(2, _NO_MEMORY)
+        if "--json" in sys.argv:
+            os.write(1, _NO_MEMORY_JSON)
+        else:
+            os.write(2, _NO_MEMORY)
         sys.exit(2)
