@@ -292,7 +292,7 @@ def _traced(current: Session, span: str | None) -> Iterator[None]:
     if warning is not None:
         current.reporter.warn(warning)
     try:
-        with nullcontext() if span is None else tracing.command(f"tunewright {span}"):
+        with nullcontext() if span is None else tracing.command(f"tunewright {span}", ends=(typer.Exit,)):
             yield
     finally:
         tracing.stop()

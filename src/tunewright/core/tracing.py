@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tunewright._version import __version__
@@ -40,13 +39,13 @@ def start() -> str | None:
     if _tracer is not None or not wanted():
         return None
     _require_supported()
-    if find_spec("opentelemetry.exporter") is None or find_spec("opentelemetry.exporter.otlp.proto.http") is None:
+    try:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import SERVICE_NAME, Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    except ImportError:
         return f"{_first(_ENDPOINTS)[0]} is set, but no traces are sent: pip install 'tunewright[otel]'"
-    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-    from opentelemetry.sdk.resources import SERVICE_NAME, Resource
-    from opentelemetry.sdk.trace import TracerProvider
-    from opentelemetry.sdk.trace.export import BatchSpanProcessor
-
     named = {} if "OTEL_SERVICE_NAME" in os.environ else {SERVICE_NAME: "tunewright"}
     # Variables win over attributes that are given here, but for the name of the service.
     _provider = TracerProvider(resource=Resource.create({**named, "service.version": __version__}))
@@ -148,21 +147,40 @@ def span(name: str, attributes: Mapping[str, Value | None] | None = None) -> Ite
     if _tracer is None:
         yield _NO_SPAN
         return
-    with _tracer.start_as_current_span(name) as started:
-        made = _OtelSpan(started)
+    with _started(_tracer, name, None, ()) as made:
         made.set(attributes or {})
         yield made
 
 
 @contextmanager
-def command(name: str) -> Iterator[None]:
-    """Trace a command as a child of ``TRACEPARENT``, the environment variable that CI systems set."""
+def command(name: str, ends: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Trace a command as a child of ``TRACEPARENT``, the environment variable that CI systems set.
+
+    Args:
+        ends: exceptions that end a command without an error.
+    """
     if _tracer is None:
         yield
         return
     carried = {key: os.environ[key.upper()] for key in ("traceparent", "tracestate") if key.upper() in os.environ}
-    with _tracer.start_as_current_span(name, context=_extract(carried)):
+    with _started(_tracer, name, _extract(carried), ends):
         yield
+
+
+@contextmanager
+def _started(tracer: Tracer, name: str, context: Any, ends: tuple[type[Exception], ...]) -> Iterator[_OtelSpan]:
+    # OpenTelemetry would record an exception's message, which may quote a row.
+    with tracer.start_as_current_span(
+        name, context=context, record_exception=False, set_status_on_exception=False
+    ) as started:
+        made = _OtelSpan(started)
+        try:
+            yield made
+        except ends:
+            raise
+        except Exception as error:
+            made.fail(type(error).__name__)
+            raise
 
 
 @contextmanager
