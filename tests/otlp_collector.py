@@ -32,7 +32,7 @@ class Received:
 
 @dataclass
 class Collector:
-    """What was sent, by route."""
+    """Routes and spans of all requests."""
 
     url: str
     routes: list[str] = field(default_factory=list)

@@ -51,7 +51,7 @@ def test_slurm_script_fails_with_the_trainings_code(tmp_path: Path) -> None:
 
 
 def _submitted(folder: Path, gpus: str, srun: str, code: int = 0) -> list[str]:
-    """What stand-ins of Slurm's commands write."""
+    """Run the script with stand-ins of Slurm's commands, and return their output."""
     out = folder / "out"
     for name, text in (("srun", srun), ("scontrol", 'printf "%s\\n" "$@" > "$OUT"')):
         (folder / name).write_text(f"#!/usr/bin/env bash\n{text}\n")

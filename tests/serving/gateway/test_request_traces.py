@@ -15,7 +15,7 @@ from tunewright.serving.gateway.server import serving
 
 TRACE, CLIENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 SECRET = "a secret of the client"
-CHAT = {"model": "courts", "messages": [{"role": "user", "content": SECRET}]}
+CHAT: dict[str, object] = {"model": "courts", "messages": [{"role": "user", "content": SECRET}]}
 
 
 def _post(
