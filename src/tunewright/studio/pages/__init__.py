@@ -5,6 +5,7 @@ from __future__ import annotations
 from tunewright.studio.pages import (
     data,
     deploy,
+    evaluate,
     evaluation,
     evidence,
     new_project,
@@ -22,6 +23,7 @@ HANDLERS = (
     *data.HANDLERS.items(),
     *rows.HANDLERS.items(),
     *review.HANDLERS.items(),
+    *evaluate.HANDLERS.items(),
     *evaluation.HANDLERS.items(),
     *training.HANDLERS.items(),
     *evidence.HANDLERS.items(),
