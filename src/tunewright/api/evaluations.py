@@ -144,11 +144,12 @@ class EvaluationsApi(ProjectContext):
     def human_eval_results(self, evaluation: str | Path | None = None, *, against: str | None = None) -> AnswerReview:
         """Add all reviewers' verdicts to the evidence and return them: preference, agreement, estimate for all items.
 
-        A judge of the same evaluation is compared with the reviewers and sharpens their estimate.
+        A judge of the same evaluation is compared with the reviewers and sharpens their estimate. Results against an
+        incumbent have a section of their own, which decides nothing.
 
         Args:
             evaluation: ID, folder or evidence file (None: the newest).
-            against: incumbent of the comparison. The evidence has no section on it, so that it stays unchanged.
+            against: incumbent of the comparison (None: the best prompting arm).
 
         Raises:
             UserError: no evaluation, no incumbent of that name, or no reviews. Also if a file of the evaluation was
@@ -159,9 +160,14 @@ class EvaluationsApi(ProjectContext):
         access_log, folder = amendable(self.evaluation(evaluation, dev=False), self.folder.evaluations)
         evidence = access_log.load(folder)
         if against is not None:
-            return review_results(folder, against=against)
+            section = review_results(folder, against=against)
+            known = evidence.human_eval_incumbents
+            if known.get(against) != section:
+                access_log.amend(folder, human_eval_incumbents={**known, against: section})
+            return section
         section = review_results(folder, accepted_judge(folder, evidence, self.reporter))
-        access_log.amend(folder, human_eval=section)
+        if evidence.human_eval != section:
+            access_log.amend(folder, human_eval=section)
         return section
 
     def keep_preferences(
