@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tunewright.advisor.signals import Signals
     from tunewright.evaluation.human_eval.session import BlindReview, ComparisonProgress
     from tunewright.evaluation.item_prompts import ArmPrompt
+    from tunewright.evaluation.judge.rows import JudgedItem
     from tunewright.evaluation.judge.runner import Estimate, Judge, JudgeResult
     from tunewright.evaluation.kept_preferences import KeptPreferences
     from tunewright.evaluation.row_answers import RowAnswers
@@ -228,6 +229,17 @@ class EvaluationsApi(ProjectContext):
             UserError: no judge in the config, too few items to test it, or the endpoint fails.
         """
         return self._judge(evaluation).judge()
+
+    def judged_items(self, evaluation: str | Path | None = None) -> list[JudgedItem]:
+        """Return each judged item of an evaluation: the judge's verdicts and its replies.
+
+        Raises:
+            UserError: as :meth:`verdict`, or nothing was judged.
+        """
+        from tunewright.evaluation.judge.rows import load_judged
+
+        self._evidence(evaluation)  # which checks the file of the judged items too
+        return load_judged(_folder(self.evaluation(evaluation)))
 
     def estimate_judge(self, evaluation: str | Path | None = None) -> Estimate:
         """Return the calls, tokens and cost of :meth:`judge` without sending anything."""

@@ -192,6 +192,9 @@ def job_page(visit: Visit) -> Response:
 
 def _next_page(job: Job) -> tuple[str, str] | None:
     """Return the page that continues after a job that has ended well, or starts a stopped one again; and its text."""
+    if job.title == "judge" and job.state != "running":
+        text = "the judge's findings" if job.state == "done" else "the judge, which resumes from the replies it has"
+        return path_of("judge", job.command[1]), text
     if job.state == "stopped" and job.title in _COMMANDS:
         page = EVALUATE_PAGE if job.title in _LONG else "/"
         return page, "start it again, which resumes from what was finished"
