@@ -114,6 +114,9 @@ def test_charts_grow_while_a_run_trains_and_the_page_is_small(page: Page, url: s
     drawn = "[...document.querySelectorAll('figure:not([hidden]) canvas')].map(each => each.width > 200)"
     page.open(_place(url, f"/train/runs/{RUN}"), width=1100)
     assert page.value(drawn) == [True, True, True], "loss, dev score, learning rate"
+    score = "charts.find(each => each.spec.bounds && each.plot)"
+    low, high = page.value(f"[{score}.plot.scales.y.min, {score}.plot.scales.y.max]")
+    assert 0 <= low < high <= 100, "a share has no more than 100%"
     size = "performance.getEntries().reduce((sum, each) => sum + (each.transferSize || 0), 0)"
     assert 50_000 < page.value(size) < 150_000
     with locked_folder(file.parent, UserError("Another process is training this adapter")):
