@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import urlencode
 
 from starlette.responses import HTMLResponse, Response
@@ -170,7 +172,15 @@ def prompts_page(visit: Visit) -> Response:
         back=path_of("evidence", visit.place["evaluation"], str(number)),
         prompts=visit.project.item_prompts(visit.place["evaluation"], item.key),
         excerpt=excerpt,
+        turn_text=_turn_text,
     )
+
+
+def _turn_text(turn: Any) -> str:
+    """Return what a turn says; a turn with more than a text, or another part of a request, as JSON."""
+    if isinstance(turn, dict) and turn.keys() == {"role", "content"}:
+        return str(turn["content"])
+    return json.dumps(turn, ensure_ascii=False, indent=1)
 
 
 def report_page(visit: Visit) -> Response:
