@@ -136,22 +136,32 @@ class ReviewReport:
 
     @property
     def lines(self) -> list[str]:
-        """Further lines of the report: bound, agreement, pending edits."""
-        lines = [str(agreement) for agreement in self.agreements]
+        """Further lines of the report: bound, agreement, pending edits, with the commands that continue."""
+        return [f"{fact.removesuffix('.')}: {command}" if command else fact for fact, command in self._continued()]
+
+    @property
+    def facts(self) -> list[str]:
+        """The same lines without commands."""
+        return [fact for fact, _ in self._continued()]
+
+    def _continued(self) -> list[tuple[str, str]]:
+        lines = [(str(agreement), "") for agreement in self.agreements]
         if self.outcome is not None and self.drawn is not None and self.outcome.checked and not self.outcome.whole:
             level = f"{100 * self.drawn.plan.confidence:g}%"
-            lines.insert(0, f"At most {self.outcome.upper:.1%} of the rows are wrong, at {level} (Clopper-Pearson).")
+            lines.insert(
+                0, (f"At most {self.outcome.upper:.1%} of the rows are wrong, at {level} (Clopper-Pearson).", "")
+            )
         if self.edits:
             have = f"{count_of(self.edits, 'row')} {'has' if self.edits == 1 else 'have'}"
-            lines.append(f"{have} pending edits: `tunewright data review --apply` applies them.")
+            lines.append((f"{have} pending edits.", "`tunewright data review --apply` applies them."))
         if self.generated:
             others = "; the others are only trained on" if self.accepted < self.generated else ""
-            lines.append(f"{self.accepted:,} of {self.generated:,} generated rows are accepted{others}.")
+            lines.append((f"{self.accepted:,} of {self.generated:,} generated rows are accepted{others}.", ""))
         if self.conflicts:
             count = count_of(len(self.conflicts), "row")
-            lines.append(f"Reviewers disagree on {count}: `tunewright data review --conflicts` settles them.")
+            lines.append((f"Reviewers disagree on {count}.", "`tunewright data review --conflicts` settles them."))
         if self.disputed:
-            lines.append(f"{self.disputed:,} rows have disputed edits and stay unchanged.")
+            lines.append((f"{self.disputed:,} rows have disputed edits and stay unchanged.", ""))
         return lines
 
     def as_dict(self) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from tunewright.data.review.label_models import excerpt
 from tunewright.data.review.report import review_report
 from tunewright.data.review.reviews import Verdict
 from tunewright.data.review.session import ReviewItem, ReviewSession
-from tunewright.data.versions.diff import marked, word_changes
+from tunewright.data.versions.diff import short_changes, word_changes
+from tunewright.studio.access import ChangedText
 from tunewright.studio.visit import Handlers, Visit
 
 _VERDICTS: dict[str, Verdict] = {"right": "right", "wrong": "wrong", "skip": "skip"}
@@ -163,7 +164,7 @@ def _edited(visit: Visit, queue: str, review: ReviewSession, card: ReviewItem) -
     if refused := review.edit(card, output):
         visit.session.messages.append(refused)
         return _show(visit, queue, review, draft=output)
-    return visit.go(_place(visit, queue), f"Edit saved: {marked(stored, output)}")
+    return visit.go(_place(visit, queue), ChangedText("Edit saved:", short_changes(stored, output)))
 
 
 def find_suspects(visit: Visit) -> Response:
