@@ -155,11 +155,17 @@ def test_skipped_row_comes_back_at_the_next_start(project: Path) -> None:
 
 def test_edits_become_a_version(browser: Browser, project: Path) -> None:
     before = library.open(project).data.version().digest
+    browser.judge("right")
     browser.judge("edit", output="another answer")
+    needed = library.open(project).data.review("ada").needed
+    assert "2 judgements of the random sample carry over to the new version" in browser.get("/review/edits")
     made = browser.send("/review/apply", "/review", message="from the studio")
     now = library.open(project).data.version()
     assert now.digest != before and f"New version {now.digest[:12]}" in unescape(made.text)
     assert "another answer" in {member.example.output for member in now.members}
+    assert f"At least {needed} rows of the sample need a look" in made.text
+    assert "2 judgements of the sample carry over" in made.text and "1 row edited after that still counts" in made.text
+    assert f"At least {needed} more until the verdict" in browser.get("/review")
     assert now.manifest.message == "1 answer edited in review (ada): from the studio"
 
 

@@ -11,8 +11,8 @@ from tunewright.api.context import ProjectContext
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
-from tunewright.data.review.acceptance import judge, sample_order
-from tunewright.data.review.reviews import findings, read_reviews
+from tunewright.data.review.reviews import read_reviews
+from tunewright.data.review.samples import outcome
 from tunewright.data.versions.members import read_places
 from tunewright.data.versions.store import version_folder
 from tunewright.data.versions.version import read_manifest
@@ -79,10 +79,9 @@ def _labels(dataset: Path, version: str) -> Labels | None:
         reviews = read_reviews(dataset)
     except UserError:
         return None  # evidence alone is enough for a verdict
-    drawn = reviews.latest_draw(version)
-    if drawn is None:
+    found = outcome(reviews, version, sorted(places))
+    if found is None:
         return Labels(len(places), manifest.counts.conflicts)
-    found = judge(drawn.plan, findings(reviews, sample_order(sorted(places), version, drawn.draw)), len(places))
     return Labels(len(places), manifest.counts.conflicts, found.checked, found.wrong)
 
 

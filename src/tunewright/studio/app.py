@@ -42,6 +42,7 @@ from tunewright.studio.access import (
     require_form_token,
     require_same_origin,
 )
+from tunewright.studio.advice import advice, note
 from tunewright.studio.jobs import Jobs
 from tunewright.studio.pages import HANDLERS
 from tunewright.studio.pages.data import MAX_UPLOAD, UPLOADS
@@ -102,6 +103,7 @@ class Studio:
         )
         self._templates.filters["visible"] = visible
         self._templates.globals["static"] = self._static = f"/static/{_version_of(_STATIC)}"
+        self._templates.globals |= {"fix_advice": advice, "message_advice": note}
 
     def app(self, hosts: tuple[str, ...] = _LOOPBACK) -> Starlette:
         """Return the application, which answers requests for these host names only (``*``: for all)."""
@@ -226,7 +228,8 @@ class Studio:
         size = request.headers.get("content-length", "")
         if not size.isdecimal() or int(size) > MAX_UPLOAD:
             raise UserError(
-                f"The file is larger than {MAX_UPLOAD:,} bytes", fix="Copy it to the project: tunewright data add FILE"
+                f"The file is larger than {MAX_UPLOAD:,} bytes",
+                fix="Split it into smaller files. In a terminal, `tunewright data add FILE` adds files of any size.",
             )
         async with request.form(max_files=1, max_fields=1) as sent:
             file = sent.get("file")

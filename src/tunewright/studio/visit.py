@@ -21,7 +21,7 @@ from tunewright.data.trace import KnownPlaces
 from tunewright.data.versions import DatasetVersion, current_manifest, list_versions
 from tunewright.evaluation.human_eval.session import BlindReview
 from tunewright.evaluation.row_answers import RowAnswers, evaluated_files
-from tunewright.studio.access import StudioSession
+from tunewright.studio.access import Notice, StudioSession
 from tunewright.studio.jobs import Jobs
 from tunewright.studio.playing import Playing
 
@@ -172,7 +172,7 @@ class Visit:
         )
         return HTMLResponse(_disabled(text) if self.session.read_only else text)
 
-    def go(self, path: str, *messages: str) -> Response:
+    def go(self, path: str, *messages: Notice) -> Response:
         """Return a redirection to a page, which shows the messages."""
         self.session.messages += [*(message for message in messages if message), *self._reported()]
         return RedirectResponse(path, status_code=303)
