@@ -91,7 +91,7 @@ def test_find_suspects_starts_the_command(browser: Browser, project: Path) -> No
         text = "".join(events.iter_text())
     assert text.rstrip().endswith("data: done"), text
     done = browser.get(page.url.path)
-    assert "Job: data suspects" in done and '<a href="/review/suspects">review the suspects</a>' in done
+    assert "Job: data suspects" in done and '<a class="primary" href="/review/suspects">Review the suspects</a>' in done
     assert 'name="key"' in browser.get("/review/suspects")
 
 
@@ -130,7 +130,7 @@ def test_changes_are_shown_before_and_after_an_edit(browser: Browser, project: P
     assert f"{stored}<ins> &lt;i&gt;now&lt;/i&gt;</ins>" in shown
     assert read_reviews(project / "dataset").current_verdicts(key) == {}, "a look records nothing"
     saved = browser.judge("edit", output="teal again")
-    assert f"[-{stored}-]{{+teal again+}}" in saved
+    assert f"Edit saved: <del>{stored}</del><ins>teal again</ins>" in saved and "[-" not in saved
     edits = browser.get("/review/edits")
     assert f"<del>{stored}</del><ins>teal again</ins>" in edits and "1 to apply" in edits
     assert "A new version needs a review of its own" in edits

@@ -10,13 +10,15 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from tunewright.core.errors import UserError
+from tunewright.core.text import count_of
 from tunewright.data.examples import class_like
 from tunewright.data.review.edits import pending_edits
 from tunewright.data.review.label_models import excerpt
-from tunewright.data.review.report import review_report
+from tunewright.data.review.report import ReviewReport, review_report
 from tunewright.data.review.reviews import Verdict
 from tunewright.data.review.session import ReviewItem, ReviewSession
-from tunewright.data.versions.diff import marked, word_changes
+from tunewright.data.versions.diff import short_changes, word_changes
+from tunewright.studio.access import ChangedText
 from tunewright.studio.visit import Handlers, Visit
 
 _VERDICTS: dict[str, Verdict] = {"right": "right", "wrong": "wrong", "skip": "skip"}
@@ -163,7 +165,7 @@ def _edited(visit: Visit, queue: str, review: ReviewSession, card: ReviewItem) -
     if refused := review.edit(card, output):
         visit.session.messages.append(refused)
         return _show(visit, queue, review, draft=output)
-    return visit.go(_place(visit, queue), f"Edit saved: {marked(stored, output)}")
+    return visit.go(_place(visit, queue), ChangedText("Edit saved:", short_changes(stored, output)))
 
 
 def find_suspects(visit: Visit) -> Response:
@@ -228,6 +230,7 @@ def edits_page(visit: Visit) -> Response:
         edits=edits[:_ON_A_PAGE],
         count=len(edits),
         agreed=len(agreed),
+        outcome=review_report(visit.project.folder.dataset, visit.version).outcome,
         changes=word_changes,
     )
 
@@ -235,7 +238,17 @@ def edits_page(visit: Visit) -> Response:
 def apply_edits(visit: Visit) -> Response:
     """Make a new version with the edited answers."""
     made = visit.project.data.apply_reviews(message=visit.form.get("message", ""))
-    return visit.go("/review", f"New version {made.version.digest[:12]}: {made.version.message}")
+    review = review_report(visit.project.folder.dataset, visit.version)
+    return visit.go("/review", f"New version {made.version.digest[:12]}: {made.version.message}", _looks(review))
+
+
+def _looks(review: ReviewReport) -> str:
+    """Return how many rows of a version that continues a sample need a look; empty for another version."""
+    if review.outcome is None or review.drawn is None or review.drawn.continues is None:
+        return ""
+    if review.outcome.decision != "continue":
+        return "No row needs another look: the sample's verdict carries over."
+    return f"At least {count_of(review.outcome.needed, 'row')} of the sample need a look, as before the edits."
 
 
 def _queue(visit: Visit) -> str:
