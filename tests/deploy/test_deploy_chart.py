@@ -123,6 +123,19 @@ def test_selectors_match_their_pods_and_only_them() -> None:
     assert set(labels) == {"server", "training", "shell"}
 
 
+def test_metrics_are_open_to_the_named_peers_only() -> None:
+    for peers, allowed in ((None, [["monitoring"]]), ("networkPolicy.monitoring=null", [])):
+        rendered = _rendered(*([] if peers is None else [peers]))
+        rules = _of("NetworkPolicy", rendered, "-server")["spec"]["ingress"]
+        assert all(rule["from"] for rule in rules)
+        metrics = [rule["from"] for rule in rules if rule["ports"][0]["port"] == "metrics"]
+        names = [
+            [peer["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"] for peer in each]
+            for each in metrics
+        ]
+        assert names == allowed
+
+
 @pytest.mark.parametrize(("processes", "start"), [(1, []), (2, ["torchrun"])])
 def test_training_starts_train_and_stops_after_bad_input(processes: int, start: list[str]) -> None:
     job = _of("Job", _rendered("training.enabled=true", f"training.processes={processes}"))
