@@ -77,6 +77,12 @@ def endpoint() -> str | None:
     return url if name == _ENDPOINTS[0] else f"{url.rstrip('/')}/v1/traces"
 
 
+def variables_of(service: str) -> dict[str, str]:
+    """Return the environment variables with which a child process sends its spans to :func:`endpoint`."""
+    named = {} if "OTEL_SERVICE_NAME" in os.environ else {"OTEL_SERVICE_NAME": service}
+    return {"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": PROTOCOL, **named}
+
+
 def _first(names: tuple[str, ...]) -> Any:
     return next(((name, os.environ[name]) for name in names if os.environ.get(name)), None)
 

@@ -88,6 +88,7 @@ def test_vllm_traces_to_the_same_collector_and_continues_the_engines_span(
     options = found["options"]
     assert options[options.index("--otlp-traces-endpoint") + 1] == f"{collector.url}/v1/traces"
     assert found["environment"]["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"] == "http/protobuf"
+    assert found["environment"]["OTEL_SERVICE_NAME"] == "vllm"
     span = collector.one("engine")
     assert found["traceparent"].rpartition("-")[0] == f"00-{span.trace}-{span.id}"
 

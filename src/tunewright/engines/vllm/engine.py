@@ -145,7 +145,7 @@ class VllmEngine:
         options, traces = settings.options(), tracing.endpoint()
         if traces is not None:  # vLLM's spans are children of the gateway's
             options += ["--otlp-traces-endpoint", traces]
-            variables["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"] = tracing.PROTOCOL
+            variables |= tracing.variables_of("vllm")
         self.child = Child(
             lambda folder: plan(folder, settings.python, options, variables),
             lambda: self._running > 0,
