@@ -86,7 +86,7 @@ def test_charts_grow_while_a_run_trains_and_the_page_is_small(page: Page, projec
     drawn = "[...document.querySelectorAll('figure:not([hidden]) canvas')].map(each => each.width > 200)"
     show(page, f"/train/runs/{RUN}", width=1100)
     assert page.evaluate(drawn) == [True, True, True], "loss, dev score, learning rate"
-    size = "performance.getEntries().reduce((sum, each) => sum + (each.transferSize || 0), 0)"
+    size = "performance.getEntries().reduce((sum, each) => sum + (each.encodedBodySize || 0), 0)"
     assert 50_000 < page.evaluate(size) < 150_000
     with locked_folder(file.parent, UserError("Another process is training this adapter")):
         page.goto(f"/train/runs/{RUN}")
