@@ -55,6 +55,18 @@ def test_evaluation_is_shown_with_its_verdict_and_contrasts(browser: Browser, it
     assert "tuned − retrieved-4" in page and f"/report/{EVALUATION}" in page
 
 
+def test_report_leads_back_and_its_file_has_no_link_to_the_studio(browser: Browser, project: Path) -> None:
+    answer = browser.client.get(f"/report/{EVALUATION}")
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    for path in ("/", "/evidence", f"/evidence/{EVALUATION}"):
+        assert f'<a href="{path}">' in answer.text
+    file = (project / "evaluations" / EVALUATION / "report.html").read_text()
+    assert not re.search('(href|src)="[^#]', file) and "Studio" not in file
+    start = answer.text.index('<nav aria-label="Studio"')
+    end = answer.text.index("</nav>") + len("</nav>\n")
+    assert answer.text[:start] + answer.text[end:].lstrip("\n") == file
+
+
 def test_items_are_filtered_by_effect_and_arms_and_paged(browser: Browser, items: list[Item]) -> None:
     def right(item: Item, arm: str) -> bool:
         return item.scores["exact_match"][arm] == 1

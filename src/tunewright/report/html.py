@@ -97,7 +97,7 @@ def page_sections(
         train_similarity.templates_section(evidence),
         *items.sections(evidence, test_items),
         benchmarks.section(evidence),
-        human_eval.section(evidence),
+        *human_eval.sections(evidence),
         judge.section(evidence),
         cost.section(evidence, advice),
         prompting.section(evidence),

@@ -174,9 +174,14 @@ def prompts_page(visit: Visit) -> Response:
 
 
 def report_page(visit: Visit) -> Response:
-    """Show an evaluation's report, which is a page of its own with its styles inside."""
-    text = visit.project.report(visit.place["evaluation"]).read_text(encoding="utf-8")
-    return HTMLResponse(text, headers={"Content-Security-Policy": _REPORT_POLICY})
+    """Show an evaluation's report, which is a page of its own with its styles inside, below links to the studio."""
+    name = visit.place["evaluation"]
+    text = visit.project.report(name).read_text(encoding="utf-8")
+    links = visit.templates.get_template("report_links.html.j2").render(id=name)
+    # The file itself has no links out of it.
+    return HTMLResponse(
+        text.replace("<body>", f"<body>\n{links}", 1), headers={"Content-Security-Policy": _REPORT_POLICY}
+    )
 
 
 HANDLERS: Handlers = {
