@@ -136,7 +136,7 @@ def test_changes_are_shown_before_and_after_an_edit(browser: Browser, project: P
     assert f"Edit saved: <del>{stored}</del><ins>teal again</ins>" in saved and "[-" not in saved
     edits = browser.get("/review/edits")
     assert f"<del>{stored}</del><ins>teal again</ins>" in edits and "1 to apply" in edits
-    assert "A new version needs a review of its own" in edits
+    assert "1 judgement of the random sample carries over" in edits
     assert "1 row has pending edits" in saved
 
 
