@@ -297,7 +297,7 @@ def test_stopped_training_is_resumed_by_the_same_button_after_a_restart(project:
         with browser.client.stream("GET", f"/train/runs/{run.name}/events") as events:
             rows = [json.loads(line[6:]) for line in events.iter_lines() if line.startswith("data: {")]
         _wait_for(lambda: again.state != "running")
-        assert '<a href="/">evaluate the adapter</a>' in browser.get(f"/jobs/{again.id}")
+        assert '<a href="/evaluate">evaluate the adapter</a>' in browser.get(f"/jobs/{again.id}")
         adapter = library.open(project).runs.find(run.name)
         assert adapter.state == "finished"
         assert adapter.history[: len(stopped.history)] == stopped.history

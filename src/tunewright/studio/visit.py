@@ -28,6 +28,7 @@ from tunewright.studio.playing import Playing
 if TYPE_CHECKING:
     from tunewright.chat import ChatFormat
     from tunewright.data.dedup.leakage import LeakageReport
+    from tunewright.evaluation.schedule import AnswersEstimate
 
 
 class PageReporter(LogReporter):
@@ -65,6 +66,8 @@ class Cache:
     """By version, reviewer and choice of rows."""
     answers: tuple[tuple[object, ...], RowAnswers] | None = None
     """The adapter's stored answers, and the files that they are from with their times."""
+    estimates: dict[tuple[str, bool], tuple[object, AnswersEstimate]] = field(default_factory=dict)
+    """The answers of an evaluation by adapter and split (True: dev), with what decided them."""
     comparisons: dict[tuple[str, str, str | None], BlindReview] = field(default_factory=dict)
     """By evaluation, reviewer and incumbent."""
 
