@@ -112,7 +112,9 @@ class AccessLog:
             if not (folder / EVIDENCE_FILE).exists():
                 self._write({folder / name: text for name, text in files.items()})
 
-    def amend(self, folder: Path, files: Mapping[str, str] | None = None, **sections: Part | Mapping[str, Part]) -> Evidence:
+    def amend(
+        self, folder: Path, files: Mapping[str, str] | None = None, **sections: Part | Mapping[str, Part]
+    ) -> Evidence:
         """Add later measurements to an evaluation's evidence.
 
         Args:
