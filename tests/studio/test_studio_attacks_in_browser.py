@@ -38,8 +38,8 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) ->
     rows = [{"prompt": f"{n} {text}", "completion": text} for n, text in enumerate(ATTACKS)]
     write_jsonl(folder / "pairs.jsonl", [*pairs(60), *rows])
     write_jsonl(folder / "more.jsonl", [row | {"completion": f"{row['completion']} too"} for row in rows])
-    for words in ((folder / "pairs.jsonl",), (folder / "more.jsonl", "--replace")):
-        assert tunewright("data", "add", *words, "-p", folder).code == 0
+    assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
+    assert tunewright("data", "add", folder / "more.jsonl", "--replace", "-p", folder).code == 0
     (folder / UPLOADS).mkdir()
     write_jsonl(folder / UPLOADS / "attacks.jsonl", [*rows, {text: text for text in ATTACKS}])
     members = [m for m in library.open(folder).data.version().members if m.example.output.endswith(" too")]

@@ -57,6 +57,7 @@ def test_training_is_started_stopped_and_resumed_by_keys_alone(page: Page, proje
     wait_for(state).to_have_text("stopped")
     stopped = int(steps.inner_text().replace(",", ""))
     _press_on(page, "Train")
+    wait_for(page.locator("#log")).to_contain_text("Resuming from step")
     page.goto(run)
     wait_for(state).to_have_text(re.compile("running|finished"))
     wait_for(state).to_have_text("finished")  # the page follows the run to its adapter
