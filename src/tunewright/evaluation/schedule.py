@@ -399,7 +399,7 @@ class Schedule:
         self._forget()  # the timed answers are in the journal now
 
     def _use_kept_speed(self) -> bool:
-        """Use the kept speeds, and return False if there are none; an adapter without one counts as the base."""
+        """Use the kept speeds, and return False if no speed is kept; an adapter without one counts as the base."""
         generator, limit, keyed = self._arm_runner.generator, self._arm_runner.limit, self._keyed
         self._speed = kept_speed(generator, limit, keyed)
         if self._speed is not None and self._contest is not None:
