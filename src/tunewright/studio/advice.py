@@ -12,7 +12,7 @@ _PAGES = {
     "data": ("/data", "Data"),
     "train": ("/train", "Train"),
     "advise": ("/", "Project"),
-    "evaluate": ("/", "Project"),
+    "evaluate": ("/evaluate", "Evaluate"),
     "run": ("/", "Project"),
     "human-eval": ("/compare", "Compare"),
     "deploy": ("/deploy", "Deploy"),
