@@ -408,7 +408,7 @@ class Schedule:
 
     @property
     def _keyed(self) -> dict[str, Any]:
-        """What decides the prompts of the timed batches."""
+        """Everything that decides the prompts of the timed batches."""
         arm_runner = self._arm_runner
         return {"dataset": arm_runner.version.digest, "arms": [p.name for p in arm_runner.prompting_arms]}
 
