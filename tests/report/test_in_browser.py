@@ -75,3 +75,11 @@ def test_labels_of_figures_stay_inside_them(page: Page, file: Path) -> None:
       return own.left < around.left || own.right > around.right;
     }).map(text => text.textContent.trim())"""
     assert page.evaluate(outside) == []
+
+
+def test_lineage_has_room_for_its_values(page: Page, file: Path) -> None:
+    show(page, file, width=360)
+    widths = page.evaluate("[...document.querySelectorAll('.lineage td')].map(each => each.clientWidth)")
+    assert len(widths) > 10 and min(widths) >= 200
+    left = page.evaluate("document.querySelector('.lineage td').getBoundingClientRect().left")
+    assert left < 200, "the value is in sight"

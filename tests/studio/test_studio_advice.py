@@ -9,7 +9,7 @@ import pytest
 import typer
 
 from tunewright.cli import commands
-from tunewright.studio.advice import _PAGES, Advice, advice, note
+from tunewright.studio.advice import _PAGES, Advice, advice, by_commands, note
 from tunewright.studio.pages import HANDLERS
 
 
@@ -37,6 +37,11 @@ def test_first_sentence_of_a_message_stays_first_although_it_names_a_command() -
     assert note(message) == Advice(
         "12 pairs: `tunewright train` requires --force. Add pairs.", None, "Use --force to train."
     )
+
+
+def test_only_commands_are_taken_out_of_their_quotes() -> None:
+    text = "Your text was: `a ` b. Run `tunewright train`."
+    assert by_commands(text) == ["Your text was: `a ` b. Run ", "tunewright train", "."]
 
 
 def test_each_command_exists_and_so_does_its_page() -> None:

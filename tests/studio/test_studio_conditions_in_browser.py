@@ -255,12 +255,12 @@ def test_slow_connection_neither_loses_nor_doubles_a_keystroke(slow: Page, proje
 def test_slow_connection_sends_a_file_once(slow: Page, project: Path) -> None:
     rows = "".join(f"red {number} of a slow line,red\n" for number in range(900))
     slow.goto("/data")
-    file = {"name": "slow.csv", "mimeType": "text/csv", "buffer": f"prompt,completion\n{rows}".encode()}
-    slow.set_input_files("#file", [file])
+    content = f"prompt,completion\n{rows}".encode()
+    slow.set_input_files("#file", {"name": "slow.csv", "mimeType": "text/csv", "buffer": content})
     with slow.expect_navigation():
         slow.dblclick("text=Check the file")
     assert "900 examples" in slow.inner_text("main")
-    assert (project / UPLOADS / "slow.csv").read_bytes() == file["buffer"]
+    assert (project / UPLOADS / "slow.csv").read_bytes() == content
     versions = len(library.open(project).data.log())
     with slow.expect_navigation():
         slow.dblclick("text=Add the file")

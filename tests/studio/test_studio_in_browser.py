@@ -89,7 +89,7 @@ def test_charts_grow_while_a_run_trains_and_the_page_is_small(page: Page, projec
     score = "charts.find(each => each.spec.bounds && each.plot)"
     low, high = page.evaluate(f"[{score}.plot.scales.y.min, {score}.plot.scales.y.max]")
     assert 0 <= low < high <= 100, "a share has no more than 100%"
-    size = "performance.getEntries().reduce((sum, each) => sum + (each.transferSize || 0), 0)"
+    size = "performance.getEntries().reduce((sum, each) => sum + (each.encodedBodySize || 0), 0)"
     assert 50_000 < page.evaluate(size) < 150_000
     with locked_folder(file.parent, UserError("Another process is training this adapter")):
         page.goto(f"/train/runs/{RUN}")

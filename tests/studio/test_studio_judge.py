@@ -67,7 +67,7 @@ def test_judge_shows_its_cost_then_runs_and_its_findings_are_shown(project: Path
             assert time.monotonic() < until
             time.sleep(0.05)
         assert job.state == "done", job.log.read_text()
-        assert f'<a href="{PAGE}">the judge' in browser.get(f"/jobs/{job.id}")
+        assert f'href="{PAGE}">The judge' in browser.get(f"/jobs/{job.id}")
         assert len(server.bodies) == calls
 
         page = unescape(browser.get(PAGE))

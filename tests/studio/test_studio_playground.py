@@ -144,8 +144,9 @@ def _adapter(project: Path) -> Adapter:
 
 def _columns(page: str) -> dict[str, str]:
     """The page's sections by model."""
+    models = {"The base, zero-shot": "base", "The best prompting arm": "prompting"}
     sections = re.findall(r"<section[^>]*>\s*<h2[^>]*>([^<]*)</h2>(.*?)</section>", page, re.DOTALL)
-    return dict(sections)
+    return {models.get(heading, heading): column for heading, column in sections}
 
 
 def _text(column: str) -> str:

@@ -105,6 +105,9 @@ def test_suspects_of_the_base_are_found_without_naming_it(tmp_path: Path, tiny_b
         assert '<option value="base" selected>' in asked, "nothing else can rank answers that no other row has"
         suspects = data.suspects("base").suspects
         assert suspects and _row_key(browser.get("/review/suspects")) == suspects[0].key
+        assert "Using cached" not in browser.get("/review/suspects?adapter=base"), "the job's log has the messages"
+        rows = browser.get("/rows?flag=suspect")
+        assert f"{len(suspects):,} rows, page" in rows and f"/rows/{suspects[0].key}" in rows
         data.suspects()  # without a model: none of these rows can be judged
         nothing = browser.get("/review/suspects")
         assert "0 left" in nothing and '<option value="base"' in nothing and "find suspects" in nothing
@@ -133,7 +136,7 @@ def test_changes_are_shown_before_and_after_an_edit(browser: Browser, project: P
     assert f"Edit saved: <del>{stored}</del><ins>teal again</ins>" in saved and "[-" not in saved
     edits = browser.get("/review/edits")
     assert f"<del>{stored}</del><ins>teal again</ins>" in edits and "1 to apply" in edits
-    assert "A new version needs a review of its own" in edits
+    assert "1 judgement of the random sample carries over" in edits
     assert "1 row has pending edits" in saved
 
 

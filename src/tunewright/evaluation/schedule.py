@@ -399,7 +399,7 @@ class Schedule:
         self._forget()  # the timed answers are in the journal now
 
     def _use_kept_speed(self) -> bool:
-        """Use the kept speeds, and return False if there are none; an adapter without one counts as the base."""
+        """Use the kept speeds, and return False if no speed is kept; an adapter without one counts as the base."""
         generator, limit, keyed = self._arm_runner.generator, self._arm_runner.limit, self._keyed
         self._speed = kept_speed(generator, limit, keyed)
         if self._speed is not None and self._contest is not None:
@@ -408,7 +408,7 @@ class Schedule:
 
     @property
     def _keyed(self) -> dict[str, Any]:
-        """What decides the prompts of the timed batches."""
+        """Names of the dataset and arms, which decide the prompts of the timed batches."""
         arm_runner = self._arm_runner
         return {"dataset": arm_runner.version.digest, "arms": [p.name for p in arm_runner.prompting_arms]}
 

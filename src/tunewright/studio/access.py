@@ -35,7 +35,15 @@ class ChangedText:
     pieces: Sequence[tuple[Mark, str]]
 
 
-Notice = str | ChangedText
+@dataclass(frozen=True)
+class ChangedRows:
+    """A message about rows that were changed: each with its place, the change, and its text before and after."""
+
+    text: str
+    rows: Sequence[tuple[str, str, str, str]]
+
+
+Notice = str | ChangedText | ChangedRows
 """A message on the next page."""
 
 

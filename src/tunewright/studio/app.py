@@ -42,7 +42,7 @@ from tunewright.studio.access import (
     require_form_token,
     require_same_origin,
 )
-from tunewright.studio.advice import advice, note
+from tunewright.studio.advice import advice, by_commands, note
 from tunewright.studio.jobs import Jobs
 from tunewright.studio.pages import HANDLERS
 from tunewright.studio.pages.data import MAX_UPLOAD, UPLOADS
@@ -101,7 +101,7 @@ class Studio:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        self._templates.filters["visible"] = visible
+        self._templates.filters |= {"visible": visible, "commands": by_commands}
         self._templates.globals["static"] = self._static = f"/static/{_version_of(_STATIC)}"
         self._templates.globals |= {"fix_advice": advice, "message_advice": note}
 

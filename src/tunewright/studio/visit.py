@@ -146,6 +146,8 @@ class Visit:
         deciding = (config.base_model, config.revision, config.chat)
         if self.cache.chat is None or self.cache.chat[0] != deciding:
             self.cache.chat = (deciding, self.project.chat)
+        # The project was opened for this request, and its functions would read the tokenizer again.
+        self.project.chat = self.cache.chat[1]
         return self.cache.chat[1]
 
     @property

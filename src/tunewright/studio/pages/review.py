@@ -13,7 +13,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.text import count_of
 from tunewright.data.examples import class_like
 from tunewright.data.review.edits import pending_edits
-from tunewright.data.review.label_models import excerpt
+from tunewright.data.review.label_models import Suspect, excerpt
 from tunewright.data.review.report import ReviewReport, review_report
 from tunewright.data.review.reviews import Verdict
 from tunewright.data.review.session import ReviewItem, ReviewSession
@@ -190,12 +190,24 @@ def _judges(visit: Visit) -> list[tuple[str, str]]:
 
 def _searched(visit: Visit) -> str:
     """Return a judge whose suspects were found, or an empty text."""
-    data, names = visit.project.data, [name for name, _ in _judges(visit) if name]
-    for name in reversed(names):
+    return next((name for name in reversed(stored_searches(visit)) if name), "")
+
+
+def stored_searches(visit: Visit) -> dict[str, list[Suspect]]:
+    """Return the suspects of each search whose result is stored, by judge; an empty name is the default search."""
+    found: dict[str, list[Suspect]] = {}
+    for name in ["", *(name for name, _ in _judges(visit) if name)]:
         with suppress(UserError):  # an adapter of another base judges no rows
-            if data.stored_suspects(visit.version, name) is not None:
-                return name
-    return ""
+            if (suspects := _stored(visit, name)) is not None:
+                found[name] = suspects
+    return found
+
+
+def _stored(visit: Visit, name: str) -> list[Suspect] | None:
+    judges = _judges(visit)
+    if judges and (name or len(judges) > 2):
+        _ = visit.chat  # kept between requests: the tokenizer takes seconds
+    return visit.project.data.stored_suspects(visit.version, name or None)
 
 
 def agreement_page(visit: Visit) -> Response:
@@ -282,12 +294,12 @@ def _review(visit: Visit, queue: str) -> ReviewSession | None:
     for old in [each for each in kept if each[0] != version.digest]:
         del kept[old]
     adapter = place[-1] or None
-    data = visit.project.data
-    if queue == "suspects" and data.stored_suspects(version, adapter) is None:
+    suspects = _stored(visit, place[-1]) if queue == "suspects" else False
+    if suspects is None:
         return None
-    kept[place] = data.review(
+    kept[place] = visit.project.data.review(
         visit.session.reviewer,
-        suspects=queue == "suspects",
+        suspects=suspects,
         adapter=adapter,
         second=queue == "second",
         conflicts=queue == "conflicts",
