@@ -85,3 +85,7 @@ def test_docker_compose_reads_it_and_names_what_is_not_set() -> None:
         done = subprocess.run(command, env={**plain, **given}, capture_output=True, text=True, check=False)
         assert done.returncode != 0
         assert name in done.stderr
+
+
+def test_git_ignores_the_file_of_passwords() -> None:
+    assert "/deploy/.env" in (DEPLOY.parent / ".gitignore").read_text().splitlines()
