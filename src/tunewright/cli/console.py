@@ -126,6 +126,8 @@ class Session:
         self.folder = Path()
         self.database_url: str | None = None
         """The database that ``--database-url`` names."""
+        self.cluster: str | None = None
+        """The Ray cluster that ``--cluster`` names."""
         # At each import it reports that a hub kernel, which nothing here uses, is not installed.
         logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         if logging.lastResort is not None:
@@ -142,17 +144,22 @@ class Session:
 
     @cached_property
     def project(self) -> Project:
-        """The project in the folder, with the database that ``--database-url`` names. It must exist."""
+        """The project in the folder, with what ``--database-url`` and ``--cluster`` name. It must exist."""
         import tunewright
         from tunewright.api import Project
+        from tunewright.config.compute import with_cluster
         from tunewright.config.project import ProjectFolder
 
         opened = tunewright.open(self.folder, self.reporter)
-        if self.database_url is None:
+        if self.database_url is None and self.cluster is None:
             return opened
         config = opened.folder.config
-        serve = config.serve.model_copy(update={"database_url": self.database_url})
-        return Project(ProjectFolder(self.folder, config.model_copy(update={"serve": serve})), self.reporter)
+        if self.database_url is not None:
+            serve = config.serve.model_copy(update={"database_url": self.database_url})
+            config = config.model_copy(update={"serve": serve})
+        if self.cluster is not None:
+            config = config.model_copy(update={"compute": with_cluster(config.compute, self.cluster)})
+        return Project(ProjectFolder(self.folder, config), self.reporter)
 
     @cached_property
     def unopened(self) -> Project:

@@ -83,6 +83,7 @@ class AddOptions:
     data_app,
     "add",
     options=AddOptions,
+    cluster=True,
     example="tunewright data add pairs.jsonl -m 'first export'",
     kept="nothing was added; run the same command again",
 )
@@ -117,7 +118,11 @@ def data_add(
 
 
 @command(
-    data_app, "check", options=AddOptions, example="tunewright data check pairs.csv --input question --output answer"
+    data_app,
+    "check",
+    options=AddOptions,
+    cluster=True,
+    example="tunewright data check pairs.csv --input question --output answer",
 )
 def data_check(
     run: Session,
@@ -161,7 +166,7 @@ def data_check(
     return USER_ERROR if report.refused(dropping=dropping) else None
 
 
-@command(data_app, "leakage", example="tunewright data leakage --against benchmark.jsonl")
+@command(data_app, "leakage", cluster=True, example="tunewright data leakage --against benchmark.jsonl")
 def data_leakage(
     run: Session,
     evaluation: Annotated[
