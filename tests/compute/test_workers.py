@@ -17,7 +17,7 @@ from data_helpers import Listener, Pair, jaccard, unlike_pairs
 from hypothesis import given
 from hypothesis import strategies as st
 
-from command_line import tunewright, write_jsonl
+from command_line import tiny_project, tunewright, write_jsonl
 from tunewright.compute import open_workers
 from tunewright.config import Config
 from tunewright.config.compute import ComputeConfig
@@ -164,8 +164,26 @@ def test_unknown_kind_of_cluster_is_refused(project: Path) -> None:
     ran = tunewright("data", "add", project / "pairs.jsonl", "-p", project, "--cluster", "spark://host")
     assert ran.code == 2
     assert "--cluster: Not a cluster: 'spark://host'" in ran.stderr
+    ran = tunewright("data", "check", project / "pairs.jsonl", "-p", project, "--fix", "x.jsonl", "--cluster", "auto")
+    assert (ran.code, "--fix does not use --cluster" in ran.stderr) == (2, True)
     (project / "tunewright.yaml").write_text("compute: {cluster: somewhere, workers: 0}\n")
     ran = tunewright("data", "add", project / "pairs.jsonl", "-p", project)
     assert ran.code == 2
     assert "compute.cluster" in ran.stderr
     assert "compute.workers" in ran.stderr
+
+
+def test_token_lengths_are_the_same_in_parts(
+    tiny_base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tunewright as package
+    from tunewright.training.lengths import measure_lengths
+
+    opened = package.open(tiny_project(tmp_path / "project", tiny_base_folder, count=60))
+    opened.data.add([tmp_path / "project" / "pairs.jsonl"])
+    version = opened.data.version()
+    whole = measure_lengths(opened.chat, "tiny", version, 20, Listener())
+    monkeypatch.setattr("tunewright.training.lengths._ROWS", 7)
+    assert measure_lengths(opened.chat, "tiny", version, 20, Listener(), PickledWorkers()) == whole
+    assert whole.too_long
+    assert sum(split.rows for split in whole.splits) == 60

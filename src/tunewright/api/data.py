@@ -259,7 +259,9 @@ class DatasetApi:
 
         base = self._context.base
         limit = min(self._project.config.train.max_length, context_length(base))
-        return measure_lengths(self._context.chat, base.spec, self.version(), limit, self._reporter)
+        chat, version = self._context.chat, self.version()
+        with self._context.workers() as workers:
+            return measure_lengths(chat, base.spec, version, limit, self._reporter, workers)
 
     def leakage(self) -> LeakageReport:
         """Return the similarity of held-out rows to training rows, compared with that under a random split."""

@@ -147,19 +147,14 @@ class Session:
         """The project in the folder, with what ``--database-url`` and ``--cluster`` name. It must exist."""
         import tunewright
         from tunewright.api import Project
-        from tunewright.config.compute import with_cluster
         from tunewright.config.project import ProjectFolder
 
         opened = tunewright.open(self.folder, self.reporter)
-        if self.database_url is None and self.cluster is None:
-            return opened
-        config = opened.folder.config
+        folder = opened.folder.on_cluster(self.cluster)
         if self.database_url is not None:
-            serve = config.serve.model_copy(update={"database_url": self.database_url})
-            config = config.model_copy(update={"serve": serve})
-        if self.cluster is not None:
-            config = config.model_copy(update={"compute": with_cluster(config.compute, self.cluster)})
-        return Project(ProjectFolder(self.folder, config), self.reporter)
+            serve = folder.config.serve.model_copy(update={"database_url": self.database_url})
+            folder = ProjectFolder(self.folder, folder.config.model_copy(update={"serve": serve}))
+        return opened if folder is opened.folder else Project(folder, self.reporter)
 
     @cached_property
     def unopened(self) -> Project:

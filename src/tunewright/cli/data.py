@@ -148,6 +148,7 @@ def data_check(
         if files is None or len(files) != 1:
             what = f"--fix requires exactly one file (got {len(files or ())})"
             raise UserError(what, where="--fix", fix="Name one file.")
+        adding += ["--cluster"] if run.cluster is not None else []
         if adding:
             raise UserError(f"--fix does not use {', '.join(adding)}", where="--fix", fix="Leave the option out.")
         changes = data.fix_file(files[0], fix, options.for_api().mapping)

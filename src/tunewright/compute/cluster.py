@@ -44,9 +44,8 @@ from tunewright.core.text import count_of
 from tunewright.core.workers import Part, Result, Shared, Step, Workers
 
 _WHERE = "compute.cluster"
-_CLIENT_PORT = 10001
 _REACH_S = 10.0
-_ANSWER_S = 120.0  # for a machine that starts its first process and imports torch's friends from a cold disk
+_ANSWER_S = 120.0  # for a machine that starts its first process, with a cold disk
 _RETRIES = 3  # runs of a part after the first, if its machine or process is lost
 
 Image = Mapping[str, str]
@@ -100,6 +99,8 @@ def _connect(cluster: str) -> None:
     """
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": False}
     logging.getLogger("ray").setLevel(logging.ERROR)
+    # Ray would print notices of lost machines on stdout, where a command's result belongs.
+    ray._private.worker._worker_logs_enabled = False
     if cluster == "local":
         if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
             _refuse("this machine")
@@ -124,8 +125,13 @@ def _connect(cluster: str) -> None:
 
 def _require_reachable(address: str) -> None:
     """Refuse an address that nobody answers at, or that is another machine's without token authentication here."""
-    parts = urlsplit(address if "://" in address else f"//{address}")
-    host, port = parts.hostname or "", parts.port or _CLIENT_PORT
+    try:
+        parts = urlsplit(address if "://" in address else f"//{address}")
+        host, port = str(parts.hostname), parts.port
+    except ValueError:
+        host, port = "", None
+    if not host or port is None:
+        raise UserError("Not the address of a cluster", where=f"{_WHERE}: {address}", fix="Use HOST:PORT.")
     if not _is_loopback(host) and not is_token_auth_enabled():
         _refuse(host)
     try:
@@ -252,8 +258,9 @@ class _RayWorkers:
             while sent:
                 yield from _taken(sent.popleft(), task)
         finally:
-            for reference in sent:
-                ray.cancel(reference)
+            if ray.is_initialized():
+                for reference in sent:
+                    ray.cancel(reference)
 
 
 def _taken(reference: Any, task: Task) -> list[Any]:
