@@ -21,7 +21,7 @@ import pytest
 from compute_helpers import CONFIG, built, digests, many_pairs, rows_alike, small_parts
 from data_helpers import Listener, Pair, unlike_pairs, write_jsonl
 from hypothesis import given
-from parts import joined
+from parts import joined, lost
 
 from hypothesis_settings import examples
 from tunewright.compute import open_workers
@@ -279,6 +279,12 @@ def test_machine_that_joins_later_with_another_tunewright_is_refused(token: None
             cluster.add_node(num_cpus=1, env_vars={"PYTHONPATH": PATH.replace(str(HERE / "src"), str(other))})
             with pytest.raises(UserError, match="has tunewright"):
                 list(workers.map(joined, np.arange(3), [np.arange(2)], LogTask()))
+
+
+def test_part_that_is_lost_again_and_again_is_one_error(two_workers: Workers) -> None:
+    with pytest.raises(UserError, match="The cluster lost a part of the work 4 times: WorkerCrashedError"):
+        list(two_workers.map(lost, "", [1], LogTask()))
+    assert next(two_workers.map(joined, np.arange(1), [np.arange(2)], LogTask())).tolist() == [0, 0, 1]
 
 
 def test_too_few_cpus_are_refused_before_work(machines: Any) -> None:

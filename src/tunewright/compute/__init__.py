@@ -14,7 +14,7 @@ from tunewright.core.workers import THIS_PROCESS, Workers
 
 @contextmanager
 def open_workers(config: Config, reporter: Reporter) -> Iterator[Workers]:
-    """Yield the workers of ``compute.cluster``, or this process if there is none.
+    """Yield the workers of ``compute.cluster``, or this process without one.
 
     Raises:
         UserError: Ray is not installed, the cluster cannot be reached or has no token authentication, its machines

@@ -158,7 +158,7 @@ def _refuse(host: str) -> NoReturn:
 
 
 def image(config: str) -> Image:
-    """Return what a machine has of all that decides a result.
+    """Return the versions and digests on a machine that decide a result.
 
     Args:
         config: the config as JSON. A machine that reads it in another way has other defaults or keys.
