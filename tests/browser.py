@@ -1,27 +1,25 @@
-"""A headless Chromium, driven over its debugging pipe (Chrome DevTools Protocol): no driver to install."""
+"""The system's Chromium, driven by Playwright, and the faults that no page may have."""
 
 from __future__ import annotations
 
-import base64
-import fcntl
-import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Locator, LocatorAssertions, Page
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 EXECUTABLE = next((found for name in NAMES if (found := shutil.which(name))), None)
 AXE = Path(__file__).parents[1] / "build/clients/node/node_modules/axe-core/axe.min.js"
 """From `make test-clients`."""
+WAIT_MS = 600_000
+"""Limit of each wait: it only ends a hang."""
 
 # Contrast of each element that has text of its own with what is behind it, by WCAG 2.2's formula.
-CONTRASTS = """(() => {
+_CONTRASTS = """(() => {
   const numbers = text => text.match(/[\\d.]+/g).map(Number);
   const light = rgb => {
     const [r, g, b] = rgb.slice(0, 3).map(v => v / 255).map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
@@ -44,148 +42,71 @@ CONTRASTS = """(() => {
   }
   return found;
 })()"""
-
-
-class Page:
-    """A tab; ``said`` collects what it logs and every exception."""
-
-    def __init__(self, out: int, back: int) -> None:
-        self._out, self._back = out, back
-        self._rest = b""
-        self._number = 0
-        self._session: str | None = None
-        self.said: list[str] = []
-        self.happened: list[str] = []
-        target = self.send("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log"):
-            self.send(f"{domain}.enable")
-
-    def send(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """One command and its result."""
-        self._number += 1
-        message: dict[str, Any] = {"id": self._number, "method": method, "params": parameters}
-        if self._session is not None:
-            message["sessionId"] = self._session
-        os.write(self._out, json.dumps(message).encode() + b"\0")
-        while True:
-            reported = self._next()
-            if reported.get("id") == self._number:
-                assert "error" not in reported, reported
-                result: dict[str, Any] = reported["result"]
-                return result
-
-    def _next(self) -> dict[str, Any]:
-        while b"\0" not in self._rest:
-            more = os.read(self._back, 1 << 20)
-            assert more, "the browser is gone"
-            self._rest += more
-        message, self._rest = self._rest.split(b"\0", 1)
-        reported: dict[str, Any] = json.loads(message)
-        if reported.get("method") in {"Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded"}:
-            self.said.append(json.dumps(reported["params"]))
-        self.happened.append(reported.get("method", ""))
-        return reported
-
-    def open(self, place: Path | str, *, width: int, height: int = 900, dark: bool = False) -> None:
-        """Show a file or an address in a window of this size, in CSS pixels, and wait until it has loaded."""
-        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.send("Emulation.setEmulatedMedia", features=[scheme])
-        self.happened.clear()
-        self.send("Page.navigate", url=place.as_uri() if isinstance(place, Path) else place)
-        self.loaded()
-
-    def loaded(self) -> None:
-        """Wait until a page has loaded; clear `happened` before what leads to it."""
-        while "Page.loadEventFired" not in self.happened:
-            self._next()
-
-    def value(self, expression: str) -> Any:
-        """Return the value of a JavaScript expression on the page; a promise's once it is there."""
-        reported = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in reported, reported
-        return reported["result"].get("value")
-
-    def accessibility_faults(self) -> list[str]:
-        """Return the faults that axe-core finds: its rules for WCAG 2.2 AA and its best practices."""
-        self.value(AXE.read_text(encoding="utf-8") + ";0")
-        found: list[str] = self.value(
-            "axe.run().then(result => result.violations.map("
-            "each => each.id + ': ' + each.nodes.map(node => node.html).join(' | ').slice(0, 400)))"
-        )
-        return found
-
-    def sign_in(self, url: str, password: str) -> None:
-        """Sign in to a studio."""
-        self.open(url, width=360)
-        self.value(f"document.getElementById('secret').value = {json.dumps(password)}")
-        self.happened.clear()
-        self.value("document.getElementById('sign-in').submit()")
-        self.loaded()
-
-    def press_tab(self) -> None:
-        """The Tab key, down and up."""
-        for kind in ("rawKeyDown", "keyUp"):
-            self.send("Input.dispatchKeyEvent", type=kind, key="Tab", code="Tab", windowsVirtualKeyCode=9)
-
-    def press(self, key: str, *, control: bool = False) -> None:
-        """A key, down and up; a character is typed."""
-        text = {"text": key} if len(key) == 1 else {"windowsVirtualKeyCode": 13} if key == "Enter" else {}
-        for kind in ("keyDown", "keyUp"):
-            self.send("Input.dispatchKeyEvent", type=kind, key=key, modifiers=2 if control else 0, **text)
-
-    def picture(self, file: Path, *, top: float = 0, height: float | None = None) -> None:
-        """A PNG of the page from ``top`` on (None: down to its end)."""
-        size = self.send("Page.getLayoutMetrics")["cssContentSize"]
-        clip = {"x": 0, "y": top, "width": size["width"], "height": height or size["height"] - top, "scale": 1}
-        data = self.send("Page.captureScreenshot", format="png", clip=clip, captureBeyondViewport=True)["data"]
-        file.write_bytes(base64.b64decode(data))
-
-
-# The pipe has to be descriptors 3 and 4 of the browser.
-_WIRED = (
-    "import os, sys; down, up, *command = sys.argv[1:]\n"
-    "os.dup2(int(down), 3); os.dup2(int(up), 4); os.execv(command[0], command)"
-)
-_FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-dev-shm-usage",
-    "--hide-scrollbars",
-    "--no-first-run",
-    "--remote-debugging-pipe",
-)
+_AXE_FAULTS = """axe.run().then(result => result.violations.map(
+    each => each.id + ": " + each.nodes.map(node => node.html).join(" | ").slice(0, 400)))"""
 
 
 @contextmanager
-def chromium() -> Iterator[Page]:
-    """A fresh browser with one tab, gone afterwards."""
-    assert EXECUTABLE is not None
-    (down, out), (back, up) = _pipe(), _pipe()
-    with TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        browser = subprocess.Popen(
-            [sys.executable, "-c", _WIRED, str(down), str(up), EXECUTABLE, *_FLAGS, f"--user-data-dir={profile}"],
-            pass_fds=(down, up),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        os.close(down)
-        os.close(up)
-        try:
-            yield Page(out, back)
-        finally:
-            os.close(out)
-            os.close(back)
-            browser.terminate()
-            browser.wait(20)
+def chromium() -> Iterator[Browser]:
+    """A fresh browser, gone afterwards. Until then this thread cannot run an event loop of its own."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=EXECUTABLE, args=["--disable-gpu"])
+        yield browser
+        browser.close()
 
 
-def _pipe() -> tuple[int, int]:
-    """A pipe whose ends are neither descriptor 3 nor 4."""
-    ends = os.pipe()
-    moved = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in ends]
-    for end in ends:
-        os.close(end)
-    return moved[0], moved[1]
+def new_page(browser: Browser, url: str | None = None) -> Page:
+    """Return a tab with cookies of its own, whose paths are relative to ``url``."""
+    page = browser.new_context(base_url=url).new_page()
+    page.set_default_timeout(WAIT_MS)
+    return page
+
+
+def signed_in(browser: Browser, address: str, password: str = "") -> Page:
+    """Return a tab that is signed in to a studio: by its address, whose script sends the token, or by the password."""
+    page = new_page(browser, address.partition("/sign-in")[0])
+    page.goto(address)
+    if password:
+        page.fill("#secret", password)
+        page.click("#sign-in button")
+    page.wait_for_url(lambda url: "/sign-in" not in url)
+    return page
+
+
+def wait_for(part: Locator) -> LocatorAssertions:
+    """Return Playwright's assertions on a part of a page; each waits until it holds."""
+    from playwright.sync_api import expect
+
+    expect.set_options(timeout=WAIT_MS)
+    return expect(part)
+
+
+def show(page: Page, place: Path | str, *, width: int, dark: bool = False) -> None:
+    """Show a file or an address in a window of this width, in CSS pixels."""
+    page.set_viewport_size({"width": width, "height": 900})
+    page.emulate_media(color_scheme="dark" if dark else "light")
+    page.goto(place.as_uri() if isinstance(place, Path) else place)
+
+
+def contrasts(page: Page) -> list[tuple[float, str]]:
+    """Return the contrast of each text."""
+    return [(contrast, text) for contrast, text in page.evaluate(_CONTRASTS)]
+
+
+def faults(page: Page) -> list[str]:
+    """Return the faults of a page: what it logs or blocks, exceptions, scrolling sideways, and text that is dim."""
+    found = [message.text for message in page.console_messages(filter="since-navigation")]
+    found += [error.message for error in page.page_errors(filter="since-navigation")]
+    width, window = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
+    if width > window:
+        found.append(f"{width} pixels wide in a window of {window}")
+    return found + [f"contrast {contrast:.1f}: {text}" for contrast, text in contrasts(page) if contrast < 4.5]
+
+
+def axe_faults(page: Page) -> list[str]:
+    """Return the faults that axe-core finds: its rules for WCAG 2.2 AA and its best practices."""
+    page.evaluate(AXE.read_text(encoding="utf-8") + ";0")
+    found: list[str] = page.evaluate(_AXE_FAULTS)
+    return found

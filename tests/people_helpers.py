@@ -37,7 +37,8 @@ def evaluation_with_incumbent(folder: Path, count: int = 40) -> Path:
         item.model_copy(update={"answers": {**item.answers, "incumbent-hosted": f"{item.reference} indeed {number}"}})
         for number, item in enumerate(items[:-1])
     ] + items[-1:]
-    side: dict[str, Any] = {"latency": None, "cost_per_1000": None, "basis": "no prices", "missing": {}}
+    side: dict[str, Any] = {"latency": None, "cost_per_1000": None, "basis": "no prices"}
+    side["missing"] = {"cost": "no prices", "latency": "not timed"}
     hosted = {
         "name": "hosted",
         "arm": "incumbent-hosted",
@@ -68,7 +69,8 @@ def evaluation_with_incumbent(folder: Path, count: int = 40) -> Path:
     }
     tuned = {**side, "seconds_per_call": 0.1, "rows": 8, "training": None, "hour": None}
     found = Incumbents.model_validate({"tuned": tuned, "compared": [hosted]})
-    return save(folder, items, evidence.model_copy(update={"incumbents": found}))
+    arm = evidence.arms[0].model_copy(update={"name": "incumbent-hosted", "kind": "incumbent"})
+    return save(folder, items, evidence.model_copy(update={"incumbents": found, "arms": [*evidence.arms, arm]}))
 
 
 def begin(folder: Path, reviewer: str = "ada", items: int | None = None, *, against: str | None = None) -> BlindReview:

@@ -13,7 +13,10 @@ from command_line import tunewright
 from people_helpers import begin, evaluation, evaluation_with_incumbent, side_of_treatment
 from terminal import Terminal
 from tunewright.cli import commands
+from tunewright.evidence.human_eval import human_eval_line
+from tunewright.evidence.preferences import decisive_preferences
 from tunewright.evidence.schema import load_evidence
+from tunewright.report.markdown import verdict_markdown
 
 ID = "0123456789ab"
 
@@ -63,16 +66,32 @@ def test_human_eval_shows_both_answers_without_naming_arms(project: Path, folder
     assert [j.verdict for j in review.journal.standing.values()] == ["A", "B", "both", "neither", "skip"]
 
 
-def test_incumbent_is_compared_and_leaves_the_evidence_unchanged(tmp_path: Path, press: list[str]) -> None:
+def test_incumbent_is_compared_apart_and_decides_nothing(tmp_path: Path, press: list[str]) -> None:
     folder = evaluation_with_incumbent(tmp_path / "evaluations" / ID, count=24)
-    before = (folder / "evidence.json").read_bytes()
+    before = tunewright("verdict", ID, "-p", tmp_path, "--json").document
     asked = len(begin(folder, against="hosted").sample.order)
     press += ["a"] * asked
     ran = _review(tmp_path, "--against", "hosted")
     assert ran.code in (0, 3, 4) and not any(word in ran.stderr for word in ("tuned", "incumbent"))
     shown = tunewright("human-eval", ID, "-p", tmp_path, "--results", "--against", "hosted", "--json")
     assert (shown.document["control"], shown.document["answered"]) == ("incumbent-hosted", asked)
-    assert (folder / "evidence.json").read_bytes() == before
+    evidence = load_evidence(folder)
+    found = evidence.human_eval_incumbents["hosted"]
+    assert {**found.model_dump(mode="json"), "decision": found.decision} == shown.document
+    assert evidence.human_eval is None and decisive_preferences(evidence).against is None
+    after = tunewright("verdict", ID, "-p", tmp_path, "--json").document
+    (replaced,), (earlier,) = after.pop("incumbents"), before.pop("incumbents")
+    assert after == before, "it decides nothing"
+    assert replaced.pop("human_eval") == shown.document and earlier.pop("human_eval") is None
+    line = f"{human_eval_line(found)} This comparison decides nothing."
+    assert replaced["reasons"] == [*earlier["reasons"], line]
+    assert {**replaced, "reasons": []} == {**earlier, "reasons": []}
+    assert line in " ".join(tunewright("verdict", ID, "-p", tmp_path).stdout.split())
+    markdown = verdict_markdown(evidence)
+    assert markdown.index("Incumbent hosted") < markdown.index("This comparison decides nothing")
+    lines = (tmp_path / "evaluations" / "access_log.jsonl").read_bytes()
+    tunewright("human-eval", ID, "-p", tmp_path, "--results", "--against", "hosted")
+    assert (tmp_path / "evaluations" / "access_log.jsonl").read_bytes() == lines, "the same results are written once"
     lacking = tunewright("human-eval", ID, "-p", tmp_path, "--results")
     assert lacking.code == 2 and "no reviews" in lacking.stderr
 

@@ -102,10 +102,11 @@ def test_apply_edits_skips_withdrawn_edits(project: ProjectFolder) -> None:
     assert load_version(project.dataset).digest == before
 
 
-def test_applied_edits_start_a_new_review_and_are_not_applied_twice(project: ProjectFolder) -> None:
+def test_applied_edits_keep_the_review_and_are_not_applied_twice(project: ProjectFolder) -> None:
     judge_next(review(project), "edit")
+    before = status(project)
     apply_edits(project, Listener())
-    assert status(project) == "not reviewed"
+    assert status(project) == f"{before}, 1 checked in an earlier version"
     with pytest.raises(UserError, match="No row"):
         apply_edits(project, Listener())
 

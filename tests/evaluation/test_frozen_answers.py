@@ -241,7 +241,7 @@ def test_incumbent_without_a_model_or_with_the_name_of_another_is_refused(projec
         assert ran.code == 2 and said in ran.stderr
     with_incumbents(project.folder.root)
     ran = tunewright("evaluate", "--estimate", "-p", project.folder.root)
-    assert ran.code == 2 and "The config has no incumbents" in ran.stderr
+    assert ran.code == 2 and "No adapter has been trained yet" in ran.stderr
 
 
 @pytest.mark.slow

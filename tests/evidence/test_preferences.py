@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from factories import make_evidence, make_items, with_contrast
 from report_evidence import JUDGE, REVIEW, vetoed
 from tunewright.evidence.common import Interval
-from tunewright.evidence.human_eval import AnswerReview
+from tunewright.evidence.human_eval import AnswerReview, human_eval_line
 from tunewright.evidence.judge import Judgement
-from tunewright.evidence.preferences import decisive_preferences, human_eval_line, judge_line
+from tunewright.evidence.preferences import decisive_preferences, judge_line
 from tunewright.evidence.schema import Evidence
 from tunewright.evidence.verdict import verdict
 

@@ -306,14 +306,27 @@ def test_every_section_escapes_users_text() -> None:
             "regressions": general,
             "judge": JUDGE.model_copy(update={"model": NASTY}),
             "human_eval": REVIEW.model_copy(update={"reviewers": who}),
+            "human_eval_incumbents": {NASTY: REVIEW.model_copy(update={"reviewers": who})},
             "opening": FULL.opening.model_copy(update={"author": NASTY}),
         }
     )
     page = render_report(changed, ITEMS, [])
     assert not re.search(r"<(script|img)|\bon\w+=alert(?!\(1\)&gt;)", page.replace("onerror=alert(1)&gt;", ""))
     read = _Tables(page)
-    for anchor in ("regressions", "judge", "human-eval", "access-log"):
+    for anchor in ("regressions", "judge", "human-eval", "human-eval-incumbent-1", "access-log"):
         assert NASTY in read.sections[anchor]
+
+
+def test_people_against_an_incumbent_have_a_section_apart() -> None:
+    other = REVIEW.model_copy(update={"control": "incumbent-hosted", "preferred": (3, 9)})
+    both = FULL.model_copy(update={"human_eval": REVIEW, "human_eval_incumbents": {"hosted": other}})
+    read = _Tables(render_report(both, ITEMS, []))
+    assert "incumbent-hosted" not in read.sections["human-eval"]
+    apart = read.sections["human-eval-incumbent-1"]
+    assert "against the model in use, hosted" in apart and "incumbent-hosted on 9" in apart
+    assert "affects neither the verdict" in apart
+    alone = both.model_copy(update={"human_eval": None})
+    assert "human-eval" not in _Tables(render_report(alone, ITEMS, [])).sections
 
 
 # The learning curve of the same data

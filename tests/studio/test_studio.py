@@ -155,11 +155,17 @@ def test_skipped_row_comes_back_at_the_next_start(project: Path) -> None:
 
 def test_edits_become_a_version(browser: Browser, project: Path) -> None:
     before = library.open(project).data.version().digest
+    browser.judge("right")
     browser.judge("edit", output="another answer")
+    needed = library.open(project).data.review("ada").needed
+    assert "2 judgements of the random sample carry over to the new version" in browser.get("/review/edits")
     made = browser.send("/review/apply", "/review", message="from the studio")
     now = library.open(project).data.version()
     assert now.digest != before and f"New version {now.digest[:12]}" in unescape(made.text)
     assert "another answer" in {member.example.output for member in now.members}
+    assert f"At least {needed} rows of the sample need a look" in made.text
+    assert "2 judgements of the sample carry over" in made.text and "1 row edited after that still counts" in made.text
+    assert f"At least {needed} more until the verdict" in browser.get("/review")
     assert now.manifest.message == "1 answer edited in review (ada): from the studio"
 
 
@@ -291,7 +297,7 @@ def test_stopped_training_is_resumed_by_the_same_button_after_a_restart(project:
         with browser.client.stream("GET", f"/train/runs/{run.name}/events") as events:
             rows = [json.loads(line[6:]) for line in events.iter_lines() if line.startswith("data: {")]
         _wait_for(lambda: again.state != "running")
-        assert '<a href="/">evaluate the adapter</a>' in browser.get(f"/jobs/{again.id}")
+        assert '<a href="/evaluate">evaluate the adapter</a>' in browser.get(f"/jobs/{again.id}")
         adapter = library.open(project).runs.find(run.name)
         assert adapter.state == "finished"
         assert adapter.history[: len(stopped.history)] == stopped.history

@@ -179,7 +179,8 @@ def test_corrected_copy_lists_its_changes_and_keeps_the_file(project: Path) -> N
         browser.upload("chat.jsonl", content)
         fixed = browser.send("/data/fix", "/data/check?file=chat.jsonl")
         assert fixed.url.params["file"] == "chat-corrected.jsonl"
-        assert "Wrote chat-corrected.jsonl." in fixed.text and "chat.jsonl:4: left out" in fixed.text
+        assert "Wrote chat-corrected.jsonl." in fixed.text and '<th scope="row">4</th><td>left out: ' in fixed.text
+        assert "user: q a assistant: a" in fixed.text and "&#39;role&#39;" not in fixed.text
         again = browser.send("/data/fix", "/data/check?file=chat.jsonl")
         assert again.status_code == 400 and "exists already" in again.text
     assert (project / "uploads" / "chat.jsonl").read_bytes() == content

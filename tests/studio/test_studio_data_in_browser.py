@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 import tunewright as library
-from browser import AXE, CONTRASTS, EXECUTABLE, Page, chromium
+from browser import AXE, EXECUTABLE, axe_faults, faults, show
 from command_line import pairs, tiny_project, tunewright, write_jsonl
 from tunewright.serving.gateway.server import serving
 from tunewright.studio import Studio
 
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+pytest_plugins = ["studio_fixtures"]
 pytestmark = pytest.mark.skipif(EXECUTABLE is None, reason="no Chromium is installed")
 
 LONG = "averylongcolumnnamewithoutanyspace" * 6
@@ -40,18 +44,6 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) ->
     return folder
 
 
-@pytest.fixture(scope="module")
-def url(project: Path) -> Iterator[str]:
-    with serving(Studio(project, "ada", demo=True).app()) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def page() -> Iterator[Page]:
-    with chromium() as page:
-        yield page
-
-
 def _paths(project: Path) -> list[str]:
     row = next(m for m in library.open(project).data.version().members if LONG in m.example.output)
     checks = ["/data/check?file=long.csv", "/data/check?file=faulty.jsonl"]
@@ -67,20 +59,17 @@ def _paths(project: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(("width", "dark"), [(360, True), (1100, False)])
-def test_data_pages_fit_and_can_be_read(page: Page, url: str, project: Path, width: int, dark: bool) -> None:
-    page.said.clear()
+def test_data_pages_fit_and_can_be_read(page: Page, project: Path, width: int, dark: bool) -> None:
     for path in _paths(project):
-        page.open(f"{url}{path}", width=width, dark=dark)
-        assert page.value("document.documentElement.scrollWidth") == width, path
-        assert [text for contrast, text in page.value(CONTRASTS) if contrast < 4.5] == [], path
-    assert page.said == []
+        show(page, path, width=width, dark=dark)
+        assert faults(page) == [], path
 
 
 @pytest.mark.skipif(not AXE.exists(), reason="axe-core is not installed: make test-clients")
-def test_axe_finds_no_fault_in_the_data_pages(page: Page, url: str, project: Path) -> None:
+def test_axe_finds_no_fault_in_the_data_pages(page: Page, project: Path) -> None:
     for path in _paths(project):
-        page.open(f"{url}{path}", width=1100)
-        assert page.accessibility_faults() == [], path
+        show(page, path, width=1100)
+        assert axe_faults(page) == [], path
 
 
 def test_new_project_page_fits_and_can_be_read(page: Page, tmp_path: Path) -> None:
@@ -88,15 +77,14 @@ def test_new_project_page_fits_and_can_be_read(page: Page, tmp_path: Path) -> No
     folder.mkdir()
     with serving(Studio(folder, "ada", demo=True).app()) as url:
         for width, dark in ((360, False), (1100, True)):
-            page.open(f"{url}/", width=width, dark=dark)
-            assert page.value("document.title") == "New project: tunewright"
-            assert page.value("document.documentElement.scrollWidth") == width
-            assert not AXE.exists() or page.accessibility_faults() == []
-            assert [text for contrast, text in page.value(CONTRASTS) if contrast < 4.5] == []
+            show(page, f"{url}/", width=width, dark=dark)
+            assert page.title() == "New project: tunewright"
+            assert faults(page) == []
+            assert not AXE.exists() or axe_faults(page) == []
 
 
-def test_file_that_would_be_refused_is_not_sent(page: Page, url: str) -> None:
-    page.open(f"{url}/data", width=1100)
-    assert page.value(_CHOOSE.replace("SIZE", "11")) == "The file is larger than 10 bytes."
-    assert page.value("document.querySelector('#file').checkValidity()") is False
-    assert page.value(_CHOOSE.replace("SIZE", "10")) == ""
+def test_file_that_would_be_refused_is_not_sent(page: Page) -> None:
+    page.goto("/data")
+    assert page.evaluate(_CHOOSE.replace("SIZE", "11")) == "The file is larger than 10 bytes."
+    assert page.evaluate("document.querySelector('#file').checkValidity()") is False
+    assert page.evaluate(_CHOOSE.replace("SIZE", "10")) == ""

@@ -16,7 +16,7 @@ import pytest
 from states import Clock, reservation
 
 import tunewright as library
-from browser import AXE, CONTRASTS, EXECUTABLE, chromium
+from browser import AXE, EXECUTABLE, axe_faults, chromium, faults, show, signed_in
 from command_line import tiny_project, tunewright
 from factories import make_evidence, make_items, with_contrast
 from tunewright.adapters.registry import Adapter, list_adapters
@@ -401,20 +401,15 @@ def test_pages_of_releases_and_tenants_fit_and_can_be_read(browser: Visitor, pro
         number = state.quota.reserve(reservation(caller, made), "g")
         state.quota.record_shadow(number, made.id, "verylongword" * 40, "another", None)
         state.quota.settle(number, RequestUsage(7, 3, 0.1, 0.2, 1.0, "stop"))
-    with chromium() as page:
-        place = str(browser.client.base_url).rstrip("/")
-        page.sign_in(f"{place}/sign-in", PASSWORD)
+    with chromium() as chrome:
+        page = signed_in(chrome, str(browser.client.base_url.join("/sign-in")), PASSWORD)
         for path in ("/deploy", "/deploy/courts", "/tenants", "/tenants/acme", "/audit?verify=1"):
             for width, dark in ((360, True), (1100, False)):
-                page.open(place + path, width=width, dark=dark)
-                page.value("document.querySelectorAll('details').forEach(each => each.open = true)")
-                assert page.value("document.documentElement.scrollWidth") == width, path
-                assert [text for contrast, text in page.value(CONTRASTS) if contrast < 4.5] == [], path
-                assert not AXE.exists() or page.accessibility_faults() == [], path
-        page.open(f"{place}/tenants/acme", width=360)
-        page.happened.clear()
-        page.value("document.querySelector('form[action$=\"/keys\"] button').click()")
-        page.loaded()
-        assert page.value("document.documentElement.scrollWidth") == 360
-        assert page.value("document.getElementById('secret').textContent").startswith("tw_")
-        assert page.said == []
+                show(page, path, width=width, dark=dark)
+                page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
+                assert faults(page) == [], path
+                assert not AXE.exists() or axe_faults(page) == [], path
+        show(page, "/tenants/acme", width=360)
+        page.click("form[action$='/keys'] button")
+        assert page.inner_text("#secret").startswith("tw_")
+        assert faults(page) == []

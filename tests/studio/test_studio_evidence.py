@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
@@ -14,6 +15,7 @@ import tunewright as library
 from command_line import tiny_project
 from factories import make_evidence, make_items
 from people_helpers import save
+from stand_in import stand_in, with_incumbents
 from studio_client import Browser, restarted
 from tunewright.evidence.schema import EVIDENCE_FILE, ITEMS_FILE, Item
 from tunewright.evidence.verdict import verdict
@@ -53,6 +55,18 @@ def test_evaluation_is_shown_with_its_verdict_and_contrasts(browser: Browser, it
     for reason in verdict(make_evidence(items)).reasons:
         assert reason in page
     assert "tuned − retrieved-4" in page and f"/report/{EVALUATION}" in page
+
+
+def test_report_leads_back_and_its_file_has_no_link_to_the_studio(browser: Browser, project: Path) -> None:
+    answer = browser.client.get(f"/report/{EVALUATION}")
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    for path in ("/", "/evidence", f"/evidence/{EVALUATION}"):
+        assert f'<a href="{path}">' in answer.text
+    file = (project / "evaluations" / EVALUATION / "report.html").read_text()
+    assert not re.search('(href|src)="[^#]', file) and "Studio" not in file
+    start = answer.text.index('<nav aria-label="Studio"')
+    end = answer.text.index("</nav>") + len("</nav>\n")
+    assert answer.text[:start] + answer.text[end:].lstrip("\n") == file
 
 
 def test_items_are_filtered_by_effect_and_arms_and_paged(browser: Browser, items: list[Item]) -> None:
@@ -133,3 +147,42 @@ def test_prompts_are_those_that_the_models_answered(tmp_path: Path, tiny_base_fo
         config.write_text(config.read_text().replace("train:\n", "chat:\n  template: plain\ntrain:\n", 1))
         refused = browser.client.get(f"/evidence/{evidence.id}/1/prompts")
         assert refused.status_code == 400
+
+
+@pytest.mark.slow
+def test_prompts_of_hosted_models_dense_arms_and_folds_are_shown(tmp_path: Path, tiny_base_folder: Path) -> None:
+    folder = tiny_project(tmp_path / "project", tiny_base_folder, 60)
+    arms = {"num_fewshot": [2], "static_seeds": 0, "retrievers": ["dense"], "tuned_retrieved": True}
+    with stand_in() as server:
+        hosted = {"name": "hosted", "base_url": server.url, "model": "m", "system_prompt": "Say the first word."}
+        with_incumbents(folder, hosted, evaluate=arms)
+        project = library.open(folder)
+        project.data.add([folder / "pairs.jsonl"])
+        project.train(force=True)
+        evidence = project.evaluate().evidence
+    _, items = project.evidence(evidence.id)
+    prompts = {each.arm: each for each in library.open(folder).item_prompts(evidence.id, items[0].key)}
+    assert all(each.answered and each.missing is None for each in prompts.values())
+    request = prompts["incumbent-hosted"].request
+    assert request is not None and not prompts["incumbent-hosted"].tokens
+    assert [turn["content"] for turn in request.conversation] == ["Say the first word.", items[0].input]
+    assert [len(prompts[name].demonstrations) for name in ("tuned+retrieved-2-dense", "zero-shot")] == [2, 0]
+
+    folds = library.open(folder).crossval(folds=2, force=True).evidence
+    for item in project.evidence(folds.id)[1][::20]:
+        found = library.open(folder).item_prompts(folds.id, item.key)
+        assert [each.arm for each in found] == [arm.name for arm in folds.arms]
+        assert all(each.answered for each in found), [each.missing for each in found]
+        own = {each.own for each in found if each.arm == "best-prompting"}
+        assert own <= {fold.best_prompting for fold in folds.folds}
+    with restarted(folder) as browser:
+        page = unescape(browser.get(f"/evidence/{evidence.id}/1/prompts"))
+        assert "Say the first word." in page and "exactly this request" in page
+        assert page.count("the model saw this prompt") == len(prompts)
+        page = unescape(browser.get(f"/evidence/{folds.id}/1/prompts"))
+        assert page.count("the model saw this prompt") == len(folds.arms)
+        shutil.rmtree(folder / ".tunewright" / "embeddings")
+        (folder / "incumbents").rename(folder / "elsewhere")
+        page = unescape(browser.get(f"/evidence/{evidence.id}/1/prompts"))
+        assert "The vectors of the retriever dense are no longer in" in page
+        assert "The file of frozen answers is missing" in page

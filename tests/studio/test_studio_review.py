@@ -91,7 +91,7 @@ def test_find_suspects_starts_the_command(browser: Browser, project: Path) -> No
         text = "".join(events.iter_text())
     assert text.rstrip().endswith("data: done"), text
     done = browser.get(page.url.path)
-    assert "Job: data suspects" in done and '<a href="/review/suspects">review the suspects</a>' in done
+    assert "Job: data suspects" in done and '<a class="primary" href="/review/suspects">Review the suspects</a>' in done
     assert 'name="key"' in browser.get("/review/suspects")
 
 
@@ -105,6 +105,9 @@ def test_suspects_of_the_base_are_found_without_naming_it(tmp_path: Path, tiny_b
         assert '<option value="base" selected>' in asked, "nothing else can rank answers that no other row has"
         suspects = data.suspects("base").suspects
         assert suspects and _row_key(browser.get("/review/suspects")) == suspects[0].key
+        assert "Using cached" not in browser.get("/review/suspects?adapter=base"), "the job's log has the messages"
+        rows = browser.get("/rows?flag=suspect")
+        assert f"{len(suspects):,} rows, page" in rows and f"/rows/{suspects[0].key}" in rows
         data.suspects()  # without a model: none of these rows can be judged
         nothing = browser.get("/review/suspects")
         assert "0 left" in nothing and '<option value="base"' in nothing and "find suspects" in nothing
@@ -130,10 +133,10 @@ def test_changes_are_shown_before_and_after_an_edit(browser: Browser, project: P
     assert f"{stored}<ins> &lt;i&gt;now&lt;/i&gt;</ins>" in shown
     assert read_reviews(project / "dataset").current_verdicts(key) == {}, "a look records nothing"
     saved = browser.judge("edit", output="teal again")
-    assert f"[-{stored}-]{{+teal again+}}" in saved
+    assert f"Edit saved: <del>{stored}</del><ins>teal again</ins>" in saved and "[-" not in saved
     edits = browser.get("/review/edits")
     assert f"<del>{stored}</del><ins>teal again</ins>" in edits and "1 to apply" in edits
-    assert "A new version needs a review of its own" in edits
+    assert "1 judgement of the random sample carries over" in edits
     assert "1 row has pending edits" in saved
 
 

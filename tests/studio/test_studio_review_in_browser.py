@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+from attacks import ATTACKS, PLANTED
 
 import tunewright as library
-from browser import AXE, CONTRASTS, EXECUTABLE, Page, chromium
+from browser import AXE, EXECUTABLE, axe_faults, faults, show, signed_in
 from command_line import pairs, tunewright, write_jsonl
 from factories import make_items
 from people_helpers import save
 from tunewright.data.review.reviews import ReviewLog, read_reviews
 from tunewright.data.review.session import ReviewItem
-from tunewright.serving.gateway.server import serving
-from tunewright.studio import Studio
 
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+pytest_plugins = ["studio_fixtures"]
 pytestmark = pytest.mark.skipif(EXECUTABLE is None, reason="no Chromium is installed")
 
-RUN = "document.title='attacked'"
 PATHS = ("/review/conflicts", "/review/agreement", "/review/edits", "/review", "/review/suspects", "/compare")
-ATTACKS = (
-    f"<script>{RUN}</script></textarea><script>{RUN}</script>",
-    f'"><svg onload="{RUN}"></svg><img src=x onerror="{RUN}">',
-    f'<a href="javascript:{RUN}">link</a> [link](javascript:{RUN}) {{{{7*7}}}} <style>*{{display:none}}</style>',
-    "\u05e9\u05dc\u05d5\u05dd" * 300 + " \u202eabc " + "\u0645\u0631\u062d\u0628\u0627 " * 200,
-)
 
 
 @pytest.fixture(scope="module")
@@ -61,44 +56,14 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def url(project: Path) -> Iterator[str]:
-    studio = Studio(project, "ada")
-    with serving(studio.app()) as url:
-        yield studio.address(url)
-
-
-def _signed_in(page: Page, url: str) -> Page:
-    page.open(url, width=1100)
-    while page.value("document.title") == "Sign in: tunewright":
-        page.happened.clear()
-        page.loaded()
-    return page
-
-
-@pytest.fixture(scope="module")
-def page(url: str) -> Iterator[Page]:
-    with chromium() as page:
-        yield _signed_in(page, url)
-
-
-def _place(url: str, path: str) -> str:
-    return url.partition("/sign-in")[0] + path
-
-
 def _key(page: Page) -> str:
-    return str(page.value("document.querySelector('[name=key]').value"))
+    return page.locator("[name=key]").first.input_value()
 
 
-def _press(page: Page, key: str, *, control: bool = False) -> None:
+def _press(page: Page, key: str) -> None:
     """Press a key that leads to the next page."""
-    page.happened.clear()
-    page.press(key, control=control)
-    page.loaded()
-
-
-def _type(page: Page, text: str) -> None:
-    page.value(f"document.activeElement.value = {json.dumps(text)}")
+    with page.expect_navigation():
+        page.keyboard.press(key)
 
 
 def _reviews(project: Path) -> ReviewLog:
@@ -107,22 +72,18 @@ def _reviews(project: Path) -> ReviewLog:
 
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [360, 1100])
-def test_attacks_in_rows_notes_edits_and_names_are_text(page: Page, url: str, width: int, dark: bool) -> None:
-    page.said.clear()
+def test_attacks_in_rows_notes_edits_and_names_are_text(page: Page, width: int, dark: bool) -> None:
     seen = set[str]()
     for path in PATHS:
-        page.open(_place(url, path), width=width, dark=dark)
+        show(page, path, width=width, dark=dark)
         while True:
-            assert page.value("document.title").startswith(("Review", "Compare")), path
-            assert page.value("document.documentElement.scrollWidth") == width, path
-            planted = "document.querySelectorAll('main :is(script, svg, img, style, a[href^=\"javascript\" i])').length"
-            assert page.value(planted) == 0
-            text = page.value("document.body.innerText")
+            assert page.title().startswith(("Review", "Compare")), path
+            assert faults(page) == [], path
+            assert page.locator(PLANTED).count() == 0
+            text = page.inner_text("body")
             assert "\u202e" not in text
             assert "{{7*7}}" in text or path != "/review/edits"
-            dim = [text for contrast, text in page.value(CONTRASTS) if contrast < 4.5]
-            assert dim == [], path
-            if path != "/review/conflicts" or not page.value("!!document.querySelector('[name=key]')"):
+            if path != "/review/conflicts" or page.locator("[name=key]").count() == 0:
                 break
             assert "The model's own answer" in text
             seen.add(_key(page))
@@ -130,36 +91,35 @@ def test_attacks_in_rows_notes_edits_and_names_are_text(page: Page, url: str, wi
         if path == "/review/conflicts":
             assert len(seen) == len(ATTACKS)
             _press(page, "a")  # offer them again
-    assert page.said == []
 
 
 @pytest.mark.skipif(not AXE.exists(), reason="axe-core is not installed: make test-clients")
 @pytest.mark.parametrize("dark", [False, True])
-def test_axe_finds_no_fault_in_the_review(page: Page, url: str, dark: bool) -> None:
+def test_axe_finds_no_fault_in_the_review(page: Page, dark: bool) -> None:
     for path in PATHS:
-        page.open(_place(url, path), width=1100, dark=dark)
-        assert page.accessibility_faults() == [], path
+        show(page, path, width=1100, dark=dark)
+        assert axe_faults(page) == [], path
 
 
-def test_each_key_of_a_row(page: Page, url: str, project: Path) -> None:
-    page.open(_place(url, "/review"), width=1100)
+def test_each_key_of_a_row(page: Page, project: Path) -> None:
+    page.goto("/review")
     first = _key(page)
-    page.press("n")
-    assert page.value("document.activeElement.id") == "note"
-    page.press("r")  # typed, and no verdict
-    _press(page, "Enter", control=True)
+    page.keyboard.press("n")
+    assert page.evaluate("document.activeElement.id") == "note"
+    page.keyboard.press("r")  # typed, and no verdict
+    _press(page, "Control+Enter")
     assert _reviews(project).notes[first]["ada"] == "r"
-    page.press("n")
-    assert page.value("document.activeElement.id") == "note", "the open note is not closed"
-    page.press("Escape")
-    page.press("e")
-    _type(page, "another answer")
-    page.press("Escape")
+    page.keyboard.press("n")
+    assert page.evaluate("document.activeElement.id") == "note", "the open note is not closed"
+    page.keyboard.press("Escape")
+    page.keyboard.press("e")
+    page.fill("#output", "another answer")
+    page.keyboard.press("Escape")
     _press(page, "d")
-    assert page.value("document.querySelector('.changes ins').textContent") == "another answer"
+    assert page.text_content(".changes ins") == "another answer"
     assert _key(page) == first and first not in _reviews(project).stacks
-    page.press("e")
-    _press(page, "Enter", control=True)
+    page.keyboard.press("e")
+    _press(page, "Control+Enter")
     assert _reviews(project).current_verdicts(first)["ada"].output == "another answer"
     second = _key(page)
     for key, verdict in (("r", "right"), ("w", "wrong"), ("s", "skip")):
@@ -170,37 +130,37 @@ def test_each_key_of_a_row(page: Page, url: str, project: Path) -> None:
         assert _reviews(project).current_verdicts(second) == {}
 
 
-def test_two_reviewers_at_once_lose_nothing(page: Page, url: str, project: Path) -> None:
-    with chromium() as other:
-        _signed_in(other, url)
-        other.open(_place(url, "/review"), width=1100)
-        other.value("document.querySelector('header details').open = true")
-        other.value("document.querySelector('[name=reviewer]').value = 'ben'")
-        other.happened.clear()
-        other.value("document.querySelector('[name=reviewer]').form.requestSubmit()")
-        other.loaded()
-        other.open(_place(url, "/review"), width=1100)
-        page.open(_place(url, "/review"), width=1100)
-        shared = _key(page)
-        assert _key(other) == shared, "nobody has judged it"
+def test_two_reviewers_at_once_lose_nothing(page: Page, address: str, project: Path) -> None:
+    assert page.context.browser is not None
+    other = signed_in(page.context.browser, address)
+    other.goto("/review")
+    other.click("header summary")
+    other.fill("[name=reviewer]", "ben")
+    with other.expect_navigation():
+        other.keyboard.press("Enter")
+    other.goto("/review")
+    page.goto("/review")
+    shared = _key(page)
+    assert _key(other) == shared, "nobody has judged it"
+    _press(page, "r")
+    _press(other, "w")  # the row was settled meanwhile
+    assert "Nothing was recorded" in other.inner_text("body")
+    mine, theirs = [], []
+    for _ in range(4):
+        mine.append(_key(page))
         _press(page, "r")
-        _press(other, "w")  # the row was settled meanwhile
-        assert "Nothing was recorded" in other.value("document.body.innerText")
-        mine, theirs = [], []
-        for _ in range(4):
-            mine.append(_key(page))
-            _press(page, "r")
-            other.open(_place(url, "/review"), width=1100)
-            theirs.append(_key(other))
-            _press(other, "r")
-            page.open(_place(url, "/review"), width=1100)
-        found = _reviews(project)
-        assert set(found.current_verdicts(shared)) == {"ada"}
-        assert [found.current_verdicts(key)["ada"].verdict for key in mine] == ["right"] * 4
-        assert [found.current_verdicts(key)["ben"].verdict for key in theirs] == ["right"] * 4
-        other.open(_place(url, "/review/second"), width=1100)
-        blind = _key(other)
-        assert "ben" not in found.current_verdicts(blind) and "ada" in found.current_verdicts(blind)
-        _press(other, "w" if found.finding(blind) == "right" else "r")
-        page.open(_place(url, "/review/agreement"), width=1100)
-        assert "ada and ben agree on 0 of 1 rows" in page.value("document.body.innerText")
+        other.goto("/review")
+        theirs.append(_key(other))
+        _press(other, "r")
+        page.goto("/review")
+    found = _reviews(project)
+    assert set(found.current_verdicts(shared)) == {"ada"}
+    assert [found.current_verdicts(key)["ada"].verdict for key in mine] == ["right"] * 4
+    assert [found.current_verdicts(key)["ben"].verdict for key in theirs] == ["right"] * 4
+    other.goto("/review/second")
+    blind = _key(other)
+    assert "ben" not in found.current_verdicts(blind) and "ada" in found.current_verdicts(blind)
+    _press(other, "w" if found.finding(blind) == "right" else "r")
+    page.goto("/review/agreement")
+    assert "ada and ben agree on 0 of 1 rows" in page.inner_text("body")
+    other.context.close()

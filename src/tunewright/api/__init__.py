@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     )
     from tunewright.evaluation.prompt_search import AdviseResult
     from tunewright.evaluation.runner import EvaluateResult
+    from tunewright.evaluation.schedule import AnswersEstimate
     from tunewright.models.memory.plan import MemoryCheck, Plan
     from tunewright.serving.gateway.app_factory import Service
     from tunewright.serving.isolation.result import IsolationResult
@@ -344,6 +345,29 @@ class Project(EvaluationsApi):
         from tunewright.evaluation.runner import evaluate_on_dev
 
         return evaluate_on_dev(*self._contest(adapter, "dev", minutes))
+
+    def estimate_evaluation(
+        self, adapter: str | None = None, *, dev: bool = False, measure: bool = True
+    ) -> AnswersEstimate:
+        """Return the answers that :meth:`evaluate` has to compute here, and their expected time.
+
+        Args:
+            adapter: a name or its beginning (None: the newest).
+            dev: estimate :meth:`evaluate_on_dev` instead.
+            measure: time two batches of dev prompts if the speed of this machine is not known. Otherwise nothing is
+                loaded or computed, and the time may be unknown.
+
+        Raises:
+            UserError: no adapter, or one that does not fit; also without ``measure`` if vectors of dense retrieval have
+                to be computed first.
+        """
+        from tunewright.evaluation.schedule import Contest, Schedule
+
+        tuned = find_adapter(self.folder.adapters, adapter)
+        arm_runner = self.arm_runner(tuned)
+        arm_runner.embeddings.kept_only = not measure
+        contest = Contest(tuned, "dev" if dev else "test")
+        return Schedule(arm_runner, contest=contest).estimate(measure=measure)
 
     def estimate_incumbents(self, *, dev: bool = False) -> list[IncumbentEstimate]:
         """Return the calls, tokens and cost of the incumbents' answers in :meth:`evaluate`, without sending anything.

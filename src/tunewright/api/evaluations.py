@@ -11,8 +11,8 @@ from tunewright.api.context import ProjectContext
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
-from tunewright.data.review.acceptance import judge, sample_order
-from tunewright.data.review.reviews import findings, read_reviews
+from tunewright.data.review.reviews import read_reviews
+from tunewright.data.review.samples import outcome
 from tunewright.data.versions.members import read_places
 from tunewright.data.versions.store import version_folder
 from tunewright.data.versions.version import read_manifest
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tunewright.advisor.signals import Signals
     from tunewright.evaluation.human_eval.session import BlindReview, ComparisonProgress
     from tunewright.evaluation.item_prompts import ArmPrompt
+    from tunewright.evaluation.judge.rows import JudgedItem
     from tunewright.evaluation.judge.runner import Estimate, Judge, JudgeResult
     from tunewright.evaluation.kept_preferences import KeptPreferences
     from tunewright.evaluation.row_answers import RowAnswers
@@ -78,10 +79,9 @@ def _labels(dataset: Path, version: str) -> Labels | None:
         reviews = read_reviews(dataset)
     except UserError:
         return None  # evidence alone is enough for a verdict
-    drawn = reviews.latest_draw(version)
-    if drawn is None:
+    found = outcome(reviews, version, sorted(places))
+    if found is None:
         return Labels(len(places), manifest.counts.conflicts)
-    found = judge(drawn.plan, findings(reviews, sample_order(sorted(places), version, drawn.draw)), len(places))
     return Labels(len(places), manifest.counts.conflicts, found.checked, found.wrong)
 
 
@@ -144,11 +144,12 @@ class EvaluationsApi(ProjectContext):
     def human_eval_results(self, evaluation: str | Path | None = None, *, against: str | None = None) -> AnswerReview:
         """Add all reviewers' verdicts to the evidence and return them: preference, agreement, estimate for all items.
 
-        A judge of the same evaluation is compared with the reviewers and sharpens their estimate.
+        A judge of the same evaluation is compared with the reviewers and sharpens their estimate. Results against an
+        incumbent have a section of their own, which decides nothing.
 
         Args:
             evaluation: ID, folder or evidence file (None: the newest).
-            against: incumbent of the comparison. The evidence has no section on it, so that it stays unchanged.
+            against: incumbent of the comparison (None: the best prompting arm).
 
         Raises:
             UserError: no evaluation, no incumbent of that name, or no reviews. Also if a file of the evaluation was
@@ -159,9 +160,14 @@ class EvaluationsApi(ProjectContext):
         access_log, folder = amendable(self.evaluation(evaluation, dev=False), self.folder.evaluations)
         evidence = access_log.load(folder)
         if against is not None:
-            return review_results(folder, against=against)
+            section = review_results(folder, against=against)
+            known = evidence.human_eval_incumbents
+            if known.get(against) != section:
+                access_log.amend(folder, human_eval_incumbents={**known, against: section})
+            return section
         section = review_results(folder, accepted_judge(folder, evidence, self.reporter))
-        access_log.amend(folder, human_eval=section)
+        if evidence.human_eval != section:
+            access_log.amend(folder, human_eval=section)
         return section
 
     def keep_preferences(
@@ -222,6 +228,17 @@ class EvaluationsApi(ProjectContext):
             UserError: no judge in the config, too few items to test it, or the endpoint fails.
         """
         return self._judge(evaluation).judge()
+
+    def judged_items(self, evaluation: str | Path | None = None) -> list[JudgedItem]:
+        """Return each judged item of an evaluation: the judge's verdicts and its replies.
+
+        Raises:
+            UserError: as :meth:`verdict`, or nothing was judged.
+        """
+        from tunewright.evaluation.judge.rows import load_judged
+
+        self._evidence(evaluation)  # which checks the file of the judged items too
+        return load_judged(_folder(self.evaluation(evaluation)))
 
     def estimate_judge(self, evaluation: str | Path | None = None) -> Estimate:
         """Return the calls, tokens and cost of :meth:`judge` without sending anything."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,7 +141,7 @@ class ReviewApi:
         self,
         reviewer: str | None = None,
         *,
-        suspects: bool = False,
+        suspects: bool | Sequence[Suspect] = False,
         adapter: str | None = None,
         second: bool = False,
         conflicts: bool = False,
@@ -152,7 +153,7 @@ class ReviewApi:
 
         Args:
             reviewer: the reviewer's name (None: the login name).
-            suspects: review the suspects instead of the sample.
+            suspects: review the suspects instead of the sample; a list: those that :meth:`stored_suspects` returned.
             adapter: ranks the suspects by its losses, as in :meth:`suspects`.
             second: judge rows again that others have judged, without seeing their verdicts.
             conflicts: judge rows again on which the reviewer and others disagree, with their verdicts in sight.
@@ -169,6 +170,8 @@ class ReviewApi:
         from tunewright.data.trace import metadata_by_key
 
         version = load_version(self._dataset) if version is None else version
+        if suspects is True:
+            suspects = self.suspects(adapter, version=version).suspects
         return ReviewSession(
             self._dataset,
             version,
@@ -176,7 +179,7 @@ class ReviewApi:
             self._reporter,
             plan=None if fixed is None else FixedPlan(allowed=fixed),
             redraw=redraw,
-            suspects=self.suspects(adapter, version=version).suspects if suspects else None,
+            suspects=None if suspects is False else suspects,
             second=second,
             conflicts=conflicts,
             allow=self._project.config.data.allow,

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from tunewright.cli.app import EVALUATE, Adapter, Force, Minutes, app, command
 from tunewright.cli.console import RESUMES, Session
+from tunewright.core.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -42,17 +43,34 @@ def evaluate(
     minutes: Minutes = None,
     estimate: Annotated[
         bool,
-        typer.Option("--estimate", help="Estimate calls, tokens and cost of the incumbents' answers; send nothing."),
+        typer.Option(
+            "--estimate",
+            help="Estimate the time of the answers on this machine, and calls, tokens and cost of the incumbents'; "
+            "send nothing.",
+        ),
     ] = False,
 ) -> None:
     """Compare the adapter with zero-shot, the best prompting arm and incumbents on the held-out test split.
 
     Before the test split is opened, the planned comparison is written to the access log. Resumes where it stopped.
     """
+    from tunewright.adapters.registry import list_adapters
+
     project = run.project
     if estimate:
-        expected = project.estimate_incumbents(dev=dev)
-        run.show({"incumbents": expected}, *map(incumbent_estimate_text, expected))
+        if minutes is not None:
+            raise UserError(
+                "--estimate and --minutes are mutually exclusive", where="--minutes", fix="Leave one of them out."
+            )
+        expected = project.estimate_incumbents(dev=dev) if project.folder.config.evaluate.incumbents else []
+        # The cost of incumbents can be known before an adapter is trained.
+        known = expected and adapter is None and not list_adapters(project.folder.adapters)
+        answers = None if known else project.estimate_evaluation(adapter, dev=dev)
+        run.show(
+            {"answers": answers, "incumbents": expected},
+            *([answers.text] if answers else []),
+            *map(incumbent_estimate_text, expected),
+        )
         return
     result = project.evaluate_on_dev(adapter, minutes=minutes) if dev else project.evaluate(adapter, minutes=minutes)
     _show(run, result)

@@ -172,16 +172,16 @@ def releases_tables(releases: Sequence[Release]) -> list[RenderableType]:
     for name in ("release", "action", "answers with", "verdict", "isolation test", "serving check", "by", "when"):
         table.add_column(name, overflow="fold", max_width=AUTHOR_WIDTH if name == "by" else None)
     for release in releases:
-        candidate = "" if release.candidate is None else f"\n{release.candidate.adapter}\n{release.candidate.summary}"
-        bare = "" if release.system_prompt else "\nwithout its system prompt"
-        bare += "" if release.grammar is None else "\nconstrained"
+        candidate = "" if release.candidate is None else f"; {release.candidate.adapter} {release.candidate.summary}"
+        bare = "" if release.system_prompt else ", without its system prompt"
+        bare += "" if release.grammar is None else ", constrained"
         verdict = "" if release.undeployed else release.grounds.verdict or "not evaluated"
         restores = "" if release.restores is None else f" to {release.restores}"
         table.add_row(
             f"{release.alias} {release.number}",
             f"{release.action}{restores}",
-            f"nothing; was\n{release.adapter}" if release.undeployed else f"{release.adapter}{bare}{candidate}",
-            f"{verdict},\nforced" if release.grounds.because is not None and not release.undeployed else verdict,
+            f"nothing; was {release.adapter}" if release.undeployed else f"{release.adapter}{bare}{candidate}",
+            f"{verdict}, forced" if release.grounds.because is not None and not release.undeployed else verdict,
             _isolation(release),
             _serving(release),
             release.author or "",
@@ -205,7 +205,7 @@ def _isolation(release: Release) -> str:
         if release.undeployed:
             return ""
         return "none" if release.grounds.untested is None else "left out"
-    return f"{test.verdict}\non {test.engine},\n{test.tested[:16].replace('T', ' ')}"
+    return f"{test.verdict} on {test.engine}, {test.tested[:16].replace('T', ' ')}"
 
 
 def _serving(release: Release) -> str:
@@ -213,7 +213,7 @@ def _serving(release: Release) -> str:
     if check is None:
         return "" if release.undeployed else "none" if release.grounds.untested is None else "left out"
     own = next(each for each in check.figures if each.served == "adapter")
-    return f"{check.summary.replace(' on', f'{chr(10)}on')},\n{100 * own.same.value:.0f}% the same"
+    return f"{check.summary}, {100 * own.same.value:.0f}% the same"
 
 
 _SERVED = {"adapter": "the adapter", "identity": "an identity adapter", "merged": "merged into the base"}

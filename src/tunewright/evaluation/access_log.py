@@ -112,13 +112,15 @@ class AccessLog:
             if not (folder / EVIDENCE_FILE).exists():
                 self._write({folder / name: text for name, text in files.items()})
 
-    def amend(self, folder: Path, files: Mapping[str, str] | None = None, **sections: Part) -> Evidence:
+    def amend(
+        self, folder: Path, files: Mapping[str, str] | None = None, **sections: Part | Mapping[str, Part]
+    ) -> Evidence:
         """Add later measurements to an evaluation's evidence.
 
         Args:
             folder: the evaluation's.
             files: names and texts of files next to the evidence, which belong to the new sections.
-            sections: fields of `Evidence` with their new values.
+            sections: fields of `Evidence` with their new values, by incumbent if there is one for each.
 
         Raises:
             UserError: a file of the evaluation differs from its line.

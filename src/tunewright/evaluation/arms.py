@@ -138,6 +138,10 @@ TUNED = ArmPlan("tuned")
 PARENT = ArmPlan("parent")
 """The adapter that the tuned one started from."""
 TUNED_CONSTRAINED = ArmPlan("tuned", constrained=True)
+BEST_PROMPTING = "best-prompting"
+"""In a cross-validation, each fold's own best prompting arm, where these differ."""
+TUNED_RETRIEVED = "tuned+retrieved"
+"""There, each fold's adapter with its own best retrieved demonstrations, where these differ."""
 
 
 def plan_of(arm: Arm) -> ArmPlan:

@@ -35,7 +35,7 @@ from tunewright.evaluation.arm_runner import (
     references_inputs,
     scored_arms,
 )
-from tunewright.evaluation.arms import TUNED, ZERO_SHOT, ArmPlan
+from tunewright.evaluation.arms import BEST_PROMPTING, TUNED, TUNED_RETRIEVED, ZERO_SHOT, ArmPlan
 from tunewright.evaluation.folds import fold_versions
 from tunewright.evaluation.generations import Generator
 from tunewright.evaluation.prompt_search import advise, choosing_inputs
@@ -56,11 +56,6 @@ from tunewright.metrics import Scorer, metric_inputs, open_scorers, score_all
 from tunewright.models.bases import Base
 from tunewright.training.rows import require_min_examples
 from tunewright.training.train import train, training_inputs
-
-BEST_PROMPTING = "best-prompting"
-"""Each fold's own best prompting arm, where these differ."""
-TUNED_RETRIEVED = "tuned+retrieved"
-"""Each fold's adapter with its own best retrieved demonstrations, where these differ."""
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,14 @@ _HOW = "mean over tokens, a third of the layers"
 """Part of every key of the base's vectors: change it when the way to compute them changes."""
 
 
+class MissingVectorsError(UserError):
+    """Vectors that are not kept, where none may be computed."""
+
+
 class Embeddings:
     """Vectors of texts, each set of texts computed in one pass and kept in the project's working folder.
+
+    With ``kept_only`` no model is loaded: vectors that are not kept are refused.
 
     Args:
         project: its config names the embedding model.
@@ -44,18 +50,25 @@ class Embeddings:
         self._generator = generator
         self._context = context
         self._reporter = generator.reporter
+        self.kept_only = False
 
     def of(self, retriever: RetrieverName, texts: Sequence[str]) -> Vectors:
         """Return the texts' vectors for a dense retriever, [texts, width].
 
         Raises:
             UserError: the embedding model cannot be loaded.
+            MissingVectorsError: the vectors are not kept, and none may be computed.
         """
         compute = self._of_base if retriever == "dense" else self._of_model
         file = self._project.work / "embeddings" / f"{digest([self.identity(retriever), list(texts)])[:16]}.npy"
         if file.exists():
             kept: Vectors = np.load(file)
             return kept
+        if self.kept_only:
+            raise MissingVectorsError(
+                f"The retriever {retriever} has no vectors of {len(texts):,} inputs yet",
+                fix="tunewright evaluate --estimate computes those of training and dev rows.",
+            )
         found = compute(texts)
         with io.BytesIO() as buffer:
             np.save(buffer, found)

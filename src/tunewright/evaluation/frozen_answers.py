@@ -173,7 +173,7 @@ class IncumbentModel:
     def estimate(self, members: Sequence[Member]) -> IncumbentEstimate:
         """Estimate the calls that these rows still need; nothing is sent."""
         missing = self._missing(members)
-        every = {self._key(m) for m in members}
+        every = {self.key(m) for m in members}
         prompt = sum(estimated_tokens(self.request(m.example).text) for m in missing.values())
         completion = sum(estimated_tokens(m.example.output) for m in missing.values())
         limit = self.config.reply_limit
@@ -191,7 +191,7 @@ class IncumbentModel:
 
     def unfrozen(self, members: Sequence[Member]) -> int:
         """Return the number of rows without a frozen answer that ``frozen: true`` leaves out."""
-        return sum(self._key(m) not in self._frozen for m in members) if self.config.frozen else 0
+        return sum(self.key(m) not in self._frozen for m in members) if self.config.frozen else 0
 
     def require_ready(self, members: Sequence[Member]) -> None:
         """Check that the rows can be answered: there is a key, or with ``frozen`` at least one answer.
@@ -215,7 +215,7 @@ class IncumbentModel:
         Raises:
             UserError: the endpoint fails or the budget is used up (replies are kept), or a file was changed.
         """
-        keys = [self._key(m) for m in members]
+        keys = [self.key(m) for m in members]
         missing = self._missing(members)
         if missing:
             where = f"{self.config.model} at {self.config.base_url}"
@@ -231,14 +231,15 @@ class IncumbentModel:
 
     # Rows and files
 
-    def _key(self, member: Member) -> str:
+    def key(self, member: Member) -> str:
+        """Return the digest of a row's request, which identifies its answer."""
         return self.endpoint.journal.key(self.request(member.example))
 
     def _missing(self, members: Sequence[Member]) -> dict[str, Member]:
         """Return the rows to ask, one for each distinct request."""
         if self.config.frozen:
             return {}
-        wanted = {self._key(m): m for m in members}
+        wanted = {self.key(m): m for m in members}
         return {k: m for k, m in wanted.items() if k not in self._frozen and k not in self.endpoint.journal.replies}
 
     @cached_property
@@ -252,7 +253,7 @@ class IncumbentModel:
         """Return the replies of rows that are not frozen, by request."""
         if self.config.frozen:
             return {}
-        wanted = {self._key(m): self.request(m.example) for m in members}
+        wanted = {self.key(m): self.request(m.example) for m in members}
         asked = {key: said for key, said in wanted.items() if key not in self._frozen}
         if not asked:
             return {}
@@ -319,6 +320,29 @@ class IncumbentModel:
         if len(frozen.versions) > 1:
             counts = ", ".join(f"{name} ({count:,})" for name, count in frozen.versions.items())
             self.reporter.warn(f"{self.arm} changed its model version on {split}: {counts}")
+
+
+def frozen_request(project: ProjectFolder, path: Path, member: Member, reporter: Reporter) -> tuple[ChatRequest, bool]:
+    """Return a row's request as a frozen file's header decides it, and True if the file answers exactly this request.
+
+    Raises:
+        UserError: the file is missing or was changed.
+    """
+    if not path.exists():
+        raise UserError("The file of frozen answers is missing", where=str(path), fix="Restore the file from git.")
+    AccessLog(project.evaluations).require(path)
+    answers = read_frozen(path)
+    header = FrozenHeader.model_validate_json(next(iter(text_lines(path.read_text(encoding="utf-8")))))
+    config = IncumbentConfig(
+        name=header.incumbent,
+        base_url=header.url,
+        model=header.model,
+        parameters=header.parameters,
+        system_prompt=header.system_prompt,
+    )
+    model = IncumbentModel(project, config, reporter)
+    key = model.key(member)
+    return model.request(member.example), any(answer.request == key for answer in answers)
 
 
 def read_frozen(path: Path) -> list[FrozenAnswer]:

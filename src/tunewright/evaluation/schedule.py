@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
-from typing import Literal
+from typing import Any, Literal
 
 from tunewright.adapters.registry import Adapter
 from tunewright.chat.answers import answer_length
@@ -33,7 +33,7 @@ from tunewright.evaluation.generations import Prompt
 from tunewright.evaluation.prompt_search import advice_file, first_rows, known_advice, prepare
 from tunewright.evaluation.repeats import MOST_ITEMS
 from tunewright.evaluation.runner import evaluation_progress, parent_of
-from tunewright.evaluation.speed import AnswerSpeed, adapted_factor, answer_speed
+from tunewright.evaluation.speed import AnswerSpeed, adapted_factor, answer_speed, kept_factor, kept_speed
 from tunewright.evidence.common import RULE, Budget
 from tunewright.evidence.schema import Advice, Arm
 from tunewright.training.packing.groups import common_prefix
@@ -55,6 +55,25 @@ class Contest:
 
     adapter: Adapter
     split: Literal["test", "dev"]
+
+
+@dataclass(frozen=True)
+class AnswersEstimate:
+    """The answers that a command has to compute, and their expected time."""
+
+    text: str
+    """The whole in words."""
+    answers: int
+    """All of them, including the kept ones."""
+    kept: int
+    """Those that are in the journal already."""
+    seconds: float | None
+    """Expected time of the missing ones; None: this machine's speed has not been measured."""
+
+    @property
+    def missing(self) -> int:
+        """The number of answers to compute."""
+        return self.answers - self.kept
 
 
 @dataclass(frozen=True)
@@ -138,6 +157,35 @@ class Schedule:
         for stage, loads in stages.items():
             self._plan(stage, loads)
         self._arm_runner.reporter.say(self._announcement(stages))
+
+    def estimate(self, *, measure: bool) -> AnswersEstimate:
+        """Return the work that :meth:`settle` would report.
+
+        Args:
+            measure: time two batches if no speed is kept. Their answers are kept, so they are not computed twice.
+
+        Raises:
+            UserError: choosing a prompt failed.
+        """
+        advice = self._known_advice()
+        if advice is None:
+            prepare(self._arm_runner)
+        stages = self._stages(advice, ())
+        loads = [load for loads in stages.values() for load in loads]
+        kept, missing = sum(load.kept for load in loads), sum(load.answers for load in loads)
+        if not missing:
+            text = f"All answers are there.{self._not_counted(stages)}"
+            return AnswersEstimate(text, kept, kept, 0.0)
+        if measure:
+            self._measure()
+            stages = self._stages(advice, ())  # the timed answers are kept now
+        elif not self._use_kept_speed():
+            text = f"{self._work_text(stages)}.{self._not_counted(stages)}"
+            return AnswersEstimate(text, kept + missing, kept, None)
+        loads = [load for loads in stages.values() for load in loads]
+        kept = sum(load.kept for load in loads)
+        answers = kept + sum(load.answers for load in loads)
+        return AnswersEstimate(self._announcement(stages), answers, kept, self._total(stages))
 
     def expect(
         self,
@@ -333,7 +381,7 @@ class Schedule:
         Args:
             again: time them even if speeds are kept.
         """
-        arm_runner = self._arm_runner
+        arm_runner, keyed = self._arm_runner, self._keyed
         first = first_rows(arm_runner)
 
         def short() -> Sequence[Prompt]:
@@ -343,13 +391,26 @@ class Schedule:
             fits = [load for load in self._entrants(()) if load.plan.shots and not load.plan.constrained]
             return arm_runner.prompts(max(fits, key=lambda load: load.read).plan, first)[0] if fits else []
 
-        keyed = {"dataset": arm_runner.version.digest, "arms": [p.name for p in arm_runner.prompting_arms]}
         generator, limit = arm_runner.generator, arm_runner.limit
         self._speed = answer_speed(generator, limit, short, long, keyed, again=again)
         if self._contest is not None:
             adapter = self._contest.adapter
             self._slower = adapted_factor(generator, limit, short, adapter, self._speed, keyed, again=again)
         self._forget()  # the timed answers are in the journal now
+
+    def _use_kept_speed(self) -> bool:
+        """Use the kept speeds, and return False if no speed is kept; an adapter without one counts as the base."""
+        generator, limit, keyed = self._arm_runner.generator, self._arm_runner.limit, self._keyed
+        self._speed = kept_speed(generator, limit, keyed)
+        if self._speed is not None and self._contest is not None:
+            self._slower = kept_factor(generator, limit, self._contest.adapter, self._speed, keyed) or 1.0
+        return self._speed is not None
+
+    @property
+    def _keyed(self) -> dict[str, Any]:
+        """Names of the dataset and arms, which decide the prompts of the timed batches."""
+        arm_runner = self._arm_runner
+        return {"dataset": arm_runner.version.digest, "arms": [p.name for p in arm_runner.prompting_arms]}
 
     def _seconds(self, load: _Load) -> float:
         assert self._speed is not None
@@ -447,6 +508,13 @@ class Schedule:
 
     def _announcement(self, stages: Mapping[str, Sequence[_Load]]) -> str:
         assert self._speed is not None
+        return (
+            f"{self._work_text(stages)}: {minutes_text(self._total(stages))} "
+            f"(timed: {self._speed.text}).{self._not_counted(stages)}"
+        )
+
+    def _work_text(self, stages: Mapping[str, Sequence[_Load]]) -> str:
+        """Return arms and items of each stage, and the number of answers."""
         parts = []
         if "entrants" in stages:
             items, dev = len(first_rows(self._arm_runner)), len(self._arm_runner.version.examples("dev"))
@@ -468,10 +536,7 @@ class Schedule:
         kept = sum(load.kept for load in everything)
         answers = kept + sum(load.answers for load in everything)
         there = f", {kept:,} of them kept from before" if kept else ""
-        return (
-            f"To answer: {'; '.join(parts)}. {answers:,} answers{there}: {minutes_text(self._total(stages))} "
-            f"(timed: {self._speed.text}).{self._not_counted(stages)}"
-        )
+        return f"To answer: {'; '.join(parts)}. {answers:,} answers{there}"
 
     def _not_counted(self, stages: Mapping[str, Sequence[_Load]]) -> str:
         """Return a description of the command's other work, whose time is not known beforehand."""

@@ -106,6 +106,17 @@ def answer_speed(
     return speed
 
 
+def kept_speed(generator: Generator, limit: int, keyed: object) -> AnswerSpeed | None:
+    """Return the base's earlier measurement, or None; the arguments are those of :func:`answer_speed`."""
+    return _kept(_file(generator, limit, None, keyed), AnswerSpeed)
+
+
+def kept_factor(generator: Generator, limit: int, adapter: Adapter, base: AnswerSpeed, keyed: object) -> float | None:
+    """Return the adapter's earlier measurement, or None; the arguments are those of :func:`adapted_factor`."""
+    batch = _kept(_file(generator, limit, adapter, keyed), TimedBatch)
+    return None if batch is None else _factor(batch, base)
+
+
 def adapted_factor(
     generator: Generator,
     limit: int,
@@ -122,7 +133,10 @@ def adapted_factor(
         again: measure it even if a ratio is kept.
         generator, limit, short, adapter, base, keyed: as in :func:`answer_speed`.
     """
-    batch = adapted_batch(generator, limit, short, adapter, keyed, again=again)
+    return _factor(adapted_batch(generator, limit, short, adapter, keyed, again=again), base)
+
+
+def _factor(batch: TimedBatch, base: AnswerSpeed) -> float:
     expected = base.seconds(batch.read, batch.written)
     return batch.seconds / expected if expected else 1.0
 

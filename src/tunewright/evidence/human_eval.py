@@ -97,3 +97,23 @@ class AnswerReview(Part):
         if score is None or score.interval.low <= 0.5 <= score.interval.high:
             return "can't tell"
         return "treatment" if score.interval.low > 0.5 else "control"
+
+
+def human_eval_line(review: AnswerReview) -> str:
+    """Return the people's preferences, and the estimate for all test items."""
+    wins, losses = review.preferred
+    text = (
+        f"People, blind: {review.answered} of {review.asked} pairs judged, {review.treatment} preferred on {wins}, "
+        f"{review.control} on {losses}."
+    )
+    if review.win_rate is not None:
+        score = review.powered.win_rate if review.powered else review.win_rate
+        helped = ", with the judge's help" if review.powered else ""
+        rate = percents(score.value, score.interval)
+        return f"{text} On all items{helped}: {rate} for {review.treatment}."
+    return f"{text} No win rate for all items yet: {review.lacking}."
+
+
+def percents(value: float, interval: Interval) -> str:
+    """Return a share with its interval: ``62.5% (51.0 to 73.2)``."""
+    return f"{100 * value:.1f}% ({100 * interval.low:.1f} to {100 * interval.high:.1f})"

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from tunewright.evidence.common import Interval
-from tunewright.evidence.human_eval import AnswerReview
+from tunewright.evidence.human_eval import AnswerReview, human_eval_line, percents
 from tunewright.evidence.judge import Judgement, Preference
 from tunewright.evidence.power import ALPHA
 from tunewright.evidence.schema import Contrast, Evidence
@@ -115,23 +114,3 @@ def judge_line(judge: Judgement) -> str:
         return text
     interval = f"{points_text(correct.interval.low)} to {points_text(correct.interval.high)}"
     return f"{text} Correct by the reference: {points_text(correct.difference)} points ({interval})."
-
-
-def human_eval_line(review: AnswerReview) -> str:
-    """Return the people's preferences, and the estimate for all test items."""
-    wins, losses = review.preferred
-    text = (
-        f"People, blind: {review.answered} of {review.asked} pairs judged, {review.treatment} preferred on {wins}, "
-        f"{review.control} on {losses}."
-    )
-    if review.win_rate is not None:
-        score = review.powered.win_rate if review.powered else review.win_rate
-        helped = ", with the judge's help" if review.powered else ""
-        rate = percents(score.value, score.interval)
-        return f"{text} On all items{helped}: {rate} for {review.treatment}."
-    return f"{text} No win rate for all items yet: {review.lacking}."
-
-
-def percents(value: float, interval: Interval) -> str:
-    """Return a share with its interval: ``62.5% (51.0 to 73.2)``."""
-    return f"{100 * value:.1f}% ({100 * interval.low:.1f} to {100 * interval.high:.1f})"

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from tunewright.evidence.human_eval import AnswerReview, human_eval_line
 from tunewright.evidence.incumbents import HOURS_PER_MONTH, Incumbent, Latency, Outcome, TunedServing
 from tunewright.evidence.sample_size import items_to_settle
 from tunewright.evidence.schema import Evidence
@@ -35,6 +36,8 @@ class Replacement:
     outcome: Outcome
     break_even: BreakEven
     reasons: tuple[str, ...]
+    people: AnswerReview | None = None
+    """Blind preferences of people between the two; they do not affect the outcome."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the outcome as ``--json`` prints it."""
@@ -52,6 +55,9 @@ class Replacement:
             "break_even_calls": self.break_even.calls,
             "break_even_calls_per_month": self.break_even.calls_per_month,
             "missing": {name: side.missing for name, side in sides.items() if side.missing},
+            "human_eval": None
+            if self.people is None
+            else {**self.people.model_dump(mode="json"), "decision": self.people.decision},
             "reasons": list(self.reasons),
         }
 
@@ -59,7 +65,8 @@ class Replacement:
 def replacements(evidence: Evidence, decision: str) -> tuple[Replacement, ...]:
     """Return the outcome for each incumbent; ``decision`` is the verdict on the adapter itself.
 
-    Each incumbent is a decision of its own, so the outcomes are not adjusted for their number.
+    Each incumbent is a decision of its own, so the outcomes are not adjusted for their number. People's preferences
+    are reported and decide nothing: no declared contrast is about them.
     """
     if evidence.incumbents is None:
         return ()
@@ -76,7 +83,10 @@ def _replacement(evidence: Evidence, found: Incumbent, tuned: TunedServing, deci
             "may do as well."
         )
     reasons += [cost_text(found, tuned, even), latency_text(found, tuned), *_cautions(found)]
-    return Replacement(found, tuned, outcome, even, tuple(reasons))
+    people = evidence.human_eval_incumbents.get(found.name)
+    if people is not None:
+        reasons.append(f"{human_eval_line(people)} This comparison decides nothing.")
+    return Replacement(found, tuned, outcome, even, tuple(reasons), people)
 
 
 def _measured(evidence: Evidence, found: Incumbent) -> str:

@@ -293,6 +293,10 @@ class Evidence(Part):
         Field(description="Digests and versions: dataset, split, base, template, adapter, packages."),
     ]
     human_eval: Annotated[AnswerReview | None, Field(description="Blind preferences of people.")] = None
+    human_eval_incumbents: Annotated[
+        dict[str, AnswerReview],
+        Field(description="Incumbent to blind preferences of people between its answers and the tuned ones."),
+    ] = Field(default_factory=dict)
     regressions: Annotated[
         Benchmarks | None, Field(description="Regression benchmarks with the adapter off and on; null: not measured.")
     ] = None

@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from tunewright.advisor.signals import Signals
 from tunewright.core.io import write_text
+from tunewright.core.text import visible
 from tunewright.evidence.causes import ProjectFacts
 from tunewright.evidence.learning_curve import Curve
 from tunewright.evidence.schema import Evidence, Item
@@ -71,6 +72,7 @@ def render_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["visible"] = visible
     return environment.get_template("page.html.j2").render(
         project=evidence.project,
         id=evidence.id,
@@ -95,7 +97,7 @@ def page_sections(
         train_similarity.templates_section(evidence),
         *items.sections(evidence, test_items),
         benchmarks.section(evidence),
-        human_eval.section(evidence),
+        *human_eval.sections(evidence),
         judge.section(evidence),
         cost.section(evidence, advice),
         prompting.section(evidence),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from urllib.parse import parse_qsl
 
@@ -11,6 +12,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tunewright.core.errors import UserError
+from tunewright.data.versions.diff import Mark
 
 MAX_FORM = 1_000_000  # bytes: an edited answer, and some room
 HEADERS = {
@@ -25,6 +27,26 @@ HEADERS = {
 _REFUSED_S = 1.0  # after each wrong secret, one at a time: nobody tries many passwords
 
 
+@dataclass(frozen=True)
+class ChangedText:
+    """A message about a text that was changed, with the pieces of both texts."""
+
+    text: str
+    pieces: Sequence[tuple[Mark, str]]
+
+
+@dataclass(frozen=True)
+class ChangedRows:
+    """A message about rows that were changed: each with its place, the change, and its text before and after."""
+
+    text: str
+    rows: Sequence[tuple[str, str, str, str]]
+
+
+Notice = str | ChangedText | ChangedRows
+"""A message on the next page."""
+
+
 @dataclass
 class StudioSession:
     """A browser that has signed in."""
@@ -33,10 +55,10 @@ class StudioSession:
     read_only: bool = False
     """Of a demo, where nothing can be changed."""
     form_token: str = field(default_factory=lambda: secrets.token_urlsafe(24))
-    messages: list[str] = field(default_factory=list)
+    messages: list[Notice] = field(default_factory=list)
     """Shown on the next page, once."""
 
-    def take_messages(self) -> list[str]:
+    def take_messages(self) -> list[Notice]:
         """Return the messages and forget them."""
         taken, self.messages = self.messages, []
         return taken

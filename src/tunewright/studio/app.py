@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -41,6 +42,7 @@ from tunewright.studio.access import (
     require_form_token,
     require_same_origin,
 )
+from tunewright.studio.advice import advice, by_commands, note
 from tunewright.studio.jobs import Jobs
 from tunewright.studio.pages import HANDLERS
 from tunewright.studio.pages.data import MAX_UPLOAD, UPLOADS
@@ -53,6 +55,16 @@ _LOG_SHOWN = 100_000  # bytes from the end of a job's log
 _TYPED = ("question", "answer", "output", "note", "message")
 """Fields whose text is worth keeping when a session has ended."""
 _LOOPBACK = ("127.0.0.1", "localhost")
+_STATIC = Path(str(files("tunewright.studio") / "static"))
+
+
+class _StaticFiles(StaticFiles):
+    """The package's files. Their address changes with them, so browsers keep them for all pages."""
+
+    def file_response(self, *args: Any, **options: Any) -> Response:
+        response = super().file_response(*args, **options)
+        response.headers["Cache-Control"] = "max-age=31536000, immutable"
+        return response
 
 
 class Studio:
@@ -89,7 +101,9 @@ class Studio:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        self._templates.filters["visible"] = visible
+        self._templates.filters |= {"visible": visible, "commands": by_commands}
+        self._templates.globals["static"] = self._static = f"/static/{_version_of(_STATIC)}"
+        self._templates.globals |= {"fix_advice": advice, "message_advice": note}
 
     def app(self, hosts: tuple[str, ...] = _LOOPBACK) -> Starlette:
         """Return the application, which answers requests for these host names only (``*``: for all)."""
@@ -102,7 +116,7 @@ class Studio:
             Route("/playground/{question}/events", self._answer_events, methods=["GET"]),
             Route("/playground/{question}/answers", self._wait_for_answers, methods=["GET"]),
             *(Route(path, self._endpoint(handler, method), methods=[method]) for (method, path), handler in HANDLERS),
-            Mount("/static", StaticFiles(directory=str(files("tunewright.studio") / "static"))),
+            Mount(self._static, _StaticFiles(directory=_STATIC)),
         ]
         return Starlette(
             routes=routes,
@@ -214,7 +228,8 @@ class Studio:
         size = request.headers.get("content-length", "")
         if not size.isdecimal() or int(size) > MAX_UPLOAD:
             raise UserError(
-                f"The file is larger than {MAX_UPLOAD:,} bytes", fix="Copy it to the project: tunewright data add FILE"
+                f"The file is larger than {MAX_UPLOAD:,} bytes",
+                fix="Split it into smaller files. In a terminal, `tunewright data add FILE` adds files of any size.",
             )
         async with request.form(max_files=1, max_fields=1) as sent:
             file = sent.get("file")
@@ -306,6 +321,11 @@ def _store(path: Path, file: BinaryIO) -> None:
         write_bytes(path, content)
     elif path.read_bytes() != content:
         raise UserError(f"There is another file {path.name!r}", where=UPLOADS, fix="Rename yours, and upload it again.")
+
+
+def _version_of(folder: Path) -> str:
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    return hashlib.sha256(b"".join(path.read_bytes() for path in found)).hexdigest()[:12]
 
 
 def _is_loopback(host: str) -> bool:

@@ -44,17 +44,27 @@ class Chart:
     below: str = "step"
     scale: float = 1.0
     """Factor of values that are added from the metrics file."""
+    bounds: tuple[float, float] | None = None
+    """Values that the axis may not go beyond; None: no limits."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the chart for the page's script."""
         return asdict(self)
 
 
+_OF_100 = (0.0, 100.0)
+"""Bounds of every metric's axis: shares, and scores of 100."""
+
+
 def run_charts(history: Sequence[Mapping[str, Any]], metric: MetricName | None) -> list[Chart]:
     """Return the charts of a run; those without a point are there too while it may get some."""
     charts = [Chart("Loss", [_line(history, key, label) for key, label in _LOSSES.items()])]
     if metric is not None:
-        charts.append(Chart(f"Dev: {axis_label(metric)}", [_line(history, DEV_METRIC, "dev score", 100)], scale=100))
+        charts.append(
+            Chart(
+                f"Dev: {axis_label(metric)}", [_line(history, DEV_METRIC, "dev score", 100)], scale=100, bounds=_OF_100
+            )
+        )
     for key, (title, scale) in _NUMBERS.items():
         charts.append(Chart(title, [_line(history, key, title, scale)], scale=scale))
     return charts
@@ -77,7 +87,7 @@ def comparison_charts(runs: Sequence[TrainingRun]) -> list[Chart]:
     for metric in dict.fromkeys(run.metric for run in runs):
         if metric is not None:
             lines = [_line(run.history, DEV_METRIC, run.name, 100) for run in runs if run.metric == metric]
-            charts.append(Chart(f"Dev: {axis_label(metric)}", lines))
+            charts.append(Chart(f"Dev: {axis_label(metric)}", lines, bounds=_OF_100))
     return charts
 
 
@@ -91,7 +101,7 @@ def curve_chart(curve: Curve) -> Chart:
         )
         for seed in curve.seeds
     ]
-    return Chart(f"Dev: {axis_label(curve.metric)}", lines, below="training rows")
+    return Chart(f"Dev: {axis_label(curve.metric)}", lines, below="training rows", bounds=_OF_100)
 
 
 def sweep_chart(ledger: Ledger) -> Chart:
@@ -105,7 +115,9 @@ def sweep_chart(ledger: Ledger) -> Chart:
         lines.append(
             Line(name, [(float(step), scale * value) for step, value in values if value is not None], dots=True)
         )
-    return Chart("Dev loss" if head.metric is None else f"Dev: {axis_label(head.metric)}", lines)
+    if head.metric is None:
+        return Chart("Dev loss", lines)
+    return Chart(f"Dev: {axis_label(head.metric)}", lines, bounds=_OF_100)
 
 
 def _line(history: Sequence[Mapping[str, Any]], key: str, label: str, scale: float = 1.0) -> Line:

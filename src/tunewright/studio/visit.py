@@ -21,13 +21,14 @@ from tunewright.data.trace import KnownPlaces
 from tunewright.data.versions import DatasetVersion, current_manifest, list_versions
 from tunewright.evaluation.human_eval.session import BlindReview
 from tunewright.evaluation.row_answers import RowAnswers, evaluated_files
-from tunewright.studio.access import StudioSession
+from tunewright.studio.access import Notice, StudioSession
 from tunewright.studio.jobs import Jobs
 from tunewright.studio.playing import Playing
 
 if TYPE_CHECKING:
     from tunewright.chat import ChatFormat
     from tunewright.data.dedup.leakage import LeakageReport
+    from tunewright.evaluation.schedule import AnswersEstimate
 
 
 class PageReporter(LogReporter):
@@ -65,6 +66,8 @@ class Cache:
     """By version, reviewer and choice of rows."""
     answers: tuple[tuple[object, ...], RowAnswers] | None = None
     """The adapter's stored answers, and the files that they are from with their times."""
+    estimates: dict[tuple[str, bool], tuple[object, AnswersEstimate]] = field(default_factory=dict)
+    """The answers of an evaluation by adapter and split (True: dev), with what decided them."""
     comparisons: dict[tuple[str, str, str | None], BlindReview] = field(default_factory=dict)
     """By evaluation, reviewer and incumbent."""
 
@@ -143,6 +146,8 @@ class Visit:
         deciding = (config.base_model, config.revision, config.chat)
         if self.cache.chat is None or self.cache.chat[0] != deciding:
             self.cache.chat = (deciding, self.project.chat)
+        # The project was opened for this request, and its functions would read the tokenizer again.
+        self.project.chat = self.cache.chat[1]
         return self.cache.chat[1]
 
     @property
@@ -169,7 +174,7 @@ class Visit:
         )
         return HTMLResponse(_disabled(text) if self.session.read_only else text)
 
-    def go(self, path: str, *messages: str) -> Response:
+    def go(self, path: str, *messages: Notice) -> Response:
         """Return a redirection to a page, which shows the messages."""
         self.session.messages += [*(message for message in messages if message), *self._reported()]
         return RedirectResponse(path, status_code=303)

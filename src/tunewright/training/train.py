@@ -226,24 +226,11 @@ def _run(
     until: int | None = None,
 ) -> _TrainedRun:
     config = project.config
-    require_targets(config.train.target_modules, base.architecture)
-    require_quantizable(config.train.quantization, base.architecture, "train.quantization")
-    require_bitsandbytes(config.train.quantization, "train.quantization")
-    require_liger(config.train.use_liger_kernel)
-    require_precision(config.train)
-    if distributed.is_sharded():
-        require_fsdp_supported(config.train)
-        reporter.say(
-            f"FSDP: the base is sharded over {distributed.world_size()} processes; a layer is gathered while it "
-            "computes."
-        )
+    _require_supported(config, base, reporter)
     limit = min(config.train.max_length, context_length(base))
     parent = require_parent(project, version, base, chat, reporter)
     if not config.train.generated:
-        kept = tuple(m for m in version.members if not (m.generated and m.split == "train"))
-        left_out = len(version.members) - len(kept)
-        reporter.say(f"{count_of(left_out, 'generated row')} left out of the training (train.generated: false)")
-        version = replace(version, members=kept)
+        version = _without_generated(version, reporter)
     preferences = None
     if config.train.prefers:
         preferences = preference_rows(config.train, project.dataset, version, chat, limit, reporter)
@@ -288,6 +275,27 @@ def _run(
     if isinstance(result, UserError):
         raise result
     return result
+
+
+def _require_supported(config: Config, base: Base, reporter: Reporter) -> None:
+    require_targets(config.train.target_modules, base.architecture)
+    require_quantizable(config.train.quantization, base.architecture, "train.quantization")
+    require_bitsandbytes(config.train.quantization, "train.quantization")
+    require_liger(config.train.use_liger_kernel)
+    require_precision(config.train)
+    if distributed.is_sharded():
+        require_fsdp_supported(config.train)
+        reporter.say(
+            f"FSDP: the base is sharded over {distributed.world_size()} processes; a layer is gathered while it "
+            "computes."
+        )
+
+
+def _without_generated(version: DatasetVersion, reporter: Reporter) -> DatasetVersion:
+    kept = tuple(m for m in version.members if not (m.generated and m.split == "train"))
+    left_out = len(version.members) - len(kept)
+    reporter.say(f"{count_of(left_out, 'generated row')} left out of the training (train.generated: false)")
+    return replace(version, members=kept)
 
 
 def _store(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import tunewright
 from command_line import tiny_project, without_state
 from command_line import tunewright as command
+from studio_client import restarted
 from tunewright.adapters.registry import list_adapters
 from tunewright.api.context import ProjectContext
 from tunewright.api.isolation import ReleaseGate
@@ -170,3 +172,29 @@ def _asked(client: openai.OpenAI, model: str) -> tuple[str, str]:
     messages: Any = [{"role": "user", "content": "violet red teal 17"}]
     reply = client.chat.completions.with_raw_response.create(model=model, messages=messages, max_tokens=12)
     return reply.headers["x-tunewright-adapter"], reply.parse().choices[0].message.content or ""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_studios_playground_answers_as_on_the_embedded_engine(kind: Any, project: Path, tmp_path: Path) -> None:
+    def answers(engine: str) -> list[str]:
+        folder = without_state(project, tmp_path / engine)
+        (folder / "tunewright.yaml").unlink()
+        (folder / "tunewright.yaml").write_text(
+            (project / "tunewright.yaml").read_text() + f"serve:\n  engine: {engine}\n"
+        )
+        with restarted(folder) as browser:
+            browser.send("/playground/load", "/playground")
+            while "is in memory" not in (page := browser.get("/playground")):
+                assert 'role="alert"' not in page, page
+                time.sleep(0.2)
+            models = dict.fromkeys(re.findall('name="(model [^"]*)"', page), "on")
+            asked = browser.send("/playground", "/playground", question="violet red teal 17", limit="12", **models)
+            page = browser.get(f"{asked.url.path}/answers")
+            found = re.findall(
+                r"Digest <code>\w+</code>, .*? answer tokens|<pre[^>]* aria-label=\"Answer\">[^<]*", page
+            )
+            browser.send("/playground/unload", "/playground")
+            assert len(found) == 5, "the base, and two adapters with their digests"
+        return found
+
+    assert answers(kind) == answers("peft")

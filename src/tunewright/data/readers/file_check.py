@@ -141,6 +141,10 @@ class Change:
     what: str
     left_out: bool = False
     """True if the row is not in the copy, because no safe repair exists."""
+    before: str | None = None
+    """The conversation as it was, if it was repaired."""
+    after: str | None = None
+    """The conversation in the copy."""
 
     def __str__(self) -> str:
         return f"{self.source}:{self.line}: {self.what}"
@@ -201,7 +205,8 @@ def _fixed_rows(source: Source, data: DataConfig, changes: list[Change]) -> Iter
         dropped = [key for key in data.drop_columns if key in row]
         if dropped:
             changes.append(Change(source.name, line, None, f"dropped by data.drop_columns: {', '.join(dropped)}"))
-        changes += [Change(source.name, line, code, what) for code, what in done]
+        texts = (_as_lines(conversation.turns), _as_lines(turns))
+        changes += [Change(source.name, line, code, what, False, *texts) for code, what in done]
         lost += [key for key in metadata if key in _CHAT_KEYS]  # these keys have a meaning in chat rows
         if lost:
             changes.append(Change(source.name, line, None, f"keys not in the copy: {', '.join(lost)}"))
@@ -209,6 +214,10 @@ def _fixed_rows(source: Source, data: DataConfig, changes: list[Change]) -> Iter
         plain = {key: groups.get(key) for key in data.group_by}
         tools = {"tools": json.loads(declared_tools(conversation.tools).text)} if conversation.tools else {}
         yield {**metadata, **plain, "messages": [_written(turn) for turn in turns], **tools}
+
+
+def _as_lines(turns: Sequence[Turn]) -> str:
+    return "\n".join(f"{turn.role}: {turn.content}" for turn in turns)
 
 
 def _repaired(conversation: Conversation, data: DataConfig) -> tuple[list[Turn], list[tuple[str, str]]]:

@@ -18,7 +18,15 @@ from tunewright.data.examples import Example
 from tunewright.data.pii import secret_kinds
 from tunewright.data.readers.calls import edited_answer
 from tunewright.data.readers.row_errors import RowError
-from tunewright.data.review.reviews import REVIEWS_FILE, ReviewLog, VerdictEvent, event_digest, read_reviews
+from tunewright.data.review.reviews import (
+    REVIEWS_FILE,
+    ReviewLog,
+    VerdictEvent,
+    append_reviews,
+    event_digest,
+    read_reviews,
+)
+from tunewright.data.review.samples import continued_draw
 from tunewright.data.versions import (
     DatasetVersion,
     Manifest,
@@ -107,7 +115,23 @@ def apply_edits(project: ProjectFolder, reporter: Reporter, *, message: str = ""
             near_duplicates=count_near_repeats(members, parent.manifest.settings.dedup_threshold, reporter),
         )
         version = save_version(dataset, version, members, _imports(edited, source), reporter)
+        _continue_sample(dataset, parent, version.digest, members, edited)
     return EditResult(version, tuple(edited), tuple(disputed))
+
+
+def _continue_sample(
+    dataset: Path, parent: DatasetVersion, digest: str, members: Sequence[Member], edited: Sequence[AppliedEdit]
+) -> None:
+    """Let the new version continue its parent's sample, so that an edit does not cost the review."""
+    keys = [m.key for m in members if not m.mixed]
+    drawn = continued_draw(
+        read_reviews(dataset),
+        (parent.digest, [m.key for m in parent.domain]),
+        (digest, keys),
+        {edit.before: edit.now for edit in edited},
+    )
+    if drawn is not None:
+        append_reviews(dataset, [drawn])
 
 
 def _chosen(reviews: ReviewLog, version: DatasetVersion) -> tuple[dict[str, list[VerdictEvent]], list[str]]:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from tunewright.core.text import count_of
-from tunewright.data.review.acceptance import Outcome, judge, sample_order
+from tunewright.data.review.acceptance import Outcome
 from tunewright.data.review.edits import unaccepted_keys, waiting_edits
-from tunewright.data.review.reviews import VERDICTS, DrawEvent, ReviewLog, findings, outcome, read_reviews, status_line
+from tunewright.data.review.reviews import VERDICTS, ContinuedSample, DrawEvent, ReviewLog, read_reviews, status_line
+from tunewright.data.review.samples import outcome, sample_of
 from tunewright.data.versions import DatasetVersion, current_manifest, short
 from tunewright.data.versions.members import read_places
 
@@ -87,6 +88,15 @@ def agreement(reviewers: tuple[str, str], first: Sequence[bool], second: Sequenc
     return Agreement(reviewers, rows, agreed, kappa, max(kappa - half, -1), min(kappa + half, 1))
 
 
+def _carried(before: ContinuedSample) -> str:
+    kept = count_of(before.checked, "judgement")
+    text = f"{kept} of the sample {'carries' if before.checked == 1 else 'carry'} over from an earlier version."
+    if before.wrong:
+        rows = count_of(len(before.wrong), "row")
+        text += f" {rows} edited after that still {'counts' if len(before.wrong) == 1 else 'count'} as wrong."
+    return text
+
+
 _EXIT_CODES = {"accepted": 0, "rejected": 3, "continue": 4}
 
 
@@ -127,7 +137,7 @@ class ReviewReport:
         """State in one line: accepted, rejected, under review or not reviewed."""
         if self.outcome is None or self.drawn is None:
             return "not reviewed"
-        return status_line(self.outcome, self.drawn.plan, self.drawn.draw)
+        return status_line(self.outcome, self.drawn)
 
     @property
     def exit_code(self) -> int:
@@ -136,22 +146,34 @@ class ReviewReport:
 
     @property
     def lines(self) -> list[str]:
-        """Further lines of the report: bound, agreement, pending edits."""
-        lines = [str(agreement) for agreement in self.agreements]
+        """Further lines of the report: bound, agreement, pending edits, with the commands that continue."""
+        return [f"{fact.removesuffix('.')}: {command}" if command else fact for fact, command in self._continued()]
+
+    @property
+    def facts(self) -> list[str]:
+        """The same lines without commands."""
+        return [fact for fact, _ in self._continued()]
+
+    def _continued(self) -> list[tuple[str, str]]:
+        lines = [(str(agreement), "") for agreement in self.agreements]
         if self.outcome is not None and self.drawn is not None and self.outcome.checked and not self.outcome.whole:
             level = f"{100 * self.drawn.plan.confidence:g}%"
-            lines.insert(0, f"At most {self.outcome.upper:.1%} of the rows are wrong, at {level} (Clopper-Pearson).")
+            lines.insert(
+                0, (f"At most {self.outcome.upper:.1%} of the rows are wrong, at {level} (Clopper-Pearson).", "")
+            )
+        if self.drawn is not None and self.drawn.continues is not None:
+            lines.append((_carried(self.drawn.continues), ""))
         if self.edits:
             have = f"{count_of(self.edits, 'row')} {'has' if self.edits == 1 else 'have'}"
-            lines.append(f"{have} pending edits: `tunewright data review --apply` applies them.")
+            lines.append((f"{have} pending edits.", "`tunewright data review --apply` applies them."))
         if self.generated:
             others = "; the others are only trained on" if self.accepted < self.generated else ""
-            lines.append(f"{self.accepted:,} of {self.generated:,} generated rows are accepted{others}.")
+            lines.append((f"{self.accepted:,} of {self.generated:,} generated rows are accepted{others}.", ""))
         if self.conflicts:
             count = count_of(len(self.conflicts), "row")
-            lines.append(f"Reviewers disagree on {count}: `tunewright data review --conflicts` settles them.")
+            lines.append((f"Reviewers disagree on {count}.", "`tunewright data review --conflicts` settles them."))
         if self.disputed:
-            lines.append(f"{self.disputed:,} rows have disputed edits and stay unchanged.")
+            lines.append((f"{self.disputed:,} rows have disputed edits and stay unchanged.", ""))
         return lines
 
     def as_dict(self) -> dict[str, Any]:
@@ -181,7 +203,7 @@ def review_report(dataset: Path, version: DatasetVersion) -> ReviewReport:
     judged = {m.key for m in domain if m.key in reviews.stacks}
     return ReviewReport(
         version.digest,
-        outcome(reviews, version),
+        outcome(reviews, version.digest, [m.key for m in domain]),
         reviews.latest_draw(version.digest),
         tuple(agreements(reviews)),
         *waiting_edits(reviews, version),
@@ -217,5 +239,5 @@ def review_status(dataset: Path) -> str | None:
     if drawn is None:
         return f"Version {short(manifest.digest)} not reviewed"
     keys = sorted(key for key, place in read_places(dataset, manifest.digest).items() if not place.mixed)
-    found = judge(drawn.plan, findings(reviews, sample_order(keys, manifest.digest, drawn.draw)), len(keys))
-    return f"Version {short(manifest.digest)} {status_line(found, drawn.plan, drawn.draw)}"
+    found = sample_of(drawn, keys).outcome(reviews)
+    return f"Version {short(manifest.digest)} {status_line(found, drawn)}"

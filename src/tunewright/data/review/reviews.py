@@ -25,14 +25,9 @@ from tunewright.core.io import digest as json_digest
 from tunewright.core.locks import lock_file
 from tunewright.data.review.acceptance import (
     Finding,
-    FixedPlan,
     Outcome,
     SamplingPlan,
-    SequentialPlan,
-    judge,
-    sample_order,
 )
-from tunewright.data.versions import DatasetVersion
 
 REVIEWS_FILE = "reviews.jsonl"
 Verdict = Literal["right", "wrong", "edit", "skip"]
@@ -85,12 +80,30 @@ class UndoEvent(_Event):
     key: str
 
 
+class ContinuedSample(BaseModel):
+    """The sample of an earlier version that an edited version continues (``samples.py``)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: str
+    """Its digest and draw decide the order."""
+    draw: int
+    checked: int
+    """Rows of the sample that had been checked: number."""
+    edited: tuple[tuple[str, str], ...] = ()
+    """Pair key of that version to pair key now: edited rows, and rows that an edited one has become."""
+    wrong: tuple[str, ...] = ()
+    """Pair keys of that version: rows edited after they were checked, which stay wrong."""
+
+
 class DrawEvent(_Event):
     """The draw of a version's sample under a plan, numbered from 0; every redraw stays in the log."""
 
     event: Literal["draw"] = "draw"
     draw: int
     plan: SamplingPlan
+    continues: ContinuedSample | None = None
+    """Set if the version was made by edits, and its sample is that of the version before."""
 
 
 Event = VerdictEvent | NoteEvent | UndoEvent | DrawEvent
@@ -377,30 +390,14 @@ def redact_reviews(dataset: Path, purged: Collection[str]) -> None:
             write_text(path, text)
 
 
-def outcome(reviews: ReviewLog, version: DatasetVersion) -> Outcome | None:
-    """Return the state of a version's acceptance test; None if no sample was drawn."""
-    drawn = reviews.latest_draw(version.digest)
-    if drawn is None:
-        return None
-    order = sample_order([m.key for m in version.domain], version.digest, drawn.draw)
-    return judge(drawn.plan, findings(reviews, order), len(order))
-
-
-def findings(reviews: ReviewLog, order: Sequence[str]) -> Iterator[Finding]:
-    """Yield the findings of a sample, up to the first row without a review."""
-    for key in order:
-        found = reviews.finding(key)
-        if found is None:
-            return
-        yield found
-
-
-def status_line(found: Outcome, plan: SequentialPlan | FixedPlan, draw: int = 0) -> str:
+def status_line(found: Outcome, drawn: DrawEvent) -> str:
     """Return an outcome as text, such as "accepted: 0 of 72 wrong, under 5% at 95%"."""
+    plan, before = drawn.plan, drawn.continues
     count = f"{found.wrong:,} of {found.checked:,} wrong"
     promise = f"under {100 * plan.limit:g}%"
     extra = [f"{found.unsettled:,} unsettled"] if found.unsettled else []
-    extra += [f"draw {draw + 1}"] if draw else []
+    extra += [f"draw {drawn.draw + 1}"] if drawn.draw else []
+    extra += [f"{before.checked:,} checked in an earlier version"] if before else []
     if found.whole:
         grounds = "all rows checked"
     elif found.decision == "accepted":

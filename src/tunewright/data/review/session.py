@@ -16,7 +16,7 @@ from tunewright.data.pii import secret_kinds
 from tunewright.data.readers.calls import edited_answer
 from tunewright.data.readers.generated_rows import GENERATED, PASSAGE
 from tunewright.data.readers.row_errors import RowError
-from tunewright.data.review.acceptance import FixedPlan, Outcome, SequentialPlan, judge, sample_order
+from tunewright.data.review.acceptance import FixedPlan, Outcome, SequentialPlan
 from tunewright.data.review.edits import unaccepted_keys
 from tunewright.data.review.label_models import Suspect
 from tunewright.data.review.reviews import (
@@ -27,10 +27,10 @@ from tunewright.data.review.reviews import (
     Verdict,
     VerdictEvent,
     append_reviews,
-    findings,
     read_reviews,
     status_line,
 )
+from tunewright.data.review.samples import Sample, sample_of
 from tunewright.data.versions import DatasetVersion, Member
 
 _NO_METADATA: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
@@ -106,16 +106,16 @@ class ReviewSession:
             self.drawn = self.reviews.latest_draw(version.digest)
         elif suspects is None:
             self.drawn = self._draw(plan, redraw, reporter)
-        self.order = [s.key for s in suspects or ()] if self.drawn is None else self._order(self.drawn)
+        self._sample: Sample | None = None
+        if self.drawn is not None:
+            self._sample = sample_of(self.drawn, list(self.members))
+        self.order = self._sample.asked if self._sample else [s.key for s in suspects or ()]
         self.generated: list[str] = []
         if self.drawn is not None and not second and not conflicts:
             written = {m.key for m in version.domain if m.generated}
             doubtful = unaccepted_keys(dataset, version.manifest, written)
             self.generated = [key for key in self.order if key in doubtful]
             self.why |= {key: written_by(metadata.get(key, {})) for key in self.generated}
-
-    def _order(self, drawn: DrawEvent) -> list[str]:
-        return sample_order(list(self.members), self.version.digest, drawn.draw)
 
     def _draw(self, plan: SequentialPlan | FixedPlan | None, redraw: bool, reporter: Reporter) -> DrawEvent:
         before = self.reviews.latest_draw(self.version.digest)
@@ -151,9 +151,7 @@ class ReviewSession:
     @property
     def outcome(self) -> Outcome | None:
         """State of the version's acceptance test; None for suspects, which are not a sample."""
-        if self.drawn is None:
-            return None
-        return judge(self.drawn.plan, findings(self.reviews, self.order), len(self.order))
+        return None if self._sample is None else self._sample.outcome(self.reviews)
 
     @property
     def status(self) -> str:
@@ -164,7 +162,7 @@ class ReviewSession:
             return f"second review: {self.needed:,} left"
         found = self.outcome
         if self.drawn is not None and found is not None:
-            line = status_line(found, self.drawn.plan, self.drawn.draw)
+            line = status_line(found, self.drawn)
             done = sum(self.reviews.finding(key) is not None for key in self.generated)
             first = f"generated rows: {done:,} of {len(self.generated):,} reviewed; " if self.generated else ""
             return first + line

@@ -198,20 +198,26 @@ def word_changes(before: str, after: str) -> list[tuple[Mark, str]]:
     return [(mark, text) for mark, text in pieces if text]
 
 
-def marked(before: str, after: str) -> str:
-    """Return both texts in one, like `git diff --word-diff`: ``[-gone-]`` and ``{+new+}``.
+def short_changes(before: str, after: str) -> list[tuple[Mark, str]]:
+    """Return the marked pieces of both texts in order, cut to what changed.
 
     Unchanged text far from a change is cut ("…"), and so is changed text of over 200 characters, with its length.
     """
     pieces = word_changes(before, after)
-    shown = []
+    shown: list[tuple[Mark, str]] = []
     for number, (mark, text) in enumerate(pieces):
         if mark == "same":
-            shown.append(_middle_cut(text, first=number == 0, last=number == len(pieces) - 1))
+            cut = _middle_cut(text, first=number == 0, last=number == len(pieces) - 1)
         else:
             cut = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… ({len(text):,} characters)"
-            shown.append(f"[-{cut}-]" if mark == "gone" else f"{{+{cut}+}}")
-    return "".join(shown)
+        shown.append((mark, cut))
+    return shown
+
+
+def marked(before: str, after: str) -> str:
+    """Return both texts in one, cut, like `git diff --word-diff`: ``[-gone-]`` and ``{+new+}``."""
+    shown = {"same": "{}", "gone": "[-{}-]", "new": "{{+{}+}}"}
+    return "".join(shown[mark].format(text) for mark, text in short_changes(before, after))
 
 
 def _middle_cut(text: str, *, first: bool, last: bool) -> str:

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 from tunewright.evidence.common import Score
-from tunewright.evidence.human_eval import AnswerReview, RaterAgreement
-from tunewright.evidence.preferences import human_eval_line
+from tunewright.evidence.human_eval import AnswerReview, RaterAgreement, human_eval_line
 from tunewright.evidence.schema import Evidence
 from tunewright.metrics import p_text
 from tunewright.report.blocks import Block, Cell, Lead, Notes, Row, Section, Table, cells
 from tunewright.report.text import percent_interval
 
 
-def section(evidence: Evidence) -> Section | None:
+def sections(evidence: Evidence) -> list[Section]:
+    """Return people's results on the deciding arms, then those against each incumbent."""
+    found = []
+    if evidence.human_eval is not None:
+        found.append(_section("human-eval", "What people say", evidence.human_eval))
+    for number, (name, review) in enumerate(evidence.human_eval_incumbents.items(), start=1):
+        title = f"What people say against the model in use, {name}"
+        found.append(_section(f"human-eval-incumbent-{number}", title, review, Lead(_DECIDES_NOTHING)))
+    return found
+
+
+_DECIDES_NOTHING = (
+    "A comparison apart from the one with prompting. It affects neither the verdict nor the outcome above."
+)
+
+
+def _section(anchor: str, title: str, review: AnswerReview, *before: Block) -> Section:
     """Return win rates on all items, verdicts by stratum, and agreement."""
-    review = evidence.human_eval
-    if review is None:
-        return None
-    blocks: list[Block] = [Lead(human_eval_line(review))]
+    blocks: list[Block] = [*before, Lead(human_eval_line(review))]
     if review.win_rate is not None:
         blocks.append(_win_rates(review, review.win_rate))
     blocks.append(_strata(review))
@@ -24,7 +36,7 @@ def section(evidence: Evidence) -> Section | None:
         head = ("Raters", "Items both judged", "Agreed", "Cohen’s kappa", "95% interval")
         blocks.append(Table("Table of agreement", head, tuple(_agreement(each) for each in review.agreements)))
     blocks.append(Notes(_notes(review)))
-    return Section("human-eval", "What people say", tuple(blocks))
+    return Section(anchor, title, tuple(blocks))
 
 
 def _win_rates(review: AnswerReview, alone: Score) -> Table:

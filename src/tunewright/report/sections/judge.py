@@ -31,7 +31,7 @@ def section(evidence: Evidence) -> Section | None:
 
 
 def _controls(controls: tuple[Control, ...]) -> Table:
-    head = ("Control", "Expected verdict", "Passed", "At least (95%)", "Required", "")
+    head = ("Control", "Expected verdict", "Passed", "At least (95%)", "Required", "Result")
     return Table("Table of controls", head, tuple(_control(each) for each in controls))
 
 

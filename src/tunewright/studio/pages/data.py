@@ -15,6 +15,7 @@ from tunewright.data.dedup.leakage import leakage_sentences
 from tunewright.data.review.label_models import excerpt
 from tunewright.data.versions import current_manifest
 from tunewright.data.versions.diff import comparability, summary, word_changes
+from tunewright.studio.access import ChangedRows
 from tunewright.studio.visit import Handlers, Visit
 
 UPLOADS = "uploads"
@@ -25,6 +26,8 @@ _FAULTS = 100  # of a file on its page
 _ROWS = 50  # of each kind of change between two versions
 _NEAREST = 10  # pairs of a held-out row and a training row
 _MEASURED_AT_ONCE = 20_000  # rows, whose leakage takes seconds to measure
+_CELL = 120  # characters of a value in the preview of a file
+_LONGEST = 400  # characters of a changed row
 _CHANGES = 20  # of a corrected copy, on the next page
 _FLAGS = {
     "skip_bad": "Leave faulty rows out",
@@ -81,7 +84,7 @@ def check_page(visit: Visit) -> Response:
         unmapped=any("--input" in (refusal.fix or "") for refusal in refusals),
         version=_current(visit),
         most=_FAULTS,
-        excerpt=excerpt,
+        cell=_cell,
     )
 
 
@@ -102,9 +105,21 @@ def fix_file(visit: Visit) -> Response:
     """Write a corrected copy of an uploaded file, and show what adding the copy would do."""
     _, file = _file(visit, visit.form)
     copy = visit.project.folder.root / UPLOADS / f"{file.name.partition('.')[0]}-corrected.jsonl"
-    changes = [str(change) for change in visit.project.data.fix_file(file, copy, _mapping(visit.form))]
+    changes = visit.project.data.fix_file(file, copy, _mapping(visit.form))
+    rows = [
+        (str(each.line), each.what, _short(each.before), "(left out)" if each.left_out else _short(each.after))
+        for each in changes[:_CHANGES]
+    ]
     more = [f"{len(changes) - _CHANGES:,} more changes are not shown."] if len(changes) > _CHANGES else []
-    return visit.go(_check_path(copy.name), f"Wrote {copy.name}.", *changes[:_CHANGES], *more)
+    if not rows:
+        return visit.go(_check_path(copy.name), f"Wrote {copy.name}.")
+    return visit.go(
+        _check_path(copy.name), ChangedRows(f"Wrote {copy.name}. These rows of {file.name} changed:", rows), *more
+    )
+
+
+def _short(text: str | None) -> str:
+    return "" if text is None else text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 def checkout(visit: Visit) -> Response:
@@ -177,6 +192,13 @@ def _file(visit: Visit, fields: dict[str, str]) -> tuple[str, Path]:
     if name not in files:
         raise UserError(f"There is no uploaded file {name!r}", fix="Upload it on the page Data.")
     return name, files[name]
+
+
+def _cell(value: object) -> str:
+    """Return a value of a file on one line; messages as a conversation, not as JSON."""
+    if isinstance(value, list) and value and all(isinstance(each, dict) and "role" in each for each in value):
+        value = " ".join(f"{each['role']}: {each.get('content') or ''}" for each in value)
+    return excerpt(str(value), _CELL)[1:-1]
 
 
 def _current(visit: Visit) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import urlencode
 
 from starlette.responses import HTMLResponse, Response
@@ -170,13 +172,26 @@ def prompts_page(visit: Visit) -> Response:
         back=path_of("evidence", visit.place["evaluation"], str(number)),
         prompts=visit.project.item_prompts(visit.place["evaluation"], item.key),
         excerpt=excerpt,
+        turn_text=_turn_text,
     )
 
 
+def _turn_text(turn: Any) -> str:
+    """Return what a turn says; a turn with more than a text, or another part of a request, as JSON."""
+    if isinstance(turn, dict) and turn.keys() == {"role", "content"}:
+        return str(turn["content"])
+    return json.dumps(turn, ensure_ascii=False, indent=1)
+
+
 def report_page(visit: Visit) -> Response:
-    """Show an evaluation's report, which is a page of its own with its styles inside."""
-    text = visit.project.report(visit.place["evaluation"]).read_text(encoding="utf-8")
-    return HTMLResponse(text, headers={"Content-Security-Policy": _REPORT_POLICY})
+    """Show an evaluation's report, which is a page of its own with its styles inside, below links to the studio."""
+    name = visit.place["evaluation"]
+    text = visit.project.report(name).read_text(encoding="utf-8")
+    links = visit.templates.get_template("report_links.html.j2").render(id=name)
+    # The file itself has no links out of it.
+    return HTMLResponse(
+        text.replace("<body>", f"<body>\n{links}", 1), headers={"Content-Security-Policy": _REPORT_POLICY}
+    )
 
 
 HANDLERS: Handlers = {

@@ -17,6 +17,7 @@ from tunewright.studio.playing import Question
 from tunewright.studio.visit import Handlers, Visit, path_of
 
 _ADAPTERS = 20  # newest ones on the page
+_NAMES = {BASE: "The base, zero-shot", PROMPTING: "The best prompting arm"}
 
 
 def playground_page(visit: Visit) -> Response:
@@ -31,7 +32,7 @@ def playground_page(visit: Visit) -> Response:
         error=playing.error,
         outdated=playing.is_outdated(config),
         base=config.base_model,
-        fixed={BASE: "The base, zero-shot", PROMPTING: "The best prompting arm"},
+        fixed=_NAMES,
         adapters=adapters[:_ADAPTERS],
         older=len(adapters[_ADAPTERS:]),
         running=visit.jobs.running(),
@@ -80,6 +81,7 @@ def question_page(visit: Visit) -> Response:
         "Question",
         id=visit.place["question"],
         question=question,
+        names=_NAMES,
         columns=[(model, None if isinstance(found, UserError) else found, found) for model, found in columns],
         percent=lambda logprob: f"{100 * math.exp(logprob):.3g}%",
     )

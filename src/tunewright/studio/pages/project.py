@@ -16,13 +16,16 @@ from tunewright.data.versions import current_manifest
 from tunewright.evidence.schema import DEV_PREFIX, EVIDENCE_FILE
 from tunewright.studio.jobs import Job
 from tunewright.studio.pages.deploy import needs_keys, newest_releases
+from tunewright.studio.pages.evaluate import EVALUATE_PAGE
 from tunewright.studio.served import refusal, served
 from tunewright.studio.visit import Handlers, Visit, path_of
 
 _COMMANDS = ("advise", "train", "evaluate", "run")
+_LONG = ("evaluate", "run")
+"""Commands of a page that says first how long they take."""
 _AFTER = {
     "advise": ("/", "the project and its next step"),
-    "train": ("/", "evaluate the adapter"),
+    "train": (EVALUATE_PAGE, "evaluate the adapter"),
     "evaluate": ("/evidence", "the evaluation's answers and report"),
     "run": ("/evidence", "the evaluation's answers and report"),
 }
@@ -116,8 +119,8 @@ def _stages(visit: Visit, evaluations: list[Evaluation]) -> list[Stage]:
     about = (
         "The adapter and the base with prompts answer the test rows. The verdict says whether the adapter is better."
     )
-    job = "evaluate" if current else None
-    stages.append(Stage("Evaluate", state, text, job=job, command="tunewright evaluate", about=about))
+    link = (EVALUATE_PAGE, "Evaluate: choices and times") if current else None
+    stages.append(Stage("Evaluate", state, text, link=link, command="tunewright evaluate", about=about))
     if measured:
         newest = measured[0]
         stages.append(Stage("Verdict", "done", newest.verdict, link=(path_of("report", newest.id), "Read the report")))
@@ -166,6 +169,8 @@ def start_job(visit: Visit) -> Response:
     name = visit.form.get("command", "")
     if name not in _COMMANDS:
         raise UserError(f"The studio has no command {name!r}", fix=f"Choose from {', '.join(_COMMANDS)}.")
+    if name in _LONG:
+        return visit.go(EVALUATE_PAGE)
     return visit.go(path_of("jobs", visit.jobs.start(name).id))
 
 
@@ -187,10 +192,16 @@ def job_page(visit: Visit) -> Response:
 
 def _next_page(job: Job) -> tuple[str, str] | None:
     """Return the page that continues after a job that has ended well, or starts a stopped one again; and its text."""
+    if job.title == "judge" and job.state != "running":
+        text = "the judge's findings" if job.state == "done" else "the judge, which resumes from the replies it has"
+        return path_of("judge", job.command[1]), text
     if job.state == "stopped" and job.title in _COMMANDS:
-        return "/", "start it again, which resumes from what was finished"
+        page = EVALUATE_PAGE if job.title in _LONG else "/"
+        return page, "start it again, which resumes from what was finished"
     if job.state != "done":
         return None
+    if "--estimate" in job.command and job.title == "evaluate":
+        return EVALUATE_PAGE, "start the evaluation, whose time is known now"
     if job.title == "data suspects":
         options = dict(zip(job.command, job.command[1:], strict=False))
         adapter = options.get("--adapter", "")

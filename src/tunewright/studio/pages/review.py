@@ -10,13 +10,15 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from tunewright.core.errors import UserError
+from tunewright.core.text import count_of
 from tunewright.data.examples import class_like
 from tunewright.data.review.edits import pending_edits
-from tunewright.data.review.label_models import excerpt
-from tunewright.data.review.report import review_report
+from tunewright.data.review.label_models import Suspect, excerpt
+from tunewright.data.review.report import ReviewReport, review_report
 from tunewright.data.review.reviews import Verdict
 from tunewright.data.review.session import ReviewItem, ReviewSession
-from tunewright.data.versions.diff import marked, word_changes
+from tunewright.data.versions.diff import short_changes, word_changes
+from tunewright.studio.access import ChangedText
 from tunewright.studio.visit import Handlers, Visit
 
 _VERDICTS: dict[str, Verdict] = {"right": "right", "wrong": "wrong", "skip": "skip"}
@@ -163,7 +165,7 @@ def _edited(visit: Visit, queue: str, review: ReviewSession, card: ReviewItem) -
     if refused := review.edit(card, output):
         visit.session.messages.append(refused)
         return _show(visit, queue, review, draft=output)
-    return visit.go(_place(visit, queue), f"Edit saved: {marked(stored, output)}")
+    return visit.go(_place(visit, queue), ChangedText("Edit saved:", short_changes(stored, output)))
 
 
 def find_suspects(visit: Visit) -> Response:
@@ -188,12 +190,24 @@ def _judges(visit: Visit) -> list[tuple[str, str]]:
 
 def _searched(visit: Visit) -> str:
     """Return a judge whose suspects were found, or an empty text."""
-    data, names = visit.project.data, [name for name, _ in _judges(visit) if name]
-    for name in reversed(names):
+    return next((name for name in reversed(stored_searches(visit)) if name), "")
+
+
+def stored_searches(visit: Visit) -> dict[str, list[Suspect]]:
+    """Return the suspects of each search whose result is stored, by judge; an empty name is the default search."""
+    found: dict[str, list[Suspect]] = {}
+    for name in ["", *(name for name, _ in _judges(visit) if name)]:
         with suppress(UserError):  # an adapter of another base judges no rows
-            if data.stored_suspects(visit.version, name) is not None:
-                return name
-    return ""
+            if (suspects := _stored(visit, name)) is not None:
+                found[name] = suspects
+    return found
+
+
+def _stored(visit: Visit, name: str) -> list[Suspect] | None:
+    judges = _judges(visit)
+    if judges and (name or len(judges) > 2):
+        _ = visit.chat  # kept between requests: the tokenizer takes seconds
+    return visit.project.data.stored_suspects(visit.version, name or None)
 
 
 def agreement_page(visit: Visit) -> Response:
@@ -228,6 +242,7 @@ def edits_page(visit: Visit) -> Response:
         edits=edits[:_ON_A_PAGE],
         count=len(edits),
         agreed=len(agreed),
+        outcome=review_report(visit.project.folder.dataset, visit.version).outcome,
         changes=word_changes,
     )
 
@@ -235,7 +250,17 @@ def edits_page(visit: Visit) -> Response:
 def apply_edits(visit: Visit) -> Response:
     """Make a new version with the edited answers."""
     made = visit.project.data.apply_reviews(message=visit.form.get("message", ""))
-    return visit.go("/review", f"New version {made.version.digest[:12]}: {made.version.message}")
+    review = review_report(visit.project.folder.dataset, visit.version)
+    return visit.go("/review", f"New version {made.version.digest[:12]}: {made.version.message}", _looks(review))
+
+
+def _looks(review: ReviewReport) -> str:
+    """Return how many rows of a version that continues a sample need a look; empty for another version."""
+    if review.outcome is None or review.drawn is None or review.drawn.continues is None:
+        return ""
+    if review.outcome.decision != "continue":
+        return "No row needs another look: the sample's verdict carries over."
+    return f"At least {count_of(review.outcome.needed, 'row')} of the sample need a look, as before the edits."
 
 
 def _queue(visit: Visit) -> str:
@@ -269,12 +294,12 @@ def _review(visit: Visit, queue: str) -> ReviewSession | None:
     for old in [each for each in kept if each[0] != version.digest]:
         del kept[old]
     adapter = place[-1] or None
-    data = visit.project.data
-    if queue == "suspects" and data.stored_suspects(version, adapter) is None:
+    suspects = _stored(visit, place[-1]) if queue == "suspects" else False
+    if suspects is None:
         return None
-    kept[place] = data.review(
+    kept[place] = visit.project.data.review(
         visit.session.reviewer,
-        suspects=queue == "suspects",
+        suspects=suspects,
         adapter=adapter,
         second=queue == "second",
         conflicts=queue == "conflicts",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain, zip_longest
 from urllib.parse import urlencode
 
 from starlette.responses import Response
@@ -13,6 +14,7 @@ from tunewright.data.review.label_models import excerpt
 from tunewright.data.row_index import FLAGS, RowQuery
 from tunewright.data.splits import SPLITS
 from tunewright.data.trace import find_row
+from tunewright.studio.pages.review import stored_searches
 from tunewright.studio.visit import Handlers, Visit, path_of
 
 _ON_A_PAGE = 50  # rows
@@ -55,9 +57,16 @@ def rows_page(visit: Visit) -> Response:
 
 
 def _suspects(visit: Visit) -> dict[str, str] | None:
-    """Return the reason for each suspect; None if they have not been looked for."""
-    found = visit.project.data.stored_suspects(visit.version)
-    return None if found is None else {each.key: each.detail for each in found}
+    """Return the reason for each suspect of all stored searches; None if they have not been looked for."""
+    searches = stored_searches(visit)
+    if not searches:
+        return None
+    reasons: dict[str, str] = {}
+    # The most suspicious of each search first.
+    for each in chain.from_iterable(zip_longest(*searches.values())):
+        if each is not None:
+            reasons.setdefault(each.key, each.detail)
+    return reasons
 
 
 def row_page(visit: Visit) -> Response:

@@ -113,6 +113,7 @@ def run_page(visit: Visit) -> Response:
         charts=run_charts(history, run.metric),
         evaluations=[(each, _scored(run, each.dev_metric)) for each in run.evaluations],
         steps=steps[: -_LAST_STEPS - 1 : -1],
+        number=lambda value: f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}",
         dev_rows=_dev_rows(visit, run),
         running=visit.jobs.running(),
     )

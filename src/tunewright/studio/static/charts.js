@@ -41,6 +41,14 @@ class Chart {
     })];
   }
 
+  // A single value would get an axis to twice its height, beyond what a share can reach.
+  range(low, high) {
+    if (low === null) return [null, null]; // every line is switched off
+    const [from, to] = uPlot.rangeNum(low, high, 0.1, true);
+    const [least, most] = this.spec.bounds ?? [-Infinity, Infinity];
+    return [Math.max(from, least), Math.min(to, most)];
+  }
+
   update() {
     const lines = this.spec.lines.filter(line => line.points.length);
     if (this.plot && lines.length === this.shown) this.plot.setData(this.data(lines));
@@ -71,7 +79,7 @@ class Chart {
     });
     this.plot = new uPlot({
       ...this.size(),
-      scales: { x: { time: false } },
+      scales: { x: { time: false }, y: { range: (_, low, high) => this.range(low, high) } },
       axes: [{ ...axis }, { ...axis, size: 64, values: (_, values) => values.map(shown) }],
       series: [{ label: this.spec.below, value: (_, step) => step === null ? "" : step }, ...series],
       cursor: { drag: { x: false, y: false } },

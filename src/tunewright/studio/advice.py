@@ -1,0 +1,72 @@
+"""Advice that was written for a terminal, in the words of a page."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_PAGES = {
+    "data review": ("/review", "Review"),
+    "data suspects": ("/review/suspects", "Review"),
+    "data leakage": ("/data/leakage", "Leakage"),
+    "data": ("/data", "Data"),
+    "train": ("/train", "Train"),
+    "advise": ("/", "Project"),
+    "evaluate": ("/evaluate", "Evaluate"),
+    "run": ("/", "Project"),
+    "human-eval": ("/compare", "Compare"),
+    "deploy": ("/deploy", "Deploy"),
+    "promote": ("/deploy", "Deploy"),
+    "rollback": ("/deploy", "Deploy"),
+    "serve": ("/deploy", "Deploy"),
+    "tenant": ("/tenants", "Tenants"),
+}
+"""The page that does the work of a command: its path and its name. More words of a command come first."""
+_COMMAND = re.compile(r"\btunewright ([a-z][a-z-]*(?: [a-z][a-z-]*)?)")
+_QUOTED = re.compile(r"`(tunewright [^`]+)`")
+_OPTION = re.compile(r"(?<![\w-])--[a-z]")
+_SENTENCE = re.compile(r"(?<=[.!?]) +(?=[A-Z`])")
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A text in two parts: sentences for everybody, and those that name a command or an option."""
+
+    plain: str
+    page: tuple[str, str] | None
+    """The page that does the same as the first command: its path and its name."""
+    terminal: str
+
+
+def advice(fix: str | None) -> Advice:
+    """Return what to do about a refusal; commands stand last, behind the page that does the same."""
+    return _parted(_SENTENCE.split(fix or ""), 0)
+
+
+def note(message: str) -> Advice:
+    """Return a message in the same parts; its first sentence stays first, because it says what the matter is."""
+    return _parted(_SENTENCE.split(message), 1)
+
+
+def by_commands(text: str) -> list[str]:
+    """Return the pieces of a text: every second one is a command. Other quotes stay, as part of what people typed."""
+    return _QUOTED.split(text)
+
+
+def _parted(sentences: list[str], kept: int) -> Advice:
+    named = [number >= kept and _in_terminal(each) for number, each in enumerate(sentences)]
+    terminal = " ".join(each for each, there in zip(sentences, named, strict=True) if there)
+    plain = " ".join(each for each, there in zip(sentences, named, strict=True) if not there)
+    return Advice(plain, _page(terminal), terminal)
+
+
+def _in_terminal(sentence: str) -> bool:
+    return bool(_COMMAND.search(sentence) or _OPTION.search(sentence))
+
+
+def _page(text: str) -> tuple[str, str] | None:
+    for words in _COMMAND.findall(text):
+        for name in (words, words.partition(" ")[0]):
+            if name in _PAGES:
+                return _PAGES[name]
+    return None

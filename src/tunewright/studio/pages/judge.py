@@ -1,0 +1,191 @@
+"""The judge of an evaluation: its cost, its start, its findings, and each judged item with its replies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from urllib.parse import urlencode
+
+from starlette.responses import Response
+
+from tunewright.core.errors import UserError
+from tunewright.data.review.label_models import excerpt
+from tunewright.evidence.human_eval import RaterAgreement
+from tunewright.evidence.schema import Evidence, Item
+from tunewright.report.sections import judge as findings
+from tunewright.studio.visit import Handlers, Visit, path_of
+
+if TYPE_CHECKING:
+    from tunewright.evaluation.judge.rows import ArmPreference, JudgedItem
+    from tunewright.evaluation.judge.runner import Estimate
+
+_ON_A_PAGE = 50  # items
+_UNSCORED = "no verdict"
+_OUTCOMES = {"win": "win", "tie": "tie", "loss": "loss", "changed": "changed with the order", _UNSCORED: _UNSCORED}
+"""Choices of the filter, by their value in the address."""
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A judged item of the list."""
+
+    number: int
+    item: Item
+    judged: JudgedItem
+    outcome: str
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """A comparison of the tuned answer with another arm's."""
+
+    title: str
+    found: ArmPreference
+    outcome: str
+    other: str | None
+    """The other answer; None: it is not stored with the evaluation."""
+
+
+def judge_page(visit: Visit) -> Response:
+    """Show the judge's cost and start, and what it found."""
+    name = visit.place["evaluation"]
+    evidence, items = visit.project.evidence(name)
+    judgement, settings = evidence.judge, visit.project.folder.config.judge
+    ready = settings.base_url is not None and settings.model is not None
+    estimate, refusal = None, ""
+    if ready and (judgement is None or "estimate" in visit.query):
+        estimate, refusal = _estimate(visit, name)
+    outcome = visit.query.get("outcome", "")
+    if outcome and outcome not in _OUTCOMES:
+        raise UserError("The page has no such filter", where=name, fix="Choose one of the list.")
+    rows = _rows(visit, evidence, items)
+    chosen = [row for row in rows if not outcome or row.outcome == _OUTCOMES[outcome]]
+    pages = max(1, -(-len(chosen) // _ON_A_PAGE))
+    asked = visit.query.get("page", "1")
+    page = min(int(asked), pages) if asked.isdecimal() and int(asked) > 0 else 1
+    section = findings.section(evidence)
+    return visit.page(
+        "judge.html.j2",
+        f"Judge of {name}",
+        id=name,
+        settings=settings,
+        ready=ready,
+        estimate=estimate,
+        refusal=refusal,
+        judgement=judgement,
+        blocks=() if section is None else section.blocks,
+        agreements=_agreements(evidence),
+        people=evidence.human_eval is not None,
+        arms=_arms(evidence),
+        outcomes=_OUTCOMES,
+        outcome=outcome,
+        query=urlencode({"outcome": outcome} if outcome else {}),
+        rows=chosen[(page - 1) * _ON_A_PAGE : page * _ON_A_PAGE],
+        count=len(chosen),
+        all_rows=len(rows),
+        page=page,
+        pages=pages,
+        excerpt=excerpt,
+        running=visit.jobs.running(),
+    )
+
+
+def _estimate(visit: Visit, name: str) -> tuple[Estimate | None, str]:
+    """Return the calls and cost of judging, or the reason why nothing can be judged."""
+    try:
+        return visit.project.estimate_judge(name), ""
+    except UserError as error:
+        return None, str(error)
+
+
+def _arms(evidence: Evidence) -> tuple[str, str]:
+    """Return the two compared arms."""
+    return evidence.contrasts[0].treatment, evidence.contrasts[0].control
+
+
+def _agreements(evidence: Evidence) -> list[RaterAgreement]:
+    """Return the agreements of the judge with people."""
+    judge, review = evidence.judge, evidence.human_eval
+    if judge is None or review is None:
+        return []
+    return [each for each in review.agreements if f"judge {judge.model}" in each.raters]
+
+
+def _rows(visit: Visit, evidence: Evidence, items: Sequence[Item]) -> list[_Row]:
+    """Return the judged items in the order of the evaluation's items; none for a vetoed judge."""
+    if evidence.judge is None or evidence.judge.vetoed:
+        return []
+    judged = {row.key: row for row in visit.project.judged_items(visit.place["evaluation"])}
+    _, control = _arms(evidence)
+    return [
+        _Row(number, item, judged[item.key], _outcome(judged[item.key].pairs[control].plain))
+        for number, item in enumerate(items, start=1)
+        if item.key in judged
+    ]
+
+
+def _outcome(found: ArmPreference) -> str:
+    if found.outcome is None:
+        return _UNSCORED
+    return _OUTCOMES["changed"] if found.flipped else found.outcome
+
+
+def judge_action(visit: Visit) -> Response:
+    """Start the judge, compare it with people, or keep its preferences."""
+    name, action = visit.place["evaluation"], visit.form.get("action", "")
+    back = path_of("judge", name)
+    if action == "judge":
+        _ = visit.project.evaluation(name)
+        return visit.go(path_of("jobs", visit.jobs.start("judge", name).id))
+    if action == "people":
+        visit.project.human_eval_results(name)
+        return visit.go(back, "People's verdicts are compared with the judge's.")
+    if action == "keep":
+        kept = visit.project.keep_preferences(name, source="judge")
+        return visit.go(back, f"Kept {kept.kept:,} preference pairs ({kept.new:,} new) for preference tuning.")
+    raise UserError(f"The page has no action {action!r}", fix="Use its buttons.")
+
+
+def judged_item_page(visit: Visit) -> Response:
+    """Show one judged item: both answers, the judge's verdicts and its replies."""
+    name = visit.place["evaluation"]
+    evidence, items = visit.project.evidence(name)
+    rows = {str(row.number): row for row in _rows(visit, evidence, items)}
+    row = rows.get(visit.place["number"])
+    if row is None:
+        raise UserError(f"The judge has no item {visit.place['number']!r}", where=name, fix="Choose one of the list.")
+    outcome = visit.query.get("outcome", "")
+    numbers = [each.number for each in rows.values() if not outcome or each.outcome == _OUTCOMES.get(outcome)]
+    treatment, _ = _arms(evidence)
+    return visit.page(
+        "judged_item.html.j2",
+        f"Item {row.number} by the judge",
+        id=name,
+        row=row,
+        model=evidence.judge.model if evidence.judge else "",
+        treatment=treatment,
+        compared=_compared(row, treatment),
+        before=max((each for each in numbers if each < row.number), default=None),
+        after=min((each for each in numbers if each > row.number), default=None),
+        query=urlencode({"outcome": outcome} if outcome else {}),
+    )
+
+
+def _compared(row: _Row, treatment: str) -> list[_Compared]:
+    """Return each comparison of the item, and the same without Markdown where the judge got it too."""
+    found = []
+    for opponent, pair in row.judged.pairs.items():
+        other = row.item.answers.get(opponent)
+        title = f"{treatment} against {opponent}"
+        found.append(_Compared(title, pair.plain, _outcome(pair.plain), other))
+        if pair.stripped is not None:
+            found.append(_Compared(f"{title}, without Markdown", pair.stripped, _outcome(pair.stripped), other))
+    return found
+
+
+HANDLERS: Handlers = {
+    ("GET", "/judge/{evaluation}"): judge_page,
+    ("POST", "/judge/{evaluation}"): judge_action,
+    ("GET", "/judge/{evaluation}/{number}"): judged_item_page,
+}

@@ -1,0 +1,285 @@
+"""The studio by keys alone, without motion, over a slow connection, and in two tabs."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import pytest
+
+import tunewright as library
+from browser import EXECUTABLE, show, signed_in, wait_for
+from command_line import tiny_project, tunewright
+from factories import make_history
+from people_helpers import evaluation
+from tunewright.adapters.registry import HISTORY
+from tunewright.core.errors import UserError
+from tunewright.core.locks import locked_folder
+from tunewright.data.review.reviews import ReviewLog, read_reviews
+from tunewright.studio.pages.data import UPLOADS
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+pytest_plugins = ["studio_fixtures"]
+pytestmark = pytest.mark.skipif(EXECUTABLE is None, reason="no Chromium is installed")
+
+EVALUATION = f"{7:012x}"
+RUNS = ("0123456789ab", "ba9876543210")
+PAGES = (
+    *("/", "/data", "/data/check?file=faulty.csv", "/data/leakage", "/rows?q=navy", "/review", "/review/suspects"),
+    *("/train", f"/train/runs/{RUNS[0]}", "/evidence", f"/evidence/{EVALUATION}", f"/evidence/{EVALUATION}/1"),
+    *("/compare", f"/compare/{EVALUATION}", "/playground", "/deploy", "/tenants", "/tenants/acme", "/audit"),
+)
+# Numbers what can be used on a page, and records what gets the focus: its number, and whether it is outlined.
+WATCH = """(() => {
+  document.querySelectorAll("details").forEach(each => each.open = true);
+  const usable = `a[href], button:not(:disabled), input:not([type=hidden], :disabled), select, textarea, summary,
+    [tabindex="0"]`;
+  const all = [...document.querySelectorAll(usable)].filter(
+    each => each.checkVisibility() && !(each.type === "radio" && !each.checked));
+  window.reached = [];
+  addEventListener("focusin", event => {
+    const style = getComputedStyle(event.target);
+    if (all.includes(event.target)) reached.push([all.indexOf(event.target), style.outlineStyle !== "none"]);
+  });
+  return all.length;
+})()"""
+FIRST_PAINT_HAS_TEXT = """new Promise(resolve => new PerformanceObserver(list => {
+  const [blank, text] = ["first-paint", "first-contentful-paint"].map(name => performance.getEntriesByName(name)[0]);
+  if (text) resolve(blank === undefined || blank.startTime === text.startTime);
+}).observe({ type: "paint", buffered: true }))"""
+MOVES = """[...document.querySelectorAll("*")].flatMap(each => {
+  const style = getComputedStyle(each);
+  const moves = [style.transitionDuration, style.animationDuration].some(text => /[1-9]/.test(text));
+  return moves || style.scrollBehavior === "smooth" ? [each.outerHTML.slice(0, 80)] : [];
+})"""
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
+    folder = tiny_project(tmp_path_factory.mktemp("studio-conditions") / "project", tiny_base_folder)
+    assert tunewright("data", "add", folder / "pairs.jsonl", "-p", folder).code == 0
+    assert tunewright("tenant", "add", "acme", "--alias", "colours", "-p", folder).code == 0
+    evaluation(folder / "evaluations" / EVALUATION, count=12)
+    for name in RUNS:
+        run = folder / ".tunewright" / "training" / name
+        run.mkdir(parents=True)
+        (run / HISTORY).write_text("".join(json.dumps(row) + "\n" for row in make_history(12)))
+    (folder / UPLOADS).mkdir()
+    (folder / UPLOADS / "faulty.csv").write_text("prompt,completion\nnavy blue 1,navy\nteal 2,\n")
+    return folder
+
+
+@pytest.fixture
+def slow(page: Page, address: str) -> Iterator[Page]:
+    """A tab whose connection has 50 kB/s and 400 ms of latency."""
+    assert page.context.browser is not None
+    slow = signed_in(page.context.browser, address)
+    rate = {"downloadThroughput": 50_000, "uploadThroughput": 50_000}
+    slow.context.new_cdp_session(slow).send(
+        "Network.emulateNetworkConditions", {"offline": False, "latency": 400} | rate
+    )
+    yield slow
+    slow.context.close()
+
+
+def _reviews(project: Path) -> ReviewLog:
+    return read_reviews(project / "dataset")
+
+
+def _key(page: Page) -> str:
+    return page.locator("[name=key]").first.input_value()
+
+
+def _tab_to(page: Page, selector: str) -> None:
+    """Press Tab until what is searched has the focus."""
+    focused = f"document.activeElement.matches({json.dumps(selector)})"
+    for _ in range(200):
+        if page.evaluate(focused):
+            return
+        page.keyboard.press("Tab")
+    raise AssertionError(selector)
+
+
+def _follow(page: Page, selector: str, key: str = "Enter") -> None:
+    """Reach a link or a button by Tab, and press a key on it."""
+    _tab_to(page, selector)
+    with page.expect_navigation():
+        page.keyboard.press(key)
+
+
+def test_tab_reaches_everything_on_each_page_in_its_order(page: Page) -> None:
+    for path in PAGES:
+        show(page, path, width=1100)
+        usable = page.evaluate(WATCH)
+        reached: list[tuple[int, bool]] = []
+        while len(reached) < usable:
+            before = len(reached)
+            for _ in range(usable - before):
+                page.keyboard.press("Tab")
+            reached = page.evaluate("reached")
+            assert len(reached) > before, path
+        assert [number for number, _ in reached] == list(range(usable)), path
+        assert all(outlined for _, outlined in reached), path
+
+
+def test_rows_are_searched_and_opened_by_keys_alone(page: Page) -> None:
+    page.goto("/rows")
+    _tab_to(page, "[name=q]")
+    page.keyboard.type("navy teal")
+    with page.expect_navigation():
+        page.keyboard.press("Enter")
+    assert "q=navy" in page.url
+    _follow(page, "main table a")
+    assert page.get_by_role("heading", level=1).inner_text().startswith("Row ")
+
+
+def test_runs_are_compared_by_keys_alone(page: Page) -> None:
+    page.goto("/train")
+    for name in RUNS:
+        _tab_to(page, f"[name='run.{name}']")
+        page.keyboard.press("Space")
+    _follow(page, "form[action='/train/compare'] button")
+    assert all(name in page.inner_text("main thead >> nth=0") for name in RUNS)
+    wait_for(page.locator("figure:not([hidden]) canvas")).to_have_count(3)
+
+
+def test_items_are_filtered_and_read_by_keys_alone(page: Page) -> None:
+    page.goto("/evidence")
+    _follow(page, f"a[href='/evidence/{EVALUATION}']")
+    _tab_to(page, "select[name=change]")
+    page.keyboard.type("fixed")
+    with page.expect_navigation():
+        _follow(page, "main form button")
+    assert "change=fixed" in page.url
+    _follow(page, f"a[href^='/evidence/{EVALUATION}/']")
+    first = page.get_by_role("heading", level=1).inner_text()
+    with page.expect_navigation():
+        page.keyboard.press("j")
+    assert page.get_by_role("heading", level=1).inner_text() != first
+    with page.expect_navigation():
+        page.keyboard.press("k")
+    assert page.get_by_role("heading", level=1).inner_text() == first
+
+
+def test_file_is_added_and_key_made_by_keys_alone(page: Page, project: Path) -> None:
+    versions = len(library.open(project).data.log())
+    page.goto("/data")
+    _follow(page, "a[href*='faulty.csv']")
+    _tab_to(page, "[name=skip_bad]")
+    page.keyboard.press("Space")
+    _follow(page, "main form button")
+    _follow(page, "form[action='/data/add'] button")
+    assert len(library.open(project).data.log()) == versions + 1
+    page.goto("/tenants")
+    _tab_to(page, "[name=name]")
+    page.keyboard.type("beta")
+    with page.expect_navigation():
+        page.keyboard.press("Enter")
+    page.goto("/tenants/beta")
+    _follow(page, "form[action$='/keys'] button")
+    assert page.inner_text("#secret").startswith("tw_")
+
+
+@pytest.mark.parametrize(("motion", "delay_ms"), [("no-preference", 500), ("reduce", 5000)])
+def test_charts_of_a_running_training_change_rarely_with_reduced_motion(
+    page: Page, address: str, project: Path, motion: Literal["no-preference", "reduce"], delay_ms: int
+) -> None:
+    assert page.context.browser is not None
+    still = signed_in(page.context.browser, address)
+    still.emulate_media(reduced_motion=motion)
+    still.clock.install()
+    folder = project / ".tunewright" / "training" / RUNS[1]
+    with locked_folder(folder, UserError("Another process is training this adapter")):
+        still.goto(f"/train/runs/{RUNS[1]}")
+        shown = still.locator("figure:not([hidden]) canvas")
+        wait_for(shown).to_have_count(3)
+        still.clock.pause_at(time.time() + 3600)
+        lines = (folder / HISTORY).read_text()
+        with (folder / HISTORY).open("a") as more:
+            more.write('{"step": 13, "epoch": 0.65, "loss": 0.125, "tokens_per_s": 512}\n')
+        wait_for(still.locator("#steps-table tbody th").first).to_have_text("13")
+        still.clock.run_for(delay_ms - 50)
+        assert shown.count() == 3
+        still.clock.run_for(100)
+        wait_for(shown).to_have_count(4)
+        (folder / HISTORY).write_text(lines)
+        still.context.close()
+
+
+def test_nothing_moves_on_any_page_with_reduced_motion(page: Page) -> None:
+    page.emulate_media(reduced_motion="reduce")
+    for path in PAGES:
+        page.goto(path)
+        assert page.evaluate(MOVES) == [], path
+        assert page.evaluate("document.getAnimations().length") == 0, path
+    page.emulate_media(reduced_motion="no-preference")
+
+
+def test_text_is_on_the_page_before_its_scripts(page: Page) -> None:
+    page.context.route("**/*.js", lambda route: None)
+    for path in PAGES:
+        page.goto(path, wait_until="commit")
+        wait_for(page.get_by_role("heading", level=1)).to_be_visible()
+    page.context.unroute_all()
+
+
+def test_slow_connection_neither_loses_nor_doubles_a_keystroke(slow: Page, project: Path) -> None:
+    slow.goto("/review")
+    for key, verdict in (("r", "right"), ("w", "wrong"), ("s", "skip"), ("r", "right")):
+        before, row = len(_reviews(project).stacks), _key(slow)
+        with slow.expect_navigation():
+            slow.keyboard.press(key)
+            slow.keyboard.press(key)
+            slow.keyboard.press("w")  # meant for the next row, which nobody has seen yet
+        found = _reviews(project)
+        assert found.current_verdicts(row)["ada"].verdict == verdict
+        assert len(found.stacks) == before + 1 and _key(slow) != row
+    row = _key(slow)
+    slow.keyboard.press("e")
+    slow.fill("#output", "another answer")
+    with slow.expect_navigation():
+        slow.keyboard.press("Control+Enter")
+        slow.keyboard.press("Control+Enter")
+    found = _reviews(project)
+    assert found.current_verdicts(row)["ada"].output == "another answer" and len(found.stacks) == before + 2
+    assert slow.evaluate(FIRST_PAINT_HAS_TEXT)
+    sent = slow.evaluate("performance.getEntriesByType('resource').map(each => [each.name, each.transferSize])")
+    assert len(sent) >= 2 and {size for _, size in sent} == {0}, "style and script are kept from page to page"
+
+
+def test_slow_connection_sends_a_file_once(slow: Page, project: Path) -> None:
+    rows = "".join(f"red {number} of a slow line,red\n" for number in range(900))
+    slow.goto("/data")
+    content = f"prompt,completion\n{rows}".encode()
+    slow.set_input_files("#file", {"name": "slow.csv", "mimeType": "text/csv", "buffer": content})
+    with slow.expect_navigation():
+        slow.dblclick("text=Check the file")
+    assert "900 examples" in slow.inner_text("main")
+    assert (project / UPLOADS / "slow.csv").read_bytes() == content
+    versions = len(library.open(project).data.log())
+    with slow.expect_navigation():
+        slow.dblclick("text=Add the file")
+    assert len(library.open(project).data.log()) == versions + 1
+
+
+def test_second_tab_records_nothing_and_keeps_the_typed_text(page: Page, project: Path) -> None:
+    second = page.context.new_page()
+    page.goto("/review")
+    second.goto("/review")
+    row = _key(page)
+    second.keyboard.press("e")
+    second.fill("#output", "typed in the second tab")
+    with page.expect_navigation():
+        page.keyboard.press("w")
+    with second.expect_navigation():
+        second.keyboard.press("Control+Enter")
+    assert _reviews(project).current_verdicts(row)["ada"].verdict == "wrong"
+    assert "Nothing was recorded" in second.inner_text("main")
+    assert "typed in the second tab" in second.content()
+    assert _key(second) != row
+    second.close()

@@ -1,0 +1,111 @@
+"""The page that starts an evaluation: its answers and their time before anything is pressed."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from html import unescape
+from pathlib import Path
+
+import pytest
+
+import tunewright as library
+from command_line import tiny_project, tunewright
+from studio_client import Browser, restarted
+from tunewright.core.progress import minutes_text
+from tunewright.studio.jobs import Jobs
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
+    folder = tiny_project(tmp_path_factory.mktemp("trained") / "project", tiny_base_folder, 80)
+    config = folder / "tunewright.yaml"
+    config.write_text(config.read_text().replace("epochs: 2", "epochs: 1"))
+    project = library.open(folder)
+    project.data.add([folder / "pairs.jsonl"])
+    project.train()
+    return folder
+
+
+@pytest.fixture
+def project(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "project"))
+
+
+def _adapter(project: Path) -> str:
+    (adapter,) = library.open(project).adapters.list()
+    return str(adapter.name)
+
+
+def _send(browser: Browser, **fields: str) -> tuple[int, str]:
+    answer = browser.send("/evaluate", "/evaluate", **fields)
+    return answer.status_code, unescape(answer.text)
+
+
+def test_evaluation_names_its_time_before_it_is_started(project: Path) -> None:
+    with restarted(project) as browser:
+        assert 'href="/evaluate"' in browser.get("/")
+        page = browser.get("/evaluate")
+        assert page.count("not measured yet") == 2 and 'value="estimate"' in page
+        assert not list((project / ".tunewright").glob("generations/*")), "the page computed answers"
+        for split in ("test", "dev"):
+            expected = library.open(project).estimate_evaluation(dev=split == "dev", measure=False)
+            assert expected.seconds is None and expected.missing == expected.answers > 0
+            assert f"<td>{expected.answers:,} of {expected.answers:,}</td>" in page
+
+        ran = tunewright("evaluate", "--estimate", "-p", project, "--json")
+        answers = ran.document["answers"]
+        assert answers["seconds"] > 0 and answers["kept"] > 0, ran.stderr
+        assert not (project / "evaluations" / "access_log.jsonl").exists(), "the test split was opened"
+        page = unescape(browser.get("/evaluate"))
+        assert minutes_text(answers["seconds"]) in page and 'value="estimate"' not in page
+        assert f"<td>{answers['answers'] - answers['kept']:,} of {answers['answers']:,}</td>" in page
+        assert answers["text"] in page
+        assert "not measured yet" not in page
+
+        assert _send(browser, action="evaluate", adapter="nobody")[0] == 400
+        code, text = _send(browser, action="evaluate", adapter=_adapter(project), minutes="0")
+        assert code == 400 and "a number above 0 (got '0')" in text
+        assert _send(browser, action="guess", adapter=_adapter(project))[0] == 400
+        # The project's page asks for the command; it is started where its time is shown.
+        assert browser.send("/jobs", "/", command="evaluate").url.path == "/evaluate"
+        assert Jobs(project / ".tunewright" / "jobs", project).all() == []
+
+
+def test_estimate_and_minutes_are_mutually_exclusive(project: Path) -> None:
+    ran = tunewright("evaluate", "--estimate", "--minutes", "3", "-p", project)
+    assert ran.code == 2 and "mutually exclusive" in ran.stderr
+
+
+def test_page_without_an_adapter_says_what_decides_the_time(tmp_path: Path) -> None:
+    folder = tiny_project(tmp_path / "project", tmp_path / "no-base", 80)
+    library.open(folder).data.add([folder / "pairs.jsonl"])
+    with restarted(folder) as browser:
+        page = browser.get("/evaluate")
+        assert re.search(r"11 prompting arms answer \d+ dev rows, then at least 3 arms answer \d+ test rows", page)
+        assert "Show its times" not in page and 'value="run"' in page
+
+
+@pytest.mark.slow
+def test_time_is_measured_and_an_evaluation_limited_by_buttons(project: Path) -> None:
+    jobs = Jobs(project / ".tunewright" / "jobs", project)
+    name = _adapter(project)
+    with restarted(project) as browser:
+        _send(browser, action="estimate", adapter=name, split="test")
+        _wait_for_end(jobs)
+        assert '<a href="/evaluate">start the evaluation' in browser.get(f"/jobs/{jobs.all()[0].id}")
+        assert "less than a minute" in browser.get("/evaluate")
+        _send(browser, action="evaluate", adapter=name, split="dev", minutes="5")
+        _wait_for_end(jobs)
+        job = jobs.all()[0]
+        assert job.command[:5] == ("evaluate", name, "--dev", "--minutes", "5")
+        assert job.state == "done", job.log.read_text()
+        assert "nothing left to compute" in browser.get("/evaluate")
+
+
+def _wait_for_end(jobs: Jobs) -> None:
+    until = time.monotonic() + 600
+    while jobs.running() is not None:
+        assert time.monotonic() < until
+        time.sleep(0.05)
