@@ -8,7 +8,7 @@ DEMO   ?= build/demo
 # Containers set this: each command that is started would compile the package again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-whole gpu-proof soak docs docs-serve test test-all lint typecheck pytest pytest-all coverage test-chaos fuzz test-vllm engines test-clients test-deploy test-demo test-wheel notebook audit sbom check-clean clean
+.PHONY: demo demo-whole gpu-proof soak docs docs-serve test test-all lint typecheck pytest pytest-all coverage test-chaos fuzz test-vllm engines test-ray test-clients test-deploy test-demo test-wheel notebook audit sbom check-clean clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tunewright demo $(DEMO)
@@ -63,12 +63,12 @@ pytest: $(VENV)/.installed
 	$(PYTEST)
 
 pytest-all: $(VENV)/.installed build/clients/.installed build/deploy/.installed
-	$(PYTEST) -m "not vllm and not chaos$(if $(filter no,$(RELEASE)), and not release)" --hypothesis-profile=$(EXAMPLES)
+	$(PYTEST) -m "not vllm and not chaos and not ray$(if $(filter no,$(RELEASE)), and not release)" --hypothesis-profile=$(EXAMPLES)
 
 # The lines that the tests run, slow ones too, in build/coverage. It fails below the share that pyproject.toml states.
 # Tracing doubles the tests' time, so `make test-all` does without.
 coverage: $(VENV)/.installed
-	$(PYTEST) -m "not vllm and not chaos" --cov --cov-report=term --cov-report=html:build/coverage
+	$(PYTEST) -m "not vllm and not chaos and not ray" --cov --cov-report=term --cov-report=html:build/coverage
 
 # Every call that changes a file fails once, and each command meets each fault of docs/reference/faults.md. The seed is
 # printed: TUNEWRIGHT_CHAOS_SEED=N repeats its choices, and TUNEWRIGHT_CHAOS_EVERY=1 lets each single call fail.
@@ -92,6 +92,18 @@ test-vllm: engines build/clients/.installed
 engines: $(VENV)/.installed
 	$(BIN)/tunewright engine install vllm --to build/vllm
 	$(BIN)/tunewright engine install llmcompressor --to build/llmcompressor
+
+# Datasets on a Ray cluster of several raylets on this machine, and what happens when one of them is killed.
+test-ray: build/ray/.installed
+	build/ray/bin/python -m pytest -m ray tests/compute $(ARGS)
+
+# An environment of its own, so that all other tests run without Ray. It sees the packages of .venv.
+build/ray/.installed: $(VENV)/.installed pyproject.toml
+	$(BIN)/python -m venv --without-pip build/ray
+	$(BIN)/python -c 'import sysconfig; print(f"import site; site.addsitedir({sysconfig.get_path("purelib")!r})")' \
+	    > $$(build/ray/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/trainer.pth
+	build/ray/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'tunewright[ray]'
+	touch $@
 
 # Published SDKs and frameworks against the server: Python's in an environment of their own, npm's where there is npm.
 test-clients: $(VENV)/.installed build/clients/.installed

@@ -71,13 +71,14 @@ class SlowMeasurements:
         }
 
 
-def open_demo(directory: Path, reporter: Reporter, *, whole: bool = False) -> Project:
+def open_demo(directory: Path, reporter: Reporter, *, whole: bool = False, cluster: str | None = None) -> Project:
     """Return the demo project in ``directory``, created if it does not exist.
 
     Args:
         directory: its folder.
         reporter: shows what was written.
         whole: write the example's whole settings, also over unchanged quick ones.
+        cluster: used in place of the config's.
     """
     config, name = directory / CONFIG_FILE, legal_citations.NAME
     if not config.exists():
@@ -86,7 +87,7 @@ def open_demo(directory: Path, reporter: Reporter, *, whole: bool = False) -> Pr
     elif whole and config.read_text(encoding="utf-8") == legal_citations.project_files(quick=True)[CONFIG_FILE]:
         write_text(config, legal_citations.project_files()[CONFIG_FILE])
         reporter.say(f"Replaced the quick settings in {config} by the whole ones")
-    return Project(ProjectFolder(directory), reporter)
+    return Project(ProjectFolder(directory).on_cluster(cluster), reporter)
 
 
 def find_demo(folder: Path) -> Path:

@@ -177,7 +177,7 @@ def training_lineage(config: Config, version: DatasetVersion, base: Base, chat: 
         "base": {"spec": base.spec, "commit": base.commit, "digest": base.digest, "files": base.files},
         "template_digest": chat.digest,
         "chat": chat.description,
-        "config": config.model_dump(mode="json"),
+        "config": config.deciding(),
         "seed": config.seed,
         "packages": packages(config.train.quantization),
     }

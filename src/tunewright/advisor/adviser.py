@@ -165,7 +165,7 @@ class Adviser:
                 ),
                 "dataset": self.version.digest,
                 "dev_split": self.version.split_digest("dev"),
-                "config": self.config.model_dump(mode="json"),
+                "config": self.config.deciding(),
             },
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from tunewright.adapters.registry import Adapter
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
+from tunewright.core.workers import Workers
 from tunewright.data.versions import DatasetVersion, load_version
 from tunewright.data.versions.version import current_author
 from tunewright.models.bases import Base, resolve_base
@@ -39,6 +41,12 @@ class ProjectContext:
         from tunewright.chat import open_chat
 
         return open_chat(self.base, self.folder.config.chat, self.reporter)
+
+    def workers(self) -> AbstractContextManager[Workers]:
+        """Return the workers of ``compute.cluster``, to be entered; they are checked then."""
+        from tunewright.compute import open_workers
+
+        return open_workers(self.folder.config, self.reporter)
 
     @property
     def has_state(self) -> bool:

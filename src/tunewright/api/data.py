@@ -97,18 +97,20 @@ class DatasetApi:
         """Add files of pairs to the dataset as a new version, unless all rows are known."""
         paths = source_files(files, self._reporter)
         data = self._mapped(paths, options.mapping)
-        added = add(
-            self._with(data, options),
-            paths,
-            self._reporter,
-            skip_bad=options.skip_bad,
-            redact=options.redact,
-            presidio=options.presidio,
-            message=message,
-            replace=options.replace,
-            restore=options.restore,
-            split_from=options.split_from,
-        )
+        with self._context.workers() as workers:
+            added = add(
+                self._with(data, options),
+                paths,
+                self._reporter,
+                skip_bad=options.skip_bad,
+                redact=options.redact,
+                presidio=options.presidio,
+                message=message,
+                replace=options.replace,
+                restore=options.restore,
+                split_from=options.split_from,
+                workers=workers,
+            )
         warn_of_few_dev_clusters(added.dev_clusters, self._reporter)
         report_split_power(split_power(added.version.counts.domain, added.clusters, data.test_size), self._reporter)
         return added
@@ -155,15 +157,18 @@ class DatasetApi:
         from tunewright.data import add_plan
 
         paths = source_files(files, self._reporter)
-        return add_plan.preview(
-            self._with(self._mapped(paths, options.mapping), options),
-            paths,
-            self._reporter,
-            skip_bad=options.skip_bad,
-            redact=options.redact,
-            presidio=options.presidio,
-            options=add_plan.AddOptions(options.replace, options.restore, options.split_from),
-        )
+        project = self._with(self._mapped(paths, options.mapping), options)
+        with self._context.workers() as workers:
+            return add_plan.preview(
+                project,
+                paths,
+                self._reporter,
+                skip_bad=options.skip_bad,
+                redact=options.redact,
+                presidio=options.presidio,
+                options=add_plan.AddOptions(options.replace, options.restore, options.split_from),
+                workers=workers,
+            )
 
     def preview_file(self, file: str | Path, mapping: ColumnMapping = ColumnMapping()) -> FilePreview:
         """Return the columns of a file of pairs, whatever their names, and its first three rows.
@@ -254,7 +259,9 @@ class DatasetApi:
 
         base = self._context.base
         limit = min(self._project.config.train.max_length, context_length(base))
-        return measure_lengths(self._context.chat, base.spec, self.version(), limit, self._reporter)
+        chat, version = self._context.chat, self.version()
+        with self._context.workers() as workers:
+            return measure_lengths(chat, base.spec, version, limit, self._reporter, workers)
 
     def leakage(self) -> LeakageReport:
         """Return the similarity of held-out rows to training rows, compared with that under a random split."""
@@ -324,7 +331,9 @@ class DatasetApi:
         """Find training rows that contain a test input, a benchmark item of the config, or an item of these files."""
         from tunewright.data.dedup.decontaminate import contamination
 
-        return contamination(self._project, self.version(), [Path(f) for f in files], self._reporter)
+        paths = [Path(file) for file in files]
+        with self._context.workers() as workers:
+            return contamination(self._project, self.version(), paths, self._reporter, workers)
 
     def diff(self, a: str, b: str | None = None) -> Diff:
         """Return the differences between two versions (the second: the current one by default)."""

@@ -34,6 +34,13 @@ DatabaseUrl = Annotated[
         show_default="serve.database_url in the config",
     ),
 ]
+Cluster = Annotated[
+    str | None,
+    typer.Option(
+        help="Ray cluster that works on the rows: local, auto or ray://HOST:PORT.",
+        show_default="compute.cluster in the config",
+    ),
+]
 Adapter = Annotated[str | None, typer.Argument(help="Adapter name or its first characters.", show_default="the newest")]
 Force = Annotated[bool, typer.Option("--force", help="Train on fewer than 50 pairs, which is refused otherwise.")]
 Minutes = Annotated[
@@ -147,6 +154,7 @@ def command(
     status: bool = True,
     project: bool = True,
     database: bool = False,
+    cluster: bool = False,
     json: bool = True,
     together: Callable[[Mapping[str, Any]], bool] = lambda _: False,
     traced: bool = True,
@@ -163,6 +171,7 @@ def command(
         status: report at the end whether reviewers have accepted the project's dataset version.
         project: add ``--project``.
         database: add ``--database-url``.
+        cluster: add ``--cluster``.
         json: add ``--json``.
         together: returns True if a run with these options may be one of several processes.
         traced: a run of the command is one span of a trace; False for servers, whose requests are.
@@ -175,6 +184,7 @@ def command(
             place = [each.name for each in own].index("options")
             own[place : place + 1] = _options(options)
         shared = [
+            *([_option("cluster", Cluster, None)] if cluster else []),
             *([_option("database_url", DatabaseUrl, None)] if database else []),
             *([_option("project", Folder, Path())] if project else []),
             *([_option("json", Json, False)] if json else []),
@@ -183,7 +193,7 @@ def command(
         @wraps(function)
         def run(**values: Any) -> None:
             as_json, folder = values.pop("json", False), values.pop("project", None)
-            url = values.pop("database_url", None)
+            url, on = values.pop("database_url", None), values.pop("cluster", None)
             reviewed = folder if status else None
             if options is not None:
                 values["options"] = options(**{each.name: values.pop(each.name) for each in fields(options)})
@@ -196,7 +206,7 @@ def command(
                 log_json=context.find_root().params["_log_format"] == LogFormat.json,
                 span=" ".join(context.command_path.split()[1:]) if traced else None,
             ) as current:
-                current.folder, current.database_url = folder or Path(), url
+                current.folder, current.database_url, current.cluster = folder or Path(), url, on
                 code = function(current, **values)
                 if code:
                     raise typer.Exit(code)

@@ -129,6 +129,8 @@ class Session:
         self.folder = Path()
         self.database_url: str | None = None
         """The database that ``--database-url`` names."""
+        self.cluster: str | None = None
+        """The Ray cluster that ``--cluster`` names."""
         # At each import it reports that a hub kernel, which nothing here uses, is not installed.
         logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         if logging.lastResort is not None:
@@ -145,17 +147,17 @@ class Session:
 
     @cached_property
     def project(self) -> Project:
-        """The project in the folder, with the database that ``--database-url`` names. It must exist."""
+        """The project in the folder, with what ``--database-url`` and ``--cluster`` name. It must exist."""
         import tunewright
         from tunewright.api import Project
         from tunewright.config.project import ProjectFolder
 
         opened = tunewright.open(self.folder, self.reporter)
-        if self.database_url is None:
-            return opened
-        config = opened.folder.config
-        serve = config.serve.model_copy(update={"database_url": self.database_url})
-        return Project(ProjectFolder(self.folder, config.model_copy(update={"serve": serve})), self.reporter)
+        folder = opened.folder.on_cluster(self.cluster)
+        if self.database_url is not None:
+            serve = folder.config.serve.model_copy(update={"database_url": self.database_url})
+            folder = ProjectFolder(self.folder, folder.config.model_copy(update={"serve": serve}))
+        return opened if folder is opened.folder else Project(folder, self.reporter)
 
     @cached_property
     def unopened(self) -> Project:

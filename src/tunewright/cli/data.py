@@ -83,6 +83,7 @@ class AddOptions:
     data_app,
     "add",
     options=AddOptions,
+    cluster=True,
     example="tunewright data add pairs.jsonl -m 'first export'",
     kept="nothing was added; run the same command again",
 )
@@ -117,7 +118,11 @@ def data_add(
 
 
 @command(
-    data_app, "check", options=AddOptions, example="tunewright data check pairs.csv --input question --output answer"
+    data_app,
+    "check",
+    options=AddOptions,
+    cluster=True,
+    example="tunewright data check pairs.csv --input question --output answer",
 )
 def data_check(
     run: Session,
@@ -143,6 +148,7 @@ def data_check(
         if files is None or len(files) != 1:
             what = f"--fix requires exactly one file (got {len(files or ())})"
             raise UserError(what, where="--fix", fix="Name one file.")
+        adding += ["--cluster"] if run.cluster is not None else []
         if adding:
             raise UserError(f"--fix does not use {', '.join(adding)}", where="--fix", fix="Leave the option out.")
         changes = data.fix_file(files[0], fix, options.for_api().mapping)
@@ -161,7 +167,7 @@ def data_check(
     return USER_ERROR if report.refused(dropping=dropping) else None
 
 
-@command(data_app, "leakage", example="tunewright data leakage --against benchmark.jsonl")
+@command(data_app, "leakage", cluster=True, example="tunewright data leakage --against benchmark.jsonl")
 def data_leakage(
     run: Session,
     evaluation: Annotated[

@@ -101,7 +101,7 @@ def config_show(run: Session) -> None:
     run.show(values, yaml.safe_dump(values, sort_keys=False).rstrip())
 
 
-@command(app, "run", panel=PROJECT, example="tunewright run", kept=RESUMES)
+@command(app, "run", panel=PROJECT, cluster=True, example="tunewright run", kept=RESUMES)
 def run(
     run: Session,
     force: Annotated[
@@ -122,7 +122,14 @@ def run(
 
 
 @command(
-    app, "demo", panel=PROJECT, example="tunewright demo tunewright-demo", kept=RESUMES, status=False, project=False
+    app,
+    "demo",
+    panel=PROJECT,
+    cluster=True,
+    example="tunewright demo tunewright-demo",
+    kept=RESUMES,
+    status=False,
+    project=False,
 )
 def demo(
     run: Session,
@@ -144,7 +151,7 @@ def demo(
     from tunewright.demo_tenants import show_two_tenants
     from tunewright.evidence.schema import load_items
 
-    project = open_demo(directory, run.reporter, whole=whole)
+    project = open_demo(directory, run.reporter, whole=whole, cluster=run.cluster)
     with run.reporter.pipeline(_DEMO_STAGES) as stage_done:
         result = project.run(stage_done=stage_done, prompting_done=partial(show_prompting, run))
         if stage_done:

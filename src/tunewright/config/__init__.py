@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from tunewright.config.advise import AdviseConfig, PriceConfig
+from tunewright.config.compute import ComputeConfig
 from tunewright.config.data import DataConfig, Duplicates, Findable, MixConfig
 from tunewright.config.endpoint import EndpointConfig
 from tunewright.config.gateway import GatewayConfig
@@ -39,6 +40,7 @@ __all__ = [
     "AdviseConfig",
     "AnswerEngineName",
     "ChatConfig",
+    "ComputeConfig",
     "Config",
     "ConstrainConfig",
     "DataConfig",
@@ -396,3 +398,8 @@ class Config(Section):
     generate: GenerateConfig = GenerateConfig()
     serve: ServeConfig = ServeConfig()
     gateway: GatewayConfig = GatewayConfig()
+    compute: ComputeConfig = ComputeConfig()
+
+    def deciding(self) -> dict[str, Any]:
+        """Return all values but those of ``compute``, which decide no result, as JSON for lineages."""
+        return self.model_dump(mode="json", exclude={"compute"})

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from tunewright.config import Config
+from tunewright.config.compute import with_cluster
 from tunewright.config.io import load_config
 from tunewright.core.errors import UserError
 from tunewright.core.io import write_text
@@ -31,6 +32,17 @@ class ProjectFolder:
     def has_config(self) -> bool:
         """True if this is a project at all."""
         return self.changed_config is not None or (self.root / CONFIG_FILE).exists()
+
+    def on_cluster(self, cluster: str | None) -> ProjectFolder:
+        """Return the folder with this ``compute.cluster`` (None: the config's).
+
+        Raises:
+            UserError: the cluster is none of the three forms.
+        """
+        if cluster is None:
+            return self
+        compute = with_cluster(self.config.compute, cluster)
+        return ProjectFolder(self.root, self.config.model_copy(update={"compute": compute}))
 
     @property
     def dataset(self) -> Path:

@@ -14,6 +14,7 @@ from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.core.text import count_of
+from tunewright.core.workers import THIS_PROCESS, Workers
 from tunewright.data import notices
 from tunewright.data.add_plan import AddOptions, AddPlan, plan_add
 from tunewright.data.dedup.decontaminate import ContaminationHit
@@ -104,6 +105,7 @@ def add(
     replace: bool = False,
     restore: bool = False,
     split_from: Path | None = None,
+    workers: Workers = THIS_PROCESS,
 ) -> AddResult:
     """Add files of pairs to the project's dataset; known rows change nothing.
 
@@ -119,6 +121,7 @@ def add(
             several outputs, the files must have at least as many, which replace them all.
         restore: add rows again that were removed or superseded earlier.
         split_from: a project or dataset folder whose rows keep their split in this new dataset.
+        workers: check and compare the rows.
 
     Raises:
         UserError: faulty rows, secrets (named by place, never by value), new conflicts (unless data.conflicts accepts
@@ -126,10 +129,11 @@ def add(
             then unchanged.
     """
     config = project.config
-    inputs = _read(files, config, reporter, skip_bad=skip_bad)
-    screened = screen(inputs.rows, config.data.allow, reporter, redact=redact, presidio=presidio)
+    inputs = _read(files, config, reporter, workers, skip_bad=skip_bad)
+    allow = config.data.allow
+    screened = screen(inputs.rows, allow, reporter, redact=redact, presidio=presidio, workers=workers)
     with locked(project.dataset):
-        planned = plan_add(project, screened.rows, reporter, AddOptions(replace, restore, split_from))
+        planned = plan_add(project, screened.rows, reporter, AddOptions(replace, restore, split_from), workers=workers)
         version = _save(project, inputs, planned, reporter, message=message)
     rows, merged, draft = planned.rows, planned.merged, planned.draft
     fates = Counter(draft.fate(row, merged)["fate"] for row in rows)
@@ -247,12 +251,14 @@ class _InputFiles:
         return [fault for reading in self.readings for fault in reading.faults]
 
 
-def _read(files: Sequence[Path], config: Config, reporter: Reporter, *, skip_bad: bool) -> _InputFiles:
+def _read(
+    files: Sequence[Path], config: Config, reporter: Reporter, workers: Workers, *, skip_bad: bool
+) -> _InputFiles:
     if not files:
         raise UserError("No file to add", fix="Name one or more files of pairs, or list them in data.sources.")
     size = sum(source_size(path) for path in files)
     with reporter.task("reading", size, "bytes") as task:
-        inputs = _InputFiles(files, [read_pairs(path, config.data, task) for path in files])
+        inputs = _InputFiles(files, [read_pairs(path, config.data, task, workers) for path in files])
     for reading in inputs.readings:
         for note in reading.notes:
             reporter.say(note)

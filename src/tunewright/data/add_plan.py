@@ -12,6 +12,7 @@ from typing import Any
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
+from tunewright.core.workers import THIS_PROCESS, Workers
 from tunewright.data import notices
 from tunewright.data.merge import Merge, merge
 from tunewright.data.notices import Conflict, Duplicate
@@ -108,6 +109,7 @@ def preview(
     redact: bool = False,
     presidio: str | None = None,
     options: AddOptions | None = None,
+    workers: Workers = THIS_PROCESS,
 ) -> Preview:
     """Check files against the current version; rows are held in memory.
 
@@ -117,26 +119,29 @@ def preview(
         reporter: receives the warnings of ``add``.
         skip_bad, redact, presidio: as for ``add``.
         options: the other options of ``add``.
+        workers: check and compare the rows.
 
     Raises:
         UserError: a template or JMESPath of the config is invalid, or the dataset was changed by hand.
     """
     rows: list[SourceRow] = []
-    checked = check_files(paths, project.config.data, reporter, rows)
+    checked = check_files(paths, project.config.data, reporter, rows, workers)
     refusals: list[UserError] = []
     if checked.faults and skip_bad:
         reporter.warn(notices.skipped(checked.faults))
     elif checked.faults:
         refusals.append(notices.faulty(checked.faults))
     try:
-        rows = screen(rows, project.config.data.allow, reporter, redact=redact, presidio=presidio).rows
+        allow = project.config.data.allow
+        rows = screen(rows, allow, reporter, redact=redact, presidio=presidio, workers=workers).rows
     except UserError as refusal:
         refusals.append(refusal)
     effect, conflicts = None, list[Conflict]()
     metadata = Counter(key for row in rows for key in row.metadata)
     if rows or (checked.faults and skip_bad):
         try:
-            planned = plan_add(project, rows, reporter, options or AddOptions(), refuse_conflicts=False)
+            given = options or AddOptions()
+            planned = plan_add(project, rows, reporter, given, refuse_conflicts=False, workers=workers)
         except UserError as refusal:
             refusals.append(refusal)
         else:
@@ -231,6 +236,7 @@ def plan_add(
     options: AddOptions,
     *,
     refuse_conflicts: bool = True,
+    workers: Workers = THIS_PROCESS,
 ) -> AddPlan:
     """Merge screened rows into the current version, cluster and split them, without writing anything.
 
@@ -240,6 +246,7 @@ def plan_add(
         reporter: receives warnings on rows left out, moved or doubtful.
         options: as for ``add``.
         refuse_conflicts: raise for new conflicts, unless data.conflicts accepts them; else see ``fresh_conflicts``.
+        workers: compare the rows.
 
     Raises:
         UserError: new conflicts, too few rows to split, a dataset changed by hand.
@@ -254,6 +261,7 @@ def plan_add(
         replace=options.replace,
         restore=options.restore,
         accept=data.conflicts == "accept",
+        workers=workers,
     )
     rows = merged.rows
     conflicts = merged.conflicts()
@@ -269,7 +277,7 @@ def plan_add(
     )
     if inherited and data.split_by == "output_template":
         refuse_split_templates(inherited, merged.kept)
-    draft = draft_version(project, merged, rows, reporter, inherited.splits if inherited else None)
+    draft = draft_version(project, merged, rows, reporter, inherited.splits if inherited else None, workers)
     if inherited:
         reporter.say(inheritance_notice(inherited, draft.members))
     near = merged.near_duplicates({m.key for m in draft.members})

@@ -12,6 +12,7 @@ from typing import Any
 from tunewright.config import Duplicates
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
+from tunewright.core.workers import THIS_PROCESS, Workers
 from tunewright.data.dedup import exact_repeats, find_duplicates, near_repeats
 from tunewright.data.examples import Example, Message, in_conflict
 from tunewright.data.notices import Conflict, Duplicate, ReplacedRow, conflicting
@@ -167,6 +168,7 @@ def merge(
     replace: bool = False,
     restore: bool = False,
     accept: bool = False,
+    workers: Workers = THIS_PROCESS,
 ) -> Merge:
     """Merge rows into the current version, if there is one.
 
@@ -176,6 +178,7 @@ def merge(
         replace: let rows replace known ones with the same input and another output.
         restore: add rows that were removed or superseded earlier.
         accept: allow several outputs of an input, which ``replace`` then replaces together.
+        workers: compare the rows.
 
     Raises:
         UserError: ``restore`` meets a purged row, or rows cannot replace others (``supersede``).
@@ -219,7 +222,7 @@ def merge(
     keys = [*stay, *(key for key in new if key not in staying)]
     examples = [known[key] if key in known else first[key].example for key in keys]
     if duplicates == "drop":
-        repeats = find_duplicates(examples, len(stay), similarity, reporter)
+        repeats = find_duplicates(examples, len(stay), similarity, reporter, workers)
     else:
         repeats = exact_repeats(examples, len(stay))
     dropped = {keys[row]: (keys[repeat.of], repeat.similarity) for row, repeat in repeats.items()}
@@ -227,7 +230,7 @@ def merge(
     near: dict[str, tuple[str, float]] = {}
     if duplicates == "keep":
         names = list(kept)
-        found = near_repeats(list(kept.values()), similarity, reporter)
+        found = near_repeats(list(kept.values()), similarity, reporter, workers)
         near = {names[row]: (names[repeat.of], repeat.similarity) for row, repeat in found.items()}
     read = [*rows, *(row for row in read if row.example.pair_key in withheld)]
     generated = _generated(parent, first, people, reweighted, replacement) & kept.keys()

@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json
-from tunewright.core.progress import Reporter
+from tunewright.core.progress import Reporter, Task
 from tunewright.core.text import listed
+from tunewright.core.workers import THIS_PROCESS, Workers, slices
 from tunewright.data import pii
 from tunewright.data.examples import Example
+from tunewright.data.pii import LocatedFinding
 from tunewright.data.pii.names import open_presidio
 from tunewright.data.pii.secret_patterns import Finder, Finding
 from tunewright.data.readers import SourceRow
@@ -33,7 +36,13 @@ class ScreenedRows:
 
 
 def screen(
-    rows: list[SourceRow], allow: Sequence[str], reporter: Reporter, *, redact: bool, presidio: str | None
+    rows: list[SourceRow],
+    allow: Sequence[str],
+    reporter: Reporter,
+    *,
+    redact: bool,
+    presidio: str | None,
+    workers: Workers = THIS_PROCESS,
 ) -> ScreenedRows:
     """Search rows for secrets and personal data.
 
@@ -41,17 +50,26 @@ def screen(
         allow: kinds that are permitted, and reported.
         redact: replace findings by placeholders.
         presidio: a spaCy model that finds names and places too.
+        workers: search the rows.
 
     Raises:
         UserError: a secret that is neither replaced nor allowed, by place; or presidio or its model is missing.
     """
-    also = open_presidio(presidio) if presidio else None
-    redacted: Counter[str] = Counter()
+    screening = _Screening(tuple(allow), redact, presidio)
+    if presidio:
+        _finder(presidio)  # refuse before any row is read
+    with reporter.task("looking for secrets", len(rows), "examples") as task:
+        parts = list(workers.map(_screened, screening, slices(rows, pii.STEP), task))
     if redact:
-        rows, redacted = _redacted(rows, also, allow, reporter)
-    rows = _with_clean_values(rows, also, allow, reporter, redact=redact)
-    placed = [(f"{row.source}:{row.line}", row.example) for row in rows]
-    found = pii.scan(placed, reporter, also=also, allow=allow)
+        rows = [row for part in parts for row in part.rows]
+    redacted: Counter[str] = Counter()
+    for part in parts:
+        redacted.update(part.redacted)
+    if redacted:
+        kinds = ", ".join(f"{count:,} {pii.LABELS[kind]}" for kind, count in sorted(redacted.items()))
+        reporter.say(f"Replaced by placeholders: {kinds}")
+    _report_values(parts, reporter, redact=redact)
+    found = pii.Scan(len(rows), tuple(place for part in parts for place in part.found), frozenset(allow))
     if allowed := pii.allowed_note(found):
         reporter.say(allowed)
     if found.of("secret"):
@@ -61,23 +79,65 @@ def screen(
     return ScreenedRows(rows, dict(redacted), dict(found.counts))
 
 
+@dataclass(frozen=True)
+class _Screening:
+    """Options of :func:`screen`."""
+
+    allow: tuple[str, ...]
+    redact: bool
+    presidio: str | None
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Findings in turns of some rows, and in values of groups and metadata; with ``redact`` the rows without them."""
+
+    rows: list[SourceRow]
+    redacted: Counter[str]
+    found: list[LocatedFinding]
+    values: _ValueFindings
+
+
+@dataclass
+class _ValueFindings:
+    """Findings in values: the texts, and places for messages by category."""
+
+    texts: set[str] = field(default_factory=set)
+    secret: list[str] = field(default_factory=list)
+    personal: list[str] = field(default_factory=list)
+
+
+@cache
+def _finder(presidio: str) -> Finder:
+    """Return a model's finder, loaded once in each process."""
+    return open_presidio(presidio)
+
+
+def _screened(screening: _Screening, rows: Sequence[SourceRow], task: Task) -> _Part:
+    """Search some rows, and replace what is found if that is wanted."""
+    also = _finder(screening.presidio) if screening.presidio else None
+    redacted: Counter[str] = Counter()
+    if screening.redact:
+        rows, redacted = _redacted(rows, also, screening.allow)
+    values = _ValueFindings()
+    clean = _with_clean_values(rows, also, screening, values)
+    found = pii.find_in_rows([(f"{row.source}:{row.line}", row.example) for row in clean], also)
+    task.advance(len(rows))
+    return _Part(clean if screening.redact else [], redacted, found, values)
+
+
 def _redacted(
-    rows: Sequence[SourceRow], also: Finder | None, allow: Sequence[str], reporter: Reporter
+    rows: Sequence[SourceRow], also: Finder | None, allow: Sequence[str]
 ) -> tuple[list[SourceRow], Counter[str]]:
     done: list[SourceRow] = []
     counts: Counter[str] = Counter()
-    with reporter.task("redacting", len(rows), "rows") as task:
-        for row in rows:
-            example, of_row = pii.redact(row.example, also=also, allow=allow)
-            counts.update(of_row)
-            metadata = row.metadata
-            if REJECTED in metadata and isinstance(metadata[REJECTED], str | list):
-                metadata = {**metadata, REJECTED: _redacted_answer(row.example, metadata[REJECTED], also, allow)}
-            done.append(replace(row, example=example, metadata=metadata))
-            task.advance()
-    if counts:
-        kinds = ", ".join(f"{count:,} {pii.LABELS[kind]}" for kind, count in sorted(counts.items()))
-        reporter.say(f"Replaced by placeholders: {kinds}")
+    for row in rows:
+        example, of_row = pii.redact(row.example, also=also, allow=allow)
+        counts.update(of_row)
+        metadata = row.metadata
+        if REJECTED in metadata and isinstance(metadata[REJECTED], str | list):
+            metadata = {**metadata, REJECTED: _redacted_answer(row.example, metadata[REJECTED], also, allow)}
+        done.append(replace(row, example=example, metadata=metadata))
     return done, counts
 
 
@@ -89,23 +149,22 @@ def _redacted_answer(example: Example, rejected: Any, also: Finder | None, allow
 
 
 def _with_clean_values(
-    rows: list[SourceRow], also: Finder | None, allow: Sequence[str], reporter: Reporter, *, redact: bool
+    rows: Sequence[SourceRow], also: Finder | None, screening: _Screening, values: _ValueFindings
 ) -> list[SourceRow]:
-    """Return the rows without secrets in group values and metadata, which the version stores unchanged.
+    """Return the rows, with ``redact`` without secrets in group values and metadata, which the version stores as given.
 
-    A text is replaced as a whole by its digest, so that rows of one group still share a value.
-
-    Raises:
-        UserError: a value contains a secret, and ``redact`` is not set.
+    A text is replaced as a whole by its digest, so that rows of one group still share a value. ``values`` receives the
+    findings.
     """
     found: dict[tuple[str, str], list[Finding]] = {}
-    places: dict[str, list[str]] = {"secret": [], "personal": []}
 
     def looked_at(name: str, text: str, row: SourceRow, where: str) -> bool:
         if (name, text) not in found:
-            found[name, text] = [f for f in pii.find_in_value(name, text, also) if f.kind not in allow]
+            found[name, text] = [f for f in pii.find_in_value(name, text, also) if f.kind not in screening.allow]
         for finding in found[name, text]:
-            places[finding.category].append(f"{row.source}:{row.line}: {pii.LABELS[finding.kind]} in {where}")
+            places = values.secret if finding.category == "secret" else values.personal
+            places.append(f"{row.source}:{row.line}: {pii.LABELS[finding.kind]} in {where}")
+            values.texts.add(text)
         return bool(found[name, text])
 
     clean = []
@@ -117,7 +176,7 @@ def _with_clean_values(
         bad_keys = {
             key for key, name, text in texts if looked_at(name, text, row, f"the key {bad_names.get(key, key)}")
         }
-        if redact and (bad_groups or bad_keys or bad_names):
+        if screening.redact and (bad_groups or bad_keys or bad_names):
             groups = {**row.groups, **{name: _digested(row.groups[name]) for name in bad_groups}}
             metadata = {
                 bad_names.get(key, key): _digested(canonical_json(value)) if key in bad_keys else value
@@ -125,23 +184,33 @@ def _with_clean_values(
             }
             row = replace(row, groups=groups, metadata=metadata)
         clean.append(row)
+    return clean
+
+
+def _report_values(parts: Sequence[_Part], reporter: Reporter, *, redact: bool) -> None:
+    """Report the findings in group values and metadata.
+
+    Raises:
+        UserError: a value contains a secret, and ``redact`` is not set.
+    """
     if redact:
-        values = len({text for (_, text), findings in found.items() if findings})
-        if values:
-            reporter.say(f"Replaced by digests: {values:,} values of groups and metadata")
-        return clean
-    if places["secret"]:
+        replaced = len(set().union(*(part.values.texts for part in parts)))
+        if replaced:
+            reporter.say(f"Replaced by digests: {replaced:,} values of groups and metadata")
+        return
+    secret = [place for part in parts for place in part.values.secret]
+    personal = [place for part in parts for place in part.values.personal]
+    if secret:
         raise UserError(
-            f"{len(places['secret']):,} secrets in groups or metadata, nothing was added\n{_places(places['secret'])}",
+            f"{len(secret):,} secrets in groups or metadata, nothing was added\n{_places(secret)}",
             fix="Name the key in data.drop_columns (for a group, use another key), or use --redact, which replaces "
             "values by digests.",
         )
-    if places["personal"]:
+    if personal:
         reporter.warn(
             "personal data in groups or metadata, which the version stores unchanged. --redact replaces values by "
-            f"digests; data.drop_columns drops a key.\n{_places(places['personal'])}"
+            f"digests; data.drop_columns drops a key.\n{_places(personal)}"
         )
-    return clean
 
 
 def _digested(value: str) -> str:

@@ -13,6 +13,7 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.core.text import count_of
+from tunewright.core.workers import THIS_PROCESS, Workers
 from tunewright.data import notices
 from tunewright.data.dedup import find_clusters, largest_clusters
 from tunewright.data.dedup.decontaminate import (
@@ -68,6 +69,7 @@ def draft_version(
     rows: Sequence[SourceRow],
     reporter: Reporter,
     inherited: Mapping[str, Split] | None = None,
+    workers: Workers = THIS_PROCESS,
 ) -> VersionDraft:
     """Cluster and split the rows, look for contamination, and draw the mix-in.
 
@@ -75,6 +77,7 @@ def draft_version(
         merged: the rows of the version.
         rows: the rows read, with their groups.
         inherited: the split that rows have in another dataset, for a new one.
+        workers: compare the rows.
 
     Raises:
         UserError: too few rows to split, or an unusable file of benchmark items or mix-in.
@@ -82,13 +85,13 @@ def draft_version(
     config = project.config
     benchmarks = {name: read_items(project.root / name) for name in config.data.benchmarks}
     dropping = config.data.contaminated == "drop"
-    training = _to_train(merged, benchmarks, reporter) if dropping else frozenset()
+    training = _to_train(merged, benchmarks, reporter, workers) if dropping else frozenset()
     manifest = merged.parent.manifest if merged.parent else None
     doubtful = unaccepted_keys(project.dataset, manifest, merged.generated)
     _refuse_generated_replacements(merged, doubtful)
-    domain, unaccepted = _domain(merged, rows, config, training, reporter, inherited or {}, doubtful)
+    domain, unaccepted = _domain(merged, rows, config, training, reporter, inherited or {}, doubtful, workers)
     # Shared phrases ("overlap") are reported by `data leakage` only.
-    hits = tuple(hit for hit in training_hits(domain, benchmarks, reporter) if hit.how != "overlap")
+    hits = tuple(hit for hit in training_hits(domain, benchmarks, reporter, workers) if hit.how != "overlap")
     items = item_names(hits, domain)
     held = [(merged.place(hit.row), hit.how, item) for hit, item in zip(hits, items, strict=True)]
     left_out = frozenset(hit.row for hit in hits if dropping or hit.row in doubtful)
@@ -129,7 +132,9 @@ def _refuse_generated_replacements(merged: Merge, doubtful: Collection[str]) -> 
         )
 
 
-def _to_train(merged: Merge, benchmarks: Mapping[str, Sequence[str]], reporter: Reporter) -> frozenset[str]:
+def _to_train(
+    merged: Merge, benchmarks: Mapping[str, Sequence[str]], reporter: Reporter, workers: Workers
+) -> frozenset[str]:
     """Return the new rows that contain a known test input or a benchmark item.
 
     Such a row must not go to dev or test: a row left out earlier would return when its file is added again.
@@ -137,7 +142,7 @@ def _to_train(merged: Merge, benchmarks: Mapping[str, Sequence[str]], reporter: 
     new = {key: merged.kept[key] for key in merged.first if key in merged.kept}
     tests = [m.example.input_text for m in merged.parent.domain_of("test")] if merged.parent else []
     labels = find_labels([example.output for example in merged.kept.values()])
-    hits = find_hits(new, {TEST: tests, **benchmarks}, reporter, labels)
+    hits = find_hits(new, {TEST: tests, **benchmarks}, reporter, labels, workers)
     return frozenset(hit.row for hit in hits if hit.how != "overlap")
 
 
@@ -149,6 +154,7 @@ def _domain(
     reporter: Reporter,
     inherited: Mapping[str, Split],
     doubtful: Collection[str],
+    workers: Workers,
 ) -> tuple[list[Member], frozenset[str]]:
     """Return the domain rows with splits and clusters, joined where rows share a group or an output template.
 
@@ -161,7 +167,7 @@ def _domain(
     outputs = {key: merged.kept[key].output.strip() for key in keys}
     unaccepted: frozenset[str] = frozenset()
     while True:
-        similar = _similar(keys, merged, config, reporter)
+        similar = _similar(keys, merged, config, reporter, workers)
         clusters = _joined(similar, groups, outputs, config)
         # A row that resembles a held-out one leaves alone; the others of its document or group may stay.
         gone = _held_out(similar, former, doubtful) or _held_out(clusters, former, doubtful)
@@ -203,9 +209,11 @@ def _held_out(
     return frozenset(key for keys in held_out for key in keys if key in doubtful)
 
 
-def _similar(keys: Sequence[str], merged: Merge, config: Config, reporter: Reporter) -> dict[str, list[str]]:
+def _similar(
+    keys: Sequence[str], merged: Merge, config: Config, reporter: Reporter, workers: Workers
+) -> dict[str, list[str]]:
     """Return the keys of each cluster of similar inputs."""
-    names = find_clusters([merged.kept[key] for key in keys], config.data.dedup_threshold, reporter)
+    names = find_clusters([merged.kept[key] for key in keys], config.data.dedup_threshold, reporter, workers)
     clusters: dict[str, list[str]] = defaultdict(list)
     for key, name in zip(keys, names, strict=True):
         clusters[name].append(key)

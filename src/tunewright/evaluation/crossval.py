@@ -323,7 +323,7 @@ class CrossValidation:
                 "dataset": self.version.digest,
                 "folds": [fold.version.digest for fold in done],
                 "adapters": [{"name": fold.adapter.name, "digest": fold.adapter.digest} for fold in done],
-                "config": self.config.model_dump(mode="json"),
+                "config": self.config.deciding(),
                 "forced": self.forced,
             },
         )

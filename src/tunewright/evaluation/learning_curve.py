@@ -276,7 +276,7 @@ class LearningCurve:
                 "engine": self.generator().used.model_dump(mode="json"),
                 "dataset": self.version.digest,
                 "dev_split": self.version.split_digest("dev"),
-                "config": config.model_dump(mode="json"),
+                "config": config.deciding(),
                 "forced": self.forced,
             },
         )

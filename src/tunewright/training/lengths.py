@@ -8,14 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from tunewright.chat import ChatFormat, Tokens
-from tunewright.core.progress import Reporter
+from tunewright.chat import ChatFormat
+from tunewright.core.progress import Reporter, Task
+from tunewright.core.workers import THIS_PROCESS, Workers, slices
 from tunewright.data.splits import SPLITS, Split
-from tunewright.data.versions import DatasetVersion
-from tunewright.training.rows import EncodedRows, encode_members, name_of
+from tunewright.data.versions import DatasetVersion, Member
+from tunewright.training.rows import encode_members, name_of
 
 PERCENTILES = (0, 25, 50, 75, 90, 99, 100)
 _BINS = 12
+_ROWS = 1000  # rows encoded at once
 _WIDTHS = [step * 10**power for power in range(8) for step in (1, 2, 5)]
 
 
@@ -64,42 +66,84 @@ class LengthReport:
 
 
 def measure_lengths(
-    chat: ChatFormat, base: str, version: DatasetVersion, max_length: int, reporter: Reporter
+    chat: ChatFormat,
+    base: str,
+    version: DatasetVersion,
+    max_length: int,
+    reporter: Reporter,
+    workers: Workers = THIS_PROCESS,
 ) -> LengthReport:
     """Encode every row of every split as training would."""
-    encoded: dict[Split, EncodedRows] = {}
+    measured: dict[Split, list[_Measured]] = {}
     with reporter.task("encoding", len(version.members), "examples") as task:
         for split in SPLITS:
-            members = version.examples(split)
-            encoded[split] = encode_members(chat, members, max_length)
-            task.advance(len(members))
-    rows = {split: [*each.rows, *(long.row for long in each.too_long)] for split, each in encoded.items()}
+            parts = slices(version.examples(split), _ROWS)
+            measured[split] = list(workers.map(_measured, _Encoding(chat, max_length), parts, task))
+    lengths = {split: [n for part in parts for n in part.lengths] for split, parts in measured.items()}
     return LengthReport(
         version=version.digest,
         base=base,
         template_digest=chat.digest,
         max_length=max_length,
-        splits=tuple(_summary(split, rows[split]) for split in SPLITS if rows[split]),
-        histogram=_histogram([len(row.ids) for each in rows.values() for row in each]),
-        too_long=tuple(
-            {"key": row.member.key, "name": name_of(row.member), "split": split, "tokens": len(row.row.ids)}
+        splits=tuple(
+            _summary(split, lengths[split], sum(part.trained for part in measured[split]))
             for split in SPLITS
-            for row in encoded[split].too_long
+            if lengths[split]
         ),
-        faults=tuple(fault for split in SPLITS for fault in encoded[split].faults),
-        look_alikes=sum(bool(chat.encoder.hide(m.example.messages)[1]) for m in version.members),
+        histogram=_histogram([length for each in lengths.values() for length in each]),
+        too_long=tuple(
+            {"key": key, "name": name, "split": split, "tokens": tokens}
+            for split in SPLITS
+            for part in measured[split]
+            for key, name, tokens in part.too_long
+        ),
+        faults=tuple(fault for split in SPLITS for part in measured[split] for fault in part.faults),
+        look_alikes=sum(part.look_alikes for parts in measured.values() for part in parts),
     )
 
 
-def _summary(split: Split, rows: Sequence[Tokens]) -> Lengths:
-    lengths = [len(row.ids) for row in rows]
+@dataclass(frozen=True)
+class _Encoding:
+    """The format of rows, and the most tokens of one."""
+
+    chat: ChatFormat
+    max_length: int
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Token lengths of some rows, their trained tokens, those too long (key, name, tokens), and faults."""
+
+    lengths: list[int]
+    trained: int
+    too_long: list[tuple[str, str, int]]
+    faults: list[str]
+    look_alikes: int
+
+
+def _measured(encoding: _Encoding, members: Sequence[Member], task: Task) -> _Measured:
+    """Encode some rows."""
+    chat = encoding.chat
+    encoded = encode_members(chat, members, encoding.max_length)
+    rows = [*encoded.rows, *(long.row for long in encoded.too_long)]
+    task.advance(len(members))
+    return _Measured(
+        [len(row.ids) for row in rows],
+        sum(sum(row.loss_mask) for row in rows),
+        [(long.member.key, name_of(long.member), len(long.row.ids)) for long in encoded.too_long],
+        encoded.faults,
+        sum(bool(chat.encoder.hide(m.example.messages)[1]) for m in members),
+    )
+
+
+def _summary(split: Split, lengths: Sequence[int], trained: int) -> Lengths:
     values = np.percentile(lengths, PERCENTILES, method="nearest")
     return Lengths(
         split=split,
         rows=len(lengths),
         percentiles={p: int(value) for p, value in zip(PERCENTILES, values, strict=True)},
         tokens=sum(lengths),
-        trained=sum(sum(row.loss_mask) for row in rows),
+        trained=trained,
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from tunewright.core.progress import Reporter
+from tunewright.core.workers import THIS_PROCESS, Workers
 from tunewright.data.dedup.similarity import link, nearest_kept, shingle_matrix, similarities
 from tunewright.data.examples import INSTRUCTIONS, Example, normalised
 from tunewright.data.versions import DatasetVersion, Member
@@ -56,7 +57,9 @@ def _common_head(texts: Collection[str]) -> str:
     return low[:same]
 
 
-def find_duplicates(examples: Sequence[Example], kept: int, threshold: float, reporter: Reporter) -> dict[int, Repeat]:
+def find_duplicates(
+    examples: Sequence[Example], kept: int, threshold: float, reporter: Reporter, workers: Workers = THIS_PROCESS
+) -> dict[int, Repeat]:
     """Return the rows that repeat an earlier one: near-equal input, same output, system turn and functions.
 
     Rows are compared in order with those kept so far, so that a chain of small differences is not dropped as a whole.
@@ -66,6 +69,8 @@ def find_duplicates(examples: Sequence[Example], kept: int, threshold: float, re
         examples: all rows, in order of preference.
         kept: number of first rows that are always kept.
         threshold: Jaccard similarity of the inputs' character 4-grams, in (0, 1].
+        reporter: shows the progress.
+        workers: compare the rows.
 
     Returns:
         The most similar kept row of each dropped row.
@@ -73,7 +78,7 @@ def find_duplicates(examples: Sequence[Example], kept: int, threshold: float, re
     numbers: dict[tuple[tuple[str, ...], str], int] = {}
     answers = np.array([numbers.setdefault(_answer(e), len(numbers)) for e in examples], dtype=np.int64)
     texts = comparison_texts(examples)
-    pairs = nearest_kept(texts, answers, kept, threshold, reporter, "looking for duplicates")
+    pairs = nearest_kept(texts, answers, kept, threshold, reporter, "looking for duplicates", workers)
     return {
         row: Repeat(of, similarity)
         for row, of, similarity in zip(
@@ -91,7 +96,9 @@ def _instructions(example: Example) -> tuple[str, ...]:
     return tuple(m.content for m in example.prompt if m.role in INSTRUCTIONS)
 
 
-def find_clusters(examples: Sequence[Example], threshold: float, reporter: Reporter) -> list[str]:
+def find_clusters(
+    examples: Sequence[Example], threshold: float, reporter: Reporter, workers: Workers = THIS_PROCESS
+) -> list[str]:
     """Return the cluster name of each row: rows linked by a chain of near-equal inputs share one.
 
     A cluster's name is its smallest pair key, so that names do not depend on the order of rows.
@@ -99,9 +106,11 @@ def find_clusters(examples: Sequence[Example], threshold: float, reporter: Repor
     Args:
         examples: all rows, each pair key once.
         threshold: Jaccard similarity of the inputs' character 4-grams, in (0, 1].
+        reporter: shows the progress.
+        workers: compare the rows.
     """
     names: dict[int, str] = {}
-    labels = link(comparison_texts(examples), threshold, reporter, "clustering").tolist()
+    labels = link(comparison_texts(examples), threshold, reporter, "clustering", workers).tolist()
     for label, example in zip(labels, examples, strict=True):
         names[label] = min(names.get(label, example.pair_key), example.pair_key)
     return [names[label] for label in labels]
@@ -176,9 +185,11 @@ def exact_repeats(examples: Sequence[Example], kept: int) -> dict[int, Repeat]:
     return repeats
 
 
-def near_repeats(examples: Sequence[Example], similarity: float, reporter: Reporter) -> dict[int, Repeat]:
+def near_repeats(
+    examples: Sequence[Example], similarity: float, reporter: Reporter, workers: Workers = THIS_PROCESS
+) -> dict[int, Repeat]:
     """Return the rows that ``data.duplicates: drop`` would leave out, each with the one it repeats."""
-    return find_duplicates(examples, 0, similarity, reporter)
+    return find_duplicates(examples, 0, similarity, reporter, workers)
 
 
 def count_near_repeats(members: Iterable[Member], similarity: float, reporter: Reporter) -> int:

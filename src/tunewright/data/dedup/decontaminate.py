@@ -26,14 +26,16 @@ from typing import Literal
 
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
-from tunewright.core.progress import Reporter
+from tunewright.core.progress import Reporter, Task
 from tunewright.core.unicode import normalize
+from tunewright.core.workers import THIS_PROCESS, Workers
 from tunewright.data.examples import Example, find_labels
 from tunewright.data.versions import DatasetVersion, Member, short
 
 RUN = 13  # words
 FEWEST = 5  # words
 CONTAINED = 0.8  # of an item's runs
+_ROWS = 500  # rows that a worker searches at once
 BOILERPLATE = 10  # items: a run of more items of a source is a phrase of the suite
 FIELDS = ("question", "query", "prompt", "instruction", "input", "text")
 
@@ -78,6 +80,7 @@ def find_hits(
     against: Mapping[str, Sequence[str]],
     reporter: Reporter,
     labels: Collection[str] = frozenset(),
+    workers: Workers = THIS_PROCESS,
 ) -> list[ContaminationHit]:
     """Return the best hit of each row and item, sorted by row, source and item.
 
@@ -86,34 +89,55 @@ def find_hits(
         against: name of each source, such as "test split" or a file's, to the texts of its items.
         reporter: shows the progress.
         labels: outputs that are labels (``find_labels``), which are ignored as assistant turns.
+        workers: search the rows.
     """
     sources = [_source(name, texts) for name, texts in against.items()]
     hits: dict[tuple[str, str, int], ContaminationHit] = {}
     pieces: dict[Words, list[str]] = defaultdict(list)
     with reporter.task("looking for test items", len(rows), "examples") as task:
-        for key, example in rows.items():
-            asked = [normalised_words(m.content) for m in example.messages if m.role == "user"]
-            replies = [m.text for m in example.messages if m.role in ("assistant", "tool")]
-            said = [normalised_words(reply) for reply in replies if reply.strip() not in labels]
-            turns = [*asked, *(turn for turn in said if len(turn) >= FEWEST)]
-            for turn in asked:
-                if FEWEST <= len(turn) < RUN:
-                    pieces[turn].append(key)
-            for source in sources:
-                for item, how, score in _found(turns, source):
-                    hits[key, source.name, item] = ContaminationHit(key, source.name, item, how, score)
-            task.advance()
+        searched = workers.map(_searched, _Searched(sources, frozenset(labels)), rows.items(), task, _ROWS)
+        for key, (found, short_turns) in zip(rows, searched, strict=True):
+            hits |= {(key, hit.source, hit.item): hit for hit in found}
+            for turn in short_turns:
+                pieces[turn].append(key)
     for source in sources:
         for item, row in _holding(source, pieces):
             hits.setdefault((row, source.name, item), ContaminationHit(row, source.name, item, "contained", 1.0))
     return [hits[place] for place in sorted(hits)]
 
 
+@dataclass(frozen=True)
+class _Searched:
+    """Sources that rows are searched for, and the outputs that are labels."""
+
+    sources: Sequence[_Source]
+    labels: frozenset[str]
+
+
+def _searched(what: _Searched, row: tuple[str, Example], task: Task) -> tuple[list[ContaminationHit], list[Words]]:
+    """Return a row's hits, and its short user turns, which may be parts of items."""
+    key, example = row
+    asked = [normalised_words(m.content) for m in example.messages if m.role == "user"]
+    replies = [m.text for m in example.messages if m.role in ("assistant", "tool")]
+    said = [normalised_words(reply) for reply in replies if reply.strip() not in what.labels]
+    turns = [*asked, *(turn for turn in said if len(turn) >= FEWEST)]
+    hits = [
+        ContaminationHit(key, source.name, item, how, score)
+        for source in what.sources
+        for item, how, score in _found(turns, source)
+    ]
+    task.advance()
+    return hits, [turn for turn in asked if FEWEST <= len(turn) < RUN]
+
+
 TEST = "the test split"
 
 
 def training_hits(
-    members: Sequence[Member], benchmarks: Mapping[str, Sequence[str]], reporter: Reporter
+    members: Sequence[Member],
+    benchmarks: Mapping[str, Sequence[str]],
+    reporter: Reporter,
+    workers: Workers = THIS_PROCESS,
 ) -> list[ContaminationHit]:
     """Return the hits of training rows on test inputs and benchmark items.
 
@@ -121,10 +145,11 @@ def training_hits(
         members: all rows of a version or of a draft; an item's index in ``TEST`` counts the test rows, in order.
         benchmarks: name of each file to the texts of its items.
         reporter: shows the progress.
+        workers: search the rows.
     """
     training = {m.key: m.example for m in members if m.split == "train"}
     against = {TEST: [m.example.input_text for m in _tests(members)], **benchmarks}
-    return find_hits(training, against, reporter, find_labels([m.example.output for m in members]))
+    return find_hits(training, against, reporter, find_labels([m.example.output for m in members]), workers)
 
 
 def item_names(hits: Sequence[ContaminationHit], members: Sequence[Member]) -> list[str]:
@@ -213,10 +238,12 @@ def _source(name: str, texts: Sequence[str]) -> _Source:
             length = min(RUN, len(words))
             for run in dict.fromkeys(_runs(words, length)):
                 runs[length][run].append(number)
-    for length, table in runs.items():
-        runs[length] = {run: numbers for run, numbers in table.items() if len(numbers) <= BOILERPLATE}
-    counted = Counter(number for table in runs.values() for numbers in table.values() for number in numbers)
-    return _Source(name, items, equal, runs, counted)
+    rare = {
+        length: {run: numbers for run, numbers in table.items() if len(numbers) <= BOILERPLATE}
+        for length, table in runs.items()
+    }
+    counted = Counter(number for table in rare.values() for numbers in table.values() for number in numbers)
+    return _Source(name, items, equal, rare, counted)
 
 
 def _common_head(texts: Collection[Words]) -> int:
@@ -296,13 +323,18 @@ _SUREST: tuple[MatchKind, ...] = ("equal", "contained", "overlap")
 
 
 def contamination(
-    project: ProjectFolder, version: DatasetVersion, files: Sequence[Path], reporter: Reporter
+    project: ProjectFolder,
+    version: DatasetVersion,
+    files: Sequence[Path],
+    reporter: Reporter,
+    workers: Workers = THIS_PROCESS,
 ) -> Contamination:
     """Search all training rows, including the mix-in, for test inputs and benchmark items.
 
     Args:
         project: its config names benchmarks, relative to its folder.
         files: further files of items for ``read_items``.
+        workers: search the rows.
 
     Raises:
         UserError: a file cannot be read.
@@ -310,7 +342,7 @@ def contamination(
     benchmarks = {name: read_items(project.root / name) for name in project.config.data.benchmarks}
     benchmarks |= {str(path): read_items(path) for path in files}
     mixed = {m.key for m in version.members if m.mixed}
-    hits = sorted(training_hits(version.members, benchmarks, reporter), key=_rank)
+    hits = sorted(training_hits(version.members, benchmarks, reporter, workers), key=_rank)
     found = tuple(
         ContaminatedRow(hit.row, item, hit.source, hit.how, round(hit.score, 4), hit.row in mixed)
         for hit, item in zip(hits, item_names(hits, version.members), strict=True)

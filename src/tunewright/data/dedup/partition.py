@@ -140,13 +140,18 @@ class SizeClass:
         threshold: Jaccard similarity, in (0, 1].
         low: fewest shingles of the larger text of a pair.
         high: most shingles.
+        part: number of the part, if several workers look: each pair is found in the part of its larger text, or, of
+            texts of one size, in that of either.
+        parts: number of parts.
     """
 
-    def __init__(self, rows: Any, sizes: Indices, threshold: float, low: int, high: int) -> None:
-        self._texts = np.flatnonzero((sizes >= threshold * low - ROUNDING) & (sizes <= high)).astype(np.int64)
+    def __init__(
+        self, rows: Any, sizes: Indices, threshold: float, low: int, high: int, part: int = 0, parts: int = 1
+    ) -> None:
+        self._texts = members_of(sizes, threshold, low, high)
         self._sizes, self._threshold, self._low = sizes[self._texts], threshold, low
-        self._large: Mask = self._sizes >= low
-        self._rows = rows[self._texts]
+        self._large: Mask = (self._sizes >= low) & (np.arange(len(self._texts)) % parts == part)
+        self._rows = rows if len(self._texts) == len(sizes) else rows[self._texts]
         self._different = math.floor((1 - threshold) / (1 + threshold) * 2 * high + ROUNDING)
         self._sketches = Sketches(self._rows, self._sizes, threshold, high)
         self._by_signature = self._signed() if len(self._texts) > _FEW else None
@@ -184,8 +189,11 @@ class SizeClass:
             if signed is not None:
                 signed = signed.apart(labels[self._texts])
         every = np.arange(len(self._texts))
-        sizes = np.bincount(large.number + 1, minlength=large.count + 1)[1:]
-        apart = len(every) * int(np.count_nonzero(self._large)) - int(np.sum(sizes**2))
+        looking, found = (
+            np.bincount(numbers + 1, minlength=large.count + 1)[1:]
+            for numbers in (large.number[self._large], large.number)
+        )
+        apart = len(every) * int(np.count_nonzero(self._large)) - int(np.sum(looking * found))
         if signed is None or _GAIN * signed.work(large) > apart:
             steps.work = max(apart, 1)
             yield from self._all_with_all(large, labels, steps)
@@ -296,13 +304,18 @@ class SizeClass:
         return _by_signature(ranks[shared], texts, self._large[texts], np.ones(len(texts), dtype=bool))
 
 
-def size_classes(rows: Any, sizes: Indices, threshold: float) -> Iterator[SizeClass]:
-    """Yield the classes of all texts, from small to large."""
+def members_of(sizes: Indices, threshold: float, low: int, high: int) -> Indices:
+    """Return the indices of the texts of a class, given all sizes: those of its sizes, and smaller ones alike them."""
+    return np.flatnonzero((sizes >= threshold * low - ROUNDING) & (sizes <= high)).astype(np.int64)
+
+
+def size_ranges(sizes: Indices) -> Iterator[tuple[int, int]]:
+    """Yield the fewest and most shingles of the larger texts of each class, from small to large."""
     low, top = int(sizes.min(initial=1)), int(sizes.max(initial=0))
     while low <= top:
         high = max(low, math.floor(low * _SPREAD))
         if np.any((sizes >= low) & (sizes <= high)):
-            yield SizeClass(rows, sizes, threshold, low, high)
+            yield low, high
         low = high + 1
 
 

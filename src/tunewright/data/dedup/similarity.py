@@ -18,7 +18,8 @@ from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import connected_components
 
 from tunewright.core.progress import Reporter, Task
-from tunewright.data.dedup.partition import size_classes
+from tunewright.core.workers import THIS_PROCESS, Workers
+from tunewright.data.dedup.partition import SizeClass, members_of, size_ranges
 from tunewright.data.dedup.sketches import Indices, Mask, Sketches, Wanted
 
 Similarities = npt.NDArray[np.float64]
@@ -29,6 +30,8 @@ _MANY_IN_GROUP = 128  # size from which a group is compared with its kept texts 
 _BLOCK = 512  # texts of a large group compared at once
 _BATCH = 50_000  # candidates verified at once; pairs linked by one batch are skipped in the next
 _CELLS = 4_000_000  # shingles held at once during verification; bounds the memory, not the result
+_ALIKE = 20_000  # texts of similar size from which several workers look for each other's
+_TOGETHER = 100_000  # texts whose groups one worker compares
 _TABLE = 1 << 24  # entries: some 130 MB
 
 
@@ -61,7 +64,8 @@ def near_pairs(
     rows = shingle_matrix(texts)
     sizes = np.diff(rows.indptr).astype(np.int64)
     with reporter.task(title, len(texts), "examples") as task:
-        for group in size_classes(rows, sizes, threshold):
+        for low, high in size_ranges(sizes):
+            group = SizeClass(rows, sizes, threshold, low, high)
             candidates = _batches(group.candidates(None, task), wanted)
             found = [verified(rows, sizes, first, second, threshold) for first, second in candidates]
             if found:
@@ -70,7 +74,9 @@ def near_pairs(
                 yield Pairs(first[once], second[once], similarity[once])
 
 
-def link(texts: Sequence[str], threshold: float, reporter: Reporter, title: str) -> Indices:
+def link(
+    texts: Sequence[str], threshold: float, reporter: Reporter, title: str, workers: Workers = THIS_PROCESS
+) -> Indices:
     """Return the index of the first text that each text is linked with by a chain of near-equal texts, [texts].
 
     Args:
@@ -78,30 +84,73 @@ def link(texts: Sequence[str], threshold: float, reporter: Reporter, title: str)
         threshold: Jaccard similarity of the texts' shingles, in (0, 1].
         reporter: shows the progress.
         title: what the progress is called.
+        workers: compare the texts.
     """
     numbers: dict[str, int] = {}
     same = np.array([numbers.setdefault(text, len(numbers)) for text in texts], dtype=np.int64)
     rows = shingle_matrix(list(numbers))
     sizes = np.diff(rows.indptr).astype(np.int64)
     labels: Indices = np.arange(len(numbers), dtype=np.int64)
+    with reporter.task(title, len(numbers), "different texts") as task:
+        parts = _alike(rows, sizes, threshold, labels, workers.count)
+        for places, linked in workers.map(_linked, threshold, parts, task):
+            _join(labels, places, places[linked])
+    first_of = np.unique(same, return_index=True)[1]
+    return first_of[labels[same]].astype(np.int64)
+
+
+@dataclass(frozen=True)
+class _Alike:
+    """Texts of similar size to link, in part: ``part`` of ``parts`` says which of them look for others."""
+
+    places: Indices
+    """Indices among all texts."""
+    rows: Any
+    labels: Indices
+    """The first of these texts, by its place here, that each is known to be linked with."""
+    low: int
+    high: int
+    part: int
+    parts: int
+
+
+def _alike(rows: Any, sizes: Indices, threshold: float, labels: Indices, most: int) -> Iterator[_Alike]:
+    """Yield the texts of each size, with the links that are known by then, in at most ``most`` parts."""
+    for low, high in size_ranges(sizes):
+        places = members_of(sizes, threshold, low, high)
+        some = rows[places]
+        parts = min(most, math.ceil(np.count_nonzero(sizes[places] >= low) / _ALIKE))
+        for part in range(parts):
+            _, first, number = np.unique(labels[places], return_index=True, return_inverse=True)
+            yield _Alike(places, some, first[number], low, high, part, parts)
+
+
+def _linked(threshold: float, alike: _Alike, task: Task) -> tuple[Indices, Indices]:
+    """Return the texts, and the first of them, by its place, that each is linked with."""
+    rows, labels = alike.rows, alike.labels.copy()
+    sizes = np.diff(rows.indptr).astype(np.int64)
 
     def wanted(first: Indices, second: Indices) -> Mask:
         mask: Mask = labels[first] != labels[second]  # already linked: one link more changes nothing
         return mask
 
-    with reporter.task(title, len(numbers), "different texts") as task:
-        for group in size_classes(rows, sizes, threshold):
-            # All pairs of linked texts are marked before the rest begins, which can then skip them.
-            for candidates in (group.in_line, partial(group.candidates, labels, task)):
-                for pairs in _batches(candidates(), wanted):
-                    first, second, _ = verified(rows, sizes, *pairs, threshold)
-                    _join(labels, first, second)
-    first_of = np.unique(same, return_index=True)[1]
-    return first_of[labels[same]].astype(np.int64)
+    group = SizeClass(rows, sizes, threshold, alike.low, alike.high, alike.part, alike.parts)
+    # All pairs of linked texts are marked before the rest begins, which can then skip them.
+    for candidates in (group.in_line, partial(group.candidates, labels, task)):
+        for pairs in _batches(candidates(), wanted):
+            first, second, _ = verified(rows, sizes, *pairs, threshold)
+            _join(labels, first, second)
+    return alike.places, labels
 
 
 def nearest_kept(
-    texts: Sequence[str], groups: Indices, kept: int, threshold: float, reporter: Reporter, title: str
+    texts: Sequence[str],
+    groups: Indices,
+    kept: int,
+    threshold: float,
+    reporter: Reporter,
+    title: str,
+    workers: Workers = THIS_PROCESS,
 ) -> Pairs:
     """Return each text that is near a kept earlier text of its group, with the most similar one, in ascending order.
 
@@ -114,27 +163,65 @@ def nearest_kept(
         threshold: in (0, 1].
         reporter: shows the progress.
         title: what the progress is called.
+        workers: compare the texts; those of one group are compared by one of them.
     """
     sizes = np.bincount(groups)[groups]
     used = np.flatnonzero(sizes > 1)
     order = used[np.argsort(groups[used], kind="stable")]
     with reporter.task(title, len(texts), "examples") as task:
         task.advance(len(texts) - len(used), f"{len(texts) - len(used):,} with a unique output")
-        search = _KeptSearch([texts[i] for i in order.tolist()], order < kept, threshold)
-        begins = np.flatnonzero(np.diff(groups[order], prepend=-1))
-        many = sizes[order[begins]] > _MANY_IN_GROUP
-        found: list[Near] = []
-        few = np.flatnonzero(sizes[order] <= _MANY_IN_GROUP)
-        if len(few):
-            begin_of = np.repeat(begins, sizes[order[begins]])
-            found += search.small_groups(few, begin_of[few], task)
-        for begin in begins[many].tolist():
-            found += search.large_group(np.arange(begin, begin + sizes[order[begin]]), task)
-    if not found:
-        return Pairs(*(np.empty(0, dtype=np.int64),) * 2, np.empty(0))
-    first, second, similarity = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        parts = (
+            _Groups(places, [texts[i] for i in order[places].tolist()], groups[order[places]], order[places] < kept)
+            for places in _whole_groups(groups[order])
+        )
+        found = [
+            (places[first], places[second], similarity)
+            for places, (first, second, similarity) in workers.map(_nearest_in_groups, threshold, parts, task)
+        ]
+    first, second, similarity = _together(found)
     ascending = np.argsort(order[first])
     return Pairs(order[first[ascending]], order[second[ascending]], similarity[ascending])
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """Some groups, whole and in order: their texts, the place of each among all, its group, and those always kept."""
+
+    places: Indices
+    texts: Sequence[str]
+    groups: Indices
+    always: Mask
+
+
+def _whole_groups(groups: Indices) -> Iterator[Indices]:
+    """Yield the places of some whole groups at a time, given each text's group in order."""
+    begins = np.append(np.flatnonzero(np.diff(groups, prepend=-1)), len(groups))
+    at = 0
+    while at < len(begins) - 1:
+        to = max(at + 1, int(np.searchsorted(begins, begins[at] + _TOGETHER, side="right")) - 1)
+        yield np.arange(begins[at], begins[to])
+        at = to
+
+
+def _nearest_in_groups(threshold: float, some: _Groups, task: Task) -> tuple[Indices, Near]:
+    """Return the texts' places, and the pairs of :func:`nearest_kept` by their position among these texts."""
+    search = _KeptSearch(some.texts, some.always, threshold)
+    begins = np.flatnonzero(np.diff(some.groups, prepend=-1))
+    sizes = np.diff(begins, append=len(some.groups))
+    found: list[Near] = []
+    few = np.flatnonzero(np.repeat(sizes <= _MANY_IN_GROUP, sizes))
+    if len(few):
+        found += search.small_groups(few, np.repeat(begins, sizes)[few], task)
+    for begin, size in zip(begins.tolist(), sizes.tolist(), strict=True):
+        if size > _MANY_IN_GROUP:
+            found += search.large_group(np.arange(begin, begin + size), task)
+    return some.places, _together(found)
+
+
+def _together(found: Sequence[Near]) -> Near:
+    none = (np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), np.empty(0))
+    first, second, similarity = (np.concatenate(parts) for parts in zip(none, *found, strict=True))
+    return first, second, similarity
 
 
 class _KeptSearch:

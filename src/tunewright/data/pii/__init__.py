@@ -11,6 +11,7 @@ from typing import Any
 
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter, Reporter
+from tunewright.core.workers import slices
 from tunewright.data.examples import INSTRUCTIONS, Example, Role
 from tunewright.data.pii.message_texts import message_texts, with_texts
 from tunewright.data.pii.names import NAME_LABELS
@@ -19,7 +20,8 @@ from tunewright.data.pii.secret_patterns import SECRETS, Category, Finder, Findi
 
 _MOST_SECRETS = 50
 _MOST_PERSONAL = 10
-_STEP = 1000  # rows between progress updates
+STEP = 1000
+"""Rows searched at once, between updates of the progress."""
 
 PATTERNS: tuple[Pattern, ...] = SECRETS + PERSONAL
 # Keys are the names in data.allow and placeholders.
@@ -164,23 +166,29 @@ def scan(
         allow: permitted kinds: counted, but not reported as secrets or personal data.
     """
     places: list[LocatedFinding] = []
-    shared: dict[str, list[tuple[str, Finding]]] = {}  # rows of a domain share their instructions
     with (reporter or LogReporter()).task("looking for secrets", len(rows), "examples") as task:
-        for number, (row, example) in enumerate(rows, start=1):
-            turns = [message for message in example.messages if message.role != "tools"]
-            declared = [message for message in example.messages if message.role == "tools"]
-            for index, message in [*((0, message) for message in declared), *enumerate(turns)]:
-                findings = shared.get(message.content) if message.role in INSTRUCTIONS else None
-                if findings is None:
-                    texts = message_texts(message)
-                    findings = [(name, found) for name, text in texts for found in find_in_value(name, text, also)]
-                    if message.role in INSTRUCTIONS:
-                        shared[message.content] = findings
-                places += [LocatedFinding(row, index, message.role, finding, name) for name, finding in findings]
-            if number % _STEP == 0:
-                task.advance(_STEP)
-        task.advance(len(rows) % _STEP)
+        for some in slices(rows, STEP):
+            places += find_in_rows(some, also)
+            task.advance(len(some))
     return Scan(len(rows), tuple(places), frozenset(allow))
+
+
+def find_in_rows(rows: Sequence[tuple[str, Example]], also: Finder | None) -> list[LocatedFinding]:
+    """Return the findings in all turns of examples, each given with its place."""
+    places: list[LocatedFinding] = []
+    shared: dict[str, list[tuple[str, Finding]]] = {}  # rows of a domain share their instructions
+    for row, example in rows:
+        turns = [message for message in example.messages if message.role != "tools"]
+        declared = [message for message in example.messages if message.role == "tools"]
+        for index, message in [*((0, message) for message in declared), *enumerate(turns)]:
+            findings = shared.get(message.content) if message.role in INSTRUCTIONS else None
+            if findings is None:
+                texts = message_texts(message)
+                findings = [(name, found) for name, text in texts for found in find_in_value(name, text, also)]
+                if message.role in INSTRUCTIONS:
+                    shared[message.content] = findings
+            places += [LocatedFinding(row, index, message.role, finding, name) for name, finding in findings]
+    return places
 
 
 def redact(

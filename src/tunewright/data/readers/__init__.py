@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,12 @@ from typing import Any
 from tunewright.config import DataConfig
 from tunewright.core.errors import UserError
 from tunewright.core.io import file_digest
-from tunewright.core.progress import Task
+from tunewright.core.progress import LogTask, Task
 from tunewright.core.text import count_of
+from tunewright.core.workers import THIS_PROCESS, Workers
 from tunewright.data.examples import Example
 from tunewright.data.readers.generated_rows import generated_groups, has_generated_rows, is_generated, unmapped
+from tunewright.data.readers.json_rows import RawRow
 from tunewright.data.readers.row_errors import json_path
 from tunewright.data.readers.schemas import parse_conversation
 from tunewright.data.readers.sources import check_mapping, open_source, require_columns
@@ -41,6 +43,9 @@ __all__ = [
     "source_digest",
     "source_size",
 ]
+
+
+_ROWS = 2_000  # rows that a worker checks at once
 
 
 @dataclass(frozen=True)
@@ -91,10 +96,10 @@ class ReadResult:
         return self.rows[0].source if self.rows else self.faults[0].source
 
 
-def read_pairs(path: Path, data: DataConfig, task: Task | None = None) -> ReadResult:
+def read_pairs(path: Path, data: DataConfig, task: Task | None = None, workers: Workers = THIS_PROCESS) -> ReadResult:
     """Read a file of pairs into memory; arguments and errors are those of ``scan_pairs``."""
     reading = ReadResult([], [], [])
-    for row in scan_pairs(path, data, reading.notes, task):
+    for row in scan_pairs(path, data, reading.notes, task, workers):
         if isinstance(row, Fault):
             reading.faults.append(row)
         else:
@@ -102,13 +107,16 @@ def read_pairs(path: Path, data: DataConfig, task: Task | None = None) -> ReadRe
     return reading
 
 
-def scan_pairs(path: Path, data: DataConfig, notes: list[str], task: Task | None = None) -> Iterator[SourceRow | Fault]:
+def scan_pairs(
+    path: Path, data: DataConfig, notes: list[str], task: Task | None = None, workers: Workers = THIS_PROCESS
+) -> Iterator[SourceRow | Fault]:
     """Yield the rows of a file of pairs, faulty ones as ``Fault``, with memory independent of the file's length.
 
     Args:
         data: the config's columns, keys, system turn and character limit.
         notes: receives notes for the user: the format of the rows and the reason, encoding, dropped keys.
         task: advanced by the bytes read, ``source_size(path)`` in total.
+        workers: check the rows; the file is read here.
 
     Raises:
         UserError: the file cannot be read (missing, empty, unknown format or encoding, missing column, truncated JSON
@@ -120,23 +128,14 @@ def scan_pairs(path: Path, data: DataConfig, notes: list[str], task: Task | None
     left_out: Counter[str] = Counter()
     ignored: set[str] = set()
     count = 0
-    for line, row, above, parent in source.rows:
+    settings = _Settings(source.name, data, chats)
+    for parsed in workers.map(_parsed, settings, source.rows, LogTask(), _ROWS):
         count += 1
-        try:
-            if isinstance(row, RowError):
-                raise row
-            generated = is_generated(row)
-            settings = chats if generated else data
-            ignored.update(row.keys() & data.drop_columns)
-            conversation = parse_conversation(row, settings, above, parent)
-            kinds[conversation.kind, conversation.reason] += 1
-            example = example_from_turns(conversation.turns, settings, conversation.tools)
-            metadata, too_long = metadata_of(row, conversation, data)
-            left_out.update(too_long)
-            groups = generated_groups(row, data) if generated else groups_of(row, data, parent)
-            yield SourceRow(example, source.name, line, groups, metadata, generated)
-        except RowError as fault:
-            yield fault_of(fault, source.name, line)
+        ignored.update(parsed.ignored)
+        left_out.update(parsed.too_long)
+        if parsed.kind is not None:
+            kinds[parsed.kind] += 1
+        yield parsed.row
     if not count:
         raise UserError("The file has no rows", where=str(path))
     notes.extend(_format_notes(path, source.kind, kinds))
@@ -146,6 +145,47 @@ def scan_pairs(path: Path, data: DataConfig, notes: list[str], task: Task | None
     if ignored:
         names = ", ".join(name for name in data.drop_columns if name in ignored)
         notes.append(f"{path}: dropped by data.drop_columns: {names}")
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """Settings for a file's rows: its name, those for most rows, and those for generated ones."""
+
+    name: str
+    data: DataConfig
+    chats: DataConfig
+
+
+@dataclass
+class _Parsed:
+    """A row or its fault; its format with the reason, and keys ignored or too long for metadata, for the notes."""
+
+    row: SourceRow | Fault
+    kind: tuple[str, str] | None = None
+    ignored: frozenset[str] = frozenset()
+    too_long: Sequence[str] = ()
+
+
+def _parsed(settings: _Settings, raw: RawRow, _task: Task) -> _Parsed:
+    """Check one row."""
+    line, row, above, parent = raw
+    data = settings.data
+    ignored: frozenset[str] = frozenset()
+    kind, too_long = None, list[str]()
+    try:
+        if isinstance(row, RowError):
+            raise row
+        generated = is_generated(row)
+        own = settings.chats if generated else data
+        ignored = frozenset(row.keys() & data.drop_columns)
+        conversation = parse_conversation(row, own, above, parent)
+        kind = (conversation.kind, conversation.reason)
+        example = example_from_turns(conversation.turns, own, conversation.tools)
+        metadata, too_long = metadata_of(row, conversation, data)
+        groups = generated_groups(row, data) if generated else groups_of(row, data, parent)
+        return _Parsed(SourceRow(example, settings.name, line, groups, metadata, generated), kind, ignored, too_long)
+    except RowError as fault:
+        return _Parsed(fault_of(fault, settings.name, line), kind, ignored, too_long)
 
 
 def _format_notes(path: Path, container: str, kinds: Counter[tuple[str, str]]) -> Iterator[str]:

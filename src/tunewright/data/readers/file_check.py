@@ -17,6 +17,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json, writing
 from tunewright.core.progress import Reporter, Task
 from tunewright.core.text import count_of
+from tunewright.core.workers import THIS_PROCESS, Workers
 from tunewright.data.pii import LABELS, find_in_value
 from tunewright.data.pii.message_texts import message_texts
 from tunewright.data.readers import Fault, SourceRow, check_mapping, scan_pairs, source_size
@@ -80,7 +81,11 @@ class FileCheck:
 
 
 def check_files(
-    paths: Sequence[Path], data: DataConfig, reporter: Reporter, rows: list[SourceRow] | None = None
+    paths: Sequence[Path],
+    data: DataConfig,
+    reporter: Reporter,
+    rows: list[SourceRow] | None = None,
+    workers: Workers = THIS_PROCESS,
 ) -> FileCheck:
     """Read files row by row and collect every fault.
 
@@ -94,7 +99,7 @@ def check_files(
     faults: list[Fault] = []
     secrets: Counter[str] = Counter()
     with reporter.task("checking", sum(source_size(path) for path in paths), "bytes") as task:
-        files = tuple(_checked(path, data, faults, secrets, task, rows) for path in paths)
+        files = tuple(_checked(path, data, faults, secrets, task, rows, workers) for path in paths)
     return FileCheck(files, tuple(faults), dict(secrets.most_common()))
 
 
@@ -105,11 +110,12 @@ def _checked(
     secrets: Counter[str],
     task: Task,
     rows: list[SourceRow] | None,
+    workers: Workers,
 ) -> CheckedFile:
     notes: list[str] = []
     examples, before, unreadable = 0, len(faults), None
     try:
-        for row in scan_pairs(path, data, notes, task):
+        for row in scan_pairs(path, data, notes, task, workers):
             if isinstance(row, Fault):
                 faults.append(row)
             else:

@@ -101,6 +101,9 @@ class RowError(ValueError):
         self.code = code
         self.path = path
 
+    def __reduce__(self) -> tuple[type[RowError], tuple[str, str, JsonPath]]:
+        return type(self), (self.code, str(self), self.path)
+
     @property
     def fix(self) -> str:
         """The action that fixes the fault."""

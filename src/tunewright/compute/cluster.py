@@ -1,0 +1,318 @@
+"""Workers on a Ray cluster: parts of a step as tasks, after a check that every machine has equal software.
+
+A lost machine costs time only: Ray runs its parts again elsewhere, and results are taken in the order of the parts.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import ipaddress
+import logging
+import os
+import platform
+import signal
+import socket
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
+
+# Ray reads these when it is imported. Nothing is reported to anyone, and `uv run` gives workers no other environment.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+
+import numpy
+import ray
+import scipy
+from pydantic import ValidationError
+from ray._private.authentication.authentication_utils import is_token_auth_enabled
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from tunewright._version import __version__
+from tunewright.config import Config
+from tunewright.core.errors import UserError
+from tunewright.core.io import digest
+from tunewright.core.progress import Reporter, Task
+from tunewright.core.text import count_of
+from tunewright.core.workers import Part, Result, Shared, Step, Workers
+
+_WHERE = "compute.cluster"
+_REACH_S = 10.0
+_ANSWER_S = 120.0  # for a machine that starts its first process, with a cold disk
+_RETRIES = 3  # runs of a part after the first, if its machine or process is lost
+
+Image = Mapping[str, str]
+"""Names of what decides a result, with their versions or digests."""
+
+
+@contextmanager
+def open_cluster(config: Config, reporter: Reporter) -> Iterator[Workers]:
+    """Connect to the cluster that the config names, check it, and yield its workers.
+
+    Raises:
+        UserError: as for :func:`tunewright.compute.open_workers`.
+    """
+    connected = ray.is_initialized()
+    if connected and config.compute.cluster != "auto":
+        fix = "Set compute.cluster: auto to use that one, or call ray.shutdown()."
+        raise UserError("This process is already connected to a Ray cluster", where=_WHERE, fix=fix)
+    if not connected:
+        _connect(str(config.compute.cluster))
+    try:
+        machines = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+        cpus = sum(int(node["Resources"]["CPU"]) for node in machines)
+        count = _count(config, cpus)
+        text = config.model_dump_json()
+        _require_equal(machines, text)
+        reporter.say(f"Cluster: {count_of(len(machines), 'machine')} with {count_of(cpus, 'CPU')}")
+        if ray.available_resources().get("CPU", 0) < 1:
+            reporter.warn("Other work uses every CPU of the cluster: this command waits for it.")
+        # More parts than CPUs, so that no worker waits for this process to send the next one.
+        yield _RayWorkers(count, 2 * count if count == cpus else count, image(text), text)
+    finally:
+        if not connected:
+            ray.shutdown()
+
+
+def _count(config: Config, cpus: int) -> int:
+    wanted = config.compute.workers
+    if not cpus:
+        raise UserError("The cluster has no machine with a CPU for workers", where=_WHERE, fix="Add one to it.")
+    if wanted is not None and wanted > cpus:
+        fix = "Lower compute.workers, or add machines to the cluster."
+        raise UserError(f"Too few CPUs in the cluster: {cpus} (compute.workers: {wanted})", where=_WHERE, fix=fix)
+    return wanted or cpus
+
+
+def _connect(cluster: str) -> None:
+    """Start or join a cluster.
+
+    Raises:
+        UserError: it cannot be reached, has another version of Ray or Python, or would accept commands from anyone.
+    """
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": False}
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    # Ray would print notices of lost machines on stdout, where a command's result belongs.
+    ray._private.worker._worker_logs_enabled = False
+    if cluster == "local":
+        if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
+            _refuse("this machine")
+        options = {**quiet, "address": "local", "include_dashboard": False}
+    else:
+        address = os.environ.get("RAY_ADDRESS", cluster) if cluster == "auto" else cluster
+        if address != "auto":
+            _require_reachable(address)
+        options = {**quiet, "address": address}
+    stop = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(**options)
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        fix = "Check that it runs there (ray status), with the same versions of Ray and Python and the same token."
+        raise UserError(f"No connection to the cluster: {lines[0]}", where=f"{_WHERE}: {cluster}", fix=fix) from None
+    finally:
+        # Ray ends the process at SIGTERM, and the command line has its own way to do so.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, stop)
+
+
+def _require_reachable(address: str) -> None:
+    """Refuse an address that nobody answers at, or that is another machine's without token authentication here."""
+    try:
+        parts = urlsplit(address if "://" in address else f"//{address}")
+        host, port = str(parts.hostname), parts.port
+    except ValueError:
+        host, port = "", None
+    if not host or port is None:
+        raise UserError("Not the address of a cluster", where=f"{_WHERE}: {address}", fix="Use HOST:PORT.")
+    if not _is_loopback(host) and not is_token_auth_enabled():
+        _refuse(host)
+    try:
+        socket.create_connection((host, port), _REACH_S).close()
+    except OSError as error:
+        fix = "Check the address, and that the cluster runs (ray status)."
+        what = f"The cluster cannot be reached: {error.strerror or error}"
+        raise UserError(what, where=f"{_WHERE}: {address}", fix=fix) from None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _refuse(host: str) -> NoReturn:
+    raise UserError(
+        f"No token authentication on {host}: anyone who reaches such a cluster can run code on it",
+        where=_WHERE,
+        fix="Start the cluster and this command with RAY_AUTH_MODE=token and the same token in RAY_AUTH_TOKEN_PATH.",
+    )
+
+
+def image(config: str) -> Image:
+    """Return the versions and digests on a machine that decide a result.
+
+    Args:
+        config: the config as JSON. A machine that reads it in another way has other defaults or keys.
+    """
+    try:
+        read = digest(Config.model_validate_json(config).model_dump(mode="json"))[:12]
+    except ValidationError:
+        read = "not valid there"
+    return {
+        "tunewright": f"{__version__} ({_source_digest()[:12]})",
+        "ray": ray.__version__,
+        "python": platform.python_version(),
+        "numpy": numpy.__version__,
+        "scipy": scipy.__version__,
+        "config": read,
+    }
+
+
+@cache
+def _source_digest() -> str:
+    """Return the SHA-256 of this package's modules: two states of a repository have one version."""
+    folder = Path(__file__).parents[1]
+    whole = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        whole.update(f"{path.relative_to(folder).as_posix()}\0".encode() + path.read_bytes())
+    return whole.hexdigest()
+
+
+def _probe(config: str) -> tuple[Image, bool]:
+    """Return the image of the machine that this runs on, and whether its processes require a token."""
+    return image(config), is_token_auth_enabled()
+
+
+def _require_equal(machines: Sequence[Mapping[str, Any]], config: str) -> None:
+    """Ask every machine for its image.
+
+    Raises:
+        UserError: one does not answer, differs, or accepts commands from anyone.
+    """
+    ask = ray.remote(num_cpus=0, max_retries=0)(_probe)
+    asked = {
+        str(node["NodeManagerAddress"]): ask.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote(config)
+        for node in machines
+    }
+    here, ours = ray.util.get_node_ip_address(), image(config)
+    for host, reference in asked.items():
+        try:
+            theirs, has_token = ray.get(reference, timeout=_ANSWER_S)
+        except GetTimeoutError:
+            what = f"The machine {host} did not answer within {_ANSWER_S:.0f} s"
+            raise UserError(what, where=_WHERE, fix="Check it with `ray status`.") from None
+        except (RayError, RuntimeError) as error:
+            what = f"The machine {host} cannot run tunewright: {str(error).strip().splitlines()[-1]}"
+            raise UserError(what, where=_WHERE, fix=_EQUAL) from None
+        if host != here and not _is_loopback(host) and not has_token:
+            _refuse(host)
+        _require_same(ours, theirs, host)
+
+
+_EQUAL = "Use one image on all machines: the same tunewright, Ray, Python and libraries."
+
+
+def _require_same(ours: Image, theirs: Image, host: str) -> None:
+    unequal = [f"{name} {theirs.get(name)} (here {mine})" for name, mine in ours.items() if theirs.get(name) != mine]
+    if unequal:
+        raise UserError(f"The machine {host} has {', '.join(unequal)}", where=_WHERE, fix=_EQUAL)
+
+
+class _RayWorkers:
+    """Tasks of one CPU each.
+
+    Args:
+        count: number of parts computed at once.
+        ahead: number of parts sent and not yet returned; it bounds the memory of this process and of the cluster.
+        ours: the image that every machine must have, those that join later too.
+        config: the config, as the image's.
+    """
+
+    def __init__(self, count: int, ahead: int, ours: Image, config: str) -> None:
+        self.count, self._ahead, self._image, self._config = count, ahead, ours, config
+
+    def map(
+        self, step: Step[Shared, Part, Result], shared: Shared, parts: Iterable[Part], task: Task, batch: int = 1
+    ) -> Iterator[Result]:
+        """Yield the result of each part, in order."""
+        run = ray.remote(num_cpus=1, max_retries=_RETRIES)(_run)
+        held = ray.put(shared)
+        source = iter(parts)
+        sent: deque[Any] = deque()
+        try:
+            while some := list(islice(source, batch)):
+                sent.append(run.remote(self._image, self._config, step, [held], some))
+                if len(sent) >= self._ahead:
+                    yield from _taken(sent.popleft(), task)
+            while sent:
+                yield from _taken(sent.popleft(), task)
+        finally:
+            if ray.is_initialized():
+                for reference in sent:
+                    ray.cancel(reference)
+
+
+def _taken(reference: Any, task: Task) -> list[Any]:
+    """Return the results of some parts, and count what they have done."""
+    collecting = gc.isenabled()
+    gc.disable()  # each of some thousand new objects would have it look at all rows
+    try:
+        results, steps = ray.get(reference)
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from None
+        raise
+    except RayError as error:
+        what = f"The cluster lost a part of the work {_RETRIES + 1} times: {type(error).__name__}"
+        fix = "Check its machines and their memory (ray status), and run the same command again."
+        raise UserError(what, where=_WHERE, fix=fix) from None
+    finally:
+        if collecting:
+            gc.enable()
+    task.advance(steps)
+    return list(results)
+
+
+class _Counter:
+    """A task that counts the steps of some parts, for the process that shows the progress."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        """Count the steps."""
+        del note
+        self.steps += steps
+
+    def measured(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Nothing: the parts of a step have no curves."""
+
+
+_kept: dict[str, Any] = {}
+"""In a worker: what the parts of the current step share, by its object's id. It is read once, not for each part."""
+
+
+def _run(expected: Image, config: str, step: Step[Any, Any, Any], held: list[Any], parts: list[Any]) -> Any:
+    """Compute some parts in a worker, and count what they have done."""
+    _require_same(expected, _own_image(config), socket.gethostname())
+    reference = held[0]
+    name = reference.hex()
+    if name not in _kept:
+        _kept.clear()
+        _kept[name] = ray.get(reference)
+    task = _Counter()
+    return [step(_kept[name], part, task) for part in parts], task.steps
+
+
+_own_image = cache(image)

@@ -1,0 +1,62 @@
+"""Work in parts that do not depend on each other, in this process or on many machines.
+
+Steps over many rows take ``Workers``. Those of this process do the parts one after the other; ``tunewright.compute``
+has those of a cluster. The function, what it needs and the parts are the same, and so are the results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol, TypeVar
+
+from tunewright.core.progress import Task
+
+Shared = TypeVar("Shared")
+Part = TypeVar("Part")
+Result = TypeVar("Result")
+
+Step = Callable[[Shared, Part, Task], Result]
+"""Computes one part, given what all parts need. It is a function of a module, changes neither argument, and advances
+the task by what it has done."""
+
+
+class Workers(Protocol):
+    """Processes that compute the parts of a step."""
+
+    @property
+    def count(self) -> int:
+        """Number of parts computed at once."""
+
+    def map(
+        self, step: Step[Shared, Part, Result], shared: Shared, parts: Iterable[Part], task: Task, batch: int = 1
+    ) -> Iterator[Result]:
+        """Yield ``step(shared, part, task)`` for each part, in the order of the parts.
+
+        Args:
+            step: the function.
+            shared: what every part needs.
+            parts: taken only a few ahead of the results, so that a long iterable is never held as a whole.
+            task: advanced by what the parts have done.
+            batch: number of parts that one worker gets at once, if a part is small.
+        """
+
+
+class ThisProcess:
+    """The workers of a project without a cluster: parts are computed here, each when its result is asked for."""
+
+    count = 1
+
+    def map(
+        self, step: Step[Shared, Part, Result], shared: Shared, parts: Iterable[Part], task: Task, batch: int = 1
+    ) -> Iterator[Result]:
+        """Yield the result of each part."""
+        del batch
+        return (step(shared, part, task) for part in parts)
+
+
+THIS_PROCESS = ThisProcess()
+
+
+def slices(items: Sequence[Part], size: int) -> Iterator[Sequence[Part]]:
+    """Yield the items in slices of ``size``, the last one shorter."""
+    return (items[at : at + size] for at in range(0, len(items), size))

@@ -1,0 +1,146 @@
+"""Datasets to build with and without a cluster, and what is compared of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import random
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from data_helpers import Listener, Pair, new_project, write_jsonl
+from hypothesis import strategies as st
+
+from tunewright.core.errors import UserError
+from tunewright.core.progress import Task
+from tunewright.core.workers import Part, Result, Shared, Step, Workers
+from tunewright.data.add import add
+from tunewright.data.dedup import decontaminate, partition, similarity
+
+CONFIG = "data:\n  conflicts: accept\n  val_size: 0.2\n  test_size: 0.2\n"
+TEMPLATES = (
+    "What is the balance of account {number} held by {name} at the end of the month?",
+    "Please transfer {number} euros from my savings account to {name}",
+    "{name} {number}",
+)
+NAMES = ("anna smith", "ben jones", "clara of the north", "d", "anna smith, who moved here from abroad last summer")
+
+rows_alike: st.SearchStrategy[list[Pair]] = st.lists(
+    st.tuples(
+        st.builds(
+            lambda template, name, number: template.format(name=name, number=number),
+            st.sampled_from(TEMPLATES),
+            st.sampled_from(NAMES),
+            st.integers(1, 400),
+        ),
+        st.one_of(
+            st.sampled_from(["yes", "no"]),
+            st.builds(lambda n: TEMPLATES[0].format(name="anna smith", number=n), st.integers(1, 40)),
+        ),
+    ),
+    min_size=12,
+    max_size=50,
+)
+"""Pairs near each other in many ways: texts at every similarity, equal answers, answers that are other inputs."""
+
+
+def many_pairs(count: int, seed: int = 0) -> list[Pair]:
+    """Pairs of random words, some of templates and some near the one before; a few dozen answers are frequent."""
+    draw = random.Random(seed)
+    words = ["".join(draw.choices("abcdefghijklmnoprstuvw", k=draw.randint(3, 9))) for _ in range(5000)]
+    made: dict[str, str] = {}
+    last = ("none", "none")
+    while len(made) < count:
+        kind = draw.random()
+        label = f"label {draw.randint(0, 20)}"
+        if kind < 0.15:
+            text = draw.choice(TEMPLATES).format(name=" ".join(draw.choices(words, k=2)), number=draw.randint(1, 9999))
+            last = (text, label)
+        elif kind < 0.3:
+            last = (f"{last[0]} {draw.choice(words)}", last[1])
+        else:
+            answer = draw.choice([label, " ".join(draw.choices(words, k=12))])
+            last = (" ".join(draw.choices(words, k=draw.randint(6, 40))), answer)
+        made[last[0]] = last[1]
+    return list(made.items())
+
+
+def small_parts(patch: Any) -> None:
+    """Give the workers a few rows at a time, so that a small dataset has many parts."""
+    for module, name, size in (
+        (similarity, "_ALIKE", 5),
+        (similarity, "_TOGETHER", 8),
+        (partition, "_FEW", 6),
+        (decontaminate, "_ROWS", 7),
+    ):
+        patch.setattr(module, name, size)
+    patch.setattr("tunewright.data.readers._ROWS", 5)
+    patch.setattr("tunewright.data.pii.STEP", 9)
+
+
+def built(folder: Path, pairs: Sequence[Pair], workers: Workers) -> tuple[dict[str, str], Listener]:
+    """The digests of all files of a new dataset, or the error, and what was reported."""
+    project, heard = new_project(folder, CONFIG), Listener()
+    file = write_jsonl(folder / "pairs.jsonl", pairs)
+    try:
+        add(project, [file], heard, workers=workers)
+    except UserError as error:
+        heard.said.append(str(error))
+    return digests(project.dataset), _without(heard, str(folder))
+
+
+def _without(heard: Listener, folder: str) -> Listener:
+    heard.said = [text.replace(folder, "") for text in heard.said]
+    heard.warned = [text.replace(folder, "") for text in heard.warned]
+    return heard
+
+
+def digests(dataset: Path) -> dict[str, str]:
+    """The SHA-256 of every file of a dataset; manifests without the time at which they were written."""
+    return {
+        path.relative_to(dataset).as_posix(): hashlib.sha256(_content(path)).hexdigest()
+        for path in sorted(dataset.rglob("*"))
+        if path.is_file()
+    }
+
+
+def _content(path: Path) -> bytes:
+    if path.name != "manifest.json":
+        return path.read_bytes()
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    # The seal is the digest of the rest, the time included.
+    return json.dumps({name: value for name, value in manifest.items() if name not in ("created", "seal")}).encode()
+
+
+class PickledWorkers:
+    """Workers that get pickled parts some time before their results are needed, with arrays that cannot be written."""
+
+    count = 3
+
+    def map(
+        self, step: Step[Shared, Part, Result], shared: Shared, parts: Iterable[Part], task: Task, batch: int = 1
+    ) -> Iterator[Result]:
+        """Yield the result of each part."""
+        source = iter(parts)
+        sent: deque[Any] = deque()
+        while some := list(islice(source, batch)):
+            sent.append(_copied((step, shared, some)))
+            if len(sent) >= 4:
+                yield from _done(sent.popleft(), task)
+        while sent:
+            yield from _done(sent.popleft(), task)
+
+
+def _done(work: Any, task: Task) -> Any:
+    step, shared, parts = work
+    return _copied([step(shared, part, task) for part in parts])
+
+
+def _copied(value: Any) -> Any:
+    buffers: list[pickle.PickleBuffer] = []
+    text = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
+    return pickle.loads(text, buffers=[bytes(buffer.raw()) for buffer in buffers])

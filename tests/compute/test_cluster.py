@@ -1,0 +1,328 @@
+"""Datasets on a Ray cluster of several raylets on this machine: the same files as without, also when one is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pytest
+from compute_helpers import CONFIG, built, digests, many_pairs, rows_alike, small_parts
+from data_helpers import Listener, Pair, unlike_pairs, write_jsonl
+from hypothesis import given
+from parts import joined, lost
+
+from hypothesis_settings import examples
+from tunewright.compute import open_workers
+from tunewright.config import Config
+from tunewright.config.compute import ComputeConfig
+from tunewright.config.project import ProjectFolder
+from tunewright.core.errors import UserError
+from tunewright.core.locks import is_locked
+from tunewright.core.progress import LogTask, Task
+from tunewright.core.workers import THIS_PROCESS, Workers
+from tunewright.data.add import add
+
+pytestmark = pytest.mark.ray
+
+HERE = Path(__file__).resolve().parents[2]
+PATH = f"{HERE / 'src'}:{HERE / 'tests' / 'compute'}"
+WAIT_S = 240
+
+
+@pytest.fixture(scope="module")
+def token() -> Iterator[None]:
+    """Token authentication, as off loopback: Ray reads this when it is imported."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        patch.setenv("PYTHONPATH", PATH)
+        yield
+
+
+@contextmanager
+def _cluster(**options: Any) -> Iterator[Any]:
+    """A head without CPUs for workers, and the address in RAY_ADDRESS."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **options})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", cluster.address)
+        try:
+            yield cluster
+        finally:
+            cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def machines(token: None) -> Iterator[Any]:
+    """A cluster of two machines with a CPU each."""
+    with _cluster() as cluster:
+        cluster.add_node(num_cpus=1)
+        cluster.add_node(num_cpus=1)
+        yield cluster
+
+
+@contextmanager
+def _workers(cluster: str = "auto", workers: int | None = None, heard: Listener | None = None) -> Iterator[Workers]:
+    config = Config(compute=ComputeConfig(cluster=cluster, workers=workers))
+    with open_workers(config, heard or Listener()) as found:
+        yield found
+
+
+@pytest.fixture
+def two_workers(machines: Any) -> Iterator[Workers]:
+    with _workers() as workers:
+        yield workers
+
+
+def test_dataset_is_the_same_on_a_cluster(two_workers: Workers) -> None:
+    @examples(40)
+    @given(rows_alike)
+    def is_the_same(pairs: list[Pair]) -> None:
+        with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+            whole, heard = built(Path(folder, "whole"), pairs, THIS_PROCESS)
+            small_parts(patch)
+            parts, also_heard = built(Path(folder, "parts"), pairs, two_workers)
+        assert parts == whole
+        assert (also_heard.said, also_heard.warned, also_heard.steps) == (heard.said, heard.warned, heard.steps)
+
+    is_the_same()
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Pair], dict[str, str]]:
+    """Pairs, and the files of their dataset without a cluster."""
+    pairs = many_pairs(8000)
+    return pairs, built(tmp_path_factory.mktemp("large") / "whole", pairs, THIS_PROCESS)[0]
+
+
+def test_large_dataset_is_the_same_on_a_cluster(
+    two_workers: Workers, large: tuple[list[Pair], dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tunewright.data.dedup.similarity._ALIKE", 200)
+    pairs, whole = large
+    assert built(tmp_path / "parts", pairs, two_workers)[0] == whole
+
+
+class _Killing(Listener):
+    """A reporter that kills a machine in the middle of a step."""
+
+    def __init__(self, step: str, kill: Any) -> None:
+        super().__init__()
+        self.step, self.kill, self.killed = step, kill, False
+
+    @contextmanager
+    def task(self, title: str, total: int, unit: str) -> Iterator[Task]:
+        killing = self
+
+        class Watching(LogTask):
+            def advance(self, steps: int = 1, note: str = "") -> None:
+                if title == killing.step and not killing.killed:
+                    killing.killed = True
+                    killing.kill()
+
+        yield Watching()
+
+
+@pytest.mark.parametrize("step", ["clustering", "looking for test items"])
+def test_dataset_is_the_same_when_a_machine_is_killed(
+    token: None,
+    large: tuple[list[Pair], dict[str, str]],
+    tmp_path: Path,
+    step: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("tunewright.data.dedup.similarity._ALIKE", 200)
+    pairs, whole = large
+    with _cluster() as cluster:
+        cluster.add_node(num_cpus=1)
+        victim = cluster.add_node(num_cpus=1)
+        heard = _Killing(step, lambda: cluster.remove_node(victim, allow_graceful=False))
+        folder = tmp_path / "parts"
+        folder.mkdir()
+        (folder / "tunewright.yaml").write_text(CONFIG)
+        file = write_jsonl(folder / "pairs.jsonl", pairs)
+        with _workers(heard=heard) as workers:
+            add(ProjectFolder(folder), [file], heard, workers=workers)
+        assert heard.killed
+        until = time.monotonic() + WAIT_S
+        while sum(node["Alive"] for node in cluster.global_state.node_table()) != 2:
+            assert time.monotonic() < until
+            time.sleep(0.1)
+    assert digests(folder / "dataset") == whole
+    assert capsys.readouterr().out == ""
+
+
+def test_results_are_the_same_when_the_object_store_is_full(
+    token: None, large: tuple[list[Pair], dict[str, str]], tmp_path: Path
+) -> None:
+    size = 2_000_000  # numbers of 8 bytes: 16 MB a part, 32 MB a result, in a store of 80 MB
+    with _cluster(object_store_memory=80 * 2**20) as cluster:
+        cluster.add_node(num_cpus=2, object_store_memory=80 * 2**20)
+        with _workers() as workers:
+            shared = np.arange(size)
+            parts = (np.full(size, n) for n in range(12))
+            sums = [int(result.sum()) for result in workers.map(joined, shared, parts, LogTask())]
+            assert sums == [int(shared.sum()) + size * n for n in range(12)]
+            assert built(tmp_path / "parts", large[0], workers)[0] == large[1]
+        assert list(Path(cluster.head_node.get_session_dir_path()).rglob("*ray_spilled_objects*"))
+
+
+def _command(folder: Path, *arguments: str, cluster: str = "auto") -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "tunewright", "data", "add", "--cluster", cluster, "--json", *arguments],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "tunewright.yaml").write_text(CONFIG)
+    return folder
+
+
+def _wait_for_lock(folder: Path, process: subprocess.Popen[str]) -> None:
+    """Wait until a command compares rows."""
+    until = time.monotonic() + WAIT_S
+    while not ((folder / "dataset").is_dir() and is_locked(folder / "dataset")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def test_command_that_was_killed_leaves_nothing_half_done(
+    machines: Any, large: tuple[list[Pair], dict[str, str]], project: Path
+) -> None:
+    write_jsonl(project / "pairs.jsonl", large[0])
+    killed = _command(project, "pairs.jsonl")
+    _wait_for_lock(project, killed)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    assert not (project / "dataset" / "HEAD").exists()
+    again = _command(project, "pairs.jsonl")
+    out, err = again.communicate(timeout=WAIT_S)
+    assert again.returncode == 0, err
+    assert json.loads(out)["created"]
+    assert digests(project / "dataset") == large[1]
+
+
+def test_second_cluster_on_a_project_is_refused_by_its_lock(
+    machines: Any, two_workers: Workers, large: tuple[list[Pair], dict[str, str]], project: Path
+) -> None:
+    write_jsonl(project / "pairs.jsonl", large[0])
+    few = write_jsonl(project / "few.jsonl", unlike_pairs(60))
+    first = _command(project, "pairs.jsonl", cluster="local")
+    _wait_for_lock(project, first)
+    with pytest.raises(UserError, match="Another command is changing this dataset"):
+        add(ProjectFolder(project), [few], Listener(), workers=two_workers)
+    _, err = first.communicate(timeout=WAIT_S)
+    assert first.returncode == 0, err
+    assert digests(project / "dataset") == large[1]
+
+
+def test_ray_client_gives_the_same_dataset(token: None, tmp_path: Path) -> None:
+    pairs = many_pairs(600)
+    whole, _ = built(tmp_path / "whole", pairs, THIS_PROCESS)
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "tunewright.yaml").write_text(CONFIG)
+    write_jsonl(folder / "pairs.jsonl", pairs)
+    with _cluster(ray_client_server_port=23001) as cluster:
+        cluster.add_node(num_cpus=1)
+        ran = _command(folder, "pairs.jsonl", cluster="ray://127.0.0.1:23001")
+        _, err = ran.communicate(timeout=WAIT_S)
+    assert ran.returncode == 0, err
+    assert digests(folder / "dataset") == whole
+
+
+def test_machine_with_another_tunewright_is_refused(token: None, tmp_path: Path) -> None:
+    other = tmp_path / "src"
+    shutil.copytree(HERE / "src", other, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    with (other / "tunewright" / "data" / "dedup" / "similarity.py").open("a") as file:
+        file.write("\n_CHANGED = True\n")
+    with _cluster() as cluster:
+        cluster.add_node(num_cpus=1, env_vars={"PYTHONPATH": PATH.replace(str(HERE / "src"), str(other))})
+        with (
+            pytest.raises(UserError, match=r"The machine .* has tunewright .*\(here .*\)\n.*Use one image"),
+            _workers(),
+        ):
+            pass
+
+
+def test_machine_that_joins_later_with_another_tunewright_is_refused(token: None, tmp_path: Path) -> None:
+    other = tmp_path / "src"
+    shutil.copytree(HERE / "src", other, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    (other / "tunewright" / "changed.py").write_text("")
+    with _cluster() as cluster:
+        equal = cluster.add_node(num_cpus=1)
+        with _workers() as workers:
+            cluster.remove_node(equal, allow_graceful=False)
+            cluster.add_node(num_cpus=1, env_vars={"PYTHONPATH": PATH.replace(str(HERE / "src"), str(other))})
+            with pytest.raises(UserError, match="has tunewright"):
+                list(workers.map(joined, np.arange(3), [np.arange(2)], LogTask()))
+
+
+def test_part_that_is_lost_again_and_again_is_one_error(two_workers: Workers) -> None:
+    with pytest.raises(UserError, match="The cluster lost a part of the work 4 times: WorkerCrashedError"):
+        list(two_workers.map(lost, "", [1], LogTask()))
+    assert next(two_workers.map(joined, np.arange(1), [np.arange(2)], LogTask())).tolist() == [0, 0, 1]
+
+
+def test_too_few_cpus_are_refused_before_work(machines: Any) -> None:
+    wanted = r"Too few CPUs in the cluster: 2 \(compute.workers: 9\)"
+    with pytest.raises(UserError, match=wanted), _workers(workers=9):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("address", "mode", "message"),
+    [
+        ("ray://127.0.0.1:9", "token", "The cluster cannot be reached: Connection refused"),
+        ("ray://198.51.100.7:10001", "disabled", "No token authentication on 198.51.100.7"),
+        ("local", "disabled", "No token authentication on this machine"),
+    ],
+)
+def test_unreachable_and_open_clusters_are_refused(project: Path, address: str, mode: str, message: str) -> None:
+    write_jsonl(project / "pairs.jsonl", unlike_pairs(60))
+    environment = {**os.environ, "RAY_AUTH_MODE": mode, "PYTHONPATH": PATH}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        ran = _command(project, "pairs.jsonl", cluster=address)
+        out, _ = ran.communicate(timeout=WAIT_S)
+    assert ran.returncode == 2
+    assert message in json.loads(out)["error"]["what"]
+    assert not (project / "dataset").exists()
+
+
+def test_this_machine_alone_gives_the_same_dataset(project: Path, tmp_path: Path) -> None:
+    pairs = many_pairs(600)
+    whole, _ = built(tmp_path / "whole", pairs, THIS_PROCESS)
+    write_jsonl(project / "pairs.jsonl", pairs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", PATH)
+        patch.delenv("RAY_ADDRESS", raising=False)
+        ran = _command(project, "pairs.jsonl", cluster="local")
+        out, err = ran.communicate(timeout=WAIT_S)
+    assert ran.returncode == 0, err
+    assert json.loads(out)["created"]
+    assert digests(project / "dataset") == whole
