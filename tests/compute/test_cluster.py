@@ -239,6 +239,8 @@ def test_second_cluster_on_a_project_is_refused_by_its_lock(
     assert digests(project / "dataset") == large[1]
 
 
+# Ray leaves the logs of its client server open.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_ray_client_gives_the_same_dataset(token: None, tmp_path: Path) -> None:
     pairs = many_pairs(600)
     whole, _ = built(tmp_path / "whole", pairs, THIS_PROCESS)
