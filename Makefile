@@ -100,7 +100,7 @@ test-ray: build/ray/.installed
 # An environment of its own, so that all other tests run without Ray. It sees the packages of .venv.
 build/ray/.installed: $(VENV)/.installed pyproject.toml
 	$(BIN)/python -m venv --without-pip build/ray
-	$(BIN)/python -c 'import sysconfig; print(f"import site; site.addsitedir({sysconfig.get_path("purelib")!r})")' \
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 	    > $$(build/ray/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/trainer.pth
 	build/ray/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'tunewright[ray]'
 	touch $@
