@@ -197,7 +197,7 @@ class TenantsApi:
 
     def _tell_unreleased(self, aliases: Sequence[str], live: Iterable[str]) -> None:
         for alias in sorted(set(aliases) - set(live)):
-            self._context.reporter.say(f"{alias} has no release yet: `tunewright deploy {alias} ADAPTER` makes one.")
+            self._context.reporter.say(f"{alias} has no release yet. `tunewright deploy {alias} ADAPTER` makes one.")
 
 
 class AuditApi:

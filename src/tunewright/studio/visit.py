@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 from jinja2 import Environment
 from starlette.responses import HTMLResponse, RedirectResponse, Response
@@ -168,6 +168,7 @@ class Visit:
             form_token=self.session.form_token,
             reviewer=self.session.reviewer,
             here=self.path,
+            back=f"{self.path}?{urlencode(self.query)}" if self.query else self.path,
             demo=self.session.read_only,
             messages=[*self.session.take_messages(), *self._reported()],
             **values,

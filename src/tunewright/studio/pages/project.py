@@ -14,7 +14,7 @@ from tunewright.core.text import count_of
 from tunewright.data.review.report import review_report
 from tunewright.data.versions import current_manifest
 from tunewright.evidence.schema import DEV_PREFIX, EVIDENCE_FILE
-from tunewright.studio.jobs import Job
+from tunewright.studio.jobs import SERVER, Job
 from tunewright.studio.pages.deploy import needs_keys, newest_releases
 from tunewright.studio.pages.evaluate import EVALUATE_PAGE
 from tunewright.studio.served import refusal, served
@@ -24,10 +24,10 @@ _COMMANDS = ("advise", "train", "evaluate", "run")
 _LONG = ("evaluate", "run")
 """Commands of a page that says first how long they take."""
 _AFTER = {
-    "advise": ("/", "the project and its next step"),
+    "advise": ("/", "the next step of the project"),
     "train": (EVALUATE_PAGE, "evaluate the adapter"),
-    "evaluate": ("/evidence", "the evaluation's answers and report"),
-    "run": ("/evidence", "the evaluation's answers and report"),
+    "evaluate": ("/", "the verdict and what follows from it"),
+    "run": ("/", "the verdict and what follows from it"),
 }
 """The page that continues after a command."""
 _NEWEST = 10  # evaluations and jobs on the page
@@ -105,7 +105,7 @@ def _stages(visit: Visit, evaluations: list[Evaluation]) -> list[Stage]:
     stages.append(
         Stage(
             "Train",
-            "done" if current else "next",
+            "done" if current else "next" if accepted else "open",
             text,
             job="train",
             link=runs,
@@ -213,7 +213,8 @@ def stop_job(visit: Visit) -> Response:
     """Stop a job as Ctrl-C does."""
     job = visit.jobs.find(visit.place["job"])
     job.stop()
-    return visit.go(path_of("jobs", job.id), "Stopping. What was finished is kept, and the same command resumes.")
+    kept = "Running answers are finished first." if job.command[0] == SERVER else "What was finished is kept."
+    return visit.go(path_of("jobs", job.id), f"Stopping. {kept}")
 
 
 HANDLERS: Handlers = {

@@ -2,11 +2,15 @@
 
 // The token of the address signs in by itself. Without JavaScript it is typed.
 const signIn = document.getElementById("sign-in");
-if (signIn && location.hash.startsWith("#token=")) {
+function sendToken() {
+  if (!signIn || !location.hash.startsWith("#token=")) return;
   signIn.elements.secret.value = decodeURIComponent(location.hash.slice("#token=".length));
   history.replaceState(null, "", location.pathname);
   signIn.submit();
 }
+sendToken();
+// The address may be opened in a tab that shows this page already.
+addEventListener("hashchange", sendToken);
 
 // A letter presses the button or opens the part that shows it, unless somebody is typing.
 let sent = false;
