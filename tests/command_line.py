@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -50,8 +51,24 @@ def tunewright(*arguments: str | Path) -> Ran:
 
 @cache
 def _command() -> Any:
-    """Return the command line, built once: `CliRunner.invoke` builds it for each call, which takes 20 ms."""
+    """Return the command line, built once: `CliRunner.invoke` builds it for each call, which takes 20 ms.
+
+    typer brings its own copy of click, whose classes have no stubs.
+    """
     return typer.main.get_command(commands())
+
+
+def parsed(line: str | Sequence[str]) -> tuple[str, ...]:
+    """Parse a command line with the command line's own parser, run nothing, and return the command's names."""
+    program, *arguments = shlex.split(line) if isinstance(line, str) else line
+    assert program == "tunewright"
+    command, names = _command(), []
+    context = command.make_context("tunewright", list(arguments))
+    while hasattr(command, "commands"):
+        name, command, rest = command.resolve_command(context, [*context._protected_args, *context.args])
+        names.append(name)
+        context = command.make_context(name, rest, parent=context)
+    return tuple(names)
 
 
 def pairs(count: int, seed: int = 0) -> list[dict[str, str]]:

@@ -51,6 +51,7 @@ def main(options: list[str]) -> None:
     async def completions(http: Request) -> StreamingResponse | JSONResponse:
         body = await http.json()
         seen["body"] = body
+        seen["traceparent"] = http.headers.get("traceparent")
         if (
             body["model"] != "base"
             and tunewright_vllm.listed(Path(os.environ[tunewright_vllm.MANIFEST]), body["model"]) is None

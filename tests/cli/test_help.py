@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,13 +13,10 @@ from typing import Any
 import pytest
 import typer
 
-from command_line import tunewright
+from command_line import parsed, tunewright
 from tunewright._version import __version__
 from tunewright.cli import commands
 from tunewright.cli.app import PANELS
-
-ROOT: Any = typer.main.get_command(commands())
-"""typer brings its own copy of click, whose classes have no stubs."""
 
 
 def _leaves(command: Any, *names: str) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -31,26 +27,15 @@ def _leaves(command: Any, *names: str) -> Iterator[tuple[tuple[str, ...], Any]]:
         yield names, command
 
 
+ROOT: Any = typer.main.get_command(commands())
 LEAVES = dict(_leaves(ROOT))
-
-
-def _parsed(line: str) -> tuple[str, ...]:
-    """Parse a command line with the command line's own parser, run nothing, and return the command's names."""
-    program, *arguments = shlex.split(line)
-    assert program == "tunewright"
-    context, command, names = ROOT.make_context("tunewright", list(arguments)), ROOT, []
-    while hasattr(command, "commands"):
-        name, command, rest = command.resolve_command(context, [*context._protected_args, *context.args])
-        names.append(name)
-        context = command.make_context(name, rest, parent=context)
-    return tuple(names)
 
 
 @pytest.mark.parametrize("names", LEAVES, ids=" ".join)
 def test_example_in_help_parses_as_a_call_of_its_command(names: tuple[str, ...]) -> None:
     epilog = LEAVES[names].epilog
     assert epilog.startswith("Example: tunewright ")
-    assert _parsed(epilog.removeprefix("Example: ")) == names
+    assert parsed(epilog.removeprefix("Example: ")) == names
 
 
 @pytest.mark.parametrize(
@@ -58,7 +43,7 @@ def test_example_in_help_parses_as_a_call_of_its_command(names: tuple[str, ...])
 )
 def test_parsing_an_example_fails_when_the_command_line_does_not_have_it(line: str) -> None:
     with pytest.raises(Exception, match=r"No such|Missing parameter"):
-        _parsed(line)
+        parsed(line)
 
 
 def test_root_help_lists_every_command_in_one_panel_in_order() -> None:

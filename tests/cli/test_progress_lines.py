@@ -16,7 +16,7 @@ def _lines(monkeypatch: pytest.MonkeyPatch, total: int, advances: Sequence[tuple
     now = [0.0]
     monkeypatch.setattr("tunewright.cli.live.time.monotonic", lambda: now[0])
     written = io.StringIO()
-    task = live._LineTask(Console(file=written, width=120), "Scoring", total, "rows")
+    task = live.LineTask(Console(file=written, width=120), "Scoring", total, "rows")
     for at, steps in advances:
         now[0] = at
         task.advance(steps)

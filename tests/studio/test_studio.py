@@ -284,7 +284,7 @@ def test_stopped_training_is_resumed_by_the_same_button_after_a_restart(project:
         browser.send(f"/jobs/{job.id}/stop", f"/jobs/{job.id}")
         _wait_for(lambda: job.state != "running")
         assert (job.state, job.exit_code) == ("stopped", 130)
-        assert "start it again, which resumes" in browser.get(f"/jobs/{job.id}")
+        assert "Start it again, which resumes" in browser.get(f"/jobs/{job.id}")
         assert not list(library.open(project).folder.adapters.glob("tiny-*"))
         stopped = library.open(project).runs.find(run.name)
         assert stopped.state == "stopped" and stopped.history
@@ -297,7 +297,7 @@ def test_stopped_training_is_resumed_by_the_same_button_after_a_restart(project:
         with browser.client.stream("GET", f"/train/runs/{run.name}/events") as events:
             rows = [json.loads(line[6:]) for line in events.iter_lines() if line.startswith("data: {")]
         _wait_for(lambda: again.state != "running")
-        assert '<a href="/evaluate">evaluate the adapter</a>' in browser.get(f"/jobs/{again.id}")
+        assert 'href="/evaluate">Evaluate the adapter</a>' in browser.get(f"/jobs/{again.id}")
         adapter = library.open(project).runs.find(run.name)
         assert adapter.state == "finished"
         assert adapter.history[: len(stopped.history)] == stopped.history

@@ -94,7 +94,7 @@ def test_time_is_measured_and_an_evaluation_limited_by_buttons(project: Path) ->
     with restarted(project) as browser:
         _send(browser, action="estimate", adapter=name, split="test")
         _wait_for_end(jobs)
-        assert '<a href="/evaluate">start the evaluation' in browser.get(f"/jobs/{jobs.all()[0].id}")
+        assert 'href="/evaluate">Start the evaluation' in browser.get(f"/jobs/{jobs.all()[0].id}")
         assert "less than a minute" in browser.get("/evaluate")
         _send(browser, action="evaluate", adapter=name, split="dev", minutes="5")
         _wait_for_end(jobs)

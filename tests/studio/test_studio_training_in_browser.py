@@ -52,7 +52,7 @@ def test_training_is_started_stopped_and_resumed_by_keys_alone(page: Page, proje
     page.goto(job)
     _press_on(page, "Stop")
     wait_for(page.locator("#state")).to_have_text("stopped")
-    assert "start it again, which resumes" in page.inner_text("main")
+    assert "Start it again, which resumes" in page.inner_text("main")
     page.goto(run)
     wait_for(state).to_have_text("stopped")
     stopped = int(steps.inner_text().replace(",", ""))

@@ -451,6 +451,7 @@ class Project(EvaluationsApi):
         host: str | None = None,
         port: int | None = None,
         metrics_port: int | None = None,
+        metrics_host: str | None = None,
         auth: bool = True,
         engine: EngineName | None = None,
         system_prompts: bool = True,
@@ -469,6 +470,7 @@ class Project(EvaluationsApi):
             host: overrides the config.
             port: overrides the config.
             metrics_port: overrides the config.
+            metrics_host: overrides the config.
             engine: overrides the config.
             auth: False accepts every client that can reach the address, without a key; only without tenants.
             system_prompts: add the adapter's trained system prompt to requests without one; False only
@@ -482,7 +484,13 @@ class Project(EvaluationsApi):
         """
         from tunewright.api.serving import open_service
 
-        given = {"host": host, "port": port, "metrics_port": metrics_port, "engine": engine}
+        given = {
+            "host": host,
+            "port": port,
+            "metrics_port": metrics_port,
+            "metrics_host": metrics_host,
+            "engine": engine,
+        }
         own = {name: value for name, value in given.items() if value is not None}
         config = self.folder.config
         served = config.model_copy(update={"serve": config.serve.model_copy(update=own)})

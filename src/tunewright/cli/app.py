@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
+from enum import StrEnum
 from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
 from inspect import Parameter
@@ -14,6 +15,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 from typer._click.exceptions import ClickException
+from typer._click.globals import get_current_context
 from typer.core import TyperGroup
 
 from tunewright._version import __version__
@@ -52,6 +54,13 @@ Minutes = Annotated[
 ]
 
 _PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate")
+
+
+class LogFormat(StrEnum):
+    """Form of the log on stderr."""
+
+    text = "text"
+    json = "json"
 
 
 class _InPanels(TyperGroup):
@@ -116,6 +125,14 @@ def _root(
             help="Print the versions of tunewright and its main dependencies.",
         ),
     ] = False,
+    _log_format: Annotated[
+        LogFormat,
+        typer.Option(
+            "--log-format",
+            envvar="TUNEWRIGHT_LOG_FORMAT",
+            help="Form of messages, progress and errors on stderr: text, or one JSON object a line.",
+        ),
+    ] = LogFormat.text,
 ) -> None:
     pass
 
@@ -140,6 +157,7 @@ def command(
     cluster: bool = False,
     json: bool = True,
     together: Callable[[Mapping[str, Any]], bool] = lambda _: False,
+    traced: bool = True,
     options: type[Any] | None = None,
 ) -> Callable[[Callable[..., int | None]], Callable[..., None]]:
     """Return a decorator that makes a command of a function of a `Session`, which returns the exit code (None: 0).
@@ -156,6 +174,7 @@ def command(
         cluster: add ``--cluster``.
         json: add ``--json``.
         together: returns True if a run with these options may be one of several processes.
+        traced: a run of the command is one span of a trace; False for servers, whose requests are.
         options: a dataclass whose fields become options; the function takes an instance of it as ``options``.
     """
 
@@ -178,7 +197,15 @@ def command(
             reviewed = folder if status else None
             if options is not None:
                 values["options"] = options(**{each.name: values.pop(each.name) for each in fields(options)})
-            with session(as_json, reviewed, together=together(values), kept=kept) as current:
+            context = get_current_context()
+            with session(
+                as_json,
+                reviewed,
+                together=together(values),
+                kept=kept,
+                log_json=context.find_root().params["_log_format"] == LogFormat.json,
+                span=" ".join(context.command_path.split()[1:]) if traced else None,
+            ) as current:
                 current.folder, current.database_url, current.cluster = folder or Path(), url, on
                 code = function(current, **values)
                 if code:

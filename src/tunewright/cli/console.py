@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from types import FrameType
@@ -21,8 +21,10 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from tunewright.cli.json_log import JsonReporter, json_log
 from tunewright.cli.live import ConsoleReporter
 from tunewright.cli.stopping import STOPPED, stoppable
+from tunewright.core import tracing
 from tunewright.core.errors import OUT_OF_MEMORY, UserError
 from tunewright.core.io import refused
 from tunewright.core.text import visible
@@ -80,9 +82,9 @@ class _VisibleFormatter(logging.Formatter):
         return visible(super().format(record))
 
 
-def _json_text(document: object) -> str:
+def _json_text(document: object, *, one_line: bool = False) -> str:
     """Return JSON: its control characters are all within strings, where their escapes mean the same."""
-    return visible(json.dumps(document, indent=2, ensure_ascii=False)) + "\n"
+    return visible(json.dumps(document, indent=None if one_line else 2, ensure_ascii=False)) + "\n"
 
 
 def _write(text: str) -> None:
@@ -121,8 +123,9 @@ def _on_one_line(cell: RenderableType) -> RenderableType:
 class Session:
     """A running command: its project, and where its result, notes and progress are printed."""
 
-    def __init__(self, *, as_json: bool) -> None:
+    def __init__(self, *, as_json: bool, log_json: bool = False) -> None:
         self.as_json = as_json
+        self.log_json = log_json
         self.folder = Path()
         self.database_url: str | None = None
         """The database that ``--database-url`` names."""
@@ -140,7 +143,7 @@ class Session:
             width=None if on_terminal else _LOG_WIDTH,
             quiet=not distributed.is_main_process(),
         )
-        self.reporter = ConsoleReporter(self.console, live=not as_json)
+        self.reporter = JsonReporter(self.console) if log_json else ConsoleReporter(self.console, live=not as_json)
 
     @cached_property
     def project(self) -> Project:
@@ -179,16 +182,23 @@ class Session:
             from pydantic_core import to_jsonable_python
 
             values = to_jsonable_python(document, by_alias=False)
-            self.print_out(_json_text(values))
+            self.print_out(_json_text(values, one_line=self.log_json))
         elif alone is not None:
             self.print_out(alone)
-            for part in people:
-                self.console.print(part, markup=False, highlight=False)
+            self.note(*people)
         elif sys.stdout.isatty():
             for part in people:
                 _Console().print(part, markup=False, highlight=False)
         else:
             self.print_out("".join(map(plain_text, people)))
+
+    def note(self, *people: RenderableType) -> None:
+        """Print text and tables on stderr."""
+        for part in people:
+            if self.log_json:
+                self.reporter.say(plain_text(part).rstrip())
+            else:
+                self.console.print(part, markup=False, highlight=False)
 
     def print_out(self, text: str) -> None:
         """Print on stdout this text: exactly in a pipe, with control characters escaped on a terminal.
@@ -220,6 +230,8 @@ def session(
     *,
     together: bool = False,
     kept: str = NOTHING_KEPT,
+    log_json: bool = False,
+    span: str | None = None,
 ) -> Iterator[Session]:
     """Run a command: a UserError becomes one clear message and exit code 2, a stop by Ctrl-C or SIGTERM one and 130.
 
@@ -228,11 +240,20 @@ def session(
         project: report at the end whether reviewers have accepted its dataset version.
         together: allow several processes, one of which prints for all.
         kept: message about the state after a stop, and the way to resume.
+        log_json: write messages, progress and errors as JSON, one object a line.
+        span: the command's name in a trace; None: it is not traced as a whole.
     """
-    current = Session(as_json=as_json)
+    quiet = not distributed.is_main_process()
+    with json_log(quiet=quiet) if log_json else nullcontext():
+        yield from _session(Session(as_json=as_json, log_json=log_json), project, together, kept, span, quiet=quiet)
+
+
+def _session(
+    current: Session, project: Path | None, together: bool, kept: str, span: str | None, *, quiet: bool
+) -> Iterator[Session]:
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        with stoppable(kept, as_json=as_json, quiet=not distributed.is_main_process()):
+        with stoppable(kept, as_json=current.as_json, log_json=current.log_json, quiet=quiet), _traced(current, span):
             yield from _run(current, project, together=together)
     except UserError as error:
         _fail(current, error.as_dict(), f"Error: {error}", USER_ERROR)
@@ -261,6 +282,22 @@ def session(
         _fail(current, short.as_dict(), f"Error: {short}", USER_ERROR)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _traced(current: Session, span: str | None) -> Iterator[None]:
+    """Trace the command, if the standard variables of OpenTelemetry ask for it."""
+    if not tracing.wanted() or not distributed.is_main_process():
+        yield
+        return
+    warning = tracing.start()
+    if warning is not None:
+        current.reporter.warn(warning)
+    try:
+        with nullcontext() if span is None else tracing.command(f"tunewright {span}", ends=(typer.Exit,)):
+            yield
+    finally:
+        tracing.stop()
 
 
 def _lack_of_memory(error: Exception) -> UserError | None:
@@ -293,7 +330,9 @@ def _fail(current: Session, document: dict[str, Any], text: str, code: int) -> N
         raise typer.Exit(code)
     current.console.quiet = False
     if current.as_json:
-        _write(_json_text({"error": document}))
+        _write(_json_text({"error": document}, one_line=current.log_json))
+    elif isinstance(current.reporter, JsonReporter):
+        current.reporter.error(document)
     else:
         current.console.print(text, style="red", markup=False, highlight=False)
     raise typer.Exit(code)

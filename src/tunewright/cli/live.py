@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from tunewright.core import tracing
 from tunewright.core.downsample import downsample
 from tunewright.core.progress import Task
 
@@ -227,7 +228,7 @@ class _Screen:
         return table
 
 
-class _LineTask:
+class LineTask:
     """Progress for a log or CI: a line every 15 seconds."""
 
     every_s = 15.0
@@ -255,7 +256,10 @@ class _LineTask:
             return
         self.printed = now
         parts = [f"{self.title}: {self.done}/{self.total} {self.unit}", note, self._left(now)]
-        self.console.print(", ".join(part for part in parts if part), markup=False, highlight=False)
+        self._print(", ".join(part for part in parts if part))
+
+    def _print(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False)
 
     def _left(self, now: float) -> str:
         """Return the time left, by the speed since the first advances, or nothing before later ones."""
@@ -326,8 +330,19 @@ class ConsoleReporter:
 
     @contextmanager
     def task(self, title: str, total: int, unit: str) -> Iterator[Task]:
+        with (
+            tracing.span(title, {"tunewright.total": total, "tunewright.unit": unit}),
+            self._task(title, total, unit) as task,
+        ):
+            yield task
+
+    def _lines(self, title: str, total: int, unit: str) -> Task:
+        return LineTask(self.console, title, total, unit)
+
+    @contextmanager
+    def _task(self, title: str, total: int, unit: str) -> Iterator[Task]:
         if not self._live:
-            yield _LineTask(self.console, title, total, unit)
+            yield self._lines(title, total, unit)
         elif self._screen is None:
             with self._drawn({}) as screen:
                 yield _BarTask(screen, title, total)

@@ -181,8 +181,7 @@ def demo(
 
 def show_prompting(run: Session, advice: Advice) -> None:
     """Print the prompting arms' scores as progress, on stderr."""
-    for part in prompting_tables(advice):
-        run.console.print(part, markup=False, highlight=False)
+    run.note(*prompting_tables(advice))
 
 
 def run_tables(result: RunResult) -> list[RenderableType]:

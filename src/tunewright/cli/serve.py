@@ -29,7 +29,15 @@ class Engine(StrEnum):
     llamacpp = "llamacpp"
 
 
-@command(app, "serve", panel=DEPLOY, example="tunewright serve --port 8000 --engine vllm", status=False, database=True)
+@command(
+    app,
+    "serve",
+    panel=DEPLOY,
+    example="tunewright serve --port 8000 --engine vllm",
+    status=False,
+    database=True,
+    traced=False,
+)
 def serve(
     run: Session,
     adapters: Annotated[
@@ -54,6 +62,10 @@ def serve(
             help="Port of Prometheus metrics; 0 for any.",
             show_default="serve.metrics_port in the config",
         ),
+    ] = None,
+    metrics_host: Annotated[
+        str | None,
+        typer.Option(help="Address of the metrics port.", show_default="serve.metrics_host in the config"),
     ] = None,
     no_auth: Annotated[
         bool,
@@ -99,6 +111,7 @@ def serve(
         host=host,
         port=port,
         metrics_port=metrics_port,
+        metrics_host=metrics_host,
         auth=not no_auth,
         engine=kind,
         system_prompts=not no_system_prompt,

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
 
+from tunewright.cli.json_log import json_line
 from tunewright.core.interrupts import pending_work
 
 STOPPED = 128 + signal.SIGINT
@@ -63,13 +64,14 @@ def end_process(code: int) -> NoReturn:
 
 
 @contextmanager
-def stoppable(kept: str, *, as_json: bool, quiet: bool) -> Iterator[None]:
+def stoppable(kept: str, *, as_json: bool, quiet: bool, log_json: bool = False) -> Iterator[None]:
     """Announce the first SIGINT or SIGTERM while the block runs, and end the process at a second or after a while.
 
     Args:
         kept: message about the work that remains, and the way to resume it.
         as_json: end with a JSON document on stdout.
         quiet: print nothing, since another process reports for this one.
+        log_json: announce it as a line of JSON.
     """
     global _stopped
     if threading.current_thread() is not threading.main_thread():
@@ -78,7 +80,7 @@ def stoppable(kept: str, *, as_json: bool, quiet: bool) -> Iterator[None]:
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    watcher = _SignalWatcher(reading, kept, as_json=as_json, quiet=quiet)
+    watcher = _SignalWatcher(reading, kept, as_json=as_json, quiet=quiet, log_json=log_json)
     watcher.start()
     stopped = False
     try:
@@ -97,12 +99,13 @@ def stoppable(kept: str, *, as_json: bool, quiet: bool) -> Iterator[None]:
 
 
 class _SignalWatcher(threading.Thread):
-    def __init__(self, reading: int, kept: str, *, as_json: bool, quiet: bool) -> None:
+    def __init__(self, reading: int, kept: str, *, as_json: bool, quiet: bool, log_json: bool) -> None:
         super().__init__(name="tunewright-signals", daemon=True)
         self.reading = reading
         self.kept = kept
         self.as_json = as_json
         self.quiet = quiet
+        self.log_json = log_json
         self.asked = 0
         """Signals so far."""
         self.announced = threading.Event()
@@ -130,7 +133,7 @@ class _SignalWatcher(threading.Thread):
         if self.asked > 1:
             self._end()
         elif not self.quiet:
-            _say(f"Stopping: {pending_work() or self.kept}. Ctrl-C again ends at once.")
+            self._say(f"Stopping: {pending_work() or self.kept}. Ctrl-C again ends at once.")
         self.announced.set()
 
     def _end(self) -> None:
@@ -141,11 +144,14 @@ class _SignalWatcher(threading.Thread):
             with suppress(OSError):
                 os.write(1, f"{json.dumps(document, indent=2)}\n".encode())
         elif not self.quiet:
-            _say(f"{_SHOW_CURSOR if sys.stderr.isatty() else ''}{what}.")
+            self._say(f"{_SHOW_CURSOR if sys.stderr.isatty() else ''}{what}.")
         end_process(STOPPED)
 
+    def _say(self, text: str) -> None:
+        _write(f"{json_line('warning', text, at=time.time())}\n" if self.log_json else f"\n{text}\n")
 
-def _say(text: str) -> None:
+
+def _write(text: str) -> None:
     """Write on stderr past its buffer, whose lock the main thread may hold."""
     with suppress(OSError):
-        os.write(2, f"\n{text}\n".encode())
+        os.write(2, text.encode())

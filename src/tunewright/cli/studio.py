@@ -13,7 +13,7 @@ from tunewright.cli.console import RESUMES, Session
 from tunewright.core.errors import UserError
 
 
-@command(app, "studio", panel=PROJECT, example="tunewright studio", kept=RESUMES, status=False)
+@command(app, "studio", panel=PROJECT, example="tunewright studio", kept=RESUMES, status=False, traced=False)
 def studio(
     run: Session,
     host: Annotated[str, typer.Option(help="Address to listen on; another than loopback requires a password.")] = (

@@ -135,7 +135,9 @@ class Child:
         return self._clients[loop]
 
     @asynccontextmanager
-    async def post(self, route: str, body: object) -> AsyncIterator[httpx.Response]:
+    async def post(
+        self, route: str, body: object, headers: Mapping[str, str] | None = None
+    ) -> AsyncIterator[httpx.Response]:
         """Send a request; the connection is closed at the end, which aborts the request in the child, too.
 
         The caller may be cancelled at this point. So the close is shielded: a connection closed by half would stay.
@@ -144,7 +146,7 @@ class Child:
             httpx.TransportError: the child crashed.
         """
         client = self.client()
-        reply = await client.send(client.build_request("POST", route, json=body), stream=True)
+        reply = await client.send(client.build_request("POST", route, json=body, headers=headers), stream=True)
         try:
             yield reply
         finally:

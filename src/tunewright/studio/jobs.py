@@ -140,8 +140,10 @@ class Jobs:
         command = (*words, "--project", str(self._project))
         (folder / "log").touch()
         write_text(folder / "job.json", json.dumps({"command": command, "started": now()}))
+        # Its log is for people, whatever the environment says.
+        program = (sys.executable, "-m", "tunewright", "--log-format", "text")
         child = subprocess.Popen(
-            ["/bin/sh", "-c", _SHELL, str(folder), sys.executable, "-m", "tunewright", *command],
+            ["/bin/sh", "-c", _SHELL, str(folder), *program, *command],
             stdin=subprocess.DEVNULL,
             # Ctrl-C for the studio does not reach it.
             start_new_session=True,

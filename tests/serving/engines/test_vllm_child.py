@@ -13,7 +13,9 @@ import httpx
 import pytest
 
 from fake_vllm import ENDLESS
+from otlp_collector import traced
 from tunewright.adapters.registry import write_manifest
+from tunewright.core import tracing
 from tunewright.core.errors import UserError
 from tunewright.core.io import file_digest, write_json
 from tunewright.core.progress import LogReporter
@@ -67,6 +69,35 @@ def test_vllm_variables_of_the_caller_are_not_inherited(
         "VLLM_PLUGINS",
     }
     assert environment["VLLM_PLUGINS"] == "tunewright_vllm", "and not vLLM's own resolvers"
+
+
+def test_vllm_traces_to_the_same_collector_and_continues_the_engines_span(
+    tmp_path: Path, orders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def ask(engine: VllmEngine) -> None:
+        with tracing.span("engine"):
+            await ids(engine, Request((1,), None, 2))
+
+    with traced(monkeypatch) as collector:
+        engine = VllmEngine(settings(tmp_path), stop_ids={0}, reporter=LogReporter())
+        try:
+            asyncio.run(ask(engine))
+            found = seen(engine)
+        finally:
+            engine.stop()
+    options = found["options"]
+    assert options[options.index("--otlp-traces-endpoint") + 1] == f"{collector.url}/v1/traces"
+    assert found["environment"]["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"] == "http/protobuf"
+    assert found["environment"]["OTEL_SERVICE_NAME"] == "vllm"
+    span = collector.one("engine")
+    assert found["traceparent"].rpartition("-")[0] == f"00-{span.trace}-{span.id}"
+
+
+def test_request_has_no_traceparent_without_traces(engine: VllmEngine) -> None:
+    asyncio.run(ids(engine, Request((1,), None, 2)))
+    found = seen(engine)
+    assert found["traceparent"] is None
+    assert "--otlp-traces-endpoint" not in found["options"]
 
 
 def test_request_has_a_cache_salt_per_tenant_and_all_sampling_settings(

@@ -106,8 +106,14 @@ def test_metrics_have_waiting_and_running_requests_only_while_there_are_any() ->
             until(metrics, "requests_total", 1, **whose, alias="base", outcome="disconnected")
         until(metrics, "running_requests", None, **whose)
         assert value(metrics, "waiting_requests", **whose) is None
+        assert value(metrics, "queued_requests") == 0
         engine.stopped = "it is started again"
         assert value(metrics, "ready") == 0
+
+
+def test_metrics_have_the_whole_queue_as_one_number() -> None:
+    now = ServerState(True, ["acme", "acme", "globex"], ["globex"], [], [])
+    assert Metrics(lambda: now).registry.get_sample_value("tunewright_queued_requests") == 3
 
 
 def test_metrics_count_timeouts_as_an_outcome() -> None:

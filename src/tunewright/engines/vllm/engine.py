@@ -19,6 +19,7 @@ import httpx
 from tunewright.adapters.manifest import MANIFEST, Manifest, parse_record
 from tunewright.adapters.registry import require_digest
 from tunewright.adapters.vllm_compat import CONFIG, WEIGHTS, vllm_refusals
+from tunewright.core import tracing
 from tunewright.core.errors import UserError
 from tunewright.core.io import file_digest
 from tunewright.core.progress import Reporter
@@ -141,8 +142,12 @@ class VllmEngine:
         self._running = 0
         self._secret = secrets.token_bytes(32)
         variables = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"} if settings.cpu else {}
+        options, traces = settings.options(), tracing.endpoint()
+        if traces is not None:  # vLLM's spans are children of the gateway's
+            options += ["--otlp-traces-endpoint", traces]
+            variables |= tracing.variables_of("vllm")
         self.child = Child(
-            lambda folder: plan(folder, settings.python, settings.options(), variables),
+            lambda folder: plan(folder, settings.python, options, variables),
             lambda: self._running > 0,
             reporter,
         )
@@ -217,7 +222,7 @@ class VllmEngine:
             raise RequestFailedError(f"The adapter {request.adapter} is not loaded.")
         self._running += 1
         try:
-            async with self.child.post("/v1/completions", body) as reply:
+            async with self.child.post("/v1/completions", body, tracing.headers()) as reply:
                 if reply.status_code != 200:
                     raise RequestFailedError(_refusal(await reply.aread()))
                 yield reply

@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from tunewright.config import GatewayConfig
+from tunewright.core import tracing
 from tunewright.engines.protocol import Engine, EngineStoppedError, RequestFailedError
 from tunewright.serving.gateway.admission import AdmissionQueue
 from tunewright.serving.gateway.auth import Auth, Principal, model_not_found
@@ -192,25 +193,32 @@ class Gateway:
     async def _answer(self, http: HttpRequest, parse: Parse) -> Response:
         self._in_flight += 1
         streaming = False
-        try:
-            response = await self._respond(http, parse)
-            streaming = isinstance(response, EventStreamResponse)
-            return response
-        finally:
-            if not streaming:  # a stream ends later, and counts itself out
-                self._in_flight -= 1
+        with tracing.request(f"{http.method} {http.url.path}", http.headers) as span:
+            try:
+                response = await self._respond(http, parse, span)
+                streaming = isinstance(response, EventStreamResponse)
+                span.set({"http.response.status_code": response.status_code})
+                return response
+            except (ApiError, RequestFailedError, EngineStoppedError, StateUnavailableError) as error:
+                refusal = _as_response(error)
+                span.set({"http.response.status_code": refusal.status, "error.type": refusal.code})
+                raise
+            finally:
+                if not streaming:  # a stream ends later, and counts itself out
+                    self._in_flight -= 1
+                    span.end()
 
-    async def _respond(self, http: HttpRequest, parse: Parse) -> Response:
+    async def _respond(self, http: HttpRequest, parse: Parse, span: tracing.Span) -> Response:
         arrived = asyncio.get_running_loop().time()
         handler, response_format = await self._admit(http, parse, arrived)
         target = handler.target
         headers = {ADAPTER_HEADER: target.digest or "none", SYSTEM_HEADER: handler.system_source}
         if handler.requests[0].body.stream:
-            return await self._stream(http, handler, response_format, headers, arrived)
+            return await self._stream(http, handler, response_format, headers, arrived, span)
         try:
             result = await cancel_on_disconnect(http, handler.answers())
         finally:
-            self._end(handler)
+            self._end(handler, span)
         if result is None:
             return Response(status_code=499)  # not read by anyone: the client has disconnected
         return JSONResponse(response_format.response(*result), headers=headers)
@@ -272,32 +280,47 @@ class Gateway:
         response_format: ResponseFormat,
         headers: dict[str, str],
         arrived: float,
+        span: tracing.Span,
     ) -> Response:
         """Return a stream once there is something to send, so that an earlier failure has its own HTTP status."""
         chunks = handler.chunks()
         try:
             first = await cancel_on_disconnect(http, anext(chunks))
         except BaseException:
-            self._end(handler)
+            self._end(handler, span)
             raise
         if first is None:
-            self._end(handler)
+            self._end(handler, span)
             return Response(status_code=499)
 
         async def on_end() -> None:
             await chunks.aclose()
-            self._end(handler)
+            self._end(handler, span)
             self._in_flight -= 1
+            span.end()
 
         until = arrived + self._limits.total_timeout_s + FLUSH_SECONDS
         events = sse_events(first, chunks, handler, response_format)
         return EventStreamResponse(events, headers, until=until, on_end=on_end)
 
-    def _end(self, handler: RequestHandler) -> None:
+    def _end(self, handler: RequestHandler, span: tracing.Span) -> None:
         self._handlers.discard(handler)
         usage = handler.settle()
         if usage is not None:
             self.metrics.settled(handler.tenant, handler.target.name, usage)
+            span.set(
+                {
+                    "gen_ai.request.model": handler.target.name,
+                    "gen_ai.usage.input_tokens": usage.prompt_tokens,
+                    "gen_ai.usage.output_tokens": usage.completion_tokens,
+                    "tunewright.tenant": handler.tenant,
+                    "tunewright.adapter": handler.target.digest,
+                    "tunewright.outcome": usage.outcome,
+                    "tunewright.first_token_s": usage.first_token_s,
+                }
+            )
+            if usage.outcome in ("failed", "timed out"):
+                span.fail(usage.outcome)
         self._shadows.start(handler)
 
 

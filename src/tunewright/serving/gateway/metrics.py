@@ -138,6 +138,10 @@ class _Gauges(Collector):
         ready = gauge("ready", "1 while requests are accepted.")
         ready.add_metric([], float(now.ready))
         yield ready
+        # Autoscalers need a number at every moment, which the series of tenants are not.
+        queued = gauge("queued_requests", "Requests in the queue, of all tenants.")
+        queued.add_metric([], float(len(now.waiting)))
+        yield queued
         for name, text, tenants in (
             ("waiting_requests", "Requests in the queue.", now.waiting),
             ("running_requests", "Requests at the engine.", now.running),

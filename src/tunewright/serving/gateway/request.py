@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Literal
 
 from tunewright.chat.call_stream import CallDelta
 from tunewright.chat.tool_calls import Call
 from tunewright.config import GatewayConfig
+from tunewright.core import tracing
 from tunewright.engines.protocol import (
     ConstraintFailedError,
     Delta,
@@ -175,18 +177,30 @@ class GenerationRequest:
             return
         self._watch()
         try:
-            async with queue.slot(self.tenant, self.prompt_tokens) as self._slot:
+            async with AsyncExitStack() as held:
+                with tracing.span("queue"):
+                    self._slot = await held.enter_async_context(queue.slot(self.tenant, self.prompt_tokens))
                 if self._ended.is_set():  # it timed out in the queue
                     return
                 self._admitted_at = time.monotonic()
                 self._watch()
-                abort = engine.submit(self.engine_request, self, tenant=self.tenant)
-                try:
-                    await self._ended.wait()
-                finally:
-                    abort()
+                # The engine sends the current span's id along, if it is another process that can trace.
+                with tracing.span("engine", self._traced(engine)) as span:
+                    abort = engine.submit(self.engine_request, self, tenant=self.tenant)
+                    try:
+                        await self._ended.wait()
+                    finally:
+                        abort()
+                        span.set({"gen_ai.usage.output_tokens": self.tokens, "tunewright.outcome": self.outcome})
         finally:
             self._unwatch()
+
+    def _traced(self, engine: Engine) -> dict[str, tracing.Value | None]:
+        return {
+            "tunewright.engine": engine.name,
+            "tunewright.adapter": self.target.digest,
+            "gen_ai.usage.input_tokens": self.prompt_tokens,
+        }
 
     def deliver(self, event: Event) -> None:
         """Take an event of the engine: see :class:`tunewright.engines.protocol.TokenSink`."""

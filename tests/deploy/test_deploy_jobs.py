@@ -1,0 +1,82 @@
+"""Training with Slurm and SkyPilot: the scripts are sound, and their commands and options exist."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from command_line import parsed
+from deploy_files import DEPLOY, ROOT, ran, tool
+
+SBATCH = DEPLOY / "slurm" / "train.sbatch"
+SKY = yaml.safe_load((DEPLOY / "skypilot" / "train.yaml").read_text())
+
+
+def test_slurm_script_passes_bash_and_shellcheck() -> None:
+    ran("bash", "-n", SBATCH)
+    ran(tool("shellcheck"), SBATCH)
+
+
+@pytest.mark.parametrize(("gpus", "launcher"), [("1", "tunewright"), ("2", "torchrun")])
+def test_slurm_script_starts_train_that_parses(tmp_path: Path, gpus: str, launcher: str) -> None:
+    words = _submitted(tmp_path, gpus, 'printf "%s\\n" "$@" > "$OUT"')
+    (name,) = [word for word in words if word in {"tunewright", "torchrun"}][:1]
+    assert name == launcher
+    # The launcher's own options end where the module begins.
+    assert parsed(words[len(words) - 1 - words[::-1].index("tunewright") :]) == ("train",)
+    assert words[-2:] == ["--project", str(tmp_path)]
+
+
+def test_slurm_script_queues_again_when_its_time_is_over(tmp_path: Path) -> None:
+    # The script's own process gets the signal, as with Slurm's --signal=B:TERM, and the step ends as a training does.
+    (tmp_path / "step.py").write_text(
+        "import os, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))\n"
+        "os.kill(os.getppid(), signal.SIGTERM)\n"
+        "time.sleep(300)\n"
+    )
+    stopped = f"exec {sys.executable} {tmp_path}/step.py"
+    assert _submitted(tmp_path, "1", stopped) == ["requeue", "77"]
+
+
+def test_slurm_script_fails_with_the_trainings_code(tmp_path: Path) -> None:
+    assert _submitted(tmp_path, "1", "exit 2", code=2) == []
+
+
+def _submitted(folder: Path, gpus: str, srun: str, code: int = 0) -> list[str]:
+    """Run the script with stand-ins of Slurm's commands, and return their output."""
+    out = folder / "out"
+    for name, text in (("srun", srun), ("scontrol", 'printf "%s\\n" "$@" > "$OUT"')):
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    variables = {
+        "HOME": str(folder),
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "OUT": str(out),
+        "SLURM_GPUS_ON_NODE": gpus,
+        "SLURM_JOB_ID": "77",
+    }
+    done = subprocess.run(["bash", str(SBATCH), str(folder)], env=variables, check=False, timeout=120)
+    assert done.returncode == code
+    return out.read_text().splitlines() if out.exists() else []
+
+
+def test_skypilot_task_installs_extras_that_exist_and_starts_train() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (named,) = re.findall(r"'\.\[([\w,-]+)\]'", SKY["setup"])
+    assert set(named.split(",")) <= extras.keys()
+    assert "constraints.txt" in SKY["setup"]
+    commands = re.findall(r"tunewright train .*", SKY["run"])
+    assert len(commands) == 2
+    for command in commands:
+        assert parsed(command) == ("train",)
+        assert command.split()[-1] in SKY["file_mounts"]
+    for script in (SKY["setup"], SKY["run"]):
+        ran("bash", "-n", "-c", script)

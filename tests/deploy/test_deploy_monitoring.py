@@ -1,0 +1,64 @@
+"""Dashboard and alerts: every metric and label that they ask for is on the server's page of metrics."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import yaml
+
+from deploy_files import DASHBOARD, DEPLOY, metric_labels, ran, require_metrics, tool
+
+BOARD: dict[str, Any] = json.loads(DASHBOARD.read_text())
+QUERIES = [target["expr"] for panel in BOARD["panels"] for target in panel.get("targets", [])]
+RULES = yaml.safe_load((DEPLOY / "monitoring" / "rules.yml").read_text())["groups"][0]["rules"]
+_NOT_SHOWN = {"tunewright_ready"}
+
+
+@pytest.mark.parametrize("query", QUERIES)
+def test_dashboard_asks_for_metrics_and_labels_that_exist(query: str) -> None:
+    assert require_metrics(query) >= 1
+
+
+def test_dashboard_shows_every_metric_of_the_server() -> None:
+    for name in metric_labels():
+        if name.startswith("tunewright_") and not name.endswith(("_sum", "_count")):
+            assert any(name in query for query in QUERIES), name
+
+
+def test_dashboard_variables_are_labels_of_their_metric() -> None:
+    asked = [each["definition"] for each in BOARD["templating"]["list"] if each["type"] == "query"]
+    for each in asked:
+        metric, label = each.removeprefix("label_values(").removesuffix(")").split(", ")
+        assert label in metric_labels()[metric]
+    assert len(asked) == 2
+
+
+def test_dashboard_panels_do_not_overlap_and_have_their_own_ids() -> None:
+    cells = [
+        (x, y)
+        for at in (panel["gridPos"] for panel in BOARD["panels"])
+        for x in range(at["x"], at["x"] + at["w"])
+        for y in range(at["y"], at["y"] + at["h"])
+    ]
+    assert len(set(cells)) == len(cells)
+    assert max(x for x, _ in cells) < 24
+    assert len({panel["id"] for panel in BOARD["panels"]}) == len(BOARD["panels"])
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["alert"])
+def test_alert_asks_for_metrics_and_labels_that_exist(rule: dict[str, Any]) -> None:
+    assert require_metrics(rule["expr"]) >= 1 or rule["expr"].startswith("up{")
+
+
+def test_check_of_metrics_finds_a_metric_and_a_label_that_do_not_exist() -> None:
+    for wrong in ("tunewright_request_total", 'tunewright_ready{tenant="a"}', "sum by (model) (tunewright_ready)"):
+        with pytest.raises(AssertionError):
+            require_metrics(wrong)
+
+
+def test_promtool_reads_rules_and_config() -> None:
+    promtool = tool("promtool")
+    ran(promtool, "check", "rules", DEPLOY / "monitoring" / "rules.yml")
+    ran(promtool, "check", "config", "--syntax-only", DEPLOY / "monitoring" / "prometheus.yml")
