@@ -170,7 +170,7 @@ def measure(folder: Path, workers: int) -> dict[str, Any]:
         return {
             "workers": workers,
             "s": round(time.perf_counter() - began, 1),
-            "cpu_s": round(time.process_time() - worked, 1),
+            "cpu_s": round(time.process_time() - worked - processes.own_s, 1),
             "ray_cpu_s": round(processes.cpu_s, 1),
             "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),
             "workers_gb": round(processes.peak / 1e9, 2),
@@ -195,16 +195,18 @@ def cluster(workers: int) -> Iterator[None]:
 
 
 class RayProcesses:
-    """Ray's processes, looked at each half second: they end with the command, before it could ask them.
+    """Ray's processes, looked at every two seconds: they end with the command, before it could ask them.
 
     Attributes:
         peak: bytes of the workers together, without the pages that they share.
         seconds: processor time of each process, by its number.
+        own_s: processor time of looking, which the command does not need.
     """
 
     def __init__(self) -> None:
         self.peak = 0
         self.seconds: dict[int, float] = {}
+        self.own_s = 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch)
 
@@ -223,8 +225,9 @@ class RayProcesses:
         return sum(self.seconds.values()) - self._before
 
     def _watch(self) -> None:
-        while not self._stop.wait(0.5):
+        while not self._stop.wait(2):
             self.seconds |= self._look()
+            self.own_s = time.thread_time()
 
     def _look(self) -> dict[int, float]:
         seconds, memory = {}, 0

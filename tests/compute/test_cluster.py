@@ -23,7 +23,9 @@ from data_helpers import Listener, Pair, unlike_pairs, write_jsonl
 from hypothesis import given
 from parts import joined, lost
 
+from command_line import tiny_project
 from hypothesis_settings import examples
+from tunewright.api import Project
 from tunewright.compute import open_workers
 from tunewright.config import Config
 from tunewright.config.compute import ComputeConfig
@@ -254,6 +256,20 @@ def test_ray_client_gives_the_same_dataset(token: None, tmp_path: Path) -> None:
         _, err = ran.communicate(timeout=WAIT_S)
     assert ran.returncode == 0, err
     assert digests(folder / "dataset") == whole
+
+
+def test_adapter_is_the_same_when_its_data_came_from_a_cluster(
+    machines: Any, tiny_base_folder: Path, tmp_path: Path
+) -> None:
+    weights = []
+    for cluster in (None, "auto"):
+        folder = tiny_project(tmp_path / str(cluster), tiny_base_folder, count=80)
+        project = Project(ProjectFolder(folder).on_cluster(cluster))
+        version = project.data.add([folder / "pairs.jsonl"]).version
+        adapter = project.train().adapter
+        weights.append((version.digest, (adapter.folder / "adapter_model.safetensors").read_bytes()))
+        assert "compute" not in adapter.lineage["config"]
+    assert weights[0] == weights[1]
 
 
 def test_machine_with_another_tunewright_is_refused(token: None, tmp_path: Path) -> None:
