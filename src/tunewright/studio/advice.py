@@ -13,7 +13,7 @@ _PAGES = {
     "train": ("/train", "Train"),
     "advise": ("/", "Project"),
     "evaluate": ("/evaluate", "Evaluate"),
-    "run": ("/", "Project"),
+    "run": ("/evaluate", "Evaluate"),
     "human-eval": ("/compare", "Compare"),
     "deploy": ("/deploy", "Deploy"),
     "promote": ("/deploy", "Deploy"),
