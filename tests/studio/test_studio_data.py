@@ -75,7 +75,7 @@ def test_empty_folder_becomes_a_dataset_without_a_terminal(
     assert "<dd>120</dd><dt>new rows</dt>" in checked
     assert 'question <span class="tag">input</span>' in checked
     added = browser.send("/data/add", chosen, input="question", output="reply", message="the help desk's export")
-    assert "is new: 120 rows." in added.text and '<a href="/review">review a random sample' in added.text
+    assert "is new: 120 rows." in added.text and 'href="/review">Review a random sample' in added.text
     version = library.open(folder).data.version()
     assert {(m.example.input_text, m.example.output) for m in version.members} == {
         (row["prompt"], row["completion"]) for row in pairs(120)

@@ -15,6 +15,7 @@ from tunewright.cli.console import RESUMES, Session
 from tunewright.cli.data_review import read_key, read_note, require_terminal
 from tunewright.cli.data_rows import escape_control_character
 from tunewright.cli.verdict import Evaluation
+from tunewright.core.text import count_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -168,7 +169,7 @@ def _pass(run: Session, blind: BlindReview) -> None:
 def progress_text(progress: Progress) -> str:
     """Return the reviewer's progress."""
     skipped = f", {progress.skipped} skipped" if progress.skipped else ""
-    same = f"; {progress.same:,} more items have equal answers, which are ties" if progress.same else ""
+    same = f"; the answers to {count_of(progress.same, 'more item')} are equal, which is a tie" if progress.same else ""
     return f"{progress.answered} of {progress.asked} pairs judged{skipped}{same}"
 
 
