@@ -15,7 +15,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 EXECUTABLE = next((found for name in NAMES if (found := shutil.which(name))), None)
 AXE = Path(__file__).parents[1] / "build/clients/node/node_modules/axe-core/axe.min.js"
 """From `make test-clients`."""
-WAIT_MS = 600_000
+WAIT_MS = 300_000
 """Limit of each wait: it only ends a hang."""
 
 # Contrast of each element that has text of its own with what is behind it, by WCAG 2.2's formula.

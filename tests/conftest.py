@@ -49,7 +49,7 @@ settings.load_profile("quick")
 
 
 # Folders whose files take longest, so that no worker is left with a long one when the others are done.
-LONGEST = ("chat", "benchmarks", "gpu", "cli", "training", "evaluation", "serving", "models", "adapters")
+LONGEST = ("chat", "benchmarks", "gpu", "cli", "training", "evaluation", "serving", "studio", "models", "adapters")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
