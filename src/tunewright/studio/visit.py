@@ -168,7 +168,7 @@ class Visit:
             form_token=self.session.form_token,
             reviewer=self.session.reviewer,
             here=self.path,
-            back=f"{self.path}?{urlencode(self.query)}" if self.query else self.path,
+            return_to=f"{self.path}?{urlencode(self.query)}" if self.query else self.path,
             demo=self.session.read_only,
             messages=[*self.session.take_messages(), *self._reported()],
             **values,
