@@ -132,6 +132,11 @@ def test_second_tab_and_repeated_form_record_nothing_twice(browser: Browser, pro
     assert [found.current_verdicts(stale)["ada"].verdict] == ["wrong"]
 
 
+def test_change_of_name_stays_on_the_page_with_its_parameters(browser: Browser) -> None:
+    changed = browser.send("/reviewer", "/rows?split=dev", reviewer="bo")
+    assert (changed.url.path, changed.url.query) == ("/rows", b"split=dev")
+
+
 def test_two_reviewers_judge_the_same_sample(browser: Browser, url: str, project: Path) -> None:
     with opened(url) as other:
         assert "You review as bo now." in (changed := other.send("/reviewer", "/review", reviewer="bo")).text
