@@ -26,8 +26,8 @@ _LONG = ("evaluate", "run")
 _AFTER = {
     "advise": ("/", "the next step of the project"),
     "train": (EVALUATE_PAGE, "evaluate the adapter"),
-    "evaluate": ("/", "the verdict and what follows from it"),
-    "run": ("/", "the verdict and what follows from it"),
+    "evaluate": ("/", "the result and the next step"),
+    "run": ("/", "the result and the next step"),
 }
 """The page that continues after a command."""
 _NEWEST = 10  # evaluations and jobs on the page
