@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     app,
     "train",
     panel=TRAIN,
+    cluster=True,
     example="tunewright train --sweep --minutes 60 --write",
     kept=RESUMES,
     together=lambda options: not options["sweep"] and not options["curve"],
@@ -55,6 +56,7 @@ def train(
     """Train the config's adapter on the current dataset version. Resumes where it stopped."""
     _require_use({"--minutes": minutes, "--rate": rate, "--write": write or None}, "--sweep", given=sweep)
     _require_use({"--seeds": seeds}, "--curve", given=curve)
+    _require_use({"--cluster": run.cluster}, "--sweep or --curve", given=sweep or curve)
     if sweep and curve:
         raise UserError("--sweep and --curve are mutually exclusive", where="--sweep/--curve", fix="Choose one.")
     if sweep:

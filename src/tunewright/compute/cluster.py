@@ -15,9 +15,10 @@ import signal
 import socket
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
@@ -41,12 +42,15 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import digest
 from tunewright.core.progress import Reporter, Task
 from tunewright.core.text import count_of
-from tunewright.core.workers import Part, Result, Shared, Step, Workers
+from tunewright.core.workers import ONE_CPU, Machine, Needs, Part, Result, Shared, Step, Workers
 
 _WHERE = "compute.cluster"
 _REACH_S = 10.0
 _ANSWER_S = 120.0  # for a machine that starts its first process, with a cold disk
 _RETRIES = 3  # runs of a part after the first, if its machine or process is lost
+_STOP_S = 15.0  # for parts that are being stopped: a training saves its last step
+_TRAINING = ("torch", "transformers", "tokenizers", "peft", "trl", "accelerate")
+"""Packages that decide a training's result."""
 
 Image = Mapping[str, str]
 """Names of what decides a result, with their versions or digests."""
@@ -75,7 +79,7 @@ def open_cluster(config: Config, reporter: Reporter) -> Iterator[Workers]:
         if ray.available_resources().get("CPU", 0) < 1:
             reporter.warn("Other work uses every CPU of the cluster: this command waits for it.")
         # More parts than CPUs, so that no worker waits for this process to send the next one.
-        yield _RayWorkers(count, 2 * count if count == cpus else count, image(text), text)
+        yield _RayWorkers(machines, count, 2 * count if count == cpus else count, image(text), text)
     finally:
         if not connected:
             ray.shutdown()
@@ -173,8 +177,16 @@ def image(config: str) -> Image:
         "python": platform.python_version(),
         "numpy": numpy.__version__,
         "scipy": scipy.__version__,
+        **{name: _installed(name) for name in _TRAINING},
         "config": read,
     }
+
+
+def _installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 @cache
@@ -198,26 +210,41 @@ def _require_equal(machines: Sequence[Mapping[str, Any]], config: str) -> None:
     Raises:
         UserError: one does not answer, differs, or accepts commands from anyone.
     """
-    ask = ray.remote(num_cpus=0, max_retries=0)(_probe)
-    asked = {
-        str(node["NodeManagerAddress"]): ask.options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        ).remote(config)
-        for node in machines
-    }
     here, ours = ray.util.get_node_ip_address(), image(config)
-    for host, reference in asked.items():
+    for host, (theirs, has_token) in _answers(machines, _probe, config, _ANSWER_S):
+        if host != here and not _is_loopback(host) and not has_token:
+            _refuse(host)
+        _require_same(ours, theirs, host)
+
+
+def _answers(
+    machines: Sequence[Mapping[str, Any]], question: Callable[[Any], Any], argument: Any, seconds: float | None
+) -> Iterator[tuple[str, Any]]:
+    """Ask every machine the same, and yield each one's address and answer.
+
+    Raises:
+        UserError: a machine does not answer within this time, or cannot run tunewright.
+    """
+    ask = ray.remote(num_cpus=0, max_retries=0)(question)
+    asked = [
+        (
+            str(node["NodeManagerAddress"]),
+            ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
+                argument
+            ),
+        )
+        for node in machines
+    ]
+    for host, reference in asked:
         try:
-            theirs, has_token = ray.get(reference, timeout=_ANSWER_S)
+            answer = ray.get(reference, timeout=seconds)
         except GetTimeoutError:
-            what = f"The machine {host} did not answer within {_ANSWER_S:.0f} s"
+            what = f"The machine {host} did not answer within {seconds:.0f} s"
             raise UserError(what, where=_WHERE, fix="Check it with `ray status`.") from None
         except (RayError, RuntimeError) as error:
             what = f"The machine {host} cannot run tunewright: {str(error).strip().splitlines()[-1]}"
             raise UserError(what, where=_WHERE, fix=_EQUAL) from None
-        if host != here and not _is_loopback(host) and not has_token:
-            _refuse(host)
-        _require_same(ours, theirs, host)
+        yield host, answer
 
 
 _EQUAL = "Use one image on all machines: the same tunewright, Ray, Python and libraries."
@@ -230,23 +257,40 @@ def _require_same(ours: Image, theirs: Image, host: str) -> None:
 
 
 class _RayWorkers:
-    """Tasks of one CPU each.
+    """Tasks of a cluster.
 
     Args:
-        count: number of parts computed at once.
+        nodes: the machines that were there at the start, as Ray describes them.
+        count: number of parts computed at once, if each takes one CPU.
         ahead: number of parts sent and not yet returned; it bounds the memory of this process and of the cluster.
         ours: the image that every machine must have, those that join later too.
         config: the config, as the image's.
     """
 
-    def __init__(self, count: int, ahead: int, ours: Image, config: str) -> None:
-        self.count, self._ahead, self._image, self._config = count, ahead, ours, config
+    def __init__(self, nodes: Sequence[Mapping[str, Any]], count: int, ahead: int, ours: Image, config: str) -> None:
+        self.count, self._ahead, self._image, self._config, self._nodes = count, ahead, ours, config, nodes
+        self.machines = [
+            Machine(
+                str(node["NodeManagerAddress"]), int(node["Resources"]["CPU"]), int(node["Resources"].get("GPU", 0))
+            )
+            for node in nodes
+        ]
+
+    def ask(self, question: Callable[[Shared], Result], shared: Shared) -> Iterator[tuple[str, Result]]:
+        """Yield each machine's name and the function's result there."""
+        return _answers(self._nodes, question, shared, None)
 
     def map(
-        self, step: Step[Shared, Part, Result], shared: Shared, parts: Iterable[Part], task: Task, batch: int = 1
+        self,
+        step: Step[Shared, Part, Result],
+        shared: Shared,
+        parts: Iterable[Part],
+        task: Task,
+        batch: int = 1,
+        needs: Needs = ONE_CPU,
     ) -> Iterator[Result]:
         """Yield the result of each part, in order."""
-        run = ray.remote(num_cpus=1, max_retries=_RETRIES)(_run)
+        run = ray.remote(num_cpus=needs.cpus, num_gpus=needs.gpus, max_retries=_RETRIES)(_run)
         held = ray.put(shared)
         source = iter(parts)
         sent: deque[Any] = deque()
@@ -254,13 +298,21 @@ class _RayWorkers:
             while some := list(islice(source, batch)):
                 sent.append(run.remote(self._image, self._config, step, [held], some))
                 if len(sent) >= self._ahead:
-                    yield from _taken(sent.popleft(), task)
+                    yield from _taken(sent[0], task)
+                    sent.popleft()
             while sent:
-                yield from _taken(sent.popleft(), task)
+                yield from _taken(sent[0], task)
+                sent.popleft()
         finally:
-            if ray.is_initialized():
-                for reference in sent:
-                    ray.cancel(reference)
+            if sent and ray.is_initialized():
+                _stop(list(sent))
+
+
+def _stop(sent: list[Any]) -> None:
+    """Cancel parts, and wait for those in progress: their files are free for the next command then."""
+    for reference in sent:
+        ray.cancel(reference)
+    ray.wait(sent, num_returns=len(sent), timeout=_STOP_S)
 
 
 def _taken(reference: Any, task: Task) -> list[Any]:

@@ -1,0 +1,161 @@
+"""Trials on a Ray cluster of several raylets on this machine: the same adapters as without, also when one is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_helpers import Listener
+from raylets import PATH, raylets, token_required
+
+from command_line import tiny_project
+from tunewright.adapters.registry import HISTORY, list_adapters
+from tunewright.api import Project
+from tunewright.config.project import ProjectFolder
+from tunewright.core.errors import UserError
+from tunewright.evidence.schema import EVIDENCE_FILE
+
+pytestmark = pytest.mark.ray
+
+WAIT_S = 240
+TIMES = {"time", "seconds", "training_seconds", "steps"}
+"""What a ledger's line says of the time, and of the steps that were made for it: a lost trial makes some again."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def token() -> Iterator[None]:
+    with token_required():
+        yield
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
+    """A project with data, whose trainings take seconds."""
+    folder = tiny_project(tmp_path_factory.mktemp("trials") / "project", tiny_base_folder, count=90)
+    config = folder / "tunewright.yaml"
+    config.write_text(config.read_text().replace("epochs: 2", "epochs: 12\n  eval_max_samples: 0"))
+    Project(ProjectFolder(folder)).data.add([folder / "pairs.jsonl"])
+    return folder
+
+
+def _copy(prepared: Path, folder: Path) -> Path:
+    shutil.copytree(prepared, folder)
+    return folder
+
+
+def _project(folder: Path, cluster: str | None = None) -> tuple[Project, Listener]:
+    heard = Listener()
+    return Project(ProjectFolder(folder).on_cluster(cluster), heard), heard
+
+
+def _wait_for(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def _steps(folder: Path) -> list[int]:
+    """The lines of metrics of each training in progress."""
+    return [
+        len(file.read_bytes().splitlines())
+        for file in folder.glob(f".tunewright/*/*/**/{HISTORY}")
+        if "adapters" not in file.parts
+    ]
+
+
+def _ledger(folder: Path) -> list[dict[str, Any]]:
+    (file,) = folder.glob("sweeps/*/ledger.jsonl")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+
+
+def test_sweep_is_the_same_when_a_machine_is_killed(prepared: Path, tmp_path: Path) -> None:
+    here, there = (_copy(prepared, tmp_path / name) for name in ("here", "there"))
+    one, _ = _project(here)
+    winner = one.sweep(rates=[0.003])[0].adapter
+    with raylets() as cluster:
+        cluster.add_node(num_cpus=1)
+        victim = cluster.add_node(num_cpus=1)
+        project, heard = _project(there, "auto")
+
+        def kill() -> None:
+            _wait_for(lambda: len(found := _steps(there)) == 2 and min(found) > 8)
+            cluster.remove_node(victim, allow_graceful=False)
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        also, _ = project.sweep(rates=[0.003])
+        killer.join()
+    assert winner is not None and also.adapter is not None
+    assert also.adapter.digest == winner.digest
+    assert _ledger(there) == _ledger(here)
+    assert any("Resuming from step" in message for message in heard.said)
+    assert "Each training takes 1 CPU: up to 2 at once." in heard.said
+    assert not list((there / ".tunewright" / "machines").iterdir())
+
+
+def test_cross_validation_is_the_same_after_its_command_was_killed(prepared: Path, tmp_path: Path) -> None:
+    here, there = (_copy(prepared, tmp_path / name) for name in ("here", "there"))
+    whole = _project(here)[0].crossval(folds=2)
+    with raylets() as cluster:
+        cluster.add_node(num_cpus=1)
+        cluster.add_node(num_cpus=1)
+        command = [sys.executable, "-m", "tunewright", "crossval", "--folds", "2", "--cluster", "auto"]
+        first = subprocess.Popen(
+            command, cwd=there, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        _wait_for(lambda: first.poll() is not None or any(steps > 8 for steps in _steps(there)))
+        os.killpg(first.pid, signal.SIGKILL)
+        output = first.communicate()[0]
+        assert first.returncode == -signal.SIGKILL, output
+        assert not list_adapters(there / ".tunewright" / "crossval" / "adapters")
+        project, heard = _project(there, "auto")
+        again = project.crossval(folds=2)
+    assert any(message.startswith("fold 1: Resuming from step") for message in heard.said)
+    folders = [root / ".tunewright" / "crossval" / "adapters" for root in (here, there)]
+    assert len(list_adapters(folders[0])) == 2
+    assert {a.digest for a in list_adapters(folders[1])} == {a.digest for a in list_adapters(folders[0])}
+    assert _evidence(again.folder) == _evidence(whole.folder)
+
+
+def _evidence(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / EVIDENCE_FILE).read_text())
+    return {name: value for name, value in found.items() if name not in {"opening", "openings", "created"}}
+
+
+@pytest.mark.parametrize(("hidden", "message"), [("project", "This project's folder is not there"), ("base", "another")])
+def test_machine_without_the_projects_folder_or_the_base_is_refused_before_work(
+    prepared: Path, tmp_path: Path, tiny_base_folder: Path, hidden: str, message: str
+) -> None:
+    folder = _copy(prepared, tmp_path / "project")
+    covered = folder if hidden == "project" else tiny_base_folder
+    apart = ["unshare", "--mount", "sh", "-c"]
+    if subprocess.run([*apart, f"mount -t tmpfs none {covered}"], capture_output=True).returncode:
+        pytest.skip("this user may not mount, so every machine sees the same folders")
+    with raylets() as cluster:
+        start = f"mount -t tmpfs none {covered} && exec {sys.executable} -m ray.scripts.scripts start --block"
+        machine = subprocess.Popen(
+            [*apart, f"{start} --num-cpus 1 --address {cluster.address}"],
+            env={**os.environ, "PYTHONPATH": PATH},
+            start_new_session=True,
+        )
+        try:
+            cluster.wait_for_nodes
+            _wait_for(lambda: sum(node["Alive"] for node in cluster.global_state.node_table()) == 2)
+            with pytest.raises(UserError, match=message):
+                _project(folder, "auto")[0].curve(seeds=2)
+        finally:
+            os.killpg(machine.pid, signal.SIGKILL)
+            machine.wait()
+    assert not (folder / ".tunewright" / "training").exists()
