@@ -14,6 +14,7 @@ import platform
 import signal
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -48,6 +49,8 @@ _WHERE = "compute.cluster"
 _REACH_S = 10.0
 _ANSWER_S = 120.0  # for a machine that starts its first process, with a cold disk
 _RETRIES = 3  # runs of a part after the first, if its machine or process is lost
+_LOOK_S = 10.0
+_REPLACED_S = 600.0  # for a lost machine to be replaced, if no other can do its work
 _STOP_S = 15.0  # for parts that are being stopped: a training saves its last step
 _TRAINING = ("torch", "transformers", "tokenizers", "peft", "trl", "accelerate")
 """Packages that decide a training's result."""
@@ -79,7 +82,7 @@ def open_cluster(config: Config, reporter: Reporter) -> Iterator[Workers]:
         if ray.available_resources().get("CPU", 0) < 1:
             reporter.warn("Other work uses every CPU of the cluster: this command waits for it.")
         # More parts than CPUs, so that no worker waits for this process to send the next one.
-        yield _RayWorkers(machines, count, 2 * count if count == cpus else count, image(text), text)
+        yield _RayWorkers(machines, count, 2 * count if count == cpus else count, image(text), text, reporter)
     finally:
         if not connected:
             ray.shutdown()
@@ -226,15 +229,8 @@ def _answers(
         UserError: a machine does not answer within this time, or cannot run tunewright.
     """
     ask = ray.remote(num_cpus=0, max_retries=0)(question)
-    asked = [
-        (
-            str(node["NodeManagerAddress"]),
-            ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
-                argument
-            ),
-        )
-        for node in machines
-    ]
+    there = [(node, NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)) for node in machines]
+    asked = [(_machine(node).name, ask.options(scheduling_strategy=only).remote(argument)) for node, only in there]
     for host, reference in asked:
         try:
             answer = ray.get(reference, timeout=seconds)
@@ -265,16 +261,21 @@ class _RayWorkers:
         ahead: number of parts sent and not yet returned; it bounds the memory of this process and of the cluster.
         ours: the image that every machine must have, those that join later too.
         config: the config, as the image's.
+        reporter: is warned of parts that wait for a machine.
     """
 
-    def __init__(self, nodes: Sequence[Mapping[str, Any]], count: int, ahead: int, ours: Image, config: str) -> None:
+    def __init__(
+        self,
+        nodes: Sequence[Mapping[str, Any]],
+        count: int,
+        ahead: int,
+        ours: Image,
+        config: str,
+        reporter: Reporter,
+    ) -> None:
         self.count, self._ahead, self._image, self._config, self._nodes = count, ahead, ours, config, nodes
-        self.machines = [
-            Machine(
-                str(node["NodeManagerAddress"]), int(node["Resources"]["CPU"]), int(node["Resources"].get("GPU", 0))
-            )
-            for node in nodes
-        ]
+        self._reporter = reporter
+        self.machines = [_machine(node) for node in nodes]
 
     def ask(self, question: Callable[[Shared], Result], shared: Shared) -> Iterator[tuple[str, Result]]:
         """Yield each machine's name and the function's result there."""
@@ -298,14 +299,37 @@ class _RayWorkers:
             while some := list(islice(source, batch)):
                 sent.append(run.remote(self._image, self._config, step, [held], some))
                 if len(sent) >= self._ahead:
-                    yield from _taken(sent[0], task)
+                    yield from _taken(self._finished(sent[0], needs), task)
                     sent.popleft()
             while sent:
-                yield from _taken(sent[0], task)
+                yield from _taken(self._finished(sent[0], needs), task)
                 sent.popleft()
         finally:
             if sent and ray.is_initialized():
                 _stop(list(sent))
+
+    def _finished(self, reference: Any, needs: Needs) -> Any:
+        """Wait for some parts, as long as a machine has room for them.
+
+        Raises:
+            UserError: none has had for minutes.
+        """
+        lost: float | None = None
+        while not ray.wait([reference], timeout=_LOOK_S)[0]:
+            if any(_machine(node).room(needs) for node in ray.nodes() if node["Alive"]):
+                lost = None
+            elif lost is None:
+                lost = time.monotonic()
+                self._reporter.warn("The cluster has lost every machine that can compute this: waiting for another.")
+            elif time.monotonic() - lost > _REPLACED_S:
+                what = f"The cluster has had no machine that can compute this for {_REPLACED_S:.0f} s"
+                raise UserError(what, where=_WHERE, fix="Add machines, and run the same command again.")
+        return reference
+
+
+def _machine(node: Mapping[str, Any]) -> Machine:
+    resources = node["Resources"]
+    return Machine(str(node["NodeManagerAddress"]), int(resources.get("CPU", 0)), int(resources.get("GPU", 0)))
 
 
 def _stop(sent: list[Any]) -> None:

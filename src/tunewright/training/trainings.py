@@ -8,6 +8,7 @@ from its last checkpoint on another machine, and the same number of threads, so 
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import tempfile
 import threading
@@ -224,7 +225,7 @@ def open_trainings(workers: Workers, project: ProjectFolder, base: Base, reporte
             write_text(site.file, site.text)
             for machine, fault in workers.ask(_fault, site):
                 if fault is not None:
-                    raise UserError(f"On the machine {machine}: {fault.what}", where=fault.where, fix=fault.fix)
+                    raise _on_machine(machine, fault)
             each = "a GPU" if needs.gpus else count_of(needs.cpus, "CPU")
             reporter.say(f"Each training takes {each}: up to {_at_once(workers, needs)} at once.")
             yield Trainings(workers, base, reporter, needs, site)
@@ -262,6 +263,10 @@ def _fault(site: Site) -> UserError | None:
     except UserError as error:
         return error
     return None
+
+
+def _on_machine(machine: str, error: UserError) -> UserError:
+    return UserError(f"On the machine {machine}: {error.what}", where=error.where, fix=error.fix)
 
 
 def _require_site(site: Site) -> Base:
@@ -336,7 +341,10 @@ class _Done(NamedTuple):
 
 def _train_in_worker(sent: _Sent, job: Job[Any], task: Task) -> _Done:
     """Do one job."""
-    base = _require_site(sent.site)  # of a machine that joined the cluster later, too
+    try:
+        base = _require_site(sent.site)  # of a machine that joined the cluster later, too
+    except UserError as error:
+        raise _on_machine(platform.node(), error) from None
     torch.set_num_threads(sent.threads)
     until = time.monotonic() + _FREE_S
     while is_locked(job.work) and time.monotonic() < until:
