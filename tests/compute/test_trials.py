@@ -39,10 +39,27 @@ TIMES = {"time", "seconds", "training_seconds", "steps"}
 """What a ledger's line says of the time, and of the steps that were made for it: a lost trial makes some again."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def token() -> Iterator[None]:
-    with token_required():
-        yield
+@pytest.fixture(scope="module")
+def head() -> Iterator[Any]:
+    """A cluster without machines for work."""
+    with token_required(), raylets() as cluster:
+        yield cluster
+
+
+@contextmanager
+def _machines(cluster: Any, count: int) -> Iterator[list[Any]]:
+    """Machines with a CPU each."""
+    added = [cluster.add_node(num_cpus=1) for _ in range(count)]
+    try:
+        yield added
+    finally:
+        for machine in cluster.worker_nodes & set(added):
+            cluster.remove_node(machine, allow_graceful=False)
+        _wait_for(lambda: _alive(cluster) == 1)
+
+
+def _alive(cluster: Any) -> int:
+    return sum(node["Alive"] for node in cluster.global_state.node_table())
 
 
 @pytest.fixture(scope="module")
@@ -88,18 +105,16 @@ def _ledger(folder: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
 
 
-def test_sweep_is_the_same_when_a_machine_is_killed(prepared: Path, tmp_path: Path) -> None:
+def test_sweep_is_the_same_when_a_machine_is_killed(head: Any, prepared: Path, tmp_path: Path) -> None:
     here, there = (_copy(prepared, tmp_path / name) for name in ("here", "there"))
     one, _ = _project(here)
     winner = one.sweep(rates=[0.003])[0].adapter
-    with raylets() as cluster:
-        cluster.add_node(num_cpus=1)
-        victim = cluster.add_node(num_cpus=1)
+    with _machines(head, 2) as (_, victim):
         project, heard = _project(there, "auto")
 
         def kill() -> None:
             _wait_for(lambda: len(found := _steps(there)) == 2 and min(found) > 5)
-            cluster.remove_node(victim, allow_graceful=False)
+            head.remove_node(victim, allow_graceful=False)
 
         killer = threading.Thread(target=kill)
         killer.start()
@@ -113,12 +128,10 @@ def test_sweep_is_the_same_when_a_machine_is_killed(prepared: Path, tmp_path: Pa
     assert not list((there / ".tunewright" / "machines").iterdir())
 
 
-def test_cross_validation_is_the_same_after_its_command_was_killed(prepared: Path, tmp_path: Path) -> None:
+def test_cross_validation_is_the_same_after_its_command_was_killed(head: Any, prepared: Path, tmp_path: Path) -> None:
     here, there = (_copy(prepared, tmp_path / name) for name in ("here", "there"))
     whole = _project(here)[0].crossval(folds=2, force=True)
-    with raylets() as cluster:
-        cluster.add_node(num_cpus=1)
-        cluster.add_node(num_cpus=1)
+    with _machines(head, 2):
         command = [sys.executable, "-m", "tunewright", "crossval", "--folds", "2", "--force", "--cluster", "auto"]
         first = subprocess.Popen(
             command, cwd=there, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
@@ -127,10 +140,11 @@ def test_cross_validation_is_the_same_after_its_command_was_killed(prepared: Pat
         os.killpg(first.pid, signal.SIGKILL)
         output = first.communicate()[0]
         assert first.returncode == -signal.SIGKILL, output
-        assert not list_adapters(there / ".tunewright" / "crossval" / "adapters")
         project, heard = _project(there, "auto")
         again = project.crossval(folds=2, force=True)
-    assert any(message.startswith("fold 1: Resuming from step") for message in heard.said)
+    # Ray ends the workers of a killed command a moment later, in which a fold may have ended by itself.
+    begun = sum(": Loading" in message for message in heard.said)
+    assert begun - sum(": Resuming from step" in message for message in heard.said) < 2
     folders = [root / ".tunewright" / "crossval" / "adapters" for root in (here, there)]
     assert len(list_adapters(folders[0])) == 2
     assert {a.digest for a in list_adapters(folders[1])} == {a.digest for a in list_adapters(folders[0])}
@@ -143,29 +157,26 @@ def _evidence(folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_work_that_no_machine_can_do_any_more_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_that_no_machine_can_do_any_more_is_one_error(head: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tunewright.compute.cluster._LOOK_S", 0.5)
     monkeypatch.setattr("tunewright.compute.cluster._REPLACED_S", 1.0)
     heard = Listener()
-    with raylets() as cluster:
-        only = cluster.add_node(num_cpus=1)
-        with open_workers(Config(compute=ComputeConfig(cluster="auto")), heard) as workers:
-            cluster.remove_node(only, allow_graceful=False)
-            with pytest.raises(UserError, match="has had no machine that can compute this"):
-                list(workers.map(joined, np.arange(3), [np.arange(2)], LogTask()))
+    with _machines(head, 1) as (only,), open_workers(Config(compute=ComputeConfig(cluster="auto")), heard) as workers:
+        head.remove_node(only, allow_graceful=False)
+        with pytest.raises(UserError, match="has had no machine that can compute this"):
+            list(workers.map(joined, np.arange(3), [np.arange(2)], LogTask()))
     assert heard.warned == ["The cluster has lost every machine that can compute this: waiting for another."]
 
 
 def test_machine_without_the_projects_folder_or_the_base_is_refused_before_work(
-    prepared: Path, tmp_path: Path, tiny_base_folder: Path
+    head: Any, prepared: Path, tmp_path: Path, tiny_base_folder: Path
 ) -> None:
     folder = _copy(prepared, tmp_path / "project")
     if subprocess.run(["unshare", "--mount", "mount", "-t", "tmpfs", "none", str(folder)]).returncode:
         pytest.skip("this user may not mount, so every machine sees the same folders")
-    with raylets() as cluster:
-        for hidden, message in ((folder, "This project's folder is not there"), (tiny_base_folder, "is another one")):
-            with _machine_without(hidden, cluster), pytest.raises(UserError, match=f"On the machine .*: .*{message}"):
-                _project(folder, "auto")[0].curve(seeds=2)
+    for hidden, message in ((folder, "This project's folder is not there"), (tiny_base_folder, "is another one")):
+        with _machine_without(hidden, head), pytest.raises(UserError, match=f"On the machine .*: .*{message}"):
+            _project(folder, "auto")[0].curve(seeds=2)
     assert not (folder / ".tunewright" / "training").exists()
 
 
@@ -177,13 +188,9 @@ def _machine_without(hidden: Path, cluster: Any) -> Iterator[None]:
         ["unshare", "--mount", "sh", "-c", f"{start} --address {cluster.address}"], start_new_session=True
     )
     try:
-        _wait_for(lambda: _machines(cluster) == 2)
+        _wait_for(lambda: _alive(cluster) == 2)
         yield
     finally:
         os.killpg(machine.pid, signal.SIGKILL)
         machine.wait()
-        _wait_for(lambda: _machines(cluster) == 1)
-
-
-def _machines(cluster: Any) -> int:
-    return sum(node["Alive"] for node in cluster.global_state.node_table())
+        _wait_for(lambda: _alive(cluster) == 1)

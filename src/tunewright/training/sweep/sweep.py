@@ -173,18 +173,18 @@ class Sweep:
         facts = {"sweep": self.head.sweep, **({"forced": self.forced} if self.forced else {})}
         run = _Run(self.version, self.chat, self.steps, facts, apart)
         jobs = [
-            Job(trial.name, work, _Part(absolute(project) if apart else project, work, step))
+            Job(trial.name, work, _Part(project, work, step))
             for trial in trials
-            for project in [self._project(trial)]
-            for work in [(self.work / trial.name).resolve()]
+            for project in [absolute(self._project(trial)) if apart else self._project(trial)]
+            for work in [project.work / "sweeps" / self.head.sweep / trial.name]
         ]
         # Workers have no private key: this process signs what they store.
         signer = store_signer(self.project.keys, self.reporter) if apart and last else None
         for trial, outcome in zip(trials, self.trainings.run(_train_part, run, jobs), strict=True):
             if signer is not None and isinstance(outcome.result, Progress):
-                folder = self._stored(trial).folder
-                if not read_signatures(folder):
-                    sign(folder, signer)
+                adapter = self._stored(trial)
+                if adapter.lineage.get("sweep") == self.head.sweep and not read_signatures(adapter.folder):
+                    sign(adapter.folder, signer)
             yield outcome
 
     def _stored(self, trial: Trial) -> Adapter:
