@@ -35,7 +35,7 @@ class PickledCluster:
     """Machines whose work is done here, after all that is sent to them and back was pickled."""
 
     def __init__(self, *machines: Machine, changed: Callable[[Any], Any] = lambda asked: asked) -> None:
-        self.machines = machines or (Machine("10.0.0.7", CPUS, 0), Machine("10.0.0.8", 2 * CPUS + 1, 0))
+        self.machines = machines or (Machine("10.0.0.7", CPUS, 0), Machine("10.0.0.8", 2 * CPUS + CPUS // 2, 0))
         self.count = sum(machine.cpus for machine in self.machines)
         self.changed = changed
         self.needs: list[Needs] = []
@@ -191,8 +191,8 @@ def test_curve_and_pilots_on_a_cluster_are_those_of_this_process(
         folder = tiny_project(tmp_path / name, tiny_base_folder, count=240)
         monkeypatch.chdir(folder)  # a project that is opened by a relative path
         project = Project(ProjectFolder(Path()), heard)
-        version = project.data.add([Path("pairs.jsonl")]).version
-        chat, own = project.chat, project.folder
+        project.data.add([Path("pairs.jsonl")])
+        version, chat, own = project.data.version(), project.chat, project.folder
         with open_trainings(workers, own, project.base, heard) as trainings:
             curve = LearningCurve(own, version, project.base, chat, heard, trainings, seeds=2, force=True)
             points.append(curve.run().curve.points)
