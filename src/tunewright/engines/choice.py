@@ -56,7 +56,12 @@ EMBEDDED = AnswerEngine("peft", "it is built in")
 
 
 def answer_engine(
-    config: Config, quantization: Quantization, *, adapter: Path | None = None, constrained: bool = False
+    config: Config,
+    quantization: Quantization,
+    *,
+    adapter: Path | None = None,
+    constrained: bool = False,
+    on_cluster: bool = False,
 ) -> AnswerEngine:
     """Choose the engine by ``evaluate.engine``: ``auto`` takes vLLM if there is a CUDA card and vLLM's CUDA build.
 
@@ -65,11 +70,15 @@ def answer_engine(
         quantization: the precision of the base's weights.
         adapter: folder of the adapter that will answer; None: the config will train it, or the base answers.
         constrained: some answers must match a grammar.
+        on_cluster: the workers of ``compute.cluster`` answer.
 
     Raises:
         UserError: the config requires vLLM, which is not installed or cannot compute these answers.
     """
     chosen = config.evaluate.engine
+    if on_cluster:
+        refuse_vllm_on_cluster(config)
+        return AnswerEngine("peft", "it is what the workers of a cluster have")
     if chosen == "peft":
         return AnswerEngine("peft", f"{_WHERE} says so")
     obstacle = _obstacle(config, quantization, adapter, constrained=constrained)
@@ -85,6 +94,17 @@ def answer_engine(
         return AnswerEngine("vllm", "a CUDA card and vLLM's environment are here", environment.find(VLLM, "cuda"))
     except UserError:
         return AnswerEngine("peft", "vLLM is not installed with CUDA (`tunewright engine install vllm` does that)")
+
+
+def refuse_vllm_on_cluster(config: Config) -> None:
+    """Refuse vLLM where the workers of a cluster answer.
+
+    Raises:
+        UserError: the config requires it.
+    """
+    if config.evaluate.engine == "vllm":
+        fix = "Set it to auto or peft, or leave out the cluster."
+        raise UserError("vLLM does not answer on a cluster", where=_WHERE, fix=fix)
 
 
 def _installed() -> Environment:
