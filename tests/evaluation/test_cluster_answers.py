@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from adapter_helpers import lora_weights, write_adapter
 from tunewright.adapters.registry import LINEAGE, Adapter
 from tunewright.chat import open_chat
-from tunewright.config import Config, Quantization
+from tunewright.config import Config
 from tunewright.core.errors import UserError
 from tunewright.core.io import write_json
 from tunewright.core.workers import Part, Result, Shared
@@ -205,9 +205,9 @@ def test_base_of_another_machine_is_checked(base: Base, tmp_path: Path) -> None:
         base_here(hub)
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_vllm_is_refused_on_a_cluster(quantization: Quantization) -> None:
+def test_vllm_is_refused_on_a_cluster_and_not_chosen() -> None:
     config = Config.model_validate({"evaluate": {"engine": "vllm"}})
     with pytest.raises(UserError, match="vLLM does not answer on a cluster"):
-        answer_engine(config, quantization, on_cluster=True)
-    assert answer_engine(Config(), quantization, on_cluster=True).name == "peft"
+        answer_engine(config, "none", workers="cuda")
+    assert answer_engine(Config(), "none", workers="cuda").why == "vLLM does not answer on a cluster"
+    assert answer_engine(Config(), "none", workers="cpu").name == "peft"

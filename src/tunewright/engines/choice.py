@@ -61,7 +61,7 @@ def answer_engine(
     *,
     adapter: Path | None = None,
     constrained: bool = False,
-    on_cluster: bool = False,
+    workers: Literal["cpu", "cuda"] | None = None,
 ) -> AnswerEngine:
     """Choose the engine by ``evaluate.engine``: ``auto`` takes vLLM if there is a CUDA card and vLLM's CUDA build.
 
@@ -70,24 +70,25 @@ def answer_engine(
         quantization: the precision of the base's weights.
         adapter: folder of the adapter that will answer; None: the config will train it, or the base answers.
         constrained: some answers must match a grammar.
-        on_cluster: the workers of ``compute.cluster`` answer.
+        workers: device of a cluster's workers, which answer; None: this machine does.
 
     Raises:
         UserError: the config requires vLLM, which is not installed or cannot compute these answers.
     """
     chosen = config.evaluate.engine
-    if on_cluster:
-        refuse_vllm_on_cluster(config)
-        return AnswerEngine("peft", "it is what the workers of a cluster have")
     if chosen == "peft":
         return AnswerEngine("peft", f"{_WHERE} says so")
+    if workers is not None:
+        refuse_vllm_on_cluster(config)
     obstacle = _obstacle(config, quantization, adapter, constrained=constrained)
     if chosen == "vllm":
         if obstacle is not None:
             raise UserError(f"vLLM cannot answer here: {obstacle}", where=_WHERE, fix="Set it to auto or peft.")
         return AnswerEngine("vllm", f"{_WHERE} says so", _installed())
-    if device() == "cpu":
+    if (workers or device()) == "cpu":
         return AnswerEngine("peft", "there is no CUDA card")
+    if workers is not None:
+        return AnswerEngine("peft", "vLLM does not answer on a cluster")
     if obstacle is not None:
         return AnswerEngine("peft", obstacle)
     try:

@@ -96,7 +96,11 @@ class Generator:
             stop=stop_strings(config, chat),
             grammar=grammar_of(project),
             engine=answer_engine(
-                config, quantization, adapter=folder, constrained=constrained, on_cluster=workers is not None
+                config,
+                quantization,
+                adapter=folder,
+                constrained=constrained,
+                workers=None if workers is None else workers.device,
             ),
             rank=config.train.lora_r,
             workers=workers,
