@@ -148,7 +148,7 @@ def test_evaluation_is_the_same_when_a_machine_is_killed(
     assert heard.killed
     # Whatever it did then: the part in progress was lost, or the next one that it got.
     assert [text for text in heard.warned if "lost a worker" in text] == [
-        "The cluster lost a worker: its part is computed again."
+        "The cluster lost a worker: its part is computed again by another."
     ]
     assert _results(project) == without
     assert capsys.readouterr().out == ""

@@ -157,7 +157,7 @@ class _Actors:
                     if lost[number] > RETRIES:
                         raise _lost()
                     waiting.appendleft(number)
-                    self._forget_lost(bool(running))
+                    self._forget_lost()
                     continue
                 self._idle.append((result[0], actor))
                 yield number, result[1]
@@ -180,12 +180,11 @@ class _Actors:
         if self._failed > RETRIES:
             raise _lost()
 
-    def _forget_lost(self, working: bool) -> None:
-        """Forget idle workers of lost machines, and say what a lost worker means."""
+    def _forget_lost(self) -> None:
+        """Forget the idle workers of lost machines."""
+        self._reporter.warn("The cluster lost a worker: its part is computed again by another.")
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         self._idle = [(machine, actor) for machine, actor in self._idle if machine in alive]
-        left = "its part is computed again" if working or self._idle else "none is left, and its part waits for another"
-        self._reporter.warn(f"The cluster lost a worker: {left}.")
 
     def stop(self) -> None:
         """End the processes; the next part starts others."""
