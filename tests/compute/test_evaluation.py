@@ -207,6 +207,15 @@ def test_machine_without_the_base_is_refused_before_work(tiny_base_folder: Path,
             pass
 
 
+def test_workers_on_gpus_that_torch_cannot_use_are_refused(project: Path) -> None:
+    with raylets() as cluster:
+        cluster.add_node(num_cpus=2, num_gpus=1)
+        heard = Listener()
+        with pytest.raises(UserError, match="computes on cpu, and the cluster's workers are on cuda"):
+            Project(ProjectFolder(project).on_cluster("auto"), heard).prompting()
+    assert "Cluster: 1 worker with a GPU" in heard.said
+
+
 def test_too_few_workers_are_refused(machines: Any, tiny_base_folder: Path, tmp_path: Path) -> None:
     base = resolve_base(str(tiny_base_folder), None, tmp_path, Listener())
     with (

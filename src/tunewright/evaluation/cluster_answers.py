@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,6 +13,7 @@ from tunewright.adapters.registry import CONFIG, WEIGHTS, Adapter
 from tunewright.chat import ChatFormat
 from tunewright.chat.call_grammar import CallGrammars
 from tunewright.config import Quantization
+from tunewright.core.errors import UserError
 from tunewright.core.io import digest
 from tunewright.core.progress import LogReporter, Reporter
 from tunewright.core.workers import ModelWorkers
@@ -21,6 +23,7 @@ from tunewright.evaluation.embedded_answers import EmbeddedAnswers
 from tunewright.generation.constraints import Grammar
 from tunewright.generation.requests import Completion, Request
 from tunewright.models.bases import Base, base_here
+from tunewright.models.loading import device
 
 _FULL_BATCHES = 2
 """Batches that a worker gets at once. With more, fewer workers take part in a small arm, and a lost worker loses more;
@@ -182,6 +185,19 @@ class _Loaded:
                 self.answers.model_with((adapter.name, Path(folder)))
 
 
+def _require_device(threads: int | None) -> None:
+    """Set the number of threads, and check that models are loaded where the journal says that answers come from."""
+    import torch
+
+    wanted, found = "cuda" if threads is None else "cpu", device().split(":")[0]
+    if wanted != found:
+        what = f"torch on {socket.gethostname()} computes on {found}, and the cluster's workers are on {wanted}"
+        fix = "Install torch for its GPUs there, or start Ray there with --num-gpus 0."
+        raise UserError(what, where="compute.cluster", fix=fix)
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
 _loaded: dict[str, _Loaded] = {}
 """At most one model by its key."""
 
@@ -190,12 +206,9 @@ def answer_batch(model: WorkerModel, batch: RequestBatch) -> tuple[list[Completi
     """Return the completions of a batch, and what there is to warn of. An empty batch only loads the model.
 
     Raises:
-        UserError: the base is not on this machine, or memory does not suffice.
+        UserError: the base or its device is not on this machine, or memory does not suffice.
     """
-    import torch
-
-    if model.threads is not None:
-        torch.set_num_threads(model.threads)
+    _require_device(model.threads)
     if model.key not in _loaded:
         _loaded.clear()
         _loaded[model.key] = _Loaded(model)
