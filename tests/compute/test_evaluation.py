@@ -9,10 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import psutil
@@ -109,44 +110,61 @@ def test_evaluation_is_the_same_on_a_cluster(machines: Any, without: dict[str, A
     assert len(without["answers"]) == 2  # of the base, and of the adapter
 
 
-class _Killing(Listener):
-    """A reporter that kills a machine after the first answers of an arm."""
+class _Answering(Listener):
+    """A reporter that calls a function at the first answer of an arm."""
 
-    def __init__(self, kill: Callable[[], None]) -> None:
+    def __init__(self, arm: str, then: Callable[[], None]) -> None:
         super().__init__()
-        self.kill, self.killed = kill, False
+        self.arm, self.then, self.called = arm, then, False
 
     @contextmanager
     def task(self, title: str, total: int, unit: str) -> Iterator[Task]:
-        killing = self
+        answering = self
 
         class Watching(LogTask):
             def advance(self, steps: int = 1, note: str = "") -> None:
-                if "tuned on test" in note and not killing.killed:
-                    killing.killed = True
-                    killing.kill()
+                if answering.arm in note and not answering.called:
+                    answering.called = True
+                    answering.then()
 
         yield Watching()
 
 
-def _switched_off(cluster: Any, machine: Any) -> None:
-    """Kill everything on a machine; its workers would notice the end of the raylet seconds later."""
-    (raylet,) = machine.all_processes["raylet"]
-    for process in psutil.Process(raylet.process.pid).children(recursive=True):
-        process.kill()
-    cluster.remove_node(machine, allow_graceful=False)
+def _switch_off_the_busy_one(cluster: Any, machines: Sequence[Any]) -> None:
+    """Kill everything on the machine that computes a part, once it does."""
+    until = time.monotonic() + WAIT_S
+    while time.monotonic() < until:
+        for machine in machines:
+            (raylet,) = machine.all_processes["raylet"]
+            processes = psutil.Process(raylet.process.pid).children(recursive=True)
+            # Ray names its processes so while they compute.
+            if any("ray::_Actor.run" in _name(process) for process in processes):
+                # The raylet's workers would notice its end seconds later.
+                for process in processes:
+                    process.kill()
+                cluster.remove_node(machine, allow_graceful=False)
+                return
+        time.sleep(0.005)
 
 
-def test_evaluation_is_the_same_when_a_machine_is_killed(
+def _name(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
+
+
+def test_evaluation_is_the_same_when_the_machine_that_answers_is_killed(
     without: dict[str, Any], project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    with (project / "tunewright.yaml").open("a") as file:
+        file.write("compute: {workers: 1}\n")
     with raylets() as cluster:
-        cluster.add_node(num_cpus=1)
-        victim = cluster.add_node(num_cpus=1)
-        heard = _Killing(lambda: _switched_off(cluster, victim))
+        nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+        kill = Thread(target=_switch_off_the_busy_one, args=(cluster, nodes))
+        heard = _Answering("tuned on test", kill.start)
         Project(ProjectFolder(project).on_cluster("auto"), heard).evaluate()
-    assert heard.killed
-    # Whatever it did then: the part in progress was lost, or the next one that it got.
+        kill.join()
     assert [text for text in heard.warned if "lost a worker" in text] == [
         "The cluster lost a worker: its part is computed again by another."
     ]

@@ -176,6 +176,7 @@ class _Actors:
             self._idle.append((result[0], actor))
             self._failed = 0
             return
+        self._reporter.warn("The cluster lost a worker while it loaded the base.")
         self._failed += 1
         if self._failed > RETRIES:
             raise _lost()
