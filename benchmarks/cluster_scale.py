@@ -2,7 +2,6 @@
 
     make build/ray/.installed
     build/ray/bin/python benchmarks/cluster_scale.py [--rows 200000] [--workers 1 2] [--rounds 1]
-    build/ray/bin/python benchmarks/cluster_scale.py --part evaluation [--rows 64]
 
 Rows of 6 to 40 random words; some are from two templates, some nearly repeat the one before, some answers are frequent.
 Each run is a process of its own. A cluster is a head without CPUs and one raylet with one CPU for each worker, all on
@@ -10,11 +9,8 @@ this machine; it starts before the clock does, and joining it is a part of the t
 depend on what else runs here; processor time does so less. It is that of the command and, apart, of all of Ray's
 processes. Memory is the peak of the command's own, and of the workers' sum without pages that they share.
 
-With ``--part evaluation`` the bundled base answers that many prompts (cluster_evaluation.py), and the answers are
-compared.
-
 Bars: at most 10% more seconds with one worker than without a cluster, for jobs of over a minute; the same files.
-Prints a table and writes benchmarks/results/cluster_scale.json, or cluster_scale_evaluation.json.
+Prints a table and writes benchmarks/results/cluster_scale.json.
 """
 
 from __future__ import annotations
@@ -43,12 +39,8 @@ from tunewright.api import Project
 from tunewright.config.project import ProjectFolder
 from tunewright.core.progress import LogReporter, LogTask, Task
 
-RESULTS = {
-    "data": Path(__file__).with_name("results") / "cluster_scale.json",
-    "evaluation": Path(__file__).with_name("results") / "cluster_scale_evaluation.json",
-}
+RESULTS = Path(__file__).with_name("results") / "cluster_scale.json"
 CONFIG = "data:\n  conflicts: accept\n"
-EVALUATION = "base_model: bundled:smollm2-135m-instruct\nevaluate:\n  batch_size: 8\ntrain:\n  dtype: float32\n"
 TEMPLATES = (
     "What is the balance of account {number} held by {name} at the end of the month?",
     "Please transfer {number} euros from my savings account to {name} before next Friday.",
@@ -59,39 +51,37 @@ BAR = 0.10
 def main() -> None:
     """Measure what the command line requests."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=["data", "evaluation"], default="data")
-    parser.add_argument("--rows", type=int, help="200,000 for data, 64 for evaluation")
+    parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    rows = args.rows or {"data": 200_000, "evaluation": 64}[args.part]
     if args.one is not None:
-        print(json.dumps({"data": measure, "evaluation": measure_evaluation}[args.part](args.folder, args.one)))
+        print(json.dumps(measure(args.folder, args.one)))
         return
     runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        pairs = write_pairs(Path(folder, "pairs.jsonl"), rows)
-        print(f"{rows:,} rows, {pairs.stat().st_size / 1e6:.0f} MB")
+        pairs = write_pairs(Path(folder, "pairs.jsonl"), args.rows)
+        print(f"{args.rows:,} rows, {pairs.stat().st_size / 1e6:.0f} MB")
         print(f"{'workers':>8} {'s':>7} {'CPU s':>7} {'Ray CPU s':>10} {'peak GB':>8} {'workers GB':>11}  version")
         for count in range(args.rounds):
             counts = [0, *args.workers] if count % 2 == 0 else [*reversed(args.workers), 0]
             for workers in counts:
-                runs.append(run_apart(Path(folder), workers, args.part))
+                runs.append(run_apart(Path(folder), workers))
                 show(runs[-1])
-    assert len({run["files"] for run in runs}) == 1, "the results differ"
-    print("All results are the same.")
+    assert len({run["files"] for run in runs}) == 1, "the datasets differ"
+    print("All datasets have the same files.")
     for workers in args.workers:
         print(f"{workers} worker{'s' * (workers > 1)}: {ratio(runs, workers, 's'):.2f}x the seconds without a cluster")
     over = ratio(runs, 1, "s") - 1 if 1 in args.workers else None
-    results = {"machine": machine(1), "part": args.part, "rows": rows, "bar": BAR, "overhead": over, "runs": runs}
-    RESULTS[args.part].write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    results = {"machine": machine(1), "rows": args.rows, "bar": BAR, "overhead": over, "runs": runs}
+    RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
-def run_apart(folder: Path, workers: int, part: str) -> dict[str, Any]:
+def run_apart(folder: Path, workers: int, script: str = __file__) -> dict[str, Any]:
     """Measure in a process of its own."""
-    command = [sys.executable, __file__, "--part", part, "--one", str(workers), "--folder", str(folder)]
+    command = [sys.executable, script, "--one", str(workers), "--folder", str(folder)]
     environment = {
         **os.environ,
         "RAY_AUTH_MODE": "token",
@@ -186,32 +176,6 @@ def measure(folder: Path, workers: int) -> dict[str, Any]:
             "workers_gb": round(processes.peak / 1e9, 2),
             "steps": steps.seconds,
             "files": digest(root / "dataset"),
-        }
-
-
-def measure_evaluation(folder: Path, workers: int) -> dict[str, Any]:
-    """Have the bundled base answer the prompts, on a cluster with this many machines (0: without one)."""
-    from cluster_evaluation import answered
-
-    root = folder / f"project-{workers}-{time.time_ns()}"
-    root.mkdir()
-    (root / "tunewright.yaml").write_text(EVALUATION)
-    with ExitStack() as stack:
-        if workers:
-            stack.enter_context(cluster(workers))
-        project = Project(ProjectFolder(root).on_cluster("auto" if workers else None), Steps())
-        processes = stack.enter_context(RayProcesses())
-        began, worked = time.perf_counter(), time.process_time()
-        first, warm, answers = answered(project, folder / "pairs.jsonl")
-        return {
-            "workers": workers,
-            "s": round(time.perf_counter() - began, 1),
-            "cpu_s": round(time.process_time() - worked - processes.own_s, 1),
-            "ray_cpu_s": round(processes.cpu_s, 1),
-            "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),
-            "workers_gb": round(processes.peak / 1e9, 2),
-            "steps": {"half of the prompts, with the base loaded": first, "the other half": warm},
-            "files": answers,
         }
 
 
