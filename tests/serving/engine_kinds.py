@@ -45,11 +45,11 @@ def peft_engine(base: Path) -> Iterator[Engine]:
 
 
 @contextmanager
-def replicas_engine(base: Path) -> Iterator[Engine]:
+def replicas_engine(base: Path, room: int | None = None) -> Iterator[Engine]:
     """Two embedded engines as one."""
     with ExitStack() as started:
         engines = {name: started.enter_context(peft_engine(base)) for name in ("replica-1", "replica-2")}
-        replicas = Replicas(engines)
+        replicas = Replicas(engines, room=room)
         started.callback(replicas.stop)
         yield replicas
 

@@ -130,7 +130,7 @@ class Residents:
         self._users: dict[str, set[Hashable]] = {}
         """Users of each loaded adapter, the least recently used adapter first."""
         self._waiting: dict[str, set[Hashable]] = {}
-        self._leaving: set[str] = set()
+        self._leaving: str | None = None
 
     def __len__(self) -> int:
         return len(self._users)
@@ -151,7 +151,7 @@ class Residents:
 
     def warm(self, digest: str) -> bool:
         """Return whether an adapter is loaded and stays so."""
-        return digest in self._users and digest not in self._leaving
+        return digest in self._users and digest != self._leaving
 
     def take(self, digest: str, user: Hashable) -> bool:
         """Note a user; return whether the adapter is loaded, so that the user need not wait."""
@@ -167,7 +167,7 @@ class Residents:
             users.get(digest, set()).discard(user)
         if not self._waiting.get(digest, True):
             del self._waiting[digest]
-        return digest in self._leaving and not self._users[digest]
+        return digest == self._leaving and not self._users[digest]
 
     def to_unload(self) -> str | None:
         """Return the adapter to unload before another one can be loaded; None: there is room.
@@ -176,10 +176,11 @@ class Residents:
         no further users, and is to be unloaded once :meth:`idle`.
         """
         if self._has_free_place:
-            return None
-        leaving = next((digest for digest, users in self._users.items() if not users), next(iter(self._users)))
-        self._leaving.add(leaving)
-        return leaving
+            self._leaving = None
+        else:
+            idle = next((digest for digest, users in self._users.items() if not users), None)
+            self._leaving = idle or self._leaving or next(iter(self._users))
+        return self._leaving
 
     def idle(self, digest: str) -> bool:
         """Return whether an adapter has no users."""
@@ -192,4 +193,5 @@ class Residents:
     def remove(self, digest: str) -> None:
         """Note that an adapter is not loaded any more."""
         self._users.pop(digest, None)
-        self._leaving.discard(digest)
+        if digest == self._leaving:
+            self._leaving = None

@@ -315,14 +315,17 @@ class Replicas:
     async def _load_on(self, replica: _Replica, digest: str) -> None:
         try:
             async with replica.changing:
-                await self._make_room(replica)
+                with self._changed:
+                    warm = replica.residents.warm(digest)  # it was to make room for another one, which took another's
+                if not warm:
+                    await self._make_room(replica)
                 folder = self._folders.get(digest)
                 if folder is None:
                     raise AdapterFailedError(f"The adapter {digest} was unloaded meanwhile.")
                 await replica.engine.load(digest, folder)
                 with self._changed:
                     replica.residents.add(digest)
-                    replica.loads += 1
+                    replica.loads += not warm
         except Exception as error:
             # Nobody may be waiting for it.
             log.warning("failed to load the adapter %s on %s: %s", digest[:12], replica.name, error)
