@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from small_models import CONTEXT
-from tiny import byte_tokenizer
+from tiny import byte_tokenizer, chat_of
+from tunewright.config import Config, ServeConfig, TrainConfig
 from tunewright.core.progress import LogReporter
 from tunewright.engines import environment
 from tunewright.engines.protocol import Engine
@@ -21,6 +22,8 @@ from tunewright.serving.engines.llamacpp.engine import LlamaCppEngine, LlamaCppS
 from tunewright.serving.engines.llamacpp.files import base_file, lora_file
 from tunewright.serving.engines.peft_child import PeftChild, PeftSettings
 from tunewright.serving.engines.replicas import Replicas
+from tunewright.serving.engines.start import EngineSpec
+from tunewright.serving.engines.start_replicas import start_engines
 
 TOKENIZER = byte_tokenizer()
 STOPS = frozenset({TOKENIZER.eos_token_id})
@@ -76,6 +79,18 @@ def peft_child(base: Path, **settings: Any) -> Iterator[PeftChild]:
 
 
 @contextmanager
+def started_replica(base: Path) -> Iterator[Engine]:
+    """One replica in a child process, as a server with a limit of adapters starts it."""
+    config = Config(train=TrainConfig(dtype="float32"), serve=ServeConfig(adapters_per_replica=ROOM))
+    spec = EngineSpec(Base("small", base, None, "LlamaForCausalLM", {}), chat_of(TOKENIZER), "none", {})
+    engine = start_engines("peft", config, spec, LogReporter())
+    try:
+        yield engine
+    finally:
+        engine.stop()
+
+
+@contextmanager
 def vllm_engine(base: Path, kind: type[VllmSettings] = VllmSettings, **settings: Any) -> Iterator[VllmEngine]:
     """vLLM in its own environment, which `make test-vllm` makes."""
     found = environment.find(environment.VLLM)
@@ -122,7 +137,7 @@ def llamacpp_engine(
 KINDS = [
     pytest.param(peft_engine, id="peft"),
     pytest.param(replicas_engine, id="replicas"),
-    pytest.param(peft_child, id="peft-child", marks=pytest.mark.slow),
+    pytest.param(started_replica, id="started-replica", marks=pytest.mark.slow),
     pytest.param(llamacpp_engine, id="llamacpp"),
     pytest.param(vllm_engine, id="vllm", marks=pytest.mark.vllm),
 ]

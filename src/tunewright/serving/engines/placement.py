@@ -136,6 +136,11 @@ class Residents:
         return len(self._users)
 
     @property
+    def loaded(self) -> tuple[str, ...]:
+        """The loaded adapters, the least recently used one first."""
+        return tuple(self._users)
+
+    @property
     def waiting(self) -> int:
         """The number of users whose adapter is not loaded yet."""
         return sum(map(len, self._waiting.values()))

@@ -144,6 +144,12 @@ class Replicas:
         states = self.states()
         return sum(state.running for state in states), sum(state.waiting for state in states)
 
+    @property
+    def resident(self) -> list[str]:
+        """The digests of the adapters in any replica's memory."""
+        with self._changed:
+            return sorted({digest for replica in self._replicas.values() for digest in replica.residents.loaded})
+
     def states(self) -> list[ReplicaState]:
         """Return the state of each replica."""
         with self._changed:

@@ -106,8 +106,8 @@ class Gateway:
             waiting=[handler.tenant for handler in handlers if handler.waiting],
             running=[handler.tenant for handler in handlers if not handler.waiting],
             released=self._auth.released,
-            resident=self._auth.resident,
-            replicas=self._replicas.states() if self._replicas is not None else (),
+            resident=self._auth.resident if self._replicas is None else self._replicas.resident,
+            replicas=() if self._replicas is None else self._replicas.states(),
         )
 
     def _application(self) -> Starlette:

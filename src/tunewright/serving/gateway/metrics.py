@@ -44,7 +44,7 @@ class ServerState:
         waiting: the tenant of each request in the queue.
         running: the tenant of each request at the engine.
         released: the adapters of each alias.
-        resident: digests of the adapters in memory, or with replicas of those that can be.
+        resident: digests of the adapters in memory.
         replicas: the state of each replica; empty with one engine.
     """
 
