@@ -381,6 +381,14 @@ class ServeConfig(Section):
             "PGPASSWORD or ~/.pgpass."
         ),
     ] = None
+    adapter_store: Annotated[
+        str | None,
+        Field(
+            description="Folder or URL, such as s3://bucket/adapters, that `tunewright adapters push` copies to. With "
+            "tenants, a server imports a released adapter from there that is missing here. Credentials are read from "
+            "the environment."
+        ),
+    ] = None
 
 
 class Config(Section):
