@@ -112,6 +112,10 @@ class Simulation:
         """The number of adapters in memory, each counted for each replica that has it."""
         return sum(len(replica.residents) for replica in self._replicas.values())
 
+    def holders(self, digest: str) -> int:
+        """Return the number of replicas that have an adapter in memory."""
+        return sum(replica.residents.warm(digest) for replica in self._replicas.values())
+
     def register(self, digests: Sequence[str]) -> None:
         """Load each adapter on its replica, as a server does when it starts, without counting the time."""
         for digest in digests:
@@ -246,8 +250,8 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=100_000)
     parser.add_argument("--replicas", type=int, default=100)
     parser.add_argument("--rows", type=int, default=64, help="requests that a replica computes at once")
-    parser.add_argument("--room", type=int, default=200, help="adapters in a replica's memory")
-    parser.add_argument("--load-s", type=float, default=0.5, help="seconds to load an adapter")
+    parser.add_argument("--room", type=int, default=400, help="adapters in a replica's memory")
+    parser.add_argument("--load-s", type=float, default=0.3, help="seconds to load an adapter")
     parser.add_argument("--answer-s", type=float, default=2.0, help="seconds of an answer alone on a replica")
     parser.add_argument("--use", type=float, default=0.5, help="share of all rows that are in use on average")
     parser.add_argument("--exponent", type=float, default=1.0, help="of Zipf's law")
@@ -272,6 +276,7 @@ def main() -> None:
         simulation.run(shifted, digests)
         found[side] = result(simulation, len(asks)) | {"loads": simulation.loads - before}
         found[side]["loads_per_request"] = round(found[side]["loads"] / len(asks), 4)
+        found[side]["replicas_of_adapters_1_10_100"] = [simulation.holders(digests[place]) for place in (0, 9, 99)]
         print(side, found[side])
     settings = vars(options) | {"rate": round(rate, 1)}
     replaced = dict(moved(digests, options.replicas))

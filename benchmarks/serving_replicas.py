@@ -1,6 +1,6 @@
 """1,000 adapters on four replicas of a tiny base: waits, loads and memory, with affinity and without it.
 
-    python benchmarks/serving_replicas.py [--adapters 1000] [--room 100] [--rate 10] [--seconds 120]
+    python benchmarks/serving_replicas.py [--adapters 1000] [--room 100] [--rate 8] [--seconds 75]
 
 Each replica is an engine process with a random base of two layers and one thread. Requests arrive at random times
 (Poisson); each is for one adapter, by Zipf's law. Both sides get the same requests, one after the other, in two rounds
@@ -57,8 +57,8 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=1000)
     parser.add_argument("--replicas", type=int, default=4)
     parser.add_argument("--room", type=int, default=100, help="adapters in a replica's memory")
-    parser.add_argument("--rate", type=float, default=10.0, help="requests a second")
-    parser.add_argument("--seconds", type=float, default=120.0, help="of each side in each round")
+    parser.add_argument("--rate", type=float, default=8.0, help="requests a second")
+    parser.add_argument("--seconds", type=float, default=75.0, help="of each side in each round")
     parser.add_argument("--exponent", type=float, default=1.0, help="of Zipf's law")
     options = parser.parse_args()
     about = machine(1)
