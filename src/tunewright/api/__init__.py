@@ -465,6 +465,7 @@ class Project(EvaluationsApi):
         metrics_host: str | None = None,
         auth: bool = True,
         engine: EngineName | None = None,
+        replicas: int | None = None,
         system_prompts: bool = True,
         constrain: bool = False,
     ) -> Service:
@@ -483,6 +484,7 @@ class Project(EvaluationsApi):
             metrics_port: overrides the config.
             metrics_host: overrides the config.
             engine: overrides the config.
+            replicas: overrides the config.
             auth: False accepts every client that can reach the address, without a key; only without tenants.
             system_prompts: add the adapter's trained system prompt to requests without one; False only
                 without tenants.
@@ -501,13 +503,16 @@ class Project(EvaluationsApi):
             "metrics_port": metrics_port,
             "metrics_host": metrics_host,
             "engine": engine,
+            "replicas": replicas,
         }
         own = {name: value for name, value in given.items() if value is not None}
         config = self.folder.config
         served = config.model_copy(update={"serve": config.serve.model_copy(update=own)})
         return open_service(self, adapters, served, auth=auth, system_prompts=system_prompts, constrain=constrain)
 
-    def self_test(self, adapters: Sequence[str] = (), *, engine: EngineName | None = None) -> IsolationResult:
+    def self_test(
+        self, adapters: Sequence[str] = (), *, engine: EngineName | None = None, replicas: int | None = None
+    ) -> IsolationResult:
         """Run the isolation test on the base and the adapters that :meth:`serve` would serve.
 
         The probes are dev items of the current version, if there is one, and general questions.
@@ -517,7 +522,7 @@ class Project(EvaluationsApi):
         """
         from tunewright.api.isolation import open_self_test, probe_prompts
 
-        return open_self_test(self, adapters, engine).run(probe_prompts(self))
+        return open_self_test(self, adapters, engine, replicas).run(probe_prompts(self))
 
     def _refuse_up_front(self, new_adapters_of: str | None = None) -> None:
         """Refuse a config that cannot be trained, before a base is downloaded or anything measured.
