@@ -10,13 +10,15 @@ import hashlib
 import ipaddress
 import logging
 import os
+import pickle
 import platform
 import signal
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -46,6 +48,8 @@ from tunewright.core.workers import Part, Result, Shared, Step, Workers
 _WHERE = "compute.cluster"
 _REACH_S = 10.0
 _ANSWER_S = 120.0  # for a machine that starts its first process, with a cold disk
+_LOOK_S = 3.0  # between two looks at the head while a part is computed
+_TRIES = 3
 _RETRIES = 3  # runs of a part after the first, if its machine or process is lost
 
 Image = Mapping[str, str]
@@ -229,6 +233,23 @@ def _require_same(ours: Image, theirs: Image, host: str) -> None:
         raise UserError(f"The machine {host} has {', '.join(unequal)}", where=_WHERE, fix=_EQUAL)
 
 
+_Packed = tuple[pickle.PickleBuffer, list[pickle.PickleBuffer]]
+
+
+def _packed(value: Any) -> _Packed:
+    """Return a value as bytes, and its arrays apart, neither of which Ray copies.
+
+    Ray's own pickler asks Python code about each object, which takes twice the time for rows.
+    """
+    arrays: list[pickle.PickleBuffer] = []
+    return pickle.PickleBuffer(pickle.dumps(value, protocol=5, buffer_callback=arrays.append)), arrays
+
+
+def _unpacked(packed: _Packed) -> Any:
+    data, arrays = packed
+    return pickle.loads(data, buffers=arrays)
+
+
 class _RayWorkers:
     """Tasks of one CPU each.
 
@@ -247,12 +268,12 @@ class _RayWorkers:
     ) -> Iterator[Result]:
         """Yield the result of each part, in order."""
         run = ray.remote(num_cpus=1, max_retries=_RETRIES)(_run)
-        held = ray.put(shared)
+        held = ray.put(_packed(shared))
         source = iter(parts)
         sent: deque[Any] = deque()
         try:
             while some := list(islice(source, batch)):
-                sent.append(run.remote(self._image, self._config, step, [held], some))
+                sent.append(run.remote(self._image, self._config, step, [held], _packed(some)))
                 if len(sent) >= self._ahead:
                     yield from _taken(sent.popleft(), task)
             while sent:
@@ -265,10 +286,13 @@ class _RayWorkers:
 
 def _taken(reference: Any, task: Task) -> list[Any]:
     """Return the results of some parts, and count what they have done."""
+    while not ray.wait([reference], timeout=_LOOK_S)[0]:
+        _require_head()
     collecting = gc.isenabled()
     gc.disable()  # each of some thousand new objects would have it look at all rows
     try:
-        results, steps = ray.get(reference)
+        packed, steps = ray.get(reference)
+        results = _unpacked(packed)
     except RayTaskError as error:
         if isinstance(error.cause, UserError):
             raise error.cause from None
@@ -282,6 +306,24 @@ def _taken(reference: Any, task: Task) -> list[Any]:
             gc.enable()
     task.advance(steps)
     return list(results)
+
+
+def _require_head() -> None:
+    """Refuse to wait for a cluster without a head, after which Ray would end this process in a minute.
+
+    Raises:
+        UserError: nobody answers there.
+    """
+    if ray.util.client.ray.is_connected():
+        return  # the connection itself ends, and is the error
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    for _ in range(_TRIES):
+        with suppress(OSError):
+            socket.create_connection((host, int(port)), _REACH_S).close()
+            return
+        time.sleep(1)
+    fix = "Start the cluster again, and run the same command again."
+    raise UserError(f"The head of the cluster is lost: {host}:{port} does not answer", where=_WHERE, fix=fix)
 
 
 class _Counter:
@@ -303,16 +345,16 @@ _kept: dict[str, Any] = {}
 """In a worker: what the parts of the current step share, by its object's id. It is read once, not for each part."""
 
 
-def _run(expected: Image, config: str, step: Step[Any, Any, Any], held: list[Any], parts: list[Any]) -> Any:
+def _run(expected: Image, config: str, step: Step[Any, Any, Any], held: list[Any], parts: _Packed) -> Any:
     """Compute some parts in a worker, and count what they have done."""
     _require_same(expected, _own_image(config), socket.gethostname())
     reference = held[0]
     name = reference.hex()
     if name not in _kept:
         _kept.clear()
-        _kept[name] = ray.get(reference)
+        _kept[name] = _unpacked(ray.get(reference))
     task = _Counter()
-    return [step(_kept[name], part, task) for part in parts], task.steps
+    return _packed([step(_kept[name], part, task) for part in _unpacked(parts)]), task.steps
 
 
 _own_image = cache(image)
