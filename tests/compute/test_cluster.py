@@ -37,6 +37,7 @@ from tunewright.core.locks import is_locked
 from tunewright.core.progress import LogTask, Task
 from tunewright.core.workers import THIS_PROCESS, Workers
 from tunewright.data.add import add
+from tunewright.demo import open_demo
 
 pytestmark = pytest.mark.ray
 
@@ -399,3 +400,12 @@ def test_machine_that_stands_still_for_some_seconds_changes_nothing(
             add(ProjectFolder(folder), [file], heard, workers=workers)
     assert any(process.pid for process in still)
     assert digests(folder / "dataset") == large[1]
+
+
+def test_demo_has_the_same_dataset_on_a_cluster(machines: Any, tmp_path: Path) -> None:
+    files = []
+    for cluster in (None, "auto"):
+        demo = open_demo(tmp_path / str(cluster), Listener(), cluster=cluster)
+        demo.data.add([demo.folder.root / source for source in demo.folder.config.data.sources])
+        files.append(digests(demo.folder.dataset))
+    assert files[0] == files[1]

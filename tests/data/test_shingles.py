@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -40,3 +45,13 @@ def test_file_has_the_rows_of_the_matrix(some: list[str], data: st.DataObject) -
     assert rows.shape == expected.shape
     assert rows.indices.tolist() == expected.indices.tolist()
     assert rows.indptr.tolist() == expected.indptr.tolist()
+
+
+def test_full_disk_is_one_error(tmp_path: Path) -> None:
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "from tunewright.data.dedup.shingles import ShingleFile\n"
+        "ShingleFile(['abc' * 5000])\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)}, capture_output=True)
+    assert f"UserError: {tmp_path}: the file exceeds the size limit of this system" in ran.stderr.decode()

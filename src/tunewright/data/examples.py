@@ -107,9 +107,10 @@ class Example:
     _content_key: str | None = field(default=None, init=False, repr=False, compare=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Rows go to workers and back by the million: one flat tuple takes half the time of an object for each turn.
+        # Rows go to workers and back by the million: one flat tuple takes half the time of an object for each turn. The
+        # worker that reads a row computes its keys.
         turns = [(m.role, m.content, m.weight, m.calls, m.call_id) for m in self.messages]
-        return _rebuilt, (turns, self._pair_key)
+        return _rebuilt, (turns, self.pair_key, self.prompt_digest)
 
     def _keep(self, name: str, key: Key) -> Key:
         object.__setattr__(self, name, key)
@@ -178,10 +179,11 @@ class Example:
         return cls(tuple(map(Message.from_dict, messages)))
 
 
-def _rebuilt(turns: Sequence[Sequence[Any]], pair_key: str | None) -> Example:
-    """Return an example from another process, which may know its pair key."""
+def _rebuilt(turns: Sequence[Sequence[Any]], pair_key: str, prompt_digest: bytes) -> Example:
+    """Return an example from another process."""
     example = Example(tuple([Message(*turn) for turn in turns]))
     object.__setattr__(example, "_pair_key", pair_key)
+    object.__setattr__(example, "_prompt_digest", prompt_digest)
     return example
 
 

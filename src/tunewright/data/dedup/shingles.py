@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.sparse import csr_array
 
+from tunewright.core.io import writing
 from tunewright.data.dedup.sketches import Indices
 
 SHINGLE = 4  # characters: most 4-grams survive a word's inflections and typing errors
@@ -50,6 +52,9 @@ class ShingleFile:
     Args:
         texts: the texts. Texts of similar length are read together fastest if they are close to each other.
 
+    Raises:
+        UserError: the disk of temporary files is full.
+
     Attributes:
         sizes: number of shingles of each text.
     """
@@ -57,11 +62,11 @@ class ShingleFile:
     def __init__(self, texts: Sequence[str]) -> None:
         numbering = _Numbering(texts)
         self._file = tempfile.TemporaryFile(prefix="tunewright-")  # noqa: SIM115 closed at the end of this context
-        with tempfile.TemporaryFile(prefix="tunewright-") as unsorted:
+        with writing(Path(tempfile.gettempdir())), tempfile.TemporaryFile(prefix="tunewright-") as unsorted:
             for numbers in numbering.shingles():
                 numbers.tofile(unsorted)
             unsorted.seek(0)
-            sizes = []
+            sizes: list[Indices] = []
             for columns, of_rows in numbering.sorted_rows(numbering.read(unsorted)):
                 columns.tofile(self._file)
                 sizes.append(of_rows)

@@ -188,7 +188,6 @@ def _parsed(settings: _Settings, raw: RawRow, _task: Task) -> _Parsed:
         conversation = parse_conversation(row, own, above, parent)
         kind = (conversation.kind, conversation.reason)
         example = example_from_turns(conversation.turns, own, conversation.tools)
-        _ = example.pair_key  # computed by the worker, and sent with the row
         metadata, too_long = metadata_of(row, conversation, data)
         groups = generated_groups(row, data) if generated else groups_of(row, data, parent)
         row_read = SourceRow(
