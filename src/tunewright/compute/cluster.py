@@ -286,11 +286,11 @@ class _RayWorkers:
 
 def _taken(reference: Any, task: Task) -> list[Any]:
     """Return the results of some parts, and count what they have done."""
-    while not ray.wait([reference], timeout=_LOOK_S)[0]:
-        _require_head()
     collecting = gc.isenabled()
     gc.disable()  # each of some thousand new objects would have it look at all rows
     try:
+        while not ray.wait([reference], timeout=_LOOK_S)[0]:
+            _require_head()
         packed, steps = ray.get(reference)
         results = _unpacked(packed)
     except RayTaskError as error:
@@ -298,6 +298,7 @@ def _taken(reference: Any, task: Task) -> list[Any]:
             raise error.cause from None
         raise
     except RayError as error:
+        _require_head()
         what = f"The cluster lost a part of the work {_RETRIES + 1} times: {type(error).__name__}"
         fix = "Check its machines and their memory (ray status), and run the same command again."
         raise UserError(what, where=_WHERE, fix=fix) from None
