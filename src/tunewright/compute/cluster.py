@@ -5,6 +5,7 @@ A lost machine costs time only: Ray runs its parts again elsewhere, and results 
 
 from __future__ import annotations
 
+import atexit
 import gc
 import hashlib
 import ipaddress
@@ -18,7 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -82,7 +83,7 @@ def open_cluster(config: Config, reporter: Reporter) -> Iterator[Workers]:
         yield _RayWorkers(count, 2 * count if count == cpus else count, image(text), text)
     finally:
         if not connected:
-            ray.shutdown()
+            _disconnect()
 
 
 def _count(config: Config, cpus: int) -> int:
@@ -268,18 +269,20 @@ class _RayWorkers:
     ) -> Iterator[Result]:
         """Yield the result of each part, in order."""
         run = ray.remote(num_cpus=1, max_retries=_RETRIES)(_run)
+        _require_head()
         held = ray.put(_packed(shared))
         source = iter(parts)
         sent: deque[Any] = deque()
         try:
             while some := list(islice(source, batch)):
+                _require_head()
                 sent.append(run.remote(self._image, self._config, step, [held], _packed(some)))
                 if len(sent) >= self._ahead:
                     yield from _taken(sent.popleft(), task)
             while sent:
                 yield from _taken(sent.popleft(), task)
         finally:
-            if ray.is_initialized():
+            if sent and ray.is_initialized() and _has_head():
                 for reference in sent:
                     ray.cancel(reference)
 
@@ -289,14 +292,18 @@ def _taken(reference: Any, task: Task) -> list[Any]:
     collecting = gc.isenabled()
     gc.disable()  # each of some thousand new objects would have it look at all rows
     try:
-        while not ray.wait([reference], timeout=_LOOK_S)[0]:
+        while not _is_client() and not ray.wait([reference], timeout=_LOOK_S, fetch_local=False)[0]:
             _require_head()
+        _require_head()
         packed, steps = ray.get(reference)
         results = _unpacked(packed)
     except RayTaskError as error:
         if isinstance(error.cause, UserError):
             raise error.cause from None
         raise
+    except ConnectionError as error:  # of Ray's client
+        what = f"The connection to the cluster is lost: {error}"
+        raise UserError(what, where=_WHERE, fix=_AGAIN) from None
     except RayError as error:
         _require_head()
         what = f"The cluster lost a part of the work {_RETRIES + 1} times: {type(error).__name__}"
@@ -309,22 +316,49 @@ def _taken(reference: Any, task: Task) -> list[Any]:
     return list(results)
 
 
+_AGAIN = "Start the cluster again, and run the same command again."
+
+
+def _is_client() -> bool:
+    """Return whether this process is connected by Ray's client, whose connection ends with the head."""
+    connected: bool = ray.util.client.ray.is_connected()
+    return connected
+
+
 def _require_head() -> None:
-    """Refuse to wait for a cluster without a head, after which Ray would end this process in a minute.
+    """Refuse to go on without the cluster's head.
+
+    Ray ends this process without a word if it then touches objects of a lost machine, or after a minute.
 
     Raises:
-        UserError: nobody answers there.
+        UserError: nobody answers at the head's address.
     """
-    if ray.util.client.ray.is_connected():
-        return  # the connection itself ends, and is the error
-    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
-    for _ in range(_TRIES):
-        with suppress(OSError):
-            socket.create_connection((host, int(port)), _REACH_S).close()
+    for last in (False,) * (_TRIES - 1) + (True,):
+        if _has_head():
             return
-        time.sleep(1)
-    fix = "Start the cluster again, and run the same command again."
-    raise UserError(f"The head of the cluster is lost: {host}:{port} does not answer", where=_WHERE, fix=fix)
+        if not last:
+            time.sleep(1)
+    head = ray.get_runtime_context().gcs_address
+    raise UserError(f"The head of the cluster is lost: {head} does not answer", where=_WHERE, fix=_AGAIN)
+
+
+def _has_head() -> bool:
+    if _is_client():
+        return True
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), _REACH_S).close()
+    except OSError:
+        return False
+    return True
+
+
+def _disconnect() -> None:
+    """Leave the cluster."""
+    if _has_head():
+        ray.shutdown()
+    else:  # Ray would wait for the head, and end this process before its error is shown
+        atexit.unregister(ray.shutdown)
 
 
 class _Counter:
