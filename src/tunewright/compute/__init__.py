@@ -1,15 +1,18 @@
-"""The workers that ``compute.cluster`` asks for. Ray is imported by ``cluster`` alone, which nothing else imports."""
+"""The workers that ``compute.cluster`` asks for. Two modules import Ray, and only the functions here import them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from typing import TypeVar
 
 from tunewright.config import Config
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
-from tunewright.core.workers import THIS_PROCESS, Workers
+from tunewright.core.workers import THIS_PROCESS, ModelWorkers, Workers
+
+Needed = TypeVar("Needed")
 
 
 @contextmanager
@@ -23,10 +26,41 @@ def open_workers(config: Config, reporter: Reporter) -> Iterator[Workers]:
     if config.compute.cluster is None:
         yield THIS_PROCESS
         return
-    if find_spec("ray") is None:
-        fix = "Install it on every machine: pip install 'tunewright[ray]'"
-        raise UserError("Ray is not installed", where="compute.cluster", fix=fix)
+    _require_ray()
     from tunewright.compute.cluster import open_cluster
 
     with open_cluster(config, reporter) as workers:
         yield workers
+
+
+@contextmanager
+def open_model_workers(
+    config: Config, check: Callable[[Needed], object], needed: Needed, reporter: Reporter
+) -> Iterator[ModelWorkers]:
+    """Yield the workers of ``compute.cluster`` that keep a model each: one for each GPU.
+
+    If the cluster has none, there is one for as many CPUs as this process computes with. Equal numbers of threads add
+    in equal orders.
+
+    Args:
+        config: names a cluster.
+        check: a function of a module, which every machine calls with ``needed`` before any work.
+        needed: what every machine needs.
+        reporter: is warned of lost workers.
+
+    Raises:
+        UserError: as for :func:`open_workers`; or ``check`` refuses a machine.
+    """
+    _require_ray()
+    import torch
+
+    from tunewright.compute.model_workers import open_actors
+
+    with open_actors(config, torch.get_num_threads(), check, needed, reporter) as workers:
+        yield workers
+
+
+def _require_ray() -> None:
+    if find_spec("ray") is None:
+        fix = "Install it on every machine: pip install 'tunewright[ray]'"
+        raise UserError("Ray is not installed", where="compute.cluster", fix=fix)

@@ -5,7 +5,6 @@ A lost machine costs time only: Ray runs its parts again elsewhere, and results 
 
 from __future__ import annotations
 
-import atexit
 import gc
 import hashlib
 import ipaddress
@@ -16,11 +15,11 @@ import platform
 import signal
 import socket
 import threading
-import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
@@ -39,6 +38,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tunewright._version import __version__
+from tunewright.compute.head import AGAIN, disconnect, has_head, is_client, require_head
 from tunewright.config import Config
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest
@@ -46,13 +46,16 @@ from tunewright.core.progress import Reporter, Task
 from tunewright.core.text import count_of
 from tunewright.core.workers import Part, Result, Shared, Step, Workers
 
-_WHERE = "compute.cluster"
+WHERE = "compute.cluster"
 _REACH_S = 10.0
 _ANSWER_S = 120.0  # for a machine that starts its first process, with a cold disk
 _LOOK_S = 3.0  # between two looks at the head while a part is computed
-_TRIES = 3
-_RETRIES = 3  # runs of a part after the first, if its machine or process is lost
+RETRIES = 3  # runs of a part after the first, if its machine or process is lost
 
+_MODEL_PACKAGES = ("torch", "transformers", "tokenizers", "peft", "trl", "accelerate", "bitsandbytes", "llguidance")
+
+Machine = Mapping[str, Any]
+"""A node of the cluster, as Ray describes it."""
 Image = Mapping[str, str]
 """Names of what decides a result, with their versions or digests."""
 
@@ -64,35 +67,51 @@ def open_cluster(config: Config, reporter: Reporter) -> Iterator[Workers]:
     Raises:
         UserError: as for :func:`tunewright.compute.open_workers`.
     """
-    connected = ray.is_initialized()
-    if connected and config.compute.cluster != "auto":
-        fix = "Set compute.cluster: auto to use that one, or call ray.shutdown()."
-        raise UserError("This process is already connected to a Ray cluster", where=_WHERE, fix=fix)
-    if not connected:
-        _connect(str(config.compute.cluster))
-    try:
-        machines = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+    with connected(config):
+        machines = machines_with("CPU")
         cpus = sum(int(node["Resources"]["CPU"]) for node in machines)
         count = _count(config, cpus)
         text = config.model_dump_json()
-        _require_equal(machines, text)
+        require_equal(machines, text)
         reporter.say(f"Cluster: {count_of(len(machines), 'machine')} with {count_of(cpus, 'CPU')}")
         if ray.available_resources().get("CPU", 0) < 1:
             reporter.warn("Other work uses every CPU of the cluster: this command waits for it.")
         # More parts than CPUs, so that no worker waits for this process to send the next one.
         yield _RayWorkers(count, 2 * count if count == cpus else count, image(text), text)
+
+
+@contextmanager
+def connected(config: Config) -> Iterator[None]:
+    """Connect to the cluster that the config names, or stay with the same one if this process is connected to it.
+
+    Raises:
+        UserError: as for :func:`tunewright.compute.open_workers`.
+    """
+    before = ray.is_initialized()
+    if before and config.compute.cluster != "auto":
+        fix = "Set compute.cluster: auto to use that one, or call ray.shutdown()."
+        raise UserError("This process is already connected to a Ray cluster", where=WHERE, fix=fix)
+    if not before:
+        _connect(str(config.compute.cluster))
+    try:
+        yield
     finally:
-        if not connected:
-            _disconnect()
+        if not before:
+            disconnect()
+
+
+def machines_with(resource: str, least: int = 1) -> list[Machine]:
+    """Return the cluster's machines that have at least this much of a resource (``CPU``, ``GPU``)."""
+    return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get(resource, 0) >= least]
 
 
 def _count(config: Config, cpus: int) -> int:
     wanted = config.compute.workers
     if not cpus:
-        raise UserError("The cluster has no machine with a CPU for workers", where=_WHERE, fix="Add one to it.")
+        raise UserError("The cluster has no machine with a CPU for workers", where=WHERE, fix="Add one to it.")
     if wanted is not None and wanted > cpus:
         fix = "Lower compute.workers, or add machines to the cluster."
-        raise UserError(f"Too few CPUs in the cluster: {cpus} (compute.workers: {wanted})", where=_WHERE, fix=fix)
+        raise UserError(f"Too few CPUs in the cluster: {cpus} (compute.workers: {wanted})", where=WHERE, fix=fix)
     return wanted or cpus
 
 
@@ -121,7 +140,7 @@ def _connect(cluster: str) -> None:
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         fix = "Check that it runs there (ray status), with the same versions of Ray and Python and the same token."
-        raise UserError(f"No connection to the cluster: {lines[0]}", where=f"{_WHERE}: {cluster}", fix=fix) from None
+        raise UserError(f"No connection to the cluster: {lines[0]}", where=f"{WHERE}: {cluster}", fix=fix) from None
     finally:
         # Ray ends the process at SIGTERM, and the command line has its own way to do so.
         if threading.current_thread() is threading.main_thread():
@@ -136,7 +155,7 @@ def _require_reachable(address: str) -> None:
     except ValueError:
         host, port = "", None
     if not host or port is None:
-        raise UserError("Not the address of a cluster", where=f"{_WHERE}: {address}", fix="Use HOST:PORT.")
+        raise UserError("Not the address of a cluster", where=f"{WHERE}: {address}", fix="Use HOST:PORT.")
     if not _is_loopback(host) and not is_token_auth_enabled():
         _refuse(host)
     try:
@@ -144,7 +163,7 @@ def _require_reachable(address: str) -> None:
     except OSError as error:
         fix = "Check the address, and that the cluster runs (ray status)."
         what = f"The cluster cannot be reached: {error.strerror or error}"
-        raise UserError(what, where=f"{_WHERE}: {address}", fix=fix) from None
+        raise UserError(what, where=f"{WHERE}: {address}", fix=fix) from None
 
 
 def _is_loopback(host: str) -> bool:
@@ -157,7 +176,7 @@ def _is_loopback(host: str) -> bool:
 def _refuse(host: str) -> NoReturn:
     raise UserError(
         f"No token authentication on {host}: anyone who reaches such a cluster can run code on it",
-        where=_WHERE,
+        where=WHERE,
         fix="Start the cluster and this command with RAY_AUTH_MODE=token and the same token in RAY_AUTH_TOKEN_PATH.",
     )
 
@@ -178,8 +197,16 @@ def image(config: str) -> Image:
         "python": platform.python_version(),
         "numpy": numpy.__version__,
         "scipy": scipy.__version__,
+        **{name: _version(name) for name in _MODEL_PACKAGES},
         "config": read,
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"
 
 
 @cache
@@ -197,41 +224,61 @@ def _probe(config: str) -> tuple[Image, bool]:
     return image(config), is_token_auth_enabled()
 
 
-def _require_equal(machines: Sequence[Mapping[str, Any]], config: str) -> None:
+def require_equal(machines: Sequence[Machine], config: str) -> None:
     """Ask every machine for its image.
 
     Raises:
         UserError: one does not answer, differs, or accepts commands from anyone.
     """
-    ask = ray.remote(num_cpus=0, max_retries=0)(_probe)
-    asked = {
-        str(node["NodeManagerAddress"]): ask.options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        ).remote(config)
-        for node in machines
-    }
     here, ours = ray.util.get_node_ip_address(), image(config)
-    for host, reference in asked.items():
-        try:
-            theirs, has_token = ray.get(reference, timeout=_ANSWER_S)
-        except GetTimeoutError:
-            what = f"The machine {host} did not answer within {_ANSWER_S:.0f} s"
-            raise UserError(what, where=_WHERE, fix="Check it with `ray status`.") from None
-        except (RayError, RuntimeError) as error:
-            what = f"The machine {host} cannot run tunewright: {str(error).strip().splitlines()[-1]}"
-            raise UserError(what, where=_WHERE, fix=_EQUAL) from None
+    for host, (theirs, has_token) in asked(machines, _probe, config):
         if host != here and not _is_loopback(host) and not has_token:
             _refuse(host)
-        _require_same(ours, theirs, host)
+        require_same(ours, theirs, host)
+
+
+def asked(
+    machines: Sequence[Machine], question: Callable[..., Any], *arguments: Any, seconds: float = _ANSWER_S
+) -> Iterator[tuple[str, Any]]:
+    """Have every machine answer a question at once, and yield their addresses and answers.
+
+    Args:
+        machines: asked whatever else they do.
+        question: a function of a module.
+        arguments: the function's.
+        seconds: time that a machine has to answer.
+
+    Raises:
+        UserError: one does not answer, cannot run tunewright, or raises a UserError, which then names the machine.
+    """
+    ask = ray.remote(num_cpus=0, max_retries=0)(question)
+    references = [
+        ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(*arguments)
+        for node in machines
+    ]
+    for node, reference in zip(machines, references, strict=True):
+        host = str(node["NodeManagerAddress"])
+        try:
+            answer = ray.get(reference, timeout=seconds)
+        except GetTimeoutError:
+            what = f"The machine {host} did not answer within {seconds:.0f} s"
+            raise UserError(what, where=WHERE, fix="Check it with `ray status`.") from None
+        except (RayError, RuntimeError) as error:
+            if isinstance(error, RayTaskError) and isinstance(error.cause, UserError):
+                said = error.cause
+                raise UserError(f"The machine {host}: {said.what}", where=said.where, fix=said.fix) from None
+            what = f"The machine {host} cannot run tunewright: {str(error).strip().splitlines()[-1]}"
+            raise UserError(what, where=WHERE, fix=_EQUAL) from None
+        yield host, answer
 
 
 _EQUAL = "Use one image on all machines: the same tunewright, Ray, Python and libraries."
 
 
-def _require_same(ours: Image, theirs: Image, host: str) -> None:
+def require_same(ours: Image, theirs: Image, host: str) -> None:
     unequal = [f"{name} {theirs.get(name)} (here {mine})" for name, mine in ours.items() if theirs.get(name) != mine]
     if unequal:
-        raise UserError(f"The machine {host} has {', '.join(unequal)}", where=_WHERE, fix=_EQUAL)
+        raise UserError(f"The machine {host} has {', '.join(unequal)}", where=WHERE, fix=_EQUAL)
 
 
 _Packed = tuple[pickle.PickleBuffer, list[pickle.PickleBuffer]]
@@ -268,21 +315,21 @@ class _RayWorkers:
         self, step: Step[Shared, Part, Result], shared: Shared, parts: Iterable[Part], task: Task, batch: int = 1
     ) -> Iterator[Result]:
         """Yield the result of each part, in order."""
-        run = ray.remote(num_cpus=1, max_retries=_RETRIES)(_run)
-        _require_head()
+        run = ray.remote(num_cpus=1, max_retries=RETRIES)(_run)
+        require_head()
         held = ray.put(_packed(shared))
         source = iter(parts)
         sent: deque[Any] = deque()
         try:
             while some := list(islice(source, batch)):
-                _require_head()
+                require_head()
                 sent.append(run.remote(self._image, self._config, step, [held], _packed(some)))
                 if len(sent) >= self._ahead:
                     yield from _taken(sent.popleft(), task)
             while sent:
                 yield from _taken(sent.popleft(), task)
         finally:
-            if sent and ray.is_initialized() and _has_head():
+            if sent and ray.is_initialized() and has_head():
                 for reference in sent:
                     ray.cancel(reference)
 
@@ -292,9 +339,9 @@ def _taken(reference: Any, task: Task) -> list[Any]:
     collecting = gc.isenabled()
     gc.disable()  # each of some thousand new objects would have it look at all rows
     try:
-        while not _is_client() and not ray.wait([reference], timeout=_LOOK_S, fetch_local=False)[0]:
-            _require_head()
-        _require_head()
+        while not is_client() and not ray.wait([reference], timeout=_LOOK_S, fetch_local=False)[0]:
+            require_head()
+        require_head()
         packed, steps = ray.get(reference)
         results = _unpacked(packed)
     except RayTaskError as error:
@@ -303,62 +350,17 @@ def _taken(reference: Any, task: Task) -> list[Any]:
         raise
     except ConnectionError as error:  # of Ray's client
         what = f"The connection to the cluster is lost: {error}"
-        raise UserError(what, where=_WHERE, fix=_AGAIN) from None
+        raise UserError(what, where=WHERE, fix=AGAIN) from None
     except RayError as error:
-        _require_head()
-        what = f"The cluster lost a part of the work {_RETRIES + 1} times: {type(error).__name__}"
+        require_head()
+        what = f"The cluster lost a part of the work {RETRIES + 1} times: {type(error).__name__}"
         fix = "Check its machines and their memory (ray status), and run the same command again."
-        raise UserError(what, where=_WHERE, fix=fix) from None
+        raise UserError(what, where=WHERE, fix=fix) from None
     finally:
         if collecting:
             gc.enable()
     task.advance(steps)
     return list(results)
-
-
-_AGAIN = "Start the cluster again, and run the same command again."
-
-
-def _is_client() -> bool:
-    """Return whether this process is connected by Ray's client, whose connection ends with the head."""
-    connected: bool = ray.util.client.ray.is_connected()
-    return connected
-
-
-def _require_head() -> None:
-    """Refuse to go on without the cluster's head.
-
-    Ray ends this process without a word if it then touches objects of a lost machine, or after a minute.
-
-    Raises:
-        UserError: nobody answers at the head's address.
-    """
-    for last in (False,) * (_TRIES - 1) + (True,):
-        if _has_head():
-            return
-        if not last:
-            time.sleep(1)
-    head = ray.get_runtime_context().gcs_address
-    raise UserError(f"The head of the cluster is lost: {head} does not answer", where=_WHERE, fix=_AGAIN)
-
-
-def _has_head() -> bool:
-    if _is_client():
-        return True
-    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), _REACH_S).close()
-    except OSError:
-        return False
-    return True
-
-
-def _disconnect() -> None:
-    """Leave the cluster."""
-    if _has_head():
-        ray.shutdown()
-    else:  # Ray would wait for the head, and end this process before its error is shown
-        atexit.unregister(ray.shutdown)
 
 
 class _Counter:
@@ -382,7 +384,7 @@ _kept: dict[str, Any] = {}
 
 def _run(expected: Image, config: str, step: Step[Any, Any, Any], held: list[Any], parts: _Packed) -> Any:
     """Compute some parts in a worker, and count what they have done."""
-    _require_same(expected, _own_image(config), socket.gethostname())
+    require_same(expected, own_image(config), socket.gethostname())
     reference = held[0]
     name = reference.hex()
     if name not in _kept:
@@ -392,4 +394,4 @@ def _run(expected: Image, config: str, step: Step[Any, Any, Any], held: list[Any
     return _packed([step(_kept[name], part, task) for part in _unpacked(parts)]), task.steps
 
 
-_own_image = cache(image)
+own_image = cache(image)
