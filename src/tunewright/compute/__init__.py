@@ -1,4 +1,4 @@
-"""The workers that ``compute.cluster`` asks for. Two modules import Ray, and only the functions here import them."""
+"""The workers that ``compute.cluster`` asks for. Three modules import Ray, and only the functions here import them."""
 
 from __future__ import annotations
 
