@@ -539,7 +539,12 @@ class Project(EvaluationsApi):
         return find_trained(self.folder.adapters, self.folder.config.name, digest(inputs)) is not None
 
     def _train(self, forced: str | None, signer: PrivateKey | None = None) -> TrainResult:
+        facts = {"forced": forced} if forced else {}
+        inputs = self.folder, self.data.version(), self.base, self.chat, self.reporter
+        if self.folder.config.compute.cluster is not None:
+            from tunewright.training.on_cluster import train_on_cluster
+
+            return train_on_cluster(*inputs, facts=facts, signer=signer)
         from tunewright.training.train import train
 
-        facts = {"forced": forced} if forced else {}
-        return train(self.folder, self.data.version(), self.base, self.chat, self.reporter, facts=facts, signer=signer)
+        return train(*inputs, facts=facts, signer=signer)

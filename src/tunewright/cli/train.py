@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     panel=TRAIN,
     example="tunewright train --sweep --minutes 60 --write",
     kept=RESUMES,
+    cluster=True,
     together=lambda options: not options["sweep"] and not options["curve"],
 )
 def train(

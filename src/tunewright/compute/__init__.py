@@ -1,15 +1,21 @@
-"""The workers that ``compute.cluster`` asks for. Ray is imported by ``cluster`` alone, which nothing else imports."""
+"""The workers that ``compute.cluster`` asks for. Ray is imported by ``cluster`` and ``worker_group``, which are
+imported only for a cluster.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from tunewright.config import Config
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.core.workers import THIS_PROCESS, Workers
+
+if TYPE_CHECKING:
+    from tunewright.compute.worker_group import WorkerGroup
 
 
 @contextmanager
@@ -23,10 +29,34 @@ def open_workers(config: Config, reporter: Reporter) -> Iterator[Workers]:
     if config.compute.cluster is None:
         yield THIS_PROCESS
         return
-    if find_spec("ray") is None:
-        fix = "Install it on every machine: pip install 'tunewright[ray]'"
-        raise UserError("Ray is not installed", where="compute.cluster", fix=fix)
+    _require_ray()
     from tunewright.compute.cluster import open_cluster
 
     with open_cluster(config, reporter) as workers:
         yield workers
+
+
+@contextmanager
+def open_group(config: Config, reporter: Reporter) -> Iterator[WorkerGroup | None]:
+    """Yield the processes of ``compute.cluster`` that compute one thing together.
+
+    They are as many as ``compute.workers``, or one for each GPU. None: there is no cluster, or it has no GPU and the
+    config asks for one process at most.
+
+    Raises:
+        UserError: as for :func:`open_workers`, or too few GPUs.
+    """
+    if config.compute.cluster is None:
+        yield None
+        return
+    _require_ray()
+    from tunewright.compute.worker_group import open_group as opened
+
+    with opened(config, reporter) as group:
+        yield group
+
+
+def _require_ray() -> None:
+    if find_spec("ray") is None:
+        fix = "Install it on every machine: pip install 'tunewright[ray]'"
+        raise UserError("Ray is not installed", where="compute.cluster", fix=fix)
