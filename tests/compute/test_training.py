@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import subprocess
@@ -17,6 +16,7 @@ from data_helpers import Listener
 from raylets import PATH, raylets, token_required
 
 from command_line import tiny_project
+from forked import Server
 from tunewright.adapters.registry import Adapter, find_adapter
 from tunewright.api import Project
 from tunewright.config.project import ProjectFolder
@@ -25,6 +25,7 @@ from tunewright.core.io import MANIFEST
 
 pytestmark = pytest.mark.ray
 
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 WAIT_S = 240
 
 
@@ -48,47 +49,39 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) ->
     """A project to copy, with its dataset."""
     folder = tiny_project(tmp_path_factory.mktemp("of-all") / "project", tiny_base_folder, count=121)
     config = folder / "tunewright.yaml"
-    text = config.read_text().replace("batch_size: 8", "batch_size: 8\n  micro_batch_size: 2\n  eval_max_samples: 3")
+    text = config.read_text().replace("epochs: 2", "epochs: 6\n  eval_max_samples: 3\n  micro_batch_size: 2")
+    text = text.replace("evaluate:\n", "evaluate:\n  max_new_tokens: 5\n")
     config.write_text(f"{text}compute: {{workers: 2}}\n")
     Project(ProjectFolder(folder), Listener()).data.add([folder / "pairs.jsonl"])
     return folder
 
 
 @pytest.fixture(scope="module")
-def torchrun(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Adapter:
-    """What two processes of torchrun train."""
-    folder = _copy(project, tmp_path_factory.mktemp("torchrun"))
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tunewright"]
-    environment = {**os.environ, "PYTHONPATH": PATH, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*run, "train", "-p", folder], env=environment, check=True, timeout=WAIT_S, capture_output=True)
-    return find_adapter(folder / "adapters")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with Server(tmp_path_factory.mktemp("commands")) as running:
+        yield running
 
 
-def _copy(project: Path, to: Path) -> Path:
-    return Path(shutil.copytree(project, to / "project"))
+@pytest.fixture(scope="module")
+def torchrun(project: Path, server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Adapter]:
+    """What two processes train that are started as by torchrun: with DDP, and with FSDP."""
+    trained = {}
+    for kind, environment in (("DDP", {}), ("FSDP", FSDP)):
+        folder = _copy(project, tmp_path_factory.mktemp(kind), "{}")
+        assert server.run("train", "-p", folder, processes=2, environment=environment).code == 0
+        trained[kind] = find_adapter(folder / "adapters")
+    return trained
 
 
-def _project(folder: Path, heard: Listener, **compute: Any) -> Project:
-    opened = ProjectFolder(folder).on_cluster("auto")
-    section = opened.config.compute.model_copy(update=compute)
-    return Project(ProjectFolder(folder, opened.config.model_copy(update={"compute": section})), heard)
+def _copy(project: Path, to: Path, compute: str = "{workers: 2}") -> Path:
+    folder = Path(shutil.copytree(project, to / "project"))
+    config = folder / "tunewright.yaml"
+    config.write_text(config.read_text().replace("compute: {workers: 2}", f"compute: {compute}"))
+    return folder
 
 
-def test_adapter_is_that_of_torchrun(machines: Any, project: Path, torchrun: Adapter, tmp_path: Path) -> None:
-    folder, heard = _copy(project, tmp_path), Listener()
-    trained = _project(folder, heard).train()
-    print("SECONDS", trained.adapter.lineage["training"]["seconds"])
-    assert trained.trained
-    assert trained.adapter.digest == torchrun.digest
-    assert trained.adapter.history[-1]["eval_loss"] == torchrun.history[-1]["eval_loss"]
-    assert trained.adapter.lineage["training"]["processes"] == 2
-    assert trained.adapter.lineage["inputs_digest"] == torchrun.lineage["inputs_digest"]
-    assert "Cluster: 3 machines; 2 CPUs, each for one process" in heard.said
-    assert sum(text.startswith("Epoch 1 ") for text in heard.said) == 1
-    assert (
-        list((folder / ".tunewright" / "ray").iterdir()) == list((folder / ".tunewright" / "training").iterdir()) == []
-    )
-    assert not _project(folder, heard).train().trained
+def _opened(folder: Path, heard: Listener) -> Project:
+    return Project(ProjectFolder(folder).on_cluster("auto"), heard)
 
 
 class _Adding(Listener):
@@ -104,14 +97,13 @@ class _Adding(Listener):
             self.cluster.add_node(num_cpus=1)
 
 
-def test_adapter_is_the_same_when_a_machine_is_killed_while_it_writes_a_checkpoint(
-    token: None, project: Path, torchrun: Adapter, tmp_path: Path
+def test_adapter_is_that_of_torchrun_when_a_machine_is_killed_while_it_writes_a_checkpoint(
+    token: None, project: Path, torchrun: dict[str, Adapter], tmp_path: Path
 ) -> None:
-    """The machine of the process that writes; no other is free, until one joins."""
+    """The machine of the process that writes. No other is free, until one joins."""
     folder, killed = _copy(project, tmp_path), tmp_path / "killed"
-    faults = Path(__file__).parent / "faults"
     environment = {
-        "PYTHONPATH": f"{faults}:{PATH}",
+        "PYTHONPATH": f"{Path(__file__).parent / 'faults'}:{PATH}",
         "MACHINE_KILLED_AT": f"*/checkpoint-15/*{MANIFEST}*",
         "MACHINE_KILLED": str(killed),
     }
@@ -119,12 +111,22 @@ def test_adapter_is_the_same_when_a_machine_is_killed_while_it_writes_a_checkpoi
         for _ in range(2):
             cluster.add_node(num_cpus=1, env_vars=environment)
         heard = _Adding(cluster)
-        trained = _project(folder, heard).train()
+        trained = _opened(folder, heard).train()
     assert killed.exists()
-    assert heard.warned[0].startswith("Too few CPUs are left")
-    assert heard.warned[1].startswith("The cluster lost a process of this run")
-    assert "Resuming from step 13 of 26" in heard.said
-    assert trained.adapter.digest == torchrun.digest
+    assert [text.partition(".")[0] for text in heard.warned] == [
+        "Too few CPUs are left in the cluster: 1 (needed: 2)",
+        "The cluster lost a process of this run",
+    ]
+    assert "Cluster: 2 machines; 2 CPUs, each for one process" in heard.said
+    assert "Resuming from step 13 of 78" in heard.said
+    assert sum(text.startswith("Epoch 1 ") for text in heard.said) == 1
+    assert trained.trained
+    assert trained.adapter.digest == torchrun["DDP"].digest
+    assert trained.adapter.lineage["training"]["processes"] == 2
+    assert trained.adapter.lineage["inputs_digest"] == torchrun["DDP"].lineage["inputs_digest"]
+    assert not list((folder / ".tunewright" / "ray").iterdir())
+    assert not list((folder / ".tunewright" / "training").iterdir())
+    assert not _opened(folder, heard).train().trained
 
 
 def _command(folder: Path) -> subprocess.Popen[str]:
@@ -145,41 +147,56 @@ def _reach(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
         time.sleep(0.005)
 
 
-def test_stopped_and_killed_commands_resume(machines: Any, project: Path, torchrun: Adapter, tmp_path: Path) -> None:
-    folder = _copy(project, tmp_path)
+def test_killed_and_stopped_commands_resume_with_fsdp(
+    machines: Any, project: Path, server: Server, torchrun: dict[str, Adapter], tmp_path: Path
+) -> None:
+    folder = _copy(project, tmp_path, "{workers: 2, fsdp: true}")
+    killed = _command(folder)
+    _reach(folder, 5, killed)
+    killed.kill()
+    killed.communicate()
+
     stopped = _command(folder)
-    _reach(folder, 5, stopped)
+    _reach(folder, 40, stopped)
     stopped.send_signal(signal.SIGTERM)
     _, err = stopped.communicate(timeout=WAIT_S)
     assert stopped.returncode == 130, err
+    assert err.count("FSDP: the base is sharded over 2 processes") == err.count("Resuming from step") == 1, err
     assert err.count("This step is saved.") == err.count("the same command resumes from there") == 1, err
     assert "Traceback" not in err
 
-    # An error in the processes ends the command at once; nothing starts again.
-    with pytest.raises(UserError, match="This run started without FSDP and cannot resume with it"):
-        _project(folder, heard := Listener(), fsdp=True).train()
-    assert not any("lost" in text for text in heard.warned)
+    # An error in the processes ends the command at once: nothing starts again.
+    without = ProjectFolder(_copy(project, tmp_path / "without")).on_cluster("auto").config
+    with pytest.raises(UserError, match="This run started with FSDP and cannot resume without it"):
+        Project(ProjectFolder(folder, without), heard := Listener()).train()
+    assert not heard.warned
 
-    killed = _command(folder)
-    _reach(folder, 20, killed)
-    killed.kill()
-    killed.communicate()
-    trained = _project(folder, heard := Listener()).train()
-    assert any(text.startswith("Resuming from step 2") for text in heard.said)
-    assert trained.adapter.digest == torchrun.digest
-
-
-def test_fsdp_shards_the_base(machines: Any, project: Path, torchrun: Adapter, tmp_path: Path) -> None:
-    adapter = _project(_copy(project, tmp_path), heard := Listener(), fsdp=True).train().adapter
-    assert any(text.startswith("FSDP: the base is sharded over 2 processes") for text in heard.said)
+    # Processes of torchrun finish what a cluster began.
+    ended = server.run("train", "-p", _without_cluster(folder), processes=2, environment=FSDP)
+    assert ended.stderr.count("Resuming from step") == 1
+    adapter = find_adapter(folder / "adapters")
+    assert adapter.digest == torchrun["FSDP"].digest
     assert len(adapter.lineage["training"]["bytes_held"]) == 2
-    ours = [row["loss"] for row in adapter.history if "loss" in row]
-    assert ours == pytest.approx([row["loss"] for row in torchrun.history if "loss" in row], rel=1e-4)
 
 
-def test_what_the_cluster_lacks_is_said_before_work(machines: Any, project: Path) -> None:
-    with pytest.raises(UserError, match=r"Too few CPUs in the cluster: 3 \(compute.workers: 4\)"):
-        _project(project, Listener(), workers=4).train()
-    with pytest.raises(UserError, match="8 rows cannot be shared equally by 3 processes"):
-        _project(project, Listener(), workers=3).train()
-    assert not (project / ".tunewright" / "training").exists()
+def _without_cluster(folder: Path) -> Path:
+    config = folder / "tunewright.yaml"
+    config.write_text(config.read_text().replace("{workers: 2, fsdp: true}", "{}"))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("compute", "message"),
+    [
+        ("{workers: 4}", r"Too few CPUs in the cluster: 3 \(compute.workers: 4\)"),
+        ("{workers: 3}", "8 rows cannot be shared equally by 3 processes"),
+        ("{fsdp: true}", "FSDP needs at least 2 processes"),
+    ],
+)
+def test_what_the_cluster_lacks_is_said_before_work(
+    machines: Any, project: Path, tmp_path: Path, compute: str, message: str
+) -> None:
+    folder = _copy(project, tmp_path, compute)
+    with pytest.raises(UserError, match=message):
+        _opened(folder, Listener()).train()
+    assert not (folder / ".tunewright" / "training").exists()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunewright.adapters.private_keys import PrivateKey
+from tunewright.adapters.registry import Adapter
 from tunewright.adapters.signing import sign, store_signer
 from tunewright.chat import ChatFormat, open_chat
 from tunewright.compute import open_group
@@ -27,6 +28,7 @@ from tunewright.core.progress import Reporter
 from tunewright.data.versions import DatasetVersion, load_version
 from tunewright.models.bases import Base, base_here
 from tunewright.training import distributed
+from tunewright.training.machine_check import require_folder_and_base
 from tunewright.training.run import micro_batch, require_fsdp_supported
 from tunewright.training.stopping import stop_on_signal, stopped_from
 from tunewright.training.trackers import require_trackers
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 _WHERE = "compute.cluster"
 _READ_S = 1800.0
 """Time for a machine to read its base once, for the digest."""
+_SEEN_S = 120.0
+"""Time until a network file system shows a new file to other machines."""
 _LOCK_S = 60.0
 """Time for the processes of a command that was killed to end."""
 _FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -97,34 +101,63 @@ def train_on_cluster(
     return train(project, dataset, base, chat, reporter, facts=facts, signer=signer)
 
 
+def check_cluster(project: ProjectFolder, base: Base, reporter: Reporter) -> None:
+    """Check before other work that the config can be trained in the processes of ``compute.cluster``, if it is set.
+
+    Raises:
+        UserError: it cannot.
+    """
+    with open_group(project.config, reporter) as group:
+        if group is not None:
+            _require_trainable(group, ProjectFolder(project.root.resolve(), project.config), base, reporter)
+
+
 def _train(group: WorkerGroup, job: TrainingJob, reporter: Reporter, signer: PrivateKey | None) -> TrainResult:
-    project, settings = job.project, job.project.config.train
-    _require_divisible(group, job)
-    with reporter.task("Looking at the machines", len(group.machines), "machines") as task:
-        require_ready(group, project, job.base)
-        task.advance(len(group.machines))
+    project = job.project
+    _require_trainable(group, project, job.base, reporter)
     # Asked for its passphrase now, not after hours of training; the key stays on this machine.
     signer = signer or store_signer(project.keys, reporter)
-    what = "the step in progress or the one before is saved"
-    with stop_on_signal() as stop, finishing(what):
+    with stop_on_signal() as stop, finishing("the step in progress or the one before is saved"):
         stop.phase = "closed"
         storage = project.work / "ray" / job.identity[:12]
         group.run(train_together, job, storage, reporter, lambda: stop.asked)
-    adapter = find_trained(project.adapters, project.config.name, job.identity)
-    assert adapter is not None, settings
+    adapter = _stored(job)
     if signer is not None:
         sign(adapter.folder, signer)
     return TrainResult(adapter, trained=True)
 
 
-def _require_divisible(group: WorkerGroup, job: TrainingJob) -> None:
-    """Check that the config can be trained by so many processes."""
-    compute, settings = job.project.config.compute, job.project.config.train
+def _stored(job: TrainingJob) -> Adapter:
+    """Return the adapter that another machine has stored, once this one sees it.
+
+    Raises:
+        UserError: it does not appear.
+    """
+    project = job.project
+    until = time.monotonic() + _SEEN_S
+    while (adapter := find_trained(project.adapters, project.config.name, job.identity)) is None:
+        if time.monotonic() > until:
+            what = f"The adapter that another machine has stored does not appear here within {_SEEN_S:.0f} s"
+            raise UserError(what, where=str(project.adapters), fix="Check the storage, and run the same command again.")
+        time.sleep(1)
+    return adapter
+
+
+def _require_trainable(group: WorkerGroup, project: ProjectFolder, base: Base, reporter: Reporter) -> None:
+    """Check that so many processes can train the config, and that every machine has what they need.
+
+    Raises:
+        UserError: they cannot, or one has not.
+    """
+    compute, settings = project.config.compute, project.config.train
     micro_batch(settings, group.count)
     if compute.fsdp:
         if group.count == 1:
             raise UserError("FSDP needs at least 2 processes", where="compute.fsdp", fix="Set compute.workers.")
         require_fsdp_supported(settings)
+    with reporter.task("Checking the machines", len(group.machines), "machines") as task:
+        require_ready(group, project, base)
+        task.advance(len(group.machines))
 
 
 def require_ready(group: WorkerGroup, project: ProjectFolder, base: Base) -> None:
@@ -136,23 +169,9 @@ def require_ready(group: WorkerGroup, project: ProjectFolder, base: Base) -> Non
     mark = project.work / f"seen-{secrets.token_hex(8)}"
     mark.touch()
     try:
-        group.ask(look, project, mark, base, seconds=_READ_S)
+        group.ask(require_folder_and_base, project, mark, base, seconds=_READ_S)
     finally:
         mark.unlink()
-
-
-def look(project: ProjectFolder, mark: Path, base: Base) -> None:
-    """Check that this machine sees the project's folder and has the base.
-
-    Raises:
-        UserError: it does not.
-    """
-    fix = "Mount the project's folder at the same path on every machine, writable."
-    if not mark.exists():
-        raise UserError("The project's folder is not visible", where=str(project.root), fix=fix)
-    if not os.access(project.work, os.W_OK):
-        raise UserError("The project's folder cannot be written", where=str(project.root), fix=fix)
-    base_here(base)
 
 
 def train_together(job: TrainingJob, reporter: Reporter, stop_asked: Callable[[], bool]) -> None:
