@@ -50,7 +50,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) ->
     folder = tiny_project(tmp_path_factory.mktemp("of-all") / "project", tiny_base_folder, count=121)
     config = folder / "tunewright.yaml"
     text = config.read_text().replace("epochs: 2", "epochs: 6\n  eval_max_samples: 3\n  micro_batch_size: 2")
-    text = text.replace("evaluate:\n", "evaluate:\n  max_new_tokens: 5\n")
+    text = text.replace("evaluate:\n", "evaluate:\n  max_new_tokens: 6\n")
     config.write_text(f"{text}compute: {{workers: 2}}\n")
     Project(ProjectFolder(folder), Listener()).data.add([folder / "pairs.jsonl"])
     return folder
@@ -64,7 +64,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def torchrun(project: Path, server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Adapter]:
-    """What two processes train that are started as by torchrun: with DDP, and with FSDP."""
+    """The adapters of two processes that are started as by torchrun: with DDP, and with FSDP."""
     trained = {}
     for kind, environment in (("DDP", {}), ("FSDP", FSDP)):
         folder = _copy(project, tmp_path_factory.mktemp(kind), "{}")

@@ -55,7 +55,7 @@ class RelayReporter:
 
     @contextmanager
     def sending(self) -> Iterator[None]:
-        """Send messages while the block runs, and all that are left at its end."""
+        """Send messages while the block runs, and the last ones at its end."""
         sender = threading.Thread(target=self._send_often, name="tunewright-relay", daemon=True)
         sender.start()
         try:

@@ -196,7 +196,7 @@ class WorkerGroup:
 
 @dataclass(frozen=True)
 class _Work:
-    """What each process gets."""
+    """The work of each process."""
 
     function: Together
     argument: Any

@@ -1,4 +1,4 @@
-"""What a machine of a cluster needs to train, checked there before work. It imports neither torch nor Ray."""
+"""The check of a machine of a cluster before work, made there. It imports neither torch nor Ray."""
 
 from __future__ import annotations
 

@@ -144,7 +144,7 @@ def _stored(job: TrainingJob) -> Adapter:
 
 
 def _require_trainable(group: WorkerGroup, project: ProjectFolder, base: Base, reporter: Reporter) -> None:
-    """Check that so many processes can train the config, and that every machine has what they need.
+    """Check that the group's processes can train the config, and that every machine has what they need.
 
     Raises:
         UserError: they cannot, or one has not.

@@ -297,7 +297,7 @@ class Run:
 
 
 def micro_batch(settings: TrainConfig, processes: int | None = None) -> int:
-    """Return the rows of one forward pass in one of so many processes (None: those of this run).
+    """Return the rows of one forward pass in one of this many processes (None: those of this run).
 
     Raises:
         UserError: the processes cannot share a batch equally.
