@@ -129,7 +129,10 @@ class Project(EvaluationsApi):
         self._refuse_up_front()
         require_ready(self.folder, self.data.version(), self._asked_splits("test"), self.reporter)
         forced = self._forced(force)
-        signer = None if self._has_trained() else store_signer(self.folder.keys, self.reporter)
+        signer = None
+        if not self._has_trained():
+            self._check_cluster()
+            signer = store_signer(self.folder.keys, self.reporter)
         advised = self.prompting()
         if advised.measured:
             prompting_done(advised.advice)
@@ -554,8 +557,23 @@ class Project(EvaluationsApi):
         inputs = training_inputs(self.folder, self.data.version(), self.base, self.chat)
         return find_trained(self.folder.adapters, self.folder.config.name, digest(inputs)) is not None
 
+    def _check_cluster(self) -> None:
+        """Check before other work that ``compute.cluster`` can train, if it is set."""
+        if self.folder.config.compute.cluster is not None:
+            from tunewright.training.on_cluster import check_cluster
+
+            check_cluster(self.folder, self.base, self.reporter)
+
     def _train(self, forced: str | None, signer: PrivateKey | None = None) -> TrainResult:
+        facts = {"forced": forced} if forced else {}
+        inputs = self.folder, self.data.version(), self.base, self.chat, self.reporter
+        if self.folder.config.compute.cluster is not None:
+            from tunewright.training.on_cluster import train_on_cluster
+
+            return train_on_cluster(*inputs, facts=facts, signer=signer)
+        if self.folder.config.compute.fsdp:
+            fix = "Set compute.cluster, or remove it: without a cluster a launcher asks for FSDP."
+            raise UserError("FSDP needs a cluster", where="compute.fsdp", fix=fix)
         from tunewright.training.train import train
 
-        facts = {"forced": forced} if forced else {}
-        return train(self.folder, self.data.version(), self.base, self.chat, self.reporter, facts=facts, signer=signer)
+        return train(*inputs, facts=facts, signer=signer)
