@@ -56,7 +56,6 @@ def train(
     """Train the config's adapter on the current dataset version. Resumes where it stopped."""
     _require_use({"--minutes": minutes, "--rate": rate, "--write": write or None}, "--sweep", given=sweep)
     _require_use({"--seeds": seeds}, "--curve", given=curve)
-    _require_use({"--cluster": run.cluster}, "--sweep or --curve", given=sweep or curve)
     if sweep and curve:
         raise UserError("--sweep and --curve are mutually exclusive", where="--sweep/--curve", fix="Choose one.")
     if sweep:
