@@ -92,6 +92,7 @@ class IdleEngine:
     stopped: str | None = None
     permanently_stopped = False
     in_flight = (0, 0)
+    restarts = 0
 
     def __init__(self) -> None:
         self._rows: dict[Subscription, int] = {}

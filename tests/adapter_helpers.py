@@ -88,7 +88,7 @@ def tree(folder: Path) -> dict[str, bytes | None]:
     return found
 
 
-def import_adapter(project: Path, source: Path, *options: str) -> Any:
+def import_adapter(project: Path, source: Path | str, *options: str) -> Any:
     """Import an adapter into a project; what was printed."""
     return tunewright("adapters", "import", source, "-p", project, "--json", *options)
 
@@ -100,7 +100,7 @@ def claim(folder: Path, *gone: str, **changes: Any) -> None:
     write_manifest(folder, folder.name)
 
 
-def refused_import(project: Path, source: Path, *options: str) -> str:
+def refused_import(project: Path, source: Path | str, *options: str) -> str:
     """Import an adapter that has to be refused with nothing left behind; the error."""
     before = tree(project)
     ran = import_adapter(project, source, *options)

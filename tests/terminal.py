@@ -24,17 +24,17 @@ class Terminal:
         self.pid = pid
 
     def wait_for(self, text: str, seconds: float = 300) -> None:
-        """Until ``text`` has come on the screen since the last wait."""
+        """Until ``text`` has come on the screen since the last wait; a line may break at any of its spaces."""
         end = time.monotonic() + seconds
-        seen = ""
-        while text not in seen:
+        seen, wanted = "", " ".join(text.split())
+        while wanted not in " ".join(seen.split()):
             assert time.monotonic() < end, f"no {text!r} on the screen:\n{seen}"
             if select.select([self.handle], [], [], 0.2)[0]:
                 try:
                     seen += os.read(self.handle, 65536).decode(errors="replace")
                 except OSError:  # Linux: the other side has ended
                     break
-        assert text in seen, seen
+        assert wanted in " ".join(seen.split()), seen
         self.screen += seen
 
     def press(self, key: str, seconds: float = 300) -> None:

@@ -6,6 +6,7 @@ Lines are the same on any machine. They do not count work inside a regular expre
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable
 from itertools import groupby
@@ -29,11 +30,13 @@ def _lines(use: Callable[[], object]) -> int:
         return line
 
     before = sys.gettrace()
+    gc.disable()  # it would run finalizers of other tests' objects, whose lines are not this call's
     sys.settrace(line)
     try:
         use()
     finally:
         sys.settrace(before)
+        gc.enable()
     return count
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from small_models import CONTEXT
-from tiny import byte_tokenizer
+from tiny import byte_tokenizer, chat_of
+from tunewright.config import Config, ServeConfig, TrainConfig
 from tunewright.core.progress import LogReporter
 from tunewright.engines import environment
 from tunewright.engines.protocol import Engine
@@ -19,6 +20,10 @@ from tunewright.generation.constraints import GrammarCompiler
 from tunewright.models.bases import Base
 from tunewright.serving.engines.llamacpp.engine import LlamaCppEngine, LlamaCppSettings
 from tunewright.serving.engines.llamacpp.files import base_file, lora_file
+from tunewright.serving.engines.peft_child import PeftChild, PeftSettings
+from tunewright.serving.engines.replicas import Replicas
+from tunewright.serving.engines.start import EngineSpec
+from tunewright.serving.engines.start_replicas import start_engines
 
 TOKENIZER = byte_tokenizer()
 STOPS = frozenset({TOKENIZER.eos_token_id})
@@ -36,6 +41,49 @@ def peft_engine(base: Path) -> Iterator[Engine]:
 
     model: Any = LlamaForCausalLM.from_pretrained(base).eval()
     engine = PeftEngine(model, stop_ids=STOPS, pad_id=TOKENIZER.pad_token_id, max_num_seqs=16, context_length=CONTEXT)
+    try:
+        yield engine
+    finally:
+        engine.stop()
+
+
+@contextmanager
+def replicas_engine(base: Path, room: int | None = None) -> Iterator[Engine]:
+    """Two embedded engines as one."""
+    with ExitStack() as started:
+        engines = {name: started.enter_context(peft_engine(base)) for name in ("replica-1", "replica-2")}
+        replicas = Replicas(engines, room=room)
+        started.callback(replicas.stop)
+        yield replicas
+
+
+@contextmanager
+def peft_child(base: Path, **settings: Any) -> Iterator[PeftChild]:
+    """The embedded engine in a child process."""
+    asked: dict[str, Any] = {"max_num_seqs": 16, "context_length": CONTEXT, **settings}
+    of = PeftSettings(
+        base=base,
+        architecture="LlamaForCausalLM",
+        dtype="float32",
+        quantization="none",
+        stop_ids=tuple(STOPS),
+        pad_id=TOKENIZER.pad_token_id,
+        variables={"OMP_NUM_THREADS": "1"},
+        **asked,
+    )
+    engine = PeftChild(of, LogReporter())
+    try:
+        yield engine
+    finally:
+        engine.stop()
+
+
+@contextmanager
+def started_replica(base: Path) -> Iterator[Engine]:
+    """One replica in a child process, as a server with a limit of adapters starts it."""
+    config = Config(train=TrainConfig(dtype="float32"), serve=ServeConfig(adapters_per_replica=ROOM))
+    spec = EngineSpec(Base("small", base, None, "LlamaForCausalLM", {}), chat_of(TOKENIZER), "none", {})
+    engine = start_engines("peft", config, spec, LogReporter())
     try:
         yield engine
     finally:
@@ -88,6 +136,8 @@ def llamacpp_engine(
 
 KINDS = [
     pytest.param(peft_engine, id="peft"),
+    pytest.param(replicas_engine, id="replicas"),
+    pytest.param(started_replica, id="started-replica", marks=pytest.mark.slow),
     pytest.param(llamacpp_engine, id="llamacpp"),
     pytest.param(vllm_engine, id="vllm", marks=pytest.mark.vllm),
 ]

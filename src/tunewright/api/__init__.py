@@ -23,6 +23,7 @@ from tunewright.config import EngineName, TrainConfig
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter, Reporter
+from tunewright.core.workers import ModelWorkers
 from tunewright.data.add import AddResult
 from tunewright.data.readers.hub import is_hub_name
 from tunewright.evidence.power import DetectableEffects, detectable_effects, detectable_effects_text
@@ -168,9 +169,10 @@ class Project(EvaluationsApi):
         from tunewright.evaluation.schedule import Schedule
 
         self._report_detectable_effects()
-        arm_runner = self.arm_runner()
-        arm_runner.schedule = Schedule(arm_runner)
-        return advise(arm_runner)
+        with self.model_workers() as workers:
+            arm_runner = self.arm_runner(workers=workers)
+            arm_runner.schedule = Schedule(arm_runner)
+            return advise(arm_runner)
 
     def optimize_prompt(self) -> OptimizePromptResult:
         """Search for a better instruction with GEPA and the config's reflection model, and choose on dev.
@@ -341,13 +343,17 @@ class Project(EvaluationsApi):
 
         # Faults in a benchmark's file are reported before anything is measured.
         suites = open_suites(self.folder) if self.folder.config.regressions.measures else []
-        return evaluate_with_benchmarks(*self._contest(adapter, "test", minutes), suites)
+        tuned = find_adapter(self.folder.adapters, adapter)
+        with self.model_workers() as workers:
+            return evaluate_with_benchmarks(*self._contest(tuned, "test", minutes, workers), suites)
 
     def evaluate_on_dev(self, adapter: str | None = None, *, minutes: float | None = None) -> EvaluateResult:
         """Compare as :meth:`evaluate` does, on the dev split that chose the adapter and the prompting arm."""
         from tunewright.evaluation.runner import evaluate_on_dev
 
-        return evaluate_on_dev(*self._contest(adapter, "dev", minutes))
+        tuned = find_adapter(self.folder.adapters, adapter)
+        with self.model_workers() as workers:
+            return evaluate_on_dev(*self._contest(tuned, "dev", minutes, workers))
 
     def estimate_evaluation(
         self, adapter: str | None = None, *, dev: bool = False, measure: bool = True
@@ -367,10 +373,11 @@ class Project(EvaluationsApi):
         from tunewright.evaluation.schedule import Contest, Schedule
 
         tuned = find_adapter(self.folder.adapters, adapter)
-        arm_runner = self.arm_runner(tuned)
-        arm_runner.embeddings.kept_only = not measure
-        contest = Contest(tuned, "dev" if dev else "test")
-        return Schedule(arm_runner, contest=contest).estimate(measure=measure)
+        with self.model_workers() as workers:
+            arm_runner = self.arm_runner(tuned, workers)
+            arm_runner.embeddings.kept_only = not measure
+            contest = Contest(tuned, "dev" if dev else "test")
+            return Schedule(arm_runner, contest=contest).estimate(measure=measure)
 
     def estimate_incumbents(self, *, dev: bool = False) -> list[IncumbentEstimate]:
         """Return the calls, tokens and cost of the incumbents' answers in :meth:`evaluate`, without sending anything.
@@ -398,15 +405,18 @@ class Project(EvaluationsApi):
         return ["dev"] if split == "dev" else ["dev", "test"]
 
     def _contest(
-        self, adapter: str | None, split: Literal["test", "dev"], minutes: float | None
+        self,
+        tuned: Adapter,
+        split: Literal["test", "dev"],
+        minutes: float | None,
+        workers: ModelWorkers | None,
     ) -> tuple[ArmRunner, Adapter, Advice]:
         """Return the arm runner, the adapter and the advice that names its best prompting arm."""
         from tunewright.evaluation.incumbents import require_ready
         from tunewright.evaluation.prompt_search import advise
         from tunewright.evaluation.schedule import Contest, Schedule
 
-        tuned = find_adapter(self.folder.adapters, adapter)
-        arm_runner = self.arm_runner(tuned)
+        arm_runner = self.arm_runner(tuned, workers)
         require_ready(self.folder, arm_runner.version, self._asked_splits(split), self.reporter)
         arm_runner.schedule = Schedule(arm_runner, minutes=minutes, contest=Contest(tuned, split))
         # Keys added since the adapter was trained had the effect of their defaults.
@@ -432,7 +442,8 @@ class Project(EvaluationsApi):
 
         suites = open_suites(self.folder)
         tuned = find_adapter(self.folder.adapters, adapter)
-        return measure_benchmarks(self.arm_runner(tuned), tuned, suites)
+        with self.model_workers() as workers:
+            return measure_benchmarks(self.arm_runner(tuned, workers), tuned, suites)
 
     def crossval(self, *, folds: int = FOLDS, force: bool = False) -> EvaluateResult:
         """Cross-validate the config on all rows of the current version, for sets too small to hold out a test.
@@ -457,6 +468,7 @@ class Project(EvaluationsApi):
         metrics_host: str | None = None,
         auth: bool = True,
         engine: EngineName | None = None,
+        replicas: int | None = None,
         system_prompts: bool = True,
         constrain: bool = False,
     ) -> Service:
@@ -475,6 +487,7 @@ class Project(EvaluationsApi):
             metrics_port: overrides the config.
             metrics_host: overrides the config.
             engine: overrides the config.
+            replicas: overrides the config.
             auth: False accepts every client that can reach the address, without a key; only without tenants.
             system_prompts: add the adapter's trained system prompt to requests without one; False only
                 without tenants.
@@ -493,13 +506,16 @@ class Project(EvaluationsApi):
             "metrics_port": metrics_port,
             "metrics_host": metrics_host,
             "engine": engine,
+            "replicas": replicas,
         }
         own = {name: value for name, value in given.items() if value is not None}
         config = self.folder.config
         served = config.model_copy(update={"serve": config.serve.model_copy(update=own)})
         return open_service(self, adapters, served, auth=auth, system_prompts=system_prompts, constrain=constrain)
 
-    def self_test(self, adapters: Sequence[str] = (), *, engine: EngineName | None = None) -> IsolationResult:
+    def self_test(
+        self, adapters: Sequence[str] = (), *, engine: EngineName | None = None, replicas: int | None = None
+    ) -> IsolationResult:
         """Run the isolation test on the base and the adapters that :meth:`serve` would serve.
 
         The probes are dev items of the current version, if there is one, and general questions.
@@ -509,7 +525,7 @@ class Project(EvaluationsApi):
         """
         from tunewright.api.isolation import open_self_test, probe_prompts
 
-        return open_self_test(self, adapters, engine).run(probe_prompts(self))
+        return open_self_test(self, adapters, engine, replicas).run(probe_prompts(self))
 
     def _refuse_up_front(self, new_adapters_of: str | None = None) -> None:
         """Refuse a config that cannot be trained, before a base is downloaded or anything measured.

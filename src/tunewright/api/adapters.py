@@ -22,7 +22,8 @@ from tunewright.evidence.schema import EVIDENCE_FILE
 from tunewright.evidence.verdict import Decision, verdict
 
 if TYPE_CHECKING:
-    from tunewright.adapters.foreign.importer import ImportResult
+    from tunewright.adapters.foreign.importer import AdapterImporter, ImportResult
+    from tunewright.adapters.remote import PushedAdapter
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,21 @@ class AdaptersApi:
             write_manifest(found.folder, found.name)
         return found, signer.name, sign(found.folder, signer)
 
+    def push(self, url: str, names: Sequence[str] = ()) -> Sequence[PushedAdapter]:
+        """Copy adapters to a folder, a bucket or any other URL of fsspec, for `import_` and `serve.adapter_store`.
+
+        Args:
+            url: for example s3://bucket/adapters.
+            names: names or their beginnings (none: the newest).
+
+        Raises:
+            UserError: no such adapter, files that differ from the stored ones, or the remote refuses.
+        """
+        from tunewright.adapters.remote import push_adapters
+
+        chosen = [find_adapter(self._project.adapters, name) for name in names or (None,)]
+        return push_adapters(chosen, url, TrustedKeys(self._project.keys), self._context.reporter)
+
     def import_(
         self,
         source: str | Path,
@@ -131,10 +147,10 @@ class AdaptersApi:
         unsigned: bool = False,
         system_prompt: str | None = None,
     ) -> ImportResult:
-        """Import a foreign adapter from a folder or a zip or tar archive, if it passes all checks.
+        """Import a foreign adapter from a folder, a zip or tar archive or a URL, if it passes all checks.
 
         Args:
-            source: the folder or archive.
+            source: the folder, the archive, or the URL of an adapter that `push` copied (s3://bucket/NAME-DIGEST).
             name: name in the project (None: the manifest's, or that of the folder or archive).
             base_matches: you assert that it was trained on this project's base and chat template; for adapters that do
                 not state it.
@@ -147,15 +163,23 @@ class AdaptersApi:
         Raises:
             UserError: the adapter fails a check; nothing is stored.
         """
-        from tunewright.adapters.foreign.importer import AdapterImporter, ImportStatement
+        from tunewright.adapters.foreign.importer import ImportStatement
+        from tunewright.core.remote_files import RemoteFiles
 
-        path = Path(source)
-        if not path.exists():
+        found = RemoteFiles(str(source)) if "://" in str(source) else Path(source)
+        if isinstance(found, Path) and not found.exists():
             raise UserError("No such folder or archive", where=str(source))
-        opened, project = self._context, self._project
-        gate = AdapterImporter(project.adapters, TrustedKeys(project.keys), opened.base, opened.chat, opened.reporter)
-        by = current_author(project.root)
-        return gate.import_adapter(path, ImportStatement(by, base_matches, quantization, unsigned, name, system_prompt))
+        by = current_author(self._project.root)
+        said = ImportStatement(by, base_matches, quantization, unsigned, name, system_prompt)
+        return adapter_importer(self._context).import_adapter(found, said)
+
+
+def adapter_importer(opened: ProjectContext) -> AdapterImporter:
+    """Return the importer of foreign adapters into a project."""
+    from tunewright.adapters.foreign.importer import AdapterImporter
+
+    folder = opened.folder
+    return AdapterImporter(folder.adapters, TrustedKeys(folder.keys), opened.base, opened.chat, opened.reporter)
 
 
 def _folders(adapters: Path) -> Sequence[Adapter]:

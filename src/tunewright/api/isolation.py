@@ -10,7 +10,7 @@ from tunewright.adapters.compatibility import trained_quantization
 from tunewright.adapters.registry import Adapter
 from tunewright.api.context import ProjectContext
 from tunewright.api.serving import adapter_of, choose_served, refuse_names, released
-from tunewright.config import EngineName
+from tunewright.config import Config, EngineName
 from tunewright.core.errors import UserError
 from tunewright.core.progress import duration
 from tunewright.data.examples import Message
@@ -74,8 +74,10 @@ def probe_prompts(opened: ProjectContext) -> list[tuple[int, ...]]:
     return list(dict.fromkeys(opened.chat.prompt(messages) for messages in asked))
 
 
-def open_self_test(opened: ProjectContext, names: Sequence[str], engine: EngineName | None) -> IsolationRunner:
-    """Return the isolation test of the adapters that ``Project.serve`` would serve.
+def open_self_test(
+    opened: ProjectContext, names: Sequence[str], engine: EngineName | None, replicas: int | None
+) -> IsolationRunner:
+    """Return the isolation test of the adapters that ``Project.serve`` would serve, over as many replicas.
 
     Raises:
         UserError: as for ``Project.serve``.
@@ -83,6 +85,8 @@ def open_self_test(opened: ProjectContext, names: Sequence[str], engine: EngineN
     from tunewright.serving.isolation.runner import IsolationRunner
 
     project, config = opened.folder, opened.folder.config
+    if replicas is not None:
+        config = _with_replicas(config, replicas)
     held, folders, spare = None, {}, 0
     if config.serve.database_url is not None or project.serving_state.exists():
         with opened.state() as state:
@@ -96,6 +100,13 @@ def open_self_test(opened: ProjectContext, names: Sequence[str], engine: EngineN
     return IsolationRunner(
         config, opened.base, opened.chat, held, folders, engine or config.serve.engine, spare, opened.reporter
     )
+
+
+def _with_replicas(config: Config, replicas: int, *, limited: bool = True) -> Config:
+    """Return the config with this number of replicas, and without a limit of their adapters unless it is kept."""
+    limit = config.serve.adapters_per_replica if limited else None
+    serve = config.serve.model_copy(update={"replicas": replicas, "adapters_per_replica": limit})
+    return config.model_copy(update={"serve": serve})
 
 
 class ReleaseGate:
@@ -121,7 +132,8 @@ class ReleaseGate:
         own, others = self._live()
         self._own = {adapter.name, *(each.name for each in own)}
         adapters = {each.digest: each for each in (*others, *own, adapter)}.values()
-        config = opened.folder.config
+        # One engine: all replicas are alike, and the server's own ones are running.
+        config = _with_replicas(opened.folder.config, 1, limited=False)
         self._test = IsolationRunner(
             config,
             opened.base,

@@ -16,6 +16,7 @@ from tunewright.adapters.registry import Adapter, adapter_digest, find_adapter, 
 from tunewright.adapters.system_prompt import SystemPrompt, system_prompt
 from tunewright.adapters.trust import require_trusted
 from tunewright.adapters.vllm_compat import require_batchable
+from tunewright.api.adapters import adapter_importer
 from tunewright.api.constraints import missing_evidence, served_grammar
 from tunewright.api.context import ProjectContext
 from tunewright.config import Config, Quantization
@@ -213,21 +214,39 @@ def released(opened: ProjectContext, state: State) -> tuple[Quantization, list[A
 
 
 def adapter_of(opened: ProjectContext, name: str, digest: str) -> Adapter:
-    """Return a release's adapter by its digest; the name is only for display.
+    """Return a release's adapter by its digest; one that is missing here is imported from ``serve.adapter_store``.
+
+    Args:
+        name: its name in the store, else only for display.
 
     Raises:
-        UserError: the adapter is missing here.
+        UserError: the adapter is missing, or the one in the store is another or fails a check.
     """
     known = [adapter for adapter in list_adapters(opened.folder.adapters) if adapter.digest == digest]
     # Two folders with the same weights may differ in their system prompt; prefer the name that was released.
     found = next((adapter for adapter in known if adapter.name == name), known[0] if known else None)
     if found is None:
+        found = _from_store(opened, name)
+    if found is None or found.digest != digest:
         raise UserError(
             f"The released adapter {name} ({digest[:12]}) is missing",
-            where=str(opened.folder.adapters),
-            fix="Copy its folder here from where it was trained.",
+            where=opened.folder.config.serve.adapter_store or str(opened.folder.adapters),
+            fix="Copy its folder here from where it was trained, or set serve.adapter_store to a URL that has it.",
         )
     return found
+
+
+def _from_store(opened: ProjectContext, name: str) -> Adapter | None:
+    """Import an adapter from the store; None without a store."""
+    url = opened.folder.config.serve.adapter_store
+    if url is None:
+        return None
+    from tunewright.adapters.foreign.importer import ImportStatement
+    from tunewright.core.remote_files import RemoteFiles
+
+    opened.reporter.say(f"Importing {name} from {url}")
+    source = RemoteFiles(f"{url.rstrip('/')}/{name}")
+    return adapter_importer(opened).import_adapter(source, ImportStatement(by=None)).adapter
 
 
 def _require_private(host: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -27,7 +26,7 @@ Quantization = Literal["none", "nf4"]
 
 _SHORT = 12
 
-adapters_app = group("adapters", TRAIN, "List, inspect, verify, sign and import adapters.")
+adapters_app = group("adapters", TRAIN, "List, inspect, verify, sign, push and import adapters.")
 
 
 @command(adapters_app, "list", example="tunewright adapters list")
@@ -87,10 +86,29 @@ def adapters_sign(
     run.show({"adapter": signed.name, "key": name, "signed_now": now}, text)
 
 
+@command(adapters_app, "push", example="tunewright adapters push s3://team-bucket/adapters legal-4f1c02a9")
+def adapters_push(
+    run: Session,
+    url: Annotated[str, typer.Argument(help="Folder or any URL that fsspec supports, such as s3://bucket/prefix.")],
+    adapters: Annotated[
+        list[str] | None, typer.Argument(help="Adapter names or their first characters.", show_default="the newest")
+    ] = None,
+) -> None:
+    """Copy adapters to a shared folder or bucket, for `adapters import` and for servers (serve.adapter_store)."""
+    pushed = run.project.adapters.push(url, adapters or ())
+    lines = [
+        f"Copied {each.adapter}: {each.bytes:,} bytes." if each.new else f"{each.adapter} was there already."
+        for each in pushed
+    ]
+    run.show({"adapters": pushed}, "\n".join(lines))
+
+
 @command(adapters_app, "import", example="tunewright adapters import legal-lora.zip --unsigned")
 def adapters_import(
     run: Session,
-    source: Annotated[Path, typer.Argument(help="Folder, or zip or tar archive.")],
+    source: Annotated[
+        str, typer.Argument(help="Folder, zip or tar archive, or URL of a pushed adapter (s3://bucket/NAME-DIGEST).")
+    ],
     name: Annotated[
         str | None, typer.Option(help="Name of the imported adapter.", show_default="the folder's or archive's")
     ] = None,

@@ -38,7 +38,7 @@ _EXTRAS = {
     "gguf": ("xllamacpp", "xllamacpp", "export gguf, export ollama"),
     "presidio": ("presidio-analyzer", "presidio_analyzer", "data add --presidio"),
     "lm-eval": ("lm-eval", "lm_eval", "regressions.lm_eval in regressions and evaluate"),
-    "s3": ("s3fs", "s3fs", "data push s3://…, data pull s3://…"),
+    "s3": ("s3fs", "s3fs", "data push, adapters push and serve.adapter_store with s3://…"),
 }
 """Each extra's package, its module, and what needs it."""
 _ENVIRONMENTS = {"vllm": "serve --engine vllm, evaluate.engine: vllm", "llmcompressor": "export compressed"}

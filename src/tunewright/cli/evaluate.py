@@ -28,7 +28,7 @@ DEV_NOTE = (
 )
 
 
-@command(app, "evaluate", panel=EVALUATE, example="tunewright evaluate --minutes 30", kept=RESUMES)
+@command(app, "evaluate", panel=EVALUATE, cluster=True, example="tunewright evaluate --minutes 30", kept=RESUMES)
 def evaluate(
     run: Session,
     adapter: Adapter = None,

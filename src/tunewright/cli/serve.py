@@ -87,6 +87,15 @@ def serve(
     engine: Annotated[
         Engine | None, typer.Option(help="Inference engine.", show_default="serve.engine in the config")
     ] = None,
+    replicas: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=64,
+            help="Number of engines, each in its own process: one GPU each, or a share of the processor's threads.",
+            show_default="serve.replicas in the config",
+        ),
+    ] = None,
     self_test: Annotated[
         bool,
         typer.Option(
@@ -103,7 +112,7 @@ def serve(
     """
     kind: EngineName | None = engine.value if engine else None
     if self_test:
-        result = run.project.self_test(adapters or (), engine=kind)
+        result = run.project.self_test(adapters or (), engine=kind, replicas=replicas)
         run.show(result.as_dict(), *isolation_table(result, len(result.models) - 1))
         return EXIT_CODES[result.verdict]
     service = run.project.serve(
@@ -114,6 +123,7 @@ def serve(
         metrics_host=metrics_host,
         auth=not no_auth,
         engine=kind,
+        replicas=replicas,
         system_prompts=not no_system_prompt,
         constrain=constrain,
     )

@@ -1,18 +1,18 @@
-"""The workers that ``compute.cluster`` asks for. Ray is imported by ``cluster`` and ``worker_group``, which are
-imported only for a cluster.
-"""
+"""The workers that ``compute.cluster`` asks for. Four modules import Ray, and only the functions here import them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from tunewright.config import Config
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
-from tunewright.core.workers import THIS_PROCESS, Workers
+from tunewright.core.workers import THIS_PROCESS, ModelWorkers, Workers
+
+Needed = TypeVar("Needed")
 
 if TYPE_CHECKING:
     from tunewright.compute.worker_group import WorkerGroup
@@ -33,6 +33,33 @@ def open_workers(config: Config, reporter: Reporter) -> Iterator[Workers]:
     from tunewright.compute.cluster import open_cluster
 
     with open_cluster(config, reporter) as workers:
+        yield workers
+
+
+@contextmanager
+def open_model_workers(
+    config: Config, check: Callable[[Needed], object], needed: Needed, reporter: Reporter
+) -> Iterator[ModelWorkers]:
+    """Yield the workers of ``compute.cluster`` that keep a model each: one for each GPU.
+
+    If the cluster has none, there is one for as many CPUs as this process computes with. Equal numbers of threads add
+    in equal orders.
+
+    Args:
+        config: names a cluster.
+        check: a function of a module, which every machine calls with ``needed`` before any work.
+        needed: what every machine needs.
+        reporter: is warned of lost workers.
+
+    Raises:
+        UserError: as for :func:`open_workers`; or ``check`` refuses a machine.
+    """
+    _require_ray()
+    import torch
+
+    from tunewright.compute.model_workers import open_actors
+
+    with open_actors(config, torch.get_num_threads(), check, needed, reporter) as workers:
         yield workers
 
 

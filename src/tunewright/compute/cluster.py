@@ -10,6 +10,7 @@ import hashlib
 import ipaddress
 import logging
 import os
+import pickle
 import platform
 import signal
 import socket
@@ -37,6 +38,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tunewright._version import __version__
+from tunewright.compute.head import AGAIN, disconnect, has_head, is_client, require_head
 from tunewright.config import Config
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest
@@ -47,6 +49,7 @@ from tunewright.core.workers import Part, Result, Shared, Step, Workers
 WHERE = "compute.cluster"
 _REACH_S = 10.0
 _ANSWER_S = 120.0  # for a machine that starts its first process, with a cold disk
+_LOOK_S = 3.0  # between two looks at the head while a part is computed
 RETRIES = 3  # runs of a part after the first, if its machine or process is lost
 
 _MODEL_PACKAGES = ("torch", "transformers", "tokenizers", "peft", "trl", "accelerate", "bitsandbytes", "llguidance")
@@ -94,7 +97,7 @@ def connected(config: Config) -> Iterator[None]:
         yield
     finally:
         if not before:
-            ray.shutdown()
+            disconnect()
 
 
 def machines_with(resource: str, least: int = 1) -> list[Machine]:
@@ -278,6 +281,23 @@ def require_same(ours: Image, theirs: Image, host: str) -> None:
         raise UserError(f"The machine {host} has {', '.join(unequal)}", where=WHERE, fix=_EQUAL)
 
 
+_Packed = tuple[pickle.PickleBuffer, list[pickle.PickleBuffer]]
+
+
+def _packed(value: Any) -> _Packed:
+    """Return a value as bytes, and its arrays apart, neither of which Ray copies.
+
+    Ray's own pickler asks Python code about each object, which takes twice the time for rows.
+    """
+    arrays: list[pickle.PickleBuffer] = []
+    return pickle.PickleBuffer(pickle.dumps(value, protocol=5, buffer_callback=arrays.append)), arrays
+
+
+def _unpacked(packed: _Packed) -> Any:
+    data, arrays = packed
+    return pickle.loads(data, buffers=arrays)
+
+
 class _RayWorkers:
     """Tasks of one CPU each.
 
@@ -296,18 +316,20 @@ class _RayWorkers:
     ) -> Iterator[Result]:
         """Yield the result of each part, in order."""
         run = ray.remote(num_cpus=1, max_retries=RETRIES)(_run)
-        held = ray.put(shared)
+        require_head()
+        held = ray.put(_packed(shared))
         source = iter(parts)
         sent: deque[Any] = deque()
         try:
             while some := list(islice(source, batch)):
-                sent.append(run.remote(self._image, self._config, step, [held], some))
+                require_head()
+                sent.append(run.remote(self._image, self._config, step, [held], _packed(some)))
                 if len(sent) >= self._ahead:
                     yield from _taken(sent.popleft(), task)
             while sent:
                 yield from _taken(sent.popleft(), task)
         finally:
-            if ray.is_initialized():
+            if sent and ray.is_initialized() and has_head():
                 for reference in sent:
                     ray.cancel(reference)
 
@@ -317,12 +339,20 @@ def _taken(reference: Any, task: Task) -> list[Any]:
     collecting = gc.isenabled()
     gc.disable()  # each of some thousand new objects would have it look at all rows
     try:
-        results, steps = ray.get(reference)
+        while not is_client() and not ray.wait([reference], timeout=_LOOK_S, fetch_local=False)[0]:
+            require_head()
+        require_head()
+        packed, steps = ray.get(reference)
+        results = _unpacked(packed)
     except RayTaskError as error:
         if isinstance(error.cause, UserError):
             raise error.cause from None
         raise
+    except ConnectionError as error:  # of Ray's client
+        what = f"The connection to the cluster is lost: {error}"
+        raise UserError(what, where=WHERE, fix=AGAIN) from None
     except RayError as error:
+        require_head()
         what = f"The cluster lost a part of the work {RETRIES + 1} times: {type(error).__name__}"
         fix = "Check its machines and their memory (ray status), and run the same command again."
         raise UserError(what, where=WHERE, fix=fix) from None
@@ -352,16 +382,16 @@ _kept: dict[str, Any] = {}
 """In a worker: what the parts of the current step share, by its object's id. It is read once, not for each part."""
 
 
-def _run(expected: Image, config: str, step: Step[Any, Any, Any], held: list[Any], parts: list[Any]) -> Any:
+def _run(expected: Image, config: str, step: Step[Any, Any, Any], held: list[Any], parts: _Packed) -> Any:
     """Compute some parts in a worker, and count what they have done."""
     require_same(expected, own_image(config), socket.gethostname())
     reference = held[0]
     name = reference.hex()
     if name not in _kept:
         _kept.clear()
-        _kept[name] = ray.get(reference)
+        _kept[name] = _unpacked(ray.get(reference))
     task = _Counter()
-    return [step(_kept[name], part, task) for part in parts], task.steps
+    return _packed([step(_kept[name], part, task) for part in _unpacked(parts)]), task.steps
 
 
 own_image = cache(image)

@@ -344,6 +344,24 @@ class ServeConfig(Section):
             "GPU 128, or 256 from 70 GB of memory).",
         ),
     ] = None
+    replicas: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=64,
+            description="Number of engines, each in its own process with its own copy of the base: one GPU each, or "
+            "an equal share of the processor's threads. A request goes to a replica that has its adapter in memory.",
+        ),
+    ] = 1
+    adapters_per_replica: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="Maximum number of adapters in a replica's memory; the least recently used one makes room for "
+            "another (null: all of them; with the engine vllm those of the start and serve.spare_adapters). Not with "
+            "the engine llamacpp, which restarts for each change.",
+        ),
+    ] = None
     spare_adapters: Annotated[
         int,
         Field(
@@ -361,6 +379,14 @@ class ServeConfig(Section):
             description="Database of tenants, keys, releases and usage: postgresql://USER@HOST/DATABASE, which several "
             "servers can share, or sqlite:///FILE (null: serving/state.sqlite in the project). Put a password into "
             "PGPASSWORD or ~/.pgpass."
+        ),
+    ] = None
+    adapter_store: Annotated[
+        str | None,
+        Field(
+            description="Folder or URL, such as s3://bucket/adapters, that `tunewright adapters push` copies to. With "
+            "tenants, a server imports a released adapter from there that is missing here. Credentials are read from "
+            "the environment."
         ),
     ] = None
 

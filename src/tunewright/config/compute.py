@@ -17,17 +17,17 @@ class ComputeConfig(Section):
         str | None,
         Field(
             pattern=r"^(local|auto|ray://([A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\]):[0-9]{1,5})$",
-            description="Ray cluster that works on rows and trains: local (started on this machine for one command), "
-            "auto (RAY_ADDRESS, or the cluster that runs on this machine) or ray://HOST:PORT; null: this process. "
-            "It needs tunewright[ray].",
+            description="Ray cluster that works on rows, trains and answers prompts: local (started on this machine for "
+            "one command), auto (RAY_ADDRESS, or the cluster that runs on this machine) or ray://HOST:PORT; null: this "
+            "process. It needs tunewright[ray].",
         ),
     ] = None
     workers: Annotated[
         int | None,
         Field(
             ge=1,
-            description="Processes of the cluster that compute at once (null: one for each CPU; to train, one for each "
-            "GPU, and without GPUs this process).",
+            description="Processes of the cluster that compute at once (null: as many as its CPUs or GPUs allow; to "
+            "train, one for each GPU, and without GPUs this process).",
         ),
     ] = None
     fsdp: Annotated[

@@ -7,7 +7,7 @@ has those of a cluster. The function, what it needs and the parts are the same, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 from tunewright.core.progress import Task
 
@@ -39,6 +39,37 @@ class Workers(Protocol):
             task: advanced by what the parts have done.
             batch: number of parts that one worker gets at once, if a part is small.
         """
+
+
+class ModelWorkers(Protocol):
+    """Processes of a cluster that each keep a model between the parts that they compute."""
+
+    @property
+    def device(self) -> Literal["cpu", "cuda"]:
+        """Device of the models."""
+
+    @property
+    def threads(self) -> int | None:
+        """Threads of each process's computations; None on a GPU."""
+
+    @property
+    def count(self) -> int:
+        """Number of parts computed at once."""
+
+    def each(
+        self, compute: Callable[[Shared, Part], Result], shared: Shared, parts: Sequence[Part], nothing: Part
+    ) -> Iterator[tuple[int, Result]]:
+        """Yield the number of each part with its result, as soon as it is there.
+
+        Args:
+            compute: a function of a module; it keeps what it has loaded in its process.
+            shared: what every part needs.
+            parts: computed again elsewhere if a process is lost.
+            nothing: a part without work, which a new process computes first, to load the model.
+        """
+
+    def stop(self) -> None:
+        """End the processes, which frees their memory; the next parts start others."""
 
 
 class ThisProcess:

@@ -111,7 +111,7 @@ def push(dataset: Path, url: str, reporter: Reporter, *, options: dict[str, Any]
             reviews = _push_reviews(dataset, place, reporter)
             place.erase(_push_removals(dataset, place, reporter), reporter)
             return Transfer(url, (), 0, reviews.bytes, before, _position(theirs, head.digest), *reviews.counts)
-        new_ones = [m for m in reversed(mine[: _position(mine, before)]) if not place.has(m.digest)]
+        new_ones = [m for m in reversed(mine[: _position(mine, before)]) if not place.has_version(m.digest)]
         reviews = _push_reviews(dataset, place, reporter)
         purged = _push_removals(dataset, place, reporter)
         rows, size = 0, reviews.bytes

@@ -1,20 +1,17 @@
-"""Remote storage of a dataset: its files, and UserErrors for the exceptions of file systems."""
+"""Remote storage of a dataset: its files."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-import sys
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Collection
 from typing import Any
 
 from pydantic import ValidationError
 
 from tunewright.core.errors import UserError
-from tunewright.core.io import write_bytes
 from tunewright.core.progress import Reporter
+from tunewright.core.remote_files import RemoteFiles
 from tunewright.data.review.reviews import Event, event_line, events_in, without_purged
 from tunewright.data.versions import IMPORTS, MANIFEST, Manifest, keys_digest, short
 from tunewright.data.versions.removals import Removal, erased_metadata
@@ -27,135 +24,24 @@ ERASED = "erased"
 AGAIN = "Restore the file, or delete the version's folder there and push it again from a complete copy."
 
 _ROW_KEY = re.compile(rb'{"key":"([0-9a-f]{64})"')
-_CREDENTIALS = "Check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the profile that AWS_PROFILE names"
-_BUCKETS = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss"}
 
 
-def _loaded(module: str, name: str) -> type[Exception] | None:
-    """Return an exception class of a library, if it has been imported."""
-    found: type[Exception] | None = getattr(sys.modules.get(module), name, None)
-    return found
-
-
-def _refused() -> tuple[type[Exception], ...]:
-    """Return the exceptions of file systems; those of S3 and HTTP are not OSErrors, and may not be imported."""
-    names = (
-        ("botocore.exceptions", "BotoCoreError"),
-        ("botocore.exceptions", "ClientError"),
-        ("aiohttp", "ClientError"),
-    )
-    also = [loaded for name in names if (loaded := _loaded(*name))]
-    return OSError, ValueError, NotImplementedError, *also
-
-
-def _code(error: Exception) -> str:
-    """Return S3's error code, which s3fs keeps in the cause of an OSError."""
-    for each in (error, error.__cause__):
-        response = getattr(each, "response", None)
-        if isinstance(response, dict):
-            return str(response.get("Error", {}).get("Code", ""))
-    return ""
-
-
-def _explained(error: Exception) -> tuple[str, str]:
-    """Return the message and the fix for an exception."""
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    code = _code(error)
-    no_credentials = _loaded("botocore.exceptions", "NoCredentialsError")
-    no_connection = _loaded("botocore.exceptions", "ConnectionError")
-    if code == "NoSuchBucket":
-        return "No such bucket", "Correct its name, or create it first: a push does not create buckets."
-    if no_credentials is not None and isinstance(error, no_credentials):
-        return "No credentials", f"{_CREDENTIALS}."
-    if code and isinstance(error, PermissionError):
-        return f"Access denied ({reason})", f"{_CREDENTIALS}, and that they allow reading and writing."
-    if no_connection is not None and isinstance(error, no_connection):
-        return f"Cannot connect: {reason}", "Check the network, and AWS_ENDPOINT_URL if the bucket is not at AWS."
-    return f"The remote cannot be used: {reason}", "Check the URL, the network and your permissions."
-
-
-class RemoteStore:
-    """The files below a URL; exceptions of the file system become UserErrors."""
+class RemoteStore(RemoteFiles):
+    """The files of a dataset below a URL."""
 
     def __init__(self, url: str, options: dict[str, Any] | None) -> None:
-        import fsspec  # type: ignore[import-untyped]
+        super().__init__(url, options, again=AGAIN)
+        if self.has("rows"):
+            fix = "Use a separate folder for pushes."
+            raise UserError("This is a project's dataset folder", where=url, fix=fix)
 
-        self.url = url.rstrip("/") or url
-        with self._refusals():
-            self.fs, root = fsspec.core.url_to_fs(self.url, **(options or {}))
-            # Others may have pushed since this process looked.
-            self.fs.invalidate_cache()
-        self.root = str(root).rstrip("/")
-        protocols = {self.fs.protocol} if isinstance(self.fs.protocol, str) else set(self.fs.protocol)
-        self.has_folders = not protocols & _BUCKETS
-        self.is_local = "file" in protocols
-        self.is_web = "http" in protocols
-        with self._refusals():
-            if self.fs.exists(f"{self.root}/rows"):
-                raise UserError(
-                    "This is a project's dataset folder",
-                    where=url,
-                    fix="Use a separate folder for pushes.",
-                )
-
-    @contextmanager
-    def _refusals(self) -> Iterator[None]:
-        try:
-            yield
-        except ImportError as error:
-            extra = "pip install 'tunewright[s3]'" if self.url.startswith(("s3://", "s3a://")) else None
-            fix = f"Install it: {extra}" if extra else "Install the fsspec package for this URL."
-            raise UserError(str(error), where=self.url, fix=fix) from None
-        except _refused() as error:
-            if isinstance(error, UserError):
-                raise
-            what, fix = _explained(error)
-            raise UserError(what, where=self.url, fix=fix) from error
-
-    def read_if_there(self, name: str) -> bytes | None:
-        with self._refusals():
-            try:
-                data: bytes = self.fs.cat_file(f"{self.root}/{name}")
-            except FileNotFoundError as error:
-                if _code(error) == "NoSuchBucket":
-                    raise
-                return None
-        return data
-
-    def read(self, name: str) -> bytes:
-        data = self.read_if_there(name)
-        if data is None:
-            raise UserError("The file is missing", where=f"{self.url}/{name}", fix=AGAIN)
-        return data
-
-    def has(self, digest: str) -> bool:
+    def has_version(self, digest: str) -> bool:
         """Return whether the remote has a complete version."""
-        with self._refusals():
-            return bool(self.fs.exists(f"{self.root}/versions/{short(digest)}/{MANIFEST}"))
-
-    def write(self, name: str, data: bytes) -> None:
-        """Write a file atomically: fsspec moves it into place at the end of the transaction.
-
-        In a local folder it would copy from the folder for temporary files, and a full disk would leave half a file.
-        """
-        path = f"{self.root}/{name}"
-        if self.is_local:
-            write_bytes(Path(path), data)
-            return
-        with self._refusals():
-            if self.has_folders:  # buckets have no folders, and makedirs would create a bucket with a mistyped name
-                self.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-            with self.fs.transaction, self.fs.open(path, "wb") as file:
-                file.write(data)
-
-    def remove(self, name: str) -> None:
-        """Delete a file."""
-        with self._refusals():
-            self.fs.rm_file(f"{self.root}/{name}")
+        return self.has(f"versions/{short(digest)}/{MANIFEST}")
 
     def versions(self) -> list[str]:
         """Return the folder names of all versions on the remote, of any branch."""
-        with self._refusals():
+        with self.refusals():
             try:
                 listed = self.fs.ls(f"{self.root}/versions", detail=False)
             except FileNotFoundError:
@@ -277,7 +163,7 @@ class RemoteStore:
 
     def _names(self, folder: str, reporter: Reporter) -> list[str]:
         """Return the files in a folder; empty if it does not exist."""
-        with self._refusals():
+        with self.refusals():
             try:
                 listed = self.fs.ls(f"{self.root}/{folder}", detail=False)
             except FileNotFoundError:
@@ -290,7 +176,7 @@ class RemoteStore:
     def line(self, head: str, stop: Collection[str] = ()) -> list[Manifest]:
         """Return the version ``head`` and its ancestors, newest first, up to a version in ``stop`` or a missing one."""
         line = [self._manifest(head)]
-        while (parent := line[-1].parent) is not None and parent not in stop and self.has(parent):
+        while (parent := line[-1].parent) is not None and parent not in stop and self.has_version(parent):
             if any(m.digest == parent for m in line):
                 raise UserError(f"Version {short(parent)} is its own ancestor", where=self.url, fix=AGAIN)
             line.append(self._manifest(parent))

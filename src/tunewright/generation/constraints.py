@@ -107,7 +107,7 @@ class GrammarCompiler:
 
     def __init__(self, tokenizer: Any, stop_ids: Collection[int], affixes: tuple[str, str] = ("", "")) -> None:
         self._tokenizer: LLTokenizer = from_tokenizer(tokenizer, eos_token=sorted(stop_ids) or None)
-        self._affixes = affixes
+        self.affixes = affixes
 
     def compile(self, grammar: Grammar) -> Constraint:
         """Return the grammar as a constraint. Other Python threads run meanwhile.
@@ -115,7 +115,7 @@ class GrammarCompiler:
         Raises:
             UserError: the engine rejects the grammar.
         """
-        return Constraint(grammar, self._tokenizer, self._affixes)
+        return Constraint(grammar, self._tokenizer, self.affixes)
 
     @property
     def token_bytes(self) -> list[bytes | None]:

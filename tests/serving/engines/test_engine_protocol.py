@@ -24,7 +24,7 @@ from tunewright.engines.protocol import (
     checked,
     stream,
 )
-from tunewright.generation.constraints import Grammar
+from tunewright.generation.constraints import Grammar, mask_logits
 from tunewright.generation.generate import generate
 from tunewright.generation.requests import Finish, Request
 
@@ -211,7 +211,10 @@ def test_constrained_answers_are_those_of_the_decoding_loop(engine: Engine, smal
         return await asyncio.gather(*(_answer(engine, request) for request in [*requests, *free]))
 
     answers = _run(ask())
-    assert answers == [(completion.ids, completion.finish) for completion in expected]
+    for request, answer, completion in zip([*requests, *free], answers, expected, strict=True):
+        if answer != (completion.ids, completion.finish):
+            assert engine.name == "llamacpp", "its weights have 16 bits, and its rounding depends on the batch"
+            assert max(_shortfalls(small_base, request, answer[0])) < 0.02, "a tie to within 16 bits at most"
     for request, (ids, finish) in zip(requests, answers, strict=False):
         assert request.constraint is not None
         assert request.constraint.matches(TOKENIZER.decode(ids)) or finish == "length"
@@ -253,6 +256,7 @@ def test_log_probabilities_are_those_of_the_model_at_each_token(
 def _shortfalls(base: Path, request: Request, ids: tuple[int, ...]) -> list[float]:
     """Return how far each token of a greedy answer is from the likeliest one, in a plain loop with OpenAI's formula."""
     model: Any = LlamaForCausalLM.from_pretrained(base).eval()
+    guide = request.constraint.start() if request.constraint else None
     found = []
     for place, token in enumerate(ids):
         before = ids[:place]
@@ -262,6 +266,9 @@ def _shortfalls(base: Path, request: Request, ids: tuple[int, ...]) -> list[floa
             logits[used] -= before.count(used) * request.frequency_penalty + request.presence_penalty
         for biased, bias in request.logit_bias:
             logits[biased] += bias
+        if guide is not None:
+            logits = mask_logits(logits[None], [guide.allowed()])[0]
+            guide.advance(token)
         found.append(float(logits.max() - logits[token]))
     return found
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
-from engine_kinds import STOPS, peft_engine
+from engine_kinds import STOPS, peft_engine, replicas_engine
 from isolation_helpers import failed, result_of
 
 from planted_bugs import CacheOfTwo, LastSlot, LastVersion, OldVersion, StaleCache
 from small_models import write_adapter
+from tunewright.engines.protocol import Engine
 from tunewright.models.bases import Base
 from tunewright.serving.engines.peft import PeftEngine
 from tunewright.serving.isolation.reference import PeftReference
@@ -32,10 +34,21 @@ def planted(kind: type[PeftEngine], base: Path) -> Iterator[PeftEngine]:
         yield engine
 
 
+@pytest.mark.parametrize(
+    "started",
+    [
+        pytest.param(peft_engine, id="one engine"),
+        # Two replicas with room for two of the three adapters: some are unloaded and loaded all the time.
+        pytest.param(partial(replicas_engine, room=2), id="replicas"),
+    ],
+)
 def test_embedded_engine_is_isolated(
-    small_base: Path, small_adapters: dict[str, Path], reference: PeftReference
+    started: Callable[[Path], AbstractContextManager[Engine]],
+    small_base: Path,
+    small_adapters: dict[str, Path],
+    reference: PeftReference,
 ) -> None:
-    with peft_engine(small_base) as engine:
+    with started(small_base) as engine:
         result = result_of(engine, reference, small_adapters)
     assert (result.verdict, failed(result), result.alike) == ("isolated", set(), ())
     assert all(check.asked >= 8 for check in result.checks)

@@ -21,6 +21,7 @@ from tunewright.adapters.foreign.quarantine import (
     QuarantinedFiles,
     quarantine,
     quarantine_folder,
+    quarantine_remote,
 )
 from tunewright.adapters.foreign.weights import base_norms, check_numbers, check_shapes
 from tunewright.adapters.keys import NAME, TrustedKeys
@@ -43,11 +44,16 @@ from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.core.io import new_folder, write_json, writing
 from tunewright.core.progress import Reporter
+from tunewright.core.remote_files import RemoteFiles
 from tunewright.models.bases import Base
 from tunewright.models.memory.shape import read_shape
 
 if TYPE_CHECKING:
     from tunewright.chat import ChatFormat
+
+
+Source = Path | RemoteFiles
+"""A folder, an archive, or the URL of an adapter that was pushed."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +112,8 @@ class AdapterImporter:
         self._reporter = reporter
         self._shape = read_shape(base.folder / "config.json")
 
-    def import_adapter(self, source: Path, said: ImportStatement) -> ImportResult:
-        """Check the adapter in a folder or archive, and store it.
+    def import_adapter(self, source: Source, said: ImportStatement) -> ImportResult:
+        """Check the adapter in a folder or archive or at a URL, and store it.
 
         Raises:
             UserError: the reason for a refusal; then nothing is stored.
@@ -142,10 +148,12 @@ class AdapterImporter:
                         entry.replace(temporary / entry.name)
             return ImportResult(Adapter(target), new, signed, lineage)
 
-    def _take(self, source: Path, place: Path, files: Path) -> None:
+    def _take(self, source: Source, place: Path, files: Path) -> None:
         """Copy the source into quarantine; from then on only the copy is read."""
         intake = QuarantinedFiles(files, str(source))
-        if source.is_dir():
+        if isinstance(source, RemoteFiles):
+            quarantine_remote(source, intake)
+        elif source.is_dir():
             quarantine_folder(source, intake)
         else:
             archive = place / ".archive"
@@ -196,7 +204,7 @@ class AdapterImporter:
             path = folder / WEIGHTS
             check_numbers(path, config, norms, f"{where}, {path.relative_to(files)}")
 
-    def _require_statement(self, files: Path, config: ForeignConfig, source: Path, said: ImportStatement) -> None:
+    def _require_statement(self, files: Path, config: ForeignConfig, source: Source, said: ImportStatement) -> None:
         """Require the user's statement if the adapter has no lineage that names its base by digest."""
         if (files / LINEAGE).exists() or said.base_matches:
             return
@@ -209,7 +217,7 @@ class AdapterImporter:
         )
 
     def _check_signature(
-        self, files: Path, manifest: Manifest | None, source: Path, said: ImportStatement
+        self, files: Path, manifest: Manifest | None, source: Source, said: ImportStatement
     ) -> Literal["signed", "untrusted", "unsigned"]:
         """Return the adapter's signature status; refuse a broken signature, and a missing one if the project trusts
         keys.
@@ -235,7 +243,7 @@ class AdapterImporter:
             )
         return state
 
-    def _name(self, files: Path, manifest: Manifest | None, source: Path, said: ImportStatement) -> str:
+    def _name(self, files: Path, manifest: Manifest | None, source: Source, said: ImportStatement) -> str:
         """Return the adapter's name without the digest."""
         if manifest is not None:
             if said.name is not None:
@@ -243,7 +251,9 @@ class AdapterImporter:
                     f"The manifest names the adapter already: {manifest.name}", where="--name", fix="Remove --name."
                 )
             return manifest.name[:-13]
-        stem = said.name or source.resolve().name.partition(".tar")[0].removesuffix(".zip").removesuffix(".tgz")
+        stem = said.name or Path(str(source)).resolve().name.partition(".tar")[0].removesuffix(".zip").removesuffix(
+            ".tgz"
+        )
         suffix = f"-{adapter_digest(files)[:12]}"
         stem = stem.removesuffix(suffix)
         if not NAME.fullmatch(stem + suffix):
@@ -255,7 +265,7 @@ class AdapterImporter:
         return stem
 
     def _lineage(
-        self, files: Path, config: ForeignConfig, source: Path, said: ImportStatement
+        self, files: Path, config: ForeignConfig, source: Source, said: ImportStatement
     ) -> Literal["its own", "stated"]:
         """Check the lineage against the base and chat format here; without a lineage, write the user's statements."""
         path = files / LINEAGE
@@ -303,7 +313,7 @@ class AdapterImporter:
 
 
 @contextmanager
-def _rename_errors(source: Path, files: Path) -> Iterator[None]:
+def _rename_errors(source: Source, files: Path) -> Iterator[None]:
     """Replace the quarantine's path in errors by the source, since the copy is gone when they are read."""
     try:
         yield

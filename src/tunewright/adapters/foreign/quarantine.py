@@ -15,13 +15,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import Protocol
 
-from tunewright.adapters.manifest import LOCAL, MANIFEST, SIGNATURE
+from tunewright.adapters.manifest import LOCAL, MANIFEST, SIGNATURE, read_manifest
 from tunewright.adapters.registry import CHECKPOINTS, CONFIG, HISTORY, LINEAGE, REPLAY, WEIGHTS
 from tunewright.core.errors import UserError
 from tunewright.core.io import writing
 from tunewright.core.locks import in_use, remove_abandoned
+from tunewright.core.remote_files import RemoteFiles
 
 README = "README.md"
 
@@ -75,6 +76,13 @@ def quarantine(root: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+class Readable(Protocol):
+    """An open file."""
+
+    def read(self, size: int, /) -> bytes:
+        """Return the next bytes, at most ``size``; none at the end."""
+
+
 class QuarantinedFiles:
     """The files copied into a quarantine so far: each name once, allowed, and within its size limit."""
 
@@ -97,7 +105,7 @@ class QuarantinedFiles:
         if len(name) > 255:
             raise UserError(f"A name has {len(name):,} characters (limit 255)", where=self.where)
 
-    def take(self, name: str, source: IO[bytes]) -> None:
+    def take(self, name: str, source: Readable) -> None:
         """Copy one file in.
 
         Args:
@@ -190,6 +198,34 @@ def quarantine_folder(source: Path, intake: QuarantinedFiles) -> None:
         _take_level(root, "", intake)
     finally:
         os.close(root)
+
+
+def quarantine_remote(source: RemoteFiles, intake: QuarantinedFiles) -> None:
+    """Copy the adapter at a URL into quarantine: the files that its manifest names.
+
+    Raises:
+        UserError: no manifest, a file that is missing, a name that is not allowed, a limit that is exceeded, or the
+            remote refuses.
+    """
+    if not source.has(MANIFEST):
+        raise UserError(f"No adapter: {MANIFEST} is missing", where=intake.where, fix=_PUSH)
+
+    def take(name: str) -> None:
+        intake.count(name)
+        with source.opened(name) as file:
+            intake.take(name, file)
+
+    take(MANIFEST)
+    manifest = read_manifest(intake.folder)
+    assert manifest is not None
+    if source.has(SIGNATURE):
+        take(SIGNATURE)
+    for name in sorted(manifest.files):
+        require_known(name, intake.where)
+        take(name)
+
+
+_PUSH = "Copy it there from its project: tunewright adapters push URL NAME. The URL for import is URL/NAME-DIGEST."
 
 
 def _open(name: str, flags: int, level: int | None, where: str) -> int:

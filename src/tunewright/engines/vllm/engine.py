@@ -10,7 +10,7 @@ import math
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,7 @@ class VllmSettings:
         kv_cache_bytes: the size of the key/value cache, which also limits the context; None: vLLM decides.
         gpu_share: the share of the GPU's memory that it may take; None: vLLM's 0.9.
         vision: whether the base can read images. This is turned off, so that its vision tower takes no memory.
+        variables: further environment variables, such as the GPU of a replica.
     """
 
     python: Path
@@ -75,6 +76,7 @@ class VllmSettings:
     kv_cache_bytes: int | None = None
     gpu_share: float | None = None
     vision: bool = False
+    variables: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def slots(self) -> int:
@@ -142,6 +144,7 @@ class VllmEngine:
         self._running = 0
         self._secret = secrets.token_bytes(32)
         variables = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"} if settings.cpu else {}
+        variables |= settings.variables
         options, traces = settings.options(), tracing.endpoint()
         if traces is not None:  # vLLM's spans are children of the gateway's
             options += ["--otlp-traces-endpoint", traces]
@@ -162,6 +165,11 @@ class VllmEngine:
     def permanently_stopped(self) -> bool:
         """True if vLLM has crashed too often to be restarted."""
         return self.child.given_up
+
+    @property
+    def restarts(self) -> int:
+        """The number of restarts after a crash or a hang."""
+        return max(0, self.child.starts - 1)
 
     @property
     def in_flight(self) -> tuple[int, int]:

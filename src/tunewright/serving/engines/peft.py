@@ -85,6 +85,7 @@ class PeftEngine:
     name = "peft"
     unsupported: frozenset[str] = frozenset()
     prefill_tokens = PREFILL_TOKENS
+    restarts = 0
 
     def __init__(
         self,
@@ -108,6 +109,8 @@ class PeftEngine:
         self._running: list[_Sequence] = []
         self._prefilling: dict[_Sequence, PrefillState] = {}
         """Long prompts that are partly computed; the oldest first."""
+        self.steps = 0
+        """Passes over the model so far; a number that stays while there are requests shows a hang."""
         self._dispatch = TokenDispatch()
         self._stopped: str | None = None
         release_openmp_threads()  # the thread that loaded the model has computed with them
@@ -243,17 +246,15 @@ class PeftEngine:
             return self._stopped is None
 
     def _step(self) -> None:
-        """Run commands, drop cancelled requests, prefill new ones, then decode one token for every row."""
+        """Drop cancelled requests, run commands, prefill new requests, then decode one token for every row."""
+        self.steps += 1
+        # Before the commands: an adapter may be unloaded as soon as its last request is cancelled.
+        self._drop_cancelled()
         self._run_commands()
         with self._changed:
-            cancelled = [sequence for sequence in self._running if sequence.cancelled]
-            self._running = [sequence for sequence in self._running if not sequence.cancelled]
-            self._waiting = deque(sequence for sequence in self._waiting if not sequence.cancelled)
             admitted = self._admit_waiting()
             # From here on they count as running: whatever fails now, they receive the error.
             self._running += admitted
-        for sequence in cancelled:
-            self._drop(sequence)
         self._prefill(admitted)
         self._release_finished()
         # Sent before the decode step, which takes as long again: first tokens do not wait for it.
@@ -266,6 +267,14 @@ class PeftEngine:
                     self._dispatch.put(sequence.subscription, sequence.new_tokens())
             self._release_finished()
             self._dispatch.send()
+
+    def _drop_cancelled(self) -> None:
+        with self._changed:
+            cancelled = [sequence for sequence in self._running if sequence.cancelled]
+            self._running = [sequence for sequence in self._running if not sequence.cancelled]
+            self._waiting = deque(sequence for sequence in self._waiting if not sequence.cancelled)
+        for sequence in cancelled:
+            self._drop(sequence)
 
     def _admit_waiting(self) -> list[_Sequence]:
         """Take as many waiting sequences as there are free rows, the oldest first."""

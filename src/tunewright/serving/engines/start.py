@@ -17,7 +17,7 @@ from tunewright.core.interrupts import run_async
 from tunewright.core.progress import Reporter
 from tunewright.engines.protocol import Engine
 from tunewright.models.bases import Base
-from tunewright.models.families import FAMILIES
+from tunewright.models.families import FAMILIES, require_quantizable
 from tunewright.models.loading import context_length, load_model, named, text_settings
 
 LARGE_CARD = 70 * 10**9
@@ -43,21 +43,42 @@ class EngineSpec:
     spare: int = 0
 
 
-def start_engine(kind: EngineName, config: Config, spec: EngineSpec, reporter: Reporter) -> Engine:
+@dataclass(frozen=True)
+class Share:
+    """A replica's share of the machine.
+
+    Args:
+        name: the replica's name.
+        variables: environment variables of its process: its GPU, or its number of threads.
+        threads: the number of threads that compute, without a GPU.
+    """
+
+    name: str
+    variables: Mapping[str, str]
+    threads: int
+
+
+def start_engine(
+    kind: EngineName, config: Config, spec: EngineSpec, reporter: Reporter, share: Share | None = None
+) -> Engine:
     """Return a running engine with the adapters loaded.
+
+    Args:
+        share: the engine is a replica, in its own process; None: it has the whole machine.
 
     Raises:
         UserError: the engine is not installed, does not start, or cannot hold this base or these adapters.
     """
     loaded = f" with {len(spec.adapters)} of its adapters" if spec.adapters else ""
-    reporter.say(f"Loading {named(spec.base, spec.quantization)}{loaded}")
+    if share is None:
+        reporter.say(f"Loading {named(spec.base, spec.quantization)}{loaded}")
     match kind:
         case "peft":
-            return _peft(config, spec)
+            return _peft(config, spec) if share is None else _peft_child(config, spec, share, reporter)
         case "vllm":
-            return _vllm(config, spec, reporter)
+            return _vllm(config, spec, reporter, share)
         case "llamacpp":
-            return _llamacpp(config, spec, reporter)
+            return _llamacpp(config, spec, reporter, share)
 
 
 def max_num_seqs(kind: EngineName, config: Config) -> int:
@@ -104,7 +125,27 @@ def _peft(config: Config, spec: EngineSpec) -> Engine:
     return _with_adapters(engine, spec.adapters)
 
 
-def _vllm(config: Config, spec: EngineSpec, reporter: Reporter) -> Engine:
+def _peft_child(config: Config, spec: EngineSpec, share: Share, reporter: Reporter) -> Engine:
+    from tunewright.chat.answers import grammar_compiler
+    from tunewright.serving.engines.peft_child import PeftChild, PeftSettings
+
+    require_quantizable(spec.quantization, spec.base.architecture)
+    settings = PeftSettings(
+        base=spec.base.folder,
+        architecture=spec.base.architecture,
+        dtype=config.train.dtype,
+        quantization=spec.quantization,
+        stop_ids=tuple(sorted(spec.chat.stop_ids)),
+        pad_id=spec.chat.tokenizer.pad_token_id,
+        max_num_seqs=max_num_seqs("peft", config),
+        context_length=context_length(spec.base),
+        affixes=grammar_compiler(spec.chat).affixes,
+        variables=share.variables,
+    )
+    return _with_adapters(PeftChild(settings, reporter), spec.adapters)
+
+
+def _vllm(config: Config, spec: EngineSpec, reporter: Reporter, share: Share | None) -> Engine:
     from tunewright.engines import environment
     from tunewright.engines.vllm.engine import VllmEngine, VllmSettings, kv_cache_bytes, max_rank
 
@@ -118,23 +159,25 @@ def _vllm(config: Config, spec: EngineSpec, reporter: Reporter) -> Engine:
     found = environment.find(environment.VLLM)
     cpu = found.build == "cpu"
     known = [*spec.adapters.values(), *spec.to_come]
+    limit = config.serve.adapters_per_replica if share is not None else None
     dtype, rows = config.train.dtype, max_num_seqs("vllm", config)
     settings = VllmSettings(
         python=found.python,
         cpu=cpu,
         base=spec.base.folder,
         dtype=dtype,
-        room=max(1, len(known) + spec.spare),
+        room=limit or max(1, len(known) + spec.spare),
         # Adapters trained later have the config's rank.
         max_rank=max(max_rank(known), config.train.lora_r if spec.spare else 1),
         max_num_seqs=rows,
         kv_cache_bytes=kv_cache_bytes(text_settings(spec.base).to_dict(), dtype, rows) if cpu else None,
         vision=FAMILIES[spec.base.architecture].vision,
+        variables=share.variables if share is not None else {},
     )
     return _with_adapters(VllmEngine(settings, stop_ids=spec.chat.stop_ids, reporter=reporter), spec.adapters)
 
 
-def _llamacpp(config: Config, spec: EngineSpec, reporter: Reporter) -> Engine:
+def _llamacpp(config: Config, spec: EngineSpec, reporter: Reporter, share: Share | None) -> Engine:
     require_llamacpp()
     if spec.quantization == "nf4":
         raise UserError(
@@ -173,7 +216,8 @@ def _llamacpp(config: Config, spec: EngineSpec, reporter: Reporter) -> Engine:
         max_num_seqs=rows,
         context=context,
         tokens=tokens,
-        threads=torch.get_num_threads(),
+        threads=torch.get_num_threads() if share is None else share.threads,
+        variables=share.variables if share is not None else {},
     )
     try:
         # All of them in one start: a load restarts llama.cpp.

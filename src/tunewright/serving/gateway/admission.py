@@ -28,11 +28,11 @@ class AdmissionQueue:
 
     Args:
         rows: requests that the engine computes at once.
-        prefill_tokens: see :class:`FairScheduler`.
+        prefill_tokens, engines: see :class:`FairScheduler`.
     """
 
-    def __init__(self, rows: int, prefill_tokens: int = PREFILL_TOKENS) -> None:
-        self._scheduler = FairScheduler(rows, prefill_tokens=prefill_tokens)
+    def __init__(self, rows: int, prefill_tokens: int = PREFILL_TOKENS, engines: int = 1) -> None:
+        self._scheduler = FairScheduler(rows, prefill_tokens=prefill_tokens, engines=engines)
         self._admissions: dict[Ticket, asyncio.Future[None]] = {}
 
     @property
@@ -44,6 +44,11 @@ class AdmissionQueue:
     def idle(self) -> bool:
         """True if no request has a slot or waits for one."""
         return self._scheduler.idle
+
+    def resize(self, rows: int) -> None:
+        """Set the number of requests that the engine computes at once from now on."""
+        if self._scheduler.resize(rows):
+            self._admit()
 
     @asynccontextmanager
     async def slot(self, tenant: str, prompt: int) -> AsyncIterator[Slot]:

@@ -16,6 +16,7 @@ from starlette.routing import Route
 from tunewright.config import GatewayConfig
 from tunewright.core import tracing
 from tunewright.engines.protocol import Engine, EngineStoppedError, RequestFailedError
+from tunewright.serving.engines.replicas import Replicas
 from tunewright.serving.gateway.admission import AdmissionQueue
 from tunewright.serving.gateway.auth import Auth, Principal, model_not_found
 from tunewright.serving.gateway.errors import ApiError
@@ -73,7 +74,9 @@ class Gateway:
         self._auth = auth
         self._limits = limits
         self._preprocessor = RequestPreprocessor(tokenization, limits, engine)
-        self._queue = AdmissionQueue(engine.max_num_seqs, engine.prefill_tokens)
+        self._replicas = engine if isinstance(engine, Replicas) else None
+        engines = len(self._replicas.names) if self._replicas is not None else 1
+        self._queue = AdmissionQueue(engine.max_num_seqs, engine.prefill_tokens, engines)
         self._shadows = Shadows(engine, self._queue, self._preprocessor)
         self._in_flight = 0
         self._handlers: set[RequestHandler] = set()
@@ -103,7 +106,8 @@ class Gateway:
             waiting=[handler.tenant for handler in handlers if handler.waiting],
             running=[handler.tenant for handler in handlers if not handler.waiting],
             released=self._auth.released,
-            resident=self._auth.resident,
+            resident=self._auth.resident if self._replicas is None else self._replicas.resident,
+            replicas=() if self._replicas is None else self._replicas.states(),
         )
 
     def _application(self) -> Starlette:
@@ -238,6 +242,7 @@ class Gateway:
                 requests = await self._preprocess(body, principal, arrived)
                 if self._engine.stopped:
                     raise EngineStoppedError(self._engine.stopped)
+                self._queue.resize(self._engine.max_num_seqs)  # fewer while a replica is down
                 tokens = sum(request.prompt_tokens + request.engine_request.max_new_tokens for request in requests)
                 admission = await principal.admit(requests[0].target, tokens, body.end_user)
         except (ApiError, EngineStoppedError, StateUnavailableError) as error:

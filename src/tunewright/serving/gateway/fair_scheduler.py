@@ -73,16 +73,22 @@ class FairScheduler:
     Args:
         rows: requests that the engine computes at once.
         clock: seconds that never go back.
-        prefill_tokens: a tenant's budget of prompt tokens in prefill; a prompt up to this length counts as short.
+        prefill_tokens: a tenant's budget of prompt tokens in prefill; a prompt up to this length counts as short. It is
+            one engine's, since all prompts of a tenant may be for one replica.
+        engines: the number of replicas, each of which computes one long prompt at a time.
     """
 
     def __init__(
-        self, rows: int, clock: Callable[[], float] = time.monotonic, prefill_tokens: int = PREFILL_TOKENS
+        self,
+        rows: int,
+        clock: Callable[[], float] = time.monotonic,
+        prefill_tokens: int = PREFILL_TOKENS,
+        engines: int = 1,
     ) -> None:
         assert rows >= 1
         self._rows = rows
         self._prefill_tokens = prefill_tokens
-        self._ahead = rows // ROWS_PER_AHEAD
+        self._engines = engines
         self._clock = clock
         self._waiting: dict[str, deque[Ticket]] = {}
         self._admitted: Counter[str] = Counter()
@@ -92,6 +98,16 @@ class FairScheduler:
         self._last_dequeued: str | None = None
         self._held_until: dict[str, float] = {}
         """Counters at which tenants no longer hold a request back."""
+
+    def resize(self, rows: int) -> bool:
+        """Set the number of rows; return whether it has changed."""
+        assert rows >= 1
+        changed, self._rows = rows != self._rows, rows
+        return changed
+
+    @property
+    def _ahead(self) -> int:
+        return self._rows // ROWS_PER_AHEAD
 
     @property
     def waiting(self) -> int:
@@ -162,7 +178,7 @@ class FairScheduler:
 
     def _next(self, admitted: list[Ticket]) -> Ticket | None:
         """Return the next request to admit, after those that the same call has admitted."""
-        if not self._waiting or not self.free:
+        if not self._waiting or self.free <= 0:  # below 0 once a replica has stopped
             return None
         active = self._active_tenants()
         # Equal counters: the tenant with fewer admitted requests first, then the one that has waited longer (dicts
@@ -186,7 +202,7 @@ class FairScheduler:
         """Return whether the rule of prefill allows this prompt now."""
         if not ticket.short:
             # Chunks of two long prompts would alternate, which delays the first one and does not help the second.
-            return all(other.short for other in self._prefilling)
+            return sum(not other.short for other in self._prefilling) < self._engines
         own = sum(other.prompt for other in self._prefilling if other.short and other.tenant == ticket.tenant)
         return own + ticket.prompt <= self._prefill_tokens
 

@@ -20,10 +20,11 @@ from prometheus_client import (
     disable_created_metrics,
     start_http_server,
 )
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from tunewright.core.errors import UserError
+from tunewright.serving.engines.replicas import ReplicaState
 from tunewright.serving.gateway.auth import Released
 from tunewright.serving.tenants.quota import RequestUsage
 
@@ -44,6 +45,7 @@ class ServerState:
         running: the tenant of each request at the engine.
         released: the adapters of each alias.
         resident: digests of the adapters in memory.
+        replicas: the state of each replica; empty with one engine.
     """
 
     ready: bool
@@ -51,6 +53,7 @@ class ServerState:
     running: Sequence[str]
     released: Sequence[Released]
     resident: Sequence[str]
+    replicas: Sequence[ReplicaState] = ()
 
 
 class Metrics:
@@ -128,7 +131,7 @@ class _Gauges(Collector):
     def __init__(self, now: Callable[[], ServerState]) -> None:
         self._now = now
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
         """Yield the current values."""
         now = self._now()
 
@@ -158,6 +161,30 @@ class _Gauges(Collector):
         for released in now.released:
             release.add_metric([released.alias, (released.digest or "base")[:12], released.role], released.number)
         yield release
+        if now.replicas:
+            yield from _of_replicas(now.replicas)
+
+
+def _of_replicas(replicas: Sequence[ReplicaState]) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
+    """Yield the values of each replica."""
+    for name, text, value in (
+        ("up", "1 while the replica takes requests.", lambda state: state.up),
+        ("running_requests", "Requests that the replica computes.", lambda state: state.running),
+        ("waiting_requests", "Requests that wait in the replica or for their adapter.", lambda state: state.waiting),
+        ("adapters", "Adapters in the replica's memory.", lambda state: state.adapters),
+    ):
+        gauge = GaugeMetricFamily(f"tunewright_replica_{name}", text, labels=["replica"])
+        for state in replicas:
+            gauge.add_metric([state.name], float(value(state)))
+        yield gauge
+    for name, text, value in (
+        ("adapter_loads", "Adapters that the replica has loaded.", lambda state: state.loads),
+        ("restarts", "Restarts of the replica after a crash or a hang.", lambda state: state.restarts),
+    ):
+        counter = CounterMetricFamily(f"tunewright_replica_{name}", text, labels=["replica"])
+        for state in replicas:
+            counter.add_metric([state.name], float(value(state)))
+        yield counter
 
 
 @contextmanager

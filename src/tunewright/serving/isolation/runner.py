@@ -22,7 +22,8 @@ from tunewright.core.progress import Reporter
 from tunewright.engines.protocol import Engine
 from tunewright.models.bases import Base
 from tunewright.models.loading import context_length
-from tunewright.serving.engines.start import EngineSpec, max_num_seqs, require_llamacpp, start_engine
+from tunewright.serving.engines.start import EngineSpec, max_num_seqs, require_llamacpp
+from tunewright.serving.engines.start_replicas import start_engines
 from tunewright.serving.isolation.checks import LONG, SHORT, TOLERANCE, VERSION, check_isolation
 from tunewright.serving.isolation.probes import Digest, Ids
 from tunewright.serving.isolation.result import IsolationResult
@@ -131,7 +132,7 @@ class IsolationRunner:
     def _engine(self) -> Iterator[Engine]:
         """Start the engine, and stop it after the block."""
         spec = EngineSpec(self.base, self.chat, self.quantization, self.folders, spare=self.spare)
-        engine = start_engine(self.engine, self.config, spec, self.reporter)
+        engine = start_engines(self.engine, self.config, spec, self.reporter)
         try:
             yield engine
         finally:

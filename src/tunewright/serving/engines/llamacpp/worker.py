@@ -6,13 +6,12 @@ end the process on a bad file (``GGML_ASSERT``), so it must not be the gateway's
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
-import signal
 import sys
 import threading
 from typing import Any
+
+from tunewright.engines.parent import end_with_parent
 
 
 def main(text: str) -> None:
@@ -22,7 +21,7 @@ def main(text: str) -> None:
         text: settings as JSON: ``model`` (a file), ``loras`` (files), ``socket``, ``rows``, ``tokens`` (of the
             key/value cache), ``threads``.
     """
-    _end_with_parent()
+    end_with_parent()
     import xllamacpp
 
     settings: dict[str, Any] = json.loads(text)
@@ -56,21 +55,6 @@ def main(text: str) -> None:
     sys.stdout.write(f"llama.cpp serves at {server.listening_address}\n")
     sys.stdout.flush()
     threading.Event().wait()
-
-
-def _end_with_parent() -> None:
-    """End with the parent process, however that ends, even while the model is loading."""
-    threading.Thread(target=_end_with_stdin, daemon=True).start()
-    if sys.platform == "linux":
-        # A hanging process does not read its input: Linux kills it (PR_SET_PDEATHSIG).
-        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
-
-
-def _end_with_stdin() -> None:
-    # Not through sys.stdin: Python would wait for its lock at exit.
-    while os.read(0, 4096):
-        pass
-    os._exit(0)
 
 
 if __name__ == "__main__":
