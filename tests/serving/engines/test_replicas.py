@@ -293,8 +293,9 @@ def test_drained_replica_finishes_its_answers_gets_no_further_ones_and_is_stoppe
 
 def _expected(base: Path, adapters: dict[str, Path], tokens: int) -> dict[tuple[str | None, int], tuple[int, ...]]:
     """Return each model's own greedy answers, computed alone."""
-    found = {}
-    for digest, folder in [(None, None), *adapters.items()]:
+    found: dict[tuple[str | None, int], tuple[int, ...]] = {}
+    models: list[tuple[str | None, Path | None]] = [(None, None), *adapters.items()]
+    for digest, folder in models:
         model: Any = LlamaForCausalLM.from_pretrained(base).eval()
         name = None
         if folder is not None:
@@ -376,6 +377,6 @@ def test_killed_replica_restarts_with_its_adapters_and_loses_no_request_without_
             time.sleep(0.05)
         digest = next(iter(small_adapters))
         assert run(answer(replicas, Request(PROMPTS[0], digest, 24))) == expected[digest, 0]
-        # The child itself has the adapter again, whoever asks.
+        # The child itself has the adapter again, without a request of the pool for it.
         assert run(answer(killed, Request(PROMPTS[0], digest, 24))) == expected[digest, 0]
         assert replicas.restarts == 1
