@@ -79,9 +79,9 @@ def main() -> None:
     RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
-def run_apart(folder: Path, workers: int) -> dict[str, Any]:
-    """Build the dataset in a process of its own."""
-    command = [sys.executable, __file__, "--one", str(workers), "--folder", str(folder)]
+def run_apart(folder: Path, workers: int, script: str = __file__) -> dict[str, Any]:
+    """Measure in a process of its own."""
+    command = [sys.executable, script, "--one", str(workers), "--folder", str(folder)]
     environment = {
         **os.environ,
         "RAY_AUTH_MODE": "token",

@@ -28,7 +28,8 @@ import numpy as np
 
 from tunewright.core.progress import LogReporter
 from tunewright.data.dedup import comparison_texts, find_clusters, find_duplicates
-from tunewright.data.dedup.similarity import near_pairs, shingle_matrix, shingles, similarities
+from tunewright.data.dedup.shingles import shingle_matrix, shingles
+from tunewright.data.dedup.similarity import near_pairs, similarities
 from tunewright.data.examples import Example, Message
 from tunewright.examples.legal_citations import PAIRS_FILE, project_files
 

@@ -35,7 +35,8 @@ from scipy.sparse.csgraph import connected_components
 
 from tunewright.core.progress import LogReporter
 from tunewright.data.dedup import comparison_texts, find_clusters, find_duplicates
-from tunewright.data.dedup.similarity import shingle_matrix, similarities
+from tunewright.data.dedup.shingles import shingle_matrix
+from tunewright.data.dedup.similarity import similarities
 from tunewright.data.examples import Example, Message
 
 RESULTS = Path(__file__).with_name("results") / "near_duplicates_templates.json"

@@ -20,7 +20,7 @@ from tunewright.config import Config
 from tunewright.config.project import ProjectFolder
 from tunewright.core.progress import LogReporter
 from tunewright.data.add import add
-from tunewright.data.versions import load_version, members_text, version_folder
+from tunewright.data.versions import load_version, members_lines, version_folder
 from tunewright.data.versions.members import MEMBERS
 from tunewright.examples.legal_citations import PAIRS_FILE, project_files
 
@@ -63,7 +63,7 @@ def _measured(root: Path, pairs: Pairs, way: str) -> dict[str, int]:
     _add(root, *((pairs, "pairs.jsonl") if way == "the file that grew" else (pairs[-1:], "one.jsonl")))
     if way == "whole member lists":
         version = load_version(root / "dataset")
-        (version_folder(root / "dataset", version.digest) / MEMBERS).write_text(members_text(version.members))
+        (version_folder(root / "dataset", version.digest) / MEMBERS).write_text("".join(members_lines(version.members)))
     _commit(root)
     loose = _size(root) - before
     sent = len(_git(root, "pack-objects", "--revs", "--thin", "--stdout", "-q", stdin=b"HEAD\n^HEAD~1\n"))

@@ -9,14 +9,16 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from compute_helpers import CONFIG, built, digests, many_pairs, rows_alike, small_parts
 from data_helpers import Listener, Pair, unlike_pairs, write_jsonl
@@ -35,6 +37,7 @@ from tunewright.core.locks import is_locked
 from tunewright.core.progress import LogTask, Task
 from tunewright.core.workers import THIS_PROCESS, Workers
 from tunewright.data.add import add
+from tunewright.demo import open_demo
 
 pytestmark = pytest.mark.ray
 
@@ -344,3 +347,65 @@ def test_this_machine_alone_gives_the_same_dataset(project: Path, tmp_path: Path
     assert ran.returncode == 0, err
     assert json.loads(out)["created"]
     assert digests(project / "dataset") == whole
+
+
+def test_head_that_is_lost_is_one_error_and_a_new_one_finishes(
+    token: None, large: tuple[list[Pair], dict[str, str]], project: Path
+) -> None:
+    write_jsonl(project / "pairs.jsonl", large[0])
+    with _cluster() as cluster:
+        cluster.add_node(num_cpus=1)
+        stopped = _command(project, "pairs.jsonl")
+        _wait_for_lock(project, stopped)
+        cluster.head_node.kill_all_processes(check_alive=False, allow_graceful=False)
+        out, err = stopped.communicate(timeout=WAIT_S)
+    assert stopped.returncode == 2, err
+    assert "The head of the cluster is lost" in json.loads(out)["error"]["what"]
+    assert not (project / "dataset" / "HEAD").exists()
+    with _cluster() as cluster:
+        cluster.add_node(num_cpus=1)
+        again = _command(project, "pairs.jsonl")
+        _, err = again.communicate(timeout=WAIT_S)
+    assert again.returncode == 0, err
+    assert digests(project / "dataset") == large[1]
+
+
+def _send(processes: Sequence[psutil.Process], number: signal.Signals) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
+
+
+def test_machine_that_stands_still_for_some_seconds_changes_nothing(
+    token: None, large: tuple[list[Pair], dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tunewright.data.dedup.similarity._ALIKE", 200)
+    with _cluster() as cluster:
+        cluster.add_node(num_cpus=1)
+        slow = cluster.add_node(num_cpus=1)
+        still: list[psutil.Process] = []
+
+        def stand_still() -> None:
+            raylet = psutil.Process(slow.all_processes["raylet"][0].process.pid)
+            still.extend([raylet, *raylet.children(recursive=True)])
+            _send(still, signal.SIGSTOP)
+            threading.Timer(5, _send, (still, signal.SIGCONT)).start()
+
+        heard = _Killing("clustering", stand_still)
+        folder = tmp_path / "parts"
+        folder.mkdir()
+        (folder / "tunewright.yaml").write_text(CONFIG)
+        file = write_jsonl(folder / "pairs.jsonl", large[0])
+        with _workers(heard=heard) as workers:
+            add(ProjectFolder(folder), [file], heard, workers=workers)
+    assert any(process.pid for process in still)
+    assert digests(folder / "dataset") == large[1]
+
+
+def test_demo_has_the_same_dataset_on_a_cluster(machines: Any, tmp_path: Path) -> None:
+    files = []
+    for cluster in (None, "auto"):
+        demo = open_demo(tmp_path / str(cluster), Listener(), cluster=cluster)
+        demo.data.add([demo.folder.root / source for source in demo.folder.config.data.sources])
+        files.append(digests(demo.folder.dataset))
+    assert files[0] == files[1]

@@ -24,7 +24,8 @@ from tunewright.data.dedup import (
     partition,
     similarity,
 )
-from tunewright.data.dedup.similarity import near_pairs, shingles
+from tunewright.data.dedup.shingles import shingles
+from tunewright.data.dedup.similarity import near_pairs
 from tunewright.data.examples import Example, Message
 
 BANKING77 = Path(__file__).parents[2] / ".." / "shared" / "data" / "banking77" / "train.csv"

@@ -22,7 +22,7 @@ def _save(dataset: Path, text: str, parent: str | None) -> str:
     digest = members_sha256(text)
     folder = dataset / "versions" / digest[:12]
     if not folder.exists():
-        content = members_file(dataset, text, parent)
+        content = "".join(members_file(dataset, [text], parent))
         folder.mkdir(parents=True)
         (folder / "members.tsv").write_text(content)
     return digest

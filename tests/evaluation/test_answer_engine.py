@@ -298,7 +298,7 @@ def test_vllm_and_an_embedded_base_are_never_in_memory_together(
     generator.model_with()
     assert not alive(process)
     generator.answer("x", [(6,)], 1)
-    assert generator._model is None
+    assert not generator._embedded.loaded
 
 
 def test_engine_and_reason_are_reported_once(base: Base, tmp_path: Path) -> None:

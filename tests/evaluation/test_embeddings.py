@@ -45,7 +45,9 @@ def test_dense_vectors_are_computed_once(
 ) -> None:
     project = opened(tmp_path / "project", tiny_base_folder, "  retrievers: [dense]\n")
     first = project.arm_runner().embeddings.of("dense", ["one", "two"])
-    monkeypatch.setattr("tunewright.evaluation.generations.load_model", lambda *_: pytest.fail("the base is loaded"))
+    monkeypatch.setattr(
+        "tunewright.evaluation.embedded_answers.load_model", lambda *_: pytest.fail("the base is loaded")
+    )
     assert np.array_equal(project.arm_runner().embeddings.of("dense", ["one", "two"]), first)
 
 

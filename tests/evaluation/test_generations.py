@@ -16,7 +16,7 @@ from tunewright.config import ChatConfig
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
 from tunewright.data.examples import Message
-from tunewright.evaluation import generations
+from tunewright.evaluation import embedded_answers
 from tunewright.evaluation.answer_journal import Decoding
 from tunewright.evaluation.generations import Generator
 from tunewright.generation.requests import Completion
@@ -62,7 +62,7 @@ def test_answers_are_decoded_with_fewer_rows_when_memory_runs_out(
     )
     _run_out_of_memory(again.model_with(), 1)
     assert again.answer("x", prompts, 8) == whole
-    assert again.batch_size == 1
+    assert again.rows == 1
     assert [message for message in caplog.messages if "Memory" in message] == [
         "Memory ran out with 4 rows at once. Decoding continues with 2.",
         "Memory ran out with 2 rows at once. Decoding continues with 1.",
@@ -78,7 +78,7 @@ def test_generator_refuses_when_a_single_answer_does_not_fit(generator: Generato
 def test_known_answers_need_no_model(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = _prompts(generator, 3)
     before = generator.answer("x", prompts, 8)
-    monkeypatch.setattr(generations, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(embedded_answers, "load_model", lambda *_: pytest.fail("the model was loaded"))
     again = Generator(generator.base, generator.chat, "float32", "none", 4, generator.folder.parent, LogReporter())
     assert again.answer("x", prompts, 8) == before
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -11,15 +12,16 @@ from tunewright.adapters.registry import Adapter
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
-from tunewright.core.workers import Workers
+from tunewright.core.workers import ModelWorkers, Workers
 from tunewright.data.versions import DatasetVersion, load_version
 from tunewright.data.versions.version import current_author
-from tunewright.models.bases import Base, resolve_base
+from tunewright.models.bases import Base, base_here, resolve_base
 
 if TYPE_CHECKING:
     from tunewright.chat import ChatFormat
     from tunewright.evaluation.arm_runner import ArmRunner
     from tunewright.serving.tenants import State
+    from tunewright.training.trainings import Trainings
 
 
 class ProjectContext:
@@ -47,6 +49,37 @@ class ProjectContext:
         from tunewright.compute import open_workers
 
         return open_workers(self.folder.config, self.reporter)
+
+    def model_workers(self) -> AbstractContextManager[ModelWorkers | None]:
+        """Return the workers of ``compute.cluster`` that answer prompts, to be entered; None without a cluster.
+
+        Raises:
+            UserError: the config has the answers computed by vLLM.
+        """
+        config = self.folder.config
+        if config.compute.cluster is None:
+            return nullcontext()
+        from tunewright.compute import open_model_workers
+        from tunewright.engines.choice import refuse_vllm_on_cluster
+
+        refuse_vllm_on_cluster(config)
+        return open_model_workers(config, base_here, self.base, self.reporter)
+
+    @contextmanager
+    def trainings(self) -> Iterator[Trainings]:
+        """Yield the place of independent trainings: this process, or the machines of ``compute.cluster``, once checked.
+
+        Raises:
+            UserError: as for `workers`; or no machine has room for a training, or one does not see the project's folder
+                or lacks the base.
+        """
+        from tunewright.training.trainings import open_trainings
+
+        with (
+            self.workers() as workers,
+            open_trainings(workers, self.folder, self.base, self.reporter) as trainings,
+        ):
+            yield trainings
 
     @property
     def has_state(self) -> bool:
@@ -77,8 +110,12 @@ class ProjectContext:
             self.reporter.say(f"Creating a serving state: {named}")
         return State(url, current_author(self.folder.root), serving=serving)
 
-    def arm_runner(self, adapter: Adapter | None = None) -> ArmRunner:
+    def arm_runner(self, adapter: Adapter | None = None, workers: ModelWorkers | None = None) -> ArmRunner:
         """Return a runner of arms on the base, quantized as ``adapter`` was trained (None: as the config says).
+
+        Args:
+            adapter: the adapter that will answer, if it is trained.
+            workers: a cluster's, which compute the answers (None: this process).
 
         Raises:
             UserError: the adapter does not fit the base or chat format, or was trained on another version.
@@ -93,7 +130,7 @@ class ProjectContext:
             self._require_version(adapter, version)
         trained = config.train.quantization if adapter is None else trained_quantization([adapter])
         quantization = config.evaluate.quantization or trained
-        generator = Generator.of(self.folder, self.base, self.chat, quantization, self.reporter, adapter)
+        generator = Generator.of(self.folder, self.base, self.chat, quantization, self.reporter, adapter, workers)
         return ArmRunner(self.folder, version, generator, self.reporter)
 
     def _require_version(self, adapter: Adapter, version: DatasetVersion) -> None:

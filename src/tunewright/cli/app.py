@@ -37,7 +37,7 @@ DatabaseUrl = Annotated[
 Cluster = Annotated[
     str | None,
     typer.Option(
-        help="Ray cluster that works on the rows: local, auto or ray://HOST:PORT.",
+        help="Ray cluster that does the work: local, auto or ray://HOST:PORT.",
         show_default="compute.cluster in the config",
     ),
 ]

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 _COLOURS = {"not worse": "green", "worse": "bold red", "can't tell": "yellow"}
 
 
-@command(app, "regressions", panel=EVALUATE, example="tunewright regressions legal-4f1c02a9", kept=RESUMES)
+@command(
+    app, "regressions", panel=EVALUATE, cluster=True, example="tunewright regressions legal-4f1c02a9", kept=RESUMES
+)
 def regressions(run: Session, adapter: Adapter = None) -> int:
     """Compare general abilities without and with the adapter: not worse (exit code 0), worse (3) or can't tell (4).
 

@@ -1,15 +1,21 @@
-"""The workers that ``compute.cluster`` asks for. Ray is imported by ``cluster`` alone, which nothing else imports."""
+"""The workers that ``compute.cluster`` asks for. Four modules import Ray, and only the functions here import them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from typing import TYPE_CHECKING, TypeVar
 
 from tunewright.config import Config
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
-from tunewright.core.workers import THIS_PROCESS, Workers
+from tunewright.core.workers import THIS_PROCESS, ModelWorkers, Workers
+
+Needed = TypeVar("Needed")
+
+if TYPE_CHECKING:
+    from tunewright.compute.worker_group import WorkerGroup
 
 
 @contextmanager
@@ -23,10 +29,61 @@ def open_workers(config: Config, reporter: Reporter) -> Iterator[Workers]:
     if config.compute.cluster is None:
         yield THIS_PROCESS
         return
-    if find_spec("ray") is None:
-        fix = "Install it on every machine: pip install 'tunewright[ray]'"
-        raise UserError("Ray is not installed", where="compute.cluster", fix=fix)
+    _require_ray()
     from tunewright.compute.cluster import open_cluster
 
     with open_cluster(config, reporter) as workers:
         yield workers
+
+
+@contextmanager
+def open_model_workers(
+    config: Config, check: Callable[[Needed], object], needed: Needed, reporter: Reporter
+) -> Iterator[ModelWorkers]:
+    """Yield the workers of ``compute.cluster`` that keep a model each: one for each GPU.
+
+    If the cluster has none, there is one for as many CPUs as this process computes with. Equal numbers of threads add
+    in equal orders.
+
+    Args:
+        config: names a cluster.
+        check: a function of a module, which every machine calls with ``needed`` before any work.
+        needed: what every machine needs.
+        reporter: is warned of lost workers.
+
+    Raises:
+        UserError: as for :func:`open_workers`; or ``check`` refuses a machine.
+    """
+    _require_ray()
+    import torch
+
+    from tunewright.compute.model_workers import open_actors
+
+    with open_actors(config, torch.get_num_threads(), check, needed, reporter) as workers:
+        yield workers
+
+
+@contextmanager
+def open_group(config: Config, reporter: Reporter) -> Iterator[WorkerGroup | None]:
+    """Yield the processes of ``compute.cluster`` that compute one thing together.
+
+    They are as many as ``compute.workers``, or one for each GPU. None: there is no cluster, or it has no GPU and the
+    config asks for one process at most.
+
+    Raises:
+        UserError: as for :func:`open_workers`, or too few GPUs.
+    """
+    if config.compute.cluster is None:
+        yield None
+        return
+    _require_ray()
+    from tunewright.compute.worker_group import open_group as opened
+
+    with opened(config, reporter) as group:
+        yield group
+
+
+def _require_ray() -> None:
+    if find_spec("ray") is None:
+        fix = "Install it on every machine: pip install 'tunewright[ray]'"
+        raise UserError("Ray is not installed", where="compute.cluster", fix=fix)

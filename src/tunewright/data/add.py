@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -185,7 +185,7 @@ def _save(
         near_duplicates=_near_count(merged, draft, project.config),
         split_from=planned.inherited.about if planned.inherited else None,
     )
-    imports = _imports(planned.rows, inputs.faults, sources, merged, draft)
+    imports = _Imports(planned.rows, inputs.faults, sources, merged, draft)
     if kept := Counter(key for line in imports for key in line.get("metadata", ())):
         reporter.say(f"Kept as metadata: {counted(kept)}")
     version = save_version(project.dataset, version, draft.members, imports, reporter)
@@ -304,37 +304,59 @@ def _sources(inputs: _InputFiles, root: Path) -> dict[str, Source]:
     return sources
 
 
-def _imports(
-    rows: Sequence[SourceRow],
-    skipped: Sequence[Fault],
-    sources: Mapping[str, Source],
-    merged: Merge,
-    draft: VersionDraft,
-) -> list[dict[str, Any]]:
-    """Return the lines of imports.jsonl: one per row of each file, sorted by file and line."""
-    lines = [
-        {
-            "source": sources[row.source].name,
-            "line": row.line,
-            **draft.fate(row, merged),
-        }
-        for row in rows
-    ]
-    for line, row in zip(lines, rows, strict=True):
+@dataclass(frozen=True)
+class _Imports:
+    """The lines of imports.jsonl: one per row of each file, sorted by file and line.
+
+    They are made when they are read: ten million of them would take more memory than the rows.
+    """
+
+    rows: Sequence[SourceRow]
+    skipped: Sequence[Fault]
+    sources: Mapping[str, Source]
+    merged: Merge
+    draft: VersionDraft
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        found: dict[str, list[SourceRow | Fault | _MixRow]] = defaultdict(list)
+        for row in self.rows:
+            found[self.sources[row.source].name].append(row)
+        for fault in self.skipped:
+            found[self.sources[fault.source].name].append(fault)
+        if mixed := self.draft.mixed:
+            name = mixed.about.source.name
+            found[name] += [_MixRow(row, None) for row in mixed.rows]
+            found[name] += [_MixRow(row, reason) for row, reason in mixed.left_out]
+        for name in sorted(found):
+            for item in sorted(found[name], key=lambda item: item.line):
+                yield {"source": name, "line": item.line, **self._fate(item)}
+
+    def _fate(self, item: SourceRow | Fault | _MixRow) -> dict[str, Any]:
+        if isinstance(item, _MixRow):
+            return item.fate
+        if isinstance(item, Fault):
+            return {"fate": "skipped", "code": item.code, "reason": item.reason}
+        fate = self.draft.fate(item, self.merged)
         # Rows that stay out get no metadata: a purge erases metadata by the keys of rows that were in a version.
-        if row.metadata and line["fate"] not in ("removed", "contaminated", "unaccepted"):
-            line["metadata"] = row.metadata
-    lines += [
-        {"source": sources[f.source].name, "line": f.line, "fate": "skipped", "code": f.code, "reason": f.reason}
-        for f in skipped
-    ]
-    if draft.mixed:
-        name = draft.mixed.about.source.name
-        lines += [
-            {"source": name, "line": row.line, "fate": "mixed", "key": row.example.pair_key} for row in draft.mixed.rows
-        ]
-        lines += [
-            {"source": name, "line": row.line, "fate": "not mixed", "key": row.example.pair_key, "reason": reason}
-            for row, reason in draft.mixed.left_out
-        ]
-    return sorted(lines, key=lambda line: (line["source"], line["line"]))
+        if item.metadata and fate["fate"] not in ("removed", "contaminated", "unaccepted"):
+            fate["metadata"] = item.metadata
+        return fate
+
+
+@dataclass(frozen=True)
+class _MixRow:
+    """A row that was drawn for the mix-in, with the reason if it was left out."""
+
+    row: SourceRow
+    reason: str | None
+
+    @property
+    def line(self) -> int:
+        return self.row.line
+
+    @property
+    def fate(self) -> dict[str, Any]:
+        key = self.row.example.pair_key
+        if self.reason is None:
+            return {"fate": "mixed", "key": key}
+        return {"fate": "not mixed", "key": key, "reason": self.reason}

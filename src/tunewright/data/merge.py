@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as replaced
@@ -122,9 +122,7 @@ class Merge:
 
     def conflicts(self) -> tuple[Conflict, ...]:
         """Return the inputs with several outputs; inputs that differ in case or white space are the same."""
-        by_input: dict[str, list[str]] = defaultdict(list)
-        for key, example in sorted(self.kept.items()):
-            by_input[example.prompt_key].append(key)
+        by_input = _of_several(self.kept)
         return tuple(
             Conflict(
                 input=self.kept[keys[0]].input_text,
@@ -132,7 +130,7 @@ class Merge:
                 keys=tuple(keys),
                 places=tuple(map(self.place, keys)),
             )
-            for keys in by_input.values()
+            for keys in by_input
             if in_conflict([self.kept[key] for key in keys])
         )
 
@@ -142,7 +140,7 @@ class Merge:
 
     def refusal(self, fresh: Sequence[Conflict]) -> UserError:
         """Return the error for conflicts that new rows cause."""
-        inputs = len({example.prompt_key for example in self.kept.values()})
+        inputs = len({example.prompt_digest for example in self.kept.values()})
         accepted = self.parent is not None and self.parent.manifest.settings.conflicts == "accept"
         return conflicting(fresh, inputs, accepted=accepted)
 
@@ -204,15 +202,18 @@ def merge(
     for row in rows:
         if row.example.pair_key not in known and row.example.pair_key not in edited:
             first.setdefault(row.example.pair_key, row)
-    again = {_turns(row.example) for row in rows if row.example.pair_key in known}
+    again = {_turns(row.example) for row in rows if row.example.pair_key in known} if known else set()
     there = {_turns(example): key for key, example in known.items() if _turns(example) not in again}
     people = {row.example.pair_key for row in rows if not row.generated}
+
     # Sorted by weights (a turn masked in one row is masked) and key, so that the files' order has no influence. Rows of
     # people come first: a generated row may be the duplicate of one, and not the other way round.
-    weights = {key: sum(m.weight for m in row.example.messages) for key, row in first.items()}
-    new = sorted(first, key=lambda key: (key not in people, weights[key], key))
+    def preference(key: str) -> tuple[bool, int, str]:
+        return key not in people, sum(m.weight for m in first[key].example.messages), key
+
+    new = sorted(first, key=preference)
     reweighted: dict[str, str] = {}
-    for key in new:
+    for key in new if there else ():
         old = there.pop(_turns(first[key].example), None)
         if old is not None:
             reweighted[key] = old
@@ -237,6 +238,15 @@ def merge(
     return Merge(
         parent, read, kept, first, dropped, reweighted, edited, superseded, replacement, withheld, near, generated
     )
+
+
+def _of_several(kept: Mapping[str, Example]) -> list[list[str]]:
+    """Return the sorted keys of each input with several rows, sorted by their first key."""
+    counts = Counter(example.prompt_digest for example in kept.values())
+    by_input: dict[bytes, list[str]] = defaultdict(list)
+    for key in sorted(key for key, example in kept.items() if counts[example.prompt_digest] > 1):
+        by_input[kept[key].prompt_digest].append(key)
+    return list(by_input.values())
 
 
 def _generated(

@@ -360,7 +360,7 @@ def reweighted(examples: Sequence[Example]) -> str:
 def warn_of_another_system_turn(known: Iterable[Example], new: Iterable[Example], reporter: Reporter) -> None:
     """Warn of known pairs that are added with another system turn, as after a change of data.system_prompt."""
     before = {_turns(example) for example in known}
-    again = sum(_turns(example) in before for example in new)
+    again = sum(_turns(example) in before for example in new) if before else 0
     if again:
         reporter.warn(
             f"{count_of(again, 'new row')} with a pair that the previous version has with another system turn; both "

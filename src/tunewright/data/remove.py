@@ -355,6 +355,8 @@ def removed_rows_notice(rows: Sequence[SourceRow], held: Mapping[str, Removal]) 
 def removals_ended_by(dataset: Path, rows: Sequence[SourceRow]) -> list[Removal]:
     """Return the removals that end because these rows were added."""
     log = read_removals(dataset)
+    if not log.out:
+        return []
     found = (log.holding(row.example.pair_key, row.example.content_key) for row in rows)
     return list(dict.fromkeys(removal for removal in found if removal is not None and removal.event == "removed"))
 

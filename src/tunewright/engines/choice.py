@@ -56,7 +56,12 @@ EMBEDDED = AnswerEngine("peft", "it is built in")
 
 
 def answer_engine(
-    config: Config, quantization: Quantization, *, adapter: Path | None = None, constrained: bool = False
+    config: Config,
+    quantization: Quantization,
+    *,
+    adapter: Path | None = None,
+    constrained: bool = False,
+    workers: Literal["cpu", "cuda"] | None = None,
 ) -> AnswerEngine:
     """Choose the engine by ``evaluate.engine``: ``auto`` takes vLLM if there is a CUDA card and vLLM's CUDA build.
 
@@ -65,6 +70,7 @@ def answer_engine(
         quantization: the precision of the base's weights.
         adapter: folder of the adapter that will answer; None: the config will train it, or the base answers.
         constrained: some answers must match a grammar.
+        workers: device of a cluster's workers, which answer; None: this machine does.
 
     Raises:
         UserError: the config requires vLLM, which is not installed or cannot compute these answers.
@@ -72,19 +78,34 @@ def answer_engine(
     chosen = config.evaluate.engine
     if chosen == "peft":
         return AnswerEngine("peft", f"{_WHERE} says so")
+    if workers is not None:
+        refuse_vllm_on_cluster(config)
     obstacle = _obstacle(config, quantization, adapter, constrained=constrained)
     if chosen == "vllm":
         if obstacle is not None:
             raise UserError(f"vLLM cannot answer here: {obstacle}", where=_WHERE, fix="Set it to auto or peft.")
         return AnswerEngine("vllm", f"{_WHERE} says so", _installed())
-    if device() == "cpu":
+    if (workers or device()) == "cpu":
         return AnswerEngine("peft", "there is no CUDA card")
+    if workers is not None:
+        return AnswerEngine("peft", "vLLM does not answer on a cluster")
     if obstacle is not None:
         return AnswerEngine("peft", obstacle)
     try:
         return AnswerEngine("vllm", "a CUDA card and vLLM's environment are here", environment.find(VLLM, "cuda"))
     except UserError:
         return AnswerEngine("peft", "vLLM is not installed with CUDA (`tunewright engine install vllm` does that)")
+
+
+def refuse_vllm_on_cluster(config: Config) -> None:
+    """Refuse vLLM where the workers of a cluster answer.
+
+    Raises:
+        UserError: the config requires it.
+    """
+    if config.evaluate.engine == "vllm":
+        fix = "Set it to auto or peft, or leave out the cluster."
+        raise UserError("vLLM does not answer on a cluster", where=_WHERE, fix=fix)
 
 
 def _installed() -> Environment:

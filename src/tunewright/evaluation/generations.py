@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
-from functools import cache, cached_property, partial
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-from accelerate.utils.memory import clear_device_cache
+from typing import Any, TextIO
 
 from tunewright.adapters.registry import Adapter
 from tunewright.chat import ChatFormat
@@ -20,22 +18,22 @@ from tunewright.chat.answers import answer_text, stop_strings
 from tunewright.chat.call_grammar import CallGrammars
 from tunewright.config import Quantization
 from tunewright.config.project import ProjectFolder
-from tunewright.core.errors import UserError
 from tunewright.core.io import digest, writing
 from tunewright.core.progress import Reporter
+from tunewright.core.workers import ModelWorkers
 from tunewright.data.examples import Message
 from tunewright.engines.choice import EMBEDDED, AnswerEngine, answer_engine
 from tunewright.engines.vllm.answers import VllmAnswers
 from tunewright.evaluation.answer_constraints import AnswerConstraints, grammar_of
 from tunewright.evaluation.answer_journal import ENGINE, VLLM, Answer, Decoding, appending, read_answers
+from tunewright.evaluation.cluster_answers import ArmRequests, ClusterAnswers, WorkerModel
+from tunewright.evaluation.embedded_answers import EmbeddedAnswers
 from tunewright.evaluation.eta import Countdown
 from tunewright.evidence.common import EngineUsed
 from tunewright.generation.constraints import Grammar
-from tunewright.generation.generate import generate
 from tunewright.generation.requests import Completion, Request
 from tunewright.models.bases import Base
-from tunewright.models.loading import device, load_model, named, with_adapters
-from tunewright.training.micro_batch import in_memory
+from tunewright.models.loading import device
 from tunewright.training.self_samples import BATCH
 
 # Reading a package's metadata takes a millisecond, and every batch of answers names its packages.
@@ -45,11 +43,28 @@ _PACKAGES = ("torch", "transformers", "tokenizers", "peft")
 Prompt = tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class ArmPrompts:
+    """The prompts of an arm.
+
+    Args:
+        title: of its progress display.
+        prompts: they may repeat.
+        adapter: the adapter that answers; None: the base.
+        constrained: answers match the grammar.
+    """
+
+    title: str
+    prompts: Sequence[Prompt]
+    adapter: Adapter | None = None
+    constrained: bool = False
+
+
 class Generator:
     """Greedy generation with the base, adapter off or on; the base is loaded once, and only if needed.
 
-    With the vllm engine, a separate process answers, and the base is loaded here only for logits (losses). The two
-    never hold the base at the same time: each frees the other's memory first.
+    With the vllm engine a separate process answers, and on a cluster its workers do. Then the base is loaded here only
+    for logits (losses). The two never hold the base at the same time: each frees the other's memory first.
 
     Args:
         base, dtype, quantization: the model, its precision and its quantization.
@@ -61,6 +76,7 @@ class Generator:
         grammar: the grammar of constrained answers.
         engine: the engine that computes the answers.
         rank: the highest LoRA rank that vLLM starts with, unless an adapter has a higher one.
+        workers: a cluster's, which answer with the engine peft (None: this process).
     """
 
     @classmethod
@@ -72,11 +88,13 @@ class Generator:
         quantization: Quantization,
         reporter: Reporter,
         adapter: Adapter | None = None,
+        workers: ModelWorkers | None = None,
     ) -> Generator:
         """Return a generator that follows the project's config.
 
         Args:
             adapter: the adapter that will answer; None if it is not trained yet.
+            workers: a cluster's, which answer.
 
         Raises:
             UserError: ``evaluate.engine`` is vLLM, and it is not installed or cannot answer this.
@@ -94,8 +112,15 @@ class Generator:
             reporter,
             stop=stop_strings(config, chat),
             grammar=grammar_of(project),
-            engine=answer_engine(config, quantization, adapter=folder, constrained=constrained),
+            engine=answer_engine(
+                config,
+                quantization,
+                adapter=folder,
+                constrained=constrained,
+                workers=None if workers is None else workers.device,
+            ),
             rank=config.train.lora_r,
+            workers=workers,
         )
 
     def __init__(
@@ -112,12 +137,12 @@ class Generator:
         grammar: Grammar | CallGrammars | None = None,
         engine: AnswerEngine = EMBEDDED,
         rank: int = 1,
+        workers: ModelWorkers | None = None,
     ) -> None:
         self.base = base
         self.chat = chat
         self.dtype = dtype
         self.quantization = quantization
-        self.batch_size = batch_size
         self.folder = work / "generations"
         self.reporter = reporter
         self.countdown = Countdown(reporter)
@@ -125,8 +150,12 @@ class Generator:
         self.grammar = grammar
         self.engine = engine
         self._functions: dict[Prompt, Message] = {}
-        self._model: Any = None
-        self._loaded: set[str] = set()
+        self._embedded = EmbeddedAnswers(base, chat, dtype, quantization, batch_size, reporter)
+        self.workers = workers
+        self._cluster: ClusterAnswers | None = None
+        if workers is not None:
+            model = WorkerModel(base, chat, dtype, quantization, batch_size, grammar, workers.threads)
+            self._cluster = ClusterAnswers(workers, model, reporter)
         self._vllm: VllmAnswers | None = None
         if engine.environment is not None:
             self._vllm = VllmAnswers(base, dtype, engine.environment, batch_size, rank, reporter)
@@ -150,8 +179,13 @@ class Generator:
 
     @property
     def rows(self) -> int:
-        """Number of rows that decode at once."""
-        return self.batch_size if self._vllm is None else self._vllm.rows
+        """Number of rows that decode at once, in each worker of a cluster."""
+        return self._embedded.rows if self._vllm is None else self._vllm.rows
+
+    @property
+    def workers_at_once(self) -> int:
+        """Number of workers that answer at once: 1 without a cluster."""
+        return 1 if self.workers is None else self.workers.count
 
     @cached_property
     def constraints(self) -> AnswerConstraints | None:
@@ -176,6 +210,36 @@ class Generator:
                 requests = self.requests(missing, max_new_tokens, adapter, constrained=constrained)
                 known |= self._journalled(journal, requests, adapter, task.advance)
         return self._as_answers(prompts, known)
+
+    def answer_together(self, arms: Sequence[ArmPrompts], max_new_tokens: int) -> None:
+        """Have the workers of a cluster compute the missing answers of several arms at once, into the journals.
+
+        Without a cluster nothing is computed: arms are answered one after the other, by :meth:`answer`.
+        """
+        if self._cluster is None:
+            return
+        known: dict[Path, set[str]] = {}
+        with ExitStack() as stack:
+            files: dict[Path, TextIO] = {}
+            asked = []
+            for arm in arms:
+                journal = self._journal(max_new_tokens, arm.adapter, constrained=arm.constrained)
+                if journal not in known:
+                    known[journal] = {key for key, _ in read_answers(journal)}
+                missing = sorted({prompt for prompt in arm.prompts if digest(prompt) not in known[journal]})
+                if not missing:
+                    continue
+                # An arm with the same prompts finds these answers in the journal.
+                known[journal] |= {digest(prompt) for prompt in missing}
+                if journal not in files:
+                    stack.enter_context(writing(journal))
+                    files[journal] = stack.enter_context(appending(journal))
+                task = stack.enter_context(self.countdown.arm(arm.title, len(missing)))
+                requests = self.requests(missing, max_new_tokens, arm.adapter, constrained=arm.constrained)
+                keep = self._keeping(files[journal], requests, {}, task.advance)
+                asked.append(self._of_arm(requests, keep, self.chat.stop_ids, arm.adapter, None))
+            if asked:
+                self._by_workers(asked)
 
     def kept(self, max_new_tokens: int, adapter: Adapter | None = None, *, constrained: bool = False) -> frozenset[str]:
         """Return the digests of the prompts that already have an answer in the journal."""
@@ -228,22 +292,29 @@ class Generator:
         """
         found: dict[str, tuple[str, bool]] = {}
         with writing(journal), appending(journal) as file:
-
-            def keep(index: int, completion: Completion) -> None:
-                key = digest(requests[index].prompt_ids)
-                found[key] = self.text(requests[index].prompt_ids, completion), completion.finish == "length"
-                if key not in known:
-                    file.write(
-                        json.dumps(
-                            {"prompt": key, "text": found[key][0], "truncated": found[key][1]}, ensure_ascii=False
-                        )
-                        + "\n"
-                    )
-                    file.flush()
-                advance()
-
-            self.generate(requests, keep, adapter=adapter)
+            self.generate(requests, self._keeping(file, requests, found, advance, known), adapter=adapter)
         return found
+
+    def _keeping(
+        self,
+        file: TextIO,
+        requests: Sequence[Request],
+        found: dict[str, tuple[str, bool]],
+        advance: Callable[[], None],
+        known: frozenset[str] = frozenset(),
+    ) -> Callable[[int, Completion], None]:
+        """Return a function that adds a request's answer to ``found``, and to the journal unless it is ``known``."""
+
+        def keep(index: int, completion: Completion) -> None:
+            key = digest(requests[index].prompt_ids)
+            found[key] = self.text(requests[index].prompt_ids, completion), completion.finish == "length"
+            if key not in known:
+                row = {"prompt": key, "text": found[key][0], "truncated": found[key][1]}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.flush()
+            advance()
+
+        return keep
 
     def requests(
         self,
@@ -286,12 +357,14 @@ class Generator:
             company: answers of one company may share the engine's prefix cache.
 
         Raises:
-            UserError: vLLM does not start, dies, or cannot answer one of them.
+            UserError: vLLM does not start, dies, or cannot answer one of them; or the cluster cannot.
         """
         ends = self.chat.stop_ids if stop_ids is None else stop_ids
+        if self._cluster is not None:
+            return self._by_workers([self._of_arm(requests, on_finished, ends, adapter, at_once)])[0]
         self._announce()
         if self._vllm is not None:
-            self._drop_model()
+            self._embedded.drop()
             return self._vllm.generate(
                 requests,
                 stop_ids=ends,
@@ -301,48 +374,24 @@ class Generator:
                 tenant=company,
                 on_finished=on_finished,
             )
-        return self._decode(self.model_with(adapter), requests, on_finished, ends, at_once)
+        return self._embedded.generate(requests, on_finished, stop_ids=ends, adapter=_named(adapter), at_once=at_once)
 
-    def _decode(
+    def _of_arm(
         self,
-        model: Any,
         requests: Sequence[Request],
         on_finished: Callable[[int, Completion], None],
         ends: frozenset[int],
+        adapter: Adapter | None,
         at_once: int | None,
-    ) -> list[Completion]:
-        """Decode with the embedded loop; when memory runs out, halve the batch for the remaining requests."""
-        done: dict[int, Completion] = {}
-        rows = at_once or self.batch_size
-        while True:
-            left = [index for index in range(len(requests)) if index not in done]
+    ) -> ArmRequests:
+        functions = [self._functions.get(request.prompt_ids) for request in requests]
+        return ArmRequests(requests, functions, on_finished, ends, adapter, at_once)
 
-            def keep(place: int, completion: Completion, left: list[int] = left) -> None:
-                done[left[place]] = completion
-                on_finished(left[place], completion)
-
-            decoded = partial(
-                generate,
-                model,
-                [requests[index] for index in left],
-                stop_ids=ends,
-                pad_id=self.chat.tokenizer.pad_token_id,
-                batch_size=rows,
-                decode=self.chat.text,
-                on_finished=keep,
-            )
-            if in_memory(decoded)[0]:
-                return [done[index] for index in range(len(requests))]
-            if rows == 1:
-                raise UserError(
-                    "Not enough memory to decode a single answer",
-                    where="evaluate.batch_size",
-                    fix="Free memory, shorten the prompt or evaluate.max_new_tokens, or set train.quantization: nf4.",
-                )
-            rows //= 2
-            self.reporter.warn(f"Memory ran out with {2 * rows} rows at once. Decoding continues with {rows}.")
-            if at_once is None:
-                self.batch_size = rows
+    def _by_workers(self, arms: Sequence[ArmRequests]) -> list[list[Completion]]:
+        assert self._cluster is not None
+        self._announce()
+        self._embedded.drop()
+        return self._cluster.generate(arms)
 
     def write(
         self, requests: Sequence[Request], ends: frozenset[int], on_finished: Callable[[int, Completion], None]
@@ -359,43 +408,35 @@ class Generator:
             self._announced = True
             self.reporter.say(f"Answers are computed by {self.engine.name}: {self.engine.why}.")
 
-    def _drop_model(self) -> None:
-        """Free the base that was loaded here."""
-        if self._model is None:
-            return
-        self._model = None
-        self._loaded.clear()
-        # Models hold reference cycles, and torch caches GPU memory.
-        clear_device_cache(garbage_collection=True)
-
     def model_with(self, adapter: Adapter | None = None) -> Any:
-        """Return the base in this process with this adapter and earlier ones; vLLM is stopped first."""
-        if self._model is None:
+        """Return the base in this process with this adapter and earlier ones; vLLM and workers are stopped first."""
+        if not self._embedded.loaded:
             if self._vllm is not None:
                 self._vllm.stop()
-            self.reporter.say(f"Loading {named(self.base, self.quantization)}")
-            self._model = load_model(self.base, self.dtype, self.quantization)
-        if adapter is not None and adapter.name not in self._loaded:
-            self._model = with_adapters(self._model, {adapter.name: adapter.folder})
-            self._loaded.add(adapter.name)
-        return self._model
+            if self.workers is not None:
+                self.workers.stop()
+        return self._embedded.model_with(_named(adapter))
+
+    @property
+    def _where(self) -> str:
+        """The kind of device that answers, or vLLM's build."""
+        if self.engine.environment is not None:
+            return self.engine.environment.build
+        return device().split(":")[0] if self.workers is None else self.workers.device
 
     @property
     def used(self) -> EngineUsed:
         """The evidence's entry for the engine."""
         environment = self.engine.environment
         if environment is None:
-            numbers, where = (
-                {name: _version(name) for name in ("peft", "torch", "transformers")},
-                device().split(":")[0],
-            )
+            numbers = {name: _version(name) for name in ("peft", "torch", "transformers")}
         else:
-            numbers, where = self.engine.versions, environment.build
+            numbers = self.engine.versions
         return EngineUsed(
             name=self.engine.name,
             version=numbers[self.engine.name],
             packages=numbers,
-            device=where,
+            device=self._where,
             dtype=self.dtype,
             rows=self.rows,
             why=self.engine.why,
@@ -418,7 +459,7 @@ class Generator:
         if adapter is not None:
             model.set_adapter(adapter.name)
             yield model
-        elif self._loaded:
+        elif self._embedded.adapters:
             with model.disable_adapter():
                 yield model
         else:
@@ -430,21 +471,25 @@ class Generator:
             names = [*_PACKAGES, *(["bitsandbytes"] if self.quantization == "nf4" else [])]
             if constrained:
                 names.append("llguidance")
-            engine, where, packages = ENGINE, device().split(":")[0], {name: _version(name) for name in names}
+            engine, packages = ENGINE, {name: _version(name) for name in names}
         else:
             # Tokens become text here, with either engine.
             text = {name: _version(name) for name in ("transformers", "tokenizers")}
-            engine, where, packages = VLLM, self.engine.environment.build, {**text, **self.engine.versions}
+            engine, packages = VLLM, {**text, **self.engine.versions}
         return Decoding(
             base=self.base.digest,
             template=self.chat.digest,
             adapter=adapter.digest if adapter else None,
             dtype=self.dtype,
             quantization=self.quantization,
-            device=where,
+            device=self._where,
             max_new_tokens=max_new_tokens,
             stop=self.stop,
             grammar=self.grammar.rule if self.grammar and constrained else None,
             packages=packages,
             engine=engine,
         )
+
+
+def _named(adapter: Adapter | None) -> tuple[str, Path] | None:
+    return None if adapter is None else (adapter.name, adapter.folder)

@@ -415,9 +415,10 @@ class Schedule:
     def _seconds(self, load: _Load) -> float:
         assert self._speed is not None
         plain, shown = self._speed.answer_tokens
+        at_once = self._arm_runner.generator.workers_at_once
         if load.plan.adapted:
-            return self._slower * self._speed.seconds(load.read, self._trained_length)
-        return self._speed.seconds(load.read, shown if load.plan.shots else plain)
+            return self._slower * self._speed.seconds(load.read, self._trained_length) / at_once
+        return self._speed.seconds(load.read, shown if load.plan.shots else plain) / at_once
 
     @cached_property
     def _trained_length(self) -> float:

@@ -210,5 +210,6 @@ def _file(generator: Generator, limit: int, adapter: Adapter | None, keyed: obje
         "rows": generator.rows,
         "cores": os.cpu_count(),
         "keyed": keyed,
+        **({} if generator.workers is None else {"worker": {"threads": generator.workers.threads}}),
     }
     return generator.folder.parent / "speeds" / f"{digest(decides)[:16]}.json"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,10 +13,10 @@ import platformdirs
 
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, file_digest, write_json
-from tunewright.core.progress import Reporter
+from tunewright.core.progress import LogReporter, Reporter
 from tunewright.models.bundled import BUNDLED, bundled_folder, bundled_weights
 from tunewright.models.families import family_of, text_config, text_name
-from tunewright.models.hub import CONSOLIDATED, cached_folder, hub_config, hub_folder
+from tunewright.models.hub import CONSOLIDATED, cached_commit, cached_folder, hub_config, hub_folder
 
 INDEX = "model.safetensors.index.json"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json")
@@ -75,6 +75,33 @@ def resolve_base(spec: str, revision: str | None, root: Path, reporter: Reporter
         raise UserError("Only a hub id has a revision", where="revision", fix="Remove the key revision.")
     architecture = check_base_folder(folder)
     return Base(spec, folder, commit, architecture, _file_digests(folder))
+
+
+def base_here(base: Base) -> Base:
+    """Return this machine's copy of a base that another machine found: in the same folder, or in its own hub cache.
+
+    Raises:
+        UserError: it is not here, or has other files.
+    """
+    if base.commit is not None:
+        folder = cached_commit(base.spec, base.commit)
+        missing, fix = "is not in its hub cache", f"Download it there: hf download {base.spec} --revision {base.commit}"
+    elif base.spec.startswith("bundled:"):
+        folder, missing, fix = bundled_folder(base.spec.removeprefix("bundled:"), LogReporter()), "", ""
+    else:
+        folder = base.folder if base.folder.is_dir() else None
+        missing, fix = (
+            f"is missing: no folder {base.folder}",
+            "Copy it to the same folder of every machine, or share it.",
+        )
+    if folder is None:
+        raise UserError(f"The base {base.spec} {missing}", where="base_model", fix=fix)
+    found = _file_digests(folder)
+    unequal = sorted(name for name in {*found, *base.files} if found.get(name) != base.files.get(name))
+    if unequal:
+        what = f"The base {base.spec} is another one: {', '.join(unequal)}"
+        raise UserError(what, where="base_model", fix="Copy the same files to every machine.")
+    return replace(base, folder=folder)
 
 
 def check_spec(spec: str, root: Path) -> None:

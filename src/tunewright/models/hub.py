@@ -81,10 +81,14 @@ def cached_folder(repository: str, revision: str | None, lock_file: Path) -> Pat
 
     The hub is not asked, and files may be missing.
     """
+    return cached_commit(repository, _pins(lock_file).get(_pin(repository, revision)) or revision)
+
+
+def cached_commit(repository: str, commit: str | None) -> Path | None:
+    """Return the folder of a repository's revision in the hub's cache; None if it is not cached."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    commit = _pins(lock_file).get(_pin(repository, revision)) or revision
     try:
         return Path(snapshot_download(repository, revision=commit, local_files_only=True))
     except LocalEntryNotFoundError:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 from typing import Any
 
 import numpy as np
 
 from tunewright.core.progress import Reporter
 from tunewright.core.workers import THIS_PROCESS, Workers
-from tunewright.data.dedup.similarity import link, nearest_kept, shingle_matrix, similarities
+from tunewright.data.dedup.shingles import shingle_matrix
+from tunewright.data.dedup.similarity import link, nearest_kept, similarities
 from tunewright.data.examples import INSTRUCTIONS, Example, normalised
 from tunewright.data.versions import DatasetVersion, Member
 
@@ -40,21 +42,22 @@ def comparison_texts(examples: Sequence[Example]) -> list[str]:
 def distinctive(texts: Sequence[str]) -> list[str]:
     """Return each text normalised, without the words that all begin or end with; see :func:`comparison_texts`."""
     texts = [normalised(text) for text in texts]
-    different = set(texts)
-    if len(different) < 2:
+    low, high = min(texts, default=""), max(texts, default="")
+    if low == high:
         return texts
     # Cut at a word boundary: a word that is only partly common belongs to the difference.
-    head = len(_WORD_AT_END.sub("", _common_head(different)))
-    backwards = [text[head:][::-1] for text in different]
-    tail = len(_WORD_AT_END.sub("", _common_head(backwards)))
+    head = len(_WORD_AT_END.sub("", _common_head([low, high])))
+    tail = len(_WORD_AT_END.sub("", _common_head(text[head:][::-1] for text in texts)))
     return [text[head : len(text) - tail].strip() for text in texts]
 
 
-def _common_head(texts: Collection[str]) -> str:
-    """Return the longest common beginning: that of the first and the last text in sorted order."""
-    low, high = min(texts), max(texts)
-    same = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))
-    return low[:same]
+def _common_head(texts: Iterable[str]) -> str:
+    """Return the longest common beginning."""
+    head: str | None = None
+    for text in texts:
+        if head is None or not text.startswith(head):
+            head = text if head is None else commonprefix([text, head])  # noqa: RUF071 by characters, as wanted here
+    return head or ""
 
 
 def find_duplicates(
@@ -176,10 +179,10 @@ def exact_repeats(examples: Sequence[Example], kept: int) -> dict[int, Repeat]:
         examples: all rows, in order of preference.
         kept: number of first rows that are always kept.
     """
-    first: dict[tuple[str, tuple[str, ...], str], int] = {}
+    first: dict[tuple[bytes, tuple[str, ...], str], int] = {}
     repeats: dict[int, Repeat] = {}
     for row, example in enumerate(examples):
-        earlier = first.setdefault((example.prompt_key, *_answer(example)), row)
+        earlier = first.setdefault((example.prompt_digest, *_answer(example)), row)
         if earlier != row and row >= kept:
             repeats[row] = Repeat(earlier, 1.0)
     return repeats

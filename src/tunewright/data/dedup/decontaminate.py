@@ -225,7 +225,8 @@ def _runs(words: Words, length: int) -> Iterator[Words]:
 
 
 def _source(name: str, texts: Sequence[str]) -> _Source:
-    whole = [normalised_words(text) for text in texts]
+    spelled: dict[str, str] = {}  # one object for a word, however many texts have it
+    whole = [tuple([spelled.setdefault(word, word) for word in normalised_words(text)]) for text in texts]
     # A copy may lack a common beginning such as "Question:" or an instruction.
     head = _common_head(set(whole))
     items = [words[head:] for words in whole]
@@ -261,7 +262,8 @@ def _found(turns: Sequence[Words], source: _Source) -> Iterator[tuple[int, Match
     shared: Counter[int] = Counter()
     for length, table in source.runs.items():
         for run in {run for turn in turns for run in _runs(turn, length)}:
-            shared.update(table.get(run, ()))
+            if run in table:  # nearly none is, so that most need no more than this
+                shared.update(table[run])
     for number, count in shared.items():
         if number in equal:
             continue

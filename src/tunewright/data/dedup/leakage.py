@@ -14,7 +14,8 @@ from tunewright.core.progress import Reporter, Task
 from tunewright.core.unicode import normalize
 from tunewright.data.dedup import comparison_texts
 from tunewright.data.dedup.output_leakage import OutputLeakage, measure_output_leakage, near_overlap
-from tunewright.data.dedup.similarity import shingle_matrix, verified
+from tunewright.data.dedup.shingles import shingle_matrix
+from tunewright.data.dedup.similarity import verified
 from tunewright.data.dedup.sketches import Indices, Sketches
 from tunewright.data.splits import Split
 from tunewright.data.versions import DatasetVersion, Member

@@ -16,7 +16,7 @@ from scipy.special import gammaln
 
 from tunewright.core.progress import Reporter
 from tunewright.data.dedup.decontaminate import FEWEST, normalised_words
-from tunewright.data.dedup.similarity import shingle_matrix
+from tunewright.data.dedup.shingles import shingle_matrix
 from tunewright.data.dedup.sketches import Indices
 from tunewright.data.examples import class_like, normalised, output_template
 from tunewright.data.splits import MINIMUM_CLUSTERS, Split

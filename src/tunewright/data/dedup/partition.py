@@ -30,6 +30,7 @@ _FEW = 4_000  # maximum number of texts compared all with all, since signing wou
 _EQUAL_PARTS = 6  # minimum number of parts that near-equal texts share: more are more selective, and slower
 _SPREAD = 1.1  # ratio of sizes handled together: a wider spread gives weaker signatures
 _CELLS = 4_000_000  # pairs held at once; bounds the memory, not the result
+_SIGNED = 10_000  # texts signed at once; bounds the memory, not the result
 _MANY = 1 << 14  # pairs of one signature from which their sketches are compared in a block
 _DEAR = 20  # cost of a pair looked up, in pairs compared in a block
 _GAIN = 2  # minimum factor of work that signatures must save over comparing all pairs
@@ -271,13 +272,14 @@ class SizeClass:
         size it has more in common.
         """
         sizes, share = self._sizes, self._threshold / (1 + self._threshold)
-        place = np.arange(self._rows.nnz) - np.repeat(self._rows.indptr[:-1], sizes)
         looking = np.where(self._large, sizes - np.ceil(self._threshold * sizes - ROUNDING) + 1, 0)
         found = sizes - np.ceil(share * (sizes + np.maximum(sizes, self._low)) - ROUNDING) + 1
-        larger, smaller = place < np.repeat(looking, sizes), place < np.repeat(found, sizes)
-        either = larger | smaller
-        texts = np.repeat(np.arange(len(sizes)), sizes)[either]
-        return _by_signature(self._rows.indices[either], texts, larger[either], smaller[either])
+        count = np.minimum(np.maximum(looking, found), sizes).astype(np.int64)
+        texts = np.repeat(np.arange(len(sizes)), count)
+        place = np.arange(len(texts)) - np.repeat(np.cumsum(count) - count, count)
+        larger, smaller = place < np.repeat(looking, count), place < np.repeat(found, count)
+        place += np.repeat(self._rows.indptr[:-1], count)
+        return _by_signature(self._rows.indices[place], texts, larger, smaller)
 
     def _by_parts(self) -> _Signed:
         """Index texts by the rarest of their part signatures.
@@ -287,11 +289,13 @@ class SizeClass:
         parts, count = self._different + _EQUAL_PARTS, len(self._texts)
         codes = mixed(np.arange(self._rows.shape[1], dtype=np.uint64))
         part = (mixed(codes) % np.uint64(parts)).astype(np.int64)
-        cells = np.repeat(np.arange(count) * parts, np.diff(self._rows.indptr)) + part[self._rows.indices]
         # A sum of random codes stands for the set. Sums that are equal by chance only make candidates more.
         signatures = np.tile(mixed(np.arange(1 << 40, (1 << 40) + parts, dtype=np.uint64)), count)
-        np.add.at(signatures, cells, codes[self._rows.indices])
-        del cells
+        for at in range(0, count, _SIGNED):
+            begins = self._rows.indptr[at : at + _SIGNED + 1]
+            columns = self._rows.indices[begins[0] : begins[-1]]
+            cells = np.repeat(np.arange(at, at + len(begins) - 1) * parts, np.diff(begins)) + part[columns]
+            np.add.at(signatures, cells, codes[columns])
         _, numbers, counts = np.unique(signatures, return_inverse=True, return_counts=True)
         del signatures
         rank = np.empty(len(counts), dtype=np.int64)

@@ -20,19 +20,18 @@ from scipy.sparse.csgraph import connected_components
 from tunewright.core.progress import Reporter, Task
 from tunewright.core.workers import THIS_PROCESS, Workers
 from tunewright.data.dedup.partition import SizeClass, members_of, size_ranges
+from tunewright.data.dedup.shingles import ShingleFile, shingle_matrix
 from tunewright.data.dedup.sketches import Indices, Mask, Sketches, Wanted
 
 Similarities = npt.NDArray[np.float64]
 Near = tuple[Indices, Indices, Similarities]
 
-SHINGLE = 4  # characters: most 4-grams survive a word's inflections and typing errors
 _MANY_IN_GROUP = 128  # size from which a group is compared with its kept texts only
 _BLOCK = 512  # texts of a large group compared at once
 _BATCH = 50_000  # candidates verified at once; pairs linked by one batch are skipped in the next
 _CELLS = 4_000_000  # shingles held at once during verification; bounds the memory, not the result
 _ALIKE = 20_000  # texts of similar size from which several workers look for each other's
 _TOGETHER = 100_000  # texts whose groups one worker compares
-_TABLE = 1 << 24  # entries: some 130 MB
 
 
 @dataclass(frozen=True)
@@ -42,11 +41,6 @@ class Pairs:
     first: Indices
     second: Indices
     similarity: Similarities
-
-
-def shingles(text: str) -> set[str]:
-    """Return the set of a text's character 4-grams; a shorter text is its own only shingle."""
-    return {text[i : i + SHINGLE] for i in range(max(1, len(text) - SHINGLE + 1))}
 
 
 def near_pairs(
@@ -88,15 +82,24 @@ def link(
     """
     numbers: dict[str, int] = {}
     same = np.array([numbers.setdefault(text, len(numbers)) for text in texts], dtype=np.int64)
-    rows = shingle_matrix(list(numbers))
-    sizes = np.diff(rows.indptr).astype(np.int64)
-    labels: Indices = np.arange(len(numbers), dtype=np.int64)
-    with reporter.task(title, len(numbers), "different texts") as task:
-        parts = _alike(rows, sizes, threshold, labels, workers.count)
-        for places, linked in workers.map(_linked, threshold, parts, task):
-            _join(labels, places, places[linked])
+    del texts  # the largest object here; the file replaces it
+    different = list(numbers)
+    del numbers
+    # From short to long, so that texts of similar size are close to each other in the file.
+    order = np.argsort([len(text) for text in different], kind="stable")
+    with ShingleFile([different[i] for i in order.tolist()]) as rows:
+        del different
+        labels: Indices = np.arange(len(order), dtype=np.int64)
+        with reporter.task(title, len(order), "different texts") as task:
+            parts = _alike(rows, threshold, labels, workers.count)
+            for places, linked in workers.map(_linked, threshold, parts, task):
+                _join(labels, places, places[linked])
+    first = np.full(len(order), len(order), dtype=np.int64)
+    np.minimum.at(first, labels, order)
     first_of = np.unique(same, return_index=True)[1]
-    return first_of[labels[same]].astype(np.int64)
+    label_of = np.empty(len(order), dtype=np.int64)
+    label_of[order] = first_of[first[labels]]
+    return label_of[same]
 
 
 @dataclass(frozen=True)
@@ -114,11 +117,12 @@ class _Alike:
     parts: int
 
 
-def _alike(rows: Any, sizes: Indices, threshold: float, labels: Indices, most: int) -> Iterator[_Alike]:
+def _alike(texts: ShingleFile, threshold: float, labels: Indices, most: int) -> Iterator[_Alike]:
     """Yield the texts of each size, with the links that are known by then, in at most ``most`` parts."""
+    sizes = texts.sizes
     for low, high in size_ranges(sizes):
         places = members_of(sizes, threshold, low, high)
-        some = rows[places]
+        some = texts.rows(places)
         parts = min(most, math.ceil(np.count_nonzero(sizes[places] >= low) / _ALIKE))
         for part in range(parts):
             _, first, number = np.unique(labels[places], return_index=True, return_inverse=True)
@@ -343,60 +347,12 @@ def verified(
     return first[near], second[near], similarity[near]
 
 
-def shingle_matrix(texts: Sequence[str]) -> Any:
-    """Return a 0/1 csr matrix [texts, shingles] whose columns run from the rarest shingle to the most frequent."""
-    lengths = np.array([len(text) for text in texts], dtype=np.int64)
-    counts = np.maximum(lengths - SHINGLE + 1, 1)
-    ends = np.concatenate([[0], np.cumsum(counts)])
-    columns = _shingle_numbers(texts, lengths, counts, ends)
-    frequency = np.bincount(columns)
-    rank = np.empty(len(frequency), dtype=np.int32)
-    rank[np.argsort(frequency, kind="stable")] = np.arange(len(frequency), dtype=np.int32)
-    matrix = csr_array((np.ones(len(columns), dtype=np.int32), rank[columns], ends), shape=(len(texts), len(frequency)))
-    del columns
-    matrix.sum_duplicates()  # sorts each row too
-    matrix.data[:] = 1
-    return matrix
-
-
 def similarities(some: Any, others: Any) -> Any:
     """Return the Jaccard similarities [some, others] of two shingle matrices with the same columns, as csr."""
-    shared = coo_array(some @ others.T)
+    shared = coo_array(some.astype(np.int32) @ others.astype(np.int32).T)
     sizes, other_sizes = np.diff(some.indptr), np.diff(others.indptr)
     union = sizes[shared.row] + other_sizes[shared.col] - shared.data
     return csr_array((shared.data / union, (shared.row, shared.col)), shape=shared.shape)
-
-
-def _shingle_numbers(texts: Sequence[str], lengths: Indices, counts: Indices, ends: Indices) -> Indices:
-    """Return a number for each shingle of each text, consecutively, computed by array operations.
-
-    Numbers of characters make numbers of pairs of them, and these make numbers of 4-grams. Each text is followed by
-    zeros, which no character has: so a short text is one shingle that no other equals.
-    """
-    letters = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-    padding = SHINGLE  # even an empty text has one shingle
-    begins = np.concatenate([[0], np.cumsum(lengths + padding)])
-    padded = np.zeros(begins[-1] + 1, dtype=np.int64)
-    padded[np.arange(len(letters)) + np.repeat(np.arange(len(texts)) * padding, lengths)] = 1 + _numbered(letters)
-    twos = _paired(padded[:-1], padded[1:])
-    at = np.arange(ends[-1]) + np.repeat(begins[:-1] - ends[:-1], counts)
-    return _paired(twos[at], twos[at + 2])
-
-
-def _paired(first: Indices, second: Indices) -> Indices:
-    """Number the distinct pairs from 0. There are fewer than 2^31, so the products do not overflow."""
-    return _numbered(first * (int(second.max(initial=0)) + 1) + second)
-
-
-def _numbered(values: npt.NDArray[Any]) -> Indices:
-    """Number the distinct values from 0, by a table if it is small enough, else by sorting."""
-    top = int(values.max(initial=0)) + 1
-    if top > _TABLE:
-        return np.unique(values, return_inverse=True)[1].astype(np.int64)
-    used = np.zeros(top, dtype=bool)
-    used[values] = True
-    numbers: Indices = (np.cumsum(used, dtype=np.int64) - 1)[values]
-    return numbers
 
 
 def _shared(rows: Any, sizes: Indices, first: Indices, second: Indices) -> Indices:

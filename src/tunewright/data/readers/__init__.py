@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,11 @@ __all__ = [
 _ROWS = 2_000  # rows that a worker checks at once
 
 
-@dataclass(frozen=True)
+NO_VALUES: Mapping[str, Any] = {}
+"""The groups or metadata of rows without any: one object, because an empty dict for each row takes 64 bytes."""
+
+
+@dataclass(frozen=True, slots=True)
 class SourceRow:
     """An example with its place in a file.
 
@@ -61,9 +65,12 @@ class SourceRow:
     example: Example
     source: str
     line: int
-    groups: dict[str, str] = field(default_factory=dict)
-    metadata: dict[str, Any] = field(default_factory=dict)
+    groups: Mapping[str, str] = field(default_factory=lambda: NO_VALUES)
+    metadata: Mapping[str, Any] = field(default_factory=lambda: NO_VALUES)
     generated: bool = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SourceRow, (self.example, self.source, self.line, self.groups, self.metadata, self.generated)
 
 
 @dataclass(frozen=True)
@@ -183,7 +190,10 @@ def _parsed(settings: _Settings, raw: RawRow, _task: Task) -> _Parsed:
         example = example_from_turns(conversation.turns, own, conversation.tools)
         metadata, too_long = metadata_of(row, conversation, data)
         groups = generated_groups(row, data) if generated else groups_of(row, data, parent)
-        return _Parsed(SourceRow(example, settings.name, line, groups, metadata, generated), kind, ignored, too_long)
+        row_read = SourceRow(
+            example, settings.name, line, groups or NO_VALUES, metadata or NO_VALUES, generated=generated
+        )
+        return _Parsed(row_read, kind, ignored, too_long)
     except RowError as fault:
         return _Parsed(fault_of(fault, settings.name, line), kind, ignored, too_long)
 

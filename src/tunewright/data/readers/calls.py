@@ -155,7 +155,7 @@ def linked(messages: Sequence[Message], turns: Sequence[Turn]) -> list[Message]:
             ids[call.id] = call_id(len(ids))
             waiting[call.id] = call
             calls.append(replace(call, id=ids[call.id]))
-        done.append(replace(message, calls=tuple(calls)))
+        done.append(replace(message, calls=tuple(calls)) if calls else message)
         if turn is turns[-1]:
             waiting.clear()
     return done

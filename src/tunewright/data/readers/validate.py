@@ -147,7 +147,12 @@ def example_from_turns(turns: Sequence[Turn], data: DataConfig, tools: Declared 
     for message, turn in zip(messages, turns, strict=True):
         if fault := mark_fault(message.text):
             raise RowError("E408", f"{fault} of the {message.role} turn", turn.content_path)
-    return Example(tuple(replace(message, content=normalize(message.content)) for message in messages))
+    return Example(tuple(map(_normalised, messages)))
+
+
+def _normalised(message: Message) -> Message:
+    content = normalize(message.content)
+    return message if content == message.content else replace(message, content=content)
 
 
 def _has_half_pair(text: str) -> bool:

@@ -37,7 +37,7 @@ from tunewright.data.versions.version import (
     keys_digest,
     manifest_seal,
     members_digest,
-    members_text,
+    members_lines,
     read_manifest,
     short,
 )
@@ -65,7 +65,7 @@ __all__ = [
     "locked",
     "manifest_seal",
     "members_digest",
-    "members_text",
+    "members_lines",
     "read_manifest",
     "save_version",
     "short",

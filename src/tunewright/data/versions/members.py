@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,7 +60,15 @@ class _Link:
 
 def members_sha256(text: str) -> str:
     """Return the digest of a version with these members."""
-    return hashlib.sha256(text.encode()).hexdigest()
+    return lines_sha256([text])
+
+
+def lines_sha256(lines: Iterable[str]) -> str:
+    """Return the digest of lines, without holding all of them."""
+    whole = hashlib.sha256()
+    for line in lines:
+        whole.update(line.encode())
+    return whole.hexdigest()
 
 
 def read_members(dataset: Path, digest: str, data: bytes | None = None, where: str = "") -> str:
@@ -137,19 +145,20 @@ def _is_more(field: str) -> bool:
     return True
 
 
-def members_file(dataset: Path, text: str, parent: str | None) -> str:
-    """Return the content of a version's file: all lines, or the difference from its parent.
+def members_file(dataset: Path, lines: Iterable[str], parent: str | None) -> Iterator[str]:
+    """Yield the content of a version's file: all lines, or the difference from its parent.
 
     The chain of differences that a reader has to apply is at most half as large as all lines.
     """
     if parent is None or not (dataset / "versions" / parent[:12]).is_dir():
-        return text
-    chain = _chain(dataset, parent)
+        yield from lines
+        return
+    text, chain = "".join(lines), _chain(dataset, parent)
     before, after = (set(text_lines(lines)) for lines in (read_members(dataset, parent), text))
     changes = [f"-\t{line}\n" for line in sorted(before - after)] + [f"+\t{line}\n" for line in sorted(after - before)]
     difference = f"{_FROM}{parent[:12]}\n" + "".join(changes)
     gone_through = sum(link.size for link in chain[1:])
-    return difference if 2 * (len(difference) + gone_through) <= len(text) else text
+    yield difference if 2 * (len(difference) + gone_through) <= len(text) else text
 
 
 def _chain(dataset: Path, digest: str, data: bytes | None = None, where: str = "") -> list[_Link]:

@@ -29,7 +29,7 @@ from tunewright.data.versions.version import (
     Member,
     current_author,
     manifest_seal,
-    members_text,
+    members_lines,
     read_manifest,
     short,
 )
@@ -134,10 +134,13 @@ def save_version(
     dataset: Path,
     manifest: Manifest,
     members: Sequence[Member],
-    imports: Sequence[Mapping[str, Any]],
+    imports: Iterable[Mapping[str, Any]],
     reporter: Reporter,
 ) -> Manifest:
     """Write a version and make it current: rows first, HEAD last, so that a crash leaves the old version or the new.
+
+    Args:
+        imports: the records of imports.jsonl; read more than once.
 
     Returns:
         The manifest on disk, with author and seal; for an existing version, the stored one.
@@ -154,12 +157,10 @@ def _save(
     dataset: Path,
     manifest: Manifest,
     members: Sequence[Member],
-    imports: Sequence[Mapping[str, Any]],
+    imports: Iterable[Mapping[str, Any]],
     reporter: Reporter,
 ) -> Manifest:
     write_rows(dataset / "rows", {m.key: m.example for m in members}, reporter)
-    lines = "".join(canonical_json(line) + "\n" for line in _new_records(dataset, manifest.parent, imports))
-    sealed = _sealed(manifest, lines, current_author(dataset))
     if version_folder(dataset, manifest.digest).exists():
         there = read_manifest(version_folder(dataset, manifest.digest))
         reporter.warn(
@@ -168,17 +169,29 @@ def _save(
         )
         sealed = there
     else:
-        with new_folder(version_folder(dataset, sealed.digest)) as folder:
-            text = members_file(dataset, members_text(members), sealed.parent)
-            (folder / MEMBERS).write_text(text, encoding="utf-8", newline="\n")
-            (folder / IMPORTS).write_text(lines, encoding="utf-8", newline="\n")
+        with new_folder(version_folder(dataset, manifest.digest)) as folder:
+            _write_lines(folder / MEMBERS, members_file(dataset, members_lines(members), manifest.parent))
+            records = _new_records(dataset, manifest.parent, imports)
+            written = _write_lines(folder / IMPORTS, (canonical_json(record) + "\n" for record in records))
+            sealed = _sealed(manifest, written, current_author(dataset))
             write_json(folder / MANIFEST, sealed.model_dump(mode="json"))
     write_head(dataset, sealed.digest)
     return sealed
 
 
+def _write_lines(path: Path, lines: Iterable[str]) -> str:
+    """Write lines as they come, and return their SHA-256."""
+    whole = hashlib.sha256()
+    with path.open("wb") as file:
+        for line in lines:
+            data = line.encode()
+            whole.update(data)
+            file.write(data)
+    return whole.hexdigest()
+
+
 def _new_records(
-    dataset: Path, parent: str | None, imports: Sequence[Mapping[str, Any]]
+    dataset: Path, parent: str | None, imports: Iterable[Mapping[str, Any]]
 ) -> Iterator[Mapping[str, Any]]:
     """Yield the records of an import that earlier imports do not have.
 
@@ -209,7 +222,7 @@ def _new_records(
 
 
 def _sealed(manifest: Manifest, imports: str, author: str | None) -> Manifest:
-    facts = {"author": author, "imports": hashlib.sha256(imports.encode()).hexdigest()}
+    facts = {"author": author, "imports": imports}
     manifest = manifest.model_copy(update=facts)
     return manifest.model_copy(update={"seal": manifest_seal(manifest.model_dump(mode="json"))})
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import getpass
-import hashlib
 import shutil
 import subprocess
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +20,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import digest as json_digest
 from tunewright.data.examples import Example, in_conflict, normalised
 from tunewright.data.splits import SPLITS, Split
-from tunewright.data.versions.members import Place, member_line, members_sha256
+from tunewright.data.versions.members import Place, lines_sha256, member_line
 
 MANIFEST = "manifest.json"
 IMPORTS = "imports.jsonl"
@@ -170,7 +169,7 @@ def current_author(folder: Path) -> str | None:
         return None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Member:
     """An example with its place in a version."""
 
@@ -220,18 +219,18 @@ class DatasetVersion:
 
 def keys_digest(keys: Iterable[str]) -> str:
     """Return the SHA-256 of a set of pair keys."""
-    return hashlib.sha256("".join(f"{key}\n" for key in sorted(keys)).encode()).hexdigest()
+    return lines_sha256(f"{key}\n" for key in sorted(keys))
 
 
-def members_text(members: Iterable[Member]) -> str:
-    """Return the members as sorted lines, whose SHA-256 is the version's digest."""
-    places = ((m.key, Place(m.split, m.cluster, m.groups, m.mixed, m.generated)) for m in members)
-    return "".join(sorted(member_line(key, place) for key, place in places))
+def members_lines(members: Iterable[Member]) -> Iterator[str]:
+    """Yield the members as sorted lines, whose SHA-256 is the version's digest."""
+    for m in sorted(members, key=lambda m: m.key):
+        yield member_line(m.key, Place(m.split, m.cluster, m.groups, m.mixed, m.generated))
 
 
 def members_digest(members: Iterable[Member]) -> str:
     """Return the version digest of these members, in any order."""
-    return members_sha256(members_text(members))
+    return lines_sha256(members_lines(members))
 
 
 @dataclass(frozen=True)
@@ -271,9 +270,9 @@ def new_manifest(
 
 
 def _counts(members: Sequence[Member], left_out: ImportCounts, near_duplicates: int) -> Counts:
-    asked: dict[str, list[Example]] = defaultdict(list)
+    asked: dict[bytes, list[Example]] = defaultdict(list)
     for member in members:
-        asked[member.example.prompt_key].append(member.example)
+        asked[member.example.prompt_digest].append(member.example)
     splits = Counter(m.split for m in members)
     return Counts(
         rows=len(members),

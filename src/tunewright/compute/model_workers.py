@@ -1,0 +1,219 @@
+"""Ray actors with a model each: a part goes to the next free one, and to another if its actor is lost.
+
+Actors, since Ray ends the process of a task with a GPU after it, and a kept one could be given another GPU.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, Literal, TypeVar
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from tunewright.compute.cluster import (
+    RETRIES,
+    WHERE,
+    Image,
+    asked,
+    connected,
+    image,
+    machines_with,
+    own_image,
+    require_equal,
+    require_same,
+)
+from tunewright.config import Config
+from tunewright.core.errors import UserError
+from tunewright.core.progress import Reporter
+from tunewright.core.text import count_of
+from tunewright.core.workers import ModelWorkers, Part, Result, Shared
+
+_CHECK_S = 3600.0  # a base of 70B parameters is read once, from a cold disk
+_WAITS = "this command waits for one."
+
+Needed = TypeVar("Needed")
+
+
+@contextmanager
+def open_actors(
+    config: Config, threads: int, check: Callable[[Needed], object], needed: Needed, reporter: Reporter
+) -> Iterator[ModelWorkers]:
+    """Connect to the cluster that the config names, check it, and yield its workers with models.
+
+    Raises:
+        UserError: as for :func:`tunewright.compute.open_model_workers`.
+    """
+    with connected(config):
+        machines, device = machines_with("GPU"), "cuda"
+        if machines:
+            count = sum(int(node["Resources"]["GPU"]) for node in machines)
+        else:
+            machines, device = machines_with("CPU", threads), "cpu"
+            count = sum(int(node["Resources"]["CPU"]) // threads for node in machines)
+        unit = "GPU" if device == "cuda" else count_of(threads, "thread")
+        count = _count(config, count, unit)
+        text = config.model_dump_json()
+        require_equal(machines, text)
+        for _ in asked(machines, check, needed, seconds=_CHECK_S):
+            pass
+        if ray.available_resources().get("GPU" if device == "cuda" else "CPU", 0) < 1:
+            reporter.warn(f"Other work uses every {'GPU' if device == 'cuda' else 'CPU'} of the cluster: {_WAITS}")
+        reporter.say(f"Cluster: {count_of(count, 'worker')} with {'a GPU' if device == 'cuda' else unit}")
+        workers = _Actors(count, "cuda" if device == "cuda" else "cpu", threads, image(text), text, reporter)
+        try:
+            yield workers
+        finally:
+            workers.stop()
+
+
+def _count(config: Config, most: int, unit: str) -> int:
+    wanted = config.compute.workers
+    if not most:
+        what = f"No machine of the cluster has room for a worker with {unit}"
+        fix = "Add a larger one, or set OMP_NUM_THREADS for this command to the CPUs that a worker may use."
+        raise UserError(what, where=WHERE, fix=fix)
+    if wanted is not None and wanted > most:
+        what = f"The cluster has room for {most} workers with {unit} (compute.workers: {wanted})"
+        raise UserError(what, where=WHERE, fix="Lower compute.workers, or add machines to the cluster.")
+    return wanted or most
+
+
+class _Actor:
+    """One worker's process.
+
+    Args:
+        expected: the image that its machine must have, which may have joined after the others were checked.
+        config: the config as JSON.
+    """
+
+    def __init__(self, expected: Image, config: str) -> None:
+        self._expected, self._config = expected, config
+        self._shared: tuple[str, Any] = ("", None)
+
+    def run(self, compute: Callable[[Any, Any], Any], held: list[Any], part: Any) -> tuple[str, Any]:
+        """Return the machine's name in Ray, and the result of a part."""
+        require_same(self._expected, own_image(self._config), socket.gethostname())
+        name = held[0].hex()
+        if name != self._shared[0]:
+            self._shared = ("", None)
+            self._shared = (name, ray.get(held[0]))
+        return ray.get_runtime_context().get_node_id(), compute(self._shared[1], part)
+
+
+class _Actors:
+    """The workers, started with the first part.
+
+    Args:
+        count: number of parts computed at once.
+        device: where the models are.
+        threads: of a worker on a CPU.
+        ours: the image that every machine must have.
+        config: the config, as the image's.
+        reporter: is warned of lost workers.
+    """
+
+    def __init__(
+        self, count: int, device: Literal["cpu", "cuda"], threads: int, ours: Image, config: str, reporter: Reporter
+    ) -> None:
+        self.count = count
+        self.device = device
+        self.threads = threads if device == "cpu" else None
+        room = {"num_cpus": threads} if device == "cpu" else {"num_cpus": 1, "num_gpus": 1}
+        # No restarts by Ray: it would have a part wait for a machine that does not come back.
+        options = {**room, "max_restarts": 0, "max_task_retries": 0, "scheduling_strategy": "SPREAD"}
+        self._new = ray.remote(_Actor).options(**options)
+        self._image, self._config, self._reporter = ours, config, reporter
+        self._idle: list[tuple[str, Any]] = []  # with their machines
+        self._starting: dict[Any, Any] = {}
+        self._failed = 0
+
+    def each(
+        self, compute: Callable[[Shared, Part], Result], shared: Shared, parts: Sequence[Part], nothing: Part
+    ) -> Iterator[tuple[int, Result]]:
+        """Yield the number of each part with its result, as soon as it is there."""
+        held = [ray.put(shared)]
+        waiting = deque(range(len(parts)))
+        running: dict[Any, tuple[Any, int]] = {}
+        lost: Counter[int] = Counter()
+        try:
+            while waiting or running:
+                while waiting and self._idle:
+                    # The last one that was busy: it has loaded what this part needs.
+                    (_, actor), number = self._idle.pop(), waiting.popleft()
+                    running[actor.run.remote(compute, held, parts[number])] = (actor, number)
+                self._start(min(len(waiting), self.count - len(running)), compute, held, nothing)
+                (done,), _ = ray.wait([*running, *self._starting], num_returns=1)
+                if done in self._starting:
+                    self._started(done)
+                    continue
+                actor, number = running.pop(done)
+                result = _result(done)
+                if result is None:
+                    lost[number] += 1
+                    if lost[number] > RETRIES:
+                        raise _lost()
+                    waiting.appendleft(number)
+                    self._forget_lost()
+                    continue
+                self._idle.append((result[0], actor))
+                yield number, result[1]
+        finally:
+            _end([actor for actor, _ in running.values()])
+
+    def _start(self, wanted: int, compute: Callable[[Any, Any], Any], held: list[Any], nothing: object) -> None:
+        """Start workers until ``wanted`` are idle or starting."""
+        while len(self._idle) + len(self._starting) < wanted:
+            actor = self._new.remote(self._image, self._config)
+            self._starting[actor.run.remote(compute, held, nothing)] = actor
+
+    def _started(self, reference: Any) -> None:
+        actor, result = self._starting.pop(reference), _result(reference)
+        if result is not None:
+            self._idle.append((result[0], actor))
+            self._failed = 0
+            return
+        self._reporter.warn("The cluster lost a worker while it loaded the base.")
+        self._failed += 1
+        if self._failed > RETRIES:
+            raise _lost()
+
+    def _forget_lost(self) -> None:
+        """Forget the idle workers of lost machines."""
+        self._reporter.warn("The cluster lost a worker: its part is computed again by another.")
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        self._idle = [(machine, actor) for machine, actor in self._idle if machine in alive]
+
+    def stop(self) -> None:
+        """End the processes; the next part starts others."""
+        _end([*(actor for _, actor in self._idle), *self._starting.values()])
+        self._idle, self._starting = [], {}
+
+
+def _result(reference: Any) -> tuple[str, Any] | None:
+    """Return a machine and the result of its part; None if the worker is lost."""
+    try:
+        found: tuple[str, Any] = ray.get(reference)
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from None
+        raise
+    except RayError:
+        return None
+    return found
+
+
+def _end(actors: Sequence[Any]) -> None:
+    if ray.is_initialized():
+        for actor in actors:
+            with suppress(RayError):
+                ray.kill(actor)
+
+
+def _lost() -> UserError:
+    what = f"The cluster lost the workers of a part {RETRIES + 1} times"
+    fix = "Check its machines and their memory (ray status), and run the same command again."
+    return UserError(what, where=WHERE, fix=fix)

@@ -1,0 +1,123 @@
+"""The embedded loop for whole lists of requests: a base in this process, loaded once, with its adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils.memory import clear_device_cache
+
+from tunewright.chat import ChatFormat
+from tunewright.config import Quantization
+from tunewright.core.errors import UserError
+from tunewright.core.progress import Reporter
+from tunewright.generation.generate import generate
+from tunewright.generation.requests import Completion, Request
+from tunewright.models.bases import Base
+from tunewright.models.loading import load_model, named, with_adapters
+from tunewright.training.micro_batch import in_memory
+
+
+class EmbeddedAnswers:
+    """A base that is loaded once, and only if needed, and decodes lists of requests alone or with an adapter.
+
+    Args:
+        base, dtype, quantization: the model, its precision and its quantization.
+        chat: the format of prompts and answers.
+        batch_size: number of rows that decode at once.
+        reporter: receives messages.
+    """
+
+    def __init__(
+        self, base: Base, chat: ChatFormat, dtype: str, quantization: Quantization, batch_size: int, reporter: Reporter
+    ) -> None:
+        self._base = base
+        self._chat = chat
+        self._dtype = dtype
+        self._quantization = quantization
+        self._reporter = reporter
+        self._model: Any = None
+        self.rows = batch_size
+        """Number of rows that decode at once; fewer than at the start if memory ran out."""
+        self.adapters: set[str] = set()
+        """Names of the adapters on the base."""
+
+    @property
+    def loaded(self) -> bool:
+        """True if the base is in memory."""
+        return self._model is not None
+
+    def model_with(self, adapter: tuple[str, Path] | None = None) -> Any:
+        """Return the base with this adapter, given as name and folder, and earlier ones."""
+        if self._model is None:
+            self._reporter.say(f"Loading {named(self._base, self._quantization)}")
+            self._model = load_model(self._base, self._dtype, self._quantization)
+        if adapter is not None and adapter[0] not in self.adapters:
+            self._model = with_adapters(self._model, dict([adapter]))
+            self.adapters.add(adapter[0])
+        return self._model
+
+    def drop(self) -> None:
+        """Free the base."""
+        if self._model is None:
+            return
+        self._model = None
+        self.adapters.clear()
+        # Models hold reference cycles, and torch caches GPU memory.
+        clear_device_cache(garbage_collection=True)
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        on_finished: Callable[[int, Completion], None] = lambda _index, _completion: None,
+        *,
+        stop_ids: Collection[int],
+        adapter: tuple[str, Path] | None = None,
+        at_once: int | None = None,
+    ) -> list[Completion]:
+        """Answer all requests; when memory runs out, halve the batch for the remaining ones.
+
+        Args:
+            requests: what to complete.
+            on_finished: called with a request's index and its completion, in any order.
+            stop_ids: tokens that end an answer.
+            adapter: name and folder of the adapter that the requests name.
+            at_once: number of rows that decode together (None: ``rows``).
+
+        Raises:
+            UserError: memory does not suffice for a single answer.
+        """
+        model = self.model_with(adapter)
+        done: dict[int, Completion] = {}
+        rows = at_once or self.rows
+        while True:
+            left = [index for index in range(len(requests)) if index not in done]
+
+            def keep(place: int, completion: Completion, left: list[int] = left) -> None:
+                done[left[place]] = completion
+                on_finished(left[place], completion)
+
+            decoded = partial(
+                generate,
+                model,
+                [requests[index] for index in left],
+                stop_ids=stop_ids,
+                pad_id=self._chat.tokenizer.pad_token_id,
+                batch_size=rows,
+                decode=self._chat.text,
+                on_finished=keep,
+            )
+            if in_memory(decoded)[0]:
+                return [done[index] for index in range(len(requests))]
+            if rows == 1:
+                raise UserError(
+                    "Not enough memory to decode a single answer",
+                    where="evaluate.batch_size",
+                    fix="Free memory, shorten the prompt or evaluate.max_new_tokens, or set train.quantization: nf4.",
+                )
+            rows //= 2
+            self._reporter.warn(f"Memory ran out with {2 * rows} rows at once. Decoding continues with {rows}.")
+            if at_once is None:
+                self.rows = rows

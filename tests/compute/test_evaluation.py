@@ -1,0 +1,243 @@
+"""Evaluations on a Ray cluster of several raylets on this machine: the same evidence as without, also after a loss."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import psutil
+import pytest
+from data_helpers import Listener
+from raylets import raylets, token_required
+
+from command_line import tiny_project
+from tunewright.api import Project
+from tunewright.compute import open_model_workers
+from tunewright.config import Config
+from tunewright.config.compute import ComputeConfig
+from tunewright.config.project import ProjectFolder
+from tunewright.core.errors import UserError
+from tunewright.core.progress import LogTask, Task
+from tunewright.models.bases import Base, base_here, resolve_base
+
+pytestmark = pytest.mark.ray
+
+WAIT_S = 240
+EVALUATE = "  batch_size: 2\n  max_new_tokens: 24\n  finalists: 1\n"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def token() -> Iterator[None]:
+    with token_required():
+        yield
+
+
+@pytest.fixture(scope="module")
+def machines(token: None) -> Iterator[Any]:
+    """A cluster of two machines with a CPU each."""
+    with raylets() as cluster:
+        cluster.add_node(num_cpus=1)
+        cluster.add_node(num_cpus=1)
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
+    """A project with an adapter and nothing answered yet."""
+    folder = tiny_project(tmp_path_factory.mktemp("trained") / "project", tiny_base_folder, count=80)
+    config = (folder / "tunewright.yaml").read_text()
+    (folder / "tunewright.yaml").write_text(
+        config.replace("evaluate:\n", f"evaluate:\n{EVALUATE}", 1).replace("[1, 2]", "[1]")
+    )
+    project = Project(ProjectFolder(folder))
+    project.data.add([folder / "pairs.jsonl"])
+    project.train()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def without(trained: Path) -> dict[str, Any]:
+    """The results of the project without a cluster."""
+    folder = _copied(trained, trained.parent / "without")
+    Project(ProjectFolder(folder)).evaluate()
+    return _results(folder)
+
+
+@pytest.fixture
+def project(trained: Path, tmp_path: Path) -> Path:
+    return _copied(trained, tmp_path / "project")
+
+
+def _copied(trained: Path, folder: Path) -> Path:
+    shutil.copytree(trained, folder, ignore=shutil.ignore_patterns(".tunewright"))
+    return folder
+
+
+def _results(folder: Path) -> dict[str, Any]:
+    """The evidence without times, the items, and the answers of each journal."""
+    (evaluation,) = (folder / "evaluations").glob("[!.]*/evidence.json")
+    evidence = json.loads(evaluation.read_text())
+    del evidence["lineage"]["created"], evidence["opening"]
+    return {
+        "evidence": evidence,
+        "items": evaluation.with_name("items.jsonl").read_text(),
+        "answers": {name: sorted(lines) for name, lines in _journals(folder).items()},
+    }
+
+
+def _journals(folder: Path) -> dict[str, list[str]]:
+    files = (folder / ".tunewright" / "generations").glob("*.jsonl")
+    return {file.name: [line for line in file.read_text().split("\n") if line] for file in files}
+
+
+def test_evaluation_is_the_same_on_a_cluster(machines: Any, without: dict[str, Any], project: Path) -> None:
+    heard = Listener()
+    Project(ProjectFolder(project).on_cluster("auto"), heard).evaluate()
+    assert "Cluster: 2 workers with 1 thread" in heard.said
+    assert _results(project) == without
+    assert without["evidence"]["noise_floor"]["items"]
+    assert len(without["answers"]) == 2  # of the base, and of the adapter
+
+
+class _Answering(Listener):
+    """A reporter that calls a function at the first answer of an arm."""
+
+    def __init__(self, arm: str, then: Callable[[], None]) -> None:
+        super().__init__()
+        self.arm, self.then, self.called = arm, then, False
+
+    @contextmanager
+    def task(self, title: str, total: int, unit: str) -> Iterator[Task]:
+        answering = self
+
+        class Watching(LogTask):
+            def advance(self, steps: int = 1, note: str = "") -> None:
+                if answering.arm in note and not answering.called:
+                    answering.called = True
+                    answering.then()
+
+        yield Watching()
+
+
+def _switch_off_the_busy_one(cluster: Any, machines: Sequence[Any]) -> None:
+    """Kill everything on the machine that computes a part, once it does."""
+    until = time.monotonic() + WAIT_S
+    while time.monotonic() < until:
+        for machine in machines:
+            (raylet,) = machine.all_processes["raylet"]
+            processes = psutil.Process(raylet.process.pid).children(recursive=True)
+            # Ray names its processes so while they compute.
+            if any("ray::_Actor.run" in _name(process) for process in processes):
+                # The raylet's workers would notice its end seconds later.
+                for process in processes:
+                    process.kill()
+                cluster.remove_node(machine, allow_graceful=False)
+                return
+        time.sleep(0.005)
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
+
+
+def test_evaluation_is_the_same_when_the_machine_that_answers_is_killed(
+    without: dict[str, Any], project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (project / "tunewright.yaml").open("a") as file:
+        file.write("compute: {workers: 1}\n")
+    with raylets() as cluster:
+        nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+        kill = Thread(target=_switch_off_the_busy_one, args=(cluster, nodes))
+        heard = _Answering("tuned on test", kill.start)
+        Project(ProjectFolder(project).on_cluster("auto"), heard).evaluate()
+        kill.join()
+    assert [text for text in heard.warned if "lost a worker" in text] == [
+        "The cluster lost a worker: its part is computed again by another."
+    ]
+    assert _results(project) == without
+    assert capsys.readouterr().out == ""
+
+
+def _command(folder: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "tunewright", "evaluate", "--cluster", "auto", "--json"],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_killed_command_resumes_and_answers_nothing_twice(
+    machines: Any, without: dict[str, Any], project: Path
+) -> None:
+    killed = _command(project)
+    until = time.monotonic() + WAIT_S
+    while sum(map(len, _journals(project).values())) < 10:
+        assert killed.poll() is None, killed.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    before = _journals(project)
+    assert not list((project / "evaluations").glob("[!.]*/evidence.json"))
+    again = _command(project)
+    _, err = again.communicate(timeout=WAIT_S)
+    assert again.returncode == 0, err
+    assert _results(project) == without
+    after = _journals(project)
+    assert all(after[name][: len(lines)] == lines for name, lines in before.items())
+    assert all(len(set(lines)) == len(lines) for lines in after.values())
+
+
+def _open(base: Base, **compute: Any) -> Any:
+    config = Config(compute=ComputeConfig(cluster="auto", **compute))
+    return open_model_workers(config, base_here, base, Listener())
+
+
+def test_machine_without_the_base_is_refused_before_work(tiny_base_folder: Path, tmp_path: Path) -> None:
+    commit = "0" * 40
+    snapshot = tmp_path / "cache" / "models--someone--tiny" / "snapshots" / commit
+    shutil.copytree(tiny_base_folder, snapshot)
+    base = replace(resolve_base(str(tiny_base_folder), None, tmp_path, Listener()), spec="someone/tiny", commit=commit)
+    with raylets() as cluster:
+        cluster.add_node(num_cpus=1, env_vars={"HF_HUB_CACHE": str(tmp_path / "cache")})
+        with _open(base) as workers:
+            assert (workers.count, workers.device, workers.threads) == (1, "cpu", 1)
+        cluster.add_node(num_cpus=1, env_vars={"HF_HUB_CACHE": str(tmp_path / "empty")})
+        wanted = r"The machine .*: The base someone/tiny is not in its hub cache\nDownload it there: hf download"
+        with pytest.raises(UserError, match=wanted), _open(base):
+            pass
+
+
+def test_workers_on_gpus_that_torch_cannot_use_are_refused(project: Path) -> None:
+    with raylets() as cluster:
+        cluster.add_node(num_cpus=2, num_gpus=1)
+        heard = Listener()
+        with pytest.raises(UserError, match="computes on cpu, and the cluster's workers are on cuda"):
+            Project(ProjectFolder(project).on_cluster("auto"), heard).prompting()
+    assert "Cluster: 1 worker with a GPU" in heard.said
+
+
+def test_too_few_workers_are_refused(machines: Any, tiny_base_folder: Path, tmp_path: Path) -> None:
+    base = resolve_base(str(tiny_base_folder), None, tmp_path, Listener())
+    with (
+        pytest.raises(UserError, match=r"has room for 2 workers with 1 thread \(compute\.workers: 3\)"),
+        _open(base, workers=3),
+    ):
+        pass
