@@ -292,13 +292,14 @@ def _packed(value: Any) -> _Packed:
     because Ray's client cannot forward other buffers.
     """
     buffers: list[pickle.PickleBuffer] = []
-    data = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
-    return [numpy.frombuffer(part, dtype=numpy.uint8) for part in (data, *(buffer.raw() for buffer in buffers))]
+    parts = [memoryview(pickle.dumps(value, protocol=5, buffer_callback=buffers.append))]
+    parts += [buffer.raw() for buffer in buffers]
+    return [numpy.frombuffer(part, dtype=numpy.uint8) for part in parts]
 
 
 def _unpacked(packed: _Packed) -> Any:
     data, *arrays = packed
-    return pickle.loads(data, buffers=arrays)
+    return pickle.loads(memoryview(data), buffers=arrays)
 
 
 class _RayWorkers:
