@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import yaml
 
 from command_line import parsed
-from deploy_files import DEPLOY, documents, ran, require_metrics, require_route, require_server, tool
+from deploy_files import DEPLOY, documents, options, ran, require_metrics, require_route, require_server, tool
 
 CHART = DEPLOY / "chart"
 EVERYTHING = (
@@ -24,7 +25,17 @@ EVERYTHING = (
     "server.engine=vllm",
     "server.port=8080",
 )
+RAY = ("training.enabled=true", "training.ray.enabled=true", "hub.tokenSecret.name=hub")
 KUBERNETES = ("1.30", "1.37")
+RAY_JOB = {
+    "entrypoint",
+    "submissionMode",
+    "backoffLimit",
+    "shutdownAfterJobFinishes",
+    "ttlSecondsAfterFinished",
+    "rayClusterSpec",
+}
+"""Those fields of KubeRay's RayJobSpec (v1.7) that the chart sets."""
 
 
 def _rendered(*values: str) -> list[dict[str, Any]]:
@@ -38,7 +49,14 @@ def _of(kind: str, rendered: list[dict[str, Any]], ending: str = "") -> dict[str
 
 
 def _pods(rendered: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [each["spec"]["template"]["spec"] for each in rendered if each["kind"] in {"Deployment", "Job"}]
+    own = [each["spec"]["template"]["spec"] for each in rendered if each["kind"] in {"Deployment", "Job"}]
+    clusters = [each["spec"]["rayClusterSpec"] for each in rendered if each["kind"] == "RayJob"]
+    return own + [group["template"]["spec"] for cluster in clusters for group in _groups(cluster)]
+
+
+def _groups(cluster: dict[str, Any]) -> list[dict[str, Any]]:
+    """The head of a Ray cluster, and its workers."""
+    return [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
 
 
 def test_helm_lint_accepts_the_chart() -> None:
@@ -81,8 +99,8 @@ def test_server_has_time_to_drain() -> None:
 
 
 def test_every_pod_runs_without_rights_on_a_root_that_it_cannot_write() -> None:
-    pods = _pods(_rendered(*EVERYTHING))
-    assert len(pods) == 3
+    pods = _pods(_rendered(*EVERYTHING)) + _pods(_rendered(*RAY))
+    assert len(pods) == 6
     for pod in pods:
         assert pod["securityContext"]["runAsNonRoot"]
         assert pod["automountServiceAccountToken"] is False
@@ -94,7 +112,7 @@ def test_every_pod_runs_without_rights_on_a_root_that_it_cannot_write() -> None:
 
 
 def test_passwords_are_references_and_the_url_has_none() -> None:
-    rendered = _rendered(*EVERYTHING)
+    rendered = _rendered(*EVERYTHING) + _rendered(*RAY)
     assert not [each for each in rendered if each["kind"] == "Secret"]
     for pod in _pods(rendered):
         for variable in pod["containers"][0]["env"]:
@@ -148,6 +166,48 @@ def test_training_starts_train_and_stops_after_bad_input(processes: int, start: 
     assert failed["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [2, 3, 4]}
 
 
+def test_ray_job_trains_on_several_machines_with_a_token() -> None:
+    """Fields as the reference of KubeRay's API has them: its schema is not installed here."""
+    rendered = _rendered(*RAY, "training.ray.workers=3")
+    assert not [each for each in rendered if each["kind"] == "Job"]
+    job = _of("RayJob", rendered)
+    assert job["apiVersion"] == "ray.io/v1"
+    spec = job["spec"]
+    assert set(spec) <= RAY_JOB
+    assert parsed(spec["entrypoint"]) == ("train",)
+    assert options(spec["entrypoint"].split())["--cluster"] == "auto"
+    cluster = spec["rayClusterSpec"]
+    assert set(cluster) <= {"rayVersion", "authOptions", "headGroupSpec", "workerGroupSpecs"}
+    assert cluster["authOptions"] == {"mode": "token", "secretName": "tunewright-ray"}
+    assert cluster["headGroupSpec"]["rayStartParams"] == {"num-cpus": "0"}
+    (group,) = cluster["workerGroupSpecs"]
+    assert set(group) <= {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"}
+    assert [group[name] for name in ("replicas", "minReplicas", "maxReplicas")] == [3, 3, 3]
+    for each in _groups(cluster):
+        (container,) = each["template"]["spec"]["containers"]
+        project = [mount for mount in container["volumeMounts"] if mount["name"] == "project"]
+        assert project == [{"name": "project", "mountPath": "/project", "subPath": ""}]
+        assert each["template"]["metadata"]["labels"]["app.kubernetes.io/component"] == "ray"
+
+
+def test_only_ray_and_its_operator_reach_ray() -> None:
+    rendered = _rendered(*RAY)
+    policy = _of("NetworkPolicy", rendered, "-ray")["spec"]
+    labels = policy["podSelector"]["matchLabels"]
+    for group in _groups(_of("RayJob", rendered)["spec"]["rayClusterSpec"]):
+        assert labels.items() <= group["template"]["metadata"]["labels"].items()
+    among, operator = policy["ingress"]
+    assert among == {"from": [{"podSelector": {"matchLabels": labels}}]}
+    assert operator["ports"] == [{"protocol": "TCP", "port": 8265}]
+    assert operator["from"]
+
+
+def test_ray_version_is_that_of_the_extra() -> None:
+    project = tomllib.loads((DEPLOY.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    version = _of("RayJob", _rendered(*RAY))["spec"]["rayClusterSpec"]["rayVersion"]
+    assert project["ray"] == [f"ray[client]=={version}"]
+
+
 def test_autoscalers_ask_for_metrics_that_exist() -> None:
     hpa = _of("HorizontalPodAutoscaler", _rendered("autoscaling.kind=hpa"))
     assert require_metrics(hpa["spec"]["metrics"][0]["pods"]["metric"]["name"]) == 1
@@ -159,9 +219,9 @@ def test_autoscalers_ask_for_metrics_that_exist() -> None:
 
 def test_environment_variables_are_read_by_the_software() -> None:
     source = "".join(path.read_text() for path in (DEPLOY.parent / "src" / "tunewright").rglob("*.py"))
-    libraries = {"PGPASSWORD", "HF_TOKEN", "OTEL_RESOURCE_ATTRIBUTES"}
-    """Read by libpq, huggingface_hub and OpenTelemetry's SDK."""
-    for pod in _pods(_rendered(*EVERYTHING)):
+    libraries = {"PGPASSWORD", "HF_TOKEN", "OTEL_RESOURCE_ATTRIBUTES", "RAY_USAGE_STATS_ENABLED"}
+    """Read by libpq, huggingface_hub, OpenTelemetry's SDK and Ray."""
+    for pod in _pods(_rendered(*EVERYTHING)) + _pods(_rendered(*RAY)):
         for variable in pod["containers"][0]["env"]:
             assert variable["name"] in libraries or f'"{variable["name"]}"' in source
 

@@ -26,7 +26,7 @@ from tunewright.data.versions import Member
 from tunewright.engines.choice import answer_engine
 from tunewright.evaluation import cluster_answers
 from tunewright.evaluation.cluster_answers import _parts
-from tunewright.evaluation.generations import Generator
+from tunewright.evaluation.generations import ArmPrompts, Generator
 from tunewright.evaluation.repeats import noise_floor
 from tunewright.generation.constraints import Grammar
 from tunewright.metrics import scorer_of
@@ -165,10 +165,26 @@ def test_base_here_and_in_workers_is_not_in_memory_at_once(base: Base, tmp_path:
     assert not generator._embedded.loaded
 
 
-def test_schedule_counts_workers_that_take_part(base: Base, tmp_path: Path) -> None:
-    assert _generator(base, tmp_path).parts_at_once(100) == 1
-    generator = _generator(base, tmp_path, PickledModels())
-    assert [generator.parts_at_once(answers) for answers in (0, 1, 8, 9, 100)] == [1, 1, 1, 2, 2]
+def test_arms_are_answered_together_and_no_prompt_twice(base: Base, adapter: Adapter, tmp_path: Path) -> None:
+    here, workers = _generator(base, tmp_path / "here"), PickledModels()
+    there = _generator(base, tmp_path / "there", workers)
+    prompts = _prompts(here, 20)
+    arms = [
+        ArmPrompts("zero-shot", prompts[:10]),
+        ArmPrompts("tuned", prompts[:9], adapter),
+        ArmPrompts("retrieved-1", [*prompts[5:], prompts[19]]),
+    ]
+    there.answer_together(arms, 8)
+    assert workers.sizes == [5, 5, 5, 4, 5, 5]
+    here.answer_together(arms, 8)
+    assert not here.folder.exists()
+    for arm in arms:
+        given = there.answer(arm.title, arm.prompts, 8, arm.adapter)
+        assert given == here.answer(arm.title, arm.prompts, 8, arm.adapter)
+    assert len(workers.sizes) == 6
+    assert (here.workers_at_once, there.workers_at_once) == (1, 2)
+    assert isinstance(there.reporter, Listener)
+    assert there.reporter.steps == {"zero-shot": (10, 10), "tuned": (9, 9), "retrieved-1": (10, 10)}
 
 
 def test_worker_warns_through_the_command(base: Base, tmp_path: Path) -> None:

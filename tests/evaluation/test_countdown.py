@@ -48,6 +48,22 @@ def test_countdown_weights_slow_answers_more() -> None:
     assert reporter.steps[-1] == (100, "20 of 20 answers, retrieved-8 on dev")
 
 
+def test_countdown_counts_arms_that_are_answered_at_once() -> None:
+    reporter = _Seen()
+    countdown = Countdown(reporter)
+    countdown.plan("first", [Work("zero-shot on dev", 10, 0, 1.0), Work("retrieved-8 on dev", 10, 0, 9.0)])
+    with countdown.shown():
+        with countdown.arm("zero-shot on dev", 10) as fast, countdown.arm("retrieved-8 on dev", 10) as slow:
+            slow.advance(5)
+            fast.advance(10)
+            slow.advance(5)
+        with countdown.arm("noise floor", 4) as task:
+            task.advance(4)
+    assert (45, "5 of 20 answers, retrieved-8 on dev") in reporter.steps
+    assert (55, "15 of 20 answers, zero-shot on dev") in reporter.steps
+    assert (100, "20 of 20 answers, retrieved-8 on dev") in reporter.steps
+
+
 def test_countdown_starts_with_stored_answers_done() -> None:
     reporter = _Seen()
     countdown = Countdown(reporter)

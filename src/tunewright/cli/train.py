@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     app,
     "train",
     panel=TRAIN,
+    cluster=True,
     example="tunewright train --sweep --minutes 60 --write",
     kept=RESUMES,
     together=lambda options: not options["sweep"] and not options["curve"],

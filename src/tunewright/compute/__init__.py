@@ -1,11 +1,11 @@
-"""The workers that ``compute.cluster`` asks for. Three modules import Ray, and only the functions here import them."""
+"""The workers that ``compute.cluster`` asks for. Four modules import Ray, and only the functions here import them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from tunewright.config import Config
 from tunewright.core.errors import UserError
@@ -13,6 +13,9 @@ from tunewright.core.progress import Reporter
 from tunewright.core.workers import THIS_PROCESS, ModelWorkers, Workers
 
 Needed = TypeVar("Needed")
+
+if TYPE_CHECKING:
+    from tunewright.compute.worker_group import WorkerGroup
 
 
 @contextmanager
@@ -58,6 +61,26 @@ def open_model_workers(
 
     with open_actors(config, torch.get_num_threads(), check, needed, reporter) as workers:
         yield workers
+
+
+@contextmanager
+def open_group(config: Config, reporter: Reporter) -> Iterator[WorkerGroup | None]:
+    """Yield the processes of ``compute.cluster`` that compute one thing together.
+
+    They are as many as ``compute.workers``, or one for each GPU. None: there is no cluster, or it has no GPU and the
+    config asks for one process at most.
+
+    Raises:
+        UserError: as for :func:`open_workers`, or too few GPUs.
+    """
+    if config.compute.cluster is None:
+        yield None
+        return
+    _require_ray()
+    from tunewright.compute.worker_group import open_group as opened
+
+    with opened(config, reporter) as group:
+        yield group
 
 
 def _require_ray() -> None:

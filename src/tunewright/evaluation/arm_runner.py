@@ -23,7 +23,7 @@ from tunewright.evaluation.answer_journal import Answer
 from tunewright.evaluation.arms import TUNED, ZERO_SHOT, ArmPlan, Instruction, find_instruction, prompting_arms
 from tunewright.evaluation.demonstrations import Demonstrations, with_demonstrations
 from tunewright.evaluation.embeddings import Embeddings
-from tunewright.evaluation.generations import Generator, Prompt
+from tunewright.evaluation.generations import ArmPrompts, Generator, Prompt
 from tunewright.evaluation.optimized_prompts import find_optimized
 from tunewright.evidence.prompt_optimization import OptimizedPrompt
 from tunewright.evidence.schema import SCHEMA_VERSION, Arm
@@ -184,6 +184,32 @@ class ArmRunner:
         return self.generator.answer(
             title, prompts, self.limit, adapter if plan.adapted else None, constrained=plan.constrained
         )
+
+    def answer_together(
+        self, arms: Sequence[tuple[ArmPlan, Adapter | None]], members: Sequence[Member], split: str
+    ) -> None:
+        """Have the workers of a cluster answer several arms at once; :meth:`answers` finds the answers in the journal.
+
+        Args:
+            arms: plans that fit the context, each with the adapter that answers adapted plans.
+            members: the rows.
+            split: the name of their split.
+
+        Raises:
+            UserError: a row does not fit the base's context even alone.
+        """
+        if self.generator.workers is None:
+            return
+        asked = [
+            ArmPrompts(
+                f"{plan.name} on {split}",
+                self.prompts(plan, members)[0],
+                adapter if plan.adapted else None,
+                constrained=plan.constrained,
+            )
+            for plan, adapter in arms
+        ]
+        self.generator.answer_together(asked, self.limit)
 
     def prompts(self, plan: ArmPlan, members: Sequence[Member]) -> tuple[list[Prompt], int]:
         """Return the prompts of these rows, and the number that show fewer demonstrations to fit the context.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -55,11 +55,12 @@ class WorkerModel:
     grammar: Grammar | CallGrammars | None
     threads: int | None
     """Threads of a CPU's computations; None: with a GPU they decide nothing."""
-    adapter: AdapterFiles | None = None
+    adapters: Mapping[str, AdapterFiles] = field(default_factory=dict)
+    """By the name that requests give."""
 
     @cached_property
     def key(self) -> str:
-        """Digest of everything but the adapter, which is added to a loaded base."""
+        """Digest of everything but the adapters, which are added to a loaded base."""
         rule = None if self.grammar is None else self.grammar.rule
         decides = [self.base.digest, self.chat.digest, self.dtype, self.quantization, self.batch_size, rule]
         return digest(decides)
@@ -82,6 +83,37 @@ class RequestBatch:
     at_once: int | None = None
 
 
+@dataclass(frozen=True)
+class ArmRequests:
+    """The requests of an arm.
+
+    Args:
+        requests: what to complete.
+        functions: the functions that each prompt declares.
+        on_finished: called with a request's index and its completion as soon as its batch is complete.
+        stop_ids: tokens that end an answer.
+        adapter: the adapter that the requests name.
+        at_once: number of rows that decode together in one worker; None: the model's batch size.
+    """
+
+    requests: Sequence[Request]
+    functions: Sequence[Message | None]
+    on_finished: Callable[[int, Completion], None]
+    stop_ids: frozenset[int]
+    adapter: Adapter | None = None
+    at_once: int | None = None
+
+    def batch(self, places: range) -> RequestBatch:
+        """Return some of the requests, as a worker gets them."""
+        constrained = any(request.constraint is not None for request in self.requests)
+        return RequestBatch(
+            [replace(self.requests[place], constraint=None) for place in places],
+            [self.functions[place] for place in places] if constrained else None,
+            self.stop_ids,
+            self.at_once,
+        )
+
+
 class ClusterAnswers:
     """Requests answered by the workers of a cluster, each with the base in its own memory.
 
@@ -96,53 +128,29 @@ class ClusterAnswers:
         self._model = replace(model, threads=workers.threads)
         self._reporter = reporter
 
-    def parts_at_once(self, answers: int) -> int:
-        """Return the number of workers that take part in an arm of this many answers."""
-        return max(1, min(self.workers.count, sum(1 for _ in _parts(answers, _FULL_BATCHES * self._model.batch_size))))
-
-    def generate(
-        self,
-        requests: Sequence[Request],
-        on_finished: Callable[[int, Completion], None],
-        *,
-        stop_ids: frozenset[int],
-        functions: Sequence[Message | None],
-        adapter: Adapter | None = None,
-        at_once: int | None = None,
-    ) -> list[Completion]:
-        """Answer all requests, and return the completions in the requests' order.
-
-        Args:
-            requests: what to complete.
-            on_finished: called with a request's index and its completion as soon as its batch is complete.
-            stop_ids: tokens that end an answer.
-            functions: the functions that each prompt declares.
-            adapter: the adapter that the requests name.
-            at_once: number of rows that decode together in one worker (None: the model's batch size).
+    def generate(self, arms: Sequence[ArmRequests]) -> list[list[Completion]]:
+        """Answer the requests of all arms at once, and return each arm's completions in their order.
 
         Raises:
             UserError: a worker cannot load the model, or the cluster loses a batch again and again.
         """
-        constrained = any(request.constraint is not None for request in requests)
-        places = list(_parts(len(requests), _FULL_BATCHES * (at_once or self._model.batch_size)))
-        batches = [
-            RequestBatch(
-                [replace(requests[place], constraint=None) for place in part],
-                [functions[place] for place in part] if constrained else None,
-                stop_ids,
-                at_once,
-            )
-            for part in places
+        parts = [
+            (number, places)
+            for number, arm in enumerate(arms)
+            for places in _parts(len(arm.requests), _FULL_BATCHES * (arm.at_once or self._model.batch_size))
         ]
-        model = replace(self._model, adapter=None if adapter is None else AdapterFiles.of(adapter))
-        done: dict[int, Completion] = {}
-        for number, (completions, warned) in self.workers.each(answer_batch, model, batches, RequestBatch([])):
+        adapters = {arm.adapter.name: AdapterFiles.of(arm.adapter) for arm in arms if arm.adapter is not None}
+        batches = [arms[number].batch(places) for number, places in parts]
+        done: list[dict[int, Completion]] = [{} for _ in arms]
+        model = replace(self._model, adapters=adapters)
+        for part, (completions, warned) in self.workers.each(answer_batch, model, batches, RequestBatch([])):
             for message in warned:
                 self._reporter.warn(message)
-            for place, completion in zip(places[number], completions, strict=True):
-                done[place] = completion
-                on_finished(place, completion)
-        return [done[place] for place in range(len(requests))]
+            number, places = parts[part]
+            for place, completion in zip(places, completions, strict=True):
+                done[number][place] = completion
+                arms[number].on_finished(place, completion)
+        return [[done[number][place] for place in range(len(arm.requests))] for number, arm in enumerate(arms)]
 
 
 def _parts(count: int, size: int) -> Iterator[range]:
@@ -214,9 +222,9 @@ def answer_batch(model: WorkerModel, batch: RequestBatch) -> tuple[list[Completi
         _loaded[model.key] = _Loaded(model)
     loaded = _loaded[model.key]
     loaded.answers.model_with()
-    if model.adapter is not None:
-        loaded.add(model.adapter)
     requests = batch.requests
+    for name in {request.adapter for request in requests if request.adapter is not None}:
+        loaded.add(model.adapters[name])
     if batch.functions is not None:
         assert loaded.constraints is not None
         rows = zip(requests, batch.functions, strict=True)

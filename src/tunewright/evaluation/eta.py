@@ -47,8 +47,8 @@ class Countdown:
         self._reporter = reporter
         self._stages: dict[str, list[Work]] = {}
         self._done: list[Work] = []
-        self._answered = 0
-        """Answers of the arm in progress."""
+        self._answered: dict[Work, int] = {}
+        """Answers of the arms in progress."""
         self._task: Task | None = None
         self._shown = 0
 
@@ -72,7 +72,7 @@ class Countdown:
         planned, done = self.works, self._done
         kept = sum(work.kept for work in [*planned, *done])
         finished = sum(work.answers for work in done)
-        return kept + finished + self._answered, kept + finished + sum(work.answers for work in planned)
+        return kept + finished + sum(self._answered.values()), kept + finished + sum(work.answers for work in planned)
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -82,14 +82,17 @@ class Countdown:
             return
         with self._reporter.task("All answers", _PARTS, "percent") as task:
             self._task, self._shown = task, 0
-            self._advance(0.0, "")
+            self._advance("")
             try:
                 yield
             finally:
                 self._task = None
 
     def arm(self, title: str, missing: int) -> AbstractContextManager[Task]:
-        """Show the progress of one arm's answers, as a part of the whole display where there is one."""
+        """Show the progress of one arm's answers, as a part of the whole display where there is one.
+
+        Several arms may be in progress at once.
+        """
         return self._reporter.task(title, missing, "answers") if self._task is None else self._within(title, missing)
 
     @contextmanager
@@ -100,12 +103,14 @@ class Countdown:
             self._stages[stage][self._stages[stage].index(planned)] = work
         else:
             self._stages.setdefault(stage, []).append(work)
-        self._answered = 0
-        yield _ArmTask(self, work)
+        self._answered[work] = 0
+        try:
+            yield _ArmTask(self, work)
+        finally:
+            del self._answered[work]
         self._stages[stage].remove(work)
         self._done.append(work)
-        self._answered = 0
-        self._advance(0.0, title)
+        self._advance(title)
 
     def _find(self, title: str) -> tuple[str, Work | None]:
         for stage, works in self._stages.items():
@@ -115,13 +120,14 @@ class Countdown:
         return "", None
 
     def answered(self, work: Work, steps: int) -> None:
-        """Count answers of the arm in progress."""
-        self._answered += steps
-        self._advance(self._answered * work.seconds, work.title)
+        """Count answers of an arm in progress."""
+        self._answered[work] += steps
+        self._advance(work.title)
 
-    def _advance(self, here: float, title: str) -> None:
+    def _advance(self, title: str) -> None:
         assert self._task is not None
-        done = sum(work.left + work.kept * work.seconds for work in self._done) + here
+        done = sum(work.left + work.kept * work.seconds for work in self._done)
+        done += sum(count * work.seconds for work, count in self._answered.items())
         done += sum(work.kept * work.seconds for work in self.works)
         whole = sum((work.answers + work.kept) * work.seconds for work in [*self.works, *self._done])
         percent = min(int(_PARTS * done / whole), _PARTS) if whole else 0

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tunewright.adapters.registry import Adapter
 from tunewright.chat import ChatFormat
@@ -26,7 +26,7 @@ from tunewright.engines.choice import EMBEDDED, AnswerEngine, answer_engine
 from tunewright.engines.vllm.answers import VllmAnswers
 from tunewright.evaluation.answer_constraints import AnswerConstraints, grammar_of
 from tunewright.evaluation.answer_journal import ENGINE, VLLM, Answer, Decoding, appending, read_answers
-from tunewright.evaluation.cluster_answers import ClusterAnswers, WorkerModel
+from tunewright.evaluation.cluster_answers import ArmRequests, ClusterAnswers, WorkerModel
 from tunewright.evaluation.embedded_answers import EmbeddedAnswers
 from tunewright.evaluation.eta import Countdown
 from tunewright.evidence.common import EngineUsed
@@ -41,6 +41,23 @@ _version = cache(version)
 _PACKAGES = ("torch", "transformers", "tokenizers", "peft")
 
 Prompt = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ArmPrompts:
+    """The prompts of an arm.
+
+    Args:
+        title: of its progress display.
+        prompts: they may repeat.
+        adapter: the adapter that answers; None: the base.
+        constrained: answers match the grammar.
+    """
+
+    title: str
+    prompts: Sequence[Prompt]
+    adapter: Adapter | None = None
+    constrained: bool = False
 
 
 class Generator:
@@ -165,9 +182,10 @@ class Generator:
         """Number of rows that decode at once, in each worker of a cluster."""
         return self._embedded.rows if self._vllm is None else self._vllm.rows
 
-    def parts_at_once(self, answers: int) -> int:
-        """Return how many workers answer at once if this many answers are missing: 1 without a cluster."""
-        return 1 if self._cluster is None else self._cluster.parts_at_once(answers)
+    @property
+    def workers_at_once(self) -> int:
+        """Number of workers that answer at once: 1 without a cluster."""
+        return 1 if self.workers is None else self.workers.count
 
     @cached_property
     def constraints(self) -> AnswerConstraints | None:
@@ -192,6 +210,36 @@ class Generator:
                 requests = self.requests(missing, max_new_tokens, adapter, constrained=constrained)
                 known |= self._journalled(journal, requests, adapter, task.advance)
         return self._as_answers(prompts, known)
+
+    def answer_together(self, arms: Sequence[ArmPrompts], max_new_tokens: int) -> None:
+        """Have the workers of a cluster compute the missing answers of several arms at once, into the journals.
+
+        Without a cluster nothing is computed: arms are answered one after the other, by :meth:`answer`.
+        """
+        if self._cluster is None:
+            return
+        known: dict[Path, set[str]] = {}
+        with ExitStack() as stack:
+            files: dict[Path, TextIO] = {}
+            asked = []
+            for arm in arms:
+                journal = self._journal(max_new_tokens, arm.adapter, constrained=arm.constrained)
+                if journal not in known:
+                    known[journal] = {key for key, _ in read_answers(journal)}
+                missing = sorted({prompt for prompt in arm.prompts if digest(prompt) not in known[journal]})
+                if not missing:
+                    continue
+                # An arm with the same prompts finds these answers in the journal.
+                known[journal] |= {digest(prompt) for prompt in missing}
+                if journal not in files:
+                    stack.enter_context(writing(journal))
+                    files[journal] = stack.enter_context(appending(journal))
+                task = stack.enter_context(self.countdown.arm(arm.title, len(missing)))
+                requests = self.requests(missing, max_new_tokens, arm.adapter, constrained=arm.constrained)
+                keep = self._keeping(files[journal], requests, {}, task.advance)
+                asked.append(self._of_arm(requests, keep, self.chat.stop_ids, arm.adapter, None))
+            if asked:
+                self._by_workers(asked)
 
     def kept(self, max_new_tokens: int, adapter: Adapter | None = None, *, constrained: bool = False) -> frozenset[str]:
         """Return the digests of the prompts that already have an answer in the journal."""
@@ -244,22 +292,29 @@ class Generator:
         """
         found: dict[str, tuple[str, bool]] = {}
         with writing(journal), appending(journal) as file:
-
-            def keep(index: int, completion: Completion) -> None:
-                key = digest(requests[index].prompt_ids)
-                found[key] = self.text(requests[index].prompt_ids, completion), completion.finish == "length"
-                if key not in known:
-                    file.write(
-                        json.dumps(
-                            {"prompt": key, "text": found[key][0], "truncated": found[key][1]}, ensure_ascii=False
-                        )
-                        + "\n"
-                    )
-                    file.flush()
-                advance()
-
-            self.generate(requests, keep, adapter=adapter)
+            self.generate(requests, self._keeping(file, requests, found, advance, known), adapter=adapter)
         return found
+
+    def _keeping(
+        self,
+        file: TextIO,
+        requests: Sequence[Request],
+        found: dict[str, tuple[str, bool]],
+        advance: Callable[[], None],
+        known: frozenset[str] = frozenset(),
+    ) -> Callable[[int, Completion], None]:
+        """Return a function that adds a request's answer to ``found``, and to the journal unless it is ``known``."""
+
+        def keep(index: int, completion: Completion) -> None:
+            key = digest(requests[index].prompt_ids)
+            found[key] = self.text(requests[index].prompt_ids, completion), completion.finish == "length"
+            if key not in known:
+                row = {"prompt": key, "text": found[key][0], "truncated": found[key][1]}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.flush()
+            advance()
+
+        return keep
 
     def requests(
         self,
@@ -305,17 +360,9 @@ class Generator:
             UserError: vLLM does not start, dies, or cannot answer one of them; or the cluster cannot.
         """
         ends = self.chat.stop_ids if stop_ids is None else stop_ids
-        self._announce()
         if self._cluster is not None:
-            self._embedded.drop()
-            return self._cluster.generate(
-                requests,
-                on_finished,
-                stop_ids=ends,
-                functions=[self._functions.get(request.prompt_ids) for request in requests],
-                adapter=adapter,
-                at_once=at_once,
-            )
+            return self._by_workers([self._of_arm(requests, on_finished, ends, adapter, at_once)])[0]
+        self._announce()
         if self._vllm is not None:
             self._embedded.drop()
             return self._vllm.generate(
@@ -328,6 +375,23 @@ class Generator:
                 on_finished=on_finished,
             )
         return self._embedded.generate(requests, on_finished, stop_ids=ends, adapter=_named(adapter), at_once=at_once)
+
+    def _of_arm(
+        self,
+        requests: Sequence[Request],
+        on_finished: Callable[[int, Completion], None],
+        ends: frozenset[int],
+        adapter: Adapter | None,
+        at_once: int | None,
+    ) -> ArmRequests:
+        functions = [self._functions.get(request.prompt_ids) for request in requests]
+        return ArmRequests(requests, functions, on_finished, ends, adapter, at_once)
+
+    def _by_workers(self, arms: Sequence[ArmRequests]) -> list[list[Completion]]:
+        assert self._cluster is not None
+        self._announce()
+        self._embedded.drop()
+        return self._cluster.generate(arms)
 
     def write(
         self, requests: Sequence[Request], ends: frozenset[int], on_finished: Callable[[int, Completion], None]

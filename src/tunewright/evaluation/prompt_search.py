@@ -206,6 +206,7 @@ class _Choice:
             )
             if self._schedule is not None:
                 self._schedule.expect("finalists", going_on, dev, "dev", counted=len(first))
+            self._answer_together(going_on, dev)
             on_all = {plan: given for plan in going_on if (given := self._answers(plan, dev)) is not None}
             arms = self._scored(dev, on_all)[1]
         if not arms:
@@ -235,19 +236,27 @@ class _Choice:
     def _entrants(self, first: Sequence[Member]) -> dict[ArmPlan, list[Answer]]:
         """Return all arms' answers to the first items, and the best arm with the other instructions too."""
         answered: dict[ArmPlan, list[Answer]] = {}
-        for plan in self._arm_runner.prompting_arms:
-            if plan.name in self._left_out:
-                continue
+        plans = [plan for plan in self._arm_runner.prompting_arms if plan.name not in self._left_out]
+        self._answer_together(plans, first)
+        for plan in plans:
             if (given := self._answers(plan, first)) is not None:
                 answered[plan] = given
         with_shots = {plan: given for plan, given in answered.items() if plan.shots}
         optimized = self._arm_runner.optimized
         if with_shots and (self._settings.instructions or optimized):
             _, arms = self._scored(first, with_shots)
-            for plan in other_instructions(plan_of(self._best(arms)), self._settings, optimized):
+            others = other_instructions(plan_of(self._best(arms)), self._settings, optimized)
+            self._answer_together(others, first)
+            for plan in others:
                 if (given := self._answers(plan, first)) is not None:
                     answered[plan] = given
         return answered
+
+    def _answer_together(self, plans: Sequence[ArmPlan], members: Sequence[Member]) -> None:
+        """Have a cluster answer the arms that :meth:`_answers` does not leave out."""
+        if self._arm_runner.generator.workers is not None:
+            fitting = [plan for plan in plans if self._arm_runner.infeasible_reason(plan, members) is None]
+            self._arm_runner.answer_together([(plan, None) for plan in fitting], members, "dev")
 
     def _answers(self, plan: ArmPlan, members: Sequence[Member]) -> list[Answer] | None:
         why = self._arm_runner.infeasible_reason(plan, members)

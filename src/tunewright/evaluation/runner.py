@@ -303,6 +303,7 @@ def evaluate(arm_runner: ArmRunner, adapter: Adapter, advice: Advice) -> Evaluat
     if arm_runner.schedule is not None:
         arm_runner.schedule.expect("contest", settled.plans, test, "test", adapter)
     with arm_runner.generator.countdown.shown():
+        arm_runner.answer_together([(plan, settled.adapter_of(plan, adapter)) for plan in settled.plans], test, "test")
         answers = {
             plan.name: arm_runner.answers(plan, test, "test", settled.adapter_of(plan, adapter))
             for plan in settled.plans
@@ -337,6 +338,7 @@ def evaluate_on_dev(arm_runner: ArmRunner, adapter: Adapter, advice: Advice) -> 
         tuned = [plan for plan in settled.plans if plan.adapted]
         arm_runner.schedule.expect("contest", tuned, dev, "dev", adapter)
     with arm_runner.generator.countdown.shown():
+        arm_runner.answer_together([(plan, settled.adapter_of(plan, adapter)) for plan in settled.plans], dev, "dev")
         answers = {
             plan.name: arm_runner.answers(plan, dev, "dev", settled.adapter_of(plan, adapter)) for plan in settled.plans
         }

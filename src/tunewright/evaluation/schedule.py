@@ -415,7 +415,7 @@ class Schedule:
     def _seconds(self, load: _Load) -> float:
         assert self._speed is not None
         plain, shown = self._speed.answer_tokens
-        at_once = self._arm_runner.generator.parts_at_once(load.answers)
+        at_once = self._arm_runner.generator.workers_at_once
         if load.plan.adapted:
             return self._slower * self._speed.seconds(load.read, self._trained_length) / at_once
         return self._speed.seconds(load.read, shown if load.plan.shots else plain) / at_once

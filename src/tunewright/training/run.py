@@ -296,13 +296,13 @@ class Run:
         return arguments
 
 
-def micro_batch(settings: TrainConfig) -> int:
-    """Return the rows of one forward pass in one process.
+def micro_batch(settings: TrainConfig, processes: int | None = None) -> int:
+    """Return the rows of one forward pass in one of this many processes (None: those of this run).
 
     Raises:
         UserError: the processes cannot share a batch equally.
     """
-    count = distributed.world_size()
+    count = processes or distributed.world_size()
     share = settings.batch_size // count
     if settings.batch_size % count:
         raise UserError(

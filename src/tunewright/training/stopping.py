@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import FrameType
 from typing import Literal
 
@@ -19,8 +20,9 @@ GRACE_S = 3.0
 class StopRequest:
     """A request to stop the run, and the step after which it pauses in any case."""
 
-    def __init__(self, pause_after: int | None = None) -> None:
+    def __init__(self, pause_after: int | None = None, elsewhere: Callable[[], bool] = lambda: False) -> None:
         self.asked = False
+        self._elsewhere = elsewhere
         self.pause_after = pause_after
         self.phase: Literal["free", "step", "closed"] = "free"
         """Effect of a request: "free" interrupts now; "step" after `GRACE_S`; "closed" at the step's end, because
@@ -32,7 +34,7 @@ class StopRequest:
 
     def agreed(self) -> bool:
         """Return whether any process of the run was asked to stop; all of them must call this at the same places."""
-        self.asked = distributed.any_process(self.asked)
+        self.asked = distributed.any_process(self.asked or self._elsewhere())
         return self.asked
 
     def in_step(self) -> None:
@@ -66,13 +68,26 @@ class StopRequest:
             raise KeyboardInterrupt
 
 
+_asked_elsewhere: ContextVar[Callable[[], bool]] = ContextVar("asked_elsewhere", default=lambda: False)
+
+
+@contextmanager
+def stopped_from(asked: Callable[[], bool]) -> Iterator[None]:
+    """Stop the block's runs after the step at which ``asked`` returns True, for a process that gets no signals."""
+    before = _asked_elsewhere.set(asked)
+    try:
+        yield
+    finally:
+        _asked_elsewhere.reset(before)
+
+
 @contextmanager
 def stop_on_signal(pause_after: int | None = None) -> Iterator[StopRequest]:
     """Turn the first SIGINT or SIGTERM into a request; a second one interrupts at once.
 
-    Outside the main thread no signal handlers are set, and no request is ever made.
+    Outside the main thread no signal handlers are set: only `stopped_from` makes a request.
     """
-    request = StopRequest(pause_after)
+    request = StopRequest(pause_after, _asked_elsewhere.get())
 
     def ask(_number: int, _frame: FrameType | None) -> None:
         if request.asked:

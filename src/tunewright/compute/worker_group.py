@@ -1,0 +1,280 @@
+"""Processes of a cluster that compute one thing together, as torchrun starts them, through Ray Train.
+
+Ray Train places them, connects them (RANK, WORLD_SIZE, torch's process group) and, if one is lost, starts all of them
+again. What they compute resumes from its own checkpoints.
+"""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.exceptions import RayError
+from ray.train import (
+    ControllerError,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+    UserCallback,
+    WorkerGroupError,
+)
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.exceptions import RayTrainError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from tunewright.compute.cluster import (
+    WHERE,
+    Image,
+    Node,
+    asked,
+    connected,
+    image,
+    machines_with,
+    require_equal,
+    require_same,
+)
+from tunewright.compute.relay import Display, Inbox, RelayReporter
+from tunewright.config import Config
+from tunewright.core.errors import UserError
+from tunewright.core.progress import LogReporter, Reporter
+from tunewright.core.text import count_of
+
+_RESTARTS = 3
+"""Starts of all processes after the first, if one is lost."""
+_POLL_S = 0.25
+_LOOK_S = 5.0
+"""Time between two looks at the machines that are left."""
+_RESUMES = "The cluster lost a process of this run. All of them start again and resume from the last checkpoint."
+
+Together = Callable[[Any, Reporter, Callable[[], bool]], Any]
+"""Computes with the other processes, given an argument, where to report, and if a stop was asked for. The first
+process's result is that of the group. A stop raises KeyboardInterrupt in all of them, and the loss of another process
+ConnectionError."""
+
+
+@contextmanager
+def open_group(config: Config, reporter: Reporter) -> Iterator[WorkerGroup | None]:
+    """Connect to the cluster that the config names, check it, and yield its group; None if it has nothing for one.
+
+    Raises:
+        UserError: as for :func:`tunewright.compute.open_group`.
+    """
+    with connected(config):
+        kind = "GPU" if machines_with("GPU") else "CPU"
+        machines = machines_with(kind)
+        there = _total(kind, machines)
+        wanted = config.compute.workers
+        if kind == "CPU" and (wanted or 1) == 1:
+            yield None
+            return
+        if wanted is not None and wanted > there:
+            fix = "Lower compute.workers, or add machines to the cluster."
+            raise UserError(
+                f"Too few {kind}s in the cluster: {there} (compute.workers: {wanted})", where=WHERE, fix=fix
+            )
+        text = config.model_dump_json()
+        require_equal(machines, text)
+        group = WorkerGroup(wanted or there, kind, tuple(machines), image(text), text)
+        reporter.say(
+            f"Cluster: {count_of(len(machines), 'machine')}; {count_of(group.count, kind)}, each for one process"
+        )
+        yield group
+
+
+def _total(kind: str, machines: Sequence[Node]) -> int:
+    return sum(int(machine["Resources"].get(kind, 0)) for machine in machines)
+
+
+@dataclass(frozen=True)
+class WorkerGroup:
+    """Processes with a CPU or a GPU each.
+
+    Args:
+        count: their number.
+        kind: CPU or GPU.
+        machines: those that may run one.
+        image: what every machine must have, those that join later too.
+        config: the config, as the image's.
+    """
+
+    count: int
+    kind: str
+    machines: tuple[Node, ...]
+    image: Image
+    config: str
+
+    def ask(self, function: Callable[..., Any], *arguments: Any, seconds: float) -> dict[str, Any]:
+        """Call a function on every machine; return the answers by the machine's address.
+
+        Raises:
+            UserError: as the function raises it, with the machine's address, or a machine does not answer.
+        """
+        return dict(asked(self.machines, function, *arguments, seconds=seconds))
+
+    def run(
+        self, function: Together, argument: Any, storage: Path, reporter: Reporter, stop_asked: Callable[[], bool]
+    ) -> Any:
+        """Call a function in all processes, which compute together; return the first one's result.
+
+        Args:
+            function: the function of a module.
+            argument: what it needs.
+            storage: a folder that all machines see, for Ray Train's own files; removed at the end.
+            reporter: gets what the first process reports.
+            stop_asked: returns True once this command was asked to stop.
+
+        Raises:
+            UserError: as the function raises it, or the cluster has lost a process too often.
+            KeyboardInterrupt: stopped.
+        """
+        shutil.rmtree(storage, ignore_errors=True)  # left by a command that was killed
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        inbox = ray.remote(num_cpus=0, scheduling_strategy=here)(Inbox).remote()
+        work = _Work(function, argument, inbox, self.image, self.config)
+        run = _Run(self._trainer(work, storage))
+        display = Display(reporter, _RESUMES)
+        try:
+            self._wait(run, inbox, display, reporter, stop_asked)
+        finally:
+            display.close()
+            shutil.rmtree(storage, ignore_errors=True)
+        return _result(run)
+
+    def _trainer(self, work: _Work, storage: Path) -> Any:
+        # With FSDP a whole state dict passes through the CPU.
+        backend = "cuda:nccl,cpu:gloo" if self.kind == "GPU" else "gloo"
+        return TorchTrainer(
+            _process,
+            train_loop_config={"work": work},
+            torch_config=TorchConfig(backend=backend),
+            scaling_config=ScalingConfig(num_workers=self.count, use_gpu=self.kind == "GPU"),
+            run_config=RunConfig(
+                name=storage.name,
+                storage_path=str(storage.parent),
+                failure_config=FailureConfig(max_failures=_RESTARTS),
+                callbacks=[_UserErrorIsFinal()],
+            ),
+        )
+
+    def _wait(
+        self, run: _Run, inbox: Any, display: Display, reporter: Reporter, stop_asked: Callable[[], bool]
+    ) -> None:
+        """Report until the run has ended.
+
+        Raises:
+            KeyboardInterrupt: a stop was asked for before the processes could save anything.
+        """
+        told, looked, missing = False, time.monotonic(), False
+        while not run.ended.wait(_POLL_S):
+            display.show(ray.get(inbox.take.remote()))
+            if stop_asked() and not told:
+                if not display.stoppable:
+                    raise KeyboardInterrupt
+                ray.get(inbox.stop.remote())
+                told = True
+            if time.monotonic() - looked > _LOOK_S:
+                looked, there = time.monotonic(), _total(self.kind, machines_with(self.kind))
+                if there < self.count and not missing:
+                    reporter.warn(
+                        f"Too few {self.kind}s are left in the cluster: {there} (needed: {self.count}). This "
+                        "command waits for a machine."
+                    )
+                missing = there < self.count
+        with suppress(RayError):  # it ends with the cluster
+            display.show(ray.get(inbox.take.remote()))
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The work of each process."""
+
+    function: Together
+    argument: Any
+    inbox: Any
+    image: Image
+    config: str
+
+
+class _Run:
+    """A trainer's run, in a thread: in the main thread Ray Train would replace the handler of SIGINT."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.ended = threading.Event()
+        self.ended_as = _Ended()
+        self.error: Exception | None = None
+        threading.Thread(target=self._fit, args=[trainer], name="tunewright-ray-train", daemon=True).start()
+
+    def _fit(self, trainer: Any) -> None:
+        try:
+            self.ended_as = trainer.fit().return_value
+        except Exception as error:  # noqa: BLE001 (raised by the thread that waits)
+            self.error = error
+        finally:
+            self.ended.set()
+
+
+class _UserErrorIsFinal(UserCallback):  # type: ignore[misc]
+    """Ends the run at a UserError, which another start would meet again."""
+
+    def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
+        """Raise it: Ray Train starts nothing again after an error of a callback."""
+        del run_context
+        for error in worker_exceptions.values():
+            if isinstance(error, UserError):
+                raise error
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """The end of the function in one process."""
+
+    result: Any = None
+    stopped: bool = False
+
+
+def _process(arguments: dict[str, _Work]) -> _Ended:
+    """Compute in one of the processes."""
+    work = arguments["work"]
+    require_same(work.image, image(work.config), socket.gethostname())
+    if ray.train.get_context().get_world_rank() > 0:
+        return _call(work, LogReporter(), lambda: False)
+    reporter = RelayReporter(lambda events: bool(ray.get(work.inbox.put.remote(events))))
+    with reporter.sending():
+        return _call(work, reporter, reporter.stop_asked)
+
+
+def _call(work: _Work, reporter: Reporter, stop_asked: Callable[[], bool]) -> _Ended:
+    try:
+        return _Ended(work.function(work.argument, reporter, stop_asked))
+    except KeyboardInterrupt:
+        return _Ended(stopped=True)
+
+
+def _result(run: _Run) -> Any:
+    """Return the result of a run that has ended, or raise its error."""
+    error = run.error
+    if error is None:
+        if run.ended_as.stopped:
+            raise KeyboardInterrupt
+        return run.ended_as.result
+    if isinstance(error, ControllerError) and isinstance(error.controller_failure, UserError):
+        raise error.controller_failure from None
+    if isinstance(error, WorkerGroupError):
+        for failure in error.worker_failures.values():
+            if not isinstance(failure, (ConnectionError, RayError, RayTrainError)):
+                raise failure
+    if not isinstance(error, (TrainingFailedError, RayError)):
+        raise error
+    what = f"The cluster lost the run {_RESTARTS + 1} times: {str(error).strip().splitlines()[-1]}"
+    fix = "Check its machines and their memory (ray status), and run the same command again: it resumes."
+    raise UserError(what, where=WHERE, fix=fix) from None

@@ -1,0 +1,211 @@
+"""Training in several processes of a cluster, which call the same function as those that torchrun starts.
+
+Every machine sees the project's folder: rows are read from it, and checkpoints and the adapter are written to it by the
+first process. The command that started them shows what it reports, passes a stop on, and signs the adapter.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunewright.adapters.private_keys import PrivateKey
+from tunewright.adapters.registry import Adapter
+from tunewright.adapters.signing import sign, store_signer
+from tunewright.chat import ChatFormat, open_chat
+from tunewright.compute import open_group
+from tunewright.config.project import ProjectFolder
+from tunewright.core.errors import UserError
+from tunewright.core.interrupts import finishing
+from tunewright.core.io import digest, refused
+from tunewright.core.locks import is_locked
+from tunewright.core.progress import Reporter
+from tunewright.data.versions import DatasetVersion, load_version
+from tunewright.models.bases import Base, base_here
+from tunewright.training import distributed
+from tunewright.training.machine_check import require_folder_and_base
+from tunewright.training.run import micro_batch, require_fsdp_supported
+from tunewright.training.stopping import stop_on_signal, stopped_from
+from tunewright.training.trackers import require_trackers
+from tunewright.training.train import TrainResult, find_trained, train, training_inputs
+
+if TYPE_CHECKING:
+    from tunewright.compute.worker_group import WorkerGroup
+
+_WHERE = "compute.cluster"
+_READ_S = 1800.0
+"""Time for a machine to read its base once, for the digest."""
+_SEEN_S = 120.0
+"""Time until a network file system shows a new file to other machines."""
+_LOCK_S = 60.0
+"""Time for the processes of a command that was killed to end."""
+_FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """A training of a project, by what decides its adapter."""
+
+    project: ProjectFolder
+    base: Base
+    version: str
+    identity: str
+    """Digests of the dataset version, and of all inputs."""
+    facts: Mapping[str, Any]
+
+    @property
+    def work(self) -> Path:
+        """The run's working folder."""
+        return self.project.root / ".tunewright" / "training" / self.identity[:12]
+
+
+def train_on_cluster(
+    project: ProjectFolder,
+    dataset: DatasetVersion,
+    base: Base,
+    chat: ChatFormat,
+    reporter: Reporter,
+    *,
+    facts: Mapping[str, Any],
+    signer: PrivateKey | None = None,
+) -> TrainResult:
+    """Train as :func:`tunewright.training.train.train` does, in the processes of ``compute.cluster``.
+
+    Without a GPU and without ``compute.workers`` there is nothing to gain, and this process trains.
+
+    Raises:
+        UserError: as for `train`, or a machine that lacks something.
+        KeyboardInterrupt: stopped by a signal, with a checkpoint saved.
+    """
+    config = project.config
+    if distributed.world_size() > 1:
+        fix = "Start `tunewright train` once, without a launcher: the cluster starts the processes."
+        raise UserError("Processes of a launcher cannot use a cluster", where=_WHERE, fix=fix)
+    require_trackers(config.train.report_to)
+    identity = digest(training_inputs(project, dataset, base, chat))
+    if (existing := find_trained(project.adapters, config.name, identity)) is not None:
+        return TrainResult(existing, trained=False)
+    with open_group(config, reporter) as group:
+        if group is not None:
+            there = ProjectFolder(project.root.resolve(), config)
+            job = TrainingJob(there, base, dataset.digest, identity, facts)
+            return _train(group, job, reporter, signer)
+    if config.compute.fsdp:
+        raise UserError("FSDP needs at least 2 processes", where="compute.fsdp", fix="Set compute.workers.")
+    reporter.say("The cluster has no GPU: this process trains. compute.workers: 2 or more trains in several.")
+    return train(project, dataset, base, chat, reporter, facts=facts, signer=signer)
+
+
+def check_cluster(project: ProjectFolder, base: Base, reporter: Reporter) -> None:
+    """Check before other work that the config can be trained in the processes of ``compute.cluster``, if it is set.
+
+    Raises:
+        UserError: it cannot.
+    """
+    with open_group(project.config, reporter) as group:
+        if group is not None:
+            _require_trainable(group, ProjectFolder(project.root.resolve(), project.config), base, reporter)
+
+
+def _train(group: WorkerGroup, job: TrainingJob, reporter: Reporter, signer: PrivateKey | None) -> TrainResult:
+    project = job.project
+    _require_trainable(group, project, job.base, reporter)
+    # Asked for its passphrase now, not after hours of training; the key stays on this machine.
+    signer = signer or store_signer(project.keys, reporter)
+    with stop_on_signal() as stop, finishing("the step in progress or the one before is saved"):
+        stop.phase = "closed"
+        storage = project.work / "ray" / job.identity[:12]
+        group.run(train_together, job, storage, reporter, lambda: stop.asked)
+    adapter = _stored(job)
+    if signer is not None:
+        sign(adapter.folder, signer)
+    return TrainResult(adapter, trained=True)
+
+
+def _stored(job: TrainingJob) -> Adapter:
+    """Return the adapter that another machine has stored, once this one sees it.
+
+    Raises:
+        UserError: it does not appear.
+    """
+    project = job.project
+    until = time.monotonic() + _SEEN_S
+    while (adapter := find_trained(project.adapters, project.config.name, job.identity)) is None:
+        if time.monotonic() > until:
+            what = f"The adapter that another machine has stored does not appear here within {_SEEN_S:.0f} s"
+            raise UserError(what, where=str(project.adapters), fix="Check the storage, and run the same command again.")
+        time.sleep(1)
+    return adapter
+
+
+def _require_trainable(group: WorkerGroup, project: ProjectFolder, base: Base, reporter: Reporter) -> None:
+    """Check that the group's processes can train the config, and that every machine has what they need.
+
+    Raises:
+        UserError: they cannot, or one has not.
+    """
+    compute, settings = project.config.compute, project.config.train
+    micro_batch(settings, group.count)
+    if compute.fsdp:
+        if group.count == 1:
+            raise UserError("FSDP needs at least 2 processes", where="compute.fsdp", fix="Set compute.workers.")
+        require_fsdp_supported(settings)
+    with reporter.task("Checking the machines", len(group.machines), "machines") as task:
+        require_ready(group, project, base)
+        task.advance(len(group.machines))
+
+
+def require_ready(group: WorkerGroup, project: ProjectFolder, base: Base) -> None:
+    """Check that every machine sees the project's folder, whose root is an absolute path, and has the base.
+
+    Raises:
+        UserError: a machine does not.
+    """
+    mark = project.work / f"seen-{secrets.token_hex(8)}"
+    mark.touch()
+    try:
+        group.ask(require_folder_and_base, project, mark, base, seconds=_READ_S)
+    finally:
+        mark.unlink()
+
+
+def train_together(job: TrainingJob, reporter: Reporter, stop_asked: Callable[[], bool]) -> None:
+    """Train in one of the processes; the first one stores the adapter.
+
+    Raises:
+        UserError: as for :func:`tunewright.training.train.train`.
+        KeyboardInterrupt: the command was stopped.
+        ConnectionError: another process was lost.
+    """
+    project = job.project
+    if project.config.compute.fsdp:
+        os.environ.update(_FSDP)
+    dataset, base = load_version(project.dataset), base_here(job.base)
+    if dataset.digest != job.version:
+        what = "The dataset has another version now: another command has changed it"
+        raise UserError(what, where=str(project.dataset), fix="Run the same command again, to train on that version.")
+    chat = open_chat(base, project.config.chat, reporter)
+    if distributed.is_main_process():
+        _wait_for_lock(job.work)
+    try:
+        with stopped_from(stop_asked):
+            # Without a folder for the adapters it would be signed here.
+            train(project, dataset, base, chat, reporter, adapters=project.adapters, work=job.work, facts=job.facts)
+    except OSError as error:
+        raise refused(error) or error from None
+    except RuntimeError as error:
+        if distributed.is_peer_failure(error):
+            raise ConnectionError(str(error)) from None
+        raise
+
+
+def _wait_for_lock(work: Path) -> None:
+    """Wait a while for the processes of an earlier start, which may be about to end."""
+    until = time.monotonic() + _LOCK_S
+    while is_locked(work) and time.monotonic() < until:
+        time.sleep(0.5)
