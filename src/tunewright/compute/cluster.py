@@ -303,7 +303,7 @@ def _packed(value: Any) -> _Packed:
 
 def _unpacked(packed: _Packed) -> Any:
     data, *arrays = packed
-    return pickle.loads(memoryview(data), buffers=arrays)
+    return pickle.loads(data.data, buffers=arrays)
 
 
 class _RayWorkers:
