@@ -174,8 +174,8 @@ def test_machine_without_the_projects_folder_or_the_base_is_refused_before_work(
     folder = _copy(prepared, tmp_path / "project")
     if subprocess.run(["unshare", "--mount", "mount", "-t", "tmpfs", "none", str(folder)]).returncode:
         pytest.skip("this user may not mount, so every machine sees the same folders")
-    for hidden, message in ((folder, "This project's folder is not there"), (tiny_base_folder, "is another one")):
-        with _machine_without(hidden, head), pytest.raises(UserError, match=f"On the machine .*: .*{message}"):
+    for hidden, message in ((folder, "The project's folder is not there"), (tiny_base_folder, "is another one")):
+        with _machine_without(hidden, head), pytest.raises(UserError, match=f"The machine .*: .*{message}"):
             _project(folder, "auto")[0].curve(seeds=2)
     assert not (folder / ".tunewright" / "training").exists()
 

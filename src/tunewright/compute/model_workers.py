@@ -15,6 +15,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from tunewright.compute.cluster import (
+    CHECK_S,
     RETRIES,
     WHERE,
     Image,
@@ -32,7 +33,6 @@ from tunewright.core.progress import Reporter
 from tunewright.core.text import count_of
 from tunewright.core.workers import ModelWorkers, Part, Result, Shared
 
-_CHECK_S = 3600.0  # a base of 70B parameters is read once, from a cold disk
 _WAITS = "this command waits for one."
 
 Needed = TypeVar("Needed")
@@ -58,7 +58,7 @@ def open_actors(
         count = _count(config, count, unit)
         text = config.model_dump_json()
         require_equal(machines, text)
-        for _ in asked(machines, check, needed, seconds=_CHECK_S):
+        for _ in asked(machines, check, needed, seconds=CHECK_S):
             pass
         if ray.available_resources().get("GPU" if device == "cuda" else "CPU", 0) < 1:
             reporter.warn(f"Other work uses every {'GPU' if device == 'cuda' else 'CPU'} of the cluster: {_WAITS}")
