@@ -364,30 +364,12 @@ class _RayWorkers:
             if sent and ray.is_initialized() and has_head():
                 _stop(list(sent))
 
-    def _wait(self, reference: Any, needs: Needs) -> None:
-        """Wait for some parts, as long as the head answers and a machine has room for them.
-
-        Raises:
-            UserError: the head is lost, or no machine has had room for minutes.
-        """
-        lost: float | None = None
-        while not ray.wait([reference], timeout=_LOOK_S, fetch_local=False)[0]:
-            require_head()
-            if any(_machine(node).room(needs) for node in ray.nodes() if node["Alive"]):
-                lost = None
-            elif lost is None:
-                lost = time.monotonic()
-                self._reporter.warn("The cluster has lost every machine that can compute this: waiting for another.")
-            elif time.monotonic() - lost > _REPLACED_S:
-                what = f"The cluster has had no machine that can compute this for {_REPLACED_S:.0f} s"
-                raise UserError(what, where=WHERE, fix="Add machines, and run the same command again.")
-
     def _taken(self, reference: Any, task: Task, needs: Needs) -> list[Any]:
         """Return the results of some parts, and count what they have done."""
         collecting = gc.isenabled()
         gc.disable()  # each of some thousand new objects would have it look at all rows
         try:
-            self._wait(reference, needs)
+            first_done([reference], needs, self._reporter)
             require_head()
             packed, steps = ray.get(reference)
             results = _unpacked(packed)
@@ -408,6 +390,26 @@ class _RayWorkers:
                 gc.enable()
         task.advance(steps)
         return list(results)
+
+
+def first_done(references: Sequence[Any], needs: Needs, reporter: Reporter) -> Any:
+    """Wait for the first of some parts, as long as the head answers and a machine has room for one; return it.
+
+    Raises:
+        UserError: the head is lost, or no machine has had room for minutes.
+    """
+    lost: float | None = None
+    while not (done := ray.wait(list(references), timeout=_LOOK_S, fetch_local=False)[0]):
+        require_head()
+        if any(_machine(node).room(needs) for node in ray.nodes() if node["Alive"]):
+            lost = None
+        elif lost is None:
+            lost = time.monotonic()
+            reporter.warn("The cluster has lost every machine that can compute this: waiting for another.")
+        elif time.monotonic() - lost > _REPLACED_S:
+            what = f"The cluster has had no machine that can compute this for {_REPLACED_S:.0f} s"
+            raise UserError(what, where=WHERE, fix="Add machines, and run the same command again.")
+    return done[0]
 
 
 def _machine(node: Node) -> Machine:
