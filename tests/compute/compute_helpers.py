@@ -7,7 +7,7 @@ import json
 import pickle
 import random
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Task
-from tunewright.core.workers import Part, Result, Shared, Step, Workers
+from tunewright.core.workers import ONE_CPU, Needs, Part, Result, Shared, Step, Workers
 from tunewright.data.add import add
 from tunewright.data.dedup import decontaminate, partition, similarity
 
@@ -120,9 +120,20 @@ class PickledWorkers:
     """Workers that get pickled parts some time before their results are needed, with arrays that cannot be written."""
 
     count = 3
+    machines = ()
+
+    def ask(self, question: Callable[[Shared], Result], shared: Shared) -> Iterator[tuple[str, Result]]:
+        """Yield nothing."""
+        return iter(())
 
     def map(
-        self, step: Step[Shared, Part, Result], shared: Shared, parts: Iterable[Part], task: Task, batch: int = 1
+        self,
+        step: Step[Shared, Part, Result],
+        shared: Shared,
+        parts: Iterable[Part],
+        task: Task,
+        batch: int = 1,
+        needs: Needs = ONE_CPU,
     ) -> Iterator[Result]:
         """Yield the result of each part."""
         source = iter(parts)

@@ -28,6 +28,7 @@ from tunewright.data.examples import Message
 from tunewright.training import self_samples
 from tunewright.training.packing.fused_loss import kl_divergences
 from tunewright.training.replay import draw_replay, replay_inputs
+from tunewright.training.sweep.successive_halving import Progress
 from tunewright.training.sweep.sweep import Sweep
 from tunewright.training.train import TrainResult
 from vllm_child import alive, children_of, install_fake
@@ -144,8 +145,11 @@ def test_sweep_counts_the_rows_drawn_and_not_those_requested(
     monkeypatch.setattr(self_samples, "_FEWEST_CHUNKS", 1)
     monkeypatch.setattr(self_samples, "_MOST_DRAWN", 1)
     opened = replay_project(tmp_path / "project", tiny_base_folder, "  replay: {samples: 24}\n  eval_max_samples: 0\n")
-    sweep = Sweep(opened.folder, opened.data.version(), opened.base, opened.chat, opened.reporter)
-    progress = sweep._train_to(sweep.trials[0], sweep.steps)
+    with opened.trainings() as here:
+        sweep = Sweep(opened.folder, opened.data.version(), opened.base, opened.chat, opened.reporter, here)
+        (outcome,) = sweep._train(sweep.trials[:1], sweep.steps)
+    progress = outcome.result
+    assert isinstance(progress, Progress)
     adapter = opened.adapters.list()[-1]
     replayed = adapter.lineage["replay"]["rows"]
     assert 0 < replayed < 24

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from random import Random
 
@@ -25,7 +26,7 @@ from tunewright.training.sweep.search_space import (
     make_trials,
     suggested_rate,
 )
-from tunewright.training.sweep.successive_halving import FIRST_STEPS, Progress, SuccessiveHalving
+from tunewright.training.sweep.successive_halving import FIRST_STEPS, Outcome, Progress, SuccessiveHalving
 
 STEP, LOAD = 2.0, 30.0
 
@@ -57,22 +58,27 @@ class World:
         self.calls: list[tuple[str, int]] = []
         self.stop_before = math.inf
 
-    def train_to(self, trial: Trial, step: int) -> Progress:
-        if len(self.calls) >= self.stop_before:
-            raise KeyboardInterrupt
-        self.calls.append((trial.name, step))
-        made = step - self.at.get(trial.name, 0)
-        assert made > 0, "no step is made twice"
-        self.at[trial.name] = step
-        self.now += LOAD + made * STEP
-        loss = self.losses.get((trial.name, step), 1.0)
-        if math.isnan(loss):
-            raise DivergedError("the loss is nan")
-        return Progress(made, made * STEP, loss, None)
+    def train(self, trials: Sequence[Trial], step: int) -> Generator[Outcome, None, None]:
+        for trial in trials:
+            if len(self.calls) >= self.stop_before:
+                raise KeyboardInterrupt
+            self.calls.append((trial.name, step))
+            made = step - self.at.get(trial.name, 0)
+            assert made > 0, "no step is made twice"
+            self.at[trial.name] = step
+            seconds = LOAD + made * STEP
+            self.now += seconds
+            loss = self.losses.get((trial.name, step), 1.0)
+            diverged = math.isnan(loss)
+            yield Outcome(
+                DivergedError("the loss is nan") if diverged else Progress(made, made * STEP, loss, None), seconds
+            )
 
-    def halving(self, folder: Path, trials: list[Trial], schedule: Schedule, budget: float | None) -> SuccessiveHalving:
+    def halving(
+        self, folder: Path, trials: list[Trial], schedule: Schedule, budget: float | None, at_once: int = 1
+    ) -> SuccessiveHalving:
         ledger = Ledger(folder, _head(trials, schedule))
-        return SuccessiveHalving(trials, schedule, ledger, self.train_to, budget, LogReporter(), lambda: self.now)
+        return SuccessiveHalving(trials, schedule, ledger, self.train, budget, LogReporter(), lambda: self.now, at_once)
 
 
 def _brute_force(
@@ -106,15 +112,15 @@ def test_halving_compares_six_trials_after_a_quarter_and_a_half() -> None:
     assert halving_schedule(1, 7, 7).rungs == (7,)
 
 
-@given(st.floats(100, 6000), st.randoms(use_true_random=False))
+@given(st.floats(100, 6000), st.integers(1, 4), st.randoms(use_true_random=False))
 @examples(30)
 def test_sweep_keeps_the_budget_and_runs_as_many_trials_as_fit(
-    tmp_path_factory: pytest.TempPathFactory, budget: float, rng: Random
+    tmp_path_factory: pytest.TempPathFactory, budget: float, at_once: int, rng: Random
 ) -> None:
     trials, schedule = _trials(6), halving_schedule(6, 120, 50)
     losses = {(t.name, rung): rng.random() for t in trials for rung in schedule.rungs}
     world = World(losses)
-    halving = world.halving(tmp_path_factory.mktemp("sweep"), trials, schedule, budget)
+    halving = world.halving(tmp_path_factory.mktemp("sweep"), trials, schedule, budget, at_once)
 
     def cost(count: int) -> float:
         """By hand: 30 steps each, 30 more for half of them, 60 for one; a run measures by itself after 50 and 100."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from tunewright.adapters.registry import Adapter
 from tunewright.advisor.context import Answers, Items, cheapest_enough, context_budget
 from tunewright.advisor.costs import Lengths, break_even, measured_speed, token_prices, training_cost
-from tunewright.advisor.pilot import Part, gain, measured_part, pilot_parts, train_pilot
+from tunewright.advisor.pilot import Part, gain, measured_part, missing_pilots, pilot_parts, train_pilot
 from tunewright.advisor.result import AdviceResult
 from tunewright.advisor.signals import (
     BitsPerByte,
@@ -41,6 +41,7 @@ from tunewright.evaluation.schedule import Schedule
 from tunewright.evidence.schema import Advice
 from tunewright.training.rows import trained_spans
 from tunewright.training.train import training_inputs
+from tunewright.training.trainings import Trainings
 
 GENERIC_SAMPLES = 32
 """Number of the base's own answers: about a thousand words."""
@@ -54,15 +55,21 @@ class Adviser:
     Args:
         open_measurement: opens the arm runner for the dev split; its project's config sets everything else. It is
             called again for the pilots, so that no second base is in memory during their training.
-        pilot: train pilot adapters, and measure the signals that need them.
+        pilots: where pilot adapters are trained (None: train none, and leave out the signals that need them).
         minutes: time limit for answers (None: no limit); arms that do not fit are left out, the pilots never.
 
     Raises:
         UserError: ``minutes`` is not above 0.
     """
 
-    def __init__(self, open_measurement: Callable[[], ArmRunner], *, pilot: bool, minutes: float | None = None) -> None:
-        self._open = open_measurement
+    def __init__(
+        self,
+        open_measurement: Callable[[], ArmRunner],
+        *,
+        pilots: Trainings | None,
+        minutes: float | None = None,
+    ) -> None:
+        self._open, self._pilots = open_measurement, pilots
         self.arm_runner = arm_runner = open_measurement()
         self.project = arm_runner.project
         self.config = arm_runner.project.config
@@ -71,8 +78,8 @@ class Adviser:
         self.dev = self.version.examples("dev")
         self.items = self._items(self.dev)
         self.left_out: dict[str, str] = {}
-        self.parts = self._parts() if pilot else []
-        if not pilot:
+        self.parts = [] if pilots is None else self._parts()
+        if pilots is None:
             self.left_out["gain"] = "--no-pilot"
         self.countdown = self.generator.countdown
         turns = 0
@@ -311,6 +318,10 @@ class Adviser:
         speed = {} if priced else {best.arm.name: self._speed(best)}
         self.arm_runner = self._open()
         all_rows = len(self.version.domain_of("train"))
+        base, chat = self.generator.base, self.generator.chat
+        missing = missing_pilots(self.project, self.version, self.parts, base, chat)
+        assert self._pilots is not None
+        self._pilots.train_missing(missing, chat)
         adapters = [self._trained(part, all_rows) for part in self.parts]
         pilots = list(zip(self.parts, adapters, strict=True))
         # Constrain the pilot to a grammar if the prompt that it is compared with is constrained.

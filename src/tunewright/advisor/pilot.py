@@ -19,6 +19,7 @@ from tunewright.data.versions import DatasetVersion
 from tunewright.evaluation.learning_curve import subset_versions
 from tunewright.models.bases import Base
 from tunewright.training.train import TrainResult, find_trained, train, training_inputs
+from tunewright.training.trainings import Training
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,29 @@ def train_pilot(
         UserError: any error of the training.
         KeyboardInterrupt: stopped by a signal; the next call resumes from there.
     """
-    inputs = digest(training_inputs(project, part.version, base, chat))
-    for place in (project.adapters, project.curve_adapters):
-        if (there := find_trained(place, project.config.name, inputs)) is not None:
-            return TrainResult(there, trained=False)
+    there = _elsewhere(project, part, base, chat)
+    if there is not None:
+        return TrainResult(there, trained=False)
+    training = _training(project, version, part)
+    return train(project, part.version, base, chat, reporter, adapters=training.adapters, facts=training.facts)
+
+
+def missing_pilots(
+    project: ProjectFolder, version: DatasetVersion, parts: Sequence[Part], base: Base, chat: ChatFormat
+) -> list[Training]:
+    """Return the trainings of parts that no training of the project or of a learning curve has made."""
+    return [_training(project, version, part) for part in parts if _elsewhere(project, part, base, chat) is None]
+
+
+def _training(project: ProjectFolder, version: DatasetVersion, part: Part) -> Training:
     facts: dict[str, Any] = {"pilot": {"of": version.digest, "rows": part.rows}}
-    return train(project, part.version, base, chat, reporter, adapters=project.pilot_adapters, facts=facts)
+    return Training(f"pilot on {part.rows:,} rows", project, part.version, project.pilot_adapters, facts)
+
+
+def _elsewhere(project: ProjectFolder, part: Part, base: Base, chat: ChatFormat) -> Adapter | None:
+    inputs = digest(training_inputs(project, part.version, base, chat))
+    found = (find_trained(place, project.config.name, inputs) for place in (project.adapters, project.curve_adapters))
+    return next((adapter for adapter in found if adapter is not None), None)
 
 
 def measured_part(part: Part, adapter: Adapter, answers: Answers, items: Items) -> PilotPart:

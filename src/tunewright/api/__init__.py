@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -223,7 +224,8 @@ class Project(EvaluationsApi):
         if pilot:
             self._refuse_up_front("A pilot")
         self._report_detectable_effects()
-        return Adviser(self.arm_runner, pilot=pilot, minutes=minutes).advise()
+        with self.trainings() if pilot else nullcontext() as pilots:
+            return Adviser(self.arm_runner, pilots=pilots, minutes=minutes).advise()
 
     def estimate_memory(
         self,
@@ -279,7 +281,8 @@ class Project(EvaluationsApi):
         """Try presets and learning rates by successive halving on dev, and finish training the winner.
 
         Args:
-            minutes: budget of the whole sweep, including earlier runs in its ledger (None: no limit).
+            minutes: budget of the whole sweep, including earlier runs in its ledger (None: no limit). On a cluster it
+                counts the time of all trials together.
             rates: learning rates (None: three suited to the base's size, one of them the config's own).
             write: write the winner's values to tunewright.yaml.
             force: as in :meth:`train`.
@@ -298,8 +301,9 @@ class Project(EvaluationsApi):
             raise UserError(f"Must be greater than 0 (got {minutes:g})", where="--minutes")
         self._refuse_up_front("A sweep")
         version, chat = self.data.version(), self.chat
-        sweep = Sweep(self.folder, version, self.base, chat, self.reporter, rates=rates, force=force)
-        result = sweep.run(minutes)
+        with self.trainings() as trainings:
+            sweep = Sweep(self.folder, version, self.base, chat, self.reporter, trainings, rates=rates, force=force)
+            result = sweep.run(minutes)
         written: dict[str, Any] = {}
         if write and result.winner is not None:
             written = write_train(self.folder.root / CONFIG_FILE, result.winner.train)
@@ -322,7 +326,11 @@ class Project(EvaluationsApi):
             raise UserError(f"Must be at least 2 (got {seeds}): one seed cannot show the noise", where="--seeds")
         self._refuse_up_front("A learning curve")
         version, chat = self.data.version(), self.chat
-        result = LearningCurve(self.folder, version, self.base, chat, self.reporter, seeds=seeds, force=force).run()
+        with self.trainings() as trainings:
+            curve = LearningCurve(
+                self.folder, version, self.base, chat, self.reporter, trainings, seeds=seeds, force=force
+            )
+            result = curve.run()
         write_text(result.folder / CURVE_PLOT, curve_plot(result.curve))
         return result
 
@@ -456,7 +464,10 @@ class Project(EvaluationsApi):
             raise UserError(f"Must be at least 2 (got {folds})", where="--folds", fix="Five are usual.")
         self._refuse_up_front("Cross-validation")
         version, chat = self.data.version(), self.chat
-        return CrossValidation(self.folder, version, self.base, chat, self.reporter, folds=folds, force=force).run()
+        with self.trainings() as trainings:
+            return CrossValidation(
+                self.folder, version, self.base, chat, self.reporter, trainings, folds=folds, force=force
+            ).run()
 
     def serve(
         self,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from tunewright.chat import ChatFormat
     from tunewright.evaluation.arm_runner import ArmRunner
     from tunewright.serving.tenants import State
+    from tunewright.training.trainings import Trainings
 
 
 class ProjectContext:
@@ -62,6 +64,22 @@ class ProjectContext:
 
         refuse_vllm_on_cluster(config)
         return open_model_workers(config, base_here, self.base, self.reporter)
+
+    @contextmanager
+    def trainings(self) -> Iterator[Trainings]:
+        """Yield the place of independent trainings: this process, or the machines of ``compute.cluster``, once checked.
+
+        Raises:
+            UserError: as for `workers`; or no machine has room for a training, or one does not see the project's folder
+                or lacks the base.
+        """
+        from tunewright.training.trainings import open_trainings
+
+        with (
+            self.workers() as workers,
+            open_trainings(workers, self.folder, self.base, self.reporter) as trainings,
+        ):
+            yield trainings
 
     @property
     def has_state(self) -> bool:

@@ -24,7 +24,7 @@ _COLOURS = {"fine-tune": "bold green", "prompt": "bold cyan", "retrieve": "bold 
 _WIDTH = 41
 
 
-@command(app, "advise", panel=TRAIN, example="tunewright advise --minutes 20", kept=RESUMES)
+@command(app, "advise", panel=TRAIN, cluster=True, example="tunewright advise --minutes 20", kept=RESUMES)
 def advise(
     run: Session,
     stored: Annotated[
@@ -41,6 +41,8 @@ def advise(
     Measures the score by number of demonstrations, how special vocabulary and format are, and after how many calls
     training pays off. A pilot adapter, trained on a part of the rows, meets the best prompt. Resumes where it stopped.
     """
+    if run.cluster is not None and (no_pilot or stored is not None):
+        raise UserError("--cluster applies to pilots only", where="--cluster", fix="Omit it, --no-pilot or ADVICE.")
     if stored is None:
         result = run.project.advise(pilot=not no_pilot, minutes=minutes)
         document = {

@@ -76,7 +76,7 @@ def evaluate(
     _show(run, result)
 
 
-@command(app, "crossval", panel=EVALUATE, example="tunewright crossval --folds 5", kept=RESUMES)
+@command(app, "crossval", panel=EVALUATE, cluster=True, example="tunewright crossval --folds 5", kept=RESUMES)
 def crossval(
     run: Session,
     folds: Annotated[int, typer.Option(min=2, help="Number of folds.")] = 5,

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     app,
     "train",
     panel=TRAIN,
+    cluster=True,
     example="tunewright train --sweep --minutes 60 --write",
     kept=RESUMES,
-    cluster=True,
     together=lambda options: not options["sweep"] and not options["curve"],
 )
 def train(
@@ -56,8 +56,6 @@ def train(
     """Train the config's adapter on the current dataset version. Resumes where it stopped."""
     _require_use({"--minutes": minutes, "--rate": rate, "--write": write or None}, "--sweep", given=sweep)
     _require_use({"--seeds": seeds}, "--curve", given=curve)
-    if run.cluster is not None and (sweep or curve):
-        raise UserError("--sweep and --curve do not use --cluster", where="--cluster", fix="Omit it.")
     if sweep and curve:
         raise UserError("--sweep and --curve are mutually exclusive", where="--sweep/--curve", fix="Choose one.")
     if sweep:

@@ -15,6 +15,7 @@ import platform
 import signal
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
 import numpy
+import numpy.typing
 import ray
 import scipy
 from pydantic import ValidationError
@@ -38,24 +40,27 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tunewright._version import __version__
-from tunewright.compute.head import AGAIN, disconnect, has_head, is_client, require_head
+from tunewright.compute.head import AGAIN, has_head, require_head
 from tunewright.config import Config
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest
 from tunewright.core.progress import Reporter, Task
 from tunewright.core.text import count_of
-from tunewright.core.workers import Part, Result, Shared, Step, Workers
+from tunewright.core.workers import ONE_CPU, Machine, Needs, Part, Result, Shared, Step, Workers
 
 WHERE = "compute.cluster"
 _REACH_S = 10.0
 _ANSWER_S = 120.0  # for a machine that starts its first process, with a cold disk
-_LOOK_S = 3.0  # between two looks at the head while a part is computed
+_LOOK_S = 3.0  # between two looks at the head and the machines while a part is computed
+_REPLACED_S = 600.0  # for a lost machine to be replaced, if no other can do its work
+_STOP_S = 15.0  # for parts that are being stopped: a training saves its last step
+_CHECK_S = 3600.0  # a base of 70B parameters is read once, from a cold disk
 RETRIES = 3  # runs of a part after the first, if its machine or process is lost
 
 _MODEL_PACKAGES = ("torch", "transformers", "tokenizers", "peft", "trl", "accelerate", "bitsandbytes", "llguidance")
 
-Machine = Mapping[str, Any]
-"""A node of the cluster, as Ray describes it."""
+Node = Mapping[str, Any]
+"""A machine of the cluster, as Ray describes it."""
 Image = Mapping[str, str]
 """Names of what decides a result, with their versions or digests."""
 
@@ -77,7 +82,7 @@ def open_cluster(config: Config, reporter: Reporter) -> Iterator[Workers]:
         if ray.available_resources().get("CPU", 0) < 1:
             reporter.warn("Other work uses every CPU of the cluster: this command waits for it.")
         # More parts than CPUs, so that no worker waits for this process to send the next one.
-        yield _RayWorkers(count, 2 * count if count == cpus else count, image(text), text)
+        yield _RayWorkers(machines, count, 2 * count if count == cpus else count, image(text), text, reporter)
 
 
 @contextmanager
@@ -97,10 +102,10 @@ def connected(config: Config) -> Iterator[None]:
         yield
     finally:
         if not before:
-            disconnect()
+            ray.shutdown()
 
 
-def machines_with(resource: str, least: int = 1) -> list[Machine]:
+def machines_with(resource: str, least: int = 1) -> list[Node]:
     """Return the cluster's machines that have at least this much of a resource (``CPU``, ``GPU``)."""
     return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get(resource, 0) >= least]
 
@@ -224,7 +229,7 @@ def _probe(config: str) -> tuple[Image, bool]:
     return image(config), is_token_auth_enabled()
 
 
-def require_equal(machines: Sequence[Machine], config: str) -> None:
+def require_equal(machines: Sequence[Node], config: str) -> None:
     """Ask every machine for its image.
 
     Raises:
@@ -238,7 +243,7 @@ def require_equal(machines: Sequence[Machine], config: str) -> None:
 
 
 def asked(
-    machines: Sequence[Machine], question: Callable[..., Any], *arguments: Any, seconds: float = _ANSWER_S
+    machines: Sequence[Node], question: Callable[..., Any], *arguments: Any, seconds: float = _ANSWER_S
 ) -> Iterator[tuple[str, Any]]:
     """Have every machine answer a question at once, and yield their addresses and answers.
 
@@ -281,41 +286,66 @@ def require_same(ours: Image, theirs: Image, host: str) -> None:
         raise UserError(f"The machine {host} has {', '.join(unequal)}", where=WHERE, fix=_EQUAL)
 
 
-_Packed = tuple[pickle.PickleBuffer, list[pickle.PickleBuffer]]
+_Packed = list[numpy.typing.NDArray[numpy.uint8]]
 
 
 def _packed(value: Any) -> _Packed:
-    """Return a value as bytes, and its arrays apart, neither of which Ray copies.
+    """Return a value as bytes, and its arrays apart, none of which Ray copies.
 
-    Ray's own pickler asks Python code about each object, which takes twice the time for rows.
+    Ray's own pickler asks Python code about each object, which takes twice the time for rows. The bytes are arrays too,
+    because Ray's client cannot forward other buffers.
     """
-    arrays: list[pickle.PickleBuffer] = []
-    return pickle.PickleBuffer(pickle.dumps(value, protocol=5, buffer_callback=arrays.append)), arrays
+    buffers: list[pickle.PickleBuffer] = []
+    parts = [memoryview(pickle.dumps(value, protocol=5, buffer_callback=buffers.append))]
+    parts += [buffer.raw() for buffer in buffers]
+    return [numpy.frombuffer(part, dtype=numpy.uint8) for part in parts]
 
 
 def _unpacked(packed: _Packed) -> Any:
-    data, arrays = packed
-    return pickle.loads(data, buffers=arrays)
+    data, *arrays = packed
+    return pickle.loads(data.data, buffers=arrays)
 
 
 class _RayWorkers:
-    """Tasks of one CPU each.
+    """Tasks of a cluster.
 
     Args:
-        count: number of parts computed at once.
+        nodes: the machines that were there at the start, as Ray describes them.
+        count: number of parts computed at once, if each takes one CPU.
         ahead: number of parts sent and not yet returned; it bounds the memory of this process and of the cluster.
         ours: the image that every machine must have, those that join later too.
         config: the config, as the image's.
+        reporter: is warned of parts that wait for a machine.
     """
 
-    def __init__(self, count: int, ahead: int, ours: Image, config: str) -> None:
-        self.count, self._ahead, self._image, self._config = count, ahead, ours, config
+    def __init__(
+        self,
+        nodes: Sequence[Node],
+        count: int,
+        ahead: int,
+        ours: Image,
+        config: str,
+        reporter: Reporter,
+    ) -> None:
+        self.count, self._ahead, self._image, self._config, self._nodes = count, ahead, ours, config, nodes
+        self._reporter = reporter
+        self.machines = [_machine(node) for node in nodes]
+
+    def ask(self, question: Callable[[Shared], Result], shared: Shared) -> Iterator[tuple[str, Result]]:
+        """Yield each machine's name and the function's result there."""
+        return asked(self._nodes, question, shared, seconds=_CHECK_S)
 
     def map(
-        self, step: Step[Shared, Part, Result], shared: Shared, parts: Iterable[Part], task: Task, batch: int = 1
+        self,
+        step: Step[Shared, Part, Result],
+        shared: Shared,
+        parts: Iterable[Part],
+        task: Task,
+        batch: int = 1,
+        needs: Needs = ONE_CPU,
     ) -> Iterator[Result]:
         """Yield the result of each part, in order."""
-        run = ray.remote(num_cpus=1, max_retries=RETRIES)(_run)
+        run = ray.remote(num_cpus=needs.cpus, num_gpus=needs.gpus, max_retries=RETRIES)(_run)
         require_head()
         held = ray.put(_packed(shared))
         source = iter(parts)
@@ -325,42 +355,71 @@ class _RayWorkers:
                 require_head()
                 sent.append(run.remote(self._image, self._config, step, [held], _packed(some)))
                 if len(sent) >= self._ahead:
-                    yield from _taken(sent.popleft(), task)
+                    yield from self._taken(sent[0], task, needs)
+                    sent.popleft()
             while sent:
-                yield from _taken(sent.popleft(), task)
+                yield from self._taken(sent[0], task, needs)
+                sent.popleft()
         finally:
             if sent and ray.is_initialized() and has_head():
-                for reference in sent:
-                    ray.cancel(reference)
+                _stop(list(sent))
 
+    def _wait(self, reference: Any, needs: Needs) -> None:
+        """Wait for some parts, as long as the head answers and a machine has room for them.
 
-def _taken(reference: Any, task: Task) -> list[Any]:
-    """Return the results of some parts, and count what they have done."""
-    collecting = gc.isenabled()
-    gc.disable()  # each of some thousand new objects would have it look at all rows
-    try:
-        while not is_client() and not ray.wait([reference], timeout=_LOOK_S, fetch_local=False)[0]:
+        Raises:
+            UserError: the head is lost, or no machine has had room for minutes.
+        """
+        lost: float | None = None
+        while not ray.wait([reference], timeout=_LOOK_S, fetch_local=False)[0]:
             require_head()
-        require_head()
-        packed, steps = ray.get(reference)
-        results = _unpacked(packed)
-    except RayTaskError as error:
-        if isinstance(error.cause, UserError):
-            raise error.cause from None
-        raise
-    except ConnectionError as error:  # of Ray's client
-        what = f"The connection to the cluster is lost: {error}"
-        raise UserError(what, where=WHERE, fix=AGAIN) from None
-    except RayError as error:
-        require_head()
-        what = f"The cluster lost a part of the work {RETRIES + 1} times: {type(error).__name__}"
-        fix = "Check its machines and their memory (ray status), and run the same command again."
-        raise UserError(what, where=WHERE, fix=fix) from None
-    finally:
-        if collecting:
-            gc.enable()
-    task.advance(steps)
-    return list(results)
+            if any(_machine(node).room(needs) for node in ray.nodes() if node["Alive"]):
+                lost = None
+            elif lost is None:
+                lost = time.monotonic()
+                self._reporter.warn("The cluster has lost every machine that can compute this: waiting for another.")
+            elif time.monotonic() - lost > _REPLACED_S:
+                what = f"The cluster has had no machine that can compute this for {_REPLACED_S:.0f} s"
+                raise UserError(what, where=WHERE, fix="Add machines, and run the same command again.")
+
+    def _taken(self, reference: Any, task: Task, needs: Needs) -> list[Any]:
+        """Return the results of some parts, and count what they have done."""
+        collecting = gc.isenabled()
+        gc.disable()  # each of some thousand new objects would have it look at all rows
+        try:
+            self._wait(reference, needs)
+            require_head()
+            packed, steps = ray.get(reference)
+            results = _unpacked(packed)
+        except RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise error.cause from None
+            raise
+        except ConnectionError as error:  # of Ray's client
+            what = f"The connection to the cluster is lost: {error}"
+            raise UserError(what, where=WHERE, fix=AGAIN) from None
+        except RayError as error:
+            require_head()
+            what = f"The cluster lost a part of the work {RETRIES + 1} times: {type(error).__name__}"
+            fix = "Check its machines and their memory (ray status), and run the same command again."
+            raise UserError(what, where=WHERE, fix=fix) from None
+        finally:
+            if collecting:
+                gc.enable()
+        task.advance(steps)
+        return list(results)
+
+
+def _machine(node: Node) -> Machine:
+    resources = node["Resources"]
+    return Machine(str(node["NodeManagerAddress"]), int(resources.get("CPU", 0)), int(resources.get("GPU", 0)))
+
+
+def _stop(sent: list[Any]) -> None:
+    """Cancel parts, and wait for those in progress: their files are free for the next command then."""
+    for reference in sent:
+        ray.cancel(reference)
+    ray.wait(sent, num_returns=len(sent), timeout=_STOP_S)
 
 
 class _Counter:

@@ -35,7 +35,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tunewright.compute.cluster import (
     WHERE,
     Image,
-    Machine,
+    Node,
     asked,
     connected,
     image,
@@ -91,7 +91,7 @@ def open_group(config: Config, reporter: Reporter) -> Iterator[WorkerGroup | Non
         yield group
 
 
-def _total(kind: str, machines: Sequence[Machine]) -> int:
+def _total(kind: str, machines: Sequence[Node]) -> int:
     return sum(int(machine["Resources"].get(kind, 0)) for machine in machines)
 
 
@@ -109,7 +109,7 @@ class WorkerGroup:
 
     count: int
     kind: str
-    machines: tuple[Machine, ...]
+    machines: tuple[Node, ...]
     image: Image
     config: str
 

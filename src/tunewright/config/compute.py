@@ -17,9 +17,9 @@ class ComputeConfig(Section):
         str | None,
         Field(
             pattern=r"^(local|auto|ray://([A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\]):[0-9]{1,5})$",
-            description="Ray cluster that works on rows, trains and answers prompts: local (started on this machine for "
-            "one command), auto (RAY_ADDRESS, or the cluster that runs on this machine) or ray://HOST:PORT; null: this "
-            "process. It needs tunewright[ray].",
+            description="Ray cluster that works on rows, trains and answers prompts: local (started on this machine "
+            "for one command), auto (RAY_ADDRESS, or the cluster that runs on this machine) or ray://HOST:PORT; null: "
+            "this process. It needs tunewright[ray].",
         ),
     ] = None
     workers: Annotated[

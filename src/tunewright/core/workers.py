@@ -7,6 +7,7 @@ has those of a cluster. The function, what it needs and the parts are the same, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal, Protocol, TypeVar
 
 from tunewright.core.progress import Task
@@ -20,15 +21,53 @@ Step = Callable[[Shared, Part, Task], Result]
 the task by what it has done."""
 
 
+@dataclass(frozen=True)
+class Needs:
+    """Resources that one part takes of a machine while it is computed."""
+
+    cpus: int = 1
+    gpus: int = 0
+
+
+ONE_CPU = Needs()
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine of a cluster."""
+
+    name: str
+    cpus: int
+    gpus: int
+
+    def room(self, needs: Needs) -> int:
+        """Return the number of parts that it computes at once."""
+        by_gpus = self.gpus // needs.gpus if needs.gpus else self.cpus
+        return min(self.cpus // needs.cpus, by_gpus)
+
+
 class Workers(Protocol):
     """Processes that compute the parts of a step."""
 
     @property
     def count(self) -> int:
-        """Number of parts computed at once."""
+        """Number of parts computed at once, if each takes one CPU."""
+
+    @property
+    def machines(self) -> Sequence[Machine]:
+        """The machines of the cluster; empty if parts are computed in this process."""
+
+    def ask(self, question: Callable[[Shared], Result], shared: Shared) -> Iterator[tuple[str, Result]]:
+        """Yield each machine's name and the function's result there."""
 
     def map(
-        self, step: Step[Shared, Part, Result], shared: Shared, parts: Iterable[Part], task: Task, batch: int = 1
+        self,
+        step: Step[Shared, Part, Result],
+        shared: Shared,
+        parts: Iterable[Part],
+        task: Task,
+        batch: int = 1,
+        needs: Needs = ONE_CPU,
     ) -> Iterator[Result]:
         """Yield ``step(shared, part, task)`` for each part, in the order of the parts.
 
@@ -38,6 +77,7 @@ class Workers(Protocol):
             parts: taken only a few ahead of the results, so that a long iterable is never held as a whole.
             task: advanced by what the parts have done.
             batch: number of parts that one worker gets at once, if a part is small.
+            needs: what one part takes of a machine.
         """
 
 
@@ -76,12 +116,24 @@ class ThisProcess:
     """The workers of a project without a cluster: parts are computed here, each when its result is asked for."""
 
     count = 1
+    machines: Sequence[Machine] = ()
+
+    def ask(self, question: Callable[[Shared], Result], shared: Shared) -> Iterator[tuple[str, Result]]:
+        """Yield nothing: there is no other machine."""
+        del question, shared
+        return iter(())
 
     def map(
-        self, step: Step[Shared, Part, Result], shared: Shared, parts: Iterable[Part], task: Task, batch: int = 1
+        self,
+        step: Step[Shared, Part, Result],
+        shared: Shared,
+        parts: Iterable[Part],
+        task: Task,
+        batch: int = 1,
+        needs: Needs = ONE_CPU,
     ) -> Iterator[Result]:
         """Yield the result of each part."""
-        del batch
+        del batch, needs
         return (step(shared, part, task) for part in parts)
 
 

@@ -56,6 +56,7 @@ from tunewright.metrics import Scorer, metric_inputs, open_scorers, score_all
 from tunewright.models.bases import Base
 from tunewright.training.rows import require_min_examples
 from tunewright.training.train import train, training_inputs
+from tunewright.training.trainings import Training, Trainings
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ class CrossValidation:
         base: the base model, adapted and prompted.
         chat: the chat format.
         reporter: shows progress and warnings.
+        trainings: where the adapters are trained.
         folds: number of folds, at least 2.
         force: train even on fewer pairs than the minimum.
 
@@ -109,6 +111,7 @@ class CrossValidation:
         base: Base,
         chat: ChatFormat,
         reporter: Reporter,
+        trainings: Trainings,
         *,
         folds: int,
         force: bool = False,
@@ -119,6 +122,7 @@ class CrossValidation:
         self.base = base
         self.chat = chat
         self.reporter = reporter
+        self.trainings = trainings
         self.scorers = open_scorers(self.config.evaluate, project.root)
         self.items = [m for m in version.domain if not m.generated]
         self.versions = fold_versions(version, folds, self.config.seed)
@@ -130,7 +134,7 @@ class CrossValidation:
         # The folds' adapters are all trained by this config.
         self.quantization = self.config.evaluate.quantization or self.config.train.quantization
         self.generator()  # an engine that cannot answer is refused before any training
-        self.trainings = digest([training_inputs(project, v, base, chat) for v in self.versions])
+        self.trained_by = digest([training_inputs(project, v, base, chat) for v in self.versions])
 
     def generator(self) -> Generator:
         """Return a fresh generator: each fold has one, since the next fold trains on its own base."""
@@ -141,7 +145,7 @@ class CrossValidation:
         """12 hex digits: a digest of everything that decides the measurement."""
         settings = self.config.evaluate
         decides = {
-            "trainings": self.trainings,
+            "trainings": self.trained_by,
             "max_new_tokens": self.limit,
             "stop": stop_strings(self.config, self.chat),
             "structured_outputs": grammar.rule if (grammar := grammar_of(self.project)) else None,
@@ -173,6 +177,8 @@ class CrossValidation:
         earlier = access_log.earlier(opening, self.project.dataset, {m.key for m in self.items})
         report_opening(opening, earlier, self.reporter)
         report_references([m.example for m in self.items], "item", self.reporter)
+        folds = [self._training(number) for number in range(1, len(self.versions) + 1)]
+        self.trainings.train_missing(folds, self.chat)
         done: list[_Done] = []
         for number in range(1, len(self.versions) + 1):
             began = time.monotonic()
@@ -240,20 +246,18 @@ class CrossValidation:
         self.reporter.say(
             f"Fold {number} of {len(self.versions)}: {train_rows:,} train, {dev_rows:,} dev and {test_rows:,} test rows"
         )
-        facts: dict[str, Any] = {
-            "fold": {
-                "crossval": self.trainings[:12],
-                "of": self.version.digest,
-                "number": number,
-                "folds": len(self.versions),
-            }
-        }
-        if self.forced:
-            facts["forced"] = self.forced
-        adapters = self.project.fold_adapters
-        trained = train(self.project, version, self.base, self.chat, self.reporter, adapters=adapters, facts=facts)
+        training = self._training(number)
+        trained = train(
+            self.project,
+            version,
+            self.base,
+            self.chat,
+            self.reporter,
+            adapters=training.adapters,
+            facts=training.facts,
+        )
         arm_runner = ArmRunner(
-            self.project, version, self.generator(), self.reporter, folder=adapters.parent, limit=self.limit
+            self.project, version, self.generator(), self.reporter, folder=training.adapters.parent, limit=self.limit
         )
         advice = advise(arm_runner).advice
         plans = contest(advice, with_retrieved=self.config.evaluate.tuned_retrieved)
@@ -261,6 +265,19 @@ class CrossValidation:
         answers = {plan.name: arm_runner.answers(plan, members, "the fold", trained.adapter) for plan in plans}
         longer = arm_runner.longer_than_limit(members)
         return _Done(version, trained.adapter, trained.trained, advice, plans, answers, longer)
+
+    def _training(self, number: int) -> Training:
+        facts: dict[str, Any] = {
+            "fold": {
+                "crossval": self.trained_by[:12],
+                "of": self.version.digest,
+                "number": number,
+                "folds": len(self.versions),
+            }
+        }
+        if self.forced:
+            facts["forced"] = self.forced
+        return Training(f"fold {number}", self.project, self.versions[number - 1], self.project.fold_adapters, facts)
 
     def _roles(self, done: Sequence[_Done]) -> list[_Role]:
         """Return the arms that all folds have; the second is the prompting arm that tuned has to beat."""

@@ -35,6 +35,7 @@ from tunewright.metrics import Scores, metric_inputs, score_all, scorer_of
 from tunewright.models.bases import Base
 from tunewright.training.rows import require_min_examples
 from tunewright.training.train import TrainResult, find_trained, train, training_inputs
+from tunewright.training.trainings import Training, Trainings
 
 
 def subset_versions(version: DatasetVersion, shares: Sequence[float], seed: int) -> list[DatasetVersion]:
@@ -129,6 +130,7 @@ class LearningCurve:
         project: its config decides; its working folder keeps the curve's adapters, apart from its own.
         version, base, chat: as in `train`.
         reporter: shows progress and warnings.
+        trainings: where the adapters are trained.
         seeds: number of seeds, at least two: the config's own and those after it.
         force: train even on fewer pairs than the minimum.
 
@@ -143,6 +145,7 @@ class LearningCurve:
         base: Base,
         chat: ChatFormat,
         reporter: Reporter,
+        trainings: Trainings,
         *,
         seeds: int,
         force: bool = False,
@@ -153,6 +156,7 @@ class LearningCurve:
         self.base = base
         self.chat = chat
         self.reporter = reporter
+        self.trainings = trainings
         self.scorer = scorer_of(project.config.evaluate.metric, project.root)
         self.quantization = project.config.evaluate.quantization or project.config.train.quantization
         self.seeds = tuple(range(project.config.seed, project.config.seed + seeds))
@@ -200,6 +204,8 @@ class LearningCurve:
         file = self.project.curves / self.identity / CURVE_FILE
         if file.exists():
             return CurveResult(file.parent, Curve.model_validate_json(file.read_bytes()), measured=False)
+        missing = [(*of, part) for of, part in self.parts.items() if self._own(of[0], part) is None]
+        self.trainings.train_missing([self._training(*each) for each in missing], self.chat)
         points: list[Point] = []
         scores: dict[tuple[int, float], Scores] = {}
         left = sum(SHARES) * len(self.seeds)
@@ -224,17 +230,32 @@ class LearningCurve:
         return ProjectFolder(self.project.root, self.project.config.model_copy(update={"seed": seed}))
 
     def _train(self, seed: int, share: float, part: DatasetVersion) -> TrainResult:
-        project = self._config(seed)
-        # With the config's own seed, the adapter on all rows may be the project's own.
-        inputs = digest(training_inputs(project, part, self.base, self.chat))
-        own = find_trained(self.project.adapters, project.config.name, inputs)
+        own = self._own(seed, part)
         if own is not None:
             return TrainResult(own, trained=False)
+        training = self._training(seed, share, part)
+        return train(
+            training.project,
+            part,
+            self.base,
+            self.chat,
+            self.reporter,
+            adapters=training.adapters,
+            facts=training.facts,
+        )
+
+    def _own(self, seed: int, part: DatasetVersion) -> Adapter | None:
+        """Return the project's own adapter if it has the same inputs: with the config's own seed, on all rows."""
+        project = self._config(seed)
+        inputs = digest(training_inputs(project, part, self.base, self.chat))
+        return find_trained(self.project.adapters, project.config.name, inputs)
+
+    def _training(self, seed: int, share: float, part: DatasetVersion) -> Training:
         facts: dict[str, Any] = {"curve": {"of": self.version.digest, "share": share, "seed": seed}}
         if self.forced:
             facts["forced"] = self.forced
-        place = self.project.curve_adapters
-        return train(project, part, self.base, self.chat, self.reporter, adapters=place, facts=facts)
+        name = f"{share:.0%} with seed {seed}"
+        return Training(name, self._config(seed), part, self.project.curve_adapters, facts)
 
     def _scores(self, adapter: Adapter) -> Scores:
         """Answer the dev rows and score the answers."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request as HttpRequest
     from starlette.responses import Response
 
-    from tunewright.generation.constraints import Constraint
+    from tunewright.generation.constraints import Constraint, GrammarCompiler
     from tunewright.generation.requests import Request
     from tunewright.models.bases import Base
     from tunewright.serving.engines.peft import PeftEngine
@@ -153,7 +153,7 @@ class Worker:
         return self._compiler.compile(Grammar(rule))
 
     @cached_property
-    def _compiler(self) -> Any:
+    def _compiler(self) -> GrammarCompiler:
         from tunewright.generation.constraints import GrammarCompiler
         from tunewright.models.loading import load_tokenizer
 

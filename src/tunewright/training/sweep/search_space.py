@@ -106,7 +106,7 @@ class Schedule:
         """Return the time to finish this rung (from 0) with ``trials`` trials, and the rest with the better halves."""
         total = 0.0
         for number in range(rung, len(self.rungs)):
-            total += trials * self._one(number, (0, *self.rungs)[number], pace)
+            total += trials * self.seconds_of_one(number, (0, *self.rungs)[number], pace)
             trials = advancing_trials(trials)
         return total
 
@@ -119,9 +119,9 @@ class Schedule:
             behind: steps that the next trial has made already.
             pace: the measured pace.
         """
-        return self._one(rung, behind, pace) + self.seconds(advancing_trials(through + 1), rung + 1, pace)
+        return self.seconds_of_one(rung, behind, pace) + self.seconds(advancing_trials(through + 1), rung + 1, pace)
 
-    def _one(self, rung: int, behind: int, pace: TrainingSpeed) -> float:
+    def seconds_of_one(self, rung: int, behind: int, pace: TrainingSpeed) -> float:
         """Return the time of one trial through one rung."""
         end = self.rungs[rung]
         by_itself = sum(behind < step < end for step in self.evaluated)

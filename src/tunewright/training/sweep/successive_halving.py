@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -31,8 +32,18 @@ class Progress:
     dev_metric: float | None
 
 
-TrainTo = Callable[[Trial, int], Progress]
-"""Trains a trial up to a step and evaluates dev; raises DivergedError, or KeyboardInterrupt once the state is saved."""
+@dataclass(frozen=True)
+class Outcome:
+    """The result of a trial that was trained up to a step."""
+
+    result: Progress | DivergedError
+    seconds: float
+    """Time spent on it, including loading and evaluation."""
+
+
+Train = Callable[[Sequence[Trial], int], Generator[Outcome, None, None]]
+"""Trains trials up to a step and evaluates dev, and yields each one's outcome in order, when it is asked for or before.
+It raises KeyboardInterrupt once the state is saved."""
 
 
 class SuccessiveHalving:
@@ -42,10 +53,11 @@ class SuccessiveHalving:
         trials: most promising first.
         schedule: the steps at which trials are compared.
         ledger: the sweep's ledger.
-        train_to: trains a trial.
+        train: trains trials.
         budget: seconds for the whole sweep, including those in the ledger; None: unlimited.
         reporter: reports finished and skipped work.
         clock: returns seconds.
+        at_once: number of trials that are trained at once.
     """
 
     def __init__(
@@ -53,18 +65,20 @@ class SuccessiveHalving:
         trials: Sequence[Trial],
         schedule: Schedule,
         ledger: Ledger,
-        train_to: TrainTo,
+        train: Train,
         budget: float | None,
         reporter: Reporter,
         clock: Callable[[], float] = time.monotonic,
+        at_once: int = 1,
     ) -> None:
         self.trials = trials
         self.schedule = schedule
         self.ledger = ledger
-        self.train_to = train_to
+        self.train = train
         self.budget = budget
         self.reporter = reporter
         self.clock = clock
+        self.at_once = at_once
         self._estimate_reported = False
 
     def run(self) -> Trial | None:
@@ -96,28 +110,59 @@ class SuccessiveHalving:
         number = rung + 1
         through = {t.name: e for t in alive if (e := self.ledger.result(t.name, number)) is not None}
         waiting = [trial for trial in alive if trial.name not in through]
-        for place, trial in enumerate(waiting):
+        while waiting:
             self._report_estimate()
-            if not self._fits_budget(trial, len(through), rung):
-                self._leave_out(waiting[place:], rung, anything=bool(through))
+            started = self._fitting(waiting, len(through), rung)
+            if not started:
+                self._leave_out(waiting, rung, anything=bool(through))
                 break
-            through[trial.name] = self._train_rung(trial, rung)
+            through |= self._train_rung(started, rung)
+            waiting = waiting[len(started) :]
         return through
 
-    def _train_rung(self, trial: Trial, rung: int) -> Entry:
-        """Train one trial through one rung."""
+    def _fitting(self, waiting: Sequence[Trial], through: int, rung: int) -> Sequence[Trial]:
+        """Return the trials to start now: without a budget all of them, else as many as fit into it and train at once.
+
+        The budget counts the time of all trials, as if they were trained one after the other.
+        """
+        pace = self._pace()
+        if self.budget is None:
+            return waiting
+        if pace is None:
+            return waiting[:1]
+        started: list[Trial] = []
+        ahead = 0.0
+        for trial in waiting[: self.at_once]:
+            if ahead + self._with_one_more(trial, through + len(started), rung, pace) > self._left():
+                break
+            started.append(trial)
+            ahead += self.schedule.seconds_of_one(rung, self._behind(trial, rung), pace)
+        return started
+
+    def _train_rung(self, trials: Sequence[Trial], rung: int) -> dict[str, Entry]:
+        """Train trials through one rung."""
         step, number = self.schedule.rungs[rung], rung + 1
-        self.reporter.say(f"{trial.name}, rung {number}")
-        began = self.clock()
-        try:
-            progress = self.train_to(trial, step)
-        except DivergedError as error:
-            return self._diverged(trial, number, error, began)
-        except KeyboardInterrupt:
-            self.ledger.add("stopped", trial.name, number, step, seconds=self._since(began))
-            raise
+        entries = {}
+        with closing(self.train(trials, step)) as outcomes:
+            for trial in trials:
+                self._report_estimate()
+                self.reporter.say(f"{trial.name}, rung {number}")
+                began = self.clock()
+                try:
+                    outcome = next(outcomes)
+                except KeyboardInterrupt:
+                    self.ledger.add("stopped", trial.name, number, step, seconds=self._since(began))
+                    raise
+                entries[trial.name] = self._recorded(trial, number, outcome)
+        return entries
+
+    def _recorded(self, trial: Trial, number: int, outcome: Outcome) -> Entry:
+        progress, seconds = outcome.result, round(outcome.seconds, 3)
+        if isinstance(progress, DivergedError):
+            return self._diverged(trial, number, progress, seconds)
         event: Event = "finished" if number == len(self.schedule.rungs) else "measured"
-        entry = self.ledger.add(event, trial.name, number, step, seconds=self._since(began), **_values(progress))
+        step = self.schedule.rungs[number - 1]
+        entry = self.ledger.add(event, trial.name, number, step, seconds=seconds, **_values(progress))
         self.reporter.say(f"{trial.name}, rung {number}: {measured_text(entry, self.ledger.head.metric)}")
         return entry
 
@@ -129,21 +174,23 @@ class SuccessiveHalving:
             self.reporter.say(f"Timing {FIRST_STEPS} steps of {trial.name}")
             began = self.clock()
             try:
-                progress = self.train_to(trial, FIRST_STEPS)
-            except DivergedError as error:
-                self._diverged(trial, 1, error, began)
-                continue
+                with closing(self.train([trial], FIRST_STEPS)) as outcomes:
+                    outcome = next(outcomes)
             except KeyboardInterrupt:
                 self.ledger.add("stopped", trial.name, 0, 0, seconds=self._since(began))
                 raise
-            self.ledger.add("timed", trial.name, 0, FIRST_STEPS, seconds=self._since(began), **_values(progress))
+            progress, seconds = outcome.result, round(outcome.seconds, 3)
+            if isinstance(progress, DivergedError):
+                self._diverged(trial, 1, progress, seconds)
+                continue
+            self.ledger.add("timed", trial.name, 0, FIRST_STEPS, seconds=seconds, **_values(progress))
             return
 
-    def _diverged(self, trial: Trial, number: int, error: DivergedError, began: float) -> Entry:
+    def _diverged(self, trial: Trial, number: int, error: DivergedError, seconds: float) -> Entry:
         why = error.what.split("; ")[0]  # without the step's rows: all trials have the same ones
         self.reporter.warn(f"{trial.name} is out: {why}")
         step = self.schedule.rungs[number - 1]
-        return self.ledger.add("diverged", trial.name, number, step, seconds=self._since(began), why=why)
+        return self.ledger.add("diverged", trial.name, number, step, seconds=seconds, why=why)
 
     def _advancing(self, alive: Sequence[Trial], through: dict[str, Entry], rung: int) -> list[Trial]:
         """Return the trials that advance; for the last rung, the winner."""
@@ -182,16 +229,12 @@ class SuccessiveHalving:
         assert self.budget is not None
         return self.budget - self.ledger.seconds
 
-    def _fits_budget(self, trial: Trial, through: int, rung: int) -> bool:
-        """Return whether this trial's rung, and the remaining rungs of the better half, fit into the budget."""
-        pace = self._pace()
-        if self.budget is None or pace is None:
-            return True
-        return self._with_one_more(trial, through, rung, pace) <= self._left()
+    def _behind(self, trial: Trial, rung: int) -> int:
+        return min(self.ledger.steps_of(trial.name), self.schedule.rungs[rung])
 
     def _with_one_more(self, trial: Trial, through: int, rung: int, pace: TrainingSpeed) -> float:
-        behind = min(self.ledger.steps_of(trial.name), self.schedule.rungs[rung])
-        return self.schedule.seconds_with_one_more(through, rung, behind, pace)
+        """Return the time of this trial's rung, and of the remaining rungs of the better half."""
+        return self.schedule.seconds_with_one_more(through, rung, self._behind(trial, rung), pace)
 
     def _leave_out(self, trials: Sequence[Trial], rung: int, *, anything: bool) -> None:
         pace = self._pace()
@@ -217,6 +260,7 @@ class SuccessiveHalving:
             return
         self._estimate_reported = True
         estimate = f"{trials} trials take about {duration(self.schedule.seconds(trials, 0, pace))} in total"
+        estimate += f", {self.at_once} at a time" if self.at_once > 1 else ""
         if self.budget is None:
             self.reporter.say(f"{estimate}.")
             return

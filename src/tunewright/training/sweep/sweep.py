@@ -7,7 +7,8 @@ winner's work is repeated, and its adapter is the one that its config produces.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
@@ -16,6 +17,7 @@ from pathlib import Path
 from accelerate.utils.memory import clear_device_cache
 
 from tunewright.adapters.registry import Adapter
+from tunewright.adapters.signing import read_signatures, sign, store_signer
 from tunewright.chat import ChatFormat
 from tunewright.config import metric_name
 from tunewright.config.project import ProjectFolder
@@ -26,13 +28,15 @@ from tunewright.models.bases import Base
 from tunewright.models.hf_logging import quiet_transformers
 from tunewright.models.loading import context_length, hidden_size, load_model
 from tunewright.training.checkpoints import latest_complete_checkpoint
+from tunewright.training.divergence import DivergedError
 from tunewright.training.replay import draw_replay
 from tunewright.training.rows import require_min_examples, training_rows
 from tunewright.training.run import evaluation_interval, total_steps
 from tunewright.training.sweep.ledger import Head, Ledger
 from tunewright.training.sweep.search_space import Trial, default_rates, halving_schedule, make_trials
-from tunewright.training.sweep.successive_halving import Progress, SuccessiveHalving
-from tunewright.training.train import find_trained, train, train_until, training_inputs
+from tunewright.training.sweep.successive_halving import Outcome, Progress, SuccessiveHalving
+from tunewright.training.train import train, train_until, training_inputs
+from tunewright.training.trainings import Job, Trainings, absolute
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class Sweep:
         project: its config is varied by the trials.
         version, base, chat: as for `train`.
         reporter: shows progress and reports warnings.
+        trainings: where the trials are trained.
         rates: learning rates to try; None: three around the suggested one, see `default_rates`.
         force: train on fewer pairs than are refused otherwise.
 
@@ -78,6 +83,7 @@ class Sweep:
         base: Base,
         chat: ChatFormat,
         reporter: Reporter,
+        trainings: Trainings,
         *,
         rates: Sequence[float] | None = None,
         force: bool = False,
@@ -88,6 +94,7 @@ class Sweep:
         self.chat = chat
         self.reporter = reporter
         self.once = _OnceReporter(reporter)
+        self.trainings = trainings.reporting_to(self.once)
         self.forced = require_min_examples(len(version.domain_of("train")), force=force, reporter=reporter)
         own = project.config.train
         self.trials = make_trials(own, rates or default_rates(own.learning_rate, hidden_size(base)))
@@ -140,13 +147,19 @@ class Sweep:
         """
         ledger = Ledger(self.folder, self.head)
         budget = None if minutes is None else 60 * minutes
-        halving = SuccessiveHalving(self.trials, self.schedule, ledger, self._train_to, budget, self.reporter)
+        halving = SuccessiveHalving(
+            self.trials,
+            self.schedule,
+            ledger,
+            self._train,
+            budget,
+            self.reporter,
+            at_once=self.trainings.at_once,
+        )
         winner = halving.run()
         adapter = None
         if winner is not None:
-            inputs = self.head.trials[winner.name]["inputs"]
-            adapter = find_trained(self.project.adapters, self.project.config.name, inputs)
-            assert adapter is not None, "the winner was trained to its end"
+            adapter = self._stored(winner)
             if all(ledger.result(trial.name, 1) for trial in self.trials):
                 shutil.rmtree(self.work, ignore_errors=True)  # no trial can resume from there
         return SweepResult(ledger, winner, adapter)
@@ -154,29 +167,84 @@ class Sweep:
     def _project(self, trial: Trial) -> ProjectFolder:
         return ProjectFolder(self.project.root, self.project.config.model_copy(update={"train": trial.train}))
 
-    def _train_to(self, trial: Trial, step: int) -> Progress:
-        """Train one trial up to a step, from where it is; store its adapter at the end."""
-        project = self._project(trial)
-        work = self.work / trial.name
-        checkpoint = latest_complete_checkpoint(work)
-        behind = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
-        if behind > step:  # left by a sweep whose ledger was removed
-            shutil.rmtree(work)
-            behind = 0
-        if step == self.steps:
-            return self._train_fully(project, work, behind)
-        paused = train_until(project, self.version, self.base, self.chat, self.once, work=work, step=step)
-        best = paused.best
-        return Progress(paused.step - behind, paused.seconds, best.dev_loss, best.dev_metric)
-
-    def _train_fully(self, project: ProjectFolder, work: Path, behind: int) -> Progress:
+    def _train(self, trials: Sequence[Trial], step: int) -> Generator[Outcome, None, None]:
+        """Train trials up to a step, from where they are; their adapters are stored at the end."""
+        apart, last = self.trainings.on_cluster, step == self.steps
         facts = {"sweep": self.head.sweep, **({"forced": self.forced} if self.forced else {})}
-        result = train(project, self.version, self.base, self.chat, self.once, work=work, facts=facts)
-        training = result.adapter.lineage["training"]
-        kept = next(each for each in training["epochs"] if each["step"] == training["kept_step"])
-        made = self.steps - behind if result.trained else 0
-        seconds = training["seconds"] if result.trained else 0.0
-        return Progress(made, seconds, kept["dev_loss"], kept["dev_metric"])
+        run = _Run(self.version, self.chat, self.steps, facts, apart)
+        jobs = [
+            Job(trial.name, work, _Part(project, work, step))
+            for trial in trials
+            for project in [absolute(self._project(trial)) if apart else self._project(trial)]
+            for work in [project.work / "sweeps" / self.head.sweep / trial.name]
+        ]
+        # Workers have no private key: this process signs what they store.
+        signer = store_signer(self.project.keys, self.reporter) if apart and last else None
+        for trial, outcome in zip(trials, self.trainings.run(_train_part, run, jobs), strict=True):
+            if signer is not None and isinstance(outcome.result, Progress):
+                adapter = self._stored(trial)
+                if adapter.lineage.get("sweep") == self.head.sweep and not read_signatures(adapter.folder):
+                    sign(adapter.folder, signer)
+            yield outcome
+
+    def _stored(self, trial: Trial) -> Adapter:
+        """Return the adapter of a trial that was trained to its end."""
+        inputs = self.head.trials[trial.name]["inputs"]
+        return self.trainings.stored(self.project.adapters, self.project.config.name, inputs)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Inputs that all trials share."""
+
+    version: DatasetVersion
+    chat: ChatFormat
+    steps: int
+    facts: dict[str, str]
+    apart: bool
+    """True in another process, which does not sign."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A trial, and the step up to which it is trained now."""
+
+    project: ProjectFolder
+    work: Path
+    step: int
+
+
+def _train_part(base: Base, run: _Run, part: _Part, reporter: Reporter) -> Outcome:
+    """Train one trial up to a step."""
+    began = time.monotonic()
+    try:
+        result: Progress | DivergedError = _train_to(base, run, part, reporter)
+    except DivergedError as error:
+        result = error
+    return Outcome(result, time.monotonic() - began)
+
+
+def _train_to(base: Base, run: _Run, part: _Part, reporter: Reporter) -> Progress:
+    checkpoint = latest_complete_checkpoint(part.work)
+    behind = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
+    if behind > part.step:  # left by a sweep whose ledger was removed
+        shutil.rmtree(part.work)
+        behind = 0
+    if part.step == run.steps:
+        return _train_fully(base, run, part, behind, reporter)
+    paused = train_until(part.project, run.version, base, run.chat, reporter, work=part.work, step=part.step)
+    best = paused.best
+    return Progress(paused.step - behind, paused.seconds, best.dev_loss, best.dev_metric)
+
+
+def _train_fully(base: Base, run: _Run, part: _Part, behind: int, reporter: Reporter) -> Progress:
+    place = part.project.adapters if run.apart else None
+    result = train(part.project, run.version, base, run.chat, reporter, adapters=place, work=part.work, facts=run.facts)
+    training = result.adapter.lineage["training"]
+    kept = next(each for each in training["epochs"] if each["step"] == training["kept_step"])
+    made = run.steps - behind if result.trained else 0
+    seconds = training["seconds"] if result.trained else 0.0
+    return Progress(made, seconds, kept["dev_loss"], kept["dev_metric"])
 
 
 class _OnceReporter:

@@ -1,0 +1,385 @@
+"""Trainings that do not depend on each other: here one after the other, or on the machines of a cluster at once.
+
+The trials of a sweep, the parts of a learning curve, the folds of a cross-validation and pilots are ordinary trainings.
+On a cluster each is a task that makes the same call in a worker. It has the same working folder, so a lost one resumes
+from its last checkpoint on another machine, and the same number of threads, so its adapter is the same.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+
+from tunewright.adapters.registry import HISTORY, Adapter, read_history
+from tunewright.chat import ChatFormat
+from tunewright.config.project import ProjectFolder
+from tunewright.core.errors import UserError
+from tunewright.core.io import digest, write_text
+from tunewright.core.locks import in_use, is_locked, remove_abandoned
+from tunewright.core.progress import LogReporter, Reporter, Task
+from tunewright.core.text import count_of
+from tunewright.core.workers import ONE_CPU, Machine, Needs, Workers
+from tunewright.data.versions import DatasetVersion
+from tunewright.models.bases import Base, base_here
+from tunewright.training.train import find_trained, train, training_inputs
+
+Shared = TypeVar("Shared")
+Value = TypeVar("Value")
+Result = TypeVar("Result")
+
+_WHERE = "compute.cluster"
+_FREE_S = 60.0  # for the process of a lost machine, or of a command that was killed, to end
+_SEEN_S = 120.0  # network file systems show a new file to other machines after up to a minute
+_LOOK_S = 2.0
+
+
+@dataclass(frozen=True)
+class Job(Generic[Value]):
+    """One training: what its step needs."""
+
+    name: str
+    work: Path
+    """The working folder, which shows how far it is, and is locked while it trains."""
+    value: Value
+
+
+class Trainings:
+    """The place where independent trainings are done.
+
+    Args:
+        workers: they train, each job in a process of its own; those of this process train here.
+        base: the base.
+        reporter: shows progress, and what the trainings report.
+        needs: what one training takes of a machine.
+        site: what every machine must have; None: the trainings are done here.
+    """
+
+    def __init__(
+        self, workers: Workers, base: Base, reporter: Reporter, needs: Needs = ONE_CPU, site: Site | None = None
+    ) -> None:
+        self.workers, self.base, self.reporter, self._needs, self._site = workers, base, reporter, needs, site
+
+    def reporting_to(self, reporter: Reporter) -> Trainings:
+        """Return the same with another reporter."""
+        return Trainings(self.workers, self.base, reporter, self._needs, self._site)
+
+    @property
+    def on_cluster(self) -> bool:
+        """True if other processes train."""
+        return self._site is not None
+
+    @property
+    def at_once(self) -> int:
+        """Number of trainings at once."""
+        return _at_once(self.workers, self._needs) if self.on_cluster else 1
+
+    def run(
+        self, step: Callable[[Base, Shared, Value, Reporter], Result], shared: Shared, jobs: Sequence[Job[Value]]
+    ) -> Generator[Result, None, None]:
+        """Yield each job's result, in order: ``step(base, shared, job.value, reporter)``.
+
+        Here a job is done when its result is asked for. On a cluster its messages are reported with its result. Paths
+        in ``shared`` and in the jobs must be absolute there.
+
+        Raises:
+            UserError: any error of a training; the others are stopped, with a checkpoint saved.
+            KeyboardInterrupt: as before, by a signal.
+        """
+        if self._site is None:
+            for job in jobs:
+                yield step(self.base, shared, job.value, self.reporter)
+            return
+        sent = _Sent(step, shared, self._site, torch.get_num_threads())
+        with (
+            self.reporter.task("Training on the cluster", len(jobs), "trainings") as task,
+            _steps_shown(task, jobs),
+        ):
+            for done in self.workers.map(_train_in_worker, sent, jobs, task, needs=self._needs):
+                done.messages.report_to(self.reporter)
+                yield done.result
+
+    def stored(self, adapters: Path, name: str, identity: str) -> Adapter:
+        """Return the adapter that a training has stored, once this machine sees it.
+
+        Raises:
+            UserError: it is not there.
+        """
+        until = time.monotonic() + (_SEEN_S if self.on_cluster else 0)
+        while (adapter := find_trained(adapters, name, identity)) is None:
+            if time.monotonic() >= until:
+                fix = "Restore it, or check the storage that holds the project."
+                raise UserError("The trained adapter is missing", where=str(adapters), fix=fix)
+            time.sleep(1)
+        return adapter
+
+    def train_missing(self, trainings: Sequence[Training], chat: ChatFormat) -> None:
+        """Train on the cluster those that are not trained yet; `train` finds them afterwards. Here do nothing.
+
+        Raises:
+            UserError: any error of a training.
+            KeyboardInterrupt: stopped by a signal; the next call resumes from there.
+        """
+        if not self.on_cluster:
+            return
+        missing = [each for each in (t.absolute(self.base, chat) for t in trainings) if each.found() is None]
+        if not missing:
+            return
+        jobs = [Job(each.name, each.work, each) for each in missing]
+        for training, _ in zip(missing, self.run(_train, chat, jobs), strict=True):
+            adapter = self.stored(training.adapters, training.project.config.name, training.identity)
+            seconds = adapter.lineage["training"]["seconds"]
+            self.reporter.say(f"{training.name}: trained in {seconds:.0f} s")
+
+
+@dataclass(frozen=True)
+class Training:
+    """One call of `train`."""
+
+    name: str
+    project: ProjectFolder
+    version: DatasetVersion
+    adapters: Path
+    facts: Mapping[str, Any]
+    identity: str = ""
+    """The digest of its inputs, once it is known."""
+
+    @property
+    def work(self) -> Path:
+        """Its working folder, which is the one that `train` takes by default."""
+        return self.project.work / "training" / self.identity[:12]
+
+    def absolute(self, base: Base, chat: ChatFormat) -> Training:
+        """Return the training with paths that another process can use, and its identity."""
+        return replace(
+            self,
+            project=absolute(self.project),
+            adapters=self.adapters.resolve(),
+            identity=digest(training_inputs(self.project, self.version, base, chat)),
+        )
+
+    def found(self) -> Adapter | None:
+        """Return its adapter if it is there already."""
+        return find_trained(self.adapters, self.project.config.name, self.identity)
+
+
+def _train(base: Base, chat: ChatFormat, training: Training, reporter: Reporter) -> None:
+    train(
+        training.project,
+        training.version,
+        base,
+        chat,
+        _Named(training.name, reporter),
+        adapters=training.adapters,
+        facts=training.facts,
+    )
+
+
+def absolute(project: ProjectFolder) -> ProjectFolder:
+    """Return the project with a root that another process can use."""
+    return ProjectFolder(project.root.resolve(), project.config)
+
+
+# What a machine needs
+
+
+class Site(NamedTuple):
+    """Requirements of every machine: a file in the project's folder, and the base."""
+
+    root: Path
+    file: Path
+    text: str
+    """The content of the file, which no copy of the folder has."""
+    base: Base
+
+
+@contextmanager
+def open_trainings(workers: Workers, project: ProjectFolder, base: Base, reporter: Reporter) -> Iterator[Trainings]:
+    """Check every machine, and yield the place where trainings are done.
+
+    Raises:
+        UserError: no machine has the CPUs or GPUs of one training, or one does not see the project's folder, cannot
+            write there, or lacks the base.
+    """
+    if not workers.machines:
+        yield Trainings(workers, base, reporter)
+        return
+    needs = _needs(workers.machines)
+    places = project.work.resolve() / "machines"
+    places.mkdir(exist_ok=True)
+    remove_abandoned(places.iterdir())
+    own = Path(tempfile.mkdtemp(dir=places))
+    try:
+        with in_use(own):
+            site = Site(project.root.resolve(), own / "seen", own.name, base)
+            write_text(site.file, site.text)
+            for machine, fault in workers.ask(_fault, site):
+                if fault is not None:
+                    raise _on_machine(machine, fault)
+            each = "a GPU" if needs.gpus else count_of(needs.cpus, "CPU")
+            reporter.say(f"Each training takes {each}: up to {_at_once(workers, needs)} at once.")
+            yield Trainings(workers, base, reporter, needs, site)
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
+
+
+def _needs(machines: Sequence[Machine]) -> Needs:
+    """Return what a training takes: a GPU where there are some, else as many CPUs as this process has threads."""
+    if torch.cuda.is_available() or any(machine.gpus for machine in machines):
+        needs = Needs(gpus=1)
+        if not any(machine.room(needs) for machine in machines):
+            fix = "Start Ray with GPUs on a machine (ray start --num-gpus 1)."
+            raise UserError("The cluster has no GPU, and this machine trains on one", where=_WHERE, fix=fix)
+        return needs
+    needs = Needs(cpus=torch.get_num_threads())
+    if not any(machine.room(needs) for machine in machines):
+        most = max(machine.cpus for machine in machines)
+        raise UserError(
+            f"Too few CPUs for a training: {most} on the largest machine (this command's threads: {needs.cpus})",
+            where=_WHERE,
+            fix=f"Set OMP_NUM_THREADS={most} for this command, or add a larger machine.",
+        )
+    return needs
+
+
+def _at_once(workers: Workers, needs: Needs) -> int:
+    return min(workers.count, sum(machine.room(needs) for machine in workers.machines))
+
+
+def _fault(site: Site) -> UserError | None:
+    """Return what is wrong with the machine that this runs on, or None."""
+    try:
+        _require_site(site)
+    except UserError as error:
+        return error
+    return None
+
+
+def _on_machine(machine: str, error: UserError) -> UserError:
+    return UserError(f"On the machine {machine}: {error.what}", where=error.where, fix=error.fix)
+
+
+def _require_site(site: Site) -> Base:
+    """Return this machine's copy of the base.
+
+    Raises:
+        UserError: it is missing here, or the project's folder is, or cannot be written to.
+    """
+    fix = "Put the project on storage that all machines mount at this path."
+    try:
+        seen = site.file.read_text(encoding="utf-8") == site.text
+    except OSError:
+        seen = False
+    if not seen:
+        raise UserError("This project's folder is not there, or is another one", where=str(site.root), fix=fix)
+    try:
+        with tempfile.TemporaryFile(dir=site.file.parent):
+            pass
+    except OSError as error:
+        what = f"This project's folder cannot be written to: {error.strerror}"
+        raise UserError(what, where=str(site.root), fix=fix) from None
+    return base_here(site.base)
+
+
+# In a worker
+
+
+class _Sent(NamedTuple):
+    """Inputs that all jobs share."""
+
+    step: Callable[[Base, Any, Any, Reporter], Any]
+    shared: Any
+    site: Site
+    threads: int
+
+
+class _Messages(LogReporter):
+    """A reporter whose messages another process reports, and which reads the steps from the working folder."""
+
+    def __init__(self) -> None:
+        self.messages: list[tuple[str, bool]] = []
+
+    def say(self, message: str) -> None:
+        self.messages.append((message, False))
+
+    def warn(self, message: str) -> None:
+        self.messages.append((message, True))
+
+    def report_to(self, reporter: Reporter) -> None:
+        """Report all of them."""
+        for message, is_warning in self.messages:
+            (reporter.warn if is_warning else reporter.say)(message)
+
+
+class _Named(LogReporter):
+    """A reporter that puts a training's name before its messages."""
+
+    def __init__(self, name: str, reporter: Reporter) -> None:
+        self.name, self.reporter = name, reporter
+
+    def say(self, message: str) -> None:
+        self.reporter.say(f"{self.name}: {message}")
+
+    def warn(self, message: str) -> None:
+        self.reporter.warn(f"{self.name}: {message}")
+
+
+class _Done(NamedTuple):
+    result: Any
+    messages: _Messages
+
+
+def _train_in_worker(sent: _Sent, job: Job[Any], task: Task) -> _Done:
+    """Do one job."""
+    try:
+        base = _require_site(sent.site)  # of a machine that joined the cluster later, too
+    except UserError as error:
+        raise _on_machine(platform.node(), error) from None
+    torch.set_num_threads(sent.threads)
+    until = time.monotonic() + _FREE_S
+    while is_locked(job.work) and time.monotonic() < until:
+        time.sleep(0.2)
+    messages = _Messages()
+    try:
+        result = sent.step(base, sent.shared, job.value, messages)
+    except KeyboardInterrupt:
+        # A checkpoint is saved. To end like a lost process has the job run again, unless the command has cancelled it.
+        os._exit(1)
+    task.advance()
+    return _Done(result, messages)
+
+
+@contextmanager
+def _steps_shown(task: Task, jobs: Sequence[Job[Any]]) -> Iterator[None]:
+    """Show the steps of trainings in progress, from the metrics in their working folders."""
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.wait(_LOOK_S):
+            steps = {job.name: step for job in jobs if (step := _latest_step(job.work))}
+            task.advance(0, ", ".join(f"{name}: step {step}" for name, step in steps.items()))
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _latest_step(work: Path) -> int:
+    try:
+        return max((int(row["step"]) for row in read_history(work / HISTORY)), default=0)
+    except UserError:
+        return 0  # not begun, or its folder is being removed

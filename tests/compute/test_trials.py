@@ -1,0 +1,196 @@
+"""Trials on a Ray cluster of several raylets on this machine: the same adapters as without, also when one is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from data_helpers import Listener
+from parts import joined
+from raylets import raylets, token_required
+
+from command_line import tiny_project
+from tunewright.adapters.registry import HISTORY, list_adapters
+from tunewright.api import Project
+from tunewright.compute import open_workers
+from tunewright.config import Config
+from tunewright.config.compute import ComputeConfig
+from tunewright.config.project import ProjectFolder
+from tunewright.core.errors import UserError
+from tunewright.core.progress import LogTask
+from tunewright.evidence.schema import EVIDENCE_FILE
+
+pytestmark = pytest.mark.ray
+
+WAIT_S = 240
+TIMES = {"time", "seconds", "training_seconds", "steps"}
+"""What a ledger's line says of the time, and of the steps that were made for it: a lost trial makes some again."""
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Any]:
+    """A cluster without machines for work."""
+    with token_required(), raylets() as cluster:
+        yield cluster
+
+
+@contextmanager
+def _machines(cluster: Any, count: int) -> Iterator[list[Any]]:
+    """Machines with a CPU each."""
+    added = [cluster.add_node(num_cpus=1) for _ in range(count)]
+    try:
+        yield added
+    finally:
+        for machine in cluster.worker_nodes & set(added):
+            cluster.remove_node(machine, allow_graceful=False)
+        _wait_for(lambda: _alive(cluster) == 1)
+
+
+def _alive(cluster: Any) -> int:
+    return sum(node["Alive"] for node in cluster.global_state.node_table())
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Path:
+    """A project with data, whose trainings take seconds."""
+    folder = tiny_project(tmp_path_factory.mktemp("trials") / "project", tiny_base_folder, count=90)
+    config = folder / "tunewright.yaml"
+    text = config.read_text().replace("epochs: 2", "epochs: 16\n  eval_max_samples: 0")
+    config.write_text(text.replace("num_fewshot: [1, 2]", "num_fewshot: [1]\n  retrievers: []\n  max_new_tokens: 8"))
+    Project(ProjectFolder(folder)).data.add([folder / "pairs.jsonl"])
+    return folder
+
+
+def _copy(prepared: Path, folder: Path) -> Path:
+    shutil.copytree(prepared, folder)
+    return folder
+
+
+def _project(folder: Path, cluster: str | None = None) -> tuple[Project, Listener]:
+    heard = Listener()
+    return Project(ProjectFolder(folder).on_cluster(cluster), heard), heard
+
+
+def _wait_for(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def _steps(folder: Path) -> list[int]:
+    """The lines of metrics of each training in progress."""
+    return [
+        len(file.read_bytes().splitlines())
+        for file in folder.glob(f".tunewright/*/*/**/{HISTORY}")
+        if "adapters" not in file.parts
+    ]
+
+
+def _ledger(folder: Path) -> list[dict[str, Any]]:
+    (file,) = folder.glob("sweeps/*/ledger.jsonl")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+
+
+def test_sweep_is_the_same_when_a_machine_is_killed(head: Any, prepared: Path, tmp_path: Path) -> None:
+    here, there = (_copy(prepared, tmp_path / name) for name in ("here", "there"))
+    one, _ = _project(here)
+    winner = one.sweep(rates=[0.003])[0].adapter
+    with _machines(head, 2) as (_, victim):
+        project, heard = _project(there, "auto")
+
+        def kill() -> None:
+            _wait_for(lambda: len(found := _steps(there)) == 2 and min(found) > 5)
+            head.remove_node(victim, allow_graceful=False)
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        also, _ = project.sweep(rates=[0.003])
+        killer.join()
+    assert winner is not None and also.adapter is not None
+    assert also.adapter.digest == winner.digest
+    assert _ledger(there) == _ledger(here)
+    assert any("Resuming from step" in message for message in heard.said)
+    assert "Each training takes 1 CPU: up to 2 at once." in heard.said
+    assert not list((there / ".tunewright" / "machines").iterdir())
+
+
+def test_cross_validation_is_the_same_after_its_command_was_killed(head: Any, prepared: Path, tmp_path: Path) -> None:
+    here, there = (_copy(prepared, tmp_path / name) for name in ("here", "there"))
+    whole = _project(here)[0].crossval(folds=2, force=True)
+    with _machines(head, 2):
+        command = [sys.executable, "-m", "tunewright", "crossval", "--folds", "2", "--force", "--cluster", "auto"]
+        first = subprocess.Popen(
+            command, cwd=there, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        _wait_for(lambda: first.poll() is not None or any(steps > 5 for steps in _steps(there)))
+        os.killpg(first.pid, signal.SIGKILL)
+        output = first.communicate()[0]
+        assert first.returncode == -signal.SIGKILL, output
+        project, heard = _project(there, "auto")
+        again = project.crossval(folds=2, force=True)
+    # Ray ends the workers of a killed command a moment later, in which a fold may have ended by itself.
+    begun = sum(": Loading" in message for message in heard.said)
+    assert begun - sum(": Resuming from step" in message for message in heard.said) < 2
+    folders = [root / ".tunewright" / "crossval" / "adapters" for root in (here, there)]
+    assert len(list_adapters(folders[0])) == 2
+    assert {a.digest for a in list_adapters(folders[1])} == {a.digest for a in list_adapters(folders[0])}
+    assert _evidence(again.folder) == _evidence(whole.folder)
+
+
+def _evidence(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / EVIDENCE_FILE).read_text())
+    del found["lineage"]["created"], found["opening"]
+    return found
+
+
+def test_work_that_no_machine_can_do_any_more_is_one_error(head: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tunewright.compute.cluster._LOOK_S", 0.5)
+    monkeypatch.setattr("tunewright.compute.cluster._REPLACED_S", 1.0)
+    heard = Listener()
+    with _machines(head, 1) as (only,), open_workers(Config(compute=ComputeConfig(cluster="auto")), heard) as workers:
+        head.remove_node(only, allow_graceful=False)
+        with pytest.raises(UserError, match="has had no machine that can compute this"):
+            list(workers.map(joined, np.arange(3), [np.arange(2)], LogTask()))
+    assert heard.warned == ["The cluster has lost every machine that can compute this: waiting for another."]
+
+
+def test_machine_without_the_projects_folder_or_the_base_is_refused_before_work(
+    head: Any, prepared: Path, tmp_path: Path, tiny_base_folder: Path
+) -> None:
+    folder = _copy(prepared, tmp_path / "project")
+    if subprocess.run(["unshare", "--mount", "mount", "-t", "tmpfs", "none", str(folder)]).returncode:
+        pytest.skip("this user may not mount, so every machine sees the same folders")
+    for hidden, message in ((folder, "This project's folder is not there"), (tiny_base_folder, "is another one")):
+        with _machine_without(hidden, head), pytest.raises(UserError, match=f"On the machine .*: .*{message}"):
+            _project(folder, "auto")[0].curve(seeds=2)
+    assert not (folder / ".tunewright" / "training").exists()
+
+
+@contextmanager
+def _machine_without(hidden: Path, cluster: Any) -> Iterator[None]:
+    """A machine with one CPU that sees an empty folder here."""
+    start = f"mount -t tmpfs none {hidden} && exec {sys.executable} -m ray.scripts.scripts start --block --num-cpus 1"
+    machine = subprocess.Popen(
+        ["unshare", "--mount", "sh", "-c", f"{start} --address {cluster.address}"], start_new_session=True
+    )
+    try:
+        _wait_for(lambda: _alive(cluster) == 2)
+        yield
+    finally:
+        os.killpg(machine.pid, signal.SIGKILL)
+        machine.wait()
+        _wait_for(lambda: _alive(cluster) == 1)

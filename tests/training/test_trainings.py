@@ -1,0 +1,205 @@
+"""Independent trainings in other processes: the same results as here, and what every machine must have for them."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from data_helpers import Listener, new_project
+
+from command_line import tiny_project
+from tunewright.advisor.pilot import missing_pilots, pilot_parts, train_pilot
+from tunewright.api import Project
+from tunewright.config.project import ProjectFolder
+from tunewright.core.errors import UserError
+from tunewright.core.locks import locked_folder
+from tunewright.core.progress import LogReporter, Reporter, Task
+from tunewright.core.workers import ONE_CPU, THIS_PROCESS, Machine, Needs, Part, Result, Shared, Step
+from tunewright.evaluation.learning_curve import LearningCurve
+from tunewright.models.bases import Base, resolve_base
+from tunewright.training.divergence import DivergedError
+from tunewright.training.sweep.successive_halving import Outcome
+from tunewright.training.trainings import Job, open_trainings
+
+CPUS = torch.get_num_threads()
+
+
+class PickledCluster:
+    """Machines whose work is done here, with pickled inputs and results."""
+
+    def __init__(self, *machines: Machine, changed: Callable[[Any], Any] = lambda asked: asked) -> None:
+        self.machines = machines or (Machine("10.0.0.7", CPUS, 0), Machine("10.0.0.8", 2 * CPUS + CPUS // 2, 0))
+        self.count = sum(machine.cpus for machine in self.machines)
+        self.changed = changed
+        self.needs: list[Needs] = []
+
+    def ask(self, question: Callable[[Shared], Result], shared: Shared) -> Iterator[tuple[str, Result]]:
+        """Yield the function's result for each machine; the last one sees what is changed."""
+        for machine in self.machines:
+            seen = self.changed(shared) if machine is self.machines[-1] else shared
+            yield machine.name, _copied(question(_copied(seen)))
+
+    def map(
+        self,
+        step: Step[Shared, Part, Result],
+        shared: Shared,
+        parts: Iterable[Part],
+        task: Task,
+        batch: int = 1,
+        needs: Needs = ONE_CPU,
+    ) -> Iterator[Result]:
+        """Yield the result of each part."""
+        self.needs.append(needs)
+        for part in parts:
+            yield _copied(step(_copied(shared), _copied(part), task))
+
+
+def _copied(value: Any) -> Any:
+    return pickle.loads(pickle.dumps(value))
+
+
+@pytest.fixture
+def base(small_base: Path, tmp_path: Path) -> Base:
+    return resolve_base(str(small_base), None, tmp_path, LogReporter())
+
+
+def _double(base: Base, factor: int, number: int, reporter: Reporter) -> tuple[int, int]:
+    reporter.say(f"doubling {number}")
+    reporter.warn(f"{number} is odd" if number % 2 else f"{number} is even")
+    return factor * number, len(base.files)
+
+
+def _jobs(folder: Path) -> list[Job[int]]:
+    return [Job(f"job {number}", folder / str(number), number) for number in (1, 2)]
+
+
+@pytest.mark.parametrize("workers", [THIS_PROCESS, PickledCluster()])
+def test_jobs_give_their_results_and_messages_in_order(workers: Any, base: Base, tmp_path: Path) -> None:
+    heard = Listener()
+    with open_trainings(workers, new_project(tmp_path / "project"), base, heard) as trainings:
+        results = list(trainings.run(_double, 2, _jobs(tmp_path)))
+    assert results == [(2, len(base.files)), (4, len(base.files))]
+    assert [message for message in heard.said if "doubling" in message] == ["doubling 1", "doubling 2"]
+    assert heard.warned == ["1 is odd", "2 is even"]
+
+
+def test_training_takes_the_threads_of_this_process(base: Base, tmp_path: Path) -> None:
+    workers, heard = PickledCluster(), Listener()
+    with open_trainings(workers, new_project(tmp_path / "project"), base, heard) as trainings:
+        assert (trainings.at_once, trainings.on_cluster) == (3, True)
+        list(trainings.run(_double, 2, _jobs(tmp_path)))
+    assert workers.needs == [Needs(cpus=CPUS)]
+    assert heard.steps["Training on the cluster"] == (2, 2)
+
+
+def test_training_takes_a_gpu_where_machines_have_some(base: Base, tmp_path: Path) -> None:
+    workers = PickledCluster(Machine("10.0.0.7", 64, 0), Machine("10.0.0.8", 8, 4))
+    with open_trainings(workers, new_project(tmp_path / "project"), base, Listener()) as trainings:
+        assert trainings.at_once == 4
+
+
+def test_machines_too_small_for_a_training_are_refused(base: Base, tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        small = PickledCluster(Machine("10.0.0.7", 2, 0), Machine("10.0.0.8", 3, 0))
+        with (
+            pytest.raises(UserError, match=r"Too few CPUs for a training: 3 .*\n.*OMP_NUM_THREADS=3"),
+            open_trainings(small, new_project(tmp_path / "project"), base, Listener()),
+        ):
+            pass
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_cluster_without_a_gpu_is_refused_where_this_machine_trains_on_one(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with (
+        pytest.raises(UserError, match="The cluster has no GPU, and this machine trains on one"),
+        open_trainings(PickledCluster(), new_project(tmp_path / "project"), base, Listener()),
+    ):
+        pass
+
+
+def test_machine_that_sees_a_copy_of_the_project_is_refused(base: Base, tmp_path: Path) -> None:
+    def copied(site: Any) -> Any:
+        copy = tmp_path / "copy"
+        copy.write_text("another")
+        return site._replace(file=copy)
+
+    workers = PickledCluster(changed=copied)
+    with (
+        pytest.raises(UserError, match=r"On the machine 10.0.0.8: This project's folder is not there") as caught,
+        open_trainings(workers, new_project(tmp_path / "project"), base, Listener()),
+    ):
+        pass
+    assert caught.value.where == str(tmp_path / "project")
+    assert not list((tmp_path / "project" / ".tunewright" / "machines").iterdir())
+
+
+def test_machine_with_another_base_is_refused(base: Base, tmp_path: Path) -> None:
+    def changed(site: Any) -> Any:
+        return site._replace(base=replace(base, files={**base.files, "config.json": "0"}))
+
+    with (
+        pytest.raises(UserError, match=r"On the machine 10.0.0.8: The base .* is another one: config.json"),
+        open_trainings(PickledCluster(changed=changed), new_project(tmp_path / "project"), base, Listener()),
+    ):
+        pass
+
+
+def test_job_waits_for_the_process_of_a_lost_machine_to_end(base: Base, tmp_path: Path) -> None:
+    ended: list[float] = []
+
+    def lost() -> None:
+        with locked_folder(tmp_path / "1", UserError("busy")):
+            held.set()
+            time.sleep(0.5)
+            ended.append(time.monotonic())
+
+    held = threading.Event()
+    thread = threading.Thread(target=lost)
+    thread.start()
+    held.wait()
+    with open_trainings(PickledCluster(), new_project(tmp_path / "project"), base, Listener()) as trainings:
+        next(iter(trainings.run(_double, 2, _jobs(tmp_path))))
+    assert ended
+    thread.join()
+
+
+def test_diverged_trial_is_pickled_with_its_reason() -> None:
+    outcome = _copied(Outcome(DivergedError("the loss is nan at step 3", where="train.learning_rate"), 2.0))
+    assert isinstance(outcome.result, DivergedError)
+    assert (outcome.result.what, outcome.result.where) == ("the loss is nan at step 3", "train.learning_rate")
+
+
+@pytest.mark.slow
+def test_curve_and_pilots_on_a_cluster_are_those_of_this_process(
+    tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points, heard = [], Listener()
+    for name, workers in (("here", THIS_PROCESS), ("there", PickledCluster())):
+        folder = tiny_project(tmp_path / name, tiny_base_folder, count=240)
+        monkeypatch.chdir(folder)  # a project that is opened by a relative path
+        project = Project(ProjectFolder(Path()), heard)
+        project.data.add([Path("pairs.jsonl")])
+        version, chat, own = project.data.version(), project.chat, project.folder
+        with open_trainings(workers, own, project.base, heard) as trainings:
+            curve = LearningCurve(own, version, project.base, chat, heard, trainings, seeds=2, force=True)
+            points.append(curve.run().curve.points)
+            parts = pilot_parts(own, version)
+            trainings.train_missing(missing_pilots(own, version, parts, project.base, chat), chat)
+    assert points[0] == points[1]
+    assert sum("trained in" in message for message in heard.said) == 6 + len(parts)
+    assert [train_pilot(own, version, part, project.base, chat, heard).trained for part in parts] == [False] * len(
+        parts
+    )
