@@ -52,11 +52,6 @@ def test_fsdp_without_a_cluster_is_refused(project: Path) -> None:
     assert "compute.fsdp: FSDP needs a cluster" in ran.stderr
 
 
-def test_sweep_refuses_a_cluster(project: Path) -> None:
-    ran = tunewright("train", "--sweep", "--cluster", "auto", "-p", project)
-    assert (ran.code, "--sweep and --curve do not use --cluster" in ran.stderr) == (2, True)
-
-
 def test_processes_of_a_launcher_cannot_use_a_cluster(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tunewright.api import Project
 
