@@ -38,7 +38,7 @@ from command_line import tiny_project
 from tiny import build_base
 
 RESULTS = Path(__file__).with_name("results") / "cluster_trials.json"
-SHAPE = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6}
+SHAPE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6}
 
 
 def main() -> None:

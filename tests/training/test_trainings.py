@@ -32,7 +32,7 @@ CPUS = torch.get_num_threads()
 
 
 class PickledCluster:
-    """Machines whose work is done here, after all that is sent to them and back was pickled."""
+    """Machines whose work is done here, with pickled inputs and results."""
 
     def __init__(self, *machines: Machine, changed: Callable[[Any], Any] = lambda asked: asked) -> None:
         self.machines = machines or (Machine("10.0.0.7", CPUS, 0), Machine("10.0.0.8", 2 * CPUS + CPUS // 2, 0))

@@ -31,6 +31,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
 import numpy
+import numpy.typing
 import ray
 import scipy
 from pydantic import ValidationError
@@ -39,7 +40,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tunewright._version import __version__
-from tunewright.compute.head import AGAIN, disconnect, has_head, require_head
+from tunewright.compute.head import AGAIN, has_head, require_head
 from tunewright.config import Config
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest
@@ -101,7 +102,7 @@ def connected(config: Config) -> Iterator[None]:
         yield
     finally:
         if not before:
-            disconnect()
+            ray.shutdown()
 
 
 def machines_with(resource: str, least: int = 1) -> list[Node]:
@@ -285,21 +286,24 @@ def require_same(ours: Image, theirs: Image, host: str) -> None:
         raise UserError(f"The machine {host} has {', '.join(unequal)}", where=WHERE, fix=_EQUAL)
 
 
-_Packed = tuple[pickle.PickleBuffer, list[pickle.PickleBuffer]]
+_Packed = list[numpy.typing.NDArray[numpy.uint8]]
 
 
 def _packed(value: Any) -> _Packed:
-    """Return a value as bytes, and its arrays apart, neither of which Ray copies.
+    """Return a value as bytes, and its arrays apart, none of which Ray copies.
 
-    Ray's own pickler asks Python code about each object, which takes twice the time for rows.
+    Ray's own pickler asks Python code about each object, which takes twice the time for rows. The bytes are arrays too,
+    because Ray's client cannot forward other buffers.
     """
-    arrays: list[pickle.PickleBuffer] = []
-    return pickle.PickleBuffer(pickle.dumps(value, protocol=5, buffer_callback=arrays.append)), arrays
+    buffers: list[pickle.PickleBuffer] = []
+    parts = [memoryview(pickle.dumps(value, protocol=5, buffer_callback=buffers.append))]
+    parts += [buffer.raw() for buffer in buffers]
+    return [numpy.frombuffer(part, dtype=numpy.uint8) for part in parts]
 
 
 def _unpacked(packed: _Packed) -> Any:
-    data, arrays = packed
-    return pickle.loads(data, buffers=arrays)
+    data, *arrays = packed
+    return pickle.loads(data.data, buffers=arrays)
 
 
 class _RayWorkers:

@@ -145,6 +145,9 @@ class WorkerGroup:
         display = Display(reporter, _RESUMES)
         try:
             self._wait(run, inbox, display, reporter, stop_asked)
+        except RayError as error:
+            what = f"The cluster was lost: {type(error).__name__}"
+            raise UserError(what, where=WHERE, fix="Start it, and run the same command again: it resumes.") from None
         finally:
             display.close()
             shutil.rmtree(storage, ignore_errors=True)
@@ -172,15 +175,16 @@ class WorkerGroup:
         """Report until the run has ended.
 
         Raises:
-            KeyboardInterrupt: a stop was asked for before the processes could save anything.
+            KeyboardInterrupt: a stop was asked for while no process could save anything.
         """
         told, looked, missing = False, time.monotonic(), False
         while not run.ended.wait(_POLL_S):
             display.show(ray.get(inbox.take.remote()))
-            if stop_asked() and not told:
-                if not display.stoppable:
+            if stop_asked():
+                if missing or not display.stoppable:
                     raise KeyboardInterrupt
-                ray.get(inbox.stop.remote())
+                if not told:
+                    ray.get(inbox.stop.remote())
                 told = True
             if time.monotonic() - looked > _LOOK_S:
                 looked, there = time.monotonic(), _total(self.kind, machines_with(self.kind))

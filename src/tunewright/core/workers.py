@@ -23,7 +23,7 @@ the task by what it has done."""
 
 @dataclass(frozen=True)
 class Needs:
-    """What one part takes of a machine while it is computed."""
+    """Resources that one part takes of a machine while it is computed."""
 
     cpus: int = 1
     gpus: int = 0

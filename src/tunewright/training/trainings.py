@@ -194,7 +194,7 @@ def absolute(project: ProjectFolder) -> ProjectFolder:
 
 
 class Site(NamedTuple):
-    """What every machine must have: a file in the project's folder, and the base."""
+    """Requirements of every machine: a file in the project's folder, and the base."""
 
     root: Path
     file: Path
@@ -295,7 +295,7 @@ def _require_site(site: Site) -> Base:
 
 
 class _Sent(NamedTuple):
-    """What all jobs share."""
+    """Inputs that all jobs share."""
 
     step: Callable[[Base, Any, Any, Reporter], Any]
     shared: Any

@@ -195,7 +195,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class _Run:
-    """What all trials share."""
+    """Inputs that all trials share."""
 
     version: DatasetVersion
     chat: ChatFormat
