@@ -122,8 +122,8 @@ def test_replicas_on_a_cluster_answer_and_survive_the_loss_of_a_machine(
                 assert tuple(got) == expected[digest]
 
     async def load() -> None:
-        for digest, folder in small_adapters.items():
-            await engine.load(digest, folder)
+        for name, folder in small_adapters.items():
+            await engine.load(name, folder)
         for digest in expected:
             assert await answer(engine, Request(PROMPT, digest, TOKENS)) == expected[digest]
         constraint = GrammarCompiler(TOKENIZER, STOPS).compile(Grammar.choices(["Ala.", "Fla."]))
