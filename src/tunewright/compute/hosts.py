@@ -183,7 +183,7 @@ class Host:
             raise UserError(what, where=WHERE, fix="Check the machines and their room with `ray status`.") from None
 
     def _watch(self) -> None:
-        """Ask the process again and again; make the object again where Ray has started it anew."""
+        """Ask the process again and again; make the object again where Ray has started a new one."""
         whole = True
         while not self._stopping.wait(PROBE_SECONDS):
             try:
