@@ -112,6 +112,11 @@ class Simulation:
         """The number of adapters in memory, each counted for each replica that has it."""
         return sum(len(replica.residents) for replica in self._replicas.values())
 
+    @property
+    def distinct(self) -> int:
+        """The number of adapters that any replica has in memory."""
+        return len({digest for replica in self._replicas.values() for digest in replica.residents.loaded})
+
     def holders(self, digest: str) -> int:
         """Return the number of replicas that have an adapter in memory."""
         return sum(replica.residents.warm(digest) for replica in self._replicas.values())
@@ -276,6 +281,7 @@ def main() -> None:
         simulation.run(shifted, digests)
         found[side] = result(simulation, len(asks)) | {"loads": simulation.loads - before}
         found[side]["loads_per_request"] = round(found[side]["loads"] / len(asks), 4)
+        found[side]["distinct_in_memory"] = simulation.distinct
         found[side]["replicas_of_adapters_1_10_100"] = [simulation.holders(digests[place]) for place in (0, 9, 99)]
         print(side, found[side])
     settings = vars(options) | {"rate": round(rate, 1)}

@@ -357,7 +357,10 @@ def test_head_that_is_lost_is_one_error_and_a_new_one_finishes(
         cluster.add_node(num_cpus=1)
         stopped = _command(project, "pairs.jsonl")
         _wait_for_lock(project, stopped)
+        # It compares rows. Within a call of Ray, the loss of a machine's object store would end it without a word.
+        os.killpg(stopped.pid, signal.SIGSTOP)
         cluster.head_node.kill_all_processes(check_alive=False, allow_graceful=False)
+        os.killpg(stopped.pid, signal.SIGCONT)
         out, err = stopped.communicate(timeout=WAIT_S)
     assert stopped.returncode == 2, err
     assert "The head of the cluster is lost" in json.loads(out)["error"]["what"]
@@ -398,7 +401,8 @@ def test_machine_that_stands_still_for_some_seconds_changes_nothing(
         file = write_jsonl(folder / "pairs.jsonl", large[0])
         with _workers(heard=heard) as workers:
             add(ProjectFolder(folder), [file], heard, workers=workers)
-    assert any(process.pid for process in still)
+    assert heard.killed
+    assert len(still) > 1
     assert digests(folder / "dataset") == large[1]
 
 

@@ -172,7 +172,7 @@ def test_machine_without_the_projects_folder_is_refused_before_work(head: Any, p
     folder = _copy(prepared, tmp_path / "project")
     if subprocess.run(["unshare", "--mount", "mount", "-t", "tmpfs", "none", str(folder)]).returncode:
         pytest.skip("this user may not mount, so every machine sees the same folders")
-    message = "On the machine .*: This project's folder is not there"
+    message = "The machine .*: The project's folder is not there"
     with _machine_without(folder, head), pytest.raises(UserError, match=message):
         _project(folder, "auto")[0].curve(seeds=2)
     assert not (folder / ".tunewright" / "training").exists()

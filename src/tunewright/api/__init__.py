@@ -551,9 +551,10 @@ class Project(EvaluationsApi):
             require_new_adapter(settings, new_adapters_of)
         require_servable(settings)
         require_bitsandbytes(settings.quantization, "train.quantization")
-        from tunewright.api.memory import require_room
+        if self.folder.config.compute.cluster is None:  # else other machines train
+            from tunewright.api.memory import require_room
 
-        require_room(self)
+            require_room(self)
 
     def _forced(self, force: bool) -> str | None:
         from tunewright.training.rows import require_min_examples

@@ -1,4 +1,4 @@
-"""The head of a Ray cluster: whether it still answers, and how to leave a cluster without one.
+"""The head of a Ray cluster: whether it still answers.
 
 Without a head, Ray ends the process: at once and without a word if it then touches objects of a lost machine, otherwise
 after a minute.
@@ -6,7 +6,6 @@ after a minute.
 
 from __future__ import annotations
 
-import atexit
 import socket
 import time
 
@@ -52,11 +51,3 @@ def has_head() -> bool:
     except OSError:
         return False
     return True
-
-
-def disconnect() -> None:
-    """Leave the cluster, without Ray's farewell if its head is lost: that would end this process."""
-    if has_head():
-        ray.shutdown()
-    else:
-        atexit.unregister(ray.shutdown)

@@ -33,6 +33,7 @@ from ray.train.v2._internal.exceptions import RayTrainError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tunewright.compute.cluster import (
+    CHECK_S,
     WHERE,
     Image,
     Node,
@@ -113,13 +114,14 @@ class WorkerGroup:
     image: Image
     config: str
 
-    def ask(self, function: Callable[..., Any], *arguments: Any, seconds: float) -> dict[str, Any]:
-        """Call a function on every machine; return the answers by the machine's address.
+    def check(self, function: Callable[..., object], *arguments: Any) -> None:
+        """Call a function on every machine.
 
         Raises:
             UserError: as the function raises it, with the machine's address, or a machine does not answer.
         """
-        return dict(asked(self.machines, function, *arguments, seconds=seconds))
+        for _ in asked(self.machines, function, *arguments, seconds=CHECK_S):
+            pass
 
     def run(
         self, function: Together, argument: Any, storage: Path, reporter: Reporter, stop_asked: Callable[[], bool]
@@ -145,6 +147,9 @@ class WorkerGroup:
         display = Display(reporter, _RESUMES)
         try:
             self._wait(run, inbox, display, reporter, stop_asked)
+        except RayError as error:
+            what = f"The cluster was lost: {type(error).__name__}"
+            raise UserError(what, where=WHERE, fix="Start it, and run the same command again: it resumes.") from None
         finally:
             display.close()
             shutil.rmtree(storage, ignore_errors=True)
@@ -172,15 +177,16 @@ class WorkerGroup:
         """Report until the run has ended.
 
         Raises:
-            KeyboardInterrupt: a stop was asked for before the processes could save anything.
+            KeyboardInterrupt: a stop was asked for while no process could save anything.
         """
         told, looked, missing = False, time.monotonic(), False
         while not run.ended.wait(_POLL_S):
             display.show(ray.get(inbox.take.remote()))
-            if stop_asked() and not told:
-                if not display.stoppable:
+            if stop_asked():
+                if missing or not display.stoppable:
                     raise KeyboardInterrupt
-                ray.get(inbox.stop.remote())
+                if not told:
+                    ray.get(inbox.stop.remote())
                 told = True
             if time.monotonic() - looked > _LOOK_S:
                 looked, there = time.monotonic(), _total(self.kind, machines_with(self.kind))

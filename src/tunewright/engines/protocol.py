@@ -66,14 +66,16 @@ class Engine(Protocol):
 
     name: str
     """The name as in ``serve --engine``."""
-    max_num_seqs: int
-    """The number of requests that are computed at once."""
     prefill_tokens: int
     """Prompt tokens that one tenant may have in prefill at once, since running answers wait for each pass."""
     context_length: int
     """Maximum number of tokens that a prompt and its answer may have together."""
     unsupported: frozenset[str]
     """Fields of :class:`tunewright.generation.requests.Request` that must have their defaults."""
+
+    @property
+    def max_num_seqs(self) -> int:
+        """The number of requests that are computed at once."""
 
     @property
     def stopped(self) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
@@ -39,6 +40,8 @@ class Recorded(ScriptedEngine):
         self.can_load = asyncio.Event()
         self.can_load.set()
         self.stops = 0
+        self.most = 0
+        """The most adapters that were loaded at one time."""
 
     async def deltas(self, request: Request) -> AsyncGenerator[Delta, None]:
         """Fail as an engine does that has stopped, or has another adapter."""
@@ -60,6 +63,7 @@ class Recorded(ScriptedEngine):
             raise UserError("The files have changed")
         self.loaded.append(digest)
         self.changes.append(f"+{digest[0]}")
+        self.most = max(self.most, len(self.loaded))
 
     async def unload(self, digest: str) -> None:
         """Unload it."""
@@ -291,10 +295,58 @@ def test_drained_replica_finishes_its_answers_gets_no_further_ones_and_is_stoppe
         run(ask(replicas))
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_random_load_with_stops_restarts_and_aborts_fails_no_request_that_could_be_answered(seed: int) -> None:
+    """Engines fail a request whose adapter they do not have, so that any mistake in the order of changes is seen."""
+    draw, digests, room = random.Random(seed), [f"{number:x}" * 64 for number in range(1, 8)], 2
+    engines = {f"replica-{number}": Recorded(waits=(0.001, 0.001), max_num_seqs=4) for number in range(3)}
+    failed: list[str] = []
+
+    async def client(replicas: Replicas) -> None:
+        digest = draw.choice([*digests, *digests[:2], None])
+        asking = asyncio.create_task(answer(replicas, asked(digest)))
+        if draw.random() < 0.2:
+            await asyncio.sleep(draw.random() * 0.01)
+            asking.cancel()
+            await asyncio.wait([asking])
+            return
+        try:
+            assert await asking == (97, 97)
+        except EngineStoppedError as error:
+            failed.append(str(error))
+
+    async def unrest() -> None:
+        while True:
+            await asyncio.sleep(0.02)
+            engine = draw.choice([*engines.values()][:2])  # the third one is always up
+            engine.stopped = None if engine.stopped else "It crashed."
+
+    async def ask(replicas: Replicas) -> None:
+        for digest in digests:
+            await replicas.load(digest, Path())
+        restless = asyncio.create_task(unrest())
+        work = []
+        for _ in range(150):
+            work.append(asyncio.create_task(client(replicas)))
+            await asyncio.sleep(draw.random() * 0.004)
+        await asyncio.gather(*work)
+        restless.cancel()
+        assert replicas.in_flight == (0, 0)
+
+    with running(engines, room=room) as replicas:
+        run(ask(replicas))
+        # Only answers that had begun.
+        assert set(failed) <= {"It crashed."}
+        assert len(failed) < 40
+        assert max(engine.most for engine in engines.values()) == room
+        assert all(state.waiting == 0 for state in replicas.states())
+
+
 def _expected(base: Path, adapters: dict[str, Path], tokens: int) -> dict[tuple[str | None, int], tuple[int, ...]]:
     """Return each model's own greedy answers, computed alone."""
-    found = {}
-    for digest, folder in [(None, None), *adapters.items()]:
+    found: dict[tuple[str | None, int], tuple[int, ...]] = {}
+    models: list[tuple[str | None, Path | None]] = [(None, None), *adapters.items()]
+    for digest, folder in models:
         model: Any = LlamaForCausalLM.from_pretrained(base).eval()
         name = None
         if folder is not None:
@@ -376,6 +428,6 @@ def test_killed_replica_restarts_with_its_adapters_and_loses_no_request_without_
             time.sleep(0.05)
         digest = next(iter(small_adapters))
         assert run(answer(replicas, Request(PROMPTS[0], digest, 24))) == expected[digest, 0]
-        # The child itself has the adapter again, whoever asks.
+        # The child itself has the adapter again, without a request of the pool for it.
         assert run(answer(killed, Request(PROMPTS[0], digest, 24))) == expected[digest, 0]
         assert replicas.restarts == 1

@@ -118,14 +118,15 @@ def _cut(places: Indices, begins: Indices, mask: Mask) -> Pairs:
     return places[np.repeat(mask, sizes)], np.concatenate([[0], np.cumsum(sizes[mask])])
 
 
-def _by_signature(signatures: Indices, places: Indices, larger: Mask, smaller: Mask) -> _Signed:
+def _by_signature(signatures: npt.NDArray[Any], places: npt.NDArray[Any], larger: Mask, smaller: Mask) -> _Signed:
     """Group entries by signature; ``larger`` and ``smaller`` say which side of a pair the text may be.
 
     Signatures of a single text are left out.
     """
     order = np.argsort(signatures, kind="stable")
     signatures, places, larger, smaller = signatures[order], places[order], larger[order], smaller[order]
-    number = np.cumsum(np.diff(signatures, prepend=signatures[:1]) != 0)
+    number = np.cumsum(np.diff(signatures, prepend=signatures[:1]) != 0, dtype=np.int32)
+    del order, signatures
     count = int(number[-1]) + 1 if len(number) else 0
     begins = [np.concatenate([[0], np.cumsum(np.bincount(number[of], minlength=count))]) for of in (larger, smaller)]
     signed = _Signed(places[larger], begins[0], places[smaller], begins[1])
@@ -248,6 +249,7 @@ class SizeClass:
 
     def _likely(self, first: Indices, second: Indices, labels: Indices | None) -> Pairs:
         """Return the pairs that may be near-equal and have different labels, each once."""
+        first, second = first.astype(np.int64), second.astype(np.int64)  # their products below are large
         ask = (self._large[first] | self._large[second]) & (first != second)
         if labels is not None:
             ask &= labels[self._texts[first]] != labels[self._texts[second]]
@@ -275,11 +277,14 @@ class SizeClass:
         looking = np.where(self._large, sizes - np.ceil(self._threshold * sizes - ROUNDING) + 1, 0)
         found = sizes - np.ceil(share * (sizes + np.maximum(sizes, self._low)) - ROUNDING) + 1
         count = np.minimum(np.maximum(looking, found), sizes).astype(np.int64)
-        texts = np.repeat(np.arange(len(sizes)), count)
+        texts = np.repeat(np.arange(len(sizes), dtype=np.int32), count)
         place = np.arange(len(texts)) - np.repeat(np.cumsum(count) - count, count)
-        larger, smaller = place < np.repeat(looking, count), place < np.repeat(found, count)
-        place += np.repeat(self._rows.indptr[:-1], count)
-        return _by_signature(self._rows.indices[place], texts, larger, smaller)
+        larger, smaller = place < looking[texts], place < found[texts]
+        place += self._rows.indptr[:-1][texts]
+        signatures = self._rows.indices[place]
+        del place
+        shared = (np.bincount(signatures) > 1)[signatures]  # many are in one text only
+        return _by_signature(signatures[shared], texts[shared], larger[shared], smaller[shared])
 
     def _by_parts(self) -> _Signed:
         """Index texts by the rarest of their part signatures.
@@ -290,22 +295,40 @@ class SizeClass:
         codes = mixed(np.arange(self._rows.shape[1], dtype=np.uint64))
         part = (mixed(codes) % np.uint64(parts)).astype(np.int64)
         # A sum of random codes stands for the set. Sums that are equal by chance only make candidates more.
-        signatures = np.tile(mixed(np.arange(1 << 40, (1 << 40) + parts, dtype=np.uint64)), count)
+        signatures = np.zeros((count, parts), dtype=np.uint64)
         for at in range(0, count, _SIGNED):
             begins = self._rows.indptr[at : at + _SIGNED + 1]
             columns = self._rows.indices[begins[0] : begins[-1]]
             cells = np.repeat(np.arange(at, at + len(begins) - 1) * parts, np.diff(begins)) + part[columns]
-            np.add.at(signatures, cells, codes[columns])
-        _, numbers, counts = np.unique(signatures, return_inverse=True, return_counts=True)
+            np.add.at(signatures.reshape(-1), cells, codes[columns])
+        ranks, single = _ranks(signatures)
         del signatures
-        rank = np.empty(len(counts), dtype=np.int64)
-        rank[np.argsort(counts, kind="stable")] = np.arange(len(counts))
-        ranks = rank[numbers].reshape(count, parts)
-        del numbers
-        ranks = np.partition(ranks, self._different, axis=1)[:, : self._different + 1]
-        shared = ranks >= np.count_nonzero(counts == 1)
-        texts = np.nonzero(shared)[0]
+        ranks.partition(self._different, axis=1)
+        ranks = ranks[:, : self._different + 1]
+        shared = ranks >= single
+        texts = np.nonzero(shared)[0].astype(np.int32)
         return _by_signature(ranks[shared], texts, self._large[texts], np.ones(len(texts), dtype=bool))
+
+
+def _ranks(signatures: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[Any], int]:
+    """Return each signature's place among those of all parts from the rarest to the most frequent, [texts, parts].
+
+    Returns:
+        The places, and the number of signatures of a single text, which come first.
+    """
+    ranks = np.empty(signatures.shape, dtype=np.int32 if signatures.size < 1 << 31 else np.int64)
+    counts, begin = [], 0
+    for part in range(signatures.shape[1]):
+        _, numbers, of_part = np.unique(signatures[:, part], return_inverse=True, return_counts=True)
+        ranks[:, part] = numbers + begin
+        counts.append(of_part)
+        begin += len(of_part)
+    count = np.concatenate(counts)
+    rank = np.empty(begin, dtype=ranks.dtype)
+    rank[np.argsort(count, kind="stable")] = np.arange(begin, dtype=ranks.dtype)
+    for part in range(signatures.shape[1]):
+        ranks[:, part] = rank[ranks[:, part]]
+    return ranks, int(np.count_nonzero(count == 1))
 
 
 def members_of(sizes: Indices, threshold: float, low: int, high: int) -> Indices:
