@@ -22,7 +22,7 @@ _FIX = "Mount the project's folder at the same path on every machine, writable."
 
 
 class Site(NamedTuple):
-    """What every machine must have: a file in the project's folder, and the base."""
+    """The things that every machine must have: a file in the project's folder, and the base."""
 
     root: Path
     file: Path
