@@ -33,6 +33,7 @@ from ray.train.v2._internal.exceptions import RayTrainError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tunewright.compute.cluster import (
+    CHECK_S,
     WHERE,
     Image,
     Node,
@@ -113,13 +114,14 @@ class WorkerGroup:
     image: Image
     config: str
 
-    def ask(self, function: Callable[..., Any], *arguments: Any, seconds: float) -> dict[str, Any]:
-        """Call a function on every machine; return the answers by the machine's address.
+    def check(self, function: Callable[..., object], *arguments: Any) -> None:
+        """Call a function on every machine.
 
         Raises:
             UserError: as the function raises it, with the machine's address, or a machine does not answer.
         """
-        return dict(asked(self.machines, function, *arguments, seconds=seconds))
+        for _ in asked(self.machines, function, *arguments, seconds=CHECK_S):
+            pass
 
     def run(
         self, function: Together, argument: Any, storage: Path, reporter: Reporter, stop_asked: Callable[[], bool]
