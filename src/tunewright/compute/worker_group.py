@@ -44,6 +44,7 @@ from tunewright.compute.cluster import (
     require_equal,
     require_same,
 )
+from tunewright.compute.head import require_head
 from tunewright.compute.relay import Display, Inbox, RelayReporter
 from tunewright.config import Config
 from tunewright.core.errors import UserError
@@ -177,10 +178,12 @@ class WorkerGroup:
         """Report until the run has ended.
 
         Raises:
+            UserError: the head is lost.
             KeyboardInterrupt: a stop was asked for while no process could save anything.
         """
         told, looked, missing = False, time.monotonic(), False
         while not run.ended.wait(_POLL_S):
+            require_head()
             display.show(ray.get(inbox.take.remote()))
             if stop_asked():
                 if missing or not display.stoppable:
