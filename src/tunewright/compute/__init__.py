@@ -1,7 +1,8 @@
-"""The workers that ``compute.cluster`` asks for. Five modules import Ray, and only the functions here import them."""
+"""The workers that ``compute.cluster`` asks for. Six modules import Ray, and only the functions here import them."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -31,7 +32,7 @@ def open_workers(config: Config, reporter: Reporter) -> Iterator[Workers]:
         yield THIS_PROCESS
         return
     _require_ray()
-    from tunewright.compute.cluster import open_cluster
+    from tunewright.compute.tasks import open_cluster
 
     with open_cluster(config, reporter) as workers:
         yield workers
@@ -108,6 +109,10 @@ def open_hosts(
 
 
 def _require_ray() -> None:
+    """Check that Ray is installed, before it is imported."""
     if find_spec("ray") is None:
         fix = "Install it on every machine: pip install 'tunewright[ray]'"
         raise UserError("Ray is not installed", where="compute.cluster", fix=fix)
+    # Ray reads these when it is imported: nothing is reported to anyone, and `uv run` starts workers as they are.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")

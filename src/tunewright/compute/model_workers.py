@@ -16,12 +16,10 @@ from ray.exceptions import RayError, RayTaskError
 
 from tunewright.compute.cluster import (
     CHECK_S,
-    RETRIES,
     WHERE,
     Image,
     asked,
     connected,
-    first_done,
     image,
     machines_with,
     own_image,
@@ -29,6 +27,7 @@ from tunewright.compute.cluster import (
     require_same,
 )
 from tunewright.compute.head import AGAIN, has_head, require_head
+from tunewright.compute.tasks import RETRIES, first_done
 from tunewright.config import Config
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
