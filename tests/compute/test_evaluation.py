@@ -209,6 +209,19 @@ def test_killed_command_resumes_and_answers_nothing_twice(
     assert all(len(set(lines)) == len(lines) for lines in after.values())
 
 
+def test_head_that_is_lost_is_one_error_and_the_answers_are_kept(project: Path) -> None:
+    with raylets() as cluster:
+        cluster.add_node(num_cpus=1)
+        stopped = _command(project)
+        _wait_for_answers(project, stopped)
+        cluster.head_node.kill_all_processes(check_alive=False, allow_graceful=False)
+        out, err = stopped.communicate(timeout=WAIT_S)
+    assert stopped.returncode == 2, err
+    assert "The head of the cluster is lost" in json.loads(out)["error"]["what"]
+    assert sum(map(len, _journals(project).values())) >= 10
+    assert not list((project / "evaluations").glob("[!.]*/evidence.json"))
+
+
 def _open(base: Base, **compute: Any) -> Any:
     config = Config(compute=ComputeConfig(cluster="auto", **compute))
     return open_model_workers(config, base_here, base, Listener())
