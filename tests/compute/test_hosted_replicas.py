@@ -7,16 +7,19 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 import pytest
 from data_helpers import Listener
 from engine_kinds import STOPS, TOKENIZER
+from parts import Counting, ready
 from peft import PeftModel
 from transformers import LlamaForCausalLM
 
 from tiny import chat_of
+from tunewright.compute import open_hosts
 from tunewright.config import Config, ServeConfig, TrainConfig
 from tunewright.config.compute import ComputeConfig
 from tunewright.core.errors import UserError
@@ -43,7 +46,7 @@ def machines() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        patch.setenv("PYTHONPATH", f"{HERE / 'src'}")
+        patch.setenv("PYTHONPATH", f"{HERE / 'src'}:{HERE / 'tests' / 'compute'}")
         from ray.cluster_utils import Cluster
 
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
@@ -96,6 +99,21 @@ def test_more_replicas_than_cpus_and_a_missing_base_are_refused(
     import ray
 
     assert not ray.is_initialized()
+
+
+def test_closing_events_early_ends_the_work_on_the_other_machine(machines: Any) -> None:
+    async def three(host: Any) -> list[int]:
+        async with aclosing(host.events("events")) as events:
+            return [await anext(events) for _ in range(3)]
+
+    with open_hosts(config_of(2), 1, ready, "", Listener()) as hosts:
+        host = hosts.start("counting", Counting, 2)
+        assert asyncio.run(three(host)) == [2, 4, 6]
+        time.sleep(0.5)
+        counted = host.call("so_far")
+        time.sleep(0.5)
+        assert host.call("so_far") == counted
+        host.stop()
 
 
 def test_replicas_on_a_cluster_answer_and_survive_the_loss_of_a_machine(
