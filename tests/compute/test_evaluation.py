@@ -183,15 +183,19 @@ def _command(folder: Path) -> subprocess.Popen[str]:
     )
 
 
+def _wait_for_answers(project: Path, process: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + WAIT_S
+    while sum(map(len, _journals(project).values())) < 10:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
 def test_killed_command_resumes_and_answers_nothing_twice(
     machines: Any, without: dict[str, Any], project: Path
 ) -> None:
     killed = _command(project)
-    until = time.monotonic() + WAIT_S
-    while sum(map(len, _journals(project).values())) < 10:
-        assert killed.poll() is None, killed.communicate()
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    _wait_for_answers(project, killed)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate()
     before = _journals(project)

@@ -1,4 +1,4 @@
-"""The workers that ``compute.cluster`` asks for. Four modules import Ray, and only the functions here import them."""
+"""The workers that ``compute.cluster`` asks for. Five modules import Ray, and only the functions here import them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from tunewright.core.workers import THIS_PROCESS, ModelWorkers, Workers
 Needed = TypeVar("Needed")
 
 if TYPE_CHECKING:
+    from tunewright.compute.hosts import Hosts
     from tunewright.compute.worker_group import WorkerGroup
 
 
@@ -81,6 +82,29 @@ def open_group(config: Config, reporter: Reporter) -> Iterator[WorkerGroup | Non
 
     with opened(config, reporter) as group:
         yield group
+
+
+@contextmanager
+def open_hosts(
+    config: Config, count: int, check: Callable[[Needed], object], needed: Needed, reporter: Reporter
+) -> Iterator[Hosts]:
+    """Yield room for ``count`` objects on the machines of ``compute.cluster``.
+
+    Args:
+        config: names a cluster.
+        count: each occupies a GPU, or a CPU if the cluster has no GPU.
+        check: a function of a module, which every machine calls with ``needed`` before any work.
+        needed: what every machine needs.
+        reporter: is warned of lost objects.
+
+    Raises:
+        UserError: as for :func:`open_workers`, or too few GPUs or CPUs; or ``check`` refuses a machine.
+    """
+    _require_ray()
+    from tunewright.compute import hosts
+
+    with hosts.open_hosts(config, count, check, needed, reporter) as found:
+        yield found
 
 
 def _require_ray() -> None:

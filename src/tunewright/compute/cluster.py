@@ -46,7 +46,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import digest
 from tunewright.core.progress import Reporter, Task
 from tunewright.core.text import count_of
-from tunewright.core.workers import ONE_CPU, Machine, Needs, Part, Result, Shared, Step, Workers
+from tunewright.core.workers import ONE_CPU, Machine, Needs, Part, Result, Shared, Step, Workers, on_machine
 
 WHERE = "compute.cluster"
 _REACH_S = 10.0
@@ -54,7 +54,7 @@ _ANSWER_S = 120.0  # for a machine that starts its first process, with a cold di
 _LOOK_S = 3.0  # between two looks at the head and the machines while a part is computed
 _REPLACED_S = 600.0  # for a lost machine to be replaced, if no other can do its work
 _STOP_S = 15.0  # for parts that are being stopped: a training saves its last step
-_CHECK_S = 3600.0  # a base of 70B parameters is read once, from a cold disk
+CHECK_S = 3600.0  # a base of 70B parameters is read once, from a cold disk
 RETRIES = 3  # runs of a part after the first, if its machine or process is lost
 
 _MODEL_PACKAGES = ("torch", "transformers", "tokenizers", "peft", "trl", "accelerate", "bitsandbytes", "llguidance")
@@ -270,8 +270,7 @@ def asked(
             raise UserError(what, where=WHERE, fix="Check it with `ray status`.") from None
         except (RayError, RuntimeError) as error:
             if isinstance(error, RayTaskError) and isinstance(error.cause, UserError):
-                said = error.cause
-                raise UserError(f"The machine {host}: {said.what}", where=said.where, fix=said.fix) from None
+                raise on_machine(host, error.cause) from None
             what = f"The machine {host} cannot run tunewright: {str(error).strip().splitlines()[-1]}"
             raise UserError(what, where=WHERE, fix=_EQUAL) from None
         yield host, answer
@@ -331,9 +330,10 @@ class _RayWorkers:
         self._reporter = reporter
         self.machines = [_machine(node) for node in nodes]
 
-    def ask(self, question: Callable[[Shared], Result], shared: Shared) -> Iterator[tuple[str, Result]]:
-        """Yield each machine's name and the function's result there."""
-        return asked(self._nodes, question, shared, seconds=_CHECK_S)
+    def check(self, question: Callable[[Shared], object], shared: Shared) -> None:
+        """Call a function on each machine."""
+        for _ in asked(self._nodes, question, shared, seconds=CHECK_S):
+            pass
 
     def map(
         self,
@@ -364,30 +364,12 @@ class _RayWorkers:
             if sent and ray.is_initialized() and has_head():
                 _stop(list(sent))
 
-    def _wait(self, reference: Any, needs: Needs) -> None:
-        """Wait for some parts, as long as the head answers and a machine has room for them.
-
-        Raises:
-            UserError: the head is lost, or no machine has had room for minutes.
-        """
-        lost: float | None = None
-        while not ray.wait([reference], timeout=_LOOK_S, fetch_local=False)[0]:
-            require_head()
-            if any(_machine(node).room(needs) for node in ray.nodes() if node["Alive"]):
-                lost = None
-            elif lost is None:
-                lost = time.monotonic()
-                self._reporter.warn("The cluster has lost every machine that can compute this: waiting for another.")
-            elif time.monotonic() - lost > _REPLACED_S:
-                what = f"The cluster has had no machine that can compute this for {_REPLACED_S:.0f} s"
-                raise UserError(what, where=WHERE, fix="Add machines, and run the same command again.")
-
     def _taken(self, reference: Any, task: Task, needs: Needs) -> list[Any]:
         """Return the results of some parts, and count what they have done."""
         collecting = gc.isenabled()
         gc.disable()  # each of some thousand new objects would have it look at all rows
         try:
-            self._wait(reference, needs)
+            first_done([reference], needs, self._reporter)
             require_head()
             packed, steps = ray.get(reference)
             results = _unpacked(packed)
@@ -408,6 +390,26 @@ class _RayWorkers:
                 gc.enable()
         task.advance(steps)
         return list(results)
+
+
+def first_done(references: Sequence[Any], needs: Needs, reporter: Reporter) -> Any:
+    """Wait for the first of some parts, as long as the head answers and a machine has room for one; return it.
+
+    Raises:
+        UserError: the head is lost, or no machine has had room for minutes.
+    """
+    lost: float | None = None
+    while not (done := ray.wait(list(references), timeout=_LOOK_S, fetch_local=False)[0]):
+        require_head()
+        if any(_machine(node).room(needs) for node in ray.nodes() if node["Alive"]):
+            lost = None
+        elif lost is None:
+            lost = time.monotonic()
+            reporter.warn("The cluster has lost every machine that can compute this: waiting for another.")
+        elif time.monotonic() - lost > _REPLACED_S:
+            what = f"The cluster has had no machine that can compute this for {_REPLACED_S:.0f} s"
+            raise UserError(what, where=WHERE, fix="Add machines, and run the same command again.")
+    return done[0]
 
 
 def _machine(node: Node) -> Machine:

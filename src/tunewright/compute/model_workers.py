@@ -15,24 +15,26 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from tunewright.compute.cluster import (
+    CHECK_S,
     RETRIES,
     WHERE,
     Image,
     asked,
     connected,
+    first_done,
     image,
     machines_with,
     own_image,
     require_equal,
     require_same,
 )
+from tunewright.compute.head import AGAIN, has_head, require_head
 from tunewright.config import Config
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.core.text import count_of
-from tunewright.core.workers import ModelWorkers, Part, Result, Shared
+from tunewright.core.workers import ModelWorkers, Needs, Part, Result, Shared
 
-_CHECK_S = 3600.0  # a base of 70B parameters is read once, from a cold disk
 _WAITS = "this command waits for one."
 
 Needed = TypeVar("Needed")
@@ -58,7 +60,7 @@ def open_actors(
         count = _count(config, count, unit)
         text = config.model_dump_json()
         require_equal(machines, text)
-        for _ in asked(machines, check, needed, seconds=_CHECK_S):
+        for _ in asked(machines, check, needed, seconds=CHECK_S):
             pass
         if ray.available_resources().get("GPU" if device == "cuda" else "CPU", 0) < 1:
             reporter.warn(f"Other work uses every {'GPU' if device == 'cuda' else 'CPU'} of the cluster: {_WAITS}")
@@ -122,7 +124,8 @@ class _Actors:
         self.count = count
         self.device = device
         self.threads = threads if device == "cpu" else None
-        room = {"num_cpus": threads} if device == "cpu" else {"num_cpus": 1, "num_gpus": 1}
+        self._needs = Needs(threads) if device == "cpu" else Needs(1, 1)
+        room = {"num_cpus": self._needs.cpus, "num_gpus": self._needs.gpus}
         # No restarts by Ray: it would have a part wait for a machine that does not come back.
         options = {**room, "max_restarts": 0, "max_task_retries": 0, "scheduling_strategy": "SPREAD"}
         self._new = ray.remote(_Actor).options(**options)
@@ -135,6 +138,7 @@ class _Actors:
         self, compute: Callable[[Shared, Part], Result], shared: Shared, parts: Sequence[Part], nothing: Part
     ) -> Iterator[tuple[int, Result]]:
         """Yield the number of each part with its result, as soon as it is there."""
+        require_head()
         held = [ray.put(shared)]
         waiting = deque(range(len(parts)))
         running: dict[Any, tuple[Any, int]] = {}
@@ -146,7 +150,7 @@ class _Actors:
                     (_, actor), number = self._idle.pop(), waiting.popleft()
                     running[actor.run.remote(compute, held, parts[number])] = (actor, number)
                 self._start(min(len(waiting), self.count - len(running)), compute, held, nothing)
-                (done,), _ = ray.wait([*running, *self._starting], num_returns=1)
+                done = first_done([*running, *self._starting], self._needs, self._reporter)
                 if done in self._starting:
                     self._started(done)
                     continue
@@ -161,6 +165,10 @@ class _Actors:
                     continue
                 self._idle.append((result[0], actor))
                 yield number, result[1]
+                require_head()
+        except ConnectionError as error:  # of Ray's client
+            what = f"The connection to the cluster is lost: {error}"
+            raise UserError(what, where=WHERE, fix=AGAIN) from None
         finally:
             _end([actor for actor, _ in running.values()])
 
@@ -195,6 +203,7 @@ class _Actors:
 
 def _result(reference: Any) -> tuple[str, Any] | None:
     """Return a machine and the result of its part; None if the worker is lost."""
+    require_head()
     try:
         found: tuple[str, Any] = ray.get(reference)
     except RayTaskError as error:
@@ -202,12 +211,13 @@ def _result(reference: Any) -> tuple[str, Any] | None:
             raise error.cause from None
         raise
     except RayError:
+        require_head()
         return None
     return found
 
 
 def _end(actors: Sequence[Any]) -> None:
-    if ray.is_initialized():
+    if actors and ray.is_initialized() and has_head():
         for actor in actors:
             with suppress(RayError):
                 ray.kill(actor)
