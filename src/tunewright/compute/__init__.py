@@ -113,6 +113,6 @@ def _require_ray() -> None:
     if find_spec("ray") is None:
         fix = "Install it on every machine: pip install 'tunewright[ray]'"
         raise UserError("Ray is not installed", where="compute.cluster", fix=fix)
-    # Ray reads these when it is imported: nothing is reported to anyone, and `uv run` gives workers no other environment.
+    # Read when Ray is imported: nothing is reported to anyone, and `uv run` gives workers no other environment.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
