@@ -122,9 +122,8 @@ class PickledWorkers:
     count = 3
     machines = ()
 
-    def ask(self, question: Callable[[Shared], Result], shared: Shared) -> Iterator[tuple[str, Result]]:
-        """Yield nothing."""
-        return iter(())
+    def check(self, question: Callable[[Shared], object], shared: Shared) -> None:
+        """Do nothing: there is no other machine."""
 
     def map(
         self,

@@ -1,8 +1,10 @@
-"""A step that workers can import: it needs only what Ray's environment has."""
+"""Steps and an object that workers can import: they need only what Ray's environment has."""
 
 from __future__ import annotations
 
+import asyncio
 import os
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import numpy as np
@@ -20,3 +22,27 @@ def joined(shared: npt.NDArray[Any], part: npt.NDArray[Any], task: Task) -> npt.
 def lost(shared: str, part: int, task: Task) -> int:
     """Nothing: the process of the worker ends, as one that the system kills."""
     os._exit(9)
+
+
+def ready(needed: str) -> None:
+    """Nothing: the machine needs nothing."""
+
+
+class Counting:
+    """An object of a host that counts until it is interrupted."""
+
+    healthy = True
+
+    def __init__(self, step: int) -> None:
+        self.step, self.count = step, 0
+
+    async def events(self) -> AsyncGenerator[int, None]:
+        """Count."""
+        while True:
+            await asyncio.sleep(0.01)
+            self.count += self.step
+            yield self.count
+
+    async def so_far(self) -> AsyncGenerator[int, None]:
+        """Yield the count."""
+        yield self.count

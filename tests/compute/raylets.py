@@ -13,6 +13,8 @@ import pytest
 HERE = Path(__file__).resolve().parents[2]
 PATH = f"{HERE / 'src'}:{HERE / 'tests' / 'compute'}"
 """What a raylet's processes import: this package, and functions of tests."""
+TOKEN = secrets.token_hex(32)
+"""Ray keeps the first token of a process, so all clusters of a run of tests have one."""
 
 
 @contextmanager
@@ -20,7 +22,7 @@ def token_required() -> Iterator[None]:
     """Require tokens, as off loopback: Ray reads this when it is imported."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "token")
-        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        patch.setenv("RAY_AUTH_TOKEN", TOKEN)
         patch.setenv("PYTHONPATH", PATH)
         yield
 

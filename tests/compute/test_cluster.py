@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import shutil
 import signal
 import subprocess
@@ -24,6 +23,7 @@ from compute_helpers import CONFIG, built, digests, many_pairs, rows_alike, smal
 from data_helpers import Listener, Pair, unlike_pairs, write_jsonl
 from hypothesis import given
 from parts import joined, lost
+from raylets import HERE, PATH, raylets, token_required
 
 from command_line import tiny_project
 from hypothesis_settings import examples
@@ -41,39 +41,19 @@ from tunewright.demo import open_demo
 
 pytestmark = pytest.mark.ray
 
-HERE = Path(__file__).resolve().parents[2]
-PATH = f"{HERE / 'src'}:{HERE / 'tests' / 'compute'}"
 WAIT_S = 240
 
 
 @pytest.fixture(scope="module")
 def token() -> Iterator[None]:
-    """Token authentication, as off loopback: Ray reads this when it is imported."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "token")
-        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        patch.setenv("PYTHONPATH", PATH)
+    with token_required():
         yield
-
-
-@contextmanager
-def _cluster(**options: Any) -> Iterator[Any]:
-    """A head without CPUs for workers, and the address in RAY_ADDRESS."""
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **options})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_ADDRESS", cluster.address)
-        try:
-            yield cluster
-        finally:
-            cluster.shutdown()
 
 
 @pytest.fixture(scope="module")
 def machines(token: None) -> Iterator[Any]:
     """A cluster of two machines with a CPU each."""
-    with _cluster() as cluster:
+    with raylets() as cluster:
         cluster.add_node(num_cpus=1)
         cluster.add_node(num_cpus=1)
         yield cluster
@@ -152,7 +132,7 @@ def test_dataset_is_the_same_when_a_machine_is_killed(
 ) -> None:
     monkeypatch.setattr("tunewright.data.dedup.similarity._ALIKE", 200)
     pairs, whole = large
-    with _cluster() as cluster:
+    with raylets() as cluster:
         cluster.add_node(num_cpus=1)
         victim = cluster.add_node(num_cpus=1)
         heard = _Killing(step, lambda: cluster.remove_node(victim, allow_graceful=False))
@@ -175,7 +155,7 @@ def test_results_are_the_same_when_the_object_store_is_full(
     token: None, large: tuple[list[Pair], dict[str, str]], tmp_path: Path
 ) -> None:
     size = 2_000_000  # numbers of 8 bytes: 16 MB a part, 32 MB a result, in a store of 80 MB
-    with _cluster(object_store_memory=80 * 2**20) as cluster:
+    with raylets(object_store_memory=80 * 2**20) as cluster:
         cluster.add_node(num_cpus=2, object_store_memory=80 * 2**20)
         with _workers() as workers:
             shared = np.arange(size)
@@ -253,7 +233,7 @@ def test_ray_client_gives_the_same_dataset(token: None, tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "tunewright.yaml").write_text(CONFIG)
     write_jsonl(folder / "pairs.jsonl", pairs)
-    with _cluster(ray_client_server_port=23001) as cluster:
+    with raylets(ray_client_server_port=23001) as cluster:
         cluster.add_node(num_cpus=1)
         ran = _command(folder, "pairs.jsonl", cluster="ray://127.0.0.1:23001")
         _, err = ran.communicate(timeout=WAIT_S)
@@ -280,7 +260,7 @@ def test_machine_with_another_tunewright_is_refused(token: None, tmp_path: Path)
     shutil.copytree(HERE / "src", other, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     with (other / "tunewright" / "data" / "dedup" / "similarity.py").open("a") as file:
         file.write("\n_CHANGED = True\n")
-    with _cluster() as cluster:
+    with raylets() as cluster:
         cluster.add_node(num_cpus=1, env_vars={"PYTHONPATH": PATH.replace(str(HERE / "src"), str(other))})
         with (
             pytest.raises(UserError, match=r"The machine .* has tunewright .*\(here .*\)\n.*Use one image"),
@@ -293,7 +273,7 @@ def test_machine_that_joins_later_with_another_tunewright_is_refused(token: None
     other = tmp_path / "src"
     shutil.copytree(HERE / "src", other, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     (other / "tunewright" / "changed.py").write_text("")
-    with _cluster() as cluster:
+    with raylets() as cluster:
         equal = cluster.add_node(num_cpus=1)
         with _workers() as workers:
             cluster.remove_node(equal, allow_graceful=False)
@@ -353,7 +333,7 @@ def test_head_that_is_lost_is_one_error_and_a_new_one_finishes(
     token: None, large: tuple[list[Pair], dict[str, str]], project: Path
 ) -> None:
     write_jsonl(project / "pairs.jsonl", large[0])
-    with _cluster() as cluster:
+    with raylets() as cluster:
         cluster.add_node(num_cpus=1)
         stopped = _command(project, "pairs.jsonl")
         _wait_for_lock(project, stopped)
@@ -365,7 +345,7 @@ def test_head_that_is_lost_is_one_error_and_a_new_one_finishes(
     assert stopped.returncode == 2, err
     assert "The head of the cluster is lost" in json.loads(out)["error"]["what"]
     assert not (project / "dataset" / "HEAD").exists()
-    with _cluster() as cluster:
+    with raylets() as cluster:
         cluster.add_node(num_cpus=1)
         again = _command(project, "pairs.jsonl")
         _, err = again.communicate(timeout=WAIT_S)
@@ -383,7 +363,7 @@ def test_machine_that_stands_still_for_some_seconds_changes_nothing(
     token: None, large: tuple[list[Pair], dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tunewright.data.dedup.similarity._ALIKE", 200)
-    with _cluster() as cluster:
+    with raylets() as cluster:
         cluster.add_node(num_cpus=1)
         slow = cluster.add_node(num_cpus=1)
         still: list[psutil.Process] = []

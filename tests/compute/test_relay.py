@@ -12,7 +12,7 @@ from tunewright.core.progress import LogReporter, Task
 
 
 class _Screen(LogReporter):
-    """Keeps all that is reported, in order."""
+    """Keeps every report, in order."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []

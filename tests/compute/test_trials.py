@@ -158,8 +158,8 @@ def _evidence(folder: Path) -> dict[str, Any]:
 
 
 def test_work_that_no_machine_can_do_any_more_is_one_error(head: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tunewright.compute.cluster._LOOK_S", 0.5)
-    monkeypatch.setattr("tunewright.compute.cluster._REPLACED_S", 1.0)
+    monkeypatch.setattr("tunewright.compute.tasks._LOOK_S", 0.5)
+    monkeypatch.setattr("tunewright.compute.tasks._REPLACED_S", 1.0)
     heard = Listener()
     with _machines(head, 1) as (only,), open_workers(Config(compute=ComputeConfig(cluster="auto")), heard) as workers:
         head.remove_node(only, allow_graceful=False)
@@ -168,15 +168,13 @@ def test_work_that_no_machine_can_do_any_more_is_one_error(head: Any, monkeypatc
     assert heard.warned == ["The cluster has lost every machine that can compute this: waiting for another."]
 
 
-def test_machine_without_the_projects_folder_or_the_base_is_refused_before_work(
-    head: Any, prepared: Path, tmp_path: Path, tiny_base_folder: Path
-) -> None:
+def test_machine_without_the_projects_folder_is_refused_before_work(head: Any, prepared: Path, tmp_path: Path) -> None:
     folder = _copy(prepared, tmp_path / "project")
     if subprocess.run(["unshare", "--mount", "mount", "-t", "tmpfs", "none", str(folder)]).returncode:
         pytest.skip("this user may not mount, so every machine sees the same folders")
-    for hidden, message in ((folder, "This project's folder is not there"), (tiny_base_folder, "is another one")):
-        with _machine_without(hidden, head), pytest.raises(UserError, match=f"On the machine .*: .*{message}"):
-            _project(folder, "auto")[0].curve(seeds=2)
+    message = "The machine .*: The project's folder is not there"
+    with _machine_without(folder, head), pytest.raises(UserError, match=message):
+        _project(folder, "auto")[0].curve(seeds=2)
     assert not (folder / ".tunewright" / "training").exists()
 
 

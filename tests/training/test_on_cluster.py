@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,23 +9,7 @@ import pytest
 from command_line import tiny_project, tunewright
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
-from tunewright.core.progress import LogReporter
-from tunewright.models.bases import resolve_base
-from tunewright.training.machine_check import require_folder_and_base
 from tunewright.training.stopping import stop_on_signal, stopped_from
-
-
-def test_machine_without_the_folder_or_the_base_is_refused(tmp_path: Path, tiny_base_folder: Path) -> None:
-    project = ProjectFolder(tiny_project(tmp_path / "project", tiny_base_folder))
-    base = resolve_base(str(tiny_base_folder), None, project.root, LogReporter())
-    mark = project.work / "seen"
-    with pytest.raises(UserError, match="The project's folder is not visible"):
-        require_folder_and_base(project, mark, base)
-    mark.touch()
-    require_folder_and_base(project, mark, base)
-    for other in (replace(base, folder=tmp_path / "gone"), replace(base, files={**base.files, "config.json": "0"})):
-        with pytest.raises(UserError, match="base_model: The base"):
-            require_folder_and_base(project, mark, other)
 
 
 def test_run_stops_where_it_is_asked_to_from_elsewhere() -> None:
@@ -50,11 +33,6 @@ def test_fsdp_without_a_cluster_is_refused(project: Path) -> None:
     ran = tunewright("train", "-p", project)
     assert ran.code == 2
     assert "compute.fsdp: FSDP needs a cluster" in ran.stderr
-
-
-def test_sweep_refuses_a_cluster(project: Path) -> None:
-    ran = tunewright("train", "--sweep", "--cluster", "auto", "-p", project)
-    assert (ran.code, "--sweep and --curve do not use --cluster" in ran.stderr) == (2, True)
 
 
 def test_processes_of_a_launcher_cannot_use_a_cluster(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

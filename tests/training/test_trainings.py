@@ -21,7 +21,7 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.locks import locked_folder
 from tunewright.core.progress import LogReporter, Reporter, Task
-from tunewright.core.workers import ONE_CPU, THIS_PROCESS, Machine, Needs, Part, Result, Shared, Step
+from tunewright.core.workers import ONE_CPU, THIS_PROCESS, Machine, Needs, Part, Result, Shared, Step, on_machine
 from tunewright.evaluation.learning_curve import LearningCurve
 from tunewright.models.bases import Base, resolve_base
 from tunewright.training.divergence import DivergedError
@@ -40,11 +40,14 @@ class PickledCluster:
         self.changed = changed
         self.needs: list[Needs] = []
 
-    def ask(self, question: Callable[[Shared], Result], shared: Shared) -> Iterator[tuple[str, Result]]:
-        """Yield the function's result for each machine; the last one sees what is changed."""
+    def check(self, question: Callable[[Shared], object], shared: Shared) -> None:
+        """Call the function for each machine; the last one sees what is changed."""
         for machine in self.machines:
             seen = self.changed(shared) if machine is self.machines[-1] else shared
-            yield machine.name, _copied(question(_copied(seen)))
+            try:
+                question(_copied(seen))
+            except UserError as error:
+                raise on_machine(machine.name, error) from None
 
     def map(
         self,
@@ -138,7 +141,7 @@ def test_machine_that_sees_a_copy_of_the_project_is_refused(base: Base, tmp_path
 
     workers = PickledCluster(changed=copied)
     with (
-        pytest.raises(UserError, match=r"On the machine 10.0.0.8: This project's folder is not there") as caught,
+        pytest.raises(UserError, match=r"The machine 10.0.0.8: The project's folder is not there") as caught,
         open_trainings(workers, new_project(tmp_path / "project"), base, Listener()),
     ):
         pass
@@ -151,7 +154,7 @@ def test_machine_with_another_base_is_refused(base: Base, tmp_path: Path) -> Non
         return site._replace(base=replace(base, files={**base.files, "config.json": "0"}))
 
     with (
-        pytest.raises(UserError, match=r"On the machine 10.0.0.8: The base .* is another one: config.json"),
+        pytest.raises(UserError, match=r"The machine 10.0.0.8: The base .* is another one: config.json"),
         open_trainings(PickledCluster(changed=changed), new_project(tmp_path / "project"), base, Listener()),
     ):
         pass

@@ -1,7 +1,8 @@
-"""The workers that ``compute.cluster`` asks for. Four modules import Ray, and only the functions here import them."""
+"""The workers that ``compute.cluster`` asks for. Six modules import Ray, and only the functions here import them."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -15,6 +16,7 @@ from tunewright.core.workers import THIS_PROCESS, ModelWorkers, Workers
 Needed = TypeVar("Needed")
 
 if TYPE_CHECKING:
+    from tunewright.compute.hosts import Hosts
     from tunewright.compute.worker_group import WorkerGroup
 
 
@@ -30,7 +32,7 @@ def open_workers(config: Config, reporter: Reporter) -> Iterator[Workers]:
         yield THIS_PROCESS
         return
     _require_ray()
-    from tunewright.compute.cluster import open_cluster
+    from tunewright.compute.tasks import open_cluster
 
     with open_cluster(config, reporter) as workers:
         yield workers
@@ -83,7 +85,34 @@ def open_group(config: Config, reporter: Reporter) -> Iterator[WorkerGroup | Non
         yield group
 
 
+@contextmanager
+def open_hosts(
+    config: Config, count: int, check: Callable[[Needed], object], needed: Needed, reporter: Reporter
+) -> Iterator[Hosts]:
+    """Yield room for ``count`` objects on the machines of ``compute.cluster``.
+
+    Args:
+        config: names a cluster.
+        count: each occupies a GPU, or a CPU if the cluster has no GPU.
+        check: a function of a module, which every machine calls with ``needed`` before any work.
+        needed: what every machine needs.
+        reporter: is warned of lost objects.
+
+    Raises:
+        UserError: as for :func:`open_workers`, or too few GPUs or CPUs; or ``check`` refuses a machine.
+    """
+    _require_ray()
+    from tunewright.compute import hosts
+
+    with hosts.open_hosts(config, count, check, needed, reporter) as found:
+        yield found
+
+
 def _require_ray() -> None:
+    """Check that Ray is installed, before it is imported."""
     if find_spec("ray") is None:
         fix = "Install it on every machine: pip install 'tunewright[ray]'"
         raise UserError("Ray is not installed", where="compute.cluster", fix=fix)
+    # Ray reads these when it is imported: nothing is reported to anyone, and `uv run` gives workers no other environment.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")

@@ -15,12 +15,11 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from tunewright.compute.cluster import (
-    RETRIES,
+    CHECK_S,
     WHERE,
     Image,
     asked,
     connected,
-    first_done,
     image,
     machines_with,
     own_image,
@@ -28,13 +27,13 @@ from tunewright.compute.cluster import (
     require_same,
 )
 from tunewright.compute.head import AGAIN, has_head, require_head
+from tunewright.compute.tasks import RETRIES, first_done
 from tunewright.config import Config
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.core.text import count_of
 from tunewright.core.workers import ModelWorkers, Needs, Part, Result, Shared
 
-_CHECK_S = 3600.0  # a base of 70B parameters is read once, from a cold disk
 _WAITS = "this command waits for one."
 
 Needed = TypeVar("Needed")
@@ -60,7 +59,7 @@ def open_actors(
         count = _count(config, count, unit)
         text = config.model_dump_json()
         require_equal(machines, text)
-        for _ in asked(machines, check, needed, seconds=_CHECK_S):
+        for _ in asked(machines, check, needed, seconds=CHECK_S):
             pass
         if ray.available_resources().get("GPU" if device == "cuda" else "CPU", 0) < 1:
             reporter.warn(f"Other work uses every {'GPU' if device == 'cuda' else 'CPU'} of the cluster: {_WAITS}")

@@ -33,6 +33,7 @@ from ray.train.v2._internal.exceptions import RayTrainError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tunewright.compute.cluster import (
+    CHECK_S,
     WHERE,
     Image,
     Node,
@@ -43,6 +44,7 @@ from tunewright.compute.cluster import (
     require_equal,
     require_same,
 )
+from tunewright.compute.head import require_head
 from tunewright.compute.relay import Display, Inbox, RelayReporter
 from tunewright.config import Config
 from tunewright.core.errors import UserError
@@ -113,13 +115,14 @@ class WorkerGroup:
     image: Image
     config: str
 
-    def ask(self, function: Callable[..., Any], *arguments: Any, seconds: float) -> dict[str, Any]:
-        """Call a function on every machine; return the answers by the machine's address.
+    def check(self, function: Callable[..., object], *arguments: Any) -> None:
+        """Call a function on every machine.
 
         Raises:
             UserError: as the function raises it, with the machine's address, or a machine does not answer.
         """
-        return dict(asked(self.machines, function, *arguments, seconds=seconds))
+        for _ in asked(self.machines, function, *arguments, seconds=CHECK_S):
+            pass
 
     def run(
         self, function: Together, argument: Any, storage: Path, reporter: Reporter, stop_asked: Callable[[], bool]
@@ -175,10 +178,12 @@ class WorkerGroup:
         """Report until the run has ended.
 
         Raises:
+            UserError: the head is lost.
             KeyboardInterrupt: a stop was asked for while no process could save anything.
         """
         told, looked, missing = False, time.monotonic(), False
         while not run.ended.wait(_POLL_S):
+            require_head()
             display.show(ray.get(inbox.take.remote()))
             if stop_asked():
                 if missing or not display.stoppable:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeVar
 
+from tunewright.core.errors import UserError
 from tunewright.core.progress import Task
 
 Shared = TypeVar("Shared")
@@ -46,6 +47,11 @@ class Machine:
         return min(self.cpus // needs.cpus, by_gpus)
 
 
+def on_machine(name: str, error: UserError) -> UserError:
+    """Return the error of a machine, with its name."""
+    return UserError(f"The machine {name}: {error.what}", where=error.where, fix=error.fix)
+
+
 class Workers(Protocol):
     """Processes that compute the parts of a step."""
 
@@ -57,8 +63,12 @@ class Workers(Protocol):
     def machines(self) -> Sequence[Machine]:
         """The machines of the cluster; empty if parts are computed in this process."""
 
-    def ask(self, question: Callable[[Shared], Result], shared: Shared) -> Iterator[tuple[str, Result]]:
-        """Yield each machine's name and the function's result there."""
+    def check(self, question: Callable[[Shared], object], shared: Shared) -> None:
+        """Call a function on each machine.
+
+        Raises:
+            UserError: as the function raises it, with the machine's name, or a machine does not answer.
+        """
 
     def map(
         self,
@@ -118,10 +128,8 @@ class ThisProcess:
     count = 1
     machines: Sequence[Machine] = ()
 
-    def ask(self, question: Callable[[Shared], Result], shared: Shared) -> Iterator[tuple[str, Result]]:
-        """Yield nothing: there is no other machine."""
-        del question, shared
-        return iter(())
+    def check(self, question: Callable[[Shared], object], shared: Shared) -> None:
+        """Do nothing: there is no other machine."""
 
     def map(
         self,

@@ -7,7 +7,6 @@ first process. The command that started them shows what it reports, passes a sto
 from __future__ import annotations
 
 import os
-import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from tunewright.core.progress import Reporter
 from tunewright.data.versions import DatasetVersion, load_version
 from tunewright.models.bases import Base, base_here
 from tunewright.training import distributed
-from tunewright.training.machine_check import require_folder_and_base
+from tunewright.training.machine_check import open_site, require_site
 from tunewright.training.run import micro_batch, require_fsdp_supported
 from tunewright.training.stopping import stop_on_signal, stopped_from
 from tunewright.training.trackers import require_trackers
@@ -38,8 +37,6 @@ if TYPE_CHECKING:
     from tunewright.compute.worker_group import WorkerGroup
 
 _WHERE = "compute.cluster"
-_READ_S = 1800.0
-"""Time for a machine to read its base once, for the digest."""
 _SEEN_S = 120.0
 """Time until a network file system shows a new file to other machines."""
 _LOCK_S = 60.0
@@ -155,23 +152,12 @@ def _require_trainable(group: WorkerGroup, project: ProjectFolder, base: Base, r
         if group.count == 1:
             raise UserError("FSDP needs at least 2 processes", where="compute.fsdp", fix="Set compute.workers.")
         require_fsdp_supported(settings)
-    with reporter.task("Checking the machines", len(group.machines), "machines") as task:
-        require_ready(group, project, base)
+    with (
+        reporter.task("Checking the machines", len(group.machines), "machines") as task,
+        open_site(project, base) as site,
+    ):
+        group.check(require_site, site)
         task.advance(len(group.machines))
-
-
-def require_ready(group: WorkerGroup, project: ProjectFolder, base: Base) -> None:
-    """Check that every machine sees the project's folder, whose root is an absolute path, and has the base.
-
-    Raises:
-        UserError: a machine does not.
-    """
-    mark = project.work / f"seen-{secrets.token_hex(8)}"
-    mark.touch()
-    try:
-        group.ask(require_folder_and_base, project, mark, base, seconds=_READ_S)
-    finally:
-        mark.unlink()
 
 
 def train_together(job: TrainingJob, reporter: Reporter, stop_asked: Callable[[], bool]) -> None:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -25,13 +23,14 @@ from tunewright.adapters.registry import HISTORY, Adapter, read_history
 from tunewright.chat import ChatFormat
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
-from tunewright.core.io import digest, write_text
-from tunewright.core.locks import in_use, is_locked, remove_abandoned
+from tunewright.core.io import digest
+from tunewright.core.locks import is_locked
 from tunewright.core.progress import LogReporter, Reporter, Task
 from tunewright.core.text import count_of
-from tunewright.core.workers import ONE_CPU, Machine, Needs, Workers
+from tunewright.core.workers import ONE_CPU, Machine, Needs, Workers, on_machine
 from tunewright.data.versions import DatasetVersion
-from tunewright.models.bases import Base, base_here
+from tunewright.models.bases import Base
+from tunewright.training.machine_check import Site, open_site, require_site
 from tunewright.training.train import find_trained, train, training_inputs
 
 Shared = TypeVar("Shared")
@@ -193,16 +192,6 @@ def absolute(project: ProjectFolder) -> ProjectFolder:
 # What a machine needs
 
 
-class Site(NamedTuple):
-    """Requirements of every machine: a file in the project's folder, and the base."""
-
-    root: Path
-    file: Path
-    text: str
-    """The content of the file, which no copy of the folder has."""
-    base: Base
-
-
 @contextmanager
 def open_trainings(workers: Workers, project: ProjectFolder, base: Base, reporter: Reporter) -> Iterator[Trainings]:
     """Check every machine, and yield the place where trainings are done.
@@ -215,22 +204,11 @@ def open_trainings(workers: Workers, project: ProjectFolder, base: Base, reporte
         yield Trainings(workers, base, reporter)
         return
     needs = _needs(workers.machines)
-    places = project.work.resolve() / "machines"
-    places.mkdir(exist_ok=True)
-    remove_abandoned(places.iterdir())
-    own = Path(tempfile.mkdtemp(dir=places))
-    try:
-        with in_use(own):
-            site = Site(project.root.resolve(), own / "seen", own.name, base)
-            write_text(site.file, site.text)
-            for machine, fault in workers.ask(_fault, site):
-                if fault is not None:
-                    raise _on_machine(machine, fault)
-            each = "a GPU" if needs.gpus else count_of(needs.cpus, "CPU")
-            reporter.say(f"Each training takes {each}: up to {_at_once(workers, needs)} at once.")
-            yield Trainings(workers, base, reporter, needs, site)
-    finally:
-        shutil.rmtree(own, ignore_errors=True)
+    with open_site(project, base) as site:
+        workers.check(require_site, site)
+        each = "a GPU" if needs.gpus else count_of(needs.cpus, "CPU")
+        reporter.say(f"Each training takes {each}: up to {_at_once(workers, needs)} at once.")
+        yield Trainings(workers, base, reporter, needs, site)
 
 
 def _needs(machines: Sequence[Machine]) -> Needs:
@@ -254,41 +232,6 @@ def _needs(machines: Sequence[Machine]) -> Needs:
 
 def _at_once(workers: Workers, needs: Needs) -> int:
     return min(workers.count, sum(machine.room(needs) for machine in workers.machines))
-
-
-def _fault(site: Site) -> UserError | None:
-    """Return what is wrong with the machine that this runs on, or None."""
-    try:
-        _require_site(site)
-    except UserError as error:
-        return error
-    return None
-
-
-def _on_machine(machine: str, error: UserError) -> UserError:
-    return UserError(f"On the machine {machine}: {error.what}", where=error.where, fix=error.fix)
-
-
-def _require_site(site: Site) -> Base:
-    """Return this machine's copy of the base.
-
-    Raises:
-        UserError: it is missing here, or the project's folder is, or cannot be written to.
-    """
-    fix = "Put the project on storage that all machines mount at this path."
-    try:
-        seen = site.file.read_text(encoding="utf-8") == site.text
-    except OSError:
-        seen = False
-    if not seen:
-        raise UserError("This project's folder is not there, or is another one", where=str(site.root), fix=fix)
-    try:
-        with tempfile.TemporaryFile(dir=site.file.parent):
-            pass
-    except OSError as error:
-        what = f"This project's folder cannot be written to: {error.strerror}"
-        raise UserError(what, where=str(site.root), fix=fix) from None
-    return base_here(site.base)
 
 
 # In a worker
@@ -342,9 +285,9 @@ class _Done(NamedTuple):
 def _train_in_worker(sent: _Sent, job: Job[Any], task: Task) -> _Done:
     """Do one job."""
     try:
-        base = _require_site(sent.site)  # of a machine that joined the cluster later, too
+        base = require_site(sent.site)  # of a machine that joined the cluster later, too
     except UserError as error:
-        raise _on_machine(platform.node(), error) from None
+        raise on_machine(platform.node(), error) from None
     torch.set_num_threads(sent.threads)
     until = time.monotonic() + _FREE_S
     while is_locked(job.work) and time.monotonic() < until:

@@ -135,3 +135,27 @@ def test_queue_admits_a_held_request_when_the_running_ones_get_tokens() -> None:
         assert queue.idle
 
     asyncio.run(run())
+
+
+def test_queue_admits_waiters_as_soon_as_the_engine_has_more_rows() -> None:
+    async def run() -> list[int]:
+        queue, counts = AdmissionQueue(1), []
+        entered = 0
+
+        async def request() -> None:
+            nonlocal entered
+            async with queue.slot("a", 1):
+                entered += 1
+                await asyncio.Event().wait()
+
+        tasks = [asyncio.create_task(request()) for _ in range(6)]
+        for rows in (1, 4, 4):
+            queue.resize(rows)
+            await asyncio.sleep(0.01)
+            counts.append(entered)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return counts
+
+    assert asyncio.run(run()) == [1, 5, 5]

@@ -392,3 +392,29 @@ def test_engine_that_reads_more_in_a_pass_gets_long_prompts_together(budget: int
     for tenant in "abcd":
         scheduler.enqueue(tenant, 300)
     assert len(scheduler.admit()) == together
+
+
+@pytest.mark.parametrize("engines", [1, 3])
+def test_each_replica_may_have_one_long_prompt_in_prefill(engines: int) -> None:
+    scheduler = FairScheduler(32, lambda: 0.0, engines=engines)
+    for tenant in "abcde":
+        scheduler.enqueue(tenant, PREFILL_TOKENS + 1)
+    admitted = scheduler.admit()
+    assert len(admitted) == engines
+    scheduler.finish_prefill(admitted[0])
+    assert len(scheduler.admit()) == 1
+
+
+def test_engine_with_fewer_rows_gets_no_further_requests_until_it_has_room() -> None:
+    scheduler = FairScheduler(16, lambda: 0.0)
+    for _ in range(40):
+        scheduler.enqueue("a", 1)
+    admitted = scheduler.admit()
+    assert len(admitted) == places(16)
+    assert scheduler.resize(8)
+    assert not scheduler.resize(8)
+    for number, ticket in enumerate(admitted, 1):
+        scheduler.release(ticket)
+        assert len(scheduler.admit()) == (number > places(16) - places(8))
+    assert scheduler.resize(16)
+    assert len(scheduler.admit()) == places(16) - places(8)

@@ -12,31 +12,28 @@ import json
 import logging
 import os
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing
-from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunewright.core.errors import UserError
 from tunewright.engines.parent import end_with_parent
-from tunewright.engines.protocol import AdapterFailedError, Delta, EngineStoppedError, RequestFailedError, stream
+from tunewright.engines.protocol import AdapterFailedError
 
 if TYPE_CHECKING:
     from starlette.requests import Request as HttpRequest
     from starlette.responses import Response
 
-    from tunewright.generation.constraints import Constraint, GrammarCompiler
-    from tunewright.generation.requests import Request
+    from tunewright.generation.constraints import GrammarCompiler
     from tunewright.models.bases import Base
+    from tunewright.serving.engines.host import Event
     from tunewright.serving.engines.peft import PeftEngine
 
 METRICS = "peft:"
 """The prefix of the metrics that change with each pass over the model."""
-_CONSTRAINTS = 32
 _STOP_SECONDS = 1
 """The gateway ends the process when it wants no more answers."""
-_JSON_LINES = "application/x-ndjson"
 
 log = logging.getLogger("tunewright")
 
@@ -50,12 +47,13 @@ class Worker:
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         from tunewright.models.bases import Base
+        from tunewright.serving.engines.host import EngineHost
 
         self._settings = settings
         folder = Path(settings["base"])
         self._base: Base = Base(str(folder), folder, None, settings["architecture"], {})
         self._engine = self._start()
-        self._constraint = lru_cache(_CONSTRAINTS)(self._compile)
+        self._host = EngineHost(self._engine, self._compiler)
         asyncio.run(self._load_listed())
 
     def serve(self) -> None:
@@ -67,9 +65,9 @@ class Worker:
         routes = [
             Route("/health", self._health),
             Route("/metrics", self._metrics),
-            Route("/generate", self._generate, methods=["POST"]),
-            Route("/load", self._load, methods=["POST"]),
-            Route("/unload", self._unload, methods=["POST"]),
+            Route("/answer", self._events_of(self._host.answer), methods=["POST"]),
+            Route("/load", self._events_of(self._host.load), methods=["POST"]),
+            Route("/unload", self._events_of(self._host.unload), methods=["POST"]),
         ]
         uvicorn.run(
             Starlette(routes=routes),
@@ -93,6 +91,13 @@ class Worker:
             context_length=settings["context_length"],
         )
 
+    def _compiler(self) -> GrammarCompiler:
+        from tunewright.generation.constraints import GrammarCompiler
+        from tunewright.models.loading import load_tokenizer
+
+        before, after = self._settings["affixes"]
+        return GrammarCompiler(load_tokenizer(self._base), self._settings["stop_ids"], (before, after))
+
     async def _load_listed(self) -> None:
         """Load the adapters that the child had before it restarted.
 
@@ -110,8 +115,7 @@ class Worker:
         from starlette.responses import Response
 
         if self._engine.stopped is not None:
-            log.error("%s", self._engine.stopped)
-            os._exit(1)
+            self._end()
         return Response()
 
     async def _metrics(self, _http: HttpRequest) -> Response:
@@ -119,73 +123,26 @@ class Worker:
 
         return PlainTextResponse(f"{METRICS}steps {self._engine.steps}\n")
 
-    async def _generate(self, http: HttpRequest) -> Response:
+    def _events_of(self, method: Callable[[Event], AsyncGenerator[Event, None]]) -> Callable[[HttpRequest], Any]:
+        """Return a route that answers with a line for each event; starlette ends it when the gateway disconnects."""
         from starlette.responses import StreamingResponse
 
-        return StreamingResponse(self._answer(json.loads(await http.body())), media_type=_JSON_LINES)
+        async def lines(body: Event) -> AsyncIterator[str]:
+            async with aclosing(method(body)) as events:
+                async for event in events:
+                    yield json.dumps(event) + "\n"
+            if self._engine.stopped is not None:
+                # Soon, and not at the next look at its health; the last event has to be sent first.
+                asyncio.get_running_loop().call_later(0.1, self._end)
 
-    async def _answer(self, body: dict[str, Any]) -> AsyncIterator[str]:
-        """Yield one line for each delta; starlette closes the generator when the gateway disconnects."""
-        try:
-            request = await self._request(body)
-            async with aclosing(stream(self._engine, request)) as deltas:
-                async for delta in deltas:
-                    yield _line(delta)
-        except (UserError, RequestFailedError, EngineStoppedError) as error:
-            yield json.dumps(_failure(error)) + "\n"
-            if isinstance(error, EngineStoppedError):
-                log.error("%s", error)
-                # The gateway starts it again at once, and not at the next look at its health.
-                asyncio.get_running_loop().call_later(0.1, os._exit, 1)
+        async def answer(http: HttpRequest) -> Response:
+            return StreamingResponse(lines(json.loads(await http.body())), media_type="application/x-ndjson")
 
-    async def _request(self, body: dict[str, Any]) -> Request:
-        from tunewright.generation.requests import Request
+        return answer
 
-        rule = body.pop("constraint")
-        constraint = None if rule is None else await asyncio.to_thread(self._constraint, rule)
-        body["prompt_ids"] = tuple(body["prompt_ids"])
-        body["logit_bias"] = tuple((token, bias) for token, bias in body["logit_bias"])
-        return Request(**body, constraint=constraint)
-
-    def _compile(self, rule: str) -> Constraint:
-        from tunewright.generation.constraints import Grammar
-
-        return self._compiler.compile(Grammar(rule))
-
-    @cached_property
-    def _compiler(self) -> GrammarCompiler:
-        from tunewright.generation.constraints import GrammarCompiler
-        from tunewright.models.loading import load_tokenizer
-
-        before, after = self._settings["affixes"]
-        return GrammarCompiler(load_tokenizer(self._base), self._settings["stop_ids"], (before, after))
-
-    async def _load(self, http: HttpRequest) -> Response:
-        body = json.loads(await http.body())
-        return await self._change(self._engine.load(body["digest"], Path(body["folder"])))
-
-    async def _unload(self, http: HttpRequest) -> Response:
-        return await self._change(self._engine.unload(json.loads(await http.body())["digest"]))
-
-    async def _change(self, change: Any) -> Response:
-        from starlette.responses import JSONResponse
-
-        try:
-            await change
-        except (UserError, AdapterFailedError, EngineStoppedError) as error:
-            return JSONResponse(_failure(error))
-        return JSONResponse({})
-
-
-def _line(delta: Delta) -> str:
-    logprobs = [[each.logprob, each.top] for each in delta.logprobs]
-    return json.dumps({"ids": delta.ids, "finish": delta.finish, "logprobs": logprobs}) + "\n"
-
-
-def _failure(error: Exception) -> dict[str, str | None]:
-    if isinstance(error, UserError):
-        return {"error": "UserError", **error.as_dict()}
-    return {"error": type(error).__name__, "what": str(error)}
+    def _end(self) -> None:
+        log.error("%s", self._engine.stopped)
+        os._exit(1)
 
 
 def main(text: str) -> None:

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Coroutine, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,7 @@ class Replicas:
         engines: by name. The names decide which adapters a replica gets, so they stay equal over restarts.
         room: maximum number of adapters in a replica's memory; None: no limit.
         placement: chooses the replicas.
+        held: is closed once all engines have been stopped.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Replicas:
         *,
         room: int | None = None,
         placement: Placement | None = None,
+        held: ExitStack | None = None,
     ) -> None:
         first, *others = engines.values()
         self.name = first.name
@@ -100,6 +102,7 @@ class Replicas:
         self.unsupported = first.unsupported.union(*(engine.unsupported for engine in others))
         self._replicas = {name: _Replica(name, engine, Residents(room)) for name, engine in engines.items()}
         self._placement = placement or Placement()
+        self._held = held or ExitStack()
         self._folders: dict[str, Path] = {}
         self._loading: dict[tuple[str, str], Future[None]] = {}
         self._stopped: str | None = None
@@ -250,6 +253,7 @@ class Replicas:
             self._run(_cancel_all()).add_done_callback(lambda _: self._loop.call_soon_threadsafe(self._loop.stop))
             self._thread.join()
             self._loop.close()
+        self._held.close()
 
     def assign(self, adapter: str | None, user: Relay, tried: Collection[str]) -> tuple[_Replica, Future[None] | None]:
         """Return the replica that answers a request, and the load of its adapter if it must wait for that.

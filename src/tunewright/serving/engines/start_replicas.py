@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 
 from tunewright.config import Config, EngineName
@@ -14,6 +15,7 @@ from tunewright.core.progress import Reporter, WithoutBars
 from tunewright.core.text import count_of
 from tunewright.engines.protocol import Engine
 from tunewright.models.loading import named
+from tunewright.serving.engines.hosted_replicas import start_hosted
 from tunewright.serving.engines.replicas import Replicas
 from tunewright.serving.engines.start import EngineSpec, Share, load_all, start_engine
 
@@ -35,16 +37,24 @@ def start_engines(kind: EngineName, config: Config, spec: EngineSpec, reporter: 
         )
     if count == 1 and room is None:
         return start_engine(kind, config, spec, reporter)
-    shares = machine_shares(count)
-    each = "one GPU" if _GPUS in shares[0].variables else count_of(shares[0].threads, "thread")
-    reporter.say(f"Loading {named(spec.base, spec.quantization)}: {count_of(count, 'replica')} with {each} each")
     if kind == "vllm":  # it starts with a number of slots
         room = room or max(1, len(spec.adapters) + len(spec.to_come) + spec.spare)
     # llama.cpp takes all adapters in one start. The others load each one where it is needed.
     started = (
         spec if kind == "llamacpp" else replace(spec, adapters={}, to_come=(*spec.to_come, *spec.adapters.values()))
     )
-    replicas = Replicas(_start_all(kind, config, started, shares, reporter), room=room)
+    held = ExitStack()
+    engines: Mapping[str, Engine]
+    if count > 1 and config.compute.cluster is not None:
+        with held:
+            engines = start_hosted(kind, config, started, reporter, held)
+            held = held.pop_all()
+    else:
+        shares = machine_shares(count)
+        each = "one GPU" if _GPUS in shares[0].variables else count_of(shares[0].threads, "thread")
+        reporter.say(f"Loading {named(spec.base, spec.quantization)}: {count_of(count, 'replica')} with {each} each")
+        engines = _start_all(kind, config, started, shares, reporter)
+    replicas = Replicas(engines, room=room, held=held)
     try:
         run_async(load_all(replicas, spec.adapters))
     except BaseException:
