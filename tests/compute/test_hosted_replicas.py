@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import shutil
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from data_helpers import Listener
 from engine_kinds import STOPS, TOKENIZER
 from parts import Counting, ready
 from peft import PeftModel
+from raylets import raylets, token_required
 from transformers import LlamaForCausalLM
 
 from tiny import chat_of
@@ -34,7 +34,6 @@ from tunewright.serving.engines.start_replicas import start_engines
 
 pytestmark = pytest.mark.ray
 
-HERE = Path(__file__).resolve().parents[2]
 PROMPT = tuple(TOKENIZER("Mobile County").input_ids)
 TOKENS = 24
 WAIT_S = 240
@@ -43,20 +42,10 @@ WAIT_S = 240
 @pytest.fixture(scope="module")
 def machines() -> Iterator[Any]:
     """A head without CPUs and two machines with one each."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "token")
-        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        patch.setenv("PYTHONPATH", f"{HERE / 'src'}:{HERE / 'tests' / 'compute'}")
-        from ray.cluster_utils import Cluster
-
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-        patch.setenv("RAY_ADDRESS", cluster.address)
+    with token_required(), raylets() as cluster:
         cluster.lost = cluster.add_node(num_cpus=1)
         cluster.add_node(num_cpus=1)
-        try:
-            yield cluster
-        finally:
-            cluster.shutdown()
+        yield cluster
 
 
 def spec_of(base: Path) -> EngineSpec:
