@@ -41,7 +41,7 @@ test: lint
 	@$(MAKE) --no-print-directory -j2 typecheck pytest
 
 # The slow tests too, with 100 examples for each property. .ci/run asks for the 25 of `make test` (EXAMPLES=quick), and
-# leaves out here and in test-chaos what only a release needs (RELEASE=no).
+# leaves out here, in test-chaos and in test-ray what only a release needs (RELEASE=no).
 EXAMPLES ?= all
 RELEASE ?= yes
 test-all: lint
@@ -95,7 +95,7 @@ engines: $(VENV)/.installed
 
 # Datasets on a Ray cluster of several raylets on this machine, and what happens when one of them is killed.
 test-ray: build/ray/.installed
-	build/ray/bin/python -m pytest -m ray tests/compute $(ARGS)
+	build/ray/bin/python -m pytest -m "ray$(if $(filter no,$(RELEASE)), and not release)" tests/compute $(ARGS)
 
 # An environment of its own, so that all other tests run without Ray. It sees the packages of .venv.
 build/ray/.installed: $(VENV)/.installed pyproject.toml

@@ -121,7 +121,7 @@ class _Killing(Listener):
         yield Watching()
 
 
-@pytest.mark.parametrize("step", ["clustering", "looking for test items"])
+@pytest.mark.parametrize("step", ["clustering", pytest.param("looking for test items", marks=pytest.mark.release)])
 def test_dataset_is_the_same_when_a_machine_is_killed(
     token: None,
     large: tuple[list[Pair], dict[str, str]],
@@ -241,6 +241,7 @@ def test_ray_client_gives_the_same_dataset(token: None, tmp_path: Path) -> None:
     assert digests(folder / "dataset") == whole
 
 
+@pytest.mark.release
 def test_adapter_is_the_same_when_its_data_came_from_a_cluster(
     machines: Any, tiny_base_folder: Path, tmp_path: Path
 ) -> None:

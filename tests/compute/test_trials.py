@@ -157,6 +157,7 @@ def _evidence(folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.release
 def test_work_that_no_machine_can_do_any_more_is_one_error(head: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tunewright.compute.tasks._LOOK_S", 0.5)
     monkeypatch.setattr("tunewright.compute.tasks._REPLACED_S", 1.0)
