@@ -136,7 +136,8 @@ def test_cross_validation_is_the_same_after_its_command_was_killed(head: Any, pr
         first = subprocess.Popen(
             command, cwd=there, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
         )
-        _wait_for(lambda: first.poll() is not None or any(steps > 5 for steps in _steps(there)))
+        # Past the first checkpoint, of step 5, whose own evaluation is a line too.
+        _wait_for(lambda: first.poll() is not None or any(steps > 9 for steps in _steps(there)))
         os.killpg(first.pid, signal.SIGKILL)
         output = first.communicate()[0]
         assert first.returncode == -signal.SIGKILL, output
