@@ -225,7 +225,7 @@ def quarantine_remote(source: RemoteFiles, intake: QuarantinedFiles) -> None:
         take(name)
 
 
-_PUSH = "Copy it there from its project: tunewright adapters push URL NAME. The URL for import is URL/NAME-DIGEST."
+_PUSH = "Push it from its project (tunewright adapters push URL NAME), and import URL/NAME-DIGEST."
 
 
 def _open(name: str, flags: int, level: int | None, where: str) -> int:
