@@ -95,7 +95,7 @@ def test_closing_events_early_ends_the_work_on_the_other_machine(machines: Any) 
         async with aclosing(host.events("events")) as events:
             return [await anext(events) for _ in range(3)]
 
-    with open_hosts(config_of(2), 1, ready, "", Listener()) as hosts:
+    with open_hosts(config_of(2), 1, 1, ready, "", Listener()) as hosts:
         host = hosts.start("counting", Counting, 2)
         assert asyncio.run(three(host)) == [2, 4, 6]
         time.sleep(0.5)
