@@ -396,6 +396,7 @@ class Replicas:
     def _in_background(self, work: Callable[[], T]) -> Future[T]:
         """Run a function in a thread that the process does not wait for when it ends."""
         done: Future[T] = Future()
+        done.set_running_or_notify_cancel()  # from here on it cannot be cancelled
 
         def run() -> None:
             try:
