@@ -50,7 +50,7 @@ class AdmissionQueue:
         """True if no request has a slot or waits for one."""
         return self._scheduler.idle
 
-    def resize(self, rows: int, engines: int = 1) -> None:
+    def resize(self, rows: int, engines: int) -> None:
         """Set the number of requests that the engine computes at once from now on, and the number of its replicas."""
         if self._scheduler.resize(rows, engines):
             self._admit()

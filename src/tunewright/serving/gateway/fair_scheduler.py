@@ -99,7 +99,7 @@ class FairScheduler:
         self._held_until: dict[str, float] = {}
         """Counters at which tenants no longer hold a request back."""
 
-    def resize(self, rows: int, engines: int = 1) -> bool:
+    def resize(self, rows: int, engines: int) -> bool:
         """Set the numbers of rows and engines; return whether one has changed."""
         assert rows >= 1
         assert engines >= 1
