@@ -12,17 +12,26 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-from engine_kinds import STOPS, peft_child, peft_engine
+from engine_kinds import STOPS, TOKENIZER, peft_child, peft_engine
 from peft import PeftModel
 from recorded_engine import NAMES, ONE, PROMPTS, THREE, TWO, Recorded, answer, asked, first, run, running
 from transformers import LlamaForCausalLM
 
+from tiny import chat_of
+from tunewright.config import Config, ServeConfig, TrainConfig
 from tunewright.core.errors import UserError
+from tunewright.core.progress import LogReporter
 from tunewright.engines.protocol import EngineStoppedError, RequestFailedError, stream
 from tunewright.generation.generate import generate
 from tunewright.generation.requests import Request
+from tunewright.models.bases import Base
+from tunewright.serving.engines.autoscaler import Autoscaler
 from tunewright.serving.engines.replicas import Replicas, Starter
+from tunewright.serving.engines.scaling import Demand, Pace, ScalingPolicy
+from tunewright.serving.engines.start import EngineSpec
+from tunewright.serving.engines.start_replicas import start_engines
 
 
 def test_each_adapter_is_loaded_on_one_replica_and_asked_there() -> None:
@@ -534,3 +543,52 @@ def test_killed_replica_restarts_with_its_adapters_and_loses_no_request_without_
         # The child itself has the adapter again, without a request of the pool for it.
         assert run(answer(killed, Request(PROMPTS[0], digest, 24))) == expected[digest, 0]
         assert replicas.restarts == 1
+
+
+@pytest.mark.slow
+def test_processes_are_added_and_removed_under_load_and_every_answer_is_its_own_adapters(
+    small_base: Path, small_adapters: dict[str, Path]
+) -> None:
+    expected = _expected(small_base, small_adapters, 24)
+    base = Base("small", small_base, None, "LlamaForCausalLM", {})
+    config = Config(train=TrainConfig(dtype="float32"), serve=ServeConfig(max_replicas=2))
+    engine = start_engines("peft", config, EngineSpec(base, chat_of(TOKENIZER), "none", small_adapters), LogReporter())
+    assert isinstance(engine, Replicas)
+    processes = {child.pid for child in psutil.Process().children()}
+    answered: list[str] = []
+    pace = Pace(look=0.0, window=1.0, late=0.1, calm=0.5)
+    autoscaler = Autoscaler(engine, ScalingPolicy(1, 2, 2.0, pace), LogReporter(), 60.0)
+
+    async def client(digest: str | None, place: int) -> None:
+        while not done.is_set():
+            assert await answer(engine, Request(PROMPTS[place], digest, 24)) == expected[digest, place]
+            answered.extend(state.name for state in engine.states() if state.up)
+
+    async def looks(demand: Demand, names: list[str]) -> None:
+        while engine.names != names or engine.up != len(names):
+            autoscaler.look(demand)
+            await asyncio.sleep(0.05)
+
+    async def ask() -> None:
+        clients = [asyncio.create_task(client(*asked)) for asked in expected]
+        for _ in range(2):
+            await looks(Demand(16, 4, unanswered=[3.0] * 4), ["replica-1", "replica-2"])
+            answered.clear()
+            while answered.count("replica-2") < 3 * len(expected):
+                await asyncio.sleep(0.05)
+            assert sum(state.adapters > 0 for state in engine.states()) == 2
+            await looks(Demand(), ["replica-1"])
+        done.set()
+        await asyncio.gather(*clients)
+
+    done = asyncio.Event()
+    try:
+        asyncio.run(asyncio.wait_for(ask(), 240))
+        assert engine.in_flight == (0, 0)
+        assert engine.resident == sorted(small_adapters)
+        until = time.monotonic() + 60
+        while {child.pid for child in psutil.Process().children()} != processes:
+            assert time.monotonic() < until, "the process of a removed replica remains"
+            time.sleep(0.05)
+    finally:
+        engine.stop()

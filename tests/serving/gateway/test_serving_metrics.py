@@ -143,6 +143,7 @@ def test_load_meter_counts_each_first_token_once_and_those_that_wait_for_theirs(
 
     gateway = Recording(ScriptedEngine((0.3, 0.3), max_num_seqs=2), AnonymousAuth(MODELS), TOKENIZATION, LIMITS)
     body = {"model": "base", "messages": HELLO}
+    assert gateway.meter.look() == Demand()
     with serving(gateway.app) as url, ThreadPoolExecutor(3) as pool:
         asking = [pool.submit(httpx.post, f"{url}/v1/chat/completions", json=body, timeout=60) for _ in range(3)]
         while not all(each.done() for each in asking):

@@ -146,7 +146,7 @@ class Gateway:
 
     async def _scale(self) -> None:
         assert self._autoscaler is not None
-        while True:
+        while not self._draining:
             await asyncio.sleep(self._autoscaler.look_seconds)
             self._resize_queue()  # of a further replica, waiting requests learn here only
             try:

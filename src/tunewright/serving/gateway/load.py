@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
+from math import inf
 
 from tunewright.serving.engines.scaling import Demand
 from tunewright.serving.gateway.admission import AdmissionQueue
@@ -21,7 +22,7 @@ class LoadMeter:
     def __init__(self, queue: AdmissionQueue, handlers: Collection[RequestHandler]) -> None:
         self._queue = queue
         self._handlers = handlers
-        self._looked = time.monotonic()
+        self._looked = inf  # nothing is kept before the first look: there may be none
         self._ended: list[float] = []
 
     def note_end(self, handler: RequestHandler) -> None:
