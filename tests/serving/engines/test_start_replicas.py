@@ -62,7 +62,7 @@ def test_most_replicas_are_counted_against_the_gpus_before_anything_is_loaded(mo
 def test_most_replicas_below_the_number_at_the_start_are_refused() -> None:
     serve = ServeConfig(max_replicas=2).model_copy(update={"replicas": 3})  # as by --replicas 3
     with pytest.raises(UserError, match=r"serve\.max_replicas: At most 2 replicas, but at least 3"):
-        start_engines("peft", Config(serve=serve), SPEC, LogReporter())
+        start_engines("peft", Config().model_copy(update={"serve": serve}), SPEC, LogReporter())
 
 
 def test_number_of_replicas_follows_the_load_only_between_two_different_limits() -> None:
