@@ -264,6 +264,8 @@ class Replicas:
 
         def drain() -> bool:
             with self._changed:
+                if self._stopped is not None:
+                    return False
                 moves = adapters_handed_over(replica.residents, others())
                 loads = [self._bring(self._replicas[other], digest) for other, digest in moves]
                 for load in loads:
