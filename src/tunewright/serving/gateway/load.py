@@ -41,4 +41,4 @@ class LoadMeter:
             elif first > self._looked:
                 firsts.append(first - handler.arrived)
         self._looked, self._ended = now, []
-        return Demand(self._queue.admitted, self._queue.waiting, firsts, unanswered)
+        return Demand(self._queue.admitted, self._queue.waiting, tuple(firsts), tuple(unanswered))
