@@ -22,8 +22,6 @@ from factories import make_evidence, make_items, with_contrast
 from tunewright.adapters.registry import Adapter, list_adapters
 from tunewright.evaluation.access_log import AccessLog
 from tunewright.evidence.schema import Evidence
-from tunewright.serving.engines.replicas import ReplicaState
-from tunewright.serving.gateway.metrics import Metrics, ServerState, exposed
 from tunewright.serving.gateway.server import serving
 from tunewright.serving.tenants import Candidate, Grounds, RequestUsage, State
 from tunewright.studio import Studio
@@ -365,31 +363,6 @@ def test_release_names_its_time_and_its_author(browser: Visitor, project: Path) 
         page = browser.get(path)
         assert ("Released 2025-11-29 08:00 UTC by ann" if path != "/" else "On trial since") in page
     assert "On trial since 2025-11-29 08:01 UTC by ann" in browser.get("/deploy")
-
-
-def test_replicas_of_a_running_server_are_shown(browser: Visitor, project: Path) -> None:
-    states = [ReplicaState("replica-1", True, 3, 1, 20, 25, 0), ReplicaState("replica-2", False, 0, 0, 4, 4, 2)]
-    now = ServerState(ready=True, waiting=(), running=(), released=(), resident=(), replicas=states)
-    # The shell stands for the server's process; its metrics are the gateway's own.
-    folder = project / ".tunewright" / "jobs" / f"{6:016x}"
-    folder.mkdir(parents=True)
-    (folder / "job.json").write_text(json.dumps({"command": ["serve"], "started": "2026-01-01T00:00:00+00:00"}))
-    with (
-        exposed(Metrics(lambda: now), "127.0.0.1", 0) as address,
-        subprocess.Popen(["/bin/sh", "-c", "read line", str(folder)], stdin=subprocess.PIPE) as shell,
-    ):
-        (folder / "pid").write_text(str(shell.pid))
-        log = f"Serving at http://127.0.0.1:1/v1\n  courts\nPrometheus metrics: {address}\nCtrl-C stops the server.\n"
-        (folder / "log").write_text(log)
-        page = re.sub(r">\s+<", "><", browser.get("/deploy"))
-        first = '<th scope="row">replica-1</th><td>up</td><td>3</td><td>1</td><td>20</td><td>0</td>'
-        assert first in page and '<th scope="row">replica-2</th><td>down</td>' in page
-        assert 'value="http://127.0.0.1:1/v1"' in page and 'value="courts"' in page
-        now = ServerState(ready=True, waiting=(), running=(), released=(), resident=())
-        assert "Replicas" not in browser.get("/deploy"), "one engine"
-        (folder / "log").write_text(log.replace(address, "http://127.0.0.1:1/metrics"))
-        assert "the state of its replicas is unknown" in browser.get("/deploy")
-        shell.terminate()
 
 
 def test_usage_is_drawn_by_day_also_after_a_roll_up(browser: Visitor, project: Path) -> None:
