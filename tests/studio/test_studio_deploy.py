@@ -186,6 +186,7 @@ def test_adapter_goes_live_by_a_form_and_its_release_is_the_command_lines(browse
     assert (job.state, job.exit_code) == ("done", 0), job.log.read_text()
     (release,) = library.open(project).releases("courts")
     assert (release.adapter, release.digest, release.grounds.verdict) == (good.name, good.digest, "ship")
+    assert release.author == "ada", "the job records the name at the top right"
     assert release.grounds.isolation is not None and release.grounds.serving is not None
     page = browser.get("/deploy/courts")
     assert good.digest[:12] in page and "isolated on peft" in page and "passed on peft" in page
@@ -237,7 +238,9 @@ def test_trials_end_by_rollback_and_undeploy_needs_the_current_page(browser: Vis
     assert refused.status_code == 400 and "has changed meanwhile" in refused.text
     ended = browser.sent("/deploy/courts", "/deploy/courts/undeploy", because="mistyped <b>")
     assert "answers nothing from release 4" in ended and "nothing: mistyped <b>" in ended
-    assert [each.action for each in library.open(project).releases()] == ["deploy", "canary", "rollback", "undeploy"]
+    releases = library.open(project).releases()
+    assert [each.action for each in releases] == ["deploy", "canary", "rollback", "undeploy"]
+    assert [each.author for each in releases] == ["ann", "ann", "ada", "ada"]
     assert "answers with" in browser.sent("/deploy/courts", "/deploy/courts/rollback", to="1")
     assert browser.send("/deploy/courts", "/deploy/courts/rollback", to="--x").status_code == 400
 

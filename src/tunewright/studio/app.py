@@ -29,6 +29,7 @@ from tunewright.api import Project
 from tunewright.api.runs import RunsApi
 from tunewright.config import GatewayConfig
 from tunewright.config.project import ProjectFolder
+from tunewright.core.author import authored_by
 from tunewright.core.errors import UserError
 from tunewright.core.io import write_bytes
 from tunewright.core.text import visible
@@ -196,7 +197,10 @@ class Studio:
             query = dict(request.query_params)
             # An address that a form was sent to may have no page of its own.
             path = request.url.path if request.method == "GET" else "/"
-            return handler(Visit(project, session, form, path, place, query, self._cache, self._jobs, self._templates))
+            visit = Visit(project, session, form, path, place, query, self._cache, self._jobs, self._templates)
+            # Several people use one studio: git's user.name is not theirs.
+            with authored_by(session.reviewer):
+                return handler(visit)
 
     async def _sign_in_page(self, _request: Request) -> Response:
         if self._visitor is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
 import signal
@@ -17,6 +18,7 @@ from typing import Literal
 
 import psutil
 
+from tunewright.core.author import AUTHOR_VARIABLE, stated_author
 from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.core.io import write_text
@@ -138,6 +140,8 @@ class Jobs:
     def start(self, *words: str) -> Job:
         """Start ``tunewright`` with these arguments. The same command resumes work that was stopped.
 
+        It records its work under the stated author.
+
         Raises:
             UserError: another job is running, or for a server another server.
         """
@@ -147,6 +151,7 @@ class Jobs:
         folder = self._folder / secrets.token_hex(8)
         folder.mkdir(parents=True)
         command = (*words, "--project", str(self._project))
+        author = stated_author()
         (folder / "log").touch()
         write_text(folder / "job.json", json.dumps({"command": command, "started": now()}))
         # Its progress is for the page, whatever the environment says; the page shows the log as text.
@@ -154,6 +159,7 @@ class Jobs:
         child = subprocess.Popen(
             ["/bin/sh", "-c", _SHELL, str(folder), *program, *command],
             stdin=subprocess.DEVNULL,
+            env=os.environ | ({AUTHOR_VARIABLE: author} if author else {}),
             # Ctrl-C for the studio does not reach it.
             start_new_session=True,
         )
