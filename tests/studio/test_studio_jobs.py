@@ -45,11 +45,10 @@ def _running(project: Path, command: str, log: str) -> Iterator[Path]:
 
 
 def test_running_job_shows_one_bar_its_newest_message_and_a_folded_log(browser: Browser, project: Path) -> None:
-    bar = {"task": "Training <b>", "done": 45, "total": 66, "unit": "steps"}
     lines = [
         json_line("info", "Loading the base\nfrom a folder", at=0),
-        json_line("info", "Training <b>: 42/66 steps, 3 min left", at=1, **{**bar, "done": 42}),
-        json_line("info", "Training <b>: 45/66 steps, 2 min left", at=2, **bar),
+        json_line("info", "Training <b>: 42/66 steps, 3 min left", at=1, task="Training <b>", done=42, total=66),
+        json_line("info", "Training <b>: 45/66 steps, 2 min left", at=2, task="Training <b>", done=45, total=66),
         "Result of the command",
     ]
     with _running(project, "train", "".join(f"{line}\n" for line in lines)) as folder:

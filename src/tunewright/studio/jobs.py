@@ -62,7 +62,7 @@ class Job:
 
     @property
     def newest(self) -> tuple[JobProgress | None, str]:
-        """The newest progress that it reported, and its newest message; empty if there is none."""
+        """The newest progress that it reported, and its newest message, or an empty text."""
         with self.log.open("rb") as log:
             log.seek(max(0, log.seek(0, 2) - _END))
             return newest(log.read())
