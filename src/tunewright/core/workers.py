@@ -106,6 +106,17 @@ class ModelWorkers(Protocol):
     def count(self) -> int:
         """Number of parts computed at once."""
 
+    def ask(self, question: Callable[[Shared], Result], needed: Shared) -> Sequence[tuple[str, Result]]:
+        """Return the name of each machine with its answer.
+
+        Args:
+            question: a function of a module.
+            needed: its argument.
+
+        Raises:
+            UserError: as the function raises it, with the machine's name, or a machine does not answer.
+        """
+
     def each(
         self, compute: Callable[[Shared, Part], Result], shared: Shared, parts: Sequence[Part], nothing: Part
     ) -> Iterator[tuple[int, Result]]:

@@ -56,6 +56,7 @@ def test_vllm_variables_of_the_caller_are_not_inherited(
 ) -> None:
     monkeypatch.setenv("VLLM_SKIP_MODEL_NAME_VALIDATION", "1")
     monkeypatch.setenv("VLLM_LORA_RESOLVER_CACHE_DIR", "/")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
     engine = VllmEngine(settings(tmp_path), stop_ids={0}, reporter=LogReporter())
     try:
         environment = seen(engine)["environment"]
@@ -69,6 +70,7 @@ def test_vllm_variables_of_the_caller_are_not_inherited(
         "VLLM_PLUGINS",
     }
     assert environment["VLLM_PLUGINS"] == "tunewright_vllm", "and not vLLM's own resolvers"
+    assert "RAY_AUTH_TOKEN" not in environment
 
 
 def test_vllm_traces_to_the_same_collector_and_continues_the_engines_span(

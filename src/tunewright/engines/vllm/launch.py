@@ -14,8 +14,9 @@ from tunewright.models import ALLOCATOR
 
 PACKAGE = "tunewright_vllm"
 
-# Not inherited: vLLM's switches (one of them makes it answer unknown names with the base), and Python's search paths.
-_NOT_INHERITED = ("VLLM_", "PYTHON", "VIRTUAL_ENV", "LORA_")
+# Not inherited: vLLM's switches (one of them makes it answer unknown names with the base), Python's search paths, and
+# the token of a Ray cluster.
+_NOT_INHERITED = ("VLLM_", "PYTHON", "VIRTUAL_ENV", "LORA_", "RAY_")
 
 
 def plan(folder: Path, python: Path, options: Sequence[str], variables: Mapping[str, str]) -> Plan:
