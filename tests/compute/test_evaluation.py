@@ -19,6 +19,7 @@ import psutil
 import pytest
 from cluster_evaluation import Answering, journals, results
 from data_helpers import Listener
+from parts import failing, ready, released
 from raylets import raylets, token_required
 
 from command_line import tiny_project
@@ -221,3 +222,27 @@ def test_too_few_workers_are_refused(machines: Any, tiny_base_folder: Path, tmp_
         _open(base, workers=3),
     ):
         pass
+
+
+def test_worker_whose_engine_fails_is_replaced_and_every_worker_releases_what_it_has(tmp_path: Path) -> None:
+    config, heard = Config(compute=ComputeConfig(cluster="auto", workers=1)), Listener()
+    left, ended = tmp_path / "left", tmp_path / "released"
+    ended.mkdir()
+    with raylets() as cluster:
+        cluster.add_node(num_cpus=1, env_vars={"RELEASED": str(ended)})
+        with open_model_workers(config, ready, "", released, heard) as workers:
+            left.write_text("2")
+            found = dict(workers.each(failing, str(left), [0, 1, 2], 0))
+            assert {number: part for number, (part, _) in found.items()} == {0: 0, 1: 1, 2: 2}
+            warning = "The engine stopped\nAnother worker computes its part again."
+            assert [text for text in heard.warned if "engine" in text] == [warning] * 2
+            assert len(list(ended.iterdir())) == 2
+        assert len(list(ended.iterdir())) == 3
+        assert str(found[1][1]) in {file.name for file in ended.iterdir()}
+        left.write_text("9")
+        with (
+            open_model_workers(config, ready, "", released, heard) as workers,
+            pytest.raises(UserError, match="here: The engine stopped\nTry again"),
+        ):
+            list(workers.each(failing, str(left), [1], 0))
+        assert left.read_text() == "5", "four processes have tried"

@@ -160,6 +160,7 @@ def test_worker_warns_through_the_command(base: Base, tmp_path: Path) -> None:
     generator = _generator(base, tmp_path / "one", PickledModels())
     whole = generator.answer("x", _prompts(generator, 3), 4)
     (loaded,) = answer_worker._loaded.values()
+    assert isinstance(loaded.model, answer_worker._Embedded)
 
     def fail(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
         if len(kwargs["input_ids"]) > 2:

@@ -33,7 +33,7 @@ from tunewright.config import Config
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.core.text import count_of
-from tunewright.core.workers import ModelWorkers, Needs, Part, Result, Shared
+from tunewright.core.workers import ModelWorkers, Needs, Part, Result, Shared, WorkerFailedError
 
 _WAITS = "this command waits for one."
 _RELEASE_S = 30.0  # for a process to free what it holds: vLLM ends within 25 s
@@ -180,16 +180,17 @@ class _Actors:
                     self._started(done)
                     continue
                 actor, number = running.pop(done)
-                result = _result(done)
-                if result is None:
+                try:
+                    machine, result = _result(done)
+                except _LostError as error:
+                    self._forget(actor, error, "The cluster lost a worker: its part is computed again by another.")
                     lost[number] += 1
                     if lost[number] > RETRIES:
-                        raise _lost()
+                        raise error.final from None
                     waiting.appendleft(number)
-                    self._forget_lost()
                     continue
-                self._idle.append((result[0], actor))
-                yield number, result[1]
+                self._idle.append((machine, actor))
+                yield number, result
                 require_head()
         except ConnectionError as error:  # of Ray's client
             what = f"The connection to the cluster is lost: {error}"
@@ -204,19 +205,25 @@ class _Actors:
             self._starting[actor.run.remote(compute, held, nothing)] = actor
 
     def _started(self, reference: Any) -> None:
-        actor, result = self._starting.pop(reference), _result(reference)
-        if result is not None:
-            self._idle.append((result[0], actor))
-            self._failed = 0
+        actor = self._starting.pop(reference)
+        try:
+            machine, _ = _result(reference)
+        except _LostError as error:
+            self._forget(actor, error, "The cluster lost a worker while it loaded the base.")
+            self._failed += 1
+            if self._failed > RETRIES:
+                raise error.final from None
             return
-        self._reporter.warn("The cluster lost a worker while it loaded the base.")
-        self._failed += 1
-        if self._failed > RETRIES:
-            raise _lost()
+        self._idle.append((machine, actor))
+        self._failed = 0
 
-    def _forget_lost(self) -> None:
-        """Forget the idle workers of lost machines."""
-        self._reporter.warn("The cluster lost a worker: its part is computed again by another.")
+    def _forget(self, actor: Any, error: _LostError, warning: str) -> None:
+        """Forget a lost worker, and the idle ones of lost machines."""
+        if error.failed is not None:
+            warning = f"{error.failed.what}\nAnother worker computes its part again."
+            _released([actor], self._release)
+            _end([actor])
+        self._reporter.warn(warning)
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         self._idle = [(machine, actor) for machine, actor in self._idle if machine in alive]
 
@@ -227,18 +234,39 @@ class _Actors:
         self._idle, self._starting = [], {}
 
 
-def _result(reference: Any) -> tuple[str, Any] | None:
-    """Return a machine and the result of its part; None if the worker is lost."""
+class _LostError(Exception):
+    """A worker is lost, or cannot compute its part.
+
+    Args:
+        failed: the worker's reason; None: it has ended.
+    """
+
+    def __init__(self, failed: WorkerFailedError | None = None) -> None:
+        super().__init__()
+        self.failed = failed
+        fix = "Check its machines and their memory (ray status), and run the same command again."
+        ended = UserError(f"The cluster lost the workers of a part {RETRIES + 1} times", where=WHERE, fix=fix)
+        self.final: UserError = failed or ended
+
+
+def _result(reference: Any) -> tuple[str, Any]:
+    """Return a machine and the result of its part.
+
+    Raises:
+        _LostError: another worker has to compute it.
+    """
     require_head()
     try:
         found: tuple[str, Any] = ray.get(reference)
     except RayTaskError as error:
+        if isinstance(error.cause, WorkerFailedError):
+            raise _LostError(error.cause) from None
         if isinstance(error.cause, UserError):
             raise error.cause from None
         raise
     except RayError:
         require_head()
-        return None
+        raise _LostError from None
     return found
 
 
@@ -255,9 +283,3 @@ def _end(actors: Sequence[Any]) -> None:
         for actor in actors:
             with suppress(RayError):
                 ray.kill(actor)
-
-
-def _lost() -> UserError:
-    what = f"The cluster lost the workers of a part {RETRIES + 1} times"
-    fix = "Check its machines and their memory (ray status), and run the same command again."
-    return UserError(what, where=WHERE, fix=fix)

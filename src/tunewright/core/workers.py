@@ -52,6 +52,10 @@ def on_machine(name: str, error: UserError) -> UserError:
     return UserError(f"The machine {name}: {error.what}", where=error.where, fix=error.fix)
 
 
+class WorkerFailedError(UserError):
+    """The process of a worker cannot compute a part, and another one may."""
+
+
 class Workers(Protocol):
     """Processes that compute the parts of a step."""
 
@@ -123,7 +127,8 @@ class ModelWorkers(Protocol):
         """Yield the number of each part with its result, as soon as it is there.
 
         Args:
-            compute: a function of a module; it keeps what it has loaded in its process.
+            compute: a function of a module; it keeps what it has loaded in its process. If it raises a
+                WorkerFailedError, the process is ended, and another one computes the part.
             shared: what every part needs.
             parts: computed again elsewhere if a process is lost.
             nothing: a part without work, which a new process computes first, to load the model.

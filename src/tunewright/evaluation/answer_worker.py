@@ -16,11 +16,11 @@ from tunewright.config import Quantization
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest
 from tunewright.core.progress import LogReporter
-from tunewright.core.workers import on_machine
+from tunewright.core.workers import WorkerFailedError, on_machine
 from tunewright.data.examples import Message
 from tunewright.engines.child import PrivateFolder
 from tunewright.engines.choice import EMBEDDED, AnswerEngine
-from tunewright.engines.vllm.answers import VllmAnswers, rows_at_once
+from tunewright.engines.vllm.answers import VllmAnswers, VllmStoppedError, rows_at_once
 from tunewright.engines.vllm.machine import require_equal, vllm_here
 from tunewright.evaluation.answer_constraints import AnswerConstraints
 from tunewright.evaluation.embedded_answers import EmbeddedAnswers
@@ -207,7 +207,8 @@ def answer_batch(model: WorkerModel, batch: RequestBatch) -> tuple[list[Completi
     """Return the completions of a batch, and what there is to warn of. An empty batch only loads the model.
 
     Raises:
-        UserError: the base, its device or vLLM is not on this machine, memory does not suffice, or vLLM stops.
+        UserError: the base, its device or vLLM is not on this machine, or memory does not suffice.
+        WorkerFailedError: vLLM stopped.
     """
     _require_device(model.threads)
     try:
@@ -217,7 +218,10 @@ def answer_batch(model: WorkerModel, batch: RequestBatch) -> tuple[list[Completi
         loaded = _loaded[model.key]
         completions = loaded.model.answer(batch, model.adapters)
     except UserError as error:
-        raise on_machine(socket.gethostname(), error) from None
+        named = on_machine(socket.gethostname(), error)
+        if isinstance(error, VllmStoppedError):
+            raise WorkerFailedError(named.what, where=named.where, fix=named.fix) from None
+        raise named from None
     warned, loaded.reporter.warned = loaded.reporter.warned, []
     return completions, warned
 

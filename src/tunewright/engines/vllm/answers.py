@@ -31,6 +31,10 @@ _WHERE = "evaluate.engine"
 T = TypeVar("T")
 
 
+class VllmStoppedError(UserError):
+    """vLLM crashed or hung; a new one may answer."""
+
+
 class VllmAnswers:
     """vLLM for lists of requests, started by the first list; at most one adapter is loaded at a time.
 
@@ -182,7 +186,7 @@ class VllmAnswers:
         except EngineStoppedError as error:
             said = self._engine.child.said() if self._engine else ""
             self.stop()
-            raise UserError(
+            raise VllmStoppedError(
                 f"vLLM stopped before all answers were complete. The end of its log:\n{said or 'The log is empty.'}",
                 where=_WHERE,
                 fix="Run the same command again, which keeps the finished answers. Or set it to peft.",
