@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
+import numpy as np
+
 from tunewright.core.io import canonical_json, digest
+from tunewright.core.spill import numbered
 from tunewright.core.unicode import normalize
 
-Key = TypeVar("Key", str, bytes)
+Kept = TypeVar("Kept")
 
 Role = Literal["tools", "system", "user", "assistant", "tool"]
 ROLES: tuple[str, ...] = ("system", "user", "assistant", "tool")
@@ -112,9 +115,9 @@ class Example:
         turns = [(m.role, m.content, m.weight, m.calls, m.call_id) for m in self.messages]
         return _rebuilt, (turns, self.pair_key, self.prompt_digest)
 
-    def _keep(self, name: str, key: Key) -> Key:
-        object.__setattr__(self, name, key)
-        return key
+    def _keep(self, name: str, value: Kept) -> Kept:
+        object.__setattr__(self, name, value)
+        return value
 
     @property
     def prompt(self) -> tuple[Message, ...]:
@@ -279,19 +282,29 @@ def template_groups(outputs: Mapping[str, str]) -> dict[str, str]:
     return {key: f"output_template={template}" for key, template in templates.items() if counts[template] > 1}
 
 
-def find_labels(outputs: Sequence[str]) -> frozenset[str]:
+def find_labels(outputs: Iterable[str]) -> frozenset[str]:
     """Return the distinct outputs, stripped, if they are labels (``class_like``); else the empty set."""
-    stripped = [output.strip() for output in outputs]
-    return frozenset(stripped) if class_like(stripped) else frozenset()
+    return _classes(output.strip() for output in outputs)
 
 
-def class_like(outputs: Sequence[str]) -> bool:
+def class_like(outputs: Iterable[str]) -> bool:
     """Return whether answers are classes: at most 200 distinct ones, with 5 or more rows each on average."""
-    different = len(set(outputs))
-    return 1 < different <= MOST_CLASSES and len(outputs) >= ROWS_PER_CLASS * different
+    return bool(_classes(outputs))
 
 
-def answers_repeat(outputs: Sequence[str]) -> bool:
+def _classes(outputs: Iterable[str]) -> frozenset[str]:
+    """Return the distinct answers if they are classes; else the empty set, as soon as they are too many."""
+    different: set[str] = set()
+    count = 0
+    for output in outputs:
+        count += 1
+        different.add(output)
+        if len(different) > MOST_CLASSES:
+            return frozenset()
+    return frozenset(different) if len(different) > 1 and count >= ROWS_PER_CLASS * len(different) else frozenset()
+
+
+def answers_repeat(outputs: Iterable[str]) -> bool:
     """Return whether at least half of the rows share their answer with another row, as with 1,000 labels."""
-    counts = Counter(outputs)
-    return len(counts) > 1 and sum(n for n in counts.values() if n > 1) >= REPEATED * len(outputs)
+    counts = np.bincount(numbered(outputs))
+    return len(counts) > 1 and int(counts[counts > 1].sum()) >= REPEATED * int(counts.sum())

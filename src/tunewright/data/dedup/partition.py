@@ -157,7 +157,8 @@ class SizeClass:
     """Texts of similar size, to be joined: each near-equal pair is found in the class of its larger text.
 
     Args:
-        rows: 0/1 csr matrix [texts, shingles], whose columns run from the rarest shingle to the most frequent, sorted.
+        rows: 0/1 csr matrix [texts, shingles], whose columns run from the rarest shingle to the most frequent, sorted;
+            or an object that returns some of its rows.
         sizes: each text's number of shingles.
         threshold: Jaccard similarity, in (0, 1].
         low: fewest shingles of the larger text of a pair.
@@ -304,7 +305,8 @@ class SizeClass:
             texts = np.repeat(np.arange(at, at + len(count[some])), count[some])
             begin = int(ends[at] - count[at])
             place = np.arange(begin, begin + len(texts)) - (ends - count)[texts]
-            signatures = self._rows.indices[place + self._rows.indptr[texts]]
+            rows = self._rows[some]
+            signatures = rows.indices[place + rows.indptr[texts - at]]
             entries[begin : begin + len(texts)] = _entries(
                 signatures, texts, place < looking[texts], place < found[texts]
             )
@@ -319,14 +321,15 @@ class SizeClass:
         codes = mixed(np.arange(self._rows.shape[1], dtype=np.uint64))
         part = (mixed(codes) % np.uint64(parts)).astype(np.int64)
         # A sum of random codes stands for the set. Sums that are equal by chance only make candidates more.
-        signatures = np.zeros((count, parts), dtype=np.uint64)
+        signatures = [np.empty(count, dtype=np.uint64) for _ in range(parts)]
         for at in range(0, count, _SIGNED):
-            begins = self._rows.indptr[at : at + _SIGNED + 1]
-            columns = self._rows.indices[begins[0] : begins[-1]]
-            cells = np.repeat(np.arange(at, at + len(begins) - 1) * parts, np.diff(begins)) + part[columns]
-            np.add.at(signatures.reshape(-1), cells, codes[columns])
+            rows = self._rows[at : at + _SIGNED]
+            cells = np.repeat(np.arange(rows.shape[0]) * parts, np.diff(rows.indptr)) + part[rows.indices]
+            sums = np.zeros((rows.shape[0], parts), dtype=np.uint64)
+            np.add.at(sums.reshape(-1), cells, codes[rows.indices])
+            for each, some in zip(signatures, sums.T, strict=True):
+                each[at : at + _SIGNED] = some
         ranks = _ranks(signatures)
-        del signatures
         ranks.partition(self._different, axis=1)
         ranks = ranks[:, : self._different + 1]
         shared = ranks > 0
@@ -334,27 +337,34 @@ class SizeClass:
         return _by_signature(_entries(ranks[shared], texts, self._large[texts], np.ones(len(texts), dtype=bool)))
 
 
-def _ranks(signatures: Words) -> npt.NDArray[np.uint32]:
+def _ranks(signatures: list[Words]) -> npt.NDArray[np.uint32]:
     """Return each signature's place among those of several texts, from 1, the rarest first; 0 for other signatures.
 
     Args:
-        signatures: [texts, parts]. Their highest bits are compared, which only makes candidates more.
+        signatures: those of all texts, by part; taken out of the list, since they are large. Their highest bits are
+            compared, which only makes candidates more.
+
+    Returns:
+        [texts, parts]
     """
-    ranks = np.zeros(signatures.shape, dtype=np.uint32)
+    ranks = np.zeros((len(signatures[0]), len(signatures)), dtype=np.uint32)
     counts, begin = [np.zeros(1, dtype=np.int64)], 1
-    for part in range(signatures.shape[1]):
-        values = (signatures[:, part] & ~_TEXT) | np.arange(len(signatures), dtype=np.uint64)
+    for part in reversed(range(len(signatures))):
+        values = signatures.pop() & ~_TEXT
+        values |= np.arange(len(values), dtype=np.uint64)
         values.sort()
         equal = np.diff(values | _TEXT) == 0
-        shared = np.concatenate([equal, [False]]) | np.concatenate([[False], equal])
-        first = shared & ~np.concatenate([[False], equal])
-        numbers = np.cumsum(first)[shared] - 1
+        shared, first = np.zeros((2, len(values)), dtype=bool)
+        shared[1:] = equal
+        first[:-1] = equal & ~shared[:-1]
+        shared[:-1] |= equal
+        numbers = np.cumsum(first[shared]) - 1
         ranks[(values[shared] & _TEXT).astype(np.int64), part] = numbers + begin
         counts.append(np.bincount(numbers))
         begin += len(counts[-1])
     rank = np.empty(begin, dtype=np.uint32)
     rank[np.argsort(np.concatenate(counts), kind="stable")] = np.arange(begin, dtype=np.uint32)
-    for part in range(signatures.shape[1]):
+    for part in range(ranks.shape[1]):
         ranks[:, part] = rank[ranks[:, part]]
     return ranks
 

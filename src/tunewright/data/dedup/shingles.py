@@ -81,7 +81,12 @@ class ShingleFile:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._file.close()
 
-    def rows(self, places: Indices) -> Any:
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Number of texts, and of different shingles."""
+        return len(self.sizes), self._columns
+
+    def __getitem__(self, places: Indices) -> Any:
         """Return these texts as a matrix, as from :func:`shingle_matrix`."""
         sizes = self.sizes[places]
         columns = np.empty(int(sizes.sum()), dtype=np.int32)
@@ -96,6 +101,26 @@ class ShingleFile:
             columns[to : to + ends[-1]] = stored[np.arange(ends[-1]) + np.repeat(shift, sizes[some])]
             to += int(ends[-1])
         return _matrix(columns, sizes, self._columns)
+
+
+class ShingleRows:
+    """Some texts of a file, which are read when they are asked for; another process gets them as a matrix.
+
+    Args:
+        file: the file.
+        places: the texts.
+    """
+
+    def __init__(self, file: ShingleFile, places: Indices) -> None:
+        self._file, self._places = file, places
+        self.shape = (len(places), file.shape[1])
+
+    def __getitem__(self, rows: Indices | slice) -> Any:
+        """Return some of these texts as a matrix."""
+        return self._file[self._places[rows]]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self[:].__reduce_ex__(protocol)
 
 
 def _matrix(columns: Numbers, sizes: Indices, width: int) -> Any:

@@ -18,9 +18,10 @@ from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import connected_components
 
 from tunewright.core.progress import Reporter, Task
+from tunewright.core.spill import TextFile, numbered
 from tunewright.core.workers import THIS_PROCESS, Workers
 from tunewright.data.dedup.partition import SizeClass, members_of, size_ranges
-from tunewright.data.dedup.shingles import ShingleFile, shingle_matrix
+from tunewright.data.dedup.shingles import ShingleFile, ShingleRows, shingle_matrix
 from tunewright.data.dedup.sketches import Indices, Mask, Sketches, Wanted
 
 Similarities = npt.NDArray[np.float64]
@@ -80,15 +81,12 @@ def link(
         title: what the progress is called.
         workers: compare the texts.
     """
-    numbers: dict[str, int] = {}
-    same = np.array([numbers.setdefault(text, len(numbers)) for text in texts], dtype=np.int64)
-    del texts  # the largest object here; the file replaces it
-    different = list(numbers)
-    del numbers
+    same = numbered(texts)
+    first_of = np.unique(same, return_index=True)[1]
     # From short to long, so that texts of similar size are close to each other in the file.
-    order = np.argsort([len(text) for text in different], kind="stable")
-    with ShingleFile([different[i] for i in order.tolist()]) as rows:
-        del different
+    lengths = np.fromiter(map(len, texts), dtype=np.int64, count=len(texts))
+    order = np.argsort(lengths[first_of], kind="stable")
+    with ShingleFile(TextFile(texts[i] for i in first_of[order])) as rows:
         labels: Indices = np.arange(len(order), dtype=np.int64)
         with reporter.task(title, len(order), "different texts") as task:
             parts = _alike(rows, threshold, labels, workers.count)
@@ -96,7 +94,6 @@ def link(
                 _join(labels, places, places[linked])
     first = np.full(len(order), len(order), dtype=np.int64)
     np.minimum.at(first, labels, order)
-    first_of = np.unique(same, return_index=True)[1]
     label_of = np.empty(len(order), dtype=np.int64)
     label_of[order] = first_of[first[labels]]
     return label_of[same]
@@ -109,6 +106,8 @@ class _Alike:
     places: Indices
     """Indices among all texts."""
     rows: Any
+    """Their shingles: a matrix, or ``ShingleRows``."""
+    sizes: Indices
     labels: Indices
     """The first of these texts, by its place here, that each is known to be linked with."""
     low: int
@@ -122,17 +121,16 @@ def _alike(texts: ShingleFile, threshold: float, labels: Indices, most: int) -> 
     sizes = texts.sizes
     for low, high in size_ranges(sizes):
         places = members_of(sizes, threshold, low, high)
-        some = texts.rows(places)
+        some = ShingleRows(texts, places)
         parts = min(most, math.ceil(np.count_nonzero(sizes[places] >= low) / _ALIKE))
         for part in range(parts):
             _, first, number = np.unique(labels[places], return_index=True, return_inverse=True)
-            yield _Alike(places, some, first[number], low, high, part, parts)
+            yield _Alike(places, some, sizes[places], first[number], low, high, part, parts)
 
 
 def _linked(threshold: float, alike: _Alike, task: Task) -> tuple[Indices, Indices]:
     """Return the texts, and the first of them, by its place, that each is linked with."""
-    rows, labels = alike.rows, alike.labels.copy()
-    sizes = np.diff(rows.indptr).astype(np.int64)
+    rows, sizes, labels = alike.rows, alike.sizes, alike.labels.copy()
 
     def wanted(first: Indices, second: Indices) -> Mask:
         mask: Mask = labels[first] != labels[second]  # already linked: one link more changes nothing
