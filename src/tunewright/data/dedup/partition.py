@@ -29,7 +29,7 @@ from tunewright.data.dedup.sketches import ROUNDING, Indices, Mask, Sketches, Wo
 _FEW = 4_000  # maximum number of texts compared all with all, since signing would take longer
 _EQUAL_PARTS = 6  # minimum number of parts that near-equal texts share: more are more selective, and slower
 _SPREAD = 1.1  # ratio of sizes handled together: a wider spread gives weaker signatures
-_CELLS = 4_000_000  # pairs held at once; bounds the memory, not the result
+_CELLS = 1_000_000  # pairs held at once; bounds the memory, not the result
 _SIGNED = 10_000  # texts signed at once; bounds the memory, not the result
 _MANY = 1 << 14  # pairs of one signature from which their sketches are compared in a block
 _DEAR = 20  # cost of a pair looked up, in pairs compared in a block
