@@ -10,6 +10,7 @@ import hashlib
 import os
 import tempfile
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -20,8 +21,7 @@ import numpy.typing as npt
 
 from tunewright.core.io import writing
 
-_BLOCK = 1 << 20  # bytes written at once
-_TOGETHER = 1_000  # texts read at once
+_BLOCK = 1 << 20  # bytes written or read at once
 
 Indices = npt.NDArray[np.int64]
 
@@ -66,6 +66,13 @@ class RecordFile:
         data = self._bytes(ends[0], ends[-1])
         return [data[a - ends[0] : b - ends[0]] for a, b in pairwise(ends)]
 
+    def __iter__(self) -> Iterator[bytes]:
+        first = 0
+        while first < len(self):
+            last = max(first + 1, bisect_right(self._ends, self._ends[first] + _BLOCK) - 1)
+            yield from self.between(first, last)
+            first = last
+
     def _bytes(self, begin: int, end: int) -> bytes:
         data = b""
         if begin < self._written:
@@ -106,8 +113,7 @@ class TextFile(Sequence[str]):
         return self._records[place].decode("utf-8", "surrogatepass")
 
     def __iter__(self) -> Iterator[str]:
-        for at in range(0, len(self), _TOGETHER):
-            yield from self[at : at + _TOGETHER]
+        return (record.decode("utf-8", "surrogatepass") for record in self._records)
 
 
 def numbered(values: Iterable[str | bytes]) -> Indices:

@@ -1,4 +1,4 @@
-"""Rows that are being added: their turns wait in a temporary file, memory holds their keys."""
+"""Rows that are being added: their turns wait in a temporary file, and memory holds their keys."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 from tunewright.core.spill import RecordFile
 from tunewright.data.examples import Example, Message
+
+_DIGEST = 32  # bytes
 
 
 class RowFile:
@@ -23,14 +25,19 @@ class RowFile:
     def stored(self, example: Example) -> Example:
         """Write an example's turns, and return it without them: they are read when they are asked for."""
         turns = [(m.role, m.content, m.weight, m.calls, m.call_id) for m in example.messages]
-        return _Stored(self, self._records.append(pickle.dumps(turns, protocol=5)), example)
+        return _Stored(self, self._records.append(example.prompt_digest + pickle.dumps(turns, protocol=5)), example)
 
     def turns(self, number: int) -> tuple[Message, ...]:
         """Return the turns of an example."""
         # A row's input and output are often asked for one after the other.
         if number != self._last[0]:
-            self._last = number, tuple([Message(*turn) for turn in pickle.loads(self._records[number])])
+            turns = pickle.loads(memoryview(self._records[number])[_DIGEST:])
+            self._last = number, tuple([Message(*turn) for turn in turns])
         return self._last[1]
+
+    def prompt_digest(self, number: int) -> bytes:
+        """Return the digest of an example's prompt."""
+        return self._records[number][:_DIGEST]
 
 
 class _Stored(Example):
@@ -44,8 +51,7 @@ class _Stored(Example):
         self._keep("_file", file)
         self._keep("_number", number)
         self._keep("_pair_key", example.pair_key)
-        self._keep("_prompt_digest", example.prompt_digest)
-        for name in ("_input_key", "_question_key", "_content_key"):
+        for name in ("_prompt_digest", "_input_key", "_question_key", "_content_key"):
             self._keep(name, None)
 
     def __eq__(self, other: Any) -> bool:
@@ -57,3 +63,8 @@ class _Stored(Example):
     def messages(self) -> tuple[Message, ...]:  # type: ignore[override]
         """All turns, read from the file."""
         return self._file.turns(self._number)
+
+    @property
+    def prompt_digest(self) -> bytes:
+        """The digest of the prompt, read from the file."""
+        return self._file.prompt_digest(self._number)
