@@ -62,15 +62,18 @@ class ShingleFile:
     def __init__(self, texts: Sequence[str]) -> None:
         numbering = _Numbering(texts)
         self._file = tempfile.TemporaryFile(prefix="tunewright-")  # noqa: SIM115 closed at the end of this context
-        with writing(Path(tempfile.gettempdir())), tempfile.TemporaryFile(prefix="tunewright-") as unsorted:
+        sizes: list[Indices] = []
+        with writing(Path(tempfile.gettempdir())):
             for numbers in numbering.shingles():
-                numbers.tofile(unsorted)
-            unsorted.seek(0)
-            sizes: list[Indices] = []
-            for columns, of_rows in numbering.sorted_rows(numbering.read(unsorted)):
+                numbers.tofile(self._file)
+            end = 0  # sorted rows are not longer than the numbers that were read for them, which they replace
+            for columns, of_rows in numbering.sorted_rows(numbering.read(self._file)):
+                self._file.seek(end)
                 columns.tofile(self._file)
+                end += columns.nbytes
                 sizes.append(of_rows)
-        self._file.flush()
+            self._file.truncate(end)
+            self._file.flush()
         self._columns = numbering.count
         self.sizes: Indices = np.concatenate(sizes) if sizes else np.empty(0, dtype=np.int64)
         self._begins = np.concatenate([[0], np.cumsum(self.sizes)])
@@ -172,8 +175,12 @@ class _Numbering:
 
     def read(self, file: Any) -> Iterator[Numbers]:
         """Yield the numbers that a file holds, as :meth:`shingles` did."""
+        end = 0
         for some in self._parts():
-            yield np.fromfile(file, dtype=np.int32, count=int(self._counts[some].sum()))
+            file.seek(end)
+            numbers = np.fromfile(file, dtype=np.int32, count=int(self._counts[some].sum()))
+            end += numbers.nbytes
+            yield numbers
 
     def sorted_rows(self, parts: Iterable[Numbers]) -> Iterator[tuple[Numbers, Indices]]:
         """Yield the columns of some texts at a time, ascending and each once in a text, and their number by text.
