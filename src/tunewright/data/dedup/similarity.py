@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ _BLOCK = 512  # texts of a large group compared at once
 _BATCH = 50_000  # candidates verified at once; pairs linked by one batch are skipped in the next
 _CELLS = 4_000_000  # shingles held at once during verification; bounds the memory, not the result
 _ALIKE = 20_000  # texts of similar size from which several workers look for each other's
+_SENT = 50_000_000  # shingles sent to a worker at once: bounds its memory, and not the result
 _TOGETHER = 100_000  # texts whose groups one worker compares
 
 
@@ -90,8 +92,9 @@ def link(
         labels: Indices = np.arange(len(order), dtype=np.int64)
         with reporter.task(title, len(order), "different texts") as task:
             parts = _alike(rows, threshold, labels, workers.count)
-            for places, linked in workers.map(_linked, threshold, parts, task):
-                _join(labels, places, places[linked])
+            for here, some in groupby(parts, key=lambda alike: alike.large):
+                for places, linked in (THIS_PROCESS if here else workers).map(_linked, threshold, some, task):
+                    _join(labels, places, places[linked])
     first = np.full(len(order), len(order), dtype=np.int64)
     np.minimum.at(first, labels, order)
     label_of = np.empty(len(order), dtype=np.int64)
@@ -112,8 +115,10 @@ class _Alike:
     """The first of these texts, by its place here, that each is known to be linked with."""
     low: int
     high: int
-    part: int
-    parts: int
+    large: bool
+    """True if they are too many to be sent to a worker: they are compared here, and their shingles stay in the file."""
+    part: int = 0
+    parts: int = 1
 
 
 def _alike(texts: ShingleFile, threshold: float, labels: Indices, most: int) -> Iterator[_Alike]:
@@ -122,10 +127,11 @@ def _alike(texts: ShingleFile, threshold: float, labels: Indices, most: int) -> 
     for low, high in size_ranges(sizes):
         places = members_of(sizes, threshold, low, high)
         some = ShingleRows(texts, places)
-        parts = min(most, math.ceil(np.count_nonzero(sizes[places] >= low) / _ALIKE))
+        large = int(sizes[places].sum()) > _SENT
+        parts = 1 if large else min(most, math.ceil(np.count_nonzero(sizes[places] >= low) / _ALIKE))
         for part in range(parts):
             _, first, number = np.unique(labels[places], return_index=True, return_inverse=True)
-            yield _Alike(places, some, sizes[places], first[number], low, high, part, parts)
+            yield _Alike(places, some, sizes[places], first[number], low, high, large, part, parts)
 
 
 def _linked(threshold: float, alike: _Alike, task: Task) -> tuple[Indices, Indices]:
@@ -301,14 +307,17 @@ def _best(first: Indices, second: Indices, similarity: Similarities) -> Near:
 
 def _join(labels: Indices, first: Indices, second: Indices) -> None:
     """Merge the labels of each pair's texts, in place: all texts with either label get the lowest index."""
-    if not len(first):
+    one, other = labels[first], labels[second]
+    apart = one != other
+    names, numbers = np.unique(np.concatenate([one[apart], other[apart]]), return_inverse=True)
+    if not len(names):
         return
-    count = len(labels)
-    # A link to its label stands for all links that a text has had so far.
-    ends = (np.concatenate([np.arange(count), first]), np.concatenate([labels, second]))
-    links = coo_array((np.ones(len(ends[0]), dtype=np.int8), ends), shape=(count, count))
+    links = coo_array((np.ones(len(numbers) // 2, dtype=np.int8), np.split(numbers, 2)), shape=(len(names), len(names)))
     components = connected_components(links, directed=False)[1]
-    labels[:] = np.unique(components, return_index=True)[1][components]
+    lowest = names[np.unique(components, return_index=True)[1]]
+    now = np.arange(len(labels))
+    now[names] = lowest[components]
+    labels[:] = now[labels]
 
 
 def _batches(candidates: Iterator[tuple[Indices, Indices]], wanted: Wanted) -> Iterator[tuple[Indices, Indices]]:
