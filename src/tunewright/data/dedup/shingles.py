@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -122,8 +123,8 @@ class ShingleRows:
         """Return some of these texts as a matrix."""
         return self._file[self._places[rows]]
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self[:].__reduce_ex__(protocol)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return copy, (self[:],)
 
 
 def _matrix(columns: Numbers, sizes: Indices, width: int) -> Any:
