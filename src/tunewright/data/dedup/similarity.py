@@ -88,7 +88,10 @@ def link(
     # From short to long, so that texts of similar size are close to each other in the file.
     lengths = np.fromiter(map(len, texts), dtype=np.int64, count=len(texts))
     order = np.argsort(lengths[first_of], kind="stable")
-    with ShingleFile(TextFile(texts[i] for i in first_of[order])) as rows:
+    different = TextFile(texts[i] for i in first_of[order])
+    del texts  # and its file
+    with ShingleFile(different) as rows:
+        del different
         labels: Indices = np.arange(len(order), dtype=np.int64)
         with reporter.task(title, len(order), "different texts") as task:
             parts = _alike(rows, threshold, labels, workers.count)
