@@ -138,7 +138,7 @@ def _by_signature(entries: Words) -> _Signed:
     """Group entries by signature, in place; signatures of a single text are left out."""
     entries.sort()
     low, signatures = entries.astype("<u8", copy=False).view("<u4").reshape(-1, 2).T
-    begins = np.flatnonzero(np.diff(signatures, prepend=signatures[:1] + np.uint32(1)))
+    begins = np.concatenate([np.arange(min(len(entries), 1)), np.flatnonzero(signatures[1:] != signatures[:-1]) + 1])
     sizes = np.diff(begins, append=len(entries))
     sides = [(low & np.uint32(flag)) != 0 for flag in (2, 1)]
     larger, smaller = (np.add.reduceat(side, begins, dtype=np.int64) if len(begins) else sizes for side in sides)
@@ -298,18 +298,16 @@ class SizeClass:
         looking = np.where(self._large, sizes - np.ceil(self._threshold * sizes - ROUNDING) + 1, 0)
         found = sizes - np.ceil(share * (sizes + np.maximum(sizes, self._low)) - ROUNDING) + 1
         count = np.minimum(np.maximum(looking, found), sizes).astype(np.int64)
-        ends = np.cumsum(count)
-        entries = np.empty(int(ends[-1]), dtype=np.uint64)
+        entries = np.empty(int(count.sum()), dtype=np.uint64)
+        end = 0
         for at in range(0, len(sizes), _SIGNED):
-            some = slice(at, at + _SIGNED)
-            texts = np.repeat(np.arange(at, at + len(count[some])), count[some])
-            begin = int(ends[at] - count[at])
-            place = np.arange(begin, begin + len(texts)) - (ends - count)[texts]
-            rows = self._rows[some]
-            signatures = rows.indices[place + rows.indptr[texts - at]]
-            entries[begin : begin + len(texts)] = _entries(
-                signatures, texts, place < looking[texts], place < found[texts]
-            )
+            rows, some = self._rows[at : at + _SIGNED], count[at : at + _SIGNED]
+            texts = np.repeat(np.arange(len(some)), some)
+            place = np.arange(len(texts)) - np.repeat(np.cumsum(some) - some, some)
+            signatures = rows.indices[place + rows.indptr[texts]]
+            texts += at
+            begin, end = end, end + len(texts)
+            entries[begin:end] = _entries(signatures, texts, place < looking[texts], place < found[texts])
         return _by_signature(entries)
 
     def _by_parts(self) -> _Signed:
