@@ -135,6 +135,16 @@ class Example:
         return "\n".join(m.text for m in self.prompt if m.role not in INSTRUCTIONS)
 
     @property
+    def instructions(self) -> tuple[str, ...]:
+        """Texts of functions and system turns."""
+        return tuple(m.content for m in self.prompt if m.role in INSTRUCTIONS)
+
+    @property
+    def trained_turns(self) -> int:
+        """Number of turns that are not masked, of any role."""
+        return sum(m.weight for m in self.messages)
+
+    @property
     def pair_key(self) -> str:
         """SHA-256 of the conversation (NFC, canonical JSON): the example's identity."""
         return self._pair_key or self._keep("_pair_key", digest([_canonical(m) for m in self.messages]))

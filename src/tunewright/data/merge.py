@@ -210,7 +210,7 @@ def merge(
     # Sorted by weights (a turn masked in one row is masked) and key, so that the files' order has no influence. Rows of
     # people come first: a generated row may be the duplicate of one, and not the other way round.
     def preference(key: str) -> tuple[bool, int, str]:
-        return key not in people, sum(m.weight for m in first[key].example.messages), key
+        return key not in people, first[key].example.trained_turns, key
 
     new = sorted(first, key=preference)
     reweighted: dict[str, str] = {}

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import pickle
-from typing import Any
+from typing import Any, NamedTuple
 
 from tunewright.core.spill import RecordFile
 from tunewright.data.examples import Example, Message
 
 _DIGEST = 32  # bytes
+
+
+class _Record(NamedTuple):
+    """What is asked for often, so that no turns have to be built for it, and the turns."""
+
+    input_text: str
+    output: str
+    instructions: tuple[str, ...]
+    trained_turns: int
+    turns: list[tuple[Any, ...]]
 
 
 class RowFile:
@@ -20,24 +30,27 @@ class RowFile:
 
     def __init__(self) -> None:
         self._records = RecordFile()
-        self._last: tuple[int, tuple[Message, ...]] = (-1, ())
+        self._prompts = bytearray()
+        self._last = -1
+        self._record = _Record("", "", (), 0, [])
 
     def stored(self, example: Example) -> Example:
         """Write an example's turns, and return it without them: they are read when they are asked for."""
         turns = [(m.role, m.content, m.weight, m.calls, m.call_id) for m in example.messages]
-        return _Stored(self, self._records.append(example.prompt_digest + pickle.dumps(turns, protocol=5)), example)
+        record = (example.input_text, example.output, example.instructions, example.trained_turns, turns)
+        self._prompts += example.prompt_digest
+        return _Stored(self, self._records.append(pickle.dumps(record, protocol=5)), example.pair_key)
 
-    def turns(self, number: int) -> tuple[Message, ...]:
-        """Return the turns of an example."""
+    def record(self, number: int) -> _Record:
+        """Return the record of an example."""
         # A row's input and output are often asked for one after the other.
-        if number != self._last[0]:
-            turns = pickle.loads(memoryview(self._records[number])[_DIGEST:])
-            self._last = number, tuple([Message(*turn) for turn in turns])
-        return self._last[1]
+        if number != self._last:
+            self._last, self._record = number, _Record(*pickle.loads(self._records[number]))
+        return self._record
 
     def prompt_digest(self, number: int) -> bytes:
         """Return the digest of an example's prompt."""
-        return self._records[number][:_DIGEST]
+        return bytes(self._prompts[_DIGEST * number : _DIGEST * (number + 1)])
 
 
 class _Stored(Example):
@@ -47,10 +60,10 @@ class _Stored(Example):
     _file: RowFile
     _number: int
 
-    def __init__(self, file: RowFile, number: int, example: Example) -> None:
+    def __init__(self, file: RowFile, number: int, pair_key: str) -> None:
         self._keep("_file", file)
         self._keep("_number", number)
-        self._keep("_pair_key", example.pair_key)
+        self._keep("_pair_key", pair_key)
         for name in ("_prompt_digest", "_input_key", "_question_key", "_content_key"):
             self._keep(name, None)
 
@@ -61,10 +74,30 @@ class _Stored(Example):
 
     @property
     def messages(self) -> tuple[Message, ...]:  # type: ignore[override]
-        """All turns, read from the file."""
-        return self._file.turns(self._number)
+        """All turns."""
+        return tuple([Message(*turn) for turn in self._file.record(self._number).turns])
+
+    @property
+    def output(self) -> str:
+        """The ideal output."""
+        return self._file.record(self._number).output
+
+    @property
+    def input_text(self) -> str:
+        """Text of the prompt without its instructions."""
+        return self._file.record(self._number).input_text
+
+    @property
+    def instructions(self) -> tuple[str, ...]:
+        """Texts of functions and system turns."""
+        return self._file.record(self._number).instructions
+
+    @property
+    def trained_turns(self) -> int:
+        """Number of turns that are not masked."""
+        return self._file.record(self._number).trained_turns
 
     @property
     def prompt_digest(self) -> bytes:
-        """The digest of the prompt, read from the file."""
+        """The digest of the prompt."""
         return self._file.prompt_digest(self._number)

@@ -16,7 +16,7 @@ from tunewright.core.spill import TextFile, numbered, repeated
 from tunewright.core.workers import THIS_PROCESS, Workers
 from tunewright.data.dedup.shingles import shingle_matrix
 from tunewright.data.dedup.similarity import link, nearest_kept, similarities
-from tunewright.data.examples import INSTRUCTIONS, Example, normalised
+from tunewright.data.examples import Example, normalised
 from tunewright.data.versions import DatasetVersion, Member
 
 # The lookbehind keeps the search linear: without it each letter of a long word would begin a search to its end.
@@ -97,11 +97,7 @@ def find_duplicates(
 
 def _answer(example: Example) -> tuple[tuple[str, ...], str]:
     """Return the parts of an example that are equal in duplicates: instructions and output."""
-    return _instructions(example), example.output.strip()
-
-
-def _instructions(example: Example) -> tuple[str, ...]:
-    return tuple(m.content for m in example.prompt if m.role in INSTRUCTIONS)
+    return example.instructions, example.output.strip()
 
 
 def find_clusters(
