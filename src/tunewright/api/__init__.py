@@ -378,7 +378,8 @@ class Project(EvaluationsApi):
             UserError: no adapter, or one that does not fit; also without ``measure`` if vectors of dense retrieval have
                 to be computed first.
         """
-        from tunewright.evaluation.schedule import Contest, Schedule
+        from tunewright.evaluation.schedule import Schedule
+        from tunewright.evaluation.workload import Contest
 
         tuned = find_adapter(self.folder.adapters, adapter)
         with self.model_workers() as workers:
@@ -422,7 +423,8 @@ class Project(EvaluationsApi):
         """Return the arm runner, the adapter and the advice that names its best prompting arm."""
         from tunewright.evaluation.incumbents import require_ready
         from tunewright.evaluation.prompt_search import advise
-        from tunewright.evaluation.schedule import Contest, Schedule
+        from tunewright.evaluation.schedule import Schedule
+        from tunewright.evaluation.workload import Contest
 
         arm_runner = self.arm_runner(tuned, workers)
         require_ready(self.folder, arm_runner.version, self._asked_splits(split), self.reporter)
