@@ -113,7 +113,7 @@ class Example:
         # Rows go to workers and back by the million: one flat tuple takes half the time of an object for each turn. The
         # worker that reads a row computes its keys.
         turns = [(m.role, m.content, m.weight, m.calls, m.call_id) for m in self.messages]
-        return _rebuilt, (turns, self.pair_key, self.prompt_digest)
+        return rebuilt_example, (turns, self.pair_key, self.prompt_digest)
 
     def _keep(self, name: str, value: Kept) -> Kept:
         object.__setattr__(self, name, value)
@@ -192,7 +192,7 @@ class Example:
         return cls(tuple(map(Message.from_dict, messages)))
 
 
-def _rebuilt(turns: Sequence[Sequence[Any]], pair_key: str, prompt_digest: bytes) -> Example:
+def rebuilt_example(turns: Sequence[Sequence[Any]], pair_key: str, prompt_digest: bytes) -> Example:
     """Return an example from another process."""
     example = Example(tuple([Message(*turn) for turn in turns]))
     object.__setattr__(example, "_pair_key", pair_key)

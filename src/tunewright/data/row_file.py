@@ -6,7 +6,7 @@ import pickle
 from typing import Any, NamedTuple
 
 from tunewright.core.spill import RecordFile
-from tunewright.data.examples import Example, Message
+from tunewright.data.examples import Example, Message, rebuilt_example
 
 _DIGEST = 32  # bytes
 
@@ -71,6 +71,9 @@ class _Stored(Example):
         return isinstance(other, Example) and self.messages == other.messages
 
     __hash__ = Example.__hash__
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return rebuilt_example, (self._file.record(self._number).turns, self.pair_key, self.prompt_digest)
 
     @property
     def messages(self) -> tuple[Message, ...]:  # type: ignore[override]
