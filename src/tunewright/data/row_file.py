@@ -31,8 +31,7 @@ class RowFile:
     def __init__(self) -> None:
         self._records = RecordFile()
         self._prompts = bytearray()
-        self._last = -1
-        self._record = _Record("", "", (), 0, [])
+        self._last = (-1, _Record("", "", (), 0, []))
 
     def stored(self, example: Example) -> Example:
         """Write an example's turns, and return it without them: they are read when they are asked for."""
@@ -43,10 +42,11 @@ class RowFile:
 
     def record(self, number: int) -> _Record:
         """Return the record of an example."""
-        # A row's input and output are often asked for one after the other.
-        if number != self._last:
-            self._last, self._record = number, _Record(*pickle.loads(self._records[number]))
-        return self._record
+        last, record = self._last  # a row's input and output are often asked for one after the other
+        if number != last:
+            record = _Record(*pickle.loads(self._records[number]))
+            self._last = number, record
+        return record
 
     def prompt_digest(self, number: int) -> bytes:
         """Return the digest of an example's prompt."""
