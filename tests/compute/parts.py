@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -22,6 +23,13 @@ def joined(shared: npt.NDArray[Any], part: npt.NDArray[Any], task: Task) -> npt.
 def lost(shared: str, part: int, task: Task) -> int:
     """Nothing: the process of the worker ends, as one that the system kills."""
     os._exit(9)
+
+
+def timed(shared: float, part: int, task: Task) -> tuple[int, float, float]:
+    """The part, and when it began and ended."""
+    began = time.monotonic()
+    time.sleep(shared)
+    return part, began, time.monotonic()
 
 
 def ready(needed: str) -> None:

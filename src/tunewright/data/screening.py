@@ -59,7 +59,7 @@ def screen(
     if presidio:
         _finder(presidio)  # refuse before any row is read
     with reporter.task("looking for secrets", len(rows), "examples") as task:
-        parts = list(workers.map(_screened, screening, slices(rows, pii.STEP), task))
+        parts = list(workers.map(_screened, screening, slices(rows, pii.STEP), task, batch=2))
     if redact:
         rows = [row for part in parts for row in part.rows]
     redacted: Counter[str] = Counter()
