@@ -14,8 +14,8 @@ import pytest
 
 from studio_client import Browser, restarted
 from tunewright.cli.json_log import json_line
-from tunewright.serving.engines.replica import ReplicaState
 from tunewright.serving.engines.autoscaler import ScalingState
+from tunewright.serving.engines.replica import ReplicaState
 from tunewright.serving.gateway.metrics import Metrics, ServerState, exposed
 from tunewright.studio.job_log import read_entry
 from tunewright.studio.jobs import Jobs
