@@ -25,12 +25,12 @@ _DIFFERING = 10  # answers of a shadow
 _LINES = 100  # of the audit log on a page
 _TRIALS = ("all", "canary", "shadow")
 _MADE = {
-    "deploy": "Released",
-    "canary": "On trial since",
-    "shadow": "On trial since",
-    "promote": "Promoted",
-    "rollback": "Rolled back",
-    "undeploy": "Undeployed",
+    "deploy": "released",
+    "canary": "on trial since",
+    "shadow": "on trial since",
+    "promote": "promoted",
+    "rollback": "rolled back",
+    "undeploy": "undeployed",
 }
 _SWITCHES = {"no_system_prompt": "--no-system-prompt", "constrain": "--constrain"}
 
