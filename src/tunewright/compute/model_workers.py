@@ -14,18 +14,7 @@ from typing import Any, Literal, TypeVar
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from tunewright.compute.cluster import (
-    CHECK_S,
-    WHERE,
-    Image,
-    asked,
-    connected,
-    image,
-    machines_with,
-    own_image,
-    require_equal,
-    require_same,
-)
+from tunewright.compute.cluster import WHERE, Image, connected, image, own_image, places_for, require_same
 from tunewright.compute.head import AGAIN, has_head, require_head
 from tunewright.compute.tasks import RETRIES, first_done
 from tunewright.config import Config
@@ -49,22 +38,16 @@ def open_actors(
         UserError: as for :func:`tunewright.compute.open_model_workers`.
     """
     with connected(config):
-        machines, device = machines_with("GPU"), "cuda"
-        if machines:
-            count = sum(int(node["Resources"]["GPU"]) for node in machines)
-        else:
-            machines, device = machines_with("CPU", threads), "cpu"
-            count = sum(int(node["Resources"]["CPU"]) // threads for node in machines)
-        unit = "GPU" if device == "cuda" else count_of(threads, "thread")
-        count = _count(config, count, unit)
+        places = places_for(threads)
+        unit = "GPU" if places.kind == "GPU" else count_of(threads, "thread")
+        count = _count(config, places.count, unit)
         text = config.model_dump_json()
-        require_equal(machines, text)
-        for _ in asked(machines, check, needed, seconds=CHECK_S):
-            pass
-        if ray.available_resources().get("GPU" if device == "cuda" else "CPU", 0) < 1:
-            reporter.warn(f"Other work uses every {'GPU' if device == 'cuda' else 'CPU'} of the cluster: {_WAITS}")
-        reporter.say(f"Cluster: {count_of(count, 'worker')} with {'a GPU' if device == 'cuda' else unit}")
-        workers = _Actors(count, "cuda" if device == "cuda" else "cpu", threads, image(text), text, reporter)
+        places.require(text, check, needed)
+        if ray.available_resources().get(places.kind, 0) < 1:
+            reporter.warn(f"Other work uses every {places.kind} of the cluster: {_WAITS}")
+        reporter.say(f"Cluster: {count_of(count, 'worker')} with {'a GPU' if places.kind == 'GPU' else unit}")
+        device: Literal["cpu", "cuda"] = "cuda" if places.kind == "GPU" else "cpu"
+        workers = _Actors(count, device, threads, image(text), text, reporter)
         try:
             yield workers
         finally:
