@@ -44,7 +44,7 @@ class Comparison:
         help: its docstring.
         sizes: its options, with their defaults.
         prepare: writes what all runs need into a folder.
-        measure: one run in that folder, on a cluster with so many machines (0: without one).
+        measure: one run in that folder, on a cluster with this many machines (0: without one).
         columns: the keys of a run that are printed, with their titles.
         same: the key of what must not differ.
         ratios: the keys of which the share of no cluster's is printed.
