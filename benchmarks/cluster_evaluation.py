@@ -1,7 +1,7 @@
 """Answers of one arm without a cluster and on Ray clusters of one and two machines: seconds, processor time, digests.
 
     make build/ray/.installed
-    build/ray/bin/python benchmarks/cluster_evaluation.py [--prompts 128] [--workers 1 2] [--rounds 1]
+    build/ray/bin/python benchmarks/cluster_evaluation.py [--prompts 128] [--workers 0 1 2] [--rounds 1]
 
 The bundled base of 135 million weights answers prompts of 6 to 40 random words with at most 24 tokens, in batches of 8.
 The first half of the prompts is an arm of its own, whose time includes loading the base; the second half finds it

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import secrets
 import subprocess
 import sys
@@ -70,7 +71,7 @@ class Comparison:
         parser = argparse.ArgumentParser(description=self.help, formatter_class=argparse.RawDescriptionHelpFormatter)
         for name, default in self.sizes.items():
             parser.add_argument(f"--{name}", type=int, default=default)
-        parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+        parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="0: without a cluster")
         parser.add_argument("--rounds", type=int, default=1)
         parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
         parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -82,7 +83,8 @@ class Comparison:
         runs = self._runs(sizes, args.workers, args.rounds)
         assert len({run[self.same] for run in runs}) == 1, f"the {self.same} differ"
         print(f"All runs have the same {self.same}.")
-        shares = {workers: self._shares(runs, workers) for workers in args.workers}
+        compared = [workers for workers in args.workers if workers and 0 in args.workers]
+        shares = {workers: self._shares(runs, workers) for workers in compared}
         results = {"machine": machine(1), **sizes, "bar": BAR, "shares": shares, "runs": runs}
         self.results.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
@@ -93,7 +95,7 @@ class Comparison:
         with tempfile.TemporaryDirectory() as folder:
             self.prepare(Path(folder), sizes)
             for count in range(rounds):
-                for number in [0, *workers] if count % 2 == 0 else [*reversed(workers), 0]:
+                for number in workers if count % 2 == 0 else reversed(workers):
                     runs.append(self._apart(Path(folder), number))
                     cells = [_cell(runs[-1][key]).rjust(max(len(title), 8)) for key, title in titles.items()]
                     print("  ".join(cells), flush=True)
@@ -131,7 +133,7 @@ def _cell(value: Any) -> str:
 
 
 class Steps(LogReporter):
-    """A reporter that measures each step."""
+    """A reporter that measures each step, and writes what it took to standard error: a long run can be followed."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -149,6 +151,8 @@ class Steps(LogReporter):
         began = time.perf_counter()
         yield LogTask()
         self.seconds[title] = round(self.seconds.get(title, 0) + time.perf_counter() - began, 1)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        print(f"{time.strftime('%X')} {title}: {self.seconds[title]:,.0f} s, peak {peak:.2f} GB", file=sys.stderr)
 
 
 @contextmanager

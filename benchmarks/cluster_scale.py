@@ -1,7 +1,7 @@
 """``data add`` without a cluster and on Ray clusters of one and two machines: seconds, processor time, memory, digests.
 
     make build/ray/.installed
-    build/ray/bin/python benchmarks/cluster_scale.py [--rows 200000] [--workers 1 2] [--rounds 1]
+    build/ray/bin/python benchmarks/cluster_scale.py [--rows 200000] [--workers 0 1 2] [--rounds 1]
 
 Rows of 6 to 40 random words; some are from two templates, some nearly repeat the one before, some answers are frequent.
 Runs and clusters are those of `cluster_runs.py`. Memory is the peak of the command's own, and of the workers' sum
@@ -37,7 +37,7 @@ def write_pairs(path: Path, count: int) -> Path:
     draw = random.Random(3)
     words = ["".join(draw.choices("abcdefghijklmnoprstuvw", k=draw.randint(3, 9))) for _ in range(20_000)]
     text, answer = "none", "none"
-    seen: set[str] = set()
+    seen: set[bytes] = set()
     with path.open("w", encoding="utf-8") as file:
         while len(seen) < count:
             kind, label = draw.random(), f"label {draw.randint(0, 20)}"
@@ -51,8 +51,8 @@ def write_pairs(path: Path, count: int) -> Path:
             else:
                 text = " ".join(draw.choices(words, k=draw.randint(6, 40)))
                 answer = draw.choice([label, " ".join(draw.choices(words, k=12))])
-            if text not in seen:
-                seen.add(text)
+            if (known := hashlib.blake2b(text.encode(), digest_size=8).digest()) not in seen:
+                seen.add(known)
                 file.write(json.dumps({"prompt": text, "completion": answer}) + "\n")
     return path
 

@@ -1,7 +1,7 @@
 """`crossval` without a cluster and on Ray clusters of one and two machines: seconds, processor time, digests.
 
     make build/ray/.installed
-    build/ray/bin/python benchmarks/cluster_trials.py [--folds 4] [--rows 200] [--workers 1 2] [--rounds 1]
+    build/ray/bin/python benchmarks/cluster_trials.py [--folds 4] [--rows 200] [--workers 0 1 2] [--rounds 1]
 
 The folds train on a random base of 5 million weights and answer with a few tokens. Runs and clusters are those of
 `cluster_runs.py`. The folds' trainings are done by the cluster, all answers by the command.

@@ -6,17 +6,18 @@ import asyncio
 import os
 import socket
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager, suppress
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from tunewright.compute.cluster import WHERE, Image, connected, image, own_image, places_for, require_same
 from tunewright.config import Config
 from tunewright.core.errors import UserError
-from tunewright.core.progress import Reporter
+from tunewright.core.progress import Reporter, duration
 from tunewright.core.text import count_of
 
 PROBE_SECONDS = 2.0
@@ -35,9 +36,9 @@ class HostLostError(Exception):
 
 @contextmanager
 def open_hosts(
-    config: Config, count: int, check: Callable[[Needed], object], needed: Needed, reporter: Reporter
+    config: Config, count: int, largest: int, check: Callable[[Needed], object], needed: Needed, reporter: Reporter
 ) -> Iterator[Hosts]:
-    """Connect to the cluster of ``compute.cluster``, check it, and yield room for ``count`` objects.
+    """Connect to the cluster of ``compute.cluster``, check it, and yield room for ``count`` objects at least.
 
     Raises:
         UserError: as for :func:`tunewright.compute.open_hosts`.
@@ -50,9 +51,19 @@ def open_hosts(
             raise UserError(what, where="serve.replicas", fix=fix)
         text = config.model_dump_json()
         places.require(text, check, needed)
-        machines, replicas = count_of(len(places.machines), "machine"), count_of(count, "replica")
-        reporter.say(f"Cluster: {machines}, {replicas} with one {places.kind} each")
-        yield Hosts(places.kind, text, reporter)
+        machines = count_of(len(places.machines), "machine")
+        number = count_of(count, "replica") if count == largest else f"{count} to {largest} replicas"
+        reporter.say(f"Cluster: {machines}, {number} with one {places.kind} each")
+        if places.count < largest:
+            reporter.warn(
+                f"The cluster has {count_of(places.count, places.kind)} now: more than {places.count} replicas need "
+                "more machines."
+            )
+        hosts = Hosts(places.kind, text, reporter)
+        try:
+            yield hosts
+        finally:
+            hosts.give_up()
 
 
 class Hosts:
@@ -67,6 +78,11 @@ class Hosts:
         self._kind = kind
         self._config = config
         self._reporter = reporter
+        self._given_up = threading.Event()
+
+    def give_up(self) -> None:
+        """End the starts in progress, and refuse further ones."""
+        self._given_up.set()
 
     def start(self, name: str, make: Callable[[Any], Any], setting: Any) -> Host:
         """Start an object on a machine with room, and wait until it is made.
@@ -77,15 +93,19 @@ class Hosts:
                 ``healthy``; if not, its process is started again.
 
         Raises:
-            UserError: the machine has another image, or ``make`` has raised it.
+            UserError: no machine had room in time, the machine has another image, or ``make`` has raised it.
         """
+        if ray.available_resources().get(self._kind, 0) < 1:
+            self._reporter.warn(
+                f"{name} waits for a machine with a free {self._kind}, for {duration(START_SECONDS)} at most."
+            )
         resources: dict[str, Any] = {"num_gpus": 1} if self._kind == "GPU" else {"num_cpus": 1}
         actor = (
             ray.remote(_Process)
             .options(max_restarts=-1, max_concurrency=1000, scheduling_strategy="SPREAD", **resources)
             .remote()
         )
-        return Host(name, actor, (image(self._config), self._config, make, setting), self._reporter)
+        return Host(name, actor, (image(self._config), self._config, make, setting), self._reporter, self._given_up)
 
 
 class Host:
@@ -97,7 +117,9 @@ class Host:
         restore: called after a restart, before it answers again; it may call :meth:`call`.
     """
 
-    def __init__(self, name: str, actor: Any, making: tuple[Any, ...], reporter: Reporter) -> None:
+    def __init__(
+        self, name: str, actor: Any, making: tuple[Any, ...], reporter: Reporter, given_up: threading.Event
+    ) -> None:
         self.restarts = 0
         self.failure_reason: str | None = f"{name} is starting."
         self.restore: Callable[[], None] = lambda: None
@@ -105,6 +127,7 @@ class Host:
         self._actor = actor
         self._making = making
         self._reporter = reporter
+        self._given_up = given_up
         self._stopping = threading.Event()
         try:
             self._begin()
@@ -154,8 +177,15 @@ class Host:
 
     def _begin(self) -> None:
         """Have the process make the object."""
+        begun = self._actor.begin.remote(*self._making)
+        until = time.monotonic() + START_SECONDS
         try:
-            ray.get(self._actor.begin.remote(*self._making), timeout=START_SECONDS)
+            while not ray.wait([begun], timeout=1)[0]:
+                if self._given_up.is_set():
+                    raise UserError(f"{self._name} was not started: the server is shutting down")
+                if time.monotonic() > until:
+                    raise GetTimeoutError
+            ray.get(begun)
         except RayTaskError as error:
             if isinstance(error.cause, UserError):
                 raise error.cause from None
