@@ -76,7 +76,7 @@ class _Stored(Example):
         return rebuilt_example, (self._file.record(self._number).turns, self.pair_key, self.prompt_digest)
 
     @property
-    def messages(self) -> tuple[Message, ...]:  # type: ignore[override]
+    def messages(self) -> tuple[Message, ...]:
         """All turns."""
         return tuple([Message(*turn) for turn in self._file.record(self._number).turns])
 
