@@ -12,7 +12,7 @@ _DIGEST = 32  # bytes
 
 
 class _Record(NamedTuple):
-    """What is asked for often, so that no turns have to be built for it, and the turns."""
+    """Texts and counts that are asked for often, so that no turns have to be built for them, and the turns."""
 
     input_text: str
     output: str
