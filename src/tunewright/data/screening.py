@@ -61,7 +61,7 @@ def screen(
         _finder(presidio)  # refuse before any row is read
     with reporter.task("looking for secrets", len(rows), "examples") as task:
         parts, file = list[_Part](), RowFile()
-        for part in workers.map(_screened, screening, slices(rows, pii.STEP), task):
+        for part in workers.map(_screened, screening, slices(rows, pii.STEP), task, batch=2):
             parts.append(replace(part, rows=[row.stored(file) for row in part.rows]))
     if redact:
         rows = [row for part in parts for row in part.rows]

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tunewright.config import Duplicates
+from tunewright.core.author import stated_author
 from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest as json_digest
@@ -156,7 +157,9 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def current_author(folder: Path) -> str | None:
-    """Return git's user.name for this folder, else the login name, else None."""
+    """Return the stated author, else git's user.name for this folder, else the login name, else None."""
+    if stated := stated_author():
+        return stated
     if shutil.which("git"):
         command = ["git", "config", "user.name"]
         result = subprocess.run(
