@@ -293,7 +293,7 @@ class Project(EvaluationsApi):
         Raises:
             UserError: the budget is not positive or is too small for one trial, or a learning rate is invalid.
         """
-        from tunewright.config.edit import write_train
+        from tunewright.config.edit import write_section
         from tunewright.config.project import CONFIG_FILE
         from tunewright.training.sweep.sweep import Sweep
 
@@ -306,7 +306,7 @@ class Project(EvaluationsApi):
             result = sweep.run(minutes)
         written: dict[str, Any] = {}
         if write and result.winner is not None:
-            written = write_train(self.folder.root / CONFIG_FILE, result.winner.train)
+            written = write_section(self.folder.root / CONFIG_FILE, result.winner.train)
             if not written:
                 self.reporter.say("tunewright.yaml already has the winner's values.")
         elif write:

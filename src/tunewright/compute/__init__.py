@@ -40,7 +40,7 @@ def open_workers(config: Config, reporter: Reporter) -> Iterator[Workers]:
 
 @contextmanager
 def open_model_workers(
-    config: Config, check: Callable[[Needed], object], needed: Needed, reporter: Reporter
+    config: Config, check: Callable[[Needed], object], needed: Needed, release: Callable[[], object], reporter: Reporter
 ) -> Iterator[ModelWorkers]:
     """Yield the workers of ``compute.cluster`` that keep a model each: one for each GPU.
 
@@ -51,6 +51,8 @@ def open_model_workers(
         config: names a cluster.
         check: a function of a module, which every machine calls with ``needed`` before any work.
         needed: what every machine needs.
+        release: a function of a module, which a process calls before it is ended. It frees what would outlive the
+            process: its own processes and files.
         reporter: is warned of lost workers.
 
     Raises:
@@ -61,7 +63,7 @@ def open_model_workers(
 
     from tunewright.compute.model_workers import open_actors
 
-    with open_actors(config, torch.get_num_threads(), check, needed, reporter) as workers:
+    with open_actors(config, torch.get_num_threads(), check, needed, release, reporter) as workers:
         yield workers
 
 
