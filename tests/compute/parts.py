@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,13 @@ def failing(file: str, part: int) -> tuple[int, int]:
 def released() -> None:
     """Write the process into a file."""
     Path(os.environ["RELEASED"], str(os.getpid())).touch()
+
+
+def timed(shared: float, part: int, task: Task) -> tuple[int, float, float]:
+    """The part, and when it began and ended."""
+    began = time.monotonic()
+    time.sleep(shared)
+    return part, began, time.monotonic()
 
 
 def ready(needed: str) -> None:

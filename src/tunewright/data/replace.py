@@ -118,13 +118,16 @@ def supersede(
                 olds[key], by[key] = each.gone[place], row
             else:
                 joining.add(key)
-    counts = MultiOutputCounts(
+    return Replacement(olds, by, tuple(edits_kept), frozenset(joining), _counts(sets)), rows
+
+
+def _counts(sets: Sequence[_OutputSet]) -> MultiOutputCounts:
+    return MultiOutputCounts(
         inputs=len(sets),
         replaced=sum(len(keys) for each in sets for keys in each.gone),
         unchanged=sum(each.before - len(each.gone) for each in sets),
         added=sum(max(len(each.coming) - len(each.gone), 0) for each in sets),
     )
-    return Replacement(olds, by, tuple(edits_kept), frozenset(joining), counts), rows
 
 
 def _with_known_spelling(rows: Sequence[SourceRow], known: Mapping[str, Example]) -> dict[str, Example]:

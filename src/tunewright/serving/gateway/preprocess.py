@@ -190,23 +190,7 @@ class RequestPreprocessor:
         Raises:
             ApiError: 400, the prompt is too long.
         """
-        source = system_source(body, target.system_prompt)
-        added = " including the adapter's system prompt" if source == "adapter" else ""
-        if (limit := self._limits.max_prompt_tokens) is not None and len(prompt) > limit:
-            message = f"The prompt is too long: {len(prompt)} tokens{added} (limit {limit})."
-            raise ApiError(message, param=body.prompt_param, code="prompt_too_long")
-        room = self._context - len(prompt)
-        if room < 1:
-            message = (
-                f"The prompt has {len(prompt)} tokens{added}, and the context length is {self._context} tokens for "
-                "prompt and answer together."
-            )
-            raise ApiError(message, param=body.prompt_param, code="context_length_exceeded")
-        new_tokens = min(
-            room, self._limits.max_completion_tokens or room, body.token_limit or body.default_tokens or room
-        )
-        if body.token_limit is None and max_tokens is not None:
-            new_tokens = min(new_tokens, max(1, max_tokens - len(prompt)))
+        new_tokens = self._token_limit(body, target, len(prompt), max_tokens)
         engine_request = Request(
             prompt,
             target.digest,
@@ -237,6 +221,25 @@ class RequestPreprocessor:
             tenant=tenant,
             arrived=arrived,
         )
+
+    def _token_limit(self, body: RequestBody, target: Target, prompt_tokens: int, max_tokens: int | None) -> int:
+        added = (
+            " including the adapter's system prompt" if system_source(body, target.system_prompt) == "adapter" else ""
+        )
+        if (limit := self._limits.max_prompt_tokens) is not None and prompt_tokens > limit:
+            message = f"The prompt is too long: {prompt_tokens} tokens{added} (limit {limit})."
+            raise ApiError(message, param=body.prompt_param, code="prompt_too_long")
+        room = self._context - prompt_tokens
+        if room < 1:
+            message = (
+                f"The prompt has {prompt_tokens} tokens{added}, and the context length is {self._context} tokens for "
+                "prompt and answer together."
+            )
+            raise ApiError(message, param=body.prompt_param, code="context_length_exceeded")
+        lowered = min(room, self._limits.max_completion_tokens or room)
+        if body.token_limit is None and max_tokens is not None:
+            lowered = min(lowered, max(1, max_tokens - prompt_tokens))
+        return min(lowered, body.token_limit or body.default_tokens or room)
 
     def _require_room(self, body: RequestBody) -> None:
         longest = _characters(body) if isinstance(body, ChatRequest) else max(map(len, body.prompt))
