@@ -84,9 +84,10 @@ fuzz: $(VENV)/.installed
 	$(BIN)/python benchmarks/complexity.py
 
 # Every engine's tests on real vLLM, those of evaluation and of the clients, and compressed exports. Two workers: a vLLM
-# that starts uses one core for half a minute.
-test-vllm: engines build/clients/.installed
+# that starts uses one core for half a minute. Then vLLM in the workers of a cluster, on Ray.
+test-vllm: engines build/clients/.installed build/ray/.installed
 	$(BIN)/pytest -n 2 --dist loadfile -m vllm tests/serving tests/cli tests/evaluation tests/export
+	build/ray/bin/python -m pytest -m "vllm and ray" tests/compute
 
 # The environments of vLLM (2.4 GB in build/vllm) and llm-compressor (1.4 GB in build/llmcompressor), made once.
 engines: $(VENV)/.installed
@@ -95,7 +96,7 @@ engines: $(VENV)/.installed
 
 # Datasets on a Ray cluster of several raylets on this machine, and what happens when one of them is killed.
 test-ray: build/ray/.installed
-	build/ray/bin/python -m pytest -m "ray$(if $(filter no,$(RELEASE)), and not release)" tests/compute $(ARGS)
+	build/ray/bin/python -m pytest -m "ray and not vllm$(if $(filter no,$(RELEASE)), and not release)" tests/compute $(ARGS)
 
 # An environment of its own, so that all other tests run without Ray. It sees the packages of .venv.
 build/ray/.installed: $(VENV)/.installed pyproject.toml

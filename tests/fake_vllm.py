@@ -35,7 +35,7 @@ def main(options: list[str]) -> None:
     sys.path.insert(0, os.environ["PYTHONPATH"])
     import tunewright_vllm  # type: ignore[import-not-found]  # the child writes it
 
-    tunewright_vllm._end_with_parent()
+    tunewright_vllm.end_with_parent()
     seen: dict[str, Any] = {"options": options, "environment": dict(os.environ), "hung_up": 0, "evicted": []}
     lost = asyncio.Event()
 

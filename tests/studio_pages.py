@@ -4,8 +4,9 @@
 
 Follows the links from the project's page, and takes the first address of each route. It compares two runs and asks the
 playground a question too, whose pages have no link. Without ``--project``, it makes a small project on a tiny base:
-two dataset versions, a sweep, a learning curve, adapters, jobs, an evaluation, a release and a tenant. Ends with an
-error if a page logs anything, scrolls sideways or has dim text. Without Chromium it does nothing.
+two dataset versions, a sweep, a learning curve, adapters, jobs, a judged evaluation against an incumbent, a release and
+a tenant. Ends with an error if a page logs anything, scrolls sideways or has dim text. Without Chromium it does
+nothing.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from urllib.parse import urlsplit
 
 from browser import EXECUTABLE, chromium, faults, show, signed_in, wait_for
 from command_line import pairs, tiny_project, tunewright, write_jsonl
+from scripted_judge import honest, scripted
+from stand_in import stand_in, with_incumbents
 from tiny import build_base
 from tunewright.serving.gateway.server import serving
 from tunewright.studio import Studio
@@ -78,12 +81,21 @@ def made_project(folder: Path) -> Path:
     ran("train", "--sweep", "--rate", "0.002", "--rate", "0.004", "--write", project=project)
     ran("train", project=project)
     ran("train", "--curve", "--seeds", "2", project=project)
-    finished_job(project, "evaluate")
+    answered_and_judged(project)
     ran("data", "suspects", project=project)
     adapter = next(path.name for path in (project / "adapters").glob("[!.]*"))
     ran("deploy", "colours", adapter, "--force", "--because", "a picture", "--untested", "a picture", project=project)
     ran("tenant", "add", "acme", "--alias", "colours", project=project)
     return project
+
+
+def answered_and_judged(project: Path) -> None:
+    """Evaluate against an incumbent too, and let a judge compare the answers; both are servers that end here."""
+    with stand_in() as hosted, scripted(honest) as judge:
+        incumbent = {"name": "hosted", "base_url": hosted.url, "model": "m"}
+        with_incumbents(project, incumbent, judge={"base_url": judge.url, "model": "scripted", "controls": 14})
+        finished_job(project, "evaluate")
+        ran("judge", project=project)
 
 
 def ran(*words: str | Path, project: Path) -> None:

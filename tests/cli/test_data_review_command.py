@@ -115,7 +115,7 @@ def test_review_records_nothing_when_the_editor_fails_or_changes_nothing(
     _editor(monkeypatch, project, script)
     press += "eq"
     assert message in tunewright("data", "review", "-p", project).stderr
-    assert "0 of 0 wrong" in _status(project)
+    assert "no row checked yet" in _status(project)
 
 
 def test_review_status_exits_with_the_verdict(project: Path, press: list[str]) -> None:
@@ -245,5 +245,5 @@ def test_commands_report_whether_the_version_is_accepted(project: Path) -> None:
     asked = tunewright("data", "review", "--export", project / "rows.csv", "-p", project, "--reviewer", "ada")
     assert asked.code == 0
     message = tunewright("data", "log", "-p", project).stderr
-    assert f"Version {digest} under review: 0 of 0 wrong" in message
+    assert f"Version {digest} under review: no row checked yet" in message
     assert tunewright("data", "log", "-p", project, "--json").document["versions"]

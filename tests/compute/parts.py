@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncGenerator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from tunewright.core.progress import Task
+from tunewright.core.workers import WorkerFailedError
 
 
 def joined(shared: npt.NDArray[Any], part: npt.NDArray[Any], task: Task) -> npt.NDArray[Any]:
@@ -22,6 +25,27 @@ def joined(shared: npt.NDArray[Any], part: npt.NDArray[Any], task: Task) -> npt.
 def lost(shared: str, part: int, task: Task) -> int:
     """Nothing: the process of the worker ends, as one that the system kills."""
     os._exit(9)
+
+
+def failing(file: str, part: int) -> tuple[int, int]:
+    """The part and the process, except for part 1 in the first ``int`` processes that the file counts down."""
+    left = int(Path(file).read_text())
+    if part == 1 and left:
+        Path(file).write_text(str(left - 1))
+        raise WorkerFailedError("The engine stopped", where="here", fix="Try again.")
+    return part, os.getpid()
+
+
+def released() -> None:
+    """Write the process into a file."""
+    Path(os.environ["RELEASED"], str(os.getpid())).touch()
+
+
+def timed(shared: float, part: int, task: Task) -> tuple[int, float, float]:
+    """The part, and when it began and ended."""
+    began = time.monotonic()
+    time.sleep(shared)
+    return part, began, time.monotonic()
 
 
 def ready(needed: str) -> None:

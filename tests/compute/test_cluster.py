@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,7 +23,7 @@ import pytest
 from compute_helpers import CONFIG, built, digests, many_pairs, rows_alike, small_parts
 from data_helpers import Listener, Pair, unlike_pairs, write_jsonl
 from hypothesis import given
-from parts import joined, lost
+from parts import joined, lost, timed
 from raylets import HERE, PATH, raylets, token_required
 
 from command_line import tiny_project
@@ -287,6 +288,26 @@ def test_part_that_is_lost_again_and_again_is_one_error(two_workers: Workers) ->
     with pytest.raises(UserError, match="The cluster lost a part of the work 4 times: WorkerCrashedError"):
         list(two_workers.map(lost, "", [1], LogTask()))
     assert next(two_workers.map(joined, np.arange(1), [np.arange(2)], LogTask())).tolist() == [0, 0, 1]
+
+
+def test_fewer_workers_than_cpus_compute_no_more_at_once(machines: Any) -> None:
+    with _workers(workers=1) as workers:
+        answers = list(workers.map(timed, 0.1, range(6), LogTask()))
+    assert [part for part, _, _ in answers] == list(range(6))
+    assert all(ended <= began for (_, _, ended), (_, began, _) in pairwise(answers))
+
+
+def test_brief_parts_are_sent_more_at_once_and_stay_in_order(two_workers: Workers) -> None:
+    class Sent(LogTask):
+        tasks = 0
+
+        def advance(self, steps: int = 1, note: str = "") -> None:
+            self.tasks += 1
+
+    sent = Sent()
+    answers = list(two_workers.map(timed, 0.0, range(200), sent, batch=2))
+    assert [part for part, _, _ in answers] == list(range(200))
+    assert 8 <= sent.tasks < 30  # 100 if all had two
 
 
 def test_too_few_cpus_are_refused_before_work(machines: Any) -> None:

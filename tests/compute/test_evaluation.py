@@ -9,8 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
@@ -18,7 +17,9 @@ from typing import Any
 
 import psutil
 import pytest
+from cluster_evaluation import Answering, journals, results
 from data_helpers import Listener
+from parts import failing, ready, released
 from raylets import raylets, token_required
 
 from command_line import tiny_project
@@ -28,7 +29,7 @@ from tunewright.config import Config
 from tunewright.config.compute import ComputeConfig
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
-from tunewright.core.progress import LogTask, Task
+from tunewright.evaluation.answer_worker import unload
 from tunewright.models.bases import Base, base_here, resolve_base
 
 pytestmark = pytest.mark.ray
@@ -71,7 +72,7 @@ def without(trained: Path) -> dict[str, Any]:
     """The results of the project without a cluster."""
     folder = _copied(trained, trained.parent / "without")
     Project(ProjectFolder(folder)).evaluate()
-    return _results(folder)
+    return results(folder)
 
 
 @pytest.fixture
@@ -84,50 +85,13 @@ def _copied(trained: Path, folder: Path) -> Path:
     return folder
 
 
-def _results(folder: Path) -> dict[str, Any]:
-    """The evidence without times, the items, and the answers of each journal."""
-    (evaluation,) = (folder / "evaluations").glob("[!.]*/evidence.json")
-    evidence = json.loads(evaluation.read_text())
-    del evidence["lineage"]["created"], evidence["opening"]
-    return {
-        "evidence": evidence,
-        "items": evaluation.with_name("items.jsonl").read_text(),
-        "answers": {name: sorted(lines) for name, lines in _journals(folder).items()},
-    }
-
-
-def _journals(folder: Path) -> dict[str, list[str]]:
-    files = (folder / ".tunewright" / "generations").glob("*.jsonl")
-    return {file.name: [line for line in file.read_text().split("\n") if line] for file in files}
-
-
 def test_evaluation_is_the_same_on_a_cluster(machines: Any, without: dict[str, Any], project: Path) -> None:
     heard = Listener()
     Project(ProjectFolder(project).on_cluster("auto"), heard).evaluate()
     assert "Cluster: 2 workers with 1 thread" in heard.said
-    assert _results(project) == without
+    assert results(project) == without
     assert without["evidence"]["noise_floor"]["items"]
     assert len(without["answers"]) == 2  # of the base, and of the adapter
-
-
-class _Answering(Listener):
-    """A reporter that calls a function at the first answer of an arm."""
-
-    def __init__(self, arm: str, then: Callable[[], None]) -> None:
-        super().__init__()
-        self.arm, self.then, self.called = arm, then, False
-
-    @contextmanager
-    def task(self, title: str, total: int, unit: str) -> Iterator[Task]:
-        answering = self
-
-        class Watching(LogTask):
-            def advance(self, steps: int = 1, note: str = "") -> None:
-                if answering.arm in note and not answering.called:
-                    answering.called = True
-                    answering.then()
-
-        yield Watching()
 
 
 def _switch_off_the_busy_one(cluster: Any, machines: Sequence[Any]) -> None:
@@ -162,13 +126,13 @@ def test_evaluation_is_the_same_when_the_machine_that_answers_is_killed(
     with raylets() as cluster:
         nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
         kill = Thread(target=_switch_off_the_busy_one, args=(cluster, nodes))
-        heard = _Answering("tuned on test", kill.start)
+        heard = Answering("tuned on test", kill.start)
         Project(ProjectFolder(project).on_cluster("auto"), heard).evaluate()
         kill.join()
     assert [text for text in heard.warned if "lost a worker" in text] == [
         "The cluster lost a worker: its part is computed again by another."
     ]
-    assert _results(project) == without
+    assert results(project) == without
     assert capsys.readouterr().out == ""
 
 
@@ -185,7 +149,7 @@ def _command(folder: Path) -> subprocess.Popen[str]:
 
 def _wait_for_answers(project: Path, process: subprocess.Popen[str]) -> None:
     until = time.monotonic() + WAIT_S
-    while sum(map(len, _journals(project).values())) < 10:
+    while sum(map(len, journals(project).values())) < 10:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < until
         time.sleep(0.01)
@@ -198,13 +162,13 @@ def test_killed_command_resumes_and_answers_nothing_twice(
     _wait_for_answers(project, killed)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate()
-    before = _journals(project)
+    before = journals(project)
     assert not list((project / "evaluations").glob("[!.]*/evidence.json"))
     again = _command(project)
     _, err = again.communicate(timeout=WAIT_S)
     assert again.returncode == 0, err
-    assert _results(project) == without
-    after = _journals(project)
+    assert results(project) == without
+    after = journals(project)
     assert all(after[name][: len(lines)] == lines for name, lines in before.items())
     assert all(len(set(lines)) == len(lines) for lines in after.values())
 
@@ -218,13 +182,13 @@ def test_head_that_is_lost_is_one_error_and_the_answers_are_kept(project: Path) 
         out, err = stopped.communicate(timeout=WAIT_S)
     assert stopped.returncode == 2, err
     assert "The head of the cluster is lost" in json.loads(out)["error"]["what"]
-    assert sum(map(len, _journals(project).values())) >= 10
+    assert sum(map(len, journals(project).values())) >= 10
     assert not list((project / "evaluations").glob("[!.]*/evidence.json"))
 
 
 def _open(base: Base, **compute: Any) -> Any:
     config = Config(compute=ComputeConfig(cluster="auto", **compute))
-    return open_model_workers(config, base_here, base, Listener())
+    return open_model_workers(config, base_here, base, unload, Listener())
 
 
 def test_machine_without_the_base_is_refused_before_work(tiny_base_folder: Path, tmp_path: Path) -> None:
@@ -258,3 +222,27 @@ def test_too_few_workers_are_refused(machines: Any, tiny_base_folder: Path, tmp_
         _open(base, workers=3),
     ):
         pass
+
+
+def test_worker_whose_engine_fails_is_replaced_and_every_worker_releases_what_it_has(tmp_path: Path) -> None:
+    config, heard = Config(compute=ComputeConfig(cluster="auto", workers=1)), Listener()
+    left, ended = tmp_path / "left", tmp_path / "released"
+    ended.mkdir()
+    with raylets() as cluster:
+        cluster.add_node(num_cpus=1, env_vars={"RELEASED": str(ended)})
+        with open_model_workers(config, ready, "", released, heard) as workers:
+            left.write_text("2")
+            found = dict(workers.each(failing, str(left), [0, 1, 2], 0))
+            assert {number: part for number, (part, _) in found.items()} == {0: 0, 1: 1, 2: 2}
+            warning = "The engine stopped\nAnother worker computes its part again."
+            assert [text for text in heard.warned if "engine" in text] == [warning] * 2
+            assert len(list(ended.iterdir())) == 2
+        assert len(list(ended.iterdir())) == 3
+        assert str(found[1][1]) in {file.name for file in ended.iterdir()}
+        left.write_text("9")
+        with (
+            open_model_workers(config, ready, "", released, heard) as workers,
+            pytest.raises(UserError, match="here: The engine stopped\nTry again"),
+        ):
+            list(workers.each(failing, str(left), [1], 0))
+        assert left.read_text() == "5", "four processes have tried"

@@ -28,7 +28,9 @@ from tunewright.generation.constraints import Grammar, GrammarCompiler
 from tunewright.generation.generate import generate
 from tunewright.generation.requests import Request
 from tunewright.models.bases import resolve_base
+from tunewright.serving.engines.autoscaler import Autoscaler
 from tunewright.serving.engines.replicas import Replicas
+from tunewright.serving.engines.scaling import Demand, Pace, ScalingPolicy
 from tunewright.serving.engines.start import EngineSpec
 from tunewright.serving.engines.start_replicas import start_engines
 
@@ -53,8 +55,8 @@ def spec_of(base: Path) -> EngineSpec:
     return EngineSpec(opened, chat_of(TOKENIZER), "none", {})
 
 
-def config_of(replicas: int) -> Config:
-    serve = ServeConfig(replicas=replicas, adapters_per_replica=2)
+def config_of(replicas: int, largest: int | None = None) -> Config:
+    serve = ServeConfig(replicas=replicas, max_replicas=largest, adapters_per_replica=2)
     return Config(compute=ComputeConfig(cluster="auto"), train=TrainConfig(dtype="float32"), serve=serve)
 
 
@@ -95,7 +97,7 @@ def test_closing_events_early_ends_the_work_on_the_other_machine(machines: Any) 
         async with aclosing(host.events("events")) as events:
             return [await anext(events) for _ in range(3)]
 
-    with open_hosts(config_of(2), 1, ready, "", Listener()) as hosts:
+    with open_hosts(config_of(2), 1, 1, ready, "", Listener()) as hosts:
         host = hosts.start("counting", Counting, 2)
         assert asyncio.run(three(host)) == [2, 4, 6]
         time.sleep(0.5)
@@ -103,6 +105,51 @@ def test_closing_events_early_ends_the_work_on_the_other_machine(machines: Any) 
         time.sleep(0.5)
         assert host.call("so_far") == counted
         host.stop()
+
+
+def test_replicas_are_added_on_machines_with_room_and_removed_and_one_without_room_waits(
+    machines: Any, small_base: Path, small_adapters: dict[str, Path]
+) -> None:
+    import ray
+
+    expected = expected_answers(small_base, small_adapters)
+    heard = Listener()
+    engine = start_engines("peft", config_of(1, largest=3), spec_of(small_base), heard)
+    assert isinstance(engine, Replicas)
+    pace = Pace(look=0.0, window=1.0, late=0.1, calm=0.5)
+    autoscaler = Autoscaler(engine, ScalingPolicy(1, 2, 2.0, pace), heard, 60.0)
+    done = asyncio.Event()
+
+    async def client(digest: str | None) -> None:
+        while not done.is_set():
+            assert await answer(engine, Request(PROMPT, digest, TOKENS)) == expected[digest]
+
+    async def looks(demand: Demand, names: list[str]) -> None:
+        while engine.names != names or engine.up != len(names):
+            autoscaler.look(demand)
+            await asyncio.sleep(0.1)
+
+    async def ask() -> None:
+        for name, folder in small_adapters.items():
+            await engine.load(name, folder)
+        clients = [asyncio.create_task(client(digest)) for digest in expected]
+        await looks(Demand(16, 4, unanswered=[3.0] * 4), ["replica-1", "replica-2"])
+        waiting = engine.add("replica-3")
+        while not any("replica-3 waits for a machine with a free CPU" in warning for warning in heard.warned):
+            await asyncio.sleep(0.1)
+        await looks(Demand(), ["replica-1"])
+        await asyncio.wrap_future(waiting)  # the room of the removed one
+        assert engine.names == ["replica-1", "replica-3"]
+        engine.add("replica-2")  # waits for room until the server ends
+        done.set()
+        await asyncio.gather(*clients)
+
+    try:
+        asyncio.run(asyncio.wait_for(ask(), WAIT_S))
+        assert "The cluster has 2 CPUs now: more than 2 replicas need more machines." in heard.warned
+    finally:
+        engine.stop()
+    assert not ray.is_initialized()
 
 
 def test_replicas_on_a_cluster_answer_and_survive_the_loss_of_a_machine(

@@ -53,10 +53,11 @@ def test_large_dataset_is_the_same_in_parts(tmp_path: Path, monkeypatch: pytest.
 alike = st.lists(st.one_of(st.text("ab ", max_size=9), st.text("abcdef", min_size=10, max_size=14)), max_size=16)
 
 
-@given(alike, st.sampled_from([0.2, 0.5, 2 / 3, 0.8, 1.0]))
-def test_links_found_in_parts_match_brute_force(texts: list[str], threshold: float) -> None:
+@given(alike, st.sampled_from([0.2, 0.5, 2 / 3, 0.8, 1.0]), st.sampled_from([0, 60, 1 << 30]))
+def test_links_found_in_parts_match_brute_force(texts: list[str], threshold: float, sent: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         small_parts(patch)
+        patch.setattr("tunewright.data.dedup.similarity._SENT", sent)  # more shingles are compared without a worker
         labels = link(texts, threshold, Listener(), "linking", PickledWorkers()).tolist()
     assert labels == _components(texts, threshold)
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunewright.config import PRESETS, TrainConfig
-from tunewright.config.edit import write_train
+from tunewright.config import PRESETS, DataConfig, TrainConfig
+from tunewright.config.edit import write_section
 from tunewright.config.io import load_config, write_config
 from tunewright.core.errors import UserError
 
@@ -27,7 +27,7 @@ evaluate: {num_fewshot: [1, 2]}  # few
 def _write(path: Path, text: str, **changes: object) -> tuple[str, dict[str, object]]:
     path.write_bytes(text.encode())
     wanted = load_config(path).train.model_copy(update=changes)
-    written = write_train(path, wanted)
+    written = write_section(path, wanted)
     assert load_config(path).train == wanted
     return path.read_bytes().decode(), written
 
@@ -49,7 +49,7 @@ def test_edit_leaves_an_equal_config_untouched(tmp_path: Path) -> None:
     path = tmp_path / "tunewright.yaml"
     path.write_text(COMMENTED)
     before = path.stat().st_mtime_ns
-    assert write_train(path, load_config(path).train) == {}
+    assert write_section(path, load_config(path).train) == {}
     assert path.stat().st_mtime_ns == before
 
 
@@ -103,7 +103,7 @@ def test_edit_refuses_and_keeps_an_uneditable_value(tmp_path: Path, text: str) -
     path.write_text(text)
     wanted = load_config(path).train.model_copy(update=_all_linear(0.0013))
     with pytest.raises(UserError, match="cannot be changed in place; nothing was changed") as caught:
-        write_train(path, wanted)
+        write_section(path, wanted)
     assert "preset: all-linear" in (caught.value.fix or "")
     assert path.read_text() == text
 
@@ -125,5 +125,17 @@ def test_edit_writes_every_key(tmp_path: Path) -> None:
     )
     path = tmp_path / "tunewright.yaml"
     path.write_text("name: a\n")
-    write_train(path, changed)
+    write_section(path, changed)
     assert load_config(path).train == changed
+
+
+@pytest.mark.parametrize("text", ["name: a\n", "data:  # ours\n  # why\n  val_size: 0.2\n", "data: {val_size: 0.2}\n"])
+def test_edit_writes_the_data_section_and_keeps_the_others(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "tunewright.yaml"
+    path.write_text(f"{text}train:\n  epochs: 2\n")
+    before = load_config(path)
+    wanted = before.data.model_copy(update={"split_by": "output_template"})
+    assert isinstance(wanted, DataConfig)
+    assert write_section(path, wanted) == {"split_by": "output_template"}
+    assert load_config(path) == before.model_copy(update={"data": wanted})
+    assert all(line in path.read_text() for line in text.splitlines() if "{" not in line)

@@ -205,3 +205,10 @@ def test_invalid_metric_is_reported_with_its_key(tmp_path: Path, written: str, w
 def test_repeated_metric_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"evaluate\.extra_metrics: bleu is already measured"):
         _load(tmp_path, "evaluate:\n  metric: bleu\n  extra_metrics: [chrf, bleu]\n")
+
+
+def test_largest_number_of_replicas_below_the_smallest_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "tunewright.yaml"
+    file.write_text("serve:\n  replicas: 4\n  max_replicas: 2\n")
+    with pytest.raises(UserError, match=r"max_replicas is below replicas \(4\)"):
+        load_config(file)

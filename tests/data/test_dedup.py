@@ -212,17 +212,20 @@ def test_find_duplicates_and_clusters_do_not_depend_on_block_size() -> None:
         assert find_duplicates(rows, 0, 0.75, Listener()) == dropped
 
 
+def _compared(*inputs: str) -> list[str]:
+    return list(comparison_texts(example(text, f"x {i}") for i, text in enumerate(inputs)))
+
+
 def test_comparison_texts_exclude_an_instruction_in_every_input() -> None:
     words = ["the fee for late payment", "how to close an account", "what a wire costs", "lost my card abroad"]
-    texts = comparison_texts([example(f"Classify  this QUESTION:\n{w}\nAnswer with one label.", "x") for w in words])
-    assert texts == [f"{w}" for w in words]
+    assert _compared(*(f"Classify  this QUESTION:\n{w}\nAnswer with one label." for w in words)) == words
 
 
 def test_comparison_texts_exclude_whole_words_only() -> None:
-    assert comparison_texts([example("court of appeal 12", "x"), example("court of appeal 13", "y")]) == ["12", "13"]
-    assert comparison_texts([example("same text", "x"), example("Same  text", "y")]) == ["same text", "same text"]
-    assert comparison_texts([example("pay", "x"), example("pay now", "y")]) == ["pay", "pay now"]
-    assert comparison_texts([]) == []
+    assert _compared("court of appeal 12", "court of appeal 13") == ["12", "13"]
+    assert _compared("same text", "Same  text") == ["same text", "same text"]
+    assert _compared("pay", "pay now") == ["pay", "pay now"]
+    assert _compared() == []
 
 
 @given(st.lists(st.text(max_size=30), max_size=8))

@@ -39,7 +39,7 @@ def test_status_is_not_reviewed_without_reviews(project: ProjectFolder) -> None:
 
 def test_right_rows_lead_to_acceptance_with_grounds(project: ProjectFolder) -> None:
     session = review(project)
-    assert status(project) == "under review: 0 of 0 wrong, at least 72 more to check"
+    assert status(project) == "under review: no row checked yet, at least 72 more to check"
     judge_next(session, *right(71))
     assert status(project) == "under review: 0 of 71 wrong, at least 1 more to check"
     judge_next(session, "right")
@@ -209,7 +209,7 @@ def test_another_plan_for_a_sample_is_refused(project: ProjectFolder) -> None:
     ReviewSession(project.dataset, version, "ada", Listener(), plan=SequentialPlan())
     ReviewSession(project.dataset, version, "ada", Listener(), plan=FixedPlan(allowed=5), redraw=True)
     # 208 by the plan, but 200 rows are all there are.
-    assert status(project) == "under review: 0 of 0 wrong, at least 200 more to check, draw 2"
+    assert status(project) == "under review: no row checked yet, at least 200 more to check, draw 2"
 
 
 def test_suspects_are_reviewed_apart_from_the_sample(project: ProjectFolder) -> None:
@@ -223,7 +223,7 @@ def test_suspects_are_reviewed_apart_from_the_sample(project: ProjectFolder) -> 
     apart.judge(card, "wrong")
     assert apart.next() is None
     assert apart.status == "suspects: 1 of 1 reviewed"
-    assert status(project).startswith("under review: 0 of 0 wrong")
+    assert status(project).startswith("under review: no row checked yet")
     assert json.loads((project.dataset / "reviews.jsonl").read_text().splitlines()[-1]).get("draw") is None
 
 

@@ -39,7 +39,7 @@ def test_file_has_the_rows_of_the_matrix(some: list[str], data: st.DataObject) -
         patch.setattr("tunewright.data.dedup.shingles._ROWS", 3)
         patch.setattr("tunewright.data.dedup.shingles._CHARACTERS", 9)
         with ShingleFile(some) as file:
-            rows = file.rows(places)
+            rows = file[places]
             assert file.sizes.tolist() == np.diff(whole.indptr).tolist()
     expected = whole[places]
     assert rows.shape == expected.shape

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import pickle
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 from data_helpers import Listener
@@ -15,16 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapter_helpers import lora_weights, write_adapter
+from pickled_models import PickledModels
 from tunewright.adapters.registry import LINEAGE, Adapter
 from tunewright.chat import open_chat
-from tunewright.config import Config
 from tunewright.core.errors import UserError
 from tunewright.core.io import write_json
-from tunewright.core.workers import Part, Result, Shared
 from tunewright.data.examples import Message
 from tunewright.data.versions import Member
-from tunewright.engines.choice import answer_engine
-from tunewright.evaluation import cluster_answers
+from tunewright.evaluation import answer_worker
 from tunewright.evaluation.cluster_answers import _parts
 from tunewright.evaluation.generations import ArmPrompts, Generator
 from tunewright.evaluation.repeats import noise_floor
@@ -33,42 +30,12 @@ from tunewright.metrics import scorer_of
 from tunewright.models.bases import Base, base_here, resolve_base
 
 
-class PickledModels:
-    """Workers that get pickled parts, and complete the last one first."""
-
-    device: Literal["cpu", "cuda"] = "cpu"
-    threads: int | None = 1
-    count = 2
-
-    def __init__(self) -> None:
-        self.sizes: list[int] = []
-        self.stopped = 0
-
-    def each(
-        self, compute: Callable[[Shared, Part], Result], shared: Shared, parts: Sequence[Part], nothing: Part
-    ) -> Iterator[tuple[int, Result]]:
-        """Yield the result of each part."""
-        _copied(compute(*_copied((shared, nothing))))
-        for number in reversed(range(len(parts))):
-            given: Any = parts[number]
-            self.sizes.append(len(given.requests))
-            yield number, _copied(compute(*_copied((shared, parts[number]))))
-
-    def stop(self) -> None:
-        """Count the call."""
-        self.stopped += 1
-
-
-def _copied(value: Any) -> Any:
-    return pickle.loads(pickle.dumps(value))
-
-
 @pytest.fixture(autouse=True)
 def own_process() -> Iterator[None]:
     """A worker has loaded nothing."""
-    cluster_answers._loaded.clear()
+    answer_worker._loaded.clear()
     yield
-    cluster_answers._loaded.clear()
+    answer_worker._loaded.clear()
 
 
 @pytest.fixture
@@ -192,13 +159,14 @@ def test_worker_warns_through_the_command(base: Base, tmp_path: Path) -> None:
 
     generator = _generator(base, tmp_path / "one", PickledModels())
     whole = generator.answer("x", _prompts(generator, 3), 4)
-    (loaded,) = cluster_answers._loaded.values()
+    (loaded,) = answer_worker._loaded.values()
+    assert isinstance(loaded.model, answer_worker._Embedded)
 
     def fail(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
         if len(kwargs["input_ids"]) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    loaded.answers.model_with().register_forward_pre_hook(fail, with_kwargs=True)
+    loaded.model.answers.model_with().register_forward_pre_hook(fail, with_kwargs=True)
     again = _generator(base, tmp_path / "two", PickledModels())
     assert again.answer("x", _prompts(again, 3), 4) == whole
     assert isinstance(again.reporter, Listener)
@@ -219,11 +187,3 @@ def test_base_of_another_machine_is_checked(base: Base, tmp_path: Path) -> None:
     hub = replace(base, spec="someone/some-base", commit="0" * 40)
     with pytest.raises(UserError, match=r"hf download someone/some-base --revision 0{40}"):
         base_here(hub)
-
-
-def test_vllm_is_refused_on_a_cluster_and_not_chosen() -> None:
-    config = Config.model_validate({"evaluate": {"engine": "vllm"}})
-    with pytest.raises(UserError, match="vLLM does not answer on a cluster"):
-        answer_engine(config, "none", workers="cuda")
-    assert answer_engine(Config(), "none", workers="cuda").why == "vLLM does not answer on a cluster"
-    assert answer_engine(Config(), "none", workers="cpu").name == "peft"

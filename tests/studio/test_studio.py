@@ -243,7 +243,7 @@ def test_uploaded_file_is_checked_and_added(browser: Browser, project: Path) -> 
 
 def test_project_page_names_the_next_step(browser: Browser, project: Path) -> None:
     page = browser.get("/")
-    assert "not reviewed" in page and "tunewright train" in page
+    assert "Not reviewed" in page and "tunewright train" in page
     assert "Compare blind" in page
     (project / "tunewright.yaml").write_text("name: [")
     refused = browser.client.get("/")
@@ -265,6 +265,7 @@ def test_job_runs_and_its_log_is_kept(browser: Browser, project: Path) -> None:
     with browser.client.stream("GET", f"/jobs/{job.id}/events") as events:
         text = "".join(events.iter_text())
     assert "nowhere" in text and text.rstrip().endswith("data: failed")
+    assert "data: Error: " in text and '"level"' not in text, "the page has the log as text"
     assert (job.state, job.exit_code) == ("failed", 2)
     assert "failed" in browser.get("/")
     assert browser.send("/jobs", "/", command="rm -rf").status_code == 400

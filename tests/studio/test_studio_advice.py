@@ -24,7 +24,12 @@ from tunewright.studio.pages import HANDLERS
             Advice("Delete the rows.", ("/review", "Review"), "Or correct them in `tunewright data review`."),
         ),
         ("Use --restore to add them.", Advice("", None, "Use --restore to add them.")),
-        ("Set data.split_by: input-output.", Advice("Set data.split_by: input-output.", None, "")),
+        ("Set data.split_by: input.", Advice("", None, "", "Set data.split_by: input.")),
+        (
+            "Add pairs. Set train.epochs lower. Or pass --force.",
+            Advice("Add pairs.", None, "Or pass --force.", "Set train.epochs lower."),
+        ),
+        ("Look at data.csv and train.py.", Advice("Look at data.csv and train.py.", None, "")),
         ("Trust it: tunewright keys trust ann", Advice("", None, "Trust it: tunewright keys trust ann")),
     ],
 )

@@ -64,8 +64,11 @@ def test_empty_folder_becomes_a_dataset_without_a_terminal(
     assert again.url.path == "/" and "has a project already" in again.text
 
     asked = browser.upload("faq.csv", _csv(120))
-    assert "Unknown columns" in asked.text and "cannot be added like this" in asked.text
-    assert "choose the columns" in asked.text and "(choose a column)" in asked.text and "--input" not in asked.text
+    assert "Which column is the question, and which is the answer?" in asked.text
+    assert 'role="alert"' not in asked.text and "Unknown columns" not in asked.text and "--input" not in asked.text
+    assert "cannot be added" not in asked.text and len(re.findall("<select [^>]* required>", asked.text)) == 2
+    half = browser.get("/data/check?file=faq.csv&input=question")
+    assert "One column is missing" in half and '<option value="question" selected>' in half
     for column in ("id", "question", "reply"):
         assert f'<option value="{column}">' in asked.text
     for row in pairs(3):
@@ -73,7 +76,7 @@ def test_empty_folder_becomes_a_dataset_without_a_terminal(
     chosen = "/data/check?file=faq.csv&input=question&output=reply"
     checked = browser.get(chosen)
     assert "<dd>120</dd><dt>new rows</dt>" in checked
-    assert 'question <span class="tag">input</span>' in checked
+    assert 'question <span class="tag">question</span>' in checked
     added = browser.send("/data/add", chosen, input="question", output="reply", message="the help desk's export")
     assert "is new: 120 rows." in added.text and 'href="/review">Review a random sample' in added.text
     version = library.open(folder).data.version()
@@ -81,6 +84,51 @@ def test_empty_folder_becomes_a_dataset_without_a_terminal(
         (row["prompt"], row["completion"]) for row in pairs(120)
     }
     assert version.manifest.message == "the help desk's export"
+
+
+def _queries(count: int) -> bytes:
+    """Questions with answers of few forms, which differ in a quoted word and a number."""
+    forms = [f"SELECT {a} FROM {b} WHERE {c} = '%s' LIMIT %d" for a in "pqrst" for b in "uv" for c in "xyz"]
+    text = io.StringIO()
+    table = csv.writer(text)
+    table.writerow(["prompt", "completion"])
+    for n, row in enumerate(pairs(count)):
+        table.writerow([row["prompt"], forms[n % len(forms)] % (row["completion"].split()[0], n)])
+    return text.getvalue().encode()
+
+
+def test_split_by_the_form_of_answers_is_chosen_where_its_warning_is(
+    browser: Browser, tmp_path: Path, tiny_base_folder: Path
+) -> None:
+    folder = tmp_path / "Help Desk"
+    browser.send("/new", "/new", name="desk", choice="other", base_model=str(tiny_base_folder))
+    page = unescape(browser.upload("queries.csv", _queries(150)).text)
+    assert "output template that training rows have" in page
+    # The key of the config stands behind the words, and the choice is on the page.
+    assert "<code>tunewright.yaml</code>: Set data.split_by" in page
+    check = "/data/check?file=queries.csv"
+    assert browser.send("/data/split-by", check, split_by="size").status_code == 400
+    chosen = browser.send("/data/split-by", check, split_by="output_template")
+    assert chosen.url.path == "/data/check" and "stay in one split too" in chosen.text
+    assert load_config(folder / "tunewright.yaml").data.split_by == "output_template"
+    assert "output template that training rows have" not in chosen.text and "test clusters" in chosen.text
+    back = browser.send("/data/split-by", check, split_by="input")
+    assert load_config(folder / "tunewright.yaml").data.split_by == "input" and "output template that" in back.text
+    browser.send("/data/split-by", check, split_by="output_template")
+    late = browser.client.get(check).text
+    added = browser.send("/data/add", check)
+    assert "is new: 150 rows." in added.text
+    splits: dict[str, set[str]] = {}
+    for member in library.open(folder).data.version().members:
+        splits.setdefault(re.sub(r"'.*?'|\d+", "", member.example.output), set()).add(member.split)
+    assert len(splits) == 30 and all(len(each) == 1 for each in splits.values())
+    token = late.partition('name="form_token" value="')[2].partition('"')[0]
+    refused = browser.client.post(
+        "/data/split-by", data={"form_token": token, "file": "queries.csv", "split_by": "input"}
+    )
+    assert "Nothing was set" in refused.text
+    assert load_config(folder / "tunewright.yaml").data.split_by == "output_template"
+    assert "/data/split-by" not in browser.get(check)
 
 
 def test_init_with_name_and_base_writes_what_the_page_writes(
@@ -165,7 +213,9 @@ def test_sheet_of_a_workbook_is_chosen(project: Path) -> None:
     book.save(content)
     with restarted(project) as browser:
         asked = browser.upload("desk.xlsx", content.getvalue()).text
-        assert "Several sheets have rows" in asked and '<option value="June">' in asked
+        assert "Which sheet has the pairs?" in asked and '<option value="June">' in asked
+        assert 'role="alert"' not in asked and "--sheet" not in asked
+        assert "Which column is the question" in browser.get("/data/check?file=desk.xlsx&sheet=June")
         checked = browser.get("/data/check?file=desk.xlsx&sheet=June&input=question&output=reply")
         assert "June " in checked and "<dd>6</dd><dt>new rows</dt>" in checked
 
@@ -180,7 +230,7 @@ def test_corrected_copy_lists_its_changes_and_keeps_the_file(project: Path) -> N
         fixed = browser.send("/data/fix", "/data/check?file=chat.jsonl")
         assert fixed.url.params["file"] == "chat-corrected.jsonl"
         assert "Wrote chat-corrected.jsonl." in fixed.text and '<th scope="row">4</th><td>left out: ' in fixed.text
-        assert "user: q a assistant: a" in fixed.text and "&#39;role&#39;" not in fixed.text
+        assert "Question: q a Answer: a" in fixed.text and "&#39;role&#39;" not in fixed.text
         again = browser.send("/data/fix", "/data/check?file=chat.jsonl")
         assert again.status_code == 400 and "exists already" in again.text
     assert (project / "uploads" / "chat.jsonl").read_bytes() == content

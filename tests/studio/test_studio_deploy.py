@@ -16,7 +16,7 @@ import pytest
 from states import Clock, reservation
 
 import tunewright as library
-from browser import AXE, EXECUTABLE, axe_faults, chromium, faults, show, signed_in
+from browser import AXE, EXECUTABLE, axe_faults, chromium, faults, show, signed_in, wait_for
 from command_line import tiny_project, tunewright
 from factories import make_evidence, make_items, with_contrast
 from tunewright.adapters.registry import Adapter, list_adapters
@@ -186,6 +186,7 @@ def test_adapter_goes_live_by_a_form_and_its_release_is_the_command_lines(browse
     assert (job.state, job.exit_code) == ("done", 0), job.log.read_text()
     (release,) = library.open(project).releases("courts")
     assert (release.adapter, release.digest, release.grounds.verdict) == (good.name, good.digest, "ship")
+    assert release.author == "ada", "the job records the name at the top right"
     assert release.grounds.isolation is not None and release.grounds.serving is not None
     page = browser.get("/deploy/courts")
     assert good.digest[:12] in page and "isolated on peft" in page and "passed on peft" in page
@@ -237,7 +238,9 @@ def test_trials_end_by_rollback_and_undeploy_needs_the_current_page(browser: Vis
     assert refused.status_code == 400 and "has changed meanwhile" in refused.text
     ended = browser.sent("/deploy/courts", "/deploy/courts/undeploy", because="mistyped <b>")
     assert "answers nothing from release 4" in ended and "nothing: mistyped <b>" in ended
-    assert [each.action for each in library.open(project).releases()] == ["deploy", "canary", "rollback", "undeploy"]
+    releases = library.open(project).releases()
+    assert [each.action for each in releases] == ["deploy", "canary", "rollback", "undeploy"]
+    assert [each.author for each in releases] == ["ann", "ann", "ada", "ada"]
     assert "answers with" in browser.sent("/deploy/courts", "/deploy/courts/rollback", to="1")
     assert browser.send("/deploy/courts", "/deploy/courts/rollback", to="--x").status_code == 400
 
@@ -299,8 +302,12 @@ def test_key_is_shown_once_and_in_no_later_page_log_or_cookie(browser: Visitor, 
 
 def test_tenant_forms_do_what_the_command_line_does(browser: Visitor, project: Path) -> None:
     browser.sent("/tenants", "/tenants", name="acme", aliases="courts", requests="60")
-    browser.sent("/tenants/acme", "/tenants/acme/aliases", aliases="recipes laws", action="grant")
-    browser.sent("/tenants/acme", "/tenants/acme/aliases", aliases="courts", action="revoke")
+    before = browser.hidden("/tenants/acme", "/tenants/acme/aliases")
+    changed = browser.sent("/tenants/acme", "/tenants/acme/aliases", aliases="recipes laws")
+    assert "acme may call recipes, laws and no longer calls courts" in changed
+    second_tab = browser.client.post("/tenants/acme/aliases", data=before | {"alias courts": "on"})
+    assert second_tab.status_code == 400 and "changed meanwhile" in second_tab.text
+    assert browser.send("/tenants/acme", "/tenants/acme/aliases", aliases="no/name").status_code == 400
     stale = browser.hidden("/tenants/acme", "/tenants/acme/limits")
     browser.sent("/tenants/acme", "/tenants/acme/limits", requests="none", tokens="10000", concurrency="4")
     late = browser.client.post("/tenants/acme/limits", data=stale | {"requests": "1"})
@@ -324,6 +331,41 @@ def test_tenant_forms_do_what_the_command_line_does(browser: Visitor, project: P
     assert (acme["aliases"], acme["keys"]) == ([], 0)
     audit = browser.get("/audit?verify=1")
     assert "all as written" in audit and "tenant.limit" in audit
+
+
+def test_live_aliases_are_ticked_for_tenants_and_keys(browser: Visitor, project: Path) -> None:
+    good = _good(project)
+    with _state(project) as state:
+        for alias in ("courts", "laws", "old"):
+            state.releases.deploy(alias, good.name, good.digest, GROUNDS)
+        state.releases.undeploy("old")
+    page = browser.get("/tenants")
+    assert re.findall('name="alias ([^"]*)"', page) == ["courts", "laws"]
+    browser.sent("/tenants", "/tenants", name="acme", **{"alias courts": "on", "aliases": "recipes"})
+    page = browser.get("/tenants/acme")
+    assert re.findall('name="alias ([^"]*)" checked', page) == ["courts", "recipes"]
+    assert "recipes <span" in page and "nothing answers it now" in page and "laws <span" not in page
+    ticked = {"alias courts": "on", "alias laws": "on"}
+    browser.sent("/tenants/acme", "/tenants/acme/aliases", **ticked)
+    assert library.open(project).tenant.get("acme").aliases == ("courts", "laws")
+    shown = browser.send("/tenants/acme", "/tenants/acme/keys", **{"alias laws": "on"})
+    assert 'readonly autocomplete="off" value="laws"' in shown.text and 'value="courts"' not in shown.text
+    (key,) = library.open(project).tenant.key.list("acme")
+    assert key.aliases == ("laws",)
+    assert "Nothing was changed" in browser.sent("/tenants/acme", "/tenants/acme/aliases", **ticked)
+
+
+def test_release_names_its_time_and_its_author(browser: Visitor, project: Path) -> None:
+    good, clock = _good(project), Clock()
+    clock.now = 1_764_403_200.0
+    with _state(project, clock) as state:
+        state.releases.deploy("courts", good.name, good.digest, GROUNDS)
+        clock.now += 60
+        state.releases.start_candidate("courts", Candidate("tiny-000000000bad", "bad0" * 16, 0.1), GROUNDS)
+    for path in ("/deploy/courts", "/"):
+        page = browser.get(path)
+        assert ("Released 2025-11-29 08:00 UTC by ann" if path != "/" else "On trial since") in page
+    assert "On trial since 2025-11-29 08:01 UTC by ann" in browser.get("/deploy")
 
 
 def test_usage_is_drawn_by_day_also_after_a_roll_up(browser: Visitor, project: Path) -> None:
@@ -376,7 +418,7 @@ def test_server_runs_next_to_another_job_and_shows_how_to_ask_it(browser: Visito
     server = _jobs(project).find(sent.url.path.rpartition("/")[2])
     _wait_for(lambda: server.state != "running" or "Serving at" in server.log.read_text())
     page = browser.get(f"/jobs/{server.id}")
-    (address,) = set(re.findall(r"http://127\.0\.0\.1:\d+/v1(?=</code>)", page))
+    (address,) = set(re.findall(r'value="(http://127\.0\.0\.1:\d+/v1)"', page))
     models = [each["id"] for each in httpx.get(f"{address}/models").json()["data"]]
     assert f'"model": "{models[-1]}"' in page and "Authorization" not in page
     other = _jobs(project).start("verdict", "0" * 11 + "1")
@@ -411,5 +453,9 @@ def test_pages_of_releases_and_tenants_fit_and_can_be_read(browser: Visitor, pro
                 assert not AXE.exists() or axe_faults(page) == [], path
         show(page, "/tenants/acme", width=360)
         page.click("form[action$='/keys'] button")
-        assert page.inner_text("#secret").startswith("tw_")
+        assert page.input_value("#secret").startswith("tw_")
+        page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        page.click("[data-copy=secret]")
+        wait_for(page.locator("[data-copy=secret]")).to_have_text("Copied")
+        assert page.evaluate("navigator.clipboard.readText()") == page.input_value("#secret")
         assert faults(page) == []

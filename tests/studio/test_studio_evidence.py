@@ -52,8 +52,14 @@ def _numbers(html: str) -> list[int]:
 def test_evaluation_is_shown_with_its_verdict_and_contrasts(browser: Browser, items: list[Item]) -> None:
     assert f"/evidence/{EVALUATION}" in browser.get("/evidence")
     page = unescape(browser.get(f"/evidence/{EVALUATION}"))
-    for reason in verdict(make_evidence(items)).reasons:
+    found = verdict(make_evidence(items))
+    for reason in found.reasons:
         assert reason in page
+    for path in ("/", "/evidence", f"/evidence/{EVALUATION}"):
+        shown = unescape(browser.get(path))
+        # The plain words first; the test's name is folded behind them and explained.
+        assert shown.index(found.summary) < shown.index("<summary>Interval and test") < shown.index("(exact McNemar")
+        assert "<dt>McNemar</dt>" in shown
     assert "tuned − retrieved-4" in page and f"/report/{EVALUATION}" in page
 
 

@@ -130,6 +130,6 @@ def test_row_page_shows_the_versions_reviews_adapters_and_evaluations_that_saw_i
     assert f"seen-1: {'trained' if row.split == 'train' else row.split}" in history
     assert "unseen-2" not in history
     assert f'href="/report/{EVALUATION}"' in history
-    assert "Replaces, with the same input" in history
+    assert "Replaces, with the same question" in history
     other = browser.get(f"/rows/{next(m.key for m in data.version().members if m.example.output == 'a model')}")
     assert "generated.jsonl:1" in other and "No evaluation has measured on the row." in other

@@ -293,7 +293,7 @@ class Project(EvaluationsApi):
         Raises:
             UserError: the budget is not positive or is too small for one trial, or a learning rate is invalid.
         """
-        from tunewright.config.edit import write_train
+        from tunewright.config.edit import write_section
         from tunewright.config.project import CONFIG_FILE
         from tunewright.training.sweep.sweep import Sweep
 
@@ -306,7 +306,7 @@ class Project(EvaluationsApi):
             result = sweep.run(minutes)
         written: dict[str, Any] = {}
         if write and result.winner is not None:
-            written = write_train(self.folder.root / CONFIG_FILE, result.winner.train)
+            written = write_section(self.folder.root / CONFIG_FILE, result.winner.train)
             if not written:
                 self.reporter.say("tunewright.yaml already has the winner's values.")
         elif write:
@@ -482,6 +482,7 @@ class Project(EvaluationsApi):
         auth: bool = True,
         engine: EngineName | None = None,
         replicas: int | None = None,
+        max_replicas: int | None = None,
         system_prompts: bool = True,
         constrain: bool = False,
     ) -> Service:
@@ -501,6 +502,7 @@ class Project(EvaluationsApi):
             metrics_host: overrides the config.
             engine: overrides the config.
             replicas: overrides the config.
+            max_replicas: overrides the config.
             auth: False accepts every client that can reach the address, without a key; only without tenants.
             system_prompts: add the adapter's trained system prompt to requests without one; False only
                 without tenants.
@@ -520,6 +522,7 @@ class Project(EvaluationsApi):
             "metrics_host": metrics_host,
             "engine": engine,
             "replicas": replicas,
+            "max_replicas": max_replicas,
         }
         own = {name: value for name, value in given.items() if value is not None}
         config = self.folder.config
@@ -527,9 +530,16 @@ class Project(EvaluationsApi):
         return open_service(self, adapters, served, auth=auth, system_prompts=system_prompts, constrain=constrain)
 
     def self_test(
-        self, adapters: Sequence[str] = (), *, engine: EngineName | None = None, replicas: int | None = None
+        self,
+        adapters: Sequence[str] = (),
+        *,
+        engine: EngineName | None = None,
+        replicas: int | None = None,
+        max_replicas: int | None = None,
     ) -> IsolationResult:
         """Run the isolation test on the base and the adapters that :meth:`serve` would serve.
+
+        If the number of replicas follows the load, the largest number is tested.
 
         The probes are dev items of the current version, if there is one, and general questions.
 
@@ -538,7 +548,7 @@ class Project(EvaluationsApi):
         """
         from tunewright.api.isolation import open_self_test, probe_prompts
 
-        return open_self_test(self, adapters, engine, replicas).run(probe_prompts(self))
+        return open_self_test(self, adapters, engine, replicas, max_replicas).run(probe_prompts(self))
 
     def _refuse_up_front(self, new_adapters_of: str | None = None) -> None:
         """Refuse a config that cannot be trained, before a base is downloaded or anything measured.

@@ -51,19 +51,14 @@ class ProjectContext:
         return open_workers(self.folder.config, self.reporter)
 
     def model_workers(self) -> AbstractContextManager[ModelWorkers | None]:
-        """Return the workers of ``compute.cluster`` that answer prompts, to be entered; None without a cluster.
-
-        Raises:
-            UserError: the config has the answers computed by vLLM.
-        """
+        """Return the workers of ``compute.cluster`` that answer prompts, to be entered; None without a cluster."""
         config = self.folder.config
         if config.compute.cluster is None:
             return nullcontext()
         from tunewright.compute import open_model_workers
-        from tunewright.engines.choice import refuse_vllm_on_cluster
+        from tunewright.evaluation.answer_worker import unload
 
-        refuse_vllm_on_cluster(config)
-        return open_model_workers(config, base_here, self.base, self.reporter)
+        return open_model_workers(config, base_here, self.base, unload, self.reporter)
 
     @contextmanager
     def trainings(self) -> Iterator[Trainings]:

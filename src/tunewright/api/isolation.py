@@ -75,18 +75,23 @@ def probe_prompts(opened: ProjectContext) -> list[tuple[int, ...]]:
 
 
 def open_self_test(
-    opened: ProjectContext, names: Sequence[str], engine: EngineName | None, replicas: int | None
+    opened: ProjectContext,
+    names: Sequence[str],
+    engine: EngineName | None,
+    replicas: int | None,
+    max_replicas: int | None,
 ) -> IsolationRunner:
-    """Return the isolation test of the adapters that ``Project.serve`` would serve, over as many replicas.
+    """Return the isolation test of the adapters that ``Project.serve`` would serve, over as many replicas at most.
 
     Raises:
         UserError: as for ``Project.serve``.
     """
+    from tunewright.serving.engines.scaling import largest_number
     from tunewright.serving.isolation.runner import IsolationRunner
 
     project, config = opened.folder, opened.folder.config
-    if replicas is not None:
-        config = _with_replicas(config, replicas)
+    number = largest_number(replicas or config.serve.replicas, max_replicas or config.serve.max_replicas)
+    config = _with_replicas(config, number)
     held, folders, spare = None, {}, 0
     if config.serve.database_url is not None or project.serving_state.exists():
         with opened.state() as state:
@@ -105,7 +110,8 @@ def open_self_test(
 def _with_replicas(config: Config, replicas: int, *, limited: bool = True) -> Config:
     """Return the config with this number of replicas, and without a limit of their adapters unless it is kept."""
     limit = config.serve.adapters_per_replica if limited else None
-    serve = config.serve.model_copy(update={"replicas": replicas, "adapters_per_replica": limit})
+    fixed = {"replicas": replicas, "max_replicas": None, "adapters_per_replica": limit}
+    serve = config.serve.model_copy(update=fixed)
     return config.model_copy(update={"serve": serve})
 
 

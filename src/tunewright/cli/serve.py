@@ -96,6 +96,15 @@ def serve(
             show_default="serve.replicas in the config",
         ),
     ] = None,
+    max_replicas: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=64,
+            help="Largest number of engines, which follows the load between --replicas and this one.",
+            show_default="serve.max_replicas in the config",
+        ),
+    ] = None,
     self_test: Annotated[
         bool,
         typer.Option(
@@ -112,7 +121,7 @@ def serve(
     """
     kind: EngineName | None = engine.value if engine else None
     if self_test:
-        result = run.project.self_test(adapters or (), engine=kind, replicas=replicas)
+        result = run.project.self_test(adapters or (), engine=kind, replicas=replicas, max_replicas=max_replicas)
         run.show(result.as_dict(), *isolation_table(result, len(result.models) - 1))
         return EXIT_CODES[result.verdict]
     service = run.project.serve(
@@ -124,6 +133,7 @@ def serve(
         auth=not no_auth,
         engine=kind,
         replicas=replicas,
+        max_replicas=max_replicas,
         system_prompts=not no_system_prompt,
         constrain=constrain,
     )

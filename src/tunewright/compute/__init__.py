@@ -40,7 +40,7 @@ def open_workers(config: Config, reporter: Reporter) -> Iterator[Workers]:
 
 @contextmanager
 def open_model_workers(
-    config: Config, check: Callable[[Needed], object], needed: Needed, reporter: Reporter
+    config: Config, check: Callable[[Needed], object], needed: Needed, release: Callable[[], object], reporter: Reporter
 ) -> Iterator[ModelWorkers]:
     """Yield the workers of ``compute.cluster`` that keep a model each: one for each GPU.
 
@@ -51,6 +51,8 @@ def open_model_workers(
         config: names a cluster.
         check: a function of a module, which every machine calls with ``needed`` before any work.
         needed: what every machine needs.
+        release: a function of a module, which a process calls before it is ended. It frees what would outlive the
+            process: its own processes and files.
         reporter: is warned of lost workers.
 
     Raises:
@@ -61,7 +63,7 @@ def open_model_workers(
 
     from tunewright.compute.model_workers import open_actors
 
-    with open_actors(config, torch.get_num_threads(), check, needed, reporter) as workers:
+    with open_actors(config, torch.get_num_threads(), check, needed, release, reporter) as workers:
         yield workers
 
 
@@ -87,13 +89,14 @@ def open_group(config: Config, reporter: Reporter) -> Iterator[WorkerGroup | Non
 
 @contextmanager
 def open_hosts(
-    config: Config, count: int, check: Callable[[Needed], object], needed: Needed, reporter: Reporter
+    config: Config, count: int, largest: int, check: Callable[[Needed], object], needed: Needed, reporter: Reporter
 ) -> Iterator[Hosts]:
-    """Yield room for ``count`` objects on the machines of ``compute.cluster``.
+    """Yield the machines of ``compute.cluster`` as places for ``count`` objects at least.
 
     Args:
         config: names a cluster.
         count: each occupies a GPU, or a CPU if the cluster has no GPU.
+        largest: there may be as many later, for which machines may join the cluster.
         check: a function of a module, which every machine calls with ``needed`` before any work.
         needed: what every machine needs.
         reporter: is warned of lost objects.
@@ -104,7 +107,7 @@ def open_hosts(
     _require_ray()
     from tunewright.compute import hosts
 
-    with hosts.open_hosts(config, count, check, needed, reporter) as found:
+    with hosts.open_hosts(config, count, largest, check, needed, reporter) as found:
         yield found
 
 

@@ -6,12 +6,13 @@ import asyncio
 import os
 import socket
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager, suppress
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from tunewright.compute.cluster import (
     WHERE,
@@ -26,7 +27,7 @@ from tunewright.compute.cluster import (
 )
 from tunewright.config import Config
 from tunewright.core.errors import UserError
-from tunewright.core.progress import Reporter
+from tunewright.core.progress import Reporter, duration
 from tunewright.core.text import count_of
 
 PROBE_SECONDS = 2.0
@@ -47,9 +48,9 @@ class HostLostError(Exception):
 
 @contextmanager
 def open_hosts(
-    config: Config, count: int, check: Callable[[Needed], object], needed: Needed, reporter: Reporter
+    config: Config, count: int, largest: int, check: Callable[[Needed], object], needed: Needed, reporter: Reporter
 ) -> Iterator[Hosts]:
-    """Connect to the cluster of ``compute.cluster``, check it, and yield room for ``count`` objects.
+    """Connect to the cluster of ``compute.cluster``, check it, and yield room for ``count`` objects at least.
 
     Raises:
         UserError: as for :func:`tunewright.compute.open_hosts`.
@@ -67,10 +68,17 @@ def open_hosts(
         require_equal(machines, text)
         for _ in asked(machines, check, needed, seconds=_CHECK_SECONDS):
             pass
-        reporter.say(
-            f"Cluster: {count_of(len(machines), 'machine')}, {count_of(count, 'replica')} with one {kind} each"
-        )
-        yield Hosts(kind, text, reporter)
+        number = count_of(count, "replica") if count == largest else f"{count} to {largest} replicas"
+        reporter.say(f"Cluster: {count_of(len(machines), 'machine')}, {number} with one {kind} each")
+        if found < largest:
+            reporter.warn(
+                f"The cluster has {count_of(found, kind)} now: more than {found} replicas need more machines."
+            )
+        hosts = Hosts(kind, text, reporter)
+        try:
+            yield hosts
+        finally:
+            hosts.give_up()
 
 
 class Hosts:
@@ -85,6 +93,11 @@ class Hosts:
         self._kind = kind
         self._config = config
         self._reporter = reporter
+        self._given_up = threading.Event()
+
+    def give_up(self) -> None:
+        """End the starts in progress, and refuse further ones."""
+        self._given_up.set()
 
     def start(self, name: str, make: Callable[[Any], Any], setting: Any) -> Host:
         """Start an object on a machine with room, and wait until it is made.
@@ -95,15 +108,19 @@ class Hosts:
                 ``healthy``; if not, its process is started again.
 
         Raises:
-            UserError: the machine has another image, or ``make`` has raised it.
+            UserError: no machine had room in time, the machine has another image, or ``make`` has raised it.
         """
+        if ray.available_resources().get(self._kind, 0) < 1:
+            self._reporter.warn(
+                f"{name} waits for a machine with a free {self._kind}, for {duration(START_SECONDS)} at most."
+            )
         resources: dict[str, Any] = {"num_gpus": 1} if self._kind == "GPU" else {"num_cpus": 1}
         actor = (
             ray.remote(_Process)
             .options(max_restarts=-1, max_concurrency=1000, scheduling_strategy="SPREAD", **resources)
             .remote()
         )
-        return Host(name, actor, (image(self._config), self._config, make, setting), self._reporter)
+        return Host(name, actor, (image(self._config), self._config, make, setting), self._reporter, self._given_up)
 
 
 class Host:
@@ -115,7 +132,9 @@ class Host:
         restore: called after a restart, before it answers again; it may call :meth:`call`.
     """
 
-    def __init__(self, name: str, actor: Any, making: tuple[Any, ...], reporter: Reporter) -> None:
+    def __init__(
+        self, name: str, actor: Any, making: tuple[Any, ...], reporter: Reporter, given_up: threading.Event
+    ) -> None:
         self.restarts = 0
         self.failure_reason: str | None = f"{name} is starting."
         self.restore: Callable[[], None] = lambda: None
@@ -123,6 +142,7 @@ class Host:
         self._actor = actor
         self._making = making
         self._reporter = reporter
+        self._given_up = given_up
         self._stopping = threading.Event()
         try:
             self._begin()
@@ -172,8 +192,15 @@ class Host:
 
     def _begin(self) -> None:
         """Have the process make the object."""
+        begun = self._actor.begin.remote(*self._making)
+        until = time.monotonic() + START_SECONDS
         try:
-            ray.get(self._actor.begin.remote(*self._making), timeout=START_SECONDS)
+            while not ray.wait([begun], timeout=1)[0]:
+                if self._given_up.is_set():
+                    raise UserError(f"{self._name} was not started: the server is shutting down")
+                if time.monotonic() > until:
+                    raise GetTimeoutError
+            ray.get(begun)
         except RayTaskError as error:
             if isinstance(error.cause, UserError):
                 raise error.cause from None

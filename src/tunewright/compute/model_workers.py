@@ -18,6 +18,7 @@ from tunewright.compute.cluster import (
     CHECK_S,
     WHERE,
     Image,
+    Node,
     asked,
     connected,
     image,
@@ -32,16 +33,22 @@ from tunewright.config import Config
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.core.text import count_of
-from tunewright.core.workers import ModelWorkers, Needs, Part, Result, Shared
+from tunewright.core.workers import ModelWorkers, Needs, Part, Result, Shared, WorkerFailedError
 
 _WAITS = "this command waits for one."
+_RELEASE_S = 30.0  # for a process to free what it holds: vLLM ends within 25 s
 
 Needed = TypeVar("Needed")
 
 
 @contextmanager
 def open_actors(
-    config: Config, threads: int, check: Callable[[Needed], object], needed: Needed, reporter: Reporter
+    config: Config,
+    threads: int,
+    check: Callable[[Needed], object],
+    needed: Needed,
+    release: Callable[[], object],
+    reporter: Reporter,
 ) -> Iterator[ModelWorkers]:
     """Connect to the cluster that the config names, check it, and yield its workers with models.
 
@@ -64,7 +71,7 @@ def open_actors(
         if ray.available_resources().get("GPU" if device == "cuda" else "CPU", 0) < 1:
             reporter.warn(f"Other work uses every {'GPU' if device == 'cuda' else 'CPU'} of the cluster: {_WAITS}")
         reporter.say(f"Cluster: {count_of(count, 'worker')} with {'a GPU' if device == 'cuda' else unit}")
-        workers = _Actors(count, "cuda" if device == "cuda" else "cpu", threads, image(text), text, reporter)
+        workers = _Actors(machines, count, device == "cuda", threads, image(text), text, release, reporter)
         try:
             yield workers
         finally:
@@ -104,26 +111,41 @@ class _Actor:
             self._shared = (name, ray.get(held[0]))
         return ray.get_runtime_context().get_node_id(), compute(self._shared[1], part)
 
+    def release(self, release: Callable[[], object]) -> None:
+        """Free what would outlive the process."""
+        release()
+
 
 class _Actors:
     """The workers, started with the first part.
 
     Args:
+        machines: those that have room for workers.
         count: number of parts computed at once.
-        device: where the models are.
-        threads: of a worker on a CPU.
+        gpus: each worker has one.
+        threads: of a worker without one.
         ours: the image that every machine must have.
         config: the config, as the image's.
+        release: called by a worker before it is ended.
         reporter: is warned of lost workers.
     """
 
     def __init__(
-        self, count: int, device: Literal["cpu", "cuda"], threads: int, ours: Image, config: str, reporter: Reporter
+        self,
+        machines: Sequence[Node],
+        count: int,
+        gpus: bool,
+        threads: int,
+        ours: Image,
+        config: str,
+        release: Callable[[], object],
+        reporter: Reporter,
     ) -> None:
         self.count = count
-        self.device = device
-        self.threads = threads if device == "cpu" else None
-        self._needs = Needs(threads) if device == "cpu" else Needs(1, 1)
+        self.device: Literal["cpu", "cuda"] = "cuda" if gpus else "cpu"
+        self.threads = None if gpus else threads
+        self._machines, self._release = machines, release
+        self._needs = Needs(1, 1) if gpus else Needs(threads)
         room = {"num_cpus": self._needs.cpus, "num_gpus": self._needs.gpus}
         # No restarts by Ray: it would have a part wait for a machine that does not come back.
         options = {**room, "max_restarts": 0, "max_task_retries": 0, "scheduling_strategy": "SPREAD"}
@@ -132,6 +154,10 @@ class _Actors:
         self._idle: list[tuple[str, Any]] = []  # with their machines
         self._starting: dict[Any, Any] = {}
         self._failed = 0
+
+    def ask(self, question: Callable[[Shared], Result], needed: Shared) -> Sequence[tuple[str, Result]]:
+        """Return each machine's answer."""
+        return list(asked(self._machines, question, needed, seconds=CHECK_S))
 
     def each(
         self, compute: Callable[[Shared, Part], Result], shared: Shared, parts: Sequence[Part], nothing: Part
@@ -154,16 +180,17 @@ class _Actors:
                     self._started(done)
                     continue
                 actor, number = running.pop(done)
-                result = _result(done)
-                if result is None:
+                try:
+                    machine, result = _result(done)
+                except _LostError as error:
+                    self._forget(actor, error, "The cluster lost a worker: its part is computed again by another.")
                     lost[number] += 1
                     if lost[number] > RETRIES:
-                        raise _lost()
+                        raise error.final from None
                     waiting.appendleft(number)
-                    self._forget_lost()
                     continue
-                self._idle.append((result[0], actor))
-                yield number, result[1]
+                self._idle.append((machine, actor))
+                yield number, result
                 require_head()
         except ConnectionError as error:  # of Ray's client
             what = f"The connection to the cluster is lost: {error}"
@@ -178,41 +205,77 @@ class _Actors:
             self._starting[actor.run.remote(compute, held, nothing)] = actor
 
     def _started(self, reference: Any) -> None:
-        actor, result = self._starting.pop(reference), _result(reference)
-        if result is not None:
-            self._idle.append((result[0], actor))
-            self._failed = 0
+        actor = self._starting.pop(reference)
+        try:
+            machine, _ = _result(reference)
+        except _LostError as error:
+            self._forget(actor, error, "The cluster lost a worker while it loaded the base.")
+            self._failed += 1
+            if self._failed > RETRIES:
+                raise error.final from None
             return
-        self._reporter.warn("The cluster lost a worker while it loaded the base.")
-        self._failed += 1
-        if self._failed > RETRIES:
-            raise _lost()
+        self._idle.append((machine, actor))
+        self._failed = 0
 
-    def _forget_lost(self) -> None:
-        """Forget the idle workers of lost machines."""
-        self._reporter.warn("The cluster lost a worker: its part is computed again by another.")
+    def _forget(self, actor: Any, error: _LostError, warning: str) -> None:
+        """Forget a lost worker, and the idle ones of lost machines."""
+        if error.failed is not None:
+            warning = f"{error.failed.what}\nAnother worker computes its part again."
+            _released([actor], self._release)
+            _end([actor])
+        self._reporter.warn(warning)
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         self._idle = [(machine, actor) for machine, actor in self._idle if machine in alive]
 
     def stop(self) -> None:
         """End the processes; the next part starts others."""
+        _released([actor for _, actor in self._idle], self._release)
         _end([*(actor for _, actor in self._idle), *self._starting.values()])
         self._idle, self._starting = [], {}
 
 
-def _result(reference: Any) -> tuple[str, Any] | None:
-    """Return a machine and the result of its part; None if the worker is lost."""
+class _LostError(Exception):
+    """A worker is lost, or cannot compute its part.
+
+    Args:
+        failed: the worker's reason; None: it has ended.
+    """
+
+    def __init__(self, failed: WorkerFailedError | None = None) -> None:
+        super().__init__()
+        self.failed = failed
+        fix = "Check its machines and their memory (ray status), and run the same command again."
+        ended = UserError(f"The cluster lost the workers of a part {RETRIES + 1} times", where=WHERE, fix=fix)
+        self.final: UserError = failed or ended
+
+
+def _result(reference: Any) -> tuple[str, Any]:
+    """Return a machine and the result of its part.
+
+    Raises:
+        _LostError: another worker has to compute it.
+    """
     require_head()
     try:
         found: tuple[str, Any] = ray.get(reference)
     except RayTaskError as error:
+        if isinstance(error.cause, WorkerFailedError):
+            raise _LostError(error.cause) from None
         if isinstance(error.cause, UserError):
             raise error.cause from None
         raise
     except RayError:
         require_head()
-        return None
+        raise _LostError from None
     return found
+
+
+def _released(actors: Sequence[Any], release: Callable[[], object]) -> None:
+    """Have idle workers free what would outlive them."""
+    if actors and ray.is_initialized() and has_head():
+        references = [actor.release.remote(release) for actor in actors]
+        with suppress(RayError):
+            ray.wait(references, num_returns=len(references), timeout=_RELEASE_S, fetch_local=False)
 
 
 def _end(actors: Sequence[Any]) -> None:
@@ -220,9 +283,3 @@ def _end(actors: Sequence[Any]) -> None:
         for actor in actors:
             with suppress(RayError):
                 ray.kill(actor)
-
-
-def _lost() -> UserError:
-    what = f"The cluster lost the workers of a part {RETRIES + 1} times"
-    fix = "Check its machines and their memory (ray status), and run the same command again."
-    return UserError(what, where=WHERE, fix=fix)

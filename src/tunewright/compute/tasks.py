@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -43,6 +44,7 @@ from tunewright.core.workers import ONE_CPU, Machine, Needs, Part, Result, Share
 _LOOK_S = 3.0  # between two looks at the head and the machines while a part is computed
 _REPLACED_S = 600.0  # for a lost machine to be replaced, if no other can do its work
 _STOP_S = 15.0  # for parts that are being stopped: a training saves its last step
+_BRIEF_S = 0.25  # parts of less time are sent more at once: each task takes some 15 ms more
 RETRIES = 3  # runs of a part after the first, if its machine or process is lost
 
 
@@ -62,8 +64,7 @@ def open_cluster(config: Config, reporter: Reporter) -> Iterator[Workers]:
         reporter.say(f"Cluster: {count_of(len(machines), 'machine')} with {count_of(cpus, 'CPU')}")
         if ray.available_resources().get("CPU", 0) < 1:
             reporter.warn("Other work uses every CPU of the cluster: this command waits for it.")
-        # More parts than CPUs, so that no worker waits for this process to send the next one.
-        yield _RayWorkers(machines, count, 2 * count if count == cpus else count, image(text), text, reporter)
+        yield _RayWorkers(machines, count, cpus, image(text), text, reporter)
 
 
 def _count(config: Config, cpus: int) -> int:
@@ -86,14 +87,28 @@ def _packed(value: Any) -> _Packed:
     because Ray's client cannot forward other buffers.
     """
     buffers: list[pickle.PickleBuffer] = []
-    parts = [memoryview(pickle.dumps(value, protocol=5, buffer_callback=buffers.append))]
+    with _no_collection():
+        parts = [memoryview(pickle.dumps(value, protocol=5, buffer_callback=buffers.append))]
     parts += [buffer.raw() for buffer in buffers]
     return [numpy.frombuffer(part, dtype=numpy.uint8) for part in parts]
 
 
 def _unpacked(packed: _Packed) -> Any:
     data, *arrays = packed
-    return pickle.loads(data.data, buffers=arrays)
+    with _no_collection():
+        return pickle.loads(data.data, buffers=arrays)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Have Python collect no cycles: some thousand new objects, none in a cycle, would have it look at all rows."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 class _RayWorkers:
@@ -102,7 +117,7 @@ class _RayWorkers:
     Args:
         nodes: the machines that were there at the start, as Ray describes them.
         count: number of parts computed at once, if each takes one CPU.
-        ahead: number of parts sent and not yet returned; it bounds the memory of this process and of the cluster.
+        cpus: number of CPUs, of which the parts use ``count``.
         ours: the image that every machine must have, those that join later too.
         config: the config, as the image's.
         reporter: is warned of parts that wait for a machine.
@@ -112,12 +127,13 @@ class _RayWorkers:
         self,
         nodes: Sequence[Node],
         count: int,
-        ahead: int,
+        cpus: int,
         ours: Image,
         config: str,
         reporter: Reporter,
     ) -> None:
-        self.count, self._ahead, self._image, self._config, self._nodes = count, ahead, ours, config, nodes
+        self.count, self._image, self._config, self._nodes = count, ours, config, nodes
+        self._limited = count < cpus
         self._reporter = reporter
         self.machines = [_machine(node) for node in nodes]
 
@@ -136,34 +152,39 @@ class _RayWorkers:
         needs: Needs = ONE_CPU,
     ) -> Iterator[Result]:
         """Yield the result of each part, in order."""
-        run = ray.remote(num_cpus=needs.cpus, num_gpus=needs.gpus, max_retries=RETRIES)(_run)
+        run = ray.remote(num_cpus=needs.cpus, num_gpus=needs.gpus, max_retries=RETRIES, num_returns=2)(_run)
         require_head()
         held = ray.put(_packed(shared))
-        source = iter(parts)
-        sent: deque[Any] = deque()
+        source, many = iter(parts), batch
+        sent: deque[_Sent] = deque()
         try:
-            while some := list(islice(source, batch)):
+            while some := list(islice(source, many)):
                 require_head()
-                sent.append(run.remote(self._image, self._config, step, [held], _packed(some)))
-                if len(sent) >= self._ahead:
-                    yield from self._taken(sent[0], task, needs)
-                    sent.popleft()
+                # Without free CPUs to limit them, a part begins once an earlier one has ended.
+                before = sent[-self.count].ended if self._limited and len(sent) >= self.count else None
+                packed = _packed(some)
+                sent.append(_Sent(*run.remote(self._image, self._config, step, [held], packed, before), len(some)))
+                # More parts than CPUs, so that no worker waits for this process; few, since they take memory.
+                if len(sent) >= 2 * self.count:
+                    results, seconds = self._taken(sent[0], task, needs)
+                    yield from results
+                    taken = sent.popleft()
+                    if batch > 1 and taken.parts == many and seconds < _BRIEF_S:
+                        many *= 2
             while sent:
-                yield from self._taken(sent[0], task, needs)
+                yield from self._taken(sent[0], task, needs)[0]
                 sent.popleft()
         finally:
             if sent and ray.is_initialized() and has_head():
-                _stop(list(sent))
+                _stop([part.answer for part in sent])
 
-    def _taken(self, reference: Any, task: Task, needs: Needs) -> list[Any]:
-        """Return the results of some parts, and count what they have done."""
-        collecting = gc.isenabled()
-        gc.disable()  # each of some thousand new objects would have it look at all rows
+    def _taken(self, sent: _Sent, task: Task, needs: Needs) -> tuple[list[Any], float]:
+        """Return the results of some parts, with the seconds that they took, and count what they have done."""
         try:
-            first_done([reference], needs, self._reporter)
+            first_done([sent.answer], needs, self._reporter)
             require_head()
-            packed, steps = ray.get(reference)
-            results = _unpacked(packed)
+            packed, steps, seconds = ray.get(sent.answer)
+            results: list[Any] = _unpacked(packed)
         except RayTaskError as error:
             if isinstance(error.cause, UserError):
                 raise error.cause from None
@@ -176,11 +197,17 @@ class _RayWorkers:
             what = f"The cluster lost a part of the work {RETRIES + 1} times: {type(error).__name__}"
             fix = "Check its machines and their memory (ray status), and run the same command again."
             raise UserError(what, where=WHERE, fix=fix) from None
-        finally:
-            if collecting:
-                gc.enable()
         task.advance(steps)
-        return list(results)
+        return results, seconds
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """Parts that a worker computes: the references to its answer and to their end, and their number."""
+
+    answer: Any
+    ended: Any
+    parts: int
 
 
 def first_done(references: Sequence[Any], needs: Needs, reporter: Reporter) -> Any:
@@ -234,13 +261,19 @@ _kept: dict[str, Any] = {}
 """In a worker: what the parts of the current step share, by its object's id. It is read once, not for each part."""
 
 
-def _run(expected: Image, config: str, step: Step[Any, Any, Any], held: list[Any], parts: _Packed) -> Any:
-    """Compute some parts in a worker, and count what they have done."""
+def _run(
+    expected: Image, config: str, step: Step[Any, Any, Any], held: list[Any], parts: _Packed, _before: None
+) -> tuple[Any, None]:
+    """Compute some parts in a worker; return their results, the steps done and the seconds, and that they ended."""
     require_same(expected, own_image(config), socket.gethostname())
     reference = held[0]
     name = reference.hex()
     if name not in _kept:
         _kept.clear()
+        gc.collect()
         _kept[name] = _unpacked(ray.get(reference))
+        gc.freeze()  # modules and what is shared: each later collection would look at them, in half of the time
     task = _Counter()
-    return _packed([step(_kept[name], part, task) for part in _unpacked(parts)]), task.steps
+    began = time.perf_counter()
+    packed = _packed([step(_kept[name], part, task) for part in _unpacked(parts)])
+    return (packed, task.steps, time.perf_counter() - began), None

@@ -353,6 +353,23 @@ class ServeConfig(Section):
             "an equal share of the processor's threads. A request goes to a replica that has its adapter in memory.",
         ),
     ] = 1
+    max_replicas: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            le=64,
+            description="Largest number of replicas: while the server runs, their number follows the load between "
+            "serve.replicas and this one (null: it is fixed).",
+        ),
+    ] = None
+    target_ttft_s: Annotated[
+        float,
+        Field(
+            gt=0,
+            description="With serve.max_replicas, target of the time to first token in seconds, with the time in the "
+            "queue: replicas are added while over a tenth of the requests wait longer.",
+        ),
+    ] = 2.0
     adapters_per_replica: Annotated[
         int | None,
         Field(
@@ -389,6 +406,12 @@ class ServeConfig(Section):
             "the environment."
         ),
     ] = None
+
+    @model_validator(mode="after")
+    def _room_to_grow(self) -> ServeConfig:
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(f"max_replicas is below replicas ({self.replicas})")
+        return self
 
 
 class Config(Section):

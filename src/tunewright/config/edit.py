@@ -7,16 +7,14 @@ from typing import Any
 
 import yaml
 
-from tunewright.config import Config, TrainConfig
+from tunewright.config import Config, DataConfig, TrainConfig
 from tunewright.config.io import parse_config
 from tunewright.core.errors import UserError
 from tunewright.core.io import write_text
 
-_SECTION = "train"
 
-
-def write_train(path: Path, wanted: TrainConfig) -> dict[str, Any]:
-    """Change the config's train section to ``wanted``, key by key; comments, order and other keys survive.
+def write_section(path: Path, wanted: TrainConfig | DataConfig) -> dict[str, Any]:
+    """Change the config's section of this type to ``wanted``, key by key; comments, order and other keys survive.
 
     The YAML parser finds the places, and the result is parsed again before it is written.
 
@@ -29,37 +27,36 @@ def write_train(path: Path, wanted: TrainConfig) -> dict[str, Any]:
     raw = path.read_bytes()
     mark, text = ("\ufeff", raw[3:].decode()) if raw.startswith(b"\xef\xbb\xbf") else ("", raw.decode())
     before = parse_config(text, path)
+    section = "train" if isinstance(wanted, TrainConfig) else "data"
     written: dict[str, Any] = {}
-    # The preset is the first key, and sets the values that the file leaves out.
-    for key in TrainConfig.model_fields:
+    # The preset is the first key of its section, and sets the values that the file leaves out.
+    for key in type(wanted).model_fields:
         value = getattr(wanted, key)
-        if getattr(parse_config(text, path).train, key) != value:
-            edited = _with_value(text, key, _spelt(value))
-            if edited is None or not _is(edited, path, before, key, value):
-                listed = ", ".join(f"{k}: {_spelt(v)}" for k, v in _differing(before.train, wanted).items())
+        if getattr(getattr(parse_config(text, path), section), key) != value:
+            edited = _with_value(text, section, key, _spelt(value))
+            if edited is None or not _is(edited, path, before, section, key, value):
+                differing = {k: v for k, v in wanted if getattr(getattr(before, section), k) != v}
+                listed = ", ".join(f"{k}: {_spelt(v)}" for k, v in differing.items())
                 raise UserError(
-                    f"{_SECTION}.{key} is written in a way that cannot be changed in place; nothing was changed",
+                    f"{section}.{key} is written in a way that cannot be changed in place; nothing was changed",
                     where=str(path),
                     fix=f"Edit it yourself: {listed}",
                 )
             text, written[key] = edited, value
-    assert parse_config(text, path) == before.model_copy(update={_SECTION: wanted})
+    assert parse_config(text, path) == before.model_copy(update={section: wanted})
     if written:
         write_text(path.resolve(), mark + text)
     return written
 
 
-def _differing(before: TrainConfig, wanted: TrainConfig) -> dict[str, Any]:
-    return {key: value for key, value in wanted if getattr(before, key) != value}
-
-
-def _is(text: str, path: Path, before: Config, key: str, value: Any) -> bool:
+def _is(text: str, path: Path, before: Config, section: str, key: str, value: Any) -> bool:
     """Return whether an edited text is a config with this value and all other sections unchanged."""
     try:
         config = parse_config(text, path)
     except UserError:
         return False
-    return config.model_copy(update={_SECTION: before.train}) == before and getattr(config.train, key) == value
+    others = config.model_copy(update={section: getattr(before, section)})
+    return others == before and getattr(getattr(config, section), key) == value
 
 
 def _spelt(value: Any) -> str:
@@ -70,16 +67,16 @@ def _spelt(value: Any) -> str:
     return yaml.safe_dump(plain, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
 
 
-def _with_value(text: str, key: str, spelt: str) -> str | None:
+def _with_value(text: str, within: str, key: str, spelt: str) -> str | None:
     """Return the text with ``key`` of the section set; None where that is impossible in place."""
     newline = "\r\n" if "\r\n" in text else "\n"
     root = yaml.compose(text, Loader=yaml.SafeLoader)
-    section = _pair(root, _SECTION)
+    section = _pair(root, within)
     if section is None:
         if isinstance(root, yaml.MappingNode) and root.flow_style:  # {name: a}
-            return _into_flow(text, root, f"{_SECTION}: {{{key}: {spelt}}}")
+            return _into_flow(text, root, f"{within}: {{{key}: {spelt}}}")
         ended = text if not text or text.endswith("\n") else text + newline
-        return f"{ended}{_SECTION}:{newline}  {key}: {spelt}{newline}"
+        return f"{ended}{within}:{newline}  {key}: {spelt}{newline}"
     name, values = section
     if isinstance(values, yaml.ScalarNode):  # an empty section
         if values.value:

@@ -52,6 +52,10 @@ def on_machine(name: str, error: UserError) -> UserError:
     return UserError(f"The machine {name}: {error.what}", where=error.where, fix=error.fix)
 
 
+class WorkerFailedError(UserError):
+    """The process of a worker cannot compute a part, and another one may."""
+
+
 class Workers(Protocol):
     """Processes that compute the parts of a step."""
 
@@ -106,13 +110,25 @@ class ModelWorkers(Protocol):
     def count(self) -> int:
         """Number of parts computed at once."""
 
+    def ask(self, question: Callable[[Shared], Result], needed: Shared) -> Sequence[tuple[str, Result]]:
+        """Return the name of each machine with its answer.
+
+        Args:
+            question: a function of a module.
+            needed: its argument.
+
+        Raises:
+            UserError: as the function raises it, with the machine's name, or a machine does not answer.
+        """
+
     def each(
         self, compute: Callable[[Shared, Part], Result], shared: Shared, parts: Sequence[Part], nothing: Part
     ) -> Iterator[tuple[int, Result]]:
         """Yield the number of each part with its result, as soon as it is there.
 
         Args:
-            compute: a function of a module; it keeps what it has loaded in its process.
+            compute: a function of a module; it keeps what it has loaded in its process. If it raises a
+                WorkerFailedError, the process is ended, and another one computes the part.
             shared: what every part needs.
             parts: computed again elsewhere if a process is lost.
             nothing: a part without work, which a new process computes first, to load the model.

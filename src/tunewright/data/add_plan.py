@@ -111,7 +111,7 @@ def preview(
     options: AddOptions | None = None,
     workers: Workers = THIS_PROCESS,
 ) -> Preview:
-    """Check files against the current version; rows are held in memory.
+    """Check files against the current version; memory holds the rows' keys.
 
     Args:
         project: as for ``add``.

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
+import numpy as np
+
 from tunewright.core.io import canonical_json, digest
+from tunewright.core.spill import numbered
 from tunewright.core.unicode import normalize
 
-Key = TypeVar("Key", str, bytes)
+Kept = TypeVar("Kept")
 
 Role = Literal["tools", "system", "user", "assistant", "tool"]
 ROLES: tuple[str, ...] = ("system", "user", "assistant", "tool")
@@ -110,11 +113,11 @@ class Example:
         # Rows go to workers and back by the million: one flat tuple takes half the time of an object for each turn. The
         # worker that reads a row computes its keys.
         turns = [(m.role, m.content, m.weight, m.calls, m.call_id) for m in self.messages]
-        return _rebuilt, (turns, self.pair_key, self.prompt_digest)
+        return rebuilt_example, (turns, self.pair_key, self.prompt_digest)
 
-    def _keep(self, name: str, key: Key) -> Key:
-        object.__setattr__(self, name, key)
-        return key
+    def _keep(self, name: str, value: Kept) -> Kept:
+        object.__setattr__(self, name, value)
+        return value
 
     @property
     def prompt(self) -> tuple[Message, ...]:
@@ -130,6 +133,16 @@ class Example:
     def input_text(self) -> str:
         """Text of the prompt without its instructions."""
         return "\n".join(m.text for m in self.prompt if m.role not in INSTRUCTIONS)
+
+    @property
+    def instructions(self) -> tuple[str, ...]:
+        """Texts of functions and system turns."""
+        return tuple(m.content for m in self.prompt if m.role in INSTRUCTIONS)
+
+    @property
+    def trained_turns(self) -> int:
+        """Number of turns that are not masked, of any role."""
+        return sum(m.weight for m in self.messages)
 
     @property
     def pair_key(self) -> str:
@@ -179,7 +192,7 @@ class Example:
         return cls(tuple(map(Message.from_dict, messages)))
 
 
-def _rebuilt(turns: Sequence[Sequence[Any]], pair_key: str, prompt_digest: bytes) -> Example:
+def rebuilt_example(turns: Sequence[Sequence[Any]], pair_key: str, prompt_digest: bytes) -> Example:
     """Return an example from another process."""
     example = Example(tuple([Message(*turn) for turn in turns]))
     object.__setattr__(example, "_pair_key", pair_key)
@@ -279,19 +292,29 @@ def template_groups(outputs: Mapping[str, str]) -> dict[str, str]:
     return {key: f"output_template={template}" for key, template in templates.items() if counts[template] > 1}
 
 
-def find_labels(outputs: Sequence[str]) -> frozenset[str]:
+def find_labels(outputs: Iterable[str]) -> frozenset[str]:
     """Return the distinct outputs, stripped, if they are labels (``class_like``); else the empty set."""
-    stripped = [output.strip() for output in outputs]
-    return frozenset(stripped) if class_like(stripped) else frozenset()
+    return _classes(output.strip() for output in outputs)
 
 
-def class_like(outputs: Sequence[str]) -> bool:
+def class_like(outputs: Iterable[str]) -> bool:
     """Return whether answers are classes: at most 200 distinct ones, with 5 or more rows each on average."""
-    different = len(set(outputs))
-    return 1 < different <= MOST_CLASSES and len(outputs) >= ROWS_PER_CLASS * different
+    return bool(_classes(outputs))
 
 
-def answers_repeat(outputs: Sequence[str]) -> bool:
+def _classes(outputs: Iterable[str]) -> frozenset[str]:
+    """Return the distinct answers if they are classes; else the empty set, as soon as they are too many."""
+    different: set[str] = set()
+    count = 0
+    for output in outputs:
+        count += 1
+        different.add(output)
+        if len(different) > MOST_CLASSES:
+            return frozenset()
+    return frozenset(different) if len(different) > 1 and count >= ROWS_PER_CLASS * len(different) else frozenset()
+
+
+def answers_repeat(outputs: Iterable[str]) -> bool:
     """Return whether at least half of the rows share their answer with another row, as with 1,000 labels."""
-    counts = Counter(outputs)
-    return len(counts) > 1 and sum(n for n in counts.values() if n > 1) >= REPEATED * len(outputs)
+    counts = np.bincount(numbered(outputs))
+    return len(counts) > 1 and int(counts[counts > 1].sum()) >= REPEATED * int(counts.sum())

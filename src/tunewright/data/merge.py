@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as replaced
@@ -12,6 +12,7 @@ from typing import Any
 from tunewright.config import Duplicates
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
+from tunewright.core.spill import repeated
 from tunewright.core.workers import THIS_PROCESS, Workers
 from tunewright.data.dedup import exact_repeats, find_duplicates, near_repeats
 from tunewright.data.examples import Example, Message, in_conflict
@@ -209,7 +210,7 @@ def merge(
     # Sorted by weights (a turn masked in one row is masked) and key, so that the files' order has no influence. Rows of
     # people come first: a generated row may be the duplicate of one, and not the other way round.
     def preference(key: str) -> tuple[bool, int, str]:
-        return key not in people, sum(m.weight for m in first[key].example.messages), key
+        return key not in people, first[key].example.trained_turns, key
 
     new = sorted(first, key=preference)
     reweighted: dict[str, str] = {}
@@ -242,11 +243,10 @@ def merge(
 
 def _of_several(kept: Mapping[str, Example]) -> list[list[str]]:
     """Return the sorted keys of each input with several rows, sorted by their first key."""
-    counts = Counter(example.prompt_digest for example in kept.values())
-    by_input: dict[bytes, list[str]] = defaultdict(list)
-    for key in sorted(key for key, example in kept.items() if counts[example.prompt_digest] > 1):
-        by_input[kept[key].prompt_digest].append(key)
-    return list(by_input.values())
+    keys = list(kept)
+    return sorted(
+        sorted(keys[place] for place in places) for places in repeated(kept[key].prompt_digest for key in keys)
+    )
 
 
 def _generated(

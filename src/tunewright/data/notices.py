@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from textwrap import shorten
 
@@ -14,7 +14,7 @@ from tunewright.core.progress import Reporter
 from tunewright.core.text import count_of, excerpts, listed
 from tunewright.data.dedup.decontaminate import MatchKind
 from tunewright.data.dedup.output_leakage import OutputLeakage
-from tunewright.data.examples import Example, Message, answers_repeat, class_like
+from tunewright.data.examples import Example, Message, answers_repeat, find_labels
 from tunewright.data.readers import Fault, SourceRow
 from tunewright.data.readers.row_errors import CODES
 from tunewright.data.splits import FEW_TRAINING_PAIRS, FEWEST_TRAINING_PAIRS, Split
@@ -215,7 +215,7 @@ HOLDS: dict[MatchKind, str] = {"equal": "is", "contained": "contains or is part 
 
 def warn_of_lost_classes(members: Sequence[Member], left_out: Collection[str], reporter: Reporter) -> None:
     """Warn of each class that loses more than half of its training rows, if outputs are classes."""
-    if not class_like([m.example.output.strip() for m in members]):
+    if not find_labels(m.example.output for m in members):
         return
     training = [m for m in members if m.split == "train"]
     rows = Counter(m.example.output.strip() for m in training)
@@ -230,9 +230,9 @@ def warn_of_lost_classes(members: Sequence[Member], left_out: Collection[str], r
 
 def warn_of_untrained_answers(members: Sequence[Member], reporter: Reporter) -> None:
     """Warn of test answers that no training row has, if answers are labels or at least half repeat."""
-    answers = [m.example.output.strip() for m in members]
-    if not (class_like(answers) or answers_repeat(answers)):
+    if not (find_labels(m.example.output for m in members) or answers_repeat(_answers(members))):
         return
+    answers = list(_answers(members))
     trained = {answer for m, answer in zip(members, answers, strict=True) if m.split == "train"}
     tested = [answer for m, answer in zip(members, answers, strict=True) if m.split == "test"]
     absent = Counter(answer for answer in tested if answer not in trained)
@@ -249,6 +249,10 @@ def warn_of_untrained_answers(members: Sequence[Member], reporter: Reporter) -> 
             f"training answers scores at most {1 - count / len(tested):.1%} on the test split. Add training rows with "
             f"these answers.\n{lines}"
         )
+
+
+def _answers(members: Iterable[Member]) -> Iterator[str]:
+    return (m.example.output.strip() for m in members)
 
 
 def not_mixed(left_out: Sequence[tuple[str, str]]) -> str:
@@ -401,7 +405,8 @@ def warn_of_contents(
     elif training < FEW_TRAINING_PAIRS:
         reporter.warn(
             f"{count_of(training, 'training pair')}, fewer than {FEW_TRAINING_PAIRS}: expect overfitting (training "
-            "loss falls, dev loss rises). `tunewright crossval` measures on all rows."
+            "loss falls, dev loss rises). More pairs help. `tunewright crossval` trains several adapters, and so "
+            "measures on all rows."
         )
 
 

@@ -22,6 +22,7 @@ from tunewright.data.pii.secret_patterns import Finder, Finding
 from tunewright.data.readers import SourceRow
 from tunewright.data.readers.preferences import REJECTED, rejected_messages, rejected_value
 from tunewright.data.readers.validate import texts_of
+from tunewright.data.row_file import RowFile
 
 _MOST = 10
 
@@ -59,7 +60,9 @@ def screen(
     if presidio:
         _finder(presidio)  # refuse before any row is read
     with reporter.task("looking for secrets", len(rows), "examples") as task:
-        parts = list(workers.map(_screened, screening, slices(rows, pii.STEP), task))
+        parts, file = list[_Part](), RowFile()
+        for part in workers.map(_screened, screening, slices(rows, pii.STEP), task, batch=2):
+            parts.append(replace(part, rows=[row.stored(file) for row in part.rows]))
     if redact:
         rows = [row for part in parts for row in part.rows]
     redacted: Counter[str] = Counter()

@@ -26,7 +26,7 @@ from tunewright.data.dedup.decontaminate import (
     training_hits,
 )
 from tunewright.data.dedup.output_leakage import OutputLeakage, measure_output_leakage
-from tunewright.data.examples import Example, class_like, find_labels, template_groups
+from tunewright.data.examples import Example, find_labels, template_groups
 from tunewright.data.merge import Merge
 from tunewright.data.mix import DrawnMix, mix_in
 from tunewright.data.notices import LargeCluster, SplitChange
@@ -141,7 +141,7 @@ def _to_train(
     """
     new = {key: merged.kept[key] for key in merged.first if key in merged.kept}
     tests = [m.example.input_text for m in merged.parent.domain_of("test")] if merged.parent else []
-    labels = find_labels([example.output for example in merged.kept.values()])
+    labels = find_labels(example.output for example in merged.kept.values())
     hits = find_hits(new, {TEST: tests, **benchmarks}, reporter, labels, workers)
     return frozenset(hit.row for hit in hits if hit.how != "overlap")
 
@@ -164,11 +164,10 @@ def _domain(
     former: dict[str, Split] = {**dict.fromkeys(training, "train"), **inherited, **merged.former}
     groups = merged.groups(rows)
     keys = sorted(merged.kept)
-    outputs = {key: merged.kept[key].output.strip() for key in keys}
     unaccepted: frozenset[str] = frozenset()
     while True:
         similar = _similar(keys, merged, config, reporter, workers)
-        clusters = _joined(similar, groups, outputs, config)
+        clusters = _joined(similar, groups, merged.kept, config)
         # A row that resembles a held-out one leaves alone; the others of its document or group may stay.
         gone = _held_out(similar, former, doubtful) or _held_out(clusters, former, doubtful)
         if not gone:
@@ -182,7 +181,8 @@ def _domain(
     notices.warn_of_missing_groups(config.data.group_by, merged.parent, groups, read, reporter)
     notices.warn_of_idle_groups(config.data.group_by, groups, reporter)
     cluster_of = {key: name for name, members in clusters.items() for key in members}
-    class_of = outputs if class_like(list(outputs.values())) else None
+    labels = {label: label for label in find_labels(merged.kept[key].output for key in keys)}
+    class_of = {key: labels[merged.kept[key].output.strip()] for key in keys} if labels else None
     if merged.parent is not None:
         _refuse_another_split(merged.parent, clusters, merged.former, config)
     train_only = frozenset(doubtful).intersection(keys)
@@ -223,14 +223,14 @@ def _similar(
 def _joined(
     clusters: Mapping[str, Sequence[str]],
     groups: Mapping[str, tuple[str, ...]],
-    outputs: Mapping[str, str],
+    rows: Mapping[str, Example],
     config: Config,
-) -> dict[str, list[str]]:
+) -> Mapping[str, Sequence[str]]:
     """Return the clusters, joined where rows share a group or an output template."""
+    if config.data.split_by != "output_template":
+        return join_groups(clusters, groups) if groups else clusters
     keys = [key for members in clusters.values() for key in members]
-    by_template: dict[str, str] = {}
-    if config.data.split_by == "output_template":
-        by_template = template_groups({key: outputs[key] for key in keys})
+    by_template = template_groups({key: rows[key].output.strip() for key in keys})
     together = {key: (*groups.get(key, ()), *([by_template[key]] if key in by_template else ())) for key in keys}
     return join_groups(clusters, together)
 

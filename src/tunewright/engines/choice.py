@@ -11,8 +11,10 @@ from typing import Any, Literal
 from tunewright.adapters.vllm_compat import CONFIG, vllm_refusals
 from tunewright.config import Config, Quantization
 from tunewright.core.errors import UserError
+from tunewright.core.workers import ModelWorkers
 from tunewright.engines import environment
 from tunewright.engines.environment import VLLM, Environment
+from tunewright.engines.vllm.machine import vllm_of
 from tunewright.models.loading import device
 
 _WHERE = "evaluate.engine"
@@ -28,12 +30,14 @@ class AnswerEngine:
     Args:
         name: "peft" is the embedded loop on transformers and peft.
         why: the reason, for display.
-        environment: vLLM's environment; None with peft.
+        environment: vLLM's environment; None with peft. Its folder is another machine's if a cluster answers.
+        card: bytes of the GPU that decides how many rows decode at once; None: this process's GPU, or no GPU.
     """
 
     name: Literal["peft", "vllm"]
     why: str
     environment: Environment | None = None
+    card: int | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -61,51 +65,49 @@ def answer_engine(
     *,
     adapter: Path | None = None,
     constrained: bool = False,
-    workers: Literal["cpu", "cuda"] | None = None,
+    workers: ModelWorkers | None = None,
 ) -> AnswerEngine:
     """Choose the engine by ``evaluate.engine``: ``auto`` takes vLLM if there is a CUDA card and vLLM's CUDA build.
+
+    On a cluster it takes vLLM if its workers have CUDA cards, and every machine has the CUDA build in one version.
 
     Args:
         config: names the engine, and the adapters that will be trained.
         quantization: the precision of the base's weights.
         adapter: folder of the adapter that will answer; None: the config will train it, or the base answers.
         constrained: some answers must match a grammar.
-        workers: device of a cluster's workers, which answer; None: this machine does.
+        workers: a cluster's, which answer; None: this machine does.
 
     Raises:
-        UserError: the config requires vLLM, which is not installed or cannot compute these answers.
+        UserError: the config requires vLLM, which is not installed, differs between machines, or cannot compute these
+            answers.
     """
     chosen = config.evaluate.engine
     if chosen == "peft":
         return AnswerEngine("peft", f"{_WHERE} says so")
-    if workers is not None:
-        refuse_vllm_on_cluster(config)
     obstacle = _obstacle(config, quantization, adapter, constrained=constrained)
     if chosen == "vllm":
         if obstacle is not None:
             raise UserError(f"vLLM cannot answer here: {obstacle}", where=_WHERE, fix="Set it to auto or peft.")
-        return AnswerEngine("vllm", f"{_WHERE} says so", _installed())
-    if (workers or device()) == "cpu":
+        return _vllm(f"{_WHERE} says so", workers)
+    if (device() if workers is None else workers.device) == "cpu":
         return AnswerEngine("peft", "there is no CUDA card")
-    if workers is not None:
-        return AnswerEngine("peft", "vLLM does not answer on a cluster")
     if obstacle is not None:
         return AnswerEngine("peft", obstacle)
+    found = "vLLM is installed for the CUDA card"
     try:
-        return AnswerEngine("vllm", "a CUDA card and vLLM's environment are here", environment.find(VLLM, "cuda"))
-    except UserError:
+        return AnswerEngine("vllm", found, environment.find(VLLM, "cuda")) if workers is None else _vllm(found, workers)
+    except UserError as error:
+        if workers is not None:
+            return AnswerEngine("peft", f"vLLM cannot answer on every machine ({error.what})")
         return AnswerEngine("peft", "vLLM is not installed with CUDA (`tunewright engine install vllm` does that)")
 
 
-def refuse_vllm_on_cluster(config: Config) -> None:
-    """Refuse vLLM where the workers of a cluster answer.
-
-    Raises:
-        UserError: the config requires it.
-    """
-    if config.evaluate.engine == "vllm":
-        fix = "Set it to auto or peft, or leave out the cluster."
-        raise UserError("vLLM does not answer on a cluster", where=_WHERE, fix=fix)
+def _vllm(why: str, workers: ModelWorkers | None) -> AnswerEngine:
+    if workers is None:
+        return AnswerEngine("vllm", why, _installed())
+    found = vllm_of(workers)
+    return AnswerEngine("vllm", why, found.environment, found.card)
 
 
 def _installed() -> Environment:

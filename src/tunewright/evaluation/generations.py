@@ -26,7 +26,8 @@ from tunewright.engines.choice import EMBEDDED, AnswerEngine, answer_engine
 from tunewright.engines.vllm.answers import VllmAnswers
 from tunewright.evaluation.answer_constraints import AnswerConstraints, grammar_of
 from tunewright.evaluation.answer_journal import ENGINE, VLLM, Answer, Decoding, appending, read_answers
-from tunewright.evaluation.cluster_answers import ArmRequests, ClusterAnswers, WorkerModel
+from tunewright.evaluation.answer_worker import WorkerModel
+from tunewright.evaluation.cluster_answers import ArmRequests, ClusterAnswers
 from tunewright.evaluation.embedded_answers import EmbeddedAnswers
 from tunewright.evaluation.eta import Countdown
 from tunewright.evidence.common import EngineUsed
@@ -76,7 +77,7 @@ class Generator:
         grammar: the grammar of constrained answers.
         engine: the engine that computes the answers.
         rank: the highest LoRA rank that vLLM starts with, unless an adapter has a higher one.
-        workers: a cluster's, which answer with the engine peft (None: this process).
+        workers: a cluster's, which answer (None: this machine).
     """
 
     @classmethod
@@ -112,13 +113,7 @@ class Generator:
             reporter,
             stop=stop_strings(config, chat),
             grammar=grammar_of(project),
-            engine=answer_engine(
-                config,
-                quantization,
-                adapter=folder,
-                constrained=constrained,
-                workers=None if workers is None else workers.device,
-            ),
+            engine=answer_engine(config, quantization, adapter=folder, constrained=constrained, workers=workers),
             rank=config.train.lora_r,
             workers=workers,
         )
@@ -154,10 +149,12 @@ class Generator:
         self.workers = workers
         self._cluster: ClusterAnswers | None = None
         if workers is not None:
-            model = WorkerModel(base, chat, dtype, quantization, batch_size, grammar, workers.threads)
+            model = WorkerModel(
+                base, chat, dtype, quantization, batch_size, grammar, workers.threads, engine=engine, rank=rank
+            )
             self._cluster = ClusterAnswers(workers, model, reporter)
         self._vllm: VllmAnswers | None = None
-        if engine.environment is not None:
+        if engine.environment is not None and workers is None:
             self._vllm = VllmAnswers(base, dtype, engine.environment, batch_size, rank, reporter)
         self._announced = False
 
@@ -180,6 +177,8 @@ class Generator:
     @property
     def rows(self) -> int:
         """Number of rows that decode at once, in each worker of a cluster."""
+        if self._cluster is not None:
+            return self._cluster.rows
         return self._embedded.rows if self._vllm is None else self._vllm.rows
 
     @property
@@ -361,7 +360,7 @@ class Generator:
         """
         ends = self.chat.stop_ids if stop_ids is None else stop_ids
         if self._cluster is not None:
-            return self._by_workers([self._of_arm(requests, on_finished, ends, adapter, at_once)])[0]
+            return self._by_workers([self._of_arm(requests, on_finished, ends, adapter, at_once, company)])[0]
         self._announce()
         if self._vllm is not None:
             self._embedded.drop()
@@ -383,9 +382,10 @@ class Generator:
         ends: frozenset[int],
         adapter: Adapter | None,
         at_once: int | None,
+        company: str = "",
     ) -> ArmRequests:
         functions = [self._functions.get(request.prompt_ids) for request in requests]
-        return ArmRequests(requests, functions, on_finished, ends, adapter, at_once)
+        return ArmRequests(requests, functions, on_finished, ends, adapter, at_once, company)
 
     def _by_workers(self, arms: Sequence[ArmRequests]) -> list[list[Completion]]:
         assert self._cluster is not None
@@ -397,11 +397,12 @@ class Generator:
         self, requests: Sequence[Request], ends: frozenset[int], on_finished: Callable[[int, Completion], None]
     ) -> list[Completion]:
         """Complete requests of :class:`Sampler`; with peft, in batches of the size in the samples' key."""
-        return self.generate(requests, on_finished, stop_ids=ends, at_once=None if self._vllm else BATCH)
+        at_once = BATCH if self.engine.environment is None else None
+        return self.generate(requests, on_finished, stop_ids=ends, at_once=at_once)
 
     def _name(self, adapter: Adapter) -> str:
         """Return the adapter's name in the engine."""
-        return adapter.name if self._vllm is None else adapter.digest
+        return adapter.name if self.engine.environment is None else adapter.digest
 
     def _announce(self) -> None:
         if not self._announced:

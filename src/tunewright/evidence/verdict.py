@@ -10,6 +10,7 @@ from tunewright.config import MetricName
 from tunewright.data.dedup.output_leakage import HIGH
 from tunewright.evidence.benchmarks import standing
 from tunewright.evidence.logged_access import openings_text
+from tunewright.evidence.plain import plain_measurement
 from tunewright.evidence.power import ALPHA
 from tunewright.evidence.preferences import decisive_preferences
 from tunewright.evidence.replacement import Replacement, replacements
@@ -50,6 +51,8 @@ class Verdict:
     """Known causes of a *don't ship* or *can't tell*; see `tunewright.evidence.causes`."""
     replacements: tuple[Replacement, ...] = ()
     """Replace, keep or can't tell for each incumbent; they do not affect the decision."""
+    summary: str = ""
+    """The measurement in plain words."""
 
     @property
     def exit_code(self) -> int:
@@ -94,7 +97,9 @@ def verdict(evidence: Evidence) -> Verdict:
         *_scope(evidence),
         *_cautions(evidence, contrast),
     )
-    return Verdict(decision, reasons, evidence.split, replacements=replacements(evidence, decision))
+    replaced = replacements(evidence, decision)
+    summary = plain_measurement(evidence, contrast)
+    return Verdict(decision, reasons, evidence.split, replacements=replaced, summary=summary)
 
 
 def _with_benchmarks(evidence: Evidence, decision: Decision) -> tuple[Decision, list[str]]:

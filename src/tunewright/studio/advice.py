@@ -5,6 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from pydantic import BaseModel
+
+from tunewright.config import Config
+
 _PAGES = {
     "data review": ("/review", "Review"),
     "data suspects": ("/review/suspects", "Review"),
@@ -25,17 +29,27 @@ _PAGES = {
 _COMMAND = re.compile(r"\btunewright ([a-z][a-z-]*(?: [a-z][a-z-]*)?)")
 _QUOTED = re.compile(r"`(tunewright [^`]+)`")
 _OPTION = re.compile(r"(?<![\w-])--[a-z]")
+_KEYS = [
+    f"{section}.{key}"
+    for section, field in Config.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+    for key in field.annotation.model_fields
+]
+_SETTING = re.compile(rf"(?<![\w./])({'|'.join(map(re.escape, _KEYS))})(?![\w(])")
 _SENTENCE = re.compile(r"(?<=[.!?]) +(?=[A-Z`])")
 
 
 @dataclass(frozen=True)
 class Advice:
-    """A text in two parts: sentences for everybody, and those that name a command or an option."""
+    """A text in three parts: sentences for everybody, those that name a setting, and those that name a command."""
 
     plain: str
     page: tuple[str, str] | None
     """The page that does the same as the first command: its path and its name."""
     terminal: str
+    """Sentences with a command or an option."""
+    setting: str = ""
+    """Sentences with a key of ``tunewright.yaml``."""
 
 
 def advice(fix: str | None) -> Advice:
@@ -54,10 +68,14 @@ def by_commands(text: str) -> list[str]:
 
 
 def _parted(sentences: list[str], kept: int) -> Advice:
-    named = [number >= kept and _in_terminal(each) for number, each in enumerate(sentences)]
-    terminal = " ".join(each for each, there in zip(sentences, named, strict=True) if there)
-    plain = " ".join(each for each, there in zip(sentences, named, strict=True) if not there)
-    return Advice(plain, _page(terminal), terminal)
+    parts: dict[str, list[str]] = {"plain": [], "setting": [], "terminal": []}
+    for number, each in enumerate(sentences):
+        part = "plain" if number < kept else "terminal" if _in_terminal(each) else "plain"
+        if part == "plain" and number >= kept and _SETTING.search(each):
+            part = "setting"
+        parts[part].append(each)
+    plain, setting, terminal = map(" ".join, parts.values())
+    return Advice(plain, _page(terminal), terminal, setting)
 
 
 def _in_terminal(sentence: str) -> bool:

@@ -29,6 +29,7 @@ from tunewright.api import Project
 from tunewright.api.runs import RunsApi
 from tunewright.config import GatewayConfig
 from tunewright.config.project import ProjectFolder
+from tunewright.core.author import authored_by
 from tunewright.core.errors import UserError
 from tunewright.core.io import write_bytes
 from tunewright.core.text import visible
@@ -43,6 +44,7 @@ from tunewright.studio.access import (
     require_same_origin,
 )
 from tunewright.studio.advice import advice, by_commands, note
+from tunewright.studio.job_log import read_entry
 from tunewright.studio.jobs import Jobs
 from tunewright.studio.pages import HANDLERS
 from tunewright.studio.pages.data import MAX_UPLOAD, UPLOADS
@@ -50,6 +52,7 @@ from tunewright.studio.pages.new_project import NEW_PROJECT
 from tunewright.studio.playing import Playing
 from tunewright.studio.run_events import run_events
 from tunewright.studio.visit import Cache, Handler, PageReporter, Visit
+from tunewright.studio.words import capital, role
 
 _LOG_SHOWN = 100_000  # bytes from the end of a job's log
 _TYPED = ("question", "answer", "output", "note", "message")
@@ -101,7 +104,7 @@ class Studio:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        self._templates.filters |= {"visible": visible, "commands": by_commands}
+        self._templates.filters |= {"visible": visible, "commands": by_commands, "role": role, "capital": capital}
         self._templates.globals["static"] = self._static = f"/static/{_version_of(_STATIC)}"
         self._templates.globals |= {"fix_advice": advice, "message_advice": note}
 
@@ -194,7 +197,10 @@ class Studio:
             query = dict(request.query_params)
             # An address that a form was sent to may have no page of its own.
             path = request.url.path if request.method == "GET" else "/"
-            return handler(Visit(project, session, form, path, place, query, self._cache, self._jobs, self._templates))
+            visit = Visit(project, session, form, path, place, query, self._cache, self._jobs, self._templates)
+            # Several people use one studio: git's user.name is not theirs.
+            with authored_by(session.reviewer):
+                return handler(visit)
 
     async def _sign_in_page(self, _request: Request) -> Response:
         if self._visitor is not None:
@@ -241,7 +247,10 @@ class Studio:
         return RedirectResponse(f"/data/check?{urlencode({'file': name})}", status_code=303)
 
     async def _events(self, request: Request) -> Response:
-        """Stream a job's log as server-sent events: its end, then what is added; `finished` at the end."""
+        """Stream a job's log as server-sent events: its end, then what is added; `finished` at the end.
+
+        `progress` and `said` events repeat what the page shows above the log.
+        """
         if self._session(request) is None:
             raise HTTPException(403)
         job = self._jobs.find(str(request.path_params["job"]))
@@ -257,7 +266,13 @@ class Studio:
                 whole = new if not running else new[: max(new.rfind(b"\n"), new.rfind(b"\r")) + 1]
                 at += len(whole)
                 for line in whole.decode(errors="replace").replace("\r\n", "\n").replace("\r", "\n").splitlines():
-                    yield f"data: {visible(line)}\n\n"
+                    entry = read_entry(line)
+                    for text in entry.lines:
+                        yield f"data: {text}\n\n"
+                    if entry.progress:
+                        yield f"event: progress\ndata: {entry.progress.as_json()}\n\n"
+                    elif entry.message:
+                        yield f"event: said\ndata: {entry.lines[0]}\n\n"
                 if not running:
                     yield f"event: finished\ndata: {job.state}\n\n"
                     return

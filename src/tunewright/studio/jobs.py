@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
 import signal
@@ -17,14 +18,17 @@ from typing import Literal
 
 import psutil
 
+from tunewright.core.author import AUTHOR_VARIABLE, stated_author
 from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.core.io import write_text
+from tunewright.studio.job_log import JobProgress, newest
 
 JobState = Literal["running", "done", "stopped", "failed", "ended"]
 SERVER = "serve"
 """The command that runs next to another job."""
 
+_END = 100_000  # bytes of a log in which the newest message and progress are looked for
 _STATES: dict[int, JobState] = {0: "done", 3: "done", 4: "done", 130: "stopped"}
 # The shell records its number and the exit code, so that nothing is lost when the studio is killed.
 _SHELL = """echo $$ > "$0/pid.part"; mv "$0/pid.part" "$0/pid"
@@ -55,6 +59,13 @@ class Job:
     def log(self) -> Path:
         """The file with all output."""
         return self.folder / "log"
+
+    @property
+    def newest(self) -> tuple[JobProgress | None, str]:
+        """The newest progress that it reported, and its newest message, or an empty text."""
+        with self.log.open("rb") as log:
+            log.seek(max(0, log.seek(0, 2) - _END))
+            return newest(log.read())
 
     @property
     def exit_code(self) -> int | None:
@@ -129,6 +140,8 @@ class Jobs:
     def start(self, *words: str) -> Job:
         """Start ``tunewright`` with these arguments. The same command resumes work that was stopped.
 
+        It records its work under the stated author.
+
         Raises:
             UserError: another job is running, or for a server another server.
         """
@@ -138,13 +151,15 @@ class Jobs:
         folder = self._folder / secrets.token_hex(8)
         folder.mkdir(parents=True)
         command = (*words, "--project", str(self._project))
+        author = stated_author()
         (folder / "log").touch()
         write_text(folder / "job.json", json.dumps({"command": command, "started": now()}))
-        # Its log is for people, whatever the environment says.
-        program = (sys.executable, "-m", "tunewright", "--log-format", "text")
+        # Its progress is for the page, whatever the environment says; the page shows the log as text.
+        program = (sys.executable, "-m", "tunewright", "--log-format", "json")
         child = subprocess.Popen(
             ["/bin/sh", "-c", _SHELL, str(folder), *program, *command],
             stdin=subprocess.DEVNULL,
+            env=os.environ | ({AUTHOR_VARIABLE: author} if author else {}),
             # Ctrl-C for the studio does not reach it.
             start_new_session=True,
         )

@@ -8,7 +8,12 @@ from dataclasses import dataclass
 
 from tunewright.studio.jobs import SERVER, Job
 
-_READY = re.compile(r"^Serving at (\S+)/v1\n((?:  .+\n)*)", re.MULTILINE)
+_READY = re.compile(
+    r"^Serving at (\S+)/v1\n((?:  .+\n)*)(?:\n?Prometheus metrics: (\S+)$)?",
+    re.MULTILINE,
+)
+_ANSWER_S = 1.0  # on this machine; other pages wait meanwhile
+_REPLICA = "tunewright_replica_"
 _BEGINNING = 100_000  # characters of a log; the address comes right after loading
 RELEASES = ("deploy", "promote")
 _OUTCOMES = {0: "done", 3: "refused", 4: "undecided"}
@@ -16,11 +21,14 @@ _OUTCOMES = {0: "done", 3: "refused", 4: "undecided"}
 
 @dataclass(frozen=True)
 class Served:
-    """The address of a running server."""
+    """A running server's address and models."""
 
     url: str
+    """Empty where no server is running."""
     models: tuple[str, ...]
     """Names that requests may ask for; empty if there are tenants and no alias is live."""
+    metrics: str | None = None
+    """The address of its metrics; None without them."""
 
     def curl(self, *, key: bool) -> str:
         """Return a command that asks the last of the models; ``key``: with a tenant's API key from the environment."""
@@ -36,7 +44,49 @@ def served(job: Job) -> Served | None:
         return None
     with job.log.open(encoding="utf-8", errors="replace") as log:
         ready = _READY.search(log.read(_BEGINNING))
-    return Served(ready[1], tuple(line.strip() for line in ready[2].splitlines())) if ready else None
+    return Served(ready[1], tuple(line.strip() for line in ready[2].splitlines()), ready[3]) if ready else None
+
+
+@dataclass(frozen=True)
+class Replica:
+    """One of several engines of a running server."""
+
+    name: str
+    up: bool
+    running: int
+    waiting: int
+    adapters: int
+    restarts: int
+
+
+def replicas(server: Served) -> list[Replica] | None:
+    """Return the replicas of a running server, by its metrics: an empty list for one engine, None without an answer."""
+    import httpx
+    from prometheus_client.parser import text_string_to_metric_families
+
+    if server.metrics is None:
+        return []
+    try:
+        answer = httpx.get(server.metrics, timeout=_ANSWER_S, trust_env=False)
+        answer.raise_for_status()
+    except httpx.HTTPError:
+        return None
+    values: dict[str, dict[str, int]] = {}
+    for family in text_string_to_metric_families(answer.text):
+        for sample in family.samples:
+            if sample.name.startswith(_REPLICA):
+                values.setdefault(sample.labels["replica"], {})[sample.name.removeprefix(_REPLICA)] = int(sample.value)
+    return [
+        Replica(
+            name,
+            bool(found["up"]),
+            found["running_requests"],
+            found["waiting_requests"],
+            found["adapters"],
+            found["restarts_total"],
+        )
+        for name, found in values.items()
+    ]
 
 
 def outcome(job: Job) -> str:

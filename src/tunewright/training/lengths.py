@@ -78,7 +78,7 @@ def measure_lengths(
     with reporter.task("encoding", len(version.members), "examples") as task:
         for split in SPLITS:
             parts = slices(version.examples(split), _ROWS)
-            measured[split] = list(workers.map(_measured, _Encoding(chat, max_length), parts, task))
+            measured[split] = list(workers.map(_measured, _Encoding(chat, max_length), parts, task, batch=2))
     lengths = {split: [n for part in parts for n in part.lengths] for split, parts in measured.items()}
     return LengthReport(
         version=version.digest,

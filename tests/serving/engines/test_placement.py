@@ -15,6 +15,8 @@ from tunewright.serving.engines.placement import (
     Choice,
     Placement,
     Residents,
+    adapters_handed_over,
+    adapters_taken_over,
     rendezvous_order,
 )
 
@@ -164,3 +166,32 @@ def test_every_replica_gets_adapters() -> None:
     names = tuple(f"replica-{number}" for number in range(1, 5))
     homes = Counter(rendezvous_order(digest, names)[0] for digest in DIGESTS)
     assert min(homes.values()) > 0.85 * len(DIGESTS) / 4
+
+
+def resident(digests: Sequence[str], room: int | None = None) -> Residents:
+    residents = Residents(room)
+    for digest in digests:
+        residents.add(digest)
+    return residents
+
+
+def test_joining_replica_takes_over_its_own_adapters_of_those_in_memory() -> None:
+    others = {"a": resident(DIGESTS[:200]), "b": resident(DIGESTS[100:300])}
+    own = {digest for digest in DIGESTS[:300] if rendezvous_order(digest, ("a", "b", "c"))[0] == "c"}
+    assert set(adapters_taken_over("c", others, None)) == own
+    few = adapters_taken_over("c", others, 10)
+    # Those that were used most recently on one of the others, and the last of all at the end.
+    latest = [digest for pair in zip(DIGESTS[199::-1], DIGESTS[299:99:-1], strict=True) for digest in pair]
+    assert few == list(dict.fromkeys(digest for digest in latest if digest in own))[:10][::-1]
+
+
+def test_leaving_replica_hands_its_adapters_over_where_there_is_room_without_loss() -> None:
+    leaving = resident(DIGESTS[:100])
+    others = {"a": resident(DIGESTS[:20], room=30), "b": resident(DIGESTS[200:], room=None)}
+    moves = adapters_handed_over(leaving, others)
+    assert all(rendezvous_order(digest, ("a", "b"))[0] == name for name, digest in moves)
+    by_name = {name: [digest for to, digest in moves if to == name] for name in others}
+    at_a = [digest for digest in DIGESTS[99:19:-1] if rendezvous_order(digest, ("a", "b"))[0] == "a"]
+    assert by_name["a"] == at_a[:10]
+    assert len(by_name["b"]) == sum(rendezvous_order(digest, ("a", "b"))[0] == "b" for digest in DIGESTS[:100])
+    assert adapters_handed_over(leaving, {}) == []

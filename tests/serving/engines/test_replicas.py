@@ -6,101 +6,32 @@ import asyncio
 import os
 import random
 import signal
+import threading
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import ExitStack, aclosing, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from engine_kinds import STOPS, TOKENIZER, peft_child, peft_engine
 from peft import PeftModel
-from scripted_engine import ScriptedEngine
+from recorded_engine import NAMES, ONE, PROMPTS, THREE, TWO, Recorded, answer, asked, first, run, running
 from transformers import LlamaForCausalLM
 
+from tiny import chat_of
+from tunewright.config import Config, ServeConfig, TrainConfig
 from tunewright.core.errors import UserError
-from tunewright.engines.protocol import Delta, Engine, EngineStoppedError, RequestFailedError, stream
+from tunewright.core.progress import LogReporter
+from tunewright.engines.protocol import EngineStoppedError, RequestFailedError, stream
 from tunewright.generation.generate import generate
 from tunewright.generation.requests import Request
-from tunewright.serving.engines.placement import rendezvous_order
-from tunewright.serving.engines.replicas import Replicas
-
-NAMES = ("replica-1", "replica-2")
-PROMPTS = [tuple(TOKENIZER(text).input_ids) for text in ("Mobile County", "Where is it?", "a")]
-ONE, TWO, THREE = ("1" * 64, "2" * 64, "3" * 64)
-
-
-class Recorded(ScriptedEngine):
-    """A scripted engine with its adapters, which can stop."""
-
-    def __init__(self, waits: Sequence[float] = (0.0, 0.0), max_num_seqs: int = 8) -> None:
-        super().__init__(waits, max_num_seqs)
-        self.loaded: list[str] = []
-        self.changes: list[str] = []
-        self.can_load = asyncio.Event()
-        self.can_load.set()
-        self.stops = 0
-        self.most = 0
-        """The most adapters that were loaded at one time."""
-
-    async def deltas(self, request: Request) -> AsyncGenerator[Delta, None]:
-        """Fail as an engine does that has stopped, or has another adapter."""
-        if request.adapter is not None and request.adapter not in self.loaded:
-            raise RequestFailedError(f"The adapter {request.adapter} is not loaded.")
-        async with aclosing(super().deltas(request)) as deltas:
-            async for delta in deltas:
-                if self.stopped:
-                    raise EngineStoppedError(self.stopped)
-                yield delta
-
-    async def load(self, digest: str, folder: Path) -> None:
-        """Load it once it may."""
-        while not self.can_load.is_set():
-            await asyncio.sleep(0.001)
-        if self.stopped:
-            raise EngineStoppedError(self.stopped)
-        if folder.name == "broken":
-            raise UserError("The files have changed")
-        self.loaded.append(digest)
-        self.changes.append(f"+{digest[0]}")
-        self.most = max(self.most, len(self.loaded))
-
-    async def unload(self, digest: str) -> None:
-        """Unload it."""
-        if digest in self.loaded:
-            self.loaded.remove(digest)
-            self.changes.append(f"-{digest[0]}")
-
-    def stop(self) -> None:
-        """Stop."""
-        self.stopped = "stopped"
-        self.stops += 1
-
-
-@contextmanager
-def running(engines: dict[str, Any], **settings: Any) -> Iterator[Replicas]:
-    replicas = Replicas(engines, **settings)
-    try:
-        yield replicas
-    finally:
-        replicas.stop()
-
-
-async def answer(engine: Engine, request: Request) -> tuple[int, ...]:
-    async with aclosing(stream(engine, request)) as deltas:
-        return tuple([token async for delta in deltas for token in delta.ids])
-
-
-def asked(digest: str | None, tokens: int = 2) -> Request:
-    return Request(PROMPTS[0], digest, tokens)
-
-
-def run(work: Any) -> Any:
-    return asyncio.run(asyncio.wait_for(work, 60))
-
-
-def first(digest: str, names: Sequence[str] = NAMES) -> str:
-    return rendezvous_order(digest, tuple(sorted(names)))[0]
+from tunewright.models.bases import Base
+from tunewright.serving.engines.autoscaler import Autoscaler
+from tunewright.serving.engines.replicas import Replicas, Starter
+from tunewright.serving.engines.scaling import Demand, Pace, ScalingPolicy
+from tunewright.serving.engines.start import EngineSpec
+from tunewright.serving.engines.start_replicas import start_engines
 
 
 def test_each_adapter_is_loaded_on_one_replica_and_asked_there() -> None:
@@ -281,18 +212,199 @@ def test_drained_replica_finishes_its_answers_gets_no_further_ones_and_is_stoppe
         await replicas.load(ONE, Path())
         running = stream(replicas, asked(ONE))
         await anext(running)
-        draining = asyncio.create_task(replicas.drain(first(ONE)))
-        await asyncio.sleep(0.01)
+        draining = asyncio.wrap_future(replicas.drain(first(ONE), 60))
+        await asyncio.sleep(0.05)
         assert await answer(replicas, asked(ONE)) == (97, 97)
         assert (len(home.asked), home.stops, draining.done()) == (1, 0, False)
+        assert replicas.up == 1
         assert [delta.finish async for delta in running] == ["length"]
-        await draining
+        assert await draining
         assert home.stops == 1
         assert replicas.names == [name for name in NAMES if name != first(ONE)]
         assert await answer(replicas, asked(ONE)) == (97, 97)
 
     with running(engines) as replicas:
         run(ask(replicas))
+
+
+def test_adapters_of_a_drained_replica_are_loaded_elsewhere_before_it_stops_taking_requests() -> None:
+    engines = {name: Recorded() for name in NAMES}
+    home, other = engines[first(ONE)], next(engines[name] for name in NAMES if name != first(ONE))
+    other.can_load.clear()
+
+    async def ask(replicas: Replicas) -> None:
+        await replicas.load(ONE, Path())
+        draining = asyncio.wrap_future(replicas.drain(first(ONE), 60))
+        assert await answer(replicas, asked(ONE)) == (97, 97)
+        assert (len(home.asked), replicas.up) == (1, 2)
+        other.can_load.set()
+        assert await draining
+        assert other.loaded == [ONE]
+
+    with running(engines) as replicas:
+        run(ask(replicas))
+
+
+def test_requests_that_outlast_the_drain_get_the_error_of_a_stopped_replica() -> None:
+    engines = {name: Recorded((0.0, 30.0)) for name in NAMES}
+
+    async def ask(replicas: Replicas) -> None:
+        await replicas.load(ONE, Path())
+        running = stream(replicas, asked(ONE))
+        await anext(running)
+        assert await asyncio.wrap_future(replicas.drain(first(ONE), 0.2))
+        assert engines[first(ONE)].stops == 1
+
+    with running(engines) as replicas:
+        run(ask(replicas))
+
+
+def test_last_replica_that_is_up_is_not_drained() -> None:
+    engines = {name: Recorded() for name in NAMES}
+    engines["replica-2"].stopped = "It crashed."
+    with running(engines) as replicas:
+        assert not replicas.drain("replica-1", 60).result(60)
+        assert replicas.up == 1
+
+
+def test_kept_replica_takes_requests_again_with_its_adapters() -> None:
+    engines = {name: Recorded() for name in NAMES}
+    home = engines[first(ONE)]
+    home.waits = [0.0, 0.2]
+
+    async def ask(replicas: Replicas) -> None:
+        await replicas.load(ONE, Path())
+        running = stream(replicas, asked(ONE))
+        await anext(running)
+        draining = asyncio.wrap_future(replicas.drain(first(ONE), 60))
+        while replicas.up == 2:
+            await asyncio.sleep(0.001)
+        assert replicas.keep(first(ONE))
+        assert not replicas.keep(first(ONE))
+        assert not await draining
+        assert [delta.finish async for delta in running] == ["length"]
+        assert await answer(replicas, asked(ONE)) == (97, 97)
+        assert (len(home.asked), home.changes, home.stops) == (2, ["+1"], 0)
+
+    with running(engines) as replicas:
+        run(ask(replicas))
+
+
+def test_added_replica_loads_the_adapters_that_are_its_own_before_it_takes_requests() -> None:
+    engines = {name: Recorded() for name in NAMES}
+    added = engines["replica-2"]
+    added.can_load.clear()
+    digests = [f"{number:064x}" for number in range(12)]
+    own = [digest for digest in digests if first(digest) == "replica-2"]
+
+    async def ask(replicas: Replicas) -> None:
+        for digest in digests:
+            await replicas.load(digest, Path())
+        adding = asyncio.wrap_future(replicas.add("replica-2"))
+        for digest in digests:
+            assert await answer(replicas, asked(digest)) == (97, 97)
+        assert (replicas.up, adding.done(), added.asked) == (1, False, [])
+        assert not replicas.permanently_stopped
+        added.can_load.set()
+        await adding
+        assert sorted(added.loaded) == own
+        for digest in digests:
+            await answer(replicas, asked(digest))
+        assert [request.adapter for request, _ in added.asked] == own
+
+    starter = Starter(NAMES, lambda name, _adapters: engines[name])
+    with running({"replica-1": engines["replica-1"]}, starter=starter) as replicas:
+        run(ask(replicas))
+
+
+def test_adapter_that_is_unloaded_while_a_replica_joins_is_not_left_on_it() -> None:
+    engines = {name: Recorded() for name in NAMES}
+    added, own = engines["replica-2"], next(digest for digest in (ONE, TWO, THREE) if first(digest) == "replica-2")
+    added.can_load.clear()
+
+    async def ask(replicas: Replicas) -> None:
+        await replicas.load(own, Path())
+        adding = asyncio.wrap_future(replicas.add("replica-2"))
+        while len(replicas.names) == 1:
+            await asyncio.sleep(0.001)
+        unloading = asyncio.create_task(replicas.unload(own))
+        await asyncio.sleep(0.01)
+        added.can_load.set()
+        await asyncio.gather(unloading, adding)
+        assert added.loaded == []
+        assert replicas.resident == []
+
+    starter = Starter(NAMES, lambda name, _adapters: engines[name])
+    with running({"replica-1": engines["replica-1"]}, starter=starter) as replicas:
+        run(ask(replicas))
+
+
+def test_replica_that_starts_while_the_server_ends_is_stopped() -> None:
+    engines, begun, may_start = {name: Recorded() for name in NAMES}, threading.Event(), threading.Event()
+
+    def start(name: str, _adapters: object) -> Recorded:
+        begun.set()
+        assert may_start.wait(60)
+        return engines[name]
+
+    starter = Starter(NAMES, start, give_up=may_start.set)
+    with running({"replica-1": engines["replica-1"]}, starter=starter) as replicas:
+        adding = replicas.add("replica-2")
+        assert begun.wait(60)
+    with pytest.raises(EngineStoppedError, match="shutting down"):
+        adding.result(60)
+    assert [engine.stops for engine in engines.values()] == [1, 1]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_load_over_a_growing_and_shrinking_number_fails_no_request(seed: int) -> None:
+    """Engines fail a request whose adapter they do not have, and one that comes after their end."""
+    draw, digests, room = random.Random(seed), [f"{number:x}" * 64 for number in range(1, 8)], 3
+    names = tuple(f"replica-{number}" for number in range(1, 4))
+    engines: list[Recorded] = []
+
+    def start(_name: str, _adapters: object) -> Recorded:
+        engines.append(Recorded(waits=(0.001, 0.001), max_num_seqs=4))
+        return engines[-1]
+
+    async def client(replicas: Replicas) -> None:
+        digest = draw.choice([*digests, *digests[:2], None])
+        asking = asyncio.create_task(answer(replicas, asked(digest)))
+        if draw.random() < 0.2:
+            await asyncio.sleep(draw.random() * 0.01)
+            asking.cancel()
+            await asyncio.wait([asking])
+        else:
+            assert await asking == (97, 97)
+
+    async def resize(replicas: Replicas) -> None:
+        while True:
+            free = [name for name in names if name not in replicas.names]
+            if free and (len(free) == 2 or draw.random() < 0.5):
+                await asyncio.wrap_future(replicas.add(draw.choice(free)))
+            else:
+                draining = replicas.drain(name := draw.choice(replicas.names), 60)
+                if draw.random() < 0.3:
+                    replicas.keep(name)
+                await asyncio.wrap_future(draining)
+
+    async def ask(replicas: Replicas) -> None:
+        for digest in digests:
+            await replicas.load(digest, Path())
+        resizing = asyncio.create_task(resize(replicas))
+        work = []
+        for _ in range(200):
+            work.append(asyncio.create_task(client(replicas)))
+            await asyncio.sleep(draw.random() * 0.004)
+        await asyncio.gather(*work)
+        resizing.cancel()
+        assert replicas.in_flight == (0, 0)
+
+    with running({names[0]: start(names[0], {})}, room=room, starter=Starter(names, start)) as replicas:
+        run(ask(replicas))
+        assert max(engine.most for engine in engines) <= room
+        assert len(engines) > 3
+    assert {engine.stops for engine in engines} == {1}
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -431,3 +543,52 @@ def test_killed_replica_restarts_with_its_adapters_and_loses_no_request_without_
         # The child itself has the adapter again, without a request of the pool for it.
         assert run(answer(killed, Request(PROMPTS[0], digest, 24))) == expected[digest, 0]
         assert replicas.restarts == 1
+
+
+@pytest.mark.slow
+def test_processes_are_added_and_removed_under_load_and_every_answer_is_its_own_adapters(
+    small_base: Path, small_adapters: dict[str, Path]
+) -> None:
+    expected = _expected(small_base, small_adapters, 24)
+    base = Base("small", small_base, None, "LlamaForCausalLM", {})
+    config = Config(train=TrainConfig(dtype="float32"), serve=ServeConfig(max_replicas=2))
+    engine = start_engines("peft", config, EngineSpec(base, chat_of(TOKENIZER), "none", small_adapters), LogReporter())
+    assert isinstance(engine, Replicas)
+    processes = {child.pid for child in psutil.Process().children()}
+    answered: list[str] = []
+    pace = Pace(look=0.0, window=1.0, late=0.1, calm=0.5)
+    autoscaler = Autoscaler(engine, ScalingPolicy(1, 2, 2.0, pace), LogReporter(), 60.0)
+
+    async def client(digest: str | None, place: int) -> None:
+        while not done.is_set():
+            assert await answer(engine, Request(PROMPTS[place], digest, 24)) == expected[digest, place]
+            answered.extend(state.name for state in engine.states() if state.up)
+
+    async def looks(demand: Demand, names: list[str]) -> None:
+        while engine.names != names or engine.up != len(names):
+            autoscaler.look(demand)
+            await asyncio.sleep(0.05)
+
+    async def ask() -> None:
+        clients = [asyncio.create_task(client(*asked)) for asked in expected]
+        for _ in range(2):
+            await looks(Demand(16, 4, unanswered=[3.0] * 4), ["replica-1", "replica-2"])
+            answered.clear()
+            while answered.count("replica-2") < 3 * len(expected):
+                await asyncio.sleep(0.05)
+            assert sum(state.adapters > 0 for state in engine.states()) == 2
+            await looks(Demand(), ["replica-1"])
+        done.set()
+        await asyncio.gather(*clients)
+
+    done = asyncio.Event()
+    try:
+        asyncio.run(asyncio.wait_for(ask(), 240))
+        assert engine.in_flight == (0, 0)
+        assert engine.resident == sorted(small_adapters)
+        until = time.monotonic() + 60
+        while {child.pid for child in psutil.Process().children()} != processes:
+            assert time.monotonic() < until, "the process of a removed replica remains"
+            time.sleep(0.05)
+    finally:
+        engine.stop()

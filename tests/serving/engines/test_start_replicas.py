@@ -6,14 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from recorded_engine import Recorded, running
 
 from tiny import byte_tokenizer, chat_of
 from tunewright.config import Config, ServeConfig
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
 from tunewright.models.bases import Base
+from tunewright.serving.engines.autoscaler import ScalingState
 from tunewright.serving.engines.start import EngineSpec
-from tunewright.serving.engines.start_replicas import machine_shares, start_engines
+from tunewright.serving.engines.start_replicas import autoscaler_of, machine_shares, start_engines
 
 SPEC = EngineSpec(Base("base", Path("missing"), None, "LlamaForCausalLM", {}), chat_of(byte_tokenizer()), "none", {})
 
@@ -49,6 +51,27 @@ def test_more_replicas_than_gpus_are_refused_before_anything_is_loaded(monkeypat
     _gpus(monkeypatch, 1)
     with pytest.raises(UserError, match="Too few GPUs for 2 replicas: 1"):
         start_engines("peft", Config(serve=ServeConfig(replicas=2)), SPEC, LogReporter())
+
+
+def test_most_replicas_are_counted_against_the_gpus_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    _gpus(monkeypatch, 2)
+    with pytest.raises(UserError, match=r"serve\.max_replicas: Too few GPUs for 3 replicas: 2"):
+        start_engines("peft", Config(serve=ServeConfig(max_replicas=3)), SPEC, LogReporter())
+
+
+def test_most_replicas_below_the_number_at_the_start_are_refused() -> None:
+    serve = ServeConfig(max_replicas=2).model_copy(update={"replicas": 3})  # as by --replicas 3
+    with pytest.raises(UserError, match=r"serve\.max_replicas: At most 2 replicas, but at least 3"):
+        start_engines("peft", Config().model_copy(update={"serve": serve}), SPEC, LogReporter())
+
+
+def test_number_of_replicas_follows_the_load_only_between_two_different_limits() -> None:
+    fixed, varying = ServeConfig(replicas=2, max_replicas=2), ServeConfig(replicas=1, max_replicas=2)
+    with running({"replica-1": Recorded()}) as replicas:
+        assert autoscaler_of(replicas, Config(serve=fixed), LogReporter()) is None
+        autoscaler = autoscaler_of(replicas, Config(serve=varying), LogReporter())
+        assert autoscaler is not None
+        assert autoscaler.state == ScalingState(wanted=1, present=1, added=0, removed=0, failures=0)
 
 
 def test_limit_of_adapters_is_refused_with_llama_cpp() -> None:

@@ -6,6 +6,8 @@ import asyncio
 import json
 import shutil
 import stat
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,8 +24,9 @@ from tunewright.core.progress import LogReporter
 from tunewright.engines.protocol import RequestFailedError
 from tunewright.engines.vllm import worker
 from tunewright.engines.vllm.engine import VllmEngine
+from tunewright.engines.vllm.launch import plan
 from tunewright.generation.requests import Request
-from vllm_child import ids, seen, settings, wait_until
+from vllm_child import alive, ids, seen, settings, wait_until
 
 pytest_plugins = ["vllm_child"]
 
@@ -56,6 +59,7 @@ def test_vllm_variables_of_the_caller_are_not_inherited(
 ) -> None:
     monkeypatch.setenv("VLLM_SKIP_MODEL_NAME_VALIDATION", "1")
     monkeypatch.setenv("VLLM_LORA_RESOLVER_CACHE_DIR", "/")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
     engine = VllmEngine(settings(tmp_path), stop_ids={0}, reporter=LogReporter())
     try:
         environment = seen(engine)["environment"]
@@ -69,6 +73,7 @@ def test_vllm_variables_of_the_caller_are_not_inherited(
         "VLLM_PLUGINS",
     }
     assert environment["VLLM_PLUGINS"] == "tunewright_vllm", "and not vLLM's own resolvers"
+    assert "RAY_AUTH_TOKEN" not in environment
 
 
 def test_vllm_traces_to_the_same_collector_and_continues_the_engines_span(
@@ -213,3 +218,22 @@ def test_aborted_request_is_aborted_in_vllm(engine: VllmEngine) -> None:
     asyncio.run(hang_up())
     wait_until(lambda: seen(engine)["hung_up"] == 1)
     assert engine.in_flight == (0, 0)
+
+
+def test_process_of_vllm_ends_with_its_parent_before_plugins_are_loaded(tmp_path: Path) -> None:
+    code = """
+import multiprocessing, time
+child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(3600,))
+child.start()
+print(child.pid, flush=True)
+child.join()
+"""
+    variables = plan(tmp_path, Path(sys.executable), [], {}).variables
+    vllm = subprocess.Popen(
+        [sys.executable, "-c", code], env=dict(variables), start_new_session=True, stdout=subprocess.PIPE, text=True
+    )
+    assert vllm.stdout is not None
+    child = int(vllm.stdout.readline())
+    vllm.kill()
+    vllm.communicate()
+    wait_until(lambda: not alive(child))

@@ -150,7 +150,7 @@ def test_queue_admits_waiters_as_soon_as_the_engine_has_more_rows() -> None:
 
         tasks = [asyncio.create_task(request()) for _ in range(6)]
         for rows in (1, 4, 4):
-            queue.resize(rows)
+            queue.resize(rows, 1)
             await asyncio.sleep(0.01)
             counts.append(entered)
         for task in tasks:

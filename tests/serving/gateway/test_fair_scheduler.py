@@ -405,16 +405,26 @@ def test_each_replica_may_have_one_long_prompt_in_prefill(engines: int) -> None:
     assert len(scheduler.admit()) == 1
 
 
+def test_further_replica_lets_a_further_long_prompt_into_prefill() -> None:
+    scheduler = FairScheduler(32, lambda: 0.0)
+    for tenant in "abcde":
+        scheduler.enqueue(tenant, PREFILL_TOKENS + 1)
+    assert len(scheduler.admit()) == 1
+    assert scheduler.resize(32, 3)
+    assert len(scheduler.admit()) == 2
+    assert scheduler.admitted == 3
+
+
 def test_engine_with_fewer_rows_gets_no_further_requests_until_it_has_room() -> None:
     scheduler = FairScheduler(16, lambda: 0.0)
     for _ in range(40):
         scheduler.enqueue("a", 1)
     admitted = scheduler.admit()
     assert len(admitted) == places(16)
-    assert scheduler.resize(8)
-    assert not scheduler.resize(8)
+    assert scheduler.resize(8, 1)
+    assert not scheduler.resize(8, 1)
     for number, ticket in enumerate(admitted, 1):
         scheduler.release(ticket)
         assert len(scheduler.admit()) == (number > places(16) - places(8))
-    assert scheduler.resize(16)
+    assert scheduler.resize(16, 1)
     assert len(scheduler.admit()) == places(16) - places(8)

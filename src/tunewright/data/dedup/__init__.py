@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from tunewright.core.progress import Reporter
+from tunewright.core.spill import TextFile, numbered, repeated
 from tunewright.core.workers import THIS_PROCESS, Workers
 from tunewright.data.dedup.shingles import shingle_matrix
 from tunewright.data.dedup.similarity import link, nearest_kept, similarities
-from tunewright.data.examples import INSTRUCTIONS, Example, normalised
+from tunewright.data.examples import Example, normalised
 from tunewright.data.versions import DatasetVersion, Member
 
 # The lookbehind keeps the search linear: without it each letter of a long word would begin a search to its end.
@@ -30,25 +31,28 @@ class Repeat:
     similarity: float
 
 
-def comparison_texts(examples: Sequence[Example]) -> list[str]:
+def comparison_texts(examples: Iterable[Example]) -> Sequence[str]:
     """Return the text to compare for each example: its normalised input without the words common to all inputs.
 
     Texts are in NFC, casefolded, with white space collapsed. The common words at the beginning and the end, such as an
     instruction in every input, would make all inputs similar.
     """
-    return distinctive([e.input_text for e in examples])
+    return distinctive(e.input_text for e in examples)
 
 
-def distinctive(texts: Sequence[str]) -> list[str]:
-    """Return each text normalised, without the words that all begin or end with; see :func:`comparison_texts`."""
-    texts = [normalised(text) for text in texts]
-    low, high = min(texts, default=""), max(texts, default="")
+def distinctive(texts: Iterable[str]) -> Sequence[str]:
+    """Return each text normalised, without the words that all begin or end with; see :func:`comparison_texts`.
+
+    They are in a temporary file.
+    """
+    file = TextFile(map(normalised, texts))
+    low, high = min(file, default=""), max(file, default="")
     if low == high:
-        return texts
+        return file
     # Cut at a word boundary: a word that is only partly common belongs to the difference.
     head = len(_WORD_AT_END.sub("", _common_head([low, high])))
-    tail = len(_WORD_AT_END.sub("", _common_head(text[head:][::-1] for text in texts)))
-    return [text[head : len(text) - tail].strip() for text in texts]
+    tail = len(_WORD_AT_END.sub("", _common_head(text[head:][::-1] for text in file)))
+    return TextFile(text[head : len(text) - tail].strip() for text in file) if head or tail else file
 
 
 def _common_head(texts: Iterable[str]) -> str:
@@ -57,6 +61,8 @@ def _common_head(texts: Iterable[str]) -> str:
     for text in texts:
         if head is None or not text.startswith(head):
             head = text if head is None else commonprefix([text, head])  # noqa: RUF071 by characters, as wanted here
+        if not head:
+            break
     return head or ""
 
 
@@ -78,8 +84,7 @@ def find_duplicates(
     Returns:
         The most similar kept row of each dropped row.
     """
-    numbers: dict[tuple[tuple[str, ...], str], int] = {}
-    answers = np.array([numbers.setdefault(_answer(e), len(numbers)) for e in examples], dtype=np.int64)
+    answers = numbered(map(str, map(_answer, examples)))
     texts = comparison_texts(examples)
     pairs = nearest_kept(texts, answers, kept, threshold, reporter, "looking for duplicates", workers)
     return {
@@ -92,11 +97,7 @@ def find_duplicates(
 
 def _answer(example: Example) -> tuple[tuple[str, ...], str]:
     """Return the parts of an example that are equal in duplicates: instructions and output."""
-    return _instructions(example), example.output.strip()
-
-
-def _instructions(example: Example) -> tuple[str, ...]:
-    return tuple(m.content for m in example.prompt if m.role in INSTRUCTIONS)
+    return example.instructions, example.output.strip()
 
 
 def find_clusters(
@@ -112,11 +113,14 @@ def find_clusters(
         reporter: shows the progress.
         workers: compare the rows.
     """
-    names: dict[int, str] = {}
-    labels = link(comparison_texts(examples), threshold, reporter, "clustering", workers).tolist()
-    for label, example in zip(labels, examples, strict=True):
-        names[label] = min(names.get(label, example.pair_key), example.pair_key)
-    return [names[label] for label in labels]
+    labels = link(comparison_texts(examples), threshold, reporter, "clustering", workers)
+    names = [example.pair_key for example in examples]
+    linked = np.flatnonzero(labels != np.arange(len(labels)))  # with an earlier row, which the label is the place of
+    for row, label in zip(linked.tolist(), labels[linked].tolist(), strict=True):
+        names[label] = min(names[label], names[row])
+    for row, label in zip(linked.tolist(), labels[linked].tolist(), strict=True):
+        names[row] = names[label]
+    return names
 
 
 @dataclass(frozen=True)
@@ -179,13 +183,14 @@ def exact_repeats(examples: Sequence[Example], kept: int) -> dict[int, Repeat]:
         examples: all rows, in order of preference.
         kept: number of first rows that are always kept.
     """
-    first: dict[tuple[bytes, tuple[str, ...], str], int] = {}
     repeats: dict[int, Repeat] = {}
-    for row, example in enumerate(examples):
-        earlier = first.setdefault((example.prompt_digest, *_answer(example)), row)
-        if earlier != row and row >= kept:
-            repeats[row] = Repeat(earlier, 1.0)
-    return repeats
+    for rows in repeated(example.prompt_digest for example in examples):
+        first: dict[tuple[tuple[str, ...], str], int] = {}
+        for row in rows:
+            earlier = first.setdefault(_answer(examples[row]), row)
+            if earlier != row and row >= kept:
+                repeats[row] = Repeat(earlier, 1.0)
+    return dict(sorted(repeats.items()))
 
 
 def near_repeats(

@@ -93,13 +93,13 @@ def find_hits(
     """
     sources = [_source(name, texts) for name, texts in against.items()]
     hits: dict[tuple[str, str, int], ContaminationHit] = {}
-    pieces: dict[Words, list[str]] = defaultdict(list)
+    pieces: dict[str, list[str]] = defaultdict(list)
     with reporter.task("looking for test items", len(rows), "examples") as task:
         searched = workers.map(_searched, _Searched(sources, frozenset(labels)), rows.items(), task, _ROWS)
         for key, (found, short_turns) in zip(rows, searched, strict=True):
             hits |= {(key, hit.source, hit.item): hit for hit in found}
             for turn in short_turns:
-                pieces[turn].append(key)
+                pieces[" ".join(turn)].append(key)
     for source in sources:
         for item, row in _holding(source, pieces):
             hits.setdefault((row, source.name, item), ContaminationHit(row, source.name, item, "contained", 1.0))
@@ -149,7 +149,7 @@ def training_hits(
     """
     training = {m.key: m.example for m in members if m.split == "train"}
     against = {TEST: [m.example.input_text for m in _tests(members)], **benchmarks}
-    return find_hits(training, against, reporter, find_labels([m.example.output for m in members]), workers)
+    return find_hits(training, against, reporter, find_labels(m.example.output for m in members), workers)
 
 
 def item_names(hits: Sequence[ContaminationHit], members: Sequence[Member]) -> list[str]:
@@ -279,13 +279,13 @@ def _longest(a: Words, b: Words) -> int:
     return SequenceMatcher(None, a, b, autojunk=False).find_longest_match().size
 
 
-def _holding(source: _Source, pieces: Mapping[Words, Sequence[str]]) -> Iterator[tuple[int, str]]:
+def _holding(source: _Source, pieces: Mapping[str, Sequence[str]]) -> Iterator[tuple[int, str]]:
     """Yield the items that contain a whole short turn, with the keys of its rows, unless many items do."""
-    lengths = sorted({len(piece) for piece in pieces})
-    holders: dict[Words, set[int]] = defaultdict(set)
+    lengths = sorted({piece.count(" ") + 1 for piece in pieces})
+    holders: dict[str, set[int]] = defaultdict(set)
     for number, words in enumerate(source.items):
         for length in lengths:
-            for run in _runs(words, length):
+            for run in map(" ".join, _runs(words, length)):
                 if run in pieces:
                     holders[run].add(number)
     for piece, numbers in holders.items():

@@ -15,10 +15,11 @@ import numpy.typing as npt
 from scipy.special import gammaln
 
 from tunewright.core.progress import Reporter
+from tunewright.core.spill import numbered
 from tunewright.data.dedup.decontaminate import FEWEST, normalised_words
 from tunewright.data.dedup.shingles import shingle_matrix
 from tunewright.data.dedup.sketches import Indices
-from tunewright.data.examples import class_like, normalised, output_template
+from tunewright.data.examples import find_labels, normalised, output_template
 from tunewright.data.splits import MINIMUM_CLUSTERS, Split
 from tunewright.data.versions import Member
 
@@ -114,21 +115,19 @@ def new_templates(members: Sequence[Member], splits: Collection[Split] = _TEST) 
 
 
 def _natural(domain: Sequence[Member], template: Indices) -> str | None:
-    outputs = [m.example.output.strip() for m in domain]
-    if class_like(outputs):
+    if find_labels(m.example.output for m in domain):
         return "outputs are labels"
-    if 2 * sum(len(normalised_words(output)) < FEWEST for output in outputs) > len(outputs):
+    if 2 * sum(len(normalised_words(m.example.output)) < FEWEST for m in domain) > len(domain):
         return f"most outputs have fewer than {FEWEST} words"
     sizes = np.bincount(template)
-    if len(sizes) < MINIMUM_CLUSTERS or 2 * int(sizes.max()) > len(outputs):
+    if len(sizes) < MINIMUM_CLUSTERS or 2 * int(sizes.max()) > len(domain):
         return "most outputs have one of few templates"
     return None
 
 
 def _numbers(members: Sequence[Member], reduced: Callable[[str], str]) -> Indices:
     """Number the rows' distinct reduced outputs from 0, [rows]."""
-    known: dict[str, int] = {}
-    return np.array([known.setdefault(reduced(m.example.output), len(known)) for m in members], dtype=np.int64)
+    return numbered(reduced(m.example.output) for m in members)
 
 
 def _overlap(how: OverlapKind, domain: Sequence[Member], numbers: Indices) -> Overlap:

@@ -24,17 +24,20 @@ import numpy as np
 import numpy.typing as npt
 
 from tunewright.core.progress import Task
-from tunewright.data.dedup.sketches import ROUNDING, Indices, Mask, Sketches, mixed
+from tunewright.data.dedup.sketches import ROUNDING, Indices, Mask, Sketches, Words, mixed
 
 _FEW = 4_000  # maximum number of texts compared all with all, since signing would take longer
 _EQUAL_PARTS = 6  # minimum number of parts that near-equal texts share: more are more selective, and slower
 _SPREAD = 1.1  # ratio of sizes handled together: a wider spread gives weaker signatures
-_CELLS = 4_000_000  # pairs held at once; bounds the memory, not the result
+_CELLS = 1_000_000  # pairs held at once; bounds the memory, not the result
 _SIGNED = 10_000  # texts signed at once; bounds the memory, not the result
 _MANY = 1 << 14  # pairs of one signature from which their sketches are compared in a block
 _DEAR = 20  # cost of a pair looked up, in pairs compared in a block
 _GAIN = 2  # minimum factor of work that signatures must save over comparing all pairs
 _LARGE_LABEL = 0.02  # share of texts with one label from which skipping their pairs pays
+
+_TEXT = np.uint64((1 << 30) - 1)
+"""The bits of a number that stands for a signature and a text."""
 
 Pairs = tuple[Indices, Indices]
 
@@ -118,26 +121,44 @@ def _cut(places: Indices, begins: Indices, mask: Mask) -> Pairs:
     return places[np.repeat(mask, sizes)], np.concatenate([[0], np.cumsum(sizes[mask])])
 
 
-def _by_signature(signatures: npt.NDArray[Any], places: npt.NDArray[Any], larger: Mask, smaller: Mask) -> _Signed:
-    """Group entries by signature; ``larger`` and ``smaller`` say which side of a pair the text may be.
+def _entries(signatures: npt.NDArray[Any], texts: npt.NDArray[Any], larger: Mask, smaller: Mask) -> Words:
+    """Return texts with their signatures as one number each: the order of these numbers is that of the signatures.
 
-    Signatures of a single text are left out.
+    Args:
+        signatures: below 2^32.
+        texts: below 2^30.
+        larger, smaller: the side of a pair that the text may be.
     """
-    order = np.argsort(signatures, kind="stable")
-    signatures, places, larger, smaller = signatures[order], places[order], larger[order], smaller[order]
-    number = np.cumsum(np.diff(signatures, prepend=signatures[:1]) != 0, dtype=np.int32)
-    del order, signatures
-    count = int(number[-1]) + 1 if len(number) else 0
-    begins = [np.concatenate([[0], np.cumsum(np.bincount(number[of], minlength=count))]) for of in (larger, smaller)]
-    signed = _Signed(places[larger], begins[0], places[smaller], begins[1])
-    return signed.where((signed.pairs() > 0) & (np.bincount(number, minlength=count) > 1))
+    low = (texts.astype(np.uint64) << np.uint64(2)) | (larger.astype(np.uint64) << np.uint64(1))
+    entries: Words = (signatures.astype(np.uint64) << np.uint64(32)) | low | smaller.astype(np.uint64)
+    return entries
+
+
+def _by_signature(entries: Words) -> _Signed:
+    """Group entries by signature, in place; signatures of a single text are left out."""
+    entries.sort()
+    low, signatures = entries.astype("<u8", copy=False).view("<u4").reshape(-1, 2).T
+    begins = np.concatenate([np.arange(min(len(entries), 1)), np.flatnonzero(signatures[1:] != signatures[:-1]) + 1])
+    sizes = np.diff(begins, append=len(entries))
+    sides = [(low & np.uint32(flag)) != 0 for flag in (2, 1)]
+    larger, smaller = (np.add.reduceat(side, begins, dtype=np.int64) if len(begins) else sizes for side in sides)
+    met = (sizes > 1) & (larger > 0) & (smaller > 0)
+    asked = np.repeat(met, sizes)
+    larger_texts, smaller_texts = ((low[asked & side] >> np.uint32(2)).astype(np.int32) for side in sides)
+    return _Signed(
+        larger_texts,
+        np.concatenate([[0], np.cumsum(larger[met])]),
+        smaller_texts,
+        np.concatenate([[0], np.cumsum(smaller[met])]),
+    )
 
 
 class SizeClass:
     """Texts of similar size, to be joined: each near-equal pair is found in the class of its larger text.
 
     Args:
-        rows: 0/1 csr matrix [texts, shingles], whose columns run from the rarest shingle to the most frequent, sorted.
+        rows: 0/1 csr matrix [texts, shingles], whose columns run from the rarest shingle to the most frequent, sorted;
+            or an object that returns some of its rows.
         sizes: each text's number of shingles.
         threshold: Jaccard similarity, in (0, 1].
         low: fewest shingles of the larger text of a pair.
@@ -277,14 +298,17 @@ class SizeClass:
         looking = np.where(self._large, sizes - np.ceil(self._threshold * sizes - ROUNDING) + 1, 0)
         found = sizes - np.ceil(share * (sizes + np.maximum(sizes, self._low)) - ROUNDING) + 1
         count = np.minimum(np.maximum(looking, found), sizes).astype(np.int64)
-        texts = np.repeat(np.arange(len(sizes), dtype=np.int32), count)
-        place = np.arange(len(texts)) - np.repeat(np.cumsum(count) - count, count)
-        larger, smaller = place < looking[texts], place < found[texts]
-        place += self._rows.indptr[:-1][texts]
-        signatures = self._rows.indices[place]
-        del place
-        shared = (np.bincount(signatures) > 1)[signatures]  # many are in one text only
-        return _by_signature(signatures[shared], texts[shared], larger[shared], smaller[shared])
+        entries = np.empty(int(count.sum()), dtype=np.uint64)
+        end = 0
+        for at in range(0, len(sizes), _SIGNED):
+            rows, some = self._rows[at : at + _SIGNED], count[at : at + _SIGNED]
+            texts = np.repeat(np.arange(len(some)), some)
+            place = np.arange(len(texts)) - np.repeat(np.cumsum(some) - some, some)
+            signatures = rows.indices[place + rows.indptr[texts]]
+            texts += at
+            begin, end = end, end + len(texts)
+            entries[begin:end] = _entries(signatures, texts, place < looking[texts], place < found[texts])
+        return _by_signature(entries)
 
     def _by_parts(self) -> _Signed:
         """Index texts by the rarest of their part signatures.
@@ -295,40 +319,52 @@ class SizeClass:
         codes = mixed(np.arange(self._rows.shape[1], dtype=np.uint64))
         part = (mixed(codes) % np.uint64(parts)).astype(np.int64)
         # A sum of random codes stands for the set. Sums that are equal by chance only make candidates more.
-        signatures = np.zeros((count, parts), dtype=np.uint64)
+        signatures = [np.empty(count, dtype=np.uint64) for _ in range(parts)]
         for at in range(0, count, _SIGNED):
-            begins = self._rows.indptr[at : at + _SIGNED + 1]
-            columns = self._rows.indices[begins[0] : begins[-1]]
-            cells = np.repeat(np.arange(at, at + len(begins) - 1) * parts, np.diff(begins)) + part[columns]
-            np.add.at(signatures.reshape(-1), cells, codes[columns])
-        ranks, single = _ranks(signatures)
-        del signatures
+            rows = self._rows[at : at + _SIGNED]
+            cells = np.repeat(np.arange(rows.shape[0]) * parts, np.diff(rows.indptr)) + part[rows.indices]
+            sums = np.zeros((rows.shape[0], parts), dtype=np.uint64)
+            np.add.at(sums.reshape(-1), cells, codes[rows.indices])
+            for each, some in zip(signatures, sums.T, strict=True):
+                each[at : at + _SIGNED] = some
+        ranks = _ranks(signatures)
         ranks.partition(self._different, axis=1)
         ranks = ranks[:, : self._different + 1]
-        shared = ranks >= single
-        texts = np.nonzero(shared)[0].astype(np.int32)
-        return _by_signature(ranks[shared], texts, self._large[texts], np.ones(len(texts), dtype=bool))
+        shared = ranks > 0
+        texts = np.nonzero(shared)[0]
+        return _by_signature(_entries(ranks[shared], texts, self._large[texts], np.ones(len(texts), dtype=bool)))
 
 
-def _ranks(signatures: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[Any], int]:
-    """Return each signature's place among those of all parts from the rarest to the most frequent, [texts, parts].
+def _ranks(signatures: list[Words]) -> npt.NDArray[np.uint32]:
+    """Return each signature's place among those of several texts, from 1, the rarest first; 0 for other signatures.
+
+    Args:
+        signatures: those of all texts, by part; taken out of the list, since they are large. Their highest bits are
+            compared, which only makes candidates more.
 
     Returns:
-        The places, and the number of signatures of a single text, which come first.
+        [texts, parts]
     """
-    ranks = np.empty(signatures.shape, dtype=np.int32 if signatures.size < 1 << 31 else np.int64)
-    counts, begin = [], 0
-    for part in range(signatures.shape[1]):
-        _, numbers, of_part = np.unique(signatures[:, part], return_inverse=True, return_counts=True)
-        ranks[:, part] = numbers + begin
-        counts.append(of_part)
-        begin += len(of_part)
-    count = np.concatenate(counts)
-    rank = np.empty(begin, dtype=ranks.dtype)
-    rank[np.argsort(count, kind="stable")] = np.arange(begin, dtype=ranks.dtype)
-    for part in range(signatures.shape[1]):
+    ranks = np.zeros((len(signatures[0]), len(signatures)), dtype=np.uint32)
+    counts, begin = [np.zeros(1, dtype=np.int64)], 1
+    for part in reversed(range(len(signatures))):
+        values = signatures.pop() & ~_TEXT
+        values |= np.arange(len(values), dtype=np.uint64)
+        values.sort()
+        equal = np.diff(values | _TEXT) == 0
+        shared, first = np.zeros((2, len(values)), dtype=bool)
+        shared[1:] = equal
+        first[:-1] = equal & ~shared[:-1]
+        shared[:-1] |= equal
+        numbers = np.cumsum(first[shared]) - 1
+        ranks[(values[shared] & _TEXT).astype(np.int64), part] = numbers + begin
+        counts.append(np.bincount(numbers))
+        begin += len(counts[-1])
+    rank = np.empty(begin, dtype=np.uint32)
+    rank[np.argsort(np.concatenate(counts), kind="stable")] = np.arange(begin, dtype=np.uint32)
+    for part in range(ranks.shape[1]):
         ranks[:, part] = rank[ranks[:, part]]
-    return ranks, int(np.count_nonzero(count == 1))
+    return ranks
 
 
 def members_of(sizes: Indices, threshold: float, low: int, high: int) -> Indices:

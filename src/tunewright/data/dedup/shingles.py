@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -62,15 +63,18 @@ class ShingleFile:
     def __init__(self, texts: Sequence[str]) -> None:
         numbering = _Numbering(texts)
         self._file = tempfile.TemporaryFile(prefix="tunewright-")  # noqa: SIM115 closed at the end of this context
-        with writing(Path(tempfile.gettempdir())), tempfile.TemporaryFile(prefix="tunewright-") as unsorted:
+        sizes: list[Indices] = []
+        with writing(Path(tempfile.gettempdir())):
             for numbers in numbering.shingles():
-                numbers.tofile(unsorted)
-            unsorted.seek(0)
-            sizes: list[Indices] = []
-            for columns, of_rows in numbering.sorted_rows(numbering.read(unsorted)):
+                numbers.tofile(self._file)
+            end = 0  # sorted rows are not longer than the numbers that were read for them, which they replace
+            for columns, of_rows in numbering.sorted_rows(numbering.read(self._file)):
+                self._file.seek(end)
                 columns.tofile(self._file)
+                end += columns.nbytes
                 sizes.append(of_rows)
-        self._file.flush()
+            self._file.truncate(end)
+            self._file.flush()
         self._columns = numbering.count
         self.sizes: Indices = np.concatenate(sizes) if sizes else np.empty(0, dtype=np.int64)
         self._begins = np.concatenate([[0], np.cumsum(self.sizes)])
@@ -81,7 +85,12 @@ class ShingleFile:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._file.close()
 
-    def rows(self, places: Indices) -> Any:
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Number of texts, and of different shingles."""
+        return len(self.sizes), self._columns
+
+    def __getitem__(self, places: Indices) -> Any:
         """Return these texts as a matrix, as from :func:`shingle_matrix`."""
         sizes = self.sizes[places]
         columns = np.empty(int(sizes.sum()), dtype=np.int32)
@@ -96,6 +105,26 @@ class ShingleFile:
             columns[to : to + ends[-1]] = stored[np.arange(ends[-1]) + np.repeat(shift, sizes[some])]
             to += int(ends[-1])
         return _matrix(columns, sizes, self._columns)
+
+
+class ShingleRows:
+    """Some texts of a file, which are read when they are asked for; another process gets them as a matrix.
+
+    Args:
+        file: the file.
+        places: the texts.
+    """
+
+    def __init__(self, file: ShingleFile, places: Indices) -> None:
+        self._file, self._places = file, places
+        self.shape = (len(places), file.shape[1])
+
+    def __getitem__(self, rows: Indices | slice) -> Any:
+        """Return some of these texts as a matrix."""
+        return self._file[self._places[rows]]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return copy, (self[:],)
 
 
 def _matrix(columns: Numbers, sizes: Indices, width: int) -> Any:
@@ -147,8 +176,12 @@ class _Numbering:
 
     def read(self, file: Any) -> Iterator[Numbers]:
         """Yield the numbers that a file holds, as :meth:`shingles` did."""
+        end = 0
         for some in self._parts():
-            yield np.fromfile(file, dtype=np.int32, count=int(self._counts[some].sum()))
+            file.seek(end)
+            numbers = np.fromfile(file, dtype=np.int32, count=int(self._counts[some].sum()))
+            end += numbers.nbytes
+            yield numbers
 
     def sorted_rows(self, parts: Iterable[Numbers]) -> Iterator[tuple[Numbers, Indices]]:
         """Yield the columns of some texts at a time, ascending and each once in a text, and their number by text.

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,10 @@ from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import connected_components
 
 from tunewright.core.progress import Reporter, Task
+from tunewright.core.spill import TextFile, numbered
 from tunewright.core.workers import THIS_PROCESS, Workers
 from tunewright.data.dedup.partition import SizeClass, members_of, size_ranges
-from tunewright.data.dedup.shingles import ShingleFile, shingle_matrix
+from tunewright.data.dedup.shingles import ShingleFile, ShingleRows, shingle_matrix
 from tunewright.data.dedup.sketches import Indices, Mask, Sketches, Wanted
 
 Similarities = npt.NDArray[np.float64]
@@ -31,6 +33,7 @@ _BLOCK = 512  # texts of a large group compared at once
 _BATCH = 50_000  # candidates verified at once; pairs linked by one batch are skipped in the next
 _CELLS = 4_000_000  # shingles held at once during verification; bounds the memory, not the result
 _ALIKE = 20_000  # texts of similar size from which several workers look for each other's
+_SENT = 50_000_000  # shingles sent to a worker at once: bounds its memory, and not the result
 _TOGETHER = 100_000  # texts whose groups one worker compares
 
 
@@ -80,23 +83,23 @@ def link(
         title: what the progress is called.
         workers: compare the texts.
     """
-    numbers: dict[str, int] = {}
-    same = np.array([numbers.setdefault(text, len(numbers)) for text in texts], dtype=np.int64)
-    del texts  # the largest object here; the file replaces it
-    different = list(numbers)
-    del numbers
+    same = numbered(texts)
+    first_of = np.unique(same, return_index=True)[1]
     # From short to long, so that texts of similar size are close to each other in the file.
-    order = np.argsort([len(text) for text in different], kind="stable")
-    with ShingleFile([different[i] for i in order.tolist()]) as rows:
+    lengths = np.fromiter(map(len, texts), dtype=np.int64, count=len(texts))
+    order = np.argsort(lengths[first_of], kind="stable")
+    different = TextFile(texts[i] for i in first_of[order])
+    del texts  # and its file
+    with ShingleFile(different) as rows:
         del different
         labels: Indices = np.arange(len(order), dtype=np.int64)
         with reporter.task(title, len(order), "different texts") as task:
             parts = _alike(rows, threshold, labels, workers.count)
-            for places, linked in workers.map(_linked, threshold, parts, task):
-                _join(labels, places, places[linked])
+            for here, some in groupby(parts, key=lambda alike: alike.large):
+                for places, linked in (THIS_PROCESS if here else workers).map(_linked, threshold, some, task):
+                    _join(labels, places, places[linked])
     first = np.full(len(order), len(order), dtype=np.int64)
     np.minimum.at(first, labels, order)
-    first_of = np.unique(same, return_index=True)[1]
     label_of = np.empty(len(order), dtype=np.int64)
     label_of[order] = first_of[first[labels]]
     return label_of[same]
@@ -109,12 +112,16 @@ class _Alike:
     places: Indices
     """Indices among all texts."""
     rows: Any
+    """Their shingles: a matrix, or ``ShingleRows``."""
+    sizes: Indices
     labels: Indices
     """The first of these texts, by its place here, that each is known to be linked with."""
     low: int
     high: int
-    part: int
-    parts: int
+    large: bool
+    """True if they are too many to be sent to a worker: they are compared here, and their shingles stay in the file."""
+    part: int = 0
+    parts: int = 1
 
 
 def _alike(texts: ShingleFile, threshold: float, labels: Indices, most: int) -> Iterator[_Alike]:
@@ -122,17 +129,17 @@ def _alike(texts: ShingleFile, threshold: float, labels: Indices, most: int) -> 
     sizes = texts.sizes
     for low, high in size_ranges(sizes):
         places = members_of(sizes, threshold, low, high)
-        some = texts.rows(places)
-        parts = min(most, math.ceil(np.count_nonzero(sizes[places] >= low) / _ALIKE))
+        some = ShingleRows(texts, places)
+        large = int(sizes[places].sum()) > _SENT
+        parts = 1 if large else min(most, math.ceil(np.count_nonzero(sizes[places] >= low) / _ALIKE))
         for part in range(parts):
             _, first, number = np.unique(labels[places], return_index=True, return_inverse=True)
-            yield _Alike(places, some, first[number], low, high, part, parts)
+            yield _Alike(places, some, sizes[places], first[number], low, high, large, part, parts)
 
 
 def _linked(threshold: float, alike: _Alike, task: Task) -> tuple[Indices, Indices]:
     """Return the texts, and the first of them, by its place, that each is linked with."""
-    rows, labels = alike.rows, alike.labels.copy()
-    sizes = np.diff(rows.indptr).astype(np.int64)
+    rows, sizes, labels = alike.rows, alike.sizes, alike.labels.copy()
 
     def wanted(first: Indices, second: Indices) -> Mask:
         mask: Mask = labels[first] != labels[second]  # already linked: one link more changes nothing
@@ -303,14 +310,17 @@ def _best(first: Indices, second: Indices, similarity: Similarities) -> Near:
 
 def _join(labels: Indices, first: Indices, second: Indices) -> None:
     """Merge the labels of each pair's texts, in place: all texts with either label get the lowest index."""
-    if not len(first):
+    one, other = labels[first], labels[second]
+    apart = one != other
+    names, numbers = np.unique(np.concatenate([one[apart], other[apart]]), return_inverse=True)
+    if not len(names):
         return
-    count = len(labels)
-    # A link to its label stands for all links that a text has had so far.
-    ends = (np.concatenate([np.arange(count), first]), np.concatenate([labels, second]))
-    links = coo_array((np.ones(len(ends[0]), dtype=np.int8), ends), shape=(count, count))
+    links = coo_array((np.ones(len(numbers) // 2, dtype=np.int8), np.split(numbers, 2)), shape=(len(names), len(names)))
     components = connected_components(links, directed=False)[1]
-    labels[:] = np.unique(components, return_index=True)[1][components]
+    lowest = names[np.unique(components, return_index=True)[1]]
+    now = np.arange(len(labels))
+    now[names] = lowest[components]
+    labels[:] = now[labels]
 
 
 def _batches(candidates: Iterator[tuple[Indices, Indices]], wanted: Wanted) -> Iterator[tuple[Indices, Indices]]:

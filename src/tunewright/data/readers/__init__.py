@@ -30,6 +30,7 @@ from tunewright.data.readers.validate import (
     groups_of,
     metadata_of,
 )
+from tunewright.data.row_file import RowFile
 
 __all__ = [
     "Fault",
@@ -72,6 +73,11 @@ class SourceRow:
     def __reduce__(self) -> tuple[Any, ...]:
         return SourceRow, (self.example, self.source, self.line, self.groups, self.metadata, self.generated)
 
+    def stored(self, file: RowFile) -> SourceRow:
+        """Return the row with its turns in a file."""
+        example = file.stored(self.example)
+        return SourceRow(example, self.source, self.line, self.groups, self.metadata, self.generated)
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -104,13 +110,13 @@ class ReadResult:
 
 
 def read_pairs(path: Path, data: DataConfig, task: Task | None = None, workers: Workers = THIS_PROCESS) -> ReadResult:
-    """Read a file of pairs into memory; arguments and errors are those of ``scan_pairs``."""
-    reading = ReadResult([], [], [])
+    """Read a file of pairs; arguments and errors are those of ``scan_pairs``. The rows' turns are in a ``RowFile``."""
+    reading, file = ReadResult([], [], []), RowFile()
     for row in scan_pairs(path, data, reading.notes, task, workers):
         if isinstance(row, Fault):
             reading.faults.append(row)
         else:
-            reading.rows.append(row)
+            reading.rows.append(row.stored(file))
     return reading
 
 

@@ -28,6 +28,7 @@ from tunewright.data.readers.schemas import Conversation, parse_conversation
 from tunewright.data.readers.sources import Source, open_source
 from tunewright.data.readers.turns import Turn
 from tunewright.data.readers.validate import example_from_turns, groups_of, metadata_of, texts_of
+from tunewright.data.row_file import RowFile
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def _checked(
     workers: Workers,
 ) -> CheckedFile:
     notes: list[str] = []
-    examples, before, unreadable = 0, len(faults), None
+    examples, before, unreadable, file = 0, len(faults), None, RowFile()
     try:
         for row in scan_pairs(path, data, notes, task, workers):
             if isinstance(row, Fault):
@@ -121,7 +122,7 @@ def _checked(
             else:
                 examples += 1
                 if rows is not None:
-                    rows.append(row)
+                    rows.append(row.stored(file))
                 texts = [text for m in row.example.messages for text in message_texts(m)]
                 texts += [*row.groups.items(), *texts_of(row.metadata)]
                 found = (f for name, text in texts for f in find_in_value(name, text))

@@ -393,7 +393,8 @@ def redact_reviews(dataset: Path, purged: Collection[str]) -> None:
 def status_line(found: Outcome, drawn: DrawEvent) -> str:
     """Return an outcome as text, such as "accepted: 0 of 72 wrong, under 5% at 95%"."""
     plan, before = drawn.plan, drawn.continues
-    count = f"{found.wrong:,} of {found.checked:,} wrong"
+    begun = found.checked or found.unsettled
+    count = f"{found.wrong:,} of {found.checked:,} wrong" if begun else "no row checked yet"
     promise = f"under {100 * plan.limit:g}%"
     extra = [f"{found.unsettled:,} unsettled"] if found.unsettled else []
     extra += [f"draw {drawn.draw + 1}"] if drawn.draw else []

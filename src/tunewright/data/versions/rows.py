@@ -91,12 +91,12 @@ def parse_rows(data: bytes, where: str) -> dict[str, Example]:
 
 def write_rows(folder: Path, examples: Mapping[str, Example], reporter: Reporter) -> None:
     """Add examples by pair key; files that have them all are not rewritten."""
-    shards: dict[str, dict[str, Example]] = defaultdict(dict)
-    for key, example in examples.items():
-        shards[key[:2]][key] = example
+    shards: dict[str, list[str]] = defaultdict(list)
+    for key in examples:
+        shards[key[:2]].append(key)
     with reporter.task("saving rows", len(shards), "files") as task:
-        for prefix, rows in sorted(shards.items()):
-            path = folder / f"{prefix}.jsonl"
+        for prefix, keys in sorted(shards.items()):
+            path, rows = folder / f"{prefix}.jsonl", {key: examples[key] for key in keys}
             there = parse_rows(path.read_bytes(), str(path)) if path.exists() else {}
             if rows.keys() - there.keys():
                 write_text(path, rows_text(rows | there))

@@ -15,9 +15,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tunewright.config import Duplicates
+from tunewright.core.author import stated_author
 from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest as json_digest
+from tunewright.core.spill import repeated
 from tunewright.data.examples import Example, in_conflict, normalised
 from tunewright.data.splits import SPLITS, Split
 from tunewright.data.versions.members import Place, lines_sha256, member_line
@@ -155,7 +157,9 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def current_author(folder: Path) -> str | None:
-    """Return git's user.name for this folder, else the login name, else None."""
+    """Return the stated author, else git's user.name for this folder, else the login name, else None."""
+    if stated := stated_author():
+        return stated
     if shutil.which("git"):
         command = ["git", "config", "user.name"]
         result = subprocess.run(
@@ -270,16 +274,14 @@ def new_manifest(
 
 
 def _counts(members: Sequence[Member], left_out: ImportCounts, near_duplicates: int) -> Counts:
-    asked: dict[bytes, list[Example]] = defaultdict(list)
-    for member in members:
-        asked[member.example.prompt_digest].append(member.example)
+    same_prompt = repeated(m.example.prompt_digest for m in members)
     splits = Counter(m.split for m in members)
     return Counts(
         rows=len(members),
         **{split: splits[split] for split in SPLITS},
         clusters=len({m.cluster for m in members}),
         families=count_families(members),
-        conflicts=sum(map(in_conflict, asked.values())),
+        conflicts=sum(in_conflict([members[i].example for i in places]) for places in same_prompt),
         duplicates=left_out.duplicates,
         skipped=left_out.skipped,
         moved=left_out.moved,
@@ -290,11 +292,13 @@ def _counts(members: Sequence[Member], left_out: ImportCounts, near_duplicates: 
 
 def count_families(members: Sequence[Member]) -> int:
     """Count the clusters that have several inputs and several outputs, ignoring case and white space."""
-    inputs: dict[str, set[str]] = defaultdict(set)
+    inputs: dict[str, set[bytes]] = defaultdict(set)
     outputs: dict[str, set[str]] = defaultdict(set)
+    sizes = Counter(m.cluster for m in members)
     for m in members:
-        inputs[m.cluster].add(m.example.prompt_key)
-        outputs[m.cluster].add(normalised(m.example.output))
+        if sizes[m.cluster] > 1:
+            inputs[m.cluster].add(m.example.prompt_digest)
+            outputs[m.cluster].add(normalised(m.example.output))
     return sum(len(inputs[cluster]) > 1 and len(outputs[cluster]) > 1 for cluster in inputs)
 
 

@@ -31,6 +31,10 @@ _WHERE = "evaluate.engine"
 T = TypeVar("T")
 
 
+class VllmStoppedError(UserError):
+    """vLLM crashed or hung; a new one may answer."""
+
+
 class VllmAnswers:
     """vLLM for lists of requests, started by the first list; at most one adapter is loaded at a time.
 
@@ -43,10 +47,21 @@ class VllmAnswers:
         batch_size: the number of rows that decode at once without a GPU; with one, its memory decides.
         rank: adapters up to this LoRA rank are loaded without restarting vLLM.
         reporter: receives a message when vLLM starts.
+        card: bytes of the GPU that decides the number of rows; None: this process's.
+        threads: number of threads that compute without a GPU; None: as many as in this process.
     """
 
     def __init__(
-        self, base: Base, dtype: str, environment: Environment, batch_size: int, rank: int, reporter: Reporter
+        self,
+        base: Base,
+        dtype: str,
+        environment: Environment,
+        batch_size: int,
+        rank: int,
+        reporter: Reporter,
+        *,
+        card: int | None = None,
+        threads: int | None = None,
     ) -> None:
         self._base = base
         self._dtype = dtype
@@ -54,6 +69,8 @@ class VllmAnswers:
         self._rank = rank
         self._reporter = reporter
         self._batch_size = batch_size
+        self._card = card
+        self._variables = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
         self._engine: VllmEngine | None = None
         self._loaded: str | None = None
         self._end: Callable[[], object] = lambda: None
@@ -61,7 +78,9 @@ class VllmAnswers:
     @cached_property
     def rows(self) -> int:
         """The number of rows that decode at once."""
-        return self._batch_size if self._environment.build == "cpu" else rows_at_once(_card_memory()[1])
+        if self._environment.build == "cpu":
+            return self._batch_size
+        return rows_at_once(_card_memory()[1] if self._card is None else self._card)
 
     def generate(
         self,
@@ -132,6 +151,7 @@ class VllmAnswers:
             # A quarter of a server's cache: rows that do not fit may wait, since no reader waits for them.
             kv_cache_bytes=kv_cache_bytes(config, self._dtype, max(1, self.rows // 4)) if cpu else None,
             gpu_share=None if cpu else gpu_share(*_card_memory()),
+            variables=self._variables,
         )
         version = self._environment.versions["vllm"]
         self._reporter.say(f"Starting vLLM {version} ({self._environment.build}) on {self._base.spec}")
@@ -166,7 +186,7 @@ class VllmAnswers:
         except EngineStoppedError as error:
             said = self._engine.child.said() if self._engine else ""
             self.stop()
-            raise UserError(
+            raise VllmStoppedError(
                 f"vLLM stopped before all answers were complete. The end of its log:\n{said or 'The log is empty.'}",
                 where=_WHERE,
                 fix="Run the same command again, which keeps the finished answers. Or set it to peft.",

@@ -14,8 +14,20 @@ from tunewright.models import ALLOCATOR
 
 PACKAGE = "tunewright_vllm"
 
-# Not inherited: vLLM's switches (one of them makes it answer unknown names with the base), and Python's search paths.
-_NOT_INHERITED = ("VLLM_", "PYTHON", "VIRTUAL_ENV", "LORA_")
+# Python runs it first. A process that vLLM starts imports for many seconds before it loads plugins, and would outlive a
+# parent that is killed meanwhile. Python's resource tracker has to outlive it, to free its shared memory.
+_FIRST = f"""\
+import sys
+
+if "--multiprocessing-fork" in sys.orig_argv:
+    import {PACKAGE}
+
+    {PACKAGE}.end_with_parent()
+"""
+
+# Not inherited: vLLM's switches (one of them makes it answer unknown names with the base), Python's search paths, and
+# the token of a Ray cluster.
+_NOT_INHERITED = ("VLLM_", "PYTHON", "VIRTUAL_ENV", "LORA_", "RAY_")
 
 
 def plan(folder: Path, python: Path, options: Sequence[str], variables: Mapping[str, str]) -> Plan:
@@ -57,9 +69,10 @@ def _manifest(folder: Path) -> Path:
 
 
 def _write_plugin(site: Path) -> None:
-    """Write the package that vLLM finds by its entry point."""
+    """Write the package that vLLM finds by its entry point, and what Python runs first."""
     package, info = site / PACKAGE, site / f"{PACKAGE}-1.dist-info"
     package.mkdir(parents=True)
+    (site / "sitecustomize.py").write_text(_FIRST, encoding="utf-8")
     info.mkdir()
     shutil.copyfile(worker.__file__, package / "__init__.py")
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {PACKAGE}\nVersion: 1\n", encoding="utf-8")

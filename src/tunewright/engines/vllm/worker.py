@@ -35,7 +35,7 @@ log = logging.getLogger("vllm.tunewright")
 
 def register() -> None:
     """Register the resolver: the entry point of ``vllm.general_plugins``, called in each of vLLM's processes."""
-    _end_with_parent()
+    end_with_parent()
     from vllm.lora.request import LoRARequest
     from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 
@@ -104,12 +104,22 @@ async def _answer(send: Any, status: int) -> None:
     await send({"type": "http.response.body", "body": b""})
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Let Linux kill this process when its parent ends, however that ends (PR_SET_PDEATHSIG).
 
     A hanging process would not notice a request to stop.
     """
     ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
-    leads = os.getsid(0) == os.getpid()  # vLLM's first process, which starts the others
-    if leads and os.getppid() != int(os.environ[GATEWAY]):
-        os._exit(1)  # the gateway ended before this process asked for the signal
+    if not _has_parent():
+        os._exit(1)  # it ended before this process asked for the signal
+
+
+def _has_parent() -> bool:
+    """Return whether the process that started this one is still its parent."""
+    session = os.getsid(0)
+    if session == os.getpid():  # vLLM's first process, which starts the others
+        return os.getppid() == int(os.environ[GATEWAY])
+    try:
+        return os.getsid(os.getppid()) == session
+    except ProcessLookupError:
+        return False

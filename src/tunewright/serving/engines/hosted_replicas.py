@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,10 +14,11 @@ from tunewright.core.progress import LogReporter, Reporter
 from tunewright.engines.protocol import EngineStoppedError
 from tunewright.models.bases import base_here
 from tunewright.serving.engines.host import EngineHost, Event, HostedEngine
-from tunewright.serving.engines.start import EngineSpec, start_engine
+from tunewright.serving.engines.replicas import Starter
+from tunewright.serving.engines.start import EngineSpec, replica_spec, start_engine
 
 if TYPE_CHECKING:
-    from tunewright.compute.hosts import Host, Hosts
+    from tunewright.compute.hosts import Host
 
 
 @dataclass(frozen=True)
@@ -84,40 +84,33 @@ class _HostTransport:
             self._host.call("load", {"digest": digest, "folder": str(folder.absolute())})
 
 
-def start_hosted(
-    kind: EngineName, config: Config, spec: EngineSpec, reporter: Reporter, held: ExitStack
-) -> dict[str, HostedEngine]:
-    """Start the config's number of engines on the machines of its cluster.
+def hosted_starter(
+    kind: EngineName, config: Config, spec: EngineSpec, largest: int, reporter: Reporter, held: ExitStack
+) -> Starter:
+    """Return what starts replicas on the machines of the config's cluster.
 
     Args:
+        largest: the largest number of replicas.
         held: disconnects from the cluster.
 
     Raises:
-        UserError: as for :func:`tunewright.compute.open_hosts`, or an engine does not start.
+        UserError: as for :func:`tunewright.compute.open_hosts`.
     """
-    count = config.serve.replicas
-    hosts = held.enter_context(open_hosts(config, count, base_here, spec.base, reporter))
-    names = [f"replica-{number}" for number in range(1, count + 1)]
-    with ThreadPoolExecutor(count) as pool:
-        starting = {name: pool.submit(_start, name, kind, config, spec, hosts) for name in names}
-    failed = [error for future in starting.values() if (error := future.exception()) is not None]
-    if failed:
-        for future in starting.values():
-            if future.exception() is None:
-                future.result().stop()
-        raise failed[0]
-    return {name: future.result() for name, future in starting.items()}
+    serve = config.serve.model_copy(update={"replicas": 1, "max_replicas": None})
+    alone = config.model_copy(update={"serve": serve})
+    hosts = held.enter_context(open_hosts(config, config.serve.replicas, largest, base_here, spec.base, reporter))
 
+    def start(name: str, adapters: Mapping[str, Path]) -> HostedEngine:
+        host = hosts.start(name, _make, _Setting(kind, alone, replica_spec(kind, spec, adapters)))
+        (facts,) = host.call("facts")
+        return HostedEngine(
+            kind,
+            _HostTransport(host),
+            max_num_seqs=facts["max_num_seqs"],
+            context_length=facts["context_length"],
+            prefill_tokens=facts["prefill_tokens"],
+            unsupported=frozenset(facts["unsupported"]),
+        )
 
-def _start(name: str, kind: EngineName, config: Config, spec: EngineSpec, hosts: Hosts) -> HostedEngine:
-    serve = config.serve.model_copy(update={"replicas": 1})
-    host = hosts.start(name, _make, _Setting(kind, config.model_copy(update={"serve": serve}), spec))
-    (facts,) = host.call("facts")
-    return HostedEngine(
-        kind,
-        _HostTransport(host),
-        max_num_seqs=facts["max_num_seqs"],
-        context_length=facts["context_length"],
-        prefill_tokens=facts["prefill_tokens"],
-        unsupported=frozenset(facts["unsupported"]),
-    )
+    names = tuple(f"replica-{number}" for number in range(1, largest + 1))
+    return Starter(names, start, hosts.give_up)

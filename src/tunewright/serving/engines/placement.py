@@ -16,9 +16,12 @@ no replica has it does a request wait for the load.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Sequence
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain, zip_longest
+from math import inf
 
 FREE = 0.5
 """A replica with at most this share of its rows in use is never busy."""
@@ -148,11 +151,12 @@ class Residents:
     @property
     def has_room(self) -> bool:
         """True if an adapter could be loaded now: there is room, or an adapter without users to unload."""
-        return self._has_free_place or any(not users for users in self._users.values())
+        return self.free > 0 or any(not users for users in self._users.values())
 
     @property
-    def _has_free_place(self) -> bool:
-        return self._room is None or len(self._users) < self._room
+    def free(self) -> float:
+        """The number of adapters that could be loaded without unloading one."""
+        return inf if self._room is None else self._room - len(self._users)
 
     def warm(self, digest: str) -> bool:
         """Return whether an adapter is loaded and stays so."""
@@ -180,7 +184,7 @@ class Residents:
         It is the least recently used one without users. If all have users, it is the least recently used one: it takes
         no further users, and is to be unloaded once :meth:`idle`.
         """
-        if self._has_free_place:
+        if self.free > 0:
             self._leaving = None
         else:
             idle = next((digest for digest, users in self._users.items() if not users), None)
@@ -200,3 +204,36 @@ class Residents:
         self._users.pop(digest, None)
         if digest == self._leaving:
             self._leaving = None
+
+
+def adapters_taken_over(name: str, others: Mapping[str, Residents], room: int | None) -> list[str]:
+    """Return the adapters in memory whose first replica will be one that joins, the most recently used one last.
+
+    Args:
+        name: the replica that joins.
+        others: the adapters of the others, by their names.
+        room: maximum number of adapters.
+    """
+    names = tuple(sorted({name, *others}))
+    recent = chain.from_iterable(zip_longest(*(reversed(residents.loaded) for residents in others.values())))
+    own = dict.fromkeys(digest for digest in recent if digest and rendezvous_order(digest, names)[0] == name)
+    return list(own)[:room][::-1]
+
+
+def adapters_handed_over(leaving: Residents, others: Mapping[str, Residents]) -> list[tuple[str, str]]:
+    """Return the replica that has to load each adapter of one that leaves: its next one, if that has room without loss.
+
+    Args:
+        others: the adapters of the others, by their names.
+    """
+    if not others:
+        return []
+    names = tuple(sorted(others))
+    moves: list[tuple[str, str]] = []
+    planned: Counter[str] = Counter()
+    for digest in reversed(leaving.loaded):
+        name = rendezvous_order(digest, names)[0]
+        if not others[name].warm(digest) and planned[name] < others[name].free:
+            planned[name] += 1
+            moves.append((name, digest))
+    return moves

@@ -3,74 +3,46 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
-import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Coroutine, Mapping
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from tunewright.engines.protocol import (
-    AdapterFailedError,
-    Delta,
-    Engine,
-    EngineStoppedError,
-    Event,
-    RequestFailedError,
-    TokenSink,
-)
+from tunewright.engines.protocol import Engine, EngineStoppedError, RequestFailedError, TokenSink
 from tunewright.generation.requests import Request
-from tunewright.serving.engines.placement import Candidate, Placement, Residents
+from tunewright.serving.engines.placement import (
+    Candidate,
+    Placement,
+    Residents,
+    adapters_handed_over,
+    adapters_taken_over,
+)
+from tunewright.serving.engines.relay import Relay
+from tunewright.serving.engines.replica import Phase, Replica, ReplicaState
 
-log = logging.getLogger("tunewright")
+T = TypeVar("T")
 
-_UNLOAD_SECONDS = 10.0
-"""The longest time that a replica may take to notice that an aborted request no longer needs its adapter."""
-_UNLOAD_PAUSE = 0.05
+_END_SECONDS = 20.0
+"""The longest time that a server's end waits for a replica that is starting, which then ends with the process."""
 
 
 @dataclass(frozen=True)
-class ReplicaState:
-    """A replica at one moment.
+class Starter:
+    """Starts replicas, each in a place of its own: a GPU, a share of the threads, a machine of a cluster.
 
     Args:
-        up: whether it takes requests.
-        adapters: the number of adapters in memory.
-        loads: the number of adapters loaded since the start.
-        restarts: the number of times it was restarted after a crash.
+        names: of all replicas that there is a place for, in the order in which they are started.
+        start: starts one by its name; it may hold the adapters, given by digest, from the start.
+        give_up: ends the starts in progress.
     """
 
-    name: str
-    up: bool
-    running: int
-    waiting: int
-    adapters: int
-    loads: int
-    restarts: int
-
-
-@dataclass(eq=False)
-class _Replica:
-    """An engine, and what this process knows of it."""
-
-    name: str
-    engine: Engine
-    residents: Residents
-    load: int = 0
-    """Requests that were sent here, or wait for their adapter here."""
-    loads: int = 0
-    draining: bool = False
-    changing: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held while an adapter is loaded or unloaded: one at a time."""
-    freed: asyncio.Event = field(default_factory=asyncio.Event)
-
-    @property
-    def up(self) -> bool:
-        return not self.draining and self.engine.stopped is None
+    names: tuple[str, ...]
+    start: Callable[[str, Mapping[str, Path]], Engine]
+    give_up: Callable[[], object] = lambda: None
 
 
 class Replicas:
@@ -85,6 +57,7 @@ class Replicas:
         room: maximum number of adapters in a replica's memory; None: no limit.
         placement: chooses the replicas.
         held: is closed once all engines have been stopped.
+        starter: starts further replicas; None: there are none.
     """
 
     def __init__(
@@ -94,20 +67,25 @@ class Replicas:
         room: int | None = None,
         placement: Placement | None = None,
         held: ExitStack | None = None,
+        starter: Starter | None = None,
     ) -> None:
         first, *others = engines.values()
         self.name = first.name
         self.prefill_tokens = min(engine.prefill_tokens for engine in engines.values())
         self.context_length = min(engine.context_length for engine in engines.values())
         self.unsupported = first.unsupported.union(*(engine.unsupported for engine in others))
-        self._replicas = {name: _Replica(name, engine, Residents(room)) for name, engine in engines.items()}
+        # Guards everything below: requests may come from several event loops.
+        self._changed = threading.Condition(threading.RLock())
+        self._room = room
+        self._replicas = {name: self._replica(name, engine) for name, engine in engines.items()}
         self._placement = placement or Placement()
         self._held = held or ExitStack()
+        self._starter = starter
         self._folders: dict[str, Path] = {}
-        self._loading: dict[tuple[str, str], Future[None]] = {}
+        self._loading: dict[tuple[Replica, str], Future[None]] = {}
         self._stopped: str | None = None
-        # Guards everything above: requests may come from several event loops.
-        self._changed = threading.Condition(threading.RLock())
+        self._threads: list[threading.Thread] = []
+        """Those that start or drain a replica."""
         # Adapters are loaded in a loop of their own, so that a load outlives the request that has caused it.
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="tunewright-replicas", daemon=True)
@@ -115,8 +93,28 @@ class Replicas:
 
     @property
     def names(self) -> list[str]:
-        """The names of the replicas."""
-        return list(self._replicas)
+        """The names of the replicas, with those that join or drain."""
+        return [replica.name for replica in self._now()]
+
+    @property
+    def remaining(self) -> list[str]:
+        """The names of the replicas that are not being removed."""
+        return [replica.name for replica in self._now() if replica.phase not in ("leaving", "draining")]
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The names of all replicas that there could be."""
+        return tuple(self.names) if self._starter is None else self._starter.names
+
+    @property
+    def given_up(self) -> list[str]:
+        """The names of the replicas that crashed too often to be restarted."""
+        return [replica.name for replica in self._now() if replica.engine.permanently_stopped]
+
+    @property
+    def up(self) -> int:
+        """The number of replicas that take requests."""
+        return sum(replica.up for replica in self._now())
 
     @property
     def max_num_seqs(self) -> int:
@@ -128,7 +126,7 @@ class Replicas:
         """Reason why no replica answers requests now; None while one does."""
         if self._stopped is not None:
             return self._stopped
-        reasons = [replica.engine.stopped for replica in self._now() if not replica.draining]
+        reasons = [replica.engine.stopped for replica in self._now() if replica.serving]
         return None if None in reasons else next(iter(reasons), "All replicas are draining.")
 
     @property
@@ -156,21 +154,7 @@ class Replicas:
     def states(self) -> list[ReplicaState]:
         """Return the state of each replica."""
         with self._changed:
-            states = []
-            for replica in self._replicas.values():
-                running, waiting = replica.engine.in_flight
-                states.append(
-                    ReplicaState(
-                        replica.name,
-                        replica.up,
-                        running,
-                        waiting + replica.residents.waiting,
-                        len(replica.residents),
-                        replica.loads,
-                        replica.engine.restarts,
-                    )
-                )
-            return states
+            return [replica.state for replica in self._replicas.values()]
 
     def submit(self, request: Request, sink: TokenSink, *, tenant: str = "") -> Callable[[], object]:
         """Start a request on a replica: see :meth:`tunewright.engines.protocol.Engine.submit`."""
@@ -218,27 +202,97 @@ class Replicas:
                 raise EngineStoppedError(self._stopped)
             self._folders.pop(digest, None)
             self._placement.forget(digest)
-            freeing = [self._run(self._free(replica, digest)) for replica in self._replicas.values()]
+            freeing = [self._run(replica.unload_adapter(digest)) for replica in self._replicas.values()]
         for done in freeing:
             await asyncio.shield(asyncio.wrap_future(done))
 
-    async def drain(self, name: str) -> None:
-        """Take a replica out: it gets no further requests, and is stopped once its last one has ended.
+    def add(self, name: str) -> Future[None]:
+        """Start a replica in the background; it takes requests once the adapters that will be its own are loaded.
 
-        It must not be the last one that is up.
+        The result is there once it does. Its errors are those of the starter, and :class:`EngineStoppedError` if the
+        server ends meanwhile.
+
+        Args:
+            name: one of :attr:`places` that is free.
+        """
+        assert self._starter is not None
+        starter = self._starter
+
+        def start() -> None:
+            with self._changed:
+                folders = dict(self._folders)
+            engine = starter.start(name, folders)
+            with self._changed:
+                stopped = self._stopped
+                if stopped is None:
+                    self._replicas[name] = replica = self._replica(name, engine)
+                    replica.phase = "joining"
+                    others = {each.name: each.residents for each in self._replicas.values() if each.serving}
+                    loads = [self._bring(replica, digest) for digest in adapters_taken_over(name, others, self._room)]
+            if stopped is not None:
+                engine.stop()
+                raise EngineStoppedError(stopped)
+            wait(loads)  # a failed one is logged, and fails its requests wherever it is
+            with self._changed:
+                replica.phase = "serving"
+
+        return self._in_background(start)
+
+    def drain(self, name: str, seconds: float) -> Future[bool]:
+        """Take a replica out in the background: it gets no further requests, and is stopped once its last one ended.
+
+        First its adapters are loaded where their requests will go, as far as there is room. The result says whether it
+        has been stopped: no if no other one is up, or it has been kept.
+
+        Args:
+            name: one that no earlier call drains still.
+            seconds: the longest wait for its requests. Then those without a token move, and the others receive
+                :class:`EngineStoppedError`.
         """
         with self._changed:
             replica = self._replicas[name]
-            assert any(other.up for other in self._replicas.values() if other is not replica), "one has to answer"
-            replica.draining = True
+            replica.phase = "leaving"
 
-        def stop_when_idle() -> None:
+        def others() -> dict[str, Residents]:
+            each = self._replicas.values()
+            return {other.name: other.residents for other in each if other.up and other is not replica}
+
+        def waited(phase: Phase, holds: Callable[[], bool]) -> bool:
+            """Wait in a phase for a condition, but not forever; return whether the phase has remained."""
+            self._changed.wait_for(lambda: holds() or replica.phase != phase or self._stopped is not None, seconds)
+            return replica.phase == phase and self._stopped is None
+
+        def drain() -> bool:
             with self._changed:
-                self._changed.wait_for(lambda: replica.load == 0 or self._stopped is not None)
-                self._replicas.pop(name, None)
+                if self._stopped is not None:
+                    return False
+                moves = adapters_handed_over(replica.residents, others())
+                loads = [self._bring(self._replicas[other], digest) for other, digest in moves]
+                for load in loads:
+                    load.add_done_callback(self._notify)
+                if not waited("leaving", lambda: all(load.done() for load in loads)):
+                    return False
+                if not others():
+                    replica.phase = "serving"
+                    return False
+                replica.phase = "draining"
+                if not waited("draining", lambda: replica.load == 0):
+                    return False
+                del self._replicas[name]
             replica.engine.stop()
+            return True
 
-        await asyncio.to_thread(stop_when_idle)
+        return self._in_background(drain)
+
+    def keep(self, name: str) -> bool:
+        """Let a draining replica take requests again; return whether it was draining still."""
+        with self._changed:
+            replica = self._replicas.get(name)
+            if replica is None or replica.phase not in ("leaving", "draining"):
+                return False
+            replica.phase = "serving"
+            self._changed.notify_all()
+            return True
 
     def stop(self) -> None:
         """Stop all replicas at once; unfinished requests receive :class:`EngineStoppedError`."""
@@ -246,6 +300,8 @@ class Replicas:
             self._stopped = "The server is shutting down."
             self._changed.notify_all()
             engines = [replica.engine for replica in self._replicas.values()]
+        if self._starter is not None:
+            self._starter.give_up()
         # Together: each may take seconds to end.
         with ThreadPoolExecutor(max(1, len(engines))) as pool:
             list(pool.map(lambda engine: engine.stop(), engines))
@@ -253,9 +309,12 @@ class Replicas:
             self._run(_cancel_all()).add_done_callback(lambda _: self._loop.call_soon_threadsafe(self._loop.stop))
             self._thread.join()
             self._loop.close()
+        until = time.monotonic() + _END_SECONDS
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
         self._held.close()
 
-    def assign(self, adapter: str | None, user: Relay, tried: Collection[str]) -> tuple[_Replica, Future[None] | None]:
+    def assign(self, adapter: str | None, user: Relay, tried: Collection[str]) -> tuple[Replica, Future[None] | None]:
         """Return the replica that answers a request, and the load of its adapter if it must wait for that.
 
         The request counts as the replica's until :meth:`give_back`.
@@ -276,21 +335,28 @@ class Replicas:
                 return replica, None
             return replica, self._bring(replica, adapter)
 
-    def give_back(self, replica: _Replica, adapter: str | None, user: Relay) -> None:
+    def give_back(self, replica: Replica, adapter: str | None, user: Relay) -> None:
         """Note that a request has left a replica."""
         with self._changed:
             replica.load -= 1
             if adapter is not None and replica.residents.give_back(adapter, user):
                 with suppress(RuntimeError):  # the loop is closed: nothing is loaded any more
                     self._loop.call_soon_threadsafe(replica.freed.set)
-            if replica.draining:
+            if replica.phase == "draining":
                 self._changed.notify_all()
 
-    def _now(self) -> list[_Replica]:
+    def _notify(self, _ended: object) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _replica(self, name: str, engine: Engine) -> Replica:
+        return Replica(name, engine, Residents(self._room), self._changed)
+
+    def _now(self) -> list[Replica]:
         with self._changed:
             return list(self._replicas.values())
 
-    def _choose(self, adapter: str | None, tried: Collection[str]) -> _Replica:
+    def _choose(self, adapter: str | None, tried: Collection[str]) -> Replica:
         """Choose a replica, and start loading the adapter where it will be needed next."""
         if self._stopped is not None:
             raise EngineStoppedError(self._stopped)
@@ -312,166 +378,38 @@ class Replicas:
                 self._bring(self._replicas[name], adapter)
         return self._replicas[choice.name]
 
-    def _bring(self, replica: _Replica, digest: str) -> Future[None]:
+    def _bring(self, replica: Replica, digest: str) -> Future[None]:
         """Return the load of an adapter on a replica, which is started unless it is in progress."""
-        loading = self._loading.get((replica.name, digest))
+        loading = self._loading.get((replica, digest))
         if loading is None:
-            loading = self._loading[replica.name, digest] = self._run(self._load_on(replica, digest))
+            loading = self._loading[replica, digest] = self._run(self._load_on(replica, digest))
         return loading
+
+    async def _load_on(self, replica: Replica, digest: str) -> None:
+        try:
+            await replica.load_adapter(digest, self._folders.get)
+        finally:
+            with self._changed:
+                self._loading.pop((replica, digest), None)
 
     def _run(self, work: Coroutine[Any, Any, None]) -> Future[None]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    async def _load_on(self, replica: _Replica, digest: str) -> None:
-        try:
-            async with replica.changing:
-                with self._changed:
-                    warm = replica.residents.warm(digest)  # it was to make room for another one, which took another's
-                if not warm:
-                    await self._make_room(replica)
-                folder = self._folders.get(digest)
-                if folder is None:
-                    raise AdapterFailedError(f"The adapter {digest} was unloaded meanwhile.")
-                await replica.engine.load(digest, folder)
-                with self._changed:
-                    replica.residents.add(digest)
-                    replica.loads += not warm
-        except Exception as error:
-            # Nobody may be waiting for it.
-            log.warning("failed to load the adapter %s on %s: %s", digest[:12], replica.name, error)
-            raise
-        finally:
-            with self._changed:
-                self._loading.pop((replica.name, digest), None)
+    def _in_background(self, work: Callable[[], T]) -> Future[T]:
+        """Run a function in a thread that the process does not wait for when it ends."""
+        done: Future[T] = Future()
+        done.set_running_or_notify_cancel()  # from here on it cannot be cancelled
 
-    async def _make_room(self, replica: _Replica) -> None:
-        """Unload an adapter if there is no room for another one; if all are in use, wait for one."""
-        while True:
-            with self._changed:
-                digest = replica.residents.to_unload()
-                replica.freed.clear()
-                idle = digest is not None and replica.residents.idle(digest)
-            if digest is None:
-                return
-            if idle:
-                await self._drop(replica, digest)
-            else:
-                await replica.freed.wait()
-
-    async def _free(self, replica: _Replica, digest: str) -> None:
-        async with replica.changing:
-            await self._drop(replica, digest)
-
-    async def _drop(self, replica: _Replica, digest: str) -> None:
-        """Unload an adapter without users; an engine may still be at an aborted request."""
-        until = self._loop.time() + _UNLOAD_SECONDS
-        while True:
+        def run() -> None:
             try:
-                await replica.engine.unload(digest)
-                break
-            except EngineStoppedError:
-                break  # it does not load the adapter again
-            except AdapterFailedError:
-                if self._loop.time() > until:
-                    raise
-                await asyncio.sleep(_UNLOAD_PAUSE)
-        with self._changed:
-            replica.residents.remove(digest)
+                done.set_result(work())
+            except BaseException as error:  # noqa: BLE001 - the caller's, whatever it is
+                done.set_exception(error)
 
-
-class Relay:
-    """One request on its way over replicas; it is the sink of the engine that answers it.
-
-    Args:
-        pool: assigns replicas.
-        request, sink, tenant: see :meth:`tunewright.engines.protocol.Engine.submit`.
-    """
-
-    def __init__(self, pool: Replicas, request: Request, sink: TokenSink, tenant: str) -> None:
-        self._pool = pool
-        self._request = request
-        self._sink = sink
-        self._tenant = tenant
-        self._loop = asyncio.get_running_loop()
-        self._context = contextvars.copy_context()  # has the span that the engine's own span belongs to
-        self._replica: _Replica | None = None
-        self._tried: list[str] = []
-        self._begun = False
-        self._ended = False
-        self._abort: Callable[[], object] | None = None
-
-    def start(self) -> None:
-        """Send the request to a replica, or wait for its adapter there."""
-        try:
-            self._replica, loading = self._pool.assign(self._request.adapter, self, self._tried)
-        except (RequestFailedError, EngineStoppedError) as error:
-            self._fail(error)
-            return
-        if loading is None:
-            self._submit()
-        else:
-            loading.add_done_callback(self._wake)
-
-    def abort(self) -> None:
-        """End the request: no event is delivered any more."""
-        self._ended = True
-        if self._abort is not None:
-            self._abort()
-        self._leave()
-
-    def deliver(self, event: Event) -> None:
-        """Pass an event on; if the replica has stopped before the first token, try another one."""
-        if self._ended:
-            return
-        if isinstance(event, EngineStoppedError) and not self._begun:
-            self._move()
-        elif not isinstance(event, Delta):
-            self._fail(event)
-        else:
-            self._begun = self._begun or bool(event.ids)
-            if event.finish:
-                self._ended = True
-                self._leave()
-            self._sink.deliver(event)
-
-    def _wake(self, loading: Future[None]) -> None:
-        with suppress(RuntimeError):  # the loop is closed, and nobody waits for the answer
-            self._loop.call_soon_threadsafe(self._loaded, loading)
-
-    def _loaded(self, loading: Future[None]) -> None:
-        if self._ended:
-            return
-        try:
-            loading.result()
-        except (EngineStoppedError, CancelledError):
-            self._move()
-        except Exception as error:  # noqa: BLE001 - this request fails, whatever was wrong with its adapter
-            self._fail(RequestFailedError(f"The adapter {self._request.adapter} could not be loaded: {error}"))
-        else:
-            self._submit()
-
-    def _submit(self) -> None:
-        assert self._replica is not None
-        replica, self._abort = self._replica, None
-        abort = self._context.copy().run(replica.engine.submit, self._request, self, tenant=self._tenant)
-        if self._replica is replica:  # an engine that has stopped may say so at once
-            self._abort = abort
-
-    def _move(self) -> None:
-        if self._replica is not None:
-            self._tried.append(self._replica.name)
-        self._leave()
-        self.start()
-
-    def _fail(self, error: RequestFailedError | EngineStoppedError) -> None:
-        self._ended = True
-        self._leave()
-        self._sink.deliver(error)
-
-    def _leave(self) -> None:
-        if self._replica is not None:
-            replica, self._replica = self._replica, None
-            self._pool.give_back(replica, self._request.adapter, self)
+        self._threads = [thread for thread in self._threads if thread.is_alive()]
+        self._threads.append(threading.Thread(target=run, name="tunewright-replica", daemon=True))
+        self._threads[-1].start()
+        return done
 
 
 async def _cancel_all() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -56,6 +56,16 @@ class Share:
     name: str
     variables: Mapping[str, str]
     threads: int
+
+
+def replica_spec(kind: EngineName, spec: EngineSpec, adapters: Mapping[str, Path]) -> EngineSpec:
+    """Return the models of a replica when it starts.
+
+    llama.cpp takes all adapters in one start. The others load each one where it is needed.
+    """
+    if kind == "llamacpp":
+        return replace(spec, adapters=adapters)
+    return replace(spec, adapters={}, to_come=(*spec.to_come, *spec.adapters.values()))
 
 
 def start_engine(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import replace
+from pathlib import Path
 
 from tunewright.config import Config, EngineName
 from tunewright.core.errors import UserError
@@ -15,9 +15,11 @@ from tunewright.core.progress import Reporter, WithoutBars
 from tunewright.core.text import count_of
 from tunewright.engines.protocol import Engine
 from tunewright.models.loading import named
-from tunewright.serving.engines.hosted_replicas import start_hosted
-from tunewright.serving.engines.replicas import Replicas
-from tunewright.serving.engines.start import EngineSpec, Share, load_all, start_engine
+from tunewright.serving.engines.autoscaler import Autoscaler
+from tunewright.serving.engines.hosted_replicas import hosted_starter
+from tunewright.serving.engines.replicas import Replicas, Starter
+from tunewright.serving.engines.scaling import ScalingPolicy, largest_number
+from tunewright.serving.engines.start import EngineSpec, Share, load_all, replica_spec, start_engine
 
 _GPUS = "CUDA_VISIBLE_DEVICES"
 
@@ -26,35 +28,28 @@ def start_engines(kind: EngineName, config: Config, spec: EngineSpec, reporter: 
     """Return the server's engine with the adapters loaded: one engine, or the replicas that the config asks for.
 
     Raises:
-        UserError: as for :func:`start_engine`, or there are fewer GPUs than replicas.
+        UserError: as for :func:`start_engine`, or there are fewer GPUs than the largest number of replicas.
     """
-    count, room = config.serve.replicas, config.serve.adapters_per_replica
+    room = config.serve.adapters_per_replica
     if kind == "llamacpp" and room is not None:
         raise UserError(
             "llama.cpp restarts whenever its adapters change, so it holds all of them",
             where="serve.adapters_per_replica",
             fix="Remove it, or use the engine peft or vllm.",
         )
-    if count == 1 and room is None:
+    count, largest = config.serve.replicas, largest_number(config.serve.replicas, config.serve.max_replicas)
+    if largest == 1 and room is None:
         return start_engine(kind, config, spec, reporter)
     if kind == "vllm":  # it starts with a number of slots
         room = room or max(1, len(spec.adapters) + len(spec.to_come) + spec.spare)
-    # llama.cpp takes all adapters in one start. The others load each one where it is needed.
-    started = (
-        spec if kind == "llamacpp" else replace(spec, adapters={}, to_come=(*spec.to_come, *spec.adapters.values()))
-    )
-    held = ExitStack()
-    engines: Mapping[str, Engine]
-    if count > 1 and config.compute.cluster is not None:
-        with held:
-            engines = start_hosted(kind, config, started, reporter, held)
-            held = held.pop_all()
-    else:
-        shares = machine_shares(count)
-        each = "one GPU" if _GPUS in shares[0].variables else count_of(shares[0].threads, "thread")
-        reporter.say(f"Loading {named(spec.base, spec.quantization)}: {count_of(count, 'replica')} with {each} each")
-        engines = _start_all(kind, config, started, shares, reporter)
-    replicas = Replicas(engines, room=room, held=held)
+    with ExitStack() as held:
+        if largest > 1 and config.compute.cluster is not None:
+            starter = hosted_starter(kind, config, spec, largest, reporter, held)
+        else:
+            starter = _local_starter(kind, config, spec, largest, reporter)
+        # llama.cpp's files are written by the first start.
+        engines = _start_all(starter, count, spec.adapters, 1 if kind == "llamacpp" else count)
+        replicas = Replicas(engines, room=room, held=held.pop_all(), starter=starter)
     try:
         run_async(load_all(replicas, spec.adapters))
     except BaseException:
@@ -63,17 +58,41 @@ def start_engines(kind: EngineName, config: Config, spec: EngineSpec, reporter: 
     return replicas
 
 
-def _start_all(
-    kind: EngineName, config: Config, spec: EngineSpec, shares: Sequence[Share], reporter: Reporter
-) -> dict[str, Engine]:
-    """Start the engines at the same time; if one fails, stop the others."""
+def autoscaler_of(engine: Engine, config: Config, reporter: Reporter) -> Autoscaler | None:
+    """Return what lets the number of replicas follow the load; None: the number is fixed."""
+    smallest, largest = config.serve.replicas, largest_number(config.serve.replicas, config.serve.max_replicas)
+    if largest == smallest:
+        return None
+    assert isinstance(engine, Replicas)
+    policy = ScalingPolicy(smallest, largest, config.serve.target_ttft_s)
+    return Autoscaler(engine, policy, reporter, config.gateway.total_timeout_s)
 
-    def start(share: Share) -> Engine:
-        return start_engine(kind, config, spec, _Named(share.name, reporter), share)
 
-    # llama.cpp's files are written by the first start.
-    with ThreadPoolExecutor(1 if kind == "llamacpp" else len(shares)) as pool:
-        starting = {share.name: pool.submit(start, share) for share in shares}
+def _local_starter(kind: EngineName, config: Config, spec: EngineSpec, largest: int, reporter: Reporter) -> Starter:
+    """Return what starts replicas as processes of this machine.
+
+    Raises:
+        UserError: there are fewer GPUs than the largest number of replicas.
+    """
+    least = config.serve.replicas
+    where = "serve.replicas" if least == largest else "serve.max_replicas"
+    shares = {share.name: share for share in machine_shares(largest, where)}
+    one = next(iter(shares.values()))
+    each = "one GPU" if _GPUS in one.variables else count_of(one.threads, "thread")
+    number = count_of(least, "replica") if least == largest else f"{least} to {largest} replicas"
+    reporter.say(f"Loading {named(spec.base, spec.quantization)}: {number} with {each} each")
+
+    def start(name: str, adapters: Mapping[str, Path]) -> Engine:
+        started = replica_spec(kind, spec, adapters)
+        return start_engine(kind, config, started, _Named(name, reporter), shares[name])
+
+    return Starter(tuple(shares), start)
+
+
+def _start_all(starter: Starter, count: int, adapters: Mapping[str, Path], together: int) -> dict[str, Engine]:
+    """Start the first replicas, some at the same time; if one fails, stop the others."""
+    with ThreadPoolExecutor(together) as pool:
+        starting = {name: pool.submit(starter.start, name, adapters) for name in starter.names[:count]}
     failed = [error for future in starting.values() if (error := future.exception()) is not None]
     if failed:
         for future in starting.values():
@@ -92,7 +111,7 @@ class _Named(WithoutBars):
         self.warn = lambda message: reporter.warn(f"{name}: {message}")
 
 
-def machine_shares(count: int) -> list[Share]:
+def machine_shares(count: int, where: str = "serve.replicas") -> list[Share]:
     """Return equal shares of this machine: a GPU each, or an equal number of the processor's threads.
 
     Raises:
@@ -109,7 +128,7 @@ def machine_shares(count: int) -> list[Share]:
     if found < count:
         raise UserError(
             f"Too few GPUs for {count} replicas: {found}",
-            where="serve.replicas",
+            where=where,
             fix=f"Set it to {found} at most: each replica has one GPU of its own.",
         )
     inherited = os.environ.get(_GPUS, "")

@@ -41,13 +41,18 @@ class AdmissionQueue:
         return self._scheduler.waiting
 
     @property
+    def admitted(self) -> int:
+        """The number of requests that have a slot."""
+        return self._scheduler.admitted
+
+    @property
     def idle(self) -> bool:
         """True if no request has a slot or waits for one."""
         return self._scheduler.idle
 
-    def resize(self, rows: int) -> None:
-        """Set the number of requests that the engine computes at once from now on."""
-        if self._scheduler.resize(rows):
+    def resize(self, rows: int, engines: int) -> None:
+        """Set the number of requests that the engine computes at once from now on, and the number of its replicas."""
+        if self._scheduler.resize(rows, engines):
             self._admit()
 
     @asynccontextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -16,10 +17,12 @@ from starlette.routing import Route
 from tunewright.config import GatewayConfig
 from tunewright.core import tracing
 from tunewright.engines.protocol import Engine, EngineStoppedError, RequestFailedError
+from tunewright.serving.engines.autoscaler import Autoscaler
 from tunewright.serving.engines.replicas import Replicas
 from tunewright.serving.gateway.admission import AdmissionQueue
 from tunewright.serving.gateway.auth import Auth, Principal, model_not_found
 from tunewright.serving.gateway.errors import ApiError
+from tunewright.serving.gateway.load import LoadMeter
 from tunewright.serving.gateway.messages_api import MessagesFormat, MessagesRequest, error_document
 from tunewright.serving.gateway.metrics import Metrics, ServerState
 from tunewright.serving.gateway.parsing import parse_request
@@ -39,6 +42,8 @@ from tunewright.serving.gateway.streaming import (
     sse_events,
 )
 from tunewright.serving.tenants import StateUnavailableError
+
+log = logging.getLogger("tunewright")
 
 _MESSAGES = "/v1/messages"
 ROUTES = (
@@ -67,20 +72,29 @@ class Gateway:
         auth: decides which client may use which model.
         tokenization: converts between text and token ids.
         limits: limits of a request's size and time.
+        autoscaler: adds and removes the engine's replicas by load; None: their number is fixed.
     """
 
-    def __init__(self, engine: Engine, auth: Auth, tokenization: Tokenization, limits: GatewayConfig) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        auth: Auth,
+        tokenization: Tokenization,
+        limits: GatewayConfig,
+        autoscaler: Autoscaler | None = None,
+    ) -> None:
         self._engine = engine
         self._auth = auth
         self._limits = limits
         self._preprocessor = RequestPreprocessor(tokenization, limits, engine)
         self._replicas = engine if isinstance(engine, Replicas) else None
-        engines = len(self._replicas.names) if self._replicas is not None else 1
-        self._queue = AdmissionQueue(engine.max_num_seqs, engine.prefill_tokens, engines)
+        self._queue = AdmissionQueue(engine.max_num_seqs, engine.prefill_tokens, self._engines)
         self._shadows = Shadows(engine, self._queue, self._preprocessor)
         self._in_flight = 0
         self._handlers: set[RequestHandler] = set()
         self._draining = False
+        self._autoscaler = autoscaler
+        self._load = LoadMeter(self._queue, self._handlers)
         self.metrics = Metrics(self._now)
         self.app = self._application()
 
@@ -108,7 +122,37 @@ class Gateway:
             released=self._auth.released,
             resident=self._auth.resident if self._replicas is None else self._replicas.resident,
             replicas=() if self._replicas is None else self._replicas.states(),
+            scaling=None if self._autoscaler is None else self._autoscaler.state,
         )
+
+    @property
+    def _engines(self) -> int:
+        """The number of engines that compute at the same time, at least 1."""
+        return 1 if self._replicas is None else max(1, self._replicas.up)
+
+    def _resize_queue(self) -> None:
+        self._queue.resize(self._engine.max_num_seqs, self._engines)
+
+    @asynccontextmanager
+    async def _scaling(self) -> AsyncIterator[None]:
+        """Let the number of replicas follow the load while the block runs."""
+        scaling = asyncio.create_task(self._scale()) if self._autoscaler is not None else None
+        try:
+            yield
+        finally:
+            if scaling is not None:
+                scaling.cancel()
+                await asyncio.wait([scaling])
+
+    async def _scale(self) -> None:
+        assert self._autoscaler is not None
+        while not self._draining:
+            await asyncio.sleep(self._autoscaler.look_seconds)
+            self._resize_queue()  # of a further replica, waiting requests learn here only
+            try:
+                self._autoscaler.look(self._load.look())
+            except Exception:  # requests are answered whatever is wrong here
+                log.exception("the number of replicas could not follow the load")
 
     def _application(self) -> Starlette:
         routes = [
@@ -132,7 +176,7 @@ class Gateway:
 
         @asynccontextmanager
         async def lifespan(_app: Starlette) -> AsyncIterator[None]:
-            async with self._auth.running(self.metrics.keep):
+            async with self._auth.running(self.metrics.keep), self._scaling():
                 yield
                 await self._shadows.close()
 
@@ -242,7 +286,7 @@ class Gateway:
                 requests = await self._preprocess(body, principal, arrived)
                 if self._engine.stopped:
                     raise EngineStoppedError(self._engine.stopped)
-                self._queue.resize(self._engine.max_num_seqs)  # fewer while a replica is down
+                self._resize_queue()  # a replica may have stopped
                 tokens = sum(request.prompt_tokens + request.engine_request.max_new_tokens for request in requests)
                 admission = await principal.admit(requests[0].target, tokens, body.end_user)
         except (ApiError, EngineStoppedError, StateUnavailableError) as error:
@@ -310,6 +354,7 @@ class Gateway:
 
     def _end(self, handler: RequestHandler, span: tracing.Span) -> None:
         self._handlers.discard(handler)
+        self._load.note_end(handler)
         usage = handler.settle()
         if usage is not None:
             self.metrics.settled(handler.tenant, handler.target.name, usage)

@@ -15,7 +15,7 @@ from tunewright.config import Config, Quantization
 from tunewright.core.progress import Reporter
 from tunewright.models.bases import Base
 from tunewright.serving.engines.start import EngineSpec
-from tunewright.serving.engines.start_replicas import start_engines
+from tunewright.serving.engines.start_replicas import autoscaler_of, start_engines
 from tunewright.serving.gateway.app import Gateway
 from tunewright.serving.gateway.auth import AnonymousAuth, ServedAdapter, constraint_text
 from tunewright.serving.gateway.metrics import exposed
@@ -97,7 +97,8 @@ class Service:
         )
         self.metrics_url: str | None = None
         """The address of the metrics while the server runs."""
-        self._gateway = Gateway(self._engine, self._auth, tokenization, config.gateway)
+        autoscaler = autoscaler_of(self._engine, config, reporter)
+        self._gateway = Gateway(self._engine, self._auth, tokenization, config.gateway, autoscaler)
 
     @property
     def models(self) -> list[str]:

@@ -99,10 +99,12 @@ class FairScheduler:
         self._held_until: dict[str, float] = {}
         """Counters at which tenants no longer hold a request back."""
 
-    def resize(self, rows: int) -> bool:
-        """Set the number of rows; return whether it has changed."""
+    def resize(self, rows: int, engines: int) -> bool:
+        """Set the numbers of rows and engines; return whether one has changed."""
         assert rows >= 1
-        changed, self._rows = rows != self._rows, rows
+        assert engines >= 1
+        changed = (rows, engines) != (self._rows, self._engines)
+        self._rows, self._engines = rows, engines
         return changed
 
     @property
@@ -113,6 +115,11 @@ class FairScheduler:
     def waiting(self) -> int:
         """The number of waiting requests."""
         return sum(map(len, self._waiting.values()))
+
+    @property
+    def admitted(self) -> int:
+        """The number of requests at the engine."""
+        return self._admitted.total()
 
     @property
     def free(self) -> int:

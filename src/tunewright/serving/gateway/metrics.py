@@ -24,7 +24,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from tunewright.core.errors import UserError
-from tunewright.serving.engines.replicas import ReplicaState
+from tunewright.serving.engines.autoscaler import ScalingState
+from tunewright.serving.engines.replica import ReplicaState
 from tunewright.serving.gateway.auth import Released
 from tunewright.serving.tenants.quota import RequestUsage
 
@@ -46,6 +47,7 @@ class ServerState:
         released: the adapters of each alias.
         resident: digests of the adapters in memory.
         replicas: the state of each replica; empty with one engine.
+        scaling: the changes of their number; None if it is fixed.
     """
 
     ready: bool
@@ -54,6 +56,7 @@ class ServerState:
     released: Sequence[Released]
     resident: Sequence[str]
     replicas: Sequence[ReplicaState] = ()
+    scaling: ScalingState | None = None
 
 
 class Metrics:
@@ -163,6 +166,8 @@ class _Gauges(Collector):
         yield release
         if now.replicas:
             yield from _of_replicas(now.replicas)
+        if now.scaling is not None:
+            yield from _of_scaling(now.scaling)
 
 
 def _of_replicas(replicas: Sequence[ReplicaState]) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
@@ -185,6 +190,22 @@ def _of_replicas(replicas: Sequence[ReplicaState]) -> Iterator[GaugeMetricFamily
         for state in replicas:
             counter.add_metric([state.name], float(value(state)))
         yield counter
+
+
+def _of_scaling(scaling: ScalingState) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
+    """Yield the numbers of replicas and of their changes."""
+    for name, text, value in (
+        ("wanted", "Replicas that the load asks for.", scaling.wanted),
+        ("present", "Replicas that take requests.", scaling.present),
+    ):
+        yield GaugeMetricFamily(f"tunewright_{name}_replicas", text, value=value)
+    changes = CounterMetricFamily("tunewright_replica_changes", "Replicas added or removed.", labels=["direction"])
+    changes.add_metric(["up"], scaling.added)
+    changes.add_metric(["down"], scaling.removed)
+    yield changes
+    yield CounterMetricFamily(
+        "tunewright_replica_start_failures", "Added replicas that did not start.", value=scaling.failures
+    )
 
 
 @contextmanager

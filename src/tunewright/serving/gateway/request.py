@@ -129,10 +129,10 @@ class GenerationRequest:
         self._unsent: list[ScoredToken] = []
         """Tokens whose text is held back."""
         self.scored: list[ScoredToken] | None = None if engine_request.logprobs is None else []
-        self._arrived = arrived
+        self.arrived = arrived
         self._queued_at = arrived
         self._admitted_at: float | None = None
-        self._first_token_at: float | None = None
+        self.first_token_at: float | None = None
         self._last_token_at: float | None = None
         self._slot: Slot | None = None
         self._emit: Callable[[TextChunk | Failure], None] = lambda _event: None
@@ -283,9 +283,9 @@ class GenerationRequest:
         return RequestUsage(
             prompt_tokens=0 if self._admitted_at is None else self.prompt_tokens,
             completion_tokens=self.tokens,
-            queued_s=(self._admitted_at or now) - self._arrived,
-            first_token_s=None if self._first_token_at is None else self._first_token_at - self._arrived,
-            total_s=now - self._arrived,
+            queued_s=(self._admitted_at or now) - self.arrived,
+            first_token_s=None if self.first_token_at is None else self.first_token_at - self.arrived,
+            total_s=now - self.arrived,
             outcome=self.outcome,
         )
 
@@ -294,8 +294,8 @@ class GenerationRequest:
         self._slot.record_tokens(len(delta.ids))
         if delta.ids:
             self._last_token_at = time.monotonic()
-            if self._first_token_at is None:
-                self._first_token_at = self._last_token_at
+            if self.first_token_at is None:
+                self.first_token_at = self._last_token_at
                 self._watch()
 
     def _end(self, outcome: Outcome, event: TextChunk | Failure) -> None:
@@ -325,7 +325,7 @@ class GenerationRequest:
     def _deadline(self) -> _Deadline:
         limits = self._limits
         total = _Deadline(
-            self._arrived + limits.total_timeout_s,
+            self.arrived + limits.total_timeout_s,
             "total_timeout",
             f"Timed out: the answer took over {limits.total_timeout_s:g} s.",
         )

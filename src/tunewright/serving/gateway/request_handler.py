@@ -59,6 +59,11 @@ class RequestHandler:
         return self.requests[0].system_source
 
     @property
+    def arrived(self) -> float:
+        """When the HTTP request arrived, by the monotonic clock."""
+        return self.requests[0].arrived
+
+    @property
     def tenant(self) -> str:
         """The tenant on whose account the prompts are computed."""
         return self.requests[0].tenant
@@ -67,6 +72,11 @@ class RequestHandler:
     def waiting(self) -> bool:
         """True if no prompt has a slot at the engine yet."""
         return all(request.waiting for request in self.requests)
+
+    @property
+    def first_token_at(self) -> float | None:
+        """When the first token of any answer arrived, by the monotonic clock; None: there is none yet."""
+        return min((each.first_token_at for each in self.requests if each.first_token_at is not None), default=None)
 
     @property
     def finished(self) -> bool:

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 from starlette.responses import Response
 
 from tunewright.api.data import AddOptions, ColumnMapping
+from tunewright.config.edit import write_section
+from tunewright.config.project import CONFIG_FILE
 from tunewright.core.errors import UserError
 from tunewright.core.text import count_of
 from tunewright.data.dedup.leakage import leakage_sentences
 from tunewright.data.review.label_models import excerpt
+from tunewright.data.splits import SPLITS
 from tunewright.data.versions import current_manifest
 from tunewright.data.versions.diff import comparability, summary, word_changes
+from tunewright.evidence.split_power import split_power, split_power_text
 from tunewright.studio.access import ChangedRows
-from tunewright.studio.visit import Handlers, Visit
+from tunewright.studio.visit import Handlers, PageReporter, Visit
+from tunewright.studio.words import role, turns
+
+if TYPE_CHECKING:
+    from tunewright.data.add_plan import Effect
+    from tunewright.data.readers.file_preview import FilePreview
 
 UPLOADS = "uploads"
 """The folder of uploaded files, in the project's."""
@@ -32,8 +42,12 @@ _CHANGES = 20  # of a corrected copy, on the next page
 _FLAGS = {
     "skip_bad": "Leave faulty rows out",
     "redact": "Replace secrets and personal data with placeholders",
-    "accept_conflicts": "Keep inputs with different answers",
-    "replace": "Let a new answer replace the known one of the same input",
+    "accept_conflicts": "Keep questions with different answers",
+    "replace": "Let a new answer replace the known one of the same question",
+}
+_SPLIT_BY = {
+    "input": "Only similar questions stay in one split.",
+    "output_template": "Answers of the same form stay in one split too.",
 }
 _MAPPING = ("sheet", "input", "output")
 
@@ -70,22 +84,68 @@ def check_page(visit: Visit) -> Response:
     else:
         unreadable = [each.unreadable for each in checked.files.files if each.unreadable]
         refusals = [*map(_as_error, unreadable), *checked.refusals, *refusals]
+    fields = {name: value for name, value in visit.query.items() if name in (*_FLAGS, *_MAPPING) and value}
     return visit.page(
         "check.html.j2",
         "Data",
         file=name,
-        fields={name: value for name, value in visit.query.items() if name in (*_FLAGS, *_MAPPING) and value},
+        fields=fields,
+        step=_step(refusals, preview, fields),
         flags=_FLAGS,
         sheets=sheets,
         preview=preview,
         checked=checked,
         # Paths as a person knows them: from the project's folder on.
         refusals=dict.fromkeys(_on_page(refusal).replace(f"{visit.project.folder.root}/", "") for refusal in refusals),
-        unmapped=any("--input" in (refusal.fix or "") for refusal in refusals),
         version=_current(visit),
+        by_form=_by_form(visit),
+        power=_power(visit, checked.effect) if checked and checked.effect else "",
         most=_FAULTS,
         cell=_cell,
     )
+
+
+def _power(visit: Visit, effect: Effect) -> str:
+    """Return the smallest difference that the planned test split can show, in words."""
+    sizes = {size.split: size for size in effect.splits}
+    rows, clusters = {}, {}
+    for split in SPLITS:
+        rows[split], clusters[split] = (sizes[split].rows, sizes[split].clusters) if split in sizes else (0, 0)
+    return split_power_text(split_power(rows, clusters, visit.project.folder.config.data.test_size))
+
+
+def _by_form(visit: Visit) -> bool | None:
+    """Return whether answers of one form stay in one split; None if that is decided or is not a question here."""
+    if _current(visit):
+        return None
+    chosen = visit.project.folder.config.data.split_by == "output_template"
+    reporter = visit.project.reporter
+    asked = isinstance(reporter, PageReporter) and any("data.split_by" in message for message in reporter.messages)
+    return chosen if chosen or asked else None
+
+
+def choose_split(visit: Visit) -> Response:
+    """Write to the config what the split keeps together, while there are no rows yet."""
+    name, _ = _file(visit, visit.form)
+    choice = visit.form.get("split_by", "")
+    if choice not in _SPLIT_BY:
+        raise UserError(f"Unknown choice {choice!r}", fix="Use the buttons of the page.")
+    if _current(visit):
+        return visit.go(_check_path(name, visit.form), "There are rows by now, and their split stays. Nothing was set.")
+    folder = visit.project.folder
+    wanted = folder.config.data.model_copy(update={"split_by": choice})
+    write_section(folder.root / CONFIG_FILE, wanted)
+    return visit.go(_check_path(name, visit.form), f"{_SPLIT_BY[choice]} This is the effect now.")
+
+
+def _step(refusals: Sequence[UserError], preview: FilePreview | None, fields: dict[str, str]) -> str:
+    """Return what the page has to ask before a file can be checked: its sheet or its columns; empty if nothing."""
+    options = [refusal.fix or "" for refusal in refusals]
+    if "sheet" not in fields and any("--sheet" in fix for fix in options):
+        return "sheet"
+    # A file without a row, or a single column, has nothing to choose from.
+    ready = preview is not None and preview.rows and len(preview.columns) > 1
+    return "columns" if ready and any("--input" in fix for fix in options) else ""
 
 
 def add_file(visit: Visit) -> Response:
@@ -119,7 +179,8 @@ def fix_file(visit: Visit) -> Response:
 
 
 def _short(text: str | None) -> str:
-    return "" if text is None else text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+    text = turns(text or "")
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 def checkout(visit: Visit) -> Response:
@@ -197,7 +258,7 @@ def _file(visit: Visit, fields: dict[str, str]) -> tuple[str, Path]:
 def _cell(value: object) -> str:
     """Return a value of a file on one line; messages as a conversation, not as JSON."""
     if isinstance(value, list) and value and all(isinstance(each, dict) and "role" in each for each in value):
-        value = " ".join(f"{each['role']}: {each.get('content') or ''}" for each in value)
+        value = " ".join(f"{role(str(each['role']))}: {each.get('content') or ''}" for each in value)
     return excerpt(str(value), _CELL)[1:-1]
 
 
@@ -231,7 +292,7 @@ def _on_page(refusal: UserError) -> str:
     fix = refusal.fix or ""
     ticks = [f'tick "{text}"' for name, text in _FLAGS.items() if f"--{name.replace('_', '-')}" in fix]
     if "--input" in fix:
-        ticks = ["choose the columns of the input and of the answer"]
+        ticks = ["choose the columns of the question and of the answer"]
     if ticks:
         fix = f"Correct the file, or {' or '.join(ticks)} below, and check again."
     return str(UserError(refusal.what, where=refusal.where, fix=fix or None))
@@ -246,6 +307,7 @@ HANDLERS: Handlers = {
     ("GET", "/data/check"): check_page,
     ("POST", "/data/add"): add_file,
     ("POST", "/data/fix"): fix_file,
+    ("POST", "/data/split-by"): choose_split,
     ("POST", "/data/checkout"): checkout,
     ("GET", "/data/diff"): diff_page,
     ("GET", "/data/leakage"): leakage_page,

@@ -12,7 +12,7 @@ from tunewright.api.shadows import differing_lines, shadow_counts
 from tunewright.core.clock import minute
 from tunewright.core.errors import UserError
 from tunewright.studio.jobs import SERVER
-from tunewright.studio.served import RELEASES, outcome, served
+from tunewright.studio.served import RELEASES, outcome, replicas, served
 from tunewright.studio.visit import Handlers, Visit, path_of
 
 if TYPE_CHECKING:
@@ -23,6 +23,14 @@ _JOBS = 5
 _DIFFERING = 10  # answers of a shadow
 _LINES = 100  # of the audit log on a page
 _TRIALS = ("all", "canary", "shadow")
+_MADE = {
+    "deploy": "Released",
+    "canary": "On trial since",
+    "shadow": "On trial since",
+    "promote": "Promoted",
+    "rollback": "Rolled back",
+    "undeploy": "Undeployed",
+}
 _SWITCHES = {"no_system_prompt": "--no-system-prompt", "constrain": "--constrain"}
 
 
@@ -32,6 +40,7 @@ def deploy_page(visit: Visit) -> Response:
     adapters = list_adapters(project.folder.adapters)[::-1]
     aliases = newest_releases(visit)
     server = visit.jobs.server()
+    running = None if server is None else served(server)
     jobs = [job for job in visit.jobs.all() if job.command[0] in RELEASES][:_JOBS]
     releasable, fault = [], None
     try:
@@ -50,11 +59,19 @@ def deploy_page(visit: Visit) -> Response:
         running=visit.jobs.running(),
         jobs=[(job, outcome(job)) for job in jobs],
         server=server,
-        served=None if server is None else served(server),
+        served=running,
         keys=needs_keys(visit),
         serve=project.folder.config.serve,
-        minute=minute,
+        cluster=project.folder.config.compute.cluster,
+        made=made,
+        replicas=replicas(running) if running else [],
     )
+
+
+def made(release: Release) -> str:
+    """Return a release's action, its time, and its author if one is recorded."""
+    text = f"{_MADE[release.action]} {minute(release.created)} UTC"
+    return f"{text} by {release.author}" if release.author else text
 
 
 def _alias_of(name: str) -> str:
@@ -128,6 +145,8 @@ def alias_page(visit: Visit) -> Response:
         "alias.html.j2",
         f"Alias {alias}",
         now=history[-1],
+        live=next((each for each in history[::-1] if each.action not in _TRIALS), history[-1]),
+        made=made,
         history=history[::-1],
         running=visit.jobs.running(),
         usage=[each for each in visit.project.tenant.usage() if each.alias == alias],
@@ -181,7 +200,11 @@ def start_server(visit: Visit) -> Response:
     port = visit.form.get("port", "")
     if not (port.isascii() and port.isdigit() and int(port) <= 65535):
         raise UserError(f"Invalid port {port!r}", fix="Use a number from 0 to 65535; 0 is any free port.")
-    return visit.go(path_of("jobs", visit.jobs.start(SERVER, f"--port={port}").id))
+    # The page shows replicas, from the metrics; on this machine alone, because they name all tenants.
+    serve = visit.project.folder.config.serve
+    unseen = serve.replicas > 1 and serve.metrics_port is None
+    words = ["--metrics-host=127.0.0.1", "--metrics-port=0"] if unseen else []
+    return visit.go(path_of("jobs", visit.jobs.start(SERVER, f"--port={port}", *words).id))
 
 
 def audit_page(visit: Visit) -> Response:

@@ -15,12 +15,14 @@ from tunewright.data.review.report import review_report
 from tunewright.data.versions import current_manifest
 from tunewright.evidence.schema import DEV_PREFIX, EVIDENCE_FILE
 from tunewright.studio.jobs import SERVER, Job
-from tunewright.studio.pages.deploy import needs_keys, newest_releases
+from tunewright.studio.pages.deploy import made, needs_keys, newest_releases
 from tunewright.studio.pages.evaluate import EVALUATE_PAGE
 from tunewright.studio.served import refusal, served
 from tunewright.studio.visit import Handlers, Visit, path_of
 
 _COMMANDS = ("advise", "train", "evaluate", "run")
+_ON_CLUSTER = (*_COMMANDS, SERVER)
+"""Commands whose work the machines of ``compute.cluster`` share."""
 _LONG = ("evaluate", "run")
 """Commands of a page that says first how long they take."""
 _AFTER = {
@@ -58,6 +60,8 @@ class Evaluation:
     verdict: str
     reason: str
     on_test: bool
+    measured: str = ""
+    """The measurement with its test; empty where the evidence is damaged."""
 
 
 def project_page(visit: Visit) -> Response:
@@ -130,8 +134,8 @@ def _stages(visit: Visit, evaluations: list[Evaluation]) -> list[Stage]:
 
 
 def _deploy_stage(visit: Visit) -> Stage:
-    live = [release.alias for release in newest_releases(visit) if not release.undeployed]
-    text = f"Live: {', '.join(live)}" if live else "No alias is live yet."
+    live = [release for release in newest_releases(visit) if not release.undeployed]
+    text = f"Live: {'; '.join(f'{each.alias} ({made(each)})' for each in live)}" if live else "No alias is live yet."
     link = ("/deploy", "Aliases and releases" if live else "Release the adapter")
     return Stage("Deploy", "done" if live else "next", text, link=link, command="tunewright deploy ALIAS ADAPTER")
 
@@ -150,7 +154,8 @@ def evaluations_of(visit: Visit, most: int = _NEWEST) -> list[Evaluation]:
         else:
             on_test = not name.startswith(DEV_PREFIX)
             against = [f"Incumbent {each.incumbent.name}: {each.outcome}." for each in verdict.replacements]
-            found.append(Evaluation(name, verdict.decision, " ".join([verdict.reasons[0], *against]), on_test))
+            reason = " ".join([verdict.summary, *against])
+            found.append(Evaluation(name, verdict.decision, reason, on_test, verdict.reasons[0]))
     return found
 
 
@@ -177,12 +182,18 @@ def start_job(visit: Visit) -> Response:
 def job_page(visit: Visit) -> Response:
     """Show a job's log, which grows while it runs."""
     job = visit.jobs.find(visit.place["job"])
-    server = served(job)
+    server, state = served(job), job.state
+    progress, message = job.newest if state == "running" and job.command[0] != SERVER else (None, "")
     return visit.page(
         "job.html.j2",
         f"Job: {job.title}",
         job=job,
-        state=job.state,
+        state=state,
+        progress=progress,
+        message=message,
+        cluster=visit.project.folder.config.compute.cluster
+        if state == "running" and job.title in _ON_CLUSTER
+        else None,
         refusal=refusal(job),
         served=server,
         keys=server is not None and needs_keys(visit),

@@ -13,7 +13,8 @@ from starlette.responses import Response
 
 from tunewright.core.clock import minute
 from tunewright.core.errors import UserError
-from tunewright.studio.pages.deploy import require_state
+from tunewright.studio.pages.deploy import newest_releases, require_state
+from tunewright.studio.served import Served, served
 from tunewright.studio.visit import Handlers, Visit, path_of
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 _DAYS = 30  # of usage
 _DAY = 86_400
+_TICKED = "alias "
+"""Begins the name of an alias's checkbox."""
 _LIMITS = ("requests", "tokens", "concurrency")
 
 
@@ -43,9 +46,16 @@ def tenants_page(visit: Visit) -> Response:
         "tenants.html.j2",
         "Tenants",
         tenants=visit.project.tenant.list() if has_state else [],
+        live=_offered(visit),
         days=_days(visit.project.tenant.usage_by_day(since=_since())) if has_state else [],
         sums=visit.project.tenant.usage() if has_state else [],
     )
+
+
+def _offered(visit: Visit, more: Sequence[str] = ()) -> list[tuple[str, bool]]:
+    """Return the live aliases and ``more``, sorted by name, each with whether it is live."""
+    live = {release.alias for release in newest_releases(visit) if not release.undeployed}
+    return [(alias, alias in live) for alias in sorted(live | set(more))]
 
 
 def _since() -> float:
@@ -69,7 +79,7 @@ def add_tenant(visit: Visit) -> Response:
     from tunewright.serving.tenants import Limits
 
     name = visit.form.get("name", "").strip()
-    made = visit.project.tenant.add(name, _words(visit, "aliases"), _limits(visit, Limits()))
+    made = visit.project.tenant.add(name, _aliases(visit), _limits(visit, Limits()))
     return visit.go(path_of("tenants", made.name), f"Tenant {made.name} created. Every request needs an API key now.")
 
 
@@ -82,6 +92,7 @@ def tenant_page(visit: Visit) -> Response:
         "tenant.html.j2",
         f"Tenant {name}",
         tenant=tenant,
+        offered=_offered(visit, tenant.aliases),
         limits=dict(zip(_LIMITS, _shown(tenant.limits), strict=True)),
         keys=visit.project.tenant.key.list(name),
         days=_days(visit.project.tenant.usage_by_day(name, since=_since())),
@@ -96,17 +107,23 @@ def _shown(limits: Limits) -> tuple[str, ...]:
 
 
 def change_aliases(visit: Visit) -> Response:
-    """Let a tenant call an alias, or no longer."""
-    name, aliases = visit.place["tenant"], _words(visit, "aliases")
-    if not aliases:
-        raise UserError("No alias was named", fix="Go back and name one.")
-    if visit.form.get("action") == "grant":
-        visit.project.tenant.grant(name, aliases)
-    elif visit.form.get("action") == "revoke":
-        visit.project.tenant.revoke(name, aliases)
-    else:
-        raise UserError("Unknown action", fix="Use the buttons of the page.")
-    return visit.go(path_of("tenants", name), f"The aliases of {name} are changed from its next request on.")
+    """Let a tenant call the ticked and typed aliases, and no others."""
+    name, wanted = visit.place["tenant"], _aliases(visit)
+    before = visit.project.tenant.get(name).aliases
+    # A page of an earlier state must not undo what another tab or the terminal has set.
+    if visit.form.get("seen") != " ".join(before):
+        raise UserError("The aliases were changed meanwhile. Nothing was done", fix="Go back and reload the page.")
+    granted = [alias for alias in wanted if alias not in before]
+    revoked = [alias for alias in before if alias not in wanted]
+    if granted:  # first: an invalid name changes nothing
+        visit.project.tenant.grant(name, granted)
+    if revoked:
+        visit.project.tenant.revoke(name, revoked)
+    changes = [
+        f"{verb} {', '.join(names)}" for verb, names in (("may call", granted), ("no longer calls", revoked)) if names
+    ]
+    said = f"{name} {' and '.join(changes)}, from its next request on." if changes else "Nothing was changed."
+    return visit.go(path_of("tenants", name), said)
 
 
 def change_limits(visit: Visit) -> Response:
@@ -140,9 +157,7 @@ def add_key(visit: Visit) -> Response:
     """Create a key, and show it this once."""
     name = visit.place["tenant"]
     _require_same_keys(visit, name)
-    made = visit.project.tenant.key.add(
-        name, aliases=_words(visit, "aliases") or None, lifetime=_seconds(visit, "expires")
-    )
+    made = visit.project.tenant.key.add(name, aliases=_aliases(visit) or None, lifetime=_seconds(visit, "expires"))
     return _key_page(visit, made)
 
 
@@ -158,7 +173,18 @@ def rotate_key(visit: Visit) -> Response:
 
 def _key_page(visit: Visit, made: NewKey) -> Response:
     # The answer to the form itself, which no browser keeps: an address or a stored message would keep the key.
-    return visit.page("key.html.j2", "New API key", made=made, tenant=visit.place["tenant"], minute=minute)
+    tenant = visit.project.tenant.get(visit.place["tenant"])
+    server = visit.jobs.server()
+    running = served(server) if server is not None else None
+    aliases = tenant.aliases if made.key.aliases is None else tuple(made.key.aliases)
+    return visit.page(
+        "key.html.j2",
+        "New API key",
+        made=made,
+        tenant=tenant.name,
+        served=Served(running.url if running else "", aliases),
+        minute=minute,
+    )
 
 
 def revoke_key(visit: Visit) -> Response:
@@ -187,8 +213,11 @@ def _require_same_keys(visit: Visit, tenant: str) -> None:
         )
 
 
-def _words(visit: Visit, field: str) -> list[str]:
-    return visit.form.get(field, "").replace(",", " ").split()
+def _aliases(visit: Visit) -> list[str]:
+    """Return the ticked and the typed aliases."""
+    ticked = [field.removeprefix(_TICKED) for field in visit.form if field.startswith(_TICKED)]
+    typed = visit.form.get("aliases", "").replace(",", " ").split()
+    return list(dict.fromkeys([*ticked, *typed]))
 
 
 def _seconds(visit: Visit, field: str) -> float | None:

@@ -49,6 +49,17 @@ document.addEventListener("change", event => {
   event.target.setCustomValidity(tooLarge ? `The file is larger than ${largest.toLocaleString("en")} bytes.` : "");
   event.target.reportValidity();
 });
+// A field to copy is marked as a whole, and has a button where the browser lets a page copy.
+for (const button of document.querySelectorAll("[data-copy]")) {
+  const field = document.getElementById(button.dataset.copy);
+  field.addEventListener("focus", () => field.select());
+  button.hidden = !navigator.clipboard;
+  button.addEventListener("click", async () => {
+    await navigator.clipboard.writeText(field.value);
+    button.textContent = "Copied";
+    button.setAttribute("aria-label", button.ariaLabel.replace("Copy:", "Copied:"));
+  });
+}
 // Answers of the playground, as they are computed. The page that is loaded then has their tokens.
 const asked = document.getElementById("asked");
 if (asked) {
@@ -76,6 +87,19 @@ if (log) {
     log.append(event.data + "\n");
     if (atEnd) log.scrollTop = log.scrollHeight;
   };
+  // Above the log: one bar, and the newest message.
+  events.addEventListener("progress", event => {
+    const place = document.getElementById("progress");
+    if (!place) return;
+    const { done, total, text } = JSON.parse(event.data);
+    document.getElementById("progress-text").textContent = text;
+    Object.assign(place.querySelector("progress"), { max: total, value: done });
+    place.hidden = false;
+  });
+  events.addEventListener("said", event => {
+    const place = document.getElementById("said");
+    if (place) place.textContent = event.data;
+  });
   events.addEventListener("finished", event => {
     events.close();
     const state = document.getElementById("state");

@@ -1,0 +1,246 @@
+"""The part of a cluster's answers that its workers compute: a batch of requests, by the model of the process."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from tunewright.adapters.registry import CONFIG, WEIGHTS, Adapter
+from tunewright.chat import ChatFormat
+from tunewright.chat.call_grammar import CallGrammars
+from tunewright.config import Quantization
+from tunewright.core.errors import UserError
+from tunewright.core.io import digest
+from tunewright.core.progress import LogReporter
+from tunewright.core.workers import WorkerFailedError, on_machine
+from tunewright.data.examples import Message
+from tunewright.engines.child import PrivateFolder
+from tunewright.engines.choice import EMBEDDED, AnswerEngine
+from tunewright.engines.vllm.answers import VllmAnswers, VllmStoppedError, rows_at_once
+from tunewright.engines.vllm.machine import require_equal, vllm_here
+from tunewright.evaluation.answer_constraints import AnswerConstraints
+from tunewright.evaluation.embedded_answers import EmbeddedAnswers
+from tunewright.generation.constraints import Grammar
+from tunewright.generation.requests import Completion, Request
+from tunewright.models.bases import Base, base_here
+from tunewright.models.loading import device
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """The files of an adapter that a model is loaded from, for workers that do not see the project's folder."""
+
+    files: Mapping[str, bytes]
+
+    @classmethod
+    def of(cls, adapter: Adapter) -> AdapterFiles:
+        """Return the files of an adapter."""
+        return cls({name: (adapter.folder / name).read_bytes() for name in (CONFIG, WEIGHTS)})
+
+    def write(self, folder: Path) -> None:
+        """Write the files into a folder."""
+        for name, content in self.files.items():
+            (folder / name).write_bytes(content)
+
+
+@dataclass(frozen=True)
+class WorkerModel:
+    """Everything that a worker's answers need besides the requests."""
+
+    base: Base
+    chat: ChatFormat
+    dtype: str
+    quantization: Quantization
+    batch_size: int
+    grammar: Grammar | CallGrammars | None
+    threads: int | None
+    """Threads of a CPU's computations; None: with a GPU they decide nothing."""
+    engine: AnswerEngine = EMBEDDED
+    rank: int = 1
+    """The highest LoRA rank that vLLM starts with."""
+    adapters: Mapping[str, AdapterFiles] = field(default_factory=dict)
+    """By the name that requests give."""
+
+    @cached_property
+    def key(self) -> str:
+        """Digest of everything but the adapters, which are added to a loaded base."""
+        rule = None if self.grammar is None else self.grammar.rule
+        decides = [self.base.digest, self.chat.digest, self.dtype, self.quantization, self.batch_size, rule]
+        return digest([*decides, self.engine.versions, self.engine.card, self.rank])
+
+    @property
+    def rows(self) -> int:
+        """Number of rows that decode at once in each worker."""
+        return self.batch_size if self.engine.card is None else rows_at_once(self.engine.card)
+
+
+@dataclass(frozen=True)
+class RequestBatch:
+    """Some requests of an arm. They are sent without their constraints, which are compiled again where they are used.
+
+    Args:
+        requests: what to complete, without constraints.
+        functions: the functions that each prompt declares; None: the answers are free.
+        stop_ids: tokens that end an answer.
+        at_once: number of rows that decode together; None: the model's number.
+        company: answers of one company may share vLLM's prefix cache.
+    """
+
+    requests: Sequence[Request]
+    functions: Sequence[Message | None] | None = None
+    stop_ids: frozenset[int] = frozenset()
+    at_once: int | None = None
+    company: str = ""
+
+    @property
+    def adapters(self) -> set[str]:
+        """The names of the adapters that answer."""
+        return {request.adapter for request in self.requests if request.adapter is not None}
+
+
+class _Warnings(LogReporter):
+    """A reporter that keeps its warnings."""
+
+    def __init__(self) -> None:
+        self.warned: list[str] = []
+
+    def warn(self, message: str) -> None:
+        """Keep the warning."""
+        self.warned.append(message)
+
+
+class _Embedded:
+    """The embedded loop, with a base in this process."""
+
+    def __init__(self, model: WorkerModel, reporter: _Warnings) -> None:
+        base = base_here(model.base)
+        self.answers = EmbeddedAnswers(base, model.chat, model.dtype, model.quantization, model.batch_size, reporter)
+        self.constraints = AnswerConstraints(model.chat, model.grammar) if model.grammar else None
+
+    def answer(self, batch: RequestBatch, adapters: Mapping[str, AdapterFiles]) -> list[Completion]:
+        """Return the completions of a batch."""
+        self.answers.model_with()
+        for name in batch.adapters - self.answers.adapters:
+            with TemporaryDirectory() as folder:
+                adapters[name].write(Path(folder))
+                self.answers.model_with((name, Path(folder)))
+        requests = batch.requests
+        if batch.functions is not None:
+            assert self.constraints is not None
+            rows = zip(requests, batch.functions, strict=True)
+            requests = [replace(request, constraint=self.constraints.of_row(declared)) for request, declared in rows]
+        return self.answers.generate(requests, stop_ids=batch.stop_ids, at_once=batch.at_once)
+
+    def end(self) -> None:
+        """Free the base."""
+        self.answers.drop()
+
+
+class _Vllm:
+    """vLLM in a child process of this one, started by the first batch.
+
+    It reads adapters from a private folder. If this process is killed, the system kills vLLM, and the next vLLM that
+    starts on this machine removes the folder.
+    """
+
+    def __init__(self, model: WorkerModel, reporter: _Warnings) -> None:
+        expected = model.engine.environment
+        assert expected is not None
+        here = vllm_here(expected.build).environment
+        require_equal(expected, here)  # the machine may have joined after the others were checked
+        self.answers = VllmAnswers(
+            base_here(model.base),
+            model.dtype,
+            here,
+            model.batch_size,
+            model.rank,
+            reporter,
+            card=model.engine.card,
+            threads=model.threads,
+        )
+        self._chat = model.chat
+        self._private = PrivateFolder()
+
+    def answer(self, batch: RequestBatch, adapters: Mapping[str, AdapterFiles]) -> list[Completion]:
+        """Return the completions of a batch."""
+        assert batch.functions is None, "vLLM does not constrain answers"
+        return self.answers.generate(
+            batch.requests,
+            stop_ids=batch.stop_ids,
+            decode=self._chat.text,
+            adapters={name: self._folder(name, adapters[name]) for name in batch.adapters},
+            at_once=batch.at_once,
+            tenant=batch.company,
+        )
+
+    def _folder(self, name: str, adapter: AdapterFiles) -> Path:
+        folder = self._private.path / name
+        if not folder.exists():
+            folder.mkdir()
+            adapter.write(folder)
+        return folder
+
+    def end(self) -> None:
+        """End vLLM, and remove the adapters."""
+        self.answers.stop()
+        self._private.remove()
+
+
+class _Loaded:
+    """The model of this process."""
+
+    def __init__(self, model: WorkerModel) -> None:
+        self.reporter = _Warnings()
+        kind = _Embedded if model.engine.environment is None else _Vllm
+        self.model = kind(model, self.reporter)
+
+
+_loaded: dict[str, _Loaded] = {}
+"""At most one model by its key."""
+
+
+def answer_batch(model: WorkerModel, batch: RequestBatch) -> tuple[list[Completion], list[str]]:
+    """Return the completions of a batch, and what there is to warn of. An empty batch only loads the model.
+
+    Raises:
+        UserError: the base, its device or vLLM is not on this machine, or memory does not suffice.
+        WorkerFailedError: vLLM stopped.
+    """
+    _require_device(model.threads)
+    try:
+        if model.key not in _loaded:
+            unload()
+            _loaded[model.key] = _Loaded(model)
+        loaded = _loaded[model.key]
+        completions = loaded.model.answer(batch, model.adapters)
+    except UserError as error:
+        named = on_machine(socket.gethostname(), error)
+        if isinstance(error, VllmStoppedError):
+            raise WorkerFailedError(named.what, where=named.where, fix=named.fix) from None
+        raise named from None
+    warned, loaded.reporter.warned = loaded.reporter.warned, []
+    return completions, warned
+
+
+def unload() -> None:
+    """Free the model of this process, and what it has outside of it."""
+    for loaded in _loaded.values():
+        loaded.model.end()
+    _loaded.clear()
+
+
+def _require_device(threads: int | None) -> None:
+    """Set the number of threads, and check that models are loaded where the journal says that answers come from."""
+    import torch
+
+    wanted, found = "cuda" if threads is None else "cpu", device().split(":")[0]
+    if wanted != found:
+        what = f"torch on {socket.gethostname()} computes on {found}, and the cluster's workers are on {wanted}"
+        fix = "Install torch for its GPUs there, or start Ray there with --num-gpus 0."
+        raise UserError(what, where="compute.cluster", fix=fix)
+    if threads is not None:
+        torch.set_num_threads(threads)

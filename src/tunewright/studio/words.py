@@ -1,0 +1,24 @@
+"""The words of a page for what files and messages of the program call otherwise."""
+
+from __future__ import annotations
+
+import re
+
+ROLES = {"system": "Instructions", "user": "Question", "assistant": "Answer", "tool": "Tool result"}
+"""Roles of a conversation, as the people say who review its pairs."""
+_TURN = re.compile(rf"^({'|'.join(ROLES)}): ", re.MULTILINE)
+
+
+def role(name: str) -> str:
+    """Return a role's word; an unknown role stays."""
+    return ROLES.get(name, name)
+
+
+def turns(text: str) -> str:
+    """Return a conversation whose lines begin with roles, with their words."""
+    return _TURN.sub(lambda turn: f"{role(turn[1])}: ", text)
+
+
+def capital(text: str) -> str:
+    """Return a sentence that begins with a capital letter; its other letters stay."""
+    return text[:1].upper() + text[1:]
