@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # A Ray cluster of containers on one machine, each with its own network address, processes and CPUs.
 #
-#   deploy/ray-containers.sh up FOLDER 2       a head and two workers; FOLDER has tunewright.yaml and the base
-#   deploy/ray-containers.sh run train         any command of tunewright, on the head
+#   deploy/ray-containers.sh up FOLDER 2   (a head and two workers; FOLDER has tunewright.yaml and the base)
+#   deploy/ray-containers.sh run train --cluster auto   (on the head)
 #   deploy/ray-containers.sh down
 #
 # TOOL=docker      instead of podman
@@ -62,7 +62,7 @@ run)
     shift
     terminal=()
     if [ -t 0 ]; then terminal=(--tty); fi
-    exec "$tool" exec --interactive "${terminal[@]}" ray-head tunewright "$@" --cluster auto
+    exec "$tool" exec --interactive "${terminal[@]}" ray-head tunewright "$@"
     ;;
 down)
     mapfile -t names < <("$tool" ps --all --filter label=tunewright=ray-containers --format '{{.Names}}')
@@ -70,7 +70,7 @@ down)
     "$tool" network rm "$network" > /dev/null
     ;;
 *)
-    sed -n '3,10s/^# \{0,1\}//p' "$0" >&2
+    sed -n '4,11s/^# \{0,1\}//p' "$0" >&2
     exit 2
     ;;
 esac
