@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from data_helpers import Listener
-from parts import joined
+from parts import joined, ready
 from raylets import raylets, token_required
 
 from command_line import tiny_project
@@ -116,6 +116,16 @@ def _ledger(folder: Path) -> list[dict[str, Any]]:
     (file,) = folder.glob("sweeps/*/ledger.jsonl")
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+
+
+def test_machine_that_is_lost_before_it_was_checked_is_named_as_lost(head: Any) -> None:
+    with (
+        _machines(head, 2) as (_, victim),
+        open_workers(Config(compute=ComputeConfig(cluster="auto")), Listener()) as workers,
+    ):
+        head.remove_node(victim, allow_graceful=False)
+        with pytest.raises(UserError, match=r"The machine [\d.]+ was lost before it answered"):
+            workers.check(ready, "")
 
 
 def test_sweep_is_the_same_when_a_machine_is_killed(head: Any, prepared: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Training with Slurm and SkyPilot: the scripts are sound, and their commands and options exist."""
+"""Training with Slurm, SkyPilot and containers: the scripts are sound, and their commands and options exist."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from command_line import parsed
 from deploy_files import DEPLOY, ROOT, ran, tool
 
 SBATCH = DEPLOY / "slurm" / "train.sbatch"
+RAY = DEPLOY / "ray-containers.sh"
 SKY = yaml.safe_load((DEPLOY / "skypilot" / "train.yaml").read_text())
 
 
@@ -80,3 +81,40 @@ def test_skypilot_task_installs_extras_that_exist_and_starts_train() -> None:
         assert command.split()[-1] in SKY["file_mounts"]
     for script in (SKY["setup"], SKY["run"]):
         ran("bash", "-n", "-c", script)
+
+
+def test_ray_containers_script_passes_bash_and_shellcheck() -> None:
+    ran("bash", "-n", RAY)
+    ran(tool("shellcheck"), RAY)
+
+
+def test_ray_containers_have_the_rights_of_the_charts_pods_and_keep_the_token_off_command_lines(tmp_path: Path) -> None:
+    commands = _contained(tmp_path, "up", str(tmp_path), "2")
+    started = [command for command in commands if command[0] == "run"]
+    assert [command[command.index("--name") + 1] for command in started] == ["ray-head", "ray-worker-1", "ray-worker-2"]
+    for command in started:
+        assert {"--read-only", "no-new-privileges", f"{tmp_path}:/project", "RAY_AUTH_MODE=token"} <= set(command)
+        assert command[command.index("--cap-drop") + 1] == "ALL"
+        assert "RAY_AUTH_TOKEN" in command and not any("secret" in word for word in command)
+        assert command[command.index("tini") :][2:6] == ["--", "ray", "start", "--block"]
+    assert all(command[-4:-2] == ["--address", "10.0.0.9:6379"] for command in started[1:])
+
+
+def test_ray_containers_run_a_command_on_the_head(tmp_path: Path) -> None:
+    (command,) = _contained(tmp_path, "run", "train", "--cluster", "auto")
+    words = command[command.index("ray-head") + 1 :]
+    assert words == ["tunewright", "train", "--cluster", "auto"]
+    assert parsed(words) == ("train",)
+
+
+def _contained(folder: Path, *arguments: str) -> list[list[str]]:
+    """Run the script with a stand-in of podman, and return the stand-in's command lines."""
+    out, podman = folder / "podman.log", folder / "podman"
+    podman.write_text(
+        '#!/usr/bin/env bash\nprintf "%s\\037" "$@" >> "$OUT"; echo >> "$OUT"\n'
+        'if [ "$1" = inspect ]; then echo 10.0.0.9; elif [ "$1" = logs ]; then echo Ray runtime started.; fi\n'
+    )
+    podman.chmod(0o755)
+    variables = {"PATH": f"{folder}:{os.environ['PATH']}", "OUT": str(out), "RAY_AUTH_TOKEN": "secret"}
+    subprocess.run(["bash", str(RAY), *arguments], env=variables, check=True, timeout=60, stdin=subprocess.DEVNULL)
+    return [line.split("\037")[:-1] for line in out.read_text().splitlines()]

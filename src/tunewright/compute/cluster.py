@@ -24,7 +24,7 @@ import ray
 import scipy
 from pydantic import ValidationError
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, NodeDiedError, RayError, RayTaskError, TaskUnschedulableError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tunewright._version import __version__
@@ -254,6 +254,10 @@ def asked(
         except GetTimeoutError:
             what = f"The machine {host} did not answer within {seconds:.0f} s"
             raise UserError(what, where=WHERE, fix="Check it with `ray status`.") from None
+        except (NodeDiedError, TaskUnschedulableError):
+            # Its health checks fail for about half a minute before Ray counts it as lost.
+            what = f"The machine {host} was lost before it answered"
+            raise UserError(what, where=WHERE, fix="Run the same command again, without it.") from None
         except (RayError, RuntimeError) as error:
             if isinstance(error, RayTaskError) and isinstance(error.cause, UserError):
                 raise on_machine(host, error.cause) from None

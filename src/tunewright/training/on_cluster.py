@@ -91,7 +91,7 @@ def train_on_cluster(
         if group is not None:
             there = ProjectFolder(project.root.resolve(), config)
             job = TrainingJob(there, base, dataset.digest, identity, facts)
-            return _train(group, job, reporter, signer)
+            return _train(group, project, job, reporter, signer)
     if config.compute.fsdp:
         raise UserError("FSDP needs at least 2 processes", where="compute.fsdp", fix="Set compute.workers.")
     reporter.say("The cluster has no GPU: this process trains. compute.workers: 2 or more trains in several.")
@@ -109,30 +109,30 @@ def check_cluster(project: ProjectFolder, base: Base, reporter: Reporter) -> Non
             _require_trainable(group, ProjectFolder(project.root.resolve(), project.config), base, reporter)
 
 
-def _train(group: WorkerGroup, job: TrainingJob, reporter: Reporter, signer: PrivateKey | None) -> TrainResult:
-    project = job.project
-    _require_trainable(group, project, job.base, reporter)
+def _train(
+    group: WorkerGroup, project: ProjectFolder, job: TrainingJob, reporter: Reporter, signer: PrivateKey | None
+) -> TrainResult:
+    _require_trainable(group, job.project, job.base, reporter)
     # Asked for its passphrase now, not after hours of training; the key stays on this machine.
     signer = signer or store_signer(project.keys, reporter)
     with stop_on_signal() as stop, finishing("the step in progress or the one before is saved"):
         stop.phase = "closed"
-        storage = project.work / "ray" / job.identity[:12]
+        storage = job.project.work / "ray" / job.identity[:12]
         group.run(train_together, job, storage, reporter, lambda: stop.asked)
-    adapter = _stored(job)
+    adapter = _stored(project, job.identity)
     if signer is not None:
         sign(adapter.folder, signer)
     return TrainResult(adapter, trained=True)
 
 
-def _stored(job: TrainingJob) -> Adapter:
+def _stored(project: ProjectFolder, identity: str) -> Adapter:
     """Return the adapter that another machine has stored, once this one sees it.
 
     Raises:
         UserError: it does not appear.
     """
-    project = job.project
     until = time.monotonic() + _SEEN_S
-    while (adapter := find_trained(project.adapters, project.config.name, job.identity)) is None:
+    while (adapter := find_trained(project.adapters, project.config.name, identity)) is None:
         if time.monotonic() > until:
             what = f"The adapter that another machine has stored does not appear here within {_SEEN_S:.0f} s"
             raise UserError(what, where=str(project.adapters), fix="Check the storage, and run the same command again.")
