@@ -20,7 +20,7 @@ import json
 import random
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def _beside_others(inputs: list[str]) -> list[dict[str, Any]]:
-    texts = comparison_texts([_example(text) for text in inputs])
+    texts = list(comparison_texts([_example(text) for text in inputs]))
     print(f"{len(texts):,} inputs")
     print(f"{'J >=':>5} {'pairs':>8}  {'method':<34} {'seconds':>8} {'recall':>8}")
     results = []
@@ -95,7 +95,7 @@ def _inputs(files: list[str]) -> list[str]:
     return sorted({row["text"] for row in rows})
 
 
-def _brute_force(texts: Sequence[str], threshold: float) -> Pairs:
+def _brute_force(texts: list[str], threshold: float) -> Pairs:
     """Compare all texts with all others."""
     matrix = shingle_matrix(texts)
     pairs: Pairs = set()
