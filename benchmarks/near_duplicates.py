@@ -20,7 +20,7 @@ import json
 import random
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ def _inputs(files: list[str]) -> list[str]:
     return sorted({row["text"] for row in rows})
 
 
-def _brute_force(texts: list[str], threshold: float) -> Pairs:
+def _brute_force(texts: Sequence[str], threshold: float) -> Pairs:
     """Compare all texts with all others."""
     matrix = shingle_matrix(texts)
     pairs: Pairs = set()

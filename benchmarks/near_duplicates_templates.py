@@ -23,7 +23,7 @@ import multiprocessing
 import random
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,7 @@ def measure(kind: str, count: int, *, compared: bool) -> dict[str, Any]:
     return row
 
 
-def _brute_force(texts: list[str]) -> list[int]:
+def _brute_force(texts: Sequence[str]) -> list[int]:
     """Return the cluster of each text, from the similarities of all texts with all others."""
     matrix = shingle_matrix(texts)
     labels = np.arange(len(texts))

@@ -35,6 +35,7 @@ from tunewright.evidence.schema import EVIDENCE_FILE
 pytestmark = pytest.mark.ray
 
 WAIT_S = 240
+CLIENT_PORT = 23002
 TIMES = {"time", "seconds", "training_seconds", "steps"}
 """What a ledger's line says of the time, and of the steps that were made for it: a lost trial makes some again."""
 
@@ -42,7 +43,7 @@ TIMES = {"time", "seconds", "training_seconds", "steps"}
 @pytest.fixture(scope="module")
 def head() -> Iterator[Any]:
     """A cluster without machines for work."""
-    with token_required(), raylets() as cluster:
+    with token_required(), raylets(ray_client_server_port=CLIENT_PORT) as cluster:
         yield cluster
 
 
@@ -81,6 +82,18 @@ def _copy(prepared: Path, folder: Path) -> Path:
 def _project(folder: Path, cluster: str | None = None) -> tuple[Project, Listener]:
     heard = Listener()
     return Project(ProjectFolder(folder).on_cluster(cluster), heard), heard
+
+
+@pytest.fixture(scope="module")
+def validated(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A project that was cross-validated without a cluster, and its evidence."""
+    folder = _copy(prepared, tmp_path_factory.mktemp("validated") / "here")
+    return folder, _project(folder)[0].crossval(folds=2, force=True).folder
+
+
+def _folds(folder: Path) -> list[str]:
+    found = list_adapters(folder / ".tunewright" / "crossval" / "adapters")
+    return sorted(adapter.digest for adapter in found)
 
 
 def _wait_for(condition: Callable[[], bool]) -> None:
@@ -138,9 +151,11 @@ def test_sweep_is_the_same_when_a_machine_is_killed(head: Any, prepared: Path, t
     assert not list((there / ".tunewright" / "machines").iterdir())
 
 
-def test_cross_validation_is_the_same_after_its_command_was_killed(head: Any, prepared: Path, tmp_path: Path) -> None:
-    here, there = (_copy(prepared, tmp_path / name) for name in ("here", "there"))
-    whole = _project(here)[0].crossval(folds=2, force=True)
+def test_cross_validation_is_the_same_after_its_command_was_killed(
+    head: Any, prepared: Path, validated: tuple[Path, Path], tmp_path: Path
+) -> None:
+    here, whole = validated
+    there = _copy(prepared, tmp_path / "there")
     with _machines(head, 2):
         command = [sys.executable, "-m", "tunewright", "crossval", "--folds", "2", "--force", "--cluster", "auto"]
         first = subprocess.Popen(
@@ -156,10 +171,34 @@ def test_cross_validation_is_the_same_after_its_command_was_killed(head: Any, pr
     # Ray ends the workers of a killed command a moment later, in which a fold may have ended by itself.
     begun = sum(": Loading" in message for message in heard.said)
     assert begun - sum(": Resuming from step" in message for message in heard.said) < 2
-    folders = [root / ".tunewright" / "crossval" / "adapters" for root in (here, there)]
-    assert len(list_adapters(folders[0])) == 2
-    assert {a.digest for a in list_adapters(folders[1])} == {a.digest for a in list_adapters(folders[0])}
-    assert _evidence(again.folder) == _evidence(whole.folder)
+    assert len(_folds(here)) == 2
+    assert _folds(there) == _folds(here)
+    assert _evidence(again.folder) == _evidence(whole)
+
+
+def test_through_rays_client_trials_are_the_same_and_one_training_is_refused(
+    head: Any, prepared: Path, validated: tuple[Path, Path], tmp_path: Path
+) -> None:
+    there, whole = _copy(prepared, tmp_path / "there"), validated[0]
+    config = there / "tunewright.yaml"
+    config.write_text(f"{config.read_text()}compute: {{workers: 2}}\n")
+    address = f"ray://127.0.0.1:{CLIENT_PORT}"
+    with _machines(head, 2):
+        trained, folds = (
+            subprocess.run(
+                [sys.executable, "-m", "tunewright", *arguments, "--force", "--cluster", address],
+                cwd=there,
+                capture_output=True,
+                text=True,
+                timeout=WAIT_S,
+            )
+            for arguments in (("train",), ("crossval", "--folds", "2"))
+        )
+    assert trained.returncode == 2, trained.stderr
+    assert "compute.cluster: A training in several processes cannot be started through ray://" in trained.stderr
+    assert "--cluster auto" in trained.stderr
+    assert folds.returncode in (0, 3, 4), folds.stderr
+    assert _folds(there) == _folds(whole)
 
 
 def _evidence(folder: Path) -> dict[str, Any]:

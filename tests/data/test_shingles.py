@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunewright.data.dedup.shingles import ShingleFile, shingle_matrix, shingles
+from tunewright.data.dedup.shingles import ShingleFile, ShingleRows, shingle_matrix, shingles
 
 texts = st.lists(st.one_of(st.text("ab ", max_size=9), st.text(max_size=12)), min_size=1, max_size=12)
 
@@ -55,3 +56,15 @@ def test_full_disk_is_one_error(tmp_path: Path) -> None:
     )
     ran = subprocess.run([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)}, capture_output=True)
     assert f"UserError: {tmp_path}: the file exceeds the size limit of this system" in ran.stderr.decode()
+
+
+@given(texts, st.data())
+def test_some_rows_of_a_file_reach_another_process_as_a_matrix(some: list[str], data: st.DataObject) -> None:
+    places = np.array(data.draw(st.lists(st.integers(0, len(some) - 1), max_size=9)), dtype=np.int64)
+    whole = shingle_matrix(some)[places]
+    with ShingleFile(some) as file:
+        rows = ShingleRows(file, places)
+        copy = pickle.loads(pickle.dumps(rows, protocol=5))
+        assert rows.shape == copy.shape == whole.shape
+        assert (rows[:] != whole).nnz == (copy != whole).nnz == 0
+        assert (rows[1:3] != whole[1:3]).nnz == 0

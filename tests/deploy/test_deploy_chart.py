@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import subprocess
 import tomllib
+from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -154,12 +156,16 @@ def test_metrics_are_open_to_the_named_peers_only() -> None:
         assert names == allowed
 
 
-@pytest.mark.parametrize(("processes", "start"), [(1, []), (2, ["torchrun"])])
+@pytest.mark.parametrize(
+    ("processes", "start"), [(1, ["tunewright"]), (2, ["tunewright.training.launch", "tunewright"])]
+)
 def test_training_starts_train_and_stops_after_bad_input(processes: int, start: list[str]) -> None:
     job = _of("Job", _rendered("training.enabled=true", f"training.processes={processes}"))
     (container,) = job["spec"]["template"]["spec"]["containers"]
     command = container.get("command", ["tini", "--", "tunewright"])
-    assert [word for word in command if word == "torchrun"] == start
+    modules = [module for flag, module in pairwise(command) if flag in ("-m", "--")]
+    assert [module for module in modules if module != "python"] == start
+    assert all(find_spec(module) for module in start)
     assert parsed([command[-1], *container["args"]]) == ("train",)
     ignored, failed = job["spec"]["podFailurePolicy"]["rules"]
     assert ignored["onPodConditions"][0]["type"] == "DisruptionTarget"

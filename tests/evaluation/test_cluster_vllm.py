@@ -105,7 +105,9 @@ def test_auto_takes_vllm_on_a_cluster_as_on_one_machine(
 
 def test_machine_with_another_vllm_is_refused_and_auto_takes_peft() -> None:
     unequal = _Machines(_machine(80), _machine(80, vllm="0.31.0"))
-    wanted = r"The machine 10\.0\.0\.2: It has vllm 0\.31\.0 with torch 2\.13\.0 \(another machine: vllm 0\.32\.0 with"
+    wanted = (
+        r"The machine 10\.0\.0\.2: Its vLLM differs from another machine's: vllm 0\.31\.0 with .* \(there vllm 0\.32\.0"
+    )
     with pytest.raises(UserError, match=wanted):
         answer_engine(VLLM, "none", workers=unequal)
     chosen = answer_engine(Config(), "none", workers=unequal)
@@ -230,5 +232,5 @@ def test_machine_that_joins_later_with_another_vllm_is_refused(
     mark = json.loads(place.read_text())
     write_json(place, {**mark, "versions": {**mark["versions"], "vllm": "0.31.0"}})
     generator = _generator(base, tmp_path / "work", engine, PickledModels())
-    with pytest.raises(UserError, match=r"It has vllm 0\.31\.0 with torch"):
+    with pytest.raises(UserError, match=r"Its vLLM differs from another machine's: vllm 0\.31\.0 with torch"):
         generator.answer("x", [(1, 5)], 3)

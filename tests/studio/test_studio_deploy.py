@@ -362,9 +362,8 @@ def test_release_names_its_time_and_its_author(browser: Visitor, project: Path) 
         state.releases.deploy("courts", good.name, good.digest, GROUNDS)
         clock.now += 60
         state.releases.start_candidate("courts", Candidate("tiny-000000000bad", "bad0" * 16, 0.1), GROUNDS)
-    for path in ("/deploy/courts", "/"):
-        page = browser.get(path)
-        assert ("Released 2025-11-29 08:00 UTC by ann" if path != "/" else "On trial since") in page
+    assert "Released 2025-11-29 08:00 UTC by ann" in browser.get("/deploy/courts")
+    assert "Live: courts (on trial since 2025-11-29 08:01 UTC by ann)" in browser.get("/")
     assert "On trial since 2025-11-29 08:01 UTC by ann" in browser.get("/deploy")
 
 

@@ -7,13 +7,15 @@ import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from studio_client import Browser, restarted
 from tunewright.cli.json_log import json_line
-from tunewright.serving.engines.replicas import ReplicaState
+from tunewright.serving.engines.autoscaler import ScalingState
+from tunewright.serving.engines.replica import ReplicaState
 from tunewright.serving.gateway.metrics import Metrics, ServerState, exposed
 from tunewright.studio.job_log import read_entry
 from tunewright.studio.jobs import Jobs
@@ -107,8 +109,12 @@ def test_replicas_of_a_running_server_are_shown(browser: Browser, project: Path)
         with _running(project, "serve", log) as folder:
             page = re.sub(r">\s+<", "><", browser.get("/deploy"))
             first = '<th scope="row">replica-1</th><td>up</td><td>3</td><td>1</td><td>20</td><td>0</td>'
-            assert first in page and '<th scope="row">replica-2</th><td>down</td>' in page
+            assert first in page and '<th scope="row">replica-2</th><td>takes no requests</td>' in page
             assert 'value="http://127.0.0.1:1/v1"' in page and 'value="courts"' in page
+            assert "follows the load" not in page
+            scaling = ScalingState(wanted=3, present=1, added=4, removed=2, failures=1)
+            now = replace(now, scaling=scaling)
+            assert "follows the load, which asks for 3 now" in browser.get("/deploy")
             now = ServerState(ready=True, waiting=(), running=(), released=(), resident=())
             assert "Replicas" not in browser.get("/deploy"), "one engine"
             (folder / "log").write_text(log.replace(address, "http://127.0.0.1:1/metrics"))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,8 +32,8 @@ class SynthesisApi:
 
     def estimate_generate(self, files: Iterable[str | Path]) -> Estimate:
         """Estimate calls, tokens and cost of :meth:`generate`, without sending anything."""
-        generator, inputs = self._generator(files)
-        return generator.estimate(inputs)
+        with self._generator(files) as (generator, inputs):
+            return generator.estimate(inputs)
 
     def generate(self, files: Iterable[str | Path], out: str | Path | None = None) -> GenerateResult:
         """Have the config's teacher write ideal outputs for inputs, as a file that :meth:`DatasetApi.add` reads.
@@ -45,29 +46,31 @@ class SynthesisApi:
             UserError: no teacher or licence note in the config, a faulty or secret input, an endpoint that fails, a
                 budget that is used up, or an existing file with other rows. Finished replies are kept.
         """
-        generator, inputs = self._generator(files)
-        return generator.run(inputs, self._out(out, Path(inputs[0].row.source).name.partition(".")[0]))
+        with self._generator(files) as (generator, inputs):
+            return generator.run(inputs, self._out(out, Path(inputs[0].row.source).name.partition(".")[0]))
 
-    def _generator(self, files: Iterable[str | Path]) -> tuple[RowGenerator, list[Input]]:
+    @contextmanager
+    def _generator(self, files: Iterable[str | Path]) -> Iterator[tuple[RowGenerator, list[Input]]]:
         from tunewright.metrics import scorer_of
         from tunewright.synthesis.generate import RowGenerator
         from tunewright.synthesis.inputs import read_inputs
         from tunewright.synthesis.rubric import RubricJudge
 
         config = self._project.config
-        teacher = self._teacher(self._project)
-        inputs = read_inputs(source_files(files, self._reporter), config.data, self._reporter)
-        scorer = scorer_of(config.evaluate.metric, self._project.root)
-        needed = config.generate.judge_score
-        judge = None if needed is None else RubricJudge(self._project, needed, self._reporter)
-        generator = RowGenerator(
-            self._project, self._version(), teacher, scorer, self._constraints(), judge, self._reporter
-        )
-        return generator, inputs
+        with self._teacher(self._project) as teacher:
+            inputs = read_inputs(source_files(files, self._reporter), config.data, self._reporter)
+            scorer = scorer_of(config.evaluate.metric, self._project.root)
+            needed = config.generate.judge_score
+            judge = None if needed is None else RubricJudge(self._project, needed, self._reporter)
+            generator = RowGenerator(
+                self._project, self._version(), teacher, scorer, self._constraints(), judge, self._reporter
+            )
+            yield generator, inputs
 
     def estimate_from_documents(self, files: Iterable[str | Path]) -> Estimate:
         """Estimate calls, tokens and cost of :meth:`from_documents`, without sending anything."""
-        return self._writer().estimate([Path(file) for file in files])
+        with self._writer() as writer:
+            return writer.estimate([Path(file) for file in files])
 
     def from_documents(self, files: Iterable[str | Path], out: str | Path | None = None) -> DocumentsResult:
         """Have the config's teacher write questions and answers from documents, each citing its passage.
@@ -80,7 +83,8 @@ class SynthesisApi:
             UserError: as for :meth:`generate`; also if no document can be read.
         """
         paths = [Path(file) for file in files]
-        return self._writer().run(paths, self._out(out, paths[0].stem))
+        with self._writer() as writer:
+            return writer.run(paths, self._out(out, paths[0].stem))
 
     def generated_effect(self, evaluation: str | Path, without: str | Path) -> GeneratedEffect:
         """Compare an adapter with one trained without the generated rows, on people's test items.
@@ -106,7 +110,8 @@ class SynthesisApi:
             raise UserError("A folder is there", where=str(path), fix="Name a file with --out.")
         return path
 
-    def _writer(self) -> QuestionWriter:
+    @contextmanager
+    def _writer(self) -> Iterator[QuestionWriter]:
         from tunewright.config import ConstrainConfig
         from tunewright.synthesis.questions import SCHEMA, QuestionWriter
 
@@ -114,7 +119,8 @@ class SynthesisApi:
         # The teacher's replies are pairs in JSON, whatever form the project's answers have.
         evaluate = config.evaluate.model_copy(update={"structured_outputs": ConstrainConfig(json_schema=SCHEMA)})
         asking = ProjectFolder(self._project.root, config.model_copy(update={"evaluate": evaluate}))
-        return QuestionWriter(self._project, self._version(), self._teacher(asking), self._reporter)
+        with self._teacher(asking) as teacher:
+            yield QuestionWriter(self._project, self._version(), teacher, self._reporter)
 
     def _version(self) -> DatasetVersion | None:
         if has_version(self._project.dataset):
@@ -129,13 +135,16 @@ class SynthesisApi:
         grammar = grammar_of(self._project)
         return None if grammar is None else AnswerConstraints(self._context.chat, grammar)
 
-    def _teacher(self, project: ProjectFolder) -> Teacher:
+    @contextmanager
+    def _teacher(self, project: ProjectFolder) -> Iterator[Teacher]:
+        """Yield the teacher: an endpoint, or a base of this machine or of the workers of ``compute.cluster``."""
         from tunewright.synthesis.teachers import EndpointTeacher, LocalTeacher, require_teacher
 
         config = project.config
         require_teacher(config.generate)
         if config.generate.base is None:
-            return EndpointTeacher(project, _schema(project), self._reporter)
+            yield EndpointTeacher(project, _schema(project), self._reporter)
+            return
         from tunewright.chat import open_chat
         from tunewright.evaluation.generations import Generator
         from tunewright.models.bases import resolve_base
@@ -143,8 +152,9 @@ class SynthesisApi:
         base = resolve_base(config.generate.base, config.generate.revision, self._project.root, self._reporter)
         chat = open_chat(base, config.chat, self._reporter)
         quantization = config.evaluate.quantization or config.train.quantization
-        generator = Generator.of(project, base, chat, quantization, self._reporter)
-        return LocalTeacher(project, generator, self._reporter)
+        with self._context.model_workers(base) as workers:
+            generator = Generator.of(project, base, chat, quantization, self._reporter, workers=workers)
+            yield LocalTeacher(project, generator, self._reporter)
 
 
 def _schema(project: ProjectFolder) -> dict[str, object] | None:

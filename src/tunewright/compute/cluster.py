@@ -12,10 +12,11 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 from urllib.parse import urlsplit
 
 import numpy
@@ -68,6 +69,38 @@ def connected(config: Config) -> Iterator[None]:
 def machines_with(resource: str, least: int = 1) -> list[Node]:
     """Return the cluster's machines that have at least this much of a resource (``CPU``, ``GPU``)."""
     return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get(resource, 0) >= least]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Room for processes with a model each: GPUs, or CPUs if the cluster has no GPU."""
+
+    kind: Literal["GPU", "CPU"]
+    machines: tuple[Node, ...]
+    count: int
+
+    def require(self, config: str, check: Callable[[Any], object], needed: object) -> None:
+        """Check that the machines have equal software, and what each process needs.
+
+        Args:
+            config: the config as JSON.
+            check: a function of a module, which every machine calls with ``needed``.
+            needed: what every machine needs.
+
+        Raises:
+            UserError: as for :func:`require_equal`, or ``check`` refuses a machine.
+        """
+        require_equal(self.machines, config)
+        for _ in asked(self.machines, check, needed, seconds=CHECK_S):
+            pass
+
+
+def places_for(cpus: int) -> Places:
+    """Return the cluster's places, each with a GPU or with this many CPUs."""
+    if machines := machines_with("GPU"):
+        return Places("GPU", tuple(machines), sum(int(node["Resources"]["GPU"]) for node in machines))
+    machines = machines_with("CPU", cpus)
+    return Places("CPU", tuple(machines), sum(int(node["Resources"]["CPU"]) // cpus for node in machines))
 
 
 def _connect(cluster: str) -> None:

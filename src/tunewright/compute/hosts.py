@@ -14,17 +14,7 @@ from typing import Any, TypeVar
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
-from tunewright.compute.cluster import (
-    WHERE,
-    Image,
-    asked,
-    connected,
-    image,
-    machines_with,
-    own_image,
-    require_equal,
-    require_same,
-)
+from tunewright.compute.cluster import WHERE, Image, connected, image, own_image, places_for, require_same
 from tunewright.config import Config
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter, duration
@@ -36,8 +26,6 @@ PATIENCE_SECONDS = 15.0
 """The timeout of a health check."""
 START_SECONDS = 900.0
 """The longest start of an object, with its model."""
-_CHECK_SECONDS = 3600.0
-"""The longest check of a machine, which reads its base once."""
 
 Needed = TypeVar("Needed")
 
@@ -56,25 +44,22 @@ def open_hosts(
         UserError: as for :func:`tunewright.compute.open_hosts`.
     """
     with connected(config):
-        machines, kind = machines_with("GPU"), "GPU"
-        if not machines:
-            machines, kind = machines_with("CPU"), "CPU"
-        found = sum(int(node["Resources"][kind]) for node in machines)
-        if found < count:
-            what = f"Too few {kind}s in the cluster for {count} replicas: {found}"
-            fix = f"Set it to {found} at most, or add machines to the cluster."
+        places = places_for(1)
+        if places.count < count:
+            what = f"Too few {places.kind}s in the cluster for {count} replicas: {places.count}"
+            fix = f"Set it to {places.count} at most, or add machines to the cluster."
             raise UserError(what, where="serve.replicas", fix=fix)
         text = config.model_dump_json()
-        require_equal(machines, text)
-        for _ in asked(machines, check, needed, seconds=_CHECK_SECONDS):
-            pass
+        places.require(text, check, needed)
+        machines = count_of(len(places.machines), "machine")
         number = count_of(count, "replica") if count == largest else f"{count} to {largest} replicas"
-        reporter.say(f"Cluster: {count_of(len(machines), 'machine')}, {number} with one {kind} each")
-        if found < largest:
+        reporter.say(f"Cluster: {machines}, {number} with one {places.kind} each")
+        if places.count < largest:
             reporter.warn(
-                f"The cluster has {count_of(found, kind)} now: more than {found} replicas need more machines."
+                f"The cluster has {count_of(places.count, places.kind)} now: more than {places.count} replicas need "
+                "more machines."
             )
-        hosts = Hosts(kind, text, reporter)
+        hosts = Hosts(places.kind, text, reporter)
         try:
             yield hosts
         finally:

@@ -18,13 +18,12 @@ from tunewright.compute.cluster import (
     CHECK_S,
     WHERE,
     Image,
-    Node,
+    Places,
     asked,
     connected,
     image,
-    machines_with,
     own_image,
-    require_equal,
+    places_for,
     require_same,
 )
 from tunewright.compute.head import AGAIN, has_head, require_head
@@ -56,22 +55,15 @@ def open_actors(
         UserError: as for :func:`tunewright.compute.open_model_workers`.
     """
     with connected(config):
-        machines, device = machines_with("GPU"), "cuda"
-        if machines:
-            count = sum(int(node["Resources"]["GPU"]) for node in machines)
-        else:
-            machines, device = machines_with("CPU", threads), "cpu"
-            count = sum(int(node["Resources"]["CPU"]) // threads for node in machines)
-        unit = "GPU" if device == "cuda" else count_of(threads, "thread")
-        count = _count(config, count, unit)
+        places = places_for(threads)
+        unit = "GPU" if places.kind == "GPU" else count_of(threads, "thread")
+        count = _count(config, places.count, unit)
         text = config.model_dump_json()
-        require_equal(machines, text)
-        for _ in asked(machines, check, needed, seconds=CHECK_S):
-            pass
-        if ray.available_resources().get("GPU" if device == "cuda" else "CPU", 0) < 1:
-            reporter.warn(f"Other work uses every {'GPU' if device == 'cuda' else 'CPU'} of the cluster: {_WAITS}")
-        reporter.say(f"Cluster: {count_of(count, 'worker')} with {'a GPU' if device == 'cuda' else unit}")
-        workers = _Actors(machines, count, device == "cuda", threads, image(text), text, release, reporter)
+        places.require(text, check, needed)
+        if ray.available_resources().get(places.kind, 0) < 1:
+            reporter.warn(f"Other work uses every {places.kind} of the cluster: {_WAITS}")
+        reporter.say(f"Cluster: {count_of(count, 'worker')} with {'a GPU' if places.kind == 'GPU' else unit}")
+        workers = _Actors(places, count, threads, image(text), text, release, reporter)
         try:
             yield workers
         finally:
@@ -120,10 +112,9 @@ class _Actors:
     """The workers, started with the first part.
 
     Args:
-        machines: those that have room for workers.
+        places: those that have room for workers.
         count: number of parts computed at once.
-        gpus: each worker has one.
-        threads: of a worker without one.
+        threads: of a worker without a GPU.
         ours: the image that every machine must have.
         config: the config, as the image's.
         release: called by a worker before it is ended.
@@ -132,19 +123,19 @@ class _Actors:
 
     def __init__(
         self,
-        machines: Sequence[Node],
+        places: Places,
         count: int,
-        gpus: bool,
         threads: int,
         ours: Image,
         config: str,
         release: Callable[[], object],
         reporter: Reporter,
     ) -> None:
+        gpus = places.kind == "GPU"
         self.count = count
         self.device: Literal["cpu", "cuda"] = "cuda" if gpus else "cpu"
         self.threads = None if gpus else threads
-        self._machines, self._release = machines, release
+        self._machines, self._release = places.machines, release
         self._needs = Needs(1, 1) if gpus else Needs(threads)
         room = {"num_cpus": self._needs.cpus, "num_gpus": self._needs.gpus}
         # No restarts by Ray: it would have a part wait for a machine that does not come back.

@@ -162,8 +162,8 @@ class _RayWorkers:
                 require_head()
                 # Without free CPUs to limit them, a part begins once an earlier one has ended.
                 before = sent[-self.count].ended if self._limited and len(sent) >= self.count else None
-                packed = _packed(some)
-                sent.append(_Sent(*run.remote(self._image, self._config, step, [held], packed, before), len(some)))
+                answer, ended = run.remote(self._image, self._config, step, [held], _packed(some), before)
+                sent.append(_Sent(answer, ended, len(some)))
                 # More parts than CPUs, so that no worker waits for this process; few, since they take memory.
                 if len(sent) >= 2 * self.count:
                     results, seconds = self._taken(sent[0], task, needs)

@@ -44,7 +44,7 @@ from tunewright.compute.cluster import (
     require_equal,
     require_same,
 )
-from tunewright.compute.head import require_head
+from tunewright.compute.head import is_client, require_head
 from tunewright.compute.relay import Display, Inbox, RelayReporter
 from tunewright.config import Config
 from tunewright.core.errors import UserError
@@ -79,6 +79,10 @@ def open_group(config: Config, reporter: Reporter) -> Iterator[WorkerGroup | Non
         if kind == "CPU" and (wanted or 1) == 1:
             yield None
             return
+        if is_client():
+            what = "A training in several processes cannot be started through ray://"
+            fix = "Run the command on a machine of the cluster with --cluster auto, or send it there (ray job submit)."
+            raise UserError(what, where=WHERE, fix=fix)
         if wanted is not None and wanted > there:
             fix = "Lower compute.workers, or add machines to the cluster."
             raise UserError(

@@ -12,7 +12,7 @@ _DIGEST = 32  # bytes
 
 
 class _Record(NamedTuple):
-    """What is asked for often, so that no turns have to be built for it, and the turns."""
+    """Texts and counts that are asked for often, so that no turns have to be built for them, and the turns."""
 
     input_text: str
     output: str
@@ -76,7 +76,7 @@ class _Stored(Example):
         return rebuilt_example, (self._file.record(self._number).turns, self.pair_key, self.prompt_digest)
 
     @property
-    def messages(self) -> tuple[Message, ...]:  # type: ignore[override]
+    def messages(self) -> tuple[Message, ...]:
         """All turns."""
         return tuple([Message(*turn) for turn in self._file.record(self._number).turns])
 

@@ -14,6 +14,7 @@ _READY = re.compile(
 )
 _ANSWER_S = 1.0  # on this machine; other pages wait meanwhile
 _REPLICA = "tunewright_replica_"
+_WANTED = "tunewright_wanted_replicas"
 _BEGINNING = 100_000  # characters of a log; the address comes right after loading
 RELEASES = ("deploy", "promote")
 _OUTCOMES = {0: "done", 3: "refused", 4: "undecided"}
@@ -59,34 +60,41 @@ class Replica:
     restarts: int
 
 
-def replicas(server: Served) -> list[Replica] | None:
-    """Return the replicas of a running server, by its metrics: an empty list for one engine, None without an answer."""
+@dataclass(frozen=True)
+class Replicas:
+    """The engines of a running server, if it has several."""
+
+    each: tuple[Replica, ...]
+    wanted: int | None
+    """The number that the load asks for; None if it is fixed."""
+
+
+def replicas(server: Served) -> Replicas | None:
+    """Return the replicas of a running server by its metrics: none of one engine; None if the metrics do not answer."""
     import httpx
     from prometheus_client.parser import text_string_to_metric_families
 
     if server.metrics is None:
-        return []
+        return Replicas((), None)
     try:
         answer = httpx.get(server.metrics, timeout=_ANSWER_S, trust_env=False)
         answer.raise_for_status()
     except httpx.HTTPError:
         return None
     values: dict[str, dict[str, int]] = {}
+    wanted = None
     for family in text_string_to_metric_families(answer.text):
         for sample in family.samples:
-            if sample.name.startswith(_REPLICA):
+            if sample.name == _WANTED:
+                wanted = int(sample.value)
+            elif sample.name.startswith(_REPLICA) and "replica" in sample.labels:
                 values.setdefault(sample.labels["replica"], {})[sample.name.removeprefix(_REPLICA)] = int(sample.value)
-    return [
-        Replica(
-            name,
-            bool(found["up"]),
-            found["running_requests"],
-            found["waiting_requests"],
-            found["adapters"],
-            found["restarts_total"],
-        )
-        for name, found in values.items()
-    ]
+    return Replicas(tuple(_replica(name, found) for name, found in values.items()), wanted)
+
+
+def _replica(name: str, found: dict[str, int]) -> Replica:
+    running, waiting = found["running_requests"], found["waiting_requests"]
+    return Replica(name, bool(found["up"]), running, waiting, found["adapters"], found["restarts_total"])
 
 
 def outcome(job: Job) -> str:

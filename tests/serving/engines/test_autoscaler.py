@@ -163,6 +163,26 @@ def test_only_replica_that_is_up_is_not_removed() -> None:
         server.until(Demand(), lambda: server.replicas.names == ["replica-1"])
 
 
+def test_replica_that_was_to_be_removed_stays_if_the_other_one_stops_meanwhile() -> None:
+    engines = {name: Recorded() for name in NAMES}
+    own = next(f"{number:064x}" for number in range(99) if first(f"{number:064x}") == "replica-2")
+
+    async def ask(server: Scaled) -> None:
+        await server.replicas.load(own, Path())
+        engines["replica-1"].can_load.clear()
+        server.look(Demand(), times=6)  # the other one is to load its adapter first
+        assert server.state.removed == 1
+        engines["replica-1"].stopped = "It crashed."
+        engines["replica-1"].can_load.set()
+        end = "replica-2 is kept: no other replica is up."
+        await asyncio.to_thread(server.until, Demand(), lambda: server.reported.messages[-1] == end)
+        assert await answer(server.replicas, asked(own)) == (97, 97)
+
+    with scaled(engines.__getitem__, count=2) as server:
+        run(ask(server))
+        assert server.replicas.names == list(NAMES)
+
+
 def test_added_replica_answers_for_its_own_adapters() -> None:
     engines = {name: Recorded() for name in NAMES}
 

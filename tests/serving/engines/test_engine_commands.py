@@ -51,6 +51,16 @@ def test_self_test_passes_for_trained_adapters(kind: Any, project: Path) -> None
     assert all(check["asked"] > 0 and not check["failures"] for check in reported["checks"])
 
 
+def test_self_test_asks_the_largest_number_of_replicas(project: Path) -> None:
+    ran = command("serve", "--max-replicas", "2", "--self-test", "--json", "-p", project)
+    assert ran.code == 0, (ran.stdout, ran.stderr)
+    assert ran.document["verdict"] == "isolated"
+    assert "2 replicas with 1 thread each" in ran.stderr
+    ran = command("serve", "--replicas", "3", "--max-replicas", "2", "--self-test", "-p", project)
+    assert ran.code == 2
+    assert "serve.max_replicas: At most 2 replicas, but at least 3" in ran.stderr
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_serving_check_passes_for_a_trained_adapter(kind: Any, project: Path, tmp_path: Path) -> None:
     opened = ProjectContext(ProjectFolder(without_state(project, tmp_path / "project")), LogReporter())

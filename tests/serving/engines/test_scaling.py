@@ -144,7 +144,8 @@ class Simulation:
     """The time of each first token, with the time to it."""
 
     def run(self, seconds: int) -> None:
-        up, ready, due = 1, [], 0.0
+        up, due = 1, 0.0
+        ready: list[float] = []
         queue: deque[float] = deque()
         running: list[tuple[float, float, float]] = []  # arrival, first token, end
         for now in range(seconds):

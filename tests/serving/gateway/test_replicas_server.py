@@ -180,6 +180,11 @@ def test_every_answer_is_its_own_adapters_while_replicas_are_added_and_removed_b
             def present() -> float:
                 return running.metrics("present_replicas")[""]
 
+            def removed() -> bool:
+                """Answer while it is removed."""
+                client(0)
+                return present() == 1
+
             def work(done: threading.Event) -> None:
                 while not done.is_set():
                     client(random.randrange(100))
@@ -194,7 +199,7 @@ def test_every_answer_is_its_own_adapters_while_replicas_are_added_and_removed_b
                     done.set()
                     for each in working:
                         each.result()
-                until(lambda: client(0) is None and present() == 1)
+                until(removed)
             assert set(answered) == {("acme", "one"), ("acme", "three"), ("globex", "two")}
             until(lambda: set(running.metrics("replica_up")) == {"replica-1"})
             assert running.metrics("replica_changes_total", "direction") == {"up": 2, "down": 2}

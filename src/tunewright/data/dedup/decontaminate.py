@@ -36,6 +36,7 @@ RUN = 13  # words
 FEWEST = 5  # words
 CONTAINED = 0.8  # of an item's runs
 _ROWS = 500  # rows that a worker searches at once
+_SENT = 200_000  # items that each worker gets an index of, at 3 KB each: bounds its memory, and not the result
 BOILERPLATE = 10  # items: a run of more items of a source is a phrase of the suite
 FIELDS = ("question", "query", "prompt", "instruction", "input", "text")
 
@@ -71,7 +72,7 @@ class _Source:
     name: str
     items: list[Words]
     equal: dict[Words, list[int]]
-    runs: dict[int, dict[Words, list[int]]]  # length to run to the items with it, without boilerplate
+    runs: dict[int, dict[Words, tuple[int, ...]]]  # length to run to the items with it, without boilerplate
     counted: Counter[int]  # number of these runs by item
 
 
@@ -92,6 +93,8 @@ def find_hits(
         workers: search the rows.
     """
     sources = [_source(name, texts) for name, texts in against.items()]
+    if sum(map(len, against.values())) > _SENT:
+        workers = THIS_PROCESS
     hits: dict[tuple[str, str, int], ContaminationHit] = {}
     pieces: dict[str, list[str]] = defaultdict(list)
     with reporter.task("looking for test items", len(rows), "examples") as task:
@@ -231,20 +234,22 @@ def _source(name: str, texts: Sequence[str]) -> _Source:
     head = _common_head(set(whole))
     items = [words[head:] for words in whole]
     equal: dict[Words, list[int]] = defaultdict(list)
-    runs: dict[int, dict[Words, list[int]]] = defaultdict(lambda: defaultdict(list))
+    runs: dict[int, dict[Words, tuple[int, ...]]] = {}
     for number, words in enumerate(items):
         for spelling in {whole[number], words} - {()}:
             equal[spelling].append(number)
         if len(words) >= FEWEST:
             length = min(RUN, len(words))
+            table = runs.setdefault(length, {})
             for run in dict.fromkeys(_runs(words, length)):
-                runs[length][run].append(number)
-    rare = {
-        length: {run: numbers for run, numbers in table.items() if len(numbers) <= BOILERPLATE}
-        for length, table in runs.items()
-    }
-    counted = Counter(number for table in rare.values() for numbers in table.values() for number in numbers)
-    return _Source(name, items, equal, rare, counted)
+                numbers = table.get(run, ())
+                if len(numbers) <= BOILERPLATE:  # one more shows that it is boilerplate
+                    table[run] = (*numbers, number)
+    for table in runs.values():
+        for run in [run for run, numbers in table.items() if len(numbers) > BOILERPLATE]:
+            del table[run]
+    counted = Counter(number for table in runs.values() for numbers in table.values() for number in numbers)
+    return _Source(name, items, equal, runs, counted)
 
 
 def _common_head(texts: Collection[Words]) -> int:

@@ -78,7 +78,7 @@ def require_equal(expected: Environment, found: Environment) -> None:
     ours, theirs = _versions(expected.versions), _versions(found.versions)
     if ours != theirs:
         fix = "Run `tunewright engine install vllm` with the same tunewright on each machine, or set it to peft."
-        raise UserError(f"It has {theirs} (another machine: {ours})", where=_WHERE, fix=fix)
+        raise UserError(f"Its vLLM differs from another machine's: {theirs} (there {ours})", where=_WHERE, fix=fix)
 
 
 def _versions(versions: Mapping[str, str]) -> str:

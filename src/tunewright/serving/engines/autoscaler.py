@@ -68,6 +68,7 @@ class Autoscaler:
         self._clock = clock
         self._starts: dict[str, _Start] = {}
         self._drains: dict[str, Future[bool]] = {}
+        self._kept: set[str] = set()
         self._wanted = replicas.up
         self._added = self._removed = 0
         self._failures = self._failures_in_a_row = 0
@@ -113,6 +114,9 @@ class Autoscaler:
                 del self._drains[name]
                 if drain.result():
                     self._reporter.say(f"{name} has ended.")
+                elif name not in self._kept:
+                    self._reporter.say(f"{name} is kept: no other replica is up.")
+                self._kept.discard(name)
 
     def _remove_given_up(self) -> None:
         """Make room for another replica in place of one that crashed too often."""
@@ -126,6 +130,7 @@ class Autoscaler:
         for name in list(self._drains):
             if count and self._replicas.keep(name):
                 count -= 1
+                self._kept.add(name)
                 self._added += 1
                 self._reporter.say(f"Keeping {name}, which was to be removed: {reason}.")
         if now < self._retry_at:

@@ -57,7 +57,7 @@ class Replicas:
         room: maximum number of adapters in a replica's memory; None: no limit.
         placement: chooses the replicas.
         held: is closed once all engines have been stopped.
-        starter: starts further replicas; None: there are none.
+        starter: starts further replicas; None: their number is fixed.
     """
 
     def __init__(

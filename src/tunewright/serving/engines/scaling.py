@@ -185,7 +185,7 @@ class ScalingPolicy:
             self._looks.popleft()
 
     def _counts(self, demand: Demand) -> tuple[int, int, int]:
-        """Return the numbers of late and of slow requests, and of all that are known to be either or neither."""
+        """Return the numbers of late and of slow requests, and of those too that are known to be neither."""
         late = sum(time > self._target for time in demand.unanswered)
         slow = sum(time > self._target / 2 for time in demand.unanswered)
         seen = sum(look.all for look in self._looks)

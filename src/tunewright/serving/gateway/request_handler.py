@@ -60,7 +60,7 @@ class RequestHandler:
 
     @property
     def arrived(self) -> float:
-        """When the HTTP request arrived, by the monotonic clock."""
+        """The time at which the HTTP request arrived, by the monotonic clock."""
         return self.requests[0].arrived
 
     @property
@@ -75,7 +75,7 @@ class RequestHandler:
 
     @property
     def first_token_at(self) -> float | None:
-        """When the first token of any answer arrived, by the monotonic clock; None: there is none yet."""
+        """The time at which the first token of any answer arrived, by the monotonic clock; None: not yet."""
         return min((each.first_token_at for each in self.requests if each.first_token_at is not None), default=None)
 
     @property

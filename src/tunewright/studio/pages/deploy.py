@@ -16,6 +16,7 @@ from tunewright.studio.served import RELEASES, outcome, replicas, served
 from tunewright.studio.visit import Handlers, Visit, path_of
 
 if TYPE_CHECKING:
+    from tunewright.config import ServeConfig
     from tunewright.serving.tenants import Release
 
 _ADAPTERS = 20  # newest ones on the page
@@ -24,12 +25,12 @@ _DIFFERING = 10  # answers of a shadow
 _LINES = 100  # of the audit log on a page
 _TRIALS = ("all", "canary", "shadow")
 _MADE = {
-    "deploy": "Released",
-    "canary": "On trial since",
-    "shadow": "On trial since",
-    "promote": "Promoted",
-    "rollback": "Rolled back",
-    "undeploy": "Undeployed",
+    "deploy": "released",
+    "canary": "on trial since",
+    "shadow": "on trial since",
+    "promote": "promoted",
+    "rollback": "rolled back",
+    "undeploy": "undeployed",
 }
 _SWITCHES = {"no_system_prompt": "--no-system-prompt", "constrain": "--constrain"}
 
@@ -64,8 +65,15 @@ def deploy_page(visit: Visit) -> Response:
         serve=project.folder.config.serve,
         cluster=project.folder.config.compute.cluster,
         made=made,
-        replicas=replicas(running) if running else [],
+        replicas=replicas(running) if running else None,
+        several=_several(project.folder.config.serve),
     )
+
+
+def _several(serve: ServeConfig) -> int:
+    """Return the largest number of replicas that a server may have; 0 for one engine."""
+    most = serve.max_replicas or serve.replicas
+    return most if most > 1 else 0
 
 
 def made(release: Release) -> str:
@@ -202,7 +210,7 @@ def start_server(visit: Visit) -> Response:
         raise UserError(f"Invalid port {port!r}", fix="Use a number from 0 to 65535; 0 is any free port.")
     # The page shows replicas, from the metrics; on this machine alone, because they name all tenants.
     serve = visit.project.folder.config.serve
-    unseen = serve.replicas > 1 and serve.metrics_port is None
+    unseen = _several(serve) and serve.metrics_port is None
     words = ["--metrics-host=127.0.0.1", "--metrics-port=0"] if unseen else []
     return visit.go(path_of("jobs", visit.jobs.start(SERVER, f"--port={port}", *words).id))
 

@@ -1,0 +1,27 @@
+"""torchrun with the exit code of its processes: it takes the same arguments, and ends with 1 whatever they end with.
+
+    python -m tunewright.training.launch --standalone --nproc-per-node=2 -m tunewright train
+
+A scheduler then repeats a lost process (1), and not bad input (2).
+"""
+
+from __future__ import annotations
+
+import sys
+
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main
+
+
+def launch() -> int:
+    """Start processes, and return the exit code of the first one that failed: 1 for one that a signal ended."""
+    try:
+        main()
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        return max(failure.exitcode, 1)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(launch())
