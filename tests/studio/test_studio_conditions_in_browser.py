@@ -182,7 +182,7 @@ def test_file_is_added_and_key_made_by_keys_alone(page: Page, project: Path) -> 
         page.keyboard.press("Enter")
     page.goto("/tenants/beta")
     _follow(page, "form[action$='/keys'] button")
-    assert page.inner_text("#secret").startswith("tw_")
+    assert page.input_value("#secret").startswith("tw_")
 
 
 @pytest.mark.parametrize(("motion", "delay_ms"), [("no-preference", 500), ("reduce", 5000)])
