@@ -32,7 +32,11 @@ from tunewright.core.errors import UserError
 from tunewright.core.progress import LogTask
 from tunewright.evidence.schema import EVIDENCE_FILE
 
-pytestmark = pytest.mark.ray
+pytestmark = [
+    pytest.mark.ray,
+    # Ray leaves the logs of its client server open.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 WAIT_S = 240
 CLIENT_PORT = 23002
