@@ -22,8 +22,7 @@ from evaluation_results import Answering, journals, results
 from parts import failing, ready, released
 from raylets import raylets, token_required
 
-from command_line import tiny_project, write_jsonl
-from scripted_teacher import teacher_project
+from command_line import tiny_project
 from tunewright.api import Project
 from tunewright.compute import open_model_workers
 from tunewright.config import Config
@@ -93,29 +92,6 @@ def test_evaluation_is_the_same_on_a_cluster(machines: Any, without: dict[str, A
     assert results(project) == without
     assert without["evidence"]["noise_floor"]["items"]
     assert len(without["answers"]) == 2  # of the base, and of the adapter
-
-
-def test_local_teacher_writes_the_same_rows_on_a_cluster(machines: Any, tiny_base_folder: Path, tmp_path: Path) -> None:
-    settings = {"base": str(tiny_base_folder), "samples": 3, "agreement": 0.0, "parameters": {"max_tokens": 8}}
-    rows, answers = [], []
-    for place in ("here", "there"):
-        project = teacher_project(
-            tmp_path / place, base=str(tiny_base_folder), generate=settings, train={"dtype": "float32"}
-        )
-        write_jsonl(project / "inputs.jsonl", [{"prompt": f"please name court {n * 7919 % 10007}"} for n in range(30)])
-        folder, heard = ProjectFolder(project), Listener()
-        Project(folder.on_cluster("auto") if place == "there" else folder, heard).data.generate(
-            [project / "inputs.jsonl"]
-        )
-        written = [json.loads(line) for line in (project / "generated" / "inputs.jsonl").read_text().splitlines()]
-        rows.append([row["messages"] for row in written])
-        (journal,) = (project / ".tunewright" / "generate").glob("local-*.jsonl")
-        kept = [json.loads(line) for line in journal.read_text().split("\n") if line]
-        answers.append({entry["key"]: entry["turn"] for entry in kept})
-        assert ("Cluster: 2 workers with 1 thread" in heard.said) == (place == "there")
-    assert len(answers[0]) == 90
-    assert answers[0] == answers[1]
-    assert rows[0] == rows[1]
 
 
 def _switch_off_the_busy_one(cluster: Any, machines: Sequence[Any]) -> None:

@@ -371,14 +371,3 @@ def test_generate_refuses_parameters_that_a_local_base_ignores(tmp_path: Path, t
     ran = generate(teacher_project(tmp_path / "p", base=str(tiny_base_folder), generate=settings))
     assert ran.code == 2
     assert "does not take min_p" in ran.stderr
-
-
-@pytest.mark.parametrize("command", ["generate", "from-documents"])
-def test_cluster_is_refused_for_an_endpoint_before_anything_is_sent(tmp_path: Path, command: str) -> None:
-    with teaching(right) as teacher:
-        project = teacher_project(tmp_path / "p", teacher.url)
-        write(project / "inputs.jsonl", [{"prompt": text} for text in INPUTS])
-        ran = tunewright("data", command, project / "inputs.jsonl", "-p", project, "--cluster", "local")
-        assert ran.code == 2
-        assert "--cluster applies to a local teacher only" in ran.stderr
-        assert not teacher.bodies

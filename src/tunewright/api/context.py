@@ -50,19 +50,15 @@ class ProjectContext:
 
         return open_workers(self.folder.config, self.reporter)
 
-    def model_workers(self, base: Base | None = None) -> AbstractContextManager[ModelWorkers | None]:
-        """Return the workers of ``compute.cluster`` that answer prompts, to be entered; None without a cluster.
-
-        Args:
-            base: what they load (None: the config's base).
-        """
+    def model_workers(self) -> AbstractContextManager[ModelWorkers | None]:
+        """Return the workers of ``compute.cluster`` that answer prompts, to be entered; None without a cluster."""
         config = self.folder.config
         if config.compute.cluster is None:
             return nullcontext()
         from tunewright.compute import open_model_workers
         from tunewright.evaluation.answer_worker import unload
 
-        return open_model_workers(config, base_here, base or self.base, unload, self.reporter)
+        return open_model_workers(config, base_here, self.base, unload, self.reporter)
 
     @contextmanager
     def trainings(self) -> Iterator[Trainings]:

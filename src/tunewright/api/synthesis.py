@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,8 +31,8 @@ class SynthesisApi:
 
     def estimate_generate(self, files: Iterable[str | Path]) -> Estimate:
         """Estimate calls, tokens and cost of :meth:`generate`, without sending anything."""
-        with self._generator(files) as (generator, inputs):
-            return generator.estimate(inputs)
+        generator, inputs = self._generator(files)
+        return generator.estimate(inputs)
 
     def generate(self, files: Iterable[str | Path], out: str | Path | None = None) -> GenerateResult:
         """Have the config's teacher write ideal outputs for inputs, as a file that :meth:`DatasetApi.add` reads.
@@ -46,31 +45,29 @@ class SynthesisApi:
             UserError: no teacher or licence note in the config, a faulty or secret input, an endpoint that fails, a
                 budget that is used up, or an existing file with other rows. Finished replies are kept.
         """
-        with self._generator(files) as (generator, inputs):
-            return generator.run(inputs, self._out(out, Path(inputs[0].row.source).name.partition(".")[0]))
+        generator, inputs = self._generator(files)
+        return generator.run(inputs, self._out(out, Path(inputs[0].row.source).name.partition(".")[0]))
 
-    @contextmanager
-    def _generator(self, files: Iterable[str | Path]) -> Iterator[tuple[RowGenerator, list[Input]]]:
+    def _generator(self, files: Iterable[str | Path]) -> tuple[RowGenerator, list[Input]]:
         from tunewright.metrics import scorer_of
         from tunewright.synthesis.generate import RowGenerator
         from tunewright.synthesis.inputs import read_inputs
         from tunewright.synthesis.rubric import RubricJudge
 
         config = self._project.config
-        with self._teacher(self._project) as teacher:
-            inputs = read_inputs(source_files(files, self._reporter), config.data, self._reporter)
-            scorer = scorer_of(config.evaluate.metric, self._project.root)
-            needed = config.generate.judge_score
-            judge = None if needed is None else RubricJudge(self._project, needed, self._reporter)
-            generator = RowGenerator(
-                self._project, self._version(), teacher, scorer, self._constraints(), judge, self._reporter
-            )
-            yield generator, inputs
+        teacher = self._teacher(self._project)
+        inputs = read_inputs(source_files(files, self._reporter), config.data, self._reporter)
+        scorer = scorer_of(config.evaluate.metric, self._project.root)
+        needed = config.generate.judge_score
+        judge = None if needed is None else RubricJudge(self._project, needed, self._reporter)
+        generator = RowGenerator(
+            self._project, self._version(), teacher, scorer, self._constraints(), judge, self._reporter
+        )
+        return generator, inputs
 
     def estimate_from_documents(self, files: Iterable[str | Path]) -> Estimate:
         """Estimate calls, tokens and cost of :meth:`from_documents`, without sending anything."""
-        with self._writer() as writer:
-            return writer.estimate([Path(file) for file in files])
+        return self._writer().estimate([Path(file) for file in files])
 
     def from_documents(self, files: Iterable[str | Path], out: str | Path | None = None) -> DocumentsResult:
         """Have the config's teacher write questions and answers from documents, each citing its passage.
@@ -83,8 +80,7 @@ class SynthesisApi:
             UserError: as for :meth:`generate`; also if no document can be read.
         """
         paths = [Path(file) for file in files]
-        with self._writer() as writer:
-            return writer.run(paths, self._out(out, paths[0].stem))
+        return self._writer().run(paths, self._out(out, paths[0].stem))
 
     def generated_effect(self, evaluation: str | Path, without: str | Path) -> GeneratedEffect:
         """Compare an adapter with one trained without the generated rows, on people's test items.
@@ -110,8 +106,7 @@ class SynthesisApi:
             raise UserError("A folder is there", where=str(path), fix="Name a file with --out.")
         return path
 
-    @contextmanager
-    def _writer(self) -> Iterator[QuestionWriter]:
+    def _writer(self) -> QuestionWriter:
         from tunewright.config import ConstrainConfig
         from tunewright.synthesis.questions import SCHEMA, QuestionWriter
 
@@ -119,8 +114,7 @@ class SynthesisApi:
         # The teacher's replies are pairs in JSON, whatever form the project's answers have.
         evaluate = config.evaluate.model_copy(update={"structured_outputs": ConstrainConfig(json_schema=SCHEMA)})
         asking = ProjectFolder(self._project.root, config.model_copy(update={"evaluate": evaluate}))
-        with self._teacher(asking) as teacher:
-            yield QuestionWriter(self._project, self._version(), teacher, self._reporter)
+        return QuestionWriter(self._project, self._version(), self._teacher(asking), self._reporter)
 
     def _version(self) -> DatasetVersion | None:
         if has_version(self._project.dataset):
@@ -135,16 +129,13 @@ class SynthesisApi:
         grammar = grammar_of(self._project)
         return None if grammar is None else AnswerConstraints(self._context.chat, grammar)
 
-    @contextmanager
-    def _teacher(self, project: ProjectFolder) -> Iterator[Teacher]:
-        """Yield the teacher: an endpoint, or a base of this machine or of the workers of ``compute.cluster``."""
+    def _teacher(self, project: ProjectFolder) -> Teacher:
         from tunewright.synthesis.teachers import EndpointTeacher, LocalTeacher, require_teacher
 
         config = project.config
         require_teacher(config.generate)
         if config.generate.base is None:
-            yield EndpointTeacher(project, _schema(project), self._reporter)
-            return
+            return EndpointTeacher(project, _schema(project), self._reporter)
         from tunewright.chat import open_chat
         from tunewright.evaluation.generations import Generator
         from tunewright.models.bases import resolve_base
@@ -152,9 +143,8 @@ class SynthesisApi:
         base = resolve_base(config.generate.base, config.generate.revision, self._project.root, self._reporter)
         chat = open_chat(base, config.chat, self._reporter)
         quantization = config.evaluate.quantization or config.train.quantization
-        with self._context.model_workers(base) as workers:
-            generator = Generator.of(project, base, chat, quantization, self._reporter, workers=workers)
-            yield LocalTeacher(project, generator, self._reporter)
+        generator = Generator.of(project, base, chat, quantization, self._reporter)
+        return LocalTeacher(project, generator, self._reporter)
 
 
 def _schema(project: ProjectFolder) -> dict[str, object] | None:

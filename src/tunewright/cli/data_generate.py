@@ -12,7 +12,6 @@ from rich.table import Table
 from tunewright.cli.app import command
 from tunewright.cli.console import RESUMES, Session
 from tunewright.cli.data import data_app
-from tunewright.core.errors import UserError
 from tunewright.core.text import count_of
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ Out = Annotated[
 ]
 
 
-@command(data_app, "generate", cluster=True, example="tunewright data generate inputs.jsonl --estimate", kept=RESUMES)
+@command(data_app, "generate", example="tunewright data generate inputs.jsonl --estimate", kept=RESUMES)
 def data_generate(
     run: Session,
     files: Annotated[list[Path], typer.Argument(help="Files of inputs, in any format of pairs, without answers.")],
@@ -43,7 +42,6 @@ def data_generate(
     The file is for `data add`. Its rows are only trained on until `data review` accepts them, and none resembles a
     held-out input. Replies are stored, so a stopped run resumes and pays for nothing twice.
     """
-    _require_local_teacher(run)
     if estimate:
         expected = run.project.data.estimate_generate(files)
         run.show(expected, estimate_text(expected), *left_out_tables(expected.left_out))
@@ -55,13 +53,7 @@ def data_generate(
     run.show(result.as_dict(), *result_parts(result, count_of(result.inputs, "input")), *lines)
 
 
-@command(
-    data_app,
-    "from-documents",
-    cluster=True,
-    example="tunewright data from-documents manual.pdf faq.md",
-    kept=RESUMES,
-)
+@command(data_app, "from-documents", example="tunewright data from-documents manual.pdf faq.md", kept=RESUMES)
 def data_from_documents(
     run: Session,
     files: Annotated[list[Path], typer.Argument(help="PDF, DOCX, HTML, Markdown or text documents.")],
@@ -75,7 +67,6 @@ def data_from_documents(
     A row cites document, page or heading, and characters; an answer whose quote is not in the passage is left out. Rows
     of one document stay on one side of the split. The file is for `data add`, as that of `data generate`.
     """
-    _require_local_teacher(run)
     if estimate:
         expected = run.project.data.estimate_from_documents(files)
         run.show(expected, estimate_text(expected, "part"), *left_out_tables(expected.left_out, "Left out"))
@@ -83,13 +74,6 @@ def data_from_documents(
     result = run.project.data.from_documents(files, out)
     counts = f"{count_of(result.passages, 'passage')} of {count_of(result.documents, 'document')}"
     run.show(result.as_dict(), *result_parts(result, counts, "Left out"))
-
-
-def _require_local_teacher(run: Session) -> None:
-    """Refuse ``--cluster`` for an endpoint, whose calls this process waits for."""
-    if run.cluster is not None and run.project.folder.config.generate.base is None:
-        fix = "Omit it, or set generate.base."
-        raise UserError("--cluster applies to a local teacher only", where="--cluster", fix=fix)
 
 
 @command(data_app, "generated-effect", example="tunewright data generated-effect 0d7c9a2b41e0 5b21f0c1aa37")
