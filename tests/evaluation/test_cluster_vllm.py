@@ -40,12 +40,13 @@ VLLM = Config(evaluate=EvaluateConfig(engine="vllm"))
 
 
 @pytest.fixture(autouse=True)
-def own_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A worker has loaded nothing, and its private folders are apart from those of other tests."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     answer_worker.unload()
-    yield
-    answer_worker.unload()
+    with tempfile.TemporaryDirectory(prefix="tw-") as folder:  # short, for the path of a socket
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield Path(folder)
+        answer_worker.unload()
 
 
 @pytest.fixture
@@ -182,16 +183,16 @@ def test_workers_vllm_answers_as_vllm_without_a_cluster(
 
 
 def test_ended_worker_leaves_neither_vllm_nor_files(
-    base: Base, adapters: list[Adapter], engine: AnswerEngine, tmp_path: Path
+    base: Base, adapters: list[Adapter], engine: AnswerEngine, tmp_path: Path, temporary: Path
 ) -> None:
     there = _generator(base, tmp_path / "work", engine, PickledModels())
     there.answer("x", [(1, 5)], 3, adapters[0])
     process = _process()
-    kept = list(tmp_path.glob(f"tunewright-engine-*/{adapters[0].digest}/adapter_model.safetensors"))
+    kept = list(temporary.glob(f"tunewright-engine-*/{adapters[0].digest}/adapter_model.safetensors"))
     assert (len(kept), alive(process)) == (1, True)
     answer_worker.unload()
     assert not alive(process)
-    assert not list(tmp_path.glob("tunewright-engine-*"))
+    assert not list(temporary.glob("tunewright-engine-*"))
 
 
 def test_worker_with_another_model_ends_the_first_one(base: Base, engine: AnswerEngine, tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ _LONGEST_WAIT = 60.0
 _CALM = 300.0
 """After this many seconds without a failure, the count of failures restarts."""
 _REPORT_SECONDS = 15.0
+_LONGEST_SOCKET = 107  # bytes of sun_path without its last zero (unix(7))
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,21 @@ class Child:
         busy: returns whether the server has requests.
 
     Raises:
-        UserError: the server does not start; the message has the end of its log.
+        UserError: the server does not start; the message has the end of its log. Or the folder for temporary files has
+            too long a path for a socket.
     """
 
     def __init__(self, plan: Callable[[Path], Plan], busy: Callable[[], bool], reporter: Reporter) -> None:
         self._private = PrivateFolder()
         self.folder = self._private.path
         self.socket = socket_in(self.folder)
+        if (length := len(os.fsencode(self.socket))) > _LONGEST_SOCKET:
+            self._private.remove()
+            raise UserError(
+                f"A socket's path has at most {_LONGEST_SOCKET} bytes (got {length}): {self.socket}",
+                where="TMPDIR",
+                fix="Set it to a folder with a shorter path, such as /tmp.",
+            )
         self.log = self.folder / "log"
         self._plan = plan(self.folder)
         self._busy = busy
@@ -103,7 +112,8 @@ class Child:
         self.starts = 0
         self.given_up = False
         # One thread starts the child and waits for it: Linux ends a child with the *thread* that started it.
-        self._thread = threading.Thread(target=self._keep_running, name="tunewright-child", daemon=True)
+        self._fault: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="tunewright-child", daemon=True)
         self._thread.start()
         self._await_first_start()
 
@@ -180,6 +190,9 @@ class Child:
             with self._changed:
                 if self._changed.wait_for(lambda: self._failure_reason is None or self._first_failure, timeout=1):
                     break
+            if self._fault is not None:
+                self.stop()
+                raise self._fault
             now = time.monotonic()
             if now - reported > _REPORT_SECONDS:
                 self._reporter.say(f"{self._plan.name} is starting ({duration(now - began)} so far)")
@@ -188,6 +201,14 @@ class Child:
             failure = self._first_failure
             self.stop()
             raise UserError(f"{self._plan.name} failed to start. The end of its log:\n{failure}")
+
+    def _run(self) -> None:
+        try:
+            self._keep_running()
+        except Exception as error:
+            self._fault = error  # of the program that starts it, which must not wait for it forever
+            self._set_failure_reason(f"{self._plan.name} cannot be started: {error}. Restart the server.")
+            raise
 
     def _keep_running(self) -> None:
         name, failures, last = self._plan.name, 0, time.monotonic()

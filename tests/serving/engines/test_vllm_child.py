@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 from itertools import pairwise
 from pathlib import Path
 
@@ -52,6 +53,18 @@ def test_socket_is_private_and_only_the_gateways_routes_are_open(engine: VllmEng
         ):
             assert {client.get(path).status_code, client.post(path, json={}).status_code} <= {404}
         assert client.get("/health").status_code == 200
+
+
+def test_folder_for_temporary_files_that_is_too_long_for_a_socket_is_refused(
+    tmp_path: Path, orders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / ("x" * 107)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    with pytest.raises(UserError, match="at most 107 bytes") as refused:
+        VllmEngine(settings(tmp_path), stop_ids={0}, reporter=LogReporter())
+    assert refused.value.where == "TMPDIR"
+    assert list(long.iterdir()) == []
 
 
 def test_vllm_variables_of_the_caller_are_not_inherited(
