@@ -8,7 +8,11 @@ import sys
 import pytest
 
 
-@pytest.mark.parametrize(("script", "code"), [("exit 2", 2), pytest.param("kill -9 $$", 1, marks=pytest.mark.slow)])
+# torchrun replaces $$ by $.
+KILLED = "kill -9 $$$$"
+
+
+@pytest.mark.parametrize(("script", "code"), [("exit 2", 2), pytest.param(KILLED, 1, marks=pytest.mark.slow)])
 def test_exit_code_of_a_process_is_that_of_the_launcher(script: str, code: int) -> None:
     command = [sys.executable, "-m", "tunewright.training.launch", "--standalone", "--nproc-per-node=1", "--no-python"]
     ran = subprocess.run([*command, "sh", "-c", script], capture_output=True, text=True)

@@ -186,10 +186,10 @@ class Example:
             return {"messages": [m.as_dict() for m in self.messages]}
         return {"messages": [m.as_dict() for m in others], "tools": json.loads(first.content)}
 
-    @classmethod
-    def from_dicts(cls, messages: list[dict[str, Any]]) -> Example:
+    @staticmethod
+    def from_dicts(messages: list[dict[str, Any]]) -> Example:
         """Rebuild an example from the JSON that this package wrote itself."""
-        return cls(tuple(map(Message.from_dict, messages)))
+        return Example(tuple(map(Message.from_dict, messages)))
 
 
 def rebuilt_example(turns: Sequence[Sequence[Any]], pair_key: str, prompt_digest: bytes) -> Example:
