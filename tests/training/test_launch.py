@@ -7,7 +7,6 @@ import sys
 
 import pytest
 
-
 # torchrun replaces $$ by $.
 KILLED = "kill -9 $$$$"
 
