@@ -46,6 +46,8 @@ def main() -> None:
     if args.one is not None:
         print(json.dumps(measure(args.one)))
         return
+    if args.against and not (args.against / "tunewright").is_dir():
+        parser.error(f"--against: no tunewright in {args.against}")
     sources = [HERE, *([args.against.resolve()] if args.against else [])]
     runs: list[dict[str, Any]] = []
     print(f"{'rows':>10} {'state':>8} {'CPU s':>8} {'peak MB':>8}  files")
