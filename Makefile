@@ -8,7 +8,7 @@ DEMO   ?= build/demo
 # Containers set this: each command that is started would compile the package again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-whole gpu-proof soak docs docs-serve test test-all lint typecheck pytest pytest-all coverage test-chaos fuzz test-vllm engines test-ray test-clients test-deploy test-demo test-wheel notebook audit sbom check-clean clean
+.PHONY: demo demo-whole gpu-proof soak docs docs-serve test test-all lint typecheck pytest pytest-all coverage test-chaos fuzz test-vllm test-vllm-workers engines test-ray test-clients test-deploy test-demo test-wheel notebook audit sbom check-clean clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tunewright demo $(DEMO)
@@ -84,9 +84,12 @@ fuzz: $(VENV)/.installed
 	$(BIN)/python benchmarks/complexity.py
 
 # Every engine's tests on real vLLM, those of evaluation and of the clients, and compressed exports. Two workers: a vLLM
-# that starts uses one core for half a minute. Then vLLM in the workers of a cluster, on Ray.
-test-vllm: engines build/clients/.installed build/ray/.installed
+# that starts uses one core for half a minute.
+test-vllm: engines build/clients/.installed
 	$(BIN)/pytest -n 2 --dist loadfile -m vllm tests/serving tests/cli tests/evaluation tests/export
+
+# vLLM in the workers of a Ray cluster. Not at the same time as test-ray, whose clusters are on this machine too.
+test-vllm-workers: engines build/ray/.installed
 	build/ray/bin/python -m pytest -m "vllm and ray" tests/compute
 
 # The environments of vLLM (2.4 GB in build/vllm) and llm-compressor (1.4 GB in build/llmcompressor), made once.
