@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+import socket
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,10 +34,27 @@ def raylets(**options: Any) -> Iterator[Any]:
     """A head without CPUs for workers, and the address in RAY_ADDRESS."""
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **options})
     with pytest.MonkeyPatch.context() as patch:
+        # On a busy machine, the process that serves one client takes longer to start than Ray's 30 seconds.
+        patch.setenv("RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S", "200")
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **options})
         patch.setenv("RAY_ADDRESS", cluster.address)
         try:
+            if port := options.get("ray_client_server_port"):
+                # Ray starts this server last and does not wait for it.
+                wait_until(lambda: _listens(port))
             yield cluster
         finally:
             cluster.shutdown()
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 240) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)

@@ -206,7 +206,7 @@ def test_command_that_was_killed_leaves_nothing_half_done(
     assert not (project / "dataset" / "HEAD").exists()
     again = _command(project, "pairs.jsonl")
     out, err = again.communicate(timeout=WAIT_S)
-    assert again.returncode == 0, err
+    assert again.returncode == 0, (out, err)
     assert json.loads(out)["created"]
     assert digests(project / "dataset") == large[1]
 
@@ -220,8 +220,8 @@ def test_second_cluster_on_a_project_is_refused_by_its_lock(
     _wait_for_lock(project, first)
     with pytest.raises(UserError, match="Another command is changing this dataset"):
         add(ProjectFolder(project), [few], Listener(), workers=two_workers)
-    _, err = first.communicate(timeout=WAIT_S)
-    assert first.returncode == 0, err
+    out, err = first.communicate(timeout=WAIT_S)
+    assert first.returncode == 0, (out, err)
     assert digests(project / "dataset") == large[1]
 
 
@@ -237,8 +237,8 @@ def test_ray_client_gives_the_same_dataset(token: None, tmp_path: Path) -> None:
     with raylets(ray_client_server_port=23001) as cluster:
         cluster.add_node(num_cpus=1)
         ran = _command(folder, "pairs.jsonl", cluster="ray://127.0.0.1:23001")
-        _, err = ran.communicate(timeout=WAIT_S)
-    assert ran.returncode == 0, err
+        out, err = ran.communicate(timeout=WAIT_S)
+    assert ran.returncode == 0, (out, err)
     assert digests(folder / "dataset") == whole
 
 
@@ -346,7 +346,7 @@ def test_this_machine_alone_gives_the_same_dataset(project: Path, tmp_path: Path
         patch.delenv("RAY_ADDRESS", raising=False)
         ran = _command(project, "pairs.jsonl", cluster="local")
         out, err = ran.communicate(timeout=WAIT_S)
-    assert ran.returncode == 0, err
+    assert ran.returncode == 0, (out, err)
     assert json.loads(out)["created"]
     assert digests(project / "dataset") == whole
 
@@ -364,14 +364,14 @@ def test_head_that_is_lost_is_one_error_and_a_new_one_finishes(
         cluster.head_node.kill_all_processes(check_alive=False, allow_graceful=False)
         os.killpg(stopped.pid, signal.SIGCONT)
         out, err = stopped.communicate(timeout=WAIT_S)
-    assert stopped.returncode == 2, err
+    assert stopped.returncode == 2, (out, err)
     assert "The head of the cluster is lost" in json.loads(out)["error"]["what"]
     assert not (project / "dataset" / "HEAD").exists()
     with raylets() as cluster:
         cluster.add_node(num_cpus=1)
         again = _command(project, "pairs.jsonl")
-        _, err = again.communicate(timeout=WAIT_S)
-    assert again.returncode == 0, err
+        out, err = again.communicate(timeout=WAIT_S)
+    assert again.returncode == 0, (out, err)
     assert digests(project / "dataset") == large[1]
 
 

@@ -165,8 +165,8 @@ def test_killed_command_resumes_and_answers_nothing_twice(
     before = journals(project)
     assert not list((project / "evaluations").glob("[!.]*/evidence.json"))
     again = _command(project)
-    _, err = again.communicate(timeout=WAIT_S)
-    assert again.returncode == 0, err
+    out, err = again.communicate(timeout=WAIT_S)
+    assert again.returncode == 0, (out, err)
     assert results(project) == without
     after = journals(project)
     assert all(after[name][: len(lines)] == lines for name, lines in before.items())
@@ -180,7 +180,7 @@ def test_head_that_is_lost_is_one_error_and_the_answers_are_kept(project: Path) 
         _wait_for_answers(project, stopped)
         cluster.head_node.kill_all_processes(check_alive=False, allow_graceful=False)
         out, err = stopped.communicate(timeout=WAIT_S)
-    assert stopped.returncode == 2, err
+    assert stopped.returncode == 2, (out, err)
     assert "The head of the cluster is lost" in json.loads(out)["error"]["what"]
     assert sum(map(len, journals(project).values())) >= 10
     assert not list((project / "evaluations").glob("[!.]*/evidence.json"))

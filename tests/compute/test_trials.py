@@ -9,8 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import numpy as np
 import pytest
 from data_helpers import Listener
 from parts import joined, ready
-from raylets import raylets, token_required
+from raylets import raylets, token_required, wait_until
 
 from command_line import tiny_project
 from tunewright.adapters.registry import HISTORY, list_adapters
@@ -60,7 +59,7 @@ def _machines(cluster: Any, count: int) -> Iterator[list[Any]]:
     finally:
         for machine in cluster.worker_nodes & set(added):
             cluster.remove_node(machine, allow_graceful=False)
-        _wait_for(lambda: _alive(cluster) == 1)
+        wait_until(lambda: _alive(cluster) == 1)
 
 
 def _alive(cluster: Any) -> int:
@@ -100,13 +99,6 @@ def _folds(folder: Path) -> list[str]:
     return sorted(adapter.digest for adapter in found)
 
 
-def _wait_for(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.02)
-
-
 def _steps(folder: Path) -> list[int]:
     """The lines of metrics of each training in progress."""
     return [
@@ -140,7 +132,7 @@ def test_sweep_is_the_same_when_a_machine_is_killed(head: Any, prepared: Path, t
         project, heard = _project(there, "auto")
 
         def kill() -> None:
-            _wait_for(lambda: len(found := _steps(there)) == 2 and min(found) > 5)
+            wait_until(lambda: len(found := _steps(there)) == 2 and min(found) > 5)
             head.remove_node(victim, allow_graceful=False)
 
         killer = threading.Thread(target=kill)
@@ -166,7 +158,7 @@ def test_cross_validation_is_the_same_after_its_command_was_killed(
             command, cwd=there, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
         )
         # Past the first checkpoint, of step 5, whose own evaluation is a line too.
-        _wait_for(lambda: first.poll() is not None or any(steps > 9 for steps in _steps(there)))
+        wait_until(lambda: first.poll() is not None or any(steps > 9 for steps in _steps(there)))
         os.killpg(first.pid, signal.SIGKILL)
         output = first.communicate()[0]
         assert first.returncode == -signal.SIGKILL, output
@@ -241,9 +233,9 @@ def _machine_without(hidden: Path, cluster: Any) -> Iterator[None]:
         ["unshare", "--mount", "sh", "-c", f"{start} --address {cluster.address}"], start_new_session=True
     )
     try:
-        _wait_for(lambda: _alive(cluster) == 2)
+        wait_until(lambda: _alive(cluster) == 2)
         yield
     finally:
         os.killpg(machine.pid, signal.SIGKILL)
         machine.wait()
-        _wait_for(lambda: _alive(cluster) == 1)
+        wait_until(lambda: _alive(cluster) == 1)
