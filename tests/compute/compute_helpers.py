@@ -133,6 +133,8 @@ class PickledWorkers:
         task: Task,
         batch: int = 1,
         needs: Needs = ONE_CPU,
+        *,
+        here: bool = True,
     ) -> Iterator[Result]:
         """Yield the result of each part."""
         source = iter(parts)

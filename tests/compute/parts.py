@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tunewright.core.errors import UserError
 from tunewright.core.progress import Task
 from tunewright.core.workers import WorkerFailedError
 
@@ -46,6 +47,20 @@ def timed(shared: float, part: int, task: Task) -> tuple[int, float, float]:
     began = time.monotonic()
     time.sleep(shared)
     return part, began, time.monotonic()
+
+
+def where(shared: float, part: int, task: Task) -> tuple[int, int]:
+    """The part and the process, after some seconds."""
+    time.sleep(shared)
+    return part, os.getpid()
+
+
+def refused_here(shared: int, part: int, task: Task) -> int:
+    """The part; the process that is shared refuses it."""
+    time.sleep(0.05)
+    if os.getpid() == shared:
+        raise UserError(f"Part {part} is refused", where="here", fix="None.")
+    return part
 
 
 def ready(needed: str) -> None:

@@ -23,7 +23,7 @@ import pytest
 from compute_helpers import CONFIG, built, digests, many_pairs, rows_alike, small_parts
 from data_helpers import Listener, Pair, unlike_pairs, write_jsonl
 from hypothesis import given
-from parts import joined, lost, timed
+from parts import joined, lost, refused_here, timed, where
 from raylets import HERE, PATH, raylets, token_required
 
 from command_line import tiny_project
@@ -292,7 +292,7 @@ def test_part_that_is_lost_again_and_again_is_one_error(two_workers: Workers) ->
 
 def test_fewer_workers_than_cpus_compute_no_more_at_once(machines: Any) -> None:
     with _workers(workers=1) as workers:
-        answers = list(workers.map(timed, 0.1, range(6), LogTask()))
+        answers = list(workers.map(timed, 0.1, range(6), LogTask(), here=False))
     assert [part for part, _, _ in answers] == list(range(6))
     assert all(ended <= began for (_, _, ended), (_, began, _) in pairwise(answers))
 
@@ -305,9 +305,23 @@ def test_brief_parts_are_sent_more_at_once_and_stay_in_order(two_workers: Worker
             self.tasks += 1
 
     sent = Sent()
-    answers = list(two_workers.map(timed, 0.0, range(200), sent, batch=2))
+    answers = list(two_workers.map(timed, 0.0, range(200), sent, batch=2, here=False))
     assert [part for part, _, _ in answers] == list(range(200))
     assert 8 <= sent.tasks < 30  # 100 if all had two
+
+
+def test_this_process_computes_while_it_waits_unless_it_must_not(machines: Any) -> None:
+    with _workers(workers=1) as workers:
+        for here in (True, False):
+            answers = list(workers.map(where, 0.05, range(40), LogTask(), here=here))
+            assert [part for part, _ in answers] == list(range(40))
+            computed_here = sum(number == os.getpid() for _, number in answers)
+            assert 10 <= computed_here <= 30 if here else computed_here == 0
+
+
+def test_error_of_a_part_computed_here_is_that_of_the_step(machines: Any) -> None:
+    with _workers(workers=1) as workers, pytest.raises(UserError, match="Part 2 is refused"):
+        list(workers.map(refused_here, os.getpid(), range(9), LogTask()))
 
 
 def test_too_few_cpus_are_refused_before_work(machines: Any) -> None:

@@ -57,8 +57,11 @@ class PickledCluster:
         task: Task,
         batch: int = 1,
         needs: Needs = ONE_CPU,
+        *,
+        here: bool = True,
     ) -> Iterator[Result]:
-        """Yield the result of each part."""
+        """Yield the result of each part, none of which this process may compute."""
+        assert not here
         self.needs.append(needs)
         for part in parts:
             yield _copied(step(_copied(shared), _copied(part), task))

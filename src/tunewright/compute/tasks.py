@@ -132,9 +132,9 @@ class _RayWorkers:
         config: str,
         reporter: Reporter,
     ) -> None:
-        self.count, self._image, self._config, self._nodes = count, ours, config, nodes
-        self._limited = count < cpus
-        self._reporter = reporter
+        self.count, self.image, self.config, self._nodes = count, ours, config, nodes
+        self.limited = count < cpus
+        self.reporter = reporter
         self.machines = [_machine(node) for node in nodes]
 
     def check(self, question: Callable[[Shared], object], shared: Shared) -> None:
@@ -150,38 +150,104 @@ class _RayWorkers:
         task: Task,
         batch: int = 1,
         needs: Needs = ONE_CPU,
+        *,
+        here: bool = True,
     ) -> Iterator[Result]:
         """Yield the result of each part, in order."""
-        run = ray.remote(num_cpus=needs.cpus, num_gpus=needs.gpus, max_retries=RETRIES, num_returns=2)(_run)
         require_head()
-        held = ray.put(_packed(shared))
-        source, many = iter(parts), batch
-        sent: deque[_Sent] = deque()
+        ahead = _Ahead(self, step, shared, iter(parts), task, batch, needs, here=here)
         try:
-            while some := list(islice(source, many)):
-                require_head()
-                # Without free CPUs to limit them, a part begins once an earlier one has ended.
-                before = sent[-self.count].ended if self._limited and len(sent) >= self.count else None
-                answer, ended = run.remote(self._image, self._config, step, [held], _packed(some), before)
-                sent.append(_Sent(answer, ended, len(some)))
-                # More parts than CPUs, so that no worker waits for this process; few, since they take memory.
-                if len(sent) >= 2 * self.count:
-                    results, seconds = self._taken(sent[0], task, needs)
-                    yield from results
-                    taken = sent.popleft()
-                    if batch > 1 and taken.parts == many and seconds < _BRIEF_S:
-                        many *= 2
-            while sent:
-                yield from self._taken(sent[0], task, needs)[0]
-                sent.popleft()
+            while results := ahead.results():
+                yield from results
         finally:
-            if sent and ray.is_initialized() and has_head():
-                _stop([part.answer for part in sent])
+            ahead.stop()
 
-    def _taken(self, sent: _Sent, task: Task, needs: Needs) -> tuple[list[Any], float]:
-        """Return the results of some parts, with the seconds that they took, and count what they have done."""
+
+@dataclass(frozen=True)
+class _Sent:
+    """Parts that a worker computes: the references to its answer and to their end, and their number."""
+
+    answer: Any
+    ended: Any
+    parts: int
+
+    def has_ended(self) -> bool:
+        """Whether the answer is there."""
+        return bool(ray.wait([self.answer], timeout=0, fetch_local=False)[0])
+
+
+class _Ahead:
+    """The parts of a step that are sent ahead of the results, or done by this process meanwhile, in their order.
+
+    Args:
+        workers: the cluster.
+        step: computes one part.
+        shared: what every part needs.
+        parts: are taken as they are needed.
+        task: is advanced by what the parts have done.
+        batch: number of parts that are sent at once, at first.
+        needs: what one part takes of a machine.
+        here: whether this process computes parts while it waits.
+    """
+
+    def __init__(
+        self,
+        workers: _RayWorkers,
+        step: Step[Any, Any, Any],
+        shared: Any,
+        parts: Iterator[Any],
+        task: Task,
+        batch: int,
+        needs: Needs,
+        *,
+        here: bool,
+    ) -> None:
+        self._workers, self._step, self._shared, self._parts, self._task = workers, step, shared, parts, task
+        self._batch, self._needs, self._here = batch, needs, here
+        self._many = batch
+        self._run = ray.remote(num_cpus=needs.cpus, num_gpus=needs.gpus, max_retries=RETRIES, num_returns=2)(_run)
+        self._held = ray.put(_packed(shared))
+        self._sent = deque[_Sent]()
+        self._waiting = deque[_Sent | list[Any]]()
+
+    def results(self) -> list[Any]:
+        """Return the results of the next parts; none if there are no more."""
+        self._send()
+        while self._waiting:
+            first = self._waiting[0]
+            if isinstance(first, _Sent) and self._here and not first.has_ended() and self._compute():
+                continue
+            results = self._taken(first) if isinstance(first, _Sent) else first
+            self._waiting.popleft()
+            return results
+        return []
+
+    def _send(self) -> None:
+        """Send more parts than there are CPUs, so that no worker waits; few, since they take memory."""
+        count = self._workers.count
+        while len(self._sent) < 2 * count and (some := list(islice(self._parts, self._many))):
+            require_head()
+            # Without free CPUs to limit them, a part begins once an earlier one has ended.
+            before = self._sent[-count].ended if self._workers.limited and len(self._sent) >= count else None
+            answer, ended = self._run.remote(
+                self._workers.image, self._workers.config, self._step, [self._held], _packed(some), before
+            )
+            self._sent.append(_Sent(answer, ended, len(some)))
+            self._waiting.append(self._sent[-1])
+
+    def _compute(self) -> bool:
+        """Compute some parts in this process, unless it has computed as many as the workers have."""
+        done = sum(len(results) for results in self._waiting if not isinstance(results, _Sent))
+        if done >= 2 * self._workers.count * self._many or not (some := list(islice(self._parts, self._batch))):
+            return False
+        require_head()
+        self._waiting.append([self._step(self._shared, part, self._task) for part in some])
+        return True
+
+    def _taken(self, sent: _Sent) -> list[Any]:
+        """Return the results of parts that were sent, and count what they have done."""
         try:
-            first_done([sent.answer], needs, self._reporter)
+            first_done([sent.answer], self._needs, self._workers.reporter)
             require_head()
             packed, steps, seconds = ray.get(sent.answer)
             results: list[Any] = _unpacked(packed)
@@ -197,17 +263,16 @@ class _RayWorkers:
             what = f"The cluster lost a part of the work {RETRIES + 1} times: {type(error).__name__}"
             fix = "Check its machines and their memory (ray status), and run the same command again."
             raise UserError(what, where=WHERE, fix=fix) from None
-        task.advance(steps)
-        return results, seconds
+        self._sent.popleft()
+        self._task.advance(steps)
+        if self._batch > 1 and sent.parts == self._many and seconds < _BRIEF_S:
+            self._many *= 2
+        return results
 
-
-@dataclass(frozen=True)
-class _Sent:
-    """Parts that a worker computes: the references to its answer and to their end, and their number."""
-
-    answer: Any
-    ended: Any
-    parts: int
+    def stop(self) -> None:
+        """Cancel what is being computed."""
+        if self._sent and ray.is_initialized() and has_head():
+            _stop([part.answer for part in self._sent])
 
 
 def first_done(references: Sequence[Any], needs: Needs, reporter: Reporter) -> Any:

@@ -82,6 +82,8 @@ class Workers(Protocol):
         task: Task,
         batch: int = 1,
         needs: Needs = ONE_CPU,
+        *,
+        here: bool = True,
     ) -> Iterator[Result]:
         """Yield ``step(shared, part, task)`` for each part, in the order of the parts.
 
@@ -92,6 +94,7 @@ class Workers(Protocol):
             task: advanced by what the parts have done.
             batch: number of parts that one worker gets at once, if a part is small.
             needs: what one part takes of a machine.
+            here: whether this process computes parts too, while it waits for a cluster's.
         """
 
 
@@ -155,9 +158,11 @@ class ThisProcess:
         task: Task,
         batch: int = 1,
         needs: Needs = ONE_CPU,
+        *,
+        here: bool = True,
     ) -> Iterator[Result]:
         """Yield the result of each part."""
-        del batch, needs
+        del batch, needs, here
         return (step(shared, part, task) for part in parts)
 
 

@@ -104,7 +104,7 @@ class Trainings:
             self.reporter.task("Training on the cluster", len(jobs), "trainings") as task,
             _steps_shown(task, jobs),
         ):
-            for done in self.workers.map(_train_in_worker, sent, jobs, task, needs=self._needs):
+            for done in self.workers.map(_train_in_worker, sent, jobs, task, needs=self._needs, here=False):
                 done.messages.report_to(self.reporter)
                 yield done.result
 
