@@ -2,8 +2,8 @@
 
 Each run is a process of its own. A cluster is a head without CPUs and one raylet with one CPU for each worker, all on
 this machine; it starts before the clock does, and joining it is a part of the time. The order alternates. Every process
-computes with one thread. Seconds depend on what else runs here; processor time does so less. It is that of the command
-and, apart, of all of Ray's processes.
+computes with one thread and has the same priority, while Ray gives its workers a lower one by default. Seconds depend on
+what else runs here; processor time does so less. It is that of the command and, apart, of all of Ray's processes.
 """
 
 from __future__ import annotations
@@ -109,6 +109,7 @@ class Comparison:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "OMP_NUM_THREADS": "1",
+            "RAY_worker_niceness": "0",
         }
         ran = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True)
         run: Run = json.loads(ran.stdout.splitlines()[-1])

@@ -37,6 +37,8 @@ def raylets(**options: Any) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         # On a busy machine, the process that serves one client takes longer to start than Ray's 30 seconds.
         patch.setenv("RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S", "200")
+        # Ray's 15 would have each worker wait for all other work of the machine.
+        patch.setenv("RAY_worker_niceness", "0")
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **options})
         patch.setenv("RAY_ADDRESS", cluster.address)
         try:
