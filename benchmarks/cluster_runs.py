@@ -2,7 +2,7 @@
 
 Each run is a process of its own. A cluster is a head without CPUs and one raylet with one CPU for each worker, all on
 this machine; it starts before the clock does, and joining it is a part of the time. The order alternates. Every process
-computes with one thread and has the same priority, while Ray gives its workers a lower one by default. Seconds depend on
+computes with one thread and has the same priority; Ray would give workers a lower one. Seconds depend on
 what else runs here; processor time does so less. It is that of the command and, apart, of all of Ray's processes.
 """
 
