@@ -115,12 +115,19 @@ def test_noise_floor_is_measured_in_batches_of_other_sizes(base: Base, tmp_path:
     assert not generator.folder.exists()
 
 
-@given(st.integers(0, 500), st.integers(1, 40))
-def test_parts_hold_every_request_once_and_are_of_nearly_one_size(count: int, size: int) -> None:
-    parts = list(_parts(count, size))
+@given(st.integers(0, 5000), st.integers(1, 40))
+def test_parts_hold_every_request_once_and_are_of_nearly_one_size(count: int, rows: int) -> None:
+    parts = list(_parts(count, rows))
     assert [place for part in parts for place in part] == list(range(count))
     lengths = {len(part) for part in parts}
-    assert not lengths or (max(lengths) <= size and max(lengths) - min(lengths) <= 1)
+    assert not lengths or (max(lengths) <= 8 * rows and max(lengths) - min(lengths) <= 1)
+    # Long parts leave work for 16 workers.
+    assert len(parts) >= 16 or all(length <= 2 * rows for length in lengths)
+
+
+@pytest.mark.parametrize(("count", "parts"), [(16, 1), (17, 2), (256, 16), (1024, 16), (2000, 32)])
+def test_many_requests_make_fewer_and_fuller_parts(count: int, parts: int) -> None:
+    assert len(list(_parts(count, 8))) == parts
 
 
 def test_base_here_and_in_workers_is_not_in_memory_at_once(base: Base, tmp_path: Path) -> None:

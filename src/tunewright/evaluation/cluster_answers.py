@@ -12,9 +12,10 @@ from tunewright.data.examples import Message
 from tunewright.evaluation.answer_worker import AdapterFiles, RequestBatch, WorkerModel, answer_batch
 from tunewright.generation.requests import Completion, Request
 
-_FULL_BATCHES = 2
-"""Batches that a worker gets at once. With more, fewer workers take part in a small arm, and a lost worker loses more;
-with fewer, a worker more often waits for the longest answer of its part with half of its rows."""
+# A worker waits for the longest answer of its part with half of its rows: the more full batches a part has, the less
+# that takes. The fewer parts an arm has, the fewer workers take part in it, and the more a lost worker loses.
+_FULL_BATCHES = range(2, 9)
+_PARTS = 16
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class ClusterAnswers:
         parts = [
             (number, places)
             for number, arm in enumerate(arms)
-            for places in _parts(len(arm.requests), _FULL_BATCHES * (arm.at_once or self.rows))
+            for places in _parts(len(arm.requests), arm.at_once or self.rows)
         ]
         batches = [arms[number].batch(places) for number, places in parts]
         named = {arm.requests[0].adapter: arm.adapter for arm in arms if arm.requests}
@@ -96,7 +97,8 @@ class ClusterAnswers:
         return [[done[number][place] for place in range(len(arm.requests))] for number, arm in enumerate(arms)]
 
 
-def _parts(count: int, size: int) -> Iterator[range]:
-    """Yield ranges of at most ``size`` that differ in length by one at most, whatever the number of workers."""
-    parts = -(-count // size)
+def _parts(count: int, rows: int) -> Iterator[range]:
+    """Yield ranges that differ in length by one at most, whatever the number of workers."""
+    batches = min(max(count // (_PARTS * rows), _FULL_BATCHES[0]), _FULL_BATCHES[-1])
+    parts = -(-count // (batches * rows))
     return (range(count * part // parts, count * (part + 1) // parts) for part in range(parts))
