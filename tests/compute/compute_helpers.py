@@ -74,6 +74,7 @@ def small_parts(patch: Any) -> None:
     for module, name, size in (
         (similarity, "_ALIKE", 5),
         (similarity, "_TOGETHER", 8),
+        (similarity, "_CHAINED", 7),
         (partition, "_FEW", 6),
         (decontaminate, "_ROWS", 7),
     ):

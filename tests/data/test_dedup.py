@@ -127,10 +127,11 @@ def _components(count: int, pairs: Iterable[tuple[int, int]]) -> list[int]:
     st.integers(1, 3),
     st.integers(0, 10),
     st.sampled_from([1, 4, 128]),
+    st.sampled_from([2, 6, 1000]),
     st.randoms(),
 )
 def test_find_duplicates_matches_a_loop_over_all_rows(
-    inputs: list[str], threshold: float, outputs: int, kept: int, many: int, draw: random.Random
+    inputs: list[str], threshold: float, outputs: int, kept: int, many: int, chained: int, draw: random.Random
 ) -> None:
     """Row by row, against the kept rows of the same output, with groups of rows on both sides of each limit."""
     rows = [example(text, f"output {draw.randrange(outputs)}") for text in inputs]
@@ -144,7 +145,7 @@ def test_find_duplicates_matches_a_loop_over_all_rows(
         ]
         if alike:
             expected[row] = min(alike)[1], -min(alike)[0]
-    with patch.multiple(similarity, _MANY_IN_GROUP=many, _BLOCK=3):
+    with patch.multiple(similarity, _MANY_IN_GROUP=many, _CHAINED=chained, _BLOCK=3):
         found = find_duplicates(rows, kept, threshold, Listener())
     assert {row: (repeat.of, repeat.similarity) for row, repeat in found.items()} == expected
 
@@ -208,8 +209,9 @@ def test_find_duplicates_and_clusters_do_not_depend_on_block_size() -> None:
     for way in WAYS:
         with _many_texts(way):
             assert find_clusters(rows, 0.75, Listener()) == clusters
-    with patch.multiple(similarity, _MANY_IN_GROUP=1, _BLOCK=40):
-        assert find_duplicates(rows, 0, 0.75, Listener()) == dropped
+    for chained in (40, len(rows)):
+        with patch.multiple(similarity, _MANY_IN_GROUP=1, _CHAINED=chained, _BLOCK=40):
+            assert find_duplicates(rows, 0, 0.75, Listener()) == dropped
 
 
 def _compared(*inputs: str) -> list[str]:

@@ -29,6 +29,7 @@ Similarities = npt.NDArray[np.float64]
 Near = tuple[Indices, Indices, Similarities]
 
 _MANY_IN_GROUP = 128  # size from which a group is compared with its kept texts only
+_CHAINED = 20_000  # size from which a group is split into chains first, since all its pairs would take longer
 _BLOCK = 512  # texts of a large group compared at once
 _BATCH = 50_000  # candidates verified at once; pairs linked by one batch are skipped in the next
 _CELLS = 4_000_000  # shingles held at once during verification; bounds the memory, not the result
@@ -176,6 +177,7 @@ def nearest_kept(
         title: what the progress is called.
         workers: compare the texts; those of one group are compared by one of them.
     """
+    groups = _in_chains(texts, groups, threshold, reporter, title, workers)
     sizes = np.bincount(groups)[groups]
     used = np.flatnonzero(sizes > 1)
     order = used[np.argsort(groups[used], kind="stable")]
@@ -192,6 +194,19 @@ def nearest_kept(
     first, second, similarity = _together(found)
     ascending = np.argsort(order[first])
     return Pairs(order[first[ascending]], order[second[ascending]], similarity[ascending])
+
+
+def _in_chains(
+    texts: Sequence[str], groups: Indices, threshold: float, reporter: Reporter, title: str, workers: Workers
+) -> Indices:
+    """Split large groups by the chains of near-equal texts: only texts of one chain can be near each other."""
+    places = np.flatnonzero(np.bincount(groups)[groups] >= _CHAINED)
+    if not len(places):
+        return groups
+    chains = link(TextFile(texts[i] for i in places.tolist()), threshold, reporter, title, workers)
+    split = groups.copy()
+    split[places] = groups.max() + 1 + np.unique(groups[places] * len(places) + chains, return_inverse=True)[1]
+    return split
 
 
 @dataclass(frozen=True)
