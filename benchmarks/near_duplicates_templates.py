@@ -9,7 +9,8 @@ left out. Kinds of rows:
 - short: 400 names and numbers up to 99,999, so that most rows of a template hang together by chains;
 - long: 4 million names and numbers up to 999,999, so that next to none is near another, though all share a template;
 - numbers: long templates with a number alone, so that all rows of a template are near each other;
-- random: 6 to 15 words of 20,000.
+- random: 6 to 15 words of 20,000;
+- apart: the same, with one output for all.
 
 Up to ``--brute-force`` rows the clusters are compared with those that all rows with all others give. Each measurement
 has its own process. Prints a table and writes benchmarks/results/near_duplicates_templates.json.
@@ -88,7 +89,7 @@ def measure(kind: str, count: int, *, compared: bool) -> dict[str, Any]:
     """Time both steps on `count` different rows of a kind; compare the clusters with those of brute force."""
     draw = random.Random(0)
     made = dict.fromkeys(KINDS[kind](draw) for _ in range(count))
-    examples = [Example((Message("user", t), Message("assistant", t[:4]))) for t in made]
+    examples = [Example((Message("user", t), Message("assistant", t[:4] if kind != "apart" else "x"))) for t in made]
     row: dict[str, Any] = {"kind": kind, "rows": count, "different": len(examples), "brute_force_s": None}
     began, worked = time.perf_counter(), time.process_time()
     row["duplicates"] = len(find_duplicates(examples, 0, THRESHOLD, LogReporter()))
@@ -149,6 +150,7 @@ KINDS: dict[str, Callable[[random.Random], str]] = {
     "long": _long,
     "numbers": _numbers,
     "random": _random,
+    "apart": _random,
 }
 
 if __name__ == "__main__":

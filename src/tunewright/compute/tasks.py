@@ -172,7 +172,7 @@ class _Sent:
     parts: int
 
     def has_ended(self) -> bool:
-        """Whether the answer is there."""
+        """Return True if the answer is there."""
         return bool(ray.wait([self.answer], timeout=0, fetch_local=False)[0])
 
 

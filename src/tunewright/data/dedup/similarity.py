@@ -18,7 +18,7 @@ import numpy.typing as npt
 from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import connected_components
 
-from tunewright.core.progress import Reporter, Task
+from tunewright.core.progress import LogTask, Reporter, Task
 from tunewright.core.spill import TextFile, numbered
 from tunewright.core.workers import THIS_PROCESS, Workers
 from tunewright.data.dedup.partition import SizeClass, members_of, size_ranges
@@ -29,7 +29,8 @@ Similarities = npt.NDArray[np.float64]
 Near = tuple[Indices, Indices, Similarities]
 
 _MANY_IN_GROUP = 128  # size from which a group is compared with its kept texts only
-_CHAINED = 20_000  # size from which a group is split into chains first, since all its pairs would take longer
+_CHAINED = 20_000  # size from which a group may be split into chains first
+_SAMPLE = 5_000  # texts that show whether a group has few repeats
 _BLOCK = 512  # texts of a large group compared at once
 _BATCH = 50_000  # candidates verified at once; pairs linked by one batch are skipped in the next
 _CELLS = 4_000_000  # shingles held at once during verification; bounds the memory, not the result
@@ -199,14 +200,27 @@ def nearest_kept(
 def _in_chains(
     texts: Sequence[str], groups: Indices, threshold: float, reporter: Reporter, title: str, workers: Workers
 ) -> Indices:
-    """Split large groups by the chains of near-equal texts: only texts of one chain can be near each other."""
-    places = np.flatnonzero(np.bincount(groups)[groups] >= _CHAINED)
-    if not len(places):
+    """Split large groups with few repeats by the chains of near-equal texts, without which no two are near.
+
+    A text is compared with all kept ones of its group. Where most are kept, that is the square of the group.
+    """
+    large = [np.flatnonzero(groups == group) for group in np.flatnonzero(np.bincount(groups) >= _CHAINED)]
+    large = [some for some in large if _mostly_kept(texts, some, threshold)]
+    if not large:
         return groups
+    places = np.sort(np.concatenate(large))
     chains = link(TextFile(texts[i] for i in places.tolist()), threshold, reporter, title, workers)
     split = groups.copy()
     split[places] = groups.max() + 1 + np.unique(groups[places] * len(places) + chains, return_inverse=True)[1]
     return split
+
+
+def _mostly_kept(texts: Sequence[str], places: Indices, threshold: float) -> bool:
+    """Return True if at least half of a sample of these texts are near no other."""
+    sample = [texts[i] for i in places[:: math.ceil(len(places) / _SAMPLE)].tolist()]
+    search = _KeptSearch(sample, np.zeros(len(sample), dtype=bool), threshold)
+    dropped = sum(len(first) for first, _, _ in search.large_group(np.arange(len(sample)), LogTask()))
+    return dropped <= len(sample) / 2
 
 
 @dataclass(frozen=True)
