@@ -147,6 +147,7 @@ def _reach(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.release
 def test_killed_and_stopped_commands_resume_with_fsdp(
     machines: Any, project: Path, server: Server, torchrun: dict[str, Adapter], tmp_path: Path
 ) -> None:

@@ -172,6 +172,7 @@ def test_cross_validation_is_the_same_after_its_command_was_killed(
     assert _evidence(again.folder) == _evidence(whole)
 
 
+@pytest.mark.release
 def test_through_rays_client_trials_are_the_same_and_one_training_is_refused(
     head: Any, prepared: Path, validated: tuple[Path, Path], tmp_path: Path
 ) -> None:
