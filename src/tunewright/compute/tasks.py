@@ -64,7 +64,10 @@ def open_cluster(config: Config, reporter: Reporter) -> Iterator[Workers]:
         reporter.say(f"Cluster: {count_of(len(machines), 'machine')} with {count_of(cpus, 'CPU')}")
         if ray.available_resources().get("CPU", 0) < 1:
             reporter.warn("Other work uses every CPU of the cluster: this command waits for it.")
-        yield _RayWorkers(machines, count, cpus, image(text), text, reporter)
+        try:
+            yield _RayWorkers(machines, count, cpus, image(text), text, reporter)
+        finally:
+            gc.unfreeze()
 
 
 def _count(config: Config, cpus: int) -> int:
@@ -212,6 +215,8 @@ class _Ahead:
 
     def results(self) -> list[Any]:
         """Return the results of the next parts; none if there are no more."""
+        # A thread of Ray collects cycles in this process, again and again, and would look at all rows each time.
+        gc.freeze()
         self._send()
         while self._waiting:
             first = self._waiting[0]
