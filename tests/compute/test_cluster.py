@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -317,6 +318,15 @@ def test_this_process_computes_while_it_waits_unless_it_must_not(machines: Any) 
             assert [part for part, _ in answers] == list(range(40))
             computed_here = sum(number == os.getpid() for _, number in answers)
             assert 10 <= computed_here <= 30 if here else computed_here == 0
+
+
+def test_rows_are_kept_from_rays_collections_while_a_cluster_is_open(machines: Any) -> None:
+    before = gc.get_freeze_count()
+    with _workers() as workers:
+        rows = [[n] for n in range(1000)]
+        list(workers.map(joined, np.arange(1), [np.arange(2)], LogTask()))
+        assert gc.get_freeze_count() > before + len(rows)
+    assert gc.get_freeze_count() == 0
 
 
 def test_error_of_a_part_computed_here_is_that_of_the_step(machines: Any) -> None:
