@@ -121,7 +121,11 @@ def test_dataset_is_the_old_or_the_new_version_when_killed_at_any_file_call(
     assert seen == {old, new}
 
 
-def test_dataset_is_the_old_or_the_new_version_when_killed_at_random_times(template: Path, tmp_path: Path) -> None:
+def test_dataset_is_the_old_or_the_new_version_when_killed_at_random_times(
+    template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Without it git is asked, and a process that is killed while it starts git may leave it the lock for a moment.
+    monkeypatch.setenv("TUNEWRIGHT_AUTHOR", "Ada")
     project = _fresh(template, tmp_path / "w")
     old = load_version(project.dataset).digest
     began = time.perf_counter()
