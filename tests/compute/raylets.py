@@ -35,7 +35,7 @@ def raylets(**options: Any) -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     with pytest.MonkeyPatch.context() as patch:
-        # On a busy machine, the process that serves one client takes longer to start than Ray's 30 seconds.
+        # On a busy machine, the process that serves one client may take longer to start than Ray's 30 seconds.
         patch.setenv("RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S", "200")
         # Ray's 15 would have each worker wait for all other work of the machine.
         patch.setenv("RAY_worker_niceness", "0")
