@@ -278,3 +278,20 @@ def test_lack_of_memory_is_reported_wherever_it_is_met(error: Exception, capfd: 
         raise error
     assert end.value.exit_code == 2
     assert capfd.readouterr().err.startswith("Error: Not enough memory\n")
+
+
+@pytest.mark.parametrize(
+    ("command", "unused"),
+    [
+        (
+            ["serve", "--self-test", "--port", "0", "--metrics-host", "::1", "--no-auth", "--constrain"],
+            "--self-test does not use --port, --metrics-host, --no-auth, --constrain",
+        ),
+        (["data", "generate", "new.jsonl", "--estimate", "--out", "x"], "--estimate does not use --out"),
+        (["data", "from-documents", "new.md", "--estimate", "--out", "x"], "--estimate does not use --out"),
+        (["data", "review", "--status", "--reviewer", "ann"], "--status does not use --reviewer"),
+        (["data", "review", "--apply", "--reviewer", "ann"], "--apply does not use --reviewer"),
+    ],
+)
+def test_options_that_an_action_would_ignore_are_refused(command: list[str], unused: str, tmp_path: Path) -> None:
+    _refused(tunewright(*command, "-p", tmp_path), unused, "Leave it out")

@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 
 from tunewright._version import __version__
 from tunewright.cli.console import NOTHING_KEPT, session
+from tunewright.core.errors import UserError
 from tunewright.core.text import visible
 
 DATA, TRAIN, EVALUATE, DEPLOY, PROJECT = PANELS = ("Data", "Train", "Evaluate", "Deploy", "Project")
@@ -220,6 +221,20 @@ def command(
         return run
 
     return decorate
+
+
+def refuse_unused(action: str, options: Mapping[str, bool]) -> None:
+    """Refuse options that an action would ignore.
+
+    Args:
+        action: the option that chooses the action, such as ``--estimate``.
+        options: options that it does not use, and whether each was given.
+
+    Raises:
+        UserError: naming the options.
+    """
+    if unused := [name for name, given in options.items() if given]:
+        raise UserError(f"{action} does not use {', '.join(unused)}", where=action, fix="Leave it out.")
 
 
 def _options(of: type[Any]) -> list[Parameter]:

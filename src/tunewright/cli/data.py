@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from tunewright.cli.app import DATA, command, group
+from tunewright.cli.app import DATA, command, group, refuse_unused
 from tunewright.cli.console import USER_ERROR, Session
 from tunewright.core.errors import UserError
 from tunewright.core.text import count_of
@@ -148,9 +148,7 @@ def data_check(
         if files is None or len(files) != 1:
             what = f"--fix requires exactly one file (got {len(files or ())})"
             raise UserError(what, where="--fix", fix="Name one file.")
-        adding += ["--cluster"] if run.cluster is not None else []
-        if adding:
-            raise UserError(f"--fix does not use {', '.join(adding)}", where="--fix", fix="Leave the option out.")
+        refuse_unused("--fix", {**dict.fromkeys(adding, True), "--cluster": run.cluster is not None})
         changes = data.fix_file(files[0], fix, options.for_api().mapping)
         left_out = sum(change.left_out for change in changes)
         done = f"{count_of(len(changes) - left_out, 'change')}, {count_of(left_out, 'row')} left out"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from tunewright.cli.app import command
+from tunewright.cli.app import command, refuse_unused
 from tunewright.cli.console import RESUMES, Session
 from tunewright.cli.data import data_app
 from tunewright.core.text import count_of
@@ -43,6 +43,7 @@ def data_generate(
     held-out input. Replies are stored, so a stopped run resumes and pays for nothing twice.
     """
     if estimate:
+        refuse_unused("--estimate", {"--out": out is not None})
         expected = run.project.data.estimate_generate(files)
         run.show(expected, estimate_text(expected), *left_out_tables(expected.left_out))
         return
@@ -68,6 +69,7 @@ def data_from_documents(
     of one document stay on one side of the split. The file is for `data add`, as that of `data generate`.
     """
     if estimate:
+        refuse_unused("--estimate", {"--out": out is not None})
         expected = run.project.data.estimate_from_documents(files)
         run.show(expected, estimate_text(expected, "part"), *left_out_tables(expected.left_out, "Left out"))
         return

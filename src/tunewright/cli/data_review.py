@@ -15,7 +15,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from tunewright.cli.app import command
+from tunewright.cli.app import command, refuse_unused
 from tunewright.cli.console import RESUMES, Session
 from tunewright.cli.data import data_app
 from tunewright.cli.data_rows import conversation_text, row_heading
@@ -98,6 +98,8 @@ def data_review(
         {**chosen, "--fixed": fixed is not None, "--redraw": redraw},
         message=bool(message),
     )
+    if apply or status:
+        refuse_unused("--apply" if apply else "--status", {"--reviewer": reviewer is not None})
     data = run.project.data
     if apply:
         edited = data.apply_reviews(message=message)

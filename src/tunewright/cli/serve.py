@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from tunewright.cli.app import DEPLOY, app, command
+from tunewright.cli.app import DEPLOY, app, command, refuse_unused
 from tunewright.cli.console import Session
 
 if TYPE_CHECKING:
@@ -121,6 +121,9 @@ def serve(
     """
     kind: EngineName | None = engine.value if engine else None
     if self_test:
+        listening = {"--host": host, "--port": port, "--metrics-port": metrics_port, "--metrics-host": metrics_host}
+        gateway = {"--no-auth": no_auth, "--no-system-prompt": no_system_prompt, "--constrain": constrain}
+        refuse_unused("--self-test", {**{name: given is not None for name, given in listening.items()}, **gateway})
         result = run.project.self_test(adapters or (), engine=kind, replicas=replicas, max_replicas=max_replicas)
         run.show(result.as_dict(), *isolation_table(result, len(result.models) - 1))
         return EXIT_CODES[result.verdict]
