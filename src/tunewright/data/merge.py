@@ -203,8 +203,6 @@ def merge(
     for row in rows:
         if row.example.pair_key not in known and row.example.pair_key not in edited:
             first.setdefault(row.example.pair_key, row)
-    again = {_turns(row.example) for row in rows if row.example.pair_key in known} if known else set()
-    there = {_turns(example): key for key, example in known.items() if _turns(example) not in again}
     people = {row.example.pair_key for row in rows if not row.generated}
 
     # Sorted by weights (a turn masked in one row is masked) and key, so that the files' order has no influence. Rows of
@@ -213,12 +211,9 @@ def merge(
         return key not in people, first[key].example.trained_turns, key
 
     new = sorted(first, key=preference)
-    reweighted: dict[str, str] = {}
-    for key in new if there else ():
-        old = there.pop(_turns(first[key].example), None)
-        if old is not None:
-            reweighted[key] = old
-            del known[old]
+    reweighted = _reweighted(new, first, known, rows)
+    for old in reweighted.values():
+        del known[old]
     stay = [*known, *reweighted, *(key for key in replacement.olds if key not in known and key not in reweighted)]
     staying = set(stay)
     keys = [*stay, *(key for key in new if key not in staying)]
@@ -239,6 +234,19 @@ def merge(
     return Merge(
         parent, read, kept, first, dropped, reweighted, edited, superseded, replacement, withheld, near, generated
     )
+
+
+def _reweighted(
+    new: Sequence[str], first: Mapping[str, SourceRow], known: Mapping[str, Example], rows: Sequence[SourceRow]
+) -> dict[str, str]:
+    """Return the new keys with the turns of a known row and other weights, each with that row's key.
+
+    A known row that was read again stays as it is.
+    """
+    again = {_turns(row.example) for row in rows if row.example.pair_key in known} if known else set()
+    there = {_turns(example): key for key, example in known.items() if _turns(example) not in again}
+    found = ((key, there.pop(_turns(first[key].example), None)) for key in new) if there else ()
+    return {key: old for key, old in found if old is not None}
 
 
 def _of_several(kept: Mapping[str, Example]) -> list[list[str]]:
