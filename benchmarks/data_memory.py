@@ -20,17 +20,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cluster_runs import Steps
 from cluster_scale import CONFIG, digest, write_pairs
 from load_shown import machine
 
 from tunewright.api import Project
 from tunewright.config.project import ProjectFolder
-from tunewright.core.progress import LogReporter, LogTask, Task
 
 RESULTS = Path(__file__).with_name("results") / "data_memory.json"
 HERE = Path(__file__).resolve().parents[1] / "src"
@@ -91,41 +89,20 @@ def show_costs(runs: list[dict[str, Any]], state: str) -> None:
     print(f"  {'between the steps':<26} {between:>7.1f}\n  {'all':<26} {whole:>7.1f}")
 
 
-class Costs(LogReporter):
-    """A reporter that measures the processor time of each step."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    def say(self, message: str) -> None:
-        """Say nothing."""
-
-    def warn(self, message: str) -> None:
-        """Warn of nothing: the rows are made up."""
-
-    @contextmanager
-    def task(self, title: str, total: int, unit: str) -> Iterator[Task]:
-        """Measure a step."""
-        del total, unit
-        began = time.process_time()
-        yield LogTask()
-        self.seconds[title] = self.seconds.get(title, 0) + time.process_time() - began
-
-
 def measure(folder: Path) -> dict[str, Any]:
     """Build the dataset in a new project."""
-    costs = Costs()
+    steps = Steps(time.process_time)
     with tempfile.TemporaryDirectory(dir=folder) as name:
         root = Path(name)
         (root / "tunewright.yaml").write_text(CONFIG)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         began = time.process_time()
-        Project(ProjectFolder(root), costs).data.add([folder / "pairs.jsonl"])
+        Project(ProjectFolder(root), steps).data.add([folder / "pairs.jsonl"])
         return {
             "cpu_s": time.process_time() - began,
             "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "start": before * 1024,
-            "steps": costs.seconds,
+            "steps": steps.seconds,
             "files": digest(root / "dataset"),
         }
 
