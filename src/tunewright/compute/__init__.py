@@ -1,4 +1,7 @@
-"""The workers that ``compute.cluster`` asks for. Six modules import Ray, and only the functions here import them."""
+"""The workers that ``compute.cluster`` asks for.
+
+Six modules import Ray. Other packages reach them through these functions alone.
+"""
 
 from __future__ import annotations
 

@@ -257,7 +257,8 @@ def asked(
         except (NodeDiedError, TaskUnschedulableError):
             # Its health checks fail for about half a minute before Ray counts it as lost.
             what = f"The machine {host} was lost before it answered"
-            raise UserError(what, where=WHERE, fix="Run the same command again, without it.") from None
+            fix = "Run the same command again once `ray status` no longer lists it."
+            raise UserError(what, where=WHERE, fix=fix) from None
         except (RayError, RuntimeError) as error:
             if isinstance(error, RayTaskError) and isinstance(error.cause, UserError):
                 raise on_machine(host, error.cause) from None

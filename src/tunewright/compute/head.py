@@ -1,7 +1,7 @@
 """The head of a Ray cluster: whether it still answers.
 
-Without a head, Ray ends the process: at once and without a word if it then touches objects of a lost machine, otherwise
-after a minute.
+Without a head, Ray ends the process: at once and without a message if it then touches objects of a lost machine,
+otherwise after a minute.
 """
 
 from __future__ import annotations

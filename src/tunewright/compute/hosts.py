@@ -47,7 +47,8 @@ def open_hosts(
         places = places_for(1)
         if places.count < count:
             what = f"Too few {places.kind}s in the cluster for {count} replicas: {places.count}"
-            fix = f"Set it to {places.count} at most, or add machines to the cluster."
+            lower = f"Set it to {places.count} at most, or add" if places.count else "Add"
+            fix = f"{lower} machines to the cluster."
             raise UserError(what, where="serve.replicas", fix=fix)
         text = config.model_dump_json()
         places.require(text, check, needed)
@@ -195,7 +196,7 @@ class Host:
             raise UserError(what, where=WHERE, fix="Check the machines and their room with `ray status`.") from None
 
     def _watch(self) -> None:
-        """Ask the process again and again; make the object again where Ray has started a new one."""
+        """Ask the process at intervals, and set the object up again once Ray has started a new process for it."""
         whole = True
         while not self._stopping.wait(PROBE_SECONDS):
             try:

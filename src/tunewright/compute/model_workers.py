@@ -1,6 +1,7 @@
 """Ray actors with a model each: a part goes to the next free one, and to another if its actor is lost.
 
-Actors, since Ray ends the process of a task with a GPU after it, and a kept one could be given another GPU.
+Ray ends the process of a task with a GPU after the task, and a kept process could be given another GPU. Actors keep
+theirs.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def _count(config: Config, most: int, unit: str) -> int:
         fix = "Add a larger one, or set OMP_NUM_THREADS for this command to the CPUs that a worker may use."
         raise UserError(what, where=WHERE, fix=fix)
     if wanted is not None and wanted > most:
-        what = f"The cluster has room for {most} workers with {unit} (compute.workers: {wanted})"
+        what = f"The cluster has room for {count_of(most, 'worker')} with {unit} (compute.workers: {wanted})"
         raise UserError(what, where=WHERE, fix="Lower compute.workers, or add machines to the cluster.")
     return wanted or most
 

@@ -73,11 +73,11 @@ class RelayReporter:
         return self._stopping
 
     def say(self, message: str) -> None:
-        """Send it."""
+        """Send the message."""
         self._add("say", message)
 
     def warn(self, message: str) -> None:
-        """Send it."""
+        """Send the warning."""
         self._add("warn", message)
 
     def secret(self, prompt: str) -> str | None:

@@ -168,7 +168,7 @@ class _RayWorkers:
 
 @dataclass(frozen=True)
 class _Sent:
-    """Parts that a worker computes: the references to its answer and to their end, and their number."""
+    """Parts that were sent to a worker: references to its answer and to their end, and their number."""
 
     answer: Any
     ended: Any
@@ -228,7 +228,7 @@ class _Ahead:
         return []
 
     def _send(self) -> None:
-        """Send more parts than there are CPUs, so that no worker waits; few, since they take memory."""
+        """Send parts until there are twice as many as workers, so that none of these waits. More would take memory."""
         count = self._workers.count
         while len(self._sent) < 2 * count and (some := list(islice(self._parts, self._many))):
             require_head()
@@ -241,7 +241,7 @@ class _Ahead:
             self._waiting.append(self._sent[-1])
 
     def _compute(self) -> bool:
-        """Compute some parts in this process, unless it has computed as many as the workers have."""
+        """Compute some parts here, unless as many results of this process wait as the workers have parts."""
         done = sum(len(results) for results in self._waiting if not isinstance(results, _Sent))
         if done >= 2 * self._workers.count * self._many or not (some := list(islice(self._parts, self._batch))):
             return False
@@ -324,7 +324,7 @@ class _Counter:
         self.steps += steps
 
     def measured(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Nothing: the parts of a step have no curves."""
+        """Ignore the numbers: the parts of a step have no curves."""
 
 
 _kept: dict[str, Any] = {}

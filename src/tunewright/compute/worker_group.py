@@ -154,7 +154,8 @@ class WorkerGroup:
             self._wait(run, inbox, display, reporter, stop_asked)
         except RayError as error:
             what = f"The cluster was lost: {type(error).__name__}"
-            raise UserError(what, where=WHERE, fix="Start it, and run the same command again: it resumes.") from None
+            fix = "Start the cluster, and run the same command again: it resumes."
+            raise UserError(what, where=WHERE, fix=fix) from None
         finally:
             display.close()
             shutil.rmtree(storage, ignore_errors=True)
@@ -185,16 +186,16 @@ class WorkerGroup:
             UserError: the head is lost.
             KeyboardInterrupt: a stop was asked for while no process could save anything.
         """
-        told, looked, missing = False, time.monotonic(), False
+        stop_sent, looked, missing = False, time.monotonic(), False
         while not run.ended.wait(_POLL_S):
             require_head()
             display.show(ray.get(inbox.take.remote()))
             if stop_asked():
                 if missing or not display.stoppable:
                     raise KeyboardInterrupt
-                if not told:
+                if not stop_sent:
                     ray.get(inbox.stop.remote())
-                told = True
+                stop_sent = True
             if time.monotonic() - looked > _LOOK_S:
                 looked, there = time.monotonic(), _total(self.kind, machines_with(self.kind))
                 if there < self.count and not missing:

@@ -450,5 +450,5 @@ class Config(Section):
     compute: ComputeConfig = ComputeConfig()
 
     def deciding(self) -> dict[str, Any]:
-        """Return all values but those of ``compute``, which decide no result, as JSON for lineages."""
+        """Return all values but those of ``compute``, which are no input of a result, as JSON for lineages."""
         return self.model_dump(mode="json", exclude={"compute"})

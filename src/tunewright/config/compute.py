@@ -11,7 +11,7 @@ from tunewright.core.errors import UserError
 
 
 class ComputeConfig(Section):
-    """Machines that compute. They change how long a step takes, and no result."""
+    """Machines that compute. They decide how long a step takes, and are no input of its result."""
 
     cluster: Annotated[
         str | None,
