@@ -241,7 +241,7 @@ def _reweighted(
 ) -> dict[str, str]:
     """Return the new keys with the turns of a known row and other weights, each with that row's key.
 
-    A known row that was read again stays as it is.
+    A known row that was read again keeps its weights.
     """
     again = {_turns(row.example) for row in rows if row.example.pair_key in known} if known else set()
     there = {_turns(example): key for key, example in known.items() if _turns(example) not in again}
