@@ -215,8 +215,10 @@ def test_add_refuses_new_conflicts_only(tmp_path: Path) -> None:
     project = new_project(tmp_path / "p")
     _add(project, *unlike_pairs(20), ("capital of Australia", "Sydney"))
     before = _snapshot(project.dataset)
+    listener = Listener()
     with pytest.raises(UserError, match="1 input with different outputs, nothing was added") as caught:
-        _add(project, ("capital of Australia", "Canberra"))
+        _add(project, ("capital of Australia", "Canberra"), listener=listener)
+    assert "clustering" not in listener.steps, "a conflict is known before rows are compared"
     assert '"Canberra" (' in caught.value.what
     assert "pairs.jsonl:1)" in caught.value.what
     assert '"Sydney" (version ' in caught.value.what

@@ -147,7 +147,10 @@ def test_find_duplicates_matches_a_loop_over_all_rows(
             expected[row] = min(alike)[1], -min(alike)[0]
     with patch.multiple(similarity, _MANY_IN_GROUP=many, _CHAINED=chained, _BLOCK=3):
         found = find_duplicates(rows, kept, threshold, Listener())
+        clusters = find_clusters(rows, threshold, Listener())
+        within = find_duplicates(rows, kept, threshold, Listener(), clusters=clusters)
     assert {row: (repeat.of, repeat.similarity) for row, repeat in found.items()} == expected
+    assert within == found
 
 
 def test_shingles_distinguish_characters_of_all_scripts() -> None:

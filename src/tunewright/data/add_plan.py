@@ -14,7 +14,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.core.workers import THIS_PROCESS, Workers
 from tunewright.data import notices
-from tunewright.data.merge import Merge, merge
+from tunewright.data.merge import Merge, compared, merge
 from tunewright.data.notices import Conflict, Duplicate
 from tunewright.data.readers import SourceRow
 from tunewright.data.readers.file_check import FileCheck, check_files
@@ -268,6 +268,8 @@ def plan_add(
     accepted = data.conflicts == "accept"
     if refuse_conflicts and not accepted and (fresh := merged.fresh(conflicts)):
         raise merged.refusal(fresh)
+    if data.duplicates == "keep":
+        merged = compared(merged, data.dedup_threshold, reporter, workers)
     duplicates = merged.duplicates(rows)
     if duplicates:
         reporter.warn(notices.duplicates(duplicates, data.duplicates))

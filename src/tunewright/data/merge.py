@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from dataclasses import replace as replaced
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.core.spill import repeated
 from tunewright.core.workers import THIS_PROCESS, Workers
-from tunewright.data.dedup import exact_repeats, find_duplicates, near_repeats
+from tunewright.data.dedup import exact_repeats, find_clusters, find_duplicates
 from tunewright.data.examples import Example, Message, in_conflict
 from tunewright.data.notices import Conflict, Duplicate, ReplacedRow, conflicting
 from tunewright.data.readers import SourceRow
@@ -48,10 +48,12 @@ class Merge:
     """Kept rows that replace the parent's rows of the same input and another output (``replace``)."""
     withheld: dict[str, Removal]
     """Pair key that stays out because it was removed earlier, to its removal."""
-    near: dict[str, tuple[str, float]]
-    """Kept pair key to the kept one that it nearly repeats, and their similarity."""
     generated: frozenset[str]
     """Kept pair keys of rows whose answer a model wrote."""
+    near: dict[str, tuple[str, float]] = field(default_factory=dict)
+    """Kept pair key to the kept one that it nearly repeats, and their similarity; see :func:`compared`."""
+    similar: Sequence[str] | None = None
+    """Cluster of similar inputs of each row in ``kept``; see :func:`compared`."""
 
     @property
     def former(self) -> dict[str, Split]:
@@ -173,7 +175,8 @@ def merge(
 
     Args:
         similarity: rows with the same output and inputs at or above it are near-duplicates.
-        duplicates: ``drop`` keeps the known or first of near-duplicates; ``keep`` drops only exact ones.
+        duplicates: ``drop`` keeps the known or first of near-duplicates; ``keep`` drops only exact ones
+            (:func:`compared` finds the others).
         replace: let rows replace known ones with the same input and another output.
         restore: add rows that were removed or superseded earlier.
         accept: allow several outputs of an input, which ``replace`` then replaces together.
@@ -224,16 +227,25 @@ def merge(
         repeats = exact_repeats(examples, len(stay))
     dropped = {keys[row]: (keys[repeat.of], repeat.similarity) for row, repeat in repeats.items()}
     kept = {key: example for key, example in zip(keys, examples, strict=True) if key not in dropped}
-    near: dict[str, tuple[str, float]] = {}
-    if duplicates == "keep":
-        names = list(kept)
-        found = near_repeats(list(kept.values()), similarity, reporter, workers)
-        near = {names[row]: (names[repeat.of], repeat.similarity) for row, repeat in found.items()}
     read = [*rows, *(row for row in read if row.example.pair_key in withheld)]
     generated = _generated(parent, first, people, reweighted, replacement) & kept.keys()
-    return Merge(
-        parent, read, kept, first, dropped, reweighted, edited, superseded, replacement, withheld, near, generated
-    )
+    return Merge(parent, read, kept, first, dropped, reweighted, edited, superseded, replacement, withheld, generated)
+
+
+def compared(merged: Merge, similarity: float, reporter: Reporter, workers: Workers = THIS_PROCESS) -> Merge:
+    """Return the merge with the clusters of its kept rows, and the near-duplicates among them.
+
+    Args:
+        merged: the merge, with ``duplicates="keep"``.
+        similarity: rows with the same output and inputs at or above it are near-duplicates.
+        reporter: shows the progress.
+        workers: compare the rows.
+    """
+    names, rows = list(merged.kept), list(merged.kept.values())
+    similar = find_clusters(rows, similarity, reporter, workers)
+    found = find_duplicates(rows, 0, similarity, reporter, workers, similar)
+    near = {names[row]: (names[repeat.of], repeat.similarity) for row, repeat in found.items()}
+    return replaced(merged, near=near, similar=similar)
 
 
 def _reweighted(

@@ -213,10 +213,14 @@ def _similar(
     keys: Sequence[str], merged: Merge, config: Config, reporter: Reporter, workers: Workers
 ) -> dict[str, list[str]]:
     """Return the keys of each cluster of similar inputs."""
-    names = find_clusters([merged.kept[key] for key in keys], config.data.dedup_threshold, reporter, workers)
     clusters: dict[str, list[str]] = defaultdict(list)
-    for key, name in zip(keys, names, strict=True):
-        clusters[name].append(key)
+    if merged.similar is not None and len(keys) == len(merged.kept):
+        name_of = dict(zip(merged.kept, merged.similar, strict=True))
+    else:
+        names = find_clusters([merged.kept[key] for key in keys], config.data.dedup_threshold, reporter, workers)
+        name_of = dict(zip(keys, names, strict=True))
+    for key in keys:
+        clusters[name_of[key]].append(key)
     return clusters
 
 

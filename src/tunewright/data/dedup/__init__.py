@@ -67,7 +67,12 @@ def _common_head(texts: Iterable[str]) -> str:
 
 
 def find_duplicates(
-    examples: Sequence[Example], kept: int, threshold: float, reporter: Reporter, workers: Workers = THIS_PROCESS
+    examples: Sequence[Example],
+    kept: int,
+    threshold: float,
+    reporter: Reporter,
+    workers: Workers = THIS_PROCESS,
+    clusters: Sequence[str] | None = None,
 ) -> dict[int, Repeat]:
     """Return the rows that repeat an earlier one: near-equal input, same output, system turn and functions.
 
@@ -80,11 +85,14 @@ def find_duplicates(
         threshold: Jaccard similarity of the inputs' character 4-grams, in (0, 1].
         reporter: shows the progress.
         workers: compare the rows.
+        clusters: each row's cluster, if :func:`find_clusters` was called with these rows and this threshold. Then only
+            rows of one cluster are compared: no others are near-equal.
 
     Returns:
         The most similar kept row of each dropped row.
     """
-    answers = numbered(map(str, map(_answer, examples)))
+    answers: Iterable[Any] = map(_answer, examples)
+    answers = numbered(map(str, answers if clusters is None else zip(answers, clusters, strict=True)))
     texts = comparison_texts(examples)
     pairs = nearest_kept(texts, answers, kept, threshold, reporter, "looking for duplicates", workers)
     return {
@@ -193,16 +201,9 @@ def exact_repeats(examples: Sequence[Example], kept: int) -> dict[int, Repeat]:
     return dict(sorted(repeats.items()))
 
 
-def near_repeats(
-    examples: Sequence[Example], similarity: float, reporter: Reporter, workers: Workers = THIS_PROCESS
-) -> dict[int, Repeat]:
-    """Return the rows that ``data.duplicates: drop`` would leave out, each with the one it repeats."""
-    return find_duplicates(examples, 0, similarity, reporter, workers)
-
-
 def count_near_repeats(members: Iterable[Member], similarity: float, reporter: Reporter) -> int:
-    """Count the domain rows that nearly repeat another one."""
-    return len(near_repeats([m.example for m in members if not m.mixed], similarity, reporter))
+    """Count the domain rows that ``data.duplicates: drop`` would leave out."""
+    return len(find_duplicates([m.example for m in members if not m.mixed], 0, similarity, reporter))
 
 
 def cluster_counts(version: DatasetVersion, member: Member) -> tuple[int, int]:
