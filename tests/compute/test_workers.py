@@ -21,6 +21,7 @@ from command_line import tiny_project, tunewright, write_jsonl
 from tunewright.compute import open_workers
 from tunewright.config import Config
 from tunewright.config.compute import ComputeConfig
+from tunewright.core.progress import LogTask
 from tunewright.core.workers import THIS_PROCESS
 from tunewright.data.dedup.similarity import link, nearest_kept
 from tunewright.data.readers.row_errors import RowError
@@ -60,7 +61,7 @@ def test_links_found_in_parts_match_brute_force(texts: list[str], threshold: flo
     with pytest.MonkeyPatch.context() as patch:
         small_parts(patch)
         patch.setattr("tunewright.data.dedup.similarity._SENT", sent)  # more shingles are compared without a worker
-        labels = link(texts, threshold, Listener(), "linking", PickledWorkers()).tolist()
+        labels = link(texts, threshold, LogTask(), PickledWorkers()).tolist()
     assert labels == _components(texts, threshold)
 
 

@@ -15,10 +15,12 @@ from data_helpers import Listener, example, jaccard, unlike_pairs
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tunewright.core.progress import LogTask
 from tunewright.data.dedup import (
     Repeat,
     comparison_texts,
     find_clusters,
+    find_clusters_and_duplicates,
     find_duplicates,
     largest_clusters,
     partition,
@@ -106,10 +108,10 @@ def test_near_pairs_of_templated_texts_are_exact(texts: list[str], threshold: fl
     expected = _brute(texts, threshold)
     assert _found(texts, threshold) == pytest.approx(expected)
     labels = _components(len(texts), expected)
-    assert similarity.link(texts, threshold, Listener(), "linking").tolist() == labels
+    assert similarity.link(texts, threshold, LogTask()).tolist() == labels
     with _many_texts(way):
         assert _found(texts, threshold) == pytest.approx(expected)
-        assert similarity.link(texts, threshold, Listener(), "linking").tolist() == labels
+        assert similarity.link(texts, threshold, LogTask()).tolist() == labels
 
 
 def _components(count: int, pairs: Iterable[tuple[int, int]]) -> list[int]:
@@ -147,10 +149,12 @@ def test_find_duplicates_matches_a_loop_over_all_rows(
             expected[row] = min(alike)[1], -min(alike)[0]
     with patch.multiple(similarity, _MANY_IN_GROUP=many, _CHAINED=chained, _BLOCK=3):
         found = find_duplicates(rows, kept, threshold, Listener())
-        clusters = find_clusters(rows, threshold, Listener())
-        within = find_duplicates(rows, kept, threshold, Listener(), clusters=clusters)
+        clustered = find_clusters_and_duplicates(rows, threshold, Listener())
+        assert clustered == (
+            find_clusters(rows, threshold, Listener()),
+            find_duplicates(rows, 0, threshold, Listener()),
+        )
     assert {row: (repeat.of, repeat.similarity) for row, repeat in found.items()} == expected
-    assert within == found
 
 
 def test_shingles_distinguish_characters_of_all_scripts() -> None:

@@ -174,17 +174,19 @@ def _save(
         _keep_known(project, inputs, planned, merged.parent, reporter)
         return merged.parent.manifest
     sources = _sources(inputs, project.root)
-    version = new_manifest(
-        draft.members,
-        merged.parent,
-        _settings(project.config, merged.parent),
-        message=message,
-        sources=list(sources.values()),
-        left_out=ImportCounts(len(planned.duplicates), len(inputs.faults), len(draft.moved)),
-        mix=draft.mixed.about if draft.mixed else None,
-        near_duplicates=_near_count(merged, draft, project.config),
-        split_from=planned.inherited.about if planned.inherited else None,
-    )
+    with reporter.task("counting", len(draft.members), "examples") as task:
+        version = new_manifest(
+            draft.members,
+            merged.parent,
+            _settings(project.config, merged.parent),
+            message=message,
+            sources=list(sources.values()),
+            left_out=ImportCounts(len(planned.duplicates), len(inputs.faults), len(draft.moved)),
+            mix=draft.mixed.about if draft.mixed else None,
+            near_duplicates=_near_count(merged, draft, project.config),
+            split_from=planned.inherited.about if planned.inherited else None,
+        )
+        task.advance(len(draft.members))
     imports = _Imports(planned.rows, inputs.faults, sources, merged, draft)
     if kept := Counter(key for line in imports for key in line.get("metadata", ())):
         reporter.say(f"Kept as metadata: {counted(kept)}")

@@ -252,17 +252,19 @@ def plan_add(
         UserError: new conflicts, too few rows to split, a dataset changed by hand.
     """
     data = project.config.data
-    merged = merge(
-        project.dataset,
-        rows,
-        data.dedup_threshold,
-        reporter,
-        duplicates=data.duplicates,
-        replace=options.replace,
-        restore=options.restore,
-        accept=data.conflicts == "accept",
-        workers=workers,
-    )
+    with reporter.task("merging", len(rows), "examples") as task:
+        merged = merge(
+            project.dataset,
+            rows,
+            data.dedup_threshold,
+            reporter,
+            duplicates=data.duplicates,
+            replace=options.replace,
+            restore=options.restore,
+            accept=data.conflicts == "accept",
+            workers=workers,
+        )
+        task.advance(len(rows))
     rows = merged.rows
     conflicts = merged.conflicts()
     accepted = data.conflicts == "accept"

@@ -14,7 +14,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.core.spill import repeated
 from tunewright.core.workers import THIS_PROCESS, Workers
-from tunewright.data.dedup import exact_repeats, find_clusters, find_duplicates
+from tunewright.data.dedup import exact_repeats, find_clusters_and_duplicates, find_duplicates
 from tunewright.data.examples import Example, Message, in_conflict
 from tunewright.data.notices import Conflict, Duplicate, ReplacedRow, conflicting
 from tunewright.data.readers import SourceRow
@@ -242,8 +242,7 @@ def compared(merged: Merge, similarity: float, reporter: Reporter, workers: Work
         workers: compare the rows.
     """
     names, rows = list(merged.kept), list(merged.kept.values())
-    similar = find_clusters(rows, similarity, reporter, workers)
-    found = find_duplicates(rows, 0, similarity, reporter, workers, similar)
+    similar, found = find_clusters_and_duplicates(rows, similarity, reporter, workers)
     near = {names[row]: (names[repeat.of], repeat.similarity) for row, repeat in found.items()}
     return replaced(merged, near=near, similar=similar)
 

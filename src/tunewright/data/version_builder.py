@@ -106,13 +106,15 @@ def draft_version(
     mix = config.data.mix
     removed = read_removals(project.dataset).out
     mixed = mix_in(project.root, config, mix, domain, benchmarks, reporter, removed) if mix else None
-    families = largest_clusters([m.example for m in domain], [m.cluster for m in domain], _LARGEST)
-    largest = tuple(
-        LargeCluster(f.rows, domain[f.ends[0]].example.input_text, domain[f.ends[1]].example.input_text, f.similarity)
-        for f in families
-    )
     members = sorted([*domain, *(mixed.members if mixed else [])], key=lambda m: m.key)
-    outputs = measure_output_leakage(domain)
+    with reporter.task("measuring clusters and outputs", len(domain), "examples") as task:
+        families = largest_clusters([m.example for m in domain], [m.cluster for m in domain], _LARGEST)
+        ends = [[domain[end].example.input_text for end in f.ends] for f in families]
+        largest = tuple(
+            LargeCluster(f.rows, one, other, f.similarity) for f, (one, other) in zip(families, ends, strict=True)
+        )
+        outputs = measure_output_leakage(domain)
+        task.advance(len(domain))
     return VersionDraft(members, moved, hits, held, left_out, unaccepted, mixed, largest, outputs)
 
 
@@ -180,24 +182,26 @@ def _domain(
     read = {merged.kept_pair_key(row.example.pair_key) for row in rows}
     notices.warn_of_missing_groups(config.data.group_by, merged.parent, groups, read, reporter)
     notices.warn_of_idle_groups(config.data.group_by, groups, reporter)
-    cluster_of = {key: name for name, members in clusters.items() for key in members}
-    labels = {label: label for label in find_labels(merged.kept[key].output for key in keys)}
-    class_of = {key: labels[merged.kept[key].output.strip()] for key in keys} if labels else None
     if merged.parent is not None:
         _refuse_another_split(merged.parent, clusters, merged.former, config)
-    train_only = frozenset(doubtful).intersection(keys)
-    splits = assign_splits(clusters, former, config.data, config.seed, class_of, train_only)
-    members = [
-        Member(
-            merged.kept[key],
-            key,
-            splits[cluster_of[key]],
-            cluster_of[key],
-            groups.get(key, ()),
-            generated=key in merged.generated,
-        )
-        for key in keys
-    ]
+    with reporter.task("splitting", len(keys), "examples") as task:
+        cluster_of = {key: name for name, members in clusters.items() for key in members}
+        labels = {label: label for label in find_labels(merged.kept[key].output for key in keys)}
+        class_of = {key: labels[merged.kept[key].output.strip()] for key in keys} if labels else None
+        train_only = frozenset(doubtful).intersection(keys)
+        splits = assign_splits(clusters, former, config.data, config.seed, class_of, train_only)
+        members = [
+            Member(
+                merged.kept[key],
+                key,
+                splits[cluster_of[key]],
+                cluster_of[key],
+                groups.get(key, ()),
+                generated=key in merged.generated,
+            )
+            for key in keys
+        ]
+        task.advance(len(keys))
     return members, unaccepted
 
 

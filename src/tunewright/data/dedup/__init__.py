@@ -15,12 +15,15 @@ from tunewright.core.progress import Reporter
 from tunewright.core.spill import TextFile, numbered, repeated
 from tunewright.core.workers import THIS_PROCESS, Workers
 from tunewright.data.dedup.shingles import shingle_matrix
-from tunewright.data.dedup.similarity import link, nearest_kept, similarities
+from tunewright.data.dedup.similarity import Pairs, link, nearest_kept, similarities
+from tunewright.data.dedup.sketches import Indices
 from tunewright.data.examples import Example, normalised
 from tunewright.data.versions import DatasetVersion, Member
 
 # The lookbehind keeps the search linear: without it each letter of a long word would begin a search to its end.
 _WORD_AT_END = re.compile(r"(?<!\w)\w+$")
+
+_CLUSTERS, _DUPLICATES = "clustering", "looking for duplicates"
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,6 @@ def find_duplicates(
     threshold: float,
     reporter: Reporter,
     workers: Workers = THIS_PROCESS,
-    clusters: Sequence[str] | None = None,
 ) -> dict[int, Repeat]:
     """Return the rows that repeat an earlier one: near-equal input, same output, system turn and functions.
 
@@ -85,16 +87,35 @@ def find_duplicates(
         threshold: Jaccard similarity of the inputs' character 4-grams, in (0, 1].
         reporter: shows the progress.
         workers: compare the rows.
-        clusters: each row's cluster, if :func:`find_clusters` was called with these rows and this threshold. Then only
-            rows of one cluster are compared: no others are near-equal.
 
     Returns:
         The most similar kept row of each dropped row.
     """
-    answers: Iterable[Any] = map(_answer, examples)
-    answers = numbered(map(str, answers if clusters is None else zip(answers, clusters, strict=True)))
     texts = comparison_texts(examples)
-    pairs = nearest_kept(texts, answers, kept, threshold, reporter, "looking for duplicates", workers)
+    return _repeats(nearest_kept(texts, _answers(examples), kept, threshold, reporter, _DUPLICATES, workers))
+
+
+def find_clusters_and_duplicates(
+    examples: Sequence[Example], threshold: float, reporter: Reporter, workers: Workers = THIS_PROCESS
+) -> tuple[list[str], dict[int, Repeat]]:
+    """Return the results of :func:`find_clusters` and :func:`find_duplicates` (``kept=0``) for the same rows.
+
+    Only rows of one cluster are compared for duplicates, since no others are near-equal.
+    """
+    with reporter.task(_CLUSTERS, len(examples), "examples") as task:
+        texts = comparison_texts(examples)
+        labels = link(texts, threshold, task, workers)
+        names = _names(examples, labels)
+        together = np.unique(_answers(examples) * len(examples) + labels, return_inverse=True)[1]
+    return names, _repeats(nearest_kept(texts, together, 0, threshold, reporter, _DUPLICATES, workers))
+
+
+def _answers(examples: Iterable[Example]) -> Indices:
+    """Number the rows by what is equal in duplicates besides the input, [rows]."""
+    return numbered(map(str, map(_answer, examples)))
+
+
+def _repeats(pairs: Pairs) -> dict[int, Repeat]:
     return {
         row: Repeat(of, similarity)
         for row, of, similarity in zip(
@@ -121,7 +142,12 @@ def find_clusters(
         reporter: shows the progress.
         workers: compare the rows.
     """
-    labels = link(comparison_texts(examples), threshold, reporter, "clustering", workers)
+    with reporter.task(_CLUSTERS, len(examples), "examples") as task:
+        return _names(examples, link(comparison_texts(examples), threshold, task, workers))
+
+
+def _names(examples: Sequence[Example], labels: Indices) -> list[str]:
+    """Return each row's cluster, given the first row that each is linked with, [rows]."""
     names = [example.pair_key for example in examples]
     linked = np.flatnonzero(labels != np.arange(len(labels)))  # with an earlier row, which the label is the place of
     for row, label in zip(linked.tolist(), labels[linked].tolist(), strict=True):

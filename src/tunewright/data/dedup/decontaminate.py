@@ -92,20 +92,20 @@ def find_hits(
         labels: outputs that are labels (``find_labels``), which are ignored as assistant turns.
         workers: search the rows.
     """
-    sources = [_source(name, texts) for name, texts in against.items()]
     if sum(map(len, against.values())) > _SENT:
         workers = THIS_PROCESS
     hits: dict[tuple[str, str, int], ContaminationHit] = {}
     pieces: dict[str, list[str]] = defaultdict(list)
     with reporter.task("looking for test items", len(rows), "examples") as task:
+        sources = [_source(name, texts) for name, texts in against.items()]
         searched = workers.map(_searched, _Searched(sources, frozenset(labels)), rows.items(), task, _ROWS)
         for key, (found, short_turns) in zip(rows, searched, strict=True):
             hits |= {(key, hit.source, hit.item): hit for hit in found}
             for turn in short_turns:
                 pieces[" ".join(turn)].append(key)
-    for source in sources:
-        for item, row in _holding(source, pieces):
-            hits.setdefault((row, source.name, item), ContaminationHit(row, source.name, item, "contained", 1.0))
+        for source in sources:
+            for item, row in _holding(source, pieces):
+                hits.setdefault((row, source.name, item), ContaminationHit(row, source.name, item, "contained", 1.0))
     return [hits[place] for place in sorted(hits)]
 
 

@@ -73,16 +73,13 @@ def near_pairs(
                 yield Pairs(first[once], second[once], similarity[once])
 
 
-def link(
-    texts: Sequence[str], threshold: float, reporter: Reporter, title: str, workers: Workers = THIS_PROCESS
-) -> Indices:
+def link(texts: Sequence[str], threshold: float, task: Task, workers: Workers = THIS_PROCESS) -> Indices:
     """Return the index of the first text that each text is linked with by a chain of near-equal texts, [texts].
 
     Args:
         texts: the texts.
         threshold: Jaccard similarity of the texts' shingles, in (0, 1].
-        reporter: shows the progress.
-        title: what the progress is called.
+        task: is advanced by the texts.
         workers: compare the texts.
     """
     same = numbered(texts)
@@ -91,15 +88,15 @@ def link(
     lengths = np.fromiter(map(len, texts), dtype=np.int64, count=len(texts))
     order = np.argsort(lengths[first_of], kind="stable")
     different = TextFile(texts[i] for i in first_of[order])
-    del texts  # and its file
+    task.advance(len(texts) - len(order))
+    del texts  # and, if the caller has none, its file
     with ShingleFile(different) as rows:
         del different
         labels: Indices = np.arange(len(order), dtype=np.int64)
-        with reporter.task(title, len(order), "different texts") as task:
-            parts = _alike(rows, threshold, labels, workers.count)
-            for here, some in groupby(parts, key=lambda alike: alike.large):
-                for places, linked in (THIS_PROCESS if here else workers).map(_linked, threshold, some, task):
-                    _join(labels, places, places[linked])
+        parts = _alike(rows, threshold, labels, workers.count)
+        for here, some in groupby(parts, key=lambda alike: alike.large):
+            for places, linked in (THIS_PROCESS if here else workers).map(_linked, threshold, some, task):
+                _join(labels, places, places[linked])
     first = np.full(len(order), len(order), dtype=np.int64)
     np.minimum.at(first, labels, order)
     label_of = np.empty(len(order), dtype=np.int64)
@@ -209,7 +206,8 @@ def _in_chains(
     if not large:
         return groups
     places = np.sort(np.concatenate(large))
-    chains = link(TextFile(texts[i] for i in places.tolist()), threshold, reporter, title, workers)
+    with reporter.task(title, len(places), "examples") as task:
+        chains = link(TextFile(texts[i] for i in places.tolist()), threshold, task, workers)
     split = groups.copy()
     split[places] = groups.max() + 1 + np.unique(groups[places] * len(places) + chains, return_inverse=True)[1]
     return split
