@@ -60,7 +60,8 @@ class Bench:
             texts: the questions, [items].
             groups: groups from the file, [items]; None where it has none.
         """
-        alike = link(distinctive(texts), self.project.config.data.dedup_threshold, self.reporter, "clustering").tolist()
+        with self.reporter.task("clustering", len(texts), "questions") as task:
+            alike = link(distinctive(texts), self.project.config.data.dedup_threshold, task).tolist()
         names = _joined(alike, groups)
         count = len(set(names))
         if count < len(names):
