@@ -234,7 +234,7 @@ def refuse_unused(action: str, options: Mapping[str, bool]) -> None:
         UserError: naming the options.
     """
     if unused := [name for name, given in options.items() if given]:
-        raise UserError(f"{action} does not use {', '.join(unused)}", where=action, fix="Leave it out.")
+        raise UserError(f"{action} does not use {', '.join(unused)}", fix="Leave it out.")
 
 
 def _options(of: type[Any]) -> list[Parameter]:

@@ -357,5 +357,5 @@ def _histogram(report: LengthReport) -> Text:
 
 
 def _named(lines: Sequence[str]) -> list[str]:
-    more = [f"  and {len(lines) - _MOST_NAMED} more: --json lists all"] if len(lines) > _MOST_NAMED else []
+    more = [f"  and {len(lines) - _MOST_NAMED:,} more: --json lists all"] if len(lines) > _MOST_NAMED else []
     return [*(f"  {line}" for line in lines[:_MOST_NAMED]), *more]

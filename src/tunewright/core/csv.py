@@ -106,5 +106,5 @@ def refuse_faulty(faults: Sequence[str]) -> None:
     """
     if faults:
         listed = "\n".join(f"  {fault}" for fault in faults[:_MOST_FAULTS])
-        more = f"\n  and {len(faults) - _MOST_FAULTS} more" if len(faults) > _MOST_FAULTS else ""
+        more = f"\n  and {len(faults) - _MOST_FAULTS:,} more" if len(faults) > _MOST_FAULTS else ""
         raise UserError(f"Faulty rows, no verdict was recorded:\n{listed}{more}", fix="Fix them and import again.")

@@ -66,7 +66,7 @@ def listed(lines: Iterable[str], count: int, most: int, where_all: str) -> str:
     """Return the first ``most`` lines, then the number left out and ``where_all``, which says where to find them."""
     shown = [f"  {line}" for _, line in zip(range(most), lines, strict=False)]
     if count > most:
-        shown.append(f"  and {count - most} more: {where_all}")
+        shown.append(f"  and {count - most:,} more: {where_all}")
     return "\n".join(shown)
 
 

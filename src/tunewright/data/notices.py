@@ -207,7 +207,7 @@ def unaccepted(places: Sequence[str]) -> str:
 
 def _holds(items: Sequence[tuple[MatchKind, str]]) -> str:
     how, item = items[0]
-    return f"{HOLDS[how]} {item}" + (f" and {len(items) - 1} more" if len(items) > 1 else "")
+    return f"{HOLDS[how]} {item}" + (f" and {len(items) - 1:,} more" if len(items) > 1 else "")
 
 
 HOLDS: dict[MatchKind, str] = {"equal": "is", "contained": "contains or is part of", "overlap": "shares words with"}

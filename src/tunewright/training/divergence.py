@@ -39,7 +39,7 @@ class UnstableRunError(Exception):
         """
         named = [name_of(members[place]) for place in self.rows if place < len(members)]
         lines = [f"  {name}" for name in named[:_MOST_NAMED]]
-        lines += [f"  and {len(named) - _MOST_NAMED} more"] * (len(named) > _MOST_NAMED)
+        lines += [f"  and {len(named) - _MOST_NAMED:,} more"] * (len(named) > _MOST_NAMED)
         return DivergedError(
             f"{self.what} at step {self.step}; no adapter is kept. The rows of that step:\n" + "\n".join(lines),
             where="train.learning_rate",

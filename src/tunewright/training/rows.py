@@ -273,5 +273,5 @@ def _plain(text: str) -> str:
 
 
 def _listed(lines: Sequence[str]) -> str:
-    more = [f"  and {len(lines) - _MOST_NAMED} more: `tunewright data check --json` lists all of them"]
+    more = [f"  and {len(lines) - _MOST_NAMED:,} more: `tunewright data check --json` lists all of them"]
     return "\n".join([*(f"  {line}" for line in lines[:_MOST_NAMED]), *more * (len(lines) > _MOST_NAMED)])
