@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -58,8 +59,23 @@ def _explained(error: Exception) -> tuple[str, str]:
     return f"The remote cannot be used: {reason}", "Check the URL, the network and your permissions."
 
 
+@cache
+def _refusing_redirects() -> dict[str, Any]:
+    """Return options of fsspec for the web: a redirect could lead to any address of this machine's network."""
+    from aiohttp import ClientSession, TraceConfig, TraceRequestRedirectParams
+
+    async def refuse(_session: ClientSession, _context: object, answer: TraceRequestRedirectParams) -> None:
+        target = answer.response.headers.get("Location", "").partition("?")[0]  # what follows may be a credential
+        fix = "Redirects are not followed. If you trust that address, use its URL."
+        raise UserError(f"The server redirects to {target!r}", where=str(answer.url), fix=fix)
+
+    trace = TraceConfig()
+    trace.on_request_redirect.append(refuse)
+    return {"client_kwargs": {"trace_configs": [trace]}}
+
+
 class RemoteFiles:
-    """The files below a URL; as a string, the URL.
+    """The files below a URL, without following redirects of a web server; as a string, the URL.
 
     Args:
         url: any URL or path that fsspec knows: a folder, s3://bucket/prefix, …
@@ -73,6 +89,8 @@ class RemoteFiles:
         self.url = url.rstrip("/") or url
         self._again = again
         with self.refusals():
+            if self.url.startswith(("http://", "https://")):
+                options = _refusing_redirects() | (options or {})
             self.fs, root = fsspec.core.url_to_fs(self.url, **(options or {}))
             # Others may have pushed since this process looked.
             self.fs.invalidate_cache()
@@ -162,7 +180,9 @@ class RemoteFiles:
         with self.refusals():
             try:
                 file = self.fs.open(f"{self.root}/{name}", "rb")
-            except FileNotFoundError:
+            except FileNotFoundError as error:
+                if isinstance(error.__cause__, UserError):  # fsspec takes any failure of HTTP for a missing file
+                    raise error.__cause__ from None
                 raise UserError("The file is missing", where=f"{self.url}/{name}", fix=self._again) from None
         with file:
             yield RemoteFile(self, file)

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from ipaddress import IPv6Network
 from urllib.parse import parse_qsl
 
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tunewright.config import GatewayConfig
 from tunewright.core.errors import UserError
+from tunewright.core.text import count_of
 from tunewright.data.versions.diff import Mark
 
 MAX_FORM = 1_000_000  # bytes: an edited answer, and some room
+MAX_SIGN_IN = 4_096
+MAX_WRONG = 5
+"""Wrong secrets from one address in ``WRONG_S``; further ones are not even compared."""
+WRONG_S = 60.0
+BODY_S = GatewayConfig().body_timeout_s
 HEADERS = {
     # The browser itself refuses whatever does not come from the studio: the proof that it works offline.
     "Content-Security-Policy": "default-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'; "
@@ -24,7 +35,6 @@ HEADERS = {
     "Referrer-Policy": "same-origin",
     "X-Content-Type-Options": "nosniff",
 }
-_REFUSED_S = 1.0  # after each wrong secret, one at a time: nobody tries many passwords
 
 
 @dataclass(frozen=True)
@@ -78,14 +88,26 @@ class Access:
         self._cookie = cookie
         self._reviewer = reviewer
         self._sessions: dict[str, StudioSession] = {}
-        self._refusing = asyncio.Lock()
+        self._tries: dict[str, tuple[float, int]] = {}  # by address: the time of the first, and how many; oldest first
 
-    async def sign_in(self, secret: str) -> str | None:
-        """Return a new session's ``Set-Cookie`` value, or None after a pause if the secret is wrong."""
+    def sign_in(self, secret: str, address: str) -> str | None:
+        """Return a new session's ``Set-Cookie`` value, or None if the secret is wrong.
+
+        Raises:
+            HTTPException: 429, there were too many wrong secrets from this address.
+        """
+        at, source = time.monotonic(), _source(address)
+        while self._tries and next(iter(self._tries.values()))[0] <= at - WRONG_S:
+            del self._tries[next(iter(self._tries))]
+        since, tries = self._tries.get(source, (at, 0))
+        if tries >= MAX_WRONG:
+            wait = math.ceil(since + WRONG_S - at)
+            what = f"There were {MAX_WRONG} wrong sign-ins from your address: try again in {count_of(wait, 'second')}"
+            raise HTTPException(429, what, {"Retry-After": str(wait)})
+        self._tries[source] = since, tries + 1
         if not secrets.compare_digest(secret.encode(), self._secret):
-            async with self._refusing:
-                await asyncio.sleep(_REFUSED_S)
             return None
+        del self._tries[source]
         key = secrets.token_urlsafe(32)
         self._sessions[key] = StudioSession(self._reviewer)
         return f"{self._cookie}={key}; Path=/; HttpOnly; SameSite=Strict"
@@ -95,18 +117,31 @@ class Access:
         return self._sessions.get(request.cookies.get(self._cookie, ""))
 
 
-async def read_form(request: Request) -> dict[str, str]:
+def _source(address: str) -> str:
+    """Return what counts as one address: of IPv6 the /64 network, all of which one machine may have."""
+    try:
+        return str(IPv6Network((address, 64), strict=False))
+    except ValueError:
+        return address
+
+
+async def read_form(request: Request, limit: int = MAX_FORM) -> dict[str, str]:
     """Return the fields of a form in its URL-encoded body.
 
     Raises:
-        UserError: the form is too large, not UTF-8, or was sent by another site's page.
+        UserError: the form is larger than ``limit`` bytes, not UTF-8, or was sent by another site's page.
+        HTTPException: 408, its body did not arrive in time.
     """
     require_same_origin(request)
     body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > MAX_FORM:
-            raise UserError(f"The form is larger than {MAX_FORM:,} bytes", fix="Shorten the text.")
+    try:
+        async with asyncio.timeout(BODY_S):
+            async for piece in request.stream():
+                body += piece
+                if len(body) > limit:
+                    raise UserError(f"The form is larger than {limit:,} bytes", fix="Shorten the text.")
+    except TimeoutError:
+        raise HTTPException(408, f"The form did not arrive within {BODY_S:g} seconds") from None
     try:
         fields = parse_qsl(body.decode(), keep_blank_values=True, strict_parsing=bool(body), errors="strict")
     except ValueError:

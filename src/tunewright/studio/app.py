@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import ipaddress
 import secrets
@@ -35,6 +36,7 @@ from tunewright.core.io import write_bytes
 from tunewright.core.text import visible
 from tunewright.serving.gateway.server import serve
 from tunewright.studio.access import (
+    MAX_SIGN_IN,
     Access,
     ReadOnly,
     StudioSession,
@@ -57,6 +59,10 @@ from tunewright.studio.words import capital, role
 _LOG_SHOWN = 100_000  # bytes from the end of a job's log
 _TYPED = ("question", "answer", "output", "note", "message")
 """Fields whose text is worth keeping when a session has ended."""
+_MOST_ENDED = 8
+"""Forms without a session that are read at once, to return what was typed. Strangers can send them too."""
+_MOST_NAME = 200  # bytes of an upload's name; file systems allow 255, and the temporary name is longer
+_UPLOAD = "/data/upload"
 _LOOPBACK = ("127.0.0.1", "localhost")
 _STATIC = Path(str(files("tunewright.studio") / "static"))
 
@@ -94,6 +100,7 @@ class Studio:
         self._access = Access(secret, f"tunewright_studio_{secrets.token_hex(4)}", reviewer)
         # One session for all visitors: without forms, they have nothing to tell apart.
         self._visitor = StudioSession(reviewer, read_only=True) if demo else None
+        self._ended_forms = asyncio.Semaphore(_MOST_ENDED)
         self._lock = Lock()  # pages read and write the project's files one at a time
         self._cache = Cache(Playing(self._root))
         self._jobs = Jobs(self._root / ".tunewright" / "jobs", self._root)
@@ -113,7 +120,7 @@ class Studio:
         routes = [
             Route("/sign-in", self._sign_in_page, methods=["GET"]),
             Route("/sign-in", self._sign_in, methods=["POST"]),
-            Route("/data/upload", self._upload, methods=["POST"]),
+            Route(_UPLOAD, self._upload, methods=["POST"]),
             Route("/jobs/{job}/events", self._events, methods=["GET"]),
             Route("/train/runs/{run}/events", self._run_events, methods=["GET"]),
             Route("/playground/{question}/events", self._answer_events, methods=["GET"]),
@@ -174,9 +181,9 @@ class Studio:
     def _endpoint(self, handler: Handler, method: str) -> Callable[[Request], Any]:
         async def endpoint(request: Request) -> Response:
             session = self._session(request)
-            form: dict[str, str] = {} if method == "GET" else await read_form(request)
             if session is None:
-                return RedirectResponse("/sign-in", status_code=303) if method == "GET" else self._ended(form)
+                return RedirectResponse("/sign-in", status_code=303) if method == "GET" else await self._ended(request)
+            form: dict[str, str] = {} if method == "GET" else await read_form(request)
             if method == "POST":
                 require_form_token(session, form)
             answer: Response = await to_thread.run_sync(self._answer, handler, request, session, form)
@@ -208,14 +215,19 @@ class Studio:
         return HTMLResponse(self._sign_in_text(""))
 
     async def _sign_in(self, request: Request) -> Response:
-        cookie = await self._access.sign_in((await read_form(request)).get("secret", ""))
+        secret = (await read_form(request, MAX_SIGN_IN)).get("secret", "")
+        cookie = self._access.sign_in(secret, request.client.host if request.client else "")
         if cookie is None:
             return HTMLResponse(self._sign_in_text("That is not the secret of this studio."), status_code=403)
         return RedirectResponse("/", status_code=303, headers={"Set-Cookie": cookie})
 
-    def _ended(self, form: dict[str, str]) -> Response:
+    async def _ended(self, request: Request) -> Response:
         """Ask for the secret again, and return what was typed: the page that has it is made again after the sign-in."""
-        typed = [form[name] for name in _TYPED if form.get(name, "").strip()]
+        typed: list[str] = []
+        if request.url.path != _UPLOAD and not self._ended_forms.locked():
+            async with self._ended_forms:
+                form = await read_form(request)
+            typed = [form[name] for name in _TYPED if form.get(name, "").strip()]
         wrong = "Your session has ended, because the studio was started again. Nothing was recorded."
         return HTMLResponse(self._sign_in_text(wrong, typed), status_code=403)
 
@@ -227,7 +239,7 @@ class Studio:
         """Store a file in the project's `UPLOADS`, whole or not at all."""
         session = self._session(request)
         if session is None:
-            return self._ended({})
+            return await self._ended(request)
         require_same_origin(request)
         if not ProjectFolder(self._root).has_config:
             return RedirectResponse(NEW_PROJECT, status_code=303)
@@ -242,8 +254,8 @@ class Studio:
             require_form_token(session, {"form_token": str(sent.get("form_token", ""))})
             if not isinstance(file, UploadFile) or not file.filename:
                 raise UserError("No file was chosen", fix="Go back and choose one.")
-            name = Path(file.filename.replace("\\", "/")).name
-            await to_thread.run_sync(_store, self._root / UPLOADS / name, file.file)
+            name = file.filename.replace("\\", "/").rpartition("/")[2]
+            await to_thread.run_sync(_store, self._root / UPLOADS, name, file.file)
         return RedirectResponse(f"/data/check?{urlencode({'file': name})}", status_code=303)
 
     async def _events(self, request: Request) -> Response:
@@ -316,26 +328,31 @@ class Studio:
     async def _failed(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         what = f"There is no page {request.url.path}" if error.status_code == 404 else error.detail
-        return self._error(error.status_code, what)
+        response = self._error(error.status_code, what)
+        response.headers.update(error.headers or {})
+        return response
 
     def _error(self, status: int, what: str, where: str = "", fix: str = "") -> Response:
         text = self._templates.get_template("error.html.j2").render(what=what, where=where, fix=fix)
         return HTMLResponse(text, status_code=status)
 
 
-def _store(path: Path, file: BinaryIO) -> None:
+def _store(folder: Path, name: str, file: BinaryIO) -> None:
     """Write an uploaded file.
 
     Raises:
-        UserError: there is another file of this name.
+        UserError: its name cannot be used, or there is another file of this name.
     """
-    if path.name.startswith(".") or visible(path.name) != path.name:
-        raise UserError(f"The file's name cannot be used: {path.name!r}", fix="Rename it.")
+    controls = visible(name) != name or any(c in name for c in "\t\r\n")
+    if not name or name.startswith(".") or controls or len(name.encode()) > _MOST_NAME:
+        fix = f"Rename it: at most {_MOST_NAME} bytes, without control characters or a dot in front."
+        raise UserError(f"The file's name cannot be used: {name[:60]!r}", fix=fix)
+    path = folder / name
     content = file.read()
     if not path.exists():
         write_bytes(path, content)
     elif path.read_bytes() != content:
-        raise UserError(f"There is another file {path.name!r}", where=UPLOADS, fix="Rename yours, and upload it again.")
+        raise UserError(f"There is another file {name!r}", where=UPLOADS, fix="Rename yours, and upload it again.")
 
 
 def _version_of(folder: Path) -> str:
