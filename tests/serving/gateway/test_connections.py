@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import resource
 import signal
 import socket
@@ -25,7 +26,12 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from tunewright.config import GatewayConfig
-from tunewright.serving.gateway.connections import MAX_HEADER_BYTES, MAX_HEADERS, raise_descriptor_limit
+from tunewright.serving.gateway.connections import (
+    MAX_HEADER_BYTES,
+    MAX_HEADERS,
+    MAX_PIPELINED,
+    raise_descriptor_limit,
+)
 from tunewright.serving.gateway.server import serving
 
 HEAD = b"GET / HTTP/1.1\r\nHost: x\r\n"
@@ -262,6 +268,69 @@ def test_oversized_second_request_does_not_write_into_the_first_answer() -> None
                 said += chunk
         assert b"431" not in said and b"[DONE]" not in said
         until(lambda: engine.aborted == 1)
+
+
+def read_answers(connection: socket.socket, count: int) -> bytes:
+    """Read as many answers, which are one of _echo each."""
+    said = b""
+    while said.count(b'"body"') < count:
+        chunk = connection.recv(65536)
+        assert chunk, said
+        said += chunk
+    return said
+
+
+def asking(body: bytes) -> bytes:
+    return b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+
+
+def test_pipelined_requests_are_answered_in_order() -> None:
+    bodies = [b"%d" % number for number in range(1 + MAX_PIPELINED)]
+    with connection_to() as connection:
+        for few in (bodies[:2], bodies):
+            connection.sendall(b"".join(map(asking, few)))
+            said = read_answers(connection, len(few))
+            assert re.findall(rb'"body":"(\d)"', said) == few
+
+
+def test_pipelined_request_whose_body_comes_later_is_answered() -> None:
+    large = b"x" * (8 * MAX_HEADER_BYTES)
+    with connection_to() as connection:
+        connection.sendall(asking(b"1") + asking(large)[:-1])
+        assert b'"body":"1"' in read_answers(connection, 1)
+        connection.sendall(large[-1:] + asking(b"3"))
+        assert b'"body":"3"' in read_answers(connection, 2)
+
+
+def test_pipelined_requests_over_the_limit_end_the_connection_after_the_earlier_answers() -> None:
+    with connection_to() as connection:
+        connection.sendall(asking(b"1") * (MAX_PIPELINED + 20))
+        said = read_to_end(connection)
+    answers, version, error = said.rpartition(b"HTTP/1.1 ")
+    assert answers.count(b"HTTP/1.1 200") == 1 + MAX_PIPELINED
+    assert refusal(version + error) == (429, "too_many_pipelined_requests")
+
+
+PIPELINED = {"shortest": b"GET / HTTP/1.1\r\n\r\n", "with a body": asking(b"1")}
+
+
+@pytest.mark.parametrize("kind", PIPELINED)
+def test_pipelined_requests_that_are_never_read_take_little_memory_and_stop_nobody(kind: str) -> None:
+    data = PIPELINED[kind] * ((2 << 20) // len(PIPELINED[kind]))
+    with serving(APP) as url, ExitStack() as opened:
+        tracemalloc.start()
+        try:
+            for count, most in ((1, 10 << 20), (49, 100 << 20)):
+                for _ in range(count):
+                    connection = opened.enter_context(connected(url))
+                    connection.setblocking(False)
+                    with suppress(BlockingIOError, ConnectionResetError, BrokenPipeError):
+                        for at in range(0, len(data), 1 << 16):
+                            connection.send(data[at : at + (1 << 16)])
+                assert httpx.get(url, trust_env=False, timeout=60).status_code == 200
+                assert tracemalloc.get_traced_memory()[1] < most
+        finally:
+            tracemalloc.stop()
 
 
 def test_upgrade_is_answered_as_an_ordinary_request() -> None:

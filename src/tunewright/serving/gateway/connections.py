@@ -16,6 +16,8 @@ from typing import Any
 
 import httptools
 import uvicorn
+from starlette.responses import JSONResponse
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
@@ -27,6 +29,8 @@ log = logging.getLogger("tunewright")
 MAX_HEADER_BYTES = 32 << 10
 """The request line and all headers, names and values; as much as nginx accepts by default."""
 MAX_HEADERS = 100
+MAX_PIPELINED = 8
+"""Requests of a connection that may wait for the answer to an earlier one."""
 _LATE_SECONDS = 0.5
 """A timer that is later than this shows that the process was stopped, as in a machine that sleeps."""
 _LINGER_SECONDS = 2.0
@@ -99,11 +103,27 @@ class ConnectionState(ServerState):
             self._reported_at = time.monotonic()
 
 
+class _PipelineFlow(FlowControl):
+    """Flow control that does not resume reading while a pipelined request waits.
+
+    uvicorn resumes after each answer, and each time the application waits for a disconnect.
+    """
+
+    def __init__(self, connection: BoundedHttpProtocol) -> None:
+        super().__init__(connection.transport)
+        self._connection = connection
+
+    def resume_reading(self) -> None:
+        if not self._connection.pipeline:
+            super().resume_reading()
+
+
 class BoundedHttpProtocol(HttpToolsProtocol):
     """uvicorn's HTTP protocol with bounds.
 
-    A connection is closed if a request's head is too large or too late. The parser collects a header until the next one
-    begins, and reports nothing meanwhile; so the bytes since its last report are bounded too.
+    A connection is closed if a request's head is too large or too late, or if too many pipelined requests wait. The
+    parser collects a header until the next one begins, and reports nothing meanwhile; so the bytes since its last
+    report are bounded too.
     """
 
     def __init__(
@@ -126,6 +146,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the time for the first request."""
         super().connection_made(transport)
+        self.flow = _PipelineFlow(self)
         if not self._state.admit(self):
             self._send(_too_many_connections())
             transport.close()
@@ -159,7 +180,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         except httptools.HttpParserUpgrade:
             pass  # answered as an ordinary request
         except httptools.HttpParserError:
-            self._refuse(_headers_too_large() if self._too_large else _invalid_http())
+            if not self._refused:
+                self._refuse(_headers_too_large() if self._too_large else _invalid_http())
             return
         if self._idle and self._head_timer is None and self.timeout_keep_alive_task is None:
             self._start_head_timer()
@@ -197,6 +219,14 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._stop_head_timer()
         self._state.set_waiting(self, False)
         super().on_headers_complete()
+        if len(self.pipeline) > MAX_PIPELINED:
+            # Read data may hold thousands of requests. The earlier ones are answered before this error.
+            error = _too_many_pipelined()
+            refusal: Any = JSONResponse(error.body, error.status, {"connection": "close"})  # uvicorn's types differ
+            self.pipeline[0] = self.cycle, refusal
+            self._refused = True
+            self._state.count(f"refused an HTTP request: {error.message}")
+            raise ValueError("too many requests")  # ends the parser
 
     def on_body(self, body: bytes) -> None:
         """Take a part of the body."""
@@ -296,6 +326,11 @@ def _headers_too_large() -> ApiError:
 
 def _invalid_http() -> ApiError:
     return ApiError("Invalid HTTP request.", status=400, code="invalid_http")
+
+
+def _too_many_pipelined() -> ApiError:
+    message = f"Too many pipelined requests (limit {MAX_PIPELINED}): wait for answers."
+    return ApiError(message, status=429, code="too_many_pipelined_requests")
 
 
 def _header_timeout(seconds: float) -> ApiError:
