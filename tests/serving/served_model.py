@@ -74,6 +74,10 @@ def build_model() -> Any:
     for name, weight in wrapped.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.5)
+    for lora in wrapped.peft_config.values():
+        # peft keeps targets as a set. Sorted, adapters have the same digests in each process, and so a canary the same
+        # conversations.
+        lora.target_modules = sorted(lora.target_modules)
     return wrapped.eval()
 
 

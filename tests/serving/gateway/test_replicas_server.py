@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import random
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import cycle, product
 from pathlib import Path
 
 import httpx
@@ -114,7 +114,7 @@ def test_tenants_get_their_own_adapters_answers_over_replicas_of_which_one_stops
             def client(tenant: str, question: str, at: int) -> tuple[str, str]:
                 """Return the adapter that answered, or the error's code."""
                 if at == 2 * len(QUESTIONS):
-                    half.wait(60)
+                    half.wait(300)
                 reply = running.ask(keys[tenant], ALIASES[tenant], question)
                 if reply.status_code != 200:
                     return tenant, reply.json()["error"]["code"]
@@ -126,7 +126,7 @@ def test_tenants_get_their_own_adapters_answers_over_replicas_of_which_one_stops
             asked = [(tenant, question) for _ in range(3) for question in QUESTIONS for tenant in ALIASES]
             with ThreadPoolExecutor(8) as pool:
                 pending = [pool.submit(client, *each, at) for at, each in enumerate(asked)]
-                half.wait(60)
+                half.wait(300)
                 running.engines["replica-1"].stop()
                 found = [each.result() for each in pending]
             outcomes: dict[str, set[str]] = {
@@ -156,6 +156,7 @@ def test_every_answer_is_its_own_adapters_while_replicas_are_added_and_removed_b
         for name in adapters
         for question in QUESTIONS
     }
+    own = {("acme", "one"), ("acme", "three"), ("globex", "two")}
     url = f"sqlite:///{tmp_path}/state.sqlite"
     pace = Pace(look=0.02, window=0.3, late=0.1, calm=0.5)
     with State(url, "ann") as state:
@@ -168,9 +169,11 @@ def test_every_answer_is_its_own_adapters_while_replicas_are_added_and_removed_b
             keys[tenant], _ = state.keys.create(tenant)
         with server(url, list(adapters.values()), ScalingPolicy(1, 2, 0.02, pace)) as running:
             answered: list[tuple[str, str]] = []
+            # Each tenant asks each question in turn: which conversations are the canary's depends on their text.
+            asked = cycle(product(QUESTIONS, ALIASES))
 
-            def client(at: int) -> None:
-                tenant, question = list(ALIASES)[at % 2], QUESTIONS[at % len(QUESTIONS)]
+            def client() -> None:
+                question, tenant = next(asked)
                 reply = running.ask(keys[tenant], ALIASES[tenant], question)
                 assert reply.status_code == 200, reply.text
                 name = names[reply.headers["x-tunewright-adapter"]]
@@ -182,12 +185,12 @@ def test_every_answer_is_its_own_adapters_while_replicas_are_added_and_removed_b
 
             def removed() -> bool:
                 """Answer while it is removed."""
-                client(0)
+                client()
                 return present() == 1
 
             def work(done: threading.Event) -> None:
                 while not done.is_set():
-                    client(random.randrange(100))
+                    client()
 
             for _ in range(2):
                 done = threading.Event()
@@ -195,14 +198,15 @@ def test_every_answer_is_its_own_adapters_while_replicas_are_added_and_removed_b
                     working = [pool.submit(work, done) for _ in range(8)]
                     until(lambda: present() == 2)
                     answered.clear()
-                    until(lambda: len(answered) > 24)
+                    until(lambda: len(answered) > 24 and own <= set(answered))
                     done.set()
                     for each in working:
                         each.result()
                 until(removed)
-            assert set(answered) == {("acme", "one"), ("acme", "three"), ("globex", "two")}
+            assert set(answered) == own
             until(lambda: set(running.metrics("replica_up")) == {"replica-1"})
-            assert running.metrics("replica_changes_total", "direction") == {"up": 2, "down": 2}
+            changes = running.metrics("replica_changes_total", "direction")
+            assert changes["up"] == changes["down"] >= 2  # a busy machine may leave it calm between two answers
             assert running.metrics("wanted_replicas") == {"": 1}
             assert running.metrics("replica_start_failures_total") == {"": 0}
             with httpx.Client(trust_env=False) as http:
