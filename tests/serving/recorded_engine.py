@@ -88,7 +88,7 @@ def asked(digest: str | None, tokens: int = 2) -> Request:
 
 
 def run(work: Any) -> Any:
-    return asyncio.run(asyncio.wait_for(work, 60))
+    return asyncio.run(asyncio.wait_for(work, 300))
 
 
 def first(digest: str, names: Sequence[str] = NAMES) -> str:

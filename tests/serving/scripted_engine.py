@@ -60,6 +60,8 @@ class ScriptedEngine:
         self.asked: list[tuple[Request, str]] = []
         self.begun = 0
         self.aborted = 0
+        self.held_at = 0
+        """The number of the token that no answer gets until this is 0 again."""
 
     @property
     def in_flight(self) -> tuple[int, int]:
@@ -78,6 +80,8 @@ class ScriptedEngine:
         try:
             for number, wait in enumerate(self.waits, 1):
                 await asyncio.sleep(wait)
+                while number == self.held_at:
+                    await asyncio.sleep(0.001)
                 yield Delta((A,), "length" if number == len(self.waits) else None)
             whole = True
         finally:

@@ -187,14 +187,20 @@ def test_abort_while_the_adapter_is_loading_leaves_nothing_behind() -> None:
 
 
 def test_hot_adapter_gets_a_second_replica_and_other_adapters_stay_on_theirs() -> None:
-    engines = {name: Recorded(waits=(0.02, 0.02), max_num_seqs=4) for name in NAMES}
+    engines = {name: Recorded(max_num_seqs=4) for name in NAMES}
+    for engine in engines.values():
+        engine.held_at = 1
 
     async def ask(replicas: Replicas) -> None:
         await replicas.load(ONE, Path())
-        work = []
-        for _ in range(12):
-            work.append(asyncio.create_task(answer(replicas, asked(ONE))))
-            await asyncio.sleep(0.002)
+        work = [asyncio.create_task(answer(replicas, asked(ONE))) for _ in range(4)]
+        while [state.adapters for state in replicas.states()] != [1, 1]:
+            await asyncio.sleep(0.001)
+        work += [asyncio.create_task(answer(replicas, asked(ONE))) for _ in range(8)]
+        while sum(len(engine.asked) for engine in engines.values()) < 12:
+            await asyncio.sleep(0.001)
+        for engine in engines.values():
+            engine.held_at = 0
         assert await asyncio.gather(*work) == [(97, 97)] * 12
 
     with running(engines) as replicas:
@@ -206,17 +212,18 @@ def test_hot_adapter_gets_a_second_replica_and_other_adapters_stay_on_theirs() -
 def test_drained_replica_finishes_its_answers_gets_no_further_ones_and_is_stopped() -> None:
     engines = {name: Recorded() for name in NAMES}
     home = engines[first(ONE)]
-    home.waits = [0.0, 0.5]
+    home.held_at = 2
 
     async def ask(replicas: Replicas) -> None:
         await replicas.load(ONE, Path())
         running = stream(replicas, asked(ONE))
         await anext(running)
         draining = asyncio.wrap_future(replicas.drain(first(ONE), 60))
-        await asyncio.sleep(0.05)
+        while replicas.up == 2:
+            await asyncio.sleep(0.001)
         assert await answer(replicas, asked(ONE)) == (97, 97)
         assert (len(home.asked), home.stops, draining.done()) == (1, 0, False)
-        assert replicas.up == 1
+        home.held_at = 0
         assert [delta.finish async for delta in running] == ["length"]
         assert await draining
         assert home.stops == 1
@@ -270,7 +277,7 @@ def test_last_replica_that_is_up_is_not_drained() -> None:
 def test_kept_replica_takes_requests_again_with_its_adapters() -> None:
     engines = {name: Recorded() for name in NAMES}
     home = engines[first(ONE)]
-    home.waits = [0.0, 0.2]
+    home.held_at = 2
 
     async def ask(replicas: Replicas) -> None:
         await replicas.load(ONE, Path())
@@ -282,6 +289,7 @@ def test_kept_replica_takes_requests_again_with_its_adapters() -> None:
         assert replicas.keep(first(ONE))
         assert not replicas.keep(first(ONE))
         assert not await draining
+        home.held_at = 0
         assert [delta.finish async for delta in running] == ["length"]
         assert await answer(replicas, asked(ONE)) == (97, 97)
         assert (len(home.asked), home.changes, home.stops) == (2, ["+1"], 0)

@@ -217,7 +217,7 @@ def test_connection_without_a_request_is_closed_without_an_answer() -> None:
 
 
 def test_connection_is_closed_when_its_next_request_does_not_come() -> None:
-    with connection_to(keep_alive_timeout_s=0.2) as connection:
+    with connection_to(keep_alive_timeout_s=1) as connection:
         for _ in range(2):
             connection.sendall(HEAD + b"\r\n")
             assert read_answer(connection)[0] == 200

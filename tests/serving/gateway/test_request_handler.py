@@ -31,15 +31,20 @@ URL = "/v1/completions"
 
 
 class FailingEngine(ScriptedEngine):
-    """Fails the prompt "bad" after its first token."""
+    """Fails the prompt "bad" after the first token of each prompt."""
+
+    firsts = 0
 
     async def deltas(self, request: Request) -> AsyncGenerator[Delta, None]:
         number = 0
         async for delta in super().deltas(request):
             number += 1
             if bytes(request.prompt_ids) == b"bad" and number == 2:
+                while self.firsts % 3:
+                    await asyncio.sleep(0.001)
                 raise RequestFailedError("it cannot be computed")
             yield delta
+            self.firsts += number == 1
 
 
 def until(holds: Callable[[], bool], seconds: float = 300) -> None:
@@ -50,7 +55,7 @@ def until(holds: Callable[[], bool], seconds: float = 300) -> None:
 
 
 def test_one_failed_prompt_ends_the_request_and_frees_the_others() -> None:
-    engine = FailingEngine((0, 0.05, 60))
+    engine = FailingEngine((0, 0, 60))
     with scripted_server(engine) as client:
         body = {"model": "base", "prompt": ["good", "bad", "good"], "max_tokens": 9}
         reply = client.post(URL, json=body)
