@@ -165,9 +165,11 @@ def _frozen_heap() -> Iterator[None]:
     Otherwise each full collection visits those 600,000 objects. That takes a third of a second, in which no request
     gets a token, and happens more often with more requests (docs/decisions/0027).
     """
+    others = gc.get_freeze_count() > 0  # another server in this process, which may serve on when this one stops
     gc.collect()
     gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if not others:
+            gc.unfreeze()
