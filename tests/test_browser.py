@@ -8,7 +8,7 @@ import pytest
 
 from browser import AXE, EXECUTABLE, axe_faults, chromium, faults, new_page, show
 
-pytestmark = pytest.mark.skipif(EXECUTABLE is None, reason="no Chromium is installed")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(EXECUTABLE is None, reason="no Chromium is installed")]
 
 PAGE = """<!doctype html><html lang="en"><title>Faults</title>
 <meta http-equiv="Content-Security-Policy" content="default-src 'self'; script-src 'self' 'nonce-a'">

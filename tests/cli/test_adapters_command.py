@@ -150,6 +150,7 @@ def test_train_signs_the_adapter_with_a_trusted_key(tmp_path: Path, tiny_base_fo
     assert opened.serve(port=0).models == [str(tiny_base_folder)]
 
 
+@pytest.mark.slow
 def test_deploy_refuses_an_unsigned_adapter_when_the_project_trusts_keys(project: Path) -> None:
     for arguments in (("keys", "create", "ann"), ("keys", "trust", "ann")):
         assert tunewright(*arguments, "-p", project).code == 0

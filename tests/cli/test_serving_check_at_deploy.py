@@ -126,6 +126,7 @@ def test_serving_check_of_an_imported_adapter_has_a_merged_model_too(project: Pa
     assert merged["kl"]["value"] < 1e-3, "its weights are rounded to bfloat16"
 
 
+@pytest.mark.slow
 def test_deploy_refuses_an_engine_that_loses_the_adapter_in_long_answers(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -295,6 +295,7 @@ def test_serve_constrain_constrains_adapters_and_warns_of_missing_evidence(
         assert f"{name}: requests that set no form get constrained answers" in caplog.text
 
 
+@pytest.mark.slow
 def test_canary_is_promoted_or_rolled_back(project: Path) -> None:
     first, second = _adapters(project)
     for adapter, number in ((first, 1), (second, 2)):
@@ -371,6 +372,7 @@ def test_deploy_refuses_evidence_that_was_edited(project: Path, edit: Any) -> No
     assert _run(project, "deploy", "courts", first.name).code == 3
 
 
+@pytest.mark.slow
 def test_deploy_refuses_evidence_without_a_line(project: Path) -> None:
     first, _ = _adapters(project)
     _evaluated(project, first, SHIPS)
@@ -384,6 +386,7 @@ def test_deploy_refuses_evidence_without_a_line(project: Path) -> None:
     assert _run(project, "deploy", "courts", first.name).code == 0
 
 
+@pytest.mark.slow
 def test_deploy_refuses_when_newer_evidence_on_the_adapter_was_removed(project: Path) -> None:
     first, second = _adapters(project)
     access_log = AccessLog(project / "evaluations")
@@ -399,6 +402,7 @@ def test_deploy_refuses_when_newer_evidence_on_the_adapter_was_removed(project: 
     assert _run(project, "deploy", "courts", first.name, "--force", "--because", "it is urgent").code == 0
 
 
+@pytest.mark.slow
 def test_promote_refuses_a_candidate_whose_evidence_was_edited_or_removed(project: Path) -> None:
     first, second = _adapters(project)
     _document(project, "deploy", "courts", second.name, "--force", "--because", "the first one")

@@ -40,6 +40,7 @@ def test_dataset_is_the_same_in_parts(pairs: list[Pair]) -> None:
     assert also_heard.steps == heard.steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sent", [0, 200_000])
 def test_large_dataset_is_the_same_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: int) -> None:
     pairs = many_pairs(3000)

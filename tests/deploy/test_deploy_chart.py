@@ -16,6 +16,8 @@ import yaml
 from command_line import parsed
 from deploy_files import DEPLOY, documents, options, ran, require_metrics, require_route, require_server, tool
 
+pytestmark = pytest.mark.slow  # needs what `make test` does not install
+
 CHART = DEPLOY / "chart"
 EVERYTHING = (
     "training.enabled=true",

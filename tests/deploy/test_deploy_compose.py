@@ -13,6 +13,8 @@ import yaml
 
 from deploy_files import DEPLOY, TOOLS, require_server, stages, tool
 
+pytestmark = pytest.mark.slow  # needs what `make test` does not install
+
 COMPOSE: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 SERVICES: dict[str, Any] = COMPOSE["services"]
 NEEDED = {"TUNEWRIGHT_DB_PASSWORD": "one", "GRAFANA_PASSWORD": "two", "TUNEWRIGHT_PROJECT": str(DEPLOY)}

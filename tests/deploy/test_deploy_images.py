@@ -12,6 +12,8 @@ import pytest
 from command_line import parsed
 from deploy_files import DEPLOY, ROOT, ran, require_route, require_server, stages, tool
 
+pytestmark = pytest.mark.slow  # needs what `make test` does not install
+
 IMAGES = ("trainer-cpu", "trainer-cuda", "gateway", "vllm-cpu", "vllm-cuda")
 SERVERS = ("gateway", "vllm-cpu", "vllm-cuda")
 STAGES = stages()

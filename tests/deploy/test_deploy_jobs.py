@@ -15,6 +15,8 @@ import yaml
 from command_line import parsed
 from deploy_files import DEPLOY, ROOT, ran, tool
 
+pytestmark = pytest.mark.slow  # needs what `make test` does not install
+
 SBATCH = DEPLOY / "slurm" / "train.sbatch"
 RAY = DEPLOY / "ray-containers.sh"
 SKY = yaml.safe_load((DEPLOY / "skypilot" / "train.yaml").read_text())

@@ -10,6 +10,8 @@ import yaml
 
 from deploy_files import DASHBOARD, DEPLOY, metric_labels, ran, require_metrics, tool
 
+pytestmark = pytest.mark.slow  # needs what `make test` does not install
+
 BOARD: dict[str, Any] = json.loads(DASHBOARD.read_text())
 QUERIES = [target["expr"] for panel in BOARD["panels"] for target in panel.get("targets", [])]
 RULES = yaml.safe_load((DEPLOY / "monitoring" / "rules.yml").read_text())["groups"][0]["rules"]

@@ -45,6 +45,7 @@ def _transfers() -> tuple[list[tuple[int, bool]], list[tuple[int, str]]]:
     return [(copy.bytes, copy.blocking) for copy in card.copies], [(read.bytes, read.operation) for read in card.syncs]
 
 
+@pytest.mark.slow
 def test_card_counts_copies_to_it_and_reads_from_it(card: CardProcess) -> None:
     copies, reads = card.run(_transfers)
     assert copies == [(48, True), (16, True), (48, False)]

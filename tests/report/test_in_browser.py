@@ -17,7 +17,7 @@ from tunewright.report.html import write_report
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
-pytestmark = pytest.mark.skipif(EXECUTABLE is None, reason="no Chromium is installed")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(EXECUTABLE is None, reason="no Chromium is installed")]
 
 
 @pytest.fixture(scope="module")

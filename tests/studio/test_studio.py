@@ -255,6 +255,7 @@ def test_large_form_is_refused(browser: Browser) -> None:
     assert refused.status_code == 400 and "larger than 1,000,000 bytes" in refused.text
 
 
+@pytest.mark.slow
 def test_job_runs_and_its_log_is_kept(browser: Browser, project: Path) -> None:
     """`advise` fails at once without a base; its message is in the log, and its state survives the studio."""
     config = project / "tunewright.yaml"

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Page
 
 pytest_plugins = ["studio_fixtures"]
-pytestmark = pytest.mark.skipif(EXECUTABLE is None, reason="no Chromium is installed")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(EXECUTABLE is None, reason="no Chromium is installed")]
 
 EVALUATION = f"{7:012x}"
 RUNS = ("0123456789ab", "ba9876543210")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Page
 
 pytest_plugins = ["studio_fixtures"]
-pytestmark = pytest.mark.skipif(EXECUTABLE is None, reason="no Chromium is installed")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(EXECUTABLE is None, reason="no Chromium is installed")]
 
 LONG = "averylongcolumnnamewithoutanyspace" * 6
 _CHOOSE = """(() => {

@@ -179,6 +179,7 @@ def test_changed_evidence_is_named_and_the_rest_of_the_page_is_there(browser: Vi
     assert "Start the server" in page and "<option" not in page
 
 
+@pytest.mark.slow
 def test_adapter_goes_live_by_a_form_and_its_release_is_the_command_lines(browser: Visitor, project: Path) -> None:
     good = _good(project)
     assert "No alias is live yet." in browser.get("/")

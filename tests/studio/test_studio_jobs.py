@@ -121,6 +121,7 @@ def test_replicas_of_a_running_server_are_shown(browser: Browser, project: Path)
             assert "the state of its replicas is unknown" in browser.get("/deploy")
 
 
+@pytest.mark.slow
 def test_server_with_replicas_is_started_with_metrics_on_this_machine(browser: Browser, project: Path) -> None:
     (project / "tunewright.yaml").write_text(f"name: tiny\nbase_model: {project}/nowhere\nserve:\n  replicas: 2\n")
     assert "in 2 replicas" in browser.get("/deploy")

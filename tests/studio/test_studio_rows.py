@@ -93,6 +93,7 @@ def test_next_page_keeps_the_filters(browser: Browser) -> None:
     assert '<option value="train" selected>' in second
 
 
+@pytest.mark.slow
 def test_suspects_are_those_that_the_command_found(browser: Browser, project: Path) -> None:
     before = browser.get("/rows?flag=suspect")
     assert "have not been searched yet" in before and not _keys(before)

@@ -34,6 +34,8 @@ from tunewright.serving.gateway.auth import AnonymousAuth
 from tunewright.serving.gateway.preprocess import Tokenization
 from tunewright.serving.gateway.server import serving
 
+pytestmark = pytest.mark.slow  # needs what `make test` does not install
+
 CHAT = family("hermes-chatml")
 MODEL, QUESTION = "courts", "How is it in Oslo for two days?"
 ASKED = {"city": "Oslo", "days": 2}

@@ -24,6 +24,8 @@ from tunewright.serving.gateway.app import Gateway
 from tunewright.serving.gateway.auth import AnonymousAuth
 from tunewright.serving.gateway.server import serving
 
+pytestmark = pytest.mark.slow  # needs what `make test` does not install
+
 MODEL, QUESTION = "courts", "Which court is this?"
 ANSWER_TOKENS = 24
 """The tiny base would fill the context; clients that ask for more, as LangChain's 256, get this many."""

@@ -146,6 +146,7 @@ def test_tenants_get_their_own_adapters_answers_over_replicas_of_which_one_stops
             until(lambda: client("acme", QUESTIONS[0], 0) == client("acme", QUESTIONS[1], 0) == ("acme", "three"))
 
 
+@pytest.mark.slow
 def test_every_answer_is_its_own_adapters_while_replicas_are_added_and_removed_by_load(
     tmp_path: Path, adapters: dict[str, Stored]
 ) -> None:
