@@ -187,7 +187,9 @@ class Server:
 
 
 def _serve() -> None:
-    # Imports alone: a thread that torch starts would not survive the fork.
+    # Imports alone: a thread that torch starts would not survive the fork. Commands would look at what they made each
+    # time they collect garbage, and so copy its memory.
+    gc.disable()
     import peft
     import trl
 
@@ -195,6 +197,7 @@ def _serve() -> None:
     import tunewright.training.train
 
     assert all((peft, trl, tunewright.cli, tunewright.training.train))
+    gc.freeze()
     for line in sys.stdin:
         request = json.loads(line)
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -221,6 +224,7 @@ def _become(request: dict[str, Any], rank: int, port: int) -> None:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(request["processes"])}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= request["environment"]
+    gc.enable()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for handle, name in ((1, "stdout"), (2, "stderr")):
         file = os.open(Path(request["folder"]) / name, os.O_WRONLY | os.O_APPEND)
