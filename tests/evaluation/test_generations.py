@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from memory_limit import run_out_of_memory
 from tunewright.chat import open_chat
 from tunewright.config import ChatConfig
 from tunewright.core.errors import UserError
@@ -42,16 +43,6 @@ def test_answers_come_in_the_order_of_the_prompts_and_repeated_prompts_share_one
     assert len([line for line in journal.read_text().split("\n") if line]) == 6
 
 
-def _run_out_of_memory(model: Any, most_rows: int) -> None:
-    """Have passes of more rows than that fail as a full card does."""
-
-    def fail(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
-        if len(kwargs["input_ids"]) > most_rows:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-
-    model.register_forward_pre_hook(fail, with_kwargs=True)
-
-
 def test_answers_are_decoded_with_fewer_rows_when_memory_runs_out(
     generator: Generator, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -60,7 +51,7 @@ def test_answers_are_decoded_with_fewer_rows_when_memory_runs_out(
     again = Generator(
         generator.base, generator.chat, "float32", "none", 4, generator.folder.parent / "again", LogReporter()
     )
-    _run_out_of_memory(again.model_with(), 1)
+    run_out_of_memory(again.model_with(), 1)
     assert again.answer("x", prompts, 8) == whole
     assert again.rows == 1
     assert [message for message in caplog.messages if "Memory" in message] == [
@@ -70,7 +61,7 @@ def test_answers_are_decoded_with_fewer_rows_when_memory_runs_out(
 
 
 def test_generator_refuses_when_a_single_answer_does_not_fit(generator: Generator) -> None:
-    _run_out_of_memory(generator.model_with(), 0)
+    run_out_of_memory(generator.model_with(), 0)
     with pytest.raises(UserError, match="Not enough memory to decode a single answer"):
         generator.answer("x", _prompts(generator, 2), 8)
 
@@ -160,7 +151,6 @@ def test_journal_key_covers_everything_that_changes_answers(one: Decoding, other
 
 
 def test_journal_key_has_the_installed_versions(generator: Generator) -> None:
-    import torch
     import transformers
 
     packages = generator.decoding(8, None).packages

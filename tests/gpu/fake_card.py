@@ -55,6 +55,7 @@ class FakeCard(TorchDispatchMode):
 
     Args:
         capability: the card's compute capability.
+        limit: bytes from which on an allocation raises `torch.OutOfMemoryError`; None: the card is never full.
 
     Attributes:
         now, peak: bytes on the card, at the moment and at most. ``peak`` includes what kernels allocate for themselves
@@ -66,8 +67,9 @@ class FakeCard(TorchDispatchMode):
         launches: operations that a card would launch kernels for, by name and type of their result.
     """
 
-    def __init__(self, capability: tuple[int, int] = (9, 0)) -> None:
+    def __init__(self, capability: tuple[int, int] = (9, 0), limit: int | None = None) -> None:
         super().__init__()
+        self.limit = limit
         cuda: Any = torch.cuda
         cuda.get_device_capability = lambda device=None: capability
         self.now = self.peak = 0
@@ -175,6 +177,8 @@ class FakeCard(TorchDispatchMode):
         self.now -= self._live.pop(place, 0)
 
     def _reach(self, count: int, name: str) -> None:
+        if self.limit is not None and count > self.limit:
+            raise torch.OutOfMemoryError(f"CUDA out of memory in {name}: {count} bytes of {self.limit}")
         if count > self.peak:
             self.peak, self.peak_at = count, name
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
-from card_process import CardProcess
+from card_process import CardError, CardProcess
 
 pytestmark = pytest.mark.slow
 
@@ -35,6 +35,10 @@ def _measured(work: Any) -> _Pass:
 
     with FakeCard() as card:
         work()
+    return _counts(card)
+
+
+def _counts(card: Any) -> _Pass:
     return _Pass(
         sum(card.launches.values()),
         [copy.where for copy in card.copies],
@@ -128,8 +132,24 @@ def test_decoding_with_a_sliding_window_stays_on_the_gpu(card: CardProcess) -> N
     assert (len(seen["token"].copies), len(seen["token"].syncs)) == (1, 1)
 
 
-def _answers_while_training(quantization: str, dropout: float) -> tuple[list[str], _Pass]:
-    """Answer dev rows as an evaluation does, with the layers that training has, under its autocast."""
+@dataclass
+class _DevAnswers:
+    """Answers of two evaluations of a training run, counts of the first, and bytes on the card."""
+
+    answers: list[list[str]]
+    first: _Pass
+    weights: int
+    peak: int
+    warned: list[str]
+
+
+def _answers_while_training(
+    quantization: str, dropout: float, batch_size: int = 4, memory: int | None = None
+) -> _DevAnswers:
+    """Answer dev rows twice as evaluations do, with the layers that training has, under its autocast.
+
+    ``memory``: bytes of the card next to the weights.
+    """
     import torch
     from fake_card import FakeCard
     from fake_models import SHAPES, build
@@ -137,40 +157,54 @@ def _answers_while_training(quantization: str, dropout: float) -> tuple[list[str
 
     from tiny import byte_tokenizer, chat_of
     from tunewright.config import TrainConfig
-    from tunewright.core.progress import LogReporter
     from tunewright.data.examples import Example, Message
+    from tunewright.generation.memory import BatchSize
     from tunewright.generation.requests import Request
     from tunewright.training.dev_scores import DevTask
     from tunewright.training.lora import keep_float32, lora_config
+    from vllm_child import StopAfter
 
     settings: Any = {"preset": "all-linear", "quantization": quantization, "lora_dropout": dropout}
     requests = tuple(Request(tuple(range(5, 15 + row)), "default", 6) for row in range(4))
     scorer: Any = None  # answers are made here, and not valued
     examples = tuple(Example((Message("user", f"question {row}"), Message("assistant", "yes"))) for row in range(4))
-    task = DevTask(
-        scorer, requests, examples, tuple(range(4)), examples, 4, chat_of(byte_tokenizer()), LogReporter(), ()
-    )
-    answers: list[str] = []
+    size, reporter = BatchSize(batch_size), StopAfter()
+    task = DevTask(scorer, requests, examples, tuple(range(4)), examples, size, chat_of(byte_tokenizer()), reporter, ())
     with FakeCard():
         model = build(replace(SHAPES["llama-3-8b"], layers=2), nf4=quantization == "nf4")
         model = get_peft_model(model, lora_config(TrainConfig(**settings)))
         keep_float32(model)
         model.eval()
-
-    def work() -> None:
-        with torch.autocast("cuda", torch.bfloat16):
-            answers.extend(task.answers(model, range(4)))
-
-    return answers, _measured(work)
+    with FakeCard() as card, torch.autocast("cuda", torch.bfloat16):
+        card.count_weights(model)
+        weights = card.now
+        card.limit = None if memory is None else weights + memory
+        answers = [task.answers(model, range(4))]
+        first = _counts(card)
+        answers.append(task.answers(model, range(4)))
+    return _DevAnswers(answers, first, weights, card.peak - weights, reporter.warnings)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("quantization", "dropout"), [("nf4", 0.0), ("none", 0.0), ("none", 0.1), ("nf4", 0.1)])
 def test_dev_answers_during_training_stay_on_the_gpu(card: CardProcess, quantization: str, dropout: float) -> None:
-    answers, seen = card.run(_answers_while_training, quantization, dropout)
-    assert len(answers) == 4
+    found = card.run(_answers_while_training, quantization, dropout)
+    seen = found.first
+    assert len(found.answers[0]) == 4
     assert seen.in_layers == []
     # Six passes: the prompts' and five tokens' each copy once and wait once.
     assert (len(seen.copies), len(seen.syncs)) == (6, 6)
     a_layer = ONE_IN_4_BITS if quantization == "nf4" else ONE
     assert seen.launches <= 6 * (2 * a_layer + AROUND) + 20
+
+
+def test_dev_answers_fit_a_full_card_with_the_answers_of_a_smaller_batch(card: CardProcess) -> None:
+    whole, small = (card.run(_answers_while_training, "none", 0.0, rows) for rows in (4, 2))
+    assert small.peak < whole.peak
+    memory = (small.peak + whole.peak) // 2
+    full = card.run(_answers_while_training, "none", 0.0, 4, memory)
+    assert full.answers == small.answers
+    assert full.peak <= memory
+    assert len(full.warned) == 1, "the second evaluation begins with the rows that fitted"
+    with pytest.raises(CardError, match="Not enough memory to decode a single answer"):
+        card.run(_answers_while_training, "none", 0.0, 4, 1 << 10)

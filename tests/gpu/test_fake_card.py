@@ -50,3 +50,20 @@ def test_card_counts_copies_to_it_and_reads_from_it(card: CardProcess) -> None:
     copies, reads = card.run(_transfers)
     assert copies == [(48, True), (16, True), (48, False)]
     assert reads == [(8, "_local_scalar_dense"), (48, "_to_copy"), (48, "_to_copy")]
+
+
+def _fill(limit: int) -> tuple[bool, int, int]:
+    """Make a tensor of 400 bytes, then one of 4,000, then another of 400."""
+    with FakeCard(limit=limit) as card:
+        kept, full = [torch.ones(100, device="cuda")], False
+        try:
+            kept.append(torch.ones(1000, device="cuda"))
+        except torch.OutOfMemoryError:
+            full = True
+        kept.append(torch.ones(100, device="cuda"))
+    return full, card.now, card.peak
+
+
+def test_card_with_a_limit_runs_out_of_memory_and_keeps_what_fits(card: CardProcess) -> None:
+    assert card.run(_fill, 4399) == (True, 800, 800)
+    assert card.run(_fill, 4800) == (False, 4800, 4800)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from memory_limit import run_out_of_memory
 from tunewright.chat.loading import open_chat
 from tunewright.config import Config
 from tunewright.core.progress import LogReporter
@@ -11,6 +12,7 @@ from tunewright.data.examples import Example, Message
 from tunewright.data.versions import Member
 from tunewright.models.bases import resolve_base
 from tunewright.training.dev_scores import dev_task
+from vllm_child import StopAfter
 
 
 def _member(asked: str, answered: str) -> Member:
@@ -39,3 +41,27 @@ def test_dev_task_scores_a_sample_by_the_references_of_all_dev_rows(tiny_base_fo
     assert task is not None
     assert (len(task.requests), len(task.examples)) == (1, 2)
     assert [task.score([letter]) for letter in "abcdx"] == [1, 1, 1, 1, 0]
+
+
+def test_dev_answers_equal_those_of_fewer_rows_when_memory_runs_out(tiny_base_folder: Path, tmp_path: Path) -> None:
+    from peft import get_peft_model
+
+    from tunewright.models.loading import load_model
+    from tunewright.training.lora import lora_config
+
+    base = resolve_base(str(tiny_base_folder), None, tmp_path, LogReporter())
+    rows = [_member("word " * number, "an answer") for number in range(1, 7)]
+    config = Config.model_validate({"name": "tiny", "base_model": str(tiny_base_folder)})
+    model = get_peft_model(load_model(base, "float32", "none"), lora_config(config.train)).eval()
+    reporter = StopAfter()
+    whole, halved = (
+        dev_task(config, tmp_path, open_chat(base), rows, rows, 512, each) for each in (reporter, reporter)
+    )
+    assert whole is not None
+    assert halved is not None
+    expected = whole.answers(model, range(6))
+    run_out_of_memory(model, 2)
+    assert halved.answers(model, range(6)) == expected
+    assert len(reporter.warnings) == 4, "32 rows, 16, 8 and 4"
+    assert halved.answers(model, range(6)) == expected
+    assert len(reporter.warnings) == 4, "the next evaluation begins with 2 rows"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from replay_helpers import replay_project, shorten_turns
 
 import tunewright
 from command_line import tiny_project
+from memory_limit import run_out_of_memory
 from tiny import byte_tokenizer, chat_of
 from tunewright.adapters.registry import REPLAY
 from tunewright.chat import ChatFormat
@@ -25,13 +27,14 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter, LogTask, Task
 from tunewright.data.examples import Message
+from tunewright.models.loading import load_model
 from tunewright.training import self_samples
 from tunewright.training.packing.fused_loss import kl_divergences
 from tunewright.training.replay import draw_replay, replay_inputs
 from tunewright.training.sweep.successive_halving import Progress
 from tunewright.training.sweep.sweep import Sweep
 from tunewright.training.train import TrainResult
-from vllm_child import alive, children_of, install_fake
+from vllm_child import StopAfter, alive, children_of, install_fake
 
 pytestmark = pytest.mark.slow
 
@@ -351,6 +354,23 @@ def _distance(folder: Path, replayed: TrainResult, chat: ChatFormat, base: Path)
         total += float((off.exp() * (off - on)).sum(-1)[places].sum())
         count += len(places)
     return total / count
+
+
+def test_samples_are_written_with_fewer_rows_when_memory_runs_out(tmp_path: Path, tiny_base_folder: Path) -> None:
+    opened = replay_project(tmp_path / "project", tiny_base_folder)
+    version, base, chat, reporter = opened.data.version(), opened.base, opened.chat, StopAfter()
+
+    def draw(load: Any) -> str:
+        return draw_replay(opened.folder, version, base, chat, load, 512, reporter).files[REPLAY]
+
+    expected = draw(lambda: load_model(base, "float32", "none"))
+    shutil.rmtree(opened.folder.work / "self-samples")
+    assert draw(lambda: run_out_of_memory(load_model(base, "float32", "none"), 8)) == expected
+    # Instructions and answers are lists of their own, and the second one begins with 8 rows.
+    assert [message[:30] for message in reporter.warnings] == [
+        "Memory ran out with 32 rows at",
+        "Memory ran out with 16 rows at",
+    ]
 
 
 # By vLLM

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,11 @@ from accelerate.utils.memory import clear_device_cache
 
 from tunewright.chat import ChatFormat
 from tunewright.config import Quantization
-from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
-from tunewright.generation.generate import generate
+from tunewright.generation.memory import BatchSize, generate_halving
 from tunewright.generation.requests import Completion, Request
 from tunewright.models.bases import Base
 from tunewright.models.loading import load_model, named, with_adapters
-from tunewright.training.micro_batch import in_memory
 
 
 class EmbeddedAnswers:
@@ -39,10 +36,15 @@ class EmbeddedAnswers:
         self._quantization = quantization
         self._reporter = reporter
         self._model: Any = None
-        self.rows = batch_size
-        """Number of rows that decode at once; fewer than at the start if memory ran out."""
+        self._size = BatchSize(batch_size)
+        self._sizes: dict[int, BatchSize] = {}
         self.adapters: set[str] = set()
         """Names of the adapters on the base."""
+
+    @property
+    def rows(self) -> int:
+        """Number of rows that decode at once; fewer than at the start if memory ran out."""
+        return self._size.rows
 
     @property
     def loaded(self) -> bool:
@@ -89,35 +91,13 @@ class EmbeddedAnswers:
         Raises:
             UserError: memory does not suffice for a single answer.
         """
-        model = self.model_with(adapter)
-        done: dict[int, Completion] = {}
-        rows = at_once or self.rows
-        while True:
-            left = [index for index in range(len(requests)) if index not in done]
-
-            def keep(place: int, completion: Completion, left: list[int] = left) -> None:
-                done[left[place]] = completion
-                on_finished(left[place], completion)
-
-            decoded = partial(
-                generate,
-                model,
-                [requests[index] for index in left],
-                stop_ids=stop_ids,
-                pad_id=self._chat.tokenizer.pad_token_id,
-                batch_size=rows,
-                decode=self._chat.text,
-                on_finished=keep,
-            )
-            if in_memory(decoded)[0]:
-                return [done[index] for index in range(len(requests))]
-            if rows == 1:
-                raise UserError(
-                    "Not enough memory to decode a single answer",
-                    where="evaluate.batch_size",
-                    fix="Free memory, shorten the prompt or evaluate.max_new_tokens, or set train.quantization: nf4.",
-                )
-            rows //= 2
-            self._reporter.warn(f"Memory ran out with {2 * rows} rows at once. Decoding continues with {rows}.")
-            if at_once is None:
-                self.rows = rows
+        return generate_halving(
+            self.model_with(adapter),
+            requests,
+            self._size if at_once is None else self._sizes.setdefault(at_once, BatchSize(at_once)),
+            self._reporter,
+            stop_ids=stop_ids,
+            pad_id=self._chat.tokenizer.pad_token_id,
+            decode=self._chat.text,
+            on_finished=on_finished,
+        )

@@ -14,9 +14,10 @@ from tunewright.config import Config
 from tunewright.core.progress import Reporter
 from tunewright.data.examples import Example
 from tunewright.data.versions import Member
-from tunewright.generation.generate import generate
+from tunewright.generation.memory import BatchSize, generate_halving
 from tunewright.generation.requests import Request
 from tunewright.metrics import Scorer, check_references, score_all, scorer_of
+from tunewright.training import fsdp
 from tunewright.training.dev_answers import SHOWN
 
 _ADAPTER = "default"
@@ -36,7 +37,8 @@ class DevTask:
     """For each example, the index of its request."""
     split: tuple[Example, ...]
     """All dev rows; their outputs are the references of their inputs."""
-    batch_size: int
+    batch_size: BatchSize
+    """Shared by all evaluations of a run: later ones begin with the number of rows that fitted before."""
     chat: ChatFormat
     reporter: Reporter
     keys: tuple[str, ...]
@@ -48,16 +50,21 @@ class DevTask:
         Args:
             model: a PeftModel in eval mode whose adapter is ``default``, as trl's trainer makes it.
             places: indices of the requests.
+
+        Raises:
+            UserError: memory does not suffice.
         """
         with self.reporter.task("Answering dev rows", len(places), "answers") as task:
-            completions = generate(
+            completions = generate_halving(
                 model,
                 [self.requests[place] for place in places],
+                self.batch_size,
+                self.reporter,
                 stop_ids=self.chat.stop_ids,
                 pad_id=self.chat.tokenizer.pad_token_id,
-                batch_size=self.batch_size,
                 decode=self.chat.text,
                 on_finished=lambda _index, _completion: task.advance(),
+                repeatable=not fsdp.is_sharded(model),
             )
         asked = dict(zip(self.request_of, self.examples, strict=True))
         return [
@@ -129,7 +136,7 @@ def dev_task(
         examples=tuple(m.example for m in dev),
         request_of=tuple(place_of[prompt] for prompt in prompts),
         split=split,
-        batch_size=config.evaluate.batch_size,
+        batch_size=BatchSize(config.evaluate.batch_size),
         chat=chat,
         reporter=reporter,
         keys=tuple(m.key for m in dev),

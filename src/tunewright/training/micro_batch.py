@@ -7,15 +7,11 @@ of every chunk is divided by the trained tokens of the whole step, so the chunks
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-
-import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from tunewright.core.errors import UserError
 from tunewright.core.io import write_json
@@ -23,11 +19,6 @@ from tunewright.core.progress import Reporter
 from tunewright.training import distributed
 
 _FILE = "micro_batch.json"
-
-_HANDLE = 256 << 20
-"""Free bytes below which a failure to create a cuBLAS or cuDNN handle is put down to memory: several of torch's
-workspaces (32 MiB).
-"""
 
 
 @dataclass(frozen=True)
@@ -103,34 +94,4 @@ def too_little_memory(why: str) -> UserError:
         where="train.micro_batch_size",
         fix="Run `tunewright estimate-memory` to see what fits. Set train.quantization: nf4, lower train.max_length "
         "or use a smaller base.",
-    )
-
-
-def in_memory(work: Callable[[], Any]) -> tuple[bool, Any]:
-    """Run ``work``; return whether memory sufficed, and its result.
-
-    The exception is dropped before this returns, because its traceback would keep the tensors that filled the memory.
-    """
-    try:
-        return True, work()
-    except (RuntimeError, MemoryError) as error:
-        if not _out_of_memory(error):
-            raise
-    clear_device_cache(garbage_collection=True)
-    return False, None
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Return whether an error reports a failed allocation, in any form of torch's backends."""
-    text = str(error)
-    return (
-        isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        or should_reduce_batch_size(error)
-        or "not enough memory" in text  # the CPU's allocator, by its other name
-        # The driver's message, which torch's kernels and Triton pass on: "CUDA error: out of memory".
-        or "out of memory" in text
-        # cuBLAS, cuDNN and cuSOLVER allocate workspaces past torch's allocator.
-        or re.search(r"_STATUS_\w*ALLOC\w*_FAILED", text) is not None
-        # Failing to create a handle gives the same error on a full GPU and with a broken driver.
-        or ("_STATUS_NOT_INITIALIZED" in text and torch.cuda.is_available() and torch.cuda.mem_get_info()[0] < _HANDLE)
     )

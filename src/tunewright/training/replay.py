@@ -18,7 +18,7 @@ from tunewright.data.mix import exclusion_reasons
 from tunewright.data.versions import DatasetVersion, Member
 from tunewright.engines.choice import AnswerEngine, answer_engine
 from tunewright.engines.vllm.answers import VllmAnswers
-from tunewright.generation.generate import generate
+from tunewright.generation.memory import BatchSize, generate_halving
 from tunewright.generation.requests import Completion, Request
 from tunewright.models.bases import Base
 from tunewright.training import distributed
@@ -118,10 +118,11 @@ def _sampler(
     """Return a sampler, and a function that frees the memory of the engine that writes for it."""
     config, engine, loaded = project.config, _engine(project), cache(load)
     wanted = None if config.train.replay is None else config.train.replay.samples
+    size = BatchSize(BATCH)
     vllm: VllmAnswers | None = None
     if engine.environment is not None:
-        size = config.evaluate.batch_size
-        vllm = VllmAnswers(base, config.train.dtype, engine.environment, size, config.train.lora_r, reporter)
+        rows = config.evaluate.batch_size
+        vllm = VllmAnswers(base, config.train.dtype, engine.environment, rows, config.train.lora_r, reporter)
 
     def complete(
         requests: Sequence[Request], ends: frozenset[int], on_finished: Callable[[int, Completion], None]
@@ -129,7 +130,8 @@ def _sampler(
         if vllm is not None:
             return vllm.generate(requests, stop_ids=ends, on_finished=on_finished)
         pad = chat.tokenizer.pad_token_id
-        return generate(loaded(), requests, stop_ids=ends, pad_id=pad, batch_size=BATCH, on_finished=on_finished)
+        model = loaded()
+        return generate_halving(model, requests, size, reporter, stop_ids=ends, pad_id=pad, on_finished=on_finished)
 
     inputs = {"dtype": config.train.dtype, "quantization": config.train.quantization, **engine.identity}
     sampler = Sampler(base, chat, inputs, complete, config.seed, "replay", project.work, reporter, wanted)
