@@ -23,6 +23,8 @@ import signal
 import sys
 import tempfile
 import time
+import tomllib
+from importlib import metadata
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from typing import Any
 from gpu_cases.page import rows_of, table_text, write_page
 from gpu_cases.plan import Case, cases
 from gpu_cases.worker import work
+from packaging.requirements import Requirement
 
 RESULTS = Path(__file__).with_name("results") / "gpu"
 TOY = "toy"
@@ -61,6 +64,8 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
+    if (message := untested_torch(metadata.version("torch"))) is not None:
+        print(f"Warning: {message}", file=sys.stderr)
     chosen = [case for case in cases() if not options.only or case.name in options.only]
     document = _document(earlier, card=TOY if options.toy else str(card))
     options.out.mkdir(parents=True, exist_ok=True)
@@ -116,6 +121,15 @@ def _card_name() -> str | None:
     import torch
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+def untested_torch(version: str) -> str | None:
+    """Return a warning if this version of torch is not one that pyproject.toml allows."""
+    project = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text(encoding="utf-8"))["project"]
+    tested = next(r for r in map(Requirement, project["dependencies"]) if r.name == "torch").specifier
+    return (
+        None if tested.contains(version, prereleases=True) else f"not tested with torch {version}, only with {tested}"
+    )
 
 
 def _earlier(file: Path) -> dict[str, Any]:

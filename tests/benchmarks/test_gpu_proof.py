@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from gpu_cases.page import BEGIN, END, headlines, page_table, rows_of  # noqa: E402
 from gpu_cases.plan import cases  # noqa: E402
 from gpu_cases.reporting import PEAK_FLOPS  # noqa: E402
+from gpu_proof import untested_torch  # noqa: E402
 
 PROOF = ROOT / "benchmarks" / "gpu_proof.py"
 COMMAND_LINE = "command-line"
@@ -238,6 +239,13 @@ def test_gpu_proof_refuses_results_of_another_card(tmp_path: Path) -> None:
     ended = proof("--toy", "--out", tmp_path, "--done", file)
     assert ended.returncode == 2
     assert "it has results of NVIDIA H100, and this run is on toy" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("version", "tested"), [("2.10.0", False), ("2.11.0", True), ("2.13.0+cu130", True), ("2.14.0", False)]
+)
+def test_gpu_proof_warns_of_a_torch_outside_the_tested_versions(version: str, tested: bool) -> None:
+    assert (untested_torch(version) is None) == tested
 
 
 def test_peak_flops_finds_the_longest_name_of_a_card_first() -> None:

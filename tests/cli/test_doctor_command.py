@@ -75,6 +75,18 @@ def test_doctor_finds_a_dependency_that_is_too_old(tmp_path: Path, first: Path) 
     assert wrong["fix"].startswith("pip install 'peft>=")
 
 
+def test_doctor_warns_of_a_torch_that_is_newer_than_the_tested_ones(tmp_path: Path, first: Path) -> None:
+    allowed = "Requires-Dist: torch<2.14,>=2.11\n"
+    for name, version, requires in (("torch", "2.15.0", ""), ("tunewright", tunewright.__version__, allowed)):
+        folder = first / f"{name}-{version}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{requires}")
+    _, checks = _doctor(tmp_path, FIRST=str(first))
+    found = checks["versions: torch"]
+    assert (found["state"], "not tested with torch 2.15.0" in found["found"]) == ("warning", True)
+    assert found["fix"] == "pip install 'torch<2.14,>=2.11'"
+
+
 class _Hub(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self.send_response(200)

@@ -106,7 +106,7 @@ def _versions(_folder: Path) -> Iterator[Check]:
 
 
 def _unmet() -> Iterator[Check]:
-    """Find packages that tunewright depends on and that are missing or too old."""
+    """Find packages that tunewright depends on and that are missing, too old, or newer than it is tested with."""
     from packaging.requirements import Requirement
 
     try:
@@ -124,6 +124,11 @@ def _unmet() -> Iterator[Check]:
             version = None
         if version is not None and each.specifier.contains(version, prereleases=True):
             met += 1
+        elif version is not None and all(
+            part.contains(version, prereleases=True) for part in each.specifier if part.operator != "<"
+        ):
+            found = f"not tested with {each.name} {version}, only with {each.specifier}"
+            yield Check("versions", each.name, "warning", found, f"pip install '{each.name}{each.specifier}'")
         elif version is not None or each.name not in _NAMED:
             found = f"{version or 'not installed'}; {each.specifier} is needed"
             yield Check("versions", each.name, "problem", found, f"pip install '{each.name}{each.specifier}'")
