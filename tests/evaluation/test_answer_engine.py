@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,14 @@ import pytest
 from fake_vllm import DIE, FAIL
 from tunewright.chat import open_chat
 from tunewright.config import Config, EvaluateConfig, TrainConfig
+from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
 from tunewright.data.examples import Example, Message
 from tunewright.data.versions import Member
 from tunewright.engines import choice
 from tunewright.engines.choice import AnswerEngine, answer_engine
+from tunewright.engines.vllm import answers as answers_module
 from tunewright.engines.vllm.answers import VllmAnswers, gpu_share, rows_at_once
 from tunewright.engines.vllm.engine import VllmEngine
 from tunewright.evaluation.generations import Generator
@@ -27,7 +31,7 @@ from tunewright.evaluation.repeats import noise_floor
 from tunewright.generation.requests import Completion, Request
 from tunewright.metrics import scorer_of
 from tunewright.models.bases import Base, resolve_base
-from vllm_child import StopAfter, alive, install_fake, wait_until
+from vllm_child import StopAfter, alive, children_of, install_fake, wait_until
 
 END = 4
 
@@ -94,6 +98,39 @@ def test_engine_choice_uses_the_adapters_configuration(tmp_path: Path, monkeypat
     assert answer_engine(_config(), "none", adapter=tmp_path).name == "peft"
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 8}))
     assert answer_engine(_config(use_dora=True, require_vllm_compatible=False), "none", adapter=tmp_path).name == "vllm"
+
+
+@pytest.mark.usefixtures("card")
+def test_auto_answers_by_peft_with_the_reason_when_vllm_does_not_start(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_fake(monkeypatch, tmp_path, "cuda")
+    (tmp_path / "orders").write_text("RuntimeError: no kernel image is available")
+    monkeypatch.setattr(answers_module, "_card_memory", lambda: (80 << 30, 80 << 30))
+    reporter = StopAfter()
+    project = ProjectFolder(tmp_path, _config())
+    for _ in range(2):
+        generator = Generator.of(project, base, open_chat(base), "none", reporter)
+        assert (generator.used.name, generator.used.why) == ("peft", "vLLM failed to start")
+    (warning,) = reporter.warnings
+    assert "no kernel image is available" in warning
+    assert len(generator.answer("x", [(5,)], 2)) == 1
+    with pytest.raises(UserError, match="no kernel image"):
+        Generator.of(ProjectFolder(tmp_path, _config("vllm")), base, open_chat(base), "none", reporter).answer(
+            "x", [(5,)], 2
+        )
+
+
+@pytest.mark.usefixtures("card")
+def test_auto_starts_vllm_on_trial_once_for_a_base(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install_fake(monkeypatch, tmp_path, "cuda")
+    monkeypatch.setattr(answers_module, "_card_memory", lambda: (80 << 30, 80 << 30))
+    before, reporter = set(children_of(os.getpid())), StopAfter()
+    assert answer_engine(_config(), "none", start_on=(base, reporter)).name == "vllm"
+    assert not [child for child in children_of(os.getpid()) if child not in before and alive(child)]
+    (tmp_path / "orders").write_text("it would not start again")
+    assert answer_engine(_config(), "none", start_on=(base, reporter)).name == "vllm"
+    assert answer_engine(_config(), "none", start_on=(replace(base, files={}), reporter)).name == "peft"
 
 
 def test_vllm_that_is_not_installed_is_refused_with_the_command_that_installs_it(

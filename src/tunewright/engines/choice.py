@@ -11,13 +11,19 @@ from typing import Any, Literal
 from tunewright.adapters.vllm_compat import CONFIG, vllm_refusals
 from tunewright.config import Config, Quantization
 from tunewright.core.errors import UserError
+from tunewright.core.io import write_text
+from tunewright.core.progress import Reporter
 from tunewright.core.workers import ModelWorkers
 from tunewright.engines import environment
 from tunewright.engines.environment import VLLM, Environment
+from tunewright.engines.vllm.answers import VllmAnswers
 from tunewright.engines.vllm.machine import vllm_of
+from tunewright.models.bases import Base
 from tunewright.models.loading import device
 
 _WHERE = "evaluate.engine"
+_failed: dict[Path, str] = {}
+"""Why vLLM did not start in this process, by the file that a start would have written."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +72,9 @@ def answer_engine(
     adapter: Path | None = None,
     constrained: bool = False,
     workers: ModelWorkers | None = None,
+    start_on: tuple[Base, Reporter] | None = None,
 ) -> AnswerEngine:
-    """Choose the engine by ``evaluate.engine``: ``auto`` takes vLLM if there is a CUDA card and vLLM's CUDA build.
+    """Choose the engine by ``evaluate.engine``: ``auto`` takes vLLM if its CUDA build is there, and starts, on a card.
 
     On a cluster it takes vLLM if its workers have CUDA cards, and every machine has the CUDA build in one version.
 
@@ -77,6 +84,7 @@ def answer_engine(
         adapter: folder of the adapter that will answer; None: the config will train it, or the base answers.
         constrained: some answers must match a grammar.
         workers: a cluster's, which answer; None: this machine does.
+        start_on: a base on which ``auto`` starts vLLM the first time, with the receiver of messages; None: no trial.
 
     Raises:
         UserError: the config requires vLLM, which is not installed, differs between machines, or cannot compute these
@@ -96,11 +104,36 @@ def answer_engine(
         return AnswerEngine("peft", obstacle)
     found = "vLLM is installed for the CUDA card"
     try:
-        return AnswerEngine("vllm", found, environment.find(VLLM, "cuda")) if workers is None else _vllm(found, workers)
+        there = _vllm(found, workers) if workers else AnswerEngine("vllm", found, environment.find(VLLM, "cuda"))
     except UserError as error:
         if workers is not None:
             return AnswerEngine("peft", f"vLLM cannot answer on every machine ({error.what})")
         return AnswerEngine("peft", "vLLM is not installed with CUDA (`tunewright engine install vllm` does that)")
+    why = _start_failure(there.environment, config, *start_on) if start_on and not workers else None
+    return there if why is None else AnswerEngine("peft", why)
+
+
+def _start_failure(there: Environment | None, config: Config, base: Base, reporter: Reporter) -> str | None:
+    """Return why vLLM does not start on this base; None if it does or once did.
+
+    Tried before the first answer, not with it: digests and the access log name the engine before anything is answered.
+    """
+    started = environment.default_folder(VLLM, "cuda").with_suffix(".started") / base.digest
+    if started.exists() or started in _failed:
+        return _failed.get(started)
+    assert there is not None
+    rows, rank = config.evaluate.batch_size, config.train.lora_r
+    vllm = VllmAnswers(base, config.train.dtype, there, rows, rank, reporter)
+    try:
+        vllm.generate((), stop_ids=())
+    except UserError as error:
+        reporter.warn(f"{error.what}\npeft computes the answers instead, because {_WHERE} is auto.")
+        _failed[started] = error.what.splitlines()[0].removesuffix(". The end of its log:")
+    else:
+        write_text(started, "")
+    finally:
+        vllm.stop()
+    return _failed.get(started)
 
 
 def _vllm(why: str, workers: ModelWorkers | None) -> AnswerEngine:

@@ -103,6 +103,9 @@ class Generator:
         config = project.config
         constrained = config.evaluate.structured_outputs is not None
         folder = None if adapter is None else adapter.folder
+        engine = answer_engine(
+            config, quantization, adapter=folder, constrained=constrained, workers=workers, start_on=(base, reporter)
+        )
         return cls(
             base,
             chat,
@@ -113,7 +116,7 @@ class Generator:
             reporter,
             stop=stop_strings(config, chat),
             grammar=grammar_of(project),
-            engine=answer_engine(config, quantization, adapter=folder, constrained=constrained, workers=workers),
+            engine=engine,
             rank=config.train.lora_r,
             workers=workers,
         )
