@@ -149,6 +149,9 @@ def test_prompts_are_those_that_the_models_answered(tmp_path: Path, tiny_base_fo
         more.write_text('{"prompt": "something new", "completion": "something"}\n')
         library.open(folder).data.add([more])
         assert "the model saw this prompt" in browser.get(f"/evidence/{evidence.id}/1/prompts")
+        shutil.rmtree(folder / ".tunewright" / "generations")  # as in a copy of the project
+        page = browser.get(f"/evidence/{evidence.id}/1/prompts")
+        assert page.count("The journal of answers is not here") == len(prompts) and "another prompt" not in page
         config = folder / "tunewright.yaml"
         config.write_text(config.read_text().replace("train:\n", "chat:\n  template: plain\ntrain:\n", 1))
         refused = browser.client.get(f"/evidence/{evidence.id}/1/prompts")

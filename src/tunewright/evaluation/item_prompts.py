@@ -41,8 +41,11 @@ class ArmPrompt:
     """In the prompt's order."""
     dropped: bool = False
     """Demonstrations were dropped because they did not fit the base's context."""
-    answered: bool = False
-    """The journal of answers has an answer to exactly these tokens or this request: the model saw this prompt."""
+    answered: bool | None = False
+    """The journal of answers has an answer to exactly these tokens or this request: the model saw this prompt.
+
+    None: the journal is not here, so it proves nothing.
+    """
     missing: str | None = None
     """The reason why there is no prompt."""
     own: str = ""
@@ -145,9 +148,10 @@ def _own(item: _Item, arm: Arm) -> ArmPrompt:
             "demonstrations again needs its model."
         ) from None
     adapter = item.adapters.get(_adapter_digest(item, arm)) if plan.adapted else None
-    answered = False
+    kept = frozenset[str]()
     if adapter is not None or not plan.adapted:
-        answered = digest(prompt) in runner.generator.kept(runner.limit, adapter, constrained=plan.constrained)
+        kept = runner.generator.kept(runner.limit, adapter, constrained=plan.constrained)
+    answered = digest(prompt) in kept if kept else None
     tokens = view(runner.generator.chat, Tokens(prompt, (False,) * len(prompt)))
     own = plan.name if arm.kind == "mixed" else ""
     return ArmPrompt(arm.name, tokens, None, shown, dropped, answered, own=own)
