@@ -55,6 +55,8 @@ def test_empty_folder_becomes_a_dataset_without_a_terminal(
     nowhere = browser.send("/new", "/new", name="help-desk", choice="other", base_model="no/such/folder")
     assert nowhere.status_code == 400 and "neither a folder nor a hub id" in nowhere.text
     assert "No base model was named" in browser.send("/new", "/new", name="help-desk", choice="other").text
+    both = browser.send("/new", "/new", name="help-desk", choice="bundled", base_model=str(tiny_base_folder))
+    assert both.status_code == 400 and f"another base model is named: {tiny_base_folder}" in both.text
     assert not list(folder.iterdir())
     made = browser.send("/new", "/new", name="help-desk", choice="other", base_model=str(tiny_base_folder))
     assert made.url.path == "/data" and "Made the project help-desk." in made.text

@@ -73,7 +73,7 @@ __all__ = [
 ]
 
 
-PROJECT_NAME = "[a-z0-9][a-z0-9-]{0,39}"
+PROJECT_NAME = r"[a-z0-9][a-z0-9\-]{0,39}"  # HTML's patterns need the backslash
 
 
 def _plain_date(value: Any) -> Any:

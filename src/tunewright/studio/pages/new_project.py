@@ -30,6 +30,9 @@ def create(visit: Visit) -> Response:
     try:
         if choice != "bundled" and not other:
             raise UserError("No base model was named", fix="Type its folder or hub id.")
+        if choice == "bundled" and other:
+            fix = "Choose the other model, or empty its field."
+            raise UserError(f"SmolLM2 135M is chosen, and another base model is named: {other}", fix=fix)
         new_project(visit.project.folder.root, name=name, base_model=_BUNDLED if choice == "bundled" else other)
     except UserError as refusal:
         if visit.project.folder.has_config:  # made in another tab or a terminal meanwhile
