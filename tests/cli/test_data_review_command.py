@@ -105,6 +105,15 @@ def test_review_edit_opens_the_editor_and_creates_a_version(
     )
 
 
+def test_edit_after_an_undo_opens_the_edited_answer(
+    project: Path, press: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _editor(monkeypatch, tmp_path, f"cat $1 >> {tmp_path}/seen; printf 'mine' > $1")
+    press += "eueq"
+    assert tunewright("data", "review", "--reviewer", "ada", "-p", project).code == 0
+    assert (tmp_path / "seen").read_text().endswith("mine")
+
+
 @pytest.mark.parametrize(
     ("script", "message"),
     [("exit 1", "The editor failed"), ("true", "is unchanged"), ("printf '\\377' > $1", "The editor failed")],

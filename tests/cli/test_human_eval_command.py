@@ -34,7 +34,7 @@ def folder(project: Path) -> Path:
 
 @pytest.fixture
 def press(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The keys that the reviewer will press, and a note after each w; all of them have to be asked for."""
+    """The keys that the reviewer will press, and a note after each n; all of them have to be asked for."""
     import tunewright.cli.data_review as labels
     import tunewright.cli.human_eval as cli
 
@@ -53,7 +53,7 @@ def _review(project: Path, *options: str | Path, reviewer: str | None = "ada"): 
 
 
 def test_human_eval_shows_both_answers_without_naming_arms(project: Path, folder: Path, press: list[str]) -> None:
-    press += ["a", "b", "g", "n", "s", "x", "q"]
+    press += ["a", "b", "g", "x", "s", "w", "q"]
     ran = _review(project)
     assert ran.code == 0
     review = begin(folder)
@@ -61,7 +61,7 @@ def test_human_eval_shows_both_answers_without_naming_arms(project: Path, folder
         pair = review.pair(key)
         assert pair.a.split()[0] in ran.stderr
     assert not any(word in ran.stderr for word in ("tuned", "retrieved", "fixed", "broken", "Reference"))
-    assert "Unknown key 'x'" in ran.stderr
+    assert "Unknown key 'w'" in ran.stderr
     assert "4 of 50 pairs judged, 1 skipped" in ran.stderr
     assert [j.verdict for j in review.journal.standing.values()] == ["A", "B", "both", "neither", "skip"]
 
@@ -97,7 +97,7 @@ def test_incumbent_is_compared_apart_and_decides_nothing(tmp_path: Path, press: 
 
 
 def test_undo_reference_and_note_by_key(project: Path, folder: Path, press: list[str]) -> None:
-    press += ["u", "a", "u", "r", "w", "the county is missing", "b", "q"]
+    press += ["u", "a", "u", "v", "n", "the county is missing", "b", "q"]
     ran = _review(project)
     assert "There is nothing to take back." in ran.stderr
     assert "Taken back." in ran.stderr
@@ -133,7 +133,7 @@ def test_human_eval_results_exits_with_the_preference(
 ) -> None:
     review = begin(folder, items=30)
     for key in review.sample.order:
-        press.append("n" if better == "neither" else "ba"[side_of_treatment(review, review.pair(key)) == "B"])
+        press.append("x" if better == "neither" else "ba"[side_of_treatment(review, review.pair(key)) == "B"])
     assert _review(project, "--items", "30").code == 0
     assert _review(project, "--results", reviewer=None).code == code
 

@@ -152,7 +152,7 @@ def _pass(run: Session, review: ReviewSession) -> None:
         if key == "u":
             note = "Taken back." if review.undo() is not None else "There is nothing to take back."
         elif key == "e":
-            note = review.edit(card, edit_text(card.member.example.output))
+            note = review.edit(card, edit_text(review.draft(card)))
         elif key == "n":
             note = review.note(card, read_note(run))
         elif key in VERDICT_KEYS:

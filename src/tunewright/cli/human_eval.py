@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from tunewright.evidence.common import Interval, Score
     from tunewright.evidence.human_eval import AnswerReview
 
-SIDE_KEYS: dict[str, Side] = {"a": "A", "b": "B", "g": "both", "n": "neither", "s": "skip"}
+SIDE_KEYS: dict[str, Side] = {"a": "A", "b": "B", "g": "both", "x": "neither", "s": "skip"}
 EXIT_CODES = {"treatment": 0, "control": 3, "can't tell": 4}
 SIDE_BY_SIDE = 90  # columns of the terminal; below them A stands over B
 KEYS = (
-    "a A is better   b B is better   g both good   n neither",
-    "r reference   w write a note   s skip   u undo   q quit",
+    "a A is better   b B is better   g both good   x neither",
+    "v view the reference   s skip   n note   u undo   q quit",
 )
 _SAID = {"treatment": "bold green", "control": "bold red", "can't tell": "bold yellow"}
 
@@ -68,9 +68,9 @@ def human_eval(
 ) -> int | None:
     """Judge the tuned answers against the best prompting arm's or an incumbent's, blind, on a random sample.
 
-    Keys: a A is better, b B is better, g both good, n neither, r show the reference, w write a note, s skip, u undo,
-    q quit. Resumes where it stopped. With --results, the exit code is 0 if people prefer the tuned answers, 3 if they
-    prefer the others, 4 if neither is clear.
+    Keys: a A is better, b B is better, g both good, x neither, v view the reference, s skip, n note, u undo, q quit.
+    Resumes where it stopped. With --results, the exit code is 0 if people prefer the tuned answers, 3 if they prefer
+    the others, 4 if neither is clear.
     """
     from tunewright.evaluation.human_eval.session import check_options
 
@@ -156,9 +156,9 @@ def _pass(run: Session, blind: BlindReview) -> None:
             return
         if key == "u":
             note = "Taken back." if blind.undo() is not None else "There is nothing to take back."
-        elif key == "r":
+        elif key == "v":
             blind.show_reference(pair)
-        elif key == "w":
+        elif key == "n":
             blind.note(pair, read_note(run))
         elif key in SIDE_KEYS:
             blind.answer(pair, SIDE_KEYS[key])

@@ -175,6 +175,17 @@ class ReviewLog:
         theirs = [line for line, event in edits if event.reviewer in record["reviewers"]]
         return record["line"] if record["line"] in theirs else theirs[-1] if theirs else None
 
+    def withdrawn_edit(self, key: str, reviewer: str) -> str | None:
+        """Return the answer that the reviewer edited and took back, unless the row was judged after that."""
+        stack: list[str | None] = []
+        last = None
+        for event in self.events:
+            if isinstance(event, VerdictEvent | UndoEvent) and (event.key, event.reviewer) == (key, reviewer):
+                last = stack.pop() if isinstance(event, UndoEvent) and stack else None
+                if isinstance(event, VerdictEvent):
+                    stack.append(event.output)
+        return last
+
     def latest(self, version: str, reviewer: str) -> VerdictEvent | None:
         """Return the reviewer's latest valid verdict on this version."""
         theirs = [stack[-1] for names in self.stacks.values() if (stack := names.get(reviewer))]

@@ -20,6 +20,7 @@ from tunewright.data.review.acceptance import FixedPlan, Outcome, SequentialPlan
 from tunewright.data.review.edits import unaccepted_keys
 from tunewright.data.review.label_models import Suspect
 from tunewright.data.review.reviews import (
+    PURGED,
     DrawEvent,
     Event,
     NoteEvent,
@@ -169,19 +170,27 @@ class ReviewSession:
         done = sum(self.reviews.finding(key) is not None for key in self.order)
         return f"suspects: {done:,} of {len(self.order):,} reviewed"
 
-    def next(self) -> ReviewItem | None:
-        """Return the next row to review; None if the sample has decided or the queue is empty."""
+    def next(self, leased: Collection[str] = ()) -> ReviewItem | None:
+        """Return the next row to review; None if the sample has decided or the queue is empty.
+
+        ``leased`` rows are on the screens of other people, and are left to them.
+        """
         for number, key in enumerate(self.generated, start=1):
-            if key not in self._skipped and self._open(key):
+            if key not in leased and self._offered(key):
                 return self._card(key, number)
         if self.drawn is not None and not self.second:
             found = self.outcome
             if found is not None and found.decision != "continue":
                 return None
         for number, key in enumerate(self._queue(), start=1):
-            if key not in self._skipped and self._open(key):
+            if key not in leased and self._offered(key):
                 return self._card(key, number)
         return None
+
+    def card(self, key: str) -> ReviewItem | None:
+        """Return a row that was shown earlier; None if it is not in the queue or was judged meanwhile."""
+        queue = self.generated if key in self.generated else self._queue()
+        return self._card(key, queue.index(key) + 1) if key in queue and self._offered(key) else None
 
     def _queue(self) -> list[str]:
         """Return the rows that may be open, in the order in which they are offered."""
@@ -208,6 +217,9 @@ class ReviewSession:
 
     def _card(self, key: str, number: int) -> ReviewItem:
         return ReviewItem(self.members[key], number, self.why.get(key))
+
+    def _offered(self, key: str) -> bool:
+        return key not in self._skipped and self._open(key)
 
     def _open(self, key: str) -> bool:
         current = self.reviews.current_verdicts(key)
@@ -273,6 +285,11 @@ class ReviewSession:
             NoteEvent(key=card.member.key, text=text, version=self.version.digest, reviewer=self.reviewer, when=now())
         )
         return "Noted." if text else "The note was removed."
+
+    def draft(self, card: ReviewItem) -> str:
+        """Return the text that an edit starts from: the answer, or the reviewer's edit of it that was taken back."""
+        edited = self.reviews.withdrawn_edit(card.member.key, self.reviewer)
+        return card.member.example.output if edited in (None, PURGED) else edited
 
     def note_on(self, key: str) -> str:
         """Return this reviewer's note on a row, or an empty text."""
