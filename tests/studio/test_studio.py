@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from html import unescape
 from pathlib import Path
+from urllib.parse import urlencode
 
 import httpx
 import pytest
@@ -18,6 +19,8 @@ from command_line import pairs, tiny_project, tunewright, write_jsonl
 from people_helpers import begin, evaluation
 from studio_client import PASSWORD, Browser, opened, restarted
 from tunewright.core.errors import UserError
+from tunewright.data.review.reviews import read_reviews
+from tunewright.serving.gateway.server import serving
 from tunewright.studio import Studio
 from tunewright.studio.jobs import Jobs
 
@@ -51,7 +54,9 @@ def _row_key(html: str) -> str:
 def test_every_page_needs_a_session(url: str) -> None:
     for path in ("/", "/data", "/rows", "/review", f"/compare/{EVALUATION}", f"/report/{EVALUATION}", "/jobs/x"):
         refused = httpx.get(f"{url}{path}", headers={"Cookie": "tunewright_studio=guessed"})
-        assert (refused.status_code, refused.headers["location"]) == (303, "/sign-in"), path
+        assert (refused.status_code, refused.headers["location"]) == (303, f"/sign-in?{urlencode({'back': path})}"), (
+            path
+        )
     assert httpx.get(f"{url}/jobs/{'0' * 16}/events").status_code == 403
     assert httpx.post(f"{url}/review", data={"action": "right"}).status_code == 403
     wrong = httpx.post(f"{url}/sign-in", data={"secret": "a wrong password"})
@@ -137,6 +142,51 @@ def test_change_of_name_stays_on_the_page_with_its_parameters(browser: Browser) 
     assert (changed.url.path, changed.url.query) == ("/rows", b"split=dev")
 
 
+def test_name_lasts_over_a_restart_and_signs_every_write(project: Path) -> None:
+    with restarted(project) as browser:
+        browser.send("/reviewer", "/review", reviewer="Zoë  Łuk")
+        browser.judge("right")
+        kept = browser.client.cookies
+    studio = Studio(project, "root", password=PASSWORD)
+    with (
+        serving(studio.app()) as url,
+        httpx.Client(base_url=url, cookies=kept, follow_redirects=True, timeout=60) as client,
+    ):
+        again = Browser(client)
+        assert "Reviewer: Zoë Łuk" in again.get("/review")
+        again.judge("edit", output="another answer")
+        again.send("/review/apply", "/review")
+        again.send("/tenants", "/tenants", name="acme", alias="courts")
+        opened_now = library.open(project)
+        assert {name for row in read_reviews(project / "dataset").stacks.values() for name in row} == {"Zoë Łuk"}
+        assert opened_now.data.log()[-1].author == "Zoë Łuk"
+        assert {line.actor for line in opened_now.audit.show()} == {"Zoë Łuk"}
+        with opened(url) as other:
+            assert "Reviewer: root" in other.get("/review"), "the name is the browser's"
+
+
+def test_sign_in_asks_for_the_name_and_leads_back_to_the_page(url: str) -> None:
+    with httpx.Client(base_url=url, follow_redirects=True, timeout=60) as client:
+        page = client.get("/rows?split=dev&q=a%2Fb")
+        assert page.url.path == "/sign-in" and re.search('name="reviewer" [^>]* required', page.text)
+        back = re.search('name="back" value="([^"]*)"', page.text)
+        assert back is not None
+        form = {"secret": "wrong", "reviewer": "bo", "back": unescape(back[1])}
+        assert back[0] in client.post("/sign-in", data=form).text, "also after a wrong password"
+        there = client.post("/sign-in", data=form | {"secret": PASSWORD})
+        assert str(there.url) == f"{url}/rows?split=dev&q=a%2Fb" and "Reviewer: bo" in there.text
+    for back_to in ("//evil.example/x", "https://evil.example", "/\\evil.example", "\t//evil.example"):
+        answer = httpx.post(f"{url}/sign-in", data={"secret": PASSWORD, "back": back_to})
+        assert answer.headers["location"].startswith("/") and "//evil" not in answer.headers["location"][:3]
+    for name in ("\u202e", "x" * 300, "a\x00b"):
+        refused = httpx.post(f"{url}/sign-in", data={"secret": PASSWORD, "reviewer": name})
+        assert refused.status_code == 400 and "set-cookie" not in refused.headers
+    forged = httpx.post(f"{url}/sign-in", data={"secret": PASSWORD}, headers={"Cookie": "tunewright_reviewer=%0A%00"})
+    assert forged.status_code == 303, "a cookie of another program"
+    ended = httpx.post(f"{url}/review", data={"note": "x"}, headers={"Referer": f"{url}/review/suspects?adapter=base"})
+    assert 'name="back" value="/review/suspects?adapter=base"' in ended.text
+
+
 def test_two_reviewers_judge_the_same_sample(browser: Browser, url: str, project: Path) -> None:
     with opened(url) as other:
         assert "You review as bo now." in (changed := other.send("/reviewer", "/review", reviewer="bo")).text
@@ -172,6 +222,17 @@ def test_edits_become_a_version(browser: Browser, project: Path) -> None:
     assert "2 judgements of the sample carry over" in made.text and "1 row edited after that still counts" in made.text
     assert f"At least {needed} more until the verdict" in browser.get("/review")
     assert now.manifest.message == "1 answer edited in review (ada): from the studio"
+
+
+def test_two_reviewers_compare_the_same_pairs_at_once(browser: Browser, url: str, project: Path) -> None:
+    path = f"/compare/{EVALUATION}"
+    with opened(url) as other:
+        other.send("/reviewer", path, reviewer="bo")
+        for _ in range(4):
+            browser.send(path, path, action="A")
+            other.send(path, path, action="B")
+    folder = project / "evaluations" / EVALUATION
+    assert [len(begin(folder, name).journal.standing) for name in ("ada", "bo")] == [4, 4]
 
 
 def test_blind_comparison_hides_the_arms_and_the_estimate_until_it_is_complete(browser: Browser, project: Path) -> None:

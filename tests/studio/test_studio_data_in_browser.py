@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 import tunewright as library
-from browser import AXE, EXECUTABLE, axe_faults, faults, show
+from browser import AXE, EXECUTABLE, axe_faults, faults, show, signed_in
 from command_line import pairs, tiny_project, tunewright, write_jsonl
+from tunewright.config.io import load_config
 from tunewright.serving.gateway.server import serving
 from tunewright.studio import Studio
 
@@ -81,6 +82,24 @@ def test_new_project_page_fits_and_can_be_read(page: Page, tmp_path: Path) -> No
             assert page.title() == "New project: tunewright"
             assert faults(page) == []
             assert not AXE.exists() or axe_faults(page) == []
+
+
+def test_typed_base_is_the_base_and_a_bad_name_is_not_sent(page: Page, tmp_path: Path, tiny_base_folder: Path) -> None:
+    assert page.context.browser is not None
+    studio = Studio(tmp_path, "ada")
+    with serving(studio.app()) as url:
+        new = signed_in(page.context.browser, studio.address(url))
+        new.evaluate("document.querySelector('[value=bundled]').checked = true")  # also where it is not installed
+        new.type("#base_model", str(tiny_base_folder))
+        assert new.is_checked("[value=other]")
+        new.fill("#name", "Bad Name")
+        assert new.evaluate("document.querySelector('#name').validity.patternMismatch")
+        assert faults(new) == []
+        new.fill("#name", "a-name-2")
+        with new.expect_navigation():
+            new.click("text=Make the project")
+        assert load_config(tmp_path / "tunewright.yaml").base_model == str(tiny_base_folder)
+        new.context.close()
 
 
 def test_file_that_would_be_refused_is_not_sent(page: Page) -> None:

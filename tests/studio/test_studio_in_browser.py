@@ -131,7 +131,7 @@ def test_key_pressed_twice_is_one_verdict(page: Page, project: Path) -> None:
 def test_comparison_by_keys_alone(page: Page) -> None:
     page.goto(f"/compare/{EVALUATION}")
     first = _key(page)
-    _press(page, "r")
+    _press(page, "v")
     assert "Reference" in page.inner_text("body")
     _press(page, "a")
     assert _key(page) != first

@@ -15,6 +15,8 @@ from command_line import pairs, tiny_project, tunewright, write_jsonl
 from factories import make_items
 from people_helpers import begin, evaluation, evaluation_with_incumbent, save
 from studio_client import PASSWORD, Browser, opened
+from tunewright.cli.data_review import KEYS as REVIEW_KEYS
+from tunewright.cli.human_eval import KEYS as COMPARE_KEYS
 from tunewright.data.review.reviews import read_reviews
 from tunewright.serving.gateway.server import serving
 from tunewright.studio import Studio
@@ -146,7 +148,72 @@ def test_refused_and_late_edits_keep_the_typed_text(browser: Browser) -> None:
     assert "contains a secret" in refused and "key AKIAIOSFODNN7EXAMPLZ here</textarea>" in refused
     browser.judge("right")
     late = browser.send("/review", "/review", action="edit", output="a long text", key=stale)
-    assert "Nothing was recorded" in late.text and "Your text was: a long text" in late.text
+    assert "Nothing was recorded" in late.text and "You typed: " in late.text and "a long text" in late.text
+
+
+def test_row_of_a_lease_that_ended_is_offered_and_the_first_verdict_counts(
+    browser: Browser, ben: Browser, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = _row_key(browser.get("/review"))
+    assert _row_key(ben.get("/review")) != key == _row_key(browser.get("/review"))
+    monkeypatch.setattr("tunewright.studio.pages.review.LEASE_S", 0)
+    ben.judge("right")
+    assert key == _row_key(browser.get("/review")) == _row_key(ben.get("/review"))
+    late = browser.get("/review").partition('name="form_token" value="')[2].partition('"')[0]
+    ben.judge("right")
+    form = {"form_token": late, "key": key, "action": "wrong", "output": "my <b>text</b>", "note": "and why"}
+    refused = browser.client.post("/review", data=form).text
+    assert "Nothing was recorded" in refused and f'href="/rows/{key}"' in refused
+    assert "my &lt;b&gt;text&lt;/b&gt;" in refused and "and why" in refused
+    found = read_reviews(project / "dataset")
+    assert set(found.current_verdicts(key)) == {"ben"} and key not in found.notes
+    assert _row_key(refused) != key
+
+
+def test_row_on_another_screen_is_not_called_reviewed(browser: Browser, ben: Browser, project: Path) -> None:
+    suspects = library.open(project).data.suspects().suspects
+    for _ in suspects[1:]:
+        ben.judge("right", page="/review/suspects")
+    assert _row_key(ben.get("/review/suspects")) == suspects[-1].key
+    assert "Other reviewers have the last rows" in browser.get("/review/suspects")
+    ben.judge("right", page="/review/suspects")
+    assert "Other reviewers have the last rows" not in browser.get("/review/suspects")
+
+
+def test_note_with_a_secret_stops_the_verdict_and_stays_in_its_field(browser: Browser, project: Path) -> None:
+    key = _row_key(browser.get("/review"))
+    html = browser.judge("right", note="AKIAIOSFODNN7EXAMPLZ")
+    assert "was not stored" in html and "AKIAIOSFODNN7EXAMPLZ</textarea>" in html
+    assert read_reviews(project / "dataset").current_verdicts(key) == {}
+
+
+@pytest.mark.parametrize("answer", ["two\r\nlines", "old\rMac", "\nfirst", " spaces "])
+def test_unchanged_answer_with_odd_line_ends_is_no_edit(tmp_path: Path, answer: str) -> None:
+    (tmp_path / "tunewright.yaml").write_text("name: ends\n")
+    write_jsonl(tmp_path / "pairs.jsonl", [*pairs(20), {"prompt": "a question", "completion": answer}])
+    assert tunewright("data", "add", tmp_path / "pairs.jsonl", "-p", tmp_path).code == 0
+    with serving(Studio(tmp_path, "ada", password=PASSWORD).app()) as url, opened(url) as browser:
+        key = next(m.key for m in library.open(tmp_path).data.version().members if m.example.output == answer)
+        sent = answer.replace("\r\n", "\n").replace("\r", "\n").replace("\n", "\r\n")
+        browser.judge("right", key=key, output=sent)
+    assert read_reviews(tmp_path / "dataset").current_verdicts(key)["ada"].verdict == "right"
+
+
+def test_key_means_the_same_on_every_page_and_in_a_terminal(browser: Browser, project: Path) -> None:
+    evaluation(project / "evaluations" / EVALUATION, count=12)
+    pages = [browser.get("/review"), browser.judge("preview", output="x"), browser.get(f"/compare/{EVALUATION}")]
+    pages.append(browser.get("/review/conflicts"))
+    keys = [dict(re.findall(r"<kbd>(.)</kbd> ([^<:]+)<", page)) for page in pages]
+    keys += [dict(re.findall(r"(\S)  ?(.+?)(?:   |$)", line)) for line in (REVIEW_KEYS, "   ".join(COMPARE_KEYS))]
+    meanings: dict[str, set[str]] = {}
+    for table in keys:
+        assert len(table) > 1
+        for key, text in table.items():
+            meanings.setdefault(key, set()).add(" ".join(text.split()))
+    assert {"r", "w", "e", "s", "n", "u", "a", "b", "g", "x", "v", "c", "o"} <= meanings.keys()
+    for key, texts in meanings.items():
+        words = [set(text.split()) for text in texts]
+        assert set.intersection(*words), f"{key}: {texts}"
 
 
 def test_note_is_kept_with_the_row_and_shown_to_its_author_alone(browser: Browser, ben: Browser, project: Path) -> None:

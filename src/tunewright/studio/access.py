@@ -7,12 +7,14 @@ import math
 import secrets
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from ipaddress import IPv6Network
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, quote, unquote
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tunewright.config import GatewayConfig
@@ -35,6 +37,10 @@ HEADERS = {
     "Referrer-Policy": "same-origin",
     "X-Content-Type-Options": "nosniff",
 }
+_REVIEWER = "tunewright_reviewer"
+"""Cookie with the reviewer's name. All studios of a host share it: the browser is one person's."""
+_KEPT_S = 400 * 24 * 3600  # the longest that browsers keep a cookie
+_LONGEST_NAME = 200  # bytes, as for the files of human evaluation
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,16 @@ class ChangedRows:
     rows: Sequence[tuple[str, str, str, str]]
 
 
-Notice = str | ChangedText | ChangedRows
+@dataclass(frozen=True)
+class RefusedVerdict:
+    """A message about the row of this key, whose verdict was not recorded, with what was typed for it."""
+
+    text: str
+    key: str
+    typed: Sequence[str]
+
+
+Notice = str | ChangedText | ChangedRows | RefusedVerdict
 """A message on the next page."""
 
 
@@ -90,8 +105,10 @@ class Access:
         self._sessions: dict[str, StudioSession] = {}
         self._tries: dict[str, tuple[float, int]] = {}  # by address: the time of the first, and how many; oldest first
 
-    def sign_in(self, secret: str, address: str) -> str | None:
+    def sign_in(self, secret: str, address: str, reviewer: str = "") -> str | None:
         """Return a new session's ``Set-Cookie`` value, or None if the secret is wrong.
+
+        ``reviewer`` is the name of who signs in; empty: the studio's.
 
         Raises:
             HTTPException: 429, there were too many wrong secrets from this address.
@@ -109,7 +126,7 @@ class Access:
             return None
         del self._tries[source]
         key = secrets.token_urlsafe(32)
-        self._sessions[key] = StudioSession(self._reviewer)
+        self._sessions[key] = StudioSession(reviewer or self._reviewer)
         return f"{self._cookie}={key}; Path=/; HttpOnly; SameSite=Strict"
 
     def session(self, request: Request) -> StudioSession | None:
@@ -123,6 +140,31 @@ def _source(address: str) -> str:
         return str(IPv6Network((address, 64), strict=False))
     except ValueError:
         return address
+
+
+def reviewer_name(text: str) -> str:
+    """Return the name that a person typed.
+
+    Raises:
+        UserError: it is empty, too long, or has characters that nobody sees.
+    """
+    name = " ".join(text.split())
+    if not name or not name.isprintable() or len(quote(name)) > _LONGEST_NAME:
+        raise UserError("The reviewer's name is empty, too long or not printable", fix="Go back and type another one.")
+    return name
+
+
+def kept_reviewer(request: Request) -> str:
+    """Return the name that this browser's person chose earlier, also in an earlier start; empty: none yet."""
+    with suppress(UserError):  # by another program on this host
+        return reviewer_name(unquote(request.cookies.get(_REVIEWER, "")))
+    return ""
+
+
+def keep_reviewer(response: Response, name: str) -> Response:
+    """Have the browser keep the name of its person: sessions end with the studio."""
+    response.set_cookie(_REVIEWER, quote(name), max_age=_KEPT_S, httponly=True, samesite="strict")
+    return response
 
 
 async def read_form(request: Request, limit: int = MAX_FORM) -> dict[str, str]:

@@ -41,9 +41,12 @@ from tunewright.studio.access import (
     ReadOnly,
     StudioSession,
     WithHeaders,
+    keep_reviewer,
+    kept_reviewer,
     read_form,
     require_form_token,
     require_same_origin,
+    reviewer_name,
 )
 from tunewright.studio.advice import advice, by_commands, note
 from tunewright.studio.job_log import read_entry
@@ -182,7 +185,9 @@ class Studio:
         async def endpoint(request: Request) -> Response:
             session = self._session(request)
             if session is None:
-                return RedirectResponse("/sign-in", status_code=303) if method == "GET" else await self._ended(request)
+                back = urlencode({"back": request.url.replace(scheme="", netloc="")})
+                sign_in = RedirectResponse(f"/sign-in?{back}", status_code=303)
+                return sign_in if method == "GET" else await self._ended(request)
             form: dict[str, str] = {} if method == "GET" else await read_form(request)
             if method == "POST":
                 require_form_token(session, form)
@@ -209,17 +214,23 @@ class Studio:
             with authored_by(session.reviewer):
                 return handler(visit)
 
-    async def _sign_in_page(self, _request: Request) -> Response:
+    async def _sign_in_page(self, request: Request) -> Response:
         if self._visitor is not None:
             return RedirectResponse("/", status_code=303)
-        return HTMLResponse(self._sign_in_text(""))
+        return HTMLResponse(self._sign_in_text(request, "", request.query_params.get("back", "/")))
 
     async def _sign_in(self, request: Request) -> Response:
-        secret = (await read_form(request, MAX_SIGN_IN)).get("secret", "")
-        cookie = self._access.sign_in(secret, request.client.host if request.client else "")
+        form = await read_form(request, MAX_SIGN_IN)
+        typed, back = form.get("reviewer", ""), form.get("back", "/")
+        name = reviewer_name(typed) if typed.strip() else kept_reviewer(request)
+        address = request.client.host if request.client else ""
+        cookie = self._access.sign_in(form.get("secret", ""), address, name)
         if cookie is None:
-            return HTMLResponse(self._sign_in_text("That is not the secret of this studio."), status_code=403)
-        return RedirectResponse("/", status_code=303, headers={"Set-Cookie": cookie})
+            wrong = "That is not the secret of this studio."
+            return HTMLResponse(self._sign_in_text(request, wrong, back), status_code=403)
+        # One slash: two would begin the address of another host.
+        answer = RedirectResponse(f"/{back.lstrip('/')}", status_code=303, headers={"Set-Cookie": cookie})
+        return keep_reviewer(answer, name) if name else answer
 
     async def _ended(self, request: Request) -> Response:
         """Ask for the secret again, and return what was typed: the page that has it is made again after the sign-in."""
@@ -229,11 +240,14 @@ class Studio:
                 form = await read_form(request)
             typed = [form[name] for name in _TYPED if form.get(name, "").strip()]
         wrong = "Your session has ended, because the studio was started again. Nothing was recorded."
-        return HTMLResponse(self._sign_in_text(wrong, typed), status_code=403)
+        # The page that has the form: its address may have no page of its own.
+        back = request.headers.get("referer", "").partition("://")[2].partition("/")[2]
+        return HTMLResponse(self._sign_in_text(request, wrong, f"/{back}", typed), status_code=403)
 
-    def _sign_in_text(self, wrong: str, typed: Sequence[str] = ()) -> str:
-        kind = "token" if self._token is not None else "password"
-        return self._templates.get_template("sign_in.html.j2").render(wrong=wrong, kind=kind, typed=typed)
+    def _sign_in_text(self, request: Request, wrong: str, back: str, typed: Sequence[str] = ()) -> str:
+        kind, name = "token" if self._token is not None else "password", kept_reviewer(request)
+        page = self._templates.get_template("sign_in.html.j2")
+        return page.render(wrong=wrong, kind=kind, back=back, reviewer=name, typed=typed)
 
     async def _upload(self, request: Request) -> Response:
         """Store a file in the project's `UPLOADS`, whole or not at all."""

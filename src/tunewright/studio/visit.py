@@ -68,6 +68,11 @@ class Cache:
     """The adapter's stored answers, and the files that they are from with their times."""
     estimates: dict[tuple[str, bool], tuple[object, AnswersEstimate]] = field(default_factory=dict)
     """The answers of an evaluation by adapter and split (True: dev), with what decided them."""
+    leases: dict[tuple[str, str], tuple[str, float]] = field(default_factory=dict)
+    """The row on each session's screen and the end of its lease, by the session's token and the choice of rows.
+
+    They end with the studio, and another studio of the project does not know them: there, the first verdict counts.
+    """
     comparisons: dict[tuple[str, str, str | None], BlindReview] = field(default_factory=dict)
     """By evaluation, reviewer and incumbent."""
 

@@ -69,13 +69,16 @@ def judge_pair(visit: Visit) -> Response:
     """Record a verdict, a note or a look at the reference."""
     blind, action = _comparison(visit), visit.form.get("action", "")
     back = _path(visit)
+    pair, note = blind.next(), visit.form.get("note", "").strip()
+    if pair is not None and pair.key == visit.form.get("key"):
+        if "note" in visit.form:
+            blind.note(pair, note)
+    elif action != "undo" or note:
+        text = f" Your note was: {note}" if note else ""
+        return visit.go(back, f"That pair was judged meanwhile. Nothing was recorded for it now.{text}")
     if action == "undo":
         return visit.go(back, "Taken back." if blind.undo() is not None else "There is nothing to take back.")
-    pair = blind.next()
-    if pair is None or pair.key != visit.form.get("key"):
-        return visit.go(back, "That pair was judged meanwhile. Nothing was recorded for it now.")
-    if "note" in visit.form:
-        blind.note(pair, visit.form["note"])
+    assert pair is not None
     if action == "reference":
         blind.show_reference(pair)
     elif action in _SIDES:

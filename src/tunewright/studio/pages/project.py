@@ -14,6 +14,7 @@ from tunewright.core.text import count_of
 from tunewright.data.review.report import review_report
 from tunewright.data.versions import current_manifest
 from tunewright.evidence.schema import DEV_PREFIX, EVIDENCE_FILE
+from tunewright.studio.access import keep_reviewer, reviewer_name
 from tunewright.studio.jobs import SERVER, Job
 from tunewright.studio.pages.deploy import made, needs_keys, newest_releases
 from tunewright.studio.pages.evaluate import EVALUATE_PAGE
@@ -161,12 +162,10 @@ def evaluations_of(visit: Visit, most: int = _NEWEST) -> list[Evaluation]:
 
 def choose_reviewer(visit: Visit) -> Response:
     """Record reviews under another name from now on."""
-    name = visit.form.get("reviewer", "").strip()
-    if not name:
-        raise UserError("The reviewer's name is empty", fix="Go back and type a name.")
-    visit.session.reviewer = name
+    visit.session.reviewer = name = reviewer_name(visit.form.get("reviewer", ""))
     back = visit.form.get("back", "/")
-    return visit.go(back if back.startswith("/") and not back.startswith("//") else "/", f"You review as {name} now.")
+    page = visit.go(back if back.startswith("/") and not back.startswith("//") else "/", f"You review as {name} now.")
+    return keep_reviewer(page, name)
 
 
 def start_job(visit: Visit) -> Response:

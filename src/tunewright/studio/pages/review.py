@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 from dataclasses import dataclass
+from time import monotonic
 from urllib.parse import urlencode
 
 from starlette.exceptions import HTTPException
@@ -18,11 +20,12 @@ from tunewright.data.review.report import ReviewReport, review_report
 from tunewright.data.review.reviews import Verdict
 from tunewright.data.review.session import ReviewItem, ReviewSession
 from tunewright.data.versions.diff import short_changes, word_changes
-from tunewright.studio.access import ChangedText
+from tunewright.studio.access import ChangedText, RefusedVerdict
 from tunewright.studio.visit import Handlers, Visit
 
 _VERDICTS: dict[str, Verdict] = {"right": "right", "wrong": "wrong", "skip": "skip"}
 _ON_A_PAGE = 100  # edits or conflicts
+LEASE_S = 600  # for which a row on a session's screen is offered to no other session
 
 
 @dataclass(frozen=True)
@@ -72,16 +75,23 @@ def review_page(visit: Visit) -> Response:
             chosen=_adapter(visit, queue) or ("base" if len(judges) == 2 else ""),
             running=visit.jobs.running(),
         )
-    return _show(visit, queue, review)
+    return _show(visit, queue, review, next_row(visit, queue, review))
 
 
-def _show(visit: Visit, queue: str, review: ReviewSession, draft: str | None = None) -> Response:
-    """Return the page of the next row; ``draft`` is an edited answer that is not saved yet."""
-    card = review.next()
+def _show(
+    visit: Visit,
+    queue: str,
+    review: ReviewSession,
+    card: ReviewItem | None,
+    draft: str | None = None,
+    note: str | None = None,
+) -> Response:
+    """Return the page of a row; ``draft`` is an edited answer, and ``note`` a note, that is not saved yet."""
     key = "" if card is None else card.member.key
     stored = "" if card is None else card.member.example.output
     answer = None if card is None else visit.answers.of(key, visit.session.reviewer)
     said = review.reviews.current_verdicts(key) if review.conflicts else {}
+    last = review.reviews.latest(review.version.digest, review.reviewer)
     return visit.page(
         "review.html.j2",
         "Review",
@@ -91,10 +101,13 @@ def _show(visit: Visit, queue: str, review: ReviewSession, draft: str | None = N
         status=review.status,
         left=_left(review),
         card=card,
-        last=review.reviews.latest(review.version.digest, review.reviewer),
-        draft=draft,
+        last=last,
+        last_note=last and review.note_on(last.key),
+        draft=review.draft(card) if draft is None and card is not None else draft,
         changes=None if draft is None else word_changes(stored, draft),
-        note=review.note_on(key),
+        note=review.note_on(key) if note is None else note,
+        place=_place(visit, queue),
+        waiting=LEASE_S // 60 if card is None and review.next() is not None else 0,
         verdicts=[
             (
                 name,
@@ -112,6 +125,19 @@ def _show(visit: Visit, queue: str, review: ReviewSession, draft: str | None = N
         running=visit.jobs.running() if queue == "suspects" else None,
         excerpt=excerpt,
     )
+
+
+def next_row(visit: Visit, queue: str, review: ReviewSession) -> ReviewItem | None:
+    """Return the next row, leased to this session where one verdict settles a row."""
+    if queue not in ("sample", "suspects"):
+        return review.next()
+    leases, mine, time = visit.cache.leases, visit.session.form_token, monotonic()
+    card = review.next([key for (other, _), (key, end) in leases.items() if other != mine and end > time])
+    if card is None:
+        leases.pop((mine, queue), None)
+    else:
+        leases[mine, queue] = (card.member.key, time + LEASE_S)
+    return card
 
 
 def _left(review: ReviewSession) -> str:
@@ -135,36 +161,63 @@ def judge_row(visit: Visit) -> Response:
     if action == "again":
         visit.cache.reviews.pop(_kept_as(visit, queue))
         return visit.go(back)
-    if action == "undo":
+    card = review.card(visit.form.get("key", ""))
+    output, note = _typed(visit, review)
+    if card is None and (action != "undo" or output or note):
+        # Another session, a second tab, the terminal, or the same form sent twice.
+        text = "That row was judged meanwhile. Nothing was recorded for it now."
+        typed = [each for each in (output, note) if each]
+        return visit.go(back, RefusedVerdict(text, visit.form.get("key", ""), typed))
+    said = ""
+    if card is not None and note is not None:
+        said = review.note(card, note)
+        if review.note_on(card.member.key) != note.strip():
+            visit.session.messages.append(said)
+            return _show(visit, queue, review, card, output, note)
+    if action == "undo" and output is None:
         undone = review.undo()
-        shown = review.next()
+        shown = next_row(visit, queue, review)
         if undone is not None and (shown is None or shown.member.key != undone.member.key):
             return visit.go(back, f"Taken back: row {undone.member.key[:12]}, which is not next in this list.")
         return visit.go(back, "Taken back." if undone is not None else "There is nothing to take back.")
-    card = review.next()
-    if card is None or card.member.key != visit.form.get("key"):
-        # A second tab, the terminal, or the same form sent twice.
-        typed = visit.form.get("output", visit.form.get("note", ""))
-        text = f" Your text was: {typed}" if typed else ""
-        return visit.go(back, f"That row was judged meanwhile. Nothing was recorded for it now.{text}")
-    if action in ("edit", "preview"):
+    assert card is not None
+    # An edited row is a wrong one, and its text says more.
+    if action in ("edit", "preview") or (action == "wrong" and output is not None and output.strip()):
         return _edited(visit, queue, review, card)
-    if action == "note":
-        return visit.go(back, review.note(card, visit.form.get("note", "")))
-    if action not in _VERDICTS:
+    if action not in (*_VERDICTS, "undo", "note"):
         raise UserError(f"Unknown verdict {action!r}", fix="Use the buttons of the page.")
+    if output is not None and action != "wrong":
+        unsaved = "No verdict was recorded: you changed the answer. Save the edit (Ctrl Enter) or cancel it (c)."
+        visit.session.messages += [each for each in (said, "" if action == "note" else unsaved) if each]
+        return _show(visit, queue, review, card, output)
+    if action == "note":
+        return visit.go(back, said)
     review.judge(card, _VERDICTS[action])
     return visit.go(back)
+
+
+def _typed(visit: Visit, review: ReviewSession) -> tuple[str | None, str | None]:
+    """Return the edited answer and the note that a form sends; None where they are as they were shown."""
+    key, output, note = (visit.form.get(name) for name in ("key", "output", "note"))
+    member = review.members.get(key or "")
+    if member is not None:
+        shown = (member.example.output, review.draft(ReviewItem(member, 0)))
+        # Browsers send the text of a field with other line ends, and without NUL.
+        if output in [re.sub("\r\n?", "\n", text).replace("\0", "\ufffd") for text in shown]:
+            output = None
+        if note is not None and note.strip() == review.note_on(member.key):
+            note = None
+    return output, note
 
 
 def _edited(visit: Visit, queue: str, review: ReviewSession, card: ReviewItem) -> Response:
     """Show the differences of an edited answer, or save it; a text that cannot be saved stays in the form."""
     stored, output = card.member.example.output, visit.form.get("output", "")
     if visit.form["action"] == "preview":
-        return _show(visit, queue, review, draft=output)
+        return _show(visit, queue, review, card, draft=output)
     if refused := review.edit(card, output):
         visit.session.messages.append(refused)
-        return _show(visit, queue, review, draft=output)
+        return _show(visit, queue, review, card, draft=output)
     return visit.go(_place(visit, queue), ChangedText("Edit saved:", short_changes(stored, output)))
 
 

@@ -14,7 +14,7 @@ from tunewright.data.review.label_models import excerpt
 from tunewright.data.row_index import FLAGS, RowQuery
 from tunewright.data.splits import SPLITS
 from tunewright.data.trace import find_row
-from tunewright.studio.pages.review import stored_searches
+from tunewright.studio.pages.review import next_row, stored_searches
 from tunewright.studio.visit import Handlers, Visit, path_of
 
 _ON_A_PAGE = 50  # rows
@@ -99,7 +99,7 @@ def take_back(visit: Visit) -> Response:
     undone = review.undo(member.key)
     if undone is None:
         return visit.go(path_of("rows", member.key), "There is no verdict of yours on this row to take back.")
-    shown = review.next()
+    shown = next_row(visit, "sample", review)
     if shown is None or shown.member.key != member.key:
         return visit.go(path_of("rows", member.key), "Taken back. The review offers the row again in its turn.")
     return visit.go("/review", "Taken back. Judge the row again, or edit its answer.")

@@ -2,6 +2,14 @@
 
 // The token of the address signs in by itself. Without JavaScript it is typed.
 const signIn = document.getElementById("sign-in");
+// The page that asked for the sign-in, also if the address of the studio is opened after it in this tab.
+if (signIn) {
+  const back = signIn.elements.back;
+  if (back.value === "/") back.value = sessionStorage.getItem("back") ?? "/";
+  sessionStorage.setItem("back", back.value);
+} else {
+  sessionStorage.removeItem("back");
+}
 function sendToken() {
   if (!signIn || !location.hash.startsWith("#token=")) return;
   signIn.elements.secret.value = decodeURIComponent(location.hash.slice("#token=".length));
@@ -17,7 +25,7 @@ let sent = false;
 document.addEventListener("keydown", event => {
   const typing = event.target.closest("input, textarea, select");
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && typing) {
-    typing.form?.querySelector("[data-enter]")?.click();
+    (typing.closest("details") ?? typing.form)?.querySelector("[data-enter]")?.click();
     return;
   }
   if (event.key === "Escape" && typing) {
@@ -34,10 +42,19 @@ document.addEventListener("keydown", event => {
   part?.querySelector("textarea")?.focus();
 });
 
+// A text that is typed chooses what it belongs to.
+document.addEventListener("input", event => {
+  const choice = document.getElementById(event.target.dataset?.chooses);
+  if (choice && event.target.value) choice.checked = true;
+});
+
 // A key that is pressed twice before the next page is there is one verdict.
 document.addEventListener("submit", event => {
   if (sent) event.preventDefault();
   sent = true;
+  // An answer that nobody changed does not travel with a verdict.
+  const shown = event.submitter?.closest(".verdicts") && document.querySelector("[data-shown]");
+  if (shown) shown.disabled = shown.value === shown.defaultValue;
 });
 addEventListener("pageshow", () => { sent = false; });
 
