@@ -28,8 +28,8 @@ class Budget:
         self._freed: asyncio.Event | None = None
 
     def pay(self, amount: float) -> None:
-        """Count a reply's cost."""
-        self.spent += amount
+        """Count a reply's cost; the budget never grows, not even by a journal that was edited."""
+        self.spent += max(amount, 0.0)
 
     @asynccontextmanager
     async def reserved(self, most: float) -> AsyncIterator[None]:

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import time
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
@@ -18,7 +19,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import httpx
 from aiolimiter import AsyncLimiter
@@ -34,6 +35,12 @@ from tunewright.endpoints.replies import ChatRequest, Conversation, Journal, Rep
 
 LONGEST_WAIT = 600.0
 """Seconds; an endpoint that asks for a longer wait (a daily quota) ends the run, which can be resumed later."""
+
+MAX_REPLY = 16 << 20
+"""Decoded bytes of a reply."""
+MAX_TOKENS = 10_000_000
+"""Of a prompt or an answer, as a reply counts them; no model's context is longer."""
+_MOST_LEVELS = 64  # of nested values in function calls
 
 _FIRST_WAIT = 1.0
 _TEMPLATE_TOKENS = 64
@@ -158,7 +165,7 @@ class Endpoint:
                 self._use(key)
                 task.advance(note=_retries_text(self._retried))
 
-        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        headers = {"Accept-Encoding": "gzip"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
         limits = httpx.Limits(max_connections=self.config.concurrency)
         with self.journal.appending() as file:
             # No httpx timeout: the time limit covers a whole request and is set around it.
@@ -223,8 +230,8 @@ class Endpoint:
         url = f"{str(self.config.base_url).rstrip('/')}/chat/completions"
         began = time.perf_counter()
         try:
-            async with asyncio.timeout(self.config.timeout):
-                response = await client.post(url, json=body)
+            async with asyncio.timeout(self.config.timeout), client.stream("POST", url, json=body) as reply:
+                response = await _whole(reply)
         except TimeoutError:
             raise _RequestError(f"no reply within {self.config.timeout:g} s") from None
         except httpx.TransportError as error:
@@ -250,7 +257,7 @@ class Endpoint:
         try:
             error = response.json()["error"]
             text = str(error["message"] if isinstance(error, dict) else error)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             text = response.text
         text = " ".join(text.split())[:300] or response.reason_phrase
         return text.replace(self._key, "…") if self._key else text
@@ -288,6 +295,39 @@ def _secret(config: EndpointConfig, where: str) -> str | None:
     return key
 
 
+async def _whole(reply: httpx.Response) -> httpx.Response:
+    """Return a reply with its body, decompressed here: httpx would expand each piece as far as it goes.
+
+    Raises:
+        _RequestError: it is too large, or its encoding is not the one that was asked for.
+    """
+    encoding = reply.headers.get("content-encoding", "identity").lower()
+    if encoding not in ("identity", "gzip"):
+        raise _RequestError(f"the reply has the content encoding {encoding[:40]!r} (supported: gzip)", status=400)
+    gunzip = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+    body = bytearray()
+    try:
+        async for piece in reply.aiter_raw():
+            body += piece if encoding == "identity" else gunzip.decompress(piece, MAX_REPLY + 1)
+            if len(body) > MAX_REPLY:
+                raise _RequestError(f"the reply is larger than {MAX_REPLY:,} bytes", status=400)
+    except zlib.error as error:
+        raise _RequestError(f"the reply is damaged: {error}", status=502) from None
+    encoded = {"content-encoding", "content-length", "transfer-encoding"}
+    headers = [(name, value) for name, value in reply.headers.items() if name not in encoded]
+    return httpx.Response(reply.status_code, headers=headers, content=bytes(body))
+
+
+def _require_shallow(value: Any) -> None:
+    level = [value]
+    for _ in range(_MOST_LEVELS):
+        nested = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)]
+        level = [each for values in nested for each in values]
+        if not level:
+            return
+    raise ValueError("too deep")
+
+
 def _parsed(response: httpx.Response, request: ChatRequest) -> Reply:
     try:
         document = response.json()
@@ -300,9 +340,14 @@ def _parsed(response: httpx.Response, request: ChatRequest) -> Reply:
         finish = choice.get("finish_reason")
         if not isinstance(text, str):
             raise TypeError("content is not text")
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        _require_shallow(list(calls))
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         start = " ".join(response.text.split())[:120]
         raise _RequestError(f"the reply is not a chat completion: {start!r}", status=502) from None
+    if any(isinstance(count, int) and not 0 <= count <= MAX_TOKENS for count in counts):
+        stated = ", ".join(str(count)[:40] for count in counts)
+        raise _RequestError(f"the reply counts {stated} tokens (0 to {MAX_TOKENS:,} are possible)", status=502)
+    finish = finish if isinstance(finish, str) else None
     reply = Reply(text, finish, 0, 0, tool_calls=calls, model=model if isinstance(model, str) else None)
     if isinstance(counts[0], int) and isinstance(counts[1], int):
         return replace(reply, prompt_tokens=counts[0], completion_tokens=counts[1])
