@@ -114,9 +114,7 @@ def test_error_of_deep_json_is_an_error_of_the_endpoint(served: Server, tmp_path
 
 
 @pytest.mark.parametrize("counts", [(-100_000_000_000, 2), (5, -1), (MAX_TOKENS + 1, 2), (5, 10**400)])
-def test_reply_with_impossible_token_counts_is_refused(
-    served: Server, tmp_path: Path, counts: tuple[int, int]
-) -> None:
+def test_reply_with_impossible_token_counts_is_refused(served: Server, tmp_path: Path, counts: tuple[int, int]) -> None:
     usage = {"prompt_tokens": counts[0], "completion_tokens": counts[1]}
     what = _refusal(served, tmp_path, JSONResponse(_document(usage=usage)))
     assert f"counts {str(counts[0])[:40]}, {str(counts[1])[:40]} tokens" in what

@@ -470,3 +470,48 @@ def test_evidence_in_the_projects_folder_needs_its_log(evaluation: Path, tmp_pat
         shutil.copy(forged / EVIDENCE_FILE, given)
     with pytest.raises(UserError, match="has no line in"):
         load_checked(given, evaluation.parent, LogReporter())
+
+
+@pytest.fixture
+def opened_twice(tmp_path: Path) -> Path:
+    """The evaluations of a project with a dataset, whose test split was opened twice."""
+    (tmp_path / "dataset").mkdir()
+    log = AccessLog(tmp_path / "evaluations")
+    for opening in chain(2):
+        log.open(**facts(opening))
+    return tmp_path / "evaluations"
+
+
+def test_deleted_evaluations_do_not_reset_the_openings(opened_twice: Path) -> None:
+    before = AccessLog(opened_twice).openings
+    shutil.rmtree(opened_twice)
+    with pytest.raises(UserError, match=r"access log is missing: .* has 2 openings of the test split") as caught:
+        AccessLog(opened_twice)
+    assert caught.value.where == str(opened_twice / ACCESS_LOG)
+    # The command that the error names restores it.
+    assert os.system(str(caught.value.fix).partition("copy: ")[2]) == 0
+    assert AccessLog(opened_twice).openings == before
+    assert AccessLog(opened_twice).open(**facts(chain(3)[2])).number == 3
+
+
+def test_log_that_began_anew_or_is_an_earlier_one_is_refused(opened_twice: Path) -> None:
+    log = opened_twice / ACCESS_LOG
+    whole = log.read_text()
+    for text in (whole.splitlines(keepends=True)[0], "".join(f"{line}\n" for line in lines(chain(4)[:1]))):
+        log.write_text(text)
+        with pytest.raises(UserError, match=r"Line \d of the access log is not the one of its copy"):
+            AccessLog(opened_twice)
+    log.write_text(whole)
+    assert len(AccessLog(opened_twice).openings) == 2
+
+
+def test_log_of_an_earlier_version_without_a_copy_opens_and_gets_one(opened_twice: Path) -> None:
+    copy = opened_twice.parent / "dataset" / ACCESS_LOG
+    copy.unlink()
+    log = AccessLog(opened_twice)
+    assert len(log.openings) == 2 and not copy.exists()
+    log.open(**facts(chain(3)[2]))
+    assert copy.read_text() == (opened_twice / ACCESS_LOG).read_text()
+    # A crash between the two writes leaves a copy that is behind.
+    copy.write_text("".join(copy.read_text().splitlines(keepends=True)[:2]))
+    assert len(AccessLog(opened_twice).openings) == 3

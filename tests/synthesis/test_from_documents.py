@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from command_line import tunewright
 from scripted_teacher import LICENSE, asked, read, teacher_project, teaching
 from tunewright.core.errors import UserError
 from tunewright.data.versions import load_version
+from tunewright.synthesis import document_formats, documents
+from tunewright.synthesis.document_formats import parse_document
 from tunewright.synthesis.documents import read_document
 from tunewright.synthesis.questions import find_quote
 
@@ -142,11 +145,82 @@ def test_random_bytes_are_refused_or_read_but_never_a_traceback(tmp_path: Path) 
             data = bytearray(seed)
             for _ in range(draw.randint(1, 20)):
                 data[draw.randrange(len(data))] = draw.randrange(256)
-            (tmp_path / f"b.{kind}").write_bytes(data[: draw.randint(len(data) // 2, len(data))])
+            path = tmp_path / f"b.{kind}"
+            path.write_bytes(data[: draw.randint(len(data) // 2, len(data))])
             try:
-                read_document(tmp_path / f"b.{kind}", 2000)
+                parse_document(path.read_bytes(), path)  # in this process, as the child does
             except UserError:
                 continue
+
+
+def _docx_of(path: Path, body: str) -> Path:
+    """A DOCX with this body, deflated."""
+    docx(path)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    xml = members["word/document.xml"].decode()
+    head, rest = xml[: xml.index("<w:body>") + 8], xml[xml.index("<w:sectPr") :]
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in (members | {"word/document.xml": f"{head}{body}{rest}".encode()}).items():
+            archive.writestr(name, content)
+    return path
+
+
+def _cell(text: str, properties: str = "") -> str:
+    return f"<w:tc><w:tcPr>{properties}</w:tcPr><w:p><w:r><w:t>{text}</w:t></w:r></w:p></w:tc>"
+
+
+def test_merged_cell_is_read_once_in_each_row_that_it_covers(tmp_path: Path) -> None:
+    rows = [
+        _cell("North", '<w:vMerge w:val="restart"/>') + _cell(FEES, '<w:gridSpan w:val="2"/>') + _cell("paid"),
+        _cell("", "<w:vMerge/>") + _cell(HOURS) + _cell("free"),
+        '<w:trPr><w:gridBefore w:val="3"/></w:trPr>' + _cell("late"),
+    ]
+    table = "".join(f"<w:tr>{row}</w:tr>" for row in rows)
+    (passage,) = read_document(_docx_of(tmp_path / "a.docx", f"<w:tbl>{table}</w:tbl>"), 2000).passages
+    assert passage.text.split("\n\n") == [f"North | {FEES} | paid", f"North | {HOURS} | free", "late"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        _cell(FEES, '<w:gridSpan w:val="200000000"/>'),
+        f'<w:trPr><w:gridBefore w:val="200000000"/></w:trPr>{_cell(FEES)}',
+        _cell(FEES, '<w:gridSpan w:val="400"/>') * 3,
+    ],
+)
+def test_table_with_too_many_columns_is_refused(tmp_path: Path, row: str) -> None:
+    path = _docx_of(tmp_path / "a.docx", f"<w:tbl><w:tr>{row}</w:tr></w:tbl>")
+    with pytest.raises(UserError, match=r"A row of a table has [\d,]+ columns .limit 1,000") as caught:
+        parse_document(path.read_bytes(), path)
+    assert caught.value.where == str(path)
+
+
+def test_docx_that_expands_too_far_is_refused(tmp_path: Path) -> None:
+    path = _docx_of(tmp_path / "a.docx", f"<w:p>{' ' * (80 << 20)}</w:p>")
+    with pytest.raises(UserError, match=r"contains 8\d,\d{3},\d{3} bytes .limit .*: 67,108,864") as caught:
+        read_document(path, 2000)
+    assert caught.value.where == str(path)
+
+
+def test_docx_whose_cells_repeat_too_much_text_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = _cell("word " * 4_000, '<w:vMerge w:val="restart"/>')
+    rows = f"<w:tr>{first}</w:tr>" + f"<w:tr>{_cell('', '<w:vMerge/>')}</w:tr>" * 300
+    path = _docx_of(tmp_path / "a.docx", f"<w:tbl>{rows}</w:tbl>")
+    monkeypatch.setattr(document_formats, "expansion_limit", lambda size: 1_200_000)
+    with pytest.raises(UserError, match=r"characters of text .limit for a file of this size: 1,200,000"):
+        parse_document(path.read_bytes(), path)
+
+
+@pytest.mark.parametrize(("name", "limit"), [("MAX_MEMORY", 300 << 20), ("MAX_SECONDS", 1)])
+def test_document_that_takes_too_much_is_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, limit: int
+) -> None:
+    (tmp_path / "a.txt").write_text("word " * (6 << 20))
+    monkeypatch.setattr(documents, name, limit)
+    with pytest.raises(UserError, match=r"takes over \d GiB of memory or \d+ s of processor time") as caught:
+        read_document(tmp_path / "a.txt", 2000)
+    assert caught.value.where == str(tmp_path / "a.txt")
 
 
 @pytest.mark.parametrize(

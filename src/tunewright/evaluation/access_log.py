@@ -2,8 +2,9 @@
 
 Each line holds its own digest and the digest of the line before, so a changed, removed or inserted line is detected.
 Truncation is detected through the evidence, which holds the line of its own opening. A line also binds each file of
-measurements by digest when it is written or amended, so a file that was edited later is detected. The log cannot reveal
-a rewrite of the whole chain together with all files: commit it to git.
+measurements by digest when it is written or amended, so a file that was edited later is detected. A copy in the folder
+of the dataset reveals that the log was deleted, and restores it. The log cannot reveal a rewrite of the whole chain
+together with all files and the copy: commit it to git.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json, file_digest, json_document, text_lines, write_text, writing
 from tunewright.core.locks import locked_folder
 from tunewright.core.progress import Reporter
+from tunewright.core.text import count_of
 from tunewright.data.versions.members import read_places
 from tunewright.data.versions.version import current_author
 from tunewright.evidence.common import Part
@@ -53,10 +55,14 @@ class AccessLog:
 
     def __init__(self, evaluations: Path) -> None:
         self.path = evaluations / ACCESS_LOG
+        self._copy = evaluations.parent / "dataset" / ACCESS_LOG
         self._lines: list[_Line] = []
         if evaluations.exists():
             with self._held():
                 self._require_those_of_the_evidence()
+                self._require_those_of_the_copy()
+        else:
+            self._require_those_of_the_copy()
 
     @property
     def openings(self) -> list[LoggedAccess]:
@@ -192,8 +198,11 @@ class AccessLog:
 
     def _append(self, line: _Line) -> None:
         text = self.path.read_text(encoding="utf-8") if self._lines else ""
-        write_text(self.path, f"{text}{canonical_json(line.model_dump(mode='json'))}\n")
+        text = f"{text}{canonical_json(line.model_dump(mode='json'))}\n"
+        write_text(self.path, text)
         self._lines.append(line)
+        if self._copy.parent.is_dir():  # last, so that it is never ahead of the log
+            write_text(self._copy, text)
 
     def _write(self, files: Mapping[Path, str]) -> None:
         # The line commits the write. A crash before it leaves staged files without a line, which are discarded; one
@@ -251,6 +260,22 @@ class AccessLog:
                 where=str(file),
                 fix=again,
             )
+
+    def _require_those_of_the_copy(self) -> None:
+        """Refuse a log without lines of its copy: it was deleted with all evidence, or is an earlier one."""
+        copied = _read(self._copy)
+        there = [line.digest for line in self._lines]
+        if there[: len(copied)] == [line.digest for line in copied]:
+            return
+        number = next((n for n, line in enumerate(copied) if line.digest not in there[n : n + 1]), 0) + 1
+        opened = sum(isinstance(line, LoggedAccess) for line in copied)
+        lost = f"Line {number} of the access log is not the one of its copy" if there else "The access log is missing"
+        again = f"mkdir -p {self.path.parent} && cp {self._copy} {self.path}"
+        raise UserError(
+            f"{lost}: {self._copy} has {count_of(opened, 'opening')} of the test split",
+            where=str(self.path),
+            fix=f"Restore {self.path.parent} from git, or the log from its copy: {again}",
+        )
 
     def _require_those_of_the_evidence(self) -> None:
         for file in sorted(self.path.parent.glob(f"[!.]*/{EVIDENCE_FILE}")):

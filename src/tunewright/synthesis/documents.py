@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
-from typing import Any
-from zipfile import BadZipFile
 
 from tunewright.core.errors import UserError
 from tunewright.core.io import file_digest
-from tunewright.core.unicode import normalize
+from tunewright.synthesis import document_formats
+from tunewright.synthesis.document_formats import READERS, SEPARATOR, Section
 
 FEWEST_CHARACTERS = 80
 """A shorter passage, such as a heading alone, holds no answer."""
 
-_INSTALL = "Install it: pip install 'tunewright[documents]'"
+MAX_MEMORY = 2 << 30
+"""Bytes of address space of the process that parses a document."""
+MAX_SECONDS = 300
+"""Its processor time."""
+
 _SUPPORTED = "Supported: .pdf, .docx, .html, .htm, .md, .markdown and .txt."
-_BEGINNING = "the beginning"
-_SEPARATOR = "\n\n"
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of a document: ``page 3`` or ``heading "Fees"``, and its text."""
-
-    at: str
-    text: str
 
 
 @dataclass(frozen=True)
@@ -65,22 +59,22 @@ def read_document(path: Path, longest: int) -> Document:
         longest: characters of a passage.
 
     Raises:
-        UserError: the file is missing, empty, encrypted, damaged, without any text, or of another format; or a
-            package is missing.
+        UserError: the file is missing, empty, encrypted, damaged, without any text, or of another format; parsing it
+            exceeds a limit; or a package is missing.
     """
-    reader = _READERS.get(path.suffix.lower())
+    suffix = path.suffix.lower()
     try:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"Cannot read the document: {error.strerror}", where=str(path)) from None
-    if reader is None:
+    if suffix not in READERS:
         raise UserError("Unsupported document format", where=str(path), fix=_SUPPORTED)
     if not data.strip():
         raise UserError("The document is empty", where=str(path), fix="Leave it out.")
-    sections = [Section(section.at, _clean(section.text)) for section in reader(data, path)]
+    sections = _parse_apart(path)
     if not any(section.text for section in sections):
-        fix = "Run text recognition on it first (OCR), such as ocrmypdf." if reader is _pdf else "Leave it out."
-        what = "The document has no text: its pages may be scanned" if reader is _pdf else "The document has no text"
+        fix = "Run text recognition on it first (OCR), such as ocrmypdf." if suffix == ".pdf" else "Leave it out."
+        what = "The document has no text: its pages may be scanned" if suffix == ".pdf" else "The document has no text"
         raise UserError(what, where=str(path), fix=fix)
     digest, start = file_digest(path), 0
     passages, without, short = [], [], []
@@ -95,16 +89,24 @@ def read_document(path: Path, longest: int) -> Document:
                 short.append(passage.place)
             else:
                 passages.append(passage)
-        start += len(section.text) + len(_SEPARATOR)
+        start += len(section.text) + len(SEPARATOR)
     return Document(tuple(passages), tuple(without), tuple(short))
 
 
-def _clean(text: str) -> str:
-    """Return the text in NFC, with spaces collapsed and at most one empty line in a row."""
-    text = normalize(text.replace("\r\n", "\n").replace("\xa0", " ").replace("\x00", ""))
-    text = "".join(c if c.isprintable() or c == "\n" else " " for c in text.encode("utf-8", "ignore").decode())
-    text = re.sub(r"[ \t]+", " ", text)
-    return re.sub(r"\n{3,}", _SEPARATOR, re.sub(r" ?\n ?", "\n", text)).strip()
+def _parse_apart(path: Path) -> list[Section]:
+    """Return a document's sections, parsed in a process of its own: a parser is not trusted with memory and time."""
+    command = (sys.executable, "-P", "-m", document_formats.__name__, str(path), str(MAX_MEMORY), str(MAX_SECONDS))
+    ran = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    if ran.returncode == 0:
+        result = json.loads(ran.stdout)
+        if error := result.get("error"):
+            raise UserError(**error)
+        return [Section(**section) for section in result["sections"]]
+    reason = ran.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+    what = f"The document cannot be parsed: {reason[:200]}"
+    if ran.returncode < 0 or reason.startswith("MemoryError"):
+        what = f"Parsing the document takes over {MAX_MEMORY >> 30} GiB of memory or {MAX_SECONDS} s of processor time"
+    raise UserError(what, where=str(path), fix="Split it, or leave it out.")
 
 
 def _pieces(text: str, longest: int) -> Iterator[tuple[int, str]]:
@@ -112,7 +114,7 @@ def _pieces(text: str, longest: int) -> Iterator[tuple[int, str]]:
     start = 0
     while len(text) - start > longest:
         window = text[start : start + longest]
-        ends = (window.rfind(mark) + len(mark) for mark in (_SEPARATOR, "\n", ". ", " ") if mark in window)
+        ends = (window.rfind(mark) + len(mark) for mark in (SEPARATOR, "\n", ". ", " ") if mark in window)
         end = next((end for end in ends if end > longest // 2), longest)
         yield from _piece(text, start, start + end)
         start += end
@@ -123,212 +125,3 @@ def _piece(text: str, start: int, end: int) -> Iterator[tuple[int, str]]:
     piece = text[start:end]
     if piece.strip():
         yield start + len(piece) - len(piece.lstrip()), piece.strip()
-
-
-def _pdf(data: bytes, path: Path) -> list[Section]:
-    try:
-        import pypdf
-        from pypdf.errors import PyPdfError
-    except ImportError:
-        raise UserError("Reading PDF requires pypdf", where=str(path), fix=_INSTALL) from None
-    try:
-        reader = pypdf.PdfReader(BytesIO(data))
-        # Many files are encrypted with an empty password, which only forbids printing or copying.
-        if reader.is_encrypted and not reader.decrypt(""):
-            raise UserError("The PDF is encrypted", where=str(path), fix="Save it without a password.")
-        return [Section(f"page {number}", page.extract_text()) for number, page in enumerate(reader.pages, start=1)]
-    except UserError:
-        raise
-    except (PyPdfError, *_DAMAGED) as error:
-        raise _damaged("PDF", path, error) from None
-
-
-def _docx(data: bytes, path: Path) -> list[Section]:
-    try:
-        import docx
-        from docx.opc.exceptions import PackageNotFoundError
-        from docx.table import Table
-    except ImportError:
-        raise UserError("Reading DOCX requires python-docx", where=str(path), fix=_INSTALL) from None
-    if data.startswith(b"\xd0\xcf\x11\xe0"):
-        what = "The document is encrypted, or in the format of Word 97 (.doc)"
-        raise UserError(what, where=str(path), fix="Save it as .docx without a password.")
-    sections = _Sections()
-    try:
-        for block in docx.Document(BytesIO(data)).iter_inner_content():
-            if isinstance(block, Table):
-                for row in block.rows:
-                    sections.add(" | ".join(cell.text.strip() for cell in row.cells))
-            elif (block.style.name or "" if block.style else "").startswith(
-                ("Heading", "Title")
-            ) and block.text.strip():
-                sections.head(block.text)
-            else:
-                sections.add(block.text)
-    except (PackageNotFoundError, BadZipFile, SyntaxError, *_DAMAGED) as error:
-        raise _damaged("DOCX", path, error) from None
-    return sections.done
-
-
-def _html(data: bytes, path: Path) -> list[Section]:
-    try:
-        from lxml import etree, html
-    except ImportError:
-        raise UserError("Reading HTML requires lxml", where=str(path), fix=_INSTALL) from None
-    try:
-        root = html.document_fromstring(data, parser=html.HTMLParser(encoding=_declared(data)))
-    except (etree.ParserError, etree.LxmlError, *_DAMAGED) as error:
-        raise _damaged("HTML", path, error) from None
-    sections = _Sections()
-    _walk(root, sections)
-    return sections.done
-
-
-_HEADINGS = {f"h{level}" for level in range(1, 7)}
-_SKIPPED = {"script", "style", "noscript", "template", "nav", "head", "svg", "iframe"}
-_INLINE = {
-    "a",
-    "abbr",
-    "b",
-    "bdi",
-    "cite",
-    "code",
-    "em",
-    "i",
-    "kbd",
-    "mark",
-    "q",
-    "s",
-    "small",
-    "span",
-    "strong",
-    "sub",
-}
-_INLINE |= {"sup", "time", "u", "var", "wbr", "font", "label"}
-
-
-def _walk(root: Any, sections: _Sections) -> None:
-    """Add the texts of an element in order, without recursion: foreign pages nest deeply."""
-    stack: list[tuple[Any, bool]] = [(root, False)]
-    while stack:
-        node, leaving = stack.pop()
-        if isinstance(node, str):
-            sections.text(node)
-            continue
-        if not isinstance(node.tag, str) or node.tag in _SKIPPED:  # a comment has a function as tag
-            continue
-        block = node.tag not in _INLINE
-        if leaving:
-            if block:
-                sections.end()
-            continue
-        if block:
-            sections.end()
-        if node.tag in _HEADINGS:
-            sections.head(" ".join(node.text_content().split()))
-            continue
-        stack.append((node, True))
-        for child in reversed(node):
-            if child.tail:
-                stack.append((child.tail, False))
-            stack.append((child, False))
-        if node.text:
-            stack.append((node.text, False))
-
-
-def _declared(data: bytes) -> str | None:
-    """Return UTF-8 if the page is UTF-8; else the parser finds the encoding that the page declares."""
-    try:
-        data.decode()
-    except UnicodeDecodeError:
-        return None
-    return "utf-8"
-
-
-def _markdown(data: bytes, path: Path) -> list[Section]:
-    from markdown_it import MarkdownIt
-
-    lines = _text(data, path).split("\n")
-    tokens = MarkdownIt("commonmark").parse("\n".join(lines))
-    heads = {
-        token.map[0]: (token.map[1], tokens[place + 1].content)
-        for place, token in enumerate(tokens)
-        if token.type == "heading_open" and token.map and token.level == 0
-    }
-    sections = _Sections()
-    line = 0
-    while line < len(lines):
-        if line in heads:
-            line, title = heads[line]
-            sections.head(title)
-            continue
-        sections.text(lines[line] + "\n")
-        line += 1
-    sections.end()
-    return sections.done
-
-
-def _plain(data: bytes, path: Path) -> list[Section]:
-    return [Section(_BEGINNING, _text(data, path))]
-
-
-def _text(data: bytes, path: Path) -> str:
-    try:
-        return data.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"Not UTF-8: {error.reason}", where=str(path), fix="Save the document in UTF-8.") from None
-
-
-class _Sections:
-    """Sections under headings, built in the order of the document."""
-
-    def __init__(self) -> None:
-        self._found: list[tuple[str, list[str]]] = [(_BEGINNING, [])]
-        self._open = ""
-
-    def head(self, title: str) -> None:
-        """Begin a section."""
-        self.end()
-        title = " ".join(title.split())
-        self._found.append((f'heading "{title[:100]}"', [title]))
-
-    def text(self, text: str) -> None:
-        """Continue the open paragraph."""
-        self._open += text
-
-    def end(self) -> None:
-        """End the open paragraph."""
-        if self._open.strip():
-            self._found[-1][1].append(self._open)
-        self._open = ""
-
-    def add(self, paragraph: str) -> None:
-        """Add a paragraph."""
-        self.text(paragraph)
-        self.end()
-
-    @property
-    def done(self) -> list[Section]:
-        """The sections that have a paragraph or a title."""
-        self.end()
-        return [Section(at, _SEPARATOR.join(parts)) for at, parts in self._found if parts]
-
-
-_DAMAGED = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, NotImplementedError, OSError)
-"""What parsers of foreign bytes raise besides errors of their own."""
-
-
-def _damaged(kind: str, path: Path, error: Exception) -> UserError:
-    detail = " ".join(str(error).split())[:120] or type(error).__name__
-    return UserError(f"The {kind} is damaged: {detail}", where=str(path), fix="Save it again, or leave it out.")
-
-
-_READERS: dict[str, Callable[[bytes, Path], list[Section]]] = {
-    ".pdf": _pdf,
-    ".docx": _docx,
-    ".html": _html,
-    ".htm": _html,
-    ".md": _markdown,
-    ".markdown": _markdown,
-    ".txt": _plain,
-}
