@@ -90,7 +90,7 @@ def test_attacks_in_rows_notes_edits_and_names_are_text(page: Page, width: int, 
             _press(page, "s")
         if path == "/review/conflicts":
             assert len(seen) == len(ATTACKS)
-            _press(page, "a")  # offer them again
+            _press(page, "o")  # offer them again
 
 
 @pytest.mark.skipif(not AXE.exists(), reason="axe-core is not installed: make test-clients")
