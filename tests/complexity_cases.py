@@ -37,6 +37,7 @@ from tunewright.serving.gateway.errors import ApiError
 from tunewright.serving.gateway.messages_api import MessagesRequest
 from tunewright.serving.gateway.parsing import parse_request
 from tunewright.serving.gateway.schemas import ChatRequest, CompletionRequest
+from tunewright.serving.gateway.structured import check_schema
 
 Use = Callable[[Any], object]
 
@@ -185,6 +186,11 @@ def _messages(body: bytes) -> None:
 def _completion(body: bytes) -> None:
     with suppress(ApiError):
         assert parse_request(CompletionRequest, body).texts
+
+
+def _schema(schema: dict[str, Any]) -> None:
+    with suppress(ApiError):
+        check_schema(schema, "schema")
 
 
 def _body(**fields: Any) -> bytes:
@@ -439,6 +445,25 @@ CASES = [
     Case(
         "messages: calls", lambda n: _body(max_tokens=1, messages=[_asked(9), *_called(n // 180), _asked(9)]), _messages
     ),
+    Case(
+        "schema: references to one node",
+        lambda n: {"a": [{"$ref": "#/b"} for _ in range(n // 15)], "b": [{} for _ in range(n // 15)]},
+        _schema,
+    ),
+    Case(
+        "schema: spellings of one node",
+        lambda n: {"a": [{"$ref": f"#/{'%61' if i % 2 else 'a'}/{i:05}"} for i in range(n // 25)]},
+        _schema,
+    ),
+    Case(
+        "schema: roots of one node",
+        lambda n: {"a": [{"$ref": f"#{i}/a"} for i in range(n // 18)], "$ref": "#/a"},
+        _schema,
+    ),
+    Case("schema: chain", lambda n: {str(i): {"$ref": f"#/{i + 1}"} for i in range(n // 20)}, _schema),
+    Case("schema: ring", lambda n: {str(i): {"$ref": f"#/{(i + 1) % (n // 20)}"} for i in range(n // 20)}, _schema),
+    Case("schema: pointers", lambda n: {"a": [{"$ref": "#" + "/a" * 20} for _ in range(n // 50)]}, _schema),
+    Case("schema: multiples", lambda n: {"a": [{"multipleOf": 1 + i % 5} for i in range(n // 20)]}, _schema),
     Case("completion: prompts", lambda n: _body(prompt=["a"] * (n // 5)), _completion),
     Case("completion: token ids", lambda n: _body(prompt=[1] * (n // 3)), _completion),
     Case("completion: long prompt", lambda n: _body(prompt="é" * (n // 6)), _completion),

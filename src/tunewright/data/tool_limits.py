@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
+from urllib.parse import unquote
 
 MAX_DEPTH = 32
 """Of a schema inside schemas, with references followed, and of arguments."""
@@ -31,6 +32,17 @@ def require_depth(value: Any) -> None:
     """Raise a SchemaLimitError for JSON values nested deeper than any schema in its limit needs."""
     if any(depth > 4 * MAX_DEPTH for _, depth in nested_values(value)):
         raise SchemaLimitError(f"nested more than {4 * MAX_DEPTH} levels deep")
+
+
+def reference_path(reference: Any) -> tuple[str, ...]:
+    """Return the steps of the JSON Pointer (RFC 6901) in a schema's ``$ref``.
+
+    Raises:
+        SchemaLimitError: it leads to another document, or is no pointer.
+    """
+    if not isinstance(reference, str) or not (reference == "#" or reference.startswith("#/")):
+        raise SchemaLimitError('"$ref" must be local, such as "#/$defs/address"')
+    return tuple(step.replace("~1", "/").replace("~0", "~") for step in unquote(reference[1:]).split("/")[1:])
 
 
 def nested_values(value: Any) -> Iterator[tuple[Any, int]]:

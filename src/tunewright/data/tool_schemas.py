@@ -13,7 +13,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
-from urllib.parse import unquote
 
 import regex
 from jsonschema import Draft202012Validator, FormatChecker
@@ -22,7 +21,14 @@ from jsonschema.validators import extend
 from referencing import Registry
 
 from tunewright.core.io import canonical_json
-from tunewright.data.tool_limits import MAX_DEPTH, ArgumentsError, DeclarationError, SchemaLimitError, nested_values
+from tunewright.data.tool_limits import (
+    MAX_DEPTH,
+    ArgumentsError,
+    DeclarationError,
+    SchemaLimitError,
+    nested_values,
+    reference_path,
+)
 
 MAX_VALUES = 10_000
 """Schemas and listed values of one function, with references followed."""
@@ -197,10 +203,7 @@ def _followed(
 
 
 def _target(reference: Any, places: Mapping[_Pointer, Any]) -> _Pointer:
-    """Return the place that a JSON Pointer (RFC 6901) in a fragment names."""
-    if not isinstance(reference, str) or not (reference == "#" or reference.startswith("#/")):
-        raise SchemaLimitError('"$ref" must be local, such as "#/$defs/address"')
-    path = tuple(step.replace("~1", "/").replace("~0", "~") for step in unquote(reference[1:]).split("/")[1:])
+    path = reference_path(reference)
     if path not in places:
         raise DeclarationError(f'"$ref" {_cut(reference)} names no schema of this document')
     return path

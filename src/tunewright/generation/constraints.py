@@ -9,27 +9,23 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
+from llguidance import LLMatcher, LLTokenizer, regex_to_lark
 from llguidance.hf import from_tokenizer
 from torch import Tensor
 
 from tunewright.config import ConstrainConfig
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest
+from tunewright.generation.grammar_process import compiled
 
 _WHERE = "evaluate.structured_outputs"
-
-_LIMITS = LLParserLimits(
-    initial_lexer_fuel=500_000, step_lexer_fuel=100_000, step_max_items=20_000, verbose_errors=False
-)
-"""Half of llguidance's own limits: no rule takes a second to compile, or a tenth of a second for the next mask. They
-count work, not time, so the same rule fails at the same token on every machine."""
 
 
 @dataclass(frozen=True)
@@ -103,11 +99,24 @@ class GrammarCompiler:
         tokenizer: a transformers tokenizer of the ``tokenizers`` library.
         stop_ids: tokens that end an answer: allowed where the text so far matches. Empty: its end token.
         affixes: optional text before and after the answer that its tokens may write: see :func:`answer_affixes`.
+
+    Attributes:
+        tokenizer_arguments: those of llguidance's tokenizer, for another process.
     """
 
     def __init__(self, tokenizer: Any, stop_ids: Collection[int], affixes: tuple[str, str] = ("", "")) -> None:
-        self._tokenizer: LLTokenizer = from_tokenizer(tokenizer, eos_token=sorted(stop_ids) or None)
+        backend = copy(tokenizer.backend_tokenizer)
+        backend.no_padding()
+        backend.no_truncation()
+        end = sorted(stop_ids) or tokenizer.eos_token_id
+        self.tokenizer_arguments: dict[str, Any] = {"tokenizer": backend.to_str(), "eos_token": end}
+        self._tokenizer = LLTokenizer(**self.tokenizer_arguments)
         self.affixes = affixes
+
+    def rules(self, grammar: Grammar) -> str:
+        """Return the whole grammar of an answer with its affixes, in llguidance's Lark."""
+        before, after = (f"{json.dumps(text)}?" if text else "" for text in self.affixes)
+        return f"start: {before} answer {after}\nanswer: {grammar.rule}\n"
 
     def compile(self, grammar: Grammar) -> Constraint:
         """Return the grammar as a constraint. Other Python threads run meanwhile.
@@ -115,7 +124,7 @@ class GrammarCompiler:
         Raises:
             UserError: the engine rejects the grammar.
         """
-        return Constraint(grammar, self._tokenizer, self.affixes)
+        return Constraint(grammar, self._tokenizer, self.rules(grammar))
 
     @property
     def token_bytes(self) -> list[bytes | None]:
@@ -139,23 +148,17 @@ class Constraint:
     Args:
         grammar: the form of allowed answers.
         tokenizer: llguidance's, with the tokens that end an answer.
-        affixes: see :class:`GrammarCompiler`.
-
-    Attributes:
-        rules: the whole grammar in llguidance's Lark, for engines that compile it themselves.
+        rules: see :meth:`GrammarCompiler.rules`; engines that compile grammars themselves take them.
 
     Raises:
         UserError: the engine rejects the grammar.
     """
 
-    def __init__(self, grammar: Grammar, tokenizer: LLTokenizer, affixes: tuple[str, str]) -> None:
+    def __init__(self, grammar: Grammar, tokenizer: LLTokenizer, rules: str) -> None:
         self.grammar = grammar
         self._tokenizer = tokenizer
-        before, after = (f"{json.dumps(text)}?" if text else "" for text in affixes)
-        self.rules = f"start: {before} answer {after}\nanswer: {grammar.rule}\n"
-        self._fresh = LLMatcher(self._tokenizer, self.rules, log_level=0, limits=_LIMITS)
-        if not self._fresh.is_error():
-            self._fresh.compute_bitmask()  # the first one takes longest, and every row begins with it
+        self.rules = rules
+        self._fresh = compiled(tokenizer, rules)
         if self._fresh.is_error():
             raise UserError(f"Invalid constraint: {_reason(self._fresh.get_error())}", where=_WHERE)
 

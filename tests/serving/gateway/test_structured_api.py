@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, Literal
 
 import httpx
@@ -14,13 +15,13 @@ import jsonschema
 import openai
 import pydantic
 import pytest
-from served_model import GRAMMARS, TOKENIZER, build_model, running_server
+from served_model import GRAMMARS, STOPS, TOKENIZER, build_model, running_server
 
 from tunewright.core.errors import UserError
-from tunewright.generation.constraints import Constraint, Grammar
+from tunewright.generation.constraints import Constraint, Grammar, GrammarCompiler
 from tunewright.serving.gateway import structured
 from tunewright.serving.gateway.errors import ApiError
-from tunewright.serving.gateway.structured import GrammarCache
+from tunewright.serving.gateway.structured import Form, GrammarCache, check_schema
 
 QUESTION: list[Any] = [{"role": "user", "content": "Which court is this?"}]
 SCHEMA: dict[str, Any] = {
@@ -143,10 +144,18 @@ RECURSIVE = {"$defs": {"node": {"type": "object", "properties": {"next": {"$ref"
         ({"type": "string", "pattern": "("}, "invalid_schema", "unclosed group"),
         ({"not": {"type": "string"}}, "invalid_schema", r'Unimplemented keys: \["not"\]'),
         ({"$ref": "#/$defs/none"}, "invalid_schema", "does not exist"),
-        ({"$ref": "http://127.0.0.1/schema.json"}, "invalid_schema", "not present in a registry"),
+        ({"$ref": "http://127.0.0.1/schema.json"}, "invalid_schema", "must be local"),
         ({"enum": []}, "invalid_schema", "Unsatisfiable"),
         ({"$ref": "#/$defs/node", **RECURSIVE}, "recursive_schema", "recursive, at '#/[$]defs/node'"),
         ({"type": "array", "items": {"$ref": "#"}}, "recursive_schema", "recursive, at '#'"),
+        ({"$ref": "#0/a", "a": {"type": "string"}}, "invalid_schema", "must be local"),
+        ({str(n): {"$ref": f"#/{n + 1}"} for n in range(1001)}, "schema_too_large", "too many references .limit 1,000"),
+        ({"type": "integer", "multipleOf": 1001}, "schema_too_large", "multipleOf is too large .limit 1,000"),
+        (
+            {"anyOf": [{"multipleOf": 0.07}, {"allOf": [{"multipleOf": 11}, {"multipleOf": 13}]}]},
+            "schema_too_large",
+            "1,000",
+        ),
         (deep(40), "schema_too_large", "nested too deeply"),
         ({"enum": ["x" * 100 + str(n) for n in range(1000)]}, "schema_too_large", "too large"),
     ],
@@ -193,62 +202,156 @@ def test_form_that_becomes_too_complex_fails_its_own_request_alone(url: str) -> 
     assert answered.json()["choices"] == post(url, max_tokens=40, logit_bias={})["choices"]
 
 
-class Compilations:
-    """Compiles, counts, and waits where the rule says so."""
+class Counted(GrammarCompiler):
+    """Counts what it compiles."""
 
     def __init__(self) -> None:
-        self.rules: list[str] = []
-        self.released = threading.Event()
+        super().__init__(TOKENIZER, STOPS)
+        self.compiled: list[str] = []
 
-    def __call__(self, grammar: Grammar) -> Constraint:
-        self.rules.append(grammar.rule)
-        if "slow" in grammar.rule:
-            self.released.wait(60)
-        return GRAMMARS.compile(grammar)
+    def compile(self, grammar: Grammar) -> Constraint:
+        self.compiled.append(grammar.rule)
+        return super().compile(grammar)
+
+
+def with_cache(use: Callable[[GrammarCache, Counted], Awaitable[None]]) -> None:
+    async def run() -> None:
+        compiler = Counted()
+        cache = GrammarCache(compiler)
+        try:
+            await use(cache, compiler)
+        finally:
+            await cache.close()
+
+    asyncio.run(run())
+
+
+def one_of(*texts: str) -> Form:
+    return Form("guided_choice", Grammar.choices(texts))
 
 
 def test_grammar_is_compiled_once_for_a_tenant_and_the_oldest_is_dropped() -> None:
-    compiled = Compilations()
-
-    async def ask() -> None:
-        cache = GrammarCache(compiled)
-        form = ("guided_choice", Grammar.choices(["a"]))
-        assert await cache.constraint(form, "acme") is await cache.constraint(form, "acme")
-        await cache.constraint(form, "other")
-        assert len(compiled.rules) == 2
-        bad = ("guided_regex", Grammar.regex("("))
+    async def ask(cache: GrammarCache, compiler: Counted) -> None:
+        first, again = await asyncio.gather(*(cache.constraint(one_of("a"), "acme") for _ in range(2)))
+        assert first is again is await cache.constraint(one_of("a"), "acme")
+        await cache.constraint(one_of("a"), "other")
+        assert len(compiler.compiled) == 2
         for _ in range(2):
             with pytest.raises(ApiError, match="guided_regex is not supported"):
-                await cache.constraint(bad, "acme")
-        assert len(compiled.rules) == 3, "a refusal is kept, too"
+                await cache.constraint(Form("guided_regex", Grammar.regex("(")), "acme")
+        assert len(compiler.compiled) == 3, "a refusal is kept, too"
         for number in range(structured.KEPT):
-            await cache.constraint(("guided_choice", Grammar.choices([str(number)])), "acme")
-        before = len(compiled.rules)
-        await cache.constraint(form, "other")
-        assert len(compiled.rules) == before
-        await cache.constraint(form, "acme")
-        assert len(compiled.rules) == before + 1
+            await cache.constraint(one_of(str(number)), "acme")
+        before = len(compiler.compiled)
+        await cache.constraint(one_of("a"), "other")
+        assert len(compiler.compiled) == before
+        await cache.constraint(one_of("a"), "acme")
+        assert len(compiler.compiled) == before + 1
 
-    asyncio.run(ask())
+    with_cache(ask)
 
 
-def test_grammar_that_takes_too_long_is_refused_and_the_event_loop_continues(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(structured, "COMPILE_SECONDS", 0.05)
-    compiled = Compilations()
+def multiples(*factors: float) -> dict[str, Any]:
+    """Each factor takes half a second or more."""
+    return {"properties": {f"p{factor}": {"type": "integer", "multipleOf": factor} for factor in factors}}
 
-    async def ask() -> None:
-        cache = GrammarCache(compiled)
-        slow = asyncio.create_task(cache.constraint(("guided_choice", Grammar.choices(["slow"])), "hostile"))
-        while not compiled.rules:
-            await asyncio.sleep(0)  # the loop runs while the thread compiles
-        with pytest.raises(ApiError, match="guided_choice is not supported: it takes over") as caught:
-            await slow
-        assert caught.value.status == 400
-        compiled.released.set()
-        monkeypatch.undo()  # a busy machine may take longer for a quick one
-        assert await cache.constraint(("guided_choice", Grammar.choices(["quick"])), "acme")
 
-    asyncio.run(ask())
+# In a grammar, where the limit of schemas does not apply.
+SLOW = {"grammar": f"start: %json {json.dumps(multiples(*range(99_971, 99_991)))}"}
+
+
+def test_slow_grammar_of_one_client_is_refused_and_quick_ones_are_answered(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(structured, "COMPILE_SECONDS", 1.5)
+
+    async def ask() -> list[httpx.Response]:
+        async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=120) as client:
+            same: Any = {"model": "courts", "messages": QUESTION, "max_tokens": 60, "logit_bias": COMPACT}
+            forms = [SLOW, *({"choice": [text, "quick"]} for text in "abc")]
+            bodies = [{**same, "structured_outputs": form} for form in forms]
+            return await asyncio.gather(*(client.post("/v1/chat/completions", json=body) for body in bodies))
+
+    slow, *quick = asyncio.run(ask())
+    assert (slow.status_code, slow.json()["error"]["param"]) == (400, "structured_outputs.grammar")
+    assert [reply.status_code for reply in quick] == [200, 200, 200]
+
+
+def test_refusal_of_a_slow_grammar_is_not_kept(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    form = {"structured_outputs": {"regex": "(b{100}){100}"}}
+    monkeypatch.setattr(structured, "COMPILE_SECONDS", 0.001)
+    assert post(url, max_tokens=1, **form)["error"]["param"] == "structured_outputs.regex"
+    monkeypatch.setattr(structured, "COMPILE_SECONDS", 300)
+    assert post(url, max_tokens=1, **form)["choices"]
+
+
+def test_compile_ends_for_its_tenant_when_the_client_disconnects() -> None:
+    async def ask(cache: GrammarCache, compiler: Counted) -> None:
+        request = asyncio.create_task(cache.constraint(one_of("a"), "acme"))
+        await asyncio.sleep(0)
+        request.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await request
+        await cache.constraint(one_of("a"), "acme")
+        assert len(compiler.compiled) == 1
+
+    with_cache(ask)
+
+
+ROUTES: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "chat/completions": lambda schema: {"messages": QUESTION, "response_format": json_schema(schema)},
+    "completions": lambda schema: {"prompt": "a", "guided_json": schema},
+    "responses": lambda schema: {
+        "input": "a",
+        "text": {"format": {"type": "json_schema", "name": "n", "schema": schema}},
+    },
+    "messages": lambda schema: {
+        "messages": QUESTION,
+        "max_tokens": 5,
+        "output_config": {"format": {"type": "json_schema", "schema": schema}},
+    },
+}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_schema_is_checked_in_the_thread_of_grammars(url: str, route: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = []
+
+    def noted(schema: Any, param: str) -> None:
+        threads.append(threading.current_thread().name)
+        check_schema(schema, param)
+
+    monkeypatch.setattr(structured, "check_schema", noted)
+    schema = {"a": [{"$ref": f"#{number}/a"} for number in range(9)], "$ref": "#/a"}
+    reply = httpx.post(f"{url}/v1/{route}", json={"model": "courts", **ROUTES[route](schema)}, trust_env=False)
+    assert (reply.status_code, [name.rpartition("_")[0] for name in threads]) == (400, ["tunewright-grammars"])
+    assert '"$ref" must be local' in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"a": {"$ref": "#/%61"}},
+        {"a": {"b": {"$ref": "#/c"}}, "c": [{"$ref": "#/c~1/0"}], "c/": [{"$ref": "#/a"}]},
+        {"a": [{"$ref": "#/a/00"}]},
+        {"properties": {"x": {"items": {"$ref": "#/properties"}}}},
+    ],
+)
+def test_recursion_is_found_however_references_spell_it(schema: Any) -> None:
+    with pytest.raises(ApiError) as caught:
+        check_schema(schema, "schema")
+    assert caught.value.code == "recursive_schema"
+
+
+def chain(length: int) -> dict[str, Any]:
+    return {str(number): {"$ref": f"#/{number + 1}"} for number in range(length)}
+
+
+def test_schema_at_the_limits_of_references_and_multiples_is_accepted() -> None:
+    check_schema(chain(structured.MAX_REFERENCES), "schema")
+    check_schema({"$ref": "#/" + "9" * 5000, "a": {"$ref": "#/none"}, "b": {"const": [[], [], {}, {}]}}, "schema")
+    check_schema(multiples(0.01, 2.5, 8, 100, 125, 1000), "schema")
+    check_schema(multiples(True, -7, 0, float("nan"), 1e-300, math.inf), "schema")
 
 
 def test_constraint_names_what_the_grammar_engine_refuses() -> None:

@@ -179,6 +179,7 @@ class Gateway:
             async with self._auth.running(self.metrics.keep), self._scaling():
                 yield
                 await self._shadows.close()
+                await self._preprocessor.close()
 
         app = Starlette(routes=routes, exception_handlers=error_handlers, lifespan=lifespan)
         app.router.redirect_slashes = False  # a redirect would go to the address in the request's Host header

@@ -23,7 +23,7 @@ from tunewright.serving.gateway.auth import Target
 from tunewright.serving.gateway.errors import ApiError
 from tunewright.serving.gateway.request import GenerationRequest, system_source
 from tunewright.serving.gateway.schemas import MAX_PROMPTS, ChatRequest, CompletionRequest, RequestBody
-from tunewright.serving.gateway.structured import Form, GrammarCache, require_schema
+from tunewright.serving.gateway.structured import Form, GrammarCache, require_size
 from tunewright.serving.gateway.tools import CallReader
 
 Ids = tuple[int, ...]
@@ -70,7 +70,7 @@ class RequestPreprocessor:
         self._limits = limits
         self._engine = engine
         self._context = context = engine.context_length
-        self._grammars = GrammarCache(tokenization.grammars.compile)
+        self._grammars = GrammarCache(tokenization.grammars)
         self._no_tools = _no_tools(tokenization.chat)
         self.body_bytes = limits.max_body_bytes or _BYTES_PER_TOKEN * context + _SPARE_BYTES
         # Tokenizing a long prompt takes half a second, which would block all streams in the event loop. There is one
@@ -123,7 +123,7 @@ class RequestPreprocessor:
         """
         form = body.form
         if form is None and grammar is not None and CallGrammars.from_rule(grammar) is None:
-            form = "model", Grammar(grammar)
+            form = Form("model", Grammar(grammar))
         # Alone first: a fault of the text's form has its own name.
         constraint = None if form is None else await self._grammars.constraint(form, tenant)
         if isinstance(body, ChatRequest) and body.may_call and (body.constrains_calls or grammar is not None):
@@ -131,15 +131,22 @@ class RequestPreprocessor:
         return constraint
 
     def _calls(self, body: ChatRequest, choice: str, form: Form | None) -> Form:
-        for number, tool in enumerate(body.tools or ()):
-            require_schema(tool.function.parameters or {}, body.parameters_param.format(number))
+        parameters = [tool.function.parameters or {} for tool in body.tools or ()]
+        schemas = {body.parameters_param.format(number): schema for number, schema in enumerate(parameters)}
+        for param, schema in schemas.items():
+            require_size(schema, param)
         functions, parallel = declared_functions(body.conversation), body.parallel_tool_calls is not False
         assert self._tokenization.chat is not None, "require_supported() was called before"
         try:
-            text = None if form is None else form[1]
-            return "tools", call_grammar(self._tokenization.chat, functions, choice, parallel=parallel, text=text)
+            text = None if form is None else form.grammar
+            grammar = call_grammar(self._tokenization.chat, functions, choice, parallel=parallel, text=text)
+            return Form("tools", grammar, schemas)
         except UserError as error:
             raise ApiError(f"{error.what}.", param="tool_choice", code="invalid_value") from error
+
+    async def close(self) -> None:
+        """End the process that compiles grammars."""
+        await self._grammars.close()
 
     async def prompts(self, body: RequestBody, tenant: str, system_prompt: str | None) -> list[Ids]:
         """Return the token ids of each prompt in the body.

@@ -268,7 +268,8 @@ class GenerationRequest:
     def _named(self, failure: RequestFailedError | EngineStoppedError) -> Failure:
         """Return the failure; an answer's constraint that turned out too complex is the client's fault."""
         if isinstance(failure, ConstraintFailedError):
-            param, _ = self.body.form or ("model" if self._reader is None else "tools", None)
+            own = "model" if self._reader is None else "tools"
+            param = own if self.body.form is None else self.body.form.param
             return ApiError(f"{param} is too complex: {failure}.", param=param, code="constraint_too_complex")
         return failure
 

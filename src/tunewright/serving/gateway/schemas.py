@@ -220,8 +220,7 @@ class _CompletionFields(RequestFields):
             ApiError: 400, there are several forms, or one is not valid or over a limit.
         """
         guided = {"json": self.guided_json, "regex": self.guided_regex, "choice": self.guided_choice}
-        form = one_form(self.response_format, self.structured_outputs, guided)
-        return form and (self.form_param or form[0], form[1])
+        return one_form(self.response_format, self.structured_outputs, guided, self.form_param)
 
     @property
     def choices(self) -> int:

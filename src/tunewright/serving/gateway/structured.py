@@ -8,25 +8,36 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Annotated, Any, Literal
+from contextlib import AsyncExitStack
+from fractions import Fraction
+from itertools import islice
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from tunewright.core.errors import UserError
-from tunewright.data.tool_limits import nested_values
-from tunewright.generation.constraints import Constraint, Grammar
+from tunewright.data.tool_limits import SchemaLimitError, nested_values, reference_path
+from tunewright.generation.constraints import Constraint, Grammar, GrammarCompiler
+from tunewright.generation.grammar_process import GrammarProcess
 from tunewright.serving.gateway.admission import AdmissionQueue
 from tunewright.serving.gateway.errors import ApiError
 from tunewright.serving.gateway.parsing import Part
+
+log = logging.getLogger("tunewright")
 
 MAX_BYTES = 64 << 10
 """Size of a schema, grammar, regular expression or list of choices, as JSON."""
 MAX_DEPTH = 32
 """Nesting of a schema; OpenAI's limit of 10 levels of objects takes about 20."""
+MAX_REFERENCES = 1_000
+MAX_MULTIPLE = 1_000
+"""The least common multiple of a schema's ``multipleOf``: compiling takes time and memory by its size."""
 COMPILE_SECONDS = 5.0
 KEPT = 32
 """Compiled grammars that are kept for each tenant."""
@@ -74,41 +85,52 @@ class StructuredOutputs(Part):
     grammar: Annotated[str | None, Field(min_length=1)] = None
 
 
-Form = tuple[str, Grammar]
-"""A form with the body's field that asks for it."""
+class Form(NamedTuple):
+    """The form of an answer, and the body's field that asks for it.
+
+    Args:
+        schemas: the JSON schemas in the grammar, by their fields, to check before it is compiled.
+    """
+
+    param: str
+    grammar: Grammar
+    schemas: Mapping[str, dict[str, Any]] = {}
 
 
 def one_form(
     response_format: AnswerFormat | None,
     structured: StructuredOutputs | None,
     guided: Mapping[str, Any],
+    param: str | None = None,
 ) -> Form | None:
     """Return the form of an answer; None if any text will do.
 
     Args:
         guided: vLLM's earlier fields, by the name that they have in ``structured_outputs``.
+        param: the field that sets the form, if it is not ``response_format``.
 
     Raises:
         ApiError: 400, there are several forms, or one is not valid or over a limit.
     """
-    forms = [*_openai(response_format), *_vllm(structured), *_guided(guided)]
+    forms = [*_openai(response_format, param), *_vllm(structured), *_guided(guided)]
     if len(forms) > 1:
-        fields = " and ".join(param for param, _ in forms)
-        raise ApiError(f"{fields} each set the form of the answer: set one.", param=forms[1][0], code="invalid_value")
+        fields = " and ".join(form.param for form in forms)
+        raise ApiError(
+            f"{fields} each set the form of the answer: set one.", param=forms[1].param, code="invalid_value"
+        )
     return forms[0] if forms else None
 
 
-def _openai(asked: AnswerFormat | None) -> Iterator[Form]:
+def _openai(asked: AnswerFormat | None, param: str | None) -> Iterator[Form]:
     if asked is None:
         return
     if (asked.type == "json_schema") is (asked.json_schema is None):
         message = "response_format.json_schema goes with the type json_schema, and with no other."
         raise ApiError(message, param="response_format.json_schema", code="invalid_value")
     if asked.json_schema is not None:
-        param = "response_format.json_schema.schema"
-        yield param, _schema(asked.json_schema.schema_, param)
+        yield _schema(asked.json_schema.schema_, param or "response_format.json_schema.schema")
     elif asked.type == "json_object":
-        yield "response_format", Grammar.json_schema({"type": "object"})
+        yield Form(param or "response_format", Grammar.json_schema({"type": "object"}))
 
 
 def _vllm(asked: StructuredOutputs | None) -> Iterator[Form]:
@@ -119,7 +141,7 @@ def _vllm(asked: StructuredOutputs | None) -> Iterator[Form]:
         if value is not None:
             yield _form(name, value, f"structured_outputs.{name}")
     if asked.json_object:
-        yield "structured_outputs.json_object", Grammar.json_schema({"type": "object"})
+        yield Form("structured_outputs.json_object", Grammar.json_schema({"type": "object"}))
 
 
 def _guided(asked: Mapping[str, Any]) -> Iterator[Form]:
@@ -130,32 +152,26 @@ def _guided(asked: Mapping[str, Any]) -> Iterator[Form]:
 
 def _form(name: str, value: Any, param: str) -> Form:
     if name == "json":
-        return param, _schema(value, param)
-    _require_size(value, param)
+        return _schema(value, param)
+    require_size(value, param)
     if name == "choice":
-        return param, Grammar.choices(value)
-    return param, Grammar.regex(value) if name == "regex" else Grammar.lark(value)
+        return Form(param, Grammar.choices(value))
+    return Form(param, Grammar.regex(value) if name == "regex" else Grammar.lark(value))
 
 
-def _schema(schema: dict[str, Any], param: str) -> Grammar:
-    require_schema(schema, param)
-    return Grammar.json_schema(schema)
+def _schema(schema: dict[str, Any], param: str) -> Form:
+    require_size(schema, param)
+    return Form(param, Grammar.json_schema(schema), {param: schema})
 
 
-def require_schema(schema: dict[str, Any], param: str) -> None:
-    """Check a schema's size, and that it is not recursive.
+def require_size(value: Any, param: str) -> None:
+    """Check the size and nesting of a schema, or of another form.
 
     Raises:
         ApiError: 400, naming the field.
     """
-    _require_size(schema, param)
-    if (cycle := _recursion(schema)) is not None:
-        message = f"{param}: the schema is recursive, at {cycle!r}. Write the levels out that answers may have."
-        raise ApiError(message, param=param, code="recursive_schema")
-
-
-def _require_size(value: Any, param: str) -> None:
-    if any(depth > MAX_DEPTH for _, depth in nested_values(value)):
+    # A value takes at least a byte: of more values than the limit has bytes, the size is reported.
+    if any(depth > MAX_DEPTH for _, depth in islice(nested_values(value), MAX_BYTES)):
         message = f"{param} is nested too deeply (limit {MAX_DEPTH} levels)."
         raise ApiError(message, param=param, code="schema_too_large")
     size = len(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
@@ -164,48 +180,71 @@ def _require_size(value: Any, param: str) -> None:
         raise ApiError(message, param=param, code="schema_too_large")
 
 
-def _recursion(schema: dict[str, Any]) -> str | None:
-    """Return a reference of the schema that leads back to itself; None if there is none."""
-    found: dict[str, set[str]] = {}
-    unread = ["#"]
-    while unread:
-        reference = unread.pop()
-        if reference not in found:
-            found[reference] = _references(_at(schema, reference))
-            unread += found[reference]
-    # What no reference leaves leads nowhere; what is left in the end leads in a circle.
-    while ends := [reference for reference, targets in found.items() if not targets & found.keys()]:
-        for reference in ends:
-            del found[reference]
-    return min(set.union(*found.values()) & found.keys(), default=None) if found else None
+def check_schema(schema: dict[str, Any], param: str) -> None:
+    """Check a schema's references and multiples, in a time that grows with its size only.
+
+    Raises:
+        ApiError: 400, the schema is recursive, has too many references or one to elsewhere, or too large multiples.
+    """
+    ended: dict[int, bool] = {}  # by identity, since references can spell a place in many ways
+    left: list[tuple[Any, str, bool]] = [(schema, "#", False)]  # a value, the last reference to it, True at its end
+    references, multiple = 0, Fraction(1)
+    while left:
+        value, reference, end = left.pop()
+        if end:
+            ended[id(value)] = True
+        elif not ended.get(id(value), True):
+            message = f"{param}: the schema is recursive, at {reference!r}. Write the levels out that answers may have."
+            raise ApiError(message, param=param, code="recursive_schema")
+        elif isinstance(value, dict | list) and id(value) not in ended:
+            ended[id(value)] = False
+            left.append((value, reference, True))
+            left += ((inner, reference, False) for inner in (value.values() if isinstance(value, dict) else value))
+            if isinstance(value, dict):
+                if isinstance(target := value.get("$ref"), str):
+                    references += 1
+                    left.append((_referred(schema, target, param), target, False))
+                multiple = _common_multiple(multiple, value.get("multipleOf"))
+        if references > MAX_REFERENCES:
+            message = f"{param} has too many references (limit {MAX_REFERENCES:,})."
+            raise ApiError(message, param=param, code="schema_too_large")
+        if multiple > MAX_MULTIPLE:
+            message = f"{param}: the least common multiple of all multipleOf is too large (limit {MAX_MULTIPLE:,})."
+            raise ApiError(message, param=param, code="schema_too_large")
 
 
-def _references(node: Any) -> set[str]:
-    references = {each.get("$ref") for each, _ in nested_values(node) if isinstance(each, dict)}
-    return {reference for reference in references if isinstance(reference, str)}
+def _common_multiple(multiple: Fraction, factor: Any) -> Fraction:
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < math.inf:
+        return multiple  # llguidance refuses it
+    other = Fraction(factor if isinstance(factor, int) else str(factor))  # 0.1 is a tenth
+    return Fraction(math.lcm(multiple.numerator, other.numerator), math.gcd(multiple.denominator, other.denominator))
 
 
-def _at(schema: Any, reference: str) -> Any:
-    """Return what a reference inside the schema (a JSON pointer) refers to; None for any other."""
-    node = schema
-    for key in reference.split("/")[1:]:
-        key = key.replace("~1", "/").replace("~0", "~")
-        if isinstance(node, list) and key.isdecimal() and int(key) < len(node):
-            node = node[int(key)]
+def _referred(schema: Any, reference: str, param: str) -> Any:
+    """Return what a reference refers to; None if there is nothing, which llguidance reports."""
+    try:
+        path = reference_path(reference)
+    except SchemaLimitError as error:
+        raise _unsupported(param, str(error)) from None
+    for key in path:
+        if isinstance(schema, list):  # of a longer number, int() would raise an error
+            schema = schema[int(key)] if key.isdecimal() and len(key) < 9 and int(key) < len(schema) else None
         else:
-            node = node.get(key) if isinstance(node, dict) else None
-    return node if reference.startswith("#") else None
+            schema = schema.get(key) if isinstance(schema, dict) else None
+    return schema
 
 
 class GrammarCache:
     """Compiles grammars in a thread of their own, where they delay no token, and keeps them.
 
+    A child process compiles each grammar first, and is killed if that takes too long: the thread would continue.
     Tenants take turns at the thread, and each has its own part of the cache: nobody can push another's grammars out, or
     tell by the time to the first token what another has asked for.
     """
 
-    def __init__(self, compile_grammar: Callable[[Grammar], Constraint]) -> None:
-        self._compile = compile_grammar
+    def __init__(self, compiler: GrammarCompiler) -> None:
+        self._compiler = compiler
+        self._process = GrammarProcess(compiler.tokenizer_arguments)
         self._kept: OrderedDict[str, OrderedDict[Grammar, Constraint | str]] = OrderedDict()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tunewright-grammars")
         self._queue = AdmissionQueue(1)
@@ -216,28 +255,56 @@ class GrammarCache:
         Raises:
             ApiError: 400, the grammar is not valid, not supported, or too complex.
         """
-        param, grammar = form
         kept = self._kept.setdefault(tenant, OrderedDict())
         self._kept.move_to_end(tenant)
         if len(self._kept) > KEPT_TENANTS:
             self._kept.popitem(last=False)
-        outcome = kept.get(grammar)
-        if outcome is None:
-            async with self._queue.slot(tenant, len(grammar.rule)):
-                compiling = asyncio.get_running_loop().run_in_executor(self._thread, self._outcome, grammar)
-                await asyncio.wait({compiling}, timeout=COMPILE_SECONDS)
-            late = f"it takes over {COMPILE_SECONDS:g} s to compile"
-            outcome = compiling.result() if compiling.done() else late
-            kept[grammar] = outcome
-            if len(kept) > KEPT:
-                kept.popitem(last=False)
-        kept.move_to_end(grammar)
+        if form.grammar in kept:
+            kept.move_to_end(form.grammar)
+            outcome = kept[form.grammar]
+        else:
+            async with AsyncExitStack() as waiting:
+                await waiting.enter_async_context(self._queue.slot(tenant, len(form.grammar.rule)))
+                # In a task, since the thread continues when the client disconnects, and nobody else can have the slot.
+                compiling = asyncio.create_task(self._compiled(form, kept, waiting.pop_all()))
+            outcome = await asyncio.shield(compiling)
         if isinstance(outcome, str):
-            raise ApiError(f"{param} is not supported: {outcome}.", param=param, code="invalid_schema")
+            raise _unsupported(form.param, outcome)
         return outcome
 
-    def _outcome(self, grammar: Grammar) -> Constraint | str:
+    async def close(self) -> None:
+        """End the child process. A compile in progress ends first."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._process.end)
+
+    async def _compiled(
+        self, form: Form, kept: OrderedDict[Grammar, Constraint | str], slot: AsyncExitStack
+    ) -> Constraint | str:
+        async with slot:
+            outcome = kept.get(form.grammar)  # of an equal request that waited, too
+            if outcome is None:
+                outcome = await asyncio.get_running_loop().run_in_executor(self._thread, self._outcome, form)
+                kept[form.grammar] = outcome
+                if len(kept) > KEPT:
+                    kept.popitem(last=False)
+            return outcome
+
+    def _outcome(self, form: Form) -> Constraint | str:
+        """Compile; what depends on the machine's load or on the field is raised, and so is not kept."""
+        for param, schema in form.schemas.items():
+            check_schema(schema, param)
         try:
-            return self._compile(grammar)
+            fault = self._process.fault(self._compiler.rules(form.grammar), COMPILE_SECONDS)
+        except OSError as error:
+            log.error("grammars cannot be compiled: %s", error)
+            message, headers = "Structured answers are temporarily unavailable.", {"Retry-After": "5"}
+            raise ApiError(message, status=503, code="grammars_unavailable", headers=headers) from error
+        if fault is not None:
+            raise _unsupported(form.param, fault)
+        try:
+            return self._compiler.compile(form.grammar)
         except UserError as error:
             return error.what.removeprefix("Invalid constraint: ").rstrip(".")
+
+
+def _unsupported(param: str, reason: str) -> ApiError:
+    return ApiError(f"{param} is not supported: {reason}.", param=param, code="invalid_schema")
