@@ -278,7 +278,7 @@ def test_slow_grammar_of_one_client_is_refused_and_quick_ones_are_answered(
 
 
 def test_refusal_of_a_slow_grammar_is_not_kept(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    form = {"structured_outputs": {"regex": "(b{100}){100}"}}
+    form: dict[str, Any] = {"structured_outputs": {"regex": "(b{100}){100}"}}
     monkeypatch.setattr(structured, "COMPILE_SECONDS", 0.001)
     assert post(url, max_tokens=1, **form)["error"]["param"] == "structured_outputs.regex"
     monkeypatch.setattr(structured, "COMPILE_SECONDS", 300)

@@ -194,7 +194,9 @@ def check_schema(schema: dict[str, Any], param: str) -> None:
         if end:
             ended[id(value)] = True
         elif not ended.get(id(value), True):
-            message = f"{param}: the schema is recursive, at {reference!r}. Write the levels out that answers may have."
+            message = (
+                f"{param}: the schema is recursive, at {reference[:80]!r}. Write the levels out that answers may have."
+            )
             raise ApiError(message, param=param, code="recursive_schema")
         elif isinstance(value, dict | list) and id(value) not in ended:
             ended[id(value)] = False
