@@ -151,9 +151,44 @@ def test_damaged_file_is_an_error_with_its_line(tmp_path: Path, line: str) -> No
         convert(tmp_path)
 
 
-def test_folder_without_the_files_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"No file of BFCL"):
+def test_folder_without_usable_files_is_an_error_that_names_the_others(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="0 JSON files"):
+        convert(tmp_path / "missing")
+    for name in ("BFCL_v4_simple_javascript.json", "bfcl_live_parallel.json"):
+        (tmp_path / name).write_text('{"id": "s_0"}\n', encoding="utf-8")
+    with pytest.raises(UserError, match="2 JSON files") as refusal:
         convert(tmp_path)
+    assert [line.strip() for line in refusal.value.what.splitlines()[1:]] == [
+        "BFCL_v4_simple_javascript.json: its answers are not one assistant turn with JSON arguments",
+        "bfcl_live_parallel.json: its name does not begin with BFCL_v4_",
+    ]
+    assert "live_parallel_multiple" in str(refusal.value.fix)
+
+
+def test_items_that_data_add_would_refuse_are_left_out_with_the_reason(tmp_path: Path) -> None:
+    """Two user turns in a row, a name on a turn, and an empty question, and one good item."""
+    user = {"role": "user", "content": "Play."}
+    turns = [[user], [user, user], [{**user, "name": "ann"}], [{**user, "content": " "}]]
+    lines = [{"id": f"i_{n}", "question": [turn], "function": [PLAY]} for n, turn in enumerate(turns)]
+    (tmp_path / "BFCL_v4_live_irrelevance.json").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    project = tmp_path / "project"
+    assert tunewright("init", project, "--example", "bfcl", "--data", tmp_path).code == 0
+    (row,) = map(json.loads, (project / "bfcl.jsonl").read_text(encoding="utf-8").splitlines())
+    assert row["id"] == "i_0"
+    left_out = (project / "left-out.txt").read_text(encoding="utf-8").splitlines()
+    assert [(line.partition(":")[0], line[-6:]) for line in left_out] == [
+        ("i_1", "[E406]"),
+        ("i_2", "[E309]"),
+        ("i_3", "[E401]"),
+    ]
+
+
+def test_init_is_refused_when_no_item_is_a_row(tmp_path: Path) -> None:
+    (tmp_path / "BFCL_v4_irrelevance.json").write_text('{"id": "i_0", "question": []}\n', encoding="utf-8")
+    ran = tunewright("init", tmp_path / "project", "--example", "bfcl", "--data", tmp_path)
+    assert ran.code == 2
+    assert "i_0: " in ran.stderr
+    assert not (tmp_path / "project").exists()
 
 
 @needs_bfcl

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +137,49 @@ def test_add_warns_when_the_test_has_known_templates(tmp_path: Path) -> None:
     free = Listener()
     _add(new_project(tmp_path / "free"), [(a, b) for (a, _), (b, _) in pairwise(unlike_pairs(400))], free)
     assert not any("output template" in w for w in free.warned)
+
+
+def _codes(count: int, codes: int) -> Pairs:
+    """Unlike complaints, and a code with its name for each; masking merges no two of them."""
+    names = [f"q{n} disorder of the {a} {b} {c}" for n, (a, b, c) in enumerate(product(WORDS, repeat=3))][:codes]
+    return [(text, names[n % codes]) for n, (text, _) in enumerate(unlike_pairs(count))]
+
+
+def test_add_advises_no_split_by_template_when_masking_merges_no_outputs(tmp_path: Path) -> None:
+    listener = Listener()
+    found = _add(new_project(tmp_path / "p"), _codes(1500, 300), listener).outputs
+    assert (found.outputs, found.templates, found.natural) == (300, 300, None)
+    assert found.share("template") > 0.9
+    assert not any("output_template" in w for w in listener.warned)
+    assert new_templates(load_version(tmp_path / "p" / "dataset").members) is None
+
+
+def test_add_keeps_the_split_by_input_when_answers_of_new_templates_cannot_be_composed(tmp_path: Path) -> None:
+    rows = [(text, f"{output}, in force since {1990 + n // 300}") for n, (text, output) in enumerate(_codes(1500, 300))]
+    listener = Listener()
+    found = _add(new_project(tmp_path / "p"), rows, listener).outputs
+    assert (found.outputs, found.templates, found.ceiling) == (1500, 300, 0.0)
+    (warning,) = (w for w in listener.warned if "output template" in w)
+    assert "Keep data.split_by: input" in warning
+    assert "at most 0% consist" in warning
+
+
+def test_ceiling_bounds_the_answers_that_a_split_by_template_can_compose(tmp_path: Path) -> None:
+    """Against the split itself; a value of its own in each third form keeps some answers out of reach."""
+    rows = [
+        (text, f"{output} {output.split()[1]}{output.split()[2]}x" if n % 3 else output)
+        for n, (text, output) in enumerate(_queries(900, 60))
+    ]
+    by_input, by_template = Listener(), Listener()
+    found = _add(new_project(tmp_path / "p"), rows, by_input).outputs
+    _add(new_project(tmp_path / "q", "data: {split_by: output_template}\n"), rows, by_template)
+    members = load_version(tmp_path / "q" / "dataset").members
+    trained = {word for m in members if m.split == "train" for word in m.example.output.split()}
+    held_out = [m.example for m in members if m.split != "train"]
+    composed = [set(e.output.split()) <= trained | set(e.input_text.split()) for e in held_out]
+    assert found.ceiling is not None
+    assert found.ceiling == pytest.approx(np.mean(composed), abs=0.1)
+    assert any(f"at most {found.ceiling:.0%} consist" in w and "Set data.split_by" in w for w in by_input.warned)
 
 
 def _templates_by_split(project: ProjectFolder) -> dict[str, set[str]]:

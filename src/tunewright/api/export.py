@@ -178,6 +178,11 @@ class ExportApi:
         opened = self._context
         tuned = self._find(adapter)
         go_template(opened.chat)  # refuse unsupported templates before measuring
+        if lora:
+            opened.reporter.warn(
+                "Ollama 0.34.1 and newer refuse ADAPTER in a Modelfile: only older versions can create a model from "
+                "this folder. Leave out --lora: base and adapter are then merged into one file."
+            )
         target = self._target(tuned, f"ollama-{'lora-' if lora else ''}{file_type}", to)
         made_of = self._export_inputs(tuned, {"kind": "ollama", "lora": lora, "file_type": file_type})
         found = find_export(target, made_of)

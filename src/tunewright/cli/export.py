@@ -67,7 +67,7 @@ def ollama(
     run: Session,
     adapter: Adapter = None,
     lora: Annotated[
-        bool, typer.Option("--lora", help="Keep base and adapter in separate files (FROM and ADAPTER), not merged.")
+        bool, typer.Option("--lora", help="Separate files (FROM and ADAPTER), not merged; for Ollama before 0.34.1.")
     ] = False,
     file_type: Type = "f16",
     to: To = None,

@@ -13,7 +13,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.core.text import count_of, excerpts, listed
 from tunewright.data.dedup.decontaminate import MatchKind
-from tunewright.data.dedup.output_leakage import OutputLeakage
+from tunewright.data.dedup.output_leakage import LOW_CEILING, OutputLeakage
 from tunewright.data.examples import Example, Message, answers_repeat, find_labels
 from tunewright.data.readers import Fault, SourceRow
 from tunewright.data.readers.row_errors import CODES
@@ -319,11 +319,15 @@ def warn_of_idle_groups(names: Sequence[str], groups: Mapping[str, Sequence[str]
 
 def known_outputs(found: OutputLeakage) -> str:
     """Return the warning for a test split whose outputs, or their templates, are in training."""
+    ceiling = found.ceiling or 0.0
+    advice = "Set data.split_by: output_template in a new dataset, or name their key in data.group_by. There, no"
+    if ceiling < LOW_CEILING:
+        advice = "Keep data.split_by: input. Split by output_template, no"
     return (
         f"{found.share('template'):.0%} of the test rows have an output template that training rows have "
-        f"({found.share('identical'):.0%} an identical output). Scores on them do not measure new templates. Set "
-        "data.split_by: output_template in a new dataset, or name the key that rows of one template share in "
-        "data.group_by. `tunewright data leakage` reports the numbers."
+        f"({found.share('identical'):.0%} an identical output). Scores on them do not measure new templates. {advice} "
+        f"test answer is in training, and at most {ceiling:.0%} consist of words of their prompt or other templates: "
+        "the highest score to expect. `tunewright data leakage` reports the numbers."
     )
 
 

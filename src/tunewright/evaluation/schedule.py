@@ -23,7 +23,14 @@ from tunewright.evaluation.arms import TUNED_CONSTRAINED, ZERO_SHOT, ArmPlan
 from tunewright.evaluation.eta import Work
 from tunewright.evaluation.generations import Prompt
 from tunewright.evaluation.prompt_search import advice_file, first_rows, known_advice, prepare
-from tunewright.evaluation.speed import AnswerSpeed, adapted_factor, answer_speed, kept_factor, kept_speed
+from tunewright.evaluation.speed import (
+    TIMED_TOKENS,
+    AnswerSpeed,
+    adapted_factor,
+    answer_speed,
+    kept_factor,
+    kept_speed,
+)
 from tunewright.evaluation.workload import BEST, TUNED_RETRIEVED, Contest, Load, Workload
 from tunewright.evidence.common import RULE, Budget
 from tunewright.evidence.schema import Advice
@@ -124,7 +131,7 @@ class Schedule:
         """Return the work that :meth:`settle` would report.
 
         Args:
-            measure: time two batches if no speed is kept. Their answers are kept, so they are not computed twice.
+            measure: time two batches if no speed is kept.
 
         Raises:
             UserError: choosing a prompt failed.
@@ -186,6 +193,8 @@ class Schedule:
     def _measure(self, *, again: bool = False) -> None:
         """Use the kept speeds, or time two batches of dev prompts: the shortest and the longest arm's.
 
+        Answers are short, and a budget limits the prompts, so that the timing takes about a tenth of it.
+
         Args:
             again: time them even if speeds are kept.
         """
@@ -199,20 +208,34 @@ class Schedule:
             fits = [load for load in self._workload.entrants(()) if load.plan.shots and not load.plan.constrained]
             return arm_runner.prompts(max(fits, key=lambda load: load.read).plan, first)[0] if fits else []
 
-        generator, limit = arm_runner.generator, arm_runner.limit
+        generator, limit = arm_runner.generator, self._timed_limit
+        if again or not self._use_kept_speed(whole=True):
+            arm_runner.reporter.say(f"Timing answers of at most {limit} tokens, to estimate the minutes")
+            if self._minutes is not None:
+                alone, _ = generator.timed((long() or short())[:1], limit)
+                first = first[: max(1, int(2 * self._minutes / alone))]  # of each of three batches, 2 s for a minute
         self._speed = answer_speed(generator, limit, short, long, keyed, again=again)
         if self._contest is not None:
             adapter = self._contest.adapter
             self._slower = adapted_factor(generator, limit, short, adapter, self._speed, keyed, again=again)
         self._workload.forget()  # the timed answers are in the journal now
 
-    def _use_kept_speed(self) -> bool:
-        """Use the kept speeds, and return False if no speed is kept; an adapter without one counts as the base."""
-        generator, limit, keyed = self._arm_runner.generator, self._arm_runner.limit, self._keyed
-        self._speed = kept_speed(generator, limit, keyed)
+    def _use_kept_speed(self, *, whole: bool = False) -> bool:
+        """Use the kept speeds, and return False if no speed is kept; an adapter without one counts as the base.
+
+        Args:
+            whole: also return False for such an adapter.
+        """
+        generator, limit, keyed = self._arm_runner.generator, self._timed_limit, self._keyed
+        self._speed, factor = kept_speed(generator, limit, keyed), None
         if self._speed is not None and self._contest is not None:
-            self._slower = kept_factor(generator, limit, self._contest.adapter, self._speed, keyed) or 1.0
-        return self._speed is not None
+            factor = kept_factor(generator, limit, self._contest.adapter, self._speed, keyed)
+            self._slower = factor or 1.0
+        return self._speed is not None and not (whole and self._contest is not None and factor is None)
+
+    @property
+    def _timed_limit(self) -> int:
+        return min(self._arm_runner.limit, TIMED_TOKENS)
 
     @property
     def _keyed(self) -> dict[str, Any]:
@@ -222,7 +245,7 @@ class Schedule:
 
     def _seconds(self, load: Load) -> float:
         assert self._speed is not None
-        plain, shown = self._speed.answer_tokens
+        plain, shown = self._speed.answer_tokens(self._arm_runner.limit)
         at_once = self._arm_runner.generator.workers_at_once
         if load.plan.adapted:
             return self._slower * self._speed.seconds(load.read, self._trained_length) / at_once

@@ -22,6 +22,8 @@ from tunewright.training.packing.groups import common_prefix
 _MOST_TOKENS = 8192
 """Prompt tokens of one timed batch: a few seconds on a CPU."""
 _MOST_ROWS = 64
+TIMED_TOKENS = 32
+"""Longest timed answer in tokens."""
 
 Prompts = Callable[[], Sequence[Prompt]]
 
@@ -35,11 +37,11 @@ class TimedBatch(BaseModel):
     read: Annotated[float, Field(description="Prompt tokens that the rows do not share, over all rows.")]
     written: Annotated[float, Field(description="Answer tokens, over all rows.")]
     seconds: float
+    cut: Annotated[int, Field(description="Answers that reached the token limit.")] = 0
 
-    @property
-    def answer(self) -> float:
-        """Token count of a mean answer."""
-        return self.written / self.rows
+    def answer(self, limit: int) -> float:
+        """Return the token count of a mean answer; one that was cut for the timing counts up to the limit."""
+        return (self.written + self.cut * max(limit - TIMED_TOKENS, 0)) / self.rows
 
 
 class AnswerSpeed(BaseModel):
@@ -56,10 +58,9 @@ class AnswerSpeed(BaseModel):
         """Return the seconds of one answer in a batch as large as the timed one."""
         return read * self.read + written * self.write
 
-    @property
-    def answer_tokens(self) -> tuple[float, float]:
-        """The mean length of an answer without and with demonstrations."""
-        return self.batches[0].answer, self.batches[-1].answer
+    def answer_tokens(self, limit: int) -> tuple[float, float]:
+        """Return the mean length of an answer without and with demonstrations."""
+        return self.batches[0].answer(limit), self.batches[-1].answer(limit)
 
     @property
     def text(self) -> str:
@@ -201,7 +202,8 @@ def _timed(generator: Generator, prompts: Sequence[Prompt], limit: int, adapter:
     written = sum(answer.tokens for answer in answers)
     shared = common_prefix(chosen[0], chosen[-1]) if len(chosen) > 1 else 0
     read = sum(map(len, chosen)) - shared * (len(chosen) - 1)
-    return TimedBatch(rows=len(chosen), read=read, written=written, seconds=seconds)
+    cut = sum(answer.truncated for answer in answers)
+    return TimedBatch(rows=len(chosen), read=read, written=written, seconds=seconds, cut=cut)
 
 
 def _file(generator: Generator, limit: int, adapter: Adapter | None, keyed: object) -> Path:

@@ -322,7 +322,7 @@ def _known_templates(evidence: Evidence) -> list[str]:
     if found.new is None:
         return [
             f"Caution: every {evidence.split} item has an output template seen in training, so the score says "
-            "nothing about new templates. data.split_by: output_template, in a new dataset, keeps templates apart."
+            "nothing about new templates. `tunewright data leakage` says what a split by template could measure."
         ]
     scores = [
         f"{name} {score_text(evidence.metric, score.value)}"

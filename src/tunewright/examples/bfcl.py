@@ -17,12 +17,14 @@ from typing import Any
 
 from jsonschema import Draft202012Validator
 
+from tunewright.config import DataConfig
 from tunewright.config.io import write_config
 from tunewright.config.project import CONFIG_FILE
 from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json
 from tunewright.core.progress import Reporter
-from tunewright.data.readers.validate import MOST_CHARACTERS
+from tunewright.core.text import count_of, listed
+from tunewright.data.readers.validate import MOST_CHARACTERS, RowError, example_from_object
 from tunewright.metrics.call_ast import ACCEPTABLE, OPTIONAL, alternative
 
 NAME = "bfcl"
@@ -47,6 +49,8 @@ CATEGORIES = (
 
 NO_FUNCTION_FITS = "None of the functions can answer this."
 """The ideal output where no function fits: BFCL gives no text for it, only that there must be no call."""
+
+_OTHER_CATEGORY = "its answers are not one assistant turn with JSON arguments"
 
 _TYPES = {
     "dict": "object",
@@ -112,6 +116,8 @@ def project_files(folder: Path, reporter: Reporter) -> dict[str, str]:
         UserError: as for :func:`convert`.
     """
     converted = convert(folder)
+    if not converted.rows:
+        raise UserError(f"No item can be a row\n{_some(converted.left_out)}", where=str(folder), fix=WHERE)
     reporter.say(f"{len(converted.rows):,} rows, in {len({row['family'] for row in converted.rows}):,} families")
     if converted.left_out:
         reporter.warn(f"Items and files left out, with their reasons in {LEFT_OUT_FILE}: {len(converted.left_out):,}")
@@ -148,11 +154,17 @@ def convert(folder: Path) -> Converted:
         UserError: the folder has no file of these categories, or a file cannot be read.
     """
     found = {path.stem.removeprefix(PREFIX): path for path in sorted(folder.glob(f"{PREFIX}*.json"))}
+    others = [f"{found[name].name}: {_OTHER_CATEGORY}" for name in sorted(found.keys() - set(CATEGORIES))]
     if not found.keys() & set(CATEGORIES):
+        others += [
+            f"{path.name}: its name does not begin with {PREFIX}"
+            for path in sorted(folder.glob("*.json"))
+            if not path.name.startswith(PREFIX)
+        ]
         raise UserError(
-            f"No file of BFCL, such as {PREFIX}simple_python.json, in this folder",
+            f"No file with rows for training ({count_of(len(others), 'JSON file')})\n{_some(others)}".strip(),
             where=str(folder),
-            fix=WHERE,
+            fix=f"{WHERE} Files named {PREFIX}CATEGORY.json are read, of the categories {', '.join(CATEGORIES)}.",
         )
     rows, left_out = [], []
     for category in CATEGORIES:
@@ -161,14 +173,21 @@ def convert(folder: Path) -> Converted:
         answers = _answers(folder / "possible_answer" / found[category].name)
         for item in _items(found[category]):
             try:
-                rows.append(_row(item, category, answers))
+                row = _row(item, category, answers)
+                example_from_object(row, DataConfig())  # `data add` would refuse the whole file
+                rows.append(row)
+            except RowError as error:
+                left_out.append(f"{item['id']}: {error} [{error.code}]")
             except _UnconvertibleError as error:
                 left_out.append(f"{item['id']}: {error}")
-    for category in sorted(found.keys() - set(CATEGORIES)):
-        left_out.append(f"{found[category].name}: its answers are not one assistant turn with JSON arguments")
+    left_out += others
     families = _families([[tool["function"]["name"] for tool in row["tools"]] for row in rows])
     named = [{**row, "family": family} for row, family in zip(rows, families, strict=True)]
     return Converted(tuple(named), tuple(left_out))
+
+
+def _some(reasons: Sequence[str]) -> str:
+    return listed(reasons, len(reasons), 10, "left out for like reasons")
 
 
 def _items(path: Path) -> Iterator[dict[str, Any]]:

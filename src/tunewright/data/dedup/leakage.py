@@ -182,6 +182,8 @@ def leakage_sentences(report: LeakageReport) -> list[str]:
         f"Test rows with {_OVERLAPS[each.how]} in training: {each.here:.1%} here, {each.random:.1%} in a random split"
         for each in found.overlaps
     ]
+    if found.ceiling is not None:
+        about += f"; split by template, at most {found.ceiling:.0%} of the answers can be composed"
     return [*lines, f"  ({about})"]
 
 

@@ -6,6 +6,7 @@ choosing a template that it has seen.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -26,7 +27,13 @@ from tunewright.data.versions import Member
 HIGH = 0.5
 """Share of test rows with known output templates from which a warning is given."""
 
+_MERGED = 0.9
+"""Templates per distinct output up to which masking has merged outputs; above, templates are only outputs."""
+LOW_CEILING = 0.05
+"""Ceiling under which a split by template leaves nothing to score."""
+
 _TEST: tuple[Split, ...] = ("test",)
+_WORD = re.compile(r"\w+(?:[.:/-]\w+)*")  # "t1.name", "2026-11-30" and "j45.909" are one word each
 _SAMPLE = 500  # rows compared with all others
 _CELLS = 4_000_000  # similarities held at once; bounds the memory, not the result
 _ROUNDING = 1e-6
@@ -60,6 +67,9 @@ class OutputLeakage:
         templates: number of distinct templates of all rows.
         overlaps: one for each ``how`` that was measured.
         natural: reason why such an overlap is natural and not leakage; None if it may be leakage.
+        ceiling: share of the answers whose words all occur in their prompt or in outputs with another template: the
+            most that a split by template, where no test answer is in training, can score. None if templates say
+            nothing: the overlap is natural, or nearly each output is its own template (codes with names, free text).
     """
 
     test: int
@@ -67,6 +77,7 @@ class OutputLeakage:
     templates: int
     overlaps: tuple[Overlap, ...]
     natural: str | None
+    ceiling: float | None = None
 
     def share(self, how: OverlapKind) -> float:
         """Return the share of test rows with this kind of overlap."""
@@ -75,7 +86,7 @@ class OutputLeakage:
     @property
     def high(self) -> bool:
         """True if the overlap deserves a warning."""
-        return self.natural is None and self.share("template") >= HIGH
+        return self.ceiling is not None and self.share("template") >= HIGH
 
     def as_dict(self) -> dict[str, Any]:
         """Return the JSON document that ``--json`` prints."""
@@ -91,12 +102,15 @@ def measure_output_leakage(members: Sequence[Member]) -> OutputLeakage:
     domain = [m for m in members if not m.mixed]
     identical = _numbers(domain, normalised)
     template = _numbers(domain, output_template)
+    natural = _natural(domain, template)
+    outputs, templates = len(np.unique(identical)), len(np.unique(template))
     return OutputLeakage(
         test=sum(m.split == "test" for m in domain),
-        outputs=len(np.unique(identical)),
-        templates=len(np.unique(template)),
+        outputs=outputs,
+        templates=templates,
         overlaps=(_overlap("identical", domain, identical), _overlap("template", domain, template)),
-        natural=_natural(domain, template),
+        natural=natural,
+        ceiling=_ceiling(domain, template) if natural is None and templates <= _MERGED * outputs else None,
     )
 
 
@@ -108,7 +122,7 @@ def new_templates(members: Sequence[Member], splits: Collection[Split] = _TEST) 
         splits: the splits whose rows are returned.
     """
     domain = [m for m in members if not m.mixed]
-    if _natural(domain, _numbers(domain, output_template)) is not None:
+    if measure_output_leakage(domain).ceiling is None:
         return None
     seen = {output_template(m.example.output) for m in domain if m.split == "train"}
     return {m.key: output_template(m.example.output) not in seen for m in domain if m.split in splits}
@@ -123,6 +137,27 @@ def _natural(domain: Sequence[Member], template: Indices) -> str | None:
     if len(sizes) < MINIMUM_CLUSTERS or 2 * int(sizes.max()) > len(domain):
         return "most outputs have one of few templates"
     return None
+
+
+def _ceiling(domain: Sequence[Member], template: Indices) -> float:
+    test = [i for i, m in enumerate(domain) if m.split == "test"]
+    test = test[:: len(test) // _SAMPLE + 1]
+    holders: dict[str, set[int]] = {word: set() for i in test for word in _words(domain[i].example.output)}
+    for member, number in zip(domain, template, strict=True):
+        for word in holders.keys() & _words(member.example.output):
+            if len(holders[word]) < 2:  # two templates: one of them is another one
+                holders[word].add(int(number))
+    prompts = (_words(" ".join(m.text for m in domain[i].example.prompt)) for i in test)
+    return _mean(
+        [
+            all(len(holders[word]) > 1 or word in prompt for word in _words(domain[i].example.output))
+            for i, prompt in zip(test, prompts, strict=True)
+        ]
+    )
+
+
+def _words(text: str) -> set[str]:
+    return set(_WORD.findall(normalised(text)))
 
 
 def _numbers(members: Sequence[Member], reduced: Callable[[str], str]) -> Indices:
