@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from factories import make_evidence, make_items
-from report_evidence import CURVE
+from report_evidence import CURVE, GENERAL
 from tunewright.evidence.answer_format import AnswerFormat
-from tunewright.evidence.causes import Labels, ProjectFacts, decided
+from tunewright.evidence.causes import Labels, ProjectFacts, decided, undertrained
 from tunewright.evidence.common import Interval
 from tunewright.evidence.schema import Evidence
 
@@ -20,7 +20,7 @@ assert decided(WORSE).decision == "don't ship"
 def trained(evidence: Evidence, *dev_losses: float, epochs: int | None = None) -> Evidence:
     """The same evidence on an adapter whose run had these dev losses, an epoch each."""
     recorded = [
-        {"step": 10 * n, "epoch": float(n), "train_loss": loss, "dev_loss": loss, "dev_metric": None}
+        {"step": 40 * n, "epoch": float(n), "train_loss": loss, "dev_loss": loss, "dev_metric": None}
         for n, loss in enumerate(dev_losses, start=1)
     ]
     config = {"train": {"epochs": epochs or len(dev_losses)}}
@@ -86,6 +86,50 @@ def test_undertrained_is_given_when_the_last_third_still_adds_to_what_the_run_ga
         return any("Undertrained" in what for what in found(once, history=history))
 
     assert [undertrained(losses) for losses in (slow, done, noisy)] == [True, False, False]
+
+
+def ran(steps: int, *dev_losses: float, **lineage: Any) -> dict[str, Any]:
+    """The lineage of a run of some steps with evenly spaced evaluations."""
+    epochs = [
+        {"step": steps * n // len(dev_losses), "epoch": float(n), "dev_loss": loss}
+        for n, loss in enumerate(dev_losses, start=1)
+    ]
+    return {"training": {"epochs": epochs}, "config": {"train": {"epochs": len(dev_losses)}}, **lineage}
+
+
+def test_few_steps_are_hardly_trained_with_epochs_for_enough_of_them() -> None:
+    reason = undertrained(ran(8, 2.798), [])
+    assert reason is not None
+    assert reason.what == "Hardly trained: 8 optimizer steps"
+    assert "2.798" in reason.evidence
+    assert reason.next_command.startswith("Set train.epochs: 3 (now 1) or raise train.learning_rate")
+    fewer = undertrained(ran(4, 2.4), [])
+    assert fewer is not None and "train.epochs: 5 (now 1)" in fewer.next_command
+    falling = undertrained(ran(16, 2.4, 1.8), [])
+    assert falling is not None and falling.what == "Hardly trained: 16 optimizer steps"
+
+
+def test_few_steps_suffice_where_the_dev_loss_is_flat_or_another_adapter_was_trained_before() -> None:
+    assert undertrained(ran(16, 0.5, 0.499), []) is None
+    assert undertrained(ran(16, 0.5, 0.7), []) is None
+    assert undertrained(ran(8, 0.5, parent={"name": "legal-1"}), []) is None
+    assert undertrained(ran(60, 0.5), []) is None
+
+
+def test_adapter_that_answers_as_its_base_is_hardly_trained_whatever_its_steps() -> None:
+    reason = undertrained(ran(200, 2.0, 1.999), [], divergence=0.0032)
+    assert reason is not None
+    assert reason.what.startswith("Hardly trained: 200 optimizer steps")
+    assert "0.0032 nats" in reason.evidence
+    assert undertrained(ran(200, 2.0, 1.999), [], divergence=0.1) is None
+
+
+def test_verdict_takes_the_divergence_from_the_benchmarks() -> None:
+    suites = tuple(suite.model_copy(update={"divergence": 0.001}) for suite in GENERAL.suites)
+    drifted = trained(WORSE, 2.0, 1.999).model_copy(
+        update={"regressions": GENERAL.model_copy(update={"suites": suites})}
+    )
+    assert found(drifted)[0].startswith("Hardly trained: 80 optimizer steps")
 
 
 def test_undecided_verdict_has_only_causes_that_training_can_fix() -> None:

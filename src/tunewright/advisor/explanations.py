@@ -287,8 +287,7 @@ def expectations(signals: Signals) -> list[str]:
     if signals.gain is not None:
         shown = f"differences of {100 * signals.gain.contrast.minimum_detectable_effect:.1f} points or more"
     return [
-        f"{signals.pairs} pairs, fewer than {FEW_TRAINING_PAIRS}: expect that prompting is hard to beat, and that the "
-        "adapter overfits within a few epochs (the checkpoint that is best on dev is kept).",
+        f"{signals.pairs} pairs, fewer than {FEW_TRAINING_PAIRS}: expect that prompting is hard to beat.",
         f"{signals.items} dev items show {shown}, and so does a test split of that size: `tunewright crossval` uses "
         "each pair as a test item once.",
     ]

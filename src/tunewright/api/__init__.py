@@ -27,6 +27,7 @@ from tunewright.core.progress import LogReporter, Reporter
 from tunewright.core.workers import ModelWorkers
 from tunewright.data.add import AddResult
 from tunewright.data.readers.hub import is_hub_name
+from tunewright.evidence.causes import undertrained
 from tunewright.evidence.power import DetectableEffects, detectable_effects, detectable_effects_text
 from tunewright.evidence.schema import Advice
 from tunewright.evidence.split_power import require_significance, split_power_text
@@ -594,10 +595,14 @@ class Project(EvaluationsApi):
         if self.folder.config.compute.cluster is not None:
             from tunewright.training.on_cluster import train_on_cluster
 
-            return train_on_cluster(*inputs, facts=facts, signer=signer)
-        if self.folder.config.compute.fsdp:
+            result = train_on_cluster(*inputs, facts=facts, signer=signer)
+        elif self.folder.config.compute.fsdp:
             fix = "Set compute.cluster, or remove it: without a cluster a launcher asks for FSDP."
             raise UserError("FSDP needs a cluster", where="compute.fsdp", fix=fix)
-        from tunewright.training.train import train
+        else:
+            from tunewright.training.train import train
 
-        return train(*inputs, facts=facts, signer=signer)
+            result = train(*inputs, facts=facts, signer=signer)
+        if short := undertrained(result.adapter.lineage, result.adapter.history):
+            self.reporter.warn(f"{short.what} ({short.evidence}). {short.next_command}.")
+        return result

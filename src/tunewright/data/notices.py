@@ -408,9 +408,8 @@ def warn_of_contents(
         )
     elif training < FEW_TRAINING_PAIRS:
         reporter.warn(
-            f"{count_of(training, 'training pair')}, fewer than {FEW_TRAINING_PAIRS}: expect overfitting (training "
-            "loss falls, dev loss rises). More pairs help. `tunewright crossval` trains several adapters, and so "
-            "measures on all rows."
+            f"{count_of(training, 'training pair')}, fewer than {FEW_TRAINING_PAIRS}: more pairs help. `tunewright "
+            "crossval` trains several adapters, and so measures on all rows."
         )
 
 

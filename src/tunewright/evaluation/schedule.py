@@ -23,14 +23,7 @@ from tunewright.evaluation.arms import TUNED_CONSTRAINED, ZERO_SHOT, ArmPlan
 from tunewright.evaluation.eta import Work
 from tunewright.evaluation.generations import Prompt
 from tunewright.evaluation.prompt_search import advice_file, first_rows, known_advice, prepare
-from tunewright.evaluation.speed import (
-    TIMED_TOKENS,
-    AnswerSpeed,
-    adapted_factor,
-    answer_speed,
-    kept_factor,
-    kept_speed,
-)
+from tunewright.evaluation.speed import TIMED_TOKENS, AnswerSpeed, adapted_factor, answer_speed, kept_factor, kept_speed
 from tunewright.evaluation.workload import BEST, TUNED_RETRIEVED, Contest, Load, Workload
 from tunewright.evidence.common import RULE, Budget
 from tunewright.evidence.schema import Advice
@@ -209,7 +202,7 @@ class Schedule:
             return arm_runner.prompts(max(fits, key=lambda load: load.read).plan, first)[0] if fits else []
 
         generator, limit = arm_runner.generator, self._timed_limit
-        if again or not self._use_kept_speed(whole=True):
+        if again or not self._use_kept_speed(adapted=self._contest is not None):
             arm_runner.reporter.say(f"Timing answers of at most {limit} tokens, to estimate the minutes")
             if self._minutes is not None:
                 alone, _ = generator.timed((long() or short())[:1], limit)
@@ -220,18 +213,15 @@ class Schedule:
             self._slower = adapted_factor(generator, limit, short, adapter, self._speed, keyed, again=again)
         self._workload.forget()  # the timed answers are in the journal now
 
-    def _use_kept_speed(self, *, whole: bool = False) -> bool:
-        """Use the kept speeds, and return False if no speed is kept; an adapter without one counts as the base.
-
-        Args:
-            whole: also return False for such an adapter.
-        """
+    def _use_kept_speed(self, *, adapted: bool = False) -> bool:
+        """Use the kept speeds; return False if the base's (if ``adapted``, the adapter's too) is not kept."""
         generator, limit, keyed = self._arm_runner.generator, self._timed_limit, self._keyed
-        self._speed, factor = kept_speed(generator, limit, keyed), None
+        self._speed = kept_speed(generator, limit, keyed)
         if self._speed is not None and self._contest is not None:
             factor = kept_factor(generator, limit, self._contest.adapter, self._speed, keyed)
             self._slower = factor or 1.0
-        return self._speed is not None and not (whole and self._contest is not None and factor is None)
+            adapted = adapted and factor is None
+        return self._speed is not None and not adapted
 
     @property
     def _timed_limit(self) -> int:

@@ -5,6 +5,7 @@ A pure function of the evidence and of other facts about the project.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, variance
@@ -29,6 +30,10 @@ _LAST_GAIN = 0.1
 """Or the last third's part of the total fall since the first third, if it exceeds the noise.
 
 Under a cosine schedule the last third has 6% of the summed rate, so a converged loss falls very little there."""
+_FEW_STEPS = 20
+"""Optimizer steps under which a run with one evaluation is taken as too short."""
+_NEAR_BASE = 0.005
+"""Nats per token under which an adapter answers as its base (measured: docs/benchmarks/training.md)."""
 _USELESS = 0.1
 """Share of a metric's range below which an arm does not solve the task."""
 _FEWEST_STEPS = 8
@@ -104,23 +109,42 @@ def causes(evidence: Evidence, found: Verdict, known: ProjectFacts) -> tuple[Rea
 
 
 def _undertrained(evidence: Evidence, known: ProjectFacts) -> list[Reason]:
-    lineage = evidence.lineage.get("adapter", {}).get("lineage", {})
+    suites = evidence.regressions.suites if evidence.regressions else ()
+    divergence = next((suite.divergence for suite in suites if suite.divergence is not None), None)
+    reason = undertrained(evidence.lineage.get("adapter", {}).get("lineage", {}), known.history, divergence)
+    return [] if reason is None else [reason]
+
+
+def undertrained(
+    lineage: Mapping[str, Any], history: Sequence[Mapping[str, Any]], divergence: float | None = None
+) -> Reason | None:
+    """Return the reason if a training run was too short to learn its data; else None.
+
+    Args:
+        lineage, history: the adapter's.
+        divergence: from the base to the adapter on the base's own answers, in nats per token; None if not measured.
+    """
     epochs = lineage.get("training", {}).get("epochs", [])
     if not epochs:
-        return []  # cross-validated or imported: there is no single training run
+        return None  # cross-validated or imported: there is no single training run
     last, config = epochs[-1], lineage.get("config", {}).get("train", {})
-    text = _still_falling(epochs, known.history)
-    if text is None:
-        return []
-    planned = config.get("epochs", last["epoch"])
-    wanted = max(2 * planned, 3)
-    return [
-        Reason(
-            "Undertrained: the loss was still falling when training ended",
-            text,
-            f"Set train.epochs: {wanted:g} (now {planned:g}), then `tunewright train` and `tunewright evaluate --dev`",
+    falling, steps = _still_falling(epochs, history), last["step"]
+    near = divergence is not None and divergence < _NEAR_BASE
+    # One evaluation shows no trend. An adapter that starts from another one has learned before.
+    few = steps < _FEW_STEPS and (falling or len(epochs) == 1) and "parent" not in lineage
+    if not (falling or near or few):
+        return None
+    text = falling or f"dev loss {last['dev_loss']:.3f} after the last of {steps:,} optimizer steps"
+    text += f"; {divergence:.4f} nats per token from the base" if near else ""
+    what = "Undertrained: the loss was still falling when training ended"
+    if near or few:
+        what = f"Hardly trained: {steps:,} optimizer steps" + (
+            ", and the answers are nearly the base's" if near else ""
         )
-    ]
+    planned = config.get("epochs", last["epoch"])
+    wanted = max(2 * planned, 3, math.ceil(_FEW_STEPS * planned / steps))
+    fix = f"Set train.epochs: {wanted:g} (now {planned:g}){' or raise train.learning_rate' if near or few else ''}"
+    return Reason(what, text, f"{fix}, then `tunewright train` and `tunewright evaluate --dev`")
 
 
 def _still_falling(epochs: Sequence[Mapping[str, Any]], history: Sequence[Mapping[str, Any]]) -> str | None:
