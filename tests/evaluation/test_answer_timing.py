@@ -11,7 +11,8 @@ from command_line import tiny_project
 from preference_helpers import Heard
 from tunewright.api import Project
 from tunewright.config.project import ProjectFolder
-from tunewright.evaluation.generations import Answer, Generator, Prompt
+from tunewright.evaluation.answer_journal import Answer
+from tunewright.evaluation.generations import Generator, Prompt
 from tunewright.evaluation.schedule import AnswersEstimate, Schedule
 
 LIMIT = 500

@@ -95,7 +95,8 @@ def _queries(count: int) -> bytes:
     table = csv.writer(text)
     table.writerow(["prompt", "completion"])
     for n, row in enumerate(pairs(count)):
-        table.writerow([row["prompt"], forms[n % len(forms)] % (row["completion"].split()[0], n)])
+        word = row["completion"].split()[0]
+        table.writerow([f"{row['prompt']} {word} {n}", forms[n % len(forms)] % (word, n)])
     return text.getvalue().encode()
 
 
