@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -101,9 +102,15 @@ def tiny_project(folder: Path, base: Path, count: int = 120) -> Path:
 def without_state(project: Path, folder: Path) -> Path:
     """The trained project in a new folder, without a serving state of others."""
     folder.mkdir()
-    for name in ("tunewright.yaml", "adapters", "dataset"):
+    for name in ("tunewright.yaml", "adapters"):
         (folder / name).symlink_to(project / name)
+    copy_dataset(project, folder)
     return folder
+
+
+def copy_dataset(project: Path, folder: Path) -> None:
+    """Copy a project's dataset without its copy of the access log, which belongs to the project's evaluations."""
+    shutil.copytree(project / "dataset", folder / "dataset", ignore=shutil.ignore_patterns("access_log.jsonl"))
 
 
 def recorded_prompts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from command_line import Ran, tiny_project, tunewright
+from command_line import Ran, copy_dataset, tiny_project, tunewright
 from vllm_child import alive, children_of, install_fake, wait_until
 
 pytestmark = pytest.mark.slow
@@ -33,8 +33,9 @@ def project(trained: Path, tmp_path: Path) -> Path:
     """The trained project without its evaluations."""
     folder = tmp_path / "project"
     folder.mkdir()
-    for name in ("adapters", "dataset", "pairs.jsonl"):
+    for name in ("adapters", "pairs.jsonl"):
         (folder / name).symlink_to(trained / name)
+    copy_dataset(trained, folder)
     (folder / "tunewright.yaml").write_text((trained / "tunewright.yaml").read_text())
     return folder
 

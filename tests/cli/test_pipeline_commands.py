@@ -89,7 +89,7 @@ def test_init_bfcl_converts_its_data(tmp_path: Path) -> None:
         (["--example", "bfcl"], "--data: The example bfcl needs its data"),
         (["--example", "legal-citations", "--data", "x"], "--data: The example legal-citations brings its own data"),
         (["--data", "x"], "--data requires --example"),
-        (["--example", "bfcl", "--data", "nowhere"], "nowhere: No file of BFCL"),
+        (["--example", "bfcl", "--data", "nowhere"], "nowhere: No file with rows for training (0 JSON files)"),
     ],
 )
 def test_init_refuses_data_that_no_example_reads(tmp_path: Path, options: list[str], message: str) -> None:

@@ -167,7 +167,7 @@ def test_serving_check_fails_on_an_engine_that_scales_the_adapter_wrongly(
 
 @pytest.mark.slow
 def test_deploy_checks_with_general_questions_without_a_dataset(project: Path) -> None:
-    (project / "dataset").unlink()
+    shutil.rmtree(project / "dataset")
     ran = _deploy(project, "--force", "--because", "no evidence here")
     assert ran.code == 0, ran.stderr
     assert "the serving check asks general questions" in ran.stderr

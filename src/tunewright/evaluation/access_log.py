@@ -265,10 +265,10 @@ class AccessLog:
         """Refuse a log without lines of its copy: it was deleted with all evidence, or is an earlier one."""
         copied = _read(self._copy)
         there = [line.digest for line in self._lines]
-        if there[: len(copied)] == [line.digest for line in copied]:
+        opened = sum(isinstance(line, LoggedAccess) for line in copied)
+        if not opened or there[: len(copied)] == [line.digest for line in copied]:
             return
         number = next((n for n, line in enumerate(copied) if line.digest not in there[n : n + 1]), 0) + 1
-        opened = sum(isinstance(line, LoggedAccess) for line in copied)
         lost = f"Line {number} of the access log is not the one of its copy" if there else "The access log is missing"
         again = f"mkdir -p {self.path.parent} && cp {self._copy} {self.path}"
         raise UserError(
