@@ -68,13 +68,27 @@ def test_select_keeps_rows_and_last_columns_and_can_grow(then: list[int]) -> Non
     assert _places(cache) == places
 
 
-def test_select_copies_nothing_where_all_rows_and_columns_stay() -> None:
-    cache = _filled(new_cache(), 3, [4])
+@pytest.mark.parametrize(("indices", "time"), [([0, 1, 2, 3], 4), ([0, 3, 2], 3), ([2, 0, 1], 1)])
+def test_select_stays_in_its_buffers_while_more_than_half_of_them_is_used(indices: list[int], time: int) -> None:
+    cache = _filled(new_cache(), 4, [4])
+    places = _places(cache)
+    expected = [tuple(states[indices, :, 4 - time :].clone() for states in pair) for pair in _contents(cache)]
+    select(cache, indices, time)
+    torch.testing.assert_close(_contents(cache), expected, rtol=0, atol=0)
+    _filled(cache, 3 + (len(indices) == 4), [1] * SPARE_COLUMNS, seed=1)
+    assert _places(cache) == places
+    assert cache.get_seq_length() == time + SPARE_COLUMNS
+
+
+def test_select_frees_the_rows_that_left_once_they_are_half_of_the_buffer() -> None:
+    cache = _filled(new_cache(), 5, [4])
     places = _places(cache)
     select(cache, [0, 1, 2], 4)
     assert _places(cache) == places
-    select(cache, [1, 0, 2], 4)
+    select(cache, [0, 2], 4)
     assert _places(cache) != places
+    layer: Any = cache.layers[0]
+    assert layer.keys.untyped_storage().nbytes() == 2 * HEADS * (4 + SPARE_COLUMNS) * SIZE * 4
 
 
 def test_merge_pads_the_shorter_with_zeros_and_changes_neither() -> None:

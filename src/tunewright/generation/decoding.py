@@ -266,7 +266,7 @@ class Batch:
                 untried += [indices[: len(indices) // 2], indices[len(indices) // 2 :]]
         if len(failing) == len(self.rows):
             self._forward(torch.tensor([[self._pad_id]]), [0], new_cache(), [None])
-        return failing or {len(self.rows) - 1: error}
+        return failing or {min(range(len(self.rows)), key=lambda index: len(self.rows[index].ids)): error}
 
     @torch.inference_mode()
     def cancel(self, row: Row) -> None:
@@ -338,6 +338,10 @@ class Batch:
     def _keep(self, indices: list[int]) -> None:
         if len(indices) == len(self.rows):
             return
+        # The last rows fill the gaps, so that no other row is copied.
+        last = iter([index for index in indices if index >= len(indices)])
+        staying = set(indices)
+        indices = [place if place in staying else next(last) for place in range(len(indices))]
         self.rows = [self.rows[index] for index in indices]
         if self.rows:
             select(self._cache, indices, _cached(self.rows))

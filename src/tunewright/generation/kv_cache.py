@@ -105,7 +105,8 @@ class PreallocatedLayer(DynamicLayer):
 
     def __init__(self, *_: Any, **__: Any) -> None:
         super().__init__()
-        self._buffers: tuple[Tensor, Tensor] | None = None
+        self.buffers: tuple[Tensor, Tensor] | None = None
+        """Keys and values with their spare columns."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Start without tokens; ``DynamicLayer`` creates its empty tensors on the host and copies them to the GPU."""
@@ -119,14 +120,14 @@ class PreallocatedLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         before = self.get_seq_length()
         time = before + key_states.shape[-2]
-        if self._buffers is None or time > self._buffers[0].shape[-2]:
+        if self.buffers is None or time > self.buffers[0].shape[-2]:
             larger = _allocate(key_states, len(key_states), time), _allocate(value_states, len(value_states), time)
             if before:
                 old: Any = (self.keys, self.values)
                 for buffer, states in zip(larger, old, strict=True):
                     buffer[:, :, :before] = states
-            self._buffers = larger
-        keys, values = self._buffers
+            self.buffers = larger
+        keys, values = self.buffers
         keys[:, :, before:time] = key_states
         values[:, :, before:time] = value_states
         self.keys, self.values = keys[:, :, :time], values[:, :, :time]
@@ -136,7 +137,7 @@ class PreallocatedLayer(DynamicLayer):
         """Use these buffers, of which the first ``time`` columns are filled."""
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
-        self._buffers = keys, values
+        self.buffers = keys, values
         self.keys, self.values = keys[:, :, :time], values[:, :, :time]
 
 
@@ -146,20 +147,28 @@ def new_cache() -> Cache:
 
 
 def select(cache: Cache, indices: list[int], time: int) -> None:
-    """Keep these rows and the last ``time`` columns; nothing is copied if that is the whole cache."""
-    layers: list[Any] = cache.layers
-    rows, _, columns, _ = layers[0].keys.shape
-    if (indices, time) == (list(range(rows)), columns):
-        return
-    chosen = torch.tensor(indices, device=layers[0].keys.device)
+    """Keep these rows and the last ``time`` columns, in the buffers that they are in.
 
-    def copied(states: Tensor) -> Tensor:
-        buffer = _allocate(states, len(indices), time)
-        buffer[:, :, :time] = states[:, :, columns - time :].index_select(0, chosen)
-        return buffer
+    Only rows that change their place are copied, unless at most half of a buffer stays in use.
+    """
+    layers: list[Any] = cache.layers
+    columns = layers[0].keys.shape[2]
+    chosen = torch.tensor(indices, device=layers[0].keys.device)
+    places = torch.tensor([place for place, index in enumerate(indices) if place != index], device=chosen.device)
+
+    def kept(buffer: Tensor, states: Tensor) -> Tensor:
+        rows = len(indices)
+        if 2 * rows * buffer[0].nbytes <= buffer.untyped_storage().nbytes():
+            smaller = _allocate(states, rows, time)
+            smaller[:, :, :time] = states[:, :, columns - time :].index_select(0, chosen)
+            return smaller
+        if len(places):
+            states.index_copy_(0, places, states.index_select(0, chosen[places]))
+        return buffer[:rows, :, columns - time :]
 
     for layer in layers:
-        layer.set_buffers(copied(layer.keys), copied(layer.values), time)
+        keys, values = layer.buffers
+        layer.set_buffers(kept(keys, layer.keys), kept(values, layer.values), time)
 
 
 def copy_rows(cache: Cache, indices: Sequence[int]) -> Cache:
