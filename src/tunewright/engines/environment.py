@@ -234,7 +234,9 @@ def _install_missing(folder: Path, wanted: Sequence[str], torch_index: str | Non
     if len(missing) < len(wanted):
         task.advance(len(wanted) - len(missing), note="already installed")
     for group in _groups(missing):
-        pip = [str(folder / "bin" / "pip"), "install", "--no-deps", "--no-input", "--disable-pip-version-check"]
+        # Most of these gigabytes are never imported, so Python compiles what is, at the first start.
+        options = ("--no-deps", "--no-compile", "--no-input", "--disable-pip-version-check")
+        pip = [str(folder / "bin" / "pip"), "install", *options]
         try:
             _run([*pip, *group], folder)
         except UserError as error:
