@@ -210,7 +210,7 @@ def test_human_eval_keeps_verdicts_and_resumes_after_a_kill(project: Path, folde
     arguments = ("human-eval", ID, "-p", project, "--reviewer", "ada")
     terminal = Terminal(*arguments)
     terminal.wait_for("q quit")
-    for key, shown in (("a", "1 of 50"), ("b", "2 of 50"), ("r", "Reference")):
+    for key, shown in (("a", "1 of 50"), ("b", "2 of 50"), ("v", "Reference")):
         terminal.press(key)
         terminal.wait_for(shown)
     terminal.kill()

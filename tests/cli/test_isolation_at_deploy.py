@@ -223,7 +223,7 @@ def _twin(project: Path, adapter: Adapter, trained: Path) -> Adapter:
 
 
 def test_deploy_tests_with_general_questions_without_a_dataset(project: Path) -> None:
-    (project / "dataset").unlink()
+    shutil.rmtree(project / "dataset")
     ran = _deploy(project, "courts", _adapters(project)[0])
     assert ran.code == 0, ran.stderr
     assert "asks general questions" in ran.stderr
