@@ -134,7 +134,7 @@ def undertrained(
     few = steps < _FEW_STEPS and (falling or len(epochs) == 1) and "parent" not in lineage
     if not (falling or near or few):
         return None
-    text = falling or f"dev loss {last['dev_loss']:.3f} after the last of {steps:,} optimizer steps"
+    text = falling or f"dev loss {last['dev_loss']:.3f} at its last evaluation"
     text += f"; {divergence:.4f} nats per token from the base" if near else ""
     what = "Undertrained: the loss was still falling when training ended"
     if near or few:
