@@ -33,7 +33,7 @@ Under a cosine schedule the last third has 6% of the summed rate, so a converged
 _FEW_STEPS = 20
 """Optimizer steps under which a run with one evaluation is taken as too short."""
 _NEAR_BASE = 0.005
-"""Nats per token under which an adapter answers as its base (measured: docs/benchmarks/training.md)."""
+"""Nats per token under which an adapter answers as its base (docs/benchmarks/training.md)."""
 _USELESS = 0.1
 """Share of a metric's range below which an arm does not solve the task."""
 _FEWEST_STEPS = 8
