@@ -47,7 +47,7 @@ def _paths(group: Any) -> Iterator[str]:
             yield name
 
 
-def test_train_names_a_run_of_few_steps_and_nothing_predicts_overfitting(
+def test_train_names_a_run_of_few_steps_and_does_not_predict_overfitting(
     tmp_path: Path, tiny_base_folder: Path
 ) -> None:
     folder = tiny_project(tmp_path / "project", tiny_base_folder)
@@ -56,11 +56,12 @@ def test_train_names_a_run_of_few_steps_and_nothing_predicts_overfitting(
     heard = Heard()
     project = Project(ProjectFolder(folder), heard)
     project.data.add([folder / "pairs.jsonl"])
+    assert any("fewer than 500" in line and "can overfit" in line for line in heard.lines)
+    heard.lines.clear()
     project.train()
     (line,) = (line for line in heard.lines if "Hardly trained" in line)
     assert line.startswith("Hardly trained: 12 optimizer steps (")
     assert "Set train.epochs: 3 (now 1)" in line
-    assert any("fewer than 500" in line for line in heard.lines)
     assert not any("overfit" in line.lower() for line in heard.lines)
 
 

@@ -408,8 +408,9 @@ def warn_of_contents(
         )
     elif training < FEW_TRAINING_PAIRS:
         reporter.warn(
-            f"{count_of(training, 'training pair')}, fewer than {FEW_TRAINING_PAIRS}: more pairs help. `tunewright "
-            "crossval` trains several adapters, and so measures on all rows."
+            f"{count_of(training, 'training pair')}, fewer than {FEW_TRAINING_PAIRS}: an adapter can overfit "
+            "them, which a rising dev loss shows. More pairs help. `tunewright crossval` trains several adapters, and "
+            "so measures on all rows."
         )
 
 
