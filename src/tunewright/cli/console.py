@@ -43,8 +43,15 @@ NOTHING_KEPT = "nothing half done is kept; run the same command again"
 """State after a stopped command that stores its work at the end."""
 READER_LEFT = 128 + signal.SIGPIPE
 """Exit code of a command whose reader has closed the pipe, as in ``| head -1``."""
-_MEMORY_ERRORS = ("not enough memory", "out of memory", "Cannot allocate memory", "can't start new thread")
-"""Texts of torch's allocators, of Python where it cannot start a thread, and of imports."""
+_MEMORY_ERRORS = (
+    "not enough memory",
+    "out of memory",
+    "Cannot allocate memory",
+    "cannot map zero-fill pages",
+    "failed to map segment",
+    "can't start new thread",
+)
+"""Texts of torch's allocators, of imports, and of Python where it cannot start a thread."""
 _LOG_WIDTH = 120
 _PIPE_WIDTH = 10**6
 """Columns of a pipe, where no cell may be cut and no row wrapped."""

@@ -149,10 +149,13 @@ def new_cache() -> Cache:
 def select(cache: Cache, indices: list[int], time: int) -> None:
     """Keep these rows and the last ``time`` columns, in the buffers that they are in.
 
-    Only rows that change their place are copied, unless at most half of a buffer stays in use.
+    Only rows that change their place are copied, unless at most half of a buffer stays in use. Nothing is sent to the
+    device if that is the whole cache.
     """
     layers: list[Any] = cache.layers
     columns = layers[0].keys.shape[2]
+    if (indices, time) == (list(range(len(layers[0].keys))), columns):
+        return
     chosen = torch.tensor(indices, device=layers[0].keys.device)
     places = torch.tensor([place for place, index in enumerate(indices) if place != index], device=chosen.device)
 
