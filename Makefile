@@ -59,8 +59,9 @@ typecheck: $(VENV)/.installed
 # of tests/conftest.py: xdist's own puts files of few tests last, which are often the longest.
 PYTEST := $(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
+# One worker more: tests of servers wait for a quarter of their time.
 pytest: $(VENV)/.installed
-	$(PYTEST)
+	$(PYTEST) -n $$($(PYTHON) -c 'import os; print(min(os.cpu_count(), 8) + 1)')
 
 # pytest-slow: those that `make test` leaves out, alone.
 pytest-all pytest-slow: $(VENV)/.installed build/clients/.installed build/deploy/.installed
@@ -145,9 +146,9 @@ build/deploy/.installed: Makefile
 test-demo: $(VENV)/.installed
 	$(BIN)/python tests/check_demo.py $(DEMO)
 
-# The wheel, installed on every Python from 3.11 to 3.13 that this machine has.
+# The wheel, installed on every Python from 3.11 to 3.13 that this machine has; with RELEASE=no on the oldest and newest.
 test-wheel: $(VENV)/.installed
-	$(BIN)/python tests/check_wheel.py
+	$(BIN)/python tests/check_wheel.py $(if $(filter no,$(RELEASE)),--first-and-last)
 
 # The notebook's outputs, from a run with the bundled base. `make test` runs it on a tiny base and keeps nothing.
 notebook: $(VENV)/.installed

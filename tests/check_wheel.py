@@ -1,10 +1,10 @@
 """Build the wheel, and install it on every supported Python that this machine has.
 
-python tests/check_wheel.py
+python tests/check_wheel.py [--first-and-last]
 
-On each Python: all dependencies resolve, and a fresh environment with those that the command line loads runs
-``tunewright --help`` and ``tunewright init``. The rest (torch and what needs it) is left to the project's own
-environment, which runs the tests.
+On each Python, or on the oldest and the newest: all dependencies resolve, and a fresh environment with those that the
+command line loads runs ``tunewright --help`` and ``tunewright init``. The rest (torch and what needs it) is left to the
+project's own environment, which runs the tests.
 """
 
 from __future__ import annotations
@@ -47,12 +47,14 @@ def main() -> None:
         ).split()
         needed = sorted(name for name in loaded if name.lower() not in {"tunewright", "pip", "setuptools"})
         found = interpreters()
+        if "--first-and-last" in sys.argv:
+            found = {minor: found[minor] for minor in (min(found), max(found))}
         for minor, python in found.items():
             check_install(python, wheel, needed, work / f"3.{minor}")
             say(f"Python 3.{minor}: installs, prints its help and writes a project")
         for minor in MINORS:
             if minor not in found:
-                say(f"Python 3.{minor} is not on this machine: not tried")
+                say(f"Python 3.{minor}: not tried")
 
 
 def check_content(wheel: Path) -> None:

@@ -191,6 +191,7 @@ def test_init_is_refused_when_no_item_is_a_row(tmp_path: Path) -> None:
     assert not (tmp_path / "project").exists()
 
 
+@pytest.mark.slow
 @needs_bfcl
 def test_every_item_of_the_data_set_is_a_row_or_named() -> None:
     converted = convert(FOLDER)

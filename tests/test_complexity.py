@@ -51,6 +51,7 @@ def _require_linear(case: Case, n: int) -> None:
 GROUPS = {name: list(cases) for name, cases in groupby(CASES, key=lambda case: case.name.partition(":")[0])}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", GROUPS)
 def test_executed_lines_grow_with_the_text(group: str) -> None:
     for case in GROUPS[group]:

@@ -50,6 +50,7 @@ def _keys_of_my_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 # Good ones
 
 
+@pytest.mark.slow
 def test_imported_own_adapter_is_identical_and_evaluates_the_same(trained: Path, ours: Path, other: Path) -> None:
     ran = import_adapter(other, ours)
     assert ran.code == 0, ran.stderr

@@ -232,6 +232,7 @@ def test_any_cut_or_changed_file_is_one_user_error(ann: PrivateKey) -> None:
                 assert error.where == str(ann.path)
 
 
+@pytest.mark.slow
 def test_create_and_passphrase_ask_on_a_real_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(PASSPHRASE)
     terminal = Terminal("keys", "create", "ann", "-p", tmp_path)

@@ -20,6 +20,7 @@ TOKENIZERS: dict[str, Callable[[], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_view_texts_join_to_the_conversation(kind: str) -> None:
     chat = chat_of(TOKENIZERS[kind]())

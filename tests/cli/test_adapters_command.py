@@ -135,6 +135,7 @@ def test_verify_lists_an_adapter_without_lineage(project: Path) -> None:
     assert (ran.code, ran.document["adapters"][0]["state"]) == (1, "tampered")
 
 
+@pytest.mark.slow
 def test_train_signs_the_adapter_with_a_trusted_key(tmp_path: Path, tiny_base_folder: Path) -> None:
     folder = tiny_project(tmp_path / "project", tiny_base_folder)
     tunewright("keys", "create", "ann", "-p", folder)

@@ -182,6 +182,7 @@ def test_deploy_refuses_an_adapter_without_a_ship_verdict(project: Path) -> None
     assert (grounds["verdict"], grounds["evaluation"], grounds["because"]) == ("ship", f"{3:012x}", None)
 
 
+@pytest.mark.slow
 def test_deploy_force_stores_the_reason(project: Path) -> None:
     first, second = _adapters(project)
     _evaluated(project, first, FAILS)
@@ -197,6 +198,7 @@ def test_deploy_force_stores_the_reason(project: Path) -> None:
     assert _document(project, "audit", "verify")["ok"]
 
 
+@pytest.mark.slow
 def test_deploy_constrain_requires_evidence_with_the_same_constraint(project: Path) -> None:
     first, second = _adapters(project)
     config = project / "tunewright.yaml"

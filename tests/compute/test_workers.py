@@ -128,6 +128,7 @@ def test_without_a_cluster_rows_are_worked_on_here() -> None:
         assert workers is THIS_PROCESS
 
 
+@pytest.mark.slow
 def test_ray_is_imported_only_for_a_cluster(tmp_path: Path) -> None:
     stand_in = tmp_path / "path" / "ray"
     stand_in.mkdir(parents=True)

@@ -206,6 +206,7 @@ def test_near_pairs_are_complete_for_real_questions(threshold: float) -> None:
             assert _found(texts, threshold) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not BANKING77.is_file(), reason="the BANKING77 files are not next to this checkout")
 def test_find_duplicates_and_clusters_do_not_depend_on_block_size() -> None:
     with BANKING77.open(newline="", encoding="utf-8") as file:

@@ -82,6 +82,7 @@ def test_output_template_ignores_case_and_white_space(text: str) -> None:
     assert output_template(ascii_text.upper()) == output_template(ascii_text.lower())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text", ['"' * 32_000, "'" * 32_001, "'a" * 16_000, '"\\' * 16_000, "' " * 16_001, "1" * 32_000]
 )

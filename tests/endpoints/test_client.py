@@ -62,6 +62,7 @@ def test_endpoint_retries_transient_errors(tmp_path: Path, status: int) -> None:
         assert len(server.bodies) == 12 + 3
 
 
+@pytest.mark.slow
 def test_retry_after_is_waited_for_in_seconds_or_until_a_date(tmp_path: Path) -> None:
     until = datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=2)
     for number, value in enumerate([format_datetime(until, usegmt=True), "1"]):
@@ -181,6 +182,7 @@ def test_failure_wakes_waiting_retries(tmp_path: Path) -> None:
         assert len(server.bodies) == 2, "the first was not asked again"
 
 
+@pytest.mark.slow
 @pytest.mark.fault("kill", "judge")
 def test_judge_resumes_after_a_kill(tmp_path: Path) -> None:
     project = tmp_path / "project"

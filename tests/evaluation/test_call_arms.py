@@ -138,6 +138,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) ->
     return folder
 
 
+@pytest.mark.slow
 def test_constrained_arms_call_declared_functions_by_their_schema(project: Path) -> None:
     advised = tunewright("advise", "-p", project, "--json")
     assert advised.code in {0, 3, 4}, advised.stderr

@@ -42,6 +42,7 @@ FORMATS: dict[str, Callable[[], ChatFormat]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
 def test_exported_template_renders_the_training_ids_on_any_day(name: str) -> None:
     chat = FORMATS[name]()

@@ -13,6 +13,7 @@ def _mix_devices() -> None:
         torch.ones(3, device="cuda") @ torch.ones(3)
 
 
+@pytest.mark.slow
 def test_card_refuses_operations_on_two_devices(card: CardProcess) -> None:
     with pytest.raises(CardError, match="FakeTensorDeviceMismatchError"):
         card.run(_mix_devices)

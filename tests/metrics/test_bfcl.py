@@ -40,6 +40,7 @@ def _called() -> list[Item]:
     return [item for item in items() if item.truth]
 
 
+@pytest.mark.slow
 def test_ast_match_accepts_every_acceptable_answer_of_bfcl() -> None:
     scorer, checked = _ast(items()), Counter[str]()
     for item in _called():
@@ -57,6 +58,7 @@ def test_ast_match_accepts_every_acceptable_answer_of_bfcl() -> None:
     assert checked.total() > 10_000
 
 
+@pytest.mark.slow
 def test_ast_match_refuses_changed_answers_of_bfcl() -> None:
     scorer, checked = _ast(items()), Counter[str]()
     for item in _called():

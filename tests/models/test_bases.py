@@ -246,6 +246,7 @@ def test_unreachable_hub_is_reported(hub: ThreadingHTTPServer, tmp_path: Path) -
         _resolve("org/tiny", tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answers", ["resolve_base", "base_config"])
 def test_hub_that_never_responds_is_abandoned(answers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants

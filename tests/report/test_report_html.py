@@ -244,6 +244,7 @@ def test_bleu_projects_and_tiny_ones_have_a_report(count: int) -> None:
     assert "Scored higher with tuned than with retrieved-4." in text
 
 
+@pytest.mark.slow
 def test_report_is_reproducible(tmp_path: Path) -> None:
     """In another process too, where Python's hashes of strings are others."""
     program = (

@@ -100,6 +100,7 @@ def _queries(count: int) -> bytes:
     return text.getvalue().encode()
 
 
+@pytest.mark.slow
 def test_split_by_the_form_of_answers_is_chosen_where_its_warning_is(
     browser: Browser, tmp_path: Path, tiny_base_folder: Path
 ) -> None:

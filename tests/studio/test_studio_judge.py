@@ -50,6 +50,7 @@ def _judged(project: Path) -> list[tuple[Item, JudgedItem]]:
     return [(item, rows[item.key]) for item in load_items(folder)]
 
 
+@pytest.mark.slow
 def test_judge_shows_its_cost_then_runs_and_its_findings_are_shown(project: Path, server: Server) -> None:
     with restarted(project) as browser:
         assert f'href="{PAGE}"' in browser.get(f"/evidence/{EVALUATION}")

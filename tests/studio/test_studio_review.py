@@ -57,6 +57,7 @@ def _row_key(html: str) -> str:
     return str(key)
 
 
+@pytest.mark.slow
 def test_rows_until_the_verdict_are_stated_on_every_row(browser: Browser, project: Path) -> None:
     review = library.open(project).data.review("ada")
     assert f"At least {review.needed:,} more until the verdict" in browser.get("/review")
@@ -85,6 +86,7 @@ def test_suspects_are_searched_as_a_job_and_reviewed_apart_from_the_sample(brows
     assert outcome is None or outcome.checked == 0
 
 
+@pytest.mark.slow
 def test_find_suspects_starts_the_command(browser: Browser, project: Path) -> None:
     refused = browser.send("/review/find-suspects", "/review/suspects", adapter="--help")
     assert refused.status_code == 400

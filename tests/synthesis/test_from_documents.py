@@ -253,6 +253,7 @@ def script(body: dict[str, Any], _times: int) -> str:
     return "I cannot do that."
 
 
+@pytest.mark.slow
 def test_from_documents_writes_cited_rows_grouped_by_document(tmp_path: Path) -> None:
     with teaching(script) as teacher:
         project = teacher_project(tmp_path / "p", teacher.url)

@@ -89,6 +89,7 @@ def test_fsdp_gives_the_losses_and_adapter_of_one_process(
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_fsdp_gives_the_adapter_of_one_process_without_shared_prompts(
     tmp_path: Path, tiny_base_folder: Path, server: Server
 ) -> None:
@@ -163,6 +164,7 @@ def test_fsdp_over_nf4_holds_half_of_the_4_bit_weights(divided_in_4_bits: Adapte
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_fsdp_over_nf4_resumes_to_the_same_adapter_when_killed_while_saving(
     divided_in_4_bits: Adapter, tmp_path: Path, tiny_base_folder: Path, server: Server
 ) -> None:

@@ -126,6 +126,7 @@ class _Counting(LogTask):
             os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_stopped_dpo_resumes_to_the_same_adapter_with_the_reference_that_it_had(
     dpo: tuple[Path, Adapter, list[str]], tmp_path: Path
 ) -> None:

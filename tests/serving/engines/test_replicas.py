@@ -554,6 +554,7 @@ def test_killed_replica_restarts_with_its_adapters_and_loses_no_request_without_
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_processes_are_added_and_removed_under_load_and_every_answer_is_its_own_adapters(
     small_base: Path, small_adapters: dict[str, Path]
 ) -> None:

@@ -197,6 +197,7 @@ def test_request_head_that_does_not_arrive_times_out(begun: bytes) -> None:
         assert refusal(read_to_end(connection)) == (408, "header_timeout")
 
 
+@pytest.mark.slow
 @pytest.mark.fault("connection", "serve")
 def test_request_head_that_trickles_times_out() -> None:
     with connection_to(header_timeout_s=0.5) as connection:

@@ -221,6 +221,7 @@ def test_request_fails_with_a_status_when_it_times_out_before_the_first_token(
         until(lambda: engine.aborted == 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("url", [CHAT_URL, TEXT_URL])
 @pytest.mark.parametrize(
     ("waits", "limits", "code"),

@@ -16,6 +16,7 @@ from tunewright.serving.tenants import Candidate, State
 pytest_plugins = ["two_tenants"]
 
 
+@pytest.mark.slow
 def test_release_drops_no_request(
     server: Running, state: State, two_tenants: dict[str, str], adapters: dict[str, Stored], reference: Any
 ) -> None:

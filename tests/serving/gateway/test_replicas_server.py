@@ -87,6 +87,7 @@ def server(state_url: str, adapters: Sequence[Stored], scaling: ScalingPolicy | 
         yield Server(held.enter_context(serving(gateway.app)), metrics_url, engines)
 
 
+@pytest.mark.slow
 def test_tenants_get_their_own_adapters_answers_over_replicas_of_which_one_stops(
     tmp_path: Path, adapters: dict[str, Stored]
 ) -> None:

@@ -100,6 +100,7 @@ def test_all_prompts_are_aborted_when_the_client_disconnects() -> None:
     assert len(engine.asked) == 2
 
 
+@pytest.mark.slow
 def test_prompts_do_not_time_out_behind_others_of_their_request() -> None:
     engine = ScriptedEngine((0.15, 0.15), max_num_seqs=1)
     with scripted_server(engine, queue_timeout_s=3) as client:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import gc
 from pathlib import Path
 
+import pytest
+
 import tunewright
 from command_line import tiny_project
 
 
+@pytest.mark.slow
 def test_garbage_collection_skips_loaded_objects_while_serving(small_base: Path, tmp_path: Path) -> None:
     service = tunewright.open(tiny_project(tmp_path / "project", small_base)).serve(port=0)
     gc.unfreeze()  # what tests/conftest.py exempts

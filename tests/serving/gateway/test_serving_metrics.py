@@ -95,6 +95,7 @@ def test_metrics_count_refusals_by_code_without_client_text_as_labels() -> None:
         assert "secret" not in httpx.get(metrics).text
 
 
+@pytest.mark.slow
 def test_metrics_have_waiting_and_running_requests_only_while_there_are_any() -> None:
     engine = ScriptedEngine((0, 60), max_num_seqs=1)
     body = {"model": "base", "messages": HELLO, "stream": True}

@@ -259,6 +259,7 @@ def test_agent_calls_a_local_function_and_continues_with_its_result(embedded: op
     assert last.choices[0].message.content and last.choices[0].message.tool_calls is None
 
 
+@pytest.mark.slow
 def test_client_parses_calls_or_an_answer_of_its_format(embedded: openai.OpenAI) -> None:
     class Weather(pydantic.BaseModel):
         city: Literal["Oslo", "Rome"]
