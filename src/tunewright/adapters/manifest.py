@@ -16,9 +16,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tunewright.adapters.strict_json import strict_object
-from tunewright.core.errors import UserError
+from tunewright.core.errors import UserError, first_fault
 from tunewright.core.io import canonical_json, file_digest
+from tunewright.core.strict_json import strict_object
 
 MANIFEST = "manifest.json"
 SIGNATURE = "signature.json"
@@ -48,9 +48,7 @@ def parse_record(kind: type[R], data: bytes, where: str) -> R:
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"]))
-        raise UserError(f"Unexpected content: {key}: {first['msg']}", where=where) from None
+        raise UserError(f"Unexpected content: {first_fault(error)}", where=where) from None
 
 
 class FileInfo(Record):
@@ -101,9 +99,8 @@ def make_manifest(folder: Path, name: str, lineage: Mapping[str, Any]) -> Manife
     try:
         return Manifest(name=name, digest=lineage["digest"], sources=Sources(**sources), files=files)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise UserError(f"No manifest can be made for this adapter: {problem}", where=str(folder)) from None
+        what = f"No manifest can be made for this adapter: {first_fault(error)}"
+        raise UserError(what, where=str(folder)) from None
 
 
 def _named(lineage: Mapping[str, Any], *keys: str) -> Any:

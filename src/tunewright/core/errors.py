@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
 
 class UserError(ValueError):
     """A problem that only the user can fix: bad input, a wrong key, a missing file, a full disk.
@@ -25,6 +30,12 @@ class UserError(ValueError):
     def as_dict(self) -> dict[str, str | None]:
         """Return the error as ``--json`` prints it."""
         return {"what": self.what, "where": self.where, "fix": self.fix}
+
+
+def first_fault(error: ValidationError) -> str:
+    """Return the first fault of a document: the path of its key, and pydantic's message."""
+    first = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 OUT_OF_MEMORY = UserError("Not enough memory", fix="Close other programs, or use a smaller base or batch size.")

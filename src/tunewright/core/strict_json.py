@@ -10,6 +10,11 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
+from tunewright.core.errors import UserError
+
+_DEEPEST = 32
+"""Nesting limit of an adapter's documents: a lineage has 7 levels."""
+
 
 class DuplicateKeyError(ValueError):
     """An object has a key twice."""
@@ -52,3 +57,47 @@ def _refuse_constant(name: str) -> NoReturn:
 
 strict_decoder = json.JSONDecoder(object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
 """Raises the errors of :func:`parse_json`, and RecursionError for deep nesting."""
+
+
+def strict_json(data: bytes, where: str) -> Any:
+    """Parse the UTF-8 JSON of a file.
+
+    Raises:
+        UserError: not UTF-8, not JSON, a repeated key, an invalid number, or too deep a nesting.
+    """
+    try:
+        value = strict_decoder.decode(data.decode("utf-8"))
+        _require_shallow(value)
+    except UnicodeDecodeError as error:
+        raise UserError(f"Not UTF-8 at byte {error.start:,}", where=where) from None
+    except RecursionError:
+        raise UserError(f"Nested more than {_DEEPEST} levels deep", where=where) from None
+    except ValueError as error:  # json's own errors are ValueErrors too, and so are numbers of too many digits
+        raise UserError(f"Not strict JSON: {error}", where=where) from None
+    return value
+
+
+def strict_object(data: bytes, where: str) -> dict[str, Any]:
+    """Parse a JSON object.
+
+    Raises:
+        UserError: as for :func:`strict_json`, or a value that is not an object.
+    """
+    value = strict_json(data, where)
+    if not isinstance(value, dict):
+        raise UserError(f"Expected a JSON object (got {type(value).__name__})", where=where)
+    return value
+
+
+def _require_shallow(value: Any) -> None:
+    level = [value]
+    for _ in range(_DEEPEST):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return
+    raise RecursionError

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from tunewright.core.errors import UserError
+from tunewright.core.errors import UserError, first_fault
 from tunewright.core.progress import Reporter
 from tunewright.core.remote_files import RemoteFiles
 from tunewright.data.review.reviews import Event, event_line, events_in, without_purged
@@ -187,10 +187,7 @@ class RemoteStore(RemoteFiles):
         try:
             manifest = Manifest.model_validate_json(self.read(name))
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            key = ".".join(map(str, first["loc"]))
-            what = f"Invalid manifest: {key} {first['msg']}"
-            raise UserError(what, where=f"{self.url}/{name}", fix=AGAIN) from None
+            raise UserError(f"Invalid manifest: {first_fault(error)}", where=f"{self.url}/{name}", fix=AGAIN) from None
         if manifest.digest != digest:
             raise UserError(
                 f"The manifest belongs to version {short(manifest.digest)}", where=f"{self.url}/{name}", fix=AGAIN

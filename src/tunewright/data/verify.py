@@ -13,8 +13,9 @@ from typing import Any
 
 from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json, text_lines
+from tunewright.core.log import numbered_lines, whole_lines
 from tunewright.core.progress import Reporter
-from tunewright.data.review.reviews import REVIEWS_FILE, parse_event, whole_lines
+from tunewright.data.review.reviews import REVIEWS_FILE, parse_event
 from tunewright.data.splits import SPLITS
 from tunewright.data.versions import (
     IMPORTS,
@@ -134,7 +135,7 @@ def _check_reviews(path: Path) -> tuple[int, int, list[IntegrityIssue]]:
     whole, torn = whole_lines(data)
     good = undigested = 0
     damage = []
-    for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
+    for number, line in numbered_lines(whole):
         try:
             event = parse_event(line, f"{path}:{number}")
         except UserError as error:
@@ -153,9 +154,9 @@ def _check_removals(path: Path) -> tuple[list[IntegrityIssue], dict[str, Removal
     if not path.is_file():
         return [], {}
     damage, events = [], []
-    for number, line in enumerate(_read(path).split(b"\n"), start=1):
+    for number, line in numbered_lines(_read(path)):
         try:
-            events += [parse_removal(line, f"{path}:{number}")] if line.strip() else []
+            events.append(parse_removal(line, f"{path}:{number}"))
         except UserError as error:
             damage.append(IntegrityIssue(error.where or str(path), error.what))
     return damage, Removals(tuple(events)).purged

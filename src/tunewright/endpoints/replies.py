@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 from tunewright.config import EndpointConfig
-from tunewright.core.io import digest, writing
+from tunewright.core.io import digest
+from tunewright.core.log import journal, keep, read_journal
 
 Message = dict[str, Any]
 Conversation = tuple[Message, ...]
@@ -96,21 +97,15 @@ class Journal:
             own["sample"] = request.sample
         return digest({**self._asked, **own, "messages": list(request.conversation)})
 
-    @contextmanager
-    def appending(self) -> Iterator[TextIO]:
+    def appending(self) -> AbstractContextManager[TextIO]:
         """Open the file for `keep`."""
-        with writing(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("\n")  # terminates a half-written line, if there is one
-                yield file
+        return journal(self.path)
 
     def keep(self, file: TextIO, key: str, reply: Reply) -> None:
         """Store a reply; refusals are not written to disk, since an endpoint may change its mind."""
         self.replies[key] = reply
         if reply.refused is None:
-            file.write(json.dumps({"key": key, **asdict(reply)}, ensure_ascii=False) + "\n")
-            file.flush()
+            keep(file, {"key": key, **asdict(reply)})
 
 
 def as_request(request: Conversation | ChatRequest) -> ChatRequest:
@@ -119,11 +114,6 @@ def as_request(request: Conversation | ChatRequest) -> ChatRequest:
 
 
 def _read(path: Path) -> Iterator[tuple[str, Reply]]:
-    if not path.exists():
-        return
-    for line in path.read_text(encoding="utf-8").split("\n"):
-        try:
-            row = json.loads(line)
+    for row in read_journal(path):
+        with suppress(KeyError, TypeError):  # a row of another form is asked again
             yield row.pop("key"), Reply(**{**row, "tool_calls": tuple(row.get("tool_calls", ()))})
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
-            continue

@@ -17,12 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter
 
 from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json, file_digest, json_document, text_lines, write_text, writing
 from tunewright.core.locks import locked_folder
+from tunewright.core.log import parse_line
 from tunewright.core.progress import Reporter
 from tunewright.core.text import count_of
 from tunewright.data.versions.members import read_places
@@ -362,12 +363,7 @@ def _read(path: Path) -> list[_Line]:
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     for number, text_line in enumerate(text_lines(text), start=1):
         where = f"{path}:{number}"
-        try:
-            line = _LINE.validate_json(text_line)
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            what = f"Not a line of the access log: {'.'.join(map(str, first['loc']))} {first['msg']}"
-            raise UserError(what, where=where, fix=_RESTORE) from None
+        line = parse_line(_LINE.validate_json, text_line.encode(), where, "Not a line of the access log", _RESTORE)
         if line.true_digest != line.digest:
             raise UserError(f"Line {number} was changed after it was written", where=where, fix=_RESTORE)
         if (line.number, line.previous) != (number, lines[-1].digest if lines else ""):

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
 
 from tunewright.config import Quantization
 from tunewright.core.io import digest
+from tunewright.core.log import read_journal
 
 ENGINE = "decoding-2"
 """Part of every key with peft: increment it when a change to the decoding loop changes answers."""
@@ -62,22 +60,4 @@ class Decoding:
 
 def read_answers(journal: Path) -> Iterator[tuple[str, tuple[str, bool]]]:
     """Yield the digest of each prompt with its answer."""
-    if not journal.exists():
-        return
-    for line in journal.read_text(encoding="utf-8").split("\n"):
-        try:
-            row: Mapping[str, Any] = json.loads(line)
-            yield row["prompt"], (row["text"], row["truncated"])
-        except json.JSONDecodeError:
-            # A run was killed while it wrote the last line: that answer is computed again.
-            continue
-
-
-@contextmanager
-def appending(journal: Path) -> Iterator[TextIO]:
-    """Open the journal for appending."""
-    journal.parent.mkdir(parents=True, exist_ok=True)
-    with journal.open("a", encoding="utf-8") as file:
-        # Terminates a half-written line, if there is one.
-        file.write("\n")
-        yield file
+    return ((row["prompt"], (row["text"], row["truncated"])) for row in read_journal(journal))

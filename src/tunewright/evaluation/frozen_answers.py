@@ -11,13 +11,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from tunewright.config import IncumbentConfig
 from tunewright.config.project import ProjectFolder
 from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json, digest, text_lines
+from tunewright.core.log import numbered_lines, parse_line
 from tunewright.core.progress import Reporter
 from tunewright.data.examples import Example, Message, ToolCall, call_id
 from tunewright.data.tool_limits import ArgumentsError
@@ -352,17 +353,11 @@ def read_frozen(path: Path) -> list[FrozenAnswer]:
         UserError: a line has another form.
     """
     answers = []
-    for number, line in enumerate(text_lines(path.read_text(encoding="utf-8")), start=1):
-        try:
-            if number == 1:
-                FrozenHeader.model_validate_json(line)
-            else:
-                answers.append(FrozenAnswer.model_validate_json(line))
-        except ValidationError as error:
-            what = " ".join(str(error).splitlines()[1:3])
-            raise UserError(
-                f"Not a frozen answer: {what}", where=f"{path}:{number}", fix="Restore the file from git."
-            ) from None
+    for number, line in numbered_lines(path.read_bytes()):
+        validate = FrozenHeader.model_validate_json if number == 1 else FrozenAnswer.model_validate_json
+        found = parse_line(validate, line, f"{path}:{number}", "Not a frozen answer")
+        if isinstance(found, FrozenAnswer):
+            answers.append(found)
     return answers
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,14 +17,15 @@ from tunewright.chat.answers import answer_text, stop_strings
 from tunewright.chat.call_grammar import CallGrammars
 from tunewright.config import Quantization
 from tunewright.config.project import ProjectFolder
-from tunewright.core.io import digest, writing
+from tunewright.core import log
+from tunewright.core.io import digest
 from tunewright.core.progress import Reporter
 from tunewright.core.workers import ModelWorkers
 from tunewright.data.examples import Message
 from tunewright.engines.choice import EMBEDDED, AnswerEngine, answer_engine
 from tunewright.engines.vllm.answers import VllmAnswers
 from tunewright.evaluation.answer_constraints import AnswerConstraints, grammar_of
-from tunewright.evaluation.answer_journal import ENGINE, VLLM, Answer, Decoding, appending, read_answers
+from tunewright.evaluation.answer_journal import ENGINE, VLLM, Answer, Decoding, read_answers
 from tunewright.evaluation.answer_worker import WorkerModel
 from tunewright.evaluation.cluster_answers import ArmRequests, ClusterAnswers
 from tunewright.evaluation.embedded_answers import EmbeddedAnswers
@@ -234,8 +234,7 @@ class Generator:
                 # An arm with the same prompts finds these answers in the journal.
                 known[journal] |= {digest(prompt) for prompt in missing}
                 if journal not in files:
-                    stack.enter_context(writing(journal))
-                    files[journal] = stack.enter_context(appending(journal))
+                    files[journal] = stack.enter_context(log.journal(journal))
                 task = stack.enter_context(self.countdown.arm(arm.title, len(missing)))
                 requests = self.requests(missing, max_new_tokens, arm.adapter, constrained=arm.constrained)
                 keep = self._keeping(files[journal], requests, {}, task.advance)
@@ -293,7 +292,7 @@ class Generator:
         Answers of ``known`` digests are not journalled: the first answer stays.
         """
         found: dict[str, tuple[str, bool]] = {}
-        with writing(journal), appending(journal) as file:
+        with log.journal(journal) as file:
             self.generate(requests, self._keeping(file, requests, found, advance, known), adapter=adapter)
         return found
 
@@ -311,9 +310,7 @@ class Generator:
             key = digest(requests[index].prompt_ids)
             found[key] = self.text(requests[index].prompt_ids, completion), completion.finish == "length"
             if key not in known:
-                row = {"prompt": key, "text": found[key][0], "truncated": found[key][1]}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                file.flush()
+                log.keep(file, {"prompt": key, "text": found[key][0], "truncated": found[key][1]})
             advance()
 
         return keep

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunewright.chat.answers import answer_message
@@ -14,7 +13,8 @@ from tunewright.config import DataConfig, GenerateConfig
 from tunewright.config.project import ProjectFolder
 from tunewright.core.clock import now
 from tunewright.core.errors import UserError
-from tunewright.core.io import digest, writing
+from tunewright.core.io import digest
+from tunewright.core.log import journal, keep, read_journal
 from tunewright.core.progress import Reporter
 from tunewright.data.examples import Message
 from tunewright.data.readers.generated_rows import unmapped
@@ -245,7 +245,7 @@ class LocalTeacher:
 
     def calls(self, prompts: Sequence[Prompt], samples: int) -> Calls:
         """Return what sampling takes."""
-        kept = _read_samples(self._journal)
+        kept = {row["key"]: row for row in read_journal(self._journal)}
         wanted = {(ids, number) for _, ids in self._encoded(prompts) for number in range(samples)}
         missing = [each for each in wanted if _sample_key(*each) not in kept]
         return Calls(
@@ -259,30 +259,26 @@ class LocalTeacher:
     def sample(self, title: str, prompts: Sequence[Prompt], samples: int) -> list[list[Sample]]:
         """Return the samples of each prompt; a resumed run computes only the missing ones."""
         encoded = self._encoded(prompts)
-        kept = _read_samples(self._journal)
+        kept = {row["key"]: row for row in read_journal(self._journal)}
         asked = {ids: prompt for prompt, ids in encoded}
         missing = sorted(
             (ids, number) for ids in asked for number in range(samples) if _sample_key(ids, number) not in kept
         )
         if missing:
-            with self._reporter.task(title, len(asked) * samples, "samples") as task, writing(self._journal):
+            with self._reporter.task(title, len(asked) * samples, "samples") as task, journal(self._journal) as file:
                 task.advance(len(asked) * samples - len(missing))
-                self._journal.parent.mkdir(parents=True, exist_ok=True)
-                with self._journal.open("a", encoding="utf-8") as file:
-                    file.write("\n")  # terminates a half-written line, if there is one
 
-                    def keep(index: int, completion: Completion) -> None:
-                        ids, number = missing[index]
-                        turn = answer_message(self._generator.chat, completion, asked[ids]).as_dict()
-                        cut = completion.finish == "length"
-                        entry = {"key": _sample_key(ids, number), "turn": turn, "cut": cut, "when": now()}
-                        entry["tokens"] = len(completion.ids)
-                        kept[str(entry["key"])] = entry
-                        file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-                        file.flush()
-                        task.advance()
+                def complete(index: int, completion: Completion) -> None:
+                    ids, number = missing[index]
+                    turn = answer_message(self._generator.chat, completion, asked[ids]).as_dict()
+                    cut = completion.finish == "length"
+                    entry = {"key": _sample_key(ids, number), "turn": turn, "cut": cut, "when": now()}
+                    entry["tokens"] = len(completion.ids)
+                    kept[str(entry["key"])] = entry
+                    keep(file, entry)
+                    task.advance()
 
-                    self._generator.generate(self._requests(missing), keep)
+                self._generator.generate(self._requests(missing), complete)
         found = []
         for prompt, ids in encoded:
             entries = [kept[_sample_key(ids, number)] for number in range(samples)]
@@ -350,16 +346,3 @@ def _sample_key(ids: tuple[int, ...], number: int) -> str:
 
 def _seed(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) >> 1
-
-
-def _read_samples(journal: Path) -> dict[str, dict[str, Any]]:
-    """Return the kept samples by key; a half-written line of a killed run is computed again."""
-    found: dict[str, dict[str, Any]] = {}
-    if journal.exists():
-        for line in journal.read_text(encoding="utf-8").split("\n"):
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            found[entry["key"]] = entry
-    return found

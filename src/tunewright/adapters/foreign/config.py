@@ -13,10 +13,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from tunewright.adapters.strict_json import strict_object
 from tunewright.adapters.vllm_compat import MAX_RANK
 from tunewright.config.train import Target
 from tunewright.core.errors import UserError
+from tunewright.core.strict_json import strict_object
 from tunewright.models.families import ATTENTION, MLP, OUTSIDE_TEXT, module_name
 from tunewright.models.memory.shape import Shape
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunewright.adapters.strict_json import strict_object
 from tunewright.core.errors import UserError
+from tunewright.core.strict_json import strict_object
 
 LARGEST_HEADER = 8 << 20
 """A LoRA of all linear layers of a 70B base has 1,120 tensors and a header of 180 kB."""

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from tunewright.adapters.manifest import Digest
-from tunewright.adapters.strict_json import strict_object
 from tunewright.config import Quantization
-from tunewright.core.errors import UserError
+from tunewright.core.errors import UserError, first_fault
+from tunewright.core.strict_json import strict_object
 from tunewright.core.unicode import mark_fault
 
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
@@ -134,11 +134,8 @@ def check_lineage(data: bytes, where: str) -> None:
     try:
         _Lineage.model_validate_json(data)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"]))
-        raise UserError(
-            f"Not a lineage of this version of tunewright: {key[:80]}: {first['msg']}", where=where
-        ) from None
+        what = f"Not a lineage of this version of tunewright: {first_fault(error)[:200]}"
+        raise UserError(what, where=where) from None
 
 
 def check_history(path: Path, where: str) -> None:

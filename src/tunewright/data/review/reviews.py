@@ -9,20 +9,27 @@ files cite them, so the merged logs have the same events in different orders. Ev
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from tunewright.core.errors import UserError
-from tunewright.core.io import canonical_json, write_text, writing
-from tunewright.core.io import digest as json_digest
-from tunewright.core.locks import lock_file
+from tunewright.core.io import write_text, writing
+from tunewright.core.log import (
+    RESTORE,
+    extend,
+    held,
+    line_digest,
+    numbered_lines,
+    parse_line,
+    require_seal,
+    sealed_line,
+    whole_lines,
+)
 from tunewright.data.review.acceptance import (
     Finding,
     Outcome,
@@ -35,9 +42,6 @@ PURGED = "[purged]"
 """Text that replaces the reviewer's answer if the row was purged."""
 VERDICTS: tuple[Verdict, ...] = ("right", "wrong", "edit", "skip")
 
-_DIGITS = 16
-_RESTORE = "Restore the file, from git for example."
-
 
 class _Event(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,7 +52,7 @@ class _Event(BaseModel):
     """UTC, ISO 8601, in whole seconds, so that strings sort by time."""
     nth: Annotated[int, Field(ge=0)] | None = None
     """Number among this reviewer's events of one second; None (earlier releases): in the order of lines."""
-    digest: Annotated[str, Field(pattern=f"^[0-9a-f]{{{_DIGITS}}}$")] | None = None
+    digest: Annotated[str, Field(pattern="^[0-9a-f]{16}$")] | None = None
     """First digits of the SHA-256 of the rest; lines of earlier releases have none."""
 
 
@@ -217,14 +221,13 @@ def events_in(data: bytes, where: str) -> list[tuple[int, Event]]:
     """
     found: dict[Event, int] = {}
     counts = Counter[tuple[str, str]]()
-    for number, line in enumerate(data.split(b"\n"), start=1):
-        if line.strip():
-            event = parse_event(line, f"{where}:{number}")
-            nth = event.nth
-            if nth is None:
-                nth = counts[event.reviewer, event.when]
-                counts[event.reviewer, event.when] += 1
-            found.setdefault(event.model_copy(update={"nth": nth, "digest": None}), number)
+    for number, line in numbered_lines(data):
+        event = parse_event(line, f"{where}:{number}")
+        nth = event.nth
+        if nth is None:
+            nth = counts[event.reviewer, event.when]
+            counts[event.reviewer, event.when] += 1
+        found.setdefault(event.model_copy(update={"nth": nth, "digest": None}), number)
     return [(number, event) for event, number in found.items()]
 
 
@@ -234,13 +237,16 @@ def _order(event: Event) -> tuple[str, int | None, str, str]:
 
 def event_digest(event: Event) -> str:
     """Return the identifier of an event in all logs: 16 digits of the SHA-256 of its canonical JSON."""
-    return json_digest(event.model_dump(mode="json", exclude_none=True, exclude={"digest"}))[:_DIGITS]
+    return line_digest(_facts(event))
+
+
+def _facts(event: Event) -> dict[str, Any]:
+    return event.model_dump(mode="json", exclude_none=True, exclude={"digest"})
 
 
 def event_line(event: Event) -> str:
     """Return an event as a line of the log, with digest."""
-    facts = event.model_dump(mode="json", exclude_none=True, exclude={"digest"})
-    return canonical_json({**facts, "digest": event_digest(event)}) + "\n"
+    return sealed_line(_facts(event))
 
 
 def parse_event(line: bytes, where: str) -> Event:
@@ -249,30 +255,12 @@ def parse_event(line: bytes, where: str) -> Event:
     Raises:
         UserError: the line is not an event, or its digest does not match.
     """
-    try:
-        event = _EVENT.validate_json(line)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        what = f"Not a review: {'.'.join(map(str, first['loc']))} {first['msg']}"
-        raise UserError(what, where=where, fix=_RESTORE) from None
+    event = parse_line(_EVENT.validate_json, line, where, "Not a review")
     if isinstance(event, VerdictEvent) and (event.verdict == "edit") != (event.output is not None):
-        raise UserError("Invalid review: `output` belongs to an edit, and only to an edit", where=where, fix=_RESTORE)
-    if event.digest is not None and event_line(event).encode() != line + b"\n":
-        raise UserError("The review was changed: its digest does not match", where=where, fix=_RESTORE)
+        raise UserError("Invalid review: `output` belongs to an edit, and only to an edit", where=where, fix=RESTORE)
+    if event.digest is not None:
+        require_seal(event_line(event), line, where, "review")
     return event
-
-
-def whole_lines(data: bytes) -> tuple[bytes, bool]:
-    """Return a log without half a last line, and whether there was one; a missing last line end is added."""
-    end = data.rfind(b"\n") + 1
-    tail = data[end:]
-    if not tail:
-        return data, False
-    try:
-        _EVENT.validate_json(tail)
-    except ValidationError:
-        return data[:end], True
-    return data + b"\n", False
 
 
 def _stacks(events: Sequence[Event]) -> dict[str, dict[str, list[VerdictEvent]]]:
@@ -343,31 +331,14 @@ def lacking(events: Sequence[Event], known: Sequence[Event]) -> list[Event]:
 def _extend(dataset: Path, news: Callable[[Sequence[Event]], list[Event]]) -> list[Event]:
     """Append the events that ``news`` returns for the events in the log, while the file is locked."""
     path = dataset / REVIEWS_FILE
-    with writing(path), _held(path) as file:
-        file.seek(0)
-        data = file.read()
-        whole, _ = whole_lines(data)
-        added = news([event for _, event in events_in(whole, str(path))])
-        if added:
-            if len(whole) < len(data):
-                file.truncate(len(whole))
-            missing = whole[len(data) :]  # a line end that an editor left out
-            file.write(missing + "".join(map(event_line, added)).encode())
-            file.flush()
-            os.fsync(file.fileno())
+    added: list[Event] = []
+
+    def lines(existing: bytes) -> str:
+        added.extend(news([event for _, event in events_in(existing, str(path))]))
+        return "".join(map(event_line, added))
+
+    extend(path, lines)
     return added
-
-
-@contextmanager
-def _held(path: Path) -> Iterator[BinaryIO]:
-    """Open the log for reading and appending, locked."""
-    while True:
-        with path.open("a+b") as file:
-            lock_file(file)
-            # While this process waited for the lock, a purge may have replaced the file.
-            if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
-                yield file
-                return
 
 
 def without_purged(event: Event, purged: Collection[str]) -> Event:
@@ -388,8 +359,7 @@ def redact_reviews(dataset: Path, purged: Collection[str]) -> None:
     path = dataset / REVIEWS_FILE
     if not purged or not path.is_file():
         return
-    with writing(path), _held(path) as file:
-        file.seek(0)
+    with writing(path), held(path) as file:
         lines, torn = whole_lines(file.read())
         done = []
         for number, line in enumerate(lines.split(b"\n")[:-1], start=1):

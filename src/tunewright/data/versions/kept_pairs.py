@@ -8,28 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json, write_text
-from tunewright.core.io import digest as json_digest
+from tunewright.core.log import SealedLine, numbered_lines
 
 KEPT_PAIRS_FILE = "preferences.jsonl"
 
 JudgedBy = Literal["person", "judge", "file"]
 Answer = str | list[dict[str, Any]]
 """The text of an answer, or its turns if it is not one turn of text (`readers.preferences.rejected_value`)."""
-_DIGITS = 16
-_RESTORE = "Restore the file, from git for example."
 _Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
-class KeptPair(BaseModel):
+class KeptPair(SealedLine):
     """Two answers to one input, of which one is preferred."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    spells_none: ClassVar[bool] = True
 
     key: _Sha256
     """Pair key of the judged row."""
@@ -53,16 +50,6 @@ class KeptPair(BaseModel):
         """The input and both answers, comparable."""
         return self.input, canonical_json(self.chosen), canonical_json(self.rejected)
 
-    @property
-    def line(self) -> str:
-        """The pair as a line of the file, with its digest."""
-        facts: dict[str, Any] = self.model_dump(mode="json")
-        return canonical_json({**facts, "digest": json_digest(facts)[:_DIGITS]}) + "\n"
-
-
-class _Line(KeptPair):
-    digest: str
-
 
 def read_kept_pairs(dataset: Path) -> list[KeptPair]:
     """Return the kept pairs of a dataset, in the order of the file.
@@ -73,20 +60,8 @@ def read_kept_pairs(dataset: Path) -> list[KeptPair]:
     path = dataset / KEPT_PAIRS_FILE
     if not path.is_file():
         return []
-    lines = path.read_bytes().split(b"\n")
-    return [_parse(line, f"{path}:{n}") for n, line in enumerate(lines, start=1) if line.strip()]
-
-
-def _parse(line: bytes, where: str) -> KeptPair:
-    try:
-        pair = KeptPair(**_Line.model_validate_json(line).model_dump(exclude={"digest"}))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        what = f"Not a preference pair: {'.'.join(map(str, first['loc']))} {first['msg']}"
-        raise UserError(what, where=where, fix=_RESTORE) from None
-    if pair.line.encode() != line + b"\n":
-        raise UserError("The preference pair was changed: its digest does not match", where=where, fix=_RESTORE)
-    return pair
+    lines = numbered_lines(path.read_bytes())
+    return [KeptPair.parse(line, f"{path}:{number}", "preference pair") for number, line in lines]
 
 
 def replace_kept_pairs(dataset: Path, evaluation: str, kind: JudgedBy, pairs: Sequence[KeptPair]) -> int:

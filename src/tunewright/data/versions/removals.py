@@ -19,24 +19,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json, json_document, write_text
-from tunewright.core.io import digest as json_digest
+from tunewright.core.log import SealedLine, numbered_lines
 from tunewright.data.versions.version import IMPORTS, MANIFEST, manifest_seal
 
 REMOVED_FILE = "removed.jsonl"
 
-_DIGITS = 16
-_RESTORE = "Restore the file, from git for example."
 _Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
-class Removal(BaseModel):
+class Removal(SealedLine):
     """An event; ``said`` is the row's :attr:`Example.content_key`, ``when`` is UTC, ISO 8601."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     event: Literal["removed", "restored", "purged"]
     key: _Sha256
@@ -49,12 +44,6 @@ class Removal(BaseModel):
     def day(self) -> str:
         """Date of the event."""
         return self.when[:10]
-
-    @property
-    def line(self) -> str:
-        """The event as a line of the log, with its digest."""
-        facts: dict[str, Any] = self.model_dump(mode="json", exclude_none=True)
-        return canonical_json({**facts, "digest": json_digest(facts)[:_DIGITS]}) + "\n"
 
 
 @dataclass(frozen=True)
@@ -108,7 +97,7 @@ def events_in(data: bytes, where: str) -> list[Removal]:
     Raises:
         UserError: a line is not an event, or was changed.
     """
-    return [parse_removal(line, f"{where}:{n}") for n, line in enumerate(data.split(b"\n"), start=1) if line.strip()]
+    return [parse_removal(line, f"{where}:{number}") for number, line in numbered_lines(data)]
 
 
 def parse_removal(line: bytes, where: str) -> Removal:
@@ -117,23 +106,7 @@ def parse_removal(line: bytes, where: str) -> Removal:
     Raises:
         UserError: the line is not an event, or its digest does not match.
     """
-    try:
-        event = _Line.read(line)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        what = f"Not a removal: {'.'.join(map(str, first['loc']))} {first['msg']}"
-        raise UserError(what, where=where, fix=_RESTORE) from None
-    if event.line.encode() != line + b"\n":
-        raise UserError("The removal was changed: its digest does not match", where=where, fix=_RESTORE)
-    return event
-
-
-class _Line(Removal):
-    digest: str
-
-    @classmethod
-    def read(cls, line: bytes) -> Removal:
-        return Removal(**cls.model_validate_json(line).model_dump(exclude={"digest"}))
+    return Removal.parse(line, where, "removal")
 
 
 def append_removals(dataset: Path, events: Sequence[Removal]) -> None:

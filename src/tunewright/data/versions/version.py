@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tunewright.config import Duplicates
 from tunewright.core.author import stated_author
 from tunewright.core.clock import now
-from tunewright.core.errors import UserError
+from tunewright.core.errors import UserError, first_fault
 from tunewright.core.io import digest as json_digest
 from tunewright.core.spill import repeated
 from tunewright.data.examples import Example, in_conflict, normalised
@@ -148,9 +148,7 @@ def read_manifest(folder: Path) -> Manifest:
     except OSError as error:
         raise UserError(f"Cannot read the manifest: {error.strerror}", where=str(path), fix=_RESTORE) from None
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"]))
-        raise UserError(f"Invalid manifest: {key} {first['msg']}", where=str(path), fix=_RESTORE) from None
+        raise UserError(f"Invalid manifest: {first_fault(error)}", where=str(path), fix=_RESTORE) from None
     if short(manifest.digest) != folder.name:
         raise UserError(f"The manifest belongs to version {short(manifest.digest)}", where=str(path), fix=_RESTORE)
     return manifest

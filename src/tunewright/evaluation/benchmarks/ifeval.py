@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from tunewright.core.errors import UserError
+from tunewright.core.errors import UserError, first_fault
 from tunewright.evaluation.benchmarks.checks import Check
 
 _CHECK: TypeAdapter[Check] = TypeAdapter(Check)
@@ -81,9 +81,8 @@ def _read(line: str, where: str) -> tuple[Instruction | None, set[str]]:
         checks, group = tuple(_CHECK.validate_python(check) for check in wanted), row.get("group")
         return Instruction(prompt, checks, None if group is None else str(group)), set()
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
         raise UserError(
-            f"Invalid check: {'.'.join(map(str, first['loc']))}: {first['msg']}",
+            f"Invalid check: {first_fault(error)}",
             where=where,
             fix="See docs/how-to/regression-suites.md for the checks and their arguments.",
         ) from None

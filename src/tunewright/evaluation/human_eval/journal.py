@@ -5,18 +5,16 @@ Verdicts are stored for A and B. The sample's seed determines which arm is which
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 from urllib.parse import quote, unquote
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from tunewright.core.errors import UserError
-from tunewright.core.io import writing
-from tunewright.core.locks import lock_file
+from tunewright.core.log import extend, numbered_lines, parse_line, whole_lines
 
 FOLDER = "human-eval"
 """Folder next to the evidence."""
@@ -119,24 +117,15 @@ def read_journal(folder: Path, reviewer: str) -> Journal:
 
 
 def _parse(path: Path) -> Journal:
-    whole, torn = _whole_lines(path.read_bytes())
-    events: list[Event] = []
-    for number, line in enumerate(whole.split(b"\n"), start=1):
-        if line.strip():
-            events.append(_event(line, f"{path}:{number}"))
+    whole, torn = whole_lines(path.read_bytes())
+    events = [
+        parse_line(_EVENT.validate_json, line, f"{path}:{number}", "Invalid verdict", "Restore the file.")
+        for number, line in numbered_lines(whole)
+    ]
     reviewer = unquote(path.stem)
     if other := next((e.reviewer for e in events if e.reviewer != reviewer), None):
         raise UserError(f"The file has verdicts of {reviewer} and of {other}", where=str(path), fix="Restore the file.")
     return _stood(reviewer, events, torn)
-
-
-def _event(line: bytes, where: str) -> Event:
-    try:
-        return _EVENT.validate_json(line)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        what = f"Invalid verdict: {'.'.join(map(str, first['loc']))} {first['msg']}"
-        raise UserError(what, where=where, fix="Restore the file.") from None
 
 
 def _stood(reviewer: str, events: Sequence[Event], torn: bool) -> Journal:
@@ -153,29 +142,11 @@ def _stood(reviewer: str, events: Sequence[Event], torn: bool) -> Journal:
     return Journal(reviewer, tuple(events), torn, stacks, {k: text for k, text in notes.items() if text}, shown)
 
 
-def _whole_lines(data: bytes) -> tuple[bytes, bool]:
-    """Return the complete lines, and whether a partial last line was dropped."""
-    end = data.rfind(b"\n") + 1
-    return data[:end], end < len(data)
-
-
 def append_events(folder: Path, events: Sequence[Event]) -> None:
     """Append events to a reviewer's journal, first removing a partial line that a crash left.
 
     Raises:
         UserError: the file cannot be written, or another process keeps it locked.
     """
-    path = journal_path(folder, events[0].reviewer)
-    lines = "".join(f"{event.model_dump_json()}\n" for event in events).encode()
-    with writing(path):
-        folder.mkdir(parents=True, exist_ok=True)
-        with path.open("a+b") as file:
-            lock_file(file)
-            file.seek(0)
-            data = file.read()
-            whole, torn = _whole_lines(data)
-            if torn:
-                file.truncate(len(whole))
-            file.write(lines)
-            file.flush()
-            os.fsync(file.fileno())
+    lines = "".join(f"{event.model_dump_json()}\n" for event in events)
+    extend(journal_path(folder, events[0].reviewer), lambda _: lines)

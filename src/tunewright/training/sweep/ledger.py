@@ -14,6 +14,7 @@ from tunewright.config import MetricName
 from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.core.io import text_lines, write_text
+from tunewright.core.log import numbered_lines, parse_line
 
 LEDGER = "ledger.jsonl"
 
@@ -89,17 +90,15 @@ class Ledger:
             self._text = head.model_dump_json() + "\n"
 
     def _read(self) -> None:
-        for number, line in enumerate(text_lines(self._text), start=1):
-            try:
-                if number == 1:
-                    there = Head.model_validate_json(line)
-                else:
-                    self.entries.append(Entry.model_validate_json(line))
-            except ValidationError as error:
-                first = error.errors(include_url=False)[0]
-                what = f"Not a valid ledger line: {'.'.join(map(str, first['loc']))} {first['msg']}"
-                raise UserError(what, where=f"{self.path}:{number}", fix=_RESTORE) from None
-        if not self._text or there != self.head:
+        there = None
+        for number, line in numbered_lines(self._text.encode()):
+            validate = Head.model_validate_json if number == 1 else Entry.model_validate_json
+            found = parse_line(validate, line, f"{self.path}:{number}", "Not a valid ledger line", _RESTORE)
+            if isinstance(found, Entry):
+                self.entries.append(found)
+            else:
+                there = found
+        if there != self.head:
             raise UserError("This is not the ledger of this sweep", where=f"{self.path}:1", fix=_RESTORE)
 
     @classmethod

@@ -1,0 +1,161 @@
+"""Append-only logs: files with one JSON object per line.
+
+A *record* is the user's own (reviews, removed rows, openings of the test set). Each line is checked, and one that was
+changed by hand is an error that names file and line. A *journal* keeps results that can be computed again, such as
+answers: a line that a killed process left half written is skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, ClassVar, Self, TextIO, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tunewright.core.errors import UserError, first_fault
+from tunewright.core.io import canonical_json, writing
+from tunewright.core.io import digest as json_digest
+from tunewright.core.locks import lock_file
+
+_T = TypeVar("_T")
+RESTORE = "Restore the file, from git for example."
+
+
+def line_digest(facts: Mapping[str, Any]) -> str:
+    """Return 16 digits of the SHA-256 of the fields' canonical JSON."""
+    return json_digest(facts)[:16]
+
+
+def sealed_line(facts: Mapping[str, Any]) -> str:
+    """Return a line of these fields and their digest, which reveals a later change by hand."""
+    return canonical_json({**facts, "digest": line_digest(facts)}) + "\n"
+
+
+def require_seal(spelled: str, line: bytes, where: str, name: str) -> None:
+    """Refuse a line that is not spelled as its own fields are; ``name`` says what it is, such as "review"."""
+    if spelled.encode() != line + b"\n":
+        raise UserError(f"The {name} was changed: its digest does not match", where=where, fix=RESTORE)
+
+
+class SealedLine(BaseModel):
+    """A line of a record that holds the digest of its other fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    spells_none: ClassVar[bool] = False
+    """Fields without a value are written, as null."""
+
+    @property
+    def line(self) -> str:
+        """The text of the line, with its digest."""
+        return sealed_line(self.model_dump(mode="json", exclude_none=not self.spells_none))
+
+    @classmethod
+    def parse(cls, line: bytes, where: str, name: str) -> Self:
+        """Parse a line; errors are those of `parse_line` and `require_seal`."""
+
+        def fields(text: bytes) -> Self:
+            return cls.model_validate({key: value for key, value in dict(json.loads(text)).items() if key != "digest"})
+
+        parsed = parse_line(fields, line, where, f"Not a {name}")
+        require_seal(parsed.line, line, where, name)
+        return parsed
+
+
+def parse_line(validate: Callable[[bytes], _T], line: bytes, where: str, wrong: str, fix: str = RESTORE) -> _T:
+    """Parse a line of a record.
+
+    Args:
+        validate: a model's ``model_validate_json``, for example.
+        line: without its line end.
+        where: file and line.
+        wrong: the beginning of the error, such as "Not a review".
+        fix: the error's remedy.
+
+    Raises:
+        UserError: the line has another form.
+    """
+    try:
+        return validate(line)
+    except ValidationError as error:
+        why = first_fault(error)
+    except (ValueError, TypeError) as error:
+        why = str(error)
+    raise UserError(f"{wrong}: {why}", where=where, fix=fix)
+
+
+def numbered_lines(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines that are not blank, with their numbers from 1."""
+    return ((number, line) for number, line in enumerate(data.split(b"\n"), start=1) if line.strip())
+
+
+def whole_lines(data: bytes) -> tuple[bytes, bool]:
+    """Return a record without half a last line, and whether there was one; a missing last line end is added."""
+    end = data.rfind(b"\n") + 1
+    try:
+        json.loads(data[end:])
+    except ValueError:
+        return data[:end], end < len(data)
+    return data + b"\n", False
+
+
+def extend(path: Path, news: Callable[[bytes], str]) -> None:
+    """Append to a locked record what ``news`` returns for its lines, after removing half a line that a crash left.
+
+    Raises:
+        UserError: the file cannot be written, or another process keeps it locked.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with held(path) as file:
+            data = file.read()
+            whole, _ = whole_lines(data)
+            if added := news(whole):
+                file.truncate(min(len(whole), len(data)))
+                file.write(whole[len(data) :] + added.encode())  # first a line end that an editor left out
+                file.flush()
+                os.fsync(file.fileno())
+
+
+@contextmanager
+def held(path: Path) -> Iterator[BinaryIO]:
+    """Open a record for reading and appending, at its beginning and locked."""
+    while True:
+        with path.open("a+b") as file:
+            lock_file(file)
+            # While this process waited for the lock, a purge may have replaced the file.
+            if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                file.seek(0)
+                yield file
+                return
+
+
+def read_journal(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a journal, which may not exist."""
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # half a line of a killed process, or the blank one that ends it
+        if isinstance(row, dict):
+            yield row
+
+
+@contextmanager
+def journal(path: Path) -> Iterator[TextIO]:
+    """Open a journal for :func:`keep`."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write("\n")  # ends a half-written line, if there is one
+            yield file
+
+
+def keep(file: TextIO, row: Mapping[str, Any]) -> None:
+    """Add a row to a journal."""
+    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    file.flush()
