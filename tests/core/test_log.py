@@ -1,0 +1,94 @@
+"""Append-only logs: whole lines only, whatever a crash left, and no line changed unseen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tunewright.core.errors import UserError
+from tunewright.core.log import SealedLine, extend, journal, keep, numbered_lines, read_journal, whole_lines
+
+ROWS = st.lists(st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=3), max_size=4)
+
+
+class Fact(SealedLine):
+    name: str
+    count: int | None = None
+
+
+@given(rows=ROWS, cut=st.integers(min_value=0), row=st.dictionaries(st.text(max_size=5), st.integers(), max_size=2))
+def test_record_cut_at_any_byte_keeps_its_whole_lines_and_takes_further_ones(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, str]], cut: int, row: dict[str, int]
+) -> None:
+    path = tmp_path_factory.mktemp("log") / "record.jsonl"
+    lines = [json.dumps(each, ensure_ascii=False).encode() for each in rows]
+    data = b"".join(line + b"\n" for line in lines)
+    data = data[: cut % (len(data) + 1)]
+    path.write_bytes(data)
+    # A line whose text is whole counts, even where its line end is missing.
+    whole = [line for end, line in _ends(lines) if end <= len(data)]
+    assert [line for _, line in numbered_lines(whole_lines(data)[0])] == whole
+    seen: list[bytes] = []
+
+    def news(existing: bytes) -> str:
+        seen.extend(line for _, line in numbered_lines(existing))
+        return json.dumps(row) + "\n"
+
+    extend(path, news)
+    assert seen == whole
+    assert path.read_bytes() == b"".join(line + b"\n" for line in [*whole, json.dumps(row).encode()])
+
+
+def _ends(lines: list[bytes]) -> list[tuple[int, bytes]]:
+    """Return each line with the number of bytes up to the end of its text."""
+    found, end = [], 0
+    for line in lines:
+        end += len(line)
+        found.append((end, line))
+        end += 1
+    return found
+
+
+@given(rows=ROWS, cut=st.integers(min_value=0), row=st.dictionaries(st.text(max_size=5), st.integers(), max_size=2))
+def test_journal_cut_at_any_byte_yields_its_whole_rows_and_later_ones(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, str]], cut: int, row: dict[str, int]
+) -> None:
+    path = tmp_path_factory.mktemp("log") / "journal.jsonl"
+    with journal(path) as file:
+        for each in rows:
+            keep(file, each)
+    data = path.read_bytes()
+    path.write_bytes(data[: cut % (len(data) + 1)])
+    there = list(read_journal(path))
+    assert there == rows[: len(there)]
+    with journal(path) as file:
+        keep(file, row)
+    assert list(read_journal(path)) == [*there, row]
+
+
+def test_journal_of_a_line_cut_inside_a_character_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    path.write_bytes('{"text": "ü"}\n{"text": "ü'.encode()[:-1])
+    assert list(read_journal(path)) == [{"text": "ü"}]
+
+
+@pytest.mark.parametrize("count", [3, None])
+def test_sealed_line_is_read_back_and_refused_once_it_was_changed(count: int | None) -> None:
+    fact = Fact(name="ä", count=count)
+    line = fact.line.encode().removesuffix(b"\n")
+    assert Fact.parse(line, "facts.jsonl:1", "fact") == fact
+    for changed in (line.replace("ä".encode(), b"a"), line.replace(b'"name"', b' "name"')):
+        with pytest.raises(UserError, match="The fact was changed") as caught:
+            Fact.parse(changed, "facts.jsonl:1", "fact")
+        assert caught.value.where == "facts.jsonl:1"
+
+
+@pytest.mark.parametrize("line", [b"[]", b"1", b"{", b'{"count": 3}', b'{"name": "a", "other": 1}', b"\xff"])
+def test_line_of_another_form_is_refused_by_its_place(line: bytes) -> None:
+    with pytest.raises(UserError) as caught:
+        Fact.parse(line, "facts.jsonl:7", "fact")
+    assert caught.value.where == "facts.jsonl:7"
