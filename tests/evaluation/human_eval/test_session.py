@@ -136,7 +136,7 @@ def test_note_is_stored_replaced_and_removed(folder: Path) -> None:
     assert review.note(pair, "").note == ""
 
 
-@pytest.mark.parametrize("cut", [1, 20])
+@pytest.mark.parametrize("cut", [2, 20])
 def test_journal_ignores_and_reports_half_a_line_after_a_crash(
     folder: Path, cut: int, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -150,6 +150,17 @@ def test_journal_ignores_and_reports_half_a_line_after_a_crash(
     _answer(again, "neither")
     assert path.read_bytes().count(b"\n") == 3
     assert [e.event for e in begin(folder).journal.events] == ["verdict"] * 3
+
+
+def test_verdict_counts_when_a_crash_cut_off_its_line_end_only(folder: Path) -> None:
+    _answer(begin(folder), "A", "B")
+    path = folder / "human-eval" / "ada.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    again = begin(folder)
+    assert again.progress.answered == 2
+    _answer(again, "both")
+    assert path.read_bytes().startswith(whole)
 
 
 def test_journal_names_an_invalid_line(folder: Path) -> None:
