@@ -219,7 +219,7 @@ class ChatFormat:
         Raises:
             UserError: the template drops functions, calls or results, or writes calls in an unknown form.
         """
-        return find_tool_form(self)
+        return find_tool_form(self.template, self.encoder, self.answer_in)
 
     def texts(self, many: Sequence[Sequence[int]]) -> list[str]:
         """Return the text of each list of ids, including special tokens."""

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from tunewright.chat.shapes import declarations
 from tunewright.chat.templates import HERMES_INSTEAD, Template
+from tunewright.chat.text import TextEncoder
 from tunewright.chat.tool_calls import BUILTIN, FORMS, CallForm, signed
 from tunewright.core.errors import UserError
 from tunewright.core.io import canonical_json
 from tunewright.data.examples import Message, ToolCall, call_id
-
-if TYPE_CHECKING:
-    from tunewright.chat.format import ChatFormat
 
 _NAME = "probe_function"
 _RESULT = "probe result"
@@ -78,13 +75,17 @@ def refuse_undeclared(messages: Sequence[Message]) -> None:
         raise UserError("Function calls or results without declared functions", where="messages", fix="Declare them.")
 
 
-def find_tool_form(chat: ChatFormat) -> ToolForm:
-    """Return the form of a chat format's calls.
+def find_tool_form(template: Template, encoder: TextEncoder, answer_in: Callable[[str, str], str]) -> ToolForm:
+    """Return the form of a template's calls.
+
+    Args:
+        template: the template.
+        encoder: reads a rendered text as the base's tokenizer does.
+        answer_in: `ChatFormat.answer_in`.
 
     Raises:
         UserError: the template drops functions, calls or results, or writes calls that cannot be read back.
     """
-    template = chat.template
     asked = [Message("tools", declarations([_NAME])), Message("user", "x")]
     call = ToolCall(_NAME, _ARGUMENTS, call_id(0))
     turn = Message("assistant", "", calls=(call,))
@@ -93,19 +94,30 @@ def find_tool_form(chat: ChatFormat) -> ToolForm:
     if _NAME not in prompt:
         raise _refused(template, "drops the declarations of functions")
     shown = _render(template, [*asked, turn], generation_prompt=False)
-    answer = chat.answer_in(prompt, shown)
+    answer = answer_in(prompt, shown)
     if _NAME not in answer:
         raise _refused(template, "drops function calls")
-    form = _reading(chat, answer)
+    form = _reading(encoder, answer)
     if form is None:
         raise _refused(template, f"writes calls in a form that cannot be read back: {answer[:100]!r}")
     if _RESULT not in _render(template, [*asked, turn, result], generation_prompt=True):
         raise _refused(template, "drops the results of functions")
+
+    def reads_back(turn: Message) -> bool:
+        try:
+            prompt = template.render(asked, generation_prompt=True)
+            answer = answer_in(prompt, template.render([*asked, turn], generation_prompt=False))
+        except UserError:
+            return False
+        read = form.read(signed(encoder.pieces(answer, {}, start=False), encoder.control_names))
+        expected = [(call.name, call.arguments) for call in turn.calls]
+        return read is not None and (read[0].strip(), read[1]) == (turn.content, expected)
+
     second = ToolCall(_NAME, _ARGUMENTS, call_id(1))
     return ToolForm(
         form,
-        parallel=_reads_as(chat, form, asked, Message("assistant", "", calls=(call, second))),
-        with_text=_reads_as(chat, form, asked, Message("assistant", "x", calls=(call,))),
+        parallel=reads_back(Message("assistant", "", calls=(call, second))),
+        with_text=reads_back(Message("assistant", "x", calls=(call,))),
         example=answer,
     )
 
@@ -124,27 +136,15 @@ def rendered_calls(template: Template) -> Iterator[str]:
             yield shown
 
 
-def _reading(chat: ChatFormat, answer: str) -> CallForm | None:
+def _reading(encoder: TextEncoder, answer: str) -> CallForm | None:
     """Return the form that reads the answer of the probe."""
-    text = signed(chat.encoder.pieces(answer, {}, start=False), chat.encoder.control_names)
+    text = signed(encoder.pieces(answer, {}, start=False), encoder.control_names)
     for kind in FORMS:
-        form = kind(chat.encoder.control)
+        form = kind(encoder.control)
         read = form.read(text)
         if read is not None and read[1] == [(_NAME, _ARGUMENTS)]:
             return form
     return None
-
-
-def _reads_as(chat: ChatFormat, form: CallForm, asked: Sequence[Message], turn: Message) -> bool:
-    try:
-        prompt = chat.template.render(asked, generation_prompt=True)
-        answer = chat.answer_in(prompt, chat.template.render([*asked, turn], generation_prompt=False))
-    except UserError:
-        return False
-    text = signed(chat.encoder.pieces(answer, {}, start=False), chat.encoder.control_names)
-    read = form.read(text)
-    expected = [(call.name, call.arguments) for call in turn.calls]
-    return read is not None and (read[0].strip(), read[1]) == (turn.content, expected)
 
 
 def _render(template: Template, messages: Sequence[Message], *, generation_prompt: bool) -> str:

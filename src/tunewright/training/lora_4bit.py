@@ -1,4 +1,4 @@
-"""`lora.FusedLinear` over a 4-bit base; a separate module because importing it needs bitsandbytes."""
+"""`fused_lora.FusedLinear` over a 4-bit base; a separate module because importing it needs bitsandbytes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from peft.tuners.lora.bnb import Linear4bit
 from torch import Tensor
 
-from tunewright.training.lora import adds_one_adapter, fused
+from tunewright.training.fused_lora import adds_one_adapter, fused
 
 
 class FusedLinear4bit(Linear4bit):

@@ -75,8 +75,9 @@ class TrainingSetup:
     def copies_inputs(self) -> bool:
         """True if each adapted layer keeps its own copy of its input.
 
-        training.lora.FusedLinear and FusedLinear4bit keep the input that the layers share. peft's own layers, which
-        dropout needs, convert it to the adapter's float32 and autocast converts it back, so each keeps a copy.
+        training.fused_lora.FusedLinear and lora_4bit.FusedLinear4bit keep the input that the layers share. peft's own
+        layers, which dropout needs, convert it to the adapter's float32 and autocast converts it back, so each keeps a
+        copy.
         """
         return self.dropout
 

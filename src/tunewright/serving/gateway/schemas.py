@@ -7,7 +7,7 @@ answer, and those that only the server may set (``cache_salt``, ``priority``, ``
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
@@ -17,11 +17,11 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from tunewright.core.unicode import mark_fault, normalize
-from tunewright.data.examples import Message, ToolCall
+from tunewright.data.examples import Message, ToolCall, call_id
 from tunewright.serving.gateway.errors import ApiError
 from tunewright.serving.gateway.parsing import Part
 from tunewright.serving.gateway.structured import AnswerFormat, Choices, Form, Schema, StructuredOutputs, one_form
-from tunewright.serving.gateway.tools import AssistantCall, Choice, Tool, ToolChoice, declarations, numbered
+from tunewright.serving.gateway.tools import AssistantCall, Choice, Tool, ToolChoice, declarations
 
 ANSWER_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
@@ -122,6 +122,47 @@ class ChatMessage(Part):
     @property
     def _text(self) -> str:
         return "".join(part.text for part in self.content)
+
+
+def numbered(messages: Sequence[ChatMessage]) -> list[Message]:
+    """Return the messages with calls named by their places.
+
+    Raises:
+        ApiError: 400, a result answers no open call, or a call has no result.
+    """
+    turns: list[Message] = []
+    places: dict[str, str] = {}
+    unanswered: dict[str, str] = {}
+    count = 0
+    for number, message in enumerate(messages):
+        param = f"messages.{number}"
+        if message.role == "tool":
+            if message.tool_call_id not in unanswered:
+                text = f"{param}.tool_call_id: {message.tool_call_id!r} is no call of the assistant's turn before it."
+                raise ApiError(text, param=f"{param}.tool_call_id", code="invalid_tool_call")
+            unanswered.pop(message.tool_call_id)
+            turns.append(message.as_message(call_id=places[message.tool_call_id]))
+            continue
+        _require_answered(unanswered)
+        calls = []
+        for call in message.tool_calls or ():
+            if call.id in unanswered:
+                text = f"{param}: two calls have the id {call.id!r}."
+                raise ApiError(text, param=f"{param}.tool_calls", code="invalid_tool_call")
+            places[call.id] = call_id(count)
+            unanswered[call.id] = param
+            calls.append(ToolCall(call.function.name, call.function.arguments, call_id(count)))
+            count += 1
+        turns.append(message.as_message(calls=tuple(calls)))
+    _require_answered(unanswered)
+    return turns
+
+
+def _require_answered(unanswered: dict[str, str]) -> None:
+    if unanswered:
+        ids, param = ", ".join(map(repr, unanswered)), next(iter(unanswered.values()))
+        message = f"{param}: the calls {ids} have no result: send a message of role tool for each."
+        raise ApiError(message, param=param, code="invalid_tool_call")
 
 
 class StreamOptions(Part):

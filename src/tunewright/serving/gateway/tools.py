@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_core import PydanticCustomError
@@ -22,9 +22,6 @@ from tunewright.data.tools import canonical_arguments, canonical_function
 from tunewright.generation.requests import Finish
 from tunewright.serving.gateway.errors import ApiError
 from tunewright.serving.gateway.parsing import Part
-
-if TYPE_CHECKING:
-    from tunewright.serving.gateway.schemas import ChatMessage
 
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
 
@@ -125,47 +122,6 @@ def declarations(tools: Sequence[Tool]) -> Message:
             raise ApiError(f"{param}: {error}.", param=param, code="invalid_value") from None
         declared.append({"type": "function", "function": function})
     return Message("tools", canonical_json(declared))
-
-
-def numbered(messages: Sequence[ChatMessage]) -> list[Message]:
-    """Return the messages with calls named by their places.
-
-    Raises:
-        ApiError: 400, a result answers no open call, or a call has no result.
-    """
-    turns: list[Message] = []
-    places: dict[str, str] = {}
-    unanswered: dict[str, str] = {}
-    count = 0
-    for number, message in enumerate(messages):
-        param = f"messages.{number}"
-        if message.role == "tool":
-            if message.tool_call_id not in unanswered:
-                text = f"{param}.tool_call_id: {message.tool_call_id!r} is no call of the assistant's turn before it."
-                raise ApiError(text, param=f"{param}.tool_call_id", code="invalid_tool_call")
-            unanswered.pop(message.tool_call_id)
-            turns.append(message.as_message(call_id=places[message.tool_call_id]))
-            continue
-        _require_answered(unanswered)
-        calls = []
-        for call in message.tool_calls or ():
-            if call.id in unanswered:
-                text = f"{param}: two calls have the id {call.id!r}."
-                raise ApiError(text, param=f"{param}.tool_calls", code="invalid_tool_call")
-            places[call.id] = call_id(count)
-            unanswered[call.id] = param
-            calls.append(ToolCall(call.function.name, call.function.arguments, call_id(count)))
-            count += 1
-        turns.append(message.as_message(calls=tuple(calls)))
-    _require_answered(unanswered)
-    return turns
-
-
-def _require_answered(unanswered: dict[str, str]) -> None:
-    if unanswered:
-        ids, param = ", ".join(map(repr, unanswered)), next(iter(unanswered.values()))
-        message = f"{param}: the calls {ids} have no result: send a message of role tool for each."
-        raise ApiError(message, param=param, code="invalid_tool_call")
 
 
 class CallReader:
