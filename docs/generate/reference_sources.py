@@ -12,7 +12,7 @@ import tunewright.serving
 from tunewright.adapters.manifest import Manifest as AdapterManifest
 from tunewright.api import Project, RunResult
 from tunewright.api.adapters import AdaptersApi
-from tunewright.api.data import AddOptions, ColumnMapping, DatasetApi
+from tunewright.api.data import DatasetApi
 from tunewright.api.export import ExportApi
 from tunewright.api.keys import SigningKeysApi
 from tunewright.api.releases import ReleasesApi
@@ -21,6 +21,7 @@ from tunewright.api.tenants import AuditApi, TenantKeysApi, TenantsApi
 from tunewright.cli import commands
 from tunewright.config import Config
 from tunewright.core.errors import UserError
+from tunewright.data.add_options import AddOptions, ColumnMapping
 from tunewright.data.readers.row_errors import CODES as ROW_ERRORS
 from tunewright.data.versions.version import Manifest as VersionManifest
 from tunewright.evidence.learning_curve import Curve

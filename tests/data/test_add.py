@@ -19,6 +19,7 @@ from tunewright.config import DataConfig
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import AddResult, add
+from tunewright.data.add_options import AddOptions
 from tunewright.data.dedup import comparison_texts
 from tunewright.data.versions import DatasetVersion, load_version, version_folder
 
@@ -175,7 +176,7 @@ def test_add_records_the_fate_of_every_row(tmp_path: Path) -> None:
     pairs = _families(60, 1)
     path = write_jsonl(project.root / "pairs.jsonl", [*pairs, pairs[0], ("no answer", "")])
     listener = Listener()
-    result = add(project, [path], listener, skip_bad=True)
+    result = add(project, [path], listener, AddOptions(skip_bad=True))
     assert result.added + len(result.duplicates) + len(result.skipped) == len(pairs) + 2
     assert result.version.counts.rows == result.added
 
@@ -285,7 +286,7 @@ def test_add_counts_skipped_rows_by_cause_and_records_each(tmp_path: Path) -> No
     project = new_project(tmp_path / "p")
     path = write_jsonl(tmp_path / "pairs.jsonl", [*unlike_pairs(20), *[("a", "")] * 70])
     listener = Listener()
-    result = add(project, [path], listener, skip_bad=True)
+    result = add(project, [path], listener, AddOptions(skip_bad=True))
     assert len(result.skipped) == 70
     assert any(f"70 rows: an empty answer [E401 $.completion]\n    {path}:21, {path}:22" in w for w in listener.warned)
     record = (version_folder(project.dataset, result.version.digest) / "imports.jsonl").read_text(encoding="utf-8")

@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from hypothesis_settings import examples
 from tunewright.core.errors import UserError
 from tunewright.data.add import add
+from tunewright.data.add_options import AddOptions
 from tunewright.data.remove import remove
 from tunewright.data.selection import Selection
 from tunewright.data.verify import verify
@@ -62,7 +63,10 @@ class DatasetMachine(RuleBasedStateMachine):
         pairs = [(PAIRS[n][0], output or PAIRS[n][1]) for n in numbers]
         # A conflict, or an answer that is there in another version, is refused or ignored as a whole file.
         result = add(
-            self.project, [write_jsonl(self.folder / "new.jsonl", pairs)], Listener(), replace=replace, restore=restore
+            self.project,
+            [write_jsonl(self.folder / "new.jsonl", pairs)],
+            Listener(),
+            AddOptions(replace=replace, restore=restore),
         )
         after = self._rows()
         for text, wanted in pairs:

@@ -17,6 +17,7 @@ from hypothesis_settings import examples
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import AddResult, add
+from tunewright.data.add_options import AddOptions
 from tunewright.data.remove import remove
 from tunewright.data.review.edits import apply_edits
 from tunewright.data.review.session import ReviewItem, ReviewSession
@@ -42,7 +43,7 @@ def write(project: ProjectFolder, rows: Sequence[Any]) -> Path:
 
 
 def add_generated(project: ProjectFolder, *rows: Any, listener: Listener | None = None, **options: Any) -> AddResult:
-    return add(project, [write(project, rows)], listener or Listener(), **options)
+    return add(project, [write(project, rows)], listener or Listener(), AddOptions(**options))
 
 
 def started(root: Path, config: str = "data: {conflicts: accept}\n") -> ProjectFolder:

@@ -17,6 +17,7 @@ from hypothesis_settings import examples
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import AddResult, add
+from tunewright.data.add_options import AddOptions
 from tunewright.data.verify import verify
 from tunewright.data.versions import DatasetVersion, load_version, version_folder
 from tunewright.data.versions.members import Place, member_line, places_of
@@ -154,7 +155,7 @@ def test_secret_group_value_is_refused_and_redaction_keeps_the_group(tmp_path: P
     assert "rows.jsonl:4: payment card number in the group customer" in caught.value.what
     assert card not in str(caught.value)
     assert not (project.dataset / "HEAD").exists()
-    add(project, [project.root / "rows.jsonl"], Listener(), redact=True)
+    add(project, [project.root / "rows.jsonl"], Listener(), AddOptions(redact=True))
     for path in project.dataset.rglob("*.*"):
         if path.is_file():
             assert card not in path.read_text(encoding="utf-8")
@@ -169,7 +170,7 @@ def test_add_refuses_and_redacts_a_group_value_that_is_a_password(tmp_path: Path
     rows = _unticketed([{**row, "password": f"hunter{i}xyz!"} for i, row in enumerate(_rows(40, 7, 1))])
     with pytest.raises(UserError, match="password in the group password"):
         _add(project, rows)
-    add(project, [project.root / "rows.jsonl"], Listener(), redact=True)
+    add(project, [project.root / "rows.jsonl"], Listener(), AddOptions(redact=True))
     assert not any("xyz!" in path.read_text(encoding="utf-8") for path in project.dataset.rglob("*.jsonl"))
 
 

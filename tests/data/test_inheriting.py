@@ -10,6 +10,7 @@ from data_helpers import Listener, new_project, unlike_pairs, write_jsonl
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import add
+from tunewright.data.add_options import AddOptions
 from tunewright.data.versions import load_version
 
 
@@ -31,7 +32,7 @@ def test_inherit_split_keeps_splits_of_shared_inputs(tmp_path: Path, old: Projec
     rows = [(f" {text.upper()}", f"new {answer}") for text, answer in unlike_pairs(60)[5:]]
     listener = Listener()
     path = write_jsonl(tmp_path / "new.jsonl", [*rows, *unlike_pairs(20, seed=3)])
-    result = add(new, [path], listener, split_from=old.root / named)
+    result = add(new, [path], listener, AddOptions(split_from=old.root / named))
     before = _splits(old)
     now = {text.strip().casefold(): split for text, split in _splits(new).items()}
     shared = {text: split for text, split in before.items() if text in now}
@@ -52,7 +53,7 @@ def test_inherit_split_moves_a_cluster_with_its_held_out_row(tmp_path: Path, old
     test = next(text for text, split in before.items() if split == "test")
     new = new_project(tmp_path / "new")
     rows = [*unlike_pairs(60), (test + "?", "a near one")]
-    add(new, [write_jsonl(tmp_path / "new.jsonl", rows)], Listener(), split_from=old.root)
+    add(new, [write_jsonl(tmp_path / "new.jsonl", rows)], Listener(), AddOptions(split_from=old.root))
     now = _splits(new)
     assert now[test + "?"] == "test"
     assert {text: now[text] for text in before} == before
@@ -66,7 +67,7 @@ def test_inherit_split_counts_rows_that_move(tmp_path: Path) -> None:
     assert {split for t, split in _splits(old).items() if t.startswith("what")} >= {"train", "test"}
     new = new_project(tmp_path / "new")
     listener = Listener()
-    add(new, [tmp_path / "a.jsonl"], listener, split_from=old.root)
+    add(new, [tmp_path / "a.jsonl"], listener, AddOptions(split_from=old.root))
     [reported] = [said for said in listener.said if said.startswith("Split from old")]
     assert "moved, because" in reported
     assert {split for t, split in _splits(new).items() if t.startswith("what")} == {"test"}
@@ -85,4 +86,4 @@ def test_inherit_split_refuses_impossible_cases(tmp_path: Path, old: ProjectFold
         add(new, [other], Listener())
     path = tmp_path if case == "nothing there" else old.root
     with pytest.raises(UserError, match=words[case]):
-        add(new, [other], Listener(), split_from=path)
+        add(new, [other], Listener(), AddOptions(split_from=path))

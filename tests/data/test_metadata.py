@@ -17,6 +17,7 @@ from tunewright.config import DataConfig
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import add
+from tunewright.data.add_options import AddOptions
 from tunewright.data.readers import read_pairs
 from tunewright.data.readers.file_check import check_files, fix_file
 from tunewright.data.readers.validate import MOST_CHARACTERS
@@ -191,7 +192,7 @@ def test_secret_metadata_is_refused_by_place_and_redacted(tmp_path: Path, value:
         add(project, [path], Listener())
     assert f"{path}:4: payment card number in the key note" in str(caught.value)
     assert "4539" not in str(caught.value)
-    add(project, [path], Listener(), redact=True)
+    add(project, [path], Listener(), AddOptions(redact=True))
     [line] = [line for line in _record(project) if "metadata" in line]
     assert line["metadata"]["note"].startswith("redacted-")
     assert not any("4539" in file.read_text(encoding="utf-8") for file in project.dataset.rglob("*.jsonl"))
@@ -215,7 +216,7 @@ def test_add_refuses_and_redacts_a_password_known_by_its_key(tmp_path: Path, ext
     assert f"{path}:4: password in the key {next(iter(extra))}" in str(caught.value)
     assert "hunter2" not in str(caught.value)
     assert check_files([path], project.config.data, Listener()).secrets == {"password": 1}
-    add(project, [path], Listener(), redact=True)
+    add(project, [path], Listener(), AddOptions(redact=True))
     assert len([line for line in _record(project) if "metadata" in line]) == 1
     assert not any("hunter2" in file.read_text(encoding="utf-8") for file in project.dataset.rglob("*.jsonl"))
 
@@ -228,7 +229,7 @@ def test_add_refuses_and_redacts_a_key_with_a_secret(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="payment card number in a key's name") as caught:
         add(project, [path], Listener())
     assert "4539" not in str(caught.value)
-    add(project, [path], Listener(), redact=True)
+    add(project, [path], Listener(), AddOptions(redact=True))
     assert not any("4539" in file.read_text(encoding="utf-8") for file in project.dataset.rglob("*.jsonl"))
 
 

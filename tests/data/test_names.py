@@ -11,6 +11,7 @@ from data_helpers import Listener, example, new_project, unlike_pairs, write_jso
 from command_line import tunewright
 from tunewright.core.errors import UserError
 from tunewright.data.add import add
+from tunewright.data.add_options import AddOptions
 from tunewright.data.pii import find, redact, scan, warned
 from tunewright.data.pii.names import open_presidio, presidio_finder
 from tunewright.data.pii.secret_patterns import Finder
@@ -136,7 +137,7 @@ def test_open_presidio_names_the_extra_when_it_is_missing(tmp_path: Path, monkey
     project = new_project(tmp_path / "p")
     path = write_jsonl(tmp_path / "pairs.jsonl", unlike_pairs(60))
     with pytest.raises(UserError, match="presidio-analyzer is not installed") as caught:
-        add(project, [path], Listener(), presidio="en_core_web_lg")
+        add(project, [path], Listener(), AddOptions(presidio="en_core_web_lg"))
     assert "tunewright[presidio]" in (caught.value.fix or "")
     assert not project.dataset.exists()
 

@@ -15,6 +15,7 @@ from data_helpers import WORDS, Listener, example, jaccard, new_project, unlike_
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import AddResult, add
+from tunewright.data.add_options import AddOptions
 from tunewright.data.dedup.output_leakage import measure_output_leakage, near_overlap, new_templates
 from tunewright.data.examples import normalised, output_template
 from tunewright.data.splits import Split
@@ -123,7 +124,9 @@ def test_new_templates_are_those_without_a_training_row() -> None:
 
 
 def _add(project: ProjectFolder, pairs: Pairs, listener: Listener | None = None, **options: Any) -> AddResult:
-    return add(project, [write_jsonl(project.root / "pairs.jsonl", pairs)], listener or Listener(), **options)
+    return add(
+        project, [write_jsonl(project.root / "pairs.jsonl", pairs)], listener or Listener(), AddOptions(**options)
+    )
 
 
 def test_add_warns_when_the_test_has_known_templates(tmp_path: Path) -> None:

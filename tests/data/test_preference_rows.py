@@ -13,9 +13,9 @@ from data_helpers import new_project, unlike_pairs
 import tunewright
 from command_line import tunewright as command
 from tunewright.api import Project
-from tunewright.api.data import AddOptions
 from tunewright.config import DataConfig
 from tunewright.core.errors import UserError
+from tunewright.data.add_options import AddOptions
 from tunewright.data.readers import ReadResult, read_pairs
 from tunewright.data.readers.validate import MOST_CHARACTERS
 

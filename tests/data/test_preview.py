@@ -14,6 +14,7 @@ from tunewright.config import Config
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import add
+from tunewright.data.add_options import AddOptions
 from tunewright.data.add_plan import Effect, preview
 from tunewright.data.remove import remove
 from tunewright.data.selection import Selection
@@ -96,7 +97,7 @@ def test_preview_collects_every_error_of_add(tmp_path: Path) -> None:
         found.refusals, (False, True, True), (rows, rows, [*rows[:31], rows[32]]), strict=True
     ):
         with pytest.raises(UserError) as caught:
-            add(project, [_file(path, cut)], Listener(), skip_bad=skip)
+            add(project, [_file(path, cut)], Listener(), AddOptions(skip_bad=skip))
         assert caught.value.what.splitlines()[0] == refusal.what.splitlines()[0].replace("would be", "was")
     assert not project.dataset.exists() or not list(project.dataset.glob("versions/*"))
 
@@ -188,7 +189,7 @@ def test_preview_mentions_imports_only_if_rows_are_added(tmp_path: Path) -> None
     listener = Listener()
     rows = [*_rows(30), {"promt": "a", "completion": "b"}, {"prompt": "x", "completion": "password: hunter2"}]
     with pytest.raises(UserError, match="1 secret in 1 row"):
-        add(project, [_file(tmp_path / "a.jsonl", rows)], listener, skip_bad=True)
+        add(project, [_file(tmp_path / "a.jsonl", rows)], listener, AddOptions(skip_bad=True))
     assert "The new version's imports.jsonl lists each" in listener.warned[0]
 
 

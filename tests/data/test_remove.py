@@ -17,6 +17,7 @@ from hypothesis_settings import examples
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import AddResult, add
+from tunewright.data.add_options import AddOptions
 from tunewright.data.purge import find_copies
 from tunewright.data.remove import RemoveResult, remove
 from tunewright.data.review.edits import apply_edits
@@ -55,7 +56,7 @@ def project(tmp_path: Path) -> ProjectFolder:
 
 
 def _add(project: ProjectFolder, *names: str, listener: Listener | None = None, **options: Any) -> AddResult:
-    return add(project, [project.root / name for name in names], listener or Listener(), **options)
+    return add(project, [project.root / name for name in names], listener or Listener(), AddOptions(**options))
 
 
 def _remove(
@@ -476,7 +477,7 @@ def _row(prompt: str, completion: str, **more: Any) -> dict[str, Any]:
 def _add_rows(project: ProjectFolder, name: str, rows: list[dict[str, Any]], **options: Any) -> AddResult:
     path = project.root.parent / name
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return add(project, [path], Listener(), **options)
+    return add(project, [path], Listener(), AddOptions(**options))
 
 
 def _with_metadata(root: Path, config: str = "") -> ProjectFolder:

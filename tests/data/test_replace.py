@@ -16,6 +16,7 @@ from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.text import excerpts
 from tunewright.data.add import AddResult, add
+from tunewright.data.add_options import AddOptions
 from tunewright.data.remove import remove
 from tunewright.data.review.edits import apply_edits
 from tunewright.data.review.reviews import VerdictEvent, append_reviews
@@ -30,7 +31,7 @@ def _add(
     project: ProjectFolder, pairs: list[Pair], name: str = "pairs.jsonl", **options: Any
 ) -> tuple[AddResult, Listener]:
     listener = Listener()
-    return add(project, [write_jsonl(project.root / name, pairs)], listener, **options), listener
+    return add(project, [write_jsonl(project.root / name, pairs)], listener, AddOptions(**options)), listener
 
 
 def _answers(project: ProjectFolder) -> dict[str, list[str]]:
@@ -293,6 +294,6 @@ def test_replacing_row_gets_the_groups(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     add(project, [path], Listener())
     path.write_text(json.dumps({**rows[3], "completion": "corrected", "customer": None}) + "\n")
-    add(project, [path], Listener(), replace=True)
+    add(project, [path], Listener(), AddOptions(replace=True))
     corrected = next(m for m in load_version(project.dataset).members if m.example.output == "corrected")
     assert corrected.groups == ("customer=C3",)

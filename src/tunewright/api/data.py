@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunewright.api.context import ProjectContext
 from tunewright.api.reviews import ReviewApi
 from tunewright.api.synthesis import SynthesisApi
-from tunewright.config import DataConfig
-from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.data.add import AddResult, add
-from tunewright.data.readers import require_columns
-from tunewright.data.readers.sources import is_workbook, source_files
+from tunewright.data.add_options import AddOptions, ColumnMapping
+from tunewright.data.add_plan import map_columns, preview
 from tunewright.data.trace import find_row
 from tunewright.data.versions import DatasetVersion, Manifest, Member, checkout, list_versions, load_version
 from tunewright.data.versions.version import clusters_by_split
@@ -37,37 +34,6 @@ if TYPE_CHECKING:
     from tunewright.data.versions.diff import Diff
     from tunewright.data.versions.export import Exported, Format
     from tunewright.training.lengths import LengthReport
-
-
-@dataclass(frozen=True)
-class ColumnMapping:
-    """Overrides of data.rows, data.sheet, data.input and data.output of the config; None: the config's."""
-
-    rows: str | None = None
-    sheet: str | None = None
-    input_column: str | None = None
-    output_column: str | None = None
-
-
-@dataclass(frozen=True)
-class AddOptions:
-    """Options of :meth:`DatasetApi.add`, which :meth:`DatasetApi.check_files` previews."""
-
-    mapping: ColumnMapping = ColumnMapping()
-    skip_bad: bool = False
-    """Leave faulty rows out."""
-    redact: bool = False
-    """Replace secrets and personal data with placeholders."""
-    accept_conflicts: bool = False
-    """Keep inputs with different outputs, like ``data.conflicts: accept``."""
-    presidio: str | None = None
-    """A spaCy model that detects names and places."""
-    replace: bool = False
-    """Let a new output supersede the existing one of the same input."""
-    restore: bool = False
-    """Add removed rows again."""
-    split_from: Path | None = None
-    """A project whose split a new dataset inherits."""
 
 
 class DatasetApi:
@@ -95,24 +61,12 @@ class DatasetApi:
         message: str = "",
     ) -> AddResult:
         """Add files of pairs to the dataset as a new version, unless all rows are known."""
-        paths = source_files(files, self._reporter)
-        data = self._mapped(paths, options.mapping)
-        with self._context.workers() as workers:
-            added = add(
-                self._with(data, options),
-                paths,
-                self._reporter,
-                skip_bad=options.skip_bad,
-                redact=options.redact,
-                presidio=options.presidio,
-                message=message,
-                replace=options.replace,
-                restore=options.restore,
-                split_from=options.split_from,
-                workers=workers,
-            )
+        added = add(self._project, files, self._reporter, options, message=message)
         warn_of_few_dev_clusters(added.dev_clusters, self._reporter)
-        report_split_power(split_power(added.version.counts.domain, added.clusters, data.test_size), self._reporter)
+        report_split_power(
+            split_power(added.version.counts.domain, added.clusters, self._project.config.data.test_size),
+            self._reporter,
+        )
         return added
 
     def split_power(self) -> SplitPower:
@@ -154,21 +108,7 @@ class DatasetApi:
 
     def check_files(self, files: Iterable[str | Path], options: AddOptions = AddOptions()) -> Preview:
         """Preview :meth:`add` on files of pairs, with every fault."""
-        from tunewright.data import add_plan
-
-        paths = source_files(files, self._reporter)
-        project = self._with(self._mapped(paths, options.mapping), options)
-        with self._context.workers() as workers:
-            return add_plan.preview(
-                project,
-                paths,
-                self._reporter,
-                skip_bad=options.skip_bad,
-                redact=options.redact,
-                presidio=options.presidio,
-                options=add_plan.AddOptions(options.replace, options.restore, options.split_from),
-                workers=workers,
-            )
+        return preview(self._project, files, self._reporter, options)
 
     def preview_file(self, file: str | Path, mapping: ColumnMapping = ColumnMapping()) -> FilePreview:
         """Return the columns of a file of pairs, whatever their names, and its first three rows.
@@ -193,40 +133,9 @@ class DatasetApi:
         from tunewright.data.readers import source_size
         from tunewright.data.readers.file_check import fix_file
 
-        data = self._mapped([Path(file)], mapping)
+        data = map_columns(self._project.config.data, mapping, [Path(file)])
         with self._reporter.task("correcting", source_size(Path(file)), "bytes") as task:
             return fix_file(Path(file), Path(out), data, task)
-
-    def _with(self, data: DataConfig, options: AddOptions) -> ProjectFolder:
-        """Return the project with this data section."""
-        if options.accept_conflicts:
-            data = data.model_copy(update={"conflicts": "accept"})
-        return ProjectFolder(self._project.root, self._project.config.model_copy(update={"data": data}))
-
-    def _mapped(self, paths: Sequence[Path], mapping: ColumnMapping) -> DataConfig:
-        """Return the config's data section with a command's options applied.
-
-        Raises:
-            UserError: an option is empty, or no file uses it.
-        """
-        data = self._project.config.data
-        options = {
-            "rows": mapping.rows,
-            "sheet": mapping.sheet,
-            "input": mapping.input_column,
-            "output": mapping.output_column,
-        }
-        given = {key: option for key, option in options.items() if option is not None}
-        empty = [key for key, option in given.items() if not option]
-        if empty:
-            raise UserError("Must not be empty", where=f"--{empty[0]}", fix="Omit it to use the config's value.")
-        data = data.model_copy(update=given)
-        if mapping.sheet is not None and not any(map(is_workbook, paths)):
-            raise UserError("No file is an .xlsx workbook", where="--sheet", fix="Leave it out for these files.")
-        columns = [key for key in given if key in ("input", "output")]
-        if columns:
-            require_columns(paths, data, "--" + "/--".join(columns))
-        return data
 
     def version(self, digest: str | None = None) -> DatasetVersion:
         """Return a dataset version (None: the current one)."""

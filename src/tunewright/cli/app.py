@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from enum import StrEnum
 from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
 from inspect import Parameter
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 from typer._click.exceptions import ClickException
@@ -21,6 +21,7 @@ from typer.core import TyperGroup
 from tunewright._version import __version__
 from tunewright.cli.console import NOTHING_KEPT, session
 from tunewright.core.errors import UserError
+from tunewright.core.options import Option
 from tunewright.core.text import visible
 
 DATA, TRAIN, EVALUATE, DEPLOY, PROJECT = PANELS = ("Data", "Train", "Evaluate", "Deploy", "Project")
@@ -176,7 +177,8 @@ def command(
         json: add ``--json``.
         together: returns True if a run with these options may be one of several processes.
         traced: a run of the command is one span of a trace; False for servers, whose requests are.
-        options: a dataclass whose fields become options; the function takes an instance of it as ``options``.
+        options: a dataclass of `Option` fields, which become options; the function takes an instance of it as
+            ``options``.
     """
 
     def decorate(function: Callable[..., int | None]) -> Callable[..., None]:
@@ -197,7 +199,7 @@ def command(
             url, on = values.pop("database_url", None), values.pop("cluster", None)
             reviewed = folder if status else None
             if options is not None:
-                values["options"] = options(**{each.name: values.pop(each.name) for each in fields(options)})
+                values["options"] = _filled(options, values)
             context = get_current_context()
             with session(
                 as_json,
@@ -238,8 +240,31 @@ def refuse_unused(action: str, options: Mapping[str, bool]) -> None:
 
 
 def _options(of: type[Any]) -> list[Parameter]:
+    """Return a parameter for each field of an options class, and for those of an options class in it."""
     hints = get_type_hints(of, include_extras=True)
-    return [_option(each.name, hints[each.name], each.default) for each in fields(of)]
+    made = []
+    for each in fields(of):
+        hint = hints[each.name]
+        if is_dataclass(hint):
+            made += _options(hint)
+            continue
+        kind, about = get_args(hint)
+        assert isinstance(about, Option)
+        name = about.name or f"--{each.name.replace('_', '-')}"
+        shown = typer.Option(name, help=about.help, show_default=about.default or True)
+        made.append(_option(each.name, Annotated[kind, shown], each.default))
+    return made
+
+
+def _filled(of: type[Any], values: dict[str, Any]) -> Any:
+    """Return an options class's instance, with the values of its fields taken out of a command's values."""
+    hints = get_type_hints(of)
+    return of(
+        **{
+            each.name: _filled(hints[each.name], values) if is_dataclass(hints[each.name]) else values.pop(each.name)
+            for each in fields(of)
+        }
+    )
 
 
 def _option(name: str, annotation: Any, default: object) -> Parameter:

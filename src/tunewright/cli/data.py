@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,11 +16,11 @@ from tunewright.cli.app import DATA, command, group, refuse_unused
 from tunewright.cli.console import USER_ERROR, Session
 from tunewright.core.errors import UserError
 from tunewright.core.text import count_of
+from tunewright.data.add_options import AddOptions, ColumnMapping
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from tunewright.api import data as api
     from tunewright.data.add_plan import Effect, Preview
     from tunewright.data.dedup.decontaminate import Contamination
     from tunewright.data.dedup.leakage import BandScore, LeakageReport, TemplateScore
@@ -28,55 +28,6 @@ if TYPE_CHECKING:
     from tunewright.training.lengths import LengthReport
 
 data_app = group("data", DATA, "Add, check, review, version and share training pairs.")
-
-
-@dataclass(frozen=True)
-class AddOptions:
-    """The options of `data add`, which `data check` shares."""
-
-    rows: Annotated[
-        str | None,
-        typer.Option(help="JMESPath to the rows in a JSON document.", show_default="data.rows in the config"),
-    ] = None
-    sheet: Annotated[
-        str | None,
-        typer.Option(help="Sheet of an .xlsx workbook.", show_default="data.sheet in the config"),
-    ] = None
-    input_column: Annotated[
-        str | None,
-        typer.Option("--input", help="Column, key or template of the input.", show_default="data.input in the config"),
-    ] = None
-    output_column: Annotated[
-        str | None,
-        typer.Option(
-            "--output", help="Column, key or template of the output.", show_default="data.output in the config"
-        ),
-    ] = None
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave faulty rows out and list them by cause.")] = False
-    redact: Annotated[bool, typer.Option("--redact", help="Replace secrets and personal data with placeholders.")] = (
-        False
-    )
-    accept_conflicts: Annotated[
-        bool, typer.Option("--accept-conflicts", help="Keep inputs that have different outputs, instead of refusing.")
-    ] = False
-    replace: Annotated[
-        bool, typer.Option("--replace", help="Let a new output supersede the dataset's output for the same input.")
-    ] = False
-    restore: Annotated[bool, typer.Option("--restore", help="Add rows again that were removed or superseded.")] = False
-    split_from: Annotated[
-        Path | None, typer.Option(help="Project whose split a new dataset's rows keep.", show_default="a new split")
-    ] = None
-    presidio: Annotated[
-        str | None, typer.Option(help="spaCy model that also finds names and places.", show_default="patterns only")
-    ] = None
-
-    def for_api(self) -> api.AddOptions:
-        """Return the options as the API takes them."""
-        from tunewright.api import data as api
-
-        given = {each.name: getattr(self, each.name) for each in fields(self)}
-        mapping = api.ColumnMapping(**{each.name: given.pop(each.name) for each in fields(api.ColumnMapping)})
-        return api.AddOptions(mapping, **given)
 
 
 @command(
@@ -99,7 +50,7 @@ def data_add(
     message: Annotated[str, typer.Option("--message", "-m", help="Message stored with the version.")] = "",
 ) -> None:
     """Check, deduplicate, cluster and split files of pairs into a new dataset version."""
-    result = run.project.data.add(files, options.for_api(), message=message)
+    result = run.project.data.add(files, options, message=message)
     what = f"{count_of(result.added, 'example')} added, {result.known:,} known before, "
     what += count_of(len(result.duplicates), "duplicate")
     if result.skipped:
@@ -137,26 +88,24 @@ def data_check(
     With files: faults, duplicates, conflicts, secrets and splits; exit code 2 if `data add` with the same options would
     refuse them. Without files, every row is encoded: lengths, trained share, and rows too long or unfit for training.
     """
-    given = [each.name for each in fields(options) if getattr(options, each.name) not in (None, False)]
-    mapping = [name for name in given if name in ("rows", "sheet", "input_column", "output_column")]
-    adding = [f"--{name.replace('_', '-')}" for name in given if name not in mapping]
+    mapping, adding = _given(options.mapping), _given(replace(options, mapping=ColumnMapping()))
     data = run.project.data
-    if files is None and given:
-        named = [f"--{name.removesuffix('_column')}" for name in mapping]
-        raise UserError(f"{', '.join([*named, *adding])} requires files (got none)", fix="Name the files.")
+    if files is None and (mapping or adding):
+        named = ", ".join([*mapping, *adding])
+        raise UserError(f"{named} requires files (got none)", fix="Name the files.")
     if fix is not None:
         if files is None or len(files) != 1:
             what = f"--fix requires exactly one file (got {len(files or ())})"
             raise UserError(what, where="--fix", fix="Name one file.")
         refuse_unused("--fix", {**dict.fromkeys(adding, True), "--cluster": run.cluster is not None})
-        changes = data.fix_file(files[0], fix, options.for_api().mapping)
+        changes = data.fix_file(files[0], fix, options.mapping)
         left_out = sum(change.left_out for change in changes)
         done = f"{count_of(len(changes) - left_out, 'change')}, {count_of(left_out, 'row')} left out"
         document = {"out": str(fix), "changes": changes}
         run.show(document, "\n".join([*map(str, changes), f"Wrote {fix}: {done}"]))
         return None
     if files is not None:
-        checked = data.check_files(files, options.for_api())
+        checked = data.check_files(files, options)
         run.show(checked.as_dict(), preview_text(checked))
         return None if checked.ok else USER_ERROR
     report = data.check()
@@ -202,6 +151,12 @@ def data_leakage(
     }
     texts = [leakage_text(report, bands, templates), *([misleading] if misleading else [])]
     run.show(document, *texts, contamination_text(found))
+
+
+def _given(options: AddOptions | ColumnMapping) -> list[str]:
+    """Return the names of the options that were given."""
+    names = [each.name for each in fields(options) if getattr(options, each.name) != each.default]
+    return [f"--{name.removesuffix('_column').replace('_', '-')}" for name in names]
 
 
 _BAR = 40

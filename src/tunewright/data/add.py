@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from tunewright.core.clock import now
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.core.text import count_of
-from tunewright.core.workers import THIS_PROCESS, Workers
+from tunewright.core.workers import Workers
 from tunewright.data import notices
-from tunewright.data.add_plan import AddOptions, AddPlan, plan_add
+from tunewright.data.add_options import AddOptions
+from tunewright.data.add_plan import AddPlan, plan_add, prepare_add
 from tunewright.data.dedup.decontaminate import ContaminationHit
 from tunewright.data.dedup.output_leakage import OutputLeakage
 from tunewright.data.merge import Merge
@@ -95,46 +96,44 @@ class AddResult:
 
 def add(
     project: ProjectFolder,
-    files: Sequence[Path],
+    files: Iterable[str | Path],
     reporter: Reporter,
+    options: AddOptions = AddOptions(),
     *,
-    skip_bad: bool = False,
-    redact: bool = False,
-    presidio: str | None = None,
     message: str = "",
-    replace: bool = False,
-    restore: bool = False,
-    split_from: Path | None = None,
-    workers: Workers = THIS_PROCESS,
+    workers: Workers | None = None,
 ) -> AddResult:
     """Add files of pairs to the project's dataset; known rows change nothing.
 
+    With ``options.replace`` the output of a known input replaces the one in the dataset, and its split is kept. For an
+    input with several outputs, the files must have at least as many, which replace them all.
+
     Args:
         project: its config names columns, groups, system turn, similarity, shares, mix-in, benchmarks and seed.
-        files: files that ``read_pairs`` reads.
+        files: files, folders, patterns and datasets of the hub, as ``source_files`` expands them.
         reporter: receives warnings on rows left out, moved or doubtful.
-        skip_bad: leave faulty rows out, with a warning by cause, instead of raising.
-        redact: replace secrets and personal data by placeholders, instead of raising for secrets.
-        presidio: a spaCy model with which presidio looks for names and places too (``open_presidio``).
         message: stored with the version.
-        replace: the output of a known input replaces the one in the dataset; its split is kept. For an input with
-            several outputs, the files must have at least as many, which replace them all.
-        restore: add rows again that were removed or superseded earlier.
-        split_from: a project or dataset folder whose rows keep their split in this new dataset.
-        workers: check and compare the rows.
+        workers: check and compare the rows (None: those of ``compute.cluster``).
 
     Raises:
         UserError: faulty rows, secrets (named by place, never by value), new conflicts (unless data.conflicts accepts
             them), an unreadable file, too few rows to split, a dataset changed by hand, a full disk. The dataset is
             then unchanged.
     """
-    config = project.config
-    inputs = _read(files, config, reporter, workers, skip_bad=skip_bad)
-    allow = config.data.allow
-    screened = screen(inputs.rows, allow, reporter, redact=redact, presidio=presidio, workers=workers)
-    with locked(project.dataset):
-        planned = plan_add(project, screened.rows, reporter, AddOptions(replace, restore, split_from), workers=workers)
-        version = _save(project, inputs, planned, reporter, message=message)
+    with prepare_add(project, files, reporter, options, workers) as (project, paths, workers):
+        config = project.config
+        inputs = _read(paths, config, reporter, workers, skip_bad=options.skip_bad)
+        screened = screen(
+            inputs.rows,
+            config.data.allow,
+            reporter,
+            redact=options.redact,
+            presidio=options.presidio,
+            workers=workers,
+        )
+        with locked(project.dataset):
+            planned = plan_add(project, screened.rows, reporter, options, workers=workers)
+            version = _save(project, inputs, planned, reporter, message=message)
     rows, merged, draft = planned.rows, planned.merged, planned.draft
     fates = Counter(draft.fate(row, merged)["fate"] for row in rows)
     return AddResult(

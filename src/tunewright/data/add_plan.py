@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tunewright.compute import open_workers
+from tunewright.config import DataConfig
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.core.workers import THIS_PROCESS, Workers
 from tunewright.data import notices
+from tunewright.data.add_options import AddOptions, ColumnMapping
 from tunewright.data.merge import Merge, compared, merge
 from tunewright.data.notices import Conflict, Duplicate
-from tunewright.data.readers import SourceRow
+from tunewright.data.readers import SourceRow, require_columns
 from tunewright.data.readers.file_check import FileCheck, check_files
+from tunewright.data.readers.sources import is_workbook, source_files
 from tunewright.data.remove import removals_ended_by, removed_rows_notice
 from tunewright.data.screening import screen
 from tunewright.data.splits import SPLITS
@@ -102,52 +107,41 @@ class Preview:
 
 def preview(
     project: ProjectFolder,
-    paths: Sequence[Path],
+    files: Iterable[str | Path],
     reporter: Reporter,
-    *,
-    skip_bad: bool = False,
-    redact: bool = False,
-    presidio: str | None = None,
-    options: AddOptions | None = None,
-    workers: Workers = THIS_PROCESS,
+    options: AddOptions = AddOptions(),
 ) -> Preview:
-    """Check files against the current version; memory holds the rows' keys.
-
-    Args:
-        project: as for ``add``.
-        paths: the files.
-        reporter: receives the warnings of ``add``.
-        skip_bad, redact, presidio: as for ``add``.
-        options: the other options of ``add``.
-        workers: check and compare the rows.
+    """Check files against the current version as ``add`` would with the same arguments; memory holds the rows' keys.
 
     Raises:
         UserError: a template or JMESPath of the config is invalid, or the dataset was changed by hand.
     """
     rows: list[SourceRow] = []
-    checked = check_files(paths, project.config.data, reporter, rows, workers)
     refusals: list[UserError] = []
-    if checked.faults and skip_bad:
-        reporter.warn(notices.skipped(checked.faults))
-    elif checked.faults:
-        refusals.append(notices.faulty(checked.faults))
-    try:
-        allow = project.config.data.allow
-        rows = screen(rows, allow, reporter, redact=redact, presidio=presidio, workers=workers).rows
-    except UserError as refusal:
-        refusals.append(refusal)
-    effect, conflicts = None, list[Conflict]()
-    metadata = Counter(key for row in rows for key in row.metadata)
-    if rows or (checked.faults and skip_bad):
+    with prepare_add(project, files, reporter, options) as (project, paths, workers):
+        data = project.config.data
+        checked = check_files(paths, data, reporter, rows, workers)
+        if checked.faults and options.skip_bad:
+            reporter.warn(notices.skipped(checked.faults))
+        elif checked.faults:
+            refusals.append(notices.faulty(checked.faults))
         try:
-            given = options or AddOptions()
-            planned = plan_add(project, rows, reporter, given, refuse_conflicts=False, workers=workers)
+            rows = screen(
+                rows, data.allow, reporter, redact=options.redact, presidio=options.presidio, workers=workers
+            ).rows
         except UserError as refusal:
             refusals.append(refusal)
-        else:
-            effect, conflicts = _effect(planned), planned.fresh_conflicts
-            if planned.fresh_conflicts and project.config.data.conflicts == "error":
-                refusals.append(planned.merged.refusal(planned.fresh_conflicts))
+        effect, conflicts = None, list[Conflict]()
+        metadata = Counter(key for row in rows for key in row.metadata)
+        if rows or (checked.faults and options.skip_bad):
+            try:
+                planned = plan_add(project, rows, reporter, options, refuse_conflicts=False, workers=workers)
+            except UserError as refusal:
+                refusals.append(refusal)
+            else:
+                effect, conflicts = _effect(planned), planned.fresh_conflicts
+                if planned.fresh_conflicts and data.conflicts == "error":
+                    refusals.append(planned.merged.refusal(planned.fresh_conflicts))
     return Preview(checked, dict(metadata.most_common()), tuple(map(_beforehand, refusals)), effect, tuple(conflicts))
 
 
@@ -190,13 +184,54 @@ def _effect(planned: AddPlan) -> Effect:
     )
 
 
-@dataclass(frozen=True)
-class AddOptions:
-    """Options of :func:`tunewright.data.add.add`."""
+@contextmanager
+def prepare_add(
+    project: ProjectFolder,
+    files: Iterable[str | Path],
+    reporter: Reporter,
+    options: AddOptions,
+    workers: Workers | None = None,
+) -> Iterator[tuple[ProjectFolder, Sequence[Path], Workers]]:
+    """Yield the project with the options in its config, the files to read, and the workers.
 
-    replace: bool = False
-    restore: bool = False
-    split_from: Path | None = None
+    Args:
+        workers: used as they are (None: those of ``compute.cluster``).
+
+    Raises:
+        UserError: no such file, or a mapping that no file uses.
+    """
+    paths = source_files(files, reporter)
+    data = map_columns(project.config.data, options.mapping, paths)
+    if options.accept_conflicts:
+        data = data.model_copy(update={"conflicts": "accept"})
+    optioned = ProjectFolder(project.root, project.config.model_copy(update={"data": data}))
+    with open_workers(project.config, reporter) if workers is None else nullcontext(workers) as opened:
+        yield optioned, paths, opened
+
+
+def map_columns(data: DataConfig, mapping: ColumnMapping, paths: Sequence[Path]) -> DataConfig:
+    """Return the config's data section with a mapping's values.
+
+    Raises:
+        UserError: a value is empty, or no file uses it.
+    """
+    options = {
+        "rows": mapping.rows,
+        "sheet": mapping.sheet,
+        "input": mapping.input_column,
+        "output": mapping.output_column,
+    }
+    given = {key: option for key, option in options.items() if option is not None}
+    empty = [key for key, option in given.items() if not option]
+    if empty:
+        raise UserError("Must not be empty", where=f"--{empty[0]}", fix="Omit it to use the config's value.")
+    data = data.model_copy(update=given)
+    if mapping.sheet is not None and not any(map(is_workbook, paths)):
+        raise UserError("No file is an .xlsx workbook", where="--sheet", fix="Leave it out for these files.")
+    columns = [key for key in given if key in ("input", "output")]
+    if columns:
+        require_columns(paths, data, "--" + "/--".join(columns))
+    return data
 
 
 @dataclass(frozen=True)

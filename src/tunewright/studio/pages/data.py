@@ -9,11 +9,11 @@ from urllib.parse import urlencode
 
 from starlette.responses import Response
 
-from tunewright.api.data import AddOptions, ColumnMapping
 from tunewright.config.edit import write_section
 from tunewright.config.project import CONFIG_FILE
 from tunewright.core.errors import UserError
 from tunewright.core.text import count_of
+from tunewright.data.add_options import AddOptions, ColumnMapping
 from tunewright.data.dedup.leakage import leakage_sentences
 from tunewright.data.review.label_models import excerpt
 from tunewright.data.splits import SPLITS
