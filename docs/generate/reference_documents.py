@@ -26,7 +26,8 @@ def _python() -> str:
     out = [
         "# Python API\n",
         "Every command has a method of the same name on what `tunewright.open()` returns: `tunewright data add` is "
-        "`project.data.add`. Importing `tunewright` does not import torch.\n",
+        "`project.data.add`. Tenants, their keys and the audit log are in the serving state, which you open: "
+        "`with project.state() as state: state.tenants.list()`. Importing `tunewright` does not import torch.\n",
         "```python",
         "import tunewright",
         "",

@@ -10,14 +10,12 @@ from pydantic import BaseModel
 
 import tunewright.serving
 from tunewright.adapters.manifest import Manifest as AdapterManifest
+from tunewright.adapters.signing_keys import SigningKeys
 from tunewright.api import Project, RunResult
 from tunewright.api.adapters import AdaptersApi
 from tunewright.api.data import DatasetApi
 from tunewright.api.export import ExportApi
-from tunewright.api.keys import SigningKeysApi
 from tunewright.api.releases import ReleasesApi
-from tunewright.api.serving import EnginesApi
-from tunewright.api.tenants import AuditApi, TenantKeysApi, TenantsApi
 from tunewright.cli import commands
 from tunewright.config import Config
 from tunewright.core.errors import UserError
@@ -34,6 +32,7 @@ from tunewright.serving.gateway.messages_api import MessagesRequest, error_docum
 from tunewright.serving.gateway.parsing import parse_request
 from tunewright.serving.gateway.responses_api import ResponsesRequest
 from tunewright.serving.gateway.schemas import ChatRequest, CompletionRequest
+from tunewright.serving.tenants import Audit, Keys, Releases, State, Tenants, Usage, UsageRollup
 
 __all__ = [
     "API",
@@ -62,14 +61,11 @@ API: dict[str, tuple[type, ...]] = {
         AddOptions,
         ColumnMapping,
         AdaptersApi,
-        SigningKeysApi,
+        SigningKeys,
         ExportApi,
-        EnginesApi,
         ReleasesApi,
-        TenantsApi,
-        TenantKeysApi,
-        AuditApi,
     ),
+    "The serving state": (State, Tenants, Keys, Usage, UsageRollup, Releases, Audit),
     "Results": (RunResult, Verdict, Evidence, Advice),
     "Errors": (UserError,),
 }

@@ -122,11 +122,12 @@ def _live(opened: Project) -> list[Release]:
 
 def _visit(opened: Project, result: RunResult, member: Member, adapters: Mapping[str, str]) -> TwoTenants:
     """Serve, ask as each tenant with a key that is valid for an hour, and read their usage."""
-    known = {tenant.name for tenant in opened.tenant.list()}
-    for tenant, alias in TENANTS.items():
-        if tenant not in known:
-            opened.tenant.add(tenant, [alias])
-    keys = {tenant: opened.tenant.key.add(tenant, lifetime=_KEY_SECONDS).secret for tenant in TENANTS}
+    with opened.state() as state:
+        known = {tenant.name for tenant in state.tenants.list()}
+        for tenant, alias in TENANTS.items():
+            if tenant not in known:
+                state.tenants.add(tenant, [alias])
+        keys = {tenant: state.keys.create(tenant, lifetime=_KEY_SECONDS).secret for tenant in TENANTS}
     messages = [message.as_dict() for message in member.example.prompt]
     body = {"messages": messages, "max_tokens": result.advised.advice.max_new_tokens}
     seen = {}
@@ -135,9 +136,11 @@ def _visit(opened: Project, result: RunResult, member: Member, adapters: Mapping
             headers = {"Authorization": f"Bearer {keys[tenant]}"}
             with httpx.Client(base_url=url, headers=headers, timeout=120) as client:
                 seen[tenant] = _ask(client, alias, body)
+    with opened.state() as state:
+        usage = {tenant: state.usage.sums(tenant) for tenant in TENANTS}
     visits = []
     for tenant, alias in TENANTS.items():
-        used = opened.tenant.usage(tenant)
+        used = usage[tenant]
         tokens = sum(each.prompt_tokens + each.completion_tokens for each in used)
         requests = sum(each.requests for each in used)
         visits.append(TenantVisit(tenant, alias, adapters[alias], requests=requests, tokens=tokens, **seen[tenant]))

@@ -117,8 +117,9 @@ def test_server_imports_a_released_adapter_from_the_store(trained: Path, other: 
     adapter = source.adapters.list()[-1]
     source.evaluate(adapter.name)
     source.deploy("colors", adapter.name, because="a test", untested="a test")
-    source.tenant.add("ann", ["colors"])
-    key = source.tenant.key.add("ann").secret
+    with source.state() as state:
+        state.tenants.add("ann", ["colors"])
+        key = state.keys.create("ann").secret
     warned = tunewright("deploy", "colors", adapter.name, "-p", other)
     assert warned.code == 2
 

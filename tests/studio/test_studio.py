@@ -160,7 +160,8 @@ def test_name_lasts_over_a_restart_and_signs_every_write(project: Path) -> None:
         opened_now = library.open(project)
         assert {name for row in read_reviews(project / "dataset").stacks.values() for name in row} == {"Zoë Łuk"}
         assert opened_now.data.log()[-1].author == "Zoë Łuk"
-        assert {line.actor for line in opened_now.audit.show()} == {"Zoë Łuk"}
+        with opened_now.state() as state:
+            assert {line.actor for line in state.audit.lines()} == {"Zoë Łuk"}
         with opened(url) as other:
             assert "Reviewer: root" in other.get("/review"), "the name is the browser's"
 

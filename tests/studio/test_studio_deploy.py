@@ -348,10 +348,12 @@ def test_live_aliases_are_ticked_for_tenants_and_keys(browser: Visitor, project:
     assert "recipes <span" in page and "nothing answers it now" in page and "laws <span" not in page
     ticked = {"alias courts": "on", "alias laws": "on"}
     browser.sent("/tenants/acme", "/tenants/acme/aliases", **ticked)
-    assert library.open(project).tenant.get("acme").aliases == ("courts", "laws")
+    with library.open(project).state() as state:
+        assert state.tenants.get("acme").aliases == ("courts", "laws")
     shown = browser.send("/tenants/acme", "/tenants/acme/keys", **{"alias laws": "on"})
     assert 'readonly autocomplete="off" value="laws"' in shown.text and 'value="courts"' not in shown.text
-    (key,) = library.open(project).tenant.key.list("acme")
+    with library.open(project).state() as state:
+        (key,) = state.keys.list("acme")
     assert key.aliases == ("laws",)
     assert "Nothing was changed" in browser.sent("/tenants/acme", "/tenants/acme/aliases", **ticked)
 

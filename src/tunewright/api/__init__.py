@@ -10,16 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tunewright.adapters.registry import Adapter, find_adapter
 from tunewright.adapters.signing import store_signer
+from tunewright.adapters.signing_keys import SigningKeys
 from tunewright.adapters.vllm_compat import require_servable
 from tunewright.api.adapters import AdaptersApi
 from tunewright.api.data import DatasetApi
+from tunewright.api.deprecated import DeprecatedGroup
 from tunewright.api.evaluations import EvaluationsApi
 from tunewright.api.export import ExportApi
-from tunewright.api.keys import SigningKeysApi
 from tunewright.api.releases import ReleasesApi
 from tunewright.api.runs import RunsApi
-from tunewright.api.serving import EnginesApi
-from tunewright.api.tenants import AuditApi, TenantsApi
 from tunewright.config import EngineName, TrainConfig
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
@@ -87,14 +86,14 @@ class Project(EvaluationsApi):
         self.data = DatasetApi(self)
         self.adapters = AdaptersApi(self)
         self.runs = RunsApi(folder)
-        self.engine = EnginesApi(self.reporter)
-        self.tenant = TenantsApi(self)
-        self.audit = AuditApi(self)
+        self.engine = DeprecatedGroup(self, "engine")
+        self.tenant = DeprecatedGroup(self, "tenant")
+        self.audit = DeprecatedGroup(self, "audit")
         releases = ReleasesApi(self, self.access_log)
         self.deploy, self.promote, self.rollback = releases.deploy, releases.promote, releases.rollback
         self.undeploy, self.releases, self.shadow = releases.undeploy, releases.history, releases.shadow
         self.releasable = releases.releasable
-        self.keys = SigningKeysApi(self)
+        self.keys = SigningKeys(folder, self.reporter)
         self.export = ExportApi(self)
 
     def run(

@@ -1,4 +1,4 @@
-"""Setup of a server: adapters, base quantization and authentication; environments of engines."""
+"""Setup of a server: adapters, base quantization and authentication."""
 
 from __future__ import annotations
 
@@ -21,62 +21,14 @@ from tunewright.api.constraints import missing_evidence, served_grammar
 from tunewright.api.context import ProjectContext
 from tunewright.config import Config, Quantization
 from tunewright.core.errors import UserError
-from tunewright.core.progress import Reporter
 from tunewright.evidence.schema import evidence_on
 
 if TYPE_CHECKING:
-    from tunewright.engines.environment import Build, Environment, Tool
     from tunewright.serving.gateway.app_factory import Service
     from tunewright.serving.gateway.auth import ServedAdapter
     from tunewright.serving.tenants import State
 
 _M_ARENA_MAX = -8  # of glibc's malloc.h
-
-
-class EnginesApi:
-    """Methods on engines with their own environment, which belong to the machine and not to a project."""
-
-    def __init__(self, reporter: Reporter) -> None:
-        self._reporter = reporter
-
-    def install(
-        self, name: str, *, to: Path | None = None, build: Build | None = None, torch_index: str | None = None
-    ) -> Environment:
-        """Create an engine's environment, or resume an interrupted installation.
-
-        Args:
-            name: "vllm", or "llmcompressor" for compressed exports; the other engines need no environment.
-            to: its folder (None: in the user's cache).
-            build: "cpu" or "cuda" (None: "cuda" if there is a GPU).
-            torch_index: index of PyTorch's CPU builds (None: pip's default).
-
-        Raises:
-            UserError: unknown engine, no build for this machine, not enough disk, or pip fails.
-        """
-        from tunewright.engines.environment import install
-
-        return install(_tool(name), self._reporter, to=to, build=build, torch_index=torch_index)
-
-    def show(self, name: str) -> Environment:
-        """Return the environment that is installed.
-
-        Raises:
-            UserError: unknown engine, or it is not installed.
-        """
-        from tunewright.engines.environment import find
-
-        return find(_tool(name))
-
-
-def _tool(name: str) -> Tool:
-    from tunewright.engines.environment import TOOLS
-
-    if name not in TOOLS:
-        raise UserError(
-            f"Unknown engine {name!r}: only {' and '.join(TOOLS)} have their own environment",
-            fix="The engine peft is part of tunewright and needs no installation.",
-        )
-    return TOOLS[name]
 
 
 def open_service(

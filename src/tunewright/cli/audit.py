@@ -21,7 +21,8 @@ audit_app = group("audit", DEPLOY, "Show and verify the record of changes to ten
 @command(audit_app, "show", example="tunewright audit show", status=False, database=True)
 def audit_show(run: Session) -> None:
     """List every change: who made it, when, and what changed."""
-    lines = run.project.audit.show()
+    with run.project.state() as state:
+        lines = state.audit.lines()
     document = {"lines": lines}
     run.show(document, audit_table(lines) if lines else "Nothing has been changed yet.")
 
@@ -34,7 +35,8 @@ def audit_verify(
     ] = None,
 ) -> int | None:
     """Check the record, what follows from it, the usage and SQLite's file. Exit code 1 if something was changed."""
-    check = run.project.audit.verify(noted)
+    with run.project.state() as state:
+        check = state.verify(noted)
     whole = f"{check.lines} lines, all as written. Digest of the last one, to note elsewhere: {check.head}"
     if not check.lines:
         whole = "Nothing has been changed yet: there is no line."

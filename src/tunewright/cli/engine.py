@@ -44,20 +44,19 @@ def install(
     ] = None,
 ) -> None:
     """Create the engine's environment. Resumes where it stopped."""
-    from tunewright.api.serving import EnginesApi
-    from tunewright.core.progress import Reporter
+    from tunewright.engines import environment
 
-    reporter: Reporter = run.reporter
-    made = EnginesApi(reporter).install(name, to=to, build=build.value if build else None, torch_index=torch_index)
+    tool, chosen = environment.find_tool(name), build.value if build else None
+    made = environment.install(tool, run.reporter, to=to, build=chosen, torch_index=torch_index)
     run.show(made, _summary(made))
 
 
 @command(engine, "show", example="tunewright engine show vllm", status=False, project=False)
 def show(run: Session, name: Name) -> None:
     """Show where the engine's environment is and what is installed in it."""
-    from tunewright.api.serving import EnginesApi
+    from tunewright.engines import environment
 
-    found = EnginesApi(run.reporter).show(name)
+    found = environment.find(environment.find_tool(name))
     run.show(found, _summary(found))
 
 

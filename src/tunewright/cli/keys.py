@@ -14,7 +14,7 @@ from tunewright.cli.console import Session
 from tunewright.core.clock import without_milliseconds
 
 if TYPE_CHECKING:
-    from tunewright.api.keys import KnownKey
+    from tunewright.adapters.signing_keys import KnownKey
 
 keys_app = group("keys", DEPLOY, "Manage the keys that sign adapters, and which of them a project trusts.")
 

@@ -14,8 +14,7 @@ from tunewright.core.clock import minute
 from tunewright.core.errors import UserError
 
 if TYPE_CHECKING:
-    from tunewright.api.tenants import NewKey
-    from tunewright.serving.tenants import Key, Tenant
+    from tunewright.serving.tenants import Key, NewKey, Tenant
     from tunewright.serving.tenants.usage import UsageSum
     from tunewright.serving.tenants.usage_rollup import DayTotal
 
@@ -52,14 +51,17 @@ def tenant_add(
     from tunewright.serving.tenants.quota import changed_limits
 
     limits = changed_limits(Limits(), requests=requests, tokens=tokens, concurrency=concurrency)
-    made = run.project.tenant.add(name, alias or (), limits)
+    with run.project.state(make=True) as state:
+        made = state.tenants.add(name, alias or (), limits)
+        state.releases.report_unreleased(made.aliases, run.reporter)
     run.show(made, tenants_table([made]), f"`tunewright tenant key add {name}` makes a key for it.")
 
 
 @command(tenant_app, "list", example="tunewright tenant list", status=False, database=True)
 def tenant_list(run: Session) -> None:
     """List the tenants with their aliases and limits."""
-    known = run.project.tenant.list()
+    with run.project.state() as state:
+        known = state.tenants.list()
     document = {"tenants": known}
     run.show(document, tenants_table(known) if known else "No tenants: the server requires no key.")
 
@@ -67,21 +69,25 @@ def tenant_list(run: Session) -> None:
 @command(tenant_app, "grant", example="tunewright tenant grant acme legal", status=False, database=True)
 def tenant_grant(run: Session, name: Name, aliases: Aliases) -> None:
     """Let a tenant call more aliases."""
-    changed = run.project.tenant.grant(name, aliases)
+    with run.project.state() as state:
+        changed = state.tenants.grant(name, aliases)
+        state.releases.report_unreleased(aliases, run.reporter)
     run.show(changed, tenants_table([changed]))
 
 
 @command(tenant_app, "revoke", example="tunewright tenant revoke acme legal", status=False, database=True)
 def tenant_revoke(run: Session, name: Name, aliases: Aliases) -> None:
     """Stop a tenant from calling aliases, from its next request on."""
-    changed = run.project.tenant.revoke(name, aliases)
+    with run.project.state() as state:
+        changed = state.tenants.revoke(name, aliases)
     run.show(changed, tenants_table([changed]))
 
 
 @command(tenant_app, "disable", example="tunewright tenant disable acme", status=False, database=True)
 def tenant_disable(run: Session, name: Name) -> None:
     """Revoke all of a tenant's keys and aliases, from the next request on. Its usage is kept."""
-    disabled = run.project.tenant.disable(name)
+    with run.project.state() as state:
+        disabled = state.tenants.disable(name)
     text = f"The aliases that {name} could call still answer: `tunewright undeploy ALIAS` stops one."
     run.show(disabled, tenants_table([disabled]), text)
 
@@ -93,10 +99,11 @@ def tenant_limit(
     """Show a tenant's limits or change them, from its next request on."""
     from tunewright.serving.tenants.quota import changed_limits
 
-    found = run.project.tenant.get(name)
-    limits = changed_limits(found.limits, requests=requests, tokens=tokens, concurrency=concurrency)
-    if limits != found.limits:
-        found = run.project.tenant.limit(name, limits)
+    with run.project.state() as state:
+        found = state.tenants.get(name)
+        limits = changed_limits(found.limits, requests=requests, tokens=tokens, concurrency=concurrency)
+        if limits != found.limits:
+            found = state.tenants.limit(name, limits)
     run.show(found, tenants_table([found]))
 
 
@@ -109,7 +116,7 @@ def tenant_usage(
     csv: Annotated[bool, typer.Option("--csv", help="Print every request as CSV on stdout.")] = False,
 ) -> None:
     """Show requests and tokens by tenant, alias and adapter."""
-    from tunewright.serving.tenants.times import parse_time
+    from tunewright.serving.tenants.times import iso, parse_time
     from tunewright.serving.tenants.usage import usage_csv
 
     if csv and run.as_json:
@@ -117,15 +124,19 @@ def tenant_usage(
     if csv and by_day:
         raise UserError("--csv and --by-day are mutually exclusive", where="--csv", fix="Choose one.")
     begins = None if since is None else parse_time(since, "--since")
-    if csv:
-        run.print_out(usage_csv(run.project.tenant.requests(name, since=begins)))
-        return
-    if by_day:
-        days = run.project.tenant.usage_by_day(name, since=begins)
-        run.show({"days": days}, days_table(days) if days else "No requests yet.")
-        return
-    sums = run.project.tenant.usage(name, since=begins)
-    run.show({"usage": sums}, usage_table(sums) if sums else "No requests yet.")
+    with run.project.state() as state:
+        if csv:
+            pruned = state.usage.rolled_up_until()
+            if pruned is not None and (begins is None or begins < pruned):
+                day = str(iso(pruned))[:10]
+                run.reporter.warn(f"Requests before {day} were pruned: `tunewright tenant usage` has their sums.")
+            run.print_out(usage_csv(state.usage.lines(name, begins)))
+        elif by_day:
+            days = state.usage.by_day(name, begins)
+            run.show({"days": days}, days_table(days) if days else "No requests yet.")
+        else:
+            sums = state.usage.sums(name, begins)
+            run.show({"usage": sums}, usage_table(sums) if sums else "No requests yet.")
 
 
 @command(
@@ -138,7 +149,9 @@ def tenant_prune_usage(
     """Roll old requests up into daily totals and delete the individual records. `tenant usage` stays the same."""
     from tunewright.serving.tenants.times import parse_time
 
-    pruned = run.project.tenant.prune_usage(before=parse_time(before, "--before"))
+    day = parse_time(before, "--before")
+    with run.project.state() as state:
+        pruned = state.usage_rollup.roll_up(day)
     text = f"Rolled up {pruned.requests:,} requests of {pruned.days:,} days."
     if pruned.shadow_answers:
         text += f" Deleted with them: {pruned.shadow_answers:,} answers of shadow candidates."
@@ -159,7 +172,9 @@ def key_add(
     from tunewright.serving.tenants.times import duration
 
     lifetime = None if expires is None else duration(expires, "--expires")
-    _show_key(run, run.project.tenant.key.add(tenant, aliases=alias, lifetime=lifetime))
+    with run.project.state() as state:
+        made = state.keys.create(tenant, aliases=alias, lifetime=lifetime)
+    _show_key(run, made)
 
 
 @command(
@@ -176,7 +191,8 @@ def key_rotate(
 
     lifetime = None if expires is None else duration(expires, "--expires")
     both = duration(overlap, "--overlap")
-    made = run.project.tenant.key.rotate(key, overlap=both, lifetime=lifetime)
+    with run.project.state() as state:
+        made = state.keys.rotate(key, overlap=both, lifetime=lifetime)
     _show_key(run, made, f"{key} stays valid for {overlap}.")
 
 
@@ -188,14 +204,16 @@ def _show_key(run: Session, made: NewKey, *more: str) -> None:
 @command(key_app, "revoke", example="tunewright tenant key revoke tw_4f1c02a9", status=False, database=True)
 def key_revoke(run: Session, key: Prefix) -> None:
     """Revoke a key from the next request on. An answer in progress is finished."""
-    revoked = run.project.tenant.key.revoke(key)
+    with run.project.state() as state:
+        revoked = state.keys.revoke(key)
     run.show(revoked.as_dict(), f"{revoked.prefix} of {revoked.tenant} is revoked.")
 
 
 @command(key_app, "list", example="tunewright tenant key list acme", status=False, database=True)
 def key_list(run: Session, tenant: AnyName = None) -> None:
     """List keys by prefix: tenant, aliases, expiry and last use."""
-    known = run.project.tenant.key.list(tenant)
+    with run.project.state() as state:
+        known = state.keys.list(tenant)
     run.show({"keys": [key.as_dict() for key in known]}, keys_table(known) if known else "No keys.")
 
 

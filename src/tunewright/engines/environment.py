@@ -121,6 +121,20 @@ def default_folder(tool: Tool, build: Build) -> Path:
     return platformdirs.user_cache_path("tunewright") / "engines" / own
 
 
+def find_tool(name: str) -> Tool:
+    """Return the tool of this name.
+
+    Raises:
+        UserError: no tool with an environment has this name.
+    """
+    if name not in TOOLS:
+        raise UserError(
+            f"Unknown engine {name!r}: only {' and '.join(TOOLS)} have their own environment",
+            fix="The engine peft is part of tunewright and needs no installation.",
+        )
+    return TOOLS[name]
+
+
 def find(tool: Tool, build: Build | None = None) -> Environment:
     """Return the installed environment.
 

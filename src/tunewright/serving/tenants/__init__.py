@@ -12,7 +12,7 @@ from tunewright.core.io import canonical_json
 from tunewright.serving.tenants.audit import Audit, AuditCheck, AuditLine
 from tunewright.serving.tenants.audit_replay import replay
 from tunewright.serving.tenants.database import Database, StateUnavailableError, exists
-from tunewright.serving.tenants.keys import Caller, InvalidKeyError, Key, Keys
+from tunewright.serving.tenants.keys import Caller, InvalidKeyError, Key, Keys, NewKey
 from tunewright.serving.tenants.migrations import upgrade
 from tunewright.serving.tenants.quota import LimitExceededError, Limits, Quota, RequestUsage, Reservation
 from tunewright.serving.tenants.release_record import (
@@ -42,6 +42,7 @@ __all__ = [
     "Keys",
     "LimitExceededError",
     "Limits",
+    "NewKey",
     "Quota",
     "Release",
     "Releases",

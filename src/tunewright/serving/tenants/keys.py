@@ -17,7 +17,7 @@ import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from sqlalchemy import Connection, Row, bindparam, func, insert, select, update
 
@@ -71,6 +71,18 @@ class Key:
         return {**asdict(self), **times}
 
 
+class NewKey(NamedTuple):
+    """A key that was just created."""
+
+    secret: str
+    """The key itself, which is shown only once and not stored."""
+    key: Key
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the key as ``--json`` prints it."""
+        return {"key": self.secret, **self.key.as_dict()}
+
+
 @dataclass(frozen=True)
 class Caller:
     """The tenant of a valid key, and the aliases that the key may use."""
@@ -100,9 +112,7 @@ class Keys:
         self._database = database
         self._actor = actor
 
-    def create(
-        self, tenant: str, *, aliases: Sequence[str] | None = None, lifetime: float | None = None
-    ) -> tuple[str, Key]:
+    def create(self, tenant: str, *, aliases: Sequence[str] | None = None, lifetime: float | None = None) -> NewKey:
         """Create a key, and return it together with its stored data. The key itself is not stored.
 
         Args:
@@ -125,9 +135,9 @@ class Keys:
             expires = None if lifetime is None else change.now + lifetime
             key, prefix = _insert_key(change, row.id, scope, expires)
             change.log("key.add", prefix, tenant=tenant, aliases=scope, expires=expires)
-            return key, _find_key(change.connection, prefix, change.now)
+            return NewKey(key, _find_key(change.connection, prefix, change.now))
 
-    def rotate(self, prefix: str, *, overlap: float, lifetime: float | None = None) -> tuple[str, Key]:
+    def rotate(self, prefix: str, *, overlap: float, lifetime: float | None = None) -> NewKey:
         """Create a key that replaces another one; the old key stays valid for ``overlap`` seconds.
 
         Raises:
@@ -149,7 +159,7 @@ class Keys:
                 update(api_keys).where(api_keys.c.prefix == prefix).values(expires=until, replaced_by=new)
             )
             change.log("key.rotate", prefix, tenant=old.tenant, new=new, old_expires=until, expires=expires)
-            return key, _find_key(change.connection, new, change.now)
+            return NewKey(key, _find_key(change.connection, new, change.now))
 
     def revoke(self, prefix: str) -> Key:
         """Revoke a key; requests that arrive later are refused.

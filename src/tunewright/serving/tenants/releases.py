@@ -7,13 +7,14 @@ is live.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from sqlalchemy import Connection, Row, func, insert, select
 
 from tunewright.core.errors import UserError
+from tunewright.core.progress import Reporter
 from tunewright.serving.tenants.audit import Change, changing
 from tunewright.serving.tenants.database import Database
 from tunewright.serving.tenants.release_record import (
@@ -47,6 +48,11 @@ class Releases:
         """Return the live release of each alias; undeployed aliases have none."""
         with self._database.reading() as connection:
             return {release.alias: release for release in _live(connection)}
+
+    def report_unreleased(self, aliases: Iterable[str], reporter: Reporter) -> None:
+        """Report which of the aliases have no live release, so that nothing answers on them yet."""
+        for alias in sorted(set(aliases) - set(self.live())):
+            reporter.say(f"{alias} has no release yet. `tunewright deploy {alias} ADAPTER` makes one.")
 
     def newest(self) -> int:
         """Return the id of the newest release of any alias; 0 before the first release."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from starlette.responses import Response
@@ -17,7 +18,7 @@ from tunewright.studio.visit import Handlers, Visit, path_of
 
 if TYPE_CHECKING:
     from tunewright.config import ServeConfig
-    from tunewright.serving.tenants import Release
+    from tunewright.serving.tenants import AuditLine, Release
 
 _ADAPTERS = 20  # newest ones on the page
 _JOBS = 5
@@ -113,7 +114,10 @@ def require_state(visit: Visit) -> None:
 
 def needs_keys(visit: Visit) -> bool:
     """Return whether requests to a server need a tenant's key."""
-    return visit.project.has_state and bool(visit.project.tenant.list())
+    if not visit.project.has_state:
+        return False
+    with visit.project.state() as state:
+        return state.tenants.any()
 
 
 def deploy(visit: Visit) -> Response:
@@ -147,8 +151,8 @@ def alias_page(visit: Visit) -> Response:
     """Show an alias: what it answers with, its trial, and its history."""
     require_state(visit)
     alias = visit.place["alias"]
-    history = visit.project.releases(alias)
-    shadows = visit.project.shadow(alias)
+    with visit.project.state() as state:
+        history, shadows, usage = state.releases.history(alias), state.usage.shadow_lines(alias), state.usage.sums()
     return visit.page(
         "alias.html.j2",
         f"Alias {alias}",
@@ -157,7 +161,7 @@ def alias_page(visit: Visit) -> Response:
         made=made,
         history=history[::-1],
         running=visit.jobs.running(),
-        usage=[each for each in visit.project.tenant.usage() if each.alias == alias],
+        usage=[each for each in usage if each.alias == alias],
         shadows=shadow_counts(shadows),
         differing=differing_lines(shadows)[-_DIFFERING:][::-1],
         minute=minute,
@@ -217,8 +221,12 @@ def start_server(visit: Visit) -> Response:
 
 def audit_page(visit: Visit) -> Response:
     """Show the changes to tenants, keys, limits and releases, newest first, and check them if asked."""
-    has_state = visit.project.has_state
-    lines = visit.project.audit.show()[::-1] if has_state else []
+    lines: Sequence[AuditLine] = ()
+    check = None
+    if visit.project.has_state:
+        with visit.project.state() as state:
+            lines = state.audit.lines()[::-1]
+            check = state.verify() if "verify" in visit.query else None
     pages = max(1, -(-len(lines) // _LINES))
     number = visit.query.get("page", "1")
     page = min(int(number), pages) if number.isdecimal() and int(number) > 0 else 1
@@ -229,7 +237,7 @@ def audit_page(visit: Visit) -> Response:
         count=len(lines),
         page=page,
         pages=pages,
-        check=visit.project.audit.verify() if has_state and "verify" in visit.query else None,
+        check=check,
     )
 
 

@@ -18,8 +18,8 @@ from tunewright.studio.served import Served, served
 from tunewright.studio.visit import Handlers, Visit, path_of
 
 if TYPE_CHECKING:
-    from tunewright.api.tenants import NewKey
-    from tunewright.serving.tenants import Limits
+    from tunewright.serving.tenants import Limits, NewKey, State, Tenant
+    from tunewright.serving.tenants.usage import UsageSum
     from tunewright.serving.tenants.usage_rollup import DayTotal
 
 _DAYS = 30  # of usage
@@ -41,15 +41,14 @@ class Day:
 
 def tenants_page(visit: Visit) -> Response:
     """Show all tenants and their usage."""
-    has_state = visit.project.has_state
-    return visit.page(
-        "tenants.html.j2",
-        "Tenants",
-        tenants=visit.project.tenant.list() if has_state else [],
-        live=_offered(visit),
-        days=_days(visit.project.tenant.usage_by_day(since=_since())) if has_state else [],
-        sums=visit.project.tenant.usage() if has_state else [],
-    )
+    tenants: Sequence[Tenant] = ()
+    days: Sequence[Day] = ()
+    sums: Sequence[UsageSum] = ()
+    if visit.project.has_state:
+        with visit.project.state() as state:
+            tenants, sums = state.tenants.list(), state.usage.sums()
+            days = _days(state.usage.by_day(None, _since()))
+    return visit.page("tenants.html.j2", "Tenants", tenants=tenants, live=_offered(visit), days=days, sums=sums)
 
 
 def _offered(visit: Visit, more: Sequence[str] = ()) -> list[tuple[str, bool]]:
@@ -79,7 +78,9 @@ def add_tenant(visit: Visit) -> Response:
     from tunewright.serving.tenants import Limits
 
     name = visit.form.get("name", "").strip()
-    made = visit.project.tenant.add(name, _aliases(visit), _limits(visit, Limits()))
+    with visit.project.state(make=True) as state:
+        made = state.tenants.add(name, _aliases(visit), _limits(visit, Limits()))
+        state.releases.report_unreleased(made.aliases, visit.project.reporter)
     return visit.go(path_of("tenants", made.name), f"Tenant {made.name} created. Every request needs an API key now.")
 
 
@@ -87,16 +88,18 @@ def tenant_page(visit: Visit) -> Response:
     """Show one tenant: aliases, limits, keys and usage."""
     require_state(visit)
     name = visit.place["tenant"]
-    tenant = visit.project.tenant.get(name)
+    with visit.project.state() as state:
+        tenant, keys, sums = state.tenants.get(name), state.keys.list(name), state.usage.sums(name)
+        days = _days(state.usage.by_day(name, _since()))
     return visit.page(
         "tenant.html.j2",
         f"Tenant {name}",
         tenant=tenant,
         offered=_offered(visit, tenant.aliases),
         limits=dict(zip(_LIMITS, _shown(tenant.limits), strict=True)),
-        keys=visit.project.tenant.key.list(name),
-        days=_days(visit.project.tenant.usage_by_day(name, since=_since())),
-        sums=visit.project.tenant.usage(name),
+        keys=keys,
+        days=days,
+        sums=sums,
         minute=minute,
     )
 
@@ -109,16 +112,18 @@ def _shown(limits: Limits) -> tuple[str, ...]:
 def change_aliases(visit: Visit) -> Response:
     """Let a tenant call the ticked and typed aliases, and no others."""
     name, wanted = visit.place["tenant"], _aliases(visit)
-    before = visit.project.tenant.get(name).aliases
-    # A page of an earlier state must not undo what another tab or the terminal has set.
-    if visit.form.get("seen") != " ".join(before):
-        raise UserError("The aliases were changed meanwhile. Nothing was done", fix="Go back and reload the page.")
-    granted = [alias for alias in wanted if alias not in before]
-    revoked = [alias for alias in before if alias not in wanted]
-    if granted:  # first: an invalid name changes nothing
-        visit.project.tenant.grant(name, granted)
-    if revoked:
-        visit.project.tenant.revoke(name, revoked)
+    with visit.project.state() as state:
+        before = state.tenants.get(name).aliases
+        # A page of an earlier state must not undo what another tab or the terminal has set.
+        if visit.form.get("seen") != " ".join(before):
+            raise UserError("The aliases were changed meanwhile. Nothing was done", fix="Go back and reload the page.")
+        granted = [alias for alias in wanted if alias not in before]
+        revoked = [alias for alias in before if alias not in wanted]
+        if granted:  # first: an invalid name changes nothing
+            state.tenants.grant(name, granted)
+            state.releases.report_unreleased(granted, visit.project.reporter)
+        if revoked:
+            state.tenants.revoke(name, revoked)
     changes = [
         f"{verb} {', '.join(names)}" for verb, names in (("may call", granted), ("no longer calls", revoked)) if names
     ]
@@ -129,11 +134,12 @@ def change_aliases(visit: Visit) -> Response:
 def change_limits(visit: Visit) -> Response:
     """Set a tenant's limits."""
     name = visit.place["tenant"]
-    found = visit.project.tenant.get(name)
-    # A page of an earlier state must not undo what another tab or the terminal has set.
-    if visit.form.get("seen") != ", ".join(_shown(found.limits)):
-        raise UserError("The limits were changed meanwhile. Nothing was done", fix="Go back and reload the page.")
-    visit.project.tenant.limit(name, _limits(visit, found.limits))
+    with visit.project.state() as state:
+        found = state.tenants.get(name)
+        # A page of an earlier state must not undo what another tab or the terminal has set.
+        if visit.form.get("seen") != ", ".join(_shown(found.limits)):
+            raise UserError("The limits were changed meanwhile. Nothing was done", fix="Go back and reload the page.")
+        state.tenants.limit(name, _limits(visit, found.limits))
     return visit.go(path_of("tenants", name), f"The limits of {name} hold from its next request on.")
 
 
@@ -149,31 +155,35 @@ def disable_tenant(visit: Visit) -> Response:
     name = visit.place["tenant"]
     if visit.form.get("name") != name:
         raise UserError("The typed name is another one. Nothing was done", fix=f"Type {name} to disable it.")
-    visit.project.tenant.disable(name)
+    with visit.project.state() as state:
+        state.tenants.disable(name)
     return visit.go(path_of("tenants", name), f"{name} has no keys and no aliases any more. Its usage is kept.")
 
 
 def add_key(visit: Visit) -> Response:
     """Create a key, and show it this once."""
     name = visit.place["tenant"]
-    _require_same_keys(visit, name)
-    made = visit.project.tenant.key.add(name, aliases=_aliases(visit) or None, lifetime=_seconds(visit, "expires"))
-    return _key_page(visit, made)
+    with visit.project.state() as state:
+        _require_same_keys(visit, state)
+        made = state.keys.create(name, aliases=_aliases(visit) or None, lifetime=_seconds(visit, "expires"))
+        tenant = state.tenants.get(name)
+    return _key_page(visit, made, tenant)
 
 
 def rotate_key(visit: Visit) -> Response:
     """Replace a key by a new one, and show it this once."""
-    _require_same_keys(visit, visit.place["tenant"])
-    overlap = _seconds(visit, "overlap")
-    made = visit.project.tenant.key.rotate(
-        _own_key(visit), overlap=0.0 if overlap is None else overlap, lifetime=_seconds(visit, "expires")
-    )
-    return _key_page(visit, made)
+    with visit.project.state() as state:
+        _require_same_keys(visit, state)
+        overlap = _seconds(visit, "overlap")
+        made = state.keys.rotate(
+            _own_key(visit, state), overlap=0.0 if overlap is None else overlap, lifetime=_seconds(visit, "expires")
+        )
+        tenant = state.tenants.get(visit.place["tenant"])
+    return _key_page(visit, made, tenant)
 
 
-def _key_page(visit: Visit, made: NewKey) -> Response:
+def _key_page(visit: Visit, made: NewKey, tenant: Tenant) -> Response:
     # The answer to the form itself, which no browser keeps: an address or a stored message would keep the key.
-    tenant = visit.project.tenant.get(visit.place["tenant"])
     server = visit.jobs.server()
     running = served(server) if server is not None else None
     aliases = tenant.aliases if made.key.aliases is None else tuple(made.key.aliases)
@@ -189,24 +199,26 @@ def _key_page(visit: Visit, made: NewKey) -> Response:
 
 def revoke_key(visit: Visit) -> Response:
     """Revoke a key."""
-    revoked = visit.project.tenant.key.revoke(_own_key(visit))
+    with visit.project.state() as state:
+        revoked = state.keys.revoke(_own_key(visit, state))
     return visit.go(path_of("tenants", visit.place["tenant"]), f"{revoked.prefix} is revoked from the next request on.")
 
 
-def _own_key(visit: Visit) -> str:
+def _own_key(visit: Visit, state: State) -> str:
     prefix = visit.place["key"]
-    if prefix not in {key.prefix for key in visit.project.tenant.key.list(visit.place["tenant"])}:
+    if prefix not in {key.prefix for key in state.keys.list(visit.place["tenant"])}:
         raise UserError(f"{visit.place['tenant']} has no key {prefix!r}", fix="Go back and choose one of the list.")
     return prefix
 
 
-def _require_same_keys(visit: Visit, tenant: str) -> None:
+def _require_same_keys(visit: Visit, state: State) -> None:
     """Refuse a form that was sent twice, or whose page is older than the newest key.
 
     Raises:
         UserError: the tenant's keys have changed since the page was made.
     """
-    if visit.form.get("seen") != str(len(visit.project.tenant.key.list(tenant))):
+    tenant = visit.place["tenant"]
+    if visit.form.get("seen") != str(len(state.keys.list(tenant))):
         raise UserError(
             "The keys were changed meanwhile. No key was made",
             fix=f"Look at the page of {tenant}. A key that nobody wrote down can be revoked there.",

@@ -1,4 +1,4 @@
-"""Commands on keys that sign adapters: ``tunewright keys …``."""
+"""The keys that sign adapters: this user's own, and those that a project trusts."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 
 from tunewright.adapters.keys import NAME, TrustedKey, TrustedKeys
 from tunewright.adapters.private_keys import PrivateKey, new_private_key, private_key, private_keys
-from tunewright.api.context import ProjectContext
+from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
+from tunewright.core.progress import Reporter
 from tunewright.data.versions.version import current_author
 
 
@@ -25,12 +26,12 @@ class KnownKey:
     trusted: TrustedKey | None
 
 
-class SigningKeysApi:
-    """Methods on signing keys."""
+class SigningKeys:
+    """This user's signing keys, and those that a project trusts."""
 
-    def __init__(self, opened: ProjectContext) -> None:
-        self._project = opened.folder
-        self._reporter = opened.reporter
+    def __init__(self, project: ProjectFolder, reporter: Reporter) -> None:
+        self._project = project
+        self._reporter = reporter
 
     def create(self, name: str) -> PrivateKey:
         """Create a key for this user, encrypted with a passphrase. The project does not trust it yet.

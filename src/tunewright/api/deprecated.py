@@ -1,0 +1,72 @@
+"""Python names of earlier versions, which still work and name what replaced them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+from tunewright.engines import environment
+
+if TYPE_CHECKING:
+    from tunewright.api import Project
+
+_IN_STATE = {
+    "tenant": {
+        "add": "tenants.add",
+        "list": "tenants.list",
+        "grant": "tenants.grant",
+        "revoke": "tenants.revoke",
+        "disable": "tenants.disable",
+        "limit": "tenants.limit",
+        "get": "tenants.get",
+        "usage": "usage.sums",
+        "usage_by_day": "usage.by_day",
+        "requests": "usage.lines",
+        "prune_usage": "usage_rollup.roll_up",
+    },
+    "tenant.key": {"add": "keys.create", "rotate": "keys.rotate", "revoke": "keys.revoke", "list": "keys.list"},
+    "audit": {"show": "audit.lines", "verify": "verify"},
+}
+"""Methods by group, and the service's method in ``Project.state()`` that each of them calls."""
+
+
+class DeprecatedGroup:
+    """A group of methods on ``Project``, each of which warns and calls what replaced it."""
+
+    def __init__(self, project: Project, name: str) -> None:
+        self._project = project
+        self._name = name
+
+    def __getattr__(self, verb: str) -> Any:
+        name = f"{self._name}.{verb}"
+        if name in _IN_STATE:
+            return DeprecatedGroup(self._project, name)
+        if name == "engine.install":
+            return _warning(name, "tunewright.engines.environment.install()", self._install)
+        if name == "engine.show":
+            return _warning(name, "tunewright.engines.environment.find()", self._find)
+        service = _IN_STATE.get(self._name, {}).get(verb)
+        if service is None:
+            raise AttributeError(f"project.{self._name} has no method {verb!r}")
+        instead = f"state.{service}() in `with project.state() as state`"
+        return _warning(name, instead, lambda *given, **named: self._in_state(service, given, named))
+
+    def _in_state(self, service: str, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        with self._project.state(make=service == "tenants.add") as state:
+            return attrgetter(service)(state)(*given, **named)
+
+    def _install(self, name: str, **options: Any) -> environment.Environment:
+        return environment.install(environment.find_tool(name), self._project.reporter, **options)
+
+    def _find(self, name: str) -> environment.Environment:
+        return environment.find(environment.find_tool(name))
+
+
+def _warning(name: str, instead: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*given: Any, **named: Any) -> Any:
+        warnings.warn(f"project.{name}() is deprecated: use {instead}.", DeprecationWarning, stacklevel=2)
+        return function(*given, **named)
+
+    return call
