@@ -28,6 +28,8 @@ def _python() -> str:
         "Every command has a method of the same name on what `tunewright.open()` returns: `tunewright data add` is "
         "`project.data.add`. Tenants, their keys and the audit log are in the serving state, which you open: "
         "`with project.state() as state: state.tenants.list()`. Importing `tunewright` does not import torch.\n",
+        "A function below that begins with `project` is a method with the project filled in: `verdict(project)` is "
+        "`project.verdict()`.\n",
         "```python",
         "import tunewright",
         "",
@@ -40,10 +42,10 @@ def _python() -> str:
         "## Opening a project\n",
         "::: tunewright.open\n    options:\n      heading_level: 3\n",
     ]
-    for title, classes in API.items():
+    for title, members in API.items():
         out.append(f"## {title}\n")
         out += [
-            f"::: {each.__module__}.{each.__qualname__}\n    options:\n      heading_level: 3\n" for each in classes
+            f"::: {each.__module__}.{each.__qualname__}\n    options:\n      heading_level: 3\n" for each in members
         ]
     return "\n".join(out)
 

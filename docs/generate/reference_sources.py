@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,16 @@ import tunewright.serving
 from tunewright.adapters.manifest import Manifest as AdapterManifest
 from tunewright.adapters.signing_keys import SigningKeys
 from tunewright.api import Project, RunResult
-from tunewright.api.adapters import AdaptersApi
-from tunewright.api.data import DatasetApi
-from tunewright.api.export import ExportApi
-from tunewright.api.releases import ReleasesApi
+from tunewright.api.adapters import ProjectAdapters
+from tunewright.api.data import ProjectData
+from tunewright.api.export import ProjectExport
 from tunewright.cli import commands
 from tunewright.config import Config
 from tunewright.core.errors import UserError
 from tunewright.data.add_options import AddOptions, ColumnMapping
 from tunewright.data.readers.row_errors import CODES as ROW_ERRORS
 from tunewright.data.versions.version import Manifest as VersionManifest
+from tunewright.evaluation.training_runs import TrainingRuns
 from tunewright.evidence.learning_curve import Curve
 from tunewright.evidence.prompt_optimization import OptimizedPrompt
 from tunewright.evidence.schema import Advice, Evidence, Item
@@ -54,22 +55,24 @@ __all__ = [
 COMMANDS: Any = typer.main.get_command(commands())
 SERVING_SOURCE = Path(tunewright.serving.__path__[0])
 
-API: dict[str, tuple[type, ...]] = {
-    "The project": (Project,),
-    "Groups of verbs": (
-        DatasetApi,
-        AddOptions,
-        ColumnMapping,
-        AdaptersApi,
-        SigningKeys,
-        ExportApi,
-        ReleasesApi,
-    ),
-    "The serving state": (State, Tenants, Keys, Usage, UsageRollup, Releases, Audit),
+
+def functions_of(group: type) -> tuple[Any, ...]:
+    """Return the functions of a project that a class has as methods."""
+    return tuple(each for each in vars(group).values() if inspect.isfunction(each) and "." not in each.__qualname__)
+
+
+API: dict[str, tuple[Any, ...]] = {
+    "The project": (Project, *functions_of(Project)),
+    "project.data": (ProjectData, *functions_of(ProjectData), AddOptions, ColumnMapping),
+    "project.adapters": functions_of(ProjectAdapters),
+    "project.export": functions_of(ProjectExport),
+    "project.keys": (SigningKeys,),
+    "project.runs": (TrainingRuns,),
+    "project.state": (State, Tenants, Keys, Usage, UsageRollup, Releases, Audit),
     "Results": (RunResult, Verdict, Evidence, Advice),
     "Errors": (UserError,),
 }
-"""Classes of the Python API by heading."""
+"""Classes and functions of the Python API by heading."""
 
 DOCUMENTS: dict[str, tuple[type[BaseModel], str]] = {
     "config": (Config, "`tunewright.yaml`: the configuration of a project."),

@@ -12,13 +12,13 @@ from tunewright.adapters.registry import Adapter, find_adapter
 from tunewright.adapters.signing import store_signer
 from tunewright.adapters.signing_keys import SigningKeys
 from tunewright.adapters.vllm_compat import require_servable
-from tunewright.api.adapters import AdaptersApi
-from tunewright.api.data import DatasetApi
+from tunewright.api import evaluations
+from tunewright.api import releases as release_verbs
+from tunewright.api.adapters import ProjectAdapters
+from tunewright.api.context import ProjectContext
+from tunewright.api.data import ProjectData
 from tunewright.api.deprecated import DeprecatedGroup
-from tunewright.api.evaluations import EvaluationsApi
-from tunewright.api.export import ExportApi
-from tunewright.api.releases import ReleasesApi
-from tunewright.api.runs import RunsApi
+from tunewright.api.export import ProjectExport
 from tunewright.config import EngineName, TrainConfig
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
@@ -26,6 +26,7 @@ from tunewright.core.progress import LogReporter, Reporter
 from tunewright.core.workers import ModelWorkers
 from tunewright.data.add import AddResult
 from tunewright.data.readers.hub import is_hub_name
+from tunewright.evaluation.training_runs import TrainingRuns
 from tunewright.evidence.causes import undertrained
 from tunewright.evidence.power import DetectableEffects, detectable_effects, detectable_effects_text
 from tunewright.evidence.schema import Advice
@@ -75,26 +76,47 @@ class RunResult:
     report: Path
 
 
-class Project(EvaluationsApi):
+class Project(ProjectContext):
     """An open project, with a method for each command.
 
-    Command groups are attributes: ``tunewright data add`` is ``project.data.add``.
+    Command groups are attributes: ``tunewright data add`` is ``project.data.add``. A function of a project that is
+    assigned here is a method: ``verdict(project)`` is ``project.verdict()``.
     """
+
+    access_log = evaluations.access_log
+    estimate_judge = evaluations.estimate_judge
+    evaluation = evaluations.evaluation_folder
+    evidence = evaluations.evidence
+    human_eval = evaluations.human_eval
+    human_eval_progress = evaluations.human_eval_progress
+    human_eval_results = evaluations.human_eval_results
+    item_prompts = evaluations.item_prompts
+    judge = evaluations.judge
+    judged_items = evaluations.judged_items
+    keep_preferences = evaluations.keep_preferences
+    report = evaluations.report
+    row_answers = evaluations.row_answers
+    verdict = evaluations.verdict
+    verdict_markdown = evaluations.verdict_markdown
+
+    deploy = release_verbs.deploy
+    promote = release_verbs.promote
+    releasable = release_verbs.releasable
+    releases = release_verbs.history
+    rollback = release_verbs.rollback
+    shadow = release_verbs.shadow
+    undeploy = release_verbs.undeploy
 
     def __init__(self, folder: ProjectFolder, reporter: Reporter | None = None) -> None:
         super().__init__(folder, reporter or LogReporter())
-        self.data = DatasetApi(self)
-        self.adapters = AdaptersApi(self)
-        self.runs = RunsApi(folder)
+        self.data = ProjectData(self)
+        self.adapters = ProjectAdapters(self)
+        self.runs = TrainingRuns(folder)
         self.engine = DeprecatedGroup(self, "engine")
         self.tenant = DeprecatedGroup(self, "tenant")
         self.audit = DeprecatedGroup(self, "audit")
-        releases = ReleasesApi(self, self.access_log)
-        self.deploy, self.promote, self.rollback = releases.deploy, releases.promote, releases.rollback
-        self.undeploy, self.releases, self.shadow = releases.undeploy, releases.history, releases.shadow
-        self.releasable = releases.releasable
         self.keys = SigningKeys(folder, self.reporter)
-        self.export = ExportApi(self)
+        self.export = ProjectExport(self)
 
     def run(
         self,

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tunewright.adapters import signing
 from tunewright.adapters.keys import TrustedKeys
 from tunewright.adapters.lineage import Trace, trace
 from tunewright.adapters.manifest import read_manifest
 from tunewright.adapters.registry import Adapter, find_adapter, list_adapters, write_manifest
-from tunewright.adapters.signing import has_signed, sign, signing_key
 from tunewright.adapters.trust import TrustStatus, trust_status
-from tunewright.api.context import ProjectContext
+from tunewright.api.context import ProjectContext, ProjectGroup, verb
 from tunewright.config import Quantization
 from tunewright.core.errors import UserError
 from tunewright.data.versions.version import current_author
@@ -41,137 +41,136 @@ class AdapterDetails:
         return {**self.trace.as_dict(rows=rows), "standing": self.standing, "evaluations": evaluations}
 
 
-class AdaptersApi:
-    """Methods on a project's adapters."""
+def list_all(project: ProjectContext) -> Sequence[Adapter]:
+    """Return the stored adapters, newest last."""
+    return list_adapters(project.folder.adapters)
 
-    def __init__(self, opened: ProjectContext) -> None:
-        self._context = opened
-        self._project = opened.folder
 
-    def list(self) -> Sequence[Adapter]:
-        """Return the stored adapters, newest last."""
-        return list_adapters(self._project.adapters)
+def show(project: ProjectContext, adapter: str | None = None) -> AdapterDetails:
+    """Return an adapter's lineage down to the rows, its trust status and its verdicts.
 
-    def show(self, adapter: str | None = None) -> AdapterDetails:
-        """Return an adapter's lineage down to the rows, its trust status and its verdicts.
+    Args:
+        adapter: a name or its beginning (None: the newest).
 
-        Args:
-            adapter: a name or its beginning (None: the newest).
+    Raises:
+        UserError: no such adapter.
+    """
+    found = find_adapter(project.folder.adapters, adapter)
+    return AdapterDetails(
+        trace(found, project.folder.dataset),
+        trust_status(found, TrustedKeys(project.folder.keys)),
+        tuple(_verdicts(project, found)),
+    )
 
-        Raises:
-            UserError: no such adapter.
-        """
-        found = find_adapter(self._project.adapters, adapter)
-        return AdapterDetails(
-            trace(found, self._project.dataset),
-            trust_status(found, TrustedKeys(self._project.keys)),
-            tuple(self._verdicts(found)),
-        )
 
-    def _verdicts(self, adapter: Adapter) -> Sequence[tuple[str, Decision]]:
-        """Return the decision of each evaluation of the adapter; skip unreadable or changed evidence with a warning."""
+def _verdicts(project: ProjectContext, adapter: Adapter) -> Sequence[tuple[str, Decision]]:
+    """Return the decision of each evaluation of the adapter; skip unreadable or changed evidence with a warning."""
+    found = []
+    for path in project.folder.evaluations.glob(f"*/{EVIDENCE_FILE}"):
+        try:
+            evidence = AccessLog(project.folder.evaluations).load(path.parent)
+        except UserError as error:
+            project.reporter.warn(f"{path.parent.name} is skipped: {error.what.splitlines()[0]}")
+            continue
+        if evidence.lineage.get("adapter", {}).get("digest") == adapter.digest:
+            found.append((str(evidence.lineage["created"]), evidence.id, verdict(evidence).decision))
+    return [(name, decision) for _, name, decision in sorted(found)]
+
+
+def verify(project: ProjectContext, names: Sequence[str] = ()) -> Sequence[TrustStatus]:
+    """Check every file, weight and signature of the named adapters (all by default).
+
+    Raises:
+        UserError: no adapter with such a name.
+    """
+    folder = project.folder.adapters
+    chosen = [find_adapter(folder, name) for name in names] or _folders(project.folder.adapters)
+    trusted = TrustedKeys(project.folder.keys)
+    with project.reporter.task("checking", len(chosen), "adapters") as task:
         found = []
-        for path in self._project.evaluations.glob(f"*/{EVIDENCE_FILE}"):
-            try:
-                evidence = AccessLog(self._project.evaluations).load(path.parent)
-            except UserError as error:
-                self._context.reporter.warn(f"{path.parent.name} is skipped: {error.what.splitlines()[0]}")
-                continue
-            if evidence.lineage.get("adapter", {}).get("digest") == adapter.digest:
-                found.append((str(evidence.lineage["created"]), evidence.id, verdict(evidence).decision))
-        return [(name, decision) for _, name, decision in sorted(found)]
+        for adapter in chosen:
+            found.append(trust_status(adapter, trusted))
+            task.advance()
+    return found
 
-    def verify(self, names: Sequence[str] = ()) -> Sequence[TrustStatus]:
-        """Check every file, weight and signature of the named adapters (all by default).
 
-        Raises:
-            UserError: no adapter with such a name.
-        """
-        folder = self._project.adapters
-        chosen = [find_adapter(folder, name) for name in names] or _folders(self._project.adapters)
-        trusted = TrustedKeys(self._project.keys)
-        with self._context.reporter.task("checking", len(chosen), "adapters") as task:
-            found = []
-            for adapter in chosen:
-                found.append(trust_status(adapter, trusted))
-                task.advance()
-        return found
+def sign(project: ProjectContext, adapter: str | None = None, *, key: str | None = None) -> tuple[Adapter, str, bool]:
+    """Sign an adapter with one of the user's keys that the project trusts.
 
-    def sign(self, adapter: str | None = None, *, key: str | None = None) -> tuple[Adapter, str, bool]:
-        """Sign an adapter with one of the user's keys that the project trusts.
+    Args:
+        adapter: a name or its beginning (None: the newest).
+        key: name of the user's key (None: the only one that the project trusts).
 
-        Args:
-            adapter: a name or its beginning (None: the newest).
-            key: name of the user's key (None: the only one that the project trusts).
+    Returns:
+        The adapter, the key's name, and True if the signature is new.
 
-        Returns:
-            The adapter, the key's name, and True if the signature is new.
+    Raises:
+        UserError: no such adapter, files that differ from the stored ones, or no key to sign with or no passphrase.
+    """
+    found = find_adapter(project.folder.adapters, adapter)
+    trusted = TrustedKeys(project.folder.keys)
+    signer = signing.signing_key(trusted, key)
+    before = trust_status(found, trusted)
+    if before.state == "tampered":
+        raise UserError(f"The adapter is not signed: {'; '.join(before.reasons)}", where=found.name)
+    if not signing.has_signed(found.folder, signer):
+        signer = signer.unlock(project.reporter)
+    if read_manifest(found.folder) is None:
+        write_manifest(found.folder, found.name)
+    return found, signer.name, signing.sign(found.folder, signer)
 
-        Raises:
-            UserError: no such adapter, files that differ from the stored ones, or no key to sign with or no passphrase.
-        """
-        found = find_adapter(self._project.adapters, adapter)
-        trusted = TrustedKeys(self._project.keys)
-        signer = signing_key(trusted, key)
-        before = trust_status(found, trusted)
-        if before.state == "tampered":
-            raise UserError(f"The adapter is not signed: {'; '.join(before.reasons)}", where=found.name)
-        if not has_signed(found.folder, signer):
-            signer = signer.unlock(self._context.reporter)
-        if read_manifest(found.folder) is None:
-            write_manifest(found.folder, found.name)
-        return found, signer.name, sign(found.folder, signer)
 
-    def push(self, url: str, names: Sequence[str] = ()) -> Sequence[PushedAdapter]:
-        """Copy adapters to a folder, a bucket or any other URL of fsspec, for `import_` and `serve.adapter_store`.
+def push(project: ProjectContext, url: str, names: Sequence[str] = ()) -> Sequence[PushedAdapter]:
+    """Copy adapters to a folder, a bucket or any other URL of fsspec, for `import_` and `serve.adapter_store`.
 
-        Args:
-            url: for example s3://bucket/adapters.
-            names: names or their beginnings (none: the newest).
+    Args:
+        url: for example s3://bucket/adapters.
+        names: names or their beginnings (none: the newest).
 
-        Raises:
-            UserError: no such adapter, files that differ from the stored ones, or the remote refuses.
-        """
-        from tunewright.adapters.remote import push_adapters
+    Raises:
+        UserError: no such adapter, files that differ from the stored ones, or the remote refuses.
+    """
+    from tunewright.adapters.remote import push_adapters
 
-        chosen = [find_adapter(self._project.adapters, name) for name in names or (None,)]
-        return push_adapters(chosen, url, TrustedKeys(self._project.keys), self._context.reporter)
+    chosen = [find_adapter(project.folder.adapters, name) for name in names or (None,)]
+    return push_adapters(chosen, url, TrustedKeys(project.folder.keys), project.reporter)
 
-    def import_(
-        self,
-        source: str | Path,
-        *,
-        name: str | None = None,
-        base_matches: bool = False,
-        quantization: Quantization | None = None,
-        unsigned: bool = False,
-        system_prompt: str | None = None,
-    ) -> ImportResult:
-        """Import a foreign adapter from a folder, a zip or tar archive or a URL, if it passes all checks.
 
-        Args:
-            source: the folder, the archive, or the URL of an adapter that `push` copied (s3://bucket/NAME-DIGEST).
-            name: name in the project (None: the manifest's, or that of the folder or archive).
-            base_matches: you assert that it was trained on this project's base and chat template; for adapters that do
-                not state it.
-            quantization: you assert how the base was quantized during training; for adapters that do not state it
-                (None: not quantized).
-            unsigned: accept it without a signature by a trusted key.
-            system_prompt: you assert that all its training rows had this system prompt; for adapters that do not state
-                it.
+def import_(
+    project: ProjectContext,
+    source: str | Path,
+    *,
+    name: str | None = None,
+    base_matches: bool = False,
+    quantization: Quantization | None = None,
+    unsigned: bool = False,
+    system_prompt: str | None = None,
+) -> ImportResult:
+    """Import a foreign adapter from a folder, a zip or tar archive or a URL, if it passes all checks.
 
-        Raises:
-            UserError: the adapter fails a check; nothing is stored.
-        """
-        from tunewright.adapters.foreign.importer import ImportStatement
-        from tunewright.core.remote_files import RemoteFiles
+    Args:
+        source: the folder, the archive, or the URL of an adapter that `push` copied (s3://bucket/NAME-DIGEST).
+        name: name in the project (None: the manifest's, or that of the folder or archive).
+        base_matches: you assert that it was trained on this project's base and chat template; for adapters that do
+            not state it.
+        quantization: you assert how the base was quantized during training; for adapters that do not state it
+            (None: not quantized).
+        unsigned: accept it without a signature by a trusted key.
+        system_prompt: you assert that all its training rows had this system prompt; for adapters that do not state
+            it.
 
-        found = RemoteFiles(str(source)) if "://" in str(source) else Path(source)
-        if isinstance(found, Path) and not found.exists():
-            raise UserError("No such folder or archive", where=str(source))
-        by = current_author(self._project.root)
-        said = ImportStatement(by, base_matches, quantization, unsigned, name, system_prompt)
-        return adapter_importer(self._context).import_adapter(found, said)
+    Raises:
+        UserError: the adapter fails a check; nothing is stored.
+    """
+    from tunewright.adapters.foreign.importer import ImportStatement
+    from tunewright.core.remote_files import RemoteFiles
+
+    found = RemoteFiles(str(source)) if "://" in str(source) else Path(source)
+    if isinstance(found, Path) and not found.exists():
+        raise UserError("No such folder or archive", where=str(source))
+    by = current_author(project.folder.root)
+    said = ImportStatement(by, base_matches, quantization, unsigned, name, system_prompt)
+    return adapter_importer(project).import_adapter(found, said)
 
 
 def adapter_importer(opened: ProjectContext) -> AdapterImporter:
@@ -185,3 +184,14 @@ def adapter_importer(opened: ProjectContext) -> AdapterImporter:
 def _folders(adapters: Path) -> Sequence[Adapter]:
     """Return every adapter folder, including those whose lineage is missing, so that they are reported too."""
     return [Adapter(folder) for folder in sorted(adapters.glob("[!.]*")) if folder.is_dir()]
+
+
+class ProjectAdapters(ProjectGroup):
+    """Verbs on a project's adapters."""
+
+    import_ = verb(import_)
+    list = verb(list_all)
+    push = verb(push)
+    show = verb(show)
+    sign = verb(sign)
+    verify = verb(verify)

@@ -1,11 +1,11 @@
-"""An open project: its folder, reporter, base and chat format, shared by all command groups."""
+"""An open project, which every verb is a function of, and groups of verbs with the project filled in."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cached_property
-from typing import TYPE_CHECKING
+from functools import cached_property, wraps
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 from tunewright.adapters.compatibility import require_compatible, trained_quantization
 from tunewright.adapters.registry import Adapter
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from tunewright.evaluation.arm_runner import ArmRunner
     from tunewright.serving.tenants import State
     from tunewright.training.trainings import Trainings
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 
 class ProjectContext:
@@ -140,3 +143,22 @@ class ProjectContext:
                 f"{version.digest[:12]}, which may hold out rows that it trained on",
                 fix="Train on the current version first: tunewright train",
             )
+
+
+class ProjectGroup:
+    """Verbs of a project under one name: ``tunewright data add`` is ``project.data.add``."""
+
+    def __init__(self, project: ProjectContext) -> None:
+        self.project = project
+
+
+def verb(
+    function: Callable[Concatenate[ProjectContext, Parameters], Result],
+) -> Callable[Concatenate[ProjectGroup, Parameters], Result]:
+    """Return a function of a project as a method of a group, which fills the group's project in."""
+
+    @wraps(function)
+    def method(group: ProjectGroup, /, *given: Parameters.args, **named: Parameters.kwargs) -> Result:
+        return function(group.project, *given, **named)
+
+    return method

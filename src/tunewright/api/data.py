@@ -6,9 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunewright.api.context import ProjectContext
-from tunewright.api.reviews import ReviewApi
-from tunewright.api.synthesis import SynthesisApi
+from tunewright.api import reviews, synthesis
+from tunewright.api.context import ProjectGroup, verb
 from tunewright.core.errors import UserError
 from tunewright.data.add import AddResult, add
 from tunewright.data.add_options import AddOptions, ColumnMapping
@@ -36,22 +35,21 @@ if TYPE_CHECKING:
     from tunewright.training.lengths import LengthReport
 
 
-class DatasetApi:
-    """Methods on a project's data."""
+class ProjectData(ProjectGroup):
+    """Verbs on a project's data."""
 
-    def __init__(self, opened: ProjectContext) -> None:
-        self._context = opened
-        self._project = opened.folder
-        self._dataset = opened.folder.dataset
-        self._reporter = opened.reporter
-        synthesis = SynthesisApi(opened)
-        self.generate, self.estimate_generate = synthesis.generate, synthesis.estimate_generate
-        self.from_documents, self.generated_effect = synthesis.from_documents, synthesis.generated_effect
-        self.estimate_from_documents = synthesis.estimate_from_documents
-        reviews = ReviewApi(opened)
-        self.suspects, self.stored_suspects, self.review = reviews.suspects, reviews.stored_suspects, reviews.review
-        self.import_reviews, self.apply_reviews = reviews.import_reviews, reviews.apply_reviews
-        self.review_status = reviews.review_status
+    apply_reviews = verb(reviews.apply_reviews)
+    import_reviews = verb(reviews.import_reviews)
+    review = verb(reviews.review)
+    review_status = verb(reviews.review_status)
+    stored_suspects = verb(reviews.stored_suspects)
+    suspects = verb(reviews.find_suspects)
+
+    estimate_from_documents = verb(synthesis.estimate_from_documents)
+    estimate_generate = verb(synthesis.estimate_generate)
+    from_documents = verb(synthesis.from_documents)
+    generate = verb(synthesis.generate)
+    generated_effect = verb(synthesis.generated_effect)
 
     def add(
         self,
@@ -61,11 +59,11 @@ class DatasetApi:
         message: str = "",
     ) -> AddResult:
         """Add files of pairs to the dataset as a new version, unless all rows are known."""
-        added = add(self._project, files, self._reporter, options, message=message)
-        warn_of_few_dev_clusters(added.dev_clusters, self._reporter)
+        added = add(self.project.folder, files, self.project.reporter, options, message=message)
+        warn_of_few_dev_clusters(added.dev_clusters, self.project.reporter)
         report_split_power(
-            split_power(added.version.counts.domain, added.clusters, self._project.config.data.test_size),
-            self._reporter,
+            split_power(added.version.counts.domain, added.clusters, self.project.folder.config.data.test_size),
+            self.project.reporter,
         )
         return added
 
@@ -73,7 +71,7 @@ class DatasetApi:
         """Return the smallest difference that a comparison on the current version's test split can detect."""
         version = self.version()
         clusters = clusters_by_split(version.members)
-        return split_power(version.manifest.counts.domain, clusters, self._project.config.data.test_size)
+        return split_power(version.manifest.counts.domain, clusters, self.project.folder.config.data.test_size)
 
     def remove(
         self,
@@ -104,11 +102,11 @@ class DatasetApi:
         from tunewright.data.selection import Selection
 
         selection = Selection(None if keys is None else Path(keys), where, source, tuple(groups))
-        return remove(self._project, selection, because, self._reporter, dry_run=dry_run, purge_text=purge)
+        return remove(self.project.folder, selection, because, self.project.reporter, dry_run=dry_run, purge_text=purge)
 
     def check_files(self, files: Iterable[str | Path], options: AddOptions = AddOptions()) -> Preview:
         """Preview :meth:`add` on files of pairs, with every fault."""
-        return preview(self._project, files, self._reporter, options)
+        return preview(self.project.folder, files, self.project.reporter, options)
 
     def preview_file(self, file: str | Path, mapping: ColumnMapping = ColumnMapping()) -> FilePreview:
         """Return the columns of a file of pairs, whatever their names, and its first three rows.
@@ -120,7 +118,7 @@ class DatasetApi:
 
         wanted = {"rows": mapping.rows, "sheet": mapping.sheet}
         given = {key: value for key, value in wanted.items() if value is not None}
-        return preview_file(Path(file), self._project.config.data.model_copy(update=given))
+        return preview_file(Path(file), self.project.folder.config.data.model_copy(update=given))
 
     def sheets(self, file: str | Path) -> tuple[str, ...]:
         """Return the titles of a workbook's visible sheets; of another file, nothing."""
@@ -133,27 +131,27 @@ class DatasetApi:
         from tunewright.data.readers import source_size
         from tunewright.data.readers.file_check import fix_file
 
-        data = map_columns(self._project.config.data, mapping, [Path(file)])
-        with self._reporter.task("correcting", source_size(Path(file)), "bytes") as task:
+        data = map_columns(self.project.folder.config.data, mapping, [Path(file)])
+        with self.project.reporter.task("correcting", source_size(Path(file)), "bytes") as task:
             return fix_file(Path(file), Path(out), data, task)
 
     def version(self, digest: str | None = None) -> DatasetVersion:
         """Return a dataset version (None: the current one)."""
-        return load_version(self._dataset, digest)
+        return load_version(self.project.folder.dataset, digest)
 
     def log(self) -> list[Manifest]:
         """Return the dataset's versions, newest last."""
-        return list_versions(self._dataset)
+        return list_versions(self.project.folder.dataset)
 
     def show(self, row: str) -> Member:
         """Return one row of the current version, by the beginning of its key or by ``FILE:LINE``."""
-        return find_row(self._dataset, self.version(), row)
+        return find_row(self.project.folder.dataset, self.version(), row)
 
     def metadata(self, key: str) -> dict[str, Any]:
         """Return a current row's metadata from its source file, by the row's full key."""
         from tunewright.data.trace import metadata_by_key
 
-        return metadata_by_key(self._dataset, self.version().manifest).get(key, {})
+        return metadata_by_key(self.project.folder.dataset, self.version().manifest).get(key, {})
 
     def cluster_counts(self, member: Member) -> tuple[int, int]:
         """Return the number of rows in a row's cluster, and how many of them share its output."""
@@ -166,17 +164,17 @@ class DatasetApi:
         from tunewright.models.loading import context_length
         from tunewright.training.lengths import measure_lengths
 
-        base = self._context.base
-        limit = min(self._project.config.train.max_length, context_length(base))
-        chat, version = self._context.chat, self.version()
-        with self._context.workers() as workers:
-            return measure_lengths(chat, base.spec, version, limit, self._reporter, workers)
+        base = self.project.base
+        limit = min(self.project.folder.config.train.max_length, context_length(base))
+        chat, version = self.project.chat, self.version()
+        with self.project.workers() as workers:
+            return measure_lengths(chat, base.spec, version, limit, self.project.reporter, workers)
 
     def leakage(self) -> LeakageReport:
         """Return the similarity of held-out rows to training rows, compared with that under a random split."""
         from tunewright.data.dedup.leakage import measure_leakage
 
-        return measure_leakage(self.version(), self._project.config.seed, self._reporter)
+        return measure_leakage(self.version(), self.project.folder.config.seed, self.project.reporter)
 
     def scores_by_distance(self, report: LeakageReport, evaluation: str | Path) -> list[BandScore]:
         """Return an evaluation's exact match by the items' similarity to the training rows.
@@ -196,8 +194,8 @@ class DatasetApi:
         """
         from tunewright.metrics import metric_label
 
-        place = find_evaluation(self._project.evaluations, evaluation)
-        evidence = load_checked(place, self._project.evaluations, self._reporter)
+        place = find_evaluation(self.project.folder.evaluations, evaluation)
+        evidence = load_checked(place, self.project.folder.evaluations, self.project.reporter)
         if evidence.metric.partition(" ")[0] in {"exact_match", "choices"}:
             return None
         return (
@@ -227,8 +225,8 @@ class DatasetApi:
         return score_by_template(items, new, version.digest) if new is not None else []
 
     def _held_out_items(self, evaluation: str | Path) -> list[Item]:
-        folder = find_evaluation(self._project.evaluations, evaluation)
-        if load_checked(folder, self._project.evaluations, self._reporter).design != "held-out":
+        folder = find_evaluation(self.project.folder.evaluations, evaluation)
+        if load_checked(folder, self.project.folder.evaluations, self.project.reporter).design != "held-out":
             raise UserError(
                 "The evaluation is cross-fitted: its items were also training rows, so they have no distance from them",
                 where=str(folder),
@@ -241,14 +239,14 @@ class DatasetApi:
         from tunewright.data.dedup.decontaminate import contamination
 
         paths = [Path(file) for file in files]
-        with self._context.workers() as workers:
-            return contamination(self._project, self.version(), paths, self._reporter, workers)
+        with self.project.workers() as workers:
+            return contamination(self.project.folder, self.version(), paths, self.project.reporter, workers)
 
     def diff(self, a: str, b: str | None = None) -> Diff:
         """Return the differences between two versions (the second: the current one by default)."""
         from tunewright.data.versions.diff import diff
 
-        before, after = (load_version(self._dataset, digest, without_purged=True) for digest in (a, b))
+        before, after = (load_version(self.project.folder.dataset, digest, without_purged=True) for digest in (a, b))
         return diff(before, after)
 
     def blame(self, row: str) -> RowOrigin:
@@ -256,7 +254,7 @@ class DatasetApi:
         from tunewright.data.trace import blame
 
         version = self.version()
-        return blame(self._dataset, version, find_row(self._dataset, version, row).key)
+        return blame(self.project.folder.dataset, version, find_row(self.project.folder.dataset, version, row).key)
 
     def trained_by(self, row: str) -> tuple[str, tuple[RowUse, ...]]:
         """Return a row's key and its use in each adapter's training.
@@ -266,12 +264,12 @@ class DatasetApi:
         """
         from tunewright.data.trace import find_key, uses_of_row
 
-        key = find_key(self._dataset, self.version(), row)
-        return key, uses_of_row(self._dataset, self._project.adapters, key)
+        key = find_key(self.project.folder.dataset, self.version(), row)
+        return key, uses_of_row(self.project.folder.dataset, self.project.folder.adapters, key)
 
     def checkout(self, version: str) -> Manifest:
         """Make an existing version the current one, by its digest or the beginning of it."""
-        return checkout(self._dataset, version)
+        return checkout(self.project.folder.dataset, version)
 
     def export(
         self,
@@ -290,24 +288,24 @@ class DatasetApi:
         from tunewright.data.versions.export import export
 
         chosen = self.version(version)
-        extra = metadata_by_key(self._dataset, chosen.manifest) if metadata else None
-        rejected = rejected_answers(self._dataset, chosen.manifest) if form == "preference" else None
-        return export(chosen, Path(out), form, self._reporter, split=split, metadata=extra, rejected=rejected)
+        extra = metadata_by_key(self.project.folder.dataset, chosen.manifest) if metadata else None
+        rejected = rejected_answers(self.project.folder.dataset, chosen.manifest) if form == "preference" else None
+        return export(chosen, Path(out), form, self.project.reporter, split=split, metadata=extra, rejected=rejected)
 
     def push(self, url: str) -> Transfer:
         """Copy the current version with its ancestors and reviews to a folder or bucket."""
         from tunewright.data.remote import push
 
-        return push(self._dataset, url, self._reporter)
+        return push(self.project.folder.dataset, url, self.project.reporter)
 
     def pull(self, url: str) -> Transfer:
         """Copy the current version and reviews from a shared folder or bucket, verify and check them out."""
         from tunewright.data.remote import pull
 
-        return pull(self._dataset, url, self._reporter)
+        return pull(self.project.folder.dataset, url, self.project.reporter)
 
     def verify(self) -> Verification:
         """Check every row, version and review against its digest."""
         from tunewright.data.verify import verify
 
-        return verify(self._dataset, self._reporter)
+        return verify(self.project.folder.dataset, self.project.reporter)

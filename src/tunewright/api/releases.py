@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -80,287 +80,290 @@ class Releasable:
         return self.verdict is not None and self.verdict.decision == "ship"
 
 
-class ReleasesApi:
-    """Methods on aliases and their releases.
+def deploy(
+    project: ProjectContext,
+    alias: str,
+    adapter: str,
+    *,
+    canary: float | None = None,
+    shadow: bool = False,
+    because: str | None = None,
+    engine: EngineName | None = None,
+    untested: str | None = None,
+    system_prompt: bool = True,
+    constrain: bool = False,
+) -> DeployResult:
+    """Release an adapter for an alias if an evaluation says *ship*, and the isolation test and serving check pass.
 
     Args:
-        check_access_log: raises a UserError if the access log is damaged, or an evaluation differs from its line in it.
+        alias: the name that tenants call; created if it does not exist.
+        adapter: a name or its beginning.
+        canary: the candidate's share of the traffic, above 0 and below 1; the live release answers the rest.
+        shadow: send the candidate a copy of each request and record its answers; none is returned.
+        because: reason to release whatever the verdict and the serving check; it is stored.
+        engine: the engine of the isolation test and the serving check (None: the config's, which serves).
+        untested: reason to skip the isolation test and the serving check; it is stored.
+        system_prompt: add the adapter's trained system prompt to requests without a system message; False leaves
+            them unchanged.
+        constrain: constrain answers by the config's ``evaluate.structured_outputs``: texts unless a request sets a
+            form, or calls.
+
+    Raises:
+        UserError: no such adapter, one that does not fit, was never evaluated or is already released, or an engine
+            that is not installed or cannot hold it. With ``constrain``: the config has no constraint, or the
+            adapter was not evaluated with it.
     """
+    from tunewright.serving.tenants import Candidate, Grounds
 
-    def __init__(self, opened: ProjectContext, check_access_log: Callable[[], object]) -> None:
-        self._context = opened
-        self._check_access_log = check_access_log
-
-    def deploy(
-        self,
-        alias: str,
-        adapter: str,
-        *,
-        canary: float | None = None,
-        shadow: bool = False,
-        because: str | None = None,
-        engine: EngineName | None = None,
-        untested: str | None = None,
-        system_prompt: bool = True,
-        constrain: bool = False,
-    ) -> DeployResult:
-        """Release an adapter for an alias if an evaluation says *ship*, and the isolation test and serving check pass.
-
-        Args:
-            alias: the name that tenants call; created if it does not exist.
-            adapter: a name or its beginning.
-            canary: the candidate's share of the traffic, above 0 and below 1; the live release answers the rest.
-            shadow: send the candidate a copy of each request and record its answers; none is returned.
-            because: reason to release whatever the verdict and the serving check; it is stored.
-            engine: the engine of the isolation test and the serving check (None: the config's, which serves).
-            untested: reason to skip the isolation test and the serving check; it is stored.
-            system_prompt: add the adapter's trained system prompt to requests without a system message; False leaves
-                them unchanged.
-            constrain: constrain answers by the config's ``evaluate.structured_outputs``: texts unless a request sets a
-                form, or calls.
-
-        Raises:
-            UserError: no such adapter, one that does not fit, was never evaluated or is already released, or an engine
-                that is not installed or cannot hold it. With ``constrain``: the config has no constraint, or the
-                adapter was not evaluated with it.
-        """
-        from tunewright.serving.tenants import Candidate, Grounds
-
-        if canary is not None and shadow:
-            raise UserError("--canary and --shadow are mutually exclusive", where="--shadow", fix="Choose one.")
-        _require_reason(because, "--because")
-        _require_reason(untested, "--untested")
-        chosen = find_adapter(self._context.folder.adapters, adapter)
-        decided, evidence = self._judge(chosen, because)
-        grammar = self._grammar(chosen, evidence, because) if constrain else None
-        evaluation = evidence.id if evidence else None
-        if because is None and decided is not None and decided.decision != "ship":
-            return DeployResult(None, decided)
-        candidate = None
-        if shadow or canary is not None:
-            candidate = Candidate(chosen.name, chosen.digest, canary, system_prompt, grammar)
-        with self._context.state(make=True) as state:
-            # Refuse invalid requests before the slow isolation test.
-            if candidate is None:
-                state.releases.require_deployable(
-                    alias, chosen.name, chosen.digest, system_prompt=system_prompt, grammar=grammar
-                )
-            else:
-                state.releases.require_triable(alias, candidate)
-            self._require_servable(chosen, alias, state)
-            test, check, passes = self._tested(state, alias, chosen, engine, untested, forced=because is not None)
-            if not passes:
-                return DeployResult(None, decided, test, check)
-            grounds = Grounds(decided.decision if decided else None, evaluation, because, test, untested, check)
-            if candidate is None:
-                made = state.releases.deploy(
-                    alias, chosen.name, chosen.digest, grounds, system_prompt=system_prompt, grammar=grammar
-                )
-            else:
-                made = state.releases.start_candidate(alias, candidate, grounds)
-            return DeployResult(made, decided, test, check, len(state.quota.servers()))
-
-    def promote(self, alias: str, *, engine: EngineName | None = None, untested: str | None = None) -> DeployResult:
-        """Make an alias's candidate its live release once the isolation test and the serving check have passed.
-
-        The test is not repeated if nothing else was released since the candidate passed it; the check is not repeated
-        for the same adapter and engine. A candidate that was forced needs to pass the test only.
-
-        Args:
-            alias: its name.
-            engine: the engine of the isolation test and the serving check (None: the one that the candidate passed on,
-                else the config's).
-            untested: reason to skip the isolation test and the serving check; it is stored.
-
-        Raises:
-            UserError: no such alias, no candidate, a candidate that is missing here, or an engine that is not
-                installed. Also if the evaluation that allowed the candidate was changed or removed.
-        """
-        _require_reason(untested, "--untested")
-        with self._context.state() as state:
-            before, candidate = state.releases.promotable(alias)
-            chosen = adapter_of(self._context, candidate.adapter, candidate.digest)
-            self._require_servable(chosen, alias, state)
-            if before.grounds.evaluation is not None:
-                self._require_evaluation(before.grounds.evaluation)
-            if engine is None and before.grounds.isolation is not None:
-                engine = cast("EngineName", before.grounds.isolation.engine)
-            forced = before.grounds.because is not None
-            test, check, passes = self._tested(state, alias, chosen, engine, untested, forced=forced)
-            if not passes:
-                return DeployResult(None, None, test, check)
-            grounds = replace(before.grounds, isolation=test, untested=untested, serving=check)
-            made = state.releases.promote(alias, grounds)
-            return DeployResult(made, None, test, check, len(state.quota.servers()))
-
-    def _tested(
-        self,
-        state: State,
-        alias: str,
-        adapter: Adapter,
-        engine: EngineName | None,
-        untested: str | None,
-        *,
-        forced: bool,
-    ) -> tuple[IsolationTest | None, ServingCheck | None, bool]:
-        """Return the isolation test and the serving check, unless skipped, and whether the release may go live.
-
-        A refusal is audited. A forced release may fail the serving check, but not the isolation test.
-        """
-        from tunewright.api.isolation import ReleaseGate
-
-        gate = ReleaseGate(self._context, state, alias, adapter, engine)
-        if untested is not None:
-            gate.require_not_failed()
-            self._context.reporter.warn(f"{alias} goes live without the isolation test and the serving check.")
-            return None, None, True
-        test, passes = gate.require_isolation()
+    if canary is not None and shadow:
+        raise UserError("--canary and --shadow are mutually exclusive", where="--shadow", fix="Choose one.")
+    _require_reason(because, "--because")
+    _require_reason(untested, "--untested")
+    chosen = find_adapter(project.folder.adapters, adapter)
+    decided, evidence = _judge(project, chosen, because)
+    grammar = _grammar(project, chosen, evidence, because) if constrain else None
+    evaluation = evidence.id if evidence else None
+    if because is None and decided is not None and decided.decision != "ship":
+        return DeployResult(None, decided)
+    candidate = None
+    if shadow or canary is not None:
+        candidate = Candidate(chosen.name, chosen.digest, canary, system_prompt, grammar)
+    with project.state(make=True) as state:
+        # Refuse invalid requests before the slow isolation test.
+        if candidate is None:
+            state.releases.require_deployable(
+                alias, chosen.name, chosen.digest, system_prompt=system_prompt, grammar=grammar
+            )
+        else:
+            state.releases.require_triable(alias, candidate)
+        _require_servable(project, chosen, alias, state)
+        test, check, passes = _tested(project, state, alias, chosen, engine, untested, forced=because is not None)
         if not passes:
-            state.releases.refuse(alias, adapter.name, adapter.digest, test)
-            return test, None, False
-        check = gate.serving_check()
-        if not check.passes and forced:
-            self._context.reporter.warn(f"{alias} goes live although the serving check failed: it was forced.")
-        elif not check.passes:
-            state.releases.refuse_served(alias, adapter.name, check)
-        return test, check, check.passes or forced
-
-    def rollback(self, alias: str, number: int | None = None) -> Release:
-        """Discard an alias's candidate, or without a candidate restore the previous release.
-
-        It does not wait for an isolation test, since the restored release passed its own.
-
-        Args:
-            alias: its name.
-            number: the release to restore (None: the previous one).
-
-        Raises:
-            UserError: no such alias or release, no previous release, or an adapter that is missing here.
-        """
-        with self._context.state() as state:
-            back = state.releases.rollback_target(alias, number)
-            adapter_of(self._context, back.adapter, back.digest)
-            if back.grounds.isolation is None:
-                self._context.reporter.warn(
-                    f"Release {back.number} went live without the isolation test, and a rollback does not wait for it: "
-                    "`tunewright serve --self-test` tests what is live then."
-                )
-            return state.releases.rollback(alias, number)
-
-    def undeploy(self, alias: str, *, because: str | None = None) -> Release:
-        """Stop answering on an alias; a rollback or a deploy restores it.
-
-        Args:
-            alias: its name.
-            because: the reason; it is stored.
-
-        Raises:
-            UserError: no such alias, it is undeployed already, or an empty reason.
-        """
-        _require_reason(because, "--because")
-        with self._context.state() as state:
-            return state.releases.undeploy(alias, because)
-
-    def history(self, alias: str | None = None) -> list[Release]:
-        """Return all releases, or those of one alias, oldest first.
-
-        Raises:
-            UserError: no such alias.
-        """
-        with self._context.state() as state:
-            return state.releases.history(alias)
-
-    def shadow(self, alias: str) -> list[ShadowLine]:
-        """Return the requests copied to an alias's shadow candidates, and their answers.
-
-        Raises:
-            UserError: no such alias.
-        """
-        with self._context.state() as state:
-            state.releases.history(alias)
-            return state.usage.shadow_lines(alias)
-
-    def releasable(self, adapters: Sequence[Adapter]) -> list[Releasable]:
-        """Return the verdict that :meth:`deploy` would decide by, for each of these adapters.
-
-        Raises:
-            UserError: the access log was changed.
-        """
-        self._check_access_log()
-        found = []
-        for adapter in adapters:
-            try:
-                found.append(Releasable(adapter, self._decide(adapter, None)[0], None))
-            except UserError as error:
-                found.append(Releasable(adapter, None, error))
-        return found
-
-    def _judge(self, adapter: Adapter, because: str | None) -> tuple[Verdict | None, Evidence | None]:
-        """Return the verdict of the adapter's newest evaluation, and its evidence."""
-        # Before one is chosen: a changed file could hide that it is about this adapter, or the newest.
-        self._check_access_log()
-        return self._decide(adapter, because)
-
-    def _decide(self, adapter: Adapter, because: str | None) -> tuple[Verdict | None, Evidence | None]:
-        evidence = evidence_on(self._context.folder.evaluations, adapter.digest, self._context.reporter)
-        if evidence is None:
-            if because is None:
-                raise UserError(
-                    f"{adapter.name} has no verdict on the test split, and one on dev does not allow a release",
-                    where=str(self._context.folder.evaluations),
-                    fix=f'Run `tunewright evaluate {adapter.name}`, or release it anyway with --force --because "why".',
-                )
-            return None, None
-        access_log = AccessLog(self._context.folder.evaluations)
-        removed = access_log.removed_since(str(evidence.lineage["created"]), adapter.digest)
-        if removed and because is None:
-            raise UserError(
-                f"The evidence of evaluation {removed[-1]} of {adapter.name} is missing, and it is newer than that of "
-                f"{evidence.id}",
-                where=str(access_log.path),
-                fix=f"Restore its folder, or run `tunewright evaluate {adapter.name}` with the config that it had.",
+            return DeployResult(None, decided, test, check)
+        grounds = Grounds(decided.decision if decided else None, evaluation, because, test, untested, check)
+        if candidate is None:
+            made = state.releases.deploy(
+                alias, chosen.name, chosen.digest, grounds, system_prompt=system_prompt, grammar=grammar
             )
-        return verdict(evidence), evidence
+        else:
+            made = state.releases.start_candidate(alias, candidate, grounds)
+        return DeployResult(made, decided, test, check, len(state.quota.servers()))
 
-    def _grammar(self, adapter: Adapter, evidence: Evidence | None, because: str | None) -> str:
-        """Return the rule of the config's constraint, with which the adapter was evaluated.
 
-        A forced release may be without that evidence, with a warning.
+def promote(
+    project: ProjectContext, alias: str, *, engine: EngineName | None = None, untested: str | None = None
+) -> DeployResult:
+    """Make an alias's candidate its live release once the isolation test and the serving check have passed.
 
-        Raises:
-            UserError: the config has no constraint, it cannot be compiled, or no evidence has it.
-        """
-        grammar = served_grammar(self._context)
-        missing = missing_evidence(adapter.name, evidence, grammar)
-        if missing is not None and because is None:
-            raise UserError(
-                missing, where="--constrain", fix=f"Run `tunewright evaluate {adapter.name}` with this constraint."
+    The test is not repeated if nothing else was released since the candidate passed it; the check is not repeated
+    for the same adapter and engine. A candidate that was forced needs to pass the test only.
+
+    Args:
+        alias: its name.
+        engine: the engine of the isolation test and the serving check (None: the one that the candidate passed on,
+            else the config's).
+        untested: reason to skip the isolation test and the serving check; it is stored.
+
+    Raises:
+        UserError: no such alias, no candidate, a candidate that is missing here, or an engine that is not
+            installed. Also if the evaluation that allowed the candidate was changed or removed.
+    """
+    _require_reason(untested, "--untested")
+    with project.state() as state:
+        before, candidate = state.releases.promotable(alias)
+        chosen = adapter_of(project, candidate.adapter, candidate.digest)
+        _require_servable(project, chosen, alias, state)
+        if before.grounds.evaluation is not None:
+            _require_evaluation(project, before.grounds.evaluation)
+        if engine is None and before.grounds.isolation is not None:
+            engine = cast("EngineName", before.grounds.isolation.engine)
+        forced = before.grounds.because is not None
+        test, check, passes = _tested(project, state, alias, chosen, engine, untested, forced=forced)
+        if not passes:
+            return DeployResult(None, None, test, check)
+        grounds = replace(before.grounds, isolation=test, untested=untested, serving=check)
+        made = state.releases.promote(alias, grounds)
+        return DeployResult(made, None, test, check, len(state.quota.servers()))
+
+
+def _tested(
+    project: ProjectContext,
+    state: State,
+    alias: str,
+    adapter: Adapter,
+    engine: EngineName | None,
+    untested: str | None,
+    *,
+    forced: bool,
+) -> tuple[IsolationTest | None, ServingCheck | None, bool]:
+    """Return the isolation test and the serving check, unless skipped, and whether the release may go live.
+
+    A refusal is audited. A forced release may fail the serving check, but not the isolation test.
+    """
+    from tunewright.api.isolation import ReleaseGate
+
+    gate = ReleaseGate(project, state, alias, adapter, engine)
+    if untested is not None:
+        gate.require_not_failed()
+        project.reporter.warn(f"{alias} goes live without the isolation test and the serving check.")
+        return None, None, True
+    test, passes = gate.require_isolation()
+    if not passes:
+        state.releases.refuse(alias, adapter.name, adapter.digest, test)
+        return test, None, False
+    check = gate.serving_check()
+    if not check.passes and forced:
+        project.reporter.warn(f"{alias} goes live although the serving check failed: it was forced.")
+    elif not check.passes:
+        state.releases.refuse_served(alias, adapter.name, check)
+    return test, check, check.passes or forced
+
+
+def rollback(project: ProjectContext, alias: str, number: int | None = None) -> Release:
+    """Discard an alias's candidate, or without a candidate restore the previous release.
+
+    It does not wait for an isolation test, since the restored release passed its own.
+
+    Args:
+        alias: its name.
+        number: the release to restore (None: the previous one).
+
+    Raises:
+        UserError: no such alias or release, no previous release, or an adapter that is missing here.
+    """
+    with project.state() as state:
+        back = state.releases.rollback_target(alias, number)
+        adapter_of(project, back.adapter, back.digest)
+        if back.grounds.isolation is None:
+            project.reporter.warn(
+                f"Release {back.number} went live without the isolation test, and a rollback does not wait for it: "
+                "`tunewright serve --self-test` tests what is live then."
             )
-        if missing is not None:
-            self._context.reporter.warn(f"{missing}. The release constrains its answers all the same: it was forced.")
-        return grammar.rule
+        return state.releases.rollback(alias, number)
 
-    def _require_evaluation(self, evaluation: str) -> None:
-        """Refuse to promote on an evaluation that was changed or removed since the candidate was released."""
-        self._check_access_log()
-        folder = self._context.folder.evaluations / evaluation
-        if not (folder / EVIDENCE_FILE).exists():
+
+def undeploy(project: ProjectContext, alias: str, *, because: str | None = None) -> Release:
+    """Stop answering on an alias; a rollback or a deploy restores it.
+
+    Args:
+        alias: its name.
+        because: the reason; it is stored.
+
+    Raises:
+        UserError: no such alias, it is undeployed already, or an empty reason.
+    """
+    _require_reason(because, "--because")
+    with project.state() as state:
+        return state.releases.undeploy(alias, because)
+
+
+def history(project: ProjectContext, alias: str | None = None) -> list[Release]:
+    """Return all releases, or those of one alias, oldest first.
+
+    Raises:
+        UserError: no such alias.
+    """
+    with project.state() as state:
+        return state.releases.history(alias)
+
+
+def shadow(project: ProjectContext, alias: str) -> list[ShadowLine]:
+    """Return the requests copied to an alias's shadow candidates, and their answers.
+
+    Raises:
+        UserError: no such alias.
+    """
+    with project.state() as state:
+        state.releases.history(alias)
+        return state.usage.shadow_lines(alias)
+
+
+def releasable(project: ProjectContext, adapters: Sequence[Adapter]) -> list[Releasable]:
+    """Return the verdict that :meth:`deploy` would decide by, for each of these adapters.
+
+    Raises:
+        UserError: the access log was changed.
+    """
+    AccessLog(project.folder.evaluations).require_all()
+    found = []
+    for adapter in adapters:
+        try:
+            found.append(Releasable(adapter, _decide(project, adapter, None)[0], None))
+        except UserError as error:
+            found.append(Releasable(adapter, None, error))
+    return found
+
+
+def _judge(project: ProjectContext, adapter: Adapter, because: str | None) -> tuple[Verdict | None, Evidence | None]:
+    """Return the verdict of the adapter's newest evaluation, and its evidence."""
+    # Before one is chosen: a changed file could hide that it is about this adapter, or the newest.
+    AccessLog(project.folder.evaluations).require_all()
+    return _decide(project, adapter, because)
+
+
+def _decide(project: ProjectContext, adapter: Adapter, because: str | None) -> tuple[Verdict | None, Evidence | None]:
+    evidence = evidence_on(project.folder.evaluations, adapter.digest, project.reporter)
+    if evidence is None:
+        if because is None:
             raise UserError(
-                f"The evidence of evaluation {evaluation}, on which the candidate was released, is missing",
-                where=str(folder),
-                fix="Restore its folder, or deploy the adapter again.",
+                f"{adapter.name} has no verdict on the test split, and one on dev does not allow a release",
+                where=str(project.folder.evaluations),
+                fix=f'Run `tunewright evaluate {adapter.name}`, or release it anyway with --force --because "why".',
             )
+        return None, None
+    access_log = AccessLog(project.folder.evaluations)
+    removed = access_log.removed_since(str(evidence.lineage["created"]), adapter.digest)
+    if removed and because is None:
+        raise UserError(
+            f"The evidence of evaluation {removed[-1]} of {adapter.name} is missing, and it is newer than that of "
+            f"{evidence.id}",
+            where=str(access_log.path),
+            fix=f"Restore its folder, or run `tunewright evaluate {adapter.name}` with the config that it had.",
+        )
+    return verdict(evidence), evidence
 
-    def _require_servable(self, adapter: Adapter, alias: str, state: State) -> None:
-        """Refuse an adapter that no server here could load together with the other releases."""
-        require_compatible(adapter, self._context.base, self._context.chat)
-        require_batchable(adapter.folder)
-        require_trusted(adapter, TrustedKeys(self._context.folder.keys))
-        config = self._context.folder.config
-        if config.serve.quantization is None:
-            others = [release for name, release in state.releases.live().items() if name != alias]
-            beside = [adapter_of(self._context, release.adapter, release.digest) for release in others]
-            trained_quantization([adapter, *beside])
+
+def _grammar(project: ProjectContext, adapter: Adapter, evidence: Evidence | None, because: str | None) -> str:
+    """Return the rule of the config's constraint, with which the adapter was evaluated.
+
+    A forced release may be without that evidence, with a warning.
+
+    Raises:
+        UserError: the config has no constraint, it cannot be compiled, or no evidence has it.
+    """
+    grammar = served_grammar(project)
+    missing = missing_evidence(adapter.name, evidence, grammar)
+    if missing is not None and because is None:
+        raise UserError(
+            missing, where="--constrain", fix=f"Run `tunewright evaluate {adapter.name}` with this constraint."
+        )
+    if missing is not None:
+        project.reporter.warn(f"{missing}. The release constrains its answers all the same: it was forced.")
+    return grammar.rule
+
+
+def _require_evaluation(project: ProjectContext, evaluation: str) -> None:
+    """Refuse to promote on an evaluation that was changed or removed since the candidate was released."""
+    AccessLog(project.folder.evaluations).require_all()
+    folder = project.folder.evaluations / evaluation
+    if not (folder / EVIDENCE_FILE).exists():
+        raise UserError(
+            f"The evidence of evaluation {evaluation}, on which the candidate was released, is missing",
+            where=str(folder),
+            fix="Restore its folder, or deploy the adapter again.",
+        )
+
+
+def _require_servable(project: ProjectContext, adapter: Adapter, alias: str, state: State) -> None:
+    """Refuse an adapter that no server here could load together with the other releases."""
+    require_compatible(adapter, project.base, project.chat)
+    require_batchable(adapter.folder)
+    require_trusted(adapter, TrustedKeys(project.folder.keys))
+    config = project.folder.config
+    if config.serve.quantization is None:
+        others = [release for name, release in state.releases.live().items() if name != alias]
+        beside = [adapter_of(project, release.adapter, release.digest) for release in others]
+        trained_quantization([adapter, *beside])
 
 
 def _require_reason(reason: str | None, where: str) -> None:

@@ -56,154 +56,159 @@ class SuspectsResult:
         }
 
 
-class ReviewApi:
-    """Methods on the review of a project's rows."""
+def find_suspects(
+    project: ProjectContext, adapter: str | None = None, *, version: DatasetVersion | None = None
+) -> SuspectsResult:
+    """Return the current version's rows that are most likely wrong, reusing a stored result of the same inputs.
 
-    def __init__(self, opened: ProjectContext) -> None:
-        self._context = opened
-        self._project = opened.folder
-        self._dataset = opened.folder.dataset
-        self._reporter = opened.reporter
+    Free text is ranked by each answer's loss. The losses come from the named adapter ("base": the base alone), else
+    from the version's cross-validated adapters, else from the newest adapter that fits.
 
-    def suspects(self, adapter: str | None = None, *, version: DatasetVersion | None = None) -> SuspectsResult:
-        """Return the current version's rows that are most likely wrong, reusing a stored result of the same inputs.
+    Args:
+        adapter: ranks free text.
+        version: the current version, if it is loaded already.
 
-        Free text is ranked by each answer's loss. The losses come from the named adapter ("base": the base alone), else
-        from the version's cross-validated adapters, else from the newest adapter that fits.
+    Raises:
+        UserError: an adapter is named although answers are classes, which a model of other rows judges better.
+    """
+    from tunewright.data.review import suspects
+    from tunewright.data.trace import places_by_key
 
-        Args:
-            adapter: ranks free text.
-            version: the current version, if it is loaded already.
+    version = load_version(project.folder.dataset) if version is None else version
+    who = _judging(project, version, adapter, project.reporter)
 
-        Raises:
-            UserError: an adapter is named although answers are classes, which a model of other rows judges better.
-        """
-        from tunewright.data.review.suspects import cached_suspects, find_suspects
-        from tunewright.data.trace import places_by_key
+    def find(reporter: Reporter) -> SuspectList:
+        losses = None
+        if who is not None:
+            from tunewright.evaluation.losses import row_losses
 
-        version = load_version(self._dataset) if version is None else version
-        who = self._judging(version, adapter, self._reporter)
+            losses = row_losses(project.folder, project.base, project.chat, who, reporter)
+        return suspects.find_suspects(version, reporter, losses=losses)
 
-        def find(reporter: Reporter) -> SuspectList:
-            losses = None
-            if who is not None:
-                from tunewright.evaluation.losses import row_losses
+    found = suspects.cached_suspects(_suspects_file(project, version, who), find, project.reporter)
+    places = places_by_key(project.folder.dataset, version.manifest)
+    return SuspectsResult(version, found.suspects, who.judged_by if who else None, places, found.accuracy)
 
-                losses = row_losses(self._project, self._context.base, self._context.chat, who, reporter)
-            return find_suspects(version, reporter, losses=losses)
 
-        found = cached_suspects(self._suspects_file(version, who), find, self._reporter)
-        places = places_by_key(self._dataset, version.manifest)
-        return SuspectsResult(version, found.suspects, who.judged_by if who else None, places, found.accuracy)
+def stored_suspects(
+    project: ProjectContext, version: DatasetVersion, adapter: str | None = None
+) -> list[Suspect] | None:
+    """Return what :meth:`suspects` has found for a loaded version; None if it has not run on the same inputs.
 
-    def stored_suspects(self, version: DatasetVersion, adapter: str | None = None) -> list[Suspect] | None:
-        """Return what :meth:`suspects` has found for a loaded version; None if it has not run on the same inputs.
+    Raises:
+        UserError: as for :meth:`suspects`.
+    """
+    from tunewright.data.review.suspects import stored_suspects
 
-        Raises:
-            UserError: as for :meth:`suspects`.
-        """
-        from tunewright.data.review.suspects import stored_suspects
+    file = _suspects_file(project, version, _judging(project, version, adapter, LogReporter()))
+    return stored_suspects(file).suspects if file.exists() else None
 
-        file = self._suspects_file(version, self._judging(version, adapter, LogReporter()))
-        return stored_suspects(file).suspects if file.exists() else None
 
-    def _judging(self, version: DatasetVersion, adapter: str | None, reporter: Reporter) -> Judging | None:
-        """Return the models whose losses rank the answers; None if no losses are used."""
-        from tunewright.data.examples import class_like
+def _judging(
+    project: ProjectContext, version: DatasetVersion, adapter: str | None, reporter: Reporter
+) -> Judging | None:
+    """Return the models whose losses rank the answers; None if no losses are used."""
+    from tunewright.data.examples import class_like
 
-        project = self._project
-        if class_like([m.example.output.strip() for m in version.domain]):
-            if adapter is not None:
-                raise UserError(
-                    "The answers are classes: a model of other rows judges them, and no adapter is used",
-                    where="--adapter",
-                    fix="Leave it out.",
-                )
-            return None
-        if adapter is None and not list_adapters(project.fold_adapters) and not list_adapters(project.adapters):
-            return None
-        from tunewright.evaluation.losses import judging
+    folder = project.folder
+    if class_like([m.example.output.strip() for m in version.domain]):
+        if adapter is not None:
+            raise UserError(
+                "The answers are classes: a model of other rows judges them, and no adapter is used",
+                where="--adapter",
+                fix="Leave it out.",
+            )
+        return None
+    if adapter is None and not list_adapters(folder.fold_adapters) and not list_adapters(folder.adapters):
+        return None
+    from tunewright.evaluation.losses import judging
 
-        return judging(project, version, self._context.base, self._context.chat, reporter, adapter)
+    return judging(folder, version, project.base, project.chat, reporter, adapter)
 
-    def _suspects_file(self, version: DatasetVersion, who: Judging | None) -> Path:
-        from tunewright.data.review.suspects import FOLDER, METHOD
 
-        decides = {
-            "version": version.digest,
-            "settings": version.manifest.settings.model_dump(mode="json"),
-            "judges": who.digest if who else None,
-            "method": METHOD,
-        }
-        return self._project.work / FOLDER / f"{digest(decides)[:16]}.json"
+def _suspects_file(project: ProjectContext, version: DatasetVersion, who: Judging | None) -> Path:
+    from tunewright.data.review.suspects import FOLDER, METHOD
 
-    def review(
-        self,
-        reviewer: str | None = None,
-        *,
-        suspects: bool | Sequence[Suspect] = False,
-        adapter: str | None = None,
-        second: bool = False,
-        conflicts: bool = False,
-        fixed: int | None = None,
-        redraw: bool = False,
-        version: DatasetVersion | None = None,
-    ) -> ReviewSession:
-        """Start a review of a random sample of the current version, drawn on first use, or of its suspects.
+    decides = {
+        "version": version.digest,
+        "settings": version.manifest.settings.model_dump(mode="json"),
+        "judges": who.digest if who else None,
+        "method": METHOD,
+    }
+    return project.folder.work / FOLDER / f"{digest(decides)[:16]}.json"
 
-        Args:
-            reviewer: the reviewer's name (None: the login name).
-            suspects: review the suspects instead of the sample; a list: those that :meth:`stored_suspects` returned.
-            adapter: ranks the suspects by its losses, as in :meth:`suspects`.
-            second: judge rows again that others have judged, without seeing their verdicts.
-            conflicts: judge rows again on which the reviewer and others disagree, with their verdicts in sight.
-            fixed: number of wrong rows that a sample of fixed size allows (None: the existing plan, or the sequential
-                one).
-            redraw: draw another sample; the old one stays on record.
-            version: the current version, if it is loaded already.
 
-        Raises:
-            UserError: the plan differs from the existing sample's, or the options are mutually exclusive.
-        """
-        from tunewright.data.review.acceptance import FixedPlan
-        from tunewright.data.review.session import ReviewSession, default_reviewer
-        from tunewright.data.trace import metadata_by_key
+def review(
+    project: ProjectContext,
+    reviewer: str | None = None,
+    *,
+    suspects: bool | Sequence[Suspect] = False,
+    adapter: str | None = None,
+    second: bool = False,
+    conflicts: bool = False,
+    fixed: int | None = None,
+    redraw: bool = False,
+    version: DatasetVersion | None = None,
+) -> ReviewSession:
+    """Start a review of a random sample of the current version, drawn on first use, or of its suspects.
 
-        version = load_version(self._dataset) if version is None else version
-        if suspects is True:
-            suspects = self.suspects(adapter, version=version).suspects
-        return ReviewSession(
-            self._dataset,
-            version,
-            default_reviewer() if reviewer is None else reviewer,
-            self._reporter,
-            plan=None if fixed is None else FixedPlan(allowed=fixed),
-            redraw=redraw,
-            suspects=None if suspects is False else suspects,
-            second=second,
-            conflicts=conflicts,
-            allow=self._project.config.data.allow,
-            metadata=metadata_by_key(self._dataset, version.manifest)
-            if any(m.generated for m in version.domain)
-            else {},
-        )
+    Args:
+        reviewer: the reviewer's name (None: the login name).
+        suspects: review the suspects instead of the sample; a list: those that :meth:`stored_suspects` returned.
+        adapter: ranks the suspects by its losses, as in :meth:`suspects`.
+        second: judge rows again that others have judged, without seeing their verdicts.
+        conflicts: judge rows again on which the reviewer and others disagree, with their verdicts in sight.
+        fixed: number of wrong rows that a sample of fixed size allows (None: the existing plan, or the sequential
+            one).
+        redraw: draw another sample; the old one stays on record.
+        version: the current version, if it is loaded already.
 
-    def import_reviews(self, file: str | Path, reviewer: str | None = None) -> Imported:
-        """Record the verdicts of a filled-in spreadsheet; if a row is faulty, none is recorded."""
-        from tunewright.data.review.session import default_reviewer
-        from tunewright.data.review_csv import import_csv
+    Raises:
+        UserError: the plan differs from the existing sample's, or the options are mutually exclusive.
+    """
+    from tunewright.data.review.acceptance import FixedPlan
+    from tunewright.data.review.session import ReviewSession, default_reviewer
+    from tunewright.data.trace import metadata_by_key
 
-        name = default_reviewer() if reviewer is None else reviewer
-        return import_csv(Path(file), self._dataset, load_version(self._dataset), name, self._project.config.data.allow)
+    version = load_version(project.folder.dataset) if version is None else version
+    if suspects is True:
+        suspects = find_suspects(project, adapter, version=version).suspects
+    return ReviewSession(
+        project.folder.dataset,
+        version,
+        default_reviewer() if reviewer is None else reviewer,
+        project.reporter,
+        plan=None if fixed is None else FixedPlan(allowed=fixed),
+        redraw=redraw,
+        suspects=None if suspects is False else suspects,
+        second=second,
+        conflicts=conflicts,
+        allow=project.folder.config.data.allow,
+        metadata=metadata_by_key(project.folder.dataset, version.manifest)
+        if any(m.generated for m in version.domain)
+        else {},
+    )
 
-    def apply_reviews(self, *, message: str = "") -> EditResult:
-        """Create a new version with the answers that reviewers edited."""
-        from tunewright.data.review.edits import apply_edits
 
-        return apply_edits(self._project, self._reporter, message=message)
+def import_reviews(project: ProjectContext, file: str | Path, reviewer: str | None = None) -> Imported:
+    """Record the verdicts of a filled-in spreadsheet; if a row is faulty, none is recorded."""
+    from tunewright.data.review.session import default_reviewer
+    from tunewright.data.review_csv import import_csv
 
-    def review_status(self) -> ReviewReport:
-        """Return the state of the current version's review."""
-        from tunewright.data.review.report import review_report
+    name = default_reviewer() if reviewer is None else reviewer
+    folder = project.folder
+    return import_csv(Path(file), folder.dataset, load_version(folder.dataset), name, folder.config.data.allow)
 
-        return review_report(self._dataset, load_version(self._dataset))
+
+def apply_reviews(project: ProjectContext, *, message: str = "") -> EditResult:
+    """Create a new version with the answers that reviewers edited."""
+    from tunewright.data.review.edits import apply_edits
+
+    return apply_edits(project.folder, project.reporter, message=message)
+
+
+def review_status(project: ProjectContext) -> ReviewReport:
+    """Return the state of the current version's review."""
+    from tunewright.data.review.report import review_report
+
+    return review_report(project.folder.dataset, load_version(project.folder.dataset))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from tunewright.api.context import ProjectContext
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
+from tunewright.core.progress import Reporter
 from tunewright.data.readers.sources import source_files
 from tunewright.data.versions import DatasetVersion, has_version, load_version
 
@@ -21,130 +22,134 @@ if TYPE_CHECKING:
     from tunewright.synthesis.teachers import Teacher
 
 
-class SynthesisApi:
-    """Methods that have the config's teacher write rows."""
+def estimate_generate(project: ProjectContext, files: Iterable[str | Path]) -> Estimate:
+    """Estimate calls, tokens and cost of :meth:`generate`, without sending anything."""
+    generator, inputs = _generator(project, files)
+    return generator.estimate(inputs)
 
-    def __init__(self, opened: ProjectContext) -> None:
-        self._context = opened
-        self._project = opened.folder
-        self._reporter = opened.reporter
 
-    def estimate_generate(self, files: Iterable[str | Path]) -> Estimate:
-        """Estimate calls, tokens and cost of :meth:`generate`, without sending anything."""
-        generator, inputs = self._generator(files)
-        return generator.estimate(inputs)
+def generate(project: ProjectContext, files: Iterable[str | Path], out: str | Path | None = None) -> GenerateResult:
+    """Have the config's teacher write ideal outputs for inputs, as a file that ``data.add`` reads.
 
-    def generate(self, files: Iterable[str | Path], out: str | Path | None = None) -> GenerateResult:
-        """Have the config's teacher write ideal outputs for inputs, as a file that :meth:`DatasetApi.add` reads.
+    Args:
+        files: inputs in any format of pairs, with or without ideal outputs.
+        out: the file to write (None: ``generated/`` in the project, named after the first file).
 
-        Args:
-            files: inputs in any format of pairs, with or without ideal outputs.
-            out: the file to write (None: ``generated/`` in the project, named after the first file).
+    Raises:
+        UserError: no teacher or licence note in the config, a faulty or secret input, an endpoint that fails, a
+            budget that is used up, or an existing file with other rows. Finished replies are kept.
+    """
+    generator, inputs = _generator(project, files)
+    return generator.run(inputs, _out(project, out, Path(inputs[0].row.source).name.partition(".")[0]))
 
-        Raises:
-            UserError: no teacher or licence note in the config, a faulty or secret input, an endpoint that fails, a
-                budget that is used up, or an existing file with other rows. Finished replies are kept.
-        """
-        generator, inputs = self._generator(files)
-        return generator.run(inputs, self._out(out, Path(inputs[0].row.source).name.partition(".")[0]))
 
-    def _generator(self, files: Iterable[str | Path]) -> tuple[RowGenerator, list[Input]]:
-        from tunewright.metrics import scorer_of
-        from tunewright.synthesis.generate import RowGenerator
-        from tunewright.synthesis.inputs import read_inputs
-        from tunewright.synthesis.rubric import RubricJudge
+def _generator(project: ProjectContext, files: Iterable[str | Path]) -> tuple[RowGenerator, list[Input]]:
+    from tunewright.metrics import scorer_of
+    from tunewright.synthesis.generate import RowGenerator
+    from tunewright.synthesis.inputs import read_inputs
+    from tunewright.synthesis.rubric import RubricJudge
 
-        config = self._project.config
-        teacher = self._teacher(self._project)
-        inputs = read_inputs(source_files(files, self._reporter), config.data, self._reporter)
-        scorer = scorer_of(config.evaluate.metric, self._project.root)
-        needed = config.generate.judge_score
-        judge = None if needed is None else RubricJudge(self._project, needed, self._reporter)
-        generator = RowGenerator(
-            self._project, self._version(), teacher, scorer, self._constraints(), judge, self._reporter
-        )
-        return generator, inputs
+    config = project.folder.config
+    teacher = _teacher(project.folder, project.reporter)
+    inputs = read_inputs(source_files(files, project.reporter), config.data, project.reporter)
+    scorer = scorer_of(config.evaluate.metric, project.folder.root)
+    needed = config.generate.judge_score
+    judge = None if needed is None else RubricJudge(project.folder, needed, project.reporter)
+    generator = RowGenerator(
+        project.folder, _version(project), teacher, scorer, _constraints(project), judge, project.reporter
+    )
+    return generator, inputs
 
-    def estimate_from_documents(self, files: Iterable[str | Path]) -> Estimate:
-        """Estimate calls, tokens and cost of :meth:`from_documents`, without sending anything."""
-        return self._writer().estimate([Path(file) for file in files])
 
-    def from_documents(self, files: Iterable[str | Path], out: str | Path | None = None) -> DocumentsResult:
-        """Have the config's teacher write questions and answers from documents, each citing its passage.
+def estimate_from_documents(project: ProjectContext, files: Iterable[str | Path]) -> Estimate:
+    """Estimate calls, tokens and cost of :meth:`from_documents`, without sending anything."""
+    return _writer(project).estimate([Path(file) for file in files])
 
-        Args:
-            files: PDF, DOCX, HTML, Markdown or text.
-            out: the file to write (None: ``generated/`` in the project, named after the first document).
 
-        Raises:
-            UserError: as for :meth:`generate`; also if no document can be read.
-        """
-        paths = [Path(file) for file in files]
-        return self._writer().run(paths, self._out(out, paths[0].stem))
+def from_documents(
+    project: ProjectContext, files: Iterable[str | Path], out: str | Path | None = None
+) -> DocumentsResult:
+    """Have the config's teacher write questions and answers from documents, each citing its passage.
 
-    def generated_effect(self, evaluation: str | Path, without: str | Path) -> GeneratedEffect:
-        """Compare an adapter with one trained without the generated rows, on people's test items.
+    Args:
+        files: PDF, DOCX, HTML, Markdown or text.
+        out: the file to write (None: ``generated/`` in the project, named after the first document).
 
-        The finding becomes a part of the first evaluation's evidence. Nothing is answered again.
+    Raises:
+        UserError: as for :meth:`generate`; also if no document can be read.
+    """
+    paths = [Path(file) for file in files]
+    return _writer(project).run(paths, _out(project, out, paths[0].stem))
 
-        Args:
-            evaluation: the evaluation of the adapter trained with them.
-            without: the evaluation of an adapter trained with train.generated: false.
 
-        Raises:
-            UserError: no such evaluation, or the two differ in more than the generated rows.
-        """
-        from tunewright.evidence.schema import find_evaluation
-        from tunewright.synthesis.effect import measure_effect
+def generated_effect(project: ProjectContext, evaluation: str | Path, without: str | Path) -> GeneratedEffect:
+    """Compare an adapter with one trained without the generated rows, on people's test items.
 
-        ours, theirs = (find_evaluation(self._project.evaluations, name) for name in (evaluation, without))
-        return measure_effect(self._project, ours, theirs, self._reporter)
+    The finding becomes a part of the first evaluation's evidence. Nothing is answered again.
 
-    def _out(self, out: str | Path | None, name: str) -> Path:
-        path = self._project.root / "generated" / f"{name}.jsonl" if out is None else Path(out)
-        if path.is_dir():
-            raise UserError("A folder is there", where=str(path), fix="Name a file with --out.")
-        return path
+    Args:
+        evaluation: the evaluation of the adapter trained with them.
+        without: the evaluation of an adapter trained with train.generated: false.
 
-    def _writer(self) -> QuestionWriter:
-        from tunewright.config import ConstrainConfig
-        from tunewright.synthesis.questions import SCHEMA, QuestionWriter
+    Raises:
+        UserError: no such evaluation, or the two differ in more than the generated rows.
+    """
+    from tunewright.evidence.schema import find_evaluation
+    from tunewright.synthesis.effect import measure_effect
 
-        config = self._project.config
-        # The teacher's replies are pairs in JSON, whatever form the project's answers have.
-        evaluate = config.evaluate.model_copy(update={"structured_outputs": ConstrainConfig(json_schema=SCHEMA)})
-        asking = ProjectFolder(self._project.root, config.model_copy(update={"evaluate": evaluate}))
-        return QuestionWriter(self._project, self._version(), self._teacher(asking), self._reporter)
+    ours, theirs = (find_evaluation(project.folder.evaluations, name) for name in (evaluation, without))
+    return measure_effect(project.folder, ours, theirs, project.reporter)
 
-    def _version(self) -> DatasetVersion | None:
-        if has_version(self._project.dataset):
-            return load_version(self._project.dataset)
-        self._reporter.say("There is no dataset version yet: inputs are not compared with held-out rows.")
-        return None
 
-    def _constraints(self) -> AnswerConstraints | None:
-        """Return the check of the form that the config's structured outputs have."""
-        from tunewright.evaluation.answer_constraints import AnswerConstraints, grammar_of
+def _out(project: ProjectContext, out: str | Path | None, name: str) -> Path:
+    path = project.folder.root / "generated" / f"{name}.jsonl" if out is None else Path(out)
+    if path.is_dir():
+        raise UserError("A folder is there", where=str(path), fix="Name a file with --out.")
+    return path
 
-        grammar = grammar_of(self._project)
-        return None if grammar is None else AnswerConstraints(self._context.chat, grammar)
 
-    def _teacher(self, project: ProjectFolder) -> Teacher:
-        from tunewright.synthesis.teachers import EndpointTeacher, LocalTeacher, require_teacher
+def _writer(project: ProjectContext) -> QuestionWriter:
+    from tunewright.config import ConstrainConfig
+    from tunewright.synthesis.questions import SCHEMA, QuestionWriter
 
-        config = project.config
-        require_teacher(config.generate)
-        if config.generate.base is None:
-            return EndpointTeacher(project, _schema(project), self._reporter)
-        from tunewright.chat import open_chat
-        from tunewright.evaluation.generations import Generator
-        from tunewright.models.bases import resolve_base
+    config = project.folder.config
+    # The teacher's replies are pairs in JSON, whatever form the project's answers have.
+    evaluate = config.evaluate.model_copy(update={"structured_outputs": ConstrainConfig(json_schema=SCHEMA)})
+    asking = ProjectFolder(project.folder.root, config.model_copy(update={"evaluate": evaluate}))
+    return QuestionWriter(project.folder, _version(project), _teacher(asking, project.reporter), project.reporter)
 
-        base = resolve_base(config.generate.base, config.generate.revision, self._project.root, self._reporter)
-        chat = open_chat(base, config.chat, self._reporter)
-        quantization = config.evaluate.quantization or config.train.quantization
-        generator = Generator.of(project, base, chat, quantization, self._reporter)
-        return LocalTeacher(project, generator, self._reporter)
+
+def _version(project: ProjectContext) -> DatasetVersion | None:
+    if has_version(project.folder.dataset):
+        return load_version(project.folder.dataset)
+    project.reporter.say("There is no dataset version yet: inputs are not compared with held-out rows.")
+    return None
+
+
+def _constraints(project: ProjectContext) -> AnswerConstraints | None:
+    """Return the check of the form that the config's structured outputs have."""
+    from tunewright.evaluation.answer_constraints import AnswerConstraints, grammar_of
+
+    grammar = grammar_of(project.folder)
+    return None if grammar is None else AnswerConstraints(project.chat, grammar)
+
+
+def _teacher(project: ProjectFolder, reporter: Reporter) -> Teacher:
+    from tunewright.synthesis.teachers import EndpointTeacher, LocalTeacher, require_teacher
+
+    config = project.config
+    require_teacher(config.generate)
+    if config.generate.base is None:
+        return EndpointTeacher(project, _schema(project), reporter)
+    from tunewright.chat import open_chat
+    from tunewright.evaluation.generations import Generator
+    from tunewright.models.bases import resolve_base
+
+    base = resolve_base(config.generate.base, config.generate.revision, project.root, reporter)
+    chat = open_chat(base, config.chat, reporter)
+    quantization = config.evaluate.quantization or config.train.quantization
+    generator = Generator.of(project, base, chat, quantization, reporter)
+    return LocalTeacher(project, generator, reporter)
 
 
 def _schema(project: ProjectFolder) -> dict[str, object] | None:

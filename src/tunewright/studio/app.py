@@ -27,13 +27,13 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from tunewright.api import Project
-from tunewright.api.runs import RunsApi
 from tunewright.config import GatewayConfig
 from tunewright.config.project import ProjectFolder
 from tunewright.core.author import authored_by
 from tunewright.core.errors import UserError
 from tunewright.core.io import write_bytes
 from tunewright.core.text import visible
+from tunewright.evaluation.training_runs import TrainingRuns
 from tunewright.serving.gateway.server import serve
 from tunewright.studio.access import (
     MAX_SIGN_IN,
@@ -310,7 +310,7 @@ class Studio:
         """Stream the metrics of a training run as server-sent events."""
         if self._session(request) is None:
             raise HTTPException(403)
-        runs = RunsApi(ProjectFolder(self._root))
+        runs = TrainingRuns(ProjectFolder(self._root))
         run = await to_thread.run_sync(runs.find, str(request.path_params["run"]))
         return StreamingResponse(run_events(run), media_type="text/event-stream")
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tunewright.api.runs import TrainingRun
 from tunewright.config import MetricName
 from tunewright.core.downsample import downsample
+from tunewright.evaluation.training_runs import TrainingRun
 from tunewright.evidence.learning_curve import Curve
 from tunewright.metrics import axis_label
 from tunewright.training.checkpoint_selection import DEV_LOSS, DEV_METRIC, PAIR_LOSS, REPLAY_KL, REPLAY_LOSS

@@ -10,8 +10,8 @@ from pathlib import Path
 from anyio import sleep, to_thread
 
 from tunewright.adapters.registry import HISTORY, read_history
-from tunewright.api.runs import TrainingRun
 from tunewright.core.errors import UserError
+from tunewright.evaluation.training_runs import TrainingRun
 
 _EVERY_S = 0.5
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from starlette.responses import Response
 
-from tunewright.api.runs import TrainingRun
 from tunewright.core.errors import UserError
 from tunewright.core.progress import duration
 from tunewright.data.examples import Example
 from tunewright.data.versions import current_manifest
+from tunewright.evaluation.training_runs import TrainingRun
 from tunewright.evidence.learning_curve import more_data
 from tunewright.metrics import metric_label, score_text
 from tunewright.studio.charts import comparison_charts, curve_chart, run_charts, sweep_chart

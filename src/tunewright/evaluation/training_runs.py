@@ -87,8 +87,8 @@ class RunComparison:
     """Each config key whose value differs, with the value of each run."""
 
 
-class RunsApi:
-    """Methods on a project's training runs."""
+class TrainingRuns:
+    """A project's training runs, sweeps and learning curves."""
 
     def __init__(self, project: ProjectFolder) -> None:
         self._project = project

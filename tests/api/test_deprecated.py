@@ -1,0 +1,40 @@
+"""Python names of earlier versions: each still works, and names what replaced it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import tunewright
+from command_line import tiny_project
+from tunewright.core.errors import UserError
+
+
+def test_deprecated_tenant_methods_call_the_state(tmp_path: Path, tiny_base_folder: Path) -> None:
+    project = tunewright.open(tiny_project(tmp_path / "project", tiny_base_folder))
+    with pytest.warns(DeprecationWarning, match=r"state\.tenants\.add\(\)"):
+        project.tenant.add("acme", ["legal"])
+    with pytest.warns(DeprecationWarning, match=r"state\.keys\.create\(\)"):
+        made = project.tenant.key.add("acme", lifetime=60.0)
+    with pytest.warns(DeprecationWarning, match=r"state\.verify\(\)"):
+        assert not project.audit.verify().faults
+    with project.state() as state:
+        assert [tenant.name for tenant in state.tenants.list()] == ["acme"]
+        assert state.keys.list("acme") == [made.key]
+        assert [line.action for line in state.audit.lines()] == ["tenant.add", "key.add"]
+
+
+def test_deprecated_engine_methods_refuse_an_unknown_engine(tmp_path: Path, tiny_base_folder: Path) -> None:
+    project = tunewright.open(tiny_project(tmp_path / "project", tiny_base_folder))
+    with (
+        pytest.warns(DeprecationWarning, match="tunewright.engines.environment"),
+        pytest.raises(UserError, match="Unknown engine 'tgi'"),
+    ):
+        project.engine.show("tgi")
+
+
+def test_deprecated_group_has_no_other_methods(tmp_path: Path, tiny_base_folder: Path) -> None:
+    project = tunewright.open(tiny_project(tmp_path / "project", tiny_base_folder))
+    assert not hasattr(project.tenant, "rename")
+    assert not hasattr(project.audit, "add")
