@@ -12,14 +12,14 @@ from tunewright.adapters.registry import Adapter, find_adapter
 from tunewright.adapters.signing import store_signer
 from tunewright.adapters.signing_keys import SigningKeys
 from tunewright.adapters.vllm_compat import require_servable
-from tunewright.api import evaluations
+from tunewright.api import evaluations, isolation, memory, serving
 from tunewright.api import releases as release_verbs
 from tunewright.api.adapters import ProjectAdapters
 from tunewright.api.context import ProjectContext
 from tunewright.api.data import ProjectData
 from tunewright.api.deprecated import DeprecatedGroup
 from tunewright.api.export import ProjectExport
-from tunewright.config import EngineName, TrainConfig
+from tunewright.config import TrainConfig
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter, Reporter
@@ -51,9 +51,6 @@ if TYPE_CHECKING:
     from tunewright.evaluation.prompt_search import AdviseResult
     from tunewright.evaluation.runner import EvaluateResult
     from tunewright.evaluation.schedule import AnswersEstimate
-    from tunewright.models.memory.plan import MemoryCheck, Plan
-    from tunewright.serving.gateway.app_factory import Service
-    from tunewright.serving.isolation.result import IsolationResult
     from tunewright.training.sweep.sweep import SweepResult
     from tunewright.training.train import TrainResult
 
@@ -98,6 +95,10 @@ class Project(ProjectContext):
     row_answers = evaluations.row_answers
     verdict = evaluations.verdict
     verdict_markdown = evaluations.verdict_markdown
+
+    estimate_memory = memory.estimate_memory
+    self_test = isolation.self_test
+    serve = serving.serve
 
     deploy = release_verbs.deploy
     promote = release_verbs.promote
@@ -248,36 +249,6 @@ class Project(ProjectContext):
         self._report_detectable_effects()
         with self.trainings() if pilot else nullcontext() as pilots:
             return Adviser(self.arm_runner, pilots=pilots, minutes=minutes).advise()
-
-    def estimate_memory(
-        self,
-        *,
-        gpu: str | None = None,
-        base: str | None = None,
-        rows: int | None = None,
-        length: int | None = None,
-        shared: int = 0,
-        answer: int | None = None,
-    ) -> tuple[Plan, MemoryCheck]:
-        """Return the memory needed for training by part, and whether it fits, from the base's config.json alone.
-
-        The longest row is measured if there is a dataset and the base's tokenizer is on this machine.
-
-        Args:
-            gpu: a card's name or memory, such as RTX 4090 or 24GB (None: this machine's card or memory).
-            base: overrides the project's base. Without a project the config's defaults apply.
-            rows: rows of a micro-batch (None: the config's).
-            length: tokens of its longest row (None: the config's).
-            shared: tokens of the prefix that all rows share.
-            answer: trained tokens of each row (None: all except the shared ones).
-
-        Raises:
-            UserError: unknown base, card or size, an unsupported base, or more shared and trained tokens than a
-                row has.
-        """
-        from tunewright.api.memory import memory_plan
-
-        return memory_plan(self, gpu=gpu, base=base, rows=rows, length=length, shared=shared, answer=answer)
 
     def train(self, *, force: bool = False) -> TrainResult:
         """Train the config's adapter on the current version, or return the one already trained.
@@ -492,85 +463,6 @@ class Project(ProjectContext):
             return CrossValidation(
                 self.folder, version, self.base, chat, self.reporter, trainings, folds=folds, force=force
             ).run()
-
-    def serve(
-        self,
-        adapters: Sequence[str] = (),
-        *,
-        host: str | None = None,
-        port: int | None = None,
-        metrics_port: int | None = None,
-        metrics_host: str | None = None,
-        auth: bool = True,
-        engine: EngineName | None = None,
-        replicas: int | None = None,
-        max_replicas: int | None = None,
-        system_prompts: bool = True,
-        constrain: bool = False,
-    ) -> Service:
-        """Return a server, loaded but not yet started.
-
-        Without tenants it serves the base and the adapters (by default all that fit the base) to this machine, without
-        keys. ``NAME@step-N`` is an earlier checkpoint. Named adapters decide if the base is quantized, as they were
-        trained on it, unless ``serve.quantization`` is set; otherwise the config decides.
-
-        With tenants it answers only their API keys, from the releases of their aliases.
-
-        Args:
-            adapters: names; empty with tenants.
-            host: overrides the config.
-            port: overrides the config.
-            metrics_port: overrides the config.
-            metrics_host: overrides the config.
-            engine: overrides the config.
-            replicas: overrides the config.
-            max_replicas: overrides the config.
-            auth: False accepts every client that can reach the address, without a key; only without tenants.
-            system_prompts: add the adapter's trained system prompt to requests without one; False only
-                without tenants.
-            constrain: constrain the adapters' answers by the config's ``evaluate.structured_outputs``; only without
-                tenants, whose releases have their own constraint.
-
-        Raises:
-            UserError: a named adapter does not fit the base or the other adapters, or the address can be reached from
-                other machines without tenants. With ``constrain``: the config has no constraint.
-        """
-        from tunewright.api.serving import open_service
-
-        given = {
-            "host": host,
-            "port": port,
-            "metrics_port": metrics_port,
-            "metrics_host": metrics_host,
-            "engine": engine,
-            "replicas": replicas,
-            "max_replicas": max_replicas,
-        }
-        own = {name: value for name, value in given.items() if value is not None}
-        config = self.folder.config
-        served = config.model_copy(update={"serve": config.serve.model_copy(update=own)})
-        return open_service(self, adapters, served, auth=auth, system_prompts=system_prompts, constrain=constrain)
-
-    def self_test(
-        self,
-        adapters: Sequence[str] = (),
-        *,
-        engine: EngineName | None = None,
-        replicas: int | None = None,
-        max_replicas: int | None = None,
-    ) -> IsolationResult:
-        """Run the isolation test on the base and the adapters that :meth:`serve` would serve.
-
-        If the number of replicas follows the load, the largest number is tested.
-
-        The probes are dev items of the current version, if there is one, and general questions.
-
-        Raises:
-            UserError: as for :meth:`serve`, or no adapter.
-        """
-        from tunewright.api.isolation import open_self_test, probe_prompts
-
-        return open_self_test(self, adapters, engine, replicas, max_replicas).run(probe_prompts(self))
 
     def _refuse_up_front(self, new_adapters_of: str | None = None) -> None:
         """Refuse a config that cannot be trained, before a base is downloaded or anything measured.

@@ -18,7 +18,7 @@ from tunewright.data.versions import Member, has_version, load_version
 
 if TYPE_CHECKING:
     from tunewright.export.probe import Probe
-    from tunewright.serving.isolation.runner import IsolationRunner
+    from tunewright.serving.isolation.result import IsolationResult
     from tunewright.serving.tenants import IsolationTest, ServingCheck, State
 
 DEV_PROMPTS = 16
@@ -74,37 +74,43 @@ def probe_prompts(opened: ProjectContext) -> list[tuple[int, ...]]:
     return list(dict.fromkeys(opened.chat.prompt(messages) for messages in asked))
 
 
-def open_self_test(
-    opened: ProjectContext,
-    names: Sequence[str],
-    engine: EngineName | None,
-    replicas: int | None,
-    max_replicas: int | None,
-) -> IsolationRunner:
-    """Return the isolation test of the adapters that ``Project.serve`` would serve, over as many replicas at most.
+def self_test(
+    project: ProjectContext,
+    adapters: Sequence[str] = (),
+    *,
+    engine: EngineName | None = None,
+    replicas: int | None = None,
+    max_replicas: int | None = None,
+) -> IsolationResult:
+    """Run the isolation test on the base and the adapters that :meth:`serve` would serve.
+
+    If the number of replicas follows the load, the largest number is tested.
+
+    The probes are dev items of the current version, if there is one, and general questions.
 
     Raises:
-        UserError: as for ``Project.serve``.
+        UserError: as for :meth:`serve`, or no adapter.
     """
     from tunewright.serving.engines.scaling import largest_number
     from tunewright.serving.isolation.runner import IsolationRunner
 
-    project, config = opened.folder, opened.folder.config
+    folder, config = project.folder, project.folder.config
     number = largest_number(replicas or config.serve.replicas, max_replicas or config.serve.max_replicas)
     config = _with_replicas(config, number)
     held, folders, spare = None, {}, 0
-    if config.serve.database_url is not None or project.serving_state.exists():
-        with opened.state() as state:
+    if config.serve.database_url is not None or folder.serving_state.exists():
+        with project.state() as state:
             if state.tenants.any():
-                refuse_names(names)
-                held, adapters = released(opened, state)
-                folders = {adapter.name: adapter.folder for adapter in adapters}
+                refuse_names(adapters)
+                held, live = released(project, state)
+                folders = {adapter.name: adapter.folder for adapter in live}
                 spare = config.serve.spare_adapters
     if held is None:
-        held, folders = choose_served(opened, names)
-    return IsolationRunner(
-        config, opened.base, opened.chat, held, folders, engine or config.serve.engine, spare, opened.reporter
+        held, folders = choose_served(project, adapters)
+    runner = IsolationRunner(
+        config, project.base, project.chat, held, folders, engine or config.serve.engine, spare, project.reporter
     )
+    return runner.run(probe_prompts(project))
 
 
 def _with_replicas(config: Config, replicas: int, *, limited: bool = True) -> Config:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from tunewright.adapters.registry import list_adapters
 from tunewright.api.context import ProjectContext
-from tunewright.chat import open_chat
 from tunewright.config import Config
 from tunewright.core.errors import UserError
 from tunewright.data.versions import current_manifest, load_version
@@ -31,21 +30,36 @@ BY_MISTAKE = 1_000_000_000
 """Parameters of a base that is probably on the CPU by mistake, because the card cannot be used."""
 
 
-def memory_plan(
-    opened: ProjectContext,
+def estimate_memory(
+    project: ProjectContext,
     *,
-    gpu: str | None,
-    base: str | None,
-    rows: int | None,
-    length: int | None,
-    shared: int,
-    answer: int | None,
+    gpu: str | None = None,
+    base: str | None = None,
+    rows: int | None = None,
+    length: int | None = None,
+    shared: int = 0,
+    answer: int | None = None,
 ) -> tuple[Plan, MemoryCheck]:
-    """Return the plan and answer of :meth:`Project.estimate_memory`, which documents the arguments."""
-    project, reporter = opened.folder, opened.reporter
+    """Return the memory needed for training by part, and whether it fits, from the base's config.json alone.
+
+    The longest row is measured if there is a dataset and the base's tokenizer is on this machine.
+
+    Args:
+        gpu: a card's name or memory, such as RTX 4090 or 24GB (None: this machine's card or memory).
+        base: overrides the project's base. Without a project the config's defaults apply.
+        rows: rows of a micro-batch (None: the config's).
+        length: tokens of its longest row (None: the config's).
+        shared: tokens of the prefix that all rows share.
+        answer: trained tokens of each row (None: all except the shared ones).
+
+    Raises:
+        UserError: unknown base, card or size, an unsupported base, or more shared and trained tokens than a
+            row has.
+    """
+    folder, reporter = project.folder, project.reporter
     memory = available_memory(gpu)
-    alone = base is not None and not project.has_config
-    config = Config() if alone else project.config
+    alone = base is not None and not folder.has_config
+    config = Config() if alone else folder.config
     if alone:
         reporter.say("There is no project here: the config's defaults apply.")
     spec, revision = (config.base_model, config.revision) if base is None else (base, None)
@@ -59,7 +73,7 @@ def memory_plan(
             where="--length",
             fix="Raise --length, or lower --shared or --answer.",
         )
-    model_config = base_config(spec, revision, project.root, reporter)
+    model_config = base_config(spec, revision, folder.root, reporter)
     shape = read_shape(model_config)
     architecture = check_architecture(model_config)
     require_targets(settings.target_modules, architecture)
@@ -69,7 +83,7 @@ def memory_plan(
         at_once *= 2
         reporter.say(f"{settings.method.upper()}: each of the {at_once // 2:,} pairs of a micro-batch is two rows.")
     made = plan(spec, shape, settings, memory, rows=at_once, length=tokens, shared=shared, answer=answer or tokens)
-    longest = None if alone else _longest_row(opened, spec, revision)
+    longest = None if alone else _longest_row(project, spec, revision)
     checked = check_memory(made, settings, longest, rows=rows is not None, length=length is not None)
     return made, checked
 
@@ -79,6 +93,8 @@ def _longest_row(opened: ProjectContext, spec: str, revision: str | None) -> int
     project, reporter = opened.folder, opened.reporter
     if current_manifest(project.dataset) is None:
         return None
+    from tunewright.chat import open_chat
+
     unknown = "The length of your longest row is not known"
     try:
         base = local_base(spec, revision, project.root, reporter)

@@ -19,7 +19,7 @@ from tunewright.adapters.vllm_compat import require_batchable
 from tunewright.api.adapters import adapter_importer
 from tunewright.api.constraints import missing_evidence, served_grammar
 from tunewright.api.context import ProjectContext
-from tunewright.config import Config, Quantization
+from tunewright.config import Config, EngineName, Quantization
 from tunewright.core.errors import UserError
 from tunewright.evidence.schema import evidence_on
 
@@ -31,7 +31,64 @@ if TYPE_CHECKING:
 _M_ARENA_MAX = -8  # of glibc's malloc.h
 
 
-def open_service(
+def serve(
+    project: ProjectContext,
+    adapters: Sequence[str] = (),
+    *,
+    host: str | None = None,
+    port: int | None = None,
+    metrics_port: int | None = None,
+    metrics_host: str | None = None,
+    auth: bool = True,
+    engine: EngineName | None = None,
+    replicas: int | None = None,
+    max_replicas: int | None = None,
+    system_prompts: bool = True,
+    constrain: bool = False,
+) -> Service:
+    """Return a server, loaded but not yet started.
+
+    Without tenants it serves the base and the adapters (by default all that fit the base) to this machine, without
+    keys. ``NAME@step-N`` is an earlier checkpoint. Named adapters decide if the base is quantized, as they were
+    trained on it, unless ``serve.quantization`` is set; otherwise the config decides.
+
+    With tenants it answers only their API keys, from the releases of their aliases.
+
+    Args:
+        adapters: names; empty with tenants.
+        host: overrides the config.
+        port: overrides the config.
+        metrics_port: overrides the config.
+        metrics_host: overrides the config.
+        engine: overrides the config.
+        replicas: overrides the config.
+        max_replicas: overrides the config.
+        auth: False accepts every client that can reach the address, without a key; only without tenants.
+        system_prompts: add the adapter's trained system prompt to requests without one; False only
+            without tenants.
+        constrain: constrain the adapters' answers by the config's ``evaluate.structured_outputs``; only without
+            tenants, whose releases have their own constraint.
+
+    Raises:
+        UserError: a named adapter does not fit the base or the other adapters, or the address can be reached from
+            other machines without tenants. With ``constrain``: the config has no constraint.
+    """
+    given = {
+        "host": host,
+        "port": port,
+        "metrics_port": metrics_port,
+        "metrics_host": metrics_host,
+        "engine": engine,
+        "replicas": replicas,
+        "max_replicas": max_replicas,
+    }
+    own = {name: value for name, value in given.items() if value is not None}
+    config = project.folder.config
+    served = config.model_copy(update={"serve": config.serve.model_copy(update=own)})
+    return _open_service(project, adapters, served, auth=auth, system_prompts=system_prompts, constrain=constrain)
+
+
+def _open_service(
     opened: ProjectContext,
     names: Sequence[str],
     config: Config,
@@ -40,14 +97,6 @@ def open_service(
     system_prompts: bool,
     constrain: bool,
 ) -> Service:
-    """Return a server with authentication if there are tenants, else an open one; see ``Project.serve``.
-
-    Args:
-        config: the project's config with this server's overrides.
-        auth: True restricts a server without tenants to this machine.
-        system_prompts: without tenants, add the adapter's trained system prompt to requests without a system message.
-        constrain: without tenants, constrain the adapters' answers by the config's ``evaluate.structured_outputs``.
-    """
     _share_one_arena()
     if config.serve.database_url is not None or opened.folder.serving_state.exists():
         state = opened.state(serving=True)
