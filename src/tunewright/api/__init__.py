@@ -103,7 +103,7 @@ class Project(ProjectContext):
     deploy = release_verbs.deploy
     promote = release_verbs.promote
     releasable = release_verbs.releasable
-    releases = release_verbs.history
+    releases = release_verbs.releases
     rollback = release_verbs.rollback
     shadow = release_verbs.shadow
     undeploy = release_verbs.undeploy

@@ -257,7 +257,7 @@ def undeploy(project: ProjectContext, alias: str, *, because: str | None = None)
         return state.releases.undeploy(alias, because)
 
 
-def history(project: ProjectContext, alias: str | None = None) -> list[Release]:
+def releases(project: ProjectContext, alias: str | None = None) -> list[Release]:
     """Return all releases, or those of one alias, oldest first.
 
     Raises:
