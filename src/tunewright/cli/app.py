@@ -251,8 +251,8 @@ def _options(of: type[Any]) -> list[Parameter]:
         kind, about = get_args(hint)
         assert isinstance(about, Option)
         name = about.name or f"--{each.name.replace('_', '-')}"
-        shown = typer.Option(name, help=about.help, show_default=about.default or True)
-        made.append(_option(each.name, Annotated[kind, shown], each.default))
+        shown = typer.Option(each.default, name, help=about.help, show_default=about.default or True)
+        made.append(_option(each.name, kind, shown))
     return made
 
 

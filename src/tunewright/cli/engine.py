@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -19,13 +18,6 @@ engine = group("engine", DEPLOY, "Install vLLM or llm-compressor, which need the
 Name = Annotated[str, typer.Argument(help="vllm or llmcompressor.", show_default=False)]
 
 
-class Build(StrEnum):
-    """A build of PyTorch."""
-
-    cpu = "cpu"
-    cuda = "cuda"
-
-
 @command(
     engine, "install", example="tunewright engine install vllm --build cpu", status=False, project=False, kept=RESUMES
 )
@@ -36,7 +28,8 @@ def install(
         Path | None, typer.Option(help="Folder of the environment.", show_default="in your cache", file_okay=False)
     ] = None,
     build: Annotated[
-        Build | None, typer.Option(help="With CUDA or without.", show_default="cuda if a GPU is present")
+        Literal["cpu", "cuda"] | None,
+        typer.Option(help="With CUDA or without.", show_default="cuda if a GPU is present"),
     ] = None,
     torch_index: Annotated[
         str | None,
@@ -46,8 +39,8 @@ def install(
     """Create the engine's environment. Resumes where it stopped."""
     from tunewright.engines import environment
 
-    tool, chosen = environment.find_tool(name), build.value if build else None
-    made = environment.install(tool, run.reporter, to=to, build=chosen, torch_index=torch_index)
+    tool = environment.find_tool(name)
+    made = environment.install(tool, run.reporter, to=to, build=build, torch_index=torch_index)
     run.show(made, _summary(made))
 
 

@@ -89,7 +89,7 @@ def deploy(
         canary=None if canary is None else percent(canary, "--canary"),
         shadow=shadow,
         because=because,
-        engine=engine.value if engine else None,
+        engine=engine,
         untested=untested,
         system_prompt=not no_system_prompt,
         constrain=constrain,
@@ -107,7 +107,7 @@ def promote(run: Session, alias: Alias, engine: TestedOn = None, untested: Untes
 
     The serving check runs too, unless the candidate passed it on this engine.
     """
-    return _show(run, alias, run.project.promote(alias, engine=engine.value if engine else None, untested=untested))
+    return _show(run, alias, run.project.promote(alias, engine=engine, untested=untested))
 
 
 def _show(run: Session, alias: str, result: DeployResult) -> int | None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.table import Table
@@ -14,19 +13,13 @@ from tunewright.cli.console import Session
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from tunewright.config import EngineName
     from tunewright.serving.isolation.result import IsolationResult
     from tunewright.serving.tenants import IsolationTest
 
 EXIT_CODES = {"isolated": 0, "not isolated": 3, "can't tell": 4}
 
 
-class Engine(StrEnum):
-    """An inference engine."""
-
-    peft = "peft"
-    vllm = "vllm"
-    llamacpp = "llamacpp"
+Engine = Literal["peft", "vllm", "llamacpp"]
 
 
 @command(
@@ -119,12 +112,11 @@ def serve(
     With tenants, each tenant's keys reach the releases of its aliases. Without tenants, everyone on this machine
     reaches every adapter.
     """
-    kind: EngineName | None = engine.value if engine else None
     if self_test:
         listening = {"--host": host, "--port": port, "--metrics-port": metrics_port, "--metrics-host": metrics_host}
         gateway = {"--no-auth": no_auth, "--no-system-prompt": no_system_prompt, "--constrain": constrain}
         refuse_unused("--self-test", {**{name: given is not None for name, given in listening.items()}, **gateway})
-        result = run.project.self_test(adapters or (), engine=kind, replicas=replicas, max_replicas=max_replicas)
+        result = run.project.self_test(adapters or (), engine=engine, replicas=replicas, max_replicas=max_replicas)
         run.show(result.as_dict(), *isolation_table(result, len(result.models) - 1))
         return EXIT_CODES[result.verdict]
     service = run.project.serve(
@@ -134,7 +126,7 @@ def serve(
         metrics_port=metrics_port,
         metrics_host=metrics_host,
         auth=not no_auth,
-        engine=kind,
+        engine=engine,
         replicas=replicas,
         max_replicas=max_replicas,
         system_prompts=not no_system_prompt,
