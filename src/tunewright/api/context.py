@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cached_property, wraps
+from functools import wraps
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 from tunewright.adapters.compatibility import require_compatible, trained_quantization
 from tunewright.adapters.registry import Adapter
-from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
-from tunewright.core.progress import Reporter
-from tunewright.core.workers import ModelWorkers, Workers
+from tunewright.core.workers import ModelWorkers
 from tunewright.data.versions import DatasetVersion, load_version
 from tunewright.data.versions.version import current_author
-from tunewright.models.bases import Base, base_here, resolve_base
+from tunewright.models.bases import base_here
+from tunewright.open_project import OpenProject
 
 if TYPE_CHECKING:
-    from tunewright.chat import ChatFormat
     from tunewright.evaluation.arm_runner import ArmRunner
     from tunewright.serving.tenants import State
     from tunewright.training.trainings import Trainings
@@ -27,31 +25,8 @@ Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 
-class ProjectContext:
-    """An open project. Its base and chat format are loaded once, when first needed."""
-
-    def __init__(self, folder: ProjectFolder, reporter: Reporter) -> None:
-        self.folder = folder
-        self.reporter = reporter
-
-    @cached_property
-    def base(self) -> Base:
-        """The config's base, found, downloaded and checked."""
-        config = self.folder.config
-        return resolve_base(config.base_model, config.revision, self.folder.root, self.reporter)
-
-    @cached_property
-    def chat(self) -> ChatFormat:
-        """The chat format that turns conversations into tokens."""
-        from tunewright.chat import open_chat
-
-        return open_chat(self.base, self.folder.config.chat, self.reporter)
-
-    def workers(self) -> AbstractContextManager[Workers]:
-        """Return the workers of ``compute.cluster``, to be entered; they are checked then."""
-        from tunewright.compute import open_workers
-
-        return open_workers(self.folder.config, self.reporter)
+class ProjectContext(OpenProject):
+    """An open project with its places of work: workers, trainings, serving state."""
 
     def model_workers(self) -> AbstractContextManager[ModelWorkers | None]:
         """Return the workers of ``compute.cluster`` that answer prompts, to be entered; None without a cluster."""

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunewright.api import reviews, synthesis
 from tunewright.api.context import ProjectGroup, verb
 from tunewright.core.errors import UserError
 from tunewright.data.add import AddResult, add
@@ -15,9 +14,11 @@ from tunewright.data.add_plan import map_columns, preview
 from tunewright.data.trace import find_row
 from tunewright.data.versions import DatasetVersion, Manifest, Member, checkout, list_versions, load_version
 from tunewright.data.versions.version import clusters_by_split
+from tunewright.evaluation import label_review
 from tunewright.evaluation.access_log import load_checked
 from tunewright.evidence.schema import Item, find_evaluation, load_items
 from tunewright.evidence.split_power import SplitPower, report_split_power, split_power, warn_of_few_dev_clusters
+from tunewright.synthesis import verbs as synthesis
 
 if TYPE_CHECKING:
     from tunewright.data.add_plan import Preview
@@ -38,12 +39,12 @@ if TYPE_CHECKING:
 class ProjectData(ProjectGroup):
     """Verbs on a project's data."""
 
-    apply_reviews = verb(reviews.apply_reviews)
-    import_reviews = verb(reviews.import_reviews)
-    review = verb(reviews.review)
-    review_status = verb(reviews.review_status)
-    stored_suspects = verb(reviews.stored_suspects)
-    suspects = verb(reviews.find_suspects)
+    apply_reviews = verb(label_review.apply_reviews)
+    import_reviews = verb(label_review.import_reviews)
+    review = verb(label_review.review)
+    review_status = verb(label_review.review_status)
+    stored_suspects = verb(label_review.stored_suspects)
+    suspects = verb(label_review.find_suspects)
 
     estimate_from_documents = verb(synthesis.estimate_from_documents)
     estimate_generate = verb(synthesis.estimate_generate)

@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tunewright.api.context import ProjectContext
 from tunewright.config.project import ProjectFolder
 from tunewright.core.errors import UserError
 from tunewright.core.progress import Reporter
 from tunewright.data.readers.sources import source_files
 from tunewright.data.versions import DatasetVersion, has_version, load_version
+from tunewright.open_project import OpenProject
 
 if TYPE_CHECKING:
     from tunewright.evaluation.answer_constraints import AnswerConstraints
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from tunewright.synthesis.teachers import Teacher
 
 
-def estimate_generate(project: ProjectContext, files: Iterable[str | Path]) -> Estimate:
+def estimate_generate(project: OpenProject, files: Iterable[str | Path]) -> Estimate:
     """Estimate calls, tokens and cost of :meth:`generate`, without sending anything."""
     generator, inputs = _generator(project, files)
     return generator.estimate(inputs)
 
 
-def generate(project: ProjectContext, files: Iterable[str | Path], out: str | Path | None = None) -> GenerateResult:
+def generate(project: OpenProject, files: Iterable[str | Path], out: str | Path | None = None) -> GenerateResult:
     """Have the config's teacher write ideal outputs for inputs, as a file that ``data.add`` reads.
 
     Args:
@@ -43,7 +43,7 @@ def generate(project: ProjectContext, files: Iterable[str | Path], out: str | Pa
     return generator.run(inputs, _out(project, out, Path(inputs[0].row.source).name.partition(".")[0]))
 
 
-def _generator(project: ProjectContext, files: Iterable[str | Path]) -> tuple[RowGenerator, list[Input]]:
+def _generator(project: OpenProject, files: Iterable[str | Path]) -> tuple[RowGenerator, list[Input]]:
     from tunewright.metrics import scorer_of
     from tunewright.synthesis.generate import RowGenerator
     from tunewright.synthesis.inputs import read_inputs
@@ -61,14 +61,12 @@ def _generator(project: ProjectContext, files: Iterable[str | Path]) -> tuple[Ro
     return generator, inputs
 
 
-def estimate_from_documents(project: ProjectContext, files: Iterable[str | Path]) -> Estimate:
+def estimate_from_documents(project: OpenProject, files: Iterable[str | Path]) -> Estimate:
     """Estimate calls, tokens and cost of :meth:`from_documents`, without sending anything."""
     return _writer(project).estimate([Path(file) for file in files])
 
 
-def from_documents(
-    project: ProjectContext, files: Iterable[str | Path], out: str | Path | None = None
-) -> DocumentsResult:
+def from_documents(project: OpenProject, files: Iterable[str | Path], out: str | Path | None = None) -> DocumentsResult:
     """Have the config's teacher write questions and answers from documents, each citing its passage.
 
     Args:
@@ -82,7 +80,7 @@ def from_documents(
     return _writer(project).run(paths, _out(project, out, paths[0].stem))
 
 
-def generated_effect(project: ProjectContext, evaluation: str | Path, without: str | Path) -> GeneratedEffect:
+def generated_effect(project: OpenProject, evaluation: str | Path, without: str | Path) -> GeneratedEffect:
     """Compare an adapter with one trained without the generated rows, on people's test items.
 
     The finding becomes a part of the first evaluation's evidence. Nothing is answered again.
@@ -101,14 +99,14 @@ def generated_effect(project: ProjectContext, evaluation: str | Path, without: s
     return measure_effect(project.folder, ours, theirs, project.reporter)
 
 
-def _out(project: ProjectContext, out: str | Path | None, name: str) -> Path:
+def _out(project: OpenProject, out: str | Path | None, name: str) -> Path:
     path = project.folder.root / "generated" / f"{name}.jsonl" if out is None else Path(out)
     if path.is_dir():
         raise UserError("A folder is there", where=str(path), fix="Name a file with --out.")
     return path
 
 
-def _writer(project: ProjectContext) -> QuestionWriter:
+def _writer(project: OpenProject) -> QuestionWriter:
     from tunewright.config import ConstrainConfig
     from tunewright.synthesis.questions import SCHEMA, QuestionWriter
 
@@ -119,14 +117,14 @@ def _writer(project: ProjectContext) -> QuestionWriter:
     return QuestionWriter(project.folder, _version(project), _teacher(asking, project.reporter), project.reporter)
 
 
-def _version(project: ProjectContext) -> DatasetVersion | None:
+def _version(project: OpenProject) -> DatasetVersion | None:
     if has_version(project.folder.dataset):
         return load_version(project.folder.dataset)
     project.reporter.say("There is no dataset version yet: inputs are not compared with held-out rows.")
     return None
 
 
-def _constraints(project: ProjectContext) -> AnswerConstraints | None:
+def _constraints(project: OpenProject) -> AnswerConstraints | None:
     """Return the check of the form that the config's structured outputs have."""
     from tunewright.evaluation.answer_constraints import AnswerConstraints, grammar_of
 

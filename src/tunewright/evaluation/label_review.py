@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunewright.adapters.registry import list_adapters
-from tunewright.api.context import ProjectContext
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest
 from tunewright.core.progress import LogReporter, Reporter
 from tunewright.data.versions import DatasetVersion, load_version
+from tunewright.open_project import OpenProject
 
 if TYPE_CHECKING:
     from tunewright.data.review.edits import EditResult
@@ -57,7 +57,7 @@ class SuspectsResult:
 
 
 def find_suspects(
-    project: ProjectContext, adapter: str | None = None, *, version: DatasetVersion | None = None
+    project: OpenProject, adapter: str | None = None, *, version: DatasetVersion | None = None
 ) -> SuspectsResult:
     """Return the current version's rows that are most likely wrong, reusing a stored result of the same inputs.
 
@@ -90,9 +90,7 @@ def find_suspects(
     return SuspectsResult(version, found.suspects, who.judged_by if who else None, places, found.accuracy)
 
 
-def stored_suspects(
-    project: ProjectContext, version: DatasetVersion, adapter: str | None = None
-) -> list[Suspect] | None:
+def stored_suspects(project: OpenProject, version: DatasetVersion, adapter: str | None = None) -> list[Suspect] | None:
     """Return what :meth:`suspects` has found for a loaded version; None if it has not run on the same inputs.
 
     Raises:
@@ -104,9 +102,7 @@ def stored_suspects(
     return stored_suspects(file).suspects if file.exists() else None
 
 
-def _judging(
-    project: ProjectContext, version: DatasetVersion, adapter: str | None, reporter: Reporter
-) -> Judging | None:
+def _judging(project: OpenProject, version: DatasetVersion, adapter: str | None, reporter: Reporter) -> Judging | None:
     """Return the models whose losses rank the answers; None if no losses are used."""
     from tunewright.data.examples import class_like
 
@@ -126,7 +122,7 @@ def _judging(
     return judging(folder, version, project.base, project.chat, reporter, adapter)
 
 
-def _suspects_file(project: ProjectContext, version: DatasetVersion, who: Judging | None) -> Path:
+def _suspects_file(project: OpenProject, version: DatasetVersion, who: Judging | None) -> Path:
     from tunewright.data.review.suspects import FOLDER, METHOD
 
     decides = {
@@ -139,7 +135,7 @@ def _suspects_file(project: ProjectContext, version: DatasetVersion, who: Judgin
 
 
 def review(
-    project: ProjectContext,
+    project: OpenProject,
     reviewer: str | None = None,
     *,
     suspects: bool | Sequence[Suspect] = False,
@@ -190,7 +186,7 @@ def review(
     )
 
 
-def import_reviews(project: ProjectContext, file: str | Path, reviewer: str | None = None) -> Imported:
+def import_reviews(project: OpenProject, file: str | Path, reviewer: str | None = None) -> Imported:
     """Record the verdicts of a filled-in spreadsheet; if a row is faulty, none is recorded."""
     from tunewright.data.review.session import default_reviewer
     from tunewright.data.review_csv import import_csv
@@ -200,14 +196,14 @@ def import_reviews(project: ProjectContext, file: str | Path, reviewer: str | No
     return import_csv(Path(file), folder.dataset, load_version(folder.dataset), name, folder.config.data.allow)
 
 
-def apply_reviews(project: ProjectContext, *, message: str = "") -> EditResult:
+def apply_reviews(project: OpenProject, *, message: str = "") -> EditResult:
     """Create a new version with the answers that reviewers edited."""
     from tunewright.data.review.edits import apply_edits
 
     return apply_edits(project.folder, project.reporter, message=message)
 
 
-def review_status(project: ProjectContext) -> ReviewReport:
+def review_status(project: OpenProject) -> ReviewReport:
     """Return the state of the current version's review."""
     from tunewright.data.review.report import review_report
 
