@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tunewright.engines import environment
 
 if TYPE_CHECKING:
-    from tunewright.api import Project
+    from tunewright.api.context import ProjectContext
 
 _IN_STATE = {
     "tenant": {
@@ -33,9 +33,9 @@ _IN_STATE = {
 
 
 class DeprecatedGroup:
-    """A group of methods on ``Project``, each of which warns and calls what replaced it."""
+    """A group of methods on a project, each of which warns and calls what replaced it."""
 
-    def __init__(self, project: Project, name: str) -> None:
+    def __init__(self, project: ProjectContext, name: str) -> None:
         self._project = project
         self._name = name
 
