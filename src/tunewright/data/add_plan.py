@@ -195,7 +195,7 @@ def prepare_add(
     """Yield the project with the options in its config, the files to read, and the workers.
 
     Args:
-        workers: used as they are (None: those of ``compute.cluster``).
+        workers: check and compare the rows (None: those of ``compute.cluster``).
 
     Raises:
         UserError: no such file, or a mapping that no file uses.
