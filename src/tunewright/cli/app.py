@@ -245,7 +245,7 @@ def _options(of: type[Any]) -> list[Parameter]:
     made = []
     for each in fields(of):
         hint = hints[each.name]
-        if is_dataclass(hint):
+        if isinstance(hint, type) and is_dataclass(hint):
             made += _options(hint)
             continue
         kind, about = get_args(hint)
