@@ -144,9 +144,9 @@ def _visit(opened: Project, result: RunResult, member: Member, adapters: Mapping
         tokens = sum(each.prompt_tokens + each.completion_tokens for each in used)
         requests = sum(each.requests for each in used)
         visits.append(TenantVisit(tenant, alias, adapters[alias], requests=requests, tokens=tokens, **seen[tenant]))
-    url = opened.folder.config.serve.database_url
-    assert url is not None
-    return TwoTenants(member.example.input_text, member.example.output, tuple(visits), tuple(_live(opened)), url)
+    database = opened.folder.config.serve.database_url
+    assert database is not None
+    return TwoTenants(member.example.input_text, member.example.output, tuple(visits), tuple(_live(opened)), database)
 
 
 def _ask(client: httpx.Client, alias: str, body: Mapping[str, Any]) -> dict[str, Any]:
