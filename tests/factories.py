@@ -103,8 +103,8 @@ def make_evidence(
         ),
         lineage={
             "created": "2026-11-02T10:00:00+00:00",
-            "dataset": {"version": digest("version"), "split": digest("split")},
-            "base": {"name": "smollm2-135m-instruct", "digest": digest("base")},
+            "dataset": digest("version"),
+            "base": {"spec": "smollm2-135m-instruct", "digest": digest("base")},
             "adapter": {"name": "legal-1", "digest": digest("adapter"), "lineage": {"training": {"metric": metric}}},
             "config": {"lora_r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"], "learning_rate": 0.0002},
             "packages": {"torch": "2.13.0", "transformers": "5.24.0", "peft": "0.21.2"},

@@ -23,8 +23,8 @@ from rich.console import Console, RenderableType
 from command_line import tunewright
 from factories import pair
 from real_data import SHARED
+from tunewright.cli.blocks import rendered
 from tunewright.cli.data import leakage_text, version_table
-from tunewright.cli.evaluate import evidence_tables, prompting_tables
 from tunewright.cli.verdict import verdict_text
 from tunewright.config.io import load_config
 from tunewright.config.project import CONFIG_FILE
@@ -38,6 +38,8 @@ from tunewright.evidence.schema import Advice, Arm, Evidence, load_evidence
 from tunewright.evidence.scoring import ScoredArms, score_arm, score_arms
 from tunewright.evidence.verdict import SIGNIFICANT, verdict
 from tunewright.metrics import open_scorers
+from tunewright.report.sections.evaluation import sections
+from tunewright.report.sections.prompting import advice_section
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden" / "banking77"
@@ -265,9 +267,9 @@ def _printed() -> list[str]:
     parts: list[RenderableType] = [
         version_table([manifest]),
         leakage_text(_leak(), ()),
-        *prompting_tables(_advice_anew()),
+        *rendered(advice_section(_advice_anew())),
         _training_text(evidence),
-        *evidence_tables(evidence),
+        *rendered(*sections(evidence)),
         verdict_text(verdict(evidence)),
     ]
     out = io.StringIO()

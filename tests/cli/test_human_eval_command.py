@@ -88,7 +88,7 @@ def test_incumbent_is_compared_apart_and_decides_nothing(tmp_path: Path, press: 
     assert {**replaced, "reasons": []} == {**earlier, "reasons": []}
     assert line in " ".join(tunewright("verdict", ID, "-p", tmp_path).stdout.split())
     markdown = verdict_markdown(evidence)
-    assert markdown.index("Incumbent hosted") < markdown.index("This comparison decides nothing")
+    assert markdown.index("| hosted |") < markdown.index("This comparison decides nothing")
     lines = (tmp_path / "evaluations" / "access_log.jsonl").read_bytes()
     tunewright("human-eval", ID, "-p", tmp_path, "--results", "--against", "hosted")
     assert (tmp_path / "evaluations" / "access_log.jsonl").read_bytes() == lines, "the same results are written once"

@@ -11,9 +11,10 @@ import pytest
 from rich.console import Console
 
 from command_line import tiny_project, tunewright
-from tunewright.cli.evaluate import evidence_tables
+from tunewright.cli.blocks import rendered
 from tunewright.evidence.schema import Evidence
 from tunewright.evidence.statistics import holm
+from tunewright.report.sections.evaluation import sections
 
 pytestmark = pytest.mark.slow
 
@@ -48,8 +49,8 @@ def _drawn(evidence: dict[str, Any]) -> str:
     """The tables on a terminal that is wide enough."""
     console = Console(width=250)
     with console.capture() as drawn:
-        for table in evidence_tables(Evidence.model_validate(evidence)):
-            console.print(table)
+        for part in rendered(*sections(Evidence.model_validate(evidence))):
+            console.print(part)
     return drawn.get()
 
 
@@ -104,7 +105,7 @@ def test_verdict_and_report_name_the_custom_metric(project: Path) -> None:
     assert "tuned shared_letters " in verdict["reasons"][0]
     assert any("Left out, not scored in both arms" in reason for reason in verdict["reasons"])
     shown = tunewright("evaluate", "-p", project).stdout
-    for word in ("12 held-out test items", "tuned - ", "retrieved-1", "Evidence:"):
+    for word in ("12 held-out test items", "tuned − ", "retrieved-1", "Evidence:"):
         assert word in shown
     table = _drawn(evidence)
     for words in ("shared_letters, of 100", "accuracy, %", "corpus chrF", "unscored", "adjusted p", "better"):

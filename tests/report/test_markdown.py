@@ -17,9 +17,10 @@ from factories import make_evidence, make_items
 from hypothesis_settings import examples
 from report_evidence import GENERAL, JUDGE, REVIEW, vetoed
 from tunewright.core.io import write_json
+from tunewright.evidence.benchmarks import suite_text
 from tunewright.evidence.schema import Evidence
 from tunewright.evidence.verdict import verdict
-from tunewright.metrics import p_text, points_text
+from tunewright.metrics import points_text
 from tunewright.report.markdown import plain, verdict_markdown
 
 EVIDENCE = make_evidence(make_items(60), also=["bleu"])
@@ -72,7 +73,7 @@ def test_comment_has_the_verdict_and_every_reason() -> None:
 
 def test_comment_lists_suites_once_and_why_one_does_not_decide() -> None:
     shown = _lines(verdict_markdown(FULL))
-    assert "adapter off" not in shown
+    assert not any(suite_text(suite) in shown for suite in GENERAL.suites)
     assert "Not measured: gsm8k: needs the extra lm-eval" in shown
     assert [row[-1] for row in _tables(verdict_markdown(FULL))[2][1:]] == [
         "not worse", "no margin: decides nothing", "decides nothing: guessing failed", "no margin: decides nothing",
@@ -81,36 +82,43 @@ def test_comment_lists_suites_once_and_why_one_does_not_decide() -> None:
 
 def test_comment_tables_have_all_figures_of_arms_and_contrasts() -> None:
     arms, contrasts = _tables(verdict_markdown(EVIDENCE))[:2]
-    assert arms[0] == ["Arm", "exact match", "95% interval", "BLEU", "95% interval", "Prompt tokens"]
+    scores = ["Exact match, %", "95% interval", "Corpus BLEU", "95% interval"]
+    assert arms[0] == ["Arm", "Right", *scores, "Cut by the token limit", "Prompt tokens", "Shared"]
     for arm, row in zip(EVIDENCE.arms, arms[1:], strict=True):
         exact, bleu = arm.score("exact_match"), arm.score("bleu")
         assert row == [
             arm.name,
-            f"{100 * exact.value:.1f}%",
+            f"{round(60 * exact.value)} of 60",
+            f"{100 * exact.value:.1f}",
             f"{100 * exact.interval.low:.1f} to {100 * exact.interval.high:.1f}",
             f"{100 * bleu.value:.1f}",
             f"{100 * bleu.interval.low:.1f} to {100 * bleu.interval.high:.1f}",
+            str(arm.truncated),
             f"{arm.prompt_tokens:.0f}",
+            str(arm.shared_tokens),
         ]
     assert len(contrasts) == 1 + len(EVIDENCE.contrasts)
     for contrast, row in zip(EVIDENCE.contrasts, contrasts[1:], strict=True):
         assert row[0].strip() == f"{contrast.treatment} − {contrast.control}"
         assert row[2] == points_text(contrast.difference)
-        assert p_text(contrast.p_value).endswith(row[4])
-        assert row[5] == ("" if contrast.p_adjusted is None else p_text(contrast.p_adjusted).split(maxsplit=2)[-1])
-        assert row[6:] == [str(contrast.fixed), str(contrast.broken)]
+        raw, adjusted = contrast.p_value, contrast.p_adjusted
+        assert row[4] == ("< 1e-15" if raw < 1e-15 else f"{raw:.2g}")
+        assert row[5] == ("none" if adjusted is None else "< 1e-15" if adjusted < 1e-15 else f"{adjusted:.2g}")
+        assert row[6:] == [
+            str(contrast.fixed), str(contrast.broken), f"{100 * contrast.minimum_detectable_effect:.1f}",
+        ]  # fmt: skip
 
 
 def test_comment_has_suites_judge_and_people_only_when_measured() -> None:
     bare, full = verdict_markdown(EVIDENCE), verdict_markdown(FULL)
-    for message in ("General ability", "Judge fair-judge-70b", "People, blind: 38 of 40"):
+    for message in ("General abilities", "Judge fair-judge-70b", "People, blind: 38 of 40"):
         assert message not in _lines(bare)
         assert message in _lines(full)
     suite = GENERAL.suites[0]
     row = _tables(full)[2][1]
     assert row[0] == suite.name
     assert suite.margin is not None
-    assert [float(cell) for cell in row[2:7]] == [
+    assert [float(cell.rstrip("%")) for cell in (*row[2:5], *row[6:8])] == [
         pytest.approx(100 * value, abs=0.05)
         for value in (suite.base, suite.tuned, suite.drop, suite.limit, suite.margin)
     ]

@@ -7,7 +7,8 @@ import matplotlib as mpl
 import pytest
 
 from signals_factory import break_even
-from tunewright.report.plots import PLAIN, TUNED, Bar, break_even_figure, forest_plot, training_plot
+from tunewright.report.blocks import Bar, Figure
+from tunewright.report.plots import break_even_figure, forest_plot, training_plot
 
 
 def _ends(svg: str, colour: str) -> list[tuple[float, float]]:
@@ -17,8 +18,8 @@ def _ends(svg: str, colour: str) -> list[tuple[float, float]]:
 
 
 def test_intervals_are_drawn_to_scale() -> None:
-    bars = [Bar("a", 50, 0, 100, "50", TUNED), Bar("b", 30, 25, 50, "30", PLAIN)]
-    svg = forest_plot("f", "title", bars, axis="%", limits=(0, 100))
+    bars = (Bar("a", 50, 0, 100, "50", "tuned"), Bar("b", 30, 25, 50, "30", "plain"))
+    svg = forest_plot(Figure("f", "title", bars, "%", limits=(0, 100)))
     (whole,) = _ends(svg, "var(--tuned)")
     (part,) = _ends(svg, "var(--plain)")
     width = whole[1] - whole[0]
@@ -27,7 +28,8 @@ def test_intervals_are_drawn_to_scale() -> None:
 
 
 def test_plot_labels_are_text_elements() -> None:
-    svg = forest_plot("f", "a <title> & more", [Bar("$x^2$ <b>", 1, 0, 2, "1.0", TUNED)], axis="points", margin=2.5)
+    bars = (Bar("$x^2$ <b>", 1, 0, 2, "1.0", "tuned"),)
+    svg = forest_plot(Figure("f", "a <title> & more", bars, "points", margin=2.5))
     texts = [
         "".join(e.itertext()).strip() for e in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")
     ]

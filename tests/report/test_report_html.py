@@ -75,7 +75,9 @@ def _read() -> _Reader:
 
 def test_report_begins_with_the_verdict_and_its_reasons() -> None:
     result = verdict(EVIDENCE)
-    places = [_read().text.index(text) for text in ("Ship tuned", *result.reasons, "Arms on the test split", "Lineage")]
+    made = "Measured on 2026-11-02, with the base smollm2-135m-instruct, on data set court-citations (version "
+    texts = (f"Ship {result.summary} {made}", *result.reasons, "Arms on the test split", "Lineage")
+    places = [_read().text.index(text) for text in texts]
     assert places == sorted(places)
 
 

@@ -24,7 +24,7 @@ from tunewright.evidence.common import Interval
 from tunewright.evidence.learning_curve import CURVE_FILE, find_curve, more_data
 from tunewright.evidence.logged_access import openings_text
 from tunewright.evidence.schema import Evidence
-from tunewright.metrics import p_text, points_text
+from tunewright.metrics import metric_label, points_text
 from tunewright.report.html import render_report
 from tunewright.report.sections import train_similarity
 
@@ -88,26 +88,28 @@ def test_contrasts_have_raw_and_adjusted_p_values() -> None:
     rows = _page().tables["Table of contrasts"][1:]
     for contrast, row in zip(FULL.contrasts, rows, strict=True):
         assert row[0].startswith(f"{contrast.treatment} − {contrast.control}")
-        assert row[1] == points_text(contrast.difference)
-        assert row[2].startswith(f"{points_text(contrast.interval.low)} to {points_text(contrast.interval.high)}")
-        assert row[3] == f"{p_text(contrast.p_value)} {contrast.test}"
-        assert row[4] == ("not deciding" if contrast.p_adjusted is None else p_text(contrast.p_adjusted))
-        assert row[5:7] == [str(contrast.fixed), str(contrast.broken)]
-        assert row[7].startswith(f"{100 * contrast.minimum_detectable_effect:.1f}")
+        assert row[1:3] == [metric_label(contrast.metric), points_text(contrast.difference)]
+        assert row[3].startswith(f"{points_text(contrast.interval.low)} to {points_text(contrast.interval.high)}")
+        raw, adjusted = contrast.p_value, contrast.p_adjusted
+        assert row[4] == ("< 1e-15" if raw < 1e-15 else f"{raw:.2g}") + f" {contrast.test}"
+        assert row[5] == ("none" if adjusted is None else "< 1e-15" if adjusted < 1e-15 else f"{adjusted:.2g}")
+        assert row[6:8] == [str(contrast.fixed), str(contrast.broken)]
+        assert row[8].startswith(f"{100 * contrast.minimum_detectable_effect:.1f}")
 
 
 def test_arms_section_shows_the_deciding_metric_first() -> None:
     turned = FULL.model_copy(update={"metrics": dict(sorted(FULL.metrics.items()))})
     assert next(iter(turned.metrics)) == "bleu"
     head, *rows = _read(turned).tables["Table of arms"]
-    assert head[1:5] == ["Exact match", "95% interval", "BLEU", "95% interval"]
+    assert head[1:6] == ["Right", "Exact match, %", "95% interval", "Corpus BLEU", "95% interval"]
     for arm, row in zip(FULL.arms, rows, strict=True):
         exact, bleu = arm.score("exact_match"), arm.score("bleu")
         assert row[0] == arm.name
-        assert row[1] == f"{100 * exact.value:.1f}% {round(60 * exact.value)} of 60"
-        assert row[2] == f"{100 * exact.interval.low:.1f} to {100 * exact.interval.high:.1f}"
-        assert row[3] == f"{100 * bleu.value:.1f}"
-        assert row[5:] == [str(arm.truncated), f"{arm.prompt_tokens:.0f}"]
+        assert row[1:3] == [f"{round(60 * exact.value)} of 60", f"{100 * exact.value:.1f}"]
+        assert row[3] == f"{100 * exact.interval.low:.1f} to {100 * exact.interval.high:.1f}"
+        assert row[4] == f"{100 * bleu.value:.1f}"
+        assert row[5] == f"{100 * bleu.interval.low:.1f} to {100 * bleu.interval.high:.1f}"
+        assert row[6:] == [str(arm.truncated), f"{arm.prompt_tokens:.0f}", str(arm.shared_tokens)]
 
 
 def test_scores_by_distance_match_the_evidence() -> None:
@@ -158,13 +160,15 @@ def test_similarity_section_answers_by_the_farther_half(low: float, high: float,
 def test_suites_are_shown_with_margin_limit_and_controls() -> None:
     for suite, row in zip(GENERAL.suites, _page().tables["Table of suites"][1:], strict=True):
         scale, digits = (100, 1) if suite.unit == "share" else (1, 3)
+        unit = "%" if suite.unit == "share" else " nats"
         assert row[0] == f"{suite.name} {suite.metric}"
-        assert row[2] == f"{scale * suite.base:.{digits}f}"
-        assert row[3].split()[0] == f"{scale * suite.tuned:.{digits}f}"
-        assert row[4].split()[0] == f"{scale * suite.drop:+.{digits}f}"
-        assert row[5].split()[0] == f"{scale * suite.limit:+.{digits}f}"
-        assert row[6] == ("none" if suite.margin is None else f"{scale * suite.margin:.{digits}f}")
-    assert "Controls of trivia: guessing 0.61, must be above 25% (FAILED)." in _page().sections["regressions"]
+        assert row[2:4] == [f"{scale * value:.{digits}f}{unit}" for value in (suite.base, suite.tuned)]
+        assert row[4] == f"{scale * suite.drop:+.{digits}f}"
+        assert row[5] == f"{scale * suite.interval.low:+.{digits}f} to {scale * suite.interval.high:+.{digits}f}"
+        assert row[6].split()[0] == f"{scale * suite.limit:+.{digits}f}"
+        assert row[7] == ("none" if suite.margin is None else f"{scale * suite.margin:.{digits}f}")
+    controls = _page().tables["Table of the suites' controls"]
+    assert ["trivia", "guessing", "500", "61.0%", "above 25%", "FAILED"] in controls
     assert "Not measured: gsm8k: needs the extra lm-eval" in _page().sections["regressions"]
 
 

@@ -62,7 +62,8 @@ def advise(
 def advice_tables(result: AdviceResult) -> list[RenderableType]:
     """Return the arms, the score over k next to the pilot's, the signals, and the answer with what would change it."""
     from tunewright.advisor.explanations import changes, expectations
-    from tunewright.cli.evaluate import prompting_tables
+    from tunewright.cli.blocks import rendered
+    from tunewright.report.sections.prompting import advice_section
 
     signals, decision = result.signals, result.decision
     answer = Text(f"Answer: {decision.answer}", style=_COLOURS[decision.answer])
@@ -72,7 +73,7 @@ def advice_tables(result: AdviceResult) -> list[RenderableType]:
     lines += [f"Few pairs: {line}" for line in expectations(signals)]
     answer.append("".join(f"\n  {line}" for line in lines), style="default")
     return [
-        *prompting_tables(signals.prompting),
+        *rendered(advice_section(signals.prompting)),
         scores_plot(signals),
         signals_table(signals),
         answer,

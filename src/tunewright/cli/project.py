@@ -13,7 +13,6 @@ from rich.text import Text
 
 from tunewright.cli.app import PROJECT, app, command, group
 from tunewright.cli.console import RESUMES, Session
-from tunewright.cli.evaluate import evidence_tables, prompting_tables
 from tunewright.cli.verdict import verdict_text
 
 if TYPE_CHECKING:
@@ -181,12 +180,19 @@ def demo(
 
 def show_prompting(run: Session, advice: Advice) -> None:
     """Print the prompting arms' scores as progress, on stderr."""
-    run.note(*prompting_tables(advice))
+    from tunewright.cli.blocks import rendered
+    from tunewright.report.sections.prompting import advice_section
+
+    run.note(*rendered(advice_section(advice)))
 
 
 def run_tables(result: RunResult) -> list[RenderableType]:
     """Return the pipeline's result as tables."""
-    return [*evidence_tables(result.evaluated.evidence), verdict_text(result.verdict), f"Report: {result.report}"]
+    from tunewright.cli.blocks import rendered
+    from tunewright.report.sections.evaluation import sections
+
+    measured = rendered(*sections(result.evaluated.evidence))
+    return [*measured, verdict_text(result.verdict), f"Report: {result.report}"]
 
 
 def run_document(result: RunResult) -> dict[str, Any]:

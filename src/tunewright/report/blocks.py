@@ -1,4 +1,8 @@
-"""Blocks that make up a section of the page; each kind has its own template."""
+"""Blocks that make up a result. The terminal, the report, Markdown and the studio lay them out and know no feature.
+
+A terminal is narrow, and a comment is short: both leave out figures and the notes of cells. A terminal also leaves out
+what is marked as a detail.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +26,59 @@ class Notes:
 
     template: ClassVar[str] = "notes.html.j2"
     lines: tuple[str, ...]
+    detail: bool = False
+
+
+Tone = Literal["tuned", "prompting", "plain"]
+"""Colour of an arm in figures."""
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One row of a figure: a value with its 95% interval, in the axis's unit."""
+
+    label: str
+    value: float
+    low: float
+    high: float
+    text: str
+    tone: Tone
+    margin: float | None = None
+    """The margin of this row alone, drawn as a vertical tick."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure (an ``<svg>`` element) with its caption."""
+    """Values with their 95% intervals on one axis, a row each. A table has the same numbers."""
 
     template: ClassVar[str] = "figure.html.j2"
+    name: str
+    """Prefix of the drawing's ids, unique on the page."""
+    title: str
+    """The accessible title, read by screen readers."""
+    bars: tuple[Bar, ...]
+    axis: str
+    """The axis's label."""
+    limits: tuple[float, float] | None = None
+    """Ends of the axis; None fits them to the bars."""
+    margin: float | None = None
+    """Bars are differences, with lines at zero and at this margin."""
+    zero: bool = False
+    """Bars are differences, with a line at zero."""
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A finished drawing (an ``<svg>`` element) with its caption."""
+
+    template: ClassVar[str] = "drawing.html.j2"
     svg: Markup
     caption: str = ""
+
+
+ToneOfResult = Literal["", "yes", "no", "open"]
+"""Colour of a result: good, bad or undecided."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +87,7 @@ class Cell:
 
     text: str
     note: str = ""
+    tone: ToneOfResult = ""
 
 
 @dataclass(frozen=True)
@@ -50,14 +99,24 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Column:
+    """A table's column of numbers, or of words."""
+
+    name: str
+    words: bool = False
+    detail: bool = False
+
+
+@dataclass(frozen=True)
 class Table:
     """A table; ``label`` is its accessible name, read by screen readers."""
 
     template: ClassVar[str] = "table.html.j2"
     label: str
-    head: tuple[str, ...]
+    head: tuple[Column, ...]
     rows: tuple[Row, ...]
     kind: Literal["numbers", "lineage"] = "numbers"
+    detail: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,7 +149,7 @@ class Items:
     summary: str = ""
 
 
-Block = Lead | Notes | Figure | Table | Items
+Block = Lead | Notes | Figure | Drawing | Table | Items
 
 
 @dataclass(frozen=True)
@@ -100,6 +159,13 @@ class Section:
     anchor: str
     title: str
     blocks: tuple[Block, ...] = field(default=())
+
+
+def columns(*names: str | Column) -> tuple[Column, ...]:
+    """Return a table's columns: by default the first one has words, and the others have numbers."""
+    return tuple(
+        each if isinstance(each, Column) else Column(each, words=place == 0) for place, each in enumerate(names)
+    )
 
 
 def cells(*texts: str | Cell) -> tuple[Cell, ...]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from tunewright.advisor.signals import Signals
 from tunewright.core.io import write_text
@@ -14,7 +15,8 @@ from tunewright.core.text import visible
 from tunewright.evidence.causes import ProjectFacts
 from tunewright.evidence.learning_curve import Curve
 from tunewright.evidence.schema import Evidence, Item
-from tunewright.report.blocks import Section
+from tunewright.report.blocks import Figure, Section
+from tunewright.report.plots import forest_plot
 from tunewright.report.sections import (
     access_log,
     arms,
@@ -72,13 +74,17 @@ def render_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["visible"] = visible
+    environment.filters |= {"visible": visible, "drawn": _drawn}
     return environment.get_template("page.html.j2").render(
         project=evidence.project,
         id=evidence.id,
         summary=summary.summary(evidence, known),
         sections=page_sections(evidence, test_items, history, curve, advice),
     )
+
+
+def _drawn(figure: Figure) -> Markup:
+    return Markup(forest_plot(figure))
 
 
 def page_sections(
@@ -96,10 +102,11 @@ def page_sections(
         train_similarity.section(evidence),
         train_similarity.templates_section(evidence),
         *items.sections(evidence, test_items),
-        benchmarks.section(evidence),
+        benchmarks.section(evidence.regressions) if evidence.regressions else None,
         *human_eval.sections(evidence),
         judge.section(evidence),
         cost.section(evidence, advice),
+        prompting.folds_section(evidence),
         prompting.section(evidence),
         training.section(evidence, history),
         training.curve_section(curve),

@@ -17,7 +17,8 @@ from tunewright.evidence.schema import Arm, Evidence
 from tunewright.evidence.verdict import verdict
 from tunewright.export.parity import Figures
 from tunewright.metrics import metric_label
-from tunewright.report.markdown import arms_table, bullets, contrasts_table, plain, suites_table, table
+from tunewright.report.markdown import bullets, markdown, plain, table
+from tunewright.report.sections import arms, benchmarks, contrasts
 from tunewright.report.text import headline, metric_order
 
 _RECIPE = (
@@ -152,15 +153,14 @@ def _verdict(subject: CardSubject, evidence: Evidence | None) -> tuple[str, ...]
 
 
 def _results(evidence: Evidence) -> tuple[str, ...]:
-    suites = evidence.regressions.suites if evidence.regressions else ()
+    # Incumbents stay out: a card is public, and what others charge is the project's own business.
+    found = [arms.section(evidence), contrasts.section(evidence)]
+    if evidence.regressions is not None:
+        found.append(benchmarks.section(evidence.regressions))
     return (
         "## Results",
-        f"On {evidence.items:,} {evidence.items_text}s of {evidence.clusters:,} independent clusters, with the base "
-        f"prompted in several ways and with the adapter (`{plain(_tuned(evidence).name)}`). Scores are in percent.",
-        arms_table(evidence),
-        "Differences on the same items, in points:",
-        contrasts_table(evidence),
-        *(("General ability with the adapter off and on:", suites_table(suites)) if suites else ()),
+        f"The base was prompted in several ways; `{plain(_tuned(evidence).name)}` is the adapter.",
+        *markdown(*found),
     )
 
 

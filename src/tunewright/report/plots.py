@@ -20,10 +20,12 @@ from tunewright.advisor.signals import BreakEven
 from tunewright.config import MetricName
 from tunewright.evidence.learning_curve import Curve
 from tunewright.metrics import axis_label
+from tunewright.report import blocks
 from tunewright.training.checkpoint_selection import best_evaluation, evaluations, pairs_loss
 
 # Matplotlib does not support CSS: these placeholders are replaced by the page's colours in the finished SVG.
 INK, MUTED, LINE, TUNED, PROMPTING, PLAIN = "#010203", "#020203", "#030203", "#040203", "#050203", "#060203"
+TONES: dict[blocks.Tone, str] = {"tuned": TUNED, "prompting": PROMPTING, "plain": PLAIN}
 _PAGE_COLOURS = {
     INK: "currentColor",
     MUTED: "var(--muted)",
@@ -70,74 +72,40 @@ _SVG = "http://www.w3.org/2000/svg"
 _XLINK = "http://www.w3.org/1999/xlink"
 
 
-@dataclass(frozen=True)
-class Bar:
-    """One row of a forest plot: a value with its 95% interval, in the axis's unit."""
-
-    label: str
-    value: float
-    low: float
-    high: float
-    text: str
-    colour: str
-    margin: float | None = None
-    """The margin of this row alone, drawn as a vertical tick."""
-
-
-def forest_plot(
-    name: str,
-    title: str,
-    bars: Sequence[Bar],
-    *,
-    axis: str,
-    limits: tuple[float, float] | None = None,
-    margin: float | None = None,
-    zero: bool = False,
-) -> str:
-    """Draw a forest plot: one interval per row on a common axis.
-
-    Args:
-        name: prefix of the SVG's ids, unique on the page.
-        title: the accessible title, read by screen readers.
-        bars: the rows, from top to bottom.
-        axis: the axis's label.
-        limits: ends of the axis; None fits them to the bars.
-        margin: bars are differences; draw lines at zero and at this margin.
-        zero: bars are differences; draw a line at zero.
-
-    Returns:
-        An ``<svg>`` element.
-    """
+def forest_plot(shown: blocks.Figure) -> str:
+    """Draw a forest plot as an ``<svg>`` element: one interval per row on a common axis."""
+    bars, margin = shown.bars, shown.margin
     head = _HEAD if margin is None else _HEAD + 14
     height = head + _ROW * len(bars) + _FOOT
     names = [_short(bar.label) for bar in bars]
     left = min(max(_LABELS, 20 + _LETTER * max(len(line) for name in names for line in name.split("\n"))), _MOST_LABELS)
-    with mpl.rc_context(STYLE | {"svg.hashsalt": name}):
+    with mpl.rc_context(STYLE | {"svg.hashsalt": shown.name}):
         figure = Figure(figsize=(WIDTH / 72, height / 72))
         axes = figure.add_axes((left / WIDTH, _FOOT / height, 1 - (left + _TEXTS) / WIDTH, _ROW * len(bars) / height))
         axes.set_ylim(len(bars) - 0.5, -0.5)
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
-        axes.set_xlabel(axis)
+        axes.set_xlabel(shown.axis)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.grid(axis="x", linewidth=0.7)
         axes.set_axisbelow(True)
         beside = axes.get_yaxis_transform()  # x in axes, y in data coordinates, for the labels
         for row, bar in enumerate(bars):
-            axes.plot([bar.low, bar.high], [row, row], bar.colour, lw=3, solid_capstyle="round", clip_on=False)
-            axes.plot([bar.value], [row], bar.colour, marker="o", markersize=9, clip_on=False)
+            colour = TONES[bar.tone]
+            axes.plot([bar.low, bar.high], [row, row], colour, lw=3, solid_capstyle="round", clip_on=False)
+            axes.plot([bar.value], [row], colour, marker="o", markersize=9, clip_on=False)
             axes.text(-0.05, row, names[row], ha="right", va="center", transform=beside)
             if bar.margin is not None:
                 axes.plot([bar.margin] * 2, [row - 0.32, row + 0.32], INK, lw=2.5, clip_on=False)
             axes.text(1.05, row, bar.text, ha="left", va="center", transform=beside)
-        if margin is not None or zero:
+        if margin is not None or shown.zero:
             axes.axvline(0, color=MUTED, linewidth=1)
         if margin is not None:
             axes.axvline(margin, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
             axes.text(margin, -0.55, f"margin +{margin:g}", ha="center", va="bottom", fontsize=11)
-        if limits is not None:
-            axes.set_xlim(*limits)
-        return inline(figure, name, title)
+        if shown.limits is not None:
+            axes.set_xlim(*shown.limits)
+        return inline(figure, shown.name, shown.title)
 
 
 def _short(label: str) -> str:
@@ -305,7 +273,7 @@ class Series:
     """One arm: the indices of the bands in which it is scored, with its values and interval ends."""
 
     name: str
-    colour: str
+    tone: blocks.Tone
     points: tuple[tuple[int, float, float, float], ...]
 
 
@@ -331,11 +299,12 @@ def bands_plot(name: str, title: str, bands: Sequence[str], series: Sequence[Ser
         for place, each in enumerate(series):
             offset = (place - (len(series) - 1) / 2) * 0.6 / max(len(series), 1)
             mark = _MARKS[place % len(_MARKS)]
+            colour = TONES[each.tone]
             for band, value, low, high in each.points:
                 x = band + offset
-                axes.plot([x, x], [low, high], each.colour, lw=2.5, solid_capstyle="round", clip_on=False)
-                axes.plot([x], [value], each.colour, marker=mark, markersize=7, clip_on=False)
-            axes.plot([], [], each.colour, label=each.name, marker=mark, markersize=7, linestyle="")
+                axes.plot([x, x], [low, high], colour, lw=2.5, solid_capstyle="round", clip_on=False)
+                axes.plot([x], [value], colour, marker=mark, markersize=7, clip_on=False)
+            axes.plot([], [], colour, label=each.name, marker=mark, markersize=7, linestyle="")
         axes.set_xlim(-0.5, len(bands) - 0.5)
         axes.set_ylim(0, 100)
         axes.set_xticks(range(len(bands)), bands)

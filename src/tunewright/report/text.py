@@ -1,11 +1,10 @@
-"""Sentences shared by the page and the pull request comment."""
+"""Sentences that several sections share."""
 
 from __future__ import annotations
 
 from tunewright.config import MetricName
-from tunewright.evidence.benchmarks import Suite
-from tunewright.evidence.common import Interval, NoiseFloor
-from tunewright.evidence.schema import Evidence
+from tunewright.evidence.common import Interval
+from tunewright.evidence.schema import Advice, Evidence
 from tunewright.evidence.verdict import Decision, Reason, Verdict
 from tunewright.metrics import points_text
 
@@ -23,16 +22,9 @@ def cause_text(cause: Reason) -> str:
     return f"{cause.what}: {cause.evidence}. Next: {cause.next_command}."
 
 
-def metric_order(evidence: Evidence) -> list[MetricName]:
-    """Return the metrics, the deciding one first; the evidence file sorts them by name."""
-    return sorted(evidence.metrics, key=lambda name: name != evidence.metric)
-
-
-def suite_result(suite: Suite) -> str:
-    """Return a suite's result, or the reason why it does not decide."""
-    if suite.margin is None:
-        return "no margin: decides nothing"
-    return suite.result if suite.gates else f"decides nothing: {suite.failed[0].name} failed"
+def metric_order(measured: Evidence | Advice) -> list[MetricName]:
+    """Return the metrics, the deciding one first; the files sort them by name."""
+    return sorted(measured.metrics, key=lambda name: name != measured.metric)
 
 
 def percent_interval(interval: Interval) -> str:
@@ -43,14 +35,6 @@ def percent_interval(interval: Interval) -> str:
 def points_interval(interval: Interval) -> str:
     """Return an interval of a difference, in points: ``-1.2 to +3.4``."""
     return f"{points_text(interval.low)} to {points_text(interval.high)}"
-
-
-def noise_line(noise: NoiseFloor) -> str:
-    """Return the noise floor: the changes between two runs with nothing changed."""
-    return (
-        f"Noise floor: {noise.changed:,} of {noise.items:,} answers changed when the base answered again "
-        f"({noise.how}), and its score by {points_text(noise.score_difference)} points."
-    )
 
 
 def capitalised(text: str) -> str:

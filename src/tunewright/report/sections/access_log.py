@@ -5,7 +5,7 @@ from __future__ import annotations
 from tunewright.evidence.logged_access import Declared, EarlierAccess, openings_text
 from tunewright.evidence.schema import Evidence
 from tunewright.metrics import metric_label
-from tunewright.report.blocks import Block, Lead, Row, Section, Table, cells
+from tunewright.report.blocks import Block, Lead, Row, Section, Table, cells, columns
 
 
 def section(evidence: Evidence) -> Section | None:
@@ -20,7 +20,7 @@ def section(evidence: Evidence) -> Section | None:
     )
     blocks: list[Block] = [Lead(lead)]
     if evidence.openings:
-        head = ("Earlier opening", "When (UTC)", "By", "Evaluation", "Adapter", "Items shared")
+        head = columns("Earlier opening", "When (UTC)", "By", "Evaluation", "Adapter", "Items shared")
         blocks += [
             Lead(openings_text(evidence.openings, evidence.items)),
             Table("Table of openings", head, tuple(_earlier(each) for each in evidence.openings)),

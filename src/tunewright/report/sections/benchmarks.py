@@ -2,92 +2,125 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from markupsafe import Markup
-
-from tunewright.evidence.benchmarks import Suite, Unit
-from tunewright.evidence.schema import Evidence
-from tunewright.report.blocks import Block, Cell, Figure, Lead, Notes, Row, Section, Table, cells
-from tunewright.report.plots import TUNED, Bar, forest_plot
-from tunewright.report.text import suite_result
+from tunewright.evidence.benchmarks import Benchmarks, Control, Result, Suite, Unit
+from tunewright.report.blocks import (
+    Bar,
+    Block,
+    Cell,
+    Column,
+    Figure,
+    Lead,
+    Notes,
+    Row,
+    Section,
+    Table,
+    ToneOfResult,
+    cells,
+    columns,
+)
 
 _AXES: dict[Unit, str] = {"share": "loss, points", "nats per token": "loss, nats per token"}
+_TONES: dict[Result, ToneOfResult] = {"not worse": "yes", "worse": "no", "can't tell": "open"}
 
 
-def section(evidence: Evidence) -> Section | None:
-    """Return every suite with its result and the loss that its margin allows."""
-    found = evidence.regressions
-    if found is None:
-        return None
+def section(found: Benchmarks) -> Section:
+    """Return every suite with its result and the loss that its margin allows, and the suites' controls."""
     blocks: list[Block] = [
         Lead(
-            "The same items with the adapter off and on. A suite with a margin is passed when the one-sided 95% limit "
-            "of the loss lies below the margin, which the upright mark shows; it decides only if its controls passed."
+            "General abilities, on the same items with the adapter off and on. A suite with a margin passes if the "
+            "one-sided 95% limit of its loss (at most) lies below the margin. It decides only if its controls passed."
         )
     ]
     for place, (unit, axis) in enumerate(_AXES.items()):
-        suites = [suite for suite in found.suites if suite.unit == unit]
-        if suites:
+        bars = tuple(_bar(suite) for suite in found.suites if suite.unit == unit)
+        if bars:
             title = f"Loss of general ability, {axis}, with 95% intervals"
-            drawn = forest_plot(f"regressions-{place}", title, [_bar(suite) for suite in suites], axis=axis, zero=True)
-            blocks.append(Figure(Markup(drawn)))
+            caption = "An upright mark is a suite's margin." if any(bar.margin is not None for bar in bars) else ""
+            blocks.append(Figure(f"regressions-{place}", title, bars, axis, zero=True, caption=caption))
     if found.suites:
-        blocks.append(_table(found.suites))
-    controls = tuple(_controls(suite) for suite in found.suites if suite.controls)
-    missing = tuple(f"Not measured: {reason}" for reason in found.not_measured)
-    left_out = tuple(f"{suite.name}, left out: {reason}" for suite in found.suites for reason in suite.left_out)
-    if controls or missing or left_out:
-        blocks.append(Notes((*controls, *left_out, *missing)))
+        blocks.append(Table("Table of suites", _SUITES, tuple(map(_row, found.suites))))
+    controls = tuple(_control(suite, control) for suite in found.suites for control in suite.controls)
+    if controls:
+        blocks.append(Table("Table of the suites' controls", _CONTROLS, controls))
+    notes = [f"{suite.name}, left out: {reason}." for suite in found.suites for reason in suite.left_out]
+    notes += [
+        f"{suite.name}: divergence from base to tuned {suite.divergence:.4f} nats per token."
+        for suite in found.suites
+        if suite.divergence is not None
+    ]
+    if notes:
+        blocks.append(Notes(tuple(notes)))
+    if found.not_measured:
+        # In a terminal these are warnings while the suites run, and reasons of the result.
+        blocks.append(Notes(tuple(f"Not measured: {reason}" for reason in found.not_measured), detail=True))
     return Section("regressions", "What was forgotten", tuple(blocks))
 
 
-def _scale(suite: Suite) -> float:
-    return 100.0 if suite.unit == "share" else 1.0
+_SUITES = columns(
+    "Suite",
+    "Items",
+    "Off",
+    "On",
+    "Loss",
+    "95% interval",
+    "At most",
+    "Margin",
+    "Items needed",
+    Column("Result", words=True),
+)
+_CONTROLS = columns(
+    "Suite",
+    Column("Control", words=True),
+    "Items",
+    "Score",
+    Column("Required", words=True),
+    Column("Result", words=True),
+)
 
 
 def _bar(suite: Suite) -> Bar:
-    scale = _scale(suite)
+    scale = 100.0 if suite.unit == "share" else 1.0
     low, high = scale * suite.interval.low, scale * suite.interval.high
     margin = None if suite.margin is None else scale * suite.margin
-    return Bar(suite.name, scale * suite.drop, low, high, _amount(suite, suite.drop, "+"), TUNED, margin)
+    return Bar(suite.name, scale * suite.drop, low, high, _amount(suite, suite.drop, "+"), "tuned", margin)
+
+
+def _level(suite: Suite, value: float) -> str:
+    return f"{value:.1%}" if suite.unit == "share" else f"{value:.3f} nats"
 
 
 def _amount(suite: Suite, value: float, sign: str = "") -> str:
-    digits = 1 if suite.unit == "share" else 3
-    return f"{round(_scale(suite) * value, digits) + 0.0:{sign}.{digits}f}"
-
-
-def _table(suites: Sequence[Suite]) -> Table:
-    head = ("Suite", "Items", "Adapter off", "Adapter on", "Loss", "Loss at most (95%)", "Margin", "Result")
-    return Table("Table of suites", head, tuple(_row(suite) for suite in suites))
+    """Return points, or nats per token, where a rounded -0.0 is 0.0."""
+    scale, digits = (100, 1) if suite.unit == "share" else (1, 3)
+    return f"{round(scale * value, digits) + 0.0:{sign}.{digits}f}"
 
 
 def _row(suite: Suite) -> Row:
-    needed = f"about {suite.items_needed:,} items needed" if suite.items_needed else ""
-    drift = ""
-    if suite.divergence is not None:
-        drift = f"divergence {suite.divergence:.3f} nats per token"
+    clusters = "" if suite.clusters in (None, suite.items) else f"{suite.clusters:,} clusters"
+    if suite.gates:
+        result = Cell(suite.result, tone=_TONES[suite.result])
+    elif suite.margin is None:
+        result = Cell("no margin: decides nothing")
+    else:
+        result = Cell(f"decides nothing: {suite.failed[0].name} failed")
     return Row(
         cells(
             Cell(suite.name, suite.metric),
-            Cell(f"{suite.items:,}", "" if suite.clusters in (None, suite.items) else f"{suite.clusters:,} clusters"),
-            _amount(suite, suite.base),
-            Cell(_amount(suite, suite.tuned), drift),
-            Cell(
-                _amount(suite, suite.drop, "+"),
-                f"{_amount(suite, suite.interval.low, '+')} to {_amount(suite, suite.interval.high, '+')}",
-            ),
+            Cell(f"{suite.items:,}", clusters),
+            _level(suite, suite.base),
+            _level(suite, suite.tuned),
+            _amount(suite, suite.drop, "+"),
+            f"{_amount(suite, suite.interval.low, '+')} to {_amount(suite, suite.interval.high, '+')}",
             Cell(_amount(suite, suite.limit, "+"), suite.method),
             "none" if suite.margin is None else _amount(suite, suite.margin),
-            Cell(suite_result(suite), needed if suite.result == "can't tell" else ""),
+            "" if suite.items_needed is None else f"{suite.items_needed:,}",
+            result,
         )
     )
 
 
-def _controls(suite: Suite) -> str:
-    results = "; ".join(
-        f"{control.name} {control.score:.3g}, must be {control.wanted} ({'passed' if control.passed else 'FAILED'})"
-        for control in suite.controls
+def _control(suite: Suite, control: Control) -> Row:
+    result = Cell("passed", tone="yes") if control.passed else Cell("FAILED", tone="no")
+    return Row(
+        cells(suite.name, control.name, f"{control.items:,}", _level(suite, control.score), control.wanted, result)
     )
-    return f"Controls of {suite.name}: {results}."

@@ -2,78 +2,77 @@
 
 from __future__ import annotations
 
-from markupsafe import Markup
-
 from tunewright.evidence.schema import Contrast, Evidence
 from tunewright.evidence.verdict import changed_words, fewest_clusters
-from tunewright.metrics import metric_label, p_text, points_text
-from tunewright.report.blocks import Block, Cell, Figure, Lead, Notes, Row, Section, Table, cells
-from tunewright.report.plots import TUNED, Bar, forest_plot
-from tunewright.report.text import capitalised, noise_line, points_interval
+from tunewright.metrics import metric_label, points_text
+from tunewright.report.blocks import Bar, Block, Cell, Column, Figure, Lead, Notes, Row, Section, Table, cells, columns
+from tunewright.report.text import capitalised, points_interval
 
 
 def section(evidence: Evidence) -> Section:
     """Return every contrast, the deciding one first, with raw and adjusted p-values."""
-    figure = forest_plot(
-        "contrasts",
-        "Differences between arms in points, with 95% intervals, against the margin",
-        [_bar(contrast) for contrast in evidence.deciding],
-        axis="difference, points",
-        margin=100 * evidence.margin,
-    )
+    place = "all items" if evidence.design == "cross-fitted" else f"the {evidence.split} split"
     blocks: list[Block] = [
         Lead(
-            "Each line is a 95% interval of tuned minus the arm that it names, or of the two that it names. To ship, "
-            "the first one has to lie entirely to the right of the margin."
+            f"Contrasts on {place}, in points. To ship, the whole interval of the first one has to lie above the "
+            f"margin of {100 * evidence.margin:g}. Detectable is the smallest difference that this many items can show."
         ),
-        Figure(Markup(figure)),
+        Figure(
+            "contrasts",
+            "Differences between arms in points, with 95% intervals, against the margin",
+            tuple(_bar(contrast) for contrast in evidence.deciding),
+            "difference, points",
+            margin=100 * evidence.margin,
+            caption="Each line is a 95% interval of tuned minus the arm that it names, or of the two that it names.",
+        ),
         _table(evidence),
     ]
     if evidence.noise_floor is not None:
-        blocks.append(Notes((noise_line(evidence.noise_floor),)))
+        noise = evidence.noise_floor
+        text = (
+            f"Noise floor: {noise.changed:,} of {noise.items:,} answers changed when the base answered again "
+            f"({noise.how}), and its score by {points_text(noise.score_difference)} points."
+        )
+        blocks.append(Notes((text,)))
     return Section("contrasts", "The difference and the margin", tuple(blocks))
 
 
 def _bar(contrast: Contrast) -> Bar:
     low, high = 100 * contrast.interval.low, 100 * contrast.interval.high
     name = contrast.control if contrast.treatment == "tuned" else f"{contrast.treatment}\n− {contrast.control}"
-    return Bar(name, 100 * contrast.difference, low, high, points_text(contrast.difference), TUNED)
+    return Bar(name, 100 * contrast.difference, low, high, points_text(contrast.difference), "tuned")
 
 
 def _table(evidence: Evidence) -> Table:
-    better, worse = changed_words(evidence, evidence.metric)
-    head = (
-        "Contrast",
-        "Difference, points",
-        "95% interval",
-        "p",
-        "p adjusted (Holm)",
-        capitalised(better),
-        capitalised(worse),
-        "Smallest difference these items can show",
-    )
-    return Table("Table of contrasts", head, tuple(_row(evidence, contrast) for contrast in evidence.contrasts))
+    several = [Column("Metric", words=True)] if len(evidence.metrics) > 1 else []
+    better, worse = map(capitalised, changed_words(evidence, evidence.metric))
+    head = columns(
+        "Contrast", *several, "Difference", "95% interval", "p", "Adjusted p", better, worse, "Detectable"
+    )  # fmt: skip
+    rows = tuple(_row(contrast, contrast is evidence.contrasts[0], several) for contrast in evidence.contrasts)
+    return Table("Table of contrasts", head, rows)
 
 
-def _row(evidence: Evidence, contrast: Contrast) -> Row:
-    decides = contrast is evidence.contrasts[0]
-    note = "decides" if decides else "" if contrast.metric == evidence.metric else metric_label(contrast.metric)
+def _row(contrast: Contrast, decides: bool, several: list[Column]) -> Row:
     return Row(
         cells(
-            Cell(f"{contrast.treatment} − {contrast.control}", note),
+            Cell(f"{contrast.treatment} − {contrast.control}", "decides" if decides else ""),
+            *([metric_label(contrast.metric)] if several else []),
             points_text(contrast.difference),
             Cell(points_interval(contrast.interval), f"{contrast.scored:,} items"),
-            Cell(p_text(contrast.p_value), contrast.test),
-            "not deciding" if contrast.p_adjusted is None else p_text(contrast.p_adjusted),
+            Cell(_p(contrast.p_value), contrast.test),
+            "none" if contrast.p_adjusted is None else _p(contrast.p_adjusted),
             f"{contrast.fixed:,}",
             f"{contrast.broken:,}",
-            Cell(
-                f"{100 * contrast.minimum_detectable_effect:.1f}",
-                _worth(contrast),
-            ),
+            Cell(f"{100 * contrast.minimum_detectable_effect:.1f}", _worth(contrast)),
         ),
         decides,
     )
+
+
+def _p(p_value: float) -> str:
+    """Return a p-value below a heading that names it: ``0.031``, ``5.5e-05``, ``< 1e-15``."""
+    return "< 1e-15" if p_value < 1e-15 else f"{p_value:.2g}"
 
 
 def _worth(contrast: Contrast) -> str:

@@ -7,7 +7,7 @@ from markupsafe import Markup
 from tunewright.advisor.explanations import amount, break_even_text
 from tunewright.advisor.signals import BreakEven, Call, Signals
 from tunewright.evidence.schema import Arm, Evidence
-from tunewright.report.blocks import Block, Cell, Figure, Lead, Notes, Row, Section, Table, cells
+from tunewright.report.blocks import Block, Cell, Drawing, Lead, Notes, Row, Section, Table, cells, columns
 from tunewright.report.plots import break_even_figure
 from tunewright.report.text import counted
 
@@ -18,7 +18,7 @@ def section(evidence: Evidence, advice: Signals | None) -> Section:
     """Return the average tokens sent and received per call, and their cost from advice on the same data."""
     first = evidence.contrasts[0]
     ours, theirs = evidence.arm(first.treatment), evidence.arm(first.control)
-    head = ("Arm", "Prompt tokens", "The same in every prompt", "New in each", "Answer tokens")
+    head = columns("Arm", "Prompt tokens", "The same in every prompt", "New in each", "Answer tokens")
     table = Table("Table of tokens", head, tuple(_row(arm) for arm in evidence.arms))
     return Section("cost", "Cost of a call, and break-even", (Lead(_lead(ours, theirs)), table, *_pays(advice)))
 
@@ -61,9 +61,9 @@ def _pays(advice: Signals | None) -> tuple[Block, ...]:
         why = f"advice {advice.id} has none, as {advice.left_out['break_even']}"
         return (Lead(f"No break-even was measured: {why}. `tunewright advise` with a pilot measures it."),)
     unit = "" if even.unit == "money" else ", machine time"
-    head = ("A call of", "Input tokens", "Of them in a prefix cache", "Output tokens", f"Costs{unit}")
+    head = columns("A call of", "Input tokens", "Of them in a prefix cache", "Output tokens", f"Costs{unit}")
     calls = Table("Table of calls", head, tuple(_call(even, call) for call in (even.prompting, even.tuned)))
-    once = Table("Table of what training costs", ("Costs other than calls", f"Costs{unit}"), _once(even))
+    once = Table("Table of what training costs", columns("Costs other than calls", f"Costs{unit}"), _once(even))
     return (Lead(break_even_text(advice)), *_drawn(even), calls, once, Notes(_grounds(advice, even)))
 
 
@@ -72,7 +72,7 @@ def _drawn(even: BreakEven) -> tuple[Block, ...]:
     if even.calls is None:
         return ()
     caption = "The band is the 95% interval of the number of calls from which on training pays."
-    return (Figure(Markup(break_even_figure("break-even", even)), caption),)
+    return (Drawing(Markup(break_even_figure("break-even", even)), caption),)
 
 
 def _call(even: BreakEven, call: Call) -> Row:

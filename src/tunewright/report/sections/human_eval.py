@@ -6,7 +6,7 @@ from tunewright.evidence.common import Score
 from tunewright.evidence.human_eval import AnswerReview, RaterAgreement, human_eval_line
 from tunewright.evidence.schema import Evidence
 from tunewright.metrics import p_text
-from tunewright.report.blocks import Block, Cell, Lead, Notes, Row, Section, Table, cells
+from tunewright.report.blocks import Block, Cell, Lead, Notes, Row, Section, Table, cells, columns
 from tunewright.report.text import percent_interval
 
 
@@ -33,14 +33,14 @@ def _section(anchor: str, title: str, review: AnswerReview, *before: Block) -> S
         blocks.append(_win_rates(review, review.win_rate))
     blocks.append(_strata(review))
     if review.agreements:
-        head = ("Raters", "Items both judged", "Agreed", "Cohen’s kappa", "95% interval")
+        head = columns("Raters", "Items both judged", "Agreed", "Cohen’s kappa", "95% interval")
         blocks.append(Table("Table of agreement", head, tuple(_agreement(each) for each in review.agreements)))
     blocks.append(Notes(_notes(review)))
     return Section(anchor, title, tuple(blocks))
 
 
 def _win_rates(review: AnswerReview, alone: Score) -> Table:
-    head = (f"{review.treatment} preferred, of all {review.items:,} items", "Win rate, %", "95% interval", "How")
+    head = columns(f"{review.treatment} preferred, of all {review.items:,} items", "Win rate, %", "95% interval", "How")
     rows = [Row(cells("people alone", f"{100 * alone.value:.1f}", percent_interval(alone.interval), alone.method))]
     if review.powered is not None:
         found = review.powered
@@ -51,7 +51,9 @@ def _win_rates(review: AnswerReview, alone: Score) -> Table:
 
 
 def _strata(review: AnswerReview) -> Table:
-    head = ("By the metric", "Items", "Asked", "Judged", f"For {review.treatment}", f"For {review.control}", "Tie")
+    head = columns(
+        "By the metric", "Items", "Asked", "Judged", f"For {review.treatment}", f"For {review.control}", "Tie"
+    )
     rows = [
         Row(cells(s.name, *(f"{n:,}" for n in (s.items, s.asked, s.answered, s.treatment, s.control, s.ties))))
         for s in review.strata

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from markupsafe import Markup
-
 from tunewright.evidence.incumbents import Incumbent, Serving
 from tunewright.evidence.replacement import Replacement, amount
 from tunewright.evidence.schema import Evidence
 from tunewright.evidence.verdict import verdict
 from tunewright.metrics import points_text
-from tunewright.report.blocks import Block, Cell, Figure, Lead, Notes, Row, Section, Table, cells
-from tunewright.report.plots import TUNED, Bar, forest_plot
-from tunewright.report.text import capitalised, counted, points_interval
+from tunewright.report.blocks import Bar, Block, Cell, Column, Figure, Lead, Notes, Row, Section, Table, cells, columns
+from tunewright.report.text import counted, points_interval
 
 
 def section(evidence: Evidence) -> Section | None:
@@ -20,44 +17,58 @@ def section(evidence: Evidence) -> Section | None:
     if found is None:
         return None
     outcomes = verdict(evidence).replacements
-    title = "Loss of tuned against each incumbent in points, with 95% intervals, against the margin"
-    figure = forest_plot(
-        "incumbents", title, [_bar(each) for each in found.compared], axis="loss, points", zero=True
-    )  # fmt: skip
-    blocks: list[Block] = [
+    notes = [f"{each.incumbent.name}: {reason}" for each in outcomes for reason in each.reasons[1:]]
+    blocks: tuple[Block, ...] = (
         Lead(
             "Models in use today answered the same items once; their answers are frozen. An incumbent can be replaced "
-            "if the whole interval of the loss lies to the left of the margin, which the upright mark shows."
+            "if the whole interval of tuned's loss against it, in points, lies below the margin."
         ),
-        Figure(Markup(figure)),
+        Figure(
+            "incumbents",
+            "Loss of tuned against each incumbent in points, with 95% intervals, against the margin",
+            tuple(_bar(each) for each in found.compared),
+            "loss, points",
+            zero=True,
+            caption="The upright mark is the margin.",
+        ),
         Table("Table of incumbents", _HEAD, tuple(_row(each) for each in outcomes)),
-        Table("Table of costs and latencies", _SIDES, tuple(_sides(evidence))),
-    ]
-    notes = [f"{each.incumbent.name}: {reason}" for each in outcomes for reason in each.reasons[1:]]
-    blocks.append(Notes(tuple(notes + [_frozen(each) for each in found.compared])))
-    return Section("incumbents", "Against the models in use", tuple(blocks))
+        Table("Table of costs and latencies", _SIDES, tuple(_sides(evidence)), detail=True),
+        Notes((*notes, *(_frozen(each) for each in found.compared)), detail=True),
+    )
+    return Section("incumbents", "Against the models in use", blocks)
 
 
-_HEAD = ("Incumbent", "Outcome", "Loss, points", "95% interval", "Margin", "Break-even, calls")
-_SIDES = ("Side", "Cost of 1,000 calls", "Latency, median", "Latency, 95th percentile")
+_HEAD = columns(
+    "Incumbent",
+    Column("Model version", words=True),
+    "Answers",
+    "Loss",
+    "95% interval",
+    "Margin",
+    Column("Break-even, calls", detail=True),
+    Column("Outcome", words=True),
+)
+_SIDES = columns("Side", "Cost of 1,000 calls", "Latency, median", "Latency, 95th percentile")
 
 
 def _bar(found: Incumbent) -> Bar:
     drop = found.drop
     low, high = 100 * drop.interval.low, 100 * drop.interval.high
-    return Bar(found.name, 100 * drop.value, low, high, points_text(drop.value), TUNED, 100 * drop.margin)
+    return Bar(found.name, 100 * drop.value, low, high, points_text(drop.value), "tuned", 100 * drop.margin)
 
 
 def _row(each: Replacement) -> Row:
-    drop, even = each.incumbent.drop, each.break_even
+    found, drop, even = each.incumbent, each.incumbent.drop, each.break_even
     return Row(
         cells(
-            Cell(each.incumbent.name, each.incumbent.model),
-            capitalised(each.outcome),
+            Cell(found.name, found.model),
+            ", ".join(found.versions),
+            f"{found.answered:,} of {found.answered + sum(found.gaps.values()):,}",
             Cell(points_text(drop.value), f"{drop.items:,} items in {drop.clusters:,} clusters"),
             Cell(points_interval(drop.interval), drop.method),
             f"{100 * drop.margin:g}",
             Cell("none", even.why) if even.calls is None else f"{even.calls:,.0f}",
+            each.outcome,
         )
     )
 

@@ -6,7 +6,7 @@ from tunewright.evidence.judge import Control, JudgedArm, JudgedContrast, Judgem
 from tunewright.evidence.preferences import judge_line
 from tunewright.evidence.schema import Evidence
 from tunewright.metrics import p_text, points_text
-from tunewright.report.blocks import Block, Cell, Lead, Notes, Row, Section, Table, cells
+from tunewright.report.blocks import Block, Cell, Lead, Notes, Row, Section, Table, cells, columns
 from tunewright.report.text import percent_interval, points_interval
 
 
@@ -21,17 +21,19 @@ def section(evidence: Evidence) -> Section | None:
         return Section("judge", title, (Lead(veto), _controls(judge.controls), Notes(judge.vetoed)))
     blocks: list[Block] = [Lead(judge_line(judge)), _controls(judge.controls)]
     if judge.preferences:
-        head = ("Preferred, both orders", "Wins", "Ties", "Losses", "Win rate, %", "95% interval", "Changed with order")
+        head = columns(
+            "Preferred, both orders", "Wins", "Ties", "Losses", "Win rate, %", "95% interval", "Changed with order"
+        )
         rows = tuple(row for each in judge.preferences for row in _preference(each))
         blocks.append(Table("Table of preferences", head, rows))
     if judge.arms:
-        names = ("Correct, by the reference", "Correct", "Share, %", "95% interval", "Equal to the reference")
+        names = columns("Correct, by the reference", "Correct", "Share, %", "95% interval", "Equal to the reference")
         blocks.append(Table("Table of judged arms", names, tuple(_arm(arm) for arm in judge.arms)))
     return Section("judge", title, (*blocks, Notes(_notes(judge))))
 
 
 def _controls(controls: tuple[Control, ...]) -> Table:
-    head = ("Control", "Expected verdict", "Passed", "At least (95%)", "Required", "Result")
+    head = columns("Control", "Expected verdict", "Passed", "At least (95%)", "Required", "Result")
     return Table("Table of controls", head, tuple(_control(each) for each in controls))
 
 

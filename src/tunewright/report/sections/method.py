@@ -21,8 +21,6 @@ def section(evidence: Evidence) -> Section:
         f"gain worth shipping, is {100 * evidence.margin:g} points.",
         "Items of one cluster are alike, so they count together: intervals and tests treat whole clusters.",
     ]
-    if evidence.engine is not None:
-        paragraphs.append(f"All arms were answered by {evidence.engine.text}: {evidence.engine.why}.")
     if evidence.design == "cross-fitted":
         paragraphs.append(
             "Clusters are treated as independent, although items of a fold share an adapter and folds share training "

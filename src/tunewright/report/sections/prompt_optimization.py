@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tunewright.evidence.prompt_optimization import NOT_RUN, OptimizedPrompt
 from tunewright.evidence.schema import Evidence
-from tunewright.report.blocks import Block, Lead, Notes, Row, Table, cells
+from tunewright.report.blocks import Block, Lead, Notes, Row, Table, cells, columns
 
 
 def blocks(evidence: Evidence) -> tuple[Block, ...]:
@@ -18,7 +18,7 @@ def blocks(evidence: Evidence) -> tuple[Block, ...]:
 
 
 def _candidates(prompt: OptimizedPrompt) -> Table:
-    head = ("Instruction", "Made from", "Validation rows", "Dev", "")
+    head = columns("Instruction", "Made from", "Validation rows", "Dev", "")
     rows = []
     for place, each in enumerate(prompt.candidates):
         parents = ", ".join(prompt.candidates[parent].digest if parent else "own" for parent in each.parents)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from tunewright.evidence.schema import Evidence, Fold, Narrowing, SeedSpread
+from tunewright.evidence.schema import Advice, Evidence, Fold, Narrowing, SeedSpread
 from tunewright.metrics import axis_label
-from tunewright.report.blocks import Block, Lead, Notes, Row, Section, Table, cells
+from tunewright.report.blocks import Block, Column, Lead, Notes, Row, Section, Table, cells, columns
 from tunewright.report.sections import prompt_optimization
-from tunewright.report.sections.arms import arms_figure, arms_table
+from tunewright.report.sections.arms import arms_figure, arms_table, left_out
 
 
 def section(evidence: Evidence) -> Section | None:
-    """Return the prompting arms, or the folds; None if the evidence has neither."""
-    if evidence.design == "cross-fitted":
-        return _folds(evidence)
+    """Return the prompting arms, or None if the evidence has none; each fold of a cross-validation chose its own."""
     if not evidence.dev_arms:
         return None
     axis = axis_label(evidence.metric)
@@ -39,6 +37,31 @@ def section(evidence: Evidence) -> Section | None:
     return Section("prompting", "How prompting was chosen", tuple(blocks))
 
 
+def advice_section(advice: Advice) -> Section:
+    """Return the prompting arms before a training: every arm, static ones by their draws, and the finalists if any."""
+    narrowing = advice.narrowing
+    arms = advice.arms if narrowing is None else narrowing.arms
+    all_dev = f"{advice.items} dev items"
+    on = all_dev if narrowing is None else f"{narrowing.items} of the {all_dev}"
+    blocks: list[Block] = [
+        Lead(f"Prompting on {on}, untuned base"),
+        arms_table("Table of prompting arms", advice, [arm for arm in arms if arm.seed is None]),
+    ]
+    if advice.static:
+        blocks += [Lead(f"Static demonstrations on {on}"), _draws(advice.static)]
+    if narrowing is not None:
+        blocks += [
+            Lead(f"Finalists on all {all_dev}"),
+            arms_table("Table of finalists", advice, advice.arms),
+            Notes((f"Finalists: {narrowing.rule}.",)),
+        ]
+    trimmed = advice.budget.prompting if advice.budget else ()
+    missing = [f"Left out: {arm.name}: {arm.why}." for arm in advice.left_out if arm.name not in trimmed]
+    best = f"Best prompting arm: {advice.best}. A fine-tune has to beat it."
+    notes = Notes((*missing, *left_out(advice.budget), best))
+    return Section("prompting", "Prompting arms", (*blocks, notes))
+
+
 def _narrowing(evidence: Evidence, found: Narrowing) -> tuple[Block, ...]:
     fates = found.fates | dict.fromkeys(found.finalists, "advanced")
     return (
@@ -51,7 +74,7 @@ def _narrowing(evidence: Evidence, found: Narrowing) -> tuple[Block, ...]:
 
 
 def _draws(spreads: tuple[SeedSpread, ...]) -> Table:
-    head = ("Arm", "Draws", "Items", "Mean", "Lowest", "Highest")
+    head = columns("Arm", "Draws", "Items", "Mean", "Lowest", "Highest")
     return Table("Table of draws", head, tuple(_spread(each) for each in spreads))
 
 
@@ -61,13 +84,17 @@ def _spread(each: SeedSpread) -> Row:
     return Row(cells(each.name, f"{len(each.scores)}", f"{each.items:,}", *numbers))
 
 
-def _folds(evidence: Evidence) -> Section:
+def folds_section(evidence: Evidence) -> Section | None:
+    """Return the folds of a cross-validation: training rows, choices and scores."""
+    if evidence.design != "cross-fitted":
+        return None
     lead = (
         "Each fold trained its own adapter, and chose its epoch and its prompting arm on its own dev rows. "
         f"Scores are {axis_label(evidence.metric)}."
     )
     arms = [arm.name for arm in evidence.arms]
-    head = ("Fold", "Trained on", "Chosen by", "Items", "Best prompting", *arms, "Dev loss by epoch")
+    best, losses = Column("Best prompting", words=True), Column("Dev loss by epoch", words=True)
+    head = columns("Fold", "Trained on", "Chosen by", "Items", best, *arms, losses)
     rows = tuple(_fold(fold, arms) for fold in evidence.folds)
     return Section("folds", "The folds", (Lead(lead), Table("Table of folds", head, rows)))
 

@@ -29,6 +29,9 @@ class Summary:
     headline: str
     tone: str
     measured: str
+    """The measurement in plain words."""
+    made: str
+    """Date, author, base and data set of the measurement."""
     reasons: tuple[str, ...]
     causes: tuple[str, ...]
     numbers: tuple[Number, ...]
@@ -43,8 +46,9 @@ def summary(evidence: Evidence, known: ProjectFacts | None = None) -> Summary:
     return Summary(
         headline=headline(result),
         tone=_TONES[result.decision],
-        measured=result.reasons[0],
-        reasons=result.reasons[1:],
+        measured=result.summary,
+        made=_made(evidence),
+        reasons=result.reasons,
         causes=tuple(cause_text(cause) for cause in result.causes),
         numbers=(
             Number(score_text(evidence.metric, treatment.score(evidence.metric).value), treatment.name, "tuned"),
@@ -58,6 +62,17 @@ def summary(evidence: Evidence, known: ProjectFacts | None = None) -> Summary:
         ),
         meaning=_meaning(evidence),
     )
+
+
+def _made(evidence: Evidence) -> str:
+    lineage = evidence.lineage
+    facts = {
+        "on": str(lineage.get("created", ""))[:10],
+        "by": evidence.opening.author if evidence.opening else None,
+        "with the base": lineage.get("base", {}).get("spec"),
+        "on data set": f"{evidence.project} (version {str(lineage.get('dataset', 'unknown'))[:12]})",
+    }
+    return f"Measured {', '.join(f'{word} {fact}' for word, fact in facts.items() if fact)}."
 
 
 def _meaning(evidence: Evidence) -> str:

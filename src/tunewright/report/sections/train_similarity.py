@@ -9,9 +9,9 @@ from markupsafe import Markup
 from tunewright.evidence.schema import Evidence
 from tunewright.evidence.train_similarity import Band, BandScore, OutputTemplates, Subset, TrainSimilarity
 from tunewright.metrics import axis_label, points_text
-from tunewright.report.blocks import Cell, Figure, Lead, Row, Section, Table, cells
+from tunewright.report.blocks import Cell, Drawing, Lead, Row, Section, Table, cells, columns
 from tunewright.report.plots import Series, bands_plot
-from tunewright.report.sections.arms import COLOURS
+from tunewright.report.sections.arms import TONES
 from tunewright.report.text import counted, percent_interval, points_interval
 
 
@@ -36,7 +36,7 @@ def section(evidence: Evidence) -> Section | None:
     return Section(
         "train-similarity",
         "Does it only work on near copies?",
-        (Lead(lead), Figure(Markup(drawn)), _table(evidence, found)),
+        (Lead(lead), Drawing(Markup(drawn)), _table(evidence, found)),
     )
 
 
@@ -56,7 +56,7 @@ def templates_section(evidence: Evidence) -> Section | None:
         below="output template: quoted strings and numbers masked",
     )
     arms = [arm.name for arm in evidence.arms]
-    head = ("Output template", "Items", *arms, f"{found.treatment} − {found.control}, points")
+    head = columns("Output template", "Items", *arms, f"{found.treatment} − {found.control}, points")
     rows = tuple(_row(name, part, arms) for name, part in bands.items())
     return Section(
         "output-templates",
@@ -66,7 +66,7 @@ def templates_section(evidence: Evidence) -> Section | None:
                 f"The {evidence.split} items by whether a training row has the same output once quoted strings "
                 f"and numbers are masked. {_template_answer(found, evidence.items)} These bands decide nothing."
             ),
-            Figure(Markup(drawn)),
+            Drawing(Markup(drawn)),
             Table("Table of scores by output template", head, rows),
         ),
     )
@@ -88,7 +88,7 @@ def _series(evidence: Evidence, bands: Sequence[Subset]) -> list[Series]:
     return [
         Series(
             arm.name,
-            COLOURS[arm.kind],
+            TONES[arm.kind],
             tuple(
                 (place, 100 * score.value, 100 * score.interval.low, 100 * score.interval.high)
                 for place, band in enumerate(bands)
@@ -119,7 +119,7 @@ def _name(band: Band) -> str:
 
 def _table(evidence: Evidence, found: TrainSimilarity) -> Table:
     arms = [arm.name for arm in evidence.arms]
-    head = ("Similarity", "Items", *arms, f"{found.treatment} − {found.control}, points")
+    head = columns("Similarity", "Items", *arms, f"{found.treatment} − {found.control}, points")
     return Table("Table of scores by distance", head, tuple(_row(_name(band), band, arms) for band in found.bands))
 
 

@@ -11,7 +11,7 @@ from tunewright.config import MetricName
 from tunewright.evidence.learning_curve import Curve, more_data
 from tunewright.evidence.schema import Evidence
 from tunewright.metrics import metric_label, score_text
-from tunewright.report.blocks import Block, Figure, Lead, Notes, Section
+from tunewright.report.blocks import Block, Drawing, Lead, Notes, Section
 from tunewright.report.plots import curve_figure, training_plot
 from tunewright.training.checkpoint_selection import best_evaluation, evaluations
 
@@ -26,7 +26,7 @@ def section(evidence: Evidence, history: Sequence[dict[str, Any]]) -> Section | 
     metric = _trained_by(evidence)
     title = "Training and dev loss, and the score on dev, by optimizer step"
     drawn = training_plot("loss", title, history, metric)
-    return Section("training", "Training", (Figure(Markup(drawn), f"{trained} {_loss_words(history, metric)}"),))
+    return Section("training", "Training", (Drawing(Markup(drawn), f"{trained} {_loss_words(history, metric)}"),))
 
 
 def curve_section(curve: Curve | None) -> Section | None:
@@ -39,7 +39,7 @@ def curve_section(curve: Curve | None) -> Section | None:
     )
     blocks: tuple[Block, ...] = (
         Notes(more_data(curve).reasons),
-        Figure(Markup(curve_figure("curve", curve)), caption),
+        Drawing(Markup(curve_figure("curve", curve)), caption),
     )
     return Section("more-data", "Would more data help?", blocks)
 

@@ -12,10 +12,11 @@ from starlette.responses import HTMLResponse, Response
 from tunewright.core.errors import UserError
 from tunewright.data.review.label_models import excerpt
 from tunewright.evidence.items import CHANGES, ItemFilter, chosen_items
-from tunewright.evidence.schema import Contrast, Evidence, Item
-from tunewright.metrics import metric_label, p_text, points_text, score_text
+from tunewright.evidence.schema import Evidence, Item
+from tunewright.metrics import metric_label
+from tunewright.report.sections import evaluation
 from tunewright.report.sections.items import shown_answer
-from tunewright.report.text import cause_text, headline, percent_interval, points_interval
+from tunewright.report.text import cause_text, headline
 from tunewright.studio.pages.project import evaluations_of
 from tunewright.studio.visit import Handlers, Visit, path_of
 
@@ -43,7 +44,7 @@ def evidence_list(visit: Visit) -> Response:
 
 
 def evidence_page(visit: Visit) -> Response:
-    """Show an evaluation's verdict, contrasts and arms, and the items that a filter keeps."""
+    """Show an evaluation's verdict and measurements, and the items that a filter keeps."""
     name = visit.place["evaluation"]
     evidence, items = visit.project.evidence(name)
     choice = _choice(visit, evidence)
@@ -60,8 +61,7 @@ def evidence_page(visit: Visit) -> Response:
         headline=headline(verdict),
         verdict=verdict,
         causes=[cause_text(cause) for cause in verdict.causes],
-        contrasts=[(each, _difference(each)) for each in evidence.contrasts],
-        arms=[_arm_row(evidence, arm.name) for arm in evidence.arms],
+        sections=evaluation.sections(evidence),
         choice=choice,
         changes=CHANGES,
         bands=_bands(evidence),
@@ -99,21 +99,6 @@ def _bands(evidence: Evidence) -> list[tuple[str, tuple[float, float]]]:
     """Return the bands of similarity to the training rows that have items."""
     found = evidence.train_similarity
     return [] if found is None else [(f"{b.low:.1f} to {b.high:.1f}", (b.low, b.high)) for b in found.bands]
-
-
-def _difference(contrast: Contrast) -> tuple[str, str, str]:
-    adjusted = "" if contrast.p_adjusted is None else f", {p_text(contrast.p_adjusted)} adjusted"
-    return (
-        points_text(contrast.difference),
-        points_interval(contrast.interval),
-        f"{p_text(contrast.p_value)}{adjusted} ({contrast.test})",
-    )
-
-
-def _arm_row(evidence: Evidence, name: str) -> tuple[str, list[tuple[str, str]]]:
-    arm = evidence.arm(name)
-    scores = [(score_text(metric, s.value), percent_interval(s.interval)) for metric, s in arm.scores.items()]
-    return name, scores
 
 
 def item_page(visit: Visit) -> Response:
