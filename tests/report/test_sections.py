@@ -243,7 +243,7 @@ def test_judge_and_people_are_shown_with_controls_agreement_and_the_powered_esti
     assert first[4] == f"{100 * found.rate.value:.1f}"
     assert plain[0].startswith("without markdown")
     assert equal[4] == "66.2"
-    assert [row[5] for row in _page().tables["Table of controls"][1:]] == ["holds", "holds"]
+    assert [row[-1] for row in _page().tables["Table of controls"][1:]] == ["holds", "holds"]
     assert "one family (llama)" in _page().sections["judge"]
     alone, powered = _page().tables["Table of win rates"][1:]
     assert (alone[1], powered[1]) == ("64.1", "65.2")
@@ -254,7 +254,7 @@ def test_judge_and_people_are_shown_with_controls_agreement_and_the_powered_esti
 def test_vetoed_judge_section_shows_the_veto_and_no_finding() -> None:
     read = _read(FULL.model_copy(update={"judge": vetoed(JUDGE)}))
     assert "vetoed, so its judgements do not count." in read.sections["judge"]
-    assert [row[5] for row in read.tables["Table of controls"][1:]] == ["FAILS", "holds"]
+    assert [row[-1] for row in read.tables["Table of controls"][1:]] == ["FAILS", "holds"]
     assert not {"Table of preferences", "Table of judged arms"} & set(read.tables)
 
 

@@ -104,7 +104,7 @@ def page_sections(
         *items.sections(evidence, test_items),
         benchmarks.section(evidence.regressions) if evidence.regressions else None,
         *human_eval.sections(evidence),
-        judge.section(evidence),
+        judge.section(evidence.judge) if evidence.judge else None,
         cost.section(evidence, advice),
         prompting.folds_section(evidence),
         prompting.section(evidence),

@@ -2,38 +2,40 @@
 
 from __future__ import annotations
 
-from tunewright.evidence.judge import Control, JudgedArm, JudgedContrast, Judgement, Preference, WinRate
+from tunewright.evidence.judge import Control, JudgedArm, JudgedContrast, Judgement, JudgeUsage, Preference, WinRate
 from tunewright.evidence.preferences import judge_line
-from tunewright.evidence.schema import Evidence
 from tunewright.metrics import p_text, points_text
-from tunewright.report.blocks import Block, Cell, Lead, Notes, Row, Section, Table, cells, columns
+from tunewright.report.blocks import Block, Cell, Column, Lead, Notes, Row, Section, Table, cells, columns
 from tunewright.report.text import percent_interval, points_interval
 
 
-def section(evidence: Evidence) -> Section | None:
-    """Return the judge's controls first; for a vetoed judge, nothing else."""
-    judge = evidence.judge
-    if judge is None:
-        return None
-    title = "What a judge says"
-    if judge.vetoed:
-        veto = f"Judge {judge.model}: vetoed, so its judgements do not count."
-        return Section("judge", title, (Lead(veto), _controls(judge.controls), Notes(judge.vetoed)))
+def section(judge: Judgement) -> Section:
+    """Return the judge's controls first; for a vetoed judge, no finding."""
     blocks: list[Block] = [Lead(judge_line(judge)), _controls(judge.controls)]
+    if judge.arms:
+        head = columns("Correct, by the reference", "Correct", "Share, %", "95% interval", "Exact", "No verdict")
+        blocks.append(Table("Table of judged arms", head, tuple(_arm(arm) for arm in judge.arms)))
     if judge.preferences:
-        head = columns(
-            "Preferred, both orders", "Wins", "Ties", "Losses", "Win rate, %", "95% interval", "Changed with order"
-        )
+        counts = ("Wins", "Ties", "Losses", "Win rate, %", "95% interval", "Flips", "No verdict")
+        head = columns("Preferred, in both orders", *counts)
         rows = tuple(row for each in judge.preferences for row in _preference(each))
         blocks.append(Table("Table of preferences", head, rows))
-    if judge.arms:
-        names = columns("Correct, by the reference", "Correct", "Share, %", "95% interval", "Equal to the reference")
-        blocks.append(Table("Table of judged arms", names, tuple(_arm(arm) for arm in judge.arms)))
-    return Section("judge", title, (*blocks, Notes(_notes(judge))))
+    notes = [*judge.vetoed, *_notes(judge), _spent("Spent", judge.spent)]
+    if judge.reference_spent is not None:
+        notes.append(_spent("On the reference model", judge.reference_spent))
+    return Section("judge", "What a judge says", (*blocks, Notes(tuple(notes))))
 
 
 def _controls(controls: tuple[Control, ...]) -> Table:
-    head = columns("Control", "Expected verdict", "Passed", "At least (95%)", "Required", "Result")
+    head = columns(
+        "Control",
+        Column("Expected verdict", words=True, detail=True),
+        "Passed",
+        "No verdict",
+        "At least (95%)",
+        "Required",
+        Column("Result", words=True),
+    )
     return Table("Table of controls", head, tuple(_control(each) for each in controls))
 
 
@@ -43,25 +45,31 @@ def _control(each: Control) -> Row:
             each.name,
             each.expected,
             f"{each.passed} of {each.items}",
+            f"{sum(each.unscored.values())}",
             f"{each.limit:.0%}",
             f"{each.required:.0%}",
-            "holds" if each.held else "FAILS",
+            Cell("holds", tone="yes") if each.held else Cell("FAILS", tone="no"),
         )
     )
 
 
+def _arm(arm: JudgedArm) -> Row:
+    share = (f"{100 * arm.share.value:.1f}", percent_interval(arm.share.interval))
+    counts = (f"{arm.exact}", f"{sum(arm.unscored.values())}")
+    return Row(cells(arm.name, f"{arm.correct} of {arm.items}", *share, *counts))
+
+
 def _preference(found: Preference) -> list[Row]:
     flips = "" if found.flip_rate is None else f"{found.flip_rate:.0%}"
-    name = Cell(f"{found.treatment} against {found.opponent}", f"{p_text(found.p_value)}, {found.test}")
-    rows = [Row(cells(name, *_rate(found.rate), flips))]
+    name = f"{found.treatment} against {found.opponent}"
+    rows = [Row(cells(name, *_rate(found.rate), flips, f"{sum(found.unscored.values())}"))]
     if found.stripped is not None:
-        rows.append(
-            Row(cells(Cell("without markdown", f"{found.stripped_texts} pairs have some"), *_rate(found.stripped), ""))
-        )
+        name = Cell("without markdown", f"{found.stripped_texts} pairs have some")
+        rows.append(Row(cells(name, *_rate(found.stripped), "", "")))
     if found.length_controlled is not None:
         equal = found.length_controlled
         numbers = (f"{100 * equal.value:.1f}", percent_interval(equal.interval))
-        rows.append(Row(cells(Cell("at equal length", equal.method), "", "", "", *numbers, "")))
+        rows.append(Row(cells(Cell("at equal length", equal.method), "", "", "", *numbers, "", "")))
     return rows
 
 
@@ -70,33 +78,19 @@ def _rate(rate: WinRate) -> tuple[str, ...]:
     return (*counts, f"{100 * rate.value:.1f}", percent_interval(rate.interval))
 
 
-def _arm(arm: JudgedArm) -> Row:
-    share = (f"{100 * arm.share.value:.1f}", percent_interval(arm.share.interval))
-    return Row(cells(arm.name, f"{arm.correct} of {arm.items}", *share, f"{arm.exact}"))
-
-
-def _notes(judge: Judgement) -> tuple[str, ...]:
+def _notes(judge: Judgement) -> list[str]:
     notes = [_contrast(judge.contrast)] if judge.contrast else []
-    notes += [
-        f"Against {each.opponent}, at equal length: {each.length_note}."
-        for each in judge.preferences
-        if each.length_note is not None
-    ]
+    notes += map(_preference_note, judge.preferences)
     missing = {f"{arm.name}: {why}": count for arm in judge.arms for why, count in arm.unscored.items()}
     missing |= {f"against {p.opponent}: {why}": count for p in judge.preferences for why, count in p.unscored.items()}
     notes += [f"No verdict, {why}: {count}." for why, count in missing.items()]
-    if judge.same_family:
+    if judge.same_family and not judge.vetoed:
         notes.append(
             f"The judge and the base belong to one family ({judge.same_family}): the judge may favour its own kind."
         )
-    if judge.reference_model:
+    if judge.reference_model and not judge.vetoed:
         notes.append(f"The answers of {judge.reference_model} were also compared.")
-    notes += [f"This judgement replaces: {each}." for each in judge.replaced]
-    spent = judge.spent
-    notes.append(
-        f"{spent.calls:,} replies, {spent.prompt_tokens:,} prompt and {spent.completion_tokens:,} reply tokens."
-    )
-    return tuple(notes)
+    return [*notes, *(f"This judgement replaces: {each}." for each in judge.replaced)]
 
 
 def _contrast(found: JudgedContrast) -> str:
@@ -105,3 +99,15 @@ def _contrast(found: JudgedContrast) -> str:
         f"items, 95% interval {points_interval(found.interval)}, {p_text(found.p_value)} ({found.test}); {found.fixed} "
         f"fixed, {found.broken} broken."
     )
+
+
+def _preference_note(found: Preference) -> str:
+    note = f"Against {found.opponent}: {p_text(found.p_value)} ({found.test}); {found.equal} equal answers tie unasked."
+    return f"{note} At equal length: {found.length_note}." if found.length_note is not None else note
+
+
+def _spent(title: str, spent: JudgeUsage) -> str:
+    cost = "" if spent.cost is None else f", cost {spent.cost:.4f}"
+    guessed = f" ({spent.estimated:,} replies came without counts: guessed)" if spent.estimated else ""
+    tokens = f"{spent.prompt_tokens:,} prompt and {spent.completion_tokens:,} reply tokens"
+    return f"{title}: {spent.calls:,} replies, {tokens}{guessed}{cost}."

@@ -64,7 +64,6 @@ def judge_page(visit: Visit) -> Response:
     pages = max(1, -(-len(chosen) // _ON_A_PAGE))
     asked = visit.query.get("page", "1")
     page = min(int(asked), pages) if asked.isdecimal() and int(asked) > 0 else 1
-    section = findings.section(evidence)
     return visit.page(
         "judge.html.j2",
         f"Judge of {name}",
@@ -74,7 +73,7 @@ def judge_page(visit: Visit) -> Response:
         estimate=estimate,
         refusal=refusal,
         judgement=judgement,
-        blocks=() if section is None else section.blocks,
+        blocks=findings.section(judgement).blocks if judgement else (),
         agreements=_agreements(evidence),
         people=evidence.human_eval is not None,
         arms=_arms(evidence),
