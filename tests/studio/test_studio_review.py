@@ -319,7 +319,7 @@ def test_incumbent_has_a_blind_comparison_of_its_own(browser: Browser, project: 
         assert "incumbent-hosted" not in html and "tuned" not in html
         browser.send(path, path, action="B")
         asked += 1
-    assert "Win rate" in html or "no win rate" in html
+    assert "Win rate" in html or "No win rate" in html
     assert len(begin(folder, against="hosted").journal.standing) == asked > 3
     assert begin(folder).journal.standing == {}
     assert f"<td>{asked} of {asked}</td>" in browser.get("/compare")

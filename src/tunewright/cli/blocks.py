@@ -34,7 +34,7 @@ def _table(block: blocks.Table) -> Table:
     for place in places:
         column = block.head[place]
         name = column.name
-        if name[1:2].islower():  # not an acronym
+        if name[1:2].islower():  # no acronym
             name = name[0].lower() + name[1:]
         spaced = any(" " in row.cells[place].text for row in block.rows)
         # Rows are found by their first cell, and numbers are read as one; a heading of several words may wrap.

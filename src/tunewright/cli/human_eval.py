@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from tunewright.evaluation.human_eval.journal import Side
     from tunewright.evaluation.human_eval.session import BlindReview, Pair, Progress
     from tunewright.evaluation.kept_preferences import KeptPreferences
-    from tunewright.evidence.common import Interval, Score
-    from tunewright.evidence.human_eval import AnswerReview
 
 SIDE_KEYS: dict[str, Side] = {"a": "A", "b": "B", "g": "both", "x": "neither", "s": "skip"}
 EXIT_CODES = {"treatment": 0, "control": 3, "can't tell": 4}
@@ -33,7 +31,6 @@ KEYS = (
     "a A is better   b B is better   g both good   x neither",
     "v view the reference   s skip   n note   u undo   q quit",
 )
-_SAID = {"treatment": "bold green", "control": "bold red", "can't tell": "bold yellow"}
 
 
 @command(
@@ -139,9 +136,12 @@ def _show_progress(run: Session, blind: BlindReview) -> None:
 
 
 def _show_results(run: Session, evaluation: Path | None, against: str | None) -> int:
-    section = run.unopened.human_eval_results(evaluation, against=against)
-    run.show({**section.model_dump(mode="json"), "decision": section.decision}, *results_tables(section))
-    return EXIT_CODES[section.decision]
+    from tunewright.cli.blocks import rendered
+    from tunewright.report.sections.human_eval import section
+
+    review = run.unopened.human_eval_results(evaluation, against=against)
+    run.show({**review.model_dump(mode="json"), "decision": review.decision}, *rendered(section(review)))
+    return EXIT_CODES[review.decision]
 
 
 def _pass(run: Session, blind: BlindReview) -> None:
@@ -200,96 +200,3 @@ def _plain(text: str) -> Text:
     if not text.strip():
         return Text("(no text)", style="dim italic")
     return Text("".join(map(escape_control_character, text)))
-
-
-def results_tables(review: AnswerReview) -> list[RenderableType]:
-    """Return verdicts by stratum, the win rate on all items, agreement, and the result."""
-    return [
-        _strata_table(review),
-        _reviewers_text(review),
-        *_win_rates(review),
-        *_agreement_text(review),
-        _said(review),
-    ]
-
-
-def _strata_table(review: AnswerReview) -> Table:
-    title = f"{review.treatment} against {review.control}, blind: {review.answered} of {review.asked} pairs judged"
-    table = Table(title=title, title_justify="left")
-    for name in (
-        "by the metric",
-        "items",
-        "asked",
-        "judged",
-        f"for {review.treatment}",
-        f"for {review.control}",
-        "tie",
-    ):
-        table.add_column(name, justify="left" if name == "by the metric" else "right")
-    for s in review.strata:
-        table.add_row(s.name, *map(str, (s.items, s.asked, s.answered, s.treatment, s.control, s.ties)))
-    if review.same:
-        table.add_row("equal answers", str(review.same), "-", "-", "-", "-", str(review.same))
-    return table
-
-
-def _reviewers_text(review: AnswerReview) -> str:
-    from tunewright.metrics import p_text
-
-    wins, losses = review.preferred
-    lines = [
-        f"Of {review.answered} judged pairs {review.treatment} is preferred on {wins}, {review.control} on {losses}, "
-        f"none on {review.answered - wins - losses}: {p_text(review.p_value)} ({review.test})."
-    ]
-    for each in review.reviewers:
-        lines.append(
-            f"{each.name}: {each.answered} judged ({each.both} both good, {each.neither} neither), {each.skipped} "
-            f"skipped, {each.reference_shown} with the reference shown."
-        )
-    return "\n".join(lines)
-
-
-def _win_rates(review: AnswerReview) -> list[RenderableType]:
-    if review.win_rate is None:
-        return [f"No win rate for all {review.items:,} items yet: {review.lacking}."]
-    table = Table(
-        title=f"Win rate of {review.treatment} on all {review.items:,} items, ties half", title_justify="left"
-    )
-    for name in ("from", "win rate", "95% interval", "width"):
-        table.add_column(name, justify="left" if name == "from" else "right", no_wrap=name != "from")
-    table.add_row("people alone", *_cells(review.win_rate))
-    if review.powered is not None:
-        found = review.powered
-        table.add_row(f"people and the judge (lambda {found.tuning:.2f})", *_cells(found.win_rate))
-    return [table]
-
-
-def _cells(score: Score) -> tuple[str, str, str]:
-    low, high = score.interval.low, score.interval.high
-    return f"{score.value:.1%}", f"{100 * low:.1f} to {100 * high:.1f}", f"{100 * (high - low):.1f}"
-
-
-def _agreement_text(review: AnswerReview) -> list[RenderableType]:
-    lines = []
-    for found in review.agreements:
-        text = f"{' and '.join(found.raters)} agree on {found.agreed} of {found.items} items"
-        if found.kappa is None:
-            lines.append(f"{text}; kappa is not defined, since all their verdicts are the same.")
-        else:
-            lines.append(f"{text}; Cohen's kappa {found.kappa:.2f}{_between(found.interval)}.")
-    return ["\n".join(lines)] if lines else []
-
-
-def _between(interval: Interval | None) -> str:
-    return "" if interval is None else f" (95% interval {interval.low:.2f} to {interval.high:.2f})"
-
-
-def _said(review: AnswerReview) -> Text:
-    texts = {
-        "treatment": f"People prefer {review.treatment}.",
-        "control": f"People prefer {review.control}.",
-        "can't tell": "People show no clear preference yet: the interval includes 50%."
-        if review.win_rate
-        else "People show no clear preference yet.",
-    }
-    return Text(texts[review.decision], style=_SAID[review.decision])

@@ -11,6 +11,7 @@ from tunewright.evaluation.human_eval.journal import Side
 from tunewright.evaluation.human_eval.session import BlindReview, ComparisonProgress
 from tunewright.evidence.human_eval import AnswerReview
 from tunewright.evidence.schema import DEV_PREFIX, EVIDENCE_FILE
+from tunewright.report.sections import human_eval
 from tunewright.studio.visit import Handlers, Visit, path_of
 
 _NEWEST = 20  # evaluations
@@ -53,7 +54,7 @@ def compare_page(visit: Visit) -> Response:
         progress=blind.progress,
         pair=pair,
         # Seen earlier, an estimate would tempt to stop where it pleases.
-        result=_results(visit) if complete else None,
+        result=human_eval.section(_results(visit)) if complete else None,
     )
 
 
