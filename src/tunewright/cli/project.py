@@ -145,11 +145,10 @@ def demo(
     """Run the pipeline on an example project, then serve its result to two tenants and ask it a held-out question."""
     from tunewright.cli.advise import advice_tables
     from tunewright.cli.blocks import rendered
-    from tunewright.cli.train import curve_tables
     from tunewright.demo import ask_three_ways, choose_item, measure_slow_parts, member_of, open_demo
     from tunewright.demo_tenants import show_two_tenants
     from tunewright.evidence.schema import load_items
-    from tunewright.report.sections import judge
+    from tunewright.report.sections import judge, learning_curve
 
     project = open_demo(directory, run.reporter, whole=whole, cluster=run.cluster)
     with run.reporter.pipeline(_DEMO_STAGES) as stage_done:
@@ -172,7 +171,7 @@ def demo(
     if whole:
         rest = measure_slow_parts(project, result.evaluated.folder)
         document |= rest.as_dict()
-        shown += [*advice_tables(rest.advice), *curve_tables(rest.curve.curve)]
+        shown += [*advice_tables(rest.advice), *rendered(learning_curve.section(rest.curve.curve))]
         shown += [*rendered(judge.section(rest.judged.judgement)), f"Report: {rest.report}"]
     run.show(document, *shown)
     run.report_review_status(directory)

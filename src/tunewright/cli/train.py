@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from tunewright.config import MetricName
-    from tunewright.evidence.learning_curve import Curve
     from tunewright.training.sweep.sweep import SweepResult
 
 
@@ -112,7 +111,9 @@ def _sweep(run: Session, minutes: float | None, rates: list[float] | None, *, wr
 
 def _curve(run: Session, seeds: int | None, *, force: bool) -> int:
     from tunewright.api import CURVE_PLOT, SEEDS
+    from tunewright.cli.blocks import rendered
     from tunewright.evidence.learning_curve import more_data
+    from tunewright.report.sections.learning_curve import section
 
     result = run.project.curve(seeds=SEEDS if seeds is None else seeds, force=force)
     found = more_data(result.curve)
@@ -125,7 +126,7 @@ def _curve(run: Session, seeds: int | None, *, force: bool) -> int:
             "reasons": list(found.reasons),
             "curve": result.curve.model_dump(mode="json"),
         },
-        *curve_tables(result.curve),
+        *rendered(section(result.curve)),
         f"Curve: {result.folder / CURVE_PLOT}",
     )
     return found.exit_code
@@ -188,29 +189,3 @@ def sweep_document(result: SweepResult, written: dict[str, Any]) -> dict[str, An
         "at_the_edge": result.edge_warning,
         "written": {key: list(value) if isinstance(value, tuple) else value for key, value in written.items()},
     }
-
-
-def curve_tables(curve: Curve) -> list[RenderableType]:
-    """Return scores and losses by share and seed, and the answer."""
-    from tunewright.evidence.learning_curve import more_data
-    from tunewright.metrics import score_text
-
-    table = Table(
-        title=f"{curve.items} dev items in {curve.clusters} clusters, answered after training on nested parts",
-        title_justify="left",
-    )
-    table.add_column("share", justify="right")
-    table.add_column("training rows", justify="right", no_wrap=True)
-    for seed in curve.seeds:
-        table.add_column(f"seed {seed}", justify="right", no_wrap=True)
-    table.add_column("mean", justify="right", no_wrap=True)
-    table.add_column("dev loss", justify="right", no_wrap=True)
-    for share in curve.shares:
-        points = [p for p in curve.points if p.share == share]
-        rows = sorted({p.rows for p in points})
-        counted = f"{rows[0]:,}" if len(rows) == 1 else f"{rows[0]:,} to {rows[-1]:,}"
-        scores = [score_text(curve.metric, p.score) for p in points]
-        mean = score_text(curve.metric, sum(p.score for p in points) / len(points))
-        loss = f"{sum(p.dev_loss for p in points) / len(points):.3f}"
-        table.add_row(f"{share:.0%}", counted, *scores, mean, loss)
-    return [table, *more_data(curve).reasons]

@@ -109,7 +109,7 @@ def page_sections(
         prompting.folds_section(evidence),
         prompting.section(evidence),
         training.section(evidence, history),
-        training.curve_section(curve),
+        training.curve_section(curve) if curve else None,
         access_log.section(evidence),
         method.section(evidence),
         method.lineage(evidence),

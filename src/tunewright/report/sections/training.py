@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from markupsafe import Markup
 
 from tunewright.config import MetricName
-from tunewright.evidence.learning_curve import Curve, more_data
+from tunewright.evidence.learning_curve import Curve
 from tunewright.evidence.schema import Evidence
 from tunewright.metrics import metric_label, score_text
-from tunewright.report.blocks import Block, Drawing, Lead, Notes, Section
+from tunewright.report.blocks import Drawing, Lead, Section
 from tunewright.report.plots import curve_figure, training_plot
+from tunewright.report.sections import learning_curve
 from tunewright.training.checkpoint_selection import best_evaluation, evaluations
 
 
@@ -29,19 +31,11 @@ def section(evidence: Evidence, history: Sequence[dict[str, Any]]) -> Section | 
     return Section("training", "Training", (Drawing(Markup(drawn), f"{trained} {_loss_words(history, metric)}"),))
 
 
-def curve_section(curve: Curve | None) -> Section | None:
-    """Return the learning curve, if one was measured on the same data."""
-    if curve is None:
-        return None
-    caption = (
-        f"Each point is an adapter trained on a part of the rows, on {curve.items:,} dev items in {curve.clusters:,} "
-        f"clusters; {curve.method}."
-    )
-    blocks: tuple[Block, ...] = (
-        Notes(more_data(curve).reasons),
-        Drawing(Markup(curve_figure("curve", curve)), caption),
-    )
-    return Section("more-data", "Would more data help?", blocks)
+def curve_section(curve: Curve) -> Section:
+    """Return the learning curve that was measured on the same data, with its drawing."""
+    found = learning_curve.section(curve)
+    caption = f"Each point is an adapter trained on a part of the rows; {curve.method}."
+    return replace(found, blocks=(*found.blocks, Drawing(Markup(curve_figure("curve", curve)), caption)))
 
 
 def _trained_by(evidence: Evidence) -> MetricName:

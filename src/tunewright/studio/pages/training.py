@@ -12,8 +12,8 @@ from tunewright.core.progress import duration
 from tunewright.data.examples import Example
 from tunewright.data.versions import current_manifest
 from tunewright.evaluation.training_runs import TrainingRun
-from tunewright.evidence.learning_curve import more_data
 from tunewright.metrics import metric_label, score_text
+from tunewright.report.sections import learning_curve
 from tunewright.studio.charts import comparison_charts, curve_chart, run_charts, sweep_chart
 from tunewright.studio.visit import Handlers, Visit, path_of
 
@@ -198,18 +198,10 @@ def sweep_page(visit: Visit) -> Response:
 def curve_page(visit: Visit) -> Response:
     """Show a learning curve, and whether more rows would help."""
     curve = visit.project.runs.curve(visit.place["curve"])
-    rows = []
-    for share in curve.shares:
-        points = {point.seed: point for point in curve.points if point.share == share}
-        counts = sorted({point.rows for point in points.values()})
-        scores = [score_text(curve.metric, points[seed].score) if seed in points else "" for seed in curve.seeds]
-        rows.append((f"{share:.0%}", " to ".join(f"{n:,}" for n in dict.fromkeys((counts[0], counts[-1]))), scores))
     return visit.page(
         "curve.html.j2",
         f"Learning curve {curve.id}",
-        curve=curve,
-        rows=rows,
-        reasons=more_data(curve).reasons,
+        blocks=learning_curve.section(curve).blocks,
         charts=[curve_chart(curve)],
     )
 

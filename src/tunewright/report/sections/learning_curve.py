@@ -1,0 +1,41 @@
+"""Section on the benefit of more data."""
+
+from __future__ import annotations
+
+from tunewright.evidence.learning_curve import Curve, more_data
+from tunewright.metrics import score_text
+from tunewright.report.blocks import Column, Lead, Notes, Row, Section, Table, cells, columns
+
+
+def section(curve: Curve) -> Section:
+    """Return the answer, and the scores on dev by share of the training rows and seed."""
+    seeds = (f"Seed {seed}" for seed in curve.seeds)
+    head = columns(Column("Share"), "Training rows", *seeds, "Mean", "Dev loss")
+    return Section(
+        "more-data",
+        "Would more data help?",
+        (
+            Notes(more_data(curve).reasons),
+            Lead(
+                f"{curve.items:,} dev items in {curve.clusters:,} clusters, answered after training on nested parts of "
+                "the rows."
+            ),
+            Table("Table of scores by share and seed", head, tuple(_row(curve, share) for share in curve.shares)),
+        ),
+    )
+
+
+def _row(curve: Curve, share: float) -> Row:
+    points = {point.seed: point for point in curve.points if point.share == share}
+    rows = sorted({point.rows for point in points.values()})
+    scores = (score_text(curve.metric, points[seed].score) if seed in points else "" for seed in curve.seeds)
+    loss = sum(point.dev_loss for point in points.values()) / len(points)
+    return Row(
+        cells(
+            f"{share:.0%}",
+            " to ".join(f"{count:,}" for count in dict.fromkeys((rows[0], rows[-1]))),
+            *scores,
+            score_text(curve.metric, curve.mean(share)),
+            f"{loss:.3f}",
+        )
+    )
